@@ -1,0 +1,136 @@
+"""The batch contract: the only thing that crosses from data to model.
+
+Everything is packed: there is no batch dimension and no padding. Index arrays are made here, on the host, so that the
+device never searches for placeholders and never waits for the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from data_pipeline.sample import Provenance
+
+B = TypeVar("B")
+
+
+def _to(value: Any, device: torch.device, non_blocking: bool) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=non_blocking)
+    if isinstance(value, Segments | MediaBlock):
+        return _move(value, device, non_blocking)
+    if isinstance(value, dict):
+        return {key: _to(item, device, non_blocking) for key, item in value.items()}
+    return value
+
+
+def _move(block: B, device: torch.device, non_blocking: bool) -> B:
+    changes = {f.name: _to(getattr(block, f.name), device, non_blocking) for f in fields(block)}  # type: ignore[arg-type]
+    return replace(block, **changes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A partition of packed rows into consecutive pieces.
+
+    Attributes:
+        cu: int32 ``(S + 1,)`` prefix sums, on the device of the batch.
+        bounds: The same numbers on the host, for backends that loop.
+    """
+
+    cu: Tensor
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def from_lengths(cls, lengths: list[int]) -> Segments:
+        bounds = [0]
+        for length in lengths:
+            bounds.append(bounds[-1] + length)
+        return cls(torch.tensor(bounds, dtype=torch.int32), tuple(bounds))
+
+    @property
+    def num(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def total(self) -> int:
+        return self.bounds[-1]
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest segment; 0 if there is none."""
+        return max((b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)), default=0)
+
+
+@dataclass(frozen=True)
+class MediaBlock:
+    """All views of one modality in a batch, packed.
+
+    "Feature" is a row of what tower and projector hand to the decoder: item after item, ``num_features`` of each.
+
+    Attributes:
+        values: uint8 ``(P, patch_dim)`` patches.
+        grid: int32 ``(N, 3)`` patches along (time, height, width) of each item.
+        grids: The same on the host.
+        items: Partition of the P patches into N items.
+        source: int64 ``(M,)`` feature rows that are written into token slots.
+        dest: int64 ``(M,)`` the token slot of each.
+        keys: int64 ``(A,)`` feature rows that are attended, span after span; a row may occur more than once.
+        span_tokens: Partition of the T tokens into X spans.
+        span_keys: Partition of ``keys`` into the same X spans; a span of text before any image has no keys.
+    """
+
+    values: Tensor
+    grid: Tensor
+    grids: tuple[tuple[int, int, int], ...]
+    items: Segments
+    source: Tensor
+    dest: Tensor
+    keys: Tensor
+    span_tokens: Segments
+    span_keys: Segments
+
+
+@dataclass(frozen=True)
+class MultimodalBatch:
+    """One microbatch.
+
+    Attributes:
+        token_ids: int64 ``(T,)``.
+        labels: int64 ``(T,)`` the token to predict at each position, or -100.
+        loss_weights: float32 ``(T,)``.
+        position_ids: int64 ``(T,)`` or ``(T, 3)``.
+        segments: Partition of the T tokens into S documents.
+        valid: bool ``(T,)``; False in null documents (kept out of router statistics).
+        media: Blocks by modality, ``{"image": MediaBlock}``; empty for a text model.
+        pairs: int64 ``(K, 2)`` (item, segment) of each document that has exactly one image.
+        lanes: Rows of the global batch in this microbatch, in order; -1 for a null pack.
+        provenance: Origin of each segment; None for null documents.
+        weight: Sum of ``loss_weights``, on the host.
+        num_tokens: Valid tokens, on the host.
+    """
+
+    token_ids: Tensor
+    labels: Tensor
+    loss_weights: Tensor
+    position_ids: Tensor
+    segments: Segments
+    valid: Tensor
+    media: dict[str, MediaBlock] = field(default_factory=dict)
+    pairs: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
+    lanes: tuple[int, ...] = ()
+    provenance: tuple[Provenance | None, ...] = ()
+    weight: float = 0.0
+    num_tokens: int = 0
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MultimodalBatch:
+        """The same batch with every tensor on ``device``."""
+        return _move(self, torch.device(device), non_blocking)
+
+    @property
+    def num_samples(self) -> int:
+        """Documents that are no null documents."""
+        return sum(origin is not None for origin in self.provenance)

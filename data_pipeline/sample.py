@@ -1,0 +1,45 @@
+"""A sample as it lies in a shard: text and images in reading order, with its origin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a sample came from. ``index`` is its place in the manifest, ``epoch`` how often it was met before."""
+
+    dataset: str
+    shard: str
+    key: str
+    index: int
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A stretch of text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An encoded image (JPEG, PNG or WebP bytes), as stored."""
+
+    data: bytes
+    name: str
+    """Extension part of the member's name, ``jpg`` or ``0.png``."""
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded tar sample: its parts in reading order plus the fields of its JSON member."""
+
+    parts: tuple[Part, ...]
+    fields: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = Provenance("?", "?", "?", -1)
