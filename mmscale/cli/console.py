@@ -1,0 +1,192 @@
+"""What every verb shares: the terminal, figures as text or JSON, progress, and the door through which errors leave.
+
+Figures go to stdout (``emit``), everything meant for a person's eyes (``console``, progress, errors) to stderr, so that
+``mmscale VERB --json | jq`` always works.
+"""
+
+from __future__ import annotations
+
+import errno
+import json as json_module
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from data_pipeline.errors import DataConfigError, DataPipelineError
+from mmscale.errors import MMScaleError
+
+T = TypeVar("T")
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+"""For people: stderr, colours only on a terminal."""
+
+_PLAIN_INTERVAL_SECONDS = 10.0
+"""A log file gets a progress line this often; a terminal gets a moving bar."""
+
+
+def emit(data: Mapping[str, Any], json: bool = False) -> None:
+    """Prints figures to stdout: one JSON object, or one aligned ``key  value`` line a leaf.
+
+    Args:
+        data: Possibly nested; nested keys are joined by dots in text form.
+        json: The JSON form.
+    """
+    if json:
+        print(json_module.dumps(data, indent=2, ensure_ascii=False, default=str), flush=True)
+        return
+    rows = list(_leaves(data, ""))
+    width = max((len(key) for key, _ in rows), default=0)
+    for key, value in rows:
+        print(f"{key:<{width}}  {_text(value)}".rstrip())
+    sys.stdout.flush()
+
+
+def _leaves(data: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return json_module.dumps(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str):
+        return value
+    return json_module.dumps(value, ensure_ascii=False, default=str)
+
+
+class Meter:
+    """Progress of one long piece of work; made by :func:`progress`."""
+
+    def __init__(self, update: Callable[[int, str], None]) -> None:
+        self._update = update
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """``count`` more units are done; ``note`` (a file name, say) replaces the one shown."""
+        self._update(count, note)
+
+
+@contextmanager
+def progress(description: str, total: int | None = None) -> Iterator[Meter]:
+    """A moving bar on a terminal, else a plain line every ten seconds and one at the end.
+
+    Args:
+        description: What is being done, in a few words.
+        total: Units of work; None if unknown.
+    """
+    if console.is_terminal:
+        with _bar(description, total) as meter:
+            yield meter
+        return
+    start = last = time.monotonic()
+    done = 0
+    of = "" if total is None else f"/{total}"
+
+    def update(count: int, note: str) -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= _PLAIN_INTERVAL_SECONDS:
+            last = now
+            print(f"{description}: {done}{of} in {now - start:.0f} s {note}".rstrip(), file=sys.stderr, flush=True)
+
+    yield Meter(update)
+    print(f"{description}: {done}{of} in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _bar(description: str, total: int | None) -> Iterator[Meter]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total, note="")
+
+        def update(count: int, note: str) -> None:
+            bar.update(task, advance=count, **({"note": note} if note else {}))
+
+        yield Meter(update)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yields ``items`` under a progress bar; ``total`` defaults to their length where they have one."""
+    if total is None:
+        total = len(items) if hasattr(items, "__len__") else None
+    with progress(description, total) as meter:
+        for item in items:
+            yield item
+            meter.advance()
+
+
+def door(run: Callable[[], None]) -> int:
+    """Runs a verb and turns whatever leaves it into an exit code.
+
+    A user's mistake is one sentence on stderr and exit code 1 (the thing failed) or 2 (wrong use). Ctrl-C is 130. Anything
+    else is a defect of ours: the traceback stays visible and the exit code is 1.
+
+    Args:
+        run: Ends by returning (0) or by ``SystemExit``.
+
+    Returns:
+        The exit code; never raises.
+    """
+    try:
+        run()
+    except SystemExit as leave:
+        return _exit_code(leave)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except MMScaleError as error:
+        return _complain(error, error.exit_code)
+    except DataConfigError as error:
+        return _complain(error, 2)
+    except DataPipelineError as error:
+        return _complain(error, 1)
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            return _bug()
+        return _complain(f"{error.filename or 'disk'}: {error.strerror}", 1)
+    except Exception:
+        return _bug()
+    return 0
+
+
+def _exit_code(leave: SystemExit) -> int:
+    if leave.code is None or isinstance(leave.code, int):
+        return leave.code or 0
+    return _complain(leave.code, 1)
+
+
+def _complain(what: object, code: int) -> int:
+    print(f"mmscale: {what}", file=sys.stderr, flush=True)
+    return code
+
+
+def _bug() -> int:
+    traceback.print_exc()
+    return _complain("this is a defect of mmscale, not of your input; please report the lines above", 1)
