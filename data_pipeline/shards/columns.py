@@ -1,0 +1,119 @@
+"""Columns on disk: named numpy arrays plus one JSON record, mapped and never copied.
+
+For: the sidecar index of a shard and the manifest of a data set. The file is a plain safetensors file, so any tool can
+look inside, and reading it can run no code. Not for: tensors of a model.
+
+    8 bytes: length of the header | header (JSON: dtype, shape, data_offsets) | columns
+
+Files come from anywhere, so the reader trusts nothing: lengths and offsets are checked against the size of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
+from data_pipeline.errors import ManifestError
+from data_pipeline.shards.files import write_whole
+
+Column = npt.NDArray[Any]
+
+_DTYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8"}
+_MAX_HEADER_BYTES = 1 << 20
+_RECORD = "record"  # One metadata key only: safetensors writes several in an unstated order.
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a column file holds. ``arrays`` are read-only views of the mapped file."""
+
+    arrays: dict[str, Column]
+    record: dict[str, Any]
+
+
+def write_columns(path: Path, arrays: Mapping[str, Column], record: Mapping[str, Any]) -> None:
+    """Writes ``path`` whole or not at all; equal input gives equal bytes."""
+    metadata = {_RECORD: json.dumps(record, sort_keys=True, ensure_ascii=True)}
+    write_whole(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
+
+
+def read_columns(path: Path, expected: Mapping[str, tuple[str, int]], format_name: str) -> Columns:
+    """Maps ``path`` and checks that it holds exactly the ``expected`` columns.
+
+    Args:
+        path: A file of ``write_columns``.
+        expected: Column name to (numpy dtype, number of dimensions).
+        format_name: Must equal the record's ``format``.
+
+    Raises:
+        ManifestError: the file is missing, truncated, of another format, or its header points outside of it.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise ManifestError(f"{path}: {size} bytes: too short to be a {format_name}")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return _parse(data, size, expected, format_name)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ManifestError(f"{path}: damaged {format_name}: {error}") from error
+
+
+def _parse(data: mmap.mmap, size: int, expected: Mapping[str, tuple[str, int]], format_name: str) -> Columns:
+    (header_bytes,) = struct.unpack_from("<Q", data, 0)
+    start = 8 + header_bytes
+    if header_bytes > _MAX_HEADER_BYTES or start > size:
+        raise ValueError(f"a header of {header_bytes} bytes in a file of {size}")
+    header = json.loads(data[8:start])
+    record = json.loads(header.pop("__metadata__")[_RECORD])
+    if record["format"] != format_name:
+        raise ValueError(f"format {record['format']!r}, expected {format_name!r}")
+    if set(header) != set(expected):
+        raise ValueError(f"columns {sorted(header)}, expected {sorted(expected)}")
+    arrays = {name: _column(data, start, size, name, header[name], *expected[name]) for name in expected}
+    return Columns(arrays, record)
+
+
+def _column(
+    data: mmap.mmap, start: int, size: int, name: str, entry: dict[str, Any], dtype: str, num_dims: int
+) -> Column:
+    kind = np.dtype(_DTYPES[entry["dtype"]])
+    shape = tuple(int(side) for side in entry["shape"])
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    if kind != np.dtype(dtype) or len(shape) != num_dims or min(shape, default=0) < 0:
+        raise ValueError(f"column {name} is {kind} {shape}, expected {dtype} with {num_dims} dimensions")
+    if not 0 <= begin <= end <= size - start or end - begin != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"column {name} lies at bytes {begin}:{end} of {size - start}, shape {shape}")
+    return np.frombuffer(data, kind, math.prod(shape), start + begin).reshape(shape)
+
+
+def pack_strings(strings: list[str]) -> tuple[Column, Column]:
+    """UTF-8 bytes of all strings in one column and the N + 1 offsets between them."""
+    encoded = [string.encode() for string in strings]
+    offsets = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum([len(piece) for piece in encoded], out=offsets[1:])
+    return np.frombuffer(b"".join(encoded), np.uint8), offsets
+
+
+def check_offsets(offsets: Column, total: int, what: str) -> None:
+    """Checks prefix sums that a file claims.
+
+    Raises:
+        ManifestError: they do not rise from 0 to ``total``.
+    """
+    if len(offsets) < 1 or offsets[0] != 0 or int(offsets[-1]) != total or bool(np.any(offsets[1:] < offsets[:-1])):
+        raise ManifestError(f"{what}: offsets do not rise from 0 to {total}; rebuild it with: mmscale data index")

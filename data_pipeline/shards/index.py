@@ -1,0 +1,324 @@
+"""The sidecar index of a shard: where each member lies, without reading the tar.
+
+    train-00000.tar  --build_index-->  train-00000.tar.index  --ShardIndex.open-->  spans for pread
+
+The tar stays a plain webdataset tar. The index is a column file (``columns``) that is mapped, holds no timestamp (equal
+tars give equal bytes) and knows size and sha256 of its tar, so that a stale one is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline.errors import ManifestError, SampleError, ShardError
+from data_pipeline.shards.columns import Column, check_offsets, pack_strings, read_columns, write_columns
+from data_pipeline.shards.files import sha256_of
+from data_pipeline.shards.image_header import image_size, is_image
+from data_pipeline.shards.tar_members import split_name, walk
+
+INDEX_FORMAT = "mmscale-shard-index-1"
+_COLUMNS = {
+    "cu_members": ("<i8", 1),
+    "key_bytes": ("u1", 1),
+    "cu_key_bytes": ("<i8", 1),
+    "text_bytes": ("<i8", 1),
+    "ext": ("<u2", 1),
+    "offset": ("<i8", 1),
+    "size": ("<i8", 1),
+    "crc32": ("<u4", 1),
+    "width": ("<u4", 1),
+    "height": ("<u4", 1),
+}
+_MAX_EXTENSIONS = 1 << 16
+_CHUNK_BYTES = 1 << 24
+
+
+class Member(NamedTuple):
+    """One file of a sample.
+
+    Attributes:
+        ext: Extension, lower case, as after the key: ``jpg``, ``0.png``, ``json``.
+        offset: First byte inside the tar.
+        size: Bytes.
+        crc32: ``zlib.crc32`` of those bytes.
+        width, height: Pixels of an image, from its header; 0 for anything else and for a damaged header.
+    """
+
+    ext: str
+    offset: int
+    size: int
+    crc32: int
+    width: int
+    height: int
+
+
+def index_path(tar_path: Path) -> Path:
+    """The sidecar of a tar: ``X.tar.index``."""
+    return tar_path.with_name(tar_path.name + ".index")
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a shard holds. Opened with ``ShardIndex.open``; memory is shared between processes by the system.
+
+    Attributes:
+        tar_path: The shard.
+        tar_bytes: Its size.
+        tar_sha256: Its digest when the index was built, hexadecimal.
+        extensions: Extensions that occur.
+    """
+
+    tar_path: Path
+    tar_bytes: int
+    tar_sha256: str
+    extensions: tuple[str, ...]
+    _arrays: dict[str, Column] = field(repr=False)
+
+    @classmethod
+    def open(cls, tar_path: str | Path) -> ShardIndex:
+        """Maps the index of ``tar_path`` and checks that it still describes the tar.
+
+        A tar of another size is refused. If the tar is newer than its index (a copy or a checkout does that too), the
+        digest decides; where it is equal the index's own time is renewed, so the next opening is quick.
+
+        Raises:
+            ManifestError: index or tar is missing, or the index is damaged or stale. Names the shard and the remedy.
+        """
+        tar_path = Path(tar_path)
+        path = index_path(tar_path)
+        remedy = f"build it with: mmscale data index {tar_path}"
+        try:
+            tar_stat = tar_path.stat()
+        except OSError as error:
+            raise ManifestError(f"shard {tar_path}: cannot be read: {error.strerror}") from error
+        if not path.exists():
+            raise ManifestError(f"shard {tar_path} has no index; {remedy}")
+        index = cls._load(tar_path, path)
+        if index.tar_bytes != tar_stat.st_size:
+            raise ManifestError(
+                f"shard {tar_path}: its index is stale: made for {index.tar_bytes} bytes, "
+                f"the tar has {tar_stat.st_size}; {remedy}"
+            )
+        if tar_stat.st_mtime_ns > path.stat().st_mtime_ns:
+            if sha256_of(tar_path) != index.tar_sha256:
+                raise ManifestError(f"shard {tar_path}: its index is stale: the content of the tar changed; {remedy}")
+            _renew(path)
+        return index
+
+    @classmethod
+    def _load(cls, tar_path: Path, path: Path) -> ShardIndex:
+        columns = read_columns(path, _COLUMNS, INDEX_FORMAT)
+        record, arrays = columns.record, columns.arrays
+        try:
+            extensions = tuple(str(ext) for ext in record["extensions"])
+            index = cls(tar_path, int(record["tar_bytes"]), str(record["tar_sha256"]), extensions, arrays)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(f"{path}: damaged index: {error!r}") from error
+        _check_arrays(path, arrays, index.tar_bytes, len(extensions))
+        return index
+
+    def __len__(self) -> int:
+        return len(self._arrays["cu_members"]) - 1
+
+    def key(self, i: int) -> str:
+        """Key of sample ``i``."""
+        cu = self._arrays["cu_key_bytes"]
+        return bytes(self._arrays["key_bytes"][cu[i] : cu[i + 1]]).decode(errors="replace")
+
+    def members(self, i: int) -> list[Member]:
+        """Files of sample ``i`` in the order of the tar."""
+        cu, columns = self._arrays["cu_members"], self._arrays
+        rows = slice(int(cu[i]), int(cu[i + 1]))
+        numbers = [columns[name][rows].tolist() for name in ("ext", "offset", "size", "crc32", "width", "height")]
+        return [Member(self.extensions[ext], *rest) for ext, *rest in zip(*numbers, strict=True)]
+
+    def span(self, i: int) -> tuple[int, int]:
+        """Bytes [first, end) of the tar that hold every file of sample ``i``: one pread."""
+        cu = self._arrays["cu_members"]
+        first, last = int(cu[i]), int(cu[i + 1]) - 1
+        return int(self._arrays["offset"][first]), int(self._arrays["offset"][last] + self._arrays["size"][last])
+
+    def text_bytes(self, i: int) -> int:
+        """UTF-8 bytes of text that sample ``i`` shows: its parts, or its caption (the longest of several)."""
+        return int(self._arrays["text_bytes"][i])
+
+    def column(self, name: str) -> Column:
+        """A whole column, read-only: ``ext offset size crc32 width height`` per member, ``text_bytes`` per sample."""
+        return self._arrays[name]
+
+
+def _check_arrays(path: Path, arrays: dict[str, Column], tar_bytes: int, num_extensions: int) -> None:
+    """Nothing in the file may point outside the tar or the columns."""
+    num_members, num_samples = len(arrays["offset"]), len(arrays["cu_members"]) - 1
+    check_offsets(arrays["cu_members"], num_members, f"{path}: cu_members")
+    check_offsets(arrays["cu_key_bytes"], len(arrays["key_bytes"]), f"{path}: cu_key_bytes")
+    per_member = all(len(arrays[name]) == num_members for name in ("ext", "size", "crc32", "width", "height"))
+    per_sample = len(arrays["cu_key_bytes"]) == num_samples + 1 and len(arrays["text_bytes"]) == num_samples
+    if not per_member or not per_sample:
+        raise ManifestError(f"{path}: damaged index: columns of unequal length")
+    offset, size = arrays["offset"], arrays["size"]
+    # Compare by subtraction: offset + size of a hostile file could overflow.
+    inside = (offset >= 0) & (size >= 0) & (offset <= tar_bytes) & (size <= tar_bytes - offset)
+    ordered = np.all(offset[1:] >= offset[:-1] + size[:-1]) if inside.all() else False
+    if not inside.all() or not ordered:
+        raise ManifestError(f"{path}: damaged index: a member lies outside the {tar_bytes} bytes of the tar")
+    if np.any(arrays["ext"] >= num_extensions) or np.any(arrays["cu_members"][1:] == arrays["cu_members"][:-1]):
+        raise ManifestError(f"{path}: damaged index: an unknown extension or a sample without members")
+
+
+def _renew(path: Path) -> None:
+    try:
+        os.utime(path)
+    except OSError:  # A read-only data set: the digest is computed again next time.
+        return
+
+
+class IndexedSample(NamedTuple):
+    """One sample while a tar is walked."""
+
+    key: str
+    members: list[Member]
+    text_bytes: int
+
+
+def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
+    """Groups the members of a tar into samples by webdataset's rule: neighbours with one key.
+
+    Members without an extension are passed over, as webdataset does.
+
+    Raises:
+        ShardError: the tar is damaged or hostile, a key comes back later, or an extension occurs twice in a sample.
+    """
+    seen: set[str] = set()
+    key, members, texts = "", list[Member](), dict[str, bytes]()
+    for member in walk(data, shard):
+        name = split_name(member.name)
+        if name is None:
+            continue
+        if name[0] != key or not members:
+            if members:
+                yield IndexedSample(key, members, text_bytes_of(texts))
+            key, members, texts = name[0], [], {}
+            if key in seen:
+                raise ShardError(f"{shard}: the key {key!r} comes twice (byte {member.header_offset})")
+            seen.add(key)
+        ext = name[1]
+        if any(ext == other.ext for other in members):
+            raise ShardError(f"{shard}: sample {key!r} has two members .{ext} (byte {member.header_offset})")
+        content = data[member.offset : member.offset + member.size]
+        width, height = _size_or_zero(content) if is_image(ext) else (0, 0)
+        members.append(Member(ext, member.offset, member.size, zlib.crc32(content), width, height))
+        if ext in ("txt", "json"):
+            texts[ext] = bytes(content)
+    if members:
+        yield IndexedSample(key, members, text_bytes_of(texts))
+
+
+def _size_or_zero(content: memoryview) -> tuple[int, int]:
+    try:
+        return image_size(content)[1:]
+    except SampleError:  # The index records what is there; verify and the fault policy deal with it.
+        return 0, 0
+
+
+def text_bytes_of(texts: dict[str, bytes]) -> int:
+    """Bytes of text of a sample from its ``txt`` and ``json`` members; damaged JSON counts as empty."""
+    total = len(texts.get("txt", b""))
+    if "json" not in texts:
+        return total
+    try:
+        fields = json.loads(texts["json"])
+    except (ValueError, RecursionError):
+        return total
+    if not isinstance(fields, dict):
+        return total
+    parts, captions = fields.get("parts"), fields.get("captions")
+    if isinstance(parts, list):
+        return sum(_num_bytes(part.get("text")) for part in parts if isinstance(part, dict))
+    if isinstance(captions, list):
+        return total + max((_num_bytes(caption) for caption in captions), default=0)
+    return total + _num_bytes(fields.get("caption"))
+
+
+def _num_bytes(text: object) -> int:
+    return len(text.encode(errors="replace")) if isinstance(text, str) else 0
+
+
+def build_index(tar_path: str | Path) -> ShardIndex:
+    """Reads a tar once and writes its sidecar, whole or not at all.
+
+    Raises:
+        ShardError: the tar is missing, damaged or hostile; no index is written.
+    """
+    tar_path = Path(tar_path)
+    digest, samples, size = hashlib.sha256(), list[IndexedSample](), 0
+    with open_tar(tar_path) as data:
+        size = len(data)
+        for start in range(0, size, _CHUNK_BYTES):
+            digest.update(data[start : start + _CHUNK_BYTES])
+        samples.extend(scan_samples(data, str(tar_path)))
+    arrays, extensions = _arrays_of(samples, str(tar_path))
+    record = {
+        "format": INDEX_FORMAT,
+        "tar_bytes": size,
+        "tar_sha256": digest.hexdigest(),
+        "extensions": extensions,
+    }
+    write_columns(index_path(tar_path), arrays, record)
+    return ShardIndex._load(tar_path, index_path(tar_path))
+
+
+class open_tar:  # noqa: N801 - reads like open()
+    """Maps a tar for reading: ``with open_tar(path) as data: memoryview``.
+
+    Raises:
+        ShardError: the file is missing, unreadable or empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> memoryview:
+        try:
+            with self._path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size == 0:
+                    raise ShardError(f"{self._path}: an empty file, no tar")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ShardError(f"{self._path}: cannot be read: {error.strerror}") from error
+        self._view = memoryview(self._map)
+        return self._view
+
+    def __exit__(self, *exc: Any) -> None:
+        # Slices that an exception still holds keep the map alive; it goes with the last of them.
+        self._view.release()
+
+
+def _arrays_of(samples: list[IndexedSample], shard: str) -> tuple[dict[str, Column], list[str]]:
+    members = [member for sample in samples for member in sample.members]
+    extensions = sorted({member.ext for member in members})
+    if len(extensions) >= _MAX_EXTENSIONS:
+        raise ShardError(f"{shard}: {len(extensions)} different extensions; are the names right?")
+    number = {ext: i for i, ext in enumerate(extensions)}
+    key_bytes, cu_key_bytes = pack_strings([sample.key for sample in samples])
+    arrays: dict[str, Column] = {
+        "cu_members": np.cumsum([0, *(len(sample.members) for sample in samples)], dtype=np.int64),
+        "key_bytes": key_bytes,
+        "cu_key_bytes": cu_key_bytes,
+        "text_bytes": np.array([sample.text_bytes for sample in samples], np.int64),
+        "ext": np.array([number[member.ext] for member in members], np.uint16),
+    }
+    for name in ("offset", "size", "crc32", "width", "height"):
+        dtype = np.dtype(_COLUMNS[name][0])
+        arrays[name] = np.array([getattr(member, name) for member in members], dtype)
+    return arrays, extensions

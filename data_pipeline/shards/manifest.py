@@ -1,0 +1,178 @@
+"""The manifest of a data set: its shards in order, as mapped columns.
+
+    NAME.manifest:  cu_samples (N+1) | path bytes and offsets | tar bytes | tar sha256
+
+Opening it costs milliseconds and no memory at a million shards, because nothing is turned into Python objects before it
+is asked for. Paths are relative to the manifest's folder and never leave it, so a data set moves as a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from data_pipeline.errors import DataConfigError, ManifestError
+from data_pipeline.shards.columns import Column, check_offsets, pack_strings, read_columns, write_columns
+from data_pipeline.shards.index import ShardIndex
+
+MANIFEST_FORMAT = "mmscale-manifest-1"
+_COLUMNS = {
+    "cu_samples": ("<i8", 1),
+    "path_bytes": ("u1", 1),
+    "cu_path_bytes": ("<i8", 1),
+    "tar_bytes": ("<i8", 1),
+    "tar_sha256": ("u1", 2),
+}
+_SHA256_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An ordered set of shards. Opened with ``Manifest.open``.
+
+    Attributes:
+        path: The file.
+        fingerprint: sha256 over the columns, hexadecimal: equal for equal data under equal names.
+        cu_samples: int64 (num_shards + 1,): samples before each shard.
+    """
+
+    path: Path
+    fingerprint: str
+    cu_samples: Column
+    _arrays: dict[str, Column] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Manifest:
+        """Maps a manifest.
+
+        Raises:
+            ManifestError: it is missing or damaged.
+        """
+        path = Path(path)
+        columns = read_columns(path, _COLUMNS, MANIFEST_FORMAT)
+        arrays, record = columns.arrays, columns.record
+        num_shards = len(arrays["cu_samples"]) - 1
+        if num_shards < 0 or len(arrays["tar_bytes"]) != num_shards or len(arrays["cu_path_bytes"]) != num_shards + 1:
+            raise ManifestError(f"{path}: damaged manifest: columns of unequal length")
+        if arrays["tar_sha256"].shape != (num_shards, _SHA256_BYTES):
+            raise ManifestError(f"{path}: damaged manifest: digests of shape {arrays['tar_sha256'].shape}")
+        check_offsets(arrays["cu_samples"], int(arrays["cu_samples"][-1]), f"{path}: cu_samples")
+        check_offsets(arrays["cu_path_bytes"], len(arrays["path_bytes"]), f"{path}: cu_path_bytes")
+        return cls(path, str(record.get("fingerprint")), arrays["cu_samples"], arrays)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.cu_samples) - 1
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.cu_samples[-1])
+
+    def locate(self, sample_index: int) -> tuple[int, int]:
+        """(shard number, index inside that shard) of a sample.
+
+        Raises:
+            IndexError: ``sample_index`` is not in ``range(num_samples)``.
+        """
+        if not 0 <= sample_index < self.num_samples:
+            raise IndexError(f"sample {sample_index} of {self.num_samples} in {self.path}")
+        shard = int(np.searchsorted(self.cu_samples, sample_index, side="right")) - 1
+        return shard, sample_index - int(self.cu_samples[shard])
+
+    def shard_path(self, shard_number: int) -> Path:
+        """Path of a shard.
+
+        Raises:
+            ManifestError: the stored path would leave the manifest's folder.
+        """
+        cu = self._arrays["cu_path_bytes"]
+        name = bytes(self._arrays["path_bytes"][cu[shard_number] : cu[shard_number + 1]]).decode(errors="replace")
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts or "\0" in name or "\\" in name or not relative.parts:
+            raise ManifestError(
+                f"{self.path}: shard {shard_number} has the path {name!r}, outside the manifest's folder"
+            )
+        return self.path.parent / relative
+
+    def shard_bytes(self, shard_number: int) -> int:
+        """Size of a shard's tar."""
+        return int(self._arrays["tar_bytes"][shard_number])
+
+    def shard_sha256(self, shard_number: int) -> str:
+        """Digest of a shard's tar, hexadecimal."""
+        return bytes(self._arrays["tar_sha256"][shard_number]).hex()
+
+    def open_index(self, shard_number: int) -> ShardIndex:
+        """Opens a shard's index and checks that both speak of the same tar.
+
+        Raises:
+            ManifestError: shard or index is missing or stale, or the tar is not the one that the manifest knows.
+        """
+        index = ShardIndex.open(self.shard_path(shard_number))
+        num_samples = int(self.cu_samples[shard_number + 1] - self.cu_samples[shard_number])
+        if len(index) != num_samples or index.tar_sha256 != self.shard_sha256(shard_number):
+            raise ManifestError(
+                f"shard {index.tar_path} changed since {self.path} was made "
+                f"({len(index)} samples, {num_samples} expected); "
+                f"renew it with: mmscale data index --manifest {self.path}"
+            )
+        return index
+
+    def computed_fingerprint(self) -> str:
+        """The fingerprint computed again from the columns; differs from ``fingerprint`` in a damaged file."""
+        return _fingerprint(self._arrays)
+
+
+def _fingerprint(arrays: dict[str, Column]) -> str:
+    digest = hashlib.sha256(MANIFEST_FORMAT.encode())
+    for name in sorted(_COLUMNS):
+        digest.update(f"{name}:{arrays[name].shape};".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data if arrays[name].size else b"")
+    return digest.hexdigest()
+
+
+def write_manifest(path: str | Path, shards: Sequence[str | Path]) -> Manifest:
+    """Writes a manifest of indexed shards, whole or not at all; equal shards give equal bytes.
+
+    Args:
+        path: The manifest; shards must lie in its folder or below.
+        shards: Tars in the order that sample numbers follow.
+
+    Raises:
+        DataConfigError: a shard lies outside the manifest's folder, or is named twice.
+        ManifestError: a shard or its index is missing or stale.
+    """
+    path = Path(path)
+    names = [_relative(Path(shard), path) for shard in shards]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataConfigError(f"{path}: the shard {twice} is named twice")
+    indexes = [ShardIndex.open(shard) for shard in shards]
+    path_bytes, cu_path_bytes = pack_strings(names)
+    digests = b"".join(bytes.fromhex(index.tar_sha256) for index in indexes)
+    arrays: dict[str, Column] = {
+        "cu_samples": np.cumsum([0, *(len(index) for index in indexes)], dtype=np.int64),
+        "path_bytes": path_bytes,
+        "cu_path_bytes": cu_path_bytes,
+        "tar_bytes": np.array([index.tar_bytes for index in indexes], np.int64),
+        "tar_sha256": np.frombuffer(digests, np.uint8).reshape(-1, _SHA256_BYTES),
+    }
+    write_columns(path, arrays, {"format": MANIFEST_FORMAT, "fingerprint": _fingerprint(arrays)})
+    return Manifest.open(path)
+
+
+def _relative(shard: Path, manifest: Path) -> str:
+    # absolute(), not resolve(): a shard may be a link to another disk, its name is what counts.
+    try:
+        relative = shard.absolute().relative_to(manifest.parent.absolute())
+    except ValueError as error:
+        raise DataConfigError(
+            f"{shard} does not lie below {manifest.parent.absolute()}, the manifest's folder"
+        ) from error
+    if ".." in relative.parts:
+        raise DataConfigError(f"{shard}: write the path without '..'")
+    return relative.as_posix()
