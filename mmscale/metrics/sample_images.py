@@ -1,0 +1,95 @@
+"""The images of a batch as a person sees them: patches put back together, with the text that goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from data_pipeline.batch import MultimodalBatch
+from data_pipeline.document import IGNORE
+from data_pipeline.media_spec import MediaSpec
+
+Pixels = npt.NDArray[np.uint8]
+"""uint8 ``(height, width, 3)``."""
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """Pixels uint8 ``(height, width, 3)`` and the text that the model should say about them."""
+
+    pixels: Pixels
+    caption: str
+
+
+def join_patches(values: npt.NDArray[np.uint8], grid: tuple[int, int, int], spec: MediaSpec) -> Pixels:
+    """The picture whose patches these are; of a stack of frames the first.
+
+    Args:
+        values: ``(P, patch_dim)``, patches row-major, each in order (channel, row, column).
+        grid: Patches along (time, height, width).
+        spec: Gives patch size and channels; one channel becomes three equal ones.
+    """
+    _, height, width = grid
+    side = spec.patch_size
+    patches = values[: height * width].reshape(height, width, spec.channels, side, side)
+    picture = patches.transpose(0, 3, 1, 4, 2).reshape(height * side, width * side, spec.channels)
+    if spec.channels == 1:
+        picture = np.repeat(picture, 3, axis=2)
+    return np.ascontiguousarray(picture[:, :, :3])
+
+
+def batch_images(
+    batch: MultimodalBatch, spec: MediaSpec, decode: Callable[[list[int]], str], limit: int
+) -> list[CaptionedImage]:
+    """Up to ``limit`` images of documents that have exactly one, with the text that carries their loss.
+
+    Args:
+        batch: On any device; only the chosen rows are copied.
+        spec: The patch geometry.
+        decode: Token ids to text, ``Tokenizer.decode``.
+        limit: At most so many.
+    """
+    block = batch.media.get("image")
+    if block is None:
+        return []
+    images = []
+    for item, segment in batch.pairs[:limit].tolist():
+        start, end = block.items.bounds[item : item + 2]
+        pixels = join_patches(block.values[start:end].cpu().numpy(), block.grids[item], spec)
+        images.append(CaptionedImage(pixels, decode(_answer_ids(batch, segment))))
+    return images
+
+
+def _answer_ids(batch: MultimodalBatch, segment: int) -> list[int]:
+    start, end = batch.segments.bounds[segment : segment + 2]
+    labels: Tensor = batch.labels[start:end]
+    return [int(label) for label in labels.tolist() if label != IGNORE]
+
+
+def with_caption(image: CaptionedImage, min_side: int = 192) -> Pixels:
+    """The image, enlarged to at least ``min_side`` pixels, with its caption printed on a strip below.
+
+    The font that comes with Pillow knows Latin letters; others show as boxes here and in full in TensorBoard's text.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = image.pixels.shape[:2]
+    scale = max(1, -(-min_side // max(1, min(height, width))))
+    picture = Image.fromarray(image.pixels).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+    font = ImageFont.load_default(14)
+    lines = _wrap(image.caption, max(8, picture.width // 8))
+    strip = 18 * len(lines) + 8
+    canvas = Image.new("RGB", (picture.width, picture.height + strip), "white")
+    canvas.paste(picture, (0, 0))
+    ImageDraw.Draw(canvas).multiline_text((4, picture.height + 2), "\n".join(lines), fill="black", font=font)
+    return np.asarray(canvas, dtype=np.uint8)
+
+
+def _wrap(text: str, columns: int, max_lines: int = 4) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, columns, max_lines=max_lines, placeholder=" …") or [""]

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.media_spec import MediaSpec, Placement
+from mmscale.metrics.config import MetricsConfig
+from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
+from mmscale.metrics.sample_images import CaptionedImage, batch_images, join_patches, with_caption
+from mmscale.metrics.sinks import read_metrics
+
+
+@dataclass(frozen=True)
+class Report:
+    loss: float = 2.0
+    grad_norm: float = 0.5
+    learning_rates: dict[str, float] = field(default_factory=lambda: {"decoder": 1e-3, "vision": 5e-4})
+    applied: bool = True
+    metrics: dict[str, float] = field(default_factory=lambda: {"balance": 1.25})
+
+
+def _log(run_dir: Path, start: int, *, tensorboard: bool = False) -> RunLog:
+    config = MetricsConfig(tensorboard=tensorboard, images_every=2, num_images=1)
+    return RunLog(run_dir, config, start, 4, Console(file=io.StringIO()))
+
+
+def test_a_line_has_every_promised_key(tmp_path: Path) -> None:
+    log = _log(tmp_path, 0)
+    with log.waiting_for_data():
+        pass
+    log.step(1, Report(), num_tokens=640, num_samples=32, stage="align", extra={"padding_tokens": 3})
+    log.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert set(line) >= {"step", "loss", "tokens", "samples", "seconds", "data_wait_seconds", "lr", "grad_norm"}
+    assert (line["step"], line["stage"], line["tokens"], line["samples"]) == (1, "align", 640, 32)
+    assert (line["lr"], line["lr/vision"], line["metric/balance"], line["padding_tokens"]) == (1e-3, 5e-4, 1.25, 3)
+
+
+def test_a_resumed_log_goes_on_where_the_checkpoint_stands(tmp_path: Path) -> None:
+    log = _log(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.step(step, Report(loss=float(step)), num_tokens=1, num_samples=1, stage="all")
+    log.close()
+    log = _log(tmp_path, 2)
+    log.step(3, Report(loss=30.0), num_tokens=1, num_samples=1, stage="all")
+    log.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
+
+
+def test_tensorboard_has_the_scalars_and_the_captioned_images(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = _log(tmp_path, 0, tensorboard=True)
+    pixels = np.full((16, 16, 3), 200, np.uint8)
+    limits = []
+
+    def make(limit: int) -> list[CaptionedImage]:
+        limits.append(limit)
+        return [CaptionedImage(pixels, "a | red\nballoon")]
+
+    for step in (1, 2, 3):
+        log.step(step, Report(loss=float(step)), num_tokens=10, num_samples=1, stage="all")
+        log.images(step, make)
+    log.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert "tokens_per_second" in events.Tags()["scalars"]
+    assert [event.step for event in events.Images("samples/0")] == [1, 2]
+    assert limits == [1, 1]
+    table = events.Tensors("samples/captions/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| 0 | a \\| red balloon |" in table
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = open_run_log(tmp_path / "run", MetricsConfig(), 0, 4, rank=1)
+    assert isinstance(log, NullLog)
+    with log.waiting_for_data():
+        log.step(1, Report(), num_tokens=1, num_samples=1, stage="all")
+    assert not log.wants_images(200)
+    log.images(200, lambda limit: pytest.fail("made images for nobody"))
+    log.note("nothing")
+    log.pause()
+    log.close()
+    assert not (tmp_path / "run").exists()
+
+
+def _cut(picture: np.ndarray, side: int) -> np.ndarray:
+    """Patches by the definition of ``MediaItem.values``, pixel by pixel."""
+    height, width, channels = picture.shape
+    return np.stack(
+        [
+            np.array(
+                [
+                    picture[row * side + y, column * side + x, channel]
+                    for channel in range(channels)
+                    for y in range(side)
+                    for x in range(side)
+                ]
+            )
+            for row in range(height // side)
+            for column in range(width // side)
+        ]
+    )
+
+
+def test_patches_join_to_the_picture_they_were_cut_from() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    spec = MediaSpec(Placement.EMBEDDING, patch_size=4)
+    assert np.array_equal(join_patches(_cut(picture, 4), (1, 2, 3), spec), picture)
+
+
+def test_images_of_a_batch_come_with_the_text_that_carries_loss() -> None:
+    spec = MediaSpec(Placement.CROSS_ATTENTION, patch_size=4)
+    rng = np.random.default_rng(1)
+    pictures = [rng.integers(0, 256, (4, 8, 3), dtype=np.uint8) for _ in range(2)]
+    values = torch.from_numpy(np.concatenate([_cut(picture, 4) for picture in pictures]).astype(np.uint8))
+    empty = torch.empty(0, dtype=torch.int64)
+    block = MediaBlock(
+        values=values,
+        grid=torch.tensor([[1, 1, 2]] * 2, dtype=torch.int32),
+        grids=((1, 1, 2),) * 2,
+        items=Segments.from_lengths([2, 2]),
+        source=empty,
+        dest=empty,
+        keys=empty,
+        span_tokens=Segments.from_lengths([5]),
+        span_keys=Segments.from_lengths([0]),
+    )
+    batch = MultimodalBatch(
+        token_ids=torch.arange(5),
+        labels=torch.tensor([-100, 7, -100, 8, 9]),
+        loss_weights=torch.ones(5),
+        position_ids=torch.arange(5),
+        segments=Segments.from_lengths([2, 3]),
+        valid=torch.ones(5, dtype=torch.bool),
+        media={"image": block},
+        pairs=torch.tensor([[1, 0], [0, 1]]),
+    )
+    images = batch_images(batch, spec, lambda ids: " ".join(map(str, ids)), limit=5)
+    assert [image.caption for image in images] == ["7", "8 9"]
+    assert np.array_equal(images[0].pixels, pictures[1])
+    assert np.array_equal(images[1].pixels, pictures[0])
+    assert len(batch_images(batch, spec, lambda ids: "", limit=1)) == 1
+
+
+def test_a_caption_is_printed_below_the_untouched_image() -> None:
+    pixels = np.full((16, 16, 3), 77, np.uint8)
+    shown = with_caption(CaptionedImage(pixels, "word " * 40), min_side=32)
+    assert shown.shape[1] == 32
+    assert (shown[:32] == 77).all()
+    assert (shown[32:] == 0).any()

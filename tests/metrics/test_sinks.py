@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from mmscale.metrics.sinks import JsonlSink, cut_back, read_metrics
+
+
+def _write(path: Path, steps: list[int], tail: bytes = b"") -> None:
+    path.write_bytes(b"".join(json.dumps({"step": step, "loss": 1 / step}).encode() + b"\n" for step in steps) + tail)
+
+
+def test_resume_keeps_exactly_the_bytes_of_the_steps_done(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _write(path, [1, 2, 3, 4, 5])
+    before = path.read_bytes().splitlines(keepends=True)
+    sink = JsonlSink(path, start_step=3)
+    sink.write({"step": 4, "loss": 0.5})
+    sink.close()
+    after = path.read_bytes().splitlines(keepends=True)
+    assert after[:3] == before[:3]
+    assert [json.loads(line)["step"] for line in after] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 4, "lo', b'{"step": 4, "loss": 2.0}', b"\x00\x00\x00\n", b"[4]\n", b"\n"])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _write(path, [1, 2, 3], tail)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    assert cut_back(path, last_step=99) == 3
+    assert path.read_bytes().count(b"\n") == 3
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_a_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _write(path, [1, 2])
+    JsonlSink(path, start_step=0).close()
+    assert path.read_bytes() == b""
+
+
+def test_cutting_back_leaves_the_old_file_if_the_new_one_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _write(path, [1, 2, 3])
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        cut_back(path, last_step=1)
+    assert path.read_bytes() == before
+
+
+def test_lines_are_readable_before_the_file_is_closed_and_floats_survive_bit_for_bit(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, start_step=0)
+    loss = 0.1 + 0.2
+    sink.write({"step": 1, "loss": loss})
+    assert read_metrics(path)[0]["loss"].hex() == loss.hex()
+    sink.close()
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, start_step=0)
+    sink.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "nested": {"x": -math.inf}})
+    sink.close()
+    assert read_metrics(path) == [{"step": 1, "loss": None, "grad_norm": None, "nested": {"x": None}}]
