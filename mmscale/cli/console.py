@@ -11,7 +11,7 @@ import json as json_module
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -128,15 +128,17 @@ def _bar(description: str, total: int | None) -> Iterator[Meter]:
         task = bar.add_task(description, total=total, note="")
 
         def update(count: int, note: str) -> None:
-            bar.update(task, advance=count, **({"note": note} if note else {}))
+            bar.advance(task, count)
+            if note:
+                bar.update(task, note=note)
 
         yield Meter(update)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yields ``items`` under a progress bar; ``total`` defaults to their length where they have one."""
-    if total is None:
-        total = len(items) if hasattr(items, "__len__") else None
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     with progress(description, total) as meter:
         for item in items:
             yield item
@@ -146,8 +148,8 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 def door(run: Callable[[], None]) -> int:
     """Runs a verb and turns whatever leaves it into an exit code.
 
-    A user's mistake is one sentence on stderr and exit code 1 (the thing failed) or 2 (wrong use). Ctrl-C is 130. Anything
-    else is a defect of ours: the traceback stays visible and the exit code is 1.
+    A user's mistake is one sentence on stderr and exit code 1 (the thing failed) or 2 (wrong use). Ctrl-C is 130.
+    Anything else is a defect of ours: the traceback stays visible and the exit code is 1.
 
     Args:
         run: Ends by returning (0) or by ``SystemExit``.

@@ -1,0 +1,10 @@
+"""Configuration machinery: YAML with line numbers, layers, overrides, validation, origins.
+
+Knows no key of any configuration: each part declares its own class beside its code, ``mmscale.run_config`` composes
+them.
+"""
+
+from mmscale.config.load import DroppedKeyWarning, Loaded, dump, leaves, load
+from mmscale.config.tree import Origin
+
+__all__ = ["DroppedKeyWarning", "Loaded", "Origin", "dump", "leaves", "load"]

@@ -1,0 +1,243 @@
+"""Configuration loading against hand-written expectations."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, model_validator
+
+from data_pipeline.strict import StrictConfig
+from mmscale.config import DroppedKeyWarning, load
+from mmscale.errors import ConfigError
+
+
+class Precision(str, Enum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class Dense(StrictConfig):
+    kind: Literal["dense"] = "dense"
+    width: int = 4
+
+
+class Experts(StrictConfig):
+    kind: Literal["experts"] = "experts"
+    count: int = Field(8, ge=1)
+    width: int = 4
+
+
+Mlp = Annotated[Dense | Experts, Field(discriminator="kind")]
+
+
+class Stage(StrictConfig):
+    name: str
+    steps: int
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+class Tower(StrictConfig):
+    depth: int = 2
+    mlp: Mlp = Dense()
+
+
+class Whole(StrictConfig):
+    run_dir: Path = Path("runs/x")
+    rate: float = 1.0
+    precision: Precision = Precision.FP32
+    mode: Literal["fast", "exact"] = "exact"
+    tower: Tower | None = None
+    mlps: list[Mlp] = []
+    stages: list[Stage] = []
+    limit: int | Literal["auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Whole:
+        if self.rate > 100:
+            raise ValueError(f"rate={self.rate}: must not exceed 100")
+        return self
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_file(text: str, name: str = "run.yaml") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write_file
+
+
+FULL = """\
+run_dir: runs/a
+rate: 1e-3
+tower:
+  depth: 3
+  mlp:
+    kind: dense
+    width: 16
+stages:
+  - name: align
+    steps: 10
+  - {name: all, steps: 20, betas: [0.5, 0.6]}
+"""
+
+
+def test_values_and_origins(write) -> None:
+    path = write(FULL)
+    loaded = load(path, ["stages.1.steps=5", "tower.mlp.width=32"], Whole)
+    assert loaded.value.rate == 0.001
+    assert loaded.value.stages[1] == Stage(name="all", steps=5, betas=(0.5, 0.6))
+    assert loaded.value.tower.mlp == Dense(width=32)
+    places = {key: str(origin) for key, origin in loaded.origins.items()}
+    assert places["rate"] == f"{path}:2"
+    assert places["tower.depth"] == f"{path}:4"
+    assert places["stages.0.steps"] == f"{path}:10"
+    assert places["stages.1.name"] == f"{path}:11"
+    assert places["stages.1.betas"] == f"{path}:11"
+    assert places["stages.0.betas"] == "default"
+    assert places["stages.1.steps"] == "override 1 (stages.1.steps=5)"
+    assert places["tower.mlp.width"] == "override 2 (tower.mlp.width=32)"
+    assert places["precision"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("1E3", 1000.0), (".5", 0.5), ("5", 5.0), ("1_000.5", 1000.5), (".inf", float("inf"))],
+)
+def test_numbers_of_overrides(write, text: str, value: float) -> None:
+    override = f"rate={text}"
+    if value > 100:
+        with pytest.raises(ConfigError, match="must not exceed 100"):
+            load(write("run_dir: x\n"), [override], Whole)
+    else:
+        assert load(write("run_dir: x\n"), [override], Whole).value.rate == value
+
+
+def test_words_that_yaml_1_1_misreads(write) -> None:
+    stages = "stages: [{name: no, steps: 010}, {name: 12:30:00, steps: 1}, {name: 2024-01-01, steps: 1}]\n"
+    value = load(write(stages), [], Whole).value
+    assert [stage.name for stage in value.stages] == ["no", "12:30:00", "2024-01-01"]
+    assert value.stages[0].steps == 10
+
+
+def test_base_files_are_merged_in_depth_and_lists_replaced(write) -> None:
+    base = write(FULL, "lib/base.yaml")
+    middle = write("base: base.yaml\nrate: 2\nstages: [{name: one, steps: 1}]\n", "lib/middle.yaml")
+    path = write("base: lib/middle.yaml\ntower: {depth: 7}\n")
+    loaded = load(path, [], Whole)
+    assert (loaded.value.rate, loaded.value.tower.depth, loaded.value.tower.mlp.width) == (2.0, 7, 16)
+    assert [stage.name for stage in loaded.value.stages] == ["one"]
+    places = {key: str(origin) for key, origin in loaded.origins.items()}
+    assert places["tower.mlp.width"] == f"{base}:7"
+    assert places["rate"] == f"{middle}:2"
+    assert places["tower.depth"] == f"{path}:2"
+
+
+def test_switched_kind_drops_keys_of_the_file_with_a_note(write) -> None:
+    path = write("tower:\n  mlp:\n    kind: experts\n    count: 16\n    width: 8\n")
+    with pytest.warns(DroppedKeyWarning, match="count"):
+        loaded = load(path, ["tower.mlp.kind=dense"], Whole)
+    assert loaded.value.tower.mlp == Dense(width=8)  # a key both members have is kept
+    assert loaded.notes == (
+        f"{path}:4 tower.mlp.count: dropped, kind=dense (override 1 (tower.mlp.kind=dense)) has no such key, "
+        "kind=experts had",
+    )
+    assert "tower.mlp.count" not in loaded.origins
+
+
+def test_switched_kind_in_an_upper_file(write) -> None:
+    write("mlps: []\ntower: {mlp: {kind: experts, count: 16}}\n", "b.yaml")
+    with pytest.warns(DroppedKeyWarning):
+        assert load(write("base: b.yaml\ntower: {mlp: {kind: dense}}\n"), [], Whole).value.tower.mlp == Dense()
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("tower: {mlp: {kind: experts}}", ["tower.mlp.count=3", "tower.mlp.kind=dense"]),
+        ("tower: {mlp: {kind: experts}}", ["tower.mlp.kind=dense", "tower.mlp.count=3"]),
+        ("tower: {mlp: {kind: dense, count: 3}}", []),
+        ("tower: {mlp: {kind: dense, count: 3}}", ["tower.mlp.kind=dense"]),
+    ],
+)
+def test_a_key_asked_for_is_never_dropped(write, text: str, overrides: list[str]) -> None:
+    path = write(text)
+    with pytest.raises(ConfigError, match=r"tower.mlp.count=3: unknown key"):
+        load(path, overrides, Whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("rats: 1\n", [], "FILE:1 rats=1: unknown key; did you mean 'rate'?"),
+        ("\ntower:\n  dept: 1\n", [], "FILE:3 tower.dept=1: unknown key; did you mean 'depth'?"),
+        (
+            "tower: {mlp: {kind: dense, qqq: 1}}",
+            [],
+            "FILE:1 tower.mlp.qqq=1: unknown key; known here: kind, width",
+        ),
+        ("tower: {mlp: {kind: dens}}", [], "FILE:1 tower.mlp.kind=dens: unknown variant; did you mean 'dense'?"),
+        ("tower: {mlp: {width: 1}}", [], "FILE:1 tower.mlp.kind: required, and missing: it says which variant"),
+        ("mlps: [{kind: experts, count: 0}]", [], "FILE:1 mlps.0.count=0: input should be greater than or equal to 1"),
+        ("mlps: [{kind: experts, cout: 1}]", [], "FILE:1 mlps.0.cout=1: unknown key; did you mean 'count'?"),
+        ("rate: [1]", [], "FILE:1 rate: input should be a valid number"),
+        ("\nrate: fast", [], "FILE:2 rate=fast: input should be a valid number"),
+        ("", ["rate=fast"], "override 1 (rate=fast) rate=fast: input should be a valid number"),
+        ("", ["rate=1", "tower.dpth=1"], "override 2 (tower.dpth=1) tower.dpth=1: unknown key; did you mean 'depth'?"),
+        ("precision: fp23", [], "FILE:1 precision=fp23: not one of the choices; did you mean 'fp32'?"),
+        ("mode: fats", [], "FILE:1 mode=fats: not one of the choices; did you mean 'fast'?"),
+        ("stages:\n- name: a\n", [], "FILE:2 stages.0.steps: required, and missing"),
+        ("rate: 1000", [], "FILE: rate=1000.0: must not exceed 100"),
+        ("rate: 1\nrate: 2\n", [], "FILE:2 rate: written twice, first at FILE:1"),
+        ("rate: {a: 1\n", [], "FILE:2: not valid YAML"),
+        ("- 1\n", [], "FILE: a configuration is a mapping of keys to values, this is a list"),
+        ("base: nowhere.yaml\n", [], "FILE:1 base=nowhere.yaml: no such file"),
+        ("base: run.yaml\n", [], "FILE: its chain of 'base:' files leads back to"),
+        ("a: &x [*x]\n", [], "FILE:1: an alias that contains itself"),
+        ("", ["rate"], "override 1 (rate): expected key=value"),
+        ("", ["a..b=1"], "override 1 (a..b=1): expected key=value"),
+        ("", ["rate.x=1"], "override 1 (rate.x=1) rate"),
+        ("rate: 1", ["rate.x=1"], "override 1 (rate.x=1): 'x' lies below 1 (FILE:1), not a block"),
+        ("stages: []", ["stages.0.steps=1"], "'0' is no item of a list of 0"),
+        ("", ["stages.0.steps=1"], "no list is written here; give the list whole"),
+        ("", ["rate=[1"], "override 1 (rate=[1):1: not valid YAML"),
+        ("limit: many", [], "FILE:1 limit=many: "),
+    ],
+)
+def test_complaints(write, text: str, overrides: list[str], message: str) -> None:
+    path = write(text or "run_dir: x\n")
+    with pytest.raises(ConfigError, match=re.escape(message.replace("FILE", str(path)))):
+        load(path, overrides, Whole)
+
+
+def test_every_error_is_listed(write) -> None:
+    path = write("rats: 1\nmode: x\ntower: {depth: y}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path, [], Whole)
+    text = str(caught.value)
+    assert text.startswith("3 errors in the configuration:\n")
+    assert all(f"{path}:{line} " in text for line in (1, 2, 3))
+
+
+def test_override_of_a_null_block_and_a_whole_block(write) -> None:
+    path = write("tower: null\n")
+    assert load(path, ["tower.depth=5"], Whole).value.tower == Tower(depth=5)
+    value = load(write(FULL), ["tower.mlp={kind: experts, count: 2}", "tower.depth=1"], Whole).value
+    assert value.tower == Tower(depth=1, mlp=Experts(count=2))
+    assert load(write(FULL), ["tower="], Whole).value.tower is None
+
+
+def test_a_value_that_fits_no_member_of_a_union_is_one_error(write) -> None:
+    path = write("limit: many\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path, [], Whole)
+    assert str(caught.value) == (
+        f"{path}:1 limit=many: input should be a valid integer, unable to parse string as an integer"
+        " or not one of the choices; known here: auto"
+    )

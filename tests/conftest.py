@@ -1,0 +1,25 @@
+"""What all tests share: one thread, no network for hubs, shapes checked at run time, reproducible properties."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: two cores are shared by all ranks that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Signatures such as ``Float[Tensor, "T D"]`` are checked at every call in tests, and cost nothing in production.
+install_import_hook(["mmscale.nn", "mmscale.models", "mmscale.objectives"], "beartype.beartype")
+
+# No deadline: a test must not fail because the machine is busy.
+settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("house")
+
+
+def pytest_configure() -> None:
+    import torch
+
+    torch.set_num_threads(1)
