@@ -1,0 +1,1 @@
+"""Models, composed of one decoder family, towers and connectors."""

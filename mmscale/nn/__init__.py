@@ -1,0 +1,1 @@
+"""Layers. They know tensors and segments, no batch, no model, no engine."""

@@ -1,0 +1,1 @@
+"""How features of a tower reach the decoder."""

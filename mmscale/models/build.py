@@ -1,0 +1,123 @@
+"""From a configuration to a model: the one place where kinds become classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data_pipeline.media_spec import MediaSpec, Placement
+from mmscale.models.config import (
+    CrossAttentionConnectorConfig,
+    EmbeddingConnectorConfig,
+    HybridConnectorConfig,
+    ModelConfig,
+)
+from mmscale.models.connectors.cross_attention import CrossAttentionConnector
+from mmscale.models.connectors.embedding import EmbeddingConnector
+from mmscale.models.decoder import Decoder
+from mmscale.models.flops import cost_per_patch
+from mmscale.models.head import LanguageHead
+from mmscale.models.multimodal import Connector, MultimodalModel
+from mmscale.models.vision import VisionTower
+from mmscale.nn.attention_backends import AttentionChoice, Backend, resolve_backend
+from mmscale.nn.init import initialise_
+from mmscale.nn.moe import Experts
+from mmscale.nn.rope import LearnedPositionsConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters.
+
+    Attributes:
+        total: All, tied ones once.
+        active: Those that one token uses: of E routed experts only A count.
+        components: Totals of "vision", "connector" and "decoder".
+    """
+
+    total: int
+    active: int
+    components: dict[str, int]
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    attention: AttentionChoice = "auto",
+    seed: int | None = 0,
+    dtype: torch.dtype | None = None,
+) -> MultimodalModel:
+    """Builds a model on the current default device.
+
+    Args:
+        config: What to build.
+        attention: Kernel; a named one that is missing raises.
+        seed: Of the first values, which depend on it and on each parameter's name alone. None leaves them unset, for
+            a caller that loads weights or calls ``mmscale.nn.init.initialise_`` later. Unused on the meta device.
+        dtype: Compute dtype, if known, for the choice of kernel by ``auto``; parameters keep torch's default dtype.
+
+    Raises:
+        UnsupportedError: this machine lacks the kernel named by ``attention``.
+    """
+    backend = resolve_backend(attention, dtype)
+    decoder = Decoder(config.decoder, backend)
+    tied = decoder.embed_tokens.weight if config.decoder.tie_embeddings else None
+    head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied)
+    head.init_std = config.decoder.init_std  # type: ignore[assignment]
+    vision = None if config.vision is None else VisionTower(config.vision, backend)
+    model = MultimodalModel(config, decoder, head, vision, _connector(config, backend))
+    if seed is not None and not any(parameter.is_meta for parameter in model.parameters()):
+        initialise_(model, seed)
+    return model
+
+
+def _connector(config: ModelConfig, backend: Backend) -> Connector | None:
+    if config.vision is None or config.connector is None:
+        return None
+    if isinstance(config.connector, EmbeddingConnectorConfig):
+        return EmbeddingConnector(config.connector, config.vision.feature_dim, config.decoder.hidden_dim)
+    return CrossAttentionConnector(config.connector, config.vision.feature_dim, config.decoder, backend)
+
+
+def media_spec(config: ModelConfig) -> MediaSpec:
+    """What the data side must know of a model."""
+    axes = 1 if config.decoder.rope is None or config.decoder.rope.sections is None else 3
+    if config.vision is None or config.connector is None:
+        return MediaSpec(placement=Placement.NONE, position_axes=axes)
+    placements = {
+        EmbeddingConnectorConfig: Placement.EMBEDDING,
+        CrossAttentionConnectorConfig: Placement.CROSS_ATTENTION,
+        HybridConnectorConfig: Placement.HYBRID,
+    }
+    positions = config.vision.positions
+    return MediaSpec(
+        placement=placements[type(config.connector)],
+        patch_size=config.vision.patch_size,
+        merge=config.connector.projector.merge,
+        channels=config.vision.channels,
+        cost_per_patch=cost_per_patch(config),
+        fixed_grid=positions.grid if isinstance(positions, LearnedPositionsConfig) else None,
+        position_axes=axes,
+    )
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Counts on the meta device: no memory, any size."""
+    with torch.device("meta"):
+        model = build_model(config, attention="sdpa")
+    total = _unique(model)
+    idle = 0
+    for module in model.modules():
+        if isinstance(module, Experts):
+            idle += _unique(module) - _unique(module) * module.experts_per_token // module.num_experts
+    components = {
+        name: sum(p.numel() for p in {p for module in modules for p in module.parameters()})
+        for name, modules in model.components().items()
+    }
+    return ParameterCount(total, total - idle, components)
+
+
+def _unique(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

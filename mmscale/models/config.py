@@ -1,0 +1,227 @@
+"""Configuration of a model: a decoder, and with it a vision tower and a connector, or neither."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from data_pipeline.strict import StrictConfig
+from mmscale.nn.attention import AttentionConfig
+from mmscale.nn.block import NormPlacement
+from mmscale.nn.mlp import Activation, DenseMlpConfig
+from mmscale.nn.moe import MoeConfig
+from mmscale.nn.norms import NormConfig
+from mmscale.nn.rope import LearnedPositionsConfig, RopeConfig, Rotary2dConfig, rotated_width
+
+MlpConfig = Annotated[DenseMlpConfig | MoeConfig, Field(discriminator="kind")]
+PositionsConfig = Annotated[LearnedPositionsConfig | Rotary2dConfig, Field(discriminator="kind")]
+
+
+class DecoderConfig(StrictConfig):
+    """A causal text decoder."""
+
+    vocab_size: int = Field(gt=0)
+    """V, rows of the embedding; at least the tokenizer's vocabulary."""
+    hidden_dim: int = Field(gt=0)
+    """D, width of the residual stream."""
+    num_layers: int = Field(gt=0)
+    """Blocks with self-attention; cross-attention blocks come on top."""
+    attention: AttentionConfig
+    """Heads, biases, per-head norms."""
+    mlp: MlpConfig
+    """Feed-forward of the blocks: ``dense`` or ``moe``."""
+    norm: NormConfig = NormConfig()
+    """Kind and epsilon of all norms."""
+    norm_placement: NormPlacement = NormPlacement.PRE
+    """Norms before the sub-layers (Llama) or after them (OLMo 2)."""
+    rope: RopeConfig | None = RopeConfig()
+    """Rotary positions; null for none."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output projection."""
+    init_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of the first weights; null: ``1 / sqrt(fan-in)``."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DecoderConfig:
+        head_dim = self.attention.resolved_head_dim(self.hidden_dim)
+        if self.rope is not None:
+            width = rotated_width(head_dim, self.rope)
+            if width % 2:
+                raise ValueError(f"rope.fraction={self.rope.fraction}: {width} of {head_dim} channels; must be even")
+            sections = self.rope.sections
+            if sections is not None and sum(sections) != width // 2:
+                raise ValueError(f"rope.sections={list(sections)}: must sum to {width // 2}, half the rotated channels")
+        return self
+
+
+class VisionConfig(StrictConfig):
+    """A vision transformer over packed patches of any number of images."""
+
+    patch_size: int = Field(gt=0)
+    """Side of a square patch, pixels."""
+    channels: int = Field(default=3, gt=0)
+    """Colour channels."""
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Subtracted from pixels scaled to 0..1, per channel."""
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Divides after that, per channel."""
+    hidden_dim: int = Field(gt=0)
+    """Width of the tower."""
+    num_layers: int = Field(gt=0)
+    """Blocks."""
+    attention: AttentionConfig
+    """Heads, biases, per-head norms."""
+    mlp: DenseMlpConfig
+    """Feed-forward of the blocks."""
+    norm: NormConfig = NormConfig()
+    """Kind and epsilon of all norms."""
+    positions: PositionsConfig
+    """``learned`` for views of one fixed size, ``rotary_2d`` for native resolution."""
+    class_token: bool = False
+    """Put a learned token first in every view (CLIP); it is dropped from the features. ``learned`` positions only."""
+    patch_bias: bool = False
+    """Bias on the patch projection."""
+    pre_norm: bool = False
+    """A norm before the first block (CLIP, Pixtral)."""
+    post_norm: bool = True
+    """A norm after the last block."""
+    layer_scale: float | None = None
+    """Start of learned per-channel factors on the branches (InternViT: 0.1); null for none."""
+    feature_layers: tuple[int, ...] = ()
+    """0-based blocks whose outputs, not normalised, are concatenated behind the last one's (Llama 3.2 Vision)."""
+    last_output: bool = True
+    """Whether features hold the last block's output, normalised; if not, ``feature_layers`` alone (Molmo)."""
+    init_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of the first weights; null: ``1 / sqrt(fan-in)``."""
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of a patch's features."""
+        return self.hidden_dim * (len(self.feature_layers) + self.last_output)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VisionConfig:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"mean and std need {self.channels} values each, got {len(self.mean)} and {len(self.std)}")
+        head_dim = self.attention.resolved_head_dim(self.hidden_dim)
+        if isinstance(self.positions, Rotary2dConfig):
+            if head_dim % 4:
+                raise ValueError(f"positions.kind=rotary_2d needs heads of a multiple of 4 channels, got {head_dim}")
+            if self.class_token:
+                raise ValueError("class_token: has no place in the grid of rotary_2d positions; use learned positions")
+        if any(not 0 <= layer < self.num_layers for layer in self.feature_layers):
+            raise ValueError(
+                f"feature_layers={list(self.feature_layers)}: blocks are numbered 0..{self.num_layers - 1}"
+            )
+        if not self.last_output and self.num_layers - 1 not in self.feature_layers:
+            raise ValueError(
+                "last_output=false: the last block's output is unused; build fewer blocks or name it in feature_layers"
+            )
+        if not self.last_output and self.post_norm:
+            raise ValueError("last_output=false: post_norm would normalise nothing; set post_norm=false")
+        return self
+
+
+class _Projector(StrictConfig):
+    merge: int = Field(default=1, gt=0)
+    """Side of the square of patches that becomes one feature (pixel shuffle); 1 for none."""
+    norm: Literal["none", "before_merge", "after_merge"] = "none"
+    """Where a layer norm stands: per patch (Qwen2-VL), per merged feature (NVLM), or nowhere."""
+    bias: bool = True
+    """Biases on the projections."""
+
+
+class LinearProjectorConfig(_Projector):
+    """One linear layer."""
+
+    kind: Literal["linear"] = "linear"
+
+
+class MlpProjectorConfig(_Projector):
+    """Two linear layers."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden_dim: int | None = None
+    """Channels between the layers; null: the decoder's width."""
+    activation: Activation = Activation.GELU
+    """Between the layers."""
+
+
+ProjectorConfig = Annotated[LinearProjectorConfig | MlpProjectorConfig, Field(discriminator="kind")]
+
+
+class EmbeddingConnectorConfig(StrictConfig):
+    """Image features take the place of token embeddings (LLaVA, Qwen2-VL, Pixtral, NVLM-D)."""
+
+    kind: Literal["embedding"] = "embedding"
+    projector: ProjectorConfig = MlpProjectorConfig()
+    """From tower features to the decoder's width."""
+
+
+class _Attended(StrictConfig):
+    projector: ProjectorConfig = LinearProjectorConfig()
+    """From tower features to the decoder's width."""
+    every: int = Field(default=4, gt=0)
+    """A cross-attention block stands before decoder blocks n-1, 2n-1, ... (0-based)."""
+    attention: AttentionConfig | None = None
+    """Heads of the cross-attention; null: as the decoder's."""
+    mlp: DenseMlpConfig | None = None
+    """Feed-forward of the cross-attention blocks; null: as the decoder's, which must be dense then."""
+    gate_init: float = 0.0
+    """Start of the tanh gates on both branches; 0 as published: the decoder is unchanged at first."""
+
+
+class CrossAttentionConnectorConfig(_Attended):
+    """Every view is attended by gated cross-attention blocks (Llama 3.2 Vision, NVLM-X)."""
+
+    kind: Literal["cross_attention"] = "cross_attention"
+
+
+class HybridConnectorConfig(_Attended):
+    """The thumbnail takes token places, tiles are attended (NVLM-H)."""
+
+    kind: Literal["hybrid"] = "hybrid"
+
+
+ConnectorConfig = Annotated[
+    EmbeddingConnectorConfig | CrossAttentionConnectorConfig | HybridConnectorConfig, Field(discriminator="kind")
+]
+
+
+class ModelConfig(StrictConfig):
+    """A multimodal model, or a text model if ``vision`` and ``connector`` are null."""
+
+    decoder: DecoderConfig
+    """The text decoder."""
+    vision: VisionConfig | None = None
+    """The image tower; null for a text model."""
+    connector: ConnectorConfig | None = None
+    """How image features reach the decoder; null for a text model."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if (self.vision is None) != (self.connector is None):
+            raise ValueError("vision and connector: set both, or neither for a text model")
+        if isinstance(self.connector, CrossAttentionConnectorConfig | HybridConnectorConfig):
+            if self.connector.every > self.decoder.num_layers:
+                raise ValueError(
+                    f"connector.every={self.connector.every}: a decoder of {self.decoder.num_layers} blocks gets none"
+                )
+            if (
+                self.connector.mlp is None
+                and isinstance(self.decoder.mlp, MoeConfig)
+                and self.decoder.mlp.dense is None
+            ):
+                raise ValueError(
+                    "connector.mlp: set it; a decoder with experts in every block has no dense one to copy"
+                )
+        if (
+            self.vision is not None
+            and self.connector is not None
+            and isinstance(self.vision.positions, LearnedPositionsConfig)
+        ):
+            merge = self.connector.projector.merge
+            if any(side % merge for side in self.vision.positions.grid):
+                raise ValueError(f"connector.projector.merge={merge}: must divide both sides of vision.positions.grid")
+        return self

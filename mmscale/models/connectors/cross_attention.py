@@ -1,0 +1,188 @@
+"""Gated cross-attention blocks between decoder blocks, and the two connectors that use them.
+
+features --projector--> rows --keys--> attended rows --k, v per block--> cross-attention of the text spans
+                          \\--source--> token slots (hybrid only)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from data_pipeline.batch import MediaBlock, Segments
+from mmscale.models.config import CrossAttentionConnectorConfig, DecoderConfig, HybridConnectorConfig
+from mmscale.models.connectors.embedding import write_features
+from mmscale.models.connectors.projector import Projector
+from mmscale.models.decoder import Insertion
+from mmscale.models.kv_cache import CrossCache, KVCache
+from mmscale.nn.attention import AttentionConfig, CrossAttention, QkNorm
+from mmscale.nn.attention_backends import Backend
+from mmscale.nn.init import set_init_scale
+from mmscale.nn.mlp import DenseMlpConfig, Mlp
+from mmscale.nn.moe import MoeConfig
+from mmscale.nn.norms import build_norm
+
+
+def insertion_layers(num_layers: int, every: int) -> list[int]:
+    """0-based decoder blocks that have a cross-attention block before them: ``every - 1, 2 every - 1, ...``."""
+    return list(range(every - 1, num_layers, every))
+
+
+def cross_attention_shapes(
+    config: CrossAttentionConnectorConfig | HybridConnectorConfig, decoder: DecoderConfig
+) -> tuple[AttentionConfig, DenseMlpConfig]:
+    """Attention and feed-forward of the blocks; what is not set follows the decoder, with norms on q and k heads."""
+    attention = config.attention or decoder.attention.model_copy(update={"qk_norm": QkNorm.HEAD})
+    mlp = config.mlp or (decoder.mlp.dense if isinstance(decoder.mlp, MoeConfig) else decoder.mlp)
+    assert mlp is not None, "ModelConfig refuses a decoder of experts alone without connector.mlp"
+    return attention, mlp
+
+
+def rows_with_keys(span_tokens: Segments, span_keys: Segments) -> Bool[Tensor, " T"]:
+    """Whether each token's span has anything to attend; computed on the device, without waiting for it."""
+    seen = span_keys.cu.diff() > 0
+    return seen.repeat_interleave(span_tokens.cu.diff(), output_size=span_tokens.total)
+
+
+class CrossAttentionBlock(nn.Module):
+    """``x += tanh(g1) * attend(norm(x)); x += tanh(g2) * mlp(norm(x))``, nothing where no image is visible.
+
+    Source: Flamingo (arXiv 2204.14198, section 2.2) for the gates; Llama 3 (arXiv 2407.21783, section 7.1) and its
+    reference code for norms on q and k heads and for masking both branches.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderConfig,
+        attention: AttentionConfig,
+        mlp: DenseMlpConfig,
+        gate_init: float,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        dim = decoder.hidden_dim
+        self.input_layernorm = build_norm(decoder.norm, dim)
+        self.cross_attn = CrossAttention(dim, dim, attention, decoder.norm, backend)
+        self.cross_attn_attn_gate = nn.Parameter(torch.full((1,), gate_init))
+        self.post_attention_layernorm = build_norm(decoder.norm, dim)
+        self.mlp = Mlp(dim, mlp)
+        self.cross_attn_mlp_gate = nn.Parameter(torch.full((1,), gate_init))
+        self.constant_init = {"cross_attn_attn_gate": gate_init, "cross_attn_mlp_gate": gate_init}
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "T D"],
+        source: Float[Tensor, "A D"] | CrossCache,
+        span_tokens: Segments,
+        span_keys: Segments,
+        visible: Bool[Tensor, " T"],
+    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "A G K"], Float[Tensor, "A G K"]]:
+        """Returns the stream, and the keys and values used, for a cache."""
+        if isinstance(source, CrossCache):
+            keys, values = source.keys, source.values
+        else:
+            keys, values = self.cross_attn.project_source(source)
+        mask = visible.unsqueeze(1).to(hidden.dtype)
+        attended = self.cross_attn(self.input_layernorm(hidden), keys, values, span_tokens, span_keys)
+        hidden = hidden + self.cross_attn_attn_gate.tanh() * mask * attended
+        changed = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + self.cross_attn_mlp_gate.tanh() * mask * changed, keys, values
+
+
+class CrossAttentionConnector(nn.Module):
+    """Views are attended; with ``hybrid`` the embedded ones (thumbnails) also take token slots.
+
+    Source: Llama 3 (section 7.1); NVLM (arXiv 2409.11402, section 4.2) for the hybrid.
+    """
+
+    def __init__(
+        self,
+        config: CrossAttentionConnectorConfig | HybridConnectorConfig,
+        feature_dim: int,
+        decoder: DecoderConfig,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        self.projector = Projector(feature_dim, decoder.hidden_dim, config.projector)
+        attention, mlp = cross_attention_shapes(config, decoder)
+        layers = insertion_layers(decoder.num_layers, config.every)
+        self.blocks = nn.ModuleDict(
+            {str(layer): CrossAttentionBlock(decoder, attention, mlp, config.gate_init, backend) for layer in layers}
+        )
+        self.embeds = isinstance(config, HybridConnectorConfig)
+        set_init_scale(self.blocks, decoder.num_layers + len(layers), decoder.init_std)
+
+    def connect(
+        self, hidden: Tensor, features: Tensor, media: MediaBlock, segments: Segments, cache: KVCache | None
+    ) -> tuple[Tensor, Mapping[int, Insertion]]:
+        """The decoder's input and the calls to insert before its blocks; fills ``cache.cross`` if there is a cache."""
+        rows = self.projector(features, media.grids)
+        if self.embeds:
+            hidden = write_features(hidden, rows, media)
+        attended = rows.index_select(0, media.keys)
+        visible = rows_with_keys(media.span_tokens, media.span_keys)
+        last = None if cache is None else _last_span_keys(segments, media, hidden.device)
+        insertions = {
+            int(layer): partial(
+                _insert,
+                block=block,
+                source=attended,
+                media=media,
+                visible=visible,
+                cache=cache,
+                last=last,
+                layer=int(layer),
+            )
+            for layer, block in self.blocks.items()
+        }
+        return hidden, insertions
+
+    def resume(self, cache: KVCache, segments: Segments) -> Mapping[int, Insertion]:
+        """Insertions for rows that continue cached sequences."""
+        insertions: dict[int, Insertion] = {}
+        for layer, block in self.blocks.items():
+            stored = cache.cross[int(layer)]
+            visible = rows_with_keys(segments, stored.segments)
+            insertions[int(layer)] = partial(_continue, block=block, stored=stored, segments=segments, visible=visible)
+        return insertions
+
+    def blocks_to_recompute(self) -> list[nn.Module]:
+        return list(self.blocks.values())
+
+
+def _insert(
+    hidden: Tensor,
+    block: nn.Module,
+    source: Tensor,
+    media: MediaBlock,
+    visible: Tensor,
+    cache: KVCache | None,
+    last: tuple[Tensor, Segments] | None,
+    layer: int,
+) -> Tensor:
+    hidden, keys, values = block(hidden, source, media.span_tokens, media.span_keys, visible)
+    if cache is not None and last is not None:
+        index, pieces = last
+        cache.cross[layer] = CrossCache(keys.index_select(0, index), values.index_select(0, index), pieces)
+    return hidden
+
+
+def _continue(hidden: Tensor, block: nn.Module, stored: CrossCache, segments: Segments, visible: Tensor) -> Tensor:
+    return block(hidden, stored, segments, stored.segments, visible)[0]
+
+
+def _last_span_keys(segments: Segments, media: MediaBlock, device: torch.device) -> tuple[Tensor, Segments]:
+    """Attended rows of the span that each sequence ends in: what the tokens to come will see."""
+    ends = np.array(media.span_tokens.bounds[1:])
+    pieces = []
+    for start, end in zip(segments.bounds, segments.bounds[1:], strict=False):
+        span = int(np.searchsorted(ends, end))  # The first span to reach the end of the sequence is its last.
+        inside = end > start and span < len(ends)
+        pieces.append(np.arange(*media.span_keys.bounds[span : span + 2]) if inside else np.arange(0))
+    parts = Segments.from_lengths([len(piece) for piece in pieces])
+    return torch.from_numpy(np.concatenate(pieces)).to(device), Segments(parts.cu.to(device), parts.bounds)

@@ -1,0 +1,95 @@
+"""The text decoder. It knows nothing of images: others may replace rows of its input and insert calls before blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from data_pipeline.batch import Segments
+from mmscale.models.config import DecoderConfig
+from mmscale.models.kv_cache import KVCache
+from mmscale.nn.attention_backends import Backend
+from mmscale.nn.block import TransformerBlock
+from mmscale.nn.init import set_init_scale
+from mmscale.nn.mlp import DenseMlpConfig
+from mmscale.nn.moe import MoeConfig
+from mmscale.nn.norms import build_norm
+from mmscale.nn.rope import Rotation, text_rotation
+
+Insertion = Callable[[Tensor], Tensor]
+"""From the residual stream to the residual stream, both ``(T, D)``."""
+
+
+def block_mlps(config: DecoderConfig) -> list[DenseMlpConfig | MoeConfig]:
+    """The feed-forward of each block: with ``every=n``, blocks n-1, 2n-1, ... have the experts."""
+    mlp = config.mlp
+    if isinstance(mlp, DenseMlpConfig) or mlp.dense is None:
+        return [mlp] * config.num_layers
+    return [mlp if (layer + 1) % mlp.every == 0 else mlp.dense for layer in range(config.num_layers)]
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, last norm.
+
+    Source: Llama (arXiv 2302.13971, section 2.2) and its successors; the options are named in ``DecoderConfig``.
+    """
+
+    def __init__(self, config: DecoderConfig, backend: Backend) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.attention.resolved_head_dim(config.hidden_dim)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_dim)
+        self.layers = nn.ModuleList(
+            TransformerBlock(
+                config.hidden_dim,
+                config.attention,
+                mlp,
+                config.norm,
+                backend,
+                causal=True,
+                placement=config.norm_placement,
+            )
+            for mlp in block_mlps(config)
+        )
+        self.norm = build_norm(config.norm, config.hidden_dim)
+        set_init_scale(self, config.num_layers, config.init_std)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "T D"],
+        position_ids: Int[Tensor, "T ..."],
+        segments: Segments,
+        valid: Bool[Tensor, " T"],
+        insertions: Mapping[int, Insertion],
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"] | None]:
+        """Runs the blocks.
+
+        Args:
+            hidden: Embedded tokens, with rows replaced as the connector wants.
+            position_ids: ``(T,)`` or ``(T, 3)``.
+            segments: Documents.
+            valid: Rows that count in router statistics.
+            insertions: Calls on the stream before a block, by its 0-based number.
+            cache: Keys and values of earlier rows; extended in place.
+
+        Returns:
+            The normalised stream, and the mean (balance, z) of the blocks with experts, if there are any.
+        """
+        rotation = self._rotation(position_ids, hidden.dtype)
+        losses = []
+        for number, layer in enumerate(self.layers):
+            if number in insertions:
+                hidden = insertions[number](hidden)
+            layer_cache = None if cache is None else cache.layer(number)
+            hidden, router_losses = layer(hidden, rotation, segments, valid, layer_cache)
+            if router_losses is not None:
+                losses.append(router_losses)
+        return self.norm(hidden), torch.stack(losses).mean(0) if losses else None
+
+    def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> Rotation | None:
+        rope = self.config.rope
+        return None if rope is None else text_rotation(position_ids, self.head_dim, rope, dtype)

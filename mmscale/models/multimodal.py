@@ -1,0 +1,94 @@
+"""The composed model: tower, connector, decoder, head. It contains no word about engines."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from data_pipeline.batch import MultimodalBatch
+from mmscale.models.config import ModelConfig
+from mmscale.models.connectors.cross_attention import CrossAttentionConnector
+from mmscale.models.connectors.embedding import EmbeddingConnector
+from mmscale.models.decoder import Decoder, Insertion
+from mmscale.models.flops import forward_flops
+from mmscale.models.head import LanguageHead
+from mmscale.models.kv_cache import KVCache
+from mmscale.models.outputs import AuxLoss, ModelOutput
+from mmscale.models.vision import VisionTower
+from mmscale.nn.moe import MoeConfig
+
+Connector = EmbeddingConnector | CrossAttentionConnector
+
+
+class MultimodalModel(nn.Module):
+    """Text and, with a tower, images to hidden rows.
+
+    Every batch runs every module: packs without an image carry a null document.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        decoder: Decoder,
+        head: LanguageHead,
+        vision: VisionTower | None,
+        connector: Connector | None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = vision
+        self.connector = connector
+        self.decoder = decoder
+        self.head = head
+
+    def forward(self, batch: MultimodalBatch, cache: KVCache | None = None) -> ModelOutput:
+        """Hidden rows of a batch; with a cache that was started, of one more token a sequence.
+
+        Args:
+            batch: Packed documents. With a started ``cache``: one row per sequence, in the same order, and no media.
+            cache: Extended in place.
+        """
+        resumed = cache is not None and cache.started
+        hidden = self.decoder.embed_tokens(batch.token_ids)
+        if cache is not None:
+            cache.advance(batch.segments, self.config.decoder.attention.kv_heads, self.decoder.head_dim, hidden)
+        insertions: dict[int, Insertion] = {}
+        if self.vision is not None and self.connector is not None:
+            if cache is not None and resumed:
+                insertions = dict(self.connector.resume(cache, batch.segments))
+            else:
+                media = batch.media["image"]
+                features = self.vision(media)
+                hidden, found = self.connector.connect(hidden, features, media, batch.segments, cache)
+                insertions = dict(found)
+        hidden, router = self.decoder(hidden, batch.position_ids, batch.segments, batch.valid, insertions, cache)
+        aux = {}
+        mlp = self.config.decoder.mlp
+        if router is not None and isinstance(mlp, MoeConfig):
+            aux["router_balance"] = AuxLoss(router[0], mlp.balance_coefficient)
+            aux["router_z"] = AuxLoss(router[1], mlp.z_coefficient)
+        return ModelOutput(hidden, aux)
+
+    def components(self) -> dict[str, list[nn.Module]]:
+        """Modules by component; every parameter belongs to exactly one."""
+        parts: dict[str, list[nn.Module]] = {}
+        if self.vision is not None and self.connector is not None:
+            parts["vision"] = [self.vision]
+            parts["connector"] = [self.connector]
+        parts["decoder"] = [self.decoder, self.head]
+        return parts
+
+    def checkpoint_units(self) -> list[nn.Module]:
+        """Blocks worth recomputing in the backward pass."""
+        units: list[nn.Module] = list(self.vision.layers) if self.vision is not None else []
+        units += self.connector.blocks_to_recompute() if self.connector is not None else []
+        return units + list(self.decoder.layers)
+
+    def tied_parameters(self) -> list[tuple[str, str]]:
+        """Pairs of names of one and the same parameter: (owner, second name)."""
+        if self.config.decoder.tie_embeddings:
+            return [("decoder.embed_tokens.weight", "head.weight")]
+        return []
+
+    def flops(self, batch: MultimodalBatch) -> int:
+        """Floating-point operations of one forward with logits for every token; see ``models/flops.py``."""
+        return forward_flops(self.config, batch)

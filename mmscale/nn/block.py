@@ -1,0 +1,100 @@
+"""One transformer block: attention and feed-forward on a residual stream. Text and image towers share it."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from data_pipeline.batch import Segments
+from mmscale.nn.attention import AttentionConfig, LayerCache, SelfAttention
+from mmscale.nn.attention_backends import Backend
+from mmscale.nn.mlp import DenseMlpConfig, Mlp
+from mmscale.nn.moe import MoeConfig, MoeMlp
+from mmscale.nn.norms import NormConfig, build_norm
+from mmscale.nn.rope import Rotation
+
+
+class NormPlacement(str, Enum):
+    """Which side of a sub-layer is normalised."""
+
+    PRE = "pre"
+    """``x + f(norm(x))`` (Llama, CLIP)."""
+    POST = "post"
+    """``x + norm(f(x))`` (OLMo 2)."""
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch.
+
+    Source: Touvron et al. 2021, "Going deeper with image transformers", section 2.
+    """
+
+    def __init__(self, dim: int, start: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim,), start))
+        self.constant_init = {"weight": start}
+
+    def forward(self, branch: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        return branch * self.weight
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each on a residual branch.
+
+    Args:
+        dim: Width of the residual stream.
+        attention: Heads, biases, per-head norms.
+        mlp: Dense or with experts.
+        norm: Kind of the two norms.
+        backend: Attention kernel.
+        causal: Rows see earlier rows only.
+        placement: Norms before or after the sub-layers.
+        layer_scale: Start of the per-channel factors on both branches; None for none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attention: AttentionConfig,
+        mlp: DenseMlpConfig | MoeConfig,
+        norm: NormConfig,
+        backend: Backend,
+        *,
+        causal: bool,
+        placement: NormPlacement = NormPlacement.PRE,
+        layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = build_norm(norm, dim)
+        self.self_attn = SelfAttention(dim, attention, norm, backend, causal)
+        self.post_attention_layernorm = build_norm(norm, dim)
+        self.mlp: nn.Module = Mlp(dim, mlp) if isinstance(mlp, DenseMlpConfig) else MoeMlp(dim, mlp)
+        self.has_experts = isinstance(mlp, MoeConfig)
+        self.placement = placement
+        self.attention_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.mlp_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "T D"],
+        rotation: Rotation | None,
+        segments: Segments,
+        valid: Bool[Tensor, " T"] | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"] | None]:
+        """Returns the stream and, with experts, (balance loss, router z loss) over ``valid`` rows."""
+        pre = self.placement is NormPlacement.PRE
+        branch = self.input_layernorm(hidden) if pre else hidden
+        branch = self.self_attn(branch, rotation, segments, cache)
+        hidden = hidden + self.attention_scale(branch if pre else self.input_layernorm(branch))
+        branch = self.post_attention_layernorm(hidden) if pre else hidden
+        router_losses = None
+        if self.has_experts:
+            branch, router_losses = self.mlp(branch, valid)
+        else:
+            branch = self.mlp(branch)
+        hidden = hidden + self.mlp_scale(branch if pre else self.post_attention_layernorm(branch))
+        return hidden, router_losses

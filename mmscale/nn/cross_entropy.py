@@ -1,0 +1,95 @@
+"""Linear layer and cross-entropy in one, by chunks of rows, with the gradient computed on the way forward.
+
+Logits of one chunk exist at a time, so memory is independent of the number of rows; nothing of size ``(T, V)`` is ever
+made. Not for: sampling, or a second derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 64 * 2**20
+"""float32 logits of one chunk. At V = 131072 that is 128 rows, the size with the least memory at no loss of time."""
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows whose float32 logits fill a chunk; eight times as many on CUDA, which needs larger matrices."""
+    budget = CHUNK_BYTES * (8 if device.type == "cuda" else 1)
+    return max(16, budget // (4 * vocab_size))
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "T D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, " T"],
+    loss_weights: Float[Tensor, " T"],
+) -> Float[Tensor, ""]:
+    """Sum over rows of ``loss_weights * cross_entropy(hidden @ weight.T, labels)``, in float32.
+
+    Rows of weight 0 are skipped: their gradient is exactly zero and their label may be anything. Gradients reach
+    ``hidden`` and ``weight``, each only if it wants one; never ``loss_weights``.
+
+    Source: Hsu et al. 2024, "Liger Kernel" (arXiv 2410.10989), section 3.2, fused linear cross-entropy.
+    """
+    rows = loss_weights.nonzero().squeeze(1)
+    grad = torch.is_grad_enabled()
+    needs = (grad and hidden.requires_grad, grad and weight.requires_grad)
+    return _LinearCrossEntropy.apply(
+        hidden.index_select(0, rows), weight, labels.index_select(0, rows), loss_weights.index_select(0, rows), needs
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, needs: tuple[bool, bool]
+    ) -> Tensor:
+        hidden_grad = torch.empty_like(hidden) if needs[0] else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        size = chunk_rows(weight.shape[0], hidden.device)
+        for start in range(0, hidden.shape[0], size):
+            part = slice(start, start + size)
+            rows, scale = hidden[part], loss_weights[part].float()
+            logits = (rows @ weight.t()).float()  # (chunk, V)
+            target = labels[part].unsqueeze(1)
+            log_norm = logits.logsumexp(-1, keepdim=True)
+            total += ((log_norm - logits.gather(1, target)).squeeze(1) * scale).sum()
+            if hidden_grad is None and weight_grad is None:
+                continue
+            slope = logits.sub_(log_norm).exp_()  # softmax, in the logits' own memory
+            slope.scatter_add_(1, target, slope.new_full(target.shape, -1.0))
+            slope = slope.mul_(scale.unsqueeze(1)).to(weight.dtype)
+            if hidden_grad is not None:
+                torch.mm(slope, weight, out=hidden_grad[part])
+            if weight_grad is not None:
+                _add_product(weight_grad, slope, rows)
+        ctx.grads = (hidden_grad, weight_grad)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("this loss was differentiated before: its gradients are kept for one backward only")
+        hidden_grad, weight_grad = ctx.grads
+        ctx.grads = None
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad.mul_(slope)
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(slope).to(ctx.dtype)
+        return hidden_grad, weight_grad, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left.T @ right`` with a float32 total, whatever the factors' dtype."""
+    if left.dtype is torch.float32:
+        total.addmm_(left.t(), right)
+    else:
+        total.add_(left.t() @ right)

@@ -1,0 +1,187 @@
+"""Mixture of experts: a router and stacked expert weights, without capacity and without dropped tokens.
+
+    rows --router--> A experts each --sort by expert--> per-expert projections --un-sort, weigh, sum--> rows
+
+Experts are one parameter per matrix, so a rank with no row for an expert still runs the same modules as every other.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_pipeline.strict import StrictConfig
+from mmscale.nn.mlp import ACTIVATIONS, Activation, DenseMlpConfig, Mlp
+
+
+class RouterOrder(str, Enum):
+    """Whether probabilities are taken over all experts or over the chosen ones."""
+
+    SOFTMAX_THEN_TOPK = "softmax_then_topk"
+    """OLMoE, Qwen-MoE, Switch."""
+    TOPK_THEN_SOFTMAX = "topk_then_softmax"
+    """Aria, Mixtral."""
+
+
+class MoeConfig(StrictConfig):
+    """Feed-forward block with routed experts."""
+
+    kind: Literal["moe"] = "moe"
+    num_experts: int = Field(gt=0)
+    """E, routed experts."""
+    experts_per_token: int = Field(gt=0)
+    """A, experts that each token uses."""
+    expert_dim: int = Field(gt=0)
+    """F of each routed expert; a multiple of 8 for the grouped CUDA kernel."""
+    activation: Activation = Activation.SILU
+    """Non-linearity of the gated experts."""
+    router: RouterOrder = RouterOrder.SOFTMAX_THEN_TOPK
+    """Softmax over all experts and then the choice, or the choice and then softmax over the chosen."""
+    renormalise: bool = False
+    """Make the weights of the chosen experts sum to 1 (``softmax_then_topk`` only)."""
+    shared_dim: int = Field(default=0, ge=0)
+    """F of the expert that every token uses besides; 0 for none."""
+    shared_gate: bool = False
+    """Weigh the shared expert by a sigmoid gate per token (Qwen-MoE)."""
+    balance_coefficient: float = Field(default=0.01, ge=0)
+    """Weight of the load-balance loss, whose value is 1 at perfect balance."""
+    z_coefficient: float = Field(default=0.001, ge=0)
+    """Weight of the router z loss, the mean square of the log-sum-exp of the logits."""
+    every: int = Field(default=1, gt=0)
+    """Every n-th block has experts: blocks n-1, 2n-1, ...; the others use ``dense``."""
+    dense: DenseMlpConfig | None = None
+    """Feed-forward of the blocks without experts; needed if ``every`` is above 1."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MoeConfig:
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"experts_per_token={self.experts_per_token}: there are {self.num_experts} experts")
+        if self.renormalise and self.router is RouterOrder.TOPK_THEN_SOFTMAX:
+            raise ValueError("renormalise: weights already sum to 1 with router=topk_then_softmax; leave it false")
+        if self.shared_gate and not self.shared_dim:
+            raise ValueError("shared_gate: there is no shared expert; set shared_dim")
+        if (self.every > 1) != (self.dense is not None):
+            raise ValueError(f"every={self.every}: dense must be set if and only if every is above 1")
+        return self
+
+
+class Router(nn.Module):
+    """Scores and picks experts; computes its two auxiliary losses.
+
+    Source: Fedus et al. 2022, "Switch Transformers", section 2.2 (balance, here for A experts a token, 1 at perfect
+    balance); Zoph et al. 2022, "ST-MoE", section 3.3 (z loss).
+    """
+
+    def __init__(self, dim: int, config: MoeConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
+        nn.init.normal_(self.weight, std=0.02)
+        self.config = config
+
+    def forward(
+        self, hidden: Float[Tensor, "T D"], valid: Bool[Tensor, " T"]
+    ) -> tuple[Float[Tensor, "T A"], Int[Tensor, "T A"], Float[Tensor, "2"]]:
+        """Weights and numbers of the chosen experts, and (balance, z) averaged over ``valid`` rows."""
+        config = self.config
+        logits = F.linear(hidden, self.weight).float()  # (T, E)
+        probabilities = logits.softmax(-1)
+        if config.router is RouterOrder.SOFTMAX_THEN_TOPK:
+            weights, chosen = probabilities.topk(config.experts_per_token, dim=-1)
+            if config.renormalise:
+                weights = weights / weights.sum(-1, keepdim=True)
+        else:
+            top, chosen = logits.topk(config.experts_per_token, dim=-1)
+            weights = top.softmax(-1)
+        return weights.to(hidden.dtype), chosen, self._losses(logits, probabilities, chosen, valid)
+
+    def _losses(self, logits: Tensor, probabilities: Tensor, chosen: Tensor, valid: Tensor) -> Tensor:
+        mask = valid.float()
+        share = mask / mask.sum().clamp(min=1.0)  # A batch of null documents alone has losses 0, not 0 / 0.
+        counts = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0)
+        load = share @ counts / self.config.experts_per_token  # (E,), sums to 1
+        importance = share @ probabilities
+        balance = self.config.num_experts * (load * importance).sum()
+        z = share @ logits.logsumexp(-1).square()
+        return torch.stack([balance, z])
+
+
+class Experts(nn.Module):
+    """E gated feed-forward networks, stacked.
+
+    The gate and up projections are one matrix ``(E, 2 F, D)``, gate first, as in Hugging Face's expert modules.
+    """
+
+    def __init__(self, dim: int, config: MoeConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_dim, dim))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, dim, config.expert_dim))
+        nn.init.normal_(self.gate_up_proj, std=0.02)
+        nn.init.normal_(self.down_proj, std=0.02)
+        self.activate = ACTIVATIONS[config.activation]
+        self.num_experts = config.num_experts
+        self.experts_per_token = config.experts_per_token
+
+    def forward(self, rows: Float[Tensor, "R D"], experts: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
+        """Rows sorted by expert, with the expert of each."""
+        counts = torch.bincount(experts, minlength=self.num_experts)
+        if rows.is_cuda and rows.dtype is torch.bfloat16 and hasattr(F, "grouped_mm"):
+            return self._grouped(rows, counts)
+        return self._split(rows, counts.tolist())
+
+    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+        ends = counts.cumsum(0).to(torch.int32)
+        gate, up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        return F.grouped_mm(self.activate(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+
+    def _split(self, rows: Tensor, counts: list[int]) -> Tensor:
+        # unbind, not W[e]: indexing in a loop makes a gradient of the whole stack per expert, 5x to 70x slower.
+        outputs = []
+        stacks = zip(rows.split(counts), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
+        for part, gate_up, down in stacks:
+            gate, up = F.linear(part, gate_up).chunk(2, dim=-1)
+            outputs.append(F.linear(self.activate(gate) * up, down))
+        return torch.cat(outputs)
+
+
+class MoeMlp(nn.Module):
+    """Routed experts plus, optionally, a shared one.
+
+    Source: Shazeer et al. 2017; Gale et al. 2022, "MegaBlocks" (dropless); Dai et al. 2024, "DeepSeekMoE" (shared).
+    """
+
+    def __init__(self, dim: int, config: MoeConfig) -> None:
+        super().__init__()
+        self.gate = Router(dim, config)
+        self.experts = Experts(dim, config)
+        if config.shared_dim:
+            shared = DenseMlpConfig(hidden_dim=config.shared_dim, activation=config.activation)
+            self.shared_expert = Mlp(dim, shared)
+            if config.shared_gate:
+                self.shared_expert_gate = nn.Linear(dim, 1, bias=False)
+        self.config = config
+
+    def forward(
+        self, hidden: Float[Tensor, "T D"], valid: Bool[Tensor, " T"] | None
+    ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"]]:
+        """The mixture and (balance, z); rows that are not ``valid`` are computed but leave both losses alone."""
+        if valid is None:
+            valid = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        weights, chosen, losses = self.gate(hidden, valid)
+        copies = self.config.experts_per_token
+        experts, order = chosen.flatten().sort(stable=True)
+        # Repeat, then permute: both have deterministic gradients, a gather of repeated rows has not (CUDA atomics).
+        rows = hidden.repeat_interleave(copies, 0).index_select(0, order)
+        outputs = self.experts(rows, experts).index_select(0, order.argsort())  # back in (T, A) order
+        mixed = (outputs.view(-1, copies, hidden.shape[-1]) * weights.unsqueeze(-1)).sum(1)
+        if self.config.shared_dim:
+            shared = self.shared_expert(hidden)
+            if self.config.shared_gate:
+                shared = shared * self.shared_expert_gate(hidden).sigmoid()
+            mixed = mixed + shared
+        return mixed, losses

@@ -1,0 +1,71 @@
+"""From stored pixels to patch rows, with or without a class token and learned positions."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Normalises uint8 patches and projects each to D channels.
+
+    A linear layer over flattened patches is the convolution with stride = kernel of the published towers: reshape its
+    ``(D, channels, patch, patch)`` weight to ``(D, patch_dim)``.
+
+    Args:
+        channels: Colour channels; a patch is laid out (channel, row, column).
+        patch_size: Side, pixels.
+        dim: D.
+        mean: Per channel, in units of full scale (0 to 1).
+        std: Likewise.
+        bias: Whether the projection has one.
+
+    Source: Dosovitskiy et al. 2021, "An image is worth 16x16 words", section 3.1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        patch_size: int,
+        dim: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        self.projection = nn.Linear(channels * patch_size**2, dim, bias=bias)
+        self.channels = channels
+        self.mean = mean
+        self.std = std
+
+    def forward(self, values: UInt8[Tensor, "P patch_dim"]) -> Float[Tensor, "P D"]:
+        dtype = self.projection.weight.dtype
+        pixels = values.to(dtype, copy=True).view(values.shape[0], self.channels, -1)
+        # Channel by channel with Python numbers: no constant has to travel to the device.
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            pixels[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
+        return self.projection(pixels.flatten(1))
+
+
+class LearnedPositions(nn.Module):
+    """Adds a learned vector per grid place; optionally puts a class token first in every view.
+
+    Source: Dosovitskiy et al. 2021, section 3.1.
+    """
+
+    def __init__(self, places: int, dim: int, class_token: bool) -> None:
+        super().__init__()
+        self.position_embedding = nn.Parameter(torch.zeros(places + class_token, dim))
+        if class_token:
+            self.class_embedding = nn.Parameter(torch.zeros(dim))
+        self.class_token = class_token
+        self.places = places
+
+    def forward(self, patches: Float[Tensor, "P D"]) -> Float[Tensor, "P_with_class D"]:
+        """Packed views of ``places`` patches each."""
+        views = patches.view(-1, self.places, patches.shape[-1])
+        if self.class_token:
+            first = self.class_embedding.expand(views.shape[0], 1, -1)
+            views = torch.cat([first, views], dim=1)
+        return (views + self.position_embedding).flatten(0, 1)

@@ -1,0 +1,167 @@
+"""Rotary positions: plain, Llama-3 scaled, partial, three-axis text positions, and two-axis image positions.
+
+Angles are computed once per forward in float32 and handed to every block as a ``Rotation``. Nothing is cached in
+buffers: a buffer would be cast by the engine's precision, or lost on the meta device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from data_pipeline.strict import StrictConfig
+
+
+class Llama3Scaling(StrictConfig):
+    """Stretches the slow frequencies for a longer context.
+
+    Source: Llama 3.1 reference code, ``apply_scaling``.
+    """
+
+    factor: float = 8.0
+    """Divides the frequencies whose wavelength exceeds the original context. 8 in Llama 3.1, 32 in Llama 3.2."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above ``original_context / low_freq_factor`` are divided in full."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below ``original_context / high_freq_factor`` stay as they are; between the two: a blend."""
+    original_context: int = 8192
+    """Context length of the first pre-training, tokens."""
+
+
+class RopeConfig(StrictConfig):
+    """Rotary positions of the decoder."""
+
+    theta: float = Field(default=500_000.0, gt=1)
+    """Base of the geometric series of frequencies."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of each head that is rotated; 0.5 in Persimmon."""
+    scaling: Llama3Scaling | None = None
+    """Llama-3 context extension; null for none."""
+    sections: tuple[int, int, int] | None = None
+    """Frequencies given to (time, height, width) positions, summing to half the rotated width; null for plain
+    positions. ``[16, 24, 24]`` in Qwen2-VL."""
+
+
+class FrequencyLayout(str, Enum):
+    """How two image axes share the frequencies of a head."""
+
+    SHARED = "shared"
+    """Each axis gets the same series of a quarter of the head (Qwen2-VL)."""
+    ALTERNATING = "alternating"
+    """One series of half the head, even members for rows, odd ones for columns (Pixtral)."""
+
+
+class Rotary2dConfig(StrictConfig):
+    """Two-axis rotary positions of a vision tower, for any image size."""
+
+    kind: Literal["rotary_2d"] = "rotary_2d"
+    theta: float = Field(default=10_000.0, gt=1)
+    """Base of the geometric series of frequencies."""
+    layout: FrequencyLayout = FrequencyLayout.SHARED
+    """How rows and columns share a head: ``shared`` (Qwen2-VL) or ``alternating`` (Pixtral)."""
+
+
+class LearnedPositionsConfig(StrictConfig):
+    """A learned vector for each place of a fixed grid; every view has this size."""
+
+    kind: Literal["learned"] = "learned"
+    grid: tuple[int, int]
+    """Patches (rows, columns) of every view."""
+
+    @model_validator(mode="after")
+    def _positive(self) -> LearnedPositionsConfig:
+        if min(self.grid) < 1:
+            raise ValueError(f"grid={self.grid}: both sides must be at least 1 patch")
+        return self
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines of every row's angles, ``(T, R / 2)`` for R rotated channels a head."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def from_angles(cls, angles: Float[Tensor, "T R2"], dtype: torch.dtype) -> Rotation:
+        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def rotate(heads: Float[Tensor, "T H K"], rotation: Rotation) -> Float[Tensor, "T H K"]:
+    """Turns channel pairs ``(i, i + R/2)`` of each head; channels from R on stay.
+
+    Source: Su et al. 2021, "RoFormer"; the half-split pairing of GPT-NeoX and Hugging Face.
+    """
+    cos, sin = rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1)
+    half = cos.shape[-1]
+    first, second, rest = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(turned if rest.shape[-1] == 0 else (*turned, rest), dim=-1)
+
+
+def _series(num: int, width: int, theta: float, device: torch.device) -> Float[Tensor, " num"]:
+    """``theta ** (-2 i / width)`` for i below ``num``."""
+    exponents = torch.arange(num, device=device, dtype=torch.float32) * (2.0 / width)
+    return 1.0 / (theta**exponents)
+
+
+def _stretch(frequencies: Float[Tensor, " R2"], scaling: Llama3Scaling) -> Float[Tensor, " R2"]:
+    wavelengths = 2 * math.pi / frequencies
+    blend = (scaling.original_context / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blend = blend.clamp(0.0, 1.0)  # 0: divide in full; 1: leave alone. Equal to the reference's three cases.
+    return frequencies * (blend + (1 - blend) / scaling.factor)
+
+
+def text_rotation(
+    position_ids: Int[Tensor, "T ..."], head_dim: int, config: RopeConfig, dtype: torch.dtype
+) -> Rotation:
+    """Rotation of decoder rows.
+
+    Args:
+        position_ids: ``(T,)``, or ``(T, 3)`` with ``config.sections``.
+        head_dim: K.
+        config: Series and scaling.
+        dtype: Of the result; angles are float32.
+
+    Source: Su et al. 2021; Llama 3.1 for the scaling; Qwen2-VL (arXiv 2409.12191, section 2.1) for the sections.
+    """
+    width = rotated_width(head_dim, config)
+    frequencies = _series(width // 2, width, config.theta, position_ids.device)
+    if config.scaling is not None:
+        frequencies = _stretch(frequencies, config.scaling)
+    if config.sections is None:
+        positions = position_ids[:, None]
+    else:
+        axes = zip(position_ids.unbind(1), config.sections, strict=True)
+        positions = torch.cat([axis[:, None].expand(-1, count) for axis, count in axes], dim=1)
+    return Rotation.from_angles(positions.float() * frequencies, dtype)
+
+
+def rotated_width(head_dim: int, config: RopeConfig) -> int:
+    """Channels of a head that are rotated."""
+    return int(head_dim * config.fraction)
+
+
+def image_rotation(
+    rows: Int[Tensor, " P"], columns: Int[Tensor, " P"], head_dim: int, config: Rotary2dConfig, dtype: torch.dtype
+) -> Rotation:
+    """Rotation of patches by their row and column.
+
+    Source: Qwen2-VL (arXiv 2409.12191, section 2.1) and Pixtral (arXiv 2410.07073, section 2.2).
+    """
+    if config.layout is FrequencyLayout.SHARED:
+        by_row = by_column = _series(head_dim // 4, head_dim // 2, config.theta, rows.device)
+    else:
+        series = _series(head_dim // 2, head_dim, config.theta, rows.device)
+        by_row, by_column = series[0::2], series[1::2]
+    angles = torch.cat([rows[:, None].float() * by_row, columns[:, None].float() * by_column], dim=1)
+    return Rotation.from_angles(angles, dtype)
