@@ -1,0 +1,1 @@
+"""Training steps: DeepSpeed behind a small surface."""

@@ -1,0 +1,240 @@
+"""Processes: who am I, who are the others, and the few small words exchanged between us.
+
+For: joining a run started by torchrun, by ``srun``, or by nothing at all; sums, votes and complaints that every rank
+must agree on. Not for: gradients and weights (DeepSpeed moves those).
+
+Words travel over gloo on the host even when the weights travel over NCCL, so a vote never waits for the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as torch_dist
+
+from mmscale.errors import EngineError, LaunchError
+
+_COMPLAINT_BYTES = 1024
+
+
+class DistributedSettings(Protocol):
+    """What ``init_distributed`` needs to be told."""
+
+    @property
+    def timeout_seconds(self) -> float: ...
+
+    @property
+    def device(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers.
+
+    Attributes:
+        rank: 0 .. ``world_size`` - 1.
+        world_size: Processes of the run.
+        local_rank: Number of this process on its machine.
+        device: Where its share of the model lives.
+        timeout_seconds: How long a word from a peer may take before the peer counts as lost.
+        group: Process group of the words; None is torch's default group.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    timeout_seconds: float = 600.0
+    group: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+
+def init_distributed(settings: DistributedSettings) -> World:
+    """Joins the run. Reads torchrun's variables or SLURM's; without either the run is this process alone.
+
+    Sets one torch thread per rank where several CPU ranks share a machine, unless ``OMP_NUM_THREADS`` says otherwise.
+
+    Raises:
+        LaunchError: the variables of a launcher are incomplete, or CUDA was asked for and is not there.
+    """
+    device_type = _device_type(settings.device)
+    _prepare_deepspeed(device_type)
+    launched = _map_launcher_variables()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if not 0 <= rank < world_size:
+        raise LaunchError(f"RANK={rank} with WORLD_SIZE={world_size}: the rank must be below the world size")
+    device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    elif int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # Two ranks with two threads each on two cores take 2.8 s a step, with one thread 1.0 s.
+        torch.set_num_threads(1)
+    timeout = timedelta(seconds=settings.timeout_seconds)
+    if not torch_dist.is_initialized():
+        _join(device_type, device, rank, world_size, timeout, launched)
+    group = torch_dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else None
+    return World(rank, world_size, local_rank, device, settings.timeout_seconds, group)
+
+
+def _device_type(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise LaunchError(
+            "engine.device=cuda: torch sees no CUDA device here; set engine.device=cpu or check the driver"
+        )
+    return wanted
+
+
+def _prepare_deepspeed(device_type: str) -> None:
+    """What must be said before DeepSpeed is imported or started."""
+    if device_type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # 4.3 s -> 2.5 s for the first engine; nothing is compiled.
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+
+
+def start_deepspeed(world: World) -> None:
+    """Imports DeepSpeed and lets it join the process group that exists; it may be called again.
+
+    Silences its narration, and keeps it from compiling a C++ extension (``shm_comm``) on a CPU, which takes 80 s the
+    first time and crashes where no compiler is installed.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\..*|torch\.distributed.*")
+    import deepspeed
+    import deepspeed.comm
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if world.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.comm.init_distributed(dist_backend=torch_dist.get_backend(), verbose=False)
+
+
+def _map_launcher_variables() -> bool:
+    """Fills in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; True when a launcher started this process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if missing and int(env["WORLD_SIZE"]) > 1:
+            raise LaunchError(
+                f"RANK is set but {' and '.join(missing)} is not; start with torchrun or `mmscale launch`"
+            )
+        return int(env["WORLD_SIZE"]) > 1
+    # A batch script and a shell inside an allocation see SLURM_PROCID too; only `srun` counts tasks of the step.
+    if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        tasks = int(env["SLURM_STEP_NUM_TASKS"])
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=str(tasks), LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
+        if "MASTER_ADDR" not in env:
+            if int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1"))) > 1:
+                raise LaunchError(
+                    "several nodes but no MASTER_ADDR: export the address of the first node in the script"
+                )
+            env["MASTER_ADDR"] = "127.0.0.1"
+        env.setdefault("MASTER_PORT", str(20_000 + int(env.get("SLURM_JOB_ID", "0")) % 20_000))
+        return tasks > 1
+    env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    return False
+
+
+def _join(
+    device_type: str, device: torch.device, rank: int, world_size: int, timeout: timedelta, launched: bool
+) -> None:
+    options: dict[str, Any] = {"timeout": timeout}
+    if device_type == "cuda":
+        options["device_id"] = device
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")  # Read by DeepSpeed; no port is opened for a run of one process.
+    if launched:
+        try:
+            torch_dist.init_process_group(backend, init_method="env://", **options)
+        except (RuntimeError, ValueError, socket.gaierror) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise LaunchError(f"rank {rank} of {world_size} could not join the run at {address}: {error}") from error
+    else:
+        torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, **options)
+
+
+def sum_float(world: World, values: Sequence[float]) -> list[float]:
+    """Sums over all ranks in float64. All ranks must call.
+
+    Raises:
+        EngineError: a peer did not answer in time.
+    """
+    return _reduce(world, values, torch_dist.ReduceOp.SUM)
+
+
+def agree(world: World, flag: bool) -> bool:
+    """Whether any rank says yes. All ranks must call.
+
+    Raises:
+        EngineError: a peer did not answer in time.
+    """
+    return _reduce(world, [float(flag)], torch_dist.ReduceOp.MAX)[0] > 0
+
+
+def _reduce(world: World, values: Sequence[float], operation: Any) -> list[float]:
+    if world.world_size == 1:
+        return [float(value) for value in values]
+    buffer = torch.tensor(values, dtype=torch.float64)
+    try:
+        torch_dist.all_reduce(buffer, operation, group=world.group)
+    except RuntimeError as error:
+        raise EngineError(
+            f"rank {world.rank}: a peer is lost ({error}); restart the run, it resumes by itself"
+        ) from error
+    return [float(value) for value in buffer.tolist()]
+
+
+def barrier(world: World) -> None:
+    """Waits for all ranks, at most ``world.timeout_seconds``. All ranks must call; never in an exception path."""
+    _reduce(world, [0.0], torch_dist.ReduceOp.SUM)
+
+
+def first_complaint(world: World, complaint: str | None) -> str | None:
+    """The complaint of the lowest rank that has one, known to all ranks afterwards. All ranks must call.
+
+    Lets every rank fail together with the same sentence, instead of one that fails and others that wait for it.
+    """
+    if world.world_size == 1:
+        return complaint
+    text = (complaint or "").encode()[:_COMPLAINT_BYTES]
+    mine = torch.zeros(_COMPLAINT_BYTES, dtype=torch.uint8)
+    mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    theirs = [torch.empty_like(mine) for _ in range(world.world_size)]
+    try:
+        torch_dist.all_gather(theirs, mine, group=world.group)
+    except RuntimeError as error:
+        raise EngineError(f"rank {world.rank}: a peer is lost ({error}); restart the run") from error
+    for rank, buffer in enumerate(theirs):
+        said = bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
+        if said:
+            return said if world.world_size == 1 else f"rank {rank}: {said}"
+    return None
+
+
+def shutdown(world: World, *, patience_seconds: float = 5.0) -> None:
+    """Leaves the run. Never waits longer than ``patience_seconds``, whatever state the peers are in."""
+    if not torch_dist.is_initialized():
+        return
+    leaving = threading.Thread(target=torch_dist.destroy_process_group, daemon=True)
+    leaving.start()
+    leaving.join(patience_seconds)

@@ -1,0 +1,39 @@
+"""How a run uses its machines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from data_pipeline.strict import StrictConfig
+
+
+class EngineConfig(StrictConfig):
+    """Partitioning, precision, memory against time."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """What the ranks share out among themselves: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of weights and activations; masters and moments are always fp32. ``auto``: bf16 where the hardware
+    computes it natively (a CUDA device, or a CPU with AVX512-BF16 or AMX), fp32 elsewhere. fp16 is not offered: it
+    needs loss scaling, and no CPU computes it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; ``auto`` takes CUDA if torch sees it."""
+    activation_checkpointing: bool = False
+    """Forget the activations of each block and compute them again in the backward pass: about a third more time, far
+    less memory."""
+    attention: str = "auto"
+    """Attention backend, chosen once when the model is built; a named one that is missing raises."""
+    micro_lanes: int = Field(default=1, ge=1)
+    """Rows of the global batch that a rank computes at once. More: fewer, larger passes and more memory."""
+    timeout_seconds: float = Field(default=600.0, gt=0)
+    """Longest wait for another rank before it counts as lost."""
+    reduce_bucket_elements: int = Field(default=50_000_000, ge=1)
+    """Gradient values that are reduced in one message."""
+    gather_bucket_elements: int = Field(default=50_000_000, ge=1)
+    """Weight values that are gathered ahead of time in one message (stages 1-3)."""
+    persistent_parameter_elements: int = Field(default=100_000, ge=0)
+    """Stage 3 keeps parameters of fewer values than this whole on every rank."""
+    overlap_communication: bool = True
+    """Reduce gradients while the backward pass goes on (CUDA; gloo has no streams to overlap)."""

@@ -1,0 +1,243 @@
+"""One optimizer step over the microbatches of all ranks.
+
+    weights (host) --sum over microbatches and ranks--> global weight
+    microbatch --LossGraph--> loss sum --x W / global weight--> backward      (once per microbatch)
+    step --> loss, gradient norm, whether it was applied
+
+The objective gives sums; the global weight divides them once. DeepSpeed's reduction divides by W, so W multiplies: the
+gradient is that of the mean over all weighted tokens of the step, at any number of ranks and microbatches.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmscale.dist import World, start_deepspeed, sum_float
+from mmscale.engine.config import EngineConfig
+from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
+from mmscale.engine.graph import LossGraph, ObjectiveLike
+from mmscale.engine.partition import Partition
+from mmscale.engine.precision import Precision, choose_precision
+from mmscale.errors import EngineError
+from mmscale.optim import (
+    build_adamw,
+    component_of_parameters,
+    freeze,
+    full_shape,
+    learning_rates,
+    parameter_groups,
+    trained_components,
+)
+from mmscale.stages import StageConfig
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did; equal on all ranks.
+
+    Attributes:
+        loss: Weighted mean over all tokens of the step on all ranks; NaN or infinite if the step failed.
+        weight: Sum of the loss weights of the step.
+        grad_norm: L2 norm of the whole gradient before clipping; infinite if it was not finite.
+        learning_rates: By trained component.
+        applied: Whether weights changed. False for a gradient that is not finite, and for a step without any weight.
+        metrics: Weighted means of the objective's metrics.
+    """
+
+    loss: float
+    weight: float
+    grad_norm: float
+    learning_rates: dict[str, float]
+    applied: bool
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ComponentParameters:
+    """Numbers of values: ``total`` and, of them, ``trained``."""
+
+    total: int
+    trained: int
+
+
+class Engine:
+    """A model being trained through one stage.
+
+    Args:
+        model: Bare model with ``components()`` and ``checkpoint_units()``, the same weights on every rank; whole, or
+            sharded by ``mmscale.engine.construct``.
+        objective: Gives loss sum, weight and metrics.
+        stage: What is trained and how.
+        config: How the machines are used.
+        world: This rank.
+
+    Attributes:
+        model: Usable under ``inference()`` for forward passes and generation, all ranks in lock-step.
+        precision: The number format that was chosen, with the reason.
+        stage_step: Steps of the stage that were taken, applied or not; the schedules' clock. ``resume`` sets it.
+
+    Raises:
+        ConfigError: the stage trains a component that the model lacks.
+        UnsupportedError: the precision cannot be computed here.
+    """
+
+    def __init__(
+        self, model: nn.Module, objective: ObjectiveLike, stage: StageConfig, config: EngineConfig, world: World
+    ) -> None:
+        start_deepspeed(world)
+        self.model = model
+        self.stage = stage
+        self.config = config
+        self.world = world
+        self.precision: Precision = choose_precision(config, world.device)
+        self.stage_step = 0
+        self._objective = objective
+        components: dict[str, list[nn.Module]] = model.components()  # type: ignore[operator]
+        freeze(model, components, stage)
+        self.trained_components = trained_components(components, stage)
+        self.parameter_counts = _count(model, component_of_parameters(model, components))
+        self._undo_recompute = _recompute_units(model) if config.activation_checkpointing else _nothing
+        self._deepspeed = self._start(components)
+        self.partition = Partition(model, self._deepspeed, config.zero_stage, world)
+
+    def _start(self, components: dict[str, list[nn.Module]]) -> Any:
+        import deepspeed
+
+        if self.config.zero_stage < 3:
+            self.model.to(self.world.device)
+        optimizer = build_adamw(
+            parameter_groups(self.model, components, self.stage),
+            self.stage,
+            clip_here=optimizer_clips(self.config, self.precision),
+        )
+        engine, *_ = deepspeed.initialize(
+            model=LossGraph(self.model, self._objective),
+            optimizer=optimizer,
+            config=deepspeed_config(
+                self.config,
+                self.precision,
+                clip=self.stage.clip,
+                device_type=self.world.device.type,
+            ),
+            dist_init_required=False,
+        )
+        # DeepSpeed may have stepped with zero gradients to allocate its state; the step count must start at 0.
+        engine.basic_optimizer.state.clear()
+        engine.train()
+        return engine
+
+    def train_step(self, microbatches: Sequence[Any]) -> StepReport:
+        """Forward, backward and optimizer step over ``microbatches``. All ranks must call, with equally many.
+
+        Raises:
+            EngineError: ranks disagree about the number of microbatches, or a peer is lost.
+        """
+        rates = learning_rates(self.stage, self.trained_components, self.stage_step)
+        self.stage_step += 1
+        weight = self._global_weight(microbatches)
+        if weight == 0:
+            # Null packs only: there is nothing to learn, and decay alone must not move the weights.
+            return StepReport(0.0, 0.0, 0.0, rates, applied=False)
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = rates[group["component"]]
+        sums: list[dict[str, Tensor]] = []
+        for index, microbatch in enumerate(microbatches):
+            self._deepspeed.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
+            loss_sum, metrics = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
+            sums.append({"loss": loss_sum.detach(), **metrics})
+            self._backward(loss_sum, self.world.world_size / weight)
+            self._deepspeed.step()
+        means = self._global_means(sums, weight)
+        applied = bool(self._deepspeed.was_step_applied())
+        norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
+        return StepReport(means.pop("loss"), weight, norm if applied else math.inf, rates, applied, means)
+
+    def _backward(self, loss_sum: Tensor, scale: float) -> None:
+        """Scales and differentiates.
+
+        A loss that is not finite is scaled by NaN: then the gradient is surely NaN, its norm is NaN on every rank, and
+        all ranks refuse the step together, without a vote and without waiting for the device.
+        """
+        factor = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan).to(loss_sum.dtype)
+        self._deepspeed.backward(loss_sum * factor, scale_wrt_gas=False)
+
+    def _global_weight(self, microbatches: Sequence[Any]) -> float:
+        mine = math.fsum(self._objective.weight(microbatch) for microbatch in microbatches)
+        count = len(microbatches)
+        weight, total, squares = sum_float(self.world, [mine, count, count * count])
+        # Counts are equal exactly where Cauchy-Schwarz holds with equality; no second message needed.
+        if total * total != self.world.world_size * squares or not count:
+            raise EngineError(
+                f"rank {self.world.rank} has {count} microbatches, all {self.world.world_size} ranks {int(total)}: "
+                "every rank needs the same number, at least one; null packs fill up"
+            )
+        return weight
+
+    def _global_means(self, sums: list[dict[str, Tensor]], weight: float) -> dict[str, float]:
+        names = sorted(sums[0])
+        local = torch.stack([torch.stack([part[name].double() for name in names]) for part in sums]).sum(0)
+        return {name: value / weight for name, value in zip(names, sum_float(self.world, local.tolist()), strict=True)}
+
+    @contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        """The model in evaluation mode without gradients; training goes on undisturbed afterwards.
+
+        All ranks must run the same module calls in lock-step: under ZeRO-3 each call gathers weights.
+        """
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.model.train()
+
+    def memory_peak_bytes(self) -> int:
+        """Largest memory so far: of the device on CUDA, of the process on a CPU."""
+        if self.world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.world.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks off the model and frees optimizer state. The model stays usable by another engine."""
+        self._undo_recompute()
+        self._deepspeed.destroy()
+        self._deepspeed.optimizer.__dict__.pop("state", None)
+
+
+def _count(model: nn.Module, owner: dict[str, str]) -> dict[str, ComponentParameters]:
+    counts: dict[str, ComponentParameters] = {}
+    for name, parameter in model.named_parameters():
+        old = counts.get(owner[name], ComponentParameters(0, 0))
+        numel = math.prod(full_shape(parameter))
+        counts[owner[name]] = ComponentParameters(old.total + numel, old.trained + numel * parameter.requires_grad)
+    return counts
+
+
+def _recompute_units(model: nn.Module) -> Callable[[], None]:
+    """Makes each unit forget its activations; returns what undoes it."""
+    units: list[nn.Module] = list(model.checkpoint_units())  # type: ignore[operator]
+    for unit in units:
+        # An instance attribute shadows the method; hooks of ``__call__``, which gather weights, run as before.
+        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+
+    def undo() -> None:
+        for unit in units:
+            del unit.forward
+
+    return undo
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,37 @@
+"""The module that DeepSpeed wraps: model and objective in one forward pass."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class ObjectiveLike(Protocol):
+    """What the engine needs of an objective."""
+
+    def weight(self, batch: Any) -> float:
+        """Weight of the microbatch, known on the host before the forward pass."""
+        ...
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        """``loss_sum`` (scalar with graph) and ``metrics`` (sums, without graph)."""
+        ...
+
+
+class LossGraph(nn.Module):
+    """Calls every sub-module of a training step inside one ``forward``.
+
+    ZeRO-3 gathers and frees weights in hooks of module calls and learns their order from this module's forward; a head
+    that were called outside of it would upset that order.
+    """
+
+    def __init__(self, model: nn.Module, objective: ObjectiveLike) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss summed over the microbatch, and its metric sums."""
+        output = self.objective(self.model, batch)
+        return output.loss_sum, {name: value.detach() for name, value in output.metrics.items()}

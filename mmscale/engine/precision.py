@@ -1,0 +1,66 @@
+"""Which number format to compute in, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmscale.engine.config import EngineConfig
+from mmscale.errors import UnsupportedError
+
+_NATIVE_BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A chosen number format.
+
+    Attributes:
+        name: ``fp32`` or ``bf16``.
+        reason: Why, in words for the log.
+    """
+
+    name: str
+    reason: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.name == "bf16" else torch.float32
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Instruction set flags of this machine's processor; empty where the system does not tell."""
+    try:
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        return frozenset()
+    return frozenset()
+
+
+def choose_precision(config: EngineConfig, device: torch.device, flags: frozenset[str] | None = None) -> Precision:
+    """Resolves ``config.precision`` for ``device``.
+
+    bf16 trains 1.7 to 1.9 times faster than fp32 on a CPU with AVX512-BF16 and, emulated, seven times slower on one
+    with AVX2 alone; so a CPU must show the flag before ``auto`` takes it.
+
+    Raises:
+        UnsupportedError: bf16 was named for a CUDA device that cannot compute it.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        evidence = f"{torch.cuda.get_device_name(device)} {'computes' if native else 'does not compute'} bf16 natively"
+    else:
+        found = [flag for flag in _NATIVE_BF16_FLAGS if flag in (cpu_flags() if flags is None else flags)]
+        native = bool(found)
+        evidence = f"the CPU has {found[0]}" if found else "the CPU has neither avx512_bf16 nor amx_bf16"
+    if config.precision == "auto":
+        return Precision("bf16" if native else "fp32", f"auto: {evidence}")
+    if config.precision == "bf16" and not native:
+        if device.type == "cuda":
+            raise UnsupportedError(f"engine.precision=bf16: {evidence}; use engine.precision=fp32")
+        return Precision("bf16", f"as configured; {evidence}, so it is emulated and several times slower than fp32")
+    return Precision(config.precision, "as configured")

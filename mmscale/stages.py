@@ -1,0 +1,69 @@
+"""The stage program: what is trained, for how long, and how fast.
+
+A run is a list of stages. Each stage trains some components of the model and freezes the others; between two stages
+only weights are handed on (new optimizer state, new schedule).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from data_pipeline.strict import StrictConfig
+
+ALL = "all"
+"""Stands for every component of the model."""
+DEFAULT = "default"
+"""Key of the learning rate of components that are not named."""
+
+
+class StageConfig(StrictConfig):
+    """One stage."""
+
+    name: str = Field(min_length=1)
+    """Name in logs and checkpoints."""
+    steps: int = Field(ge=1)
+    """Optimizer steps; the schedules are stretched over them."""
+    train: tuple[str, ...] = Field(default=(ALL,), min_length=1)
+    """Components that learn, of ``vision``, ``connector``, ``decoder``; or ``all`` alone. The rest is frozen."""
+    learning_rate: dict[str, Annotated[float, Field(gt=0)]] = Field(default={DEFAULT: 1e-3})
+    """Peak learning rate of each trained component; ``default`` serves those that are not named."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from its peak after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear rise to the peak; at most ``steps``."""
+    min_learning_rate: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate of the last step as a share of the peak. Unused by ``constant``."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay of matrices; norms, biases and gates never decay."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's denominator floor."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
+    data: dict[str, Any] | None = None
+    """Overrides of the ``data`` block during this stage, for example another mixture; None keeps it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StageConfig:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is longer than the stage (steps={self.steps})")
+        if len(set(self.train)) != len(self.train):
+            raise ValueError(f"train={list(self.train)} names a component twice")
+        if ALL in self.train and len(self.train) > 1:
+            raise ValueError(f"train={list(self.train)}: `{ALL}` stands alone")
+        unknown = set(self.learning_rate) - set(self.train) - {DEFAULT}
+        if unknown and ALL not in self.train:
+            raise ValueError(
+                f"learning_rate names {sorted(unknown)}, which this stage does not train: {list(self.train)}"
+            )
+        missing = [name for name in self.train if name not in self.learning_rate]
+        if missing and DEFAULT not in self.learning_rate:
+            raise ValueError(f"learning_rate has no value for {missing} and no `{DEFAULT}`")
+        return self
+
+    def peak_learning_rate(self, component: str) -> float:
+        """Peak learning rate of ``component``."""
+        return self.learning_rate.get(component, self.learning_rate.get(DEFAULT, 0.0))

@@ -1,0 +1,73 @@
+"""What the ranks of the engine tests run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mmscale.dist import World
+from mmscale.engine.config import EngineConfig
+from mmscale.engine.construct import construct
+from mmscale.engine.engine import Engine
+from mmscale.stages import StageConfig
+from tests.engine.toy import ToyModel, ToyObjective, initialise_, toy_batch
+
+LANES = 4
+
+
+def stage(**changes: Any) -> StageConfig:
+    values: dict[str, Any] = {
+        "name": "all",
+        "steps": 40,
+        "learning_rate": {"default": 1e-2, "vision": 5e-3},
+        "warmup_steps": 3,
+        "clip": 0.5,
+    }
+    return StageConfig.model_validate(values | changes)
+
+
+def make_engine(world: World, zero: int = 3, stage_changes: dict[str, Any] | None = None, **config: Any) -> Engine:
+    engine_config = EngineConfig(zero_stage=zero, device="cpu", timeout_seconds=60, **config)  # type: ignore[arg-type]
+    model = construct(ToyModel, initialise_, engine_config, world)
+    return Engine(model, ToyObjective(), stage(**(stage_changes or {})), engine_config, world)
+
+
+def lanes_of(world: World, step: int, *, empty_lane: int | None = None) -> list[Any]:
+    """This rank's lanes as one microbatch each: LANES / W microbatches."""
+    return [toy_batch(step, lane, empty=lane == empty_lane) for lane in range(world.rank, LANES, world.world_size)]
+
+
+def train(
+    world: World, steps: int = 6, bad_step: int | None = None, null_step: int | None = None, **options: Any
+) -> Any:
+    """Losses, norms and, at the end, all weights by name."""
+    engine = make_engine(world, **options)
+    reports = []
+    for step in range(steps):
+        batches = lanes_of(world, step, empty_lane=2 if step % 2 else None)
+        if step == bad_step and world.rank == world.world_size - 1:
+            batches[-1].pixels.fill_(float("inf"))
+        if step == null_step:
+            batches = [toy_batch(step, lane, empty=True) for lane in range(world.rank, LANES, world.world_size)]
+        report = engine.train_step(batches)
+        reports.append(
+            [report.loss, report.grad_norm, report.weight, report.applied, report.metrics.get("accuracy", 0)]
+        )
+    answer = {"reports": reports, "weights": gathered(engine, world), "steps": engine.partition.optimizer_steps()}
+    engine.close()
+    return answer
+
+
+def gathered(engine: Engine, world: World) -> dict[str, list[float]]:
+    """All masters, put together from the ranks' ranges."""
+    whole = {}
+    for name, entry in ((n, p) for n, p in engine.model.named_parameters()):
+        shape = tuple(getattr(entry, "ds_shape", entry.shape))
+        whole[name] = torch.zeros(int(torch.Size(shape).numel()), dtype=torch.float32)
+    for owned in engine.partition.owned():
+        whole[owned.name][owned.start : owned.stop] += owned.master.float()
+    for values in whole.values():
+        if world.world_size > 1:
+            torch.distributed.all_reduce(values)
+    return {name: values.tolist() for name, values in whole.items()}
