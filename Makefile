@@ -1,0 +1,52 @@
+# One command for each thing a person does here; `make` alone lists them. Needs python3 (3.10 or newer) and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+CODE := data_pipeline mmscale launchers benchmarks tests examples
+
+# Several ranks share the cores of one machine; more threads than cores would slow all of them down.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-all lint format bench clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#' 2>/dev/null || true
+
+setup: $(STAMP) ## Make .venv with everything in it (again only when pyproject.toml changes)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev,hf]'
+	touch $@
+
+quickstart: setup ## Train a small vision-language model on bundled data: two ranks, about ten minutes
+	$(BIN)/mmscale launch local configs/quickstart.yaml --ranks 2
+	@echo "Done. Open runs/quickstart/report.html"
+
+test: setup ## Run the tests that need neither a GPU, a cluster nor patience
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not slurm"
+
+test-all: setup ## Run every test this machine can run
+	$(BIN)/python -m pytest -q
+
+lint: setup ## Check format, style, types and the import floors
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## Put the code into its format
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+bench: setup ## Measure against peers, side by side
+	@for file in benchmarks/[a-z]*.py; do \
+		name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
+	done
+
+clean: ## Remove runs, caches and .venv
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,84 @@
+"""``mmscale launch``: the same training command on several ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from mmscale.cli.console import emit
+
+app = typer.Typer()
+
+_CONFIG = typer.Argument(help="A run's YAML file.", metavar="CONFIG")
+_OVERRIDES = typer.Argument(
+    None, help="Values that win over the file's, for example max_steps=50.", metavar="[KEY=VALUE]..."
+)
+
+
+def _run_dir(config: Path, overrides: list[str]) -> Path:
+    """Checks the configuration before anything starts, and says where the run lives."""
+    from mmscale.config import load
+    from mmscale.run_config import RunConfig
+
+    return Path(load(config, overrides, RunConfig).value.run_dir)
+
+
+@app.command(epilog="Example: mmscale launch local configs/quickstart.yaml --ranks 2")
+def local(
+    config: Path = _CONFIG,
+    overrides: list[str] = _OVERRIDES,
+    ranks: int = typer.Option(..., help="Processes to start on this machine: one a GPU, or one a CPU core or two."),
+) -> None:
+    """Train on several ranks of this machine (torchrun), resuming if the run folder holds a checkpoint.
+
+    Exit code 0: finished. 75: saved and stopped on a signal; the same command goes on. A second Ctrl-C kills.
+    """
+    from launchers.local import launch
+
+    words = ["train", str(config), *(overrides or [])]
+    raise typer.Exit(launch(words, ranks, _run_dir(config, overrides or [])))
+
+
+@app.command(epilog="Example: mmscale launch slurm configs/quickstart.yaml --nodes 2 --gpus-per-node 8 --dry-run")
+def slurm(
+    config: Path = _CONFIG,
+    overrides: list[str] = _OVERRIDES,
+    nodes: int = typer.Option(1, help="Machines."),
+    gpus_per_node: int = typer.Option(0, help="GPUs of each machine, one rank each; 0 trains on CPUs."),
+    ranks_per_node: int = typer.Option(1, help="Ranks of each machine in a CPU run."),
+    cpus_per_task: int = typer.Option(None, help="CPU cores a rank (loader workers included)."),
+    time: str = typer.Option(None, help="Limit of one start, for example 4:00:00; the run goes on in the next."),
+    partition: str = typer.Option(None, help="SLURM partition."),
+    account: str = typer.Option(None, help="SLURM account."),
+    requeue: bool = typer.Option(True, help="Go back into the queue after the limit, a preemption or a node failure."),
+    save_seconds: int = typer.Option(180, help="Seconds before the limit at which the ranks save and stop."),
+    sbatch: list[str] = typer.Option([], help="One more sbatch option, for example --sbatch=--constraint=h100."),
+    setup: list[str] = typer.Option([], help="A shell line before the ranks start, for example 'module load cuda'."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the script and submit nothing."),
+    json: bool = typer.Option(False, "--json", help="Print job and script as JSON."),
+) -> None:
+    """Submit training to SLURM: one task a rank, saved before the limit, requeued and resumed until it is finished."""
+    from launchers.slurm import Job, render, submit
+
+    job = Job(
+        words=("train", str(config), *(overrides or [])),
+        run_dir=_run_dir(config, overrides or []),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        cpus_per_task=cpus_per_task,
+        time=time,
+        partition=partition,
+        account=account,
+        requeue=requeue,
+        save_seconds=save_seconds,
+        extra=tuple(sbatch),
+        setup=tuple(setup),
+    )
+    if dry_run:
+        print(render(job), end="")
+        return
+    number, script = submit(job)
+    logs = script.parent
+    emit({"job": number, "script": str(script), "log": str(logs / f"slurm-{number}.log")}, json=json)
