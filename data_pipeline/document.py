@@ -57,6 +57,7 @@ class Document:
         dest: int32 ``(M,)``: token slot of each feature of the embedded items, item after item.
         spans: Cross-attention spans, by ascending start; the first starts at 0 (with no items if text comes first).
         provenance: Origin; None for a null document.
+        images: (first token, first item) of each image it shows, in reading order; an image may give several items.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -67,10 +68,15 @@ class Document:
     dest: npt.NDArray[np.int32]
     spans: tuple[Span, ...]
     provenance: Provenance | None = None
+    images: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return int(self.token_ids.shape[0])
+
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
 
     @property
     def num_patches(self) -> int:

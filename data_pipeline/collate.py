@@ -1,0 +1,146 @@
+"""Packs to one batch: concatenation, with every index shifted to where its target now stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.document import Document
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.packing import Pack
+
+IMAGE = "image"
+"""Key of the image block in ``MultimodalBatch.media``."""
+
+
+def collate(packs: Sequence[Pack], spec: MediaSpec) -> MultimodalBatch:
+    """One microbatch of the packs' documents, in order.
+
+    Raises:
+        ValueError: there is no document at all.
+    """
+    documents = [document for pack in packs for document in pack.documents]
+    if not documents:
+        raise ValueError("a batch needs at least one document")
+    loss_weights = np.concatenate([document.loss_weights for document in documents])
+    valid = np.concatenate([np.full(document.num_tokens, not document.is_null) for document in documents])
+    return MultimodalBatch(
+        token_ids=_int64([document.token_ids for document in documents]),
+        labels=_int64([document.labels for document in documents]),
+        loss_weights=torch.from_numpy(loss_weights),
+        position_ids=_int64([document.position_ids for document in documents]),
+        segments=Segments.from_lengths([document.num_tokens for document in documents]),
+        valid=torch.from_numpy(valid),
+        media={} if spec.placement is Placement.NONE else {IMAGE: _media(documents, spec)},
+        pairs=_pairs(documents),
+        lanes=tuple(pack.lane for pack in packs),
+        provenance=tuple(document.provenance for document in documents),
+        weight=float(loss_weights.sum(dtype=np.float64)),
+        num_tokens=int(valid.sum()),
+    )
+
+
+def _int64(arrays: Sequence[npt.NDArray[np.int32]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+
+
+def _pairs(documents: Sequence[Document]) -> Tensor:
+    """(first item, segment) of each document with exactly one image; null documents are no pairs."""
+    pairs, items = [], 0
+    for segment, document in enumerate(documents):
+        if document.num_images == 1 and not document.is_null:
+            pairs.append((items + document.images[0][1], segment))
+        items += len(document.items)
+    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+
+
+def _media(documents: Sequence[Document], spec: MediaSpec) -> MediaBlock:
+    items = [item for document in documents for item in document.items]
+    # Feature rows of item i: range(bounds[i], bounds[i + 1]).
+    bounds = np.concatenate([[0], np.cumsum([spec.num_features(item.grid) for item in items], dtype=np.int64)])
+    rows = [np.arange(bounds[i], bounds[i + 1]) for i in range(len(items))]
+    source = [row for row, item in zip(rows, items, strict=True) if item.embedded]
+    dest, keys, span_tokens, span_keys = [], [], [], []
+    first_token = first_item = 0
+    for document in documents:
+        dest.append(document.dest.astype(np.int64) + first_token)
+        ends = [span.start for span in document.spans[1:]] + [document.num_tokens]
+        for span, end in zip(document.spans, ends, strict=True):
+            attended = [rows[first_item + item] for item in span.items]
+            keys.extend(attended)
+            span_tokens.append(end - span.start)
+            span_keys.append(sum(len(row) for row in attended))
+        first_token += document.num_tokens
+        first_item += len(document.items)
+    values = [item.values for item in items] or [np.empty((0, spec.patch_dim), dtype=np.uint8)]
+    grids = tuple(item.grid for item in items)
+    return MediaBlock(
+        values=torch.from_numpy(np.concatenate(values)),
+        grid=torch.tensor(grids, dtype=torch.int32).reshape(-1, 3),
+        grids=grids,
+        items=Segments.from_lengths([item.num_patches for item in items]),
+        source=_rows(source),
+        dest=_rows(dest),
+        keys=_rows(keys),
+        span_tokens=Segments.from_lengths(span_tokens),
+        span_keys=Segments.from_lengths(span_keys),
+    )
+
+
+def _rows(pieces: Sequence[npt.NDArray[np.int64]]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *pieces]))
+
+
+def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> MultimodalBatch:
+    """One batch of several, as if their packs had been collated together."""
+    if len(batches) == 1:
+        return batches[0]
+    segments = [batch.segments for batch in batches]
+    items = [batch.media[IMAGE].items.num if batch.media else 0 for batch in batches]
+    first_items, first_segments = _starts(items), _starts([piece.num for piece in segments])
+    pairs = [batch.pairs + torch.tensor([first_items[i], first_segments[i]]) for i, batch in enumerate(batches)]
+    return MultimodalBatch(
+        token_ids=torch.cat([batch.token_ids for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        loss_weights=torch.cat([batch.loss_weights for batch in batches]),
+        position_ids=torch.cat([batch.position_ids for batch in batches]),
+        segments=_join(segments),
+        valid=torch.cat([batch.valid for batch in batches]),
+        media={IMAGE: _concatenate_media(batches, spec)} if batches[0].media else {},
+        pairs=torch.cat(pairs),
+        lanes=tuple(lane for batch in batches for lane in batch.lanes),
+        provenance=tuple(origin for batch in batches for origin in batch.provenance),
+        weight=sum(batch.weight for batch in batches),
+        num_tokens=sum(batch.num_tokens for batch in batches),
+    )
+
+
+def _starts(counts: Sequence[int]) -> list[int]:
+    return [sum(counts[:i]) for i in range(len(counts))]
+
+
+def _join(pieces: Sequence[Segments]) -> Segments:
+    lengths = [b - a for piece in pieces for a, b in zip(piece.bounds, piece.bounds[1:], strict=False)]
+    return Segments.from_lengths(lengths)
+
+
+def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> MediaBlock:
+    blocks = [batch.media[IMAGE] for batch in batches]
+    tokens = _starts([batch.segments.total for batch in batches])
+    features = _starts([sum(map(spec.num_features, block.grids)) for block in blocks])
+    return MediaBlock(
+        values=torch.cat([block.values for block in blocks]),
+        grid=torch.cat([block.grid for block in blocks]),
+        grids=tuple(grid for block in blocks for grid in block.grids),
+        items=_join([block.items for block in blocks]),
+        source=torch.cat([block.source + start for block, start in zip(blocks, features, strict=True)]),
+        dest=torch.cat([block.dest + start for block, start in zip(blocks, tokens, strict=True)]),
+        keys=torch.cat([block.keys + start for block, start in zip(blocks, features, strict=True)]),
+        span_tokens=_join([block.span_tokens for block in blocks]),
+        span_keys=_join([block.span_keys for block in blocks]),
+    )

@@ -1,0 +1,94 @@
+"""Encoded image to RGB pixels.
+
+Two named modes, never mixed silently: ``parity`` decodes every pixel with torchvision (libjpeg-turbo, libpng,
+libwebp), the reference for comparing with other code; ``fast`` lets the JPEG decoder skip work when a much smaller
+image is wanted (41 to 45 dB from the reference). PNG and WebP decode alike in both. Not for: resizing (``transforms``).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png, decode_webp
+
+from data_pipeline.errors import SampleError
+from data_pipeline.shards.image_header import ImageFormat, image_size
+
+Pixels = npt.NDArray[np.uint8]
+"""uint8 ``(height, width, 3)``, RGB."""
+
+
+class DecodeMode(str, Enum):
+    """How JPEGs are decoded."""
+
+    PARITY = "parity"
+    """Every pixel, torchvision."""
+    FAST = "fast"
+    """Scaled while decoding (simplejpeg), when the wanted size is at most half of the image's."""
+
+
+def decode_image(
+    data: bytes, *, mode: DecodeMode = DecodeMode.PARITY, max_pixels: int, min_side: tuple[int, int] | None = None
+) -> Pixels:
+    """Decodes JPEG, PNG or WebP bytes.
+
+    Args:
+        data: The encoded image.
+        mode: ``fast`` may return a smaller image than stored, never below ``min_side``.
+        max_pixels: Refuse larger images by their header, before memory is spent on them.
+        min_side: Height and width that the caller will resize to; None decodes at full size.
+
+    Returns:
+        uint8 ``(height, width, 3)``. Transparency is flattened on white, gray is repeated, EXIF rotation is applied.
+
+    Raises:
+        SampleError: unknown format, damaged data, or more than ``max_pixels`` pixels.
+    """
+    size = image_size(data)
+    if size.width * size.height > max_pixels:
+        raise SampleError(
+            f"an image of {size.width}x{size.height} pixels, the limit is {max_pixels} pixels: a decompression bomb, "
+            "or raise max_image_pixels"
+        )
+    try:
+        if size.format is ImageFormat.JPEG:
+            # simplejpeg knows no EXIF: rotated images take the full decode in both modes.
+            if mode is DecodeMode.FAST and min_side is not None and b"Exif\x00\x00" not in data[:65536]:
+                return _fast_jpeg(data, min_side)
+            tensor = decode_jpeg(_bytes_tensor(data), ImageReadMode.RGB, apply_exif_orientation=True)
+        elif size.format is ImageFormat.PNG:
+            tensor = decode_png(_bytes_tensor(data), ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+        else:
+            tensor = decode_webp(_bytes_tensor(data), ImageReadMode.UNCHANGED)
+    except (RuntimeError, ValueError) as error:  # What libjpeg, libpng and libwebp become in Python.
+        raise SampleError(f"a damaged {size.format.value} image: {str(error).splitlines()[0]}") from error
+    return _flatten(tensor)
+
+
+def _bytes_tensor(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())  # Copied: torch warns of read-only memory.
+
+
+def _fast_jpeg(data: bytes, min_side: tuple[int, int]) -> Pixels:
+    height, width = min_side
+    return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, min_height=height, min_width=width)
+
+
+def _flatten(tensor: torch.Tensor) -> Pixels:
+    """uint8 or uint16 ``(1..4, H, W)`` to uint8 ``(H, W, 3)`` on white."""
+    pixels = tensor.permute(1, 2, 0).numpy()
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    channels = pixels.shape[2]
+    if channels in (2, 4):
+        alpha = pixels[..., -1:].astype(np.uint16)
+        color = pixels[..., :-1].astype(np.uint16)
+        # (x + 127) // 255 rounds; the sum is exact in 16 bits: 255 * 255 + 127 < 65536.
+        pixels = ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    if pixels.shape[2] == 1:
+        pixels = np.repeat(pixels, 3, axis=2)
+    return np.ascontiguousarray(pixels)

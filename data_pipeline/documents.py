@@ -1,0 +1,192 @@
+"""Sample to document: pieces, views and tokens become ids, labels, positions, slots and spans.
+
+    bos | image: one placeholder a feature (embedded) or one anchor (attended) | text | ... | eos
+
+Not for: several documents together (``packing``, ``collate``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.config import DatasetConfig
+from data_pipeline.document import IGNORE, Document, MediaItem, Span
+from data_pipeline.errors import SampleError
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.sample import ImagePart, Provenance, Sample
+from data_pipeline.template import Piece, TextPiece
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.transforms import ImageTransform
+
+
+@dataclass
+class _Draft:
+    """A document under construction: columns that grow by one token at a time."""
+
+    spec: MediaSpec
+    ids: list[int] = field(default_factory=list)
+    learned: list[bool] = field(default_factory=list)
+    positions: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    next_position: int = 0
+    items: list[MediaItem] = field(default_factory=list)
+    images: list[tuple[int, int]] = field(default_factory=list)
+    dest: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    run: tuple[int, ...] = ()
+    """Attended items of the images since the last text."""
+
+    def add_text(self, ids: list[int], learned: bool) -> None:
+        """Appends text tokens; the next image begins a new run."""
+        if not ids:
+            return
+        self._place(ids, learned)
+        self.run = ()
+
+    def _place(self, ids: list[int], learned: bool) -> None:
+        self.ids.extend(ids)
+        self.learned.extend([learned] * len(ids))
+        steps = np.arange(self.next_position, self.next_position + len(ids), dtype=np.int32)
+        self.positions.append(np.repeat(steps[:, None], self.spec.position_axes, axis=1))
+        self.next_position += len(ids)
+
+    def add_image(self, views: tuple[MediaItem, ...], image_id: int) -> None:
+        """Appends placeholders of the embedded views, or one anchor if all are attended."""
+        start, first_item = len(self.ids), len(self.items)
+        self.images.append((start, first_item))
+        self.items.extend(views)
+        attended = tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
+        if attended:
+            self.run += attended
+            self.spans.append(Span(start, self.run))
+        embedded = [view for view in views if view.embedded]
+        for view in embedded:
+            self._add_placeholders(view, image_id)
+        if not embedded:
+            self._place([image_id], learned=False)
+
+    def _add_placeholders(self, view: MediaItem, image_id: int) -> None:
+        count = self.spec.num_features(view.grid)
+        start = len(self.ids)
+        self.dest.extend(range(start, start + count))
+        if self.spec.position_axes == 1:
+            self._place([image_id] * count, learned=False)
+            return
+        # Each feature stands at its own (time, row, column); text goes on after the largest of them.
+        # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding.
+        sides = (view.grid[0], view.grid[1] // self.spec.merge, view.grid[2] // self.spec.merge)
+        coordinates = np.indices(sides).reshape(3, -1).T.astype(np.int32)
+        self.positions.append(coordinates + np.int32(self.next_position))
+        self.next_position += max(sides)
+        self.ids.extend([image_id] * count)
+        self.learned.extend([False] * count)
+
+    def finish(self, origin: Provenance | None) -> Document:
+        """The columns as arrays; labels are the ids one ahead."""
+        ids = np.array(self.ids, dtype=np.int32)
+        labels = np.full(len(ids), IGNORE, dtype=np.int32)
+        learned = np.array(self.learned[1:], dtype=bool)
+        labels[:-1][learned] = ids[1:][learned]
+        positions = np.concatenate(self.positions)
+        spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
+        return Document(
+            token_ids=ids,
+            labels=labels,
+            loss_weights=(labels != IGNORE).astype(np.float32),
+            position_ids=positions if self.spec.position_axes > 1 else positions[:, 0],
+            items=tuple(self.items),
+            dest=np.array(self.dest, dtype=np.int32),
+            spans=tuple(spans),
+            provenance=origin,
+            images=tuple(self.images),
+        )
+
+
+class DocumentBuilder:
+    """Turns samples of one data set into documents.
+
+    Args:
+        dataset: Template and transforms of the data set.
+        tokenizer: Text to ids.
+        spec: What the model takes.
+
+    Raises:
+        DataConfigError: the transform does not fit the model.
+    """
+
+    def __init__(self, dataset: DatasetConfig, tokenizer: Tokenizer, spec: MediaSpec) -> None:
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.spec = spec
+        takes_images = spec.placement is not Placement.NONE
+        self._transform = ImageTransform(dataset.transforms, spec) if takes_images else None
+
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Document:
+        """The whole document; ``rng`` draws answers and augmentation, None takes first answers and plain images.
+
+        Raises:
+            SampleError: the sample lacks what the template needs, an image is bad, or image tokens and features differ.
+        """
+        pieces = self.dataset.template.pieces(sample, rng)
+        return self._build(pieces, sample, rng, complete=True)
+
+    def build_prompt(self, sample: Sample) -> Document:
+        """The document up to where the answer begins, without augmentation; nothing in it is learned."""
+        return self._build(self.dataset.template.prompt(sample), sample, None, complete=False)
+
+    def _build(
+        self, pieces: list[Piece], sample: Sample, rng: np.random.Generator | None, *, complete: bool
+    ) -> Document:
+        origin = sample.provenance
+        try:
+            draft = _Draft(self.spec)
+            draft.add_text([self.tokenizer.bos_id], learned=False)
+            for piece in pieces:
+                self._add(draft, piece, rng, complete)
+            if complete:
+                draft.add_text(
+                    [self.tokenizer.eos_id], learned=isinstance(pieces[-1], TextPiece) and pieces[-1].learned
+                )
+            document = draft.finish(origin)
+            self._check_counts(document)
+        except SampleError as error:
+            raise error.located(origin.shard, origin.key) from error
+        return document
+
+    def _add(self, draft: _Draft, piece: Piece, rng: np.random.Generator | None, complete: bool) -> None:
+        if isinstance(piece, ImagePart):
+            if self._transform is None:
+                raise SampleError(f"image {piece.name}, but the model has no image tower")
+            draft.add_image(self._transform(piece.data, rng), self.tokenizer.image_id)
+        else:
+            draft.add_text(self.tokenizer.encode(piece.text), learned=piece.learned and complete)
+
+    def _check_counts(self, document: Document) -> None:
+        embedded = sum(self.spec.num_features(item.grid) for item in document.items if item.embedded)
+        for item in document.items:
+            self.spec.num_features(item.grid)
+        anchors = 0 if any(item.embedded for item in document.items) else document.num_images
+        found = int(np.count_nonzero(document.token_ids == self.tokenizer.image_id))
+        if found != embedded + anchors:
+            raise SampleError(
+                f"{found} image tokens, but its {document.num_images} images give {embedded + anchors}: "
+                "does the text spell the image token?"
+            )
+
+
+def null_document(spec: MediaSpec, pad_id: int) -> Document:
+    """The smallest document that uses every module that ``spec`` has: no label, no weight, never counted.
+
+    ZeRO-3 gathers parameters module by module on all ranks together, so a rank without images must still run its tower.
+    """
+    height, width = spec.minimal_grid[1:]
+    values = np.zeros((height * width, spec.patch_dim), dtype=np.uint8)
+    draft = _Draft(spec)
+    roles = [True] * spec.needs_embedded + [False] * spec.needs_attended
+    if roles:
+        draft.add_image(tuple(MediaItem(values, spec.minimal_grid, embedded) for embedded in roles), pad_id)
+    else:
+        draft.add_text([pad_id], learned=False)
+    return draft.finish(None)

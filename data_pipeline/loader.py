@@ -1,0 +1,269 @@
+"""The loader: what one rank is fed, step after step, for ever.
+
+    lanes of this rank --dealt to--> workers --one item a step--> microbatches --> StepBatch
+
+Workers own lanes and ranks own lanes; neither changes what a lane holds, so the global batch is the same for every
+number of both. Not for: evaluation, which reads in stored order (``reader.read_samples``).
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data_pipeline.batch import MultimodalBatch
+from data_pipeline.collate import collate, concatenate
+from data_pipeline.config import DataConfig
+from data_pipeline.documents import DocumentBuilder, null_document
+from data_pipeline.errors import DataConfigError, DataPipelineError
+from data_pipeline.faults import Skipped
+from data_pipeline.media_spec import MediaSpec
+from data_pipeline.packing import Budget, Pack, Packer
+from data_pipeline.reader import read_samples
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.state import LaneState, LoaderState, StreamPosition, fingerprint
+from data_pipeline.stream import LaneStream, OpenDataset
+from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.transport import Parcel, wrap
+
+__all__ = ["DocumentBuilder", "Loader", "LoaderState", "StepBatch", "null_document", "read_samples"]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank trains on in one step.
+
+    Attributes:
+        step: Number of the step, from 0.
+        microbatches: Equally many on every rank.
+        skipped: Bad samples that were met on the way.
+        state: This rank's lanes after the step; ``state.step`` is ``step + 1``.
+        num_samples: Documents of this rank, null documents left out.
+        num_tokens: Tokens of them.
+    """
+
+    step: int
+    microbatches: tuple[MultimodalBatch, ...]
+    skipped: tuple[Skipped, ...]
+    state: LoaderState
+    num_samples: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One step of the lanes of one worker."""
+
+    lanes: tuple[int, ...]
+    parcel: Parcel
+    states: tuple[list[int], ...]
+    skipped: tuple[Skipped, ...]
+
+
+class _LaneRows:
+    """Makes the rows of some lanes, in the process that calls it."""
+
+    def __init__(self, config: DataConfig, spec: MediaSpec, seed: int, lanes: dict[int, LaneState]) -> None:
+        tokenizer = load_tokenizer(config.tokenizer)
+        self._spec = spec
+        self._budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
+        self._datasets = [OpenDataset.open(dataset, seed, tokenizer, spec) for dataset in config.datasets]
+        self._streams: dict[int, LaneStream] = {}
+        self._packers: dict[int, Packer[StreamPosition]] = {}
+        for lane, state in lanes.items():
+            self._streams[lane] = LaneStream(config, self._datasets, lane, self._budget, state.position)
+            self._packers[lane] = Packer(self._streams[lane], self._budget, lane, state.done)
+
+    def step(self) -> _Rows:
+        batches = tuple(collate([packer.next_pack()], self._spec) for packer in self._packers.values())
+        states = tuple(LaneState(*packer.state()).to_integers() for packer in self._packers.values())
+        skipped = tuple(skip for stream in self._streams.values() for skip in stream.take_skipped())
+        return _Rows(tuple(self._packers), wrap(batches), states, skipped)
+
+    def close(self) -> None:
+        for dataset in self._datasets:
+            dataset.reader.close()
+
+
+class _Steps(IterableDataset[_Rows | DataPipelineError]):
+    """Endless steps of this worker's share of the lanes; an error is the last item."""
+
+    def __init__(self, config: DataConfig, spec: MediaSpec, seed: int, lanes: dict[int, LaneState]) -> None:
+        self._arguments = (config, spec, seed)
+        self._lanes = lanes
+
+    def __iter__(self) -> Iterator[_Rows | DataPipelineError]:
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        share = {lane: self._lanes[lane] for lane in list(self._lanes)[first::stride]}
+        try:
+            rows = _LaneRows(*self._arguments, share)
+            while True:
+                yield rows.step()
+        except DataPipelineError as error:
+            yield error
+
+
+def _start_worker(worker_id: int) -> None:
+    """The parent decides when to stop: a signal to the whole process group must not tear workers from under it."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Loader:
+    """Iterates over the steps of one rank. A single pass: a new loader starts again from ``state``.
+
+    Args:
+        config: The data block.
+        spec: What the model takes.
+        seed: Seed of the run.
+        rank: This rank; it owns the lanes ``rank, rank + world_size, ...``.
+        world_size: All ranks.
+        micro_lanes: Lanes of a microbatch.
+        state: Go on from here; it may hold the lanes of other ranks too.
+
+    Raises:
+        DataConfigError: more ranks than lanes, or a setting that cannot work.
+        ManifestError: a manifest is missing or damaged.
+        StateError: ``state`` belongs to other data, another seed or another order.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        spec: MediaSpec,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_lanes: int = 1,
+        state: LoaderState | None = None,
+    ) -> None:
+        _check_world(config, rank, world_size, micro_lanes)
+        self.lanes = tuple(range(rank, config.lanes, world_size))
+        self._spec = spec
+        self._micro_lanes = micro_lanes
+        most_lanes = -(-config.lanes // world_size)
+        self._num_microbatches = -(-most_lanes // micro_lanes)
+        tokenizer = load_tokenizer(config.tokenizer)
+        self._null_pack = Pack((null_document(spec, tokenizer.pad_id),), lane=-1)
+        manifests = {dataset.name: Manifest.open(dataset.manifest).fingerprint for dataset in config.datasets}
+        self.fingerprint = fingerprint(config, spec, seed, manifests, tokenizer.fingerprint)
+        self._step = state.step if state is not None else 0
+        lane_states = self._lane_states(state, len(config.datasets))
+        # Building the rows here too would open every shard twice; a builder alone finds a wrong transform at once.
+        for dataset in config.datasets:
+            DocumentBuilder(dataset, tokenizer, spec)
+        Budget(config.packing, spec, self._null_pack.documents[0])
+        self._num_workers = min(config.workers, len(self.lanes))
+        self._steps = DataLoader(
+            _Steps(config, spec, seed, lane_states),
+            batch_size=None,
+            num_workers=self._num_workers,
+            prefetch_factor=config.prefetch if self._num_workers else None,
+            worker_init_fn=_start_worker,
+        )
+        self._running: Iterator[_Rows | DataPipelineError] | None = None
+        self._closed = False
+
+    def _lane_states(self, state: LoaderState | None, num_datasets: int) -> dict[int, LaneState]:
+        if state is None:
+            return {lane: LaneState(StreamPosition.start(num_datasets)) for lane in self.lanes}
+        state.check(self.fingerprint, self.lanes)
+        return {lane: LaneState.from_integers(state.lanes[lane]) for lane in self.lanes}
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> StepBatch:
+        """The next step; waits for the workers if they are behind.
+
+        Raises:
+            DataPipelineError: what a worker met, or that a worker died.
+        """
+        if self._closed:
+            raise DataPipelineError("this loader is closed; make a new one from its last state")
+        rows = [self._take() for _ in range(max(1, self._num_workers))]
+        batches = {lane: batch for row in rows for lane, batch in zip(row.lanes, row.parcel.open(), strict=True)}
+        states = {lane: state for row in rows for lane, state in zip(row.lanes, row.states, strict=True)}
+        microbatches = self._microbatches([batches[lane] for lane in self.lanes])
+        self._step += 1
+        return StepBatch(
+            step=self._step - 1,
+            microbatches=microbatches,
+            skipped=tuple(skip for row in rows for skip in row.skipped),
+            state=LoaderState(self.fingerprint, self._step, states),
+            num_samples=sum(batch.num_samples for batch in microbatches),
+            num_tokens=sum(batch.num_tokens for batch in microbatches),
+        )
+
+    def _microbatches(self, batches: Sequence[MultimodalBatch]) -> tuple[MultimodalBatch, ...]:
+        size = self._micro_lanes
+        groups = [batches[i : i + size] for i in range(0, len(batches), size)]
+        full = [concatenate(group, self._spec) for group in groups]
+        while len(full) < self._num_microbatches:
+            full.append(collate([self._null_pack], self._spec))
+        return tuple(full)
+
+    def _take(self) -> _Rows:
+        if self._running is None:
+            self._running = self._start()
+        try:
+            rows = next(self._running)
+        except RuntimeError as error:  # What DataLoader makes of a worker that is gone.
+            self.close()
+            raise DataPipelineError(
+                f"a loader worker died without a word ({error}): out of memory, or /dev/shm full? "
+                "Resume with fewer data.workers or a smaller data.prefetch"
+            ) from error
+        if isinstance(rows, DataPipelineError):
+            self.close()
+            raise rows
+        return rows
+
+    def _start(self) -> Iterator[_Rows | DataPipelineError]:
+        handler = signal.getsignal(signal.SIGCHLD)
+        running = iter(self._steps)
+        if self._num_workers and threading.current_thread() is threading.main_thread():
+            # DataLoader's handler raises wherever the main thread happens to be when a worker dies, a collective for
+            # one; without it the death is reported by the next step.
+            signal.signal(signal.SIGCHLD, handler)
+        # Workers ignore SIGTERM, so they must be told to leave before multiprocessing terminates and joins them.
+        atexit.register(_close_if_alive, weakref.ref(self))
+        return running
+
+    def close(self) -> None:
+        """Stops the workers; the loader yields nothing more."""
+        self._closed = True
+        self._running = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _close_if_alive(reference: weakref.ref[Loader]) -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()
+
+
+def _check_world(config: DataConfig, rank: int, world_size: int, micro_lanes: int) -> None:
+    if not 0 <= rank < world_size:
+        raise DataConfigError(f"rank {rank} of {world_size} ranks")
+    if world_size > config.lanes:
+        raise DataConfigError(
+            f"{world_size} ranks for data.lanes={config.lanes}: every rank needs a lane; use fewer ranks or more lanes"
+        )
+    if micro_lanes < 1:
+        raise DataConfigError(f"micro_lanes={micro_lanes}: must be at least 1")

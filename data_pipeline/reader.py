@@ -1,0 +1,202 @@
+"""One sample by number: index lookup, one positional read, checksum, parts in reading order.
+
+Not for: order (``lanes``), pixels (``decode``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import SampleError, ShardError
+from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart
+from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.index import Member, ShardIndex
+from data_pipeline.shards.manifest import Manifest
+
+
+class _OpenShard:
+    """A file descriptor and the index of one shard."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.path = index.tar_path
+        self.index = index
+        try:
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(f"{self.path}: cannot be opened: {error.strerror}") from error
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class SampleReader:
+    """Reads samples of one manifest in any order.
+
+    Keeps the last ``max_open`` shards open. One per process: descriptors are not shared between workers.
+
+    Args:
+        manifest: The data set.
+        dataset: Its name, for provenance.
+        max_open: Shards kept open, at least 1.
+    """
+
+    def __init__(self, manifest: Manifest, dataset: str, *, max_open: int = 64) -> None:
+        self.manifest = manifest
+        self.dataset = dataset
+        self._max_open = max_open
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def _shard(self, number: int) -> _OpenShard:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        shard = _OpenShard(self.manifest.open_index(number))
+        self._open[number] = shard
+        if len(self._open) > self._max_open:
+            self._open.popitem(last=False)[1].close()
+        return shard
+
+    def read(self, sample_index: int, epoch: int = 0) -> Sample:
+        """The sample with its members in reading order.
+
+        Raises:
+            ManifestError: the shard's index is missing or stale.
+            ShardError: the shard is missing, unreadable or shorter than its index says.
+            SampleError: a member does not match its checksum, or its JSON or text is malformed.
+        """
+        number, row = self.manifest.locate(sample_index)
+        shard = self._shard(number)
+        origin = Provenance(self.dataset, str(shard.path), shard.index.key(row), sample_index, epoch)
+        first, end = shard.index.span(row)
+        data = _read_range(shard, first, end)
+        members: dict[str, bytes] = {}
+        for member in shard.index.members(row):
+            payload = data[member.offset - first : member.offset - first + member.size]
+            _check(member, payload, origin)
+            members[member.ext] = payload
+        return assemble(members, origin)
+
+    def close(self) -> None:
+        """Closes every descriptor; the reader opens them again when needed."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def _read_range(shard: _OpenShard, first: int, end: int) -> bytes:
+    try:
+        data = os.pread(shard.descriptor, end - first, first)
+        while len(data) < end - first:  # One pread returns at most 2 GiB.
+            more = os.pread(shard.descriptor, end - first - len(data), first + len(data))
+            if not more:
+                break
+            data += more
+    except OSError as error:
+        raise ShardError(f"{shard.path}: reading bytes {first}-{end} failed: {error.strerror}") from error
+    if len(data) < end - first:
+        raise ShardError(
+            f"{shard.path}: ends at byte {first + len(data)}, a sample reaches to {end}: the shard was truncated; "
+            "restore it, or index it again"
+        )
+    return data
+
+
+def _check(member: Member, payload: bytes, origin: Provenance) -> None:
+    crc32 = zlib.crc32(payload)
+    if crc32 != member.crc32:
+        raise SampleError(
+            f"member {member.ext} has crc32 {crc32:08x}, its index says {member.crc32:08x}: the bytes changed on disk",
+            shard=origin.shard,
+            key=origin.key,
+        )
+
+
+def assemble(members: Mapping[str, bytes], origin: Provenance) -> Sample:
+    """Parts and fields of one sample from its members by extension.
+
+    With ``parts`` in the JSON member, they give the order; without, the images come in order of extension, then the
+    caption (``txt``, or ``caption``, or the first of ``captions``). A ``txt`` member is the field ``caption`` too.
+
+    Raises:
+        SampleError: malformed JSON or text, a part that names no member, or nothing at all.
+    """
+    try:
+        fields = _fields(members)
+        listed = fields.pop("parts", None)
+        parts = _default_parts(members, fields) if listed is None else _listed_parts(listed, members)
+    except SampleError as error:
+        raise error.located(origin.shard, origin.key) from error
+    if not parts and not fields:
+        found = ", ".join(members) or "none"
+        raise SampleError(f"neither image nor text among its members: {found}", shard=origin.shard, key=origin.key)
+    return Sample(tuple(parts), fields, origin)
+
+
+def _fields(members: Mapping[str, bytes]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    try:
+        if "json" in members:
+            fields = json.loads(members["json"])
+        if "txt" in members:
+            text = members["txt"].decode("utf-8")
+            if isinstance(fields, dict):
+                fields.setdefault("caption", text)
+    except ValueError as error:  # JSON and UTF-8 errors are both ValueErrors.
+        raise SampleError(f"malformed text or JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise SampleError(f"the JSON member holds a {type(fields).__name__}, expected an object")
+    return fields
+
+
+def _image_order(ext: str) -> tuple[int, str]:
+    """Numbered images by number (2.png before 10.png), then the rest by name."""
+    stem = ext.rpartition(".")[0]
+    return (int(stem), ext) if stem.isdecimal() else (-1, ext)
+
+
+def _default_parts(members: Mapping[str, bytes], fields: Mapping[str, Any]) -> list[Part]:
+    images = sorted((ext for ext in members if is_image(ext)), key=_image_order)
+    parts: list[Part] = [ImagePart(members[ext], ext) for ext in images]
+    caption = fields.get("caption")
+    if caption is None:
+        captions = fields.get("captions")
+        caption = captions[0] if isinstance(captions, list) and captions else None
+    if isinstance(caption, str) and caption:
+        parts.append(TextPart(caption))
+    return parts
+
+
+def _listed_parts(listed: Any, members: Mapping[str, bytes]) -> list[Part]:
+    if not isinstance(listed, list):
+        raise SampleError(f"parts is a {type(listed).__name__}, expected a list")
+    parts: list[Part] = []
+    for item in listed:
+        match item:
+            case {"text": str(text)}:
+                parts.append(TextPart(text))
+            case {"image": str(name)} if name.lower() in members:
+                parts.append(ImagePart(members[name.lower()], name.lower()))
+            case {"image": name}:
+                raise SampleError(f"parts name the image {name!r}; its members are {', '.join(members)}")
+            case _:
+                raise SampleError(f'a part is {item!r}, expected {{"text": ...}} or {{"image": ...}}')
+    return parts
+
+
+def read_samples(manifest_path: Path | str, dataset: str = "evaluation") -> Iterator[Sample]:
+    """Every sample of a manifest, in stored order, once.
+
+    Raises:
+        As ``SampleReader.read``; a bad sample ends the iteration, since an evaluation must not skip silently.
+    """
+    reader = SampleReader(Manifest.open(Path(manifest_path)), dataset)
+    try:
+        for index in range(reader.manifest.num_samples):
+            yield reader.read(index)
+    finally:
+        reader.close()

@@ -1,0 +1,80 @@
+"""Batches between processes: every tensor in one flat buffer, everything else beside it.
+
+A step of a worker holds a hundred small tensors; each would cost a file descriptor and a round trip in shared memory.
+One buffer costs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+
+_ALIGNMENT = 16  # Views need their element size; 16 bytes suit every vector load.
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor lies in the buffer."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Batches in transit."""
+
+    buffer: Tensor
+    batches: tuple[Any, ...]
+
+    def open(self) -> tuple[MultimodalBatch, ...]:
+        """The batches; their tensors are views of the buffer."""
+
+        def restore(slot: _Slot) -> Tensor:
+            flat = self.buffer[slot.start : slot.start + slot.num_bytes]
+            return flat.view(slot.dtype).view(slot.shape)
+
+        return cast(tuple[MultimodalBatch, ...], _map(self.batches, _Slot, restore))
+
+
+def wrap(batches: tuple[MultimodalBatch, ...]) -> Parcel:
+    """Copies every tensor of ``batches`` into one uint8 buffer."""
+    tensors: list[tuple[_Slot, Tensor]] = []
+    end = 0
+
+    def store(tensor: Tensor) -> _Slot:
+        nonlocal end
+        slot = _Slot(end, tensor.dtype, tuple(tensor.shape))
+        end += -(-slot.num_bytes // _ALIGNMENT) * _ALIGNMENT
+        tensors.append((slot, tensor))
+        return slot
+
+    emptied = _map(batches, Tensor, store)
+    buffer = torch.empty(end, dtype=torch.uint8)
+    for slot, tensor in tensors:
+        buffer[slot.start : slot.start + slot.num_bytes] = tensor.contiguous().view(-1).view(torch.uint8)
+    return Parcel(buffer, emptied)
+
+
+def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """``value`` with every instance of ``kind`` inside its batches changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, tuple) and any(isinstance(item, MultimodalBatch) for item in value):
+        return tuple(_map(item, kind, change) for item in value)
+    if isinstance(value, dict):
+        return {key: _map(item, kind, change) for key, item in value.items()}
+    if isinstance(value, MultimodalBatch | MediaBlock | Segments):
+        return replace(value, **{f.name: _map(getattr(value, f.name), kind, change) for f in fields(value)})
+    return value
