@@ -241,7 +241,7 @@ def _group(
         # Padded query rows are dropped later; they must see something, or their softmax is not a number.
         last = np.clip(last, 0, None)
         visible = visible & (key[None, None, :] <= last[:, :, None])
-    mask = torch.from_numpy(np.ascontiguousarray(visible[:, None])).to(device)
+    mask = torch.from_numpy(visible[:, None].copy()).to(device)
     return _Group(query_rows, key_rows, is_causal=False, mask=mask)
 
 
