@@ -1,0 +1,34 @@
+"""``mmscale params``: how many parameters a model has, before any memory is spent on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from mmscale.cli.console import emit
+
+app = typer.Typer()
+
+_CONFIG = typer.Argument(help="A YAML file of a model (decoder:, vision:, connector:) or of a run.", metavar="CONFIG")
+_OVERRIDES = typer.Argument(None, help="Values that win over the file's.", metavar="[KEY=VALUE]...")
+
+
+@app.command(epilog="Example: mmscale params configs/models/tiny.yaml")
+def params(
+    config: Path = _CONFIG,
+    overrides: list[str] = _OVERRIDES,
+    json: bool = typer.Option(False, "--json", help="One JSON object: total, active, components."),
+) -> None:
+    """Count the parameters of a model, in all and in use for one token."""
+    from dataclasses import asdict
+
+    from mmscale.config.layers import apply_overrides, read_layers
+    from mmscale.config.validate import validate
+    from mmscale.models.build import count_parameters
+    from mmscale.models.config import ModelConfig
+
+    root = apply_overrides(read_layers(config), overrides or [])
+    block = root.child("model") or root  # A run's file holds the model under one key.
+    value, _ = validate(block, ModelConfig, str(config))
+    emit(asdict(count_parameters(value)), json=json)
