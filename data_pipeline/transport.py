@@ -63,7 +63,8 @@ def wrap(batches: tuple[MultimodalBatch, ...]) -> Parcel:
     emptied = _map(batches, Tensor, store)
     buffer = torch.empty(end, dtype=torch.uint8)
     for slot, tensor in tensors:
-        buffer[slot.start : slot.start + slot.num_bytes] = tensor.contiguous().view(-1).view(torch.uint8)
+        # Views of the buffer, not of the tensor: a tensor of one row may have a stride that no byte view accepts.
+        buffer[slot.start : slot.start + slot.num_bytes].view(slot.dtype).view(slot.shape).copy_(tensor)
     return Parcel(buffer, emptied)
 
 
