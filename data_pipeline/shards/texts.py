@@ -1,0 +1,84 @@
+"""All text that shards hold, for training a tokenizer and for statistics."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import ManifestError, SampleError
+from data_pipeline.shards.manifest import Manifest
+
+
+def all_texts(fields: Any) -> list[str]:
+    """Every text of a JSON member that a template may show: parts, or caption and captions.
+
+    Raises:
+        SampleError: the JSON is no object, or a text is no string.
+    """
+    if not isinstance(fields, dict):
+        raise SampleError(f"the JSON holds a {type(fields).__name__}, expected an object")
+    parts = fields.get("parts")
+    if parts is not None:
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise SampleError("parts must be a list of objects")
+        found = [part["text"] for part in parts if "text" in part]
+    else:
+        captions = fields.get("captions", [])
+        if not isinstance(captions, list):
+            raise SampleError("captions must be a list")
+        found = [*captions, *([fields["caption"]] if fields.get("caption") is not None else [])]
+    if not all(isinstance(text, str) for text in found):
+        raise SampleError("a caption or a text part is no string")
+    return found
+
+
+def parse_json(content: bytes) -> Any:
+    """A JSON member.
+
+    Raises:
+        SampleError: it is no JSON.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"damaged JSON: {error}") from error
+
+
+def iterate_texts(manifest: Manifest) -> Iterator[list[str]]:
+    """The texts of each sample in order; reads the text members only.
+
+    Raises:
+        ManifestError: a shard is missing, stale or shorter than its index says.
+        SampleError: a text is no UTF-8 or a JSON is damaged; names shard and key.
+    """
+    for number in range(manifest.num_shards):
+        index = manifest.open_index(number)
+        with index.tar_path.open("rb") as file:
+            for i in range(len(index)):
+                texts: list[str] = []
+                for member in index.members(i):
+                    if member.ext in ("txt", "json"):
+                        content = _pread(file.fileno(), member.size, member.offset, index.tar_path)
+                        texts += _decoded(member.ext, content, str(index.tar_path), index.key(i))
+                yield texts
+
+
+def _pread(descriptor: int, size: int, offset: int, path: Path) -> bytes:
+    content = os.pread(descriptor, size, offset)
+    if len(content) != size:
+        raise ManifestError(f"{path}: ends before byte {offset + size}, which its index names")
+    return content
+
+
+def _decoded(ext: str, content: bytes, shard: str, key: str) -> list[str]:
+    try:
+        if ext == "json":
+            return all_texts(parse_json(content))
+        return [content.decode()]
+    except UnicodeDecodeError as error:
+        raise SampleError(f"the text is no UTF-8: {error}", shard=shard, key=key) from error
+    except SampleError as error:
+        raise error.located(shard, key) from error

@@ -1,0 +1,314 @@
+"""Text to token ids and back, and the training of a tokenizer on shards.
+
+    config --load_tokenizer--> Tokenizer        manifests --train_sentencepiece--> tokenizer.model
+
+User text never yields a special id: a caption that contains ``<image>`` or ``</s>`` is spelled out like any other text,
+or the placeholder count of a document would be at the mercy of whoever wrote the caption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+import sentencepiece
+import tokenizers
+from pydantic import Field
+
+from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.shards.files import write_whole
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.texts import iterate_texts
+from data_pipeline.strict import StrictConfig
+
+IMAGE_TOKEN = "<image>"
+_MAX_LINE_BYTES = 4096
+
+
+class SentencePieceTokenizerConfig(StrictConfig):
+    """A SentencePiece model."""
+
+    kind: Literal["sentencepiece"] = "sentencepiece"
+    path: Path
+    """The ``.model`` file."""
+    image_token: str = IMAGE_TOKEN
+    """Piece whose id marks an image."""
+
+
+class HuggingFaceTokenizerConfig(StrictConfig):
+    """A ``tokenizer.json`` as the ``tokenizers`` library writes it."""
+
+    kind: Literal["tokenizers"] = "tokenizers"
+    path: Path
+    """The ``tokenizer.json``."""
+    image_token: str = IMAGE_TOKEN
+    """Token whose id marks an image."""
+    bos_token: str = "<s>"
+    """Token that opens a document."""
+    eos_token: str = "</s>"
+    """Token that closes a document."""
+    pad_token: str = "<pad>"
+    """Token of null documents."""
+
+
+TokenizerConfig = Annotated[SentencePieceTokenizerConfig | HuggingFaceTokenizerConfig, Field(discriminator="kind")]
+"""Which tokenizer; ``kind`` picks the member."""
+
+
+class Tokenizer(Protocol):
+    """What the loader, evaluation and generation need of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def image_id(self) -> int: ...
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides which ids a text gets."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` without bos and eos; never a special id.
+
+        Raises:
+            SampleError: the text contains a special token that this tokenizer cannot spell out.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; special ids add nothing, damaged UTF-8 gives U+FFFD."""
+
+
+def load_tokenizer(config: SentencePieceTokenizerConfig | HuggingFaceTokenizerConfig) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Raises:
+        DataConfigError: the file is missing or no such model, or a special token is not in its vocabulary.
+    """
+    if isinstance(config, SentencePieceTokenizerConfig):
+        return SentencePieceTokenizer(config)
+    return HuggingFaceTokenizer(config)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model behind the ``Tokenizer`` protocol."""
+
+    def __init__(self, config: SentencePieceTokenizerConfig) -> None:
+        self._config = config
+        content = _read(config.path)
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise DataConfigError(f"tokenizer {config.path}: no SentencePiece model") from error
+        self.vocab_size: int = self._model.vocab_size()
+        self.bos_id = self._special("bos", self._model.bos_id())
+        self.eos_id = self._special("eos", self._model.eos_id())
+        # Llama's models have no pad piece; what null documents hold is never looked at, so eos serves.
+        self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
+        image_id = self._model.piece_to_id(config.image_token)
+        self.image_id = self._special(config.image_token, -1 if image_id == self._model.unk_id() else image_id)
+        self.fingerprint = hashlib.sha256(content + config.image_token.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """See ``Tokenizer.encode``."""
+        ids: list[int] = self._model.encode(text)
+        if self.image_id not in ids:
+            return ids
+        # A user-defined piece, as in foreign models, is matched in text; ours is a control piece and never is.
+        spelled = self._spelled(self._config.image_token)
+        return [other for i in ids for other in (spelled if i == self.image_id else (i,))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer.decode``."""
+        text: str = self._model.decode([int(i) for i in ids if i not in (self.image_id, self.pad_id)])
+        return text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (load_tokenizer, (self._config,))
+
+    def _spelled(self, token: str) -> list[int]:
+        """The token letter by letter, in bytes where a letter has no piece."""
+        ids: list[int] = []
+        for letter in token:
+            names = [letter]
+            if self._model.piece_to_id(letter) == self._model.unk_id():
+                names = [f"<0x{byte:02X}>" for byte in letter.encode()]
+            ids += (self._model.piece_to_id(name) for name in names)
+        if self._model.unk_id() in ids:
+            raise SampleError(
+                f"the text contains {token}, which this tokenizer cannot spell out; remove it from the text"
+            )
+        return ids
+
+    def _special(self, name: str, piece_id: int) -> int:
+        if piece_id < 0:
+            raise DataConfigError(
+                f"tokenizer {self._config.path}: has no piece {name}; train one with: mmscale data tokenizer"
+            )
+        return piece_id
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json`` behind the ``Tokenizer`` protocol."""
+
+    def __init__(self, config: HuggingFaceTokenizerConfig) -> None:
+        self._config = config
+        content = _read(config.path)
+        try:
+            self._model = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # The library raises the bare class.
+            raise DataConfigError(f"tokenizer {config.path}: no tokenizer.json: {error}") from error
+        self._model.encode_special_tokens = True
+        self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=True)
+        self.bos_id = self._special("bos_token", config.bos_token)
+        self.eos_id = self._special("eos_token", config.eos_token)
+        self.pad_id = self._special("pad_token", config.pad_token)
+        self.image_id = self._special("image_token", config.image_token)
+        names = (config.bos_token, config.eos_token, config.pad_token, config.image_token)
+        self.fingerprint = hashlib.sha256(content + "\0".join(names).encode()).hexdigest()
+        self._names = sorted(set(names))
+        self._reserved = {self.bos_id, self.eos_id, self.pad_id, self.image_id}
+
+    def encode(self, text: str) -> list[int]:
+        """See ``Tokenizer.encode``."""
+        ids = self._raw(text)
+        if self._reserved.isdisjoint(ids):
+            return ids
+        return _encode_around(text, self._names, self._reserved, self._raw)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer.decode``."""
+        text: str = self._model.decode([int(i) for i in ids if i not in self._reserved], skip_special_tokens=True)
+        return text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (load_tokenizer, (self._config,))
+
+    def _raw(self, text: str) -> list[int]:
+        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _special(self, field: str, token: str) -> int:
+        token_id = self._model.token_to_id(token)
+        if token_id is None:
+            raise DataConfigError(
+                f"tokenizer {self._config.path}: no token {token!r}; set {field} to one of its tokens or add it"
+            )
+        return int(token_id)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataConfigError(f"tokenizer {path}: cannot be read: {error.strerror}") from error
+
+
+def _encode_around(
+    text: str,
+    names: list[str],
+    reserved: set[int],
+    encode: Callable[[str], list[int]],
+) -> list[int]:
+    """Cuts every special name in two, so that neither half is matched."""
+    pieces = [text]
+    for name in names:
+        pieces = [half for piece in pieces for half in _halves(piece, name)]
+    ids = [i for piece in pieces for i in encode(piece)]
+    if not reserved.isdisjoint(ids):
+        found = ", ".join(name for name in names if name in text) or "a special token"
+        raise SampleError(f"the text contains {found}, which this tokenizer cannot spell out; remove it from the text")
+    return ids
+
+
+def _halves(text: str, name: str) -> list[str]:
+    first, *rest = text.split(name)
+    pieces = [first]
+    for piece in rest:
+        pieces[-1] += name[:1]
+        pieces.append(name[1:] + piece)
+    return pieces
+
+
+def train_sentencepiece(
+    manifests: Sequence[str | Path],
+    output: str | Path,
+    vocab_size: int,
+    *,
+    model_type: Literal["bpe", "unigram"] = "bpe",
+    character_coverage: float = 0.9995,
+    max_samples: int = 1_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> SentencePieceTokenizer:
+    """Trains a SentencePiece model on all text of the shards; equal shards give equal bytes.
+
+    Text survives encoding and decoding exactly: bytes stand in for rare characters, spaces are kept, nothing is
+    normalised. Pieces 0 to 4 are pad, bos, eos, unk and ``<image>``.
+
+    Args:
+        manifests: Whose text to read.
+        output: The ``.model`` file, written whole or not at all.
+        vocab_size: Pieces, at least 5 special ones and 256 bytes.
+        model_type: Algorithm.
+        character_coverage: Share of characters that get a piece of their own; the rest is spelled in bytes.
+        max_samples: From larger data sets every n-th sample is taken.
+        progress: Called with (samples read, samples to read).
+
+    Raises:
+        DataConfigError: ``vocab_size`` does not fit the text, or there is no text.
+    """
+    opened = [Manifest.open(path) for path in manifests]
+    total = sum(manifest.num_samples for manifest in opened)
+    stride = max(1, -(-total // max_samples))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(opened, stride, total, progress),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece="<pad>",
+            control_symbols=[IMAGE_TOKEN],
+            max_sentence_length=4 * _MAX_LINE_BYTES,
+            num_threads=1,  # More threads add up in another order.
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataConfigError(
+            f"a vocabulary of {vocab_size} pieces cannot be trained on {total} samples: {error}"
+        ) from error
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(output), model.getvalue())
+    return SentencePieceTokenizer(SentencePieceTokenizerConfig(path=Path(output)))
+
+
+def _lines(
+    manifests: list[Manifest], stride: int, total: int, progress: Callable[[int, int], None] | None
+) -> Iterator[str]:
+    """Lines short enough for the trainer, which passes over long ones in silence."""
+    number = 0
+    for manifest in manifests:
+        for texts in iterate_texts(manifest):
+            if number % stride == 0:
+                for line in (line for text in texts for line in text.splitlines() if line.strip()):
+                    yield from (line[i : i + _MAX_LINE_BYTES] for i in range(0, len(line), _MAX_LINE_BYTES))
+            number += 1
+            if progress is not None:
+                progress(number, total)

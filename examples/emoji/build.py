@@ -1,0 +1,171 @@
+"""Builds the bundled data set: emoji pictures in five styles as webdataset shards.
+
+    python examples/emoji/build.py --packages examples/emoji/.npm --output examples/emoji/shards
+    python examples/emoji/build.py --packages examples/emoji/.npm --check      compares with SHA256SUMS, writes nothing
+
+Equal packages and equal encoder versions give equal bytes. README.md beside this file says where the packages come from
+and what is in which shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from emoji_concepts import Concept, load_concepts, quick_codes, share
+from emoji_pictures import EXTENSION, encode_picture
+from emoji_wording import interleaved, page, record
+
+from data_pipeline.shards.files import sha256_of, write_whole
+from data_pipeline.shards.manifest import write_manifest
+from data_pipeline.shards.writer import ShardWriter
+from data_pipeline.tokenizer import train_sentencepiece
+
+HERE = Path(__file__).resolve().parent
+SUMS = HERE / "SHA256SUMS"
+
+TRAIN_STYLES = ("twitter", "fluent-3d", "fluent-flat", "openmoji")
+HELDOUT_STYLE = "google"
+# fluent-flat redraws fluent-3d; beyond the quickstart its bytes buy the least.
+REST_STYLES = ("twitter", "fluent-3d", "openmoji")
+
+SAMPLES_PER_SHARD = 512
+PAGE_CONCEPTS = 8
+VOCAB_SIZE = 2048
+# Rare Chinese and Japanese characters would take the pieces that English words need; they are spelled in bytes.
+CHARACTER_COVERAGE = 0.99
+
+MANIFESTS = {
+    "train-quick": ("train-quick",),
+    "train": ("train-quick", "train-rest"),
+    "train-text": ("train-text",),
+    "train-interleaved": ("train-interleaved",),
+    "heldout-style-quick": ("heldout-style-quick",),
+    "heldout-style": ("heldout-style-quick", "heldout-style-rest"),
+    "heldout-concept": ("heldout-concept",),
+    "heldout-both": ("heldout-both",),
+}
+"""Name of each manifest and the shard prefixes it lists."""
+
+Samples = Iterable[tuple[str, dict[str, bytes]]]
+
+
+def build(packages: Path, output: Path, tokenizer: Path, num_quick: int, vocab_size: int = VOCAB_SIZE) -> None:
+    """Writes shards, indexes, manifests and the tokenizer."""
+    concepts = load_concepts(packages)
+    quick = quick_codes(concepts, num_quick)
+    seen = [concept for concept in concepts if not concept.is_unseen]
+    unseen = [concept for concept in concepts if concept.is_unseen]
+    few = [concept for concept in seen if concept.code in quick]
+    rest = [concept for concept in seen if concept.code not in quick]
+    sources: dict[str, Samples] = {
+        "train-quick": pictures(few, TRAIN_STYLES),
+        "train-rest": pictures(rest, REST_STYLES),
+        "train-text": pages(seen),
+        "train-interleaved": series(few),
+        "heldout-style-quick": pictures(few, (HELDOUT_STYLE,)),
+        "heldout-style-rest": pictures(rest, (HELDOUT_STYLE,)),
+        "heldout-concept": pictures(unseen, TRAIN_STYLES),
+        "heldout-both": pictures(unseen, (HELDOUT_STYLE,)),
+    }
+    shards = {}
+    for prefix, samples in sources.items():
+        with ShardWriter(output, prefix, max_samples=SAMPLES_PER_SHARD) as writer:
+            for key, members in samples:
+                writer.write(key, members)
+        shards[prefix] = writer.shards
+    for name, prefixes in MANIFESTS.items():
+        write_manifest(output / f"{name}.manifest", [shard for prefix in prefixes for shard in shards[prefix]])
+    trained = [output / f"{name}.manifest" for name in ("train", "train-text")]
+    train_sentencepiece(trained, tokenizer, vocab_size, model_type="unigram", character_coverage=CHARACTER_COVERAGE)
+
+
+def pictures(concepts: list[Concept], styles: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """A sample per concept and style, shuffled once and for all by hash."""
+    pairs = [(concept, style) for concept in concepts for style in styles]
+    for concept, style in sorted(pairs, key=lambda pair: share(f"order:{pair[0].code}:{pair[1]}")):
+        image = encode_picture(style, concept.pictures[style])
+        yield f"{concept.code.lower()}-{style}", {EXTENSION[style]: image, "json": as_json(record(concept, style))}
+
+
+def pages(concepts: list[Concept]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Text-only samples: up to eight concepts of a subgroup on a page."""
+    sheets = list(chunks(concepts, lambda _: PAGE_CONCEPTS))
+    for sheet in sorted(sheets, key=lambda sheet: share("page:" + sheet[0].code)):
+        yield f"page-{sheet[0].code.lower()}", {"txt": page(sheet).encode()}
+
+
+def series(concepts: list[Concept]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Samples with two to four pictures of a subgroup and text between them, in one style each."""
+    rows = [row for row in chunks(concepts, lambda code: 2 + int(3 * share("row:" + code))) if len(row) > 1]
+    for row in sorted(rows, key=lambda row: share("series:" + row[0].code)):
+        style = TRAIN_STYLES[int(len(TRAIN_STYLES) * share("style:" + row[0].code))]
+        members = [f"{i}.{EXTENSION[style]}" for i in range(len(row))]
+        images = {
+            name: encode_picture(style, concept.pictures[style]) for name, concept in zip(members, row, strict=True)
+        }
+        yield f"series-{row[0].code.lower()}", {**images, "json": as_json(interleaved(row, members))}
+
+
+def chunks(concepts: list[Concept], length: Callable[[str], int]) -> Iterator[list[Concept]]:
+    """Runs of one subgroup; ``length`` of the first code says how long a run may be."""
+    by_subgroup: dict[str, list[Concept]] = {}
+    for concept in sorted(concepts, key=lambda concept: share("chunk:" + concept.code)):
+        by_subgroup.setdefault(concept.subgroup, []).append(concept)
+    for subgroup in sorted(by_subgroup):
+        left = by_subgroup[subgroup]
+        while left:
+            count = length(left[0].code)
+            yield left[:count]
+            left = left[count:]
+
+
+def as_json(fields: dict[str, object]) -> bytes:
+    """Compact UTF-8."""
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def sums(output: Path, tokenizer: Path) -> str:
+    """Lines of ``sha256sum``, paths relative to this folder's layout."""
+    lines = [f"{sha256_of(path)}  shards/{path.name}" for path in sorted(output.iterdir())]
+    return "\n".join([*lines, f"{sha256_of(tokenizer)}  tokenizer.model"]) + "\n"
+
+
+def check(packages: Path) -> int:
+    """Builds into a scratch folder and compares; 0 if every file is equal."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        build(packages, folder / "shards", folder / "tokenizer.model", num_quick=256)
+        built = set(sums(folder / "shards", folder / "tokenizer.model").splitlines())
+    recorded = set(SUMS.read_text().splitlines())
+    for line in sorted(built ^ recorded, key=lambda line: line[66:]):
+        print(("built    " if line in built else "recorded ") + line)
+    print(f"{len(built & recorded)} of {len(recorded)} files equal")
+    return 0 if built == recorded else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packages", type=Path, required=True, help="folder with the unpacked npm packages")
+    parser.add_argument("--output", type=Path, default=HERE / "shards", help="where shards go")
+    parser.add_argument("--check", action="store_true", help="build in a scratch folder, compare with SHA256SUMS")
+    options = parser.parse_args()
+    if options.check:
+        return check(options.packages)
+    for old in options.output.glob("*.tar*"):
+        old.unlink()
+    tokenizer = options.output.parent / "tokenizer.model"
+    build(options.packages, options.output, tokenizer, num_quick=256)
+    write_whole(SUMS, sums(options.output, tokenizer).encode())
+    total = sum(path.stat().st_size for path in options.output.iterdir())
+    print(f"{total / 1e6:.1f} MB in {options.output}; fingerprint {hashlib.sha256(SUMS.read_bytes()).hexdigest()[:16]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
