@@ -61,9 +61,9 @@ def _text(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, str):
-        return value
-    return json_module.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, list | tuple | dict):
+        return json_module.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
 
 
 class Meter:

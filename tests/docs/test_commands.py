@@ -1,0 +1,52 @@
+"""Every ``bash`` block of the README and of docs/ runs as it stands: from the repository's root, on bundled data.
+
+``$RUN`` is an empty scratch folder; ``mmscale`` is on the PATH. Blocks for a cluster, a GPU or long runs are fenced as
+``console`` and are not run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks() -> list[object]:
+    found = []
+    for page in PAGES:
+        text = page.read_text() if page.exists() else ""
+        for match in _BLOCK.finditer(text):
+            line = text.count("\n", 0, match.start()) + 2
+            found.append(pytest.param(match[1], id=f"{page.relative_to(REPO)}:{line}"))
+    return found
+
+
+@pytest.mark.parametrize("block", blocks())
+def test_block(block: str, tmp_path: Path) -> None:
+    scripts = Path(sys.executable).parent
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=REPO,
+        env={**os.environ, "RUN": str(tmp_path), "PATH": f"{scripts}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, f"{block}\n--- exit code {done.returncode}, output:\n{done.stdout}"
+
+
+def test_pages_name_no_missing_page() -> None:
+    """Links between pages and to files of the repository lead somewhere."""
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(REPO)} links to {target}"

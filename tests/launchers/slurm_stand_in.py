@@ -1,0 +1,35 @@
+"""Stands in for one rank under ``srun``: saves and stops when signalled, finishes when it finds a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+folder, mode = Path(sys.argv[1]), sys.argv[2]
+rank, start = os.environ["SLURM_PROCID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+stopped: list[int] = []
+signal.signal(signal.SIGUSR1, lambda number, _frame: stopped.append(number))
+names = ("SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT")
+(folder / f"start-{start}-rank-{rank}").write_text(
+    " ".join([socket.gethostname(), *(os.environ[name] for name in names)])
+)
+print(f"rank {rank} of start {start}", flush=True)
+
+checkpoint = folder / "checkpoints" / "step-00000001"
+if mode == "fail" and rank == "1":
+    sys.exit(3)
+if checkpoint.exists() or mode == "finish":
+    if rank == "0":
+        (folder / "result.json").write_text("{}")
+    sys.exit(0)
+while not stopped:
+    time.sleep(0.1)
+if rank == "0" and mode != "stuck":
+    checkpoint.mkdir(parents=True)
+time.sleep(int(rank) * 2)  # The last one to close takes longer; it must not be killed by the first one's exit.
+(folder / f"closed-{start}-rank-{rank}").touch()
+sys.exit(75)

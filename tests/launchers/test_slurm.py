@@ -1,0 +1,192 @@
+"""The batch script as text, and through a real SLURM where there is one."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launchers import slurm
+from launchers.slurm import Job, render, submit
+from mmscale.errors import LaunchError
+
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden.sbatch"
+
+
+def golden_job(folder: Path, **changes: object) -> Job:
+    values: dict[str, object] = {
+        "words": ("train", "configs/a run.yaml", "stages.0.steps=5"),
+        "run_dir": folder / "my runs" / "first",
+        "nodes": 2,
+        "gpus_per_node": 4,
+        "cpus_per_task": 6,
+        "time": "4:00:00",
+        "partition": "gpu",
+        "account": "lab",
+        "extra": ("--constraint=h100",),
+        "setup": ("module load cuda",),
+        "executable": ("/opt/mmscale/bin/python", "-m", "mmscale.cli.main"),
+    }
+    return Job(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_script_is_the_golden_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a wanted change: ``UPDATE_GOLDEN=1 pytest tests/launchers/test_slurm.py`` and read the difference."""
+    monkeypatch.setattr(slurm.Path, "cwd", lambda: Path("/home/user/mmscale"))
+    script = render(golden_job(Path("/scratch")))
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(script)
+    assert script == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"requeue": False},
+        {"setup": ()},
+        {"gpus_per_node": 0, "ranks_per_node": 3},
+        {"words": ("train", "a'b $(x)")},
+    ],
+)
+def test_script_is_legal_bash(tmp_path: Path, changes: dict[str, object]) -> None:
+    script = render(golden_job(tmp_path, **changes))
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    words = changes.get("words", golden_job(tmp_path).words)
+    (line,) = re.findall(r"^command=.*$", script, re.MULTILINE)
+    echoed = subprocess.run(["bash", "-c", f'{line}\nprintf "%s\\n" "${{command[@]}}"'], text=True, capture_output=True)
+    assert echoed.stdout.splitlines()[3:] == list(words)  # type: ignore[call-overload]
+
+
+def test_requests() -> None:
+    gpus = golden_job(Path("/s")).directives()
+    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--signal=USR1@180", "--requeue"} <= set(gpus)
+    cpus = golden_job(Path("/s"), gpus_per_node=0, ranks_per_node=3, requeue=False).directives()
+    assert "--ntasks-per-node=3" in cpus
+    assert "--no-requeue" in cpus
+    assert not any(line.startswith("--gpus") for line in cpus)
+
+
+def test_one_job_name_a_run_folder(tmp_path: Path) -> None:
+    """``--dependency=singleton`` compares names: a run must not overlap itself, nor wait for another."""
+    first = golden_job(tmp_path / "a")
+    assert first.name == golden_job(tmp_path / "a", nodes=1).name
+    assert first.name != golden_job(tmp_path / "b").name
+
+
+@pytest.mark.parametrize("changes", [{"nodes": 0}, {"ranks_per_node": 2}, {"gpus_per_node": -1}, {"save_seconds": 0}])
+def test_requests_that_cannot_be(tmp_path: Path, changes: dict[str, int]) -> None:
+    with pytest.raises(LaunchError):
+        golden_job(tmp_path, **changes)
+
+
+@pytest.mark.fault
+def test_without_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match="no sbatch here"):
+        submit(golden_job(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> None:
+    """Two nodes: the cluster that is up, or the one that ``$SLURM_LOCAL up 2`` starts."""
+    tool = os.environ.get("SLURM_LOCAL")
+    if tool is not None:
+        exports = subprocess.run([tool, "up", "2"], check=True, capture_output=True, text=True, timeout=120).stdout
+        os.environ.update(re.findall(r"export (\w+)=(\S+)", exports))
+    if shutil.which("sinfo") is None or subprocess.run(["timeout", "20", "sinfo"], capture_output=True).returncode:
+        pytest.skip("no SLURM answers: set SLURM_CONF, or SLURM_LOCAL to a tool whose `up 2` starts one")
+
+
+@pytest.fixture
+def run_dir(cluster: None) -> Iterator[Path]:
+    """A folder that every node sees; nodes may have a private /tmp."""
+    folder = Path.home() / ".cache" / "mmscale-test-slurm" / str(time.time_ns())
+    folder.mkdir(parents=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def start(run_dir: Path, mode: str, **changes: object) -> str:
+    executable = (sys.executable, str(HERE / "slurm_stand_in.py"))
+    return submit(Job(words=(str(run_dir), mode), run_dir=run_dir, nodes=2, executable=executable, **changes))[0]  # type: ignore[arg-type]
+
+
+def state(number: str) -> dict[str, str]:
+    shown = subprocess.run(["scontrol", "show", "job", number, "-o"], capture_output=True, text=True, check=True).stdout
+    return dict(re.findall(r"(\w+)=(\S*)", shown))
+
+
+def wait(condition: Callable[[], bool], number: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, state(number)
+        time.sleep(0.3)
+
+
+def tell(number: str) -> None:
+    """What ``--signal`` does before the time limit: USR1 to every process of every step."""
+    subprocess.run(["scancel", "--signal=USR1", number], check=True)
+
+
+@pytest.mark.slurm
+def test_two_nodes_stop_requeue_and_finish(run_dir: Path) -> None:
+    number = start(run_dir, "train")
+    wait(lambda: all((run_dir / f"start-0-rank-{rank}").exists() for rank in (0, 1)), number)
+    time.sleep(1)
+    (host0, tasks0, local0, address0, port0), (host1, *others) = [
+        (run_dir / f"start-0-rank-{rank}").read_text().split() for rank in (0, 1)
+    ]
+    assert host0 != host1
+    assert others == [tasks0, local0, address0, port0] == ["2", "0", address0, str(20000 + int(number) % 20000)]
+    assert re.fullmatch(r"[\d.]+", address0)
+
+    tell(number)
+    wait(lambda: state(number)["Restarts"] == "1" and state(number)["JobState"] == "PENDING", number)
+    assert all((run_dir / f"closed-0-rank-{rank}").exists() for rank in (0, 1))
+    # SLURM waits two minutes before it starts a requeued job, and fails a job that is moved forward.
+    wait(lambda: state(number)["JobState"] == "COMPLETED", number, 300)
+    assert (run_dir / "start-1-rank-1").exists()
+    assert (run_dir / "result.json").exists()
+    assert "rank 1 of start 1" in (run_dir / "logs" / f"slurm-{number}-1.log").read_text()
+
+    again = start(run_dir, "train")
+    wait(lambda: state(again)["JobState"] == "COMPLETED", again)
+    assert not (run_dir / "logs" / f"slurm-{again}-0.log").exists()  # Finished before: no rank was started.
+
+
+@pytest.mark.slurm
+def test_a_stop_without_progress_is_not_requeued(run_dir: Path) -> None:
+    number = start(run_dir, "stuck")
+    wait(lambda: all((run_dir / f"start-0-rank-{rank}").exists() for rank in (0, 1)), number)
+    time.sleep(1)
+    tell(number)
+    wait(lambda: state(number)["JobState"] == "FAILED", number)
+    assert "it would never end" in (run_dir / "logs" / f"slurm-{number}.log").read_text()
+
+
+@pytest.mark.slurm
+def test_no_requeue_stops_with_75(run_dir: Path) -> None:
+    number = start(run_dir, "train", requeue=False)
+    wait(lambda: all((run_dir / f"start-0-rank-{rank}").exists() for rank in (0, 1)), number)
+    time.sleep(1)
+    tell(number)
+    wait(lambda: state(number)["JobState"] == "FAILED", number)
+    assert state(number)["ExitCode"] == "75:0"
+
+
+@pytest.mark.slurm
+def test_a_failed_rank_ends_the_job(run_dir: Path) -> None:
+    number = start(run_dir, "fail")
+    wait(lambda: state(number)["JobState"] == "FAILED", number)
+    assert (state(number)["Requeue"], state(number)["Restarts"]) == ("1", "0")
+    assert "failed with exit code" in (run_dir / "logs" / f"slurm-{number}.log").read_text()
