@@ -17,7 +17,9 @@ from data_pipeline.strict import StrictConfig
 Box = tuple[int, int, int, int]
 """Top, left, height, width in pixels of the source; may reach beyond it."""
 
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
+_IDENTITY = np.eye(3, dtype=np.float32)
+# Maps a row of (red, green, blue) to its gray in all three places. Weights: ITU-R BT.601.
+_TO_GRAY = np.repeat(np.array([[0.299], [0.587], [0.114]], dtype=np.float32), 3, axis=1)
 
 
 class AugmentConfig(StrictConfig):
@@ -47,7 +49,7 @@ class AugmentConfig(StrictConfig):
 def crop_box(size: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator) -> Box:
     """A random box, centred up to the shift."""
     height, width = size[0], size[1]
-    scale, down, right = rng.random(3)
+    scale, down, right = rng.random(3).tolist()
     side = config.scale[0] + scale * (config.scale[1] - config.scale[0])
     box_height, box_width = max(1, round(height * side)), max(1, round(width * side))
     top = (height - box_height) / 2 + (2 * down - 1) * config.shift * height
@@ -69,20 +71,18 @@ def cut(pixels: Pixels, box: Box) -> Pixels:
 
 def jitter(config: AugmentConfig, rng: np.random.Generator) -> Callable[[Pixels], Pixels]:
     """A random colour change, the same for every view of an image."""
-    brightness, contrast, saturation = 1 + (2 * rng.random(3) - 1) * (
-        config.brightness,
-        config.contrast,
-        config.saturation,
-    )
-    if config.brightness == config.contrast == config.saturation == 0:
+    strengths = (config.brightness, config.contrast, config.saturation)
+    if not any(strengths):
         return lambda pixels: pixels
-    gray = np.tile(_LUMA[:, None], (1, 3))
-    matrix = brightness * contrast * (saturation * np.eye(3, dtype=np.float32) + (1 - saturation) * gray)
-    offset = np.float32(127.5 * (1 - contrast))
-    matrix = matrix.astype(np.float32)
+    brightness, contrast, saturation = (
+        1 + (2 * draw - 1) * strength for draw, strength in zip(rng.random(3).tolist(), strengths, strict=True)
+    )
+    matrix = brightness * contrast * (saturation * _IDENTITY + (1 - saturation) * _TO_GRAY)
+    offset = np.float32(127.5 * (1 - contrast) + 0.5)  # The half rounds.
 
     def change(pixels: Pixels) -> Pixels:
-        colors = pixels.reshape(-1, 3).astype(np.float32) @ matrix + offset
-        return np.clip(colors + 0.5, 0, 255).astype(np.uint8).reshape(pixels.shape)
+        colors = pixels.reshape(-1, 3).astype(np.float32) @ matrix
+        colors += offset
+        return np.clip(colors, 0, 255, out=colors).astype(np.uint8).reshape(pixels.shape)
 
     return change

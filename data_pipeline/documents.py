@@ -7,6 +7,8 @@ Not for: several documents together (``packing``, ``collate``).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,10 +48,11 @@ class _Draft:
         self.run = ()
 
     def _place(self, ids: list[int], learned: bool) -> None:
+        if self.spec.position_axes == 3:
+            steps = np.arange(self.next_position, self.next_position + len(ids), dtype=np.int32)
+            self.positions.append(np.repeat(steps[:, None], 3, axis=1))
         self.ids.extend(ids)
         self.learned.extend([learned] * len(ids))
-        steps = np.arange(self.next_position, self.next_position + len(ids), dtype=np.int32)
-        self.positions.append(np.repeat(steps[:, None], self.spec.position_axes, axis=1))
         self.next_position += len(ids)
 
     def add_image(self, views: tuple[MediaItem, ...], image_id: int) -> None:
@@ -89,13 +92,14 @@ class _Draft:
         labels = np.full(len(ids), IGNORE, dtype=np.int32)
         learned = np.array(self.learned[1:], dtype=bool)
         labels[:-1][learned] = ids[1:][learned]
-        positions = np.concatenate(self.positions)
+        # On one axis positions simply count; on three the pieces were placed one by one.
+        count = np.arange(len(ids), dtype=np.int32)
         spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
         return Document(
             token_ids=ids,
             labels=labels,
             loss_weights=(labels != IGNORE).astype(np.float32),
-            position_ids=positions if self.spec.position_axes > 1 else positions[:, 0],
+            position_ids=count if self.spec.position_axes == 1 else np.concatenate(self.positions),
             items=tuple(self.items),
             dest=np.array(self.dest, dtype=np.int32),
             spans=tuple(spans),
@@ -129,30 +133,25 @@ class DocumentBuilder:
         Raises:
             SampleError: the sample lacks what the template needs, an image is bad, or image tokens and features differ.
         """
-        pieces = self.dataset.template.pieces(sample, rng)
-        return self._build(pieces, sample, rng, complete=True)
+        with _located(sample):
+            return self._build(self.dataset.template.pieces(sample, rng), sample, rng, complete=True)
 
     def build_prompt(self, sample: Sample) -> Document:
         """The document up to where the answer begins, without augmentation; nothing in it is learned."""
-        return self._build(self.dataset.template.prompt(sample), sample, None, complete=False)
+        with _located(sample):
+            return self._build(self.dataset.template.prompt(sample), sample, None, complete=False)
 
     def _build(
         self, pieces: list[Piece], sample: Sample, rng: np.random.Generator | None, *, complete: bool
     ) -> Document:
-        origin = sample.provenance
-        try:
-            draft = _Draft(self.spec)
-            draft.add_text([self.tokenizer.bos_id], learned=False)
-            for piece in pieces:
-                self._add(draft, piece, rng, complete)
-            if complete:
-                draft.add_text(
-                    [self.tokenizer.eos_id], learned=isinstance(pieces[-1], TextPiece) and pieces[-1].learned
-                )
-            document = draft.finish(origin)
-            self._check_counts(document)
-        except SampleError as error:
-            raise error.located(origin.shard, origin.key) from error
+        draft = _Draft(self.spec)
+        draft.add_text([self.tokenizer.bos_id], learned=False)
+        for piece in pieces:
+            self._add(draft, piece, rng, complete)
+        if complete:
+            draft.add_text([self.tokenizer.eos_id], learned=isinstance(pieces[-1], TextPiece) and pieces[-1].learned)
+        document = draft.finish(sample.provenance)
+        self._check_counts(document)
         return document
 
     def _add(self, draft: _Draft, piece: Piece, rng: np.random.Generator | None, complete: bool) -> None:
@@ -174,6 +173,15 @@ class DocumentBuilder:
                 f"{found} image tokens, but its {document.num_images} images give {embedded + anchors}: "
                 "does the text spell the image token?"
             )
+
+
+@contextmanager
+def _located(sample: Sample) -> Iterator[None]:
+    """Names the sample in the errors about it."""
+    try:
+        yield
+    except SampleError as error:
+        raise error.located(sample.provenance.shard, sample.provenance.key) from error
 
 
 def null_document(spec: MediaSpec, pad_id: int) -> Document:

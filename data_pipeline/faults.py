@@ -61,8 +61,8 @@ class FaultPolicy:
         self.config = config
         self.consecutive = consecutive
 
-    def attempt(self, make: Callable[[], R]) -> R | SampleError:
-        """What ``make`` returns, or the fault to report.
+    def attempt(self, make: Callable[[], R], locate: Callable[[], tuple[str, str]]) -> R | SampleError:
+        """What ``make`` returns, or the fault to report; ``locate`` gives shard and key for errors that name none.
 
         Raises:
             SampleError: the policy is ``fail``.
@@ -76,7 +76,7 @@ class FaultPolicy:
         except (DataPipelineError, MemoryError):
             raise
         except Exception as error:  # A sample that breaks a library in a new way must not end a week of training.
-            return self._fault(SampleError(f"{type(error).__name__}: {error}"))
+            return self._fault(SampleError(f"{type(error).__name__}: {error}").located(*locate()))
         self.consecutive = 0
         return result
 

@@ -218,8 +218,10 @@ class Loader:
             self._running = self._start()
         try:
             rows = next(self._running)
-        except RuntimeError as error:  # What DataLoader makes of a worker that is gone.
+        except RuntimeError as error:
             self.close()
+            if "exited unexpectedly" not in str(error):  # DataLoader's words for a worker that is gone.
+                raise
             raise DataPipelineError(
                 f"a loader worker died without a word ({error}): out of memory, or /dev/shm full? "
                 "Resume with fewer data.workers or a smaller data.prefetch"

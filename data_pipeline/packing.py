@@ -118,8 +118,8 @@ class Budget:
 
 def truncate(document: Document, length: int, spec: MediaSpec) -> Document:
     """The first ``length`` tokens at most; an image stays whole or goes."""
-    items_after = [item for _, item in document.images[1:]] + [len(document.items)]
-    for (start, first_item), next_item in zip(document.images, items_after, strict=True):
+    next_items = [*(item for _, item in document.images[1:]), len(document.items)]
+    for (start, first_item), next_item in zip(document.images, next_items, strict=False):
         embedded = [item for item in document.items[first_item:next_item] if item.embedded]
         size = sum(spec.num_features(item.grid) for item in embedded) if embedded else 1
         if start < length < start + size:

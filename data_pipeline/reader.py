@@ -62,6 +62,12 @@ class SampleReader:
             self._open.popitem(last=False)[1].close()
         return shard
 
+    def where(self, sample_index: int) -> tuple[str, str]:
+        """Shard and key of a sample, without reading it."""
+        number, row = self.manifest.locate(sample_index)
+        shard = self._shard(number)
+        return str(shard.path), shard.index.key(row)
+
     def read(self, sample_index: int, epoch: int = 0) -> Sample:
         """The sample with its members in reading order.
 

@@ -35,7 +35,7 @@ def sample_generator(seed: int, place: Place) -> np.random.Generator:
         seed: ``dataset_seed``.
         place: Sample and epoch.
     """
-    return np.random.Generator(np.random.Philox(key=np.array([seed, mix(place.sample) ^ place.epoch], dtype=np.uint64)))
+    return np.random.Generator(np.random.Philox(key=(mix(place.sample) ^ place.epoch) << 64 | seed))
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class LaneStream:
             DataPipelineError: a shard is missing, stale or damaged; or a bad sample under ``on_error: fail``.
         """
         dataset, place = self._draw()
-        result = self._policy.attempt(lambda: self._document(dataset, place))
+        result = self._policy.attempt(
+            lambda: self._document(dataset, place), lambda: dataset.reader.where(place.sample)
+        )
         if isinstance(result, SampleError):
             name = dataset.config.name
             self._skipped.append(Skipped(name, place.sample, self._lane, result.shard, result.key, result.reason))

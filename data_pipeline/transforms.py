@@ -109,7 +109,11 @@ def smart_size(height: int, width: int, multiple: int, min_pixels: int, max_pixe
     """Sides rounded to ``multiple``, their product within the limits, the aspect kept as well as that allows."""
     new_height = max(multiple, round(height / multiple) * multiple)
     new_width = max(multiple, round(width / multiple) * multiple)
-    if new_height * new_width > max_pixels:
+    if new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / multiple) * multiple
+        new_width = math.ceil(width * grow / multiple) * multiple
+    if new_height * new_width > max_pixels:  # Of limits too close for both, this one holds: it bounds memory.
         shrink = math.sqrt(height * width / max_pixels)
         new_height = max(multiple, math.floor(height / shrink / multiple) * multiple)
         new_width = max(multiple, math.floor(width / shrink / multiple) * multiple)
@@ -119,10 +123,6 @@ def smart_size(height: int, width: int, multiple: int, min_pixels: int, max_pixe
                 new_height = max_pixels // (new_width * multiple) * multiple
             else:
                 new_width = max_pixels // (new_height * multiple) * multiple
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / multiple) * multiple
-        new_width = math.ceil(width * grow / multiple) * multiple
     return new_height, new_width
 
 

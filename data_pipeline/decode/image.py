@@ -31,6 +31,9 @@ class DecodeMode(str, Enum):
     """Scaled while decoding (simplejpeg), when the wanted size is at most half of the image's."""
 
 
+_PNG_PALETTE = 3  # The colour type in a PNG's header.
+
+
 def decode_image(
     data: bytes, *, mode: DecodeMode = DecodeMode.PARITY, max_pixels: int, min_side: tuple[int, int] | None = None
 ) -> Pixels:
@@ -61,7 +64,7 @@ def decode_image(
                 return _fast_jpeg(data, min_side)
             tensor = decode_jpeg(_bytes_tensor(data), ImageReadMode.RGB, apply_exif_orientation=True)
         elif size.format is ImageFormat.PNG:
-            tensor = decode_png(_bytes_tensor(data), ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+            tensor = decode_png(_bytes_tensor(data), _png_mode(data), apply_exif_orientation=True)
         else:
             tensor = decode_webp(_bytes_tensor(data), ImageReadMode.UNCHANGED)
     except (RuntimeError, ValueError) as error:  # What libjpeg, libpng and libwebp become in Python.
@@ -71,6 +74,17 @@ def decode_image(
 
 def _bytes_tensor(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())  # Copied: torch warns of read-only memory.
+
+
+def _png_mode(data: bytes) -> ImageReadMode:
+    """UNCHANGED keeps what alpha there is; of a palette it would give the indices.
+
+    RGB_ALPHA of a palette without transparency (tRNS) holds garbage for alpha (torchvision 0.28). A colour key, tRNS
+    without a palette, is ignored: its pixels keep their colour.
+    """
+    if len(data) < 26 or data[25] != _PNG_PALETTE:
+        return ImageReadMode.UNCHANGED
+    return ImageReadMode.RGB_ALPHA if b"tRNS" in data[: data.find(b"IDAT")] else ImageReadMode.RGB
 
 
 def _fast_jpeg(data: bytes, min_side: tuple[int, int]) -> Pixels:

@@ -8,7 +8,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.digest import digest
 from data_pipeline.media_spec import MediaSpec
 
-STEPS = range(0, 9)
+STEPS = range(9)
 
 
 @pytest.fixture
