@@ -1,0 +1,57 @@
+"""The objective: a sum that splits over microbatches, and auxiliary losses on the same footing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mmscale.models.build import build_model, media_spec
+from mmscale.objectives.next_token import NextToken
+from tests.models.packs import image_document, pack, text_document
+from tests.models.tiny import MOE, VOCAB, config
+
+
+def test_equals_torchs_cross_entropy_of_the_logits() -> None:
+    net = build_model(config(None))
+    batch = pack([text_document(1, 9, VOCAB), text_document(2, 5, VOCAB)], media_spec(net.config))
+    output = NextToken()(net, batch)
+    logits = net.head(net(batch).hidden)
+    losses = F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=-100)
+    torch.testing.assert_close(output.loss_sum, (losses * batch.loss_weights).sum())
+    assert NextToken().weight(batch) == pytest.approx(batch.loss_weights.sum().item())
+    assert torch.equal(output.metrics["cross_entropy"], output.loss_sum.detach())
+
+
+def test_sums_over_microbatches_equal_the_whole() -> None:
+    net = build_model(config("embedding"))
+    spec = media_spec(net.config)
+    docs = [image_document(spec, n, 4 + n, [(2, 2)], VOCAB) for n in range(4)]
+    whole = NextToken()(net, pack(docs, spec)).loss_sum
+    parts = sum(NextToken()(net, pack([doc], spec)).loss_sum for doc in docs)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
+
+
+def test_router_losses_join_with_their_coefficients() -> None:
+    mlp = {**MOE, "balance_coefficient": 0.5, "z_coefficient": 0.25}
+    plain = {**MOE, "balance_coefficient": 0.0, "z_coefficient": 0.0}
+    nets = [build_model(config(None, mlp=block)) for block in (mlp, plain)]
+    batch = pack([text_document(1, 30, VOCAB)], media_spec(nets[0].config))
+    output, without = (NextToken()(net, batch) for net in nets)
+    aux = nets[0](batch).aux
+    extra = 0.5 * aux["router_balance"].value + 0.25 * aux["router_z"].value
+    torch.testing.assert_close(output.loss_sum, without.loss_sum + extra * batch.weight)
+    torch.testing.assert_close(output.metrics["router_balance"] / batch.weight, aux["router_balance"].value.detach())
+    assert aux["router_balance"].value.item() > 0.99
+
+
+def test_a_pack_of_null_documents_alone_weighs_nothing() -> None:
+    net = build_model(config("hybrid", mlp=MOE))
+    spec = media_spec(net.config)
+    batch = pack([image_document(spec, 1, 1, [(2, 2), (2, 2)], VOCAB, null=True)], spec)
+    output = NextToken()(net, batch)
+    output.loss_sum.backward()
+    assert output.loss_sum.item() == 0
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
