@@ -1,0 +1,24 @@
+"""Elastic checkpoints: whole or absent, resumed at any number of ranks and any ZeRO stage.
+
+``resume`` is exact and within a stage; ``warm_start`` takes weights only; ``load_weights`` needs no engine.
+"""
+
+from mmscale.checkpoint.load import LoadReport, load_weights, resume, warm_start
+from mmscale.checkpoint.manifest import TrainState, find_latest, list_checkpoints, read_manifest, read_state
+from mmscale.checkpoint.reshard import verify
+from mmscale.checkpoint.save import prune, save
+
+__all__ = [
+    "LoadReport",
+    "TrainState",
+    "find_latest",
+    "list_checkpoints",
+    "load_weights",
+    "prune",
+    "read_manifest",
+    "read_state",
+    "resume",
+    "save",
+    "verify",
+    "warm_start",
+]

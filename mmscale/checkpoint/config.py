@@ -16,3 +16,7 @@ class CheckpointConfig(StrictConfig):
     """Newest checkpoints that are kept."""
     keep_every: int | None = Field(default=None, ge=1)
     """Checkpoints whose step is a multiple of this are kept for ever; None keeps none of the older ones."""
+
+    def due(self, step: int) -> bool:
+        """Whether to save after ``step`` steps of the run."""
+        return self.every_steps is not None and step % self.every_steps == 0

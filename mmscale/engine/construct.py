@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -23,22 +23,24 @@ M = TypeVar("M", bound=nn.Module)
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
 
 
-def construct(
-    build: Callable[[], M], initialise: Callable[[M, Gather], object], config: EngineConfig, world: World
-) -> M:
+class Initialise(Protocol):
+    """Writes first values, entering ``gather`` with the parameters of one module at a time."""
+
+    def __call__(self, model: Any, *, gather: Gather) -> object: ...
+
+
+def construct(build: Callable[[], M], config: EngineConfig, world: World, initialise: Initialise) -> M:
     """Builds a model for ``Engine``. All ranks must call.
 
     Args:
         build: Constructs the bare model without first values, on the host.
-        initialise: Writes first values, for example
-            ``lambda model, gather: initialise_(model, seed, gather)`` of ``mmscale.nn.init``. It must enter ``gather``
-            with the parameters of one module at a time and write the same values on every rank.
         config: Stage 3 shards from the start; below, every rank builds the whole model.
         world: This rank.
+        initialise: Writes the same values on every rank: ``mmscale.nn.init.initialise_`` with its seed bound.
     """
     if config.zero_stage < 3:
         model = build()
-        initialise(model, _own_range_only)
+        initialise(model, gather=_own_range_only)
         return model
     start_deepspeed(world)
     import deepspeed
@@ -48,7 +50,7 @@ def construct(
     # The format comes from the dictionary: a ``dtype`` argument is replaced by bf16 on a CPU (operator precedence).
     with deepspeed.zero.Init(config_dict_or_path=dictionary):
         model = build()
-    initialise(model, _own_range_only)
+    initialise(model, gather=_own_range_only)
     return model
 
 

@@ -77,7 +77,7 @@ class ToyModel(nn.Module):
 
     def forward(self, batch: ToyBatch) -> Tensor:
         hidden = self.decoder.embed(batch.token_ids)
-        hidden = hidden + self.connector(self.vision(batch.pixels)).mean(0)
+        hidden = hidden + self.connector(self.vision(batch.pixels.to(self.vision.weight.dtype))).mean(0)
         for block in self.decoder.blocks:
             hidden = block(hidden)
         return self.decoder.norm(hidden)

@@ -1,0 +1,200 @@
+"""Reading checkpoints back: exactly (``resume``), weights only (``warm_start``), or into a plain module.
+
+The world size and the ZeRO stage may differ from those that saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmscale.checkpoint.manifest import Manifest, TrainState, read_state
+from mmscale.checkpoint.reshard import CheckpointReader, whole_parameter
+from mmscale.checkpoint.save import model_config_values, persistent_buffers, tied_names
+from mmscale.dist import World, first_complaint
+from mmscale.engine.engine import Engine
+from mmscale.engine.partition import parameter_table
+from mmscale.errors import CheckpointError
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``warm_start`` did, by parameter name.
+
+    Attributes:
+        loaded: Taken from the checkpoint.
+        missing: Of the model but not in the checkpoint: they keep their first values.
+        unused: In the checkpoint but not of the model.
+        mismatched: In both with different shapes; they keep their first values.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    mismatched: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether model and checkpoint hold the same parameters."""
+        return not (self.missing or self.unused or self.mismatched)
+
+
+def resume(engine: Engine, path: Path) -> TrainState:
+    """Puts the engine where it was: masters, moments, step counts, buffers, random state. All ranks must call.
+
+    At the world size that saved, training goes on bit for bit as if it had not stopped; at another one sums are
+    rounded in another order.
+
+    Returns:
+        The train state, with the loader's state of all lanes.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, of another model, or of another stage.
+    """
+    heard = first_complaint(engine.world, _why_not(engine, path))
+    if heard is not None:
+        raise CheckpointError(heard)
+    with CheckpointReader(path) as reader:
+        for owned in engine.partition.owned(whole=True):
+            name = owned.name
+            reader.fill(owned.master, name, reader.weights_kind(name), owned.start)
+            for kind, values in owned.moments.items():
+                reader.fill(values, name, kind, owned.start)
+        _load_buffers(engine.model, reader)
+        engine.partition.set_optimizer_steps(reader.manifest.optimizer_steps)
+        _restore_random_state(engine.world, reader)
+        engine.stage_step = reader.manifest.state.stage_step
+    engine.partition.publish()
+    return read_state(path)
+
+
+def _why_not(engine: Engine, path: Path) -> str | None:
+    try:
+        with CheckpointReader(path) as reader:
+            manifest = reader.manifest
+    except CheckpointError as error:
+        return str(error)
+    differences = list(_differences(manifest, engine.model))
+    if differences:
+        return f"{path} is a checkpoint of another model: {_first(differences)}"
+    table = parameter_table(engine.model)
+    other = [name for name, entry in manifest.parameters.items() if entry.trained != table[name]["trained"]]
+    if manifest.stage != engine.stage.name or other:
+        return (
+            f"{path} was saved in stage {manifest.stage!r}, this engine is in stage {engine.stage.name!r} and trains "
+            f"{'other' if other else 'the same'} parameters; between stages use weights only (warm start)"
+        )
+    return None
+
+
+def warm_start(engine: Engine, path: Path) -> LoadReport:
+    """Takes over the weights that fit, and nothing else: moments and schedule start anew. All ranks must call.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or no parameter fits.
+    """
+    try:
+        with CheckpointReader(path) as reader:
+            report = _match(engine.model, reader)
+            complaint = None if report.loaded else f"{path}: no parameter of the model is in it"
+    except CheckpointError as error:
+        complaint = str(error)
+    heard = first_complaint(engine.world, complaint)
+    if heard is not None:
+        raise CheckpointError(heard)
+    chosen = set(report.loaded)
+    with CheckpointReader(path) as reader:
+        for owned in engine.partition.owned(whole=True):
+            stored = reader.stored_name(owned.name)
+            if owned.name in chosen and stored is not None:
+                reader.fill(owned.master, stored, reader.weights_kind(stored), owned.start)
+        _load_buffers(engine.model, reader)
+    engine.partition.publish()
+    return report
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads weights and buffers into a plain module, in one process, without DeepSpeed.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
+    """
+    with CheckpointReader(path) as reader:
+        differences = list(_differences(reader.manifest, model))
+        if differences:
+            raise CheckpointError(f"{path} is a checkpoint of another model: {_first(differences)}")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(whole_parameter(reader, name))
+        _load_buffers(model, reader)
+
+
+def _match(model: nn.Module, reader: CheckpointReader) -> LoadReport:
+    loaded: list[str] = []
+    missing: list[str] = []
+    mismatched: list[str] = []
+    used: set[str] = set()
+    for name, entry in parameter_table(model).items():
+        stored = reader.stored_name(name)
+        if stored is None:
+            missing.append(name)
+            continue
+        used.add(stored)
+        same = tuple(entry["shape"]) == reader.manifest.parameters[stored].shape
+        (loaded if same else mismatched).append(name)
+    unused = [name for name in reader.manifest.parameters if name not in used]
+    return LoadReport(tuple(loaded), tuple(missing), tuple(unused), tuple(mismatched))
+
+
+def _load_buffers(model: nn.Module, reader: CheckpointReader) -> None:
+    for name, values in persistent_buffers(model).items():
+        if reader.manifest.buffers.get(name) == tuple(values.shape):
+            values.copy_(reader.buffer(name))
+
+
+def _restore_random_state(world: World, reader: CheckpointReader) -> None:
+    if world.rank >= len(reader.notes):
+        return  # A rank that did not exist keeps the seed it was started with.
+    states = reader.notes[world.rank].random_state
+    torch.set_rng_state(torch.tensor(list(bytes.fromhex(states["cpu"])), dtype=torch.uint8))
+    if world.device.type == "cuda" and "cuda" in states:
+        state = torch.tensor(list(bytes.fromhex(states["cuda"])), dtype=torch.uint8)
+        torch.cuda.set_rng_state(state, world.device)
+
+
+def _differences(manifest: Manifest, model: nn.Module) -> Iterator[str]:
+    """Sentences about what model and checkpoint do not share, parameters first."""
+    table = parameter_table(model)
+    for name in table.keys() | manifest.parameters.keys():
+        if name not in manifest.parameters:
+            yield f"{name} is only in the model"
+        elif name not in table:
+            yield f"{name} is only in the checkpoint"
+        elif tuple(table[name]["shape"]) != manifest.parameters[name].shape:
+            yield f"{name} is {list(manifest.parameters[name].shape)} in the checkpoint, {table[name]['shape']} here"
+    if tied_names(model) != manifest.tied:
+        yield f"tied parameters are {manifest.tied} in the checkpoint, {tied_names(model)} here"
+    saved, here = manifest.model_config_values, model_config_values(model)
+    if saved is not None and here is not None:
+        yield from _config_differences("model", saved, here)
+
+
+def _config_differences(path: str, saved: Any, here: Any) -> Iterator[str]:
+    if isinstance(saved, Mapping) and isinstance(here, Mapping):
+        for key in sorted(saved.keys() & here.keys()):
+            yield from _config_differences(f"{path}.{key}", saved[key], here[key])
+    elif saved != here:
+        yield f"{path} is {saved!r} in the checkpoint, {here!r} here"
+
+
+def _first(differences: list[str]) -> str:
+    shown = "; ".join(sorted(differences)[:_SHOWN])
+    more = len(differences) - _SHOWN
+    return f"{shown}; and {more} more differences" if more > 0 else shown

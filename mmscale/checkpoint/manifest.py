@@ -1,0 +1,202 @@
+"""What a checkpoint folder says about itself.
+
+    checkpoints/step-00000123/
+        rank-00000.safetensors   this rank's ranges: NAME|master, |exp_avg, |exp_avg_sq, |frozen, |buffer
+        rank-00000.json          which ranges they are, the loader's lanes, random state
+        manifest.json            written last: everything that is true of the whole
+
+A folder with this name is whole; while it is being written it is called ``step-00000123.partial``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from data_pipeline.errors import StateError
+from data_pipeline.state import LoaderState
+from data_pipeline.strict import StrictConfig
+from mmscale.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint after ``step`` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def rank_files(rank: int) -> tuple[str, str]:
+    """Names of the tensors and of the notes of one rank."""
+    return f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands, apart from weights and optimizer.
+
+    Attributes:
+        step: Optimizer steps of the run so far, over all stages.
+        stage_index: Index of the stage in the configuration.
+        stage_step: Steps taken within that stage.
+        tokens: Valid tokens seen.
+        samples: Samples seen.
+        loader: State of the data after ``step``: of this rank's lanes when saving, of all lanes after loading.
+        extra: Whatever else the run wants back; JSON values, equal on all ranks.
+    """
+
+    step: int = 0
+    stage_index: int = 0
+    stage_step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    loader: LoaderState | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class SavedState(StrictConfig):
+    """The part of TrainState that is the same on every rank."""
+
+    step: int = Field(ge=0)
+    stage_index: int = Field(ge=0)
+    stage_step: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    samples: int = Field(ge=0)
+    extra: dict[str, Any]
+
+
+class FileEntry(StrictConfig):
+    """A file beside the manifest."""
+
+    bytes: int = Field(ge=0)
+    crc32: int = Field(ge=0)
+
+
+class ParameterEntry(StrictConfig):
+    """A parameter of the model."""
+
+    shape: tuple[int, ...]
+    trained: bool
+
+
+class Manifest(StrictConfig):
+    """Everything that is true of the whole checkpoint."""
+
+    format: int
+    state: SavedState
+    stage: str
+    world_size: int = Field(ge=1)
+    zero_stage: int
+    precision: str
+    optimizer_steps: int = Field(ge=0)
+    parameters: dict[str, ParameterEntry]
+    buffers: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    """Second name of a parameter -> the name under which it is stored."""
+    model_config_values: dict[str, Any] | None
+    """The model's configuration, if it has one."""
+    files: dict[str, FileEntry]
+    versions: dict[str, str]
+
+
+class RankNotes(StrictConfig):
+    """What one rank says about its file of tensors."""
+
+    rank: int = Field(ge=0)
+    ranges: dict[str, tuple[int, int]]
+    loader: str | None
+    random_state: dict[str, str]
+    """State of torch's generators, hexadecimal, by device type."""
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads and checks the manifest of the checkpoint folder ``path``.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or another format wrote it.
+    """
+    try:
+        text = (path / MANIFEST).read_text()
+    except OSError as error:
+        raise CheckpointError(f"{path} is no checkpoint: {MANIFEST} cannot be read ({error.strerror})") from error
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        found = re.search(r'"format"\s*:\s*(\d+)', text)
+        if found and int(found[1]) != FORMAT:
+            raise CheckpointError(f"{path} has format {found[1]}, this version reads {FORMAT}") from error
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {error.errors()[0]['msg']}") from error
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.format}, this version reads {FORMAT}")
+    return manifest
+
+
+def read_notes(path: Path, rank: int) -> RankNotes:
+    """Reads the notes of one rank.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    file = path / rank_files(rank)[1]
+    try:
+        return RankNotes.model_validate_json(file.read_text())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+
+
+def missing_or_cut(path: Path, manifest: Manifest) -> str | None:
+    """The first file that is missing or has another size than the manifest says; None if all are there."""
+    for name, entry in manifest.files.items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size != entry.bytes:
+            return f"{name} has {size} bytes, {entry.bytes} were written"
+    return None
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Folders that are named like checkpoints, oldest step first; half-written ones have another name."""
+    if not directory.is_dir():
+        return []
+    found = [(int(match[1]), p) for p in directory.iterdir() if (match := _FOLDER.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def find_latest(directory: Path) -> Path | None:
+    """The newest whole checkpoint below ``directory``: its manifest reads and every file has its size."""
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError:
+            continue
+        if missing_or_cut(path, manifest) is None:
+            return path
+    return None
+
+
+def read_state(path: Path) -> TrainState:
+    """Where the run stood, with the loader's state of all lanes merged. Reads no tensors.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    manifest = read_manifest(path)
+    texts = [read_notes(path, rank).loader for rank in range(manifest.world_size)]
+    saved = manifest.state
+    try:
+        states = [LoaderState.from_json(text) for text in texts if text is not None]
+        loader = LoaderState.merge(states) if states else None
+    except StateError as error:
+        raise CheckpointError(f"{path}: the data position is damaged: {error}") from error
+    return TrainState(
+        saved.step, saved.stage_index, saved.stage_step, saved.tokens, saved.samples, loader, dict(saved.extra)
+    )

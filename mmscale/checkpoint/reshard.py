@@ -1,0 +1,148 @@
+"""Reading any range of any parameter out of the files of however many ranks wrote them.
+
+wanted            |-------------------)
+rank 0  |--------------)
+rank 1                 |--------------)      -> the overlaps are copied, a gap is an error
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mmscale.checkpoint.manifest import MANIFEST, missing_or_cut, rank_files, read_manifest, read_notes
+from mmscale.errors import CheckpointError
+
+
+class CheckpointReader:
+    """An open checkpoint. Use as a context manager.
+
+    Args:
+        path: Checkpoint folder.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
+        if (problem := missing_or_cut(path, self.manifest)) is not None:
+            raise CheckpointError(f"{path} is damaged: {problem}; `mmscale checkpoint verify` lists what is left")
+        self.notes = [read_notes(path, rank) for rank in range(self.manifest.world_size)]
+        self._ranges: dict[str, list[tuple[int, int, int]]] = {}
+        for rank, notes in enumerate(self.notes):
+            for name, (start, stop) in notes.ranges.items():
+                self._ranges.setdefault(name, []).append((start, stop, rank))
+        self._files: dict[int, Any] = {}
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.clear()
+
+    def stored_name(self, name: str) -> str | None:
+        """The name under which a parameter is stored: its own, or that of the one it is tied to; None if absent."""
+        owner = self.manifest.tied.get(name, name)
+        return owner if owner in self.manifest.parameters else None
+
+    def weights_kind(self, name: str) -> str:
+        """``master`` or ``frozen``: how the weights of a stored parameter are kept."""
+        return "master" if self.manifest.parameters[name].trained else "frozen"
+
+    def fill(self, target: Tensor, name: str, kind: str, start: int) -> None:
+        """Fills the flat ``target`` with the values from ``start`` on, converting to its number format.
+
+        Args:
+            target: ``(n,)``, mutated.
+            name: Stored name of a parameter.
+            kind: ``master``, ``exp_avg``, ``exp_avg_sq`` or ``frozen``.
+            start: Index of the first wanted value in the flattened parameter.
+
+        Raises:
+            CheckpointError: values are missing or a file is damaged.
+        """
+        stop, filled = start + target.numel(), 0
+        for low, high, rank in self._ranges.get(name, []):
+            first, last = max(low, start), min(high, stop)
+            if first >= last:
+                continue
+            values = self._read(rank, f"{name}|{kind}", first - low, last - low)
+            target[first - start : last - start].copy_(values)
+            filled += last - first
+        if filled != stop - start:
+            raise CheckpointError(
+                f"{self.path}: {name}|{kind} has {filled} of the values {start}:{stop}; the checkpoint is damaged"
+            )
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer, whole.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        return self._read(0, f"{name}|buffer", None, None)
+
+    def _read(self, rank: int, key: str, first: int | None, last: int | None) -> Tensor:
+        file = self.path / rank_files(rank)[0]
+        try:
+            if rank not in self._files:
+                self._files[rank] = safe_open(file, "pt")
+            if first is None:
+                return self._files[rank].get_tensor(key)
+            return self._files[rank].get_slice(key)[first:last]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: {key} cannot be read: {error}") from error
+
+    def gaps(self) -> Iterator[str]:
+        """Complaints about parameters whose ranges do not cover them exactly once."""
+        for name, entry in self.manifest.parameters.items():
+            reached = 0
+            for start, stop, _ in sorted(self._ranges.get(name, [])):
+                if start != reached:
+                    break
+                reached = stop
+            if reached != math.prod(entry.shape):
+                yield f"{name}: the ranks' ranges do not cover its {math.prod(entry.shape)} values exactly once"
+
+
+def verify(path: Path) -> list[str]:
+    """Everything that is wrong with a checkpoint: sizes, checksums, ranges. An empty list means it is good."""
+    from mmscale.checkpoint.durable import crc32_of
+
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    for name, entry in manifest.files.items():
+        try:
+            size, checksum = (path / name).stat().st_size, crc32_of(path / name)
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}")
+            continue
+        if size != entry.bytes:
+            problems.append(f"{name}: {size} bytes, {entry.bytes} were written")
+        elif checksum != entry.crc32:
+            problems.append(f"{name}: checksum {checksum:08x}, {entry.crc32:08x} was written")
+    expected = {file for rank in range(manifest.world_size) for file in rank_files(rank)}
+    problems.extend(f"{name}: not listed in {MANIFEST}" for name in sorted(expected - set(manifest.files)))
+    if not problems:
+        with CheckpointReader(path) as reader:
+            problems.extend(reader.gaps())
+    return problems
+
+
+def whole_parameter(reader: CheckpointReader, name: str) -> Tensor:
+    """Weights of one stored parameter, float32, in its shape."""
+    shape = reader.manifest.parameters[name].shape
+    values = torch.empty(math.prod(shape), dtype=torch.float32)
+    reader.fill(values, name, reader.weights_kind(name), 0)
+    return values.view(shape)
