@@ -99,12 +99,22 @@ def _data_path(root: Entry, loc: tuple[int | str, ...]) -> _Path:
 def _report(root: Entry, schema: type[BaseModel], error: ValidationError, name: str) -> str:
     reasons: dict[str, list[str]] = {}
     for detail in error.errors(include_url=False):
+        if _is_echo(root, detail):
+            continue
         what, reason = _complaint(root, schema, detail, name)
         reasons.setdefault(what, []).append(reason)  # A value that fits no member of a union has a reason for each.
     lines = [f"{what}: {' or '.join(dict.fromkeys(several))}" for what, several in reasons.items()]
     if len(lines) == 1:
         return lines[0]
     return f"{len(lines)} errors in the configuration:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _is_echo(root: Entry, detail: Any) -> bool:
+    """pydantic counts only the good items of a tuple: one wrong item also makes the tuple "too short"."""
+    if detail["type"] != "too_short":
+        return False
+    items = _entry_at(root, _data_path(root, detail["loc"])).value
+    return isinstance(items, list) and len(items) != detail["ctx"]["actual_length"]
 
 
 def _complaint(root: Entry, schema: type[BaseModel], detail: Any, name: str) -> tuple[str, str]:
@@ -144,7 +154,8 @@ def _reason(root: Entry, schema: type[BaseModel], path: _Path, kind: str, contex
 
 
 def _quoted(listing: str) -> list[str]:
-    return re.findall(r"'([^']*)'", listing)
+    """Members of pydantic's enumerations: ``'a', 'b' or 'c'``, ``0, 1 or 2``."""
+    return re.findall(r"'([^']*)'", listing) or re.split(r", | or ", listing)
 
 
 def _nearest(word: str, candidates: list[str]) -> str:

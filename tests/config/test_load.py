@@ -54,6 +54,8 @@ class Whole(StrictConfig):
     mlps: list[Mlp] = []
     stages: list[Stage] = []
     limit: int | Literal["auto"] = "auto"
+    level: Literal[0, 1, 2] = 0
+    parts: tuple[Stage, ...] = Field((Stage(name="a", steps=1),), min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> Whole:
@@ -192,6 +194,8 @@ def test_a_key_asked_for_is_never_dropped(write, text: str, overrides: list[str]
         ("", ["rate=1", "tower.dpth=1"], "override 2 (tower.dpth=1) tower.dpth=1: unknown key; did you mean 'depth'?"),
         ("precision: fp23", [], "FILE:1 precision=fp23: not one of the choices; did you mean 'fp32'?"),
         ("mode: fats", [], "FILE:1 mode=fats: not one of the choices; did you mean 'fast'?"),
+        ("level: 7", [], "FILE:1 level=7: not one of the choices; known here: 0, 1, 2"),
+        ("parts: []", [], "FILE:1 parts: tuple should have at least 1 item"),
         ("stages:\n- name: a\n", [], "FILE:2 stages.0.steps: required, and missing"),
         ("rate: 1000", [], "FILE: rate=1000.0: must not exceed 100"),
         ("rate: 1\nrate: 2\n", [], "FILE:2 rate: written twice, first at FILE:1"),
@@ -223,6 +227,13 @@ def test_every_error_is_listed(write) -> None:
     text = str(caught.value)
     assert text.startswith("3 errors in the configuration:\n")
     assert all(f"{path}:{line} " in text for line in (1, 2, 3))
+
+
+def test_a_wrong_item_is_not_reported_twice(write) -> None:
+    path = write("parts: [{name: a, steps: 1, stepz: 2}]\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path, [], Whole)
+    assert str(caught.value) == f"{path}:1 parts.0.stepz=2: unknown key; did you mean 'steps'?"
 
 
 def test_override_of_a_null_block_and_a_whole_block(write) -> None:
