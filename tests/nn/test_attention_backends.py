@@ -93,8 +93,9 @@ def test_equal_segments_are_a_view() -> None:
     bounds = tuple(range(0, 65 * 16, 16))
     plan = _plan(bounds, bounds, False, torch.device("cpu"))
     (group,) = plan.groups
-    assert (group.queries.num, group.queries.length) == (64, 16)
-    assert group.queries.index is None
+    assert (group.num, group.queries, group.keys) == (64, 16, 16)
+    assert plan.query_rows is None
+    assert plan.key_rows is None
     assert plan.restore is None
 
 
