@@ -23,7 +23,7 @@ class EngineConfig(StrictConfig):
     activation_checkpointing: bool = False
     """Forget the activations of each block and compute them again in the backward pass: about a third more time, far
     less memory."""
-    attention: str = "auto"
+    attention: Literal["auto", "sdpa", "flash", "torch_varlen"] = "auto"
     """Attention backend, chosen once when the model is built; a named one that is missing raises."""
     micro_lanes: int = Field(default=1, ge=1)
     """Rows of the global batch that a rank computes at once. More: fewer, larger passes and more memory."""

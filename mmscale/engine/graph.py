@@ -14,7 +14,7 @@ class ObjectiveLike(Protocol):
         """Weight of the microbatch, known on the host before the forward pass."""
         ...
 
-    def __call__(self, model: nn.Module, batch: Any) -> Any:
+    def __call__(self, model: Any, batch: Any) -> Any:
         """``loss_sum`` (scalar with graph) and ``metrics`` (sums, without graph)."""
         ...
 

@@ -1,0 +1,109 @@
+"""The end of a run: held-out scores, captions, ``result.json`` and the report.
+
+``result.json`` is written last but one and marks the run as finished; a run that is killed before goes through this
+again from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import cast
+
+from mmscale.checkpoint import TrainState
+from mmscale.dist import World, sum_float
+from mmscale.engine.engine import Engine
+from mmscale.errors import MMScaleError
+from mmscale.evaluate import evaluate
+from mmscale.metrics.meters import peak_memory
+from mmscale.metrics.run_log import NullLog, RunLog
+from mmscale.metrics.sinks import read_metrics
+from mmscale.models.build import count_parameters
+from mmscale.models.multimodal import MultimodalModel
+from mmscale.report.build import build_report
+from mmscale.report.result import RESULT_FILE, Memory, Params, RunResult, SetResult, write_result
+from mmscale.run_config import RunConfig
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run folder holds the result of a run of at least this many steps.
+
+    Raises:
+        MMScaleError: ``result.json`` is there but cannot be read.
+    """
+    path = config.run_dir / RESULT_FILE
+    if not path.is_file():
+        return False
+    try:
+        return int(json.loads(path.read_text())["steps"]) >= config.total_steps
+    except (ValueError, KeyError, TypeError) as error:
+        raise MMScaleError(f"{path} is damaged ({error}); remove it to let the run finish again") from error
+
+
+def finish(config: RunConfig, engine: Engine, state: TrainState, log: RunLog | NullLog) -> None:
+    """Scores the model and writes what a finished run leaves behind. All ranks must call."""
+    world = engine.world
+    heldout = score(config, engine, log)
+    ranks_memory = _gather_memory(world)
+    if not world.is_main:
+        return
+    count = count_parameters(config.model)
+    records = read_metrics(config.run_dir / "metrics.jsonl")
+    result = RunResult(
+        world_size=world.world_size,
+        zero_stage=engine.config.zero_stage,
+        precision=engine.precision.name,
+        precision_reason=engine.precision.reason,
+        steps=state.step,
+        train_seconds=sum(record["seconds"] for record in records),
+        params=Params(count.total, count.active, count.components),
+        heldout=heldout,
+        tokens=state.tokens,
+        samples=state.samples,
+        memory=ranks_memory,
+        machine=_machine(world),
+    )
+    write_result(config.run_dir, result)
+    log.note(f"wrote {build_report(config.run_dir)}")
+
+
+def score(config: RunConfig, engine: Engine, log: RunLog | NullLog) -> dict[str, SetResult]:
+    """Scores the held-out sets with the engine's model and captions some of their images. All ranks must call."""
+    data = config.stage_data(len(config.stages) - 1)
+    log.pause()
+    with engine.inference() as model:
+        results = evaluate(cast(MultimodalModel, model), config.evaluation, data, config.media_spec, engine.world)
+        for name, result in results.items():
+            log.note(
+                f"held-out {name}: {result.metric} {result.score:.3f} ± {result.error:.3f}, "
+                f"images permuted {result.control:.3f}, chance {result.chance:.3f} (n={result.n})"
+            )
+    return results
+
+
+def _gather_memory(world: World) -> Memory:
+    own = peak_memory()
+    rss = [0.0] * world.world_size
+    device = [0.0] * world.world_size
+    rss[world.rank] = own.rss_bytes
+    device[world.rank] = own.device_bytes or 0
+    rss, device = sum_float(world, rss), sum_float(world, device)
+    on_device = tuple(int(value) for value in device) if world.device.type == "cuda" else None
+    return Memory(tuple(int(value) for value in rss), on_device)
+
+
+def _machine(world: World) -> str:
+    if world.device.type == "cuda":
+        import torch
+
+        return f"{world.world_size} x {torch.cuda.get_device_name(world.device)}"
+    return f"{_cpu_name()}, {world.world_size} rank{'s' if world.world_size > 1 else ''}"
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,121 @@
+"""One run, whole: composes every part's configuration and checks the rules between them.
+
+Rules inside a part live in that part's class. Here are only those that need two parts, and those that need the disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from data_pipeline.config import DataConfig
+from data_pipeline.media_spec import MediaSpec
+from data_pipeline.strict import StrictConfig
+from data_pipeline.tokenizer import load_tokenizer
+from mmscale.checkpoint.config import CheckpointConfig
+from mmscale.engine.config import EngineConfig
+from mmscale.errors import ConfigError
+from mmscale.evaluate import EvaluationConfig
+from mmscale.metrics.config import MetricsConfig
+from mmscale.models.build import media_spec
+from mmscale.models.config import ModelConfig
+from mmscale.stages import ALL, DEFAULT, StageConfig
+
+
+class RunConfig(StrictConfig):
+    """Everything that decides what a run does."""
+
+    run_dir: Path
+    """Folder of the run: metrics, checkpoints, report. A run that finds its folder goes on where it stopped."""
+    seed: int = Field(default=1, ge=0, lt=2**32)
+    """Seeds weights, data order and augmentation."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many steps over all stages. Schedules stay as if the run were whole. None runs every stage."""
+    data: DataConfig
+    model: ModelConfig
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> RunConfig:
+        components = {"decoder"}
+        if self.model.vision is not None:
+            components |= {"vision", "connector"}
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages need names of their own, got {names}")
+        for number, stage in enumerate(self.stages):
+            unknown = (set(stage.train) | set(stage.learning_rate)) - components - {ALL, DEFAULT}
+            if unknown:
+                raise ValueError(
+                    f"stages.{number} ({stage.name}) names {sorted(unknown)}; this model has {sorted(components)}"
+                )
+            self.stage_data(number)  # Raises where an override of the data block is not legal.
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Steps until the run ends: all stages, or ``max_steps`` if that is less."""
+        return min(sum(stage.steps for stage in self.stages), self.max_steps or 2**62)
+
+    @property
+    def media_spec(self) -> MediaSpec:
+        """What the data side must know of the model."""
+        return media_spec(self.model)
+
+    def stage_data(self, number: int) -> DataConfig:
+        """The data block of stage ``number``: its overrides merged into ``data``; lists are replaced, not merged."""
+        overrides = self.stages[number].data
+        if not overrides:
+            return self.data
+        return DataConfig.model_validate(_merged(self.data.model_dump(), overrides))
+
+
+def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def check_files(config: RunConfig) -> None:
+    """Checks what validation cannot know without the disk. Cheap: nothing large is read.
+
+    Raises:
+        ConfigError: a manifest is missing, or the tokenizer has more ids than the model has embeddings.
+        DataConfigError: the tokenizer cannot be loaded.
+    """
+    for number in range(len(config.stages)):
+        data = config.stage_data(number)
+        for index, dataset in enumerate(data.datasets):
+            if not dataset.manifest.is_file():
+                raise ConfigError(
+                    f"data.datasets.{index}.manifest={dataset.manifest}: no such file; "
+                    f"make it with `mmscale data ingest` or `mmscale data index`"
+                )
+        tokens, rows = load_tokenizer(data.tokenizer).vocab_size, config.model.decoder.vocab_size
+        if tokens > rows:
+            raise ConfigError(
+                f"model.decoder.vocab_size={rows}: the tokenizer has {tokens} ids; set it to {tokens} or more"
+            )
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Checks that the run can be dealt to ``world_size`` ranks.
+
+    Raises:
+        ConfigError: some rank would never see a sample.
+    """
+    for number in range(len(config.stages)):
+        lanes = config.stage_data(number).lanes
+        if world_size > lanes:
+            raise ConfigError(
+                f"world size {world_size} does not fit data.lanes={lanes}: {world_size - lanes} ranks would never see "
+                f"a sample; start at most {lanes} ranks or set data.lanes to {world_size} or more"
+            )

@@ -1,0 +1,45 @@
+"""What lies where in a run folder.
+
+config.yaml            every value of the run        config_origins.json   where each came from
+metrics.jsonl          one line a step               tensorboard/          the same, and sample images
+checkpoints/step-N/    whole checkpoints             logs/                 output of ranks above 0
+captions.json report/  held-out images and captions  report.html result.json
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmscale.config import Loaded, dump
+from mmscale.dist import World, first_complaint
+from mmscale.errors import MMScaleError
+from mmscale.report.configuration import save_origins
+from mmscale.report.result import write_whole
+from mmscale.run_config import RunConfig
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+
+
+def open_run_folder(loaded: Loaded[RunConfig], world: World) -> None:
+    """Makes the folder and writes the configuration into it. All ranks must call.
+
+    Raises:
+        MMScaleError: the folder cannot be written; every rank raises.
+    """
+    complaint = None
+    if world.is_main:
+        try:
+            _write(loaded)
+        except OSError as error:
+            complaint = f"run_dir={loaded.value.run_dir}: {error.strerror}"
+    complaint = first_complaint(world, complaint)
+    if complaint is not None:
+        raise MMScaleError(complaint)
+
+
+def _write(loaded: Loaded[RunConfig]) -> None:
+    folder: Path = loaded.value.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / CONFIG, dump(loaded.value).encode())
+    save_origins(folder, loaded.origins)

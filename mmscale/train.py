@@ -1,0 +1,192 @@
+"""The main job as a loop: stages, steps, checkpoints, and at the end a score and a report.
+
+    for each stage:  model -> engine -> (resume | warm start)
+        for each step:  batch -> engine.train_step -> log -> save when due -> stop when asked
+    evaluate -> captions -> result.json -> report.html
+
+A run folder is all the memory there is: started again with the same configuration, the loop finds the newest whole
+checkpoint and goes on from it, whatever ended the last attempt.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+
+from data_pipeline.batch import MultimodalBatch
+from data_pipeline.loader import Loader, LoaderState, StepBatch
+from data_pipeline.tokenizer import load_tokenizer
+from mmscale import checkpoint
+from mmscale.checkpoint import TrainState
+from mmscale.config import Loaded
+from mmscale.dist import World, init_distributed, shutdown, sum_float
+from mmscale.engine.construct import construct
+from mmscale.engine.engine import Engine
+from mmscale.engine.stop import StopRequest, listen_for_stop
+from mmscale.finish import finish, is_finished
+from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
+from mmscale.metrics.sample_images import CaptionedImage, batch_images
+from mmscale.models.build import build_model
+from mmscale.models.multimodal import MultimodalModel
+from mmscale.nn.init import initialise_
+from mmscale.objectives.next_token import NextToken
+from mmscale.run_config import RunConfig, check_files, check_world
+from mmscale.run_folder import CHECKPOINTS, open_run_folder
+
+Log = RunLog | NullLog
+Show = Callable[[MultimodalBatch, int], list[CaptionedImage]]
+
+
+class Outcome(str, Enum):
+    """How a call of ``train`` ended."""
+
+    FINISHED = "finished"
+    """Every step is done and the report is written."""
+    STOPPED = "stopped"
+    """Asked to stop; a checkpoint of the last step is saved. Run the same command again to go on."""
+
+
+def train(loaded: Loaded[RunConfig]) -> Outcome:
+    """Trains, or goes on training, as the configuration says. All ranks must call.
+
+    Raises:
+        MMScaleError, DataPipelineError: see the trees; nothing half-written is left behind.
+    """
+    config = loaded.value
+    world = init_distributed(config.engine)
+    try:
+        check_files(config)
+        check_world(config, world.world_size)
+        if is_finished(config):
+            return Outcome.FINISHED
+        open_run_folder(loaded, world)
+        return _run(config, world)
+    finally:
+        shutdown(world)
+
+
+def _run(config: RunConfig, world: World) -> Outcome:
+    latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
+    state = checkpoint.read_state(latest) if latest else TrainState()
+    log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
+    with closing(log), listen_for_stop() as stop:
+        if latest:
+            log.note(f"going on from {latest} (step {state.step} of {config.total_steps})")
+        while True:
+            if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
+                state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
+            with _stage_engine(config, state, latest, world, log) as engine:
+                state, stopped = _train_stage(config, engine, state, log, stop)
+                if stopped:
+                    return Outcome.STOPPED
+                latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
+                if state.step >= config.total_steps:
+                    finish(config, engine, state, log)
+                    return Outcome.FINISHED
+
+
+@contextmanager
+def _stage_engine(
+    config: RunConfig, state: TrainState, latest: Path | None, world: World, log: Log
+) -> Iterator[Engine]:
+    """The engine of the state's stage: exactly as it was inside a stage, with weights only at its beginning."""
+    stage = config.stages[state.stage_index]
+    model = build(config, world)
+    engine = Engine(model, NextToken(), stage, config.engine, world)
+    try:
+        if latest and state.stage_step:
+            checkpoint.resume(engine, latest)
+        elif latest and state.step:
+            log.note(f"stage {stage.name}: {checkpoint.warm_start(engine, latest)}")
+        if not state.step:
+            log.note(f"precision {engine.precision.name}: {engine.precision.reason}")
+        yield engine
+    finally:
+        engine.close()
+
+
+def build(config: RunConfig, world: World) -> MultimodalModel:
+    """The model with its first values, the same at every world size. All ranks must call."""
+    return construct(
+        functools.partial(build_model, config.model, attention=config.engine.attention, seed=None),
+        config.engine,
+        world,
+        functools.partial(initialise_, seed=config.seed),
+    )
+
+
+def _train_stage(
+    config: RunConfig, engine: Engine, state: TrainState, log: Log, stop: StopRequest
+) -> tuple[TrainState, bool]:
+    """Steps until the stage or the run ends, or somebody asks to stop.
+
+    Returns:
+        The state of the last step, and whether it was the last because of a request to stop. It is saved either way.
+    """
+    stage = config.stages[state.stage_index]
+    last = min(state.step + stage.steps - state.stage_step, config.total_steps)
+    stopped = False
+    decode = load_tokenizer(config.stage_data(state.stage_index).tokenizer).decode
+
+    def show(microbatch: MultimodalBatch, limit: int) -> list[CaptionedImage]:
+        return batch_images(microbatch, config.media_spec, decode, limit)
+
+    log.pause()
+    with closing(_open_loader(config, engine.world, state)) as loader:
+        batches = iter(loader)
+        while state.step < last and not stopped:
+            with log.waiting_for_data():
+                batch = next(batches)
+            state = _step(engine, state, batch, stage.name, log, show)
+            stopped = stop.should_stop(engine.world)
+            if stopped or state.step == last or config.checkpoint.due(state.step):
+                checkpoint.save(engine, state, config.run_dir / CHECKPOINTS, config.checkpoint)
+                log.pause()
+    if stopped:
+        log.note(f"stopped at step {state.step} ({stop.reason}) and saved; the same command goes on from here")
+    return state, stopped
+
+
+def _step(engine: Engine, state: TrainState, batch: StepBatch, stage: str, log: Log, show: Show) -> TrainState:
+    report = engine.train_step(batch.microbatches)
+    tokens, samples, skipped = sum_float(engine.world, [batch.num_tokens, batch.num_samples, len(batch.skipped)])
+    state = replace(
+        state,
+        step=state.step + 1,
+        stage_step=state.stage_step + 1,
+        tokens=state.tokens + int(tokens),
+        samples=state.samples + int(samples),
+        loader=batch.state,
+    )
+    for fault in batch.skipped:
+        log.note(f"skipped {fault.shard}/{fault.key}: {fault.reason}")
+    log.step(
+        state.step,
+        report,
+        num_tokens=int(tokens),
+        num_samples=int(samples),
+        stage=stage,
+        extra={"skipped_samples": int(skipped)},
+    )
+    log.images(state.step, functools.partial(show, batch.microbatches[0]))
+    return state
+
+
+def _open_loader(config: RunConfig, world: World, state: TrainState) -> Loader:
+    """The stage's stream of batches: a new one where the stage has data of its own, else the running one."""
+    data = config.stage_data(state.stage_index)
+    fresh = state.stage_step == 0 and (state.stage_index == 0 or data != config.stage_data(state.stage_index - 1))
+    position: LoaderState | None = None if fresh else state.loader
+    return Loader(
+        data,
+        config.media_spec,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        micro_lanes=config.engine.micro_lanes,
+        state=position,
+    )

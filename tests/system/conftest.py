@@ -1,0 +1,87 @@
+"""Whole runs through the command line, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+TINY = REPO / "tests/system/tiny.yaml"
+
+
+@dataclass
+class Run:
+    """One run folder and the command that fills it."""
+
+    folder: Path
+    words: list[str]
+
+    def start(self) -> subprocess.Popen[str]:
+        """Starts the command in a process group of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "mmscale.cli.main", *self.words],
+            cwd=REPO,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, *, code: int = 0, timeout: float = 240) -> str:
+        """Runs to the end; returns what was printed."""
+        process = self.start()
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        finally:
+            kill_group(process)
+        assert process.returncode == code, output
+        return output
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Whole lines of ``metrics.jsonl``."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def wait_for_step(self, process: subprocess.Popen[str], step: int, timeout: float = 120) -> None:
+        """Returns once ``metrics.jsonl`` has ``step``."""
+        deadline = time.monotonic() + timeout
+        while not any(line["step"] >= step for line in self.metrics()):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, f"no step {step} after {timeout} s"
+            time.sleep(0.01)
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """kill -9 of the whole process group."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """``make_run(name, ranks, *overrides)``."""
+
+    def make(name: str, ranks: int, *overrides: str, config: Path = TINY) -> Run:
+        folder = tmp_path / name
+        start = ["train", str(config)] if ranks == 1 else ["launch", "local", str(config), "--ranks", str(ranks)]
+        return Run(folder, [*start, f"run_dir={folder}", *overrides])
+
+    return make

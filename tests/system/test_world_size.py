@@ -1,0 +1,57 @@
+"""The loss curve is the same at 1, 2 and 4 ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.loader import Loader
+from mmscale.config import load
+from mmscale.run_config import RunConfig
+from tests.system.conftest import TINY, MakeRun
+
+STEPS = 20
+MIXED = Path(__file__).with_name("mixed.yaml")
+"""Images, interleaved documents and text, so that packs differ in length and some have no image."""
+
+
+def test_the_mixture_has_steps_in_which_one_rank_has_no_image() -> None:
+    config = load(MIXED, [], RunConfig).value
+    loader = iter(Loader(config.data, config.media_spec, seed=config.seed))
+    real_images, weights = [], []
+    for _ in range(STEPS):
+        microbatches = next(loader).microbatches
+        weights.append([microbatch.weight for microbatch in microbatches])
+        # A null pack's image belongs to a segment without provenance.
+        real_images.append(
+            [
+                sum(batch.provenance[segment] is not None for _, segment in batch.pairs.tolist())
+                for batch in microbatches
+            ]
+        )
+    assert any(0 in images and max(images) > 0 for images in real_images)
+    assert any(len(set(row)) > 1 for row in weights)
+
+
+@pytest.mark.dist
+def test_loss_curve_is_the_same_at_one_two_and_four_ranks(make_run: MakeRun) -> None:
+    curves = {}
+    for ranks in (1, 2, 4):
+        run = make_run(f"world-{ranks}", ranks, f"max_steps={STEPS}", config=MIXED)
+        run.finish()
+        curves[ranks] = run.metrics()
+    assert len(curves[1]) == STEPS
+    for ranks in (2, 4):
+        for one, many in zip(curves[1], curves[ranks], strict=True):
+            assert many["loss"] == pytest.approx(one["loss"], rel=1e-5), (ranks, one["step"])
+            assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4), (ranks, one["step"])
+            assert many["tokens"] == one["tokens"]
+
+
+@pytest.mark.dist
+def test_a_world_that_does_not_fit_is_refused(make_run: MakeRun) -> None:
+    run = make_run("unfit", 2, "data.lanes=1", config=TINY)
+    output = run.finish(code=2)
+    assert "world size 2 does not fit data.lanes=1" in output
+    assert not run.folder.joinpath("checkpoints").exists()
