@@ -103,7 +103,7 @@ class ShardIndex:
             raise ManifestError(f"shard {tar_path}: cannot be read: {error.strerror}") from error
         if not path.exists():
             raise ManifestError(f"shard {tar_path} has no index; {remedy}")
-        index = cls._load(tar_path, path)
+        index = cls.read(tar_path)
         if index.tar_bytes != tar_stat.st_size:
             raise ManifestError(
                 f"shard {tar_path}: its index is stale: made for {index.tar_bytes} bytes, "
@@ -116,7 +116,13 @@ class ShardIndex:
         return index
 
     @classmethod
-    def _load(cls, tar_path: Path, path: Path) -> ShardIndex:
+    def read(cls, tar_path: Path) -> ShardIndex:
+        """Maps the index of ``tar_path`` without a look at the tar: for a caller that reads the whole tar anyway.
+
+        Raises:
+            ManifestError: the index is missing or damaged.
+        """
+        path = index_path(tar_path)
         columns = read_columns(path, _COLUMNS, INDEX_FORMAT)
         record, arrays = columns.record, columns.arrays
         try:
@@ -275,7 +281,7 @@ def build_index(tar_path: str | Path) -> ShardIndex:
         "extensions": extensions,
     }
     write_columns(index_path(tar_path), arrays, record)
-    return ShardIndex._load(tar_path, index_path(tar_path))
+    return ShardIndex.read(tar_path)
 
 
 class open_tar:  # noqa: N801 - reads like open()

@@ -30,6 +30,19 @@ _REFUSED = {
 _KEY_AND_EXT = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
 
+class TarError(ShardError):
+    """A damaged or hostile tar.
+
+    Args:
+        message: What was seen; names file and offset.
+        offset: Byte of the header at fault.
+    """
+
+    def __init__(self, message: str, offset: int = 0) -> None:
+        super().__init__(message)
+        self.offset = offset
+
+
 @dataclass(frozen=True)
 class TarMember:
     """A regular file inside a tar; offsets in bytes from the start of the tar."""
@@ -63,7 +76,7 @@ def walk(data: memoryview, shard: str) -> Iterator[TarMember]:
     at, long_name, pax = 0, "", dict[str, str]()
     while True:
         if at + BLOCK_BYTES > len(data):
-            raise ShardError(f"{shard}: truncated: ends at byte {len(data)} without an end mark (header due at {at})")
+            raise TarError(f"{shard}: truncated: ends at byte {len(data)} without an end mark (header due at {at})", at)
         block = bytes(data[at : at + BLOCK_BYTES])
         if block == _ZEROS:
             return _check_tail(data, at, shard)
@@ -72,13 +85,14 @@ def walk(data: memoryview, shard: str) -> Iterator[TarMember]:
         size = int(pax.get("size", info.size))
         start = at + BLOCK_BYTES
         if size < 0 or start + size > len(data):
-            raise ShardError(
-                f"{shard}: truncated: {name!r} at byte {at} claims {size} bytes, {len(data) - start} are left"
+            raise TarError(
+                f"{shard}: truncated: {name!r} at byte {at} claims {size} bytes, {len(data) - start} are left",
+                at,
             )
         following = start + -(-size // BLOCK_BYTES) * BLOCK_BYTES
         if info.type in (_GNU_LONG_NAME, _PAX, _PAX_GLOBAL):
             if size > _MAX_NAME_BYTES:
-                raise ShardError(f"{shard}: a name or attribute block of {size} bytes at byte {at}")
+                raise TarError(f"{shard}: a name or attribute block of {size} bytes at byte {at}", at)
             payload = bytes(data[start : start + size])
             if info.type == _GNU_LONG_NAME:
                 long_name = payload.rstrip(b"\0").decode(errors="surrogateescape")
@@ -96,24 +110,26 @@ def _header(block: bytes, shard: str, at: int) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise ShardError(f"{shard}: bad header at byte {at}: {error}") from error
+        raise TarError(f"{shard}: bad header at byte {at}: {error}", at) from error
 
 
 def _check_kind(info: tarfile.TarInfo, shard: str, at: int) -> None:
     if info.type in _REFUSED:
-        raise ShardError(f"{shard}: {info.name!r} at byte {at} is {_REFUSED[info.type]}; shards hold plain files only")
+        raise TarError(
+            f"{shard}: {info.name!r} at byte {at} is {_REFUSED[info.type]}; shards hold plain files only", at
+        )
     if not (info.isreg() or info.isdir()) or info.type == tarfile.CONTTYPE:
-        raise ShardError(f"{shard}: {info.name!r} at byte {at} has the unknown type {info.type!r}")
+        raise TarError(f"{shard}: {info.name!r} at byte {at} has the unknown type {info.type!r}", at)
 
 
 def _safe_name(name: str, shard: str, at: int) -> str:
     try:
         name.encode()
     except UnicodeEncodeError as error:
-        raise ShardError(f"{shard}: the name at byte {at} is no UTF-8: {name!a}") from error
+        raise TarError(f"{shard}: the name at byte {at} is no UTF-8: {name!a}", at) from error
     name = name.removeprefix("./")
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
-        raise ShardError(f"{shard}: the name {name!r} at byte {at} leaves the shard")
+        raise TarError(f"{shard}: the name {name!r} at byte {at} leaves the shard", at)
     return name
 
 
@@ -126,9 +142,9 @@ def _pax_fields(payload: bytes, shard: str, at: int) -> dict[str, str]:
         record, payload = payload[len(digits) + 1 : length - 1], payload[length:] if length else b""
         key, found, value = record.partition(b"=")
         if not found or (key == b"size" and not value.isdigit()):
-            raise ShardError(f"{shard}: damaged attributes at byte {at}")
+            raise TarError(f"{shard}: damaged attributes at byte {at}", at)
         if key.startswith(b"GNU.sparse"):
-            raise ShardError(f"{shard}: a sparse file at byte {at}; shards hold plain files only")
+            raise TarError(f"{shard}: a sparse file at byte {at}; shards hold plain files only", at)
         fields[key.decode(errors="replace")] = value.decode(errors="surrogateescape")
     return fields
 
@@ -138,4 +154,4 @@ def _check_tail(data: memoryview, at: int, shard: str) -> None:
     for start in range(at, len(data), 1 << 20):
         tail = bytes(data[start : start + (1 << 20)])
         if tail.count(0) != len(tail):
-            raise ShardError(f"{shard}: data behind the end mark at byte {at}: the tar was damaged or joined")
+            raise TarError(f"{shard}: data behind the end mark at byte {at}: the tar was damaged or joined", at)
