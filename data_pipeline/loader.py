@@ -239,12 +239,14 @@ class Loader:
             # one; without it the death is reported by the next step.
             signal.signal(signal.SIGCHLD, handler)
         # Workers ignore SIGTERM, so they must be told to leave before multiprocessing terminates and joins them.
-        atexit.register(_close_if_alive, weakref.ref(self))
+        atexit.register(_stop_workers, weakref.ref(running))
         return running
 
     def close(self) -> None:
         """Stops the workers; the loader yields nothing more."""
         self._closed = True
+        if self._running is not None:
+            _stop_workers(weakref.ref(self._running))
         self._running = None
 
     def __enter__(self) -> Loader:
@@ -254,10 +256,14 @@ class Loader:
         self.close()
 
 
-def _close_if_alive(reference: weakref.ref[Loader]) -> None:
-    loader = reference()
-    if loader is not None:
-        loader.close()
+def _stop_workers(reference: weakref.ref[Iterator[_Rows | DataPipelineError]]) -> None:
+    """Stops the workers of an iterator that still exists.
+
+    DataLoader does so only when the iterator is collected, which a traceback can put off beyond the end of the process.
+    """
+    stop = getattr(reference(), "_shutdown_workers", None)  # An iterator without workers has none.
+    if stop is not None:
+        stop()
 
 
 def _check_world(config: DataConfig, rank: int, world_size: int, micro_lanes: int) -> None:

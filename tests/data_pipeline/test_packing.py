@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,10 @@ SPEC = MediaSpec(Placement.EMBEDDING, patch_size=2, merge=1, cost_per_patch=0.5)
 
 def make_document(number: int, num_text: int, images: tuple[int, ...] = ()) -> Document:
     """A document of embedded images of 1 x n patches, one after the other behind bos, and then text."""
-    items, starts, dest, at = [], [], [], 1
+    items: list[MediaItem] = []
+    starts: list[tuple[int, int]] = []
+    dest: list[int] = []
+    at = 1
     for patches in images:
         starts.append((at, len(items)))
         items.append(MediaItem(np.full((patches, SPEC.patch_dim), number % 256, np.uint8), (1, 1, patches), True))
@@ -83,7 +87,7 @@ budgets = st.fixed_dictionaries(
 )
 
 
-def _source(shapes: list[tuple[int, tuple[int, ...]] | None], at: int = 0) -> ListSource:
+def _source(shapes: Sequence[tuple[int, tuple[int, ...]] | None], at: int = 0) -> ListSource:
     made = [None if shape is None else make_document(i, *shape) for i, shape in enumerate(shapes)]
     return ListSource(made, at)
 

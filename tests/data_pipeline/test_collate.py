@@ -1,0 +1,125 @@
+"""Batches: every index against a search over the documents themselves."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.collate import collate, concatenate
+from data_pipeline.config import DataConfig
+from data_pipeline.documents import null_document
+from data_pipeline.loader import Loader
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.packing import Budget, Pack, Packer
+from data_pipeline.state import StreamPosition
+from data_pipeline.stream import LaneStream, OpenDataset
+from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.transport import wrap
+
+
+def assert_same(a: object, b: object) -> None:
+    """Equality through every field and tensor."""
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor)
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    elif isinstance(a, MultimodalBatch | MediaBlock | Segments):
+        for field in fields(a):
+            assert_same(getattr(a, field.name), getattr(b, field.name))
+    elif isinstance(a, dict):
+        assert isinstance(b, dict)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    else:
+        assert a == b
+
+
+@pytest.fixture(params=[Placement.EMBEDDING, Placement.CROSS_ATTENTION, Placement.HYBRID])
+def spec(request: pytest.FixtureRequest) -> MediaSpec:
+    return MediaSpec(request.param, patch_size=8, fixed_grid=(2, 2))
+
+
+@pytest.fixture
+def packs(mixture_config: DataConfig, spec: MediaSpec) -> list[Pack]:
+    tokenizer = load_tokenizer(mixture_config.tokenizer)
+    budget = Budget(mixture_config.packing, spec, null_document(spec, tokenizer.pad_id))
+    datasets = [OpenDataset.open(dataset, 1, tokenizer, spec) for dataset in mixture_config.datasets]
+    made = []
+    for lane in range(4):
+        stream = LaneStream(mixture_config, datasets, lane, budget, StreamPosition.start(3))
+        made.append(Packer(stream, budget, lane).next_pack())
+    return made
+
+
+def test_a_batch_finds_every_feature_where_its_document_put_it(packs: list[Pack], spec: MediaSpec) -> None:
+    batch = collate(packs, spec)
+    block = batch.media["image"]
+    documents = [document for pack in packs for document in pack.documents]
+    features = block.items.bounds  # One feature a patch: merge is 1.
+    token, item, dest, source, keys_of_token = 0, 0, [], [], []
+    for document in documents:
+        for view in document.items:
+            np.testing.assert_array_equal(block.values[features[item] : features[item + 1]].numpy(), view.values)
+            if view.embedded:
+                source.extend(range(features[item], features[item + 1]))
+            item += 1
+        dest.extend(token + slot for slot in document.dest.tolist())
+        first = item - len(document.items)
+        for position in range(document.num_tokens):
+            span = [span for span in document.spans if span.start <= position][-1]
+            keys_of_token.append([k for i in span.items for k in range(features[first + i], features[first + i + 1])])
+        token += document.num_tokens
+    assert block.source.tolist() == source
+    assert block.dest.tolist() == dest
+    assert block.span_tokens.total == batch.segments.total == token
+    assert block.span_keys.total == len(block.keys)
+    for span in range(block.span_tokens.num):
+        rows = block.keys[block.span_keys.bounds[span] : block.span_keys.bounds[span + 1]].tolist()
+        for position in range(block.span_tokens.bounds[span], block.span_tokens.bounds[span + 1]):
+            assert keys_of_token[position] == rows
+
+
+def test_counts_and_pairs(packs: list[Pack], spec: MediaSpec) -> None:
+    batch = collate([*packs, Pack((null_document(spec, 0),), -1)], spec)
+    documents = [document for pack in packs for document in pack.documents]
+    real = [document for document in documents if not document.is_null]
+    assert batch.num_samples == len(real)
+    assert batch.num_tokens == int(batch.valid.sum()) == sum(document.num_tokens for document in real)
+    assert batch.weight == float((batch.labels != -100).sum()) > 0
+    assert batch.lanes == (0, 1, 2, 3, -1)
+    single = [i for i, document in enumerate(documents) if document.num_images == 1 and not document.is_null]
+    assert batch.pairs[:, 1].tolist() == single
+    assert len(set(batch.pairs[:, 0].tolist())) == len(single) > 0
+
+
+def test_concatenating_batches_is_collating_their_packs_together(packs: list[Pack], spec: MediaSpec) -> None:
+    together = concatenate([collate([pack], spec) for pack in packs], spec)
+    assert_same(together, collate(packs, spec))
+
+
+def test_a_parcel_gives_back_what_was_put_in(packs: list[Pack], spec: MediaSpec) -> None:
+    batches = (collate(packs, spec), collate([Pack((null_document(spec, 0),), -1)], spec))
+    for before, after in zip(batches, wrap(batches).open(), strict=True):
+        assert_same(before, after)
+
+
+def test_a_text_model_has_no_media() -> None:
+    spec = MediaSpec()
+    batch = collate([Pack((null_document(spec, 0),), -1)], spec)
+    assert batch.media == {}
+    assert batch.pairs.shape == (0, 2)
+    null_pack = Pack((null_document(spec, 0),), -1)
+    assert_same(concatenate([batch, batch], spec), collate([null_pack, null_pack], spec))
+
+
+def test_micro_lanes_only_regroup(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> None:
+    single = next(Loader(mixture_config, hybrid_spec, seed=3))
+    pairs = next(Loader(mixture_config, hybrid_spec, seed=3, micro_lanes=2))
+    assert [micro.lanes for micro in pairs.microbatches] == [(0, 1), (2, 3), (4,)]
+    assert_same(pairs.microbatches[0], concatenate(single.microbatches[:2], hybrid_spec))
+    assert pairs.state == single.state
