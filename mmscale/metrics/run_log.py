@@ -47,7 +47,7 @@ class RunLog:
         config: The ``metrics`` block.
         start_step: Steps done before this process; later lines of an interrupted process are removed.
         total_steps: Step count at which the run ends.
-        console: Where the progress line goes; standard output by default.
+        console: Where the progress line goes; standard error by default.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class RunLog:
         self._meter = StepMeter(start_step, total_steps, config.smoothing)
         self._jsonl = JsonlSink(run_dir / "metrics.jsonl", start_step)
         self._tensorboard = TensorBoardSink(run_dir / "tensorboard", start_step) if config.tensorboard else None
-        self._progress = ProgressLine(console or Console(), start_step, total_steps, config.plain_line_seconds)
+        self._progress = ProgressLine(
+            console or Console(stderr=True), start_step, total_steps, config.plain_line_seconds
+        )
 
     def waiting_for_data(self) -> AbstractContextManager[None]:
         """Counts the enclosed time as data wait of the present step."""

@@ -1,0 +1,59 @@
+"""Log-likelihood of each segment's learned tokens, without logits of the whole batch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import MultimodalBatch
+from data_pipeline.document import IGNORE
+
+
+class HasHidden(Protocol):
+    """What the model returns."""
+
+    @property
+    def hidden(self) -> Tensor: ...
+
+
+class ScoredModel(Protocol):
+    """What scoring needs of a model; ``MultimodalModel`` has it, sharded or not."""
+
+    def __call__(self, batch: MultimodalBatch) -> HasHidden: ...
+    @property
+    def head(self) -> torch.nn.Module: ...
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: ScoredModel, batch: MultimodalBatch, *, rows_per_head: int, head_calls: int
+) -> npt.NDArray[np.float64]:
+    """Sum of log P(label) over the labels of each segment, natural logarithm.
+
+    Args:
+        model: Called once; its head is called exactly ``head_calls`` times. Under ZeRO-3 all ranks must call together.
+        batch: On the model's device.
+        rows_per_head: Rows that are multiplied with the vocabulary at a time.
+        head_calls: At least labels / ``rows_per_head``; the same on all ranks, whatever their batches hold.
+
+    Returns:
+        float64 ``(S,)``; 0 for a segment without labels.
+    """
+    hidden = model(batch).hidden
+    rows = torch.nonzero(batch.labels != IGNORE).squeeze(1)
+    assert len(rows) <= rows_per_head * head_calls
+    found = []
+    for call in range(head_calls):
+        part = rows[call * rows_per_head : (call + 1) * rows_per_head]
+        logits = model.head(hidden[part if len(part) else slice(0, 1)]).float()
+        if len(part):
+            chosen = logits.gather(1, batch.labels[part, None]).squeeze(1)
+            found.append((chosen - logits.logsumexp(1)).double())
+    owner = np.searchsorted(np.array(batch.segments.bounds), rows.cpu().numpy(), side="right") - 1
+    sums = np.zeros(batch.segments.num)
+    np.add.at(sums, owner, torch.cat(found).cpu().numpy() if found else np.empty(0))
+    return sums

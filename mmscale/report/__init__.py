@@ -1,0 +1,1 @@
+"""What a person looks at when a run is over, or still going: ``report.html`` from the run folder."""

@@ -1,0 +1,298 @@
+"""``report.html``: one file that shows a run, made from its folder alone and at any time.
+
+    config.yaml  metrics.jsonl  result.json  captions.json  report/images/*.png  -->  report.html
+
+Everything is inlined (styles, charts, images), so the file can be mailed and opened without a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from mmscale.errors import ConfigError
+from mmscale.metrics.progress import format_count, format_seconds
+from mmscale.metrics.sinks import read_metrics
+from mmscale.report.captions import CaptionRecord, read_captions
+from mmscale.report.configuration import read_configuration
+from mmscale.report.curves import (
+    Record,
+    StageMark,
+    data_wait_percent,
+    finite,
+    rate,
+    series,
+    smooth,
+    stage_marks,
+    thin,
+)
+from mmscale.report.result import RESULT_FILE, binomial_error, write_whole
+from mmscale.report.svg import Bar, Line, bar_chart, line_chart
+
+REPORT_FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One held-out set: the headline figure and its bars."""
+
+    name: str
+    metric: str
+    n: int
+    score: str
+    times_control: str
+    bars: Markup
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One chart with its heading."""
+
+    title: str
+    note: str
+    chart: Markup
+
+
+@dataclass(frozen=True)
+class Share:
+    """A component's part of the parameters."""
+
+    name: str
+    count: int
+    percent: float
+    colour: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One captioned image. ``image`` is a data URL, or empty if the file is gone."""
+
+    image: str
+    expected: str
+    generated: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The captioned images of one held-out set."""
+
+    name: str
+    right: int
+    tiles: list[Tile]
+
+
+def build_report(run_dir: Path) -> Path:
+    """Writes ``report.html`` from whatever the run folder holds so far.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ConfigError: the folder holds neither a ``config.yaml`` nor a ``metrics.jsonl``: it is no run.
+    """
+    if not any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        raise ConfigError(f"{run_dir}: no run folder (neither config.yaml nor metrics.jsonl in it)")
+    path = run_dir / REPORT_FILE
+    write_whole(path, render(run_dir).encode())
+    return path
+
+
+def render(run_dir: Path) -> str:
+    """The page as text."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    result = _read_result(run_dir)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mmscale.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["count"] = format_count
+    return environment.get_template("report.html.jinja").render(
+        title=run_dir.resolve().name,
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        finished=bool(result) and result.get("finished", True),
+        last_step=records[-1]["step"] if records else 0,
+        facts=_facts(records, result),
+        cards=_cards(result),
+        galleries=_galleries(run_dir, read_captions(run_dir)),
+        figures=_figures(records),
+        throughput=_throughput(records),
+        memory=_memory(records, result),
+        precision_reason=result.get("precision_reason", ""),
+        shares=_shares(result),
+        configuration=read_configuration(run_dir),
+    )
+
+
+def _read_result(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / RESULT_FILE
+    if not path.is_file():
+        return {}
+    result: dict[str, Any] = json.loads(path.read_bytes())
+    return result
+
+
+def _facts(records: Sequence[Record], result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The line of figures under the title; what is not known yet is left out."""
+    facts = []
+    if "params" in result:
+        total, active = result["params"]["total"], result["params"]["active"]
+        facts.append(("parameters", format_count(total)))
+        if active != total:
+            facts.append(("active per token", format_count(active)))
+    if "world_size" in result:
+        ranks = f"{result['world_size']} rank" + ("s" if result["world_size"] > 1 else "")
+        facts.append(("engine", f"{ranks} · ZeRO-{result['zero_stage']} · {result['precision']}"))
+    if records:
+        facts.append(("steps", f"{records[-1]['step']:,}"))
+        facts.append(("samples", format_count(_total(records, "samples"))))
+        facts.append(("tokens", format_count(_total(records, "tokens"))))
+        seconds = result.get("train_seconds") or _total(records, "seconds")
+        facts.append(("training time", format_seconds(seconds)))
+    if result.get("machine"):
+        facts.append(("machine", result["machine"]))
+    return facts
+
+
+def _total(records: Sequence[Record], key: str) -> float:
+    return sum(finite(record.get(key)) or 0.0 for record in records)
+
+
+def _cards(result: Mapping[str, Any]) -> list[Card]:
+    cards = []
+    for name, held in result.get("heldout", {}).items():
+        score, control, n = held["score"], held["control"], held["n"]
+        bars = [
+            Bar("model", score, held.get("error", binomial_error(score, n)), "score"),
+            Bar("permuted", control, held.get("control_error", binomial_error(control, n)), "control"),
+            Bar("chance", held["chance"], 0.0, "chance"),
+        ]
+        times = f"{score / control:.1f}× its control" if control else "control: none right"
+        cards.append(Card(name, held["metric"], n, f"{100 * score:.1f}", times, bar_chart(bars)))
+    return cards
+
+
+def _galleries(run_dir: Path, records: Sequence[CaptionRecord]) -> list[Gallery]:
+    galleries = []
+    for name, group in groupby(records, key=lambda record: record.set):
+        tiles = [
+            Tile(_data_url(run_dir, record.image), record.expected, record.generated, record.right) for record in group
+        ]
+        galleries.append(Gallery(name, sum(tile.right for tile in tiles), tiles))
+    return galleries
+
+
+def _data_url(run_dir: Path, image: str) -> str:
+    path = (run_dir / image).resolve()
+    if not path.is_relative_to(run_dir.resolve()) or not path.is_file():
+        return ""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _figures(records: Sequence[Record]) -> list[Figure]:
+    if not records:
+        return []
+    stages = stage_marks(records)
+    rates = [key for key in records[-1] if key.startswith("lr/")]
+    learning_rates = [
+        Line(key.removeprefix("lr/"), thin(series(records, key)), colour=number % 5 + 1)
+        for number, key in enumerate(rates or ["lr"])
+    ]
+    bad = sum(finite(record.get("loss")) is None for record in records)
+    skipped = sum(record.get("applied") is False for record in records)
+    return [
+        Figure(
+            "Loss",
+            _join("mean per token" if not bad else f"mean per token · {bad} steps without a finite loss"),
+            _curve(series(records, "loss"), stages, lambda value: f"{value:.3g}", colour=1, height=250),
+        ),
+        Figure(
+            "Learning rate",
+            "by component",
+            line_chart(learning_rates, stages, format_value=_scientific, from_zero=True),
+        ),
+        Figure(
+            "Gradient norm",
+            _join("before clipping", f"{skipped} steps skipped" if skipped else ""),
+            _curve(series(records, "grad_norm"), stages, lambda value: f"{value:.3g}", colour=2),
+        ),
+        Figure(
+            "Tokens per second", "all ranks", _curve(rate(records, "tokens"), stages, format_count, colour=3, zero=True)
+        ),
+        Figure(
+            "Data wait",
+            "share of a step spent waiting for the loader",
+            _curve(data_wait_percent(records), stages, lambda value: f"{value:.3g}%", colour=4, zero=True),
+        ),
+    ]
+
+
+def _join(*notes: str) -> str:
+    return " · ".join(note for note in notes if note)
+
+
+def _scientific(value: float) -> str:
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _curve(
+    points: Sequence[Any], stages: Sequence[StageMark], text: Any, *, colour: int, zero: bool = False, height: int = 230
+) -> Markup:
+    lines = [
+        Line("each step", thin(points), colour, faint=True),
+        Line("smoothed", thin(smooth(points), 300), colour),
+    ]
+    return line_chart(lines, stages, format_value=text, from_zero=zero, height=height)
+
+
+def _throughput(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Overall figures; medians, so that the first steps of a process do not count for more than they are."""
+    seconds = [value for record in records if (value := finite(record.get("seconds")))]
+    if not seconds:
+        return []
+    spent = sum(seconds)
+    return [
+        ("tokens per second", format_count(_total(records, "tokens") / spent)),
+        ("samples per second", format_count(_total(records, "samples") / spent)),
+        ("seconds per step, median", f"{statistics.median(seconds):.3g}"),
+        ("slowest step", f"{max(seconds):.3g} s"),
+        ("waiting for data", f"{100 * _total(records, 'data_wait_seconds') / spent:.1f}%"),
+    ]
+
+
+def _memory(records: Sequence[Record], result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    memory = result.get("memory") or {}
+    rows = [(f"rank {rank}, host", _bytes(size)) for rank, size in enumerate(memory.get("rss_bytes") or ())]
+    rows += [(f"rank {rank}, device", _bytes(size)) for rank, size in enumerate(memory.get("device_bytes") or ())]
+    peaks = [value for record in records if (value := finite(record.get("peak_rss_bytes")))]
+    return rows or ([("rank 0, host", _bytes(max(peaks)))] if peaks else [])
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _shares(result: Mapping[str, Any]) -> list[Share]:
+    components = result.get("params", {}).get("components") or {}
+    total = sum(components.values())
+    return [
+        Share(name, count, 100 * count / total, number % 5 + 1)
+        for number, (name, count) in enumerate(sorted(components.items(), key=lambda item: -item[1]))
+        if total
+    ]

@@ -1,0 +1,85 @@
+"""``captions.json`` and its images: held-out images with what is true of them and what the model says."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmscale.metrics.sample_images import Pixels
+from mmscale.report.result import write_whole
+
+CAPTIONS_FILE = "captions.json"
+IMAGES_FOLDER = "report/images"
+
+
+@dataclass(frozen=True)
+class CaptionRecord:
+    """One held-out image.
+
+    Attributes:
+        set: Name of the held-out set.
+        image: Path of a PNG, relative to the run folder.
+        expected: The field that a right caption names.
+        generated: What the model said.
+        right: Whether ``generated`` names ``expected``.
+    """
+
+    set: str
+    image: str
+    expected: str
+    generated: str
+    right: bool
+
+
+def names(generated: str, expected: str) -> bool:
+    """Whether a caption contains an expression as whole words; case, width and punctuation do not matter."""
+    return f" {_words(expected)} " in f" {_words(generated)} "
+
+
+def _words(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"\w+", folded))
+
+
+def save_captions(run_dir: Path, items: Sequence[tuple[str, Pixels, str, str]]) -> Path:
+    """Writes ``captions.json`` and one PNG an item, each whole or not at all. Rank 0 only.
+
+    Args:
+        run_dir: The run folder.
+        items: (set, pixels, expected, generated) in the order of display.
+
+    Returns:
+        The path of ``captions.json``.
+    """
+    records = []
+    for number, (set_name, pixels, expected, generated) in enumerate(items):
+        image = f"{IMAGES_FOLDER}/{number:04d}.png"
+        write_whole(run_dir / image, encode_png(pixels))
+        records.append(CaptionRecord(set_name, image, expected, generated, names(generated, expected)))
+    path = run_dir / CAPTIONS_FILE
+    payload = {"captions": [asdict(record) for record in records]}
+    write_whole(path, json.dumps(payload, indent=2, ensure_ascii=False).encode() + b"\n")
+    return path
+
+
+def read_captions(run_dir: Path) -> list[CaptionRecord]:
+    """The records of ``captions.json``; none if there is no such file."""
+    path = run_dir / CAPTIONS_FILE
+    if not path.is_file():
+        return []
+    return [CaptionRecord(**record) for record in json.loads(path.read_bytes())["captions"]]
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """PNG bytes of uint8 ``(height, width, 3)``."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

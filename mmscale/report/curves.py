@@ -1,0 +1,90 @@
+"""From the lines of ``metrics.jsonl`` to curves that can be drawn: cleaned, smoothed, thinned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmscale.metrics.meters import MovingAverage
+
+Point = tuple[float, float]
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StageMark:
+    """The steps from ``first`` to ``last`` (both included) belong to a stage."""
+
+    name: str
+    first: int
+    last: int
+
+
+def stage_marks(records: Sequence[Record]) -> list[StageMark]:
+    """The stages in the order they ran; records without one belong to a stage without a name."""
+    marks: list[StageMark] = []
+    for record in records:
+        name, step = str(record.get("stage") or ""), int(record["step"])
+        if marks and marks[-1].name == name:
+            marks[-1] = StageMark(name, marks[-1].first, step)
+        else:
+            marks.append(StageMark(name, step, step))
+    return marks
+
+
+def series(records: Sequence[Record], key: str) -> list[Point]:
+    """(step, value) wherever a record has a finite number under ``key``."""
+    return [(float(record["step"]), value) for record in records if (value := finite(record.get(key))) is not None]
+
+
+def finite(value: Any) -> float | None:
+    """The value as a finite float, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def smooth(points: Sequence[Point], window: float | None = None) -> list[Point]:
+    """Moving average over about ``window`` points; by default a fortieth of the curve, at least 5."""
+    window = window or max(5.0, len(points) / 40)
+    average = MovingAverage(1 - 1 / window)
+    smoothed = []
+    for step, value in points:
+        average.add(value)
+        smoothed.append((step, average.value))
+    return smoothed
+
+
+def thin(points: Sequence[Point], limit: int = 600) -> list[Point]:
+    """At most ``limit`` points that keep every spike: the lowest and the highest of each bucket, in order."""
+    if len(points) <= limit:
+        return list(points)
+    num_buckets = limit // 2
+    kept: list[Point] = []
+    for bucket in range(num_buckets):
+        start, end = (len(points) * i // num_buckets for i in (bucket, bucket + 1))
+        inside = points[start:end]
+        extremes = {min(inside, key=lambda p: p[1]), max(inside, key=lambda p: p[1])}
+        kept.extend(sorted(extremes))
+    return kept
+
+
+def rate(records: Sequence[Record], count_key: str) -> list[Point]:
+    """Count per second of each step."""
+    return _quotient(records, count_key, "seconds")
+
+
+def data_wait_percent(records: Sequence[Record]) -> list[Point]:
+    """Share of each step spent waiting for data, in percent."""
+    return [(step, min(100.0, 100 * value)) for step, value in _quotient(records, "data_wait_seconds", "seconds")]
+
+
+def _quotient(records: Sequence[Record], above: str, below: str) -> list[Point]:
+    points = []
+    for record in records:
+        a, b = finite(record.get(above)), finite(record.get(below))
+        if a is not None and b:
+            points.append((float(record["step"]), a / b))
+    return points

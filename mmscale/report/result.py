@@ -1,0 +1,119 @@
+"""``result.json``: the figures of a finished run, for programs. Its shape is a promise; keys may be added."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """How the model did on one held-out set.
+
+    Attributes:
+        score: Share of right choices, in [0, 1].
+        control: The same with the images permuted among the samples: what the text alone gives away.
+        chance: Share of right choices of a blind guess.
+        n: Samples.
+        metric: The task in words, ``name among 50``.
+        error: Binomial standard error of ``score``.
+        control_error: Binomial standard error of ``control``.
+    """
+
+    score: float
+    control: float
+    chance: float
+    n: int
+    metric: str
+    error: float
+    control_error: float
+
+
+def binomial_error(share: float, n: int) -> float:
+    """Standard error of a share of ``n`` independent yes/no outcomes; 0 for no outcomes."""
+    return math.sqrt(share * (1 - share) / n) if n else 0.0
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters of the model: all, those in use for one token, and all by component."""
+
+    total: int
+    active: int
+    components: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of each rank, in rank order. ``device_bytes`` is None without accelerators."""
+
+    rss_bytes: tuple[int, ...]
+    device_bytes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything ``result.json`` holds.
+
+    Attributes:
+        world_size: Ranks.
+        zero_stage: ZeRO stage, 0 to 3.
+        precision: ``fp32`` or ``bf16``, as chosen.
+        steps: Optimizer steps over all stages.
+        train_seconds: Wall time of training over all starts of the run, without set-up and evaluation.
+        params: Parameter counts.
+        heldout: Results by set name.
+        precision_reason: Why this precision was chosen, one sentence.
+        tokens: Tokens trained on.
+        samples: Samples trained on.
+        memory: Peak memory.
+        machine: What the run ran on, in words.
+        finished: False if the run stopped before its last step.
+    """
+
+    world_size: int
+    zero_stage: int
+    precision: str
+    steps: int
+    train_seconds: float
+    params: Params
+    heldout: Mapping[str, SetResult] = field(default_factory=dict)
+    precision_reason: str = ""
+    tokens: int = 0
+    samples: int = 0
+    memory: Memory | None = None
+    machine: str = ""
+    finished: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """The plain mapping that is written."""
+        return asdict(self) | {"heldout": {name: asdict(result) for name, result in self.heldout.items()}}
+
+
+def write_result(run_dir: Path, result: RunResult) -> Path:
+    """Writes ``result.json``, whole or not at all. Rank 0 only.
+
+    Returns:
+        The path of the file.
+    """
+    path = run_dir / RESULT_FILE
+    write_whole(path, json.dumps(result.to_json(), indent=2, ensure_ascii=False).encode() + b"\n")
+    return path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file beside its place, syncs it, and gives it its name: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
