@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import typer
@@ -36,8 +37,10 @@ def local(
     """
     from launchers.local import launch
 
-    words = ["train", str(config), *(overrides or [])]
-    raise typer.Exit(launch(words, ranks, _run_dir(config, overrides or [])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Rank 0 reads the same file and says the same.
+        run_dir = _run_dir(config, overrides or [])
+    raise typer.Exit(launch(["train", str(config), *(overrides or [])], ranks, run_dir))
 
 
 @app.command(epilog="Example: mmscale launch slurm configs/quickstart.yaml --nodes 2 --gpus-per-node 8 --dry-run")

@@ -9,9 +9,11 @@ stand inside the functions, so that help is instant. Errors are not caught here:
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
+from typing import TextIO
 
 import typer
 
@@ -49,7 +51,25 @@ VERBS = (
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command line; returns the exit code (0 done, 1 it failed, 2 wrong use, 130 interrupted)."""
     words = sys.argv[1:] if arguments is None else arguments
-    return door(lambda: _run(words))
+    with warnings.catch_warnings():  # Restores what the next line replaces.
+        warnings.showwarning = _show_warning
+        return door(lambda: _run(words))
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are sentences for a user, without the place in our code that gave them."""
+    ours = category.__module__.partition(".")[0] in ("mmscale", "data_pipeline")
+    text = (
+        f"mmscale: warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    )
+    (file or sys.stderr).write(text)
 
 
 def _run(words: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,17 @@ def test_show_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "show", QUICKSTART, "engine.zero_stage=2"]) == 0
     line = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("engine.zero_stage"))
     assert line.split() == ["engine.zero_stage", "=", "2", "#", "override", "1", "(engine.zero_stage=2)"]
+
+
+def test_a_dropped_key_is_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["config", "show", QUICKSTART, "model.connector.kind=embedding"]) == 0
+    out, err = capfd.readouterr()
+    warned = [line for line in err.splitlines() if "model.connector.gate_init: dropped" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"mmscale: warning: {QUICKSTART}:")
+    assert "\n# configs/quickstart.yaml:" in out
 
 
 @pytest.mark.fault
