@@ -1,0 +1,64 @@
+"""What the ranks of ``test_sharded.py`` run: each kind of model, trained and then asked, under ZeRO-3."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from mmscale.dist import World
+from mmscale.engine.config import EngineConfig
+from mmscale.engine.construct import construct
+from mmscale.engine.engine import Engine
+from mmscale.models.build import build_model, media_spec
+from mmscale.models.generation import generate
+from mmscale.nn.init import initialise_
+from mmscale.objectives.next_token import NextToken
+from mmscale.stages import StageConfig
+from tests.models.packs import image_document, pack, text_document
+from tests.models.tiny import CONNECTORS, LEARNED, MOE, VOCAB, config
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "embedding": {"vision": LEARNED, "tie_embeddings": True},
+    "cross_attention": {"tie_embeddings": True},
+    "hybrid": {"mlp": MOE},
+}
+LANES = 4
+
+
+def run(world: World, steps: int = 4) -> dict[str, Any]:
+    """Losses and continuations by kind of connector."""
+    assert set(VARIANTS) == set(CONNECTORS)
+    return {kind: _run(world, kind, steps) for kind in VARIANTS}
+
+
+def _run(world: World, kind: str, steps: int) -> dict[str, Any]:
+    settings = config(kind, **VARIANTS[kind])
+    spec = media_spec(settings)
+    sizes = [(2, 4), (2, 4)] if spec.fixed_grid else [(2, 2), (4, 2)]
+
+    def lane(step: int, number: int) -> Any:
+        """Lane 1 is text alone but for its null document; lanes differ in length."""
+        docs = [text_document(step * LANES + number, 5 + 3 * number, VOCAB)]
+        null = number == 1
+        docs.append(image_document(spec, step * LANES + number, 4, sizes, VOCAB, null=null))
+        return pack(docs, spec)
+
+    engine_config = EngineConfig(
+        zero_stage=3,
+        device="cpu",
+        precision="fp32",
+        timeout_seconds=60,
+        persistent_parameter_elements=0,  # Shard even the smallest.
+        activation_checkpointing=kind == "hybrid",
+    )
+    build = partial(build_model, settings, seed=None)
+    model = construct(build, engine_config, world, partial(initialise_, seed=3))
+    stage = StageConfig.model_validate({"name": "all", "steps": steps, "learning_rate": {"default": 1e-2}})
+    engine = Engine(model, NextToken(), stage, engine_config, world)
+    mine = range(world.rank, LANES, world.world_size)
+    losses = [engine.train_step([lane(step, number) for number in mine]).loss for step in range(steps)]
+    prompts = [pack([image_document(spec, 50 + number, number, sizes, VOCAB)], spec) for number in mine]
+    with engine.inference() as net:
+        texts = [generate(net, prompt, 5, eos_id=7, lockstep=True)[0] for prompt in prompts]  # type: ignore[arg-type]
+    engine.close()
+    return {"losses": losses, "texts": dict(zip(map(str, mine), texts, strict=True))}
