@@ -1,0 +1,214 @@
+"""``mmscale data``: make, index, check and describe the shards that training reads."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+
+import typer
+
+from mmscale.cli.console import console, emit, progress, track
+
+app = typer.Typer()
+
+_JSON = typer.Option(False, "--json", help="One JSON object instead of lines.")
+_SHOWN = 20
+
+
+class OnErrorChoice(str, Enum):
+    """What a row that cannot be used does."""
+
+    FAIL = "fail"
+    SKIP = "skip"
+
+
+class ModelTypeChoice(str, Enum):
+    """SentencePiece algorithms."""
+
+    BPE = "bpe"
+    UNIGRAM = "unigram"
+
+
+@app.command(epilog="Example: mmscale data ingest pairs.csv --output shards --name pairs")
+def ingest(
+    source: Path = typer.Argument(
+        help="A folder (images, same-stem .txt or .json), or a .csv or .jsonl with path, caption, captions or parts."
+    ),
+    output: Path = typer.Option(..., "--output", help="Folder for shards, indexes and manifest."),
+    name: str = typer.Option("data", "--name", help="Prefix of the shards and name of the manifest."),
+    max_megabytes: float = typer.Option(256, "--max-megabytes", min=0.001, help="Largest shard, MiB."),
+    max_samples: int = typer.Option(10_000, "--max-samples", min=1, help="Most samples in a shard."),
+    on_error: OnErrorChoice = typer.Option("fail", "--on-error", help="What a row that cannot be used does."),
+    json: bool = _JSON,
+) -> None:
+    """Store a folder, CSV or JSONL as shards. Interrupted, the same command goes on where it stopped."""
+    from data_pipeline.shards.ingest import OnError
+    from data_pipeline.shards.ingest import ingest as run
+
+    with progress("ingest") as meter:
+        report = run(
+            source,
+            output,
+            name,
+            max_bytes=int(max_megabytes * 2**20),
+            max_samples=max_samples,
+            on_error=OnError(on_error.value),
+            progress=meter.advance,
+        )
+    for number, reason in report.skipped[:_SHOWN]:
+        console.print(f"skipped row {number}: {reason}", markup=False)
+    if len(report.skipped) > _SHOWN:
+        console.print(f"... and {len(report.skipped) - _SHOWN} rows more (all of them with --json)")
+    figures = {
+        "manifest": str(report.manifest),
+        "samples": report.num_samples,
+        "shards": report.num_shards,
+        "resumed_samples": report.num_resumed,
+        "skipped": [{"row": row, "reason": reason} for row, reason in report.skipped] if json else len(report.skipped),
+    }
+    emit(figures, json=json)
+
+
+@app.command(epilog="Example: mmscale data index shards/*.tar --manifest shards/all.manifest")
+def index(
+    shards: list[Path] = typer.Argument(None, help="Tars to index; with none, those of the manifest."),
+    manifest: Path | None = typer.Option(None, "--manifest", help="Write a manifest of these shards, or renew it."),
+    json: bool = _JSON,
+) -> None:
+    """Build the sidecar index of webdataset tars, and a manifest of them."""
+    from data_pipeline.errors import DataConfigError
+    from data_pipeline.shards.index import build_index
+    from data_pipeline.shards.manifest import Manifest, write_manifest
+
+    if not shards:
+        if manifest is None:
+            raise DataConfigError("name tars to index, or a manifest to renew with --manifest")
+        old = Manifest.open(manifest)
+        shards = [old.shard_path(number) for number in range(old.num_shards)]
+    num_samples = sum(len(build_index(shard)) for shard in track(shards, "index"))
+    figures: dict[str, object] = {"shards": len(shards), "samples": num_samples}
+    if manifest is not None:
+        written = write_manifest(manifest, shards)
+        figures |= {"manifest": str(manifest), "fingerprint": written.fingerprint}
+    emit(figures, json=json)
+
+
+@app.command(epilog="Example: mmscale data verify examples/emoji/shards/train.manifest")
+def verify(
+    paths: list[Path] = typer.Argument(help="Manifests or tars."),
+    max_pixels: int = typer.Option(89_478_485, "--max-pixels", min=1, help="An image with more pixels is damage."),
+    json: bool = _JSON,
+) -> None:
+    """Read shards whole, decode every image, and list every damage. Exit code 1 if there is any."""
+    from dataclasses import asdict
+
+    from data_pipeline.shards.verify import verify_manifest, verify_shard
+
+    reports = []
+    with progress("verify") as meter:
+        for path in paths:
+            if path.suffix == ".manifest":
+                found = verify_manifest(path, max_pixels=max_pixels)
+            else:
+                found = iter([verify_shard(path, max_pixels=max_pixels)])
+            for report in found:
+                reports.append(report)
+                meter.advance(1, report.shard)
+    damages = [damage for report in reports for damage in report.damages]
+    figures: dict[str, object] = {
+        "shards": len(reports),
+        "samples": sum(report.num_samples for report in reports),
+        "members": sum(report.num_members for report in reports),
+        "bytes": sum(report.num_bytes for report in reports),
+    }
+    if json:
+        emit({**figures, "damages": [asdict(damage) for damage in damages]}, json=True)
+    else:
+        for damage in damages:
+            print(
+                f"{damage.shard} key={damage.key or '-'} offset={damage.offset} {damage.problem.value}: {damage.detail}"
+            )
+        emit({**figures, "damages": len(damages)})
+    if damages:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: mmscale data stats examples/emoji/shards/train.manifest")
+def stats(
+    manifest: Path = typer.Argument(help="A manifest."),
+    tokenizer: Path | None = typer.Option(None, "--tokenizer", help="A .model or tokenizer.json: counts tokens too."),
+    json: bool = _JSON,
+) -> None:
+    """Print counts, sizes, aspect ratios and text lengths of a data set."""
+    from data_pipeline.stats import statistics
+    from data_pipeline.tokenizer import (
+        HuggingFaceTokenizerConfig,
+        SentencePieceTokenizerConfig,
+        load_tokenizer,
+    )
+
+    loaded = None
+    if tokenizer is not None:
+        kind = HuggingFaceTokenizerConfig if tokenizer.suffix == ".json" else SentencePieceTokenizerConfig
+        loaded = load_tokenizer(kind(path=tokenizer))
+    with progress("stats") as meter:
+        figures = statistics(manifest, loaded, meter.advance)
+    emit({"manifest": str(manifest), **figures}, json=json)
+
+
+@app.command(epilog="Example: mmscale data tokenizer shards/train.manifest --output tokenizer.model --vocab-size 8000")
+def tokenizer(
+    manifests: list[Path] = typer.Argument(help="Manifests whose text to read."),
+    output: Path = typer.Option(..., "--output", help="The SentencePiece model to write."),
+    vocab_size: int = typer.Option(32_000, "--vocab-size", min=262, help="Pieces, with 5 special ones and 256 bytes."),
+    model_type: ModelTypeChoice = typer.Option("bpe", "--model-type", help="Algorithm."),
+    character_coverage: float = typer.Option(
+        0.9995, "--character-coverage", min=0.98, max=1.0, help="Share of characters with a piece; others are bytes."
+    ),
+    max_samples: int = typer.Option(1_000_000, "--max-samples", min=1, help="Of larger sets every n-th is read."),
+    json: bool = _JSON,
+) -> None:
+    """Train a SentencePiece model on the text of shards."""
+    from data_pipeline.shards.manifest import Manifest
+    from data_pipeline.tokenizer import train_sentencepiece
+
+    total = sum(Manifest.open(path).num_samples for path in manifests)
+    with progress("tokenizer", total) as meter:
+        trained = train_sentencepiece(
+            manifests,
+            output,
+            vocab_size,
+            model_type=model_type.value,
+            character_coverage=character_coverage,
+            max_samples=max_samples,
+            progress=lambda done, of: meter.advance(1),
+        )
+    figures = {"tokenizer": str(output), "vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint}
+    emit(figures, json=json)
+
+
+@app.command(epilog="Example: mmscale data digest configs/quickstart.yaml --steps 0:10 --world-size 2 --workers 2")
+def digest(
+    config: Path = typer.Argument(help="A run's YAML file."),
+    overrides: list[str] = typer.Argument(None, help="Values that win over the file's.", metavar="[KEY=VALUE]..."),
+    steps: str = typer.Option("0:10", "--steps", help="Steps A to B, B left out.", metavar="A:B"),
+    world_size: int = typer.Option(1, "--world-size", min=1, help="Ranks to play."),
+    workers: int = typer.Option(0, "--workers", min=0, help="Worker processes of each rank."),
+    resume_at: int | None = typer.Option(None, "--resume-at", min=0, help="Save the loader's state here and go on."),
+) -> None:
+    """Print a line "step sha256" of each global batch: equal for every number of ranks and workers."""
+    from data_pipeline.digest import digest as run
+    from mmscale.config import load
+    from mmscale.run_config import RunConfig
+
+    value = load(config, overrides or [], RunConfig).value
+    chosen = _parse_steps(steps)
+    for step, checksum in run(value.data, value.media_spec, value.seed, chosen, world_size, workers, resume_at):
+        print(f"{step} {checksum}", flush=True)
+
+
+def _parse_steps(text: str) -> range:
+    first, colon, end = text.partition(":")
+    if not colon or not first.isdigit() or not end.isdigit() or int(end) < int(first):
+        raise typer.BadParameter(f"{text!r}: expected A:B with 0 <= A <= B, for example 0:10", param_hint="--steps")
+    return range(int(first), int(end))
