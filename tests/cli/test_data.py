@@ -1,0 +1,92 @@
+"""The verbs of ``mmscale data`` as a user calls them: output, exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmscale.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARDS = ROOT / "examples" / "emoji" / "shards"
+
+
+def figures(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["data", *words, "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str, code: int) -> str:
+    capsys.readouterr()
+    assert main(["data", *words]) == code
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text
+
+
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.csv"
+    path.write_text("path,caption\n" + "".join(f",text number {i}\n" for i in range(9)))
+    return path
+
+
+def test_ingest_index_verify_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    words = ("ingest", str(pairs(tmp_path)), "--output", str(out), "--name", "p", "--max-samples", "4")
+    assert figures(capsys, *words)["shards"] == 3
+    manifest = out / "p.manifest"
+    before = manifest.read_bytes()
+    manifest.unlink()
+    for sidecar in out.glob("*.index"):
+        sidecar.unlink()
+    shards = [str(path) for path in sorted(out.glob("*.tar"))]
+    assert figures(capsys, "index", *shards, "--manifest", str(manifest))["samples"] == 9
+    assert manifest.read_bytes() == before
+    assert figures(capsys, "index", "--manifest", str(manifest))["samples"] == 9
+    assert figures(capsys, "verify", str(manifest))["damages"] == []
+    found = figures(capsys, "stats", str(manifest))
+    assert (found["samples"], found["text_bytes"]["max"]) == (9, len("text number 8"))
+
+
+@pytest.mark.fault
+def test_verify_names_damage_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["data", "ingest", str(pairs(tmp_path)), "--output", str(out)]) == 0
+    shard = out / "data-00000.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    (damage, *_) = figures(capsys, "verify", str(shard), code=1)["damages"]
+    assert damage["problem"] in ("tar", "index", "checksum")
+    assert main(["data", "verify", str(shard)]) == 1
+    assert f"{shard} key=" in capsys.readouterr().out
+
+
+@pytest.mark.fault
+def test_wrong_use_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such file" in complaint(capsys, "ingest", str(tmp_path / "gone"), "--output", str(tmp_path), code=2)
+    assert "--manifest" in complaint(capsys, "index", code=2)
+    assert "cannot be read" in complaint(capsys, "stats", str(tmp_path / "gone.manifest"), code=1)
+    assert "cannot be read" in complaint(capsys, "index", str(tmp_path / "gone.tar"), code=1)
+    (tmp_path / "row.csv").write_text("path,caption\ngone.png,x\n")
+    out = tmp_path / "out"
+    assert "row 1" in complaint(capsys, "ingest", str(tmp_path / "row.csv"), "--output", str(out), code=1)
+    words = ["tokenizer", str(SHARDS / "train-text.manifest"), "--output", str(tmp_path / "t.model"), "--vocab-size"]
+    assert "cannot be trained" in complaint(capsys, *words, "300", code=2)
+    assert not (tmp_path / "t.model").exists()
+    assert main(["data", *words, "3"]) == 2
+
+
+def test_a_tokenizer_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tokenizer", str(SHARDS / "train-text.manifest"), "--output", str(tmp_path / "t.model")]
+    assert figures(capsys, *words, "--vocab-size", "1200", "--character-coverage", "0.99")["vocab_size"] == 1200
+    counted = figures(capsys, "stats", str(SHARDS / "train-text.manifest"), "--tokenizer", str(tmp_path / "t.model"))
+    assert counted["text_tokens"]["count"] == counted["samples"] == 218
+
+
+@pytest.mark.parametrize("steps", ["5", "4:2", "a:b", "-1:3", ""])
+def test_steps_must_be_a_forward_range(capsys: pytest.CaptureFixture[str], steps: str) -> None:
+    assert "A:B" in complaint(capsys, "digest", str(ROOT / "configs" / "quickstart.yaml"), f"--steps={steps}", code=2)
