@@ -40,6 +40,8 @@ from mmscale.report.result import RESULT_FILE, binomial_error, write_whole
 from mmscale.report.svg import Bar, Line, bar_chart, line_chart
 
 REPORT_FILE = "report.html"
+_NARROW, _WIDE = 520, 1080
+"""Widths of charts in a column and across the page: near their size on the page, so that letters come out alike."""
 
 
 @dataclass(frozen=True)
@@ -216,17 +218,17 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
     return [
         Figure(
             "Loss",
-            _join("mean per token" if not bad else f"mean per token · {bad} steps without a finite loss"),
-            _curve(series(records, "loss"), stages, lambda value: f"{value:.3g}", colour=1, height=250),
+            _join("mean per token" if not bad else f"mean per token · {_steps(bad)} without a finite loss"),
+            _curve(series(records, "loss"), stages, lambda value: f"{value:.3g}", colour=1, width=_WIDE),
         ),
         Figure(
             "Learning rate",
             "by component",
-            line_chart(learning_rates, stages, format_value=_scientific, from_zero=True),
+            line_chart(learning_rates, stages, format_value=_scientific, from_zero=True, width=_NARROW),
         ),
         Figure(
             "Gradient norm",
-            _join("before clipping", f"{skipped} steps skipped" if skipped else ""),
+            _join("before clipping", f"{_steps(skipped)} skipped" if skipped else ""),
             _curve(series(records, "grad_norm"), stages, lambda value: f"{value:.3g}", colour=2),
         ),
         Figure(
@@ -238,6 +240,10 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
             _curve(data_wait_percent(records), stages, lambda value: f"{value:.3g}%", colour=4, zero=True),
         ),
     ]
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" + ("" if count == 1 else "s")
 
 
 def _join(*notes: str) -> str:
@@ -252,13 +258,19 @@ def _scientific(value: float) -> str:
 
 
 def _curve(
-    points: Sequence[Any], stages: Sequence[StageMark], text: Any, *, colour: int, zero: bool = False, height: int = 230
+    points: Sequence[Any],
+    stages: Sequence[StageMark],
+    text: Any,
+    *,
+    colour: int,
+    zero: bool = False,
+    width: int = _NARROW,
 ) -> Markup:
     lines = [
         Line("each step", thin(points), colour, faint=True),
         Line("smoothed", thin(smooth(points), 300), colour),
     ]
-    return line_chart(lines, stages, format_value=text, from_zero=zero, height=height)
+    return line_chart(lines, stages, format_value=text, from_zero=zero, width=width)
 
 
 def _throughput(records: Sequence[Record]) -> list[tuple[str, str]]:

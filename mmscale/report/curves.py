@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
-
-from mmscale.metrics.meters import MovingAverage
 
 Point = tuple[float, float]
 Record = Mapping[str, Any]
@@ -47,14 +46,25 @@ def finite(value: Any) -> float | None:
 
 
 def smooth(points: Sequence[Point], window: float | None = None) -> list[Point]:
-    """Moving average over about ``window`` points; by default a fortieth of the curve, at least 5."""
-    window = window or max(5.0, len(points) / 40)
-    average = MovingAverage(1 - 1 / window)
-    smoothed = []
-    for step, value in points:
-        average.add(value)
-        smoothed.append((step, average.value))
-    return smoothed
+    """Mean with weights that fall off on both sides, by half within about ``window / 3`` points.
+
+    Looking back alone would lag behind a falling curve. By default the window is a sixtieth of the curve, at least 4.
+    """
+    decay = 1 - 1 / (window or max(4.0, len(points) / 60))
+    values = [value for _, value in points]
+    above = _two_sided(values, decay)
+    below = _two_sided([1.0] * len(values), decay)
+    return [(step, a / b) for (step, _), a, b in zip(points, above, below, strict=True)]
+
+
+def _two_sided(values: Sequence[float], decay: float) -> list[float]:
+    """Sum over j of ``decay ** |i - j| * values[j]``, for every i."""
+    forwards, backwards = _decayed(values, decay), _decayed(values[::-1], decay)[::-1]
+    return [a + b - value for a, b, value in zip(forwards, backwards, values, strict=True)]
+
+
+def _decayed(values: Sequence[float], decay: float) -> list[float]:
+    return list(accumulate(values, lambda total, value: decay * total + value))
 
 
 def thin(points: Sequence[Point], limit: int = 600) -> list[Point]:

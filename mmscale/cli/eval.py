@@ -1,0 +1,43 @@
+"""``mmscale eval``: held-out scores of a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from mmscale.cli.console import console, emit
+
+app = typer.Typer()
+
+_CONFIG = typer.Argument(help="A run's YAML file; its run_dir holds the checkpoints.", metavar="CONFIG")
+_OVERRIDES = typer.Argument(None, help="Values that win over the file's.", metavar="[KEY=VALUE]...")
+
+
+@app.command("eval", epilog="Example: mmscale eval configs/quickstart.yaml run_dir=runs/first")
+def evaluate_run(
+    config: Path = _CONFIG,
+    overrides: list[str] = _OVERRIDES,
+    json: bool = typer.Option(False, "--json", help="One JSON object: the scores by set."),
+) -> None:
+    """Score a trained model on held-out samples.
+
+    Takes the newest checkpoint of CONFIG's run_dir and asks the questions of its evaluation block. Scores are printed
+    with their control (images permuted among the samples) and the share of a blind guess.
+    """
+    from dataclasses import asdict
+
+    from mmscale.cli.trained import load_trained
+    from mmscale.config import load
+    from mmscale.errors import ConfigError
+    from mmscale.evaluate import evaluate
+    from mmscale.run_config import RunConfig
+
+    run = load(config, overrides or [], RunConfig).value
+    if not run.evaluation.sets:
+        raise ConfigError(f"{config}: evaluation.sets is empty: there is nothing to score")
+    trained = load_trained(run)
+    console.print(f"scoring {trained.checkpoint}")
+    data = run.stage_data(len(run.stages) - 1)
+    results = evaluate(trained.model, run.evaluation, data, run.media_spec, trained.world)
+    emit({"checkpoint": str(trained.checkpoint), "heldout": {k: asdict(v) for k, v in results.items()}}, json=json)

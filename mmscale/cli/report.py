@@ -1,0 +1,28 @@
+"""``mmscale report``: the page of a run, made again from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from mmscale.cli.console import emit
+
+app = typer.Typer()
+
+_RUN = typer.Argument(help="A run folder, finished or not.", metavar="RUN")
+
+
+@app.command(epilog="Example: mmscale report runs/quickstart")
+def report(
+    run: Path = _RUN,
+    json: bool = typer.Option(False, "--json", help="One JSON object: path and bytes of the report."),
+) -> None:
+    """Write report.html of a run: curves, samples, configuration."""
+    from mmscale.report.build import build_report
+
+    path = build_report(run)
+    if json:
+        emit({"report": str(path), "bytes": path.stat().st_size}, json=True)
+    else:
+        print(path)

@@ -1,0 +1,68 @@
+"""A trained model in one process: the newest checkpoint of a run, without DeepSpeed; for ``eval`` and ``generate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmscale.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from mmscale.dist import World
+    from mmscale.models.multimodal import MultimodalModel
+    from mmscale.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with the weights of ``checkpoint``, in evaluation mode on ``world.device``."""
+
+    config: RunConfig
+    model: MultimodalModel
+    world: World
+    checkpoint: Path
+
+
+def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
+    """Builds the model of a run and loads a checkpoint, the newest of the run by default.
+
+    Raises:
+        CheckpointError: there is none, or it is of another model.
+    """
+    import torch
+
+    from mmscale.checkpoint import find_latest, load_weights
+    from mmscale.dist import World
+    from mmscale.models.build import build_model
+    from mmscale.run_folder import CHECKPOINTS
+
+    folder = config.run_dir / CHECKPOINTS
+    path = checkpoint or (find_latest(folder) if folder.is_dir() else None)
+    if path is None:
+        raise CheckpointError(
+            f"{folder}: no checkpoint there; train first: mmscale train CONFIG run_dir={config.run_dir}"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(config.model, attention=config.engine.attention, seed=None)
+    load_weights(model, path)
+    return Trained(config, model.to(device).eval(), World(0, 1, 0, device), path)
+
+
+def open_trained(path: Path) -> Trained:
+    """The trained model of a run folder or of one checkpoint in it, configured by the run's own ``config.yaml``.
+
+    Raises:
+        ConfigError: the path is neither.
+    """
+    from mmscale.config import load
+    from mmscale.run_config import RunConfig
+    from mmscale.run_folder import CONFIG
+
+    for run, checkpoint in ((path, None), (path.parent.parent, path)):
+        if path.is_dir() and (run / CONFIG).is_file():
+            config = load(run / CONFIG, [], RunConfig).value
+            return load_trained(config.model_copy(update={"run_dir": run}), checkpoint)
+    raise ConfigError(
+        f"{path}: neither a run folder (with a {CONFIG}) nor a checkpoint of one (RUN/checkpoints/step-N)"
+    )

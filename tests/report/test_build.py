@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import base64
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmscale.errors import ConfigError
+from mmscale.report.build import build_report
+from mmscale.report.captions import encode_png, names, read_captions, save_captions
+from mmscale.report.result import Memory, Params, RunResult, SetResult, binomial_error, write_result
+
+HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>' {{ 7*7 }} </style>"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def _metrics(run: Path, stages: tuple[str, str] = ("align", "all")) -> None:
+    lines = [
+        {
+            "step": step,
+            "stage": stages[step > 3],
+            "loss": 5.0 / step if step != 2 else None,
+            "tokens": 100,
+            "samples": 4,
+            "seconds": 0.5,
+            "data_wait_seconds": 0.1,
+            "lr": 1e-3,
+            "lr/decoder": 1e-3,
+            "grad_norm": 1.0,
+            "applied": True,
+            "peak_rss_bytes": 3 << 30,
+        }
+        for step in range(1, 7)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _result(run: Path, sets: dict[str, SetResult]) -> None:
+    write_result(
+        run,
+        RunResult(
+            world_size=2,
+            zero_stage=3,
+            precision="fp32",
+            steps=6,
+            train_seconds=75.0,
+            params=Params(7_000_000, 5_000_000, {"vision": 3_000_000, "decoder": 4_000_000}),
+            heldout=sets,
+            precision_reason="fp32: this CPU has no native bf16",
+            memory=Memory((1 << 30, 2 << 30)),
+        ),
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    _metrics(tmp_path)
+    return tmp_path
+
+
+def test_a_finished_run_shows_scores_controls_images_and_configuration(run: Path) -> None:
+    _result(run, {"style": SetResult(0.5, 0.02, 0.02, 200, "name among 50", 0.035, 0.01)})
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    save_captions(run, [("style", pixels, "red apple", "a Red Apple."), ("style", pixels, "fox", "firefox")])
+    (run / "config.yaml").write_text("run_dir: runs/x\ndata:\n  lanes: 8\nstages:\n- {name: align, steps: 5}\n")
+    (run / "config_origins.json").write_text(json.dumps({"data.lanes": "x.yaml:3", "run_dir": "default"}))
+    page = Page(build_report(run).read_text())
+    for words in ("50.0", "25.0× its control", "name among 50", "2.0%", "1 of 2 captions name the image"):
+        assert words in page.text
+    for words in ("fp32: this CPU has no native bf16", "rank 1, host", "2.00 GiB", "57.1%", "1m15s", "ZeRO-3"):
+        assert words in page.text
+    for words in ("data.lanes", "x.yaml:3", "stages.0.steps", "1 step without a finite loss"):
+        assert words in page.text
+    images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 2
+    assert base64.b64decode(images[0].removeprefix("data:image/png;base64,")) == encode_png(pixels)
+
+
+def test_a_report_in_mid_run_says_so_and_shows_what_there_is(run: Path) -> None:
+    page = Page(build_report(run).read_text())
+    assert "not finished · step 6" in page.text
+    assert "Scored at the end of the run" in page.text
+    assert "3.00 GiB" in page.text
+    assert sum(attributes.get("class") == "chart" for _, attributes in page.tags) == 5
+
+
+def test_a_run_without_a_step_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    assert "No step is done yet" in build_report(tmp_path).read_text()
+
+
+def test_hostile_captions_stages_names_and_settings_stay_text(run: Path) -> None:
+    _metrics(run, (HOSTILE, "all"))
+    _result(run, {HOSTILE: SetResult(0.5, 0.0, 0.02, 4, HOSTILE, 0.1, 0.0)})
+    save_captions(run, [(HOSTILE, np.zeros((2, 2, 3), np.uint8), HOSTILE, HOSTILE)])
+    (run / "config.yaml").write_text(json.dumps({"seed": HOSTILE, HOSTILE: {"a": HOSTILE}}))
+    page = Page(build_report(run).read_text())
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert all((attributes["src"] or "").startswith("data:") for tag, attributes in page.tags if tag == "img")
+    assert "49" not in page.text.replace("{{ 7*7 }}", "")
+    assert page.text.count("<script>alert(1)</script>") >= 5
+
+
+def test_the_page_needs_no_network(run: Path) -> None:
+    _result(run, {})
+    text = build_report(run).read_text()
+    links = [
+        value or ""
+        for _, attributes in Page(text).tags
+        for name, value in attributes.items()
+        if name in ("src", "href")
+    ]
+    assert [link for link in links if not link.startswith("data:")] == []
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_an_image_outside_the_run_is_not_shown(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    secret = tmp_path_factory.mktemp("other") / "secret.png"
+    secret.write_bytes(b"secret")
+    record = {
+        "set": "s",
+        "image": f"../{secret.parent.name}/secret.png",
+        "expected": "a",
+        "generated": "b",
+        "right": False,
+    }
+    (run / "captions.json").write_text(json.dumps({"captions": [record]}))
+    assert (run / record["image"]).is_file()
+    assert "image not found" in Page(build_report(run).read_text()).text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run folder"):
+        build_report(tmp_path)
+
+
+def test_the_result_has_the_promised_shape_and_is_whole_or_absent(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _result(run, {"style": SetResult(0.5, 0.02, 0.02, 200, "name among 50", 0.035, 0.01)})
+    before = (run / "result.json").read_bytes()
+    result = json.loads(before)
+    assert {"world_size", "zero_stage", "precision", "steps", "train_seconds", "params", "heldout"} <= set(result)
+    assert {"total", "active"} <= set(result["params"])
+    assert {"score", "control", "chance", "n", "metric"} <= set(result["heldout"]["style"])
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        _result(run, {})
+    assert (run / "result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("generated", "expected", "right"),
+    [
+        ("a red apple.", "Red Apple", True),
+        ("redapple", "red apple", False),
+        ("firefox", "fox", False),
+        ("fox", "firefox", False),
+        ("flag: Österreich", "österreich", True),
+        ("", "fox", False),
+    ],
+)
+def test_a_caption_is_right_if_it_has_the_name_as_words(generated: str, expected: str, right: bool) -> None:
+    assert names(generated, expected) is right
+
+
+def test_captions_survive_the_disk(tmp_path: Path) -> None:
+    save_captions(tmp_path, [("style", np.zeros((2, 3, 3), np.uint8), "fox", "a fox")])
+    (record,) = read_captions(tmp_path)
+    assert (record.expected, record.generated, record.right) == ("fox", "a fox", True)
+    assert (tmp_path / record.image).read_bytes().startswith(b"\x89PNG")
+
+
+def test_binomial_error() -> None:
+    assert binomial_error(0.5, 100) == pytest.approx(0.05)
+    assert binomial_error(1.0, 10) == 0
+    assert binomial_error(0.0, 0) == 0
