@@ -141,6 +141,17 @@ def test_zero_gates_leave_the_decoder_as_it_was() -> None:
     assert torch.equal(net(pack(docs, spec)).hidden, text(pack(docs, text_spec)).hidden)
 
 
+def test_rows_that_see_no_image_get_nothing_from_open_gates() -> None:
+    """Neither attention nor feed-forward: text documents, and text before an image, are as the decoder alone has them."""
+    net, text = model("cross_attention"), model(None)
+    docs = documents(net)
+    ours = net(pack(docs, media_spec(net.config))).hidden
+    alone = text(pack(docs, media_spec(text.config))).hidden
+    blind = torch.cat([torch.arange(len(doc.tokens)) < (1 if doc.views else len(doc.tokens)) for doc in docs])
+    torch.testing.assert_close(ours[blind], alone[blind], rtol=0, atol=0)
+    assert (ours - alone)[~blind].abs().amax(1).min() > 1e-3
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=["dense", "moe", "learned"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_has_exactly_one_component(kind: str | None, variant: dict[str, Any]) -> None:
@@ -162,6 +173,8 @@ def test_first_values_depend_on_seed_and_name_alone() -> None:
     again = build_model(whole.config, seed=None)
     initialise_(again, 5)
     assert all(torch.equal(p, values[name]) for name, p in again.named_parameters())
+    random = [values[name].flatten()[:8] for name in values if name.endswith("_proj.weight")]
+    assert len(torch.stack(random).unique(dim=0)) == len(random), "two parameters share their first values"
     other = build_model(whole.config, seed=6)
     assert not torch.equal(other.head.weight, whole.head.weight)
 
