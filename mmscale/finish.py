@@ -16,12 +16,14 @@ from mmscale.dist import World, sum_float
 from mmscale.engine.engine import Engine
 from mmscale.errors import MMScaleError
 from mmscale.evaluate import evaluate
+from mmscale.generate import caption_images
 from mmscale.metrics.meters import peak_memory
 from mmscale.metrics.run_log import NullLog, RunLog
 from mmscale.metrics.sinks import read_metrics
 from mmscale.models.build import count_parameters
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.report.build import build_report
+from mmscale.report.captions import save_captions
 from mmscale.report.result import RESULT_FILE, Memory, Params, RunResult, SetResult, write_result
 from mmscale.run_config import RunConfig
 
@@ -79,6 +81,9 @@ def score(config: RunConfig, engine: Engine, log: RunLog | NullLog) -> dict[str,
                 f"held-out {name}: {result.metric} {result.score:.3f} ± {result.error:.3f}, "
                 f"images permuted {result.control:.3f}, chance {result.chance:.3f} (n={result.n})"
             )
+        captioned = caption_images(model, config.evaluation, data, config.media_spec, engine.world)
+    if engine.world.is_main and captioned:
+        save_captions(config.run_dir, captioned)
     return results
 
 

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.collate import collate
+from data_pipeline.config import DataConfig
+from data_pipeline.documents import DocumentBuilder, null_document
+from data_pipeline.errors import SampleError
+from data_pipeline.packing import Pack
+from data_pipeline.sample import ImagePart, Provenance, Sample
+from data_pipeline.template import CaptionTemplate
+from data_pipeline.tokenizer import load_tokenizer
+from mmscale.dist import World
+from mmscale.errors import ConfigError, MMScaleError
+from mmscale.generate import caption_images, describe_image
+from mmscale.metrics.sample_images import Pixels
+from mmscale.models.build import build_model, media_spec
+from mmscale.models.config import ModelConfig
+from mmscale.models.generation import NucleusConfig
+from mmscale.models.multimodal import MultimodalModel
+from tests.evaluate.asked import ALONE, data_config, evaluation, tiny_model
+
+
+def _picture(seed: int = 0) -> Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+
+
+def _file(folder: Path, format_name: str, pixels: Pixels) -> Path:
+    path = folder / f"picture.{format_name}"
+    Image.fromarray(pixels).save(path, format_name, **({"lossless": True} if format_name == "webp" else {}))
+    return path
+
+
+def _greedy(model: MultimodalModel, data: DataConfig, image: bytes, prompt: str, steps: int) -> str:
+    """One whole forward for each token, without a cache."""
+    tokenizer, spec = load_tokenizer(data.tokenizer), media_spec(model.config)
+    said: list[int] = []
+    sample = Sample((ImagePart(image, "png"),), {}, Provenance("t", "t", "t", 0))
+    transforms = data.datasets[0].transforms.model_copy(update={"augment": None})
+    while len(said) < steps:
+        template = CaptionTemplate(prompts=(prompt,), answers=("x",))
+        dataset = data.datasets[0].model_copy(update={"template": template, "transforms": transforms})
+        document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
+        ids = np.concatenate([document.token_ids, np.array(said, dtype=np.int32)])
+        positions = np.arange(len(ids), dtype=np.int32)
+        longer = type(document)(
+            token_ids=ids,
+            labels=np.full(len(ids), -100, dtype=np.int32),
+            loss_weights=np.zeros(len(ids), dtype=np.float32),
+            position_ids=positions,
+            items=document.items,
+            dest=document.dest,
+            spans=document.spans,
+            provenance=document.provenance,
+            images=document.images,
+        )
+        batch = collate([Pack((longer, null_document(spec, tokenizer.pad_id)), lane=0)], spec)
+        with torch.no_grad():
+            token = int(model.head(model(batch).hidden[len(ids) - 1 : len(ids)]).argmax())
+        if token == tokenizer.eos_id:
+            break
+        said.append(token)
+    return tokenizer.decode(said).strip()
+
+
+@pytest.mark.parametrize("kind", ["cross_attention", "embedding"])
+def test_a_description_is_what_greedy_decoding_by_hand_gives(kind: str, tmp_path: Path) -> None:
+    model, data = tiny_model(kind), data_config()
+    path = _file(tmp_path, "png", _picture())
+    text = describe_image(model, path, data, media_spec(model.config), max_new_tokens=6)
+    assert text == _greedy(model, data, path.read_bytes(), "name:", 6)
+    other = describe_image(model, path, data, media_spec(model.config), prompt="a {b}", max_new_tokens=6)
+    assert other == _greedy(model, data, path.read_bytes(), "a {{b}}", 6)
+
+
+def test_lossless_formats_are_described_alike_and_jpeg_is_read(tmp_path: Path) -> None:
+    model, data = tiny_model(), data_config()
+    spec = media_spec(model.config)
+    png, webp, jpeg = (_file(tmp_path, name, _picture()) for name in ("png", "webp", "jpeg"))
+    assert describe_image(model, png, data, spec) == describe_image(model, webp, data, spec) != ""
+    assert describe_image(model, jpeg, data, spec)
+
+
+def test_draws_are_repeatable_and_follow_the_seed(tmp_path: Path) -> None:
+    model, data = tiny_model(), data_config()
+    path, spec = _file(tmp_path, "png", _picture()), media_spec(model.config)
+
+    def said(seed: int) -> str:
+        sampling = NucleusConfig(temperature=5.0, top_p=1.0, seed=seed)
+        return describe_image(model, path, data, spec, sampling=sampling, max_new_tokens=8)
+
+    assert said(1) == said(1) != said(2)
+
+
+def test_captions_of_a_set_are_those_of_its_single_images(tmp_path: Path) -> None:
+    model, data = tiny_model(), data_config()
+    spec = media_spec(model.config)
+    block = evaluation().model_dump() | {"captions": {"num_images": 3, "max_new_tokens": 5}}
+    config = type(evaluation()).model_validate(block)
+    captioned = caption_images(model, config, data, spec, ALONE)
+    in_lockstep = caption_images(model, config, data, spec, World(1, 2, 1, torch.device("cpu")))
+    assert [one.generated for one in in_lockstep] == [one.generated for one in captioned]
+    assert [one.set for one in captioned] == ["both"] * 3
+    for one in captioned:
+        path = _file(tmp_path, "png", one.pixels)
+        assert one.generated == describe_image(model, path, data, spec, prompt="name:", max_new_tokens=5)
+        assert max(one.pixels.shape) <= 256
+
+
+def test_no_captions_where_none_are_wanted() -> None:
+    model = tiny_model()
+    config = evaluation().model_copy(update={"captions": None})
+    assert caption_images(model, config, data_config(), media_spec(model.config), ALONE) == []
+
+
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    model, data = tiny_model(), data_config()
+    spec = media_spec(model.config)
+    with pytest.raises(MMScaleError, match=r"absent\.png: No such file"):
+        describe_image(model, tmp_path / "absent.png", data, spec)
+    text = tmp_path / "text.png"
+    text.write_text("not an image")
+    with pytest.raises(SampleError, match=r"text\.png: no JPEG, PNG or WebP"):
+        describe_image(model, text, data, spec)
+    buffer = io.BytesIO()
+    Image.fromarray(_picture()).save(buffer, "PNG")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:200])
+    with pytest.raises(SampleError, match="damaged png"):
+        describe_image(model, tmp_path / "cut.png", data, spec)
+
+
+def test_a_prompt_that_needs_fields_asks_for_one(tmp_path: Path) -> None:
+    model, data = tiny_model(), data_config()
+    template = CaptionTemplate(prompts=("of the {group}:",))
+    dataset = data.datasets[0].model_copy(update={"template": template})
+    data = data.model_copy(update={"datasets": (dataset,)})
+    with pytest.raises(ConfigError, match=r"'group' is missing.*give a prompt"):
+        describe_image(model, _file(tmp_path, "png", _picture()), data, media_spec(model.config))
+
+
+def test_a_text_model_cannot_look(tmp_path: Path) -> None:
+    model = build_model(ModelConfig(decoder=tiny_model().config.decoder)).eval()
+    with pytest.raises(ConfigError, match="no vision tower"):
+        describe_image(model, _file(tmp_path, "png", _picture()), data_config(), media_spec(model.config))
