@@ -142,7 +142,7 @@ def test_zero_gates_leave_the_decoder_as_it_was() -> None:
 
 
 def test_rows_that_see_no_image_get_nothing_from_open_gates() -> None:
-    """Neither attention nor feed-forward: text documents, and text before an image, are as the decoder alone has them."""
+    """Neither attention nor feed-forward: text, and text before an image, is as the decoder alone has it."""
     net, text = model("cross_attention"), model(None)
     docs = documents(net)
     ours = net(pack(docs, media_spec(net.config))).hidden
