@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from mmscale.config.tree import ConfigLoader
+from mmscale.report.result import write_whole
 
-ORIGINS_FILE = "config_origins.json"
-"""Beside ``config.yaml``: the origin of each value by its dotted key. Optional."""
+ORIGINS_FILE = "report/origins.json"
+"""The origin of each value of ``config.yaml`` by its dotted key."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,18 @@ class Setting:
     def chosen(self) -> bool:
         """Whether somebody wrote it, rather than the code's default."""
         return self.origin not in ("", "default")
+
+
+def save_origins(run_dir: Path, origins: Mapping[str, Any]) -> Path:
+    """Keeps where each value of ``config.yaml`` came from (``Loaded.origins``). Rank 0 only.
+
+    Returns:
+        The path of the file.
+    """
+    path = run_dir / ORIGINS_FILE
+    data = {key: str(origin) for key, origin in origins.items()}
+    write_whole(path, json.dumps(data, indent=1, ensure_ascii=False).encode() + b"\n")
+    return path
 
 
 def read_configuration(run_dir: Path) -> dict[str, list[Setting]]:

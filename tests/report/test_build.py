@@ -11,6 +11,7 @@ import pytest
 from mmscale.errors import ConfigError
 from mmscale.report.build import build_report
 from mmscale.report.captions import encode_png, names, read_captions, save_captions
+from mmscale.report.configuration import save_origins
 from mmscale.report.result import Memory, Params, RunResult, SetResult, binomial_error, write_result
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>' {{ 7*7 }} </style>"
@@ -85,7 +86,7 @@ def test_a_finished_run_shows_scores_controls_images_and_configuration(run: Path
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     save_captions(run, [("style", pixels, "red apple", "a Red Apple."), ("style", pixels, "fox", "firefox")])
     (run / "config.yaml").write_text("run_dir: runs/x\ndata:\n  lanes: 8\nstages:\n- {name: align, steps: 5}\n")
-    (run / "config_origins.json").write_text(json.dumps({"data.lanes": "x.yaml:3", "run_dir": "default"}))
+    save_origins(run, {"data.lanes": "x.yaml:3", "run_dir": "default"})
     page = Page(build_report(run).read_text())
     for words in ("50.0", "25.0× its control", "name among 50", "2.0%", "1 of 2 captions name the image"):
         assert words in page.text
