@@ -26,9 +26,9 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Example: mmscale" in out
 
 
-def test_every_file_of_the_folder_is_a_verb() -> None:
-    files = {path.stem for path in (REPO / "mmscale/cli").glob("*.py")} - {"__init__", "main", "console"}
-    assert files == {verb.name for verb in VERBS}
+def test_every_file_with_commands_is_a_verb() -> None:
+    files = {path.stem for path in (REPO / "mmscale/cli").glob("*.py") if "app = typer.Typer(" in path.read_text()}
+    assert files - {"main"} == {verb.name for verb in VERBS}
 
 
 def commands() -> list[list[str]]:

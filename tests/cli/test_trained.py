@@ -1,0 +1,93 @@
+"""``eval``, ``generate`` and ``report`` on a run of two steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmscale.cli.main import main
+
+REPO = Path(__file__).resolve().parents[2]
+CONFIG = "tests/system/tiny.yaml"
+SETS = (
+    "evaluation.sets=[{name: both, manifest: examples/emoji/shards/heldout-both.manifest, field: group, "
+    "choices: null, limit: 30}]"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "first"
+    words = ["train", CONFIG, f"run_dir={folder}", "max_steps=2", SETS, "evaluation.captions={num_images: 2}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mmscale.cli.main", *words],
+        cwd=REPO,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)  # Paths of the bundled data are relative to it.
+
+
+def test_eval_gives_the_score_that_the_run_ended_with(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", CONFIG, f"run_dir={run}", "max_steps=2", SETS, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["heldout"] == json.loads((run / "result.json").read_text())["heldout"]
+    assert printed["checkpoint"].endswith("step-00000002")
+
+
+def test_generate_says_what_the_report_shows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads((run / "captions.json").read_text())["captions"][0]
+    words = ["--image", str(run / record["image"]), "--prompt", "", "--max-new-tokens", "24"]
+    assert main(["generate", str(run), *words]) == 0
+    assert capsys.readouterr().out.strip() == record["generated"]
+    (checkpoint,) = (run / "checkpoints").glob("step-*2")
+    assert main(["generate", str(checkpoint), *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] == record["generated"]
+
+
+def test_report_is_made_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    text = (run / "report.html").read_text()
+    assert "group among" in text
+    assert "override 2 (max_steps=2)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["eval", CONFIG, "run_dir={empty}", SETS], 1, "no checkpoint there; train first"),
+        (["eval", CONFIG, "run_dir={run}"], 2, "evaluation.sets is empty"),
+        (["eval", CONFIG, "run_dir={run}", SETS, "model.decoder.num_layers=12"], 1, "checkpoint of another model"),
+        (["eval", CONFIG, "run_dir={run}", "evaluation.sets=[{name: a, manifest: none, field: x}]"], 1, "none"),
+        (["generate", "{empty}", "--image", "x.png"], 2, "neither a run folder"),
+        (["generate", "{run}", "--image", "{empty}/x.png"], 1, "No such file"),
+        (["generate", "{run}", "--image", "README.md"], 1, "no JPEG, PNG or WebP"),
+        (["report", "{empty}"], 2, "no run folder"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    words = [word.replace("{run}", str(run)).replace("{empty}", str(tmp_path)) for word in words]
+    assert main(words) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before
