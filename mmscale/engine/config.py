@@ -33,7 +33,8 @@ class EngineConfig(StrictConfig):
     """Gradient values that are reduced in one message."""
     gather_bucket_elements: int = Field(default=50_000_000, ge=1)
     """Weight values that are gathered ahead of time in one message (stages 1-3)."""
-    persistent_parameter_elements: int = Field(default=100_000, ge=0)
-    """Stage 3 keeps parameters of fewer values than this whole on every rank."""
+    persistent_parameter_elements: int = Field(default=0, ge=0)
+    """Stage 3 keeps parameters of fewer values than this whole on every rank. Each then costs a message of its own
+    after every step, while the others travel a block at a time."""
     overlap_communication: bool = True
     """Reduce gradients while the backward pass goes on (CUDA; gloo has no streams to overlap)."""

@@ -10,18 +10,16 @@ gradient is that of the mean over all weighted tokens of the step, at any number
 
 from __future__ import annotations
 
-import functools
 import math
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmscale.dist import World, start_deepspeed, sum_float
 from mmscale.engine.config import EngineConfig
@@ -29,6 +27,7 @@ from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.graph import LossGraph, ObjectiveLike
 from mmscale.engine.partition import Partition
 from mmscale.engine.precision import Precision, choose_precision
+from mmscale.engine.units import Undo, gather_whole, recompute
 from mmscale.errors import EngineError
 from mmscale.optim import (
     build_adamw,
@@ -107,9 +106,14 @@ class Engine:
         freeze(model, components, stage)
         self.trained_components = trained_components(components, stage)
         self.parameter_counts = _count(model, component_of_parameters(model, components))
-        self._undo_recompute = _recompute_units(model) if config.activation_checkpointing else _nothing
+        self._undo: list[Undo] = self._arrange_units()
         self._deepspeed = self._start(components)
         self.partition = Partition(model, self._deepspeed, config.zero_stage, world)
+
+    def _arrange_units(self) -> list[Undo]:
+        units: list[nn.Module] = list(self.model.checkpoint_units())  # type: ignore[operator]
+        undo = [recompute(units)] if self.config.activation_checkpointing else []
+        return [*undo, gather_whole(units)] if self.config.zero_stage == 3 else undo
 
     def _start(self, components: dict[str, list[nn.Module]]) -> Any:
         import deepspeed
@@ -211,7 +215,8 @@ class Engine:
 
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the model and frees optimizer state. The model stays usable by another engine."""
-        self._undo_recompute()
+        for undo in reversed(self._undo):
+            undo()
         self._deepspeed.destroy()
         self._deepspeed.optimizer.__dict__.pop("state", None)
 
@@ -223,21 +228,3 @@ def _count(model: nn.Module, owner: dict[str, str]) -> dict[str, ComponentParame
         numel = math.prod(full_shape(parameter))
         counts[owner[name]] = ComponentParameters(old.total + numel, old.trained + numel * parameter.requires_grad)
     return counts
-
-
-def _recompute_units(model: nn.Module) -> Callable[[], None]:
-    """Makes each unit forget its activations; returns what undoes it."""
-    units: list[nn.Module] = list(model.checkpoint_units())  # type: ignore[operator]
-    for unit in units:
-        # An instance attribute shadows the method; hooks of ``__call__``, which gather weights, run as before.
-        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
-
-    def undo() -> None:
-        for unit in units:
-            del unit.forward
-
-    return undo
-
-
-def _nothing() -> None:
-    return None
