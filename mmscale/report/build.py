@@ -133,7 +133,7 @@ def render(run_dir: Path) -> str:
         figures=_figures(records),
         throughput=_throughput(records),
         memory=_memory(records, result),
-        precision_reason=result.get("precision_reason", ""),
+        precision=_precision(result),
         shares=_shares(result),
         configuration=read_configuration(run_dir),
     )
@@ -145,6 +145,14 @@ def _read_result(run_dir: Path) -> dict[str, Any]:
         return {}
     result: dict[str, Any] = json.loads(path.read_bytes())
     return result
+
+
+def _precision(result: Mapping[str, Any]) -> str:
+    """Which precision and why, where the reason is known; the reason may name the precision itself."""
+    name, reason = result.get("precision", ""), result.get("precision_reason", "")
+    if not reason:
+        return ""
+    return reason if reason.startswith(f"{name}:") else f"Precision {name}: {reason}"
 
 
 def _facts(records: Sequence[Record], result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -77,7 +77,7 @@ def test_report_is_made_again(run: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["eval", CONFIG, "run_dir={run}", "evaluation.sets=[{name: a, manifest: none, field: x}]"], 1, "none"),
         (["generate", "{empty}", "--image", "x.png"], 2, "neither a run folder"),
         (["generate", "{run}", "--image", "{empty}/x.png"], 1, "No such file"),
-        (["generate", "{run}", "--image", "README.md"], 1, "no JPEG, PNG or WebP"),
+        (["generate", "{run}", "--image", "pyproject.toml"], 1, "no JPEG, PNG or WebP"),
         (["report", "{empty}"], 2, "no run folder"),
     ],
 )
