@@ -69,7 +69,7 @@ def read_columns(path: Path, expected: Mapping[str, tuple[str, int]], format_nam
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         return _parse(data, size, expected, format_name)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ManifestError(f"{path}: damaged {format_name}: {error}") from error
 
 

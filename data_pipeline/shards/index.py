@@ -128,7 +128,7 @@ class ShardIndex:
         try:
             extensions = tuple(str(ext) for ext in record["extensions"])
             index = cls(tar_path, int(record["tar_bytes"]), str(record["tar_sha256"]), extensions, arrays)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ManifestError(f"{path}: damaged index: {error!r}") from error
         _check_arrays(path, arrays, index.tar_bytes, len(extensions))
         return index

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.errors import DataConfigError, ManifestError, ShardError
+from data_pipeline.shards.columns import pack_strings, write_columns
 from data_pipeline.shards.index import ShardIndex, build_index, index_path
-from data_pipeline.shards.manifest import Manifest, write_manifest
+from data_pipeline.shards.manifest import MANIFEST_FORMAT, Manifest, write_manifest
 from data_pipeline.shards.writer import ShardWriter
 
 KEYS = st.text("abcXYZ019_-é", min_size=1, max_size=12)
@@ -185,6 +188,32 @@ def test_a_missing_index_or_tar_is_named_with_the_remedy(tmp_path: Path) -> None
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (rb'"shape":\[2\]', rb'"shape":[1e999]'),
+        (rb'"shape":\[2\]', rb'"shape":[-2]'),
+        (rb'"data_offsets":\[0,', rb'"data_offsets":[-8,'),
+        (rb'"dtype":"I64"', rb'"dtype":"F64"'),
+        (rb'tar_bytes\\": \d+', rb'tar_bytes\\": 1e999'),
+        (rb'tar_bytes\\": \d+', rb'tar_bytes\\": []'),
+        (rb"^\{.*", rb"[]"),
+        (rb"^\{.*", rb'{"__metadata__": {"record": "3"}}'),
+        (rb"mmscale-shard-index-1", rb"another-format"),
+    ],
+)
+def test_hostile_headers_are_refused(tmp_path: Path, old: bytes, new: bytes) -> None:
+    (shard,) = write(tmp_path, [("a", {"txt": b"a"})])
+    whole = index_path(shard).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, times = re.subn(old, new, whole[8 : 8 + length].rstrip(), flags=re.DOTALL)
+    assert times == 1 or b"shape" in old or b"dtype" in old or b"data_offsets" in old
+    index_path(shard).write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length :])
+    with pytest.raises(ManifestError, match=r"part-00000\.tar"):
+        ShardIndex.open(shard)
+
+
+@pytest.mark.fault
 def test_damaged_indexes_never_point_outside_the_tar(tmp_path: Path) -> None:
     """Any byte of an index changed: it is refused, or every span still lies inside the tar."""
     (shard,) = write(tmp_path, [(f"k{i}", {"txt": b"a" * i, "png": picture(3, 4, "png")}) for i in range(4)])
@@ -221,6 +250,26 @@ def test_locate_agrees_with_counting(tmp_path: Path) -> None:
             manifest.locate(outside)
     assert manifest.fingerprint == manifest.computed_fingerprint()
     assert write_manifest(tmp_path / "some.manifest", shards[:2]).fingerprint != manifest.fingerprint
+
+
+def test_opening_many_shards_makes_no_objects_of_them(tmp_path: Path) -> None:
+    count = 100_000
+    path_bytes, cu_path_bytes = pack_strings([f"shards/part-{i:06d}.tar" for i in range(count)])
+    arrays = {
+        "cu_samples": np.arange(count + 1, dtype=np.int64) * 10_000,
+        "path_bytes": path_bytes,
+        "cu_path_bytes": cu_path_bytes,
+        "tar_bytes": np.zeros(count, np.int64),
+        "tar_sha256": np.zeros((count, 32), np.uint8),
+    }
+    write_columns(tmp_path / "x.manifest", arrays, {"format": MANIFEST_FORMAT, "fingerprint": ""})
+    tracemalloc.start()
+    manifest = Manifest.open(tmp_path / "x.manifest")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * count
+    assert manifest.locate(999_999_999) == (count - 1, 9_999)
+    assert manifest.shard_path(count - 1) == tmp_path / "shards" / "part-099999.tar"
 
 
 def test_an_empty_manifest_opens(tmp_path: Path) -> None:
