@@ -10,6 +10,7 @@ from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
+from mmscale.errors import EngineError
 from mmscale.stages import StageConfig
 from tests.engine.toy import ToyModel, ToyObjective, initialise_, toy_batch
 
@@ -38,8 +39,18 @@ def lanes_of(world: World, step: int, *, empty_lane: int | None = None) -> list[
     return [toy_batch(step, lane, empty=lane == empty_lane) for lane in range(world.rank, LANES, world.world_size)]
 
 
+def train_cases(world: World, cases: list[dict[str, Any]]) -> list[Any]:
+    """Several engines one after the other in one set of processes: starting ranks takes longer than training."""
+    return [train(world, **case) for case in cases]
+
+
 def train(
-    world: World, steps: int = 6, bad_step: int | None = None, null_step: int | None = None, **options: Any
+    world: World,
+    steps: int = 6,
+    bad_step: int | None = None,
+    null_step: int | None = None,
+    look: bool = False,
+    **options: Any,
 ) -> Any:
     """Losses, norms and, at the end, all weights by name."""
     engine = make_engine(world, **options)
@@ -51,12 +62,26 @@ def train(
         if step == null_step:
             batches = [toy_batch(step, lane, empty=True) for lane in range(world.rank, LANES, world.world_size)]
         report = engine.train_step(batches)
+        if look:
+            with engine.inference() as model:
+                model.head(model(toy_batch(step, world.rank)))
+                model(toy_batch(step, 3))
         reports.append(
             [report.loss, report.grad_norm, report.weight, report.applied, report.metrics.get("accuracy", 0)]
         )
     answer = {"reports": reports, "weights": gathered(engine, world), "steps": engine.partition.optimizer_steps()}
     engine.close()
     return answer
+
+
+def uneven(world: World) -> str:
+    """Rank 1 brings one microbatch too many."""
+    engine = make_engine(world)
+    try:
+        engine.train_step([toy_batch(0, lane) for lane in range(1 + world.rank)])
+    except EngineError as error:
+        return str(error)
+    return "no complaint"
 
 
 def gathered(engine: Engine, world: World) -> dict[str, list[float]]:

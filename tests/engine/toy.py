@@ -70,7 +70,12 @@ class ToyModel(nn.Module):
         self.register_buffer("counts", torch.arange(3.0))
 
     def components(self) -> dict[str, list[nn.Module]]:
-        return {"vision": [self.vision], "connector": [self.connector], "decoder": [self.decoder, self.head]}
+        return {
+            "vision": [self.vision],
+            "connector": [self.connector],
+            "embedding": [self.decoder.embed, self.head],
+            "decoder": [self.decoder.blocks, self.decoder.norm],
+        }
 
     def checkpoint_units(self) -> list[nn.Module]:
         return list(self.decoder.blocks)

@@ -1,0 +1,105 @@
+"""Joining a run: which launcher's variables count; choosing a precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmscale.dist import World, _map_launcher_variables, first_complaint, sum_float
+from mmscale.engine.config import EngineConfig
+from mmscale.engine.ds_config import deepspeed_config
+from mmscale.engine.partition import share
+from mmscale.engine.precision import Precision, choose_precision, cpu_flags
+from mmscale.errors import LaunchError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "77"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A dictionary that stands for ``os.environ``, without any launcher's variables."""
+    stand_in: dict[str, str] = {}
+    monkeypatch.setattr("mmscale.dist.os.environ", stand_in)
+    return stand_in
+
+
+def test_without_a_launcher_the_run_is_this_process(environment: dict[str, str]) -> None:
+    assert not _map_launcher_variables()
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
+
+
+def test_slurm_variables_are_mapped_inside_a_step_only(environment: dict[str, str]) -> None:
+    environment.update(SLURM, MASTER_ADDR="10.0.0.1")
+    assert _map_launcher_variables()
+    assert [environment[name] for name in VARIABLES] == ["3", "4", "1", "10.0.0.1", "20077"]
+
+
+def test_a_batch_script_is_no_step(environment: dict[str, str]) -> None:
+    environment.update(SLURM_NTASKS="4", SLURM_PROCID="0")
+    assert not _map_launcher_variables()
+    assert environment["WORLD_SIZE"] == "1"
+
+
+def test_several_nodes_need_an_address(environment: dict[str, str]) -> None:
+    environment.update(SLURM, SLURM_STEP_NUM_NODES="2")
+    with pytest.raises(LaunchError, match="MASTER_ADDR"):
+        _map_launcher_variables()
+
+
+def test_half_a_launcher_is_refused(environment: dict[str, str]) -> None:
+    environment.update(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    with pytest.raises(LaunchError, match="MASTER_PORT"):
+        _map_launcher_variables()
+
+
+def test_words_of_a_lonely_rank() -> None:
+    alone = World(0, 1, 0, CPU)
+    assert sum_float(alone, [1, 2.5]) == [1.0, 2.5]
+    assert first_complaint(alone, None) is None
+    assert first_complaint(alone, "full") == "full"
+
+
+@pytest.mark.parametrize(
+    ("asked", "flags", "chosen", "word"),
+    [
+        ("auto", {"avx2"}, "fp32", "neither"),
+        ("auto", {"avx512_bf16"}, "bf16", "avx512_bf16"),
+        ("auto", {"amx_bf16"}, "bf16", "amx_bf16"),
+        ("fp32", {"amx_bf16"}, "fp32", "as configured"),
+        ("bf16", {"avx2"}, "bf16", "emulated"),
+    ],
+)
+def test_precision_asks_the_processor(asked: str, flags: set[str], chosen: str, word: str) -> None:
+    precision = choose_precision(EngineConfig(precision=asked), CPU, frozenset(flags))  # type: ignore[arg-type]
+    assert precision.name == chosen
+    assert word in precision.reason
+
+
+def test_flags_come_from_cpuinfo(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("model name\t: X\nflags\t\t: fpu avx2 avx512_bf16\n")
+    assert cpu_flags(file) == {"fpu", "avx2", "avx512_bf16"}
+    assert cpu_flags(tmp_path / "none") == frozenset()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_somebody_clips_exactly_once(stage: int, name: str) -> None:
+    from mmscale.engine.ds_config import optimizer_clips
+
+    config = EngineConfig(zero_stage=stage)  # type: ignore[arg-type]
+    precision = Precision(name, "")
+    dictionary = deepspeed_config(config, precision, clip=0.7, device_type="cpu")
+    assert (dictionary["gradient_clipping"] == 0.7) is not optimizer_clips(config, precision)
+    assert dictionary["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize("numel", [1, 2, 3, 10, 12, 13])
+@pytest.mark.parametrize("world_size", [1, 2, 4, 7])
+def test_shares_tile_a_parameter(numel: int, world_size: int) -> None:
+    values = [i for rank in range(world_size) for i in range(*share(numel, rank, world_size))]
+    assert values == list(range(numel))

@@ -1,0 +1,106 @@
+"""Optimizer steps on real ranks against plain torch AdamW over the whole batch in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mmscale.optim import freeze, learning_rates, parameter_groups, trained_components
+from tests.engine.programs import LANES, stage
+from tests.engine.ranks import run_ranks
+from tests.engine.toy import ToyObjective, toy_batch, toy_model
+
+STEPS = 6
+FROZEN = {"stage_changes": {"train": ["vision", "connector"]}}
+# The blocks learn behind a frozen embedding and a frozen tower: nothing that enters them has a gradient.
+LATE = {"stage_changes": {"train": ["decoder"], "learning_rate": {"default": 1e-2}}}
+CASES: list[dict[str, Any]] = [
+    {"zero": 0},
+    {"zero": 1},
+    {"zero": 2},
+    {"zero": 3},
+    {"zero": 3, "persistent_parameter_elements": 1000},
+    {"zero": 3, "activation_checkpointing": True},
+    {"zero": 0, "activation_checkpointing": True},
+    {"zero": 2, **FROZEN},
+    {"zero": 3, **FROZEN},
+    {"zero": 3, **LATE},
+    {"zero": 3, "persistent_parameter_elements": 1000, "activation_checkpointing": True, **LATE},
+]
+pytestmark = pytest.mark.dist
+
+
+def reference(stage_changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All lanes in one process, no engine, no DeepSpeed."""
+    model, objective, plan = toy_model(), ToyObjective(), stage(**(stage_changes or {}))
+    freeze(model, model.components(), plan)
+    names = trained_components(model.components(), plan)
+    optimizer = torch.optim.AdamW(parameter_groups(model, model.components(), plan), betas=plan.betas, eps=plan.eps)
+    reports = []
+    for step in range(STEPS):
+        batches = [toy_batch(step, lane, empty=step % 2 == 1 and lane == 2) for lane in range(LANES)]
+        weight = sum(batch.weight for batch in batches)
+        outputs = [objective(model, batch) for batch in batches]
+        loss = torch.stack([output.loss_sum for output in outputs]).sum() / weight
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+        rates = learning_rates(plan, names, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rates[group["component"]]
+        optimizer.step()
+        accuracy = sum(float(output.metrics["accuracy"]) for output in outputs) / weight
+        reports.append([loss.item(), norm.item(), weight, True, accuracy])
+    return {"reports": reports, "weights": {n: p.detach().view(-1).tolist() for n, p in model.named_parameters()}}
+
+
+def check(found: dict[str, Any], truth: dict[str, Any]) -> None:
+    for mine, theirs in zip(found["reports"], truth["reports"], strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-6)
+    for name, values in truth["weights"].items():
+        # AdamW's first steps divide a gradient by its own size: rounding of tiny gradients shows in the weights.
+        torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(values), rtol=1e-4, atol=3e-6)
+    assert found["steps"] == STEPS
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_steps_equal_plain_torch_at_any_world_size(world_size: int) -> None:
+    cases = CASES if world_size == 2 else [CASES[0], CASES[1], CASES[3], CASES[8], CASES[9]]
+    ranks = run_ranks("tests.engine.programs:train_cases", world_size, {"cases": cases})
+    assert all(rank == ranks[0] for rank in ranks), "ranks report different figures"
+    for case, found in zip(cases, ranks[0], strict=True):
+        check(found, reference(case.get("stage_changes")))
+
+
+def test_bad_and_empty_steps_change_nothing_on_any_rank() -> None:
+    plain = [{"zero": zero, "steps": 2} for zero in (0, 1, 2, 3)]
+    bad = [{"zero": zero, "steps": 3, "bad_step": 2} for zero in (0, 1, 2, 3)]
+    empty = [{"zero": zero, "steps": 3, "null_step": 2} for zero in (0, 3)]
+    # In bf16 every stage has another optimizer wrapper in DeepSpeed; each must refuse too.
+    half = [{"zero": zero, "steps": 3, "bad_step": 2, "precision": "bf16"} for zero in (0, 1, 2, 3)]
+    answers = run_ranks("tests.engine.programs:train_cases", 2, {"cases": plain + bad + empty + half})[0]
+    for case, answer in zip(bad + empty, answers[4:10], strict=True):
+        before = answers[case["zero"]]
+        assert answer["weights"] == before["weights"]
+        assert answer["steps"] == before["steps"] == 2
+        assert [report[3] for report in answer["reports"]] == [True, True, False]
+    assert all(answer["reports"][2][2] == 0 for answer in answers[8:10])
+    for answer in answers[10:]:
+        assert [report[3] for report in answer["reports"]] == [True, True, False]
+        assert all(value == value for values in answer["weights"].values() for value in values)
+
+
+def test_ranks_with_different_numbers_of_microbatches_fail_together() -> None:
+    said = run_ranks("tests.engine.programs:uneven", 2)
+    assert all("same number" in sentence for sentence in said)
+
+
+def test_looking_at_the_model_between_steps_disturbs_nothing() -> None:
+    cases = [{"zero": zero, "look": look} for zero in (0, 3) for look in (False, True)]
+    answers = run_ranks("tests.engine.programs:train_cases", 2, {"cases": cases})[0]
+    for quiet, looked in ((answers[0], answers[1]), (answers[2], answers[3])):
+        assert looked["weights"] == quiet["weights"]
+        assert looked["reports"] == quiet["reports"]
