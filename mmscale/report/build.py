@@ -26,6 +26,7 @@ from mmscale.metrics.sinks import read_metrics
 from mmscale.report.captions import CaptionRecord, read_captions
 from mmscale.report.configuration import read_configuration
 from mmscale.report.curves import (
+    Point,
     Record,
     StageMark,
     data_wait_percent,
@@ -216,11 +217,6 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
     if not records:
         return []
     stages = stage_marks(records)
-    rates = [key for key in records[-1] if key.startswith("lr/")]
-    learning_rates = [
-        Line(key.removeprefix("lr/"), thin(series(records, key)), colour=number % 5 + 1)
-        for number, key in enumerate(rates or ["lr"])
-    ]
     bad = sum(finite(record.get("loss")) is None for record in records)
     skipped = sum(record.get("applied") is False for record in records)
     return [
@@ -232,7 +228,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
         Figure(
             "Learning rate",
             "by component",
-            line_chart(learning_rates, stages, format_value=_scientific, from_zero=True, width=_NARROW),
+            line_chart(_learning_rates(records), stages, format_value=_scientific, from_zero=True, width=_NARROW),
         ),
         Figure(
             "Gradient norm",
@@ -247,6 +243,17 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
             "share of a step spent waiting for the loader",
             _curve(data_wait_percent(records), stages, lambda value: f"{value:.3g}%", colour=4, zero=True),
         ),
+    ]
+
+
+def _learning_rates(records: Sequence[Record]) -> list[Line]:
+    """One line for each component; components that share a curve share a line, or all but the last would be hidden."""
+    names: dict[tuple[Point, ...], list[str]] = {}
+    for key in [key for key in records[-1] if key.startswith("lr/")] or ["lr"]:
+        names.setdefault(tuple(thin(series(records, key))), []).append(key.removeprefix("lr/"))
+    return [
+        Line(", ".join(sharing), points, colour=number % 5 + 1)
+        for number, (points, sharing) in enumerate(names.items())
     ]
 
 

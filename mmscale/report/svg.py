@@ -97,7 +97,7 @@ def line_chart(
         *(_path(line, frame) for line in lines),
         '<g class="pointer"></g></svg>',
     ]
-    legend = "" if len(shown) < 2 else _legend(shown)
+    legend = _legend(shown) if len(shown) > 1 or ", " in shown[0].label else ""
     return Markup("".join(parts) + legend)
 
 

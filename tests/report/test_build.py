@@ -99,6 +99,16 @@ def test_a_finished_run_shows_scores_controls_images_and_configuration(run: Path
     assert base64.b64decode(images[0].removeprefix("data:image/png;base64,")) == encode_png(pixels)
 
 
+def test_components_with_one_learning_rate_share_a_line(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line |= {"lr/vision": 1e-3, "lr/connector": 5e-4}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(build_report(run).read_text()).text
+    assert "decoder, vision" in text
+    assert " connector " in text
+
+
 def test_a_report_in_mid_run_says_so_and_shows_what_there_is(run: Path) -> None:
     page = Page(build_report(run).read_text())
     assert "not finished · step 6" in page.text
