@@ -89,16 +89,15 @@ class _Draft:
     def finish(self, origin: Provenance | None) -> Document:
         """The columns as arrays; labels are the ids one ahead."""
         ids = np.array(self.ids, dtype=np.int32)
-        labels = np.full(len(ids), IGNORE, dtype=np.int32)
-        learned = np.array(self.learned[1:], dtype=bool)
-        labels[:-1][learned] = ids[1:][learned]
+        learned = np.array([*self.learned[1:], False], dtype=bool)
+        labels = np.where(learned, np.roll(ids, -1), np.int32(IGNORE))
         # On one axis positions simply count; on three the pieces were placed one by one.
         count = np.arange(len(ids), dtype=np.int32)
         spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
         return Document(
             token_ids=ids,
             labels=labels,
-            loss_weights=(labels != IGNORE).astype(np.float32),
+            loss_weights=learned.astype(np.float32),
             position_ids=count if self.spec.position_axes == 1 else np.concatenate(self.positions),
             items=tuple(self.items),
             dest=np.array(self.dest, dtype=np.int32),
@@ -150,9 +149,8 @@ class DocumentBuilder:
             self._add(draft, piece, rng, complete)
         if complete:
             draft.add_text([self.tokenizer.eos_id], learned=isinstance(pieces[-1], TextPiece) and pieces[-1].learned)
-        document = draft.finish(sample.provenance)
-        self._check_counts(document)
-        return document
+        self._check_counts(draft)
+        return draft.finish(sample.provenance)
 
     def _add(self, draft: _Draft, piece: Piece, rng: np.random.Generator | None, complete: bool) -> None:
         if isinstance(piece, ImagePart):
@@ -162,15 +160,14 @@ class DocumentBuilder:
         else:
             draft.add_text(self.tokenizer.encode(piece.text), learned=piece.learned and complete)
 
-    def _check_counts(self, document: Document) -> None:
-        embedded = sum(self.spec.num_features(item.grid) for item in document.items if item.embedded)
-        for item in document.items:
-            self.spec.num_features(item.grid)
-        anchors = 0 if any(item.embedded for item in document.items) else document.num_images
-        found = int(np.count_nonzero(document.token_ids == self.tokenizer.image_id))
-        if found != embedded + anchors:
+    def _check_counts(self, draft: _Draft) -> None:
+        features = [(item.embedded, self.spec.num_features(item.grid)) for item in draft.items]  # Attended grids too.
+        embedded = sum(count for is_embedded, count in features if is_embedded)
+        expected = embedded or len(draft.images)  # One anchor for an image without embedded views.
+        found = draft.ids.count(self.tokenizer.image_id)
+        if found != expected:
             raise SampleError(
-                f"{found} image tokens, but its {document.num_images} images give {embedded + anchors}: "
+                f"{found} image tokens, but its {len(draft.images)} images give {expected}: "
                 "does the text spell the image token?"
             )
 

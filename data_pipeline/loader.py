@@ -62,9 +62,13 @@ class _Rows:
     """One step of the lanes of one worker."""
 
     lanes: tuple[int, ...]
-    parcel: Parcel
+    batches: tuple[MultimodalBatch, ...] | Parcel
     states: tuple[list[int], ...]
     skipped: tuple[Skipped, ...]
+
+    def open(self) -> tuple[MultimodalBatch, ...]:
+        """The batches, out of their parcel if they came from another process."""
+        return self.batches.open() if isinstance(self.batches, Parcel) else self.batches
 
 
 class _LaneRows:
@@ -81,11 +85,12 @@ class _LaneRows:
             self._streams[lane] = LaneStream(config, self._datasets, lane, self._budget, state.position)
             self._packers[lane] = Packer(self._streams[lane], self._budget, lane, state.done)
 
-    def step(self) -> _Rows:
+    def step(self) -> tuple[tuple[MultimodalBatch, ...], tuple[list[int], ...], tuple[Skipped, ...]]:
+        """Batches, states and skipped samples of the next step."""
         batches = tuple(collate([packer.next_pack()], self._spec) for packer in self._packers.values())
         states = tuple(LaneState(*packer.state()).to_integers() for packer in self._packers.values())
         skipped = tuple(skip for stream in self._streams.values() for skip in stream.take_skipped())
-        return _Rows(tuple(self._packers), wrap(batches), states, skipped)
+        return batches, states, skipped
 
     def close(self) -> None:
         for dataset in self._datasets:
@@ -106,7 +111,8 @@ class _Steps(IterableDataset[_Rows | DataPipelineError]):
         try:
             rows = _LaneRows(*self._arguments, share)
             while True:
-                yield rows.step()
+                batches, states, skipped = rows.step()
+                yield _Rows(tuple(share), batches if worker is None else wrap(batches), states, skipped)
         except DataPipelineError as error:
             yield error
 
@@ -192,7 +198,7 @@ class Loader:
         if self._closed:
             raise DataPipelineError("this loader is closed; make a new one from its last state")
         rows = [self._take() for _ in range(max(1, self._num_workers))]
-        batches = {lane: batch for row in rows for lane, batch in zip(row.lanes, row.parcel.open(), strict=True)}
+        batches = {lane: batch for row in rows for lane, batch in zip(row.lanes, row.open(), strict=True)}
         states = {lane: state for row in rows for lane, state in zip(row.lanes, row.states, strict=True)}
         microbatches = self._microbatches([batches[lane] for lane in self.lanes])
         self._step += 1

@@ -60,7 +60,7 @@ def decode_image(
     try:
         if size.format is ImageFormat.JPEG:
             # simplejpeg knows no EXIF: rotated images take the full decode in both modes.
-            if mode is DecodeMode.FAST and min_side is not None and b"Exif\x00\x00" not in data[:65536]:
+            if mode is DecodeMode.FAST and min_side is not None and data.find(b"Exif\x00\x00", 0, 65536) < 0:
                 return _fast_jpeg(data, min_side)
             tensor = decode_jpeg(_bytes_tensor(data), ImageReadMode.RGB, apply_exif_orientation=True)
         elif size.format is ImageFormat.PNG:
