@@ -90,7 +90,7 @@ class _Draft:
         """The columns as arrays; labels are the ids one ahead."""
         ids = np.array(self.ids, dtype=np.int32)
         learned = np.array([*self.learned[1:], False], dtype=bool)
-        labels = np.where(learned, np.roll(ids, -1), np.int32(IGNORE))
+        labels = np.where(learned, np.array([*self.ids[1:], IGNORE], dtype=np.int32), np.int32(IGNORE))
         # On one axis positions simply count; on three the pieces were placed one by one.
         count = np.arange(len(ids), dtype=np.int32)
         spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
