@@ -34,8 +34,8 @@ def gather_whole(units: list[nn.Module]) -> Undo:
     """Tells ZeRO-3 to gather each unit in one message and to reduce its gradients together; returns what undoes it.
 
     DeepSpeed reduces a unit's gradients when the gradients of its *inputs* are there. A unit that learns behind frozen
-    ones may have no input with a gradient, and would be reduced before it has gradients at all, silently as zeros; so
-    such an input is made to want one.
+    ones may have no input with a gradient, and would be reduced before its own gradients exist; so such an input is
+    made to want one.
     """
     from deepspeed.utils import set_z3_leaf_module
 

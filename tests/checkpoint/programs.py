@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import resource
+import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_pipeline.state import LoaderState
-from mmscale.checkpoint import TrainState, resume, save, warm_start
+from mmscale.checkpoint import TrainState, find_latest, resume, save, verify, warm_start
 from mmscale.dist import World
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError
@@ -115,3 +120,76 @@ def complaints(world: World, case: Case, path: str, action: str, directory: str 
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def killed_at_every_event(world: World, directory: str) -> Any:
+    """Saves step 4 after step 3 in forked writers; the n-th dies at its n-th touch of the disk, until one lives.
+
+    Returns, for each death, the step that is found afterwards and what is wrong with it.
+    """
+    folder = Path(directory)
+    engine = _engine(world, {"zero": 3})
+    train_on(engine, world, 0, 1)
+    save(engine, state_of(world, 3), folder)
+    found = []
+    for number in range(1, 200):
+        child = os.fork()
+        if child == 0:
+            _die_at_event(number, folder)
+            save(engine, state_of(world, 4), folder)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        latest = find_latest(folder)
+        assert latest is not None
+        found.append([latest.name, verify(latest)])
+        if os.WIFEXITED(status):
+            break
+        shutil.rmtree(folder / "step-00000004", ignore_errors=True)
+    save(engine, state_of(world, 5), folder)
+    return {"found": found, "names": sorted(path.name for path in folder.iterdir())}
+
+
+def _die_at_event(number: int, folder: Path) -> None:
+    """Lets this process kill itself at the ``number``-th audited file operation or sync below ``folder``."""
+    left = number
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        touches = event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "sync")
+        if touches and (event == "sync" or str(arguments[0]).startswith(str(folder))):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    sync = os.fsync
+
+    def counted_sync(handle: int) -> None:
+        count("sync", ())
+        sync(handle)
+        count("sync", ())
+
+    os.fsync = counted_sync
+
+
+def disk_full(world: World, directory: str, limit_bytes: int | None, limited_rank: int) -> Any:
+    """Saves step 3, then fails to save step 4 (a file size limit on one rank, or a full disk below ``directory``)."""
+    folder = Path(directory)
+    engine = _engine(world, {"zero": 3})
+    train_on(engine, world, 0, 1)
+    save(engine, state_of(world, 3), folder)
+    good = digest(engine, world)
+    said = []
+    if world.rank == limited_rank and limit_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+    try:
+        save(engine, state_of(world, 4), folder)
+    except CheckpointError as error:
+        said.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    names = sorted(path.name for path in folder.iterdir())
+    latest = find_latest(folder)
+    assert latest is not None
+    fresh = _engine(world, {"zero": 3})
+    resume(fresh, latest)
+    return {"said": said, "names": names, "problems": verify(latest), "same": digest(fresh, world) == good}
