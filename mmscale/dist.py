@@ -198,10 +198,19 @@ def _reduce(world: World, values: Sequence[float], operation: Any) -> list[float
     try:
         torch_dist.all_reduce(buffer, operation, group=world.group)
     except RuntimeError as error:
-        raise EngineError(
-            f"rank {world.rank}: a peer is lost ({error}); restart the run, it resumes by itself"
-        ) from error
+        raise peer_lost(world, error) from error
     return [float(value) for value in buffer.tolist()]
+
+
+def peer_lost(world: World, error: RuntimeError) -> EngineError:
+    """What to raise when a collective failed."""
+    reason = str(error).strip().partition("\n")[0]
+    return EngineError(f"rank {world.rank}: a peer is lost ({reason}); start the same command again, it resumes")
+
+
+def is_peer_lost(error: RuntimeError) -> bool:
+    """Whether ``error`` came out of a collective; gloo has no error class of its own."""
+    return isinstance(error, torch_dist.DistError) or "gloo" in str(error)
 
 
 def barrier(world: World) -> None:
@@ -223,7 +232,7 @@ def first_complaint(world: World, complaint: str | None) -> str | None:
     try:
         torch_dist.all_gather(theirs, mine, group=world.group)
     except RuntimeError as error:
-        raise EngineError(f"rank {world.rank}: a peer is lost ({error}); restart the run") from error
+        raise peer_lost(world, error) from error
     for rank, buffer in enumerate(theirs):
         said = bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
         if said:

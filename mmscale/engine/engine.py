@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmscale.dist import World, start_deepspeed, sum_float
+from mmscale.dist import World, is_peer_lost, peer_lost, start_deepspeed, sum_float
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.graph import LossGraph, ObjectiveLike
@@ -155,17 +155,27 @@ class Engine:
             return StepReport(0.0, 0.0, 0.0, rates, applied=False)
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
+        try:
+            sums = self._run(microbatches, self.world.world_size / weight)
+        except RuntimeError as error:
+            if is_peer_lost(error):
+                raise peer_lost(self.world, error) from error
+            raise
+        means = self._global_means(sums, weight)
+        applied = bool(self._deepspeed.was_step_applied())
+        norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
+        return StepReport(means.pop("loss"), weight, norm if applied else math.inf, rates, applied, means)
+
+    def _run(self, microbatches: Sequence[Any], scale: float) -> list[dict[str, Tensor]]:
+        """Forward, backward and, after the last microbatch, the step. Sums of loss and metrics of each microbatch."""
         sums: list[dict[str, Tensor]] = []
         for index, microbatch in enumerate(microbatches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
             loss_sum, metrics = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
             sums.append({"loss": loss_sum.detach(), **metrics})
-            self._backward(loss_sum, self.world.world_size / weight)
+            self._backward(loss_sum, scale)
             self._deepspeed.step()
-        means = self._global_means(sums, weight)
-        applied = bool(self._deepspeed.was_step_applied())
-        norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
-        return StepReport(means.pop("loss"), weight, norm if applied else math.inf, rates, applied, means)
+        return sums
 
     def _backward(self, loss_sum: Tensor, scale: float) -> None:
         """Scales and differentiates.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -72,6 +73,21 @@ def train(
     answer = {"reports": reports, "weights": gathered(engine, world), "steps": engine.partition.optimizer_steps()}
     engine.close()
     return answer
+
+
+def lonely(world: World, where: str) -> str:
+    """Rank 1 dies before or inside the second step; what rank 0 says."""
+    engine = make_engine(world)
+    engine.train_step(lanes_of(world, 0))
+    if world.rank == 1 and where == "between":
+        os._exit(0)
+    if world.rank == 1:
+        engine.model.decoder.norm.register_forward_hook(lambda *_: os._exit(0))
+    try:
+        engine.train_step(lanes_of(world, 1))
+    except EngineError as error:
+        return str(error)
+    return "no complaint"
 
 
 def uneven(world: World) -> str:

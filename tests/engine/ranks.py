@@ -57,7 +57,7 @@ def run_ranks(
     timeout: float = 120.0,
     environment: dict[str, str] | None = None,
 ) -> list[Any]:
-    """Results of all ranks, by rank; raises AssertionError with the logs if one fails."""
+    """Results of all ranks, by rank (None of one that left early); AssertionError with the logs if one fails."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = start_ranks(function, world_size, arguments or {}, folder, environment)
@@ -73,7 +73,8 @@ def run_ranks(
         if any(codes):
             logs = "\n".join(f"--- rank {r}\n{(folder / f'log-{r}.txt').read_text()}" for r in range(world_size))
             raise AssertionError(f"exit codes {codes}\n{logs[-6000:]}")
-        return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(world_size)]
+        files = [folder / f"result-{rank}.json" for rank in range(world_size)]
+        return [json.loads(file.read_text()) if file.exists() else None for file in files]
 
 
 def _main() -> None:

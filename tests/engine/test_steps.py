@@ -98,6 +98,14 @@ def test_ranks_with_different_numbers_of_microbatches_fail_together() -> None:
     assert all("same number" in sentence for sentence in said)
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("where", ["between", "inside"])
+def test_a_rank_that_dies_is_noticed(where: str) -> None:
+    said, nothing = run_ranks("tests.engine.programs:lonely", 2, {"where": where})
+    assert "a peer is lost" in said
+    assert nothing is None
+
+
 def test_looking_at_the_model_between_steps_disturbs_nothing() -> None:
     cases = [{"zero": zero, "look": look} for zero in (0, 3) for look in (False, True)]
     answers = run_ranks("tests.engine.programs:train_cases", 2, {"cases": cases})[0]
