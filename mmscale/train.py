@@ -26,6 +26,7 @@ from mmscale.config import Loaded
 from mmscale.dist import World, init_distributed, shutdown, sum_float
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
+from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.finish import finish, is_finished
 from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
@@ -57,23 +58,25 @@ def train(loaded: Loaded[RunConfig]) -> Outcome:
         MMScaleError, DataPipelineError: see the trees; nothing half-written is left behind.
     """
     config = loaded.value
-    world = init_distributed(config.engine)
-    try:
+    # From the first moment: a signal during set-up must not end the process but stop the run after its next step.
+    with listen_for_stop() as stop:
         check_files(config)
-        check_world(config, world.world_size)
-        if is_finished(config):
-            return Outcome.FINISHED
-        open_run_folder(loaded, world)
-        return _run(config, world)
-    finally:
-        shutdown(world)
+        world = init_distributed(config.engine)
+        try:
+            check_world(config, world.world_size)
+            if is_finished(config):
+                return Outcome.FINISHED
+            open_run_folder(loaded, world)
+            return _run(config, world, stop)
+        finally:
+            shutdown(world)
 
 
-def _run(config: RunConfig, world: World) -> Outcome:
+def _run(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
     latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
     state = checkpoint.read_state(latest) if latest else TrainState()
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
-    with closing(log), listen_for_stop() as stop:
+    with closing(log):
         if latest:
             log.note(f"going on from {latest} (step {state.step} of {config.total_steps})")
         while True:
@@ -111,8 +114,11 @@ def _stage_engine(
 
 def build(config: RunConfig, world: World) -> MultimodalModel:
     """The model with its first values, the same at every world size. All ranks must call."""
+    precision = choose_precision(config.engine, world.device)
     return construct(
-        functools.partial(build_model, config.model, attention=config.engine.attention, seed=None),
+        functools.partial(
+            build_model, config.model, attention=config.engine.attention, seed=None, dtype=precision.dtype
+        ),
         config.engine,
         world,
         functools.partial(initialise_, seed=config.seed),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -57,6 +58,19 @@ def test_a_signal_saves_and_the_next_start_goes_on(make_run: MakeRun) -> None:
         assert (run.folder / "checkpoints" / f"step-{stopped_at:08d}").is_dir()
         run.finish()
         assert curve(run) == curve(undisturbed)
+
+
+@pytest.mark.resume
+def test_a_signal_during_set_up_stops_after_the_first_step(make_run: MakeRun) -> None:
+    run = make_run("early", 1, f"max_steps={STEPS}")
+    process = run.start()
+    while not (run.folder / "config.yaml").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert [line["step"] for line in run.metrics()] == [1]
 
 
 @pytest.mark.resume
