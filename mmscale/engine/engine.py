@@ -224,11 +224,11 @@ class Engine:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks off the model and frees optimizer state. The model stays usable by another engine."""
+        """Takes DeepSpeed's hooks off the model and frees the moments. The next stage builds a model of its own."""
         for undo in reversed(self._undo):
             undo()
         self._deepspeed.destroy()
-        self._deepspeed.optimizer.__dict__.pop("state", None)
+        self._deepspeed.basic_optimizer.state.clear()
 
 
 def _count(model: nn.Module, owner: dict[str, str]) -> dict[str, ComponentParameters]:
