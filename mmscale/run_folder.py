@@ -1,9 +1,9 @@
 """What lies where in a run folder.
 
-config.yaml            every value of the run        config_origins.json   where each came from
+config.yaml            every value of the run        report/origins.json   where each came from
 metrics.jsonl          one line a step               tensorboard/          the same, and sample images
 checkpoints/step-N/    whole checkpoints             logs/                 output of ranks above 0
-captions.json report/  held-out images and captions  report.html result.json
+captions.json report/  held-out images described     report.html result.json
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from data_pipeline.shards.files import write_whole
 
 if TYPE_CHECKING:
     from mmscale.metrics.sample_images import CaptionedImage
@@ -57,12 +58,7 @@ def cut_back(path: Path, last_step: int) -> int:
         record = _parse(line)
         if record is not None and record["step"] <= last_step:
             kept.append(line)
-    beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_whole(path, b"".join(kept))
     return len(kept)
 
 

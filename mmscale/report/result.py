@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.shards import files
 
 RESULT_FILE = "result.json"
 
@@ -109,11 +110,6 @@ def write_result(run_dir: Path, result: RunResult) -> Path:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file beside its place, syncs it, and gives it its name: a kill leaves the old file or the new one."""
+    """Writes a file of a run, whole or not at all, in a folder that is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    files.write_whole(path, data)
