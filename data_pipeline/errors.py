@@ -5,11 +5,31 @@ DataPipelineError
 ├── ManifestError     a manifest or an index is missing, stale or damaged
 ├── ShardError        a tar is damaged or hostile
 ├── SampleError       one sample is bad; the fault policy decides what follows
-├── TooManyFaultsError     the fault policy gave up
+├── TooManyFaultsError   the fault policy gave up
 └── StateError        a resume state does not fit this data set, seed or configuration
 """
 
 from __future__ import annotations
+
+from enum import Enum
+
+
+class FaultKind(str, Enum):
+    """What is wrong with a sample; the fault policy (``data.faults``) has a line for each."""
+
+    CHECKSUM = "checksum"
+    """Its bytes are not those that were indexed."""
+    DECODE = "decode"
+    """An image that cannot be decoded, or is refused for its size."""
+    TEXT = "text"
+    """No UTF-8, malformed JSON, a field that the template needs is missing, or nothing to learn."""
+    DOCUMENT = "document"
+    """It makes no document: placeholders and features differ, it fits into no pack, no tower sees its image."""
+    UNEXPECTED = "unexpected"
+    """A library raised what nobody foresaw."""
+
+
+_MAX_REASON = 500
 
 
 class DataPipelineError(Exception):
@@ -32,31 +52,34 @@ class SampleError(DataPipelineError):
     """One sample cannot be used.
 
     Args:
-        reason: What was seen and what was expected.
+        reason: What was seen and what was expected; cut where it quotes more of the data than anybody reads.
+        kind: What the fault policy goes by.
         shard: Path of the tar, when known.
         key: Key of the sample inside the tar, when known.
     """
 
-    def __init__(self, reason: str, *, shard: str = "?", key: str = "?") -> None:
+    def __init__(self, reason: str, *, kind: FaultKind = FaultKind.DOCUMENT, shard: str = "?", key: str = "?") -> None:
+        reason = reason if len(reason) <= _MAX_REASON else f"{reason[: _MAX_REASON - 3]}..."
         super().__init__(f"{shard}/{key}: {reason}")
         self.reason = reason
+        self.kind = kind
         self.shard = shard
         self.key = key
 
     def located(self, shard: str, key: str) -> SampleError:
         """The same complaint with its place filled in."""
-        return SampleError(self.reason, shard=shard, key=key)
+        return SampleError(self.reason, kind=self.kind, shard=shard, key=key)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_sample_error, (self.reason, self.shard, self.key))
+        return (_rebuild_sample_error, (self.reason, self.kind, self.shard, self.key))
 
 
-def _rebuild_sample_error(reason: str, shard: str, key: str) -> SampleError:
-    return SampleError(reason, shard=shard, key=key)
+def _rebuild_sample_error(reason: str, kind: FaultKind, shard: str, key: str) -> SampleError:
+    return SampleError(reason, kind=kind, shard=shard, key=key)
 
 
 class TooManyFaultsError(DataPipelineError):
-    """More samples in a row were bad than the fault policy allows."""
+    """More samples were bad, in a row or of the last ones, than the fault policy allows."""
 
 
 class StateError(DataPipelineError):

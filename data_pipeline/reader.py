@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import SampleError, ShardError
+from data_pipeline.errors import FaultKind, SampleError, ShardError
 from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import Member, ShardIndex
@@ -117,6 +117,7 @@ def _check(member: Member, payload: bytes, origin: Provenance) -> None:
     if crc32 != member.crc32:
         raise SampleError(
             f"member {member.ext} has crc32 {crc32:08x}, its index says {member.crc32:08x}: the bytes changed on disk",
+            kind=FaultKind.CHECKSUM,
             shard=origin.shard,
             key=origin.key,
         )
@@ -138,8 +139,8 @@ def assemble(members: Mapping[str, bytes], origin: Provenance) -> Sample:
     except SampleError as error:
         raise error.located(origin.shard, origin.key) from error
     if not parts and not fields:
-        found = ", ".join(members) or "none"
-        raise SampleError(f"neither image nor text among its members: {found}", shard=origin.shard, key=origin.key)
+        reason = f"neither image nor text among its members: {', '.join(members) or 'none'}"
+        raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key)
     return Sample(tuple(parts), fields, origin)
 
 
@@ -152,10 +153,10 @@ def _fields(members: Mapping[str, bytes]) -> dict[str, Any]:
             text = members["txt"].decode("utf-8")
             if isinstance(fields, dict):
                 fields.setdefault("caption", text)
-    except ValueError as error:  # JSON and UTF-8 errors are both ValueErrors.
-        raise SampleError(f"malformed text or JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are both ValueErrors.
+        raise SampleError(f"malformed text or JSON: {error}", kind=FaultKind.TEXT) from error
     if not isinstance(fields, dict):
-        raise SampleError(f"the JSON member holds a {type(fields).__name__}, expected an object")
+        raise SampleError(f"the JSON member holds a {type(fields).__name__}, expected an object", kind=FaultKind.TEXT)
     return fields
 
 
@@ -179,7 +180,7 @@ def _default_parts(members: Mapping[str, bytes], fields: Mapping[str, Any]) -> l
 
 def _listed_parts(listed: Any, members: Mapping[str, bytes]) -> list[Part]:
     if not isinstance(listed, list):
-        raise SampleError(f"parts is a {type(listed).__name__}, expected a list")
+        raise SampleError(f"parts is a {type(listed).__name__}, expected a list", kind=FaultKind.TEXT)
     parts: list[Part] = []
     for item in listed:
         match item:
@@ -188,9 +189,11 @@ def _listed_parts(listed: Any, members: Mapping[str, bytes]) -> list[Part]:
             case {"image": str(name)} if name.lower() in members:
                 parts.append(ImagePart(members[name.lower()], name.lower()))
             case {"image": name}:
-                raise SampleError(f"parts name the image {name!r}; its members are {', '.join(members)}")
+                reason = f"parts name the image {name!r}; its members are {', '.join(members)}"
+                raise SampleError(reason, kind=FaultKind.TEXT)
             case _:
-                raise SampleError(f'a part is {item!r}, expected {{"text": ...}} or {{"image": ...}}')
+                reason = f'a part is {item!r}, expected {{"text": ...}} or {{"image": ...}}'
+                raise SampleError(reason, kind=FaultKind.TEXT)
     return parts
 
 

@@ -125,8 +125,8 @@ class LaneStream:
             lambda: self._document(dataset, place), lambda: dataset.reader.where(place.sample)
         )
         if isinstance(result, SampleError):
-            name = dataset.config.name
-            self._skipped.append(Skipped(name, place.sample, self._lane, result.shard, result.key, result.reason))
+            origin = (dataset.config.name, place.epoch, place.sample, self._lane, result.shard, result.key)
+            self._skipped.append(Skipped(*origin, result.kind, result.reason))
             return None
         return result
 

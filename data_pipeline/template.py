@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.errors import SampleError
+from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import ImagePart, Sample, TextPart
 from data_pipeline.strict import StrictConfig
 
@@ -82,7 +82,7 @@ class CaptionTemplate(StrictConfig):
             answer = filled[choice]
             prompt = _fill(self.prompts[choice if len(self.prompts) > 1 else 0], sample.fields)
         if not answer.strip():
-            raise SampleError("the answer is empty")
+            raise SampleError("the answer is empty", kind=FaultKind.TEXT)
         return [*_images(sample), *_text(prompt, learned=False), TextPiece(answer, learned=True)]
 
     def prompt(self, sample: Sample) -> list[Piece]:
@@ -94,7 +94,9 @@ class CaptionTemplate(StrictConfig):
         value = _lookup(name, sample.fields)
         answers = [value] if isinstance(value, str) else value
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-            raise SampleError(f"field {name!r} is {value!r}, expected a string or a list of strings")
+            raise SampleError(
+                f"field {name!r} is {value!r}, expected a string or a list of strings", kind=FaultKind.TEXT
+            )
         return answers
 
 
@@ -109,7 +111,7 @@ class InterleavedTemplate(StrictConfig):
         for part in sample.parts:
             pieces.extend([part] if isinstance(part, ImagePart) else _text(part.text, learned=True))
         if not any(isinstance(piece, TextPiece) for piece in pieces):
-            raise SampleError("no text among its parts: there is nothing to learn")
+            raise SampleError("no text among its parts: there is nothing to learn", kind=FaultKind.TEXT)
         return pieces
 
     def prompt(self, sample: Sample) -> list[Piece]:
@@ -131,12 +133,14 @@ class TextTemplate(StrictConfig):
             SampleError: the sample has images, which this template would drop, or has no text.
         """
         if any(isinstance(part, ImagePart) for part in sample.parts):
-            raise SampleError("has images, and template.kind=text would drop them; use interleaved or caption")
+            raise SampleError(
+                "has images, and template.kind=text would drop them; use interleaved or caption", kind=FaultKind.TEXT
+            )
         pieces = [
             piece for part in sample.parts if isinstance(part, TextPart) for piece in _text(part.text, learned=True)
         ]
         if not pieces:
-            raise SampleError("no text: there is nothing to learn")
+            raise SampleError("no text: there is nothing to learn", kind=FaultKind.TEXT)
         return list(pieces)
 
     def prompt(self, sample: Sample) -> list[Piece]:
@@ -177,7 +181,10 @@ def _lookup(name: str, fields: Mapping[str, Any]) -> Any:
     value: Any = fields
     for key in name.split("."):
         if not isinstance(value, Mapping) or value.get(key) is None:
-            raise SampleError(f"field {name!r} is missing; the sample has {', '.join(sorted(fields)) or 'no fields'}")
+            raise SampleError(
+                f"field {name!r} is missing; the sample has {', '.join(sorted(fields)) or 'no fields'}",
+                kind=FaultKind.TEXT,
+            )
         value = value[key]
     return value
 

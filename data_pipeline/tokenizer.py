@@ -18,7 +18,7 @@ import sentencepiece
 import tokenizers
 from pydantic import Field
 
-from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.shards.files import write_whole
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.texts import iterate_texts
@@ -225,7 +225,10 @@ def _encode_around(
     ids = [i for piece in pieces for i in encode(piece)]
     if not reserved.isdisjoint(ids):
         found = ", ".join(name for name in names if name in text) or "a special token"
-        raise SampleError(f"the text contains {found}, which this tokenizer cannot spell out; remove it from the text")
+        raise SampleError(
+            f"the text contains {found}, which this tokenizer cannot spell out; remove it from the text",
+            kind=FaultKind.TEXT,
+        )
     return ids
 
 

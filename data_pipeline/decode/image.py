@@ -15,7 +15,7 @@ import simplejpeg
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png, decode_webp
 
-from data_pipeline.errors import SampleError
+from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.shards.image_header import ImageFormat, image_size
 
 Pixels = npt.NDArray[np.uint8]
@@ -55,7 +55,8 @@ def decode_image(
     if size.width * size.height > max_pixels:
         raise SampleError(
             f"an image of {size.width}x{size.height} pixels, the limit is {max_pixels} pixels: a decompression bomb, "
-            "or raise max_image_pixels"
+            "or raise max_image_pixels",
+            kind=FaultKind.DECODE,
         )
     try:
         if size.format is ImageFormat.JPEG:
@@ -68,8 +69,14 @@ def decode_image(
         else:
             tensor = decode_webp(_bytes_tensor(data), ImageReadMode.UNCHANGED)
     except (RuntimeError, ValueError) as error:  # What libjpeg, libpng and libwebp become in Python.
-        raise SampleError(f"a damaged {size.format.value} image: {str(error).splitlines()[0]}") from error
+        raise SampleError(
+            f"a damaged {size.format.value} image: {_first_line(error)}", kind=FaultKind.DECODE
+        ) from error
     return _flatten(tensor)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _bytes_tensor(data: bytes) -> torch.Tensor:

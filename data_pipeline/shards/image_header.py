@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from data_pipeline.errors import SampleError
+from data_pipeline.errors import FaultKind, SampleError
 
 Buffer = bytes | memoryview
 
@@ -62,15 +62,17 @@ def image_size(data: Buffer) -> ImageSize:
     elif start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         size = _webp(start)
     else:
-        raise SampleError(f"no JPEG, PNG or WebP: it starts with {start[:8].hex(' ') or 'nothing'}")
+        raise SampleError(
+            f"no JPEG, PNG or WebP: it starts with {start[:8].hex(' ') or 'nothing'}", kind=FaultKind.DECODE
+        )
     if size.width < 1 or size.height < 1:
-        raise SampleError(f"a {size.format.value} of {size.width}x{size.height} pixels")
+        raise SampleError(f"a {size.format.value} of {size.width}x{size.height} pixels", kind=FaultKind.DECODE)
     return size
 
 
 def _png(start: bytes) -> ImageSize:
     if len(start) < 24 or start[12:16] != b"IHDR":
-        raise SampleError("a PNG without its header chunk")
+        raise SampleError("a PNG without its header chunk", kind=FaultKind.DECODE)
     return ImageSize(ImageFormat.PNG, int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big"))
 
 
@@ -78,7 +80,7 @@ def _jpeg(data: Buffer) -> ImageSize:
     at = 2
     while at + 4 <= len(data):
         if data[at] != 0xFF:
-            raise SampleError(f"a JPEG with no marker at byte {at}")
+            raise SampleError(f"a JPEG with no marker at byte {at}", kind=FaultKind.DECODE)
         marker = data[at + 1]
         if marker == 0xFF:  # Fill bytes may precede a marker.
             at += 1
@@ -89,12 +91,12 @@ def _jpeg(data: Buffer) -> ImageSize:
             return ImageSize(ImageFormat.JPEG, width, height)
         else:
             at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
-    raise SampleError("a JPEG that ends before its size is known")
+    raise SampleError("a JPEG that ends before its size is known", kind=FaultKind.DECODE)
 
 
 def _webp(start: bytes) -> ImageSize:
     if len(start) < 30:
-        raise SampleError("a WebP that ends before its size is known")
+        raise SampleError("a WebP that ends before its size is known", kind=FaultKind.DECODE)
     kind = start[12:16]
     if kind == b"VP8X":
         width, height = (1 + int.from_bytes(start[i : i + 3], "little") for i in (24, 27))
@@ -104,5 +106,5 @@ def _webp(start: bytes) -> ImageSize:
     elif kind == b"VP8 " and start[23:26] == b"\x9d\x01\x2a":
         width, height = (int.from_bytes(start[i : i + 2], "little") & 0x3FFF for i in (26, 28))
     else:
-        raise SampleError(f"a WebP whose first chunk {kind!r} holds no size")
+        raise SampleError(f"a WebP whose first chunk {kind!r} holds no size", kind=FaultKind.DECODE)
     return ImageSize(ImageFormat.WEBP, width, height)

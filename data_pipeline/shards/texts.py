@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import ManifestError, SampleError
+from data_pipeline.errors import FaultKind, ManifestError, SampleError
 from data_pipeline.shards.manifest import Manifest
 
 
@@ -19,19 +19,19 @@ def all_texts(fields: Any) -> list[str]:
         SampleError: the JSON is no object, or a text is no string.
     """
     if not isinstance(fields, dict):
-        raise SampleError(f"the JSON holds a {type(fields).__name__}, expected an object")
+        raise SampleError(f"the JSON holds a {type(fields).__name__}, expected an object", kind=FaultKind.TEXT)
     parts = fields.get("parts")
     if parts is not None:
         if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise SampleError("parts must be a list of objects")
+            raise SampleError("parts must be a list of objects", kind=FaultKind.TEXT)
         found = [part["text"] for part in parts if "text" in part]
     else:
         captions = fields.get("captions", [])
         if not isinstance(captions, list):
-            raise SampleError("captions must be a list")
+            raise SampleError("captions must be a list", kind=FaultKind.TEXT)
         found = [*captions, *([fields["caption"]] if fields.get("caption") is not None else [])]
     if not all(isinstance(text, str) for text in found):
-        raise SampleError("a caption or a text part is no string")
+        raise SampleError("a caption or a text part is no string", kind=FaultKind.TEXT)
     return found
 
 
@@ -44,7 +44,7 @@ def parse_json(content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise SampleError(f"damaged JSON: {error}") from error
+        raise SampleError(f"damaged JSON: {error}", kind=FaultKind.TEXT) from error
 
 
 def iterate_texts(manifest: Manifest) -> Iterator[list[str]]:
@@ -79,6 +79,6 @@ def _decoded(ext: str, content: bytes, shard: str, key: str) -> list[str]:
             return all_texts(parse_json(content))
         return [content.decode()]
     except UnicodeDecodeError as error:
-        raise SampleError(f"the text is no UTF-8: {error}", shard=shard, key=key) from error
+        raise SampleError(f"the text is no UTF-8: {error}", shard=shard, key=key, kind=FaultKind.TEXT) from error
     except SampleError as error:
         raise error.located(shard, key) from error
