@@ -1,0 +1,164 @@
+"""Random orders that are computed, not stored: a Feistel network over ``range(size)``, forwards, backwards and in bulk.
+
+    value --split--> left | right --8 rounds: left, right = right, left ^ f(right)--> value'
+
+A network permutes a power of four; values that land outside of ``range(size)`` go through again until they are inside.
+Not for: cryptography.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.errors import DataConfigError
+
+# Measured: chi-square of the 24 orders of 4 values over 12,000 seeds (23 expected) is 1432 at 3 rounds, 418 at 4,
+# 43 at 6 and 21 at 8; large domains show no difference.
+_ROUNDS = 8
+_FEW = 24  # Up to here one by one is faster than numpy.
+_WORD = (1 << 64) - 1
+_INCREMENT, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+Positions = npt.NDArray[np.int64]
+
+
+def mix(value: int) -> int:
+    """A 64-bit hash of a 64-bit integer.
+
+    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators" (the finaliser of SplitMix64).
+    """
+    value = (value + _INCREMENT) & _WORD
+    value = ((value ^ (value >> 30)) * _FIRST) & _WORD
+    value = ((value ^ (value >> 27)) * _SECOND) & _WORD
+    return value ^ (value >> 31)
+
+
+def _mix_many(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """``mix`` of each value; numpy's products wrap around as the masks above do."""
+    values = values + np.uint64(_INCREMENT)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(_FIRST)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(_SECOND)
+    return values ^ (values >> np.uint64(31))
+
+
+def _round_keys(seed: int, epoch: int, stream: int) -> tuple[int, ...]:
+    digest = hashlib.blake2b(
+        f"{seed}/{epoch}/{stream}".encode(), digest_size=8 * _ROUNDS // 2, person=b"lanes"
+    ).digest()
+    words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, len(digest), 4)]
+    return tuple(mix(word + (i << 32)) for i, word in enumerate(words))
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """A bijection of ``range(size)`` that any process recomputes from a few integers.
+
+    Args:
+        size: Number of values, from 1 to 2^62.
+        seed: Picks the permutation; equal seeds give equal permutations on every machine and version.
+        epoch: Mixed into the keys, so each epoch has its own order.
+        stream: Separates permutations of one seed and epoch.
+
+    Raises:
+        DataConfigError: ``size`` is below 1 or above 2^62.
+
+    Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking.
+    """
+
+    size: int
+    seed: int
+    epoch: int = 0
+    stream: int = 0
+    _keys: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _half: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise DataConfigError(f"a permutation of {self.size} values: is the manifest empty?")
+        if self.size > 1 << 62:
+            raise DataConfigError(f"a permutation of {self.size} values: 2^62 at most")
+        object.__setattr__(self, "_keys", _round_keys(self.seed, self.epoch, self.stream))
+        object.__setattr__(self, "_half", max(1, ((self.size - 1).bit_length() + 1) // 2))
+
+    def __getitem__(self, position: int) -> int:
+        """Value at ``position``; on average fewer than four Feistel passes of 2 microseconds, no memory.
+
+        Raises:
+            IndexError: ``position`` is outside ``range(size)``.
+        """
+        if not 0 <= position < self.size:
+            raise IndexError(position)
+        value = self._encipher(position)
+        while value >= self.size:  # The domain is the next even power of two: at most 4x too large.
+            value = self._encipher(value)
+        return value
+
+    def index(self, value: int) -> int:
+        """Position of ``value``: ``order[order.index(value)] == value``.
+
+        Raises:
+            IndexError: ``value`` is outside ``range(size)``.
+        """
+        if not 0 <= value < self.size:
+            raise IndexError(value)
+        position = self._decipher(value)
+        while position >= self.size:
+            position = self._decipher(position)
+        return position
+
+    def take(self, positions: Positions) -> Positions:
+        """``self[position]`` of many positions of ``range(size)``, at a fraction of the time each."""
+        if len(positions) <= _FEW:
+            return np.array([self[position] for position in positions.tolist()], np.int64)
+        halves = 1 << self._half
+        # With few right halves each round is a table, and a pass costs two steps a round instead of ten.
+        tables = self._rounds(np.arange(halves)) if halves <= 4 * len(positions) else None
+        encipher: Callable[[Positions], Positions] = partial(self._encipher_many, tables=tables)
+        if halves * halves <= 4 * len(positions):  # The whole network is one table: further passes cost one step.
+            encipher = encipher(np.arange(halves * halves)).__getitem__
+        values = encipher(positions)
+        outside = np.flatnonzero(values >= self.size)
+        while outside.size:
+            again = encipher(values[outside])
+            values[outside] = again
+            outside = outside[again >= self.size]
+        return values
+
+    def _encipher(self, value: int) -> int:
+        half = self._half
+        mask = (1 << half) - 1
+        left, right = value >> half, value & mask
+        for key in self._keys:  # ``mix(right ^ key)`` written out: calls would double the time.
+            word = ((right ^ key) + _INCREMENT) & _WORD
+            word = ((word ^ (word >> 30)) * _FIRST) & _WORD
+            word = ((word ^ (word >> 27)) * _SECOND) & _WORD
+            left, right = right, left ^ ((word ^ (word >> 31)) & mask)
+        return left << half | right
+
+    def _decipher(self, value: int) -> int:
+        half = self._half
+        mask = (1 << half) - 1
+        left, right = value >> half, value & mask
+        for key in reversed(self._keys):
+            left, right = right ^ (mix(left ^ key) & mask), left
+        return left << half | right
+
+    def _encipher_many(self, values: Positions, tables: Positions | None) -> Positions:
+        half = self._half
+        left, right = values >> half, values & ((1 << half) - 1)
+        for i in range(_ROUNDS):
+            word = self._rounds(right, i) if tables is None else tables[i][right]
+            left, right = right, left ^ word
+        return left << half | right
+
+    def _rounds(self, halves: Positions, only: int | None = None) -> Positions:
+        """The round function of each half: for every round (a row each), or for one."""
+        keys = np.array(self._keys, np.uint64)
+        words = _mix_many(halves.astype(np.uint64) ^ (keys[:, None] if only is None else keys[only]))
+        return (words & np.uint64((1 << self._half) - 1)).astype(np.int64)
