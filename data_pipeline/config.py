@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from data_pipeline.faults import FaultConfig
+from data_pipeline.mixture import Schedule
 from data_pipeline.strict import StrictConfig
 from data_pipeline.template import CaptionTemplate, TemplateConfig
 from data_pipeline.tokenizer import TokenizerConfig
 from data_pipeline.transforms import FixedTransform, TransformConfig
+
+
+class WeightFrom(StrictConfig):
+    """A weight that holds from a step on."""
+
+    from_step: int = Field(ge=0)
+    """First step of it, counted from where this data block is first used."""
+    weight: float = Field(ge=0)
+    """Share of the draws, relative to the other data sets; 0 draws nothing."""
 
 
 class DatasetConfig(StrictConfig):
@@ -21,12 +31,36 @@ class DatasetConfig(StrictConfig):
     """Unique name of letters, digits, ``_.-``; a part of the seed of its order and its augmentation."""
     manifest: Path
     """Manifest written by ``mmscale data ingest`` or ``index``; relative to the working directory."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the draws, relative to the other data sets."""
+    weight: Annotated[float, Field(gt=0)] | tuple[WeightFrom, ...] | None = None
+    """Share of the draws, relative to the other data sets; or a list of weights, each from a step on (before the first
+    it is 0). Null: 1, or what ``repeats`` says."""
+    repeats: float | None = Field(default=None, gt=0)
+    """Instead of ``weight``: a weight of the number of samples times this, so that data sets with ``repeats`` 1 end
+    their epochs together."""
+    max_epochs: int | None = Field(default=None, ge=1)
+    """Epochs after which the data set is left out of the mixture; null repeats it for ever."""
     template: TemplateConfig = CaptionTemplate()
     """Which text is read and which is learned."""
     transforms: TransformConfig = FixedTransform()
     """How an image becomes views."""
+
+    @model_validator(mode="after")
+    def _check_weight(self) -> DatasetConfig:
+        if self.repeats is not None and self.weight is not None:
+            raise ValueError("weight and repeats exclude each other")
+        if isinstance(self.weight, tuple):
+            steps = [change.from_step for change in self.weight]
+            if not steps or steps != sorted(set(steps)):
+                raise ValueError(f"weight: expected weights with ascending from_step, got from_step {steps}")
+        return self
+
+    def weight_changes(self, num_samples: int) -> list[tuple[int, float]]:
+        """(first step, weight), ascending; ``num_samples`` are those of the data set."""
+        if isinstance(self.weight, tuple):
+            return [(change.from_step, change.weight) for change in self.weight]
+        if self.repeats is not None:
+            return [(0, self.repeats * num_samples)]
+        return [(0, 1.0 if self.weight is None else self.weight)]
 
 
 class OrderConfig(StrictConfig):
@@ -79,4 +113,8 @@ class DataConfig(StrictConfig):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"data set names must differ; used twice: {', '.join(twice)}")
+        schedule = Schedule.of([dataset.weight_changes(num_samples=1) for dataset in self.datasets])
+        for start, weights in zip(schedule.starts, schedule.weights, strict=True):
+            if not any(weights):
+                raise ValueError(f"no data set has a weight above 0 from step {start} on")
         return self

@@ -9,6 +9,7 @@ number of both. Not for: evaluation, which reads in stored order (``reader.read_
 from __future__ import annotations
 
 import atexit
+import functools
 import signal
 import threading
 import weakref
@@ -28,7 +29,7 @@ from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing import Budget, Pack, Packer
 from data_pipeline.reader import read_samples
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.state import LaneState, LoaderState, StreamPosition, fingerprint
+from data_pipeline.state import LaneState, LoaderState, StreamPosition, fingerprint, schedule_of
 from data_pipeline.stream import LaneStream, OpenDataset
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.transport import Parcel, wrap
@@ -47,6 +48,7 @@ class StepBatch:
         state: This rank's lanes after the step; ``state.step`` is ``step + 1``.
         num_samples: Documents of this rank, null documents left out.
         num_tokens: Tokens of them.
+        exhausted: Whether every data set gave all its epochs and this rank's lanes have nothing left after this step.
     """
 
     step: int
@@ -55,6 +57,7 @@ class StepBatch:
     state: LoaderState
     num_samples: int
     num_tokens: int
+    exhausted: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,54 +68,76 @@ class _Rows:
     batches: tuple[MultimodalBatch, ...] | Parcel
     states: tuple[list[int], ...]
     skipped: tuple[Skipped, ...]
+    exhausted: bool
 
     def open(self) -> tuple[MultimodalBatch, ...]:
         """The batches, out of their parcel if they came from another process."""
         return self.batches.open() if isinstance(self.batches, Parcel) else self.batches
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What any process needs to make rows."""
+
+    config: DataConfig
+    spec: MediaSpec
+    seed: int
+    first_step: int
+    lanes: dict[int, LaneState]
+
+
 class _LaneRows:
     """Makes the rows of some lanes, in the process that calls it."""
 
-    def __init__(self, config: DataConfig, spec: MediaSpec, seed: int, lanes: dict[int, LaneState]) -> None:
+    def __init__(self, plan: _Plan, share: Sequence[int], in_parcels: bool) -> None:
+        config, spec = plan.config, plan.spec
         tokenizer = load_tokenizer(config.tokenizer)
+        self._in_parcels = in_parcels
+        self._step = plan.first_step
         self._spec = spec
-        self._budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
-        self._datasets = [OpenDataset.open(dataset, seed, tokenizer, spec) for dataset in config.datasets]
+        budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
+        self._datasets = [OpenDataset.open(dataset, plan.seed, tokenizer, spec) for dataset in config.datasets]
+        sizes = {dataset.config.name: dataset.reader.manifest.num_samples for dataset in self._datasets}
+        schedule = schedule_of(config, sizes)
         self._streams: dict[int, LaneStream] = {}
-        self._packers: dict[int, Packer[StreamPosition]] = {}
-        for lane, state in lanes.items():
-            self._streams[lane] = LaneStream(config, self._datasets, lane, self._budget, state.position)
-            self._packers[lane] = Packer(self._streams[lane], self._budget, lane, state.done)
+        self._packers: dict[int, Packer] = {}
+        for lane in share:
+            state = plan.lanes[lane]
+            self._streams[lane] = LaneStream(config, self._datasets, schedule, lane, budget, state)
+            self._packers[lane] = Packer(self._streams[lane], budget, lane, state.waiting)
 
-    def step(self) -> tuple[tuple[MultimodalBatch, ...], tuple[list[int], ...], tuple[Skipped, ...]]:
-        """Batches, states and skipped samples of the next step."""
+    def step(self) -> _Rows:
+        """The rows of the next step."""
+        for stream in self._streams.values():
+            stream.step = self._step
+        self._step += 1
         batches = tuple(collate([packer.next_pack()], self._spec) for packer in self._packers.values())
-        states = tuple(LaneState(*packer.state()).to_integers() for packer in self._packers.values())
-        skipped = tuple(skip for stream in self._streams.values() for skip in stream.take_skipped())
-        return batches, states, skipped
-
-    def close(self) -> None:
-        for dataset in self._datasets:
-            dataset.reader.close()
+        states = [
+            LaneState(*packer.state(), stream.faults()).to_integers()
+            for packer, stream in zip(self._packers.values(), self._streams.values(), strict=True)
+        ]
+        return _Rows(
+            lanes=tuple(self._streams),
+            batches=wrap(batches) if self._in_parcels else batches,
+            states=tuple(states),
+            skipped=tuple(skip for stream in self._streams.values() for skip in stream.take_skipped()),
+            exhausted=all(packer.exhausted for packer in self._packers.values()),
+        )
 
 
 class _Steps(IterableDataset[_Rows | DataPipelineError]):
     """Endless steps of this worker's share of the lanes; an error is the last item."""
 
-    def __init__(self, config: DataConfig, spec: MediaSpec, seed: int, lanes: dict[int, LaneState]) -> None:
-        self._arguments = (config, spec, seed)
-        self._lanes = lanes
+    def __init__(self, plan: _Plan) -> None:
+        self._plan = plan
 
     def __iter__(self) -> Iterator[_Rows | DataPipelineError]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        share = {lane: self._lanes[lane] for lane in list(self._lanes)[first::stride]}
         try:
-            rows = _LaneRows(*self._arguments, share)
+            rows = _LaneRows(self._plan, list(self._plan.lanes)[first::stride], in_parcels=worker is not None)
             while True:
-                batches, states, skipped = rows.step()
-                yield _Rows(tuple(share), batches if worker is None else wrap(batches), states, skipped)
+                yield rows.step()
         except DataPipelineError as error:
             yield error
 
@@ -161,17 +186,22 @@ class Loader:
         self._num_microbatches = -(-most_lanes // micro_lanes)
         tokenizer = load_tokenizer(config.tokenizer)
         self._null_pack = Pack((null_document(spec, tokenizer.pad_id),), lane=-1)
-        manifests = {dataset.name: Manifest.open(dataset.manifest).fingerprint for dataset in config.datasets}
-        self.fingerprint = fingerprint(config, spec, seed, manifests, tokenizer.fingerprint)
         self._step = state.step if state is not None else 0
-        lane_states = self._lane_states(state, len(config.datasets))
+        manifests = {dataset.name: Manifest.open(dataset.manifest) for dataset in config.datasets}
+        prints = {name: manifest.fingerprint for name, manifest in manifests.items()}
+        schedule = schedule_of(config, {name: manifest.num_samples for name, manifest in manifests.items()})
+        self._fingerprint = functools.partial(fingerprint, config, spec, seed, prints, tokenizer.fingerprint, schedule)
+        self._schedule = schedule
+        self._names = tuple(dataset.name for dataset in config.datasets)
+        self.fingerprint = self._fingerprint(self._step)
+        lane_states = self._lane_states(state)
         # Building the rows here too would open every shard twice; a builder alone finds a wrong transform at once.
         for dataset in config.datasets:
             DocumentBuilder(dataset, tokenizer, spec)
         Budget(config.packing, spec, self._null_pack.documents[0])
         self._num_workers = min(config.workers, len(self.lanes))
         self._steps = DataLoader(
-            _Steps(config, spec, seed, lane_states),
+            _Steps(_Plan(config, spec, seed, self._step, lane_states)),
             batch_size=None,
             num_workers=self._num_workers,
             prefetch_factor=config.prefetch if self._num_workers else None,
@@ -180,11 +210,11 @@ class Loader:
         self._running: Iterator[_Rows | DataPipelineError] | None = None
         self._closed = False
 
-    def _lane_states(self, state: LoaderState | None, num_datasets: int) -> dict[int, LaneState]:
+    def _lane_states(self, state: LoaderState | None) -> dict[int, LaneState]:
         if state is None:
-            return {lane: LaneState(StreamPosition.start(num_datasets)) for lane in self.lanes}
+            return {lane: LaneState(StreamPosition.start(len(self._names))) for lane in self.lanes}
         state.check(self.fingerprint, self.lanes)
-        return {lane: LaneState.from_integers(state.lanes[lane]) for lane in self.lanes}
+        return state.lane_states(self.lanes, self._names)
 
     def __iter__(self) -> Loader:
         return self
@@ -202,13 +232,16 @@ class Loader:
         states = {lane: state for row in rows for lane, state in zip(row.lanes, row.states, strict=True)}
         microbatches = self._microbatches([batches[lane] for lane in self.lanes])
         self._step += 1
+        if self._step - 1 in self._schedule.starts:  # A phase has begun: from now on it is a part of the past.
+            self.fingerprint = self._fingerprint(self._step)
         return StepBatch(
             step=self._step - 1,
             microbatches=microbatches,
             skipped=tuple(skip for row in rows for skip in row.skipped),
-            state=LoaderState(self.fingerprint, self._step, states),
+            state=LoaderState(self.fingerprint, self._step, states, self._names),
             num_samples=sum(batch.num_samples for batch in microbatches),
             num_tokens=sum(batch.num_tokens for batch in microbatches),
+            exhausted=all(row.exhausted for row in rows),
         )
 
     def _microbatches(self, batches: Sequence[MultimodalBatch]) -> tuple[MultimodalBatch, ...]:

@@ -3,22 +3,21 @@
     source --documents in order--> at most ``look_ahead`` waiting --best fit--> pack, within two budgets
 
 A pack starts with the document that waits longest, so none waits for ever; then the largest waiting document that still
-fits is added until none does. The state is the source's position at the document that waits longest, plus which of the
-following ordinals are done: integers. Not for: the order of documents (``lanes``, ``mixture``).
+fits is added until none does. The state is the source's position and the places of the documents that wait: integers.
+Not for: the order of documents (``lanes``, ``mixture``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 from data_pipeline.config import PackingConfig
 from data_pipeline.document import Document
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec
-
-Position = TypeVar("Position")
-PositionOut = TypeVar("PositionOut", covariant=True)
+from data_pipeline.state import Drawn, StreamPosition
 
 
 @dataclass(frozen=True)
@@ -141,46 +140,46 @@ def truncate(document: Document, length: int, spec: MediaSpec) -> Document:
     )
 
 
-class Source(Protocol[PositionOut]):
-    """An endless stream of documents that can be put back to a position."""
+class Made(NamedTuple):
+    """A document and the place to make it again from."""
 
-    def position(self) -> PositionOut:
-        """Where the next document is read from."""
-
-    def make(self) -> Document | None:
-        """Reads the next document; None if it was skipped."""
-
-    def pass_over(self) -> None:
-        """Moves past the next document without reading it."""
-
-
-@dataclass(frozen=True)
-class _Waiting(Generic[Position]):
-    ordinal: int
-    position: Position
+    drawn: Drawn
     document: Document
 
 
-class Packer(Generic[Position]):
+class Source(Protocol):
+    """A stream of documents whose place is a value."""
+
+    def position(self) -> StreamPosition:
+        """Where the next document is drawn from."""
+
+    def make(self) -> list[Made] | None:
+        """Draws the next sample: its documents, none if it was skipped; None if there are no more samples."""
+
+    def remake(self, drawn: Drawn) -> Document | None:
+        """A document that was drawn before, again; None if its sample went bad meanwhile."""
+
+
+class Packer:
     """Packs of one lane.
 
     Args:
         source: Documents in order.
         budget: What fits.
         lane: Written on each pack.
-        done: Ordinals, counted from the source's position, that earlier packs used (from ``state``).
+        waiting: Documents that were drawn and not packed when the state was taken.
     """
 
-    def __init__(self, source: Source[Position], budget: Budget, lane: int, done: tuple[int, ...] = ()) -> None:
+    def __init__(self, source: Source, budget: Budget, lane: int, waiting: Sequence[Drawn] = ()) -> None:
         self._source = source
         self._budget = budget
         self._lane = lane
-        self._done = set(done)
-        self._ordinal = 0
-        self._waiting: list[_Waiting[Position]] = []
+        self._more = True
+        made = ((drawn, source.remake(drawn)) for drawn in waiting)
+        self._waiting = [Made(drawn, document) for drawn, document in made if document is not None]
 
     def next_pack(self) -> Pack:
-        """The next pack, with the null document if it lacks a role."""
+        """The next pack, with the null document if it lacks a role; a null pack once there are no more samples."""
         documents: list[Document] = []
         load = Load()
         while True:
@@ -188,42 +187,38 @@ class Packer(Generic[Position]):
             chosen = self._choose(load)
             if chosen is None:
                 break
-            self._waiting = [waiting for waiting in self._waiting if waiting is not chosen]
-            self._done.add(chosen.ordinal)
+            self._waiting = [made for made in self._waiting if made is not chosen]
             documents.append(chosen.document)
             load = load.plus(chosen.document, self._budget.spec)
             if load.documents == self._budget.config.max_documents:
                 break
+        if not documents:
+            return Pack((self._budget.null,), lane=-1)
         if self._budget.lacks_role(load):
             documents.append(self._budget.null)
         return Pack(tuple(documents), self._lane)
 
-    def state(self) -> tuple[Position, tuple[int, ...]]:
-        """Position of the document that waits longest, and the done ordinals counted from it."""
-        if self._waiting:
-            base, position = self._waiting[0].ordinal, self._waiting[0].position
-        else:
-            base, position = self._ordinal, self._source.position()
-        self._done = {ordinal for ordinal in self._done if ordinal > base}
-        return position, tuple(sorted(ordinal - base for ordinal in self._done))
+    @property
+    def exhausted(self) -> bool:
+        """Whether every document has been packed and no sample is left."""
+        return not self._more and not self._waiting
+
+    def state(self) -> tuple[StreamPosition, tuple[Drawn, ...]]:
+        """Where the source stands, and the places of the documents that wait, the oldest first."""
+        return self._source.position(), tuple(made.drawn for made in self._waiting)
 
     def _fill(self) -> None:
-        while len(self._waiting) < self._budget.config.look_ahead:
-            ordinal, position = self._ordinal, self._source.position()
-            self._ordinal += 1
-            if ordinal in self._done:
-                self._source.pass_over()
-                continue
-            document = self._source.make()
-            if document is None:
-                self._done.add(ordinal)
+        while self._more and len(self._waiting) < self._budget.config.look_ahead:
+            made = self._source.make()
+            if made is None:
+                self._more = False
             else:
-                self._waiting.append(_Waiting(ordinal, position, document))
+                self._waiting.extend(made)
 
-    def _choose(self, load: Load) -> _Waiting[Position] | None:
+    def _choose(self, load: Load) -> Made | None:
         """The first document of an empty pack, else the largest that fits; of equals the oldest."""
         if load.documents == 0:
-            return self._waiting[0]
+            return self._waiting[0] if self._waiting else None
         spec = self._budget.spec
-        fitting = [waiting for waiting in self._waiting if self._budget.fits(load.plus(waiting.document, spec))]
-        return max(fitting, key=lambda waiting: waiting.document.num_tokens, default=None)
+        fitting = [made for made in self._waiting if self._budget.fits(load.plus(made.document, spec))]
+        return max(fitting, key=lambda made: made.document.num_tokens, default=None)

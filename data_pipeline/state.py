@@ -1,8 +1,9 @@
 """Where a loader stands: a fingerprint of what decides the order, and a few integers per lane.
 
-A lane's integers are ``[d, draws_1, epoch_1, window_1, offset_1, ..., draws_d, ..., done_1, done_2, ...]``: for each of
-d data sets the draws and the cursor at the document that waits longest, then the following ordinals that are done.
-Ranks and workers do not occur, so a state re-deals to any number of either.
+A lane's integers: the number d of data sets, for each of them draws and cursor, the mixture's phase and which data sets
+are used up, the number of waiting documents and for each its place, then the counters of the fault policy. Ranks and
+workers do not occur, so a state re-deals to any number of either; nothing is a list of what was seen, so it is as small
+at sample 10^10 as at the start.
 """
 
 from __future__ import annotations
@@ -13,17 +14,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.errors import StateError
 from data_pipeline.lanes import Cursor
 from data_pipeline.media_spec import MediaSpec
+from data_pipeline.mixture import Schedule
 
 
 class StreamPosition(NamedTuple):
-    """Where the next sample of a lane comes from."""
+    """Where the next sample of a lane comes from.
+
+    ``draws`` counts those of the phase; bit i of ``exhausted`` says that data set i gave all its epochs.
+    """
 
     draws: tuple[int, ...]
     cursors: tuple[Cursor, ...]
+    phase: int = 0
+    exhausted: int = 0
 
     @classmethod
     def start(cls, num_datasets: int) -> StreamPosition:
@@ -31,18 +38,32 @@ class StreamPosition(NamedTuple):
         return cls((0,) * num_datasets, (Cursor(),) * num_datasets)
 
 
+class Drawn(NamedTuple):
+    """A document that was drawn: data set, epoch, sample, and which part of a sample that was split."""
+
+    dataset: int
+    epoch: int
+    sample: int
+    part: int = 0
+
+
 class LaneState(NamedTuple):
-    """A packer's state: a position, and which ordinals after it are done."""
+    """A lane between two packs: where it draws next, what it drew and did not pack yet, and its fault counters."""
 
     position: StreamPosition
-    done: tuple[int, ...] = ()
+    waiting: tuple[Drawn, ...] = ()
+    faults: tuple[int, ...] = ()
 
     def to_integers(self) -> list[int]:
         """The layout that the module describes."""
-        flat = [len(self.position.draws)]
-        for draws, cursor in zip(self.position.draws, self.position.cursors, strict=True):
+        position = self.position
+        flat = [len(position.draws)]
+        for draws, cursor in zip(position.draws, position.cursors, strict=True):
             flat.extend((draws, *cursor))
-        return [*flat, *self.done]
+        flat.extend((position.phase, position.exhausted, len(self.waiting)))
+        for drawn in self.waiting:
+            flat.extend(drawn)
+        return [*flat, *self.faults]
 
     @classmethod
     def from_integers(cls, integers: Sequence[int]) -> LaneState:
@@ -53,12 +74,34 @@ class LaneState(NamedTuple):
         """
         if not integers or any(type(number) is not int or number < 0 for number in integers):
             raise StateError(f"a lane's state must be integers from 0 up, got {list(integers)[:8]}")
-        count, numbers = integers[0], integers[1:]
-        if len(numbers) < 4 * count:
-            raise StateError(f"a lane's state of {count} data sets needs {4 * count} integers, got {len(numbers)}")
-        rows = [numbers[4 * i : 4 * i + 4] for i in range(count)]
-        position = StreamPosition(tuple(row[0] for row in rows), tuple(Cursor(*row[1:]) for row in rows))
-        return cls(position, tuple(numbers[4 * count :]))
+        count, rest = integers[0], integers[1:]
+        if len(rest) < 4 * count + 3 or len(rest) < 4 * count + 3 + 4 * rest[4 * count + 2]:
+            raise StateError(f"a lane's state of {count} data sets is cut short: {len(integers)} integers")
+        rows = [rest[4 * i : 4 * i + 4] for i in range(count)]
+        phase, exhausted, num_waiting = rest[4 * count : 4 * count + 3]
+        position = StreamPosition(
+            tuple(row[0] for row in rows), tuple(Cursor(*row[1:]) for row in rows), phase, exhausted
+        )
+        rest = rest[4 * count + 3 :]
+        waiting = tuple(Drawn(*rest[4 * i : 4 * i + 4]) for i in range(num_waiting))
+        if any(drawn.dataset >= count for drawn in waiting):
+            raise StateError(f"a lane's state of {count} data sets holds a document of number {waiting[0].dataset}")
+        return cls(position, waiting, tuple(rest[4 * num_waiting :]))
+
+    def among(self, old: Sequence[str], new: Sequence[str]) -> LaneState:
+        """The same state where the data sets ``old`` have become ``new``: those added start at their beginning."""
+        if tuple(old) == tuple(new):
+            return self
+        position = self.position
+        at = {name: i for i, name in enumerate(old)}
+        place = {at[name]: i for i, name in enumerate(new) if name in at}
+        moved = StreamPosition(
+            tuple(position.draws[at[name]] if name in at else 0 for name in new),
+            tuple(position.cursors[at[name]] if name in at else Cursor() for name in new),
+            position.phase,
+            sum(1 << place[i] for i in place if position.exhausted >> i & 1),
+        )
+        return LaneState(moved, tuple(d._replace(dataset=place[d.dataset]) for d in self.waiting), self.faults)
 
 
 @dataclass(frozen=True)
@@ -69,16 +112,19 @@ class LoaderState:
         fingerprint: What decides the order, ``part:hash`` joined by spaces.
         step: Steps done; the next batch has this number.
         lanes: Integers of each lane.
+        datasets: Names of the data sets, in the order that the lanes' integers follow.
     """
 
     fingerprint: str
     step: int
     lanes: dict[int, list[int]]
+    datasets: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """One line; ``from_json`` reads it back."""
         lanes = {str(lane): self.lanes[lane] for lane in sorted(self.lanes)}
-        return json.dumps({"fingerprint": self.fingerprint, "step": self.step, "lanes": lanes})
+        head = {"fingerprint": self.fingerprint, "step": self.step, "datasets": list(self.datasets)}
+        return json.dumps({**head, "lanes": lanes})
 
     @classmethod
     def from_json(cls, text: str) -> LoaderState:
@@ -90,7 +136,8 @@ class LoaderState:
         try:
             record = json.loads(text)
             lanes = {int(lane): list(integers) for lane, integers in record["lanes"].items()}
-            return cls(str(record["fingerprint"]), int(record["step"]), lanes)
+            names = tuple(str(name) for name in record["datasets"])
+            return cls(str(record["fingerprint"]), int(record["step"]), lanes, names)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateError(f"no loader state: {error!r}") from error
 
@@ -105,13 +152,22 @@ class LoaderState:
             raise StateError("no loader state to merge")
         lanes: dict[int, list[int]] = {}
         for state in states:
-            if (state.step, state.fingerprint) != (states[0].step, states[0].fingerprint):
+            if state.head != states[0].head:
                 raise StateError(f"ranks disagree: step {state.step} and step {states[0].step}, or other data")
             twice = sorted(lanes.keys() & state.lanes.keys())
             if twice:
                 raise StateError(f"two ranks hold lane {twice[0]}")
             lanes.update(state.lanes)
-        return cls(states[0].fingerprint, states[0].step, lanes)
+        return cls(states[0].fingerprint, states[0].step, lanes, states[0].datasets)
+
+    @property
+    def head(self) -> tuple[str, int, tuple[str, ...]]:
+        """What the states of all ranks after one step have in common."""
+        return self.fingerprint, self.step, self.datasets
+
+    def lane_states(self, lanes: Sequence[int], datasets: Sequence[str]) -> dict[int, LaneState]:
+        """The states of ``lanes`` for a loader with the data sets ``datasets``; ``check`` comes first."""
+        return {lane: LaneState.from_integers(self.lanes[lane]).among(self.datasets, datasets) for lane in lanes}
 
     def check(self, fingerprint: str, lanes: Sequence[int]) -> None:
         """Refuses a state that belongs to another order.
@@ -139,8 +195,24 @@ def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def fingerprint(config: DataConfig, spec: MediaSpec, seed: int, manifests: Mapping[str, str], tokenizer: str) -> str:
-    """Hash of everything that decides which sample sits where; ranks, workers and prefetch are not in it.
+def schedule_of(config: DataConfig, num_samples: Mapping[str, int]) -> Schedule:
+    """Weights over steps; ``num_samples`` of each data set turn ``repeats`` into weights."""
+    return Schedule.of([dataset.weight_changes(num_samples[dataset.name]) for dataset in config.datasets])
+
+
+def fingerprint(
+    config: DataConfig,
+    spec: MediaSpec,
+    seed: int,
+    manifests: Mapping[str, str],
+    tokenizer: str,
+    schedule: Schedule,
+    step: int,
+) -> str:
+    """Hash of everything that decided which sample sits where before ``step``.
+
+    Ranks, workers and prefetch are not in it; nor is what has its first effect later: a data set that is drawn from
+    ``step`` on, or weights that change then, may be added to a running mixture.
 
     Args:
         config: The data block.
@@ -148,7 +220,12 @@ def fingerprint(config: DataConfig, spec: MediaSpec, seed: int, manifests: Mappi
         seed: Seed of the run.
         manifests: Fingerprint of the manifest of each data set.
         tokenizer: Fingerprint of the tokenizer.
+        schedule: Weights over steps.
+        step: Steps done.
     """
+    phases = [i for i, start in enumerate(schedule.starts) if start < max(step, 1)]
+    kept = [i for i in range(len(config.datasets)) if any(schedule.weights[phase][i] for phase in phases)]
+    drawn = [config.datasets[i] for i in kept]
     parts: dict[str, object] = {
         "seed": seed,
         "lanes": config.lanes,
@@ -156,10 +233,15 @@ def fingerprint(config: DataConfig, spec: MediaSpec, seed: int, manifests: Mappi
         "packing": config.packing.model_dump(mode="json"),
         "tokenizer": tokenizer,
         "model.media": repr(spec),
-        "datasets": [(dataset.name, dataset.weight) for dataset in config.datasets],
+        "datasets": [dataset.name for dataset in drawn],
+        "weights": [(schedule.starts[phase], [schedule.weights[phase][i] for i in kept]) for phase in phases],
     }
-    for dataset in config.datasets:
-        parts[f"{dataset.name}.manifest"] = manifests[dataset.name]
-        parts[f"{dataset.name}.template"] = dataset.template.model_dump(mode="json")
-        parts[f"{dataset.name}.transforms"] = dataset.transforms.model_dump(mode="json")
+    for dataset in drawn:
+        parts |= _dataset_parts(dataset, manifests[dataset.name])
     return " ".join(f"{name}:{_hash(value)}" for name, value in parts.items())
+
+
+def _dataset_parts(dataset: DatasetConfig, manifest: str) -> dict[str, object]:
+    """Whatever a data set's configuration says, but for its name, its weight and where it lies."""
+    dumped = dataset.model_dump(mode="json", exclude={"name", "weight", "repeats", "manifest"})
+    return {f"{dataset.name}.manifest": manifest, **{f"{dataset.name}.{key}": value for key, value in dumped.items()}}

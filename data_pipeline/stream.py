@@ -18,11 +18,11 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.faults import FaultPolicy, Skipped
 from data_pipeline.lanes import LaneOrder, Place, mix
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.mixture import Mixture
-from data_pipeline.packing import Budget
+from data_pipeline.mixture import Mixture, Schedule
+from data_pipeline.packing import Budget, Made
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.state import StreamPosition
+from data_pipeline.state import Drawn, LaneState, StreamPosition
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -82,18 +82,29 @@ class LaneStream:
     Args:
         config: The data block.
         datasets: Open data sets, in the order of ``config.datasets``.
+        schedule: Weights of the data sets over steps.
         lane: This lane.
         budget: Refuses documents that no pack can hold.
-        position: Where to go on.
+        state: Where to go on.
+
+    Attributes:
+        step: The step whose pack is being made, for the schedule; the caller sets it.
     """
 
     def __init__(
-        self, config: DataConfig, datasets: Sequence[OpenDataset], lane: int, budget: Budget, position: StreamPosition
+        self,
+        config: DataConfig,
+        datasets: Sequence[OpenDataset],
+        schedule: Schedule,
+        lane: int,
+        budget: Budget,
+        state: LaneState,
     ) -> None:
+        self.step = 0
         self._lane = lane
         self._datasets = datasets
+        self._schedule = schedule
         self._budget = budget
-        self._mixture = Mixture([dataset.config.weight for dataset in datasets], lane)
         self._orders = [
             LaneOrder(
                 num_samples=dataset.reader.manifest.num_samples,
@@ -105,52 +116,96 @@ class LaneStream:
             )
             for dataset in datasets
         ]
-        self._position = position
-        self._policy = FaultPolicy(config.faults)
+        self._position = state.position
+        self._mixtures: dict[tuple[int, int], Mixture | None] = {}
+        self._policy = FaultPolicy(config.faults, state.faults)
         self._skipped: list[Skipped] = []
 
     def position(self) -> StreamPosition:
-        """Where the next document is read from."""
+        """Where the next document is drawn from."""
         return self._position
 
-    def make(self) -> Document | None:
-        """Reads the next document; None if its sample was skipped.
+    def faults(self) -> tuple[int, ...]:
+        """Counters of the fault policy."""
+        return self._policy.state()
+
+    def make(self) -> list[Made] | None:
+        """Draws the next sample: its documents, none if it was skipped; None when every data set is used up.
 
         Raises:
-            TooManyFaultsError: too many bad samples in a row.
-            DataPipelineError: a shard is missing, stale or damaged; or a bad sample under ``on_error: fail``.
+            TooManyFaultsError: too many bad samples.
+            DataPipelineError: a shard is missing, stale or damaged; or a bad sample under ``fail``.
         """
-        dataset, place = self._draw()
-        result = self._policy.attempt(
-            lambda: self._document(dataset, place), lambda: dataset.reader.where(place.sample)
-        )
-        if isinstance(result, SampleError):
-            origin = (dataset.config.name, place.epoch, place.sample, self._lane, result.shard, result.key)
-            self._skipped.append(Skipped(*origin, result.kind, result.reason))
+        drawn = self._draw()
+        if drawn is None:
             return None
-        return result
+        documents = self._attempt(drawn)
+        return [Made(drawn._replace(part=part), document) for part, document in enumerate(documents)]
 
-    def pass_over(self) -> None:
-        """Moves past the next document without reading it."""
-        self._draw()
+    def remake(self, drawn: Drawn) -> Document | None:
+        """A document that was drawn before, again; None if its sample went bad meanwhile.
+
+        Raises:
+            As ``make``.
+        """
+        try:  # What went well before says nothing new about how many of the last samples were bad.
+            documents = self._documents(drawn)
+        except Exception:  # The policy decides.
+            documents = self._attempt(drawn)
+        return documents[drawn.part] if drawn.part < len(documents) else None
 
     def take_skipped(self) -> tuple[Skipped, ...]:
         """Samples skipped since the last call."""
         skipped, self._skipped = tuple(self._skipped), []
         return skipped
 
-    def _draw(self) -> tuple[OpenDataset, Place]:
-        draws, cursors = list(self._position.draws), list(self._position.cursors)
-        chosen = self._mixture.choose(draws)
-        place, cursors[chosen] = self._orders[chosen].resolve(cursors[chosen])
-        draws[chosen] += 1
-        self._position = StreamPosition(tuple(draws), tuple(cursors))
-        return self._datasets[chosen], place
+    def _draw(self) -> Drawn | None:
+        position = self._enter_phase(self._schedule.phase(self.step), self._position.exhausted)
+        while (mixture := self._mixture(position.phase, position.exhausted)) is not None:
+            chosen = mixture.choose(position.draws)
+            place, after = self._orders[chosen].resolve(position.cursors[chosen])
+            most = self._datasets[chosen].config.max_epochs
+            if most is not None and place.epoch >= most:
+                position = self._enter_phase(position.phase, position.exhausted | 1 << chosen)
+                continue
+            draws, cursors = list(position.draws), list(position.cursors)
+            draws[chosen] += 1
+            cursors[chosen] = after
+            self._position = StreamPosition(tuple(draws), tuple(cursors), position.phase, position.exhausted)
+            return Drawn(chosen, place.epoch, place.sample)
+        return None
 
-    def _document(self, dataset: OpenDataset, place: Place) -> Document:
-        sample = dataset.reader.read(place.sample, place.epoch)
-        document = dataset.build(sample, sample_generator(dataset.seed, place))
+    def _enter_phase(self, phase: int, exhausted: int) -> StreamPosition:
+        """The position, its draws counted anew if the mixture is another one now."""
+        position = self._position
+        if (phase, exhausted) != (position.phase, position.exhausted):
+            fresh = (0,) * len(position.draws)
+            position = self._position = StreamPosition(fresh, position.cursors, phase, exhausted)
+        return position
+
+    def _mixture(self, phase: int, exhausted: int) -> Mixture | None:
+        """The mixture of what is left in a phase; None if nothing is."""
+        key = (phase, exhausted)
+        if key not in self._mixtures:
+            weights = [0.0 if exhausted >> i & 1 else w for i, w in enumerate(self._schedule.weights[phase])]
+            self._mixtures[key] = Mixture(weights, self._lane) if any(weights) else None
+        return self._mixtures[key]
+
+    def _attempt(self, drawn: Drawn) -> list[Document]:
+        """The documents of a sample; none if it is skipped, which is noted."""
+        dataset = self._datasets[drawn.dataset]
+        result = self._policy.attempt(lambda: self._documents(drawn), lambda: dataset.reader.where(drawn.sample))
+        if isinstance(result, SampleError):
+            origin = (dataset.config.name, drawn.epoch, drawn.sample, self._lane, result.shard, result.key)
+            self._skipped.append(Skipped(*origin, result.kind, result.reason))
+            return []
+        return result
+
+    def _documents(self, drawn: Drawn) -> list[Document]:
+        dataset = self._datasets[drawn.dataset]
+        sample = dataset.reader.read(drawn.sample, drawn.epoch)
+        document = dataset.build(sample, sample_generator(dataset.seed, Place(drawn.sample, drawn.epoch)))
         try:
-            return self._budget.admit(document)
+            return [self._budget.admit(document)]
         except SampleError as error:
             raise error.located(sample.provenance.shard, sample.provenance.key) from error

@@ -14,8 +14,9 @@ from data_pipeline.config import DataConfig
 from data_pipeline.documents import null_document
 from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.mixture import Schedule
 from data_pipeline.packing import Budget, Pack, Packer
-from data_pipeline.state import StreamPosition
+from data_pipeline.state import LaneState, StreamPosition
 from data_pipeline.stream import LaneStream, OpenDataset
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.transport import wrap
@@ -49,9 +50,10 @@ def packs(mixture_config: DataConfig, spec: MediaSpec) -> list[Pack]:
     tokenizer = load_tokenizer(mixture_config.tokenizer)
     budget = Budget(mixture_config.packing, spec, null_document(spec, tokenizer.pad_id))
     datasets = [OpenDataset.open(dataset, 1, tokenizer, spec) for dataset in mixture_config.datasets]
+    schedule = Schedule((0,), ((2.0, 1.0, 0.7),))
     made = []
     for lane in range(4):
-        stream = LaneStream(mixture_config, datasets, lane, budget, StreamPosition.start(3))
+        stream = LaneStream(mixture_config, datasets, schedule, lane, budget, LaneState(StreamPosition.start(3)))
         made.append(Packer(stream, budget, lane).next_pack())
     return made
 

@@ -1,13 +1,15 @@
-"""Mixture: counts stay within two draws of the exact share, and lanes are spread."""
+"""Mixture: counts stay within one draw of the exact share, and lanes are spread."""
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataConfigError
-from data_pipeline.mixture import Mixture
+from data_pipeline.mixture import Mixture, Schedule
 
 
 def _run(mixture: Mixture, num_datasets: int, steps: int) -> list[int]:
@@ -25,11 +27,40 @@ def test_proportions_are_exact_over_whole_periods(weights: list[int], lane: int)
     assert [chosen.count(i) for i in range(len(weights))] == [2 * weight for weight in weights]
 
 
-@given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=5), steps=st.integers(1, 200))
-def test_counts_never_stray_far_from_their_share(weights: list[float], steps: int) -> None:
-    chosen = _run(Mixture(weights), len(weights), steps)
-    for i, weight in enumerate(weights):
-        assert abs(chosen.count(i) - steps * weight / sum(weights)) < max(2, len(weights) - 1)
+@given(weights=st.lists(st.one_of(st.integers(1, 50), st.floats(0.01, 10)), min_size=1, max_size=7))
+def test_every_count_is_within_one_draw_of_its_share_at_every_place(weights: list[float]) -> None:
+    total = sum(Fraction(weight).limit_denominator(10**9) for weight in weights)
+    counts = [0] * len(weights)
+    for coming, choice in enumerate(_run(Mixture(weights), len(weights), 150), start=1):
+        counts[choice] += 1
+        for weight, count in zip(weights, counts, strict=True):
+            assert abs(count - coming * Fraction(weight).limit_denominator(10**9) / total) < 1
+
+
+@given(weights=st.lists(st.integers(1, 9), min_size=2, max_size=4), draws=st.integers(1, 30))
+def test_as_many_lanes_as_the_sequence_has_places_are_together_exact(weights: list[int], draws: int) -> None:
+    chosen = [i for lane in range(sum(weights)) for i in _run(Mixture(weights, lane), len(weights), draws)]
+    assert [chosen.count(i) for i in range(len(weights))] == [weight * draws for weight in weights]
+
+
+@given(weights=st.lists(st.integers(1, 50), min_size=2, max_size=5), lane=st.integers(0, 300))
+def test_a_lane_is_never_two_draws_off_from_its_own_start(weights: list[int], lane: int) -> None:
+    counts = [0] * len(weights)
+    for coming, choice in enumerate(_run(Mixture(weights, lane), len(weights), 80), start=1):
+        counts[choice] += 1
+        assert all(abs(c - Fraction(w * coming, sum(weights))) < 2 for w, c in zip(weights, counts, strict=True))
+
+
+def test_a_data_set_of_weight_0_is_never_drawn() -> None:
+    assert set(_run(Mixture([2.0, 0.0, 1.0], lane=5), 3, 100)) == {0, 2}
+
+
+def test_a_schedule_joins_the_changes_of_all_data_sets() -> None:
+    schedule = Schedule.of([[(0, 1.0)], [(5, 2.0), (9, 0.0)], [(0, 3.0), (9, 3.0)]])
+    assert schedule.starts == (0, 5, 9)
+    assert schedule.weights == ((1.0, 0.0, 3.0), (1.0, 2.0, 3.0), (1.0, 0.0, 3.0))
+    assert [schedule.phase(step) for step in (0, 4, 5, 8, 9, 10**9)] == [0, 0, 1, 1, 2, 2]
+    assert Schedule.of([[(0, 1.0), (7, 1.0)]]).starts == (0,), "a change to the same weights begins no phase"
 
 
 def test_the_choice_depends_on_the_draws_alone() -> None:
@@ -43,7 +74,7 @@ def test_lanes_do_not_draw_the_rare_data_set_at_once() -> None:
     assert first.count(1) == 2
 
 
-@pytest.mark.parametrize("weights", [[], [1.0, 0.0], [-1.0], [float("nan")], [float("inf")]])
+@pytest.mark.parametrize("weights", [[], [0.0, 0.0], [1.0, -1.0], [float("nan")], [float("inf")]])
 def test_impossible_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(DataConfigError):
         Mixture(weights)

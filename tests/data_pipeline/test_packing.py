@@ -14,9 +14,11 @@ from data_pipeline.config import PackingConfig
 from data_pipeline.document import IGNORE, Document, MediaItem, Span
 from data_pipeline.documents import null_document
 from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.lanes import Cursor
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.packing import Budget, Load, Pack, Packer, truncate
+from data_pipeline.packing import Budget, Load, Made, Pack, Packer, truncate
 from data_pipeline.sample import Provenance
+from data_pipeline.state import Drawn, StreamPosition
 
 SPEC = MediaSpec(Placement.EMBEDDING, patch_size=2, merge=1, cost_per_patch=0.5)
 
@@ -50,20 +52,22 @@ def make_document(number: int, num_text: int, images: tuple[int, ...] = ()) -> D
 
 @dataclass
 class ListSource:
-    """Documents of a list, None where a sample is skipped; a position is an index."""
+    """Documents of a list over and over, None where a sample is skipped; the cursor's offset is the place."""
 
     documents: list[Document | None]
     at: int = 0
 
-    def position(self) -> int:
-        return self.at
+    def position(self) -> StreamPosition:
+        return StreamPosition((self.at,), (Cursor(0, 0, self.at),))
 
-    def make(self) -> Document | None:
+    def make(self) -> list[Made] | None:
         self.at += 1
-        return self.documents[(self.at - 1) % len(self.documents)]
+        drawn = Drawn(0, 0, self.at - 1)
+        document = self.remake(drawn)
+        return [] if document is None else [Made(drawn, document)]
 
-    def pass_over(self) -> None:
-        self.at += 1
+    def remake(self, drawn: Drawn) -> Document | None:
+        return self.documents[drawn.sample % len(self.documents)]
 
 
 def _budget(max_tokens: int = 40, **others: object) -> Budget:
@@ -122,8 +126,8 @@ def test_a_state_goes_on_exactly_where_it_was_taken(shapes: list, budget: dict, 
     packer = Packer(_source(shapes), _budget(**budget), lane=0)
     for _ in range(steps):
         packer.next_pack()
-    position, done = packer.state()
-    again = Packer(_source(shapes, position), _budget(**budget), lane=0, done=done)
+    position, waiting = packer.state()
+    again = Packer(_source(shapes, position.draws[0]), _budget(**budget), lane=0, waiting=waiting)
     for _ in range(6):
         assert _numbers(again.next_pack()) == _numbers(packer.next_pack())
         assert again.state() == packer.state()
