@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from mmscale.cli import data_text
 from mmscale.cli.console import console, emit, progress, track
 
 app = typer.Typer()
@@ -20,13 +21,6 @@ class OnErrorChoice(str, Enum):
 
     FAIL = "fail"
     SKIP = "skip"
-
-
-class ModelTypeChoice(str, Enum):
-    """SentencePiece algorithms."""
-
-    BPE = "bpe"
-    UNIGRAM = "unigram"
 
 
 @app.command(epilog="Example: mmscale data ingest pairs.csv --output shards --name pairs")
@@ -156,37 +150,6 @@ def stats(
     emit({"manifest": str(manifest), **figures}, json=json)
 
 
-@app.command(epilog="Example: mmscale data tokenizer shards/train.manifest --output tokenizer.model --vocab-size 8000")
-def tokenizer(
-    manifests: list[Path] = typer.Argument(help="Manifests whose text to read."),
-    output: Path = typer.Option(..., "--output", help="The SentencePiece model to write."),
-    vocab_size: int = typer.Option(32_000, "--vocab-size", min=262, help="Pieces, with 5 special ones and 256 bytes."),
-    model_type: ModelTypeChoice = typer.Option("bpe", "--model-type", help="Algorithm."),
-    character_coverage: float = typer.Option(
-        0.9995, "--character-coverage", min=0.98, max=1.0, help="Share of characters with a piece; others are bytes."
-    ),
-    max_samples: int = typer.Option(1_000_000, "--max-samples", min=1, help="Of larger sets every n-th is read."),
-    json: bool = _JSON,
-) -> None:
-    """Train a SentencePiece model on the text of shards."""
-    from data_pipeline.shards.manifest import Manifest
-    from data_pipeline.tokenizer import train_sentencepiece
-
-    total = sum(Manifest.open(path).num_samples for path in manifests)
-    with progress("tokenizer", total) as meter:
-        trained = train_sentencepiece(
-            manifests,
-            output,
-            vocab_size,
-            model_type=model_type.value,
-            character_coverage=character_coverage,
-            max_samples=max_samples,
-            progress=lambda done, of: meter.advance(1),
-        )
-    figures = {"tokenizer": str(output), "vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint}
-    emit(figures, json=json)
-
-
 @app.command(epilog="Example: mmscale data digest configs/quickstart.yaml --steps 0:10 --world-size 2 --workers 2")
 def digest(
     config: Path = typer.Argument(help="A run's YAML file."),
@@ -212,3 +175,6 @@ def _parse_steps(text: str) -> range:
     if not colon or not first.isdigit() or not end.isdigit() or int(end) < int(first):
         raise typer.BadParameter(f"{text!r}: expected A:B with 0 <= A <= B, for example 0:10", param_hint="--steps")
     return range(int(first), int(end))
+
+
+app.registered_commands += data_text.app.registered_commands
