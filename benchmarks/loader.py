@@ -131,7 +131,7 @@ def measure() -> list[Case]:
         photos = _write_photos(Path(folder))
         return [
             _case("emoji, augmented, to 32 px", EMOJI / "shards" / "train.manifest", augmented, small),
-            _case("JPEG 512 to 224 px, parity", photos, FixedTransform(), large),
+            _case("JPEG 512 to 224 px, exact", photos, FixedTransform(), large),
             _case("JPEG 512 to 224 px, fast", photos, FixedTransform(decode=DecodeMode.FAST), large),
         ]
 

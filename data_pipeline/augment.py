@@ -6,9 +6,10 @@ saturation are one 3 x 3 matrix applied at the final size. Every draw comes from
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from data_pipeline.decode.image import Pixels
@@ -69,20 +70,26 @@ def cut(pixels: Pixels, box: Box) -> Pixels:
     return canvas
 
 
-def jitter(config: AugmentConfig, rng: np.random.Generator) -> Callable[[Pixels], Pixels]:
-    """A random colour change, the same for every view of an image."""
+@dataclass(frozen=True)
+class ColorChange:
+    """A matrix and an offset on the colours of each pixel."""
+
+    matrix: npt.NDArray[np.float32]
+    offset: np.float32
+
+    def __call__(self, pixels: Pixels) -> Pixels:
+        colors = pixels.reshape(-1, 3).astype(np.float32) @ self.matrix
+        colors += self.offset
+        return np.clip(colors, 0, 255, out=colors).astype(np.uint8).reshape(pixels.shape)
+
+
+def jitter(config: AugmentConfig, rng: np.random.Generator) -> ColorChange | None:
+    """A random colour change, the same for every view of an image; None if none is configured."""
     strengths = (config.brightness, config.contrast, config.saturation)
     if not any(strengths):
-        return lambda pixels: pixels
+        return None
     brightness, contrast, saturation = (
         1 + (2 * draw - 1) * strength for draw, strength in zip(rng.random(3).tolist(), strengths, strict=True)
     )
     matrix = brightness * contrast * (saturation * _IDENTITY + (1 - saturation) * _TO_GRAY)
-    offset = np.float32(127.5 * (1 - contrast) + 0.5)  # The half rounds.
-
-    def change(pixels: Pixels) -> Pixels:
-        colors = pixels.reshape(-1, 3).astype(np.float32) @ matrix
-        colors += offset
-        return np.clip(colors, 0, 255, out=colors).astype(np.uint8).reshape(pixels.shape)
-
-    return change
+    return ColorChange(matrix, np.float32(127.5 * (1 - contrast) + 0.5))  # The half rounds.

@@ -19,6 +19,7 @@ from data_pipeline.document import IGNORE, Document, MediaItem, Span
 from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample
+from data_pipeline.shards.image_header import image_size
 from data_pipeline.template import Piece, TextPiece
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageTransform
@@ -135,30 +136,53 @@ class DocumentBuilder:
         with _located(sample):
             return self._build(self.dataset.template.pieces(sample, rng), sample, rng, complete=True)
 
+    def measure(self, sample: Sample, rng: np.random.Generator | None = None) -> Document:
+        """The same document in everything but pixels, which are black and take no memory; nothing is decoded.
+
+        Sizes come from ``ImagePart.size``, or from the header where that is None. What only decoding finds, damaged
+        pixels, is not noticed here.
+
+        Raises:
+            SampleError: as the document itself would, save for damaged pixels.
+        """
+        with _located(sample):
+            return self._build(self.dataset.template.pieces(sample, rng), sample, rng, complete=True, measured=True)
+
     def build_prompt(self, sample: Sample) -> Document:
         """The document up to where the answer begins, without augmentation; nothing in it is learned."""
         with _located(sample):
             return self._build(self.dataset.template.prompt(sample), sample, None, complete=False)
 
     def _build(
-        self, pieces: list[Piece], sample: Sample, rng: np.random.Generator | None, *, complete: bool
+        self,
+        pieces: list[Piece],
+        sample: Sample,
+        rng: np.random.Generator | None,
+        *,
+        complete: bool,
+        measured: bool = False,
     ) -> Document:
         draft = _Draft(self.spec)
         draft.add_text([self.tokenizer.bos_id], learned=False)
         for piece in pieces:
-            self._add(draft, piece, rng, complete)
+            if isinstance(piece, ImagePart):
+                draft.add_image(self._views(piece, rng, measured), self.tokenizer.image_id)
+            else:
+                draft.add_text(self.tokenizer.encode(piece.text), learned=piece.learned and complete)
         if complete:
             draft.add_text([self.tokenizer.eos_id], learned=isinstance(pieces[-1], TextPiece) and pieces[-1].learned)
         self._check_counts(draft)
         return draft.finish(sample.provenance)
 
-    def _add(self, draft: _Draft, piece: Piece, rng: np.random.Generator | None, complete: bool) -> None:
-        if isinstance(piece, ImagePart):
-            if self._transform is None:
-                raise SampleError(f"image {piece.name}, but the model has no image tower")
-            draft.add_image(self._transform(piece.data, rng), self.tokenizer.image_id)
-        else:
-            draft.add_text(self.tokenizer.encode(piece.text), learned=piece.learned and complete)
+    def _views(self, part: ImagePart, rng: np.random.Generator | None, measured: bool) -> tuple[MediaItem, ...]:
+        if self._transform is None:
+            raise SampleError(f"image {part.name}, but the model has no image tower")
+        if not measured:
+            return self._transform(part.data, rng, part.size)
+        if part.size is not None:
+            return self._transform.measure(part.size, rng)
+        header = image_size(part.data)
+        return self._transform.measure((header.height, header.width), rng)
 
     def _check_counts(self, draft: _Draft) -> None:
         features = [(item.embedded, self.spec.num_features(item.grid)) for item in draft.items]  # Attended grids too.

@@ -19,6 +19,8 @@ from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import Member, ShardIndex
 from data_pipeline.shards.manifest import Manifest
 
+_TEXT_EXTENSIONS = ("txt", "json")
+
 
 class _OpenShard:
     """A file descriptor and the index of one shard."""
@@ -82,11 +84,35 @@ class SampleReader:
         first, end = shard.index.span(row)
         data = _read_range(shard, first, end)
         members: dict[str, bytes] = {}
+        sizes: dict[str, tuple[int, int]] = {}
         for member in shard.index.members(row):
             payload = data[member.offset - first : member.offset - first + member.size]
             _check(member, payload, origin)
             members[member.ext] = payload
-        return assemble(members, origin)
+            if member.width:
+                sizes[member.ext] = (member.height, member.width)
+        return assemble(members, origin, sizes)
+
+    def read_outline(self, sample_index: int, epoch: int = 0) -> Sample:
+        """The sample without the bytes of its images, for ``DocumentBuilder.measure``; only text is read.
+
+        Raises:
+            As ``read``; the bytes of the images are not checked.
+        """
+        number, row = self.manifest.locate(sample_index)
+        shard = self._shard(number)
+        origin = Provenance(self.dataset, str(shard.path), shard.index.key(row), sample_index, epoch)
+        members: dict[str, bytes] = {}
+        sizes: dict[str, tuple[int, int]] = {}
+        for member in shard.index.members(row):
+            payload = b""
+            if is_image(member.ext):
+                sizes[member.ext] = (member.height, member.width)
+            elif member.ext in _TEXT_EXTENSIONS:
+                payload = _read_range(shard, member.offset, member.offset + member.size)
+                _check(member, payload, origin)
+            members[member.ext] = payload
+        return assemble(members, origin, sizes)
 
     def close(self) -> None:
         """Closes every descriptor; the reader opens them again when needed."""
@@ -123,11 +149,18 @@ def _check(member: Member, payload: bytes, origin: Provenance) -> None:
         )
 
 
-def assemble(members: Mapping[str, bytes], origin: Provenance) -> Sample:
+def assemble(
+    members: Mapping[str, bytes], origin: Provenance, sizes: Mapping[str, tuple[int, int]] | None = None
+) -> Sample:
     """Parts and fields of one sample from its members by extension.
 
     With ``parts`` in the JSON member, they give the order; without, the images come in order of extension, then the
     caption (``txt``, or ``caption``, or the first of ``captions``). A ``txt`` member is the field ``caption`` too.
+
+    Args:
+        members: Bytes by extension.
+        origin: Where they come from.
+        sizes: Height and width of images by extension, as far as the index knows them.
 
     Raises:
         SampleError: malformed JSON or text, a part that names no member, or nothing at all.
@@ -135,7 +168,8 @@ def assemble(members: Mapping[str, bytes], origin: Provenance) -> Sample:
     try:
         fields = _fields(members)
         listed = fields.pop("parts", None)
-        parts = _default_parts(members, fields) if listed is None else _listed_parts(listed, members)
+        sizes = sizes or {}
+        parts = _default_parts(members, fields, sizes) if listed is None else _listed_parts(listed, members, sizes)
     except SampleError as error:
         raise error.located(origin.shard, origin.key) from error
     if not parts and not fields:
@@ -166,9 +200,11 @@ def _image_order(ext: str) -> tuple[int, str]:
     return (int(stem), ext) if stem.isdecimal() else (-1, ext)
 
 
-def _default_parts(members: Mapping[str, bytes], fields: Mapping[str, Any]) -> list[Part]:
+def _default_parts(
+    members: Mapping[str, bytes], fields: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]
+) -> list[Part]:
     images = sorted((ext for ext in members if is_image(ext)), key=_image_order)
-    parts: list[Part] = [ImagePart(members[ext], ext) for ext in images]
+    parts: list[Part] = [ImagePart(members[ext], ext, sizes.get(ext)) for ext in images]
     caption = fields.get("caption")
     if caption is None:
         captions = fields.get("captions")
@@ -178,7 +214,7 @@ def _default_parts(members: Mapping[str, bytes], fields: Mapping[str, Any]) -> l
     return parts
 
 
-def _listed_parts(listed: Any, members: Mapping[str, bytes]) -> list[Part]:
+def _listed_parts(listed: Any, members: Mapping[str, bytes], sizes: Mapping[str, tuple[int, int]]) -> list[Part]:
     if not isinstance(listed, list):
         raise SampleError(f"parts is a {type(listed).__name__}, expected a list", kind=FaultKind.TEXT)
     parts: list[Part] = []
@@ -187,7 +223,8 @@ def _listed_parts(listed: Any, members: Mapping[str, bytes]) -> list[Part]:
             case {"text": str(text)}:
                 parts.append(TextPart(text))
             case {"image": str(name)} if name.lower() in members:
-                parts.append(ImagePart(members[name.lower()], name.lower()))
+                name = name.lower()
+                parts.append(ImagePart(members[name], name, sizes.get(name)))
             case {"image": name}:
                 reason = f"parts name the image {name!r}; its members are {', '.join(members)}"
                 raise SampleError(reason, kind=FaultKind.TEXT)

@@ -26,11 +26,17 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """An encoded image (JPEG, PNG or WebP bytes), as stored."""
+    """An encoded image (JPEG, PNG or WebP bytes), as stored.
+
+    Attributes:
+        data: The bytes; empty if the sample was read to be measured only.
+        name: Extension part of the member's name, ``jpg`` or ``0.png``.
+        size: Height and width as shown, from the shard's index; None if there was no index to ask.
+    """
 
     data: bytes
     name: str
-    """Extension part of the member's name, ``jpg`` or ``0.png``."""
+    size: tuple[int, int] | None = None
 
 
 Part = TextPart | ImagePart

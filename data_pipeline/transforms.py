@@ -11,32 +11,29 @@ generator that the caller keys by sample, so a view is a pure function. Not for:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
-import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 from pydantic import Field
 
-from data_pipeline.augment import AugmentConfig, crop_box, cut, jitter
-from data_pipeline.decode.image import DecodeMode, Pixels, decode_image
+from data_pipeline.augment import AugmentConfig, crop_box, jitter
+from data_pipeline.decode.image import DecodeMode, decode_image, too_many_pixels
 from data_pipeline.document import MediaItem
-from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.strict import StrictConfig
+from data_pipeline.views import Canvas, ImagePlan, Size, View, render
 
-Size = tuple[int, int]
-"""Height and width, pixels."""
+_BLACK = np.uint8(0)
 
 
 class _TransformConfig(StrictConfig):
     """What every transform has."""
 
-    decode: DecodeMode = DecodeMode.PARITY
-    """``parity`` decodes every pixel with torchvision; ``fast`` lets JPEGs be scaled while decoding."""
+    decode: DecodeMode = DecodeMode.EXACT
+    """``exact`` decodes every pixel with torchvision; ``fast`` lets JPEGs be scaled while decoding."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Resize filter, always antialiased."""
     max_image_pixels: int = Field(default=1 << 26, ge=1)
@@ -84,25 +81,6 @@ class TilesTransform(_TransformConfig):
 
 
 TransformConfig = Annotated[FixedTransform | NativeTransform | TilesTransform, Field(discriminator="kind")]
-
-
-def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels:
-    """Antialiased resize; ``pixels`` itself if it already fits."""
-    if pixels.shape[:2] == size:
-        return pixels
-    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[
-        None
-    ]  # A channels-last view: the SIMD path.
-    out = F.interpolate(planes, size=size, mode=interpolation, antialias=True)
-    return out[0].permute(1, 2, 0).contiguous().numpy()
-
-
-def patchify(pixels: Pixels, patch_size: int) -> npt.NDArray[np.uint8]:
-    """``(H, W, C)`` to ``(P, C * patch_size**2)``: patches row-major, each in order (channel, row, column)."""
-    height, width, channels = pixels.shape
-    rows, columns = height // patch_size, width // patch_size
-    split = pixels.reshape(rows, patch_size, columns, patch_size, channels)
-    return split.transpose(0, 2, 4, 1, 3).reshape(rows * columns, channels * patch_size**2)
 
 
 def smart_size(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> Size:
@@ -192,80 +170,122 @@ class ImageTransform:
             raise DataConfigError(f"transforms.size={config.size}: the vision tower takes {need} pixels")
         return config.size
 
-    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> tuple[MediaItem, ...]:
-        """Views of one encoded image, embedded ones first; ``rng`` None applies no augmentation.
+    def __call__(
+        self, data: bytes, rng: np.random.Generator | None = None, expected: Size | None = None
+    ) -> tuple[MediaItem, ...]:
+        """Views of one encoded image, in reading order.
+
+        Args:
+            data: The encoded image.
+            rng: Draws the augmentation; None applies none.
+            expected: Height and width that the shard's index promised, if it did.
 
         Raises:
-            SampleError: the image cannot be decoded or is refused.
+            SampleError: the image cannot be decoded, is refused, or is not what the index says.
         """
         config = self.config
+        header = image_size(data)
+        size = (header.height, header.width)
+        if expected is not None and expected != size:
+            raise SampleError(
+                f"an image of {size[1]}x{size[0]} pixels, the index says {expected[1]}x{expected[0]}: an older index? "
+                "Build it again with: mmscale data index",
+                kind=FaultKind.DECODE,
+            )
+        plan = self.plan(size, rng)
         pixels = decode_image(
-            data, mode=config.decode, max_pixels=config.max_image_pixels, min_side=self._min_side(data, rng is not None)
+            data,
+            mode=config.decode,
+            max_pixels=config.max_image_pixels,
+            min_side=plan.needed_size() if config.decode is DecodeMode.FAST else None,
         )
-        augment = config.augment
+        if pixels.shape[:2] != plan.size and config.decode is not DecodeMode.FAST:
+            height, width = pixels.shape[:2]
+            raise SampleError(
+                f"its header says {header.width}x{header.height} pixels, the decoder gave {width}x{height}",
+                kind=FaultKind.DECODE,
+            )
+        values = render(pixels, plan, self.spec.patch_size, config.interpolation)
+        return tuple(
+            MediaItem(patches, view.grid, view.embedded) for patches, view in zip(values, plan.views, strict=True)
+        )
+
+    def measure(self, size: Size, rng: np.random.Generator | None = None) -> tuple[MediaItem, ...]:
+        """The views that an image of this size gives, with black pixels that take no memory.
+
+        Draws from ``rng`` exactly as the image itself would.
+
+        Args:
+            size: Height and width as shown, as ``image_header.image_size`` and the shard's index give them.
+            rng: As for the image.
+
+        Raises:
+            SampleError: the image is refused by its size.
+        """
+        if size[0] < 1 or size[1] < 1:
+            raise SampleError("the index holds no size of this image: its header is damaged", kind=FaultKind.DECODE)
+        plan, patch_dim = self.plan(size, rng), self.spec.patch_dim
+        return tuple(
+            MediaItem(np.broadcast_to(_BLACK, (math.prod(view.grid), patch_dim)), view.grid, view.embedded)
+            for view in plan.views
+        )
+
+    def plan(self, size: Size, rng: np.random.Generator | None = None) -> ImagePlan:
+        """What becomes of an image of ``size``: a pure function of it and of the draws.
+
+        Raises:
+            SampleError: the image is refused by its size.
+        """
+        if size[0] * size[1] > self.config.max_image_pixels:
+            raise too_many_pixels(size[1], size[0], self.config.max_image_pixels)
+        augment = self.config.augment
         if augment is None or rng is None:
-            return tuple(self._item(view, embedded) for view, embedded in self._views(pixels))
-        pixels = cut(pixels, crop_box(pixels.shape[:2], augment, rng))
-        if rng.random() < augment.flip:
-            pixels = np.ascontiguousarray(pixels[:, ::-1])
-        change = jitter(augment, rng)  # At the final size, where pixels are fewest.
-        return tuple(self._item(change(view), embedded) for view, embedded in self._views(pixels))
+            return ImagePlan(size, *self._layout(size))
+        box = crop_box(size, augment, rng)
+        flip = rng.random() < augment.flip
+        color = jitter(augment, rng)
+        return ImagePlan(size, *self._layout(box[2:]), box, flip, color)
 
-    def _min_side(self, data: bytes, training: bool) -> Size | None:
-        """Height and width that the views need of the decoded image."""
-        config = self.config
-        if config.decode is DecodeMode.PARITY:
-            return None
-        if isinstance(config, NativeTransform):
-            _, width, height = image_size(data)
-            size = smart_size(height, width, self.spec.size_multiple, config.min_pixels, config.max_pixels)
-        else:
-            tiles = config.max_tiles if isinstance(config, TilesTransform) else 1
-            size = (self._size * tiles, self._size * tiles)
-        crop = config.augment.scale[0] if training and config.augment is not None else 1.0
-        return math.ceil(size[0] / min(1.0, crop)), math.ceil(size[1] / min(1.0, crop))
-
-    def _item(self, view: Pixels, embedded: bool) -> MediaItem:
-        patch = self.spec.patch_size
-        return MediaItem(patchify(view, patch), (1, view.shape[0] // patch, view.shape[1] // patch), embedded)
-
-    def _views(self, pixels: Pixels) -> Iterator[tuple[Pixels, bool]]:
-        """Views with whether each is embedded."""
-        whole = self._whole(pixels)
-        tiles = self._tiles(pixels)
+    def _layout(self, size: Size) -> tuple[tuple[Canvas, ...], tuple[View, ...]]:
+        """Canvases and views of what is left after the crop."""
+        whole, tiled, grid = self._whole(size), None, (1, 1)
+        if isinstance(self.config, TilesTransform):
+            grid = tile_grid(*size, self.config.max_tiles, self._size)
+        if grid != (1, 1):  # Of one tile the thumbnail says it all.
+            sides = (grid[0] * self._size, grid[1] * self._size)
+            tiled = Canvas(sides, sides)
         placement = self.spec.placement
-        if placement is Placement.HYBRID:
-            yield whole, True
-            yield from ((tile, False) for tile in tiles or [whole])
-        else:
-            embedded = placement is Placement.EMBEDDING
-            yield whole, embedded
-            yield from ((tile, embedded) for tile in tiles)
+        first = self._view(0, 0, 0, whole.size, embedded=placement is not Placement.CROSS_ATTENTION)
+        if tiled is None:
+            again = (replace(first, embedded=False),) if placement is Placement.HYBRID else ()
+            return (whole,), (first, *again)
+        tiles = (
+            self._view(
+                1, row * self._size, column * self._size, (self._size, self._size), placement is Placement.EMBEDDING
+            )
+            for row in range(grid[0])
+            for column in range(grid[1])
+        )
+        return (whole, tiled), (first, *tiles)
 
-    def _whole(self, pixels: Pixels) -> Pixels:
-        config, (height, width) = self.config, pixels.shape[:2]
+    def _view(self, canvas: int, top: int, left: int, size: Size, embedded: bool) -> View:
+        patch = self.spec.patch_size
+        return View(canvas, top, left, (1, size[0] // patch, size[1] // patch), embedded)
+
+    def _whole(self, size: Size) -> Canvas:
+        """The canvas of the whole image."""
+        config, (height, width) = self.config, size
         if isinstance(config, NativeTransform):
             if max(height, width) > config.max_aspect * min(height, width):
                 raise SampleError(
-                    f"an image of {width}x{height} pixels, the longest aspect taken is {config.max_aspect:g}"
+                    f"an image of {width}x{height} pixels, the longest aspect taken is {config.max_aspect:g}",
+                    kind=FaultKind.DECODE,
                 )
-            size = smart_size(height, width, self.spec.size_multiple, config.min_pixels, config.max_pixels)
-            return resize(pixels, size, config.interpolation)
+            smart = smart_size(height, width, self.spec.size_multiple, config.min_pixels, config.max_pixels)
+            return Canvas(smart, smart)
+        side = self._size
         if isinstance(config, FixedTransform) and config.keep_aspect and height != width:
-            side = max(height, width)
-            top, left = (side - height) // 2, (side - width) // 2
-            pixels = cut(pixels, (-top, -left, side, side))
-        return resize(pixels, (self._size, self._size), config.interpolation)
-
-    def _tiles(self, pixels: Pixels) -> list[Pixels]:
-        """The tiles; none where the thumbnail alone says it all."""
-        config, size = self.config, self._size
-        if not isinstance(config, TilesTransform):
-            return []
-        rows, columns = tile_grid(pixels.shape[0], pixels.shape[1], config.max_tiles, size)
-        if rows * columns == 1:
-            return []
-        canvas = resize(pixels, (rows * size, columns * size), config.interpolation)
-        return [
-            canvas[r * size : (r + 1) * size, c * size : (c + 1) * size] for r in range(rows) for c in range(columns)
-        ]
+            longest = max(height, width)
+            content = (max(1, round(height * side / longest)), max(1, round(width * side / longest)))
+            return Canvas(content, (side, side), ((side - content[0]) // 2, (side - content[1]) // 2))
+        return Canvas((side, side), (side, side))

@@ -1,6 +1,6 @@
 """Encoded image to RGB pixels.
 
-Two named modes, never mixed silently: ``parity`` decodes every pixel with torchvision (libjpeg-turbo, libpng,
+Two named modes, never mixed silently: ``exact`` decodes every pixel with torchvision (libjpeg-turbo, libpng,
 libwebp), the reference for comparing with other code; ``fast`` lets the JPEG decoder skip work when a much smaller
 image is wanted (41 to 45 dB from the reference). PNG and WebP decode alike in both. Not for: resizing (``transforms``).
 """
@@ -25,7 +25,7 @@ Pixels = npt.NDArray[np.uint8]
 class DecodeMode(str, Enum):
     """How JPEGs are decoded."""
 
-    PARITY = "parity"
+    EXACT = "exact"
     """Every pixel, torchvision."""
     FAST = "fast"
     """Scaled while decoding (simplejpeg), when the wanted size is at most half of the image's."""
@@ -35,7 +35,7 @@ _PNG_PALETTE = 3  # The colour type in a PNG's header.
 
 
 def decode_image(
-    data: bytes, *, mode: DecodeMode = DecodeMode.PARITY, max_pixels: int, min_side: tuple[int, int] | None = None
+    data: bytes, *, mode: DecodeMode = DecodeMode.EXACT, max_pixels: int, min_side: tuple[int, int] | None = None
 ) -> Pixels:
     """Decodes JPEG, PNG or WebP bytes.
 
@@ -53,15 +53,11 @@ def decode_image(
     """
     size = image_size(data)
     if size.width * size.height > max_pixels:
-        raise SampleError(
-            f"an image of {size.width}x{size.height} pixels, the limit is {max_pixels} pixels: a decompression bomb, "
-            "or raise max_image_pixels",
-            kind=FaultKind.DECODE,
-        )
+        raise too_many_pixels(size.width, size.height, max_pixels)
     try:
         if size.format is ImageFormat.JPEG:
             # simplejpeg knows no EXIF: rotated images take the full decode in both modes.
-            if mode is DecodeMode.FAST and min_side is not None and data.find(b"Exif\x00\x00", 0, 65536) < 0:
+            if mode is DecodeMode.FAST and min_side is not None and size.orientation == 1:
                 return _fast_jpeg(data, min_side)
             tensor = decode_jpeg(_bytes_tensor(data), ImageReadMode.RGB, apply_exif_orientation=True)
         elif size.format is ImageFormat.PNG:
@@ -77,6 +73,15 @@ def decode_image(
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def too_many_pixels(width: int, height: int, max_pixels: int) -> SampleError:
+    """The refusal of an image by its header."""
+    return SampleError(
+        f"an image of {width}x{height} pixels, the limit is {max_pixels} pixels: a decompression bomb, "
+        "or raise max_image_pixels",
+        kind=FaultKind.DECODE,
+    )
 
 
 def _bytes_tensor(data: bytes) -> torch.Tensor:

@@ -6,7 +6,7 @@ For: indexing a shard, and refusing a decompression bomb before memory is spent 
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from data_pipeline.errors import FaultKind, SampleError
 
@@ -15,6 +15,8 @@ Buffer = bytes | memoryview
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Start-of-frame markers: C0-CF without DHT (C4), JPG (C8) and DAC (CC).
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_APP1 = 0xE1
+_ORIENTATION = 0x0112  # The EXIF tag.
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
@@ -36,11 +38,18 @@ FORMAT_OF_EXTENSION = {
 
 
 class ImageSize(NamedTuple):
-    """What the header says; width and height in pixels, before any EXIF rotation."""
+    """What the header says.
+
+    Attributes:
+        format: Encoding.
+        width, height: Pixels of the image as it is shown and decoded: a rotation that EXIF asks for is applied.
+        orientation: EXIF orientation, 1 to 8; 1 is as stored, 5 to 8 exchange width and height.
+    """
 
     format: ImageFormat
     width: int
     height: int
+    orientation: int = 1
 
 
 def is_image(ext: str) -> bool:
@@ -56,7 +65,7 @@ def image_size(data: Buffer) -> ImageSize:
     """
     start = bytes(data[:32])
     if start.startswith(_PNG_MAGIC):
-        size = _png(start)
+        size = _png(start, data)
     elif start.startswith(b"\xff\xd8"):
         size = _jpeg(data)
     elif start[:4] == b"RIFF" and start[8:12] == b"WEBP":
@@ -70,14 +79,30 @@ def image_size(data: Buffer) -> ImageSize:
     return size
 
 
-def _png(start: bytes) -> ImageSize:
+def _shown(kind: ImageFormat, width: int, height: int, exif: bytes) -> ImageSize:
+    orientation = exif_orientation(exif)
+    if orientation >= 5:
+        width, height = height, width
+    return ImageSize(kind, width, height, orientation)
+
+
+def _png(start: bytes, data: Buffer) -> ImageSize:
     if len(start) < 24 or start[12:16] != b"IHDR":
         raise SampleError("a PNG without its header chunk", kind=FaultKind.DECODE)
-    return ImageSize(ImageFormat.PNG, int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big"))
+    width, height = int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big")
+    at, exif = 8, b""
+    while at + 8 <= len(data):  # Chunks before the pixels: the decoder looks at no others.
+        kind, length = bytes(data[at + 4 : at + 8]), int.from_bytes(data[at : at + 4], "big")
+        if kind == b"eXIf":
+            exif = bytes(data[at + 8 : at + 8 + length])
+        if kind in (b"eXIf", b"IDAT"):
+            break
+        at += 12 + length
+    return _shown(ImageFormat.PNG, width, height, exif)
 
 
 def _jpeg(data: Buffer) -> ImageSize:
-    at = 2
+    at, exif = 2, None
     while at + 4 <= len(data):
         if data[at] != 0xFF:
             raise SampleError(f"a JPEG with no marker at byte {at}", kind=FaultKind.DECODE)
@@ -88,10 +113,38 @@ def _jpeg(data: Buffer) -> ImageSize:
             at += 2
         elif marker in _START_OF_FRAME and at + 9 <= len(data):
             height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
-            return ImageSize(ImageFormat.JPEG, width, height)
+            return _shown(ImageFormat.JPEG, width, height, exif or b"")
         else:
-            at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+            length = max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+            if marker == _APP1 and exif is None:
+                exif = bytes(data[at + 4 + len(b"Exif\0\0") : at + 2 + length])
+            at += 2 + length
     raise SampleError("a JPEG that ends before its size is known", kind=FaultKind.DECODE)
+
+
+def exif_orientation(exif: bytes) -> int:
+    """Orientation, 1 to 8, of a TIFF block; 1 if it says nothing that makes sense.
+
+    Reads what the decoder reads (torchvision ``exif.h``): the first directory, up to its first orientation entry. Of a
+    JPEG the block is the first APP1 segment less six bytes, whatever they are.
+    """
+    order: Literal["big", "little"] = "big" if exif[:2] == b"MM" else "little"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(exif[at : at + size], order) if at + size <= len(exif) else -1
+
+    if number(2, 2) != 0x2A:
+        return 1
+    first = number(4, 4)
+    for entry in range(max(0, number(first, 2)) if first >= 0 else 0):
+        at = first + 2 + 12 * entry
+        tag = number(at, 2)
+        if tag in (-1, 0xFFFF):
+            break
+        if tag == _ORIENTATION:
+            value = number(at + 8, 2)
+            return value if 1 <= value <= 8 else 1
+    return 1
 
 
 def _webp(start: bytes) -> ImageSize:

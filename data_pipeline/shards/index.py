@@ -51,7 +51,8 @@ class Member(NamedTuple):
         offset: First byte inside the tar.
         size: Bytes.
         crc32: ``zlib.crc32`` of those bytes.
-        width, height: Pixels of an image, from its header; 0 for anything else and for a damaged header.
+        width, height: Pixels of an image as shown (EXIF rotation applied), from its header; 0 for anything else and for
+            a damaged header.
     """
 
     ext: str
@@ -232,7 +233,8 @@ def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
 
 def _size_or_zero(content: memoryview) -> tuple[int, int]:
     try:
-        return image_size(content)[1:]
+        size = image_size(content)
+        return size.width, size.height
     except SampleError:  # The index records what is there; verify and the fault policy deal with it.
         return 0, 0
 

@@ -15,7 +15,8 @@ from data_pipeline.augment import AugmentConfig, crop_box, cut, jitter
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.transforms import ImageTransform, TransformConfig, patchify, resize, smart_size, tile_grid
+from data_pipeline.transforms import ImageTransform, TransformConfig, smart_size, tile_grid
+from data_pipeline.views import patchify, resize
 
 SPEC = MediaSpec(Placement.EMBEDDING, patch_size=8, fixed_grid=(2, 2))
 AUGMENT = {"shift": 0.2, "scale": [0.7, 1.3], "flip": 0.5, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
@@ -154,19 +155,43 @@ def test_cut_puts_pixels_where_they_were() -> None:
 
 def test_jitter_without_strength_changes_nothing_and_gray_keeps_its_hue() -> None:
     pixels = np.full((2, 2, 3), 100, np.uint8)
-    np.testing.assert_array_equal(jitter(AugmentConfig(flip=1), np.random.default_rng(0))(pixels), pixels)
-    saturated = jitter(AugmentConfig(saturation=0.9), np.random.default_rng(0))(pixels)
-    np.testing.assert_array_equal(saturated, pixels)
-    darker = jitter(AugmentConfig(brightness=0.9), np.random.default_rng(3))(pixels)
-    assert (darker != pixels).all()
+    assert jitter(AugmentConfig(flip=1), np.random.default_rng(0)) is None
+    saturate, darken = (
+        jitter(AugmentConfig(**{name: 0.9}), np.random.default_rng(3)) for name in ("saturation", "brightness")
+    )
+    assert saturate is not None
+    assert darken is not None
+    np.testing.assert_array_equal(saturate(pixels), pixels)
+    assert (darken(pixels) != pixels).all()
 
 
-def test_fast_decoding_leaves_enough_pixels_for_the_tiles_and_the_crop() -> None:
-    data = _image(512, 512, "JPEG")
-    config = {"size": 16, "decode": "fast", "augment": {"scale": [0.5, 1.0]}}
-    assert _transform(SPEC, kind="fixed", **config)._min_side(data, training=True) == (32, 32)
-    assert _transform(SPEC, kind="fixed", **config)._min_side(data, training=False) == (16, 16)
-    assert _transform(SPEC, kind="tiles", max_tiles=4, **config)._min_side(data, training=False) == (64, 64)
+@pytest.mark.parametrize(
+    ("config", "seed", "needed"),
+    [
+        ({"kind": "fixed"}, None, (16, 16)),
+        ({"kind": "fixed", "augment": {"scale": [0.5, 0.5]}}, 1, (32, 32)),
+        ({"kind": "fixed", "augment": {"scale": [0.5, 0.5]}}, None, (16, 16)),
+        ({"kind": "tiles", "max_tiles": 4}, None, (32, 32)),
+    ],
+)
+def test_fast_decoding_leaves_enough_pixels_for_the_tiles_and_the_crop(
+    config: dict, seed: int | None, needed: tuple[int, int]
+) -> None:
+    rng = None if seed is None else np.random.default_rng(seed)
+    assert _transform(SPEC, decode="fast", **config).plan((512, 512), rng).needed_size() == needed
+
+
+def test_fast_decoding_crops_where_exact_decoding_does() -> None:
+    smooth = Image.fromarray(np.linspace(0, 255, 64 * 64, dtype=np.uint8).reshape(64, 64)).resize((512, 512))
+    out = io.BytesIO()
+    smooth.convert("RGB").save(out, "JPEG", quality=95)
+    augment = {"scale": [0.5, 0.9], "shift": 0.3, "flip": 0.5}
+    for seed in range(4):
+        exact, fast = (
+            _transform(SPEC, kind="fixed", decode=mode, augment=augment)(out.getvalue(), np.random.default_rng(seed))[0]
+            for mode in ("exact", "fast")
+        )
+        assert np.abs(exact.values.astype(int) - fast.values).mean() < 2  # A white edge may move by a subpixel.
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_fast_mode_scales_while_decoding_but_not_below_the_wanted_size() -> None
     data = _encode(_smooth(256, 512), "JPEG")
     small = decode_image(data, mode=DecodeMode.FAST, max_pixels=LIMIT, min_side=(60, 60))
     assert 60 <= small.shape[0] < 128
-    assert decode_image(data, mode=DecodeMode.PARITY, max_pixels=LIMIT, min_side=(60, 60)).shape == (256, 512, 3)
+    assert decode_image(data, mode=DecodeMode.EXACT, max_pixels=LIMIT, min_side=(60, 60)).shape == (256, 512, 3)
     assert decode_image(data, mode=DecodeMode.FAST, max_pixels=LIMIT, min_side=(256, 256)).shape == (256, 512, 3)
 
 

@@ -1,0 +1,141 @@
+"""What becomes of one image, decided from its size alone: a plan, and the pixels that carry it out.
+
+    size, draws --ImageTransform.plan--> ImagePlan --render(pixels)--> one array of patches a view
+
+A plan knows every grid, so a document can be measured without decoding anything. Not for: which plan an image gets
+(``transforms``), decoding (``decode``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from data_pipeline.augment import Box, ColorChange, cut
+from data_pipeline.decode.image import Pixels
+from data_pipeline.media_spec import Grid
+
+Size = tuple[int, int]
+"""Height and width, pixels."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The image resized to ``content`` and laid on a plane of ``size``, its top left corner at ``at``."""
+
+    content: Size
+    size: Size
+    at: tuple[int, int] = (0, 0)
+    fill: int = 255
+    """Value of all channels where the image does not reach."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A rectangle of a canvas, handed to the tower.
+
+    Attributes:
+        canvas: Index into ``ImagePlan.canvases``.
+        top, left: Its corner on the canvas, pixels.
+        grid: Patches along (time, height, width).
+        embedded: Written into token slots (True) or attended (False).
+    """
+
+    canvas: int
+    top: int
+    left: int
+    grid: Grid
+    embedded: bool
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """All that happens to one image.
+
+    Attributes:
+        size: The image as shown; boxes are in its pixels.
+        canvases: Resized renderings; views are cut from them.
+        views: In reading order.
+        box: Part of the image that is kept, white where it reaches beyond; None keeps the image as it is.
+        flip: Whether left and right are exchanged, after ``box``.
+        color: Change of colours, at the final size, where pixels are fewest.
+    """
+
+    size: Size
+    canvases: tuple[Canvas, ...]
+    views: tuple[View, ...]
+    box: Box | None = None
+    flip: bool = False
+    color: ColorChange | None = None
+
+    def needed_size(self) -> Size:
+        """Height and width of the decoded image below which a canvas would be enlarged for want of pixels."""
+        kept = self.size if self.box is None else self.box[2:]
+        # Rounded up: -(-a // b).
+        height, width = (
+            max(-(-canvas.content[axis] * self.size[axis] // kept[axis]) for canvas in self.canvases) for axis in (0, 1)
+        )
+        return height, width
+
+
+def render(pixels: Pixels, plan: ImagePlan, patch_size: int, interpolation: str) -> list[npt.NDArray[np.uint8]]:
+    """Patches of every view, uint8 ``(P, patch_dim)`` each.
+
+    Args:
+        pixels: The decoded image, of ``plan.size`` or, from a decoder that scales, smaller.
+        plan: What to do.
+        patch_size: Side of a patch, pixels.
+        interpolation: Resize filter.
+    """
+    if plan.box is not None:
+        pixels = cut(pixels, _scaled(plan.box, plan.size, pixels.shape))
+    if plan.flip:
+        pixels = pixels[:, ::-1].copy()  # ascontiguousarray keeps the negative stride of a single column.
+    canvases = [_draw(pixels, canvas, plan.color, interpolation) for canvas in plan.canvases]
+    return [_patches(canvases[view.canvas], view, patch_size) for view in plan.views]
+
+
+def _scaled(box: Box, size: Size, shape: Sequence[int]) -> Box:
+    """The box in the pixels of a decoded image that is ``shape`` instead of ``size``."""
+    if (shape[0], shape[1]) == size:
+        return box
+    down, right = shape[0] / size[0], shape[1] / size[1]
+    top, left, height, width = box
+    return round(top * down), round(left * right), max(1, round(height * down)), max(1, round(width * right))
+
+
+def _draw(pixels: Pixels, canvas: Canvas, color: ColorChange | None, interpolation: str) -> Pixels:
+    pixels = resize(pixels, canvas.content, interpolation)
+    if canvas.content != canvas.size:
+        plane = np.full((*canvas.size, 3), canvas.fill, dtype=np.uint8)
+        top, left = canvas.at
+        plane[top : top + canvas.content[0], left : left + canvas.content[1]] = pixels
+        pixels = plane
+    return pixels if color is None else color(pixels)
+
+
+def _patches(canvas: Pixels, view: View, patch_size: int) -> npt.NDArray[np.uint8]:
+    height, width = view.grid[1] * patch_size, view.grid[2] * patch_size
+    return patchify(canvas[view.top : view.top + height, view.left : view.left + width], patch_size)
+
+
+def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels:
+    """Antialiased resize; ``pixels`` itself if it already fits."""
+    if pixels.shape[:2] == size:
+        return pixels
+    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]  # Channels last: the SIMD path.
+    out = F.interpolate(planes, size=size, mode=interpolation, antialias=True)
+    return out[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def patchify(pixels: Pixels, patch_size: int) -> npt.NDArray[np.uint8]:
+    """``(H, W, C)`` to ``(P, C * patch_size**2)``: patches row-major, each in order (channel, row, column)."""
+    height, width, channels = pixels.shape
+    rows, columns = height // patch_size, width // patch_size
+    split = pixels.reshape(rows, patch_size, columns, patch_size, channels)
+    return split.transpose(0, 2, 4, 1, 3).reshape(rows * columns, channels * patch_size**2)
