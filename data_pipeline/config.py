@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from data_pipeline.faults import FaultConfig
 from data_pipeline.mixture import Schedule
+from data_pipeline.storage.config import CacheConfig, StorageConfig
+from data_pipeline.storage.location import Location
 from data_pipeline.strict import StrictConfig
 from data_pipeline.template import CaptionTemplate, TemplateConfig
 from data_pipeline.tokenizer import TokenizerConfig
@@ -29,8 +30,9 @@ class DatasetConfig(StrictConfig):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Unique name of letters, digits, ``_.-``; a part of the seed of its order and its augmentation."""
-    manifest: Path
-    """Manifest written by ``mmscale data ingest`` or ``index``; relative to the working directory."""
+    manifest: Location
+    """Manifest written by ``mmscale data ingest`` or ``index``: a path, relative to the working directory, or a URL
+    (``s3://``, ``gs://``, ``az://``, ``http://``, ``https://``). Shards and indexes lie where it lies."""
     weight: Annotated[float, Field(gt=0)] | tuple[WeightFrom, ...] | None = None
     """Share of the draws, relative to the other data sets; or a list of weights, each from a step on (before the first
     it is 0). Null: 1, or what ``repeats`` says."""
@@ -104,6 +106,10 @@ class DataConfig(StrictConfig):
     """Worker processes of each rank, never more than its lanes; 0 loads between steps. Never changes the order."""
     prefetch: int = Field(default=2, ge=1)
     """Steps that each worker is ahead. Never changes the order."""
+    storage: StorageConfig = StorageConfig()
+    """How remote data are read. Never changes the order."""
+    cache: CacheConfig = CacheConfig()
+    """The disk cache of remote data. Never changes the order."""
     faults: FaultConfig = FaultConfig()
     """What happens to bad samples."""
 

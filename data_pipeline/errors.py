@@ -4,6 +4,8 @@ DataPipelineError
 ├── DataConfigError   a value that was asked for cannot work; nothing was read yet
 ├── ManifestError     a manifest or an index is missing, stale or damaged
 ├── ShardError        a tar is damaged or hostile
+├── StorageError      an object of a remote store cannot be read: absent, refused, or the store failed for too long
+│   └── StaleError    it is not the object that was indexed, or was replaced while it was read
 ├── SampleError       one sample is bad; the fault policy decides what follows
 ├── TooManyFaultsError   the fault policy gave up
 └── StateError        a resume state does not fit this data set, seed or configuration
@@ -46,6 +48,14 @@ class ManifestError(DataPipelineError):
 
 class ShardError(DataPipelineError):
     """A tar file is damaged, truncated or hostile; the message names file and offset."""
+
+
+class StorageError(DataPipelineError):
+    """A remote object cannot be read; the message names its URL and what to check."""
+
+
+class StaleError(StorageError):
+    """A remote object was replaced since it was indexed or first read; the message names its URL."""
 
 
 class SampleError(DataPipelineError):

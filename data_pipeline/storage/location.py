@@ -1,0 +1,108 @@
+"""Places of data: a path of this machine or a URL."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote, unquote
+
+from pydantic import PlainSerializer, PlainValidator
+from pydantic_core import core_schema
+
+from data_pipeline.errors import DataConfigError
+
+_WEB = ("http", "https")
+SCHEMES = ("s3", "gs", "az", *_WEB)
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+
+
+class Url(str):
+    """A place on a server: ``scheme://host-or-bucket/path``. Unlike ``Path`` it keeps its two slashes."""
+
+    @property
+    def scheme(self) -> str:
+        return self.partition("://")[0]
+
+    @property
+    def root(self) -> str:
+        """Scheme and host or bucket: what one store serves."""
+        return "/".join(self.split("/", 3)[:3])
+
+    @property
+    def path(self) -> str:
+        """What follows the host or bucket, without a slash in front."""
+        return "".join(self.split("/", 3)[3:])
+
+    @property
+    def key(self) -> str:
+        """The name of the object on its server; web addresses spell some letters as %XX, buckets do not."""
+        return unquote(self.path) if self.scheme in _WEB else self.path
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        """``.tar`` of ``.../x.tar``; empty without a dot."""
+        stem, dot, end = self.name.rpartition(".")
+        return dot + end if stem else ""
+
+    @property
+    def parent(self) -> Url:
+        """The folder."""
+        return Url(self.rpartition("/")[0])
+
+    def child(self, relative: str) -> Url:
+        """A place below this folder."""
+        return Url(f"{self}/{quote(relative) if self.scheme in _WEB else relative}")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
+
+
+def parse_location(value: Any) -> Path | Url:
+    """A path, or a URL of a known scheme.
+
+    Raises:
+        DataConfigError: the scheme is unknown, the URL names no object, or it carries a query or a password.
+    """
+    if isinstance(value, Url | Path):
+        return value
+    if not isinstance(value, str):
+        raise DataConfigError(f"{value!r}: expected a path or a URL")
+    match = _URL.fullmatch(value)
+    if match is None:
+        return Path(value)
+    scheme = match[1].lower()
+    if scheme == "file":
+        return Path(f"/{match[2].partition('/')[2]}")
+    if scheme not in SCHEMES:
+        raise DataConfigError(f"{value}: unknown scheme {match[1]}://; known are file:// and {', '.join(SCHEMES)}://")
+    url = Url(f"{scheme}://{match[2]}")
+    host = url.root.partition("://")[2]
+    if not host or not url.path:
+        raise DataConfigError(
+            f"{value}: expected {scheme}://{'BUCKET' if scheme in ('s3', 'gs', 'az') else 'HOST'}/PATH"
+        )
+    if "@" in host:
+        raise DataConfigError(
+            f"{scheme}://{host.rpartition('@')[2]}/...: no name or password in a URL; see docs/sources.md"
+        )
+    if "?" in url or "#" in url or ".." in url.path.split("/") or "//" in url.path:
+        raise DataConfigError(f"{value}: a plain path is expected, without ?, #, '..' or an empty part")
+    return url
+
+
+def _validate(value: Any) -> Path | Url:
+    try:
+        return parse_location(value)
+    except DataConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+Location = Annotated[Path | Url, PlainValidator(_validate), PlainSerializer(str, when_used="json")]
+"""A configured place: a path, or a URL of ``SCHEMES``."""

@@ -1,0 +1,271 @@
+"""Objects behind HTTP, S3, Google and Azure, through ``obstore``.
+
+Every read is a conditional range request of bounded size, so a slow, broken or replaced object costs one request and is
+noticed by the next. ``obstore``'s own retries are off: it tries a broken body not at all, and cannot tell a missing
+credential from a bad day.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from data_pipeline.errors import DataConfigError, StaleError, StorageError
+from data_pipeline.storage.background import Background
+from data_pipeline.storage.config import StorageConfig
+from data_pipeline.storage.location import Url
+from data_pipeline.storage.ranges import Range, coalesce, cut, pieces
+from data_pipeline.storage.retry import Retry, TransientError
+from data_pipeline.storage.store import STREAM_CHUNK_BYTES, ObjectInfo
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_PASSING = frozenset({408, 425, 429})
+_METADATA_SERVICE = "169.254.169.254"
+_CHECK = {
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN (or the machine's role), the bucket, "
+    "its region (data.storage.region or AWS_REGION) and the endpoint (data.storage.endpoint or AWS_ENDPOINT_URL)",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT, and the bucket",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, and the container",
+    "http": "the address, and that the server lets this machine read it",
+}
+
+
+class RemoteStore:
+    """Objects of one bucket or host.
+
+    Args:
+        root: ``Url.root``: scheme and bucket or host.
+        config: Timeouts and limits.
+        background: Where requests run.
+        limit: Bounds the requests of the process.
+    """
+
+    def __init__(self, root: str, config: StorageConfig, background: Background, limit: asyncio.Semaphore) -> None:
+        self._root = root
+        self._config = config
+        self._background = background
+        self._limit = limit
+        self._store = _open_store(root, config)
+        self._retry = Retry(config.retry_seconds)
+        self._has_worked = False
+        self.num_requests = 0
+        """Requests sent so far, repeated ones included."""
+
+    def stat(self, location: Any) -> ObjectInfo:
+        """As ``Store.stat``."""
+        return self._background.run(self.stat_async(location))
+
+    async def stat_async(self, location: Url) -> ObjectInfo:
+        """``stat`` for coroutines."""
+        return await self._retry.run(lambda: self._stat(location), str(location))
+
+    def read_ranges(self, location: Any, ranges: Sequence[Range], expected: ObjectInfo | None = None) -> list[bytes]:
+        """As ``Store.read_ranges``."""
+        return self._background.run(self.fetch(location, ranges, expected))[0]
+
+    async def fetch(
+        self, location: Url, ranges: Sequence[Range], expected: ObjectInfo | None = None
+    ) -> tuple[list[bytes], ObjectInfo | None]:
+        """``read_ranges`` for coroutines; also tells the version that was read (None if no byte was needed)."""
+        wholes = coalesce(ranges, self._config.gap_bytes, self._config.request_bytes)
+        parts = [part for whole in wholes for part in pieces(whole, self._config.request_bytes)]
+        if expected is None and len(parts) > 1:  # The first answer tells the version that the others must have.
+            first, expected = await self._range(location, parts[0], None)
+            answers = [(first, expected), *await self._ranges(location, parts[1:], expected)]
+        else:
+            answers = await self._ranges(location, parts, expected)
+        data = iter(answer for answer, _ in answers)
+        blocks = []
+        for whole in wholes:
+            count = len(pieces(whole, self._config.request_bytes))
+            blocks.append((whole, next(data) if count == 1 else b"".join(next(data) for _ in range(count))))
+        return [cut(blocks, Range(*wanted)) for wanted in ranges], answers[0][1] if answers else expected
+
+    async def chunks(self, location: Url, expected: ObjectInfo | None = None) -> AsyncIterator[bytes]:
+        """A whole object, front to back; a small one takes a single request.
+
+        Raises:
+            As ``Store.read_ranges``.
+        """
+        size = self._config.request_bytes
+        data, info = await self._range(location, Range(0, size), expected, to_end=True)
+        yield data
+        for part in pieces(Range(len(data), info.size), size) if len(data) < info.size else []:
+            yield (await self._range(location, part, info))[0]
+
+    async def _ranges(
+        self, location: Url, parts: Sequence[Range], expected: ObjectInfo | None
+    ) -> list[tuple[bytes, ObjectInfo]]:
+        tasks = [asyncio.ensure_future(self._range(location, part, expected)) for part in parts]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:  # The others are not needed any more.
+                task.cancel()
+            raise
+
+    async def _range(
+        self, location: Url, part: Range, expected: ObjectInfo | None, *, to_end: bool = False
+    ) -> tuple[bytes, ObjectInfo]:
+        what = f"{location} bytes {part.start}-{part.end}"
+        return await self._retry.run(lambda: self._get(location, part, expected, to_end), what)
+
+    async def _get(
+        self, location: Url, part: Range, expected: ObjectInfo | None, to_end: bool
+    ) -> tuple[bytes, ObjectInfo]:
+        import obstore
+
+        options: Any = {"range": tuple(part)}
+        if expected is not None and expected.etag.startswith('"'):  # A weak etag never matches, by the standard.
+            options["if_match"] = expected.etag
+        async with self._request(location):
+            answer = await obstore.get_async(self._store, location.key, options=options)
+            info, (first, end) = _info_of(answer.meta), answer.range
+            if expected is not None and info != expected:
+                raise StaleError(_stale(location, expected, info))
+            if to_end:
+                part = Range(part.start, min(part.end, info.size))
+            if (first, end) != part:
+                raise StorageError(f"{location}: has {info.size} bytes, bytes {part.start}-{part.end} were asked for")
+            data = bytes(await answer.bytes_async())
+        if len(data) != part.size:
+            raise TransientError(f"the answer ends after {len(data)} of {part.size} bytes")
+        return data, info
+
+    async def _stat(self, location: Url) -> ObjectInfo:
+        import obstore
+
+        async with self._request(location):
+            return _info_of(await obstore.head_async(self._store, location.key))
+
+    def stream(self, location: Any, expected: ObjectInfo | None = None) -> Iterator[bytes]:
+        """As ``Store.stream``: one range after the other, the next one under way while this one is used."""
+        info = expected if expected is not None else self.stat(location)
+        parts = [Range(at, min(at + STREAM_CHUNK_BYTES, info.size)) for at in range(0, info.size, STREAM_CHUNK_BYTES)]
+        coming = None
+        try:
+            for part in [*parts, None]:
+                ready = coming
+                coming = None if part is None else self._background.start(self._range(location, part, info))
+                if ready is not None:
+                    yield ready.result()[0]
+        finally:
+            if coming is not None:
+                coming.cancel()
+
+    def names(self, folder: Any) -> Iterator[Url]:
+        """As ``Store.names``; plain HTTP servers have no list."""
+        if folder.scheme in ("http", "https"):
+            raise StorageError(f"{folder}: an HTTP server lists no objects; name each tar")
+        found = self._background.run(self._retry.run(lambda: self._list(folder), str(folder)))
+        yield from (Url(f"{self._root}/{name}") for name in sorted(found))
+
+    async def _list(self, folder: Url) -> list[str]:
+        import obstore
+
+        names: list[str] = []
+        async with self._request(folder):
+            async for batch in obstore.list(self._store, folder.path.rstrip("/") + "/" if folder.path else None):
+                names += [meta["path"] for meta in batch]
+        return names
+
+    def write(self, location: Any, data: bytes) -> None:
+        """As ``Store.write``; object stores show an object only when it is whole."""
+        if location.scheme in ("http", "https"):
+            raise StorageError(f"{location}: an HTTP server takes no files; write into a folder or a bucket")
+        self._background.run(self._retry.run(lambda: self._put(location, data), str(location)))
+
+    async def _put(self, location: Url, data: bytes) -> None:
+        import obstore
+
+        async with self._request(location):
+            await obstore.put_async(self._store, location.key, data)
+
+    @asynccontextmanager
+    async def _request(self, location: Url) -> AsyncIterator[None]:
+        """Bounds requests and says what their failures mean."""
+        from obstore import exceptions
+
+        async with self._limit:
+            self.num_requests += 1
+            try:
+                yield
+            except FileNotFoundError as error:
+                raise StorageError(f"{location}: there is no such object; check bucket, path and endpoint") from error
+            except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError) as error:
+                raise StorageError(f"{location}: access denied; check {_to_check(location)}") from error
+            except exceptions.PreconditionError as error:
+                raise StaleError(_stale(location)) from error
+            except exceptions.NotSupportedError as error:
+                raise StorageError(
+                    f"{location}: this server sends no byte ranges (a plain `python -m http.server` does not); "
+                    "use one that does, or copy the shards to a disk"
+                ) from error
+            except exceptions.BaseError as error:
+                raise self._failure(location, str(error)) from error
+            self._has_worked = True
+
+    def _failure(self, location: Url, text: str) -> Exception:
+        reason = text.partition("\n")[0].removeprefix("Generic ")
+        status = _STATUS.search(reason)
+        number = int(status[1]) if status else 0
+        if _METADATA_SERVICE in text and not self._has_worked:
+            return StorageError(f"{location}: no credentials were found; set or check {_to_check(location)}")
+        if "without LOCATION" in reason or number in range(300, 400):
+            return StorageError(f"{location}: sent elsewhere; check {_to_check(location)} ({reason})")
+        if "not allowed" in reason or "builder error" in text:
+            return StorageError(f"{location}: {reason}; for an endpoint without encryption set data.storage.allow_http")
+        if number == 416:
+            return StorageError(
+                f"{location}: ends before the bytes that were asked for: is it the shard that was indexed?"
+            )
+        if number and number < 500 and number not in _PASSING:
+            return StorageError(f"{location}: refused; check {_to_check(location)} ({reason})")
+        return TransientError(reason)
+
+
+def _info_of(meta: Any) -> ObjectInfo:
+    changed = meta["last_modified"].timestamp()
+    return ObjectInfo(meta["size"], meta["e_tag"] or (f"{changed:.0f}" if changed else ""))
+
+
+def _stale(location: Url, expected: ObjectInfo | None = None, found: ObjectInfo | None = None) -> str:
+    seen = "" if expected is None or found is None else (
+        f" ({expected.size} bytes {expected.etag} before, {found.size} bytes {found.etag} now)"
+    )  # fmt: skip
+    return (
+        f"{location}: was replaced while it was read{seen}; put the old object back, "
+        f"or renew its index and manifest with `mmscale data index` and start anew"
+    )
+
+
+def _to_check(location: Url) -> str:
+    return _CHECK[location.scheme.removesuffix("s") if location.scheme == "https" else location.scheme]
+
+
+def _open_store(root: str, config: StorageConfig) -> Any:
+    try:
+        from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
+    except ImportError as error:
+        raise DataConfigError(f"{root}: reading it takes the extra `remote`: pip install 'mmscale[remote]'") from error
+    scheme, _, name = root.partition("://")
+    options: Any = {"timeout": f"{max(1, round(config.timeout_seconds * 1000))}ms"}
+    options["connect_timeout"] = options["timeout"]
+    once: Any = {"max_retries": 0}
+    if config.allow_http or scheme == "http":
+        options["allow_http"] = True
+    try:
+        if scheme == "s3":
+            named = {"endpoint": config.endpoint, "region": config.region}
+            chosen: Any = {key: value for key, value in named.items() if value is not None}
+            return S3Store(name, config=chosen, client_options=options, retry_config=once)
+        if scheme == "gs":
+            return GCSStore(name, client_options=options, retry_config=once)
+        if scheme == "az":
+            return AzureStore(name, client_options=options, retry_config=once)
+        return HTTPStore(root, client_options=options, retry_config=once)
+    except Exception as error:  # obstore reports wrong settings by several classes.
+        raise StorageError(f"{root}: cannot be opened: {str(error).partition(chr(10))[0]}") from error

