@@ -81,11 +81,12 @@ class SampleReader:
         number, row = self.manifest.locate(sample_index)
         shard = self._shard(number)
         origin = Provenance(self.dataset, str(shard.path), shard.index.key(row), sample_index, epoch)
-        first, end = shard.index.span(row)
+        listed = shard.index.members(row)
+        first, end = listed[0].offset, listed[-1].offset + listed[-1].size
         data = _read_range(shard, first, end)
         members: dict[str, bytes] = {}
         sizes: dict[str, tuple[int, int]] = {}
-        for member in shard.index.members(row):
+        for member in listed:
             payload = data[member.offset - first : member.offset - first + member.size]
             _check(member, payload, origin)
             members[member.ext] = payload

@@ -15,8 +15,8 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,21 @@ Column = npt.NDArray[Any]
 
 _DTYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I32": "<i4", "I64": "<i8"}
 _MAX_HEADER_BYTES = 1 << 20
+_CHECKED_AT_ONCE = 1 << 16
 _RECORD = "record"  # One metadata key only: safetensors writes several in an unstated order.
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What a column file holds. ``arrays`` are read-only views of the mapped file."""
+    """What a column file holds. ``arrays`` are read-only views of the mapped file, shared by all processes."""
 
     arrays: dict[str, Column]
     record: dict[str, Any]
+    _map: mmap.mmap = field(repr=False)
+
+    def release_pages(self) -> None:
+        """Takes pages that were looked at out of this process's memory; they stay in the system's page cache."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def write_columns(path: Path, arrays: Mapping[str, Column], record: Mapping[str, Any]) -> None:
@@ -85,7 +91,7 @@ def _parse(data: mmap.mmap, size: int, expected: Mapping[str, tuple[str, int]], 
     if set(header) != set(expected):
         raise ValueError(f"columns {sorted(header)}, expected {sorted(expected)}")
     arrays = {name: _column(data, start, size, name, header[name], *expected[name]) for name in expected}
-    return Columns(arrays, record)
+    return Columns(arrays, record, data)
 
 
 def _column(
@@ -101,7 +107,7 @@ def _column(
     return np.frombuffer(data, kind, math.prod(shape), start + begin).reshape(shape)
 
 
-def pack_strings(strings: list[str]) -> tuple[Column, Column]:
+def pack_strings(strings: Iterable[str]) -> tuple[Column, Column]:
     """UTF-8 bytes of all strings in one column and the N + 1 offsets between them."""
     encoded = [string.encode() for string in strings]
     offsets = np.zeros(len(encoded) + 1, np.int64)
@@ -115,5 +121,9 @@ def check_offsets(offsets: Column, total: int, what: str) -> None:
     Raises:
         ManifestError: they do not rise from 0 to ``total``.
     """
-    if len(offsets) < 1 or offsets[0] != 0 or int(offsets[-1]) != total or bool(np.any(offsets[1:] < offsets[:-1])):
+    rises = len(offsets) > 0 and offsets[0] == 0 and int(offsets[-1]) == total
+    for first in range(0, len(offsets) - 1, _CHECKED_AT_ONCE):  # In pieces: memory does not grow with the file.
+        piece = offsets[first : first + _CHECKED_AT_ONCE + 1]
+        rises = rises and bool(np.all(piece[1:] >= piece[:-1]))
+    if not rises:
         raise ManifestError(f"{what}: offsets do not rise from 0 to {total}; rebuild it with: mmscale data index")

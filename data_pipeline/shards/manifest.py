@@ -9,14 +9,15 @@ is asked for. Paths are relative to the manifest's folder and never leave it, so
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from data_pipeline.errors import DataConfigError, ManifestError
-from data_pipeline.shards.columns import Column, check_offsets, pack_strings, read_columns, write_columns
+from data_pipeline.shards.columns import Column, Columns, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.shards.index import ShardIndex
 
 MANIFEST_FORMAT = "mmscale-manifest-1"
@@ -28,6 +29,8 @@ _COLUMNS = {
     "tar_sha256": ("u1", 2),
 }
 _SHA256_BYTES = 32
+# A look at a row maps much around each of its columns; with a million shards that would add up to 80 MiB.
+_RELEASE_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Manifest:
     path: Path
     fingerprint: str
     cu_samples: Column
-    _arrays: dict[str, Column] = field(repr=False)
+    _columns: Columns = field(repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Manifest:
@@ -62,7 +65,8 @@ class Manifest:
             raise ManifestError(f"{path}: damaged manifest: digests of shape {arrays['tar_sha256'].shape}")
         check_offsets(arrays["cu_samples"], int(arrays["cu_samples"][-1]), f"{path}: cu_samples")
         check_offsets(arrays["cu_path_bytes"], len(arrays["path_bytes"]), f"{path}: cu_path_bytes")
-        return cls(path, str(record.get("fingerprint")), arrays["cu_samples"], arrays)
+        columns.release_pages()
+        return cls(path, str(record.get("fingerprint")), arrays["cu_samples"], columns)
 
     @property
     def num_shards(self) -> int:
@@ -89,8 +93,11 @@ class Manifest:
         Raises:
             ManifestError: the stored path would leave the manifest's folder.
         """
-        cu = self._arrays["cu_path_bytes"]
-        name = bytes(self._arrays["path_bytes"][cu[shard_number] : cu[shard_number + 1]]).decode(errors="replace")
+        if shard_number % _RELEASE_EVERY == 0:  # Orders visit shards at random: about once in so many calls.
+            self._columns.release_pages()
+        arrays = self._columns.arrays
+        first, end = arrays["cu_path_bytes"][shard_number : shard_number + 2]
+        name = bytes(arrays["path_bytes"][first:end]).decode(errors="replace")
         relative = PurePosixPath(name)
         if relative.is_absolute() or ".." in relative.parts or "\0" in name or "\\" in name or not relative.parts:
             raise ManifestError(
@@ -100,11 +107,11 @@ class Manifest:
 
     def shard_bytes(self, shard_number: int) -> int:
         """Size of a shard's tar."""
-        return int(self._arrays["tar_bytes"][shard_number])
+        return int(self._columns.arrays["tar_bytes"][shard_number])
 
     def shard_sha256(self, shard_number: int) -> str:
         """Digest of a shard's tar, hexadecimal."""
-        return bytes(self._arrays["tar_sha256"][shard_number]).hex()
+        return bytes(self._columns.arrays["tar_sha256"][shard_number]).hex()
 
     def open_index(self, shard_number: int) -> ShardIndex:
         """Opens a shard's index and checks that both speak of the same tar.
@@ -124,7 +131,7 @@ class Manifest:
 
     def computed_fingerprint(self) -> str:
         """The fingerprint computed again from the columns; differs from ``fingerprint`` in a damaged file."""
-        return _fingerprint(self._arrays)
+        return _fingerprint(self._columns.arrays)
 
 
 def _fingerprint(arrays: dict[str, Column]) -> str:
@@ -135,8 +142,10 @@ def _fingerprint(arrays: dict[str, Column]) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(path: str | Path, shards: Sequence[str | Path]) -> Manifest:
+def write_manifest(path: str | Path, shards: Iterable[str | Path]) -> Manifest:
     """Writes a manifest of indexed shards, whole or not at all; equal shards give equal bytes.
+
+    One index is open at a time, and a shard costs a few hundred bytes of memory.
 
     Args:
         path: The manifest; shards must lie in its folder or below.
@@ -147,18 +156,23 @@ def write_manifest(path: str | Path, shards: Sequence[str | Path]) -> Manifest:
         ManifestError: a shard or its index is missing or stale.
     """
     path = Path(path)
-    names = [_relative(Path(shard), path) for shard in shards]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataConfigError(f"{path}: the shard {twice} is named twice")
-    indexes = [ShardIndex.open(shard) for shard in shards]
+    names: dict[str, None] = {}
+    counts, tar_bytes, digests = array("q", [0]), array("q"), bytearray()
+    for shard in shards:
+        name = _relative(Path(shard), path)
+        if name in names:
+            raise DataConfigError(f"{path}: the shard {name} is named twice")
+        names[name] = None
+        index = ShardIndex.open(shard)
+        counts.append(len(index))
+        tar_bytes.append(index.tar_bytes)
+        digests += bytes.fromhex(index.tar_sha256)
     path_bytes, cu_path_bytes = pack_strings(names)
-    digests = b"".join(bytes.fromhex(index.tar_sha256) for index in indexes)
     arrays: dict[str, Column] = {
-        "cu_samples": np.cumsum([0, *(len(index) for index in indexes)], dtype=np.int64),
+        "cu_samples": np.cumsum(counts, dtype=np.int64),
         "path_bytes": path_bytes,
         "cu_path_bytes": cu_path_bytes,
-        "tar_bytes": np.array([index.tar_bytes for index in indexes], np.int64),
+        "tar_bytes": np.array(tar_bytes, np.int64),
         "tar_sha256": np.frombuffer(digests, np.uint8).reshape(-1, _SHA256_BYTES),
     }
     write_columns(path, arrays, {"format": MANIFEST_FORMAT, "fingerprint": _fingerprint(arrays)})

@@ -125,7 +125,9 @@ def verify_shard(
 
 def _index(tar_path: Path, report: ShardReport) -> ShardIndex | None:
     try:
-        return ShardIndex.read(tar_path)
+        index = ShardIndex.read(tar_path)
+        index.check()
+        return index
     except ManifestError as error:
         report.add(Problem.INDEX, str(error))
         return None

@@ -164,7 +164,7 @@ def test_epochs_are_shuffled_independently(num_samples: int, block_size: int, se
     stored = np.arange(num_samples)
     # Blocks move as one, so a correlation by chance has a deviation of 1 / sqrt(blocks); 4.5 of them: 1 in 147,000.
     chance = 4.5 / np.sqrt(num_samples / block_size)
-    correlations = np.corrcoef(np.vstack([stored, positions]))
+    correlations = np.asarray(np.corrcoef(np.vstack([stored, positions])))
     assert np.abs(correlations[np.triu_indices(4, 1)]).max() < chance
 
 

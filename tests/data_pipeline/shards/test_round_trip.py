@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import tarfile
 import tracemalloc
 import zlib
@@ -19,8 +20,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.errors import DataConfigError, ManifestError, ShardError
-from data_pipeline.shards.columns import pack_strings, write_columns
-from data_pipeline.shards.index import ShardIndex, build_index, index_path
+from data_pipeline.reader import SampleReader
+from data_pipeline.shards import index as index_module
+from data_pipeline.shards.columns import Column, pack_strings, write_columns
+from data_pipeline.shards.files import sha256_of
+from data_pipeline.shards.index import Member, ShardIndex, build_index, index_path
 from data_pipeline.shards.manifest import MANIFEST_FORMAT, Manifest, write_manifest
 from data_pipeline.shards.writer import ShardWriter
 
@@ -213,6 +217,19 @@ def test_hostile_headers_are_refused(tmp_path: Path, old: bytes, new: bytes) -> 
         ShardIndex.open(shard)
 
 
+def everything(shard: Path) -> list[tuple[int, int, list[Member]]] | None:
+    """Every row of an index; None if opening or a row was refused, and then the check of the whole refuses too."""
+    try:
+        index = ShardIndex.open(shard)
+        rows = [(*index.span(i), index.members(i)) for i in range(len(index))]
+        assert len([index.key(i) for i in range(len(index))]) == len(rows)
+    except ManifestError:
+        with pytest.raises(ManifestError):
+            ShardIndex.open(shard).check()
+        return None
+    return rows
+
+
 @pytest.mark.fault
 def test_damaged_indexes_never_point_outside_the_tar(tmp_path: Path) -> None:
     """Any byte of an index changed: it is refused, or every span still lies inside the tar."""
@@ -224,16 +241,12 @@ def test_damaged_indexes_never_point_outside_the_tar(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[at] ^= int(rng.integers(1, 256))
         index_path(shard).write_bytes(damaged)
-        try:
-            index = ShardIndex.open(shard)
-        except ManifestError:
+        if (found := everything(shard)) is None:
             refused += 1
             continue
-        for i in range(len(index)):
-            first, end = index.span(i)
+        for first, end, members in found:
             assert 0 <= first <= end <= size
-            assert all(m.offset >= 0 and m.offset + m.size <= size for m in index.members(i))
-            index.key(i)
+            assert all(m.offset >= 0 and m.offset + m.size <= size for m in members)
     assert refused > 200
     for length in range(0, len(whole), 7):
         index_path(shard).write_bytes(whole[:length])
@@ -270,6 +283,71 @@ def test_opening_many_shards_makes_no_objects_of_them(tmp_path: Path) -> None:
     assert peak < 4 * count
     assert manifest.locate(999_999_999) == (count - 1, 9_999)
     assert manifest.shard_path(count - 1) == tmp_path / "shards" / "part-099999.tar"
+
+
+def test_a_manifest_is_written_and_read_with_one_index_open_at_a_time(tmp_path: Path) -> None:
+    """More shards than a process may have files: once every index stayed mapped, and a map holds a descriptor."""
+    shards = write(tmp_path, [(f"{i}", {"txt": b"some text"}) for i in range(300)], max_samples=1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    try:
+        manifest = write_manifest(tmp_path / "all.manifest", iter(shards))
+        reader = SampleReader(manifest, "x", max_open=8)
+        for i in [*range(300), *range(299, -1, -1)]:
+            reader.read(i)
+            if i == 8:
+                few = len(os.listdir("/proc/self/fd")), maps(tmp_path)
+        assert (len(os.listdir("/proc/self/fd")), maps(tmp_path)) == few
+        reader.close()
+        assert maps(tmp_path) <= 1  # The manifest's own.
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def maps(folder: Path) -> int:
+    """Files of a folder that this process has mapped."""
+    return sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.fault
+def test_offsets_that_fall_are_found_when_a_manifest_is_opened(tmp_path: Path) -> None:
+    """Also between the pieces in which they are checked."""
+    count = (1 << 16) + 2
+    arrays: dict[str, Column] = {
+        "cu_samples": np.arange(count + 1, dtype=np.int64),
+        "path_bytes": np.zeros(0, np.uint8),
+        "cu_path_bytes": np.zeros(count + 1, np.int64),
+        "tar_bytes": np.zeros(count, np.int64),
+        "tar_sha256": np.zeros((count, 32), np.uint8),
+    }
+    for at in (1, 1 << 16, (1 << 16) + 1, count - 1):
+        damaged = arrays["cu_samples"].copy()
+        damaged[at] += 2
+        record = {"format": MANIFEST_FORMAT, "fingerprint": ""}
+        write_columns(tmp_path / "x.manifest", {**arrays, "cu_samples": damaged}, record)
+        with pytest.raises(ManifestError, match="do not rise"):
+            Manifest.open(tmp_path / "x.manifest")
+
+
+def test_the_digest_of_a_newer_tar_is_computed_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only data set whose tars are newer than their indexes: an order opens each shard many times."""
+    (shard,) = write(tmp_path, [("a", {"txt": b"a"})])
+    digests: list[Path] = []
+
+    def noted(path: Path) -> str:
+        digests.append(path)
+        return sha256_of(path)
+
+    monkeypatch.setattr(index_module, "sha256_of", noted)
+    monkeypatch.setattr(index_module, "_renew", lambda path: None)
+    os.utime(shard, (2e9, 2e9))
+    for _ in range(3):
+        ShardIndex.open(shard)
+    assert digests == [shard]
+    shard.write_bytes(shard.read_bytes().replace(b"a", b"b"))
+    os.utime(shard, (3e9, 3e9))
+    with pytest.raises(ManifestError, match="content of the tar changed"):
+        ShardIndex.open(shard)
 
 
 def test_an_empty_manifest_opens(tmp_path: Path) -> None:
