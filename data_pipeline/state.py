@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.errors import StateError
@@ -120,11 +120,29 @@ class LoaderState:
     lanes: dict[int, list[int]]
     datasets: tuple[str, ...] = ()
 
-    def to_json(self) -> str:
-        """One line; ``from_json`` reads it back."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; ``from_dict`` reads them back."""
         lanes = {str(lane): self.lanes[lane] for lane in sorted(self.lanes)}
         head = {"fingerprint": self.fingerprint, "step": self.step, "datasets": list(self.datasets)}
-        return json.dumps({**head, "lanes": lanes})
+        return {**head, "lanes": lanes}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> LoaderState:
+        """Reads ``to_dict``.
+
+        Raises:
+            StateError: the record is no loader state.
+        """
+        try:
+            lanes = {int(lane): list(integers) for lane, integers in record["lanes"].items()}
+            names = tuple(str(name) for name in record["datasets"])
+            return cls(str(record["fingerprint"]), int(record["step"]), lanes, names)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StateError(f"no loader state: {error!r}") from error
+
+    def to_json(self) -> str:
+        """One line; ``from_json`` reads it back."""
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> LoaderState:
@@ -135,11 +153,9 @@ class LoaderState:
         """
         try:
             record = json.loads(text)
-            lanes = {int(lane): list(integers) for lane, integers in record["lanes"].items()}
-            names = tuple(str(name) for name in record["datasets"])
-            return cls(str(record["fingerprint"]), int(record["step"]), lanes, names)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StateError(f"no loader state: {error!r}") from error
+        except ValueError as error:
+            raise StateError(f"no loader state: {error}") from error
+        return cls.from_dict(record)
 
     @classmethod
     def merge(cls, states: Sequence[LoaderState]) -> LoaderState:

@@ -11,13 +11,14 @@ checkpoint and goes on from it, whatever ended the last attempt.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
 from data_pipeline.batch import MultimodalBatch
+from data_pipeline.errors import DataConfigError
 from data_pipeline.loader import Loader, LoaderState, StepBatch
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale import checkpoint
@@ -29,6 +30,7 @@ from mmscale.engine.engine import Engine
 from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.finish import finish, is_finished
+from mmscale.metrics.datasets import figures, totals
 from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import CaptionedImage, batch_images
 from mmscale.models.build import build_model
@@ -136,7 +138,9 @@ def _train_stage(
     stage = config.stages[state.stage_index]
     last = min(state.step + stage.steps - state.stage_step, config.total_steps)
     stopped = False
-    decode = load_tokenizer(config.stage_data(state.stage_index).tokenizer).decode
+    data = config.stage_data(state.stage_index)
+    datasets = [dataset.name for dataset in data.datasets]
+    decode = load_tokenizer(data.tokenizer).decode
 
     def show(microbatch: MultimodalBatch, limit: int) -> list[CaptionedImage]:
         return batch_images(microbatch, config.media_spec, decode, limit)
@@ -147,7 +151,7 @@ def _train_stage(
         while state.step < last and not stopped:
             with log.waiting_for_data():
                 batch = next(batches)
-            state = _step(engine, state, batch, stage.name, log, show)
+            state = _step(engine, state, batch, stage.name, datasets, log, show)
             stopped = stop.should_stop(engine.world)
             if stopped or state.step == last or config.checkpoint.due(state.step):
                 checkpoint.save(engine, state, config.run_dir / CHECKPOINTS, config.checkpoint)
@@ -157,9 +161,18 @@ def _train_stage(
     return state, stopped
 
 
-def _step(engine: Engine, state: TrainState, batch: StepBatch, stage: str, log: Log, show: Show) -> TrainState:
+def _step(
+    engine: Engine, state: TrainState, batch: StepBatch, stage: str, datasets: Sequence[str], log: Log, show: Show
+) -> TrainState:
     report = engine.train_step(batch.microbatches)
-    tokens, samples, skipped = sum_float(engine.world, [batch.num_tokens, batch.num_samples, len(batch.skipped)])
+    counts = [batch.num_tokens, batch.num_samples, len(batch.skipped)]
+    mine = [*counts, *totals(batch, report.document_losses, datasets)]
+    tokens, samples, skipped, *by_dataset = sum_float(engine.world, mine)
+    if not samples:
+        raise DataConfigError(
+            f"every data set gave all its epochs before step {state.step + 1} (data.datasets.*.max_epochs): "
+            "plan fewer steps, or more epochs"
+        )
     state = replace(
         state,
         step=state.step + 1,
@@ -176,7 +189,7 @@ def _step(engine: Engine, state: TrainState, batch: StepBatch, stage: str, log: 
         num_tokens=int(tokens),
         num_samples=int(samples),
         stage=stage,
-        extra={"skipped_samples": int(skipped)},
+        extra={"skipped_samples": int(skipped), **figures(datasets, by_dataset)},
     )
     log.images(state.step, functools.partial(show, batch.microbatches[0]))
     return state

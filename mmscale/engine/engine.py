@@ -43,7 +43,7 @@ from mmscale.stages import StageConfig
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did; equal on all ranks.
+    """What one optimizer step did; equal on all ranks but for ``document_losses``.
 
     Attributes:
         loss: Weighted mean over all tokens of the step on all ranks; NaN or infinite if the step failed.
@@ -52,6 +52,7 @@ class StepReport:
         learning_rates: By trained component.
         applied: Whether weights changed. False for a gradient that is not finite, and for a step without any weight.
         metrics: Weighted means of the objective's metrics.
+        document_losses: Of each microbatch of this rank: the weighted loss sum of each document.
     """
 
     loss: float
@@ -60,6 +61,7 @@ class StepReport:
     learning_rates: dict[str, float]
     applied: bool
     metrics: dict[str, float] = field(default_factory=dict)
+    document_losses: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         try:
-            sums = self._run(microbatches, self.world.world_size / weight)
+            sums, losses = self._run(microbatches, self.world.world_size / weight)
         except RuntimeError as error:
             if is_peer_lost(error):
                 raise peer_lost(self.world, error) from error
@@ -164,18 +166,25 @@ class Engine:
         means = self._global_means(sums, weight)
         applied = bool(self._deepspeed.was_step_applied())
         norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
-        return StepReport(means.pop("loss"), weight, norm if applied else math.inf, rates, applied, means)
+        documents = tuple(tuple(part.tolist()) for part in losses)
+        return StepReport(means.pop("loss"), weight, norm if applied else math.inf, rates, applied, means, documents)
 
-    def _run(self, microbatches: Sequence[Any], scale: float) -> list[dict[str, Tensor]]:
-        """Forward, backward and, after the last microbatch, the step. Sums of loss and metrics of each microbatch."""
+    def _run(self, microbatches: Sequence[Any], scale: float) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+        """Forward, backward and, after the last microbatch, the step.
+
+        Returns:
+            Of each microbatch the sums of loss and metrics, and the losses of its documents.
+        """
         sums: list[dict[str, Tensor]] = []
+        documents: list[Tensor] = []
         for index, microbatch in enumerate(microbatches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
-            loss_sum, metrics = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
+            loss_sum, metrics, losses = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
             sums.append({"loss": loss_sum.detach(), **metrics})
+            documents.append(losses)
             self._backward(loss_sum, scale)
             self._deepspeed.step()
-        return sums
+        return sums, documents
 
     def _backward(self, loss_sum: Tensor, scale: float) -> None:
         """Scales and differentiates.

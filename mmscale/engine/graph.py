@@ -15,7 +15,7 @@ class ObjectiveLike(Protocol):
         ...
 
     def __call__(self, model: Any, batch: Any) -> Any:
-        """``loss_sum`` (scalar with graph) and ``metrics`` (sums, without graph)."""
+        """``loss_sum`` (scalar with graph), ``metrics`` (sums) and ``document_losses``, both without graph."""
         ...
 
 
@@ -31,7 +31,8 @@ class LossGraph(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss summed over the microbatch, and its metric sums."""
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss summed over the microbatch, its metric sums, and the losses of its documents."""
         output = self.objective(self.model, batch)
-        return output.loss_sum, {name: value.detach() for name, value in output.metrics.items()}
+        metrics = {name: value.detach() for name, value in output.metrics.items()}
+        return output.loss_sum, metrics, output.document_losses.detach()

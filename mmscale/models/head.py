@@ -31,8 +31,12 @@ class LanguageHead(nn.Module):
         hidden: Float[Tensor, "T D"],
         labels: Int[Tensor, " T"] | None = None,
         loss_weights: Float[Tensor, " T"] | None = None,
+        row_losses: Float[Tensor, " T"] | None = None,
     ) -> Tensor:
-        """Logits ``(T, V)``; with ``labels`` and ``loss_weights`` the float32 sum of weighted cross-entropies."""
+        """Logits ``(T, V)``; with ``labels`` and ``loss_weights`` the float32 sum of weighted cross-entropies.
+
+        ``row_losses`` (zeros) receives the terms of that sum.
+        """
         if labels is None or loss_weights is None:
             return F.linear(hidden, self.weight)
-        return linear_cross_entropy(hidden, self.weight, labels, loss_weights)
+        return linear_cross_entropy(hidden, self.weight, labels, loss_weights, row_losses)

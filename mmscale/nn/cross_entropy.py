@@ -28,26 +28,44 @@ def linear_cross_entropy(
     weight: Float[Tensor, "V D"],
     labels: Int[Tensor, " T"],
     loss_weights: Float[Tensor, " T"],
+    row_losses: Float[Tensor, " T"] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over rows of ``loss_weights * cross_entropy(hidden @ weight.T, labels)``, in float32.
 
     Rows of weight 0 are skipped: their gradient is exactly zero and their label may be anything. Gradients reach
     ``hidden`` and ``weight``, each only if it wants one; never ``loss_weights``.
 
+    Args:
+        hidden: Rows.
+        weight: The head's matrix.
+        labels: Ids.
+        loss_weights: Weight of each row.
+        row_losses: float32, zeros; the weighted loss of each row is written here, for reports.
+
     Source: Hsu et al. 2024, "Liger Kernel" (arXiv 2410.10989), section 3.2, fused linear cross-entropy.
     """
     rows = loss_weights.nonzero().squeeze(1)
     grad = torch.is_grad_enabled()
     needs = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    return _LinearCrossEntropy.apply(
-        hidden.index_select(0, rows), weight, labels.index_select(0, rows), loss_weights.index_select(0, rows), needs
-    )
+    chosen = hidden.index_select(0, rows), weight, labels.index_select(0, rows), loss_weights.index_select(0, rows)
+    if row_losses is None:
+        return _LinearCrossEntropy.apply(*chosen, needs, None)
+    losses = row_losses.new_empty(rows.shape)
+    total = _LinearCrossEntropy.apply(*chosen, needs, losses)
+    row_losses.index_copy_(0, rows, losses)
+    return total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, needs: tuple[bool, bool]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor,
+        needs: tuple[bool, bool],
+        row_losses: Tensor | None,
     ) -> Tensor:
         hidden_grad = torch.empty_like(hidden) if needs[0] else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
@@ -59,7 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = (rows @ weight.t()).float()  # (chunk, V)
             target = labels[part].unsqueeze(1)
             log_norm = logits.logsumexp(-1, keepdim=True)
-            total += ((log_norm - logits.gather(1, target)).squeeze(1) * scale).sum()
+            losses = (log_norm - logits.gather(1, target)).squeeze(1) * scale
+            total += losses.sum()
+            if row_losses is not None:
+                row_losses[part] = losses
             if hidden_grad is None and weight_grad is None:
                 continue
             slope = logits.sub_(log_norm).exp_()  # softmax, in the logits' own memory
@@ -84,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad.mul_(slope)
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(slope).to(ctx.dtype)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from data_pipeline.batch import MultimodalBatch
+from data_pipeline.batch import MultimodalBatch, Segments
 from mmscale.models.multimodal import MultimodalModel
 
 
@@ -17,10 +18,12 @@ class ObjectiveOutput:
     Attributes:
         loss_sum: float32 scalar in the graph; the engine divides by the global weight.
         metrics: Detached sums by name, to be divided by the same weight.
+        document_losses: float32 ``(S,)``, detached: what each document adds to the sum, auxiliary losses left out.
     """
 
     loss_sum: Tensor
     metrics: dict[str, Tensor]
+    document_losses: Tensor
 
 
 class NextToken:
@@ -33,10 +36,16 @@ class NextToken:
     def __call__(self, model: MultimodalModel, batch: MultimodalBatch) -> ObjectiveOutput:
         """Runs the model on one microbatch."""
         output = model(batch)
-        loss = model.head(output.hidden, labels=batch.labels, loss_weights=batch.loss_weights)
+        rows = torch.zeros_like(batch.loss_weights)
+        loss = model.head(output.hidden, labels=batch.labels, loss_weights=batch.loss_weights, row_losses=rows)
         metrics = {"cross_entropy": loss.detach()}
         for name, aux in output.aux.items():
             scaled = aux.value * batch.weight
             loss = loss + aux.coefficient * scaled
             metrics[name] = scaled.detach()
-        return ObjectiveOutput(loss, metrics)
+        return ObjectiveOutput(loss, metrics, _segment_sums(rows, batch.segments))
+
+
+def _segment_sums(rows: Tensor, segments: Segments) -> Tensor:
+    """Sum of each segment's rows, in float32 and in a fixed order."""
+    return torch.segment_reduce(rows, "sum", offsets=segments.cu.long())

@@ -30,6 +30,7 @@ def stage(**changes: Any) -> StageConfig:
 
 
 def make_engine(world: World, zero: int = 3, stage_changes: dict[str, Any] | None = None, **config: Any) -> Engine:
+    config = {"precision": "fp32", **config}  # Not auto: the figures must not depend on this machine's processor.
     engine_config = EngineConfig(zero_stage=zero, device="cpu", timeout_seconds=60, **config)  # type: ignore[arg-type]
     model = construct(ToyModel, engine_config, world, initialise_)
     return Engine(model, ToyObjective(), stage(**(stage_changes or {})), engine_config, world)

@@ -92,6 +92,7 @@ class ToyModel(nn.Module):
 class ToyOutput:
     loss_sum: Tensor
     metrics: dict[str, Tensor]
+    document_losses: Tensor
 
 
 class ToyObjective:
@@ -102,7 +103,7 @@ class ToyObjective:
         logits = model.head(model(batch))
         losses = F.cross_entropy(logits.float(), batch.labels, reduction="none") * batch.loss_weights
         hits = (logits.argmax(-1) == batch.labels) * batch.loss_weights
-        return ToyOutput(losses.sum(), {"accuracy": hits.sum()})
+        return ToyOutput(losses.sum(), {"accuracy": hits.sum()}, losses.sum().reshape(1))
 
 
 def initialise_(model: nn.Module, gather: Gather, seed: int = 0) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -21,6 +23,10 @@ def test_equals_torchs_cross_entropy_of_the_logits() -> None:
     torch.testing.assert_close(output.loss_sum, (losses * batch.loss_weights).sum())
     assert NextToken().weight(batch) == pytest.approx(batch.loss_weights.sum().item())
     assert torch.equal(output.metrics["cross_entropy"], output.loss_sum.detach())
+    weighted = losses.detach() * batch.loss_weights
+    bounds = batch.segments.bounds
+    by_document = torch.stack([weighted[a:b].sum() for a, b in itertools.pairwise(bounds)])
+    torch.testing.assert_close(output.document_losses, by_document)
 
 
 def test_sums_over_microbatches_equal_the_whole() -> None:
