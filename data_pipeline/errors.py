@@ -8,6 +8,7 @@ DataPipelineError
 │   └── StaleError    it is not the object that was indexed, or was replaced while it was read
 ├── SampleError       one sample is bad; the fault policy decides what follows
 ├── TooManyFaultsError   the fault policy gave up
+├── WorkerError       a process of an ingest, a reshard or an export died
 └── StateError        a resume state does not fit this data set, seed or configuration
 """
 
@@ -90,6 +91,10 @@ def _rebuild_sample_error(reason: str, kind: FaultKind, shard: str, key: str) ->
 
 class TooManyFaultsError(DataPipelineError):
     """More samples were bad, in a row or of the last ones, than the fault policy allows."""
+
+
+class WorkerError(DataPipelineError):
+    """A process that helps an ingest, a reshard or an export failed or died; what is finished stays."""
 
 
 class StateError(DataPipelineError):

@@ -291,15 +291,20 @@ def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
         if any(ext == other.ext for other in members):
             raise ShardError(f"{shard}: sample {key!r} has two members .{ext} (byte {member.header_offset})")
         content = data[member.offset : member.offset + member.size]
-        width, height = _size_or_zero(content) if is_image(ext) else (0, 0)
-        members.append(Member(ext, member.offset, member.size, zlib.crc32(content), width, height))
+        members.append(describe_member(ext, member.offset, content))
         if ext in ("txt", "json"):
             texts[ext] = bytes(content)
     if members:
         yield IndexedSample(key, members, text_bytes_of(texts))
 
 
-def _size_or_zero(content: memoryview) -> tuple[int, int]:
+def describe_member(ext: str, offset: int, content: bytes | memoryview) -> Member:
+    """What the index says of a member: checksum, and the size of an image from its header."""
+    width, height = _size_or_zero(content) if is_image(ext) else (0, 0)
+    return Member(ext, offset, len(content), zlib.crc32(content), width, height)
+
+
+def _size_or_zero(content: bytes | memoryview) -> tuple[int, int]:
     try:
         size = image_size(content)
         return size.width, size.height
@@ -343,15 +348,20 @@ def build_index(tar_path: str | Path) -> ShardIndex:
         for start in range(0, size, _CHUNK_BYTES):
             digest.update(data[start : start + _CHUNK_BYTES])
         samples.extend(scan_samples(data, str(tar_path)))
+    write_index(tar_path, samples, size, digest.hexdigest())
+    return ShardIndex.read(tar_path)
+
+
+def write_index(tar_path: Path, samples: list[IndexedSample], tar_bytes: int, tar_sha256: str) -> None:
+    """Writes the sidecar of a tar whose content is known, whole or not at all; equal tars give equal bytes."""
     arrays, extensions = _arrays_of(samples, str(tar_path))
     record = {
         "format": INDEX_FORMAT,
-        "tar_bytes": size,
-        "tar_sha256": digest.hexdigest(),
+        "tar_bytes": tar_bytes,
+        "tar_sha256": tar_sha256,
         "extensions": extensions,
     }
     write_columns(index_path(tar_path), arrays, record)
-    return ShardIndex.read(tar_path)
 
 
 class open_tar:  # noqa: N801 - reads like open()

@@ -1,26 +1,36 @@
-"""A folder or a list of files to shards, indexes and a manifest; killed and started again, it goes on.
+"""A source to shards, indexes and a manifest, in several processes; killed and started again, it goes on.
 
-    source --rows--> ShardWriter --> NAME-00000.tar + .index ... --> NAME.manifest
+    source --runs of rows--> readers and encoders --samples in order--> ShardWriter --> NAME-00000.tar + .index ...
+                                                   \\--rows left out--> NAME.skipped.jsonl       --> NAME.manifest
 
-A shard counts as done once it has its index. The last key in the last finished shard says which row comes next, and
-since shards are cut by size alone, a resumed ingest ends with the very bytes of an undisturbed one. While it runs,
-``NAME.ingest.json`` remembers which source and which options the shards belong to.
+Processes read, check and encode; this one cuts, and since it gets samples in the order of the source, neither their
+number nor an interruption changes a byte of the result. A shard counts as done once it has its index. The last key in
+the last finished shard says which row comes next. While it runs, ``NAME.ingest.json`` remembers which source and which
+options the shards belong to.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
-from data_pipeline.errors import DataConfigError, ManifestError, SampleError
+from data_pipeline.errors import DataConfigError, ManifestError, SampleError, ShardError
+from data_pipeline.shards.crew import in_order
 from data_pipeline.shards.files import write_whole
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import write_manifest
-from data_pipeline.shards.sources import Row, Source, open_source
-from data_pipeline.shards.writer import ShardWriter, shard_name
+from data_pipeline.shards.rows import Row, RowReader, Source
+from data_pipeline.shards.skipped import SkippedRow, SkippedRows
+from data_pipeline.shards.sources import open_source
+from data_pipeline.shards.writer import EncodedSample, ShardWriter, encode_sample, shard_name
+
+_PIECE_BYTES = 8 << 20
+"""Samples are handed over in pieces of about this size."""
 
 
 class OnError(str, Enum):
@@ -29,7 +39,7 @@ class OnError(str, Enum):
     FAIL = "fail"
     """It ends the ingest; finished shards stay."""
     SKIP = "skip"
-    """It is left out and reported."""
+    """It is left out and noted in ``NAME.skipped.jsonl``."""
 
 
 @dataclass
@@ -41,34 +51,40 @@ class IngestReport:
         num_samples: Samples in it.
         num_shards: Shards in it.
         num_resumed: Samples that an earlier, interrupted ingest had already stored.
-        skipped: (row number from 1, reason) of each row left out.
+        num_skipped: Rows left out.
+        skipped: File that names each of them, with the reason; None if there are none.
     """
 
     manifest: Path
     num_samples: int = 0
     num_shards: int = 0
     num_resumed: int = 0
-    skipped: list[tuple[int, str]] = field(default_factory=list)
+    num_skipped: int = 0
+    skipped: Path | None = None
 
 
 def ingest(
-    source: str | Path,
+    source: str | Path | Source,
     output: str | Path,
     name: str,
     *,
     max_bytes: int = 256 << 20,
     max_samples: int = 10_000,
+    max_side: int | None = None,
+    workers: int = 0,
     on_error: OnError = OnError.FAIL,
     progress: Callable[[int], None] | None = None,
 ) -> IngestReport:
-    """Stores a folder, CSV or JSONL as shards ``output/NAME-*.tar`` and writes ``output/NAME.manifest``.
+    """Stores a source as shards ``output/NAME-*.tar`` and writes ``output/NAME.manifest``.
 
     Args:
-        source: A folder (images with same-stem .txt or .json), or a list with path, caption, captions or parts.
+        source: A path, read as ``open_source`` does by itself, or an opened source.
         output: Folder for the shards; made if missing.
         name: Prefix of the shards and name of the manifest.
         max_bytes: Largest shard, bytes.
         max_samples: Most samples in a shard.
+        max_side: Images with a longer side, in pixels, are scaled down to it and encoded again; None keeps all bytes.
+        workers: Processes that read, check and encode; 0: this one. The result does not depend on it.
         on_error: What an unusable row does.
         progress: Called with the number of rows done since the last call.
 
@@ -76,42 +92,96 @@ def ingest(
         DataConfigError: the source cannot be read, the manifest exists already, or unfinished shards belong to another
             source or other options.
         SampleError: a row cannot be used and ``on_error`` is ``fail``; names the row.
+        WorkerError: a process died; finished shards stay.
         OSError: the disk is full; finished shards stay, the unfinished one is removed.
     """
-    output, rows = Path(output), open_source(source)
+    output, rows = Path(output), open_source(source) if isinstance(source, str | Path) else source
     report = IngestReport(output / f"{name}.manifest")
     if report.manifest.exists():
         raise DataConfigError(f"{report.manifest} exists already; remove it and its shards, or choose another name")
     plan = output / f"{name}.ingest.json"
-    done = _resume(plan, output, name, _plan_of(rows, max_bytes, max_samples))
-    with ShardWriter(output, name, max_bytes=max_bytes, max_samples=max_samples, first_shard=len(done)) as writer:
-        for row in _rows_left(rows, done, report, progress):
-            try:
-                members = row.read()
-            except SampleError as error:
-                if on_error is OnError.FAIL:
-                    raise error.located(str(source), f"row {row.number}") from error
-                report.skipped.append((row.number, error.reason))
+    options = {"source": rows.digest(), "max_bytes": max_bytes, "max_samples": max_samples, "max_side": max_side}
+    done = resume(plan, output, name, options)
+    spans, last_row = _rows_left(rows, done, report, progress)
+    with ExitStack() as stack:
+        skipped = stack.enter_context(SkippedRows(output / f"{name}.skipped.jsonl", last_row))
+        writer = stack.enter_context(
+            ShardWriter(output, name, max_bytes=max_bytes, max_samples=max_samples, first_shard=len(done))
+        )
+        for outcome in _outcomes(_Encoder(rows.reader, max_side), spans, workers):
+            if isinstance(outcome.sample, EncodedSample):
+                if writer.is_full_for(outcome.sample):
+                    skipped.sync()  # What lies before a finished shard is never looked at again.
+                writer.add(outcome.sample)
+            elif on_error is OnError.FAIL:
+                raise SampleError(outcome.sample, shard=rows.description, key=f"row {outcome.row.number}")
             else:
-                writer.write(row.key, members)
+                skipped.add(SkippedRow(outcome.row.number, outcome.row.key, outcome.sample))
             if progress is not None:
                 progress(1)
+        skipped.sync()
     shards = [*done, *writer.shards]
     if not shards:
-        raise DataConfigError(f"{source}: not one usable row; {len(report.skipped)} were skipped")
+        raise DataConfigError(f"{rows.description}: not one usable row; {skipped.count} were skipped")
     manifest = write_manifest(report.manifest, shards)
+    report.skipped, report.num_skipped = skipped.publish(), skipped.count
     plan.unlink()
     report.num_samples, report.num_shards = manifest.num_samples, manifest.num_shards
     return report
 
 
-def _plan_of(source: Source, max_bytes: int, max_samples: int) -> str:
-    options = {"source": source.digest(), "max_bytes": max_bytes, "max_samples": max_samples}
-    return json.dumps(options, indent=1) + "\n"
+class _Outcome(NamedTuple):
+    row: Row
+    sample: EncodedSample | str
+    """The sample, or why there is none."""
 
 
-def _resume(plan: Path, output: Path, name: str, wanted: str) -> list[Path]:
-    """Shards that an interrupted ingest of the same source finished; notes the plan for the next time."""
+@dataclass(frozen=True)
+class _Encoder:
+    """What a process does with a run of rows."""
+
+    reader: RowReader
+    max_side: int | None
+
+    def __call__(self, rows: Sequence[Row]) -> Iterator[list[_Outcome]]:
+        piece, size = list[_Outcome](), 0
+        for row, members in zip(rows, self.reader.read(rows), strict=True):
+            # The reference may hold a whole record; it has served.
+            outcome = _Outcome(Row(row.number, row.key, None), self._encoded(row, members))
+            piece.append(outcome)
+            size += len(outcome.sample.data) if isinstance(outcome.sample, EncodedSample) else 0
+            if size >= _PIECE_BYTES:
+                yield piece
+                piece, size = [], 0
+        yield piece
+
+    def _encoded(self, row: Row, members: dict[str, bytes] | SampleError) -> EncodedSample | str:
+        if isinstance(members, SampleError):
+            return members.reason
+        try:
+            if self.max_side is not None:
+                from data_pipeline.shards.shrink import shrink  # torch takes a second to load.
+
+                members = shrink(members, self.max_side)
+            return encode_sample(row.key, members)
+        except SampleError as error:
+            return error.reason
+        except ShardError as error:  # A name that no tar may hold.
+            return str(error)
+
+
+def _outcomes(work: _Encoder, spans: Iterator[Sequence[Row]], workers: int) -> Iterator[_Outcome]:
+    for piece in in_order(work, spans, workers):
+        yield from piece
+
+
+def resume(plan: Path, output: Path, name: str, options: dict[str, object]) -> list[Path]:
+    """Shards that an interrupted run with the same options finished; notes the options for the next time.
+
+    Raises:
+        DataConfigError: there are shards that belong to another run, or to none.
+    """
+    wanted = json.dumps(options, indent=1) + "\n"
     done = list(_finished(output, name))
     if done and not plan.exists():
         raise DataConfigError(f"{done[0]} exists and belongs to no unfinished ingest; remove it or choose another name")
@@ -138,20 +208,24 @@ def _finished(output: Path, name: str) -> Iterator[Path]:
 
 def _rows_left(
     source: Source, done: list[Path], report: IngestReport, progress: Callable[[int], None] | None
-) -> Iterator[Row]:
-    """The rows behind the stored ones. Rows and keys come in one order, so no list of them is held in memory."""
-    rows = source.rows()
-    keys = (index.key(i) for index in map(ShardIndex.open, done) for i in range(len(index)))
-    key = next(keys, None)
-    while key is not None:
-        row = next(rows, None)
-        if row is None:
-            raise DataConfigError(f"{done[-1]}: holds the key {key!r}, which the source does not have; remove it")
-        if row.key == key:
-            report.num_resumed += 1
-            key = next(keys, None)
-        else:
-            report.skipped.append((row.number, "skipped before the interruption"))
-        if progress is not None:
-            progress(1)
-    yield from rows
+) -> tuple[Iterator[Sequence[Row]], int]:
+    """Runs of rows behind the stored ones, and the number of the last stored row. Lists rows, reads none."""
+    spans = source.spans()
+    if not done:
+        return spans, 0
+    indexes = [ShardIndex.open(shard) for shard in done]
+    report.num_resumed = sum(map(len, indexes))
+    last_key = indexes[-1].key(len(indexes[-1]) - 1)
+    for span in spans:
+        for place, row in enumerate(span):
+            if row.key == last_key:
+                if progress is not None:
+                    progress(row.number)
+                return _chained(span[place + 1 :], spans), row.number
+    raise DataConfigError(f"{done[-1]}: holds the key {last_key!r}, which the source does not have; remove it")
+
+
+def _chained(first: Sequence[Row], rest: Iterator[Sequence[Row]]) -> Iterator[Sequence[Row]]:
+    if first:
+        yield first
+    yield from rest

@@ -1,61 +1,136 @@
-"""Where ingest finds its samples: a folder of images and texts, or a CSV or JSONL list.
+"""Where ingest finds its samples: which kind of source a path is, and folders, CSV and JSONL themselves.
 
-Each source yields rows in a fixed order; a row is read when asked for, and refuses what does not exist.
+Parquet is in ``parquet``, tars of other tools in ``tars``.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.shards.files import sha256_of
-from data_pipeline.shards.image_header import ImageFormat, image_size, is_image
+from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.records import CAPTION, PATH, FieldNames, FileLoader, checked, members_of, read_file
+from data_pipeline.shards.rows import Members, Row, Source, read_each, spans_of
 from data_pipeline.shards.tar_members import split_name
-from data_pipeline.shards.texts import all_texts, parse_json
+from data_pipeline.shards.texts import parse_json
 
-PATH, CAPTION, PARTS, CAPTIONS = "path", "caption", "parts", "captions"
-_EXTENSION = {ImageFormat.JPEG: "jpg", ImageFormat.PNG: "png", ImageFormat.WEBP: "webp"}
-_KEY_DIGITS = 9
+KEY_DIGITS = 9
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+class SourceKind(str, Enum):
+    """What a source is."""
+
+    AUTO = "auto"
+    """Told by its name and what lies in it."""
+    FOLDER = "folder"
+    """Images with same-stem .txt or .json."""
+    CSV = "csv"
+    """Columns path and caption."""
+    JSONL = "jsonl"
+    """An object a line: path, caption, captions, parts, or a document of OBELICS or MMC4."""
+    PARQUET = "parquet"
+    """The same in Parquet, images inside or beside."""
+    WEBDATASET = "webdataset"
+    """Tars, their members as they are."""
+    IMG2DATASET = "img2dataset"
+    """Tars of img2dataset (LAION, DataComp): .jpg, .txt and a .json with a status."""
+    ENERGON = "energon"
+    """A folder with .nv-meta."""
+    OBELICS = "obelics"
+    """Tars with numbered images and a .json with images and texts."""
+    MMC4 = "mmc4"
+    """Tars with a .json with text_list and image_info, images beside or inside it."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sample to be: ``number`` counts from 1, ``read`` gives the members or raises ``SampleError``."""
+class SourceOptions:
+    """How a source is read.
 
-    number: int
-    key: str
-    read: Callable[[], dict[str, bytes]]
+    Attributes:
+        kind: What it is.
+        names: New names for columns, and columns to leave out; for lists and Parquet.
+        split: Which split of an Energon folder.
+    """
+
+    kind: SourceKind = SourceKind.AUTO
+    names: FieldNames = field(default_factory=FieldNames)
+    split: str = "train"
 
 
-class Source(Protocol):
-    """Rows in a fixed order, and a digest that changes when they do."""
-
-    def rows(self) -> Iterator[Row]: ...
-    def digest(self) -> str: ...
-
-
-def open_source(path: str | Path) -> Source:
-    """The source for a folder, a ``.csv``, or a ``.jsonl``.
+def open_source(path: str | Path, options: SourceOptions | None = None) -> Source:
+    """The source at ``path``.
 
     Raises:
-        DataConfigError: nothing is there, or it is of another kind.
+        DataConfigError: nothing is there, it is of another kind than asked for, or an option does not apply to it.
     """
-    path = Path(path)
-    if path.is_dir():
-        return FolderSource(path)
-    if not path.is_file():
+    path, options = Path(path), options or SourceOptions()
+    if not path.is_dir() and not path.is_file():
         raise DataConfigError(f"{path}: no such file or folder")
-    if path.suffix.lower() == ".csv":
-        return ListSource(path, _csv_rows)
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return ListSource(path, _jsonl_rows)
-    raise DataConfigError(f"{path}: ingest takes a folder, a .csv or a .jsonl")
+    kind = _kind_of(path) if options.kind is SourceKind.AUTO else options.kind
+    if options.names != FieldNames() and kind not in (SourceKind.CSV, SourceKind.JSONL, SourceKind.PARQUET):
+        raise DataConfigError(
+            f"{path}: columns can be renamed or dropped in csv, jsonl and parquet, this is {kind.value}"
+        )
+    if kind is SourceKind.FOLDER:
+        return FolderSource(path)
+    if kind in (SourceKind.CSV, SourceKind.JSONL):
+        return ListSource(path, kind, options.names)
+    if kind is SourceKind.PARQUET:
+        from data_pipeline.shards.parquet import ParquetSource  # pyarrow is an extra.
+
+        return ParquetSource(path, options.names)
+    from data_pipeline.shards.tars import open_tars
+
+    return open_tars(path, kind, guess=options.kind is SourceKind.AUTO, split=options.split)
+
+
+def _kind_of(path: Path) -> SourceKind:
+    """Told from names alone; which layout tars have is told later, from the first sample."""
+    if path.is_file():
+        suffix = path.suffix.lower()
+        by_suffix = {".csv": SourceKind.CSV, ".jsonl": SourceKind.JSONL, ".ndjson": SourceKind.JSONL}
+        if suffix in by_suffix:
+            return by_suffix[suffix]
+        if suffix == ".parquet":
+            return SourceKind.PARQUET
+        if is_tar(path.name):
+            return SourceKind.WEBDATASET
+        raise DataConfigError(
+            f"{path}: ingest takes a folder, a .csv, .jsonl, .parquet or .tar; name its kind with --from"
+        )
+    if (path / ".nv-meta").is_dir():
+        return SourceKind.ENERGON
+    names = [name for _, _, files in walk_folder(path) for name in files]
+    # img2dataset leaves Parquet files with its statistics beside its tars: tars come first.
+    if any(is_tar(name) for name in names):
+        return SourceKind.WEBDATASET
+    return SourceKind.PARQUET if any(name.lower().endswith(".parquet") for name in names) else SourceKind.FOLDER
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file's name is that of a tar, compressed or not."""
+    return name.lower().endswith(_TARS)
+
+
+def walk_folder(folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
+    """(relative path with a slash at its end or "", folder, sorted file names) of a folder and those below, in order.
+
+    Hidden files and folders are left alone, links to folders are not followed.
+    """
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        relative = os.path.relpath(place, folder).replace(os.sep, "/")
+        shown = sorted(name for name in files if not name.startswith("."))
+        yield "" if relative == "." else f"{relative}/", Path(place), shown
 
 
 class FolderSource:
@@ -63,46 +138,53 @@ class FolderSource:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._samples: dict[str, dict[str, Path]] = {}
-        for path in sorted(folder.rglob("*")):
-            relative = path.relative_to(folder)
-            if any(part.startswith(".") for part in relative.parts) or path.is_dir():
-                continue
-            key, ext = split_name(relative.as_posix()) or (relative.as_posix(), "")
-            files = self._samples.setdefault(key, {})
-            if ext in files:
-                raise DataConfigError(f"{path} and {files[ext]} would be one member of one sample; rename one")
-            files[ext] = path
-        if not self._samples:
+        self.reader = _FileReader()
+        digest, self._count = hashlib.sha256(), 0
+        for row in self._rows():
+            self._count += 1
+            sizes = [(name.name, name.stat().st_size if name.exists() else -1) for _, name in row.reference]
+            digest.update(f"{row.key!a} {sizes!a}\n".encode())
+        if not self._count:
             raise DataConfigError(f"{folder}: no files to ingest")
+        self._digest = digest.hexdigest()
+        self.description = f"a folder of {self._count:,} samples (files with one stem are one sample)"
 
-    def rows(self) -> Iterator[Row]:
-        for number, (key, files) in enumerate(sorted(self._samples.items()), 1):
-            yield Row(number, key, lambda files=files: self._read(files))  # type: ignore[misc]
+    def spans(self) -> Iterator[Sequence[Row]]:
+        return spans_of(self._rows())
+
+    def count(self) -> int:
+        return self._count
 
     def digest(self) -> str:
-        names = [
-            (path.relative_to(self._folder).as_posix(), path.stat().st_size)
-            for files in self._samples.values()
-            for path in files.values()
-            if path.exists()
-        ]
-        return hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()
+        return self._digest
 
-    def _read(self, files: Mapping[str, Path]) -> dict[str, bytes]:
-        members = {}
-        for ext, path in files.items():
-            if is_image(ext):
-                members[ext] = _read_image(path)[1]
-            elif ext in ("txt", "json"):
-                members[ext] = _read_file(path)
-            else:
+    def _rows(self) -> Iterator[Row]:
+        number = 0
+        for place, folder, names in walk_folder(self._folder):
+            samples: dict[str, dict[str, Path]] = {}
+            for name in names:
+                key, ext = split_name(name) or (name, "")
+                files = samples.setdefault(key, {})
+                if ext in files:
+                    raise DataConfigError(
+                        f"{folder / name} and {files[ext]} would be one member of one sample; rename one"
+                    )
+                files[ext] = folder / name
+            for key, files in sorted(samples.items()):
+                number += 1
+                yield Row(number, place + key, tuple(sorted(files.items())))
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
+        return read_each(rows, self._read)
+
+    def _read(self, files: tuple[tuple[str, Path], ...]) -> Members:
+        for ext, path in files:
+            if not is_image(ext) and ext not in ("txt", "json"):
                 raise SampleError(f"{path}: neither an image (.jpg .jpeg .png .webp) nor .txt or .json")
-        if "txt" in members:
-            _check_utf8(members["txt"])
-        if "json" in members:
-            _check_parts(parse_json(members["json"]), members)
-        return members
+        return checked({ext: read_file(path) for ext, path in files})
 
 
 class ListSource:
@@ -111,116 +193,68 @@ class ListSource:
     Paths are relative to the list. The number of the row is the key.
     """
 
-    def __init__(self, path: Path, parse: Callable[[Path], Iterator[Callable[[], dict[str, Any]]]]) -> None:
-        self._path, self._parse = path, parse
+    def __init__(self, path: Path, kind: SourceKind, names: FieldNames) -> None:
+        self._path, self._list = path, _csv_rows if kind is SourceKind.CSV else _jsonl_rows
+        if kind is SourceKind.CSV:
+            columns = names.check(_csv_columns(path), str(path))
+            if PATH not in columns and CAPTION not in columns:
+                raise DataConfigError(
+                    f"{path}: needs a column {PATH} or {CAPTION} in its first line, found {columns}; "
+                    f"say which one it is, for example --column {CAPTION}={columns[-1] if columns else 'text'}"
+                )
+        self.reader = ListReader(FileLoader(path.parent), names)
+        self._count = sum(1 for _ in self._list(path))
+        self.description = f"a {kind.value} list of {self._count:,} rows"
 
-    def rows(self) -> Iterator[Row]:
-        for number, parsed in enumerate(self._parse(self._path), 1):
-            yield Row(number, f"{number:0{_KEY_DIGITS}d}", lambda parsed=parsed: self._read(parsed()))  # type: ignore[misc]
+    def spans(self) -> Iterator[Sequence[Row]]:
+        return spans_of(Row(n, f"{n:0{KEY_DIGITS}d}", record) for n, record in enumerate(self._list(self._path), 1))
+
+    def count(self) -> int:
+        return self._count
 
     def digest(self) -> str:
         return sha256_of(self._path)
 
-    def _read(self, record: dict[str, Any]) -> dict[str, bytes]:
-        record = {key: value for key, value in record.items() if value not in (None, "") or key == CAPTION}
-        paths = record.pop(PATH, None)
-        members: dict[str, bytes] = {}
-        if PARTS in record:
-            if paths is not None:
-                raise SampleError("a row has either path or parts")
-            record[PARTS] = [self._part(part, members) for part in _list_of_objects(record[PARTS])]
-        for number, path in enumerate([paths] if isinstance(paths, str) else paths or []):
-            ext, content = _read_image(self._path.parent / _text(path, PATH))
-            members[ext if isinstance(paths, str) else f"{number}.{ext}"] = content
-        if not members and not any(all_texts(record)):
-            raise SampleError("neither an image (path) nor a text (caption, captions, parts)")
-        all_texts(record)
-        members["json"] = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
-        return members
 
-    def _part(self, part: dict[str, Any], members: dict[str, bytes]) -> dict[str, str]:
-        if set(part) == {"text"}:
-            return {"text": _text(part["text"], "text")}
-        if set(part) != {"image"}:
-            raise SampleError(f"a part with the fields {sorted(part)}; it must have just one, text or image")
-        ext, content = _read_image(self._path.parent / _text(part["image"], "image"))
-        name = f"{len(members)}.{ext}"
-        members[name] = content
-        return {"image": name}
+@dataclass(frozen=True)
+class ListReader:
+    """Reads records: a line of JSON, or a record that is parsed already."""
+
+    load: FileLoader
+    names: FieldNames
+
+    def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
+        return read_each(rows, self.read_record)
+
+    def read_record(self, record: bytes | Mapping[Any, Any]) -> Members:
+        """The members of one record."""
+        parsed = parse_json(record) if isinstance(record, bytes) else record
+        if not isinstance(parsed, Mapping):
+            raise SampleError(f"the line holds a {type(parsed).__name__}, expected an object")
+        return members_of(self.names.apply(parsed), self.load)
 
 
-def _csv_rows(path: Path) -> Iterator[Callable[[], dict[str, Any]]]:
+def _csv_columns(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            return list(csv.DictReader(file).fieldnames or [])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataConfigError(f"{path}, line 1: {error}") from error
+
+
+def _csv_rows(path: Path) -> Iterator[dict[Any, Any] | SampleError]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if PATH not in columns and CAPTION not in columns:
-            raise DataConfigError(f"{path}: needs a column {PATH} or {CAPTION} in its first line, found {columns}")
         try:
             for record in reader:
-                yield lambda record=record: _csv_record(record)  # type: ignore[misc]
+                if None in record or None in record.values():
+                    yield SampleError("the row has not as many fields as the first line has names")
+                else:
+                    yield record
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataConfigError(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def _csv_record(record: dict[str | None, Any]) -> dict[str, Any]:
-    if None in record or None in record.values():
-        raise SampleError("the row has not as many fields as the first line has names")
-    return {str(key): value for key, value in record.items()}
-
-
-def _jsonl_rows(path: Path) -> Iterator[Callable[[], dict[str, Any]]]:
+def _jsonl_rows(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                yield lambda line=line: _json_record(line)  # type: ignore[misc]
-
-
-def _json_record(line: bytes) -> dict[str, Any]:
-    record = parse_json(line)
-    if not isinstance(record, dict):
-        raise SampleError(f"the line holds a {type(record).__name__}, expected an object")
-    return record
-
-
-def _list_of_objects(parts: Any) -> list[dict[str, Any]]:
-    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise SampleError("parts must be a list of objects")
-    return parts
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise SampleError(f"{name} must be a string, got {value!r:.60}")
-    return value
-
-
-def _read_file(path: Path) -> bytes:
-    if not path.is_file():  # A pipe or a device would never end.
-        raise SampleError(f"{path}: no such file")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SampleError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _read_image(path: Path) -> tuple[str, bytes]:
-    """(extension by content, bytes) of an image file."""
-    content = _read_file(path)
-    try:
-        return _EXTENSION[image_size(content).format], content
-    except SampleError as error:
-        raise SampleError(f"{path}: {error.reason}") from error
-
-
-def _check_utf8(content: bytes) -> None:
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        raise SampleError(f"the text is no UTF-8: {error}") from error
-
-
-def _check_parts(fields: Any, members: Mapping[str, bytes]) -> None:
-    all_texts(fields)
-    absent = [part["image"] for part in fields.get(PARTS) or () if "image" in part and part["image"] not in members]
-    if absent:
-        raise SampleError(f"the JSON names the images {absent}, the sample has {sorted(members)}")
+        yield from (line for line in file if line.strip())

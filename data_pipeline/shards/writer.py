@@ -2,28 +2,80 @@
 
     write(key, members) ... --> PREFIX-00000.tar + .index, PREFIX-00001.tar + .index, ...
 
-A shard gets its name when it is whole, and its index after that: a tar that has an index is finished.
+A shard gets its name when it is whole, and its index after that: a tar that has an index is finished. The bytes of a
+sample do not depend on its place in the tar, so other processes may prepare them (``encode_sample``) and one process
+string them together (``add``), which costs it hardly more than copying.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
+import hashlib
 import re
 import tarfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from data_pipeline.errors import DataConfigError, ShardError
 from data_pipeline.shards.files import partial_path, publish
-from data_pipeline.shards.index import build_index
+from data_pipeline.shards.index import IndexedSample, Member, describe_member, text_bytes_of, write_index
 from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name
 
 _EXTENSION = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _MAX_SHARDS = 100_000
 _END_BYTES = tarfile.RECORDSIZE
+_MAX_SHORT_NAME_BYTES = 100
+"""A longer name takes a header of its own."""
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample as it will lie in a tar.
+
+    Attributes:
+        key: Its key.
+        data: Headers and content of its members, whole blocks.
+        members: What the index says of them; offsets count from the start of ``data``.
+        text_bytes: Bytes of text that it shows.
+    """
+
+    key: str
+    data: bytes
+    members: tuple[Member, ...]
+    text_bytes: int
+
+
+def encode_sample(key: str, members: Mapping[str, bytes]) -> EncodedSample:
+    """The tar blocks of a sample, members in the order of their extensions.
+
+    Raises:
+        ShardError: the key or an extension would not survive webdataset's naming rule, or there is no member.
+    """
+    check_sample(key, members)
+    blocks, described, at = list[bytes](), list[Member](), 0
+    for ext in sorted(members):
+        content = members[ext]
+        info = tarfile.TarInfo(f"{key}.{ext}")
+        info.size, info.mode, info.mtime = len(content), 0o644, 0
+        header = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
+        blocks += (header, content, bytes(-len(content) % BLOCK_BYTES))
+        described.append(describe_member(ext, at + len(header), content))
+        at += len(header) + padded(len(content))
+    texts = {ext: members[ext] for ext in ("txt", "json") if ext in members}
+    return EncodedSample(key, b"".join(blocks), tuple(described), text_bytes_of(texts))
+
+
+def padded(num_bytes: int) -> int:
+    """Bytes that content takes in a tar: whole blocks."""
+    return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def header_bytes(name_bytes: int) -> int:
+    """Bytes of the headers of a member whose name has so many bytes."""
+    return BLOCK_BYTES + (0 if name_bytes <= _MAX_SHORT_NAME_BYTES else BLOCK_BYTES + padded(name_bytes + 1))
 
 
 class ShardWriter:
@@ -56,8 +108,8 @@ class ShardWriter:
         self._max_bytes, self._max_samples = max_bytes, max_samples
         self._next_shard = first_shard
         self._file: IO[bytes] | None = None
-        self._tar: tarfile.TarFile | None = None
-        self._bytes, self._keys = 0, set[str]()
+        self._digest = hashlib.sha256()
+        self._bytes, self._samples, self._keys = 0, list[IndexedSample](), set[str]()
         self.shards: list[Path] = []
         """Finished shards of this writer, in order."""
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -70,24 +122,38 @@ class ShardWriter:
                 shard, or there is no member.
             OSError: the disk is full.
         """
-        _check_sample(key, members)
-        growth = sum(BLOCK_BYTES + -(-len(data) // BLOCK_BYTES) * BLOCK_BYTES for data in members.values())
-        full = self._bytes + growth + _END_BYTES > self._max_bytes or len(self._keys) >= self._max_samples
-        if self._tar is not None and full:
+        self.add(encode_sample(key, members))
+
+    def add(self, sample: EncodedSample) -> bool:
+        """Adds a sample that is encoded already.
+
+        Returns:
+            Whether a shard was finished before it.
+
+        Raises:
+            ShardError: the key is already in this shard.
+            OSError: the disk is full.
+        """
+        finishes = self._file is not None and self.is_full_for(sample)
+        if finishes:
             self._finish()
-        if key in self._keys:
-            raise ShardError(f"{self._path()}: the key {key!r} comes twice")
-        tar = self._tar or self._start()
-        for ext in sorted(members):
-            info = tarfile.TarInfo(f"{key}.{ext}")
-            info.size, info.mode, info.mtime = len(members[ext]), 0o644, 0
-            tar.addfile(info, io.BytesIO(members[ext]))
-        self._bytes += growth
-        self._keys.add(key)
+        if sample.key in self._keys:
+            raise ShardError(f"{self._path()}: the key {sample.key!r} comes twice")
+        file = self._file or self._start()
+        members = [member._replace(offset=self._bytes + member.offset) for member in sample.members]
+        self._samples.append(IndexedSample(sample.key, members, sample.text_bytes))
+        self._keys.add(sample.key)
+        self._append(file, sample.data)
+        return finishes
+
+    def is_full_for(self, sample: EncodedSample) -> bool:
+        """Whether the open shard, if any, would be finished before ``sample``."""
+        too_large = self._bytes + len(sample.data) + _END_BYTES > self._max_bytes
+        return bool(self._samples) and (too_large or len(self._samples) >= self._max_samples)
 
     def close(self) -> list[Path]:
         """Finishes the last shard; all finished shards."""
-        if self._tar is not None:
+        if self._file is not None:
             self._finish()
         return self.shards
 
@@ -99,7 +165,7 @@ class ShardWriter:
                 self._file.close()
             with contextlib.suppress(OSError):
                 partial_path(self._path()).unlink(missing_ok=True)
-        self._file, self._tar = None, None
+        self._reset()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -119,24 +185,32 @@ class ShardWriter:
     def _path(self) -> Path:
         return self._folder / shard_name(self._prefix, self._next_shard)
 
-    def _start(self) -> tarfile.TarFile:
+    def _reset(self) -> None:
+        self._file, self._digest = None, hashlib.sha256()
+        self._bytes, self._samples, self._keys = 0, [], set()
+
+    def _start(self) -> IO[bytes]:
         if self._next_shard >= _MAX_SHARDS:
             raise ShardError(f"{self._path()}: more than {_MAX_SHARDS} shards; use larger ones")
         self._file = partial_path(self._path()).open("wb")
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.GNU_FORMAT)
-        self._bytes, self._keys = 0, set()
-        return self._tar
+        return self._file
+
+    def _append(self, file: IO[bytes], data: bytes) -> None:
+        file.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
 
     def _finish(self) -> None:
-        assert self._tar is not None
         assert self._file is not None
-        self._tar.close()
+        # The end mark, then zeros to a whole record: what Python's tarfile writes.
+        self._append(self._file, bytes(2 * BLOCK_BYTES))
+        self._append(self._file, bytes(-self._bytes % tarfile.RECORDSIZE))
         self._file.close()
         path = self._path()
         publish(partial_path(path), path)
-        build_index(path)
+        write_index(path, self._samples, self._bytes, self._digest.hexdigest())
         self.shards.append(path)
-        self._file, self._tar = None, None
+        self._reset()
         self._next_shard += 1
 
 
@@ -145,7 +219,12 @@ def shard_name(prefix: str, number: int) -> str:
     return f"{prefix}-{number:05d}.tar"
 
 
-def _check_sample(key: str, members: Mapping[str, bytes]) -> None:
+def check_sample(key: str, members: Mapping[str, bytes]) -> None:
+    """Checks names by webdataset's rule.
+
+    Raises:
+        ShardError: the key or an extension would not survive it, or there is no member.
+    """
     if not members:
         raise ShardError(f"sample {key!r} has no members")
     for ext in members:
@@ -156,3 +235,8 @@ def _check_sample(key: str, members: Mapping[str, bytes]) -> None:
     parts = key.split("/")
     if key.startswith("/") or "\\" in key or "\0" in key or ".." in parts or "." in parts or "" in parts:
         raise ShardError(f"sample {key!r}: the key leaves the shard")
+    if not key.isascii():
+        try:
+            key.encode()
+        except UnicodeEncodeError as error:
+            raise ShardError(f"sample {key!a}: the key is no UTF-8") from error

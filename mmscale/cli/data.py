@@ -2,65 +2,16 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 
 import typer
 
-from mmscale.cli import data_text
-from mmscale.cli.console import console, emit, progress, track
+from mmscale.cli import data_shards, data_text
+from mmscale.cli.console import emit, progress, track
 
 app = typer.Typer()
 
 _JSON = typer.Option(False, "--json", help="One JSON object instead of lines.")
-_SHOWN = 20
-
-
-class OnErrorChoice(str, Enum):
-    """What a row that cannot be used does."""
-
-    FAIL = "fail"
-    SKIP = "skip"
-
-
-@app.command(epilog="Example: mmscale data ingest pairs.csv --output shards --name pairs")
-def ingest(
-    source: Path = typer.Argument(
-        help="A folder (images, same-stem .txt or .json), or a .csv or .jsonl with path, caption, captions or parts."
-    ),
-    output: Path = typer.Option(..., "--output", help="Folder for shards, indexes and manifest."),
-    name: str = typer.Option("data", "--name", help="Prefix of the shards and name of the manifest."),
-    max_megabytes: float = typer.Option(256, "--max-megabytes", min=0.001, help="Largest shard, MiB."),
-    max_samples: int = typer.Option(10_000, "--max-samples", min=1, help="Most samples in a shard."),
-    on_error: OnErrorChoice = typer.Option("fail", "--on-error", help="What a row that cannot be used does."),
-    json: bool = _JSON,
-) -> None:
-    """Store a folder, CSV or JSONL as shards. Interrupted, the same command goes on where it stopped."""
-    from data_pipeline.shards.ingest import OnError
-    from data_pipeline.shards.ingest import ingest as run
-
-    with progress("ingest") as meter:
-        report = run(
-            source,
-            output,
-            name,
-            max_bytes=int(max_megabytes * 2**20),
-            max_samples=max_samples,
-            on_error=OnError(on_error.value),
-            progress=meter.advance,
-        )
-    for number, reason in report.skipped[:_SHOWN]:
-        console.print(f"skipped row {number}: {reason}", markup=False)
-    if len(report.skipped) > _SHOWN:
-        console.print(f"... and {len(report.skipped) - _SHOWN} rows more (all of them with --json)")
-    figures = {
-        "manifest": str(report.manifest),
-        "samples": report.num_samples,
-        "shards": report.num_shards,
-        "resumed_samples": report.num_resumed,
-        "skipped": [{"row": row, "reason": reason} for row, reason in report.skipped] if json else len(report.skipped),
-    }
-    emit(figures, json=json)
 
 
 @app.command(epilog="Example: mmscale data index shards/*.tar --manifest shards/all.manifest")
@@ -178,3 +129,4 @@ def _parse_steps(text: str) -> range:
 
 
 app.registered_commands += data_text.app.registered_commands
+app.registered_commands += data_shards.app.registered_commands

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.shards.files import partial_path
 from data_pipeline.shards.ingest import OnError, ingest
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.skipped import SkippedRow, SkippedRows, read_skipped
 from data_pipeline.shards.verify import verify_manifest
 
 
@@ -70,7 +72,7 @@ def many(root: Path, count: int) -> Path:
 def test_a_folder_becomes_samples_by_stem(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "in")
     report = ingest(source, tmp_path / "out", "set")
-    assert (report.num_samples, report.num_shards, report.skipped) == (4, 1, [])
+    assert (report.num_samples, report.num_shards, report.num_skipped, report.skipped) == (4, 1, 0, None)
     assert stored(report.manifest) == {
         "sub/cat": {"jpg": (source / "sub/cat.jpg").read_bytes(), "txt": b"a cat"},
         "dog": {"png": (source / "dog.PNG").read_bytes(), "json": (source / "dog.json").read_bytes()},
@@ -130,7 +132,7 @@ def test_a_bad_row_fails_or_is_skipped_by_number(tmp_path: Path, row: Any, reaso
         ingest(source, tmp_path / "fail", "set")
     assert sorted(path.name for path in (tmp_path / "fail").iterdir()) == ["set.ingest.json"]
     report = ingest(source, tmp_path / "skip", "set", on_error=OnError.SKIP)
-    assert [number for number, _ in report.skipped] == [2]
+    assert [(row.row, row.key) for row in read_skipped(report.skipped)] == [(2, "000000002")]
     assert list(stored(report.manifest)) == ["000000001", "000000003"]
 
 
@@ -138,10 +140,12 @@ def test_a_bad_row_fails_or_is_skipped_by_number(tmp_path: Path, row: Any, reaso
 def test_unusable_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("file,text\na,b\n")
     (tmp_path / "x.parquet").write_text("")
+    (tmp_path / "x.bin").write_text("")
     (tmp_path / "empty").mkdir()
     for name, reason in [
         ("x.csv", "column path"),
-        ("x.parquet", "takes a folder"),
+        ("x.parquet", "no readable Parquet"),
+        ("x.bin", "takes a folder"),
         ("gone", "no such"),
         ("empty", "no files"),
     ]:
@@ -155,6 +159,7 @@ def test_unusable_sources_are_refused(tmp_path: Path) -> None:
 
 _DIES = """
 import os, signal, sys
+from data_pipeline.shards.files import partial_path
 from data_pipeline.shards.ingest import OnError, ingest
 rows = 0
 def progress(count):
@@ -162,35 +167,79 @@ def progress(count):
     rows += count
     if rows == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-ingest(sys.argv[1], sys.argv[2], "set", max_samples=4, on_error=OnError.SKIP, progress=progress)
+options = {"max_samples": 4, "workers": int(sys.argv[4]), "on_error": OnError.SKIP}
+ingest(sys.argv[1], sys.argv[2], "set", progress=progress, **options)
 """
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(("rows_until_death", "num_stored"), [(2, 0), (9, 4), (12, 8)])
+@pytest.mark.parametrize(
+    ("rows_until_death", "num_stored", "workers"), [(2, 0, 0), (9, 4, 0), (12, 8, 0), (39, 36, 2), (88, 84, 2)]
+)
 def test_killed_and_started_again_ends_with_the_same_bytes(
-    tmp_path: Path, rows_until_death: int, num_stored: int
+    tmp_path: Path, rows_until_death: int, num_stored: int, workers: int
 ) -> None:
-    source = many(tmp_path, 14)
+    source = many(tmp_path, 14 if workers == 0 else 100)
     (tmp_path / "3.png").unlink()
     options = {"max_samples": 4, "on_error": OnError.SKIP}
     whole = ingest(source, tmp_path / "whole", "set", **options)  # type: ignore[arg-type]
     out = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", _DIES, str(source), str(out), str(rows_until_death)], check=False)
-    assert killed.returncode == -9
+    words = [str(source), str(out), str(rows_until_death), str(workers)]
+    assert subprocess.run([sys.executable, "-c", _DIES, *words], check=False).returncode == -9
     assert not (out / "set.manifest").exists()
     again = ingest(source, out, "set", **options)  # type: ignore[arg-type]
     assert again.num_resumed == num_stored
-    assert [number for number, _ in again.skipped] == [number for number, _ in whole.skipped] == [4]
+    assert [row.row for row in read_skipped(again.skipped)] == [4]
+    assert again.num_skipped == whole.num_skipped == 1
     files = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (tmp_path / "whole", out)]
     assert files[0] == files[1]
+
+
+def test_the_number_of_processes_changes_no_byte(tmp_path: Path) -> None:
+    source = many(tmp_path, 150)
+    for number in (0, 33, 34, 149):
+        (tmp_path / f"{number}.png").write_bytes(b"damaged")
+    files = []
+    for workers in (0, 1, 3):
+        out = tmp_path / f"out-{workers}"
+        report = ingest(source, out, "set", max_bytes=30_000, workers=workers, on_error=OnError.SKIP)
+        assert (report.num_samples, report.num_skipped) == (146, 4)
+        assert [row.row for row in read_skipped(report.skipped)] == [1, 34, 35, 150]
+        files.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert files[0] == files[1] == files[2]
+    assert len(files[0]) == 2 * report.num_shards + 2 > 10
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("named", [True, False])
+def test_the_list_of_skipped_rows_survives_a_kill(tmp_path: Path, named: bool) -> None:
+    path = tmp_path / "set.skipped.jsonl"
+    with SkippedRows(path, 0) as rows:
+        for number in (2, 5, 9):
+            rows.add(SkippedRow(number, f"key-{number}", "a reason"))
+    if named:  # Killed behind the renaming, before the manifest.
+        rows.publish()
+    else:
+        with partial_path(path).open("ab") as file:
+            file.write(b'{"row": 10, "ke')
+    with SkippedRows(path, 5) as rows:  # Rows behind 5 are read again.
+        rows.add(SkippedRow(9, "key-9", "another reason"))
+        assert rows.count == 3
+    assert [(row.row, row.reason) for row in read_skipped(rows.publish())] == [
+        (2, "a reason"),
+        (5, "a reason"),
+        (9, "another reason"),
+    ]
+    with SkippedRows(path, 0) as rows:
+        assert rows.publish() is None
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.fault
 def test_an_unfinished_ingest_of_another_source_is_not_mixed_in(tmp_path: Path) -> None:
     source = many(tmp_path, 14)
     out = tmp_path / "out"
-    subprocess.run([sys.executable, "-c", _DIES, str(source), str(out), "9"], check=False)
+    subprocess.run([sys.executable, "-c", _DIES, str(source), str(out), "9", "0"], check=False)
     with pytest.raises(DataConfigError, match="other sizes"):
         ingest(source, out, "set", max_samples=5, on_error=OnError.SKIP)
     (out / "set.ingest.json").unlink()
@@ -200,6 +249,7 @@ def test_an_unfinished_ingest_of_another_source_is_not_mixed_in(tmp_path: Path) 
 
 _FULL = """
 import resource, sys
+from data_pipeline.shards.files import partial_path
 from data_pipeline.shards.ingest import ingest
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 try:

@@ -1,0 +1,136 @@
+"""Members of a sample as other tools lay them out, to members as training reads them.
+
+plain         images, .txt, .json with caption, captions or parts
+img2dataset   .jpg, .txt, .json with status, url, width, ...: one caption in the .json, failed downloads refused
+OBELICS       .0.jpg, .1.jpg, ... and .json with images and texts, one of them null in each place
+MMC4          .json with text_list and image_info; images beside it, by number or name, or in image_base64
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+from data_pipeline.errors import SampleError
+from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.records import (
+    CAPTION,
+    CAPTIONS,
+    IMAGE_INFO,
+    IMAGES,
+    PARTS,
+    TEXT_LIST,
+    TEXTS,
+    check_utf8,
+    checked,
+    dump_json,
+    image_of,
+    interleaved,
+    text_of,
+)
+from data_pipeline.shards.rows import Members
+from data_pipeline.shards.texts import parse_json
+
+_SUCCESS = "success"
+
+
+class Layout(str, Enum):
+    """How a tool lays out a sample."""
+
+    PLAIN = "webdataset tars, members as they are"
+    IMG2DATASET = "webdataset tars of img2dataset (LAION, DataComp)"
+    OBELICS = "webdataset tars of documents like OBELICS (images, texts)"
+    MMC4 = "webdataset tars of documents like MMC4 (text_list, image_info)"
+
+    @property
+    def description(self) -> str:
+        return self.value
+
+    @property
+    def convert(self) -> Any:
+        """Members to members; raises ``SampleError`` for what cannot be used."""
+        return {
+            Layout.PLAIN: checked,
+            Layout.IMG2DATASET: from_img2dataset,
+            Layout.OBELICS: from_document,
+            Layout.MMC4: from_document,
+        }[self]
+
+
+def guess_layout(members: Members) -> Layout:
+    """The layout that a sample seems to have."""
+    try:
+        fields = _fields(members)
+    except SampleError:
+        return Layout.PLAIN
+    if {IMAGES, TEXTS} <= set(fields):
+        return Layout.OBELICS
+    if {TEXT_LIST, IMAGE_INFO} <= set(fields):
+        return Layout.MMC4
+    if "status" in fields and ("url" in fields or "key" in fields):
+        return Layout.IMG2DATASET
+    return Layout.PLAIN
+
+
+def _fields(members: Members) -> dict[str, Any]:
+    if "json" not in members:
+        raise SampleError(f"no .json among {sorted(members)}")
+    fields = parse_json(members["json"])
+    if not isinstance(fields, dict):
+        raise SampleError(f"the JSON holds a {type(fields).__name__}, expected an object")
+    return fields
+
+
+def from_img2dataset(members: Members) -> Members:
+    """The caption once: in the JSON, which stays as it is where it has the caption already.
+
+    A .txt that differs from the JSON's caption (a new caption, say) comes first of two ``captions``.
+    """
+    fields = _fields(members)
+    if fields.get("status", _SUCCESS) != _SUCCESS:
+        raise SampleError(f"status {fields['status']!r}: {fields.get('error_message')}")
+    rest = {ext: content for ext, content in members.items() if ext != "txt"}
+    if "txt" in members:
+        text, caption = check_utf8(members["txt"]), fields.get(CAPTION)
+        if caption is None:
+            rest["json"] = dump_json({**fields, CAPTION: text})
+        elif caption != text:
+            others = {name: value for name, value in fields.items() if name != CAPTION}
+            rest["json"] = dump_json({**others, CAPTIONS: [text, text_of(caption, CAPTION)]})
+    return checked(rest)
+
+
+def from_document(members: Members) -> Members:
+    """A document of OBELICS or MMC4 gets ``parts``."""
+    fields = interleaved(_fields(members))
+    if not isinstance(fields.get(PARTS), list):
+        raise SampleError(f"neither {IMAGES} and {TEXTS} nor {TEXT_LIST} and {IMAGE_INFO} in the JSON")
+    result = {ext: content for ext, content in members.items() if not is_image(ext) and ext != "json"}
+    images = [place for place, part in enumerate(fields[PARTS]) if "image" in part]
+    found = _images_of([fields[PARTS][place]["image"] for place in images], images, members)
+    parts = list(fields[PARTS])
+    for number, (place, content) in enumerate(zip(images, found, strict=True)):
+        ext, _ = image_of(content, lambda image: image)
+        parts[place] = {"image": f"{number}.{ext}"}
+        result[f"{number}.{ext}"] = content
+    return checked({**result, "json": dump_json({**fields, PARTS: parts})})
+
+
+def _images_of(references: list[Any], places: list[int], members: Members) -> list[bytes]:
+    """The content of each image: in the JSON, or a member by name, by count, or by its place in the document."""
+    if all(isinstance(reference, bytes) for reference in references):
+        return list(references)
+    named = {ext: content for ext, content in members.items() if is_image(ext)}
+    by_name = [named.get(reference.lower()) if isinstance(reference, str) else None for reference in references]
+    if None not in by_name:
+        return [content for content in by_name if content is not None]
+    numbered = {int(stem): named[ext] for ext in named if (stem := ext.rpartition(".")[0]).isdecimal()}
+    for numbers in (list(range(len(references))), places):
+        if sorted(numbered) == sorted(numbers):
+            return [numbered[number] for number in numbers]
+    if len(references) == len(named) == 1:
+        return list(named.values())
+    raise SampleError(
+        f"{len(references)} images in the JSON, and members {sorted(named)}: expected one each, named by number "
+        "(0.jpg, 1.jpg, ...) or as in the JSON"
+    )

@@ -1,0 +1,333 @@
+"""One record (a JSON object, a line of CSV, a row of Parquet) and its images to the members of a sample.
+
+    path, caption, captions, other fields       images, then the caption
+    parts                                       text and images in reading order
+    images, texts          (OBELICS)            one of the two in each place, in reading order
+    text_list, image_info  (MMC4)               each image before the text that it was matched with
+
+Whatever comes in, what goes out is one form: ``0.jpg``, ``1.png``, ... and ``json`` with ``caption``, ``captions`` or
+``parts``. Images are told by their content, never by a name.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime
+import decimal
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, ImageFormat, image_size, is_image
+from data_pipeline.shards.rows import Members
+from data_pipeline.shards.texts import all_texts, parse_json
+
+PATH, CAPTION, CAPTIONS, PARTS = "path", "caption", "captions", "parts"
+IMAGES, TEXTS = "images", "texts"
+TEXT_LIST, IMAGE_INFO = "text_list", "image_info"
+EXTENSION_OF_FORMAT = {ImageFormat.JPEG: "jpg", ImageFormat.PNG: "png", ImageFormat.WEBP: "webp"}
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """How the columns of a source are called here.
+
+    Attributes:
+        renamed: (new name, name in the source) pairs.
+        dropped: Columns that are left out.
+    """
+
+    renamed: tuple[tuple[str, str], ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def check(self, columns: Sequence[str], place: str) -> list[str]:
+        """The columns under their new names.
+
+        Raises:
+            DataConfigError: a column that is to be renamed or dropped does not exist, or two would have one name.
+        """
+        absent = [name for name in (*(old for _, old in self.renamed), *self.dropped) if name not in columns]
+        if absent:
+            raise DataConfigError(f"{place}: has no column {absent[0]!r}; it has {', '.join(columns)}")
+        return list(self.apply(dict.fromkeys(columns), place))
+
+    def apply(self, record: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+        """The record under new names.
+
+        Raises:
+            SampleError: a renamed field is missing, or two would have one name. (DataConfigError with ``place``.)
+        """
+        result = {name: value for name, value in record.items() if name not in self.dropped}
+        for new, old in self.renamed:
+            problem = None
+            if old not in result:
+                problem = f"has no field {old!r}"
+            elif new in result and new != old:
+                problem = f"has both {new!r} and {old!r}, which is to be called {new!r}: drop one of them"
+            if problem is not None:
+                raise DataConfigError(f"{place}: {problem}") if place else SampleError(f"the row {problem}")
+            result[new] = result.pop(old)
+        return result
+
+
+def members_of(record: Mapping[str, Any], load: Callable[[Any], bytes]) -> Members:
+    """The members of a sample.
+
+    Args:
+        record: Its fields; None, NaN and empty strings count as absent, but for an empty caption.
+        load: Content of an image from what the record says of it: a path, bytes, a dict of both.
+
+    Raises:
+        SampleError: an image or a text is missing or damaged, or the record holds neither.
+    """
+    fields = {key: value for key, value in record.items() if not _is_absent(value) or (key == CAPTION and value == "")}
+    fields = interleaved(fields)
+    paths = fields.pop(PATH, None)
+    members: Members = {}
+    if PARTS in fields:
+        if paths is not None:
+            raise SampleError("a row has either path or parts")
+        fields[PARTS] = [_part(part, members, load) for part in list_of_objects(fields[PARTS])]
+    else:
+        images = paths if isinstance(paths, list | tuple) else [] if paths is None else [paths]
+        for number, path in enumerate(images):
+            ext, content = image_of(path, load)
+            members[ext if len(images) == 1 and not isinstance(paths, list | tuple) else f"{number}.{ext}"] = content
+    if isinstance(fields.get(CAPTIONS), str) and fields[CAPTIONS].lstrip().startswith("["):
+        fields[CAPTIONS] = parse_json(fields[CAPTIONS].encode())
+    if not any(all_texts(fields)) and not members:
+        raise SampleError("neither an image (path) nor a text (caption, captions, parts)")
+    members["json"] = dump_json(fields)
+    return members
+
+
+def interleaved(fields: dict[str, Any]) -> dict[str, Any]:
+    """Documents in the form of OBELICS or MMC4 get ``parts``; their images stay what the record says of them.
+
+    Raises:
+        SampleError: the lists do not fit each other.
+    """
+    if isinstance(fields.get(PARTS), str):
+        return {**fields, PARTS: parse_json(fields[PARTS].encode())}
+    if PARTS in fields:
+        return fields
+    if IMAGES in fields and TEXTS in fields:
+        parts = _obelics_parts(fields[IMAGES], fields[TEXTS])
+        return {**{k: v for k, v in fields.items() if k not in (IMAGES, TEXTS)}, PARTS: parts}
+    if TEXT_LIST in fields and IMAGE_INFO in fields:
+        parts = _mmc4_parts(fields[TEXT_LIST], list_of_objects(fields[IMAGE_INFO], IMAGE_INFO))
+        return {**{k: v for k, v in fields.items() if k not in (TEXT_LIST, IMAGE_INFO)}, PARTS: parts}
+    return fields
+
+
+def _obelics_parts(images: Any, texts: Any) -> list[dict[str, Any]]:
+    """Source: Laurencon et al. 2023, "OBELICS", data card: two lists of one length, one of each place is null."""
+    if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
+        raise SampleError("images and texts must be lists of one length, with one of the two null in each place")
+    parts: list[dict[str, Any]] = []
+    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        if (image is None) == (text is None):
+            raise SampleError(f"place {number} of images and texts holds {'neither' if text is None else 'both'}")
+        parts.append({"image": image} if text is None else {"text": text})
+    return parts
+
+
+def _mmc4_parts(texts: Any, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Source: Zhu et al. 2023, "Multimodal C4", data card: ``matched_text_index`` of each image."""
+    if not isinstance(texts, list):
+        raise SampleError("text_list must be a list")
+    before: list[list[Any]] = [[] for _ in texts]
+    for image in images:
+        index = image.get("matched_text_index")
+        if not isinstance(index, int) or not 0 <= index < len(texts):
+            raise SampleError(f"matched_text_index={index!r} of an image, with {len(texts)} texts")
+        before[index].append(_mmc4_image(image))
+    parts: list[dict[str, Any]] = []
+    for found, text in zip(before, texts, strict=True):
+        parts += [*({"image": image} for image in found), {"text": text}]
+    return parts
+
+
+def _mmc4_image(image: Mapping[str, Any]) -> Any:
+    encoded = image.get("image_base64")
+    if encoded is None:
+        return image.get("image_name")
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise SampleError(f"image_base64 is no base64: {error}") from error
+
+
+def _part(part: Mapping[str, Any], members: Members, load: Callable[[Any], bytes]) -> dict[str, str]:
+    given = {key: value for key, value in part.items() if value is not None}
+    if set(given) == {"text"}:
+        return {"text": text_of(given["text"], "text")}
+    if set(given) != {"image"}:
+        raise SampleError(f"a part with the fields {sorted(given)}; it must have just one, text or image")
+    ext, content = image_of(given["image"], load)
+    name = f"{len(members)}.{ext}"
+    members[name] = content
+    return {"image": name}
+
+
+def image_of(reference: Any, load: Callable[[Any], bytes]) -> tuple[str, bytes]:
+    """(extension by content, bytes) of an image."""
+    content = load(reference)
+    try:
+        return EXTENSION_OF_FORMAT[image_size(content).format], content
+    except SampleError as error:
+        place = f"{reference}: " if isinstance(reference, str) else ""
+        raise SampleError(f"{place}{error.reason}") from error
+
+
+@dataclass(frozen=True)
+class FileLoader:
+    """Images that a record names: files below or beside the list, or bytes in the record itself."""
+
+    folder: Path
+
+    def __call__(self, reference: Any) -> bytes:
+        if isinstance(reference, bytes):
+            return reference
+        if isinstance(reference, Mapping) and set(reference) <= {"bytes", "path"}:
+            content = reference.get("bytes")
+            return content if isinstance(content, bytes) else self(reference.get("path"))
+        path = text_of(reference, "an image's path")
+        if _URL.match(path):
+            raise SampleError(f"{path}: a URL; ingest downloads nothing: fetch with img2dataset, then ingest its tars")
+        return read_file(self.folder / path)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        SampleError: there is none, or it cannot be read.
+    """
+    try:
+        if not path.is_file():  # A pipe or a device would never end.
+            raise SampleError(f"{path}: no such file")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name.
+        raise SampleError(f"{path}: cannot be read: {error}") from error
+
+
+def checked(members: Members) -> Members:
+    """Members as they were found, once they are known to be usable; images get the extension of their content.
+
+    Raises:
+        SampleError: a damaged image, text or JSON; ``parts`` that name an absent image; neither image nor text.
+    """
+    names = {ext: _name_by_content(ext, content) for ext, content in members.items() if is_image(ext)}
+    result = {names.get(ext, ext): content for ext, content in members.items()}
+    if len(result) < len(members):
+        raise SampleError(f"two of the members {sorted(members)} hold one format and would have one name")
+    if "txt" in members:
+        check_utf8(members["txt"])
+    if "json" in members:
+        fields = parse_json(members["json"])
+        all_texts(fields)
+        if _rename_parts(fields, names):
+            result["json"] = dump_json(fields)
+    if not names and "txt" not in members and "json" not in members:
+        raise SampleError(f"neither an image (.jpg .jpeg .png .webp) nor .txt or .json among {sorted(members)}")
+    return result
+
+
+def _name_by_content(ext: str, content: bytes) -> str:
+    try:
+        found = image_size(content).format
+    except SampleError as error:
+        raise SampleError(f".{ext}: {error.reason}") from error
+    stem, dot, kind = ext.rpartition(".")
+    return ext if FORMAT_OF_EXTENSION[kind] is found else f"{stem}{dot}{EXTENSION_OF_FORMAT[found]}"
+
+
+def _rename_parts(fields: dict[str, Any], names: Mapping[str, str]) -> bool:
+    """Whether a part names an image by another name than it now has; it is corrected in place."""
+    changed = False
+    for part in fields.get(PARTS) or ():
+        if "image" not in part:
+            continue
+        name = part["image"]
+        if not isinstance(name, str) or name.lower() not in names:
+            raise SampleError(f"the JSON names the image {name!r}, the sample has {sorted(names)}")
+        if names[name.lower()] != name.lower():
+            part["image"], changed = names[name.lower()], True
+    return changed
+
+
+def check_utf8(content: bytes) -> str:
+    """The text of a ``txt`` member.
+
+    Raises:
+        SampleError: it is no UTF-8.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise SampleError(f"the text is no UTF-8: {error}") from error
+
+
+def list_of_objects(parts: Any, name: str = PARTS) -> list[dict[str, Any]]:
+    """``parts``, checked for its type."""
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise SampleError(f"{name} must be a list of objects")
+    return parts
+
+
+def text_of(value: Any, name: str) -> str:
+    """``value``, checked for its type."""
+    if not isinstance(value, str):
+        raise SampleError(f"{name} must be a string, got {value!r:.60}")
+    return value
+
+
+def dump_json(fields: Mapping[str, Any]) -> bytes:
+    """A JSON member. Dates become ISO strings, decimals strings, NaN and infinities null.
+
+    Raises:
+        SampleError: a field holds what JSON cannot, bytes for instance.
+    """
+    try:
+        return _dumps(fields)
+    except (TypeError, ValueError):  # Rare, so the field at fault is looked for only now.
+        fields = _without_nan(fields)
+    for name, value in fields.items():
+        try:
+            _dumps(value)
+        except (TypeError, ValueError) as error:
+            raise SampleError(f"the field {name!r} cannot become JSON: {error}; leave it out (--drop)") from error
+    return _dumps(fields)
+
+
+def _dumps(value: Any) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_as_json)
+    return text.encode()
+
+
+def _as_json(value: Any) -> str:
+    if isinstance(value, datetime.date | datetime.time):  # datetime is a date.
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    raise TypeError(f"it holds a {type(value).__name__}")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return [_without_nan(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,89 @@
+"""Rows that an ingest left out, one JSON line each: ``{"row": 7, "key": "000000007", "reason": "..."}``.
+
+The file grows hidden, beside the shards; a resumed ingest keeps what was noted before its last finished shard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, NamedTuple
+
+from data_pipeline.shards.files import partial_path, publish
+
+
+class SkippedRow(NamedTuple):
+    """A row that was left out; ``row`` counts from 1."""
+
+    row: int
+    key: str
+    reason: str
+
+
+class SkippedRows:
+    """The growing list.
+
+    Args:
+        path: Its name once it is whole.
+        last_row: Notes of later rows, left by an interrupted ingest, are dropped: those rows are read again.
+    """
+
+    def __init__(self, path: Path, last_row: int) -> None:
+        self._path, self._partial = path, partial_path(path)
+        self._file: IO[bytes] | None = None
+        self.count = 0
+        kept_bytes = 0
+        if path.exists():  # The run died after naming the list and before it was done.
+            os.replace(path, self._partial)
+        if self._partial.exists():
+            with self._partial.open("rb") as file:
+                for line in file:
+                    if not line.endswith(b"\n") or json.loads(line)["row"] > last_row:
+                        break
+                    self.count += 1
+                    kept_bytes += len(line)
+            os.truncate(self._partial, kept_bytes)
+            if not kept_bytes:
+                self._partial.unlink()
+
+    def add(self, skipped: SkippedRow) -> None:
+        """Notes a row."""
+        if self._file is None:
+            self._file = self._partial.open("ab")
+        self._file.write(json.dumps(skipped._asdict(), ensure_ascii=True).encode() + b"\n")
+        self.count += 1
+
+    def sync(self) -> None:
+        """What was noted is on disk."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def publish(self) -> Path | None:
+        """Names the list; None if it is empty."""
+        self.__exit__(None, None, None)
+        if not self.count:
+            return None
+        publish(self._partial, self._path)
+        return self._path
+
+    def __enter__(self) -> SkippedRows:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_skipped(path: Path | None) -> Iterator[SkippedRow]:
+    """The rows of a published list; none for None."""
+    if path is not None:
+        with path.open("rb") as file:
+            for line in file:
+                yield SkippedRow(**json.loads(line))
