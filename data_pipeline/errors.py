@@ -18,7 +18,7 @@ from enum import Enum
 
 
 class FaultKind(str, Enum):
-    """What is wrong with a sample; the fault policy (``data.faults``) has a line for each."""
+    """What is wrong with a sample; the fault policy (``data.faults``) has a line for each but the last."""
 
     CHECKSUM = "checksum"
     """Its bytes are not those that were indexed."""
@@ -30,6 +30,10 @@ class FaultKind(str, Enum):
     """It makes no document: placeholders and features differ, it fits into no pack, no tower sees its image."""
     UNEXPECTED = "unexpected"
     """A library raised what nobody foresaw."""
+    SHARD = "shard"
+    """Its shard or that one's index is missing, stale, truncated or cannot be read."""
+    EXCLUDED = "excluded"
+    """Nothing is wrong that this run saw: a list in ``data.faults.exclude`` names it."""
 
 
 _MAX_REASON = 500

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -25,6 +26,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import DataConfigError, DataPipelineError
 from data_pipeline.faults import Skipped
+from data_pipeline.known_faults import RunFaults
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing import Budget, Pack, Packer
 from data_pipeline.reader import read_samples
@@ -84,6 +86,7 @@ class _Plan:
     seed: int
     first_step: int
     lanes: dict[int, LaneState]
+    quarantine: tuple[Path, ...]
 
 
 class _LaneRows:
@@ -96,7 +99,8 @@ class _LaneRows:
         self._step = plan.first_step
         self._spec = spec
         budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
-        self._datasets = [OpenDataset.open(dataset, plan.seed, tokenizer, spec) for dataset in config.datasets]
+        faults = RunFaults.load(config.faults, plan.quarantine)
+        self._datasets = [OpenDataset.open(dataset, plan.seed, tokenizer, spec, faults) for dataset in config.datasets]
         sizes = {dataset.config.name: dataset.reader.manifest.num_samples for dataset in self._datasets}
         schedule = schedule_of(config, sizes)
         self._streams: dict[int, LaneStream] = {}
@@ -160,6 +164,8 @@ class Loader:
         world_size: All ranks.
         micro_lanes: Lanes of a microbatch.
         state: Go on from here; it may hold the lanes of other ranks too.
+        quarantine: Lists that this run wrote over these data: what they name need not be tried. No batch depends on
+            them (``faults``).
 
     Raises:
         DataConfigError: more ranks than lanes, or a setting that cannot work.
@@ -177,6 +183,7 @@ class Loader:
         world_size: int = 1,
         micro_lanes: int = 1,
         state: LoaderState | None = None,
+        quarantine: Sequence[Path] = (),
     ) -> None:
         _check_world(config, rank, world_size, micro_lanes)
         self.lanes = tuple(range(rank, config.lanes, world_size))
@@ -201,7 +208,7 @@ class Loader:
         Budget(config.packing, spec, self._null_pack.documents[0])
         self._num_workers = min(config.workers, len(self.lanes))
         self._steps = DataLoader(
-            _Steps(_Plan(config, spec, seed, self._step, lane_states)),
+            _Steps(_Plan(config, spec, seed, self._step, lane_states, tuple(quarantine))),
             batch_size=None,
             num_workers=self._num_workers,
             prefetch_factor=config.prefetch if self._num_workers else None,

@@ -115,6 +115,12 @@ class SampleReader:
             members[member.ext] = payload
         return assemble(members, origin, sizes)
 
+    def forget(self, shard_number: int) -> None:
+        """Closes a shard, so that the next read opens it anew; nothing if it is not open."""
+        shard = self._open.pop(shard_number, None)
+        if shard is not None:
+            shard.close()
+
     def close(self) -> None:
         """Closes every descriptor; the reader opens them again when needed."""
         while self._open:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.errors import StateError
+from data_pipeline.exclusions import exclusions_digest
 from data_pipeline.lanes import Cursor
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.mixture import Schedule
@@ -252,6 +253,8 @@ def fingerprint(
         "datasets": [dataset.name for dataset in drawn],
         "weights": [(schedule.starts[phase], [schedule.weights[phase][i] for i in kept]) for phase in phases],
     }
+    if config.faults.exclude:
+        parts["faults.exclude"] = exclusions_digest(config.faults)
     for dataset in drawn:
         parts |= _dataset_parts(dataset, manifests[dataset.name])
     return " ".join(f"{name}:{_hash(value)}" for name, value in parts.items())

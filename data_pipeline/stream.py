@@ -15,7 +15,8 @@ from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.document import Document
 from data_pipeline.documents import DocumentBuilder
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.faults import FaultPolicy, Skipped
+from data_pipeline.faults import Fault, FaultPolicy, Skipped
+from data_pipeline.known_faults import RunFaults, SetFaults
 from data_pipeline.lanes import LaneOrder, Place, mix
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.mixture import Mixture, Schedule
@@ -60,20 +61,24 @@ class OpenDataset:
     seed: int
     reader: SampleReader
     build: DocumentBuilder
+    faults: SetFaults
 
     @classmethod
-    def open(cls, config: DatasetConfig, seed: int, tokenizer: Tokenizer, spec: MediaSpec) -> OpenDataset:
-        """Opens manifest and builder.
+    def open(
+        cls, config: DatasetConfig, seed: int, tokenizer: Tokenizer, spec: MediaSpec, faults: RunFaults
+    ) -> OpenDataset:
+        """Opens manifest and builder; ``faults`` is what this process knows of bad samples.
 
         Raises:
             ManifestError: the manifest is missing or damaged.
-            DataConfigError: it is empty, or the transforms do not fit the model.
+            DataConfigError: it is empty or wholly excluded, or the transforms do not fit the model.
         """
         manifest = Manifest.open(config.manifest)
         if manifest.num_samples == 0:
             raise DataConfigError(f"data set {config.name}: {config.manifest} holds no samples")
         reader = SampleReader(manifest, config.name)
-        return cls(config, dataset_seed(seed, config.name), reader, DocumentBuilder(config, tokenizer, spec))
+        build = DocumentBuilder(config, tokenizer, spec)
+        return cls(config, dataset_seed(seed, config.name), reader, build, SetFaults(faults, reader))
 
 
 class LaneStream:
@@ -194,10 +199,10 @@ class LaneStream:
     def _attempt(self, drawn: Drawn) -> list[Document]:
         """The documents of a sample; none if it is skipped, which is noted."""
         dataset = self._datasets[drawn.dataset]
-        result = self._policy.attempt(lambda: self._documents(drawn), lambda: dataset.reader.where(drawn.sample))
-        if isinstance(result, SampleError):
-            origin = (dataset.config.name, drawn.epoch, drawn.sample, self._lane, result.shard, result.key)
-            self._skipped.append(Skipped(*origin, result.kind, result.reason))
+        result = self._policy.attempt(lambda: self._documents(drawn), dataset.faults.of(drawn.sample))
+        if isinstance(result, Fault):
+            origin = (dataset.config.name, drawn.epoch, drawn.sample, self._lane)
+            self._skipped.append(self._policy.skipped(result, *origin))
             return []
         return result
 

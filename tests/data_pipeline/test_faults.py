@@ -2,55 +2,112 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_pipeline.errors import FaultKind, SampleError, ShardError, StateError, TooManyFaultsError
-from data_pipeline.faults import FaultConfig, FaultPolicy
+from data_pipeline.errors import (
+    DataConfigError,
+    FaultKind,
+    ManifestError,
+    SampleError,
+    ShardError,
+    StateError,
+    TooManyFaultsError,
+)
+from data_pipeline.faults import Fault, FaultConfig, FaultPolicy
 
 pytestmark = pytest.mark.fault
 
 
-def attempt(policy: FaultPolicy, error: Exception | None) -> object:
+@dataclass
+class Stranger:
+    """A sample of which nothing is known; it writes down what it is told."""
+
+    told: list[object] = field(default_factory=list)
+
+    def recall(self) -> Fault | None:
+        return None
+
+    def locate(self) -> tuple[str, str]:
+        return "shard.tar", "key"
+
+    def shard_failed(self, error: Exception) -> Fault:
+        return Fault(SampleError(str(error), kind=FaultKind.SHARD), counts=False)
+
+    def keep(self, error: SampleError) -> None:
+        self.told.append(error)
+
+    def succeeded(self) -> None:
+        self.told.append("good")
+
+
+def attempt(policy: FaultPolicy, error: BaseException | None, known: Stranger | None = None) -> object:
     def make() -> str:
         if error is not None:
             raise error
         return "document"
 
-    return policy.attempt(make, lambda: ("shard.tar", "key"))
+    return policy.attempt(make, known or Stranger())
 
 
 def bad(kind: FaultKind = FaultKind.DECODE) -> SampleError:
     return SampleError("broken", kind=kind, shard="s.tar", key="k")
 
 
-@pytest.mark.parametrize("kind", list(FaultKind))
+OF_SAMPLES = [kind for kind in FaultKind if kind not in (FaultKind.SHARD, FaultKind.EXCLUDED)]
+
+
+@pytest.mark.parametrize("kind", OF_SAMPLES)
 def test_each_kind_follows_its_own_line_or_the_common_one(kind: FaultKind) -> None:
-    others = [other for other in FaultKind if other is not kind]
+    others = [other for other in OF_SAMPLES if other is not kind]
     skipping = FaultPolicy(FaultConfig.model_validate({"on_error": "fail", kind.value: "skip"}))
-    assert isinstance(attempt(skipping, bad(kind)), SampleError)
+    assert isinstance(attempt(skipping, bad(kind)), Fault)
     failing = FaultPolicy(FaultConfig.model_validate({"on_error": "skip", kind.value: "fail"}))
     for other in others:
         with pytest.raises(SampleError):
             attempt(skipping, bad(other))
-        assert isinstance(attempt(failing, bad(other)), SampleError)
+        assert isinstance(attempt(failing, bad(other)), Fault)
     with pytest.raises(SampleError):
         attempt(failing, bad(kind))
 
 
 def test_an_unforeseen_exception_is_a_fault_with_place_and_type() -> None:
-    error = attempt(FaultPolicy(FaultConfig()), ZeroDivisionError("by nought"))
-    assert isinstance(error, SampleError)
+    fault = attempt(FaultPolicy(FaultConfig()), ZeroDivisionError("by nought"))
+    assert isinstance(fault, Fault)
+    error = fault.error
     assert (error.kind, error.shard, error.key) == (FaultKind.UNEXPECTED, "shard.tar", "key")
     assert error.reason == "ZeroDivisionError: by nought"
 
 
-@pytest.mark.parametrize("error", [ShardError("gone"), MemoryError(), KeyboardInterrupt()])
-def test_what_is_not_about_one_sample_is_never_skipped(error: BaseException) -> None:
+@pytest.mark.parametrize("error", [DataConfigError("no"), MemoryError(), KeyboardInterrupt()])
+def test_what_is_not_about_a_sample_or_a_shard_is_never_skipped(error: BaseException) -> None:
     with pytest.raises(type(error)):
-        attempt(FaultPolicy(FaultConfig()), error)  # type: ignore[arg-type]
+        attempt(FaultPolicy(FaultConfig(shard="skip")), error)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [ShardError("gone"), ManifestError("stale")])
+def test_a_lost_shard_ends_the_run_unless_it_is_to_be_skipped_and_then_counts_for_no_limit(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        attempt(FaultPolicy(FaultConfig(on_error="skip")), error)  # type: ignore[arg-type]
+    policy = FaultPolicy(FaultConfig(on_error="fail", shard="skip", max_consecutive=1))  # type: ignore[arg-type]
+    fault = attempt(policy, error)
+    assert isinstance(fault, Fault)
+    assert fault.error.kind is FaultKind.SHARD
+    assert policy.state() == (0,)
+
+
+def test_only_faults_of_the_bytes_themselves_are_kept_in_quarantine() -> None:
+    for kind in OF_SAMPLES:
+        known = Stranger()
+        attempt(FaultPolicy(FaultConfig.model_validate({kind.value: "quarantine"})), bad(kind), known)
+        assert bool(known.told) == (kind in (FaultKind.CHECKSUM, FaultKind.DECODE)), kind
+    known = Stranger()
+    attempt(FaultPolicy(FaultConfig()), bad(), known)
+    assert known.told == []
 
 
 def gives_up(config: FaultConfig, faults: list[bool], resume_at: int | None = None) -> int | None:

@@ -1,0 +1,73 @@
+"""Samples that a run leaves out from its first step on, by lists that earlier runs wrote.
+
+Not for: what a run finds bad by itself (``known_faults``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.errors import DataConfigError
+from data_pipeline.faults import FaultConfig
+
+
+@dataclass(frozen=True)
+class Exclusions:
+    """Samples of one data set to leave out: ``indices`` ascending, and the crc32 of each one's key."""
+
+    indices: npt.NDArray[np.int64]
+    key_crc32: npt.NDArray[np.uint32]
+
+    def position(self, index: int) -> int | None:
+        """Where ``index`` stands in the list; None if it does not."""
+        at = int(np.searchsorted(self.indices, index))
+        return at if at < len(self.indices) and self.indices[at] == index else None
+
+
+def read_exclusions(config: FaultConfig) -> dict[str, Exclusions]:
+    """The samples that the lists of ``config.exclude`` name, by data set.
+
+    Raises:
+        DataConfigError: a list is missing, or a line of it is no line of a quarantine list.
+    """
+    found: dict[str, dict[int, int]] = {}
+    for path in config.exclude:
+        for number, line in enumerate(_lines(path), 1):
+            try:
+                record: Any = json.loads(line)
+                dataset, index, key = str(record["dataset"]), int(record["index"]), str(record["key"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataConfigError(
+                    f"data.faults.exclude: {path}:{number} is no line of a quarantine list"
+                ) from error
+            found.setdefault(dataset, {})[index] = zlib.crc32(key.encode())
+    return {
+        dataset: Exclusions(
+            np.array(sorted(keys), np.int64), np.array([keys[index] for index in sorted(keys)], np.uint32)
+        )
+        for dataset, keys in sorted(found.items())
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataConfigError(f"data.faults.exclude: {path}: cannot be read: {error}") from error
+
+
+def exclusions_digest(config: FaultConfig) -> str:
+    """Hash of what ``config.exclude`` names, for the fingerprint of a run."""
+    digest = hashlib.sha256()
+    for dataset, exclusions in read_exclusions(config).items():
+        digest.update(f"{dataset}:{len(exclusions.indices)};".encode())
+        digest.update(exclusions.indices.tobytes())
+    return digest.hexdigest()
