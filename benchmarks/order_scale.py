@@ -7,7 +7,8 @@ of the 64 lanes of a rank and finds the first shard of each. A look-up takes a s
 resume makes an order anew, far inside of an epoch, and finds the sample that is next; ``find`` goes from a sample to
 its lane and cursor. Memory is what a fresh process takes on top of interpreter and imports: private to it, resident,
 and later, after all look-ups. Peers: webdataset's lists of shards, numpy's permutation of all samples where that fits
-into a gibibyte, or a stated limit. Microseconds are CPU time. Writing a manifest is measured on links to one real shard.
+into a gibibyte, or a stated limit. Microseconds are CPU time. Writing a manifest is measured on links to one
+real shard.
 """
 
 from __future__ import annotations
