@@ -94,7 +94,7 @@ def check_files(config: RunConfig) -> None:
     for number in range(len(config.stages)):
         data = config.stage_data(number)
         for index, dataset in enumerate(data.datasets):
-            if not dataset.manifest.is_file():
+            if isinstance(dataset.manifest, Path) and not dataset.manifest.is_file():
                 raise ConfigError(
                     f"data.datasets.{index}.manifest={dataset.manifest}: no such file; "
                     f"make it with `mmscale data ingest` or `mmscale data index`"
