@@ -50,20 +50,21 @@ def _int64(arrays: Sequence[npt.NDArray[np.int32]]) -> Tensor:
 
 
 def _pairs(documents: Sequence[Document]) -> Tensor:
-    """(first item, segment) of each document with exactly one image; null documents are no pairs."""
+    """(item, segment) of each document with exactly one image, its first whole view if it has one."""
     pairs, items = [], 0
     for segment, document in enumerate(documents):
-        if document.num_images == 1 and not document.is_null:
-            pairs.append((items + document.images[0][1], segment))
+        if document.num_images == 1 and not document.is_null:  # A null document pairs nothing.
+            whole = [number for number, item in enumerate(document.items) if item.place is None]
+            pairs.append((items + (whole[0] if whole else 0), segment))
         items += len(document.items)
     return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
 
 
 def _media(documents: Sequence[Document], spec: MediaSpec) -> MediaBlock:
     items = [item for document in documents for item in document.items]
-    # Feature rows of item i: range(bounds[i], bounds[i + 1]).
-    bounds = np.concatenate([[0], np.cumsum([spec.num_features(item.grid) for item in items], dtype=np.int64)])
-    rows = [np.arange(bounds[i], bounds[i + 1]) for i in range(len(items))]
+    # The tower makes rows of all features, item after item; each item hands on its kept ones.
+    starts = np.cumsum([0, *(spec.num_features(item.grid) for item in items)], dtype=np.int64)
+    rows = [start + item.kept_features(spec) for start, item in zip(starts[:-1], items, strict=True)]
     source = [row for row, item in zip(rows, items, strict=True) if item.embedded]
     dest, keys, span_tokens, span_keys = [], [], [], []
     first_token = first_item = 0

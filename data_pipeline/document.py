@@ -6,6 +6,7 @@ Sample --template, transforms, tokenizer--> Document --packing--> Pack --collate
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,29 @@ IGNORE = -100
 """Label of a token that carries no loss."""
 
 
+class Region(NamedTuple):
+    """A rectangle of a grid of features: its first row and column, its rows and columns."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class ImageExtent(NamedTuple):
+    """Where an image lies in a document.
+
+    Attributes:
+        start: Its first token: a placeholder, an anchor, or a token of its layout.
+        first_item: Its first view; the others follow, up to the next image's.
+        stop: The token behind its last one. An image stays whole when a document is cut.
+    """
+
+    start: int
+    first_item: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class MediaItem:
     """One view for a tower: a whole image, a thumbnail or a tile.
@@ -25,15 +49,41 @@ class MediaItem:
         values: uint8 ``(P, patch_dim)``, patches row-major, each in order (channel, row, column).
         grid: Patches along (time, height, width); their product is P.
         embedded: Written into token slots (True) or attended by cross-attention (False).
+        kept: Part of its grid of features that is handed on, of views that overlap; None hands on all.
+        place: Row and column of a tile in the grid of its image; None if the view shows the whole image.
     """
 
     values: npt.NDArray[np.uint8]
     grid: Grid
     embedded: bool
+    kept: Region | None = None
+    place: tuple[int, int] | None = None
 
     @property
     def num_patches(self) -> int:
         return int(self.values.shape[0])
+
+    def kept_features(self, spec: MediaSpec) -> npt.NDArray[np.int64]:
+        """Which of the features that the tower makes of it are handed on: row-major numbers, ascending.
+
+        Raises:
+            SampleError: as ``MediaSpec.num_features``.
+        """
+        numbers = np.arange(spec.num_features(self.grid))
+        if self.kept is None:
+            return numbers
+        rows, columns = self.grid[1] // spec.merge, self.grid[2] // spec.merge
+        top, left, height, width = self.kept
+        return numbers.reshape(-1, rows, columns)[:, top : top + height, left : left + width].reshape(-1)
+
+    def num_features(self, spec: MediaSpec) -> int:
+        """Features that it hands on.
+
+        Raises:
+            SampleError: as ``MediaSpec.num_features``.
+        """
+        made = spec.num_features(self.grid)
+        return made if self.kept is None else self.grid[0] * self.kept.height * self.kept.width
 
 
 @dataclass(frozen=True)
@@ -54,10 +104,10 @@ class Document:
         loss_weights: float32 ``(T,)``; 0 wherever ``labels`` is ``IGNORE``.
         position_ids: int32 ``(T,)`` or ``(T, 3)``, from 0.
         items: Views in reading order.
-        dest: int32 ``(M,)``: token slot of each feature of the embedded items, item after item.
+        dest: int32 ``(M,)``: token slot of each feature that the embedded items hand on, item after item.
         spans: Cross-attention spans, by ascending start; the first starts at 0 (with no items if text comes first).
         provenance: Origin; None for a null document.
-        images: (first token, first item) of each image it shows, in reading order; an image may give several items.
+        images: The images it shows, in reading order; an image may give several items.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -68,7 +118,7 @@ class Document:
     dest: npt.NDArray[np.int32]
     spans: tuple[Span, ...]
     provenance: Provenance | None = None
-    images: tuple[tuple[int, int], ...] = ()
+    images: tuple[ImageExtent, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.config import DatasetConfig
-from data_pipeline.document import IGNORE, Document, MediaItem, Span
+from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample
@@ -35,7 +35,7 @@ class _Draft:
     positions: list[npt.NDArray[np.int32]] = field(default_factory=list)
     next_position: int = 0
     items: list[MediaItem] = field(default_factory=list)
-    images: list[tuple[int, int]] = field(default_factory=list)
+    images: list[ImageExtent] = field(default_factory=list)
     dest: list[int] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     run: tuple[int, ...] = ()
@@ -59,7 +59,6 @@ class _Draft:
     def add_image(self, views: tuple[MediaItem, ...], image_id: int) -> None:
         """Appends placeholders of the embedded views, or one anchor if all are attended."""
         start, first_item = len(self.ids), len(self.items)
-        self.images.append((start, first_item))
         self.items.extend(views)
         attended = tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
         if attended:
@@ -70,6 +69,7 @@ class _Draft:
             self._add_placeholders(view, image_id)
         if not embedded:
             self._place([image_id], learned=False)
+        self.images.append(ImageExtent(start, first_item, len(self.ids)))
 
     def _add_placeholders(self, view: MediaItem, image_id: int) -> None:
         count = self.spec.num_features(view.grid)
@@ -185,7 +185,7 @@ class DocumentBuilder:
         return self._transform.measure((header.height, header.width), rng)
 
     def _check_counts(self, draft: _Draft) -> None:
-        features = [(item.embedded, self.spec.num_features(item.grid)) for item in draft.items]  # Attended grids too.
+        features = [(item.embedded, item.num_features(self.spec)) for item in draft.items]  # Attended grids too.
         embedded = sum(count for is_embedded, count in features if is_embedded)
         expected = embedded or len(draft.images)  # One anchor for an image without embedded views.
         found = draft.ids.count(self.tokenizer.image_id)

@@ -100,7 +100,7 @@ class Budget:
             return document
         if self.config.too_long == "truncate":
             for length in (self.config.max_tokens, self.config.max_tokens - self.null.num_tokens):
-                shorter = truncate(document, length, self.spec)
+                shorter = truncate(document, length)
                 if self._alone(shorter) and shorter.loss_weights.any():
                     return shorter
         room = f"{self.config.max_tokens} tokens"
@@ -115,18 +115,15 @@ class Budget:
         return self.fits(Load().plus(document, self.spec))
 
 
-def truncate(document: Document, length: int, spec: MediaSpec) -> Document:
+def truncate(document: Document, length: int) -> Document:
     """The first ``length`` tokens at most; an image stays whole or goes."""
-    next_items = [*(item for _, item in document.images[1:]), len(document.items)]
-    for (start, first_item), next_item in zip(document.images, next_items, strict=False):
-        embedded = [item for item in document.items[first_item:next_item] if item.embedded]
-        size = sum(spec.num_features(item.grid) for item in embedded) if embedded else 1
-        if start < length < start + size:
-            length = start
+    for image in document.images:
+        if image.start < length < image.stop:
+            length = image.start
     if length >= document.num_tokens:
         return document
-    images = tuple(image for image in document.images if image[0] < length)
-    num_items = document.images[len(images)][1] if len(images) < document.num_images else len(document.items)
+    images = tuple(image for image in document.images if image.start < length)
+    num_items = document.images[len(images)].first_item if len(images) < document.num_images else len(document.items)
     return replace(
         document,
         token_ids=document.token_ids[:length],

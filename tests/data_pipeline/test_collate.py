@@ -11,7 +11,9 @@ import torch
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.collate import collate, concatenate
 from data_pipeline.config import DataConfig
+from data_pipeline.document import Document, MediaItem, Region, Span
 from data_pipeline.documents import null_document
+from data_pipeline.known_faults import RunFaults
 from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.mixture import Schedule
@@ -49,7 +51,8 @@ def spec(request: pytest.FixtureRequest) -> MediaSpec:
 def packs(mixture_config: DataConfig, spec: MediaSpec) -> list[Pack]:
     tokenizer = load_tokenizer(mixture_config.tokenizer)
     budget = Budget(mixture_config.packing, spec, null_document(spec, tokenizer.pad_id))
-    datasets = [OpenDataset.open(dataset, 1, tokenizer, spec) for dataset in mixture_config.datasets]
+    faults = RunFaults.load(mixture_config.faults, ())
+    datasets = [OpenDataset.open(dataset, 1, tokenizer, spec, faults) for dataset in mixture_config.datasets]
     schedule = Schedule((0,), ((2.0, 1.0, 0.7),))
     made = []
     for lane in range(4):
@@ -125,3 +128,29 @@ def test_micro_lanes_only_regroup(mixture_config: DataConfig, hybrid_spec: Media
     assert [micro.lanes for micro in pairs.microbatches] == [(0, 1), (2, 3), (4,)]
     assert_same(pairs.microbatches[0], concatenate(single.microbatches[:2], hybrid_spec))
     assert pairs.state == single.state
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_an_item_hands_on_only_what_it_keeps(embedded: bool) -> None:
+    placement = Placement.EMBEDDING if embedded else Placement.CROSS_ATTENTION
+    spec = MediaSpec(placement, patch_size=1, merge=2)
+    values = np.zeros((32, 3), np.uint8)
+    whole = MediaItem(values[:8], (1, 2, 4), embedded)
+    part = MediaItem(values, (1, 4, 8), embedded, kept=Region(top=1, left=2, height=1, width=2))
+    assert [item.num_features(spec) for item in (whole, part)] == [2, 2]
+    # Features of the second item: 2, 3, 4, 5 in its first row and 6, 7, 8, 9 in its second.
+    empty, dest = np.zeros(6, np.int32), np.arange(4 * embedded, dtype=np.int32)
+    document = Document(
+        token_ids=empty,
+        labels=empty,
+        loss_weights=empty.astype(np.float32),
+        position_ids=empty,
+        items=(whole, part),
+        dest=dest,
+        spans=(Span(0, () if embedded else (0, 1)),),
+    )
+    block = collate([Pack((document,), 0)], spec).media["image"]
+    rows = block.source if embedded else block.keys
+    assert rows.tolist() == [0, 1, 8, 9]
+    doubled = concatenate([collate([Pack((document,), 0)], spec)] * 2, spec).media["image"]
+    assert (doubled.source if embedded else doubled.keys).tolist() == [0, 1, 8, 9, 10, 11, 18, 19]

@@ -62,7 +62,7 @@ def test_text_attends_the_images_before_it_up_to_the_next_image(tokenizer: Token
     assert document.token_ids[[2, 4, 5]].tolist() == [IMG] * 3
     assert document.spans == (Span(0, ()), Span(2, (0,)), Span(4, (1,)), Span(5, (1, 2)))
     assert document.dest.tolist() == []
-    assert document.images == ((2, 0), (4, 1), (5, 2))
+    assert document.images == ((2, 0, 3), (4, 1, 5), (5, 2, 6))
 
 
 def test_hybrid_embeds_the_thumbnail_and_attends_the_tiles(tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.config import PackingConfig
-from data_pipeline.document import IGNORE, Document, MediaItem, Span
+from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.documents import null_document
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.lanes import Cursor
@@ -26,11 +26,11 @@ SPEC = MediaSpec(Placement.EMBEDDING, patch_size=2, merge=1, cost_per_patch=0.5)
 def make_document(number: int, num_text: int, images: tuple[int, ...] = ()) -> Document:
     """A document of embedded images of 1 x n patches, one after the other behind bos, and then text."""
     items: list[MediaItem] = []
-    starts: list[tuple[int, int]] = []
+    extents: list[ImageExtent] = []
     dest: list[int] = []
     at = 1
     for patches in images:
-        starts.append((at, len(items)))
+        extents.append(ImageExtent(at, len(items), at + patches))
         items.append(MediaItem(np.full((patches, SPEC.patch_dim), number % 256, np.uint8), (1, 1, patches), True))
         dest.extend(range(at, at + patches))
         at += patches
@@ -46,7 +46,7 @@ def make_document(number: int, num_text: int, images: tuple[int, ...] = ()) -> D
         dest=np.array(dest, np.int32),
         spans=(Span(0, ()),),
         provenance=Provenance("set", "shard", str(number), number),
-        images=tuple(starts),
+        images=tuple(extents),
     )
 
 
@@ -160,12 +160,12 @@ def test_room_for_the_null_document_is_kept() -> None:
 
 def test_truncation_keeps_whole_images_and_consistent_columns() -> None:
     document = make_document(0, 6, (4, 4))
-    cut = truncate(document, 7, SPEC)  # Inside the second image, which goes.
+    cut = truncate(document, 7)  # Inside the second image, which goes.
     assert cut.num_tokens == 5
     assert len(cut.items) == cut.num_images == 1
     assert cut.dest.tolist() == [1, 2, 3, 4]
-    assert truncate(document, 11, SPEC).num_images == 2
-    assert truncate(document, 100, SPEC) is document
+    assert truncate(document, 11).num_images == 2
+    assert truncate(document, 100) is document
 
 
 def test_truncation_that_leaves_nothing_to_learn_is_refused() -> None:
