@@ -29,7 +29,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.template import CaptionTemplate
+from data_pipeline.templates import CaptionTemplate
 from data_pipeline.tokenizer import SentencePieceTokenizerConfig, load_tokenizer
 from data_pipeline.transforms import FixedTransform, ImageTransform
 

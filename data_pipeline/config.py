@@ -11,7 +11,7 @@ from data_pipeline.mixture import Schedule
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.storage.location import Location
 from data_pipeline.strict import StrictConfig
-from data_pipeline.template import CaptionTemplate, TemplateConfig
+from data_pipeline.templates import CaptionTemplate, TemplateConfig
 from data_pipeline.tokenizer import TokenizerConfig
 from data_pipeline.transforms import FixedTransform, TransformConfig
 

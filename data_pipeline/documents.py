@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
-from data_pipeline.template import Piece, TextPiece
+from data_pipeline.templates import EndPiece, Piece, TextPiece
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageTransform
 
@@ -31,7 +31,7 @@ class _Draft:
 
     spec: MediaSpec
     ids: list[int] = field(default_factory=list)
-    learned: list[bool] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
     positions: list[npt.NDArray[np.int32]] = field(default_factory=list)
     next_position: int = 0
     items: list[MediaItem] = field(default_factory=list)
@@ -41,19 +41,19 @@ class _Draft:
     run: tuple[int, ...] = ()
     """Attended items of the images since the last text."""
 
-    def add_text(self, ids: list[int], learned: bool) -> None:
-        """Appends text tokens; the next image begins a new run."""
+    def add_text(self, ids: list[int], weight: float) -> None:
+        """Appends text tokens of one loss weight; the next image begins a new run."""
         if not ids:
             return
-        self._place(ids, learned)
+        self._place(ids, weight)
         self.run = ()
 
-    def _place(self, ids: list[int], learned: bool) -> None:
+    def _place(self, ids: list[int], weight: float) -> None:
         if self.spec.position_axes == 3:
             steps = np.arange(self.next_position, self.next_position + len(ids), dtype=np.int32)
             self.positions.append(np.repeat(steps[:, None], 3, axis=1))
         self.ids.extend(ids)
-        self.learned.extend([learned] * len(ids))
+        self.weights.extend([weight] * len(ids))
         self.next_position += len(ids)
 
     def add_image(self, views: tuple[MediaItem, ...], image_id: int) -> None:
@@ -68,7 +68,7 @@ class _Draft:
         for view in embedded:
             self._add_placeholders(view, image_id)
         if not embedded:
-            self._place([image_id], learned=False)
+            self._place([image_id], 0.0)
         self.images.append(ImageExtent(start, first_item, len(self.ids)))
 
     def _add_placeholders(self, view: MediaItem, image_id: int) -> None:
@@ -76,7 +76,7 @@ class _Draft:
         start = len(self.ids)
         self.dest.extend(range(start, start + count))
         if self.spec.position_axes == 1:
-            self._place([image_id] * count, learned=False)
+            self._place([image_id] * count, 0.0)
             return
         # Each feature stands at its own (time, row, column); text goes on after the largest of them.
         # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding.
@@ -85,20 +85,20 @@ class _Draft:
         self.positions.append(coordinates + np.int32(self.next_position))
         self.next_position += max(sides)
         self.ids.extend([image_id] * count)
-        self.learned.extend([False] * count)
+        self.weights.extend([0.0] * count)
 
     def finish(self, origin: Provenance | None) -> Document:
         """The columns as arrays; labels are the ids one ahead."""
         ids = np.array(self.ids, dtype=np.int32)
-        learned = np.array([*self.learned[1:], False], dtype=bool)
-        labels = np.where(learned, np.array([*self.ids[1:], IGNORE], dtype=np.int32), np.int32(IGNORE))
+        weights = np.array([*self.weights[1:], 0.0], dtype=np.float32)  # Of the token that is predicted.
+        labels = np.where(weights > 0, np.array([*self.ids[1:], IGNORE], dtype=np.int32), np.int32(IGNORE))
         # On one axis positions simply count; on three the pieces were placed one by one.
         count = np.arange(len(ids), dtype=np.int32)
         spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
         return Document(
             token_ids=ids,
             labels=labels,
-            loss_weights=learned.astype(np.float32),
+            loss_weights=weights,
             position_ids=count if self.spec.position_axes == 1 else np.concatenate(self.positions),
             items=tuple(self.items),
             dest=np.array(self.dest, dtype=np.int32),
@@ -134,7 +134,7 @@ class DocumentBuilder:
             SampleError: the sample lacks what the template needs, an image is bad, or image tokens and features differ.
         """
         with _located(sample):
-            return self._build(self.dataset.template.pieces(sample, rng), sample, rng, complete=True)
+            return self._build(self.dataset.template.pieces(sample, rng), sample, rng)
 
     def measure(self, sample: Sample, rng: np.random.Generator | None = None) -> Document:
         """The same document in everything but pixels, which are black and take no memory; nothing is decoded.
@@ -146,12 +146,14 @@ class DocumentBuilder:
             SampleError: as the document itself would, save for damaged pixels.
         """
         with _located(sample):
-            return self._build(self.dataset.template.pieces(sample, rng), sample, rng, complete=True, measured=True)
+            return self._build(self.dataset.template.pieces(sample, rng), sample, rng, measured=True)
 
     def build_prompt(self, sample: Sample) -> Document:
         """The document up to where the answer begins, without augmentation; nothing in it is learned."""
         with _located(sample):
-            return self._build(self.dataset.template.prompt(sample), sample, None, complete=False)
+            prompt = self.dataset.template.prompt(sample)
+            pieces = [replace(piece, weight=0.0) if isinstance(piece, TextPiece) else piece for piece in prompt]
+            return self._build(pieces, sample, None)
 
     def _build(
         self,
@@ -159,18 +161,17 @@ class DocumentBuilder:
         sample: Sample,
         rng: np.random.Generator | None,
         *,
-        complete: bool,
         measured: bool = False,
     ) -> Document:
         draft = _Draft(self.spec)
-        draft.add_text([self.tokenizer.bos_id], learned=False)
+        draft.add_text([self.tokenizer.bos_id], 0.0)
         for piece in pieces:
             if isinstance(piece, ImagePart):
                 draft.add_image(self._views(piece, rng, measured), self.tokenizer.image_id)
+            elif isinstance(piece, EndPiece):
+                draft.add_text([self.tokenizer.eos_id], piece.weight)
             else:
-                draft.add_text(self.tokenizer.encode(piece.text), learned=piece.learned and complete)
-        if complete:
-            draft.add_text([self.tokenizer.eos_id], learned=isinstance(pieces[-1], TextPiece) and pieces[-1].learned)
+                draft.add_text(self.tokenizer.encode(piece.text), piece.weight)
         self._check_counts(draft)
         return draft.finish(sample.provenance)
 
@@ -217,5 +218,5 @@ def null_document(spec: MediaSpec, pad_id: int) -> Document:
     if roles:
         draft.add_image(tuple(MediaItem(values, spec.minimal_grid, embedded) for embedded in roles), pad_id)
     else:
-        draft.add_text([pad_id], learned=False)
+        draft.add_text([pad_id], 0.0)
     return draft.finish(None)

@@ -19,7 +19,7 @@ from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
-from data_pipeline.template import CaptionTemplate
+from data_pipeline.templates import CaptionTemplate
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError

@@ -14,7 +14,7 @@ from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import SampleError
 from data_pipeline.packing import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
-from data_pipeline.template import CaptionTemplate
+from data_pipeline.templates import CaptionTemplate
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError

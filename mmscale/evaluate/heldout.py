@@ -18,7 +18,7 @@ from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing import Pack
 from data_pipeline.reader import read_samples
 from data_pipeline.sample import Sample
-from data_pipeline.template import CaptionTemplate
+from data_pipeline.templates import CaptionTemplate
 from data_pipeline.tokenizer import Tokenizer
 from mmscale.errors import ConfigError
 from mmscale.evaluate.config import HeldOutSet

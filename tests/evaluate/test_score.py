@@ -13,7 +13,7 @@ from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.packing import Pack
 from data_pipeline.sample import ImagePart, Sample
-from data_pipeline.template import CaptionTemplate
+from data_pipeline.templates import CaptionTemplate
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig, evaluate

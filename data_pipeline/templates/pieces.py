@@ -1,0 +1,46 @@
+"""What templates make: pieces of a document in reading order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from data_pipeline.sample import ImagePart, Sample
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Text of a document. ``weight`` is the loss weight of each of its tokens: 0 is read only, above 0 is learned."""
+
+    text: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class EndPiece:
+    """The end token of the tokenizer."""
+
+    weight: float
+
+
+Piece = TextPiece | EndPiece | ImagePart
+
+
+def images_of(sample: Sample) -> list[ImagePart]:
+    """The images of a sample in reading order."""
+    return [part for part in sample.parts if isinstance(part, ImagePart)]
+
+
+def text(content: str, weight: float = 0.0) -> list[TextPiece]:
+    """A piece, or none for an empty text."""
+    return [TextPiece(content, weight)] if content else []
+
+
+def draw(options: Sequence[T], rng: np.random.Generator | None) -> T:
+    """One of the options; the first if there is no generator."""
+    return options[0 if rng is None else int(rng.random() * len(options))]

@@ -1,0 +1,62 @@
+"""Documents as they are stored: text and images in turn, or text alone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from data_pipeline.errors import FaultKind, SampleError
+from data_pipeline.sample import ImagePart, Sample, TextPart
+from data_pipeline.strict import StrictConfig
+from data_pipeline.templates.pieces import EndPiece, Piece, TextPiece, text
+
+
+class InterleavedTemplate(StrictConfig):
+    """Images and text as stored; all text is learned."""
+
+    kind: Literal["interleaved"] = "interleaved"
+
+    def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
+        """Parts in stored order.
+
+        Raises:
+            SampleError: there is no text.
+        """
+        pieces: list[Piece] = []
+        for part in sample.parts:
+            pieces.extend([part] if isinstance(part, ImagePart) else text(part.text, 1.0))
+        if not any(isinstance(piece, TextPiece) for piece in pieces):
+            raise SampleError("no text among its parts: there is nothing to learn", kind=FaultKind.TEXT)
+        return [*pieces, EndPiece(0.0 if isinstance(pieces[-1], ImagePart) else 1.0)]
+
+    def prompt(self, sample: Sample) -> list[Piece]:
+        """Parts up to the last text, which is the answer."""
+        pieces = self.pieces(sample, None)
+        last = max(i for i, piece in enumerate(pieces) if isinstance(piece, TextPiece))
+        return pieces[:last]
+
+
+class TextTemplate(StrictConfig):
+    """Text alone; all of it is learned."""
+
+    kind: Literal["text"] = "text"
+
+    def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
+        """The text parts.
+
+        Raises:
+            SampleError: the sample has images, which this template would drop, or has no text.
+        """
+        if any(isinstance(part, ImagePart) for part in sample.parts):
+            raise SampleError(
+                "has images, and template.kind=text would drop them; use interleaved or caption", kind=FaultKind.TEXT
+            )
+        pieces = [piece for part in sample.parts if isinstance(part, TextPart) for piece in text(part.text, 1.0)]
+        if not pieces:
+            raise SampleError("no text: there is nothing to learn", kind=FaultKind.TEXT)
+        return [*pieces, EndPiece(1.0)]
+
+    def prompt(self, sample: Sample) -> list[Piece]:
+        """Nothing: a text is continued from its beginning."""
+        return []
