@@ -108,6 +108,7 @@ class Document:
         spans: Cross-attention spans, by ascending start; the first starts at 0 (with no items if text comes first).
         provenance: Origin; None for a null document.
         images: The images it shows, in reading order; an image may give several items.
+        is_cut: Whether this is a part of a sample that no pack can hold whole.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -119,6 +120,7 @@ class Document:
     spans: tuple[Span, ...]
     provenance: Provenance | None = None
     images: tuple[ImageExtent, ...] = ()
+    is_cut: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -50,6 +50,7 @@ class StepBatch:
         state: This rank's lanes after the step; ``state.step`` is ``step + 1``.
         num_samples: Documents of this rank, null documents left out.
         num_tokens: Tokens of them.
+        num_cut: Documents of them that are only a part of their sample (``packing.too_long``).
         exhausted: Whether every data set gave all its epochs and this rank's lanes have nothing left after this step.
     """
 
@@ -59,6 +60,7 @@ class StepBatch:
     state: LoaderState
     num_samples: int
     num_tokens: int
+    num_cut: int = 0
     exhausted: bool = False
 
 
@@ -70,6 +72,7 @@ class _Rows:
     batches: tuple[MultimodalBatch, ...] | Parcel
     states: tuple[list[int], ...]
     skipped: tuple[Skipped, ...]
+    num_cut: int
     exhausted: bool
 
     def open(self) -> tuple[MultimodalBatch, ...]:
@@ -115,7 +118,8 @@ class _LaneRows:
         for stream in self._streams.values():
             stream.step = self._step
         self._step += 1
-        batches = tuple(collate([packer.next_pack()], self._spec) for packer in self._packers.values())
+        packs = [packer.next_pack() for packer in self._packers.values()]
+        batches = tuple(collate([pack], self._spec) for pack in packs)
         states = [
             LaneState(*packer.state(), stream.faults()).to_integers()
             for packer, stream in zip(self._packers.values(), self._streams.values(), strict=True)
@@ -125,6 +129,7 @@ class _LaneRows:
             batches=wrap(batches) if self._in_parcels else batches,
             states=tuple(states),
             skipped=tuple(skip for stream in self._streams.values() for skip in stream.take_skipped()),
+            num_cut=sum(document.is_cut for pack in packs for document in pack.documents),
             exhausted=all(packer.exhausted for packer in self._packers.values()),
         )
 
@@ -248,6 +253,7 @@ class Loader:
             state=LoaderState(self.fingerprint, self._step, states, self._names),
             num_samples=sum(batch.num_samples for batch in microbatches),
             num_tokens=sum(batch.num_tokens for batch in microbatches),
+            num_cut=sum(row.num_cut for row in rows),
             exhausted=all(row.exhausted for row in rows),
         )
 

@@ -1,19 +1,20 @@
 """Documents to packs: what one lane feeds in one step.
 
-    source --documents in order--> at most ``look_ahead`` waiting --best fit--> pack, within two budgets
+    source --documents in order--> at most ``look_ahead`` waiting --strategy--> pack, within two budgets
 
-A pack starts with the document that waits longest, so none waits for ever; then the largest waiting document that still
-fits is added until none does. The state is the source's position and the places of the documents that wait: integers.
-Not for: the order of documents (``lanes``, ``mixture``).
+A pack starts with the document that waits longest, so none waits for ever; then the strategy adds waiting documents
+that still fit until none does. The state is the source's position and the places of the documents that wait: integers.
+Not for: the order of documents (``lanes``, ``mixture``), how a document is cut (``cutting``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from data_pipeline.config import PackingConfig
+from data_pipeline.cutting import longest_part, split
 from data_pipeline.document import Document
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec
@@ -28,9 +29,8 @@ class Pack:
     lane: int
 
 
-@dataclass(frozen=True)
-class Load:
-    """What a pack holds so far."""
+class Load(NamedTuple):
+    """What a pack, or a document alone, holds."""
 
     documents: int = 0
     tokens: int = 0
@@ -38,14 +38,21 @@ class Load:
     embedded: bool = False
     attended: bool = False
 
-    def plus(self, document: Document, spec: MediaSpec) -> Load:
-        """The load with one more document."""
+    @classmethod
+    def of(cls, document: Document, spec: MediaSpec) -> Load:
+        """The load of one document."""
+        embedded = any(item.embedded for item in document.items)
+        attended = any(not item.embedded for item in document.items)
+        return cls(1, document.num_tokens, document.cost(spec), embedded, attended)
+
+    def plus(self, other: Load) -> Load:
+        """The load of both."""
         return Load(
-            self.documents + 1,
-            self.tokens + document.num_tokens,
-            self.cost + document.cost(spec),
-            self.embedded or any(item.embedded for item in document.items),
-            self.attended or any(not item.embedded for item in document.items),
+            self.documents + other.documents,
+            self.tokens + other.tokens,
+            self.cost + other.cost,
+            self.embedded or other.embedded,
+            self.attended or other.attended,
         )
 
 
@@ -65,6 +72,7 @@ class Budget:
         self.config = config
         self.spec = spec
         self.null = null
+        self._null_load = Load.of(null, spec)._replace(documents=0)  # It counts for room, not as a sample.
         least = null.num_tokens + 1
         if config.max_tokens < least:
             raise DataConfigError(
@@ -82,7 +90,7 @@ class Budget:
 
     def fits(self, load: Load) -> bool:
         """Whether a pack may hold this much."""
-        full = load.plus(self.null, self.spec) if self.lacks_role(load) else load
+        full = load.plus(self._null_load) if self.lacks_role(load) else load
         config = self.config
         return (
             full.tokens <= config.max_tokens
@@ -90,51 +98,40 @@ class Budget:
             and (config.max_documents is None or load.documents <= config.max_documents)
         )
 
-    def admit(self, document: Document) -> Document:
-        """The document as some pack can hold it.
+    def fullness(self, load: Load) -> float:
+        """How full a pack is, by the budget that all packs of a step should meet alike: cost if there is one."""
+        return load.tokens if self.config.max_cost is None else load.cost
+
+    def admit(self, document: Document) -> list[Document]:
+        """The document as packs can hold it: itself, or what ``too_long`` makes of it.
 
         Raises:
-            SampleError: no pack can hold it, or nothing to learn is left of it.
+            SampleError: no pack can hold it and it may not be cut, or nothing to learn is left of it.
         """
         if self._alone(document):
-            return document
-        if self.config.too_long == "truncate":
-            for length in (self.config.max_tokens, self.config.max_tokens - self.null.num_tokens):
-                shorter = truncate(document, length)
-                if self._alone(shorter) and shorter.loss_weights.any():
-                    return shorter
+            return [document]
+        parts: list[Document] = []
+        if self.config.too_long == "split":
+            parts = list(split(document, self._alone))
+        elif self.config.too_long == "truncate":
+            first = longest_part(document, 0, self._alone)
+            parts = [] if first is None else [first]
+        parts = [part for part in parts if part.loss_weights.any()]
+        if parts:
+            return parts
         room = f"{self.config.max_tokens} tokens"
         if self.config.max_cost is not None:
             room += f" and a cost of {self.config.max_cost:g}"
+        remedy = "raise packing.max_tokens or max_cost, or set packing.too_long to truncate or split"
+        if self.config.too_long != "error":
+            remedy = "nothing that is learned is left of it when it is cut"
         raise SampleError(
             f"{document.num_tokens} tokens and {document.num_patches} patches (cost {document.cost(self.spec):g}); "
-            f"a pack holds {room}, null documents included"
+            f"a pack holds {room}, null documents included; {remedy}"
         )
 
     def _alone(self, document: Document) -> bool:
-        return self.fits(Load().plus(document, self.spec))
-
-
-def truncate(document: Document, length: int) -> Document:
-    """The first ``length`` tokens at most; an image stays whole or goes."""
-    for image in document.images:
-        if image.start < length < image.stop:
-            length = image.start
-    if length >= document.num_tokens:
-        return document
-    images = tuple(image for image in document.images if image.start < length)
-    num_items = document.images[len(images)].first_item if len(images) < document.num_images else len(document.items)
-    return replace(
-        document,
-        token_ids=document.token_ids[:length],
-        labels=document.labels[:length],
-        loss_weights=document.loss_weights[:length],
-        position_ids=document.position_ids[:length],
-        items=document.items[:num_items],
-        dest=document.dest[document.dest < length],
-        spans=tuple(span for span in document.spans if span.start < length),
-        images=images,
-    )
+        return self.fits(Load.of(document, self.spec))
 
 
 class Made(NamedTuple):
@@ -157,6 +154,14 @@ class Source(Protocol):
         """A document that was drawn before, again; None if its sample went bad meanwhile."""
 
 
+class _Waiting(NamedTuple):
+    """A document that was drawn and not packed yet, weighed once."""
+
+    drawn: Drawn
+    document: Document
+    load: Load
+
+
 class Packer:
     """Packs of one lane.
 
@@ -173,7 +178,7 @@ class Packer:
         self._lane = lane
         self._more = True
         made = ((drawn, source.remake(drawn)) for drawn in waiting)
-        self._waiting = [Made(drawn, document) for drawn, document in made if document is not None]
+        self._waiting = [self._weigh(Made(drawn, document)) for drawn, document in made if document is not None]
 
     def next_pack(self) -> Pack:
         """The next pack, with the null document if it lacks a role; a null pack once there are no more samples."""
@@ -184,9 +189,9 @@ class Packer:
             chosen = self._choose(load)
             if chosen is None:
                 break
-            self._waiting = [made for made in self._waiting if made is not chosen]
+            self._waiting = [waiting for waiting in self._waiting if waiting is not chosen]
             documents.append(chosen.document)
-            load = load.plus(chosen.document, self._budget.spec)
+            load = load.plus(chosen.load)
             if load.documents == self._budget.config.max_documents:
                 break
         if not documents:
@@ -202,7 +207,7 @@ class Packer:
 
     def state(self) -> tuple[StreamPosition, tuple[Drawn, ...]]:
         """Where the source stands, and the places of the documents that wait, the oldest first."""
-        return self._source.position(), tuple(made.drawn for made in self._waiting)
+        return self._source.position(), tuple(waiting.drawn for waiting in self._waiting)
 
     def _fill(self) -> None:
         while self._more and len(self._waiting) < self._budget.config.look_ahead:
@@ -210,12 +215,17 @@ class Packer:
             if made is None:
                 self._more = False
             else:
-                self._waiting.extend(made)
+                self._waiting.extend(map(self._weigh, made))
 
-    def _choose(self, load: Load) -> Made | None:
-        """The first document of an empty pack, else the largest that fits; of equals the oldest."""
+    def _weigh(self, made: Made) -> _Waiting:
+        return _Waiting(*made, Load.of(made.document, self._budget.spec))
+
+    def _choose(self, load: Load) -> _Waiting | None:
+        """The oldest for an empty pack, else what the strategy takes of those that fit; of equals the oldest."""
         if load.documents == 0:
             return self._waiting[0] if self._waiting else None
-        spec = self._budget.spec
-        fitting = [made for made in self._waiting if self._budget.fits(load.plus(made.document, spec))]
-        return max(fitting, key=lambda made: made.document.num_tokens, default=None)
+        budget = self._budget
+        fitting = (waiting for waiting in self._waiting if budget.fits(load.plus(waiting.load)))
+        if budget.config.strategy == "best_fit":
+            return max(fitting, key=lambda waiting: budget.fullness(waiting.load), default=None)
+        return next(fitting, None)  # Greedy holds one document, so the first is the only one.

@@ -125,6 +125,7 @@ class LaneStream:
         self._mixtures: dict[tuple[int, int], Mixture | None] = {}
         self._policy = FaultPolicy(config.faults, state.faults)
         self._skipped: list[Skipped] = []
+        self._remade: tuple[Drawn, list[Document]] | None = None
 
     def position(self) -> StreamPosition:
         """Where the next document is drawn from."""
@@ -153,10 +154,14 @@ class LaneStream:
         Raises:
             As ``make``.
         """
-        try:  # What went well before says nothing new about how many of the last samples were bad.
-            documents = self._documents(drawn)
-        except Exception:  # The policy decides.
-            documents = self._attempt(drawn)
+        sample = drawn._replace(part=0)
+        if self._remade is None or self._remade[0] != sample:  # Parts of one sample wait one behind the other.
+            try:  # What went well before says nothing new about how many of the last samples were bad.
+                documents = self._documents(sample)
+            except Exception:  # The policy decides.
+                documents = self._attempt(sample)
+            self._remade = (sample, documents)
+        documents = self._remade[1]
         return documents[drawn.part] if drawn.part < len(documents) else None
 
     def take_skipped(self) -> tuple[Skipped, ...]:
@@ -211,6 +216,6 @@ class LaneStream:
         sample = dataset.reader.read(drawn.sample, drawn.epoch)
         document = dataset.build(sample, sample_generator(dataset.seed, Place(drawn.sample, drawn.epoch)))
         try:
-            return [self._budget.admit(document)]
+            return self._budget.admit(document)
         except SampleError as error:
             raise error.located(sample.provenance.shard, sample.provenance.key) from error

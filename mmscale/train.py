@@ -165,9 +165,9 @@ def _step(
     engine: Engine, state: TrainState, batch: StepBatch, stage: str, datasets: Sequence[str], log: Log, show: Show
 ) -> TrainState:
     report = engine.train_step(batch.microbatches)
-    counts = [batch.num_tokens, batch.num_samples, len(batch.skipped)]
+    counts = [batch.num_tokens, batch.num_samples, len(batch.skipped), batch.num_cut]
     mine = [*counts, *totals(batch, report.document_losses, datasets)]
-    tokens, samples, skipped, *by_dataset = sum_float(engine.world, mine)
+    tokens, samples, skipped, cut, *by_dataset = sum_float(engine.world, mine)
     if not samples:
         raise DataConfigError(
             f"every data set gave all its epochs before step {state.step + 1} (data.datasets.*.max_epochs): "
@@ -189,7 +189,7 @@ def _step(
         num_tokens=int(tokens),
         num_samples=int(samples),
         stage=stage,
-        extra={"skipped_samples": int(skipped), **figures(datasets, by_dataset)},
+        extra={"skipped_samples": int(skipped), "cut_documents": int(cut), **figures(datasets, by_dataset)},
     )
     log.images(state.step, functools.partial(show, batch.microbatches[0]))
     return state

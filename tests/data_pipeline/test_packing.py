@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.packing import SPEC as LONG_TAIL_SPEC
+from benchmarks.packing import Workload, emoji, long_tail, pack
 from data_pipeline.config import PackingConfig
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.documents import null_document
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.lanes import Cursor
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.packing import Budget, Load, Made, Pack, Packer, truncate
+from data_pipeline.packing import Budget, Load, Made, Pack, Packer
 from data_pipeline.sample import Provenance
 from data_pipeline.state import Drawn, StreamPosition
 
@@ -56,6 +58,7 @@ class ListSource:
 
     documents: list[Document | None]
     at: int = 0
+    split_by: Budget | None = None
 
     def position(self) -> StreamPosition:
         return StreamPosition((self.at,), (Cursor(0, 0, self.at),))
@@ -63,11 +66,19 @@ class ListSource:
     def make(self) -> list[Made] | None:
         self.at += 1
         drawn = Drawn(0, 0, self.at - 1)
-        document = self.remake(drawn)
-        return [] if document is None else [Made(drawn, document)]
+        return [Made(drawn._replace(part=part), document) for part, document in enumerate(self._parts(drawn))]
 
     def remake(self, drawn: Drawn) -> Document | None:
-        return self.documents[drawn.sample % len(self.documents)]
+        return self._parts(drawn)[drawn.part]
+
+    def _parts(self, drawn: Drawn) -> list[Document]:
+        document = self.documents[drawn.sample % len(self.documents)]
+        if document is None:
+            return []
+        try:
+            return [document] if self.split_by is None else self.split_by.admit(document)
+        except SampleError:
+            return []
 
 
 def _budget(max_tokens: int = 40, **others: object) -> Budget:
@@ -91,9 +102,11 @@ budgets = st.fixed_dictionaries(
 )
 
 
-def _source(shapes: Sequence[tuple[int, tuple[int, ...]] | None], at: int = 0) -> ListSource:
+def _source(
+    shapes: Sequence[tuple[int, tuple[int, ...]] | None], at: int = 0, split_by: Budget | None = None
+) -> ListSource:
     made = [None if shape is None else make_document(i, *shape) for i, shape in enumerate(shapes)]
-    return ListSource(made, at)
+    return ListSource(made, at, split_by)
 
 
 @given(shapes=documents, budget=budgets)
@@ -153,24 +166,55 @@ def test_room_for_the_null_document_is_kept() -> None:
     text = make_document(0, 39)  # 40 tokens, and the null document has one more.
     with pytest.raises(SampleError):
         _budget().admit(text)
-    assert _budget(max_tokens=41).admit(text) is text
-    shorter = _budget(too_long="truncate").admit(text)
+    assert _budget(max_tokens=41).admit(text) == [text]
+    (shorter,) = _budget(too_long="truncate").admit(text)
     assert shorter.num_tokens == 39
-
-
-def test_truncation_keeps_whole_images_and_consistent_columns() -> None:
-    document = make_document(0, 6, (4, 4))
-    cut = truncate(document, 7)  # Inside the second image, which goes.
-    assert cut.num_tokens == 5
-    assert len(cut.items) == cut.num_images == 1
-    assert cut.dest.tolist() == [1, 2, 3, 4]
-    assert truncate(document, 11).num_images == 2
-    assert truncate(document, 100) is document
+    assert [part.num_tokens for part in _budget(too_long="split").admit(text)] == [39]  # The last predicts nothing.
 
 
 def test_truncation_that_leaves_nothing_to_learn_is_refused() -> None:
-    with pytest.raises(SampleError):
+    with pytest.raises(SampleError, match="nothing that is learned is left"):
         _budget(max_tokens=8, too_long="truncate").admit(make_document(0, 6, (4, 9)))
+
+
+@given(shapes=documents, budget=budgets, strategy=st.sampled_from(["first_fit", "best_fit"]), steps=st.integers(0, 8))
+def test_every_strategy_with_split_documents_goes_on_where_it_was(
+    shapes: list, budget: dict, strategy: str, steps: int
+) -> None:
+    budget = {**budget, "max_tokens": 12, "max_cost": 14, "strategy": strategy, "too_long": "split"}
+    packer = Packer(_source(shapes, split_by=_budget(**budget)), _budget(**budget), lane=0)
+    for _ in range(steps):
+        packer.next_pack()
+    position, waiting = packer.state()
+    source = _source(shapes, position.draws[0], split_by=_budget(**budget))
+    again = Packer(source, _budget(**budget), lane=0, waiting=waiting)
+    for _ in range(6):
+        ours, theirs = again.next_pack(), packer.next_pack()
+        assert [d.token_ids.tolist() for d in ours.documents] == [d.token_ids.tolist() for d in theirs.documents]
+        assert again.state() == packer.state()
+
+
+def test_greedy_closes_a_pack_where_first_fit_and_best_fit_fill_it() -> None:
+    shapes = [(20, (1,)), (25, (1,)), (3, (1,)), (8, (1,))]
+    packs = {}
+    for strategy, look_ahead in {"greedy": 1, "first_fit": 4, "best_fit": 4}.items():
+        budget = _budget(max_tokens=36, strategy=strategy, look_ahead=look_ahead)
+        packs[strategy] = _numbers(Packer(_source(shapes), budget, lane=0).next_pack())
+    assert packs == {"greedy": [0], "first_fit": [0, 2], "best_fit": [0, 3]}
+
+
+def test_best_fit_fills_the_cost_budget_where_there_is_one() -> None:
+    shapes = [(20, (1,)), (9, (1,)), (1, (6,))]  # The second has more tokens, the third costs more.
+    tokens = _budget(max_tokens=34, look_ahead=3)
+    assert _numbers(Packer(_source(shapes), tokens, lane=0).next_pack()) == [0, 1]
+    cost = _budget(max_tokens=34, max_cost=34, look_ahead=3)
+    assert tokens.spec.cost_per_patch == 0.5
+    assert _numbers(Packer(_source([(20, (1,)), (5, (1,)), (1, (6,))]), cost, lane=0).next_pack()) == [0, 2]
+
+
+def test_greedy_with_a_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="greedy looks at one document only"):
+        PackingConfig(max_tokens=8, strategy="greedy", look_ahead=2)
 
 
 def test_budgets_that_hold_no_null_document_are_refused() -> None:
@@ -183,4 +227,19 @@ def test_budgets_that_hold_no_null_document_are_refused() -> None:
 
 
 def test_cost_counts_patches_at_the_price_of_the_model() -> None:
-    assert Load().plus(make_document(0, 3, (4,)), SPEC).cost == 8 + 0.5 * 4
+    assert Load.of(make_document(0, 3, (4,)), SPEC).cost == 8 + 0.5 * 4
+
+
+def test_packs_of_a_long_tail_are_full_and_cost_alike() -> None:
+    work = Workload("long tail", long_tail, LONG_TAIL_SPEC, max_tokens=8192, max_cost=9216)
+    best = pack(work, 12, with_cost=True, strategy="best_fit", look_ahead=32)
+    assert best.unused < 0.03
+    assert best.imbalance < 1.05
+    assert pack(work, 12, with_cost=False, strategy="best_fit", look_ahead=32).imbalance > best.imbalance + 0.05
+    assert pack(work, 12, with_cost=True, strategy="greedy").unused > best.unused
+
+
+def test_packs_of_emoji_are_full_and_cost_alike() -> None:
+    best = pack(emoji(), 4, with_cost=True, strategy="best_fit", look_ahead=32)
+    assert best.unused < 0.03
+    assert best.imbalance < 1.05

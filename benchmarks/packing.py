@@ -1,0 +1,164 @@
+"""Unused room and cost imbalance of packs, by strategy: ``python -m benchmarks.packing --json``.
+
+Two streams of documents fill the packs of 16 lanes. *Emoji*: the bundled shards as the quickstart reads them, a name
+and some features an image. *Long tail*: text of log-normal length, half of the documents with an image of 64 to
+1600 patches, also log-normal. Unused room is 1 minus how full the budget that binds is, on average: what padding would
+be if packs were padded. Imbalance is the largest cost of a step's packs over their mean, averaged over the steps: the
+share of time that all lanes wait for the slowest. Peers: greedy packing, which closes a pack at the first document that
+does not fit, and the same strategy with a token budget only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.figures import Case, main
+from data_pipeline.config import PackingConfig
+from data_pipeline.document import Document, ImageExtent, MediaItem
+from data_pipeline.documents import DocumentBuilder, null_document
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.packing import Budget, Made, Packer
+from data_pipeline.reader import SampleReader
+from data_pipeline.sample import Provenance
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.state import Drawn, StreamPosition
+from data_pipeline.tokenizer import load_tokenizer
+from mmscale.config import load
+from mmscale.run_config import RunConfig
+
+LANES, STEPS = 16, 60
+QUICKSTART = Path("configs/quickstart.yaml")
+SPEC = MediaSpec(Placement.EMBEDDING, patch_size=1, merge=2, cost_per_patch=0.35)
+
+Draw = Callable[[int, int], Document]
+"""The document of a lane and number."""
+
+
+class Workload(NamedTuple):
+    """Documents and the budgets of their packs."""
+
+    name: str
+    draw: Draw
+    spec: MediaSpec
+    max_tokens: int
+    max_cost: float
+
+
+def long_tail(lane: int, number: int) -> Document:
+    """Log-normal text, and for every other document an image of log-normal size before it."""
+    rng = np.random.default_rng((lane, number))
+    length = int(np.clip(rng.lognormal(5.2, 1.0), 8, 4096))
+    items: tuple[MediaItem, ...] = ()
+    if rng.random() < 0.5:
+        side = 2 * int(np.clip(rng.lognormal(2.3, 0.5), 4, 20))
+        values = np.broadcast_to(np.uint8(0), (side * side, SPEC.patch_dim))
+        items = (MediaItem(values, (1, side, side), embedded=True),)
+    features = sum(item.num_features(SPEC) for item in items)
+    ids = np.broadcast_to(np.int32(1), (length + features,))
+    weights = np.broadcast_to(np.float32(1), ids.shape)
+    dest = np.arange(features, dtype=np.int32)
+    origin = Provenance("long tail", str(lane), str(number), number)
+    return Document(ids, ids, weights, ids, items, dest, (), origin, images=(ImageExtent(0, 0, features),) * len(items))
+
+
+def emoji() -> Workload:
+    """The quickstart's documents, measured without decoding, shuffled."""
+    config = load(QUICKSTART, [], RunConfig).value
+    dataset, spec = config.data.datasets[0], config.media_spec
+    reader = SampleReader(Manifest.open(dataset.manifest), dataset.name)
+    build = DocumentBuilder(dataset, load_tokenizer(config.data.tokenizer), spec)
+    size = reader.manifest.num_samples
+    order = np.random.default_rng(0).permutation(size)
+    documents: dict[int, Document] = {}
+
+    def draw(lane: int, number: int) -> Document:
+        sample = int(order[(number * LANES + lane) % size])
+        if sample not in documents:
+            documents[sample] = build.measure(reader.read(sample, 0), np.random.default_rng(sample))
+        return documents[sample]
+
+    return Workload("emoji", draw, spec, max_tokens=1024, max_cost=2048)
+
+
+class _Source:
+    """Documents of a lane as ``packing.Source``."""
+
+    def __init__(self, draw: Draw, lane: int) -> None:
+        self._draw, self._lane, self._number = draw, lane, 0
+
+    def position(self) -> StreamPosition:
+        return StreamPosition.start(1)
+
+    def make(self) -> list[Made]:
+        self._number += 1
+        drawn = Drawn(0, 0, self._number)
+        return [Made(drawn, self.remake(drawn))]
+
+    def remake(self, drawn: Drawn) -> Document:
+        return self._draw(self._lane, drawn.sample)
+
+
+class Figures(NamedTuple):
+    """Means over packs and steps."""
+
+    unused: float
+    imbalance: float
+
+
+def pack(load: Workload, steps: int, with_cost: bool, **packing: object) -> Figures:
+    """Packs ``steps`` steps of all lanes."""
+    limits = {"max_tokens": load.max_tokens, "max_cost": load.max_cost if with_cost else None}
+    config = PackingConfig.model_validate({**limits, **packing})
+    budget = Budget(config, load.spec, null_document(load.spec, 0))
+    packers = [Packer(_Source(load.draw, lane), budget, lane) for lane in range(LANES)]
+    return Figures(*np.mean(list(_steps(packers, config, load.spec, steps)), axis=0).tolist())
+
+
+def _steps(packers: list[Packer], config: PackingConfig, spec: MediaSpec, steps: int) -> Iterator[tuple[float, float]]:
+    for _ in range(steps):
+        packs = [packer.next_pack().documents for packer in packers]
+        tokens = np.array([sum(document.num_tokens for document in documents) for documents in packs])
+        costs = np.array([sum(document.cost(spec) for document in documents) for documents in packs])
+        full = tokens / config.max_tokens
+        if config.max_cost is not None:
+            full = np.maximum(full, costs / config.max_cost)
+        yield 1 - float(full.mean()), float(costs.max() / costs.mean())
+
+
+STRATEGIES: dict[str, dict[str, object]] = {
+    "greedy": {"strategy": "greedy"},
+    "first_fit of 32": {"strategy": "first_fit", "look_ahead": 32},
+    "best_fit of 32": {"strategy": "best_fit", "look_ahead": 32},
+}
+
+
+def measure(steps: int = STEPS) -> list[Case]:
+    """Both workloads, all strategies, with and without a cost budget."""
+    cases = []
+    for work in (emoji(), Workload("long tail", long_tail, SPEC, max_tokens=8192, max_cost=9216)):
+        found = {
+            (name, with_cost): pack(work, steps, with_cost, **packing)
+            for name, packing in STRATEGIES.items()
+            for with_cost in (False, True)
+        }
+        for name in STRATEGIES:
+            ours, tokens_only = found[name, True], found[name, False]
+            greedy = found["greedy", True]
+            cases += [
+                Case(f"{work.name}, {name}: unused room", ours.unused, {"greedy": greedy.unused}, "of the budget"),
+                Case(
+                    f"{work.name}, {name}: cost imbalance",
+                    ours.imbalance,
+                    {"tokens only": tokens_only.imbalance},
+                    "max over mean",
+                ),
+            ]
+    return cases
+
+
+if __name__ == "__main__":
+    main("packing", measure)

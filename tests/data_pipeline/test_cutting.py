@@ -1,0 +1,118 @@
+"""Cutting: no token, label, feature or attended image is lost, and no image is cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.cutting import cut, longest_part, split
+from data_pipeline.document import Document, ImageExtent, MediaItem, Span
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.sample import Provenance
+
+EMBEDDING = MediaSpec(Placement.EMBEDDING, patch_size=1)
+ATTENDING = MediaSpec(Placement.CROSS_ATTENTION, patch_size=1)
+
+pieces = st.lists(
+    st.one_of(st.tuples(st.just("text"), st.integers(1, 9)), st.tuples(st.just("image"), st.integers(1, 6))),
+    min_size=1,
+    max_size=8,
+)
+
+
+def _document(pieces: list[tuple[str, int]], spec: MediaSpec) -> Document:
+    """Text and images in a row; token t has id t, every feature of image i has the value i."""
+    embedded = spec.placement is Placement.EMBEDDING
+    length, items, images, dest, spans = 0, [], [], [], [Span(0, ())]
+    for kind, size in pieces:
+        if kind == "text":
+            length += size
+            continue
+        start = length
+        items.append(MediaItem(np.full((size, spec.patch_dim), len(items), np.uint8), (1, 1, size), embedded))
+        if embedded:
+            dest.extend(range(length, length + size))
+            length += size
+        else:
+            spans = [span for span in spans if span.start != length]
+            spans.append(Span(length, (len(items) - 1,)))
+            length += 1
+        images.append(ImageExtent(start, len(items) - 1, length))
+    ids = np.arange(length, dtype=np.int32)
+    origin = Provenance("set", "shard", "0", 0)
+    weights = np.ones(length, np.float32)
+    return Document(
+        ids, ids + 1, weights, ids, tuple(items), np.array(dest, np.int32), tuple(spans), origin, tuple(images)
+    )
+
+
+def _attended(document: Document) -> list[tuple[int, ...]]:
+    """For each token the values of the items that it attends."""
+    ends = [*(span.start for span in document.spans[1:]), document.num_tokens]
+    values = [int(item.values[0, 0]) for item in document.items]
+    rows = []
+    for span, end in zip(document.spans, ends, strict=True):
+        rows += [tuple(values[item] for item in span.items)] * (end - span.start)
+    return rows
+
+
+def _features(document: Document) -> dict[int, int]:
+    """Token id to the value of the feature that is written there."""
+    values = [int(item.values[0, 0]) for item in document.items if item.embedded for _ in range(item.num_patches)]
+    return {int(document.token_ids[token]): value for token, value in zip(document.dest, values, strict=True)}
+
+
+@given(pieces=pieces, most=st.integers(6, 12), spec=st.sampled_from([EMBEDDING, ATTENDING]))
+def test_the_parts_together_are_the_document(pieces: list, most: int, spec: MediaSpec) -> None:
+    document = _document(pieces, spec)
+    parts = list(split(document, lambda part: part.num_tokens <= most))
+    assert np.concatenate([part.token_ids for part in parts]).tolist() == document.token_ids.tolist()
+    assert np.concatenate([part.labels for part in parts]).tolist() == document.labels.tolist()
+    assert [seen for part in parts for seen in _attended(part)] == _attended(document)
+    assert {token: value for part in parts for token, value in _features(part).items()} == _features(document)
+    for part in parts:
+        assert part.num_tokens <= most
+        assert part.position_ids.tolist() == list(range(part.num_tokens))
+        assert part.is_cut
+        assert part.spans[0].start == 0
+    assert sum(part.num_images for part in parts) == document.num_images
+
+
+@given(pieces=pieces, spec=st.sampled_from([EMBEDDING, ATTENDING]))
+def test_no_image_is_divided(pieces: list, spec: MediaSpec) -> None:
+    document = _document(pieces, spec)
+    parts = split(document, lambda part: part.num_tokens <= 7)
+    edges = np.cumsum([part.num_tokens for part in parts]).tolist()
+    for image in document.images:
+        assert not any(image.start < edge < image.stop for edge in edges)
+
+
+def test_a_part_is_as_long_as_the_cost_allows() -> None:
+    document = _document([("text", 3), ("image", 4), ("text", 5)], EMBEDDING)
+
+    def cheap(part: Document) -> bool:
+        return part.num_tokens + 2 * part.num_patches <= 18
+
+    part = longest_part(document, 0, cheap)
+    assert part is not None
+    assert (part.num_tokens, part.num_patches) == (10, 4)
+    assert longest_part(document, 3, lambda part: part.num_tokens <= 3) is None
+
+
+def test_an_image_that_fits_nowhere_goes_and_the_text_around_it_stays() -> None:
+    document = _document([("text", 3), ("image", 6), ("text", 4)], EMBEDDING)
+    parts = list(split(document, lambda part: part.num_tokens <= 5))
+    assert [part.token_ids.tolist() for part in parts] == [[0, 1, 2], [9, 10, 11, 12]]
+    assert not any(part.items for part in parts)
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_positions_on_three_axes_start_again_at_zero(start: int) -> None:
+    document = _document([("text", 8)], EMBEDDING)
+    positions = np.stack([np.arange(8), np.arange(8) + 2, np.arange(8) + 5], axis=1).astype(np.int32)
+    moved = Document(**{**document.__dict__, "position_ids": positions})
+    part = cut(moved, start, 8)
+    expected = positions[start:] - (positions[start] if start else 0)
+    assert part.position_ids.tolist() == expected.tolist()
