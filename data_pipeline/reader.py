@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import FaultKind, SampleError, ShardError
-from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart
+from data_pipeline.pages import default_images, take_parts
+from data_pipeline.sample import Part, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import Member, ShardIndex
 from data_pipeline.shards.manifest import Manifest
@@ -161,7 +162,7 @@ def assemble(
 ) -> Sample:
     """Parts and fields of one sample from its members by extension.
 
-    With ``parts`` in the JSON member, they give the order; without, the images come in order of extension, then the
+    The JSON member of a page gives the order (``pages``); without, the images come in order of extension, then the
     caption (``txt``, or ``caption``, or the first of ``captions``). A ``txt`` member is the field ``caption`` too.
 
     Args:
@@ -170,13 +171,14 @@ def assemble(
         sizes: Height and width of images by extension, as far as the index knows them.
 
     Raises:
-        SampleError: malformed JSON or text, a part that names no member, or nothing at all.
+        SampleError: malformed JSON or text, an image of a page that is no member, or nothing at all.
     """
     try:
         fields = _fields(members)
-        listed = fields.pop("parts", None)
         sizes = sizes or {}
-        parts = _default_parts(members, fields, sizes) if listed is None else _listed_parts(listed, members, sizes)
+        parts = take_parts(fields, members, sizes, origin.key)
+        if parts is None:
+            parts = _default_parts(members, fields, sizes)
     except SampleError as error:
         raise error.located(origin.shard, origin.key) from error
     if not parts and not fields:
@@ -201,43 +203,16 @@ def _fields(members: Mapping[str, bytes]) -> dict[str, Any]:
     return fields
 
 
-def _image_order(ext: str) -> tuple[int, str]:
-    """Numbered images by number (2.png before 10.png), then the rest by name."""
-    stem = ext.rpartition(".")[0]
-    return (int(stem), ext) if stem.isdecimal() else (-1, ext)
-
-
 def _default_parts(
     members: Mapping[str, bytes], fields: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]
 ) -> list[Part]:
-    images = sorted((ext for ext in members if is_image(ext)), key=_image_order)
-    parts: list[Part] = [ImagePart(members[ext], ext, sizes.get(ext)) for ext in images]
+    parts: list[Part] = [*default_images(members, sizes)]
     caption = fields.get("caption")
     if caption is None:
         captions = fields.get("captions")
         caption = captions[0] if isinstance(captions, list) and captions else None
     if isinstance(caption, str) and caption:
         parts.append(TextPart(caption))
-    return parts
-
-
-def _listed_parts(listed: Any, members: Mapping[str, bytes], sizes: Mapping[str, tuple[int, int]]) -> list[Part]:
-    if not isinstance(listed, list):
-        raise SampleError(f"parts is a {type(listed).__name__}, expected a list", kind=FaultKind.TEXT)
-    parts: list[Part] = []
-    for item in listed:
-        match item:
-            case {"text": str(text)}:
-                parts.append(TextPart(text))
-            case {"image": str(name)} if name.lower() in members:
-                name = name.lower()
-                parts.append(ImagePart(members[name], name, sizes.get(name)))
-            case {"image": name}:
-                reason = f"parts name the image {name!r}; its members are {', '.join(members)}"
-                raise SampleError(reason, kind=FaultKind.TEXT)
-            case _:
-                reason = f'a part is {item!r}, expected {{"text": ...}} or {{"image": ...}}'
-                raise SampleError(reason, kind=FaultKind.TEXT)
     return parts
 
 

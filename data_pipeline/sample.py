@@ -19,9 +19,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class TextPart:
-    """A stretch of text."""
+    """A stretch of text; where it is learned, with this loss weight."""
 
     text: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -165,12 +165,12 @@ def _mmc4_image(image: Mapping[str, Any]) -> Any:
         raise SampleError(f"image_base64 is no base64: {error}") from error
 
 
-def _part(part: Mapping[str, Any], members: Members, load: Callable[[Any], bytes]) -> dict[str, str]:
+def _part(part: Mapping[str, Any], members: Members, load: Callable[[Any], bytes]) -> dict[str, Any]:
     given = {key: value for key, value in part.items() if value is not None}
-    if set(given) == {"text"}:
-        return {"text": text_of(given["text"], "text")}
+    if "text" in given and set(given) <= {"text", "weight"}:
+        return {**given, "text": text_of(given["text"], "text")}
     if set(given) != {"image"}:
-        raise SampleError(f"a part with the fields {sorted(given)}; it must have just one, text or image")
+        raise SampleError(f"a part with the fields {sorted(given)}; it must have text (and a weight), or an image")
     ext, content = image_of(given["image"], load)
     name = f"{len(members)}.{ext}"
     members[name] = content

@@ -13,9 +13,11 @@ from data_pipeline.templates.pieces import EndPiece, Piece, TextPiece, text
 
 
 class InterleavedTemplate(StrictConfig):
-    """Images and text as stored; all text is learned."""
+    """Images and text as stored; all text is learned, with the weight that a part names (``"weight": 0.5``)."""
 
     kind: Literal["interleaved"] = "interleaved"
+    separator: str = ""
+    """Put after every text but the last part: MMC4 stores sentences without the space or line break between them."""
 
     def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
         """Parts in stored order.
@@ -24,11 +26,15 @@ class InterleavedTemplate(StrictConfig):
             SampleError: there is no text.
         """
         pieces: list[Piece] = []
-        for part in sample.parts:
-            pieces.extend([part] if isinstance(part, ImagePart) else text(part.text, 1.0))
+        for number, part in enumerate(sample.parts, start=1):
+            if isinstance(part, ImagePart):
+                pieces.append(part)
+            else:
+                last = number == len(sample.parts)
+                pieces.extend(text(part.text if last else part.text + self.separator, part.weight))
         if not any(isinstance(piece, TextPiece) for piece in pieces):
             raise SampleError("no text among its parts: there is nothing to learn", kind=FaultKind.TEXT)
-        return [*pieces, EndPiece(0.0 if isinstance(pieces[-1], ImagePart) else 1.0)]
+        return [*pieces, _end(pieces[-1])]
 
     def prompt(self, sample: Sample) -> list[Piece]:
         """Parts up to the last text, which is the answer."""
@@ -38,7 +44,7 @@ class InterleavedTemplate(StrictConfig):
 
 
 class TextTemplate(StrictConfig):
-    """Text alone; all of it is learned."""
+    """Text alone; all of it is learned, with the weight that a part names."""
 
     kind: Literal["text"] = "text"
 
@@ -52,11 +58,18 @@ class TextTemplate(StrictConfig):
             raise SampleError(
                 "has images, and template.kind=text would drop them; use interleaved or caption", kind=FaultKind.TEXT
             )
-        pieces = [piece for part in sample.parts if isinstance(part, TextPart) for piece in text(part.text, 1.0)]
+        pieces = [
+            piece for part in sample.parts if isinstance(part, TextPart) for piece in text(part.text, part.weight)
+        ]
         if not pieces:
             raise SampleError("no text: there is nothing to learn", kind=FaultKind.TEXT)
-        return [*pieces, EndPiece(1.0)]
+        return [*pieces, _end(pieces[-1])]
 
     def prompt(self, sample: Sample) -> list[Piece]:
         """Nothing: a text is continued from its beginning."""
         return []
+
+
+def _end(last: Piece) -> EndPiece:
+    """The end is learned as what it ends; an image does not tell that nothing follows."""
+    return EndPiece(last.weight if isinstance(last, TextPiece) else 0.0)
