@@ -170,7 +170,9 @@ def _part(part: Mapping[str, Any], members: Members, load: Callable[[Any], bytes
     if "text" in given and set(given) <= {"text", "weight"}:
         return {**given, "text": text_of(given["text"], "text")}
     if set(given) != {"image"}:
-        raise SampleError(f"a part with the fields {sorted(given)}; it must have text (and a weight), or an image")
+        raise SampleError(
+            f"a part with the fields {sorted(given)}; it must have just one, text (and its weight) or image"
+        )
     ext, content = image_of(given["image"], load)
     name = f"{len(members)}.{ext}"
     members[name] = content
