@@ -4,9 +4,9 @@
                                                    \\--rows left out--> NAME.skipped.jsonl       --> NAME.manifest
 
 Processes read, check and encode; this one cuts, and since it gets samples in the order of the source, neither their
-number nor an interruption changes a byte of the result. A shard counts as done once it has its index. The last key in
-the last finished shard says which row comes next. While it runs, ``NAME.ingest.json`` remembers which source and which
-options the shards belong to.
+number nor an interruption changes a byte of the result. A shard counts as done once it has its index. The samples in
+finished shards and the rows noted as skipped before them say which row comes next. While it runs, ``NAME.ingest.json``
+remembers which source and which options the shards belong to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data_pipeline.shards.files import write_whole
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.rows import Row, RowReader, Source
-from data_pipeline.shards.skipped import SkippedRow, SkippedRows
+from data_pipeline.shards.skipped import SkippedRow, SkippedRows, read_skipped, row_of_stored
 from data_pipeline.shards.sources import open_source
 from data_pipeline.shards.writer import EncodedSample, ShardWriter, encode_sample, shard_name
 
@@ -102,9 +102,12 @@ def ingest(
     plan = output / f"{name}.ingest.json"
     options = {"source": rows.digest(), "max_bytes": max_bytes, "max_samples": max_samples, "max_side": max_side}
     done = resume(plan, output, name, options)
-    spans, last_row = _rows_left(rows, done, report, progress)
+    list_of_skipped = output / f"{name}.skipped.jsonl"
+    spans, last_row = _rows_left(rows, done, list_of_skipped, report)
+    if progress is not None:
+        progress(last_row)
     with ExitStack() as stack:
-        skipped = stack.enter_context(SkippedRows(output / f"{name}.skipped.jsonl", last_row))
+        skipped = stack.enter_context(SkippedRows(list_of_skipped, last_row))
         writer = stack.enter_context(
             ShardWriter(output, name, max_bytes=max_bytes, max_samples=max_samples, first_shard=len(done))
         )
@@ -122,7 +125,9 @@ def ingest(
         skipped.sync()
     shards = [*done, *writer.shards]
     if not shards:
-        raise DataConfigError(f"{rows.description}: not one usable row; {skipped.count} were skipped")
+        first = next(read_skipped(skipped.publish()), None)
+        why = f", row {first.row} for: {first.reason}" if first else ""
+        raise DataConfigError(f"{rows.description}: not one usable row; {skipped.count} were skipped{why}")
     manifest = write_manifest(report.manifest, shards)
     report.skipped, report.num_skipped = skipped.publish(), skipped.count
     plan.unlink()
@@ -207,22 +212,26 @@ def _finished(output: Path, name: str) -> Iterator[Path]:
 
 
 def _rows_left(
-    source: Source, done: list[Path], report: IngestReport, progress: Callable[[int], None] | None
+    source: Source, done: list[Path], list_of_skipped: Path, report: IngestReport
 ) -> tuple[Iterator[Sequence[Row]], int]:
     """Runs of rows behind the stored ones, and the number of the last stored row. Lists rows, reads none."""
     spans = source.spans()
     if not done:
         return spans, 0
-    indexes = [ShardIndex.open(shard) for shard in done]
-    report.num_resumed = sum(map(len, indexes))
-    last_key = indexes[-1].key(len(indexes[-1]) - 1)
+    report.num_resumed = sum(len(ShardIndex.open(shard)) for shard in done)
+    last_row = row_of_stored(list_of_skipped, report.num_resumed)
+    last = ShardIndex.open(done[-1])
+    last_key = last.key(len(last) - 1)
     for span in spans:
-        for place, row in enumerate(span):
-            if row.key == last_key:
-                if progress is not None:
-                    progress(row.number)
-                return _chained(span[place + 1 :], spans), row.number
-    raise DataConfigError(f"{done[-1]}: holds the key {last_key!r}, which the source does not have; remove it")
+        place = last_row - span[0].number
+        if place < len(span):
+            if span[place].key != last_key:
+                break
+            return _chained(span[place + 1 :], spans), last_row
+    raise DataConfigError(
+        f"{done[-1]}: ends with the key {last_key!r}, row {last_row} of the source has another: "
+        "remove the unfinished shards and start again"
+    )
 
 
 def _chained(first: Sequence[Row], rest: Iterator[Sequence[Row]]) -> Iterator[Sequence[Row]]:

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.shards.folders import walk_folder
+from data_pipeline.shards.lists import KEY_DIGITS
 from data_pipeline.shards.records import (
     CAPTION,
     CAPTIONS,
+    IMAGE_BASE64,
     IMAGE_INFO,
     PARTS,
     PATH,
@@ -26,7 +29,6 @@ from data_pipeline.shards.records import (
     members_of,
 )
 from data_pipeline.shards.rows import Members, Row
-from data_pipeline.shards.sources import KEY_DIGITS, walk_folder
 
 try:
     import pyarrow as pa
@@ -40,9 +42,15 @@ _MAGIC = b"PAR1"
 
 
 class ParquetSource:
-    """One file or a folder of files with one schema; the number of the row over all files is the key."""
+    """One file or a folder of files with one schema; the number of the row over all files is the key.
 
-    def __init__(self, path: Path, names: FieldNames) -> None:
+    Args:
+        path: The file or the folder.
+        names: New names for its columns.
+        images: Folder of the images that it names; None: the folder of the file.
+    """
+
+    def __init__(self, path: Path, names: FieldNames, images: Path | None = None) -> None:
         self._root = path
         self._files = [path] if path.is_file() else _files_below(path)
         if not self._files:
@@ -51,15 +59,16 @@ class ParquetSource:
         schema = pq.read_schema(self._files[0])
         names = _with_image(names, schema, str(self._files[0]))
         columns = names.check(schema.names, str(self._files[0]))
-        if not {PATH, CAPTION, CAPTIONS, PARTS, TEXTS, TEXT_LIST} & set(columns):
+        if not {PATH, IMAGE_BASE64, CAPTION, CAPTIONS, PARTS, TEXTS, TEXT_LIST} & set(columns):
             raise DataConfigError(
                 f"{self._files[0]}: needs a column {PATH} or {CAPTION}, found {', '.join(schema.names)}; "
                 f"say which one it is, for example --column {CAPTION}={schema.names[-1]}"
             )
         kept = tuple(name for name in schema.names if name not in names.dropped)
-        self.reader = ParquetReader(tuple(self._files), kept, names)
-        image = next((old for new, old in names.renamed if new == PATH), PATH if PATH in columns else "none")
-        self.description = f"{len(self._files)} Parquet files of {self.count():,} rows, images in column {image}"
+        self.reader = ParquetReader(tuple(self._files), kept, names, images)
+        image = next((old for new, old in names.renamed if new == PATH), PATH)
+        where = f"images in column {image}" if PATH in columns else "documents or texts"
+        self.description = f"{len(self._files)} Parquet files of {self.count():,} rows, {where}"
 
     def spans(self) -> Iterator[Sequence[Row]]:
         number = 0
@@ -72,7 +81,7 @@ class ParquetSource:
         return sum(map(sum, self._groups))
 
     def digest(self) -> str:
-        digest = hashlib.sha256(repr(self.reader.names).encode())
+        digest = hashlib.sha256(repr((self.reader.names, self.reader.images)).encode())
         for file in self._files:
             name = os.path.relpath(file, self._root)
             digest.update(f"{name!a} {file.stat().st_size}\n".encode() + _footer(file))
@@ -135,13 +144,14 @@ class ParquetReader:
     files: tuple[Path, ...]
     columns: tuple[str, ...]
     names: FieldNames
+    images: Path | None
     _which: int = -1
     _file: Any = None
 
     def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
         """Members of the last ``len(rows)`` rows of a row group: a resumed ingest leaves out the first."""
         which, group = rows[0].reference
-        load, given = FileLoader(self.files[which].parent), 0
+        load, given = FileLoader(self.images or self.files[which].parent, holds_urls=self.images is not None), 0
         try:
             if which != self._which:
                 self._which, self._file = which, pq.ParquetFile(self.files[which])

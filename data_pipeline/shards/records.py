@@ -1,6 +1,7 @@
 """One record (a JSON object, a line of CSV, a row of Parquet) and its images to the members of a sample.
 
     path, caption, captions, other fields       images, then the caption
+    image_base64, caption, ...                  the same, the image in the record
     parts                                       text and images in reading order
     images, texts          (OBELICS)            one of the two in each place, in reading order
     text_list, image_info  (MMC4)               each image before the text that it was matched with
@@ -17,6 +18,7 @@ import datetime
 import decimal
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +33,10 @@ from data_pipeline.shards.texts import all_texts, parse_json
 PATH, CAPTION, CAPTIONS, PARTS = "path", "caption", "captions", "parts"
 IMAGES, TEXTS = "images", "texts"
 TEXT_LIST, IMAGE_INFO = "text_list", "image_info"
+IMAGE_BASE64 = "image_base64"
 EXTENSION_OF_FORMAT = {ImageFormat.JPEG: "jpg", ImageFormat.PNG: "png", ImageFormat.WEBP: "webp"}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,10 @@ def members_of(record: Mapping[str, Any], load: Callable[[Any], bytes]) -> Membe
     fields = {key: value for key, value in record.items() if not _is_absent(value) or (key == CAPTION and value == "")}
     fields = interleaved(fields)
     paths = fields.pop(PATH, None)
+    if IMAGE_BASE64 in fields:
+        if paths is not None:
+            raise SampleError(f"a row has either {PATH} or {IMAGE_BASE64}")
+        paths = _from_base64(fields.pop(IMAGE_BASE64))
     members: Members = {}
     if PARTS in fields:
         if paths is not None:
@@ -156,13 +164,15 @@ def _mmc4_parts(texts: Any, images: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def _mmc4_image(image: Mapping[str, Any]) -> Any:
-    encoded = image.get("image_base64")
-    if encoded is None:
-        return image.get("image_name")
+    encoded = image.get(IMAGE_BASE64)
+    return image.get("image_name") if encoded is None else _from_base64(encoded)
+
+
+def _from_base64(encoded: Any) -> bytes:
     try:
         return base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
-        raise SampleError(f"image_base64 is no base64: {error}") from error
+        raise SampleError(f"an image in the row is no base64: {error}") from error
 
 
 def _part(part: Mapping[str, Any], members: Members, load: Callable[[Any], bytes]) -> dict[str, Any]:
@@ -191,19 +201,37 @@ def image_of(reference: Any, load: Callable[[Any], bytes]) -> tuple[str, bytes]:
 
 @dataclass(frozen=True)
 class FileLoader:
-    """Images that a record names: files below or beside the list, or bytes in the record itself."""
+    """Images that a record names: files in one folder, or bytes in the record itself. Nothing is downloaded.
+
+    Attributes:
+        folder: Paths are relative to it and must not leave it.
+        holds_urls: Whether files of URLs lie there, under the URL without its scheme: what ``wget -x`` makes.
+    """
 
     folder: Path
+    holds_urls: bool = False
 
     def __call__(self, reference: Any) -> bytes:
         if isinstance(reference, bytes):
             return reference
         if isinstance(reference, Mapping) and set(reference) <= {"bytes", "path"}:
             content = reference.get("bytes")
+            if isinstance(content, str):  # JSON holds no bytes.
+                return _from_base64(content)
             return content if isinstance(content, bytes) else self(reference.get("path"))
         path = text_of(reference, "an image's path")
+        if _DATA_URL.match(path):
+            return _from_base64(path.partition(",")[2])
         if _URL.match(path):
-            raise SampleError(f"{path}: a URL; ingest downloads nothing: fetch with img2dataset, then ingest its tars")
+            if not self.holds_urls:
+                raise SampleError(
+                    f"{path}: a URL; ingest downloads nothing: fetch with img2dataset and ingest its tars, or name the "
+                    "folder of files that wget -x made with --images"
+                )
+            path = path.partition("://")[2]
+        root = os.path.abspath(self.folder)
+        if os.path.commonpath([root, os.path.abspath(self.folder / path)]) != root:
+            raise SampleError(f"{path}: lies outside of {self.folder}; name the folder of the images with --images")
         return read_file(self.folder / path)
 
 

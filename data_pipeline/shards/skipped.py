@@ -23,6 +23,31 @@ class SkippedRow(NamedTuple):
     reason: str
 
 
+def row_of_stored(path: Path, num_stored: int) -> int:
+    """Number of the row that became the last of ``num_stored`` samples, by the rows noted before it; 0 for none.
+
+    Args:
+        path: The list of skipped rows, whole or unfinished.
+        num_stored: Samples in finished shards.
+    """
+    last = num_stored
+    place = path if path.exists() else partial_path(path)
+    if num_stored and place.exists():
+        for row in _whole_lines(place):
+            if row > last:
+                break
+            last += 1
+    return last
+
+
+def _whole_lines(path: Path) -> Iterator[int]:
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):  # Cut by a kill.
+                return
+            yield int(json.loads(line)["row"])
+
+
 class SkippedRows:
     """The growing list.
 

@@ -22,10 +22,11 @@ from typing import IO, Any
 
 from data_pipeline.errors import DataConfigError, ManifestError, SampleError, ShardError
 from data_pipeline.shards.energon import EnergonFolder
+from data_pipeline.shards.folders import walk_folder
 from data_pipeline.shards.index import ShardIndex, open_tar
 from data_pipeline.shards.layouts import Layout, guess_layout
 from data_pipeline.shards.rows import Members, Row, read_each, spans_of
-from data_pipeline.shards.sources import SourceKind, is_tar, walk_folder
+from data_pipeline.shards.sources import SourceKind, is_tar
 from data_pipeline.shards.tar_members import split_name, walk
 
 _META = re.compile(r"__[^/]*__($|/)")
@@ -72,7 +73,8 @@ class TarSource:
 
     def __init__(self, root: Path, tars: Sequence[Path], convert: Any, description: str) -> None:
         self._tars = list(tars)
-        stems = [_stem(os.path.relpath(tar, root).replace(os.sep, "/")) for tar in tars]
+        folder = root if root.is_dir() else root.parent
+        stems = [_stem(os.path.relpath(tar, folder).replace(os.sep, "/")) for tar in tars]
         self._prefixes = [f"{stem}/" for stem in stems] if len(tars) > 1 else [""]
         if len(set(self._prefixes)) < len(tars):
             raise DataConfigError(f"{root}: two tars have one name but for their suffix; move one of them")

@@ -37,7 +37,7 @@ def pairs(tmp_path: Path) -> Path:
 
 def test_ingest_index_verify_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    words = ("ingest", str(pairs(tmp_path)), "--output", str(out), "--name", "p", "--max-samples", "4")
+    words = ("ingest", str(pairs(tmp_path)), "--output", str(out), "--name", "p", "--shard-samples", "4")
     assert figures(capsys, *words)["shards"] == 3
     manifest = out / "p.manifest"
     before = manifest.read_bytes()

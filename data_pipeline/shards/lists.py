@@ -1,0 +1,144 @@
+"""CSV, TSV and JSONL as a source: a row a sample, images beside the list or inside it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.shards.files import sha256_of
+from data_pipeline.shards.records import (
+    CAPTION,
+    CAPTIONS,
+    IMAGE_BASE64,
+    PARTS,
+    PATH,
+    TEXT_LIST,
+    TEXTS,
+    FieldNames,
+    FileLoader,
+    members_of,
+)
+from data_pipeline.shards.rows import Members, Row, read_each, spans_of
+from data_pipeline.shards.texts import parse_json
+
+KEY_DIGITS = 9
+_DIALECTS = {"csv": "excel", "tsv": "excel-tab"}
+_MAX_FIELD_BYTES = 1 << 28
+"""Of a CSV; Python's own limit of 128 KiB is less than an image in base64."""
+_LIKELY_IMAGES = ("image", "images", "image_path", "img", "file_name", "filename", "filepath", "file", "url")
+"""What other tools call the path of the image."""
+
+
+class ListSource:
+    """Rows with ``path`` or ``image_base64``, and ``caption``, ``captions`` or ``parts``; any other column is kept.
+
+    The number of the row is the key.
+
+    Args:
+        path: The list.
+        kind: ``csv``, ``tsv`` or ``jsonl``.
+        names: New names for its columns.
+        load: Reads the images that it names.
+
+    Raises:
+        DataConfigError: no column is an image or a text.
+    """
+
+    def __init__(self, path: Path, kind: str, names: FieldNames, load: FileLoader) -> None:
+        self._path, self._kind = path, kind
+        is_table = kind in _DIALECTS
+        found = _csv_columns(path, kind) if is_table else _first_keys(path)
+        new_names = {old: new for new, old in names.renamed}
+        columns = names.check(found, str(path)) if is_table else [new_names.get(name, name) for name in found]
+        _check_columns(path, [name for name in columns if name not in names.dropped], is_table)
+        self.reader = ListReader(load, names)
+        self._count = sum(1 for _ in self._records())
+        self.description = f"a {kind} list of {self._count:,} rows"
+
+    def spans(self) -> Iterator[Sequence[Row]]:
+        return spans_of(Row(n, f"{n:0{KEY_DIGITS}d}", record) for n, record in enumerate(self._records(), 1))
+
+    def count(self) -> int:
+        return self._count
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.reader!r} {sha256_of(self._path)}".encode()).hexdigest()
+
+    def _records(self) -> Iterator[Any]:
+        return _csv_rows(self._path, self._kind) if self._kind in _DIALECTS else _jsonl_rows(self._path)
+
+
+@dataclass(frozen=True)
+class ListReader:
+    """Reads records: a line of JSON, or a record that is parsed already."""
+
+    load: FileLoader
+    names: FieldNames
+
+    def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
+        return read_each(rows, self.read_record)
+
+    def read_record(self, record: bytes | Mapping[Any, Any]) -> Members:
+        """The members of one record."""
+        parsed = parse_json(record) if isinstance(record, bytes) else record
+        if not isinstance(parsed, Mapping):
+            raise SampleError(f"the line holds a {type(parsed).__name__}, expected an object")
+        return members_of(self.names.apply(parsed), self.load)
+
+
+def _check_columns(path: Path, columns: Sequence[str], is_table: bool) -> None:
+    """No row may become a text without its image only because the column has another name."""
+    if {PATH, IMAGE_BASE64, PARTS, TEXTS, TEXT_LIST} & set(columns):
+        return
+    likely = [name for name in _LIKELY_IMAGES if name in columns]
+    if likely:
+        raise DataConfigError(
+            f"{path}: has no column {PATH}, but {likely[0]}; if that is the image, say --column {PATH}={likely[0]}, "
+            f"else --drop {likely[0]}; it has {', '.join(columns)}"
+        )
+    if is_table and not {CAPTION, CAPTIONS} & set(columns):
+        raise DataConfigError(
+            f"{path}: needs a column {PATH} or {CAPTION} in its first line, found {', '.join(columns)}; "
+            f"say which one it is, for example --column {CAPTION}={columns[-1] if columns else 'text'}"
+        )
+
+
+def _first_keys(path: Path) -> list[str]:
+    """Names in the first line of a JSONL; none if it is damaged, which the row's own error tells."""
+    try:
+        first = parse_json(next(_jsonl_rows(path), b"{}"))
+    except SampleError:
+        return []
+    return list(first) if isinstance(first, dict) else []
+
+
+def _csv_columns(path: Path, kind: str) -> list[str]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            return list(csv.DictReader(file, dialect=_DIALECTS[kind]).fieldnames or [])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataConfigError(f"{path}, line 1: {error}") from error
+
+
+def _csv_rows(path: Path, kind: str) -> Iterator[dict[Any, Any] | SampleError]:
+    csv.field_size_limit(_MAX_FIELD_BYTES)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, dialect=_DIALECTS[kind])
+        try:
+            for record in reader:
+                if None in record or None in record.values():
+                    yield SampleError("the row has not as many fields as the first line has names")
+                else:
+                    yield record
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataConfigError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from (line for line in file if line.strip())
