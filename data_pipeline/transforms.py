@@ -1,8 +1,8 @@
 """Image to views: decode, augment, resize, cut into patches.
 
-    fixed    one view of a fixed size
-    native   one view at the image's own aspect, sides rounded to what the tower merges
-    tiles    a thumbnail, and up to ``max_tiles`` tiles of the best-fitting grid
+    fixed                            one view of a fixed size
+    native, longest_side, padded     one view at the image's own aspect, in whole patches (``native_sizes``)
+    tiles                            tiles of one size by a published rule, most with an overview (``tilings``)
 
 Which views are embedded and which are attended follows from ``MediaSpec.placement``. Randomness comes from one
 generator that the caller keys by sample, so a view is a pure function. Not for: text (``template``).
@@ -11,10 +11,10 @@ generator that the caller keys by sample, so a view is a pure function. Not for:
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from data_pipeline.augment import AugmentConfig, crop_box, jitter
@@ -22,9 +22,11 @@ from data_pipeline.decode.image import DecodeMode, decode_image, too_many_pixels
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.native_sizes import Size, area_size, lifted, longest_side_size, shrunk_size
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.strict import StrictConfig
-from data_pipeline.views import Canvas, ImagePlan, Size, View, render
+from data_pipeline.tilings import InternvlTiling, Tile, Tiled, TilingConfig
+from data_pipeline.views import Canvas, ImagePlan, View, render
 
 _BLACK = np.uint8(0)
 
@@ -53,7 +55,7 @@ class FixedTransform(_TransformConfig):
 
 
 class NativeTransform(_TransformConfig):
-    """One view at the image's aspect, at native resolution where the limits allow it.
+    """One view at the image's aspect, at native resolution where the limits on its area allow it.
 
     Source: Qwen2-VL (arXiv 2409.12191), section 2.1, naive dynamic resolution.
     """
@@ -67,57 +69,47 @@ class NativeTransform(_TransformConfig):
     """Longer side over shorter side; beyond it a sample is refused."""
 
 
-class TilesTransform(_TransformConfig):
-    """A thumbnail and a grid of tiles, each of ``size x size`` pixels.
+class LongestSideTransform(_TransformConfig):
+    """One view at native resolution, its longer side within a limit; stretched a little to whole patches.
 
-    Source: InternVL 1.5 (arXiv 2404.16821), section 3.2; NVLM (arXiv 2409.11402), section 4.
+    Source: Pixtral (arXiv 2410.07073), section 2.
     """
+
+    kind: Literal["longest_side"] = "longest_side"
+    longest: int = Field(default=1024, ge=1)
+    """Larger images are reduced until no side is longer; pixels, a multiple of patch size times merge."""
+
+
+class PaddedTransform(_TransformConfig):
+    """One view at native resolution within a frame, padded at the right and the bottom to whole patches.
+
+    Source: Fuyu-8B's model card and its image processor.
+    """
+
+    kind: Literal["padded"] = "padded"
+    max_height: int = Field(default=1080, ge=1)
+    """Larger images are reduced until they fit; pixels, a multiple of patch size times merge."""
+    max_width: int = Field(default=1920, ge=1)
+    """The same for the other side."""
+
+
+class TilesTransform(_TransformConfig):
+    """Tiles of ``size x size`` pixels, by one of the published rules, most of them with an overview."""
 
     kind: Literal["tiles"] = "tiles"
     size: int | None = Field(default=None, ge=1)
     """Side of a tile, pixels. None takes the vision tower's fixed size."""
-    max_tiles: int = Field(default=6, ge=1)
-    """Tiles of an image at most, without the thumbnail."""
+    tiling: TilingConfig = InternvlTiling()
+    """The rule: ``internvl`` (NVLM too), ``llama``, ``molmo`` or ``mm1_5``."""
 
 
-TransformConfig = Annotated[FixedTransform | NativeTransform | TilesTransform, Field(discriminator="kind")]
-
-
-def smart_size(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> Size:
-    """Sides rounded to ``multiple``, their product within the limits, the aspect kept as well as that allows."""
-    new_height = max(multiple, round(height / multiple) * multiple)
-    new_width = max(multiple, round(width / multiple) * multiple)
-    if new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / multiple) * multiple
-        new_width = math.ceil(width * grow / multiple) * multiple
-    if new_height * new_width > max_pixels:  # Of limits too close for both, this one holds: it bounds memory.
-        shrink = math.sqrt(height * width / max_pixels)
-        new_height = max(multiple, math.floor(height / shrink / multiple) * multiple)
-        new_width = max(multiple, math.floor(width / shrink / multiple) * multiple)
-        # A side that was lifted to one multiple leaves less for the other.
-        if new_height * new_width > max_pixels:
-            if new_height > new_width:
-                new_height = max_pixels // (new_width * multiple) * multiple
-            else:
-                new_width = max_pixels // (new_height * multiple) * multiple
-    return new_height, new_width
-
-
-def tile_grid(height: int, width: int, max_tiles: int, size: int) -> tuple[int, int]:
-    """Rows and columns of at most ``max_tiles`` tiles whose aspect is nearest to the image's.
-
-    Of equally near grids the larger one wins if the image has pixels for at least half of it.
-    """
-    aspect = math.log(width / height)
-    best, best_gap = (1, 1), abs(aspect)
-    grids = ((r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1))
-    for rows, columns in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)):
-        gap = abs(aspect - math.log(columns / rows))
-        tie = math.isclose(gap, best_gap, abs_tol=1e-9) and height * width > 0.5 * size * size * rows * columns
-        if tie or gap < best_gap - 1e-9:
-            best, best_gap = (rows, columns), gap
-    return best
+_NATIVE = (NativeTransform, LongestSideTransform, PaddedTransform)
+_Native = NativeTransform | LongestSideTransform | PaddedTransform
+TransformConfig = Annotated[
+    FixedTransform | NativeTransform | LongestSideTransform | PaddedTransform | TilesTransform,
+    Field(discriminator="kind"),
+]
+_FUYU_FILL = 1  # Its processor pads with 1 before it divides by 255.
 
 
 class ImageTransform:
@@ -137,14 +129,38 @@ class ImageTransform:
         self.config = config
         self.spec = spec
         self._size = 0
-        if isinstance(config, NativeTransform):
+        if isinstance(config, _NATIVE):
             self._check_native(config)
-        else:
-            self._size = self._fixed_size(config)
+            return
+        self._size = self._fixed_size(config)
+        if isinstance(config, TilesTransform):
+            config.tiling.check(self._size, spec)
+            if spec.placement is Placement.HYBRID and not config.tiling.has_overview:
+                raise DataConfigError(
+                    f"transforms.tiling.kind={config.tiling.kind}: has no overview, and the model (connector.kind="
+                    "hybrid) writes overviews into token slots; take another tiling or connector"
+                )
 
-    def _check_native(self, config: NativeTransform) -> None:
+    def _check_native(self, config: _Native) -> None:
         if self.spec.fixed_grid is not None:
-            raise DataConfigError("transforms.kind=native: the vision tower has a fixed size; use fixed or tiles")
+            raise DataConfigError(
+                f"transforms.kind={config.kind}: the vision tower has a fixed size; use fixed or tiles"
+            )
+        if isinstance(config, NativeTransform):
+            self._check_area(config)
+            return
+        sides = (
+            {"longest": config.longest}
+            if isinstance(config, LongestSideTransform)
+            else {"max_height": config.max_height, "max_width": config.max_width}
+        )
+        for name, side in sides.items():
+            if side % self.spec.size_multiple:
+                raise DataConfigError(
+                    f"transforms.{name}={side}: must be a multiple of patch size x merge = {self.spec.size_multiple}"
+                )
+
+    def _check_area(self, config: NativeTransform) -> None:
         least = self.spec.size_multiple**2
         if config.max_pixels < max(least, config.min_pixels):
             raise DataConfigError(
@@ -206,9 +222,7 @@ class ImageTransform:
                 kind=FaultKind.DECODE,
             )
         values = render(pixels, plan, self.spec.patch_size, config.interpolation)
-        return tuple(
-            MediaItem(patches, view.grid, view.embedded) for patches, view in zip(values, plan.views, strict=True)
-        )
+        return tuple(_item(patches, view) for patches, view in zip(values, plan.views, strict=True))
 
     def measure(self, size: Size, rng: np.random.Generator | None = None) -> tuple[MediaItem, ...]:
         """The views that an image of this size gives, with black pixels that take no memory.
@@ -225,10 +239,7 @@ class ImageTransform:
         if size[0] < 1 or size[1] < 1:
             raise SampleError("the index holds no size of this image: its header is damaged", kind=FaultKind.DECODE)
         plan, patch_dim = self.plan(size, rng), self.spec.patch_dim
-        return tuple(
-            MediaItem(np.broadcast_to(_BLACK, (math.prod(view.grid), patch_dim)), view.grid, view.embedded)
-            for view in plan.views
-        )
+        return tuple(_item(np.broadcast_to(_BLACK, (math.prod(view.grid), patch_dim)), view) for view in plan.views)
 
     def plan(self, size: Size, rng: np.random.Generator | None = None) -> ImagePlan:
         """What becomes of an image of ``size``: a pure function of it and of the draws.
@@ -248,44 +259,55 @@ class ImageTransform:
 
     def _layout(self, size: Size) -> tuple[tuple[Canvas, ...], tuple[View, ...]]:
         """Canvases and views of what is left after the crop."""
-        whole, tiled, grid = self._whole(size), None, (1, 1)
-        if isinstance(self.config, TilesTransform):
-            grid = tile_grid(*size, self.config.max_tiles, self._size)
-        if grid != (1, 1):  # Of one tile the thumbnail says it all.
-            sides = (grid[0] * self._size, grid[1] * self._size)
-            tiled = Canvas(sides, sides)
-        placement = self.spec.placement
-        first = self._view(0, 0, 0, whole.size, embedded=placement is not Placement.CROSS_ATTENTION)
-        if tiled is None:
-            again = (replace(first, embedded=False),) if placement is Placement.HYBRID else ()
-            return (whole,), (first, *again)
-        tiles = (
-            self._view(
-                1, row * self._size, column * self._size, (self._size, self._size), placement is Placement.EMBEDDING
-            )
-            for row in range(grid[0])
-            for column in range(grid[1])
+        config, placement = self.config, self.spec.placement
+        if isinstance(config, TilesTransform):
+            tiled = config.tiling.plan(size, self._size, self.spec)
+        else:
+            tiled = Tiled((self._whole(size),), (Tile(0, 0, 0, None),))
+        tiles = tiled.tiles
+        if placement is Placement.HYBRID and len(tiles) == 1:  # The one view is embedded, and attended too.
+            tiles = (tiles[0], tiles[0])
+            roles = [True, False]
+        else:
+            roles = [
+                placement is Placement.EMBEDDING or (placement is Placement.HYBRID and tile.place is None)
+                for tile in tiles
+            ]
+        return tiled.canvases, tuple(
+            self._view(tile, tiled.canvases[tile.canvas].size, role) for tile, role in zip(tiles, roles, strict=True)
         )
-        return (whole, tiled), (first, *tiles)
 
-    def _view(self, canvas: int, top: int, left: int, size: Size, embedded: bool) -> View:
-        patch = self.spec.patch_size
-        return View(canvas, top, left, (1, size[0] // patch, size[1] // patch), embedded)
+    def _view(self, tile: Tile, canvas: Size, embedded: bool) -> View:
+        side, patch = self._size, self.spec.patch_size
+        height, width = (side, side) if isinstance(self.config, TilesTransform) else canvas
+        return View(
+            tile.canvas, tile.top, tile.left, (1, height // patch, width // patch), embedded, tile.kept, tile.place
+        )
 
     def _whole(self, size: Size) -> Canvas:
         """The canvas of the whole image."""
-        config, (height, width) = self.config, size
+        config, (height, width), multiple = self.config, size, self.spec.size_multiple
         if isinstance(config, NativeTransform):
             if max(height, width) > config.max_aspect * min(height, width):
                 raise SampleError(
                     f"an image of {width}x{height} pixels, the longest aspect taken is {config.max_aspect:g}",
                     kind=FaultKind.DECODE,
                 )
-            smart = smart_size(height, width, self.spec.size_multiple, config.min_pixels, config.max_pixels)
-            return Canvas(smart, smart)
+            area = area_size(height, width, multiple, config.min_pixels, config.max_pixels)
+            return Canvas(area, area)
+        if isinstance(config, LongestSideTransform):
+            longest = longest_side_size(height, width, multiple, config.longest)
+            return Canvas(longest, longest)
+        if isinstance(config, PaddedTransform):
+            content = shrunk_size(height, width, (config.max_height, config.max_width))
+            return Canvas(content, (lifted(content[0], multiple), lifted(content[1], multiple)), fill=_FUYU_FILL)
         side = self._size
         if isinstance(config, FixedTransform) and config.keep_aspect and height != width:
-            longest = max(height, width)
-            content = (max(1, round(height * side / longest)), max(1, round(width * side / longest)))
+            longer = max(height, width)
+            content = (max(1, round(height * side / longer)), max(1, round(width * side / longer)))
             return Canvas(content, (side, side), ((side - content[0]) // 2, (side - content[1]) // 2))
         return Canvas((side, side), (side, side))
+
+
+def _item(values: npt.NDArray[np.uint8], view: View) -> MediaItem:
+    return MediaItem(values, view.grid, view.embedded, view.kept, view.place)

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 
 from data_pipeline.augment import Box, ColorChange, cut
 from data_pipeline.decode.image import Pixels
+from data_pipeline.document import Region
 from data_pipeline.media_spec import Grid
-
-Size = tuple[int, int]
-"""Height and width, pixels."""
+from data_pipeline.native_sizes import Size
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class View:
         top, left: Its corner on the canvas, pixels.
         grid: Patches along (time, height, width).
         embedded: Written into token slots (True) or attended (False).
+        kept, place: As in ``MediaItem``.
     """
 
     canvas: int
@@ -51,6 +51,8 @@ class View:
     left: int
     grid: Grid
     embedded: bool
+    kept: Region | None = None
+    place: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

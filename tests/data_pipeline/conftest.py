@@ -94,7 +94,13 @@ def mixture_config(write_set: WriteSet, tokenizer_path: Path) -> DataConfig:
     sets = [
         ("captions", [captioned(i) for i in range(41)], 2.0, {"kind": "caption"}, fixed),
         ("text", [plain_text(i) for i in range(17)], 1.0, {"kind": "text"}, fixed),
-        ("pages", [page(i) for i in range(11)], 0.7, {"kind": "interleaved"}, {"kind": "tiles", "max_tiles": 3}),
+        (
+            "pages",
+            [page(i) for i in range(11)],
+            0.7,
+            {"kind": "interleaved"},
+            {"kind": "tiles", "tiling": {"kind": "internvl", "max_tiles": 3}},
+        ),
     ]
     datasets = [
         DatasetConfig.model_validate(

@@ -34,7 +34,7 @@ TRANSFORMS: list[tuple[MediaSpec, dict[str, Any]]] = [
     (FIXED, {"kind": "fixed", "keep_aspect": True, "decode": "fast"}),
     (FREE, {"kind": "native", "min_pixels": 64, "max_pixels": 1024}),
     (FREE, {"kind": "native", "decode": "fast"}),
-    (FIXED, {"kind": "tiles", "max_tiles": 5}),
+    (FIXED, {"kind": "tiles", "tiling": {"kind": "internvl", "max_tiles": 5}}),
 ]
 
 

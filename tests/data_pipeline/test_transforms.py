@@ -15,7 +15,8 @@ from data_pipeline.augment import AugmentConfig, crop_box, cut, jitter
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.transforms import ImageTransform, TransformConfig, smart_size, tile_grid
+from data_pipeline.native_sizes import area_size
+from data_pipeline.transforms import ImageTransform, TransformConfig
 from data_pipeline.views import patchify, resize
 
 SPEC = MediaSpec(Placement.EMBEDDING, patch_size=8, fixed_grid=(2, 2))
@@ -64,7 +65,7 @@ def test_resize_is_close_to_pillow() -> None:
 def test_native_sizes_are_multiples_within_the_limit(
     height: int, width: int, multiple: int, limits: tuple[int, int]
 ) -> None:
-    new_height, new_width = smart_size(height, width, multiple, *limits)
+    new_height, new_width = area_size(height, width, multiple, *limits)
     assert new_height % multiple == new_width % multiple == 0
     assert min(new_height, new_width) >= multiple
     assert new_height * new_width <= limits[1]
@@ -77,15 +78,6 @@ def test_native_keeps_a_legal_size() -> None:
     assert [view.grid for view in views] == [(1, 4, 6)]
 
 
-@given(height=st.integers(1, 500), width=st.integers(1, 500), max_tiles=st.integers(1, 9))
-def test_tile_grid_has_the_nearest_aspect(height: int, width: int, max_tiles: int) -> None:
-    rows, columns = tile_grid(height, width, max_tiles, 16)
-    assert 1 <= rows * columns <= max_tiles
-    gap = abs(np.log(width / height) - np.log(columns / rows))
-    grids = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles + 1) if r * c <= max_tiles]
-    assert gap <= min(abs(np.log(width / height) - np.log(c / r)) for r, c in grids) + 1e-9
-
-
 @pytest.mark.parametrize(
     ("placement", "kind", "roles"),
     [
@@ -94,7 +86,7 @@ def test_tile_grid_has_the_nearest_aspect(height: int, width: int, max_tiles: in
         (Placement.HYBRID, "fixed", [True, False]),
         (Placement.EMBEDDING, "tiles", [True, True, True]),
         (Placement.CROSS_ATTENTION, "tiles", [False, False, False]),
-        (Placement.HYBRID, "tiles", [True, False, False]),
+        (Placement.HYBRID, "tiles", [False, False, True]),
     ],
 )
 def test_roles_follow_the_placement(placement: Placement, kind: str, roles: list[bool]) -> None:
@@ -106,7 +98,7 @@ def test_roles_follow_the_placement(placement: Placement, kind: str, roles: list
 
 def test_tiles_cover_the_image_in_reading_order() -> None:
     data = _image(16, 32)
-    _thumbnail, left, right = _transform(SPEC, kind="tiles", max_tiles=2)(data)
+    left, right, _overview = _transform(SPEC, kind="tiles", tiling={"kind": "internvl", "max_tiles": 2})(data)
     pixels = np.asarray(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(left.values, patchify(pixels[:, :16], 8))
     np.testing.assert_array_equal(right.values, patchify(pixels[:, 16:], 8))
@@ -171,7 +163,7 @@ def test_jitter_without_strength_changes_nothing_and_gray_keeps_its_hue() -> Non
         ({"kind": "fixed"}, None, (16, 16)),
         ({"kind": "fixed", "augment": {"scale": [0.5, 0.5]}}, 1, (32, 32)),
         ({"kind": "fixed", "augment": {"scale": [0.5, 0.5]}}, None, (16, 16)),
-        ({"kind": "tiles", "max_tiles": 4}, None, (32, 32)),
+        ({"kind": "tiles", "tiling": {"kind": "internvl", "max_tiles": 4}}, None, (32, 32)),
     ],
 )
 def test_fast_decoding_leaves_enough_pixels_for_the_tiles_and_the_crop(

@@ -28,7 +28,7 @@ from tests.evaluate.asked import ALONE, data_config, evaluation, tiny_model
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "embedding": {"kind": "native", "min_pixels": 64, "max_pixels": 576},
     "cross_attention": {"kind": "fixed", "size": 16},
-    "hybrid": {"kind": "tiles", "size": 16, "max_tiles": 2},
+    "hybrid": {"kind": "tiles", "size": 16, "tiling": {"kind": "internvl", "max_tiles": 2}},
 }
 
 
