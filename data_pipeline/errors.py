@@ -9,6 +9,7 @@ DataPipelineError
 ├── SampleError       one sample is bad; the fault policy decides what follows
 ├── TooManyFaultsError   the fault policy gave up
 ├── WorkerError       a process of an ingest, a reshard or an export died
+├── LedgerError       a step is not in the ledger of a run, or a part of the ledger is damaged
 └── StateError        a resume state does not fit this data set, seed or configuration
 """
 
@@ -99,6 +100,10 @@ class TooManyFaultsError(DataPipelineError):
 
 class WorkerError(DataPipelineError):
     """A process that helps an ingest, a reshard or an export failed or died; what is finished stays."""
+
+
+class LedgerError(DataPipelineError):
+    """The ledger of a run does not hold what was asked for, or is damaged; the message names the file or the steps."""
 
 
 class StateError(DataPipelineError):

@@ -14,7 +14,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing import Budget, Pack, Packer
 from data_pipeline.reader import read_samples
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.state import LaneState, LoaderState, StreamPosition, fingerprint, schedule_of
+from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition, fingerprint, schedule_of
 from data_pipeline.stream import LaneStream, OpenDataset
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.transport import Parcel, wrap
@@ -51,6 +51,7 @@ class StepBatch:
         num_samples: Documents of this rank, null documents left out.
         num_tokens: Tokens of them.
         num_cut: Documents of them that are only a part of their sample (``packing.too_long``).
+        drawn: Of each lane the places of its documents, null documents left out, in the order of the microbatches.
         exhausted: Whether every data set gave all its epochs and this rank's lanes have nothing left after this step.
     """
 
@@ -61,6 +62,7 @@ class StepBatch:
     num_samples: int
     num_tokens: int
     num_cut: int = 0
+    drawn: dict[int, tuple[Drawn, ...]] = field(default_factory=dict)
     exhausted: bool = False
 
 
@@ -73,6 +75,7 @@ class _Rows:
     states: tuple[list[int], ...]
     skipped: tuple[Skipped, ...]
     num_cut: int
+    drawn: tuple[tuple[Drawn, ...], ...]
     exhausted: bool
 
     def open(self) -> tuple[MultimodalBatch, ...]:
@@ -130,6 +133,7 @@ class _LaneRows:
             states=tuple(states),
             skipped=tuple(skip for stream in self._streams.values() for skip in stream.take_skipped()),
             num_cut=sum(document.is_cut for pack in packs for document in pack.documents),
+            drawn=tuple(pack.drawn for pack in packs),
             exhausted=all(packer.exhausted for packer in self._packers.values()),
         )
 
@@ -242,6 +246,7 @@ class Loader:
         rows = [self._take() for _ in range(max(1, self._num_workers))]
         batches = {lane: batch for row in rows for lane, batch in zip(row.lanes, row.open(), strict=True)}
         states = {lane: state for row in rows for lane, state in zip(row.lanes, row.states, strict=True)}
+        drawn = {lane: pack for row in rows for lane, pack in zip(row.lanes, row.drawn, strict=True)}
         microbatches = self._microbatches([batches[lane] for lane in self.lanes])
         self._step += 1
         if self._step - 1 in self._schedule.starts:  # A phase has begun: from now on it is a part of the past.
@@ -254,6 +259,7 @@ class Loader:
             num_samples=sum(batch.num_samples for batch in microbatches),
             num_tokens=sum(batch.num_tokens for batch in microbatches),
             num_cut=sum(row.num_cut for row in rows),
+            drawn={lane: drawn[lane] for lane in self.lanes},
             exhausted=all(row.exhausted for row in rows),
         )
 

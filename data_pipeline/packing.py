@@ -23,10 +23,14 @@ from data_pipeline.state import Drawn, StreamPosition
 
 @dataclass(frozen=True)
 class Pack:
-    """Documents of one lane and step; ``lane`` is -1 if it holds null documents only."""
+    """Documents of one lane and step; ``lane`` is -1 if it holds null documents only.
+
+    ``drawn`` are the places of the documents, in order; a null document at the end has none.
+    """
 
     documents: tuple[Document, ...]
     lane: int
+    drawn: tuple[Drawn, ...] = ()
 
 
 class Load(NamedTuple):
@@ -183,6 +187,7 @@ class Packer:
     def next_pack(self) -> Pack:
         """The next pack, with the null document if it lacks a role; a null pack once there are no more samples."""
         documents: list[Document] = []
+        drawn: list[Drawn] = []
         load = Load()
         while True:
             self._fill()
@@ -192,13 +197,14 @@ class Packer:
             self._waiting = [waiting for waiting in self._waiting if waiting is not chosen]
             documents.append(chosen.document)
             load = load.plus(chosen.load)
+            drawn.append(chosen.drawn)
             if load.documents == self._budget.config.max_documents:
                 break
         if not documents:
             return Pack((self._budget.null,), lane=-1)
         if self._budget.lacks_role(load):
             documents.append(self._budget.null)
-        return Pack(tuple(documents), self._lane)
+        return Pack(tuple(documents), self._lane, tuple(drawn))
 
     @property
     def exhausted(self) -> bool:

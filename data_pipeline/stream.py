@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from data_pipeline.media_spec import MediaSpec
 from data_pipeline.mixture import Mixture, Schedule
 from data_pipeline.packing import Budget, Made
 from data_pipeline.reader import SampleReader
+from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn, LaneState, StreamPosition
 from data_pipeline.tokenizer import Tokenizer
@@ -53,6 +54,10 @@ class _Words(ISeedSequence):
         return np.array([mix((self._start + i) & (2**64 - 1)) for i in range(n_words)], dtype=np.uint64).astype(dtype)
 
 
+Build = Callable[[Sample, "np.random.Generator | None"], Document]
+"""Makes a sample's document; the generator draws answers and augmentation."""
+
+
 @dataclass(frozen=True)
 class OpenDataset:
     """One data set of the mixture, open in this process; lanes share it."""
@@ -60,7 +65,8 @@ class OpenDataset:
     config: DatasetConfig
     seed: int
     reader: SampleReader
-    build: DocumentBuilder
+    build: Build
+    measure: Build
     faults: SetFaults
 
     @classmethod
@@ -78,7 +84,7 @@ class OpenDataset:
             raise DataConfigError(f"data set {config.name}: {config.manifest} holds no samples")
         reader = SampleReader(manifest, config.name)
         build = DocumentBuilder(config, tokenizer, spec)
-        return cls(config, dataset_seed(seed, config.name), reader, build, SetFaults(faults, reader))
+        return cls(config, dataset_seed(seed, config.name), reader, build, build.measure, SetFaults(faults, reader))
 
 
 class LaneStream:

@@ -240,6 +240,27 @@ def first_complaint(world: World, complaint: str | None) -> str | None:
     return None
 
 
+def gather_bytes(world: World, data: bytes) -> list[bytes]:
+    """What every rank says, in rank order, on rank 0; an empty list elsewhere. All ranks must call.
+
+    Raises:
+        EngineError: a peer did not answer in time.
+    """
+    if world.world_size == 1:
+        return [data]
+    sizes = [0.0] * world.world_size
+    sizes[world.rank] = len(data)
+    lengths = [int(size) for size in sum_float(world, sizes)]
+    mine = torch.zeros(max(1, *lengths), dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
+    theirs = [torch.empty_like(mine) for _ in lengths] if world.is_main else None
+    try:
+        torch_dist.gather(mine, theirs, group=world.group)
+    except RuntimeError as error:
+        raise peer_lost(world, error) from error
+    return [buffer[:n].numpy().tobytes() for buffer, n in zip(theirs or (), lengths, strict=False)]
+
+
 def shutdown(world: World, *, patience_seconds: float = 5.0) -> None:
     """Leaves the run. Never waits longer than ``patience_seconds``, whatever state the peers are in."""
     if not torch_dist.is_initialized():

@@ -19,6 +19,7 @@ from mmscale.engine.config import EngineConfig
 from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig
 from mmscale.metrics.config import MetricsConfig
+from mmscale.metrics.ledger import LedgerConfig
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.stages import ALL, DEFAULT, StageConfig
@@ -39,6 +40,7 @@ class RunConfig(StrictConfig):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    ledger: LedgerConfig = LedgerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.finish import finish, is_finished
 from mmscale.metrics.datasets import figures, totals
+from mmscale.metrics.ledger import RunLedger
 from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import CaptionedImage, batch_images
 from mmscale.models.build import build_model
@@ -38,7 +39,7 @@ from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig, check_files, check_world
-from mmscale.run_folder import CHECKPOINTS, open_run_folder
+from mmscale.run_folder import CHECKPOINTS, LEDGER, open_run_folder
 
 Log = RunLog | NullLog
 Show = Callable[[MultimodalBatch, int], list[CaptionedImage]]
@@ -77,6 +78,7 @@ def train(loaded: Loaded[RunConfig]) -> Outcome:
 def _run(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
     latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
     state = checkpoint.read_state(latest) if latest else TrainState()
+    ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
     with closing(log):
         if latest:
@@ -85,7 +87,7 @@ def _run(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
             if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             with _stage_engine(config, state, latest, world, log) as engine:
-                state, stopped = _train_stage(config, engine, state, log, stop)
+                state, stopped = _train_stage(config, engine, state, log, ledger, stop)
                 if stopped:
                     return Outcome.STOPPED
                 latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
@@ -128,7 +130,7 @@ def build(config: RunConfig, world: World) -> MultimodalModel:
 
 
 def _train_stage(
-    config: RunConfig, engine: Engine, state: TrainState, log: Log, stop: StopRequest
+    config: RunConfig, engine: Engine, state: TrainState, log: Log, ledger: RunLedger, stop: StopRequest
 ) -> tuple[TrainState, bool]:
     """Steps until the stage or the run ends, or somebody asks to stop.
 
@@ -146,14 +148,16 @@ def _train_stage(
         return batch_images(microbatch, config.media_spec, decode, limit)
 
     log.pause()
+    ledger.begin_stage(state.step, state.stage_index)
     with closing(_open_loader(config, engine.world, state)) as loader:
         batches = iter(loader)
         while state.step < last and not stopped:
             with log.waiting_for_data():
                 batch = next(batches)
-            state = _step(engine, state, batch, stage.name, datasets, log, show)
+            state = _step(engine, state, batch, stage.name, datasets, log, ledger, show)
             stopped = stop.should_stop(engine.world)
             if stopped or state.step == last or config.checkpoint.due(state.step):
+                ledger.write()
                 checkpoint.save(engine, state, config.run_dir / CHECKPOINTS, config.checkpoint)
                 log.pause()
     if stopped:
@@ -162,7 +166,14 @@ def _train_stage(
 
 
 def _step(
-    engine: Engine, state: TrainState, batch: StepBatch, stage: str, datasets: Sequence[str], log: Log, show: Show
+    engine: Engine,
+    state: TrainState,
+    batch: StepBatch,
+    stage: str,
+    datasets: Sequence[str],
+    log: Log,
+    ledger: RunLedger,
+    show: Show,
 ) -> TrainState:
     report = engine.train_step(batch.microbatches)
     counts = [batch.num_tokens, batch.num_samples, len(batch.skipped), batch.num_cut]
@@ -181,6 +192,7 @@ def _step(
         samples=state.samples + int(samples),
         loader=batch.state,
     )
+    ledger.step(batch, report.document_losses)
     for fault in batch.skipped:
         log.note(f"skipped {fault.shard}/{fault.key}: {fault.reason}")
     log.step(

@@ -1,0 +1,138 @@
+"""Steps of a loader again, without pixels: which documents each pack holds, from a state on.
+
+    state --the loader's own stream and packer, documents measured instead of decoded--> packs' places, step by step
+
+Text is read from the shards, since only the tokenizer knows how long it is; sizes of images come from the index. What
+only decoding finds out, a damaged image, must be told (``skipped``): the ledger lists it. For: steps that no ledger
+holds yet, and tests of the ledger. Not for: steps that it holds (``ledger`` reads them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+
+from data_pipeline.config import DataConfig
+from data_pipeline.document import Document
+from data_pipeline.documents import null_document
+from data_pipeline.errors import SampleError
+from data_pipeline.faults import Action, FaultConfig
+from data_pipeline.known_faults import RunFaults
+from data_pipeline.loader import Loader
+from data_pipeline.media_spec import MediaSpec
+from data_pipeline.packing import Budget, Packer
+from data_pipeline.reader import SampleReader
+from data_pipeline.sample import Sample
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition, schedule_of
+from data_pipeline.stream import LaneStream, OpenDataset
+from data_pipeline.tokenizer import load_tokenizer
+
+Skips = Mapping[tuple[str, int, int], str]
+"""(data set, epoch, sample) of samples that a run left out, and why."""
+
+
+class _Outlines(SampleReader):
+    """Reads text and sizes only, and finds bad what a run found bad."""
+
+    def __init__(self, manifest: Manifest, dataset: str, skipped: Skips) -> None:
+        super().__init__(manifest, dataset)
+        self._skipped = skipped
+
+    def read(self, sample_index: int, epoch: int = 0) -> Sample:
+        reason = self._skipped.get((self.dataset, epoch, sample_index))
+        if reason is not None:
+            raise SampleError(reason)
+        return self.read_outline(sample_index, epoch)
+
+
+class Replay:
+    """The packs of some lanes, step after step.
+
+    Args:
+        config: The data block.
+        spec: What the model takes.
+        seed: Seed of the run.
+        state: Where to begin; None at the first step.
+        lanes: Lanes to play; None for all. Lanes do not depend on one another.
+        skipped: What the run left out of these steps.
+
+    Attributes:
+        step: Steps done, as ``LoaderState.step`` counts them.
+
+    Raises:
+        StateError: ``state`` belongs to other data or another order.
+        DataPipelineError: as ``Loader``.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        spec: MediaSpec,
+        seed: int,
+        state: LoaderState | None = None,
+        lanes: Collection[int] | None = None,
+        skipped: Skips | None = None,
+    ) -> None:
+        Loader(config.model_copy(update={"workers": 0}), spec, seed=seed, state=state).close()  # Its checks.
+        self.step = 0 if state is None else state.step
+        # How often a run gives up depends on what it met before; here every fault is left out, wherever it comes.
+        faults = FaultConfig(on_error=Action.SKIP, max_consecutive=2**62, max_share=1, exclude=config.faults.exclude)
+        config = config.model_copy(update={"faults": faults})
+        tokenizer = load_tokenizer(config.tokenizer)
+        self._budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
+        known = RunFaults.load(faults)
+        self._datasets: list[OpenDataset] = []
+        for dataset in config.datasets:
+            opened = OpenDataset.open(dataset, seed, tokenizer, spec, known)
+            reader = _Outlines(opened.reader.manifest, dataset.name, skipped or {})
+            self._datasets.append(replace(opened, reader=reader, build=opened.measure))
+        sizes = {dataset.config.name: dataset.reader.manifest.num_samples for dataset in self._datasets}
+        self._config, self._schedule = config, schedule_of(config, sizes)
+        names = [dataset.name for dataset in config.datasets]
+        self._streams: dict[int, LaneStream] = {}
+        self._packers: dict[int, Packer] = {}
+        played = sorted(range(config.lanes) if lanes is None else lanes)
+        fresh = LaneState(StreamPosition.start(len(names)))
+        states = dict.fromkeys(played, fresh) if state is None else state.lane_states(played, names)
+        for lane in played:
+            self._streams[lane] = self._stream(lane, states[lane])
+            self._packers[lane] = Packer(self._streams[lane], self._budget, lane, states[lane].waiting)
+
+    def _stream(self, lane: int, state: LaneState) -> LaneStream:
+        unfaulted = state._replace(faults=())
+        return LaneStream(self._config, self._datasets, self._schedule, lane, self._budget, unfaulted)
+
+    def __iter__(self) -> Iterator[dict[int, tuple[Drawn, ...]]]:
+        """For each step, of each lane the places of its documents; endless.
+
+        Raises:
+            ShardError, ManifestError: a shard is missing or damaged, so nobody can say how long its documents are.
+        """
+        while True:
+            yield self.next_step()
+
+    def next_step(self) -> dict[int, tuple[Drawn, ...]]:
+        """Of each lane the places of the documents of the next step.
+
+        Raises:
+            As iterating.
+        """
+        for stream in self._streams.values():
+            stream.step = self.step
+        self.step += 1
+        return {lane: packer.next_pack().drawn for lane, packer in self._packers.items()}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no lane has anything left."""
+        return all(packer.exhausted for packer in self._packers.values())
+
+    def document(self, drawn: Drawn) -> Document | None:
+        """A document as it was packed, without pixels; None if its sample does not give it.
+
+        Raises:
+            As iterating.
+        """
+        fresh = LaneState(StreamPosition.start(len(self._datasets)))
+        return self._stream(0, fresh).remake(drawn)
