@@ -59,7 +59,8 @@ def read_exclusions(config: FaultConfig) -> dict[str, Exclusions]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        text = path.read_text(encoding="utf-8")
+        return text.removesuffix("\n").split("\n") if text else []
     except (OSError, UnicodeDecodeError) as error:
         raise DataConfigError(f"data.faults.exclude: {path}: cannot be read: {error}") from error
 

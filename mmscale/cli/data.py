@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from mmscale.cli import data_shards, data_text
+from mmscale.cli import data_dedup, data_shards, data_text
 from mmscale.cli.console import emit, progress, track
 
 app = typer.Typer()
@@ -130,3 +130,4 @@ def _parse_steps(text: str) -> range:
 
 app.registered_commands += data_text.app.registered_commands
 app.registered_commands += data_shards.app.registered_commands
+app.registered_commands += data_dedup.app.registered_commands

@@ -1,0 +1,89 @@
+"""``mmscale data dedup``: which samples are duplicates, in data sets and among them."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from mmscale.cli.console import emit, progress
+
+if TYPE_CHECKING:
+    from data_pipeline.dedup.find import NamedSet
+
+app = typer.Typer()
+
+
+class KeepChoice(str, Enum):
+    """Which of several duplicates stays."""
+
+    FIRST = "first"
+    LARGEST = "largest"
+
+
+@app.command(epilog="Example: mmscale data dedup examples/emoji/shards/train.manifest --out duplicates.jsonl")
+def dedup(
+    manifests: list[str] = typer.Argument(
+        help="Manifests to search, with the name that data.datasets gives them (without: the file's).",
+        metavar="[NAME=]MANIFEST...",
+    ),
+    out: Path = typer.Option(..., "--out", help="The list to write: one JSON line for each sample that goes."),
+    by: str = typer.Option("exact,perceptual", "--by", help="Any of exact, text, pair, perceptual; in this order."),
+    distance: int = typer.Option(4, "--distance", min=0, max=16, help="Bits of 64 in which perceptual hashes differ."),
+    keep: KeepChoice = typer.Option("first", "--keep", help="Which of several duplicates stays."),
+    against: list[str] = typer.Option(
+        [], "--against", help="Evaluation sets: samples like theirs go.", metavar="[NAME=]MANIFEST"
+    ),
+    signatures: Path | None = typer.Option(
+        None, "--signatures", help="Folder for hashes, kept for the next search; default OUT.signatures."
+    ),
+    max_pixels: int = typer.Option(89_478_485, "--max-pixels", min=1, help="Larger images are not decoded."),
+    workers: int = typer.Option(
+        0, "--workers", "--jobs", min=0, help="Processes; 0 works in this one. The result is the same."
+    ),
+    json: bool = typer.Option(False, "--json", help="One JSON object instead of lines."),
+) -> None:
+    """List duplicates for data.faults.exclude or reshard. Interrupted, the same command goes on."""
+    from dataclasses import asdict
+
+    from data_pipeline.dedup.find import Keep, Question, find_duplicates
+    from data_pipeline.dedup.signatures import Criterion
+    from data_pipeline.errors import DataConfigError
+
+    try:
+        criteria = tuple(Criterion(name.strip()) for name in by.split(","))
+    except ValueError:
+        known = ", ".join(criterion.value for criterion in Criterion)
+        raise DataConfigError(f"--by {by}: expected a list of any of {known}, separated by commas") from None
+    sets, held_out = [_named(text) for text in manifests], [_named(text) for text in against]
+    with progress("dedup", sum(each.manifest.num_samples for each in [*sets, *held_out])) as meter:
+        report = find_duplicates(
+            sets,
+            out,
+            Question(criteria, distance, Keep(keep.value), max_pixels),
+            against=held_out,
+            signatures=signatures or out.with_name(out.name + ".signatures"),
+            workers=workers,
+            progress=meter.advance,
+        )
+    figures = {
+        "list": str(report.output),
+        "samples": report.num_samples,
+        "against": report.num_against,
+        "read_now": report.num_read,
+        **{name: asdict(found) for name, found in report.criteria.items()},
+        "left_out": report.num_left_out,
+        "stay": report.num_samples - report.num_left_out,
+    }
+    emit(figures, json=json)
+
+
+def _named(text: str) -> NamedSet:
+    from data_pipeline.dedup.find import NamedSet
+    from data_pipeline.shards.manifest import Manifest
+
+    name, equals, path = text.partition("=")
+    manifest = Path(path if equals else text)
+    return NamedSet(name if equals else manifest.stem, Manifest.open(manifest))
