@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,21 +34,28 @@ class Exclusions:
 
 
 def read_exclusions(config: FaultConfig) -> dict[str, Exclusions]:
-    """The samples that the lists of ``config.exclude`` name, by data set.
+    """The samples that the lists of ``config.exclude`` name, by data set; raises as ``read_lists``."""
+    return read_lists(config.exclude, "data.faults.exclude")
+
+
+def read_lists(paths: Sequence[Path], asked_by: str) -> dict[str, Exclusions]:
+    """The samples that lists name, by data set.
+
+    Args:
+        paths: Files of JSON lines with ``dataset``, ``index`` and ``key``, as quarantine and dedup write them.
+        asked_by: The option that names them, for messages.
 
     Raises:
         DataConfigError: a list is missing, or a line of it is no line of a quarantine list.
     """
     found: dict[str, dict[int, int]] = {}
-    for path in config.exclude:
-        for number, line in enumerate(_lines(path), 1):
+    for path in paths:
+        for number, line in enumerate(_lines(path, asked_by), 1):
             try:
                 record: Any = json.loads(line)
                 dataset, index, key = str(record["dataset"]), int(record["index"]), str(record["key"])
             except (ValueError, KeyError, TypeError) as error:
-                raise DataConfigError(
-                    f"data.faults.exclude: {path}:{number} is no line of a quarantine list"
-                ) from error
+                raise DataConfigError(f"{asked_by}: {path}:{number} is no line of a quarantine list") from error
             found.setdefault(dataset, {})[index] = zlib.crc32(key.encode())
     return {
         dataset: Exclusions(
@@ -57,12 +65,12 @@ def read_exclusions(config: FaultConfig) -> dict[str, Exclusions]:
     }
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path, asked_by: str) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         return text.removesuffix("\n").split("\n") if text else []
     except (OSError, UnicodeDecodeError) as error:
-        raise DataConfigError(f"data.faults.exclude: {path}: cannot be read: {error}") from error
+        raise DataConfigError(f"{asked_by}: {path}: cannot be read: {error}") from error
 
 
 def exclusions_digest(config: FaultConfig) -> str:

@@ -24,7 +24,7 @@ from data_pipeline.shards.files import partial_path, publish
 from data_pipeline.shards.index import IndexedSample, Member, describe_member, text_bytes_of, write_index
 from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name
 
-_EXTENSION = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+_EXTENSION = re.compile(r"[^./\\\0\s]+(\.[^./\\\0\s]+)*")
 _MAX_SHARDS = 100_000
 _END_BYTES = tarfile.RECORDSIZE
 _MAX_SHORT_NAME_BYTES = 100
@@ -138,7 +138,9 @@ class ShardWriter:
         if finishes:
             self._finish()
         if sample.key in self._keys:
-            raise ShardError(f"{self._path()}: the key {sample.key!r} comes twice")
+            raise ShardError(
+                f"{self._path()}: the key {sample.key!r} comes twice; when resharding, --keys origin makes them differ"
+            )
         file = self._file or self._start()
         members = [member._replace(offset=self._bytes + member.offset) for member in sample.members]
         self._samples.append(IndexedSample(sample.key, members, sample.text_bytes))

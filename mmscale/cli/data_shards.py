@@ -6,10 +6,14 @@ import itertools
 import re
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from mmscale.cli.console import console, emit, progress
+
+if TYPE_CHECKING:
+    from data_pipeline.shards.ingest import IngestReport
 
 app = typer.Typer()
 
@@ -26,9 +30,10 @@ def _bytes_of(text: str) -> int:
     return size
 
 
+_DEFAULT_BYTES, _DEFAULT_SAMPLES, _UNLIMITED = 256 << 20, 10_000, 1 << 62
 _JOBS = typer.Option(1, "--jobs", "-j", min=1, help="Processes; the result is the same for any number.")
 _SHARD_SIZE = typer.Option("256M", "--shard-size", parser=_bytes_of, metavar="SIZE", help="Largest shard: 256M, 1G.")
-_SHARD_SAMPLES = typer.Option(10_000, "--shard-samples", min=1, help="Most samples in a shard.")
+_SHARD_SAMPLES = typer.Option(_DEFAULT_SAMPLES, "--shard-samples", min=1, help="Most samples in a shard.")
 
 
 class OnErrorChoice(str, Enum):
@@ -53,6 +58,14 @@ class KindChoice(str, Enum):
     ENERGON = "energon"
     OBELICS = "obelics"
     MMC4 = "mmc4"
+
+
+class KeysChoice(str, Enum):
+    """What samples are called after a reshard."""
+
+    KEEP = "keep"
+    ORIGIN = "origin"
+    NUMBER = "number"
 
 
 @app.command(epilog="Example: mmscale data ingest pairs.csv --output shards --name pairs --jobs 8")
@@ -80,7 +93,6 @@ def ingest(
     from data_pipeline.shards.ingest import OnError
     from data_pipeline.shards.ingest import ingest as run
     from data_pipeline.shards.records import FieldNames
-    from data_pipeline.shards.skipped import read_skipped
     from data_pipeline.shards.sources import SourceKind, SourceOptions, open_source
 
     names = FieldNames(tuple(map(_pair, columns)), tuple(drop))
@@ -98,12 +110,66 @@ def ingest(
             on_error=OnError(on_error.value),
             progress=meter.advance,
         )
+    _show(opened.description, report, json)
+
+
+@app.command(epilog="Example: mmscale data reshard a.manifest b.manifest --output shards --shard-size 1G --shuffle 1")
+def reshard(
+    manifests: list[str] = typer.Argument(
+        help="Data sets to join, in order, with the names that lists call them by (without: the file's).",
+        metavar="[NAME=]MANIFEST...",
+    ),
+    output: Path = typer.Option(..., "--output", help="Folder for shards, indexes and manifest."),
+    name: str = typer.Option("data", "--name", help="Prefix of the shards and name of the manifest."),
+    shard_size: int | None = typer.Option(
+        None, "--shard-size", parser=_bytes_of, metavar="SIZE", help="Largest shard: 256M, 1G.  [default: 256M]"
+    ),
+    shard_samples: int | None = typer.Option(
+        None, "--shard-samples", min=1, help="Most samples in a shard.  [default: 10000]"
+    ),
+    shards: int | None = typer.Option(None, "--shards", min=1, help="Instead: so many shards, equal in samples."),
+    shuffle: int | None = typer.Option(None, "--shuffle", help="Permute all samples with this seed.", metavar="SEED"),
+    exclude: list[Path] = typer.Option([], "--exclude", help="Leave out what a list of dedup or a quarantine names."),
+    keep: list[Path] = typer.Option([], "--keep", help="Take only what such a list names."),
+    keys: KeysChoice = typer.Option("keep", "--keys", help="Keys: as they were, with their shard, or numbers."),
+    jobs: int = _JOBS,
+    on_error: OnErrorChoice = typer.Option("fail", "--on-error", help="What a damaged sample does."),
+    json: bool = _JSON,
+) -> None:
+    """Store data sets as other shards: resized, joined, filtered, shuffled. Interrupted, the same command goes on."""
+    from data_pipeline.errors import DataConfigError
+    from data_pipeline.shards.ingest import OnError, ingest
+    from data_pipeline.shards.reshard import Keys, ManifestSource, NamedManifest, Selection
+
+    if shards is not None and (shard_size is not None or shard_samples is not None):
+        raise DataConfigError("--shards decides the size of the shards: leave out --shard-size and --shard-samples")
+    pairs = [text.partition("=") if "=" in text else (Path(text).stem, "", text) for text in manifests]
+    sets = [NamedManifest(called, Path(path)) for called, _, path in pairs]
+    source = ManifestSource(sets, Selection(tuple(exclude), tuple(keep), shuffle, Keys(keys.value)))
+    console.print(source.description, markup=False)
+    with progress("reshard", source.count()) as meter:
+        report = ingest(
+            source,
+            output,
+            name,
+            max_bytes=shard_size or (_DEFAULT_BYTES if shards is None else _UNLIMITED),
+            max_samples=shard_samples or (_DEFAULT_SAMPLES if shards is None else -(-source.count() // shards)),
+            workers=jobs if jobs > 1 else 0,
+            on_error=OnError(on_error.value),
+            progress=meter.advance,
+        )
+    _show(source.description, report, json)
+
+
+def _show(description: str, report: IngestReport, json: bool) -> None:
+    from data_pipeline.shards.skipped import read_skipped
+
     for row in itertools.islice(read_skipped(report.skipped), _SHOWN):
         console.print(f"skipped row {row.row}: {row.reason}", markup=False)
     if report.num_skipped > _SHOWN:
         console.print(f"... and {report.num_skipped - _SHOWN} rows more, all of them in {report.skipped}")
     figures = {
-        "source": opened.description,
+        "source": description,
         "manifest": str(report.manifest),
         "samples": report.num_samples,
         "shards": report.num_shards,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.shards.manifest import Manifest
 from mmscale.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,19 @@ def test_ingest_index_verify_stats(tmp_path: Path, capsys: pytest.CaptureFixture
     assert figures(capsys, "verify", str(manifest))["damages"] == []
     found = figures(capsys, "stats", str(manifest))
     assert (found["samples"], found["text_bytes"]["max"]) == (9, len("text number 8"))
+
+
+def test_reshard_cuts_filters_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest, gone = SHARDS / "heldout-both.manifest", tmp_path / "gone.jsonl"
+    whole = figures(capsys, "stats", str(manifest))["samples"]
+    key = Manifest.open(manifest).open_index(0).key(2)
+    gone.write_text(json.dumps({"dataset": "held", "index": 2, "key": key}) + "\n")
+    words = ["reshard", f"held={manifest}", "--output", str(tmp_path / "out"), "--exclude", str(gone), "--shards", "3"]
+    found = figures(capsys, *words, "--shuffle", "1", "--jobs", "2")
+    assert (found["samples"], found["shards"], found["skipped"]) == (whole - 1, 3, 0)
+    assert "exists already" in complaint(capsys, *words, code=2)
+    assert "--shards decides" in complaint(capsys, *words, "--shard-size", "1M", code=2)
+    assert main(["data", "reshard", str(manifest), "--output", str(tmp_path), "--shard-size", "many"]) == 2
 
 
 @pytest.mark.fault
