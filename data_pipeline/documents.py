@@ -1,13 +1,13 @@
 """Sample to document: pieces, views and tokens become ids, labels, positions, slots and spans.
 
-    bos | image: one placeholder a feature (embedded) or one anchor (attended) | text | ... | eos
+    bos | image: one placeholder a feature (embedded) or one anchor (attended), and its layout | text | ... | eos
 
 Not for: several documents together (``packing``, ``collate``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -17,12 +17,13 @@ import numpy.typing as npt
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.errors import SampleError
+from data_pipeline.image_layout import Features, ImageLayout, Text
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.templates import EndPiece, Piece, TextPiece
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import ImageTransform
+from data_pipeline.transforms import ImageTransform, TilesTransform
 
 
 @dataclass
@@ -36,7 +37,7 @@ class _Draft:
     next_position: int = 0
     items: list[MediaItem] = field(default_factory=list)
     images: list[ImageExtent] = field(default_factory=list)
-    dest: list[int] = field(default_factory=list)
+    dest: list[npt.NDArray[np.int32]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     run: tuple[int, ...] = ()
     """Attended items of the images since the last text."""
@@ -48,7 +49,7 @@ class _Draft:
         self._place(ids, weight)
         self.run = ()
 
-    def _place(self, ids: list[int], weight: float) -> None:
+    def _place(self, ids: Sequence[int], weight: float) -> None:
         if self.spec.position_axes == 3:
             steps = np.arange(self.next_position, self.next_position + len(ids), dtype=np.int32)
             self.positions.append(np.repeat(steps[:, None], 3, axis=1))
@@ -56,31 +57,42 @@ class _Draft:
         self.weights.extend([weight] * len(ids))
         self.next_position += len(ids)
 
-    def add_image(self, views: tuple[MediaItem, ...], image_id: int) -> None:
-        """Appends placeholders of the embedded views, or one anchor if all are attended."""
+    def add_image(self, views: tuple[MediaItem, ...], image_id: int, layout: ImageLayout) -> None:
+        """Appends the tokens of an image as it is laid out; none of them is learned."""
         start, first_item = len(self.ids), len(self.items)
         self.items.extend(views)
-        attended = tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
-        if attended:
-            self.run += attended
-            self.spans.append(Span(start, self.run))
-        embedded = [view for view in views if view.embedded]
-        for view in embedded:
-            self._add_placeholders(view, image_id)
-        if not embedded:
-            self._place([image_id], 0.0)
+        self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
+        slots = [np.empty(view.num_features(self.spec) * view.embedded, dtype=np.int32) for view in views]
+        for run in layout.runs(views, self.spec):
+            if isinstance(run, Text) and not run.ids:
+                continue
+            own = run.view if isinstance(run, Text) else None
+            self._attend(self.run if own is None else (first_item + own,))
+            if isinstance(run, Features):
+                at = len(self.ids)
+                slots[run.view][run.first : run.first + run.count] = np.arange(at, at + run.count)
+                self._place_features(views[run.view], run.count, image_id)
+            else:
+                self._place(run.ids if isinstance(run, Text) else (image_id,), 0.0)
+        self.dest.extend(slots)
         self.images.append(ImageExtent(start, first_item, len(self.ids)))
 
-    def _add_placeholders(self, view: MediaItem, image_id: int) -> None:
-        count = self.spec.num_features(view.grid)
-        start = len(self.ids)
-        self.dest.extend(range(start, start + count))
+    def _attend(self, items: tuple[int, ...]) -> None:
+        """Begins a span where what is attended changes."""
+        if items and (not self.spans or self.spans[-1].items != items):
+            self.spans.append(Span(len(self.ids), items))
+
+    def _place_features(self, view: MediaItem, count: int, image_id: int) -> None:
         if self.spec.position_axes == 1:
-            self._place([image_id] * count, 0.0)
+            self._place((image_id,) * count, 0.0)
             return
-        # Each feature stands at its own (time, row, column); text goes on after the largest of them.
+        # Each feature stands at its own (time, row, column); text goes on after the largest of them. Layouts do not
+        # part the rows of a view on three axes, so ``count`` is all that it hands on.
         # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding.
-        sides = (view.grid[0], view.grid[1] // self.spec.merge, view.grid[2] // self.spec.merge)
+        rows, columns = view.grid[1] // self.spec.merge, view.grid[2] // self.spec.merge
+        sides = (
+            (view.grid[0], rows, columns) if view.kept is None else (view.grid[0], view.kept.height, view.kept.width)
+        )
         coordinates = np.indices(sides).reshape(3, -1).T.astype(np.int32)
         self.positions.append(coordinates + np.int32(self.next_position))
         self.next_position += max(sides)
@@ -101,7 +113,7 @@ class _Draft:
             loss_weights=weights,
             position_ids=count if self.spec.position_axes == 1 else np.concatenate(self.positions),
             items=tuple(self.items),
-            dest=np.array(self.dest, dtype=np.int32),
+            dest=np.concatenate([np.empty(0, dtype=np.int32), *self.dest]),
             spans=tuple(spans),
             provenance=origin,
             images=tuple(self.images),
@@ -117,7 +129,7 @@ class DocumentBuilder:
         spec: What the model takes.
 
     Raises:
-        DataConfigError: the transform does not fit the model.
+        DataConfigError: the transform or the layout does not fit the model, or the tokenizer lacks a token of it.
     """
 
     def __init__(self, dataset: DatasetConfig, tokenizer: Tokenizer, spec: MediaSpec) -> None:
@@ -125,7 +137,11 @@ class DocumentBuilder:
         self.tokenizer = tokenizer
         self.spec = spec
         takes_images = spec.placement is not Placement.NONE
-        self._transform = ImageTransform(dataset.transforms, spec) if takes_images else None
+        transforms = dataset.transforms
+        self._transform = ImageTransform(transforms, spec) if takes_images else None
+        max_tiles = transforms.tiling.max_tiles if isinstance(transforms, TilesTransform) else 0
+        layout = transforms.layout if takes_images else None
+        self._layout = ImageLayout.resolve(layout, tokenizer, spec, max_tiles)
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Document:
         """The whole document; ``rng`` draws answers and augmentation, None takes first answers and plain images.
@@ -167,7 +183,7 @@ class DocumentBuilder:
         draft.add_text([self.tokenizer.bos_id], 0.0)
         for piece in pieces:
             if isinstance(piece, ImagePart):
-                draft.add_image(self._views(piece, rng, measured), self.tokenizer.image_id)
+                draft.add_image(self._views(piece, rng, measured), self.tokenizer.image_id, self._layout)
             elif isinstance(piece, EndPiece):
                 draft.add_text([self.tokenizer.eos_id], piece.weight)
             else:
@@ -216,7 +232,8 @@ def null_document(spec: MediaSpec, pad_id: int) -> Document:
     draft = _Draft(spec)
     roles = [True] * spec.needs_embedded + [False] * spec.needs_attended
     if roles:
-        draft.add_image(tuple(MediaItem(values, spec.minimal_grid, embedded) for embedded in roles), pad_id)
+        views = tuple(MediaItem(values, spec.minimal_grid, embedded) for embedded in roles)
+        draft.add_image(views, pad_id, ImageLayout())
     else:
         draft.add_text([pad_id], 0.0)
     return draft.finish(None)

@@ -75,6 +75,17 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """sha256 over everything that decides which ids a text gets."""
 
+    def special_id(self, name: str, field: str) -> int:
+        """Id of the token of exactly this name.
+
+        Args:
+            name: A token, of any sort, of the vocabulary.
+            field: What asks for it, for the message.
+
+        Raises:
+            DataConfigError: there is none; the message says how to add it.
+        """
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without bos and eos; never a special id.
 
@@ -116,6 +127,16 @@ class SentencePieceTokenizer:
         image_id = self._model.piece_to_id(config.image_token)
         self.image_id = self._special(config.image_token, -1 if image_id == self._model.unk_id() else image_id)
         self.fingerprint = hashlib.sha256(content + config.image_token.encode()).hexdigest()
+
+    def special_id(self, name: str, field: str) -> int:
+        """See ``Tokenizer.special_id``."""
+        piece_id: int = self._model.piece_to_id(name)
+        if piece_id == self._model.unk_id():
+            raise DataConfigError(
+                f"{field}: tokenizer {self._config.path} has no piece {name!r}; train one that has it with: "
+                f"mmscale data tokenizer --special '{name}'"
+            )
+        return piece_id
 
     def encode(self, text: str) -> list[int]:
         """See ``Tokenizer.encode``."""
@@ -168,14 +189,24 @@ class HuggingFaceTokenizer:
             raise DataConfigError(f"tokenizer {config.path}: no tokenizer.json: {error}") from error
         self._model.encode_special_tokens = True
         self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=True)
-        self.bos_id = self._special("bos_token", config.bos_token)
-        self.eos_id = self._special("eos_token", config.eos_token)
-        self.pad_id = self._special("pad_token", config.pad_token)
-        self.image_id = self._special("image_token", config.image_token)
+        self.bos_id = self.special_id(config.bos_token, "bos_token")
+        self.eos_id = self.special_id(config.eos_token, "eos_token")
+        self.pad_id = self.special_id(config.pad_token, "pad_token")
+        self.image_id = self.special_id(config.image_token, "image_token")
         names = (config.bos_token, config.eos_token, config.pad_token, config.image_token)
         self.fingerprint = hashlib.sha256(content + "\0".join(names).encode()).hexdigest()
         self._names = sorted(set(names))
         self._reserved = {self.bos_id, self.eos_id, self.pad_id, self.image_id}
+
+    def special_id(self, name: str, field: str) -> int:
+        """See ``Tokenizer.special_id``."""
+        token_id = self._model.token_to_id(name)
+        if token_id is None:
+            raise DataConfigError(
+                f"{field}: tokenizer {self._config.path} has no token {name!r}; name one of its tokens, or add it "
+                "to the file with add_special_tokens of the tokenizers library"
+            )
+        return int(token_id)
 
     def encode(self, text: str) -> list[int]:
         """See ``Tokenizer.encode``."""
@@ -195,14 +226,6 @@ class HuggingFaceTokenizer:
     def _raw(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
         return ids
-
-    def _special(self, field: str, token: str) -> int:
-        token_id = self._model.token_to_id(token)
-        if token_id is None:
-            raise DataConfigError(
-                f"tokenizer {self._config.path}: no token {token!r}; set {field} to one of its tokens or add it"
-            )
-        return int(token_id)
 
 
 def _read(path: Path) -> bytes:
@@ -249,12 +272,13 @@ def train_sentencepiece(
     model_type: Literal["bpe", "unigram"] = "bpe",
     character_coverage: float = 0.9995,
     max_samples: int = 1_000_000,
+    special_tokens: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> SentencePieceTokenizer:
     """Trains a SentencePiece model on all text of the shards; equal shards give equal bytes.
 
     Text survives encoding and decoding exactly: bytes stand in for rare characters, spaces are kept, nothing is
-    normalised. Pieces 0 to 4 are pad, bos, eos, unk and ``<image>``.
+    normalised. Pieces 0 to 4 are pad, bos, eos, unk and ``<image>``; then come the special ones that were asked for.
 
     Args:
         manifests: Whose text to read.
@@ -263,6 +287,7 @@ def train_sentencepiece(
         model_type: Algorithm.
         character_coverage: Share of characters that get a piece of their own; the rest is spelled in bytes.
         max_samples: From larger data sets every n-th sample is taken.
+        special_tokens: Further pieces that no text gives, such as those of an image's layout.
         progress: Called with (samples read, samples to read).
 
     Raises:
@@ -288,7 +313,7 @@ def train_sentencepiece(
             eos_id=2,
             unk_id=3,
             pad_piece="<pad>",
-            control_symbols=[IMAGE_TOKEN],
+            control_symbols=[IMAGE_TOKEN, *special_tokens],
             max_sentence_length=4 * _MAX_LINE_BYTES,
             num_threads=1,  # More threads add up in another order.
             minloglevel=2,

@@ -11,6 +11,7 @@ generator that the caller keys by sample, so a view is a pure function. Not for:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from data_pipeline.augment import AugmentConfig, crop_box, jitter
 from data_pipeline.decode.image import DecodeMode, decode_image, too_many_pixels
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
+from data_pipeline.image_layout import ImageLayoutConfig
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.native_sizes import Size, area_size, lifted, longest_side_size, shrunk_size
 from data_pipeline.shards.image_header import image_size
@@ -42,6 +44,8 @@ class _TransformConfig(StrictConfig):
     """Refuse larger stored images by their header (decompression bombs); pixels."""
     augment: AugmentConfig | None = None
     """Random changes in training; evaluation never applies them."""
+    layout: ImageLayoutConfig | None = None
+    """Tokens that stand around, between and before the features of an image; null for none."""
 
 
 class FixedTransform(_TransformConfig):
@@ -265,8 +269,8 @@ class ImageTransform:
         else:
             tiled = Tiled((self._whole(size),), (Tile(0, 0, 0, None),))
         tiles = tiled.tiles
-        if placement is Placement.HYBRID and len(tiles) == 1:  # The one view is embedded, and attended too.
-            tiles = (tiles[0], tiles[0])
+        if placement is Placement.HYBRID and len(tiles) == 1:  # The one view is overview and tile.
+            tiles = (tiles[0], replace(tiles[0], place=(0, 0)))
             roles = [True, False]
         else:
             roles = [

@@ -33,6 +33,7 @@ def tokenizer(
         0.9995, "--character-coverage", min=0.98, max=1.0, help="Share of characters with a piece; others are bytes."
     ),
     max_samples: int = typer.Option(1_000_000, "--max-samples", min=1, help="Of larger sets every n-th is read."),
+    special: list[str] = typer.Option([], "--special", help="A further special piece, such as '<tile_1>'; repeatable."),
     json: bool = _JSON,
 ) -> None:
     """Train a SentencePiece model on the text of shards."""
@@ -48,6 +49,7 @@ def tokenizer(
             model_type=model_type.value,
             character_coverage=character_coverage,
             max_samples=max_samples,
+            special_tokens=special,
             progress=lambda done, of: meter.advance(1),
         )
     figures = {"tokenizer": str(output), "vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint}

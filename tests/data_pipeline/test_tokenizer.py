@@ -125,6 +125,17 @@ def test_equal_shards_give_equal_models(tmp_path: Path) -> None:
     assert half.fingerprint != first.fingerprint
 
 
+def test_special_pieces_are_never_read_in_text(tmp_path: Path) -> None:
+    trained = train_sentencepiece(
+        [manifest_of(tmp_path)], tmp_path / "a.model", 300, special_tokens=["<tile_1>", "<row>"]
+    )
+    ids = [trained.special_id(name, "x") for name in ("<tile_1>", "<row>")]
+    assert ids == [5, 6]
+    spelled = trained.encode("a <tile_1><row>")
+    assert set(ids).isdisjoint(spelled)
+    assert trained.decode([*ids, *spelled]) == "a <tile_1><row>"
+
+
 @pytest.mark.fault
 def test_what_cannot_work_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path)

@@ -1,0 +1,214 @@
+"""Which tokens an image puts into the text, and in which order: features, and the tokens that lay them out.
+
+    start | tags of attended tiles | tag, view_start, rows of features, view_end | ... | anchor | end
+
+A pure function of the views. An embedded view stands with its features; of attended views only tags stand in the text,
+and one anchor if nothing of the image is embedded. Not for: positions, labels and slots (``documents``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pydantic import model_validator
+
+from data_pipeline.document import MediaItem
+from data_pipeline.errors import DataConfigError
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.strict import StrictConfig
+from data_pipeline.tokenizer import Tokenizer
+
+Ids = tuple[int, ...]
+
+
+class ImageLayoutConfig(StrictConfig):
+    """Names of the tokens; each must be a token of the tokenizer, and none of them is learned."""
+
+    start: str | None = None
+    """Opens every image: ``<|vision_start|>`` (Qwen2-VL), ``<img>`` (InternVL)."""
+    end: str | None = None
+    """Closes every image: ``<|vision_end|>``, ``</img>``, ``[IMG_END]`` (Pixtral)."""
+    view_start: str | None = None
+    """Opens every embedded view, or all tiles together if they are joined: ``<im_start>`` (Molmo)."""
+    view_end: str | None = None
+    """Closes what ``view_start`` opens: ``<im_end>``."""
+    row_end: str | None = None
+    """Closes every row of features: ``|NEWLINE|`` (Fuyu), ``<im_col>`` (Molmo)."""
+    row_break: str | None = None
+    """Stands between two rows of features: ``[IMG_BREAK]`` (Pixtral)."""
+    tile: str | None = None
+    """Stands before each tile, ``{n}`` for its number from 1: ``<tile_{n}>`` (NVLM). Of an attended tile only this tag
+    stands in the text, and attends that tile alone."""
+    overview: str | None = None
+    """The same for a view of the whole image: ``<tile_global_thumbnail>``."""
+    join_tiles: bool = False
+    """Rows of features run through all tiles side by side, as in the whole image (Molmo)."""
+    spell: bool = False
+    """Write the names as ordinary text, of several tokens if need be (NVLM), instead of as tokens of their own."""
+
+    @model_validator(mode="after")
+    def _check_tags(self) -> ImageLayoutConfig:
+        if self.tile is not None and self.tile.replace("{n}", "").count("{"):
+            raise ValueError(f"tile={self.tile!r}: only {{n}} may stand in braces")
+        if self.tile is not None and self.join_tiles:
+            raise ValueError("tile and join_tiles exclude each other: joined tiles have no place for a tag each")
+        return self
+
+    def check(self, spec: MediaSpec, max_tiles: int) -> None:
+        """Refuses what the model or the transform gives no meaning to.
+
+        Raises:
+            DataConfigError: the message names the field.
+        """
+        rows = [name for name in ("row_end", "row_break", "view_start", "view_end") if getattr(self, name) is not None]
+        if rows and spec.placement is Placement.CROSS_ATTENTION:
+            raise DataConfigError(f"transforms.layout.{rows[0]}: the model attends all views, none stands in the text")
+        if self.join_tiles and spec.placement is not Placement.EMBEDDING:
+            raise DataConfigError(
+                "transforms.layout.join_tiles: the model attends tiles, they do not stand in the text"
+            )
+        if spec.position_axes == 3 and (self.join_tiles or self.row_end is not None or self.row_break is not None):
+            raise DataConfigError(
+                "transforms.layout: row_end, row_break and join_tiles have no place among positions on three axes, "
+                "which the model uses (decoder.rope.sections)"
+            )
+        if (self.tile is not None or self.join_tiles) and not max_tiles:
+            raise DataConfigError("transforms.layout: tile and join_tiles need transforms.kind=tiles")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens; ``view`` is the attended view that they are the tag of."""
+
+    ids: Ids
+    view: int | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """``count`` of the features that a view hands on, from ``first`` on."""
+
+    view: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The place of an image of which nothing is embedded."""
+
+
+Run = Text | Features | Anchor
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Ids instead of names; no ids where nothing is to stand."""
+
+    start: Ids = ()
+    end: Ids = ()
+    view_start: Ids = ()
+    view_end: Ids = ()
+    row_end: Ids = ()
+    row_break: Ids = ()
+    overview: Ids = ()
+    tiles: tuple[Ids, ...] = field(default=())
+    join_tiles: bool = False
+
+    @classmethod
+    def resolve(
+        cls, config: ImageLayoutConfig | None, tokenizer: Tokenizer, spec: MediaSpec, max_tiles: int = 0
+    ) -> ImageLayout:
+        """Looks the names up.
+
+        Args:
+            config: Names; None lays out nothing but the features.
+            tokenizer: Whose tokens they are.
+            spec: What the model takes.
+            max_tiles: Tiles that an image has at most; 0 for transforms without tiles.
+
+        Raises:
+            DataConfigError: a token is missing or is the image token, or a name has no use with this model.
+        """
+        if config is None:
+            return cls()
+        config.check(spec, max_tiles)
+
+        def ids(name: str) -> Ids:
+            text: str | None = getattr(config, name)
+            return () if text is None else _ids(text, name, config, tokenizer)
+
+        names = ("start", "end", "view_start", "view_end", "row_end", "row_break", "overview")
+        tags = [config.tile.replace("{n}", str(n)) for n in range(1, max_tiles + 1)] if config.tile is not None else []
+        return cls(
+            **{name: ids(name) for name in names},
+            tiles=tuple(_ids(tag, "tile", config, tokenizer) for tag in tags),
+            join_tiles=config.join_tiles,
+        )
+
+    def runs(self, views: Sequence[MediaItem], spec: MediaSpec) -> Iterator[Run]:
+        """The tokens of one image in order; runs of text may be empty.
+
+        Raises:
+            SampleError: a view does not fit the model.
+        """
+        tags = self._tags(views)
+        yield Text(self.start)
+        for number, view in enumerate(views):
+            if not view.embedded:
+                yield Text(tags[number], number)
+        embedded = [number for number, view in enumerate(views) if view.embedded]
+        for block in self._blocks(views, embedded):
+            yield Text((*tags[block[0]], *self.view_start))
+            for number, row in enumerate(_rows(views, block, spec, self._has_rows)):
+                yield Text(self.row_break if number else ())
+                yield from row
+                yield Text(self.row_end)
+            yield Text(self.view_end)
+        if not embedded:
+            yield Anchor()
+        yield Text(self.end)
+
+    def _tags(self, views: Sequence[MediaItem]) -> list[Ids]:
+        """The tag of each view; tiles are numbered in their order."""
+        numbers = itertools.count()
+        return [
+            self.overview if view.place is None else (self.tiles[next(numbers)] if self.tiles else ()) for view in views
+        ]
+
+    def _blocks(self, views: Sequence[MediaItem], embedded: list[int]) -> Iterator[list[int]]:
+        """Views that stand together: each by itself, or all tiles if they are joined."""
+        if not self.join_tiles:
+            yield from ([number] for number in embedded)
+            return
+        for _, group in itertools.groupby(embedded, key=lambda number: views[number].place is None):
+            yield list(group)
+
+    @property
+    def _has_rows(self) -> bool:
+        return bool(self.row_end or self.row_break or self.join_tiles)
+
+
+def _rows(views: Sequence[MediaItem], block: list[int], spec: MediaSpec, apart: bool) -> Iterator[list[Features]]:
+    """Rows of features of a block, the whole of it as one row where nothing stands between them."""
+    if not apart:
+        yield [Features(number, 0, views[number].num_features(spec)) for number in block]
+        return
+    for _, group in itertools.groupby(block, key=lambda number: (views[number].place or (0, 0))[0]):
+        abreast = [(number, views[number].num_features(spec), _width(views[number], spec)) for number in group]
+        for row in range(abreast[0][1] // abreast[0][2]):
+            yield [Features(number, row * width, width) for number, _, width in abreast]
+
+
+def _width(view: MediaItem, spec: MediaSpec) -> int:
+    return view.grid[2] // spec.merge if view.kept is None else view.kept.width
+
+
+def _ids(text: str, field_name: str, config: ImageLayoutConfig, tokenizer: Tokenizer) -> Ids:
+    name = f"transforms.layout.{field_name}"
+    ids = tuple(tokenizer.encode(text)) if config.spell else (tokenizer.special_id(text, name),)
+    if tokenizer.image_id in ids:
+        raise DataConfigError(f"{name}={text!r}: is the image token, which stands for features alone")
+    return ids
