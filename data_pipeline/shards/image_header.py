@@ -57,6 +57,16 @@ def is_image(ext: str) -> bool:
     return ext.rpartition(".")[2] in FORMAT_OF_EXTENSION
 
 
+def known_format(data: Buffer) -> ImageFormat | None:
+    """What the first bytes say it is; None if it is no JPEG, PNG or WebP."""
+    start = bytes(data[:12])
+    if start.startswith(_PNG_MAGIC):
+        return ImageFormat.PNG
+    if start.startswith(b"\xff\xd8"):
+        return ImageFormat.JPEG
+    return ImageFormat.WEBP if start[:4] == b"RIFF" and start[8:12] == b"WEBP" else None
+
+
 def image_size(data: Buffer) -> ImageSize:
     """Format, width and height of a JPEG, PNG or WebP.
 
@@ -64,11 +74,12 @@ def image_size(data: Buffer) -> ImageSize:
         SampleError: the bytes are none of these, or end before the size is known, or a side is 0.
     """
     start = bytes(data[:32])
-    if start.startswith(_PNG_MAGIC):
+    found = known_format(data)
+    if found is ImageFormat.PNG:
         size = _png(start, data)
-    elif start.startswith(b"\xff\xd8"):
+    elif found is ImageFormat.JPEG:
         size = _jpeg(data)
-    elif start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+    elif found is ImageFormat.WEBP:
         size = _webp(start)
     else:
         raise SampleError(

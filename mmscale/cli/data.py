@@ -38,42 +38,47 @@ def index(
     emit(figures, json=json)
 
 
-@app.command(epilog="Example: mmscale data verify examples/emoji/shards/train.manifest")
+@app.command(epilog="Example: mmscale data verify examples/emoji/shards/train.manifest --jobs 4")
 def verify(
     paths: list[Path] = typer.Argument(help="Manifests or tars."),
     max_pixels: int = typer.Option(89_478_485, "--max-pixels", min=1, help="An image with more pixels is damage."),
+    jobs: int = typer.Option(1, "--jobs", min=1, help="Shards to read at the same time, each in its own process."),
     json: bool = _JSON,
 ) -> None:
     """Read shards whole, decode every image, and list every damage. Exit code 1 if there is any."""
+    import itertools
+    from collections import Counter
     from dataclasses import asdict
 
-    from data_pipeline.shards.verify import verify_manifest, verify_shard
+    from data_pipeline.shards.damage import Damage
+    from data_pipeline.shards.verify import check_manifest, jobs_of
+    from data_pipeline.shards.verify import verify as run
 
-    reports = []
-    with progress("verify") as meter:
-        for path in paths:
-            if path.suffix == ".manifest":
-                found = verify_manifest(path, max_pixels=max_pixels)
-            else:
-                found = iter([verify_shard(path, max_pixels=max_pixels)])
-            for report in found:
-                reports.append(report)
-                meter.advance(1, report.shard)
-    damages = [damage for report in reports for damage in report.damages]
-    figures: dict[str, object] = {
-        "shards": len(reports),
-        "samples": sum(report.num_samples for report in reports),
-        "members": sum(report.num_members for report in reports),
-        "bytes": sum(report.num_bytes for report in reports),
-    }
+    damages: list[Damage] = []
+    figures = dict.fromkeys(("shards", "samples", "members", "bytes"), 0)
+
+    def note(found: list[Damage]) -> None:
+        damages.extend(found)
+        for damage in found if not json else ():
+            place = f"{damage.shard} key={damage.key or '-'} offset={'-' if damage.offset is None else damage.offset}"
+            print(f"{place} {damage.problem.value}: {damage.detail}", flush=True)
+
+    plans = [jobs_of(path) for path in paths]
+    for path in paths:
+        if path.suffix == ".manifest":
+            note(check_manifest(path))
+    shards = itertools.chain.from_iterable(plan for _, plan in plans)
+    with progress("verify", sum(count for count, _ in plans)) as meter:
+        for report in run(shards, max_pixels=max_pixels, workers=jobs if jobs > 1 else 0):
+            note(report.damages)
+            found = (1, report.num_samples, report.num_members, report.num_bytes)
+            figures = {name: total + more for (name, total), more in zip(figures.items(), found, strict=True)}
+            meter.advance(1, report.shard)
+    kinds = Counter(damage.problem.value for damage in damages)
     if json:
-        emit({**figures, "damages": [asdict(damage) for damage in damages]}, json=True)
+        emit({**figures, "kinds": kinds, "damages": [asdict(damage) for damage in damages]}, json=True)
     else:
-        for damage in damages:
-            print(
-                f"{damage.shard} key={damage.key or '-'} offset={damage.offset} {damage.problem.value}: {damage.detail}"
-            )
-        emit({**figures, "damages": len(damages)})
+        emit({**figures, "damages": {"all": len(damages), **kinds}})
     if damages:
         raise typer.Exit(1)
 

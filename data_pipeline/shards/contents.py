@@ -1,0 +1,96 @@
+"""Whether the bytes of a member are what its extension says: images decode, texts are UTF-8, JSON has the right form.
+
+Nothing is decoded or parsed without a bound: an image by the size in its header, a text by its length. Not for: whether
+the bytes are those that were indexed (``verify``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from data_pipeline.decode.image import decode_image
+from data_pipeline.errors import SampleError
+from data_pipeline.shards.damage import Problem
+from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image, known_format
+from data_pipeline.shards.texts import all_texts, parse_json
+
+MAX_TEXT_BYTES = 1 << 26
+"""A longer text or JSON counts as a bomb: parsed, JSON takes up to thirty times its length."""
+_BYTES_PER_PIXEL = 8
+"""Of the largest pixel that PNG has; an encoded image of more than its pixels is no image."""
+_MOST_METADATA_BYTES = 1 << 24
+
+Finding = tuple[Problem, str]
+
+
+def check_member(ext: str, content: memoryview, siblings: Collection[str], max_pixels: int) -> Iterator[Finding]:
+    """What is wrong with the bytes of a member.
+
+    Args:
+        ext: Its extension, lower case.
+        content: Its bytes, copied only if they are few enough.
+        siblings: Extensions of the sample.
+        max_pixels: Larger images are not decoded.
+    """
+    if is_image(ext):
+        yield from _check_image(ext, content, max_pixels)
+    elif ext == "txt":
+        yield from _check_text(ext, content)
+    elif ext == "json":
+        yield from _check_json(ext, content, siblings)
+
+
+def _check_image(ext: str, content: memoryview, max_pixels: int) -> Iterator[Finding]:
+    expected = FORMAT_OF_EXTENSION[ext.rpartition(".")[2]]
+    found = known_format(content)
+    if found is None:
+        start = bytes(content[:8]).hex(" ") or "nothing"
+        yield Problem.EXTENSION, f".{ext} holds no {expected.value}: it starts with {start}"
+        return
+    if found is not expected:
+        yield Problem.EXTENSION, f".{ext} holds a {found.value}, not a {expected.value}"
+    try:
+        size = image_size(content)
+        if size.width * size.height > max_pixels:
+            yield Problem.BOMB, f".{ext} claims {size.width}x{size.height} pixels, the limit is {max_pixels}"
+            return
+        most_bytes = _MOST_METADATA_BYTES + _BYTES_PER_PIXEL * size.width * size.height
+        if len(content) > most_bytes:
+            yield Problem.BOMB, f".{ext} takes {len(content)} bytes for {size.width}x{size.height} pixels"
+            return
+        decode_image(bytes(content), max_pixels=max_pixels)
+    except SampleError as error:
+        yield Problem.IMAGE, f".{ext}: {error.reason}"
+
+
+def _check_text(ext: str, content: memoryview) -> Iterator[Finding]:
+    if len(content) > MAX_TEXT_BYTES:
+        yield Problem.BOMB, f".{ext} has {len(content)} bytes, the limit is {MAX_TEXT_BYTES}"
+        return
+    try:
+        bytes(content).decode()
+    except UnicodeDecodeError as error:
+        yield Problem.TEXT, f".{ext}: {error}"
+
+
+def _check_json(ext: str, content: memoryview, siblings: Collection[str]) -> Iterator[Finding]:
+    broken = list(_check_text(ext, content))
+    if broken:
+        yield from broken
+        return
+    try:
+        fields = parse_json(bytes(content))
+        for text in all_texts(fields):
+            text.encode()
+    except SampleError as error:
+        yield Problem.TEXT, f".{ext}: {error.reason}"
+        return
+    except UnicodeEncodeError as error:  # Half a pair of UTF-16, written \\ud800.
+        yield Problem.TEXT, f".{ext}: {error}"
+        return
+    for part in fields.get("parts") or ():
+        name = part.get("image")
+        if name is not None and (not isinstance(name, str) or name.lower() not in siblings):
+            yield Problem.PARTNER, f"the JSON names the image {name!r}, which is absent"
+        if name is None and "text" not in part:
+            yield Problem.TEXT, f"a part with neither text nor image: {part!r:.80}"
