@@ -6,6 +6,7 @@ device never searches for placeholders and never waits for the host.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ B = TypeVar("B")
 def _to(value: Any, device: torch.device, non_blocking: bool) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=non_blocking)
-    if isinstance(value, Segments | MediaBlock):
+    if isinstance(value, Segments | BranchedSegments | MediaBlock):
         return _move(value, device, non_blocking)
     if isinstance(value, dict):
         return {key: _to(item, device, non_blocking) for key, item in value.items()}
@@ -66,6 +67,46 @@ class Segments:
 
 
 @dataclass(frozen=True)
+class BranchedSegments:
+    """What each token attends where documents have branches: several texts, one beginning, blind to each other.
+
+    ::
+
+        document   [prefix | branch a | branch b]
+        queries    [prefix] [branch a]          [branch b]
+        keys       [prefix] [prefix | branch a] [prefix | branch b]
+
+    A document without branches is one piece of both. Causal attention of a piece is aligned at its end, so a branch
+    sees all of the prefix.
+
+    Attributes:
+        queries: Partition of the T tokens.
+        keys: Partition of ``rows`` into as many pieces.
+        rows: int64 ``(R,)`` the token whose key and value stand in each row of ``keys``.
+    """
+
+    queries: Segments
+    keys: Segments
+    rows: Tensor
+
+    @classmethod
+    def of(cls, documents: Iterable[tuple[int, tuple[int, ...]]]) -> BranchedSegments:
+        """From the length of each document and where its branches start, counted from its own first token."""
+        queries, keys, rows = [], [], []
+        first = 0
+        for length, branches in documents:
+            prefix = branches[0] if branches else 0
+            starts = [0, *branches]
+            for start, end in zip(starts, [*branches, length], strict=True):
+                seen = prefix if start else 0
+                queries.append(end - start)
+                keys.append(seen + end - start)
+                rows += [torch.arange(first, first + seen), torch.arange(first + start, first + end)]
+            first += length
+        return cls(Segments.from_lengths(queries), Segments.from_lengths(keys), torch.cat(rows))
+
+
+@dataclass(frozen=True)
 class MediaBlock:
     """All views of one modality in a batch, packed.
 
@@ -94,6 +135,10 @@ class MediaBlock:
     span_keys: Segments
 
 
+AttentionSegments = Segments | BranchedSegments
+"""Which keys belong to which queries."""
+
+
 @dataclass(frozen=True)
 class MultimodalBatch:
     """One microbatch.
@@ -104,6 +149,7 @@ class MultimodalBatch:
         loss_weights: float32 ``(T,)``.
         position_ids: int64 ``(T,)`` or ``(T, 3)``.
         segments: Partition of the T tokens into S documents.
+        branched: What each token attends if a document has branches; None: its document up to itself.
         valid: bool ``(T,)``; False in null documents (kept out of router statistics).
         media: Blocks by modality, ``{"image": MediaBlock}``; empty for a text model.
         pairs: int64 ``(K, 2)`` (item, segment) of each document that has exactly one image.
@@ -125,10 +171,16 @@ class MultimodalBatch:
     provenance: tuple[Provenance | None, ...] = ()
     weight: float = 0.0
     num_tokens: int = 0
+    branched: BranchedSegments | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultimodalBatch:
         """The same batch with every tensor on ``device``."""
         return _move(self, torch.device(device), non_blocking)
+
+    @property
+    def attended(self) -> AttentionSegments:
+        """What self-attention goes by."""
+        return self.segments if self.branched is None else self.branched
 
     @property
     def num_samples(self) -> int:

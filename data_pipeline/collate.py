@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
 from data_pipeline.document import Document
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
@@ -42,7 +42,14 @@ def collate(packs: Sequence[Pack], spec: MediaSpec) -> MultimodalBatch:
         provenance=tuple(document.provenance for document in documents),
         weight=float(loss_weights.sum(dtype=np.float64)),
         num_tokens=int(valid.sum()),
+        branched=_branched(documents),
     )
+
+
+def _branched(documents: Sequence[Document]) -> BranchedSegments | None:
+    if not any(document.branches for document in documents):
+        return None
+    return BranchedSegments.of((document.num_tokens, document.branches) for document in documents)
 
 
 def _int64(arrays: Sequence[npt.NDArray[np.int32]]) -> Tensor:
@@ -118,6 +125,22 @@ def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> Multimod
         provenance=tuple(origin for batch in batches for origin in batch.provenance),
         weight=sum(batch.weight for batch in batches),
         num_tokens=sum(batch.num_tokens for batch in batches),
+        branched=_concatenate_branched(batches),
+    )
+
+
+def _concatenate_branched(batches: Sequence[MultimodalBatch]) -> BranchedSegments | None:
+    if not any(batch.branched for batch in batches):
+        return None
+    first_tokens = _starts([batch.segments.total for batch in batches])
+    pieces = [
+        batch.branched or BranchedSegments.of((int(length), ()) for length in np.diff(batch.segments.bounds))
+        for batch in batches
+    ]
+    return BranchedSegments(
+        _join([piece.queries for piece in pieces]),
+        _join([piece.keys for piece in pieces]),
+        torch.cat([piece.rows + first for piece, first in zip(pieces, first_tokens, strict=True)]),
     )
 
 

@@ -1,7 +1,9 @@
 """Documents that no pack can hold: cut to pieces that one can hold, images whole.
 
 A part is a document of its own: its tokens, the images among them, and the images of earlier parts that its text still
-attends. Positions start again at 0. Not for: whether a document may be cut at all (``packing.too_long``).
+attends. Positions start again at 0. A document with branches is cut between them, and every part has what they share;
+only a branch that does not fit alone is cut itself. Not for: whether a document may be cut at all
+(``packing.too_long``).
 """
 
 from __future__ import annotations
@@ -61,8 +63,40 @@ def _spans(document: Document, start: int, stop: int) -> list[Span]:
     ]
 
 
+def some_branches(document: Document, first: int, stop: int) -> Document:
+    """What the branches share, and those from number ``first`` up to ``stop``; one alone is no branch any more.
+
+    Images all stand in what is shared. The weights stay those of the whole document.
+    """
+    shared, bounds = document.branches[0], [*document.branches, document.num_tokens]
+    rows = np.r_[0:shared, bounds[first] : bounds[stop]]
+    starts = tuple(bounds[number] - bounds[first] + shared for number in range(first, stop))
+    return replace(
+        document,
+        token_ids=document.token_ids[rows],
+        labels=document.labels[rows],
+        loss_weights=document.loss_weights[rows],
+        position_ids=document.position_ids[rows],
+        branches=starts if len(starts) > 1 else (),
+        is_cut=True,
+    )
+
+
+def _most_branches(document: Document, first: int, fits: Fits) -> int:
+    """The last number up to which the branches from ``first`` on fit; ``first`` if not even one does."""
+    stops = range(first + 1, len(document.branches) + 1)
+    return first + bisect.bisect_left(stops, True, key=lambda stop: not fits(some_branches(document, first, stop)))
+
+
 def longest_part(document: Document, start: int, fits: Fits) -> Document | None:
-    """The longest part from ``start`` on that fits; None if not even the next token or image does."""
+    """The longest part from ``start`` on that fits; None if not even the next token or image does.
+
+    Of a document with branches, whose ``start`` is 0, as many of the first as fit.
+    """
+    if document.branches:
+        stop = _most_branches(document, 0, fits)
+        whole = some_branches(document, 0, max(stop, 1))
+        return whole if stop else longest_part(whole, 0, fits)
     inside = {token for image in document.images for token in range(image.start + 1, image.stop)}
     stops = [stop for stop in range(start + 1, document.num_tokens + 1) if stop not in inside]
     # From the first stop that does not fit on, none does.
@@ -72,6 +106,17 @@ def longest_part(document: Document, start: int, fits: Fits) -> Document | None:
 
 def split(document: Document, fits: Fits) -> Iterator[Document]:
     """Consecutive parts that fit, each as long as can be; an image that fits nowhere is left out with its tokens."""
+    if document.branches:
+        first = 0
+        while first < len(document.branches):
+            stop = _most_branches(document, first, fits)
+            if stop > first:
+                yield some_branches(document, first, stop)
+            else:
+                stop = first + 1
+                yield from split(some_branches(document, first, stop), fits)
+            first = stop
+        return
     start = 0
     ends = {image.start: image.stop for image in document.images}
     while start < document.num_tokens:

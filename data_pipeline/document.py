@@ -108,6 +108,8 @@ class Document:
         spans: Cross-attention spans, by ascending start; the first starts at 0 (with no items if text comes first).
         provenance: Origin; None for a null document.
         images: The images it shows, in reading order; an image may give several items.
+        branches: First token of each branch, ascending; none, or at least two. A branch attends the tokens before the
+            first branch and itself, no other branch; its positions go on where those before the first branch end.
         is_cut: Whether this is a part of a sample that no pack can hold whole.
     """
 
@@ -121,6 +123,7 @@ class Document:
     provenance: Provenance | None = None
     images: tuple[ImageExtent, ...] = ()
     is_cut: bool = False
+    branches: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -7,6 +7,7 @@ Not for: several documents together (``packing``, ``collate``).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,12 +17,12 @@ import numpy.typing as npt
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
-from data_pipeline.errors import SampleError
+from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.image_layout import Features, ImageLayout, Text
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
-from data_pipeline.templates import EndPiece, Piece, TextPiece
+from data_pipeline.templates import BranchPiece, EndPiece, Piece, TextPiece
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageTransform, TilesTransform
 
@@ -41,6 +42,9 @@ class _Draft:
     spans: list[Span] = field(default_factory=list)
     run: tuple[int, ...] = ()
     """Attended items of the images since the last text."""
+    branches: list[int] = field(default_factory=list)
+    fork: int = 0
+    """Position of the first token of every branch."""
 
     def add_text(self, ids: list[int], weight: float) -> None:
         """Appends text tokens of one loss weight; the next image begins a new run."""
@@ -57,8 +61,16 @@ class _Draft:
         self.weights.extend([weight] * len(ids))
         self.next_position += len(ids)
 
+    def begin_branch(self) -> None:
+        """Begins a branch: its positions go on from where the first one began."""
+        if not self.branches:
+            self.fork = self.next_position
+        self.branches.append(len(self.ids))
+        self.next_position = self.fork
+
     def add_image(self, views: tuple[MediaItem, ...], image_id: int, layout: ImageLayout) -> None:
         """Appends the tokens of an image as it is laid out; none of them is learned."""
+        assert not self.branches, "an image in a branch would be attended by the branches after it"
         start, first_item = len(self.ids), len(self.items)
         self.items.extend(views)
         self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
@@ -104,20 +116,26 @@ class _Draft:
         ids = np.array(self.ids, dtype=np.int32)
         weights = np.array([*self.weights[1:], 0.0], dtype=np.float32)  # Of the token that is predicted.
         labels = np.where(weights > 0, np.array([*self.ids[1:], IGNORE], dtype=np.int32), np.int32(IGNORE))
-        # On one axis positions simply count; on three the pieces were placed one by one.
-        count = np.arange(len(ids), dtype=np.int32)
         spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
         return Document(
             token_ids=ids,
             labels=labels,
             loss_weights=weights,
-            position_ids=count if self.spec.position_axes == 1 else np.concatenate(self.positions),
+            position_ids=self._counted() if self.spec.position_axes == 1 else np.concatenate(self.positions),
             items=tuple(self.items),
             dest=np.concatenate([np.empty(0, dtype=np.int32), *self.dest]),
             spans=tuple(spans),
             provenance=origin,
             images=tuple(self.images),
+            branches=tuple(self.branches),
         )
+
+    def _counted(self) -> npt.NDArray[np.int32]:
+        """Positions on one axis: they count, in every branch from the fork."""
+        count = np.arange(len(self.ids), dtype=np.int32)
+        for start, end in zip(self.branches, [*self.branches[1:], len(self.ids)], strict=False):
+            count[start:end] -= np.int32(start - self.fork)
+        return count
 
 
 class DocumentBuilder:
@@ -184,11 +202,14 @@ class DocumentBuilder:
         for piece in pieces:
             if isinstance(piece, ImagePart):
                 draft.add_image(self._views(piece, rng, measured), self.tokenizer.image_id, self._layout)
+            elif isinstance(piece, BranchPiece):
+                draft.begin_branch()
             elif isinstance(piece, EndPiece):
                 draft.add_text([self.tokenizer.eos_id], piece.weight)
             else:
                 draft.add_text(self.tokenizer.encode(piece.text), piece.weight)
         self._check_counts(draft)
+        self._check_branches(draft)
         return draft.finish(sample.provenance)
 
     def _views(self, part: ImagePart, rng: np.random.Generator | None, measured: bool) -> tuple[MediaItem, ...]:
@@ -210,6 +231,15 @@ class DocumentBuilder:
             raise SampleError(
                 f"{found} image tokens, but its {len(draft.images)} images give {expected}: "
                 "does the text spell the image token?"
+            )
+
+    def _check_branches(self, draft: _Draft) -> None:
+        starts = [*draft.branches, len(draft.ids)]
+        if any(start == end or draft.weights[start] > 0 for start, end in itertools.pairwise(starts)):
+            raise SampleError(
+                "a branch begins with learned text, but all branches follow the same token, which cannot predict each "
+                "of them: give its template a prompt",
+                kind=FaultKind.TEXT,
             )
 
 

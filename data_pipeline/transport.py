@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
 
 _ALIGNMENT = 16  # Views need their element size; 16 bytes suit every vector load.
 
@@ -76,6 +76,6 @@ def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
         return tuple(_map(item, kind, change) for item in value)
     if isinstance(value, dict):
         return {key: _map(item, kind, change) for key, item in value.items()}
-    if isinstance(value, MultimodalBatch | MediaBlock | Segments):
+    if isinstance(value, MultimodalBatch | MediaBlock | Segments | BranchedSegments):
         return replace(value, **{f.name: _map(getattr(value, f.name), kind, change) for f in fields(value)})
     return value

@@ -3,6 +3,7 @@
     caption       images, prompt (read), answer (learned)
     interleaved   parts as stored, all text learned
     text          text only, all of it learned
+    annotations   images once, then a branch of prompt and answer for each annotation
 
 Not for: token ids (``documents``).
 """
@@ -13,11 +14,24 @@ from typing import Annotated
 
 from pydantic import Field
 
+from data_pipeline.templates.annotations import AnnotationsTemplate
 from data_pipeline.templates.caption import CaptionTemplate
-from data_pipeline.templates.pieces import EndPiece, Piece, TextPiece
+from data_pipeline.templates.pieces import BranchPiece, EndPiece, Piece, TextPiece
 from data_pipeline.templates.stored import InterleavedTemplate, TextTemplate
 
-__all__ = ["CaptionTemplate", "EndPiece", "InterleavedTemplate", "Piece", "TemplateConfig", "TextPiece", "TextTemplate"]
+__all__ = [
+    "AnnotationsTemplate",
+    "BranchPiece",
+    "CaptionTemplate",
+    "EndPiece",
+    "InterleavedTemplate",
+    "Piece",
+    "TemplateConfig",
+    "TextPiece",
+    "TextTemplate",
+]
 
-TemplateConfig = Annotated[CaptionTemplate | InterleavedTemplate | TextTemplate, Field(discriminator="kind")]
+TemplateConfig = Annotated[
+    CaptionTemplate | InterleavedTemplate | TextTemplate | AnnotationsTemplate, Field(discriminator="kind")
+]
 """Which template; ``kind`` picks the member."""

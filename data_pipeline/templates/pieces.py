@@ -28,7 +28,12 @@ class EndPiece:
     weight: float
 
 
-Piece = TextPiece | EndPiece | ImagePart
+@dataclass(frozen=True)
+class BranchPiece:
+    """A branch begins: up to the next one, what follows sees itself and what stands before the first branch."""
+
+
+Piece = TextPiece | EndPiece | BranchPiece | ImagePart
 
 
 def images_of(sample: Sample) -> list[ImagePart]:

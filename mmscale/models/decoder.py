@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from data_pipeline.batch import Segments
+from data_pipeline.batch import AttentionSegments
 from mmscale.models.config import DecoderConfig
 from mmscale.models.kv_cache import KVCache
 from mmscale.nn.attention_backends import Backend
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         self,
         hidden: Float[Tensor, "T D"],
         position_ids: Int[Tensor, "T ..."],
-        segments: Segments,
+        segments: AttentionSegments,
         valid: Bool[Tensor, " T"],
         insertions: Mapping[int, Insertion],
         cache: KVCache | None = None,
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         Args:
             hidden: Embedded tokens, with rows replaced as the connector wants.
             position_ids: ``(T,)`` or ``(T, 3)``.
-            segments: Documents.
+            segments: Documents, and their branches.
             valid: Rows that count in router statistics.
             insertions: Calls on the stream before a block, by its 0-based number.
             cache: Keys and values of earlier rows; extended in place.

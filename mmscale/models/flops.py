@@ -40,7 +40,10 @@ def forward_flops(config: ModelConfig, batch: MultimodalBatch) -> int:
     """Operations of one forward over ``batch`` with logits for every token."""
     decoder = config.decoder
     total = batch.segments.total * _decoder_per_token(config)
-    total += decoder.num_layers * _rectangles(decoder.attention, decoder.hidden_dim, batch.segments, batch.segments)
+    queries, keys = batch.segments, batch.segments
+    if batch.branched is not None:
+        queries, keys = batch.branched.queries, batch.branched.keys
+    total += decoder.num_layers * _rectangles(decoder.attention, decoder.hidden_dim, queries, keys)
     if config.vision is None or config.connector is None:
         return total
     vision, media = config.vision, batch.media["image"]

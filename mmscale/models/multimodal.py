@@ -46,7 +46,12 @@ class MultimodalModel(nn.Module):
         Args:
             batch: Packed documents. With a started ``cache``: one row per sequence, in the same order, and no media.
             cache: Extended in place.
+
+        Raises:
+            ValueError: a cache for a batch whose documents have branches.
         """
+        if cache is not None and batch.branched is not None:
+            raise ValueError("a document with branches has several ends, so no cache can go on from it")
         resumed = cache is not None and cache.started
         hidden = self.decoder.embed_tokens(batch.token_ids)
         if cache is not None:
@@ -60,7 +65,7 @@ class MultimodalModel(nn.Module):
                 features = self.vision(media)
                 hidden, found = self.connector.connect(hidden, features, media, batch.segments, cache)
                 insertions = dict(found)
-        hidden, router = self.decoder(hidden, batch.position_ids, batch.segments, batch.valid, insertions, cache)
+        hidden, router = self.decoder(hidden, batch.position_ids, batch.attended, batch.valid, insertions, cache)
         aux = {}
         mlp = self.config.decoder.mlp
         if router is not None and isinstance(mlp, MoeConfig):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from data_pipeline.batch import Segments
+from data_pipeline.batch import AttentionSegments, BranchedSegments, Segments
 from data_pipeline.strict import StrictConfig
 from mmscale.nn.attention_backends import Backend, varlen_attention
 from mmscale.nn.norms import NormConfig, build_norm
@@ -126,9 +126,11 @@ class _Projections(nn.Module):
 
 
 class SelfAttention(_Projections):
-    """Grouped-query attention within segments.
+    """Grouped-query attention within segments, or within the branches of documents.
 
-    Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA).
+    Keys and values of what branches share are computed once, and gathered in front of every branch.
+
+    Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA); Molmo (arXiv 2409.17146, section 3) for branches.
     """
 
     def __init__(self, dim: int, config: AttentionConfig, norm: NormConfig, backend: Backend, causal: bool) -> None:
@@ -139,18 +141,22 @@ class SelfAttention(_Projections):
         self,
         hidden: Float[Tensor, "T D"],
         rotation: Rotation | None,
-        segments: Segments,
+        segments: AttentionSegments,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "T D"]:
         """``cache`` is extended in place by the keys and values of these rows."""
         q, k, v = self.queries(hidden), self.keys(hidden), self.values(hidden)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        key_segments = segments
+        if isinstance(segments, BranchedSegments):
+            queries, keys = segments.queries, segments.keys
+            k, v = k.index_select(0, segments.rows), v.index_select(0, segments.rows)
+        else:
+            queries = keys = segments
         if cache is not None:
             k, v = cache.extend(k, v)
-            key_segments = cache.segments
-        mixed = varlen_attention(q, k, v, segments, key_segments, self.causal, self.backend)
+            keys = cache.segments
+        mixed = varlen_attention(q, k, v, queries, keys, self.causal, self.backend)
         return self.o_proj(mixed.flatten(1))
 
 

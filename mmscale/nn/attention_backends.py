@@ -188,7 +188,7 @@ def _plan(query_bounds: tuple[int, ...], key_bounds: tuple[int, ...], causal: bo
     restore = np.full(query_bounds[-1], -1, dtype=np.int64)
     done = 0
     with torch.inference_mode(False):  # Cached index tensors must be usable by autograd later on.
-        for members in _partition(alive, query_lengths, key_lengths):
+        for members in _partition(alive, query_lengths, key_lengths, causal):
             group = _group(query_lengths[members], key_lengths[members], causal, device)
             groups.append(group)
             query_rows.append(_padded_rows(members, query_bounds, group.queries))
@@ -215,15 +215,19 @@ def _index(pieces: list[np.ndarray], num_rows: int, device: torch.device) -> Ten
     return torch.from_numpy(rows).to(device)
 
 
-def _partition(alive: np.ndarray, query_lengths: np.ndarray, key_lengths: np.ndarray) -> list[list[int]]:
-    """Segments that share a call, each list ascending; long ones only with their like."""
-    order = alive[np.lexsort((query_lengths[alive], key_lengths[alive]))[::-1]]
+def _partition(alive: np.ndarray, query_lengths: np.ndarray, key_lengths: np.ndarray, causal: bool) -> list[list[int]]:
+    """Segments that share a call, each list ascending; long ones only with their like.
+
+    Under a causal mask those with more keys than queries need a mask in memory; they never slow down the others.
+    """
+    masked = causal & (query_lengths != key_lengths)
+    order = alive[np.lexsort((query_lengths[alive], key_lengths[alive], masked[alive]))[::-1]]
     parts: list[list[int]] = []
     limit = (0, 0)
     for segment in order.tolist():
         size = (int(query_lengths[segment]), int(key_lengths[segment]))
         fits = all(size[i] <= limit[i] and size[i] >= limit[i] * _fill(limit[i]) for i in (0, 1))
-        if parts and fits:
+        if parts and fits and masked[segment] == masked[parts[-1][0]]:
             parts[-1].append(segment)
         else:
             parts.append([segment])

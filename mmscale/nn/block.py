@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from data_pipeline.batch import Segments
+from data_pipeline.batch import AttentionSegments
 from mmscale.nn.attention import AttentionConfig, LayerCache, SelfAttention
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.mlp import DenseMlpConfig, Mlp
@@ -81,7 +81,7 @@ class TransformerBlock(nn.Module):
         self,
         hidden: Float[Tensor, "T D"],
         rotation: Rotation | None,
-        segments: Segments,
+        segments: AttentionSegments,
         valid: Bool[Tensor, " T"] | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"] | None]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
 from data_pipeline.collate import collate, concatenate
 from data_pipeline.config import DataConfig
 from data_pipeline.document import Document, MediaItem, Region, Span
@@ -30,7 +30,7 @@ def assert_same(a: object, b: object) -> None:
         assert isinstance(b, torch.Tensor)
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    elif isinstance(a, MultimodalBatch | MediaBlock | Segments):
+    elif isinstance(a, MultimodalBatch | MediaBlock | Segments | BranchedSegments):
         for field in fields(a):
             assert_same(getattr(a, field.name), getattr(b, field.name))
     elif isinstance(a, dict):

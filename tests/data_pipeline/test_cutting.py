@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.cutting import cut, longest_part, split
+from data_pipeline.cutting import cut, longest_part, some_branches, split
 from data_pipeline.document import Document, ImageExtent, MediaItem, Span
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import Provenance
@@ -116,3 +116,75 @@ def test_positions_on_three_axes_start_again_at_zero(start: int) -> None:
     part = cut(moved, start, 8)
     expected = positions[start:] - (positions[start] if start else 0)
     assert part.position_ids.tolist() == expected.tolist()
+
+
+def _branched(shared: list[tuple[str, int]], branches: list[int], spec: MediaSpec) -> Document:
+    """What branches share, then branches of so many tokens; positions of each go on from what is shared."""
+    whole = _document([*shared, *(("text", length) for length in branches)], spec)
+    fork = _document(shared, spec).num_tokens
+    starts = [fork + sum(branches[:i]) for i in range(len(branches))]
+    positions = [np.arange(fork), *(np.arange(fork, fork + length) for length in branches)]
+    return Document(
+        **{
+            **whole.__dict__,
+            "position_ids": np.concatenate(positions).astype(np.int32),
+            "branches": tuple(starts) if len(starts) > 1 else (),
+        }
+    )
+
+
+SHARED = [("text", 1), ("image", 3)]
+branches = st.lists(st.integers(1, 6), min_size=2, max_size=6)
+
+
+@given(lengths=branches, most=st.integers(10, 24), spec=st.sampled_from([EMBEDDING, ATTENDING]))
+def test_every_part_has_what_branches_share_and_whole_branches(lengths: list[int], most: int, spec: MediaSpec) -> None:
+    document = _branched(SHARED, lengths, spec)
+    fork = document.branches[0]
+    parts = list(split(document, lambda part: part.num_tokens <= most))
+    rows = [part.token_ids[fork:].tolist() for part in parts]
+    assert [token for row in rows for token in row] == document.token_ids[fork:].tolist()
+    done = 0
+    for part in parts:
+        assert part.num_tokens <= most
+        count = max(1, len(part.branches))
+        assert part.is_cut
+        expected = _branched(SHARED, lengths[done : done + count], spec)
+        assert part.branches == expected.branches
+        assert part.position_ids.tolist() == expected.position_ids.tolist()
+        assert part.num_images == 1
+        assert _attended(part) == _attended(expected)
+        assert _features(part) == _features(_document(SHARED, spec))
+        done += count
+        # As long as can be: the next branch would not have fitted.
+        assert done == len(lengths) or part.num_tokens + lengths[done] > most
+    assert done == len(lengths)
+
+
+@given(lengths=branches, spec=st.sampled_from([EMBEDDING, ATTENDING]))
+def test_the_last_branches_go_first_when_a_document_is_truncated(lengths: list[int], spec: MediaSpec) -> None:
+    document = _branched(SHARED, lengths, spec)
+    fork = document.branches[0]
+    for most in range(fork + 1, document.num_tokens):
+        part = longest_part(document, 0, lambda part, most=most: part.num_tokens <= most)
+        assert part is not None
+        whole = [count for count in range(1, len(lengths) + 1) if fork + sum(lengths[:count]) <= most]
+        if whole:
+            assert part.num_tokens == fork + sum(lengths[: whole[-1]])
+            assert len(part.branches) == (whole[-1] if whole[-1] > 1 else 0)
+        else:  # Not even the first: it is cut as any document is.
+            assert part.num_tokens == most
+            assert part.branches == ()
+        assert part.token_ids.tolist() == document.token_ids[: part.num_tokens].tolist()
+
+
+def test_a_branch_that_does_not_fit_alone_is_split_and_the_others_stay_whole() -> None:
+    document = _branched(SHARED, [2, 9, 3], EMBEDDING)
+    parts = list(split(document, lambda part: part.num_tokens <= 8))
+    assert [part.token_ids.tolist() for part in parts] == [
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 3, 6, 7, 8, 9],
+        [10, 11, 12, 13, 14],
+        [0, 1, 2, 3, 15, 16, 17],
+    ]
+    assert not some_branches(document, 1, 2).branches
