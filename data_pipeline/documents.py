@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
-from data_pipeline.errors import FaultKind, SampleError
+from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.image_layout import Features, ImageLayout, Text
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
-from data_pipeline.templates import BranchPiece, EndPiece, Piece, TextPiece
+from data_pipeline.templates import BranchPiece, EndPiece, Piece, TextPiece, TokenPiece, special_tokens
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageTransform, TilesTransform
 
@@ -147,7 +147,8 @@ class DocumentBuilder:
         spec: What the model takes.
 
     Raises:
-        DataConfigError: the transform or the layout does not fit the model, or the tokenizer lacks a token of it.
+        DataConfigError: the transform or the layout does not fit the model, or the tokenizer lacks a token of the
+            layout or the template.
     """
 
     def __init__(self, dataset: DatasetConfig, tokenizer: Tokenizer, spec: MediaSpec) -> None:
@@ -160,6 +161,10 @@ class DocumentBuilder:
         max_tiles = transforms.tiling.max_tiles if isinstance(transforms, TilesTransform) else 0
         layout = transforms.layout if takes_images else None
         self._layout = ImageLayout.resolve(layout, tokenizer, spec, max_tiles)
+        names = special_tokens(dataset.template)
+        self._special = {name: tokenizer.special_id(name, "template.special_tokens") for name in names}
+        if tokenizer.image_id in self._special.values():
+            raise DataConfigError("template.special_tokens: the image token is placed by images, never by a template")
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Document:
         """The whole document; ``rng`` draws answers and augmentation, None takes first answers and plain images.
@@ -206,8 +211,10 @@ class DocumentBuilder:
                 draft.begin_branch()
             elif isinstance(piece, EndPiece):
                 draft.add_text([self.tokenizer.eos_id], piece.weight)
+            elif isinstance(piece, TokenPiece):
+                draft.add_text([self._special[piece.name]], piece.weight)
             else:
-                draft.add_text(self.tokenizer.encode(piece.text), piece.weight)
+                draft.add_text(self._encode(piece.text), piece.weight)
         self._check_counts(draft)
         self._check_branches(draft)
         return draft.finish(sample.provenance)
@@ -232,6 +239,18 @@ class DocumentBuilder:
                 f"{found} image tokens, but its {len(draft.images)} images give {expected}: "
                 "does the text spell the image token?"
             )
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a text; none of them opens or closes a turn."""
+        ids = self.tokenizer.encode(text)
+        forged = [name for name, token_id in self._special.items() if token_id in ids]
+        if forged:
+            raise SampleError(
+                f"the text spells {forged[0]}, which this tokenizer takes for the token; make it a special token of "
+                "the tokenizer, which is spelled out in text, or remove it from the text",
+                kind=FaultKind.TEXT,
+            )
+        return ids
 
     def _check_branches(self, draft: _Draft) -> None:
         starts = [*draft.branches, len(draft.ids)]

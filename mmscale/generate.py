@@ -5,6 +5,7 @@ image file --prompt as in training--> generate, with a cache --> text
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
-from data_pipeline.templates import CaptionTemplate
+from data_pipeline.templates import AnnotationsTemplate, CaptionTemplate, DialogueTemplate
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError
@@ -57,7 +58,8 @@ def describe_image(
         image: JPEG, PNG or WebP.
         data: Tokenizer, and template and transform of the first data set.
         spec: What the model takes.
-        prompt: Text between image and answer; None takes the first prompt of the template.
+        prompt: Text between image and answer, of a dialogue what the user says; None takes the first prompt of the
+            template.
         max_new_tokens: Longest answer, tokens.
         sampling: How tokens are chosen.
 
@@ -70,7 +72,11 @@ def describe_image(
     tokenizer = load_tokenizer(data.tokenizer)
     dataset = data.datasets[0]
     sample = _sample_of(image)
-    if prompt is not None:  # Literal text: braces in it are no fields.
+    template = dataset.template.each if isinstance(dataset.template, AnnotationsTemplate) else dataset.template
+    if prompt is not None and isinstance(template, DialogueTemplate):
+        dataset = dataset.model_copy(update={"template": template})
+        sample = replace(sample, fields=template.question(prompt))
+    elif prompt is not None:  # Literal text: braces in it are no fields.
         literal = prompt.replace("{", "{{").replace("}", "}}")
         dataset = dataset.model_copy(update={"template": CaptionTemplate(prompts=(literal,))})
     else:

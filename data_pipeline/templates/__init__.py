@@ -3,6 +3,7 @@
     caption       images, prompt (read), answer (learned)
     interleaved   parts as stored, all text learned
     text          text only, all of it learned
+    dialogue      turns of roles, the answers learned
     annotations   images once, then a branch of prompt and answer for each annotation
 
 Not for: token ids (``documents``).
@@ -16,22 +17,35 @@ from pydantic import Field
 
 from data_pipeline.templates.annotations import AnnotationsTemplate
 from data_pipeline.templates.caption import CaptionTemplate
-from data_pipeline.templates.pieces import BranchPiece, EndPiece, Piece, TextPiece
+from data_pipeline.templates.dialogue import DialogueTemplate, Role
+from data_pipeline.templates.pieces import BranchPiece, EndPiece, Piece, TextPiece, TokenPiece
 from data_pipeline.templates.stored import InterleavedTemplate, TextTemplate
 
 __all__ = [
     "AnnotationsTemplate",
     "BranchPiece",
     "CaptionTemplate",
+    "DialogueTemplate",
     "EndPiece",
     "InterleavedTemplate",
     "Piece",
+    "Role",
     "TemplateConfig",
     "TextPiece",
     "TextTemplate",
+    "TokenPiece",
+    "special_tokens",
 ]
 
 TemplateConfig = Annotated[
-    CaptionTemplate | InterleavedTemplate | TextTemplate | AnnotationsTemplate, Field(discriminator="kind")
+    CaptionTemplate | InterleavedTemplate | TextTemplate | DialogueTemplate | AnnotationsTemplate,
+    Field(discriminator="kind"),
 ]
 """Which template; ``kind`` picks the member."""
+
+
+def special_tokens(template: TemplateConfig) -> tuple[str, ...]:
+    """Names of tokens that a template writes; each must be a token of the tokenizer."""
+    if isinstance(template, AnnotationsTemplate):
+        return special_tokens(template.each)
+    return template.special_tokens if isinstance(template, DialogueTemplate) else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -14,6 +14,7 @@ from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.strict import StrictConfig
 from data_pipeline.templates.caption import CaptionTemplate
+from data_pipeline.templates.dialogue import DialogueTemplate
 from data_pipeline.templates.formats import look_up
 from data_pipeline.templates.pieces import BranchPiece, Piece, images_of
 
@@ -30,16 +31,18 @@ class AnnotationsTemplate(StrictConfig):
     field: str = "annotations"
     """The list of annotations: objects, whose fields ``each`` reads beside those of the sample, or strings, which it
     reads as ``caption``."""
-    each: CaptionTemplate = CaptionTemplate(prompts=("{question}",), answers=("{answer}",))
-    """How an annotation is worded. It must begin with text that is read: what all branches share cannot predict how
-    each of them begins."""
+    each: Annotated[CaptionTemplate | DialogueTemplate, Field(discriminator="kind")] = CaptionTemplate(
+        prompts=("{question}",), answers=("{answer}",)
+    )
+    """How an annotation is worded: as a caption, or as a dialogue, whose images stand before all branches. It must
+    begin with text that is read: what all branches share cannot predict how each of them begins."""
     max_annotations: int | None = Field(default=None, ge=1)
     """Of more annotations so many are drawn, anew in each epoch; null takes all."""
 
     @field_validator("each")
     @classmethod
-    def _check_prompts(cls, each: CaptionTemplate) -> CaptionTemplate:
-        if not all(each.prompts):
+    def _check_prompts(cls, each: CaptionTemplate | DialogueTemplate) -> CaptionTemplate | DialogueTemplate:
+        if isinstance(each, CaptionTemplate) and not all(each.prompts):
             raise ValueError("each.prompts: every branch must begin with text that is read, so no prompt may be empty")
         return each
 

@@ -22,6 +22,14 @@ class TextPiece:
 
 
 @dataclass(frozen=True)
+class TokenPiece:
+    """One token of the tokenizer by its name, ``<|im_start|>``."""
+
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class EndPiece:
     """The end token of the tokenizer."""
 
@@ -33,7 +41,7 @@ class BranchPiece:
     """A branch begins: up to the next one, what follows sees itself and what stands before the first branch."""
 
 
-Piece = TextPiece | EndPiece | BranchPiece | ImagePart
+Piece = TextPiece | TokenPiece | EndPiece | BranchPiece | ImagePart
 
 
 def images_of(sample: Sample) -> list[ImagePart]:
