@@ -50,3 +50,10 @@ class Sample:
     parts: tuple[Part, ...]
     fields: dict[str, Any] = field(default_factory=dict)
     provenance: Provenance = Provenance("?", "?", "?", -1)
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text that a template may show, once: the text parts, then any further captions."""
+        captions = self.fields.get("captions")
+        further = [text for text in captions if isinstance(text, str)] if isinstance(captions, list) else []
+        return list(dict.fromkeys([part.text for part in self.parts if isinstance(part, TextPart)] + further))

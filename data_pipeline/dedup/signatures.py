@@ -24,7 +24,7 @@ from data_pipeline.decode.image import DecodeMode, decode_image
 from data_pipeline.dedup.phash import perceptual_hash
 from data_pipeline.errors import ManifestError, SampleError
 from data_pipeline.reader import SampleReader
-from data_pipeline.sample import ImagePart, Sample, TextPart
+from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.columns import Column, read_columns, write_columns
 from data_pipeline.shards.manifest import Manifest
 
@@ -146,7 +146,7 @@ def signature(sample: Sample, criterion: Criterion, max_pixels: int) -> tuple[St
     if criterion is Criterion.PERCEPTUAL:
         state, value = _perceptual(images, max_pixels)
         return state, (value,)
-    texts = [text.encode(errors="surrogatepass") for text in _texts(sample)]
+    texts = [text.encode(errors="surrogatepass") for text in sample.texts]
     compared = {Criterion.EXACT: (images,), Criterion.TEXT: (texts,), Criterion.PAIR: (images, texts)}[criterion]
     if not all(any(pieces) for pieces in compared):
         return State.ABSENT, (0, 0)
@@ -169,13 +169,6 @@ def _perceptual(images: list[bytes], max_pixels: int) -> tuple[State, int]:
         return State.DAMAGED, 0
     value = perceptual_hash(pixels)
     return (State.FLAT, 0) if value is None else (State.COMPARED, value)
-
-
-def _texts(sample: Sample) -> list[str]:
-    """Text parts, then every caption that the template may draw."""
-    captions = sample.fields.get("captions")
-    drawn = [text for text in captions if isinstance(text, str)] if isinstance(captions, list) else []
-    return [part.text for part in sample.parts if isinstance(part, TextPart)] + drawn
 
 
 def _pixels(manifest: Manifest, number: int) -> npt.NDArray[np.int64]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from mmscale.cli import data_dedup, data_shards, data_text
+from mmscale.cli import data_dedup, data_shards, data_stats, data_text
 from mmscale.cli.console import emit, progress, track
 
 app = typer.Typer()
@@ -83,29 +83,6 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: mmscale data stats examples/emoji/shards/train.manifest")
-def stats(
-    manifest: Path = typer.Argument(help="A manifest."),
-    tokenizer: Path | None = typer.Option(None, "--tokenizer", help="A .model or tokenizer.json: counts tokens too."),
-    json: bool = _JSON,
-) -> None:
-    """Print counts, sizes, aspect ratios and text lengths of a data set."""
-    from data_pipeline.stats import statistics
-    from data_pipeline.tokenizer import (
-        HuggingFaceTokenizerConfig,
-        SentencePieceTokenizerConfig,
-        load_tokenizer,
-    )
-
-    loaded = None
-    if tokenizer is not None:
-        kind = HuggingFaceTokenizerConfig if tokenizer.suffix == ".json" else SentencePieceTokenizerConfig
-        loaded = load_tokenizer(kind(path=tokenizer))
-    with progress("stats") as meter:
-        figures = statistics(manifest, loaded, meter.advance)
-    emit({"manifest": str(manifest), **figures}, json=json)
-
-
 @app.command(epilog="Example: mmscale data digest configs/quickstart.yaml --steps 0:10 --world-size 2 --workers 2")
 def digest(
     config: Path = typer.Argument(help="A run's YAML file."),
@@ -136,3 +113,4 @@ def _parse_steps(text: str) -> range:
 app.registered_commands += data_text.app.registered_commands
 app.registered_commands += data_shards.app.registered_commands
 app.registered_commands += data_dedup.app.registered_commands
+app.registered_commands += data_stats.app.registered_commands

@@ -104,3 +104,29 @@ def test_a_tokenizer_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("steps", ["5", "4:2", "a:b", "-1:3", ""])
 def test_steps_must_be_a_forward_range(capsys: pytest.CaptureFixture[str], steps: str) -> None:
     assert "A:B" in complaint(capsys, "digest", str(ROOT / "configs" / "quickstart.yaml"), f"--steps={steps}", code=2)
+
+
+def test_stats_of_a_config_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    page = tmp_path / "page.html"
+    found = figures(capsys, "stats", config, "data.packing.max_tokens=48", "--html", str(page))["datasets"]["emoji"]
+    assert found["documents"]["tokens"]["count"] == found["samples"] == 1024
+    assert page.read_text().count("data:image/jpeg") == 24
+    assert main(["data", "stats", str(SHARDS / "train-quick.manifest"), "--sample", "100"]) == 0
+    table = capsys.readouterr().out
+    assert "width, pixels" in table
+    assert "looked at 100 of them" in table
+    manifest = str(SHARDS / "train-quick.manifest")
+    assert "no values to override" in complaint(capsys, "stats", manifest, "seed=1", code=2)
+    assert "names its tokenizer" in complaint(capsys, "stats", config, "--tokenizer", "x.model", code=2)
+
+
+def test_dedup_lists_what_a_run_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, held_out = str(SHARDS / "train-quick.manifest"), str(SHARDS / "heldout-style.manifest")
+    out = tmp_path / "list.jsonl"
+    found = figures(capsys, "dedup", f"emoji={train}", "--against", held_out, "--out", str(out), "--keep", "largest")
+    assert found["against"] > 0
+    assert found["left_out"] == len(out.read_text().splitlines()) > 0
+    excluded = [f"data.faults.exclude=[{out}]", "--steps", "0:1"]
+    assert main(["data", "digest", str(ROOT / "configs" / "quickstart.yaml"), *excluded]) == 0
+    assert "--by hash" in complaint(capsys, "dedup", train, "--by", "hash", "--out", str(out), code=2)

@@ -1,0 +1,196 @@
+"""``mmscale data stats``: what a data set holds, as a table, as JSON and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mmscale.cli.console import console, emit, progress
+
+if TYPE_CHECKING:
+    from data_pipeline.stats.count import Training
+    from data_pipeline.tokenizer import TokenizerConfig
+
+app = typer.Typer()
+
+_COLUMNS = ("count", "mean", "min", "p05", "median", "p95", "p99", "max")
+_SHOWN_NAMES = 12
+
+
+@app.command(epilog="Example: mmscale data stats configs/quickstart.yaml --html stats.html")
+def stats(
+    target: Path = typer.Argument(help="A manifest, or a run's YAML file.", metavar="MANIFEST|CONFIG"),
+    overrides: list[str] = typer.Argument(None, help="Values that win over the file's.", metavar="[KEY=VALUE]..."),
+    tokenizer: Path | None = typer.Option(
+        None, "--tokenizer", help="A .model or tokenizer.json: counts tokens; a CONFIG names its own."
+    ),
+    sample: int | None = typer.Option(None, "--sample", min=1, help="Look at so many samples of each set only."),
+    html: Path | None = typer.Option(None, "--html", help="Write a page with histograms and samples."),
+    workers: int = typer.Option(
+        0, "--workers", "--jobs", min=0, help="Processes; 0 works in this one. The result is the same."
+    ),
+    json: bool = typer.Option(False, "--json", help="One JSON object instead of a table."),
+) -> None:
+    """Count lengths, sizes, aspect ratios, languages, copies and, with a CONFIG, tokens and cost. Decodes nothing."""
+    from data_pipeline.stats.count import count
+
+    subjects = _subjects(target, overrides or [], tokenizer)
+    found = {}
+    for subject in subjects:
+        with progress(f"stats {subject.name}", _total(subject.manifest, sample)) as meter:
+            found[subject.name] = count(
+                subject.manifest,
+                tokenizer=subject.tokenizer,
+                training=subject.training,
+                sample=sample,
+                workers=workers,
+                progress=meter.advance,
+            )
+    if html is not None:
+        from mmscale.report.data_page import write_page
+
+        write_page(html, str(target), [(subject.name, subject.manifest, found[subject.name]) for subject in subjects])
+        console.print(f"wrote {html}", markup=False)
+    figures = {s.name: {"manifest": str(s.manifest), **found[s.name].figures} for s in subjects}
+    if json:
+        of_config = {"config": str(target), "datasets": figures}
+        emit(of_config if _is_config(target) else figures[subjects[0].name], json=True)
+        return
+    for name, each in figures.items():
+        print("\n".join(table(name, each)))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """One data set to count."""
+
+    name: str
+    manifest: Path
+    tokenizer: TokenizerConfig | None
+    training: Training | None = None
+
+
+def _is_config(target: Path) -> bool:
+    return target.suffix in (".yaml", ".yml")
+
+
+def _subjects(target: Path, overrides: list[str], tokenizer: Path | None) -> list[_Subject]:
+    from data_pipeline.errors import DataConfigError
+
+    if not _is_config(target):
+        if overrides:
+            raise DataConfigError(f"{overrides[0]}: a manifest has no values to override; name a .yaml file for that")
+        return [_Subject(target.stem, target, None if tokenizer is None else _tokenizer(tokenizer))]
+    if tokenizer is not None:
+        raise DataConfigError(f"{target} names its tokenizer: say data.tokenizer.path={tokenizer} instead")
+    from data_pipeline.stats.count import Training
+    from mmscale.config import load
+    from mmscale.run_config import RunConfig
+
+    value = load(target, overrides, RunConfig).value
+    max_tokens = value.data.packing.max_tokens
+    for dataset in value.data.datasets:
+        if not isinstance(dataset.manifest, Path):
+            raise DataConfigError(
+                f"{dataset.manifest}: statistics are counted where the shards lie; copy the set here, or leave it out"
+            )
+    return [
+        _Subject(each.name, Path(each.manifest), value.data.tokenizer, Training(each, value.media_spec, max_tokens))
+        for each in value.data.datasets
+    ]
+
+
+def _tokenizer(path: Path) -> TokenizerConfig:
+    from data_pipeline.tokenizer import HuggingFaceTokenizerConfig, SentencePieceTokenizerConfig
+
+    return HuggingFaceTokenizerConfig(path=path) if path.suffix == ".json" else SentencePieceTokenizerConfig(path=path)
+
+
+def _total(manifest: Path, sample: int | None) -> int:
+    from data_pipeline.shards.manifest import Manifest
+
+    num_samples = Manifest.open(manifest).num_samples
+    return num_samples if sample is None else min(sample, num_samples)
+
+
+def table(name: str, figures: Mapping[str, Any]) -> list[str]:
+    """Lines for people: distributions a row each, then what is counted by name."""
+    lines = [
+        f"{name}: {figures['samples']:,} samples in {figures['shards']:,} shards, {figures['bytes'] / 1e6:,.1f} MB"
+    ]
+    if figures["share_error_95"]:
+        lines.append(
+            f"looked at {figures['looked_at']:,} of them: shares and ranks of quantiles are right to "
+            f"{figures['share_error_95']:.1%} with 95 % certainty"
+        )
+    rows = [(title, [_number(each.get(column)) for column in _COLUMNS]) for title, each in _distributions(figures)]
+    widths = [max([len(column), *(len(cells[i]) for _, cells in rows)]) for i, column in enumerate(_COLUMNS)]
+    first = max((len(title) for title, _ in rows), default=0)
+    lines.append(f"{'':<{first}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(_COLUMNS, widths, strict=True)))
+    for title, cells in rows:
+        lines.append(f"{title:<{first}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
+    lines += _named_counts(figures)
+    return [line.rstrip() for line in lines]
+
+
+def _distributions(figures: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float]]]:
+    images = figures["images"]
+    found = {
+        "samples per shard": figures["samples_per_shard"],
+        "images per sample": images["per_sample"],
+        "width, pixels": images.get("width"),
+        "height, pixels": images.get("height"),
+        "megapixels": images.get("pixels"),
+        "width / height": images.get("aspect_ratio"),
+        "bytes per image": images.get("bytes"),
+        "characters per text": figures.get("text_characters"),
+        "tokens per text": figures.get("text_tokens"),
+        "tokens per document": figures.get("documents", {}).get("tokens"),
+        "patches per document": figures.get("documents", {}).get("patches"),
+        "cost per document": figures.get("documents", {}).get("cost"),
+    }
+    for title, each in found.items():
+        if each and each["count"]:
+            million = title == "megapixels"
+            yield title, {k: v / 1e6 if million and k != "count" else v for k, v in each.items()}
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _named_counts(figures: Mapping[str, Any]) -> Iterator[str]:
+    for title, counts in (
+        ("made of", figures["kinds"]),
+        ("languages", figures["languages"]),
+        ("odd", figures["odd"]),
+        ("refused", figures["refused"]),
+    ):
+        if counts:
+            shown = [f"{name} {number:,}" for name, number in list(counts.items())[:_SHOWN_NAMES]]
+            more = len(counts) - len(shown)
+            yield f"{title:<10}  " + "   ".join(shown) + (f"   and {more} more" if more else "")
+    yield from (f"            {_printable(example)}" for example in figures.get("refused_examples", ()))
+    if figures["languages"] and not figures["languages_of_one_script_told_apart"]:
+        yield "            languages of one script are not told apart without: pip install 'mmscale[stats]'"
+    too_long = figures.get("documents", {}).get("longer_than_a_pack")
+    if too_long:
+        yield f"too long    {too_long:,} documents are longer than data.packing.max_tokens"
+    copies = figures.get("copies")
+    if copies is None:
+        yield "copies      not counted in a sample; mmscale data dedup finds them"
+    else:
+        about = f" (to {copies['error_95']:.2%})" if copies["error_95"] else ""
+        share = f"{copies['share']:.2%}{about}"
+        yield f"copies      {copies['images']:,} images, {share}, equal an earlier one by {copies['by']}"
+
+
+def _printable(text: str) -> str:
+    """Text of a data set, without what could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

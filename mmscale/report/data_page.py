@@ -1,0 +1,191 @@
+"""The page of ``mmscale data stats --html``: histograms, counts and samples of data sets in one file.
+
+Texts, keys and file names come from anywhere: the template escapes all of them, pictures are encoded anew, and the page
+forbids itself scripts and the network. Not for: counting (``data_pipeline.stats``).
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from data_pipeline.shards.files import write_whole
+from data_pipeline.stats.count import Counted
+from data_pipeline.stats.gallery import Shown, gallery
+from data_pipeline.stats.histogram import Histogram
+from mmscale.metrics.progress import format_count
+from mmscale.report.histogram_svg import histogram_chart
+
+_NUM_SAMPLES = 24
+_NUM_NAMES = 14
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One distribution with its heading."""
+
+    title: str
+    note: str
+    chart: Markup
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Things by name, most frequent first: (name, number, share of the largest in percent)."""
+
+    title: str
+    rows: list[tuple[str, str, float]]
+    more: int
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the page shows of one data set."""
+
+    name: str
+    manifest: str
+    facts: list[tuple[str, str]]
+    sampled: str
+    figures: list[Figure]
+    constants: list[tuple[str, str]]
+    counts: list[Counts]
+    examples: list[str]
+    samples: list[tuple[Shown, list[str]]]
+    """Each with its pictures as data URLs."""
+
+
+def write_page(path: Path, title: str, sets: Sequence[tuple[str, Path, Counted]]) -> None:
+    """Writes the page, whole or not at all.
+
+    Args:
+        path: The file.
+        title: What was counted.
+        sets: Name, manifest and figures of each data set.
+
+    Raises:
+        ManifestError, ShardError: a shard cannot be read.
+        OSError: the page cannot be written.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mmscale.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = [_data_set(name, manifest, counted) for name, manifest, counted in sets]
+    write_whole(path, environment.get_template("data.html.jinja").render(title=title, sets=shown).encode())
+
+
+def _data_set(name: str, manifest: Path, counted: Counted) -> DataSet:
+    figures, error = counted.figures, counted.figures["share_error_95"]
+    sampled = ""
+    if error:
+        sampled = (
+            f"Counted in {figures['looked_at']:,} of {figures['samples']:,} samples, spread evenly: shares and ranks "
+            f"of quantiles are right to {100 * error:.2g} percentage points with 95 % certainty."
+        )
+    distributions = [row for row in _distributions(counted) if row[1].count and row[1].largest]
+    samples = [(each, [_data_url(picture) for picture in each.pictures]) for each in gallery(manifest, _NUM_SAMPLES)]
+    counts = [
+        _counts("Made of", figures["kinds"]),
+        _counts("Languages of texts", figures["languages"]),
+        _counts("Odd", {name.replace("_", " "): number for name, number in figures["odd"].items()}),
+        _counts("Cannot be read or makes no document", figures["refused"]),
+        _counts("Files by extension", figures["members"]),
+    ]
+    return DataSet(
+        name=name,
+        manifest=str(manifest),
+        facts=_facts(figures),
+        sampled=sampled,
+        figures=[
+            Figure(title, _note(histogram, text), histogram_chart(histogram, text))
+            for title, histogram, text in distributions
+            if histogram.smallest < histogram.largest
+        ],
+        constants=[
+            (title, text(histogram.largest / histogram.per_unit))
+            for title, histogram, text in distributions
+            if histogram.smallest == histogram.largest
+        ],
+        counts=[each for each in counts if each.rows],
+        examples=list(figures.get("refused_examples", ())),
+        samples=samples,
+    )
+
+
+def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    documents, copies = figures.get("documents"), figures.get("copies")
+    facts = [
+        ("samples", f"{figures['samples']:,}"),
+        ("shards", f"{figures['shards']:,}"),
+        ("size", _bytes(figures["bytes"])),
+    ]
+    if figures["images"]["count"]:
+        facts.append(("images", f"{figures['images']['count']:,}"))
+    if "text_characters" in figures:
+        facts.append(("texts", f"{figures['text_characters']['count']:,}"))
+    if "text_tokens" in figures:
+        facts.append(("tokens of text", format_count(figures["text_tokens"]["sum"])))
+    if documents is not None:
+        facts.append(("tokens of an epoch", format_count(documents["tokens"]["sum"])))
+        facts.append(("longer than a pack", f"{documents['longer_than_a_pack']:,}"))
+    if copies is not None:
+        facts.append(("copies of other images", f"{copies['images']:,} ({copies['share']:.2%})"))
+    return facts
+
+
+def _distributions(counted: Counted) -> list[tuple[str, Histogram, Callable[[float], str]]]:
+    tally = counted.tally
+    return [
+        ("Tokens of a document", tally.documents["tokens"], format_count),
+        ("Patches of a document", tally.documents["patches"], format_count),
+        ("Cost of a document, in tokens", tally.documents["cost"], format_count),
+        ("Tokens of a text", tally.texts["tokens"], format_count),
+        ("Characters of a text", tally.texts["characters"], format_count),
+        ("Images of a sample", tally.samples["images"], format_count),
+        ("Width, pixels", tally.images["width"], _plain),
+        ("Height, pixels", tally.images["height"], _plain),
+        ("Pixels of an image", tally.images["pixels"], format_count),
+        ("Width / height", tally.images["aspect_ratio"], _plain),
+        ("Bytes of an image", tally.images["bytes"], format_count),
+        ("Samples of a shard", counted.shards, format_count),
+    ]
+
+
+def _note(histogram: Histogram, text: Callable[[float], str]) -> str:
+    low, p95, high = (
+        text(value / histogram.per_unit) for value in (histogram.smallest, histogram.quantile(0.95), histogram.largest)
+    )
+    mean = text(histogram.total / histogram.count / histogram.per_unit)
+    return f"mean {mean} · p95 {p95} · {low} to {high}"
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _counts(title: str, counts: Mapping[str, int]) -> Counts:
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    largest = max((number for _, number in ordered), default=1)
+    rows = [(name, f"{number:,}", 100 * number / largest) for name, number in ordered[:_NUM_NAMES]]
+    return Counts(title, rows, len(ordered) - len(rows))
+
+
+def _data_url(picture: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} PB"

@@ -1,0 +1,106 @@
+"""The page of a data set: hostile text stays text, and the bars hold every number."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipeline.shards.manifest import write_manifest
+from data_pipeline.shards.writer import ShardWriter
+from data_pipeline.stats.count import count
+from data_pipeline.stats.histogram import Histogram
+from mmscale.report.data_page import write_page
+from mmscale.report.histogram_svg import histogram_chart
+
+HOSTILE = """</p><script>alert(1)</script><img src=x onerror='alert(2)'>"{{ 7*7 }}" <svg onload=alert(3)>&amp;"""
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def picture(width: int, height: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)).save(out, "png")
+    return out.getvalue()
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Page:
+    with ShardWriter(tmp_path, "x", max_samples=3) as writer:
+        writer.write('k"onmouseover="alert(4)', {"png": picture(400, 300), "txt": HOSTILE.encode()})
+        parts = [{"image": f"{i}.png"} for i in range(6)] + [{"text": HOSTILE}, {"text": "\u202egnp.exe"}]
+        images = {f"{i}.png": picture(40 + 90 * i, 20 + i) for i in range(6)}
+        writer.write("many", {**images, "json": json.dumps({"parts": parts}).encode()})
+        writer.write("broken", {"png": picture(30, 30)[:90], "txt": b"broken picture"})
+        writer.write("text", {"txt": ("long " * 5000).encode()})
+        writer.write("bad", {"json": b"{<b>"})
+    manifest = write_manifest(tmp_path / "x.manifest", writer.shards)
+    write_page(tmp_path / "page.html", "<i>title", [("<u>set", manifest.path, count(manifest.path))] * 2)
+    return Page((tmp_path / "page.html").read_text())
+
+
+@pytest.mark.fault
+def test_hostile_text_stays_text(page: Page) -> None:
+    assert not page.tags & {"script", "iframe", "object", "link", "i", "u", "b"}
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    sources = [value or "" for name, value in page.attributes if name in ("src", "href")]
+    assert sources
+    assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert page.text.count(HOSTILE) == 4
+    assert 'k"onmouseover="alert(4)' in page.text
+    assert "<i>title" in page.text
+    policy = [value for name, value in page.attributes if name == "content"]
+    assert any(value is not None and value.startswith("default-src 'none'") for value in policy)
+
+
+def test_samples_are_shown_small_and_short(page: Page) -> None:
+    sources = [value or "" for name, value in page.attributes if name == "src"]
+    assert len(sources) == 2 * (1 + 4)
+    for source in sources:
+        shown = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
+        assert max(shown.size) <= 208
+    assert "400 × 300" in page.text
+    assert "6 images" in page.text
+    assert "a damaged png image" in page.text
+    assert len(page.text) < 20_000
+
+
+@given(
+    values=st.lists(st.one_of(st.integers(0, 60), st.integers(0, 10**9)), min_size=1, max_size=200),
+    per_unit=st.sampled_from([1, 1000]),
+)
+def test_every_number_is_in_a_bar(values: list[int], per_unit: int) -> None:
+    histogram = Histogram(per_unit)
+    histogram.add(values)
+    drawn = str(histogram_chart(histogram, lambda value: f"{value:.3g}"))
+    Page(drawn)
+    shares = [float(found) for found in re.findall(r"\(([\d.]+)%\)</title>", drawn)]
+    assert sum(shares) == pytest.approx(100, abs=0.06 * len(shares))
+    for name in ("x", "y", "width", "height", "x1", "x2"):
+        for number in re.findall(rf' {name}="([^"]*)"', drawn):
+            assert -1 <= float(number) <= 341
