@@ -127,7 +127,12 @@ def _patches(canvas: Pixels, view: View, patch_size: int) -> npt.NDArray[np.uint
 
 
 def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels:
-    """Antialiased resize; ``pixels`` itself if it already fits."""
+    """Antialiased resize; ``pixels`` itself if it already fits.
+
+    Widths first, then heights, rounded to bytes in between: byte for byte torchvision's. From Pillow's it differs by
+    one step in about one value of 400: 74 dB, of 300 random sizes 67 to 98. (From version 13 on Pillow takes the
+    heights of tall images first, which leaves 55 dB; neither order is nearer to the unrounded result.)
+    """
     if pixels.shape[:2] == size:
         return pixels
     planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]  # Channels last: the SIMD path.

@@ -1,8 +1,8 @@
 """Encoded image to RGB pixels.
 
-Two named modes, never mixed silently: ``exact`` decodes every pixel with torchvision (libjpeg-turbo, libpng,
-libwebp), the reference for comparing with other code; ``fast`` lets the JPEG decoder skip work when a much smaller
-image is wanted (41 to 45 dB from the reference). PNG and WebP decode alike in both. Not for: resizing (``transforms``).
+Two named modes, never mixed silently. ``exact`` decodes every pixel: byte for byte what Pillow and torchvision give.
+``fast`` lets the JPEG decoder leave out work when a smaller image is wanted, about 45 dB from ``exact`` after resizing.
+PNG and WebP decode alike in both, and both take the same files. Not for: resizing (``views``).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class DecodeMode(str, Enum):
     """How JPEGs are decoded."""
 
     EXACT = "exact"
-    """Every pixel, torchvision."""
+    """Every pixel."""
     FAST = "fast"
-    """Scaled while decoding (simplejpeg), when the wanted size is at most half of the image's."""
+    """At the smallest of the scales 1/8, 2/8, ... 8/8 that is not below the wanted size."""
 
 
 _PNG_PALETTE = 3  # The colour type in a PNG's header.
@@ -56,9 +56,10 @@ def decode_image(
         raise too_many_pixels(size.width, size.height, max_pixels)
     try:
         if size.format is ImageFormat.JPEG:
-            # simplejpeg knows no EXIF: rotated images take the full decode in both modes.
-            if mode is DecodeMode.FAST and min_side is not None and size.orientation == 1:
-                return _fast_jpeg(data, min_side)
+            wanted = min_side if mode is DecodeMode.FAST else None
+            pixels = _upright_jpeg(data, wanted) if size.orientation == 1 else None
+            if pixels is not None:
+                return pixels
             tensor = decode_jpeg(_bytes_tensor(data), ImageReadMode.RGB, apply_exif_orientation=True)
         elif size.format is ImageFormat.PNG:
             tensor = decode_png(_bytes_tensor(data), _png_mode(data), apply_exif_orientation=True)
@@ -99,9 +100,21 @@ def _png_mode(data: bytes) -> ImageReadMode:
     return ImageReadMode.RGB_ALPHA if b"tRNS" in data[: data.find(b"IDAT")] else ImageReadMode.RGB
 
 
-def _fast_jpeg(data: bytes, min_side: tuple[int, int]) -> Pixels:
-    height, width = min_side
-    return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, min_height=height, min_width=width)
+def _upright_jpeg(data: bytes, min_side: tuple[int, int] | None) -> Pixels | None:
+    """The quickest way for nearly all JPEGs; None for those that torchvision must judge.
+
+    simplejpeg knows no EXIF rotation and converts CMYK otherwise than Pillow. It refuses whatever libjpeg merely warns
+    of, a few stray bytes before a marker, say, which photographs of the web have and every other reader accepts.
+    """
+    height, width = min_side or (0, 0)
+    try:
+        if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
+            return None
+        return simplejpeg.decode_jpeg(
+            data, colorspace="RGB", fastdct=False, fastupsample=False, min_height=height, min_width=width
+        )
+    except ValueError:
+        return None
 
 
 def _flatten(tensor: torch.Tensor) -> Pixels:
