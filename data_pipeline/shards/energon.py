@@ -1,11 +1,9 @@
-"""Folders of Megatron-Energon: reading what ``.nv-meta`` says, and writing it beside exported tars.
+"""Folders of Megatron-Energon as a source: what ``.nv-meta`` says of them.
 
-    .nv-meta/.info.json    samples of each shard
     .nv-meta/split.yaml    shards of train, val, test
     .nv-meta/dataset.yaml  type of sample, and which member or JSON field is which of its fields
-    X.tar.idx              where each sample starts (uint64), and where the last one ends
 
-Not for: ``index.sqlite``, which Energon needs for joining data sets; ``energon prepare`` adds it.
+Not for: writing them (``energon_meta``).
 """
 
 from __future__ import annotations

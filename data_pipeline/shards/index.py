@@ -288,6 +288,11 @@ def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
                 raise ShardError(f"{shard}: the key {key!r} comes twice (byte {member.header_offset})")
             seen.add(key)
         ext = name[1]
+        if ext.endswith(".gz") and _is_read(ext.removesuffix(".gz")):
+            raise ShardError(
+                f"{shard}: {member.name!r} at byte {member.header_offset} is compressed, and training unpacks nothing; "
+                "mmscale data ingest stores it unpacked"
+            )
         if any(ext == other.ext for other in members):
             raise ShardError(f"{shard}: sample {key!r} has two members .{ext} (byte {member.header_offset})")
         content = data[member.offset : member.offset + member.size]
@@ -296,6 +301,10 @@ def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
             texts[ext] = bytes(content)
     if members:
         yield IndexedSample(key, members, text_bytes_of(texts))
+
+
+def _is_read(ext: str) -> bool:
+    return is_image(ext) or ext in ("txt", "json")
 
 
 def describe_member(ext: str, offset: int, content: bytes | memoryview) -> Member:
@@ -364,11 +373,14 @@ def write_index(tar_path: Path, samples: list[IndexedSample], tar_bytes: int, ta
     write_columns(index_path(tar_path), arrays, record)
 
 
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
 class open_tar:  # noqa: N801 - reads like open()
     """Maps a tar for reading: ``with open_tar(path) as data: memoryview``.
 
     Raises:
-        ShardError: the file is missing, unreadable or empty.
+        ShardError: the file is missing, unreadable, empty or compressed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -379,6 +391,13 @@ class open_tar:  # noqa: N801 - reads like open()
             with self._path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size == 0:
                     raise ShardError(f"{self._path}: an empty file, no tar")
+                start = os.pread(file.fileno(), max(map(len, _PACKED)), 0)
+                packed = next((name for magic, name in _PACKED.items() if start.startswith(magic)), None)
+                if packed is not None:
+                    raise ShardError(
+                        f"{self._path}: compressed with {packed}, so no sample can be read by itself: unpack it, or "
+                        "store it as shards with: mmscale data ingest"
+                    )
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ShardError(f"{self._path}: cannot be read: {error.strerror}") from error

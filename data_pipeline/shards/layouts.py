@@ -8,6 +8,9 @@ MMC4          .json with text_list and image_info; images beside it, by number o
 
 from __future__ import annotations
 
+import gzip
+import io
+import zlib
 from enum import Enum
 from typing import Any
 
@@ -32,6 +35,7 @@ from data_pipeline.shards.rows import Members
 from data_pipeline.shards.texts import parse_json
 
 _SUCCESS = "success"
+_MAX_UNPACKED_BYTES = 1 << 28
 
 
 class Layout(str, Enum):
@@ -55,6 +59,32 @@ class Layout(str, Enum):
             Layout.OBELICS: from_document,
             Layout.MMC4: from_document,
         }[self]
+
+
+def unpacked(members: Members) -> Members:
+    """Members without gzip: ``txt.gz`` becomes ``txt``, which webdataset does when it decodes.
+
+    Raises:
+        SampleError: the data is damaged, a bomb, or there is another member of that name.
+    """
+    result: Members = {}
+    for ext, content in members.items():
+        name = ext.removesuffix(".gz")
+        result[name] = content if name == ext else _gunzip(ext, content)
+    if len(result) < len(members):
+        raise SampleError(f"two of the members {sorted(members)} would have one name, unpacked")
+    return result
+
+
+def _gunzip(ext: str, content: bytes) -> bytes:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            data = file.read(_MAX_UNPACKED_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise SampleError(f".{ext}: no readable gzip: {error}") from error
+    if len(data) > _MAX_UNPACKED_BYTES:
+        raise SampleError(f".{ext}: unpacks to more than {_MAX_UNPACKED_BYTES} bytes")
+    return data
 
 
 def guess_layout(members: Members) -> Layout:

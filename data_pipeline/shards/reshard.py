@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -205,7 +206,7 @@ class ManifestReader:
     sets: tuple[NamedManifest, ...]
     _indexes: _OpenIndexes | None = field(default=None, repr=False)
     _manifests: list[Manifest] = field(default_factory=list, repr=False)
-    _files: OrderedDict[Path, int] = field(default_factory=OrderedDict, repr=False)
+    _files: OrderedDict[Path, IO[bytes]] = field(default_factory=OrderedDict, repr=False)
 
     def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
         return read_each(rows, self._read)
@@ -235,13 +236,14 @@ class ManifestReader:
 
     def _pread(self, path: Path, first: int, end: int) -> bytes:
         if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
+            self._files[path] = path.open("rb", buffering=0)
             if len(self._files) > _OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
+                self._files.popitem(last=False)[1].close()
         self._files.move_to_end(path)
+        descriptor = self._files[path].fileno()
         data = b""
         while len(data) < end - first:  # One pread returns at most 2 GiB.
-            more = os.pread(self._files[path], end - first - len(data), first + len(data))
+            more = os.pread(descriptor, end - first - len(data), first + len(data))
             if not more:
                 raise SampleError(f"{path}: ends at byte {first + len(data)}, a sample reaches to {end}")
             data += more

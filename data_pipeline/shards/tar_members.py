@@ -35,6 +35,7 @@ _WITHOUT_CONTENT = frozenset(
 """Whatever size they claim: so POSIX has it, and so does Python's ``tarfile``."""
 # Six digits as tar, Python, libarchive and Go write them, or as node-tar does; or seven, as Rust does.
 _CHECKSUM_FORM = re.compile(rb"[0-7]{6}(\0 | \0)|[0-7]{7}[\0 ]")
+_OF_WEBDATASET = re.compile(r"__[^/]*__($|/)")
 # webdataset's rule: the key ends at the first dot of the base name.
 _KEY_AND_EXT = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
@@ -93,11 +94,11 @@ class TarMember:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension in lower case) of a member's name; None if it has no extension.
+    """(key, extension in lower case) of a member's name; None if it has no extension or is a note of webdataset's.
 
     ``a/000.0.PNG`` -> ``("a/000", "0.png")``, as webdataset does.
     """
-    match = _KEY_AND_EXT.fullmatch(name)
+    match = None if _OF_WEBDATASET.match(name) else _KEY_AND_EXT.fullmatch(name)
     return None if match is None else (match[1], match[2].lower())
 
 

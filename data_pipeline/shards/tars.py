@@ -12,7 +12,6 @@ import contextlib
 import json
 import lzma
 import os
-import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,13 +23,11 @@ from data_pipeline.errors import DataConfigError, ManifestError, SampleError, Sh
 from data_pipeline.shards.energon import EnergonFolder
 from data_pipeline.shards.folders import walk_folder
 from data_pipeline.shards.index import ShardIndex, open_tar
-from data_pipeline.shards.layouts import Layout, guess_layout
+from data_pipeline.shards.layouts import Layout, guess_layout, unpacked
 from data_pipeline.shards.rows import Members, Row, read_each, spans_of
 from data_pipeline.shards.sources import SourceKind, is_tar
 from data_pipeline.shards.tar_members import split_name, walk
 
-_META = re.compile(r"__[^/]*__($|/)")
-"""Members that webdataset passes over."""
 _MAX_PACKED_MEMBER_BYTES = 1 << 30
 _LAYOUTS = {
     SourceKind.WEBDATASET: Layout.PLAIN,
@@ -140,7 +137,7 @@ def _samples(tar: Path, members: Iterable[tuple[str, Any]]) -> Iterator[tuple[st
     key, found, problem = "", dict[str, Any](), SampleError("")
     try:
         for name, content in members:
-            named = None if _META.match(name) else split_name(name)
+            named = split_name(name)
             if named is None:
                 continue
             if named[0] != key or not found:
@@ -203,7 +200,7 @@ class TarReader:
     _file: IO[bytes] | None = None
 
     def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
-        return read_each(rows, lambda reference: self.convert(self.raw(reference)))
+        return read_each(rows, lambda reference: self.convert(unpacked(self.raw(reference))))
 
     def raw(self, reference: tuple[int, tuple[tuple[str, Span | bytes], ...]]) -> Members:
         """The members as they lie in the tar."""

@@ -73,6 +73,11 @@ def padded(num_bytes: int) -> int:
     return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
+def end_of_tar(num_bytes: int) -> bytes:
+    """What ends a tar of so many bytes: the end mark, then zeros to a whole record, as Python's tarfile does."""
+    return bytes(2 * BLOCK_BYTES + -(num_bytes + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE)
+
+
 def header_bytes(name_bytes: int) -> int:
     """Bytes of the headers of a member whose name has so many bytes."""
     return BLOCK_BYTES + (0 if name_bytes <= _MAX_SHORT_NAME_BYTES else BLOCK_BYTES + padded(name_bytes + 1))
@@ -204,9 +209,7 @@ class ShardWriter:
 
     def _finish(self) -> None:
         assert self._file is not None
-        # The end mark, then zeros to a whole record: what Python's tarfile writes.
-        self._append(self._file, bytes(2 * BLOCK_BYTES))
-        self._append(self._file, bytes(-self._bytes % tarfile.RECORDSIZE))
+        self._append(self._file, end_of_tar(self._bytes))
         self._file.close()
         path = self._path()
         publish(partial_path(path), path)

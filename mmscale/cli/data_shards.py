@@ -68,6 +68,28 @@ class KeysChoice(str, Enum):
     NUMBER = "number"
 
 
+class ReaderChoice(str, Enum):
+    """Who reads exported tars."""
+
+    WEBDATASET = "webdataset"
+    ENERGON = "energon"
+
+
+class NamingChoice(str, Enum):
+    """Names of exported tars and samples."""
+
+    KEEP = "keep"
+    IMG2DATASET = "img2dataset"
+
+
+class SplitChoice(str, Enum):
+    """Energon's splits."""
+
+    TRAIN = "train"
+    VAL = "val"
+    TEST = "test"
+
+
 @app.command(epilog="Example: mmscale data ingest pairs.csv --output shards --name pairs --jobs 8")
 def ingest(
     source: Path = typer.Argument(help="A folder of images and texts, a .csv, .tsv, .jsonl or .parquet, or tars."),
@@ -159,6 +181,42 @@ def reshard(
             progress=meter.advance,
         )
     _show(source.description, report, json)
+
+
+@app.command(epilog="Example: mmscale data export shards/data.manifest --output tars --for energon")
+def export(
+    manifest: Path = typer.Argument(help="A manifest."),
+    output: Path = typer.Option(..., "--output", help="Folder for the tars."),
+    reader: ReaderChoice = typer.Option("webdataset", "--for", help="Who reads them; Energon wants files beside."),
+    naming: NamingChoice = typer.Option(
+        "keep", "--naming", help="Names as they are, or 00012.tar with 000120345.jpg, .txt and .json."
+    ),
+    split: SplitChoice = typer.Option("train", "--split", help="Energon's name for the set."),
+    jobs: int = _JOBS,
+    json: bool = _JSON,
+) -> None:
+    """Write a data set as plain tars, without index and manifest. Interrupted, the same command goes on."""
+    from data_pipeline.shards.export import Naming, Reader
+    from data_pipeline.shards.export import export as run
+    from data_pipeline.shards.manifest import Manifest
+
+    with progress("export", Manifest.open(manifest).num_samples) as meter:
+        report = run(
+            manifest,
+            output,
+            naming=Naming(naming.value),
+            reader=Reader(reader.value),
+            split=split.value,
+            workers=jobs if jobs > 1 else 0,
+            progress=meter.advance,
+        )
+    figures = {
+        "folder": str(output),
+        "samples": report.num_samples,
+        "shards": report.num_shards,
+        "resumed_shards": report.num_resumed,
+    }
+    emit(figures | ({"sample_type": report.sample_type} if report.sample_type else {}), json=json)
 
 
 def _show(description: str, report: IngestReport, json: bool) -> None:

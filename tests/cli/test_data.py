@@ -67,6 +67,18 @@ def test_reshard_cuts_filters_and_names(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["data", "reshard", str(manifest), "--output", str(tmp_path), "--shard-size", "many"]) == 2
 
 
+def test_export_writes_for_energon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", str(SHARDS / "heldout-both.manifest"), "--output", str(tmp_path / "out"), "--for", "energon"]
+    found = figures(capsys, *words, "--split", "val", "--jobs", "2")
+    assert (found["shards"], found["resumed_shards"]) == (1, 0)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".nv-meta",
+        "heldout-both-00000.tar",
+        "heldout-both-00000.tar.idx",
+    ]
+    assert "exists already" in complaint(capsys, *words, code=2)
+
+
 @pytest.mark.fault
 def test_verify_names_damage_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
