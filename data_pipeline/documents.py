@@ -23,6 +23,7 @@ from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.templates import BranchPiece, EndPiece, Piece, TextPiece, TokenPiece, special_tokens
+from data_pipeline.templates.learned import share_weights
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageTransform, TilesTransform
 
@@ -217,6 +218,7 @@ class DocumentBuilder:
                 draft.add_text(self._encode(piece.text), piece.weight)
         self._check_counts(draft)
         self._check_branches(draft)
+        draft.weights = share_weights(draft.weights, draft.branches, self.dataset.template.loss_weight).tolist()
         return draft.finish(sample.provenance)
 
     def _views(self, part: ImagePart, rng: np.random.Generator | None, measured: bool) -> tuple[MediaItem, ...]:

@@ -16,6 +16,7 @@ from data_pipeline.strict import StrictConfig
 from data_pipeline.templates.caption import CaptionTemplate
 from data_pipeline.templates.dialogue import DialogueTemplate
 from data_pipeline.templates.formats import look_up
+from data_pipeline.templates.learned import LossWeight
 from data_pipeline.templates.pieces import BranchPiece, Piece, images_of
 
 
@@ -38,6 +39,11 @@ class AnnotationsTemplate(StrictConfig):
     begin with text that is read: what all branches share cannot predict how each of them begins."""
     max_annotations: int | None = Field(default=None, ge=1)
     """Of more annotations so many are drawn, anew in each epoch; null takes all."""
+
+    @property
+    def loss_weight(self) -> LossWeight:
+        """Of each branch."""
+        return self.each.loss_weight
 
     @field_validator("each")
     @classmethod

@@ -10,12 +10,12 @@ from pydantic import field_validator, model_validator
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import Sample
-from data_pipeline.strict import StrictConfig
 from data_pipeline.templates.formats import fill, look_up, parse
+from data_pipeline.templates.learned import DroppableText
 from data_pipeline.templates.pieces import EndPiece, Piece, draw, images_of, text
 
 
-class CaptionTemplate(StrictConfig):
+class CaptionTemplate(DroppableText):
     """Images, then a prompt, then an answer that the model learns."""
 
     kind: Literal["caption"] = "caption"
@@ -62,6 +62,8 @@ class CaptionTemplate(StrictConfig):
             prompt = fill(self.prompts[choice if len(self.prompts) > 1 else 0], sample.fields)
         if not answer.strip():
             raise SampleError("the answer is empty", kind=FaultKind.TEXT)
+        if self.drops(rng):
+            return [*images_of(sample), *text(prompt), EndPiece(0.0)]
         return [*images_of(sample), *text(prompt), *text(answer, 1.0), EndPiece(1.0)]
 
     def prompt(self, sample: Sample) -> list[Piece]:

@@ -22,6 +22,7 @@ from data_pipeline.pages import weight_of
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.strict import StrictConfig
 from data_pipeline.templates.formats import look_up
+from data_pipeline.templates.learned import LearnedText
 from data_pipeline.templates.pieces import EndPiece, Piece, TextPiece, TokenPiece, images_of, text
 
 SYSTEM, USER = "system", "user"
@@ -63,7 +64,7 @@ class _Turn:
     """Texts with their weight relative to the turn's."""
 
 
-class DialogueTemplate(StrictConfig):
+class DialogueTemplate(LearnedText):
     """Turns of roles; what a role with a weight says is learned."""
 
     kind: Literal["dialogue"] = "dialogue"

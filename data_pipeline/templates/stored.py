@@ -8,11 +8,11 @@ import numpy as np
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import ImagePart, Sample, TextPart
-from data_pipeline.strict import StrictConfig
-from data_pipeline.templates.pieces import EndPiece, Piece, TextPiece, text
+from data_pipeline.templates.learned import DroppableText, LearnedText
+from data_pipeline.templates.pieces import EndPiece, Piece, TextPiece, images_of, text
 
 
-class InterleavedTemplate(StrictConfig):
+class InterleavedTemplate(DroppableText):
     """Images and text as stored; all text is learned, with the weight that a part names (``"weight": 0.5``)."""
 
     kind: Literal["interleaved"] = "interleaved"
@@ -34,6 +34,9 @@ class InterleavedTemplate(StrictConfig):
                 pieces.extend(text(part.text if last else part.text + self.separator, part.weight))
         if not any(isinstance(piece, TextPiece) for piece in pieces):
             raise SampleError("no text among its parts: there is nothing to learn", kind=FaultKind.TEXT)
+        images = images_of(sample)
+        if images and self.drops(rng):  # A text without images would be nothing at all: it stays.
+            return [*images, EndPiece(0.0)]
         return [*pieces, _end(pieces[-1])]
 
     def prompt(self, sample: Sample) -> list[Piece]:
@@ -43,7 +46,7 @@ class InterleavedTemplate(StrictConfig):
         return pieces[:last]
 
 
-class TextTemplate(StrictConfig):
+class TextTemplate(LearnedText):
     """Text alone; all of it is learned, with the weight that a part names."""
 
     kind: Literal["text"] = "text"
