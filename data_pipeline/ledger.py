@@ -19,7 +19,7 @@ import bisect
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ _MAGIC = b"mmscale-ledger-1\n"
 _NAME = re.compile(r"steps-(\d{10,})-(\d{10,})\.ledger")
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_SECTION_BYTES = 1 << 31
+_HELD_SEGMENTS, _HELD_STATES = 8, 64
 _COLUMNS: dict[str, np.dtype[Any]] = {
     "step": np.dtype("<u4"),  # From the segment's first.
     "lane": np.dtype("<u4"),
@@ -111,7 +112,7 @@ class Segment:
             tuple(sorted(skipped, key=lambda record: (record["step"], record["lane"]))),
         )
 
-    def of_step(self, step: int, lanes: Sequence[int] | None = None) -> list[Row]:
+    def of_step(self, step: int, lanes: Collection[int] | None = None) -> list[Row]:
         """The rows of a step, by lane and place; of ``lanes`` only, if given."""
         at = np.searchsorted(self.rows["step"], [step - self.first, step - self.first + 1])
         rows: list[Row] = []
@@ -301,6 +302,7 @@ class Ledger:
         names = (_NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else iter(())
         self.spans = sorted((int(name[1]), int(name[2])) for name in names if name is not None)
         self._held: dict[int, Segment] = {}
+        self._states: dict[int, LoaderState] = {}
 
     @property
     def last_step(self) -> int:
@@ -315,16 +317,45 @@ class Ledger:
         """
         if number not in self._held:
             first, last = self.spans[number]
-            path = self.folder / f"steps-{first:010d}-{last:010d}.ledger"
+            path = self._path(number)
             try:
                 segment = Segment.from_bytes(path.read_bytes(), str(path))
             except OSError as error:
                 raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
             if (segment.first, segment.last) != (first, last):
                 raise LedgerError(f"{path}: holds the steps {segment.first} to {segment.last}")
-            self._held = dict([*self._held.items()][-7:])
+            self._held = dict([*self._held.items()][1 - _HELD_SEGMENTS :])
             self._held[number] = segment
         return self._held[number]
+
+    def state(self, number: int) -> LoaderState:
+        """The snapshot of a segment, without its rows.
+
+        Raises:
+            LedgerError: it is damaged.
+        """
+        if number not in self._states:
+            self._states = dict([*self._states.items()][1 - _HELD_STATES :])
+            self._states[number] = self.segment(number).state if number in self._held else self._read_state(number)
+        return self._states[number]
+
+    def _read_state(self, number: int) -> LoaderState:
+        path = self._path(number)
+        try:
+            with path.open("rb") as file:
+                if file.read(len(_MAGIC)) != _MAGIC:
+                    raise ValueError("it does not begin like a segment")
+                name, size, deflated_bytes, crc32 = json.loads(file.readline(_MAX_HEADER_BYTES))["sections"][0]
+                plain = _inflate(file.read(min(deflated_bytes, _MAX_SECTION_BYTES)), size, crc32, name)
+            return LoaderState.from_json(plain.decode())
+        except OSError as error:
+            raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, zlib.error, RecursionError, StateError) as error:
+            raise LedgerError(f"{path}: damaged: {error}") from error
+
+    def _path(self, number: int) -> Path:
+        first, last = self.spans[number]
+        return self.folder / f"steps-{first:010d}-{last:010d}.ledger"
 
     def number_of(self, step: int) -> int | None:
         """Which segment holds a step; None if none does."""

@@ -128,11 +128,16 @@ class Replay:
         """Whether no lane has anything left."""
         return all(packer.exhausted for packer in self._packers.values())
 
-    def document(self, drawn: Drawn) -> Document | None:
-        """A document as it was packed, without pixels; None if its sample does not give it.
+    def document(self, drawn: Drawn) -> Document:
+        """A document as it was packed, without pixels.
 
         Raises:
-            As iterating.
+            SampleError: its sample does not give it.
+            ShardError, ManifestError, StorageError: its shard is missing, stale or damaged.
         """
-        fresh = LaneState(StreamPosition.start(len(self._datasets)))
-        return self._stream(0, fresh).remake(drawn)
+        stream = self._stream(0, LaneState(StreamPosition.start(len(self._datasets))))
+        document = stream.remake(drawn)
+        if document is None:
+            reasons = [skip.reason for skip in stream.take_skipped()]
+            raise SampleError(reasons[0] if reasons else f"it has no part {drawn.part} any more")
+        return document

@@ -105,6 +105,21 @@ class Manifest:
             )
         return self.path.parent / relative
 
+    def find_shards(self, name: str) -> list[int]:
+        """Numbers of the shards whose last part of the path is ``name``; no path is made into an object."""
+        arrays = self._columns.arrays
+        ends = arrays["cu_path_bytes"][1:]
+        found = []
+        paths, wanted = arrays["path_bytes"].tobytes(), name.encode()
+        at = paths.find(wanted)
+        while at >= 0:
+            number = int(np.searchsorted(ends, at, side="right"))
+            begins = at == arrays["cu_path_bytes"][number] or paths[at - 1 : at] == b"/"
+            if begins and at + len(wanted) == ends[number]:
+                found.append(number)
+            at = paths.find(wanted, at + 1)
+        return found
+
     def shard_bytes(self, shard_number: int) -> int:
         """Size of a shard's tar."""
         return int(self._columns.arrays["tar_bytes"][shard_number])
@@ -127,6 +142,17 @@ class Manifest:
                 f"({len(index)} samples, {num_samples} expected); "
                 f"renew it with: mmscale data index --manifest {self.path}"
             )
+        return index
+
+    def read_index(self, shard_number: int) -> ShardIndex:
+        """A shard's index without a look at the tar, which may be gone.
+
+        Raises:
+            ManifestError: the index is missing or damaged, or speaks of another tar than the manifest.
+        """
+        index = ShardIndex.read(self.shard_path(shard_number))
+        if index.tar_sha256 != self.shard_sha256(shard_number):
+            raise ManifestError(f"the index of {index.tar_path} is of another tar than {self.path} knows")
         return index
 
     def computed_fingerprint(self) -> str:

@@ -151,7 +151,7 @@ def test_a_replayed_document_is_the_one_that_was_packed(mixture_config: DataConf
             if origin is not None
         ]
         documents = [replay.document(drawn) for drawn in places]
-        assert [document.token_ids.tolist() for document in documents if document is not None] == ids
+        assert [document.token_ids.tolist() for document in documents] == ids
 
 
 def test_a_replay_that_lacks_a_shard_says_which(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> None:

@@ -1,0 +1,198 @@
+"""What the rows of a ledger stand for: shard, key, text and pictures of samples.
+
+    Row --manifest, index--> shard and key --shard, if it is there--> text as the model read it, thumbnails
+
+Shard and key need the manifest and the sidecar index alone. A shard is opened only for the samples that are shown; if
+it is gone, its rows say so. Not for: which rows a step has (``ledger``, ``replay``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchvision.io import encode_jpeg
+from torchvision.transforms.v2.functional import resize
+
+from data_pipeline.config import DataConfig
+from data_pipeline.decode.image import DecodeMode, decode_image
+from data_pipeline.document import Document
+from data_pipeline.errors import DataPipelineError, LedgerError
+from data_pipeline.ledger import Row
+from data_pipeline.media_spec import MediaSpec
+from data_pipeline.reader import SampleReader
+from data_pipeline.replay import Replay
+from data_pipeline.sample import ImagePart
+from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.state import Drawn
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+
+_SIDE = 144
+"""Pixels of the longer side of a thumbnail."""
+_MAX_PIXELS = 1 << 26
+"""A larger image is not decoded."""
+_MAX_HELD = 16
+_JPEG_QUALITY = 85
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a document: text, or an image (``text`` is empty)."""
+
+    text: str
+    learned: bool
+    is_image: bool = False
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row and what it stands for.
+
+    Attributes:
+        row: The ledger's row.
+        shard: Where the sample's shard lies; empty if nobody can say.
+        key: Key inside the shard; empty without its index.
+        pieces: The document as the model read it, null if it could not be read.
+        thumbnails: JPEG bytes of the sample's images, small.
+        notes: What could not be shown, and why.
+    """
+
+    row: Row
+    shard: str = ""
+    key: str = ""
+    pieces: tuple[Piece, ...] | None = None
+    thumbnails: tuple[bytes, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The pieces in one line, images as ``[image]``."""
+        return " ".join(" ".join("[image]" if p.is_image else p.text for p in self.pieces or ()).split())
+
+
+class Samples:
+    """The samples of a data block.
+
+    Args:
+        config: The data block.
+        spec: What the model takes.
+        seed: Seed of the run.
+
+    Raises:
+        DataPipelineError: a manifest is missing or damaged.
+    """
+
+    def __init__(self, config: DataConfig, spec: MediaSpec, seed: int) -> None:
+        self._replay = Replay(config, spec, seed, lanes=())
+        self._tokenizer = load_tokenizer(config.tokenizer)
+        self._names = [dataset.name for dataset in config.datasets]
+        self._readers = {d.name: SampleReader(Manifest.open(d.manifest), d.name) for d in config.datasets}
+        self._indexes: dict[tuple[str, int], ShardIndex] = {}
+
+    def where(self, dataset: str, sample: int) -> tuple[str, str]:
+        """Shard and key, from manifest and index; the tar itself may be gone.
+
+        Raises:
+            LedgerError: the configuration has no such data set, or its manifest no such sample.
+            ManifestError: the index is missing, damaged, or another one than the manifest knows.
+        """
+        number, row = self._manifest(dataset, sample).locate(sample)
+        return self.shard(dataset, sample), self._index(dataset, number).key(row)
+
+    def shard(self, dataset: str, sample: int) -> str:
+        """The shard alone, from the manifest.
+
+        Raises:
+            LedgerError: as ``where``.
+        """
+        manifest = self._manifest(dataset, sample)
+        return str(manifest.shard_path(manifest.locate(sample)[0]))
+
+    def find(self, shard: str, key: str) -> Iterator[tuple[str, int]]:
+        """Data set and number of the samples with this key in a shard of this name or path.
+
+        Raises:
+            ManifestError: the index of such a shard is missing or damaged.
+        """
+        for dataset, reader in self._readers.items():
+            manifest = reader.manifest
+            for number in manifest.find_shards(shard.rpartition("/")[2]):
+                path = str(manifest.shard_path(number))
+                if path == shard or path.endswith(f"/{shard}"):
+                    index = self._index(dataset, number)
+                    rows = (row for row in range(len(index)) if index.key(row) == key)
+                    yield from ((dataset, int(manifest.cu_samples[number]) + row) for row in rows)
+
+    def show(self, row: Row, max_thumbnails: int = 0) -> Shown:
+        """Whatever can be said of a row; never fails for what is missing."""
+        shard, key, notes = "", "", list[str]()
+        try:
+            shard = self.shard(row.dataset, row.sample)
+            shard, key = self.where(row.dataset, row.sample)
+            document = self._replay.document(Drawn(self._names.index(row.dataset), row.epoch, row.sample, row.part))
+            if row.tokens and document.num_tokens != row.tokens:
+                notes.append(f"it had {row.tokens} tokens then and has {document.num_tokens} now")
+            pieces = tuple(pieces_of(document, self._tokenizer))
+            pictures = self._thumbnails(row, max_thumbnails) if max_thumbnails and document.num_images else []
+        except DataPipelineError as error:
+            return Shown(row, shard, key, notes=(str(error),))
+        return Shown(row, shard, key, pieces, tuple(pictures), tuple(notes))
+
+    def _thumbnails(self, row: Row, limit: int) -> list[bytes]:
+        sample = self._readers[row.dataset].read(row.sample, row.epoch)
+        images = [part for part in sample.parts if isinstance(part, ImagePart)]
+        return [thumbnail(part.data) for part in images[:limit]]
+
+    def _manifest(self, dataset: str, sample: int) -> Manifest:
+        if dataset not in self._readers:
+            raise LedgerError(f"the run's config.yaml has no data set {dataset} (it had one when this step was done)")
+        manifest = self._readers[dataset].manifest
+        if sample >= manifest.num_samples:
+            raise LedgerError(f"{manifest.path} has {manifest.num_samples} samples, and no sample {sample}")
+        return manifest
+
+    def _index(self, dataset: str, number: int) -> ShardIndex:
+        if (dataset, number) not in self._indexes:
+            self._indexes = dict(list(self._indexes.items())[1 - _MAX_HELD :])
+            self._indexes[dataset, number] = self._readers[dataset].manifest.read_index(number)
+        return self._indexes[dataset, number]
+
+    def close(self) -> None:
+        """Closes every shard."""
+        for reader in self._readers.values():
+            reader.close()
+
+
+def pieces_of(document: Document, tokenizer: Tokenizer) -> Iterator[Piece]:
+    """A document as a person reads it: runs of text that is learned or not, and images."""
+    marks = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    ids = document.token_ids.tolist()
+    learned = [False, *(document.loss_weights[:-1] > 0).tolist()]  # A label stands one token ahead of its token.
+    place = 0
+    for image in (*document.images, None):
+        stop = len(ids) if image is None else image.start
+        text = [at for at in range(place, stop) if ids[at] not in marks]
+        for is_learned, run in itertools.groupby(text, key=learned.__getitem__):
+            yield Piece(tokenizer.decode([ids[at] for at in run]), is_learned)
+        if image is not None:
+            yield Piece("", learned=False, is_image=True)
+            place = image.stop
+
+
+def thumbnail(data: bytes) -> bytes:
+    """A small JPEG of an encoded image.
+
+    Raises:
+        SampleError: it is damaged or has too many pixels.
+    """
+    pixels = decode_image(data, mode=DecodeMode.FAST, max_pixels=_MAX_PIXELS, min_side=(_SIDE, _SIDE))
+    scale = _SIDE / max(pixels.shape[:2])
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    if scale < 1:
+        height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+        image = resize(image, [height, width], antialias=True)
+    return bytes(encode_jpeg(image.contiguous(), quality=_JPEG_QUALITY).numpy())

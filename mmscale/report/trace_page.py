@@ -1,0 +1,65 @@
+"""A step of a run as one HTML file: its packs, with pictures and texts.
+
+Everything is inlined, so the file can be mailed. Not for: finding the rows (``mmscale.trace``).
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from data_pipeline.trace import Shown
+from mmscale.report.result import write_whole
+
+
+@dataclass(frozen=True)
+class TracePage:
+    """What the page says.
+
+    Attributes:
+        run: The run folder, as the user named it.
+        step: The step.
+        facts: (name, value) pairs for the head of the page.
+        shown: The rows, by lane and place.
+        skipped: Samples that were left out.
+        notes: Sentences about the whole page.
+    """
+
+    run: str
+    step: int
+    facts: Sequence[tuple[str, str]]
+    shown: Sequence[Shown]
+    skipped: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class _Pack:
+    lane: int
+    tokens: int
+    cards: tuple[Shown, ...]
+
+
+def write_trace_page(path: Path, page: TracePage) -> Path:
+    """Writes the page, whole or not at all."""
+    packs = []
+    for lane, group in groupby(page.shown, key=lambda shown: shown.row.lane):
+        cards = tuple(group)
+        packs.append(_Pack(lane, sum(card.row.tokens for card in cards), cards))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data_url"] = lambda jpeg: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+    text = environment.get_template("trace.html.jinja").render(page=page, packs=packs)
+    write_whole(path, text.encode())
+    return path
