@@ -98,7 +98,7 @@ class TarSource:
         for row in self._rows():
             with contextlib.suppress(SampleError):
                 if not isinstance(row.reference, SampleError):
-                    yield self.reader.raw(row.reference)
+                    yield unpacked(self.reader.raw(row.reference))
 
     def _rows(self) -> Iterator[Row]:
         number = 0
