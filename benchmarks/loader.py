@@ -1,140 +1,262 @@
-"""Samples per second of the loader against a plain webdataset pipeline with the same decoder on the same shards.
+"""Samples per second of the loader beside its peers, on the same samples with the same decoder.
 
-    python -m benchmarks.loader --json
+    python -m benchmarks.loader
+    python -m benchmarks.loader --json --peers-env ~/.cache/mmscale/peers-env
 
-Both run in this process, one thread, no workers, shards in the page cache. Ours decodes, tokenises, packs to a token
-budget and collates with resume state; the peer streams the tars, shuffles in a buffer of 1000, decodes and tokenises
-with the same functions, and stacks batches of 16, without state. The two take turns; the best of the repeats counts.
+    scenario    raw (bytes and text) | exact | fast (224 px and token ids) | resume (first sample, at 90 % of an epoch)
+    workers     0 (all in the process that iterates) and 2
+    figure      samples a second, and samples per core-second: CPU time of the process and all its children
+
+Each figure is the median of the repeats, which take turns, each in a process of its own and after a warm-up; the files
+are in the page cache. ``bare`` is no loader: the decoder over bytes in memory, in as many processes as workers. Peers
+that need other versions than this project's live in an environment of their own, which ``--peers-env`` names and the
+first run makes. Not for: packing (``benchmarks.packing``), order at scale (``benchmarks.order_scale``).
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+import venv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import simplejpeg
-import torch
-import webdataset
+from benchmarks.figures import machine
+from benchmarks.peers.job import Job, Scenario, write_photos
 
-from benchmarks.figures import Case, main
-from data_pipeline.config import DataConfig, DatasetConfig
-from data_pipeline.decode.image import DecodeMode
-from data_pipeline.loader import Loader
-from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.shards.manifest import Manifest, write_manifest
-from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.templates import CaptionTemplate
-from data_pipeline.tokenizer import SentencePieceTokenizerConfig, load_tokenizer
-from data_pipeline.transforms import FixedTransform, ImageTransform
+REPOSITORY = Path(__file__).resolve().parents[1]
+OURS, BARE = "ours", "bare"
+PEERS = {
+    "open_clip": "webdataset as open_clip uses it",
+    "energon": "megatron-energon",
+    "mosaic": "mosaicml-streaming",
+    "litdata_chunks": "litdata",
+}
+APART = {"mosaic": "mosaicml-streaming", "litdata_chunks": "litdata"}
+"""Peers of the other environment, and the packages that they come in."""
+WORKERS = (0, 2)
 
-EMOJI = Path("examples/emoji")
-BATCH = 16
-SHUFFLE_BUFFER = 1000
-REPEATS = 3
+Figures = dict[str, float]
 
 
-def _photo_like(number: int, side: int = 512) -> bytes:
-    """A JPEG about as compressible as a photograph: smooth colours with some noise."""
-    rng = np.random.default_rng(number)
-    coarse = torch.from_numpy(rng.integers(0, 256, (1, 3, 16, 16), dtype=np.uint8))
-    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic")[0].permute(1, 2, 0).numpy()
-    noisy = np.clip(smooth.astype(np.int16) + rng.normal(0, 8, smooth.shape).astype(np.int16), 0, 255)
-    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(noisy.astype(np.uint8)), quality=90))
+@dataclass(frozen=True)
+class Row:
+    """One scenario with one number of workers: figures of each runner.
 
+    Attributes:
+        unit: ``samples/s``, ``samples/core-s``, or ``s`` where less is better.
+    """
 
-def _write_photos(folder: Path, count: int = 400) -> Path:
-    with ShardWriter(folder, "photos", max_samples=100) as writer:
-        for number in range(count):
-            writer.write(f"{number:06d}", {"jpg": _photo_like(number), "txt": b"a picture of nothing in particular"})
-    write_manifest(folder / "photos.manifest", writer.shards)
-    return folder / "photos.manifest"
+    scenario: Scenario
+    workers: int
+    unit: str
+    figures: Figures
 
+    @property
+    def best_peer(self) -> str | None:
+        """The fastest peer of those that were there."""
+        peers = [name for name in self.figures if name in PEERS]
+        if not peers:
+            return None
+        return (min if self.unit == "s" else max)(peers, key=self.figures.__getitem__)
 
-def _config(manifest: Path, transforms: FixedTransform) -> DataConfig:
-    dataset = DatasetConfig(name="bench", manifest=manifest, template=CaptionTemplate(), transforms=transforms)
-    return DataConfig.model_validate(
-        {
-            "tokenizer": {"kind": "sentencepiece", "path": EMOJI / "tokenizer.model"},
-            "datasets": [dataset],
-            "lanes": 1,
-            "packing": {"max_tokens": 4096, "max_documents": BATCH},
+    def ratio(self, other: str | None) -> float | None:
+        """Ours to another; above 1 when ours is better."""
+        if other is None or other not in self.figures:
+            return None
+        ours, theirs = self.figures[OURS], self.figures[other]
+        return theirs / ours if self.unit == "s" else ours / theirs
+
+    def record(self) -> dict[str, object]:
+        """For ``--json``."""
+        return {
+            "case": f"{self.scenario.value}, {self.workers} workers",
+            "unit": self.unit,
+            "ours": self.figures[OURS],
+            "peers": {name: figure for name, figure in self.figures.items() if name in PEERS},
+            "bare": self.figures.get(BARE),
+            "best_peer": self.best_peer,
+            "ratio": self.ratio(self.best_peer),
+            "ratio_to_bare": self.ratio(BARE),
         }
+
+
+class PeersMissingError(Exception):
+    """The environment of the peers cannot be made."""
+
+
+def peers_python(folder: Path) -> Path:
+    """Python of the peers' environment, which is made if it is not there.
+
+    It sees the packages of this environment behind its own, so that torch and the decoders are the same.
+
+    Raises:
+        PeersMissingError: pip cannot install the peers.
+    """
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    done = folder / "peers.txt"
+    if done.exists():
+        return python
+    venv.create(folder, with_pip=True, clear=True)
+    purelib = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+    (Path(purelib) / "project.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    command = [str(python), "-m", "pip", "install", "--quiet", *APART.values()]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if result.returncode:
+        raise PeersMissingError(f"{' '.join(command)} failed: {(result.stdout.strip().splitlines() or [''])[-1]}")
+    frozen = [str(python), "-m", "pip", "freeze"]
+    done.write_text(subprocess.run(frozen, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return python
+
+
+class Runner:
+    """A process of ``benchmarks.peers.run``."""
+
+    def __init__(self, name: str, python: Path) -> None:
+        self._name = name
+        self._noise = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close().
+        self._process = subprocess.Popen(
+            [str(python), "-m", "benchmarks.peers.run", name],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._noise,
+            text=True,
+        )
+
+    def do(self, **task: object) -> Figures:
+        """One task; ends the benchmark if it fails."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(task) + "\n")
+            self._process.stdin.flush()
+            answer: Figures = json.loads(self._process.stdout.readline() or '{"failed": 1}')
+        except BrokenPipeError:
+            answer = {"failed": 1}
+        if "failed" in answer:
+            self._noise.seek(0)
+            raise SystemExit(f"{self._name}: {task} failed:\n{self._noise.read()[-4000:]}")
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+        self._noise.close()
+
+
+def rows_of(runners: dict[str, Runner], job: Job, seconds: float, repeats: int) -> list[Row]:
+    """Figures of all runners, as medians of repeats that take turns."""
+    names = [name for name in runners if name != BARE or job.is_decoded]
+    found: dict[str, list[Figures]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name in names:
+            found[name].append(runners[name].do(measure=job.dump(), seconds=seconds))
+    if job.scenario is Scenario.RESUME:
+        return [Row(job.scenario, job.workers, "s", _median(found, lambda f: f["seconds"]))]
+    per_second = _median(found, lambda f: f["samples"] / f["seconds"])
+    per_core = _median(found, lambda f: f["samples"] / f["cpu_seconds"])
+    return [
+        Row(job.scenario, job.workers, "samples/s", per_second),
+        Row(job.scenario, job.workers, "samples/core-s", per_core),
+    ]
+
+
+def _median(found: dict[str, list[Figures]], figure: Callable[[Figures], float]) -> Figures:
+    return {name: statistics.median(map(figure, repeats)) for name, repeats in found.items()}
+
+
+def measure(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
+    """All rows, and a sentence for each peer that is left out."""
+    pythons = dict.fromkeys((OURS, BARE), Path(sys.executable))
+    left_out = []
+    chosen = [name.strip() for name in options.peers.split(",") if name.strip()]
+    for name in chosen:
+        if name not in PEERS:
+            raise SystemExit(f"--peers {name}: the peers are {', '.join(PEERS)}")
+        try:
+            pythons[name] = peers_python(options.peers_env) if name in APART else Path(sys.executable)
+        except PeersMissingError as error:
+            left_out.append(f"{PEERS[name]} is left out: {error}")
+    folder = options.data / f"photos-{options.samples}"
+    write_photos(folder, options.samples)
+    runners = {name: Runner(name, python) for name, python in pythons.items()}
+    try:
+        for runner in runners.values():
+            runner.do(prepare=str(folder))
+        jobs = [Job(folder, Scenario(name), workers) for name in options.scenarios.split(",") for workers in WORKERS]
+        rows = [row for job in jobs for row in rows_of(runners, job, options.seconds, options.repeats)]
+    finally:
+        for runner in runners.values():
+            runner.close()
+    return rows, left_out
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows for people, in Markdown."""
+    names = [name for name in (OURS, *PEERS, BARE) if any(name in row.figures for row in rows)]
+    lines = ["| scenario | workers | unit | " + " | ".join(names) + " | to best peer | to bare |"]
+    lines.append("|---|--:|---|" + "--:|" * (len(names) + 2))
+    for row in rows:
+        figures = [_figure(row.figures.get(name), row.unit) for name in names]
+        ratios = [_figure(row.ratio(other), "ratio") for other in (row.best_peer, BARE)]
+        lines.append(f"| {row.scenario.value} | {row.workers} | {row.unit} | " + " | ".join(figures + ratios) + " |")
+    return "\n".join(lines)
+
+
+def _figure(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    if unit == "s":
+        return f"{value:.4f}"
+    return f"{value:.2f}" if unit == "ratio" else f"{value:,.0f}"
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmscale"
+    parser = argparse.ArgumentParser(description="Benchmark the loader beside its peers.")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--data", type=Path, default=cache / "benchmarks", help="folder of the samples (%(default)s)")
+    parser.add_argument(
+        "--peers-env",
+        type=Path,
+        default=cache / "peers-env",
+        help="environment of the peers that need their own (%(default)s)",
     )
+    parser.add_argument("--peers", default=",".join(PEERS), help="peers to measure (%(default)s)")
+    parser.add_argument(
+        "--scenarios", default=",".join(s.value for s in Scenario), help="what to measure (%(default)s)"
+    )
+    parser.add_argument("--samples", type=int, default=3000, help="samples of an epoch, 65 kB each (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of one measurement (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each figure (%(default)s)")
+    return parser.parse_args(arguments)
 
 
-def _ours(manifest: Path, transforms: FixedTransform, spec: MediaSpec) -> Iterator[int]:
-    """Samples of each step."""
-    with Loader(_config(manifest, transforms), spec, seed=1) as loader:
-        for step in loader:
-            yield step.num_samples
-
-
-def _webdataset(manifest: Path, transforms: FixedTransform, spec: MediaSpec) -> Iterator[int]:
-    """Samples of each batch of a plain pipeline."""
-    shards = Manifest.open(manifest)
-    urls = [str(shards.shard_path(number)) for number in range(shards.num_shards)]
-    tokenizer = load_tokenizer(SentencePieceTokenizerConfig(path=EMOJI / "tokenizer.model"))
-    transform = ImageTransform(transforms, spec)
-    rng = np.random.default_rng(1)
-
-    def decode(sample: dict[str, Any]) -> tuple[np.ndarray, list[int]]:
-        image = next(sample[ext] for ext in ("jpg", "png", "webp") if ext in sample)
-        fields = json.loads(sample["json"]) if "json" in sample else {"captions": [sample["txt"].decode()]}
-        return transform(image, rng)[0].values, tokenizer.encode(fields["captions"][0])
-
-    def stack(samples: list[tuple[np.ndarray, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-        longest = max(len(ids) for _, ids in samples)
-        ids = [ids + [tokenizer.pad_id] * (longest - len(ids)) for _, ids in samples]
-        return torch.from_numpy(np.stack([values for values, _ in samples])), torch.tensor(ids)
-
-    stream = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).repeat()
-    stream = stream.shuffle(SHUFFLE_BUFFER).map(decode).batched(BATCH, collation_fn=stack)
-    for images, _ids in stream:
-        yield len(images)
-
-
-def _rate(stream: Iterator[int], batches: int) -> float:
-    """Samples per CPU-second over the next batches: other processes of the machine disturb that least."""
-    start = time.process_time()
-    samples = sum(itertools.islice(stream, batches))
-    return samples / (time.process_time() - start)
-
-
-def _case(name: str, manifest: Path, transforms: FixedTransform, spec: MediaSpec) -> Case:
-    makers: dict[str, Callable[..., Iterator[int]]] = {"ours": _ours, "webdataset": _webdataset}
-    streams = {label: make(manifest, transforms, spec) for label, make in makers.items()}
-    for stream in streams.values():
-        next(stream)  # Opens shards, fills the peer's shuffle buffer, warms the page cache.
-    batches = Manifest.open(manifest).num_samples // BATCH  # A whole epoch: shards may hold unlike images.
-    best = dict.fromkeys(streams, 0.0)
-    for _ in range(REPEATS):
-        for label, stream in streams.items():
-            best[label] = max(best[label], _rate(stream, batches))
-    peers = {"webdataset": round(best["webdataset"], 1)}
-    return Case(name, round(best["ours"], 1), peers, "samples per CPU-second", lower_is_better=False)
-
-
-def measure() -> list[Case]:
-    """All cases."""
-    torch.set_num_threads(1)
-    small = MediaSpec(Placement.CROSS_ATTENTION, patch_size=8, fixed_grid=(4, 4))
-    large = MediaSpec(Placement.CROSS_ATTENTION, patch_size=14, fixed_grid=(16, 16))
-    augment = {"shift": 0.1, "scale": (0.8, 1.1), "flip": 0.5, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
-    augmented = FixedTransform.model_validate({"augment": augment})
-    with tempfile.TemporaryDirectory() as folder:
-        photos = _write_photos(Path(folder))
-        return [
-            _case("emoji, augmented, to 32 px", EMOJI / "shards" / "train.manifest", augmented, small),
-            _case("JPEG 512 to 224 px, exact", photos, FixedTransform(), large),
-            _case("JPEG 512 to 224 px, fast", photos, FixedTransform(decode=DecodeMode.FAST), large),
-        ]
+def main() -> None:
+    """Measures and prints."""
+    chosen = options()
+    rows, left_out = measure(chosen)
+    if chosen.json:
+        record = {"benchmark": "loader", "machine": machine(), "cases": [row.record() for row in rows]}
+        print(json.dumps({**record, "left_out": left_out}, indent=2))
+        return
+    print(table(rows))
+    for name in PEERS:
+        if any(name in row.figures for row in rows):
+            print(f"{name}: {PEERS[name]}")
+    for line in left_out:
+        print(line)
 
 
 if __name__ == "__main__":
-    main("loader", measure)
+    main()

@@ -2,7 +2,7 @@
 
 Knows no model, no training engine and no process group: rank and world size are integers. What it must know of the
 model arrives as one value, :class:`data_pipeline.media_spec.MediaSpec`. ``open_loader`` is the door for people who want
-the loader alone.
+the loader alone, ``open_samples`` for those who want samples and no packs.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_pipeline.iterable import PackedBatches, open_loader
+    from data_pipeline.samples import OrderedSamples, open_samples
 
-__all__ = ["PackedBatches", "open_loader"]
+__all__ = ["OrderedSamples", "PackedBatches", "open_loader", "open_samples"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports what needs torch only when it is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from data_pipeline import iterable
+    from data_pipeline import iterable, samples
 
-    return getattr(iterable, name)
+    return getattr(samples if hasattr(samples, name) else iterable, name)

@@ -257,6 +257,11 @@ def fingerprint(
         parts["faults.exclude"] = exclusions_digest(config.faults)
     for dataset in drawn:
         parts |= _dataset_parts(dataset, manifests[dataset.name])
+    return fingerprint_of(parts)
+
+
+def fingerprint_of(parts: Mapping[str, object]) -> str:
+    """One string of named hashes, so that what changed can be named."""
     return " ".join(f"{name}:{_hash(value)}" for name, value in parts.items())
 
 

@@ -1,0 +1,138 @@
+"""What all runners share: the samples, the decoder, the form of a batch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.decode.image import DecodeMode, decode_image
+from data_pipeline.shards.image_header import image_size
+from data_pipeline.shards.manifest import Manifest, write_manifest
+from data_pipeline.shards.writer import ShardWriter
+from data_pipeline.tokenizer import SentencePieceTokenizerConfig, Tokenizer, load_tokenizer
+from data_pipeline.views import resize
+
+TOKENIZER = SentencePieceTokenizerConfig(path=Path(__file__).resolve().parents[2] / "examples/emoji/tokenizer.model")
+SIDE = 224
+BATCH = 32
+SHUFFLE_BUFFER = 1000
+"""Samples that peers which shuffle in a buffer hold."""
+_MAX_PIXELS = 1 << 26
+_WORDS = ("a", "the", "red", "old", "tall", "house", "river", "dog", "child", "street", "light", "under", "with", "two")
+
+
+class Scenario(str, Enum):
+    """What is measured."""
+
+    RAW = "raw"
+    """Encoded bytes and text."""
+    EXACT = "exact"
+    """Pixels of 224 x 224, every stored pixel decoded, and token ids."""
+    FAST = "fast"
+    """The same, JPEGs scaled while they are decoded."""
+    RESUME = "resume"
+    """The first raw sample after a resume at 90 % of an epoch."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement: the folder of the samples, what to do with them, and in how many worker processes."""
+
+    folder: Path
+    scenario: Scenario
+    workers: int
+
+    @classmethod
+    def parse(cls, text: str) -> Job:
+        """Reads ``dump``."""
+        record = json.loads(text)
+        return cls(Path(record["folder"]), Scenario(record["scenario"]), record["workers"])
+
+    def dump(self) -> str:
+        """One line of JSON."""
+        return json.dumps({"folder": str(self.folder), "scenario": self.scenario.value, "workers": self.workers})
+
+    @property
+    def manifest(self) -> Path:
+        """Manifest of the tars."""
+        return manifest_path(self.folder)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return Manifest.open(self.manifest).num_samples
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether samples are pixels and token ids."""
+        return self.scenario in (Scenario.EXACT, Scenario.FAST)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of all runners."""
+        return load_tokenizer(TOKENIZER)
+
+    def pixels(self, data: bytes) -> np.ndarray:
+        """The decoder of all runners: uint8 ``(224, 224, 3)``, antialiased bicubic."""
+        if self.scenario is Scenario.FAST:
+            header = image_size(data)
+            wanted = (min(SIDE, header.height), min(SIDE, header.width))
+            image = decode_image(data, mode=DecodeMode.FAST, max_pixels=_MAX_PIXELS, min_side=wanted)
+        else:
+            image = decode_image(data, max_pixels=_MAX_PIXELS)
+        return resize(image, (SIDE, SIDE))
+
+    def encode(self, image: bytes, text: str | bytes) -> tuple[Any, Any]:
+        """What a peer makes of one sample."""
+        text = text if isinstance(text, str) else text.decode()
+        if not self.is_decoded:
+            return image, text
+        return self.pixels(image), self.tokenizer.encode(text)
+
+    def stack(self, pairs: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+        """What a peer makes of a batch: lists of bytes and texts, or tensors of pixels and padded ids."""
+        images, texts = [image for image, _ in pairs], [text for _, text in pairs]
+        if not self.is_decoded:
+            return images, texts
+        longest = max(len(ids) for ids in texts)
+        padded = [ids + [self.tokenizer.pad_id] * (longest - len(ids)) for ids in texts]
+        return torch.from_numpy(np.stack(images)), torch.tensor(padded)
+
+
+def manifest_path(folder: Path) -> Path:
+    """Manifest of the tars in the folder of the samples."""
+    return folder / "photos.manifest"
+
+
+def photo(number: int, height: int = 375, width: int = 500) -> bytes:
+    """A JPEG about as compressible as a photograph: smooth colours with some noise."""
+    import simplejpeg
+
+    rng = np.random.default_rng(number)
+    coarse = torch.from_numpy(rng.integers(0, 256, (1, 3, 12, 16), dtype=np.uint8))
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")[0].permute(1, 2, 0).numpy()
+    noisy = np.clip(smooth.astype(np.int16) + rng.normal(0, 5, smooth.shape).astype(np.int16), 0, 255)
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(noisy.astype(np.uint8)), quality=90))
+
+
+def caption(number: int) -> str:
+    """Five to twenty words."""
+    rng = np.random.default_rng((number, 1))
+    return " ".join(rng.choice(_WORDS, rng.integers(5, 21)))
+
+
+def write_photos(folder: Path, count: int) -> None:
+    """Tars of 100 samples, indexes and a manifest, the same on every machine; nothing if they are there."""
+    if manifest_path(folder).exists():
+        return
+    with ShardWriter(folder, "photos", max_samples=100) as writer:
+        for number in range(count):
+            writer.write(f"{number:06d}", {"jpg": photo(number), "txt": caption(number).encode()})
+    write_manifest(manifest_path(folder), writer.shards)

@@ -1,0 +1,75 @@
+"""litdata over its own chunks of the same bytes, with the shared decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from litdata import StreamingDataLoader, StreamingDataset, optimize
+
+from benchmarks.peers.job import BATCH, Job, manifest_path
+from data_pipeline.reader import SampleReader
+from data_pipeline.shards.manifest import Manifest
+
+
+class _Photos(StreamingDataset):
+    def __init__(self, job: Job) -> None:
+        super().__init__(str(job.folder / "litdata"), shuffle=True, seed=1)
+        self._job = job
+
+    def __getitem__(self, index: Any) -> Any:
+        image, text = super().__getitem__(index)
+        return self._job.encode(bytes(image), text)  # It hands out views of its files, which no process can send.
+
+
+class _Read:
+    """Samples by number, in the processes that write the chunks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, number: int) -> Any:
+        image, text = SampleReader(Manifest.open(manifest_path(self.folder)), "photos").read(number).parts
+        return image.data, text.text  # type: ignore[union-attr]
+
+
+def prepare(folder: Path) -> None:
+    """Chunks."""
+    if (folder / "litdata" / "index.json").exists():
+        return
+    numbers = range(Manifest.open(manifest_path(folder)).num_samples)
+    optimize(
+        _Read(folder), list(numbers), str(folder / "litdata"), chunk_bytes="64MB", num_workers=1, start_method="fork"
+    )
+
+
+def _loader(job: Job) -> Any:
+    return StreamingDataLoader(
+        _Photos(job), batch_size=BATCH, num_workers=job.workers, collate_fn=job.stack, drop_last=False
+    )
+
+
+def batches(job: Job) -> Iterator[int]:
+    """Samples of each batch."""
+    loader = _loader(job)
+    while True:
+        for images, _ in loader:
+            yield len(images)
+
+
+def at(job: Job, num_samples: int) -> Any:
+    """The state that its loader gives."""
+    loader, seen = _loader(job), 0
+    for images, _ in loader:
+        seen += len(images)
+        if seen >= num_samples:
+            return loader.state_dict()
+    raise ValueError(f"the epoch ended after {seen} samples, {num_samples} wanted")
+
+
+def resumed(job: Job, state: Any) -> None:
+    """The first batch behind the state."""
+    loader = _loader(job)
+    loader.load_state_dict(state)
+    next(iter(loader))

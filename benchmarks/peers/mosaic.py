@@ -1,0 +1,61 @@
+"""mosaicml-streaming over MDS files of the same bytes, with the shared decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
+
+from benchmarks.peers.job import BATCH, Job, manifest_path
+from data_pipeline.reader import read_samples
+
+
+class _Photos(StreamingDataset):
+    def __init__(self, job: Job) -> None:
+        super().__init__(local=str(job.folder / "mds"), shuffle=True, shuffle_seed=1, batch_size=BATCH)
+        self._job = job
+
+    def __getitem__(self, at: int) -> Any:
+        stored = super().__getitem__(at)
+        return self._job.encode(stored["jpg"], stored["txt"])
+
+
+def prepare(folder: Path) -> None:
+    """MDS files."""
+    if (folder / "mds" / "index.json").exists():
+        return
+    with MDSWriter(out=str(folder / "mds"), columns={"jpg": "bytes", "txt": "str"}) as writer:
+        for sample in read_samples(manifest_path(folder)):
+            image, text = sample.parts
+            writer.write({"jpg": image.data, "txt": text.text})  # type: ignore[union-attr]
+
+
+def _loader(job: Job) -> Any:
+    return StreamingDataLoader(_Photos(job), batch_size=BATCH, num_workers=job.workers, collate_fn=job.stack)
+
+
+def batches(job: Job) -> Iterator[int]:
+    """Samples of each batch."""
+    loader = _loader(job)
+    while True:
+        for images, _ in loader:
+            yield len(images)
+
+
+def at(job: Job, num_samples: int) -> Any:
+    """The state that its loader gives."""
+    loader, seen = _loader(job), 0
+    for images, _ in loader:
+        seen += len(images)
+        if seen >= num_samples:
+            return loader.state_dict()
+    raise ValueError(f"the epoch ended after {seen} samples, {num_samples} wanted")
+
+
+def resumed(job: Job, state: Any) -> None:
+    """The first batch behind the state."""
+    loader = _loader(job)
+    loader.load_state_dict(state)
+    next(iter(loader))
