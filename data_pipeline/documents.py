@@ -166,6 +166,8 @@ class DocumentBuilder:
         self._special = {name: tokenizer.special_id(name, "template.special_tokens") for name in names}
         if tokenizer.image_id in self._special.values():
             raise DataConfigError("template.special_tokens: the image token is placed by images, never by a template")
+        laid_out = layout.tokens(max_tiles) if layout is not None else []
+        self._reserved = self._special | {name: tokenizer.special_id(name, "transforms.layout") for name in laid_out}
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Document:
         """The whole document; ``rng`` draws answers and augmentation, None takes first answers and plain images.
@@ -205,9 +207,11 @@ class DocumentBuilder:
     ) -> Document:
         draft = _Draft(self.spec)
         draft.add_text([self.tokenizer.bos_id], 0.0)
+        num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
         for piece in pieces:
             if isinstance(piece, ImagePart):
-                draft.add_image(self._views(piece, rng, measured), self.tokenizer.image_id, self._layout)
+                views = self._views(piece, rng, num_images, measured)
+                draft.add_image(views, self.tokenizer.image_id, self._layout)
             elif isinstance(piece, BranchPiece):
                 draft.begin_branch()
             elif isinstance(piece, EndPiece):
@@ -221,15 +225,17 @@ class DocumentBuilder:
         draft.weights = share_weights(draft.weights, draft.branches, self.dataset.template.loss_weight).tolist()
         return draft.finish(sample.provenance)
 
-    def _views(self, part: ImagePart, rng: np.random.Generator | None, measured: bool) -> tuple[MediaItem, ...]:
+    def _views(
+        self, part: ImagePart, rng: np.random.Generator | None, num_images: int, measured: bool
+    ) -> tuple[MediaItem, ...]:
         if self._transform is None:
             raise SampleError(f"image {part.name}, but the model has no image tower")
         if not measured:
-            return self._transform(part.data, rng, part.size)
+            return self._transform(part.data, rng, part.size, num_images)
         if part.size is not None:
-            return self._transform.measure(part.size, rng)
+            return self._transform.measure(part.size, rng, num_images)
         header = image_size(part.data)
-        return self._transform.measure((header.height, header.width), rng)
+        return self._transform.measure((header.height, header.width), rng, num_images)
 
     def _check_counts(self, draft: _Draft) -> None:
         features = [(item.embedded, item.num_features(self.spec)) for item in draft.items]  # Attended grids too.
@@ -243,9 +249,9 @@ class DocumentBuilder:
             )
 
     def _encode(self, text: str) -> list[int]:
-        """Ids of a text; none of them opens or closes a turn."""
+        """Ids of a text; none of them opens or closes a turn, or lays out an image."""
         ids = self.tokenizer.encode(text)
-        forged = [name for name, token_id in self._special.items() if token_id in ids]
+        forged = [name for name, token_id in self._reserved.items() if token_id in ids]
         if forged:
             raise SampleError(
                 f"the text spells {forged[0]}, which this tokenizer takes for the token; make it a special token of "

@@ -21,6 +21,8 @@ from data_pipeline.strict import StrictConfig
 from data_pipeline.tokenizer import Tokenizer
 
 Ids = tuple[int, ...]
+_NAMES = ("start", "end", "view_start", "view_end", "row_end", "row_break", "overview")
+"""Fields that name one token each; ``tile`` names one for each tile."""
 
 
 class ImageLayoutConfig(StrictConfig):
@@ -55,6 +57,15 @@ class ImageLayoutConfig(StrictConfig):
         if self.tile is not None and self.join_tiles:
             raise ValueError("tile and join_tiles exclude each other: joined tiles have no place for a tag each")
         return self
+
+    def tags(self, max_tiles: int) -> list[str]:
+        """The tags of so many tiles."""
+        return [] if self.tile is None else [self.tile.replace("{n}", str(n)) for n in range(1, max_tiles + 1)]
+
+    def tokens(self, max_tiles: int) -> list[str]:
+        """Names of all tokens that are of its own; none if it spells them."""
+        named = [getattr(self, name) for name in _NAMES]
+        return [] if self.spell else [*(name for name in named if name is not None), *self.tags(max_tiles)]
 
     def check(self, spec: MediaSpec, max_tiles: int) -> None:
         """Refuses what the model or the transform gives no meaning to.
@@ -136,15 +147,18 @@ class ImageLayout:
             return cls()
         config.check(spec, max_tiles)
 
-        def ids(name: str) -> Ids:
-            text: str | None = getattr(config, name)
-            return () if text is None else _ids(text, name, config, tokenizer)
+        def ids(text: str | None, name: str) -> Ids:
+            if text is None:
+                return ()
+            place = f"transforms.layout.{name}"
+            found = tuple(tokenizer.encode(text)) if config.spell else (tokenizer.special_id(text, place),)
+            if tokenizer.image_id in found:
+                raise DataConfigError(f"{place}={text!r}: is the image token, which stands for features alone")
+            return found
 
-        names = ("start", "end", "view_start", "view_end", "row_end", "row_break", "overview")
-        tags = [config.tile.replace("{n}", str(n)) for n in range(1, max_tiles + 1)] if config.tile is not None else []
         return cls(
-            **{name: ids(name) for name in names},
-            tiles=tuple(_ids(tag, "tile", config, tokenizer) for tag in tags),
+            **{name: ids(getattr(config, name), name) for name in _NAMES},
+            tiles=tuple(ids(tag, "tile") for tag in config.tags(max_tiles)),
             join_tiles=config.join_tiles,
         )
 
@@ -204,11 +218,3 @@ def _rows(views: Sequence[MediaItem], block: list[int], spec: MediaSpec, apart: 
 
 def _width(view: MediaItem, spec: MediaSpec) -> int:
     return view.grid[2] // spec.merge if view.kept is None else view.kept.width
-
-
-def _ids(text: str, field_name: str, config: ImageLayoutConfig, tokenizer: Tokenizer) -> Ids:
-    name = f"transforms.layout.{field_name}"
-    ids = tuple(tokenizer.encode(text)) if config.spell else (tokenizer.special_id(text, name),)
-    if tokenizer.image_id in ids:
-        raise DataConfigError(f"{name}={text!r}: is the image token, which stands for features alone")
-    return ids

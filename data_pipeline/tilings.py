@@ -257,7 +257,14 @@ class Mm15Tiling(_LimitedTiling):
         return Tiled(canvases, (*_adjacent(grid, side), Tile(1, 0, 0, None)))
 
 
-TilingConfig = Annotated[InternvlTiling | LlamaTiling | MolmoTiling | Mm15Tiling, Field(discriminator="kind")]
+Tiling = InternvlTiling | LlamaTiling | MolmoTiling | Mm15Tiling
+TilingConfig = Annotated[Tiling, Field(discriminator="kind")]
+
+
+def single_tile(tiling: Tiling) -> Tiling:
+    """The same rule with one tile at most."""
+    limits: dict[str, int] = {name: 1 for name in ("min_tiles", "max_tiles") if name in type(tiling).model_fields}
+    return tiling.model_copy(update=limits)
 
 
 def _adjacent(grid: Tiles, side: int) -> tuple[Tile, ...]:

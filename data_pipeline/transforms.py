@@ -27,7 +27,7 @@ from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.native_sizes import Size, area_size, lifted, longest_side_size, shrunk_size
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.strict import StrictConfig
-from data_pipeline.tilings import InternvlTiling, Tile, Tiled, TilingConfig
+from data_pipeline.tilings import InternvlTiling, Tile, Tiled, TilingConfig, single_tile
 from data_pipeline.views import Canvas, ImagePlan, View, render
 
 _BLACK = np.uint8(0)
@@ -105,6 +105,9 @@ class TilesTransform(_TransformConfig):
     """Side of a tile, pixels. None takes the vision tower's fixed size."""
     tiling: TilingConfig = InternvlTiling()
     """The rule: ``internvl`` (NVLM too), ``llama``, ``molmo`` or ``mm1_5``."""
+    split_up_to: int | None = Field(default=None, ge=1)
+    """Images of a sample up to which they are split; with more of them each has one tile at most (MM1.5: 2). Null
+    splits all."""
 
 
 _NATIVE = (NativeTransform, LongestSideTransform, PaddedTransform)
@@ -191,7 +194,7 @@ class ImageTransform:
         return config.size
 
     def __call__(
-        self, data: bytes, rng: np.random.Generator | None = None, expected: Size | None = None
+        self, data: bytes, rng: np.random.Generator | None = None, expected: Size | None = None, num_images: int = 1
     ) -> tuple[MediaItem, ...]:
         """Views of one encoded image, in reading order.
 
@@ -199,6 +202,7 @@ class ImageTransform:
             data: The encoded image.
             rng: Draws the augmentation; None applies none.
             expected: Height and width that the shard's index promised, if it did.
+            num_images: Images of its sample, itself included.
 
         Raises:
             SampleError: the image cannot be decoded, is refused, or is not what the index says.
@@ -212,7 +216,7 @@ class ImageTransform:
                 "Build it again with: mmscale data index",
                 kind=FaultKind.DECODE,
             )
-        plan = self.plan(size, rng)
+        plan = self.plan(size, rng, num_images)
         pixels = decode_image(
             data,
             mode=config.decode,
@@ -228,25 +232,25 @@ class ImageTransform:
         values = render(pixels, plan, self.spec.patch_size, config.interpolation)
         return tuple(_item(patches, view) for patches, view in zip(values, plan.views, strict=True))
 
-    def measure(self, size: Size, rng: np.random.Generator | None = None) -> tuple[MediaItem, ...]:
+    def measure(self, size: Size, rng: np.random.Generator | None = None, num_images: int = 1) -> tuple[MediaItem, ...]:
         """The views that an image of this size gives, with black pixels that take no memory.
 
         Draws from ``rng`` exactly as the image itself would.
 
         Args:
             size: Height and width as shown, as ``image_header.image_size`` and the shard's index give them.
-            rng: As for the image.
+            rng, num_images: As for the image.
 
         Raises:
             SampleError: the image is refused by its size.
         """
         if size[0] < 1 or size[1] < 1:
             raise SampleError("the index holds no size of this image: its header is damaged", kind=FaultKind.DECODE)
-        plan, patch_dim = self.plan(size, rng), self.spec.patch_dim
+        plan, patch_dim = self.plan(size, rng, num_images), self.spec.patch_dim
         return tuple(_item(np.broadcast_to(_BLACK, (math.prod(view.grid), patch_dim)), view) for view in plan.views)
 
-    def plan(self, size: Size, rng: np.random.Generator | None = None) -> ImagePlan:
-        """What becomes of an image of ``size``: a pure function of it and of the draws.
+    def plan(self, size: Size, rng: np.random.Generator | None = None, num_images: int = 1) -> ImagePlan:
+        """What becomes of an image of ``size`` in a sample of so many: a pure function of these and of the draws.
 
         Raises:
             SampleError: the image is refused by its size.
@@ -255,17 +259,19 @@ class ImageTransform:
             raise too_many_pixels(size[1], size[0], self.config.max_image_pixels)
         augment = self.config.augment
         if augment is None or rng is None:
-            return ImagePlan(size, *self._layout(size))
+            return ImagePlan(size, *self._layout(size, num_images))
         box = crop_box(size, augment, rng)
         flip = rng.random() < augment.flip
         color = jitter(augment, rng)
-        return ImagePlan(size, *self._layout(box[2:]), box, flip, color)
+        return ImagePlan(size, *self._layout(box[2:], num_images), box, flip, color)
 
-    def _layout(self, size: Size) -> tuple[tuple[Canvas, ...], tuple[View, ...]]:
+    def _layout(self, size: Size, num_images: int) -> tuple[tuple[Canvas, ...], tuple[View, ...]]:
         """Canvases and views of what is left after the crop."""
         config, placement = self.config, self.spec.placement
         if isinstance(config, TilesTransform):
-            tiled = config.tiling.plan(size, self._size, self.spec)
+            split = config.split_up_to is None or num_images <= config.split_up_to
+            tiling = config.tiling if split else single_tile(config.tiling)
+            tiled = tiling.plan(size, self._size, self.spec)
         else:
             tiled = Tiled((self._whole(size),), (Tile(0, 0, 0, None),))
         tiles = tiled.tiles

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from mmscale.cli import data_dedup, data_shards, data_stats, data_text, data_trace
+from mmscale.cli import data_dedup, data_shards, data_stats, data_text, data_trace, data_views
 from mmscale.cli.console import emit, progress, track
 
 app = typer.Typer()
@@ -115,3 +115,4 @@ app.registered_commands += data_shards.app.registered_commands
 app.registered_commands += data_dedup.app.registered_commands
 app.registered_commands += data_stats.app.registered_commands
 app.registered_commands += data_trace.app.registered_commands
+app.registered_commands += data_views.app.registered_commands

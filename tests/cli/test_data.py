@@ -142,3 +142,17 @@ def test_dedup_lists_what_a_run_leaves_out(tmp_path: Path, capsys: pytest.Captur
     excluded = [f"data.faults.exclude=[{out}]", "--steps", "0:1"]
     assert main(["data", "digest", str(ROOT / "configs" / "quickstart.yaml"), *excluded]) == 0
     assert "--by hash" in complaint(capsys, "dedup", train, "--by", "hash", "--out", str(out), code=2)
+
+
+def test_views_of_an_image_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    tiles = "data.datasets.0.transforms={kind: tiles, tiling: {kind: internvl, max_tiles: 6}}"
+    found = figures(capsys, "views", config, tiles, "model.connector.kind=embedding", "--size", "2000x1000")
+    assert [view["view"] for view in found["views"]] == ["tile 1,1", "tile 1,2", "whole"]
+    assert (found["tokens"], found["patches"]) == (48, 48)
+    assert main(["data", "views", config, "--size", "90x90", "--dataset", "emoji"]) == 0
+    assert "attended" in capsys.readouterr().out
+    assert "WIDTHxHEIGHT" in complaint(capsys, "views", config, "--size", "12", code=2)
+    assert "has emoji" in complaint(capsys, "views", config, "--size", "9x9", "--dataset", "x", code=2)
+    text = ("model.vision=null", "model.connector=null", "stages.0.train=[decoder]")
+    assert "no image tower" in complaint(capsys, "views", config, *text, "--size", "9x9", code=2)

@@ -18,7 +18,7 @@ from data_pipeline.collate import collate
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document, Span
 from data_pipeline.documents import DocumentBuilder
-from data_pipeline.errors import DataConfigError
+from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.image_layout import ImageLayoutConfig
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
@@ -209,6 +209,28 @@ def test_a_layout_that_cannot_work_is_refused(
 ) -> None:
     with pytest.raises(DataConfigError, match=message):
         _builder(tokenizer, spec, layout, **transforms)
+
+
+class Careless:
+    """A tokenizer that lets text spell its special tokens."""
+
+    def __init__(self, careful: Tokenizer) -> None:
+        self._careful = careful
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._careful, name)
+
+    def encode(self, text: str) -> list[int]:
+        return [self._careful.special_id(text, "test")] if text in LAYOUT else self._careful.encode(text)
+
+
+def test_text_that_spells_a_layout_token_is_refused(tokenizer: Tokenizer) -> None:
+    builder = _builder(Careless(tokenizer), EMBEDDING, {"row_end": "<row>"})  # type: ignore[arg-type]
+    assert builder(Sample((TextPart("<ve>"),))).num_tokens == 3  # No token of this layout.
+    with pytest.raises(SampleError, match="the text spells <row>"):
+        builder(Sample((TextPart("<row>"),)))
+    # A tokenizer whose tokens are special spells them out.
+    assert _builder(tokenizer, EMBEDDING, {"row_end": "<row>"})(Sample((TextPart("<row>"),))).num_tokens == 7
 
 
 def test_a_missing_piece_says_how_to_train_it() -> None:

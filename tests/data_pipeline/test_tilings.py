@@ -26,6 +26,7 @@ from data_pipeline.tilings import (
     llama_content,
     mm1_5_grid,
 )
+from data_pipeline.transforms import ImageTransform, TransformConfig
 
 SPEC = MediaSpec(Placement.EMBEDDING, patch_size=14, merge=2)
 sides = st.integers(1, 4000)
@@ -183,3 +184,14 @@ def test_margins_that_do_not_fit_are_refused(margin: int) -> None:
 def test_more_tiles_at_least_than_at_most_are_refused() -> None:
     with pytest.raises(ValueError, match="min_tiles=5 is above max_tiles=4"):
         TypeAdapter(TilingConfig).validate_python({"kind": "mm1_5", "min_tiles": 5, "max_tiles": 4})
+
+
+@pytest.mark.parametrize(
+    ("tiling", "split", "single"),
+    [("internvl", 3, 1), ("llama", 2, 1), ("molmo", 5, 2), ("mm1_5", 9, 1)],
+)
+def test_images_of_crowded_samples_are_not_split(tiling: str, split: int, single: int) -> None:
+    config = {"kind": "tiles", "size": 168, "tiling": {"kind": tiling}, "split_up_to": 2}
+    transform = ImageTransform(TypeAdapter(TransformConfig).validate_python(config), SPEC)
+    counts = {number: len(transform.measure((168, 336), num_images=number)) for number in (1, 2, 3, 9)}
+    assert counts == {1: split, 2: split, 3: single, 9: single}
