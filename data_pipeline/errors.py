@@ -5,6 +5,7 @@ DataPipelineError
 ├── ManifestError     a manifest or an index is missing, stale or damaged
 ├── ShardError        a tar is damaged or hostile
 ├── StorageError      an object of a remote store cannot be read: absent, refused, or the store failed for too long
+│   ├── AbsentError   there is no such object, or it ends too early
 │   └── StaleError    it is not the object that was indexed, or was replaced while it was read
 ├── SampleError       one sample is bad; the fault policy decides what follows
 ├── TooManyFaultsError   the fault policy gave up
@@ -58,6 +59,10 @@ class ShardError(DataPipelineError):
 
 class StorageError(DataPipelineError):
     """A remote object cannot be read; the message names its URL and what to check."""
+
+
+class AbsentError(StorageError):
+    """There is no such object, or it ends before the bytes that were asked for; the message names its URL."""
 
 
 class StaleError(StorageError):

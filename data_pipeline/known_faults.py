@@ -113,7 +113,7 @@ class SetFaults:
 
     def _shard_name(self, sample: int) -> str:
         manifest = self._reader.manifest
-        return str(manifest.shard_path(manifest.locate(sample)[0]))
+        return str(manifest.shard_location(manifest.locate(sample)[0]))
 
     def shard_failed(self, sample: int, error: ShardError | ManifestError) -> Fault:
         """A shard that cannot be opened anew, or fails three reads in a row, is lost; else it is about the sample.

@@ -60,6 +60,11 @@ class _Window:
         samples = positions + self.shifts[np.searchsorted(self.ends, positions, side="right")]
         return samples.data
 
+    def blocks(self) -> list[range]:
+        """The samples of each block, in order of the blocks."""
+        ends, shifts = self.ends.tolist(), self.shifts.tolist()
+        return [range(a + shift, b + shift) for a, b, shift in zip([0, *ends], ends, shifts, strict=False)]
+
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
@@ -129,6 +134,18 @@ class LaneOrder:
         chunk = _Chunk(blocks, first, blocks.samples(first))
         object.__setattr__(self, "_chunk", chunk)
         return Place(chunk.samples[offset - first], epoch), Cursor(epoch, window, offset + 1)
+
+    def blocks(self, cursor: Cursor) -> list[range]:
+        """Samples of the blocks of a cursor's window, then of the window behind it: what a lane needs now and next."""
+        window = self._window(self.lane, cursor.epoch, cursor.window)
+        if window is None:
+            return []
+        following, epoch = self._window(self.lane, cursor.epoch, cursor.window + 1), cursor.epoch
+        if following is None:
+            epoch = self._first_place(self.lane, epoch + 1) // self.num_blocks
+            following = self._window(self.lane, epoch, 0)
+        assert following is not None, "the first place of a lane in an epoch belongs to its first window"
+        return [*window.blocks(), *following.blocks()]
 
     def find(self, sample: int, epoch: int) -> tuple[int, Cursor]:
         """Lane and cursor that visit ``sample`` in ``epoch``, whichever lane this is: the inverse of ``resolve``.

@@ -9,12 +9,15 @@ number of both. Not for: evaluation, which reads in stored order (``reader.read_
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import multiprocessing
 import signal
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -32,6 +35,7 @@ from data_pipeline.packing import Budget, Pack, Packer
 from data_pipeline.reader import read_samples
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition, fingerprint, schedule_of
+from data_pipeline.storage.storage import Storage
 from data_pipeline.stream import LaneStream, OpenDataset
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.transport import Parcel, wrap
@@ -106,7 +110,10 @@ class _LaneRows:
         self._spec = spec
         budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
         faults = RunFaults.load(config.faults, plan.quarantine)
-        self._datasets = [OpenDataset.open(dataset, plan.seed, tokenizer, spec, faults) for dataset in config.datasets]
+        self._storage = Storage(config.storage, config.cache)
+        self._datasets = [
+            OpenDataset.open(dataset, plan.seed, tokenizer, spec, faults, self._storage) for dataset in config.datasets
+        ]
         sizes = {dataset.config.name: dataset.reader.manifest.num_samples for dataset in self._datasets}
         schedule = schedule_of(config, sizes)
         self._streams: dict[int, LaneStream] = {}
@@ -115,6 +122,10 @@ class _LaneRows:
             state = plan.lanes[lane]
             self._streams[lane] = LaneStream(config, self._datasets, schedule, lane, budget, state)
             self._packers[lane] = Packer(self._streams[lane], budget, lane, state.waiting)
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        self._storage.close()
 
     def step(self) -> _Rows:
         """The rows of the next step."""
@@ -149,8 +160,9 @@ class _Steps(IterableDataset[_Rows | DataPipelineError]):
         first, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         try:
             rows = _LaneRows(self._plan, list(self._plan.lanes)[first::stride], in_parcels=worker is not None)
-            while True:
-                yield rows.step()
+            with contextlib.closing(rows):
+                while True:
+                    yield rows.step()
         except DataPipelineError as error:
             yield error
 
@@ -160,6 +172,18 @@ def _start_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _context(num_workers: int, is_remote: bool) -> BaseContext | None:
+    """How workers start: remote access has threads, which a fork would lose, so its workers come from a clean process.
+
+    That one imports this module once for all of them.
+    """
+    if not num_workers or not is_remote:
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 class Loader:
@@ -203,7 +227,8 @@ class Loader:
         tokenizer = load_tokenizer(config.tokenizer)
         self._null_pack = Pack((null_document(spec, tokenizer.pad_id),), lane=-1)
         self._step = state.step if state is not None else 0
-        manifests = {dataset.name: Manifest.open(dataset.manifest) for dataset in config.datasets}
+        with Storage(config.storage, config.cache) as storage:
+            manifests = {dataset.name: Manifest.open(dataset.manifest, storage) for dataset in config.datasets}
         prints = {name: manifest.fingerprint for name, manifest in manifests.items()}
         schedule = schedule_of(config, {name: manifest.num_samples for name, manifest in manifests.items()})
         self._fingerprint = functools.partial(fingerprint, config, spec, seed, prints, tokenizer.fingerprint, schedule)
@@ -222,6 +247,7 @@ class Loader:
             num_workers=self._num_workers,
             prefetch_factor=config.prefetch if self._num_workers else None,
             worker_init_fn=_start_worker,
+            multiprocessing_context=_context(self._num_workers, any(m.is_remote for m in manifests.values())),
         )
         self._running: Iterator[_Rows | DataPipelineError] | None = None
         self._closed = False

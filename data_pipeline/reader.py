@@ -1,41 +1,33 @@
 """One sample by number: index lookup, one positional read, checksum, parts in reading order.
 
+Of a remote data set a lane names the blocks that it needs soon (``expect``); each is fetched in the background by a
+request or two, and its samples are taken from memory.
+
 Not for: order (``lanes``), pixels (``decode``).
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import FaultKind, SampleError, ShardError
+from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.pages import default_images, take_parts
 from data_pipeline.sample import Part, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
-from data_pipeline.shards.index import Member, ShardIndex
+from data_pipeline.shards.index import Member
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.open_shard import OpenShard, open_remote, open_shard, shard_errors
+from data_pipeline.storage.objects import RemoteObject
+from data_pipeline.storage.ranges import Range
+from data_pipeline.storage.read_ahead import Stretch
 
 _TEXT_EXTENSIONS = ("txt", "json")
-
-
-class _OpenShard:
-    """A file descriptor and the index of one shard."""
-
-    def __init__(self, index: ShardIndex) -> None:
-        self.path = index.tar_path
-        self.index = index
-        try:
-            self.descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise ShardError(f"{self.path}: cannot be opened: {error.strerror}") from error
-
-    def close(self) -> None:
-        os.close(self.descriptor)
 
 
 class SampleReader:
@@ -53,13 +45,14 @@ class SampleReader:
         self.manifest = manifest
         self.dataset = dataset
         self._max_open = max_open
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._ahead: dict[int, list[tuple[range, Stretch]]] = {}
 
-    def _shard(self, number: int) -> _OpenShard:
+    def _shard(self, number: int) -> OpenShard:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        shard = _OpenShard(self.manifest.open_index(number))
+        shard = open_shard(self.manifest, number)
         self._open[number] = shard
         if len(self._open) > self._max_open:
             self._open.popitem(last=False)[1].close()
@@ -68,32 +61,74 @@ class SampleReader:
     def where(self, sample_index: int) -> tuple[str, str]:
         """Shard and key of a sample, without reading it."""
         number, row = self.manifest.locate(sample_index)
-        shard = self._shard(number)
-        return str(shard.path), shard.index.key(row)
+        index = self._shard(number).index
+        return str(index.tar_path), index.key(row)
 
-    def read(self, sample_index: int, epoch: int = 0) -> Sample:
+    def expect(self, lane: int, blocks: Sequence[range]) -> None:
+        """Names all samples that a lane needs now and next, in order: remote ones are fetched in the background.
+
+        What an earlier call named and this one does not is let go. Local samples need no such care.
+        """
+        if self.manifest.is_remote:
+            wanted = [(rows, self._stretch(number, rows)) for block in blocks for number, rows in self._by_shard(block)]
+            owner = (self.dataset, lane)
+            ready = self.manifest.storage.read_ahead.expect(owner, [stretch for _, stretch in wanted])
+            self._ahead[lane] = [(rows, stretch) for (rows, _), stretch in zip(wanted, ready, strict=True)]
+
+    def _by_shard(self, samples: range) -> Iterator[tuple[int, range]]:
+        """Consecutive samples, cut where a shard ends."""
+        while samples:
+            number = self.manifest.locate(samples.start)[0]
+            end = min(samples.stop, int(self.manifest.cu_samples[number + 1]))
+            yield number, range(samples.start, end)
+            samples = range(end, samples.stop)
+
+    def _stretch(self, number: int, samples: range) -> Stretch:
+        return Stretch((number, samples.start, samples.stop), functools.partial(self._find, number, samples))
+
+    async def _find(self, number: int, samples: range) -> tuple[RemoteObject, Range]:
+        """The bytes of neighbours in one shard; runs beside ``read``, so it shares nothing with it."""
+        shard, start = await open_remote(self.manifest, number), int(self.manifest.cu_samples[number])
+        first, last = (shard.index.span(sample - start) for sample in (samples.start, samples.stop - 1))
+        return shard.remote, Range(first[0], last[1])
+
+    def read(self, sample_index: int, epoch: int = 0, lane: int = -1) -> Sample:
         """The sample with its members in reading order.
+
+        Args:
+            sample_index: Number of the sample.
+            epoch: Epoch, for provenance.
+            lane: Whose expectations may hold it.
 
         Raises:
             ManifestError: the shard's index is missing or stale.
             ShardError: the shard is missing, unreadable or shorter than its index says.
+            StorageError: a server refused, or failed for too long.
             SampleError: a member does not match its checksum, or its JSON or text is malformed.
         """
         number, row = self.manifest.locate(sample_index)
         shard = self._shard(number)
-        origin = Provenance(self.dataset, str(shard.path), shard.index.key(row), sample_index, epoch)
+        origin = Provenance(self.dataset, str(shard.index.tar_path), shard.index.key(row), sample_index, epoch)
         listed = shard.index.members(row)
         first, end = listed[0].offset, listed[-1].offset + listed[-1].size
-        data = _read_range(shard, first, end)
-        members: dict[str, bytes] = {}
-        sizes: dict[str, tuple[int, int]] = {}
+        data = self._fetched(sample_index, lane, first, end)
+        if data is None:
+            data = shard.read(first, end)
+        members = _cut(listed, data)
+        if any(zlib.crc32(members[member.ext]) != member.crc32 for member in listed):
+            members = _cut(listed, shard.read(first, end, fresh=True))  # It may have happened on the way.
         for member in listed:
-            payload = data[member.offset - first : member.offset - first + member.size]
-            _check(member, payload, origin)
-            members[member.ext] = payload
-            if member.width:
-                sizes[member.ext] = (member.height, member.width)
+            _check(member, members[member.ext], origin)
+        sizes = {member.ext: (member.height, member.width) for member in listed if member.width}
         return assemble(members, origin, sizes)
+
+    def _fetched(self, sample_index: int, lane: int, first: int, end: int) -> bytes | None:
+        """Bytes of a sample that were fetched ahead; None if they were not."""
+        for samples, stretch in self._ahead.get(lane, ()):
+            if sample_index in samples:
+                with shard_errors():
+                    return stretch.get(first, end)
+        return None
 
     def read_outline(self, sample_index: int, epoch: int = 0) -> Sample:
         """The sample without the bytes of its images, for ``DocumentBuilder.measure``; only text is read.
@@ -103,7 +138,7 @@ class SampleReader:
         """
         number, row = self.manifest.locate(sample_index)
         shard = self._shard(number)
-        origin = Provenance(self.dataset, str(shard.path), shard.index.key(row), sample_index, epoch)
+        origin = Provenance(self.dataset, str(shard.index.tar_path), shard.index.key(row), sample_index, epoch)
         members: dict[str, bytes] = {}
         sizes: dict[str, tuple[int, int]] = {}
         for member in shard.index.members(row):
@@ -111,7 +146,7 @@ class SampleReader:
             if is_image(member.ext):
                 sizes[member.ext] = (member.height, member.width)
             elif member.ext in _TEXT_EXTENSIONS:
-                payload = _read_range(shard, member.offset, member.offset + member.size)
+                payload = shard.read(member.offset, member.offset + member.size)
                 _check(member, payload, origin)
             members[member.ext] = payload
         return assemble(members, origin, sizes)
@@ -128,29 +163,17 @@ class SampleReader:
             self._open.popitem()[1].close()
 
 
-def _read_range(shard: _OpenShard, first: int, end: int) -> bytes:
-    try:
-        data = os.pread(shard.descriptor, end - first, first)
-        while len(data) < end - first:  # One pread returns at most 2 GiB.
-            more = os.pread(shard.descriptor, end - first - len(data), first + len(data))
-            if not more:
-                break
-            data += more
-    except OSError as error:
-        raise ShardError(f"{shard.path}: reading bytes {first}-{end} failed: {error.strerror}") from error
-    if len(data) < end - first:
-        raise ShardError(
-            f"{shard.path}: ends at byte {first + len(data)}, a sample reaches to {end}: the shard was truncated; "
-            "restore it, or index it again"
-        )
-    return data
+def _cut(members: Sequence[Member], data: bytes) -> dict[str, bytes]:
+    """Bytes of each member, by extension, out of those from the first to the last."""
+    first = members[0].offset
+    return {member.ext: data[member.offset - first : member.offset - first + member.size] for member in members}
 
 
 def _check(member: Member, payload: bytes, origin: Provenance) -> None:
     crc32 = zlib.crc32(payload)
     if crc32 != member.crc32:
         raise SampleError(
-            f"member {member.ext} has crc32 {crc32:08x}, its index says {member.crc32:08x}: the bytes changed on disk",
+            f"member {member.ext} has crc32 {crc32:08x}, its index says {member.crc32:08x}: the bytes changed since",
             kind=FaultKind.CHECKSUM,
             shard=origin.shard,
             key=origin.key,
@@ -222,7 +245,7 @@ def read_samples(manifest_path: Path | str, dataset: str = "evaluation") -> Iter
     Raises:
         As ``SampleReader.read``; a bad sample ends the iteration, since an evaluation must not skip silently.
     """
-    reader = SampleReader(Manifest.open(Path(manifest_path)), dataset)
+    reader = SampleReader(Manifest.open(manifest_path), dataset)
     try:
         for index in range(reader.manifest.num_samples):
             yield reader.read(index)

@@ -17,7 +17,7 @@ from data_pipeline.documents import DocumentBuilder
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.faults import Fault, FaultPolicy, Skipped
 from data_pipeline.known_faults import RunFaults, SetFaults
-from data_pipeline.lanes import LaneOrder, Place, mix
+from data_pipeline.lanes import Cursor, LaneOrder, Place, mix
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.mixture import Mixture, Schedule
 from data_pipeline.packing import Budget, Made
@@ -25,6 +25,7 @@ from data_pipeline.reader import SampleReader
 from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn, LaneState, StreamPosition
+from data_pipeline.storage.storage import Storage
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -71,7 +72,13 @@ class OpenDataset:
 
     @classmethod
     def open(
-        cls, config: DatasetConfig, seed: int, tokenizer: Tokenizer, spec: MediaSpec, faults: RunFaults
+        cls,
+        config: DatasetConfig,
+        seed: int,
+        tokenizer: Tokenizer,
+        spec: MediaSpec,
+        faults: RunFaults,
+        storage: Storage,
     ) -> OpenDataset:
         """Opens manifest and builder; ``faults`` is what this process knows of bad samples.
 
@@ -79,7 +86,7 @@ class OpenDataset:
             ManifestError: the manifest is missing or damaged.
             DataConfigError: it is empty or wholly excluded, or the transforms do not fit the model.
         """
-        manifest = Manifest.open(config.manifest)
+        manifest = Manifest.open(config.manifest, storage)
         if manifest.num_samples == 0:
             raise DataConfigError(f"data set {config.name}: {config.manifest} holds no samples")
         reader = SampleReader(manifest, config.name)
@@ -132,6 +139,7 @@ class LaneStream:
         self._policy = FaultPolicy(config.faults, state.faults)
         self._skipped: list[Skipped] = []
         self._remade: tuple[Drawn, list[Document]] | None = None
+        self._expected: dict[int, tuple[int, int]] = {}
 
     def position(self) -> StreamPosition:
         """Where the next document is drawn from."""
@@ -184,12 +192,20 @@ class LaneStream:
             if most is not None and place.epoch >= most:
                 position = self._enter_phase(position.phase, position.exhausted | 1 << chosen)
                 continue
+            self._expect(chosen, after)
             draws, cursors = list(position.draws), list(position.cursors)
             draws[chosen] += 1
             cursors[chosen] = after
             self._position = StreamPosition(tuple(draws), tuple(cursors), position.phase, position.exhausted)
             return Drawn(chosen, place.epoch, place.sample)
         return None
+
+    def _expect(self, dataset: int, cursor: Cursor) -> None:
+        """Says once a window what is needed in this window and the next."""
+        reader = self._datasets[dataset].reader
+        if reader.manifest.is_remote and self._expected.get(dataset) != cursor[:2]:
+            self._expected[dataset] = cursor[:2]
+            reader.expect(self._lane, self._orders[dataset].blocks(cursor))
 
     def _enter_phase(self, phase: int, exhausted: int) -> StreamPosition:
         """The position, its draws counted anew if the mixture is another one now."""
@@ -219,7 +235,7 @@ class LaneStream:
 
     def _documents(self, drawn: Drawn) -> list[Document]:
         dataset = self._datasets[drawn.dataset]
-        sample = dataset.reader.read(drawn.sample, drawn.epoch)
+        sample = dataset.reader.read(drawn.sample, drawn.epoch, self._lane)
         document = dataset.build(sample, sample_generator(dataset.seed, Place(drawn.sample, drawn.epoch)))
         try:
             return self._budget.admit(document)

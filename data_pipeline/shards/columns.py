@@ -54,29 +54,31 @@ def write_columns(path: Path, arrays: Mapping[str, Column], record: Mapping[str,
     write_whole(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
 
 
-def read_columns(path: Path, expected: Mapping[str, tuple[str, int]], format_name: str) -> Columns:
+def read_columns(path: Path, expected: Mapping[str, tuple[str, int]], format_name: str, shown: str = "") -> Columns:
     """Maps ``path`` and checks that it holds exactly the ``expected`` columns.
 
     Args:
         path: A file of ``write_columns``.
         expected: Column name to (numpy dtype, number of dimensions).
         format_name: Must equal the record's ``format``.
+        shown: What messages call the file, if it is a copy of another.
 
     Raises:
         ManifestError: the file is missing, truncated, of another format, or its header points outside of it.
     """
+    shown = shown or str(path)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
-                raise ManifestError(f"{path}: {size} bytes: too short to be a {format_name}")
+                raise ManifestError(f"{shown}: {size} bytes: too short to be a {format_name}")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ManifestError(f"{shown}: cannot be read: {error.strerror}") from error
     try:
         return _parse(data, size, expected, format_name)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ManifestError(f"{path}: damaged {format_name}: {error}") from error
+        raise ManifestError(f"{shown}: damaged {format_name}: {error}") from error
 
 
 def _parse(data: mmap.mmap, size: int, expected: Mapping[str, tuple[str, int]], format_name: str) -> Columns:

@@ -26,6 +26,7 @@ from data_pipeline.shards.columns import Column, check_offsets, pack_strings, re
 from data_pipeline.shards.files import sha256_of
 from data_pipeline.shards.image_header import image_size, is_image
 from data_pipeline.shards.tar_members import split_name, walk
+from data_pipeline.storage.location import Url
 
 INDEX_FORMAT = "mmscale-shard-index-1"
 _COLUMNS = {
@@ -41,6 +42,7 @@ _COLUMNS = {
     "height": ("<u4", 1),
 }
 _MAX_EXTENSIONS = 1 << 16
+_SUFFIX = ".index"
 _CHUNK_BYTES = 1 << 24
 
 
@@ -66,7 +68,12 @@ class Member(NamedTuple):
 
 def index_path(tar_path: Path) -> Path:
     """The sidecar of a tar: ``X.tar.index``."""
-    return tar_path.with_name(tar_path.name + ".index")
+    return tar_path.with_name(tar_path.name + _SUFFIX)
+
+
+def index_url(tar: Url) -> Url:
+    """The sidecar of a remote tar."""
+    return Url(f"{tar}{_SUFFIX}")
 
 
 @dataclass(frozen=True)
@@ -77,13 +84,13 @@ class ShardIndex:
     is checked when it is asked for, and ``check`` looks at all of them.
 
     Attributes:
-        tar_path: The shard.
+        tar_path: The shard; a URL if it is remote.
         tar_bytes: Its size.
         tar_sha256: Its digest when the index was built, hexadecimal.
         extensions: Extensions that occur.
     """
 
-    tar_path: Path
+    tar_path: Path | Url
     tar_bytes: int
     tar_sha256: str
     extensions: tuple[str, ...]
@@ -127,8 +134,17 @@ class ShardIndex:
         Raises:
             ManifestError: the index is missing or damaged.
         """
-        path = index_path(tar_path)
-        columns = read_columns(path, _COLUMNS, INDEX_FORMAT)
+        return cls.map(index_path(tar_path), tar_path)
+
+    @classmethod
+    def map(cls, file: Path, tar_path: Path | Url) -> ShardIndex:
+        """Maps an index that lies in ``file``, a copy of the one of a remote tar for instance.
+
+        Raises:
+            ManifestError: it is missing or damaged.
+        """
+        path = f"{tar_path}{_SUFFIX}"
+        columns = read_columns(file, _COLUMNS, INDEX_FORMAT, path)
         record, arrays = columns.record, columns.arrays
         try:
             extensions = tuple(str(ext) for ext in record["extensions"])
@@ -140,6 +156,11 @@ class ShardIndex:
             raise ManifestError(f"{path}: damaged index: {error!r}") from error
         _check_lengths(path, arrays)
         return index
+
+    @property
+    def shown(self) -> str:
+        """What messages call the index."""
+        return f"{self.tar_path}{_SUFFIX}"
 
     def __len__(self) -> int:
         return len(self._arrays["cu_members"]) - 1
@@ -195,7 +216,7 @@ class ShardIndex:
         Raises:
             ManifestError: one points outside the tar or the columns.
         """
-        _check_rows(index_path(self.tar_path), self._arrays, self.tar_bytes, len(self.extensions))
+        _check_rows(self.shown, self._arrays, self.tar_bytes, len(self.extensions))
 
     @cached_property
     def _views(self) -> dict[str, memoryview]:
@@ -208,7 +229,7 @@ class ShardIndex:
         return self._arrays
 
     def _damaged(self, what: str) -> ManifestError:
-        return ManifestError(f"{index_path(self.tar_path)}: damaged index: {what}; build it with: mmscale data index")
+        return ManifestError(f"{self.shown}: damaged index: {what}; build it with: mmscale data index")
 
     def text_bytes(self, i: int) -> int:
         """UTF-8 bytes of text that sample ``i`` shows: its parts, or its caption (the longest of several)."""
@@ -223,7 +244,7 @@ class ShardIndex:
         return self._checked[name]
 
 
-def _check_lengths(path: Path, arrays: dict[str, Column]) -> None:
+def _check_lengths(path: str, arrays: dict[str, Column]) -> None:
     num_members, num_samples = len(arrays["offset"]), len(arrays["cu_members"]) - 1
     per_member = all(len(arrays[name]) == num_members for name in ("ext", "size", "crc32", "width", "height"))
     per_sample = len(arrays["cu_key_bytes"]) == num_samples + 1 and len(arrays["text_bytes"]) == num_samples
@@ -231,7 +252,7 @@ def _check_lengths(path: Path, arrays: dict[str, Column]) -> None:
         raise ManifestError(f"{path}: damaged index: columns of unequal length")
 
 
-def _check_rows(path: Path, arrays: dict[str, Column], tar_bytes: int, num_extensions: int) -> None:
+def _check_rows(path: str, arrays: dict[str, Column], tar_bytes: int, num_extensions: int) -> None:
     """Nothing in the file may point outside the tar or the columns."""
     check_offsets(arrays["cu_members"], len(arrays["offset"]), f"{path}: cu_members")
     check_offsets(arrays["cu_key_bytes"], len(arrays["key_bytes"]), f"{path}: cu_key_bytes")

@@ -3,7 +3,8 @@
     NAME.manifest:  cu_samples (N+1) | path bytes and offsets | tar bytes | tar sha256
 
 Opening it costs milliseconds and no memory at a million shards, because nothing is turned into Python objects before it
-is asked for. Paths are relative to the manifest's folder and never leave it, so a data set moves as a folder.
+is asked for. Paths are relative to the manifest's folder and never leave it, so a data set moves as a folder, to a
+server too: of a remote data set manifest and indexes are mapped from the local cache.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import numpy as np
 
 from data_pipeline.errors import DataConfigError, ManifestError
 from data_pipeline.shards.columns import Column, Columns, check_offsets, pack_strings, read_columns, write_columns
-from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.index import ShardIndex, index_url
+from data_pipeline.storage.location import Url, parse_location
+from data_pipeline.storage.storage import Storage
 
 MANIFEST_FORMAT = "mmscale-manifest-1"
 _COLUMNS = {
@@ -38,25 +41,39 @@ class Manifest:
     """An ordered set of shards. Opened with ``Manifest.open``.
 
     Attributes:
-        path: The file.
+        path: The file, or its URL.
         fingerprint: sha256 over the columns, hexadecimal: equal for equal data under equal names.
         cu_samples: int64 (num_shards + 1,): samples before each shard.
     """
 
-    path: Path
+    path: Path | Url
     fingerprint: str
     cu_samples: Column
     _columns: Columns = field(repr=False)
+    _storage: Storage | None = field(repr=False, default=None)
 
     @classmethod
-    def open(cls, path: str | Path) -> Manifest:
+    def open(cls, path: str | Path, storage: Storage | None = None) -> Manifest:
         """Maps a manifest.
+
+        Args:
+            path: Its place: a file or a URL.
+            storage: How a URL is read; None reads it as the environment says.
 
         Raises:
             ManifestError: it is missing or damaged.
+            StorageError: a remote one cannot be read.
         """
-        path = Path(path)
-        columns = read_columns(path, _COLUMNS, MANIFEST_FORMAT)
+        location = parse_location(path)
+        if isinstance(location, Url):
+            storage = storage if storage is not None else Storage.of_process()
+            file = storage.background.run(storage.whole(location))
+            return cls._map(file, location, storage)
+        return cls._map(location, location, None)
+
+    @classmethod
+    def _map(cls, file: Path, path: Path | Url, storage: Storage | None) -> Manifest:
+        columns = read_columns(file, _COLUMNS, MANIFEST_FORMAT, str(path))
         arrays, record = columns.arrays, columns.record
         num_shards = len(arrays["cu_samples"]) - 1
         if num_shards < 0 or len(arrays["tar_bytes"]) != num_shards or len(arrays["cu_path_bytes"]) != num_shards + 1:
@@ -66,7 +83,7 @@ class Manifest:
         check_offsets(arrays["cu_samples"], int(arrays["cu_samples"][-1]), f"{path}: cu_samples")
         check_offsets(arrays["cu_path_bytes"], len(arrays["path_bytes"]), f"{path}: cu_path_bytes")
         columns.release_pages()
-        return cls(path, str(record.get("fingerprint")), arrays["cu_samples"], columns)
+        return cls(path, str(record.get("fingerprint")), arrays["cu_samples"], columns, storage)
 
     @property
     def num_shards(self) -> int:
@@ -87,8 +104,31 @@ class Manifest:
         shard = int(np.searchsorted(self.cu_samples, sample_index, side="right")) - 1
         return shard, sample_index - int(self.cu_samples[shard])
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the data set lies on a server."""
+        return self._storage is not None
+
+    @property
+    def storage(self) -> Storage:
+        """What reads the remote objects of this data set."""
+        assert self._storage is not None, "a local data set has no storage"
+        return self._storage
+
     def shard_path(self, shard_number: int) -> Path:
-        """Path of a shard.
+        """Path of a shard, for a caller that needs a file.
+
+        Raises:
+            ManifestError: the stored path would leave the manifest's folder.
+            DataConfigError: the shards lie on a server.
+        """
+        location = self.shard_location(shard_number)
+        if isinstance(location, Url):
+            raise DataConfigError(f"{location}: this needs the shard as a file; copy the data set to a disk first")
+        return location
+
+    def shard_location(self, shard_number: int) -> Path | Url:
+        """Path of a shard, or its URL.
 
         Raises:
             ManifestError: the stored path would leave the manifest's folder.
@@ -103,7 +143,7 @@ class Manifest:
             raise ManifestError(
                 f"{self.path}: shard {shard_number} has the path {name!r}, outside the manifest's folder"
             )
-        return self.path.parent / relative
+        return self.path.parent.child(name) if isinstance(self.path, Url) else self.path.parent / relative
 
     def find_shards(self, name: str) -> list[int]:
         """Numbers of the shards whose last part of the path is ``name``; no path is made into an object."""
@@ -134,7 +174,33 @@ class Manifest:
         Raises:
             ManifestError: shard or index is missing or stale, or the tar is not the one that the manifest knows.
         """
-        index = ShardIndex.open(self.shard_path(shard_number))
+        location = self.shard_location(shard_number)
+        if isinstance(location, Url):
+            return self.storage.background.run(self.fetch_index(shard_number))
+        index = ShardIndex.open(location)
+        self._check(index, shard_number)
+        return index
+
+    async def fetch_index(self, shard_number: int) -> ShardIndex:
+        """``open_index`` of a remote data set, for coroutines; from the cache if it was fetched before.
+
+        Raises:
+            ManifestError: the index is damaged or of another tar.
+            StorageError: it cannot be read.
+        """
+        location, storage = self.shard_location(shard_number), self.storage
+        assert isinstance(location, Url), "shards lie where their manifest lies"
+        url, identity = index_url(location), f"of {self.shard_sha256(shard_number)}"
+        file = await storage.whole(url, identity)
+        try:
+            index = ShardIndex.map(file, location)
+            self._check(index, shard_number)
+        except ManifestError:
+            storage.forget(url, identity)  # It may be replaced by a good one.
+            raise
+        return index
+
+    def _check(self, index: ShardIndex, shard_number: int) -> None:
         num_samples = int(self.cu_samples[shard_number + 1] - self.cu_samples[shard_number])
         if len(index) != num_samples or index.tar_sha256 != self.shard_sha256(shard_number):
             raise ManifestError(
@@ -142,7 +208,6 @@ class Manifest:
                 f"({len(index)} samples, {num_samples} expected); "
                 f"renew it with: mmscale data index --manifest {self.path}"
             )
-        return index
 
     def read_index(self, shard_number: int) -> ShardIndex:
         """A shard's index without a look at the tar, which may be gone.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import FaultKind, ManifestError, SampleError
+from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.open_shard import open_shard
 
 
 def all_texts(fields: Any) -> list[str]:
@@ -81,26 +80,23 @@ def iterate_texts(manifest: Manifest) -> Iterator[list[str]]:
     """The texts of each sample in order; reads the text members only.
 
     Raises:
-        ManifestError: a shard is missing, stale or shorter than its index says.
+        ManifestError: a shard is missing or stale.
+        ShardError: a shard is shorter than its index says.
+        StorageError: a remote one cannot be read.
         SampleError: a text is no UTF-8 or a JSON is damaged; names shard and key.
     """
     for number in range(manifest.num_shards):
-        index = manifest.open_index(number)
-        with index.tar_path.open("rb") as file:
-            for i in range(len(index)):
+        shard = open_shard(manifest, number)
+        try:
+            for i in range(len(shard.index)):
                 texts: list[str] = []
-                for member in index.members(i):
+                for member in shard.index.members(i):
                     if member.ext in ("txt", "json"):
-                        content = _pread(file.fileno(), member.size, member.offset, index.tar_path)
-                        texts += _decoded(member.ext, content, str(index.tar_path), index.key(i))
+                        content = shard.read(member.offset, member.offset + member.size)
+                        texts += _decoded(member.ext, content, str(shard.index.tar_path), shard.index.key(i))
                 yield texts
-
-
-def _pread(descriptor: int, size: int, offset: int, path: Path) -> bytes:
-    content = os.pread(descriptor, size, offset)
-    if len(content) != size:
-        raise ManifestError(f"{path}: ends before byte {offset + size}, which its index names")
-    return content
+        finally:
+            shard.close()
 
 
 def _decoded(ext: str, content: bytes, shard: str, key: str) -> list[str]:

@@ -206,6 +206,10 @@ class Cache:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with self._locked():
             usage = self.usage() + size
+            with contextlib.suppress(FileNotFoundError):  # Another process may have stored the same meanwhile.
+                known = path.stat().st_size
+                path.unlink()
+                usage = max(size, usage - known)
             # Counted before it is there: a crash between the two makes the count too high, and the next full
             # folder is counted anew.
             self._set_usage(usage)

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from data_pipeline.errors import DataConfigError, StaleError, StorageError
+from data_pipeline.errors import AbsentError, DataConfigError, StaleError, StorageError
 from data_pipeline.storage.background import Background
 from data_pipeline.storage.config import StorageConfig
 from data_pipeline.storage.location import Url
@@ -129,7 +129,7 @@ class RemoteStore:
             if to_end:
                 part = Range(part.start, min(part.end, info.size))
             if (first, end) != part:
-                raise StorageError(f"{location}: has {info.size} bytes, bytes {part.start}-{part.end} were asked for")
+                raise AbsentError(f"{location}: has {info.size} bytes, bytes {part.start}-{part.end} were asked for")
             data = bytes(await answer.bytes_async())
         if len(data) != part.size:
             raise TransientError(f"the answer ends after {len(data)} of {part.size} bytes")
@@ -194,7 +194,7 @@ class RemoteStore:
             try:
                 yield
             except FileNotFoundError as error:
-                raise StorageError(f"{location}: there is no such object; check bucket, path and endpoint") from error
+                raise AbsentError(f"{location}: there is no such object; check bucket, path and endpoint") from error
             except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError) as error:
                 raise StorageError(f"{location}: access denied; check {_to_check(location)}") from error
             except exceptions.PreconditionError as error:
@@ -219,7 +219,7 @@ class RemoteStore:
         if "not allowed" in reason or "builder error" in text:
             return StorageError(f"{location}: {reason}; for an endpoint without encryption set data.storage.allow_http")
         if number == 416:
-            return StorageError(
+            return AbsentError(
                 f"{location}: ends before the bytes that were asked for: is it the shard that was indexed?"
             )
         if number and number < 500 and number not in _PASSING:

