@@ -12,10 +12,11 @@ import atexit
 import contextlib
 import functools
 import multiprocessing
+import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -167,8 +168,9 @@ class _Steps(IterableDataset[_Rows | DataPipelineError]):
             yield error
 
 
-def _start_worker(worker_id: int) -> None:
+def _start_worker(environment: Mapping[str, str], worker_id: int) -> None:
     """The parent decides when to stop: a signal to the whole process group must not tear workers from under it."""
+    os.environ.update(environment)  # One that is not forked from the parent may lack its credentials.
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -246,7 +248,7 @@ class Loader:
             batch_size=None,
             num_workers=self._num_workers,
             prefetch_factor=config.prefetch if self._num_workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
             multiprocessing_context=_context(self._num_workers, any(m.is_remote for m in manifests.values())),
         )
         self._running: Iterator[_Rows | DataPipelineError] | None = None

@@ -78,7 +78,7 @@ class OpenDataset:
         tokenizer: Tokenizer,
         spec: MediaSpec,
         faults: RunFaults,
-        storage: Storage,
+        storage: Storage | None = None,
     ) -> OpenDataset:
         """Opens manifest and builder; ``faults`` is what this process knows of bad samples.
 

@@ -79,7 +79,7 @@ class ReadAhead:
         """Names all that ``owner`` needs, in order; what it does not name any more is let go.
 
         Returns:
-            The stretches that will answer: those of before where the key is the same.
+            For each the one that will answer: that of before where the key is the same.
         """
         before = self._wanted.get(owner, {})
         now = {stretch.key: before.get(stretch.key, stretch) for stretch in stretches}
@@ -87,11 +87,12 @@ class ReadAhead:
             if key not in now:
                 self._let_go(stretch)
         self._wanted[owner] = now
-        if self._budget:
-            for stretch in now.values():
-                if stretch.task is None:
-                    stretch.task = self._background.start(self._fetch(stretch))
-        return list(now.values())
+        for stretch in now.values():
+            if not self._budget:
+                stretch.settled.set()  # Nobody fetches it: a reader must not wait.
+            elif stretch.task is None:
+                stretch.task = self._background.start(self._fetch(stretch))
+        return [now[stretch.key] for stretch in stretches]
 
     def _let_go(self, stretch: Stretch) -> None:
         stretch.settled.set()

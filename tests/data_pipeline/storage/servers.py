@@ -34,6 +34,7 @@ class Fault(Enum):
     TRUNCATE = "truncate"
     SLOW = "slow"
     STALE = "stale"
+    FLIP = "flip"
 
 
 @dataclass
@@ -119,6 +120,8 @@ class FaultyServer:
         if fault is Fault.STALE:
             answer.headers = {n: v for n, v in answer.headers.items() if n.lower() != "etag"}
             answer.headers["ETag"] = '"of-another-object"'
+        if fault is Fault.FLIP and answer.body:
+            answer.body = bytes([answer.body[0] ^ 1]) + answer.body[1:]
         handler.send_response(answer.status)
         for name, value in answer.headers.items():
             handler.send_header(name, value)
