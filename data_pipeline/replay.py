@@ -25,6 +25,7 @@ from data_pipeline.reader import SampleReader
 from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition, schedule_of
+from data_pipeline.storage.storage import Storage
 from data_pipeline.stream import LaneStream, OpenDataset
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -39,7 +40,7 @@ class _Outlines(SampleReader):
         super().__init__(manifest, dataset)
         self._skipped = skipped
 
-    def read(self, sample_index: int, epoch: int = 0) -> Sample:
+    def read(self, sample_index: int, epoch: int = 0, lane: int = -1) -> Sample:
         reason = self._skipped.get((self.dataset, epoch, sample_index))
         if reason is not None:
             raise SampleError(reason)
@@ -81,10 +82,10 @@ class Replay:
         config = config.model_copy(update={"faults": faults})
         tokenizer = load_tokenizer(config.tokenizer)
         self._budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
-        known = RunFaults.load(faults)
+        known, storage = RunFaults.load(faults), Storage(config.storage, config.cache)
         self._datasets: list[OpenDataset] = []
         for dataset in config.datasets:
-            opened = OpenDataset.open(dataset, seed, tokenizer, spec, known)
+            opened = OpenDataset.open(dataset, seed, tokenizer, spec, known, storage)
             reader = _Outlines(opened.reader.manifest, dataset.name, skipped or {})
             self._datasets.append(replace(opened, reader=reader, build=opened.measure))
         sizes = {dataset.config.name: dataset.reader.manifest.num_samples for dataset in self._datasets}

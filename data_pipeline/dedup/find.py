@@ -166,7 +166,7 @@ def _read_all(
                     progress(count)
                     continue
                 seen.add(bytes.fromhex(sha256))
-                yield ShardTask(each.manifest.path, number, missing)
+                yield ShardTask(each.manifest.file, number, missing)
 
     num_read = 0
     for count in in_order(SignatureWork(folder, question.max_pixels), tasks(), workers):

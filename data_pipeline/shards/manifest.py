@@ -115,6 +115,17 @@ class Manifest:
         assert self._storage is not None, "a local data set has no storage"
         return self._storage
 
+    @property
+    def file(self) -> Path:
+        """The manifest, for a caller that needs its data set on this machine.
+
+        Raises:
+            DataConfigError: it lies on a server.
+        """
+        if isinstance(self.path, Url):
+            raise DataConfigError(f"{self.path}: this needs a data set on this machine; copy it to a disk first")
+        return self.path
+
     def shard_path(self, shard_number: int) -> Path:
         """Path of a shard, for a caller that needs a file.
 

@@ -221,7 +221,7 @@ class ManifestReader:
             index = self._indexes.get(which, shard)
             listed = index.members(row)
             first, end = index.span(row)
-            data = self._pread(index.tar_path, first, end)
+            data = self._pread(self._manifests[which].shard_path(shard), first, end)
         except (DataPipelineError, OSError) as error:
             raise SampleError(str(error), kind=FaultKind.SHARD) from error
         members: Members = {}
