@@ -93,6 +93,9 @@ class Tokenizer(Protocol):
             SampleError: the text contains a special token that this tokenizer cannot spell out.
         """
 
+    def name_of(self, token_id: int) -> str:
+        """How the vocabulary calls a token."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; special ids add nothing, damaged UTF-8 gives U+FFFD."""
 
@@ -146,6 +149,10 @@ class SentencePieceTokenizer:
         # A user-defined piece, as in foreign models, is matched in text; ours is a control piece and never is.
         spelled = self._spelled(self._config.image_token)
         return [other for i in ids for other in (spelled if i == self.image_id else (i,))]
+
+    def name_of(self, token_id: int) -> str:
+        """See ``Tokenizer.name_of``."""
+        return str(self._model.id_to_piece(int(token_id)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
@@ -214,6 +221,10 @@ class HuggingFaceTokenizer:
         if self._reserved.isdisjoint(ids):
             return ids
         return _encode_around(text, self._names, self._reserved, self._raw)
+
+    def name_of(self, token_id: int) -> str:
+        """See ``Tokenizer.name_of``."""
+        return self._model.id_to_token(int(token_id)) or ""
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""

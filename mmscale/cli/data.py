@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from mmscale.cli import data_dedup, data_shards, data_stats, data_text, data_trace, data_views
+from mmscale.cli import data_dedup, data_shards, data_show, data_stats, data_text, data_trace, data_views
 from mmscale.cli.console import emit, progress, track
 
 app = typer.Typer()
@@ -98,21 +98,23 @@ def digest(
     from mmscale.run_config import RunConfig
 
     value = load(config, overrides or [], RunConfig).value
-    chosen = _parse_steps(steps)
+    chosen = parse_range(steps, "--steps")
     for step, checksum in run(value.data, value.media_spec, value.seed, chosen, world_size, workers, resume_at):
         print(f"{step} {checksum}", flush=True)
 
 
-def _parse_steps(text: str) -> range:
+def parse_range(text: str, option: str) -> range:
+    """``A:B`` of an option."""
     first, colon, end = text.partition(":")
     if not colon or not first.isdigit() or not end.isdigit() or int(end) < int(first):
-        raise typer.BadParameter(f"{text!r}: expected A:B with 0 <= A <= B, for example 0:10", param_hint="--steps")
+        raise typer.BadParameter(f"{text!r}: expected A:B with 0 <= A <= B, for example 0:10", param_hint=option)
     return range(int(first), int(end))
 
 
 app.registered_commands += data_text.app.registered_commands
 app.registered_commands += data_shards.app.registered_commands
 app.registered_commands += data_dedup.app.registered_commands
+app.registered_commands += data_show.app.registered_commands
 app.registered_commands += data_stats.app.registered_commands
 app.registered_commands += data_trace.app.registered_commands
 app.registered_commands += data_views.app.registered_commands

@@ -1,0 +1,104 @@
+"""``mmscale data show``: what becomes of single samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mmscale.cli.console import emit
+
+if TYPE_CHECKING:
+    from data_pipeline.config import DatasetConfig
+    from data_pipeline.stretches import Stretch
+    from mmscale.run_config import RunConfig
+
+app = typer.Typer()
+
+_WIDTH = 100
+
+
+@app.command(epilog="Example: mmscale data show configs/quickstart.yaml --samples 0:2")
+def show(
+    config: Path = typer.Argument(help="A run's YAML file."),
+    overrides: list[str] = typer.Argument(None, help="Values that win over the file's.", metavar="[KEY=VALUE]..."),
+    dataset: str | None = typer.Option(None, "--dataset", help="Name of a data set; the first if not given."),
+    samples: str = typer.Option("0:3", "--samples", help="Samples A to B of its manifest, B left out.", metavar="A:B"),
+    epoch: int = typer.Option(0, "--epoch", min=0, help="Epoch whose drawn texts and augmentation to show."),
+    json: bool = typer.Option(False, "--json", help="One JSON object instead of lines."),
+) -> None:
+    """Show the documents of samples: which text is read, which is learned and with what weight, where images stand."""
+    from dataclasses import asdict
+
+    from mmscale.cli.data import parse_range
+    from mmscale.config import load
+    from mmscale.run_config import RunConfig
+
+    run = load(config, overrides or [], RunConfig).value
+    chosen = _chosen(run, dataset)
+    found = list(_documents(run, chosen, parse_range(samples, "--samples"), epoch))
+    if json:
+        plain = [{**one, "stretches": [asdict(part) for part in one["stretches"]]} for one in found]
+        emit({"dataset": chosen.name, "samples": plain}, json=True)
+        return
+    for sample in found:
+        weight = sum(one.weight * one.num_tokens for one in sample["stretches"])
+        print(
+            f"sample {sample['sample']}  {sample['shard']}/{sample['key']}  {sample['tokens']} tokens, "
+            f"{sample['patches']} patches, weight {weight:g}"
+        )
+        branch = 0
+        for one in sample["stretches"]:
+            if one.branch != branch:
+                branch = one.branch
+                print(f"  branch {branch}")
+            print(_line(one))
+
+
+def _line(one: Stretch) -> str:
+    words = one.text if one.kind == "image" else repr(one.text)
+    if len(words) > _WIDTH:
+        words = f"{words[: _WIDTH // 2]} ... {words[-_WIDTH // 2 :]}"
+    weight = f"x {one.weight:g}" if one.weight else ""
+    return f"  {one.kind:<8}{one.num_tokens:>5} {weight:<10} {words}"
+
+
+def _chosen(run: RunConfig, name: str | None) -> DatasetConfig:
+    from data_pipeline.errors import DataConfigError
+
+    for one in run.data.datasets:
+        if name in (None, one.name):
+            return one
+    names = ", ".join(one.name for one in run.data.datasets)
+    raise DataConfigError(f"--dataset {name}: the configuration has {names}")
+
+
+def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: int) -> Any:
+    from data_pipeline.documents import DocumentBuilder
+    from data_pipeline.errors import DataConfigError
+    from data_pipeline.lanes import Place
+    from data_pipeline.reader import SampleReader
+    from data_pipeline.shards.manifest import Manifest
+    from data_pipeline.stream import dataset_seed, sample_generator
+    from data_pipeline.stretches import stretches
+    from data_pipeline.tokenizer import load_tokenizer
+
+    spec, tokenizer = run.media_spec, load_tokenizer(run.data.tokenizer)
+    build = DocumentBuilder(dataset, tokenizer, spec)
+    manifest = Manifest.open(dataset.manifest)
+    if samples.stop > manifest.num_samples:
+        raise DataConfigError(f"--samples {samples.start}:{samples.stop}: {dataset.name} has {manifest.num_samples}")
+    reader, seed = SampleReader(manifest, dataset.name), dataset_seed(run.seed, dataset.name)
+    for number in samples:
+        sample = reader.read(number, epoch)
+        document = build(sample, sample_generator(seed, Place(number, epoch)))
+        yield {
+            "sample": number,
+            "shard": sample.provenance.shard,
+            "key": sample.provenance.key,
+            "tokens": document.num_tokens,
+            "patches": document.num_patches,
+            "branches": len(document.branches),
+            "stretches": stretches(document, tokenizer, spec),
+        }

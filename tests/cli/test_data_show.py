@@ -1,0 +1,49 @@
+"""``mmscale data show`` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmscale.cli.main import main
+
+QUICKSTART = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml")
+
+
+def test_samples_of_a_run_are_shown_as_they_train(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "show", QUICKSTART, "--samples", "0:2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dataset"] == "emoji"
+    assert [sample["sample"] for sample in found["samples"]] == [0, 1]
+    for sample in found["samples"]:
+        parts = sample["stretches"]
+        assert sum(part["num_tokens"] for part in parts) == sample["tokens"]
+        assert [part["kind"] for part in parts][-1] == "learned"
+        assert parts[-1]["text"].endswith("</s>")
+    assert main(["data", "show", QUICKSTART, "--samples", "0:1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("sample 0 ")
+    assert lines[-1].split()[0] == "learned"
+
+
+def test_epochs_draw_other_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = set()
+    for epoch in range(12):
+        assert main(["data", "show", QUICKSTART, "--samples", "0:1", "--epoch", str(epoch)]) == 0
+        shown.add(capsys.readouterr().out)
+    assert len(shown) == 2  # The name of the concept, or its group.
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "code"),
+    [
+        (["--dataset", "emojy"], "--dataset emojy: the configuration has emoji", 2),
+        (["--samples", "0:1000000"], "--samples 0:1000000: emoji has", 2),
+        (["--samples", "3"], "expected A:B", 2),
+    ],
+)
+def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], words: list[str], message: str, code: int) -> None:
+    assert main(["data", "show", QUICKSTART, *words]) == code
+    assert message in capsys.readouterr().err
