@@ -28,7 +28,7 @@ from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.columns import Column, read_columns, write_columns
 from data_pipeline.shards.manifest import Manifest
 
-_FORMAT = "mmscale-signatures-1"
+SIGNATURE_FORMAT = "mmscale-signatures-1"
 _COLUMNS = {"key": ("<u8", 2), "state": ("u1", 1), "pixels": ("<i8", 1)}
 _DECODED_SIDE = 128
 """JPEGs are decoded no larger than needed for this side: four times what the hash looks at."""
@@ -86,7 +86,7 @@ def read_signatures(folder: Path, tar_sha256: str, criterion: Criterion, num_sam
     if not path.exists():
         return None
     try:
-        arrays = read_columns(path, _COLUMNS, _FORMAT).arrays
+        arrays = read_columns(path, _COLUMNS, SIGNATURE_FORMAT).arrays
     except ManifestError:
         return None
     found = Signatures(arrays["key"], arrays["state"], arrays["pixels"])
@@ -127,7 +127,7 @@ class SignatureWork:
             path = signature_path(self.folder, manifest.shard_sha256(task.number), criterion)
             path.parent.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Column] = {"key": keys[criterion], "state": states[criterion], "pixels": pixels}
-            write_columns(path, arrays, {"format": _FORMAT})
+            write_columns(path, arrays, {"format": SIGNATURE_FORMAT})
         yield end - first
 
     def _signatures(

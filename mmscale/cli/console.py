@@ -66,6 +66,11 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def printable(text: str) -> str:
+    """Text that comes from data, without what could steer a terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 class Meter:
     """Progress of one long piece of work; made by :func:`progress`."""
 

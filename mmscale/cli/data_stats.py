@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mmscale.cli.console import console, emit, progress
+from mmscale.cli.console import console, emit, printable, progress
 
 if TYPE_CHECKING:
     from data_pipeline.stats.count import Training
@@ -173,10 +173,10 @@ def _named_counts(figures: Mapping[str, Any]) -> Iterator[str]:
         ("refused", figures["refused"]),
     ):
         if counts:
-            shown = [f"{name} {number:,}" for name, number in list(counts.items())[:_SHOWN_NAMES]]
+            shown = [f"{printable(name)} {number:,}" for name, number in list(counts.items())[:_SHOWN_NAMES]]
             more = len(counts) - len(shown)
             yield f"{title:<10}  " + "   ".join(shown) + (f"   and {more} more" if more else "")
-    yield from (f"            {_printable(example)}" for example in figures.get("refused_examples", ()))
+    yield from (f"            {printable(example)}" for example in figures.get("refused_examples", ()))
     if figures["languages"] and not figures["languages_of_one_script_told_apart"]:
         yield "            languages of one script are not told apart without: pip install 'mmscale[stats]'"
     too_long = figures.get("documents", {}).get("longer_than_a_pack")
@@ -189,8 +189,3 @@ def _named_counts(figures: Mapping[str, Any]) -> Iterator[str]:
         about = f" (to {copies['error_95']:.2%})" if copies["error_95"] else ""
         share = f"{copies['share']:.2%}{about}"
         yield f"copies      {copies['images']:,} images, {share}, equal an earlier one by {copies['by']}"
-
-
-def _printable(text: str) -> str:
-    """Text of a data set, without what could steer a terminal."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

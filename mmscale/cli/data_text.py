@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from mmscale.cli.console import console, emit, progress
+from mmscale.cli.console import console, emit, printable, progress
 
 app = typer.Typer()
 
@@ -114,7 +114,8 @@ def fertility_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = [f"{'':<{widest}} {'':>10} {'':>12}" + "".join(f" | {name:<{group}}" for name in names)]
     head = " ".join(f"{title:>8}" for title, _, _ in columns)
     lines.append(f"{'language':<{widest}} {'texts':>10} {'characters':>12}" + f" | {head:<{group}}" * len(names))
-    for language, row in rows.items():
+    for code, row in rows.items():
+        language = printable(code)
         line = f"{language:<{widest}} {row['texts']:>10,} {row['characters']:>12,}"
         for name in names:
             held = row["tokenizers"][name]

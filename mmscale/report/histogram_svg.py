@@ -19,6 +19,8 @@ from mmscale.report.svg import nice_ticks
 _WIDTH, _HEIGHT = 340, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 8, 8, 22, 20
 _NUM_BARS = 44
+_LETTER = 6.4
+"""Width of a letter of a label, about."""
 _LOG_FROM = 20
 """The largest number is so many medians: on a linear axis all bars would stand at its left end."""
 
@@ -39,7 +41,8 @@ class _Axis:
         steps = histogram.largest - histogram.smallest + 1
         if steps <= _NUM_BARS:  # Also when all numbers are equal: then one bar.
             return cls(low + unit * np.arange(steps + 1), False, unit / 2)
-        if high > _LOG_FROM * max(histogram.quantile(0.5) * unit, unit):
+        median = max(histogram.quantile(0.5) * unit, unit)
+        if high > _LOG_FROM * median or (high > 50 * low > 0 and high > 8 * median):
             return cls(np.geomspace(max(low, unit / 2), high + unit, _NUM_BARS + 1), True, 0.0)
         width = math.ceil(steps / _NUM_BARS) * unit
         return cls(low + width * np.arange(math.ceil(steps * unit / width - 1e-9) + 1), False, 0.0)
@@ -94,15 +97,17 @@ def _marks(histogram: Histogram, axis: _Axis, bottom: float, format_value: Calla
     if histogram.smallest == histogram.largest:
         return []
     median, p95 = (histogram.quantile(share) / histogram.per_unit for share in (0.5, 0.95))
-    parts = []
+    parts, taken = list[str](), 0.0
     for name, value in (("median", median), ("p95", p95)):
         x = axis.x(value)
         parts.append(f'<line class="mark-line" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 4}" y2="{bottom}"/>')
-        if name == "p95" and x - axis.x(median) < 74:  # The two labels would overlap: the caption has the number.
+        label = f"{name} {format_value(value)}"
+        half = _LETTER * len(label) / 2
+        center = min(max(x, half), _WIDTH - half)
+        if center - half < taken:  # The two labels would overlap: the caption has the number.
             continue
-        anchor = "end" if x > _WIDTH - 60 else "middle" if x > 40 else "start"
+        taken = center + half + _LETTER
         parts.append(
-            f'<text class="mark-name" x="{x:.1f}" y="{_TOP - 9}" text-anchor="{anchor}">'
-            f"{name} {escape(format_value(value))}</text>"
+            f'<text class="mark-name" x="{center:.1f}" y="{_TOP - 9}" text-anchor="middle">{escape(label)}</text>'
         )
     return parts

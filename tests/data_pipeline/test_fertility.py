@@ -118,3 +118,16 @@ def test_the_verb_compares_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(lines) == 2 + len(rows)
     assert main(["data", "fertility", str(BUNDLED)]) == 2
     assert main(["data", "fertility", str(BUNDLED), manifest, "--field", "nothing"]) == 2
+
+
+def test_the_documented_table_is_what_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = EMOJI.parents[1]
+    monkeypatch.chdir(root)
+    lines = (root / "docs" / "data.md").read_text().splitlines()
+    command = next(i for i, line in enumerate(lines) if line.startswith("$ mmscale data fertility"))
+    table = lines[command + 1 : lines.index("```", command)]
+    capsys.readouterr()
+    assert main(lines[command].split()[2:]) == 0
+    assert capsys.readouterr().out.splitlines() == table

@@ -1,0 +1,176 @@
+"""Finding duplicates: hashing images, near pairs of hashes, and time and memory of a whole search.
+
+    python -m benchmarks.dedup --json
+
+Seconds are of CPU, on one core. Hashing is of a 512-pixel JPEG, against the ImageHash package. Near pairs are of random
+64-bit hashes, a tenth of them with copies that differ in a few bits, against comparing all with all (numpy, the same
+count of bits; for many hashes worked out from the rate of few). The whole search runs in a fresh process over hashes
+that are already there, 10,000 a shard: memory is what it takes at most, mapped files included, on top of interpreter
+and imports.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from benchmarks.figures import Case, main
+from data_pipeline.dedup.find import NamedSet, Question, find_duplicates
+from data_pipeline.dedup.search import NearWork, Plan
+from data_pipeline.dedup.signatures import SIGNATURE_FORMAT, Criterion, State, signature, signature_path
+from data_pipeline.sample import ImagePart, Sample
+from data_pipeline.shards.columns import pack_strings, write_columns
+from data_pipeline.shards.manifest import MANIFEST_FORMAT, Manifest
+
+HASHES = (10**5, 10**6, 10**7)
+COMPARED_ALL = 20_000
+DISTANCE = 4
+SAMPLES_PER_SHARD = 10_000
+SEARCHED = (10**6, 10**7)
+_BYTES_LIMIT = 64.0
+"""A node with 64 GB searches 10^9 samples."""
+
+
+def cpu_seconds(run: Callable[[], object], repeats: int) -> float:
+    """The least of ``repeats`` runs after one to warm up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def hashing() -> Case:
+    """Images hashed in a second."""
+    small = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(small).resize((512, 512), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
+    data = out.getvalue()
+    sample = Sample((ImagePart(data, "jpg"),))
+
+    def ours() -> None:
+        for _ in range(50):
+            signature(sample, Criterion.PERCEPTUAL, 10**8)
+
+    def theirs() -> None:
+        import imagehash
+
+        for _ in range(50):
+            imagehash.phash(Image.open(io.BytesIO(data)))
+
+    rates = [round(50 / cpu_seconds(run, 3), 1) for run in (ours, theirs)]
+    return Case("perceptual hash of a JPEG", rates[0], {"ImageHash": rates[1]}, "images/s", lower_is_better=False)
+
+
+def hashes(num: int) -> npt.NDArray[np.uint64]:
+    """Distinct random hashes; every tenth is a copy of another with one to four bits changed."""
+    draw = np.random.default_rng(num)
+    values = draw.integers(0, 2**64, num, np.uint64)
+    copies = num // 10
+    flips = np.bitwise_or.reduce(np.uint64(1) << draw.integers(0, 64, (copies, DISTANCE), np.uint64), axis=1)
+    values[:copies] = values[copies : 2 * copies] ^ flips
+    return np.asarray(draw.permutation(np.unique(values)))
+
+
+def near_pairs(num: int, folder: Path, all_with_all: float) -> Case:
+    """Seconds to find all pairs. ``all_with_all``: seconds of comparing two hashes."""
+    values = hashes(num)
+    np.save(folder / "values.npy", values)
+    work = NearWork(folder / "values.npy", Plan.of(len(values), DISTANCE), DISTANCE)
+    start = time.process_time()
+    found = sum(len(piece) for task in work.tasks(len(values)) for piece in work(task))
+    seconds = time.process_time() - start
+    if found < num // 10 * 0.99:
+        raise RuntimeError(f"{found} pairs of {num // 10}")
+    name = f"pairs of {num:,} hashes within {DISTANCE} bits"
+    return Case(name, round(seconds, 2), {"all with all": round(all_with_all * num * num / 2, 1)}, "s")
+
+
+def seconds_of_comparing() -> float:
+    """Seconds that one comparison takes when all are compared with all."""
+    values = hashes(COMPARED_ALL)
+
+    def run() -> None:
+        for row in range(0, len(values), 64):
+            (np.bitwise_count(values[row : row + 64, None] ^ values[None, row:]) <= DISTANCE).any()
+
+    return cpu_seconds(run, 1) / (len(values) ** 2 / 2)
+
+
+def write_hashed_set(folder: Path, num_samples: int) -> None:
+    """A manifest of shards that do not exist, and the signatures of their samples, all of them different."""
+    num_shards = num_samples // SAMPLES_PER_SHARD
+    path_bytes, cu_path_bytes = pack_strings(f"part-{number:07d}.tar" for number in range(num_shards))
+    digests = np.random.default_rng(0).integers(0, 256, (num_shards, 32), np.uint8)
+    arrays = {
+        "cu_samples": np.arange(num_shards + 1, dtype=np.int64) * SAMPLES_PER_SHARD,
+        "path_bytes": path_bytes,
+        "cu_path_bytes": cu_path_bytes,
+        "tar_bytes": np.full(num_shards, 10**9, np.int64),
+        "tar_sha256": digests,
+    }
+    write_columns(folder / "x.manifest", arrays, {"format": MANIFEST_FORMAT, "fingerprint": "synthetic"})
+    draw = np.random.default_rng(1)
+    for digest in digests:
+        for criterion in (Criterion.EXACT, Criterion.PERCEPTUAL):
+            path = signature_path(folder / "signatures", bytes(digest).hex(), criterion)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (SAMPLES_PER_SHARD, criterion.num_words)
+            columns = {
+                "key": draw.integers(0, 2**64, shape, np.uint64),
+                "state": np.full(SAMPLES_PER_SHARD, State.COMPARED, np.uint8),
+                "pixels": np.full(SAMPLES_PER_SHARD, 512 * 512, np.int64),
+            }
+            write_columns(path, columns, {"format": SIGNATURE_FORMAT})
+
+
+def search(folder: Path) -> None:
+    """Runs in a process of its own and prints seconds and bytes."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    sets = [NamedSet("x", Manifest.open(folder / "x.manifest"))]
+    find_duplicates(sets, folder / "out.jsonl", Question(), signatures=folder / "signatures")
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": time.process_time() - start, "bytes": 1024 * (after - before)}))
+
+
+def whole_search(num_samples: int) -> list[Case]:
+    """Time and memory for each sample."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_hashed_set(Path(folder), num_samples)
+        command = [sys.executable, "-m", "benchmarks.dedup", "--search", folder]
+        figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    name = f"search of {num_samples:,} hashed samples"
+    return [
+        Case(f"{name}, time", round(figures["seconds"], 1), {"limit": num_samples / 50_000}, "s"),
+        Case(f"{name}, memory", round(figures["bytes"] / num_samples, 1), {"limit": _BYTES_LIMIT}, "bytes a sample"),
+    ]
+
+
+def measure() -> list[Case]:
+    """All cases."""
+    cases = [hashing()]
+    comparing = seconds_of_comparing()
+    with tempfile.TemporaryDirectory() as folder:
+        cases += [near_pairs(num, Path(folder), comparing) for num in HASHES]
+    return [*cases, *(case for num in SEARCHED for case in whole_search(num))]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--search"]:
+        search(Path(sys.argv[2]))
+    else:
+        main("dedup", measure)
