@@ -16,7 +16,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.document import Document
 from data_pipeline.documents import null_document
 from data_pipeline.errors import SampleError
-from data_pipeline.faults import Action, FaultConfig
+from data_pipeline.faults import Action, FaultConfig, Skipped
 from data_pipeline.known_faults import RunFaults
 from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec
@@ -123,6 +123,10 @@ class Replay:
             stream.step = self.step
         self.step += 1
         return {lane: packer.next_pack().drawn for lane, packer in self._packers.items()}
+
+    def take_skipped(self) -> tuple[Skipped, ...]:
+        """Samples that were left out since the last call, as far as that shows without decoding."""
+        return tuple(skip for stream in self._streams.values() for skip in stream.take_skipped())
 
     @property
     def exhausted(self) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import LedgerError
+from data_pipeline.faults import Skipped
 from data_pipeline.ledger import Ledger, Row
 from data_pipeline.replay import Replay
 from data_pipeline.state import Drawn
@@ -175,8 +176,9 @@ class RunTrace:
     def _replayed(self, frame: Frame, step: int, lanes: Collection[int] | None, advance: Advance) -> StepTrace:
         start, replay = self.replay(frame, step - 1, lanes)
         packs: dict[int, tuple[Drawn, ...]] = {}
+        skipped: tuple[Skipped, ...] = ()
         for _ in range(start, step):
-            packs = replay.next_step()
+            packs, skipped = replay.next_step(), replay.take_skipped()
             advance(1)
         names = [dataset.name for dataset in frame.data.datasets]
         rows = [
@@ -184,7 +186,8 @@ class RunTrace:
             for lane, pack in packs.items()
             for place, drawn in enumerate(pack)
         ]
-        return StepTrace(step, self.stage_name(step), Source.REPLAY, tuple(rows), replayed_from=start)
+        records = tuple({"step": step, **skip.record()} for skip in skipped)
+        return StepTrace(step, self.stage_name(step), Source.REPLAY, tuple(rows), records, start)
 
     def replay(self, frame: Frame, step: int, lanes: Collection[int] | None) -> tuple[int, Replay]:
         """A replay from the last snapshot of a frame at ``step`` or before, and the step of that snapshot."""
@@ -302,6 +305,9 @@ class _Sought:
         for step in range(start + 1, last + 1):
             (pack,) = replay.next_step().values()
             advance(1)
+            for skip in replay.take_skipped():
+                if (skip.dataset, skip.index) == (where.dataset, where.sample):
+                    found.append(self._sighting(step, skip.epoch, lane, Source.REPLAY, skipped=skip.reason))
             for place, drawn in enumerate(pack):
                 if names[drawn.dataset] == where.dataset:
                     epoch = max(epoch, drawn.epoch)

@@ -285,6 +285,32 @@ def test_text_and_pictures_are_those_of_the_document(run: Path, config: RunConfi
     assert all(entry.thumbnails == () for entry in shown if entry.row.dataset in ("text", "long"))
 
 
+def test_what_will_be_left_out_is_foreseen_where_that_shows_without_decoding(
+    config: RunConfig,
+    data: DataConfig,
+    write_set: WriteSet,  # noqa: F811
+) -> None:
+    empty = [{"json": b"{}"} if i % 5 == 0 else captioned(i) for i in range(23)]
+    one = data.datasets[0].model_copy(update={"manifest": write_set("empty", empty)})
+    config = config.model_copy(update={"data": data.model_copy(update={"datasets": (one,)})})
+    played = play(config)
+    trace = RunTrace(write(config, played[:6]))
+    shard = next(Path(one.manifest).parent.glob("*-00000.tar"))
+    expected = {
+        (number, skip.epoch)
+        for number, (_, batch) in enumerate(played[:20], 1)
+        for skip in batch.skipped
+        if skip.key == "000005"
+    }
+    found = list(trace.sample(str(shard), "000005", until=20))
+    assert {(one.step, one.epoch) for one in found} == expected
+    assert all(one.skipped for one in found)
+    assert {one.source for one in found} == {Source.LEDGER, Source.REPLAY}
+    for number in (7, 12, 20):
+        left_out = {(record["epoch"], record["index"]) for record in trace.step(number).skipped}
+        assert left_out == {(skip.epoch, skip.index) for skip in played[number - 1][1].skipped}
+
+
 def test_learned_text_is_told_from_the_prompt(config: RunConfig, data: DataConfig) -> None:
     asked = {"template": {"kind": "caption", "prompts": ["it is"], "answers": [" {name}!"]}}
     fields = data.datasets[0].model_dump() | asked
