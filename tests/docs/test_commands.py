@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from mmscale.cli import data
+
 REPO = Path(__file__).resolve().parents[2]
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -50,3 +52,13 @@ def test_pages_name_no_missing_page() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.relative_to(REPO)} links to {target}"
+
+
+def test_the_table_of_data_verbs_is_complete() -> None:
+    table = re.search(
+        r"^\| `mmscale data` \|.*?\n\n", (REPO / "docs" / "data.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert table is not None
+    listed = re.findall(r"^\| `(\w+)` \|", table[0], re.MULTILINE)
+    names = [command.name or command.callback.__name__ for command in data.app.registered_commands if command.callback]
+    assert sorted(listed) == sorted(names)
