@@ -164,6 +164,11 @@ def test_fast_mode_scales_while_decoding_but_not_below_the_wanted_size() -> None
     assert 60 <= small.shape[0] < 128
     assert decode_image(data, mode=DecodeMode.EXACT, max_pixels=LIMIT, min_side=(60, 60)).shape == (256, 512, 3)
     assert decode_image(data, mode=DecodeMode.FAST, max_pixels=LIMIT, min_side=(256, 256)).shape == (256, 512, 3)
+    # More than half is not scaled: that takes longer than all of it.
+    assert decode_image(data, mode=DecodeMode.FAST, max_pixels=LIMIT, min_side=(129, 60)).shape == (256, 512, 3)
+    odd = _encode(_smooth(255, 511), "JPEG")
+    assert decode_image(odd, mode=DecodeMode.FAST, max_pixels=LIMIT, min_side=(128, 256)).shape == (128, 256, 3)
+    assert decode_image(odd, mode=DecodeMode.FAST, max_pixels=LIMIT, min_side=(129, 256)).shape == (255, 511, 3)
 
 
 def _bomb(side: int) -> bytes:
