@@ -29,6 +29,7 @@ from data_pipeline.shards.records import CAPTION, PARTS, dump_json
 from data_pipeline.shards.reshard import ManifestReader, NamedManifest
 from data_pipeline.shards.rows import Members, Row
 from data_pipeline.shards.writer import encode_sample, end_of_tar
+from data_pipeline.storage.location import local_path
 
 _PLAN = ".mmscale-export.json"
 _COPIED_AT_ONCE = 8 << 20
@@ -94,7 +95,7 @@ def export(
         ShardError: a tar is not the one that the manifest knows.
         OSError: the disk is full; finished tars stay.
     """
-    output, manifest = Path(output), Manifest.open(manifest_path)
+    output, manifest = local_path(output, "export writes"), Manifest.open(manifest_path)
     targets = [_target(manifest, number, naming) for number in range(manifest.num_shards)]
     plan = {"manifest": manifest.fingerprint, "naming": naming.value}
     _resume(output, targets, json.dumps(plan, indent=1) + "\n")

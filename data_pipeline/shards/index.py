@@ -137,13 +137,13 @@ class ShardIndex:
         return cls.map(index_path(tar_path), tar_path)
 
     @classmethod
-    def map(cls, file: Path, tar_path: Path | Url) -> ShardIndex:
+    def map(cls, file: Path, tar_path: Path | Url, shown: str = "") -> ShardIndex:
         """Maps an index that lies in ``file``, a copy of the one of a remote tar for instance.
 
         Raises:
             ManifestError: it is missing or damaged.
         """
-        path = f"{tar_path}{_SUFFIX}"
+        path = shown or f"{tar_path}{_SUFFIX}"
         columns = read_columns(file, _COLUMNS, INDEX_FORMAT, path)
         record, arrays = columns.record, columns.arrays
         try:
@@ -365,8 +365,12 @@ def _num_bytes(text: object) -> int:
     return len(text.encode(errors="replace")) if isinstance(text, str) else 0
 
 
-def build_index(tar_path: str | Path) -> ShardIndex:
+def build_index(tar_path: str | Path, shown: str = "") -> ShardIndex:
     """Reads a tar once and writes its sidecar, whole or not at all.
+
+    Args:
+        tar_path: The tar.
+        shown: What messages call it, if it is a copy of another.
 
     Raises:
         ShardError: the tar is missing, damaged or hostile; no index is written.
@@ -377,7 +381,7 @@ def build_index(tar_path: str | Path) -> ShardIndex:
         size = len(data)
         for start in range(0, size, _CHUNK_BYTES):
             digest.update(data[start : start + _CHUNK_BYTES])
-        samples.extend(scan_samples(data, str(tar_path)))
+        samples.extend(scan_samples(data, shown or str(tar_path)))
     write_index(tar_path, samples, size, digest.hexdigest())
     return ShardIndex.read(tar_path)
 

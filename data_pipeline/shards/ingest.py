@@ -28,6 +28,7 @@ from data_pipeline.shards.rows import Row, RowReader, Source
 from data_pipeline.shards.skipped import SkippedRow, SkippedRows, read_skipped, row_of_stored
 from data_pipeline.shards.sources import open_source
 from data_pipeline.shards.writer import EncodedSample, ShardWriter, encode_sample, shard_name
+from data_pipeline.storage.location import local_path
 
 _PIECE_BYTES = 8 << 20
 """Samples are handed over in pieces of about this size."""
@@ -95,7 +96,8 @@ def ingest(
         WorkerError: a process died; finished shards stay.
         OSError: the disk is full; finished shards stay, the unfinished one is removed.
     """
-    output, rows = Path(output), open_source(source) if isinstance(source, str | Path) else source
+    output = local_path(output, "ingest writes")
+    rows = open_source(source) if isinstance(source, str | Path) else source
     report = IngestReport(output / f"{name}.manifest")
     if report.manifest.exists():
         raise DataConfigError(f"{report.manifest} exists already; remove it and its shards, or choose another name")

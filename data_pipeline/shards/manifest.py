@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
@@ -258,17 +259,39 @@ def write_manifest(path: str | Path, shards: Iterable[str | Path]) -> Manifest:
         ManifestError: a shard or its index is missing or stale.
     """
     path = Path(path)
+    write_entries(path, (_entry(Path(shard), path) for shard in shards))
+    return Manifest.open(path)
+
+
+class Entry(NamedTuple):
+    """What a manifest says of a shard; the name is relative to the manifest's folder."""
+
+    name: str
+    num_samples: int
+    tar_bytes: int
+    tar_sha256: str
+
+
+def _entry(shard: Path, manifest: Path) -> Entry:
+    name, index = _relative(shard, manifest), ShardIndex.open(shard)
+    return Entry(name, len(index), index.tar_bytes, index.tar_sha256)
+
+
+def write_entries(path: Path, entries: Iterable[Entry]) -> None:
+    """Writes a manifest of shards of which all is known, whole or not at all.
+
+    Raises:
+        DataConfigError: a shard is named twice.
+    """
     names: dict[str, None] = {}
     counts, tar_bytes, digests = array("q", [0]), array("q"), bytearray()
-    for shard in shards:
-        name = _relative(Path(shard), path)
-        if name in names:
-            raise DataConfigError(f"{path}: the shard {name} is named twice")
-        names[name] = None
-        index = ShardIndex.open(shard)
-        counts.append(len(index))
-        tar_bytes.append(index.tar_bytes)
-        digests += bytes.fromhex(index.tar_sha256)
+    for entry in entries:
+        if entry.name in names:
+            raise DataConfigError(f"{path}: the shard {entry.name} is named twice")
+        names[entry.name] = None
+        counts.append(entry.num_samples)
+        tar_bytes.append(entry.tar_bytes)
+        digests += bytes.fromhex(entry.tar_sha256)
     path_bytes, cu_path_bytes = pack_strings(names)
     arrays: dict[str, Column] = {
         "cu_samples": np.cumsum(counts, dtype=np.int64),
@@ -278,7 +301,6 @@ def write_manifest(path: str | Path, shards: Iterable[str | Path]) -> Manifest:
         "tar_sha256": np.frombuffer(digests, np.uint8).reshape(-1, _SHA256_BYTES),
     }
     write_columns(path, arrays, {"format": MANIFEST_FORMAT, "fingerprint": _fingerprint(arrays)})
-    return Manifest.open(path)
 
 
 def _relative(shard: Path, manifest: Path) -> str:

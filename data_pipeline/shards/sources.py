@@ -14,6 +14,7 @@ from data_pipeline.shards.folders import FolderSource, walk_folder
 from data_pipeline.shards.lists import ListSource
 from data_pipeline.shards.records import FieldNames, FileLoader
 from data_pipeline.shards.rows import Source
+from data_pipeline.storage.location import local_path
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -81,7 +82,7 @@ def open_source(path: str | Path, options: SourceOptions | None = None) -> Sourc
     Raises:
         DataConfigError: nothing is there, it is of another kind than asked for, or an option does not apply to it.
     """
-    path, options = Path(path), options or SourceOptions()
+    path, options = local_path(path, "ingest reads"), options or SourceOptions()
     if not path.is_dir() and not path.is_file():
         raise DataConfigError(f"{path}: no such file or folder")
     kind = options.kind

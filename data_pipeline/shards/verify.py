@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.errors import ManifestError, ShardError
+from data_pipeline.errors import AbsentError, ManifestError, ShardError
 from data_pipeline.shards.contents import MAX_TEXT_BYTES, check_member
 from data_pipeline.shards.crew import in_order
 from data_pipeline.shards.damage import Damage, Problem, ShardReport
-from data_pipeline.shards.index import Member, ShardIndex, describe_member, open_tar, text_bytes_of
+from data_pipeline.shards.index import Member, ShardIndex, describe_member, index_path, open_tar, text_bytes_of
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.remote_index import local_copy
 from data_pipeline.shards.tar_members import BLOCK_BYTES, TarError, TarFault, TarMember, split_name, survey
+from data_pipeline.storage.location import Url, parse_location
+from data_pipeline.storage.storage import Storage
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Pillow's own limit: a quarter gibibyte of RGB."""
@@ -34,8 +37,8 @@ _PLACED = frozenset(Problem(fault.value) for fault in TarFault) | {Problem.MISSI
 class Job(NamedTuple):
     """One shard to read, and what a manifest says of it."""
 
-    tar_path: Path
-    manifest: Path | None = None
+    tar_path: Path | Url
+    manifest: Path | Url | None = None
     sha256: str | None = None
     num_samples: int | None = None
 
@@ -46,7 +49,7 @@ def jobs_of(path: str | Path) -> tuple[int, Iterator[Job]]:
     Raises:
         ManifestError: the manifest itself cannot be read.
     """
-    path = Path(path)
+    path = parse_location(path)
     if path.suffix != ".manifest":
         return 1, iter([Job(path)])
     manifest = Manifest.open(path)
@@ -55,7 +58,7 @@ def jobs_of(path: str | Path) -> tuple[int, Iterator[Job]]:
     def jobs() -> Iterator[Job]:
         for number in range(manifest.num_shards):
             count = int(cu_samples[number + 1] - cu_samples[number])
-            yield Job(manifest.shard_path(number), path, manifest.shard_sha256(number), count)
+            yield Job(manifest.shard_location(number), path, manifest.shard_sha256(number), count)
 
     return manifest.num_shards, jobs()
 
@@ -80,7 +83,7 @@ def verify_manifest(
     return verify(jobs_of(path)[1], max_pixels=max_pixels, workers=workers)
 
 
-def check_manifest(path: Path) -> list[Damage]:
+def check_manifest(path: str | Path) -> list[Damage]:
     """Whether the content of a manifest is what its fingerprint was computed of.
 
     Raises:
@@ -99,14 +102,26 @@ class _Verify:
     max_pixels: int
 
     def __call__(self, job: Job) -> Iterator[ShardReport]:
-        report = verify_shard(job.tar_path, max_pixels=self.max_pixels, sha256=job.sha256)
+        report = self._report(job)
         if job.num_samples not in (None, report.num_samples):
             report.add(Problem.MANIFEST, f"{report.num_samples} samples, {job.manifest} says {job.num_samples}")
         yield report
 
+    def _report(self, job: Job) -> ShardReport:
+        tar = job.tar_path
+        if not isinstance(tar, Url):
+            return verify_shard(tar, max_pixels=self.max_pixels, sha256=job.sha256)
+        try:
+            with local_copy(tar, Storage.of_process()) as file:
+                return verify_shard(file, max_pixels=self.max_pixels, sha256=job.sha256, shown=str(tar))
+        except AbsentError as error:
+            report = ShardReport(str(tar))
+            report.add(Problem.SHARD, str(error))
+            return report
+
 
 def verify_shard(
-    tar_path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS, sha256: str | None = None
+    tar_path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS, sha256: str | None = None, shown: str = ""
 ) -> ShardReport:
     """Reads one shard whole and decodes every image.
 
@@ -114,9 +129,10 @@ def verify_shard(
         tar_path: The tar; its index is checked if there is one, and missed if not.
         max_pixels: Larger images count as damage and are not decoded.
         sha256: Digest that a manifest gives for this tar, hexadecimal.
+        shown: What the report calls it, if it is a copy of another.
     """
     tar_path = Path(tar_path)
-    report = ShardReport(str(tar_path))
+    report = ShardReport(shown or str(tar_path))
     try:
         with open_tar(tar_path) as data:
             report.num_bytes = len(data)
@@ -132,7 +148,7 @@ def verify_shard(
 
 def _index(tar_path: Path, report: ShardReport) -> ShardIndex | None:
     try:
-        index = ShardIndex.read(tar_path)
+        index = ShardIndex.map(index_path(tar_path), tar_path, f"{report.shard}.index")
         index.check()
         return index
     except ManifestError as error:

@@ -14,6 +14,7 @@ from data_pipeline.errors import DataConfigError
 
 _WEB = ("http", "https")
 SCHEMES = ("s3", "gs", "az", *_WEB)
+_FOLDED = tuple((f"{scheme}:",) for scheme in SCHEMES)
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
@@ -65,13 +66,17 @@ class Url(str):
 
 
 def parse_location(value: Any) -> Path | Url:
-    """A path, or a URL of a known scheme.
+    """A path, or a URL of a known scheme; also one that went through ``Path``, which makes one slash of two.
 
     Raises:
         DataConfigError: the scheme is unknown, the URL names no object, or it carries a query or a password.
     """
-    if isinstance(value, Url | Path):
+    if isinstance(value, Url):
         return value
+    if isinstance(value, Path):
+        if value.parts[:1] not in _FOLDED:
+            return value
+        value = str(value).replace(":/", "://", 1)
     if not isinstance(value, str):
         raise DataConfigError(f"{value!r}: expected a path or a URL")
     match = _URL.fullmatch(value)
@@ -95,6 +100,22 @@ def parse_location(value: Any) -> Path | Url:
     if "?" in url or "#" in url or ".." in url.path.split("/") or "//" in url.path:
         raise DataConfigError(f"{value}: a plain path is expected, without ?, #, '..' or an empty part")
     return url
+
+
+def local_path(value: Any, use: str) -> Path:
+    """A path of this machine.
+
+    Args:
+        value: As for ``parse_location``.
+        use: What happens there, for the message: ``ingest reads``.
+
+    Raises:
+        DataConfigError: it is a URL.
+    """
+    location = parse_location(value)
+    if isinstance(location, Url):
+        raise DataConfigError(f"{location}: {use} files of this machine only; see docs/sources.md for what takes URLs")
+    return location
 
 
 def _validate(value: Any) -> Path | Url:

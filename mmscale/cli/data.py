@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from mmscale.cli import data_dedup, data_shards, data_show, data_stats, data_text, data_trace, data_views
 from mmscale.cli.console import emit, progress, track
+
+if TYPE_CHECKING:
+    from data_pipeline.storage.location import Url
 
 app = typer.Typer()
 
@@ -16,31 +20,57 @@ _JSON = typer.Option(False, "--json", help="One JSON object instead of lines.")
 
 @app.command(epilog="Example: mmscale data index shards/*.tar --manifest shards/all.manifest")
 def index(
-    shards: list[Path] = typer.Argument(None, help="Tars to index; with none, those of the manifest."),
-    manifest: Path | None = typer.Option(None, "--manifest", help="Write a manifest of these shards, or renew it."),
+    shards: list[str] = typer.Argument(
+        None, help="Tars to index, or URLs of tars or of a folder in a bucket; with none, those of the manifest."
+    ),
+    manifest: str | None = typer.Option(
+        None, "--manifest", help="Write a manifest of these shards, or renew it: a file, or a URL if they have URLs."
+    ),
     json: bool = _JSON,
 ) -> None:
-    """Build the sidecar index of webdataset tars, and a manifest of them."""
+    """Build the sidecar index of webdataset tars, and a manifest of them, where the tars lie."""
     from data_pipeline.errors import DataConfigError
     from data_pipeline.shards.index import build_index
     from data_pipeline.shards.manifest import Manifest, write_manifest
+    from data_pipeline.storage.location import Url, parse_location
 
-    if not shards:
-        if manifest is None:
+    found, target = [parse_location(shard) for shard in shards or ()], manifest and parse_location(manifest)
+    if not found:
+        if target is None:
             raise DataConfigError("name tars to index, or a manifest to renew with --manifest")
-        old = Manifest.open(manifest)
-        shards = [old.shard_path(number) for number in range(old.num_shards)]
-    num_samples = sum(len(build_index(shard)) for shard in track(shards, "index"))
-    figures: dict[str, object] = {"shards": len(shards), "samples": num_samples}
-    if manifest is not None:
-        written = write_manifest(manifest, shards)
-        figures |= {"manifest": str(manifest), "fingerprint": written.fingerprint}
+        old = Manifest.open(target)
+        found = [old.shard_location(number) for number in range(old.num_shards)]
+    urls, paths = [f for f in found if isinstance(f, Url)], [f for f in found if not isinstance(f, Url)]
+    if urls:
+        if paths or not isinstance(target, Url | None):
+            raise DataConfigError(f"{urls[0]}: tars and manifest lie together, all on a server or all on this machine")
+        emit(_index_remote(urls, target), json=json)
+        return
+    if isinstance(target, Url):
+        raise DataConfigError(f"{target}: tars and manifest lie together, all on a server or all on this machine")
+    num_samples = sum(len(build_index(shard)) for shard in track(paths, "index"))
+    figures: dict[str, object] = {"shards": len(paths), "samples": num_samples}
+    if target is not None:
+        written = write_manifest(target, paths)
+        figures |= {"manifest": str(target), "fingerprint": written.fingerprint}
     emit(figures, json=json)
+
+
+def _index_remote(urls: list[Url], manifest: Url | None) -> dict[str, object]:
+    from data_pipeline.shards.remote_index import index_remote, tars_below
+    from data_pipeline.storage.storage import Storage
+
+    storage = Storage.of_process()
+    tars = [tar for url in urls for tar in tars_below(url, storage)]
+    with progress("index", len(tars)) as meter:
+        num_samples, written = index_remote(tars, manifest, storage, meter.advance)
+    figures: dict[str, object] = {"shards": len(tars), "samples": num_samples}
+    return figures | ({"manifest": str(manifest), "fingerprint": written.fingerprint} if written is not None else {})
 
 
 @app.command(epilog="Example: mmscale data verify examples/emoji/shards/train.manifest --jobs 4")
 def verify(
-    paths: list[Path] = typer.Argument(help="Manifests or tars."),
+    paths: list[str] = typer.Argument(help="Manifests or tars: files or URLs."),
     max_pixels: int = typer.Option(89_478_485, "--max-pixels", min=1, help="An image with more pixels is damage."),
     jobs: int = typer.Option(1, "--jobs", min=1, help="Shards to read at the same time, each in its own process."),
     json: bool = _JSON,
@@ -65,7 +95,7 @@ def verify(
 
     plans = [jobs_of(path) for path in paths]
     for path in paths:
-        if path.suffix == ".manifest":
+        if path.endswith(".manifest"):
             note(check_manifest(path))
     shards = itertools.chain.from_iterable(plan for _, plan in plans)
     with progress("verify", sum(count for count, _ in plans)) as meter:
