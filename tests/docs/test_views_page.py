@@ -1,0 +1,47 @@
+"""The published recipes of docs/views.md: each is a legal transform that gives the published views and tokens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.transforms import ImageTransform, TransformConfig
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "views.md").read_text()
+RECIPES: dict[str, Any] = yaml.safe_load(re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[0])
+ANY = Placement.EMBEDDING
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "size", "features"),
+    [
+        # 256 features a tile (InternVL, NVLM): 1 x 2 tiles and the overview.
+        ("InternVL 1.5", MediaSpec(ANY, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
+        ("NVLM-D", MediaSpec(ANY, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
+        ("NVLM-X, NVLM-H", MediaSpec(Placement.HYBRID, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
+        # 40 x 40 patches a tile of 560 px.
+        ("Llama 3.2 Vision", MediaSpec(Placement.CROSS_ATTENTION, 14, fixed_grid=(40, 40)), (1000, 1000), [1600] * 4),
+        # 144 features of the overview; 2 x 2 crops keep 10 x 10 of their 12 x 12.
+        ("Molmo", MediaSpec(ANY, 14, 2, fixed_grid=(24, 24)), (560, 560), [144] + [100] * 4),
+        # 144 tokens an image of 48 x 48 patches: by another resampler than merging, which counts 4 x 4 here.
+        ("MM1.5", MediaSpec(ANY, 14, 4, fixed_grid=(48, 48)), (1344, 1344), [144] * 5),
+        # 64 features for 224 x 224 pixels: the paper, section 2.1.
+        ("Qwen2-VL", MediaSpec(ANY, 14, 2), (224, 224), [64]),
+        ("Pixtral", MediaSpec(ANY, 16), (1024, 512), [64 * 32]),
+        ("Fuyu-8B", MediaSpec(ANY, 30), (300, 310), [10 * 11]),
+    ],
+)
+def test_recipe(model: str, spec: MediaSpec, size: tuple[int, int], features: list[int]) -> None:
+    transform = ImageTransform(TypeAdapter(TransformConfig).validate_python(RECIPES[model]), spec)
+    assert [view.num_features(spec) for view in transform.measure(size)] == features
+
+
+def test_every_recipe_is_tested() -> None:
+    (mark,) = test_recipe.pytestmark  # type: ignore[attr-defined]
+    assert {case[0] for case in mark.args[1]} == set(RECIPES)
