@@ -52,6 +52,11 @@ class RunFaults:
                     held[dataset, index] = error
         return cls(config, read_exclusions(config), held)
 
+    def hold(self, dataset: str, sample: int, error: SampleError) -> None:
+        """Holds a quarantined sample, while there is room."""
+        if len(self.quarantined) < _MAX_HELD:
+            self.quarantined[dataset, sample] = error
+
 
 class SetFaults:
     """Bad samples and lost shards of one data set, as far as this process knows.
@@ -149,8 +154,7 @@ class SetFaults:
 
     def keep(self, sample: int, error: SampleError) -> None:
         """Holds a quarantined sample, while there is room."""
-        if len(self._run.quarantined) < _MAX_HELD:
-            self._run.quarantined[self._reader.dataset, sample] = error
+        self._run.hold(self._reader.dataset, sample, error)
 
     def succeeded(self, sample: int) -> None:
         """Ends the row of failed reads of the sample's shard."""

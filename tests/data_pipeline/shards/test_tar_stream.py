@@ -1,0 +1,119 @@
+"""Reading tars front to back: what webdataset writes comes whole, and damage is the last thing that comes."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import SampleError, ShardError
+from data_pipeline.shards.tar_stream import samples_of, stream_members, stream_samples
+from data_pipeline.storage.storage import Storage
+
+SAMPLES = {f"a/{number:03d}": {"0.png": os.urandom(700 + number), "txt": b"text %d" % number} for number in range(9)}
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> Path:
+    path = tmp_path / "part.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for key, members in SAMPLES.items():
+            writer.write({"__key__": key, **members})
+    return path
+
+
+def _read(source: str) -> list:
+    with Storage() as storage:
+        return list(samples_of(source, storage))
+
+
+def test_a_file_a_command_a_named_pipe_and_a_compressed_tar_give_the_same(tar: Path, tmp_path: Path) -> None:
+    expected = list(SAMPLES.items())
+    assert _read(str(tar)) == expected
+    assert _read(f"pipe:cat {tar}") == expected
+    packed = tmp_path / "part.tar.gz"
+    packed.write_bytes(gzip.compress(tar.read_bytes()))
+    assert _read(str(packed)) == expected
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    feeder = threading.Thread(target=lambda: fifo.write_bytes(tar.read_bytes()))
+    feeder.start()
+    assert _read(str(fifo)) == expected
+    feeder.join()
+
+
+@given(cut=st.integers(0, 20_000))
+def test_a_tar_cut_anywhere_gives_whole_samples_and_then_says_so(cut: int) -> None:
+    whole = io.BytesIO()
+    with webdataset.TarWriter(whole) as writer:
+        for key, members in SAMPLES.items():
+            writer.write({"__key__": key, **members})
+    data = whole.getvalue()
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        end = max(info.offset_data + info.size for info in archive)
+    cut = min(cut, end)
+    found = list(stream_samples(stream_members(io.BytesIO(data[:cut]), "part.tar"), "part.tar"))
+    *good, (_, error) = found
+    assert isinstance(error, ShardError)
+    assert good == list(SAMPLES.items())[: len(good)]
+
+
+def test_a_damaged_header_is_no_end(tar: Path) -> None:
+    data = bytearray(tar.read_bytes())
+    with tarfile.open(tar) as archive:
+        header = archive.getmembers()[5].offset
+    data[header + 3] ^= 0xFF
+    tar.write_bytes(data)
+    *good, (key, error) = _read(str(tar))
+    assert good == list(SAMPLES.items())[: len(good)]
+    assert isinstance(error, ShardError)
+    assert key == list(SAMPLES)[len(good)]
+
+
+def test_a_command_that_fails_is_reported_behind_what_it_gave(tar: Path) -> None:
+    *good, (_, error) = _read(f"pipe:cat {tar}; exit 3")
+    assert good == list(SAMPLES.items())
+    assert "ended with code 3" in str(error)
+
+
+def test_a_command_is_stopped_when_nobody_reads_on(tar: Path, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    with Storage() as storage:
+        samples = samples_of(f"pipe:echo $$ > {pid}; cat {tar}; exec sleep 600", storage)
+        next(samples)
+        samples.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_links_and_missing_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "link.tar"
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo("a.txt")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(info)
+    ((_, error),) = _read(str(path))
+    assert "no plain file" in str(error)
+    ((_, missing),) = _read(str(tmp_path / "none.tar"))
+    assert isinstance(missing, ShardError)
+
+
+def test_two_members_of_one_name_are_one_bad_sample(tmp_path: Path) -> None:
+    path = tmp_path / "twice.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("a.txt", "a.txt", "b.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            archive.addfile(info, io.BytesIO(b"hi"))
+    (first, error), second = _read(str(path))
+    assert first == "a"
+    assert isinstance(error, SampleError)
+    assert second == ("b", {"txt": b"hi"})
