@@ -20,6 +20,7 @@ def digest(
     world_size: int = 1,
     workers: int = 0,
     resume_at: int | None = None,
+    resume_world_size: int | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(step, sha256) of each global batch: for every lane in order its number, token ids, labels and pixel bytes.
 
@@ -31,6 +32,7 @@ def digest(
         world_size: Ranks to play, one after the other in this process.
         workers: Worker processes of each rank.
         resume_at: Save the state before this step, build every loader anew from it, and go on.
+        resume_world_size: Ranks from there on; None: as before.
 
     Raises:
         DataConfigError: ``steps`` is no forward range of step 1.
@@ -43,7 +45,7 @@ def digest(
         states: list[LoaderState] = []
         for step in range(steps.stop):
             if step == resume_at:
-                loaders = _reopen(loaders, states, config, spec, seed, world_size)
+                loaders = _reopen(loaders, states, config, spec, seed, resume_world_size or world_size)
             batches = [next(loader) for loader in loaders]
             states = [batch.state for batch in batches]
             if step >= steps.start:

@@ -121,6 +121,9 @@ def digest(
     world_size: int = typer.Option(1, "--world-size", min=1, help="Ranks to play."),
     workers: int = typer.Option(0, "--workers", min=0, help="Worker processes of each rank."),
     resume_at: int | None = typer.Option(None, "--resume-at", min=0, help="Save the loader's state here and go on."),
+    resume_world_size: int | None = typer.Option(
+        None, "--resume-world-size", min=1, help="Ranks behind --resume-at, if other than before."
+    ),
 ) -> None:
     """Print a line "step sha256" of each global batch: equal for every number of ranks and workers."""
     from data_pipeline.digest import digest as run
@@ -129,7 +132,10 @@ def digest(
 
     value = load(config, overrides or [], RunConfig).value
     chosen = parse_range(steps, "--steps")
-    for step, checksum in run(value.data, value.media_spec, value.seed, chosen, world_size, workers, resume_at):
+    if resume_world_size is not None and resume_at is None:
+        raise typer.BadParameter("give the step with --resume-at", param_hint="--resume-world-size")
+    resume = (resume_at, resume_world_size)
+    for step, checksum in run(value.data, value.media_spec, value.seed, chosen, world_size, workers, *resume):
         print(f"{step} {checksum}", flush=True)
 
 
