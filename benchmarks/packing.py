@@ -69,7 +69,7 @@ def emoji() -> Workload:
     """The quickstart's documents, measured without decoding, shuffled."""
     config = load(QUICKSTART, [], RunConfig).value
     dataset, spec = config.data.datasets[0], config.media_spec
-    reader = SampleReader(Manifest.open(dataset.manifest), dataset.name)
+    reader = SampleReader(Manifest.open(dataset.indexed), dataset.name)
     build = DocumentBuilder(dataset, load_tokenizer(config.data.tokenizer), spec)
     size = reader.manifest.num_samples
     order = np.random.default_rng(0).permutation(size)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from data_pipeline.errors import DataConfigError
 from data_pipeline.faults import FaultConfig
 from data_pipeline.mixture import Schedule
 from data_pipeline.storage.config import CacheConfig, StorageConfig
-from data_pipeline.storage.location import Location
+from data_pipeline.storage.location import Location, Url
 from data_pipeline.strict import StrictConfig
 from data_pipeline.templates import CaptionTemplate, TemplateConfig
 from data_pipeline.tokenizer import TokenizerConfig
@@ -30,9 +32,12 @@ class DatasetConfig(StrictConfig):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Unique name of letters, digits, ``_.-``; a part of the seed of its order and its augmentation."""
-    manifest: Location
+    manifest: Location | None = None
     """Manifest written by ``mmscale data ingest`` or ``index``: a path, relative to the working directory, or a URL
     (``s3://``, ``gs://``, ``az://``, ``http://``, ``https://``). Shards and indexes lie where it lies."""
+    shards: tuple[str, ...] = ()
+    """Instead of a manifest: tars to stream from front to back, paths, URLs or ``pipe:`` and a shell command, with
+    braces (``part-{000..099}.tar``)."""
     weight: Annotated[float, Field(gt=0)] | tuple[WeightFrom, ...] | None = None
     """Share of the draws, relative to the other data sets; or a list of weights, each from a step on (before the first
     it is 0). Null: 1, or what ``repeats`` says."""
@@ -47,6 +52,14 @@ class DatasetConfig(StrictConfig):
     """How an image becomes views."""
 
     @model_validator(mode="after")
+    def _check_source(self) -> DatasetConfig:
+        if (self.manifest is None) == (not self.shards):
+            raise ValueError(f"data set {self.name}: give either a manifest or shards")
+        if self.shards and self.repeats is not None:
+            raise ValueError(f"data set {self.name}: repeats needs a manifest, which counts samples; give a weight")
+        return self
+
+    @model_validator(mode="after")
     def _check_weight(self) -> DatasetConfig:
         if self.repeats is not None and self.weight is not None:
             raise ValueError("weight and repeats exclude each other")
@@ -55,6 +68,20 @@ class DatasetConfig(StrictConfig):
             if not steps or steps != sorted(set(steps)):
                 raise ValueError(f"weight: expected weights with ascending from_step, got from_step {steps}")
         return self
+
+    @property
+    def indexed(self) -> Path | Url:
+        """The manifest, for what cannot do without.
+
+        Raises:
+            DataConfigError: its shards are streamed without one.
+        """
+        if self.manifest is None:
+            raise DataConfigError(
+                f"data set {self.name}: its shards have no index, which this needs; "
+                "make one with: mmscale data index SHARDS --manifest FILE"
+            )
+        return self.manifest
 
     def weight_changes(self, num_samples: int) -> list[tuple[int, float]]:
         """(first step, weight), ascending; ``num_samples`` are those of the data set."""

@@ -38,6 +38,7 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition, fingerprint, schedule_of
 from data_pipeline.storage.storage import Storage
 from data_pipeline.stream import LaneStream, OpenDataset
+from data_pipeline.streamed import any_remote, expand_shards
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.transport import Parcel, wrap
 
@@ -113,9 +114,10 @@ class _LaneRows:
         faults = RunFaults.load(config.faults, plan.quarantine)
         self._storage = Storage(config.storage, config.cache)
         self._datasets = [
-            OpenDataset.open(dataset, plan.seed, tokenizer, spec, faults, self._storage) for dataset in config.datasets
+            OpenDataset.open(dataset, config.order, plan.seed, tokenizer, spec, faults, self._storage)
+            for dataset in config.datasets
         ]
-        sizes = {dataset.config.name: dataset.reader.manifest.num_samples for dataset in self._datasets}
+        sizes = {dataset.config.name: dataset.source.num_samples for dataset in self._datasets}
         schedule = schedule_of(config, sizes)
         self._streams: dict[int, LaneStream] = {}
         self._packers: dict[int, Packer] = {}
@@ -230,7 +232,7 @@ class Loader:
         self._null_pack = Pack((null_document(spec, tokenizer.pad_id),), lane=-1)
         self._step = state.step if state is not None else 0
         with Storage(config.storage, config.cache) as storage:
-            manifests = {dataset.name: Manifest.open(dataset.manifest, storage) for dataset in config.datasets}
+            manifests = {d.name: Manifest.open(d.manifest, storage) for d in config.datasets if d.manifest is not None}
         prints = {name: manifest.fingerprint for name, manifest in manifests.items()}
         schedule = schedule_of(config, {name: manifest.num_samples for name, manifest in manifests.items()})
         self._fingerprint = functools.partial(fingerprint, config, spec, seed, prints, tokenizer.fingerprint, schedule)
@@ -241,6 +243,8 @@ class Loader:
         # Building the rows here too would open every shard twice; a builder alone finds a wrong transform at once.
         for dataset in config.datasets:
             DocumentBuilder(dataset, tokenizer, spec)
+        streamed = [source for dataset in config.datasets for source in expand_shards(dataset.shards)]
+        is_remote = any_remote(streamed) or any(manifest.is_remote for manifest in manifests.values())
         Budget(config.packing, spec, self._null_pack.documents[0])
         self._num_workers = min(config.workers, len(self.lanes))
         self._steps = DataLoader(
@@ -249,7 +253,7 @@ class Loader:
             num_workers=self._num_workers,
             prefetch_factor=config.prefetch if self._num_workers else None,
             worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
-            multiprocessing_context=_context(self._num_workers, any(m.is_remote for m in manifests.values())),
+            multiprocessing_context=_context(self._num_workers, is_remote),
         )
         self._running: Iterator[_Rows | DataPipelineError] | None = None
         self._closed = False

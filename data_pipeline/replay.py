@@ -10,41 +10,65 @@ holds yet, and tests of the ledger. Not for: steps that it holds (``ledger`` rea
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from data_pipeline.config import DataConfig
 from data_pipeline.document import Document
 from data_pipeline.documents import null_document
 from data_pipeline.errors import SampleError
-from data_pipeline.faults import Action, FaultConfig, Skipped
+from data_pipeline.faults import Action, FaultConfig, Known, Skipped
 from data_pipeline.known_faults import RunFaults
+from data_pipeline.lanes import Cursor, Place
 from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing import Budget, Packer
-from data_pipeline.reader import SampleReader
 from data_pipeline.sample import Sample
-from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition, schedule_of
 from data_pipeline.storage.storage import Storage
-from data_pipeline.stream import LaneStream, OpenDataset
+from data_pipeline.stream import LaneSource, LaneStream, OpenDataset, Source
 from data_pipeline.tokenizer import load_tokenizer
 
 Skips = Mapping[tuple[str, int, int], str]
 """(data set, epoch, sample) of samples that a run left out, and why."""
 
 
-class _Outlines(SampleReader):
-    """Reads text and sizes only, and finds bad what a run found bad."""
+@dataclass(frozen=True)
+class _Outlines:
+    """A source that reads text and sizes only, and finds bad what a run found bad."""
 
-    def __init__(self, manifest: Manifest, dataset: str, skipped: Skips) -> None:
-        super().__init__(manifest, dataset)
-        self._skipped = skipped
+    source: Source
+    dataset: str
+    skipped: Skips
 
-    def read(self, sample_index: int, epoch: int = 0, lane: int = -1) -> Sample:
-        reason = self._skipped.get((self.dataset, epoch, sample_index))
+    @property
+    def num_samples(self) -> int:
+        return self.source.num_samples
+
+    def lane(self, lane: int, num_lanes: int) -> _OutlineLane:
+        return _OutlineLane(self.source.lane(lane, num_lanes), self)
+
+
+@dataclass(frozen=True)
+class _OutlineLane:
+    """One lane of it."""
+
+    lane: LaneSource
+    shared: _Outlines
+
+    def resolve(self, cursor: Cursor) -> tuple[Place, Cursor]:
+        return self.lane.resolve(cursor)
+
+    def read(self, sample: int, epoch: int = 0) -> Sample:
+        reason = self.shared.skipped.get((self.shared.dataset, epoch, sample))
         if reason is not None:
             raise SampleError(reason)
-        return self.read_outline(sample_index, epoch)
+        return self.lane.read_outline(sample, epoch)
+
+    def read_outline(self, sample: int, epoch: int = 0) -> Sample:
+        return self.read(sample, epoch)
+
+    def known(self, sample: int) -> Known:
+        return self.lane.known(sample)
 
 
 class Replay:
@@ -82,13 +106,14 @@ class Replay:
         config = config.model_copy(update={"faults": faults})
         tokenizer = load_tokenizer(config.tokenizer)
         self._budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
-        known, storage = RunFaults.load(faults), Storage(config.storage, config.cache)
+        known = RunFaults.load(faults)
+        storage = Storage(config.storage, config.cache)
         self._datasets: list[OpenDataset] = []
         for dataset in config.datasets:
-            opened = OpenDataset.open(dataset, seed, tokenizer, spec, known, storage)
-            reader = _Outlines(opened.reader.manifest, dataset.name, skipped or {})
-            self._datasets.append(replace(opened, reader=reader, build=opened.measure))
-        sizes = {dataset.config.name: dataset.reader.manifest.num_samples for dataset in self._datasets}
+            opened = OpenDataset.open(dataset, config.order, seed, tokenizer, spec, known, storage)
+            outlines = _Outlines(opened.source, dataset.name, skipped or {})
+            self._datasets.append(replace(opened, source=outlines, build=opened.measure))
+        sizes = {dataset.config.name: dataset.source.num_samples for dataset in self._datasets}
         self._config, self._schedule = config, schedule_of(config, sizes)
         names = [dataset.name for dataset in config.datasets]
         self._streams: dict[int, LaneStream] = {}

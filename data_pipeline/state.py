@@ -213,8 +213,8 @@ def _hash(value: object) -> str:
 
 
 def schedule_of(config: DataConfig, num_samples: Mapping[str, int]) -> Schedule:
-    """Weights over steps; ``num_samples`` of each data set turn ``repeats`` into weights."""
-    return Schedule.of([dataset.weight_changes(num_samples[dataset.name]) for dataset in config.datasets])
+    """Weights over steps; ``num_samples`` of data sets with a manifest turn ``repeats`` into weights."""
+    return Schedule.of([dataset.weight_changes(num_samples.get(dataset.name, 0)) for dataset in config.datasets])
 
 
 def fingerprint(
@@ -235,7 +235,7 @@ def fingerprint(
         config: The data block.
         spec: The model's side: patch counts decide what fits into a pack.
         seed: Seed of the run.
-        manifests: Fingerprint of the manifest of each data set.
+        manifests: Fingerprint of the manifest of each data set that has one; of others the shards' names count.
         tokenizer: Fingerprint of the tokenizer.
         schedule: Weights over steps.
         step: Steps done.
@@ -256,7 +256,7 @@ def fingerprint(
     if config.faults.exclude:
         parts["faults.exclude"] = exclusions_digest(config.faults)
     for dataset in drawn:
-        parts |= _dataset_parts(dataset, manifests[dataset.name])
+        parts |= _dataset_parts(dataset, manifests.get(dataset.name))
     return fingerprint_of(parts)
 
 
@@ -265,7 +265,7 @@ def fingerprint_of(parts: Mapping[str, object]) -> str:
     return " ".join(f"{name}:{_hash(value)}" for name, value in parts.items())
 
 
-def _dataset_parts(dataset: DatasetConfig, manifest: str) -> dict[str, object]:
+def _dataset_parts(dataset: DatasetConfig, manifest: str | None) -> dict[str, object]:
     """Whatever a data set's configuration says, but for its name, its weight and where it lies."""
     dumped = dataset.model_dump(mode="json", exclude={"name", "weight", "repeats", "manifest"})
     return {f"{dataset.name}.manifest": manifest, **{f"{dataset.name}.{key}": value for key, value in dumped.items()}}

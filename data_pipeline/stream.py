@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from numpy.random.bit_generator import ISeedSequence
 
-from data_pipeline.config import DataConfig, DatasetConfig
+from data_pipeline.config import DataConfig, DatasetConfig, OrderConfig
 from data_pipeline.document import Document
 from data_pipeline.documents import DocumentBuilder
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.faults import Fault, FaultPolicy, Skipped
+from data_pipeline.faults import Fault, FaultPolicy, Known, Skipped
+from data_pipeline.indexed import IndexedSet
 from data_pipeline.known_faults import RunFaults, SetFaults
-from data_pipeline.lanes import Cursor, LaneOrder, Place, mix
+from data_pipeline.lanes import Cursor, Place, mix
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.mixture import Mixture, Schedule
 from data_pipeline.packing import Budget, Made
@@ -26,6 +27,7 @@ from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn, LaneState, StreamPosition
 from data_pipeline.storage.storage import Storage
+from data_pipeline.streamed import StreamedSet, expand_shards
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -59,39 +61,76 @@ Build = Callable[[Sample, "np.random.Generator | None"], Document]
 """Makes a sample's document; the generator draws answers and augmentation."""
 
 
+class LaneSource(Protocol):
+    """Order and samples of one lane of a data set."""
+
+    def resolve(self, cursor: Cursor) -> tuple[Place, Cursor]:
+        """The sample at ``cursor`` and the cursor after it."""
+
+    def read(self, sample: int, epoch: int = 0) -> Sample:
+        """The sample with its members in reading order."""
+
+    def read_outline(self, sample: int, epoch: int = 0) -> Sample:
+        """The sample, its images perhaps without their bytes."""
+
+    def known(self, sample: int) -> Known:
+        """What is known of the sample's faults."""
+
+
+class Source(Protocol):
+    """What the lanes of a process share of a data set."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch; 0 if nobody counted them."""
+
+    def lane(self, lane: int, num_lanes: int) -> LaneSource:
+        """The samples of one lane."""
+
+
 @dataclass(frozen=True)
 class OpenDataset:
     """One data set of the mixture, open in this process; lanes share it."""
 
     config: DatasetConfig
     seed: int
-    reader: SampleReader
+    source: Source
     build: Build
     measure: Build
-    faults: SetFaults
 
     @classmethod
     def open(
         cls,
         config: DatasetConfig,
+        order: OrderConfig,
         seed: int,
         tokenizer: Tokenizer,
         spec: MediaSpec,
         faults: RunFaults,
-        storage: Storage | None = None,
+        storage: Storage,
     ) -> OpenDataset:
-        """Opens manifest and builder; ``faults`` is what this process knows of bad samples.
+        """Opens source and builder; ``faults`` is what this process knows of bad samples.
 
         Raises:
             ManifestError: the manifest is missing or damaged.
             DataConfigError: it is empty or wholly excluded, or the transforms do not fit the model.
         """
-        manifest = Manifest.open(config.manifest, storage)
-        if manifest.num_samples == 0:
-            raise DataConfigError(f"data set {config.name}: {config.manifest} holds no samples")
-        reader = SampleReader(manifest, config.name)
         build = DocumentBuilder(config, tokenizer, spec)
-        return cls(config, dataset_seed(seed, config.name), reader, build, build.measure, SetFaults(faults, reader))
+        seed = dataset_seed(seed, config.name)
+        return cls(config, seed, _open_source(config, order, seed, faults, storage), build, build.measure)
+
+
+def _open_source(
+    config: DatasetConfig, order: OrderConfig, seed: int, faults: RunFaults, storage: Storage
+) -> IndexedSet | StreamedSet:
+    if config.manifest is None:
+        size = order.block_size * order.window_blocks
+        return StreamedSet(config.name, expand_shards(config.shards), seed, size, storage, faults)
+    manifest = Manifest.open(config.manifest, storage)
+    if manifest.num_samples == 0:
+        raise DataConfigError(f"data set {config.name}: {config.manifest} holds no samples")
+    reader = SampleReader(manifest, config.name)
+    return IndexedSet(reader, seed, order, SetFaults(faults, reader))
 
 
 class LaneStream:
@@ -123,23 +162,12 @@ class LaneStream:
         self._datasets = datasets
         self._schedule = schedule
         self._budget = budget
-        self._orders = [
-            LaneOrder(
-                num_samples=dataset.reader.manifest.num_samples,
-                block_size=config.order.block_size,
-                window_blocks=config.order.window_blocks,
-                seed=dataset.seed,
-                lane=lane,
-                num_lanes=config.lanes,
-            )
-            for dataset in datasets
-        ]
+        self._sources = [dataset.source.lane(lane, config.lanes) for dataset in datasets]
         self._position = state.position
         self._mixtures: dict[tuple[int, int], Mixture | None] = {}
         self._policy = FaultPolicy(config.faults, state.faults)
         self._skipped: list[Skipped] = []
         self._remade: tuple[Drawn, list[Document]] | None = None
-        self._expected: dict[int, tuple[int, int]] = {}
 
     def position(self) -> StreamPosition:
         """Where the next document is drawn from."""
@@ -187,25 +215,17 @@ class LaneStream:
         position = self._enter_phase(self._schedule.phase(self.step), self._position.exhausted)
         while (mixture := self._mixture(position.phase, position.exhausted)) is not None:
             chosen = mixture.choose(position.draws)
-            place, after = self._orders[chosen].resolve(position.cursors[chosen])
+            place, after = self._sources[chosen].resolve(position.cursors[chosen])
             most = self._datasets[chosen].config.max_epochs
             if most is not None and place.epoch >= most:
                 position = self._enter_phase(position.phase, position.exhausted | 1 << chosen)
                 continue
-            self._expect(chosen, after)
             draws, cursors = list(position.draws), list(position.cursors)
             draws[chosen] += 1
             cursors[chosen] = after
             self._position = StreamPosition(tuple(draws), tuple(cursors), position.phase, position.exhausted)
             return Drawn(chosen, place.epoch, place.sample)
         return None
-
-    def _expect(self, dataset: int, cursor: Cursor) -> None:
-        """Says once a window what is needed in this window and the next."""
-        reader = self._datasets[dataset].reader
-        if reader.manifest.is_remote and self._expected.get(dataset) != cursor[:2]:
-            self._expected[dataset] = cursor[:2]
-            reader.expect(self._lane, self._orders[dataset].blocks(cursor))
 
     def _enter_phase(self, phase: int, exhausted: int) -> StreamPosition:
         """The position, its draws counted anew if the mixture is another one now."""
@@ -226,7 +246,7 @@ class LaneStream:
     def _attempt(self, drawn: Drawn) -> list[Document]:
         """The documents of a sample; none if it is skipped, which is noted."""
         dataset = self._datasets[drawn.dataset]
-        result = self._policy.attempt(lambda: self._documents(drawn), dataset.faults.of(drawn.sample))
+        result = self._policy.attempt(lambda: self._documents(drawn), self._sources[drawn.dataset].known(drawn.sample))
         if isinstance(result, Fault):
             origin = (dataset.config.name, drawn.epoch, drawn.sample, self._lane)
             self._skipped.append(self._policy.skipped(result, *origin))
@@ -235,7 +255,7 @@ class LaneStream:
 
     def _documents(self, drawn: Drawn) -> list[Document]:
         dataset = self._datasets[drawn.dataset]
-        sample = dataset.reader.read(drawn.sample, drawn.epoch, self._lane)
+        sample = self._sources[drawn.dataset].read(drawn.sample, drawn.epoch)
         document = dataset.build(sample, sample_generator(dataset.seed, Place(drawn.sample, drawn.epoch)))
         try:
             return self._budget.admit(document)

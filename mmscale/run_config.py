@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.config import DataConfig
 from data_pipeline.media_spec import MediaSpec
+from data_pipeline.streamed import expand_shards
 from data_pipeline.strict import StrictConfig
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.checkpoint.config import CheckpointConfig
@@ -91,11 +92,12 @@ def check_files(config: RunConfig) -> None:
 
     Raises:
         ConfigError: a manifest is missing, or the tokenizer has more ids than the model has embeddings.
-        DataConfigError: the tokenizer cannot be loaded.
+        DataConfigError: a shard to be streamed is missing, or the tokenizer cannot be loaded.
     """
     for number in range(len(config.stages)):
         data = config.stage_data(number)
         for index, dataset in enumerate(data.datasets):
+            expand_shards(dataset.shards)
             if isinstance(dataset.manifest, Path) and not dataset.manifest.is_file():
                 raise ConfigError(
                     f"data.datasets.{index}.manifest={dataset.manifest}: no such file; "

@@ -94,12 +94,12 @@ def _subjects(target: Path, overrides: list[str], tokenizer: Path | None) -> lis
     value = load(target, overrides, RunConfig).value
     max_tokens = value.data.packing.max_tokens
     for dataset in value.data.datasets:
-        if not isinstance(dataset.manifest, Path):
+        if not isinstance(dataset.indexed, Path):
             raise DataConfigError(
                 f"{dataset.manifest}: statistics are counted where the shards lie; copy the set here, or leave it out"
             )
     return [
-        _Subject(each.name, Path(each.manifest), value.data.tokenizer, Training(each, value.media_spec, max_tokens))
+        _Subject(each.name, Path(each.indexed), value.data.tokenizer, Training(each, value.media_spec, max_tokens))
         for each in value.data.datasets
     ]
 

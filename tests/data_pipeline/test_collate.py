@@ -19,6 +19,7 @@ from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.mixture import Schedule
 from data_pipeline.packing import Budget, Pack, Packer
 from data_pipeline.state import LaneState, StreamPosition
+from data_pipeline.storage.storage import Storage
 from data_pipeline.stream import LaneStream, OpenDataset
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.transport import wrap
@@ -52,7 +53,10 @@ def packs(mixture_config: DataConfig, spec: MediaSpec) -> list[Pack]:
     tokenizer = load_tokenizer(mixture_config.tokenizer)
     budget = Budget(mixture_config.packing, spec, null_document(spec, tokenizer.pad_id))
     faults = RunFaults.load(mixture_config.faults, ())
-    datasets = [OpenDataset.open(dataset, 1, tokenizer, spec, faults) for dataset in mixture_config.datasets]
+    order = mixture_config.order
+    datasets = [
+        OpenDataset.open(each, order, 1, tokenizer, spec, faults, Storage()) for each in mixture_config.datasets
+    ]
     schedule = Schedule((0,), ((2.0, 1.0, 0.7),))
     made = []
     for lane in range(4):

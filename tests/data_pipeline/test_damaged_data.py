@@ -258,9 +258,9 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     counts: Counter[int] = Counter()
     read = SampleReader.read
 
-    def counting(self: SampleReader, sample_index: int, epoch: int = 0) -> Any:
+    def counting(self: SampleReader, sample_index: int, *others: int) -> Any:
         counts[sample_index] += 1
-        return read(self, sample_index, epoch)
+        return read(self, sample_index, *others)
 
     monkeypatch.setattr(SampleReader, "read", counting)
     return counts

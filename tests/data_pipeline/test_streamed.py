@@ -77,7 +77,9 @@ def test_a_cursor_finds_its_place_again_and_nothing_depends_on_what_was_read(tmp
 
 def test_the_rest_of_a_damaged_shard_is_lost_and_nothing_else(tmp_path: Path) -> None:
     sources = _shards(tmp_path, [6, 6, 6, 6, 6, 6])
-    Path(sources[2]).write_bytes(Path(sources[2]).read_bytes()[:7000])  # Of 2048 bytes each; the third may lack a member.
+    Path(sources[2]).write_bytes(
+        Path(sources[2]).read_bytes()[:7000]
+    )  # Of 2048 bytes each; the third may lack a member.
     shared = _open(sources, window_size=4, shard=ShardAction.SKIP)
     source, cursor, policy = shared.lane(0, 1), Cursor(), FaultPolicy(shared.faults.config)
     keys, faults = [], []
