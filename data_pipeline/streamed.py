@@ -62,6 +62,18 @@ def expand_shards(patterns: Sequence[str]) -> tuple[str, ...]:
     return sources
 
 
+def source_of(sources: Sequence[str], sample: int) -> tuple[str, str]:
+    """Source of a sample, and its place in it as ``#17``.
+
+    Raises:
+        DataConfigError: the sources are fewer than they were.
+    """
+    shard, row = sample >> _ROW_BITS, sample & ((1 << _ROW_BITS) - 1)
+    if shard >= len(sources):
+        raise DataConfigError(f"shards: there is no shard number {shard}; the configuration names {len(sources)}")
+    return sources[shard], f"#{row}"
+
+
 def any_remote(sources: Sequence[str]) -> bool:
     """Whether a source is on a server."""
     return any(not source.startswith(PIPE) and isinstance(parse_location(source), Url) for source in sources)

@@ -29,6 +29,7 @@ from data_pipeline.sample import ImagePart
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn
+from data_pipeline.streamed import expand_shards, source_of
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 _SIDE = 144
@@ -90,16 +91,21 @@ class Samples:
         self._replay = Replay(config, spec, seed, lanes=())
         self._tokenizer = load_tokenizer(config.tokenizer)
         self._names = [dataset.name for dataset in config.datasets]
-        self._readers = {d.name: SampleReader(Manifest.open(d.manifest), d.name) for d in config.datasets}
+        indexed = [dataset for dataset in config.datasets if dataset.manifest is not None]
+        self._readers = {d.name: SampleReader(Manifest.open(d.indexed), d.name) for d in indexed}
+        self._streamed = {d.name: expand_shards(d.shards) for d in config.datasets if d.manifest is None}
         self._indexes: dict[tuple[str, int], ShardIndex] = {}
 
     def where(self, dataset: str, sample: int) -> tuple[str, str]:
-        """Shard and key, from manifest and index; the tar itself may be gone.
+        """Shard and key, from manifest and index; the tar itself may be gone. Of a streamed sample its number in the
+        shard stands for the key.
 
         Raises:
             LedgerError: the configuration has no such data set, or its manifest no such sample.
             ManifestError: the index is missing, damaged, or another one than the manifest knows.
         """
+        if dataset in self._streamed:  # Its key takes reading the shard up to it.
+            return source_of(self._streamed[dataset], sample)
         number, row = self._manifest(dataset, sample).locate(sample)
         return self.shard(dataset, sample), self._index(dataset, number).key(row)
 
@@ -109,6 +115,8 @@ class Samples:
         Raises:
             LedgerError: as ``where``.
         """
+        if dataset in self._streamed:
+            return source_of(self._streamed[dataset], sample)[0]
         manifest = self._manifest(dataset, sample)
         return str(manifest.shard_path(manifest.locate(sample)[0]))
 
@@ -143,6 +151,8 @@ class Samples:
         return Shown(row, shard, key, pieces, tuple(pictures), tuple(notes))
 
     def _thumbnails(self, row: Row, limit: int) -> list[bytes]:
+        if row.dataset in self._streamed:
+            return []  # That would be another pass over the shard.
         sample = self._readers[row.dataset].read(row.sample, row.epoch)
         images = [part for part in sample.parts if isinstance(part, ImagePart)]
         return [thumbnail(part.data) for part in images[:limit]]

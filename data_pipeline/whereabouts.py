@@ -51,7 +51,7 @@ class Whereabouts:
         self._names = [entry.name for entry in config.datasets]
         self._number = self._names.index(dataset)
         self.max_epochs = config.datasets[self._number].max_epochs
-        sizes = {entry.name: Manifest.open(entry.manifest).num_samples for entry in config.datasets}
+        sizes = {e.name: Manifest.open(e.manifest).num_samples for e in config.datasets if e.manifest is not None}
         self._schedule = schedule_of(config, sizes)
         order, self._lanes = config.order, config.lanes
         seed = dataset_seed(seed, dataset)

@@ -86,7 +86,7 @@ def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: in
 
     spec, tokenizer = run.media_spec, load_tokenizer(run.data.tokenizer)
     build = DocumentBuilder(dataset, tokenizer, spec)
-    manifest = Manifest.open(dataset.manifest)
+    manifest = Manifest.open(dataset.indexed)
     if samples.stop > manifest.num_samples:
         raise DataConfigError(f"--samples {samples.start}:{samples.stop}: {dataset.name} has {manifest.num_samples}")
     reader, seed = SampleReader(manifest, dataset.name), dataset_seed(run.seed, dataset.name)

@@ -417,10 +417,10 @@ def test_a_shard_with_one_unreadable_sample_loses_that_one(
     config = config_of([captioned(i) for i in range(NUM_SAMPLES)], shard="skip")
     read = SampleReader.read
 
-    def failing(self: SampleReader, sample_index: int, epoch: int = 0) -> Any:
+    def failing(self: SampleReader, sample_index: int, *others: int) -> Any:
         if sample_index == 40:
             raise ShardError("reading bytes 1-2 failed: Input/output error")
-        return read(self, sample_index, epoch)
+        return read(self, sample_index, *others)
 
     monkeypatch.setattr(SampleReader, "read", failing)
     found, skipped = epochs(config, hybrid_spec)
