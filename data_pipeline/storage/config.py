@@ -24,7 +24,7 @@ class StorageConfig(StrictConfig):
     region: str | None = None
     """Region of the buckets; None asks ``AWS_REGION``."""
     allow_http: bool = False
-    """Talk to an S3 endpoint without encryption, where its URL starts with http."""
+    """Talk to an S3 endpoint without encryption, where its URL starts with http; so does ``AWS_ALLOW_HTTP=true``."""
     timeout_seconds: float = Field(default=30.0, gt=0)
     """A request that is not answered in full within this time is given up and tried again."""
     retry_seconds: float = Field(default=300.0, ge=0)

@@ -8,6 +8,7 @@ credential from a bad day.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from data_pipeline.storage.store import STREAM_CHUNK_BYTES, ObjectInfo
 _STATUS = re.compile(r"status code: (\d{3})")
 _PASSING = frozenset({408, 425, 429})
 _METADATA_SERVICE = "169.254.169.254"
+_ALLOW_HTTP = "AWS_ALLOW_HTTP"
 _CHECK = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN (or the machine's role), the bucket, "
     "its region (data.storage.region or AWS_REGION) and the endpoint (data.storage.endpoint or AWS_ENDPOINT_URL)",
@@ -217,7 +219,8 @@ class RemoteStore:
         if "without LOCATION" in reason or number in range(300, 400):
             return StorageError(f"{location}: sent elsewhere; check {_to_check(location)} ({reason})")
         if "not allowed" in reason or "builder error" in text:
-            return StorageError(f"{location}: {reason}; for an endpoint without encryption set data.storage.allow_http")
+            remedy = f"for an endpoint without encryption set data.storage.allow_http or {_ALLOW_HTTP}=true"
+            return StorageError(f"{location}: {reason}; {remedy}")
         if number == 416:
             return AbsentError(
                 f"{location}: ends before the bytes that were asked for: is it the shard that was indexed?"
@@ -255,7 +258,7 @@ def _open_store(root: str, config: StorageConfig) -> Any:
     options: Any = {"timeout": f"{max(1, round(config.timeout_seconds * 1000))}ms"}
     options["connect_timeout"] = options["timeout"]
     once: Any = {"max_retries": 0}
-    if config.allow_http or scheme == "http":
+    if config.allow_http or scheme == "http" or os.environ.get(_ALLOW_HTTP, "").lower() in ("1", "true"):
         options["allow_http"] = True
     try:
         if scheme == "s3":

@@ -1,0 +1,61 @@
+"""Every ``bash s3`` block of docs/sources.md runs as it stands, against a real S3 server on this machine.
+
+The bucket ``my-bucket`` holds the tars that the page speaks of; ``$RUN`` is an empty scratch folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.storage.config import StorageConfig
+from data_pipeline.storage.location import Url
+from data_pipeline.storage.storage import Storage
+from tests.data_pipeline.storage.servers import KEY, SECRET, s3_server
+
+REPO = Path(__file__).resolve().parents[2]
+BLOCKS = re.findall(r"^```bash s3\n(.*?)^```", (REPO / "docs" / "sources.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What a shell on the page's machine has set; the bucket is filled."""
+    with s3_server() as port, pytest.MonkeyPatch.context() as patch:
+        settings = {
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ALLOW_HTTP": "true",
+        }
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        with Storage(StorageConfig(allow_http=True)) as storage:
+            for tar in sorted((REPO / "examples" / "emoji" / "shards").glob("train-quick-*.tar")):
+                url = Url(f"s3://my-bucket/pairs/{tar.name}")
+                storage.store(url).write(url, tar.read_bytes())
+        yield {**settings, "RUN": str(tmp_path_factory.mktemp("sources"))}
+
+
+def test_the_page_runs_from_top_to_bottom(environment: dict[str, str]) -> None:
+    assert len(BLOCKS) >= 2
+    scripts = Path(sys.executable).parent
+    env = {**os.environ, **environment, "PATH": f"{scripts}:{os.environ['PATH']}"}
+    for block in BLOCKS:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=REPO,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, f"{block}\n--- exit code {done.returncode}, output:\n{done.stdout}"
