@@ -2,23 +2,20 @@
 
     python -m benchmarks.shuffle --json
 
-No data are read: the order is a function of integers. A set of 2^19 samples in equal shards is drawn by 64 lanes for an
-epoch; a *step* is what the lanes draw at one time, one sample each. For each block size, window and number of shards:
+No data are read: the order is a function of integers. A set of 2^18 samples in equal shards is drawn by 64 lanes for an
+epoch, 16 samples a lane and step. For each block size, window and number of shards:
 
-    rank correlation     Spearman's, between place on the disk and place in the epoch: size of what is left of the order
-    same block, batch    samples of a step that share their block with another of the step
-    same shard, batch    the same for shards; a full permutation has some too, the fewer the more shards there are
-    same shard, lane     draws of a lane whose shard is that of the draw before
-    samples a read       neighbours on the disk that one stretch of a block covers: reads fall as it grows
+    rank correlation     Spearman's, between place on the disk and place in the epoch: what is left of the stored order
+    same block, batch    samples of a global batch that share their block with another one of it
+    same shard, batch    the same for shards: with fewer shards than samples in a batch nearly all do, however shuffled
+    same shard, lane     draws of a lane in the same shard as the draw before
 
-The peer is numpy's permutation of all samples, dealt to the same lanes, measured in the same way; for it a read is one
-sample. Figures do not depend on the machine.
+The peer is numpy's permutation of all samples, dealt to the same lanes, measured in the same way. A read fetches a
+whole block, ``block_size`` neighbours on the disk; for the permutation it is one sample. Figures depend on no machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -27,8 +24,8 @@ import numpy.typing as npt
 from benchmarks.figures import Case, main
 from data_pipeline.lanes import Cursor, LaneOrder
 
-SAMPLES = 2**19
-LANES = 64
+SAMPLES = 2**18
+LANES, DRAWS = 64, 16
 SHARDS = (16, 512)
 BLOCK_SIZES = (1, 16, 256, 1024)
 WINDOWS = (1, 8, 64)
@@ -68,13 +65,13 @@ def rank_correlation(drawn: Drawn) -> float:
 
 
 def share_together(drawn: Drawn, size: int) -> float:
-    """Samples of a step that share their group of ``size`` neighbours on the disk with another one of the step."""
-    shared, counted = 0, 0
-    for step in drawn:
-        _, counts = np.unique(step[step >= 0] // size, return_counts=True)
+    """Samples of a batch that share their group of ``size`` neighbours on the disk with another one of the batch."""
+    shared = 0
+    for first in range(0, len(drawn), DRAWS):
+        batch = drawn[first : first + DRAWS]
+        _, counts = np.unique(batch[batch >= 0] // size, return_counts=True)
         shared += int(counts[counts > 1].sum())
-        counted += int(counts.sum())
-    return shared / counted
+    return shared / SAMPLES
 
 
 def share_again(drawn: Drawn, size: int) -> float:
@@ -83,24 +80,16 @@ def share_again(drawn: Drawn, size: int) -> float:
     return float((drawn[1:] // size == drawn[:-1] // size)[both].mean())
 
 
-@dataclass(frozen=True)
-class Quality:
-    """One row of the table."""
-
-    name: str
-    block_size: int
-    shards: int
-    drawn: Drawn
-
-    def figures(self) -> dict[str, float]:
-        """All measures."""
-        per_shard = SAMPLES // self.shards
-        return {
-            "rank correlation": round(abs(rank_correlation(self.drawn)), 4),
-            "same block, batch": round(share_together(self.drawn, self.block_size), 4),
-            "same shard, batch": round(share_together(self.drawn, per_shard), 4),
-            "same shard, lane": round(share_again(self.drawn, per_shard), 4),
-        }
+def figures(drawn: Drawn, block_size: int, shards: int) -> dict[str, float]:
+    """All measures; shares of 0 are given as one sample in the set."""
+    per_shard = SAMPLES // shards
+    found = {
+        "rank correlation": abs(rank_correlation(drawn)),
+        "same block, batch": share_together(drawn, block_size) if block_size > 1 else 0.0,
+        "same shard, batch": share_together(drawn, per_shard),
+        "same shard, lane": share_again(drawn, per_shard),
+    }
+    return {name: round(max(value, 1 / SAMPLES), 6) for name, value in found.items()}
 
 
 def measure() -> list[Case]:
@@ -110,16 +99,10 @@ def measure() -> list[Case]:
         drawn = ours(block_size, window)
         for shards in SHARDS:
             name = f"block_size {block_size}, window_blocks {window}, {shards} shards"
-            peers = Quality("permutation", block_size, shards, full).figures()
-            for figure, value in Quality(name, block_size, shards, drawn).figures().items():
+            peers = figures(full, block_size, shards)
+            for figure, value in figures(drawn, block_size, shards).items():
                 cases.append(Case(f"{name}: {figure}", value, {"permutation": peers[figure]}, "share"))
-        cases.append(_reads(block_size, window))
     return cases
-
-
-def _reads(block_size: int, window: int) -> Case:
-    name = f"block_size {block_size}, window_blocks {window}: samples a read"
-    return Case(name, float(block_size), {"permutation": 1.0}, "samples", lower_is_better=False)
 
 
 if __name__ == "__main__":
