@@ -8,18 +8,11 @@ it is gone, its rows say so. Not for: which rows a step has (``ledger``, ``repla
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from torchvision.io import encode_jpeg
-from torchvision.transforms.v2.functional import resize
-
 from data_pipeline.config import DataConfig
-from data_pipeline.decode.image import DecodeMode, decode_image
-from data_pipeline.document import Document
+from data_pipeline.decode.thumbnail import thumbnail
 from data_pipeline.errors import DataPipelineError, LedgerError
 from data_pipeline.ledger import Row
 from data_pipeline.media_spec import MediaSpec
@@ -29,24 +22,14 @@ from data_pipeline.sample import ImagePart
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn
+from data_pipeline.storage.storage import Storage
 from data_pipeline.streamed import expand_shards, source_of
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.stretches import Stretch, stretches
+from data_pipeline.tokenizer import load_tokenizer
 
 _SIDE = 144
 """Pixels of the longer side of a thumbnail."""
-_MAX_PIXELS = 1 << 26
-"""A larger image is not decoded."""
 _MAX_HELD = 16
-_JPEG_QUALITY = 85
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of a document: text, or an image (``text`` is empty)."""
-
-    text: str
-    learned: bool
-    is_image: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,22 +40,23 @@ class Shown:
         row: The ledger's row.
         shard: Where the sample's shard lies; empty if nobody can say.
         key: Key inside the shard; empty without its index.
-        pieces: The document as the model read it, null if it could not be read.
-        thumbnails: JPEG bytes of the sample's images, small.
+        stretches: The document as the model read it; None if it could not be read.
+        thumbnails: Small pictures of the sample's images, as JPEG.
         notes: What could not be shown, and why.
     """
 
     row: Row
     shard: str = ""
     key: str = ""
-    pieces: tuple[Piece, ...] | None = None
+    stretches: tuple[Stretch, ...] | None = None
     thumbnails: tuple[bytes, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """The pieces in one line, images as ``[image]``."""
-        return " ".join(" ".join("[image]" if p.is_image else p.text for p in self.pieces or ()).split())
+        """The stretches in one line, images as ``[image]``."""
+        words = ("[image]" if one.kind == "image" else one.text for one in self.stretches or ())
+        return " ".join("".join(words).split())
 
 
 class Samples:
@@ -89,12 +73,19 @@ class Samples:
 
     def __init__(self, config: DataConfig, spec: MediaSpec, seed: int) -> None:
         self._replay = Replay(config, spec, seed, lanes=())
+        self._spec = spec
         self._tokenizer = load_tokenizer(config.tokenizer)
         self._names = [dataset.name for dataset in config.datasets]
         indexed = [dataset for dataset in config.datasets if dataset.manifest is not None]
-        self._readers = {d.name: SampleReader(Manifest.open(d.indexed), d.name) for d in indexed}
+        storage = Storage(config.storage, config.cache)
+        self._readers = {d.name: SampleReader(Manifest.open(d.indexed, storage), d.name) for d in indexed}
         self._streamed = {d.name: expand_shards(d.shards) for d in config.datasets if d.manifest is None}
         self._indexes: dict[tuple[str, int], ShardIndex] = {}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Samples of each data set."""
+        return {name: reader.manifest.num_samples for name, reader in self._readers.items()}
 
     def where(self, dataset: str, sample: int) -> tuple[str, str]:
         """Shard and key, from manifest and index; the tar itself may be gone. Of a streamed sample its number in the
@@ -118,7 +109,7 @@ class Samples:
         if dataset in self._streamed:
             return source_of(self._streamed[dataset], sample)[0]
         manifest = self._manifest(dataset, sample)
-        return str(manifest.shard_path(manifest.locate(sample)[0]))
+        return str(manifest.shard_location(manifest.locate(sample)[0]))
 
     def find(self, shard: str, key: str) -> Iterator[tuple[str, int]]:
         """Data set and number of the samples with this key in a shard of this name or path.
@@ -129,7 +120,7 @@ class Samples:
         for dataset, reader in self._readers.items():
             manifest = reader.manifest
             for number in manifest.find_shards(shard.rpartition("/")[2]):
-                path = str(manifest.shard_path(number))
+                path = str(manifest.shard_location(number))
                 if path == shard or path.endswith(f"/{shard}"):
                     index = self._index(dataset, number)
                     rows = (row for row in range(len(index)) if index.key(row) == key)
@@ -144,18 +135,18 @@ class Samples:
             document = self._replay.document(Drawn(self._names.index(row.dataset), row.epoch, row.sample, row.part))
             if row.tokens and document.num_tokens != row.tokens:
                 notes.append(f"it had {row.tokens} tokens then and has {document.num_tokens} now")
-            pieces = tuple(pieces_of(document, self._tokenizer))
+            words = tuple(stretches(document, self._tokenizer, self._spec))
             pictures = self._thumbnails(row, max_thumbnails) if max_thumbnails and document.num_images else []
         except DataPipelineError as error:
             return Shown(row, shard, key, notes=(str(error),))
-        return Shown(row, shard, key, pieces, tuple(pictures), tuple(notes))
+        return Shown(row, shard, key, words, tuple(pictures), tuple(notes))
 
     def _thumbnails(self, row: Row, limit: int) -> list[bytes]:
         if row.dataset in self._streamed:
             return []  # That would be another pass over the shard.
         sample = self._readers[row.dataset].read(row.sample, row.epoch)
         images = [part for part in sample.parts if isinstance(part, ImagePart)]
-        return [thumbnail(part.data) for part in images[:limit]]
+        return [thumbnail(part.data, _SIDE) for part in images[:limit]]
 
     def _manifest(self, dataset: str, sample: int) -> Manifest:
         if dataset not in self._readers:
@@ -175,34 +166,3 @@ class Samples:
         """Closes every shard."""
         for reader in self._readers.values():
             reader.close()
-
-
-def pieces_of(document: Document, tokenizer: Tokenizer) -> Iterator[Piece]:
-    """A document as a person reads it: runs of text that is learned or not, and images."""
-    marks = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-    ids = document.token_ids.tolist()
-    learned = [False, *(document.loss_weights[:-1] > 0).tolist()]  # A label stands one token ahead of its token.
-    place = 0
-    for image in (*document.images, None):
-        stop = len(ids) if image is None else image.start
-        text = [at for at in range(place, stop) if ids[at] not in marks]
-        for is_learned, run in itertools.groupby(text, key=learned.__getitem__):
-            yield Piece(tokenizer.decode([ids[at] for at in run]), is_learned)
-        if image is not None:
-            yield Piece("", learned=False, is_image=True)
-            place = image.stop
-
-
-def thumbnail(data: bytes) -> bytes:
-    """A small JPEG of an encoded image.
-
-    Raises:
-        SampleError: it is damaged or has too many pixels.
-    """
-    pixels = decode_image(data, mode=DecodeMode.FAST, max_pixels=_MAX_PIXELS, min_side=(_SIDE, _SIDE))
-    scale = _SIDE / max(pixels.shape[:2])
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-    if scale < 1:
-        height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
-        image = resize(image, [height, width], antialias=True)
-    return bytes(encode_jpeg(image.contiguous(), quality=_JPEG_QUALITY).numpy())

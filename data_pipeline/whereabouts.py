@@ -9,13 +9,12 @@ A look-up costs a few snapshots, however many steps there are. Not for: steps to
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from data_pipeline.config import DataConfig
 from data_pipeline.lanes import Cursor, LaneOrder
 from data_pipeline.ledger import Ledger, Row, Segment
-from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import LaneState, LoaderState, schedule_of
 from data_pipeline.stream import dataset_seed
 
@@ -44,14 +43,14 @@ class Whereabouts:
         seed: Seed of the run.
         dataset: Name of the data set.
         sample: Number of the sample in its manifest.
+        sizes: Samples of each data set.
     """
 
-    def __init__(self, config: DataConfig, seed: int, dataset: str, sample: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, dataset: str, sample: int, sizes: Mapping[str, int]) -> None:
         self.dataset, self.sample = dataset, sample
         self._names = [entry.name for entry in config.datasets]
         self._number = self._names.index(dataset)
         self.max_epochs = config.datasets[self._number].max_epochs
-        sizes = {e.name: Manifest.open(e.manifest).num_samples for e in config.datasets if e.manifest is not None}
         self._schedule = schedule_of(config, sizes)
         order, self._lanes = config.order, config.lanes
         seed = dataset_seed(seed, dataset)

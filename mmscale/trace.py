@@ -219,9 +219,11 @@ class RunTrace:
         """
         seen = False
         for frame in self.frames:
-            for dataset, sample in list(self.samples(frame).find(shard, key)):
+            samples = self.samples(frame)
+            for dataset, sample in samples.find(shard, key):
                 seen = True
-                sought = _Sought(self, frame, Whereabouts(frame.data, self.config.seed, dataset, sample))
+                where = Whereabouts(frame.data, self.config.seed, dataset, sample, samples.sizes)
+                sought = _Sought(self, frame, where)
                 yield from sought.past()
                 yield from sought.next() if until is None else sought.until(until, advance)
         if not seen:

@@ -17,6 +17,7 @@ from data_pipeline.lanes import Cursor
 from data_pipeline.ledger import Ledger, Recorder, Segment
 from data_pipeline.loader import Loader, StepBatch
 from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition
+from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.whereabouts import Whereabouts
 from mmscale.cli.main import main
 from mmscale.config import dump, load
@@ -31,6 +32,7 @@ from tests.data_pipeline.conftest import (  # noqa: F401 - fixtures
     tokenizer_path,
     write_set,
 )
+from tests.data_pipeline.storage.servers import file_server
 
 TINY = Path(__file__).parent / "system/tiny.yaml"
 FIRST, SECOND = 14, 60
@@ -269,6 +271,43 @@ def test_shard_and_key_are_told_without_the_shards(
     assert "step 20  " in capsys.readouterr().out
 
 
+def test_data_sets_of_a_server_are_told_and_shown(config: RunConfig, data: DataConfig, tmp_path: Path) -> None:
+    """Also when the server has lost the shards: indexes and the ledger are enough for shard and key."""
+    folder = Path(data.datasets[0].manifest).parent.parent
+    with file_server(folder).running() as server:
+        datasets = tuple(
+            type(one).model_validate(one.model_dump() | {"manifest": f"{server.url}/{one.name}/{one.name}.manifest"})
+            for one in data.datasets
+        )
+        fields = {
+            "datasets": datasets,
+            "storage": StorageConfig(allow_http=True),
+            "cache": CacheConfig(folder=tmp_path / "cache"),
+        }
+        remote = config.model_copy(update={"data": data.model_copy(update=fields), "stages": config.stages[:1]})
+        played = play(remote)
+        run = write(remote, played[:8])
+        for number in (6, 10):
+            trace = RunTrace(run)
+            samples = trace.samples(trace.frame(number))
+            shown = [samples.show(row, 1) for row in trace.step(number).rows]
+            assert all(entry.text and not entry.notes for entry in shown)
+            if number == 6:
+                found = [(e.row.dataset, e.row.epoch, e.row.sample, e.shard, e.key) for e in shown]
+                assert found == truth(played[5][1])
+            shard = shown[0].shard
+            assert number in [one.step for one in trace.sample(shard, shown[0].key, until=10)]
+            assert shard.startswith("http://127.0.0.1:")
+        for tar in folder.glob("*/*.tar"):
+            tar.unlink()
+        shutil.rmtree(tmp_path / "cache")
+        trace = RunTrace(run)
+        samples = trace.samples(trace.frame(6))
+        shown = [samples.show(row, 1) for row in trace.step(6).rows]
+        assert [(e.row.dataset, e.row.epoch, e.row.sample, e.shard, e.key) for e in shown] == truth(played[5][1])
+        assert all(len(entry.notes) == 1 and entry.stretches is None for entry in shown)
+
+
 def test_text_and_pictures_are_those_of_the_document(run: Path, config: RunConfig, tmp_path: Path) -> None:
     trace = RunTrace(run)
     found = trace.step(20)
@@ -278,7 +317,7 @@ def test_text_and_pictures_are_those_of_the_document(run: Path, config: RunConfi
     assert captions
     for entry in captions:
         number = int(entry.key)
-        assert entry.text in (f"[image] thing {number}", "[image] " + "x" * (number % 23 + 1))
+        assert entry.text in (f"<s>[image]thing {number}</s>", "<s>[image]" + "x" * (number % 23 + 1) + "</s>")
         assert len(entry.thumbnails) == 1
         assert entry.thumbnails[0].startswith(b"\xff\xd8")
         assert entry.notes == ()
@@ -318,9 +357,9 @@ def test_learned_text_is_told_from_the_prompt(config: RunConfig, data: DataConfi
     trace = RunTrace(write(config.model_copy(update={"data": one}), []))
     samples = trace.samples(trace.frame(1))
     for row in trace.step(1).rows:
-        image, prompt, answer = samples.show(row).pieces or ()
-        assert (image.is_image, prompt.text, prompt.learned) == (True, "it is", False)
-        assert (answer.text, answer.learned) == (f" thing {row.sample}!", True)
+        stretches = samples.show(row).stretches or ()
+        said = [(one.kind, one.text) for one in stretches if one.kind != "image"]
+        assert said == [("read", "<s>"), ("read", "it is"), ("learned", f" thing {row.sample}!</s>")]
 
 
 def test_an_estimate_follows_weights_that_change(data: DataConfig) -> None:
@@ -330,7 +369,8 @@ def test_an_estimate_follows_weights_that_change(data: DataConfig) -> None:
     pausing = type(captions).model_validate(captions.model_dump() | {"weight": changes})
     other = text.model_copy(update={"weight": 1})
     one = data.model_copy(update={"datasets": (pausing, other), "lanes": 1})
-    where = Whereabouts(one, 1, "captions", 3)
+    sizes = {"captions": 41, "text": 17}
+    where = Whereabouts(one, 1, "captions", 3, sizes)
     state = LoaderState("", 10, {0: LaneState(StreamPosition.start(2)).to_integers()}, ("captions", "text"))
 
     def after(draws: int) -> int | None:
@@ -339,7 +379,7 @@ def test_an_estimate_follows_weights_that_change(data: DataConfig) -> None:
     assert (after(0), after(9), after(10)) == (11, 20, 21)
     assert after(16) == 50 + 6 / 1.5 + 1  # Ten by step 20, the rest at three quarters of two draws.
     ending = type(captions).model_validate(captions.model_dump() | {"weight": changes[:2]})
-    where = Whereabouts(one.model_copy(update={"datasets": (ending, other)}), 1, "captions", 3)
+    where = Whereabouts(one.model_copy(update={"datasets": (ending, other)}), 1, "captions", 3, sizes)
     assert after(16) is None
 
 

@@ -103,11 +103,11 @@ def _line(entry: Shown) -> str:
     text = entry.text if len(entry.text) <= _SHOWN_TEXT else entry.text[: _SHOWN_TEXT - 1] + "…"
     where = f"{entry.shard or '?'}/{entry.key or f'? (sample {row.sample})'}"
     about = f"lane {row.lane} place {row.place}  {row.dataset} epoch {row.epoch}{part}  {row.tokens} tokens{loss}"
-    return "  ".join([about, where, *([text] if entry.pieces is not None else []), *(f"({n})" for n in entry.notes)])
+    return "  ".join([about, where, *([text] if entry.stretches is not None else []), *(f"({n})" for n in entry.notes)])
 
 
 def _record(entry: Shown) -> dict[str, Any]:
-    text = None if entry.pieces is None else entry.text
+    text = None if entry.stretches is None else entry.text
     return {**entry.row._asdict(), "shard": entry.shard, "key": entry.key, "text": text, "notes": list(entry.notes)}
 
 

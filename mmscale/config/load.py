@@ -119,3 +119,4 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 
 _BlockDumper.add_representer(list, _represent_list)
 _BlockDumper.add_representer(str, _represent_text)
+_BlockDumper.add_multi_representer(str, _represent_text)  # A URL is a string of a class of its own.

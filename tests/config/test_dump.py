@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
+from data_pipeline.storage.location import Location
 from data_pipeline.strict import StrictConfig
 from mmscale.config import dump, load
 
@@ -97,3 +98,14 @@ def test_dump_is_readable() -> None:
         "word: no\npath: a\nnumber: 1.0e-05\ncount: null\nflag: true\nfree: {}\n"
         "sides:\n- kind: left\n  numbers: [0.9, 0.95]\n"
     )
+
+
+class _Placed(StrictConfig):
+    place: Location
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/a b/x.manifest", "https://host/x.manifest", "folder/x.manifest"])
+def test_places_survive(tmp_path: Path, place: str) -> None:
+    value = _Placed.model_validate({"place": place})
+    (tmp_path / "x.yaml").write_text(dump(value))
+    assert load(tmp_path / "x.yaml", [], _Placed).value == value
