@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import io
 import lzma
-import re
 import subprocess
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from data_pipeline.errors import DataPipelineError, FaultKind, SampleError, ShardError
 from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name
@@ -24,11 +23,10 @@ from data_pipeline.storage.location import parse_location
 from data_pipeline.storage.storage import Storage
 
 PIPE = "pipe:"
-_META = re.compile(r"__[^/]*__($|/)")
-"""Members that webdataset passes over."""
 MAX_MEMBER_BYTES = 1 << 30
 """A larger member is refused, so that a hostile header cannot take all memory."""
 
+T = TypeVar("T")
 Members = dict[str, bytes]
 """Content by extension."""
 
@@ -132,17 +130,21 @@ def _check_end(tar: tarfile.TarFile, source: str) -> None:
 
 
 def stream_samples(
-    members: Iterable[tuple[str, bytes]], source: str
-) -> Iterator[tuple[str, Members | SampleError | ShardError]]:
+    members: Iterable[tuple[str, T]], source: str
+) -> Iterator[tuple[str, dict[str, T] | SampleError | ShardError]]:
     """Key and members of each sample, by webdataset's rule: neighbours with one key.
+
+    Args:
+        members: Name and content, or whatever stands for it, of each member.
+        source: The tar's name, for messages.
 
     A sample with two members of one name is given as a ``SampleError``. Damage of the tar, or a server that fails, is
     the last thing given: as a ``ShardError``, under the key of the sample in hand, which may lack what comes behind.
     """
-    key, found, problem = "", Members(), False
+    key, found, problem = "", dict[str, T](), False
     try:
         for name, content in members:
-            named = None if _META.match(name) else split_name(name)
+            named = split_name(name)
             if named is None:
                 continue
             if named[0] != key or not found:

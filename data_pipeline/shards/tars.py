@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import lzma
 import os
-import tarfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +23,9 @@ from data_pipeline.shards.index import ShardIndex, open_tar
 from data_pipeline.shards.layouts import Layout, guess_layout, unpacked
 from data_pipeline.shards.rows import Members, Row, read_each, spans_of
 from data_pipeline.shards.sources import SourceKind, is_tar
-from data_pipeline.shards.tar_members import split_name, walk
+from data_pipeline.shards.tar_members import walk
+from data_pipeline.shards.tar_stream import stream_members, stream_samples
 
-_MAX_PACKED_MEMBER_BYTES = 1 << 30
 _LAYOUTS = {
     SourceKind.WEBDATASET: Layout.PLAIN,
     SourceKind.IMG2DATASET: Layout.IMG2DATASET,
@@ -132,30 +129,16 @@ Span = tuple[int, int]
 
 
 def _samples(tar: Path, members: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any] | SampleError]]:
-    """Groups members by webdataset's rule: neighbours with one key. Damage ends the tar, with a row that says so."""
+    """Samples by webdataset's rule. Damage ends the tar, with a row that says so."""
     seen: set[str] = set()
-    key, found, problem = "", dict[str, Any](), SampleError("")
-    try:
-        for name, content in members:
-            named = split_name(name)
-            if named is None:
-                continue
-            if named[0] != key or not found:
-                if found:
-                    yield key, problem if problem.reason else found
-                key, found, problem = named[0], {}, SampleError("")
-                if key in seen:
-                    problem = SampleError(f"{tar}: the key {key!r} comes a second time")
-                seen.add(key)
-            if named[1] in found:
-                problem = SampleError(f"{tar}: two members {name!r}")
-            found[named[1]] = content
-    except ShardError as error:
-        # The sample in hand may lack what comes behind the damage.
-        yield key, SampleError(f"{error}; this sample and what follows it in the tar is lost")
-        return
-    if found:
-        yield key, problem if problem.reason else found
+    for key, found in stream_samples(members, str(tar)):
+        if isinstance(found, ShardError):  # The sample in hand may lack what comes behind the damage.
+            yield key, SampleError(f"{found}; this sample and what follows it in the tar is lost")
+        elif key in seen:
+            yield key, SampleError(f"{tar}: the key {key!r} comes a second time")
+        else:
+            yield key, found
+        seen.add(key)
 
 
 def _plain_members(tar: Path) -> Iterator[tuple[str, Span]]:
@@ -166,27 +149,8 @@ def _plain_members(tar: Path) -> Iterator[tuple[str, Span]]:
 
 def _packed_members(tar: Path) -> Iterator[tuple[str, bytes]]:
     """Members of a compressed tar with their content."""
-    try:
-        with tarfile.open(tar, "r|*") as stream:
-            for info in stream:
-                if info.isdir():
-                    continue
-                if not info.isfile() or info.size > _MAX_PACKED_MEMBER_BYTES:
-                    raise ShardError(f"{tar}: {info.name!r}: no plain file, or larger than a member may be")
-                file = stream.extractfile(info)
-                assert file is not None
-                yield info.name.removeprefix("./"), file.read()
-                stream.members = []  # type: ignore[attr-defined] # Else every header is kept.
-            _check_rest(stream.fileobj, tar)
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise ShardError(f"{tar}: damaged: {error}") from error
-
-
-def _check_rest(stream: Any, tar: Path) -> None:
-    """``tarfile`` takes a damaged header for the end: then something follows that is not zero."""
-    while chunk := stream.read(1 << 20):
-        if chunk.count(0) != len(chunk):
-            raise ShardError(f"{tar}: data behind the end mark: the tar was damaged or joined")
+    with tar.open("rb") as stream:
+        yield from stream_members(stream, str(tar))
 
 
 @dataclass
