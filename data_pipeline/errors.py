@@ -17,6 +17,7 @@ DataPipelineError
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 
 class FaultKind(str, Enum):
@@ -100,7 +101,13 @@ def _rebuild_sample_error(reason: str, kind: FaultKind, shard: str, key: str) ->
 
 
 class TooManyFaultsError(DataPipelineError):
-    """More samples were bad, in a row or of the last ones, than the fault policy allows."""
+    """More samples were bad, in a row or of the last ones, than the fault policy allows.
+
+    Attributes:
+        skipped: What was left out of the step that this ended (``faults.Skipped``), but for the one in the message.
+    """
+
+    skipped: tuple[Any, ...] = ()
 
 
 class WorkerError(DataPipelineError):

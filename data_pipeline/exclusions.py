@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.errors import DataConfigError
+from data_pipeline.errors import DataConfigError, FaultKind
 from data_pipeline.faults import FaultConfig
 
 
@@ -42,20 +42,23 @@ def read_lists(paths: Sequence[Path], asked_by: str) -> dict[str, Exclusions]:
     """The samples that lists name, by data set.
 
     Args:
-        paths: Files of JSON lines with ``dataset``, ``index`` and ``key``, as quarantine and dedup write them.
+        paths: Files of JSON lines with ``dataset``, ``index`` and ``key``, as runs and dedup write them, or folders of
+            such ``*.jsonl`` files (``RUN/faults``). Lines about a lost shard are passed over: it may be back.
         asked_by: The option that names them, for messages.
 
     Raises:
         DataConfigError: a list is missing, or a line of it is no line of a quarantine list.
     """
     found: dict[str, dict[int, int]] = {}
-    for path in paths:
+    for path in _files(paths, asked_by):
         for number, line in enumerate(_lines(path, asked_by), 1):
             try:
                 record: Any = json.loads(line)
                 dataset, index, key = str(record["dataset"]), int(record["index"]), str(record["key"])
             except (ValueError, KeyError, TypeError) as error:
                 raise DataConfigError(f"{asked_by}: {path}:{number} is no line of a quarantine list") from error
+            if record.get("kind") == FaultKind.SHARD.value:
+                continue
             found.setdefault(dataset, {})[index] = zlib.crc32(key.encode())
     return {
         dataset: Exclusions(
@@ -63,6 +66,17 @@ def read_lists(paths: Sequence[Path], asked_by: str) -> dict[str, Exclusions]:
         )
         for dataset, keys in sorted(found.items())
     }
+
+
+def _files(paths: Sequence[Path], asked_by: str) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            files = sorted(path.glob("*.jsonl"))
+            if not files:
+                raise DataConfigError(f"{asked_by}: {path} holds no list (*.jsonl)")
+            yield from files
+        else:
+            yield path
 
 
 def _lines(path: Path, asked_by: str) -> list[str]:

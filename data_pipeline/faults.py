@@ -91,7 +91,8 @@ class FaultConfig(StrictConfig):
     share_window: int = Field(default=256, ge=1, le=65536)
     """Samples of a lane over which ``max_share`` is measured."""
     exclude: tuple[Path, ...] = ()
-    """Quarantine lists of earlier runs over the same manifests: what they name is left out from the first step on."""
+    """Lists of earlier runs over the same manifests (``RUN/faults``, or files of it) or of ``mmscale data dedup``: what
+    they name is left out from the first step on."""
 
     def action(self, kind: FaultKind) -> Action:
         """What a fault of this kind does."""
@@ -100,12 +101,17 @@ class FaultConfig(StrictConfig):
         own: Action | ShardAction | None = getattr(self, kind.value)
         return self.on_error if own is None else Action(own.value)
 
+    def quarantines(self, kind: FaultKind) -> bool:
+        """Whether samples with this fault need not be tried again, once they are known."""
+        return kind in LASTING and self.action(kind) is Action.QUARANTINE
+
 
 @dataclass(frozen=True)
 class Skipped:
     """A sample that was left out.
 
     Attributes:
+        offset: First byte of the sample in its shard; None if the shard is lost.
         action: ``skip`` or ``quarantine``.
         again: Whether this process knew it for bad, and did not try it. The only thing here that depends on workers.
     """
@@ -118,10 +124,11 @@ class Skipped:
     key: str
     kind: FaultKind
     reason: str
+    offset: int | None = None
     action: Action = Action.SKIP
     again: bool = field(default=False, compare=False)
 
-    def record(self) -> dict[str, str | int]:
+    def record(self) -> dict[str, str | int | None]:
         """What a list of faults says of it: a JSON object without time, equal in every run over the same data."""
         return {
             "dataset": self.dataset,
@@ -130,6 +137,7 @@ class Skipped:
             "lane": self.lane,
             "shard": self.shard,
             "key": self.key,
+            "offset": self.offset,
             "kind": self.kind.value,
             "reason": self.reason,
         }
@@ -224,11 +232,13 @@ class FaultPolicy:
             return result
         return self._fault(fault, known)
 
-    def skipped(self, fault: Fault, dataset: str, epoch: int, index: int, lane: int) -> Skipped:
+    def skipped(
+        self, fault: Fault, dataset: str, epoch: int, index: int, lane: int, offset: int | None = None
+    ) -> Skipped:
         """The line that reports a fault."""
         error = fault.error
         place = (dataset, epoch, index, lane, error.shard, error.key)
-        return Skipped(*place, error.kind, error.reason, self.config.action(error.kind), fault.again)
+        return Skipped(*place, error.kind, error.reason, offset, self.config.action(error.kind), fault.again)
 
     def _count(self) -> None:
         self._seen += 1

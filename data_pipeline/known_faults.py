@@ -17,7 +17,7 @@ from pathlib import Path
 
 from data_pipeline.errors import DataConfigError, FaultKind, ManifestError, SampleError, ShardError, TooManyFaultsError
 from data_pipeline.exclusions import Exclusions, read_exclusions
-from data_pipeline.faults import LASTING, Action, Fault, FaultConfig
+from data_pipeline.faults import Fault, FaultConfig
 from data_pipeline.reader import SampleReader
 
 _MAX_HELD = 16384
@@ -48,7 +48,9 @@ class RunFaults:
         held: dict[tuple[str, int], SampleError] = {}
         for path in quarantine:
             for dataset, index, error in _quarantined(path):
-                if len(held) < _MAX_HELD and error.kind in LASTING and config.action(error.kind) is Action.QUARANTINE:
+                if len(held) >= _MAX_HELD:
+                    break
+                if config.quarantines(error.kind):
                     held[dataset, index] = error
         return cls(config, read_exclusions(config), held)
 
@@ -115,6 +117,15 @@ class SetFaults:
             return self._reader.where(sample)
         except (ShardError, ManifestError):
             return self._shard_name(sample), "?"
+
+    def offset(self, sample: int) -> int | None:
+        """First byte of a sample in its shard; None if the shard is lost, which is not opened again for this."""
+        if self._lost and self._reader.manifest.locate(sample)[0] in self._lost:
+            return None
+        try:
+            return self._reader.offset(sample)
+        except (ShardError, ManifestError):
+            return None
 
     def _shard_name(self, sample: int) -> str:
         manifest = self._reader.manifest

@@ -28,7 +28,7 @@ from data_pipeline.batch import MultimodalBatch
 from data_pipeline.collate import collate, concatenate
 from data_pipeline.config import DataConfig
 from data_pipeline.documents import DocumentBuilder, null_document
-from data_pipeline.errors import DataConfigError, DataPipelineError
+from data_pipeline.errors import DataConfigError, DataPipelineError, TooManyFaultsError
 from data_pipeline.faults import Skipped
 from data_pipeline.known_faults import RunFaults
 from data_pipeline.media_spec import MediaSpec
@@ -52,7 +52,7 @@ class StepBatch:
     Attributes:
         step: Number of the step, from 0.
         microbatches: Equally many on every rank.
-        skipped: Bad samples that were met on the way.
+        skipped: Bad samples that were met on the way, by lane.
         state: This rank's lanes after the step; ``state.step`` is ``step + 1``.
         num_samples: Documents of this rank, null documents left out.
         num_tokens: Tokens of them.
@@ -135,7 +135,11 @@ class _LaneRows:
         for stream in self._streams.values():
             stream.step = self._step
         self._step += 1
-        packs = [packer.next_pack() for packer in self._packers.values()]
+        try:
+            packs = [packer.next_pack() for packer in self._packers.values()]
+        except TooManyFaultsError as error:
+            error.skipped = self._take_skipped()
+            raise
         batches = tuple(collate([pack], self._spec) for pack in packs)
         states = [
             LaneState(*packer.state(), stream.faults()).to_integers()
@@ -145,11 +149,14 @@ class _LaneRows:
             lanes=tuple(self._streams),
             batches=wrap(batches) if self._in_parcels else batches,
             states=tuple(states),
-            skipped=tuple(skip for stream in self._streams.values() for skip in stream.take_skipped()),
+            skipped=self._take_skipped(),
             num_cut=sum(document.is_cut for pack in packs for document in pack.documents),
             drawn=tuple(pack.drawn for pack in packs),
             exhausted=all(packer.exhausted for packer in self._packers.values()),
         )
+
+    def _take_skipped(self) -> tuple[Skipped, ...]:
+        return tuple(skip for stream in self._streams.values() for skip in stream.take_skipped())
 
 
 class _Steps(IterableDataset[_Rows | DataPipelineError]):
@@ -286,7 +293,7 @@ class Loader:
         return StepBatch(
             step=self._step - 1,
             microbatches=microbatches,
-            skipped=tuple(skip for row in rows for skip in row.skipped),
+            skipped=tuple(sorted((skip for row in rows for skip in row.skipped), key=lambda skip: skip.lane)),
             state=LoaderState(self.fingerprint, self._step, states, self._names),
             num_samples=sum(batch.num_samples for batch in microbatches),
             num_tokens=sum(batch.num_tokens for batch in microbatches),

@@ -64,6 +64,11 @@ class SampleReader:
         index = self._shard(number).index
         return str(index.tar_path), index.key(row)
 
+    def offset(self, sample_index: int) -> int:
+        """First byte of a sample in its shard, without reading it."""
+        number, row = self.manifest.locate(sample_index)
+        return self._shard(number).index.members(row)[0].offset
+
     def expect(self, lane: int, blocks: Sequence[range]) -> None:
         """Names all samples that a lane needs now and next, in order: remote ones are fetched in the background.
 

@@ -249,7 +249,7 @@ class LaneStream:
         result = self._policy.attempt(lambda: self._documents(drawn), self._sources[drawn.dataset].known(drawn.sample))
         if isinstance(result, Fault):
             origin = (dataset.config.name, drawn.epoch, drawn.sample, self._lane)
-            self._skipped.append(self._policy.skipped(result, *origin))
+            self._skipped.append(self._policy.skipped(result, *origin, dataset.faults.offset(drawn.sample)))
             return []
         return result
 

@@ -3,7 +3,7 @@
 config.yaml            every value of the run        report/origins.json   where each came from
 metrics.jsonl          one line a step               tensorboard/          the same, and sample images
 checkpoints/step-N/    whole checkpoints             logs/                 output of ranks above 0
-ledger/                which samples each step had
+ledger/                which samples each step had   faults/             samples that were left out, and why
 captions.json report/  held-out images described     report.html result.json
 """
 
@@ -21,6 +21,7 @@ from mmscale.run_config import RunConfig
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LEDGER = "ledger"
+FAULTS = "faults"
 
 
 def open_run_folder(loaded: Loaded[RunConfig], world: World) -> None:

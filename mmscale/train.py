@@ -31,6 +31,7 @@ from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.finish import finish, is_finished
 from mmscale.metrics.datasets import figures, totals
+from mmscale.metrics.faults import FaultList, fault_counts, fault_figures, known_lists
 from mmscale.metrics.ledger import RunLedger
 from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import CaptionedImage, batch_images
@@ -39,7 +40,7 @@ from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig, check_files, check_world
-from mmscale.run_folder import CHECKPOINTS, LEDGER, open_run_folder
+from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, open_run_folder
 
 Log = RunLog | NullLog
 Show = Callable[[MultimodalBatch, int], list[CaptionedImage]]
@@ -81,13 +82,14 @@ def _run(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
     ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
     with closing(log):
+        faults = FaultList(config.run_dir / FAULTS, world, state.step, log.note)
         if latest:
             log.note(f"going on from {latest} (step {state.step} of {config.total_steps})")
         while True:
             if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             with _stage_engine(config, state, latest, world, log) as engine:
-                state, stopped = _train_stage(config, engine, state, log, ledger, stop)
+                state, stopped = _train_stage(config, engine, state, log, ledger, faults, stop)
                 if stopped:
                     return Outcome.STOPPED
                 latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
@@ -130,7 +132,13 @@ def build(config: RunConfig, world: World) -> MultimodalModel:
 
 
 def _train_stage(
-    config: RunConfig, engine: Engine, state: TrainState, log: Log, ledger: RunLedger, stop: StopRequest
+    config: RunConfig,
+    engine: Engine,
+    state: TrainState,
+    log: Log,
+    ledger: RunLedger,
+    faults: FaultList,
+    stop: StopRequest,
 ) -> tuple[TrainState, bool]:
     """Steps until the stage or the run ends, or somebody asks to stop.
 
@@ -152,8 +160,9 @@ def _train_stage(
     with closing(_open_loader(config, engine.world, state)) as loader:
         batches = iter(loader)
         while state.step < last and not stopped:
-            with log.waiting_for_data():
+            with log.waiting_for_data(), faults.noting_the_end(state.step + 1):
                 batch = next(batches)
+            faults.step(state.step + 1, batch.skipped)
             state = _step(engine, state, batch, stage.name, datasets, log, ledger, show)
             stopped = stop.should_stop(engine.world)
             if stopped or state.step == last or config.checkpoint.due(state.step):
@@ -176,9 +185,11 @@ def _step(
     show: Show,
 ) -> TrainState:
     report = engine.train_step(batch.microbatches)
-    counts = [batch.num_tokens, batch.num_samples, len(batch.skipped), batch.num_cut]
-    mine = [*counts, *totals(batch, report.document_losses, datasets)]
-    tokens, samples, skipped, cut, *by_dataset = sum_float(engine.world, mine)
+    counts = [batch.num_tokens, batch.num_samples, batch.num_cut]
+    left_out = fault_counts(batch.skipped)
+    mine = [*counts, *left_out, *totals(batch, report.document_losses, datasets)]
+    tokens, samples, cut, *rest = sum_float(engine.world, mine)
+    by_kind, by_dataset = rest[: len(left_out)], rest[len(left_out) :]
     if not samples:
         raise DataConfigError(
             f"every data set gave all its epochs before step {state.step + 1} (data.datasets.*.max_epochs): "
@@ -193,15 +204,13 @@ def _step(
         loader=batch.state,
     )
     ledger.step(batch, report.document_losses)
-    for fault in batch.skipped:
-        log.note(f"skipped {fault.shard}/{fault.key}: {fault.reason}")
     log.step(
         state.step,
         report,
         num_tokens=int(tokens),
         num_samples=int(samples),
         stage=stage,
-        extra={"skipped_samples": int(skipped), "cut_documents": int(cut), **figures(datasets, by_dataset)},
+        extra={"cut_documents": int(cut), **fault_figures(by_kind), **figures(datasets, by_dataset)},
     )
     log.images(state.step, functools.partial(show, batch.microbatches[0]))
     return state
@@ -220,4 +229,5 @@ def _open_loader(config: RunConfig, world: World, state: TrainState) -> Loader:
         world_size=world.world_size,
         micro_lanes=config.engine.micro_lanes,
         state=position,
+        quarantine=known_lists(config.run_dir / FAULTS, data.faults),
     )

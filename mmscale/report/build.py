@@ -133,6 +133,7 @@ def render(run_dir: Path) -> str:
         galleries=_galleries(run_dir, read_captions(run_dir)),
         figures=_figures(records),
         throughput=_throughput(records),
+        faults=_faults(records),
         memory=_memory(records, result),
         precision=_precision(result),
         shares=_shares(result),
@@ -301,6 +302,18 @@ def _throughput(records: Sequence[Record]) -> list[tuple[str, str]]:
         ("slowest step", f"{max(seconds):.3g} s"),
         ("waiting for data", f"{100 * _total(records, 'data_wait_seconds') / spent:.1f}%"),
     ]
+
+
+def _faults(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Samples that were left out, by kind, and their share of all that were tried; nothing if none was."""
+    kinds = sorted({key for record in records for key in record if key.startswith("faults/")})
+    totals = {kind.removeprefix("faults/"): int(_total(records, kind)) for kind in kinds}
+    left_out = sum(totals.values())
+    if not left_out:
+        return []
+    share = 100 * left_out / (left_out + _total(records, "samples"))
+    rows = [(kind, f"{count:,}") for kind, count in totals.items()]
+    return [*rows, ("share of all samples", f"{share:.2g}%")]
 
 
 def _memory(records: Sequence[Record], result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,0 +1,130 @@
+"""What a run left out: a list in the run folder for people and for the loader, counts for the metrics.
+
+    StepBatch.skipped --FaultList, each rank its own file--> RUN/faults/rank-00000.jsonl
+                      --counts, summed over ranks--> faults/KIND in metrics.jsonl
+
+A line is written at once, so the list is whole when a run gives up for its faults; a resumed run first removes what
+was written behind its checkpoint and does it again. Not for: what a fault does (``data_pipeline.faults``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_pipeline.errors import FaultKind, TooManyFaultsError
+from data_pipeline.faults import FaultConfig, Skipped
+from mmscale.dist import World, first_complaint
+from mmscale.errors import MMScaleError
+
+_SHOWN = 20
+"""Samples that a process names on the terminal; all of them stand in the list."""
+
+
+def fault_counts(skipped: Sequence[Skipped]) -> list[float]:
+    """Samples that were left out, by kind."""
+    kinds = [skip.kind for skip in skipped]
+    return [float(kinds.count(kind)) for kind in FaultKind]
+
+
+def fault_figures(sums: Sequence[float]) -> dict[str, int]:
+    """``skipped_samples``, and ``faults/KIND`` of each kind that occurred; ``sums`` are counts over all ranks."""
+    by_kind = {f"faults/{kind.value}": int(count) for kind, count in zip(FaultKind, sums, strict=True) if count}
+    return {"skipped_samples": int(sum(sums)), **by_kind}
+
+
+class FaultList:
+    """The list of this rank.
+
+    Args:
+        folder: ``RUN/faults``, seen by all ranks.
+        world: This rank.
+        step: Steps done; lines of later ones are removed, since those steps are done again.
+        note: Prints a line on the terminal.
+
+    Raises:
+        MMScaleError: the folder cannot be changed; every rank raises.
+    """
+
+    def __init__(self, folder: Path, world: World, step: int, note: Callable[[str], None]) -> None:
+        self._path = folder / f"rank-{world.rank:05d}.jsonl"
+        self._note, self._num_shown = note, 0
+        complaint = None
+        if world.is_main:
+            try:
+                folder.mkdir(exist_ok=True)
+                for path in fault_lists(folder):
+                    _cut_back(path, step)
+            except OSError as error:
+                complaint = f"the list of faults cannot be written: {error.filename or folder}: {error.strerror}"
+        heard = first_complaint(world, complaint)
+        if heard is not None:
+            raise MMScaleError(heard)
+
+    def step(self, step: int, skipped: Sequence[Skipped]) -> None:
+        """Writes down what this rank left out in a step, numbered as in ``metrics.jsonl``.
+
+        What ``data.faults.exclude`` names is on a list already and is counted only.
+
+        Raises:
+            MMScaleError: the disk refuses.
+        """
+        new = [skip for skip in skipped if skip.kind is not FaultKind.EXCLUDED]
+        if not new:
+            return
+        lines = "".join(
+            json.dumps({"step": step, **skip.record(), "action": skip.action.value}, ensure_ascii=False) + "\n"
+            for skip in new
+        )
+        try:
+            # Opened each time: no descriptor to keep, and one write appends whole lines.
+            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(lines)
+        except OSError as error:
+            raise MMScaleError(f"the list of faults cannot be written: {self._path}: {error.strerror}") from error
+        self._show(new)
+
+    @contextmanager
+    def noting_the_end(self, step: int) -> Iterator[None]:
+        """Writes down what the policy left out of a step that it then gave up."""
+        try:
+            yield
+        except TooManyFaultsError as error:
+            self.step(step, error.skipped)
+            raise
+
+    def _show(self, skipped: Sequence[Skipped]) -> None:
+        for skip in skipped[: max(0, _SHOWN - self._num_shown)]:
+            self._note(f"skipped {skip.shard}/{skip.key}: {skip.reason}")
+        if self._num_shown < _SHOWN <= self._num_shown + len(skipped):
+            self._note(f"further samples that are left out are listed in {self._path} only")
+        self._num_shown += len(skipped)
+
+
+def fault_lists(folder: Path) -> list[Path]:
+    """The lists of all ranks that ever ran in a run folder."""
+    return sorted(folder.glob("rank-*.jsonl"))
+
+
+def known_lists(folder: Path, config: FaultConfig) -> list[Path]:
+    """The lists that spare a loader what it need not try again; none if nothing is quarantined."""
+    return fault_lists(folder) if any(config.quarantines(kind) for kind in FaultKind) else []
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Truncates a list behind the last whole line of ``step`` or before; lines are in order of steps."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                number = json.loads(line)["step"] if line.endswith(b"\n") else None
+            except (ValueError, KeyError, TypeError):
+                number = None
+            if not isinstance(number, int) or number > step:
+                break
+            end += len(line)
+    if end < path.stat().st_size:
+        os.truncate(path, end)

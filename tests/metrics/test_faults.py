@@ -1,0 +1,93 @@
+"""The list of what a run left out: whole at once, cut back at a resume, and read by the loader again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.errors import FaultKind, TooManyFaultsError
+from data_pipeline.faults import Action, FaultConfig, Skipped
+from mmscale.dist import World
+from mmscale.errors import MMScaleError
+from mmscale.metrics.faults import FaultList, fault_counts, fault_figures, fault_lists, known_lists
+
+pytestmark = pytest.mark.fault
+
+
+def world(rank: int = 0) -> World:
+    return World(rank, 1, rank, torch.device("cpu"), 10.0)
+
+
+def skip(index: int, kind: FaultKind = FaultKind.DECODE) -> Skipped:
+    return Skipped("set", 0, index, 3, "a/b.tar", f"{index:06d}", kind, "no image é \ud800", 512, Action.QUARANTINE)
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_line_says_where_what_and_when(tmp_path: Path) -> None:
+    FaultList(tmp_path / "faults", world(), 0, print).step(7, [skip(5)])
+    (record,) = lines(tmp_path / "faults" / "rank-00000.jsonl")
+    place = {"dataset": "set", "epoch": 0, "index": 5, "lane": 3, "shard": "a/b.tar", "key": "000005", "offset": 512}
+    reason = {"kind": "decode", "reason": "no image é \ud800", "action": "quarantine"}
+    assert record == {"step": 7, **place, **reason}
+
+
+def test_a_resume_removes_later_lines_and_torn_ones_of_every_rank(tmp_path: Path) -> None:
+    book = FaultList(tmp_path, world(), 0, print)
+    for step in (1, 2, 2, 3):
+        book.step(step, [skip(step)])
+    shutil.copy(tmp_path / "rank-00000.jsonl", tmp_path / "rank-00001.jsonl")
+    with (tmp_path / "rank-00001.jsonl").open("a") as file:
+        file.write('{"step": 2, "torn')
+    FaultList(tmp_path, world(), 2, print)
+    assert [[line["step"] for line in lines(path)] for path in fault_lists(tmp_path)] == [[1, 2, 2]] * 2
+    FaultList(tmp_path, world(), 0, print)
+    assert [lines(path) for path in fault_lists(tmp_path)] == [[], []]
+
+
+def test_what_a_list_excludes_is_counted_and_not_listed_again(tmp_path: Path) -> None:
+    skipped = [skip(1, FaultKind.EXCLUDED), skip(2, FaultKind.CHECKSUM), skip(3, FaultKind.EXCLUDED)]
+    FaultList(tmp_path, world(), 0, print).step(1, skipped)
+    assert [line["index"] for line in lines(tmp_path / "rank-00000.jsonl")] == [2]
+    sums = fault_counts(skipped)
+    assert fault_figures(sums) == {"skipped_samples": 3, "faults/checksum": 1, "faults/excluded": 2}
+    assert fault_figures(fault_counts([])) == {"skipped_samples": 0}
+
+
+def test_the_terminal_gets_the_first_few_only(tmp_path: Path) -> None:
+    said: list[str] = []
+    book = FaultList(tmp_path, world(), 0, said.append)
+    for step in range(1, 50):
+        book.step(step, [skip(step)])
+    assert len(said) == 21
+    assert said[0].startswith("skipped a/b.tar/000001: no image")
+    assert str(tmp_path) in said[-1]
+    assert len(lines(tmp_path / "rank-00000.jsonl")) == 49
+
+
+def test_what_a_run_left_out_before_it_gave_up_is_listed(tmp_path: Path) -> None:
+    book = FaultList(tmp_path, world(), 0, print)
+    error = TooManyFaultsError("3 in a row")
+    error.skipped = (skip(1), skip(2))
+    with pytest.raises(TooManyFaultsError), book.noting_the_end(4):
+        raise error
+    assert [(line["step"], line["index"]) for line in lines(tmp_path / "rank-00000.jsonl")] == [(4, 1), (4, 2)]
+
+
+def test_lists_are_read_again_only_where_something_is_quarantined(tmp_path: Path) -> None:
+    FaultList(tmp_path, world(), 0, print).step(1, [skip(1)])
+    assert known_lists(tmp_path, FaultConfig()) == []
+    assert known_lists(tmp_path, FaultConfig(decode=Action.QUARANTINE)) == fault_lists(tmp_path)
+    assert known_lists(tmp_path, FaultConfig(text=Action.QUARANTINE)) == [], "these are tried again all the same"
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "faults").write_text("a file")
+    with pytest.raises(MMScaleError, match="the list of faults cannot be written"):
+        FaultList(tmp_path / "faults", world(), 0, print)
