@@ -68,8 +68,7 @@ class Manifest:
         location = parse_location(path)
         if isinstance(location, Url):
             storage = storage if storage is not None else Storage.of_process()
-            file = storage.background.run(storage.whole(location))
-            return cls._map(file, location, storage)
+            return storage.background.run(storage.mapped(location, lambda file: cls._map(file, location, storage)))
         return cls._map(location, location, None)
 
     @classmethod
@@ -203,14 +202,17 @@ class Manifest:
         location, storage = self.shard_location(shard_number), self.storage
         assert isinstance(location, Url), "shards lie where their manifest lies"
         url, identity = index_url(location), f"of {self.shard_sha256(shard_number)}"
-        file = await storage.whole(url, identity)
-        try:
+
+        def use(file: Path) -> ShardIndex:
             index = ShardIndex.map(file, location)
             self._check(index, shard_number)
+            return index
+
+        try:
+            return await storage.mapped(url, use, identity)
         except ManifestError:
             storage.forget(url, identity)  # It may be replaced by a good one.
             raise
-        return index
 
     def _check(self, index: ShardIndex, shard_number: int) -> None:
         num_samples = int(self.cu_samples[shard_number + 1] - self.cu_samples[shard_number])

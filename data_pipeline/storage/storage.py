@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from data_pipeline.errors import StorageError
+from data_pipeline.errors import DataPipelineError, StorageError
 from data_pipeline.storage.background import Background
 from data_pipeline.storage.cache import Cache
 from data_pipeline.storage.config import CacheConfig, Keep, StorageConfig
@@ -18,7 +19,10 @@ from data_pipeline.storage.read_ahead import ReadAhead
 from data_pipeline.storage.remote import RemoteStore
 from data_pipeline.storage.store import LocalStore, ObjectInfo, Store
 
+R = TypeVar("R")
+
 _CLAIM_SECONDS = 0.05
+_MAP_ATTEMPTS = 8
 _of_process: Storage | None = None
 
 
@@ -121,6 +125,30 @@ class Storage:
                     break
                 await self._fetch_whole(store, url, info, key)
         return path
+
+    async def mapped(self, url: Url, use: Callable[[Path], R], identity: str | None = None) -> R:
+        """What ``use`` makes of ``whole``, fetched again if it left the cache before ``use`` had opened it.
+
+        Args:
+            url: The object.
+            use: Opens and maps the file; a file that is open stays readable whatever becomes of the cache.
+            identity: As for ``whole``.
+
+        Raises:
+            StorageError: as ``whole``, or the cache is far too small for all that share it.
+            DataPipelineError: what ``use`` raises of a file that is there.
+        """
+        for _ in range(_MAP_ATTEMPTS):
+            path = await self.whole(url, identity)
+            try:
+                return use(path)
+            except DataPipelineError:
+                if path.exists():
+                    raise
+        raise StorageError(
+            f"{url}: other processes pushed it out of the cache {self.cache.folder} {_MAP_ATTEMPTS} times before it "
+            f"was opened; raise data.cache.max_bytes ({self.cache.config.max_bytes})"
+        )
 
     async def _fetch_whole(self, store: RemoteStore, url: Url, info: ObjectInfo | None, key: str) -> None:
         with self.cache.entry(key) as entry:

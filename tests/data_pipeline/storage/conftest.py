@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.data_pipeline.storage.servers import KEY, SECRET, s3_server
+from benchmarks.servers import KEY, SECRET, s3_server
 
 
 @pytest.fixture(scope="session")

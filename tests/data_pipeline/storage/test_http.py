@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import StaleError, StorageError
+from benchmarks.servers import Choose, Fault, FaultyServer, Request, file_server
+from data_pipeline.errors import ManifestError, StaleError, StorageError
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.objects import PAGE_BYTES
 from data_pipeline.storage.ranges import Range
 from data_pipeline.storage.storage import Storage
 from data_pipeline.storage.store import LocalStore, ObjectInfo
-from tests.data_pipeline.storage.servers import Choose, Fault, FaultyServer, Request, file_server
 
 pytestmark = pytest.mark.fault
 
@@ -216,6 +216,24 @@ def test_whole_objects_are_fetched_once_and_mapped_from_the_cache(opened: Open, 
         later.background.run(later.whole(url))  # Without a version in hand the server is asked for one.
     assert len(server.ranges()) == 2 * count
     assert [request.method for request in server.requests].count("HEAD") == 1
+
+
+def test_an_object_that_is_evicted_before_it_is_opened_is_fetched_again(opened: Open) -> None:
+    storage, url, _ = opened()
+    evictions = [3]
+
+    def use(path: Path) -> bytes:
+        if evictions[0]:
+            evictions[0] -= 1
+            path.unlink()  # As another process of a full cache would.
+        if not path.exists():
+            raise ManifestError("cannot be read: No such file")
+        return path.read_bytes()[: len(DATA)]
+
+    assert storage.background.run(storage.mapped(url, use, "v1")) == DATA
+    evictions[0] = 100
+    with pytest.raises(StorageError, match=r"out of the cache .* 8 times .*raise data\.cache\.max_bytes"):
+        storage.background.run(storage.mapped(url, use, "v1"))
 
 
 def test_a_cache_too_small_for_an_index_says_so(opened: Open, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.servers import Choose, Fault, FaultyServer, Request, file_server, proxy
 from data_pipeline.config import DataConfig
 from data_pipeline.digest import digest
 from data_pipeline.errors import FaultKind, ShardError, StorageError
@@ -25,7 +26,6 @@ from data_pipeline.storage.config import StorageConfig
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.storage import Storage
 from tests.data_pipeline.conftest import plain_text
-from tests.data_pipeline.storage.servers import Choose, Fault, FaultyServer, Request, file_server, proxy
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("s3_account")]
 

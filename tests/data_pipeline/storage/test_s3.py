@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.servers import Choose, Fault, FaultyServer, Request, proxy
 from data_pipeline.errors import AbsentError, StaleError, StorageError
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.objects import PAGE_BYTES
 from data_pipeline.storage.ranges import Range
 from data_pipeline.storage.storage import Storage
-from tests.data_pipeline.storage.servers import Choose, Fault, FaultyServer, Request, proxy
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("s3_account")]
 

@@ -1,10 +1,12 @@
-"""Real servers for tests: files over HTTP with ranges, a proxy before an S3 server, and faults put in between."""
+"""Real servers for tests and the soak: files over HTTP with ranges, an S3 server, a proxy, and faults in between."""
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import http.client
 import json
+import random
 import re
 import shutil
 import socket
@@ -61,6 +63,8 @@ class FaultyServer:
     answer: Callable[[BaseHTTPRequestHandler, bytes], Answer]
     choose: Choose = lambda number, request: None
     requests: list[Request] = field(default_factory=list)
+    keeps_requests: bool = True
+    """False for a long run; every GET then has the number -1."""
     port: int = 0
     _closing: threading.Event = field(default_factory=threading.Event)
 
@@ -86,7 +90,8 @@ class FaultyServer:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 request = Request(self.command, urllib.parse.unquote(self.path), self.headers.get("Range", ""))
                 with lock:
-                    outer.requests.append(request)
+                    if outer.keeps_requests:
+                        outer.requests.append(request)
                     number = sum(r.method == "GET" for r in outer.requests) - 1
                 fault = outer.choose(number, request) if self.command == "GET" else None
                 try:
@@ -246,3 +251,79 @@ def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
             assert process.poll() is None, log.read_text()[-2000:]
             time.sleep(0.1)
     raise AssertionError(log.read_text()[-2000:])
+
+
+@dataclass
+class FlakyS3:
+    """An S3 server behind a spoiling proxy, both in a process of their own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    direct_url: str
+
+    @property
+    def pid(self) -> int:
+        """The process; the server is its child."""
+        return self.process.pid
+
+    def counts(self) -> dict[str, int]:
+        """Answers so far: all, and those that were spoilt by kind."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("counts\n")
+        self.process.stdin.flush()
+        return dict(json.loads(self.process.stdout.readline()))
+
+
+@contextmanager
+def flaky_s3(one_in: int, seed: int) -> Iterator[FlakyS3]:
+    """A server that spoils one answer to GET in ``one_in``; it ends with the block, or with this process."""
+    command = [sys.executable, "-m", "benchmarks.servers", str(one_in), str(seed)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        assert first, "the server did not start"
+        yield FlakyS3(process, **json.loads(first))
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+
+
+def _serve(one_in: int, seed: int) -> None:
+    """Runs until standard input ends; a line there asks for the counts."""
+    kinds = [
+        Fault.ERROR_500,
+        Fault.BUSY_503,
+        Fault.TOO_MANY_429,
+        Fault.RESET,
+        Fault.TRUNCATE,
+        Fault.FLIP,
+        Fault.SLOW,
+    ]
+    draws = random.Random(seed)
+    spoilt: collections.Counter[str] = collections.Counter()
+
+    def choose(number: int, request: Request) -> Fault | None:
+        spoilt["all"] += 1
+        if draws.randrange(one_in):
+            return None
+        fault = draws.choice(kinds)
+        # A flipped bit in a header of the manifest is an error and not a fault; shards have checksums.
+        if fault is Fault.FLIP and not request.path.partition("?")[0].endswith(".tar"):
+            return None
+        spoilt[fault.name.lower()] += 1
+        return fault
+
+    with s3_server() as port:
+        server = proxy(port, choose)
+        server.keeps_requests = False
+        with server.running():
+            print(json.dumps({"url": server.url, "direct_url": f"http://127.0.0.1:{port}"}), flush=True)
+            for _ in sys.stdin:
+                print(json.dumps(spoilt), flush=True)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), int(sys.argv[2]))

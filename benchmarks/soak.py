@@ -1,0 +1,278 @@
+"""Half an hour of loading from a flaky S3 with damaged samples: does memory grow, does every good sample arrive once?
+
+    python -m benchmarks.soak --minutes 30 --json
+
+A process of its own runs a real S3 server (SeaweedFS) behind a proxy that spoils one answer in twenty: 500, 503, 429,
+resets, truncations, slow bodies, flipped bits. The data set is synthetic; one sample in twenty is damaged, in every
+way that the fault policy knows, and the disk cache holds a third of the data, so the network is used all the time.
+Every document that arrives is ticked off in a bitmap of its epoch. Memory is the resident size of the loader's process
+and its workers; its slope comes from least squares over the time after the first fifth. Exit code 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.figures import machine
+from benchmarks.servers import KEY, SECRET, flaky_s3
+from benchmarks.soak_data import write_damaged_set
+from data_pipeline.config import DataConfig
+from data_pipeline.loader import Loader, StepBatch
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.storage.config import StorageConfig
+from data_pipeline.storage.location import Url
+from data_pipeline.storage.objects import PAGE_BYTES
+from data_pipeline.storage.storage import Storage
+
+TOKENIZER = Path("examples/emoji/tokenizer.model")
+SAMPLE_SECONDS = 2.0
+WARM_UP_SHARE = 0.2
+
+
+class Delivery:
+    """Which samples of which epoch arrived or were left out; every sample must do exactly one of the two, once.
+
+    Args:
+        bad: True for each damaged sample.
+    """
+
+    def __init__(self, bad: npt.NDArray[np.bool_]) -> None:
+        self.bad = bad
+        self.complaints: list[str] = []
+        self.complete: set[int] = set()
+        self._open: dict[int, npt.NDArray[np.bool_]] = {}
+        self.newest = -1
+
+    def arrived(self, epoch: int, sample: int) -> None:
+        """A document of a sample was handed out."""
+        if self.bad[sample]:
+            self._complain(f"sample {sample}, which is damaged, was delivered in epoch {epoch}")
+        self._tick(epoch, sample)
+
+    def skipped(self, epoch: int, sample: int, kind: str) -> None:
+        """A sample was left out."""
+        if not self.bad[sample]:
+            self._complain(f"sample {sample}, which is sound, was left out in epoch {epoch}: {kind}")
+        self._tick(epoch, sample)
+
+    def missing(self, epoch: int) -> int:
+        """Samples of a begun epoch that neither arrived nor were left out."""
+        return 0 if epoch in self.complete else int((~self._open[epoch]).sum())
+
+    def is_complete(self, through: int) -> bool:
+        """Whether nothing is missing of the epochs to ``through``."""
+        return all(epoch in self.complete for epoch in range(through + 1))
+
+    def _tick(self, epoch: int, sample: int) -> None:
+        self.newest = max(self.newest, epoch)
+        if epoch in self.complete:
+            self._complain(f"sample {sample} came a second time in epoch {epoch}")
+            return
+        seen = self._open.setdefault(epoch, np.zeros(len(self.bad), np.bool_))
+        if seen[sample]:
+            self._complain(f"sample {sample} came a second time in epoch {epoch}")
+        seen[sample] = True
+        if seen.all():
+            self.complete.add(epoch)
+            del self._open[epoch]
+
+    def _complain(self, text: str) -> None:
+        if len(self.complaints) < 100:
+            self.complaints.append(text)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Of a line by least squares: ``value`` per second, and half of its 95 % confidence interval."""
+
+    value: float
+    half_width: float
+
+
+def slope(seconds: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> Slope:
+    """Least squares; neighbours resemble each other, so their number is reduced by the lag-1 correlation (Bartlett)."""
+    centred = seconds - seconds.mean()
+    spread = float((centred**2).sum())
+    value = float((centred * values).sum()) / spread
+    rest = values - values.mean() - value * centred
+    total = float((rest**2).sum())
+    lag = float((rest[1:] * rest[:-1]).sum()) / total if total else 0.0
+    effective = max(3.0, len(values) * (1 - lag) / (1 + lag)) if lag > 0 else float(len(values))
+    variance = total / max(1.0, effective - 2) / (spread * effective / len(values))
+    return Slope(value, 1.96 * variance**0.5)
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process and all that descend from it; Linux only."""
+    total, children = 0, [pid]
+    while children:
+        pid = children.pop()
+        try:
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+            for thread in os.scandir(f"/proc/{pid}/task"):
+                children += map(int, Path(thread.path, "children").read_text().split())
+        except (FileNotFoundError, ProcessLookupError):  # It ended meanwhile.
+            continue
+    return total
+
+
+@dataclass
+class Watch:
+    """What is noted while the loader runs."""
+
+    server_pid: int
+    start: float = field(default_factory=time.monotonic)
+    seconds: list[float] = field(default_factory=list)
+    resident: list[float] = field(default_factory=list)
+    num_samples: int = 0
+    num_steps: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    def step(self, step: StepBatch, delivery: Delivery) -> None:
+        """Ticks off what a step brought, and looks at the memory now and then."""
+        for microbatch in step.microbatches:
+            for origin in microbatch.provenance:
+                if origin is not None:
+                    delivery.arrived(origin.epoch, origin.index)
+        for skip in step.skipped:
+            delivery.skipped(skip.epoch, skip.index, skip.kind.value)
+            self.faults[skip.kind.value] += 1
+        self.num_samples += step.num_samples
+        self.num_steps += 1
+        if not self.seconds or self.elapsed - self.seconds[-1] >= SAMPLE_SECONDS:
+            self.seconds.append(self.elapsed)
+            self.resident.append((resident_bytes(os.getpid()) - resident_bytes(self.server_pid)) / 2**20)
+
+    def memory(self) -> dict[str, float]:
+        """Figures in MiB and MiB per hour, without the first fifth."""
+        seconds, resident = np.array(self.seconds), np.array(self.resident)
+        late = seconds >= WARM_UP_SHARE * seconds[-1]
+        line = slope(seconds[late], resident[late])
+        return {
+            "slope_mib_per_hour": round(3600 * line.value, 2),
+            "slope_95_percent_half_width": round(3600 * line.half_width, 2),
+            "first_mib": round(float(resident[late][0]), 1),
+            "median_mib": round(float(np.median(resident[late])), 1),
+            "most_mib": round(float(resident.max()), 1),
+            "readings": int(late.sum()),
+        }
+
+
+def soak(minutes: float, num_samples: int, workers: int, seed: int) -> dict[str, Any]:
+    """Loads for a while, then to the end of every epoch that had begun; returns all figures and complaints."""
+    with tempfile.TemporaryDirectory(prefix="soak-") as name, account(), flaky_s3(one_in=20, seed=seed) as server:
+        folder = Path(name)
+        damaged = write_damaged_set(folder / "set", num_samples, seed)
+        stored = sum(path.stat().st_size for path in (folder / "set").iterdir())
+        upload(folder / "set", server.direct_url)
+        config = config_of(server.url, folder / "cache", max(stored // 3, 4 * PAGE_BYTES), workers)
+        delivery = Delivery(damaged.bad)
+        watch = Watch(server.pid)
+        last: int | None = None
+        with Loader(config, MediaSpec(Placement.EMBEDDING, patch_size=8, fixed_grid=(4, 4)), seed=seed) as loader:
+            for step in loader:
+                watch.step(step, delivery)
+                if last is None and watch.elapsed >= 60 * minutes:
+                    last = delivery.newest
+                if last is not None and (delivery.is_complete(last) or delivery.newest > last + 2):
+                    break
+        assert last is not None, "a loader without an end"
+        if not delivery.is_complete(last):
+            delivery.complaints.append(f"epochs to {last} were begun, complete are {sorted(delivery.complete)}")
+        return {
+            "minutes": round(watch.elapsed / 60, 2),
+            "workers": workers,
+            "samples_per_second": round(watch.num_samples / watch.elapsed, 1),
+            "samples": watch.num_samples,
+            "steps": watch.num_steps,
+            "samples_of_an_epoch": num_samples,
+            "damaged_of_an_epoch": int(damaged.bad.sum()),
+            "epochs_complete": len(delivery.complete),
+            "left_out": dict(sorted(watch.faults.items())),
+            "answers": server.counts(),
+            "stored_mib": round(stored / 2**20, 1),
+            "memory": watch.memory(),
+            "complaints": delivery.complaints,
+        }
+
+
+@contextmanager
+def account() -> Iterator[None]:
+    """The credentials of the server's only account in the environment, where the storage looks for them."""
+    os.environ.update(AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_REGION="us-east-1")
+    yield
+
+
+def upload(folder: Path, endpoint: str) -> None:
+    """Puts every file of a folder into the bucket ``soak``."""
+    with Storage(StorageConfig(endpoint=endpoint, allow_http=True)) as storage:
+        for path in sorted(folder.iterdir()):
+            url = Url(f"s3://soak/set/{path.name}")
+            storage.store(url).write(url, path.read_bytes())
+
+
+def config_of(endpoint: str, cache: Path, cache_bytes: int, workers: int) -> DataConfig:
+    """Four lanes over the bucket, every fault quarantined or skipped."""
+    dataset = {
+        "name": "soak",
+        "manifest": "s3://soak/set/set.manifest",
+        "transforms": {"kind": "fixed", "augment": {"shift": 0.1, "flip": 0.5}},
+    }
+    return DataConfig.model_validate(
+        {
+            "tokenizer": {"kind": "sentencepiece", "path": TOKENIZER},
+            "datasets": [dataset],
+            "lanes": 4,
+            "workers": workers,
+            "packing": {"max_tokens": 1024, "look_ahead": 8},
+            "faults": {"on_error": "skip", "decode": "quarantine"},
+            "storage": {
+                "endpoint": endpoint,
+                "allow_http": True,
+                "timeout_seconds": 5,
+                "read_ahead_bytes": 16 * 2**20,
+            },
+            "cache": {"folder": str(cache), "max_bytes": cache_bytes},
+        }
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=30.0, help="how long to load, before the last epoch ends")
+    parser.add_argument("--samples", type=int, default=8000, help="samples of an epoch")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes of the loader")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options = parser.parse_args()
+    figures = soak(options.minutes, options.samples, options.workers, options.seed)
+    if options.json:
+        print(json.dumps({"benchmark": "soak", "machine": machine(), **figures}, indent=2))
+    else:
+        for key, value in figures.items():
+            print(f"{key:<20}  {json.dumps(value)}")
+    if figures["complaints"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
