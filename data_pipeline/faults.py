@@ -111,7 +111,7 @@ class Skipped:
     """A sample that was left out.
 
     Attributes:
-        offset: First byte of the sample in its shard; None if the shard is lost.
+        offset: First byte of the sample in its shard; None if the shard is lost or streamed.
         action: ``skip`` or ``quarantine``.
         again: Whether this process knew it for bad, and did not try it. The only thing here that depends on workers.
     """
@@ -162,6 +162,9 @@ class Known(Protocol):
 
     def locate(self) -> tuple[str, str]:
         """Shard and key, for errors that name none."""
+
+    def offset(self) -> int | None:
+        """First byte of the sample in its shard, if anybody knows."""
 
     def shard_failed(self, error: ShardError | ManifestError) -> Fault:
         """Takes note that the sample's shard could not be opened or read.

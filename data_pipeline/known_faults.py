@@ -186,6 +186,9 @@ class KnownSample:
     def locate(self) -> tuple[str, str]:
         return self.faults.locate(self.sample)
 
+    def offset(self) -> int | None:
+        return self.faults.offset(self.sample)
+
     def shard_failed(self, error: ShardError | ManifestError) -> Fault:
         return self.faults.shard_failed(self.sample, error)
 

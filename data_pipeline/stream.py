@@ -246,10 +246,11 @@ class LaneStream:
     def _attempt(self, drawn: Drawn) -> list[Document]:
         """The documents of a sample; none if it is skipped, which is noted."""
         dataset = self._datasets[drawn.dataset]
-        result = self._policy.attempt(lambda: self._documents(drawn), self._sources[drawn.dataset].known(drawn.sample))
+        known = self._sources[drawn.dataset].known(drawn.sample)
+        result = self._policy.attempt(lambda: self._documents(drawn), known)
         if isinstance(result, Fault):
             origin = (dataset.config.name, drawn.epoch, drawn.sample, self._lane)
-            self._skipped.append(self._policy.skipped(result, *origin, dataset.faults.offset(drawn.sample)))
+            self._skipped.append(self._policy.skipped(result, *origin, known.offset()))
             return []
         return result
 

@@ -258,6 +258,9 @@ class StreamedSample:
         """Shard and key."""
         return self.lane.where(self.sample)
 
+    def offset(self) -> None:
+        """Nobody knows: a pipe has no places."""
+
     def shard_failed(self, error: ShardError | ManifestError) -> Fault:
         """The rest of the shard is lost.
 

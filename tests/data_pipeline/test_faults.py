@@ -35,6 +35,9 @@ class Stranger:
     def locate(self) -> tuple[str, str]:
         return "shard.tar", "key"
 
+    def offset(self) -> int | None:
+        return None
+
     def shard_failed(self, error: Exception) -> Fault:
         return Fault(SampleError(str(error), kind=FaultKind.SHARD), counts=False)
 
