@@ -91,7 +91,7 @@ def near_pairs(num: int, folder: Path, all_with_all: float) -> Case:
     np.save(folder / "values.npy", values)
     work = NearWork(folder / "values.npy", Plan.of(len(values), DISTANCE), DISTANCE)
     start = time.process_time()
-    found = sum(len(piece) for task in work.tasks(len(values)) for piece in work(task))
+    found = sum(len(piece.pairs) for task in work.tasks(len(values)) for piece in work(task))
     seconds = time.process_time() - start
     if found < num // 10 * 0.99:
         raise RuntimeError(f"{found} pairs of {num // 10}")

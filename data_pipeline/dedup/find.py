@@ -115,6 +115,7 @@ def find_duplicates(
     signatures: Path,
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
+    searching: Callable[[int, int], None] | None = None,
 ) -> DuplicateReport:
     """Writes the list of samples to leave out, whole or not at all.
 
@@ -126,10 +127,11 @@ def find_duplicates(
         signatures: Folder that keeps what samples are compared by. A killed search goes on from what is there.
         workers: Processes; 0 works in this one.
         progress: Called with the number of samples read since the last call, those of earlier runs included.
+        searching: Called with (parts done, parts to do) of the search for near hashes.
 
     Raises:
         DataConfigError: two sets have one name, or the question cannot be answered.
-        ManifestError, ShardError: a shard is missing, stale or truncated.
+        ManifestError, ShardError, StorageError: a shard is missing, stale or truncated, or a server fails.
         WorkerError: a process died.
     """
     question.check()
@@ -142,7 +144,7 @@ def find_duplicates(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        search = _Search(every, len(against), question, signatures, folder, workers)
+        search = _Search(every, len(against), question, signatures, folder, workers, searching)
         found = {criterion.value: search.run(criterion) for criterion in question.criteria}
         search.write(output)
     finally:
@@ -166,7 +168,7 @@ def _read_all(
                     progress(count)
                     continue
                 seen.add(bytes.fromhex(sha256))
-                yield ShardTask(each.manifest.file, number, missing)
+                yield ShardTask(each.manifest.path, number, missing)
 
     num_read = 0
     for count in in_order(SignatureWork(folder, question.max_pixels), tasks(), workers):
@@ -190,7 +192,9 @@ class _Search:
         signatures: Path,
         folder: Path,
         workers: int,
+        searching: Callable[[int, int], None] | None,
     ) -> None:
+        self._searching = searching or (lambda done, of: None)
         self._sets, self._question, self._signatures = sets, question, signatures
         self._folder, self._workers = folder, workers
         self.starts = np.cumsum([0, *(each.manifest.num_samples for each in sets)], dtype=np.int64)
@@ -223,7 +227,12 @@ class _Search:
         path = self._folder / "hashes.npy"
         np.save(path, keys[samples, 0])
         work = NearWork(path, Plan.of(len(samples), self._question.distance), self._question.distance)
-        pieces = list(in_order(work, work.tasks(len(samples)), self._workers))
+        tasks, pieces = work.tasks(len(samples)), list[Rows]()
+        self._searching(0, len(tasks))
+        for piece in in_order(work, tasks, self._workers):
+            pieces.append(piece.pairs)
+            if piece.is_last:
+                self._searching(piece.number + 1, len(tasks))
         pairs = np.concatenate([np.zeros((0, 2), np.int64), *pieces])
         later, earlier = greedy(pairs, int((samples < self.num_protected).sum()))
         return samples[later], samples[earlier]

@@ -16,8 +16,9 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -121,8 +122,17 @@ class Plan:
 class NearTask:
     """One choice of blocks, and one part of the keys."""
 
+    number: int
     choice: tuple[int, ...]
     part: int
+
+
+class NearPairs(NamedTuple):
+    """Some near pairs of task ``number``: int64 ``(pairs, 2)``, the later and the earlier place of each, unsorted."""
+
+    number: int
+    pairs: Rows
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,10 +151,11 @@ class NearWork:
 
     def tasks(self, num_hashes: int) -> list[NearTask]:
         """All of them; each pair is found by just one."""
-        return [NearTask(choice, part) for choice in self.plan.choices for part in range(num_parts(num_hashes))]
+        every = product(self.plan.choices, range(num_parts(num_hashes)))
+        return [NearTask(number, choice, part) for number, (choice, part) in enumerate(every)]
 
-    def __call__(self, task: NearTask) -> Iterator[Rows]:
-        """int64 ``(pairs, 2)`` pieces: the later and the earlier place of each near pair, unsorted."""
+    def __call__(self, task: NearTask) -> Iterator[NearPairs]:
+        """The near pairs of a task, in pieces."""
         values: Words = np.load(self.values, mmap_mode="r", allow_pickle=False)
         mask = np.uint64(sum(self.plan.blocks[block] for block in task.choice))
         place, value = _sorted_part(values, mask, task.part, num_parts(len(values)))
@@ -160,8 +171,9 @@ class NearWork:
                 near = near[self._is_first_choice(differing[near], task.choice)]
                 if len(near):
                     pair = np.stack([place[a[near]], place[a[near] + step]], axis=1)
-                    yield np.stack([pair.max(axis=1), pair.min(axis=1)], axis=1)
+                    yield NearPairs(task.number, np.stack([pair.max(axis=1), pair.min(axis=1)], axis=1))
                 step += 1
+        yield NearPairs(task.number, np.zeros((0, 2), np.int64), is_last=True)
 
     def _is_first_choice(self, differing: Words, choice: tuple[int, ...]) -> npt.NDArray[np.bool_]:
         """A pair that agrees in more than ``num_equal`` blocks is met several times and counts the first time."""

@@ -27,9 +27,13 @@ from data_pipeline.reader import SampleReader
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.columns import Column, read_columns, write_columns
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.storage.config import CacheConfig, Keep
+from data_pipeline.storage.location import Url
+from data_pipeline.storage.storage import Storage
 
 SIGNATURE_FORMAT = "mmscale-signatures-1"
 _COLUMNS = {"key": ("<u8", 2), "state": ("u1", 1), "pixels": ("<i8", 1)}
+_AHEAD = 64
 _DECODED_SIDE = 128
 """JPEGs are decoded no larger than needed for this side: four times what the hash looks at."""
 
@@ -98,7 +102,7 @@ def read_signatures(folder: Path, tar_sha256: str, criterion: Criterion, num_sam
 class ShardTask:
     """One shard to read, for the criteria whose signatures are not there yet."""
 
-    manifest: Path
+    manifest: Path | Url
     number: int
     criteria: tuple[Criterion, ...]
 
@@ -119,6 +123,9 @@ class SignatureWork:
         reader = SampleReader(manifest, "dedup", max_open=1)
         try:
             for row in range(end - first):
+                if row % _AHEAD == 0:  # Of a remote shard: this stretch, and the next one while this one is hashed.
+                    starts = (first + row, first + row + _AHEAD)
+                    reader.expect(0, [range(start, min(start + _AHEAD, end)) for start in starts if start < end])
                 for criterion, (state, key) in self._signatures(reader, first + row, task.criteria).items():
                     keys[criterion][row], states[criterion][row] = key, state
         finally:
@@ -134,7 +141,7 @@ class SignatureWork:
         self, reader: SampleReader, index: int, criteria: tuple[Criterion, ...]
     ) -> dict[Criterion, tuple[State, tuple[int, ...]]]:
         try:
-            sample = reader.read(index)
+            sample = reader.read(index, lane=0)
         except SampleError:
             return {criterion: (State.DAMAGED, (0,) * criterion.num_words) for criterion in criteria}
         return {criterion: signature(sample, criterion, self.max_pixels) for criterion in criteria}
@@ -178,5 +185,7 @@ def _pixels(manifest: Manifest, number: int) -> npt.NDArray[np.int64]:
 
 
 @lru_cache(maxsize=64)
-def _manifest(path: Path) -> Manifest:
-    return Manifest.open(path)
+def _manifest(path: Path | Url) -> Manifest:
+    if not isinstance(path, Url):
+        return Manifest.open(path)
+    return Manifest.open(path, Storage(cache=CacheConfig(keep=Keep.INDEXES)))  # Every image is read once.

@@ -37,6 +37,9 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.stats.copies import CopyCount, image_keys
 from data_pipeline.stats.histogram import Histogram
 from data_pipeline.stats.tally import MAX_EXAMPLES, PER_RATIO, Tally, count_names
+from data_pipeline.storage.config import CacheConfig, StorageConfig
+from data_pipeline.storage.location import Url
+from data_pipeline.storage.storage import Storage
 from data_pipeline.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
 _LANGUAGES_OF = 1_000_000
@@ -82,8 +85,26 @@ class Counted:
     shards: Histogram
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a manifest lies, and how a remote one is read; None: as the environment says."""
+
+    location: Path | Url
+    storage: StorageConfig | None = None
+    cache: CacheConfig | None = None
+
+    def open(self) -> Manifest:
+        """The manifest.
+
+        Raises:
+            ManifestError, StorageError: it is missing or damaged, or a server fails.
+        """
+        is_configured = self.storage is not None or self.cache is not None
+        return Manifest.open(self.location, Storage(self.storage, self.cache) if is_configured else None)
+
+
 def count(
-    path: str | Path,
+    place: Path | Place,
     *,
     tokenizer: TokenizerConfig | None = None,
     training: Training | None = None,
@@ -94,7 +115,7 @@ def count(
     """Figures of one manifest.
 
     Args:
-        path: The manifest.
+        place: The manifest.
         tokenizer: Counts the tokens of texts too.
         training: Counts the documents of a run too; needs a tokenizer.
         sample: Look at so many samples only; all if there are no more.
@@ -103,12 +124,13 @@ def count(
 
     Raises:
         ManifestError: the manifest or an index is missing, damaged or stale.
-        ShardError: a shard is shorter than its index says.
+        ShardError, StorageError: a shard is shorter than its index says, or a server fails.
         DataConfigError: the tokenizer cannot be loaded.
     """
-    manifest = Manifest.open(path)
+    place = place if isinstance(place, Place) else Place(place)
+    manifest = place.open()
     chosen = None if sample is None or sample >= manifest.num_samples else spread(manifest.num_samples, sample)
-    work = CountWork(Path(path), tokenizer, training, max(1, -(-manifest.num_samples // _LANGUAGES_OF)))
+    work = CountWork(place, tokenizer, training, max(1, -(-manifest.num_samples // _LANGUAGES_OF)))
     tally, copies = Tally(), CopyCount()
     for part in in_order(work, _tasks(manifest, chosen), workers):
         copies.add(part.keys)
@@ -158,14 +180,14 @@ def _tasks(manifest: Manifest, chosen: Rows | None) -> Iterator[ShardTask]:
 class CountWork:
     """Counts a shard: the work of a process (``crew.in_order``)."""
 
-    path: Path
+    place: Place
     tokenizer: TokenizerConfig | None
     training: Training | None
     language_stride: int
 
     @cached_property
     def _manifest(self) -> Manifest:
-        return Manifest.open(self.path)
+        return self.place.open()
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:

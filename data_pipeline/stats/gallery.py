@@ -47,13 +47,12 @@ class Shown:
     problem: str = ""
 
 
-def gallery(path: Path, num: int) -> Iterator[Shown]:
+def gallery(manifest: Manifest, num: int) -> Iterator[Shown]:
     """``num`` samples, spread evenly over the manifest, always the same ones.
 
     Raises:
-        ManifestError, ShardError: manifest, index or shard is missing or damaged.
+        ManifestError, ShardError, StorageError: an index or a shard is missing or damaged, or a server fails.
     """
-    manifest = Manifest.open(path)
     with closing(SampleReader(manifest, "stats", max_open=1)) as reader:
         for index in spread(manifest.num_samples, min(num, manifest.num_samples)).tolist():
             shard, key = reader.where(index)

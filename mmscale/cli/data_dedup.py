@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import typer
@@ -67,6 +68,7 @@ def dedup(
             signatures=signatures or out.with_name(out.name + ".signatures"),
             workers=workers,
             progress=meter.advance,
+            searching=lambda done, of: meter.advance(0, f"searching: {done} of {of}"),
         )
     figures = {
         "list": str(report.output),
@@ -84,6 +86,6 @@ def _named(text: str) -> NamedSet:
     from data_pipeline.dedup.find import NamedSet
     from data_pipeline.shards.manifest import Manifest
 
-    name, equals, path = text.partition("=")
-    manifest = Path(path if equals else text)
-    return NamedSet(name if equals else manifest.stem, Manifest.open(manifest))
+    named = re.fullmatch(r"([A-Za-z0-9_.-]+)=(.+)", text)
+    place = named[2] if named else text
+    return NamedSet(named[1] if named else PurePosixPath(place).stem, Manifest.open(place))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,7 +12,7 @@ import typer
 from mmscale.cli.console import console, emit, printable, progress
 
 if TYPE_CHECKING:
-    from data_pipeline.stats.count import Training
+    from data_pipeline.stats.count import Place, Training
     from data_pipeline.tokenizer import TokenizerConfig
 
 app = typer.Typer()
@@ -23,7 +23,7 @@ _SHOWN_NAMES = 12
 
 @app.command(epilog="Example: mmscale data stats configs/quickstart.yaml --html stats.html")
 def stats(
-    target: Path = typer.Argument(help="A manifest, or a run's YAML file.", metavar="MANIFEST|CONFIG"),
+    target: str = typer.Argument(help="A manifest (a file or a URL), or a run's YAML file.", metavar="MANIFEST|CONFIG"),
     overrides: list[str] = typer.Argument(None, help="Values that win over the file's.", metavar="[KEY=VALUE]..."),
     tokenizer: Path | None = typer.Option(
         None, "--tokenizer", help="A .model or tokenizer.json: counts tokens; a CONFIG names its own."
@@ -41,9 +41,9 @@ def stats(
     subjects = _subjects(target, overrides or [], tokenizer)
     found = {}
     for subject in subjects:
-        with progress(f"stats {subject.name}", _total(subject.manifest, sample)) as meter:
+        with progress(f"stats {subject.name}", _total(subject.place, sample)) as meter:
             found[subject.name] = count(
-                subject.manifest,
+                subject.place,
                 tokenizer=subject.tokenizer,
                 training=subject.training,
                 sample=sample,
@@ -53,11 +53,11 @@ def stats(
     if html is not None:
         from mmscale.report.data_page import write_page
 
-        write_page(html, str(target), [(subject.name, subject.manifest, found[subject.name]) for subject in subjects])
+        write_page(html, target, [(subject.name, subject.place.open(), found[subject.name]) for subject in subjects])
         console.print(f"wrote {html}", markup=False)
-    figures = {s.name: {"manifest": str(s.manifest), **found[s.name].figures} for s in subjects}
+    figures = {s.name: {"manifest": str(s.place.location), **found[s.name].figures} for s in subjects}
     if json:
-        of_config = {"config": str(target), "datasets": figures}
+        of_config = {"config": target, "datasets": figures}
         emit(of_config if _is_config(target) else figures[subjects[0].name], json=True)
         return
     for name, each in figures.items():
@@ -69,38 +69,40 @@ class _Subject:
     """One data set to count."""
 
     name: str
-    manifest: Path
+    place: Place
     tokenizer: TokenizerConfig | None
     training: Training | None = None
 
 
-def _is_config(target: Path) -> bool:
-    return target.suffix in (".yaml", ".yml")
+def _is_config(target: str) -> bool:
+    return target.endswith((".yaml", ".yml"))
 
 
-def _subjects(target: Path, overrides: list[str], tokenizer: Path | None) -> list[_Subject]:
+def _subjects(target: str, overrides: list[str], tokenizer: Path | None) -> list[_Subject]:
     from data_pipeline.errors import DataConfigError
+    from data_pipeline.stats.count import Place, Training
+    from data_pipeline.storage.location import Url, parse_location
 
     if not _is_config(target):
         if overrides:
             raise DataConfigError(f"{overrides[0]}: a manifest has no values to override; name a .yaml file for that")
-        return [_Subject(target.stem, target, None if tokenizer is None else _tokenizer(tokenizer))]
+        name = PurePosixPath(target).stem
+        return [_Subject(name, Place(parse_location(target)), None if tokenizer is None else _tokenizer(tokenizer))]
     if tokenizer is not None:
         raise DataConfigError(f"{target} names its tokenizer: say data.tokenizer.path={tokenizer} instead")
-    from data_pipeline.stats.count import Training
     from mmscale.config import load
     from mmscale.run_config import RunConfig
 
-    value = load(target, overrides, RunConfig).value
-    max_tokens = value.data.packing.max_tokens
-    for dataset in value.data.datasets:
-        if not isinstance(dataset.indexed, Path):
-            raise DataConfigError(
-                f"{dataset.manifest}: statistics are counted where the shards lie; copy the set here, or leave it out"
-            )
+    value = load(Path(target), overrides, RunConfig).value
+    data = value.data
     return [
-        _Subject(each.name, Path(each.indexed), value.data.tokenizer, Training(each, value.media_spec, max_tokens))
-        for each in value.data.datasets
+        _Subject(
+            each.name,
+            Place(each.indexed, data.storage, data.cache) if isinstance(each.indexed, Url) else Place(each.indexed),
+            data.tokenizer,
+            Training(each, value.media_spec, data.packing.max_tokens),
+        )
+        for each in data.datasets
     ]
 
 
@@ -110,10 +112,8 @@ def _tokenizer(path: Path) -> TokenizerConfig:
     return HuggingFaceTokenizerConfig(path=path) if path.suffix == ".json" else SentencePieceTokenizerConfig(path=path)
 
 
-def _total(manifest: Path, sample: int | None) -> int:
-    from data_pipeline.shards.manifest import Manifest
-
-    num_samples = Manifest.open(manifest).num_samples
+def _total(place: Place, sample: int | None) -> int:
+    num_samples = place.open().num_samples
     return num_samples if sample is None else min(sample, num_samples)
 
 

@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from data_pipeline.shards.files import write_whole
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.stats.count import Counted
 from data_pipeline.stats.gallery import Shown, gallery
 from data_pipeline.stats.histogram import Histogram
@@ -60,7 +61,7 @@ class DataSet:
     """Each with its pictures as data URLs."""
 
 
-def write_page(path: Path, title: str, sets: Sequence[tuple[str, Path, Counted]]) -> None:
+def write_page(path: Path, title: str, sets: Sequence[tuple[str, Manifest, Counted]]) -> None:
     """Writes the page, whole or not at all.
 
     Args:
@@ -69,7 +70,7 @@ def write_page(path: Path, title: str, sets: Sequence[tuple[str, Path, Counted]]
         sets: Name, manifest and figures of each data set.
 
     Raises:
-        ManifestError, ShardError: a shard cannot be read.
+        ManifestError, ShardError, StorageError: a shard cannot be read.
         OSError: the page cannot be written.
     """
     environment = jinja2.Environment(
@@ -83,7 +84,7 @@ def write_page(path: Path, title: str, sets: Sequence[tuple[str, Path, Counted]]
     write_whole(path, environment.get_template("data.html.jinja").render(title=title, sets=shown).encode())
 
 
-def _data_set(name: str, manifest: Path, counted: Counted) -> DataSet:
+def _data_set(name: str, manifest: Manifest, counted: Counted) -> DataSet:
     figures, error = counted.figures, counted.figures["share_error_95"]
     sampled = ""
     if error:
@@ -102,7 +103,7 @@ def _data_set(name: str, manifest: Path, counted: Counted) -> DataSet:
     ]
     return DataSet(
         name=name,
-        manifest=str(manifest),
+        manifest=str(manifest.path),
         facts=_facts(figures),
         sampled=sampled,
         figures=[

@@ -60,7 +60,7 @@ def page(tmp_path: Path) -> Page:
         writer.write("text", {"txt": ("long " * 5000).encode()})
         writer.write("bad", {"json": b"{<b>"})
     manifest = write_manifest(tmp_path / "x.manifest", writer.shards)
-    write_page(tmp_path / "page.html", "<i>title", [("<u>set", manifest.path, count(manifest.path))] * 2)
+    write_page(tmp_path / "page.html", "<i>title", [("<u>set", manifest, count(manifest.path))] * 2)
     return Page((tmp_path / "page.html").read_text())
 
 

@@ -43,7 +43,8 @@ def near_pairs(folder: Path, values: list[int], plan: Plan, distance: int) -> li
     path = folder / "values.npy"
     np.save(path, np.array(values, np.uint64))
     work = NearWork(path, plan, distance)
-    return sorted(tuple(pair) for task in work.tasks(len(values)) for piece in work(task) for pair in piece.tolist())
+    pieces = [piece for task in work.tasks(len(values)) for piece in work(task)]
+    return sorted((later, earlier) for piece in pieces for later, earlier in piece.pairs.tolist())
 
 
 def all_pairs(values: list[int], distance: int) -> list[tuple[int, int]]:
