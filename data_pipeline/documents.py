@@ -222,7 +222,9 @@ class DocumentBuilder:
                 draft.add_text(self._encode(piece.text), piece.weight)
         self._check_counts(draft)
         self._check_branches(draft)
-        draft.weights = share_weights(draft.weights, draft.branches, self.dataset.template.loss_weight).tolist()
+        rule = self.dataset.template.loss_weight
+        if rule != "token":
+            draft.weights = share_weights(draft.weights, draft.branches, rule).tolist()
         return draft.finish(sample.provenance)
 
     def _views(
@@ -250,6 +252,10 @@ class DocumentBuilder:
 
     def _encode(self, text: str) -> list[int]:
         """Ids of a text; none of them opens or closes a turn, or lays out an image."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # Half a pair of UTF-16, written \ud800 in JSON: no tokenizer takes it.
+            raise SampleError(f"the text is no Unicode: {error}", kind=FaultKind.TEXT) from error
         ids = self.tokenizer.encode(text)
         forged = [name for name, token_id in self._reserved.items() if token_id in ids]
         if forged:

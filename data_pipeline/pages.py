@@ -88,7 +88,7 @@ def _part(item: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> Pa
         case {"text": str(text)}:
             return TextPart(text, weight_of(item))
         case {"image": str(name)}:
-            ext = _member(name, members, key)
+            ext = image_member(name, members, key)
             if ext is None:
                 reason = f"parts name the image {name!r}; its members are {', '.join(members)}"
                 raise SampleError(reason, kind=FaultKind.TEXT)
@@ -101,7 +101,7 @@ def _part(item: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> Pa
 def _foreign(listed: list[dict[str, Any]], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[Part]:
     """Parts whose images may go by names that are none here."""
     references = [item["image"] for item in listed if "image" in item]
-    known = [isinstance(one, bytes) or (isinstance(one, str) and _member(one, members, key)) for one in references]
+    known = [isinstance(one, bytes) or (isinstance(one, str) and image_member(one, members, key)) for one in references]
     if any(known):
         order: list[ImagePart] = [_image_of(reference, members, sizes, key) for reference in references]
     else:
@@ -127,7 +127,7 @@ def _foreign(listed: list[dict[str, Any]], members: Mapping[str, bytes], sizes: 
 def _image_of(reference: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> ImagePart:
     if isinstance(reference, bytes):
         return ImagePart(reference, "image_base64")
-    ext = _member(reference, members, key) if isinstance(reference, str) else None
+    ext = image_member(reference, members, key) if isinstance(reference, str) else None
     if ext is None:
         reason = f"the page names the image {reference!r:.80}; its members are {', '.join(members)}"
         raise SampleError(reason, kind=FaultKind.TEXT)
@@ -138,8 +138,10 @@ def _image(ext: str, members: Mapping[str, bytes], sizes: Sizes) -> ImagePart:
     return ImagePart(members[ext], ext, sizes.get(ext))
 
 
-def _member(name: str, members: Mapping[str, bytes], key: str) -> str | None:
-    """The image member that ``name`` means, if there is one."""
+def image_member(name: str, members: Mapping[str, bytes], key: str) -> str | None:
+    """The image member that ``name`` means, if there is one; a URL means none, whatever it ends in."""
+    if "://" in name:
+        return None
     base = name.rpartition("/")[2].lower()
     stem = key.rpartition("/")[2].lower() + "."
     for ext in (name.lower(), base, base.removeprefix(stem)):

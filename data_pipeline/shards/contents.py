@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterator
 
 from data_pipeline.decode.image import decode_image
 from data_pipeline.errors import SampleError
+from data_pipeline.pages import image_member, take_parts
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image, known_format
-from data_pipeline.shards.texts import all_texts, parse_json
+from data_pipeline.shards.json_member import all_texts, parse_json
 
 MAX_TEXT_BYTES = 1 << 26
 """A longer text or JSON counts as a bomb: parsed, JSON takes up to thirty times its length."""
@@ -23,7 +24,9 @@ _MOST_METADATA_BYTES = 1 << 24
 Finding = tuple[Problem, str]
 
 
-def check_member(ext: str, content: memoryview, siblings: Collection[str], max_pixels: int) -> Iterator[Finding]:
+def check_member(
+    ext: str, content: memoryview, siblings: Collection[str], max_pixels: int, key: str
+) -> Iterator[Finding]:
     """What is wrong with the bytes of a member.
 
     Args:
@@ -31,13 +34,14 @@ def check_member(ext: str, content: memoryview, siblings: Collection[str], max_p
         content: Its bytes, copied only if they are few enough.
         siblings: Extensions of the sample.
         max_pixels: Larger images are not decoded.
+        key: Of the sample, by which a page may name its images.
     """
     if is_image(ext):
         yield from _check_image(ext, content, max_pixels)
     elif ext == "txt":
         yield from _check_text(ext, content)
     elif ext == "json":
-        yield from _check_json(ext, content, siblings)
+        yield from _check_json(ext, content, siblings, key)
 
 
 def _check_image(ext: str, content: memoryview, max_pixels: int) -> Iterator[Finding]:
@@ -73,7 +77,7 @@ def _check_text(ext: str, content: memoryview) -> Iterator[Finding]:
         yield Problem.TEXT, f".{ext}: {error}"
 
 
-def _check_json(ext: str, content: memoryview, siblings: Collection[str]) -> Iterator[Finding]:
+def _check_json(ext: str, content: memoryview, siblings: Collection[str], key: str) -> Iterator[Finding]:
     broken = list(_check_text(ext, content))
     if broken:
         yield from broken
@@ -88,9 +92,15 @@ def _check_json(ext: str, content: memoryview, siblings: Collection[str]) -> Ite
     except UnicodeEncodeError as error:  # Half a pair of UTF-16, written \\ud800.
         yield Problem.TEXT, f".{ext}: {error}"
         return
+    members = dict.fromkeys(siblings, b"")
     for part in fields.get("parts") or ():
         name = part.get("image")
-        if name is not None and (not isinstance(name, str) or name.lower() not in siblings):
+        if name is not None and (not isinstance(name, str) or image_member(name, members, key) is None):
             yield Problem.PARTNER, f"the JSON names the image {name!r}, which is absent"
         if name is None and "text" not in part:
             yield Problem.TEXT, f"a part with neither text nor image: {part!r:.80}"
+    if fields.get("parts") is None:
+        try:
+            take_parts(fields, members, {}, key)
+        except SampleError as error:  # A page of OBELICS or MMC4.
+            yield Problem.PARTNER, f".{ext}: {error.reason}"

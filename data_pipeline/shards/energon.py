@@ -20,9 +20,9 @@ from braceexpand import braceexpand
 
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.json_member import parse_json
 from data_pipeline.shards.records import check_utf8, checked, dump_json
 from data_pipeline.shards.rows import Members
-from data_pipeline.shards.texts import parse_json
 
 META = ".nv-meta"
 _CRUDE = "CrudeWebdataset"

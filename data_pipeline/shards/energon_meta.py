@@ -25,8 +25,8 @@ from data_pipeline.errors import SampleError, ShardError
 from data_pipeline.shards.energon import META
 from data_pipeline.shards.files import write_whole
 from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.json_member import parse_json
 from data_pipeline.shards.tar_members import split_name
-from data_pipeline.shards.texts import parse_json
 from data_pipeline.shards.writer import padded
 
 _MAX_IMAGE_NAMES = 16

@@ -25,6 +25,7 @@ from data_pipeline.errors import ManifestError, SampleError, ShardError
 from data_pipeline.shards.columns import Column, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.shards.files import sha256_of
 from data_pipeline.shards.image_header import image_size, is_image
+from data_pipeline.shards.json_member import page_texts, spoken_texts
 from data_pipeline.shards.tar_members import split_name, walk
 from data_pipeline.storage.location import Url
 
@@ -232,7 +233,7 @@ class ShardIndex:
         return ManifestError(f"{self.shown}: damaged index: {what}; build it with: mmscale data index")
 
     def text_bytes(self, i: int) -> int:
-        """UTF-8 bytes of text that sample ``i`` shows: its parts, or its caption (the longest of several)."""
+        """UTF-8 bytes of text that sample ``i`` shows: its page, or dialogue and caption (the longest of several)."""
         return int(self._arrays["text_bytes"][i])
 
     def column(self, name: str) -> Column:
@@ -353,9 +354,10 @@ def text_bytes_of(texts: dict[str, bytes]) -> int:
         return total
     if not isinstance(fields, dict):
         return total
-    parts, captions = fields.get("parts"), fields.get("captions")
-    if isinstance(parts, list):
-        return sum(_num_bytes(part.get("text")) for part in parts if isinstance(part, dict))
+    page, captions = page_texts(fields), fields.get("captions")
+    if page is not None:
+        return sum(map(_num_bytes, page))
+    total += sum(map(_num_bytes, spoken_texts(fields)))
     if isinstance(captions, list):
         return total + max((_num_bytes(caption) for caption in captions), default=0)
     return total + _num_bytes(fields.get("caption"))

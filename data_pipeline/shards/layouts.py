@@ -16,6 +16,7 @@ from typing import Any
 
 from data_pipeline.errors import SampleError
 from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.json_member import parse_json
 from data_pipeline.shards.records import (
     CAPTION,
     CAPTIONS,
@@ -32,7 +33,6 @@ from data_pipeline.shards.records import (
     text_of,
 )
 from data_pipeline.shards.rows import Members
-from data_pipeline.shards.texts import parse_json
 
 _SUCCESS = "success"
 _MAX_UNPACKED_BYTES = 1 << 28

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.shards.files import sha256_of
+from data_pipeline.shards.json_member import parse_json
 from data_pipeline.shards.records import (
     CAPTION,
     CAPTIONS,
@@ -24,7 +25,6 @@ from data_pipeline.shards.records import (
     members_of,
 )
 from data_pipeline.shards.rows import Members, Row, read_each, spans_of
-from data_pipeline.shards.texts import parse_json
 
 KEY_DIGITS = 9
 _DIALECTS = {"csv": "excel", "tsv": "excel-tab"}

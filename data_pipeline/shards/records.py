@@ -27,8 +27,8 @@ from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, ImageFormat, image_size, is_image
+from data_pipeline.shards.json_member import all_texts, parse_json
 from data_pipeline.shards.rows import Members
-from data_pipeline.shards.texts import all_texts, parse_json
 
 PATH, CAPTION, CAPTIONS, PARTS = "path", "caption", "captions", "parts"
 IMAGES, TEXTS = "images", "texts"

@@ -13,9 +13,9 @@ from torchvision.transforms.v2 import functional as transforms
 from data_pipeline.decode.image import DecodeMode, decode_image
 from data_pipeline.errors import SampleError
 from data_pipeline.shards.image_header import ImageFormat, image_size, is_image
+from data_pipeline.shards.json_member import parse_json
 from data_pipeline.shards.records import EXTENSION_OF_FORMAT, PARTS, dump_json
 from data_pipeline.shards.rows import Members
-from data_pipeline.shards.texts import parse_json
 
 _MAX_PIXELS = 1 << 28
 """Larger images are refused: 768 MiB of RGB."""

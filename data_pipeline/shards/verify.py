@@ -300,7 +300,7 @@ class _Walk:
                 as_indexed &= self._check_index(self._expected, ext, member, content)
             if ext in ("txt", "json") and len(content) <= MAX_TEXT_BYTES:
                 texts[ext] = bytes(content)
-            for problem, detail in check_member(ext, content, self._members, self._max_pixels):
+            for problem, detail in check_member(ext, content, self._members, self._max_pixels, self._key):
                 self._report.add(problem, detail, self._key, member.offset)
         if self._expected is not None and as_indexed and not self._is_twice:
             num_members, length = self._expected.samples[self._key]

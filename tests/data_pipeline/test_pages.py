@@ -15,9 +15,11 @@ import webdataset
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.reader import assemble, read_samples
 from data_pipeline.sample import ImagePart, Part, Provenance, TextPart
-from data_pipeline.shards.index import build_index
+from data_pipeline.shards.damage import Problem
+from data_pipeline.shards.index import build_index, text_bytes_of
+from data_pipeline.shards.json_member import all_texts
 from data_pipeline.shards.manifest import write_manifest
-from data_pipeline.shards.texts import all_texts
+from data_pipeline.shards.verify import verify_shard
 from data_pipeline.templates import EndPiece, InterleavedTemplate, TextPiece
 from tests.data_pipeline.conftest import picture
 
@@ -59,6 +61,11 @@ def test_a_page_of_mmc4_puts_images_before_the_text_they_were_matched_with() -> 
     assert shown(parts(MMC4)) == [A, "one.", "two.", B, C, "three."]
     named = {"n1.jpg": A, "n2.jpg": B, "n3.jpg": C}
     assert shown(parts(MMC4, named)) == [B, "one.", "two.", A, C, "three."]
+
+
+def test_a_url_is_no_name_of_a_member_whatever_it_ends_in() -> None:
+    urls = ["https://a.org/1.png", "https://a.org/0.png", "https://b.org/7.png"]
+    assert shown(parts({"images": urls, "texts": [None] * 3})) == [A, B, C]
 
 
 def test_images_may_lie_in_the_json_of_mmc4() -> None:
@@ -150,3 +157,29 @@ def test_all_texts_finds_what_templates_show() -> None:
     assert all_texts({"annotations": annotations}) == ["a", "q", "r", "m"]
     for odd in ({"messages": 3}, {"conversations": [4]}, {"annotations": "x"}, {"annotations": [5]}):
         assert all_texts(odd) == []
+
+
+def test_verify_finds_pages_whose_images_are_absent(tmp_path: Path) -> None:
+    path = tmp_path / "pages-000000.tar"
+    lost = {"images": ["u", None, "v"], "texts": [None, "s", None]}
+    with webdataset.TarWriter(str(path)) as writer:  # type: ignore[attr-defined]
+        writer.write({"__key__": "good", "0.png": A, "1.png": B, "2.png": C, "json": OBELICS})
+        writer.write({"__key__": "lost", "0.png": A, "json": lost})
+        writer.write({"__key__": "named", "0.png": A, "json": {"parts": [{"image": "named.0.png"}, {"text": "x"}]}})
+        writer.write({"__key__": "other", "0.png": A, "json": {"parts": [{"image": "named.0.png"}, {"text": "x"}]}})
+    build_index(path)
+    found = [(damage.key, damage.problem, damage.detail) for damage in verify_shard(path).damages]
+    assert [(key, problem) for key, problem, _ in found] == [("lost", Problem.PARTNER), ("other", Problem.PARTNER)]
+    assert "names 2 images" in found[0][2]
+
+
+def test_the_index_counts_the_text_of_pages_and_dialogues() -> None:
+    said = {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}]}
+    cases: list[tuple[Any, int]] = [
+        (OBELICS, 2),
+        (MMC4, 4 + 4 + 6),
+        (said, 5),
+        ({"annotations": ["ab", {"q": "c"}]}, 3),
+    ]
+    for fields, expected in cases:
+        assert text_bytes_of({"json": json.dumps(fields).encode()}) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.digest import digest
 from data_pipeline.document import IGNORE, Document
 from data_pipeline.documents import DocumentBuilder
+from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
 from data_pipeline.templates import EndPiece, TemplateConfig, TextPiece
@@ -137,3 +139,11 @@ def test_dropout_is_the_same_at_any_number_of_ranks_and_after_a_resume(
         }
     )
     assert list(digest(plain, hybrid_spec, 5, range(6))) != expected
+
+
+@pytest.mark.fault
+def test_half_a_pair_of_utf16_is_a_fault_of_the_text(tokenizer_path: Path) -> None:
+    fields = json.loads('{"caption": "a\\ud800b"}')
+    with pytest.raises(SampleError, match="no Unicode") as caught:
+        _build(tokenizer_path, {"kind": "caption"}, Sample((IMAGE,), fields, SAMPLE.provenance))
+    assert caught.value.kind is FaultKind.TEXT
