@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.servers import file_server
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import LedgerError, StateError
 from data_pipeline.lanes import Cursor
@@ -32,7 +33,6 @@ from tests.data_pipeline.conftest import (  # noqa: F401 - fixtures
     tokenizer_path,
     write_set,
 )
-from tests.data_pipeline.storage.servers import file_server
 
 TINY = Path(__file__).parent / "system/tiny.yaml"
 FIRST, SECOND = 14, 60

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.servers import Fault, Request, file_server
 from data_pipeline.config import DataConfig
 from data_pipeline.digest import digest
 from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec
-from tests.data_pipeline.storage.servers import Fault, Request, file_server
 
 STEPS = range(6)
 WORLDS = (1, 2, 3, 4, 7)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.servers import KEY, SECRET, s3_server
 from data_pipeline.storage.config import StorageConfig
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.storage import Storage
-from tests.data_pipeline.storage.servers import KEY, SECRET, s3_server
 
 REPO = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"^```bash s3\n(.*?)^```", (REPO / "docs" / "sources.md").read_text(), re.MULTILINE | re.DOTALL)
