@@ -124,12 +124,14 @@ class Segment:
                 rows.append(self._row(number, place))
         return rows
 
-    def of_sample(self, dataset: str, epoch: int, sample: int) -> list[Row]:
-        """The rows of a sample in an epoch: one, or one of each part."""
+    def of_sample(self, dataset: str, sample: int, epoch: int | None = None) -> list[Row]:
+        """The rows of a sample, in one epoch or in any: one an epoch, or one of each part."""
         if dataset not in self.state.datasets:
             return []
         rows, number = self.rows, self.state.datasets.index(dataset)
-        found = np.flatnonzero((rows["sample"] == sample) & (rows["epoch"] == epoch) & (rows["dataset"] == number))
+        found = np.flatnonzero(
+            (rows["sample"] == sample) & (rows["dataset"] == number) & ((epoch is None) | (rows["epoch"] == epoch))
+        )
         return [self._row(at, self._place(at)) for at in found.tolist()]
 
     def _place(self, number: int) -> int:

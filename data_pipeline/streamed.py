@@ -74,6 +74,11 @@ def source_of(sources: Sequence[str], sample: int) -> tuple[str, str]:
     return sources[shard], f"#{row}"
 
 
+def sample_number(source: int, row: int) -> int:
+    """The sample that lies in a place of a source: the inverse of ``source_of``."""
+    return source << _ROW_BITS | row
+
+
 def any_remote(sources: Sequence[str]) -> bool:
     """Whether a source is on a server."""
     return any(not source.startswith(PIPE) and isinstance(parse_location(source), Url) for source in sources)

@@ -23,7 +23,7 @@ from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn
 from data_pipeline.storage.storage import Storage
-from data_pipeline.streamed import expand_shards, source_of
+from data_pipeline.streamed import expand_shards, sample_number, source_of
 from data_pipeline.stretches import Stretch, stretches
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -126,6 +126,21 @@ class Samples:
                     rows = (row for row in range(len(index)) if index.key(row) == key)
                     yield from ((dataset, int(manifest.cu_samples[number]) + row) for row in rows)
 
+    def find_streamed(self, shard: str, key: str) -> Iterator[tuple[str, int]]:
+        """The same of data sets without an index, whose samples are named by their place: ``#17`` for a key.
+
+        Raises:
+            LedgerError: such a shard is there, and the key is no place.
+        """
+        for dataset, sources in self._streamed.items():
+            for number, source in enumerate(sources):
+                if source == shard or source.endswith(f"/{shard}"):
+                    if not (key.startswith("#") and key[1:].isdecimal()):
+                        raise LedgerError(
+                            f"{source} has no index: name its samples by their place, {source}/#0 the first"
+                        )
+                    yield dataset, sample_number(number, int(key[1:]))
+
     def show(self, row: Row, max_thumbnails: int = 0) -> Shown:
         """Whatever can be said of a row; never fails for what is missing."""
         shard, key, notes = "", "", list[str]()
@@ -133,6 +148,8 @@ class Samples:
             shard = self.shard(row.dataset, row.sample)
             shard, key = self.where(row.dataset, row.sample)
             document = self._replay.document(Drawn(self._names.index(row.dataset), row.epoch, row.sample, row.part))
+            if row.dataset in self._streamed and document.provenance is not None:
+                key = document.provenance.key
             if row.tokens and document.num_tokens != row.tokens:
                 notes.append(f"it had {row.tokens} tokens then and has {document.num_tokens} now")
             words = tuple(stretches(document, self._tokenizer, self._spec))

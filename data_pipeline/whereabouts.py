@@ -101,7 +101,7 @@ class Whereabouts:
         rows, skipped, waits = list[Row](), list[dict[str, Any]](), True
         for number in numbers[passed:]:
             segment = ledger.segment(number)
-            rows += segment.of_sample(self.dataset, epoch, self.sample)
+            rows += segment.of_sample(self.dataset, self.sample, epoch)
             skipped += self._skipped(segment, epoch)
             waits = self.waits(segment.state, lane, epoch)
             if not waits:

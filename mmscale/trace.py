@@ -226,8 +226,32 @@ class RunTrace:
                 sought = _Sought(self, frame, where)
                 yield from sought.past()
                 yield from sought.next() if until is None else sought.until(until, advance)
+            for dataset, sample in samples.find_streamed(shard, key):
+                seen = True
+                if until is not None:
+                    raise LedgerError(
+                        f"{dataset} is streamed without an index: its coming steps are unknown; no --until"
+                    )
+                yield from self._scan(frame, dataset, sample)
         if not seen:
             raise LedgerError(f"no data set of this run has a shard {shard} with the key {key}")
+
+    def segments(self, frame: Frame) -> range:
+        """Numbers of the ledger's segments that belong to a frame."""
+        spans = self.ledger.spans
+        first = bisect.bisect_left(spans, (frame.begin + 1, 0))
+        return range(first, bisect.bisect_right(spans, (frame.end, frame.end)))
+
+    def _scan(self, frame: Frame, dataset: str, sample: int) -> Iterator[Sighting]:
+        """Every step that is written down, by a look at each: a set without an index has no inverse of its order."""
+        for number in self.segments(frame):
+            segment = self.ledger.segment(number)
+            for record in segment.skipped:
+                if (record["dataset"], record["index"]) == (dataset, sample):
+                    place = (record["step"], dataset, record["epoch"], record["lane"])
+                    yield Sighting(*place, Source.LEDGER, skipped=record["reason"])
+            for row in segment.of_sample(dataset, sample):
+                yield Sighting(row.step, dataset, row.epoch, row.lane, Source.LEDGER, row)
 
 
 class _Sought:
@@ -235,10 +259,7 @@ class _Sought:
 
     def __init__(self, trace: RunTrace, frame: Frame, where: Whereabouts) -> None:
         self._trace, self._frame, self._where = trace, frame, where
-        spans = trace.ledger.spans
-        self._numbers = range(
-            bisect.bisect_left(spans, (frame.begin + 1, 0)), bisect.bisect_right(spans, (frame.end, frame.end))
-        )
+        self._numbers = trace.segments(frame)
         self._done: set[int] = set()
         """Epochs of which nothing is to come."""
 

@@ -123,13 +123,14 @@ def truth(batch: StepBatch) -> list[tuple[str, int, int, str, str]]:
 def test_every_step_is_what_the_loader_yielded(run: Path, steps: list[tuple[int, StepBatch]]) -> None:
     trace = RunTrace(run)
     written = trace.ledger.last_step
+    by_frame = {frame.begin: trace.samples(frame) for frame in trace.frames}
     assert written == FIRST + 36
     assert trace.ledger.spans[3:5] == [(13, 14), (15, 18)]
     for number, (stage, batch) in enumerate(steps[: written + 6], 1):
         found = trace.step(number)
         assert found.stage == ("first", "second")[stage]
         assert found.source is (Source.LEDGER if number <= written else Source.REPLAY)
-        samples = trace.samples(trace.frame(number))
+        samples = by_frame[trace.frame(number).begin]
         rows = [(r.dataset, r.epoch, r.sample, *samples.where(r.dataset, r.sample)) for r in found.rows]
         if number <= written:
             assert rows == truth(batch), number
@@ -306,6 +307,34 @@ def test_data_sets_of_a_server_are_told_and_shown(config: RunConfig, data: DataC
         shown = [samples.show(row, 1) for row in trace.step(6).rows]
         assert [(e.row.dataset, e.row.epoch, e.row.sample, e.shard, e.key) for e in shown] == truth(played[5][1])
         assert all(len(entry.notes) == 1 and entry.stretches is None for entry in shown)
+
+
+def test_samples_without_an_index_are_known_by_their_place(config: RunConfig, data: DataConfig) -> None:
+    captions = data.datasets[0]
+    tars = str(Path(captions.manifest or "").parent / "part-{00000..00003}.tar")
+    fields = captions.model_dump() | {"name": "plain", "manifest": None, "shards": (tars,)}
+    plain = data.model_copy(update={"datasets": (data.datasets[1], type(captions).model_validate(fields))})
+    config = config.model_copy(update={"data": plain})
+    played = play(config)
+    run = write(config, played[:WRITTEN])
+    trace = RunTrace(run)
+    expected: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
+    samples = trace.samples(trace.frames[0])
+    for number, (_, batch) in enumerate(played[:WRITTEN], 1):
+        rows = trace.step(number).rows
+        assert [(row.dataset, row.epoch, row.sample) for row in rows] == [one[:3] for one in truth(batch)]
+        for row in rows:
+            if row.dataset == "plain":
+                expected[samples.where(row.dataset, row.sample)].add((number, row.epoch))
+    origins = [one for one in truth(played[4][1]) if one[0] == "plain"]
+    shown = [samples.show(row) for row in trace.step(5).rows if row.dataset == "plain"]
+    assert [entry.key for entry in shown] == [key for *_, key in origins] != []
+    for shard, place in sorted(expected)[::6]:
+        assert {(one.step, one.epoch) for one in trace.sample(shard, place)} == expected[shard, place]
+    with pytest.raises(LedgerError, match="its coming steps are unknown"):
+        list(trace.sample(shard, "#0", until=60))
+    with pytest.raises(LedgerError, match="name its samples by their place"):
+        list(trace.sample(shard, "000003"))
 
 
 def test_text_and_pictures_are_those_of_the_document(run: Path, config: RunConfig, tmp_path: Path) -> None:
