@@ -99,7 +99,11 @@ def mixture_config(write_set: WriteSet, tokenizer_path: Path) -> DataConfig:
             [page(i) for i in range(11)],
             0.7,
             {"kind": "interleaved"},
-            {"kind": "tiles", "tiling": {"kind": "internvl", "max_tiles": 3}},
+            {
+                "kind": "tiles",
+                "tiling": {"kind": "internvl", "max_tiles": 3},
+                "layout": {"start": "[", "end": "]", "tile": "{n}", "overview": "o", "spell": True},
+            },
         ),
     ]
     datasets = [
