@@ -10,7 +10,6 @@ Images are members of the same sample. Not for: which of the text is learned (``
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,8 @@ from data_pipeline.shards.records import interleaved
 
 Sizes = Mapping[str, tuple[int, int]]
 """Height and width of image members, as far as an index knows them."""
+
+_MOST_WEIGHT = 1_000_000
 
 
 def take_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[Part] | None:
@@ -69,11 +70,12 @@ def weight_of(item: Mapping[str, Any]) -> float:
     """The loss weight that a stretch of text asks for; 1 if it asks for none.
 
     Raises:
-        SampleError: it is no finite number of at least 0.
+        SampleError: it is no number from 0 to a million.
     """
     weight = item.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise SampleError(f"a loss weight is {weight!r}, expected a number of at least 0", kind=FaultKind.TEXT)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= _MOST_WEIGHT:
+        reason = f"a loss weight is {weight!r:.80}, expected a number from 0 to {_MOST_WEIGHT}"
+        raise SampleError(reason, kind=FaultKind.TEXT)
     return float(weight)
 
 

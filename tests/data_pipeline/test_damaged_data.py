@@ -32,6 +32,7 @@ from data_pipeline.media_spec import MediaSpec
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import LoaderState
+from data_pipeline.tokenizer import HuggingFaceTokenizer
 
 from .conftest import Members, WriteSet, captioned, picture
 
@@ -56,6 +57,22 @@ def said(text: object) -> bytes:
     return json.dumps({"captions": [text]}).encode()
 
 
+UNFORESEEN = "what nobody foresaw"
+
+
+@pytest.fixture(autouse=True)
+def _fragile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer falls over one text, as any library may; workers are forked and inherit that."""
+    encode = HuggingFaceTokenizer.encode
+
+    def fragile(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
+        if text == UNFORESEEN:
+            raise RuntimeError("unforeseen")
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "encode", fragile)
+
+
 DAMAGES: dict[FaultKind, list[Members]] = {
     FaultKind.DECODE: [
         {"png": picture(1)[:90]},
@@ -73,12 +90,13 @@ DAMAGES: dict[FaultKind, list[Members]] = {
         {"json": b"{}"},
         {"json": said("")},
         {"json": said(3)},
+        {"json": b'{"captions": ["\\ud800"]}'},
         {"json": b'{"captions": [' + b"9" * 5000 + b"]}"},
         {"json": json.dumps({"captions": ["a"], "parts": [{"image": "7.png"}]}).encode()},
         {"json": json.dumps({"captions": ["a"], "parts": {"text": "a"}}).encode()},
     ],
     FaultKind.DOCUMENT: [{"json": said("far too long " * 30)}],
-    FaultKind.UNEXPECTED: [{"json": b'{"captions": ["\\ud800"]}'}],
+    FaultKind.UNEXPECTED: [{"json": said(UNFORESEEN)}],
 }
 """Members that replace those of a good sample, by the kind of fault that they must become."""
 

@@ -111,6 +111,8 @@ def test_weights_of_texts() -> None:
         ({"parts": [{"image": "json"}]}, "parts name the image 'json'"),
         ({"parts": [{"text": "x", "weight": -1}]}, "a loss weight is -1"),
         ({"parts": [{"text": "x", "weight": True}]}, "a loss weight is True"),
+        ({"parts": [{"text": "x", "weight": float("nan")}]}, "a loss weight is nan"),
+        ({"parts": [{"text": "x", "weight": 10**400}]}, "a loss weight is 1000"),
         ({"parts": {"text": "x"}}, "parts is a dict, expected a list"),
         ({"images": ["u", None], "texts": [None]}, "lists of one length"),
         ({"images": ["u"], "texts": ["x"]}, "holds both"),
