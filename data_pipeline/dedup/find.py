@@ -7,9 +7,9 @@ stays. Samples of the sets ``against`` come before all others and are never list
 evaluation set that way. The list is a line of JSON for each sample that goes, in the order of sets and samples, as
 ``data.faults.exclude`` reads it. It depends on data and criteria alone, not on the number of processes.
 
-Memory: about 30 bytes for each sample (50 with ``largest``), 16 for each near pair, and 18 for each sample that goes;
+Memory: about 30 bytes for each sample (50 with ``largest``), 70 for each near pair, and 18 for each sample that goes;
 beside that up to 4.3 GB a process while it sorts (``search.ROWS_AT_ONCE``). Keys lie on disk and are mapped, 8 to 16
-bytes a sample and criterion. For 10^9 samples that is 30 GB, 4.3 GB a process, and 70 GB of disk.
+bytes a sample and criterion. For 10^9 samples that is 30 GB, 4.3 GB a process, and 75 GB of disk.
 """
 
 from __future__ import annotations

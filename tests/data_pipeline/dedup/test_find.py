@@ -134,7 +134,7 @@ def test_processes_and_earlier_signatures_change_nothing(tmp_path: Path) -> None
     sets = [NamedSet("emoji", Manifest.open(EMOJI.with_name("train-quick.manifest")))]
     alone = find_duplicates(sets, tmp_path / "alone.jsonl", BOTH, signatures=tmp_path / "s")
     shared = find_duplicates(sets, tmp_path / "shared.jsonl", BOTH, signatures=tmp_path / "t", workers=2)
-    again = find_duplicates(sets, tmp_path / "again.jsonl", BOTH, signatures=tmp_path / "t", workers=2)
+    again = find_duplicates(sets, tmp_path / "again.jsonl", BOTH, signatures=tmp_path / "t")
     assert alone.output.read_bytes() == shared.output.read_bytes() == again.output.read_bytes()
     assert alone.num_read == shared.num_read == alone.num_samples > again.num_read == 0
     assert alone.num_left_out > 0
@@ -183,5 +183,5 @@ def test_a_killed_search_goes_on(tmp_path: Path) -> None:
     sets = [NamedSet("train", Manifest.open(EMOJI))]
     resumed = find_duplicates(sets, out, BOTH, signatures=tmp_path / "out.jsonl.signatures")
     assert 0 < resumed.num_read < resumed.num_samples
-    whole = find_duplicates(sets, tmp_path / "whole.jsonl", BOTH, signatures=tmp_path / "whole", workers=2)
+    whole = find_duplicates(sets, tmp_path / "whole.jsonl", BOTH, signatures=tmp_path / "whole")
     assert resumed.output.read_bytes() == whole.output.read_bytes()
