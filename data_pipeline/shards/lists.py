@@ -44,19 +44,20 @@ class ListSource:
         kind: ``csv``, ``tsv`` or ``jsonl``.
         names: New names for its columns.
         load: Reads the images that it names.
+        lenient: Whether a document may lose images that cannot be read.
 
     Raises:
         DataConfigError: no column is an image or a text.
     """
 
-    def __init__(self, path: Path, kind: str, names: FieldNames, load: FileLoader) -> None:
+    def __init__(self, path: Path, kind: str, names: FieldNames, load: FileLoader, lenient: bool = False) -> None:
         self._path, self._kind = path, kind
         is_table = kind in _DIALECTS
         found = _csv_columns(path, kind) if is_table else _first_keys(path)
         new_names = {old: new for new, old in names.renamed}
         columns = names.check(found, str(path)) if is_table else [new_names.get(name, name) for name in found]
         _check_columns(path, [name for name in columns if name not in names.dropped], is_table)
-        self.reader = ListReader(load, names)
+        self.reader = ListReader(load, names, lenient)
         self._count = sum(1 for _ in self._records())
         self.description = f"a {kind} list of {self._count:,} rows"
 
@@ -79,6 +80,7 @@ class ListReader:
 
     load: FileLoader
     names: FieldNames
+    lenient: bool
 
     def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
         return read_each(rows, self.read_record)
@@ -88,7 +90,7 @@ class ListReader:
         parsed = parse_json(record) if isinstance(record, bytes) else record
         if not isinstance(parsed, Mapping):
             raise SampleError(f"the line holds a {type(parsed).__name__}, expected an object")
-        return members_of(self.names.apply(parsed), self.load)
+        return members_of(self.names.apply(parsed), self.load, self.lenient)
 
 
 def _check_columns(path: Path, columns: Sequence[str], is_table: bool) -> None:

@@ -48,9 +48,10 @@ class ParquetSource:
         path: The file or the folder.
         names: New names for its columns.
         images: Folder of the images that it names; None: the folder of the file.
+        lenient: Whether a document may lose images that cannot be read.
     """
 
-    def __init__(self, path: Path, names: FieldNames, images: Path | None = None) -> None:
+    def __init__(self, path: Path, names: FieldNames, images: Path | None = None, lenient: bool = False) -> None:
         self._root = path
         self._files = [path] if path.is_file() else _files_below(path)
         if not self._files:
@@ -65,7 +66,7 @@ class ParquetSource:
                 f"say which one it is, for example --column {CAPTION}={schema.names[-1]}"
             )
         kept = tuple(name for name in schema.names if name not in names.dropped)
-        self.reader = ParquetReader(tuple(self._files), kept, names, images)
+        self.reader = ParquetReader(tuple(self._files), kept, names, images, lenient)
         image = next((old for new, old in names.renamed if new == PATH), PATH)
         where = f"images in column {image}" if PATH in columns else "documents or texts"
         self.description = f"{len(self._files)} Parquet files of {self.count():,} rows, {where}"
@@ -81,7 +82,7 @@ class ParquetSource:
         return sum(map(sum, self._groups))
 
     def digest(self) -> str:
-        digest = hashlib.sha256(repr((self.reader.names, self.reader.images)).encode())
+        digest = hashlib.sha256(repr((self.reader.names, self.reader.images, self.reader.lenient)).encode())
         for file in self._files:
             name = os.path.relpath(file, self._root)
             digest.update(f"{name!a} {file.stat().st_size}\n".encode() + _footer(file))
@@ -145,6 +146,7 @@ class ParquetReader:
     columns: tuple[str, ...]
     names: FieldNames
     images: Path | None
+    lenient: bool
     _which: int = -1
     _file: Any = None
 
@@ -169,6 +171,6 @@ class ParquetReader:
 
     def _members(self, record: dict[str, Any], load: FileLoader) -> Members | SampleError:
         try:
-            return members_of(self.names.apply(record), load)
+            return members_of(self.names.apply(record), load, self.lenient)
         except SampleError as error:
             return error

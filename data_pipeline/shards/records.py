@@ -34,6 +34,7 @@ PATH, CAPTION, CAPTIONS, PARTS = "path", "caption", "captions", "parts"
 IMAGES, TEXTS = "images", "texts"
 TEXT_LIST, IMAGE_INFO = "text_list", "image_info"
 IMAGE_BASE64 = "image_base64"
+DROPPED_IMAGES = "dropped_images"
 EXTENSION_OF_FORMAT = {ImageFormat.JPEG: "jpg", ImageFormat.PNG: "png", ImageFormat.WEBP: "webp"}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
@@ -81,12 +82,13 @@ class FieldNames:
         return result
 
 
-def members_of(record: Mapping[str, Any], load: Callable[[Any], bytes]) -> Members:
+def members_of(record: Mapping[str, Any], load: Callable[[Any], bytes], lenient: bool = False) -> Members:
     """The members of a sample.
 
     Args:
         record: Its fields; None, NaN and empty strings count as absent, but for an empty caption.
         load: Content of an image from what the record says of it: a path, bytes, a dict of both.
+        lenient: Leave out images of a document that cannot be read, and count them in its ``dropped_images``.
 
     Raises:
         SampleError: an image or a text is missing or damaged, or the record holds neither.
@@ -102,7 +104,10 @@ def members_of(record: Mapping[str, Any], load: Callable[[Any], bytes]) -> Membe
     if PARTS in fields:
         if paths is not None:
             raise SampleError("a row has either path or parts")
-        fields[PARTS] = [_part(part, members, load) for part in list_of_objects(fields[PARTS])]
+        listed = list_of_objects(fields[PARTS])
+        fields[PARTS] = _readable_parts(listed, members, load) if lenient else _parts(listed, members, load)
+        if len(fields[PARTS]) < len(listed):
+            fields[DROPPED_IMAGES] = len(listed) - len(fields[PARTS])
     else:
         images = paths if isinstance(paths, list | tuple) else [] if paths is None else [paths]
         for number, path in enumerate(images):
@@ -173,6 +178,23 @@ def _from_base64(encoded: Any) -> bytes:
         return base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
         raise SampleError(f"an image in the row is no base64: {error}") from error
+
+
+def _parts(listed: list[dict[str, Any]], members: Members, load: Callable[[Any], bytes]) -> list[dict[str, str]]:
+    return [_part(part, members, load) for part in listed]
+
+
+def _readable_parts(
+    listed: list[dict[str, Any]], members: Members, load: Callable[[Any], bytes]
+) -> list[dict[str, str]]:
+    parts = []
+    for part in listed:
+        try:
+            parts.append(_part(part, members, load))
+        except SampleError:
+            if part.get("image") is None:
+                raise
+    return parts
 
 
 def _part(part: Mapping[str, Any], members: Members, load: Callable[[Any], bytes]) -> dict[str, Any]:

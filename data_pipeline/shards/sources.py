@@ -68,12 +68,14 @@ class SourceOptions:
         names: New names for columns, and columns to leave out; for lists and Parquet.
         split: Which split of an Energon folder.
         images: Folder of the images that a list or Parquet names; None: the folder of the list.
+        drop_images: Leave unreadable images out of documents (``parts``) instead of refusing the whole document.
     """
 
     kind: SourceKind = SourceKind.AUTO
     names: FieldNames = field(default_factory=FieldNames)
     split: str = "train"
     images: Path | None = None
+    drop_images: bool = False
 
 
 def open_source(path: str | Path, options: SourceOptions | None = None) -> Source:
@@ -95,11 +97,11 @@ def open_source(path: str | Path, options: SourceOptions | None = None) -> Sourc
     if kind in (SourceKind.CSV, SourceKind.TSV, SourceKind.JSONL):
         images = options.images
         load = FileLoader(path.parent) if images is None else FileLoader(images, holds_urls=True)
-        return ListSource(path, kind.value, options.names, load)
+        return ListSource(path, kind.value, options.names, load, options.drop_images)
     if kind is SourceKind.PARQUET:
         from data_pipeline.shards.parquet import ParquetSource  # pyarrow is an extra.
 
-        return ParquetSource(path, options.names, options.images)
+        return ParquetSource(path, options.names, options.images, options.drop_images)
     from data_pipeline.shards.tars import open_tars
 
     return open_tars(path, kind, guess=options.kind is SourceKind.AUTO, split=options.split)
@@ -110,9 +112,9 @@ def _refuse_list_options(path: Path, kind: SourceKind, options: SourceOptions) -
         raise DataConfigError(
             f"{path}: columns can be renamed or dropped in csv, tsv, jsonl and parquet, this is {kind.value}"
         )
-    if options.images is not None:
+    if options.images is not None or options.drop_images:
         raise DataConfigError(
-            f"{path}: --images is for lists and Parquet that name files elsewhere, this is {kind.value}"
+            f"{path}: --images and --drop-images are for lists and Parquet that name files, this is {kind.value}"
         )
 
 

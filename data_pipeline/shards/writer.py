@@ -235,7 +235,8 @@ def check_sample(key: str, members: Mapping[str, bytes]) -> None:
     for ext in members:
         if _EXTENSION.fullmatch(ext) is None or split_name(f"{key}.{ext}") != (key, ext):
             raise ShardError(
-                f"sample {key!r}, extension {ext!r}: no dot in the key's last part, extension in lower case"
+                f"sample {key!r}, extension {ext!r}: no dot in the key's last part; extension in lower case, without "
+                "spaces"
             )
     parts = key.split("/")
     if key.startswith("/") or "\\" in key or "\0" in key or ".." in parts or "." in parts or "" in parts:

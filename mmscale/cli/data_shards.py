@@ -101,6 +101,9 @@ def ingest(
     images: Path | None = typer.Option(
         None, "--images", file_okay=False, exists=True, help="Folder of the images that a list or Parquet names."
     ),
+    drop_images: bool = typer.Option(
+        False, "--drop-images", help="Documents lose images that cannot be read, and say how many."
+    ),
     split: str = typer.Option("train", "--split", help="Which split of an Energon folder."),
     shard_size: int = _SHARD_SIZE,
     shard_samples: int = _SHARD_SAMPLES,
@@ -118,7 +121,7 @@ def ingest(
     from data_pipeline.shards.sources import SourceKind, SourceOptions, open_source
 
     names = FieldNames(tuple(map(_pair, columns)), tuple(drop))
-    opened = open_source(source, SourceOptions(SourceKind(kind.value), names, split, images))
+    opened = open_source(source, SourceOptions(SourceKind(kind.value), names, split, images, drop_images))
     console.print(f"{source}: {opened.description}", markup=False)
     with progress("ingest", opened.count()) as meter:
         report = run(

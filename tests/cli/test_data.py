@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from data_pipeline.shards.manifest import Manifest
 from mmscale.cli.main import main
@@ -111,6 +112,16 @@ def test_a_tokenizer_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert figures(capsys, *words, "--vocab-size", "1200", "--character-coverage", "0.99")["vocab_size"] == 1200
     counted = figures(capsys, "stats", str(SHARDS / "train-text.manifest"), "--tokenizer", str(tmp_path / "t.model"))
     assert counted["text_tokens"]["count"] == counted["samples"] == 218
+
+
+def test_the_bundled_tokenizer_comes_of_the_command(tmp_path: Path) -> None:
+    """Piece for piece, with the options that examples/emoji/build.py uses."""
+    manifests = [str(SHARDS / f"{name}.manifest") for name in ("train", "train-text")]
+    words = ["--vocab-size", "2048", "--model-type", "unigram", "--character-coverage", "0.99"]
+    assert main(["data", "tokenizer", *manifests, "--output", str(tmp_path / "t.model"), *words]) == 0
+    files = (tmp_path / "t.model", SHARDS.parent / "tokenizer.model")
+    ours, bundled = (SentencePieceProcessor(model_file=str(path)) for path in files)
+    assert [ours.id_to_piece(i) for i in range(2048)] == [bundled.id_to_piece(i) for i in range(2048)]
 
 
 @pytest.mark.parametrize("steps", ["5", "4:2", "a:b", "-1:3", ""])

@@ -220,6 +220,10 @@ def test_energon_opens_what_export_writes(tmp_path: Path) -> None:
     theirs = write_manifest(tmp_path / "theirs.manifest", [tmp_path / "theirs.tar"]).path
     export(theirs, tmp_path / "theirs", reader=Reader.ENERGON)
 
+    again = read_samples(ingest(tmp_path / "energon", tmp_path / "again", "set").manifest)  # Read back as Energon's.
+    assert [(s.parts[0].data, s.fields) for s in again] == [  # type: ignore[union-attr]
+        (picture(i), {"caption": f"caption {i}"}) for i in range(11)
+    ]
     found = run(_ENERGON, *(str(tmp_path / name) for name in ("energon", "texts", "mixed", "theirs")))
     assert found[:11] == [[f"{i:03d}", pixels(i).tolist(), f"caption {i}"] for i in range(11)]
     assert found[11:14] == [["a", None, "one"], ["b", None, "two"], ["c", None, "three"]]

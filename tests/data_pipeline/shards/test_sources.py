@@ -170,6 +170,25 @@ def test_obelics_documents_keep_their_order(tmp_path: Path, inside: bool) -> Non
     assert json.loads(samples[0].fields["metadata"])[1] == {"alt": "x"}
 
 
+def test_documents_lose_unreadable_images_only_when_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture("png"))
+    (tmp_path / "page.jpg").write_text("<html>not found</html>")
+    rows: list[dict[str, Any]] = [
+        {"images": ["gone.jpg", None, "a.png", "page.jpg"], "texts": [None, "one", None, None]},
+        {"images": ["gone.jpg"], "texts": [None]},
+        {"path": "gone.jpg", "caption": "no document"},
+        {"parts": [{"text": 3}]},
+    ]
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataConfigError, match="4 were skipped"):
+        stored(path, tmp_path / "strict", skip=True)
+    (sample,), report = stored(path, tmp_path / "out", skip=True, drop_images=True)
+    assert shown(sample) == ["one", picture("png")]
+    assert sample.fields == {"dropped_images": 2}
+    assert [row.row for row in read_skipped(report.skipped)] == [2, 3, 4]
+
+
 def img2dataset_folder(root: Path) -> Path:
     """Two tars and their Parquet and statistics, in the form that img2dataset leaves."""
     root.mkdir()
