@@ -38,7 +38,7 @@ _NAME = re.compile(r"steps-(\d{10,})-(\d{10,})\.ledger")
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_SECTION_BYTES = 1 << 31
 _HELD_SEGMENTS, _HELD_STATES = 8, 64
-_COLUMNS: dict[str, np.dtype[Any]] = {
+COLUMNS: dict[str, np.dtype[Any]] = {
     "step": np.dtype("<u4"),  # From the segment's first.
     "lane": np.dtype("<u4"),
     "dataset": np.dtype("<u2"),
@@ -48,6 +48,7 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype("<u4"),
     "loss": np.dtype("<f4"),  # NaN: not logged, or nothing was learned.
 }
+"""What a row holds, in this order."""
 
 
 class Row(NamedTuple):
@@ -100,7 +101,7 @@ class Segment:
         """
         if len({(part.first, part.last, part.stage) for part in parts}) != 1:
             raise StateError("ranks disagree about the steps of the ledger")
-        rows = {name: np.concatenate([part.rows[name] for part in parts]) for name in _COLUMNS}
+        rows = {name: np.concatenate([part.rows[name] for part in parts]) for name in COLUMNS}
         order = np.lexsort((rows["lane"], rows["step"]))  # Stable: places of a pack stay in order.
         skipped = [record for part in parts for record in part.skipped]
         return cls(
@@ -142,7 +143,7 @@ class Segment:
         return number - first
 
     def _row(self, number: int, place: int) -> Row:
-        step, lane, dataset, epoch, sample, part, tokens = (int(self.rows[n][number]) for n in list(_COLUMNS)[:-1])
+        step, lane, dataset, epoch, sample, part, tokens = (int(self.rows[n][number]) for n in list(COLUMNS)[:-1])
         loss = float(self.rows["loss"][number])
         name = self.state.datasets[dataset]
         return Row(self.first + step, lane, place, name, epoch, sample, part, tokens, None if loss != loss else loss)
@@ -152,7 +153,7 @@ class Segment:
         sections = {
             "state": self.state.to_json().encode(),
             "skipped": json.dumps([dict(record) for record in self.skipped]).encode(),
-            **{name: _planes(self.rows[name].astype(kind)) for name, kind in _COLUMNS.items()},
+            **{name: _planes(self.rows[name].astype(kind)) for name, kind in COLUMNS.items()},
         }
         deflated = {name: zlib.compress(section) for name, section in sections.items()}
         header = {
@@ -204,7 +205,7 @@ def _parse(data: bytes) -> Segment:
     if start != len(data):
         raise ValueError(f"{len(data) - start} bytes stand behind the last section")
     state = LoaderState.from_dict(json.loads(sections["state"]))
-    rows = {name: _from_planes(sections[name], kind, header["rows"]) for name, kind in _COLUMNS.items()}
+    rows = {name: _from_planes(sections[name], kind, header["rows"]) for name, kind in COLUMNS.items()}
     first, last, stage = (int(header[name]) for name in ("first", "last", "stage"))
     places = rows["step"].astype(np.int64)
     if not 0 < first <= last or np.any(places[1:] < places[:-1]) or np.any(places > last - first):
@@ -269,8 +270,8 @@ class Recorder:
     def take(self) -> Segment:
         """The steps since the last call; there must be one."""
         assert self._state is not None, "no step was added"
-        columns = list(zip(*self._rows, strict=True)) or [()] * len(_COLUMNS)
-        rows = {name: np.array(c, kind) for c, (name, kind) in zip(columns, _COLUMNS.items(), strict=True)}
+        columns = list(zip(*self._rows, strict=True)) or [()] * len(COLUMNS)
+        rows = {name: np.array(c, kind) for c, (name, kind) in zip(columns, COLUMNS.items(), strict=True)}
         segment = Segment(self._first, self.step, self.stage, self._state, rows, tuple(self._skipped))
         self._first, self._rows, self._skipped, self._state = self.step + 1, [], [], None
         return segment

@@ -1,0 +1,132 @@
+"""The ledger of a run: bytes a document, and look-ups at step 1, 1,000 and 1,000,000.
+
+    python -m benchmarks.ledger --json
+
+Sizes are of a segment of 256 steps, 64 lanes and 8 documents a pack, drawn from three data sets of two billion
+samples; the peer is the same rows as plain columns. Look-ups are in a folder of a million steps (2 lanes, 4 documents a
+pack, one data set of a million samples, so that each is drawn eight times); the folder is opened anew each time. The
+steps of a sample are compared with reading every segment.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.figures import Case, best_seconds, main
+from data_pipeline.config import DataConfig
+from data_pipeline.lanes import Cursor, LaneOrder
+from data_pipeline.ledger import COLUMNS, Ledger, Segment
+from data_pipeline.shards.columns import Column
+from data_pipeline.state import LaneState, LoaderState, StreamPosition
+from data_pipeline.stream import dataset_seed
+from data_pipeline.whereabouts import Whereabouts
+
+EVERY = 256
+STEPS = 10**6
+LANES, DOCUMENTS, SAMPLES = 2, 4, 10**6
+BLOCK_SIZE, WINDOW_BLOCKS, SEED = 16, 8, 1
+
+Row = tuple[float, ...]
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, Column]:
+    return {name: np.array(c, kind) for c, (name, kind) in zip(zip(*rows, strict=True), COLUMNS.items(), strict=True)}
+
+
+def _size_cases() -> list[Case]:
+    draw, lanes, samples = random.Random(0), 64, 2 * 10**9
+    orders = [LaneOrder(samples, BLOCK_SIZE, WINDOW_BLOCKS, SEED, lane, lanes) for lane in range(lanes)]
+    cursors = [Cursor(3, 40, 0)] * lanes
+    rows: list[Row] = []
+    for step in range(EVERY):
+        for lane in range(lanes):
+            for _ in range(8):
+                place, cursors[lane] = orders[lane].resolve(cursors[lane])
+                tokens, loss = int(draw.lognormvariate(5, 0.6)), draw.gauss(2, 1)
+                rows.append((step, lane, draw.randrange(3), place.epoch, place.sample, 0, tokens, loss))
+    columns = _columns(rows)
+    plain = sum(column.itemsize for column in columns.values())
+    cases = []
+    for name, losses in (("with losses", columns["loss"]), ("without losses", np.full_like(columns["loss"], np.nan))):
+        segment = Segment(1, EVERY, 0, LoaderState("", EVERY, {}, ("a", "b", "c")), columns | {"loss": losses})
+        size = len(segment.to_bytes()) / len(rows)
+        cases.append(Case(f"a document {name}", round(size, 2), {"plain columns": plain}, "bytes"))
+    return cases
+
+
+def _write(folder: Path) -> None:
+    """The ledger of a million steps."""
+    seed = dataset_seed(SEED, "one")
+    orders = [LaneOrder(SAMPLES, BLOCK_SIZE, WINDOW_BLOCKS, seed, lane, LANES) for lane in range(LANES)]
+    cursors = [Cursor()] * LANES
+    for first in range(1, STEPS + 1, EVERY):
+        rows: list[Row] = []
+        last = min(STEPS, first + EVERY - 1)
+        for step in range(last - first + 1):
+            for lane in range(LANES):
+                for _ in range(DOCUMENTS):
+                    place, cursors[lane] = orders[lane].resolve(cursors[lane])
+                    rows.append((step, lane, 0, place.epoch, place.sample, 0, 100, 2.0))
+        lanes = {
+            lane: LaneState(StreamPosition((last * DOCUMENTS,), (cursor,))).to_integers()
+            for lane, cursor in enumerate(cursors)
+        }
+        segment = Segment(first, last, 0, LoaderState("", last, lanes, ("one",)), _columns(rows))
+        (folder / segment.name()).write_bytes(segment.to_bytes())
+
+
+def _look_up(folder: Path, step: int) -> None:
+    ledger = Ledger(folder)
+    number = ledger.number_of(step)
+    assert number is not None
+    assert len(ledger.segment(number).of_step(step)) == LANES * DOCUMENTS
+
+
+def _steps_of(folder: Path, sample: int) -> list[int]:
+    ledger = Ledger(folder)
+    config = DataConfig.model_validate(
+        {
+            "tokenizer": {"kind": "tokenizers", "path": "unused"},
+            "datasets": [{"name": "one", "manifest": "unused"}],
+            "lanes": LANES,
+            "packing": {"max_tokens": 1},
+            "order": {"block_size": BLOCK_SIZE, "window_blocks": WINDOW_BLOCKS},
+        }
+    )
+    where = Whereabouts(config, SEED, "one", sample, {"one": SAMPLES})
+    return [row.step for past in where.past(ledger, range(len(ledger.spans))) for row in past.rows]
+
+
+def _scan(folder: Path, sample: int) -> list[int]:
+    ledger = Ledger(folder)
+    numbers = range(len(ledger.spans))
+    return [row.step for number in numbers for row in ledger.segment(number).of_sample("one", sample)]
+
+
+def measure() -> list[Case]:
+    """All cases."""
+    cases = _size_cases()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write(folder)
+        for step in (1, 1_000, STEPS):
+            milliseconds = best_seconds(lambda step=step: _look_up(folder, step), 5) * 1e3  # type: ignore[misc]
+            cases.append(Case(f"step {step:,} of {STEPS:,}", round(milliseconds, 2), {"limit": 100.0}, "ms"))
+        sample = SAMPLES // 3
+        found = _steps_of(folder, sample)
+        assert found == _scan(folder, sample)
+        ours = best_seconds(lambda: _steps_of(folder, sample), 3) * 1e3
+        scan = best_seconds(lambda: _scan(folder, sample), 1) * 1e3
+        cases.append(
+            Case(f"the {len(found)} steps of a sample", round(ours, 1), {"reading every segment": round(scan, 1)}, "ms")
+        )
+    return cases
+
+
+if __name__ == "__main__":
+    main("ledger", measure)
