@@ -122,8 +122,8 @@ class SampleReader:
         members = _cut(listed, data)
         if any(zlib.crc32(members[member.ext]) != member.crc32 for member in listed):
             members = _cut(listed, shard.read(first, end, fresh=True))  # It may have happened on the way.
-        for member in listed:
-            _check(member, members[member.ext], origin)
+            for member in listed:
+                _check(member, members[member.ext], origin)
         sizes = {member.ext: (member.height, member.width) for member in listed if member.width}
         return assemble(members, origin, sizes)
 

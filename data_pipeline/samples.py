@@ -23,12 +23,14 @@ from data_pipeline.config import OrderConfig
 from data_pipeline.errors import DataConfigError
 from data_pipeline.exclusions import exclusions_digest
 from data_pipeline.faults import Fault, FaultConfig, FaultPolicy, Skipped
+from data_pipeline.indexed import IndexedLane, IndexedSet
 from data_pipeline.known_faults import RunFaults, SetFaults
-from data_pipeline.lanes import Cursor, LaneOrder
+from data_pipeline.lanes import Cursor
 from data_pipeline.reader import SampleReader
 from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import LaneState, LoaderState, StreamPosition, fingerprint_of
+from data_pipeline.storage.storage import Storage
 from data_pipeline.stream import dataset_seed
 
 T = TypeVar("T")
@@ -43,7 +45,7 @@ _PATIENCE_SECONDS = 0.2
 class _Plan:
     """What decides which sample comes when, and what becomes of it."""
 
-    manifest: Path
+    manifest: str | Path
     name: str
     seed: int
     order: OrderConfig
@@ -66,11 +68,8 @@ class _Step(NamedTuple):
 class _Lane:
     """One lane of one reader."""
 
-    def __init__(self, plan: _Plan, lane: int, reader: SampleReader, known: SetFaults, state: LaneState) -> None:
-        size, order = reader.manifest.num_samples, plan.order
-        seed = dataset_seed(plan.seed, plan.name)
-        self._plan, self._lane, self._reader, self._known = plan, lane, reader, known
-        self._order = LaneOrder(size, order.block_size, order.window_blocks, seed, lane, plan.lanes)
+    def __init__(self, plan: _Plan, lane: int, source: IndexedLane, state: LaneState) -> None:
+        self._plan, self._lane, self._source = plan, lane, source
         self._cursor = state.position.cursors[0]
         self._policy = FaultPolicy(plan.faults, state.faults)
 
@@ -82,17 +81,19 @@ class _Lane:
         """
         plan, skipped = self._plan, list[Skipped]()
         while True:
-            place, after = self._order.resolve(self._cursor)
+            place, after = self._source.resolve(self._cursor)
             if plan.max_epochs is not None and place.epoch >= plan.max_epochs:
                 return _Step(None, self._cursor, self._policy.state(), tuple(skipped), done=True)
             self._cursor = after
-            result = self._policy.attempt(lambda: self._make(*place), self._known.of(place.sample))  # noqa: B023 - called at once.
+            known = self._source.known(place.sample)
+            result = self._policy.attempt(lambda: self._make(*place), known)  # noqa: B023 - called at once.
             if not isinstance(result, Fault):
                 return _Step(result, after, self._policy.state(), tuple(skipped))
-            skipped.append(self._policy.skipped(result, plan.name, place.epoch, place.sample, self._lane))
+            origin = (plan.name, place.epoch, place.sample, self._lane)
+            skipped.append(self._policy.skipped(result, *origin, known.offset()))
 
     def _make(self, index: int, epoch: int) -> Any:
-        sample = self._reader.read(index, epoch)
+        sample = self._source.read(index, epoch)
         return sample if self._plan.apply is None else self._plan.apply(sample)
 
 
@@ -100,17 +101,20 @@ class _Reading:
     """Steps of some lanes, each when it is asked for."""
 
     def __init__(self, plan: _Plan, states: Mapping[int, LaneState]) -> None:
-        self._reader = SampleReader(Manifest.open(plan.manifest), plan.name)
+        self._storage = Storage()
+        self._reader = SampleReader(Manifest.open(plan.manifest, self._storage), plan.name)
         known = SetFaults(RunFaults.load(plan.faults), self._reader)
-        self._lanes = {lane: _Lane(plan, lane, self._reader, known, state) for lane, state in states.items()}
+        opened = IndexedSet(self._reader, dataset_seed(plan.seed, plan.name), plan.order, known)
+        self._lanes = {lane: _Lane(plan, lane, opened.lane(lane, plan.lanes), state) for lane, state in states.items()}
 
     def steps(self, turns: Iterator[int]) -> Iterator[_Step]:
         """A step of each lane that ``turns`` names."""
         return (self._lanes[lane].step() for lane in turns)
 
     def close(self) -> None:
-        """Closes the shards."""
+        """Closes the shards and ends what is under way."""
         self._reader.close()
+        self._storage.close()
 
 
 class _ReadingAhead:
@@ -310,7 +314,7 @@ def open_samples(
     """The samples of one rank in an order that ranks and workers do not change.
 
     Args:
-        manifest: The data set.
+        manifest: The data set: a path, or a URL that is read as the environment says.
         seed: Seed of the order.
         apply: Makes something else of each sample, for instance pixels; it runs in the threads, and a ``SampleError``
             that it raises makes the sample a bad one.

@@ -49,7 +49,7 @@ class Parcel:
 
 
 def wrap(batches: tuple[MultimodalBatch, ...]) -> Parcel:
-    """Copies every tensor of ``batches`` into one uint8 buffer."""
+    """Copies every tensor of ``batches`` into one uint8 buffer of shared memory."""
     tensors: list[tuple[_Slot, Tensor]] = []
     end = 0
 
@@ -61,7 +61,8 @@ def wrap(batches: tuple[MultimodalBatch, ...]) -> Parcel:
         return slot
 
     emptied = _map(batches, Tensor, store)
-    buffer = torch.empty(end, dtype=torch.uint8)
+    # Shared from the start, as torch's own ``default_collate`` does it: the queue would copy anything else once more.
+    buffer = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(end))
     for slot, tensor in tensors:
         # Views of the buffer, not of the tensor: a tensor of one row may have a stride that no byte view accepts.
         buffer[slot.start : slot.start + slot.num_bytes].view(slot.dtype).view(slot.shape).copy_(tensor)

@@ -127,7 +127,7 @@ def _patches(canvas: Pixels, view: View, patch_size: int) -> npt.NDArray[np.uint
 
 
 def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels:
-    """Antialiased resize; ``pixels`` itself if it already fits.
+    """Antialiased resize; ``pixels`` itself if it already fits, else a view of planes, ready to be cut into patches.
 
     Widths first, then heights, rounded to bytes in between: byte for byte torchvision's. From Pillow's it differs by
     one step in about one value of 400: 74 dB, of 300 random sizes 67 to 98. (From version 13 on Pillow takes the
@@ -137,7 +137,7 @@ def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels
         return pixels
     planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]  # Channels last: the SIMD path.
     out = F.interpolate(planes, size=size, mode=interpolation, antialias=True)
-    return out[0].permute(1, 2, 0).contiguous().numpy()
+    return out[0].permute(1, 2, 0).numpy()
 
 
 def patchify(pixels: Pixels, patch_size: int) -> npt.NDArray[np.uint8]:

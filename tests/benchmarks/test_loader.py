@@ -62,7 +62,7 @@ def test_the_samples_are_the_same_on_every_machine_and_their_decoder_is_shared(t
     assert isinstance(image, ImagePart)
     assert image.data == photo(0)
     exact, fast = (Job(tmp_path, scenario, 0).pixels(image.data) for scenario in (Scenario.EXACT, Scenario.FAST))
-    assert exact.shape == fast.shape == (224, 224, 3)
+    assert exact.shape == fast.shape == (3, 224, 224)
     assert 0 < np.abs(exact.astype(int) - fast).mean() < 8
 
 
