@@ -116,11 +116,13 @@ def slope(seconds: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> 
     return Slope(value, 1.96 * variance**0.5)
 
 
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and all that descend from it; Linux only."""
+def resident_bytes(pid: int, without: int | None = None) -> int:
+    """Resident memory of a process and all that descend from it, but not from ``without``; Linux only."""
     total, children = 0, [pid]
     while children:
         pid = children.pop()
+        if pid == without:
+            continue
         try:
             total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
             for thread in os.scandir(f"/proc/{pid}/task"):
@@ -159,7 +161,7 @@ class Watch:
         self.num_steps += 1
         if not self.seconds or self.elapsed - self.seconds[-1] >= SAMPLE_SECONDS:
             self.seconds.append(self.elapsed)
-            self.resident.append((resident_bytes(os.getpid()) - resident_bytes(self.server_pid)) / 2**20)
+            self.resident.append(resident_bytes(os.getpid(), without=self.server_pid) / 2**20)
 
     def memory(self) -> dict[str, float]:
         """Figures in MiB and MiB per hour, without the first fifth."""

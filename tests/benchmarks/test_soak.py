@@ -76,9 +76,11 @@ def test_resident_memory_counts_children() -> None:
         assert child.stdout is not None
         child.stdout.readline()
         both, its = resident_bytes(os.getpid()), resident_bytes(child.pid)
+        without = resident_bytes(os.getpid(), without=child.pid)
         child.communicate(b"\n")
     assert its > 2**20
     assert both - its == pytest.approx(alone, rel=0.2)
+    assert without == pytest.approx(alone, rel=0.2)
 
 
 def test_the_damaged_set_is_damaged_where_it_says(tmp_path: Path) -> None:
