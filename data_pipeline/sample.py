@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_pipeline.shards.json_member import spoken_texts
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -53,7 +55,8 @@ class Sample:
 
     @property
     def texts(self) -> list[str]:
-        """Every text that a template may show, once: the text parts, then any further captions."""
+        """Every text that a template may show, once: the text parts, further captions, dialogues and annotations."""
         captions = self.fields.get("captions")
         further = [text for text in captions if isinstance(text, str)] if isinstance(captions, list) else []
+        further += [text for text in spoken_texts(self.fields) if isinstance(text, str)]
         return list(dict.fromkeys([part.text for part in self.parts if isinstance(part, TextPart)] + further))

@@ -13,8 +13,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import SampleError
 from data_pipeline.packing import Pack
-from data_pipeline.sample import ImagePart, Provenance, Sample
-from data_pipeline.templates import CaptionTemplate
+from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart
+from data_pipeline.templates import CaptionTemplate, InterleavedTemplate, TemplateConfig
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError
@@ -39,12 +39,18 @@ def _file(folder: Path, format_name: str, pixels: Pixels) -> Path:
 
 def _greedy(model: MultimodalModel, data: DataConfig, image: bytes, prompt: str, steps: int) -> str:
     """One whole forward for each token, without a cache."""
+    parts = (ImagePart(image, "png"),)
+    return _continued(model, data, CaptionTemplate(prompts=(prompt,), answers=("x",)), parts, steps)
+
+
+def _continued(
+    model: MultimodalModel, data: DataConfig, template: TemplateConfig, parts: tuple[Part, ...], steps: int
+) -> str:
     tokenizer, spec = load_tokenizer(data.tokenizer), media_spec(model.config)
     said: list[int] = []
-    sample = Sample((ImagePart(image, "png"),), {}, Provenance("t", "t", "t", 0))
+    sample = Sample(parts, {}, Provenance("t", "t", "t", 0))
     transforms = data.datasets[0].transforms.model_copy(update={"augment": None})
     while len(said) < steps:
-        template = CaptionTemplate(prompts=(prompt,), answers=("x",))
         dataset = data.datasets[0].model_copy(update={"template": template, "transforms": transforms})
         document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
         ids = np.concatenate([document.token_ids, np.array(said, dtype=np.int32)])
@@ -77,6 +83,21 @@ def test_a_description_is_what_greedy_decoding_by_hand_gives(kind: str, tmp_path
     assert text == _greedy(model, data, path.read_bytes(), "name:", 6)
     other = describe_image(model, path, data, media_spec(model.config), prompt="a {b}", max_new_tokens=6)
     assert other == _greedy(model, data, path.read_bytes(), "a {{b}}", 6)
+
+
+@pytest.mark.parametrize("kind", ["dialogue", "annotations"])
+def test_a_question_to_a_model_of_dialogues_is_asked_in_their_format(kind: str, tmp_path: Path) -> None:
+    model, data = tiny_model("embedding"), data_config()
+    path, spec = _file(tmp_path, "png", _picture()), media_spec(model.config)
+    template = {"kind": "dialogue"} if kind == "dialogue" else {"kind": kind, "each": {"kind": "dialogue"}}
+    (dataset,) = data.model_dump()["datasets"]
+    chatty = DataConfig.model_validate(data.model_dump() | {"datasets": [{**dataset, "template": template}]})
+    said = describe_image(model, path, chatty, spec, prompt="a {b}?", max_new_tokens=6)
+    words = [TextPart(text) for text in ("USER: ", "a {b}?", " ", "ASSISTANT: ", "the answer")]
+    parts = (words[0], ImagePart(path.read_bytes(), "png"), *words[1:])
+    assert said == _continued(model, data, InterleavedTemplate(), parts, 6)
+    with pytest.raises(ConfigError, match="cannot be made for a bare image"):
+        describe_image(model, path, chatty, spec)
 
 
 def test_lossless_formats_are_described_alike_and_jpeg_is_read(tmp_path: Path) -> None:

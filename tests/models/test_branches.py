@@ -146,6 +146,22 @@ def test_router_statistics_count_every_token_once(kind: str) -> None:
     assert {"router_balance", "router_z"} <= set(out.metrics)
 
 
+def test_operations_count_what_is_shared_once() -> None:
+    """The formula against the sum over pieces: projections by token, rectangles by branch."""
+    net = model("embedding")
+    spec = media_spec(net.config)
+    document = build(spec, QUESTIONS)
+    branched = batch_of([document], spec)
+    plain = batch_of([replace(document, branches=())], spec)
+    decoder = net.config.decoder
+    fork, total = document.branches[0], document.num_tokens
+    lengths = np.diff([*document.branches, total])
+    area = fork**2 + sum(int(length) * (fork + int(length)) for length in lengths)
+    width = decoder.attention.num_heads * decoder.attention.resolved_head_dim(decoder.hidden_dim)
+    assert net.flops(plain) - net.flops(branched) == decoder.num_layers * 4 * (total**2 - area) * width
+    assert net.flops(branched) < net.flops(batch_of([build(spec, [question]) for question in QUESTIONS], spec))
+
+
 def test_a_cache_is_refused() -> None:
     net = model("embedding")
     spec = media_spec(net.config)
