@@ -77,8 +77,6 @@ class _Draft:
         self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
         slots = [np.empty(view.num_features(self.spec) * view.embedded, dtype=np.int32) for view in views]
         for run in layout.runs(views, self.spec):
-            if isinstance(run, Text) and not run.ids:
-                continue
             own = run.view if isinstance(run, Text) else None
             self._attend(self.run if own is None else (first_item + own,))
             if isinstance(run, Features):

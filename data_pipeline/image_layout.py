@@ -163,27 +163,27 @@ class ImageLayout:
         )
 
     def runs(self, views: Sequence[MediaItem], spec: MediaSpec) -> Iterator[Run]:
-        """The tokens of one image in order; runs of text may be empty.
+        """The tokens of one image in order.
 
         Raises:
             SampleError: a view does not fit the model.
         """
         tags = self._tags(views)
-        yield Text(self.start)
+        embedded = [number for number, view in enumerate(views) if view.embedded]
+        yield from _text(self.start)
         for number, view in enumerate(views):
             if not view.embedded:
-                yield Text(tags[number], number)
-        embedded = [number for number, view in enumerate(views) if view.embedded]
+                yield from _text(tags[number], number)
         for block in self._blocks(views, embedded):
-            yield Text((*tags[block[0]], *self.view_start))
+            yield from _text(tags[block[0]] + self.view_start)
             for number, row in enumerate(_rows(views, block, spec, self._has_rows)):
-                yield Text(self.row_break if number else ())
+                yield from _text(self.row_break if number else ())
                 yield from row
-                yield Text(self.row_end)
-            yield Text(self.view_end)
+                yield from _text(self.row_end)
+            yield from _text(self.view_end)
         if not embedded:
             yield Anchor()
-        yield Text(self.end)
+        yield from _text(self.end)
 
     def _tags(self, views: Sequence[MediaItem]) -> list[Ids]:
         """The tag of each view; tiles are numbered in their order."""
@@ -203,6 +203,10 @@ class ImageLayout:
     @property
     def _has_rows(self) -> bool:
         return bool(self.row_end or self.row_break or self.join_tiles)
+
+
+def _text(ids: Ids, view: int | None = None) -> tuple[Text, ...]:
+    return (Text(ids, view),) if ids else ()
 
 
 def _rows(views: Sequence[MediaItem], block: list[int], spec: MediaSpec, apart: bool) -> Iterator[list[Features]]:

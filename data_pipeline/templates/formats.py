@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from string import Formatter
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from data_pipeline.errors import FaultKind, SampleError
 
 
-def parse(text: str) -> list[tuple[str, str | None]]:
+@functools.lru_cache(maxsize=1024)
+def parse(text: str) -> tuple[tuple[str, str | None], ...]:
     """Literal text and field name pairs.
 
     Raises:
@@ -20,7 +22,7 @@ def parse(text: str) -> list[tuple[str, str | None]]:
         if name is not None and (not name.replace(".", "").replace("_", "").isalnum() or specification or conversion):
             raise ValueError(f"format string {text!r}: expected {{name}} or {{name.inner}}, nothing else in braces")
         parsed.append((literal, name))
-    return parsed
+    return tuple(parsed)
 
 
 def look_up(name: str, fields: Mapping[str, Any]) -> Any:
