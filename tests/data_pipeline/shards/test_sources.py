@@ -261,6 +261,53 @@ def test_mmc4_documents_in_tars(tmp_path: Path, suffix: str) -> None:
     assert sample.fields == {"url": "http://page"}
 
 
+def written(kind: str, root: Path, count: int) -> Path:
+    """A source of each kind, every eleventh row of it damaged."""
+    root.mkdir()
+    images = [b"damaged" if i % 11 == 3 else picture("png", i) for i in range(count)]
+    texts = [f"text {i}" for i in range(count)]
+    if kind == "parquet":
+        for half in range(2):
+            rows = slice(half * count // 2, (half + 1) * count // 2)
+            table = pa.table({"image": images[rows], "caption": texts[rows]})
+            pq.write_table(table, root / f"{half}.parquet", row_group_size=9)
+        return root
+    if kind == "tsv":
+        with (root / "list.tsv").open("w") as file:
+            file.write("image_base64\tcaption\n")
+            file.writelines(f"{base64.b64encode(i).decode()}\t{t}\n" for i, t in zip(images, texts, strict=True))
+        return root / "list.tsv"
+    suffix = "tar.gz" if kind == "packed" else "tar"
+    for part in range(3):
+        with webdataset.TarWriter(str(root / f"{part}.{suffix}")) as tar:
+            for i in range(part, count, 3):
+                tar.write({"__key__": f"{i}", "png": images[i], "txt": texts[i]})
+    return root
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", ["parquet", "tsv", "tars", "packed"])
+def test_interrupted_anywhere_each_kind_of_source_goes_on(tmp_path: Path, kind: str) -> None:
+    source = written(kind, tmp_path / "in", 120)
+    options: dict[str, Any] = {"max_samples": 7, "on_error": OnError.SKIP}
+    whole = ingest(source, tmp_path / "whole", "set", **options)
+    assert (whole.num_samples, whole.num_skipped) == (109, 11)
+    rows, rng = 0, random.Random()
+    stop = rng.randrange(1, 120)
+
+    def interrupt(count: int) -> None:
+        nonlocal rows
+        rows += count
+        if rows >= stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(source, tmp_path / "out", "set", **options, progress=interrupt)
+    ingest(source, tmp_path / "out", "set", **options, workers=2)
+    left = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "out")]
+    assert left[0] == left[1], stop
+
+
 @pytest.mark.fault
 def test_the_command_line_killed_at_random_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """The whole process group is killed at a random moment, several times, then the command may finish."""
