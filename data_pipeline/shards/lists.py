@@ -56,7 +56,7 @@ class ListSource:
         found = _csv_columns(path, kind) if is_table else _first_keys(path)
         new_names = {old: new for new, old in names.renamed}
         columns = names.check(found, str(path)) if is_table else [new_names.get(name, name) for name in found]
-        _check_columns(path, [name for name in columns if name not in names.dropped], is_table)
+        check_columns(path, [name for name in columns if name not in names.dropped], is_table)
         self.reader = ListReader(load, names, lenient)
         self._count = sum(1 for _ in self._records())
         self.description = f"a {kind} list of {self._count:,} rows"
@@ -93,11 +93,15 @@ class ListReader:
         return members_of(self.names.apply(parsed), self.load, self.lenient)
 
 
-def _check_columns(path: Path, columns: Sequence[str], is_table: bool) -> None:
-    """No row may become a text without its image only because the column has another name."""
+def check_columns(path: Path, columns: Sequence[str], is_table: bool) -> None:
+    """No row may become a text without its image only because the column has another name.
+
+    Raises:
+        DataConfigError: a column seems to be the image and is not called so, or a table has neither image nor text.
+    """
     if {PATH, IMAGE_BASE64, PARTS, TEXTS, TEXT_LIST} & set(columns):
         return
-    likely = [name for name in _LIKELY_IMAGES if name in columns]
+    likely = [name for name in columns if name.lower() in _LIKELY_IMAGES]
     if likely:
         raise DataConfigError(
             f"{path}: has no column {PATH}, but {likely[0]}; if that is the image, say --column {PATH}={likely[0]}, "
@@ -105,7 +109,7 @@ def _check_columns(path: Path, columns: Sequence[str], is_table: bool) -> None:
         )
     if is_table and not {CAPTION, CAPTIONS} & set(columns):
         raise DataConfigError(
-            f"{path}: needs a column {PATH} or {CAPTION} in its first line, found {', '.join(columns)}; "
+            f"{path}: needs a column {PATH} or {CAPTION}, found {', '.join(columns)}; "
             f"say which one it is, for example --column {CAPTION}={columns[-1] if columns else 'text'}"
         )
 

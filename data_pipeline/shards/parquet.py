@@ -14,13 +14,9 @@ from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.shards.folders import walk_folder
-from data_pipeline.shards.lists import KEY_DIGITS
+from data_pipeline.shards.lists import KEY_DIGITS, check_columns
 from data_pipeline.shards.records import (
-    CAPTION,
-    CAPTIONS,
-    IMAGE_BASE64,
     IMAGE_INFO,
-    PARTS,
     PATH,
     TEXT_LIST,
     TEXTS,
@@ -60,11 +56,7 @@ class ParquetSource:
         schema = pq.read_schema(self._files[0])
         names = _with_image(names, schema, str(self._files[0]))
         columns = names.check(schema.names, str(self._files[0]))
-        if not {PATH, IMAGE_BASE64, CAPTION, CAPTIONS, PARTS, TEXTS, TEXT_LIST} & set(columns):
-            raise DataConfigError(
-                f"{self._files[0]}: needs a column {PATH} or {CAPTION}, found {', '.join(schema.names)}; "
-                f"say which one it is, for example --column {CAPTION}={schema.names[-1]}"
-            )
+        check_columns(self._files[0], columns, is_table=True)
         kept = tuple(name for name in schema.names if name not in names.dropped)
         self.reader = ParquetReader(tuple(self._files), kept, names, images, lenient)
         image = next((old for new, old in names.renamed if new == PATH), PATH)

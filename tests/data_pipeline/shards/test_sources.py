@@ -130,6 +130,19 @@ def test_an_image_column_of_another_name_is_not_lost(tmp_path: Path) -> None:
         assert shown(sample) == ["c"]
 
 
+def test_metadata_of_laion_is_no_data_set_of_texts(tmp_path: Path) -> None:
+    """Its images lie elsewhere: without a word of the user nothing is stored without them."""
+    pq.write_table(pa.table({"URL": ["http://x/1"], "TEXT": ["a caption"], "WIDTH": [9]}), tmp_path / "laion.parquet")
+    names = FieldNames((("caption", "TEXT"),))
+    with pytest.raises(DataConfigError, match="--column path=URL, else --drop URL"):
+        open_source(tmp_path / "laion.parquet", SourceOptions(names=names))
+    both = FieldNames((("caption", "TEXT"), ("path", "URL")))
+    with pytest.raises(DataConfigError, match="downloads nothing: fetch with img2dataset"):
+        stored(tmp_path / "laion.parquet", tmp_path / "urls", skip=True, names=both)
+    (sample,), _ = stored(tmp_path / "laion.parquet", tmp_path / "out", names=FieldNames(names.renamed, ("URL",)))
+    assert (shown(sample), sample.fields["WIDTH"]) == (["a caption"], 9)
+
+
 def test_parquet_holds_paths_or_bytes(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.png").write_bytes(picture("png"))
