@@ -130,7 +130,8 @@ def count(
     place = place if isinstance(place, Place) else Place(place)
     manifest = place.open()
     chosen = None if sample is None or sample >= manifest.num_samples else spread(manifest.num_samples, sample)
-    work = CountWork(place, tokenizer, training, max(1, -(-manifest.num_samples // _LANGUAGES_OF)))
+    num_looked_at = manifest.num_samples if chosen is None else len(chosen)
+    work = CountWork(place, tokenizer, training, max(1, -(-num_looked_at // _LANGUAGES_OF)))
     tally, copies = Tally(), CopyCount()
     for part in in_order(work, _tasks(manifest, chosen), workers):
         copies.add(part.keys)

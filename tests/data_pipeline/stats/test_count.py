@@ -109,6 +109,14 @@ def test_a_sample_is_right_to_the_stated_error() -> None:
     assert count(EMOJI, sample=5000).figures == whole.figures
 
 
+def test_languages_are_told_of_so_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.stats.count._LANGUAGES_OF", 128)
+    few, many = count(EMOJI, sample=100).figures, count(EMOJI).figures
+    assert sum(few["languages"].values()) == few["text_characters"]["count"]
+    share = sum(many["languages"].values()) / many["text_characters"]["count"]
+    assert share == pytest.approx(1 / 8, rel=0.1)
+
+
 @given(total=st.integers(1, 10**12), num=st.integers(1, 300))
 def test_a_sample_is_spread_over_all(total: int, num: int) -> None:
     num = min(num, total)
