@@ -57,13 +57,20 @@ class IndexedLane:
         place, self._at = self._order.resolve(cursor)
         return place, self._at
 
+    def prepare(self, cursor: Cursor) -> None:
+        """Starts to fetch what is needed from ``cursor`` on, if the data set is remote."""
+        self._expect(self._order.resolve(cursor)[1])
+
     def read(self, sample: int, epoch: int = 0) -> Sample:
         """As ``SampleReader.read``; says once a window what is needed in this window and the next."""
-        reader = self._set.reader
-        if reader.manifest.is_remote and self._at is not None and self._expected != self._at[:2]:
-            self._expected = self._at[:2]
-            reader.expect(self._lane, self._order.blocks(self._at))
-        return reader.read(sample, epoch, self._lane)
+        if self._at is not None:
+            self._expect(self._at)
+        return self._set.reader.read(sample, epoch, self._lane)
+
+    def _expect(self, at: Cursor) -> None:
+        if self._set.reader.manifest.is_remote and self._expected != at[:2]:
+            self._expected = at[:2]
+            self._set.reader.expect(self._lane, self._order.blocks(at))
 
     def read_outline(self, sample: int, epoch: int = 0) -> Sample:
         """As ``SampleReader.read_outline``."""

@@ -125,6 +125,8 @@ class _LaneRows:
             state = plan.lanes[lane]
             self._streams[lane] = LaneStream(config, self._datasets, schedule, lane, budget, state)
             self._packers[lane] = Packer(self._streams[lane], budget, lane, state.waiting)
+        for stream in self._streams.values():
+            stream.prepare()
 
     def close(self) -> None:
         """Ends what is under way."""

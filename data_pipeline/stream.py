@@ -16,7 +16,7 @@ from data_pipeline.document import Document
 from data_pipeline.documents import DocumentBuilder
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.faults import Fault, FaultPolicy, Known, Skipped
-from data_pipeline.indexed import IndexedSet
+from data_pipeline.indexed import IndexedLane, IndexedSet
 from data_pipeline.known_faults import RunFaults, SetFaults
 from data_pipeline.lanes import Cursor, Place, mix
 from data_pipeline.media_spec import MediaSpec
@@ -205,6 +205,12 @@ class LaneStream:
             self._remade = (sample, documents)
         documents = self._remade[1]
         return documents[drawn.part] if drawn.part < len(documents) else None
+
+    def prepare(self) -> None:
+        """Starts to fetch what the first reads need, so that lanes do not wait one after the other."""
+        for source, cursor in zip(self._sources, self._position.cursors, strict=True):
+            if isinstance(source, IndexedLane):
+                source.prepare(cursor)
 
     def take_skipped(self) -> tuple[Skipped, ...]:
         """Samples skipped since the last call."""
