@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+from braceexpand import braceexpand
 
 from data_pipeline.config import DataConfig
 from data_pipeline.decode.thumbnail import thumbnail
@@ -21,11 +25,12 @@ from data_pipeline.replay import Replay
 from data_pipeline.sample import ImagePart
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.tar_stream import PIPE
 from data_pipeline.state import Drawn
 from data_pipeline.storage.storage import Storage
-from data_pipeline.streamed import expand_shards, sample_number, source_of
+from data_pipeline.streamed import sample_number, source_of
 from data_pipeline.stretches import Stretch, stretches
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 _SIDE = 144
 """Pixels of the longer side of a thumbnail."""
@@ -67,25 +72,40 @@ class Samples:
         spec: What the model takes.
         seed: Seed of the run.
 
-    Raises:
-        DataPipelineError: a manifest is missing or damaged.
+    What is missing, a manifest, an index, a shard, the tokenizer, is missed when it is asked for, and not before.
     """
 
     def __init__(self, config: DataConfig, spec: MediaSpec, seed: int) -> None:
-        self._replay = Replay(config, spec, seed, lanes=())
-        self._spec = spec
-        self._tokenizer = load_tokenizer(config.tokenizer)
+        self._config, self._spec, self._seed = config, spec, seed
         self._names = [dataset.name for dataset in config.datasets]
-        indexed = [dataset for dataset in config.datasets if dataset.manifest is not None]
-        storage = Storage(config.storage, config.cache)
-        self._readers = {d.name: SampleReader(Manifest.open(d.indexed, storage), d.name) for d in indexed}
-        self._streamed = {d.name: expand_shards(d.shards) for d in config.datasets if d.manifest is None}
+        self._indexed = {d.name: d.indexed for d in config.datasets if d.manifest is not None}
+        # Their files need not be there.
+        self._streamed = {d.name: [*chain(*map(braceexpand, d.shards))] for d in config.datasets if d.manifest is None}
+        self._storage = Storage(config.storage, config.cache)
+        self._readers: dict[str, SampleReader] = {}
         self._indexes: dict[tuple[str, int], ShardIndex] = {}
+
+    @cached_property
+    def _replay(self) -> Replay:
+        return Replay(self._config, self._spec, self._seed, lanes=())
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self._config.tokenizer)
+
+    def _reader(self, dataset: str) -> SampleReader:
+        if dataset not in self._readers:
+            self._readers[dataset] = SampleReader(Manifest.open(self._indexed[dataset], self._storage), dataset)
+        return self._readers[dataset]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Samples of each data set."""
-        return {name: reader.manifest.num_samples for name, reader in self._readers.items()}
+        """Samples of each data set with a manifest.
+
+        Raises:
+            ManifestError, StorageError: one is missing or damaged.
+        """
+        return {name: self._reader(name).manifest.num_samples for name in self._indexed}
 
     def where(self, dataset: str, sample: int) -> tuple[str, str]:
         """Shard and key, from manifest and index; the tar itself may be gone. Of a streamed sample its number in the
@@ -117,8 +137,8 @@ class Samples:
         Raises:
             ManifestError: the index of such a shard is missing or damaged.
         """
-        for dataset, reader in self._readers.items():
-            manifest = reader.manifest
+        for dataset in self._indexed:
+            manifest = self._reader(dataset).manifest
             for number in manifest.find_shards(shard.rpartition("/")[2]):
                 path = str(manifest.shard_location(number))
                 if path == shard or path.endswith(f"/{shard}"):
@@ -147,6 +167,8 @@ class Samples:
         try:
             shard = self.shard(row.dataset, row.sample)
             shard, key = self.where(row.dataset, row.sample)
+            if shard.startswith(PIPE):
+                raise LedgerError("it comes out of a command, and a trace runs none")
             document = self._replay.document(Drawn(self._names.index(row.dataset), row.epoch, row.sample, row.part))
             if row.dataset in self._streamed and document.provenance is not None:
                 key = document.provenance.key
@@ -161,14 +183,14 @@ class Samples:
     def _thumbnails(self, row: Row, limit: int) -> list[bytes]:
         if row.dataset in self._streamed:
             return []  # That would be another pass over the shard.
-        sample = self._readers[row.dataset].read(row.sample, row.epoch)
+        sample = self._reader(row.dataset).read(row.sample, row.epoch)
         images = [part for part in sample.parts if isinstance(part, ImagePart)]
         return [thumbnail(part.data, _SIDE) for part in images[:limit]]
 
     def _manifest(self, dataset: str, sample: int) -> Manifest:
-        if dataset not in self._readers:
+        if dataset not in self._indexed:
             raise LedgerError(f"the run's config.yaml has no data set {dataset} (it had one when this step was done)")
-        manifest = self._readers[dataset].manifest
+        manifest = self._reader(dataset).manifest
         if sample >= manifest.num_samples:
             raise LedgerError(f"{manifest.path} has {manifest.num_samples} samples, and no sample {sample}")
         return manifest
@@ -176,7 +198,7 @@ class Samples:
     def _index(self, dataset: str, number: int) -> ShardIndex:
         if (dataset, number) not in self._indexes:
             self._indexes = dict(list(self._indexes.items())[1 - _MAX_HELD :])
-            self._indexes[dataset, number] = self._readers[dataset].manifest.read_index(number)
+            self._indexes[dataset, number] = self._reader(dataset).manifest.read_index(number)
         return self._indexes[dataset, number]
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from data_pipeline.errors import LedgerError
 from data_pipeline.faults import Skipped
 from data_pipeline.ledger import Ledger, Row
 from data_pipeline.replay import Replay
+from data_pipeline.shards.tar_stream import PIPE
 from data_pipeline.state import Drawn
 from data_pipeline.trace import Samples
 from data_pipeline.whereabouts import Whereabouts, draws_per_step
@@ -191,6 +192,9 @@ class RunTrace:
 
     def replay(self, frame: Frame, step: int, lanes: Collection[int] | None) -> tuple[int, Replay]:
         """A replay from the last snapshot of a frame at ``step`` or before, and the step of that snapshot."""
+        commands = [d.name for d in frame.data.datasets for shard in d.shards if shard.startswith(PIPE)]
+        if commands:
+            raise LedgerError(f"not written down, and a trace does not run the commands that {commands[0]} comes from")
         snapshot = self.ledger.snapshot(step)
         spec, seed = self.config.media_spec, self.config.seed
         if snapshot is None or snapshot.last <= frame.begin:

@@ -260,13 +260,16 @@ def test_step_ten_to_the_six_costs_what_step_one_costs(
 def test_shard_and_key_are_told_without_the_shards(
     run: Path, steps: list[tuple[int, StepBatch]], config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    gone = config.data.tokenizer.model_copy(update={"path": run / "gone"})
+    gone_data = config.data.model_copy(update={"tokenizer": gone})
+    (run / "config.yaml").write_text(dump(config.model_copy(update={"data": gone_data})))
     for dataset in config.data.datasets:
         for tar in Path(dataset.manifest).parent.glob("*.tar"):
             tar.unlink()
     assert main(["data", "trace", str(run), "--step", "20", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [(r["dataset"], r["epoch"], r["sample"], r["shard"], r["key"]) for r in rows] == truth(steps[19][1])
-    assert all("cannot be read: No such file" in row["notes"][0] and row["text"] is None for row in rows)
+    assert all(row["notes"] and row["text"] is None for row in rows)
     _, _, _, shard, key = truth(steps[19][1])[0]
     assert main(["data", "trace", str(run), "--sample", f"{shard}/{key}"]) == 0
     assert "step 20  " in capsys.readouterr().out
@@ -335,6 +338,19 @@ def test_samples_without_an_index_are_known_by_their_place(config: RunConfig, da
         list(trace.sample(shard, "#0", until=60))
     with pytest.raises(LedgerError, match="name its samples by their place"):
         list(trace.sample(shard, "000003"))
+
+
+def test_a_trace_runs_no_command_of_the_configuration(config: RunConfig, data: DataConfig, tmp_path: Path) -> None:
+    tar, trail = Path(data.datasets[0].indexed).parent / "part-00000.tar", tmp_path / "trail"
+    fields = data.datasets[0].model_dump() | {"manifest": None, "shards": (f"pipe:touch {trail}; cat {tar}",)}
+    one = data.model_copy(update={"datasets": (type(data.datasets[0]).model_validate(fields),), "lanes": 1})
+    config = config.model_copy(update={"data": one})
+    run = write(config, play(config)[:4])
+    trail.unlink()
+    assert main(["data", "trace", str(run), "--step", "2", "--html", str(tmp_path / "page.html")]) == 0
+    assert main(["data", "trace", str(run), "--step", "8"]) == 1
+    assert main(["data", "trace", str(run), "--sample", f"{fields['shards'][0]}/#0"]) == 0
+    assert not trail.exists()
 
 
 def test_text_and_pictures_are_those_of_the_document(run: Path, config: RunConfig, tmp_path: Path) -> None:

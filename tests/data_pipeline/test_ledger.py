@@ -140,6 +140,38 @@ def test_a_replay_from_any_snapshot_is_what_the_loader_yielded(
         assert [lane.next_step() for _ in range(4)] == [{3: step[3]} for step in expected[start : start + 4]]
 
 
+def test_a_replay_is_exact_for_documents_of_every_kind(
+    mixture_config: DataConfig, hybrid_spec: MediaSpec, write_set: WriteSet
+) -> None:
+    """Branches, dialogues, dropped texts, tiles, split documents, a set that ends, one without an index."""
+    asked = [{"question": f"what {i}?", "answer": "a " * (i % 7 + 1)} for i in range(40)]
+    talk = [{"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "a thing " * 3}]
+    annotated = [
+        {"png": picture(i, 20 + i, 30), "json": json.dumps({"annotations": asked[i : i + i % 4 + 1]}).encode()}
+        for i in range(23)
+    ]
+    dialogues = [{"png": picture(i), "json": json.dumps({"messages": talk * (i % 3 + 1)}).encode()} for i in range(19)]
+    captions, text, pages = mixture_config.datasets
+    tiles = {"kind": "tiles", "tiling": {"kind": "internvl", "max_tiles": 4}}
+    changes = [
+        captions.model_dump() | {"template": {"kind": "caption", "text_dropout": 0.3}, "max_epochs": 1},
+        text.model_dump() | {"manifest": None, "shards": [str(Path(text.indexed).parent / "part-{00000..00001}.tar")]},
+        pages.model_dump(),
+        {"name": "annotated", "manifest": write_set("annotated", annotated), "transforms": tiles}
+        | {"template": {"kind": "annotations", "max_annotations": 3}},
+        {"name": "dialogues", "manifest": write_set("dialogues", dialogues), "template": {"kind": "dialogue"}},
+    ]
+    packing = {"max_tokens": 60, "strategy": "first_fit", "look_ahead": 5, "too_long": "split"}
+    config = DataConfig.model_validate(mixture_config.model_dump() | {"datasets": changes, "packing": packing})
+    steps = load(config, hybrid_spec)
+    assert {name for step in truth(steps) for name, *_ in step} == {d.name for d in config.datasets}
+    assert any(drawn.part for (batch,) in steps for pack in batch.drawn.values() for drawn in pack)
+    for start in (0, 9, 17):
+        state = steps[start - 1][0].state if start else None
+        replay = Replay(config, hybrid_spec, 1, state)
+        assert [replay.next_step() for _ in range(STEPS - start)] == [batch.drawn for (batch,) in steps[start:]]
+
+
 def test_a_replayed_document_is_the_one_that_was_packed(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> None:
     replay = Replay(mixture_config, hybrid_spec, 1)
     for (batch,) in load(mixture_config, hybrid_spec, steps=5):
