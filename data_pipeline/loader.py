@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -43,6 +44,9 @@ from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.transport import Parcel, wrap
 
 __all__ = ["DocumentBuilder", "Loader", "LoaderState", "StepBatch", "null_document", "read_samples"]
+
+_M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -179,10 +183,23 @@ class _Steps(IterableDataset[_Rows | DataPipelineError]):
             yield error
 
 
+def _limit_arenas() -> None:
+    """Keeps memory flat where remote data are read.
+
+    glibc gives the threads of the object store's client up to eight arenas a core, and each keeps the most that it ever
+    held. What is in use stays the same, yet a worker crept up by 17 MiB in ten minutes on two cores; with two arenas by
+    none, and as fast (docs/faults.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # Only glibc has it.
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 2)
+
+
 def _start_worker(environment: Mapping[str, str], worker_id: int) -> None:
     """The parent decides when to stop: a signal to the whole process group must not tear workers from under it."""
     os.environ.update(environment)  # One that is not forked from the parent may lack its credentials.
     torch.set_num_threads(1)
+    _limit_arenas()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

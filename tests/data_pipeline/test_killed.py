@@ -145,3 +145,42 @@ def test_a_loader_that_gives_up_hands_on_what_it_had_left_out(
     reported.extend(end.value.skipped)
     lanes = [skip.lane for skip in reported]
     assert max(map(lanes.count, lanes)) == 3, "the fourth is in the message"
+
+
+_ARENAS = """
+import ctypes, sys, threading
+from data_pipeline import loader
+
+if sys.argv[1] == "worker":
+    loader._start_worker({}, 0)
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+libc.fclose.argtypes = [ctypes.c_void_p]
+everybody = threading.Barrier(9)
+
+def allocate():
+    everybody.wait()
+    libc.malloc(1000)
+    everybody.wait()
+
+for _ in range(8):
+    threading.Thread(target=allocate).start()
+everybody.wait()
+everybody.wait()
+file = libc.fopen(sys.argv[2].encode(), b"w")
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="arenas are glibc's")
+def test_threads_of_a_worker_share_two_arenas(tmp_path: Path) -> None:
+    """Else each keeps the most that it ever held, and memory creeps up where remote data are read."""
+
+    def arenas(process: str) -> int:
+        path = tmp_path / process
+        subprocess.run([sys.executable, "-c", _ARENAS, process, str(path)], check=True)
+        return path.read_text().count("<heap nr=")
+
+    assert arenas("worker") <= 2 < arenas("other")
