@@ -43,7 +43,7 @@ class ImageExtent(NamedTuple):
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One view for a tower: a whole image, a thumbnail or a tile.
+    """One view for a tower: a whole image, an overview or a tile.
 
     Attributes:
         values: uint8 ``(P, patch_dim)``, patches row-major, each in order (channel, row, column).

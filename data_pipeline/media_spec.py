@@ -21,7 +21,7 @@ class Placement(str, Enum):
     CROSS_ATTENTION = "cross_attention"
     """Every view is attended by cross-attention blocks; one anchor token marks its place."""
     HYBRID = "hybrid"
-    """The thumbnail is written into token slots, the tiles are attended (NVLM-H)."""
+    """The overview is written into token slots, the tiles are attended (NVLM-H)."""
 
 
 @dataclass(frozen=True)

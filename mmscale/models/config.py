@@ -179,7 +179,7 @@ class CrossAttentionConnectorConfig(_Attended):
 
 
 class HybridConnectorConfig(_Attended):
-    """The thumbnail takes token places, tiles are attended (NVLM-H)."""
+    """The overview takes token places, tiles are attended (NVLM-H)."""
 
     kind: Literal["hybrid"] = "hybrid"
 

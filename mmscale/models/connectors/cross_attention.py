@@ -95,7 +95,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 class CrossAttentionConnector(nn.Module):
-    """Views are attended; with ``hybrid`` the embedded ones (thumbnails) also take token slots.
+    """Views are attended; with ``hybrid`` the embedded ones (overviews) also take token slots.
 
     Source: Llama 3 (section 7.1); NVLM (arXiv 2409.11402, section 4.2) for the hybrid.
     """
