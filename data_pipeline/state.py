@@ -203,6 +203,12 @@ class LoaderState:
         if missing:
             raise StateError(f"the saved data position lacks lane {missing[0]}: was a rank's part of it lost?")
 
+    def changed(self, parts: Mapping[str, object]) -> list[str]:
+        """Names of those parts of the fingerprint that this state knows with another value."""
+        theirs = _parts(self.fingerprint)
+        mine = _parts(fingerprint_of(parts))
+        return sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name])
+
 
 def _parts(fingerprint: str) -> dict[str, str]:
     return dict(part.rpartition(":")[::2] for part in fingerprint.split())

@@ -26,7 +26,7 @@ from data_pipeline.sample import ImagePart
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.tar_stream import PIPE
-from data_pipeline.state import Drawn
+from data_pipeline.state import Drawn, LoaderState
 from data_pipeline.storage.storage import Storage
 from data_pipeline.streamed import sample_number, source_of
 from data_pipeline.stretches import Stretch, stretches
@@ -71,12 +71,13 @@ class Samples:
         config: The data block.
         spec: What the model takes.
         seed: Seed of the run.
+        state: Of the loader when the rows were written: a manifest that is another one now names other samples.
 
     What is missing, a manifest, an index, a shard, the tokenizer, is missed when it is asked for, and not before.
     """
 
-    def __init__(self, config: DataConfig, spec: MediaSpec, seed: int) -> None:
-        self._config, self._spec, self._seed = config, spec, seed
+    def __init__(self, config: DataConfig, spec: MediaSpec, seed: int, state: LoaderState | None = None) -> None:
+        self._config, self._spec, self._seed, self._state = config, spec, seed, state
         self._names = [dataset.name for dataset in config.datasets]
         self._indexed = {d.name: d.indexed for d in config.datasets if d.manifest is not None}
         # Their files need not be there.
@@ -95,7 +96,10 @@ class Samples:
 
     def _reader(self, dataset: str) -> SampleReader:
         if dataset not in self._readers:
-            self._readers[dataset] = SampleReader(Manifest.open(self._indexed[dataset], self._storage), dataset)
+            manifest = Manifest.open(self._indexed[dataset], self._storage)
+            if self._state is not None and self._state.changed({f"{dataset}.manifest": manifest.fingerprint}):
+                raise LedgerError(f"{manifest.path} changed since this was written down: it names other samples now")
+            self._readers[dataset] = SampleReader(manifest, dataset)
         return self._readers[dataset]
 
     @property
@@ -112,7 +116,7 @@ class Samples:
         shard stands for the key.
 
         Raises:
-            LedgerError: the configuration has no such data set, or its manifest no such sample.
+            LedgerError: the configuration has no such data set, or its manifest is another one now.
             ManifestError: the index is missing, damaged, or another one than the manifest knows.
         """
         if dataset in self._streamed:  # Its key takes reading the shard up to it.

@@ -134,8 +134,22 @@ class RunTrace:
         return found[0]
 
     def samples(self, frame: Frame) -> Samples:
-        """The samples of a frame's data sets."""
-        return Samples(frame.data, self.config.media_spec, self.config.seed)
+        """The samples of a frame's data sets, as the ledger's last state of it knows them."""
+        numbers = self.segments(frame)
+        state = self.ledger.state(numbers[-1]) if numbers else None
+        return Samples(frame.data, self.config.media_spec, self.config.seed, state)
+
+    def _check_order(self, frame: Frame) -> None:
+        """Whether the order that the frame's steps were done in is that of the configuration.
+
+        Raises:
+            LedgerError: it is not.
+        """
+        numbers = self.segments(frame)
+        parts = {"seed": self.config.seed, "lanes": frame.data.lanes, "order": frame.data.order.model_dump(mode="json")}
+        changed = self.ledger.state(numbers[-1]).changed(parts) if numbers else []
+        if changed:
+            raise LedgerError(f"config.yaml has other values than these steps were done with: {', '.join(changed)}")
 
     def stage_name(self, step: int) -> str:
         """Name of the stage of a step, by the configuration."""
@@ -223,6 +237,7 @@ class RunTrace:
         """
         seen = False
         for frame in self.frames:
+            self._check_order(frame)
             samples = self.samples(frame)
             for dataset, sample in samples.find(shard, key):
                 seen = True

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from benchmarks.servers import file_server
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, OrderConfig
 from data_pipeline.errors import LedgerError, StateError
 from data_pipeline.lanes import Cursor
 from data_pipeline.ledger import Ledger, Recorder, Segment
 from data_pipeline.loader import Loader, StepBatch
+from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.whereabouts import Whereabouts
@@ -457,6 +458,33 @@ def test_a_changed_configuration_is_named(run: Path, config: RunConfig) -> None:
     (run / "config.yaml").write_text(dump(config.model_copy(update={"stages": shorter})))
     with pytest.raises(LedgerError, match="its data began at step 10, by the ledger at 14"):
         RunTrace(run).step(55)
+
+
+def test_another_order_or_manifest_names_no_wrong_sample(
+    run: Path, config: RunConfig, steps: list[tuple[int, StepBatch]]
+) -> None:
+    _, _, _, shard, key = truth(steps[19][1])[0]
+    for name, data in (
+        ("seed", config.data),
+        ("lanes", config.data.model_copy(update={"lanes": 5})),
+        ("order", config.data.model_copy(update={"order": OrderConfig(block_size=2)})),
+    ):
+        changed = config.model_copy(update={"data": data, "seed": config.seed + (name == "seed")})
+        (run / "config.yaml").write_text(dump(changed))
+        with pytest.raises(LedgerError, match=f"steps were done with: {name}"):
+            list(RunTrace(run).sample(shard, key))
+    (run / "config.yaml").write_text(dump(config))
+    manifest = Path(config.data.datasets[0].indexed)
+    write_manifest(manifest, sorted(manifest.parent.glob("*.tar"), reverse=True))
+    trace = RunTrace(run)
+    samples = trace.samples(trace.frame(20))
+    for row, (dataset, *_, key) in zip(trace.step(20).rows, truth(steps[19][1]), strict=True):
+        shown = samples.show(row)
+        if dataset == "captions":
+            assert (shown.shard, shown.key, shown.stretches) == ("", "", None)
+            assert "captions.manifest changed since this was written down" in shown.notes[0]
+        else:
+            assert shown.key == key
 
 
 def test_wrong_use_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
