@@ -16,6 +16,7 @@ from typing import Any
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import ImagePart, Part, TextPart
 from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.page_images import image_member, image_order, page_images
 from data_pipeline.shards.records import interleaved
 
 Sizes = Mapping[str, tuple[int, int]]
@@ -28,8 +29,7 @@ def take_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Size
     """The parts of a page, whose fields are taken out of ``fields``; None if the sample is no page.
 
     An image is named as its member is: ``0.png``, or with the key of the sample before it, whatever folder stands
-    before that. In the form of OBELICS and MMC4 a page may name its images otherwise (URLs); then it takes the image
-    members in their order, as many as it names.
+    before that. In the form of OBELICS and MMC4 a page may name its images otherwise (URLs): see ``page_images``.
 
     Args:
         fields: Of the JSON member.
@@ -53,12 +53,6 @@ def take_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Size
     fields.clear()
     fields.update(page)
     return _foreign(listed, members, sizes, key)
-
-
-def image_order(ext: str) -> tuple[int, str]:
-    """Sort key of image members: numbered ones by number (2.png before 10.png), after the others by name."""
-    stem = ext.rpartition(".")[0]
-    return (int(stem), ext) if stem.isdecimal() else (-1, ext)
 
 
 def default_images(members: Mapping[str, bytes], sizes: Sizes) -> list[ImagePart]:
@@ -102,23 +96,16 @@ def _part(item: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> Pa
 
 def _foreign(listed: list[dict[str, Any]], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[Part]:
     """Parts whose images may go by names that are none here."""
-    references = [item["image"] for item in listed if "image" in item]
-    known = [isinstance(one, bytes) or (isinstance(one, str) and image_member(one, members, key)) for one in references]
-    if any(known):
-        order: list[ImagePart] = [_image_of(reference, members, sizes, key) for reference in references]
-    else:
-        order = default_images(members, sizes)
-        if len(order) != len(references):
-            raise SampleError(
-                f"the page names {len(references)} images, none of them as a member is called, and the sample holds "
-                f"{len(order)}",
-                kind=FaultKind.TEXT,
-            )
-    images = iter(order)
+    places = [place for place, item in enumerate(listed) if "image" in item]
+    found = page_images([listed[place]["image"] for place in places], places, members, key)
+    images = {
+        place: ImagePart(one, "image_base64") if isinstance(one, bytes) else _image(one, members, sizes)
+        for place, one in zip(places, found, strict=True)
+    }
     parts: list[Part] = []
-    for item in listed:
-        if "image" in item:
-            parts.append(next(images))
+    for place, item in enumerate(listed):
+        if place in images:
+            parts.append(images[place])
         elif isinstance(item["text"], str):
             parts.append(TextPart(item["text"]))
         else:
@@ -126,27 +113,5 @@ def _foreign(listed: list[dict[str, Any]], members: Mapping[str, bytes], sizes: 
     return parts
 
 
-def _image_of(reference: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> ImagePart:
-    if isinstance(reference, bytes):
-        return ImagePart(reference, "image_base64")
-    ext = image_member(reference, members, key) if isinstance(reference, str) else None
-    if ext is None:
-        reason = f"the page names the image {reference!r:.80}; its members are {', '.join(members)}"
-        raise SampleError(reason, kind=FaultKind.TEXT)
-    return _image(ext, members, sizes)
-
-
 def _image(ext: str, members: Mapping[str, bytes], sizes: Sizes) -> ImagePart:
     return ImagePart(members[ext], ext, sizes.get(ext))
-
-
-def image_member(name: str, members: Mapping[str, bytes], key: str) -> str | None:
-    """The image member that ``name`` means, if there is one; a URL means none, whatever it ends in."""
-    if "://" in name:
-        return None
-    base = name.rpartition("/")[2].lower()
-    stem = key.rpartition("/")[2].lower() + "."
-    for ext in (name.lower(), base, base.removeprefix(stem)):
-        if ext in members and is_image(ext):
-            return ext
-    return None

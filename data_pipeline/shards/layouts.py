@@ -17,6 +17,7 @@ from typing import Any
 from data_pipeline.errors import SampleError
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.json_member import parse_json
+from data_pipeline.shards.page_images import page_images
 from data_pipeline.shards.records import (
     CAPTION,
     CAPTIONS,
@@ -137,30 +138,11 @@ def from_document(members: Members) -> Members:
         raise SampleError(f"neither {IMAGES} and {TEXTS} nor {TEXT_LIST} and {IMAGE_INFO} in the JSON")
     result = {ext: content for ext, content in members.items() if not is_image(ext) and ext != "json"}
     images = [place for place, part in enumerate(fields[PARTS]) if "image" in part]
-    found = _images_of([fields[PARTS][place]["image"] for place in images], images, members)
+    found = page_images([fields[PARTS][place]["image"] for place in images], images, members)
     parts = list(fields[PARTS])
-    for number, (place, content) in enumerate(zip(images, found, strict=True)):
+    for number, (place, one) in enumerate(zip(images, found, strict=True)):
+        content = one if isinstance(one, bytes) else members[one]
         ext, _ = image_of(content, lambda image: image)
         parts[place] = {"image": f"{number}.{ext}"}
         result[f"{number}.{ext}"] = content
     return checked({**result, "json": dump_json({**fields, PARTS: parts})})
-
-
-def _images_of(references: list[Any], places: list[int], members: Members) -> list[bytes]:
-    """The content of each image: in the JSON, or a member by name, by count, or by its place in the document."""
-    if all(isinstance(reference, bytes) for reference in references):
-        return list(references)
-    named = {ext: content for ext, content in members.items() if is_image(ext)}
-    by_name = [named.get(reference.lower()) if isinstance(reference, str) else None for reference in references]
-    if None not in by_name:
-        return [content for content in by_name if content is not None]
-    numbered = {int(stem): named[ext] for ext in named if (stem := ext.rpartition(".")[0]).isdecimal()}
-    for numbers in (list(range(len(references))), places):
-        if sorted(numbered) == sorted(numbers):
-            return [numbered[number] for number in numbers]
-    if len(references) == len(named) == 1:
-        return list(named.values())
-    raise SampleError(
-        f"{len(references)} images in the JSON, and members {sorted(named)}: expected one each, named by number "
-        "(0.jpg, 1.jpg, ...) or as in the JSON"
-    )

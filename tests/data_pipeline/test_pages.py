@@ -63,6 +63,26 @@ def test_a_page_of_mmc4_puts_images_before_the_text_they_were_matched_with() -> 
     assert shown(parts(MMC4, named)) == [B, "one.", "two.", A, C, "three."]
 
 
+def test_members_may_be_numbered_by_their_places_on_the_page() -> None:
+    members = {"0.png": A, "2.png": B, "3.png": C}
+    assert shown(parts(OBELICS, members)) == [A, "s", B, C, "t"]
+    turned = {"images": [None, "u", None, "v", "w"], "texts": ["r", None, "s", None, None]}
+    assert shown(parts(turned, {"4.png": A, "1.png": B, "3.png": C})) == ["r", B, "s", C, A]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "names", [("a.png", "b.png", "c.png"), ("0.png", "1.png", "3.png"), ("0.png", "00.png", "2.png")]
+)
+def test_members_whose_order_would_be_a_guess_are_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(SampleError, match="expected one each"):
+        parts({"images": ["u", "v", "w"], "texts": [None] * 3}, dict(zip(names, (A, B, C), strict=True)))
+
+
+def test_an_only_image_needs_no_number() -> None:
+    assert shown(parts({"images": ["u", None], "texts": [None, "t"]}, {"jpg": A})) == [A, "t"]
+
+
 def test_a_url_is_no_name_of_a_member_whatever_it_ends_in() -> None:
     urls = ["https://a.org/1.png", "https://a.org/0.png", "https://b.org/7.png"]
     assert shown(parts({"images": urls, "texts": [None] * 3})) == [A, B, C]
@@ -118,6 +138,7 @@ def test_weights_of_texts() -> None:
         ({"images": ["u"], "texts": ["x"]}, "holds both"),
         ({"images": [None], "texts": [None]}, "holds neither"),
         ({"images": ["u", "v"], "texts": [None, None]}, "names 2 images, none of them as a member is called.* holds 3"),
+        ({"images": ["u", "v", "w", "x"], "texts": [None] * 4}, r"sample holds 3 \(0.png, 1.png, 2.png\)"),
         ({"images": ["0.png", "v"], "texts": [None, None]}, "names the image 'v'"),
         ({"images": ["0.png", None], "texts": [None, 7]}, "is 7, expected a string"),
         ({"text_list": ["x"], "image_info": [{"matched_text_index": 1}]}, "matched_text_index=1 of an image, with 1"),
