@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl import Qwen2VLConfig, Qwen2VLModel
 
 from data_pipeline.collate import collate
 from data_pipeline.config import DatasetConfig
+from data_pipeline.cutting import split
 from data_pipeline.document import Document, Span
 from data_pipeline.documents import DocumentBuilder
 from data_pipeline.errors import DataConfigError, SampleError
@@ -163,6 +164,39 @@ def test_molmo_runs_its_rows_through_all_crops(tokenizer: Tokenizer, merge: int)
     if merge == 1:  # The features of the crops are those of the whole image, in reading order.
         assert _features(document, spec)[36:] == list(range(140))
     assert document.dest.size == 36 + 140
+
+
+@pytest.mark.parametrize("placement", list(Placement)[1:])
+def test_a_cut_document_keeps_images_whole_with_their_layout(tokenizer: Tokenizer, placement: Placement) -> None:
+    spec = MediaSpec(placement, patch_size=2, fixed_grid=(2, 2))
+    builder = _builder(tokenizer, spec, TAGS, **TILED)
+    parts = [
+        part for size in ((4, 8), (4, 4), (8, 4)) for part in (ImagePart(_png(*size), "png"), TextPart("abcdefgh"))
+    ]
+    whole = builder(Sample(tuple(parts), {}, Provenance("x", "shard", "key", 0)))
+    room = 24 if placement is Placement.EMBEDDING else 14
+    pieces = list(split(whole, lambda document: document.num_tokens <= room))
+    assert len(pieces) > 2
+    np.testing.assert_array_equal(np.concatenate([piece.token_ids for piece in pieces]), whole.token_ids)
+    start, end = tokenizer.special_id("<start>", ""), tokenizer.special_id("<end>", "")
+    for piece in pieces:
+        assert [piece.token_ids[image.start] for image in piece.images] == [start] * piece.num_images
+        assert [piece.token_ids[image.stop - 1] for image in piece.images] == [end] * piece.num_images
+    if spec.needs_embedded:
+        features = [value for piece in pieces if piece.images for value in _features(piece, spec)]
+        assert features == _features(whole, spec)
+    if spec.needs_attended:
+        seen = [_attended(piece) for piece in pieces]
+        assert [items for rows in seen for items in rows] == _attended(whole)
+
+
+def _attended(document: Document) -> list[list[bytes]]:
+    """For each token the pixels of the views that it attends."""
+    ends = [*(span.start for span in document.spans[1:]), document.num_tokens]
+    rows = []
+    for span, end in zip(document.spans, ends, strict=True):
+        rows += [[document.items[item].values.tobytes() for item in span.items]] * (end - span.start)
+    return rows
 
 
 def test_qwen2_vl_positions_are_those_of_transformers(tokenizer: Tokenizer) -> None:
