@@ -147,7 +147,10 @@ class RunTrace:
         """
         numbers = self.segments(frame)
         parts = {"seed": self.config.seed, "lanes": frame.data.lanes, "order": frame.data.order.model_dump(mode="json")}
-        changed = self.ledger.state(numbers[-1]).changed(parts) if numbers else []
+        state = self.ledger.state(numbers[-1]) if numbers else None
+        changed = [] if state is None else state.changed(parts)
+        names = [dataset.name for dataset in frame.data.datasets]
+        changed += [f"no data set {name}" for name in (state.datasets if state else ()) if name not in names]
         if changed:
             raise LedgerError(f"config.yaml has other values than these steps were done with: {', '.join(changed)}")
 

@@ -460,6 +460,38 @@ def test_a_changed_configuration_is_named(run: Path, config: RunConfig) -> None:
         RunTrace(run).step(55)
 
 
+def test_a_data_set_that_joins_a_running_mixture_moves_nothing(config: RunConfig, data: DataConfig) -> None:
+    """It comes first in the list, so that the numbers of the others change."""
+    captions, text, _, long = data.datasets
+    before = config.model_copy(
+        update={
+            "stages": (StageConfig(name="only", steps=60),),
+            "data": data.model_copy(update={"datasets": (text, long)}),
+        }
+    )
+    changes = [{"from_step": 20, "weight": 2}]
+    joining = type(captions).model_validate(captions.model_dump() | {"weight": changes})
+    after = before.model_copy(update={"data": data.model_copy(update={"datasets": (joining, text, long)})})
+    with Loader(before.data, before.media_spec, seed=before.seed) as loader:
+        played = [(0, next(loader)) for _ in range(20)]
+    with Loader(after.data, after.media_spec, seed=after.seed, state=played[-1][1].state) as loader:
+        played += [(0, next(loader)) for _ in range(40)]
+    trace = RunTrace(write(after, played))
+    expected: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
+    for number, (_, batch) in enumerate(played, 1):
+        assert [(row.dataset, row.epoch, row.sample) for row in trace.step(number).rows] == [
+            t[:3] for t in truth(batch)
+        ]
+        for _, epoch, _, shard, key in truth(batch):
+            expected[shard, key].add((number, epoch))
+    for shard, key in sorted(expected)[::5]:
+        found = {(one.step, one.epoch) for one in trace.sample(shard, key) if one.source is Source.LEDGER}
+        assert found == expected[shard, key]
+    (trace.config.run_dir / "config.yaml").write_text(dump(before))
+    with pytest.raises(LedgerError, match="no data set captions"):
+        list(RunTrace(trace.config.run_dir).sample(shard, key))
+
+
 def test_another_order_or_manifest_names_no_wrong_sample(
     run: Path, config: RunConfig, steps: list[tuple[int, StepBatch]]
 ) -> None:
