@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from data_pipeline.errors import FaultKind, SampleError
+from data_pipeline.pages import weight_of
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.strict import StrictConfig
 from data_pipeline.templates.caption import CaptionTemplate
@@ -31,7 +32,7 @@ class AnnotationsTemplate(StrictConfig):
     kind: Literal["annotations"] = "annotations"
     field: str = "annotations"
     """The list of annotations: objects, whose fields ``each`` reads beside those of the sample, or strings, which it
-    reads as ``caption``."""
+    reads as ``caption``. A ``weight`` of an object multiplies that of its learned tokens."""
     each: Annotated[CaptionTemplate | DialogueTemplate, Field(discriminator="kind")] = CaptionTemplate(
         prompts=("{question}",), answers=("{answer}",)
     )
@@ -62,9 +63,10 @@ class AnnotationsTemplate(StrictConfig):
         if self.max_annotations is not None and len(entries) > self.max_annotations:
             numbers = np.arange(len(entries)) if rng is None else rng.permutation(len(entries))
             entries = [entries[i] for i in np.sort(numbers[: self.max_annotations])]
-        weight = 1 / math.sqrt(len(entries))
+        share = 1 / math.sqrt(len(entries))
         pieces: list[Piece] = [*images_of(sample)]
         for entry in entries:
+            weight = share * (weight_of(entry) if isinstance(entry, dict) else 1.0)
             if len(entries) > 1:
                 pieces.append(BranchPiece())
             for piece in self.each.pieces(self._sample_of(entry, sample), rng):

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
@@ -115,6 +117,33 @@ def test_branches_train_as_their_annotations_apart(kind: str, options: dict[str,
     for name, gradient in wanted.items():
         # Measured worst 1e-6 of the largest gradient: float32 sums in another order.
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=name)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    questions=st.lists(
+        st.lists(
+            st.tuples(st.text("abc?", min_size=1, max_size=30), st.text("xyz", min_size=1, max_size=30)),
+            min_size=1,
+            max_size=5,
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    kind=st.sampled_from(["embedding", "cross_attention"]),
+)
+def test_any_branches_have_the_loss_of_their_annotations_apart(
+    questions: list[list[tuple[str, str]]], kind: str
+) -> None:
+    net = model(kind)
+    spec = media_spec(net.config)
+    together = batch_of([build(spec, one) for one in questions], spec)
+    apart = batch_of([build(spec, [pair]) for one in questions for pair in one], spec)
+    with torch.no_grad():
+        losses = NextToken()(net, together).document_losses
+        separate = NextToken()(net, apart).document_losses.split([len(one) for one in questions])
+    expected = torch.stack([part.sum() / len(part) ** 0.5 for part in separate])
+    torch.testing.assert_close(losses, expected, rtol=2e-5, atol=0)
 
 
 def test_a_branch_hears_nothing_of_the_others() -> None:

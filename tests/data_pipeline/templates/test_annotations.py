@@ -71,6 +71,13 @@ def test_of_many_some_are_drawn_anew_in_each_epoch() -> None:
     assert seen == {(f"a{i}", f"a{j}") for i in range(4) for j in range(i + 1, 4)}
 
 
+def test_an_annotation_may_have_a_weight_of_its_own() -> None:
+    entries = [{"question": "q", "answer": "a", "weight": 0.5}, {"question": "r", "answer": "b"}]
+    pieces = AnnotationsTemplate().pieces(replace(SAMPLE, fields={"annotations": entries}), None)
+    weights = {piece.text: piece.weight for piece in pieces if isinstance(piece, TextPiece)}
+    assert weights == pytest.approx({"q": 0, "a": 0.5 / 2**0.5, "r": 0, "b": 1 / 2**0.5})
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("config", "message"),
