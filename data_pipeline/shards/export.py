@@ -96,6 +96,7 @@ def export(
         OSError: the disk is full; finished tars stay.
     """
     output, manifest = local_path(output, "export writes"), Manifest.open(manifest_path)
+    source = manifest.file  # Refuses a data set on a server.
     targets = [_target(manifest, number, naming) for number in range(manifest.num_shards)]
     plan = {"manifest": manifest.fingerprint, "naming": naming.value}
     _resume(output, targets, json.dumps(plan, indent=1) + "\n")
@@ -105,7 +106,7 @@ def export(
         progress(sum(counts[number] for number in done))
     left = [number for number in range(manifest.num_shards) if number not in done]
     digits = max(_MIN_SAMPLE_DIGITS, len(str(max(counts, default=1) - 1)))
-    for number in in_order(_Export(Path(manifest_path), output, naming, digits), left, workers):
+    for number in in_order(_Export(source, output, naming, digits), left, workers):
         if progress is not None:
             progress(counts[number])
     kind = None
@@ -120,7 +121,7 @@ def _target(manifest: Manifest, number: int, naming: Naming) -> str:
     """Name of a tar below the output folder."""
     if naming is Naming.IMG2DATASET:
         return f"{number:0{_SHARD_DIGITS}d}.tar"
-    return manifest.shard_path(number).relative_to(manifest.path.parent).as_posix()
+    return manifest.shard_path(number).relative_to(manifest.file.parent).as_posix()
 
 
 def _resume(output: Path, targets: list[str], wanted: str) -> None:

@@ -76,7 +76,8 @@ class ManifestSource:
         selection: Which samples, in which order.
 
     Raises:
-        DataConfigError: there is nothing to take, two sets have one name, or a list speaks of none of them.
+        DataConfigError: there is nothing to take, two sets have one name, a list speaks of none of them, or a set lies
+            on a server.
         ManifestError: a manifest cannot be opened.
     """
 
@@ -86,6 +87,7 @@ class ManifestSource:
         if len(set(names)) < len(names):
             raise DataConfigError(f"two data sets are called alike ({', '.join(names)}): name them, NAME=MANIFEST")
         self._manifests = [Manifest.open(each.path) for each in sets]
+        self._folders = [manifest.file.parent for manifest in self._manifests]  # Refuses those on a server.
         sizes = [manifest.num_samples for manifest in self._manifests]
         self._starts = np.cumsum([0, *sizes])
         self._excluded = self._listed(selection.exclude, "--exclude")
@@ -172,7 +174,7 @@ class ManifestSource:
         if self._selection.keys is Keys.NUMBER:
             return f"{number:0{KEY_DIGITS}d}"
         manifest = self._manifests[which]
-        stem = str(manifest.shard_path(shard).relative_to(manifest.path.parent).with_suffix("").as_posix())
+        stem = str(manifest.shard_path(shard).relative_to(self._folders[which]).with_suffix("").as_posix())
         return f"{stem}/{key}" if len(self._sets) == 1 else f"{self._sets[which].name}/{stem}/{key}"
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.servers import file_server
 from data_pipeline.errors import DataConfigError, SampleError, ShardError
+from data_pipeline.shards.export import export
 from data_pipeline.shards.ingest import OnError, ingest
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.reshard import Keys, ManifestSource, NamedManifest, Selection
@@ -106,6 +108,19 @@ def test_lists_of_other_data_are_refused(tmp_path: Path) -> None:
             ingest(ManifestSource([named], Selection(exclude=(tmp_path / "list",))), tmp_path / "out", "set")
     with pytest.raises(DataConfigError, match="called alike"):
         ManifestSource([named, named], Selection())
+
+
+@pytest.mark.fault
+def test_a_data_set_on_a_server_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in", "a", samples_of("a", 3))
+    monkeypatch.setenv("MMSCALE_CACHE", str(tmp_path / "cache"))
+    with file_server(tmp_path / "in").running() as server:
+        url = f"{server.url}/a.manifest"
+        with pytest.raises(DataConfigError, match="copy it to a disk first"):
+            ManifestSource([NamedManifest("a", Path(url))], Selection())
+        with pytest.raises(DataConfigError, match="copy it to a disk first"):
+            export(url, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_samples_of_one_key_are_named_with_the_remedy(tmp_path: Path) -> None:
