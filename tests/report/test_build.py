@@ -212,3 +212,14 @@ def test_binomial_error() -> None:
     assert binomial_error(0.5, 100) == pytest.approx(0.05)
     assert binomial_error(1.0, 10) == 0
     assert binomial_error(0.0, 0) == 0
+
+
+def test_samples_that_were_left_out_are_summed_by_kind(tmp_path: Path) -> None:
+    _metrics(tmp_path)
+    assert "Samples left out" not in Page(build_report(tmp_path).read_text()).text
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines[1] |= {"faults/checksum": 2, "faults/decode": 1}
+    lines[4] |= {"faults/checksum": 1}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(build_report(tmp_path).read_text()).text
+    assert "Samples left out checksum 3 decode 1 share of all samples 14% Each with its reason" in text

@@ -69,17 +69,20 @@ def curve(run: Run) -> list[tuple[Any, ...]]:
     return [(line["step"], line["loss"], line["samples"], line.get("faults/checksum")) for line in run.metrics()]
 
 
+def children(process: int) -> list[int]:
+    threads = Path(f"/proc/{process}/task").iterdir()
+    return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+
+
 def loader_workers(process: int, command: bytes = b"") -> list[int]:
     """Processes below one that were forked, since they have the command line of their parent."""
     mine = Path(f"/proc/{process}/cmdline").read_bytes()
-    threads = Path(f"/proc/{process}/task").iterdir()
-    children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
-    below = [worker for child in children for worker in loader_workers(child, mine)]
+    below = [worker for child in children(process) for worker in loader_workers(child, mine)]
     return [process, *below] if mine == command else below
 
 
 @pytest.mark.dist
-def test_a_run_over_damaged_data_survives_the_death_of_a_worker_and_of_everything(
+def test_a_run_over_damaged_data_survives_the_death_of_a_worker_of_a_rank_and_of_everything(
     make_run: MakeRun, damaged: Path
 ) -> None:
     whole = make_run("whole", 2, f"max_steps={STEPS}", config=damaged)
@@ -102,7 +105,14 @@ def test_a_run_over_damaged_data_survives_the_death_of_a_worker_and_of_everythin
     assert killed.metrics()[-1]["step"] < STEPS
 
     process = killed.start()
-    killed.wait_for_step(process, 8)
+    killed.wait_for_step(process, 7)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0, output
+    assert killed.metrics()[-1]["step"] < STEPS
+
+    process = killed.start()
+    killed.wait_for_step(process, 10)
     kill_group(process)
     killed.finish()
     assert curve(killed) == curve(whole)

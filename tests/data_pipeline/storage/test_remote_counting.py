@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.data_pipeline.storage.servers import Fault, file_server
 
+from benchmarks.servers import Fault, file_server
 from data_pipeline.dedup.find import NamedSet, Question, find_duplicates
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.stats.count import Place, count
