@@ -62,14 +62,14 @@ class RemoteObject:
         if self._cache is None:
             return await self._fetch(ranges)
         numbers = sorted({n for a, b in ranges if b > a for n in range(a // PAGE_BYTES, -(-b // PAGE_BYTES))})
-        pages = {} if fresh else self._cached(numbers, self._cache)
+        # The disk, and the lock of a folder that many processes share, take a while: other requests go on meanwhile.
+        pages = {} if fresh else await asyncio.to_thread(self._cached, numbers, self._cache)
         missing = coalesce([self._page(n) for n in numbers if n not in pages], 0, 2**62)
         for run, data in zip(missing, await self._fetch(missing), strict=True):
             for n in range(run.start // PAGE_BYTES, -(-run.end // PAGE_BYTES)):
                 page = self._page(n)
                 pages[n] = data[page.start - run.start : page.end - run.start]
-                self._cache.put(self._key(n), pages[n])
-            await asyncio.sleep(0)  # Writing takes a while: let other requests go on.
+                await asyncio.to_thread(self._cache.put, self._key(n), pages[n])
         return [_join(pages, Range(*wanted)) for wanted in ranges]
 
     def _cached(self, numbers: Sequence[int], cache: Cache) -> dict[int, bytes]:
