@@ -236,7 +236,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--scenarios", default=",".join(s.value for s in Scenario), help="what to measure (%(default)s)"
     )
-    parser.add_argument("--samples", type=int, default=3000, help="samples of an epoch, 65 kB each (%(default)s)")
+    parser.add_argument("--samples", type=int, default=2000, help="samples of an epoch, 100 kB each (%(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds of one measurement (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each figure (%(default)s)")
     return parser.parse_args(arguments)

@@ -41,7 +41,7 @@ from data_pipeline.storage.storage import Storage
 from data_pipeline.stream import LaneStream, OpenDataset
 from data_pipeline.streamed import any_remote, expand_shards
 from data_pipeline.tokenizer import load_tokenizer
-from data_pipeline.transport import Parcel, wrap
+from data_pipeline.transport import Parcel, shared_empty, wrap
 
 __all__ = ["DocumentBuilder", "Loader", "LoaderState", "StepBatch", "null_document", "read_samples"]
 
@@ -146,7 +146,10 @@ class _LaneRows:
         except TooManyFaultsError as error:
             error.skipped = self._take_skipped()
             raise
-        batches = tuple(collate([pack], self._spec) for pack in packs)
+        batches = tuple(
+            collate([pack], self._spec, shared_empty) if self._in_parcels else collate([pack], self._spec)
+            for pack in packs
+        )
         states = [
             LaneState(*packer.state(), stream.faults()).to_integers()
             for packer, stream in zip(self._packers.values(), self._streams.values(), strict=True)

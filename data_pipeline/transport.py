@@ -1,7 +1,7 @@
 """Batches between processes: every tensor in one flat buffer, everything else beside it.
 
 A step of a worker holds a hundred small tensors; each would cost a file descriptor and a round trip in shared memory.
-One buffer costs one.
+One buffer costs one. What is large is made in shared memory (``shared_empty``) and travels as it is, without a copy.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
 
+_WORTH_BYTES = 1 << 20
+"""From here on a file descriptor costs less than a copy."""
 _ALIGNMENT = 16  # Views need their element size; 16 bytes suit every vector load.
 
 
@@ -48,21 +50,34 @@ class Parcel:
         return cast(tuple[MultimodalBatch, ...], _map(self.batches, _Slot, restore))
 
 
+def shared_empty(rows: int, columns: int) -> Tensor:
+    """uint8 ``(rows, columns)``, in shared memory if that is worth it."""
+    if rows * columns < _WORTH_BYTES:
+        return torch.empty((rows, columns), dtype=torch.uint8)
+    return _shared(rows * columns).view(rows, columns)
+
+
+def _shared(num_bytes: int) -> Tensor:
+    # As torch's own ``default_collate`` does it: the queue would copy anything else once more.
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes))
+
+
 def wrap(batches: tuple[MultimodalBatch, ...]) -> Parcel:
-    """Copies every tensor of ``batches`` into one uint8 buffer of shared memory."""
+    """Copies every tensor of ``batches`` that is not in shared memory into one buffer that is."""
     tensors: list[tuple[_Slot, Tensor]] = []
     end = 0
 
-    def store(tensor: Tensor) -> _Slot:
+    def store(tensor: Tensor) -> _Slot | Tensor:
         nonlocal end
+        if tensor.is_shared():
+            return tensor
         slot = _Slot(end, tensor.dtype, tuple(tensor.shape))
         end += -(-slot.num_bytes // _ALIGNMENT) * _ALIGNMENT
         tensors.append((slot, tensor))
         return slot
 
     emptied = _map(batches, Tensor, store)
-    # Shared from the start, as torch's own ``default_collate`` does it: the queue would copy anything else once more.
-    buffer = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(end))
+    buffer = _shared(end)
     for slot, tensor in tensors:
         # Views of the buffer, not of the tensor: a tensor of one row may have a stride that no byte view accepts.
         buffer[slot.start : slot.start + slot.num_bytes].view(slot.dtype).view(slot.shape).copy_(tensor)
