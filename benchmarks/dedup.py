@@ -6,7 +6,7 @@ Copies are the emoji of the quickstart at half their size and as JPEGs of qualit
 are the hard case. Seconds are of CPU, on one core. Hashing is of a 512-pixel JPEG, against the ImageHash package. Near
 pairs are of random 64-bit hashes, a tenth of them with copies that differ in a few bits, against comparing all with all
 (numpy, the same count of bits; for many hashes worked out from the rate of few). The whole search runs in a fresh
-process over hashes that are already there, 10,000 a shard, all different: memory is what it takes at most for itself,
+process over hashes that are already there, 10,000 a shard, all random: memory is what it takes at most for itself,
 without mapped files, on top of interpreter and imports. There a million hashes are sorted at once, so that what grows
 with the set is seen.
 """
@@ -30,7 +30,7 @@ from PIL import Image
 from benchmarks.figures import Case, main
 from data_pipeline.decode.image import decode_image
 from data_pipeline.dedup import search as near
-from data_pipeline.dedup.find import NamedSet, Question, find_duplicates
+from data_pipeline.dedup.find import NamedSet, Question, Search
 from data_pipeline.dedup.phash import perceptual_hash
 from data_pipeline.dedup.search import NearWork, Plan
 from data_pipeline.dedup.signatures import SIGNATURE_FORMAT, Criterion, State, signature, signature_path
@@ -152,7 +152,7 @@ def seconds_of_comparing() -> float:
 
 
 def write_hashed_set(folder: Path, num_samples: int) -> None:
-    """A manifest of shards that do not exist, and the signatures of their samples, all of them different."""
+    """A manifest of shards that do not exist, and the signatures of their samples, all of them random."""
     num_shards = num_samples // SAMPLES_PER_SHARD
     path_bytes, cu_path_bytes = pack_strings(f"part-{number:07d}.tar" for number in range(num_shards))
     digests = np.random.default_rng(0).integers(0, 256, (num_shards, 32), np.uint8)
@@ -194,11 +194,14 @@ def search(folder: Path) -> None:
         while not done.wait(0.01):
             most[0] = max(most[0], anonymous_bytes())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start = time.process_time()
     sets = [NamedSet("x", Manifest.open(folder / "x.manifest"))]
-    find_duplicates(sets, folder / "out.jsonl", Question(), signatures=folder / "signatures")
+    (folder / "search").mkdir()
+    whole = Search(sets, 0, Question(), folder / "signatures", folder / "search", workers=0)
+    for criterion in Question().criteria:
+        whole.run(criterion)
     seconds = time.process_time() - start
     done.set()
     watcher.join()

@@ -144,7 +144,7 @@ def find_duplicates(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        search = _Search(every, len(against), question, signatures, folder, workers, searching)
+        search = Search(every, len(against), question, signatures, folder, workers, searching)
         found = {criterion.value: search.run(criterion) for criterion in question.criteria}
         search.write(output)
     finally:
@@ -181,7 +181,7 @@ def _num_samples(manifest: Manifest, number: int) -> int:
     return int(manifest.cu_samples[number + 1] - manifest.cu_samples[number])
 
 
-class _Search:
+class Search:
     """All samples in one row, those of ``against`` first, and which of them stay so far."""
 
     def __init__(
@@ -192,7 +192,7 @@ class _Search:
         signatures: Path,
         folder: Path,
         workers: int,
-        searching: Callable[[int, int], None] | None,
+        searching: Callable[[int, int], None] | None = None,
     ) -> None:
         self._searching = searching or (lambda done, of: None)
         self._sets, self._question, self._signatures = sets, question, signatures
