@@ -85,10 +85,11 @@ def config(mixture_config: DataConfig, write_set: WriteSet) -> DataConfig:
     return damaged_config(mixture_config, write_set)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 2), (3, 0)])
 def test_every_step_is_what_the_loader_yielded(
-    config: DataConfig, hybrid_spec: MediaSpec, tmp_path: Path, world_size: int
+    config: DataConfig, hybrid_spec: MediaSpec, tmp_path: Path, world_size: int, workers: int
 ) -> None:
+    config = config.model_copy(update={"workers": workers})
     steps = load(config, hybrid_spec, world_size)
     record(tmp_path / "ledger", steps)
     ledger = Ledger(tmp_path / "ledger")
