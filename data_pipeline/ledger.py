@@ -386,11 +386,15 @@ def write_segment(folder: Path, segment: Segment) -> Path:
 def cut_back(folder: Path, step: int) -> None:
     """Removes what lies behind ``step``: those steps are done again. A segment that reaches over it goes wholly.
 
+    What a killed process was writing goes too.
+
     Checkpoints are made where segments end, so one reaches over only if somebody moved a checkpoint from elsewhere.
     """
     for first, last in Ledger(folder).spans:
         if last > step:
             (folder / f"steps-{first:010d}-{last:010d}.ledger").unlink()
+    for partial in folder.glob(".steps-*.partial"):
+        partial.unlink()
 
 
 def drawn_of(row: Row, datasets: Sequence[str]) -> Drawn:

@@ -20,6 +20,7 @@ from data_pipeline.ledger import Ledger, Recorder, Segment, cut_back, drawn_of, 
 from data_pipeline.loader import Loader, StepBatch
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.replay import Replay
+from data_pipeline.shards.files import partial_path
 from data_pipeline.state import LoaderState
 
 from .conftest import WriteSet, captioned, picture
@@ -222,8 +223,10 @@ def test_a_resume_at_another_world_size_goes_on_in_the_same_ledger(
 
 def test_steps_that_are_done_again_are_cut(config: DataConfig, hybrid_spec: MediaSpec, tmp_path: Path) -> None:
     record(tmp_path, load(config, hybrid_spec, steps=15))
+    partial_path(tmp_path / "steps-0000000016-0000000020.ledger").write_bytes(b"half a segm")
     cut_back(tmp_path, 10)
     assert Ledger(tmp_path).spans == [(1, 5), (6, 10)]
+    assert len(list(tmp_path.iterdir())) == 2
     cut_back(tmp_path, 8)
     assert Ledger(tmp_path).spans == [(1, 5)]
     cut_back(tmp_path / "absent", 0)
