@@ -167,10 +167,10 @@ def test_killed_at_random_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     sets = [write(tmp_path / "in", name, samples_of(name, 200)) for name in "ab"]
     ingest(ManifestSource(sets, Selection()), tmp_path / "whole", "set", max_samples=5)
     out, rng, died = tmp_path / "out", random.Random(), 0
-    while died < 3:
-        words = [str(tmp_path / "in"), str(out), str(rng.randrange(1 + 120 * died, 120 * (died + 1)))]
+    while died < 2:
+        words = [str(tmp_path / "in"), str(out), str(rng.randrange(1 + 150 * died, 150 * (died + 1)))]
         assert subprocess.run([sys.executable, "-c", _DIES, *words], check=False).returncode == -signal.SIGKILL
         died += 1
     report = ingest(ManifestSource(sets, Selection()), out, "set", max_samples=5)
-    assert report.num_resumed >= 200
+    assert report.num_resumed >= 100
     assert files(out) == files(tmp_path / "whole")
