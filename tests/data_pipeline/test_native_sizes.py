@@ -37,7 +37,14 @@ def test_qwen2_vl_is_smart_resize(height: int, width: int, limits: tuple[int, in
 
 @pytest.mark.parametrize(
     ("height", "width", "patches"),
-    [(1024, 1024, (64, 64)), (512, 512, (32, 32)), (2048, 1024, (64, 32)), (17, 16, (2, 1)), (3000, 1, (64, 1))],
+    [
+        (1024, 1024, (64, 64)),
+        (512, 512, (32, 32)),
+        (2048, 1024, (64, 32)),
+        (2000, 1001, (64, 32)),  # 512.5 pixels are rounded down.
+        (17, 16, (2, 1)),
+        (3000, 1, (64, 1)),
+    ],
 )
 def test_pixtral_at_known_sizes(height: int, width: int, patches: tuple[int, int]) -> None:
     assert longest_side_size(height, width, 16, 1024) == (patches[0] * 16, patches[1] * 16)

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.native_sizes import shrunk_size
 from data_pipeline.transforms import ImageTransform, TransformConfig
 
 RAW: dict[str, Any] = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
@@ -90,7 +91,11 @@ def test_fuyu(size: tuple[int, int]) -> None:
     theirs = FuyuImageProcessor(size=frame)(_image(*size), **RAW)["images"][0][0]
     limits = {"max_height": 90, "max_width": 120, "interpolation": "bilinear"}
     (ours,) = _views(size, MediaSpec(Placement.EMBEDDING, patch_size=30), kind="padded", **limits)
-    _assert_close(ours, theirs[:, : ours.shape[1], : ours.shape[2]])
+    theirs = theirs[:, : ours.shape[1], : ours.shape[2]]
+    _assert_close(ours, theirs)
+    height, width = shrunk_size(*size, (90, 120))
+    np.testing.assert_array_equal(ours[:, height:], theirs[:, height:].numpy())  # The padding to the value.
+    np.testing.assert_array_equal(ours[:, :, width:], theirs[:, :, width:].numpy())
 
 
 @pytest.mark.parametrize("size", [(60, 90), (200, 60), (300, 300)])
