@@ -4,6 +4,7 @@
     image_base64, caption, ...                  the same, the image in the record
     parts                                       text and images in reading order
     images, texts          (OBELICS)            one of the two in each place, in reading order
+    messages or conversations (LLaVA), image    images, and the turns as they are
     text_list, image_info  (MMC4)               each image before the text that it was matched with
 
 Whatever comes in, what goes out is one form: ``0.jpg``, ``1.png``, ... and ``json`` with ``caption``, ``captions`` or
@@ -33,6 +34,8 @@ from data_pipeline.shards.rows import Members
 PATH, CAPTION, CAPTIONS, PARTS = "path", "caption", "captions", "parts"
 IMAGES, TEXTS = "images", "texts"
 TEXT_LIST, IMAGE_INFO = "text_list", "image_info"
+SPOKEN = frozenset({"messages", "conversations", "annotations"})
+"""Fields of dialogues and annotations."""
 IMAGE_BASE64 = "image_base64"
 DROPPED_IMAGES = "dropped_images"
 EXTENSION_OF_FORMAT = {ImageFormat.JPEG: "jpg", ImageFormat.PNG: "png", ImageFormat.WEBP: "webp"}
@@ -95,7 +98,7 @@ def members_of(record: Mapping[str, Any], load: Callable[[Any], bytes], lenient:
     """
     fields = {key: value for key, value in record.items() if not _is_absent(value) or (key == CAPTION and value == "")}
     fields = interleaved(fields)
-    paths = fields.pop(PATH, None)
+    paths = _take_images(fields)
     if IMAGE_BASE64 in fields:
         if paths is not None:
             raise SampleError(f"a row has either {PATH} or {IMAGE_BASE64}")
@@ -119,6 +122,15 @@ def members_of(record: Mapping[str, Any], load: Callable[[Any], bytes], lenient:
         raise SampleError("neither an image (path) nor a text (caption, captions, parts)")
     members["json"] = dump_json(fields)
     return members
+
+
+def _take_images(fields: dict[str, Any]) -> Any:
+    """What the record says of its images, taken out of it: ``path``; a dialogue may say ``image`` or ``images``."""
+    names = (PATH, "image", IMAGES) if SPOKEN & fields.keys() else (PATH,)
+    given = [name for name in names if name in fields]
+    if len(given) > 1:
+        raise SampleError(f"a row names its images in {' and in '.join(given)}; keep one (--drop {given[-1]})")
+    return fields.pop(given[0]) if given else None
 
 
 def interleaved(fields: dict[str, Any]) -> dict[str, Any]:
