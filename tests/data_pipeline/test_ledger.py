@@ -222,13 +222,14 @@ def test_a_resume_at_another_world_size_goes_on_in_the_same_ledger(
 
 
 def test_steps_that_are_done_again_are_cut(config: DataConfig, hybrid_spec: MediaSpec, tmp_path: Path) -> None:
-    record(tmp_path, load(config, hybrid_spec, steps=15))
-    partial_path(tmp_path / "steps-0000000016-0000000020.ledger").write_bytes(b"half a segm")
-    cut_back(tmp_path, 10)
-    assert Ledger(tmp_path).spans == [(1, 5), (6, 10)]
-    assert len(list(tmp_path.iterdir())) == 2
-    cut_back(tmp_path, 8)
-    assert Ledger(tmp_path).spans == [(1, 5)]
+    folder = tmp_path / "ledger"
+    record(folder, load(config, hybrid_spec, steps=15))
+    partial_path(folder / "steps-0000000016-0000000020.ledger").write_bytes(b"half a segm")
+    cut_back(folder, 10)
+    assert Ledger(folder).spans == [(1, 5), (6, 10)]
+    assert len(list(folder.iterdir())) == 2
+    cut_back(folder, 8)
+    assert Ledger(folder).spans == [(1, 5)]
     cut_back(tmp_path / "absent", 0)
 
 
