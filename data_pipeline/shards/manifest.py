@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.errors import DataConfigError, ManifestError
+from data_pipeline.errors import AbsentError, DataConfigError, ManifestError
 from data_pipeline.shards.columns import Column, Columns, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.shards.index import ShardIndex, index_url
 from data_pipeline.storage.location import Url, parse_location
@@ -196,7 +196,7 @@ class Manifest:
         """``open_index`` of a remote data set, for coroutines; from the cache if it was fetched before.
 
         Raises:
-            ManifestError: the index is damaged or of another tar.
+            ManifestError: the index is missing, damaged or of another tar.
             StorageError: it cannot be read.
         """
         location, storage = self.shard_location(shard_number), self.storage
@@ -210,6 +210,10 @@ class Manifest:
 
         try:
             return await storage.mapped(url, use, identity)
+        except AbsentError as error:
+            raise ManifestError(
+                f"shard {location} has no index beside it; build it with: mmscale data index --manifest {self.path}"
+            ) from error
         except ManifestError:
             storage.forget(url, identity)  # It may be replaced by a good one.
             raise

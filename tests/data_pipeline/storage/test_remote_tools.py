@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import AbsentError, DataConfigError, ShardError
+from data_pipeline.errors import AbsentError, DataConfigError, ManifestError, ShardError
 from data_pipeline.reader import read_samples
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.export import export
@@ -73,6 +73,19 @@ def test_indexing_in_a_bucket_writes_the_bytes_that_indexing_on_a_disk_writes(
     assert list(iterate_texts(Manifest.open(folded))) == list(iterate_texts(Manifest.open(local)))
 
 
+def test_tars_without_an_index_are_named_with_the_command_that_makes_it(
+    local: Path, folder: Url, storage: Storage
+) -> None:
+    manifest = folder.child("set.manifest")
+    storage.store(manifest).write(manifest, local.read_bytes())
+    with pytest.raises(
+        ManifestError, match=rf"{folder}/part-00000.tar has no index .*data index --manifest {manifest}"
+    ):
+        next(read_samples(manifest))
+    index_remote([Manifest.open(manifest).shard_location(n) for n in range(4)], manifest, storage)
+    assert sum(1 for _ in read_samples(manifest)) == 45
+
+
 def test_verify_names_the_place_in_the_bucket(local: Path, folder: Url, storage: Storage) -> None:
     manifest = folder.child("set.manifest")
     index_remote(tars_below(folder, storage), manifest, storage)
@@ -114,6 +127,6 @@ def test_what_works_on_files_says_so(folder: Url, storage: Storage, local: Path,
         ingest(local.parent, "s3://tools/out", "x")
     with pytest.raises(DataConfigError, match="export writes files of this machine only"):
         export(local, Path("s3://tools/out"))
-    with pytest.raises(DataConfigError, match="copy the data set to a disk first"):
+    with pytest.raises(DataConfigError, match=r"copy .* to a disk first"):
         export(remote, tmp_path / "out")
     assert parse_location(Path("s3://tools/x")) == Url("s3://tools/x")
