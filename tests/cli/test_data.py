@@ -93,6 +93,25 @@ def test_verify_names_damage_and_fails(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.fault
+def test_verify_reads_several_shards_at_once_and_says_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["data", "ingest", str(pairs(tmp_path)), "--output", str(out), "--shard-samples", "3"]
+    assert main(words) == 0
+    manifest, shards = out / "data.manifest", sorted(out.glob("*.tar"))
+    assert len(shards) == 3
+    flipped = bytearray(shards[1].read_bytes())
+    flipped[512] ^= 1  # The first byte of the first member.
+    shards[1].write_bytes(flipped)
+    alone = figures(capsys, "verify", str(manifest), str(shards[0]), code=1)
+    together = figures(capsys, "verify", str(manifest), str(shards[0]), "--jobs", "2", code=1)
+    assert together == alone
+    assert (alone["shards"], alone["kinds"]["checksum"]) == (4, 1)
+    assert {(damage["shard"], damage["offset"]) for damage in alone["damages"]} == {(str(shards[1]), 512)}
+
+
+@pytest.mark.fault
 def test_wrong_use_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such file" in complaint(capsys, "ingest", str(tmp_path / "gone"), "--output", str(tmp_path), code=2)
     assert "--manifest" in complaint(capsys, "index", code=2)
