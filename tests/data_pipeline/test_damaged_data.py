@@ -61,7 +61,7 @@ UNFORESEEN = "what nobody foresaw"
 
 
 @pytest.fixture(autouse=True)
-def _fragile(monkeypatch: pytest.MonkeyPatch) -> None:
+def fragile_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokenizer falls over one text, as any library may; workers are forked and inherit that."""
     encode = HuggingFaceTokenizer.encode
 

@@ -15,9 +15,10 @@ from data_pipeline.media_spec import MediaSpec
 from data_pipeline.shards.verify import verify_manifest
 
 from .conftest import Members, WriteSet, captioned
-from .test_damaged_data import DAMAGES, NUM_SAMPLES, SHARD_SAMPLES, damaged_samples, lose, rot
+from .test_damaged_data import DAMAGES, NUM_SAMPLES, SHARD_SAMPLES, damaged_samples, fragile_tokenizer, lose, rot
 
 pytestmark = pytest.mark.fault
+__all__ = ["fragile_tokenizer"]  # Used by every test here.
 
 LOST_SHARD = 5
 LANES = 4
