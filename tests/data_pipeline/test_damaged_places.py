@@ -87,7 +87,7 @@ def test_every_kind_at_once_takes_its_own_samples_out_of_their_lanes_and_changes
 def test_verify_finds_the_same_samples_before_a_run_as_a_run_leaves_out(
     config: DataConfig, hybrid_spec: MediaSpec, write_set: WriteSet
 ) -> None:
-    """But for what only a template or a budget can tell: captions that are missing, empty or too long."""
+    """But for what only a template, a tokenizer or a budget can tell: captions missing, unforeseen or too long."""
     damaged, wrong = damaged_samples()
     write_set("only", damaged)
     rotten = rot(config, [i for i in range(NUM_SAMPLES) if i % 11 == 0 and i not in wrong])
@@ -98,7 +98,11 @@ def test_verify_finds_the_same_samples_before_a_run_as_a_run_leaves_out(
     by_run = {sample: kind for _, _, sample, kind in left_out}
     assert found <= set(by_run)
     assert set(rotten) <= found
-    assert {by_run[sample] for sample in set(by_run) - found} == {FaultKind.TEXT, FaultKind.DOCUMENT}
+    assert {by_run[sample] for sample in set(by_run) - found} == {
+        FaultKind.TEXT,
+        FaultKind.DOCUMENT,
+        FaultKind.UNEXPECTED,
+    }
     unfit = {b"{}", b'{"captions": [""]}'}
     for sample in set(by_run) - found:
         assert damaged[sample]["json"] in unfit or by_run[sample] is FaultKind.DOCUMENT
