@@ -1,11 +1,10 @@
-"""``mmscale.trace`` against the loader: every step, every sample, past and to come, with and without the shards."""
+"""What a trace shows of its samples, where it reads, and what it refuses."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,247 +14,18 @@ from benchmarks.servers import file_server
 from data_pipeline.config import DataConfig, OrderConfig
 from data_pipeline.errors import LedgerError, StateError
 from data_pipeline.lanes import Cursor
-from data_pipeline.ledger import Ledger, Recorder, Segment
 from data_pipeline.loader import Loader, StepBatch
 from data_pipeline.shards.manifest import write_manifest
-from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition
+from data_pipeline.state import LaneState, LoaderState, StreamPosition
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.whereabouts import Whereabouts
 from mmscale.cli.main import main
-from mmscale.config import dump, load
+from mmscale.config import dump
 from mmscale.run_config import RunConfig
 from mmscale.stages import StageConfig
 from mmscale.trace import RunTrace, Source
-from tests.data_pipeline.conftest import (  # noqa: F401 - fixtures
-    WriteSet,
-    captioned,
-    mixture_config,
-    picture,
-    tokenizer_path,
-    write_set,
-)
-
-TINY = Path(__file__).parent / "system/tiny.yaml"
-FIRST, SECOND = 14, 60
-"""Steps of the two stages; the second has a loader of its own."""
-WRITTEN = 50
-"""Steps that the ledger holds."""
-EVERY = 4
-
-MakeFolder = Callable[..., Path]
-
-
-@pytest.fixture
-def data(mixture_config: DataConfig, write_set: WriteSet) -> DataConfig:  # noqa: F811
-    """Four data sets, one of them damaged, one that ends after two epochs; long texts are split; look-ahead."""
-    damaged = [{**captioned(i), "png": b"junk" if i % 6 == 0 else picture(i)} for i in range(37)]
-    long = [{"txt": ("word " * (9 + 7 * (i % 5))).encode()} for i in range(15)]
-    captions, text, _ = mixture_config.datasets
-    extra = [
-        captions.model_copy(update={"name": "damaged", "manifest": write_set("damaged", damaged), "weight": 1.5}),
-        text.model_copy(update={"name": "long", "manifest": write_set("long", long), "max_epochs": 2}),
-    ]
-    packing = mixture_config.packing.model_copy(update={"too_long": "split", "max_tokens": 110, "max_cost": None})
-    return mixture_config.model_copy(update={"datasets": (captions, text, *extra), "lanes": 3, "packing": packing})
-
-
-def sound(data: DataConfig) -> DataConfig:
-    """The mixture without the damaged pictures, which a replay of the future cannot know of."""
-    return data.model_copy(update={"datasets": tuple(d for d in data.datasets if d.name != "damaged")})
-
-
-@pytest.fixture
-def config(data: DataConfig, tmp_path: Path) -> RunConfig:
-    """Two stages, the second with larger packs."""
-    stages = (
-        StageConfig(name="first", steps=FIRST),
-        StageConfig(name="second", steps=SECOND, data={"packing": {"max_tokens": 150}}),
-    )
-    run = load(TINY, [f"run_dir={tmp_path / 'run'}"], RunConfig).value
-    return run.model_copy(update={"data": data, "stages": stages})
-
-
-def play(config: RunConfig) -> list[tuple[int, StepBatch]]:
-    """(stage, batch) of each step, as ``train`` makes them on one rank."""
-    found = []
-    for number, stage in enumerate(config.stages):
-        with Loader(config.stage_data(number), config.media_spec, seed=config.seed) as loader:
-            found += [(number, next(loader)) for _ in range(stage.steps)]
-    return found
-
-
-def write(config: RunConfig, steps: list[tuple[int, StepBatch]], every: int = EVERY) -> Path:
-    """A run folder with the ledger of some steps."""
-    run = config.run_dir
-    (run / "ledger").mkdir(parents=True)
-    (run / "config.yaml").write_text(dump(config))
-    recorder = Recorder(0, 0)
-    for number, (stage, batch) in enumerate(steps, 1):
-        if stage != recorder.stage:
-            recorder = Recorder(number - 1, stage)
-        recorder.add(batch, [[1.0] * micro.segments.num for micro in batch.microbatches])
-        last_of_stage = number < len(steps) and steps[number][0] != stage
-        if recorder.num_steps == every or last_of_stage:
-            segment = recorder.take()
-            (run / "ledger" / segment.name()).write_bytes(segment.to_bytes())
-    return run
-
-
-@pytest.fixture
-def steps(config: RunConfig) -> list[tuple[int, StepBatch]]:
-    return play(config)
-
-
-@pytest.fixture
-def run(config: RunConfig, steps: list[tuple[int, StepBatch]]) -> Path:
-    return write(config, steps[:WRITTEN])
-
-
-def truth(batch: StepBatch) -> list[tuple[str, int, int, str, str]]:
-    """What the batch says of its documents, in order of lanes."""
-    return [
-        (origin.dataset, origin.epoch, origin.index, origin.shard, origin.key)
-        for micro in batch.microbatches
-        for origin in micro.provenance
-        if origin is not None
-    ]
-
-
-def test_every_step_is_what_the_loader_yielded(run: Path, steps: list[tuple[int, StepBatch]]) -> None:
-    trace = RunTrace(run)
-    written = trace.ledger.last_step
-    by_frame = {frame.begin: trace.samples(frame) for frame in trace.frames}
-    assert written == FIRST + 36
-    assert trace.ledger.spans[3:5] == [(13, 14), (15, 18)]
-    for number, (stage, batch) in enumerate(steps[: written + 6], 1):
-        found = trace.step(number)
-        assert found.stage == ("first", "second")[stage]
-        assert found.source is (Source.LEDGER if number <= written else Source.REPLAY)
-        samples = by_frame[trace.frame(number).begin]
-        rows = [(r.dataset, r.epoch, r.sample, *samples.where(r.dataset, r.sample)) for r in found.rows]
-        if number <= written:
-            assert rows == truth(batch), number
-            assert len(found.skipped) == len(batch.skipped)
-        lane = trace.step(number, lanes=[1])
-        assert list(lane.rows) == [row for row in found.rows if row.lane == 1]
-
-
-def test_a_step_is_replayed_from_the_nearest_snapshot_only(
-    config: RunConfig, data: DataConfig, steps: list[tuple[int, StepBatch]]
-) -> None:
-    config = config.model_copy(update={"data": sound(data)})
-    played = play(config)
-    trace = RunTrace(write(config, played[:WRITTEN]))
-    for number in (51, 53, 60, FIRST + SECOND):
-        counted: list[int] = []
-        found = trace.step(number, advance=counted.append)
-        assert found.replayed_from == 50
-        assert len(counted) == number - 50
-        assert [(r.dataset, r.epoch, r.sample) for r in found.rows] == [t[:3] for t in truth(played[number - 1][1])]
-    with pytest.raises(LedgerError, match=f"the run has the steps 1 to {FIRST + SECOND}"):
-        trace.step(FIRST + SECOND + 1)
-    with pytest.raises(LedgerError, match="the lanes 0 to 2"):
-        trace.step(5, lanes=[3])
-
-
-def test_steps_of_every_sample(run: Path, steps: list[tuple[int, StepBatch]]) -> None:
-    trace = RunTrace(run)
-    written = trace.ledger.last_step
-    expected: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
-    skipped: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
-    for number, (_, batch) in enumerate(steps[:written], 1):
-        for _, epoch, _, shard, key in truth(batch):
-            expected[shard, key].add((number, epoch))
-        for skip in batch.skipped:
-            skipped[skip.shard, skip.key].add((number, skip.epoch))
-    assert max(epoch for seen in expected.values() for _, epoch in seen) >= 2
-    assert any(len(seen) > len({e for _, e in seen}) for seen in expected.values()), "no sample was split over steps"
-    names = sorted(expected.keys() | skipped.keys())
-    for shard, key in names[::3]:
-        found = list(trace.sample(shard, key))
-        past = {(one.step, one.epoch) for one in found if one.source is Source.LEDGER and one.skipped is None}
-        left_out = {(one.step, one.epoch) for one in found if one.skipped is not None}
-        assert past == expected[shard, key], (shard, key)
-        assert left_out == skipped[shard, key], (shard, key)
-
-
-def test_steps_to_come_are_found_and_estimated(config: RunConfig, data: DataConfig) -> None:
-    config = config.model_copy(update={"data": sound(data)})
-    played = play(config)
-    trace = RunTrace(write(config, played[:WRITTEN]))
-    coming: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
-    for number, (_, batch) in enumerate(played[WRITTEN:], WRITTEN + 1):
-        for _, epoch, _, shard, key in truth(batch):
-            coming[shard, key].add((number, epoch))
-    errors = []
-    for shard, key in sorted(coming)[::3]:
-        until = 68
-        found = [one for one in trace.sample(shard, key, until=until) if one.source is Source.REPLAY]
-        assert {(one.step, one.epoch) for one in found} == {one for one in coming[shard, key] if one[0] <= until}
-        (estimate, *more) = [one for one in trace.sample(shard, key) if one.source is Source.ESTIMATE] or [None]
-        assert not more
-        if estimate is not None:
-            errors.append(estimate.step - min(step for step, _ in coming[shard, key]))
-    assert len(errors) > 10
-    assert sum(map(abs, errors)) / len(errors) < 6, errors
-
-
-def test_a_search_reads_few_of_many_snapshots(
-    config: RunConfig, steps: list[tuple[int, StepBatch]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trace = RunTrace(write(config, steps[:WRITTEN], every=1))
-    assert len(trace.ledger.spans) == WRITTEN
-    read: list[int] = []
-    plain = Ledger._read_state
-    monkeypatch.setattr(Ledger, "_read_state", lambda self, number: read.append(number) or plain(self, number))
-    _, _, _, shard, key = truth(steps[20][1])[0]
-    found = [one for one in trace.sample(shard, key) if one.source is Source.LEDGER]
-    assert found
-    assert len(read) <= 8 * (1 + max(one.epoch for one in found) + 1)  # log2(50) a look-up, and one epoch is to come.
-
-
-def far_state(config: RunConfig, state: LoaderState, step: int) -> LoaderState:
-    """A state as after ``step`` steps: the lanes' cursors far out, some documents waiting."""
-    names = state.datasets
-    lanes = {}
-    for lane in range(config.data.lanes):
-        cursors = tuple(Cursor(epoch=40_000 + 7 * i) for i in range(len(names)))
-        waiting = (Drawn(0, 39_999, lane), Drawn(1, 39_999, 5))
-        lanes[lane] = LaneState(StreamPosition((step, step, 0), cursors), waiting).to_integers()
-    return LoaderState(state.fingerprint, step, lanes, names)
-
-
-def test_step_ten_to_the_six_costs_what_step_one_costs(
-    config: RunConfig, data: DataConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    million = 10**6
-    stages = (StageConfig(name="only", steps=2 * million),)
-    endless = tuple(d.model_copy(update={"max_epochs": None}) for d in sound(data).datasets)
-    config = config.model_copy(update={"stages": stages, "data": data.model_copy(update={"datasets": endless})})
-    with Loader(config.data, config.media_spec, seed=config.seed) as loader:
-        first = next(loader)
-    state = far_state(config, first.state, million)
-    with Loader(config.data, config.media_spec, seed=config.seed, state=state) as loader:
-        batches = [next(loader) for _ in range(6)]
-    run = write(config, [(0, first)], every=1)
-    recorder = Recorder(million - 1, 0)
-    recorder.add(StepBatch(million - 1, (), (), state, 0, 0, drawn={}))
-    segment = recorder.take()
-    (run / "ledger" / segment.name()).write_bytes(segment.to_bytes())
-    for number in range(2, 4000):  # Names are enough for those that must not be read.
-        (run / "ledger" / f"steps-{number:010d}-{number:010d}.ledger").touch()
-
-    read: list[str] = []
-    plain = Segment.from_bytes
-    monkeypatch.setattr(Segment, "from_bytes", lambda data, what="": read.append(what) or plain(data, what))
-    trace = RunTrace(run)
-    for ahead, batch in enumerate(batches, 1):
-        counted: list[int] = []
-        found = trace.step(million + ahead, advance=counted.append)
-        assert len(counted) == ahead
-        assert [(r.dataset, r.epoch, r.sample) for r in found.rows] == [t[:3] for t in truth(batch)]
-    assert len(read) == 1
-    assert min(row.epoch for row in found.rows) >= 39_999
+from tests.data_pipeline.conftest import WriteSet, captioned, picture
+from tests.trace.conftest import WRITTEN, play, truth, write
 
 
 def test_shard_and_key_are_told_without_the_shards(
@@ -373,7 +143,7 @@ def test_text_and_pictures_are_those_of_the_document(run: Path, config: RunConfi
 def test_what_will_be_left_out_is_foreseen_where_that_shows_without_decoding(
     config: RunConfig,
     data: DataConfig,
-    write_set: WriteSet,  # noqa: F811
+    write_set: WriteSet,
 ) -> None:
     empty = [{"json": b"{}"} if i % 5 == 0 else captioned(i) for i in range(23)]
     one = data.datasets[0].model_copy(update={"manifest": write_set("empty", empty)})
@@ -432,7 +202,7 @@ def test_an_estimate_follows_weights_that_change(data: DataConfig) -> None:
 def test_the_page_shows_hostile_text_as_text(
     config: RunConfig,
     data: DataConfig,
-    write_set: WriteSet,  # noqa: F811
+    write_set: WriteSet,
     tmp_path: Path,
 ) -> None:
     evil = "<script>alert(1)</script>\"'&"

@@ -1,0 +1,108 @@
+"""A run of two stages whose ledger is held against what its loader really yielded; the fixtures of traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from data_pipeline.ledger import Recorder
+from data_pipeline.loader import Loader, StepBatch
+from mmscale.config import dump, load
+from mmscale.run_config import RunConfig
+from mmscale.stages import StageConfig
+from tests.data_pipeline.conftest import (  # noqa: F401 - fixtures
+    WriteSet,
+    captioned,
+    mixture_config,
+    picture,
+    tokenizer_path,
+    write_set,
+)
+
+TINY = Path(__file__).parents[1] / "system/tiny.yaml"
+FIRST, SECOND = 14, 60
+"""Steps of the two stages; the second has a loader of its own."""
+WRITTEN = 50
+"""Steps that the ledger holds."""
+EVERY = 4
+
+MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture
+def data(mixture_config: DataConfig, write_set: WriteSet) -> DataConfig:  # noqa: F811
+    """Four data sets, one of them damaged, one that ends after two epochs; long texts are split; look-ahead."""
+    damaged = [{**captioned(i), "png": b"junk" if i % 6 == 0 else picture(i)} for i in range(37)]
+    long = [{"txt": ("word " * (9 + 7 * (i % 5))).encode()} for i in range(15)]
+    captions, text, _ = mixture_config.datasets
+    extra = [
+        captions.model_copy(update={"name": "damaged", "manifest": write_set("damaged", damaged), "weight": 1.5}),
+        text.model_copy(update={"name": "long", "manifest": write_set("long", long), "max_epochs": 2}),
+    ]
+    packing = mixture_config.packing.model_copy(update={"too_long": "split", "max_tokens": 110, "max_cost": None})
+    return mixture_config.model_copy(update={"datasets": (captions, text, *extra), "lanes": 3, "packing": packing})
+
+
+def sound(data: DataConfig) -> DataConfig:
+    """The mixture without the damaged pictures, which a replay of the future cannot know of."""
+    return data.model_copy(update={"datasets": tuple(d for d in data.datasets if d.name != "damaged")})
+
+
+@pytest.fixture
+def config(data: DataConfig, tmp_path: Path) -> RunConfig:
+    """Two stages, the second with larger packs."""
+    stages = (
+        StageConfig(name="first", steps=FIRST),
+        StageConfig(name="second", steps=SECOND, data={"packing": {"max_tokens": 150}}),
+    )
+    run = load(TINY, [f"run_dir={tmp_path / 'run'}"], RunConfig).value
+    return run.model_copy(update={"data": data, "stages": stages})
+
+
+def play(config: RunConfig) -> list[tuple[int, StepBatch]]:
+    """(stage, batch) of each step, as ``train`` makes them on one rank."""
+    found = []
+    for number, stage in enumerate(config.stages):
+        with Loader(config.stage_data(number), config.media_spec, seed=config.seed) as loader:
+            found += [(number, next(loader)) for _ in range(stage.steps)]
+    return found
+
+
+def write(config: RunConfig, steps: list[tuple[int, StepBatch]], every: int = EVERY) -> Path:
+    """A run folder with the ledger of some steps."""
+    run = config.run_dir
+    (run / "ledger").mkdir(parents=True)
+    (run / "config.yaml").write_text(dump(config))
+    recorder = Recorder(0, 0)
+    for number, (stage, batch) in enumerate(steps, 1):
+        if stage != recorder.stage:
+            recorder = Recorder(number - 1, stage)
+        recorder.add(batch, [[1.0] * micro.segments.num for micro in batch.microbatches])
+        last_of_stage = number < len(steps) and steps[number][0] != stage
+        if recorder.num_steps == every or last_of_stage:
+            segment = recorder.take()
+            (run / "ledger" / segment.name()).write_bytes(segment.to_bytes())
+    return run
+
+
+@pytest.fixture
+def steps(config: RunConfig) -> list[tuple[int, StepBatch]]:
+    return play(config)
+
+
+@pytest.fixture
+def run(config: RunConfig, steps: list[tuple[int, StepBatch]]) -> Path:
+    return write(config, steps[:WRITTEN])
+
+
+def truth(batch: StepBatch) -> list[tuple[str, int, int, str, str]]:
+    """What the batch says of its documents, in order of lanes."""
+    return [
+        (origin.dataset, origin.epoch, origin.index, origin.shard, origin.key)
+        for micro in batch.microbatches
+        for origin in micro.provenance
+        if origin is not None
+    ]
