@@ -187,11 +187,10 @@ class _Steps(IterableDataset[_Rows | DataPipelineError]):
 
 
 def _limit_arenas() -> None:
-    """Keeps memory flat where remote data are read.
+    """Bounds what glibc keeps for reuse where remote data are read.
 
-    glibc gives the threads of the object store's client up to eight arenas a core, and each keeps the most that it ever
-    held. What is in use stays the same, yet a worker crept up by 17 MiB in ten minutes on two cores; with two arenas by
-    none, and as fast (docs/faults.md).
+    It gives the threads of the object store's client up to eight arenas a core, hundreds on a large machine, and each
+    keeps the most that it ever held. Two are as fast; on two cores they keep a tenth less.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # Only glibc has it.
     if mallopt is not None:

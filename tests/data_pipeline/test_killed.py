@@ -176,7 +176,7 @@ libc.fclose(file)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="arenas are glibc's")
 def test_threads_of_a_worker_share_two_arenas(tmp_path: Path) -> None:
-    """Else each keeps the most that it ever held, and memory creeps up where remote data are read."""
+    """Else each keeps the most that it ever held, up to eight arenas a core."""
 
     def arenas(process: str) -> int:
         path = tmp_path / process
