@@ -14,8 +14,10 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.servers import Fault, Request, file_server
 from data_pipeline.errors import SampleError, ShardError
 from data_pipeline.shards.tar_stream import samples_of, stream_members, stream_samples
+from data_pipeline.storage.config import StorageConfig
 from data_pipeline.storage.storage import Storage
 
 SAMPLES = {f"a/{number:03d}": {"0.png": os.urandom(700 + number), "txt": b"text %d" % number} for number in range(9)}
@@ -48,6 +50,18 @@ def test_a_file_a_command_a_named_pipe_and_a_compressed_tar_give_the_same(tar: P
     feeder.start()
     assert _read(str(fifo)) == expected
     feeder.join()
+
+
+@pytest.mark.fault
+def test_a_tar_of_a_flaky_server_comes_whole(tar: Path, tmp_path: Path) -> None:
+    def every_second(number: int, request: Request) -> Fault | None:
+        return [Fault.ERROR_500, Fault.TRUNCATE, Fault.RESET][number // 2 % 3] if number % 2 == 0 else None
+
+    settings = StorageConfig(timeout_seconds=2.0, retry_seconds=20)
+    with file_server(tmp_path, every_second).running() as server, Storage(settings) as storage:
+        assert list(samples_of(f"{server.url}/part.tar", storage)) == list(SAMPLES.items())
+        ((_, error),) = samples_of(f"{server.url}/absent.tar", storage)
+    assert isinstance(error, ShardError)
 
 
 @given(cut=st.integers(0, 20_000))
