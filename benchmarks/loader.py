@@ -193,7 +193,10 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
         for runner in runners.values():
             runner.do(prepare=str(folder))
         jobs = [Job(folder, Scenario(name), workers) for name in options.scenarios.split(",") for workers in WORKERS]
-        rows = [row for job in jobs for row in rows_of(runners, job, options.seconds, options.repeats)]
+        rows = []
+        for job in jobs:
+            rows += rows_of(runners, job, options.seconds, options.repeats)
+            print(f"measured {job.scenario.value} with {job.workers} workers", file=sys.stderr)
     finally:
         for runner in runners.values():
             runner.close()

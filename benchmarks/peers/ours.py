@@ -18,7 +18,6 @@ from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.transforms import FixedTransform
 
 _PATCH = 14
-_LANES = 2
 
 
 def _raw(job: Job) -> Any:
@@ -37,7 +36,7 @@ def batches(job: Job) -> Iterator[int]:
         {
             "tokenizer": TOKENIZER,
             "datasets": [dataset],
-            "lanes": _LANES,
+            "lanes": max(1, job.workers),
             "packing": {"max_tokens": 1 << 14, "max_documents": BATCH},
             "workers": job.workers,
         }
@@ -45,8 +44,7 @@ def batches(job: Job) -> Iterator[int]:
     spec = MediaSpec(Placement.CROSS_ATTENTION, patch_size=_PATCH, fixed_grid=(SIDE // _PATCH, SIDE // _PATCH))
     with Loader(config, spec, seed=1) as loader:
         for step in loader:
-            for batch in step.microbatches:
-                yield batch.num_samples
+            yield step.num_samples
 
 
 def at(job: Job, num_samples: int) -> Any:
