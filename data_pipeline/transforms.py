@@ -222,6 +222,7 @@ class ImageTransform:
             mode=config.decode,
             max_pixels=config.max_image_pixels,
             min_side=plan.needed_size() if config.decode is DecodeMode.FAST else None,
+            header=header,
         )
         if pixels.shape[:2] != plan.size and config.decode is not DecodeMode.FAST:
             height, width = pixels.shape[:2]

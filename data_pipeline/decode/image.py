@@ -16,7 +16,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png, decode_webp
 
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.shards.image_header import ImageFormat, image_size
+from data_pipeline.shards.image_header import ImageFormat, ImageSize, image_size
 
 Pixels = npt.NDArray[np.uint8]
 """uint8 ``(height, width, 3)``, RGB."""
@@ -35,7 +35,12 @@ _PNG_PALETTE = 3  # The colour type in a PNG's header.
 
 
 def decode_image(
-    data: bytes, *, mode: DecodeMode = DecodeMode.EXACT, max_pixels: int, min_side: tuple[int, int] | None = None
+    data: bytes,
+    *,
+    mode: DecodeMode = DecodeMode.EXACT,
+    max_pixels: int,
+    min_side: tuple[int, int] | None = None,
+    header: ImageSize | None = None,
 ) -> Pixels:
     """Decodes JPEG, PNG or WebP bytes.
 
@@ -44,6 +49,7 @@ def decode_image(
         mode: ``fast`` may return a smaller image than stored, never below ``min_side``.
         max_pixels: Refuse larger images by their header, before memory is spent on them.
         min_side: Height and width that the caller will resize to; None decodes at full size.
+        header: What ``image_size`` said of the data, if the caller asked it already.
 
     Returns:
         uint8 ``(height, width, 3)``. Transparency is flattened on white, gray is repeated, EXIF rotation is applied.
@@ -51,7 +57,7 @@ def decode_image(
     Raises:
         SampleError: unknown format, damaged data, or more than ``max_pixels`` pixels.
     """
-    size = image_size(data)
+    size = image_size(data) if header is None else header
     if size.width * size.height > max_pixels:
         raise too_many_pixels(size.width, size.height, max_pixels)
     try:
