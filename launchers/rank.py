@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 from launchers import EXIT_STOPPED
+from mmscale.cli.console import leave
 
 _PR_SET_PDEATHSIG = 1
 
@@ -74,4 +75,4 @@ def _write(path: Path, number: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -13,11 +13,11 @@ import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import typer
 
-from mmscale.cli.console import door
+from mmscale.cli.console import door, leave
 
 
 @dataclass(frozen=True)
@@ -127,5 +127,10 @@ def _root(version_: bool = _VERSION) -> None:
     pass
 
 
+def entry() -> NoReturn:
+    """The command ``mmscale``."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,15 @@ def test_progress_without_a_terminal_is_plain_lines_on_stderr(capsys: pytest.Cap
     lines = err.splitlines()
     assert lines[0].startswith("reading: 3/3 in ")
     assert lines[1].startswith("counting: 5 in ")
+
+
+def test_the_command_ends_with_its_code_whatever_reads_its_output(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mmscale.cli.main"]
+    assert subprocess.run([*command, "config", "show", str(tmp_path / "no.yaml")], capture_output=True).returncode == 2
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([*command, "--version"], stdout=full).returncode == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*command, "--version"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert "Traceback" not in done.stderr

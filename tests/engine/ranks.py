@@ -80,6 +80,7 @@ def run_ranks(
 def _main() -> None:
     import importlib
 
+    from mmscale.cli.console import leave
     from mmscale.dist import init_distributed, shutdown
     from mmscale.engine.config import EngineConfig
 
@@ -89,6 +90,7 @@ def _main() -> None:
     answer = getattr(importlib.import_module(module), name)(world, **json.loads(arguments))
     Path(result).write_text(json.dumps(answer))
     shutdown(world)
+    leave(0)
 
 
 if __name__ == "__main__":
