@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,13 +51,13 @@ def expand_shards(patterns: Sequence[str]) -> tuple[str, ...]:
     Raises:
         DataConfigError: a URL is malformed, a file is missing, or a source is named twice.
     """
-    sources = tuple(source for pattern in patterns for source in _expand(pattern))
+    sources = tuple(source for pattern in patterns for source in braceexpand(pattern))
     for source in sources:
         if not source.startswith(PIPE):
             location = parse_location(source)
             if isinstance(location, Path) and not location.exists():
                 raise DataConfigError(f"shards: {source}: no such file")
-    twice = {source for source in sources if sources.count(source) > 1} if len(set(sources)) < len(sources) else None
+    twice = [source for source, count in Counter(sources).items() if count > 1]
     if twice:
         raise DataConfigError(f"shards: {min(twice)} is named twice")
     return sources
@@ -82,10 +83,6 @@ def sample_number(source: int, row: int) -> int:
 def any_remote(sources: Sequence[str]) -> bool:
     """Whether a source is on a server."""
     return any(not source.startswith(PIPE) and isinstance(parse_location(source), Url) for source in sources)
-
-
-def _expand(pattern: str) -> Iterator[str]:
-    return iter(braceexpand(pattern))
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,7 @@ class StreamedLane:
             turn, number, offset = turn + 1, 0, 0
         order = Permutation(len(entries), self._set.seed, epoch, stream=(shard << _ROW_BITS) + number + 1)
         row = number * self._set.window_size + order[offset]
-        return Place(shard << _ROW_BITS | row, epoch), Cursor(turn, number, offset + 1)
+        return Place(sample_number(shard, row), epoch), Cursor(turn, number, offset + 1)
 
     def read(self, sample: int, epoch: int = 0) -> Sample:
         """The sample with its members in reading order.
