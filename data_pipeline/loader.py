@@ -41,7 +41,7 @@ from data_pipeline.storage.storage import Storage
 from data_pipeline.stream import LaneStream, OpenDataset
 from data_pipeline.streamed import any_remote, expand_shards
 from data_pipeline.tokenizer import load_tokenizer
-from data_pipeline.transport import Parcel, shared_empty, wrap
+from data_pipeline.transport import Inbox, Outbox, Parcel
 
 __all__ = ["DocumentBuilder", "Loader", "LoaderState", "StepBatch", "null_document", "read_samples"]
 
@@ -80,17 +80,14 @@ class StepBatch:
 class _Rows:
     """One step of the lanes of one worker."""
 
+    worker: int
     lanes: tuple[int, ...]
-    batches: tuple[MultimodalBatch, ...] | Parcel
+    batches: Parcel
     states: tuple[list[int], ...]
     skipped: tuple[Skipped, ...]
     num_cut: int
     drawn: tuple[tuple[Drawn, ...], ...]
     exhausted: bool
-
-    def open(self) -> tuple[MultimodalBatch, ...]:
-        """The batches, out of their parcel if they came from another process."""
-        return self.batches.open() if isinstance(self.batches, Parcel) else self.batches
 
 
 @dataclass(frozen=True)
@@ -108,10 +105,11 @@ class _Plan:
 class _LaneRows:
     """Makes the rows of some lanes, in the process that calls it."""
 
-    def __init__(self, plan: _Plan, share: Sequence[int], in_parcels: bool) -> None:
+    def __init__(self, plan: _Plan, share: Sequence[int], worker: int, is_apart: bool) -> None:
         config, spec = plan.config, plan.spec
         tokenizer = load_tokenizer(config.tokenizer)
-        self._in_parcels = in_parcels
+        self._worker = worker
+        self._outbox = Outbox(shared=is_apart)
         self._step = plan.first_step
         self._spec = spec
         budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
@@ -146,17 +144,15 @@ class _LaneRows:
         except TooManyFaultsError as error:
             error.skipped = self._take_skipped()
             raise
-        batches = tuple(
-            collate([pack], self._spec, shared_empty) if self._in_parcels else collate([pack], self._spec)
-            for pack in packs
-        )
+        batches = tuple(collate([pack], self._spec, self._outbox.empty) for pack in packs)
         states = [
             LaneState(*packer.state(), stream.faults()).to_integers()
             for packer, stream in zip(self._packers.values(), self._streams.values(), strict=True)
         ]
         return _Rows(
+            worker=self._worker,
             lanes=tuple(self._streams),
-            batches=wrap(batches) if self._in_parcels else batches,
+            batches=self._outbox.wrap(batches),
             states=tuple(states),
             skipped=self._take_skipped(),
             num_cut=sum(document.is_cut for pack in packs for document in pack.documents),
@@ -178,7 +174,8 @@ class _Steps(IterableDataset[_Rows | DataPipelineError]):
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         try:
-            rows = _LaneRows(self._plan, list(self._plan.lanes)[first::stride], in_parcels=worker is not None)
+            share = list(self._plan.lanes)[first::stride]
+            rows = _LaneRows(self._plan, share, first, is_apart=worker is not None)
             with contextlib.closing(rows):
                 while True:
                     yield rows.step()
@@ -283,6 +280,7 @@ class Loader:
             worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
             multiprocessing_context=_context(self._num_workers, is_remote),
         )
+        self._inboxes = [Inbox() for _ in range(max(1, self._num_workers))]
         self._running: Iterator[_Rows | DataPipelineError] | None = None
         self._closed = False
 
@@ -304,7 +302,11 @@ class Loader:
         if self._closed:
             raise DataPipelineError("this loader is closed; make a new one from its last state")
         rows = [self._take() for _ in range(max(1, self._num_workers))]
-        batches = {lane: batch for row in rows for lane, batch in zip(row.lanes, row.open(), strict=True)}
+        batches = {
+            lane: batch
+            for row in rows
+            for lane, batch in zip(row.lanes, self._inboxes[row.worker].open(row.batches), strict=True)
+        }
         states = {lane: state for row in rows for lane, state in zip(row.lanes, row.states, strict=True)}
         drawn = {lane: pack for row in rows for lane, pack in zip(row.lanes, row.drawn, strict=True)}
         microbatches = self._microbatches([batches[lane] for lane in self.lanes])

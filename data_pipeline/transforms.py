@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from data_pipeline.augment import AugmentConfig, crop_box, jitter
-from data_pipeline.decode.image import DecodeMode, decode_image, too_many_pixels
+from data_pipeline.decode.image import DecodeMode, Scratch, decode_image, too_many_pixels
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.image_layout import ImageLayoutConfig
@@ -135,6 +135,7 @@ class ImageTransform:
             raise DataConfigError(f"the model takes {spec.channels} channels, images are decoded to 3 (RGB)")
         self.config = config
         self.spec = spec
+        self._scratch = Scratch()
         self._size = 0
         if isinstance(config, _NATIVE):
             self._check_native(config)
@@ -223,6 +224,7 @@ class ImageTransform:
             max_pixels=config.max_image_pixels,
             min_side=plan.needed_size() if config.decode is DecodeMode.FAST else None,
             header=header,
+            scratch=self._scratch,
         )
         if pixels.shape[:2] != plan.size and config.decode is not DecodeMode.FAST:
             height, width = pixels.shape[:2]

@@ -1,87 +1,183 @@
-"""Batches between processes: every tensor in one flat buffer, everything else beside it.
+"""Batches on their way to the consumer: tensors in a few buffers that go round, everything else beside them.
 
-A step of a worker holds a hundred small tensors; each would cost a file descriptor and a round trip in shared memory.
-One buffer costs one. What is large is made in shared memory (``shared_empty``) and travels as it is, without a copy.
+    worker    Outbox: collate --empty--> buffer, wrap --> Parcel --queue--> Inbox: open --> batches    consumer
+                        ^                                                             |
+                        '---- the buffer is free again: its first byte, set when the last tensor in it is gone
+
+Fresh memory costs a page fault every 4 KiB and, between processes, a conversation to hand it over. A buffer that goes
+round costs neither; there are as many as batches are alive at once. Shared ones have no name, so that a killed process
+leaves nothing behind.
 """
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
 
-_WORTH_BYTES = 1 << 20
-"""From here on a file descriptor costs less than a copy."""
-_ALIGNMENT = 16  # Views need their element size; 16 bytes suit every vector load.
+_ALIGNMENT = 64  # Views need their element size; a cache line suits every vector load.
+_HEADER_BYTES = _ALIGNMENT
+"""Of each buffer; the first byte is 1 while a batch lies in it."""
+_LEAST_BYTES = 1 << 16
+_SPARE = 1.25
+"""A new buffer is larger than what is put in by this, so that it suits later batches too. Pages that nobody writes take
+no memory."""
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """Where a tensor lies in the buffer."""
+class _Place:
+    """Where a tensor lies."""
 
+    buffer: int
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    @property
-    def num_bytes(self) -> int:
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+    def within(self, buffer: Tensor) -> Tensor:
+        """The tensor, a view of its buffer."""
+        num_bytes = int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+        return buffer[self.start : self.start + num_bytes].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """Batches in transit."""
+    """Batches in transit.
 
-    buffer: Tensor
+    Attributes:
+        batches: A place instead of each tensor.
+        buffers: Those that are used.
+        new: Buffers that the other side does not know yet.
+        gone: Buffers that will not be used again.
+    """
+
     batches: tuple[Any, ...]
-
-    def open(self) -> tuple[MultimodalBatch, ...]:
-        """The batches; their tensors are views of the buffer."""
-
-        def restore(slot: _Slot) -> Tensor:
-            flat = self.buffer[slot.start : slot.start + slot.num_bytes]
-            return flat.view(slot.dtype).view(slot.shape)
-
-        return cast(tuple[MultimodalBatch, ...], _map(self.batches, _Slot, restore))
+    buffers: tuple[int, ...]
+    new: dict[int, Tensor]
+    gone: tuple[int, ...]
 
 
-def shared_empty(rows: int, columns: int) -> Tensor:
-    """uint8 ``(rows, columns)``, in shared memory if that is worth it."""
-    if rows * columns < _WORTH_BYTES:
-        return torch.empty((rows, columns), dtype=torch.uint8)
-    return _shared(rows * columns).view(rows, columns)
+@dataclass
+class Outbox:
+    """The side that makes batches. Not for: threads.
+
+    Attributes:
+        shared: Whether the other side is another process; else plain memory goes round.
+    """
+
+    shared: bool
+    _buffers: dict[int, Tensor] = field(default_factory=dict)
+    _made: int = 0
+    _new: list[int] = field(default_factory=list)
+    _gone: list[int] = field(default_factory=list)
+    _used: list[int] = field(default_factory=list)
+    """Buffers of the parcel that is being filled; the last one has room."""
+    _end: int = 0
+    """Where the room of the last one begins."""
+    _filled: int = 0
+    """Bytes put into this parcel."""
+    _usual: int = 0
+    """Bytes of the parcel before."""
+    _places: dict[int, _Place] = field(default_factory=dict)
+    """What ``empty`` gave out for this parcel, by address."""
+
+    def empty(self, rows: int, columns: int) -> Tensor:
+        """uint8 ``(rows, columns)`` that travels without another copy."""
+        place = self._place(torch.uint8, (rows, columns))
+        tensor = place.within(self._buffers[place.buffer])
+        self._places[tensor.data_ptr()] = place
+        return tensor
+
+    def wrap(self, batches: tuple[MultimodalBatch, ...]) -> Parcel:
+        """A parcel with all tensors; those that ``empty`` did not give are copied."""
+
+        def store(tensor: Tensor) -> _Place:
+            place = self._places.get(tensor.data_ptr())
+            if place is None or (place.dtype, place.shape) != (tensor.dtype, tensor.shape):
+                place = self._place(tensor.dtype, tuple(tensor.shape))
+                place.within(self._buffers[place.buffer]).copy_(tensor)
+            return place
+
+        emptied = _map(batches, Tensor, store)
+        new = {number: self._buffers[number] for number in self._new if number in self._buffers}
+        parcel = Parcel(emptied, tuple(self._used), new, tuple(self._gone))
+        self._usual, self._filled = self._filled, 0
+        self._places, self._used, self._new, self._gone = {}, [], [], []
+        return parcel
+
+    def _place(self, dtype: torch.dtype, shape: tuple[int, ...]) -> _Place:
+        """Room for a tensor."""
+        num_bytes = _aligned(int(torch.Size(shape).numel()) * dtype.itemsize)
+        if not self._used or self._end + num_bytes > self._buffers[self._used[-1]].numel():
+            self._used.append(self._take(_HEADER_BYTES + max(num_bytes, self._usual - self._filled)))
+            self._end = _HEADER_BYTES
+        place = _Place(self._used[-1], self._end, dtype, shape)
+        self._end += num_bytes
+        self._filled += num_bytes
+        return place
+
+    def _take(self, num_bytes: int) -> int:
+        """The smallest free buffer that has the room; or else a new one, instead of a free one that is too small."""
+        free = sorted((buffer.numel(), number) for number, buffer in self._buffers.items() if not buffer[0])
+        number = next((number for size, number in free if size >= num_bytes), None)
+        if number is None:
+            if free:
+                self._gone.append(free[0][1])
+                del self._buffers[free[0][1]]
+            number = self._make(max(_LEAST_BYTES, int(num_bytes * _SPARE)))
+        self._buffers[number][0] = 1
+        return number
+
+    def _make(self, num_bytes: int) -> int:
+        number = self._made
+        self._made += 1
+        if self.shared:  # From the start, as torch's own ``default_collate`` does it: the queue would copy all else.
+            memory = torch.UntypedStorage._new_shared(num_bytes)
+            self._buffers[number] = torch.empty(0, dtype=torch.uint8).set_(memory)
+        else:
+            self._buffers[number] = torch.empty(num_bytes, dtype=torch.uint8)
+        self._new.append(number)
+        return number
 
 
-def _shared(num_bytes: int) -> Tensor:
-    # As torch's own ``default_collate`` does it: the queue would copy anything else once more.
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes))
+class Inbox:
+    """The side of the consumer, for the parcels of one outbox in the order in which they were wrapped."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, npt.NDArray[np.uint8]] = {}
+
+    def open(self, parcel: Parcel) -> tuple[MultimodalBatch, ...]:
+        """The batches; their tensors are views of the buffers, which go back when nothing refers to them any more."""
+        self._buffers |= {number: buffer.numpy() for number, buffer in parcel.new.items()}
+        lent = {number: _lend(self._buffers[number]) for number in parcel.buffers}
+        for number in parcel.gone:
+            self._buffers.pop(number, None)
+        restored = _map(parcel.batches, _Place, lambda place: place.within(lent[place.buffer]))
+        return cast(tuple[MultimodalBatch, ...], restored)
 
 
-def wrap(batches: tuple[MultimodalBatch, ...]) -> Parcel:
-    """Copies every tensor of ``batches`` that is not in shared memory into one buffer that is."""
-    tensors: list[tuple[_Slot, Tensor]] = []
-    end = 0
+def _lend(buffer: npt.NDArray[np.uint8]) -> Tensor:
+    """The whole buffer as a tensor of its own, at whose end the buffer is marked as free."""
+    lease = buffer[:]
+    weakref.finalize(lease, _release, buffer, os.getpid()).atexit = False
+    return torch.from_numpy(lease)  # The tensor's storage holds the lease, and all its views hold the storage.
 
-    def store(tensor: Tensor) -> _Slot | Tensor:
-        nonlocal end
-        if tensor.is_shared():
-            return tensor
-        slot = _Slot(end, tensor.dtype, tuple(tensor.shape))
-        end += -(-slot.num_bytes // _ALIGNMENT) * _ALIGNMENT
-        tensors.append((slot, tensor))
-        return slot
 
-    emptied = _map(batches, Tensor, store)
-    buffer = _shared(end)
-    for slot, tensor in tensors:
-        # Views of the buffer, not of the tensor: a tensor of one row may have a stride that no byte view accepts.
-        buffer[slot.start : slot.start + slot.num_bytes].view(slot.dtype).view(slot.shape).copy_(tensor)
-    return Parcel(buffer, emptied)
+def _release(buffer: npt.NDArray[np.uint8], owner: int) -> None:
+    if os.getpid() == owner:  # A fork ends its copies of the tensors, not the batch.
+        buffer[0] = 0
 
 
 def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:

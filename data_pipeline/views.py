@@ -141,8 +141,18 @@ def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels
 
 
 def patchify(pixels: Pixels, patch_size: int) -> npt.NDArray[np.uint8]:
-    """``(H, W, C)`` to ``(P, C * patch_size**2)``: patches row-major, each in order (channel, row, column)."""
+    """``(H, W, C)`` to ``(P, C * patch_size**2)``: patches row-major, each in order (channel, row, column).
+
+    Always a copy: ``pixels`` may be memory that the next image takes.
+    """
     height, width, channels = pixels.shape
     rows, columns = height // patch_size, width // patch_size
-    split = pixels.reshape(rows, patch_size, columns, patch_size, channels)
-    return split.transpose(0, 2, 4, 1, 3).reshape(rows * columns, channels * patch_size**2)
+    patches = np.empty((rows, columns, channels, patch_size, patch_size), dtype=np.uint8)
+    if pixels.strides[1] == 1:  # Planes, as ``resize`` gives them: a row of a patch is one piece of memory.
+        piece = np.dtype((np.void, patch_size))
+        planes = pixels.transpose(2, 0, 1).view(piece).reshape(channels, rows, patch_size, columns)
+        np.copyto(patches.view(piece)[..., 0], planes.transpose(1, 3, 0, 2))
+    else:
+        split = pixels.reshape(rows, patch_size, columns, patch_size, channels)
+        np.copyto(patches, split.transpose(0, 2, 4, 1, 3))
+    return patches.reshape(rows * columns, channels * patch_size**2)

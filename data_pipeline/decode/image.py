@@ -7,6 +7,7 @@ PNG and WebP decode alike in both, and both take the same files. Not for: resizi
 
 from __future__ import annotations
 
+import threading
 from enum import Enum
 
 import numpy as np
@@ -32,6 +33,26 @@ class DecodeMode(str, Enum):
 
 
 _PNG_PALETTE = 3  # The colour type in a PNG's header.
+_MOST_KEPT_BYTES = 1 << 25
+
+
+class Scratch(threading.local):
+    """Memory that pixels are decoded into, image after image, by each thread into its own.
+
+    It is still in the processor's cache when the next image comes; fresh memory never is. Of images that take more than
+    32 MiB nothing is kept.
+    """
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, dtype=np.uint8)
+
+    def take(self, num_bytes: int) -> npt.NDArray[np.uint8] | None:
+        """At least so many bytes, valid until the next call; None if memory is better not kept."""
+        if num_bytes > _MOST_KEPT_BYTES:
+            return None
+        if num_bytes > len(self._memory):
+            self._memory = np.empty(num_bytes, dtype=np.uint8)
+        return self._memory
 
 
 def decode_image(
@@ -41,6 +62,7 @@ def decode_image(
     max_pixels: int,
     min_side: tuple[int, int] | None = None,
     header: ImageSize | None = None,
+    scratch: Scratch | None = None,
 ) -> Pixels:
     """Decodes JPEG, PNG or WebP bytes.
 
@@ -50,6 +72,7 @@ def decode_image(
         max_pixels: Refuse larger images by their header, before memory is spent on them.
         min_side: Height and width that the caller will resize to; None decodes at full size.
         header: What ``image_size`` said of the data, if the caller asked it already.
+        scratch: Where the pixels may lie until the next image is decoded; None for memory of their own.
 
     Returns:
         uint8 ``(height, width, 3)``. Transparency is flattened on white, gray is repeated, EXIF rotation is applied.
@@ -65,7 +88,8 @@ def decode_image(
             # libjpeg-turbo has no vector code for 5/8 to 7/8: they take longer than the whole image.
             half = min_side is not None and min_side[0] * 2 <= size.height + 1 and min_side[1] * 2 <= size.width + 1
             wanted = min_side if mode is DecodeMode.FAST and half else None
-            pixels = _upright_jpeg(data, wanted) if size.orientation == 1 else None
+            memory = scratch.take(3 * size.width * size.height) if scratch is not None else None
+            pixels = _upright_jpeg(data, wanted, memory) if size.orientation == 1 else None
             if pixels is not None:
                 return pixels
             tensor = decode_jpeg(_bytes_tensor(data), ImageReadMode.RGB, apply_exif_orientation=True)
@@ -108,7 +132,7 @@ def _png_mode(data: bytes) -> ImageReadMode:
     return ImageReadMode.RGB_ALPHA if b"tRNS" in data[: data.find(b"IDAT")] else ImageReadMode.RGB
 
 
-def _upright_jpeg(data: bytes, min_side: tuple[int, int] | None) -> Pixels | None:
+def _upright_jpeg(data: bytes, min_side: tuple[int, int] | None, memory: npt.NDArray[np.uint8] | None) -> Pixels | None:
     """The quickest way for nearly all JPEGs; None for those that torchvision must judge.
 
     simplejpeg knows no EXIF rotation and converts CMYK otherwise than Pillow. It refuses whatever libjpeg merely warns
@@ -119,7 +143,13 @@ def _upright_jpeg(data: bytes, min_side: tuple[int, int] | None) -> Pixels | Non
         if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(
-            data, colorspace="RGB", fastdct=False, fastupsample=False, min_height=height, min_width=width
+            data,
+            colorspace="RGB",
+            fastdct=False,
+            fastupsample=False,
+            min_height=height,
+            min_width=width,
+            buffer=memory,
         )
     except ValueError:
         return None
