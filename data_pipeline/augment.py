@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from data_pipeline.decode.image import Pixels
+from data_pipeline.draws import Draws
 from data_pipeline.strict import StrictConfig
 
 Box = tuple[int, int, int, int]
@@ -47,7 +48,7 @@ class AugmentConfig(StrictConfig):
         return self
 
 
-def crop_box(size: tuple[int, ...], config: AugmentConfig, rng: np.random.Generator) -> Box:
+def crop_box(size: tuple[int, ...], config: AugmentConfig, rng: Draws) -> Box:
     """A random box, centred up to the shift."""
     height, width = size[0], size[1]
     scale, down, right = rng.random(3).tolist()
@@ -83,7 +84,7 @@ class ColorChange:
         return np.clip(colors, 0, 255, out=colors).astype(np.uint8).reshape(pixels.shape)
 
 
-def jitter(config: AugmentConfig, rng: np.random.Generator) -> ColorChange | None:
+def jitter(config: AugmentConfig, rng: Draws) -> ColorChange | None:
     """A random colour change, the same for every view of an image; None if none is configured."""
     strengths = (config.brightness, config.contrast, config.saturation)
     if not any(strengths):

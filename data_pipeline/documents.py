@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
+from data_pipeline.draws import Draws
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.image_layout import Features, ImageLayout, Text
 from data_pipeline.media_spec import MediaSpec, Placement
@@ -112,17 +113,17 @@ class _Draft:
 
     def finish(self, origin: Provenance | None) -> Document:
         """The columns as arrays; labels are the ids one ahead."""
-        ids = np.array(self.ids, dtype=np.int32)
-        weights = np.array([*self.weights[1:], 0.0], dtype=np.float32)  # Of the token that is predicted.
-        labels = np.where(weights > 0, np.array([*self.ids[1:], IGNORE], dtype=np.int32), np.int32(IGNORE))
+        ids = np.array([*self.ids, IGNORE], dtype=np.int32)
+        weights = np.array([*self.weights, 0.0], dtype=np.float32)[1:]  # Of the token that is predicted.
+        labels = np.where(weights > 0, ids[1:], np.int32(IGNORE))
         spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
         return Document(
-            token_ids=ids,
+            token_ids=ids[:-1],
             labels=labels,
             loss_weights=weights,
             position_ids=self._counted() if self.spec.position_axes == 1 else np.concatenate(self.positions),
             items=tuple(self.items),
-            dest=np.concatenate([np.empty(0, dtype=np.int32), *self.dest]),
+            dest=self.dest[0] if len(self.dest) == 1 else np.concatenate([np.empty(0, dtype=np.int32), *self.dest]),
             spans=tuple(spans),
             provenance=origin,
             images=tuple(self.images),
@@ -167,7 +168,7 @@ class DocumentBuilder:
         laid_out = layout.tokens(max_tiles) if layout is not None else []
         self._reserved = self._special | {name: tokenizer.special_id(name, "transforms.layout") for name in laid_out}
 
-    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> Document:
+    def __call__(self, sample: Sample, rng: Draws | None = None) -> Document:
         """The whole document; ``rng`` draws answers and augmentation, None takes first answers and plain images.
 
         Raises:
@@ -176,7 +177,7 @@ class DocumentBuilder:
         with _located(sample):
             return self._build(self.dataset.template.pieces(sample, rng), sample, rng)
 
-    def measure(self, sample: Sample, rng: np.random.Generator | None = None) -> Document:
+    def measure(self, sample: Sample, rng: Draws | None = None) -> Document:
         """The same document in everything but pixels, which are black and take no memory; nothing is decoded.
 
         Sizes come from ``ImagePart.size``, or from the header where that is None. What only decoding finds, damaged
@@ -199,7 +200,7 @@ class DocumentBuilder:
         self,
         pieces: list[Piece],
         sample: Sample,
-        rng: np.random.Generator | None,
+        rng: Draws | None,
         *,
         measured: bool = False,
     ) -> Document:
@@ -225,9 +226,7 @@ class DocumentBuilder:
             draft.weights = share_weights(draft.weights, draft.branches, rule).tolist()
         return draft.finish(sample.provenance)
 
-    def _views(
-        self, part: ImagePart, rng: np.random.Generator | None, num_images: int, measured: bool
-    ) -> tuple[MediaItem, ...]:
+    def _views(self, part: ImagePart, rng: Draws | None, num_images: int, measured: bool) -> tuple[MediaItem, ...]:
         if self._transform is None:
             raise SampleError(f"image {part.name}, but the model has no image tower")
         if not measured:

@@ -58,10 +58,10 @@ class Mixture:
 
     def choose(self, draws: Sequence[int]) -> int:
         """Index of the data set to draw from, after ``draws[i]`` draws of each in this phase."""
-        counts = [before + drawn for before, drawn in zip(self._history, draws, strict=True)]
-        coming = sum(counts) + 1
         if len(self._drawn) == 1:
             return self._drawn[0]
+        counts = [before + drawn for before, drawn in zip(self._history, draws, strict=True)]
+        coming = sum(counts) + 1
         # In units of 1 / (total * slack): how far each is behind after the coming draw if it is not chosen.
         slack = 2 * len(self._drawn) - 2
         best, best_wait = -1, Fraction(0)

@@ -45,9 +45,8 @@ class Load(NamedTuple):
     @classmethod
     def of(cls, document: Document, spec: MediaSpec) -> Load:
         """The load of one document."""
-        embedded = any(item.embedded for item in document.items)
-        attended = any(not item.embedded for item in document.items)
-        return cls(1, document.num_tokens, document.cost(spec), embedded, attended)
+        roles = {item.embedded for item in document.items}
+        return cls(1, document.num_tokens, document.cost(spec), True in roles, False in roles)
 
     def plus(self, other: Load) -> Load:
         """The load of both."""

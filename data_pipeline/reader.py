@@ -1,4 +1,4 @@
-"""One sample by number: index lookup, one positional read, checksum, parts in reading order.
+"""One sample by number: index lookup, positional reads, checksums, parts in reading order.
 
 Of a remote data set a lane names the blocks that it needs soon (``expect``); each is fetched in the background by a
 request or two, and its samples are taken from memory.
@@ -22,7 +22,7 @@ from data_pipeline.sample import Part, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import Member
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.open_shard import OpenShard, open_remote, open_shard, shard_errors
+from data_pipeline.shards.open_shard import OpenShard, cut_members, open_remote, open_shard, shard_errors
 from data_pipeline.storage.objects import RemoteObject
 from data_pipeline.storage.ranges import Range
 from data_pipeline.storage.read_ahead import Stretch
@@ -115,24 +115,25 @@ class SampleReader:
         shard = self._shard(number)
         origin = Provenance(self.dataset, str(shard.index.tar_path), shard.index.key(row), sample_index, epoch)
         listed = shard.index.members(row)
-        first, end = listed[0].offset, listed[-1].offset + listed[-1].size
-        data = self._fetched(sample_index, lane, first, end)
-        if data is None:
-            data = shard.read(first, end)
-        members = _cut(listed, data)
-        if any(zlib.crc32(members[member.ext]) != member.crc32 for member in listed):
-            members = _cut(listed, shard.read(first, end, fresh=True))  # It may have happened on the way.
-            for member in listed:
-                _check(member, members[member.ext], origin)
+        members = self._fetched(sample_index, lane, listed)
+        if members is None:
+            members = shard.read_members(listed)
+        for member in listed:
+            if zlib.crc32(members[member.ext]) != member.crc32:
+                members = shard.read_members(listed, fresh=True)  # It may have happened on the way.
+                for again in listed:
+                    _check(again, members[again.ext], origin)
+                break
         sizes = {member.ext: (member.height, member.width) for member in listed if member.width}
         return assemble(members, origin, sizes)
 
-    def _fetched(self, sample_index: int, lane: int, first: int, end: int) -> bytes | None:
-        """Bytes of a sample that were fetched ahead; None if they were not."""
+    def _fetched(self, sample_index: int, lane: int, members: Sequence[Member]) -> dict[str, bytes] | None:
+        """Bytes of a sample, by extension, that were fetched ahead; None if they were not."""
         for samples, stretch in self._ahead.get(lane, ()):
             if sample_index in samples:
                 with shard_errors():
-                    return stretch.get(first, end)
+                    data = stretch.get(members[0].offset, members[-1].offset + members[-1].size)
+                return None if data is None else cut_members(members, data)
         return None
 
     def read_outline(self, sample_index: int, epoch: int = 0) -> Sample:
@@ -166,12 +167,6 @@ class SampleReader:
         """Closes every descriptor; the reader opens them again when needed."""
         while self._open:
             self._open.popitem()[1].close()
-
-
-def _cut(members: Sequence[Member], data: bytes) -> dict[str, bytes]:
-    """Bytes of each member, by extension, out of those from the first to the last."""
-    first = members[0].offset
-    return {member.ext: data[member.offset - first : member.offset - first + member.size] for member in members}
 
 
 def _check(member: Member, payload: bytes, origin: Provenance) -> None:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
-from numpy.random.bit_generator import ISeedSequence
+from typing import Protocol
 
 from data_pipeline.config import DataConfig, DatasetConfig, OrderConfig
 from data_pipeline.document import Document
 from data_pipeline.documents import DocumentBuilder
+from data_pipeline.draws import Draws, SampleDraws
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.faults import Fault, FaultPolicy, Known, Skipped
 from data_pipeline.indexed import IndexedLane, IndexedSet
 from data_pipeline.known_faults import RunFaults, SetFaults
-from data_pipeline.lanes import Cursor, Place, mix
+from data_pipeline.lanes import Cursor, Place
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.mixture import Mixture, Schedule
 from data_pipeline.packing import Budget, Made
@@ -36,29 +33,8 @@ def dataset_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
 
 
-def sample_generator(seed: int, place: Place) -> np.random.Generator:
-    """Randomness of one sample in one epoch, the same wherever and whenever the sample is read.
-
-    Args:
-        seed: ``dataset_seed``.
-        place: Sample and epoch.
-    """
-    return np.random.Generator(np.random.PCG64(_Words(seed, place)))  # type: ignore[arg-type]  # Stubs lack the interface.
-
-
-class _Words(ISeedSequence):
-    """The 256 bits that start a PCG64. ``SeedSequence`` would ask the system for entropy each time, a slow call."""
-
-    def __init__(self, seed: int, place: Place) -> None:
-        self._start = mix(mix(mix(seed) ^ place.sample) ^ place.epoch)
-
-    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> npt.NDArray[Any]:
-        """Words of a counter through the hash."""
-        return np.array([mix((self._start + i) & (2**64 - 1)) for i in range(n_words)], dtype=np.uint64).astype(dtype)
-
-
-Build = Callable[[Sample, "np.random.Generator | None"], Document]
-"""Makes a sample's document; the generator draws answers and augmentation."""
+Build = Callable[[Sample, Draws | None], Document]
+"""Makes a sample's document; answers and augmentation are drawn."""
 
 
 class LaneSource(Protocol):
@@ -263,7 +239,7 @@ class LaneStream:
     def _documents(self, drawn: Drawn) -> list[Document]:
         dataset = self._datasets[drawn.dataset]
         sample = self._sources[drawn.dataset].read(drawn.sample, drawn.epoch)
-        document = dataset.build(sample, sample_generator(dataset.seed, Place(drawn.sample, drawn.epoch)))
+        document = dataset.build(sample, SampleDraws(dataset.seed, Place(drawn.sample, drawn.epoch)))
         try:
             return self._budget.admit(document)
         except SampleError as error:

@@ -10,6 +10,7 @@ generator that the caller keys by sample, so a view is a pure function. Not for:
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -21,6 +22,7 @@ from pydantic import Field
 from data_pipeline.augment import AugmentConfig, crop_box, jitter
 from data_pipeline.decode.image import DecodeMode, Scratch, decode_image, too_many_pixels
 from data_pipeline.document import MediaItem
+from data_pipeline.draws import Draws
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.image_layout import ImageLayoutConfig
 from data_pipeline.media_spec import MediaSpec, Placement
@@ -31,6 +33,8 @@ from data_pipeline.tilings import InternvlTiling, Tile, Tiled, TilingConfig, sin
 from data_pipeline.views import Canvas, ImagePlan, View, render
 
 _BLACK = np.uint8(0)
+_PLANS_KEPT = 1024
+"""Most images come in few sizes."""
 
 
 class _TransformConfig(StrictConfig):
@@ -136,6 +140,7 @@ class ImageTransform:
         self.config = config
         self.spec = spec
         self._scratch = Scratch()
+        self._plain = functools.lru_cache(maxsize=_PLANS_KEPT)(self._plain_plan)
         self._size = 0
         if isinstance(config, _NATIVE):
             self._check_native(config)
@@ -195,7 +200,7 @@ class ImageTransform:
         return config.size
 
     def __call__(
-        self, data: bytes, rng: np.random.Generator | None = None, expected: Size | None = None, num_images: int = 1
+        self, data: bytes, rng: Draws | None = None, expected: Size | None = None, num_images: int = 1
     ) -> tuple[MediaItem, ...]:
         """Views of one encoded image, in reading order.
 
@@ -235,7 +240,7 @@ class ImageTransform:
         values = render(pixels, plan, self.spec.patch_size, config.interpolation)
         return tuple(_item(patches, view) for patches, view in zip(values, plan.views, strict=True))
 
-    def measure(self, size: Size, rng: np.random.Generator | None = None, num_images: int = 1) -> tuple[MediaItem, ...]:
+    def measure(self, size: Size, rng: Draws | None = None, num_images: int = 1) -> tuple[MediaItem, ...]:
         """The views that an image of this size gives, with black pixels that take no memory.
 
         Draws from ``rng`` exactly as the image itself would.
@@ -252,7 +257,7 @@ class ImageTransform:
         plan, patch_dim = self.plan(size, rng, num_images), self.spec.patch_dim
         return tuple(_item(np.broadcast_to(_BLACK, (math.prod(view.grid), patch_dim)), view) for view in plan.views)
 
-    def plan(self, size: Size, rng: np.random.Generator | None = None, num_images: int = 1) -> ImagePlan:
+    def plan(self, size: Size, rng: Draws | None = None, num_images: int = 1) -> ImagePlan:
         """What becomes of an image of ``size`` in a sample of so many: a pure function of these and of the draws.
 
         Raises:
@@ -262,11 +267,14 @@ class ImageTransform:
             raise too_many_pixels(size[1], size[0], self.config.max_image_pixels)
         augment = self.config.augment
         if augment is None or rng is None:
-            return ImagePlan(size, *self._layout(size, num_images))
+            return self._plain(size, num_images)
         box = crop_box(size, augment, rng)
         flip = rng.random() < augment.flip
         color = jitter(augment, rng)
         return ImagePlan(size, *self._layout(box[2:], num_images), box, flip, color)
+
+    def _plain_plan(self, size: Size, num_images: int) -> ImagePlan:
+        return ImagePlan(size, *self._layout(size, num_images))
 
     def _layout(self, size: Size, num_images: int) -> tuple[tuple[Canvas, ...], tuple[View, ...]]:
         """Canvases and views of what is left after the crop."""

@@ -91,7 +91,7 @@ def image_size(data: Buffer) -> ImageSize:
 
 
 def _shown(kind: ImageFormat, width: int, height: int, exif: bytes) -> ImageSize:
-    orientation = exif_orientation(exif)
+    orientation = exif_orientation(exif) if exif else 1
     if orientation >= 5:
         width, height = height, width
     return ImageSize(kind, width, height, orientation)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from data_pipeline.errors import AbsentError, ShardError, StaleError
-from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.index import Member, ShardIndex
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.storage.background import Background
 from data_pipeline.storage.location import Url
@@ -37,6 +37,10 @@ class OpenShard(Protocol):
             ShardError: the tar is missing, unreadable, replaced or too short.
             StorageError: the server refused, or failed for too long: no fault of this shard.
         """
+        ...
+
+    def read_members(self, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
+        """Bytes of all members of a sample, by extension; the rest as ``read``."""
         ...
 
     def close(self) -> None:
@@ -73,6 +77,10 @@ class LocalShard:
             )
         return data
 
+    def read_members(self, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
+        """As ``OpenShard.read_members``. A call more for each costs less than to copy an image out of the whole."""
+        return {member.ext: self.read(member.offset, member.offset + member.size) for member in members}
+
     def close(self) -> None:
         """Closes the file."""
         os.close(self._descriptor)
@@ -91,8 +99,18 @@ class RemoteShard:
         with shard_errors():
             return self._background.run(self.remote.read([Range(first, end)], fresh=fresh))[0]
 
+    def read_members(self, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
+        """As ``OpenShard.read_members``, in one request."""
+        return cut_members(members, self.read(members[0].offset, members[-1].offset + members[-1].size, fresh=fresh))
+
     def close(self) -> None:
         """Nothing is held."""
+
+
+def cut_members(members: Sequence[Member], data: bytes) -> dict[str, bytes]:
+    """Bytes of each member, by extension, out of those from the first to the last."""
+    first = members[0].offset
+    return {member.ext: data[member.offset - first : member.offset - first + member.size] for member in members}
 
 
 @contextlib.contextmanager

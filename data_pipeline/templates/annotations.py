@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
+from data_pipeline.draws import Draws
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.pages import weight_of
 from data_pipeline.sample import ImagePart, Sample
@@ -53,7 +54,7 @@ class AnnotationsTemplate(StrictConfig):
             raise ValueError("each.prompts: every branch must begin with text that is read, so no prompt may be empty")
         return each
 
-    def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
+    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
         """Images, and branches if there is more than one annotation; ``rng`` None takes the first annotations.
 
         Raises:

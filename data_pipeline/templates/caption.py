@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 from pydantic import field_validator, model_validator
 
+from data_pipeline.draws import Draws
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import Sample
 from data_pipeline.templates.formats import fill, look_up, parse
@@ -46,7 +46,7 @@ class CaptionTemplate(DroppableText):
             raise ValueError(f"{len(self.prompts)} prompts for {len(self.answers)} answers: expected 1 or as many")
         return self
 
-    def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
+    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
         """Images, prompt and answer; ``rng`` None takes the first of every list.
 
         Raises:

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
+from data_pipeline.draws import Draws
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.pages import weight_of
 from data_pipeline.sample import ImagePart, Sample
@@ -102,7 +102,7 @@ class DialogueTemplate(LearnedText):
             raise ValueError(f"special_tokens: {unused[0]!r} stands in no prefix and no suffix")
         return self
 
-    def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
+    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
         """Turn after turn.
 
         Raises:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from data_pipeline.draws import Draws
 from data_pipeline.strict import StrictConfig
 
 LossWeight = Literal["token", "sqrt", "sample"]
@@ -31,7 +32,7 @@ class DroppableText(LearnedText):
     Images and prompt stay. Decided by the sample's own generator: the same at any number of ranks and after a resume.
     Such a document has no learned token, so next-token loss takes nothing from it; leave it at 0 for captioning."""
 
-    def drops(self, rng: np.random.Generator | None) -> bool:
+    def drops(self, rng: Draws | None) -> bool:
         """Whether this sample goes without text; never without a generator."""
         return self.text_dropout > 0 and rng is not None and bool(rng.random() < self.text_dropout)
 

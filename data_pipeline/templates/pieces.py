@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-
+from data_pipeline.draws import Draws
 from data_pipeline.sample import ImagePart, Sample
 
 T = TypeVar("T")
@@ -54,6 +53,6 @@ def text(content: str, weight: float = 0.0) -> list[TextPiece]:
     return [TextPiece(content, weight)] if content else []
 
 
-def draw(options: Sequence[T], rng: np.random.Generator | None) -> T:
-    """One of the options; the first if there is no generator."""
-    return options[0 if rng is None else int(rng.random() * len(options))]
+def draw(options: Sequence[T], rng: Draws | None) -> T:
+    """One of the options; the first if nothing is drawn. Where there is no choice, nothing is drawn either."""
+    return options[0 if rng is None or len(options) == 1 else int(rng.random() * len(options))]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
-
+from data_pipeline.draws import Draws
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import ImagePart, Sample, TextPart
 from data_pipeline.templates.learned import DroppableText, LearnedText
@@ -19,7 +18,7 @@ class InterleavedTemplate(DroppableText):
     separator: str = ""
     """Put after every text but the last part: MMC4 stores sentences without the space or line break between them."""
 
-    def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
+    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
         """Parts in stored order.
 
         Raises:
@@ -51,7 +50,7 @@ class TextTemplate(LearnedText):
 
     kind: Literal["text"] = "text"
 
-    def pieces(self, sample: Sample, rng: np.random.Generator | None) -> list[Piece]:
+    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
         """The text parts.
 
         Raises:

@@ -76,11 +76,12 @@ def _chosen(run: RunConfig, name: str | None) -> DatasetConfig:
 
 def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: int) -> Any:
     from data_pipeline.documents import DocumentBuilder
+    from data_pipeline.draws import SampleDraws
     from data_pipeline.errors import DataConfigError
     from data_pipeline.lanes import Place
     from data_pipeline.reader import SampleReader
     from data_pipeline.shards.manifest import Manifest
-    from data_pipeline.stream import dataset_seed, sample_generator
+    from data_pipeline.stream import dataset_seed
     from data_pipeline.stretches import stretches
     from data_pipeline.tokenizer import load_tokenizer
 
@@ -92,7 +93,7 @@ def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: in
     reader, seed = SampleReader(manifest, dataset.name), dataset_seed(run.seed, dataset.name)
     for number in samples:
         sample = reader.read(number, epoch)
-        document = build(sample, sample_generator(seed, Place(number, epoch)))
+        document = build(sample, SampleDraws(seed, Place(number, epoch)))
         yield {
             "sample": number,
             "shard": sample.provenance.shard,

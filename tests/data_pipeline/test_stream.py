@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
+from data_pipeline.draws import SampleDraws
 from data_pipeline.lanes import Place
-from data_pipeline.stream import dataset_seed, sample_generator
+from data_pipeline.stream import dataset_seed
 
 
 def test_a_sample_draws_the_same_numbers_on_every_machine() -> None:
-    draws = sample_generator(1, Place(2, 3)).random(3)
+    draws = SampleDraws(1, Place(2, 3)).random(3)
     np.testing.assert_allclose(draws, [0.5497517277227361, 0.4198004474225706, 0.7922455617398589], rtol=1e-15)
 
 
 def test_samples_epochs_and_data_sets_draw_different_numbers() -> None:
     seeds = [dataset_seed(1, "a"), dataset_seed(1, "b"), dataset_seed(2, "a")]
-    first = {sample_generator(s, Place(i, e)).random() for s in seeds for i in range(50) for e in range(4)}
+    first = {SampleDraws(s, Place(i, e)).random() for s in seeds for i in range(50) for e in range(4)}
     assert len(first) == 600
 
 
 def test_first_draws_are_uniform_and_neighbours_uncorrelated() -> None:
-    draws = np.array([sample_generator(9, Place(i, 0)).random() for i in range(4000)])
+    draws = np.array([SampleDraws(9, Place(i, 0)).random() for i in range(4000)])
     assert abs(draws.mean() - 0.5) < 4 * np.sqrt(1 / 12 / 4000)
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 4 / np.sqrt(4000)
