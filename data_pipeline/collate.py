@@ -17,21 +17,22 @@ from data_pipeline.packing import Pack
 IMAGE = "image"
 """Key of the image block in ``MultimodalBatch.media``."""
 
-Empty = Callable[[int, int], Tensor]
-"""Memory of rows and columns for patches, uint8."""
+Join = Callable[[Sequence[npt.NDArray[np.uint8]]], Tensor]
+"""Arrays of equally many columns to one tensor, row behind row."""
 
 
-def _empty(rows: int, columns: int) -> Tensor:
-    return torch.empty((rows, columns), dtype=torch.uint8)
+def join_copies(arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+    """The arrays, copied into memory of their own."""
+    return torch.from_numpy(np.concatenate(arrays))
 
 
-def collate(packs: Sequence[Pack], spec: MediaSpec, empty: Empty = _empty) -> MultimodalBatch:
+def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) -> MultimodalBatch:
     """One microbatch of the packs' documents, in order.
 
     Args:
         packs: Their documents become segments.
         spec: What the model takes.
-        empty: Where the patches go, nearly all of a batch's bytes.
+        join: Joins the patches, nearly all of a batch's bytes.
 
     Raises:
         ValueError: there is no document at all.
@@ -48,7 +49,7 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, empty: Empty = _empty) -> Mu
         position_ids=_int64([document.position_ids for document in documents]),
         segments=Segments.from_lengths([document.num_tokens for document in documents]),
         valid=torch.from_numpy(valid),
-        media={} if spec.placement is Placement.NONE else {IMAGE: _media(documents, spec, empty)},
+        media={} if spec.placement is Placement.NONE else {IMAGE: _media(documents, spec, join)},
         pairs=_pairs(documents),
         lanes=tuple(pack.lane for pack in packs),
         provenance=tuple(document.provenance for document in documents),
@@ -79,7 +80,7 @@ def _pairs(documents: Sequence[Document]) -> Tensor:
     return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
 
 
-def _media(documents: Sequence[Document], spec: MediaSpec, empty: Empty) -> MediaBlock:
+def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaBlock:
     items = [item for document in documents for item in document.items]
     # The tower makes rows of all features, item after item; each item hands on its kept ones.
     starts = np.cumsum([0, *(spec.num_features(item.grid) for item in items)], dtype=np.int64)
@@ -97,12 +98,10 @@ def _media(documents: Sequence[Document], spec: MediaSpec, empty: Empty) -> Medi
             span_keys.append(sum(len(row) for row in attended))
         first_token += document.num_tokens
         first_item += len(document.items)
-    values = empty(sum(item.num_patches for item in items), spec.patch_dim)
-    if items:
-        np.concatenate([item.values for item in items], out=values.numpy())
+    nothing = np.empty((0, spec.patch_dim), dtype=np.uint8)
     grids = tuple(item.grid for item in items)
     return MediaBlock(
-        values=values,
+        values=join([item.values for item in items] or [nothing]),
         grid=torch.tensor(grids, dtype=torch.int32).reshape(-1, 3),
         grids=grids,
         items=Segments.from_lengths([item.num_patches for item in items]),

@@ -5,7 +5,8 @@ Sample --template, transforms, tokenizer--> Document --packing--> Pack --collate
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,15 @@ import numpy.typing as npt
 
 from data_pipeline.media_spec import Grid, MediaSpec
 from data_pipeline.sample import Provenance
+
+Empty = Callable[[int, int], npt.NDArray[np.uint8]]
+"""Gives memory for rows and columns of patches, uint8."""
+
+
+def plain_empty(rows: int, columns: int) -> npt.NDArray[np.uint8]:
+    """Memory of its own."""
+    return np.empty((rows, columns), dtype=np.uint8)
+
 
 IGNORE = -100
 """Label of a token that carries no loss."""
@@ -140,6 +150,15 @@ class Document:
     @property
     def is_null(self) -> bool:
         return self.provenance is None
+
+    def moved(self, empty: Empty) -> Document:
+        """The same document, its patches copied into memory that ``empty`` gives."""
+        items = []
+        for item in self.items:
+            values = empty(*item.values.shape)
+            np.copyto(values, item.values)
+            items.append(replace(item, values=values))
+        return replace(self, items=tuple(items))
 
     def cost(self, spec: MediaSpec) -> float:
         """Time units: tokens plus alpha times patches."""

@@ -8,7 +8,7 @@ Not for: several documents together (``packing``, ``collate``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.config import DatasetConfig
-from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
+from data_pipeline.document import IGNORE, Document, Empty, ImageExtent, MediaItem, Span, plain_empty
 from data_pipeline.draws import Draws
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.image_layout import Features, ImageLayout, Text
@@ -47,6 +47,8 @@ class _Draft:
     branches: list[int] = field(default_factory=list)
     fork: int = 0
     """Position of the first token of every branch."""
+    pictures: list[Callable[[], None]] = field(default_factory=list)
+    """What draws the pixels of the items."""
 
     def add_text(self, ids: list[int], weight: float) -> None:
         """Appends text tokens of one loss weight; the next image begins a new run."""
@@ -138,6 +140,33 @@ class _Draft:
         return count
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A document that lacks its pixels.
+
+    Attributes:
+        document: All of it else; the values of its items are not written yet.
+        pictures: What writes them, image after image.
+    """
+
+    document: Document
+    pictures: tuple[Callable[[], None], ...] = ()
+
+    def __call__(self) -> Document:
+        """The document with its pixels.
+
+        Raises:
+            SampleError: an image cannot be decoded.
+        """
+        try:
+            for picture in self.pictures:
+                picture()
+        except SampleError as error:
+            origin = self.document.provenance
+            raise error if origin is None else error.located(origin.shard, origin.key) from error
+        return self.document
+
+
 class DocumentBuilder:
     """Turns samples of one data set into documents.
 
@@ -174,8 +203,16 @@ class DocumentBuilder:
         Raises:
             SampleError: the sample lacks what the template needs, an image is bad, or image tokens and features differ.
         """
+        return self.outline(sample, rng)()
+
+    def outline(self, sample: Sample, rng: Draws | None = None, empty: Empty = plain_empty) -> Outline:
+        """The document before it has pixels; these go into memory that ``empty`` gives.
+
+        Raises:
+            SampleError: as the document itself, save for damaged pixels.
+        """
         with _located(sample):
-            return self._build(self.dataset.template.pieces(sample, rng), sample, rng)
+            return self._outline(self.dataset.template.pieces(sample, rng), sample, rng, empty)
 
     def measure(self, sample: Sample, rng: Draws | None = None) -> Document:
         """The same document in everything but pixels, which are black and take no memory; nothing is decoded.
@@ -187,30 +224,24 @@ class DocumentBuilder:
             SampleError: as the document itself would, save for damaged pixels.
         """
         with _located(sample):
-            return self._build(self.dataset.template.pieces(sample, rng), sample, rng, measured=True)
+            return self._outline(self.dataset.template.pieces(sample, rng), sample, rng, None).document
 
     def build_prompt(self, sample: Sample) -> Document:
         """The document up to where the answer begins, without augmentation; nothing in it is learned."""
         with _located(sample):
             prompt = self.dataset.template.prompt(sample)
             pieces = [replace(piece, weight=0.0) if isinstance(piece, TextPiece) else piece for piece in prompt]
-            return self._build(pieces, sample, None)
+            outline = self._outline(pieces, sample, None, plain_empty)
+        return outline()
 
-    def _build(
-        self,
-        pieces: list[Piece],
-        sample: Sample,
-        rng: Draws | None,
-        *,
-        measured: bool = False,
-    ) -> Document:
+    def _outline(self, pieces: list[Piece], sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
+        """The document of the pieces; ``empty`` None measures it only."""
         draft = _Draft(self.spec)
         draft.add_text([self.tokenizer.bos_id], 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
         for piece in pieces:
             if isinstance(piece, ImagePart):
-                views = self._views(piece, rng, num_images, measured)
-                draft.add_image(views, self.tokenizer.image_id, self._layout)
+                self._add_image(draft, piece, rng, num_images, empty)
             elif isinstance(piece, BranchPiece):
                 draft.begin_branch()
             elif isinstance(piece, EndPiece):
@@ -224,17 +255,28 @@ class DocumentBuilder:
         rule = self.dataset.template.loss_weight
         if rule != "token":
             draft.weights = share_weights(draft.weights, draft.branches, rule).tolist()
-        return draft.finish(sample.provenance)
+        return Outline(draft.finish(sample.provenance), tuple(draft.pictures))
 
-    def _views(self, part: ImagePart, rng: Draws | None, num_images: int, measured: bool) -> tuple[MediaItem, ...]:
+    def _add_image(
+        self, draft: _Draft, part: ImagePart, rng: Draws | None, num_images: int, empty: Empty | None
+    ) -> None:
         if self._transform is None:
             raise SampleError(f"image {part.name}, but the model has no image tower")
-        if not measured:
-            return self._transform(part.data, rng, part.size, num_images)
+        if empty is not None:
+            views, picture = self._transform.outline(part.data, rng, part.size, num_images, empty)
+            draft.pictures.append(picture)
+        else:
+            views = self._measured(self._transform, part, rng, num_images)
+        draft.add_image(views, self.tokenizer.image_id, self._layout)
+
+    @staticmethod
+    def _measured(
+        transform: ImageTransform, part: ImagePart, rng: Draws | None, num_images: int
+    ) -> tuple[MediaItem, ...]:
         if part.size is not None:
-            return self._transform.measure(part.size, rng, num_images)
+            return transform.measure(part.size, rng, num_images)
         header = image_size(part.data)
-        return self._transform.measure((header.height, header.width), rng, num_images)
+        return transform.measure((header.height, header.width), rng, num_images)
 
     def _check_counts(self, draft: _Draft) -> None:
         features = [(item.embedded, item.num_features(self.spec)) for item in draft.items]  # Attended grids too.

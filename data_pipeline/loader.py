@@ -18,6 +18,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.collate import collate, concatenate
 from data_pipeline.config import DataConfig
+from data_pipeline.document import Empty, plain_empty
 from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import DataConfigError, DataPipelineError, TooManyFaultsError
 from data_pipeline.faults import Skipped
@@ -45,6 +47,10 @@ from data_pipeline.transport import Inbox, Outbox, Parcel
 
 __all__ = ["DocumentBuilder", "Loader", "LoaderState", "StepBatch", "null_document", "read_samples"]
 
+_MOST_AHEAD = 4
+"""Samples that are decoded at once: of more of them the bytes would not stay in the processor's cache meanwhile."""
+_DECODE_THREADS = 2
+"""Without workers. While one waits for Python's lock, the other decodes."""
 _M_ARENA_MAX = -8
 """Of glibc's malloc.h."""
 
@@ -110,6 +116,10 @@ class _LaneRows:
         tokenizer = load_tokenizer(config.tokenizer)
         self._worker = worker
         self._outbox = Outbox(shared=is_apart)
+        # In the caller's process images are decoded beside what it does. Threads write late: into memory nobody moves.
+        self._threads = None if is_apart else ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="decode")
+        self._in_order = is_apart and config.packing.look_ahead == 1
+        empty = self._outbox.empty if self._in_order else plain_empty
         self._step = plan.first_step
         self._spec = spec
         budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
@@ -125,13 +135,17 @@ class _LaneRows:
         self._packers: dict[int, Packer] = {}
         for lane in share:
             state = plan.lanes[lane]
-            self._streams[lane] = LaneStream(config, self._datasets, schedule, lane, budget, state)
+            self._streams[lane] = LaneStream(
+                config, self._datasets, schedule, lane, budget, state, empty, self._threads
+            )
             self._packers[lane] = Packer(self._streams[lane], budget, lane, state.waiting)
         for stream in self._streams.values():
             stream.prepare()
 
     def close(self) -> None:
         """Ends what is under way."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
         self._storage.close()
 
     def step(self) -> _Rows:
@@ -140,25 +154,43 @@ class _LaneRows:
             stream.step = self._step
         self._step += 1
         try:
-            packs = [packer.next_pack() for packer in self._packers.values()]
+            packs = [self._next_pack(lane) for lane in self._packers]
         except TooManyFaultsError as error:
             error.skipped = self._take_skipped()
             raise
-        batches = tuple(collate([pack], self._spec, self._outbox.empty) for pack in packs)
+        batches = tuple(collate([pack], self._spec, self._outbox.join) for pack in packs)
         states = [
             LaneState(*packer.state(), stream.faults()).to_integers()
             for packer, stream in zip(self._packers.values(), self._streams.values(), strict=True)
         ]
+        parcel = self._outbox.wrap(batches)
+        if self._in_order:
+            for lane in self._packers:
+                self._move(lane, plain_empty)
         return _Rows(
             worker=self._worker,
             lanes=tuple(self._streams),
-            batches=self._outbox.wrap(batches),
+            batches=parcel,
             states=tuple(states),
             skipped=self._take_skipped(),
             num_cut=sum(document.is_cut for pack in packs for document in pack.documents),
             drawn=tuple(pack.drawn for pack in packs),
             exhausted=all(packer.exhausted for packer in self._packers.values()),
         )
+
+    def _next_pack(self, lane: int) -> Pack:
+        """The pack; if documents are packed as they come, its patches lie behind each other in the parcel at once."""
+        if self._in_order:
+            self._move(lane, self._outbox.empty)
+        pack = self._packers[lane].next_pack()
+        # What is left of those that were decoded ahead waits for the next step: few of a pack, however large they are.
+        self._streams[lane].ahead = max(1 if self._threads is None else 2, min(_MOST_AHEAD, len(pack.documents) // 8))
+        return pack
+
+    def _move(self, lane: int, empty: Empty) -> None:
+        """Moves what waits for later steps, in the order in which it was made."""
+        self._packers[lane].move(empty)
+        self._streams[lane].move(empty)
 
     def _take_skipped(self) -> tuple[Skipped, ...]:
         return tuple(skip for stream in self._streams.values() for skip in stream.take_skipped())

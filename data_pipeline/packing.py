@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from data_pipeline.config import PackingConfig
 from data_pipeline.cutting import longest_part, split
-from data_pipeline.document import Document
+from data_pipeline.document import Document, Empty
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.state import Drawn, StreamPosition
@@ -213,6 +213,10 @@ class Packer:
     def state(self) -> tuple[StreamPosition, tuple[Drawn, ...]]:
         """Where the source stands, and the places of the documents that wait, the oldest first."""
         return self._source.position(), tuple(waiting.drawn for waiting in self._waiting)
+
+    def move(self, empty: Empty) -> None:
+        """Copies the patches of the documents that wait into memory that ``empty`` gives."""
+        self._waiting = [waiting._replace(document=waiting.document.moved(empty)) for waiting in self._waiting]
 
     def _fill(self) -> None:
         while self._more and len(self._waiting) < self._budget.config.look_ahead:

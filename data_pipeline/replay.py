@@ -9,6 +9,7 @@ holds yet, and tests of the ledger. Not for: steps that it holds (``ledger`` rea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ from data_pipeline.packing import Budget, Packer
 from data_pipeline.sample import Sample
 from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition, schedule_of
 from data_pipeline.storage.storage import Storage
-from data_pipeline.stream import LaneSource, LaneStream, OpenDataset, Source
+from data_pipeline.stream import LaneSource, LaneStream, OpenDataset, Outlining, Source
 from data_pipeline.tokenizer import load_tokenizer
 
 Skips = Mapping[tuple[str, int, int], str]
@@ -112,7 +113,7 @@ class Replay:
         for dataset in config.datasets:
             opened = OpenDataset.open(dataset, config.order, seed, tokenizer, spec, known, storage)
             outlines = _Outlines(opened.source, dataset.name, skipped or {})
-            self._datasets.append(replace(opened, source=outlines, build=opened.measure))
+            self._datasets.append(replace(opened, source=outlines, outline=_measuring(opened)))
         sizes = {dataset.config.name: dataset.source.num_samples for dataset in self._datasets}
         self._config, self._schedule = config, schedule_of(config, sizes)
         names = [dataset.name for dataset in config.datasets]
@@ -171,3 +172,8 @@ class Replay:
             reasons = [skip.reason for skip in stream.take_skipped()]
             raise SampleError(reasons[0] if reasons else f"it has no part {drawn.part} any more")
         return document
+
+
+def _measuring(opened: OpenDataset) -> Outlining:
+    """Documents without pixels."""
+    return lambda sample, draws, _: functools.partial(opened.measure, sample, draws)

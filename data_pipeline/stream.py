@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from data_pipeline.config import DataConfig, DatasetConfig, OrderConfig
-from data_pipeline.document import Document
+from data_pipeline.document import Document, Empty, plain_empty
 from data_pipeline.documents import DocumentBuilder
 from data_pipeline.draws import Draws, SampleDraws
 from data_pipeline.errors import DataConfigError, SampleError
@@ -17,10 +19,11 @@ from data_pipeline.indexed import IndexedLane, IndexedSet
 from data_pipeline.known_faults import RunFaults, SetFaults
 from data_pipeline.lanes import Cursor, Place
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.mixture import Mixture, Schedule
+from data_pipeline.mixture import Schedule
 from data_pipeline.packing import Budget, Made
 from data_pipeline.reader import SampleReader
 from data_pipeline.sample import Sample
+from data_pipeline.sequence import LaneSequence
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn, LaneState, StreamPosition
 from data_pipeline.storage.storage import Storage
@@ -33,8 +36,11 @@ def dataset_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
 
 
-Build = Callable[[Sample, Draws | None], Document]
-"""Makes a sample's document; answers and augmentation are drawn."""
+Outline = Callable[[], Document]
+"""A document whose images are decoded when it is called."""
+
+Outlining = Callable[[Sample, Draws | None, Empty], Outline]
+"""Plans a sample's document: answers and augmentation are drawn, its patches will go into memory that is asked for."""
 
 
 class LaneSource(Protocol):
@@ -71,8 +77,8 @@ class OpenDataset:
     config: DatasetConfig
     seed: int
     source: Source
-    build: Build
-    measure: Build
+    outline: Outlining
+    measure: Callable[[Sample, Draws | None], Document]
 
     @classmethod
     def open(
@@ -91,9 +97,9 @@ class OpenDataset:
             ManifestError: the manifest is missing or damaged.
             DataConfigError: it is empty or wholly excluded, or the transforms do not fit the model.
         """
-        build = DocumentBuilder(config, tokenizer, spec)
+        builder = DocumentBuilder(config, tokenizer, spec)
         seed = dataset_seed(seed, config.name)
-        return cls(config, seed, _open_source(config, order, seed, faults, storage), build, build.measure)
+        return cls(config, seed, _open_source(config, order, seed, faults, storage), builder.outline, builder.measure)
 
 
 def _open_source(
@@ -109,6 +115,26 @@ def _open_source(
     return IndexedSet(reader, seed, order, SetFaults(faults, reader))
 
 
+class _Coming(NamedTuple):
+    """A sample that was drawn ahead.
+
+    Attributes:
+        drawn: The sample.
+        after: The position behind it.
+        document: It, or what went wrong with it; a promise where threads decode; None if it was known for bad.
+    """
+
+    drawn: Drawn
+    after: StreamPosition
+    document: Document | Exception | Future[Document] | None
+
+    def get(self) -> Document | None:
+        """The document; raises what went wrong."""
+        if isinstance(self.document, Exception):
+            raise self.document
+        return self.document.result() if isinstance(self.document, Future) else self.document
+
+
 class LaneStream:
     """Documents of one lane, one after the other: a ``packing.Source``.
 
@@ -119,9 +145,13 @@ class LaneStream:
         lane: This lane.
         budget: Refuses documents that no pack can hold.
         state: Where to go on.
+        empty: Where patches go.
+        threads: Decode images; None decodes in the caller's thread.
 
     Attributes:
         step: The step whose pack is being made, for the schedule; the caller sets it.
+        ahead: Samples that are drawn, read and decoded at once, before their turn comes. It changes no document, no
+            position and no count of faults.
     """
 
     def __init__(
@@ -132,15 +162,22 @@ class LaneStream:
         lane: int,
         budget: Budget,
         state: LaneState,
+        empty: Empty = plain_empty,
+        threads: Executor | None = None,
     ) -> None:
         self.step = 0
+        self.ahead = 1
         self._lane = lane
         self._datasets = datasets
-        self._schedule = schedule
         self._budget = budget
+        self._empty = empty
+        self._threads = threads
         self._sources = [dataset.source.lane(lane, config.lanes) for dataset in datasets]
+        max_epochs = [dataset.config.max_epochs for dataset in datasets]
+        self._sequence = LaneSequence(self._sources, max_epochs, schedule, lane)
         self._position = state.position
-        self._mixtures: dict[tuple[int, int], Mixture | None] = {}
+        self._coming: deque[_Coming] = deque()
+        self._is_clear = True  # Whether more may be drawn before what is coming was tried.
         self._policy = FaultPolicy(config.faults, state.faults)
         self._skipped: list[Skipped] = []
         self._remade: tuple[Drawn, list[Document]] | None = None
@@ -160,11 +197,17 @@ class LaneStream:
             TooManyFaultsError: too many bad samples.
             DataPipelineError: a shard is missing, stale or damaged; or a bad sample under ``fail``.
         """
-        drawn = self._draw()
-        if drawn is None:
+        if self._coming and not self._sequence.is_current(self._coming[0].after, self.step):
+            self._coming.clear()  # Other weights hold now.
+        self._is_clear = self._is_clear or not self._coming
+        if not self._coming or self._threads is not None:  # Threads decode while the caller reads on.
+            self._look_ahead()
+        if not self._coming:
             return None
-        documents = self._attempt(drawn)
-        return [Made(drawn._replace(part=part), document) for part, document in enumerate(documents)]
+        coming = self._coming.popleft()
+        self._position = coming.after
+        documents = self._attempt(coming.drawn, coming)
+        return [Made(coming.drawn._replace(part=part), document) for part, document in enumerate(documents)]
 
     def remake(self, drawn: Drawn) -> Document | None:
         """A document that was drawn before, again; None if its sample went bad meanwhile.
@@ -175,7 +218,7 @@ class LaneStream:
         sample = drawn._replace(part=0)
         if self._remade is None or self._remade[0] != sample:  # Parts of one sample wait one behind the other.
             try:  # What went well before says nothing new about how many of the last samples were bad.
-                documents = self._documents(sample)
+                documents = self._admit(self._outline(sample)())
             except Exception:  # The policy decides.
                 documents = self._attempt(sample)
             self._remade = (sample, documents)
@@ -188,59 +231,80 @@ class LaneStream:
             if isinstance(source, IndexedLane):
                 source.prepare(cursor)
 
+    def move(self, empty: Empty) -> None:
+        """Copies the patches that were decoded ahead into memory that ``empty`` gives."""
+        self._coming = deque(
+            coming._replace(document=coming.document.moved(empty)) if isinstance(coming.document, Document) else coming
+            for coming in self._coming
+        )
+
     def take_skipped(self) -> tuple[Skipped, ...]:
         """Samples skipped since the last call."""
         skipped, self._skipped = tuple(self._skipped), []
         return skipped
 
-    def _draw(self) -> Drawn | None:
-        position = self._enter_phase(self._schedule.phase(self.step), self._position.exhausted)
-        while (mixture := self._mixture(position.phase, position.exhausted)) is not None:
-            chosen = mixture.choose(position.draws)
-            place, after = self._sources[chosen].resolve(position.cursors[chosen])
-            most = self._datasets[chosen].config.max_epochs
-            if most is not None and place.epoch >= most:
-                position = self._enter_phase(position.phase, position.exhausted | 1 << chosen)
-                continue
-            draws, cursors = list(position.draws), list(position.cursors)
-            draws[chosen] += 1
-            cursors[chosen] = after
-            self._position = StreamPosition(tuple(draws), tuple(cursors), position.phase, position.exhausted)
-            return Drawn(chosen, place.epoch, place.sample)
-        return None
+    def _look_ahead(self) -> None:
+        """Draws and reads some samples, then decodes them: either goes faster when the processor has it at hand."""
+        position = self._coming[-1].after if self._coming else self._position
+        begun = list[tuple[Drawn, StreamPosition, Outline | Exception | None]]()
+        while self._is_clear and len(self._coming) + len(begun) < self.ahead:
+            drawn, position = self._sequence.draw(position, self.step)
+            if drawn is None:
+                break
+            outline = self._begin(drawn)
+            begun.append((drawn, position, outline))
+            # What failed may have cost its whole shard; and a pipe cannot go back to say more about a sample.
+            self._is_clear = not isinstance(outline, Exception) and isinstance(
+                self._sources[drawn.dataset], IndexedLane
+            )
+        if not begun and not self._coming:
+            self._position = position
+        for drawn, after, outline in begun:
+            made = self._decode(outline) if callable(outline) else outline
+            self._coming.append(_Coming(drawn, after, made))
 
-    def _enter_phase(self, phase: int, exhausted: int) -> StreamPosition:
-        """The position, its draws counted anew if the mixture is another one now."""
-        position = self._position
-        if (phase, exhausted) != (position.phase, position.exhausted):
-            fresh = (0,) * len(position.draws)
-            position = self._position = StreamPosition(fresh, position.cursors, phase, exhausted)
-        return position
+    def _begin(self, drawn: Drawn) -> Outline | Exception | None:
+        """The sample without its pixels, or why not; None if it need not be tried."""
+        if self._sources[drawn.dataset].known(drawn.sample).recall() is not None:
+            return None
+        try:
+            return self._outline(drawn)
+        except Exception as error:  # Its turn comes when the samples before it were counted.
+            return error
 
-    def _mixture(self, phase: int, exhausted: int) -> Mixture | None:
-        """The mixture of what is left in a phase; None if nothing is."""
-        key = (phase, exhausted)
-        if key not in self._mixtures:
-            weights = [0.0 if exhausted >> i & 1 else w for i, w in enumerate(self._schedule.weights[phase])]
-            self._mixtures[key] = Mixture(weights, self._lane) if any(weights) else None
-        return self._mixtures[key]
+    def _decode(self, outline: Outline) -> Document | Exception | Future[Document]:
+        if self._threads is not None:
+            return self._threads.submit(outline)
+        try:
+            return outline()
+        except Exception as error:
+            return error
 
-    def _attempt(self, drawn: Drawn) -> list[Document]:
+    def _attempt(self, drawn: Drawn, coming: _Coming | None = None) -> list[Document]:
         """The documents of a sample; none if it is skipped, which is noted."""
-        dataset = self._datasets[drawn.dataset]
+
+        def make() -> list[Document]:
+            document = coming.get() if coming is not None else None
+            return self._admit(self._outline(drawn)() if document is None else document)
+
         known = self._sources[drawn.dataset].known(drawn.sample)
-        result = self._policy.attempt(lambda: self._documents(drawn), known)
+        result = self._policy.attempt(make, known)
         if isinstance(result, Fault):
-            origin = (dataset.config.name, drawn.epoch, drawn.sample, self._lane)
+            origin = (self._datasets[drawn.dataset].config.name, drawn.epoch, drawn.sample, self._lane)
             self._skipped.append(self._policy.skipped(result, *origin, known.offset()))
             return []
         return result
 
-    def _documents(self, drawn: Drawn) -> list[Document]:
+    def _outline(self, drawn: Drawn) -> Outline:
         dataset = self._datasets[drawn.dataset]
         sample = self._sources[drawn.dataset].read(drawn.sample, drawn.epoch)
-        document = dataset.build(sample, SampleDraws(dataset.seed, Place(drawn.sample, drawn.epoch)))
+        draws = SampleDraws(dataset.seed, Place(drawn.sample, drawn.epoch))
+        return dataset.outline(sample, draws, self._empty)
+
+    def _admit(self, document: Document) -> list[Document]:
         try:
             return self._budget.admit(document)
         except SampleError as error:
-            raise error.located(sample.provenance.shard, sample.provenance.key) from error
+            origin = document.provenance
+            assert origin is not None, "only null documents come from nowhere"
+            raise error.located(origin.shard, origin.key) from error

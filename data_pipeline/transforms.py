@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -21,13 +22,13 @@ from pydantic import Field
 
 from data_pipeline.augment import AugmentConfig, crop_box, jitter
 from data_pipeline.decode.image import DecodeMode, Scratch, decode_image, too_many_pixels
-from data_pipeline.document import MediaItem
+from data_pipeline.document import Empty, MediaItem, plain_empty
 from data_pipeline.draws import Draws
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.image_layout import ImageLayoutConfig
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.native_sizes import Size, area_size, lifted, longest_side_size, shrunk_size
-from data_pipeline.shards.image_header import image_size
+from data_pipeline.shards.image_header import ImageSize, image_size
 from data_pipeline.strict import StrictConfig
 from data_pipeline.tilings import InternvlTiling, Tile, Tiled, TilingConfig, single_tile
 from data_pipeline.views import Canvas, ImagePlan, View, render
@@ -213,7 +214,28 @@ class ImageTransform:
         Raises:
             SampleError: the image cannot be decoded, is refused, or is not what the index says.
         """
-        config = self.config
+        views, draw = self.outline(data, rng, expected, num_images)
+        draw()
+        return views
+
+    def outline(
+        self,
+        data: bytes,
+        rng: Draws | None = None,
+        expected: Size | None = None,
+        num_images: int = 1,
+        empty: Empty = plain_empty,
+    ) -> tuple[tuple[MediaItem, ...], Callable[[], None]]:
+        """The views before they have pixels, and what draws these: any thread may, once.
+
+        Args:
+            data, rng, expected, num_images: As for the views.
+            empty: Where the pixels go.
+
+        Raises:
+            SampleError: the image is refused by its header or is not what the index says. Drawing raises the same when
+                it cannot be decoded.
+        """
         header = image_size(data)
         size = (header.height, header.width)
         if expected is not None and expected != size:
@@ -222,7 +244,12 @@ class ImageTransform:
                 "Build it again with: mmscale data index",
                 kind=FaultKind.DECODE,
             )
-        plan = self.plan(size, rng, num_images)
+        plan, patch_dim = self.plan(size, rng, num_images), self.spec.patch_dim
+        views = tuple(_item(empty(math.prod(view.grid), patch_dim), view) for view in plan.views)
+        return views, functools.partial(self._draw, data, header, plan, views)
+
+    def _draw(self, data: bytes, header: ImageSize, plan: ImagePlan, views: Sequence[MediaItem]) -> None:
+        config = self.config
         pixels = decode_image(
             data,
             mode=config.decode,
@@ -237,8 +264,7 @@ class ImageTransform:
                 f"its header says {header.width}x{header.height} pixels, the decoder gave {width}x{height}",
                 kind=FaultKind.DECODE,
             )
-        values = render(pixels, plan, self.spec.patch_size, config.interpolation)
-        return tuple(_item(patches, view) for patches, view in zip(values, plan.views, strict=True))
+        render(pixels, plan, self.spec.patch_size, config.interpolation, [view.values for view in views])
 
     def measure(self, size: Size, rng: Draws | None = None, num_images: int = 1) -> tuple[MediaItem, ...]:
         """The views that an image of this size gives, with black pixels that take no memory.

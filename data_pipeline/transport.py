@@ -1,8 +1,8 @@
 """Batches on their way to the consumer: tensors in a few buffers that go round, everything else beside them.
 
-    worker    Outbox: collate --empty--> buffer, wrap --> Parcel --queue--> Inbox: open --> batches    consumer
-                        ^                                                             |
-                        '---- the buffer is free again: its first byte, set when the last tensor in it is gone
+    worker    Outbox: empty, join --> buffer, wrap --> Parcel --queue--> Inbox: open --> batches    consumer
+                           ^                                                          |
+                           '--- the buffer is free again: its first byte, set when the last tensor in it is gone
 
 Fresh memory costs a page fault every 4 KiB and, between processes, a conversation to hand it over. A buffer that goes
 round costs neither; there are as many as batches are alive at once. Shared ones have no name, so that a killed process
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
@@ -31,10 +31,6 @@ _LEAST_BYTES = 1 << 16
 _SPARE = 1.25
 """A new buffer is larger than what is put in by this, so that it suits later batches too. Pages that nobody writes take
 no memory."""
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -91,17 +87,51 @@ class Outbox:
     _usual: int = 0
     """Bytes of the parcel before."""
     _places: dict[int, _Place] = field(default_factory=dict)
-    """What ``empty`` gave out for this parcel, by address."""
+    """What ``join`` gave out for this parcel, by address."""
 
-    def empty(self, rows: int, columns: int) -> Tensor:
-        """uint8 ``(rows, columns)`` that travels without another copy."""
-        place = self._place(torch.uint8, (rows, columns))
+    def empty(self, rows: int, columns: int) -> npt.NDArray[np.uint8]:
+        """uint8 ``(rows, columns)``, behind what was given before as far as there is room: see ``join``.
+
+        Whoever keeps it beyond ``wrap`` must copy it.
+        """
+        num_bytes = rows * columns
+        if not self._used and self._usual:
+            self._open(num_bytes)
+        if not self._used or self._end + num_bytes > self._buffers[self._used[-1]].numel():
+            return np.empty((rows, columns), dtype=np.uint8)
+        buffer = self._buffers[self._used[-1]].numpy()
+        self._end += num_bytes
+        self._filled += num_bytes
+        return buffer[self._end - num_bytes : self._end].reshape(rows, columns)
+
+    def join(self, arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        """Arrays of equally many columns as one tensor that travels without another copy.
+
+        Without any copy, if ``empty`` gave them one behind the other.
+        """
+        rows, columns = sum(len(array) for array in arrays), arrays[0].shape[1]
+        place = self._found(arrays, rows, columns) or self._place(torch.uint8, (rows, columns))
         tensor = place.within(self._buffers[place.buffer])
+        if tensor.data_ptr() != _address(arrays[0]):
+            np.concatenate(arrays, out=tensor.numpy())
         self._places[tensor.data_ptr()] = place
         return tensor
 
+    def _found(self, arrays: Sequence[npt.NDArray[np.uint8]], rows: int, columns: int) -> _Place | None:
+        """Where the arrays lie, if they do so one behind the other."""
+        first = end = _address(arrays[0])
+        for array in arrays:
+            if _address(array) != end or not array.flags.c_contiguous:
+                return None
+            end += array.nbytes
+        for number in self._used:
+            start = first - self._buffers[number].data_ptr()
+            if 0 < start < self._buffers[number].numel():
+                return _Place(number, start, torch.uint8, (rows, columns))
+        return None
+
     def wrap(self, batches: tuple[MultimodalBatch, ...]) -> Parcel:
-        """A parcel with all tensors; those that ``empty`` did not give are copied."""
+        """A parcel with all tensors; those that ``join`` did not give are copied."""
 
         def store(tensor: Tensor) -> _Place:
             place = self._places.get(tensor.data_ptr())
@@ -111,7 +141,7 @@ class Outbox:
             return place
 
         emptied = _map(batches, Tensor, store)
-        new = {number: self._buffers[number] for number in self._new if number in self._buffers}
+        new = {number: self._buffers[number] for number in self._new}
         parcel = Parcel(emptied, tuple(self._used), new, tuple(self._gone))
         self._usual, self._filled = self._filled, 0
         self._places, self._used, self._new, self._gone = {}, [], [], []
@@ -119,14 +149,19 @@ class Outbox:
 
     def _place(self, dtype: torch.dtype, shape: tuple[int, ...]) -> _Place:
         """Room for a tensor."""
-        num_bytes = _aligned(int(torch.Size(shape).numel()) * dtype.itemsize)
-        if not self._used or self._end + num_bytes > self._buffers[self._used[-1]].numel():
-            self._used.append(self._take(_HEADER_BYTES + max(num_bytes, self._usual - self._filled)))
-            self._end = _HEADER_BYTES
-        place = _Place(self._used[-1], self._end, dtype, shape)
-        self._end += num_bytes
-        self._filled += num_bytes
-        return place
+        num_bytes = int(torch.Size(shape).numel()) * dtype.itemsize
+        start = -(-self._end // _ALIGNMENT) * _ALIGNMENT
+        if not self._used or start + num_bytes > self._buffers[self._used[-1]].numel():
+            self._open(num_bytes)
+            start = self._end
+        self._end = start + num_bytes
+        self._filled += num_bytes + _ALIGNMENT
+        return _Place(self._used[-1], start, dtype, shape)
+
+    def _open(self, num_bytes: int) -> None:
+        """Goes on in another buffer, with room for so much and for what the parcel usually holds further."""
+        self._used.append(self._take(_HEADER_BYTES + max(num_bytes, self._usual - self._filled)))
+        self._end = _HEADER_BYTES
 
     def _take(self, num_bytes: int) -> int:
         """The smallest free buffer that has the room; or else a new one, instead of a free one that is too small."""
@@ -178,6 +213,10 @@ def _lend(buffer: npt.NDArray[np.uint8]) -> Tensor:
 def _release(buffer: npt.NDArray[np.uint8], owner: int) -> None:
     if os.getpid() == owner:  # A fork ends its copies of the tensors, not the batch.
         buffer[0] = 0
+
+
+def _address(array: npt.NDArray[np.uint8]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:

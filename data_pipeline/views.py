@@ -1,6 +1,6 @@
 """What becomes of one image, decided from its size alone: a plan, and the pixels that carry it out.
 
-    size, draws --ImageTransform.plan--> ImagePlan --render(pixels)--> one array of patches a view
+    size, draws --ImageTransform.plan--> ImagePlan --render(pixels)--> patches of each view
 
 A plan knows every grid, so a document can be measured without decoding anything. Not for: which plan an image gets
 (``transforms``), decoding (``decode``).
@@ -85,21 +85,28 @@ class ImagePlan:
         return height, width
 
 
-def render(pixels: Pixels, plan: ImagePlan, patch_size: int, interpolation: str) -> list[npt.NDArray[np.uint8]]:
-    """Patches of every view, uint8 ``(P, patch_dim)`` each.
+def render(
+    pixels: Pixels, plan: ImagePlan, patch_size: int, interpolation: str, out: Sequence[npt.NDArray[np.uint8]]
+) -> None:
+    """Writes the patches of every view.
 
     Args:
         pixels: The decoded image, of ``plan.size`` or, from a decoder that scales, smaller.
         plan: What to do.
         patch_size: Side of a patch, pixels.
         interpolation: Resize filter.
+        out: Where they go, uint8 ``(P, patch_dim)`` for each view.
     """
     if plan.box is not None:
         pixels = cut(pixels, _scaled(plan.box, plan.size, pixels.shape))
     if plan.flip:
         pixels = pixels[:, ::-1].copy()  # ascontiguousarray keeps the negative stride of a single column.
     canvases = [_draw(pixels, canvas, plan.color, interpolation) for canvas in plan.canvases]
-    return [_patches(canvases[view.canvas], view, patch_size) for view in plan.views]
+    for view, patches in zip(plan.views, out, strict=True):
+        height, width = view.grid[1] * patch_size, view.grid[2] * patch_size
+        patchify(
+            canvases[view.canvas][view.top : view.top + height, view.left : view.left + width], patch_size, patches
+        )
 
 
 def _scaled(box: Box, size: Size, shape: Sequence[int]) -> Box:
@@ -121,11 +128,6 @@ def _draw(pixels: Pixels, canvas: Canvas, color: ColorChange | None, interpolati
     return pixels if color is None else color(pixels)
 
 
-def _patches(canvas: Pixels, view: View, patch_size: int) -> npt.NDArray[np.uint8]:
-    height, width = view.grid[1] * patch_size, view.grid[2] * patch_size
-    return patchify(canvas[view.top : view.top + height, view.left : view.left + width], patch_size)
-
-
 def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels:
     """Antialiased resize; ``pixels`` itself if it already fits, else a view of planes, ready to be cut into patches.
 
@@ -140,19 +142,15 @@ def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels
     return out[0].permute(1, 2, 0).numpy()
 
 
-def patchify(pixels: Pixels, patch_size: int) -> npt.NDArray[np.uint8]:
-    """``(H, W, C)`` to ``(P, C * patch_size**2)``: patches row-major, each in order (channel, row, column).
-
-    Always a copy: ``pixels`` may be memory that the next image takes.
-    """
+def patchify(pixels: Pixels, patch_size: int, out: npt.NDArray[np.uint8]) -> None:
+    """``(H, W, C)`` to ``(P, C * patch_size**2)``: patches row-major, each in order (channel, row, column)."""
     height, width, channels = pixels.shape
     rows, columns = height // patch_size, width // patch_size
-    patches = np.empty((rows, columns, channels, patch_size, patch_size), dtype=np.uint8)
+    patches = out.reshape(rows, columns, channels, patch_size, patch_size)
     if pixels.strides[1] == 1:  # Planes, as ``resize`` gives them: a row of a patch is one piece of memory.
         piece = np.dtype((np.void, patch_size))
         planes = pixels.transpose(2, 0, 1).view(piece).reshape(channels, rows, patch_size, columns)
         np.copyto(patches.view(piece)[..., 0], planes.transpose(1, 3, 0, 2))
     else:
-        split = pixels.reshape(rows, patch_size, columns, patch_size, channels)
-        np.copyto(patches, split.transpose(0, 2, 4, 1, 3))
-    return patches.reshape(rows * columns, channels * patch_size**2)
+        parts = pixels.reshape(rows, patch_size, columns, patch_size, channels)
+        np.copyto(patches, parts.transpose(0, 2, 4, 1, 3))

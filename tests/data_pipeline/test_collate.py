@@ -22,7 +22,7 @@ from data_pipeline.state import LaneState, StreamPosition
 from data_pipeline.storage.storage import Storage
 from data_pipeline.stream import LaneStream, OpenDataset
 from data_pipeline.tokenizer import load_tokenizer
-from data_pipeline.transport import shared_empty, wrap
+from data_pipeline.transport import Inbox, Outbox
 
 
 def assert_same(a: object, b: object) -> None:
@@ -111,25 +111,14 @@ def test_concatenating_batches_is_collating_their_packs_together(packs: list[Pac
     assert_same(together, collate(packs, spec))
 
 
-def test_a_parcel_gives_back_what_was_put_in(packs: list[Pack], spec: MediaSpec) -> None:
-    batches = (collate(packs, spec), collate([Pack((null_document(spec, 0),), -1)], spec))
-    for before, after in zip(batches, wrap(batches).open(), strict=True):
-        assert_same(before, after)
-
-
-def test_patches_of_a_large_batch_travel_without_a_copy(
-    packs: list[Pack], spec: MediaSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = collate(packs, spec)
-    assert not plain.media["image"].values.is_shared()
-    assert not collate(packs, spec, shared_empty).media["image"].values.is_shared(), "it is small"
-    monkeypatch.setattr("data_pipeline.transport._WORTH_BYTES", 1)
-    large = collate(packs, spec, shared_empty)
-    parcel = wrap((large,))
-    (opened,) = parcel.open()
-    assert_same(opened, plain)
-    assert opened.media["image"].values.data_ptr() == large.media["image"].values.data_ptr()
-    assert parcel.buffer.is_shared()
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_parcel_gives_back_what_was_put_in(packs: list[Pack], spec: MediaSpec, shared: bool) -> None:
+    outbox, inbox = Outbox(shared=shared), Inbox()
+    everything = [packs, [Pack((null_document(spec, 0),), -1)]]
+    for _ in range(3):
+        sent = inbox.open(outbox.wrap(tuple(collate(some, spec, outbox.join) for some in everything)))
+        for some, opened in zip(everything, sent, strict=True):
+            assert_same(opened, collate(some, spec))
 
 
 def test_a_text_model_has_no_media() -> None:

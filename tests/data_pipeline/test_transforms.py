@@ -38,9 +38,15 @@ def _roles(views: tuple[MediaItem, ...]) -> list[bool]:
     return [view.embedded for view in views]
 
 
+def patches_of(pixels: np.ndarray, size: int) -> np.ndarray:
+    out = np.empty((pixels.shape[0] * pixels.shape[1] // size**2, 3 * size**2), dtype=np.uint8)
+    patchify(pixels, size, out)
+    return out
+
+
 def test_patches_are_row_major_and_channel_first() -> None:
     pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-    patches = patchify(pixels, 2)
+    patches = patches_of(pixels, 2)
     assert patches.shape == (6, 12)
     for row in range(2):
         for column in range(3):
@@ -100,8 +106,8 @@ def test_tiles_cover_the_image_in_reading_order() -> None:
     data = _image(16, 32)
     left, right, _overview = _transform(SPEC, kind="tiles", tiling={"kind": "internvl", "max_tiles": 2})(data)
     pixels = np.asarray(Image.open(io.BytesIO(data)))
-    np.testing.assert_array_equal(left.values, patchify(pixels[:, :16], 8))
-    np.testing.assert_array_equal(right.values, patchify(pixels[:, 16:], 8))
+    np.testing.assert_array_equal(left.values, patches_of(pixels[:, :16], 8))
+    np.testing.assert_array_equal(right.values, patches_of(pixels[:, 16:], 8))
 
 
 def test_keep_aspect_pads_with_white() -> None:
@@ -122,7 +128,7 @@ def test_augmentation_is_a_pure_function_of_its_generator() -> None:
 def test_without_generator_nothing_is_augmented() -> None:
     data = _image(16, 16)
     (view,) = _transform(SPEC, kind="fixed", augment=AUGMENT)(data)
-    np.testing.assert_array_equal(view.values, patchify(np.asarray(Image.open(io.BytesIO(data))), 8))
+    np.testing.assert_array_equal(view.values, patches_of(np.asarray(Image.open(io.BytesIO(data))), 8))
 
 
 @given(seed=st.integers(0, 1000), height=st.integers(1, 40), width=st.integers(1, 40))

@@ -23,7 +23,7 @@ from data_pipeline.packing import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.templates import AnnotationsTemplate, BranchPiece, CaptionTemplate, EndPiece, TextPiece
 from data_pipeline.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
-from data_pipeline.transport import wrap
+from data_pipeline.transport import Inbox, Outbox
 from tests.data_pipeline.conftest import picture
 from tests.data_pipeline.test_collate import assert_same
 
@@ -139,7 +139,8 @@ def test_batches_with_branches_join_and_travel(builder: DocumentBuilder, order: 
     packs = [Pack((document if kind == "b" else _plain(document),), lane) for lane, kind in enumerate(order)]
     together = collate(packs, SPEC)
     joined = concatenate([collate([pack], SPEC) for pack in packs], SPEC)
-    for ours, expected in ((joined, together), (wrap((together,)).open()[0], together)):
+    (sent,) = Inbox().open(Outbox(shared=True).wrap((together,)))
+    for ours, expected in ((joined, together), (sent, together)):
         assert_same(ours, expected)
         assert isinstance(ours.branched, BranchedSegments) == ("b" in order)
         if ours.branched is not None and expected.branched is not None:
