@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -41,13 +42,14 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
     if not documents:
         raise ValueError("a batch needs at least one document")
     loss_weights = np.concatenate([document.loss_weights for document in documents])
-    valid = np.concatenate([np.full(document.num_tokens, not document.is_null) for document in documents])
+    lengths = [document.num_tokens for document in documents]
+    valid = np.repeat([not document.is_null for document in documents], lengths)
     return MultimodalBatch(
         token_ids=_int64([document.token_ids for document in documents]),
         labels=_int64([document.labels for document in documents]),
         loss_weights=torch.from_numpy(loss_weights),
         position_ids=_int64([document.position_ids for document in documents]),
-        segments=Segments.from_lengths([document.num_tokens for document in documents]),
+        segments=Segments.from_lengths(lengths),
         valid=torch.from_numpy(valid),
         media={} if spec.placement is Placement.NONE else {IMAGE: _media(documents, spec, join)},
         pairs=_pairs(documents),
@@ -83,8 +85,8 @@ def _pairs(documents: Sequence[Document]) -> Tensor:
 def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaBlock:
     items = [item for document in documents for item in document.items]
     # The tower makes rows of all features, item after item; each item hands on its kept ones.
-    starts = np.cumsum([0, *(spec.num_features(item.grid) for item in items)], dtype=np.int64)
-    rows = [start + item.kept_features(spec) for start, item in zip(starts[:-1], items, strict=True)]
+    starts = itertools.accumulate((spec.num_features(item.grid) for item in items), initial=0)
+    rows = [item.kept_features(spec, start) for start, item in zip(starts, items, strict=False)]
     source = [row for row, item in zip(rows, items, strict=True) if item.embedded]
     dest, keys, span_tokens, span_keys = [], [], [], []
     first_token = first_item = 0

@@ -73,13 +73,13 @@ class MediaItem:
     def num_patches(self) -> int:
         return int(self.values.shape[0])
 
-    def kept_features(self, spec: MediaSpec) -> npt.NDArray[np.int64]:
-        """Which of the features that the tower makes of it are handed on: row-major numbers, ascending.
+    def kept_features(self, spec: MediaSpec, first: int = 0) -> npt.NDArray[np.int64]:
+        """Which of the features that the tower makes of it are handed on: row-major numbers from ``first``, ascending.
 
         Raises:
             SampleError: as ``MediaSpec.num_features``.
         """
-        numbers = np.arange(spec.num_features(self.grid))
+        numbers = np.arange(first, first + spec.num_features(self.grid))
         if self.kept is None:
             return numbers
         rows, columns = self.grid[1] // spec.merge, self.grid[2] // spec.merge

@@ -8,6 +8,7 @@ and one anchor if nothing of the image is embedded. Not for: positions, labels a
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -168,6 +169,13 @@ class ImageLayout:
         Raises:
             SampleError: a view does not fit the model.
         """
+        if self._is_empty:  # Features alone, as most models take them.
+            for number, view in enumerate(views):
+                if view.embedded:
+                    yield Features(number, 0, view.num_features(spec))
+            if not any(view.embedded for view in views):
+                yield Anchor()
+            return
         tags = self._tags(views)
         embedded = [number for number, view in enumerate(views) if view.embedded]
         yield from _text(self.start)
@@ -199,6 +207,10 @@ class ImageLayout:
             return
         for _, group in itertools.groupby(embedded, key=lambda number: views[number].place is None):
             yield list(group)
+
+    @functools.cached_property
+    def _is_empty(self) -> bool:
+        return self == ImageLayout()
 
     @property
     def _has_rows(self) -> bool:

@@ -10,6 +10,7 @@ Images are members of the same sample. Not for: which of the text is learned (``
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,7 +58,12 @@ def take_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Size
 
 def default_images(members: Mapping[str, bytes], sizes: Sizes) -> list[ImagePart]:
     """All image members in their order."""
-    return [_image(ext, members, sizes) for ext in sorted(filter(is_image, members), key=image_order)]
+    return [_image(ext, members, sizes) for ext in _images_among(tuple(members))]
+
+
+@functools.lru_cache(maxsize=1024)  # Most samples have the same few members.
+def _images_among(extensions: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(filter(is_image, extensions), key=image_order))
 
 
 def weight_of(item: Mapping[str, Any]) -> float:

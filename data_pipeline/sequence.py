@@ -47,10 +47,13 @@ class LaneSequence:
             if most is not None and place.epoch >= most:
                 position = _in_phase(position, position.phase, position.exhausted | 1 << chosen)
                 continue
-            draws, cursors = list(position.draws), list(position.cursors)
-            draws[chosen] += 1
-            cursors[chosen] = after
-            behind = StreamPosition(tuple(draws), tuple(cursors), position.phase, position.exhausted)
+            draws, cursors = position.draws, position.cursors
+            behind = StreamPosition(
+                (*draws[:chosen], draws[chosen] + 1, *draws[chosen + 1 :]),
+                (*cursors[:chosen], after, *cursors[chosen + 1 :]),
+                position.phase,
+                position.exhausted,
+            )
             return Drawn(chosen, place.epoch, place.sample), behind
         return None, position
 

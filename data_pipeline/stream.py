@@ -120,11 +120,13 @@ class _Coming(NamedTuple):
 
     Attributes:
         drawn: The sample.
+        known: What is known of its faults.
         after: The position behind it.
         document: It, or what went wrong with it; a promise where threads decode; None if it was known for bad.
     """
 
     drawn: Drawn
+    known: Known
     after: StreamPosition
     document: Document | Exception | Future[Document] | None
 
@@ -206,7 +208,7 @@ class LaneStream:
             return None
         coming = self._coming.popleft()
         self._position = coming.after
-        documents = self._attempt(coming.drawn, coming)
+        documents = self._attempt(coming.drawn, coming.known, coming.get)
         return [Made(coming.drawn._replace(part=part), document) for part, document in enumerate(documents)]
 
     def remake(self, drawn: Drawn) -> Document | None:
@@ -220,7 +222,7 @@ class LaneStream:
             try:  # What went well before says nothing new about how many of the last samples were bad.
                 documents = self._admit(self._outline(sample)())
             except Exception:  # The policy decides.
-                documents = self._attempt(sample)
+                documents = self._attempt(sample, self._sources[sample.dataset].known(sample.sample))
             self._remade = (sample, documents)
         documents = self._remade[1]
         return documents[drawn.part] if drawn.part < len(documents) else None
@@ -246,26 +248,26 @@ class LaneStream:
     def _look_ahead(self) -> None:
         """Draws and reads some samples, then decodes them: either goes faster when the processor has it at hand."""
         position = self._coming[-1].after if self._coming else self._position
-        begun = list[tuple[Drawn, StreamPosition, Outline | Exception | None]]()
+        begun = list[tuple[Drawn, Known, StreamPosition, Outline | Exception | None]]()
         while self._is_clear and len(self._coming) + len(begun) < self.ahead:
             drawn, position = self._sequence.draw(position, self.step)
             if drawn is None:
                 break
-            outline = self._begin(drawn)
-            begun.append((drawn, position, outline))
+            source = self._sources[drawn.dataset]
+            known = source.known(drawn.sample)
+            outline = self._begin(drawn, known)
+            begun.append((drawn, known, position, outline))
             # What failed may have cost its whole shard; and a pipe cannot go back to say more about a sample.
-            self._is_clear = not isinstance(outline, Exception) and isinstance(
-                self._sources[drawn.dataset], IndexedLane
-            )
+            self._is_clear = not isinstance(outline, Exception) and isinstance(source, IndexedLane)
         if not begun and not self._coming:
             self._position = position
-        for drawn, after, outline in begun:
+        for drawn, known, after, outline in begun:
             made = self._decode(outline) if callable(outline) else outline
-            self._coming.append(_Coming(drawn, after, made))
+            self._coming.append(_Coming(drawn, known, after, made))
 
-    def _begin(self, drawn: Drawn) -> Outline | Exception | None:
+    def _begin(self, drawn: Drawn, known: Known) -> Outline | Exception | None:
         """The sample without its pixels, or why not; None if it need not be tried."""
-        if self._sources[drawn.dataset].known(drawn.sample).recall() is not None:
+        if known.recall() is not None:
             return None
         try:
             return self._outline(drawn)
@@ -280,15 +282,15 @@ class LaneStream:
         except Exception as error:
             return error
 
-    def _attempt(self, drawn: Drawn, coming: _Coming | None = None) -> list[Document]:
-        """The documents of a sample; none if it is skipped, which is noted."""
+    def _attempt(self, drawn: Drawn, known: Known, get: Callable[[], Document | None] = lambda: None) -> list[Document]:
+        """The documents of a sample; none if it is skipped, which is noted.
 
-        def make() -> list[Document]:
-            document = coming.get() if coming is not None else None
-            return self._admit(self._outline(drawn)() if document is None else document)
-
-        known = self._sources[drawn.dataset].known(drawn.sample)
-        result = self._policy.attempt(make, known)
+        Args:
+            drawn: The sample.
+            known: What is known of its faults.
+            get: The document if it was decoded ahead.
+        """
+        result = self._policy.attempt(lambda: self._admit(get() or self._outline(drawn)()), known)
         if isinstance(result, Fault):
             origin = (self._datasets[drawn.dataset].config.name, drawn.epoch, drawn.sample, self._lane)
             self._skipped.append(self._policy.skipped(result, *origin, known.offset()))

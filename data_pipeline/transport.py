@@ -140,7 +140,7 @@ class Outbox:
                 place.within(self._buffers[place.buffer]).copy_(tensor)
             return place
 
-        emptied = _map(batches, Tensor, store)
+        emptied = tuple(_map(batch, Tensor, store) for batch in batches)
         new = {number: self._buffers[number] for number in self._new}
         parcel = Parcel(emptied, tuple(self._used), new, tuple(self._gone))
         self._usual, self._filled = self._filled, 0
@@ -199,8 +199,10 @@ class Inbox:
         lent = {number: _lend(self._buffers[number]) for number in parcel.buffers}
         for number in parcel.gone:
             self._buffers.pop(number, None)
-        restored = _map(parcel.batches, _Place, lambda place: place.within(lent[place.buffer]))
-        return cast(tuple[MultimodalBatch, ...], restored)
+        return tuple(
+            cast(MultimodalBatch, _map(batch, _Place, lambda place: place.within(lent[place.buffer])))
+            for batch in parcel.batches
+        )
 
 
 def _lend(buffer: npt.NDArray[np.uint8]) -> Tensor:
@@ -220,11 +222,9 @@ def _address(array: npt.NDArray[np.uint8]) -> int:
 
 
 def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """``value`` with every instance of ``kind`` inside its batches changed."""
+    """``value``, a batch or what stands in one, with every instance of ``kind`` changed."""
     if isinstance(value, kind):
         return change(value)
-    if isinstance(value, tuple) and any(isinstance(item, MultimodalBatch) for item in value):
-        return tuple(_map(item, kind, change) for item in value)
     if isinstance(value, dict):
         return {key: _map(item, kind, change) for key, item in value.items()}
     if isinstance(value, MultimodalBatch | MediaBlock | Segments | BranchedSegments):

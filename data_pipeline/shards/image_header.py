@@ -5,6 +5,7 @@ For: indexing a shard, and refusing a decompression bomb before memory is spent 
 
 from __future__ import annotations
 
+import struct
 from enum import Enum
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ Buffer = bytes | memoryview
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Start-of-frame markers: C0-CF without DHT (C4), JPG (C8) and DAC (CC).
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_TWO_SIDES = struct.Struct(">HH")
 _APP1 = 0xE1
 _ORIENTATION = 0x0112  # The EXIF tag.
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
@@ -123,7 +125,7 @@ def _jpeg(data: Buffer) -> ImageSize:
         elif marker in _STANDALONE:
             at += 2
         elif marker in _START_OF_FRAME and at + 9 <= len(data):
-            height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
+            height, width = _TWO_SIDES.unpack_from(data, at + 5)
             return _shown(ImageFormat.JPEG, width, height, exif or b"")
         else:
             length = max(2, int.from_bytes(data[at + 2 : at + 4], "big"))

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -91,7 +93,7 @@ class Manifest:
 
     @property
     def num_samples(self) -> int:
-        return int(self.cu_samples[-1])
+        return self._starts[-1]
 
     def locate(self, sample_index: int) -> tuple[int, int]:
         """(shard number, index inside that shard) of a sample.
@@ -101,8 +103,13 @@ class Manifest:
         """
         if not 0 <= sample_index < self.num_samples:
             raise IndexError(f"sample {sample_index} of {self.num_samples} in {self.path}")
-        shard = int(np.searchsorted(self.cu_samples, sample_index, side="right")) - 1
-        return shard, sample_index - int(self.cu_samples[shard])
+        shard = bisect_right(self._starts, sample_index) - 1
+        return shard, sample_index - self._starts[shard]
+
+    @cached_property
+    def _starts(self) -> memoryview:
+        """``cu_samples`` for single numbers: a memoryview gives a Python integer in a third of numpy's time."""
+        return self.cu_samples.data
 
     @property
     def is_remote(self) -> bool:
