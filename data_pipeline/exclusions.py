@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import DataConfigError, FaultKind
 from data_pipeline.faults import FaultConfig
@@ -59,7 +59,7 @@ def read_lists(paths: Sequence[Path], asked_by: str) -> dict[str, Exclusions]:
                 raise DataConfigError(f"{asked_by}: {path}:{number} is no line of a quarantine list") from error
             if record.get("kind") == FaultKind.SHARD.value:
                 continue
-            found.setdefault(dataset, {})[index] = zlib.crc32(key.encode())
+            found.setdefault(dataset, {})[index] = crc32(key.encode())
     return {
         dataset: Exclusions(
             np.array(sorted(keys), np.int64), np.array([keys[index] for index in sorted(keys)], np.uint32)

@@ -10,10 +10,11 @@ alike (``faults``). Not for: deciding what a fault does (``faults``).
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import DataConfigError, FaultKind, ManifestError, SampleError, ShardError, TooManyFaultsError
 from data_pipeline.exclusions import Exclusions, read_exclusions
@@ -103,7 +104,7 @@ class SetFaults:
             shard, key = self._reader.where(sample)
         except (ShardError, ManifestError):  # Its shard is lost; left out it is all the same.
             shard, key = self._shard_name(sample), "?"
-        if key != "?" and zlib.crc32(key.encode()) != key_crc32:
+        if key != "?" and crc32(key.encode()) != key_crc32:
             raise DataConfigError(
                 f"data.faults.exclude: sample {sample} of data set {self._reader.dataset} is {shard}/{key}, "
                 "the list names another key: it was made for another manifest"

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import json
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.pages import default_images, take_parts
@@ -119,7 +120,7 @@ class SampleReader:
         if members is None:
             members = shard.read_members(listed)
         for member in listed:
-            if zlib.crc32(members[member.ext]) != member.crc32:
+            if crc32(members[member.ext]) != member.crc32:
                 members = shard.read_members(listed, fresh=True)  # It may have happened on the way.
                 for again in listed:
                     _check(again, members[again.ext], origin)
@@ -170,10 +171,10 @@ class SampleReader:
 
 
 def _check(member: Member, payload: bytes, origin: Provenance) -> None:
-    crc32 = zlib.crc32(payload)
-    if crc32 != member.crc32:
+    found = crc32(payload)
+    if found != member.crc32:
         raise SampleError(
-            f"member {member.ext} has crc32 {crc32:08x}, its index says {member.crc32:08x}: the bytes changed since",
+            f"member {member.ext} has crc32 {found:08x}, its index says {member.crc32:08x}: the bytes changed since",
             kind=FaultKind.CHECKSUM,
             shard=origin.shard,
             key=origin.key,

@@ -12,13 +12,13 @@ shard's times 2^32, plus its row. A resume reads a shard again up to the window 
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from braceexpand import braceexpand
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import (
     DataConfigError,
@@ -248,7 +248,7 @@ class StreamedSample:
 
     def _exclude(self, excluded: Exclusions, at: int) -> Fault:
         source, key = self.lane.where(self.sample)
-        if key != "?" and zlib.crc32(key.encode()) != int(excluded.key_crc32[at]):
+        if key != "?" and crc32(key.encode()) != int(excluded.key_crc32[at]):
             raise DataConfigError(
                 f"data.faults.exclude: sample {self.sample} of data set {self.shared.dataset} is {source}/{key}, "
                 "the list names another key: it was made for other shards"

@@ -80,6 +80,8 @@ class Outbox:
     _gone: list[int] = field(default_factory=list)
     _used: list[int] = field(default_factory=list)
     """Buffers of the parcel that is being filled; the last one has room."""
+    _memory: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
+    """The last one."""
     _end: int = 0
     """Where the room of the last one begins."""
     _filled: int = 0
@@ -97,12 +99,12 @@ class Outbox:
         num_bytes = rows * columns
         if not self._used and self._usual:
             self._open(num_bytes)
-        if not self._used or self._end + num_bytes > self._buffers[self._used[-1]].numel():
+        start, end = self._end, self._end + num_bytes
+        if not self._used or end > len(self._memory):
             return np.empty((rows, columns), dtype=np.uint8)
-        buffer = self._buffers[self._used[-1]].numpy()
-        self._end += num_bytes
+        self._end = end
         self._filled += num_bytes
-        return buffer[self._end - num_bytes : self._end].reshape(rows, columns)
+        return self._memory[start:end].reshape(rows, columns)
 
     def join(self, arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
         """Arrays of equally many columns as one tensor that travels without another copy.
@@ -151,7 +153,7 @@ class Outbox:
         """Room for a tensor."""
         num_bytes = int(torch.Size(shape).numel()) * dtype.itemsize
         start = -(-self._end // _ALIGNMENT) * _ALIGNMENT
-        if not self._used or start + num_bytes > self._buffers[self._used[-1]].numel():
+        if not self._used or start + num_bytes > len(self._memory):
             self._open(num_bytes)
             start = self._end
         self._end = start + num_bytes
@@ -161,6 +163,7 @@ class Outbox:
     def _open(self, num_bytes: int) -> None:
         """Goes on in another buffer, with room for so much and for what the parcel usually holds further."""
         self._used.append(self._take(_HEADER_BYTES + max(num_bytes, self._usual - self._filled)))
+        self._memory = self._buffers[self._used[-1]].numpy()
         self._end = _HEADER_BYTES
 
     def _take(self, num_bytes: int) -> int:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import mmap
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import ManifestError, SampleError, ShardError
 from data_pipeline.shards.columns import Column, check_offsets, pack_strings, read_columns, write_columns
@@ -54,7 +54,7 @@ class Member(NamedTuple):
         ext: Extension, lower case, as after the key: ``jpg``, ``0.png``, ``json``.
         offset: First byte inside the tar.
         size: Bytes.
-        crc32: ``zlib.crc32`` of those bytes.
+        crc32: CRC-32 of those bytes, as ``zlib`` has it.
         width, height: Pixels of an image as shown (EXIF rotation applied), from its header; 0 for anything else and for
             a damaged header.
     """
@@ -332,7 +332,7 @@ def _is_read(ext: str) -> bool:
 def describe_member(ext: str, offset: int, content: bytes | memoryview) -> Member:
     """What the index says of a member: checksum, and the size of an image from its header."""
     width, height = _size_or_zero(content) if is_image(ext) else (0, 0)
-    return Member(ext, offset, len(content), zlib.crc32(content), width, height)
+    return Member(ext, offset, len(content), crc32(content), width, height)
 
 
 def _size_or_zero(content: bytes | memoryview) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import DataConfigError, DataPipelineError, FaultKind, SampleError
 from data_pipeline.exclusions import Exclusions, read_lists
@@ -149,7 +149,7 @@ class ManifestSource:
                 continue
             shard, row = self._manifests[which].locate(sample)
             key = indexes.get(which, shard).key(row)
-            if {gone, kept} - {None, zlib.crc32(key.encode())}:
+            if {gone, kept} - {None, crc32(key.encode())}:
                 raise DataConfigError(
                     f"sample {sample} of {self._sets[which].name} is called {key!r}, a list says otherwise: "
                     "it was made for other data"
@@ -229,7 +229,7 @@ class ManifestReader:
         members: Members = {}
         for member in listed:
             members[member.ext] = data[member.offset - first : member.offset - first + member.size]
-            if zlib.crc32(members[member.ext]) != member.crc32:
+            if crc32(members[member.ext]) != member.crc32:
                 raise SampleError(
                     f"{index.tar_path}: the bytes of .{member.ext} changed since they were indexed (crc32)",
                     kind=FaultKind.CHECKSUM,

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import AbsentError, ManifestError, ShardError
 from data_pipeline.shards.contents import MAX_TEXT_BYTES, check_member
@@ -315,7 +316,7 @@ class _Walk:
         if old is None:
             self._report.add(Problem.INDEX, f".{ext} is not in the index", self._key, member.offset)
             return False
-        if (member.size, zlib.crc32(content)) != (old.size, old.crc32):
+        if (member.size, crc32(content)) != (old.size, old.crc32):
             detail = f".{ext} differs from what was indexed ({member.size} bytes, {old.size} then)"
             self._report.add(self._differs, detail, self._key, member.offset)
             return False

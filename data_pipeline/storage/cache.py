@@ -18,10 +18,11 @@ import os
 import struct
 import tempfile
 import warnings
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import StorageError
 from data_pipeline.storage.config import CacheConfig
@@ -47,7 +48,7 @@ class Entry:
     def write(self, piece: bytes) -> None:
         """Adds to the content. A disk that fails is noted, not raised: whoever has the bytes needs no cache."""
         self.size += len(piece)
-        self._crc32 = zlib.crc32(piece, self._crc32)
+        self._crc32 = crc32(piece, self._crc32)
         if self.descriptor is not None and self.error is None and self.size <= self._max_bytes:
             self._write(piece)
 
@@ -104,7 +105,7 @@ class Cache:
         try:
             with path.open("rb") as file:
                 content = file.read(max(0, os.fstat(file.fileno()).st_size - _TRAILER.size))
-                sound = _fits(file.read(), zlib.crc32(content), len(content))
+                sound = _fits(file.read(), crc32(content), len(content))
                 os.utime(file.fileno())
         except OSError:
             return None
@@ -117,13 +118,13 @@ class Cache:
 
         A file that is evicted while it is mapped stays readable.
         """
-        path, crc32, size = self.path(key), 0, 0
+        path, checksum, size = self.path(key), 0, 0
         try:
             with path.open("rb") as file:
                 total = os.fstat(file.fileno()).st_size - _TRAILER.size
                 while size < total and (chunk := file.read(min(_CHUNK_BYTES, total - size))):
-                    crc32, size = zlib.crc32(chunk, crc32), size + len(chunk)
-                sound = _fits(file.read(), crc32, size)
+                    checksum, size = crc32(chunk, checksum), size + len(chunk)
+                sound = _fits(file.read(), checksum, size)
                 os.utime(file.fileno())
         except OSError:
             return None

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from zlib_ng.zlib_ng import crc32
 
 from mmscale.checkpoint.manifest import FileEntry
 
@@ -71,7 +71,7 @@ def write_bytes(path: Path, pieces: Iterable[memoryview]) -> FileEntry:
         for piece in pieces:
             for start in range(0, len(piece), _CHUNK_BYTES):
                 chunk = piece[start : start + _CHUNK_BYTES]
-                checksum = zlib.crc32(chunk, checksum)
+                checksum = crc32(chunk, checksum)
                 size += len(chunk)
                 while chunk:  # A raw write may take only a part, on a disk that is about to be full.
                     chunk = chunk[file.write(chunk) :]
@@ -97,5 +97,5 @@ def crc32_of(path: Path) -> int:
     checksum = 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
+            checksum = crc32(chunk, checksum)
     return checksum
