@@ -68,7 +68,7 @@ def _branched(documents: Sequence[Document]) -> BranchedSegments | None:
 
 
 def _int64(arrays: Sequence[npt.NDArray[np.int32]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+    return torch.from_numpy(np.concatenate(arrays, dtype=np.int64))
 
 
 def _pairs(documents: Sequence[Document]) -> Tensor:
