@@ -30,6 +30,8 @@ _ALIGNMENT = 64  # Views need their element size; a cache line suits every vecto
 _HEADER_BYTES = _ALIGNMENT
 """Of each buffer; the first byte is 1 while a batch lies in it."""
 _LEAST_BYTES = 1 << 16
+_MOST_FREE = 8
+"""Buffers kept for later; a consumer that held many batches for a while leaves more behind."""
 _SPARE = 1.25
 """A new buffer is larger than what is put in by this, so that it suits later batches too. Pages that nobody writes take
 no memory."""
@@ -174,12 +176,13 @@ class Outbox:
         """The smallest free buffer that has the room; or else a new one, instead of a free one that is too small."""
         free = sorted((len(buffer), number) for number, buffer in self._buffers.items() if not buffer[0])
         number = next((number for size, number in free if size >= num_bytes), None)
+        surplus = len(free) - 1 - _MOST_FREE
         if number is None:
-            if free:
-                self._gone.append(free[0][1])
-                del self._buffers[free[0][1]], self._tensors[free[0][1]]
-            number = self._make(max(_LEAST_BYTES, int(num_bytes * _SPARE)))
+            number, surplus = self._make(max(_LEAST_BYTES, int(num_bytes * _SPARE))), max(1, surplus)
         self._buffers[number][0] = 1
+        for useless in [each for _, each in free if each != number][: max(0, surplus)]:
+            self._gone.append(useless)
+            del self._buffers[useless], self._tensors[useless]
         return number
 
     def _make(self, num_bytes: int) -> int:

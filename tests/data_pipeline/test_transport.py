@@ -72,6 +72,23 @@ def test_memory_goes_round_and_does_not_grow() -> None:
         held.append(inbox.open(parcel)[0])
 
 
+def test_what_many_batches_took_is_given_back() -> None:
+    outbox, inbox, living = Outbox(shared=True), Inbox(), set()
+
+    def send(mark: int) -> MultimodalBatch:
+        parcel = _send(outbox, 100, mark)
+        living.update(parcel.new)
+        living.difference_update(parcel.gone)
+        return inbox.open(parcel)[0]
+
+    held = [send(mark) for mark in range(1, 60)]
+    assert len(living) == 59
+    held.clear()
+    for mark in range(60, 70):
+        send(mark)
+    assert len(living) < 12
+
+
 def test_what_was_built_in_place_is_not_copied() -> None:
     outbox, inbox = Outbox(shared=True), Inbox()
     inbox.open(_send(outbox, 100, 1))
