@@ -6,7 +6,9 @@ A process of its own runs a real S3 server (SeaweedFS) behind a proxy that spoil
 resets, truncations, slow bodies, flipped bits. The data set is synthetic; one sample in twenty is damaged, in every
 way that the fault policy knows, and the disk cache holds a third of the data, so the network is used all the time.
 Every document that arrives is ticked off in a bitmap of its epoch. Memory is the resident size of the loader's process
-and its workers; its slope comes from least squares over the time after the first fifth. Exit code 1 if a check fails.
+and its workers; its slope comes from least squares, once over the time after the first fifth and once over the second
+half: what rises because an allocator and connection pools still fill levels off, what leaks does not. Exit code 1 if a
+check fails.
 """
 
 from __future__ import annotations
@@ -164,13 +166,15 @@ class Watch:
             self.resident.append(resident_bytes(os.getpid(), without=self.server_pid) / 2**20)
 
     def memory(self) -> dict[str, float]:
-        """Figures in MiB and MiB per hour, without the first fifth."""
+        """Figures in MiB and MiB per hour, without the first fifth, and the slope of the second half too."""
         seconds, resident = np.array(self.seconds), np.array(self.resident)
-        late = seconds >= WARM_UP_SHARE * seconds[-1]
-        line = slope(seconds[late], resident[late])
+        late, half = (seconds >= share * seconds[-1] for share in (WARM_UP_SHARE, 0.5))
+        line, last = (slope(seconds[part], resident[part]) for part in (late, half))
         return {
             "slope_mib_per_hour": round(3600 * line.value, 2),
             "slope_95_percent_half_width": round(3600 * line.half_width, 2),
+            "second_half_slope_mib_per_hour": round(3600 * last.value, 2),
+            "second_half_slope_95_percent_half_width": round(3600 * last.half_width, 2),
             "first_mib": round(float(resident[late][0]), 1),
             "median_mib": round(float(np.median(resident[late])), 1),
             "most_mib": round(float(resident.max()), 1),
