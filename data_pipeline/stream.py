@@ -13,7 +13,7 @@ from data_pipeline.config import DataConfig, DatasetConfig, OrderConfig
 from data_pipeline.document import Document, Empty, plain_empty
 from data_pipeline.documents import DocumentBuilder
 from data_pipeline.draws import Draws, SampleDraws
-from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.errors import DataConfigError, DataPipelineError, SampleError
 from data_pipeline.faults import Fault, FaultPolicy, Known, Skipped
 from data_pipeline.indexed import IndexedLane, IndexedSet
 from data_pipeline.known_faults import RunFaults, SetFaults
@@ -250,7 +250,13 @@ class LaneStream:
         position = self._coming[-1].after if self._coming else self._position
         begun = list[tuple[Drawn, Known, StreamPosition, Outline | Exception | None]]()
         while self._is_clear and len(self._coming) + len(begun) < self.ahead:
-            drawn, position = self._sequence.draw(position, self.step)
+            try:
+                drawn, position = self._sequence.draw(position, self.step)
+            except DataPipelineError:
+                if not begun and not self._coming:
+                    raise
+                self._is_clear = False  # It is met again when its turn comes.
+                break
             if drawn is None:
                 break
             source = self._sources[drawn.dataset]

@@ -134,7 +134,7 @@ class Outbox:
             end += array.nbytes
         for number in self._used:
             start = first - _address(self._buffers[number])
-            if 0 < start < len(self._buffers[number]):
+            if 0 < start <= len(self._buffers[number]) - rows * columns:
                 return _Place(number, start, "|u1", (rows, columns))
         return None
 

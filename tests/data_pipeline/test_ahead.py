@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,13 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.document import Document, plain_empty
 from data_pipeline.documents import null_document
-from data_pipeline.errors import FaultKind
+from data_pipeline.errors import FaultKind, StorageError
 from data_pipeline.known_faults import RunFaults
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.mixture import Schedule
 from data_pipeline.packing import Budget
-from data_pipeline.state import LaneState, StreamPosition
+from data_pipeline.sequence import LaneSequence
+from data_pipeline.state import Drawn, LaneState, StreamPosition
 from data_pipeline.storage.storage import Storage
 from data_pipeline.stream import LaneStream, OpenDataset
 from data_pipeline.tokenizer import load_tokenizer
@@ -64,16 +65,19 @@ def digest(document: Document) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
 
-def record(config: DataConfig, spec: MediaSpec, ahead: int, threads: int, moved: bool) -> list[object]:
-    """All that a lane shows after each turn; several turns a step."""
+def stream_of(config: DataConfig, spec: MediaSpec, threads: Executor | None = None) -> LaneStream:
     tokenizer, faults = load_tokenizer(config.tokenizer), RunFaults.load(config.faults, ())
     budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
     datasets = [OpenDataset.open(each, config.order, 1, tokenizer, spec, faults, Storage()) for each in config.datasets]
+    start = LaneState(StreamPosition.start(len(datasets)))
+    return LaneStream(config, datasets, SCHEDULE, 0, budget, start, plain_empty, threads)
+
+
+def record(config: DataConfig, spec: MediaSpec, ahead: int, threads: int, moved: bool) -> list[object]:
+    """All that a lane shows after each turn; several turns a step."""
     seen: list[object] = []
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        start = LaneState(StreamPosition.start(len(datasets)))
-        executor = pool if threads else None
-        stream = LaneStream(config, datasets, SCHEDULE, 0, budget, start, plain_empty, executor)
+        stream = stream_of(config, spec, pool if threads else None)
         for turn in range(TURNS):
             stream.ahead, stream.step = (ahead, turn // 7)
             made = stream.make()
@@ -95,3 +99,25 @@ def test_nothing_depends_on_what_is_decoded_ahead(
     kinds = {skip["kind"] for turn in one_by_one[1::2] for skip in turn[2]}  # type: ignore[index]
     assert kinds > {kind.value for kind in (FaultKind.CHECKSUM, FaultKind.SHARD, FaultKind.DECODE, FaultKind.TEXT)}
     assert record(config, hybrid_spec, ahead, threads, moved) == one_by_one
+
+
+@pytest.mark.parametrize(("ahead", "threads"), [(1, 0), (4, 0), (5, 2)])
+def test_an_error_of_the_order_itself_comes_when_it_is_its_turn(
+    config: DataConfig, hybrid_spec: MediaSpec, monkeypatch: pytest.MonkeyPatch, ahead: int, threads: int
+) -> None:
+    draw, last = LaneSequence.draw, 9
+
+    def failing(sequence: LaneSequence, position: StreamPosition, step: int) -> tuple[Drawn | None, StreamPosition]:
+        if sum(position.draws) == last:
+            raise StorageError("the server is gone")
+        return draw(sequence, position, step)
+
+    monkeypatch.setattr(LaneSequence, "draw", failing)
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        stream = stream_of(config, hybrid_spec, pool if threads else None)
+        stream.ahead = ahead
+        for turn in range(last):
+            assert stream.make() is not None
+            assert sum(stream.position().draws) == turn + 1
+        with pytest.raises(StorageError, match="gone"):
+            stream.make()
