@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -226,11 +227,24 @@ def _limit_arenas() -> None:
         mallopt(_M_ARENA_MAX, 2)
 
 
+def _end_with(parent: BaseProcess) -> None:
+    """Ends this process when the one that loads is gone, however that happened.
+
+    DataLoader's workers look whether their parent's number changed. One that comes from a fork server has that for its
+    parent, which lives as long as any worker does.
+    """
+    parent.join()
+    os._exit(1)
+
+
 def _start_worker(environment: Mapping[str, str], worker_id: int) -> None:
     """The parent decides when to stop: a signal to the whole process group must not tear workers from under it."""
     os.environ.update(environment)  # One that is not forked from the parent may lack its credentials.
     torch.set_num_threads(1)
     _limit_arenas()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

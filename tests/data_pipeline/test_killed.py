@@ -127,6 +127,51 @@ def test_after_the_death_of_everything_a_resume_gives_the_same(
     assert [(folder / f"{step:04d}").read_text() for step in range(count)] == expected
 
 
+_ORPHANS = """
+import multiprocessing, sys
+from pathlib import Path
+from data_pipeline import loader as module
+from data_pipeline.config import DataConfig
+from data_pipeline.media_spec import MediaSpec, Placement
+
+if __name__ == "__main__":
+    module._context = lambda *_: multiprocessing.get_context(sys.argv[2])
+    config = DataConfig.model_validate_json(Path(sys.argv[1]).read_text())
+    spec = MediaSpec(Placement.HYBRID, patch_size=8, fixed_grid=(2, 2))
+    with module.Loader(config, spec, seed=3) as loader:
+        next(loader)
+        print(*(worker.pid for worker in loader._running._workers), flush=True)
+        sys.stdin.read()
+"""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_with_the_process_that_loads(config: DataConfig, tmp_path: Path, method: str) -> None:
+    """Remote data are read by workers of a fork server, which nobody else would tell."""
+    path = tmp_path / "data.json"
+    path.write_text(with_workers(config, 2).model_dump_json())
+    command = [sys.executable, "-c", _ORPHANS, str(path), method]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(map(is_alive, workers))
+        process.kill()
+    deadline = time.monotonic() + 30
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_that_gives_up_hands_on_what_it_had_left_out(
     config: DataConfig, hybrid_spec: MediaSpec, workers: int
