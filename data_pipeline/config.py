@@ -142,7 +142,8 @@ class DataConfig(StrictConfig):
     order: OrderConfig = OrderConfig()
     """Shuffling."""
     workers: int = Field(default=0, ge=0)
-    """Worker processes of each rank, never more than its lanes; 0 loads between steps. Never changes the order."""
+    """Worker processes of each rank, never more than its lanes; 0 loads between steps, images in two threads. Never
+    changes the order."""
     prefetch: int = Field(default=2, ge=1)
     """Steps that each worker is ahead. Never changes the order."""
     storage: StorageConfig = StorageConfig()
