@@ -8,6 +8,7 @@ from typing import Any
 
 from litdata import StreamingDataLoader, StreamingDataset, optimize
 
+from benchmarks.peers import stateful
 from benchmarks.peers.job import BATCH, Job, manifest_path
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards.manifest import Manifest
@@ -52,24 +53,14 @@ def _loader(job: Job) -> Any:
 
 def batches(job: Job) -> Iterator[int]:
     """Samples of each batch."""
-    loader = _loader(job)
-    while True:
-        for images, _ in loader:
-            yield len(images)
+    return stateful.batches(_loader(job))
 
 
 def at(job: Job, num_samples: int) -> Any:
     """The state that its loader gives."""
-    loader, seen = _loader(job), 0
-    for images, _ in loader:
-        seen += len(images)
-        if seen >= num_samples:
-            return loader.state_dict()
-    raise ValueError(f"the epoch ended after {seen} samples, {num_samples} wanted")
+    return stateful.state_at(_loader(job), num_samples)
 
 
 def resumed(job: Job, state: Any) -> None:
     """The first batch behind the state."""
-    loader = _loader(job)
-    loader.load_state_dict(state)
-    next(iter(loader))
+    stateful.resume(_loader(job), state)
