@@ -266,17 +266,8 @@ class DocumentBuilder:
             views, picture = self._transform.outline(part.data, rng, part.size, num_images, empty)
             draft.pictures.append(picture)
         else:
-            views = self._measured(self._transform, part, rng, num_images)
+            views = self._transform.measure(part.size or _shown_size(part.data), rng, num_images)
         draft.add_image(views, self.tokenizer.image_id, self._layout)
-
-    @staticmethod
-    def _measured(
-        transform: ImageTransform, part: ImagePart, rng: Draws | None, num_images: int
-    ) -> tuple[MediaItem, ...]:
-        if part.size is not None:
-            return transform.measure(part.size, rng, num_images)
-        header = image_size(part.data)
-        return transform.measure((header.height, header.width), rng, num_images)
 
     def _check_counts(self, draft: _Draft) -> None:
         features = [(item.embedded, item.num_features(self.spec)) for item in draft.items]  # Attended grids too.
@@ -313,6 +304,11 @@ class DocumentBuilder:
                 "of them: give its template a prompt",
                 kind=FaultKind.TEXT,
             )
+
+
+def _shown_size(data: bytes) -> tuple[int, int]:
+    header = image_size(data)
+    return header.height, header.width
 
 
 @contextmanager

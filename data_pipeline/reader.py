@@ -21,7 +21,7 @@ from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.pages import default_images, take_parts
 from data_pipeline.sample import Part, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
-from data_pipeline.shards.index import Member
+from data_pipeline.shards.index import Member, extent
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.open_shard import OpenShard, cut_members, open_remote, open_shard, shard_errors
 from data_pipeline.storage.objects import RemoteObject
@@ -133,7 +133,7 @@ class SampleReader:
         for samples, stretch in self._ahead.get(lane, ()):
             if sample_index in samples:
                 with shard_errors():
-                    data = stretch.get(members[0].offset, members[-1].offset + members[-1].size)
+                    data = stretch.get(*extent(members))
                 return None if data is None else cut_members(members, data)
         return None
 

@@ -17,13 +17,13 @@ from data_pipeline.errors import DataConfigError, DataPipelineError, SampleError
 from data_pipeline.faults import Fault, FaultPolicy, Known, Skipped
 from data_pipeline.indexed import IndexedLane, IndexedSet
 from data_pipeline.known_faults import RunFaults, SetFaults
-from data_pipeline.lanes import Cursor, Place
+from data_pipeline.lanes import Place
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.mixture import Schedule
 from data_pipeline.packing import Budget, Made
 from data_pipeline.reader import SampleReader
 from data_pipeline.sample import Sample
-from data_pipeline.sequence import LaneSequence
+from data_pipeline.sequence import LaneSequence, Ordered
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.state import Drawn, LaneState, StreamPosition
 from data_pipeline.storage.storage import Storage
@@ -43,11 +43,8 @@ Outlining = Callable[[Sample, Draws | None, Empty], Outline]
 """Plans a sample's document: answers and augmentation are drawn, its patches will go into memory that is asked for."""
 
 
-class LaneSource(Protocol):
+class LaneSource(Ordered, Protocol):
     """Order and samples of one lane of a data set."""
-
-    def resolve(self, cursor: Cursor) -> tuple[Place, Cursor]:
-        """The sample at ``cursor`` and the cursor after it."""
 
     def read(self, sample: int, epoch: int = 0) -> Sample:
         """The sample with its members in reading order."""

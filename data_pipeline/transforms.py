@@ -244,8 +244,8 @@ class ImageTransform:
                 "Build it again with: mmscale data index",
                 kind=FaultKind.DECODE,
             )
-        plan, patch_dim = self.plan(size, rng, num_images), self.spec.patch_dim
-        views = tuple(_item(empty(math.prod(view.grid), patch_dim), view) for view in plan.views)
+        plan = self.plan(size, rng, num_images)
+        views = self._views(plan, empty)
         return views, functools.partial(self._draw, data, header, plan, views)
 
     def _draw(self, data: bytes, header: ImageSize, plan: ImagePlan, views: Sequence[MediaItem]) -> None:
@@ -280,8 +280,11 @@ class ImageTransform:
         """
         if size[0] < 1 or size[1] < 1:
             raise SampleError("the index holds no size of this image: its header is damaged", kind=FaultKind.DECODE)
-        plan, patch_dim = self.plan(size, rng, num_images), self.spec.patch_dim
-        return tuple(_item(np.broadcast_to(_BLACK, (math.prod(view.grid), patch_dim)), view) for view in plan.views)
+        return self._views(self.plan(size, rng, num_images), _black)
+
+    def _views(self, plan: ImagePlan, empty: Empty) -> tuple[MediaItem, ...]:
+        patch_dim = self.spec.patch_dim
+        return tuple(_item(empty(math.prod(view.grid), patch_dim), view) for view in plan.views)
 
     def plan(self, size: Size, rng: Draws | None = None, num_images: int = 1) -> ImagePlan:
         """What becomes of an image of ``size`` in a sample of so many: a pure function of these and of the draws.
@@ -354,6 +357,10 @@ class ImageTransform:
             content = (max(1, round(height * side / longer)), max(1, round(width * side / longer)))
             return Canvas(content, (side, side), ((side - content[0]) // 2, (side - content[1]) // 2))
         return Canvas((side, side), (side, side))
+
+
+def _black(rows: int, columns: int) -> npt.NDArray[np.uint8]:
+    return np.broadcast_to(_BLACK, (rows, columns))
 
 
 def _item(values: npt.NDArray[np.uint8], view: View) -> MediaItem:

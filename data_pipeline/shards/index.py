@@ -12,7 +12,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -75,6 +75,11 @@ def index_path(tar_path: Path) -> Path:
 def index_url(tar: Url) -> Url:
     """The sidecar of a remote tar."""
     return Url(f"{tar}{_SUFFIX}")
+
+
+def extent(members: Sequence[Member]) -> tuple[int, int]:
+    """Bytes [first, end) of the tar that hold all members of a sample, in the order of the tar."""
+    return members[0].offset, members[-1].offset + members[-1].size
 
 
 @dataclass(frozen=True)
@@ -208,8 +213,7 @@ class ShardIndex:
         Raises:
             ManifestError: the row is damaged.
         """
-        members = self.members(i)
-        return members[0].offset, members[-1].offset + members[-1].size
+        return extent(self.members(i))
 
     def check(self) -> None:
         """Looks at every row.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from data_pipeline.errors import AbsentError, ShardError, StaleError
-from data_pipeline.shards.index import Member, ShardIndex
+from data_pipeline.shards.index import Member, ShardIndex, extent
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.storage.background import Background
 from data_pipeline.storage.location import Url
@@ -101,7 +101,7 @@ class RemoteShard:
 
     def read_members(self, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
         """As ``OpenShard.read_members``, in one request."""
-        return cut_members(members, self.read(members[0].offset, members[-1].offset + members[-1].size, fresh=fresh))
+        return cut_members(members, self.read(*extent(members), fresh=fresh))
 
     def close(self) -> None:
         """Nothing is held."""

@@ -23,9 +23,10 @@ from zlib_ng.zlib_ng import crc32
 from data_pipeline.errors import DataConfigError, DataPipelineError, FaultKind, SampleError
 from data_pipeline.exclusions import Exclusions, read_lists
 from data_pipeline.permutation import Permutation
-from data_pipeline.shards.index import ShardIndex
+from data_pipeline.shards.index import ShardIndex, extent
 from data_pipeline.shards.lists import KEY_DIGITS
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.open_shard import cut_members
 from data_pipeline.shards.rows import Members, Row, read_each, spans_of
 
 _OPEN_SHARDS = 128
@@ -222,13 +223,11 @@ class ManifestReader:
         try:
             index = self._indexes.get(which, shard)
             listed = index.members(row)
-            first, end = index.span(row)
-            data = self._pread(self._manifests[which].shard_path(shard), first, end)
+            data = self._pread(self._manifests[which].shard_path(shard), *extent(listed))
         except (DataPipelineError, OSError) as error:
             raise SampleError(str(error), kind=FaultKind.SHARD) from error
-        members: Members = {}
+        members = cut_members(listed, data)
         for member in listed:
-            members[member.ext] = data[member.offset - first : member.offset - first + member.size]
             if crc32(members[member.ext]) != member.crc32:
                 raise SampleError(
                     f"{index.tar_path}: the bytes of .{member.ext} changed since they were indexed (crc32)",
