@@ -68,6 +68,8 @@ class ReadAhead:
         self._used = 0
         self._wanted: dict[Hashable, dict[Hashable, Stretch]] = {}
         self._turn: asyncio.Lock = asyncio.Lock()
+        self._in_line = 0
+        """Fetches that have the turn or wait for it. The lock alone does not tell: while it is handed on it is free."""
         self._room: asyncio.Event = asyncio.Event()
 
     @property
@@ -116,14 +118,18 @@ class ReadAhead:
             stretch.settled.set()
 
     async def _reserve(self, stretch: Stretch, size: int) -> None:
-        if self._turn.locked() or not self._fits(size):
+        if self._in_line or not self._fits(size):
             stretch.settled.set()
-        async with self._turn:  # First come, first served.
-            while not self._fits(size):
-                self._room.clear()
-                await self._room.wait()
-            self._used += size
-            stretch.reserved = size
+        self._in_line += 1
+        try:
+            async with self._turn:  # First come, first served.
+                while not self._fits(size):
+                    self._room.clear()
+                    await self._room.wait()
+                self._used += size
+                stretch.reserved = size
+        finally:
+            self._in_line -= 1
 
     def _fits(self, size: int) -> bool:
         return self._used == 0 or self._used + size <= self._budget
