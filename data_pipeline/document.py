@@ -161,5 +161,5 @@ class Document:
         return replace(self, items=tuple(items))
 
     def cost(self, spec: MediaSpec) -> float:
-        """Time units: tokens plus alpha times patches."""
-        return self.num_tokens + spec.cost_per_patch * self.num_patches
+        """Time units: see ``MediaSpec.cost``."""
+        return spec.cost(self.num_tokens, self.num_patches)

@@ -8,8 +8,7 @@ Not for: several documents together (``packing``, ``collate``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,13 +27,21 @@ from data_pipeline.templates.learned import share_weights
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageTransform, TilesTransform
 
+_NO_SLOTS = np.empty(0, dtype=np.int32)
+_Template = Callable[[Sample, Draws | None], list[Piece]]
+
 
 @dataclass
 class _Draft:
-    """A document under construction: columns that grow by one token at a time."""
+    """A document under construction: columns that grow by one token at a time.
+
+    They are lists up to the end: a call of numpy takes longer than the few tokens of a caption.
+    """
 
     spec: MediaSpec
     ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    """Of each token itself, not of the one before it as in the document."""
     weights: list[float] = field(default_factory=list)
     positions: list[npt.NDArray[np.int32]] = field(default_factory=list)
     next_position: int = 0
@@ -62,6 +69,7 @@ class _Draft:
             steps = np.arange(self.next_position, self.next_position + len(ids), dtype=np.int32)
             self.positions.append(np.repeat(steps[:, None], 3, axis=1))
         self.ids.extend(ids)
+        self.labels.extend(ids if weight else [IGNORE] * len(ids))
         self.weights.extend([weight] * len(ids))
         self.next_position += len(ids)
 
@@ -78,7 +86,11 @@ class _Draft:
         start, first_item = len(self.ids), len(self.items)
         self.items.extend(views)
         self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
-        slots = [np.empty(view.num_features(self.spec) * view.embedded, dtype=np.int32) for view in views]
+        slots = {
+            number: np.empty(view.num_features(self.spec), dtype=np.int32)
+            for number, view in enumerate(views)
+            if view.embedded
+        }
         for run in layout.runs(views, self.spec):
             own = run.view if isinstance(run, Text) else None
             self._attend(self.run if own is None else (first_item + own,))
@@ -88,7 +100,7 @@ class _Draft:
                 self._place_features(views[run.view], run.count, image_id)
             else:
                 self._place(run.ids if isinstance(run, Text) else (image_id,), 0.0)
-        self.dest.extend(slots)
+        self.dest.extend(slots.values())
         self.images.append(ImageExtent(start, first_item, len(self.ids)))
 
     def _attend(self, items: tuple[int, ...]) -> None:
@@ -111,33 +123,36 @@ class _Draft:
         self.positions.append(coordinates + np.int32(self.next_position))
         self.next_position += max(sides)
         self.ids.extend([image_id] * count)
+        self.labels.extend([IGNORE] * count)
         self.weights.extend([0.0] * count)
 
     def finish(self, origin: Provenance | None) -> Document:
         """The columns as arrays; labels are the ids one ahead."""
-        ids = np.array([*self.ids, IGNORE], dtype=np.int32)
-        weights = np.array([*self.weights, 0.0], dtype=np.float32)[1:]  # Of the token that is predicted.
-        labels = np.where(weights > 0, ids[1:], np.int32(IGNORE))
+        length = len(self.ids)
+        weights = [*self.weights[1:], 0.0]  # Of the token that is predicted.
+        counted = self._counted() if self.spec.position_axes == 1 else ()
+        columns = np.fromiter([*self.ids, *self.labels[1:], IGNORE, *counted], np.int32)
         spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
         return Document(
-            token_ids=ids[:-1],
-            labels=labels,
-            loss_weights=weights,
-            position_ids=self._counted() if self.spec.position_axes == 1 else np.concatenate(self.positions),
+            token_ids=columns[:length],
+            labels=columns[length : 2 * length],
+            loss_weights=np.fromiter(weights, np.float32, length),
+            position_ids=columns[2 * length :] if self.spec.position_axes == 1 else np.concatenate(self.positions),
             items=tuple(self.items),
-            dest=self.dest[0] if len(self.dest) == 1 else np.concatenate([np.empty(0, dtype=np.int32), *self.dest]),
+            dest=np.concatenate(self.dest) if len(self.dest) > 1 else (*self.dest, _NO_SLOTS)[0],
             spans=tuple(spans),
             provenance=origin,
             images=tuple(self.images),
             branches=tuple(self.branches),
         )
 
-    def _counted(self) -> npt.NDArray[np.int32]:
+    def _counted(self) -> Sequence[int]:
         """Positions on one axis: they count, in every branch from the fork."""
-        count = np.arange(len(self.ids), dtype=np.int32)
-        for start, end in zip(self.branches, [*self.branches[1:], len(self.ids)], strict=False):
-            count[start:end] -= np.int32(start - self.fork)
-        return count
+        if not self.branches:
+            return range(len(self.ids))
+        ends = [*self.branches[1:], len(self.ids)]
+        counts = [range(self.fork, self.fork + end - start) for start, end in zip(self.branches, ends, strict=True)]
+        return list(itertools.chain(range(self.branches[0]), *counts))
 
 
 @dataclass(frozen=True)
@@ -211,8 +226,7 @@ class DocumentBuilder:
         Raises:
             SampleError: as the document itself, save for damaged pixels.
         """
-        with _located(sample):
-            return self._outline(self.dataset.template.pieces(sample, rng), sample, rng, empty)
+        return self._outline(self.dataset.template.pieces, sample, rng, empty)
 
     def measure(self, sample: Sample, rng: Draws | None = None) -> Document:
         """The same document in everything but pixels, which are black and take no memory; nothing is decoded.
@@ -223,19 +237,25 @@ class DocumentBuilder:
         Raises:
             SampleError: as the document itself would, save for damaged pixels.
         """
-        with _located(sample):
-            return self._outline(self.dataset.template.pieces(sample, rng), sample, rng, None).document
+        return self._outline(self.dataset.template.pieces, sample, rng, None).document
 
     def build_prompt(self, sample: Sample) -> Document:
         """The document up to where the answer begins, without augmentation; nothing in it is learned."""
-        with _located(sample):
-            prompt = self.dataset.template.prompt(sample)
-            pieces = [replace(piece, weight=0.0) if isinstance(piece, TextPiece) else piece for piece in prompt]
-            outline = self._outline(pieces, sample, None, plain_empty)
-        return outline()
 
-    def _outline(self, pieces: list[Piece], sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
-        """The document of the pieces; ``empty`` None measures it only."""
+        def template(sample: Sample, _: Draws | None) -> list[Piece]:
+            prompt = self.dataset.template.prompt(sample)
+            return [replace(piece, weight=0.0) if isinstance(piece, TextPiece) else piece for piece in prompt]
+
+        return self._outline(template, sample, None, plain_empty)()
+
+    def _outline(self, template: _Template, sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
+        """The document of what ``template`` makes; ``empty`` None measures it only. Errors name the sample."""
+        try:
+            return self._assemble(template(sample, rng), sample, rng, empty)
+        except SampleError as error:
+            raise error.located(sample.provenance.shard, sample.provenance.key) from error
+
+    def _assemble(self, pieces: list[Piece], sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
         draft = _Draft(self.spec)
         draft.add_text([self.tokenizer.bos_id], 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
@@ -270,8 +290,9 @@ class DocumentBuilder:
         draft.add_image(views, self.tokenizer.image_id, self._layout)
 
     def _check_counts(self, draft: _Draft) -> None:
-        features = [(item.embedded, item.num_features(self.spec)) for item in draft.items]  # Attended grids too.
-        embedded = sum(count for is_embedded, count in features if is_embedded)
+        embedded = 0
+        for item in draft.items:
+            embedded += item.num_features(self.spec) * item.embedded  # Refuses attended grids too.
         expected = embedded or len(draft.images)  # One anchor for an image without embedded views.
         found = draft.ids.count(self.tokenizer.image_id)
         if found != expected:
@@ -297,6 +318,8 @@ class DocumentBuilder:
         return ids
 
     def _check_branches(self, draft: _Draft) -> None:
+        if not draft.branches:
+            return
         starts = [*draft.branches, len(draft.ids)]
         if any(start == end or draft.weights[start] > 0 for start, end in itertools.pairwise(starts)):
             raise SampleError(
@@ -309,15 +332,6 @@ class DocumentBuilder:
 def _shown_size(data: bytes) -> tuple[int, int]:
     header = image_size(data)
     return header.height, header.width
-
-
-@contextmanager
-def _located(sample: Sample) -> Iterator[None]:
-    """Names the sample in the errors about it."""
-    try:
-        yield
-    except SampleError as error:
-        raise error.located(sample.provenance.shard, sample.provenance.key) from error
 
 
 def null_document(spec: MediaSpec, pad_id: int) -> Document:

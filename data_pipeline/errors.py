@@ -9,7 +9,7 @@ DataPipelineError
 │   └── StaleError    it is not the object that was indexed, or was replaced while it was read
 ├── SampleError       one sample is bad; the fault policy decides what follows
 ├── TooManyFaultsError   the fault policy gave up
-├── WorkerError       a process of an ingest, a reshard or an export died
+├── WorkerError       a process of a loader, an ingest, a reshard or an export died
 ├── LedgerError       a step is not in the ledger of a run, or a part of the ledger is damaged
 └── StateError        a resume state does not fit this data set, seed or configuration
 """
@@ -111,7 +111,7 @@ class TooManyFaultsError(DataPipelineError):
 
 
 class WorkerError(DataPipelineError):
-    """A process that helps an ingest, a reshard or an export failed or died; what is finished stays."""
+    """A process that helps a loader, an ingest, a reshard or an export failed or died; what is finished stays."""
 
 
 class LedgerError(DataPipelineError):

@@ -8,24 +8,12 @@ number of both. Not for: evaluation, which reads in stored order (``reader.read_
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ctypes
 import functools
-import multiprocessing
-import os
-import signal
-import threading
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.collate import collate, concatenate
@@ -45,6 +33,7 @@ from data_pipeline.stream import LaneStream, OpenDataset
 from data_pipeline.streamed import any_remote, expand_shards
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.transport import Inbox, Outbox, Parcel
+from data_pipeline.workers import Workers
 
 __all__ = ["DocumentBuilder", "Loader", "LoaderState", "StepBatch", "null_document", "read_samples"]
 
@@ -52,8 +41,6 @@ _MOST_AHEAD = 4
 """Samples that are decoded at once: of more of them the bytes would not stay in the processor's cache meanwhile."""
 _DECODE_THREADS = 2
 """Without workers. While one waits for Python's lock, the other decodes."""
-_M_ARENA_MAX = -8
-"""Of glibc's malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -197,68 +184,15 @@ class _LaneRows:
         return tuple(skip for stream in self._streams.values() for skip in stream.take_skipped())
 
 
-class _Steps(IterableDataset[_Rows | DataPipelineError]):
-    """Endless steps of this worker's share of the lanes; an error is the last item."""
-
-    def __init__(self, plan: _Plan) -> None:
-        self._plan = plan
-
-    def __iter__(self) -> Iterator[_Rows | DataPipelineError]:
-        worker = get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        try:
-            share = list(self._plan.lanes)[first::stride]
-            rows = _LaneRows(self._plan, share, first, is_apart=worker is not None)
-            with contextlib.closing(rows):
-                while True:
-                    yield rows.step()
-        except DataPipelineError as error:
-            yield error
-
-
-def _limit_arenas() -> None:
-    """Bounds what glibc keeps for reuse where remote data are read.
-
-    It gives the threads of the object store's client up to eight arenas a core, hundreds on a large machine, and each
-    keeps the most that it ever held. Two are as fast; on two cores they keep a tenth less.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # Only glibc has it.
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 2)
-
-
-def _end_with(parent: BaseProcess) -> None:
-    """Ends this process when the one that loads is gone, however that happened.
-
-    DataLoader's workers look whether their parent's number changed. One that comes from a fork server has that for its
-    parent, which lives as long as any worker does.
-    """
-    parent.join()
-    os._exit(1)
-
-
-def _start_worker(environment: Mapping[str, str], worker_id: int) -> None:
-    """The parent decides when to stop: a signal to the whole process group must not tear workers from under it."""
-    os.environ.update(environment)  # One that is not forked from the parent may lack its credentials.
-    torch.set_num_threads(1)
-    _limit_arenas()
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _context(num_workers: int, is_remote: bool) -> BaseContext | None:
-    """How workers start: remote access has threads, which a fork would lose, so its workers come from a clean process.
-
-    That one imports this module once for all of them.
-    """
-    if not num_workers or not is_remote:
-        return None
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+def _rows_of(plan: _Plan, num_workers: int, worker: int) -> Generator[_Rows | DataPipelineError, None, None]:
+    """Endless steps of a worker's share of the lanes; an error is the last item. Without workers there is one share."""
+    try:
+        share = list(plan.lanes)[worker :: max(1, num_workers)]
+        with contextlib.closing(_LaneRows(plan, share, worker, is_apart=num_workers > 0)) as rows:
+            while True:
+                yield rows.step()
+    except DataPipelineError as error:
+        yield error
 
 
 class Loader:
@@ -318,16 +252,15 @@ class Loader:
         is_remote = any_remote(streamed) or any(manifest.is_remote for manifest in manifests.values())
         Budget(config.packing, spec, self._null_pack.documents[0])
         self._num_workers = min(config.workers, len(self.lanes))
-        self._steps = DataLoader(
-            _Steps(_Plan(config, spec, seed, self._step, lane_states, tuple(quarantine))),
-            batch_size=None,
-            num_workers=self._num_workers,
-            prefetch_factor=config.prefetch if self._num_workers else None,
-            worker_init_fn=functools.partial(_start_worker, dict(os.environ)),
-            multiprocessing_context=_context(self._num_workers, is_remote),
+        plan = _Plan(config, spec, seed, self._step, lane_states, tuple(quarantine))
+        self._make_rows = functools.partial(_rows_of, plan, self._num_workers)
+        # Remote access has threads, which a fork would lose.
+        self._start = functools.partial(
+            Workers, self._make_rows, self._num_workers, config.prefetch, clean=is_remote, preload=(__name__,)
         )
         self._inboxes = [Inbox() for _ in range(max(1, self._num_workers))]
-        self._running: Iterator[_Rows | DataPipelineError] | None = None
+        self._workers: Workers[_Rows | DataPipelineError] | None = None
+        self._rows: Generator[_Rows | DataPipelineError, None, None] | None = None
         self._closed = False
 
     def _lane_states(self, state: LoaderState | None) -> dict[int, LaneState]:
@@ -347,7 +280,7 @@ class Loader:
         """
         if self._closed:
             raise DataPipelineError("this loader is closed; make a new one from its last state")
-        rows = [self._take() for _ in range(max(1, self._num_workers))]
+        rows = [self._take(worker) for worker in range(max(1, self._num_workers))]
         batches = {
             lane: batch
             for row in rows
@@ -379,57 +312,37 @@ class Loader:
             full.append(collate([self._null_pack], self._spec))
         return tuple(full)
 
-    def _take(self) -> _Rows:
-        if self._running is None:
-            self._running = self._start()
+    def _take(self, worker: int) -> _Rows:
         try:
-            rows = next(self._running)
-        except RuntimeError as error:
+            rows = self._next_rows(worker)
+        except DataPipelineError:
             self.close()
-            if "exited unexpectedly" not in str(error):  # DataLoader's words for a worker that is gone.
-                raise
-            raise DataPipelineError(
-                f"a loader worker died without a word ({error}): out of memory, or /dev/shm full? "
-                "Resume with fewer data.workers or a smaller data.prefetch"
-            ) from error
+            raise
         if isinstance(rows, DataPipelineError):
             self.close()
             raise rows
         return rows
 
-    def _start(self) -> Iterator[_Rows | DataPipelineError]:
-        handler = signal.getsignal(signal.SIGCHLD)
-        running = iter(self._steps)
-        if self._num_workers and threading.current_thread() is threading.main_thread():
-            # DataLoader's handler raises wherever the main thread happens to be when a worker dies, a collective for
-            # one; without it the death is reported by the next step.
-            signal.signal(signal.SIGCHLD, handler)
-        # Workers ignore SIGTERM, so they must be told to leave before multiprocessing terminates and joins them.
-        atexit.register(_stop_workers, weakref.ref(running))
-        return running
+    def _next_rows(self, worker: int) -> _Rows | DataPipelineError:
+        if not self._num_workers:
+            self._rows = self._rows or self._make_rows(0)
+            return next(self._rows)
+        self._workers = self._workers or self._start()
+        return self._workers.take(worker)
 
     def close(self) -> None:
         """Stops the workers; the loader yields nothing more."""
         self._closed = True
-        if self._running is not None:
-            _stop_workers(weakref.ref(self._running))
-        self._running = None
+        if self._workers is not None:
+            self._workers.close()
+        if self._rows is not None:
+            self._rows.close()
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _stop_workers(reference: weakref.ref[Iterator[_Rows | DataPipelineError]]) -> None:
-    """Stops the workers of an iterator that still exists.
-
-    DataLoader does so only when the iterator is collected, which a traceback can put off beyond the end of the process.
-    """
-    stop = getattr(reference(), "_shutdown_workers", None)  # An iterator without workers has none.
-    if stop is not None:
-        stop()
 
 
 def _check_world(config: DataConfig, rank: int, world_size: int, micro_lanes: int) -> None:

@@ -73,6 +73,10 @@ class MediaSpec:
         """Whether each batch must hold an item that is attended."""
         return self.placement in (Placement.CROSS_ATTENTION, Placement.HYBRID)
 
+    def cost(self, tokens: int, patches: int) -> float:
+        """Time of so many tokens and patches, in that of one token."""
+        return tokens + self.cost_per_patch * patches
+
     @property
     def minimal_grid(self) -> Grid:
         """The smallest legal view: what a null document carries."""

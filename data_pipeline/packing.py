@@ -45,8 +45,12 @@ class Load(NamedTuple):
     @classmethod
     def of(cls, document: Document, spec: MediaSpec) -> Load:
         """The load of one document."""
-        roles = {item.embedded for item in document.items}
-        return cls(1, document.num_tokens, document.cost(spec), True in roles, False in roles)
+        patches, embedded, attended = 0, False, False
+        for item in document.items:
+            patches += item.num_patches
+            embedded, attended = embedded or item.embedded, attended or not item.embedded
+        tokens = document.num_tokens
+        return cls(1, tokens, spec.cost(tokens, patches), embedded, attended)
 
     def plus(self, other: Load) -> Load:
         """The load of both."""
@@ -76,6 +80,7 @@ class Budget:
         self.spec = spec
         self.null = null
         self._null_load = Load.of(null, spec)._replace(documents=0)  # It counts for room, not as a sample.
+        self._needs = (spec.needs_embedded, spec.needs_attended)
         least = null.num_tokens + 1
         if config.max_tokens < least:
             raise DataConfigError(
@@ -89,7 +94,8 @@ class Budget:
 
     def lacks_role(self, load: Load) -> bool:
         """Whether a pack needs the null document."""
-        return (self.spec.needs_embedded and not load.embedded) or (self.spec.needs_attended and not load.attended)
+        embedded, attended = self._needs
+        return (embedded and not load.embedded) or (attended and not load.attended)
 
     def fits(self, load: Load) -> bool:
         """Whether a pack may hold this much."""

@@ -206,7 +206,8 @@ class LaneStream:
         coming = self._coming.popleft()
         self._position = coming.after
         documents = self._attempt(coming.drawn, coming.known, coming.get)
-        return [Made(coming.drawn._replace(part=part), document) for part, document in enumerate(documents)]
+        drawn = coming.drawn
+        return [Made(drawn._replace(part=part) if part else drawn, each) for part, each in enumerate(documents)]
 
     def remake(self, drawn: Drawn) -> Document | None:
         """A document that was drawn before, again; None if its sample went bad meanwhile.

@@ -254,7 +254,7 @@ class ImageTransform:
             data,
             mode=config.decode,
             max_pixels=config.max_image_pixels,
-            min_side=plan.needed_size() if config.decode is DecodeMode.FAST else None,
+            min_side=plan.needed_size if config.decode is DecodeMode.FAST else None,
             header=header,
             scratch=self._scratch,
         )

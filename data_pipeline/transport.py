@@ -109,7 +109,7 @@ class Outbox:
             return np.empty((rows, columns), dtype=np.uint8)
         self._end = end
         self._filled += num_bytes
-        return self._memory[start:end].reshape(rows, columns)
+        return np.ndarray((rows, columns), np.uint8, self._memory, start)
 
     def join(self, arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
         """Arrays of equally many columns as one tensor that travels without another copy.

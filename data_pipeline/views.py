@@ -8,6 +8,7 @@ A plan knows every grid, so a document can be measured without decoding anything
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,7 @@ class ImagePlan:
     flip: bool = False
     color: ColorChange | None = None
 
+    @functools.cached_property
     def needed_size(self) -> Size:
         """Height and width of the decoded image below which a canvas would be enlarged for want of pixels."""
         kept = self.size if self.box is None else self.box[2:]

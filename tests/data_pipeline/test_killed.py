@@ -69,9 +69,9 @@ def test_after_the_death_of_a_worker_a_resume_gives_the_same(config: DataConfig,
     for workers in (2, 1):
         with Loader(with_workers(config, workers), hybrid_spec, seed=3, state=state) as loader:
             take(loader, 6)
-            victim = loader._running._workers[workers - 1]  # type: ignore[union-attr]
+            victim = loader._workers.processes[workers - 1]  # type: ignore[union-attr]
             os.kill(victim.pid, signal.SIGKILL)
-            with pytest.raises(DataPipelineError, match=r"a loader worker died.*Resume with fewer data\.workers"):
+            with pytest.raises(DataPipelineError, match=r"loader worker \d died.*Resume with fewer data\.workers"):
                 take(loader, 10)  # What the others had ready may still come.
     assert 12 <= len(found) < 30
     with Loader(config, hybrid_spec, seed=3, state=state) as loader:
@@ -127,51 +127,6 @@ def test_after_the_death_of_everything_a_resume_gives_the_same(
     assert [(folder / f"{step:04d}").read_text() for step in range(count)] == expected
 
 
-_ORPHANS = """
-import multiprocessing, sys
-from pathlib import Path
-from data_pipeline import loader as module
-from data_pipeline.config import DataConfig
-from data_pipeline.media_spec import MediaSpec, Placement
-
-if __name__ == "__main__":
-    module._context = lambda *_: multiprocessing.get_context(sys.argv[2])
-    config = DataConfig.model_validate_json(Path(sys.argv[1]).read_text())
-    spec = MediaSpec(Placement.HYBRID, patch_size=8, fixed_grid=(2, 2))
-    with module.Loader(config, spec, seed=3) as loader:
-        next(loader)
-        print(*(worker.pid for worker in loader._running._workers), flush=True)
-        sys.stdin.read()
-"""
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and was not waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_workers_end_with_the_process_that_loads(config: DataConfig, tmp_path: Path, method: str) -> None:
-    """Remote data are read by workers of a fork server, which nobody else would tell."""
-    path = tmp_path / "data.json"
-    path.write_text(with_workers(config, 2).model_dump_json())
-    command = [sys.executable, "-c", _ORPHANS, str(path), method]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        workers = [int(pid) for pid in process.stdout.readline().split()]
-        assert len(workers) == 2
-        assert all(map(is_alive, workers))
-        process.kill()
-    deadline = time.monotonic() + 30
-    while any(map(is_alive, workers)):
-        assert time.monotonic() < deadline, "they live on"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_that_gives_up_hands_on_what_it_had_left_out(
     config: DataConfig, hybrid_spec: MediaSpec, workers: int
@@ -190,42 +145,3 @@ def test_a_loader_that_gives_up_hands_on_what_it_had_left_out(
     reported.extend(end.value.skipped)
     lanes = [skip.lane for skip in reported]
     assert max(map(lanes.count, lanes)) == 3, "the fourth is in the message"
-
-
-_ARENAS = """
-import ctypes, sys, threading
-from data_pipeline import loader
-
-if sys.argv[1] == "worker":
-    loader._start_worker({}, 0)
-libc = ctypes.CDLL(None)
-libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
-libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
-libc.fclose.argtypes = [ctypes.c_void_p]
-everybody = threading.Barrier(9)
-
-def allocate():
-    everybody.wait()
-    libc.malloc(1000)
-    everybody.wait()
-
-for _ in range(8):
-    threading.Thread(target=allocate).start()
-everybody.wait()
-everybody.wait()
-file = libc.fopen(sys.argv[2].encode(), b"w")
-libc.malloc_info(0, file)
-libc.fclose(file)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="arenas are glibc's")
-def test_threads_of_a_worker_share_two_arenas(tmp_path: Path) -> None:
-    """Else each keeps the most that it ever held, up to eight arenas a core."""
-
-    def arenas(process: str) -> int:
-        path = tmp_path / process
-        subprocess.run([sys.executable, "-c", _ARENAS, process, str(path)], check=True)
-        return path.read_text().count("<heap nr=")
-
-    assert arenas("worker") <= 2 < arenas("other")

@@ -53,8 +53,9 @@ def _keys(steps: list[StepBatch]) -> list[tuple[str, int]]:
 
 
 def _workers(loader: Loader) -> list[Any]:
-    """The processes of a loader, by the only name that DataLoader has for them."""
-    return list(loader._running._workers)  # type: ignore[union-attr]
+    """The processes of a loader."""
+    assert loader._workers is not None
+    return list(loader._workers.processes)
 
 
 MakeConfig = Callable[..., DataConfig]
@@ -268,7 +269,7 @@ def test_a_worker_that_is_killed_is_reported(mixture_config: DataConfig, hybrid_
     victim = _workers(loader)[0]
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
-    with pytest.raises(DataPipelineError, match="worker died"):
+    with pytest.raises(DataPipelineError, match="worker 0 died"):
         _steps(loader, 20)
     with pytest.raises(DataPipelineError, match="closed"):
         next(loader)
@@ -295,7 +296,7 @@ def test_a_process_that_ends_without_closing_its_loader_does_not_hang(
         "from data_pipeline.media_spec import MediaSpec, Placement;"
         "spec = MediaSpec(Placement.HYBRID, patch_size=8, fixed_grid=(2, 2));"
         "loader = Loader(DataConfig.model_validate_json(open(sys.argv[1]).read()), spec, seed=1);"
-        "next(loader); kept = loader._running; raise SystemExit(3)"
+        "next(loader); kept = loader._workers; raise SystemExit(3)"
     )
     ended = subprocess.run([sys.executable, "-c", program, str(tmp_path / "data.json")], timeout=120)
     assert ended.returncode == 3

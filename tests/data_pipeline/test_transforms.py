@@ -176,7 +176,7 @@ def test_fast_decoding_leaves_enough_pixels_for_the_tiles_and_the_crop(
     config: dict, seed: int | None, needed: tuple[int, int]
 ) -> None:
     rng = None if seed is None else np.random.default_rng(seed)
-    assert _transform(SPEC, decode="fast", **config).plan((512, 512), rng).needed_size() == needed
+    assert _transform(SPEC, decode="fast", **config).plan((512, 512), rng).needed_size == needed
 
 
 def test_fast_decoding_crops_where_exact_decoding_does() -> None:

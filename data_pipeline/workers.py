@@ -1,0 +1,203 @@
+"""Processes that make items ahead of the one that takes them.
+
+    worker w: item, item, ... --its pipe--> take(w)
+                    ^--- room for another ---'
+
+A worker writes into its own pipe, from the thread that makes the items, and is told by nothing but a semaphore that
+there is room: no thread stands between, and a worker that dies closes its pipe. ``DataLoader`` takes two queues, three
+threads and a tenth of a millisecond more for each item. Not for: work that is dealt out task by task
+(``shards.crew``).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Semaphore
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+
+from data_pipeline.errors import WorkerError
+
+T = TypeVar("T")
+
+Make = Callable[[int], Generator[T, None, None]]
+"""The items of a worker, by its number; called in its process."""
+
+_JOIN_SECONDS = 5.0
+_M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a worker sends when it failed in a way that nobody foresaw."""
+
+    trace: str
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    room: Semaphore
+
+
+class Workers(Generic[T]):
+    """Running workers.
+
+    Args:
+        make: Their items. After the last one, a worker waits until it is closed, for what it shares may still be used.
+        count: Workers.
+        ahead: Items that a worker makes before the first of them is taken, at least 1.
+        clean: Start them from a clean process, not as Python does it here: a fork loses this process's threads.
+        preload: Modules that the clean process imports once for all of them.
+    """
+
+    def __init__(self, make: Make[T], count: int, ahead: int, *, clean: bool, preload: tuple[str, ...] = ()) -> None:
+        context: BaseContext = multiprocessing.get_context("forkserver" if clean else None)
+        if clean:
+            context.set_forkserver_preload(list(preload))
+        self._workers: list[_Worker] = []
+        stopped = context.RawValue("b", 0)  # Without a lock: a killed worker leaves none behind that it held.
+        self._stop = weakref.finalize(self, _stop, self._workers, stopped, os.getpid())
+        # Workers ignore SIGTERM, so they must be told to leave before multiprocessing terminates and joins them.
+        atexit.register(self._stop)
+        environment = dict(os.environ)
+        for number in range(count):
+            pipe, there = context.Pipe(duplex=False)
+            room = context.Semaphore(ahead)
+            process = cast(Any, context).Process(
+                target=_work,
+                args=(make, number, there, room, stopped, environment),
+                name=f"loader-{number}",
+                daemon=True,
+            )
+            process.start()
+            there.close()  # Before the next fork: the pipe ends when its worker does.
+            self._workers.append(_Worker(process, pipe, room))
+
+    @property
+    def processes(self) -> list[BaseProcess]:
+        """Those that run, by number."""
+        return [worker.process for worker in self._workers]
+
+    def take(self, number: int) -> T:
+        """The next item of a worker; waits for it.
+
+        Raises:
+            WorkerError: it died, or failed in a way that its items do not tell of.
+        """
+        worker = self._workers[number]
+        try:
+            item = worker.pipe.recv()
+        except (EOFError, OSError) as error:
+            worker.process.join(_JOIN_SECONDS)
+            raise WorkerError(
+                f"loader worker {number} died without a word (exit code {worker.process.exitcode}): out of memory, or "
+                "/dev/shm full? Resume with fewer data.workers or a smaller data.prefetch"
+            ) from error
+        if isinstance(item, _Failed):
+            raise WorkerError(f"loader worker {number} failed:\n{item.trace}")
+        worker.room.release()
+        return cast(T, item)
+
+    def close(self) -> None:
+        """Ends the workers. Idempotent."""
+        self._stop()
+        atexit.unregister(self._stop)
+
+
+def _stop(workers: list[_Worker], stopped: Any, owner: int) -> None:
+    """Ends the workers, those that do not end soon by force."""
+    if os.getpid() != owner:  # A fork has copies of the handles, not the workers.
+        return
+    stopped.value = 1
+    for worker in workers:
+        worker.room.release()
+    deadline = time.monotonic() + _JOIN_SECONDS
+    for worker in workers:
+        _drain(worker, deadline)
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        if worker.process.exitcode is None:
+            worker.process.kill()
+            worker.process.join()
+        worker.pipe.close()
+    workers.clear()
+
+
+def _drain(worker: _Worker, deadline: float) -> None:
+    """Takes what the worker still sends, which it may wait to get rid of."""
+    with contextlib.suppress(EOFError, OSError):
+        while (left := deadline - time.monotonic()) > 0:
+            if worker.pipe not in wait([worker.pipe, worker.process.sentinel], left):
+                return
+            worker.pipe.recv_bytes()
+
+
+def _work(
+    make: Make[T], number: int, pipe: Connection, room: Semaphore, stopped: Any, environment: Mapping[str, str]
+) -> None:
+    """The process of a worker."""
+    _settle(environment)
+    room.acquire()
+    try:
+        with contextlib.closing(make(number)) as items:
+            for item in items:
+                pipe.send(item)
+                room.acquire()
+                if stopped.value:
+                    return
+    except Exception:
+        pipe.send(_Failed(traceback.format_exc()))
+    while not stopped.value:
+        room.acquire()
+
+
+def _settle(environment: Mapping[str, str]) -> None:
+    """Makes a worker of this process.
+
+    The parent decides when to stop: a signal to the whole process group must not tear workers from under it.
+    """
+    os.environ.update(environment)  # One that is not forked from the parent may lack its credentials.
+    torch.set_num_threads(1)
+    _limit_arenas()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """Ends this process when the one that loads is gone, however that happened.
+
+    Other copies of the pipe's end may outlive that one, in its forks; and a clean worker is no child of it.
+    """
+    parent.join()
+    os._exit(1)
+
+
+def _limit_arenas() -> None:
+    """Bounds what glibc keeps for reuse where remote data are read.
+
+    It gives the threads of the object store's client up to eight arenas a core, hundreds on a large machine, and each
+    keeps the most that it ever held. Two are as fast; on two cores they keep a tenth less.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # Only glibc has it.
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 2)
