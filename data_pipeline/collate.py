@@ -91,7 +91,8 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
     dest, keys, span_tokens, span_keys = [], [], [], []
     first_token = first_item = 0
     for document in documents:
-        dest.append(document.dest.astype(np.int64) + first_token)
+        if len(document.dest):
+            dest.append(document.dest.astype(np.int64) + first_token)
         ends = [span.start for span in document.spans[1:]] + [document.num_tokens]
         for span, end in zip(document.spans, ends, strict=True):
             attended = [rows[first_item + item] for item in span.items]

@@ -96,8 +96,7 @@ class MediaItem:
         return made if self.kept is None else self.grid[0] * self.kept.height * self.kept.width
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Tokens from ``start`` to the next span's start attend ``items`` (indices into ``Document.items``)."""
 
     start: int
