@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
-from data_pipeline.document import Document
+from data_pipeline.document import Document, Run
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
 
 IMAGE = "image"
 """Key of the image block in ``MultimodalBatch.media``."""
+
+_NO_ROWS = np.empty(0, dtype=np.int64)
 
 Join = Callable[[Sequence[npt.NDArray[np.uint8]]], Tensor]
 """Arrays of equally many columns to one tensor, row behind row."""
@@ -86,19 +88,20 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
     items = [item for document in documents for item in document.items]
     # The tower makes rows of all features, item after item; each item hands on its kept ones.
     starts = itertools.accumulate((spec.num_features(item.grid) for item in items), initial=0)
-    rows = [item.kept_features(spec, start) for start, item in zip(starts, items, strict=False)]
-    source = [row for row, item in zip(rows, items, strict=True) if item.embedded]
-    dest, keys, span_tokens, span_keys = [], [], [], []
+    kept = [item.kept_features(spec, start) for start, item in zip(starts, items, strict=False)]
+    source = [run for runs, item in zip(kept, items, strict=True) if item.embedded for run in runs]
+    dest, keys = [_NO_ROWS], list[Run]()
+    span_tokens, span_keys = [], []
     first_token = first_item = 0
     for document in documents:
         if len(document.dest):
             dest.append(document.dest.astype(np.int64) + first_token)
         ends = [span.start for span in document.spans[1:]] + [document.num_tokens]
         for span, end in zip(document.spans, ends, strict=True):
-            attended = [rows[first_item + item] for item in span.items]
-            keys.extend(attended)
+            attended = [run for item in span.items for run in kept[first_item + item]]
+            keys += attended
             span_tokens.append(end - span.start)
-            span_keys.append(sum(len(row) for row in attended))
+            span_keys.append(sum(count for _, count in attended))
         first_token += document.num_tokens
         first_item += len(document.items)
     nothing = np.empty((0, spec.patch_dim), dtype=np.uint8)
@@ -108,16 +111,21 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
         grid=torch.tensor(grids, dtype=torch.int32).reshape(-1, 3),
         grids=grids,
         items=Segments.from_lengths([item.num_patches for item in items]),
-        source=_rows(source),
-        dest=_rows(dest),
-        keys=_rows(keys),
+        source=_expand(source),
+        dest=torch.from_numpy(np.concatenate(dest)),
+        keys=_expand(keys),
         span_tokens=Segments.from_lengths(span_tokens),
         span_keys=Segments.from_lengths(span_keys),
     )
 
 
-def _rows(pieces: Sequence[npt.NDArray[np.int64]]) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *pieces]))
+def _expand(runs: Sequence[Run]) -> Tensor:
+    """Every number of the runs, int64."""
+    first, count = np.array(runs, dtype=np.int64).reshape(-1, 2).T
+    end = count.cumsum()
+    numbers = np.arange(end[-1] if runs else 0)
+    numbers += np.repeat(first - (end - count), count)
+    return torch.from_numpy(numbers)
 
 
 def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> MultimodalBatch:

@@ -28,6 +28,10 @@ IGNORE = -100
 """Label of a token that carries no loss."""
 
 
+Run = tuple[int, int]
+"""Neighbours: the first of them, and how many they are."""
+
+
 class Region(NamedTuple):
     """A rectangle of a grid of features: its first row and column, its rows and columns."""
 
@@ -73,18 +77,21 @@ class MediaItem:
     def num_patches(self) -> int:
         return int(self.values.shape[0])
 
-    def kept_features(self, spec: MediaSpec, first: int = 0) -> npt.NDArray[np.int64]:
+    def kept_features(self, spec: MediaSpec, first: int = 0) -> list[Run]:
         """Which of the features that the tower makes of it are handed on: row-major numbers from ``first``, ascending.
 
         Raises:
             SampleError: as ``MediaSpec.num_features``.
         """
-        numbers = np.arange(first, first + spec.num_features(self.grid))
+        made = spec.num_features(self.grid)
         if self.kept is None:
-            return numbers
+            return [(first, made)]
         rows, columns = self.grid[1] // spec.merge, self.grid[2] // spec.merge
         top, left, height, width = self.kept
-        return numbers.reshape(-1, rows, columns)[:, top : top + height, left : left + width].reshape(-1)
+        corner = first + top * columns + left
+        return [
+            (corner + (frame * rows + row) * columns, width) for frame in range(self.grid[0]) for row in range(height)
+        ]
 
     def num_features(self, spec: MediaSpec) -> int:
         """Features that it hands on.

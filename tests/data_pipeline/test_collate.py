@@ -7,6 +7,8 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
 from data_pipeline.collate import collate, concatenate
@@ -162,3 +164,18 @@ def test_an_item_hands_on_only_what_it_keeps(embedded: bool) -> None:
     assert rows.tolist() == [0, 1, 8, 9]
     doubled = concatenate([collate([Pack((document,), 0)], spec)] * 2, spec).media["image"]
     assert (doubled.source if embedded else doubled.keys).tolist() == [0, 1, 8, 9, 10, 11, 18, 19]
+
+
+@given(st.data())
+def test_kept_features_are_those_of_the_rectangle(data: st.DataObject) -> None:
+    merge, frames, rows, columns = (data.draw(st.integers(1, most)) for most in (2, 3, 5, 5))
+    height, width = data.draw(st.integers(1, rows)), data.draw(st.integers(1, columns))
+    region = Region(data.draw(st.integers(0, rows - height)), data.draw(st.integers(0, columns - width)), height, width)
+    first, spec = data.draw(st.integers(0, 50)), MediaSpec(Placement.EMBEDDING, merge=merge)
+    grid = (frames, rows * merge, columns * merge)
+    numbers = np.arange(first, first + frames * rows * columns).reshape(frames, rows, columns)
+    for kept, expected in ((None, numbers), (region, numbers[:, region.top :, region.left :][:, :height, :width])):
+        item = MediaItem(np.zeros((1, 1), np.uint8), grid, embedded=True, kept=kept)
+        found = [number for start, count in item.kept_features(spec, first) for number in range(start, start + count)]
+        assert found == expected.ravel().tolist()
+        assert item.num_features(spec) == len(found)
