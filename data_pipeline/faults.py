@@ -217,23 +217,29 @@ class FaultPolicy:
         if fault is None:
             try:
                 result = make()
-            except SampleError as error:
-                fault = Fault(error)
-            except (ShardError, ManifestError) as error:
-                if self.config.shard is ShardAction.FAIL:
-                    raise
-                fault = known.shard_failed(error)
-            except (DataPipelineError, MemoryError):
+            except MemoryError:
                 raise
-            except Exception as error:  # A sample that breaks a library in a new way must not end a week of training.
-                reason = f"{type(error).__name__}: {error}"
-                fault = Fault(SampleError(reason, kind=FaultKind.UNEXPECTED).located(*known.locate()))
+            except Exception as error:
+                fault = self._fault_of(error, known)
+                _drop_frames(error)
         if fault is None:
             known.succeeded()
             self._count()
             self._consecutive = 0
             return result
         return self._fault(fault, known)
+
+    def _fault_of(self, error: Exception, known: Known) -> Fault:
+        """What an error is to the sample; raises it if it is none of the sample's or of the shard's."""
+        if isinstance(error, SampleError):
+            return Fault(error)
+        if isinstance(error, ShardError | ManifestError) and self.config.shard is not ShardAction.FAIL:
+            return known.shard_failed(error)
+        if isinstance(error, DataPipelineError):
+            raise error
+        # A sample that breaks a library in a new way must not end a week of training.
+        reason = f"{type(error).__name__}: {error}"
+        return Fault(SampleError(reason, kind=FaultKind.UNEXPECTED).located(*known.locate()))
 
     def skipped(
         self, fault: Fault, dataset: str, epoch: int, index: int, lane: int, offset: int | None = None
@@ -273,3 +279,10 @@ class FaultPolicy:
                 f"{len(self._faults)} of the last {config.share_window} samples of a lane were bad "
                 f"(data.faults.max_share={config.max_share:g}); the last: {error}"
             ) from error
+
+
+def _drop_frames(error: BaseException | None) -> None:
+    """Lets go of all that was under way when an error was raised, packs of pixels among it: its complaint is kept."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import struct
@@ -16,6 +17,7 @@ import pytest
 
 from data_pipeline.config import DataConfig
 from data_pipeline.digest import step_digest
+from data_pipeline.document import Document
 from data_pipeline.errors import (
     DataConfigError,
     DataPipelineError,
@@ -154,6 +156,20 @@ def epochs(config: DataConfig, spec: MediaSpec) -> tuple[list[tuple[int, int]], 
             if step.exhausted:
                 return found, skipped
     raise AssertionError("unreachable")
+
+
+def test_a_bad_sample_leaves_nothing_behind_but_its_complaint(config_of: MakeConfig, hybrid_spec: MediaSpec) -> None:
+    """The traceback of what was raised would hold the packs that were under way, pixels and all."""
+    gc.collect()
+    gc.disable()  # Nor may it wait for a full collection.
+    try:
+        found, skipped = epochs(config_of(damaged_samples()[0]), hybrid_spec)
+        assert len(skipped) > 40
+        left = [thing for thing in gc.get_objects() if type(thing) is Document]
+        assert len(found) > 100
+        assert not left
+    finally:
+        gc.enable()
 
 
 def twice(samples: Iterator[int] | Sequence[int]) -> Counter[tuple[int, int]]:
