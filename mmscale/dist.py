@@ -188,7 +188,16 @@ def agree(world: World, flag: bool) -> bool:
     Raises:
         EngineError: a peer did not answer in time.
     """
-    return _reduce(world, [float(flag)], torch_dist.ReduceOp.MAX)[0] > 0
+    return highest(world, float(flag)) > 0
+
+
+def highest(world: World, value: float) -> float:
+    """The highest value of any rank. All ranks must call.
+
+    Raises:
+        EngineError: a peer did not answer in time.
+    """
+    return _reduce(world, [value], torch_dist.ReduceOp.MAX)[0]
 
 
 def _reduce(world: World, values: Sequence[float], operation: Any) -> list[float]:

@@ -77,11 +77,12 @@ def train(loaded: Loaded[RunConfig]) -> Outcome:
 
 
 def _run(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
-    latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
+    directory = config.run_dir / CHECKPOINTS
+    latest = checkpoint.choose(world, directory, config.checkpoint, print if world.is_main else lambda text: None)
     state = checkpoint.read_state(latest) if latest else TrainState()
     ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
-    with closing(log):
+    with closing(log), closing(checkpoint.Saver(world, directory, config.checkpoint, log.note)) as saver:
         faults = FaultList(config.run_dir / FAULTS, world, state.step, log.note)
         if latest:
             log.note(f"going on from {latest} (step {state.step} of {config.total_steps})")
@@ -89,10 +90,10 @@ def _run(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
             if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             with _stage_engine(config, state, latest, world, log) as engine:
-                state, stopped = _train_stage(config, engine, state, log, ledger, faults, stop)
+                state, stopped = _train_stage(config, engine, state, log, ledger, faults, stop, saver)
                 if stopped:
                     return Outcome.STOPPED
-                latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
+                latest = checkpoint.find_latest(directory)
                 if state.step >= config.total_steps:
                     finish(config, engine, state, log)
                     return Outcome.FINISHED
@@ -108,9 +109,9 @@ def _stage_engine(
     engine = Engine(model, NextToken(), stage, config.engine, world)
     try:
         if latest and state.stage_step:
-            checkpoint.resume(engine, latest)
+            checkpoint.resume(engine, latest, verified=True)
         elif latest and state.step:
-            log.note(f"stage {stage.name}: {checkpoint.warm_start(engine, latest)}")
+            log.note(f"stage {stage.name}: {checkpoint.warm_start(engine, latest, verified=True)}")
         if not state.step:
             log.note(f"precision {engine.precision.name}: {engine.precision.reason}")
         yield engine
@@ -139,6 +140,7 @@ def _train_stage(
     ledger: RunLedger,
     faults: FaultList,
     stop: StopRequest,
+    saver: checkpoint.Saver,
 ) -> tuple[TrainState, bool]:
     """Steps until the stage or the run ends, or somebody asks to stop.
 
@@ -164,10 +166,11 @@ def _train_stage(
                 batch = next(batches)
             faults.step(state.step + 1, batch.skipped)
             state = _step(engine, state, batch, stage.name, datasets, log, ledger, show)
+            saver.poll()
             stopped = stop.should_stop(engine.world)
             if stopped or state.step == last or config.checkpoint.due(state.step):
                 ledger.write()
-                checkpoint.save(engine, state, config.run_dir / CHECKPOINTS, config.checkpoint)
+                saver.save(engine, state, last=stopped or state.step == last)
                 log.pause()
     if stopped:
         log.note(f"stopped at step {state.step} ({stop.reason}) and saved; the same command goes on from here")

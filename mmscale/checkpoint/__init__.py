@@ -3,18 +3,20 @@
 ``resume`` is exact and within a stage; ``warm_start`` takes weights only; ``load_weights`` needs no engine.
 """
 
-from mmscale.checkpoint.load import LoadReport, load_weights, resume, warm_start
+from mmscale.checkpoint.background import Saver
+from mmscale.checkpoint.load import LoadReport, choose, load_weights, resume, warm_start
 from mmscale.checkpoint.manifest import TrainState, find_latest, list_checkpoints, read_manifest, read_state
 from mmscale.checkpoint.reshard import verify
-from mmscale.checkpoint.save import prune, save
+from mmscale.checkpoint.save import save
 
 __all__ = [
     "LoadReport",
+    "Saver",
     "TrainState",
+    "choose",
     "find_latest",
     "list_checkpoints",
     "load_weights",
-    "prune",
     "read_manifest",
     "read_state",
     "resume",

@@ -5,7 +5,7 @@ The world size and the ZeRO stage may differ from those that saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmscale.checkpoint.manifest import Manifest, TrainState, read_state
-from mmscale.checkpoint.reshard import CheckpointReader, whole_parameter
-from mmscale.checkpoint.save import model_config_values, persistent_buffers, tied_names
+from mmscale.checkpoint.config import CheckpointConfig
+from mmscale.checkpoint.manifest import Manifest, TrainState, list_checkpoints, read_state
+from mmscale.checkpoint.reshard import CheckpointReader, verify, verify_together, whole_parameter
+from mmscale.checkpoint.save import model_config_values, tied_names
+from mmscale.checkpoint.share import persistent_buffers
 from mmscale.dist import World, first_complaint
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import parameter_table
@@ -46,11 +48,46 @@ class LoadReport:
         return not (self.missing or self.unused or self.mismatched)
 
 
-def resume(engine: Engine, path: Path) -> TrainState:
+def choose(
+    world: World, directory: Path, config: CheckpointConfig, note: Callable[[str], None] = lambda text: None
+) -> Path | None:
+    """The newest checkpoint, every byte of it checked; None if there is none. All ranks must call.
+
+    Args:
+        world: This rank.
+        directory: ``checkpoints`` folder of the run, seen by all ranks.
+        config: Whether an older one may do where the newest is damaged.
+        note: Told of every checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: it is damaged, and the configuration does not allow an older one.
+    """
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            verify_together(world, path)
+        except CheckpointError as error:
+            if config.on_damage == "stop":
+                raise CheckpointError(
+                    f"{error}; to go on from the checkpoint before it, set checkpoint.on_damage=previous"
+                ) from error
+            note(f"passed over: {error}")
+            continue
+        return path
+    return None
+
+
+def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
     """Puts the engine where it was: masters, moments, step counts, buffers, random state. All ranks must call.
+
+    Nothing is changed before every byte is found to be what was written.
 
     At the world size that saved, training goes on bit for bit as if it had not stopped; at another one sums are
     rounded in another order.
+
+    Args:
+        engine: At its first step or any other.
+        path: Checkpoint folder.
+        verified: ``choose`` has read it already.
 
     Returns:
         The train state, with the loader's state of all lanes.
@@ -58,6 +95,8 @@ def resume(engine: Engine, path: Path) -> TrainState:
     Raises:
         CheckpointError: the checkpoint is damaged, of another model, or of another stage.
     """
+    if not verified:
+        verify_together(engine.world, path)
     heard = first_complaint(engine.world, _why_not(engine, path))
     if heard is not None:
         raise CheckpointError(heard)
@@ -94,12 +133,19 @@ def _why_not(engine: Engine, path: Path) -> str | None:
     return None
 
 
-def warm_start(engine: Engine, path: Path) -> LoadReport:
+def warm_start(engine: Engine, path: Path, *, verified: bool = False) -> LoadReport:
     """Takes over the weights that fit, and nothing else: moments and schedule start anew. All ranks must call.
+
+    Args:
+        engine: Before its first step.
+        path: Checkpoint folder.
+        verified: ``choose`` has read it already.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or no parameter fits.
     """
+    if not verified:
+        verify_together(engine.world, path)
     try:
         with CheckpointReader(path) as reader:
             report = _match(engine.model, reader)
@@ -126,6 +172,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
     """
+    if problems := verify(path):
+        raise CheckpointError(f"{path} is damaged: {problems[0]}")
     with CheckpointReader(path) as reader:
         differences = list(_differences(reader.manifest, model))
         if differences:

@@ -2,10 +2,11 @@
 
     checkpoints/step-00000123/
         rank-00000.safetensors   this rank's ranges: NAME|master, |exp_avg, |exp_avg_sq, |frozen, |buffer
-        rank-00000.json          which ranges they are, the loader's lanes, random state
-        manifest.json            written last: everything that is true of the whole
+        rank-00000.json          of each of them range, format, place and CRC-32; the loader's lanes, random state
+        manifest.json            written last: everything that is true of the whole, and the CRC-32 of every file
 
-A folder with this name is whole; while it is being written it is called ``step-00000123.partial``.
+A folder with this name is whole; while it is being written it is called ``step-00000123.partial``. The manifest begins
+with its own CRC-32, so no byte of a checkpoint is without one.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import StateError
 from data_pipeline.state import LoaderState
 from data_pipeline.strict import StrictConfig
 from mmscale.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 _FOLDER = re.compile(r"step-(\d{8,})")
+_SEAL = re.compile(rb'\{"crc32":"([0-9a-f]{8})",\n')
+_MOST_JSON_BYTES = 1 << 30
+"""A larger file of JSON is not read; a million parameters take a tenth of it."""
 
 
 def folder_name(step: int) -> str:
@@ -106,14 +111,43 @@ class Manifest(StrictConfig):
     versions: dict[str, str]
 
 
+class TensorEntry(StrictConfig):
+    """A tensor in the file of one rank."""
+
+    start: int = Field(ge=0)
+    """First value, in the flattened parameter."""
+    stop: int = Field(ge=0)
+    """One past the last."""
+    dtype: str
+    """As safetensors calls it."""
+    offset: int = Field(ge=0)
+    """First byte, in the file."""
+    crc32: int = Field(ge=0)
+
+
 class RankNotes(StrictConfig):
     """What one rank says about its file of tensors."""
 
     rank: int = Field(ge=0)
-    ranges: dict[str, tuple[int, int]]
+    tensors: dict[str, TensorEntry]
+    """By ``NAME|kind``."""
     loader: str | None
     random_state: dict[str, str]
     """State of torch's generators, hexadecimal, by device type."""
+
+
+def seal(manifest: Manifest) -> str:
+    """The text of a manifest, its own checksum first."""
+    rest = manifest.model_dump_json(indent=1).removeprefix("{\n")
+    return f'{{"crc32":"{crc32(rest.encode()):08x}",\n{rest}'
+
+
+def _unseal(text: bytes) -> bytes | None:
+    """The JSON under the seal; None if the checksum is not that of the text."""
+    seal = _SEAL.match(text)
+    if seal is None or int(seal[1], 16) != crc32(text[seal.end() :]):
+        return None
+    return b"{" + text[seal.end() :]
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -122,19 +156,24 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         CheckpointError: there is none, it is damaged, or another format wrote it.
     """
+    file = path / MANIFEST
     try:
-        text = (path / MANIFEST).read_text()
+        text = _read_json(file)
     except OSError as error:
         raise CheckpointError(f"{path} is no checkpoint: {MANIFEST} cannot be read ({error.strerror})") from error
+    found = re.search(rb'"format"\s*:\s*(\d{1,9})', text)
+    if found and int(found[1]) != FORMAT:
+        raise CheckpointError(f"{path} has format {int(found[1])}, this version reads {FORMAT}")
+    inside = _unseal(text)
+    if inside is None:
+        raise CheckpointError(f"{file} is damaged: its checksum is not that of its text")
     try:
-        manifest = Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(inside)
     except ValidationError as error:
-        found = re.search(r'"format"\s*:\s*(\d+)', text)
-        if found and int(found[1]) != FORMAT:
-            raise CheckpointError(f"{path} has format {found[1]}, this version reads {FORMAT}") from error
-        raise CheckpointError(f"{path / MANIFEST} is damaged: {error.errors()[0]['msg']}") from error
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.format}, this version reads {FORMAT}")
+        raise CheckpointError(f"{file} is damaged: {error.errors()[0]['msg']}") from error
+    count = manifest.world_size
+    if len(manifest.files) != 2 * count or any(set(rank_files(rank)) - manifest.files.keys() for rank in range(count)):
+        raise CheckpointError(f"{file} is damaged: its {len(manifest.files)} files are not those of {count} ranks")
     return manifest
 
 
@@ -146,9 +185,15 @@ def read_notes(path: Path, rank: int) -> RankNotes:
     """
     file = path / rank_files(rank)[1]
     try:
-        return RankNotes.model_validate_json(file.read_text())
+        return RankNotes.model_validate_json(_read_json(file))
     except (OSError, ValidationError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+
+
+def _read_json(file: Path) -> bytes:
+    if file.stat().st_size > _MOST_JSON_BYTES:
+        raise CheckpointError(f"{file} is larger than {_MOST_JSON_BYTES} bytes: no checkpoint has such a file")
+    return file.read_bytes()
 
 
 def missing_or_cut(path: Path, manifest: Manifest) -> str | None:
@@ -163,6 +208,14 @@ def missing_or_cut(path: Path, manifest: Manifest) -> str | None:
     return None
 
 
+def is_whole(path: Path) -> bool:
+    """Whether the manifest reads and every file has its size."""
+    try:
+        return missing_or_cut(path, read_manifest(path)) is None
+    except CheckpointError:
+        return False
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
     """Folders that are named like checkpoints, oldest step first; half-written ones have another name."""
     if not directory.is_dir():
@@ -172,15 +225,8 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def find_latest(directory: Path) -> Path | None:
-    """The newest whole checkpoint below ``directory``: its manifest reads and every file has its size."""
-    for path in reversed(list_checkpoints(directory)):
-        try:
-            manifest = read_manifest(path)
-        except CheckpointError:
-            continue
-        if missing_or_cut(path, manifest) is None:
-            return path
-    return None
+    """The newest whole checkpoint below ``directory``; a damaged one is passed over (see ``load.choose``)."""
+    return next((path for path in reversed(list_checkpoints(directory)) if is_whole(path)), None)
 
 
 def read_state(path: Path) -> TrainState:

@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmscale.checkpoint.manifest import MANIFEST, missing_or_cut, rank_files, read_manifest, read_notes
+from mmscale.checkpoint.manifest import Manifest, missing_or_cut, rank_files, read_manifest, read_notes
+from mmscale.dist import World, first_complaint
+from mmscale.durable.files import checksum_of, crc32_of
 from mmscale.errors import CheckpointError
 
 
@@ -38,8 +41,8 @@ class CheckpointReader:
         self.notes = [read_notes(path, rank) for rank in range(self.manifest.world_size)]
         self._ranges: dict[str, list[tuple[int, int, int]]] = {}
         for rank, notes in enumerate(self.notes):
-            for name, (start, stop) in notes.ranges.items():
-                self._ranges.setdefault(name, []).append((start, stop, rank))
+            for key, entry in notes.tensors.items():
+                self._ranges.setdefault(key, []).append((entry.start, entry.stop, rank))
         self._files: dict[int, Any] = {}
 
     def __enter__(self) -> CheckpointReader:
@@ -70,16 +73,17 @@ class CheckpointReader:
             CheckpointError: values are missing or a file is damaged.
         """
         stop, filled = start + target.numel(), 0
-        for low, high, rank in self._ranges.get(name, []):
+        key = f"{name}|{kind}"
+        for low, high, rank in self._ranges.get(key, []):
             first, last = max(low, start), min(high, stop)
             if first >= last:
                 continue
-            values = self._read(rank, f"{name}|{kind}", first - low, last - low)
+            values = self._read(rank, key, first - low, last - low)
             target[first - start : last - start].copy_(values)
             filled += last - first
         if filled != stop - start:
             raise CheckpointError(
-                f"{self.path}: {name}|{kind} has {filled} of the values {start}:{stop}; the checkpoint is damaged"
+                f"{self.path}: {key} has {filled} of the values {start}:{stop}; the checkpoint is damaged"
             )
 
     def buffer(self, name: str) -> Tensor:
@@ -102,42 +106,90 @@ class CheckpointReader:
             raise CheckpointError(f"{file}: {key} cannot be read: {error}") from error
 
     def gaps(self) -> Iterator[str]:
-        """Complaints about parameters whose ranges do not cover them exactly once."""
+        """Complaints about parameters whose ranges do not cover them exactly once, of every kind they are kept in."""
+        kinds: dict[str, list[str]] = {}
+        for key in self._ranges:
+            name, _, kind = key.rpartition("|")
+            kinds.setdefault(name, []).append(kind)
         for name, entry in self.manifest.parameters.items():
-            reached = 0
-            for start, stop, _ in sorted(self._ranges.get(name, [])):
-                if start != reached:
-                    break
-                reached = stop
-            if reached != math.prod(entry.shape):
-                yield f"{name}: the ranks' ranges do not cover its {math.prod(entry.shape)} values exactly once"
+            size = math.prod(entry.shape)
+            for kind in {self.weights_kind(name), *kinds.get(name, [])} if size else ():
+                reached = 0
+                for start, stop, _ in sorted(self._ranges.get(f"{name}|{kind}", [])):
+                    if start != reached:
+                        break
+                    reached = stop
+                if reached != size:
+                    yield f"{name}|{kind}: the ranks' ranges do not cover its {size} values exactly once"
 
 
 def verify(path: Path) -> list[str]:
     """Everything that is wrong with a checkpoint: sizes, checksums, ranges. An empty list means it is good."""
-    from mmscale.checkpoint.durable import crc32_of
-
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
         return [str(error)]
-    problems = []
-    for name, entry in manifest.files.items():
-        try:
-            size, checksum = (path / name).stat().st_size, crc32_of(path / name)
-        except OSError as error:
-            problems.append(f"{name}: {error.strerror}")
-            continue
-        if size != entry.bytes:
-            problems.append(f"{name}: {size} bytes, {entry.bytes} were written")
-        elif checksum != entry.crc32:
-            problems.append(f"{name}: checksum {checksum:08x}, {entry.crc32:08x} was written")
-    expected = {file for rank in range(manifest.world_size) for file in rank_files(rank)}
-    problems.extend(f"{name}: not listed in {MANIFEST}" for name in sorted(expected - set(manifest.files)))
+    problems = [problem for name in manifest.files if (problem := file_problem(path, manifest, name)) is not None]
     if not problems:
         with CheckpointReader(path) as reader:
             problems.extend(reader.gaps())
     return problems
+
+
+def file_problem(path: Path, manifest: Manifest, name: str) -> str | None:
+    """What is wrong with the bytes of one file, and of which tensors; None if nothing is. Reads all of it."""
+    entry = manifest.files[name]
+    try:
+        size, checksum = (path / name).stat().st_size, crc32_of(path / name)
+    except OSError as error:
+        return f"{name}: {error.strerror}"
+    if size != entry.bytes:
+        return f"{name}: {size} bytes, {entry.bytes} were written"
+    if checksum == entry.crc32:
+        return None
+    damaged = ", ".join(_damaged_tensors(path, manifest, name))
+    return f"{name}: checksum {checksum:08x}, {entry.crc32:08x} was written; damaged: {damaged or 'not a tensor'}"
+
+
+def _damaged_tensors(path: Path, manifest: Manifest, name: str) -> Iterator[str]:
+    """The tensors in a damaged file whose own checksum is wrong."""
+    rank = next((r for r in range(manifest.world_size) if rank_files(r)[0] == name), None)
+    if rank is None:
+        return
+    try:
+        notes = read_notes(path, rank)
+    except CheckpointError:
+        return
+    ends = [*[entry.offset for entry in notes.tensors.values()][1:], manifest.files[name].bytes]
+    data = np.memmap(path / name, np.uint8, "r")
+    for (key, entry), end in zip(notes.tensors.items(), ends, strict=True):
+        if checksum_of(data[entry.offset : end].data) != entry.crc32:
+            yield key
+
+
+def verify_together(world: World, path: Path) -> None:
+    """Reads every byte of a checkpoint, each rank some files, before anything is taken from it. All ranks must call.
+
+    Raises:
+        CheckpointError: something is wrong with it; on every rank, with the same words.
+    """
+    complaint = None
+    try:
+        manifest = read_manifest(path)
+        mine = [
+            name for number, name in enumerate(sorted(manifest.files)) if number // 2 % world.world_size == world.rank
+        ]
+        complaint = next(filter(None, (file_problem(path, manifest, name) for name in mine)), None)
+        if complaint is None and world.is_main:
+            with CheckpointReader(path) as reader:
+                complaint = next(reader.gaps(), None)
+        if complaint is not None:
+            complaint = f"{path} is damaged: {complaint}"
+    except CheckpointError as error:
+        complaint = str(error)
+    heard = first_complaint(world, complaint)
+    if heard is not None:
+        raise CheckpointError(heard)
 
 
 def whole_parameter(reader: CheckpointReader, name: str) -> Tensor:

@@ -4,13 +4,15 @@
     all agree  --------------------> all agree  --------------->  sync, rename to step-N, sync
                                                                   all agree
 
-At each "agree" every rank learns the first complaint of any, and all raise it together.
+At each "agree" every rank learns the first complaint of any, and all raise it together. ``save`` waits for all of it;
+``background.py`` goes the same way while training goes on.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +20,25 @@ import torch
 
 from data_pipeline.strict import StrictConfig
 from mmscale.checkpoint.config import CheckpointConfig
-from mmscale.checkpoint.durable import sync_folder, write_bytes, write_tensors
 from mmscale.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     PARTIAL,
     FileEntry,
     Manifest,
-    RankNotes,
     SavedState,
     TrainState,
     folder_name,
+    is_whole,
     list_checkpoints,
     missing_or_cut,
     rank_files,
     read_manifest,
+    seal,
 )
+from mmscale.checkpoint.share import persistent_buffers, share_of
 from mmscale.dist import World, first_complaint, sum_float
+from mmscale.durable.files import Written, publish, write_share
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
@@ -55,108 +59,126 @@ def save(engine: Engine, state: TrainState, directory: Path, keep: CheckpointCon
         CheckpointError: a rank could not write (disk full, no permission, folder not shared); nothing is left behind
             under the final name, older checkpoints are untouched.
     """
-    world = engine.world
+    place = begin(engine, state, directory)
+    if place is None:
+        return directory / folder_name(state.step)
+    written: list[Written] = []
+
+    def write() -> None:
+        share = share_of(engine, state)
+        written.extend(write_share(place.partial, share.names, share.header, share.notes, share.bytes_of()))
+
+    together(engine.world, place, write)
+    files = gather_files(engine.world, written)
+
+    def finish() -> None:
+        publish(place.partial, place.final, (MANIFEST, place.close(files)), to_remove(place.final, keep))
+
+    together(engine.world, place, finish, only_main=True)
+    return place.final
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkpoint that is being written.
+
+    Attributes:
+        partial: Its folder.
+        final: The name that the folder gets.
+        manifest: All of the manifest but the files, as JSON values, true of the moment that is saved.
+    """
+
+    partial: Path
+    final: Path
+    manifest: dict[str, Any]
+
+    def close(self, files: dict[str, FileEntry]) -> str:
+        """The manifest's text, now that the files are known.
+
+        Raises:
+            CheckpointError: one of them is not there.
+        """
+        listed = {name: entry.model_dump() for name, entry in files.items()}
+        manifest = Manifest.model_validate({**self.manifest, "files": listed})
+        if (problem := missing_or_cut(self.partial, manifest)) is not None:
+            raise CheckpointError(f"{problem}; do all ranks see the same folder?")
+        return seal(manifest)
+
+
+def begin(engine: Engine, state: TrainState, directory: Path) -> Place | None:
+    """Makes the folder to write into; None if that checkpoint is there already. All ranks must call.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
     final = directory / folder_name(state.step)
-    partial = directory / (folder_name(state.step) + PARTIAL)
-    if _already_there(world, final, state):
-        return final
-    entries: list[FileEntry] = []
-    _together(world, partial, lambda: _prepare(directory, final, partial), only_main=True)
-    _together(world, partial, lambda: entries.extend(_write_rank(engine, state, partial)))
-    files = _gather_entries(world, entries)
-    _together(world, partial, lambda: _finish(engine, state, files, partial, final), only_main=True)
-    if world.is_main and keep is not None:
-        prune(directory, keep)
-    return final
+    if _already_there(engine.world, final, state):
+        return None
+    place = Place(directory / (final.name + PARTIAL), final, _manifest(engine, state))
+    together(engine.world, place, lambda: _prepare(place), only_main=True)
+    return place
 
 
-def _together(world: World, partial: Path, work: Callable[[], object], *, only_main: bool = False) -> None:
-    """Does ``work`` and lets all ranks fail together; the half-written folder is removed."""
+def together(world: World, place: Place, work: Callable[[], object], *, only_main: bool = False) -> None:
+    """Does ``work`` and lets all ranks fail together; the half-written folder is removed.
+
+    Raises:
+        CheckpointError: a rank could not do it.
+    """
     complaint = None
     if world.is_main or not only_main:
         try:
             work()
         except (OSError, CheckpointError) as error:
-            complaint = f"cannot write {partial.name.removesuffix(PARTIAL)} into {partial.parent}: {error}"
+            complaint = str(error)
+    give_up_if(world, place, complaint)
+
+
+def give_up_if(world: World, place: Place, complaint: str | None) -> None:
+    """Raises the first complaint of any rank on all of them; the half-written folder is removed.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if complaint is not None:
+        complaint = f"cannot write {place.final.name} into {place.final.parent}: {complaint}"
     heard = first_complaint(world, complaint)
     if heard is not None:
         if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(place.partial, ignore_errors=True)
         raise CheckpointError(heard)
 
 
 def _already_there(world: World, final: Path, state: TrainState) -> bool:
     """Decided by rank 0 for all."""
     answer = 0.0
-    if world.is_main and final.exists():
-        try:
-            manifest = read_manifest(final)
-            if missing_or_cut(final, manifest) is None:
-                same = _place(manifest.state) == _place(state)
-                answer = 1.0 if same else 2.0
-        except CheckpointError:
-            answer = 0.0  # Damaged: it is replaced.
+    if world.is_main and is_whole(final):
+        answer = 1.0 if _moment(read_manifest(final).state) == _moment(state) else 2.0
     answer = sum_float(world, [answer])[0]
     if answer == 2.0:
         raise CheckpointError(f"{final} is a checkpoint of another stage at the same step; use another run_dir")
     return answer == 1.0
 
 
-def _place(state: TrainState | SavedState) -> tuple[int, int, int]:
+def _moment(state: TrainState | SavedState) -> tuple[int, int, int]:
     return state.step, state.stage_index, state.stage_step
 
 
-def _prepare(directory: Path, final: Path, partial: Path) -> None:
+def _prepare(place: Place) -> None:
+    directory = place.final.parent
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(leftover)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.mkdir()
+    if place.final.exists():  # Damaged: it is replaced.
+        shutil.rmtree(place.final)
+    place.partial.mkdir()
 
 
-def _write_rank(engine: Engine, state: TrainState, partial: Path) -> list[FileEntry]:
-    tensors_name, notes_name = rank_files(engine.world.rank)
-    tensors: list[tuple[str, torch.Tensor]] = []
-    ranges: dict[str, tuple[int, int]] = {}
-    for owned in engine.partition.owned():
-        ranges[owned.name] = (owned.start, owned.stop)
-        tensors.append((f"{owned.name}|{'master' if owned.trained else 'frozen'}", owned.master))
-        tensors.extend((f"{owned.name}|{key}", values) for key, values in owned.moments.items())
-    if engine.world.is_main:
-        tensors.extend((f"{name}|buffer", values) for name, values in persistent_buffers(engine.model).items())
-    notes = RankNotes(
-        rank=engine.world.rank,
-        ranges=ranges,
-        loader=None if state.loader is None else state.loader.to_json(),
-        random_state=_random_state(engine.world),
-    )
-    text = notes.model_dump_json().encode()
-    return [write_tensors(partial / tensors_name, tensors), write_bytes(partial / notes_name, [memoryview(text)])]
-
-
-def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers that belong to the model's state, by name."""
-    found = {}
-    for path, module in model.named_modules():
-        for name, values in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                found[f"{path}.{name}" if path else name] = values
-    return found
-
-
-def _random_state(world: World) -> dict[str, str]:
-    states = {"cpu": bytes(torch.get_rng_state().tolist()).hex()}
-    if world.device.type == "cuda":
-        states["cuda"] = bytes(torch.cuda.get_rng_state(world.device).tolist()).hex()
-    return states
-
-
-def _gather_entries(world: World, mine: list[FileEntry]) -> dict[str, FileEntry]:
+def gather_files(world: World, mine: Sequence[Written]) -> dict[str, FileEntry]:
     """Sizes and checksums of all ranks' files; below 2**53, so a sum of float64 carries them exactly."""
     width = 4
     values = [0.0] * (width * world.world_size)
-    flat = [float(number) for entry in mine for number in (entry.bytes, entry.crc32)]
+    flat = [float(number) for written in mine for number in written]
     values[width * world.rank : width * (world.rank + 1)] = flat
     numbers = [int(value) for value in sum_float(world, values)]
     files = {}
@@ -167,36 +189,23 @@ def _gather_entries(world: World, mine: list[FileEntry]) -> dict[str, FileEntry]
     return files
 
 
-def _finish(engine: Engine, state: TrainState, files: dict[str, FileEntry], partial: Path, final: Path) -> None:
-    manifest = _manifest(engine, state, files)
-    if (problem := missing_or_cut(partial, manifest)) is not None:
-        raise CheckpointError(f"{problem}; do all ranks see the same folder?")
-    write_bytes(partial / MANIFEST, [memoryview(manifest.model_dump_json(indent=1).encode())])
-    sync_folder(partial)
-    partial.rename(final)
-    sync_folder(final.parent)
-
-
-def _manifest(engine: Engine, state: TrainState, files: dict[str, FileEntry]) -> Manifest:
+def _manifest(engine: Engine, state: TrainState) -> dict[str, Any]:
     import deepspeed
 
-    return Manifest.model_validate(
-        {
-            "format": FORMAT,
-            "state": {name: getattr(state, name) for name in SavedState.model_fields},
-            "stage": engine.stage.name,
-            "world_size": engine.world.world_size,
-            "zero_stage": engine.config.zero_stage,
-            "precision": engine.precision.name,
-            "optimizer_steps": engine.partition.optimizer_steps(),
-            "parameters": parameter_table(engine.model),
-            "buffers": {name: tuple(values.shape) for name, values in persistent_buffers(engine.model).items()},
-            "tied": tied_names(engine.model),
-            "model_config_values": model_config_values(engine.model),
-            "files": {name: entry.model_dump() for name, entry in files.items()},
-            "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
-        }
-    )
+    return {
+        "format": FORMAT,
+        "state": {name: getattr(state, name) for name in SavedState.model_fields},
+        "stage": engine.stage.name,
+        "world_size": engine.world.world_size,
+        "zero_stage": engine.config.zero_stage,
+        "precision": engine.precision.name,
+        "optimizer_steps": engine.partition.optimizer_steps(),
+        "parameters": parameter_table(engine.model),
+        "buffers": {name: tuple(values.shape) for name, values in persistent_buffers(engine.model).items()},
+        "tied": tied_names(engine.model),
+        "model_config_values": model_config_values(engine.model),
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+    }
 
 
 def model_config_values(model: torch.nn.Module) -> dict[str, Any] | None:
@@ -216,17 +225,25 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
     return tied
 
 
-def prune(directory: Path, keep: CheckpointConfig) -> list[Path]:
-    """Removes checkpoints that ``keep`` does not keep; call on one rank. Gives what was removed."""
-    paths = list_checkpoints(directory)
-    doomed = [
+def to_remove(newest: Path, keep: CheckpointConfig | None) -> list[Path]:
+    """Checkpoints beside ``newest`` that ``keep`` does not keep once that one is whole; None keeps all.
+
+    Only whole ones count as kept, and ``newest`` is about to be one: a damaged checkpoint never pushes out a good one.
+    """
+    if keep is None:
+        return []
+    older = [path for path in list_checkpoints(newest.parent) if path != newest]
+    whole = [path for path in older if is_whole(path)]
+    kept = set(whole[len(whole) - keep.keep_last + 1 :] if keep.keep_last > 1 else [])
+    oldest_kept = min([newest, *kept], key=_step_of)
+    return [
         path
-        for path in paths[: -keep.keep_last]
-        if keep.keep_every is None or int(path.name.partition("-")[2]) % keep.keep_every
+        for path in older
+        if path not in kept
+        and _step_of(path) < _step_of(oldest_kept)
+        and (keep.keep_every is None or _step_of(path) % keep.keep_every)
     ]
-    for path in doomed:
-        # Renamed first: a checkpoint that is half removed must not look like one.
-        leftover = path.with_name(path.name + PARTIAL)
-        path.rename(leftover)
-        shutil.rmtree(leftover)
-    return doomed
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.partition("-")[2])

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import resource
 import shutil
 import signal
-import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_pipeline.state import LoaderState
-from mmscale.checkpoint import TrainState, find_latest, resume, save, verify, warm_start
-from mmscale.dist import World
+from mmscale.checkpoint import (
+    Saver,
+    TrainState,
+    choose,
+    find_latest,
+    list_checkpoints,
+    resume,
+    save,
+    verify,
+    warm_start,
+)
+from mmscale.checkpoint.config import CheckpointConfig
+from mmscale.dist import World, barrier
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError
+from tests.checkpoint.dying_writer import sitecustomize
 from tests.engine.programs import lanes_of, make_engine
 
 Case = dict[str, Any]
-_NOT_ENGINE = ("folder", "steps", "path", "stepped")
+_NOT_ENGINE = ("folder", "steps", "path", "stepped", "background")
 
 
 def state_of(world: World, step: int) -> TrainState:
@@ -62,9 +76,17 @@ def save_cases(world: World, cases: list[Case]) -> list[Any]:
     for case in cases:
         engine = _engine(world, case)
         before = train_on(engine, world, 0, case.get("steps", 3))
-        path = save(engine, state_of(world, case.get("steps", 3)), Path(case["folder"]))
+        state, folder = state_of(world, case.get("steps", 3)), Path(case["folder"])
+        saver = Saver(world, folder, CheckpointConfig(keep_last=9))
+        if case.get("background"):
+            saver.save(engine, state)
+        else:
+            save(engine, state, folder)
         saved = digest(engine, world)
         after = train_on(engine, world, case.get("steps", 3), case.get("steps", 3) + 2)
+        saver.wait()
+        saver.close()
+        path = find_latest(folder)
         answers.append(
             {"path": str(path), "saved": saved, "before": before, "after": after, "end": digest(engine, world)}
         )
@@ -135,7 +157,7 @@ def killed_at_every_event(world: World, directory: str) -> Any:
     for number in range(1, 200):
         child = os.fork()
         if child == 0:
-            _die_at_event(number, folder)
+            sitecustomize.die_at_event(number, directory)
             save(engine, state_of(world, 4), folder)
             os._exit(0)
         _, status = os.waitpid(child, 0)
@@ -149,30 +171,151 @@ def killed_at_every_event(world: World, directory: str) -> Any:
     return {"found": found, "names": sorted(path.name for path in folder.iterdir())}
 
 
-def _die_at_event(number: int, folder: Path) -> None:
-    """Lets this process kill itself at the ``number``-th audited file operation or sync below ``folder``."""
-    left = number
+def writers_killed_at_every_event(world: World, directory: str) -> Any:
+    """Saves step 4 after step 3 in the background; the n-th writer dies at its n-th touch of the disk, until one lives.
 
-    def count(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal left
-        touches = event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "sync")
-        if touches and (event == "sync" or str(arguments[0]).startswith(str(folder))):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+    Returns, for each death, the step that is found afterwards, what is wrong with it, and what the run says.
+    """
+    folder = Path(directory)
+    engine = make_engine(world, zero=3)
+    train_on(engine, world, 0, 1)
+    save(engine, state_of(world, 3), folder)
+    os.environ |= {"PYTHONPATH": str(Path(sitecustomize.__file__).parent), "DIE_BELOW": directory}
+    found = []
+    for number in range(1, 200):
+        os.environ["DIE_AT_EVENT"] = str(number)
+        saver = Saver(world, folder, CheckpointConfig(keep_last=2))
+        said = None
+        try:
+            saver.save(engine, state_of(world, 4))
+            saver.wait()
+        except CheckpointError as error:
+            said = str(error)
+        saver.close()
+        latest = find_latest(folder)
+        assert latest is not None
+        found.append([latest.name, verify(latest), said])
+        if said is None:
+            break
+        shutil.rmtree(folder / "step-00000004", ignore_errors=True)
+    return {"found": found, "names": sorted(path.name for path in folder.iterdir())}
 
-    sys.addaudithook(count)
-    sync = os.fsync
 
-    def counted_sync(handle: int) -> None:
-        count("sync", ())
-        sync(handle)
-        count("sync", ())
+def busy(world: World, directory: str, when_busy: str) -> Any:
+    """Saves step 4 while the writer of step 3 stands still."""
+    folder = Path(directory)
+    engine = make_engine(world, zero=3)
+    notes: list[str] = []
+    saver = Saver(world, folder, CheckpointConfig(when_busy=when_busy, keep_last=9), notes.append)  # type: ignore[arg-type]
+    saver.save(engine, state_of(world, 2), last=True)
+    assert saver._writer is not None
+    writer = saver._writer.pid
+    os.kill(writer, signal.SIGSTOP)
+    saver.save(engine, state_of(world, 3))
+    first = digest(engine, world)
+    train_on(engine, world, 0, 1)
+    for _ in range(3):
+        saver.poll()
+    before = [path.name for path in list_checkpoints(folder)]
+    threading.Timer(0.5, os.kill, (writer, signal.SIGCONT)).start()
+    saver.save(engine, state_of(world, 4))
+    saver.wait()
+    names = [path.name for path in list_checkpoints(folder)]
+    saver.close()
+    fresh = make_engine(world, zero=3)
+    resume(fresh, folder / "step-00000003")
+    same = digest(fresh, world) == first
+    return {
+        "before": before,
+        "names": names,
+        "notes": notes,
+        "same": same,
+        "gone": not Path(f"/proc/{writer}").exists(),
+    }
 
-    os.fsync = counted_sync
+
+def fuzz(world: World, directory: str, count: int) -> Any:
+    """Damages a checkpoint in ``count`` ways, one at a time; which of them were not noticed, or too late."""
+    folder = Path(directory)
+    engine = make_engine(world, zero=3)
+    train_on(engine, world, 0, 1)
+    path = save(engine, state_of(world, 3), folder)
+    other = make_engine(world, zero=3)
+    before = digest(other, world)
+    missed, complaints_heard = [], set()
+    for number in range(count):
+        what, undo = damage(path, random.Random(number))
+        try:
+            resume(other, path)
+            missed.append(f"{number} {what}: not noticed")
+        except CheckpointError as error:
+            complaints_heard.add(str(error).replace(directory, "")[:60])
+        undo()
+        if digest(other, world) != before:
+            missed.append(f"{number} {what}: after values had changed")
+            break
+    resume(other, path)
+    return {
+        "missed": missed,
+        "complaints": sorted(complaints_heard),
+        "good": digest(other, world) == digest(engine, world),
+    }
 
 
-def disk_full(world: World, directory: str, limit_bytes: int | None, limited_rank: int) -> Any:
+def damage(path: Path, draw: random.Random) -> tuple[str, Callable[[], object]]:
+    """Does one random thing to one file of a checkpoint; what, and how to undo it."""
+    file = draw.choice(sorted(path.iterdir()))
+    good = file.read_bytes()
+    place = draw.randrange(len(good))
+    bad = bytearray(good)
+    kind = draw.choice(["bit", "byte", "cut", "longer", "zeros", "lost", "swapped", "digit"])
+    if kind == "bit":
+        bad[place] ^= 1 << draw.randrange(8)
+    elif kind == "byte":
+        bad[place] = (bad[place] + draw.randrange(1, 256)) % 256
+    elif kind == "cut":
+        del bad[place:]
+    elif kind == "longer":
+        bad[place:place] = b"0"
+    elif kind == "zeros":
+        bad[place : place + 64] = bytes(len(bad[place : place + 64]))
+    elif kind == "swapped":
+        other = draw.randrange(len(good))
+        bad[place], bad[other] = bad[other], bad[place]
+    elif kind == "digit":
+        digits = [index for index, byte in enumerate(good) if 48 <= byte < 57]
+        bad[draw.choice(digits)] += 1
+    if bad == good and kind != "lost":  # Equal bytes swapped, zeros over zeros.
+        bad[place] ^= 1
+    file.unlink()
+    if kind != "lost":
+        file.write_bytes(bad)
+    return f"{kind} at {place} of {file.name}", lambda: file.write_bytes(good)
+
+
+def chosen(world: World, directory: str, on_damage: str) -> Any:
+    """Which checkpoint ``choose`` takes when the newest one is damaged."""
+    folder = Path(directory)
+    engine = make_engine(world, zero=3)
+    for step in (3, 4):
+        save(engine, state_of(world, step), folder)
+    if world.is_main:
+        file = folder / "step-00000004" / "rank-00001.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    barrier(world)
+    notes: list[str] = []
+    try:
+        path = choose(world, folder, CheckpointConfig(on_damage=on_damage), notes.append)  # type: ignore[arg-type]
+    except CheckpointError as error:
+        return [str(error), notes]
+    return [None if path is None else path.name, notes]
+
+
+def disk_full(
+    world: World, directory: str, limit_bytes: int | None, limited_rank: int, background: bool = False
+) -> Any:
     """Saves step 3, then fails to save step 4 (a file size limit on one rank, or a full disk below ``directory``)."""
     folder = Path(directory)
     engine = _engine(world, {"zero": 3})
@@ -183,6 +326,11 @@ def disk_full(world: World, directory: str, limit_bytes: int | None, limited_ran
     if world.rank == limited_rank and limit_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
     try:
+        if background:
+            saver = Saver(world, folder, CheckpointConfig())
+            saver.save(engine, state_of(world, 4))
+            while saver.poll() is None:
+                train_on(engine, world, 1, 2)
         save(engine, state_of(world, 4), folder)
     except CheckpointError as error:
         said.append(str(error))

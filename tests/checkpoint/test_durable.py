@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 
@@ -9,15 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmscale.checkpoint.durable import crc32_of, write_tensors
+from mmscale.checkpoint.manifest import RankNotes
+from mmscale.checkpoint.share import Piece, RankShare, flat_bytes
+from mmscale.durable.files import crc32_of, write_share
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]
 
 
-def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
+def pieces() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     tensors = {str(dtype): (torch.randn(7, 3) * 50).to(dtype) for dtype in DTYPES}
-    tensors |= {
+    return tensors | {
         "bool": torch.tensor([True, False]),
         "empty": torch.empty(0),
         "scalar": torch.tensor(3.5),
@@ -25,8 +28,13 @@ def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
         "transposed": torch.arange(6.0).view(2, 3).t(),
         "needs grad": torch.ones(2, requires_grad=True),
     }
-    path = tmp_path / "x.safetensors"
-    entry = write_tensors(path, tensors.items())
+
+
+def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
+    tensors = pieces()
+    share = RankShare.of(3, [Piece(key, 5, values) for key, values in tensors.items()], None, {})
+    entry, noted = write_share(tmp_path, share.names, share.header, share.notes, share.bytes_of())
+    path = tmp_path / "rank-00003.safetensors"
     read = load_file(path)
     assert read.keys() == tensors.keys()
     for name, values in tensors.items():
@@ -34,11 +42,19 @@ def test_the_library_reads_what_we_write(tmp_path: Path) -> None:
         assert torch.equal(read[name], values.detach())
     assert entry.bytes == path.stat().st_size
     assert entry.crc32 == zlib.crc32(path.read_bytes()) == crc32_of(path)
+    text = (tmp_path / "rank-00003.json").read_bytes()
+    assert (noted.bytes, noted.crc32) == (len(text), zlib.crc32(text))
+    for name, said in RankNotes.model_validate(json.loads(text)).tensors.items():
+        values = tensors[name]
+        raw = path.read_bytes()[said.offset : said.offset + values.nbytes]
+        assert raw == flat_bytes(values).numpy().tobytes()
+        assert (said.start, said.stop, said.crc32) == (5, 5 + values.numel(), zlib.crc32(raw))
 
 
 def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
-    path = tmp_path / "x"
+    path = tmp_path / "rank-00000.safetensors"
     path.write_text("mine")
+    share = RankShare.of(0, [Piece("a|master", 0, torch.ones(1))], None, {})
     with pytest.raises(FileExistsError):
-        write_tensors(path, [("a", torch.ones(1))])
+        write_share(tmp_path, share.names, share.header, share.notes, share.bytes_of())
     assert path.read_text() == "mine"

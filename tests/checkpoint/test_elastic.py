@@ -32,6 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
     "zero1-bf16": {"zero": 1, "precision": "bf16"},
     "zero0-bf16": {"zero": 0, "precision": "bf16"},
     "before-the-first-step": {"zero": 3, "steps": 0},
+    "background": {"zero": 3, "background": True},
+    "background-zero2-bf16-frozen": {"zero": 2, "precision": "bf16", "background": True, **FROZEN},
+    "background-zero0": {"zero": 0, "background": True},
 }
 # Another stage reads what one stage wrote.
 FOUR_RANKS = ("zero3", "zero3-frozen-persistent", "zero1", "zero0-frozen", "zero3-bf16-frozen", "zero1-bf16")
@@ -132,7 +135,9 @@ def test_damage_is_found_and_named(saved: dict[str, Any], tmp_path: Path) -> Non
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert "checksum" in verify(copy)[0]
+    with safe_open(file, "pt") as names:
+        last = list(names.offset_keys())[-1]
+    assert f"damaged: {last}" in verify(copy)[0]
     file.write_bytes(data[:-1])
     assert "bytes" in verify(copy)[0]
     assert find_latest(tmp_path) is None
@@ -140,8 +145,9 @@ def test_damage_is_found_and_named(saved: dict[str, Any], tmp_path: Path) -> Non
         load_weights(ToyModel(), copy)
     file.unlink()
     assert verify(copy)
-    (copy / "manifest.json").write_text('{"format": 1}')
-    with pytest.raises(CheckpointError, match="damaged"):
+    text = (good / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text.replace('"stage_step": 3', '"stage_step": 4'))
+    with pytest.raises(CheckpointError, match="damaged: its checksum"):
         read_manifest(copy)
     (copy / "manifest.json").write_text('{"format": 99}')
     with pytest.raises(CheckpointError, match="format 99"):

@@ -1,0 +1,133 @@
+"""What one rank gives to a checkpoint: its tensors, and the notes about them.
+
+    safetensors file: header length (8 bytes) | header (JSON) | values of tensor 0 | of tensor 1 | ...
+    notes:            tensor -> range in the parameter, format, first byte, CRC-32 (filled in by whoever writes)
+
+The values stay where they are; ``bytes_of`` views them one after the other for a writer, so no second copy of a rank's
+share need exist.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmscale.checkpoint.manifest import RankNotes, TensorEntry, TrainState, rank_files
+from mmscale.dist import World
+from mmscale.engine.engine import Engine
+
+FORMAT_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Piece(NamedTuple):
+    """Values of a parameter or a buffer, from ``start`` on in its flattened form."""
+
+    key: str
+    """``NAME|kind``."""
+    start: int
+    values: Tensor
+    """In the shape that the file is to say; flat for a parameter's range."""
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """Everything that one rank writes.
+
+    Attributes:
+        names: Of the file of tensors and of the notes.
+        header: First bytes of the file of tensors.
+        values: The tensors, in the order of the notes.
+        notes: As JSON values; each tensor's ``crc32`` is still 0.
+    """
+
+    names: tuple[str, str]
+    header: bytes
+    values: list[Tensor]
+    notes: dict[str, Any]
+
+    @classmethod
+    def of(cls, rank: int, pieces: list[Piece], loader: str | None, random_state: dict[str, str]) -> RankShare:
+        """Lays out ``pieces`` in a file."""
+        header = _header(pieces)
+        tensors, offset = {}, len(header)
+        for key, start, values in pieces:
+            tensors[key] = TensorEntry(
+                start=start, stop=start + values.numel(), dtype=FORMAT_NAMES[values.dtype], offset=offset, crc32=0
+            )
+            offset += values.nbytes
+        notes = RankNotes(rank=rank, tensors=tensors, loader=loader, random_state=random_state)
+        return cls(rank_files(rank), header, [piece.values for piece in pieces], notes.model_dump())
+
+    @property
+    def lengths(self) -> list[int]:
+        """Bytes of each tensor."""
+        return [values.nbytes for values in self.values]
+
+    def bytes_of(self) -> Iterator[memoryview]:
+        """The bytes of each tensor; from a device, one tensor at a time is copied to the host."""
+        for values in self.values:
+            yield flat_bytes(values).cpu().numpy().data
+
+
+def flat_bytes(values: Tensor) -> Tensor:
+    """The values as bytes, ``(nbytes,)``, a view where they are contiguous."""
+    return values.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _header(pieces: list[Piece]) -> bytes:
+    entries: dict[str, object] = {}
+    offset = 0
+    for key, _, values in pieces:
+        end = offset + values.nbytes
+        entries[key] = {
+            "dtype": FORMAT_NAMES[values.dtype],
+            "shape": list(values.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def share_of(engine: Engine, state: TrainState) -> RankShare:
+    """This rank's share: views of masters, moments and frozen weights; rank 0 has the buffers too."""
+    pieces: list[Piece] = []
+    for owned in engine.partition.owned():
+        kinds = {"master" if owned.trained else "frozen": owned.master, **owned.moments}
+        pieces.extend(Piece(f"{owned.name}|{kind}", owned.start, values) for kind, values in kinds.items())
+    if engine.world.is_main:
+        pieces.extend(Piece(f"{name}|buffer", 0, values) for name, values in persistent_buffers(engine.model).items())
+    loader = None if state.loader is None else state.loader.to_json()
+    return RankShare.of(engine.world.rank, pieces, loader, _random_state(engine.world))
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to the model's state, by name."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, values in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}" if path else name] = values
+    return found
+
+
+def _random_state(world: World) -> dict[str, str]:
+    states = {"cpu": bytes(torch.get_rng_state().tolist()).hex()}
+    if world.device.type == "cuda":
+        states["cuda"] = bytes(torch.cuda.get_rng_state(world.device).tolist()).hex()
+    return states
