@@ -1,0 +1,212 @@
+"""A run that is killed over and over beside one that is left alone: ``python -m benchmarks.torture --kills 50``.
+
+    life 1: start, train, KILL   life 2: start on another number of ranks, go on, KILL   ...   last life: to the end
+
+Kills come at random steps and at random moments of a step, a third of them while a checkpoint is being written: SIGKILL
+of everything, of one rank, of a checkpoint writer, and SIGTERM of everything. After each, the newest checkpoint must
+verify and be no older than the one before. At the end the losses of all steps and the final weights are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.figures import machine
+from mmscale.checkpoint import find_latest, verify
+from mmscale.checkpoint.reshard import CheckpointReader, whole_parameter
+
+WAYS = ("all", "one rank", "a writer", "SIGTERM")
+_SAVING_SHARE = 1 / 3
+
+
+@dataclass
+class Tally:
+    """What the kills did."""
+
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(WAYS, 0))
+    while_saving: int = 0
+    ranks: list[int] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+
+def start(config: Path, folder: Path, ranks: int, overrides: list[str]) -> subprocess.Popen[bytes]:
+    words = ["launch", "local", str(config), "--ranks", str(ranks), f"run_dir={folder}", *overrides]
+    command = [sys.executable, "-m", "mmscale.cli.main", *words]
+    with (folder.parent / f"{folder.name}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def curve(folder: Path) -> list[tuple[int, float]]:
+    """Step and loss of every whole line of the metrics."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def torture(config: Path, folder: Path, kills: int, steps: int, worlds: list[int], overrides: list[str]) -> Tally:
+    """Runs until the end, killed ``kills`` times on the way."""
+    draw, tally = random.Random(0), Tally()
+    stops = sorted(draw.sample(range(2, steps - 1), kills))
+    newest = -1
+    for stop in [*stops, None]:
+        ranks = draw.choice(worlds)
+        tally.ranks.append(ranks)
+        process = start(config, folder, ranks, overrides)
+        if stop is None:
+            if (code := process.wait()) != 0:
+                tally.complaints.append(f"the last life ended with exit code {code}")
+            break
+        way = draw.choice(WAYS)
+        saving = _wait(process, folder, stop, draw, saving=way == "a writer" or draw.random() < _SAVING_SHARE)
+        tally.while_saving += saving
+        tally.kills[way] += 1
+        _kill(process, way, draw, tally)
+        latest = find_latest(folder / "checkpoints")
+        step = -1 if latest is None else int(latest.name.partition("-")[2])
+        if latest is not None and (problems := verify(latest)):
+            tally.complaints.append(f"after {way} at step {stop}: {problems[0]}")
+        if step < newest:
+            tally.complaints.append(f"after {way} at step {stop}: step {step} is the newest, it was {newest}")
+        newest = step
+    return tally
+
+
+def _wait(process: subprocess.Popen[bytes], folder: Path, stop: int, draw: random.Random, *, saving: bool) -> bool:
+    """Returns at a random moment of the step after ``stop``, or in the middle of the next save; whether in a save."""
+    while process.poll() is None and not any(step >= stop for step, _ in curve(folder)[-1:]):
+        time.sleep(0.01)
+    deadline = time.monotonic() + 20
+    while saving and process.poll() is None and time.monotonic() < deadline:
+        if any((folder / "checkpoints").glob("*.partial")):
+            time.sleep(draw.uniform(0, 0.05))
+            return True
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0, 0.5))
+    return False
+
+
+def _kill(process: subprocess.Popen[bytes], way: str, draw: random.Random, tally: Tally) -> None:
+    ranks, writers = _family(process.pid)
+    victims = {"one rank": ranks, "a writer": writers}.get(way, [])
+    if victims:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(draw.choice(victims), signal.SIGKILL)
+    elif way == "SIGTERM":
+        process.terminate()
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    try:
+        process.wait(120)
+    except subprocess.TimeoutExpired:
+        tally.complaints.append(f"the run outlived the death of {way} by two minutes")
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _family(group: int) -> tuple[list[int], list[int]]:
+    """Ranks and checkpoint writers of a launched run."""
+    ranks, writers = [], []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            text = path.read_bytes().replace(b"\0", b" ")
+            number = int(path.parent.name)
+            if os.getpgid(number) == group or os.getsid(number) == group:
+                if b"mmscale.durable.process" in text:
+                    writers.append(number)
+                elif b"launchers.rank" in text:
+                    ranks.append(number)
+    return ranks, writers
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Of any weight of two checkpoints; 0 where they are the same bit for bit."""
+    worst = 0.0
+    with CheckpointReader(one) as a, CheckpointReader(other) as b:
+        for name in a.manifest.parameters:
+            mine, theirs = whole_parameter(a, name), whole_parameter(b, name)
+            if not torch.equal(mine, theirs):
+                worst = max(worst, float((mine - theirs).abs().max()))
+    return worst
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    overrides = [
+        f"max_steps={arguments.steps}",
+        f"checkpoint.every_steps={arguments.save_every}",
+        "evaluation={sets: [], captions: null}",
+        "metrics.tensorboard=false",
+        "engine.precision=fp32",
+        "engine.timeout_seconds=60",
+        *arguments.overrides,
+    ]
+    worlds = [int(word) for word in arguments.ranks.split(",")]
+    with tempfile.TemporaryDirectory() as name:
+        whole, torn = Path(name) / "whole", Path(name) / "torn"
+        began = time.monotonic()
+        if start(arguments.config, whole, worlds[0], overrides).wait() != 0:
+            raise SystemExit((Path(name) / "whole.log").read_text()[-2000:])
+        undisturbed_seconds = time.monotonic() - began
+        began = time.monotonic()
+        tally = torture(arguments.config, torn, arguments.kills, arguments.steps, worlds, overrides)
+        seconds = time.monotonic() - began
+        expected, got = curve(whole), curve(torn)
+        losses = [abs(a - b) for (_, a), (_, b) in zip(expected, got, strict=False)]
+        if [step for step, _ in got] != [step for step, _ in expected]:
+            tally.complaints.append("the steps in the metrics are not those of the undisturbed run")
+        ends = [find_latest(folder / "checkpoints") for folder in (whole, torn)]
+        if tally.complaints or None in ends:
+            print((Path(name) / "torn.log").read_text()[-3000:], file=sys.stderr)
+        difference = largest_difference(ends[0], ends[1]) if ends[0] and ends[1] else None
+    return {
+        "benchmark": "torture",
+        "machine": machine(),
+        "steps": arguments.steps,
+        "kills": tally.kills,
+        "while_saving": tally.while_saving,
+        "lives_by_ranks": {str(ranks): tally.ranks.count(ranks) for ranks in worlds},
+        "largest_loss_difference": max(losses, default=None),
+        "largest_weight_difference": difference,
+        "undisturbed_seconds": round(undisturbed_seconds, 1),
+        "tortured_seconds": round(seconds, 1),
+        "goodput": round(undisturbed_seconds / seconds, 3),
+        "complaints": tally.complaints,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=360)
+    parser.add_argument("--save-every", type=int, default=5)
+    parser.add_argument("--ranks", default="2", help="numbers of ranks to draw from; the undisturbed run has the first")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    for key, value in result.items():
+        print(f"{key}: {value}")
+
+
+if __name__ == "__main__":
+    main()
