@@ -76,6 +76,37 @@ def train(
     return answer
 
 
+def guarded(world: World, cases: list[dict[str, Any]]) -> list[Any]:
+    """Trains over the batches ``order``; the one at place ``refused`` is refused by the last rank alone."""
+    flat = {"schedule": "constant", "warmup_steps": 0}
+    answers = []
+    for case in cases:
+        engine = make_engine(world, case["zero"], flat, precision=case["precision"])
+        asked: list[tuple[float, float]] = []
+        reports = []
+        for place, step in enumerate(case["order"]):
+
+            def refuses(loss: float, norm: float, place: int = place) -> bool:
+                asked.append((loss, norm))
+                return place == case.get("refused") and world.rank == world.world_size - 1
+
+            reports.append(engine.train_step(lanes_of(world, step), refuses))
+        moments = [
+            [owned.name, owned.start, owned.master.tolist(), *(m.tolist() for m in owned.moments.values())]
+            for owned in engine.partition.owned()
+        ]
+        answers.append(
+            {
+                "asked": asked,
+                "reports": [[report.loss, report.grad_norm, report.applied] for report in reports],
+                "state": moments,
+                "steps": engine.partition.optimizer_steps(),
+            }
+        )
+        engine.close()
+    return answers
+
+
 def lonely(world: World, where: str) -> str:
     """Rank 1 dies before or inside the second step; what rank 0 says."""
     engine = make_engine(world)
