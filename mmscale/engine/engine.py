@@ -89,6 +89,7 @@ class Engine:
         model: Usable under ``inference()`` for forward passes and generation, all ranks in lock-step.
         precision: The number format that was chosen, with the reason.
         stage_step: Steps of the stage that were taken, applied or not; the schedules' clock. ``resume`` sets it.
+        on_phase: Told when a step enters ``agreement``, ``forward``, ``backward``, ``update``.
 
     Raises:
         ConfigError: the stage trains a component that the model lacks.
@@ -105,6 +106,7 @@ class Engine:
         self.world = world
         self.precision: Precision = choose_precision(config, world.device)
         self.stage_step = 0
+        self.on_phase: Callable[[str], None] = lambda phase: None
         self._objective = objective
         components: dict[str, list[nn.Module]] = model.components()  # type: ignore[operator]
         freeze(model, components, stage)
@@ -161,6 +163,7 @@ class Engine:
         """
         rates = learning_rates(self.stage, self.trained_components, self.stage_step)
         self.stage_step += 1
+        self.on_phase("agreement")
         weight = self._global_weight(microbatches)
         if weight == 0:
             # Null packs only: there is nothing to learn, and decay alone must not move the weights.
@@ -170,7 +173,9 @@ class Engine:
         try:
             sums, losses = self._run(microbatches, self.world.world_size / weight)
             means = self._global_means(sums, weight)
+            self.on_phase("update")
             refused = self._update(means["loss"], refuses)
+            self.on_phase("agreement")
         except RuntimeError as error:
             if is_peer_lost(error):
                 raise peer_lost(self.world, error) from error
@@ -196,9 +201,11 @@ class Engine:
         documents: list[Tensor] = []
         for index, microbatch in enumerate(microbatches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
+            self.on_phase("forward")
             loss_sum, metrics, losses = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
             sums.append({"loss": loss_sum.detach(), **metrics})
             documents.append(losses)
+            self.on_phase("backward")
             self._backward(loss_sum, scale)
             if index < len(microbatches) - 1:
                 self._deepspeed.step()  # Not at the boundary: it only counts.

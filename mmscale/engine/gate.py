@@ -3,9 +3,9 @@
     backward --DeepSpeed: norm of the whole gradient--> Gate: may it? --yes--> the optimizer's step
                                                                      --no--->  nothing
 
-DeepSpeed computes the norm inside of its own ``step`` and calls the client optimizer right after, once for each group of
-parameters (once for each sub-group at stage 3). So it is the client optimizer's ``step`` that is guarded: while it does
-nothing, masters, moments and step counts stay as they are, and what DeepSpeed does afterwards (round the masters,
+DeepSpeed computes the norm inside of its own ``step`` and calls the client optimizer right after, once for each group
+of parameters (once for each sub-group at stage 3). So it is the client optimizer's ``step`` that is guarded: while it
+does nothing, masters, moments and step counts stay as they are, and what DeepSpeed does afterwards (round the masters,
 gather the weights) gives the same weights again. At stage 0 in fp32 there is no wrapper; the optimizer asks by itself.
 
 The attribute ``_global_grad_norm`` was read in DeepSpeed 0.19; all its wrappers set it before they step.

@@ -3,11 +3,11 @@
     x = log(loss), or log(gradient norm)                   both are positive and vary by factors
     threshold = exp(median(x) + k * max(1.4826 * MAD(x), 0.05))   over the last steps
 
-Median and MAD (the median distance from the median) do not move before half of the window is bad, while a mean and a
+Median and MAD (the median distance from the median) hold until half of the window is bad, while a mean and a
 standard deviation are carried away by the first spike and hide the second. 1.4826 makes the MAD the standard deviation
-where x is normal, so ``k`` counts standard deviations. The floor of 0.05 (five percent) is for windows that hardly vary:
-without it the MAD of a flat curve would call any movement a spike. Refused values enter the window too: where the level
-has moved for good (other data), the threshold follows, or the run has halted after ``max_in_row`` steps.
+where x is normal, so ``k`` counts standard deviations. The floor of 0.05 (five percent) is for windows that hardly
+vary: without it the MAD of a flat curve would call any movement a spike. Refused values enter the window too: where the
+level has moved for good (other data), the threshold follows, or the run has halted after ``max_in_row`` steps.
 
 For: the decision, the same on all ranks since loss and norm are. Not for: what follows from it (``mmscale.bad_steps``).
 
@@ -61,8 +61,8 @@ class BadStepsConfig(StrictConfig):
     roll_back_steps: int = Field(default=10, ge=1)
     """``roll_back`` goes to the newest checkpoint at least this many steps before the bad one, within the stage."""
     max_in_row: int = Field(default=10, ge=1)
-    """Bad steps in a row that ``skip`` bears, or roll backs without getting past the step that caused the first; one more
-    ends the run: then it is not the data."""
+    """Bad steps in a row that ``skip`` bears, or roll backs without getting further than ever before; one more ends the
+    run: then it is not the data."""
 
     @model_validator(mode="after")
     def _check(self) -> BadStepsConfig:

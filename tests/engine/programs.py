@@ -77,34 +77,32 @@ def train(
 
 
 def guarded(world: World, cases: list[dict[str, Any]]) -> list[Any]:
+    """Several engines that are asked before each update."""
+    return [_guarded(world, **case) for case in cases]
+
+
+def _guarded(world: World, zero: int, precision: str, order: list[int], refused: int | None = None) -> Any:
     """Trains over the batches ``order``; the one at place ``refused`` is refused by the last rank alone."""
-    flat = {"schedule": "constant", "warmup_steps": 0}
-    answers = []
-    for case in cases:
-        engine = make_engine(world, case["zero"], flat, precision=case["precision"])
-        asked: list[tuple[float, float]] = []
-        reports = []
-        for place, step in enumerate(case["order"]):
+    engine = make_engine(world, zero, {"schedule": "constant", "warmup_steps": 0}, precision=precision)
+    asked: list[tuple[float, float]] = []
 
-            def refuses(loss: float, norm: float, place: int = place) -> bool:
-                asked.append((loss, norm))
-                return place == case.get("refused") and world.rank == world.world_size - 1
+    def refuses(loss: float, norm: float) -> bool:
+        asked.append((loss, norm))
+        return len(asked) - 1 == refused and world.rank == world.world_size - 1
 
-            reports.append(engine.train_step(lanes_of(world, step), refuses))
-        moments = [
-            [owned.name, owned.start, owned.master.tolist(), *(m.tolist() for m in owned.moments.values())]
-            for owned in engine.partition.owned()
-        ]
-        answers.append(
-            {
-                "asked": asked,
-                "reports": [[report.loss, report.grad_norm, report.applied] for report in reports],
-                "state": moments,
-                "steps": engine.partition.optimizer_steps(),
-            }
-        )
-        engine.close()
-    return answers
+    reports = [engine.train_step(lanes_of(world, step), refuses) for step in order]
+    state = [
+        [owned.name, owned.start, owned.master.tolist(), *(values.tolist() for values in owned.moments.values())]
+        for owned in engine.partition.owned()
+    ]
+    answer = {
+        "asked": asked,
+        "reports": [[report.loss, report.grad_norm, report.applied] for report in reports],
+        "state": state,
+        "steps": engine.partition.optimizer_steps(),
+    }
+    engine.close()
+    return answer
 
 
 def lonely(world: World, where: str) -> str:
