@@ -7,6 +7,7 @@ A roll back is an entry of ``RUN/bad_steps/roll_backs.json``, written whole befo
 loader's integers after the bad step. Every checkpoint says how many roll backs it has gone through
 (``TrainState.extra``). So whoever starts the run, the same process or one after a kill, sees which checkpoints were
 abandoned (they lie behind a point that was gone back from, and do not know of it) and from where the data go on.
+"""
 
 from __future__ import annotations
 
