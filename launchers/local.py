@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from launchers import EXIT_FINISHED, EXIT_STOPPED
+from launchers import EXIT_FINISHED, EXIT_HUNG, EXIT_STOPPED
 from launchers.rank import die_with_parent, log_path
 from mmscale.errors import LaunchError
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _POLL_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 5.0
+"""For the other ranks, after the first was ended by its watchdog. torchrun would give a stopped process 30 more."""
 _TAIL_LINES = 15
 COMMAND_LINE = "mmscale.cli.main"
 
@@ -41,8 +43,8 @@ def launch(words: Sequence[str], ranks: int, run_dir: Path, module: str = COMMAN
         module: Where the ranks' ``main(words)`` is.
 
     Returns:
-        0 if all ranks finished, 75 if they saved and stopped on a signal, 130 after a second Ctrl-C, else the exit code
-        of the rank that failed first.
+        0 if all ranks finished, 75 if they saved and stopped on a signal, 76 if a rank's watchdog ended the run, 130
+        after a second Ctrl-C, else the exit code of the rank that failed first.
 
     Raises:
         LaunchError: ``ranks`` is below 1, or the log folder cannot be made.
@@ -79,6 +81,8 @@ class _Launch:
                     self._forward()
                     if self.received.count(signal.SIGINT) > 1:
                         return 130
+                    if self._is_hung():
+                        break
                     time.sleep(_POLL_SECONDS)
             finally:
                 self._sweep(process)
@@ -124,12 +128,19 @@ class _Launch:
         process.kill()
         process.wait()
 
+    def _is_hung(self) -> bool:
+        """Whether a watchdog ended its rank and the others had time to say their last words."""
+        hung = [rank for rank in range(self.ranks) if self._code(rank) == EXIT_HUNG]
+        return bool(hung) and time.time() > min(map(self._time_of_end, hung)) + _LAST_WORDS_SECONDS
+
     def _outcome(self, torchrun_code: int) -> int:
         codes = [self._code(rank) for rank in range(self.ranks)]
         if all(code in (EXIT_FINISHED, EXIT_STOPPED) for code in codes):
             return EXIT_STOPPED if EXIT_STOPPED in codes else EXIT_FINISHED
         failed = [rank for rank, code in enumerate(codes) if code not in (EXIT_FINISHED, EXIT_STOPPED)]
-        first = min(failed, key=self._time_of_end)
+        # The rank that hung was killed in the end; the one whose watchdog spoke knows more.
+        hung = [rank for rank in failed if codes[rank] == EXIT_HUNG]
+        first = min(hung or failed, key=self._time_of_end)
         self._explain(first, codes[first])
         code = codes[first]
         if code is not None:

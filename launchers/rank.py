@@ -16,7 +16,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from launchers import EXIT_STOPPED
+from launchers import EXIT_FILE_VARIABLE, EXIT_STOPPED
 
 _PR_SET_PDEATHSIG = 1
 
@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ["RANK"])
     redirect(rank, Path(logs))
     _write(Path(control) / f"pid-{rank}", os.getpid())
+    os.environ[EXIT_FILE_VARIABLE] = str(Path(control) / f"exit-{rank}")
     code = import_module(module).main(words)
     _write(Path(control) / f"exit-{rank}", code)
     # torchrun takes every code but 0 for a failure and kills the other ranks, which may still be closing their files.

@@ -7,7 +7,7 @@ and shifts the indices of the rest. A schedule is a pure function of the step wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,6 +121,7 @@ class ClippedAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=_can_fuse(groups))
         self.clip = clip
         self.overflow = False
+        self.refuses: Callable[[float], bool] | None = None
         self._global_grad_norm = 0.0
 
     @torch.no_grad()
@@ -129,7 +130,7 @@ class ClippedAdamW(torch.optim.AdamW):
         norm = global_norm(gradients)
         self.overflow = not math.isfinite(norm)
         self._global_grad_norm = norm
-        if self.overflow:
+        if self.overflow or (self.refuses is not None and self.refuses(norm)):
             return
         if self.clip and norm > self.clip:
             torch._foreach_mul_(gradients, self.clip / (norm + 1e-6))

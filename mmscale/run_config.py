@@ -17,6 +17,7 @@ from data_pipeline.strict import StrictConfig
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.engine.config import EngineConfig
+from mmscale.engine.guard import BadStepsConfig, Policy
 from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig
 from mmscale.metrics.config import MetricsConfig
@@ -40,6 +41,7 @@ class RunConfig(StrictConfig):
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    bad_steps: BadStepsConfig = BadStepsConfig()
     metrics: MetricsConfig = MetricsConfig()
     ledger: LedgerConfig = LedgerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -59,6 +61,18 @@ class RunConfig(StrictConfig):
                     f"stages.{number} ({stage.name}) names {sorted(unknown)}; this model has {sorted(components)}"
                 )
             self.stage_data(number)  # Raises where an override of the data block is not legal.
+        return self
+
+    @model_validator(mode="after")
+    def _check_roll_back(self) -> RunConfig:
+        steps, keep = self.bad_steps.roll_back_steps, self.checkpoint
+        if self.bad_steps.policy is Policy.ROLL_BACK and keep.every_steps is not None:
+            most = (keep.keep_last - 1) * keep.every_steps + 1
+            if steps > most:
+                raise ValueError(
+                    f"bad_steps.roll_back_steps={steps} goes further back than checkpoints are kept: at most {most} "
+                    f"with checkpoint.every_steps={keep.every_steps} and keep_last={keep.keep_last}; keep more of them"
+                )
         return self
 
     @property

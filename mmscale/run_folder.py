@@ -2,8 +2,9 @@
 
 config.yaml            every value of the run        report/origins.json   where each came from
 metrics.jsonl          one line a step               tensorboard/          the same, and sample images
-checkpoints/step-N/    whole checkpoints             logs/                 output of ranks above 0
+checkpoints/step-N/    whole checkpoints             logs/                 output of ranks above 0, stacks of a hang
 ledger/                which samples each step had   faults/             samples that were left out, and why
+bad_steps/             samples of steps that were refused, roll backs
 captions.json report/  held-out images described     report.html result.json
 """
 
@@ -22,6 +23,7 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LEDGER = "ledger"
 FAULTS = "faults"
+BAD_STEPS = "bad_steps"
 
 
 def open_run_folder(loaded: Loaded[RunConfig], world: World) -> None:

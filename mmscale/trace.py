@@ -27,10 +27,11 @@ from data_pipeline.shards.tar_stream import PIPE
 from data_pipeline.state import Drawn
 from data_pipeline.trace import Samples
 from data_pipeline.whereabouts import Whereabouts, draws_per_step
+from mmscale.checkpoint.roll_back import RollBack, in_force, read_roll_backs
 from mmscale.config import load
 from mmscale.errors import ConfigError
 from mmscale.run_config import RunConfig
-from mmscale.run_folder import CONFIG, LEDGER
+from mmscale.run_folder import BAD_STEPS, CONFIG, LEDGER
 
 Advance = Callable[[int], object]
 """Told of each replayed step."""
@@ -121,6 +122,20 @@ class RunTrace:
         self.config = load(run / CONFIG, [], RunConfig).value
         self.ledger = Ledger(run / LEDGER)
         self.frames = frames(self.config)
+        self._roll_backs = in_force(read_roll_backs(run / BAD_STEPS))
+        self._forget_undone()
+
+    def _forget_undone(self) -> None:
+        """Leaves out segments of steps that were rolled back, if the run was killed before it removed them."""
+        ledger, last = self.ledger, self._roll_back(self.ledger.last_step)
+        if last is None or last.to_step == ledger.last_step:
+            return
+        if ledger.state(len(ledger.spans) - 1).step <= last.position.step:
+            ledger.spans = [span for span in ledger.spans if span[1] <= last.to_step]
+
+    def _roll_back(self, step: int) -> RollBack | None:
+        """The last roll back to ``step`` or before."""
+        return next((entry for entry in reversed(self._roll_backs) if entry.to_step <= step), None)
 
     def frame(self, step: int) -> Frame:
         """The frame of a step.
@@ -208,15 +223,24 @@ class RunTrace:
         return StepTrace(step, self.stage_name(step), Source.REPLAY, tuple(rows), records, start)
 
     def replay(self, frame: Frame, step: int, lanes: Collection[int] | None) -> tuple[int, Replay]:
-        """A replay from the last snapshot of a frame at ``step`` or before, and the step of that snapshot."""
+        """A replay from the last snapshot of a frame at ``step`` or before, and the step of that snapshot.
+
+        Behind a roll back the data are not those of the steps' numbers; it is a snapshot too.
+        """
         commands = [d.name for d in frame.data.datasets for shard in d.shards if shard.startswith(PIPE)]
         if commands:
             raise LedgerError(f"not written down, and a trace does not run the commands that {commands[0]} comes from")
         snapshot = self.ledger.snapshot(step)
         spec, seed = self.config.media_spec, self.config.seed
+        entry = self._roll_back(step)
+        if entry is not None and entry.stage_begin < frame.begin:
+            entry = None
+        if entry is not None and (snapshot is None or snapshot.last <= entry.to_step):
+            return entry.to_step, Replay(frame.data, spec, seed, entry.position, lanes)
         if snapshot is None or snapshot.last <= frame.begin:
             return frame.begin, Replay(frame.data, spec, seed, None, lanes)
-        if snapshot.state.step != snapshot.last - frame.begin:
+        left_out = 0 if entry is None else entry.position.step - (entry.to_step - frame.begin)
+        if snapshot.state.step != snapshot.last - frame.begin + left_out:
             raise LedgerError(
                 f"the stages in config.yaml were changed since step {snapshot.last}: by them its data began at step "
                 f"{frame.begin}, by the ledger at {snapshot.last - snapshot.state.step}"
@@ -318,9 +342,10 @@ class _Sought:
         estimates = []
         for epoch in itertools.islice(self._epochs(), where.drift):
             lane, cursor = where.find(epoch)
-            step = where.estimate(latest.state, lane, cursor, pace) if pace else None
-            if step is not None and frame.begin + step <= frame.end:
-                estimates.append(self._sighting(frame.begin + step, epoch, lane, Source.ESTIMATE))
+            fed = where.estimate(latest.state, lane, cursor, pace) if pace else None
+            step = None if fed is None else latest.last + fed - latest.state.step
+            if step is not None and step <= frame.end:
+                estimates.append(self._sighting(step, epoch, lane, Source.ESTIMATE))
         yield from sorted(estimates, key=lambda sighting: sighting.step)[:1]
 
     def until(self, step: int, advance: Advance) -> Iterator[Sighting]:

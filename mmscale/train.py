@@ -11,6 +11,7 @@ checkpoint and goes on from it, whatever ended the last attempt.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from data_pipeline.errors import DataConfigError
 from data_pipeline.loader import Loader, LoaderState, StepBatch
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale import checkpoint
+from mmscale.bad_steps import BadSteps, RolledBack
 from mmscale.checkpoint import TrainState
 from mmscale.config import Loaded
 from mmscale.dist import World, init_distributed, shutdown, sum_float
@@ -29,6 +31,7 @@ from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
+from mmscale.engine.watchdog import Watchdog
 from mmscale.finish import finish, is_finished
 from mmscale.metrics.datasets import figures, totals
 from mmscale.metrics.faults import FaultList, fault_counts, fault_figures, known_lists
@@ -66,20 +69,29 @@ def train(loaded: Loaded[RunConfig]) -> Outcome:
     with listen_for_stop() as stop:
         check_files(config)
         world = init_distributed(config.engine)
+        watchdog = Watchdog(config.run_dir, config.engine.watchdog, world.rank, world.world_size)
         try:
             check_world(config, world.world_size)
             if is_finished(config):
                 return Outcome.FINISHED
             open_run_folder(loaded, world)
-            return _run(config, world, stop)
+            watchdog.start()
+            while True:
+                try:
+                    return _run(config, world, stop, watchdog)
+                except RolledBack as request:
+                    # Everything is opened again, as after a kill: one way back, whatever led to it.
+                    if world.is_main:
+                        print(request, file=sys.stderr, flush=True)
         finally:
+            watchdog.close()
             shutdown(world)
 
 
-def _run(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
+def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog) -> Outcome:
     directory = config.run_dir / CHECKPOINTS
-    latest = checkpoint.choose(world, directory, config.checkpoint, print if world.is_main else lambda text: None)
-    state = checkpoint.read_state(latest) if latest else TrainState()
+    bad_steps = BadSteps(config, world)
+    latest, state = bad_steps.checkpoint, bad_steps.state
     ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
     with closing(log), closing(checkpoint.Saver(world, directory, config.checkpoint, log.note)) as saver:
@@ -89,13 +101,18 @@ def _run(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
         while True:
             if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
+            watchdog.begin_start()
             with _stage_engine(config, state, latest, world, log) as engine:
-                state, stopped = _train_stage(config, engine, state, log, ledger, faults, stop, saver)
+                engine.on_phase = watchdog.enter
+                state, stopped = _train_stage(
+                    config, engine, state, log, ledger, faults, bad_steps, stop, watchdog, saver
+                )
                 if stopped:
                     return Outcome.STOPPED
                 latest = checkpoint.find_latest(directory)
                 if state.step >= config.total_steps:
-                    finish(config, engine, state, log)
+                    with watchdog.during("evaluation"):
+                        finish(config, engine, state, log)
                     return Outcome.FINISHED
 
 
@@ -139,7 +156,9 @@ def _train_stage(
     log: Log,
     ledger: RunLedger,
     faults: FaultList,
+    bad_steps: BadSteps,
     stop: StopRequest,
+    watchdog: Watchdog,
     saver: checkpoint.Saver,
 ) -> tuple[TrainState, bool]:
     """Steps until the stage or the run ends, or somebody asks to stop.
@@ -159,18 +178,20 @@ def _train_stage(
 
     log.pause()
     ledger.begin_stage(state.step, state.stage_index)
-    with closing(_open_loader(config, engine.world, state)) as loader:
+    with closing(_open_loader(config, engine.world, state, bad_steps.begin_stage(state))) as loader:
         batches = iter(loader)
         while state.step < last and not stopped:
+            watchdog.begin_step(state.step + 1)
             with log.waiting_for_data(), faults.noting_the_end(state.step + 1):
                 batch = next(batches)
             faults.step(state.step + 1, batch.skipped)
-            state = _step(engine, state, batch, stage.name, datasets, log, ledger, show)
+            state = _step(engine, state, batch, stage.name, datasets, log, ledger, bad_steps, show)
             saver.poll()
             stopped = stop.should_stop(engine.world)
             if stopped or state.step == last or config.checkpoint.due(state.step):
-                ledger.write()
-                saver.save(engine, state, last=stopped or state.step == last)
+                with watchdog.during("checkpoint"):
+                    ledger.write()
+                    saver.save(engine, state, last=stopped or state.step == last)
                 log.pause()
     if stopped:
         log.note(f"stopped at step {state.step} ({stop.reason}) and saved; the same command goes on from here")
@@ -185,9 +206,10 @@ def _step(
     datasets: Sequence[str],
     log: Log,
     ledger: RunLedger,
+    bad_steps: BadSteps,
     show: Show,
 ) -> TrainState:
-    report = engine.train_step(batch.microbatches)
+    report = engine.train_step(batch.microbatches, bad_steps.refuses)
     counts = [batch.num_tokens, batch.num_samples, batch.num_cut]
     left_out = fault_counts(batch.skipped)
     mine = [*counts, *left_out, *totals(batch, report.document_losses, datasets)]
@@ -206,6 +228,7 @@ def _step(
         samples=state.samples + int(samples),
         loader=batch.state,
     )
+    state = bad_steps.take(state, report)
     ledger.step(batch, report.document_losses)
     log.step(
         state.step,
@@ -213,17 +236,27 @@ def _step(
         num_tokens=int(tokens),
         num_samples=int(samples),
         stage=stage,
-        extra={"cut_documents": int(cut), **fault_figures(by_kind), **figures(datasets, by_dataset)},
+        extra={
+            "cut_documents": int(cut),
+            **fault_figures(by_kind),
+            **figures(datasets, by_dataset),
+            **bad_steps.figures(),
+        },
     )
+    if (complaint := bad_steps.act(state, batch, report)) is not None:
+        log.note(complaint)
     log.images(state.step, functools.partial(show, batch.microbatches[0]))
     return state
 
 
-def _open_loader(config: RunConfig, world: World, state: TrainState) -> Loader:
-    """The stage's stream of batches: a new one where the stage has data of its own, else the running one."""
+def _open_loader(config: RunConfig, world: World, state: TrainState, position: LoaderState | None) -> Loader:
+    """The stage's stream of batches: a new one where the stage has data of its own, else the running one.
+
+    With ``position`` it begins there, whatever the state says: behind the data that a roll back leaves out.
+    """
     data = config.stage_data(state.stage_index)
     fresh = state.stage_step == 0 and (state.stage_index == 0 or data != config.stage_data(state.stage_index - 1))
-    position: LoaderState | None = None if fresh else state.loader
+    position = position or (None if fresh else state.loader)
     return Loader(
         data,
         config.media_spec,

@@ -49,7 +49,11 @@ class LoadReport:
 
 
 def choose(
-    world: World, directory: Path, config: CheckpointConfig, note: Callable[[str], None] = lambda text: None
+    world: World,
+    directory: Path,
+    config: CheckpointConfig,
+    note: Callable[[str], None] = lambda text: None,
+    passes: Callable[[Path], bool] = lambda path: True,
 ) -> Path | None:
     """The newest checkpoint, every byte of it checked; None if there is none. All ranks must call.
 
@@ -57,12 +61,13 @@ def choose(
         world: This rank.
         directory: ``checkpoints`` folder of the run, seen by all ranks.
         config: Whether an older one may do where the newest is damaged.
-        note: Told of every checkpoint that is passed over.
+        note: Told of every checkpoint that is passed over for its damage.
+        passes: Asked first, the same on all ranks; others are as if they were not there.
 
     Raises:
         CheckpointError: it is damaged, and the configuration does not allow an older one.
     """
-    for path in reversed(list_checkpoints(directory)):
+    for path in filter(passes, reversed(list_checkpoints(directory))):
         try:
             verify_together(world, path)
         except CheckpointError as error:

@@ -33,7 +33,8 @@ def local(
 ) -> None:
     """Train on several ranks of this machine (torchrun), resuming if the run folder holds a checkpoint.
 
-    Exit code 0: finished. 75: saved and stopped on a signal; the same command goes on. A second Ctrl-C kills.
+    Exit code 0: finished. 75: saved and stopped on a signal; the same command goes on. 76: a rank hung, and the
+    watchdog ended the run. A second Ctrl-C kills.
     """
     from launchers.local import launch
 

@@ -23,6 +23,7 @@ def train(
 
     One process trains alone; under torchrun or srun each process is one rank. Exit code 0: finished, the report is
     written. 75: asked to stop (SIGTERM, SIGUSR1, Ctrl-C, end of the SLURM job) and saved; the same command goes on.
+    76: the watchdog ended a run in which nothing moved any more.
     """
     from mmscale.config import load
     from mmscale.run_config import RunConfig

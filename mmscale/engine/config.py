@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from data_pipeline.strict import StrictConfig
+from mmscale.engine.watchdog import WatchdogConfig
 
 
 class EngineConfig(StrictConfig):
@@ -29,6 +30,8 @@ class EngineConfig(StrictConfig):
     """Rows of the global batch that a rank computes at once. More: fewer, larger passes and more memory."""
     timeout_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for another rank before it counts as lost."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """Ends a run that hangs, with the name of the rank that the others wait for."""
     reduce_bucket_elements: int = Field(default=50_000_000, ge=1)
     """Gradient values that are reduced in one message."""
     gather_bucket_elements: int = Field(default=50_000_000, ge=1)

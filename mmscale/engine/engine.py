@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmscale.dist import World, is_peer_lost, peer_lost, start_deepspeed, sum_float
+from mmscale.dist import World, agree, is_peer_lost, peer_lost, start_deepspeed, sum_float
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
+from mmscale.engine.gate import Gate
 from mmscale.engine.graph import LossGraph, ObjectiveLike
 from mmscale.engine.partition import Partition
 from mmscale.engine.precision import Precision, choose_precision
@@ -50,7 +51,8 @@ class StepReport:
         weight: Sum of the loss weights of the step.
         grad_norm: L2 norm of the whole gradient before clipping; infinite if it was not finite.
         learning_rates: By trained component.
-        applied: Whether weights changed. False for a gradient that is not finite, and for a step without any weight.
+        applied: Whether weights changed. False for a gradient that is not finite, for a step that was refused, and for
+            one without any weight.
         metrics: Weighted means of the objective's metrics.
         document_losses: Of each microbatch of this rank: the weighted loss sum of each document.
     """
@@ -87,6 +89,7 @@ class Engine:
         model: Usable under ``inference()`` for forward passes and generation, all ranks in lock-step.
         precision: The number format that was chosen, with the reason.
         stage_step: Steps of the stage that were taken, applied or not; the schedules' clock. ``resume`` sets it.
+        on_phase: Told when a step enters ``agreement``, ``forward``, ``backward``, ``update``.
 
     Raises:
         ConfigError: the stage trains a component that the model lacks.
@@ -103,6 +106,7 @@ class Engine:
         self.world = world
         self.precision: Precision = choose_precision(config, world.device)
         self.stage_step = 0
+        self.on_phase: Callable[[str], None] = lambda phase: None
         self._objective = objective
         components: dict[str, list[nn.Module]] = model.components()  # type: ignore[operator]
         freeze(model, components, stage)
@@ -110,6 +114,7 @@ class Engine:
         self.parameter_counts = _count(model, component_of_parameters(model, components))
         self._undo: list[Undo] = self._arrange_units()
         self._deepspeed = self._start(components)
+        self._gate = Gate(self._deepspeed)
         self.partition = Partition(model, self._deepspeed, config.zero_stage, world)
 
     def _arrange_units(self) -> list[Undo]:
@@ -143,14 +148,22 @@ class Engine:
         engine.train()
         return engine
 
-    def train_step(self, microbatches: Sequence[Any]) -> StepReport:
+    def train_step(
+        self, microbatches: Sequence[Any], refuses: Callable[[float, float], bool] | None = None
+    ) -> StepReport:
         """Forward, backward and optimizer step over ``microbatches``. All ranks must call, with equally many.
+
+        Args:
+            microbatches: This rank's part of the step.
+            refuses: Asked with loss and gradient norm of the whole step, before anything moves. If any rank's says
+                yes, weights, moments and step counts of all ranks stay as they are.
 
         Raises:
             EngineError: ranks disagree about the number of microbatches, or a peer is lost.
         """
         rates = learning_rates(self.stage, self.trained_components, self.stage_step)
         self.stage_step += 1
+        self.on_phase("agreement")
         weight = self._global_weight(microbatches)
         if weight == 0:
             # Null packs only: there is nothing to learn, and decay alone must not move the weights.
@@ -159,18 +172,27 @@ class Engine:
             group["lr"] = rates[group["component"]]
         try:
             sums, losses = self._run(microbatches, self.world.world_size / weight)
+            means = self._global_means(sums, weight)
+            self.on_phase("update")
+            refused = self._update(means["loss"], refuses)
+            self.on_phase("agreement")
         except RuntimeError as error:
             if is_peer_lost(error):
                 raise peer_lost(self.world, error) from error
             raise
-        means = self._global_means(sums, weight)
-        applied = bool(self._deepspeed.was_step_applied())
-        norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
+        finite = bool(self._deepspeed.was_step_applied())
+        norm = float(self._deepspeed.get_global_grad_norm() or 0.0) if finite else math.inf
         documents = tuple(tuple(part.tolist()) for part in losses)
-        return StepReport(means.pop("loss"), weight, norm if applied else math.inf, rates, applied, means, documents)
+        return StepReport(means.pop("loss"), weight, norm, rates, finite and not refused, means, documents)
+
+    def _update(self, loss: float, refuses: Callable[[float, float], bool] | None) -> bool:
+        """The optimizer's step, unless a rank refuses; whether one did."""
+        if refuses is None:
+            return self._gate.step(None)
+        return self._gate.step(lambda norm: agree(self.world, refuses(loss, norm)))
 
     def _run(self, microbatches: Sequence[Any], scale: float) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
-        """Forward, backward and, after the last microbatch, the step.
+        """Forward and backward; the gradient is complete and reduced after the last microbatch.
 
         Returns:
             Of each microbatch the sums of loss and metrics, and the losses of its documents.
@@ -179,11 +201,14 @@ class Engine:
         documents: list[Tensor] = []
         for index, microbatch in enumerate(microbatches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
+            self.on_phase("forward")
             loss_sum, metrics, losses = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
             sums.append({"loss": loss_sum.detach(), **metrics})
             documents.append(losses)
+            self.on_phase("backward")
             self._backward(loss_sum, scale)
-            self._deepspeed.step()
+            if index < len(microbatches) - 1:
+                self._deepspeed.step()  # Not at the boundary: it only counts.
         return sums, documents
 
     def _backward(self, loss_sum: Tensor, scale: float) -> None:

@@ -76,6 +76,35 @@ def train(
     return answer
 
 
+def guarded(world: World, cases: list[dict[str, Any]]) -> list[Any]:
+    """Several engines that are asked before each update."""
+    return [_guarded(world, **case) for case in cases]
+
+
+def _guarded(world: World, zero: int, precision: str, order: list[int], refused: int | None = None) -> Any:
+    """Trains over the batches ``order``; the one at place ``refused`` is refused by the last rank alone."""
+    engine = make_engine(world, zero, {"schedule": "constant", "warmup_steps": 0}, precision=precision)
+    asked: list[tuple[float, float]] = []
+
+    def refuses(loss: float, norm: float) -> bool:
+        asked.append((loss, norm))
+        return len(asked) - 1 == refused and world.rank == world.world_size - 1
+
+    reports = [engine.train_step(lanes_of(world, step), refuses) for step in order]
+    state = [
+        [owned.name, owned.start, owned.master.tolist(), *(values.tolist() for values in owned.moments.values())]
+        for owned in engine.partition.owned()
+    ]
+    answer = {
+        "asked": asked,
+        "reports": [[report.loss, report.grad_norm, report.applied] for report in reports],
+        "state": state,
+        "steps": engine.partition.optimizer_steps(),
+    }
+    engine.close()
+    return answer
+
+
 def lonely(world: World, where: str) -> str:
     """Rank 1 dies before or inside the second step; what rank 0 says."""
     engine = make_engine(world)

@@ -1,0 +1,30 @@
+"""A refused step moves nothing at any ZeRO stage, and training goes on as if its batch had not been there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engine.ranks import run_ranks
+
+KINDS = [(zero, precision) for precision in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
+
+
+@pytest.mark.dist
+def test_a_step_that_one_rank_refuses_is_left_out_by_all() -> None:
+    with_it: list[dict[str, Any]] = [
+        {"zero": zero, "precision": precision, "order": [0, 1, 7, 2], "refused": 2} for zero, precision in KINDS
+    ]
+    without = [{"zero": zero, "precision": precision, "order": [0, 1, 2]} for zero, precision in KINDS]
+    ranks = run_ranks("tests.engine.programs:guarded", 2, {"cases": with_it + without})
+    for answers in ranks:
+        for refused, plain in zip(answers[: len(KINDS)], answers[len(KINDS) :], strict=True):
+            assert [applied for *_, applied in refused["reports"]] == [True, True, False, True]
+            assert refused["reports"][:2] + refused["reports"][3:] == plain["reports"]
+            assert refused["state"] == plain["state"], "masters and moments, bit for bit"
+            assert refused["steps"] == plain["steps"] == 3
+            # Asked once a step, with what the step then reports.
+            assert refused["asked"] == [report[:2] for report in refused["reports"]]
+            assert all(0 < norm < 1e9 for _, norm in refused["asked"])
+    assert [a["asked"] for a in ranks[0]] == [a["asked"] for a in ranks[1]]

@@ -1,0 +1,87 @@
+"""The threshold against numpy, what it bears, and a state that goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from mmscale.engine.guard import BadStepsConfig, StepGuard, threshold
+
+CONFIG = BadStepsConfig(loss_deviations=6, norm_deviations=6, window_steps=16, min_steps=8)
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40), st.floats(0.1, 20))
+def test_threshold_equals_the_formula(values: list[float], deviations: float) -> None:
+    logs = np.log(values)
+    spread = 1.4826 * np.median(np.abs(logs - np.median(logs)))
+    assert threshold(values, deviations) == pytest.approx(
+        np.exp(np.median(logs) + deviations * max(spread, 0.05)), rel=1e-9
+    )
+
+
+def test_a_normal_spread_is_counted_in_its_standard_deviations() -> None:
+    rng = np.random.default_rng(0)
+    values = np.exp(rng.normal(1.0, 0.3, 20_000))
+    assert math.log(threshold(values.tolist(), 5)) == pytest.approx(1.0 + 5 * 0.3, rel=0.03)
+
+
+def test_spikes_in_the_window_do_not_hide_the_next() -> None:
+    guard = StepGuard(CONFIG)
+    for number in range(16):
+        guard.take(2.0 + 0.01 * number, 1.0, True)
+    for number in range(7):
+        assert guard.refuses(50.0, 1.0), number
+        assert "loss of 50 is a spike" in str(guard.take(50.0, 1.0, False))
+    assert guard.in_row == guard.num_bad == 7
+    assert guard.take(2.1, 1.0, True) is None
+    assert guard.in_row == 0
+
+
+def test_a_level_that_has_moved_for_good_becomes_the_measure() -> None:
+    guard = StepGuard(CONFIG)
+    for _ in range(16):
+        guard.take(1.0, 1.0, True)
+    reasons = [guard.take(4.0, 1.0, not guard.refuses(4.0, 1.0)) for _ in range(12)]
+    assert reasons[0] is not None
+    assert reasons[-1] is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_bad_from_the_first_step_and_without_limits(value: float) -> None:
+    guard = StepGuard(BadStepsConfig())
+    assert guard.reason(value, 1.0) == "the loss is not finite"
+    assert guard.reason(1.0, value) == "the gradient norm is not finite"
+    assert not guard.refuses(1e30, 1e30)
+
+
+def test_nothing_is_a_spike_before_the_window_has_some_steps_and_a_stage_begins_anew() -> None:
+    guard = StepGuard(CONFIG)
+    for _ in range(7):
+        guard.take(1.0, 1.0, True)
+    assert not guard.refuses(100.0, 1.0)
+    guard.take(1.0, 1.0, True)
+    assert guard.refuses(100.0, 1.0)
+    guard.begin_stage()
+    assert not guard.refuses(100.0, 1.0)
+
+
+def test_a_state_that_went_through_json_judges_alike() -> None:
+    draws = random.Random(3)
+    whole, parts = StepGuard(CONFIG), StepGuard(CONFIG)
+    for _ in range(300):
+        loss, norm = draws.lognormvariate(0, 0.5), draws.lognormvariate(0, 0.5) * (30 if draws.random() < 0.1 else 1)
+        assert whole.take(loss, norm, True) == parts.take(loss, norm, True)
+        parts = StepGuard(CONFIG, json.loads(json.dumps(parts.state())))
+    assert whole.num_bad == parts.num_bad > 10
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValidationError, match="min_steps=40"):
+        BadStepsConfig(window_steps=32, min_steps=40)

@@ -1,0 +1,88 @@
+"""A hang on real ranks: a bounded end, a sentence that names who, where and which collective, and an exit code."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmscale.dist import World
+from mmscale.engine.watchdog import EXIT_HUNG, Beat, Watchdog, WatchdogConfig, explain
+from tests.engine.programs import lanes_of, make_engine
+from tests.engine.ranks import start_ranks
+
+LIMIT = 4.0
+
+
+def beat(step: int, phase: str, seconds: float, collective: str = "", place: str = "a.py:1 in f") -> Beat:
+    return Beat(1, step, phase, seconds, collective, place)
+
+
+def test_the_sentence_blames_who_does_not_wait() -> None:
+    beats = [beat(41, "update", 60, "all_reduce"), beat(41, "data", 61), beat(41, "update", 60, "all_reduce")]
+    assert explain(beats, []) == (
+        "rank 1 has been in data of step 41 for 61 s (at a.py:1 in f) "
+        "while ranks 0, 2 wait for it in all_reduce of step 41 (update)"
+    )
+
+
+def test_the_sentence_blames_first_who_does_not_run() -> None:
+    beats = [beat(7, "forward", 60, "all_gather"), None, beat(7, "data", 2)]
+    said = explain(beats, [1, 2])
+    assert said.startswith("rank 1 has never given a sign of life; rank 2 does not run any more")
+    assert "last in data of step 7" in said
+    assert said.endswith("while rank 0 waits for it in all_gather of step 7 (forward)")
+
+
+def test_where_all_wait_for_each_other_the_last_one_is_named() -> None:
+    beats = [beat(8, "agreement", 60, "all_reduce"), beat(7, "update", 60, "reduce_scatter")]
+    assert explain(beats, []).startswith("rank 1 has been in update of step 7 for 60 s, in reduce_scatter")
+
+
+def test_alone_it_says_where_it_stands() -> None:
+    assert explain([beat(3, "data", 9)], []) == "rank 0 has been in data of step 3 for 9 s (at a.py:1 in f)"
+
+
+def slow_then_stuck(world: World, folder: str) -> Any:
+    """Steps that take longer than the limit in all, a long checkpoint, then rank 1 sleeps in a forward."""
+    config = WatchdogConfig(step_seconds=LIMIT, other_seconds=60)
+    watchdog = Watchdog(Path(folder), config, world.rank, world.world_size)
+    watchdog.start()
+    engine = make_engine(world)
+    engine.on_phase = watchdog.enter
+    nap = [0.0]
+    engine.model.decoder.norm.register_forward_hook(lambda *_: time.sleep(nap[0]))
+    for step in range(3):
+        nap[0] = 0.45 * LIMIT * (step == 1)  # Two microbatches, so twice a step.
+        watchdog.begin_step(step + 1)
+        time.sleep(0.5 * LIMIT * (step == 1))
+        engine.train_step(lanes_of(world, step))
+    with watchdog.during("checkpoint"):
+        time.sleep(1.5 * LIMIT)
+    Path(folder, f"healthy-{world.rank}").touch()
+    nap[0] = 1000.0 * (world.rank == 1)
+    watchdog.begin_step(4)
+    engine.train_step(lanes_of(world, 3))
+    return None
+
+
+@pytest.mark.dist
+@pytest.mark.fault
+def test_a_slow_run_is_left_alone_and_a_stuck_one_is_ended(tmp_path: Path) -> None:
+    processes = start_ranks("tests.engine.test_watchdog:slow_then_stuck", 2, {"folder": str(tmp_path)}, tmp_path)
+    try:
+        codes = [process.wait(120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [(tmp_path / f"log-{rank}.txt").read_text() for rank in (0, 1)]
+    assert all((tmp_path / f"healthy-{rank}").exists() for rank in (0, 1)), logs
+    assert codes == [EXIT_HUNG, EXIT_HUNG], logs
+    for rank in (0, 1):
+        (said,) = [line for line in logs[rank].splitlines() if "has been in" in line]
+        assert f"rank {rank}: rank 1 has been in forward of step 4 for" in said
+        assert "in <lambda>) while rank 0 waits for it in reduce_scatter" in said
+    stacks = (tmp_path / "logs/hang-rank-1.txt").read_text()
+    assert "slow_then_stuck" in stacks

@@ -1,0 +1,153 @@
+"""Whole runs with bad steps: which are refused, what is written down, and what a roll back leaves out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.loader import Loader
+from mmscale.checkpoint.roll_back import in_force, read_roll_backs
+from mmscale.config import load
+from mmscale.run_config import RunConfig
+from mmscale.trace import RunTrace, Source
+from tests.system.conftest import MakeRun, Run, kill_group
+
+STEPS = 24
+# Far too strict for a real run: a few steps of any curve are spikes.
+STRICT = "norm_deviations: 1, window_steps: 8, min_steps: 4, roll_back_steps: 3, max_in_row: 8"
+
+
+def curve(run: Run) -> list[tuple[Any, ...]]:
+    names = ("step", "loss", "grad_norm", "lr", "tokens", "applied", "bad_steps", "roll_backs")
+    return [tuple(line[name] for name in names) for line in run.metrics()]
+
+
+def spikes(norms: list[float]) -> list[bool]:
+    """By the formula, from the curve alone."""
+    found = []
+    for number, norm in enumerate(norms):
+        logs = np.log(norms[max(0, number - 8) : number])
+        limit = np.inf
+        if len(logs) >= 4:
+            spread = 1.4826 * np.median(np.abs(logs - np.median(logs)))
+            limit = np.exp(np.median(logs) + max(spread, 0.05))
+        found.append(bool(norm > limit))
+    return found
+
+
+@pytest.mark.resume
+@pytest.mark.dist
+def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(make_run: MakeRun) -> None:
+    words = (f"max_steps={STEPS}", f"bad_steps={{{STRICT}}}")
+    run = make_run("whole", 2, *words)
+    run.finish()
+    lines = run.metrics()
+    refused = [not line["applied"] for line in lines]
+    assert refused == spikes([line["grad_norm"] for line in lines])
+    assert 1 <= sum(refused) < 8
+    assert [line["bad_steps"] for line in lines] == np.cumsum(refused).tolist()
+    trace = RunTrace(run.folder)
+    bad = [line["step"] for line in lines if not line["applied"]]
+    assert sorted(path.name for path in (run.folder / "bad_steps").iterdir()) == [f"step-{n:08d}.json" for n in bad]
+    for step in bad:
+        record = json.loads((run.folder / "bad_steps" / f"step-{step:08d}.json").read_text())
+        assert record["loss"] == lines[step - 1]["loss"]
+        assert record["grad_norm"] == lines[step - 1]["grad_norm"] > record["thresholds"]["grad_norm"]
+        rows = {(d["lane"], d["place"]): d for d in record["documents"]}
+        known = {(row.lane, row.place): row for row in trace.step(step).rows}
+        assert rows.keys() == known.keys()
+        for place, row in known.items():
+            found = rows[place]
+            assert (found["dataset"], found["epoch"], found["index"], found["tokens"]) == (
+                *(row.dataset, row.epoch, row.sample),
+                row.tokens,
+            )
+            assert found["loss"] == pytest.approx(row.loss, rel=1e-6)
+        losses = [document["loss"] for document in record["documents"]]
+        assert losses == sorted(losses, reverse=True)
+    # What the guard knows is in the checkpoint: killed in between, the same steps are refused.
+    killed = make_run("killed", 2, *words)
+    process = killed.start()
+    killed.wait_for_step(process, 17)
+    kill_group(process)
+    killed.finish()
+    assert curve(killed) == curve(run)
+
+
+@pytest.mark.resume
+def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(make_run: MakeRun) -> None:
+    strict = STRICT.replace("norm_deviations: 1,", "norm_deviations: 1.6,")
+    words = (f"max_steps={STEPS}", f"bad_steps={{policy: roll_back, {strict}}}", "ledger.every_steps=4")
+    run = make_run("whole", 1, *words)
+    assert "going back to step" in run.finish()
+    roll_backs = read_roll_backs(run.folder / "bad_steps")
+    assert roll_backs
+    check_ledger(run, 1, STEPS)
+    lines = run.metrics()
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["applied"] for line in lines), "every step of the last line of checkpoints is a good one"
+    assert lines[-1]["roll_backs"] == len(roll_backs)
+
+    killed = make_run("killed", 1, *words)
+    listed = killed.folder / "bad_steps" / "roll_backs.json"
+    seen = 0
+    while seen < len(roll_backs):  # Killed as soon as a roll back is written down, before anything follows from it.
+        process = killed.start()
+        while process.poll() is None and count(listed) <= seen:
+            pass
+        kill_group(process)
+        assert count(listed) > seen
+        seen = count(listed)
+        check_ledger(killed, 1, STEPS)
+    killed.finish()
+    assert read_roll_backs(killed.folder / "bad_steps") == roll_backs
+    assert curve(killed) == curve(run)
+
+
+def count(path: Path) -> int:
+    return len(json.loads(path.read_text())) if path.exists() else 0
+
+
+def check_ledger(run: Run, first: int, last: int) -> None:
+    """Each step has the loader's next batch, but for what roll backs left out; so say ledger, replay and metrics."""
+    config = load(run.folder / "config.yaml", [], RunConfig).value
+    roll_backs = in_force(read_roll_backs(run.folder / "bad_steps"))
+    jumps = {entry.to_step: json.loads(entry.loader)["step"] for entry in roll_backs}
+    fed, position = {}, 0
+    for step in range(1, last + 1):
+        position = jumps.get(step - 1, position) + 1
+        fed[step] = position
+    with Loader(config.data, config.media_spec, seed=config.seed) as loader:
+        batches = [next(loader) for _ in range(position)]
+    trace = RunTrace(run.folder)
+    sources = set()
+    for step in range(first, last + 1):
+        batch = batches[fed[step] - 1]
+        expected = [(o.dataset, o.epoch, o.index) for m in batch.microbatches for o in m.provenance if o is not None]
+        found = trace.step(step)
+        assert [(row.dataset, row.epoch, row.sample) for row in found.rows] == expected, (step, found.source)
+        sources.add(found.source)
+    assert Source.LEDGER in sources
+
+
+@pytest.mark.fault
+def test_halting_names_the_step_and_too_many_in_a_row_end_the_run(make_run: MakeRun) -> None:
+    halted = make_run("halted", 1, f"max_steps={STEPS}", f"bad_steps={{policy: halt, {STRICT}}}")
+    output = halted.finish(code=1)
+    last = halted.metrics()[-1]
+    assert not last["applied"]
+    assert f"step {last['step']}: the gradient norm" in output
+    assert "bad_steps.policy=halt" in output
+    assert "Traceback" not in output
+    assert (halted.folder / "bad_steps" / f"step-{last['step']:08d}.json").exists()
+
+    # A learning rate that breaks the model: no batch is finite any more.
+    broken = make_run("broken", 1, "max_steps=12", "bad_steps.max_in_row=3", "stages.0.learning_rate={default: 1e30}")
+    output = broken.finish(code=1)
+    assert "bad step 4 in a row (bad_steps.max_in_row=3)" in output
+    lines = broken.metrics()
+    assert [line["applied"] for line in lines[-5:]] == [True, False, False, False, False]

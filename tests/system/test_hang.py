@@ -1,0 +1,50 @@
+"""A rank of a launched run is stopped (SIGSTOP): the launcher ends with the watchdog's code and its sentence."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import MakeRun, kill_group
+
+
+def pid_of_rank(run_dir: Path, rank: int) -> int:
+    """The process that is this rank of a run, not one that it forked: those are its children."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
+        except OSError:
+            continue
+        # torchrun has the same words behind its own, and the launcher's environment.
+        mine = b"launchers.rank" in words and b"torch.distributed.run" not in words
+        if mine and f"run_dir={run_dir}".encode() in words and b"RANK=%d" % rank in variables.split(b"\0"):
+            found.append(int(path.name))
+    return min(found)
+
+
+@pytest.mark.fault
+@pytest.mark.dist
+def test_a_stopped_rank_ends_the_run(make_run: MakeRun) -> None:
+    rank = 0  # The one that speaks on the terminal, and may hold torch's store.
+    limits = "engine.watchdog={step_seconds: 4, other_seconds: 100}"
+    run = make_run("run", 2, "max_steps=100000", "checkpoint.every_steps=1000", limits)
+    process = run.start()
+    try:
+        run.wait_for_step(process, 3)
+        os.kill(pid_of_rank(run.folder, rank), signal.SIGSTOP)
+        stopped = time.monotonic()
+        output, _ = process.communicate(timeout=120)
+    finally:
+        kill_group(process)
+    assert time.monotonic() - stopped < 60, "before gloo's own limit (engine.timeout_seconds)"
+    assert process.returncode == 76, output
+    other = 1 - rank
+    assert f"rank {other}: rank {rank} does not run any more" in output
+    assert f"while rank {other} waits for it in all_" in output or "waits for it in reduce_scatter" in output
+    assert (run.folder / "logs" / f"hang-rank-{other}.txt").stat().st_size
+    assert "Traceback" not in output
