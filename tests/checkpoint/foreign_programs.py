@@ -71,9 +71,12 @@ def _values(engine: Engine, parameter: nn.Parameter) -> dict[str, Tensor]:
     return {"master": master.detach(), **{key: state[key] for key in moments}}
 
 
-def save_deepspeed(world: World, cases: list[Case]) -> list[Any]:
-    """Trains three steps, lets DeepSpeed save, converts to the universal format where asked, and trains two more."""
-    answers = []
+def save_deepspeed(world: World, cases: list[Case], other: str) -> list[Any]:
+    """Trains three steps, lets DeepSpeed save, converts to the universal format where asked, and trains two more.
+
+    The first answer is that of ``save_other`` into the folder ``other``.
+    """
+    answers: list[Any] = [save_other(world, other)]
     for case in cases:
         engine = _engine(world, case)
         train_on(engine, world, 0, 3)

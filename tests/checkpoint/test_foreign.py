@@ -47,8 +47,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every case, saved by DeepSpeed on two ranks."""
     folder = tmp_path_factory.mktemp("deepspeed")
     cases = [{"folder": str(folder / name), **case} for name, case in CASES.items()]
-    answers = run_ranks("tests.checkpoint.foreign_programs:save_deepspeed", 2, {"cases": cases})[0]
-    return dict(zip(CASES, answers, strict=True))
+    arguments = {"cases": cases, "other": str(folder)}
+    other, *answers = run_ranks("tests.checkpoint.foreign_programs:save_deepspeed", 2, arguments)[0]
+    return {"other": {"path": str(folder / "other"), **other}, **dict(zip(CASES, answers, strict=True))}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_the_same_ranks_go_on_bit_for_bit(saved: dict[str, Any], imported: dict[
 
 def test_another_number_of_ranks_and_another_stage(saved: dict[str, Any], imported: dict[str, ImportReport]) -> None:
     cases = {name: {**CASES[name.partition("/")[0]], "zero": zero} for name, zero in ELSEWHERE.items()}
-    for name, answer in resumed(imported, 4, cases).items():
+    for name, answer in resumed(imported, 1, cases).items():
         before = saved[name.partition("/")[0]]
         assert answer["restored"] == before["saved"], name
         tolerance = 5e-3 if "bf16" in name else 2e-6
@@ -145,11 +146,11 @@ def test_without_a_configuration_weights_can_be_used(
         import_checkpoint(Path(saved["zero1"]["path"]), tmp_path)
 
 
-def test_another_programs_checkpoint_is_renamed(tmp_path: Path) -> None:
-    answer = run_ranks("tests.checkpoint.foreign_programs:save_other", 2, {"folder": str(tmp_path)})[0]
+def test_another_programs_checkpoint_is_renamed(saved: dict[str, Any], tmp_path: Path) -> None:
+    answer, source = saved["other"], Path(saved["other"]["path"])
     assert answer["groups"] > 1
     renames = {"net.eyes.": "vision.", "net.": "x."}
-    report = import_checkpoint(tmp_path / "other", tmp_path / "run", renames=renames)
+    report = import_checkpoint(source, tmp_path / "run", renames=renames)
     assert {"lr_scheduler", "epoch"} <= set(report.not_taken_over)
     path = Path(report.checkpoint)
     assert verify(path) == []
@@ -169,9 +170,9 @@ def test_another_programs_checkpoint_is_renamed(tmp_path: Path) -> None:
     }
     for said, rules in complaints.items():
         with pytest.raises(CheckpointError, match=said):
-            import_checkpoint(tmp_path / "other", tmp_path / "run", renames=rules)
+            import_checkpoint(source, tmp_path / "run", renames=rules)
     with pytest.raises(CheckpointError, match=r"the model has no net\.eyes\.bias.*rename"):
-        import_checkpoint(tmp_path / "other", tmp_path / "run", recipient())
+        import_checkpoint(source, tmp_path / "run", recipient())
 
 
 def test_stages_that_train_the_same_must_be_told_apart(saved: dict[str, Any], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mmscale.checkpoint.foreign import import_checkpoint
-from mmscale.checkpoint.foreign_files import find_folder, load_pt
+from mmscale.checkpoint.foreign.files import find_folder, load_pt
 from mmscale.errors import CheckpointError
 
 pytestmark = pytest.mark.fault

@@ -10,17 +10,18 @@ position in the data, random state) stays unset, and the report says so.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmscale.checkpoint.durable import sync_folder, write_bytes, write_tensors
-from mmscale.checkpoint.foreign_files import DeepSpeedFolder, find_folder
-from mmscale.checkpoint.foreign_layouts import ForeignState, ModelStates, read_model_states, read_state
+from mmscale.checkpoint.foreign.files import DeepSpeedFolder, find_folder
+from mmscale.checkpoint.foreign.layouts import read_state
+from mmscale.checkpoint.foreign.match import Recipient, check_names, choose_stage, first, rename_table, with_ties
+from mmscale.checkpoint.foreign.states import ForeignState, ModelStates, read_model_states
 from mmscale.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -32,31 +33,13 @@ from mmscale.checkpoint.manifest import (
     rank_files,
 )
 from mmscale.checkpoint.reshard import verify
-from mmscale.checkpoint.save import model_config_values, persistent_buffers, tied_names
-from mmscale.engine.partition import parameter_table
+from mmscale.checkpoint.save import model_config_values
 from mmscale.errors import CheckpointError
-from mmscale.optim import freeze, parameter_groups
-from mmscale.stages import StageConfig
 
 IMPORTED = "imported"
 """Stage of a checkpoint that was imported without a configuration."""
-_PREFIXES = ("module.model.", "module.", "model.", "")
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _STORABLE = (*_PRECISIONS, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
-_SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Recipient:
-    """The run that is to go on from the checkpoint.
-
-    Attributes:
-        model: With ``components()``; on the meta device it costs nothing. Its ``requires_grad`` flags are set.
-        stages: The run's stages; the one that trains what the checkpoint trained is taken.
-    """
-
-    model: nn.Module
-    stages: Sequence[StageConfig]
 
 
 @dataclass(frozen=True)
@@ -126,10 +109,11 @@ def import_checkpoint(
     folder = find_folder(source)
     head = read_model_states(folder.model_states[min(folder.model_states)])
     rules, table = rename_table(head.names, renames)
-    chosen, groups = None, None
+    chosen: int | None = None
+    groups: list[list[str]] | None = None
     if recipient is not None:
-        head = _with_ties(head, recipient.model, table)
-        chosen, groups = _choose_stage(recipient, head, table, stage)
+        head = with_ties(head, recipient.model, table)
+        chosen, groups = choose_stage(recipient, head, table, stage)
     elif head.groups is None:
         raise CheckpointError(
             f"{folder.path} is of ZeRO stage 0, which stores the optimizer's state without names; give the run's "
@@ -137,139 +121,10 @@ def import_checkpoint(
         )
     state = read_state(folder, head, groups)
     if recipient is not None:
-        _check_names(folder, state, head, table, recipient.model)
+        check_names(folder, state, head, table, recipient.model)
     manifest = _manifest(state, head, table, recipient, chosen)
     path = _write(directory, state, head, table, manifest)
     return _report(path, folder, state, manifest, rules, table)
-
-
-def rename_table(names: Sequence[str], renames: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, str]]:
-    """The rules in force and, of every name, the name here.
-
-    Raises:
-        CheckpointError: a name matches no rule, a rule matches no name, or two names become one.
-    """
-    rules = dict(renames or {next(p for p in _PREFIXES if all(name.startswith(p) for name in names)): ""})
-    table: dict[str, str] = {}
-    unmatched, used = [], set()
-    for name in names:
-        fitting = [old for old in rules if name.startswith(old)]
-        if not fitting:
-            unmatched.append(name)
-            continue
-        old = max(fitting, key=len)
-        used.add(old)
-        table[name] = rules[old] + name[len(old) :]
-    if unmatched:
-        raise CheckpointError(f"no rename matches {_first(unmatched)}; the rules are {rules}")
-    if idle := [old for old in rules if old not in used]:
-        raise CheckpointError(f"the renames of {idle} match no name; there are {_first(list(names))}")
-    if len(set(table.values())) != len(table):
-        twice = sorted(new for new in set(table.values()) if list(table.values()).count(new) > 1)
-        raise CheckpointError(f"after renaming, several parameters are called {_first(twice)}; the rules are {rules}")
-    return rules, table
-
-
-def _with_ties(head: ModelStates, model: nn.Module, table: Mapping[str, str]) -> ModelStates:
-    """Stage 0 does not say what is tied; the model does."""
-    if head.groups is not None:
-        return head
-    foreign = {new: old for old, new in table.items()}
-    ties = {
-        foreign[second]: foreign[first]
-        for second, first in tied_names(model).items()
-        if {second, first} <= set(foreign)
-    }
-    return replace(head, tied=ties)
-
-
-def _choose_stage(
-    recipient: Recipient, head: ModelStates, table: Mapping[str, str], wanted: str | None
-) -> tuple[int, list[list[str]] | None]:
-    """The stage that trains what the checkpoint trained: its index and, for stage 0, whose state is whose."""
-    names = [stage.name for stage in recipient.stages]
-    if wanted is not None and wanted not in names:
-        raise CheckpointError(f"the configuration has no stage {wanted!r}; it has {names}")
-    fitting = []
-    for index, stage in enumerate(recipient.stages):
-        if wanted in (None, stage.name) and (groups := _groups(recipient.model, stage, head, table)) is not None:
-            fitting.append((index, groups))
-    if len(fitting) == 1:
-        index, groups = fitting[0]
-        freeze(recipient.model, recipient.model.components(), recipient.stages[index])  # type: ignore[operator]
-        return index, groups
-    if fitting:
-        raise CheckpointError(
-            f"the stages {[names[index] for index, _ in fitting]} train the same parameters; name one"
-        )
-    here = set(parameter_table(recipient.model))
-    unknown = sorted({table[name] for name in head.trained} - here)
-    if unknown:
-        raise CheckpointError(f"{head.path}: the model has no {_first(unknown)}; rename the source's parameters")
-    if head.groups is None:
-        raise CheckpointError(f"{head.path}: its optimizer's groups fit none of the stages {names} (numbers or shapes)")
-    raise CheckpointError(f"{head.path} trained {_first(sorted(table[n] for n in head.trained))}; none of {names} does")
-
-
-def _groups(
-    model: nn.Module, stage: StageConfig, head: ModelStates, table: Mapping[str, str]
-) -> list[list[str]] | None:
-    """Names in the source, by optimizer group, if ``stage`` trains what the checkpoint trained; else None."""
-    components = model.components()  # type: ignore[operator]
-    freeze(model, components, stage)
-    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    named = [
-        [name_of[id(parameter)] for parameter in group["params"]]
-        for group in parameter_groups(model, components, stage)
-    ]
-    foreign = {new: old for old, new in table.items()}
-    if not all(name in foreign for group in named for name in group):
-        return None
-    groups = [[foreign[name] for name in group] for group in named]
-    if head.groups is not None:
-        return groups if {name for group in groups for name in group} == set(head.trained) else None
-    return groups if _fits(head, groups) else None
-
-
-def _fits(head: ModelStates, groups: list[list[str]]) -> bool:
-    """Whether stage 0's optimizer state has these groups, with moments of these shapes."""
-    optimizer: Any = head.raw.get("optimizer") or {}
-    optimizer = optimizer.get("optimizer_state_dict", optimizer)
-    if [len(group["params"]) for group in optimizer.get("param_groups", [])] != [len(names) for names in groups]:
-        return False
-    flat = [name for names in groups for name in names]
-    states = optimizer.get("state", {})
-    return all(
-        not states or states.get(index, {}).get("exp_avg", torch.empty(0)).shape == head.module[name].shape
-        for index, name in enumerate(flat)
-    )
-
-
-def _check_names(
-    folder: DeepSpeedFolder, state: ForeignState, head: ModelStates, table: Mapping[str, str], model: nn.Module
-) -> None:
-    here = {name: (tuple(entry["shape"]), entry["trained"]) for name, entry in parameter_table(model).items()}
-    there = {table[name]: shape for name, shape in (state.trained | state.frozen).items()}
-    missing = sorted(set(here) - set(there))
-    if missing and not any(here[name][1] for name in missing):
-        raise CheckpointError(
-            f"{folder.path} does not hold the frozen parameters {', '.join(missing)}: it was saved with "
-            "exclude_frozen_parameters or they were dropped since; save again with them"
-        )
-    wrong = [f"{name} is only in the model" for name in missing]
-    wrong += [f"{name} is only in the checkpoint" for name in sorted(set(there) - set(here))]
-    wrong += [
-        f"{name} is {list(there[name])} in the checkpoint, {list(here[name][0])} in the model"
-        for name in sorted(set(here) & set(there))
-        if here[name][0] != there[name]
-    ]
-    tied = {table[second]: table[first] for second, first in head.tied.items()}
-    if tied != tied_names(model):
-        wrong.append(f"tied parameters are {tied} in the checkpoint, {tied_names(model)} in the model")
-    buffers = {table[name] for name in head.buffers}
-    wrong += [f"the buffer {name} is not in both" for name in sorted(buffers ^ set(persistent_buffers(model)))]
-    if wrong:
-        raise CheckpointError(f"{folder.path} is of another model: {_first(wrong, '; ')}")
 
 
 def _manifest(
@@ -358,7 +213,7 @@ def _write_rank(
         tensors.extend((f"{table[name]}|buffer", head.module[name]) for name in head.buffers)
     odd = [f"{key} ({values.dtype})" for key, values in tensors if values.dtype not in _STORABLE]
     if odd:
-        raise CheckpointError(f"{head.path.parent}: our checkpoints do not store the number formats of {_first(odd)}")
+        raise CheckpointError(f"{head.path.parent}: our checkpoints do not store the number formats of {first(odd)}")
     # The state of a generator that nobody has used yet: that of a new process.
     fresh = bytes(torch.Generator().get_state().tolist()).hex()
     notes = RankNotes(rank=rank, ranges=ranges, loader=None, random_state={"cpu": fresh})
@@ -407,8 +262,3 @@ def _report(
         not_taken_over=left,
         checked_against_model=checked,
     )
-
-
-def _first(names: Sequence[str], separator: str = ", ") -> str:
-    more = len(names) - _SHOWN
-    return separator.join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
