@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import threading
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mmscale.checkpoint.export import export_weights
 from mmscale.checkpoint.foreign import import_checkpoint
 from mmscale.checkpoint.foreign.files import find_folder, load_pt
 from mmscale.errors import CheckpointError
@@ -167,3 +170,52 @@ def test_folders_that_are_none_of_ours_to_read(tmp_path: Path) -> None:
     (tmp_path / "two" / "layer_00-model_states.pt").touch()
     with pytest.raises(CheckpointError, match="pipeline"):
         find_folder(tmp_path / "two")
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process that is no mapped file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def _peak_bytes(work: Callable[[], object]) -> int:
+    """How far anonymous memory rose above its start, sampled every millisecond."""
+    start = peak = _anonymous_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, _anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return peak - start
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux tells it")
+def test_neither_import_nor_export_holds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, numel = 16, 1 << 20  # 64 MiB of masters, twice that of moments.
+    shapes = OrderedDict((f"w{index}", torch.Size([numel])) for index in range(count))
+    flat = torch.ones(count * numel)
+    optimizer = {
+        "zero_stage": 3,
+        "partition_count": 1,
+        "optimizer_state_dict": {
+            "state": {0: {"step": torch.tensor(1.0), "exp_avg": flat, "exp_avg_sq": flat.clone()}}
+        },
+        "fp32_flat_groups": [flat.clone()],
+    }
+    model = model_states(module=OrderedDict(), param_shapes=[shapes])
+    folder = write(tmp_path / "source", model, {"optimizer_state_dict": optimizer})
+    del flat, optimizer
+    monkeypatch.setattr("mmscale.checkpoint.export._CHUNK_VALUES", 1 << 18)
+    limit_bytes = 44 << 20  # Reading for checksums takes 32 MiB at any size; 192 are imported, 64 exported.
+    assert _peak_bytes(lambda: import_checkpoint(folder, tmp_path)) < limit_bytes
+    (path,) = tmp_path.glob("step-*")
+    assert _peak_bytes(lambda: export_weights(path, tmp_path / "out")) < limit_bytes
