@@ -133,8 +133,8 @@ def import_(
 ) -> None:
     """Turn a DeepSpeed checkpoint into one of ours: weights, moments, step counts, frozen weights, buffers.
 
-    What such files do not hold, or what is not taken over, is listed. With --config the run can go on from the
-    checkpoint exactly; without it only its weights can be used.
+    What such files do not hold (the position in the data, random state), or what is not taken over, is listed. With
+    --config the run can resume from the checkpoint; without it only its weights can be used.
     """
     from mmscale.checkpoint.foreign import import_checkpoint
     from mmscale.errors import ConfigError
