@@ -1,12 +1,19 @@
-"""``mmscale checkpoint``: which checkpoints a run has, and whether they are good."""
+"""``mmscale checkpoint``: which checkpoints a run has, whether they are good, and how they come and go."""
 
 from __future__ import annotations
 
+import time
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from mmscale.cli.console import console, emit
+
+if TYPE_CHECKING:
+    from mmscale.checkpoint.foreign import Recipient
 
 app = typer.Typer()
 
@@ -14,13 +21,30 @@ _FOLDER = typer.Argument(help="A run folder, its checkpoints folder, or one chec
 _JSON = typer.Option(False, "--json", help="One JSON object.")
 
 
+class Weights(str, Enum):
+    """Values of ``--weights``."""
+
+    master = "master"
+    ema = "ema"
+
+
+class Format(str, Enum):
+    """Values of ``--format``."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 @app.command("list", epilog="Example: mmscale checkpoint list runs/quickstart")
 def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
-    """List checkpoints, oldest first: step, stage, ranks, size, and whether all files are there."""
-    from mmscale.checkpoint.manifest import missing_or_cut, read_manifest
+    """List checkpoints, oldest first: step, stage, ranks, size, age, and whether all files are there.
+
+    The newest whole one is what a run goes on from.
+    """
+    from mmscale.checkpoint.manifest import MANIFEST, missing_or_cut, read_manifest
     from mmscale.errors import CheckpointError
 
-    rows = []
+    rows: list[dict[str, object]] = []
     for folder in _checkpoints(path):
         try:
             manifest = read_manifest(folder)
@@ -37,9 +61,13 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
             "zero_stage": manifest.zero_stage,
             "precision": manifest.precision,
             "bytes": sum(entry.bytes for entry in manifest.files.values()),
+            "age_seconds": round(time.time() - (folder / MANIFEST).stat().st_mtime),
             "whole": problem is None,
         }
         rows.append(row if problem is None else row | {"problem": problem})
+    whole = [row for row in rows if row["whole"]]
+    for row in rows:
+        row["newest_whole"] = row is (whole[-1] if whole else None)
     if json:
         emit({"checkpoints": rows}, json=True)
         return
@@ -67,6 +95,90 @@ def verify(path: Path = _FOLDER, json: bool = _JSON) -> None:
     if bad:
         console.print(f"{len(bad)} of {len(results)} checkpoints are damaged: {', '.join(bad)}", style="red")
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: mmscale checkpoint export runs/quickstart exported")
+def export(
+    path: Path = _FOLDER,
+    folder: Path = typer.Argument(help="Folder to be made.", metavar="FOLDER"),
+    weights: Weights = typer.Option(Weights.master, help="The trained weights, or their moving average (EMA)."),
+    number_format: Format = typer.Option(Format.fp32, "--format", help="Number format of the parameters."),
+    shard_bytes: int = typer.Option(5_000_000_000, min=1, help="Largest size of a file."),
+    json: bool = _JSON,
+) -> None:
+    """Write the weights, whole, as safetensors files with an index that Hugging Face's tools read.
+
+    Takes the newest whole checkpoint of PATH, or the one that PATH names. Every byte is checked first. fp32 is exact.
+    """
+    from mmscale.checkpoint.export import export_weights
+
+    report = export_weights(
+        _newest(path), folder, weights=weights.value, number_format=number_format.value, shard_bytes=shard_bytes
+    )
+    emit(asdict(report), json=json)
+
+
+@app.command("import", epilog="Example: mmscale checkpoint import old/global_step40 runs/new --config runs/new.yaml")
+def import_(
+    source: Path = typer.Argument(help="A DeepSpeed checkpoint: ZeRO stage 0-3, or universal.", metavar="SOURCE"),
+    run: Path = typer.Argument(help="A run folder; the checkpoint is written into its checkpoints.", metavar="RUN"),
+    config: Path | None = typer.Option(None, help="YAML file of the run that goes on: checks names, shapes, stage."),
+    stage: str | None = typer.Option(None, help="Name of the stage, if several of CONFIG train the same parameters."),
+    rename: list[str] = typer.Option(
+        [],
+        help="OLD=NEW: names that begin with OLD begin with NEW here. May be given several times.",
+        metavar="OLD=NEW",
+    ),
+    json: bool = _JSON,
+) -> None:
+    """Turn a DeepSpeed checkpoint into one of ours: weights, moments, step counts, frozen weights, buffers.
+
+    What such files do not hold (the position in the data, random state), or what is not taken over, is listed. With
+    --config the run can resume from the checkpoint; without it only its weights can be used.
+    """
+    from mmscale.checkpoint.foreign import import_checkpoint
+    from mmscale.errors import ConfigError
+    from mmscale.run_folder import CHECKPOINTS
+
+    if wrong := [rule for rule in rename if "=" not in rule]:
+        raise ConfigError(f"--rename {wrong[0]}: expected OLD=NEW, for example --rename net.=")
+    renames = dict(rule.split("=", 1) for rule in rename)
+    recipient = None if config is None else _recipient(config)
+    report = import_checkpoint(source, run / CHECKPOINTS, recipient, renames=renames or None, stage=stage)
+    emit(asdict(report), json=json)
+
+
+def _recipient(config: Path) -> Recipient:
+    """The run of ``config``: its model, without memory, and its stages."""
+    import torch
+
+    from mmscale.checkpoint.foreign import Recipient
+    from mmscale.config import load
+    from mmscale.models.build import build_model
+    from mmscale.run_config import RunConfig
+
+    run = load(config, [], RunConfig).value
+    with torch.device("meta"):
+        model = build_model(run.model, attention="sdpa")
+    return Recipient(model, run.stages)
+
+
+def _newest(path: Path) -> Path:
+    """The checkpoint that ``path`` names, or the newest whole one below it.
+
+    Raises:
+        CheckpointError: none is whole.
+    """
+    from mmscale.checkpoint.manifest import find_latest
+    from mmscale.errors import CheckpointError
+
+    folders = _checkpoints(path)
+    if folders == [path]:
+        return path
+    newest = find_latest(folders[0].parent)
+    if newest is None:
+        raise CheckpointError(f"{path}: no checkpoint is whole; `mmscale checkpoint list {path}` says why")
+    return newest
 
 
 def _checkpoints(path: Path) -> list[Path]:
