@@ -125,6 +125,7 @@ def _write_rank(engine: Engine, state: TrainState, partial: Path) -> list[FileEn
         tensors.extend((f"{owned.name}|{key}", values) for key, values in owned.moments.items())
     if engine.world.is_main:
         tensors.extend((f"{name}|buffer", values) for name, values in persistent_buffers(engine.model).items())
+        tensors.extend(engine.partition.whole_state().items())
     notes = RankNotes(
         rank=engine.world.rank,
         ranges=ranges,
@@ -188,6 +189,9 @@ def _manifest(engine: Engine, state: TrainState, files: dict[str, FileEntry]) ->
             "world_size": engine.world.world_size,
             "zero_stage": engine.config.zero_stage,
             "precision": engine.precision.name,
+            "optimizer": engine.stage.optimizer.kind,
+            "ema": engine.stage.ema is not None,
+            "loss_scaler": engine.loss_scaler_state(),
             "optimizer_steps": engine.partition.optimizer_steps(),
             "parameters": parameter_table(engine.model),
             "buffers": {name: tuple(values.shape) for name, values in persistent_buffers(engine.model).items()},
