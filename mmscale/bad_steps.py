@@ -105,7 +105,7 @@ class BadSteps:
     def take(self, state: TrainState, report: StepReport) -> TrainState:
         """Judges a step; ``state`` after it, with what a resume needs to judge the next."""
         self._limits = self._guard.thresholds()
-        if report.weight:
+        if report.weight and not report.overflow:
             self._reason = self._guard.take(report.loss, report.grad_norm, report.applied)
         else:
             self._reason = None

@@ -71,10 +71,13 @@ def finish(config: RunConfig, engine: Engine, state: TrainState, log: RunLog | N
 
 
 def score(config: RunConfig, engine: Engine, log: RunLog | NullLog) -> dict[str, SetResult]:
-    """Scores the held-out sets with the engine's model and captions some of their images. All ranks must call."""
+    """Scores the held-out sets with the engine's model and captions some of their images. All ranks must call.
+
+    A stage that keeps an average of its weights is scored by the average.
+    """
     data = config.stage_data(len(config.stages) - 1)
     log.pause()
-    with engine.inference() as model:
+    with engine.inference(ema=engine.stage.ema is not None) as model:
         results = evaluate(cast(MultimodalModel, model), config.evaluation, data, config.media_spec, engine.world)
         for name, result in results.items():
             log.note(

@@ -1,7 +1,8 @@
-"""Optimizer groups, schedules, and the optimizer itself.
+"""Optimizer groups, schedules, and clipping where nobody else clips.
 
-Groups are known by name, ``component/decay`` or ``component/no_decay``, never by index: DeepSpeed drops empty groups
-and shifts the indices of the rest. A schedule is a pure function of the step within the stage; it has no state to save.
+Groups are known by name, ``component/decay``, ``component/no_decay`` and for Muon ``component/matrices``, never by
+index: DeepSpeed drops empty groups and shifts the indices of the rest. A schedule is a pure function of the step within
+the stage; it has no state to save.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.errors import ConfigError
+from mmscale.models.head import LanguageHead
+from mmscale.optimizer_config import AdafactorConfig, MuonConfig
 from mmscale.stages import ALL, DEFAULT, StageConfig
 
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)
 _NO_DECAY_ENDINGS = ("bias", "gate")
+_TABLE_ENDING = "embedding"
 
 
 def component_of_parameters(model: nn.Module, components: Mapping[str, Sequence[nn.Module]]) -> dict[str, str]:
@@ -72,24 +78,44 @@ def decays(name: str, shape: Sequence[int]) -> bool:
     return len(shape) >= 2 and not name.rsplit(".", 1)[-1].endswith(_NO_DECAY_ENDINGS)
 
 
+def tables(model: nn.Module) -> set[int]:
+    """Ids of parameters whose rows are looked up or scored one by one, and which are no linear maps to Muon.
+
+    They are those of ``nn.Embedding``, of the language head, tied or not, and those named ``*embedding``.
+    """
+    owners = (module for module in model.modules() if isinstance(module, nn.Embedding | LanguageHead))
+    named = (parameter for name, parameter in model.named_parameters() if name.endswith(_TABLE_ENDING))
+    return {id(parameter) for module in owners for parameter in module.parameters()} | {id(p) for p in named}
+
+
 def parameter_groups(
     model: nn.Module, components: Mapping[str, Sequence[nn.Module]], stage: StageConfig
 ) -> list[dict[str, Any]]:
-    """Groups of the trained parameters, in a fixed order, with ``name`` and ``component`` in each.
+    """Groups of the trained parameters, in a fixed order.
+
+    Each has a ``name``, its ``component``, and ``state_kinds``: the names of the tensors that the optimizer keeps
+    beside each master, in the master's shape.
 
     The learning rate starts at 0: it is written before every step, and an optimizer that is stepped by somebody else
     during construction (DeepSpeed does at stage 0 in bf16) must not move a weight.
     """
     owner = component_of_parameters(model, components)
+    muon = isinstance(stage.optimizer, MuonConfig)
+    beside = () if isinstance(stage.optimizer, AdafactorConfig) else ADAM_MOMENTS
+    decay = stage.optimizer.weight_decay
+    roles = {"matrices": (decay, MUON_MOMENTS), "decay": (decay, beside), "no_decay": (0.0, beside)}
     groups: dict[str, dict[str, Any]] = {}
     for component in sorted(set(owner.values())):
-        for kind, decay in (("decay", stage.weight_decay), ("no_decay", 0.0)):
-            name = f"{component}/{kind}"
-            groups[name] = {"params": [], "name": name, "component": component, "weight_decay": decay, "lr": 0.0}
+        for role, (weight_decay, kinds) in roles.items():
+            name = f"{component}/{role}"
+            groups[name] = {"params": [], "name": name, "component": component, "weight_decay": weight_decay, "lr": 0.0}
+            groups[name]["state_kinds"] = kinds
+    no_matrices = tables(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "decay" if decays(name, full_shape(parameter)) else "no_decay"
-            groups[f"{owner[name]}/{kind}"]["params"].append(parameter)
+            role = "decay" if decays(name, full_shape(parameter)) else "no_decay"
+            role = "matrices" if muon and role == "decay" and id(parameter) not in no_matrices else role
+            groups[f"{owner[name]}/{role}"]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 
@@ -110,22 +136,25 @@ def learning_rates(stage: StageConfig, components: Iterable[str], step: int) -> 
     return {component: stage.peak_learning_rate(component) * share for component in components}
 
 
-class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that clips by the global norm and refuses a step whose norm is not finite.
+class Clips:
+    """In front of an optimizer class: clips by the global norm and refuses a step whose norm is not finite.
 
     DeepSpeed's own wrappers do both from stage 1 on; at stage 0 in fp32 it would step with NaN gradients. The two
-    attributes have the names under which DeepSpeed's engine looks for them.
+    public names without a meaning of their own are those under which DeepSpeed's engine looks for them.
+
+    Attributes:
+        clip: Largest norm; 0 for none.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, clip: float, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=_can_fuse(groups))
-        self.clip = clip
-        self.overflow = False
-        self.refuses: Callable[[float], bool] | None = None
-        self._global_grad_norm = 0.0
+    clip = 0.0
+    overflow = False
+    refuses: Callable[[float], bool] | None = None
+    _global_grad_norm = 0.0
+    param_groups: list[dict[str, Any]]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
+        """Clips, then steps."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = global_norm(gradients)
         self.overflow = not math.isfinite(norm)
@@ -134,7 +163,7 @@ class ClippedAdamW(torch.optim.AdamW):
             return
         if self.clip and norm > self.clip:
             torch._foreach_mul_(gradients, self.clip / (norm + 1e-6))
-        super().step(closure)
+        super().step(closure)  # type: ignore[misc]
 
 
 def global_norm(tensors: list[Tensor]) -> float:
@@ -144,13 +173,7 @@ def global_norm(tensors: list[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)), dtype=torch.float64))
 
 
-def build_adamw(groups: list[dict[str, Any]], stage: StageConfig, *, clip_here: bool) -> torch.optim.AdamW:
-    """AdamW over ``groups``; with ``clip_here`` it clips and checks by itself."""
-    if clip_here:
-        return ClippedAdamW(groups, clip=stage.clip, betas=stage.betas, eps=stage.eps)
-    return torch.optim.AdamW(groups, lr=0.0, betas=stage.betas, eps=stage.eps, fused=_can_fuse(groups))
-
-
-def _can_fuse(groups: list[dict[str, Any]]) -> bool:
+def can_fuse(groups: list[dict[str, Any]]) -> bool:
+    """Whether torch has one kernel for the whole step of these parameters."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)

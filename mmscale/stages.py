@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from data_pipeline.strict import StrictConfig
+from mmscale.optimizer_config import AdamWConfig, EmaConfig, OptimizerConfig
 
 ALL = "all"
 """Stands for every component of the model."""
@@ -35,12 +36,10 @@ class StageConfig(StrictConfig):
     """Steps of linear rise to the peak; at most ``steps``."""
     min_learning_rate: float = Field(default=0.1, ge=0, le=1)
     """Learning rate of the last step as a share of the peak. Unused by ``constant``."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled decay of matrices; norms, biases and gates never decay."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay rates of AdamW's two moments."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW's denominator floor."""
+    optimizer: OptimizerConfig = AdamWConfig()
+    """How gradients become steps: ``adamw``, ``adafactor`` or ``muon``, each with its own fields."""
+    ema: EmaConfig | None = None
+    """Average of the trained weights beside them, from the weights that the stage begins with; None keeps none."""
     clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
     data: dict[str, Any] | None = None

@@ -111,7 +111,10 @@ def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
             reader.fill(owned.master, name, reader.weights_kind(name), owned.start)
             for kind, values in owned.moments.items():
                 reader.fill(values, name, kind, owned.start)
+        for key, values in engine.partition.whole_state().items():
+            values.copy_(reader.whole(key))
         _load_buffers(engine.model, reader)
+        engine.set_loss_scaler_state(reader.manifest.loss_scaler)
         engine.partition.set_optimizer_steps(reader.manifest.optimizer_steps)
         _restore_random_state(engine.world, reader)
         engine.stage_step = reader.manifest.state.stage_step
@@ -135,7 +138,20 @@ def _why_not(engine: Engine, path: Path) -> str | None:
             f"{path} was saved in stage {manifest.stage!r}, this engine is in stage {engine.stage.name!r} and trains "
             f"{'other' if other else 'the same'} parameters; between stages use weights only (warm start)"
         )
+    saved, here = (
+        _beside(manifest.optimizer, manifest.ema),
+        _beside(engine.stage.optimizer.kind, bool(engine.stage.ema)),
+    )
+    if saved != here:
+        return (
+            f"{path} was saved with {saved}, stage {engine.stage.name!r} now has {here}; put stages.*.optimizer.kind "
+            "and stages.*.ema back, or begin a new stage with the change (it takes weights only)"
+        )
     return None
+
+
+def _beside(optimizer: str, ema: bool) -> str:
+    return f"the state of {optimizer} and {'an' if ema else 'no'} average of the weights"
 
 
 def warm_start(engine: Engine, path: Path, *, verified: bool = False) -> LoadReport:
@@ -167,15 +183,21 @@ def warm_start(engine: Engine, path: Path, *, verified: bool = False) -> LoadRep
             if owned.name in chosen and stored is not None:
                 reader.fill(owned.master, stored, reader.weights_kind(stored), owned.start)
         _load_buffers(engine.model, reader)
+    engine.partition.begin_average()
     engine.partition.publish()
     return report
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, *, ema: bool = False) -> None:
     """Loads weights and buffers into a plain module, in one process, without DeepSpeed.
 
+    Args:
+        model: Mutated.
+        path: Checkpoint folder.
+        ema: Take the averages of the trained weights instead of the weights.
+
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model.
+        CheckpointError: the checkpoint is damaged, of another model, or has no averages.
     """
     if problems := verify(path):
         raise CheckpointError(f"{path} is damaged: {problems[0]}")
@@ -183,9 +205,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         differences = list(_differences(reader.manifest, model))
         if differences:
             raise CheckpointError(f"{path} is a checkpoint of another model: {_first(differences)}")
+        if ema and not reader.manifest.ema:
+            raise CheckpointError(f"{path} holds no average of the weights: it was saved without stages.*.ema")
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(whole_parameter(reader, name))
+                parameter.copy_(whole_parameter(reader, name, ema=ema))
         _load_buffers(model, reader)
 
 

@@ -1,7 +1,8 @@
 """What a checkpoint folder says about itself.
 
     checkpoints/step-00000123/
-        rank-00000.safetensors   this rank's ranges: NAME|master, |exp_avg, |exp_avg_sq, |frozen, |buffer
+        rank-00000.safetensors   this rank's ranges: NAME|master, |frozen, the optimizer's (|exp_avg, ...), |ema;
+                                 of rank 0 also what is kept whole: |buffer, Adafactor's |exp_avg_sq_row, ...
         rank-00000.json          of each of them range, format, place and CRC-32; the loader's lanes, random state
         manifest.json            written last: everything that is true of the whole, and the CRC-32 of every file
 
@@ -100,6 +101,12 @@ class Manifest(StrictConfig):
     world_size: int = Field(ge=1)
     zero_stage: int
     precision: str
+    optimizer: str = "adamw"
+    """Kind of the optimizer; it decides which tensors are kept beside each master."""
+    ema: bool = False
+    """Whether the average of the trained weights is kept too, as ``NAME|ema``."""
+    loss_scaler: dict[str, float] | None = None
+    """fp16: the scale of the loss and what its next change depends on."""
     optimizer_steps: int = Field(ge=0)
     parameters: dict[str, ParameterEntry]
     buffers: dict[str, tuple[int, ...]]
@@ -118,6 +125,8 @@ class TensorEntry(StrictConfig):
     """First value, in the flattened parameter."""
     stop: int = Field(ge=0)
     """One past the last."""
+    whole: bool = False
+    """No range of a parameter, but a tensor that rank 0 keeps for all."""
     dtype: str
     """As safetensors calls it."""
     offset: int = Field(ge=0)

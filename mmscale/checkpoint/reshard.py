@@ -42,6 +42,8 @@ class CheckpointReader:
         self._ranges: dict[str, list[tuple[int, int, int]]] = {}
         for rank, notes in enumerate(self.notes):
             for key, entry in notes.tensors.items():
+                if entry.whole:
+                    continue
                 self._ranges.setdefault(key, []).append((entry.start, entry.stop, rank))
         self._files: dict[int, Any] = {}
 
@@ -66,7 +68,7 @@ class CheckpointReader:
         Args:
             target: ``(n,)``, mutated.
             name: Stored name of a parameter.
-            kind: ``master``, ``exp_avg``, ``exp_avg_sq`` or ``frozen``.
+            kind: ``master``, ``frozen``, ``ema`` or one of the optimizer's, as ``exp_avg``.
             start: Index of the first wanted value in the flattened parameter.
 
         Raises:
@@ -92,7 +94,15 @@ class CheckpointReader:
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        return self._read(0, f"{name}|buffer", None, None)
+        return self.whole(f"{name}|buffer")
+
+    def whole(self, key: str) -> Tensor:
+        """A tensor that rank 0 wrote whole.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        return self._read(0, key, None, None)
 
     def _read(self, rank: int, key: str, first: int | None, last: int | None) -> Tensor:
         file = self.path / rank_files(rank)[0]
@@ -192,9 +202,10 @@ def verify_together(world: World, path: Path) -> None:
         raise CheckpointError(heard)
 
 
-def whole_parameter(reader: CheckpointReader, name: str) -> Tensor:
-    """Weights of one stored parameter, float32, in its shape."""
+def whole_parameter(reader: CheckpointReader, name: str, *, ema: bool = False) -> Tensor:
+    """Weights of one stored parameter, float32, in its shape; with ``ema`` their average if it was trained."""
     shape = reader.manifest.parameters[name].shape
     values = torch.empty(math.prod(shape), dtype=torch.float32)
-    reader.fill(values, name, reader.weights_kind(name), 0)
+    kind = "ema" if ema and reader.manifest.parameters[name].trained else reader.weights_kind(name)
+    reader.fill(values, name, kind, 0)
     return values.view(shape)

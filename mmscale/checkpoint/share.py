@@ -41,6 +41,8 @@ class Piece(NamedTuple):
     start: int
     values: Tensor
     """In the shape that the file is to say; flat for a parameter's range."""
+    whole: bool = False
+    """Of a tensor that rank 0 keeps for all: it is no range of a parameter's values."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,9 @@ class RankShare:
         """Lays out ``pieces`` in a file."""
         header = _header(pieces)
         tensors, offset = {}, len(header)
-        for key, start, values in pieces:
-            tensors[key] = TensorEntry(
-                start=start, stop=start + values.numel(), dtype=FORMAT_NAMES[values.dtype], offset=offset, crc32=0
-            )
+        for key, start, values, whole in pieces:
+            stop, dtype = start + values.numel(), FORMAT_NAMES[values.dtype]
+            tensors[key] = TensorEntry(start=start, stop=stop, whole=whole, dtype=dtype, offset=offset, crc32=0)
             offset += values.nbytes
         notes = RankNotes(rank=rank, tensors=tensors, loader=loader, random_state=random_state)
         return cls(rank_files(rank), header, [piece.values for piece in pieces], notes.model_dump())
@@ -91,7 +92,7 @@ def flat_bytes(values: Tensor) -> Tensor:
 def _header(pieces: list[Piece]) -> bytes:
     entries: dict[str, object] = {}
     offset = 0
-    for key, _, values in pieces:
+    for key, _, values, _ in pieces:
         end = offset + values.nbytes
         entries[key] = {
             "dtype": FORMAT_NAMES[values.dtype],
@@ -105,13 +106,15 @@ def _header(pieces: list[Piece]) -> bytes:
 
 
 def share_of(engine: Engine, state: TrainState) -> RankShare:
-    """This rank's share: views of masters, moments and frozen weights; rank 0 has the buffers too."""
+    """This rank's share: views of masters, moments and frozen weights; rank 0 has what is kept whole too."""
     pieces: list[Piece] = []
     for owned in engine.partition.owned():
         kinds = {"master" if owned.trained else "frozen": owned.master, **owned.moments}
         pieces.extend(Piece(f"{owned.name}|{kind}", owned.start, values) for kind, values in kinds.items())
     if engine.world.is_main:
-        pieces.extend(Piece(f"{name}|buffer", 0, values) for name, values in persistent_buffers(engine.model).items())
+        whole = {f"{name}|buffer": values for name, values in persistent_buffers(engine.model).items()}
+        whole |= engine.partition.whole_state()
+        pieces.extend(Piece(key, 0, values, whole=True) for key, values in whole.items())
     loader = None if state.loader is None else state.loader.to_json()
     return RankShare.of(engine.world.rank, pieces, loader, _random_state(engine.world))
 

@@ -25,14 +25,14 @@ class Trained:
 
 
 def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
-    """Builds the model of a run and loads a checkpoint, the newest of the run by default.
+    """Builds the model of a run and loads a checkpoint, the newest of the run by default; its average if it has one.
 
     Raises:
         CheckpointError: there is none, or it is of another model.
     """
     import torch
 
-    from mmscale.checkpoint import find_latest, load_weights
+    from mmscale.checkpoint import find_latest, load_weights, read_manifest
     from mmscale.dist import World
     from mmscale.models.build import build_model
     from mmscale.run_folder import CHECKPOINTS
@@ -45,7 +45,7 @@ def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config.model, attention=config.engine.attention, seed=None)
-    load_weights(model, path)
+    load_weights(model, path, ema=read_manifest(path).ema)
     return Trained(config, model.to(device).eval(), World(0, 1, 0, device), path)
 
 

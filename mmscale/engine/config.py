@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.strict import StrictConfig
 from mmscale.engine.watchdog import WatchdogConfig
@@ -15,10 +15,10 @@ class EngineConfig(StrictConfig):
 
     zero_stage: Literal[0, 1, 2, 3] = 3
     """What the ranks share out among themselves: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of weights and activations; masters and moments are always fp32. ``auto``: bf16 where the hardware
-    computes it natively (a CUDA device, or a CPU with AVX512-BF16 or AMX), fp32 elsewhere. fp16 is not offered: it
-    needs loss scaling, and no CPU computes it."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of weights and activations; masters, moments and the reduction of gradients are always fp32.
+    ``auto``: bf16 where the hardware computes it natively (a CUDA device, or a CPU with AVX512-BF16 or AMX), fp32
+    elsewhere. ``fp16`` scales the loss dynamically and needs a CUDA device and ZeRO stage 1 or more."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; ``auto`` takes CUDA if torch sees it."""
     activation_checkpointing: bool = False
@@ -28,6 +28,9 @@ class EngineConfig(StrictConfig):
     """Attention backend, chosen once when the model is built; a named one that is missing raises."""
     micro_lanes: int = Field(default=1, ge=1)
     """Rows of the global batch that a rank computes at once. More: fewer, larger passes and more memory."""
+    offload: Literal["none", "optimizer", "optimizer_and_weights"] = "none"
+    """What rests in the host's memory: nothing, masters and optimizer state (stages 1-3), or also the weights' shards
+    (stage 3). On a CPU device it saves nothing and works all the same."""
     timeout_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for another rank before it counts as lost."""
     watchdog: WatchdogConfig = WatchdogConfig()
@@ -41,3 +44,13 @@ class EngineConfig(StrictConfig):
     after every step, while the others travel a block at a time."""
     overlap_communication: bool = True
     """Reduce gradients while the backward pass goes on (CUDA; gloo has no streams to overlap)."""
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> EngineConfig:
+        if self.precision == "fp16" and self.zero_stage == 0:
+            # DeepSpeed 0.19.8 divides gradients by a scale there that it has not multiplied the loss with.
+            raise ValueError("precision=fp16 needs zero_stage=1 or more: DeepSpeed does not scale the loss at stage 0")
+        needed = {"none": 0, "optimizer": 1, "optimizer_and_weights": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(f"offload={self.offload} needs zero_stage={needed} or more, got {self.zero_stage}")
+        return self

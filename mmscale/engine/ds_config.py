@@ -37,8 +37,11 @@ def deepspeed_config(config: EngineConfig, precision: Precision, *, clip: float,
         "wall_clock_breakdown": False,
         "zero_optimization": _zero(config, device_type),
     }
-    if precision.name == "bf16":
-        dictionary["bf16"] = {"enabled": True}
+    if config.offload != "none":
+        # torch's fused AdamW serves on the host too; DeepSpeed's own needs a compiler on every machine of a run.
+        dictionary["zero_force_ds_cpu_optimizer"] = False
+    if precision.name != "fp32":
+        dictionary[precision.name] = {"enabled": True}
         # Otherwise bf16 gradients are added up and averaged in bf16: at 4 ranks the sum loses two of its eight bits.
         dictionary["communication_data_type"] = "fp32"
         if config.zero_stage > 0:  # Stage 0 refuses it: it accumulates in the format of the weights.
@@ -61,6 +64,10 @@ def _zero(config: EngineConfig, device_type: str) -> dict[str, Any]:
         "overlap_comm": config.overlap_communication and device_type == "cuda",
         "contiguous_gradients": True,
     }
+    if config.offload != "none":
+        block["offload_optimizer"] = {"device": "cpu", "pin_memory": device_type == "cuda"}
+    if config.offload == "optimizer_and_weights":
+        block["offload_param"] = {"device": "cpu", "pin_memory": device_type == "cuda"}
     if config.zero_stage == 3:
         block |= {
             "stage3_prefetch_bucket_size": config.gather_bucket_elements,

@@ -26,12 +26,13 @@ from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.gate import Gate
 from mmscale.engine.graph import LossGraph, ObjectiveLike
+from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
+from mmscale.engine.optimizers.build import KnowsShards, build_optimizer
 from mmscale.engine.partition import Partition
 from mmscale.engine.precision import Precision, choose_precision
 from mmscale.engine.units import Undo, gather_whole, recompute
 from mmscale.errors import EngineError
 from mmscale.optim import (
-    build_adamw,
     component_of_parameters,
     freeze,
     full_shape,
@@ -55,6 +56,7 @@ class StepReport:
             one without any weight.
         metrics: Weighted means of the objective's metrics.
         document_losses: Of each microbatch of this rank: the weighted loss sum of each document.
+        overflow: fp16: the scaled gradient did not fit. The scale falls; the step says nothing about its data.
     """
 
     loss: float
@@ -64,6 +66,7 @@ class StepReport:
     applied: bool
     metrics: dict[str, float] = field(default_factory=dict)
     document_losses: tuple[tuple[float, ...], ...] = ()
+    overflow: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,20 +117,29 @@ class Engine:
         self.parameter_counts = _count(model, component_of_parameters(model, components))
         self._undo: list[Undo] = self._arrange_units()
         self._deepspeed = self._start(components)
+        self.partition = Partition(model, self._deepspeed, config.zero_stage, world, averaged=stage.ema is not None)
+        self._prepare_optimizer()
         self._gate = Gate(self._deepspeed)
-        self.partition = Partition(model, self._deepspeed, config.zero_stage, world)
 
     def _arrange_units(self) -> list[Undo]:
         units: list[nn.Module] = list(self.model.checkpoint_units())  # type: ignore[operator]
         undo = [recompute(units)] if self.config.activation_checkpointing else []
         return [*undo, gather_whole(units)] if self.config.zero_stage == 3 else undo
 
+    def _prepare_optimizer(self) -> None:
+        optimizer = self._deepspeed.basic_optimizer
+        # DeepSpeed may have stepped with zero gradients to allocate its state; the step count must start at 0.
+        optimizer.state.clear()
+        if isinstance(optimizer, KnowsShards):
+            optimizer.attach(self.partition.masters, self.world)
+        self.partition.ensure_state()
+
     def _start(self, components: dict[str, list[nn.Module]]) -> Any:
         import deepspeed
 
         if self.config.zero_stage < 3:
             self.model.to(self.world.device)
-        optimizer = build_adamw(
+        optimizer = build_optimizer(
             parameter_groups(self.model, components, self.stage),
             self.stage,
             clip_here=optimizer_clips(self.config, self.precision),
@@ -143,8 +155,6 @@ class Engine:
             ),
             dist_init_required=False,
         )
-        # DeepSpeed may have stepped with zero gradients to allocate its state; the step count must start at 0.
-        engine.basic_optimizer.state.clear()
         engine.train()
         return engine
 
@@ -181,9 +191,14 @@ class Engine:
                 raise peer_lost(self.world, error) from error
             raise
         finite = bool(self._deepspeed.was_step_applied())
+        applied = finite and not refused
+        if applied and self.stage.ema and self.partition.optimizer_steps() % self.stage.ema.every_steps == 0:
+            self.partition.update_average(self.stage.ema.decay)
         norm = float(self._deepspeed.get_global_grad_norm() or 0.0) if finite else math.inf
         documents = tuple(tuple(part.tolist()) for part in losses)
-        return StepReport(means.pop("loss"), weight, norm, rates, finite and not refused, means, documents)
+        loss = means.pop("loss")
+        overflow = self.precision.name == "fp16" and not finite and math.isfinite(loss)
+        return StepReport(loss, weight, norm, rates, applied, means, documents, overflow)
 
     def _update(self, loss: float, refuses: Callable[[float, float], bool] | None) -> bool:
         """The optimizer's step, unless a rank refuses; whether one did."""
@@ -238,17 +253,37 @@ class Engine:
         return {name: value / weight for name, value in zip(names, sum_float(self.world, local.tolist()), strict=True)}
 
     @contextmanager
-    def inference(self) -> Iterator[nn.Module]:
+    def inference(self, *, ema: bool = False) -> Iterator[nn.Module]:
         """The model in evaluation mode without gradients; training goes on undisturbed afterwards.
 
         All ranks must run the same module calls in lock-step: under ZeRO-3 each call gathers weights.
+
+        Args:
+            ema: Compute with the averaged weights.
+
+        Raises:
+            EngineError: the stage keeps no average.
         """
+        if ema and self.stage.ema is None:
+            raise EngineError(f"stage {self.stage.name} keeps no average of its weights; set stages.*.ema")
         self.model.eval()
+        if ema:
+            self.partition.swap_average()
         try:
             with torch.no_grad():
                 yield self.model
         finally:
+            if ema:
+                self.partition.swap_average()
             self.model.train()
+
+    def loss_scaler_state(self) -> dict[str, float] | None:
+        """fp16: the scale of the loss and what its next change depends on; None in other formats."""
+        return loss_scaler_state(self._deepspeed.optimizer)
+
+    def set_loss_scaler_state(self, state: dict[str, float] | None) -> None:
+        """Puts back what ``loss_scaler_state`` gave."""
+        set_loss_scaler_state(self._deepspeed.optimizer, state)
 
     def memory_peak_bytes(self) -> int:
         """Largest memory so far: of the device on CUDA, of the process on a CPU."""

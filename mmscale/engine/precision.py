@@ -18,7 +18,7 @@ class Precision:
     """A chosen number format.
 
     Attributes:
-        name: ``fp32`` or ``bf16``.
+        name: ``fp32``, ``bf16`` or ``fp16``.
         reason: Why, in words for the log.
     """
 
@@ -27,7 +27,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.name == "bf16" else torch.float32
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
@@ -48,8 +48,12 @@ def choose_precision(config: EngineConfig, device: torch.device, flags: frozense
     with AVX2 alone; so a CPU must show the flag before ``auto`` takes it.
 
     Raises:
-        UnsupportedError: bf16 was named for a CUDA device that cannot compute it.
+        UnsupportedError: bf16 was named for a CUDA device that cannot compute it, or fp16 for a CPU.
     """
+    if config.precision == "fp16" and device.type != "cuda":
+        raise UnsupportedError(
+            "engine.precision=fp16: only CUDA devices train in fp16, this run is on a CPU; use fp32, or bf16"
+        )
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         evidence = f"{torch.cuda.get_device_name(device)} {'computes' if native else 'does not compute'} bf16 natively"

@@ -44,16 +44,18 @@ def state_of(world: World, step: int) -> TrainState:
 
 
 def digest(engine: Engine, world: World) -> str:
-    """Hash over masters, moments and frozen weights, put together from all ranks; and AdamW's step count."""
+    """Hash over masters, what is kept beside them, and frozen weights, from all ranks; and the step count."""
     total = hashlib.sha256(str(engine.partition.optimizer_steps()).encode())
     whole: dict[str, torch.Tensor] = {}
     for name, parameter in engine.model.named_parameters():
         numel = int(torch.Size(getattr(parameter, "ds_shape", parameter.shape)).numel())
-        for kind in ("weights", "exp_avg", "exp_avg_sq") if parameter.requires_grad else ("weights",):
+        for kind in ("weights", *(engine.partition.kinds(name) if parameter.requires_grad else ())):
             whole[f"{name}|{kind}"] = torch.zeros(numel)
     for owned in engine.partition.owned():
         for kind, values in {"weights": owned.master, **owned.moments}.items():
             whole[f"{owned.name}|{kind}"][owned.start : owned.stop] += values.float()
+    for key, values in sorted(engine.partition.whole_state().items()):
+        total.update(key.encode() + values.numpy().tobytes())
     for key in sorted(whole):
         if world.world_size > 1:
             torch.distributed.all_reduce(whole[key])

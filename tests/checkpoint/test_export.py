@@ -153,7 +153,7 @@ def saved_by_two(path: Path, averaged: bool) -> Path:
         pieces += [Piece("w|ema", start, average[start:stop])] if averaged else [Piece("x|ema", 0, average)]
         if rank == 0:
             pieces.append(Piece("still|frozen", 0, torch.ones(3).bfloat16()))
-            pieces.append(Piece("count|buffer", 0, torch.tensor([7])))
+            pieces.append(Piece("count|buffer", 0, torch.tensor([7]), whole=True))
         share = RankShare.of(rank, pieces, None, {})
         written = write_share(path, share.names, share.header, share.notes, share.bytes_of())
         files |= {name: file._asdict() for name, file in zip(share.names, written, strict=True)}

@@ -52,12 +52,14 @@ def train(
     bad_step: int | None = None,
     null_step: int | None = None,
     look: bool = False,
+    record: bool = False,
     **options: Any,
 ) -> Any:
     """Losses, norms and, at the end, all weights by name."""
     engine = make_engine(world, **options)
-    reports = []
+    reports, history = [], []
     for step in range(steps):
+        history.extend([gathered(engine, world)] if record else [])
         batches = lanes_of(world, step, empty_lane=2 if step % 2 else None)
         if step == bad_step and world.rank == world.world_size - 1:
             batches[-1].pixels.fill_(float("inf"))
@@ -72,6 +74,12 @@ def train(
             [report.loss, report.grad_norm, report.weight, report.applied, report.metrics.get("accuracy", 0)]
         )
     answer = {"reports": reports, "weights": gathered(engine, world), "steps": engine.partition.optimizer_steps()}
+    if record:
+        answer["history"] = history
+    if engine.stage.ema:
+        with engine.inference(ema=True):
+            answer["averages"] = gathered(engine, world)
+        answer["weights"] = gathered(engine, world)
     engine.close()
     return answer
 
@@ -128,6 +136,17 @@ def uneven(world: World) -> str:
     except EngineError as error:
         return str(error)
     return "no complaint"
+
+
+def average_cases(world: World, cases: list[dict[str, Any]]) -> Any:
+    """The cases, and what is said to who asks for an average that nobody keeps."""
+    answers = train_cases(world, cases)
+    engine = make_engine(world)
+    try:
+        with engine.inference(ema=True):
+            return answers, "no complaint"
+    except EngineError as error:
+        return answers, str(error)
 
 
 def gathered(engine: Engine, world: World) -> dict[str, list[float]]:

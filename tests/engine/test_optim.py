@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
+from mmscale.engine.optimizers.build import ClippedAdamW
 from mmscale.errors import ConfigError
 from mmscale.optim import (
-    ClippedAdamW,
     component_of_parameters,
     decays,
     freeze,
@@ -23,6 +23,7 @@ from mmscale.optim import (
     parameter_groups,
     schedule,
 )
+from mmscale.optimizer_config import AdamWConfig
 from mmscale.stages import StageConfig
 from tests.engine.toy import ToyModel, toy_model
 
@@ -95,7 +96,7 @@ def test_only_matrices_decay() -> None:
 
 def test_groups_hold_every_trained_parameter_once_under_its_name() -> None:
     model = toy_model()
-    stage = StageConfig(name="s", steps=1, train=("connector", "decoder"), weight_decay=0.3)
+    stage = StageConfig(name="s", steps=1, train=("connector", "decoder"), optimizer=AdamWConfig(weight_decay=0.3))
     freeze(model, model.components(), stage)
     groups = parameter_groups(model, model.components(), stage)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -129,7 +130,8 @@ def test_clipped_adamw_equals_torch(clip: float) -> None:
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     theirs = copy.deepcopy(ours)
-    mine = ClippedAdamW([{"params": list(ours.parameters())}], clip=clip, betas=(0.9, 0.95), eps=1e-8)
+    mine = ClippedAdamW(ours.parameters(), betas=(0.9, 0.95), eps=1e-8)
+    mine.clip = clip
     reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-8)
     mine.param_groups[0]["lr"] = 0.01
     for _ in range(5):
@@ -147,7 +149,7 @@ def test_clipped_adamw_equals_torch(clip: float) -> None:
 
 def test_clipped_adamw_refuses_gradients_that_are_not_finite() -> None:
     model = nn.Linear(2, 2)
-    optimizer = ClippedAdamW([{"params": list(model.parameters())}], clip=1.0, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = ClippedAdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8)
     optimizer.param_groups[0]["lr"] = 0.1
     before = copy.deepcopy(model.state_dict())
     model(torch.full((1, 2), math.inf)).sum().backward()

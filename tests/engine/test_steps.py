@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mmscale.optim import freeze, learning_rates, parameter_groups, trained_components
+from mmscale.optimizer_config import AdamWConfig
 from tests.engine.programs import LANES, stage
 from tests.engine.ranks import run_ranks
 from tests.engine.toy import ToyObjective, toy_batch, toy_model
@@ -38,7 +39,9 @@ def reference(stage_changes: dict[str, Any] | None = None) -> dict[str, Any]:
     model, objective, plan = toy_model(), ToyObjective(), stage(**(stage_changes or {}))
     freeze(model, model.components(), plan)
     names = trained_components(model.components(), plan)
-    optimizer = torch.optim.AdamW(parameter_groups(model, model.components(), plan), betas=plan.betas, eps=plan.eps)
+    assert isinstance(plan.optimizer, AdamWConfig)
+    betas, eps = plan.optimizer.betas, plan.optimizer.eps
+    optimizer = torch.optim.AdamW(parameter_groups(model, model.components(), plan), betas=betas, eps=eps)
     reports = []
     for step in range(STEPS):
         batches = [toy_batch(step, lane, empty=step % 2 == 1 and lane == 2) for lane in range(LANES)]

@@ -203,8 +203,8 @@ def _write_rank(
 ) -> dict[str, FileEntry]:
     pieces = [Piece(f"{table[piece.name]}|{piece.kind}", piece.start, piece.values) for piece in state.ranks[rank]]
     if rank == 0:
-        pieces.extend(Piece(f"{table[name]}|buffer", 0, head.module[name]) for name in head.buffers)
-    odd = [f"{key} ({values.dtype})" for key, _, values in pieces if values.dtype not in FORMAT_NAMES]
+        pieces.extend(Piece(f"{table[name]}|buffer", 0, head.module[name], whole=True) for name in head.buffers)
+    odd = [f"{key} ({values.dtype})" for key, _, values, _ in pieces if values.dtype not in FORMAT_NAMES]
     if odd:
         raise CheckpointError(f"{head.path.parent}: our checkpoints do not store the number formats of {first(odd)}")
     # The state of a generator that nobody has used yet: that of a new process.

@@ -29,8 +29,11 @@ from mmscale.checkpoint.foreign.states import (
     frozen_pieces,
     left_out,
 )
-from mmscale.engine.partition import MOMENTS, share
+from mmscale.engine.partition import share
 from mmscale.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's: the only optimizer whose checkpoints are read."""
 
 
 def read_state(folder: DeepSpeedFolder, head: ModelStates, groups: Sequence[Sequence[str]] | None) -> ForeignState:

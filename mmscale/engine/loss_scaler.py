@@ -1,0 +1,23 @@
+"""The state of fp16's dynamic loss scale, as plain numbers. Attributes as read in DeepSpeed 0.19, stages 1 to 3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scaler_state(optimizer: Any) -> dict[str, float] | None:
+    """Scale and counters of a DeepSpeed optimizer wrapper; None where the loss is not scaled."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if scaler is None or not scaler.dynamic:
+        return None
+    return {name: float(getattr(scaler, name)) for name in _FIELDS}
+
+
+def set_loss_scaler_state(optimizer: Any, state: dict[str, float] | None) -> None:
+    """Puts back what ``loss_scaler_state`` gave; does nothing without a state, or where nothing scales."""
+    if state is None or loss_scaler_state(optimizer) is None:
+        return
+    for name in _FIELDS:
+        setattr(optimizer.loss_scaler, name, state[name] if name == "cur_scale" else int(state[name]))

@@ -1,0 +1,1 @@
+"""Optimizers that step ZeRO's shards as if they were whole parameters."""
