@@ -3,7 +3,7 @@
     ours           mmscale.engine.Engine on packed batches of data_pipeline.loader
     hugging face   transformers' model and the DeepSpeed engine that its Trainer builds, on batches padded as its
                    collator and image processor pad them
-    flattened      the same on batches of its DataCollatorWithFlattening (dense only; the mask is a square of all tokens)
+    flattened      the same on batches of its DataCollatorWithFlattening (dense only; its mask is a square)
 
 Both sides get the same weights, the same documents in the same steps, the same optimizer, precision, ZeRO stage and
 number of threads; both live through the whole run, in processes of their own, and take turns step by step. Figures are

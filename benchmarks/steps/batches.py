@@ -87,7 +87,7 @@ def make_batches(model: str, data: str, rank: int, world_size: int, steps: int, 
     spec = media_spec(our_config(model))
     config = data_config(model, world_size, max_tokens)
     with closing(Loader(config, spec, seed=1, rank=rank, world_size=world_size)) as loader:
-        packed = (batch.microbatches[0] for batch in loader)
+        packed: Iterator[MultimodalBatch] = (batch.microbatches[0] for batch in loader)
         if data == "equal":
             packed = _cut_equal(packed, spec, EQUAL[model], max_tokens)
         return [_pair(next(packed)) for _ in range(steps)]
@@ -104,7 +104,9 @@ def _pair(packed: MultimodalBatch) -> Pair:
     return Pair(packed, padded, tokens, weight, padding)
 
 
-def _cut_equal(packed: Iterator[MultimodalBatch], spec: MediaSpec, length: int, max_tokens: int) -> Iterator[Any]:
+def _cut_equal(
+    packed: Iterator[MultimodalBatch], spec: MediaSpec, length: int, max_tokens: int
+) -> Iterator[MultimodalBatch]:
     """The stream of tokens cut into documents of ``length``, each with the next picture before its second token."""
     tokens: list[int] = []
     pictures: list[np.ndarray] = []

@@ -14,6 +14,7 @@ import socket
 import statistics
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -58,7 +59,7 @@ class Rank:
         if self.side != "ours":
             self._engine = TheirEngine(theirs, zero_stage, precision, self.world)
             return
-        config = EngineConfig(zero_stage=zero_stage, precision=precision, device="cpu")  # type: ignore[arg-type]
+        config = EngineConfig(zero_stage=zero_stage, precision=precision, device="cpu")
         fill = fill_from(weights_for_ours(theirs))
         ours = construct(lambda: build_model(our_config(model), seed=None), config, self.world, fill)
         self._engine = Engine(ours, NextToken(), stage(), config, self.world)
@@ -91,7 +92,11 @@ class Rank:
         return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds, "loss": loss}
 
 
-def serve(pipe: Connection, side: str, rank: int, world_size: int, port: int, threads: int) -> None:
+Make = Callable[[str, World], Any]
+"""Makes what a process orders about: from the name of its side and its place."""
+
+
+def serve(pipe: Connection, make: Make, side: str, rank: int, world_size: int, port: int, threads: int) -> None:
     """Runs orders until the pipe closes."""
     import torch
 
@@ -104,8 +109,8 @@ def serve(pipe: Connection, side: str, rank: int, world_size: int, port: int, th
     )
     world = init_distributed(EngineConfig(device="cpu"))
     torch.set_num_threads(threads)
-    here = Rank(side, world)
     try:
+        here = make(side, world)
         while True:
             try:
                 name, arguments = pipe.recv()
@@ -121,7 +126,7 @@ def serve(pipe: Connection, side: str, rank: int, world_size: int, port: int, th
 class Side:
     """The processes of one side, seen from the driver."""
 
-    def __init__(self, side: str, world_size: int, threads: int) -> None:
+    def __init__(self, side: str, world_size: int, threads: int, make: Make = Rank) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -130,14 +135,16 @@ class Side:
         self._processes = []
         for rank in range(world_size):
             mine, its = context.Pipe()
-            process = context.Process(target=serve, args=(its, side, rank, world_size, port, threads), daemon=True)
+            process = context.Process(
+                target=serve, args=(its, make, side, rank, world_size, port, threads), daemon=True
+            )
             process.start()
             its.close()
             self._pipes.append(mine)
             self._processes.append(process)
 
     def order(self, name: str, **arguments: Any) -> Any:
-        """Has every rank call ``name``; the answer of rank 0.
+        """Has every rank call ``name``; the answer of rank 0, as of ``end``.
 
         Raises:
             RuntimeError: a rank failed; its traceback.
