@@ -16,10 +16,11 @@ only; DeepSpeed keeps them for float32 weights too from stage 1 on (in stage 0 t
     formula    the lines above
     held       weights and optimizer state between two steps: the storages of their tensors, counted once each. Exact.
                Beside the formula's ``w N`` and ``K N`` it shows what padding to equal shards and alignment add
-    peak       what the process's resident memory grows by, at its highest, from before the model to after three steps.
-               It holds gradients, activations and messages too, and what the allocator keeps; its error is a few MiB
+    start      what the process's resident memory grows by, at its highest, from before the model to a ready engine
+    steps      the same over three steps, from the same beginning. It holds gradients, activations and messages too, and
+               what the allocator keeps; the error of both is a few MiB
 
-Gradients live between backward pass and step only, so they are in the formula and in the peak.
+Gradients live between backward pass and step only, so they are in the formula and in ``steps`` only.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class Row:
         values: N.
         formula: Weights, gradients and optimizer state, by the formula.
         held: Weights and optimizer state, counted.
-        peak: Growth of resident memory; of all that the process needs.
+        start_peak: Growth of resident memory until the engine is ready.
+        steps_peak: Growth of resident memory over the steps.
     """
 
     world_size: int
@@ -75,7 +77,8 @@ class Row:
     values: int
     formula: Bytes
     held: dict[str, float]
-    peak: float
+    start_peak: float
+    steps_peak: float
 
 
 def formula(values: int, world_size: int, zero_stage: int, precision: str) -> Bytes:
@@ -146,7 +149,7 @@ class MemoryRank:
         self._libc.mallopt(_M_MMAP_THRESHOLD, 65536)
 
     def measure(self, zero_stage: int, precision: str, width: int, vocab: int) -> dict[str, Any]:
-        """``values``, ``held`` and ``peak`` of one engine after three steps."""
+        """What ``Row`` needs of one engine after three steps."""
         import functools
 
         from mmscale.engine.construct import construct
@@ -169,16 +172,19 @@ class MemoryRank:
         before = self._restart()
         model = construct(build, config, self.world, functools.partial(initialise_, seed=0))
         engine = Engine(model, NextToken(), stage(), config, self.world)
+        start_peak = _status_bytes("VmHWM") - before
+        self._restart()
         for pair in pairs:
             engine.train_step([pair.packed])
-        peak = _status_bytes("VmHWM") - before
+        steps_peak = _status_bytes("VmHWM") - before
         held = held_bytes(engine)
         values = engine.parameter_counts["decoder"].total
         engine.close()
         del engine, model
         self._restart()
         largest = {key: max(self._of_all(value)) for key, value in held.items()}
-        return {"values": values, "held": largest, "peak": max(self._of_all(peak))}
+        peaks = {"start_peak": max(self._of_all(start_peak)), "steps_peak": max(self._of_all(steps_peak))}
+        return {"values": values, "held": largest, **peaks}
 
     def _of_all(self, value: float) -> list[float]:
         size = self.world.world_size
@@ -228,7 +234,8 @@ def line(row: Row) -> str:
         f"weights {row.held['weights'] / MIB:.1f} MiB (formula {by.weights / MIB:.1f}), "
         f"optimizer {row.held['optimizer'] / MIB:.1f} ({by.optimizer / MIB:.1f}), "
         f"gradients ({by.gradients / MIB:.1f}); "
-        f"peak {row.peak / MIB:.0f}, formula in all {(by.weights + by.gradients + by.optimizer) / MIB:.0f}"
+        f"peak at start {row.start_peak / MIB:.0f}, in steps {row.steps_peak / MIB:.0f}, "
+        f"formula in all {(by.weights + by.gradients + by.optimizer) / MIB:.0f}"
     )
 
 

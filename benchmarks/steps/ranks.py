@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import socket
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -100,6 +101,7 @@ def serve(pipe: Connection, make: Make, side: str, rank: int, world_size: int, p
     """Runs orders until the pipe closes."""
     import torch
 
+    sys.stdout = sys.stderr  # DeepSpeed narrates; the driver's output is for the figures.
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
