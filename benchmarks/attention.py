@@ -1,11 +1,14 @@
 """Packed attention on this machine beside other ways to pack: ``python -m benchmarks.attention --json``.
 
-Forward and backward of one layer's attention, without projections.
+Forward and backward of one layer's attention, without projections. *Hugging Face* is what its models call, on what its
+collator hands them: segments padded to the longest, with the mask that its models make of them once a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +55,35 @@ def dense_mask(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool
     return out[0].transpose(0, 1)
 
 
-PEERS: dict[str, Attend] = {"per segment": per_segment, "padded": padded, "dense mask": dense_mask}
+def hugging_face(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
+    """transformers' ``sdpa`` on padded segments; it gets no mask where none is needed."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    lengths = [b - a for a, b in zip(segments.bounds, segments.bounds[1:], strict=False)]
+    query, key, value = (pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in (q, k, v))
+    layer: Any = torch.nn.Module()
+    layer.num_key_value_groups = q.shape[1] // k.shape[1]
+    mask = _padding_mask(tuple(lengths), causal, q.device)
+    out, _ = sdpa_attention_forward(layer, query, key, value, mask, is_causal=causal)  # (S, longest, H, K)
+    return torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)])
+
+
+@lru_cache(maxsize=8)
+def _padding_mask(lengths: tuple[int, ...], causal: bool, device: torch.device) -> Tensor | None:
+    if len(set(lengths)) == 1:
+        return None
+    places = torch.arange(max(lengths), device=device)
+    mask = (places < torch.tensor(lengths, device=device)[:, None])[:, None, None, :]
+    mask = mask.expand(-1, 1, len(places), -1)
+    return mask & (places <= places[:, None]) if causal else mask
+
+
+PEERS: dict[str, Attend] = {
+    "per segment": per_segment,
+    "padded": padded,
+    "dense mask": dense_mask,
+    "hugging face": hugging_face,
+}
 
 
 def cases() -> dict[str, tuple[list[int], bool, tuple[int, int, int]]]:

@@ -1,4 +1,6 @@
-"""Peak memory and time of the chunked loss beside torch's, at V = 131072: ``python -m benchmarks.loss_memory --json``.
+"""Peak memory and time of the chunked loss beside torch's and Hugging Face's, at V = 131072.
+
+    python -m benchmarks.loss_memory --json
 
 Memory is what a process's peak resident size grows by between having its inputs and having its gradients; each figure
 comes from a process of its own, so no allocator's cache flatters the second.
@@ -21,11 +23,19 @@ from benchmarks.figures import Case, main
 from mmscale.nn.cross_entropy import linear_cross_entropy
 
 ROWS, DIM, VOCAB = 2048, 64, 131072
-PEERS = ("torch", "checkpointed chunks")
+PEERS = ("torch", "hugging face", "checkpointed chunks")
 
 
 def torch_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+
+
+def hugging_face(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The loss of its causal models: logits of all rows, in float32."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    logits = hidden @ weight.t()
+    return ForCausalLMLoss(logits, None, weight.shape[0], torch.tensor(1.0), shift_labels=labels)
 
 
 def checkpointed_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -38,6 +48,10 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return linear_cross_entropy(hidden, weight, labels, torch.ones(len(labels)))
 
 
+LOSSES = {"ours": ours, "torch": torch_loss, "hugging face": hugging_face, "checkpointed chunks": checkpointed_chunks}
+"""By name; all give the sum of the rows' losses."""
+
+
 def _peak_mib() -> float:
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM"):
@@ -47,7 +61,7 @@ def _peak_mib() -> float:
 
 def _measure_here(name: str) -> tuple[float, float]:
     """(MiB, seconds) of one loss and its gradients, in this process."""
-    loss = {"ours": ours, "torch": torch_loss, "checkpointed chunks": checkpointed_chunks}[name]
+    loss = LOSSES[name]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(ROWS, DIM, generator=generator, requires_grad=True)
     weight = torch.randn(VOCAB, DIM, generator=generator, requires_grad=True)

@@ -1,0 +1,158 @@
+"""A training step beside Hugging Face's: ``python -m benchmarks.train_step [--json]``.
+
+    ours           mmscale.engine.Engine on packed batches of data_pipeline.loader
+    hugging face   transformers' model and the DeepSpeed engine that its Trainer builds, on batches padded as its
+                   collator and image processor pad them
+    flattened      the same on batches of its DataCollatorWithFlattening (dense only; its mask is a square)
+
+Both sides get the same weights, the same documents in the same steps, the same optimizer, precision, ZeRO stage and
+number of threads; both live through the whole run, in processes of their own, and take turns step by step. Figures are
+medians over the steps; the first step warms up and is left out. A token is useful if it belongs to a document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.figures import machine
+from benchmarks.steps.batches import DATA
+from benchmarks.steps.ranks import SIDES, Side
+from benchmarks.steps.twins import MODELS
+
+FLATTENED = "flattened"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        model: ``mllama`` or ``dense``.
+        data: ``mixed`` or ``equal``.
+        world_size: Ranks.
+        zero_stage: Of both sides.
+        tokens: Useful tokens of a step, all ranks together, median.
+        tokens_per_second: Useful ones by side, median over steps.
+        step_ms: By side, median.
+        cpu_ms: CPU time of a rank in a step, median: what other work on the machine changes least.
+        padding: Share of rows that are padding, by side; of views for the tower likewise.
+        ratio: Median over steps of their time divided by ours on the same documents, by peer.
+        loss_difference: Largest difference of the two sides' losses of a step, relative. The learning rate is too small
+            to move a weight: zero but for rounding where the twins compute the same function.
+    """
+
+    model: str
+    data: str
+    world_size: int
+    zero_stage: int
+    tokens: float
+    tokens_per_second: dict[str, float]
+    step_ms: dict[str, float]
+    cpu_ms: dict[str, float]
+    padding: dict[str, float]
+    ratio: dict[str, float]
+    loss_difference: float
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """All rows that were asked for."""
+    rows = []
+    for world_size in args.ranks:
+        with ExitStack() as stack:
+            sides = {name: stack.enter_context(closing(Side(name, world_size, args.threads))) for name in SIDES}
+            for model in args.models:
+                for zero_stage in args.stages:
+                    both(sides, "build", model=model, zero_stage=zero_stage, precision=args.precision)
+                    for data in args.data:
+                        found = both(
+                            sides, "data", model=model, data=data, steps=args.steps + 1, max_tokens=args.tokens
+                        )
+                        rows.append(
+                            Row(model, data, world_size, zero_stage, **compare(sides, model, found["ours"], args.steps))
+                        )
+                        if not args.json:
+                            print(line(rows[-1]), flush=True)
+    return rows
+
+
+def both(sides: dict[str, Side], name: str, **arguments: Any) -> dict[str, Any]:
+    """An order to both sides at once: nothing that is timed."""
+    for side in sides.values():
+        side.begin(name, **arguments)
+    return {side: ranks.end() for side, ranks in sides.items()}
+
+
+def compare(sides: dict[str, Side], model: str, data: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Steps in turn; the figures of a row."""
+    turns: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SIDES}
+    if model == "dense":
+        turns[FLATTENED] = (SIDES[1], {"flat": True})
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in turns}
+    losses: dict[str, list[float]] = {name: [] for name in turns}
+    for index in range(steps + 1):
+        for name, (side, options) in turns.items():
+            done = sides[side].order("step", index=index, **options)
+            losses[name].append(done["loss"])
+            if index:
+                seconds[name].append(done["seconds"])
+                cpu_seconds[name].append(done["cpu_seconds"])
+    tokens = data["tokens"][1:]
+    return {
+        "tokens": statistics.median(tokens),
+        "tokens_per_second": {
+            name: statistics.median(n / t for n, t in zip(tokens, times, strict=True))
+            for name, times in seconds.items()
+        },
+        "step_ms": {name: 1000 * statistics.median(times) for name, times in seconds.items()},
+        "cpu_ms": {name: 1000 * statistics.median(times) for name, times in cpu_seconds.items()},
+        "padding": data["padding"],
+        "ratio": {
+            name: statistics.median(t / o for t, o in zip(times, seconds["ours"], strict=True))
+            for name, times in seconds.items()
+            if name != "ours"
+        },
+        "loss_difference": max(abs(a - b) / b for a, b in zip(*(losses[side] for side in SIDES), strict=True)),
+    }
+
+
+def line(row: Row) -> str:
+    """A row for people."""
+    speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in row.tokens_per_second.items())
+    times = ", ".join(f"{name} {ms:.0f}" for name, ms in row.step_ms.items())
+    busy = ", ".join(f"{name} {ms:.0f}" for name, ms in row.cpu_ms.items())
+    padding = ", ".join(f"{name} {share:.0%}" for name, share in row.padding.items())
+    ratios = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in row.ratio.items())
+    return (
+        f"{row.model}, {row.data}, {row.world_size} ranks, ZeRO {row.zero_stage}: useful tokens/s {speeds}; "
+        f"ms {times}; CPU ms {busy}; padding {padding}; losses differ by {row.loss_difference:.1e}; ratio {ratios}"
+    )
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="world sizes")
+    parser.add_argument("--models", nargs="+", default=["mllama", "dense"], choices=MODELS)
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--stages", type=int, nargs="+", default=[3, 0], help="ZeRO stages")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each rank")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a pack, one pack a rank and step")
+    parser.add_argument("--steps", type=int, default=5, help="steps that count")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    options = arguments()
+    found = measure(options)
+    if options.json:
+        settings = {"precision": options.precision, "threads": options.threads, "steps": options.steps}
+        table = {"benchmark": "train_step", "machine": machine() | settings, "rows": [asdict(row) for row in found]}
+        print(json.dumps(table, indent=2))

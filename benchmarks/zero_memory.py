@@ -1,0 +1,259 @@
+"""Memory of weights, gradients and optimizer state on each rank, beside the formula.
+
+    python -m benchmarks.zero_memory [--json]
+
+Source of the formula: Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054), section 3 and figure 1. Of N values that
+are trained, W ranks, weights of w bytes, gradients of g bytes and K bytes of optimizer state a value, a rank holds
+
+    stage 0    (w + g + K) N
+    stage 1    (w + g) N + K N / W
+    stage 2    w N + (g + K) N / W
+    stage 3    (w + g + K) N / W
+
+K is 8 for AdamW's two float32 moments, and 4 more for float32 masters. The paper's masters exist for 16-bit weights
+only; DeepSpeed keeps them for float32 weights too from stage 1 on (in stage 0 the weights are the masters).
+
+    formula    the lines above
+    held       weights and optimizer state between two steps: the storages of their tensors, counted once each. Exact.
+               Beside the formula's ``w N`` and ``K N`` it shows what padding to equal shards and alignment add
+    start      what the process's resident memory grows by, at its highest, from before the model to a ready engine
+    steps      the same over three steps, from the same beginning. It holds gradients, activations and messages too, and
+               what the allocator keeps; the error of both is a few MiB
+
+Gradients live between backward pass and step only, so they are in the formula and in ``steps`` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.figures import machine
+from benchmarks.steps.batches import make_batches
+from benchmarks.steps.ranks import Side, stage
+from mmscale.dist import World, sum_float
+from mmscale.engine.config import EngineConfig
+from mmscale.engine.engine import Engine
+from mmscale.models.config import ModelConfig
+
+PRECISIONS = ("fp32", "bf16")
+MIB = 2**20
+_M_MMAP_THRESHOLD = -3
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of one rank, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """Memory of the rank that has most, in bytes; attributes as in the module's text.
+
+    Attributes:
+        values: N.
+        formula: Weights, gradients and optimizer state, by the formula.
+        held: Weights and optimizer state, counted.
+        start_peak: Growth of resident memory until the engine is ready.
+        steps_peak: Growth of resident memory over the steps.
+    """
+
+    world_size: int
+    zero_stage: int
+    precision: str
+    values: int
+    formula: Bytes
+    held: dict[str, float]
+    start_peak: float
+    steps_peak: float
+
+
+def formula(values: int, world_size: int, zero_stage: int, precision: str) -> Bytes:
+    """Bytes on each rank by the paper, with the formats that the engine chooses.
+
+    Args:
+        values: N.
+        world_size: W.
+        zero_stage: 0-3.
+        precision: ``fp32`` or ``bf16``: of the weights. Gradients are added up in float32 from stage 1 on.
+    """
+    weight = 2 if precision == "bf16" else 4
+    gradient = weight if zero_stage == 0 else 4
+    optimizer = 8 if zero_stage == 0 and precision == "fp32" else 12
+    return Bytes(
+        weight * values / (world_size if zero_stage == 3 else 1),
+        gradient * values / (world_size if zero_stage >= 2 else 1),
+        optimizer * values / (world_size if zero_stage >= 1 else 1),
+    )
+
+
+def storage_bytes(tensors: Iterable[Tensor], counted: set[int] | None = None) -> int:
+    """Bytes behind ``tensors``, each storage once; those in ``counted`` not at all, the others are added to it."""
+    seen = set() if counted is None else counted
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen and storage.nbytes():
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def held_bytes(engine: Engine) -> dict[str, float]:
+    """Weights and optimizer state of this rank, counted."""
+    counted: set[int] = set()
+    weights = storage_bytes((getattr(p, "ds_tensor", p) for p in engine.model.parameters()), counted)
+    masters = engine.partition.flat_masters()
+    state = engine.partition.basic_optimizer.state
+    moments = [state[master][key] for master in masters for key in ("exp_avg", "exp_avg_sq")]
+    # At stage 0 in float32 the masters are the weights, and count as such.
+    return {"weights": weights, "optimizer": storage_bytes([*masters, *moments], counted)}
+
+
+def text_model(width: int, vocab: int) -> ModelConfig:
+    """A dense decoder of eight blocks: 19 M values at 384 channels and 8192 tokens."""
+    return ModelConfig.model_validate(
+        {
+            "decoder": {
+                "vocab_size": vocab,
+                "hidden_dim": width,
+                "num_layers": 8,
+                "attention": {"num_heads": 6},
+                "mlp": {"kind": "dense", "hidden_dim": 8 * width // 3},
+            }
+        }
+    )
+
+
+class MemoryRank:
+    """One process that builds, trains and forgets engines."""
+
+    def __init__(self, side: str, world: World) -> None:
+        del side
+        self.world = world
+        self._libc = ctypes.CDLL(None)
+        # A fixed threshold, or freed tensors would stay with the allocator and count for the next engine.
+        self._libc.mallopt(_M_MMAP_THRESHOLD, 65536)
+
+    def measure(self, zero_stage: int, precision: str, width: int, vocab: int) -> dict[str, Any]:
+        """What ``Row`` needs of one engine after three steps."""
+        import functools
+
+        from mmscale.engine.construct import construct
+        from mmscale.engine.precision import choose_precision
+        from mmscale.models.build import build_model
+        from mmscale.nn.init import initialise_
+        from mmscale.objectives.next_token import NextToken
+
+        rank, size = self.world.rank, self.world.world_size
+        pairs = make_batches("dense", "equal", rank, size, steps=3, max_tokens=256)
+        config = EngineConfig(
+            zero_stage=zero_stage,
+            precision=precision,
+            device="cpu",
+            reduce_bucket_elements=2_000_000,
+            gather_bucket_elements=2_000_000,
+        )
+        dtype = choose_precision(config, self.world.device).dtype
+        build = functools.partial(build_model, text_model(width, vocab), seed=None, dtype=dtype)
+        before = self._restart()
+        model = construct(build, config, self.world, functools.partial(initialise_, seed=0))
+        engine = Engine(model, NextToken(), stage(), config, self.world)
+        start_peak = _status_bytes("VmHWM") - before
+        self._restart()
+        for pair in pairs:
+            engine.train_step([pair.packed])
+        steps_peak = _status_bytes("VmHWM") - before
+        held = held_bytes(engine)
+        values = engine.parameter_counts["decoder"].total
+        engine.close()
+        del engine, model
+        self._restart()
+        largest = {key: max(self._of_all(value)) for key, value in held.items()}
+        peaks = {"start_peak": max(self._of_all(start_peak)), "steps_peak": max(self._of_all(steps_peak))}
+        return {"values": values, "held": largest, **peaks}
+
+    def _of_all(self, value: float) -> list[float]:
+        size = self.world.world_size
+        return sum_float(self.world, [value if i == self.world.rank else 0.0 for i in range(size)])
+
+    def _restart(self) -> int:
+        """Gives back what is free and forgets the last peak; resident bytes now."""
+        gc.collect()
+        self._libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_bytes("VmRSS")
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """All rows that were asked for."""
+    rows = []
+    for world_size in args.ranks:
+        with closing(Side("memory", world_size, 1, MemoryRank)) as ranks:
+            for precision in args.precisions:
+                for zero_stage in args.stages:
+                    options = {
+                        "zero_stage": zero_stage,
+                        "precision": precision,
+                        "width": args.width,
+                        "vocab": args.vocab,
+                    }
+                    found = ranks.order("measure", **options)
+                    by_formula = formula(found["values"], world_size, zero_stage, precision)
+                    rows.append(Row(world_size, zero_stage, precision, formula=by_formula, **found))
+                    if not args.json:
+                        print(line(rows[-1]), flush=True)
+    return rows
+
+
+def line(row: Row) -> str:
+    """A row for people."""
+    by = row.formula
+    return (
+        f"{row.world_size} ranks, ZeRO {row.zero_stage}, {row.precision}, {row.values / 1e6:.1f} M values: "
+        f"weights {row.held['weights'] / MIB:.1f} MiB (formula {by.weights / MIB:.1f}), "
+        f"optimizer {row.held['optimizer'] / MIB:.1f} ({by.optimizer / MIB:.1f}), "
+        f"gradients ({by.gradients / MIB:.1f}); "
+        f"peak at start {row.start_peak / MIB:.0f}, in steps {row.steps_peak / MIB:.0f}, "
+        f"formula in all {(by.weights + by.gradients + by.optimizer) / MIB:.0f}"
+    )
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zero_memory", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="world sizes")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--width", type=int, default=384, help="channels, a multiple of 6")
+    parser.add_argument("--vocab", type=int, default=8192, help="rows of the embedding and of the head, 2048 or more")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    options = arguments()
+    found = measure(options)
+    if options.json:
+        rows = [asdict(row) for row in found]
+        print(json.dumps({"benchmark": "zero_memory", "machine": machine(), "rows": rows}, indent=2))
