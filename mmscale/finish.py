@@ -17,7 +17,7 @@ from mmscale.engine.engine import Engine
 from mmscale.errors import MMScaleError
 from mmscale.evaluate import evaluate
 from mmscale.generate import caption_images
-from mmscale.metrics.meters import peak_memory
+from mmscale.metrics.memory import peak_memory
 from mmscale.metrics.run_log import NullLog, RunLog
 from mmscale.metrics.sinks import read_metrics
 from mmscale.models.build import count_parameters

@@ -11,8 +11,6 @@ gradient is that of the mean over all weighted tokens of the step, at any number
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +22,14 @@ from torch import Tensor, nn
 from mmscale.dist import World, is_peer_lost, peer_lost, start_deepspeed, sum_float
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
+from mmscale.engine.gradient_norms import norms_from, square_sums
 from mmscale.engine.graph import LossGraph, ObjectiveLike
 from mmscale.engine.partition import Partition
 from mmscale.engine.precision import Precision, choose_precision
+from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
 from mmscale.engine.units import Undo, gather_whole, recompute
 from mmscale.errors import EngineError
+from mmscale.metrics.memory import peak_memory
 from mmscale.optim import (
     build_adamw,
     component_of_parameters,
@@ -43,7 +44,7 @@ from mmscale.stages import StageConfig
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did; equal on all ranks but for ``document_losses``.
+    """What one optimizer step did; equal on all ranks but for ``document_losses`` and ``spans``.
 
     Attributes:
         loss: Weighted mean over all tokens of the step on all ranks; NaN or infinite if the step failed.
@@ -53,6 +54,8 @@ class StepReport:
         applied: Whether weights changed. False for a gradient that is not finite, and for a step without any weight.
         metrics: Weighted means of the objective's metrics.
         document_losses: Of each microbatch of this rank: the weighted loss sum of each document.
+        component_grad_norms: As ``grad_norm``, by trained component; empty unless it was asked for.
+        spans: Time and memory of the phases on this rank.
     """
 
     loss: float
@@ -62,6 +65,8 @@ class StepReport:
     applied: bool
     metrics: dict[str, float] = field(default_factory=dict)
     document_losses: tuple[tuple[float, ...], ...] = ()
+    component_grad_norms: dict[str, float] = field(default_factory=dict)
+    spans: StepSpans = field(default_factory=StepSpans)
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Engine:
         model: Usable under ``inference()`` for forward passes and generation, all ranks in lock-step.
         precision: The number format that was chosen, with the reason.
         stage_step: Steps of the stage that were taken, applied or not; the schedules' clock. ``resume`` sets it.
+        clock: Measures the phases of steps.
 
     Raises:
         ConfigError: the stage trains a component that the model lacks.
@@ -97,17 +103,20 @@ class Engine:
         self, model: nn.Module, objective: ObjectiveLike, stage: StageConfig, config: EngineConfig, world: World
     ) -> None:
         start_deepspeed(world)
+        watch_deepspeed()
         self.model = model
         self.stage = stage
         self.config = config
         self.world = world
         self.precision: Precision = choose_precision(config, world.device)
         self.stage_step = 0
+        self.clock = StepClock(world.device)
         self._objective = objective
         components: dict[str, list[nn.Module]] = model.components()  # type: ignore[operator]
         freeze(model, components, stage)
         self.trained_components = trained_components(components, stage)
-        self.parameter_counts = _count(model, component_of_parameters(model, components))
+        self._owner = component_of_parameters(model, components)
+        self.parameter_counts = _count(model, self._owner)
         self._undo: list[Undo] = self._arrange_units()
         self._deepspeed = self._start(components)
         self.partition = Partition(model, self._deepspeed, config.zero_stage, world)
@@ -143,8 +152,13 @@ class Engine:
         engine.train()
         return engine
 
-    def train_step(self, microbatches: Sequence[Any]) -> StepReport:
+    def train_step(self, microbatches: Sequence[Any], *, component_norms: bool = False) -> StepReport:
         """Forward, backward and optimizer step over ``microbatches``. All ranks must call, with equally many.
+
+        Args:
+            microbatches: This rank's packs.
+            component_norms: Also report the gradient norm of each component, for one more pass over the gradient. The
+                same on all ranks.
 
         Raises:
             EngineError: ranks disagree about the number of microbatches, or a peer is lost.
@@ -154,37 +168,61 @@ class Engine:
         weight = self._global_weight(microbatches)
         if weight == 0:
             # Null packs only: there is nothing to learn, and decay alone must not move the weights.
-            return StepReport(0.0, 0.0, 0.0, rates, applied=False)
+            return StepReport(0.0, 0.0, 0.0, rates, applied=False, spans=self.clock.take())
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         try:
-            sums, losses = self._run(microbatches, self.world.world_size / weight)
+            sums, losses, squares = self._run(microbatches, self.world.world_size / weight, component_norms)
         except RuntimeError as error:
             if is_peer_lost(error):
                 raise peer_lost(self.world, error) from error
             raise
-        means = self._global_means(sums, weight)
+        means, squares = self._global_means(sums, weight, squares)
         applied = bool(self._deepspeed.was_step_applied())
         norm = float(self._deepspeed.get_global_grad_norm() or 0.0)
         documents = tuple(tuple(part.tolist()) for part in losses)
-        return StepReport(means.pop("loss"), weight, norm if applied else math.inf, rates, applied, means, documents)
+        return StepReport(
+            means.pop("loss"),
+            weight,
+            norm if applied else math.inf,
+            rates,
+            applied,
+            means,
+            documents,
+            norms_from(squares),
+            self.clock.take(),
+        )
 
-    def _run(self, microbatches: Sequence[Any], scale: float) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    def _run(
+        self, microbatches: Sequence[Any], scale: float, component_norms: bool
+    ) -> tuple[list[dict[str, Tensor]], list[Tensor], dict[str, float]]:
         """Forward, backward and, after the last microbatch, the step.
 
         Returns:
-            Of each microbatch the sums of loss and metrics, and the losses of its documents.
+            Of each microbatch the sums of loss and metrics, and the losses of its documents; this rank's share of the
+            components' squared gradient norms.
         """
         sums: list[dict[str, Tensor]] = []
         documents: list[Tensor] = []
+        squares: dict[str, float] = {}
         for index, microbatch in enumerate(microbatches):
-            self._deepspeed.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
-            loss_sum, metrics, losses = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
+            last = index == len(microbatches) - 1
+            self._deepspeed.set_gradient_accumulation_boundary(last)
+            with self.clock.phase(FORWARD):
+                loss_sum, metrics, losses = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
             sums.append({"loss": loss_sum.detach(), **metrics})
             documents.append(losses)
-            self._backward(loss_sum, scale)
-            self._deepspeed.step()
-        return sums, documents
+            with self.clock.phase(BACKWARD):
+                self._backward(loss_sum, scale)
+            with self.clock.phase(OPTIMIZER):
+                if last and component_norms:
+                    squares = self._square_sums()
+                self._deepspeed.step()
+        return sums, documents, squares
+
+    def _square_sums(self) -> dict[str, float]:
+        names, stage = self.trained_components, self.config.zero_stage
+        return square_sums(self.model, self._owner, names, self._deepspeed.optimizer, stage, self.world)
 
     def _backward(self, loss_sum: Tensor, scale: float) -> None:
         """Scales and differentiates.
@@ -198,7 +236,8 @@ class Engine:
     def _global_weight(self, microbatches: Sequence[Any]) -> float:
         mine = math.fsum(self._objective.weight(microbatch) for microbatch in microbatches)
         count = len(microbatches)
-        weight, total, squares = sum_float(self.world, [mine, count, count * count])
+        with self.clock.communicating():
+            weight, total, squares = sum_float(self.world, [mine, count, count * count])
         # Counts are equal exactly where Cauchy-Schwarz holds with equality; no second message needed.
         if total * total != self.world.world_size * squares or not count:
             raise EngineError(
@@ -207,10 +246,16 @@ class Engine:
             )
         return weight
 
-    def _global_means(self, sums: list[dict[str, Tensor]], weight: float) -> dict[str, float]:
+    def _global_means(
+        self, sums: list[dict[str, Tensor]], weight: float, squares: dict[str, float]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Means of the microbatches' sums and, in the same message, the sums of ``squares``, over all ranks."""
         names = sorted(sums[0])
-        local = torch.stack([torch.stack([part[name].double() for name in names]) for part in sums]).sum(0)
-        return {name: value / weight for name, value in zip(names, sum_float(self.world, local.tolist()), strict=True)}
+        local = torch.stack([torch.stack([part[name].double() for name in names]) for part in sums]).sum(0).tolist()
+        with self.clock.communicating():
+            whole = sum_float(self.world, [*local, *squares.values()])
+        means = {name: value / weight for name, value in zip(names, whole, strict=False)}
+        return means, dict(zip(squares, whole[len(names) :], strict=True))
 
     @contextmanager
     def inference(self) -> Iterator[nn.Module]:
@@ -227,10 +272,8 @@ class Engine:
 
     def memory_peak_bytes(self) -> int:
         """Largest memory so far: of the device on CUDA, of the process on a CPU."""
-        if self.world.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.world.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        peak = peak_memory()
+        return (peak.device_bytes or 0) if self.world.device.type == "cuda" else peak.rss_bytes
 
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the model and frees the moments. The next stage builds a model of its own."""

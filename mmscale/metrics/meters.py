@@ -6,14 +6,10 @@ meter.rates() -> Rates                                              (moving aver
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import torch
 
 
 class MovingAverage:
@@ -128,19 +124,3 @@ class StepMeter:
             data_wait_share=min(1.0, self._waited.value * per_second),
             eta_seconds=max(0, self._total_steps - self._step) * seconds,
         )
-
-
-@dataclass(frozen=True)
-class PeakMemory:
-    """High-water marks of this process. ``device_bytes`` is None without an accelerator."""
-
-    rss_bytes: int
-    device_bytes: int | None
-
-
-def peak_memory() -> PeakMemory:
-    """The most memory this process has held since it started (host) or since the allocator was reset (device)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rss_bytes = peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes.
-    device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return PeakMemory(rss_bytes, device_bytes)

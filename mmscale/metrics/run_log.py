@@ -18,7 +18,8 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from mmscale.metrics.config import MetricsConfig
-from mmscale.metrics.meters import StepMeter, peak_memory
+from mmscale.metrics.memory import peak_memory
+from mmscale.metrics.meters import StepMeter
 from mmscale.metrics.progress import ProgressLine
 from mmscale.metrics.sample_images import CaptionedImage
 from mmscale.metrics.sinks import JsonlSink, TensorBoardSink
