@@ -4,6 +4,7 @@ config.yaml            every value of the run        report/origins.json   where
 metrics.jsonl          one line a step               tensorboard/          the same, and sample images
 checkpoints/step-N/    whole checkpoints             logs/                 output of ranks above 0
 ledger/                which samples each step had   faults/             samples that were left out, and why
+profile/               traces of a few steps         goodput.jsonl         time that was spent outside of steps
 captions.json report/  held-out images described     report.html result.json
 """
 

@@ -29,12 +29,17 @@ from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
+from mmscale.errors import ConfigError
 from mmscale.finish import finish, is_finished
+from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.datasets import figures, totals
+from mmscale.metrics.efficiency import device_peak, flop_figures, ideal_seconds, span_figures, step_flops
 from mmscale.metrics.faults import FaultList, fault_counts, fault_figures, known_lists
 from mmscale.metrics.ledger import RunLedger
+from mmscale.metrics.peaks import Peak
 from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import CaptionedImage, batch_images
+from mmscale.metrics.trace import Trace, open_trace
 from mmscale.models.build import build_model
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.init import initialise_
@@ -55,8 +60,12 @@ class Outcome(str, Enum):
     """Asked to stop; a checkpoint of the last step is saved. Run the same command again to go on."""
 
 
-def train(loaded: Loaded[RunConfig]) -> Outcome:
+def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
     """Trains, or goes on training, as the configuration says. All ranks must call.
+
+    Args:
+        loaded: The run.
+        profile: Whether to record a trace of a few steps (``metrics.profile_steps``) into ``RUN/profile``.
 
     Raises:
         MMScaleError, DataPipelineError: see the trees; nothing half-written is left behind.
@@ -69,19 +78,24 @@ def train(loaded: Loaded[RunConfig]) -> Outcome:
         try:
             check_world(config, world.world_size)
             if is_finished(config):
+                if profile:
+                    raise ConfigError(
+                        f"--profile: {config.run_dir} is finished; give it another run_dir, or more steps"
+                    )
                 return Outcome.FINISHED
             open_run_folder(loaded, world)
-            return _run(config, world, stop)
+            return _run(config, world, stop, profile)
         finally:
             shutdown(world)
 
 
-def _run(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
+def _run(config: RunConfig, world: World, stop: StopRequest, profile: bool) -> Outcome:
     latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
     state = checkpoint.read_state(latest) if latest else TrainState()
     ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
-    with closing(log):
+    tracing = open_trace(config.run_dir, config.metrics, world.rank, state.step, log.note, wanted=profile)
+    with closing(log), tracing as trace:
         faults = FaultList(config.run_dir / FAULTS, world, state.step, log.note)
         if latest:
             log.note(f"going on from {latest} (step {state.step} of {config.total_steps})")
@@ -89,7 +103,7 @@ def _run(config: RunConfig, world: World, stop: StopRequest) -> Outcome:
             if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             with _stage_engine(config, state, latest, world, log) as engine:
-                state, stopped = _train_stage(config, engine, state, log, ledger, faults, stop)
+                state, stopped = _train_stage(config, engine, state, log, ledger, faults, stop, trace)
                 if stopped:
                     return Outcome.STOPPED
                 latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
@@ -139,6 +153,7 @@ def _train_stage(
     ledger: RunLedger,
     faults: FaultList,
     stop: StopRequest,
+    trace: Trace,
 ) -> tuple[TrainState, bool]:
     """Steps until the stage or the run ends, or somebody asks to stop.
 
@@ -155,7 +170,9 @@ def _train_stage(
     def show(microbatch: MultimodalBatch, limit: int) -> list[CaptionedImage]:
         return batch_images(microbatch, config.media_spec, decode, limit)
 
-    log.pause()
+    engine.clock.memory = config.metrics.memory_phases
+    peak = device_peak(engine, config.metrics.peak_flops)
+    log.pause("setup")
     ledger.begin_stage(state.step, state.stage_index)
     with closing(_open_loader(config, engine.world, state)) as loader:
         batches = iter(loader)
@@ -163,12 +180,13 @@ def _train_stage(
             with log.waiting_for_data(), faults.noting_the_end(state.step + 1):
                 batch = next(batches)
             faults.step(state.step + 1, batch.skipped)
-            state = _step(engine, state, batch, stage.name, datasets, log, ledger, show)
+            state = _step(engine, state, batch, stage.name, datasets, log, ledger, show, config.metrics, peak)
+            trace.step()
             stopped = stop.should_stop(engine.world)
             if stopped or state.step == last or config.checkpoint.due(state.step):
                 ledger.write()
                 checkpoint.save(engine, state, config.run_dir / CHECKPOINTS, config.checkpoint)
-                log.pause()
+                log.pause("checkpoint")
     if stopped:
         log.note(f"stopped at step {state.step} ({stop.reason}) and saved; the same command goes on from here")
     return state, stopped
@@ -183,12 +201,17 @@ def _step(
     log: Log,
     ledger: RunLedger,
     show: Show,
+    metrics: MetricsConfig,
+    peak: Peak,
 ) -> TrainState:
-    report = engine.train_step(batch.microbatches)
+    every = metrics.grad_norms_every
+    report = engine.train_step(batch.microbatches, component_norms=every is not None and (state.step + 1) % every == 0)
     counts = [batch.num_tokens, batch.num_samples, batch.num_cut]
     left_out = fault_counts(batch.skipped)
-    mine = [*counts, *left_out, *totals(batch, report.document_losses, datasets)]
-    tokens, samples, cut, *rest = sum_float(engine.world, mine)
+    mine = [*counts, *step_flops(engine, batch.microbatches), *left_out]
+    mine += totals(batch, report.document_losses, datasets)
+    tokens, samples, cut, model_flops, hardware_flops, *rest = sum_float(engine.world, mine)
+    flops = (model_flops, hardware_flops)
     by_kind, by_dataset = rest[: len(left_out)], rest[len(left_out) :]
     if not samples:
         raise DataConfigError(
@@ -210,7 +233,14 @@ def _step(
         num_tokens=int(tokens),
         num_samples=int(samples),
         stage=stage,
-        extra={"cut_documents": int(cut), **fault_figures(by_kind), **figures(datasets, by_dataset)},
+        ideal_seconds=ideal_seconds(flops, peak, engine.world),
+        extra={
+            "cut_documents": int(cut),
+            **flop_figures(flops),
+            **span_figures(report),
+            **fault_figures(by_kind),
+            **figures(datasets, by_dataset),
+        },
     )
     log.images(state.step, functools.partial(show, batch.microbatches[0]))
     return state

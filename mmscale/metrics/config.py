@@ -18,6 +18,18 @@ class MetricsConfig(StrictConfig):
     """TensorBoard gets sample images with their captions every this many steps; null for never."""
     num_images: int = Field(default=6, ge=1, le=64)
     """Sample images each time."""
+    grad_norms_every: int | None = Field(default=10, ge=1)
+    """The gradient norm of each component every this many steps; costs a pass over the gradient. null for never."""
+    memory_phases: bool = True
+    """Tell the peak memory of forward, backward and optimizer apart. The marks that the kernel keeps of the process are
+    reset for that, so tools that read them from outside see those of the last phase."""
+    peak_flops: float | None = Field(default=None, gt=0)
+    """Dense operations a second of one rank's device, for MFU. null: the published figure of a known GPU, and on a CPU
+    what torch's own matrix product reaches."""
+    profile_after_steps: int = Field(default=2, ge=1)
+    """``--profile`` lets this many steps of a start pass before it records."""
+    profile_steps: int = Field(default=3, ge=1)
+    """Steps that ``--profile`` records; a step of a small model on a CPU takes some 10 MB."""
     plain_line_seconds: float = Field(default=10.0, gt=0)
     """Where the output is no terminal: seconds between two progress lines."""
     smoothing: float = Field(default=0.95, ge=0, lt=1)

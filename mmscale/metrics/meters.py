@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from torch.profiler import record_function
+
 
 class MovingAverage:
     """Exponential moving average without the pull towards its start at 0.
@@ -92,7 +94,8 @@ class StepMeter:
         """Counts the enclosed time as data wait of the present step."""
         start = self._clock()
         try:
-            yield
+            with record_function("data"):
+                yield
         finally:
             self._data_wait += self._clock() - start
 
