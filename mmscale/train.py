@@ -31,7 +31,7 @@ from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.errors import ConfigError
 from mmscale.finish import finish, is_finished
-from mmscale.metrics.config import MetricsConfig
+from mmscale.metrics.config import MetricsConfig, due
 from mmscale.metrics.datasets import figures, totals
 from mmscale.metrics.efficiency import device_peak, flop_figures, ideal_seconds, span_figures, step_flops
 from mmscale.metrics.faults import FaultList, fault_counts, fault_figures, known_lists
@@ -170,7 +170,6 @@ def _train_stage(
     def show(microbatch: MultimodalBatch, limit: int) -> list[CaptionedImage]:
         return batch_images(microbatch, config.media_spec, decode, limit)
 
-    engine.clock.memory = config.metrics.memory_phases
     peak = device_peak(engine, config.metrics.peak_flops)
     log.pause("setup")
     ledger.begin_stage(state.step, state.stage_index)
@@ -204,8 +203,8 @@ def _step(
     metrics: MetricsConfig,
     peak: Peak,
 ) -> TrainState:
-    every = metrics.grad_norms_every
-    report = engine.train_step(batch.microbatches, component_norms=every is not None and (state.step + 1) % every == 0)
+    engine.clock.memory = due(metrics.memory_every, state.step + 1)
+    report = engine.train_step(batch.microbatches, component_norms=due(metrics.grad_norms_every, state.step + 1))
     counts = [batch.num_tokens, batch.num_samples, batch.num_cut]
     left_out = fault_counts(batch.skipped)
     mine = [*counts, *step_flops(engine, batch.microbatches), *left_out]

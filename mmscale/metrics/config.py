@@ -20,9 +20,9 @@ class MetricsConfig(StrictConfig):
     """Sample images each time."""
     grad_norms_every: int | None = Field(default=10, ge=1)
     """The gradient norm of each component every this many steps; costs a pass over the gradient. null for never."""
-    memory_phases: bool = True
-    """Tell the peak memory of forward, backward and optimizer apart. The marks that the kernel keeps of the process are
-    reset for that, so tools that read them from outside see those of the last phase."""
+    memory_every: int | None = Field(default=10, ge=1)
+    """The peak memory of forward, backward and optimizer apart every this many steps; null for never. The mark that the
+    system keeps of the process is reset for that, so a tool that reads it from outside sees the last phase's."""
     peak_flops: float | None = Field(default=None, gt=0)
     """Dense operations a second of one rank's device, for MFU. null: the published figure of a known GPU, and on a CPU
     what torch's own matrix product reaches."""
@@ -34,3 +34,8 @@ class MetricsConfig(StrictConfig):
     """Where the output is no terminal: seconds between two progress lines."""
     smoothing: float = Field(default=0.95, ge=0, lt=1)
     """Weight of the past in the moving averages that the progress line shows; 0 shows the last step alone."""
+
+
+def due(every: int | None, step: int) -> bool:
+    """Whether ``step``, counted from 1, is one of every ``every`` steps; never if that is None."""
+    return every is not None and step % every == 0

@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from mmscale.metrics.memory import reset_peak
 from tests.system.conftest import MakeRun, kill_group
 
 
 @pytest.mark.resume
 def test_a_killed_run_accounts_for_its_wall_time(make_run: MakeRun) -> None:
-    run = make_run("killed", 1, "max_steps=9", "metrics.grad_norms_every=4")
+    run = make_run("killed", 1, "max_steps=9", "metrics.grad_norms_every=4", "metrics.memory_every=3")
     began = time.time()
     process = run.start()
     run.wait_for_step(process, 7)  # Steps 6 and 7 lie behind the checkpoint of step 5.
@@ -39,9 +41,11 @@ def test_a_killed_run_accounts_for_its_wall_time(make_run: MakeRun) -> None:
     assert efficiency["mfu"] == pytest.approx(
         efficiency["model_flops"] / efficiency["peak_flops"] / sum(line["seconds"] for line in lines), rel=0.5
     )
+    memory_has_marks = reset_peak(torch.device("cpu"))
     for line in lines:
         phases = sum(line[f"{name}_seconds"] for name in ("forward", "backward", "optimizer"))
         assert phases + line["data_wait_seconds"] <= line["seconds"]
+        assert ("backward_peak_bytes" in line) == (line["step"] % 3 == 0 and memory_has_marks)
         norms = [value for key, value in line.items() if key.startswith("grad_norm/")]
         assert len(norms) == (3 if line["step"] % 4 == 0 else 0)
         if norms:
