@@ -70,9 +70,9 @@ def norms_of(world: World, cases: list[dict[str, Any]]) -> list[Any]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_component_norms_are_those_of_plain_torch(world_size: int) -> None:
-    cases = CASES if world_size == 2 else [CASES[0], CASES[1], CASES[3], CASES[6]]
+    cases = CASES if world_size == 2 else [CASES[1], CASES[3]]
     ranks = run_ranks("tests.engine.test_sight:norms_of", world_size, {"cases": cases})
     assert all(rank == ranks[0] for rank in ranks)
     for case, (asked, whole, silent, applied, marked) in zip(cases, ranks[0], strict=True):
@@ -87,7 +87,7 @@ def test_component_norms_are_those_of_plain_torch(world_size: int) -> None:
         assert marked
 
 
-def timed_steps(world: World, zero: int) -> list[Any]:
+def timed_step(world: World) -> list[Any]:
     """A step under a clock that stands still but for told amounts: 1 s in a block's forward, 1,000 s a collective."""
     from deepspeed.comm import comm
 
@@ -119,7 +119,7 @@ def timed_steps(world: World, zero: int) -> list[Any]:
 
     for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "reduce", "broadcast"):
         setattr(comm.cdb, name, slow(getattr(comm.cdb, name)))
-    engine = make_engine(world, zero)
+    engine = make_engine(world)
     engine.clock = StepClock(CPU, lambda: told["seconds"])
 
     def think(*_: Any) -> None:
@@ -132,12 +132,11 @@ def timed_steps(world: World, zero: int) -> list[Any]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("zero", [1, 3])
-def test_time_is_split_by_phase_and_collectives_count_wherever_they_happen(zero: int) -> None:
+def test_time_is_split_by_phase_and_collectives_count_wherever_they_happen() -> None:
     microbatches = LANES // 2
-    for seconds, told, peaks, left in run_ranks("tests.engine.test_sight:timed_steps", 2, {"zero": zero}):
-        expected = 1_000 * told["collectives"] + 10_000 * told.get("waits", 0)
-        assert told["collectives"] > 0
+    for seconds, told, peaks, left in run_ranks("tests.engine.test_sight:timed_step", 2):
+        expected = 1_000 * told["collectives"] + 10_000 * told["waits"]
+        assert told["collectives"] > told["waits"] > 0
         assert seconds["communication"] == expected
         assert seconds["forward"] + seconds["backward"] + seconds["optimizer"] == expected + microbatches
         assert seconds["forward"] % 1_000 == microbatches
@@ -175,11 +174,12 @@ def test_a_phase_knows_its_own_memory_and_the_process_keeps_its_mark() -> None:
     clock.memory = True
     with clock.phase("forward"):
         held = torch.ones(size // 4)
-    whole = peak_memory().rss_bytes
     del held
+    between = torch.ones(2 * size // 4)  # Within no phase.
+    del between
     with clock.phase("backward"):
         pass
     peaks = clock.take().peak_bytes
     assert peaks["forward"] - peaks["backward"] > 0.9 * size
-    assert peak_since_reset(CPU) < whole - 0.9 * size
-    assert peak_memory().rss_bytes >= whole
+    assert peak_since_reset(CPU) < peaks["forward"] - 0.9 * size
+    assert peak_memory().rss_bytes > peaks["backward"] + 1.9 * size
