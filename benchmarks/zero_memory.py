@@ -116,7 +116,7 @@ def held_bytes(engine: Engine) -> dict[str, float]:
     """Weights and optimizer state of this rank, counted."""
     counted: set[int] = set()
     weights = storage_bytes((getattr(p, "ds_tensor", p) for p in engine.model.parameters()), counted)
-    masters = engine.partition.flat_masters()
+    masters = [master.values for master in engine.partition.masters]
     state = engine.partition.basic_optimizer.state
     moments = [state[master][key] for master in masters for key in ("exp_avg", "exp_avg_sq")]
     # At stage 0 in float32 the masters are the weights, and count as such.

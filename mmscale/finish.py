@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from mmscale.checkpoint import TrainState
 from mmscale.dist import World, sum_float
@@ -17,14 +18,16 @@ from mmscale.engine.engine import Engine
 from mmscale.errors import MMScaleError
 from mmscale.evaluate import evaluate
 from mmscale.generate import caption_images
-from mmscale.metrics.meters import peak_memory
+from mmscale.metrics.efficiency import device_peak
+from mmscale.metrics.goodput import read_goodput
+from mmscale.metrics.memory import peak_memory
 from mmscale.metrics.run_log import NullLog, RunLog
 from mmscale.metrics.sinks import read_metrics
 from mmscale.models.build import count_parameters
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.report.build import build_report
 from mmscale.report.captions import save_captions
-from mmscale.report.result import RESULT_FILE, Memory, Params, RunResult, SetResult, write_result
+from mmscale.report.result import RESULT_FILE, Efficiency, Memory, Params, RunResult, SetResult, write_result
 from mmscale.run_config import RunConfig
 
 
@@ -65,9 +68,20 @@ def finish(config: RunConfig, engine: Engine, state: TrainState, log: RunLog | N
         samples=state.samples,
         memory=ranks_memory,
         machine=_machine(world),
+        efficiency=_efficiency(config, engine, records),
+        goodput=goodput.to_json() if (goodput := read_goodput(config.run_dir)) else None,
     )
     write_result(config.run_dir, result)
     log.note(f"wrote {build_report(config.run_dir)}")
+
+
+def _efficiency(config: RunConfig, engine: Engine, records: Sequence[Mapping[str, Any]]) -> Efficiency:
+    """Over all steps that stand, each with its own weight in time."""
+    peak = device_peak(engine, config.metrics.peak_flops)
+    known = [record for record in records if record.get("mfu") is not None]
+    seconds = sum(record["seconds"] for record in known)
+    mfu = sum(record["mfu"] * record["seconds"] for record in known) / seconds if seconds else None
+    return Efficiency(mfu, peak.flops, peak.source, sum(record.get("model_flops", 0) for record in records))
 
 
 def score(config: RunConfig, engine: Engine, log: RunLog | NullLog) -> dict[str, SetResult]:
@@ -87,6 +101,7 @@ def score(config: RunConfig, engine: Engine, log: RunLog | NullLog) -> dict[str,
         captioned = caption_images(model, config.evaluation, data, config.media_spec, engine.world)
     if engine.world.is_main and captioned:
         save_captions(config.run_dir, captioned)
+    log.pause("evaluation")
     return results
 
 

@@ -5,6 +5,7 @@ metrics.jsonl          one line a step               tensorboard/          the s
 checkpoints/step-N/    whole checkpoints             logs/                 output of ranks above 0, stacks of a hang
 ledger/                which samples each step had   faults/             samples that were left out, and why
 bad_steps/             samples of steps that were refused, roll backs
+profile/               traces of a few steps         goodput.jsonl         time that was spent outside of steps
 captions.json report/  held-out images described     report.html result.json
 """
 

@@ -4,6 +4,8 @@
         for each step:  batch -> engine.train_step -> log -> save when due -> stop when asked
     evaluate -> captions -> result.json -> report.html
 
+A bad step may send the run back to an earlier checkpoint; then everything is opened again, as after a kill.
+
 A run folder is all the memory there is: started again with the same configuration, the loop finds the newest whole
 checkpoint and goes on from it, whatever ended the last attempt.
 """
@@ -14,7 +16,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -32,12 +34,17 @@ from mmscale.engine.engine import Engine
 from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.engine.watchdog import Watchdog
+from mmscale.errors import ConfigError
 from mmscale.finish import finish, is_finished
+from mmscale.metrics.config import due
 from mmscale.metrics.datasets import figures, totals
+from mmscale.metrics.efficiency import device_peak, flop_figures, ideal_seconds, span_figures, step_flops
 from mmscale.metrics.faults import FaultList, fault_counts, fault_figures, known_lists
 from mmscale.metrics.ledger import RunLedger
+from mmscale.metrics.peaks import Peak
 from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import CaptionedImage, batch_images
+from mmscale.metrics.trace import Trace, open_trace
 from mmscale.models.build import build_model
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.init import initialise_
@@ -58,8 +65,39 @@ class Outcome(str, Enum):
     """Asked to stop; a checkpoint of the last step is saved. Run the same command again to go on."""
 
 
-def train(loaded: Loaded[RunConfig]) -> Outcome:
+@dataclass(frozen=True)
+class _Run:
+    """What every step talks to, from one start (or roll back) to the end."""
+
+    config: RunConfig
+    world: World
+    log: Log
+    ledger: RunLedger
+    faults: FaultList
+    bad_steps: BadSteps
+    saver: checkpoint.Saver
+    stop: StopRequest
+    watchdog: Watchdog
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What is the same for all steps of a stage."""
+
+    name: str
+    engine: Engine
+    datasets: Sequence[str]
+    show: Show
+    peak: Peak
+
+
+def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
     """Trains, or goes on training, as the configuration says. All ranks must call.
+
+    Args:
+        loaded: The run.
+        profile: Whether to record a trace of a few steps (``metrics.profile_steps``) into ``RUN/profile``.
 
     Raises:
         MMScaleError, DataPipelineError: see the trees; nothing half-written is left behind.
@@ -73,14 +111,17 @@ def train(loaded: Loaded[RunConfig]) -> Outcome:
         try:
             check_world(config, world.world_size)
             if is_finished(config):
+                if profile:
+                    raise ConfigError(
+                        f"--profile: {config.run_dir} is finished; give it another run_dir, or more steps"
+                    )
                 return Outcome.FINISHED
             open_run_folder(loaded, world)
             watchdog.start()
             while True:
                 try:
-                    return _run(config, world, stop, watchdog)
+                    return _run(config, world, stop, watchdog, profile)
                 except RolledBack as request:
-                    # Everything is opened again, as after a kill: one way back, whatever led to it.
                     if world.is_main:
                         print(request, file=sys.stderr, flush=True)
         finally:
@@ -88,28 +129,27 @@ def train(loaded: Loaded[RunConfig]) -> Outcome:
             shutdown(world)
 
 
-def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog) -> Outcome:
-    directory = config.run_dir / CHECKPOINTS
+def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog, profile: bool) -> Outcome:
     bad_steps = BadSteps(config, world)
     latest, state = bad_steps.checkpoint, bad_steps.state
     ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
-    with closing(log), closing(checkpoint.Saver(world, directory, config.checkpoint, log.note)) as saver:
+    saver = checkpoint.Saver(world, config.run_dir / CHECKPOINTS, config.checkpoint, log.note)
+    tracing = open_trace(config.run_dir, config.metrics, world.rank, state.step, log.note, wanted=profile)
+    with closing(log), closing(saver), tracing as trace:
         faults = FaultList(config.run_dir / FAULTS, world, state.step, log.note)
+        run = _Run(config, world, log, ledger, faults, bad_steps, saver, stop, watchdog, trace)
         if latest:
             log.note(f"going on from {latest} (step {state.step} of {config.total_steps})")
         while True:
             if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             watchdog.begin_start()
-            with _stage_engine(config, state, latest, world, log) as engine:
-                engine.on_phase = watchdog.enter
-                state, stopped = _train_stage(
-                    config, engine, state, log, ledger, faults, bad_steps, stop, watchdog, saver
-                )
+            with _stage_engine(run, state, latest) as engine:
+                state, stopped = _train_stage(run, engine, state)
                 if stopped:
                     return Outcome.STOPPED
-                latest = checkpoint.find_latest(directory)
+                latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
                 if state.step >= config.total_steps:
                     with watchdog.during("evaluation"):
                         finish(config, engine, state, log)
@@ -117,20 +157,19 @@ def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog)
 
 
 @contextmanager
-def _stage_engine(
-    config: RunConfig, state: TrainState, latest: Path | None, world: World, log: Log
-) -> Iterator[Engine]:
+def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator[Engine]:
     """The engine of the state's stage: exactly as it was inside a stage, with weights only at its beginning."""
-    stage = config.stages[state.stage_index]
-    model = build(config, world)
-    engine = Engine(model, NextToken(), stage, config.engine, world)
+    stage = run.config.stages[state.stage_index]
+    model = build(run.config, run.world)
+    engine = Engine(model, NextToken(), stage, run.config.engine, run.world)
+    engine.clock.on_phase = run.watchdog.enter
     try:
         if latest and state.stage_step:
             checkpoint.resume(engine, latest, verified=True)
         elif latest and state.step:
-            log.note(f"stage {stage.name}: {checkpoint.warm_start(engine, latest, verified=True)}")
+            run.log.note(f"stage {stage.name}: {checkpoint.warm_start(engine, latest, verified=True)}")
         if not state.step:
-            log.note(f"precision {engine.precision.name}: {engine.precision.reason}")
+            run.log.note(f"precision {engine.precision.name}: {engine.precision.reason}")
         yield engine
     finally:
         engine.close()
@@ -149,71 +188,65 @@ def build(config: RunConfig, world: World) -> MultimodalModel:
     )
 
 
-def _train_stage(
-    config: RunConfig,
-    engine: Engine,
-    state: TrainState,
-    log: Log,
-    ledger: RunLedger,
-    faults: FaultList,
-    bad_steps: BadSteps,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    saver: checkpoint.Saver,
-) -> tuple[TrainState, bool]:
+def _train_stage(run: _Run, engine: Engine, state: TrainState) -> tuple[TrainState, bool]:
     """Steps until the stage or the run ends, or somebody asks to stop.
 
     Returns:
         The state of the last step, and whether it was the last because of a request to stop. It is saved either way.
     """
-    stage = config.stages[state.stage_index]
-    last = min(state.step + stage.steps - state.stage_step, config.total_steps)
+    config, log = run.config, run.log
+    steps = config.stages[state.stage_index].steps
+    last = min(state.step + steps - state.stage_step, config.total_steps)
+    stage = _open_stage(run, engine, state)
     stopped = False
-    data = config.stage_data(state.stage_index)
-    datasets = [dataset.name for dataset in data.datasets]
-    decode = load_tokenizer(data.tokenizer).decode
-
-    def show(microbatch: MultimodalBatch, limit: int) -> list[CaptionedImage]:
-        return batch_images(microbatch, config.media_spec, decode, limit)
-
-    log.pause()
-    ledger.begin_stage(state.step, state.stage_index)
-    with closing(_open_loader(config, engine.world, state, bad_steps.begin_stage(state))) as loader:
+    log.pause("setup")
+    run.ledger.begin_stage(state.step, state.stage_index)
+    with closing(_open_loader(config, run.world, state, run.bad_steps.begin_stage(state))) as loader:
         batches = iter(loader)
         while state.step < last and not stopped:
-            watchdog.begin_step(state.step + 1)
-            with log.waiting_for_data(), faults.noting_the_end(state.step + 1):
+            run.watchdog.begin_step(state.step + 1)
+            with log.waiting_for_data(), run.faults.noting_the_end(state.step + 1):
                 batch = next(batches)
-            faults.step(state.step + 1, batch.skipped)
-            state = _step(engine, state, batch, stage.name, datasets, log, ledger, bad_steps, show)
-            saver.poll()
-            stopped = stop.should_stop(engine.world)
+            run.faults.step(state.step + 1, batch.skipped)
+            state = _step(run, stage, state, batch)
+            run.trace.step()
+            run.saver.poll()
+            stopped = run.stop.should_stop(run.world)
             if stopped or state.step == last or config.checkpoint.due(state.step):
-                with watchdog.during("checkpoint"):
-                    ledger.write()
-                    saver.save(engine, state, last=stopped or state.step == last)
-                log.pause()
+                with run.watchdog.during("checkpoint"):
+                    run.ledger.write()
+                    run.saver.save(engine, state, last=stopped or state.step == last)
+                log.pause("checkpoint")
     if stopped:
-        log.note(f"stopped at step {state.step} ({stop.reason}) and saved; the same command goes on from here")
+        log.note(f"stopped at step {state.step} ({run.stop.reason}) and saved; the same command goes on from here")
     return state, stopped
 
 
-def _step(
-    engine: Engine,
-    state: TrainState,
-    batch: StepBatch,
-    stage: str,
-    datasets: Sequence[str],
-    log: Log,
-    ledger: RunLedger,
-    bad_steps: BadSteps,
-    show: Show,
-) -> TrainState:
-    report = engine.train_step(batch.microbatches, bad_steps.refuses)
+def _open_stage(run: _Run, engine: Engine, state: TrainState) -> _Stage:
+    data = run.config.stage_data(state.stage_index)
+    decode = load_tokenizer(data.tokenizer).decode
+
+    def show(microbatch: MultimodalBatch, limit: int) -> list[CaptionedImage]:
+        return batch_images(microbatch, run.config.media_spec, decode, limit)
+
+    names = [dataset.name for dataset in data.datasets]
+    peak = device_peak(engine, run.config.metrics.peak_flops)
+    return _Stage(engine.stage.name, engine, names, show, peak)
+
+
+def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> TrainState:
+    """One step; the state after it."""
+    engine, metrics = stage.engine, run.config.metrics
+    engine.clock.memory = due(metrics.memory_every, state.step + 1)
+    report = engine.train_step(
+        batch.microbatches, run.bad_steps.refuses, component_norms=due(metrics.grad_norms_every, state.step + 1)
+    )
     counts = [batch.num_tokens, batch.num_samples, batch.num_cut]
     left_out = fault_counts(batch.skipped)
-    mine = [*counts, *left_out, *totals(batch, report.document_losses, datasets)]
-    tokens, samples, cut, *rest = sum_float(engine.world, mine)
+    mine = [*counts, *step_flops(engine, batch.microbatches), *left_out]
+    mine += totals(batch, report.document_losses, stage.datasets)
+    tokens, samples, cut, model_flops, hardware_flops, *rest = sum_float(run.world, mine)
+    flops = (model_flops, hardware_flops)
     by_kind, by_dataset = rest[: len(left_out)], rest[len(left_out) :]
     if not samples:
         raise DataConfigError(
@@ -228,24 +261,27 @@ def _step(
         samples=state.samples + int(samples),
         loader=batch.state,
     )
-    state = bad_steps.take(state, report)
-    ledger.step(batch, report.document_losses)
-    log.step(
+    state = run.bad_steps.take(state, report)
+    run.ledger.step(batch, report.document_losses)
+    run.log.step(
         state.step,
         report,
         num_tokens=int(tokens),
         num_samples=int(samples),
-        stage=stage,
+        stage=stage.name,
+        ideal_seconds=ideal_seconds(flops, stage.peak, run.world),
         extra={
             "cut_documents": int(cut),
+            **flop_figures(flops),
+            **span_figures(report),
             **fault_figures(by_kind),
-            **figures(datasets, by_dataset),
-            **bad_steps.figures(),
+            **figures(stage.datasets, by_dataset),
+            **run.bad_steps.figures(),
         },
     )
-    if (complaint := bad_steps.act(state, batch, report)) is not None:
-        log.note(complaint)
-    log.images(state.step, functools.partial(show, batch.microbatches[0]))
+    if (complaint := run.bad_steps.act(state, batch, report)) is not None:
+        run.log.note(complaint)
+    run.log.images(state.step, functools.partial(stage.show, batch.microbatches[0]))
     return state
 
 

@@ -24,6 +24,7 @@ from benchmarks.steps.theirs import LEARNING_RATE, TheirEngine
 from benchmarks.steps.twins import fill_from, our_config, their_model, weights_for_ours
 from mmscale.dist import World, init_distributed, shutdown, sum_float
 from mmscale.engine.config import EngineConfig
+from mmscale.optimizer_config import AdamWConfig
 from mmscale.stages import StageConfig
 
 SIDES = ("ours", "hugging face")
@@ -32,8 +33,9 @@ SIDES = ("ours", "hugging face")
 def stage() -> StageConfig:
     """Our side's optimizer; ``theirs.py`` has the same numbers."""
     rates = {"default": LEARNING_RATE}
+    optimizer = AdamWConfig(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
     return StageConfig(
-        name="measured", steps=1000, learning_rate=rates, schedule="constant", weight_decay=0.1, clip=1.0
+        name="measured", steps=1000, learning_rate=rates, schedule="constant", optimizer=optimizer, clip=1.0
     )
 
 

@@ -30,6 +30,9 @@ def local(
     config: Path = _CONFIG,
     overrides: list[str] = _OVERRIDES,
     ranks: int = typer.Option(..., help="Processes to start on this machine: one a GPU, or one a CPU core or two."),
+    profile: bool = typer.Option(
+        False, "--profile", help="Record a few steps (metrics.profile_steps) of each rank as a trace in RUN/profile."
+    ),
 ) -> None:
     """Train on several ranks of this machine (torchrun), resuming if the run folder holds a checkpoint.
 
@@ -41,7 +44,8 @@ def local(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Rank 0 reads the same file and says the same.
         run_dir = _run_dir(config, overrides or [])
-    raise typer.Exit(launch(["train", str(config), *(overrides or [])], ranks, run_dir))
+    words = ["train", str(config), *(overrides or []), *(["--profile"] if profile else [])]
+    raise typer.Exit(launch(words, ranks, run_dir))
 
 
 @app.command(epilog="Example: mmscale launch slurm configs/quickstart.yaml --nodes 2 --gpus-per-node 8 --dry-run")

@@ -18,6 +18,9 @@ def train(
     overrides: list[str] = typer.Argument(
         None, help="Values that win over the file's, for example max_steps=20.", metavar="[KEY=VALUE]..."
     ),
+    profile: bool = typer.Option(
+        False, "--profile", help="Record a few steps (metrics.profile_steps) as a trace in RUN/profile."
+    ),
 ) -> None:
     """Train a model as CONFIG says, or go on where the run folder left off.
 
@@ -30,5 +33,5 @@ def train(
     from mmscale.train import Outcome
     from mmscale.train import train as run
 
-    if run(load(config, overrides or [], RunConfig)) is Outcome.STOPPED:
+    if run(load(config, overrides or [], RunConfig), profile=profile) is Outcome.STOPPED:
         raise typer.Exit(STOPPED)

@@ -11,8 +11,6 @@ gradient is that of the mean over all weighted tokens of the step, at any number
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,13 +23,16 @@ from mmscale.dist import World, agree, is_peer_lost, peer_lost, start_deepspeed,
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.gate import Gate
+from mmscale.engine.gradient_norms import norms_from, square_sums
 from mmscale.engine.graph import LossGraph, ObjectiveLike
 from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import KnowsShards, build_optimizer
 from mmscale.engine.partition import Partition
 from mmscale.engine.precision import Precision, choose_precision
+from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
 from mmscale.engine.units import Undo, gather_whole, recompute
 from mmscale.errors import EngineError
+from mmscale.metrics.memory import peak_memory
 from mmscale.optim import (
     component_of_parameters,
     freeze,
@@ -45,7 +46,7 @@ from mmscale.stages import StageConfig
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did; equal on all ranks but for ``document_losses``.
+    """What one optimizer step did; equal on all ranks but for ``document_losses`` and ``spans``.
 
     Attributes:
         loss: Weighted mean over all tokens of the step on all ranks; NaN or infinite if the step failed.
@@ -56,7 +57,9 @@ class StepReport:
             one without any weight.
         metrics: Weighted means of the objective's metrics.
         document_losses: Of each microbatch of this rank: the weighted loss sum of each document.
+        component_grad_norms: As ``grad_norm``, by trained component; empty unless it was asked for.
         overflow: fp16: the scaled gradient did not fit. The scale falls; the step says nothing about its data.
+        spans: Time and memory of the phases on this rank.
     """
 
     loss: float
@@ -66,7 +69,9 @@ class StepReport:
     applied: bool
     metrics: dict[str, float] = field(default_factory=dict)
     document_losses: tuple[tuple[float, ...], ...] = ()
+    component_grad_norms: dict[str, float] = field(default_factory=dict)
     overflow: bool = False
+    spans: StepSpans = field(default_factory=StepSpans)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Engine:
         model: Usable under ``inference()`` for forward passes and generation, all ranks in lock-step.
         precision: The number format that was chosen, with the reason.
         stage_step: Steps of the stage that were taken, applied or not; the schedules' clock. ``resume`` sets it.
-        on_phase: Told when a step enters ``agreement``, ``forward``, ``backward``, ``update``.
+        clock: Measures the phases of steps, and tells who wants to know which one is entered.
 
     Raises:
         ConfigError: the stage trains a component that the model lacks.
@@ -103,18 +108,20 @@ class Engine:
         self, model: nn.Module, objective: ObjectiveLike, stage: StageConfig, config: EngineConfig, world: World
     ) -> None:
         start_deepspeed(world)
+        watch_deepspeed()
         self.model = model
         self.stage = stage
         self.config = config
         self.world = world
         self.precision: Precision = choose_precision(config, world.device)
         self.stage_step = 0
-        self.on_phase: Callable[[str], None] = lambda phase: None
+        self.clock = StepClock(world.device)
         self._objective = objective
         components: dict[str, list[nn.Module]] = model.components()  # type: ignore[operator]
         freeze(model, components, stage)
         self.trained_components = trained_components(components, stage)
-        self.parameter_counts = _count(model, component_of_parameters(model, components))
+        self._owner = component_of_parameters(model, components)
+        self.parameter_counts = _count(model, self._owner)
         self._undo: list[Undo] = self._arrange_units()
         self._deepspeed = self._start(components)
         self.partition = Partition(model, self._deepspeed, config.zero_stage, world, averaged=stage.ema is not None)
@@ -159,7 +166,11 @@ class Engine:
         return engine
 
     def train_step(
-        self, microbatches: Sequence[Any], refuses: Callable[[float, float], bool] | None = None
+        self,
+        microbatches: Sequence[Any],
+        refuses: Callable[[float, float], bool] | None = None,
+        *,
+        component_norms: bool = False,
     ) -> StepReport:
         """Forward, backward and optimizer step over ``microbatches``. All ranks must call, with equally many.
 
@@ -167,25 +178,26 @@ class Engine:
             microbatches: This rank's part of the step.
             refuses: Asked with loss and gradient norm of the whole step, before anything moves. If any rank's says
                 yes, weights, moments and step counts of all ranks stay as they are.
+            component_norms: Also report the gradient norm of each component, for one more pass over the gradient. The
+                same on all ranks.
 
         Raises:
             EngineError: ranks disagree about the number of microbatches, or a peer is lost.
         """
         rates = learning_rates(self.stage, self.trained_components, self.stage_step)
         self.stage_step += 1
-        self.on_phase("agreement")
         weight = self._global_weight(microbatches)
         if weight == 0:
             # Null packs only: there is nothing to learn, and decay alone must not move the weights.
-            return StepReport(0.0, 0.0, 0.0, rates, applied=False)
+            return StepReport(0.0, 0.0, 0.0, rates, applied=False, spans=self.clock.take())
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         try:
             sums, losses = self._run(microbatches, self.world.world_size / weight)
-            means = self._global_means(sums, weight)
-            self.on_phase("update")
-            refused = self._update(means["loss"], refuses)
-            self.on_phase("agreement")
+            squares = self._square_sums() if component_norms else {}
+            means, squares = self._global_means(sums, weight, squares)
+            loss = means.pop("loss")
+            refused = self._update(loss, refuses)
         except RuntimeError as error:
             if is_peer_lost(error):
                 raise peer_lost(self.world, error) from error
@@ -194,20 +206,33 @@ class Engine:
         applied = finite and not refused
         if applied and self.stage.ema and self.partition.optimizer_steps() % self.stage.ema.every_steps == 0:
             self.partition.update_average(self.stage.ema.decay)
-        norm = float(self._deepspeed.get_global_grad_norm() or 0.0) if finite else math.inf
-        documents = tuple(tuple(part.tolist()) for part in losses)
-        loss = means.pop("loss")
-        overflow = self.precision.name == "fp16" and not finite and math.isfinite(loss)
-        return StepReport(loss, weight, norm, rates, applied, means, documents, overflow)
+        return StepReport(
+            loss,
+            weight,
+            float(self._deepspeed.get_global_grad_norm() or 0.0) if finite else math.inf,
+            rates,
+            applied,
+            means,
+            tuple(tuple(part.tolist()) for part in losses),
+            norms_from(squares),
+            self.precision.name == "fp16" and not finite and math.isfinite(loss),
+            self.clock.take(),
+        )
 
     def _update(self, loss: float, refuses: Callable[[float, float], bool] | None) -> bool:
         """The optimizer's step, unless a rank refuses; whether one did."""
-        if refuses is None:
-            return self._gate.step(None)
-        return self._gate.step(lambda norm: agree(self.world, refuses(loss, norm)))
+
+        def vote(norm: float) -> bool:
+            assert refuses is not None
+            with self.clock.communicating():
+                return agree(self.world, refuses(loss, norm))
+
+        with self.clock.phase(OPTIMIZER):
+            return self._gate.step(None if refuses is None else vote)
 
     def _run(self, microbatches: Sequence[Any], scale: float) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
         """Forward and backward; the gradient is complete and reduced after the last microbatch.
+
 
         Returns:
             Of each microbatch the sums of loss and metrics, and the losses of its documents.
@@ -216,15 +241,21 @@ class Engine:
         documents: list[Tensor] = []
         for index, microbatch in enumerate(microbatches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
-            self.on_phase("forward")
-            loss_sum, metrics, losses = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
+            with self.clock.phase(FORWARD):
+                loss_sum, metrics, losses = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
             sums.append({"loss": loss_sum.detach(), **metrics})
             documents.append(losses)
-            self.on_phase("backward")
-            self._backward(loss_sum, scale)
+            with self.clock.phase(BACKWARD):
+                self._backward(loss_sum, scale)
             if index < len(microbatches) - 1:
                 self._deepspeed.step()  # Not at the boundary: it only counts.
         return sums, documents
+
+    def _square_sums(self) -> dict[str, float]:
+        """This rank's share of the components' squared gradient norms."""
+        names, stage = self.trained_components, self.config.zero_stage
+        with self.clock.phase(OPTIMIZER):
+            return square_sums(self.model, self._owner, names, self._deepspeed.optimizer, stage, self.world)
 
     def _backward(self, loss_sum: Tensor, scale: float) -> None:
         """Scales and differentiates.
@@ -238,7 +269,8 @@ class Engine:
     def _global_weight(self, microbatches: Sequence[Any]) -> float:
         mine = math.fsum(self._objective.weight(microbatch) for microbatch in microbatches)
         count = len(microbatches)
-        weight, total, squares = sum_float(self.world, [mine, count, count * count])
+        with self.clock.communicating():
+            weight, total, squares = sum_float(self.world, [mine, count, count * count])
         # Counts are equal exactly where Cauchy-Schwarz holds with equality; no second message needed.
         if total * total != self.world.world_size * squares or not count:
             raise EngineError(
@@ -247,10 +279,16 @@ class Engine:
             )
         return weight
 
-    def _global_means(self, sums: list[dict[str, Tensor]], weight: float) -> dict[str, float]:
+    def _global_means(
+        self, sums: list[dict[str, Tensor]], weight: float, squares: dict[str, float]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Means of the microbatches' sums and, in the same message, the sums of ``squares``, over all ranks."""
         names = sorted(sums[0])
-        local = torch.stack([torch.stack([part[name].double() for name in names]) for part in sums]).sum(0)
-        return {name: value / weight for name, value in zip(names, sum_float(self.world, local.tolist()), strict=True)}
+        local = torch.stack([torch.stack([part[name].double() for name in names]) for part in sums]).sum(0).tolist()
+        with self.clock.communicating():
+            whole = sum_float(self.world, [*local, *squares.values()])
+        means = {name: value / weight for name, value in zip(names, whole, strict=False)}
+        return means, dict(zip(squares, whole[len(names) :], strict=True))
 
     @contextmanager
     def inference(self, *, ema: bool = False) -> Iterator[nn.Module]:
@@ -287,10 +325,8 @@ class Engine:
 
     def memory_peak_bytes(self) -> int:
         """Largest memory so far: of the device on CUDA, of the process on a CPU."""
-        if self.world.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.world.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        peak = peak_memory()
+        return (peak.device_bytes or 0) if self.world.device.type == "cuda" else peak.rss_bytes
 
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the model and frees the moments. The next stage builds a model of its own."""

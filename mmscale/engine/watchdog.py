@@ -41,7 +41,9 @@ _VERDICT = "verdict.json"
 _TORCH, _DEEPSPEED = "/torch/distributed/distributed_c10d.py", "/deepspeed/comm/"
 _ZERO = "/deepspeed/runtime/zero/partition_parameters.py"
 """Its handles wait for weights that are gathered ahead of time."""
-_PHASES = ("start", "data", "agreement", "forward", "backward", "update")
+_PHASES = ("start", "data", "agreement", "forward", "backward", "optimizer")
+_MEASURES = "/engine/step_clock.py"
+"""It stands around every collective and every phase, and is never the place that somebody looks for."""
 _OURS = ("/mmscale/", "/data_pipeline/", "/tests/", "/benchmarks/")
 
 
@@ -49,7 +51,7 @@ class WatchdogConfig(StrictConfig):
     """How long nothing may move before a run counts as hung. Each limit holds for one phase of one step."""
 
     step_seconds: float | None = Field(default=300.0, gt=0)
-    """Longest wait for data, forward, backward or update; null switches the watchdog off. Less than
+    """Longest wait for data, forward, backward or the optimizer; null switches the watchdog off. Less than
     ``engine.timeout_seconds``, after which a collective fails without telling who was missing."""
     other_seconds: float = Field(default=3600.0, gt=0)
     """The same for what is no step: set-up until the end of the first step, a checkpoint, an evaluation."""
@@ -62,7 +64,7 @@ class Beat:
     Attributes:
         count: Rises with every beat: a rank whose count stands still does not run.
         step: The step it is in.
-        phase: ``start``, ``data``, ``agreement``, ``forward``, ``backward``, ``update``, ``checkpoint`` or
+        phase: ``start``, ``data``, ``agreement``, ``forward``, ``backward``, ``optimizer``, ``checkpoint`` or
             ``evaluation``.
         seconds: For how long.
         collective: Name of the collective that its main thread waits in; empty if it is in none.
@@ -136,7 +138,7 @@ class Watchdog:
         self.enter("agreement")
 
     def _limit(self, phase: str) -> float:
-        is_step = self._warm and phase in ("data", "forward", "backward", "update", "agreement")
+        is_step = self._warm and phase in ("data", "forward", "backward", "optimizer", "agreement")
         return (self._config.step_seconds if is_step else None) or self._config.other_seconds
 
     def _watch(self) -> None:
@@ -234,7 +236,7 @@ def _stand(frame: FrameType | None) -> tuple[str, str]:
             collective = name
         elif _DEEPSPEED in path and name not in ("log_wrapper", "wait"):
             collective = collective or name
-        if any(part in path for part in _OURS) and "/site-packages/" not in path:
+        if any(part in path for part in _OURS) and "/site-packages/" not in path and not path.endswith(_MEASURES):
             short = "/".join(path.split("/")[-2:])
             return collective, f"{short}:{frame.f_lineno} in {name}"
         frame = frame.f_back

@@ -6,14 +6,12 @@ meter.rates() -> Rates                                              (moving aver
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
+from torch.profiler import record_function
 
 
 class MovingAverage:
@@ -96,7 +94,8 @@ class StepMeter:
         """Counts the enclosed time as data wait of the present step."""
         start = self._clock()
         try:
-            yield
+            with record_function("data"):
+                yield
         finally:
             self._data_wait += self._clock() - start
 
@@ -128,19 +127,3 @@ class StepMeter:
             data_wait_share=min(1.0, self._waited.value * per_second),
             eta_seconds=max(0, self._total_steps - self._step) * seconds,
         )
-
-
-@dataclass(frozen=True)
-class PeakMemory:
-    """High-water marks of this process. ``device_bytes`` is None without an accelerator."""
-
-    rss_bytes: int
-    device_bytes: int | None
-
-
-def peak_memory() -> PeakMemory:
-    """The most memory this process has held since it started (host) or since the allocator was reset (device)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rss_bytes = peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes.
-    device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return PeakMemory(rss_bytes, device_bytes)

@@ -11,14 +11,17 @@ Rank 0 writes; every other rank holds a ``NullLog`` with the same methods, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
+from torch.profiler import record_function
 
 from mmscale.metrics.config import MetricsConfig
-from mmscale.metrics.meters import StepMeter, peak_memory
+from mmscale.metrics.goodput import Spent, WallTime
+from mmscale.metrics.memory import peak_memory
+from mmscale.metrics.meters import StepMeter
 from mmscale.metrics.progress import ProgressLine
 from mmscale.metrics.sample_images import CaptionedImage
 from mmscale.metrics.sinks import JsonlSink, TensorBoardSink
@@ -56,6 +59,8 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._config = config
         self._meter = StepMeter(start_step, total_steps, config.smoothing)
+        self._wall_time = WallTime(run_dir, start_step)  # Before the next line, which forgets steps.
+        self._step, self._checkpoint_seconds = start_step, 0.0
         self._jsonl = JsonlSink(run_dir / "metrics.jsonl", start_step)
         self._tensorboard = TensorBoardSink(run_dir / "tensorboard", start_step) if config.tensorboard else None
         self._progress = ProgressLine(
@@ -66,9 +71,12 @@ class RunLog:
         """Counts the enclosed time as data wait of the present step."""
         return self._meter.waiting_for_data()
 
-    def pause(self) -> None:
-        """Call after work that is no step (a checkpoint, an evaluation, a new stage): its time counts for none."""
+    def pause(self, spent: Spent = "other") -> None:
+        """Call after work that is no step: its time counts for none, and in the goodput as ``spent``."""
         self._meter.pause()
+        seconds = self._wall_time.spent(spent, self._step)
+        if spent == "checkpoint":
+            self._checkpoint_seconds += seconds
 
     def step(
         self,
@@ -78,6 +86,7 @@ class RunLog:
         num_tokens: int,
         num_samples: int,
         stage: str,
+        ideal_seconds: float | None = None,
         extra: Mapping[str, float | int] | None = None,
     ) -> None:
         """Writes down a finished step.
@@ -88,6 +97,7 @@ class RunLog:
             num_tokens: Tokens of this step over all ranks.
             num_samples: Samples of this step over all ranks.
             stage: Name of the stage.
+            ideal_seconds: What the model's operations would take at the devices' peak; ``mfu`` is this over the step.
             extra: Further figures under names of their own.
         """
         timing = self._meter.finish_step(num_tokens, num_samples)
@@ -98,14 +108,18 @@ class RunLog:
             "samples": num_samples,
             "seconds": timing.seconds,
             "data_wait_seconds": timing.data_wait_seconds,
+            "checkpoint_seconds": self._checkpoint_seconds,
             "lr": max(report.learning_rates.values(), default=0.0),
             "grad_norm": report.grad_norm,
             "applied": report.applied,
             "peak_rss_bytes": peak_memory().rss_bytes,
             **{f"lr/{name}": value for name, value in sorted(report.learning_rates.items())},
             **{f"metric/{name}": value for name, value in sorted(report.metrics.items())},
+            **({"mfu": ideal_seconds / timing.seconds} if ideal_seconds is not None and timing.seconds else {}),
             **(extra or {}),
+            **self._wall_time.step(timing.seconds, timing.data_wait_seconds),
         }
+        self._step, self._checkpoint_seconds = step, 0.0
         self._jsonl.write({"step": step, "stage": stage, **figures})
         if self._tensorboard is not None and step % self._config.log_every == 0:
             rate = {"tokens_per_second": num_tokens, "samples_per_second": num_samples}
@@ -139,9 +153,9 @@ class NullLog:
     """The same methods, doing nothing: the log of every rank but 0."""
 
     def waiting_for_data(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        return record_function("data")
 
-    def pause(self) -> None:
+    def pause(self, spent: Spent = "other") -> None:
         return None
 
     def step(
@@ -152,6 +166,7 @@ class NullLog:
         num_tokens: int,
         num_samples: int,
         stage: str,
+        ideal_seconds: float | None = None,
         extra: Mapping[str, float | int] | None = None,
     ) -> None:
         return None

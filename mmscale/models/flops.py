@@ -1,17 +1,24 @@
-"""Floating-point operations by formula: what a forward costs, and what a patch costs beside a token.
+"""Floating-point operations by formula: of a forward, of a training step, and of a patch beside a token.
 
 A multiply-add counts as two. Matrix products alone count, as in torch's ``FlopCounterMode``; attention counts the full
 rectangle of queries and keys of a segment, causal or not, so that figures compare with published ones.
+
+A product of the forward pass costs as much again for the gradient of its weights, and once more for that of its inputs,
+each only where it is wanted. A frozen tower has neither; a frozen decoder behind a trained connector has the second.
 
 Source: Kaplan et al. 2020 (arXiv 2001.08361), table 1; PaLM (arXiv 2204.02311), appendix B.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
 import numpy as np
 
 from data_pipeline.batch import MultimodalBatch, Segments
 from mmscale.models.config import (
+    CrossAttentionConnectorConfig,
     DecoderConfig,
     EmbeddingConnectorConfig,
     MlpProjectorConfig,
@@ -22,6 +29,7 @@ from mmscale.models.connectors.cross_attention import cross_attention_shapes, in
 from mmscale.models.decoder import block_mlps
 from mmscale.models.vision import frame_lengths
 from mmscale.nn.attention import AttentionConfig
+from mmscale.nn.block import NormPlacement
 from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.moe import MoeConfig
 
@@ -38,27 +46,162 @@ def cost_per_patch(config: ModelConfig) -> float:
 
 def forward_flops(config: ModelConfig, batch: MultimodalBatch) -> int:
     """Operations of one forward over ``batch`` with logits for every token."""
-    decoder = config.decoder
-    total = batch.segments.total * _decoder_per_token(config)
+    return sum(part.forward for part in _parts(config, batch, batch.segments.total, ()))
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """Operations of a forward and backward.
+
+    Attributes:
+        forward: Of the forward pass; logits only for rows that carry loss.
+        backward: Of the gradients that the trained components want.
+        recomputed: Done a second time by activation checkpointing. They advance nothing, so they are no model's.
+    """
+
+    forward: int
+    backward: int
+    recomputed: int
+
+    @property
+    def model(self) -> int:
+        """What the model needs, however it is computed: the numerator of MFU."""
+        return self.forward + self.backward
+
+    @property
+    def hardware(self) -> int:
+        """What is really computed."""
+        return self.model + self.recomputed
+
+
+def training_flops(
+    config: ModelConfig, batch: MultimodalBatch, trained: Collection[str], *, recompute: bool = False
+) -> TrainingFlops:
+    """Operations of one training step over ``batch``; the optimizer has no products worth counting.
+
+    Args:
+        config: The model.
+        batch: On the host: which rows carry loss is looked up.
+        trained: Components that learn.
+        recompute: Whether ``checkpoint_units()`` are computed again in the backward pass.
+    """
+    parts = list(_parts(config, batch, int(batch.loss_weights.count_nonzero()), trained))
+    return TrainingFlops(
+        sum(part.forward for part in parts),
+        sum(part.backward for part in parts),
+        sum(part.recomputed for part in parts) if recompute else 0,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Products of like standing.
+
+    Attributes:
+        linear: Forward operations of products with a weight.
+        weights: Whether those weights learn.
+        inputs: Whether a gradient of the inputs is wanted.
+        attention: Forward operations of scores and mixing, two products.
+        slopes: Gradients that are wanted of their factors, of four: queries, keys, probabilities, values.
+        again: What checkpointing computes again. It stops at the last value that the backward pass needs, so the last
+            product of a block is often left out.
+    """
+
+    linear: int
+    weights: bool
+    inputs: bool
+    attention: int = 0
+    slopes: int = 0
+    again: int = 0
+
+    @property
+    def forward(self) -> int:
+        return self.linear + self.attention
+
+    @property
+    def backward(self) -> int:
+        return self.linear * (self.weights + self.inputs) + self.attention * self.slopes // 2
+
+    @property
+    def recomputed(self) -> int:
+        return self.again if self.backward else 0
+
+
+def _parts(config: ModelConfig, batch: MultimodalBatch, rows: int, trained: Collection[str]) -> Iterator[_Part]:
+    """Everything that a forward multiplies, with logits of ``rows`` rows."""
+    decoder, connector = config.decoder, config.connector
+    sees = connector is not None and not {"vision", "connector"}.isdisjoint(trained)
+    embeds = not isinstance(connector, CrossAttentionConnectorConfig)
+    # A gradient flows through the decoder from where learned values enter it: its beginning, or where it first attends.
+    early = "decoder" in trained or (sees and embeds)
+    if config.vision is not None and connector is not None:
+        yield from _vision_parts(config, batch, trained)
+        yield from _projector_parts(config, batch.media["image"].items.total, trained)
+    crossing = (
+        []
+        if connector is None or isinstance(connector, EmbeddingConnectorConfig)
+        else insertion_layers(decoder.num_layers, connector.every)
+    )
     queries, keys = batch.segments, batch.segments
     if batch.branched is not None:
         queries, keys = batch.branched.queries, batch.branched.keys
-    total += decoder.num_layers * _rectangles(decoder.attention, decoder.hidden_dim, queries, keys)
-    if config.vision is None or config.connector is None:
-        return total
+    area = _rectangles(decoder.attention, decoder.hidden_dim, queries, keys)
+    tokens, learns, flows = batch.segments.total, "decoder" in trained, early
+    for number, mlp in enumerate(block_mlps(decoder)):
+        if number in crossing:
+            yield from _cross_parts(config, batch, trained, flows)
+            flows = early or sees
+        linear = tokens * (_attention_per_row(decoder.attention, decoder.hidden_dim) + _mlp(mlp, decoder.hidden_dim))
+        tail = tokens * _tail(mlp, decoder.hidden_dim) if decoder.norm_placement is NormPlacement.PRE else 0
+        yield _Part(linear, learns, flows, area, 4 * (learns or flows), linear + area - tail)
+    yield _Part(2 * rows * decoder.hidden_dim * decoder.vocab_size, learns, flows)
+
+
+def _vision_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collection[str]) -> Iterator[_Part]:
     vision, media = config.vision, batch.media["image"]
+    assert vision is not None
+    learns, dim = "vision" in trained, vision.hidden_dim
     frames = Segments.from_lengths(frame_lengths(media.grids, extra=int(vision.class_token)))
-    patches = media.items.total
-    block = _attention_per_row(vision.attention, vision.hidden_dim) + _dense(vision.mlp, vision.hidden_dim)
-    total += patches * _patch_embed(vision) + frames.total * vision.num_layers * block
-    total += vision.num_layers * _rectangles(vision.attention, vision.hidden_dim, frames, frames)
-    total += patches * _projector_per_patch(config)
-    if not isinstance(config.connector, EmbeddingConnectorConfig):
-        attention, _ = cross_attention_shapes(config.connector, decoder)
-        blocks = len(insertion_layers(decoder.num_layers, config.connector.every))
-        total += media.span_keys.total * _cross_per_feature(config)
-        total += blocks * _rectangles(attention, decoder.hidden_dim, media.span_tokens, media.span_keys)
-    return total
+    yield _Part(media.items.total * _patch_embed(vision), learns, False)
+    linear = frames.total * (_attention_per_row(vision.attention, dim) + _dense(vision.mlp, dim))
+    area = _rectangles(vision.attention, dim, frames, frames)
+    tail = frames.total * _tail(vision.mlp, dim) if vision.layer_scale is None else 0
+    for _ in range(vision.num_layers):
+        yield _Part(linear, learns, learns, area, 4 * learns, linear + area - tail)
+
+
+def _projector_parts(config: ModelConfig, patches: int, trained: Collection[str]) -> Iterator[_Part]:
+    assert config.connector is not None
+    learns, norm = "connector" in trained, config.connector.projector.norm != "none"
+    first, *later = (patches * flops // _merge(config) for flops in _projector_per_feature(config))
+    yield _Part(first, learns, "vision" in trained or (learns and norm))
+    yield from (_Part(flops, learns, learns or "vision" in trained) for flops in later)
+
+
+def _cross_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collection[str], flows: bool) -> Iterator[_Part]:
+    """One cross-attention block; ``flows``: whether the stream that enters it wants a gradient."""
+    assert config.connector is not None
+    assert not isinstance(config.connector, EmbeddingConnectorConfig)
+    decoder, media, tokens = config.decoder, batch.media["image"], batch.segments.total
+    attention, mlp = cross_attention_shapes(config.connector, decoder)
+    dim = decoder.hidden_dim
+    learns, seen = "connector" in trained, "vision" in trained or "connector" in trained
+    query = 2 * tokens * dim * attention.num_heads * attention.resolved_head_dim(dim)
+    source = 4 * media.span_keys.total * dim * attention.kv_heads * attention.resolved_head_dim(dim)
+    area = _rectangles(attention, dim, media.span_tokens, media.span_keys)
+    after = query + tokens * _dense(mlp, dim)  # The output projection is as large as the query's.
+    yield _Part(query, learns, learns or flows, again=query)  # The norm before it learns with it.
+    yield _Part(source, learns, seen, again=source)
+    asks = learns or flows
+    slopes = asks + 2 * seen + (asks or seen)
+    yield _Part(after, learns, asks or seen, area, slopes, after + area)
+
+
+def _tail(mlp: DenseMlpConfig | MoeConfig, dim: int) -> int:
+    """The last product of a block's feed-forward, a row, where nothing behind it is kept for the backward pass."""
+    if isinstance(mlp, DenseMlpConfig):
+        return 2 * dim * mlp.hidden_dim
+    return 2 * dim * mlp.shared_dim if mlp.shared_dim and not mlp.shared_gate else 0
 
 
 def _merge(config: ModelConfig) -> int:
@@ -125,10 +268,16 @@ def _vision_per_patch(config: VisionConfig) -> int:
 
 def _projector_per_patch(config: ModelConfig) -> int:
     """Operations per patch; features are fewer by ``merge**2``, and as much wider."""
+    return sum(_projector_per_feature(config)) // _merge(config)
+
+
+def _projector_per_feature(config: ModelConfig) -> list[int]:
+    """Operations of each linear layer for one feature."""
     assert config.vision is not None
     assert config.connector is not None
     projector, dim = config.connector.projector, config.decoder.hidden_dim
+    width = config.vision.feature_dim * _merge(config)
     if isinstance(projector, MlpProjectorConfig):
         hidden = projector.hidden_dim or dim
-        return 2 * config.vision.feature_dim * hidden + 2 * hidden * dim // _merge(config)
-    return 2 * config.vision.feature_dim * dim
+        return [2 * width * hidden, 2 * hidden * dim]
+    return [2 * width * dim]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from data_pipeline.batch import MultimodalBatch
@@ -9,7 +11,7 @@ from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.cross_attention import CrossAttentionConnector
 from mmscale.models.connectors.embedding import EmbeddingConnector
 from mmscale.models.decoder import Decoder, Insertion
-from mmscale.models.flops import forward_flops
+from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
 from mmscale.models.head import LanguageHead
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.outputs import AuxLoss, ModelOutput
@@ -97,3 +99,9 @@ class MultimodalModel(nn.Module):
     def flops(self, batch: MultimodalBatch) -> int:
         """Floating-point operations of one forward with logits for every token; see ``models/flops.py``."""
         return forward_flops(self.config, batch)
+
+    def training_flops(
+        self, batch: MultimodalBatch, trained: Collection[str], *, recompute: bool = False
+    ) -> TrainingFlops:
+        """Operations of a forward and backward in which the components ``trained`` learn."""
+        return training_flops(self.config, batch, trained, recompute=recompute)

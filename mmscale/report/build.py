@@ -21,6 +21,7 @@ import jinja2
 from markupsafe import Markup
 
 from mmscale.errors import ConfigError
+from mmscale.metrics.goodput import Goodput, read_goodput
 from mmscale.metrics.progress import format_count, format_seconds
 from mmscale.metrics.sinks import read_metrics
 from mmscale.report.captions import CaptionRecord, read_captions
@@ -38,6 +39,7 @@ from mmscale.report.curves import (
     thin,
 )
 from mmscale.report.result import RESULT_FILE, binomial_error, write_whole
+from mmscale.report.step_time import goodput_rows, goodput_shares, step_figures, step_rows
 from mmscale.report.svg import Bar, Line, bar_chart, line_chart
 
 REPORT_FILE = "report.html"
@@ -115,6 +117,7 @@ def render(run_dir: Path) -> str:
     """The page as text."""
     records = read_metrics(run_dir / "metrics.jsonl")
     result = _read_result(run_dir)
+    goodput = read_goodput(run_dir)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmscale.report", "."),
         autoescape=True,
@@ -123,6 +126,7 @@ def render(run_dir: Path) -> str:
         lstrip_blocks=True,
     )
     environment.filters["count"] = format_count
+    environment.filters["duration"] = format_seconds
     return environment.get_template("report.html.jinja").render(
         title=run_dir.resolve().name,
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -133,6 +137,8 @@ def render(run_dir: Path) -> str:
         galleries=_galleries(run_dir, read_captions(run_dir)),
         figures=_figures(records),
         throughput=_throughput(records),
+        wall_time=_wall_time(goodput),
+        goodput=goodput_rows(goodput),
         faults=_faults(records),
         memory=_memory(records, result),
         precision=_precision(result),
@@ -244,6 +250,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
             "share of a step spent waiting for the loader",
             _curve(data_wait_percent(records), stages, lambda value: f"{value:.3g}%", colour=4, zero=True),
         ),
+        *(Figure(title, note, chart) for title, note, chart in step_figures(records, stages, _NARROW)),
     ]
 
 
@@ -301,6 +308,7 @@ def _throughput(records: Sequence[Record]) -> list[tuple[str, str]]:
         ("seconds per step, median", f"{statistics.median(seconds):.3g}"),
         ("slowest step", f"{max(seconds):.3g} s"),
         ("waiting for data", f"{100 * _total(records, 'data_wait_seconds') / spent:.1f}%"),
+        *step_rows(records),
     ]
 
 
@@ -321,11 +329,22 @@ def _memory(records: Sequence[Record], result: Mapping[str, Any]) -> list[tuple[
     rows = [(f"rank {rank}, host", _bytes(size)) for rank, size in enumerate(memory.get("rss_bytes") or ())]
     rows += [(f"rank {rank}, device", _bytes(size)) for rank, size in enumerate(memory.get("device_bytes") or ())]
     peaks = [value for record in records if (value := finite(record.get("peak_rss_bytes")))]
-    return rows or ([("rank 0, host", _bytes(max(peaks)))] if peaks else [])
+    rows = rows or ([("rank 0, host", _bytes(max(peaks)))] if peaks else [])
+    for phase in ("forward", "backward", "optimizer"):
+        marks = [value for record in records if (value := finite(record.get(f"{phase}_peak_bytes")))]
+        rows += [(f"rank 0, in {phase}", _bytes(max(marks)))] if marks else []
+    return rows
 
 
 def _bytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _wall_time(goodput: Goodput | None) -> list[Share]:
+    return [
+        Share(name, round(seconds), 100 * share, number % 5 + 1)
+        for number, (name, seconds, share) in enumerate(goodput_shares(goodput))
+    ]
 
 
 def _shares(result: Mapping[str, Any]) -> list[Share]:

@@ -60,6 +60,23 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Efficiency:
+    """What was computed, and how well the devices were used.
+
+    Attributes:
+        mfu: Model operations of the steps over what the devices could have done in their time; None without a peak.
+        peak_flops: Operations a second of one rank's device; None where no figure is known.
+        peak_source: Where the peak comes from, or why there is none.
+        model_flops: Operations of all steps, over all ranks.
+    """
+
+    mfu: float | None
+    peak_flops: float | None
+    peak_source: str
+    model_flops: int
+
+
+@dataclass(frozen=True)
 class RunResult:
     """Everything ``result.json`` holds.
 
@@ -76,6 +93,8 @@ class RunResult:
         samples: Samples trained on.
         memory: Peak memory.
         machine: What the run ran on, in words.
+        efficiency: Operations and their share of the devices' peak.
+        goodput: ``metrics.goodput.Goodput`` as a mapping: where the wall time of all starts went.
         finished: False if the run stopped before its last step.
     """
 
@@ -91,6 +110,8 @@ class RunResult:
     samples: int = 0
     memory: Memory | None = None
     machine: str = ""
+    efficiency: Efficiency | None = None
+    goodput: Mapping[str, float | int] | None = None
     finished: bool = True
 
     def to_json(self) -> dict[str, Any]:

@@ -184,6 +184,61 @@ def _path(line: Line, frame: _Frame) -> str:
     return f'<polyline class="{kind} c{line.colour}" points="{steps}"/>'
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One part of a whole over steps, as shares in [0, 1]. ``colour`` is the number of a page colour (1 to 5)."""
+
+    label: str
+    points: Sequence[Point]
+    colour: int
+
+
+def stacked_chart(layers: Sequence[Layer], stages: Sequence[StageMark], *, width: int, height: int = 230) -> Markup:
+    """Shares of a whole, one on top of the other; all layers have the same steps.
+
+    Args:
+        layers: From the bottom up; together at most 1 at each step.
+        stages: Labelled above where there are several.
+        width: Of the drawing, user units; the page scales it.
+        height: The same.
+    """
+    if not layers or not layers[0].points:
+        return Markup('<p class="empty">Nothing recorded yet.</p>')
+    steps = [step for step, _ in layers[0].points]
+    frame = _Frame(steps[0], steps[-1], 0.0, 1.0, _LEFT, width - _RIGHT, _TOP, height - _BOTTOM)
+    below = [0.0] * len(steps)
+    areas, lines = [], []
+    for layer in layers:
+        above = [low + share for low, (_, share) in zip(below, layer.points, strict=True)]
+        areas.append(_area(layer.colour, steps, below, above, frame))
+        shown = zip(layer.points, above, strict=True)
+        points = [[int(step), f"{100 * share:.1f}%", round(frame.y(top), 1)] for (step, share), top in shown]
+        lines.append({"label": layer.label, "colour": layer.colour, "points": points})
+        below = above
+    data = json.dumps(
+        {"x": [frame.left, frame.right], "steps": [steps[0], steps[-1]], "lines": lines}, ensure_ascii=False
+    )
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" data-chart="{escape(data)}">',
+        *areas,
+        *_stage_bands(stages, frame),
+        *_axes(frame, lambda value: f"{100 * value:.0f}%"),
+        '<g class="pointer"></g></svg>',
+    ]
+    return Markup("".join(parts) + _legend([Line(layer.label, layer.points, layer.colour) for layer in layers]))
+
+
+def _area(colour: int, steps: Sequence[float], below: Sequence[float], above: Sequence[float], frame: _Frame) -> str:
+    if len(steps) == 1:  # A single step is drawn as wide as the chart.
+        ends = [frame.left, frame.right]
+        below, above = [*below, *below], [*above, *above]
+    else:
+        ends = [frame.x(step) for step in steps]
+    there = [f"{x:.1f},{frame.y(y):.1f}" for x, y in zip(ends, above, strict=True)]
+    back = [f"{x:.1f},{frame.y(y):.1f}" for x, y in zip(ends, below, strict=True)][::-1]
+    return f'<polygon class="layer a{colour}" points="{" ".join([*there, *back])}"/>'
+
+
 def _legend(lines: Sequence[Line]) -> str:
     items = "".join(f'<span><i class="key k{line.colour}"></i>{escape(line.label)}</span>' for line in lines)
     return f'<div class="legend">{items}</div>'

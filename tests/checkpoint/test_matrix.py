@@ -9,7 +9,7 @@ import pytest
 from tests.checkpoint.matrix_programs import CASES
 from tests.engine.ranks import run_ranks
 
-pytestmark = [pytest.mark.dist, pytest.mark.resume, pytest.mark.slow]
+pytestmark = [pytest.mark.dist, pytest.mark.resume, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 WORLDS = (1, 2, 3, 4)
 TOLERANCE = {"fp32": 2e-6, "bf16": 5e-3}

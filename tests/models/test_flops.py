@@ -9,10 +9,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_pipeline.batch import MultimodalBatch
+from mmscale.engine.units import recompute
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.flops import cost_per_patch
+from mmscale.models.multimodal import MultimodalModel
+from mmscale.objectives.next_token import NextToken
+from mmscale.optim import freeze
+from mmscale.stages import StageConfig
 from tests.models.packs import image_document, pack
-from tests.models.tiny import CONNECTORS, DENSE, LEARNED, MOE, VOCAB, config
+from tests.models.test_branches import QUESTIONS, batch_of, build
+from tests.models.tiny import CONNECTORS, DENSE, LEARNED, MOE, VISION, VOCAB, config
 
 WIDE = {"attention": {"num_heads": 8, "num_kv_heads": 4}, "hidden_dim": 64}
 EVERY_SECOND = {**MOE, "every": 2, "dense": DENSE}
@@ -54,3 +61,54 @@ def test_cost_of_a_patch_is_its_share_of_the_products() -> None:
     assert cost_per_patch(settings) == pytest.approx(patch / token, rel=0.01)
     assert media_spec(settings).cost_per_patch == cost_per_patch(settings)
     assert cost_per_patch(config(None)) == 0
+
+
+TRAINED = [["vision"], ["connector"], ["decoder"], ["vision", "connector"], ["vision", "decoder"]]
+TRAINED += [["connector", "decoder"], ["vision", "connector", "decoder"]]
+POST = {"norm_placement": "post"}
+SHARED = {**MOE, "shared_gate": False}
+MIDDLE = {**VISION, "num_layers": 3, "feature_layers": [0, 2], "last_output": False, "post_norm": False}
+SCALED = {**LEARNED, "layer_scale": 0.1}
+MODELS: list[tuple[str | None, dict[str, Any]]] = [
+    *((kind, {}) for kind in (None, *CONNECTORS)),
+    ("embedding", {"mlp": MOE, "vision": SCALED}),
+    ("hybrid", {"mlp": EVERY_SECOND, **POST}),
+    ("cross_attention", {"mlp": SHARED, "vision": MIDDLE}),
+]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("kind", "variant"), MODELS)
+def test_a_training_step_equals_the_counter(kind: str | None, variant: dict[str, Any], checkpointing: bool) -> None:
+    """Whatever is frozen."""
+    settings = config(kind, **{**WIDE, **variant})
+    spec = media_spec(settings)
+    views = [] if kind is None else [(2, 4), (2, 4)]
+    batch = pack([image_document(spec, n, 40, views, VOCAB, null=n == 2) for n in range(3)], spec)
+    for trained in TRAINED if kind is not None and not variant else TRAINED[-1:]:
+        trained = trained if kind is not None else ["decoder"]
+        net = build_model(settings)
+        counted = _counted_step(net, batch, trained, checkpointing)
+        flops = net.training_flops(batch, trained, recompute=checkpointing)
+        assert flops.hardware == pytest.approx(counted, rel=0.01), trained
+        assert flops.model == net.training_flops(batch, trained).hardware
+        assert (flops.recomputed > 0) == checkpointing
+
+
+def test_a_training_step_over_branches_equals_the_counter() -> None:
+    net = build_model(config("hybrid", **WIDE))
+    # Branches of one length, so that the kernel pads nothing.
+    batch = batch_of([build(media_spec(net.config), QUESTIONS[:1] * 3)] * 2, media_spec(net.config))
+    assert batch.branched is not None
+    counted = _counted_step(net, batch, ["vision", "connector", "decoder"], False)
+    assert net.training_flops(batch, ["vision", "connector", "decoder"]).model == pytest.approx(counted, rel=0.01)
+
+
+def _counted_step(net: MultimodalModel, batch: MultimodalBatch, trained: list[str], checkpointing: bool) -> int:
+    freeze(net, net.components(), StageConfig(name="s", steps=1, train=tuple(trained)))
+    undo = recompute(net.checkpoint_units()) if checkpointing else None
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        NextToken()(net, batch).loss_sum.backward()
+    if undo:
+        undo()
+    return counter.get_total_flops()

@@ -1,0 +1,77 @@
+"""The gradient of each component after backward and before the step, from what each rank holds of it.
+
+    this rank's part of the averaged gradient --squares by component--> (sum over ranks) --root--> norm before clipping
+
+For: one pass over gradients, on the steps that ask for it. Not for: clipping (DeepSpeed does it by the global norm).
+
+DeepSpeed offers a gathered gradient of one parameter at a time, a message each. What it holds between backward and step
+was read in version 0.19: stages 1 to 3 a list of tensors for each optimizer group, with an offloaded optimizer (and at
+stage 1 in bf16) one flat tensor a group, stage 0 the parameters' own ``grad``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmscale.dist import World
+
+
+def square_sums(
+    model: nn.Module, owner: Mapping[str, str], components: Iterable[str], optimizer: Any, zero_stage: int, world: World
+) -> dict[str, float]:
+    """This rank's share of the squared norms; their sums over the ranks are those of the whole gradient.
+
+    Args:
+        model: The bare model.
+        owner: Component of each parameter, by parameter name.
+        components: The trained ones; each gets an entry on every rank, in this order.
+        optimizer: What DeepSpeed made of the optimizer.
+        zero_stage: 0-3.
+        world: This rank.
+    """
+    squares = dict.fromkeys(components, 0.0)
+    held = _replicated(model, owner, world) if zero_stage == 0 else _partitioned(optimizer, zero_stage)
+    for component, gradients in held:
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+            squares[component] += float(norms.double().square().sum())
+    scale = float(getattr(optimizer, "loss_scale", 1.0) or 1.0)
+    return {component: value / scale**2 for component, value in squares.items()}
+
+
+def norms_from(squares: Mapping[str, float]) -> dict[str, float]:
+    """Norms from sums over all ranks; infinite where a gradient was not finite."""
+    return {name: math.sqrt(value) if math.isfinite(value) else math.inf for name, value in squares.items()}
+
+
+def _replicated(model: nn.Module, owner: Mapping[str, str], world: World) -> Iterator[tuple[str, list[Tensor]]]:
+    """Stage 0: every rank holds all of it, so one rank counts."""
+    if not world.is_main:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            yield owner[name], [parameter.grad]
+
+
+def _partitioned(optimizer: Any, zero_stage: int) -> Iterator[tuple[str, list[Tensor]]]:
+    groups = optimizer.optimizer.param_groups
+    if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # Stage 1 in bf16 has an optimizer of its own.
+        for group, part in zip(groups, optimizer.fp32_groups_gradient_flat_partition, strict=True):
+            yield group["component"], [part]
+        return
+    if zero_stage == 3:
+        masters = optimizer.fp32_partitioned_groups_flat
+        numbers = [optimizer.sub_group_to_group_id[index] for index in range(len(masters))]
+        offloaded = optimizer.offload_optimizer
+    else:
+        masters = optimizer.single_partition_of_fp32_groups
+        numbers = list(range(len(masters)))
+        offloaded = optimizer.cpu_offload
+    for index, number in enumerate(numbers):
+        held = [masters[index].grad] if offloaded else optimizer.averaged_gradients.get(index)
+        yield groups[number]["component"], [gradient for gradient in held or () if gradient is not None]

@@ -1,0 +1,89 @@
+"""A trace of a few steps: every operation of every thread, to be looked at in a viewer.
+
+    with open_trace(...) as trace:
+        for each step: ...; trace.step()        -->  RUN/profile/rank-00000-steps-4-6.json
+
+The phases of ``engine.step_clock`` and the wait for data are ranges in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import profiler
+
+from mmscale.errors import MMScaleError
+from mmscale.metrics.config import MetricsConfig
+
+PROFILE = "profile"
+
+
+class Trace(Protocol):
+    """What the step loop tells."""
+
+    def step(self) -> None:
+        """A step has ended."""
+
+
+class _NoTrace:
+    def step(self) -> None:
+        return None
+
+
+@contextmanager
+def open_trace(
+    run_dir: Path, config: MetricsConfig, rank: int, start_step: int, note: Callable[[str], None], *, wanted: bool
+) -> Iterator[Trace]:
+    """Records the steps that ``config`` names, of this rank, if ``wanted``.
+
+    Args:
+        run_dir: The run folder.
+        config: ``profile_after_steps`` steps of this start pass first, the last of them warms the profiler up.
+        rank: Of this process; each rank writes a file of its own.
+        start_step: Steps done before.
+        note: Prints a line on the terminal.
+        wanted: Whether anything is recorded at all.
+
+    Raises:
+        MMScaleError: the trace cannot be written.
+    """
+    if not wanted:
+        yield _NoTrace()
+        return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # Or it prints lines of its own at start and stop.
+    first = start_step + config.profile_after_steps + 1
+    written: list[Path] = []
+
+    def write(recorded: profiler.profile) -> None:
+        last = start_step + recorded.step_num
+        if last >= first:
+            written.append(_export(recorded, run_dir / PROFILE, f"rank-{rank:05d}-steps-{first}-{last}.json"))
+            note(f"wrote the trace of steps {first} to {last}: {written[0]} (open it in https://ui.perfetto.dev)")
+
+    schedule = profiler.schedule(wait=config.profile_after_steps - 1, warmup=1, active=config.profile_steps, repeat=1)
+    with profiler.profile(activities=_activities(), schedule=schedule, on_trace_ready=write) as recorded:
+        yield recorded
+    if not written:
+        note(f"no trace was written: the run ended before step {first} (metrics.profile_after_steps)")
+
+
+def _activities() -> list[Any]:
+    kinds = [profiler.ProfilerActivity.CPU]
+    return [*kinds, profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else kinds
+
+
+def _export(recorded: profiler.profile, folder: Path, name: str) -> Path:
+    """Written beside and renamed: a trace that has its name is whole."""
+    path, beside = folder / name, folder / f".{name}"
+    try:
+        folder.mkdir(exist_ok=True)
+        recorded.export_chrome_trace(str(beside))
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        raise MMScaleError(f"the trace cannot be written: {path}: {error}") from error
+    return path
