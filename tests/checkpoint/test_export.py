@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mmscale.checkpoint import list_checkpoints, load_weights
 from mmscale.checkpoint.export import INDEX, export_weights
+from mmscale.checkpoint.foreign.layouts import MOMENTS
 from mmscale.checkpoint.manifest import FORMAT, MANIFEST, Manifest, seal
 from mmscale.checkpoint.reshard import CheckpointReader
 from mmscale.checkpoint.share import Piece, RankShare
 from mmscale.cli.main import main
 from mmscale.config import load
 from mmscale.durable.files import write_share
-from mmscale.engine.partition import MOMENTS
 from mmscale.errors import CheckpointError
 from mmscale.models.build import build_model
 from mmscale.run_config import RunConfig

@@ -21,10 +21,10 @@ def beat(step: int, phase: str, seconds: float, collective: str = "", place: str
 
 
 def test_the_sentence_blames_who_does_not_wait() -> None:
-    beats = [beat(41, "optimizer", 60, "all_reduce"), beat(41, "data", 61), beat(41, "update", 60, "all_reduce")]
+    beats = [beat(41, "optimizer", 60, "all_reduce"), beat(41, "data", 61), beat(41, "optimizer", 60, "all_reduce")]
     assert explain(beats, []) == (
         "rank 1 has been in data of step 41 for 61 s (at a.py:1 in f) "
-        "while ranks 0, 2 wait for it in all_reduce of step 41 (update)"
+        "while ranks 0, 2 wait for it in all_reduce of step 41 (optimizer)"
     )
 
 
@@ -38,7 +38,7 @@ def test_the_sentence_blames_first_who_does_not_run() -> None:
 
 def test_where_all_wait_for_each_other_the_last_one_is_named() -> None:
     beats = [beat(8, "agreement", 60, "all_reduce"), beat(7, "optimizer", 60, "reduce_scatter")]
-    assert explain(beats, []).startswith("rank 1 has been in update of step 7 for 60 s, in reduce_scatter")
+    assert explain(beats, []).startswith("rank 1 has been in optimizer of step 7 for 60 s, in reduce_scatter")
 
 
 def test_alone_it_says_where_it_stands() -> None:

@@ -41,6 +41,7 @@ def spikes(norms: list[float]) -> list[bool]:
 
 @pytest.mark.resume
 @pytest.mark.dist
+@pytest.mark.slow
 def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(make_run: MakeRun) -> None:
     words = (f"max_steps={STEPS}", f"bad_steps={{{STRICT}}}")
     run = make_run("whole", 2, *words)

@@ -11,13 +11,13 @@ takes memory when its values are touched, and none can be larger than the file.
 
 from __future__ import annotations
 
-import pickle
-import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from pickletools import genops
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ _ALLOWED = frozenset(
 )
 _DAMAGE = (
     RuntimeError,
-    pickle.UnpicklingError,
+    UnpicklingError,
     OSError,
     EOFError,
     ValueError,
@@ -121,7 +121,7 @@ def _named_classes(path: Path) -> set[str]:
             (pickled,) = (entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
             text = archive.read(pickled)
         found = set()
-        for opcode, argument, _ in pickletools.genops(text):
+        for opcode, argument, _ in genops(text):
             if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
                 raise CheckpointError(f"{path} uses the pickle operation {opcode.name}; torch.save writes none")
             if opcode.name == "GLOBAL":
