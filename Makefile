@@ -27,7 +27,7 @@ quickstart: setup ## Train a small vision-language model on bundled data: two ra
 	@echo "Done. Open runs/quickstart/report.html"
 
 test: setup ## Run the tests that need neither a GPU, a cluster nor patience
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not slurm"
 
 test-all: setup ## Run every test this machine can run
 	$(BIN)/python -m pytest -q

@@ -86,8 +86,9 @@ class Writer:
             WriteError: it failed, or is dead.
         """
         assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], wait_seconds)
-        if not ready:
+        mouth = select.poll()  # ``select`` itself knows no handle above 1023.
+        mouth.register(self._process.stdout, select.POLLIN)
+        if not mouth.poll(None if wait_seconds is None else wait_seconds * 1000):
             return None
         line = self._process.stdout.readline()
         if not line.endswith(b"\n"):
