@@ -167,7 +167,7 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
         if latest and state.stage_step:
             checkpoint.resume(engine, latest, verified=True)
         elif latest and state.step:
-            run.log.note(f"stage {stage.name}: {checkpoint.warm_start(engine, latest, verified=True)}")
+            run.log.note(f"stage {stage.name}: {checkpoint.warm_start(engine, latest)}")
         if not state.step:
             run.log.note(f"precision {engine.precision.name}: {engine.precision.reason}")
         yield engine

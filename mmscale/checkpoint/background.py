@@ -11,7 +11,6 @@ the next step and ends the run there. A crash at any moment leaves a half-writte
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,28 +36,11 @@ _SPARE = 1.02
 """The memory is larger than the first share by this: the notes of later ones may be a little longer."""
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What a save cost.
-
-    Attributes:
-        path: The checkpoint.
-        stall_seconds: How long training waited for it.
-        durable_seconds: From the start of the save until it was seen to be whole on the disk.
-    """
-
-    path: Path
-    stall_seconds: float
-    durable_seconds: float
-
-
 @dataclass
 class _InFlight:
     """A save between ``save`` and the ``poll`` that ends it; the same on all ranks but for ``answer``."""
 
     place: Place
-    started: float
-    stall_seconds: float
     closing: bool = False
     """Whether all ranks' files are written and rank 0 closes the checkpoint."""
     answer: Any = None
@@ -85,8 +67,6 @@ class Saver:
         self._writer: Writer | None = None
         self._pinned: Tensor | None = None
         self._in_flight: _InFlight | None = None
-        self.last: Saved | None = None
-        """The last save that ended."""
 
     def save(self, engine: Engine, state: TrainState, *, last: bool = False) -> None:
         """Begins to write ``step-N``. All ranks must call.
@@ -99,21 +79,18 @@ class Saver:
         Raises:
             CheckpointError: this save could not begin, or the one before could not be written.
         """
-        started = time.perf_counter()
         if self._in_flight is not None and self._config.when_busy == "skip" and not last:
             self._note(f"step {state.step} is not saved: {self._in_flight.place.final.name} is still being written")
             return
         self.wait()
         if not self._config.background:
-            path = save(engine, state, self._directory, self._config)
-            seconds = time.perf_counter() - started
-            self.last = Saved(path, seconds, seconds)
+            save(engine, state, self._directory, self._config)
             return
         place = begin(engine, state, self._directory)
         if place is None:
             return
         together(self._world, place, lambda: self._hand_over(place, share_of(engine, state)))
-        self._in_flight = _InFlight(place, started, time.perf_counter() - started)
+        self._in_flight = _InFlight(place)
         if last:
             self.wait()
 
@@ -171,13 +148,8 @@ class Saver:
         Raises:
             CheckpointError: a rank could not write.
         """
-        started = time.perf_counter()
-        before = self._in_flight
         while self._in_flight is not None:
             self._advance(_POLL_SECONDS)
-        if before is not None and self.last is not None:
-            waited = time.perf_counter() - started
-            self.last = Saved(self.last.path, self.last.stall_seconds + waited, self.last.durable_seconds)
 
     def _advance(self, patience_seconds: float) -> None:
         flight = self._in_flight
@@ -194,8 +166,6 @@ class Saver:
             self._close(flight)
         elif vote == _DONE:
             self._in_flight = None
-            seconds = time.perf_counter() - flight.started
-            self.last = Saved(flight.place.final, flight.stall_seconds, seconds)
 
     def _look(self, flight: _InFlight, patience_seconds: float) -> str | None:
         """Takes the writer's answer if it has one; what it complains of."""

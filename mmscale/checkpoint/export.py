@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from mmscale.checkpoint.manifest import PARTIAL, rank_files
+from mmscale.checkpoint.manifest import PARTIAL
 from mmscale.checkpoint.reshard import CheckpointReader, verify
-from mmscale.checkpoint.share import FORMAT_NAMES
+from mmscale.checkpoint.share import file_header
 from mmscale.durable.files import sync_folder, write_file
 from mmscale.errors import CheckpointError
 
@@ -149,12 +148,7 @@ def _entries(reader: CheckpointReader, weights: Weights, dtype: torch.dtype) -> 
 
 
 def _require_averages(reader: CheckpointReader) -> None:
-    averaged = {
-        key.removesuffix("|ema")
-        for rank in range(reader.manifest.world_size)
-        for key in safe_open(reader.path / rank_files(rank)[0], "pt").keys()  # noqa: SIM118 - it is no mapping
-        if key.endswith("|ema")
-    }
+    averaged = {key.removesuffix("|ema") for notes in reader.notes for key in notes.tensors if key.endswith("|ema")}
     lacking = [name for name, entry in reader.manifest.parameters.items() if entry.trained and name not in averaged]
     if not averaged:
         raise CheckpointError(
@@ -200,19 +194,7 @@ def _write_json(path: Path, value: object) -> None:
 
 def _stream(reader: CheckpointReader, entries: list[_Entry]) -> Iterator[memoryview]:
     """A safetensors file, piece by piece."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        end = offset + entry.num_bytes
-        header[entry.name] = {
-            "dtype": FORMAT_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield memoryview(len(text).to_bytes(8, "little") + text)
+    yield memoryview(file_header(((entry.name, entry.dtype, entry.shape) for entry in entries), {"format": "pt"}))
     for entry in entries:
         for values in _values(reader, entry):
             yield values.view(torch.uint8).numpy().data

@@ -154,19 +154,17 @@ def _beside(optimizer: str, ema: bool) -> str:
     return f"the state of {optimizer} and {'an' if ema else 'no'} average of the weights"
 
 
-def warm_start(engine: Engine, path: Path, *, verified: bool = False) -> LoadReport:
+def warm_start(engine: Engine, path: Path) -> LoadReport:
     """Takes over the weights that fit, and nothing else: moments and schedule start anew. All ranks must call.
 
     Args:
         engine: Before its first step.
         path: Checkpoint folder.
-        verified: ``choose`` has read it already.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or no parameter fits.
     """
-    if not verified:
-        verify_together(engine.world, path)
+    verify_together(engine.world, path)
     try:
         with CheckpointReader(path) as reader:
             report = _match(engine.model, reader)

@@ -12,7 +12,6 @@ abandoned (they lie behind a point that was gone back from, and do not know of i
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +22,13 @@ from data_pipeline.shards.files import write_whole
 from data_pipeline.state import LoaderState
 from data_pipeline.strict import StrictConfig
 from mmscale.checkpoint.manifest import (
-    PARTIAL,
     TrainState,
     is_whole,
     list_checkpoints,
     read_manifest,
     read_state,
 )
+from mmscale.durable.files import remove_folder
 from mmscale.errors import CheckpointError
 
 FILE = "roll_backs.json"
@@ -174,9 +173,7 @@ def remove_abandoned(checkpoints: Path, roll_backs: Sequence[RollBack]) -> None:
     """
     for path in list_checkpoints(checkpoints):
         if is_abandoned(path, roll_backs):
-            leftover = path.with_name(path.name + PARTIAL)
-            path.rename(leftover)
-            shutil.rmtree(leftover)
+            remove_folder(path)
 
 
 def settled(state: TrainState, roll_backs: Sequence[RollBack]) -> tuple[list[RollBack], TrainState]:

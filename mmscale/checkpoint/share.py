@@ -10,7 +10,8 @@ share need exist.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class RankShare:
     @classmethod
     def of(cls, rank: int, pieces: list[Piece], loader: str | None, random_state: dict[str, str]) -> RankShare:
         """Lays out ``pieces`` in a file."""
-        header = _header(pieces)
+        header = file_header((piece.key, piece.values.dtype, piece.values.shape) for piece in pieces)
         tensors, offset = {}, len(header)
         for key, start, values, whole in pieces:
             stop, dtype = start + values.numel(), FORMAT_NAMES[values.dtype]
@@ -89,16 +90,15 @@ def flat_bytes(values: Tensor) -> Tensor:
     return values.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def _header(pieces: list[Piece]) -> bytes:
-    entries: dict[str, object] = {}
+def file_header(
+    tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: dict[str, str] | None = None
+) -> bytes:
+    """First bytes of a safetensors file whose tensors, by name, number format and shape, follow one another."""
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     offset = 0
-    for key, _, values, _ in pieces:
-        end = offset + values.nbytes
-        entries[key] = {
-            "dtype": FORMAT_NAMES[values.dtype],
-            "shape": list(values.shape),
-            "data_offsets": [offset, end],
-        }
+    for key, dtype, shape in tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[key] = {"dtype": FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

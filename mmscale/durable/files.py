@@ -76,7 +76,7 @@ def publish(partial: Path, final: Path, last: tuple[str, str], doomed: Iterable[
         partial: The folder, with every other file in it, synced.
         final: Its name once it is whole.
         last: Name and text of the last file.
-        doomed: Folders to remove. Each is renamed first: one that is half removed must not look whole.
+        doomed: Folders to remove.
 
     Raises:
         OSError: the disk is full, or the like.
@@ -87,9 +87,18 @@ def publish(partial: Path, final: Path, last: tuple[str, str], doomed: Iterable[
     partial.rename(final)
     sync_folder(final.parent)
     for path in doomed:
-        leftover = path.with_name(path.name + ".partial")
-        path.rename(leftover)
-        shutil.rmtree(leftover)
+        remove_folder(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder that looks whole. It is renamed first: one that is half removed must not look so.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    leftover = path.with_name(path.name + ".partial")
+    path.rename(leftover)
+    shutil.rmtree(leftover)
 
 
 def sync_folder(path: Path) -> None:
