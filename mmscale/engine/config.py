@@ -42,6 +42,9 @@ class EngineConfig(StrictConfig):
     persistent_parameter_elements: int = Field(default=0, ge=0)
     """Stage 3 keeps parameters of fewer values than this whole on every rank. Each then costs a message of its own
     after every step, while the others travel a block at a time."""
+    live_parameter_elements: int = Field(default=1_000_000_000, ge=0)
+    """Stage 3 leaves up to this many values whole between forward and backward pass. Fewer take less memory, and what
+    was let go is gathered again; 0 holds the weights of one block at a time."""
     overlap_communication: bool = True
     """Reduce gradients while the backward pass goes on (CUDA; gloo has no streams to overlap)."""
 
