@@ -49,6 +49,16 @@ class EngineConfig(StrictConfig):
     """Reduce gradients while the backward pass goes on (CUDA; gloo has no streams to overlap)."""
 
     @model_validator(mode="after")
+    def _check_watchdog(self) -> EngineConfig:
+        seconds = self.watchdog.limits(self.timeout_seconds).step
+        if seconds is not None and seconds >= self.timeout_seconds:
+            raise ValueError(
+                f"watchdog.step_seconds={seconds:g} must be less than timeout_seconds={self.timeout_seconds:g}: a "
+                "collective that times out first does not tell which rank was missing"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_stage(self) -> EngineConfig:
         if self.precision == "fp16" and self.zero_stage == 0:
             # DeepSpeed 0.19.8 divides gradients by a scale there that it has not multiplied the loss with.
