@@ -13,7 +13,7 @@ from tests.system.conftest import TINY, MakeRun
 
 STEPS = 20
 MIXED = Path(__file__).with_name("mixed.yaml")
-"""Images, interleaved documents and text, so that packs differ in length and some have no image."""
+"""Images, interleaved documents and text, so that packs differ in length and some have no image. With dropout."""
 
 
 def test_the_mixture_has_steps_in_which_one_rank_has_no_image() -> None:
