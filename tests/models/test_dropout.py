@@ -18,7 +18,7 @@ from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn import dropout
 from mmscale.nn.dropout import step_key
 from mmscale.objectives.next_token import NextToken
-from tests.models.packs import image_document, pack, text_document
+from tests.models.packs import image_document, in_lane, pack, text_document
 from tests.models.tiny import CONNECTORS, MOE, VOCAB, model
 
 KINDS = [None, *CONNECTORS]
@@ -31,8 +31,7 @@ def lane(net: MultimodalModel, number: int, key: int | None = KEY) -> Multimodal
     docs = [text_document(number, 3 + 2 * number, VOCAB)]
     if net.config.connector is not None:
         docs.append(image_document(spec, number, 4, [(2, 2), (4, 2)], VOCAB))
-    batch = pack(docs, spec)
-    return replace(batch, lanes=(number,), lane_tokens=(batch.segments.total,), dropout_key=key)
+    return in_lane(pack(docs, spec), number, key)
 
 
 def together(net: MultimodalModel, batches: list[MultimodalBatch]) -> MultimodalBatch:
