@@ -87,7 +87,7 @@ class Dropout:
     def __call__(self, values: Float[Tensor, "T D"], branch: Branch) -> Float[Tensor, "T D"]:
         """``values`` with some of them zeroed and the others grown."""
         kept = values.masked_fill(self.dropped(branch, values.shape[1]), 0.0)
-        return kept * (_LEVELS / (_LEVELS - self._threshold))
+        return kept.mul_(_LEVELS / (_LEVELS - self._threshold))
 
     @property
     def _threshold(self) -> int:
