@@ -104,6 +104,15 @@ def test_no_generator_is_drawn_from() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_masks_are_the_same_on_cuda() -> None:
+    arguments = (0.3, step_key(1, 2), (4, 0), (100, 37))
+    here, there = (Dropout.of(*arguments, torch.device(kind)).of_block(3) for kind in ("cpu", "cuda"))
+    for branch in Branch:
+        assert torch.equal(here.dropped(branch, 70), there.dropped(branch, 70).cpu())
+
+
 @pytest.mark.parametrize("placement", NormPlacement)
 def test_a_block_with_given_masks_is_the_block_written_by_hand(placement: NormPlacement) -> None:
     torch.manual_seed(0)
