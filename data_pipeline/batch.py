@@ -154,9 +154,11 @@ class MultimodalBatch:
         media: Blocks by modality, ``{"image": MediaBlock}``; empty for a text model.
         pairs: int64 ``(K, 2)`` (item, segment) of each document that has exactly one image.
         lanes: Rows of the global batch in this microbatch, in order; -1 for a null pack.
+        lane_tokens: How many of the T tokens belong to each of ``lanes``.
         provenance: Origin of each segment; None for null documents.
         weight: Sum of ``loss_weights``, on the host.
         num_tokens: Valid tokens, on the host.
+        dropout_key: Of the training step, for the masks of dropout; None: not in training.
     """
 
     token_ids: Tensor
@@ -168,10 +170,12 @@ class MultimodalBatch:
     media: dict[str, MediaBlock] = field(default_factory=dict)
     pairs: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
     lanes: tuple[int, ...] = ()
+    lane_tokens: tuple[int, ...] = ()
     provenance: tuple[Provenance | None, ...] = ()
     weight: float = 0.0
     num_tokens: int = 0
     branched: BranchedSegments | None = None
+    dropout_key: int | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultimodalBatch:
         """The same batch with every tensor on ``device``."""

@@ -47,6 +47,7 @@ from mmscale.metrics.sample_images import CaptionedImage, batch_images
 from mmscale.metrics.trace import Trace, open_trace
 from mmscale.models.build import build_model
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig, check_files, check_world
@@ -239,8 +240,11 @@ def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> Trai
     """One step; the state after it."""
     engine, metrics = stage.engine, run.config.metrics
     engine.clock.memory = due(metrics.memory_every, state.step + 1)
+    dropout_key = step_key(run.config.seed, state.step)
     report = engine.train_step(
-        batch.microbatches, run.bad_steps.refuses, component_norms=due(metrics.grad_norms_every, state.step + 1)
+        [replace(microbatch, dropout_key=dropout_key) for microbatch in batch.microbatches],
+        run.bad_steps.refuses,
+        component_norms=due(metrics.grad_norms_every, state.step + 1),
     )
     counts = [batch.num_tokens, batch.num_samples, batch.num_cut]
     left_out = fault_counts(batch.skipped)

@@ -21,7 +21,8 @@ def recompute(units: list[nn.Module]) -> Undo:
     """Makes each unit forget its activations and compute them again in the backward pass; returns what undoes it."""
     for unit in units:
         # An instance attribute shadows the method; hooks of ``__call__``, which gather weights, run as before.
-        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+        # No unit draws from a generator (masks of dropout are computed from keys), so there is no state to keep.
+        unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, preserve_rng_state=False)
 
     def undo() -> None:
         for unit in units:

@@ -39,6 +39,8 @@ class DecoderConfig(StrictConfig):
     """Rotary positions; null for none."""
     tie_embeddings: bool = False
     """Use the embedding as the output projection."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of what each sub-layer adds to the residual stream that is zeroed in training, cross-attention included."""
     init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the first weights; null: ``1 / sqrt(fan-in)``."""
 

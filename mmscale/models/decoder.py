@@ -13,14 +13,15 @@ from mmscale.models.config import DecoderConfig
 from mmscale.models.kv_cache import KVCache
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.block import TransformerBlock
+from mmscale.nn.dropout import Dropout
 from mmscale.nn.init import set_init_scale
 from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.norms import build_norm
 from mmscale.nn.rope import Rotation, text_rotation
 
-Insertion = Callable[[Tensor], Tensor]
-"""From the residual stream to the residual stream, both ``(T, D)``."""
+Insertion = Callable[[Tensor, Dropout | None], Tensor]
+"""From the residual stream to the residual stream, both ``(T, D)``, with the dropout of what is added to it."""
 
 
 def block_mlps(config: DecoderConfig) -> list[DenseMlpConfig | MoeConfig]:
@@ -65,6 +66,7 @@ class Decoder(nn.Module):
         valid: Bool[Tensor, " T"],
         insertions: Mapping[int, Insertion],
         cache: KVCache | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"] | None]:
         """Runs the blocks.
 
@@ -75,6 +77,7 @@ class Decoder(nn.Module):
             valid: Rows that count in router statistics.
             insertions: Calls on the stream before a block, by its 0-based number.
             cache: Keys and values of earlier rows; extended in place.
+            dropout: Of this microbatch; None for none.
 
         Returns:
             The normalised stream, and the mean (balance, z) of the blocks with experts, if there are any.
@@ -83,9 +86,11 @@ class Decoder(nn.Module):
         losses = []
         for number, layer in enumerate(self.layers):
             if number in insertions:
-                hidden = insertions[number](hidden)
+                # Numbers below 0, which no block has.
+                hidden = insertions[number](hidden, None if dropout is None else dropout.of_block(-1 - number))
             layer_cache = None if cache is None else cache.layer(number)
-            hidden, router_losses = layer(hidden, rotation, segments, valid, layer_cache)
+            layer_dropout = None if dropout is None else dropout.of_block(number)
+            hidden, router_losses = layer(hidden, rotation, segments, valid, layer_cache, layer_dropout)
             if router_losses is not None:
                 losses.append(router_losses)
         return self.norm(hidden), torch.stack(losses).mean(0) if losses else None

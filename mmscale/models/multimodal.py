@@ -16,6 +16,7 @@ from mmscale.models.head import LanguageHead
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.outputs import AuxLoss, ModelOutput
 from mmscale.models.vision import VisionTower
+from mmscale.nn.dropout import Dropout
 from mmscale.nn.moe import MoeConfig
 
 Connector = EmbeddingConnector | CrossAttentionConnector
@@ -50,7 +51,8 @@ class MultimodalModel(nn.Module):
             cache: Extended in place.
 
         Raises:
-            ValueError: a cache for a batch whose documents have branches.
+            ValueError: a cache for a batch whose documents have branches; training with dropout on a batch that does
+                not say of which step and lanes it is.
         """
         if cache is not None and batch.branched is not None:
             raise ValueError("a document with branches has several ends, so no cache can go on from it")
@@ -67,13 +69,26 @@ class MultimodalModel(nn.Module):
                 features = self.vision(media)
                 hidden, found = self.connector.connect(hidden, features, media, batch.segments, cache)
                 insertions = dict(found)
-        hidden, router = self.decoder(hidden, batch.position_ids, batch.attended, batch.valid, insertions, cache)
+        hidden, router = self.decoder(
+            hidden, batch.position_ids, batch.attended, batch.valid, insertions, cache, self._dropout(batch)
+        )
         aux = {}
         mlp = self.config.decoder.mlp
         if router is not None and isinstance(mlp, MoeConfig):
             aux["router_balance"] = AuxLoss(router[0], mlp.balance_coefficient)
             aux["router_z"] = AuxLoss(router[1], mlp.z_coefficient)
         return ModelOutput(hidden, aux)
+
+    def _dropout(self, batch: MultimodalBatch) -> Dropout | None:
+        rate = self.config.decoder.dropout
+        if not (self.training and rate):
+            return None
+        if batch.dropout_key is None or sum(batch.lane_tokens) != batch.segments.total:
+            raise ValueError(
+                f"decoder.dropout={rate}: a batch to train on needs dropout_key (mmscale.nn.dropout.step_key) and "
+                "lane_tokens; outside of training call model.eval()"
+            )
+        return Dropout.of(rate, batch.dropout_key, batch.lanes, batch.lane_tokens, batch.token_ids.device)
 
     def components(self) -> dict[str, list[nn.Module]]:
         """Modules by component; every parameter belongs to exactly one."""

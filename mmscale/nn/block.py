@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import AttentionSegments
 from mmscale.nn.attention import AttentionConfig, LayerCache, SelfAttention
 from mmscale.nn.attention_backends import Backend
+from mmscale.nn.dropout import Branch, Dropout, drop
 from mmscale.nn.mlp import DenseMlpConfig, Mlp
 from mmscale.nn.moe import MoeConfig, MoeMlp
 from mmscale.nn.norms import NormConfig, build_norm
@@ -84,17 +85,19 @@ class TransformerBlock(nn.Module):
         segments: AttentionSegments,
         valid: Bool[Tensor, " T"] | None = None,
         cache: LayerCache | None = None,
+        dropout: Dropout | None = None,
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"] | None]:
         """Returns the stream and, with experts, (balance loss, router z loss) over ``valid`` rows."""
         pre = self.placement is NormPlacement.PRE
         branch = self.input_layernorm(hidden) if pre else hidden
         branch = self.self_attn(branch, rotation, segments, cache)
-        hidden = hidden + self.attention_scale(branch if pre else self.input_layernorm(branch))
+        branch = self.attention_scale(branch if pre else self.input_layernorm(branch))
+        hidden = hidden + drop(branch, dropout, Branch.ATTENTION)
         branch = self.post_attention_layernorm(hidden) if pre else hidden
         router_losses = None
         if self.has_experts:
             branch, router_losses = self.mlp(branch, valid)
         else:
             branch = self.mlp(branch)
-        hidden = hidden + self.mlp_scale(branch if pre else self.post_attention_layernorm(branch))
-        return hidden, router_losses
+        branch = self.mlp_scale(branch if pre else self.post_attention_layernorm(branch))
+        return hidden + drop(branch, dropout, Branch.FEED_FORWARD), router_losses

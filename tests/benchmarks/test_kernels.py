@@ -1,11 +1,14 @@
-"""The benchmarks of attention and of the loss compare like with like: every peer computes the same."""
+"""The benchmarks of attention, loss and dropout compare like with like: every peer computes the same."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import attention, loss_memory
+from benchmarks import attention, dropout, loss_memory
 from data_pipeline.batch import Segments
 from mmscale.nn.attention_backends import varlen_attention
 
@@ -39,3 +42,13 @@ def test_losses_of_every_peer_are_ours() -> None:
     assert set(found) == {"ours", *loss_memory.PEERS}
     for name, tensors in found.items():
         torch.testing.assert_close(tensors, found["ours"], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("peer", [dropout.ours, *dropout.PEERS.values()])
+def test_dropout_of_every_peer_drops_as_many_and_keeps_the_mean(peer: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    out = peer(torch.ones(400, 100))
+    spread = (dropout.RATE * (1 - dropout.RATE) / out.numel()) ** 0.5
+    assert abs((out == 0).float().mean().item() - dropout.RATE) < 5 * spread
+    assert out.max().item() == pytest.approx(1 / (1 - dropout.RATE), rel=1e-4)
+    assert out.unique().numel() == 2

@@ -1,4 +1,4 @@
-"""What the ranks of ``test_matrix.py`` run: multimodal models, dense and of experts."""
+"""What the ranks of ``test_matrix.py`` run: multimodal models with dropout, dense and of experts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.models.build import build_model, media_spec
+from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.stages import StageConfig
 from tests.checkpoint.programs import digest
-from tests.models.packs import image_document, pack, text_document
+from tests.models.packs import image_document, in_lane, pack, text_document
 from tests.models.tiny import DENSE, MOE, VOCAB, config
 
 LANES = 12
@@ -57,7 +58,7 @@ def _resume(world: World, folder: Path, name: str) -> dict[str, Any]:
 
 def _engine(world: World, name: str) -> Engine:
     mlp, trained, precision = CASES[name]
-    settings = config("cross_attention", mlp=MOE if mlp == "moe" else DENSE, tie_embeddings=True)
+    settings = config("cross_attention", mlp=MOE if mlp == "moe" else DENSE, tie_embeddings=True, dropout=0.1)
     engine_config = EngineConfig.model_validate(
         {"zero_stage": 3, "device": "cpu", "precision": precision, "timeout_seconds": 60}
     )
@@ -77,6 +78,6 @@ def _step(engine: Engine, world: World, name: str, step: int) -> list[float]:
             text_document(seed, 5 + lane, VOCAB),
             image_document(spec, seed, 4, [(2, 2), (4, 2)], VOCAB, null=null),
         ]
-        packs.append(pack(documents, spec))
+        packs.append(in_lane(pack(documents, spec), lane, step_key(3, step)))
     report = engine.train_step(packs)
     return [report.loss, report.grad_norm]

@@ -103,6 +103,8 @@ def test_counts_and_pairs(packs: list[Pack], spec: MediaSpec) -> None:
     assert batch.num_tokens == int(batch.valid.sum()) == sum(document.num_tokens for document in real)
     assert batch.weight == float((batch.labels != -100).sum()) > 0
     assert batch.lanes == (0, 1, 2, 3, -1)
+    assert batch.lane_tokens[:-1] == tuple(sum(document.num_tokens for document in pack.documents) for pack in packs)
+    assert sum(batch.lane_tokens) == batch.segments.total
     single = [i for i, document in enumerate(documents) if document.num_images == 1 and not document.is_null]
     assert batch.pairs[:, 1].tolist() == single
     assert len(set(batch.pairs[:, 0].tolist())) == len(single) > 0

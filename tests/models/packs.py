@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ def image_document(
 def text_document(seed: int, text: int, vocab: int) -> Doc:
     generator = torch.Generator().manual_seed(seed)
     return Doc(torch.randint(4, vocab, (text,), generator=generator).tolist(), spans=[(0, [])])
+
+
+def in_lane(batch: MultimodalBatch, lane: int, dropout_key: int | None) -> MultimodalBatch:
+    """The batch as the only pack of a lane."""
+    return replace(batch, lanes=(lane,), lane_tokens=(batch.segments.total,), dropout_key=dropout_key)
 
 
 def pack(docs: list[Doc], spec: MediaSpec) -> MultimodalBatch:

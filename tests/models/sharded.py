@@ -11,16 +11,17 @@ from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.generation import generate
+from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.stages import StageConfig
-from tests.models.packs import image_document, pack, text_document
+from tests.models.packs import image_document, in_lane, pack, text_document
 from tests.models.tiny import CONNECTORS, LEARNED, MOE, VOCAB, config
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "embedding": {"vision": LEARNED, "tie_embeddings": True},
     "cross_attention": {"tie_embeddings": True},
-    "hybrid": {"mlp": MOE},
+    "hybrid": {"mlp": MOE, "dropout": 0.1},
 }
 LANES = 4
 
@@ -41,7 +42,7 @@ def _run(world: World, kind: str, steps: int) -> dict[str, Any]:
         docs = [text_document(step * LANES + number, 5 + 3 * number, VOCAB)]
         null = number == 1
         docs.append(image_document(spec, step * LANES + number, 4, sizes, VOCAB, null=null))
-        return pack(docs, spec)
+        return in_lane(pack(docs, spec), number, step_key(3, step))
 
     engine_config = EngineConfig(
         zero_stage=3,

@@ -83,7 +83,8 @@ def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(make_run:
 @pytest.mark.dist
 def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(make_run: MakeRun) -> None:
     strict = STRICT.replace("norm_deviations: 1,", "norm_deviations: 1.6,")
-    words = (f"max_steps={STEPS}", f"bad_steps={{policy: roll_back, {strict}}}", "ledger.every_steps=4")
+    bad_steps = f"bad_steps={{policy: roll_back, {strict}}}"
+    words = (f"max_steps={STEPS}", bad_steps, "ledger.every_steps=4", "model.decoder.dropout=0.1")
     run = make_run("whole", 2, *words)
     assert "going back to step" in run.finish()
     roll_backs = read_roll_backs(run.folder / "bad_steps")

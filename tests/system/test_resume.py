@@ -13,6 +13,7 @@ import pytest
 from tests.system.conftest import MakeRun, Run, kill_group
 
 STEPS = 24
+WORDS = (f"max_steps={STEPS}", "model.decoder.dropout=0.1")
 
 
 def curve(run: Run) -> list[tuple[Any, ...]]:
@@ -26,12 +27,12 @@ def curve(run: Run) -> list[tuple[Any, ...]]:
 @pytest.mark.resume
 @pytest.mark.dist
 def test_killed_run_continues_bit_for_bit(make_run: MakeRun) -> None:
-    undisturbed = make_run("undisturbed", 2, f"max_steps={STEPS}")
+    undisturbed = make_run("undisturbed", 2, *WORDS)
     undisturbed.finish()
     expected = curve(undisturbed)
     assert [row[0] for row in expected] == list(range(1, STEPS + 1))
     for kill_at in random.Random(0).sample(range(2, STEPS - 1), 3):
-        run = make_run("killed", 2, f"max_steps={STEPS}")
+        run = make_run("killed", 2, *WORDS)
         process = run.start()
         run.wait_for_step(process, kill_at)
         kill_group(process)
@@ -76,10 +77,10 @@ def test_a_signal_during_set_up_stops_after_the_first_step(make_run: MakeRun) ->
 @pytest.mark.resume
 @pytest.mark.dist
 def test_goes_on_with_another_number_of_ranks(make_run: MakeRun) -> None:
-    whole = make_run("whole", 2, f"max_steps={STEPS}")
+    whole = make_run("whole", 2, *WORDS)
     whole.finish()
-    make_run("moved", 2, "max_steps=10").finish()
-    moved = make_run("moved", 1, f"max_steps={STEPS}")
+    make_run("moved", 2, *WORDS, "max_steps=10").finish()
+    moved = make_run("moved", 1, *WORDS, "engine.micro_lanes=2")
     moved.finish()
     for mine, theirs in zip(curve(moved), curve(whole), strict=True):
         assert mine[0] == theirs[0]

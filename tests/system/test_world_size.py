@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.loader import Loader
 from mmscale.config import load
+from mmscale.models.build import build_model
+from mmscale.nn.dropout import step_key
+from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig
 from tests.system.conftest import TINY, MakeRun
 
 STEPS = 20
 MIXED = Path(__file__).with_name("mixed.yaml")
-"""Images, interleaved documents and text, so that packs differ in length and some have no image."""
+"""Images, interleaved documents and text, so that packs differ in length and some have no image. With dropout."""
 
 
 def test_the_mixture_has_steps_in_which_one_rank_has_no_image() -> None:
@@ -47,6 +52,20 @@ def test_loss_curve_is_the_same_at_one_two_and_four_ranks(make_run: MakeRun) -> 
             assert many["loss"] == pytest.approx(one["loss"], rel=1e-5), (ranks, one["step"])
             assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4), (ranks, one["step"])
             assert many["tokens"] == one["tokens"]
+
+
+def test_each_step_has_the_masks_of_its_number(make_run: MakeRun) -> None:
+    """The losses of a run that learns nothing are those of its first model with the masks of steps 0, 1, 2."""
+    words = ("max_steps=3", "stages.0.learning_rate={default: 1e-30}", "model.decoder.dropout=0.3")
+    run = make_run("still", 1, *words, config=MIXED)
+    run.finish()
+    config = load(run.folder / "config.yaml", [], RunConfig).value
+    model, objective = build_model(config.model, seed=config.seed), NextToken()
+    with Loader(config.data, config.media_spec, seed=config.seed) as loader, torch.no_grad():
+        for line, step in zip(run.metrics(), loader, strict=False):
+            batches = [replace(b, dropout_key=step_key(config.seed, step.step)) for b in step.microbatches]
+            loss = sum(objective(model, batch).loss_sum.item() for batch in batches) / sum(b.weight for b in batches)
+            assert line["loss"] == pytest.approx(loss, rel=1e-5), step.step
 
 
 @pytest.mark.dist

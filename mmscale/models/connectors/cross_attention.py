@@ -22,6 +22,7 @@ from mmscale.models.decoder import Insertion
 from mmscale.models.kv_cache import CrossCache, KVCache
 from mmscale.nn.attention import AttentionConfig, CrossAttention, QkNorm
 from mmscale.nn.attention_backends import Backend
+from mmscale.nn.dropout import Branch, Dropout, drop
 from mmscale.nn.init import set_init_scale
 from mmscale.nn.mlp import DenseMlpConfig, Mlp
 from mmscale.nn.moe import MoeConfig
@@ -81,6 +82,7 @@ class CrossAttentionBlock(nn.Module):
         span_tokens: Segments,
         span_keys: Segments,
         visible: Bool[Tensor, " T"],
+        dropout: Dropout | None = None,
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "A G K"], Float[Tensor, "A G K"]]:
         """Returns the stream, and the keys and values used, for a cache."""
         if isinstance(source, CrossCache):
@@ -89,9 +91,10 @@ class CrossAttentionBlock(nn.Module):
             keys, values = self.cross_attn.project_source(source)
         mask = visible.unsqueeze(1).to(hidden.dtype)
         attended = self.cross_attn(self.input_layernorm(hidden), keys, values, span_tokens, span_keys)
-        hidden = hidden + self.cross_attn_attn_gate.tanh() * mask * attended
+        hidden = hidden + drop(self.cross_attn_attn_gate.tanh() * mask * attended, dropout, Branch.ATTENTION)
         changed = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + self.cross_attn_mlp_gate.tanh() * mask * changed, keys, values
+        hidden = hidden + drop(self.cross_attn_mlp_gate.tanh() * mask * changed, dropout, Branch.FEED_FORWARD)
+        return hidden, keys, values
 
 
 class CrossAttentionConnector(nn.Module):
@@ -157,6 +160,7 @@ class CrossAttentionConnector(nn.Module):
 
 def _insert(
     hidden: Tensor,
+    dropout: Dropout | None,
     block: nn.Module,
     source: Tensor,
     media: MediaBlock,
@@ -165,15 +169,22 @@ def _insert(
     last: tuple[Tensor, Segments] | None,
     layer: int,
 ) -> Tensor:
-    hidden, keys, values = block(hidden, source, media.span_tokens, media.span_keys, visible)
+    hidden, keys, values = block(hidden, source, media.span_tokens, media.span_keys, visible, dropout)
     if cache is not None and last is not None:
         index, pieces = last
         cache.cross[layer] = CrossCache(keys.index_select(0, index), values.index_select(0, index), pieces)
     return hidden
 
 
-def _continue(hidden: Tensor, block: nn.Module, stored: CrossCache, segments: Segments, visible: Tensor) -> Tensor:
-    return block(hidden, stored, segments, stored.segments, visible)[0]
+def _continue(
+    hidden: Tensor,
+    dropout: Dropout | None,
+    block: nn.Module,
+    stored: CrossCache,
+    segments: Segments,
+    visible: Tensor,
+) -> Tensor:
+    return block(hidden, stored, segments, stored.segments, visible, dropout)[0]
 
 
 def _last_span_keys(segments: Segments, media: MediaBlock, device: torch.device) -> tuple[Tensor, Segments]:

@@ -1,0 +1,58 @@
+"""Dropout by hash beside dropout by generator, forward and backward: ``python -m benchmarks.dropout --json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.figures import Case, best_seconds, main
+from mmscale.nn.dropout import Branch, Dropout, drop, step_key
+
+ROWS, DIM, RATE, LANES = 4096, 1024, 0.1, 4
+
+
+def ours(values: Tensor) -> Tensor:
+    """Masks by hash."""
+    dropout = Dropout.of(RATE, step_key(1, 0), range(LANES), [len(values) // LANES] * LANES, values.device)
+    return drop(values, dropout, Branch.ATTENTION)
+
+
+def generator_per_lane(values: Tensor) -> Tensor:
+    """Masks as reproducible as ours, on one kind of device: a seeded generator for each lane, block and branch."""
+    generator = torch.Generator(values.device)
+    kept = torch.empty_like(values, dtype=torch.bool)
+    for lane, rows in enumerate(kept.chunk(LANES)):
+        rows.bernoulli_(1 - RATE, generator=generator.manual_seed(step_key(1, lane)))
+    return values.masked_fill(~kept, 0.0) * (1 / (1 - RATE))
+
+
+def plain_torch(values: Tensor) -> Tensor:
+    """Masks from the process's generator, which depend on all that it drew before."""
+    return F.dropout(values, RATE)
+
+
+PEERS: dict[str, Callable[[Tensor], Tensor]] = {"generator per lane": generator_per_lane, "torch": plain_torch}
+
+
+def _milliseconds(function: Callable[[Tensor], Tensor], values: Tensor) -> float:
+    def run() -> None:
+        torch.autograd.grad(function(values).sum(), values)
+        if values.is_cuda:
+            torch.cuda.synchronize()
+
+    return 1000 * best_seconds(run, repeats=7)
+
+
+def measure() -> list[Case]:
+    """Milliseconds, the fastest of seven."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.randn(ROWS, DIM, device=device, requires_grad=True)
+    peers = {name: _milliseconds(peer, values) for name, peer in PEERS.items()}
+    return [Case(f"dropout of {ROWS} rows x {DIM} channels, float32", _milliseconds(ours, values), peers, "ms")]
+
+
+if __name__ == "__main__":
+    main("dropout", measure)
