@@ -134,6 +134,30 @@ def test_a_range_is_read_and_written_within_its_part(monkeypatch: pytest.MonkeyP
     assert float((after[600:700] - before[600:700]).abs().max()) <= LARGEST_ERROR[True] * float(before.abs().max())
 
 
+def test_blocks_that_no_cut_touches_keep_every_bit_at_other_ranks() -> None:
+    numel, generator = 3000, torch.Generator().manual_seed(4)
+    values = torch.randn(numel, generator=generator) * 10.0 ** torch.linspace(-6, 0, numel)
+
+    def after(values: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+        parts = []
+        for start, stop in itertools.pairwise([0, *cuts, numel]):
+            part = QuantisedRange(Blocks(start, stop, signed=True, device=CPU), 0, stop - start)
+            part.copy_(values[start:stop])
+            parts.append(part.float())
+        return torch.cat(parts)
+
+    two, three = [1500], [1000, 2000]
+    before = after(values, two)
+    moved = after(before, three)
+    for part in blocks_of(0, numel):
+        if any(part.start < cut < part.stop for cut in two + three):
+            error = float((moved[part] - before[part]).abs().max())
+            assert error <= LARGEST_ERROR[True] * float(before[part].abs().max())
+        else:
+            assert torch.equal(moved[part], before[part])
+    assert not torch.equal(moved, before)
+
+
 def hand_made(lengths: list[tuple[int, int]]) -> tuple[FlatMaster, Any]:
     """A flat master of parts ``[start, stop)``, each followed by padding that nobody may look at; its optimizer."""
     pieces, offset = [], 0

@@ -97,7 +97,7 @@ class Codec:
 
 @cache
 def codec(signed: bool, device: torch.device) -> Codec:
-    """The tables on ``device``: half a megabyte that all moments share."""
+    """The tables on ``device``: 130 kB that all moments share."""
     levels = dynamic_levels(signed=signed)
     borders = torch.cat([(levels[1:] + levels[:-1]) / 2, torch.tensor([torch.inf])])
     last = int(torch.ones(()).view(torch.int32)) >> _CELL_BITS
