@@ -11,8 +11,8 @@ are trained, W ranks, weights of w bytes, gradients of g bytes and K bytes of op
     stage 3    (w + g + K) N / W
 
 K is 8 for AdamW's two float32 moments (in 8 bits, with a float32 scale for every 256 values, 2 + 2 * 4 / 256), and 4
-more for float32 masters. The paper's masters exist for 16-bit weights only; DeepSpeed keeps them for float32 weights too
-from stage 1 on (in stage 0 the weights are the masters).
+more for float32 masters. The paper's masters exist for 16-bit weights only; DeepSpeed keeps them for float32 weights
+too from stage 1 on (in stage 0 the weights are the masters).
 
     formula    the lines above
     held       weights and optimizer state between two steps: the storages of their tensors, counted once each. Exact.

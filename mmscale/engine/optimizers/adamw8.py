@@ -2,8 +2,8 @@
 
     chunk of a parameter: codes, scales --dequantise--> moments, float32 --AdamW--> step --quantise--> codes, scales
 
-The moments are in float32 for a chunk of a million values at a time. The formula is that of ``torch.optim.AdamW``: the
-step is made with the moments before they are rounded.
+Only one chunk's moments are in float32 at a time. The formula is that of ``torch.optim.AdamW``: the step is made with
+the moments before they are rounded.
 
 Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861), section 2.
 """

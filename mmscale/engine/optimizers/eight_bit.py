@@ -8,8 +8,7 @@ A value is ``scale * levels[code]``, and the scale is the largest magnitude of i
 beginning of the parameter, whatever the ZeRO stage, and hold nothing else: no other parameter, no padding of a shard.
 
 To quantise what was dequantised gives the same bits again, so a checkpoint holds plain float32 values, and a resume at
-the same ranges is exact. For this the levels are symmetric and hold 1, so a scale is found again; and a block below
-2**-100 counts as zero, since its products would be too small for float32 to keep.
+the same ranges is exact. For this the levels are symmetric and hold 1, so a scale is found again.
 
 Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861), sections 2 and 3, with
 blocks of 256 instead of 2048. The levels are their dynamic ones but for the ends: signed, the largest below 1 makes
@@ -34,9 +33,8 @@ BLOCK = 256
 BITS = 8
 SIGNED = "exp_avg"
 """The kind of moment that has signs; the others are squares."""
-_CHUNK_BLOCKS = 4096
-"""So many blocks, a million values, exist in float32 at once."""
-_SMALLEST_SCALE = 2.0**-100
+_CHUNK_BLOCKS = {"cpu": 2**8, "cuda": 2**14}
+"""So many blocks exist in float32 at once: a processor's cache holds few, a device waits between many."""
 _DECADES = 7
 _CELL_BITS = 15
 """Float32 magnitudes that differ only in their last so many bits share a cell of the table."""
@@ -80,10 +78,9 @@ class Codec:
             Codes, uint8 ``(n, 256)``, and scales, float32 ``(n,)``.
         """
         scales = blocks.abs().amax(dim=1)
-        scales = scales.masked_fill(scales < _SMALLEST_SCALE, 0)
-        sizes = (blocks / scales.masked_fill(scales == 0, 1)[:, None]).abs().view(-1)
-        # A binary search over the borders takes ten times as long on a CPU. What is no number goes to the last cell.
-        cells = (sizes.view(torch.int32) >> _CELL_BITS).clamp_(max=len(self.cells) - 1)
+        sizes = (blocks / scales[:, None]).abs().view(-1)
+        # A binary search over the borders takes ten times as long on a CPU. In a block of zeros any cell will do.
+        cells = (sizes.view(torch.int32) >> _CELL_BITS).clamp_(0, len(self.cells) - 1)
         codes = self.cells.index_select(0, cells)
         codes += sizes > self.borders.index_select(0, codes)
         if self.signed:
@@ -132,7 +129,7 @@ class Blocks:
 
     def chunks(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cuts a range of the part between blocks so that no chunk is large."""
-        size = _CHUNK_BLOCKS * BLOCK
+        size = _CHUNK_BLOCKS[self.scales.device.type] * BLOCK
         while first < stop:
             end = min(stop, (first + self._lead) // size * size + size - self._lead)
             yield first, end
