@@ -1,6 +1,6 @@
 """Memory of weights, gradients and optimizer state on each rank, beside the formula.
 
-    python -m benchmarks.zero_memory [--json]
+    python -m benchmarks.zero_memory [--json] [--state-bits 8]
 
 Source of the formula: Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054), section 3 and figure 1. Of N values that
 are trained, W ranks, weights of w bytes, gradients of g bytes and K bytes of optimizer state a value, a rank holds
@@ -10,8 +10,9 @@ are trained, W ranks, weights of w bytes, gradients of g bytes and K bytes of op
     stage 2    w N + (g + K) N / W
     stage 3    (w + g + K) N / W
 
-K is 8 for AdamW's two float32 moments, and 4 more for float32 masters. The paper's masters exist for 16-bit weights
-only; DeepSpeed keeps them for float32 weights too from stage 1 on (in stage 0 the weights are the masters).
+K is 8 for AdamW's two float32 moments (in 8 bits, with a float32 scale for every 256 values, 2 + 2 * 4 / 256), and 4
+more for float32 masters. The paper's masters exist for 16-bit weights only; DeepSpeed keeps them for float32 weights
+too from stage 1 on (in stage 0 the weights are the masters).
 
     formula    the lines above
     held       weights and optimizer state between two steps: the storages of their tensors, counted once each. Exact.
@@ -43,7 +44,10 @@ from benchmarks.steps.ranks import Side, stage
 from mmscale.dist import World, sum_float
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.engine import Engine
+from mmscale.engine.optimizers.eight_bit import BLOCK
 from mmscale.models.config import ModelConfig
+from mmscale.optim import ADAM_MOMENTS
+from mmscale.optimizer_config import AdamWConfig
 
 PRECISIONS = ("fp32", "bf16")
 MIB = 2**20
@@ -81,7 +85,7 @@ class Row:
     steps_peak: float
 
 
-def formula(values: int, world_size: int, zero_stage: int, precision: str) -> Bytes:
+def formula(values: int, world_size: int, zero_stage: int, precision: str, state_bits: int = 32) -> Bytes:
     """Bytes on each rank by the paper, with the formats that the engine chooses.
 
     Args:
@@ -89,10 +93,12 @@ def formula(values: int, world_size: int, zero_stage: int, precision: str) -> By
         world_size: W.
         zero_stage: 0-3.
         precision: ``fp32`` or ``bf16``: of the weights. Gradients are added up in float32 from stage 1 on.
+        state_bits: Of AdamW's moments, 8 or 32.
     """
     weight = 2 if precision == "bf16" else 4
     gradient = weight if zero_stage == 0 else 4
-    optimizer = 8 if zero_stage == 0 and precision == "fp32" else 12
+    masters = 0 if zero_stage == 0 and precision == "fp32" else 4
+    optimizer = masters + (8 if state_bits == 32 else 2 + 2 * 4 / BLOCK)
     return Bytes(
         weight * values / (world_size if zero_stage == 3 else 1),
         gradient * values / (world_size if zero_stage >= 2 else 1),
@@ -118,9 +124,16 @@ def held_bytes(engine: Engine) -> dict[str, float]:
     weights = storage_bytes((getattr(p, "ds_tensor", p) for p in engine.model.parameters()), counted)
     masters = [master.values for master in engine.partition.masters]
     state = engine.partition.basic_optimizer.state
-    moments = [state[master][key] for master in masters for key in ("exp_avg", "exp_avg_sq")]
+    kept = [state[master][key] for master in masters for key in ADAM_MOMENTS]
+    moments = [part for moment in kept for part in _tensors_of(moment)]
     # At stage 0 in float32 the masters are the weights, and count as such.
     return {"weights": weights, "optimizer": storage_bytes([*masters, *moments], counted)}
+
+
+def _tensors_of(moment: Any) -> list[Tensor]:
+    if isinstance(moment, Tensor):
+        return [moment]
+    return [tensor for blocks in moment.values() for tensor in (blocks.codes, blocks.scales)]
 
 
 def text_model(width: int, vocab: int) -> ModelConfig:
@@ -148,7 +161,9 @@ class MemoryRank:
         # A fixed threshold, or freed tensors would stay with the allocator and count for the next engine.
         self._libc.mallopt(_M_MMAP_THRESHOLD, 65536)
 
-    def measure(self, zero_stage: int, precision: str, width: int, vocab: int, live: int) -> dict[str, Any]:
+    def measure(
+        self, zero_stage: int, precision: str, state_bits: int, width: int, vocab: int, live: int
+    ) -> dict[str, Any]:
         """What ``Row`` needs of one engine after three steps."""
         import functools
 
@@ -172,7 +187,8 @@ class MemoryRank:
         build = functools.partial(build_model, text_model(width, vocab), seed=None, dtype=dtype)
         before = self._restart()
         model = construct(build, config, self.world, functools.partial(initialise_, seed=0))
-        engine = Engine(model, NextToken(), stage(), config, self.world)
+        plan = stage().model_copy(update={"optimizer": AdamWConfig(state_bits=state_bits)})
+        engine = Engine(model, NextToken(), plan, config, self.world)
         start_peak = _status_bytes("VmHWM") - before
         self._restart()
         for pair in pairs:
@@ -216,12 +232,13 @@ def measure(args: argparse.Namespace) -> list[Row]:
                     options = {
                         "zero_stage": zero_stage,
                         "precision": precision,
+                        "state_bits": args.state_bits,
                         "width": args.width,
                         "vocab": args.vocab,
                         "live": args.live,
                     }
                     found = ranks.order("measure", **options)
-                    by_formula = formula(found["values"], world_size, zero_stage, precision)
+                    by_formula = formula(found["values"], world_size, zero_stage, precision, args.state_bits)
                     rows.append(Row(world_size, zero_stage, precision, formula=by_formula, **found))
                     if not args.json:
                         print(line(rows[-1]), flush=True)
@@ -248,6 +265,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="world sizes")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument("--state-bits", type=int, default=32, choices=(8, 32), help="of AdamW's moments")
     parser.add_argument("--width", type=int, default=384, help="channels, a multiple of 6")
     parser.add_argument("--vocab", type=int, default=8192, help="rows of the embedding and of the head, 2048 or more")
     parser.add_argument("--live", type=int, default=0, help="engine.live_parameter_elements, for stage 3")

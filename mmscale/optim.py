@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmscale.errors import ConfigError
 from mmscale.models.head import LanguageHead
-from mmscale.optimizer_config import AdafactorConfig, MuonConfig
+from mmscale.optimizer_config import AdafactorConfig, AdamWConfig, MuonConfig
 from mmscale.stages import ALL, DEFAULT, StageConfig
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -93,8 +93,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of the trained parameters, in a fixed order.
 
-    Each has a ``name``, its ``component``, and ``state_kinds``: the names of the tensors that the optimizer keeps
-    beside each master, in the master's shape.
+    Each has a ``name``, its ``component``, ``state_kinds``: the names of what the optimizer keeps beside each master,
+    value by value, and ``state_bits``: of each of those values.
 
     The learning rate starts at 0: it is written before every step, and an optimizer that is stepped by somebody else
     during construction (DeepSpeed does at stage 0 in bf16) must not move a weight.
@@ -102,6 +102,7 @@ def parameter_groups(
     owner = component_of_parameters(model, components)
     muon = isinstance(stage.optimizer, MuonConfig)
     beside = () if isinstance(stage.optimizer, AdafactorConfig) else ADAM_MOMENTS
+    bits = stage.optimizer.state_bits if isinstance(stage.optimizer, AdamWConfig) else 32
     decay = stage.optimizer.weight_decay
     roles = {"matrices": (decay, MUON_MOMENTS), "decay": (decay, beside), "no_decay": (0.0, beside)}
     groups: dict[str, dict[str, Any]] = {}
@@ -109,7 +110,7 @@ def parameter_groups(
         for role, (weight_decay, kinds) in roles.items():
             name = f"{component}/{role}"
             groups[name] = {"params": [], "name": name, "component": component, "weight_decay": weight_decay, "lr": 0.0}
-            groups[name]["state_kinds"] = kinds
+            groups[name] |= {"state_kinds": kinds, "state_bits": bits}
     no_matrices = tables(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -12,18 +12,31 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Decaying(StrictConfig):
+    kind: str
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled decay of matrices, times the learning rate; norms, biases and gates never decay."""
 
+    @property
+    def state_name(self) -> str:
+        """What is kept beside the masters; a checkpoint can be resumed where it is the same."""
+        return self.kind
+
 
 class AdamWConfig(_Decaying):
-    """AdamW: two moments, 8 bytes a parameter beside the master."""
+    """AdamW: two moments, 8 bytes a parameter beside the master, or 2 with ``state_bits=8``."""
 
     kind: Literal["adamw"] = "adamw"
     betas: tuple[Rate, Rate] = (0.9, 0.95)
     """Decay rates of the two moments."""
     eps: float = Field(default=1e-8, gt=0)
     """Floor of the denominator."""
+    state_bits: Literal[8, 32] = 32
+    """Bits of each moment's value; with 8, every 256 of them share a scale."""
+
+    @property
+    def state_name(self) -> str:
+        """As ``_Decaying.state_name``."""
+        return self.kind if self.state_bits == 32 else f"{self.kind} in {self.state_bits} bits"
 
 
 class AdafactorConfig(_Decaying):

@@ -109,8 +109,10 @@ def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
         for owned in engine.partition.owned(whole=True):
             name = owned.name
             reader.fill(owned.master, name, reader.weights_kind(name), owned.start)
-            for kind, values in owned.moments.items():
+            for kind, kept in owned.moments.items():
+                values = kept.float()  # Itself, but a copy of what is kept in 8 bits.
                 reader.fill(values, name, kind, owned.start)
+                kept.copy_(values)
         for key, values in engine.partition.whole_state().items():
             values.copy_(reader.whole(key))
         _load_buffers(engine.model, reader)
@@ -140,11 +142,11 @@ def _why_not(engine: Engine, path: Path) -> str | None:
         )
     saved, here = (
         _beside(manifest.optimizer, manifest.ema),
-        _beside(engine.stage.optimizer.kind, bool(engine.stage.ema)),
+        _beside(engine.stage.optimizer.state_name, bool(engine.stage.ema)),
     )
     if saved != here:
         return (
-            f"{path} was saved with {saved}, stage {engine.stage.name!r} now has {here}; put stages.*.optimizer.kind "
+            f"{path} was saved with {saved}, stage {engine.stage.name!r} now has {here}; put stages.*.optimizer "
             "and stages.*.ema back, or begin a new stage with the change (it takes weights only)"
         )
     return None

@@ -102,7 +102,7 @@ class Manifest(StrictConfig):
     zero_stage: int
     precision: str
     optimizer: str = "adamw"
-    """Kind of the optimizer; it decides which tensors are kept beside each master."""
+    """Kind of the optimizer, and of how many bits; it decides what is kept beside each master."""
     ema: bool = False
     """Whether the average of the trained weights is kept too, as ``NAME|ema``."""
     loss_scaler: dict[str, float] | None = None

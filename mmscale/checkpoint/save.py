@@ -199,7 +199,7 @@ def _manifest(engine: Engine, state: TrainState) -> dict[str, Any]:
         "world_size": engine.world.world_size,
         "zero_stage": engine.config.zero_stage,
         "precision": engine.precision.name,
-        "optimizer": engine.stage.optimizer.kind,
+        "optimizer": engine.stage.optimizer.state_name,
         "ema": engine.stage.ema is not None,
         "loss_scaler": engine.loss_scaler_state(),
         "optimizer_steps": engine.partition.optimizer_steps(),

@@ -4,7 +4,7 @@
     notes:            tensor -> range in the parameter, format, first byte, CRC-32 (filled in by whoever writes)
 
 The values stay where they are; ``bytes_of`` views them one after the other for a writer, so no second copy of a rank's
-share need exist.
+share need exist. What is kept in 8 bits is dequantised then, one range at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mmscale.checkpoint.manifest import RankNotes, TensorEntry, TrainState, rank_files
 from mmscale.dist import World
 from mmscale.engine.engine import Engine
+from mmscale.engine.optimizers.eight_bit import QuantisedRange
 
 FORMAT_NAMES = {
     torch.float64: "F64",
@@ -40,7 +41,7 @@ class Piece(NamedTuple):
     key: str
     """``NAME|kind``."""
     start: int
-    values: Tensor
+    values: Tensor | QuantisedRange
     """In the shape that the file is to say; flat for a parameter's range."""
     whole: bool = False
     """Of a tensor that rank 0 keeps for all: it is no range of a parameter's values."""
@@ -59,7 +60,7 @@ class RankShare:
 
     names: tuple[str, str]
     header: bytes
-    values: list[Tensor]
+    values: list[Tensor | QuantisedRange]
     notes: dict[str, Any]
 
     @classmethod
@@ -85,8 +86,9 @@ class RankShare:
             yield flat_bytes(values).cpu().numpy().data
 
 
-def flat_bytes(values: Tensor) -> Tensor:
-    """The values as bytes, ``(nbytes,)``, a view where they are contiguous."""
+def flat_bytes(values: Tensor | QuantisedRange) -> Tensor:
+    """The values as bytes, ``(nbytes,)``, a view where they are contiguous and lie there as they are saved."""
+    values = values.float() if isinstance(values, QuantisedRange) else values
     return values.detach().contiguous().view(-1).view(torch.uint8)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.dist import World
+from mmscale.engine.optimizers.eight_bit import QuantisedRange, zero_moment
 from mmscale.engine.optimizers.shards import FlatMaster, Piece
 from mmscale.optim import full_shape
 
@@ -36,7 +37,8 @@ class OwnedRange:
         stop: One past the last.
         master: float32 view ``(stop - start,)``; for a frozen parameter its weights in the compute format.
         moments: Views of the same length of what is kept beside the master, by kind: the optimizer's own (AdamW's
-            ``exp_avg`` and ``exp_avg_sq``), and ``ema``. Empty for a frozen parameter.
+            ``exp_avg`` and ``exp_avg_sq``), and ``ema``. Empty for a frozen parameter. Whatever keeps the values,
+            ``float()`` reads and ``copy_`` writes them.
         trained: Whether the stage trains the parameter.
     """
 
@@ -44,7 +46,7 @@ class OwnedRange:
     start: int
     stop: int
     master: Tensor
-    moments: dict[str, Tensor]
+    moments: dict[str, Tensor | QuantisedRange]
     trained: bool
 
 
@@ -135,10 +137,10 @@ class Partition:
             if not state:
                 # Fused and capturable steps want the count on the device of the values.
                 state["step"] = torch.zeros((), dtype=torch.float32, device=values.device)
-                for kind in self._kinds(master):
-                    state[kind] = torch.zeros_like(values, memory_format=torch.preserve_format, requires_grad=False)
+                for kind in master.group["state_kinds"]:
+                    state[kind] = zero_moment(master, kind)
                 if self._extra_kinds:
-                    state[EMA].copy_(values.detach())
+                    state[EMA] = values.detach().clone()
 
     def optimizer_steps(self) -> int:
         """Steps that the optimizer has taken; equal for all parameters, since all are stepped together."""
@@ -213,7 +215,7 @@ class Partition:
             start, stop = share(stop, self.world.rank, self.world.world_size)
         if start < stop:
             state = self.basic_optimizer.state[master.values]
-            moments = {kind: piece.of(state[kind], start, stop) for kind in self._kinds(master)}
+            moments = {kind: _range_of(state[kind], piece, start, stop) for kind in self._kinds(master)}
             yield OwnedRange(name, start, stop, piece.of(master.values.data, start, stop), moments, True)
 
     def publish(self) -> None:
@@ -236,6 +238,12 @@ class Partition:
         if persistent:
             persistent[0].partition(persistent)  # Drops the stale whole copies ...
             persistent[0].all_gather(persistent)  # ... and makes fresh ones from the shards.
+
+
+def _range_of(kept: Any, piece: Piece, start: int, stop: int) -> Tensor | QuantisedRange:
+    if isinstance(kept, Tensor):
+        return piece.of(kept, start, stop)
+    return QuantisedRange(kept[piece], start - piece.start, stop - piece.start)
 
 
 def _fragment(name: str, parameter: nn.Parameter) -> Piece:

@@ -40,3 +40,18 @@ def test_what_is_held_equals_the_formula() -> None:
         else:  # Two groups are dealt; each is padded to a multiple of two values a rank, at most.
             assert 0 <= row.held["weights"] - row.formula.weights <= 2 * 2 * 4
             assert 0 <= row.held["optimizer"] - row.formula.optimizer <= 2 * 12 * 4
+
+
+@pytest.mark.dist
+def test_what_is_held_in_8_bits_is_whole_blocks() -> None:
+    """A byte a value and four a block, for two moments; each rank's part of a parameter cut at every 256th value."""
+    words = ["--ranks", "2", "--precisions", "fp32", "--stages", "0", "3", "--width", "24", "--vocab", "2048"]
+    plain, sharded = zero_memory.measure(zero_memory.arguments([*words, "--state-bits", "8", "--json"]))
+    shapes = [parameter.numel() for parameter in build_model(text_model(24, 2048), seed=None).parameters()]
+    block = 2 * (256 + 4)
+    assert plain.held["optimizer"] == block * sum(-(-numel // 256) for numel in shapes)
+    shards = [-(-numel // 2) for numel in shapes]
+    first = [-(-shard // 256) for shard in shards]
+    second = [-(-numel // 256) - shard // 256 for numel, shard in zip(shapes, shards, strict=True)]
+    assert sharded.held["optimizer"] == 4 * sum(shards) + block * max(sum(first), sum(second))
+    assert plain.formula.optimizer == pytest.approx(2.03125 * sum(shapes))

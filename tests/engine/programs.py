@@ -89,9 +89,13 @@ def guarded(world: World, cases: list[dict[str, Any]]) -> list[Any]:
     return [_guarded(world, **case) for case in cases]
 
 
-def _guarded(world: World, zero: int, precision: str, order: list[int], refused: int | None = None) -> Any:
+def _guarded(
+    world: World, zero: int, precision: str, order: list[int], refused: int | None = None, state_bits: int = 32
+) -> Any:
     """Trains over the batches ``order``; the one at place ``refused`` is refused by the last rank alone."""
-    engine = make_engine(world, zero, {"schedule": "constant", "warmup_steps": 0}, precision=precision)
+    optimizer = {"kind": "adamw", "state_bits": state_bits}
+    changes = {"schedule": "constant", "warmup_steps": 0, "optimizer": optimizer}
+    engine = make_engine(world, zero, changes, precision=precision)
     asked: list[tuple[float, float]] = []
 
     def refuses(loss: float, norm: float) -> bool:
@@ -100,7 +104,12 @@ def _guarded(world: World, zero: int, precision: str, order: list[int], refused:
 
     reports = [engine.train_step(lanes_of(world, step), refuses) for step in order]
     state = [
-        [owned.name, owned.start, owned.master.tolist(), *(values.tolist() for values in owned.moments.values())]
+        [
+            owned.name,
+            owned.start,
+            owned.master.tolist(),
+            *(values.float().tolist() for values in owned.moments.values()),
+        ]
         for owned in engine.partition.owned()
     ]
     answer = {

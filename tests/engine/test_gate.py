@@ -8,15 +8,17 @@ import pytest
 
 from tests.engine.ranks import run_ranks
 
-KINDS = [(zero, precision) for precision in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
+KINDS = [(zero, precision, 32) for precision in ("fp32", "bf16") for zero in (0, 1, 2, 3)]
+KINDS += [(zero, "fp32", 8) for zero in (0, 1, 2, 3)] + [(0, "bf16", 8)]
 
 
 @pytest.mark.dist
 def test_a_step_that_one_rank_refuses_is_left_out_by_all() -> None:
-    with_it: list[dict[str, Any]] = [
-        {"zero": zero, "precision": precision, "order": [0, 1, 7, 2], "refused": 2} for zero, precision in KINDS
+    kinds: list[dict[str, Any]] = [
+        {"zero": zero, "precision": precision, "state_bits": bits} for zero, precision, bits in KINDS
     ]
-    without = [{"zero": zero, "precision": precision, "order": [0, 1, 2]} for zero, precision in KINDS]
+    with_it = [kind | {"order": [0, 1, 7, 2], "refused": 2} for kind in kinds]
+    without = [kind | {"order": [0, 1, 2]} for kind in kinds]
     ranks = run_ranks("tests.engine.programs:guarded", 2, {"cases": with_it + without})
     for answers in ranks:
         for refused, plain in zip(answers[: len(KINDS)], answers[len(KINDS) :], strict=True):

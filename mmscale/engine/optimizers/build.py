@@ -9,6 +9,7 @@ import torch
 
 from mmscale.dist import World
 from mmscale.engine.optimizers.adafactor import Adafactor
+from mmscale.engine.optimizers.adamw8 import AdamW8
 from mmscale.engine.optimizers.muon import Muon
 from mmscale.engine.optimizers.shards import FlatMaster
 from mmscale.optim import Clips, can_fuse
@@ -27,6 +28,10 @@ class KnowsShards(Protocol):
 
 class ClippedAdamW(Clips, torch.optim.AdamW):  # type: ignore[misc]
     """AdamW where nobody else clips."""
+
+
+class ClippedAdamW8(Clips, AdamW8):  # type: ignore[misc]
+    """AdamW with moments in 8 bits where nobody else clips."""
 
 
 class ClippedAdafactor(Clips, Adafactor):  # type: ignore[misc]
@@ -54,6 +59,8 @@ def build_optimizer(groups: list[dict[str, Any]], stage: StageConfig, *, clip_he
         optimizer = (ClippedMuon if clip_here else Muon)(groups, config)
     elif isinstance(config, AdafactorConfig):
         optimizer = (ClippedAdafactor if clip_here else Adafactor)(groups, config)
+    elif config.state_bits == 8:
+        optimizer = (ClippedAdamW8 if clip_here else AdamW8)(groups, config)
     else:
         adamw = ClippedAdamW if clip_here else torch.optim.AdamW
         optimizer = adamw(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=can_fuse(groups))
