@@ -117,7 +117,7 @@ def check_files(config: RunConfig) -> None:
                     f"data.datasets.{index}.manifest={dataset.manifest}: no such file; "
                     f"make it with `mmscale data ingest` or `mmscale data index`"
                 )
-        tokens, rows = load_tokenizer(data.tokenizer).vocab_size, config.model.decoder.vocab_size
+        tokens, rows = load_tokenizer(data.tokenizer).vocab_size, config.model.decoder.num_ids
         if tokens > rows:
             raise ConfigError(
                 f"model.decoder.vocab_size={rows}: the tokenizer has {tokens} ids; set it to {tokens} or more"
