@@ -117,6 +117,11 @@ class Manifest(StrictConfig):
     files: dict[str, FileEntry]
     versions: dict[str, str]
 
+    def stored_name(self, name: str) -> str | None:
+        """The name under which a parameter is stored: its own, or that of the one it is tied to; None if absent."""
+        owner = self.tied.get(name, name)
+        return owner if owner in self.parameters else None
+
 
 class TensorEntry(StrictConfig):
     """A tensor in the file of one rank."""
