@@ -243,6 +243,37 @@ def find_latest(directory: Path) -> Path | None:
     return next((path for path in reversed(list_checkpoints(directory)) if is_whole(path)), None)
 
 
+def checkpoints_of(path: Path) -> list[Path]:
+    """The checkpoints that ``path`` means, a run folder, its ``checkpoints`` or one of them; whole or not.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / MANIFEST).exists() or path.name.startswith("step-"):
+        return [path]
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not found:
+        raise CheckpointError(
+            f"{path} has no checkpoints; give a run folder, its checkpoints folder, or one checkpoint"
+        )
+    return found
+
+
+def newest_of(path: Path) -> Path:
+    """The checkpoint that ``path`` names, or the newest whole one below it.
+
+    Raises:
+        CheckpointError: none is whole.
+    """
+    folders = checkpoints_of(path)
+    if folders == [path]:
+        return path
+    newest = find_latest(folders[0].parent)
+    if newest is None:
+        raise CheckpointError(f"{path}: no checkpoint is whole; `mmscale checkpoint list {path}` says why")
+    return newest
+
+
 def read_state(path: Path) -> TrainState:
     """Where the run stood, with the loader's state of all lanes merged. Reads no tensors.
 
