@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -130,8 +129,7 @@ def test_another_rope_base(stages: Stages) -> None:
 
 
 def test_longer_sequences(stages: Stages) -> None:
-    total = [0, *(line["tokens"] for line in stages.lines)]
-    tokens = [after - before for before, after in pairwise(total)]
+    tokens = [line["tokens"] for line in stages.lines]
     begin = stages.number("context") * STEPS
     assert max(tokens[:begin]) <= 4 * 64 < min(tokens[begin : begin + STEPS])
     stages.check("context", stages.before("context"))
