@@ -128,9 +128,12 @@ def _overridden(block: C, overrides: list[dict[str, Any] | None], place: str) ->
     try:
         return type(block).model_validate(merged)
     except ValidationError as error:
-        faults = error.errors(include_url=False)
-        what = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".lstrip(": ") for fault in faults)
-        raise ValueError(f"{place}: {what}") from error
+        raise ValueError("; ".join(_sentence(place, fault) for fault in error.errors(include_url=False))) from error
+
+
+def _sentence(place: str, fault: Any) -> str:
+    reason = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+    return f"{'.'.join([place, *map(str, fault['loc'])])}: {reason[:1].lower()}{reason[1:]}"
 
 
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
