@@ -45,8 +45,9 @@ def start(folder: Path, ranks: int, *words: str) -> Run:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     """A donor of another seed, trained for one step, and the whole run on two ranks."""
     folder = tmp_path_factory.mktemp("changes")
-    donor = start(folder / "donor", 1, "seed=9", "max_steps=1")
-    donor.finish()
+    asked = "{name: style, manifest: examples/emoji/shards/heldout-style-quick.manifest, field: name, limit: 4}"
+    donor = start(folder / "donor", 1, "seed=9", "max_steps=1", f"evaluation.sets=[{asked}]")
+    assert "held-out sets are not scored: the model of stage read takes no images" in donor.finish()
     whole = start(folder / "whole", 2, f"stages.2.weights.0.checkpoint={donor.folder}")
     whole.finish()
     return donor, whole
