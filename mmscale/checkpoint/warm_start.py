@@ -195,7 +195,7 @@ def _take(engine: Engine, reader: CheckpointReader, report: LoadReport, ema: boo
     loaded = set(report.loaded)
     rows = {table.name: table.taken for table in report.resized}
     # Each rank reads these small tables whole and computes the same bits, so none has to be sent.
-    resampled = {table.name: _resampled(engine.model, reader, table, ema) for table in report.resampled}
+    resampled = {table.name: _resampled(reader, table, ema) for table in report.resampled}
     for owned in engine.partition.owned(whole=True):
         name, stored = owned.name, reader.manifest.stored_name(owned.name)
         if name in resampled:
@@ -208,7 +208,7 @@ def _take(engine: Engine, reader: CheckpointReader, report: LoadReport, ema: boo
             reader.fill(values, stored, reader.weights_kind(stored, ema=ema), owned.start)
 
 
-def _resampled(model: nn.Module, reader: CheckpointReader, table: Resampled, ema: bool) -> Tensor:
+def _resampled(reader: CheckpointReader, table: Resampled, ema: bool) -> Tensor:
     stored = reader.manifest.stored_name(table.name)
     assert stored is not None
     return resample_positions(whole_parameter(reader, stored, ema=ema), table.before, table.now)
