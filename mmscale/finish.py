@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from data_pipeline.media_spec import Placement
 from mmscale.checkpoint import TrainState
 from mmscale.dist import World, sum_float
 from mmscale.engine.engine import Engine
@@ -49,11 +50,11 @@ def is_finished(config: RunConfig) -> bool:
 def finish(config: RunConfig, engine: Engine, state: TrainState, log: RunLog | NullLog) -> None:
     """Scores the model and writes what a finished run leaves behind. All ranks must call."""
     world = engine.world
-    heldout = score(config, engine, log)
+    heldout = score(config, engine, state.stage_index, log)
     ranks_memory = _gather_memory(world)
     if not world.is_main:
         return
-    count = count_parameters(config.model)
+    count = count_parameters(config.stage_model(state.stage_index))
     records = read_metrics(config.run_dir / "metrics.jsonl")
     result = RunResult(
         world_size=world.world_size,
@@ -84,21 +85,25 @@ def _efficiency(config: RunConfig, engine: Engine, records: Sequence[Mapping[str
     return Efficiency(mfu, peak.flops, peak.source, sum(record.get("model_flops", 0) for record in records))
 
 
-def score(config: RunConfig, engine: Engine, log: RunLog | NullLog) -> dict[str, SetResult]:
+def score(config: RunConfig, engine: Engine, stage: int, log: RunLog | NullLog) -> dict[str, SetResult]:
     """Scores the held-out sets with the engine's model and captions some of their images. All ranks must call.
 
-    A stage that keeps an average of its weights is scored by the average.
+    A stage that keeps an average of its weights is scored by the average. ``stage`` is the one that the model is of.
     """
-    data = config.stage_data(len(config.stages) - 1)
+    data, spec = config.evaluation_data(stage), config.stage_media(stage)
     log.pause()
+    asked = config.evaluation
+    if asked.sets and spec.placement is Placement.NONE:
+        log.note(f"held-out sets are not scored: the model of stage {engine.stage.name} takes no images")
+        asked = asked.model_copy(update={"sets": ()})
     with engine.inference(ema=engine.stage.ema is not None) as model:
-        results = evaluate(cast(MultimodalModel, model), config.evaluation, data, config.media_spec, engine.world)
+        results = evaluate(cast(MultimodalModel, model), asked, data, spec, engine.world)
         for name, result in results.items():
             log.note(
                 f"held-out {name}: {result.metric} {result.score:.3f} ± {result.error:.3f}, "
                 f"images permuted {result.control:.3f}, chance {result.chance:.3f} (n={result.n})"
             )
-        captioned = caption_images(model, config.evaluation, data, config.media_spec, engine.world)
+        captioned = caption_images(model, asked, data, spec, engine.world)
     if engine.world.is_main and captioned:
         save_captions(config.run_dir, captioned)
     log.pause("evaluation")

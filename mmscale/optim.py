@@ -25,15 +25,19 @@ _NO_DECAY_ENDINGS = ("bias", "gate")
 _TABLE_ENDING = "embedding"
 
 
-def component_of_parameters(model: nn.Module, components: Mapping[str, Sequence[nn.Module]]) -> dict[str, str]:
+Components = Mapping[str, Sequence[nn.Parameter]]
+"""Parameters by the name of their component: what a model's ``components()`` gives."""
+
+
+def component_of_parameters(model: nn.Module, components: Components) -> dict[str, str]:
     """The component of every parameter, by parameter name.
 
     Raises:
         ConfigError: a parameter belongs to no component, or to two.
     """
     owner: dict[int, str] = {}
-    for component, modules in components.items():
-        for parameter in (p for module in modules for p in module.parameters()):
+    for component, parameters in components.items():
+        for parameter in parameters:
             if owner.setdefault(id(parameter), component) != component:
                 raise ConfigError(f"a parameter belongs to the components {owner[id(parameter)]} and {component}")
     orphans = [name for name, parameter in model.named_parameters() if id(parameter) not in owner]
@@ -56,7 +60,7 @@ def trained_components(components: Iterable[str], stage: StageConfig) -> tuple[s
     return tuple(wanted)
 
 
-def freeze(model: nn.Module, components: Mapping[str, Sequence[nn.Module]], stage: StageConfig) -> None:
+def freeze(model: nn.Module, components: Components, stage: StageConfig) -> None:
     """Lets exactly the components of ``stage`` learn. Mutates ``requires_grad``.
 
     Raises:
@@ -78,19 +82,22 @@ def decays(name: str, shape: Sequence[int]) -> bool:
     return len(shape) >= 2 and not name.rsplit(".", 1)[-1].endswith(_NO_DECAY_ENDINGS)
 
 
+def token_tables(model: nn.Module) -> set[int]:
+    """Ids of parameters with a row for every token: those of ``nn.Embedding`` and of the language head."""
+    owners = (module for module in model.modules() if isinstance(module, nn.Embedding | LanguageHead))
+    return {id(parameter) for module in owners for parameter in module.parameters()}
+
+
 def tables(model: nn.Module) -> set[int]:
     """Ids of parameters whose rows are looked up or scored one by one, and which are no linear maps to Muon.
 
-    They are those of ``nn.Embedding``, of the language head, tied or not, and those named ``*embedding``.
+    They are the ``token_tables`` and those named ``*embedding``.
     """
-    owners = (module for module in model.modules() if isinstance(module, nn.Embedding | LanguageHead))
     named = (parameter for name, parameter in model.named_parameters() if name.endswith(_TABLE_ENDING))
-    return {id(parameter) for module in owners for parameter in module.parameters()} | {id(p) for p in named}
+    return token_tables(model) | {id(parameter) for parameter in named}
 
 
-def parameter_groups(
-    model: nn.Module, components: Mapping[str, Sequence[nn.Module]], stage: StageConfig
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, components: Components, stage: StageConfig) -> list[dict[str, Any]]:
     """Groups of the trained parameters, in a fixed order.
 
     Each has a ``name``, its ``component``, ``state_kinds``: the names of what the optimizer keeps beside each master,

@@ -6,11 +6,13 @@ Rules inside a part live in that part's class. Here are only those that need two
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.config import DataConfig
+from data_pipeline.documents import DocumentBuilder
+from data_pipeline.errors import DataConfigError
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.streamed import expand_shards
 from data_pipeline.strict import StrictConfig
@@ -48,19 +50,17 @@ class RunConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_stages(self) -> RunConfig:
-        components = {"decoder"}
-        if self.model.vision is not None:
-            components |= {"vision", "connector"}
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages need names of their own, got {names}")
         for number, stage in enumerate(self.stages):
-            unknown = (set(stage.train) | set(stage.learning_rate)) - components - {ALL, DEFAULT}
-            if unknown:
+            components = self.stage_model(number).components  # Raises where an override of the block is not legal.
+            named = {*stage.train, *stage.learning_rate, *(name for each in stage.weights for name in each.components)}
+            if unknown := named - set(components) - {ALL, DEFAULT}:
                 raise ValueError(
                     f"stages.{number} ({stage.name}) names {sorted(unknown)}; this model has {sorted(components)}"
                 )
-            self.stage_data(number)  # Raises where an override of the data block is not legal.
+            self.stage_data(number)  # As above.
         return self
 
     @model_validator(mode="after")
@@ -82,18 +82,63 @@ class RunConfig(StrictConfig):
 
     @property
     def media_spec(self) -> MediaSpec:
-        """What the data side must know of the model."""
+        """What the data side must know of the ``model`` block; of a stage's model: ``stage_media``."""
         return media_spec(self.model)
 
     def stage_data(self, number: int) -> DataConfig:
         """The data block of stage ``number``: its overrides merged into ``data``; lists are replaced, not merged."""
-        overrides = self.stages[number].data
-        if not overrides:
-            return self.data
-        return DataConfig.model_validate(_merged(self.data.model_dump(), overrides))
+        return _overridden(self.data, [self.stages[number].data], f"{self._place(number)}.data")
+
+    def stage_model(self, number: int) -> ModelConfig:
+        """The model of stage ``number``: the overrides of all stages up to it merged into ``model``, in order."""
+        overrides = [stage.model for stage in self.stages[: number + 1]]
+        return _overridden(self.model, overrides, f"{self._place(number)}.model")
+
+    def stage_media(self, number: int) -> MediaSpec:
+        """What the data side must know of the model of stage ``number``."""
+        return media_spec(self.stage_model(number))
+
+    def continues(self, number: int) -> bool:
+        """Whether stage ``number`` goes on with the stream of batches of the one before it: same data, same images."""
+        before = number - 1
+        return (
+            number > 0
+            and self.stage_data(number) == self.stage_data(before)
+            and self.stage_media(number) == self.stage_media(before)
+        )
+
+    def evaluation_data(self, number: int) -> DataConfig:
+        """The data block by which a model of stage ``number`` is asked: that of the last stage with the same model."""
+        model = self.stage_model(number)
+        return self.stage_data(max(n for n in range(len(self.stages)) if self.stage_model(n) == model))
+
+    def _place(self, number: int) -> str:
+        return f"stages.{number} ({self.stages[number].name})"
+
+
+C = TypeVar("C", bound=StrictConfig)
+
+
+def _overridden(block: C, overrides: list[dict[str, Any] | None], place: str) -> C:
+    if not any(overrides):
+        return block
+    merged = block.model_dump()
+    for each in overrides:
+        merged = _merged(merged, each or {})
+    try:
+        return type(block).model_validate(merged)
+    except ValidationError as error:
+        raise ValueError("; ".join(_sentence(place, fault) for fault in error.errors(include_url=False))) from error
+
+
+def _sentence(place: str, fault: Any) -> str:
+    reason = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+    return f"{'.'.join([place, *map(str, fault['loc'])])}: {reason[:1].lower()}{reason[1:]}"
 
 
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    if overrides.get("kind", base.get("kind")) != base.get("kind"):
+        return overrides  # Another variant: the keys of this one mean nothing to it.
     merged = dict(base)
     for key, value in overrides.items():
         old = merged.get(key)
@@ -106,10 +151,11 @@ def check_files(config: RunConfig) -> None:
 
     Raises:
         ConfigError: a manifest is missing, or the tokenizer has more ids than the model has embeddings.
-        DataConfigError: a shard to be streamed is missing, or the tokenizer cannot be loaded.
+        DataConfigError: a shard to be streamed is missing, the tokenizer cannot be loaded, or images are not cut as a
+            stage's model takes them.
     """
-    for number in range(len(config.stages)):
-        data = config.stage_data(number)
+    for number, stage in enumerate(config.stages):
+        data, model = config.stage_data(number), config.stage_model(number)
         for index, dataset in enumerate(data.datasets):
             expand_shards(dataset.shards)
             if isinstance(dataset.manifest, Path) and not dataset.manifest.is_file():
@@ -117,11 +163,20 @@ def check_files(config: RunConfig) -> None:
                     f"data.datasets.{index}.manifest={dataset.manifest}: no such file; "
                     f"make it with `mmscale data ingest` or `mmscale data index`"
                 )
-        tokens, rows = load_tokenizer(data.tokenizer).vocab_size, config.model.decoder.vocab_size
+        tokenizer = load_tokenizer(data.tokenizer)
+        tokens, rows = tokenizer.vocab_size, model.decoder.num_ids
         if tokens > rows:
+            extra = model.decoder.extra_tokens
+            read = f"{rows}" if extra is None else f"{rows - extra.rows}, extra_tokens.rows={extra.rows}"
             raise ConfigError(
-                f"model.decoder.vocab_size={rows}: the tokenizer has {tokens} ids; set it to {tokens} or more"
+                f"model.decoder.vocab_size={read}: the tokenizer of stage {stage.name} has {tokens} ids; "
+                f"have rows for {tokens} or more"
             )
+        for dataset in data.datasets:
+            try:
+                DocumentBuilder(dataset, tokenizer, media_spec(model))
+            except DataConfigError as error:
+                raise DataConfigError(f"stage {stage.name}, data set {dataset.name}: {error}") from error
 
 
 def check_world(config: RunConfig, world_size: int) -> None:

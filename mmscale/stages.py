@@ -1,11 +1,12 @@
 """The stage program: what is trained, for how long, and how fast.
 
 A run is a list of stages. Each stage trains some components of the model and freezes the others; between two stages
-only weights are handed on (new optimizer state, new schedule).
+only weights are handed on (new optimizer state, new schedule), and model and data may change.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -19,6 +20,29 @@ DEFAULT = "default"
 """Key of the learning rate of components that are not named."""
 
 
+def _check_names(names: tuple[str, ...], key: str) -> None:
+    if len(set(names)) != len(names):
+        raise ValueError(f"{key}={list(names)} names a component twice")
+    if ALL in names and len(names) > 1:
+        raise ValueError(f"{key}={list(names)}: `{ALL}` stands alone")
+
+
+class WeightsConfig(StrictConfig):
+    """Weights from elsewhere, as far as they fit."""
+
+    checkpoint: Path
+    """A checkpoint folder (``RUN/checkpoints/step-N``), or a run folder: then its newest whole one."""
+    components: tuple[str, ...] = Field(default=(ALL,), min_length=1)
+    """Components that are taken; the others keep what they have. ``all`` alone takes every one."""
+    ema: bool = False
+    """Take the averages of the weights, where the checkpoint keeps them, instead of the weights."""
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightsConfig:
+        _check_names(self.components, "components")
+        return self
+
+
 class StageConfig(StrictConfig):
     """One stage."""
 
@@ -27,7 +51,8 @@ class StageConfig(StrictConfig):
     steps: int = Field(ge=1)
     """Optimizer steps; the schedules are stretched over them."""
     train: tuple[str, ...] = Field(default=(ALL,), min_length=1)
-    """Components that learn, of ``vision``, ``connector``, ``decoder``; or ``all`` alone. The rest is frozen."""
+    """Components that learn, of ``vision``, ``connector``, ``decoder``, ``extra_tokens``; or ``all`` alone. The rest is
+    frozen."""
     learning_rate: dict[str, Annotated[float, Field(gt=0)]] = Field(default={DEFAULT: 1e-3})
     """Peak learning rate of each trained component; ``default`` serves those that are not named."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -44,15 +69,16 @@ class StageConfig(StrictConfig):
     """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
     data: dict[str, Any] | None = None
     """Overrides of the ``data`` block during this stage, for example another mixture; None keeps it."""
+    model: dict[str, Any] | None = None
+    """Overrides of the ``model`` block from this stage on: unlike ``data``, a model that was changed stays so."""
+    weights: tuple[WeightsConfig, ...] = ()
+    """Taken in this order at the beginning of the stage, after the weights of the stage before."""
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is longer than the stage (steps={self.steps})")
-        if len(set(self.train)) != len(self.train):
-            raise ValueError(f"train={list(self.train)} names a component twice")
-        if ALL in self.train and len(self.train) > 1:
-            raise ValueError(f"train={list(self.train)}: `{ALL}` stands alone")
+        _check_names(self.train, "train")
         unknown = set(self.learning_rate) - set(self.train) - {DEFAULT}
         if unknown and ALL not in self.train:
             raise ValueError(

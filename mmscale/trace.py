@@ -22,6 +22,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import LedgerError
 from data_pipeline.faults import Skipped
 from data_pipeline.ledger import Ledger, Row
+from data_pipeline.media_spec import MediaSpec
 from data_pipeline.replay import Replay
 from data_pipeline.shards.tar_stream import PIPE
 from data_pipeline.state import Drawn
@@ -87,22 +88,23 @@ class Frame:
     Attributes:
         begin: Steps of the run that were done before its first.
         end: Its last step, as the configuration plans it.
+        spec: What the model of these steps takes.
     """
 
     begin: int
     end: int
     data: DataConfig
+    spec: MediaSpec
 
 
 def frames(config: RunConfig) -> list[Frame]:
-    """The loaders of a run, one after the other: stages with equal data share one (``train._open_loader``)."""
+    """The loaders of a run, one after the other: stages may share one (``RunConfig.continues``)."""
     found: list[Frame] = []
     done = 0
     for number, stage in enumerate(config.stages):
-        data = config.stage_data(number)
-        begin = found.pop().begin if found and found[-1].data == data else done
+        begin = found.pop().begin if config.continues(number) else done
         done += stage.steps
-        found.append(Frame(begin, done, data))
+        found.append(Frame(begin, done, config.stage_data(number), config.stage_media(number)))
     return found
 
 
@@ -152,7 +154,7 @@ class RunTrace:
         """The samples of a frame's data sets, as the ledger's last state of it knows them."""
         numbers = self.segments(frame)
         state = self.ledger.state(numbers[-1]) if numbers else None
-        return Samples(frame.data, self.config.media_spec, self.config.seed, state)
+        return Samples(frame.data, frame.spec, self.config.seed, state)
 
     def _check_order(self, frame: Frame) -> None:
         """Whether the order that the frame's steps were done in is that of the configuration.
@@ -231,7 +233,7 @@ class RunTrace:
         if commands:
             raise LedgerError(f"not written down, and a trace does not run the commands that {commands[0]} comes from")
         snapshot = self.ledger.snapshot(step)
-        spec, seed = self.config.media_spec, self.config.seed
+        spec, seed = frame.spec, self.config.seed
         entry = self._roll_back(step)
         if entry is not None and entry.stage_begin < frame.begin:
             entry = None

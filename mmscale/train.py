@@ -52,6 +52,7 @@ from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig, check_files, check_world
 from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, open_run_folder
+from mmscale.stage_weights import check_stage_weights, take_stage_weights
 
 Log = RunLog | NullLog
 Show = Callable[[MultimodalBatch, int], list[CaptionedImage]]
@@ -134,6 +135,7 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
 def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog, profile: bool) -> Outcome:
     bad_steps = BadSteps(config, world)
     latest, state = bad_steps.checkpoint, bad_steps.state
+    check_stage_weights(config, world, state)
     ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
     saver = checkpoint.Saver(world, config.run_dir / CHECKPOINTS, config.checkpoint, log.note)
@@ -162,14 +164,14 @@ def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog,
 def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator[Engine]:
     """The engine of the state's stage: exactly as it was inside a stage, with weights only at its beginning."""
     stage = run.config.stages[state.stage_index]
-    model = build(run.config, run.world)
+    model = build(run.config, run.world, state.stage_index)
     engine = Engine(model, NextToken(), stage, run.config.engine, run.world)
     engine.clock.on_phase = run.watchdog.enter
     try:
         if latest and state.stage_step:
             checkpoint.resume(engine, latest, verified=True)
-        elif latest and state.step:
-            run.log.note(f"stage {stage.name}: {checkpoint.warm_start(engine, latest)}")
+        else:
+            _begin_stage(run, engine, latest)
         if not state.step:
             run.log.note(f"precision {engine.precision.name}: {engine.precision.reason}")
         yield engine
@@ -177,13 +179,22 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
         engine.close()
 
 
-def build(config: RunConfig, world: World) -> MultimodalModel:
-    """The model with its first values, the same at every world size. All ranks must call."""
+def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:
+    """Hands on the weights of the stage before, if there is one, and takes what the stage wants from elsewhere."""
+    name = engine.stage.name
+    if latest:
+        run.log.note(f"stage {name}, weights of the stage before: {checkpoint.warm_start(engine, latest)}")
+    for source in engine.stage.weights:
+        path, report = take_stage_weights(engine, source)
+        run.log.note(f"stage {name}, weights of {path}: {report}")
+
+
+def build(config: RunConfig, world: World, stage: int) -> MultimodalModel:
+    """The model of a stage with its first values, the same at every world size. All ranks must call."""
     precision = choose_precision(config.engine, world.device)
+    model = config.stage_model(stage)
     return construct(
-        functools.partial(
-            build_model, config.model, attention=config.engine.attention, seed=None, dtype=precision.dtype
-        ),
+        functools.partial(build_model, model, attention=config.engine.attention, seed=None, dtype=precision.dtype),
         config.engine,
         world,
         functools.partial(initialise_, seed=config.seed),
@@ -225,11 +236,11 @@ def _train_stage(run: _Run, engine: Engine, state: TrainState) -> tuple[TrainSta
 
 
 def _open_stage(run: _Run, engine: Engine, state: TrainState) -> _Stage:
-    data = run.config.stage_data(state.stage_index)
+    data, spec = run.config.stage_data(state.stage_index), run.config.stage_media(state.stage_index)
     decode = load_tokenizer(data.tokenizer).decode
 
     def show(microbatch: MultimodalBatch, limit: int) -> list[CaptionedImage]:
-        return batch_images(microbatch, run.config.media_spec, decode, limit)
+        return batch_images(microbatch, spec, decode, limit)
 
     names = [dataset.name for dataset in data.datasets]
     peak = device_peak(engine, run.config.metrics.peak_flops)
@@ -291,16 +302,16 @@ def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> Trai
 
 
 def _open_loader(config: RunConfig, world: World, state: TrainState, position: LoaderState | None) -> Loader:
-    """The stage's stream of batches: a new one where the stage has data of its own, else the running one.
+    """The stage's stream of batches: a new one where the stage has data or images of its own, else the running one.
 
     With ``position`` it begins there, whatever the state says: behind the data that a roll back leaves out.
     """
     data = config.stage_data(state.stage_index)
-    fresh = state.stage_step == 0 and (state.stage_index == 0 or data != config.stage_data(state.stage_index - 1))
+    fresh = state.stage_step == 0 and not config.continues(state.stage_index)
     position = position or (None if fresh else state.loader)
     return Loader(
         data,
-        config.media_spec,
+        config.stage_media(state.stage_index),
         seed=config.seed,
         rank=world.rank,
         world_size=world.world_size,

@@ -1,13 +1,14 @@
 """Elastic checkpoints: whole or absent, resumed at any number of ranks and any ZeRO stage.
 
-``resume`` is exact and within a stage; ``warm_start`` takes weights only; ``load_weights`` needs no engine.
+``resume`` is exact and within a stage; ``warm_start`` takes the weights that fit; ``load_weights`` needs no engine.
 """
 
 from mmscale.checkpoint.background import Saver
-from mmscale.checkpoint.load import LoadReport, choose, load_weights, resume, warm_start
+from mmscale.checkpoint.load import choose, load_weights, resume
 from mmscale.checkpoint.manifest import TrainState, find_latest, list_checkpoints, read_manifest, read_state
 from mmscale.checkpoint.reshard import verify
 from mmscale.checkpoint.save import save
+from mmscale.checkpoint.warm_start import LoadReport, warm_start
 
 __all__ = [
     "LoadReport",

@@ -1,4 +1,4 @@
-"""Reading checkpoints back: exactly (``resume``), weights only (``warm_start``), or into a plain module.
+"""Reading checkpoints back: exactly (``resume``), or the weights into a plain module (``load_weights``).
 
 The world size and the ZeRO stage may differ from those that saved.
 """
@@ -6,7 +6,6 @@ The world size and the ZeRO stage may differ from those that saved.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,6 @@ from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
 
 _SHOWN = 3
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What ``warm_start`` did, by parameter name.
-
-    Attributes:
-        loaded: Taken from the checkpoint.
-        missing: Of the model but not in the checkpoint: they keep their first values.
-        unused: In the checkpoint but not of the model.
-        mismatched: In both with different shapes; they keep their first values.
-    """
-
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-    mismatched: tuple[str, ...]
-
-    @property
-    def complete(self) -> bool:
-        """Whether model and checkpoint hold the same parameters."""
-        return not (self.missing or self.unused or self.mismatched)
 
 
 def choose(
@@ -156,38 +133,6 @@ def _beside(optimizer: str, ema: bool) -> str:
     return f"the state of {optimizer} and {'an' if ema else 'no'} average of the weights"
 
 
-def warm_start(engine: Engine, path: Path) -> LoadReport:
-    """Takes over the weights that fit, and nothing else: moments and schedule start anew. All ranks must call.
-
-    Args:
-        engine: Before its first step.
-        path: Checkpoint folder.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or no parameter fits.
-    """
-    verify_together(engine.world, path)
-    try:
-        with CheckpointReader(path) as reader:
-            report = _match(engine.model, reader)
-            complaint = None if report.loaded else f"{path}: no parameter of the model is in it"
-    except CheckpointError as error:
-        complaint = str(error)
-    heard = first_complaint(engine.world, complaint)
-    if heard is not None:
-        raise CheckpointError(heard)
-    chosen = set(report.loaded)
-    with CheckpointReader(path) as reader:
-        for owned in engine.partition.owned(whole=True):
-            stored = reader.stored_name(owned.name)
-            if owned.name in chosen and stored is not None:
-                reader.fill(owned.master, stored, reader.weights_kind(stored), owned.start)
-        _load_buffers(engine.model, reader)
-    engine.partition.begin_average()
-    engine.partition.publish()
-    return report
-
-
 def load_weights(model: nn.Module, path: Path, *, ema: bool = False) -> None:
     """Loads weights and buffers into a plain module, in one process, without DeepSpeed.
 
@@ -211,23 +156,6 @@ def load_weights(model: nn.Module, path: Path, *, ema: bool = False) -> None:
             for name, parameter in model.named_parameters():
                 parameter.copy_(whole_parameter(reader, name, ema=ema))
         _load_buffers(model, reader)
-
-
-def _match(model: nn.Module, reader: CheckpointReader) -> LoadReport:
-    loaded: list[str] = []
-    missing: list[str] = []
-    mismatched: list[str] = []
-    used: set[str] = set()
-    for name, entry in parameter_table(model).items():
-        stored = reader.stored_name(name)
-        if stored is None:
-            missing.append(name)
-            continue
-        used.add(stored)
-        same = tuple(entry["shape"]) == reader.manifest.parameters[stored].shape
-        (loaded if same else mismatched).append(name)
-    unused = [name for name in reader.manifest.parameters if name not in used]
-    return LoadReport(tuple(loaded), tuple(missing), tuple(unused), tuple(mismatched))
 
 
 def _load_buffers(model: nn.Module, reader: CheckpointReader) -> None:

@@ -117,6 +117,11 @@ class Manifest(StrictConfig):
     files: dict[str, FileEntry]
     versions: dict[str, str]
 
+    def stored_name(self, name: str) -> str | None:
+        """The name under which a parameter is stored: its own, or that of the one it is tied to; None if absent."""
+        owner = self.tied.get(name, name)
+        return owner if owner in self.parameters else None
+
 
 class TensorEntry(StrictConfig):
     """A tensor in the file of one rank."""
@@ -236,6 +241,37 @@ def list_checkpoints(directory: Path) -> list[Path]:
 def find_latest(directory: Path) -> Path | None:
     """The newest whole checkpoint below ``directory``; a damaged one is passed over (see ``load.choose``)."""
     return next((path for path in reversed(list_checkpoints(directory)) if is_whole(path)), None)
+
+
+def checkpoints_of(path: Path) -> list[Path]:
+    """The checkpoints that ``path`` means, a run folder, its ``checkpoints`` or one of them; whole or not.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / MANIFEST).exists() or path.name.startswith("step-"):
+        return [path]
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not found:
+        raise CheckpointError(
+            f"{path} has no checkpoints; give a run folder, its checkpoints folder, or one checkpoint"
+        )
+    return found
+
+
+def newest_of(path: Path) -> Path:
+    """The checkpoint that ``path`` names, or the newest whole one below it.
+
+    Raises:
+        CheckpointError: none is whole.
+    """
+    folders = checkpoints_of(path)
+    if folders == [path]:
+        return path
+    newest = find_latest(folders[0].parent)
+    if newest is None:
+        raise CheckpointError(f"{path}: no checkpoint is whole; `mmscale checkpoint list {path}` says why")
+    return newest
 
 
 def read_state(path: Path) -> TrainState:

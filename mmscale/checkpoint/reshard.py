@@ -53,14 +53,14 @@ class CheckpointReader:
     def __exit__(self, *exception: object) -> None:
         self._files.clear()
 
-    def stored_name(self, name: str) -> str | None:
-        """The name under which a parameter is stored: its own, or that of the one it is tied to; None if absent."""
-        owner = self.manifest.tied.get(name, name)
-        return owner if owner in self.manifest.parameters else None
+    def weights_kind(self, name: str, *, ema: bool = False) -> str:
+        """``master`` or ``frozen``: how the weights of a stored parameter are kept; ``ema`` for their average.
 
-    def weights_kind(self, name: str) -> str:
-        """``master`` or ``frozen``: how the weights of a stored parameter are kept."""
-        return "master" if self.manifest.parameters[name].trained else "frozen"
+        A frozen parameter's average is its weights.
+        """
+        if not self.manifest.parameters[name].trained:
+            return "frozen"
+        return "ema" if ema else "master"
 
     def fill(self, target: Tensor, name: str, kind: str, start: int) -> None:
         """Fills the flat ``target`` with the values from ``start`` on, converting to its number format.
@@ -206,6 +206,5 @@ def whole_parameter(reader: CheckpointReader, name: str, *, ema: bool = False) -
     """Weights of one stored parameter, float32, in its shape; with ``ema`` their average if it was trained."""
     shape = reader.manifest.parameters[name].shape
     values = torch.empty(math.prod(shape), dtype=torch.float32)
-    kind = "ema" if ema and reader.manifest.parameters[name].trained else reader.weights_kind(name)
-    reader.fill(values, name, kind, 0)
+    reader.fill(values, name, reader.weights_kind(name, ema=ema), 0)
     return values.view(shape)

@@ -41,11 +41,11 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
 
     The newest whole one is what a run goes on from.
     """
-    from mmscale.checkpoint.manifest import MANIFEST, missing_or_cut, read_manifest
+    from mmscale.checkpoint.manifest import MANIFEST, checkpoints_of, missing_or_cut, read_manifest
     from mmscale.errors import CheckpointError
 
     rows: list[dict[str, object]] = []
-    for folder in _checkpoints(path):
+    for folder in checkpoints_of(path):
         try:
             manifest = read_manifest(folder)
         except CheckpointError as error:
@@ -78,10 +78,11 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
 @app.command(epilog="Example: mmscale checkpoint verify runs/quickstart")
 def verify(path: Path = _FOLDER, json: bool = _JSON) -> None:
     """Read every byte: sizes, checksums, and that the ranks' ranges cover each parameter. Exit code 1 if not good."""
+    from mmscale.checkpoint.manifest import checkpoints_of
     from mmscale.checkpoint.reshard import verify as find_problems
     from mmscale.cli.console import progress
 
-    folders = _checkpoints(path)
+    folders = checkpoints_of(path)
     results: dict[str, list[str]] = {}
     with progress("verify", total=len(folders)) as meter:
         for folder in folders:
@@ -111,9 +112,10 @@ def export(
     Takes the newest whole checkpoint of PATH, or the one that PATH names. Every byte is checked first. fp32 is exact.
     """
     from mmscale.checkpoint.export import export_weights
+    from mmscale.checkpoint.manifest import newest_of
 
     report = export_weights(
-        _newest(path), folder, weights=weights.value, number_format=number_format.value, shard_bytes=shard_bytes
+        newest_of(path), folder, weights=weights.value, number_format=number_format.value, shard_bytes=shard_bytes
     )
     emit(asdict(report), json=json)
 
@@ -143,58 +145,29 @@ def import_(
     if wrong := [rule for rule in rename if "=" not in rule]:
         raise ConfigError(f"--rename {wrong[0]}: expected OLD=NEW, for example --rename net.=")
     renames = dict(rule.split("=", 1) for rule in rename)
-    recipient = None if config is None else _recipient(config)
+    recipient = None if config is None else _recipient(config, stage)
     report = import_checkpoint(source, run / CHECKPOINTS, recipient, renames=renames or None, stage=stage)
     emit(asdict(report), json=json)
 
 
-def _recipient(config: Path) -> Recipient:
-    """The run of ``config``: its model, without memory, and its stages."""
+def _recipient(config: Path, stage: str | None) -> Recipient:
+    """The run of ``config``: its model, without memory, and its stages.
+
+    Raises:
+        ConfigError: its stages have different models, and none of them is named.
+    """
     import torch
 
     from mmscale.checkpoint.foreign import Recipient
     from mmscale.config import load
+    from mmscale.errors import ConfigError
     from mmscale.models.build import build_model
     from mmscale.run_config import RunConfig
 
     run = load(config, [], RunConfig).value
+    models = [run.stage_model(number) for number, each in enumerate(run.stages) if stage in (None, each.name)]
+    if any(model != models[0] for model in models):
+        raise ConfigError(f"{config}: its stages change the model; name the one that goes on with --stage")
     with torch.device("meta"):
-        model = build_model(run.model, attention="sdpa")
+        model = build_model(models[0] if models else run.model, attention="sdpa")
     return Recipient(model, run.stages)
-
-
-def _newest(path: Path) -> Path:
-    """The checkpoint that ``path`` names, or the newest whole one below it.
-
-    Raises:
-        CheckpointError: none is whole.
-    """
-    from mmscale.checkpoint.manifest import find_latest
-    from mmscale.errors import CheckpointError
-
-    folders = _checkpoints(path)
-    if folders == [path]:
-        return path
-    newest = find_latest(folders[0].parent)
-    if newest is None:
-        raise CheckpointError(f"{path}: no checkpoint is whole; `mmscale checkpoint list {path}` says why")
-    return newest
-
-
-def _checkpoints(path: Path) -> list[Path]:
-    """The checkpoints that ``path`` means.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    from mmscale.checkpoint.manifest import MANIFEST, list_checkpoints
-    from mmscale.errors import CheckpointError
-
-    if (path / MANIFEST).exists() or path.name.startswith("step-"):
-        return [path]
-    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
-    if not found:
-        raise CheckpointError(
-            f"{path} has no checkpoints; give a run folder, its checkpoints folder, or one checkpoint"
-        )
-    return found

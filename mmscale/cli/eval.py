@@ -38,6 +38,6 @@ def evaluate_run(
         raise ConfigError(f"{config}: evaluation.sets is empty: there is nothing to score")
     trained = load_trained(run)
     console.print(f"scoring {trained.checkpoint}")
-    data = run.stage_data(len(run.stages) - 1)
-    results = evaluate(trained.model, run.evaluation, data, run.media_spec, trained.world)
+    data, spec = run.evaluation_data(trained.stage), run.stage_media(trained.stage)
+    results = evaluate(trained.model, run.evaluation, data, spec, trained.world)
     emit({"checkpoint": str(trained.checkpoint), "heldout": {k: asdict(v) for k, v in results.items()}}, json=json)

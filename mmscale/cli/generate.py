@@ -40,8 +40,8 @@ def generate(
     text = describe_image(
         trained.model,
         image,
-        config.stage_data(len(config.stages) - 1),
-        config.media_spec,
+        config.evaluation_data(trained.stage),
+        config.stage_media(trained.stage),
         prompt=prompt,
         max_new_tokens=max_new_tokens,
         sampling=NucleusConfig(temperature=temperature, top_p=top_p, seed=seed) if temperature else GreedyConfig(),

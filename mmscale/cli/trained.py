@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with the weights of ``checkpoint``, in evaluation mode on ``world.device``."""
+    """A model with the weights of ``checkpoint``, in evaluation mode on ``world.device``.
+
+    Attributes:
+        stage: Number of the stage whose model it is.
+    """
 
     config: RunConfig
+    stage: int
     model: MultimodalModel
     world: World
     checkpoint: Path
@@ -44,9 +49,12 @@ def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
             f"{folder}: no checkpoint there; train first: mmscale train CONFIG run_dir={config.run_dir}"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(config.model, attention=config.engine.attention, seed=None)
-    load_weights(model, path, ema=read_manifest(path).ema)
-    return Trained(config, model.to(device).eval(), World(0, 1, 0, device), path)
+    manifest = read_manifest(path)
+    # A configuration with fewer stages may still have the model; if not, the weights are refused.
+    stage = min(manifest.state.stage_index, len(config.stages) - 1)
+    model = build_model(config.stage_model(stage), attention=config.engine.attention, seed=None)
+    load_weights(model, path, ema=manifest.ema)
+    return Trained(config, stage, model.to(device).eval(), World(0, 1, 0, device), path)
 
 
 def open_trained(path: Path) -> Trained:

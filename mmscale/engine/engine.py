@@ -34,6 +34,7 @@ from mmscale.engine.units import Undo, gather_whole, recompute
 from mmscale.errors import EngineError
 from mmscale.metrics.memory import peak_memory
 from mmscale.optim import (
+    Components,
     component_of_parameters,
     freeze,
     full_shape,
@@ -117,7 +118,7 @@ class Engine:
         self.stage_step = 0
         self.clock = StepClock(world.device)
         self._objective = objective
-        components: dict[str, list[nn.Module]] = model.components()  # type: ignore[operator]
+        components: Components = model.components()  # type: ignore[operator]
         freeze(model, components, stage)
         self.trained_components = trained_components(components, stage)
         self._owner = component_of_parameters(model, components)
@@ -141,7 +142,7 @@ class Engine:
             optimizer.attach(self.partition.masters, self.world)
         self.partition.ensure_state()
 
-    def _start(self, components: dict[str, list[nn.Module]]) -> Any:
+    def _start(self, components: Components) -> Any:
         import deepspeed
 
         if self.config.zero_stage < 3:

@@ -34,7 +34,7 @@ class ParameterCount:
     Attributes:
         total: All, tied ones once.
         active: Those that one token uses: of E routed experts only A count.
-        components: Totals of "vision", "connector" and "decoder".
+        components: Totals of "vision", "connector", "decoder" and "extra_tokens", those that there are.
     """
 
     total: int
@@ -63,8 +63,8 @@ def build_model(
     """
     backend = resolve_backend(attention, dtype)
     decoder = Decoder(config.decoder, backend)
-    tied = decoder.embed_tokens.weight if config.decoder.tie_embeddings else None
-    head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied)
+    tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
+    head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
     head.init_std = config.decoder.init_std  # type: ignore[assignment]
     vision = None if config.vision is None else VisionTower(config.vision, backend)
     model = MultimodalModel(config, decoder, head, vision, _connector(config, backend))
@@ -113,8 +113,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         if isinstance(module, Experts):
             idle += _unique(module) - _unique(module) * module.experts_per_token // module.num_experts
     components = {
-        name: sum(p.numel() for p in {p for module in modules for p in module.parameters()})
-        for name, modules in model.components().items()
+        name: sum(parameter.numel() for parameter in set(parameters)) for name, parameters in model.components().items()
     }
     return ParameterCount(total, total - idle, components)
 

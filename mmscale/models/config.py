@@ -18,11 +18,23 @@ MlpConfig = Annotated[DenseMlpConfig | MoeConfig, Field(discriminator="kind")]
 PositionsConfig = Annotated[LearnedPositionsConfig | Rotary2dConfig, Field(discriminator="kind")]
 
 
+class ExtraTokensConfig(StrictConfig):
+    """Rows for ids behind the vocabulary, parameters of their own: the component ``extra_tokens``."""
+
+    rows: int = Field(gt=0)
+    """New ids: ``vocab_size``, ``vocab_size + 1``, ..."""
+    predicted: bool = True
+    """Whether the language head has rows for them too. False for ids that are only read, as image placeholders
+    (Llama 3.2 Vision, Molmo): none of them may be a label that carries loss."""
+
+
 class DecoderConfig(StrictConfig):
     """A causal text decoder."""
 
     vocab_size: int = Field(gt=0)
-    """V, rows of the embedding; at least the tokenizer's vocabulary."""
+    """V, rows of the embedding; with ``extra_tokens`` at least the tokenizer's vocabulary."""
+    extra_tokens: ExtraTokensConfig | None = None
+    """New tokens beside the table, so that they can learn while its rows are frozen; null for none."""
     hidden_dim: int = Field(gt=0)
     """D, width of the residual stream."""
     num_layers: int = Field(gt=0)
@@ -43,6 +55,16 @@ class DecoderConfig(StrictConfig):
     """Share of what each sub-layer adds to the residual stream that is zeroed in training, cross-attention included."""
     init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the first weights; null: ``1 / sqrt(fan-in)``."""
+
+    @property
+    def num_ids(self) -> int:
+        """Token ids that can be read."""
+        return self.vocab_size + (self.extra_tokens.rows if self.extra_tokens else 0)
+
+    @property
+    def predicted_rows(self) -> int:
+        """Extra ids that have a logit."""
+        return self.extra_tokens.rows if self.extra_tokens and self.extra_tokens.predicted else 0
 
     @model_validator(mode="after")
     def _consistent(self) -> DecoderConfig:
@@ -200,6 +222,12 @@ class ModelConfig(StrictConfig):
     """The image tower; null for a text model."""
     connector: ConnectorConfig | None = None
     """How image features reach the decoder; null for a text model."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """What a stage can freeze and train by name: the keys of ``MultimodalModel.components()``."""
+        towers = ("vision", "connector") if self.vision is not None else ()
+        return (*towers, "decoder", *(("extra_tokens",) if self.decoder.extra_tokens else ()))
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import AttentionSegments
 from mmscale.models.config import DecoderConfig
+from mmscale.models.embedding import TokenEmbedding
 from mmscale.models.kv_cache import KVCache
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.block import TransformerBlock
@@ -42,7 +43,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.head_dim = config.attention.resolved_head_dim(config.hidden_dim)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_dim)
+        extra = 0 if config.extra_tokens is None else config.extra_tokens.rows
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_dim, extra)
         self.layers = nn.ModuleList(
             TransformerBlock(
                 config.hidden_dim,

@@ -133,7 +133,7 @@ def _parts(config: ModelConfig, batch: MultimodalBatch, rows: int, trained: Coll
     sees = connector is not None and not {"vision", "connector"}.isdisjoint(trained)
     embeds = not isinstance(connector, CrossAttentionConnectorConfig)
     # A gradient flows through the decoder from where learned values enter it: its beginning, or where it first attends.
-    early = "decoder" in trained or (sees and embeds)
+    early = not {"decoder", "extra_tokens"}.isdisjoint(trained) or (sees and embeds)
     if config.vision is not None and connector is not None:
         yield from _vision_parts(config, batch, trained)
         yield from _projector_parts(config, batch.media["image"].items.total, trained)
@@ -155,6 +155,7 @@ def _parts(config: ModelConfig, batch: MultimodalBatch, rows: int, trained: Coll
         tail = tokens * _tail(mlp, decoder.hidden_dim) if decoder.norm_placement is NormPlacement.PRE else 0
         yield _Part(linear, learns, flows, area, 4 * (learns or flows), linear + area - tail)
     yield _Part(2 * rows * decoder.hidden_dim * decoder.vocab_size, learns, flows)
+    yield _Part(2 * rows * decoder.hidden_dim * decoder.predicted_rows, "extra_tokens" in trained, flows)
 
 
 def _vision_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collection[str]) -> Iterator[_Part]:
@@ -234,7 +235,10 @@ def _mlp(config: DenseMlpConfig | MoeConfig, dim: int) -> int:
 
 
 def _decoder_per_token(config: ModelConfig) -> int:
-    """Projections, feed-forwards and head of one token, cross-attention's own side included."""
+    """Projections, feed-forwards and head of one token, cross-attention's own side included.
+
+    Extra rows of the head are left out: a few new tokens must not change which documents share a pack.
+    """
     decoder = config.decoder
     dim = decoder.hidden_dim
     total = decoder.num_layers * _attention_per_row(decoder.attention, dim)

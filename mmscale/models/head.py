@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmscale.models.embedding import TokenEmbedding
 from mmscale.nn.cross_entropy import linear_cross_entropy
 
 
@@ -14,17 +15,24 @@ class LanguageHead(nn.Module):
     """From hidden rows to the vocabulary.
 
     Args:
-        vocab_size: V.
+        vocab_size: V, rows of ``weight``.
         dim: D.
-        tied: The embedding's parameter to share, or None for one of its own.
+        tied: The embedding whose parameters to share, or None for some of its own.
+        extra_rows: Rows of ``extra_weight``, of the ids from V on; those of the embedding, or 0.
     """
 
-    def __init__(self, vocab_size: int, dim: int, tied: Tensor | None = None) -> None:
+    extra_weight: nn.Parameter | None
+
+    def __init__(self, vocab_size: int, dim: int, tied: TokenEmbedding | None = None, extra_rows: int = 0) -> None:
         super().__init__()
-        if tied is None:
-            tied = nn.Parameter(torch.empty(vocab_size, dim))
-            nn.init.normal_(tied, std=0.02)
-        self.weight = tied if isinstance(tied, nn.Parameter) else nn.Parameter(tied)
+        extra = None
+        if tied is not None:
+            self.weight = tied.weight
+            extra = tied.extra_weight if extra_rows else None
+        else:
+            self.weight = nn.Parameter(torch.empty(vocab_size, dim).normal_(std=0.02))
+            extra = nn.Parameter(torch.empty(extra_rows, dim).normal_(std=0.02)) if extra_rows else None
+        self.register_parameter("extra_weight", extra)
 
     def forward(
         self,
@@ -33,10 +41,12 @@ class LanguageHead(nn.Module):
         loss_weights: Float[Tensor, " T"] | None = None,
         row_losses: Float[Tensor, " T"] | None = None,
     ) -> Tensor:
-        """Logits ``(T, V)``; with ``labels`` and ``loss_weights`` the float32 sum of weighted cross-entropies.
+        """Logits ``(T, V)``, extra rows included; with labels and weights the float32 sum of weighted cross-entropies.
 
         ``row_losses`` (zeros) receives the terms of that sum.
         """
         if labels is None or loss_weights is None:
-            return F.linear(hidden, self.weight)
-        return linear_cross_entropy(hidden, self.weight, labels, loss_weights, row_losses)
+            logits = F.linear(hidden, self.weight)
+            extra = self.extra_weight
+            return logits if extra is None else torch.cat([logits, F.linear(hidden, extra)], dim=-1)
+        return linear_cross_entropy(hidden, self.weight, labels, loss_weights, row_losses, self.extra_weight)

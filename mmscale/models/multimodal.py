@@ -90,13 +90,17 @@ class MultimodalModel(nn.Module):
             )
         return Dropout.of(rate, batch.dropout_key, batch.lanes, batch.lane_tokens, batch.token_ids.device)
 
-    def components(self) -> dict[str, list[nn.Module]]:
-        """Modules by component; every parameter belongs to exactly one."""
-        parts: dict[str, list[nn.Module]] = {}
+    def components(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by component, tied ones once; every parameter belongs to exactly one."""
+        parts: dict[str, list[nn.Parameter]] = {}
         if self.vision is not None and self.connector is not None:
-            parts["vision"] = [self.vision]
-            parts["connector"] = [self.connector]
-        parts["decoder"] = [self.decoder, self.head]
+            parts["vision"] = list(self.vision.parameters())
+            parts["connector"] = list(self.connector.parameters())
+        text = list(dict.fromkeys([*self.decoder.parameters(), *self.head.parameters()]))
+        extra = {id(module.extra_weight) for module in (self.decoder.embed_tokens, self.head)}
+        parts["decoder"] = [parameter for parameter in text if id(parameter) not in extra]
+        if self.config.decoder.extra_tokens is not None:
+            parts["extra_tokens"] = [parameter for parameter in text if id(parameter) in extra]
         return parts
 
     def checkpoint_units(self) -> list[nn.Module]:
@@ -107,9 +111,10 @@ class MultimodalModel(nn.Module):
 
     def tied_parameters(self) -> list[tuple[str, str]]:
         """Pairs of names of one and the same parameter: (owner, second name)."""
-        if self.config.decoder.tie_embeddings:
-            return [("decoder.embed_tokens.weight", "head.weight")]
-        return []
+        if not self.config.decoder.tie_embeddings:
+            return []
+        names = ("weight", "extra_weight") if self.config.decoder.predicted_rows else ("weight",)
+        return [(f"decoder.embed_tokens.{name}", f"head.{name}") for name in names]
 
     def flops(self, batch: MultimodalBatch) -> int:
         """Floating-point operations of one forward with logits for every token; see ``models/flops.py``."""

@@ -47,8 +47,7 @@ class VisionTower(nn.Module):
             config.channels, config.patch_size, config.hidden_dim, config.mean, config.std, config.patch_bias
         )
         if isinstance(config.positions, LearnedPositionsConfig):
-            height, width = config.positions.grid
-            self.positions = LearnedPositions(height * width, config.hidden_dim, config.class_token)
+            self.positions = LearnedPositions(config.positions.grid, config.hidden_dim, config.class_token)
         self.pre_norm = build_norm(config.norm, config.hidden_dim) if config.pre_norm else nn.Identity()
         self.layers = nn.ModuleList(
             TransformerBlock(

@@ -29,11 +29,12 @@ def linear_cross_entropy(
     labels: Int[Tensor, " T"],
     loss_weights: Float[Tensor, " T"],
     row_losses: Float[Tensor, " T"] | None = None,
+    extra_weight: Float[Tensor, "N D"] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over rows of ``loss_weights * cross_entropy(hidden @ weight.T, labels)``, in float32.
 
     Rows of weight 0 are skipped: their gradient is exactly zero and their label may be anything. Gradients reach
-    ``hidden`` and ``weight``, each only if it wants one; never ``loss_weights``.
+    ``hidden``, ``weight`` and ``extra_weight``, each only if it wants one; never ``loss_weights``.
 
     Args:
         hidden: Rows.
@@ -41,17 +42,19 @@ def linear_cross_entropy(
         labels: Ids.
         loss_weights: Weight of each row.
         row_losses: float32, zeros; the weighted loss of each row is written here, for reports.
+        extra_weight: More rows of the matrix, of the ids from V on.
 
     Source: Hsu et al. 2024, "Liger Kernel" (arXiv 2410.10989), section 3.2, fused linear cross-entropy.
     """
     rows = loss_weights.nonzero().squeeze(1)
     grad = torch.is_grad_enabled()
-    needs = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    chosen = hidden.index_select(0, rows), weight, labels.index_select(0, rows), loss_weights.index_select(0, rows)
+    weights = (weight,) if extra_weight is None else (weight, extra_weight)
+    needs = tuple(grad and tensor.requires_grad for tensor in (hidden, *weights))
+    chosen = hidden.index_select(0, rows), labels.index_select(0, rows), loss_weights.index_select(0, rows)
     if row_losses is None:
-        return _LinearCrossEntropy.apply(*chosen, needs, None)
+        return _LinearCrossEntropy.apply(*chosen, needs, None, *weights)
     losses = row_losses.new_empty(rows.shape)
-    total = _LinearCrossEntropy.apply(*chosen, needs, losses)
+    total = _LinearCrossEntropy.apply(*chosen, needs, losses, *weights)
     row_losses.index_copy_(0, rows, losses)
     return total
 
@@ -61,37 +64,44 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
         labels: Tensor,
         loss_weights: Tensor,
-        needs: tuple[bool, bool],
+        needs: tuple[bool, ...],
         row_losses: Tensor | None,
+        *weights: Tensor,
     ) -> Tensor:
         hidden_grad = torch.empty_like(hidden) if needs[0] else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        grads = [
+            torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+            for weight, wanted in zip(weights, needs[1:], strict=True)
+        ]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        size = chunk_rows(weight.shape[0], hidden.device)
+        counts = [weight.shape[0] for weight in weights]
+        size = chunk_rows(sum(counts), hidden.device)
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
             rows, scale = hidden[part], loss_weights[part].float()
-            logits = (rows @ weight.t()).float()  # (chunk, V)
+            logits = _joined([rows @ weight.t() for weight in weights]).float()  # (chunk, V)
             target = labels[part].unsqueeze(1)
             log_norm = logits.logsumexp(-1, keepdim=True)
             losses = (log_norm - logits.gather(1, target)).squeeze(1) * scale
             total += losses.sum()
             if row_losses is not None:
                 row_losses[part] = losses
-            if hidden_grad is None and weight_grad is None:
+            if not any(needs):
                 continue
             slope = logits.sub_(log_norm).exp_()  # softmax, in the logits' own memory
             slope.scatter_add_(1, target, slope.new_full(target.shape, -1.0))
-            slope = slope.mul_(scale.unsqueeze(1)).to(weight.dtype)
+            slopes = slope.mul_(scale.unsqueeze(1)).to(hidden.dtype).split(counts, dim=1)
             if hidden_grad is not None:
-                torch.mm(slope, weight, out=hidden_grad[part])
-            if weight_grad is not None:
-                _add_product(weight_grad, slope, rows)
-        ctx.grads = (hidden_grad, weight_grad)
-        ctx.dtype = weight.dtype
+                torch.mm(slopes[0], weights[0], out=hidden_grad[part])
+                for slope, weight in zip(slopes[1:], weights[1:], strict=True):
+                    hidden_grad[part] += slope @ weight
+            for grad, slope in zip(grads, slopes, strict=True):
+                if grad is not None:
+                    _add_product(grad, slope, rows)
+        ctx.grads = (hidden_grad, grads)
+        ctx.dtype = hidden.dtype
         return total
 
     @staticmethod
@@ -99,13 +109,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("this loss was differentiated before: its gradients are kept for one backward only")
-        hidden_grad, weight_grad = ctx.grads
+        hidden_grad, grads = ctx.grads
         ctx.grads = None
         if hidden_grad is not None:
             hidden_grad = hidden_grad.mul_(slope)
-        if weight_grad is not None:
-            weight_grad = weight_grad.mul_(slope).to(ctx.dtype)
-        return hidden_grad, weight_grad, None, None, None, None
+        grads = [None if grad is None else grad.mul_(slope).to(ctx.dtype) for grad in grads]
+        return hidden_grad, None, None, None, None, *grads
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

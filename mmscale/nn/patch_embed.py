@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class PatchEmbed(nn.Module):
@@ -51,11 +52,18 @@ class PatchEmbed(nn.Module):
 class LearnedPositions(nn.Module):
     """Adds a learned vector per grid place; optionally puts a class token first in every view.
 
+    Args:
+        grid: Patches (rows, columns) of every view.
+        dim: D.
+        class_token: Whether there is one; its row of the table is the first.
+
     Source: Dosovitskiy et al. 2021, section 3.1.
     """
 
-    def __init__(self, places: int, dim: int, class_token: bool) -> None:
+    def __init__(self, grid: tuple[int, int], dim: int, class_token: bool) -> None:
         super().__init__()
+        self.grid = grid
+        places = grid[0] * grid[1]
         self.position_embedding = nn.Parameter(torch.zeros(places + class_token, dim))
         if class_token:
             self.class_embedding = nn.Parameter(torch.zeros(dim))
@@ -69,3 +77,21 @@ class LearnedPositions(nn.Module):
             first = self.class_embedding.expand(views.shape[0], 1, -1)
             views = torch.cat([first, views], dim=1)
         return (views + self.position_embedding).flatten(0, 1)
+
+
+def resample_positions(
+    table: Float[Tensor, "places D"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[Tensor, "new_places D"]:
+    """A position table for views of another size: bicubic in the plane of the grid; a class token's row stays.
+
+    Args:
+        table: ``old[0] * old[1]`` rows in row-major order, or one more in front of them.
+        old: Patches (rows, columns) that it was learned on.
+        new: Patches that it is wanted for.
+
+    Source: Dosovitskiy et al. 2021, section 3.2.
+    """
+    first, places = table.split([table.shape[0] - old[0] * old[1], old[0] * old[1]])
+    plane = places.view(1, *old, -1).permute(0, 3, 1, 2)
+    resampled = F.interpolate(plane, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([first, resampled.permute(0, 2, 3, 1).flatten(0, 2)])

@@ -40,7 +40,7 @@ def steps_on_shards(world: World, optimizers: list[dict[str, Any]], steps: int) 
 
 def _steps(world: World, optimizer: dict[str, Any], steps: int) -> dict[str, list[float]]:
     plan, model = stage(optimizer=optimizer), Stack()
-    (group,) = parameter_groups(model, {"all": [model]}, plan)
+    (group,) = parameter_groups(model, {"all": [*model.parameters()]}, plan)
     whole = torch.cat([parameter.detach().view(-1) for parameter in group["params"]])
     low, high = share(whole.numel(), world.rank, world.world_size)
     padded = -(-whole.numel() // world.world_size) + 1

@@ -122,7 +122,7 @@ def test_every_parameter_has_one_component() -> None:
     with pytest.raises(ConfigError, match="no component"):
         component_of_parameters(model, {name: parts[name] for name in ("vision", "decoder", "embedding")})
     with pytest.raises(ConfigError, match="belongs to the components"):
-        component_of_parameters(model, parts | {"again": [model.vision]})
+        component_of_parameters(model, parts | {"again": [model.vision.weight]})
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05, 100.0])

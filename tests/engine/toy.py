@@ -69,12 +69,12 @@ class ToyModel(nn.Module):
         self.head.weight = self.decoder.embed.weight
         self.register_buffer("counts", torch.arange(3.0))
 
-    def components(self) -> dict[str, list[nn.Module]]:
+    def components(self) -> dict[str, list[nn.Parameter]]:
         return {
-            "vision": [self.vision],
-            "connector": [self.connector],
-            "embedding": [self.decoder.embed, self.head],
-            "decoder": [self.decoder.blocks, self.decoder.norm],
+            "vision": list(self.vision.parameters()),
+            "connector": list(self.connector.parameters()),
+            "embedding": [self.head.weight],
+            "decoder": [*self.decoder.blocks.parameters(), *self.decoder.norm.parameters()],
         }
 
     def checkpoint_units(self) -> list[nn.Module]:

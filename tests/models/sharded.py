@@ -21,7 +21,7 @@ from tests.models.tiny import CONNECTORS, LEARNED, MOE, VOCAB, config
 VARIANTS: dict[str, dict[str, Any]] = {
     "embedding": {"vision": LEARNED, "tie_embeddings": True},
     "cross_attention": {"tie_embeddings": True},
-    "hybrid": {"mlp": MOE, "dropout": 0.1},
+    "hybrid": {"mlp": MOE, "dropout": 0.1, "vocab_size": VOCAB - 8, "extra_tokens": {"rows": 8}},
 }
 LANES = 4
 

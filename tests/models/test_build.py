@@ -83,7 +83,9 @@ def test_counts_of_a_vision_transformer() -> None:
     assert count_parameters(settings).components["vision"] == 630_766_080
 
 
-@pytest.mark.parametrize("variant", [{}, {"mlp": MOE}, {"vision": LEARNED, "tie_embeddings": True}])
+@pytest.mark.parametrize(
+    "variant", [{}, {"mlp": MOE}, {"vision": LEARNED, "tie_embeddings": True}, {"extra_tokens": {"rows": 5}}]
+)
 @pytest.mark.parametrize("kind", [None, *CONNECTORS])
 def test_counting_on_meta_equals_counting_weights(kind: str | None, variant: dict[str, Any]) -> None:
     settings = config(kind, **variant)

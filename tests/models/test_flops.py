@@ -69,11 +69,13 @@ POST = {"norm_placement": "post"}
 SHARED = {**MOE, "shared_gate": False}
 MIDDLE = {**VISION, "num_layers": 3, "feature_layers": [0, 2], "last_output": False, "post_norm": False}
 SCALED = {**LEARNED, "layer_scale": 0.1}
+NEW_ROWS = {"vocab_size": VOCAB - 20, "extra_tokens": {"rows": 20}}
 MODELS: list[tuple[str | None, dict[str, Any]]] = [
     *((kind, {}) for kind in (None, *CONNECTORS)),
     ("embedding", {"mlp": MOE, "vision": SCALED}),
     ("hybrid", {"mlp": EVERY_SECOND, **POST}),
     ("cross_attention", {"mlp": SHARED, "vision": MIDDLE}),
+    *((kind, {**NEW_ROWS}) for kind in (None, "cross_attention")),
 ]
 
 
@@ -85,8 +87,11 @@ def test_a_training_step_equals_the_counter(kind: str | None, variant: dict[str,
     spec = media_spec(settings)
     views = [] if kind is None else [(2, 4), (2, 4)]
     batch = pack([image_document(spec, n, 40, views, VOCAB, null=n == 2) for n in range(3)], spec)
-    for trained in TRAINED if kind is not None and not variant else TRAINED[-1:]:
-        trained = trained if kind is not None else ["decoder"]
+    choices = TRAINED if kind is not None and not variant else TRAINED[-1:]
+    if settings.decoder.extra_tokens:
+        choices = [["extra_tokens"], ["extra_tokens", *(["connector"] if kind else [])], [*settings.components]]
+    for trained in choices:
+        trained = trained if kind is not None or settings.decoder.extra_tokens else ["decoder"]
         net = build_model(settings)
         counted = _counted_step(net, batch, trained, checkpointing)
         flops = net.training_flops(batch, trained, recompute=checkpointing)

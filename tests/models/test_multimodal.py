@@ -156,9 +156,10 @@ def test_rows_that_see_no_image_get_nothing_from_open_gates() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_has_exactly_one_component(kind: str | None, variant: dict[str, Any]) -> None:
     net = model(kind, **variant)
-    owners = [{p for module in modules for p in module.parameters()} for modules in net.components().values()]
+    owners = [set(parameters) for parameters in net.components().values()]
     assert sum(map(len, owners)) == len(set.union(*owners)) == len(list(net.parameters()))
     assert set(net.components()) == ({"decoder"} if kind is None else {"vision", "connector", "decoder"})
+    assert tuple(net.components()) == net.config.components
     units = net.checkpoint_units()
     assert len(units) == len(set(units))
     assert all(any(unit is module for module in net.modules()) for unit in units)

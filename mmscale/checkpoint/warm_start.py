@@ -1,0 +1,256 @@
+"""Taking over weights and nothing else, as far as they fit, and saying exactly what was taken.
+
+    same name, same shape              -> taken
+    table of tokens, other row count   -> the rows that both have; new ones keep their values
+    position table of another grid     -> resampled to this model's
+    anything else                      -> left as it is, and named in the report
+
+Not for: going on within a stage, which takes everything or fails (``load.resume``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from mmscale.checkpoint.manifest import Manifest
+from mmscale.checkpoint.reshard import CheckpointReader, verify_together, whole_parameter
+from mmscale.checkpoint.share import persistent_buffers
+from mmscale.dist import first_complaint
+from mmscale.engine.engine import Engine
+from mmscale.engine.partition import parameter_table
+from mmscale.errors import CheckpointError
+from mmscale.nn.patch_embed import LearnedPositions, resample_positions
+from mmscale.optim import component_of_parameters, token_tables
+
+_Grid = tuple[int, int]
+
+
+class Resized(NamedTuple):
+    """A table of tokens of which the first rows were taken."""
+
+    name: str
+    taken: int
+    before: int
+    """Rows in the checkpoint."""
+    now: int
+    """Rows in the model; those behind ``taken`` keep their values."""
+
+
+class Resampled(NamedTuple):
+    """A position table that was resampled: patches (rows, columns) of a view."""
+
+    name: str
+    before: _Grid
+    now: _Grid
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``warm_start`` did, by parameter name; each parameter of model and checkpoint is in exactly one list.
+
+    Attributes:
+        loaded: Taken from the checkpoint as they are.
+        missing: Of the model but not in the checkpoint: they keep their values.
+        unused: In the checkpoint but not of the model.
+        mismatched: In both with different shapes; they keep their values.
+        resized: Tables of tokens with another number of rows.
+        resampled: Position tables of another grid.
+        left: In both, but of components that were not asked for.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    resized: tuple[Resized, ...] = ()
+    resampled: tuple[Resampled, ...] = ()
+    left: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether model and checkpoint hold the same parameters, and all were taken as they are."""
+        return not (self.missing or self.unused or self.mismatched or self.resized or self.resampled or self.left)
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Parameters that now hold values of the checkpoint, in whole or in part."""
+        return (*self.loaded, *(table.name for table in self.resized), *(table.name for table in self.resampled))
+
+    def __str__(self) -> str:
+        """One line; ``decoder.* (37)`` stands for all 37 parameters of that name, be they of model or checkpoint."""
+        lists = {
+            "took": self.loaded,
+            "not in the checkpoint, unchanged": self.missing,
+            "another shape, unchanged": self.mismatched,
+            "not asked for, unchanged": self.left,
+            "only in the checkpoint, not used": self.unused,
+        }
+        if self.complete:
+            return f"took all {len(self.loaded)} parameters"
+        every = {*self.taken, *(name for names in lists.values() for name in names)}
+        parts = [f"{what}: {_grouped(names, every)}" for what, names in lists.items() if names]
+        parts += [
+            f"{t.name}: took {t.taken} of the checkpoint's {t.before} rows"
+            + (f", {t.now - t.taken} new rows unchanged" if t.now > t.taken else "")
+            for t in self.resized
+        ]
+        parts += [
+            f"{t.name}: resampled from {t.before[0]}x{t.before[1]} to {t.now[0]}x{t.now[1]} places"
+            for t in self.resampled
+        ]
+        return "; ".join(parts)
+
+
+def warm_start(
+    engine: Engine, path: Path, components: Collection[str] | None = None, *, ema: bool = False
+) -> LoadReport:
+    """Takes over the weights that fit, and nothing else: moments and schedule start anew. All ranks must call.
+
+    Args:
+        engine: Before its first step.
+        path: Checkpoint folder.
+        components: Take these alone, with their buffers; None takes all.
+        ema: Take the averages of the weights that were trained there instead of the weights.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, keeps no averages, or has nothing that fits.
+    """
+    verify_together(engine.world, path)
+    try:
+        with CheckpointReader(path) as reader:
+            complaint = cannot_give(reader.manifest, path, engine.model, components, ema=ema)
+            report = match(engine.model, reader.manifest, components)
+    except CheckpointError as error:
+        complaint = str(error)
+    heard = first_complaint(engine.world, complaint)
+    if heard is not None:
+        raise CheckpointError(heard)
+    with CheckpointReader(path) as reader:
+        _take(engine, reader, report, ema)
+        for name, values in _buffers(engine.model, components).items():
+            if reader.manifest.buffers.get(name) == tuple(values.shape):
+                values.copy_(reader.buffer(name))
+    engine.partition.begin_average()
+    engine.partition.publish()
+    return report
+
+
+def cannot_give(
+    manifest: Manifest, path: Path, model: nn.Module, components: Collection[str] | None = None, *, ema: bool = False
+) -> str | None:
+    """Why ``warm_start`` from this checkpoint would fail; None if it would not. ``model`` may be on the meta device."""
+    if ema and not manifest.ema:
+        return f"{path} holds no average of the weights: it was saved without stages.*.ema"
+    report = match(model, manifest, components)
+    if report.taken:
+        return None
+    what = "the model" if components is None else " and ".join(components)
+    return f"{path}: no parameter of {what} is in it in a shape that fits"
+
+
+def match(model: nn.Module, manifest: Manifest, components: Collection[str] | None = None) -> LoadReport:
+    """What ``warm_start`` would do. Reads no weights.
+
+    Raises:
+        CheckpointError: the model lacks one of ``components``.
+    """
+    owner = component_of_parameters(model, model.components())  # type: ignore[operator]
+    if unknown := set(components or ()) - set(owner.values()):
+        raise CheckpointError(f"the model has no component {sorted(unknown)}; it has {sorted(set(owner.values()))}")
+    rows = token_tables(model)
+    grids = _grids(model)
+    found: dict[str, list[Any]] = {name: [] for name in LoadReport.__dataclass_fields__}
+    used: set[str] = set()
+    for name, entry in parameter_table(model).items():
+        stored = manifest.stored_name(name)
+        if stored is None:
+            found["missing"].append(name)
+            continue
+        used.add(stored)
+        here, there = tuple(entry["shape"]), manifest.parameters[stored].shape
+        grid, before = grids.get(name), _saved_grid(name, manifest)
+        if components is not None and owner[name] not in components:
+            found["left"].append(name)
+        elif grid is not None and before not in (None, grid):  # Even where both have as many places.
+            fits = here[1:] == there[1:] and here[0] - math.prod(grid) == there[0] - math.prod(before) in (0, 1)
+            found["resampled" if fits else "mismatched"].append(Resampled(name, before, grid) if fits else name)
+        elif here == there:
+            found["loaded"].append(name)
+        elif id(model.get_parameter(name)) in rows and here[1:] == there[1:]:
+            found["resized"].append(Resized(name, min(here[0], there[0]), there[0], here[0]))
+        else:
+            found["mismatched"].append(name)
+    found["unused"] = [name for name in manifest.parameters if name not in used]
+    return LoadReport(**{name: tuple(names) for name, names in found.items()})
+
+
+def _take(engine: Engine, reader: CheckpointReader, report: LoadReport, ema: bool) -> None:
+    """Fills this rank's ranges of what the report says."""
+    loaded = set(report.loaded)
+    rows = {table.name: table.taken for table in report.resized}
+    # Each rank reads these small tables whole and computes the same bits, so none has to be sent.
+    resampled = {table.name: _resampled(reader, table, ema) for table in report.resampled}
+    for owned in engine.partition.owned(whole=True):
+        name, stored = owned.name, reader.manifest.stored_name(owned.name)
+        if name in resampled:
+            owned.master.copy_(resampled[name].view(-1)[owned.start : owned.stop])
+        elif stored is not None and (name in loaded or name in rows):
+            stop = owned.stop
+            if name in rows:
+                stop = min(stop, rows[name] * reader.manifest.parameters[stored].shape[1])
+            values = owned.master[: max(0, stop - owned.start)]
+            reader.fill(values, stored, reader.weights_kind(stored, ema=ema), owned.start)
+
+
+def _resampled(reader: CheckpointReader, table: Resampled, ema: bool) -> Tensor:
+    stored = reader.manifest.stored_name(table.name)
+    assert stored is not None
+    return resample_positions(whole_parameter(reader, stored, ema=ema), table.before, table.now)
+
+
+def _grids(model: nn.Module) -> dict[str, _Grid]:
+    """Position tables of the model, by parameter name."""
+    modules = ((path, module) for path, module in model.named_modules() if isinstance(module, LearnedPositions))
+    return {f"{path}.position_embedding": module.grid for path, module in modules}
+
+
+def _saved_grid(name: str, manifest: Manifest) -> _Grid | None:
+    """The grid of a position table in the checkpoint, by its model's configuration; None if that does not say.
+
+    A tower's table is called as its block of the configuration: ``vision.positions.position_embedding``.
+    """
+    block: Any = manifest.model_config_values
+    for key in name.split(".")[:-1]:
+        block = block.get(key) if isinstance(block, Mapping) else None
+    grid = block.get("grid") if isinstance(block, Mapping) else None
+    if isinstance(grid, list) and len(grid) == 2 and all(type(side) is int and side > 0 for side in grid):
+        return grid[0], grid[1]
+    return None
+
+
+def _buffers(model: nn.Module, components: Collection[str] | None) -> dict[str, Tensor]:
+    """Persistent buffers; with ``components`` those of modules that hold a parameter of one."""
+    if components is None:
+        return persistent_buffers(model)
+    owner = component_of_parameters(model, model.components())  # type: ignore[operator]
+    paths = {name.rpartition(".")[0] for name, component in owner.items() if component in components}
+    return {name: values for name, values in persistent_buffers(model).items() if name.rpartition(".")[0] in paths}
+
+
+def _grouped(names: Iterable[str], every: Collection[str]) -> str:
+    """The names, where all of ``every`` below a prefix are among them the prefix alone: ``decoder.* (37)``."""
+    names = set(names)
+    others = set(every) - names
+    counts: dict[str, int] = {}
+    for name in sorted(names):
+        steps = name.split(".")
+        prefixes = (".".join(steps[:length]) + "." for length in range(1, len(steps)))
+        whole = next((p for p in prefixes if not any(other.startswith(p) for other in others)), name)
+        counts[whole] = counts.get(whole, 0) + 1
+    return ", ".join(f"{prefix}* ({count})" if prefix.endswith(".") else prefix for prefix, count in counts.items())
