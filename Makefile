@@ -43,7 +43,7 @@ format: setup ## Put the code into its format
 	$(BIN)/ruff check --fix $(CODE)
 
 bench: setup ## Measure against peers, side by side
-	@for name in attention ledger loader loss_memory order_scale packing remote shuffle train_step zero_memory; do \
+	@for name in attention checkpoint ledger loader loss_memory order_scale packing remote shuffle train_step zero_memory; do \
 		echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 

@@ -161,7 +161,9 @@ class MemoryRank:
         # A fixed threshold, or freed tensors would stay with the allocator and count for the next engine.
         self._libc.mallopt(_M_MMAP_THRESHOLD, 65536)
 
-    def measure(self, zero_stage: int, precision: str, state_bits: int, width: int, vocab: int) -> dict[str, Any]:
+    def measure(
+        self, zero_stage: int, precision: str, state_bits: int, width: int, vocab: int, live: int
+    ) -> dict[str, Any]:
         """What ``Row`` needs of one engine after three steps."""
         import functools
 
@@ -179,6 +181,7 @@ class MemoryRank:
             device="cpu",
             reduce_bucket_elements=2_000_000,
             gather_bucket_elements=2_000_000,
+            live_parameter_elements=live,
         )
         dtype = choose_precision(config, self.world.device).dtype
         build = functools.partial(build_model, text_model(width, vocab), seed=None, dtype=dtype)
@@ -232,6 +235,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
                         "state_bits": args.state_bits,
                         "width": args.width,
                         "vocab": args.vocab,
+                        "live": args.live,
                     }
                     found = ranks.order("measure", **options)
                     by_formula = formula(found["values"], world_size, zero_stage, precision, args.state_bits)
@@ -264,6 +268,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--state-bits", type=int, default=32, choices=(8, 32), help="of AdamW's moments")
     parser.add_argument("--width", type=int, default=384, help="channels, a multiple of 6")
     parser.add_argument("--vocab", type=int, default=8192, help="rows of the embedding and of the head, 2048 or more")
+    parser.add_argument("--live", type=int, default=0, help="engine.live_parameter_elements, for stage 3")
     return parser.parse_args(words)
 
 

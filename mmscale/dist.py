@@ -75,6 +75,8 @@ def init_distributed(settings: DistributedSettings) -> World:
     launched = _map_launcher_variables()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
+    # Without it DeepSpeed's stage 3 starts the program ``numactl`` for every bucket of gradients on a CPU.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     if not 0 <= rank < world_size:
         raise LaunchError(f"RANK={rank} with WORLD_SIZE={world_size}: the rank must be below the world size")
     device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")

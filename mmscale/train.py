@@ -107,7 +107,8 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
     with listen_for_stop() as stop:
         check_files(config)
         world = init_distributed(config.engine)
-        watchdog = Watchdog(config.run_dir, config.engine.watchdog, world.rank, world.world_size)
+        limits = config.engine.watchdog.limits(config.engine.timeout_seconds)
+        watchdog = Watchdog(config.run_dir, limits, world.rank, world.world_size)
         try:
             check_world(config, world.world_size)
             if is_finished(config):

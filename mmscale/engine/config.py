@@ -42,8 +42,21 @@ class EngineConfig(StrictConfig):
     persistent_parameter_elements: int = Field(default=0, ge=0)
     """Stage 3 keeps parameters of fewer values than this whole on every rank. Each then costs a message of its own
     after every step, while the others travel a block at a time."""
+    live_parameter_elements: int = Field(default=1_000_000_000, ge=0)
+    """Stage 3 leaves up to this many values whole between forward and backward pass. Fewer take less memory, and what
+    was let go is gathered again; 0 holds the weights of one block at a time."""
     overlap_communication: bool = True
     """Reduce gradients while the backward pass goes on (CUDA; gloo has no streams to overlap)."""
+
+    @model_validator(mode="after")
+    def _check_watchdog(self) -> EngineConfig:
+        seconds = self.watchdog.limits(self.timeout_seconds).step
+        if seconds is not None and seconds >= self.timeout_seconds:
+            raise ValueError(
+                f"watchdog.step_seconds={seconds:g} must be less than timeout_seconds={self.timeout_seconds:g}: a "
+                "collective that times out first does not tell which rank was missing"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_stage(self) -> EngineConfig:

@@ -74,7 +74,8 @@ def _zero(config: EngineConfig, device_type: str) -> dict[str, Any]:
             "stage3_param_persistence_threshold": config.persistent_parameter_elements,
             # On, it would replace torch.nn.functional.linear for the whole process by a slower Python function.
             "memory_efficient_linear": False,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_max_live_parameters": config.live_parameter_elements,
+            # How far ahead the next use of a weight may lie for it to stay.
+            "stage3_max_reuse_distance": config.live_parameter_elements,
         }
     return block

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -50,11 +51,23 @@ _OURS = ("/mmscale/", "/data_pipeline/", "/tests/", "/benchmarks/")
 class WatchdogConfig(StrictConfig):
     """How long nothing may move before a run counts as hung. Each limit holds for one phase of one step."""
 
-    step_seconds: float | None = Field(default=300.0, gt=0)
-    """Longest wait for data, forward, backward or the optimizer; null switches the watchdog off. Less than
-    ``engine.timeout_seconds``, after which a collective fails without telling who was missing."""
+    step_seconds: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """Longest wait for data, forward, backward or the optimizer; null switches the watchdog off. It must be less than
+    ``engine.timeout_seconds``, after which a collective fails without telling who was missing; ``auto`` is half."""
     other_seconds: float = Field(default=3600.0, gt=0)
     """The same for what is no step: set-up until the end of the first step, a checkpoint, an evaluation."""
+
+    def limits(self, timeout_seconds: float) -> Limits:
+        """In numbers, where a collective may take ``timeout_seconds``."""
+        step = timeout_seconds / 2 if self.step_seconds == "auto" else self.step_seconds
+        return Limits(step, self.other_seconds)
+
+
+class Limits(NamedTuple):
+    """Seconds; ``step`` None: no watchdog."""
+
+    step: float | None
+    other: float
 
 
 @dataclass(frozen=True)
@@ -84,15 +97,15 @@ class Watchdog:
 
     Args:
         run_dir: The run folder, seen by all ranks.
-        config: Limits.
+        limits: How long nothing may move.
         rank: This rank.
         world_size: All.
     """
 
-    def __init__(self, run_dir: Path, config: WatchdogConfig, rank: int, world_size: int) -> None:
+    def __init__(self, run_dir: Path, limits: Limits, rank: int, world_size: int) -> None:
         self._folder, self._logs = run_dir / HEARTBEATS, run_dir / "logs"
-        self._config, self._rank, self._world_size = config, rank, world_size
-        shortest = min(config.step_seconds or config.other_seconds, config.other_seconds)
+        self._limits, self._rank, self._world_size = limits, rank, world_size
+        shortest = min(limits.step or limits.other, limits.other)
         self._every = min(5.0, shortest / 8)
         self._main = threading.get_ident()
         self._where, self._step, self._count = ("start", time.monotonic()), 0, 0
@@ -102,7 +115,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Begins to watch. Rank 0 clears what an earlier process left; the others' first beats come after theirs."""
-        if self._config.step_seconds is None:
+        if self._limits.step is None:
             return
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +152,7 @@ class Watchdog:
 
     def _limit(self, phase: str) -> float:
         is_step = self._warm and phase in ("data", "forward", "backward", "optimizer", "agreement")
-        return (self._config.step_seconds if is_step else None) or self._config.other_seconds
+        return (self._limits.step if is_step else None) or self._limits.other
 
     def _watch(self) -> None:
         before = time.monotonic()

@@ -23,7 +23,7 @@ CASES: list[dict[str, Any]] = [
     {"zero": 1},
     {"zero": 2},
     {"zero": 3},
-    {"zero": 3, "persistent_parameter_elements": 1000},
+    {"zero": 3, "persistent_parameter_elements": 1000, "live_parameter_elements": 0},
     {"zero": 3, "activation_checkpointing": True},
     {"zero": 0, "activation_checkpointing": True},
     {"zero": 2, **FROZEN},

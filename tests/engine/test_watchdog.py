@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mmscale.dist import World
-from mmscale.engine.watchdog import EXIT_HUNG, Beat, Watchdog, WatchdogConfig, explain
+from mmscale.engine.config import EngineConfig
+from mmscale.engine.watchdog import EXIT_HUNG, Beat, Limits, Watchdog, explain
 from tests.engine.programs import lanes_of, make_engine
 from tests.engine.ranks import start_ranks
 
@@ -18,6 +19,15 @@ LIMIT = 4.0
 
 def beat(step: int, phase: str, seconds: float, collective: str = "", place: str = "a.py:1 in f") -> Beat:
     return Beat(1, step, phase, seconds, collective, place)
+
+
+def test_the_limit_of_a_step_lies_below_that_of_a_collective() -> None:
+    engine = EngineConfig.model_validate({"timeout_seconds": 60})
+    assert engine.watchdog.limits(engine.timeout_seconds) == Limits(step=30, other=3600)
+    off = EngineConfig.model_validate({"timeout_seconds": 60, "watchdog": {"step_seconds": None}})
+    assert off.watchdog.limits(off.timeout_seconds).step is None
+    with pytest.raises(ValueError, match=r"watchdog\.step_seconds=60 must be less than timeout_seconds=60"):
+        EngineConfig.model_validate({"timeout_seconds": 60, "watchdog": {"step_seconds": 60}})
 
 
 def test_the_sentence_blames_who_does_not_wait() -> None:
@@ -47,8 +57,8 @@ def test_alone_it_says_where_it_stands() -> None:
 
 def slow_then_stuck(world: World, folder: str) -> Any:
     """Steps that take longer than the limit in all, a long checkpoint, then rank 1 sleeps in a forward."""
-    config = WatchdogConfig(step_seconds=LIMIT, other_seconds=60)
-    watchdog = Watchdog(Path(folder), config, world.rank, world.world_size)
+    limits = Limits(step=LIMIT, other=60)
+    watchdog = Watchdog(Path(folder), limits, world.rank, world.world_size)
     watchdog.start()
     engine = make_engine(world)
     engine.clock.on_phase = watchdog.enter

@@ -80,10 +80,11 @@ def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(make_run:
 
 
 @pytest.mark.resume
+@pytest.mark.dist
 def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(make_run: MakeRun) -> None:
     strict = STRICT.replace("norm_deviations: 1,", "norm_deviations: 1.6,")
     words = (f"max_steps={STEPS}", f"bad_steps={{policy: roll_back, {strict}}}", "ledger.every_steps=4")
-    run = make_run("whole", 1, *words)
+    run = make_run("whole", 2, *words)
     assert "going back to step" in run.finish()
     roll_backs = read_roll_backs(run.folder / "bad_steps")
     assert roll_backs
@@ -93,7 +94,7 @@ def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(make_run: MakeRun) 
     assert all(line["applied"] for line in lines), "every step of the last line of checkpoints is a good one"
     assert lines[-1]["roll_backs"] == len(roll_backs)
 
-    killed = make_run("killed", 1, *words)
+    killed = make_run("killed", 2, *words)
     listed = killed.folder / "bad_steps" / "roll_backs.json"
     seen = 0
     while seen < len(roll_backs):  # Killed as soon as a roll back is written down, before anything follows from it.
