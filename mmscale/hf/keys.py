@@ -16,7 +16,7 @@ CARRIED = frozenset(
 )
 """Keys that say nothing about what the weights compute; an export takes them over from a folder like it."""
 _HARMLESS = CARRIED | {
-    *("model_type", "architectures", "dtype", "torch_dtype", "auto_map", "task_specific_params", "problem_type"),
+    *("model_type", "architectures", "dtype", "torch_dtype", "task_specific_params", "problem_type"),
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"),
     *("id2label", "label2id", "pretraining_tp", "name_or_path", "sep_token_id", "decoder_start_token_id"),
 }
@@ -75,7 +75,11 @@ class Keys:
             CheckpointError: there are some.
         """
         ignored = self._read | _HARMLESS
-        odd = [k for k, v in self.values.items() if k not in ignored and k[0] != "_" and v not in (None, False, [], {})]
+        odd = [
+            k
+            for k, v in self.values.items()
+            if k not in ignored and not k.startswith("_") and v not in (None, False, [], {})
+        ]
         if odd:
             raise CheckpointError(
                 f"{self.where}: {odd[0]}={self.values[odd[0]]!r} is not known for this family; if it does not change "

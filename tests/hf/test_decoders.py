@@ -42,7 +42,7 @@ def imported(source: Path, run: Path) -> tuple[MultimodalModel, Path]:
 
 
 def assert_close(what: str, ours: Tensor, theirs: Tensor, bound: float = BOUND) -> None:
-    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    difference = float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
     print(f"{difference:.2e} {what}")
     assert difference < bound, what
 
