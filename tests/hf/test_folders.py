@@ -20,7 +20,7 @@ from mmscale.checkpoint.share import Piece
 from mmscale.cli.main import main
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_for, layout_of
-from mmscale.hf.read import CONFIG, INDEX
+from mmscale.hf.read import CONFIG, INDEX, HfFolder
 from mmscale.models.build import build_model
 from mmscale.models.config import ModelConfig
 from tests.models.tiny import config
@@ -181,6 +181,13 @@ def test_files_with_an_index_a_tied_head_twice_and_old_frequencies(tmp_path: Pat
     report = import_folder(source, tmp_path / "run")
     assert report.left_out == ("lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
     assert report.tied == {"head.weight": "decoder.embed_tokens.weight"}
+
+
+def test_tensors_stay_on_the_disk(tmp_path: Path) -> None:
+    """Read twice, a tensor lies at the same place: that of the mapped file."""
+    source = HfFolder(folder(tmp_path / "source"))
+    first, second = source.tensor("lm_head.weight"), source.tensor("lm_head.weight")
+    assert first.data_ptr() == second.data_ptr()
 
 
 def saved(path: Path, settings: ModelConfig) -> tuple[Any, Path]:
