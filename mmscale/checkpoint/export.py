@@ -1,38 +1,45 @@
-"""Weights of a checkpoint, whole, for programs that know nothing of ours.
-
-    FOLDER/model-00001-of-00002.safetensors   model-00002-of-00002.safetensors   whole tensors, by name
-    FOLDER/model.safetensors.index.json       which tensor lies in which file, as Hugging Face's tools read it
-    FOLDER/config.json                        the model's configuration, where it is known
+"""Weights of a checkpoint, whole, for other programs: under our names, or as a family of Hugging Face stores them.
 
 Values are read range by range and written on, so neither a model nor a large matrix is ever in memory. Tied parameters
-are stored once; the index names their second names.
+are stored once.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmscale.checkpoint.manifest import PARTIAL
+from mmscale.checkpoint.manifest import Manifest
 from mmscale.checkpoint.reshard import CheckpointReader, verify
-from mmscale.checkpoint.share import file_header
-from mmscale.durable.files import sync_folder, write_file
 from mmscale.errors import CheckpointError
+from mmscale.hf.keys import CARRIED
+from mmscale.hf.layouts import layout_for, layout_of
+from mmscale.hf.read import beside, read_config
+from mmscale.hf.write import SHARD_BYTES, Outgoing, write_folder
+from mmscale.models.config import ModelConfig
 
 Weights = Literal["master", "ema"]
 Format = Literal["fp32", "bf16"]
-INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _CHUNK_VALUES = 4 << 20
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """To write a folder that ``transformers`` loads.
+
+    Attributes:
+        like: A folder of the same family: its tokenizer's files go along, and what ``config.json`` says of token ids
+            and context length. None: the first family that has words for the model, and neither.
+    """
+
+    like: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,6 @@ class _Entry:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class ExportReport:
         bytes: Of all tensors.
         files: Names of the safetensors files.
         configured: Whether the checkpoint knew the model's configuration.
+        family: ``model_type`` of the folder; None if it has our names.
+        beside: Names of files that went along.
     """
 
     folder: str
@@ -80,6 +85,8 @@ class ExportReport:
     bytes: int
     files: tuple[str, ...]
     configured: bool
+    family: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 def export_weights(
@@ -89,6 +96,7 @@ def export_weights(
     weights: Weights = "master",
     number_format: Format = "fp32",
     shard_bytes: int = SHARD_BYTES,
+    to: HuggingFace | None = None,
 ) -> ExportReport:
     """Writes the weights of ``checkpoint`` into the new folder ``folder``: all of it or nothing.
 
@@ -99,40 +107,70 @@ def export_weights(
             the same in both.
         number_format: Of the parameters. ``fp32`` is exact.
         shard_bytes: Largest file, unless one tensor alone is larger.
+        to: Names and configuration of a family of Hugging Face; None keeps ours.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or holds no such weights, or ``folder`` exists or cannot be written.
+        CheckpointError: the checkpoint is damaged or holds no such weights, no family has words for the model, or
+            ``folder`` exists or cannot be written.
     """
     if folder.exists():
         raise CheckpointError(f"{folder} is already there; export into a new folder")
     if problems := verify(checkpoint):
         raise CheckpointError(f"{checkpoint} is damaged and was not exported: {'; '.join(problems)}")
-    partial = folder.with_name(folder.name + PARTIAL)
     with CheckpointReader(checkpoint) as reader:
+        manifest = reader.manifest
         entries = list(_entries(reader, weights, _DTYPES[number_format]))
-        shards = _shards(entries, shard_bytes)
-        try:
-            partial.mkdir(parents=True)
-            names = _write(reader, shards, partial)
-            sync_folder(partial)
-            partial.rename(folder)
-            sync_folder(folder.parent)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {folder}: {error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        if to is None:
+            config, joined, tied = (
+                manifest.model_config_values,
+                {entry.name: [entry] for entry in entries},
+                manifest.tied,
+            )
+        else:
+            config, joined = _as_family(manifest, checkpoint, entries, number_format, to)
+            tied = {}
+        tensors = [_outgoing(reader, name, parts) for name, parts in joined.items()]
+        copied = [] if to is None or to.like is None else beside(to.like)
+        names = write_folder(folder, tensors, config, tied=tied, shard_bytes=shard_bytes, beside=copied)
         return ExportReport(
             folder=str(folder),
             checkpoint=str(checkpoint),
-            step=reader.manifest.state.step,
+            step=manifest.state.step,
             weights=weights,
             format=number_format,
-            tensors=len(entries),
-            tied=reader.manifest.tied,
-            bytes=sum(entry.num_bytes for entry in entries),
-            files=tuple(names),
-            configured=reader.manifest.model_config_values is not None,
+            tensors=len(tensors),
+            tied=manifest.tied,
+            bytes=sum(tensor.num_bytes for tensor in tensors),
+            files=names,
+            configured=manifest.model_config_values is not None,
+            family=None if to is None else str((config or {})["model_type"]),
+            beside=tuple(file.name for file in copied),
         )
+
+
+def _as_family(
+    manifest: Manifest, checkpoint: Path, entries: list[_Entry], number_format: Format, to: HuggingFace
+) -> tuple[dict[str, Any], dict[str, list[_Entry]]]:
+    """``config.json``, and by foreign name the parameters that lie in it one after another."""
+    if manifest.model_config_values is None:
+        raise CheckpointError(f"{checkpoint} does not know its model's configuration; save it from a run of mmscale")
+    config = ModelConfig.model_validate(manifest.model_config_values)
+    like = {} if to.like is None else read_config(to.like)
+    layout = layout_of(like["model_type"]) if like else layout_for(config)
+    values = layout.config_values(config) | {key: like[key] for key in CARRIED & like.keys()}
+    values["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[number_format]
+    by_name = {entry.name: entry for entry in entries}
+    return values, {name: [by_name[part] for part in parts] for name, parts in layout.joined(by_name).items()}
+
+
+def _outgoing(reader: CheckpointReader, name: str, parts: list[_Entry]) -> Outgoing:
+    def values() -> Iterator[Tensor]:
+        for part in parts:
+            yield from _values(reader, part)
+
+    first = parts[0]
+    shape = first.shape if len(parts) == 1 else (sum(part.shape[0] for part in parts), *first.shape[1:])
+    return Outgoing(name, first.dtype, shape, values)
 
 
 def _entries(reader: CheckpointReader, weights: Weights, dtype: torch.dtype) -> Iterator[_Entry]:
@@ -156,48 +194,6 @@ def _require_averages(reader: CheckpointReader) -> None:
         )
     if lacking:
         raise CheckpointError(f"{reader.path} holds averaged weights, but none of {', '.join(lacking[:5])}")
-
-
-def _shards(entries: list[_Entry], shard_bytes: int) -> list[list[_Entry]]:
-    """In order, a new file where the next tensor would make one larger than ``shard_bytes``."""
-    shards: list[list[_Entry]] = [[]]
-    filled = 0
-    for entry in entries:
-        if shards[-1] and filled + entry.num_bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(entry)
-        filled += entry.num_bytes
-    return shards
-
-
-def _write(reader: CheckpointReader, shards: list[list[_Entry]], folder: Path) -> list[str]:
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, entries in zip(names, shards, strict=True):
-        write_file(folder / name, _stream(reader, entries))
-    index = {
-        "metadata": {
-            "total_size": sum(entry.num_bytes for entries in shards for entry in entries),
-            "tied": reader.manifest.tied,
-        },
-        "weight_map": {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries},
-    }
-    _write_json(folder / INDEX, index)
-    if reader.manifest.model_config_values is not None:
-        _write_json(folder / "config.json", reader.manifest.model_config_values)
-    return names
-
-
-def _write_json(path: Path, value: object) -> None:
-    write_file(path, [memoryview((json.dumps(value, indent=2) + "\n").encode())])
-
-
-def _stream(reader: CheckpointReader, entries: list[_Entry]) -> Iterator[memoryview]:
-    """A safetensors file, piece by piece."""
-    yield memoryview(file_header(((entry.name, entry.dtype, entry.shape) for entry in entries), {"format": "pt"}))
-    for entry in entries:
-        for values in _values(reader, entry):
-            yield values.view(torch.uint8).numpy().data
 
 
 def _values(reader: CheckpointReader, entry: _Entry) -> Iterator[Tensor]:

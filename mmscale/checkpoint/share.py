@@ -9,9 +9,7 @@ share need exist. What is kept in 8 bits is dequantised then, one range at a tim
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,17 +20,7 @@ from mmscale.checkpoint.manifest import RankNotes, TensorEntry, TrainState, rank
 from mmscale.dist import World
 from mmscale.engine.engine import Engine
 from mmscale.engine.optimizers.eight_bit import QuantisedRange
-
-FORMAT_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from mmscale.hf.tensor_file import FORMAT_NAMES, file_header
 
 
 class Piece(NamedTuple):
@@ -90,21 +78,6 @@ def flat_bytes(values: Tensor | QuantisedRange) -> Tensor:
     """The values as bytes, ``(nbytes,)``, a view where they are contiguous and lie there as they are saved."""
     values = values.float() if isinstance(values, QuantisedRange) else values
     return values.detach().contiguous().view(-1).view(torch.uint8)
-
-
-def file_header(
-    tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: dict[str, str] | None = None
-) -> bytes:
-    """First bytes of a safetensors file whose tensors, by name, number format and shape, follow one another."""
-    entries: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
-    offset = 0
-    for key, dtype, shape in tensors:
-        end = offset + math.prod(shape) * dtype.itemsize
-        entries[key] = {"dtype": FORMAT_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def share_of(engine: Engine, state: TrainState) -> RankShare:

@@ -35,6 +35,20 @@ class Format(str, Enum):
     bf16 = "bf16"
 
 
+class Origin(str, Enum):
+    """Values of ``--from``."""
+
+    deepspeed = "deepspeed"
+    hf = "hf"
+
+
+class Names(str, Enum):
+    """Values of ``--to``."""
+
+    mmscale = "mmscale"
+    hf = "hf"
+
+
 @app.command("list", epilog="Example: mmscale checkpoint list runs/quickstart")
 def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
     """List checkpoints, oldest first: step, stage, ranks, size, age, and whether all files are there.
@@ -105,25 +119,40 @@ def export(
     weights: Weights = typer.Option(Weights.master, help="The trained weights, or their moving average (EMA)."),
     number_format: Format = typer.Option(Format.fp32, "--format", help="Number format of the parameters."),
     shard_bytes: int = typer.Option(5_000_000_000, min=1, help="Largest size of a file."),
+    to: Names = typer.Option(Names.mmscale, help="Our names and configuration, or those that transformers loads (hf)."),
+    like: Path | None = typer.Option(
+        None, help="With --to hf: a Hugging Face folder whose family, tokenizer and token ids the new one gets."
+    ),
     json: bool = _JSON,
 ) -> None:
     """Write the weights, whole, as safetensors files with an index that Hugging Face's tools read.
 
     Takes the newest whole checkpoint of PATH, or the one that PATH names. Every byte is checked first. fp32 is exact.
     """
-    from mmscale.checkpoint.export import export_weights
+    from mmscale.checkpoint.export import HuggingFace, export_weights
     from mmscale.checkpoint.manifest import newest_of
+    from mmscale.errors import ConfigError
 
+    if like is not None and to is not Names.hf:
+        raise ConfigError("--like goes with --to hf")
     report = export_weights(
-        newest_of(path), folder, weights=weights.value, number_format=number_format.value, shard_bytes=shard_bytes
+        newest_of(path),
+        folder,
+        weights=weights.value,
+        number_format=number_format.value,
+        shard_bytes=shard_bytes,
+        to=HuggingFace(like) if to is Names.hf else None,
     )
     emit(asdict(report), json=json)
 
 
 @app.command("import", epilog="Example: mmscale checkpoint import old/global_step40 runs/new --config runs/new.yaml")
 def import_(
-    source: Path = typer.Argument(help="A DeepSpeed checkpoint: ZeRO stage 0-3, or universal.", metavar="SOURCE"),
+    source: Path = typer.Argument(
+        help="A DeepSpeed checkpoint (ZeRO stage 0-3, or universal), or a Hugging Face folder.", metavar="SOURCE"
+    ),
     run: Path = typer.Argument(help="A run folder; the checkpoint is written into its checkpoints.", metavar="RUN"),
+    origin: Origin = typer.Option(Origin.deepspeed, "--from", help="What SOURCE is."),
     config: Path | None = typer.Option(None, help="YAML file of the run that goes on: checks names, shapes, stage."),
     stage: str | None = typer.Option(None, help="Name of the stage, if several of CONFIG train the same parameters."),
     rename: list[str] = typer.Option(
@@ -133,15 +162,24 @@ def import_(
     ),
     json: bool = _JSON,
 ) -> None:
-    """Turn a DeepSpeed checkpoint into one of ours: weights, moments, step counts, frozen weights, buffers.
+    """Turn a checkpoint of another program into one of ours.
 
-    What such files do not hold (the position in the data, random state), or what is not taken over, is listed. With
-    --config the run can resume from the checkpoint; without it only its weights can be used.
+    DeepSpeed's: weights, moments, step counts, frozen weights, buffers. What such files do not hold (the position in
+    the data, random state), or what is not taken over, is listed. With --config the run can resume from the
+    checkpoint; without it only its weights can be used.
+
+    Hugging Face's (--from hf): the weights, for a stage to begin with (stages.N.weights), and the model's
+    configuration, which is printed.
     """
-    from mmscale.checkpoint.foreign import import_checkpoint
+    from mmscale.checkpoint.foreign import import_checkpoint, import_folder
     from mmscale.errors import ConfigError
     from mmscale.run_folder import CHECKPOINTS
 
+    if origin is Origin.hf:
+        if config is not None or stage is not None or rename:
+            raise ConfigError("--config, --stage and --rename go with DeepSpeed's checkpoints, not with --from hf")
+        emit(asdict(import_folder(source, run / CHECKPOINTS)), json=json)
+        return
     if wrong := [rule for rule in rename if "=" not in rule]:
         raise ConfigError(f"--rename {wrong[0]}: expected OLD=NEW, for example --rename net.=")
     renames = dict(rule.split("=", 1) for rule in rename)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmscale.checkpoint import list_checkpoints, load_weights
-from mmscale.checkpoint.export import INDEX, export_weights
+from mmscale.checkpoint.export import export_weights
 from mmscale.checkpoint.foreign.layouts import MOMENTS
 from mmscale.checkpoint.manifest import FORMAT, MANIFEST, Manifest, seal
 from mmscale.checkpoint.reshard import CheckpointReader
@@ -22,6 +22,7 @@ from mmscale.cli.main import main
 from mmscale.config import load
 from mmscale.durable.files import write_share
 from mmscale.errors import CheckpointError
+from mmscale.hf.read import INDEX
 from mmscale.models.build import build_model
 from mmscale.run_config import RunConfig
 from tests.engine.ranks import ROOT, run_ranks

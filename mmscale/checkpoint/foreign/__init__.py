@@ -1,6 +1,8 @@
-"""Checkpoints of DeepSpeed, of any ZeRO stage and in the universal format, turned into ours."""
+"""Checkpoints of others, turned into ours: DeepSpeed's of any ZeRO stage and universal, and folders of Hugging Face."""
 
-from mmscale.checkpoint.foreign.convert import IMPORTED, ImportReport, import_checkpoint
+from mmscale.checkpoint.foreign.convert import ImportReport, import_checkpoint
+from mmscale.checkpoint.foreign.hf import HfImportReport, import_folder
 from mmscale.checkpoint.foreign.match import Recipient
+from mmscale.checkpoint.foreign.write import IMPORTED
 
-__all__ = ["IMPORTED", "ImportReport", "Recipient", "import_checkpoint"]
+__all__ = ["IMPORTED", "HfImportReport", "ImportReport", "Recipient", "import_checkpoint", "import_folder"]

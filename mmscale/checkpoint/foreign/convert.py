@@ -9,8 +9,7 @@ position in the data, random state) stays unset, and the report says so.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,26 +17,13 @@ import torch
 
 from mmscale.checkpoint.foreign.files import DeepSpeedFolder, find_folder
 from mmscale.checkpoint.foreign.layouts import read_state
-from mmscale.checkpoint.foreign.match import Recipient, check_names, choose_stage, first, rename_table, with_ties
+from mmscale.checkpoint.foreign.match import Recipient, check_names, choose_stage, rename_table, with_ties
 from mmscale.checkpoint.foreign.states import ForeignState, ModelStates, read_model_states
-from mmscale.checkpoint.manifest import (
-    FORMAT,
-    MANIFEST,
-    PARTIAL,
-    FileEntry,
-    Manifest,
-    folder_name,
-    seal,
-)
-from mmscale.checkpoint.reshard import verify
+from mmscale.checkpoint.foreign.write import IMPORTED, PRECISIONS, new_share, write_checkpoint
+from mmscale.checkpoint.manifest import FORMAT, Manifest
 from mmscale.checkpoint.save import model_config_values
-from mmscale.checkpoint.share import FORMAT_NAMES, Piece, RankShare
-from mmscale.durable.files import sync_folder, write_file, write_share
+from mmscale.checkpoint.share import Piece, RankShare
 from mmscale.errors import CheckpointError
-
-IMPORTED = "imported"
-"""Stage of a checkpoint that was imported without a configuration."""
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +107,7 @@ def import_checkpoint(
     if recipient is not None:
         check_names(folder, state, head, table, recipient.model)
     manifest = _manifest(state, head, table, recipient, chosen)
-    path = _write(directory, state, head, table, manifest)
+    path = write_checkpoint(directory, manifest, _shares(state, head, table))
     return _report(path, folder, state, manifest, rules, table)
 
 
@@ -157,7 +143,7 @@ def _manifest(
             "stage": name,
             "world_size": len(state.ranks),
             "zero_stage": state.zero_stage,
-            "precision": _PRECISIONS.get(next(weights, torch.float32), "fp32"),
+            "precision": PRECISIONS.get(next(weights, torch.float32), "fp32"),
             "optimizer_steps": state.steps,
             "parameters": parameters,
             "buffers": {table[name]: tuple(head.module[name].shape) for name in head.buffers},
@@ -169,49 +155,13 @@ def _manifest(
     )
 
 
-def _write(
-    directory: Path, state: ForeignState, head: ModelStates, table: Mapping[str, str], manifest: Manifest
-) -> Path:
-    """Whole or absent, as ``save`` does it."""
-    final = directory / folder_name(manifest.state.step)
-    partial = final.with_name(final.name + PARTIAL)
-    if final.exists():
-        raise CheckpointError(f"{final} is already there; import into another folder")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        files: dict[str, FileEntry] = {}
-        for rank in range(len(state.ranks)):
-            files |= _write_rank(partial, rank, state, head, table)
-        text = seal(manifest.model_copy(update={"files": files}))
-        write_file(partial / MANIFEST, [memoryview(text.encode())])
-        sync_folder(partial)
-        if problems := verify(partial):
-            raise CheckpointError(f"{partial} was not written as meant: {'; '.join(problems)}")
-        partial.rename(final)
-        sync_folder(directory)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {final}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return final
-
-
-def _write_rank(
-    partial: Path, rank: int, state: ForeignState, head: ModelStates, table: Mapping[str, str]
-) -> dict[str, FileEntry]:
-    pieces = [Piece(f"{table[piece.name]}|{piece.kind}", piece.start, piece.values) for piece in state.ranks[rank]]
-    if rank == 0:
-        pieces.extend(Piece(f"{table[name]}|buffer", 0, head.module[name], whole=True) for name in head.buffers)
-    odd = [f"{key} ({values.dtype})" for key, _, values, _ in pieces if values.dtype not in FORMAT_NAMES]
-    if odd:
-        raise CheckpointError(f"{head.path.parent}: our checkpoints do not store the number formats of {first(odd)}")
-    # The state of a generator that nobody has used yet: that of a new process.
-    fresh = bytes(torch.Generator().get_state().tolist()).hex()
-    share = RankShare.of(rank, pieces, None, {"cpu": fresh})
-    written = write_share(partial, share.names, share.header, share.notes, share.bytes_of())
-    return {name: FileEntry(bytes=size, crc32=crc32) for name, (size, crc32) in zip(share.names, written, strict=True)}
+def _shares(state: ForeignState, head: ModelStates, table: Mapping[str, str]) -> Iterator[RankShare]:
+    """One for each rank that saved."""
+    for rank, found in enumerate(state.ranks):
+        pieces = [Piece(f"{table[piece.name]}|{piece.kind}", piece.start, piece.values) for piece in found]
+        if rank == 0:
+            pieces.extend(Piece(f"{table[name]}|buffer", 0, head.module[name], whole=True) for name in head.buffers)
+        yield new_share(rank, pieces, head.path.parent)
 
 
 def _report(

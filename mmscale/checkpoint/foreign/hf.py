@@ -1,0 +1,158 @@
+"""Folders of Hugging Face, turned into checkpoints whose weights a stage can take.
+
+    config.json --layout--> ModelConfig --meta device--> our names and shapes
+    *.safetensors --mapped--> ranges of ours --> checkpoints/step-00000000, one file
+
+Weights keep their number format; they are written as frozen ones are, since no optimizer has seen them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmscale.checkpoint.foreign.match import first
+from mmscale.checkpoint.foreign.write import IMPORTED, PRECISIONS, new_share, write_checkpoint
+from mmscale.checkpoint.manifest import FORMAT, Manifest
+from mmscale.checkpoint.save import model_config_values, tied_names
+from mmscale.checkpoint.share import Piece
+from mmscale.engine.partition import parameter_table
+from mmscale.errors import CheckpointError
+from mmscale.hf.layout import Layout
+from mmscale.hf.layouts import layout_of
+from mmscale.hf.read import CONFIG, HfFolder
+from mmscale.models.build import build_model
+
+
+@dataclass(frozen=True)
+class HfImportReport:
+    """What ``import_folder`` did.
+
+    Attributes:
+        checkpoint: Folder that was written.
+        source: Folder that was read.
+        family: Its ``model_type``.
+        parameters: Number of values, tied ones once.
+        tensors: Number of parameters.
+        precision: Of the weights.
+        model: Configuration of the model: the ``model`` block of a run.
+        tied: Second name -> first name.
+        left_out: Tensors of the folder that are of no use.
+        beside: The tokenizer's files and the like, which stay where they are.
+    """
+
+    checkpoint: str
+    source: str
+    family: str
+    parameters: int
+    tensors: int
+    precision: str
+    model: dict[str, Any]
+    tied: dict[str, str]
+    left_out: tuple[str, ...]
+    beside: tuple[str, ...]
+
+
+def import_folder(source: Path, directory: Path) -> HfImportReport:
+    """Writes ``directory/step-00000000`` from a folder of Hugging Face.
+
+    Args:
+        source: Holds ``config.json`` and safetensors files.
+        directory: ``checkpoints`` folder of a run.
+
+    Raises:
+        CheckpointError: the folder is damaged or of a family that is not known, its configuration asks for something
+            that our models do not compute, or its tensors are not those of the configuration.
+    """
+    folder = HfFolder(source)
+    layout = layout_of(folder.config["model_type"])
+    config = layout.model_config(folder.config, str(source / CONFIG))
+    with torch.device("meta"):
+        model = build_model(config, attention="sdpa")
+    left_out = _check_names(folder, layout, model)
+    pieces = list(_pieces(folder, layout, model))
+    formats = {piece.values.dtype for piece in pieces}
+    manifest = _manifest(folder, model, PRECISIONS.get(formats.pop(), "fp32") if len(formats) == 1 else "fp32")
+    path = write_checkpoint(directory, manifest, iter([new_share(0, pieces, source)]))
+    return HfImportReport(
+        checkpoint=str(path),
+        source=str(source),
+        family=layout.model_type,
+        parameters=sum(piece.values.numel() for piece in pieces),
+        tensors=len(pieces),
+        precision=manifest.precision,
+        model=config.model_dump(mode="json"),
+        tied=manifest.tied,
+        left_out=tuple(left_out),
+        beside=tuple(str(file) for file in folder.beside),
+    )
+
+
+def _check_names(folder: HfFolder, layout: Layout, model: nn.Module) -> list[str]:
+    """Compares the names of the folder with those that the model needs.
+
+    Returns:
+        Tensors that are left out: of no use, or second names whose values are those of the first.
+    """
+    wanted = set(layout.joined(parameter_table(model)))
+    if missing := sorted(wanted - folder.names):
+        raise CheckpointError(f"{folder.path} does not hold {first(missing)}")
+    second = {layout.stored_name(name): layout.stored_name(owner) for name, owner in tied_names(model).items()}
+    over = sorted(folder.names - wanted)
+    for name in over:
+        if name in second:
+            if not torch.equal(folder.tensor(name), folder.tensor(second[name])):
+                raise CheckpointError(f"{folder.path}: {name} is not {second[name]}, but {CONFIG} says that it is tied")
+        elif not layout.is_unused(name):
+            raise CheckpointError(f"{folder.path}: {name} has no place in a model of {layout.model_type}")
+    return over
+
+
+def _pieces(folder: HfFolder, layout: Layout, model: nn.Module) -> Iterator[Piece]:
+    """Views of the mapped files, under our names."""
+    table = parameter_table(model)
+    for stored, names in layout.joined(table).items():
+        shapes = [tuple(table[name]["shape"]) for name in names]
+        values = folder.tensor(stored)
+        expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        if tuple(values.shape) != expected:
+            raise CheckpointError(
+                f"{folder.path}: {stored} is {list(values.shape)}, by {CONFIG} it should be {list(expected)}"
+            )
+        flat: Tensor = values.reshape(-1)
+        start = 0
+        for name, shape in zip(names, shapes, strict=True):
+            stop = start + math.prod(shape)
+            yield Piece(f"{name}|frozen", 0, flat[start:stop])
+            start = stop
+
+
+def _manifest(folder: HfFolder, model: nn.Module, precision: str) -> Manifest:
+    """The manifest without its list of files."""
+    extra = {"imported": str(folder.path)}
+    return Manifest.model_validate(
+        {
+            "format": FORMAT,
+            "state": {"step": 0, "stage_index": 0, "stage_step": 0, "tokens": 0, "samples": 0, "extra": extra},
+            "stage": IMPORTED,
+            "world_size": 1,
+            "zero_stage": 0,
+            "precision": precision,
+            "optimizer_steps": 0,
+            "parameters": {
+                name: {"shape": list(entry["shape"]), "trained": False}
+                for name, entry in parameter_table(model).items()
+            },
+            "buffers": {},
+            "tied": tied_names(model),
+            "model_config_values": model_config_values(model),
+            "files": {},
+            "versions": {"torch": torch.__version__},
+        }
+    )

@@ -1,0 +1,74 @@
+"""Writing a checkpoint that no run of ours has saved: whole or absent, tensor by tensor from mapped sources."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from mmscale.checkpoint.foreign.match import first
+from mmscale.checkpoint.manifest import MANIFEST, PARTIAL, FileEntry, Manifest, folder_name, seal
+from mmscale.checkpoint.reshard import verify
+from mmscale.checkpoint.share import Piece, RankShare
+from mmscale.durable.files import sync_folder, write_file, write_share
+from mmscale.errors import CheckpointError
+from mmscale.hf.tensor_file import FORMAT_NAMES
+
+IMPORTED = "imported"
+"""Stage of a checkpoint that was imported without a configuration."""
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def new_share(rank: int, pieces: list[Piece], source: Path) -> RankShare:
+    """The share of a rank that has never run: no position in the data, a generator that nobody has used yet.
+
+    Raises:
+        CheckpointError: our checkpoints do not store the number format of a piece.
+    """
+    odd = [f"{key} ({values.dtype})" for key, _, values, _ in pieces if values.dtype not in FORMAT_NAMES]
+    if odd:
+        raise CheckpointError(f"{source}: our checkpoints do not store the number formats of {first(odd)}")
+    fresh = bytes(torch.Generator().get_state().tolist()).hex()
+    return RankShare.of(rank, pieces, None, {"cpu": fresh})
+
+
+def write_checkpoint(directory: Path, manifest: Manifest, shares: Iterable[RankShare]) -> Path:
+    """Writes ``directory/step-N``.
+
+    Args:
+        directory: ``checkpoints`` folder of a run.
+        manifest: All of it but the files.
+        shares: Of each rank, in order; one at a time is asked for.
+
+    Raises:
+        CheckpointError: it is already there or cannot be written.
+    """
+    final = directory / folder_name(manifest.state.step)
+    partial = final.with_name(final.name + PARTIAL)
+    if final.exists():
+        raise CheckpointError(f"{final} is already there; import into another folder")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        files: dict[str, FileEntry] = {}
+        for share in shares:
+            written = write_share(partial, share.names, share.header, share.notes, share.bytes_of())
+            files |= {
+                name: FileEntry(bytes=size, crc32=crc32)
+                for name, (size, crc32) in zip(share.names, written, strict=True)
+            }
+        text = seal(manifest.model_copy(update={"files": files}))
+        write_file(partial / MANIFEST, [memoryview(text.encode())])
+        sync_folder(partial)
+        if problems := verify(partial):
+            raise CheckpointError(f"{partial} was not written as meant: {'; '.join(problems)}")
+        partial.rename(final)
+        sync_folder(directory)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {final}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final

@@ -1,0 +1,87 @@
+"""A foreign configuration of which every key must be accounted for: a key that nobody reads may change the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmscale.errors import CheckpointError
+
+REQUIRED: Any = object()
+CARRIED = frozenset(
+    {
+        *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
+        *("use_cache", "transformers_version"),
+    }
+)
+"""Keys that say nothing about what the weights compute; an export takes them over from a folder like it."""
+_HARMLESS = CARRIED | {
+    *("model_type", "architectures", "dtype", "torch_dtype", "task_specific_params", "problem_type"),
+    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"),
+    *("id2label", "label2id", "pretraining_tp", "name_or_path", "sep_token_id", "decoder_start_token_id"),
+}
+
+
+class Keys:
+    """The keys of one JSON object.
+
+    Args:
+        values: The object.
+        where: File, and place in it, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+        self._read: set[str] = set()
+
+    def take(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
+        """The value of a key; null is as if it were absent.
+
+        Raises:
+            CheckpointError: it is missing and has no default, or is not a ``kind``; an int serves as a float.
+        """
+        self._read.add(key)
+        value = self.values.get(key)
+        if value is None:
+            if default is REQUIRED:
+                raise CheckpointError(f"{self.where}: {key} is missing")
+            return default
+        if kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not kind:
+            raise CheckpointError(f"{self.where}: {key}={value!r} must be of type {kind.__name__}")
+        return value
+
+    def block(self, key: str) -> Keys | None:
+        """The object under a key."""
+        values = self.take(key, dict, None)
+        return None if values is None else Keys(values, f"{self.where}: {key}")
+
+    def must_be(self, key: str, *allowed: object) -> None:
+        """Refuses other values than those that the model can have; null and absence are allowed.
+
+        Raises:
+            CheckpointError: it has another one.
+        """
+        self._read.add(key)
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            raise CheckpointError(f"{self.where}: {key}={value!r} is not supported, only {allowed[0]!r}")
+
+    def finish(self) -> None:
+        """Complains of keys that nobody asked for.
+
+        Raises:
+            CheckpointError: there are some.
+        """
+        ignored = self._read | _HARMLESS
+        odd = [
+            k
+            for k, v in self.values.items()
+            if k not in ignored and not k.startswith("_") and v not in (None, False, [], {})
+        ]
+        if odd:
+            raise CheckpointError(
+                f"{self.where}: {odd[0]}={self.values[odd[0]]!r} is not known for this family; if it does not change "
+                "what the model computes, remove it"
+            )

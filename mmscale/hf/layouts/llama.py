@@ -1,0 +1,29 @@
+"""Llama 1 to 3.3, and the many that share its code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmscale.errors import CheckpointError
+from mmscale.hf.keys import Keys
+from mmscale.hf.layout import Layout
+from mmscale.hf.layouts import decoder
+from mmscale.models.config import ModelConfig
+from mmscale.nn.mlp import DenseMlpConfig
+
+
+def _to_model(keys: Keys) -> ModelConfig:
+    bias = keys.take("attention_bias", bool, False)
+    mlp_bias = keys.take("mlp_bias", bool, False)
+    return decoder.to_model(keys, attention={"qkv_bias": bias, "out_bias": bias}, mlp_bias=mlp_bias)
+
+
+def _to_keys(config: ModelConfig) -> dict[str, Any]:
+    block = config.decoder
+    if block.hidden_dim % block.attention.num_heads:
+        raise CheckpointError(f"llama's num_attention_heads={block.attention.num_heads} must divide {block.hidden_dim}")
+    mlp_bias = isinstance(block.mlp, DenseMlpConfig) and block.mlp.bias
+    return {**decoder.to_keys(config), "attention_bias": block.attention.qkv_bias, "mlp_bias": mlp_bias}
+
+
+LAYOUT = Layout("llama", "LlamaForCausalLM", decoder.NAMES, _to_model, _to_keys, decoder.UNUSED)

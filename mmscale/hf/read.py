@@ -1,0 +1,134 @@
+"""A folder of Hugging Face: its configuration, and its tensors, which stay on the disk.
+
+    FOLDER/config.json
+    FOLDER/model.safetensors, or model.safetensors.index.json and the files that it names
+
+Nothing is trusted: files are safetensors only, whose library checks every range against the file's size, and the index
+must name what is there. A tensor is a view of a mapped file, so reading a model takes no memory beyond what the reader
+keeps of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mmscale.errors import CheckpointError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+_MOST_JSON_BYTES = 256 << 20
+BESIDE = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+"""Files that go with the weights: the tokenizer's, and how to sample."""
+
+
+class HfFolder:
+    """An open folder.
+
+    Args:
+        path: The folder, not one of its files.
+
+    Raises:
+        CheckpointError: it is none, or its files are damaged or do not belong together.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_config(path)
+        self._files: dict[str, Any] = {}
+        for file, listed in _listing(path).items():
+            opened = _open(path / file)
+            there = set(opened.keys())
+            if listed is not None and listed != there:
+                odd = sorted(listed ^ there)
+                raise CheckpointError(f"{path / file}: {odd[0]} is not both in {INDEX} and in the file")
+            if twice := sorted(there & self._files.keys()):
+                raise CheckpointError(f"{path}: {twice[0]} is in two files")
+            self._files |= dict.fromkeys(there, opened)
+
+    @property
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return set(self._files)
+
+    @property
+    def beside(self) -> list[Path]:
+        """The tokenizer's files and the like, those that there are."""
+        return beside(self.path)
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the file, in its shape and number format.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        try:
+            return self._files[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a folder.
+
+    Raises:
+        CheckpointError: there is none, or it is none.
+    """
+    values = _read_json(path / CONFIG)
+    if not isinstance(values.get("model_type"), str):
+        raise CheckpointError(f"{path / CONFIG}: no model_type: not a model of Hugging Face's transformers")
+    return values
+
+
+def beside(path: Path) -> list[Path]:
+    """The files of ``BESIDE`` that a folder has."""
+    return [path / name for name in BESIDE if (path / name).is_file()]
+
+
+def _listing(path: Path) -> dict[str, set[str] | None]:
+    """File -> the tensors that the index says are in it; None without an index."""
+    if (path / INDEX).is_file():
+        table = _read_json(path / INDEX).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise CheckpointError(f"{path / INDEX}: no weight_map")
+        found: dict[str, set[str] | None] = {}
+        for name, file in table.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{path / INDEX}: {name} lies in {file!r}, which is no file of this folder")
+            names = found.setdefault(file, set())
+            assert names is not None
+            names.add(name)
+        return found
+    if (path / _WHOLE).is_file():
+        return {_WHOLE: None}
+    pickled = " It has pickled weights, which are not read: save them again as safetensors." * any(path.glob("*.bin"))
+    raise CheckpointError(f"{path} has neither {_WHOLE} nor {INDEX}.{pickled}")
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > _MOST_JSON_BYTES:
+            raise CheckpointError(f"{file} is larger than {_MOST_JSON_BYTES} bytes: not what it is called")
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); give a folder of Hugging Face") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} is no JSON object")
+    return values

@@ -1,0 +1,70 @@
+"""Tiny random text decoders of Hugging Face, one for each thing that a family can differ in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.models.twins import randomise
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 120,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+STRETCHED = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "original_max_position_embeddings": 16,  # Documents of the tests are longer.
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, tied, grouped, stretched": (
+        "llama",
+        {"num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": True, "rope_parameters": STRETCHED},
+    ),
+    "llama, biases everywhere": (
+        "llama",
+        {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "rope_parameters": PLAIN},
+    ),
+    "qwen2, one key head": ("qwen2", {"num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_parameters": PLAIN}),
+    "qwen2, tied": ("qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": PLAIN}),
+    "mistral, narrow heads": (
+        "mistral",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "sliding_window": None,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": PLAIN,
+        },
+    ),
+    "olmo2": ("olmo2", {"num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_parameters": PLAIN}),
+    "olmo2, grouped, biased": ("olmo2", {"num_key_value_heads": 2, "attention_bias": True, "rope_parameters": PLAIN}),
+}
+
+
+def twin(name: str) -> Any:
+    """One of ``DECODERS``, norms and biases away from 1 and 0."""
+    import transformers
+
+    family, keys = DECODERS[name]
+    config = transformers.AutoConfig.for_model(family, **SIZES, **keys)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    randomise(model)
+    return model
+
+
+def saved_twin(name: str, folder: Path, **kwargs: Any) -> Any:
+    """The same, with its folder as transformers writes it."""
+    model = twin(name)
+    model.save_pretrained(folder, **kwargs)
+    return model

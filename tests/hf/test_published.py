@@ -1,0 +1,103 @@
+"""Shipped configurations of published models, and the folders that their weights come in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmscale.config import load
+from mmscale.hf.layout import computed
+from mmscale.hf.layouts import layout_of
+from mmscale.models.build import build_model
+from mmscale.models.config import ModelConfig
+
+FAMILIES = {
+    "llama3.2-1b": "llama",
+    "llama3.2-3b": "llama",
+    "qwen2-7b": "qwen2",
+    "qwen2-72b": "qwen2",
+    "olmo-7b-1024": "olmo2",
+    "mistral-nemo-12b": "mistral",
+}
+COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True}
+PUBLISHED: dict[str, dict[str, Any]] = {  # In the form of version 4 of transformers.
+    "llama3.2-1b": {
+        **COMMON,
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0",
+        "vocab_size": 128256,
+    },
+    "qwen2-7b": {
+        **COMMON,
+        "architectures": ["Qwen2ForCausalLM"],
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 28,
+        "model_type": "qwen2",
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    },
+}
+
+
+def shipped(name: str) -> ModelConfig:
+    return load(Path(__file__).resolve().parents[2] / "configs" / "models" / f"{name}.yaml", [], ModelConfig).value
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_configuration_is_the_shipped_one(name: str) -> None:
+    imported = layout_of(FAMILIES[name]).model_config(PUBLISHED[name], "config.json")
+    assert computed(imported) == computed(shipped(name))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_and_shapes_are_those_of_the_reference(name: str) -> None:
+    """At full size, on the meta device: what the published files hold has a place here, and nothing here is without."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    layout, config = layout_of(FAMILIES[name]), shipped(name)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**layout.config_values(config)))
+        ours = build_model(config, attention="sdpa")
+    expected = {key: values.shape for key, values in theirs.named_parameters()}
+    assert {layout.stored_name(key): values.shape for key, values in ours.named_parameters()} == expected

@@ -1,0 +1,31 @@
+"""Configurations of published models count what was published, to the last parameter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmscale.cli.main import main
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
+COUNTS = {  # Counted in the reference implementations (transformers; Molmo's own code for OLMo-7B-1024).
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2-72b": 72_706_203_648,
+    "olmo-7b-1024": 7_298_617_344,
+    "mistral-nemo-12b": 12_247_782_400,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_published_number_of_parameters(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", str(FOLDER / f"{name}.yaml"), "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["total"] == counted["active"] == COUNTS[name]
+
+
+def test_every_published_configuration_has_a_number() -> None:
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*COUNTS, "tiny"}
