@@ -158,22 +158,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     worlds = [int(word) for word in arguments.ranks.split(",")]
     with tempfile.TemporaryDirectory() as name:
-        whole, torn = Path(name) / "whole", Path(name) / "torn"
-        began = time.monotonic()
-        if start(arguments.config, whole, worlds[0], overrides).wait() != 0:
-            raise SystemExit((Path(name) / "whole.log").read_text()[-2000:])
-        undisturbed_seconds = time.monotonic() - began
+        whole = {ranks: Path(name) / f"whole-{ranks}" for ranks in worlds}
+        torn = Path(name) / "torn"
+        seconds = [leave_alone(arguments.config, whole[ranks], ranks, overrides) for ranks in worlds]
         began = time.monotonic()
         tally = torture(arguments.config, torn, arguments.kills, arguments.steps, worlds, overrides)
-        seconds = time.monotonic() - began
-        expected, got = curve(whole), curve(torn)
-        losses = [abs(a - b) for (_, a), (_, b) in zip(expected, got, strict=False)]
-        if [step for step, _ in got] != [step for step, _ in expected]:
+        tortured_seconds = time.monotonic() - began
+        first = whole[worlds[0]]
+        if [step for step, _ in curve(torn)] != [step for step, _ in curve(first)]:
             tally.complaints.append("the steps in the metrics are not those of the undisturbed run")
-        ends = [find_latest(folder / "checkpoints") for folder in (whole, torn)]
-        if tally.complaints or None in ends:
+        if tally.complaints:
             print((Path(name) / "torn.log").read_text()[-3000:], file=sys.stderr)
-        difference = largest_difference(ends[0], ends[1]) if ends[0] and ends[1] else None
+        tortured = differences(first, torn)
+        # How far rounding alone carries a run from another: sums over other numbers of ranks.
+        undisturbed = [differences(first, whole[ranks]) for ranks in worlds[1:]]
     return {
         "benchmark": "torture",
         "machine": machine(),
@@ -181,13 +179,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "kills": tally.kills,
         "while_saving": tally.while_saving,
         "lives_by_ranks": {str(ranks): tally.ranks.count(ranks) for ranks in worlds},
-        "largest_loss_difference": max(losses, default=None),
-        "largest_weight_difference": difference,
-        "undisturbed_seconds": round(undisturbed_seconds, 1),
-        "tortured_seconds": round(seconds, 1),
-        "goodput": round(undisturbed_seconds / seconds, 3),
+        "largest_loss_difference": tortured[0],
+        "largest_weight_difference": tortured[1],
+        "undisturbed_loss_difference": max((loss for loss, _ in undisturbed), default=None),
+        "undisturbed_weight_difference": max((weight for _, weight in undisturbed), default=None),
+        "undisturbed_seconds": round(seconds[0], 1),
+        "tortured_seconds": round(tortured_seconds, 1),
+        "goodput": round(seconds[0] / tortured_seconds, 3),
         "complaints": tally.complaints,
     }
+
+
+def leave_alone(config: Path, folder: Path, ranks: int, overrides: list[str]) -> float:
+    """Seconds of an undisturbed run."""
+    began = time.monotonic()
+    if start(config, folder, ranks, overrides).wait() != 0:
+        raise SystemExit((folder.parent / f"{folder.name}.log").read_text()[-2000:])
+    return time.monotonic() - began
+
+
+def differences(one: Path, other: Path) -> tuple[float, float]:
+    """Largest difference of the losses of two runs, and of any of their last weights."""
+    losses = [abs(a - b) for (_, a), (_, b) in zip(curve(one), curve(other), strict=False)]
+    ends = [find_latest(folder / "checkpoints") for folder in (one, other)]
+    if ends[0] is None or ends[1] is None:
+        raise SystemExit(f"{one} or {other} left no whole checkpoint")
+    return max(losses, default=0.0), largest_difference(ends[0], ends[1])
 
 
 def main() -> None:
@@ -196,7 +213,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--save-every", type=int, default=5)
-    parser.add_argument("--ranks", default="2", help="numbers of ranks to draw from; the undisturbed run has the first")
+    parser.add_argument(
+        "--ranks", default="2", help="numbers of ranks to draw from; left alone with each, compared with the first"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
     arguments = parser.parse_args()

@@ -1,0 +1,41 @@
+"""The torture benchmark on a small model: what it compares, and that a difference would show."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.torture import differences
+from tests.system.conftest import REPO, MakeRun
+
+
+@pytest.mark.slow
+@pytest.mark.resume
+def test_two_kills_on_one_and_two_ranks() -> None:
+    words = ["--config", "tests/system/tiny.yaml", "--kills", "2", "--steps", "20", "--ranks", "2,1", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.torture", *words], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    result = json.loads(done.stdout)
+    assert sum(result["kills"].values()) == 2
+    assert sum(result["lives_by_ranks"].values()) == 3
+    assert result["complaints"] == []
+    assert 0 < result["undisturbed_loss_difference"] < 1e-4
+    assert result["largest_loss_difference"] < 1e-4
+    assert result["largest_weight_difference"] < 1e-3
+
+
+@pytest.mark.resume
+def test_a_difference_of_two_runs_is_found(make_run: MakeRun) -> None:
+    one, other = (make_run(name, 1, "max_steps=2", f"seed={seed}") for name, seed in (("one", 1), ("other", 2)))
+    for run in (one, other):
+        run.finish()
+    assert differences(one.folder, one.folder) == (0.0, 0.0)
+    loss, weight = differences(one.folder, other.folder)
+    lines = [[line["loss"] for line in run.metrics()] for run in (one, other)]
+    assert loss == max(abs(a - b) for a, b in zip(*lines, strict=True)) > 0
+    assert weight > torch.finfo(torch.float32).eps
