@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import KnowsShards, build_optimizer
 from mmscale.engine.partition import Partition
 from mmscale.engine.precision import Precision, choose_precision
+from mmscale.engine.saved_weights import SavedWeights
 from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
 from mmscale.engine.units import Undo, gather_whole, recompute
 from mmscale.errors import EngineError
@@ -123,14 +124,18 @@ class Engine:
         self.trained_components = trained_components(components, stage)
         self._owner = component_of_parameters(model, components)
         self.parameter_counts = _count(model, self._owner)
-        self._undo: list[Undo] = self._arrange_units()
+        units: list[nn.Module] = list(model.checkpoint_units())  # type: ignore[operator]
+        self._undo: list[Undo] = self._arrange(units)
         self._deepspeed = self._start(components)
+        self._saving: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if config.zero_stage == 3:
+            self._saving = saved = SavedWeights(model, units)
+            self._undo.append(saved.close)
         self.partition = Partition(model, self._deepspeed, config.zero_stage, world, averaged=stage.ema is not None)
         self._prepare_optimizer()
         self._gate = Gate(self._deepspeed)
 
-    def _arrange_units(self) -> list[Undo]:
-        units: list[nn.Module] = list(self.model.checkpoint_units())  # type: ignore[operator]
+    def _arrange(self, units: list[nn.Module]) -> list[Undo]:
         undo = [recompute(units)] if self.config.activation_checkpointing else []
         return [*undo, gather_whole(units)] if self.config.zero_stage == 3 else undo
 
@@ -242,7 +247,7 @@ class Engine:
         documents: list[Tensor] = []
         for index, microbatch in enumerate(microbatches):
             self._deepspeed.set_gradient_accumulation_boundary(index == len(microbatches) - 1)
-            with self.clock.phase(FORWARD):
+            with self.clock.phase(FORWARD), self._saving():
                 loss_sum, metrics, losses = self._deepspeed(microbatch.to(self.world.device, non_blocking=True))
             sums.append({"loss": loss_sum.detach(), **metrics})
             documents.append(losses)

@@ -1,0 +1,83 @@
+"""Weights that are freed after the forward pass and come back for the backward pass, as ZeRO-3 does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from mmscale.engine.saved_weights import SavedWeights
+
+
+class Part(nn.Module):
+    """Saves a transposed weight, a slice of one, and one as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6, bias=False)
+        self.experts = nn.Parameter(torch.randn(3, 6, 6))
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.mm(self.linear(rows).tanh(), self.experts[1]) * self.scale
+
+
+def gathered_for_a_moment(part: Part, seen: list[StorageWeakRef]) -> None:
+    """Hooks that make weights whole before a pass, and empty after it."""
+    kept = {p: p.detach().clone() for p in part.parameters()}
+
+    def gather(*_: Any) -> None:
+        for parameter, values in kept.items():
+            parameter.data = values.clone()
+
+    def release(*_: Any) -> None:
+        for parameter in kept:
+            seen.append(StorageWeakRef(parameter.untyped_storage()))
+            parameter.data = torch.empty(0)
+
+    part.register_forward_pre_hook(gather)
+    part.register_forward_hook(release)
+    part.register_full_backward_pre_hook(gather)
+
+
+def passes(whole: bool, saving: Callable[[nn.Module], AbstractContextManager[Any]]) -> tuple[list[bool], list[Tensor]]:
+    """Which gathered storages are gone after the forward pass, and the gradients."""
+    torch.manual_seed(1)
+    part, rows, seen = Part(), torch.randn(5, 6, requires_grad=True), []
+    if not whole:
+        gathered_for_a_moment(part, seen)
+    with saving(part):
+        out = part(rows)
+    gone = [storage.expired() for storage in seen]
+    grads = torch.autograd.grad(out.square().sum(), [rows, *part.parameters()])
+    return gone, list(grads)
+
+
+@pytest.mark.parametrize("as_unit", [True, False])
+def test_freed_weights_are_gone_and_gradients_are_those_of_whole_ones(as_unit: bool) -> None:
+    def saving(part: nn.Module) -> AbstractContextManager[Any]:
+        return SavedWeights(part, [part] if as_unit else [])()
+
+    _, expected = passes(True, lambda part: nullcontext())
+    kept, _ = passes(False, lambda part: nullcontext())
+    gone, grads = passes(False, saving)
+    assert not all(kept), "autograd alone holds on to the views"
+    assert all(gone)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+
+
+def test_an_address_that_serves_again_is_not_taken_for_the_weight() -> None:
+    part = Part()
+    saved = SavedWeights(part, [part])
+    part(torch.zeros(1, 6))  # Notes the addresses.
+    values = part.scale.detach()
+    part.scale.data = torch.empty(0)
+    with saved():  # An activation in the memory that was the weight's.
+        factor = values.requires_grad_()
+        out = factor * factor.detach()
+    assert torch.equal(torch.autograd.grad(out.sum(), factor)[0], factor.detach())
