@@ -52,7 +52,8 @@ class SavedWeights:
         return note
 
     def __call__(self) -> AbstractContextManager[Any]:
-        """In its ``with`` block saved views of gathered weights do not keep them alive."""
+        """In its ``with`` block, of one forward pass, saved views of gathered weights do not keep them alive."""
+        self._by_storage.clear()  # Weights seldom come back to the same address.
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, saved: Tensor) -> Tensor | _View:

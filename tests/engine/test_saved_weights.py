@@ -74,10 +74,10 @@ def test_freed_weights_are_gone_and_gradients_are_those_of_whole_ones(as_unit: b
 def test_an_address_that_serves_again_is_not_taken_for_the_weight() -> None:
     part = Part()
     saved = SavedWeights(part, [part])
-    part(torch.zeros(1, 6))  # Notes the addresses.
     values = part.scale.detach()
-    part.scale.data = torch.empty(0)
-    with saved():  # An activation in the memory that was the weight's.
-        factor = values.requires_grad_()
+    with saved():
+        part(torch.zeros(1, 6))  # Notes the addresses.
+        part.scale.data = torch.empty(0)
+        factor = values.requires_grad_()  # An activation in the memory that was the weight's.
         out = factor * factor.detach()
     assert torch.equal(torch.autograd.grad(out.sum(), factor)[0], factor.detach())
