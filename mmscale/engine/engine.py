@@ -34,6 +34,7 @@ from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, S
 from mmscale.engine.units import Undo, gather_whole, recompute
 from mmscale.errors import EngineError
 from mmscale.metrics.memory import peak_memory
+from mmscale.nn.moe import biased_routers
 from mmscale.optim import (
     Components,
     component_of_parameters,
@@ -134,6 +135,7 @@ class Engine:
         self.partition = Partition(model, self._deepspeed, config.zero_stage, world, averaged=stage.ema is not None)
         self._prepare_optimizer()
         self._gate = Gate(self._deepspeed)
+        self._routers = biased_routers(model)
 
     def _arrange(self, units: list[nn.Module]) -> list[Undo]:
         undo = [recompute(units)] if self.config.activation_checkpointing else []
@@ -210,6 +212,7 @@ class Engine:
             raise
         finite = bool(self._deepspeed.was_step_applied())
         applied = finite and not refused
+        self._rebalance(applied)
         if applied and self.stage.ema and self.partition.optimizer_steps() % self.stage.ema.every_steps == 0:
             self.partition.update_average(self.stage.ema.decay)
         return StepReport(
@@ -235,6 +238,18 @@ class Engine:
 
         with self.clock.phase(OPTIMIZER):
             return self._gate.step(None if refuses is None else vote)
+
+    def _rebalance(self, applied: bool) -> None:
+        """Moves the biases of routers by the loads of all microbatches and ranks; forgets these for a refused step."""
+        if not self._routers:
+            return
+        loads = torch.stack([router.load for router in self._routers])
+        with self.clock.communicating():
+            whole = sum_float(self.world, loads.flatten().tolist())
+        for router, load in zip(self._routers, torch.tensor(whole).view(loads.shape), strict=True):
+            if applied:
+                router.rebalance(load.to(loads))
+            router.load.zero_()
 
     def _run(self, microbatches: Sequence[Any], scale: float) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
         """Forward and backward; the gradient is complete and reduced after the last microbatch.

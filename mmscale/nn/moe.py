@@ -53,6 +53,9 @@ class MoeConfig(StrictConfig):
     """Weight of the load-balance loss, whose value is 1 at perfect balance."""
     z_coefficient: float = Field(default=0.001, ge=0)
     """Weight of the router z loss, the mean square of the log-sum-exp of the logits."""
+    bias_rate: float = Field(default=0.0, ge=0)
+    """How far each expert's bias in the choice (not in the weights) moves after a step towards equal load, for balance
+    without a loss (DeepSeek-V3: 0.001, with small coefficients); 0: no bias."""
     every: int = Field(default=1, gt=0)
     """Every n-th block has experts: blocks n-1, 2n-1, ...; the others use ``dense``."""
     dense: DenseMlpConfig | None = None
@@ -74,14 +77,27 @@ class MoeConfig(StrictConfig):
 class Router(nn.Module):
     """Scores and picks experts; computes its two auxiliary losses.
 
+    Attributes:
+        bias_steps: int64 ``(E,)`` the bias in units of ``bias_rate``: whole numbers, which no engine rounds, and which
+            any number of ranks adds up to the same. Only with a rate.
+        load: int64 ``(E,)`` valid tokens that chose each expert since the last ``rebalance``. With recomputation twice
+            as many, which changes no sign.
+
     Source: Fedus et al. 2022, "Switch Transformers", section 2.2 (balance, here for A experts a token, 1 at perfect
-    balance); Zoph et al. 2022, "ST-MoE", section 3.3 (z loss).
+    balance); Zoph et al. 2022, "ST-MoE", section 3.3 (z loss); Wang et al. 2024, "Auxiliary-loss-free load balancing",
+    algorithm 1 (bias).
     """
+
+    bias_steps: Tensor
+    load: Tensor
 
     def __init__(self, dim: int, config: MoeConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, dim))
         nn.init.normal_(self.weight, std=0.02)
+        if config.bias_rate:
+            self.register_buffer("bias_steps", torch.zeros(config.num_experts, dtype=torch.int64))
+            self.register_buffer("load", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
         self.config = config
 
     def forward(
@@ -92,13 +108,27 @@ class Router(nn.Module):
         logits = F.linear(hidden, self.weight).float()  # (T, E)
         probabilities = logits.softmax(-1)
         if config.router is RouterOrder.SOFTMAX_THEN_TOPK:
-            weights, chosen = probabilities.topk(config.experts_per_token, dim=-1)
+            weights, chosen = self._choose(probabilities, valid)
             if config.renormalise:
                 weights = weights / weights.sum(-1, keepdim=True)
         else:
-            top, chosen = logits.topk(config.experts_per_token, dim=-1)
+            top, chosen = self._choose(logits, valid)
             weights = top.softmax(-1)
         return weights.to(hidden.dtype), chosen, self._losses(logits, probabilities, chosen, valid)
+
+    def _choose(self, scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores and numbers of each row's best experts, with the bias in the choice alone."""
+        copies = self.config.experts_per_token
+        if not self.config.bias_rate:
+            return scores.topk(copies, dim=-1)
+        chosen = (scores.detach() + self.bias_steps * self.config.bias_rate).topk(copies, dim=-1).indices
+        if self.training and self.weight.requires_grad:
+            self.load.scatter_add_(0, chosen.flatten(), valid.long().repeat_interleave(copies))
+        return scores.gather(1, chosen), chosen
+
+    def rebalance(self, load: Int[Tensor, " E"]) -> None:
+        """Raises the bias of each expert with less than the mean load by one rate, and lowers that of one with more."""
+        self.bias_steps += (load.sum() - load * len(load)).sign()
 
     def _losses(self, logits: Tensor, probabilities: Tensor, chosen: Tensor, valid: Tensor) -> Tensor:
         mask = valid.float()
@@ -109,6 +139,12 @@ class Router(nn.Module):
         balance = self.config.num_experts * (load * importance).sum()
         z = share @ logits.logsumexp(-1).square()
         return torch.stack([balance, z])
+
+
+def biased_routers(model: nn.Module) -> list[Router]:
+    """The routers of a model that have a bias and learn."""
+    routers = (module for module in model.modules() if isinstance(module, Router))
+    return [router for router in routers if router.config.bias_rate and router.weight.requires_grad]
 
 
 class Experts(nn.Module):

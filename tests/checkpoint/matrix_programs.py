@@ -58,7 +58,9 @@ def _resume(world: World, folder: Path, name: str) -> dict[str, Any]:
 
 def _engine(world: World, name: str) -> Engine:
     mlp, trained, precision = CASES[name]
-    settings = config("cross_attention", mlp=MOE if mlp == "moe" else DENSE, tie_embeddings=True, dropout=0.1)
+    settings = config(
+        "cross_attention", mlp={**MOE, "bias_rate": 0.01} if mlp == "moe" else DENSE, tie_embeddings=True, dropout=0.1
+    )
     engine_config = EngineConfig.model_validate(
         {"zero_stage": 3, "device": "cpu", "precision": precision, "timeout_seconds": 60}
     )

@@ -28,6 +28,7 @@ from mmscale.checkpoint import (
     warm_start,
 )
 from mmscale.checkpoint.config import CheckpointConfig
+from mmscale.checkpoint.share import persistent_buffers
 from mmscale.dist import World, barrier
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError
@@ -54,7 +55,8 @@ def digest(engine: Engine, world: World) -> str:
     for owned in engine.partition.owned():
         for kind, values in {"weights": owned.master, **owned.moments}.items():
             whole[f"{owned.name}|{kind}"][owned.start : owned.stop] += values.float()
-    for key, values in sorted(engine.partition.whole_state().items()):
+    buffers = persistent_buffers(engine.model)
+    for key, values in sorted({**engine.partition.whole_state(), **buffers}.items()):
         total.update(key.encode() + values.numpy().tobytes())
     for key in sorted(whole):
         if world.world_size > 1:
