@@ -110,7 +110,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._where, self._step, self._count = ("start", time.monotonic()), 0, 0
         self._warm = False
-        self._closed = threading.Event()
+        self._closed, self._has_spoken = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
@@ -124,7 +124,12 @@ class Watchdog:
         self._thread.start()
 
     def close(self) -> None:
-        """Stops watching; also if it was never started."""
+        """Stops watching; also if it was never started. Ends the process where the watchdog is about to.
+
+        The main thread comes here with an error if another rank has left a little earlier: the run hung all the same.
+        """
+        if self._has_spoken.is_set():
+            _leave()
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(2 * self._every)
@@ -202,6 +207,7 @@ class Watchdog:
             self._write(self._folder / _VERDICT, {"rank": self._rank})
         print(f"mmscale: rank {self._rank}: {explain(beats, silent)}", file=sys.stderr, flush=True)
         self._dump_stacks()
+        self._has_spoken.set()
         self._go_on_beating(6)  # The others say theirs before our connections close.
         if not self._closed.is_set():
             _leave()

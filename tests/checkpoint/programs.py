@@ -57,7 +57,7 @@ def digest(engine: Engine, world: World) -> str:
             whole[f"{owned.name}|{kind}"][owned.start : owned.stop] += values.float()
     buffers = persistent_buffers(engine.model)
     for key, values in sorted({**engine.partition.whole_state(), **buffers}.items()):
-        total.update(key.encode() + values.numpy().tobytes())
+        total.update(key.encode() + values.double().numpy().tobytes())
     for key in sorted(whole):
         if world.world_size > 1:
             torch.distributed.all_reduce(whole[key])

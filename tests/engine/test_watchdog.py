@@ -74,7 +74,10 @@ def slow_then_stuck(world: World, folder: str) -> Any:
     Path(folder, f"healthy-{world.rank}").touch()
     nap[0] = 1000.0 * (world.rank == 1)
     watchdog.begin_step(4)
-    engine.train_step(lanes_of(world, 3))
+    try:
+        engine.train_step(lanes_of(world, 3))
+    finally:
+        watchdog.close()
     return None
 
 
