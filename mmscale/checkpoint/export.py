@@ -21,7 +21,7 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.keys import CARRIED
 from mmscale.hf.layouts import layout_for, layout_of
 from mmscale.hf.read import beside, read_config
-from mmscale.hf.write import SHARD_BYTES, Outgoing, write_folder
+from mmscale.hf.write import SHARD_BYTES, Outgoing, require_new, write_folder
 from mmscale.models.config import ModelConfig
 
 Weights = Literal["master", "ema"]
@@ -113,8 +113,7 @@ def export_weights(
         CheckpointError: the checkpoint is damaged or holds no such weights, no family has words for the model, or
             ``folder`` exists or cannot be written.
     """
-    if folder.exists():
-        raise CheckpointError(f"{folder} is already there; export into a new folder")
+    require_new(folder)
     if problems := verify(checkpoint):
         raise CheckpointError(f"{checkpoint} is damaged and was not exported: {'; '.join(problems)}")
     with CheckpointReader(checkpoint) as reader:

@@ -49,6 +49,16 @@ class Outgoing:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def require_new(folder: Path) -> None:
+    """For those who have much to read before they write.
+
+    Raises:
+        CheckpointError: ``folder`` exists.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} is already there; export into a new folder")
+
+
 def write_folder(
     folder: Path,
     tensors: Sequence[Outgoing],
@@ -74,8 +84,7 @@ def write_folder(
     Raises:
         CheckpointError: it exists or cannot be written.
     """
-    if folder.exists():
-        raise CheckpointError(f"{folder} is already there; export into a new folder")
+    require_new(folder)
     partial = folder.with_name(folder.name + ".partial")
     shards = _shards(tensors, shard_bytes)
     names = tuple(f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1))

@@ -29,6 +29,9 @@ from mmscale.hf.layouts import layout_of
 from mmscale.hf.read import CONFIG, HfFolder
 from mmscale.models.build import build_model
 
+Table = dict[str, dict[str, Any]]
+"""Shape of each parameter, by our name, as ``parameter_table`` gives it."""
+
 
 @dataclass(frozen=True)
 class HfImportReport:
@@ -75,10 +78,12 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
     config = layout.model_config(folder.config, str(source / CONFIG))
     with torch.device("meta"):
         model = build_model(config, attention="sdpa")
-    left_out = _check_names(folder, layout, model)
-    pieces = list(_pieces(folder, layout, model))
+    table, tied = parameter_table(model), tied_names(model)
+    left_out = _check_names(folder, layout, table, tied)
+    pieces = list(_pieces(folder, layout, table))
     formats = {piece.values.dtype for piece in pieces}
-    manifest = _manifest(folder, model, PRECISIONS.get(formats.pop(), "fp32") if len(formats) == 1 else "fp32")
+    precision = PRECISIONS.get(formats.pop(), "fp32") if len(formats) == 1 else "fp32"
+    manifest = _manifest(folder, model, table, tied, precision)
     path = write_checkpoint(directory, manifest, iter([new_share(0, pieces, source)]))
     return HfImportReport(
         checkpoint=str(path),
@@ -94,16 +99,16 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
     )
 
 
-def _check_names(folder: HfFolder, layout: Layout, model: nn.Module) -> list[str]:
+def _check_names(folder: HfFolder, layout: Layout, table: Table, tied: dict[str, str]) -> list[str]:
     """Compares the names of the folder with those that the model needs.
 
     Returns:
         Tensors that are left out: of no use, or second names whose values are those of the first.
     """
-    wanted = set(layout.joined(parameter_table(model)))
+    wanted = set(layout.joined(table))
     if missing := sorted(wanted - folder.names):
         raise CheckpointError(f"{folder.path} does not hold {first(missing)}")
-    second = {layout.stored_name(name): layout.stored_name(owner) for name, owner in tied_names(model).items()}
+    second = {layout.stored_name(name): layout.stored_name(owner) for name, owner in tied.items()}
     over = sorted(folder.names - wanted)
     for name in over:
         if name in second:
@@ -114,9 +119,8 @@ def _check_names(folder: HfFolder, layout: Layout, model: nn.Module) -> list[str
     return over
 
 
-def _pieces(folder: HfFolder, layout: Layout, model: nn.Module) -> Iterator[Piece]:
+def _pieces(folder: HfFolder, layout: Layout, table: Table) -> Iterator[Piece]:
     """Views of the mapped files, under our names."""
-    table = parameter_table(model)
     for stored, names in layout.joined(table).items():
         shapes = [tuple(table[name]["shape"]) for name in names]
         values = folder.tensor(stored)
@@ -133,7 +137,7 @@ def _pieces(folder: HfFolder, layout: Layout, model: nn.Module) -> Iterator[Piec
             start = stop
 
 
-def _manifest(folder: HfFolder, model: nn.Module, precision: str) -> Manifest:
+def _manifest(folder: HfFolder, model: nn.Module, table: Table, tied: dict[str, str], precision: str) -> Manifest:
     """The manifest without its list of files."""
     extra = {"imported": str(folder.path)}
     return Manifest.model_validate(
@@ -145,12 +149,9 @@ def _manifest(folder: HfFolder, model: nn.Module, precision: str) -> Manifest:
             "zero_stage": 0,
             "precision": precision,
             "optimizer_steps": 0,
-            "parameters": {
-                name: {"shape": list(entry["shape"]), "trained": False}
-                for name, entry in parameter_table(model).items()
-            },
+            "parameters": {name: {**entry, "trained": False} for name, entry in table.items()},
             "buffers": {},
-            "tied": tied_names(model),
+            "tied": tied,
             "model_config_values": model_config_values(model),
             "files": {},
             "versions": {"torch": torch.__version__},

@@ -10,6 +10,7 @@ import torch
 from mmscale.dist import World
 from mmscale.engine.optimizers.adafactor import Adafactor
 from mmscale.engine.optimizers.adamw8 import AdamW8
+from mmscale.engine.optimizers.eight_bit import BITS
 from mmscale.engine.optimizers.muon import Muon
 from mmscale.engine.optimizers.shards import FlatMaster
 from mmscale.optim import Clips, can_fuse
@@ -59,7 +60,7 @@ def build_optimizer(groups: list[dict[str, Any]], stage: StageConfig, *, clip_he
         optimizer = (ClippedMuon if clip_here else Muon)(groups, config)
     elif isinstance(config, AdafactorConfig):
         optimizer = (ClippedAdafactor if clip_here else Adafactor)(groups, config)
-    elif config.state_bits == 8:
+    elif config.state_bits == BITS:
         optimizer = (ClippedAdamW8 if clip_here else AdamW8)(groups, config)
     else:
         adamw = ClippedAdamW if clip_here else torch.optim.AdamW
