@@ -13,42 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmscale.checkpoint import load_weights
 from mmscale.checkpoint.export import HuggingFace, export_weights
-from mmscale.checkpoint.foreign import import_folder
 from mmscale.checkpoint.manifest import read_manifest
-from mmscale.hf.layouts import layout_of
 from mmscale.hf.read import INDEX
-from mmscale.models.build import build_model
-from mmscale.models.config import ModelConfig
-from mmscale.models.multimodal import MultimodalModel
 from tests.hf.decoders import DECODERS, saved_twin
+from tests.hf.twins import imported, relative, tensors_of, their_gradients
 from tests.models.test_parity import LENGTHS, text_batch
 
 pytestmark = pytest.mark.parity
 BOUND, GRADIENT_BOUND = 2e-6, 8e-6
 
 
-def imported(source: Path, run: Path) -> tuple[MultimodalModel, Path]:
-    """The model of an imported folder, by the configuration that the report prints, and its checkpoint."""
-    report = import_folder(source, run / "checkpoints")
-    model = build_model(ModelConfig.model_validate(report.model), attention="sdpa", seed=None)
-    load_weights(model, Path(report.checkpoint))
-    return model, Path(report.checkpoint)
-
-
 def assert_close(what: str, ours: Tensor, theirs: Tensor, bound: float = BOUND) -> None:
-    difference = float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
+    difference = relative(ours, theirs)
     print(f"{difference:.2e} {what}")
     assert difference < bound, what
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: values for file in folder.glob("*.safetensors") for name, values in load_file(file).items()}
 
 
 def loaded(folder: Path) -> Any:
@@ -77,10 +59,9 @@ def test_the_same_logits_loss_and_gradients(name: str, tmp_path: Path) -> None:
     assert_close("loss", loss, reference)
     loss.backward()
     reference.backward()
-    layout = layout_of(theirs.config.model_type)
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    gradients = their_gradients(theirs, tmp_path)
     for name, parameter in ours.named_parameters():
-        assert_close(name, parameter.grad, gradients.pop(layout.stored_name(name)), GRADIENT_BOUND)
+        assert_close(name, parameter.grad, gradients.pop(name), GRADIENT_BOUND)
     assert not gradients
     # Packed, as one by one.
     start = 0
