@@ -41,6 +41,23 @@ class Region(NamedTuple):
     width: int
 
 
+class Coverage(NamedTuple):
+    """What of a view the image covers; the rest is padding.
+
+    Attributes:
+        touched: Patches with any pixel of the image.
+        filled: Patches with nothing else; within ``touched``.
+    """
+
+    touched: Region
+    filled: Region
+
+    @classmethod
+    def whole(cls, rows: int, columns: int) -> Coverage:
+        """No padding in so many rows and columns of patches."""
+        return cls(Region(0, 0, rows, columns), Region(0, 0, rows, columns))
+
+
 class ImageExtent(NamedTuple):
     """Where an image lies in a document.
 
@@ -65,6 +82,7 @@ class MediaItem:
         embedded: Written into token slots (True) or attended by cross-attention (False).
         kept: Part of its grid of features that is handed on, of views that overlap; None hands on all.
         place: Row and column of a tile in the grid of its image; None if the view shows the whole image.
+        coverage: What of it is no padding, for models that want to know (``MediaSpec.padding``); None: all.
     """
 
     values: npt.NDArray[np.uint8]
@@ -72,6 +90,7 @@ class MediaItem:
     embedded: bool
     kept: Region | None = None
     place: tuple[int, int] | None = None
+    coverage: Coverage | None = None
 
     @property
     def num_patches(self) -> int:

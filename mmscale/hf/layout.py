@@ -246,7 +246,7 @@ def computed(config: AnyModelConfig) -> dict[str, Any]:
     _fill_attention(block, decoder)
     if decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:  # Else ids are read that have no logit.
         del block["extra_tokens"]
-    del block["dropout"], block["init_std"]  # Of training, and of its beginning.
+    del block["dropout"], block["dropout_rows"], block["init_std"]  # Of training, and of its beginning.
     if values["connector"] is not None:
         values["connector"].pop("gate_init", None)
     return values

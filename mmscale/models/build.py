@@ -123,6 +123,7 @@ def media_spec(config: ModelConfig) -> MediaSpec:
         cost_per_patch=cost_per_patch(config),
         fixed_grid=positions.grid if isinstance(positions, LearnedPositionsConfig) else None,
         position_axes=axes,
+        padding=isinstance(config.connector, EmbeddingConnectorConfig) and config.connector.padding,
     )
 
 
