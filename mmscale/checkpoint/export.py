@@ -6,6 +6,7 @@ are stored once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch import Tensor
 from mmscale.checkpoint.manifest import Manifest
 from mmscale.checkpoint.reshard import CheckpointReader, verify
 from mmscale.errors import CheckpointError
-from mmscale.hf.keys import CARRIED
 from mmscale.hf.layout import Stored
 from mmscale.hf.layouts import layout_for, layout_of
 from mmscale.hf.read import PREPROCESSOR, beside, read_config
@@ -152,7 +152,7 @@ def _as_family(
     config = read_model_config(manifest.model_config_values)
     like = {} if to.like is None else read_config(to.like)
     layout = layout_of(like["model_type"]) if like else layout_for(config)
-    values = layout.config_values(config) | {key: like[key] for key in CARRIED & like.keys()}
+    values = layout.config_values(config) | {key: like[key] for key in layout.carried & like.keys()}
     values["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[number_format]
     if to.like is not None and (to.like / f"{PREPROCESSOR}.json").is_file():
         values.pop(PREPROCESSOR, None)  # Copied with the others.
@@ -161,8 +161,8 @@ def _as_family(
 
 def _outgoing(reader: CheckpointReader, tensor: Stored, entries: Mapping[str, _Entry]) -> Outgoing:
     def values() -> Iterator[Tensor]:
-        for name, start, stop in tensor.ranges():
-            yield from _values(reader, entries[name], start, stop)
+        ranges = (_values(reader, entries[name], start, stop) for name, start, stop in tensor.ranges())
+        yield from tensor.joined(itertools.chain.from_iterable(ranges))
 
     return Outgoing(tensor.name, entries[tensor.parts[0].name].dtype, tensor.shape, values)
 

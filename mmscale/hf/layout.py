@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from mmscale.errors import CheckpointError
-from mmscale.hf.keys import Keys
+from mmscale.hf.keys import CARRIED, Keys
 from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig, TowerConfig, VisionConfig
 
 _SHOWN = 3
@@ -40,6 +41,9 @@ class Row:
         block: Rows of a block, where several parameters share a tensor in turn: a block of the first, a block of the
             second, ..., and again (queries, keys and values head by head). None: one after another.
         part: Order among the parameters that share a tensor; equal ones are in the model's order.
+        turned: (a, b) where each row of theirs is a table of a rows and b columns of which ours is the transpose (the
+            pixels of a patch with their channels, where ours are channels with their pixels). Such a tensor is read
+            and written as a whole.
     """
 
     ours: str
@@ -47,6 +51,7 @@ class Row:
     shape: tuple[int, ...] | None = None
     block: int | None = None
     part: int = 0
+    turned: tuple[int, int] | None = None
 
 
 Rows = tuple[Row, ...]
@@ -66,6 +71,7 @@ def under(table: Rows, *, ours: tuple[str, str] = ("", ""), theirs: tuple[str, s
             row.shape,
             row.block,
             row.part,
+            row.turned,
         )
         for row in table
     )
@@ -88,11 +94,13 @@ class Stored:
         name: Theirs.
         shape: Theirs.
         parts: In order.
+        turned: As in ``Row``.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    turned: tuple[int, int] | None = None
 
     @classmethod
     def alone(cls, name: str, shape: tuple[int, ...]) -> Stored:
@@ -106,13 +114,22 @@ class Stored:
         return 1 if first.block is None else first.shape[0] // first.block
 
     def cut(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Views of ``values``: of each parameter flat, or rounds by values of a block."""
+        """Views of ``values``: of each parameter flat, or rounds by values of a block. A copy of what is turned."""
+        if self.turned is not None:
+            values = values.reshape(-1, *self.turned).transpose(1, 2)
         turns = values.reshape(self.rounds, -1)
         start = 0
         for part in self.parts:
             size = math.prod(part.shape) // self.rounds
             yield part.name, turns[0, start : start + size] if self.rounds == 1 else turns[:, start : start + size]
             start += size
+
+    def joined(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The values of ``ranges`` as they are stored, flat, in pieces."""
+        if self.turned is None:
+            yield from pieces
+        else:
+            yield torch.cat(list(pieces)).view(-1, *reversed(self.turned)).transpose(1, 2).reshape(-1)
 
     def ranges(self) -> Iterator[tuple[str, int, int]]:
         """(our name, first value, behind the last) in the order of their values."""
@@ -136,6 +153,7 @@ class Layout:
         spellings: (regular expression, replacement): names of other versions to those of ``rows``.
         kind: Whether it holds models or towers alone.
         auto_class: Class of transformers that opens what is exported; None if it has none for this family.
+        carried: Keys that say nothing about what the weights compute; an export takes them over from a folder like it.
     """
 
     model_type: str
@@ -147,6 +165,7 @@ class Layout:
     spellings: tuple[tuple[str, str], ...] = ()
     kind: type[ModelConfig] | type[TowerConfig] = ModelConfig
     auto_class: str | None = "AutoModelForCausalLM"
+    carried: frozenset[str] = CARRIED
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
         """Our configuration of a ``config.json``, which may hold ``preprocessor_config``.
@@ -229,7 +248,7 @@ def _stored(name: str, places: list[tuple[Row, Part]]) -> Stored:
     if (wanted := places[0][0].shape) is not None:
         open_size = math.prod(shape) // abs(math.prod(wanted))
         shape = tuple(open_size if size == -1 else size for size in wanted)
-    return Stored(name, shape, parts)
+    return Stored(name, shape, parts, places[0][0].turned)
 
 
 def computed(config: AnyModelConfig) -> dict[str, Any]:
