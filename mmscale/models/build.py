@@ -9,10 +9,12 @@ from torch import nn
 
 from data_pipeline.media_spec import MediaSpec, Placement
 from mmscale.models.config import (
+    AnyModelConfig,
     CrossAttentionConnectorConfig,
     EmbeddingConnectorConfig,
     HybridConnectorConfig,
     ModelConfig,
+    TowerConfig,
 )
 from mmscale.models.connectors.cross_attention import CrossAttentionConnector
 from mmscale.models.connectors.embedding import EmbeddingConnector
@@ -81,6 +83,27 @@ def _connector(config: ModelConfig, backend: Backend) -> Connector | None:
     return CrossAttentionConnector(config.connector, config.vision.feature_dim, config.decoder, backend)
 
 
+class TowerAlone(nn.Module):
+    """A vision tower whose parameters have the names that they have in a model."""
+
+    def __init__(self, config: TowerConfig, backend: Backend) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.vision, backend)
+
+    def components(self) -> dict[str, list[nn.Parameter]]:
+        """One component."""
+        return {"vision": list(self.vision.parameters())}
+
+
+def build_weights(config: AnyModelConfig) -> MultimodalModel | TowerAlone:
+    """On the meta device: names and shapes, no values."""
+    with torch.device("meta"):
+        if isinstance(config, TowerConfig):
+            return TowerAlone(config, resolve_backend("sdpa", None))
+        return build_model(config, attention="sdpa")
+
+
 def media_spec(config: ModelConfig) -> MediaSpec:
     """What the data side must know of a model."""
     axes = 1 if config.decoder.rope is None or config.decoder.rope.sections is None else 3
@@ -103,10 +126,9 @@ def media_spec(config: ModelConfig) -> MediaSpec:
     )
 
 
-def count_parameters(config: ModelConfig) -> ParameterCount:
+def count_parameters(config: AnyModelConfig) -> ParameterCount:
     """Counts on the meta device: no memory, any size."""
-    with torch.device("meta"):
-        model = build_model(config, attention="sdpa")
+    model = build_weights(config)
     total = _unique(model)
     idle = 0
     for module in model.modules():

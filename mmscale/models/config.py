@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -213,6 +214,13 @@ ConnectorConfig = Annotated[
 ]
 
 
+class TowerConfig(StrictConfig):
+    """A vision tower by itself: its weights can be counted, imported, exported, and taken into a model."""
+
+    vision: VisionConfig
+    """The tower."""
+
+
 class ModelConfig(StrictConfig):
     """A multimodal model, or a text model if ``vision`` and ``connector`` are null."""
 
@@ -255,3 +263,15 @@ class ModelConfig(StrictConfig):
             if any(side % merge for side in self.vision.positions.grid):
                 raise ValueError(f"connector.projector.merge={merge}: must divide both sides of vision.positions.grid")
         return self
+
+
+AnyModelConfig = ModelConfig | TowerConfig
+
+
+def read_model_config(values: Mapping[str, Any]) -> AnyModelConfig:
+    """Of JSON values: a model where they have a decoder, else a tower.
+
+    Raises:
+        ValidationError: they are neither.
+    """
+    return (ModelConfig if "decoder" in values else TowerConfig).model_validate(values)

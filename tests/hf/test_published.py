@@ -99,5 +99,6 @@ def test_names_and_shapes_are_those_of_the_reference(name: str) -> None:
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**layout.config_values(config)))
         ours = build_model(config, attention="sdpa")
-    expected = {key: values.shape for key, values in theirs.named_parameters()}
-    assert {layout.stored_name(key): values.shape for key, values in ours.named_parameters()} == expected
+    expected = {key: tuple(values.shape) for key, values in theirs.named_parameters()}
+    stored = layout.stored(config, {key: values.shape for key, values in ours.named_parameters()})
+    assert {key: tensor.shape for key, tensor in stored.items()} == expected
