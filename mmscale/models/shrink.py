@@ -28,6 +28,7 @@ PATCH = 4
 _VOCABULARY = 2048
 _HEAD_DIM = 8
 _MAX_GROUP = 8
+_LEAST_SIDE = 6
 _LOOSE_WIDTH = 48
 """Of layers outside of towers, such as a projector's: unlike any tower's width."""
 
@@ -41,15 +42,15 @@ def shrink(config: C) -> C:
 
 
 def shrunk_side(side: int, merge: int) -> int:
-    """Patches a side instead of ``side``: a quarter, in whole merged features."""
-    return merge * math.ceil(side / (4 * merge))
+    """Patches a side instead of ``side``: a quarter, in whole merged features, but six where there are as many."""
+    return merge * max(math.ceil(side / (4 * merge)), min(side, _LEAST_SIDE) // merge)
 
 
 def _walked(block: Block, depth: int, merge: int) -> Block:
     """A block with every block below it."""
     if "num_heads" in block:
         return {**block, **_heads(block), "head_dim": _HEAD_DIM}
-    out = {}
+    out: Block = {}
     for name, value in block.items():
         if isinstance(value, dict):
             out[name] = _tower(value, depth, merge) if "num_layers" in value else _walked(value, depth, merge)

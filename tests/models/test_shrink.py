@@ -140,7 +140,7 @@ def test_ratios_stay() -> None:
     assert (twin.decoder.num_layers, twin.decoder.mlp.every) == (4, 2)
     assert (twin.decoder.mlp.num_experts, twin.decoder.mlp.experts_per_token) == (16, 2)
     assert twin.vision is not None
-    assert twin.vision.positions.grid == (8, 4)
+    assert twin.vision.positions.grid == (8, 6)
     assert (twin.vision.num_layers, twin.vision.feature_layers) == (4, (2, 3, 1))
     assert twin.decoder.extra_tokens is not None
     assert twin.decoder.extra_tokens.rows == 8
