@@ -49,7 +49,11 @@ def shrunk_side(side: int, merge: int) -> int:
 def _walked(block: Block, depth: int, merge: int) -> Block:
     """A block with every block below it."""
     if "num_heads" in block:
-        return {**block, **_heads(block), "head_dim": _HEAD_DIM}
+        own: Block = {**_heads(block), "head_dim": _HEAD_DIM}
+        return {
+            name: _walked(value, depth, merge) if isinstance(value, dict) else own.get(name, value)
+            for name, value in block.items()
+        }
     out: Block = {}
     for name, value in block.items():
         if isinstance(value, dict):
@@ -90,10 +94,10 @@ def _tower(block: Block, depth: int, merge: int) -> Block:
 
 def _heads(attention: Block) -> Block:
     """Two key heads if there are more than one, each with its queries."""
-    kv_heads = attention["num_kv_heads"] or attention["num_heads"]
+    kv_heads = attention.get("num_kv_heads") or attention["num_heads"]
     group = min(attention["num_heads"] // kv_heads, _MAX_GROUP)
     few = min(kv_heads, 2)
-    return {"num_heads": group * few, "num_kv_heads": few if attention["num_kv_heads"] else None}
+    return {"num_heads": group * few, "num_kv_heads": few if attention.get("num_kv_heads") else None}
 
 
 def _head_dim(rope: Block | None) -> tuple[int, Block | None]:
