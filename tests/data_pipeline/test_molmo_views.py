@@ -1,4 +1,4 @@
-"""Molmo's images against a restatement of its own preprocessor: tiling, pixels, padding, tokens, and what goes where."""
+"""Molmo's images against a restatement of its own preprocessor: tiling, pixels, padding, tokens, and their places."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def sample(data: bytes, size: tuple[int, int]) -> Sample:
 def picture(height: int, width: int) -> np.ndarray[Any, Any]:
     rng = np.random.default_rng(height * 4001 + width)
     coarse = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8))
-    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    return np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def png(pixels: np.ndarray[Any, Any]) -> bytes:
