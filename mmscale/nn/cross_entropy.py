@@ -75,7 +75,7 @@ def linear_cross_entropy(
     total = _LinearCrossEntropy.apply(*chosen, needs, losses, squares, coefficient, *weights)
     if row_losses is not None:
         row_losses.index_copy_(0, rows, losses)
-    if z_loss is not None:
+    if z_loss is not None and squares is not None:
         z_loss.row_squares.index_copy_(0, rows, squares)
     return total
 
