@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.strict import StrictConfig
 from data_pipeline.transforms import TransformConfig
-from mmscale.models.generation import GreedyConfig, SamplingConfig
+from mmscale.models.sampling import SamplingConfig
 
 
 class Normalise(str, Enum):
@@ -74,7 +74,7 @@ class CaptionsConfig(StrictConfig):
     """Prompt in place of the one of the set."""
     max_new_tokens: int = Field(default=24, ge=1)
     """Longest caption, tokens."""
-    sampling: SamplingConfig = GreedyConfig()
+    sampling: SamplingConfig = SamplingConfig()
     """How tokens are chosen."""
 
 
