@@ -180,7 +180,7 @@ def caption_images(
     captions = config.captions
     if captions is None or spec.placement is Placement.NONE:
         return []
-    chosen = [held for held in config.sets if captions.sets is None or held.name in captions.sets]
+    chosen = [held for held in config.image_sets if captions.sets is None or held.name in captions.sets]
     return [one for held in chosen for one in _caption_set(model, held, captions, data, spec, world)]
 
 
@@ -189,7 +189,7 @@ def _caption_set(
 ) -> list[Captioned]:
     tokenizer = load_tokenizer(data.tokenizer)
     questions = Questions.read(held, limit=captions.num_images)
-    prompts = PromptBuilder(held, data, tokenizer, spec, captions.prompt)(questions.samples).to(world.device)
+    prompts = PromptBuilder.of_images(held, data, tokenizer, spec, captions.prompt)(questions.samples).to(world.device)
     answers = generate(
         model,  # type: ignore[arg-type]
         prompts,
