@@ -257,7 +257,7 @@ class DocumentBuilder:
 
     def _assemble(self, pieces: list[Piece], sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
         draft = _Draft(self.spec)
-        draft.add_text([self.tokenizer.bos_id], 0.0)
+        draft.add_text([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id], 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
         for piece in pieces:
             if isinstance(piece, ImagePart):
@@ -270,6 +270,8 @@ class DocumentBuilder:
                 draft.add_text([self._special[piece.name]], piece.weight)
             else:
                 draft.add_text(self._encode(piece.text), piece.weight)
+        if not draft.ids:
+            raise SampleError("it has no token: nothing is in it, and the tokenizer has none to open a document with")
         self._check_counts(draft)
         self._check_branches(draft)
         rule = self.dataset.template.loss_weight
