@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from mmscale.config import dump, load
-from mmscale.models.config import ModelConfig
+from mmscale.models.config import ModelConfig, TowerConfig
 from mmscale.run_config import RunConfig
 
 REPO = Path(__file__).resolve().parents[2]
@@ -17,8 +18,10 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
 def schema_of(path: Path) -> type[BaseModel]:
-    """configs/models/ holds models alone, everything else whole runs."""
-    return ModelConfig if path.parent.name == "models" else RunConfig
+    """configs/models/ holds models and towers alone, everything else whole runs."""
+    if path.parent.name != "models":
+        return RunConfig
+    return ModelConfig if "decoder" in yaml.safe_load(path.read_text()) else TowerConfig
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
