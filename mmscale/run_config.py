@@ -21,7 +21,7 @@ from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.guard import BadStepsConfig, Policy
 from mmscale.errors import ConfigError
-from mmscale.evaluate import EvaluationConfig
+from mmscale.evaluate import EvaluationConfig, check_sets
 from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.ledger import LedgerConfig
 from mmscale.models.build import media_spec
@@ -154,7 +154,8 @@ def check_files(config: RunConfig) -> None:
     """Checks what validation cannot know without the disk. Cheap: nothing large is read.
 
     Raises:
-        ConfigError: a manifest is missing, or the tokenizer has more ids than the model has embeddings.
+        ConfigError: a manifest is missing, or the tokenizer has more ids than the model has embeddings; or a held-out
+            set cannot be asked as configured.
         DataConfigError: a shard to be streamed is missing, the tokenizer cannot be loaded, or images are not cut as a
             stage's model takes them.
     """
@@ -181,6 +182,8 @@ def check_files(config: RunConfig) -> None:
                 DocumentBuilder(dataset, tokenizer, media_spec(model))
             except DataConfigError as error:
                 raise DataConfigError(f"stage {stage.name}, data set {dataset.name}: {error}") from error
+    last = len(config.stages) - 1
+    check_sets(config.evaluation, config.evaluation_data(last), config.stage_media(last))
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
