@@ -24,7 +24,7 @@ from tests.models.packs import Doc, image_document, pack, text_document
 
 FOLDER = Path(__file__).parent
 COMMAND = "make golden"
-TOKENS = 2048
+TOKENS = 4096
 SIDE = 32
 """Patches a side of the view whose cost is told, where a tower takes any."""
 BYTES = {"weights (bf16)": 2, "gradients (fp32)": 4, "masters (fp32)": 4, "two moments (fp32)": 8}
