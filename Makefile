@@ -42,7 +42,7 @@ format: setup ## Put the code into its format
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-golden: setup ## Write down anew what every shipped model is: tests/golden
+golden: setup ## Write down anew what each model is: tests/golden and the table of configs/README.md
 	$(BIN)/python -m tests.golden
 
 bench: setup ## Measure against peers, side by side
