@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
+from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments, ViewPlace
 from data_pipeline.document import Coverage, Document, MediaItem, Run
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
@@ -118,6 +118,7 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
         span_tokens=Segments.from_lengths(span_tokens),
         span_keys=Segments.from_lengths(span_keys),
         coverage=_coverage(items) if spec.padding else None,
+        places=_places(documents),
     )
 
 
@@ -125,6 +126,16 @@ def _coverage(items: Sequence[MediaItem]) -> Tensor:
     covered = [item.coverage or Coverage.whole(*item.grid[1:]) for item in items]
     rows = [[*each.touched, *each.filled] for each in covered]
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 8)
+
+
+def _places(documents: Sequence[Document]) -> tuple[ViewPlace, ...]:
+    places, image, last = list[ViewPlace](), -1, None
+    for segment, document in enumerate(documents):
+        for item in document.items:
+            image += (segment, item.image) != last
+            last = segment, item.image
+            places.append(ViewPlace(segment, image, item.tiles, item.place))
+    return tuple(places)
 
 
 def _expand(runs: Sequence[Run]) -> Tensor:
@@ -203,4 +214,15 @@ def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> M
         coverage=torch.cat([block.coverage for block in blocks if block.coverage is not None])
         if spec.padding
         else None,
+        places=_concatenate_places(batches),
     )
+
+
+def _concatenate_places(batches: Sequence[MultimodalBatch]) -> tuple[ViewPlace, ...]:
+    places, segment, image = list[ViewPlace](), 0, 0
+    for batch in batches:
+        own = batch.media[IMAGE].places
+        places += [place._replace(segment=place.segment + segment, image=place.image + image) for place in own]
+        segment += batch.segments.num
+        image += own[-1].image + 1 if own else 0
+    return tuple(places)

@@ -83,6 +83,8 @@ class MediaItem:
         kept: Part of its grid of features that is handed on, of views that overlap; None hands on all.
         place: Row and column of a tile in the grid of its image; None if the view shows the whole image.
         coverage: What of it is no padding, for models that want to know (``MediaSpec.padding``); None: all.
+        tiles: Rows and columns of tiles that its image is cut into; (1, 1) if it is in one piece.
+        image: Number of its image in the sample; views of one image stand together.
     """
 
     values: npt.NDArray[np.uint8]
@@ -91,6 +93,8 @@ class MediaItem:
     kept: Region | None = None
     place: tuple[int, int] | None = None
     coverage: Coverage | None = None
+    tiles: tuple[int, int] = (1, 1)
+    image: int = 0
 
     @property
     def num_patches(self) -> int:

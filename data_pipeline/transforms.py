@@ -324,7 +324,8 @@ class ImageTransform:
                 for tile in tiles
             ]
         views = tuple(
-            self._view(tile, tiled.canvases[tile.canvas], role) for tile, role in zip(tiles, roles, strict=True)
+            replace(self._view(tile, tiled.canvases[tile.canvas], role), tiles=tiled.grid)
+            for tile, role in zip(tiles, roles, strict=True)
         )
         if self.spec.padding and isinstance(config, TilesTransform):
             views = config.tiling.padded(views)
@@ -367,4 +368,4 @@ def _black(rows: int, columns: int) -> npt.NDArray[np.uint8]:
 
 
 def _item(values: npt.NDArray[np.uint8], view: View) -> MediaItem:
-    return MediaItem(values, view.grid, view.embedded, view.kept, view.place, view.coverage)
+    return MediaItem(values, view.grid, view.embedded, view.kept, view.place, view.coverage, view.tiles)

@@ -44,7 +44,7 @@ class View:
         top, left: Its corner on the canvas, pixels.
         grid: Patches along (time, height, width).
         embedded: Written into token slots (True) or attended (False).
-        kept, place, coverage: As in ``MediaItem``.
+        kept, place, coverage, tiles: As in ``MediaItem``.
     """
 
     canvas: int
@@ -55,6 +55,7 @@ class View:
     kept: Region | None = None
     place: tuple[int, int] | None = None
     coverage: Coverage | None = None
+    tiles: tuple[int, int] = (1, 1)
 
 
 def coverage(canvas: Canvas, top: int, left: int, rows: int, columns: int, patch_size: int) -> Coverage:

@@ -70,6 +70,7 @@ _SIZES: dict[str, Callable[[int], int]] = {
     "rows": lambda rows: min(rows, 8),
     "patch_size": lambda side: min(side, PATCH),
     "every": lambda period: min(period, 2),
+    "global_layers": lambda number: min(number, 2),
     "hidden_dim": lambda width: _LOOSE_WIDTH,
     "expert_dim": lambda width: 16,
     "shared_dim": lambda width: 32,
@@ -114,10 +115,13 @@ def _depth(block: Block, depth: int) -> tuple[int, list[int]]:
     """Blocks, and which of them hand out features: as many, in the same order, the last one if it did."""
     features = block.get("feature_layers", ())
     ranks = sorted(set(features))
-    if not ranks or ranks[-1] < block["num_layers"] - 1:
-        return max(depth, len(ranks) + 1), [ranks.index(layer) for layer in features]
-    layers = max(depth, len(ranks))
-    return layers, [layers - len(ranks) + ranks.index(layer) for layer in features]
+    if not ranks:
+        return depth, []
+    # Blocks behind the last of them: none, one of many, or all where each is there for a reason of its own.
+    behind = block["num_layers"] - 1 - ranks[-1]
+    behind = min(behind, 1) if block["last_output"] else behind
+    layers = max(depth, len(ranks) + behind)
+    return layers, [layers - behind - len(ranks) + ranks.index(layer) for layer in features]
 
 
 def _feed_forward(mlp: Block, old: Block, dim: int, old_dim: int) -> Block:

@@ -20,6 +20,12 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "molmo-7b-o": 7_665_032_192,
     "molmo-7b-d": 8_021_025_280,
     "molmo-72b": 73_308_285_952,
+    "fuyu-8b": 9_408_238_592,
+    "clip-vit-l-14-336": 303_507_456,
+    "clip-vit-h-14": 630_766_080,
+    "siglip-so400m": 412_987_248,  # Without the pooling head of 15,238,352, which features do not pass.
+    "siglip-l-16-384": 303_688_704,  # The same, 12,595,200.
+    "internvit-6b": 5_536_496_000,
 }
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from mmscale.errors import CheckpointError
-from mmscale.hf.keys import CARRIED, Keys
-from mmscale.hf.layout import Layout, Row, Rows, rows, under
+from mmscale.hf.keys import Keys
+from mmscale.hf.layout import Axes, Layout, Row, Rows, rows, under
 from mmscale.hf.layouts import pixels
 from mmscale.models.config import EmbeddingConnectorConfig, ModelConfig, VisionConfig
 from mmscale.nn.mlp import DenseMlpConfig
@@ -93,7 +93,9 @@ def _rows(config: ModelConfig) -> Rows:
     patches = Row(
         "vision.patch_embed.projection.weight",
         "model.vision_backbone.image_vit.patch_embedding.weight",
-        turned=(config.vision.patch_size**2, config.vision.channels),
+        axes=Axes(
+            (-1, config.vision.patch_size**2, config.vision.channels), (0, 2, 1)
+        ),  # Theirs has channels innermost.
     )
     return (patches, *_ROWS)
 
@@ -227,5 +229,5 @@ LAYOUT = Layout(
     _to_model,
     _to_keys,
     auto_class=None,
-    carried=CARRIED | {"vocab_size", "auto_map"},
+    carried=frozenset({"vocab_size", "auto_map"}),
 )
