@@ -85,6 +85,8 @@ class VisionConfig(StrictConfig):
 
     patch_size: int = Field(gt=0)
     """Side of a square patch, pixels."""
+    temporal_patch: int = Field(default=1, gt=0)
+    """Frames that the patch projection has weights for; a still image counts as so many equal ones (Qwen2-VL: 2)."""
     channels: int = Field(default=3, gt=0)
     """Colour channels."""
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)

@@ -11,6 +11,7 @@ import torch
 from mmscale.config import load
 from mmscale.hf.layout import computed
 from mmscale.hf.layouts import layout_of
+from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.build import build_model
 from mmscale.models.config import ModelConfig
 
@@ -21,9 +22,15 @@ FAMILIES = {
     "qwen2-72b": "qwen2",
     "olmo-7b-1024": "olmo2",
     "mistral-nemo-12b": "mistral",
+    "qwen2-vl-2b": "qwen2_vl",
+    "qwen2-vl-7b": "qwen2_vl",
+    "qwen2-vl-72b": "qwen2_vl",
+    "pixtral-12b": "llava",
 }
 COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True}
-PUBLISHED: dict[str, dict[str, Any]] = {  # In the form of version 4 of transformers.
+PUBLISHED: dict[
+    str, dict[str, Any]
+] = {  # In the form of version 4 of transformers; those of models that see by memory.
     "llama3.2-1b": {
         **COMMON,
         "architectures": ["LlamaForCausalLM"],
@@ -76,6 +83,82 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # In the form of version 4 of transfor
         "use_sliding_window": False,
         "vocab_size": 152064,
     },
+    "qwen2-vl-7b": {
+        **COMMON,
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "vision_token_id": 151654,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "model_type": "qwen2_vl",
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.41.2",
+        "use_sliding_window": False,
+        "vision_config": {
+            "depth": 32,
+            "embed_dim": 1280,
+            "mlp_ratio": 4,
+            "num_heads": 16,
+            "in_chans": 3,
+            "hidden_size": 3584,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
+        },
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vocab_size": 152064,
+    },
+    "pixtral-12b": {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_seq_length": 1,
+        "image_token_index": 10,
+        "model_type": "llava",
+        "projector_hidden_act": "gelu",
+        "text_config": {  # What is missing is the default of its class.
+            "head_dim": 128,
+            "hidden_size": 5120,
+            "intermediate_size": 14336,
+            "is_composition": True,
+            "max_position_embeddings": 1024000,
+            "model_type": "mistral",
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000000.0,
+            "sliding_window": None,
+            "vocab_size": 131072,
+        },
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0",
+        "vision_config": {
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "image_size": 1024,
+            "is_composition": True,
+            "model_type": "pixtral",
+            "patch_size": 16,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+        },
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    },
 }
 
 
@@ -93,12 +176,14 @@ def test_the_published_configuration_is_the_shipped_one(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_names_and_shapes_are_those_of_the_reference(name: str) -> None:
     """At full size, on the meta device: what the published files hold has a place here, and nothing here is without."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     layout, config = layout_of(FAMILIES[name]), shipped(name)
+    values = {key: value for key, value in layout.config_values(config).items() if key != PREPROCESSOR}
     with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**layout.config_values(config)))
+        auto = getattr(transformers, str(layout.auto_class))
+        theirs = auto.from_config(transformers.AutoConfig.for_model(**values))
         ours = build_model(config, attention="sdpa")
-    expected = {key: tuple(values.shape) for key, values in theirs.named_parameters()}
+    expected = {layout.spelled(key): tuple(values.shape) for key, values in theirs.named_parameters()}
     stored = layout.stored(config, {key: values.shape for key, values in ours.named_parameters()})
     assert {key: tensor.shape for key, tensor in stored.items()} == expected
