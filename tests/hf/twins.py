@@ -50,3 +50,12 @@ def their_gradients(theirs: Any, folder: Path) -> dict[str, Tensor]:
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """All that the safetensors files of a folder hold."""
     return {name: values for file in folder.glob("*.safetensors") for name, values in load_file(file).items()}
+
+
+def loaded(folder: Path, auto_class: str) -> Any:
+    """By a class of transformers, which must find each key and no other."""
+    import transformers
+
+    model, info = getattr(transformers, auto_class).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in info if kind != "error_msgs"), info
+    return model.eval()
