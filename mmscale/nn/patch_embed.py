@@ -72,11 +72,13 @@ class PatchEmbed(nn.Module):
 
     def forward(self, values: UInt8[Tensor, "P patch_dim"]) -> Float[Tensor, "P D"]:
         dtype = self.projection.weight.dtype
-        pixels = values.to(dtype, copy=True).view(values.shape[0], self.channels, -1)
+        # In float32 at least: near the mean, two roundings to bfloat16 would leave few right bits of the difference.
+        exact = torch.promote_types(dtype, torch.float32)
+        pixels = values.to(exact, copy=True).view(values.shape[0], self.channels, -1)
         # Channel by channel with Python numbers: no constant has to travel to the device.
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
             pixels[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
-        return self.projection(pixels.flatten(1))
+        return self.projection(pixels.flatten(1).to(dtype))
 
 
 class LearnedPositions(nn.Module):

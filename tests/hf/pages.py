@@ -23,13 +23,16 @@ from data_pipeline.batch import MultimodalBatch
 from data_pipeline.collate import collate
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
-from data_pipeline.documents import DocumentBuilder
+from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
 from data_pipeline.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, load_tokenizer
+from mmscale.checkpoint.export import HuggingFace, export_weights
+from mmscale.models.config import VisionConfig
 from mmscale.models.multimodal import MultimodalModel
-from tests.hf.twins import their_gradients
+from mmscale.nn.patch_embed import PatchEmbed
+from tests.hf.twins import imported, loaded, tensors_of, their_gradients
 from tests.models.twins import distance
 from tests.parity_table import Recorder
 
@@ -41,6 +44,7 @@ PAGES: dict[str, Page] = {
     "several": [(31, 90), "one, ", (64, 64), (29, 45), "two and three.", (56, 100), "."],
     "none": ["text alone"],
 }
+AUTO = "AutoModelForImageTextToText"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
@@ -116,8 +120,10 @@ class Seen:
         return cls(documents, inputs, build.spec)
 
     def batch(self, number: int | None = None) -> MultimodalBatch:
-        """All in one pack, or one alone."""
+        """All in one pack, or one alone; a text alone comes with a null document."""
         documents = self.documents if number is None else [self.documents[number]]
+        if not any(document.num_images for document in documents):
+            documents = [*documents, null_document(self.spec, pad_id=0)]
         return collate([Pack(tuple(documents), 0)], self.spec)
 
     def ours(self, model: MultimodalModel) -> Tensor:
@@ -157,13 +163,99 @@ def compare(
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, parameter in ours.named_parameters():
         gradient = gradients.pop(name)
-        # That of a key's bias is zero but for rounding: adding a constant to all scores changes nothing.
+        # That of a key's bias nearly cancels: without rotations it would be zero.
         scale = max(float(gradient.abs().max()), 1e-3 * largest)
         error = float((parameter.grad - gradient).abs().max()) / scale
         print(f"{error:.2e} {name}")
         parity(family, "gradients", error, bounds[1])
     assert not gradients
-    for number, rows in enumerate(logits.split([len(document.token_ids) for document in seen.documents])):
-        if seen.documents[number].num_images:  # A text alone comes with a null document, which has a test of its own.
-            alone = ours.head(ours(seen.batch(number)).hidden)
-            parity(family, "a packed document against it alone", distance(alone, rows), bounds[0])
+    for number, rows in enumerate(logits.split([document.num_tokens for document in seen.documents])):
+        alone = ours.head(ours(seen.batch(number)).hidden)[: len(rows)]
+        parity(family, "a packed document against it alone", distance(alone, rows), bounds[0])
+
+
+def bfloat16_errors(source: Path, ours: MultimodalModel, seen: Seen) -> tuple[float, float]:
+    """Errors of bfloat16 in logits, ours and theirs: root mean squares over that of the logits in float32.
+
+    Args:
+        source: Weights in bfloat16.
+        ours: The same, imported; becomes bfloat16.
+        seen: On what.
+    """
+    import transformers
+
+    auto = transformers.AutoModelForImageTextToText
+    with torch.no_grad():
+        truth = seen.theirs(auto.from_pretrained(source, dtype=torch.float32).eval())
+        theirs = seen.theirs(auto.from_pretrained(source, dtype=torch.bfloat16).eval())
+        mine = seen.ours(ours.bfloat16())
+    scale = truth.square().mean()
+    first, second = (float(((values.float() - truth).square().mean() / scale).sqrt()) for values in (mine, theirs))
+    return first, second
+
+
+def assert_back_as_it_came(theirs: Any, seen: Callable[[MultimodalModel], Seen], folder: Path) -> None:
+    """Bit for bit through import and export, like the folder and without one; transformers finds each key.
+
+    Args:
+        theirs: Of transformers.
+        seen: What to compute on.
+        folder: For what is written.
+    """
+    theirs.save_pretrained(folder / "theirs", max_shard_size="50KB")
+    ours, checkpoint = imported(folder / "theirs", folder / "run")
+    save_tokenizer(folder / "theirs" / "tokenizer.json", ["beside"])
+    before = tensors_of(folder / "theirs")
+    source = loaded(folder / "theirs", AUTO)
+    inputs = seen(ours).inputs
+    with torch.no_grad():
+        expected = [source(**one).logits for one in inputs]
+    for name, like in (("back", HuggingFace(folder / "theirs")), ("alone", HuggingFace())):
+        report = export_weights(checkpoint, folder / name, to=like, shard_bytes=100_000)
+        assert report.family == theirs.config.model_type
+        after = tensors_of(folder / name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        again = loaded(folder / name, AUTO)
+        if like.like is None:  # Token ids are those of the published model.
+            again.config.image_token_id = theirs.config.image_token_id
+        else:
+            assert again.config.to_dict() == {**source.config.to_dict(), "_name_or_path": str(folder / name)}
+            assert (folder / name / "tokenizer.json").read_bytes() == (folder / "theirs/tokenizer.json").read_bytes()
+        with torch.no_grad():
+            assert all(torch.equal(again(**one).logits, logits) for one, logits in zip(inputs, expected, strict=True))
+
+
+def normalised(vision: VisionConfig, patches: Tensor) -> Tensor:
+    """The pixels that the tower multiplies: its patch projection, with the identity for weights of the first frame."""
+    embed = PatchEmbed(
+        vision.channels,
+        vision.patch_size,
+        patches.shape[1],
+        vision.mean,
+        vision.std,
+        bias=False,
+        frames=vision.temporal_patch,
+    )
+    pixels = vision.patch_size**2
+    weight = torch.zeros(patches.shape[1], vision.channels, vision.temporal_patch, pixels)
+    weight[:, :, 0] = torch.eye(patches.shape[1]).view(-1, vision.channels, pixels)
+    with torch.no_grad():
+        embed.projection.weight.copy_(weight.flatten(1))
+        return embed(patches)
+
+
+def odd_pages(count: int, smallest: int, largest: int) -> list[Page]:
+    """Pages of one to four pictures of random sizes, so many pictures in all, with text between most of them."""
+    rng = np.random.default_rng(0)
+    pages: list[Page] = []
+    while count > 0:
+        pictures = min(count, int(rng.integers(1, 5)))
+        count -= pictures
+        page: list[str | tuple[int, int]] = []
+        for _ in range(pictures):
+            page.append("x" * int(rng.integers(0, 9)))
+            height, width = (int(side) for side in rng.integers(smallest, largest, 2))
+            page.append((height, width))
+        pages.append([part for part in [*page, "end"] if part])
+    return pages

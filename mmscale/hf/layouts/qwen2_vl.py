@@ -96,11 +96,12 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     if vision is None or not isinstance(connector, EmbeddingConnectorConfig):
         raise CheckpointError("qwen2_vl holds models with a vision tower and connector.kind=embedding")
     text = decoder.to_keys(ModelConfig(decoder=config.decoder))
+    tied = text.pop("tie_word_embeddings")  # Since version 5 not a key of the text part.
     merge = connector.projector.merge
     return {
         "text_config": {"model_type": "qwen2_vl_text", **text, "use_sliding_window": False},
         "vision_config": _vision_keys(vision, config.decoder.hidden_dim, merge),
-        "tie_word_embeddings": config.decoder.tie_embeddings,
+        "tie_word_embeddings": tied,
         **pixels.to_keys(
             vision,
             image_processor_type="Qwen2VLImageProcessor",
