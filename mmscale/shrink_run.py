@@ -75,11 +75,17 @@ def _stage(config: RunConfig, number: int, steps: int, lanes: int) -> dict[str, 
     return {
         **stage.model_dump(),
         "steps": few,
-        "warmup_steps": math.ceil(stage.warmup_steps * few / stage.steps),
+        "warmup_steps": _shortened(stage.warmup_steps, few / stage.steps),
         "weights": (),
         "data": data.model_dump(mode="json") if _changes(stage, config, number) else None,
         "model": None if stage.model is None else model.model_dump(mode="json"),
     }
+
+
+def _shortened(warmup: int | dict[str, int], share: float) -> int | dict[str, int]:
+    if isinstance(warmup, int):
+        return math.ceil(warmup * share)
+    return {name: math.ceil(steps * share) for name, steps in warmup.items()}
 
 
 def _changes(stage: StageConfig, config: RunConfig, number: int) -> bool:

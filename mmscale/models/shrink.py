@@ -49,7 +49,11 @@ def shrunk_side(side: int, merge: int) -> int:
 def _walked(block: Block, depth: int, merge: int) -> Block:
     """A block with every block below it."""
     if "num_heads" in block:
-        return {**block, **_heads(block), "head_dim": _HEAD_DIM}
+        own: Block = {**_heads(block), "head_dim": _HEAD_DIM}
+        return {
+            name: _walked(value, depth, merge) if isinstance(value, dict) else own.get(name, value)
+            for name, value in block.items()
+        }
     out: Block = {}
     for name, value in block.items():
         if isinstance(value, dict):
@@ -66,6 +70,7 @@ _SIZES: dict[str, Callable[[int], int]] = {
     "rows": lambda rows: min(rows, 8),
     "patch_size": lambda side: min(side, PATCH),
     "every": lambda period: min(period, 2),
+    "global_layers": lambda number: min(number, 2),
     "hidden_dim": lambda width: _LOOSE_WIDTH,
     "expert_dim": lambda width: 16,
     "shared_dim": lambda width: 32,
@@ -90,10 +95,10 @@ def _tower(block: Block, depth: int, merge: int) -> Block:
 
 def _heads(attention: Block) -> Block:
     """Two key heads if there are more than one, each with its queries."""
-    kv_heads = attention["num_kv_heads"] or attention["num_heads"]
+    kv_heads = attention.get("num_kv_heads") or attention["num_heads"]
     group = min(attention["num_heads"] // kv_heads, _MAX_GROUP)
     few = min(kv_heads, 2)
-    return {"num_heads": group * few, "num_kv_heads": few if attention["num_kv_heads"] else None}
+    return {"num_heads": group * few, "num_kv_heads": few if attention.get("num_kv_heads") else None}
 
 
 def _head_dim(rope: Block | None) -> tuple[int, Block | None]:
@@ -110,10 +115,13 @@ def _depth(block: Block, depth: int) -> tuple[int, list[int]]:
     """Blocks, and which of them hand out features: as many, in the same order, the last one if it did."""
     features = block.get("feature_layers", ())
     ranks = sorted(set(features))
-    if not ranks or ranks[-1] < block["num_layers"] - 1:
-        return max(depth, len(ranks) + 1), [ranks.index(layer) for layer in features]
-    layers = max(depth, len(ranks))
-    return layers, [layers - len(ranks) + ranks.index(layer) for layer in features]
+    if not ranks:
+        return depth, []
+    # Blocks behind the last of them: none, one of many, or all where each is there for a reason of its own.
+    behind = block["num_layers"] - 1 - ranks[-1]
+    behind = min(behind, 1) if block["last_output"] else behind
+    layers = max(depth, len(ranks) + behind)
+    return layers, [layers - behind - len(ranks) + ranks.index(layer) for layer in features]
 
 
 def _feed_forward(mlp: Block, old: Block, dim: int, old_dim: int) -> Block:

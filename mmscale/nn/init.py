@@ -72,12 +72,12 @@ def first_values(module: nn.Module, full_name: str, shape: Iterable[int], seed: 
         seed: Of the run.
     """
     mean, std = value_rule(module, full_name, tuple(shape))
-    values = torch.full(tuple(shape), mean, dtype=torch.float32)
-    if std:
-        digest = hashlib.sha256(f"{seed}/{full_name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        values.normal_(mean, std, generator=generator)
-    return values
+    values = torch.empty(tuple(shape), dtype=torch.float32)
+    if not std:
+        return values.fill_(mean)
+    digest = hashlib.sha256(f"{seed}/{full_name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return values.normal_(mean, std, generator=generator)
 
 
 def value_rule(module: nn.Module, full_name: str, shape: tuple[int, ...]) -> tuple[float, float]:

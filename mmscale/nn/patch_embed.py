@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -31,6 +33,30 @@ class StillProjection(nn.Linear):
     def forward(self, values: Float[Tensor, "P patch_dim"]) -> Float[Tensor, "P D"]:
         weight = self.weight.unflatten(1, self.per_frame).sum(dim=2).flatten(1)
         return F.linear(values, weight, self.bias)
+
+
+def normalised(
+    values: UInt8[Tensor, "P patch_dim"],
+    channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Float[Tensor, "P patch_dim"]:
+    """Pixels as numbers about 0.
+
+    Args:
+        values: Patches, each laid out (channel, row, column).
+        channels: Colour channels.
+        mean: Per channel, in units of full scale (0 to 1).
+        std: Likewise.
+        dtype: Of the result. The arithmetic is float32 at least: near the mean, two roundings to bfloat16 would leave
+            few right bits of the difference.
+    """
+    pixels = values.to(torch.promote_types(dtype, torch.float32), copy=True).view(values.shape[0], channels, -1)
+    # Channel by channel with Python numbers: no constant has to travel to the device.
+    for channel, (middle, width) in enumerate(zip(mean, std, strict=True)):
+        pixels[:, channel].mul_(1 / (255 * width)).sub_(middle / width)
+    return pixels.flatten(1).to(dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -71,14 +97,7 @@ class PatchEmbed(nn.Module):
         self.std = std
 
     def forward(self, values: UInt8[Tensor, "P patch_dim"]) -> Float[Tensor, "P D"]:
-        dtype = self.projection.weight.dtype
-        # In float32 at least: near the mean, two roundings to bfloat16 would leave few right bits of the difference.
-        exact = torch.promote_types(dtype, torch.float32)
-        pixels = values.to(exact, copy=True).view(values.shape[0], self.channels, -1)
-        # Channel by channel with Python numbers: no constant has to travel to the device.
-        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
-            pixels[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
-        return self.projection(pixels.flatten(1).to(dtype))
+        return self.projection(normalised(values, self.channels, self.mean, self.std, self.projection.weight.dtype))
 
 
 class LearnedPositions(nn.Module):

@@ -1,4 +1,8 @@
-"""Pixtral, in LLaVA's form: what a folder of Hugging Face holds computes the same here, and goes back bit for bit."""
+"""Pixtral, in LLaVA's form: what a folder of Hugging Face holds computes the same here, and goes back bit for bit.
+
+Measured worst cases: 8.9e-7 in logits, 3.0e-6 in gradients. Of the gradients in float64 ours are at most 2.6e-6 away,
+and theirs 3.4e-6. In bfloat16 our logits are 0.91 times as far from float32 as theirs (twelve seeds).
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,7 @@ from tests.models.twins import distance, randomise
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
-BOUND, GRADIENT_BOUND = 2e-6, 8e-6
+BOUND, GRADIENT_BOUND = 2e-6, 6e-6
 IMAGE, BREAK, END = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
 SPECIAL = [IMAGE, BREAK, END]  # Ids 3 to 5.
 LONGEST = 80

@@ -22,15 +22,40 @@ FAMILIES = {
     "qwen2-72b": "qwen2",
     "olmo-7b-1024": "olmo2",
     "mistral-nemo-12b": "mistral",
+    "fuyu-8b": "fuyu",
     "qwen2-vl-2b": "qwen2_vl",
     "qwen2-vl-7b": "qwen2_vl",
     "qwen2-vl-72b": "qwen2_vl",
     "pixtral-12b": "llava",
 }
 COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True}
-PUBLISHED: dict[
-    str, dict[str, Any]
-] = {  # In the form of version 4 of transformers; those of models that see by memory.
+PUBLISHED: dict[str, dict[str, Any]] = {  # In the form of version 4 of transformers.
+    "fuyu-8b": {  # By memory.
+        "architectures": ["FuyuForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "hidden_act": "relu2",
+        "hidden_dropout": 0.0,
+        "hidden_size": 4096,
+        "image_size": 300,
+        "initializer_range": 0.02,
+        "intermediate_size": 16384,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 16384,
+        "model_type": "fuyu",
+        "num_attention_heads": 64,
+        "num_channels": 3,
+        "num_hidden_layers": 36,
+        "patch_size": 30,
+        "qk_layernorm": True,
+        "rope_scaling": None,
+        "rope_theta": 25000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 262144,
+    },
     "llama3.2-1b": {
         **COMMON,
         "architectures": ["LlamaForCausalLM"],
@@ -83,7 +108,7 @@ PUBLISHED: dict[
         "use_sliding_window": False,
         "vocab_size": 152064,
     },
-    "qwen2-vl-7b": {
+    "qwen2-vl-7b": {  # By memory.
         **COMMON,
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "bos_token_id": 151643,
@@ -123,7 +148,7 @@ PUBLISHED: dict[
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
         "vocab_size": 152064,
     },
-    "pixtral-12b": {
+    "pixtral-12b": {  # By memory.
         "architectures": ["LlavaForConditionalGeneration"],
         "ignore_index": -100,
         "image_seq_length": 1,
@@ -179,11 +204,14 @@ def test_names_and_shapes_are_those_of_the_reference(name: str) -> None:
     import transformers
 
     layout, config = layout_of(FAMILIES[name]), shipped(name)
-    values = {key: value for key, value in layout.config_values(config).items() if key != PREPROCESSOR}
+    values = layout.config_values(config)
+    values.pop(PREPROCESSOR, None)
+    assert layout.auto_class is not None
     with torch.device("meta"):
-        auto = getattr(transformers, str(layout.auto_class))
+        auto = getattr(transformers, layout.auto_class)
         theirs = auto.from_config(transformers.AutoConfig.for_model(**values))
         ours = build_model(config, attention="sdpa")
+    # Their names in memory, as those of their files.
     expected = {layout.spelled(key): tuple(values.shape) for key, values in theirs.named_parameters()}
     stored = layout.stored(config, {key: values.shape for key, values in ours.named_parameters()})
     assert {key: tensor.shape for key, tensor in stored.items()} == expected

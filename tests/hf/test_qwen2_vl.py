@@ -1,4 +1,8 @@
-"""Qwen2-VL out of a folder of Hugging Face computes what the reference computes, and goes back bit for bit."""
+"""Qwen2-VL out of a folder of Hugging Face computes what the reference computes, and goes back bit for bit.
+
+Measured worst cases: 7.0e-7 in logits, 2.6e-6 in gradients. Of the gradients in float64 ours are at most 2.4e-6 away,
+and theirs 1.8e-6. In bfloat16 our logits are 0.92 times as far from float32 as theirs (twelve seeds).
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,7 @@ from tests.models.twins import distance, randomise
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
-BOUND, GRADIENT_BOUND = 2e-6, 8e-6
+BOUND, GRADIENT_BOUND = 2e-6, 6e-6
 IMAGE, START, END, VIDEO = "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
 SPECIAL = [IMAGE, START, END, VIDEO]  # Ids 3 to 6.
 PIXELS = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}

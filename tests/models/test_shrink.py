@@ -55,12 +55,12 @@ def test_the_twin_has_the_same_parts_and_is_small(path: Path) -> None:
 
 def text_and_pictures(config: ModelConfig) -> MultimodalBatch:
     """One pack of the bundled data, pictures tiled or at native size as the tower takes them."""
-    learned = config.vision is not None and config.vision.positions.kind == "learned"
+    fixed = config.vision is not None and config.vision.fixed_grid is not None
     native = {"kind": "native", "min_pixels": 1, "max_pixels": 1024}
     seen = {
         "manifest": EMOJI / "shards/train-quick.manifest",
         "template": {"kind": "caption", "prompts": [""], "answers": ["{name}"]},
-        "transforms": {"kind": "tiles"} if learned else native,
+        "transforms": {"kind": "tiles"} if fixed else native,
     }
     read = {"manifest": EMOJI / "shards/train-text.manifest", "template": {"kind": "text"}}
     data = DataConfig.model_validate(
@@ -79,9 +79,11 @@ def text_and_pictures(config: ModelConfig) -> MultimodalBatch:
 def loss_of(config: AnyModelConfig, model: Any) -> Tensor:
     if isinstance(config, ModelConfig):
         return NextToken()(model, text_and_pictures(config)).loss_sum
-    grid = getattr(config.vision.positions, "grid", (4, 6))
+    grid = config.vision.fixed_grid or (4, 6)
     items = Segments.from_lengths([grid[0] * grid[1]])
-    patches = torch.rand(items.total, config.vision.channels * config.vision.patch_size**2)
+    patches = torch.randint(
+        0, 256, (items.total, config.vision.channels * config.vision.patch_size**2), dtype=torch.uint8
+    )
     empty, none = torch.empty(0, dtype=torch.int64), Segments.from_lengths([])
     media = MediaBlock(patches, torch.tensor([(1, *grid)]), ((1, *grid),), items, empty, empty, empty, none, none)
     return model.vision(media).square().sum()

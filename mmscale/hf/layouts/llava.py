@@ -49,7 +49,7 @@ _BLOCK, _THEIRS = "vision.layers.{n}.", "vision_tower.transformer.layers.{n}."
 
 def _rows(config: ModelConfig) -> Rows:
     vision = config.vision
-    assert vision is not None
+    assert isinstance(vision, VisionConfig)
     patch = (vision.channels, vision.patch_size, vision.patch_size)
     return (
         Row("vision.patch_embed.projection.", "vision_tower.patch_conv.", shape=(-1, *patch)),
@@ -144,7 +144,7 @@ def _activation(keys: Keys, key: str, default: str) -> Activation:
 
 def _to_keys(config: ModelConfig) -> dict[str, Any]:
     vision, connector = config.vision, config.connector
-    if vision is None or not isinstance(connector, EmbeddingConnectorConfig):
+    if not isinstance(vision, VisionConfig) or not isinstance(connector, EmbeddingConnectorConfig):
         raise CheckpointError("llava holds models with a vision tower and connector.kind=embedding")
     if not isinstance(connector.projector, MlpProjectorConfig):
         raise CheckpointError("llava's projector has two layers (connector.projector.kind=mlp)")

@@ -20,7 +20,7 @@ _ACTIVATION = "quick_gelu"
 
 def _rows(config: ModelConfig) -> Rows:
     vision = config.vision
-    assert vision is not None
+    assert isinstance(vision, VisionConfig)
     patch = (vision.temporal_patch, vision.patch_size, vision.patch_size)
     return (
         Row("vision.patch_embed.projection.", "visual.patch_embed.proj.", shape=(-1, vision.channels, *patch)),
@@ -93,7 +93,7 @@ def _vision(keys: Keys, text_dim: int) -> tuple[dict[str, Any], int]:
 
 def _to_keys(config: ModelConfig) -> dict[str, Any]:
     vision, connector = config.vision, config.connector
-    if vision is None or not isinstance(connector, EmbeddingConnectorConfig):
+    if not isinstance(vision, VisionConfig) or not isinstance(connector, EmbeddingConnectorConfig):
         raise CheckpointError("qwen2_vl holds models with a vision tower and connector.kind=embedding")
     text = decoder.to_keys(ModelConfig(decoder=config.decoder))
     tied = text.pop("tie_word_embeddings")  # Since version 5 not a key of the text part.
