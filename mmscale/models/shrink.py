@@ -1,6 +1,7 @@
 """A tiny twin of any model: the same blocks, flags and ratios, other sizes.
 
-    widths        from few narrow heads; queries per key head (up to 8) stay, and so does a head width that is not D / H
+    widths        from few narrow heads; queries per key head stay (up to 8, or 4 where heads must be twice as wide), and
+                  so does a head width that is not D / H
     depth         two blocks, or two periods of what comes every n-th block, n at most 2
     experts       at most two a token, of in proportion as many
     pictures      a quarter of the patches a side, patches of 4 pixels
@@ -79,9 +80,10 @@ _SIZES: dict[str, Callable[[int], int]] = {
 
 def _tower(block: Block, depth: int, merge: int) -> Block:
     """Blocks on one residual stream: width from heads, feed-forward and depth in proportion."""
-    old, heads = block["attention"], _heads(block["attention"])
+    old = block["attention"]
     width = old["head_dim"] or block["hidden_dim"] // old["num_heads"]
     head_dim, rope = _head_dim(block.get("rope"))
+    heads = _heads(old, head_dim)
     own = Fraction(block["hidden_dim"], old["num_heads"] * width)  # 1 where the heads fill the stream.
     dim = math.ceil(own * heads["num_heads"] * head_dim / 8) * 8
     attention = {**old, **heads, "head_dim": head_dim if old["head_dim"] else None}
@@ -93,10 +95,10 @@ def _tower(block: Block, depth: int, merge: int) -> Block:
     return out | ({"feature_layers": features} if "feature_layers" in block else {})
 
 
-def _heads(attention: Block) -> Block:
+def _heads(attention: Block, head_dim: int = _HEAD_DIM) -> Block:
     """Two key heads if there are more than one, each with its queries."""
     kv_heads = attention.get("num_kv_heads") or attention["num_heads"]
-    group = min(attention["num_heads"] // kv_heads, _MAX_GROUP)
+    group = min(attention["num_heads"] // kv_heads, _MAX_GROUP * _HEAD_DIM // head_dim)
     few = min(kv_heads, 2)
     return {"num_heads": group * few, "num_kv_heads": few if attention.get("num_kv_heads") else None}
 
