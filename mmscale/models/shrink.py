@@ -1,7 +1,7 @@
 """A tiny twin of any model: the same blocks, flags and ratios, other sizes.
 
-    widths        from few narrow heads; queries per key head stay (up to 8, or 4 where heads must be twice as wide), and
-                  so does a head width that is not D / H
+    widths        from few narrow heads; queries per key head stay (up to 8, or 4 where heads must be twice as wide),
+                  and so does a head width that is not D / H
     depth         two blocks, or two periods of what comes every n-th block, n at most 2
     experts       at most two a token, of in proportion as many
     pictures      a quarter of the patches a side, patches of 4 pixels

@@ -9,10 +9,9 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout, Row, Rows, rows, under
-from mmscale.hf.layouts import axial, decoder, llama, mistral, pixels, qwen2
+from mmscale.hf.layout import Layout, Rows, rows, under
+from mmscale.hf.layouts import axial, decoder, llama, mistral, pixels, qwen2, vit
 from mmscale.models.config import EmbeddingConnectorConfig, MlpProjectorConfig, ModelConfig, VisionConfig
-from mmscale.nn.mlp import Activation
 from mmscale.nn.rope import FrequencyLayout
 
 _TEXTS = {layout.model_type: layout for layout in (mistral.LAYOUT, llama.LAYOUT, qwen2.LAYOUT)}
@@ -35,13 +34,6 @@ _PIXTRAL = {
     "patch_size": 16,
     "hidden_act": "gelu",
 }
-_ACTIVATIONS = {
-    Activation.SILU: "silu",
-    Activation.GELU: "gelu",
-    Activation.GELU_TANH: "gelu_pytorch_tanh",
-    Activation.QUICK_GELU: "quick_gelu",
-    Activation.RELU_SQUARED: "relu2",
-}
 _LONGEST = 1024
 """Side of the largest images that Pixtral was trained on; of version 4, whose code has a table of that size."""
 _BLOCK, _THEIRS = "vision.layers.{n}.", "vision_tower.transformer.layers.{n}."
@@ -50,9 +42,8 @@ _BLOCK, _THEIRS = "vision.layers.{n}.", "vision_tower.transformer.layers.{n}."
 def _rows(config: ModelConfig) -> Rows:
     vision = config.vision
     assert isinstance(vision, VisionConfig)
-    patch = (vision.channels, vision.patch_size, vision.patch_size)
     return (
-        Row("vision.patch_embed.projection.", "vision_tower.patch_conv.", shape=(-1, *patch)),
+        vit.convolution("vision_tower.patch_conv.weight", vision),
         *rows(
             ("vision.pre_norm.", "vision_tower.ln_pre."),
             (f"{_BLOCK}input_layernorm.", f"{_THEIRS}attention_norm."),
@@ -79,7 +70,7 @@ def _to_model(keys: Keys) -> ModelConfig:
     keys.must_be("vision_feature_layer", -1, [-1])
     projector = {
         "kind": "mlp",
-        "activation": _activation(keys, "projector_hidden_act", "gelu"),
+        "activation": vit.activation(keys, "projector_hidden_act", "gelu"),
         "bias": keys.take("multimodal_projector_bias", bool, True),
     }
     model = _decoder(text, keys.take("tie_word_embeddings", bool, False))
@@ -123,7 +114,7 @@ def _vision(given: Keys) -> dict[str, Any]:
         "attention": {"num_heads": heads},
         "mlp": {
             "hidden_dim": keys.take("intermediate_size", int),
-            "activation": _activation(keys, "hidden_act", "gelu"),
+            "activation": vit.activation(keys, "hidden_act", "gelu"),
         },
         "norm": {"kind": "rmsnorm", "eps": 1e-5},
         "positions": axial.to_model(keys, FrequencyLayout.ALTERNATING),
@@ -132,14 +123,6 @@ def _vision(given: Keys) -> dict[str, Any]:
     }
     keys.finish()
     return vision
-
-
-def _activation(keys: Keys, key: str, default: str) -> Activation:
-    name = keys.take(key, str, default)
-    for activation, theirs in _ACTIVATIONS.items():
-        if theirs == name:
-            return activation
-    raise CheckpointError(f"{keys.where}: {key}={name!r} is not supported, only {', '.join(_ACTIVATIONS.values())}")
 
 
 def _to_keys(config: ModelConfig) -> dict[str, Any]:
@@ -151,7 +134,7 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     return {
         "text_config": _text_keys(ModelConfig(decoder=config.decoder)),
         "vision_config": _vision_keys(vision),
-        "projector_hidden_act": _ACTIVATIONS[connector.projector.activation],
+        "projector_hidden_act": vit.activation_key(connector.projector.activation),
         "multimodal_projector_bias": connector.projector.bias,
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
@@ -185,7 +168,7 @@ def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
         "num_channels": vision.channels,
         "image_size": _LONGEST,
         "patch_size": vision.patch_size,
-        "hidden_act": _ACTIVATIONS[vision.mlp.activation],
+        "hidden_act": vit.activation_key(vision.mlp.activation),
         "attention_dropout": 0.0,
         **axial.to_keys(vision),
     }
