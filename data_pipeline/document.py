@@ -67,6 +67,7 @@ class MediaItem:
         place: Row and column of a tile in the grid of its image; None if the view shows the whole image.
         tiles: Rows and columns of tiles that its image is cut into; (1, 1) if it is in one piece.
         image: Number of its image in the sample; views of one image stand together.
+        tag: Tokens whose embeddings are attended in front of its features; none of an embedded view.
     """
 
     values: npt.NDArray[np.uint8]
@@ -76,6 +77,7 @@ class MediaItem:
     place: tuple[int, int] | None = None
     tiles: tuple[int, int] = (1, 1)
     image: int = 0
+    tag: tuple[int, ...] = ()
 
     @property
     def num_patches(self) -> int:

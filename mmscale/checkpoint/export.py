@@ -160,11 +160,16 @@ def _as_family(
 
 
 def _outgoing(reader: CheckpointReader, tensor: Stored, entries: Mapping[str, _Entry]) -> Outgoing:
+    dtype = entries[tensor.parts[0].name].dtype
+
     def values() -> Iterator[Tensor]:
         for name, start, stop in tensor.ranges():
-            yield from _values(reader, entries[name], start, stop)
+            if name is None:
+                yield torch.zeros(stop, dtype=dtype)
+            else:
+                yield from _values(reader, entries[name], start, stop)
 
-    return Outgoing(tensor.name, entries[tensor.parts[0].name].dtype, tensor.shape, values)
+    return Outgoing(tensor.name, dtype, tensor.shape, values)
 
 
 def _entries(reader: CheckpointReader, weights: Weights, dtype: torch.dtype) -> Iterator[_Entry]:

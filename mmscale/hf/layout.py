@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -40,6 +40,8 @@ class Row:
         block: Rows of a block, where several parameters share a tensor in turn: a block of the first, a block of the
             second, ..., and again (queries, keys and values head by head). None: one after another.
         part: Order among the parameters that share a tensor; equal ones are in the model's order.
+        zeros: Values behind each turn of the parameter that their tensor has and ours lacks: all zero (heads without
+            effect, that make their number divisible). ``shape`` counts them.
     """
 
     ours: str
@@ -47,6 +49,7 @@ class Row:
     shape: tuple[int, ...] | None = None
     block: int | None = None
     part: int = 0
+    zeros: int = 0
 
 
 Rows = tuple[Row, ...]
@@ -60,12 +63,10 @@ def rows(*pairs: tuple[str, str]) -> Rows:
 def under(table: Rows, *, ours: tuple[str, str] = ("", ""), theirs: tuple[str, str] = ("", "")) -> Rows:
     """The rows of a part of a model in a larger one: ``(old, new)`` beginning on each side."""
     return tuple(
-        Row(
-            ours[1] + row.ours.removeprefix(ours[0]),
-            theirs[1] + row.theirs.removeprefix(theirs[0]),
-            row.shape,
-            row.block,
-            row.part,
+        replace(
+            row,
+            ours=ours[1] + row.ours.removeprefix(ours[0]),
+            theirs=theirs[1] + row.theirs.removeprefix(theirs[0]),
         )
         for row in table
     )
@@ -78,6 +79,7 @@ class Part:
     name: str
     shape: tuple[int, ...]
     block: int | None
+    zeros: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,21 +107,26 @@ class Stored:
         first = self.parts[0]
         return 1 if first.block is None else first.shape[0] // first.block
 
-    def cut(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Views of ``values``: of each parameter flat, or rounds by values of a block."""
+    def cut(self, values: Tensor) -> Iterator[tuple[str | None, Tensor]]:
+        """Views of ``values``: of each parameter flat, or rounds by values of a block; of its zeros, under None."""
         turns = values.reshape(self.rounds, -1)
         start = 0
         for part in self.parts:
             size = math.prod(part.shape) // self.rounds
             yield part.name, turns[0, start : start + size] if self.rounds == 1 else turns[:, start : start + size]
             start += size
+            if part.zeros:
+                yield None, turns[:, start : start + part.zeros]
+                start += part.zeros
 
-    def ranges(self) -> Iterator[tuple[str, int, int]]:
-        """(our name, first value, behind the last) in the order of their values."""
+    def ranges(self) -> Iterator[tuple[str | None, int, int]]:
+        """(our name, first value, behind the last) in the order of their values; of zeros None and their number."""
         for turn in range(self.rounds):
             for part in self.parts:
                 size = math.prod(part.shape) // self.rounds
                 yield part.name, turn * size, (turn + 1) * size
+                if part.zeros:
+                    yield None, 0, part.zeros
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,7 @@ class Layout:
         found: dict[str, list[tuple[Row, Part]]] = {}
         for name, shape in shapes.items():
             row, theirs = self._place(table, name)
-            found.setdefault(theirs, []).append((row, Part(name, tuple(shape), row.block)))
+            found.setdefault(theirs, []).append((row, Part(name, tuple(shape), row.block, row.zeros)))
         return {theirs: _stored(theirs, places) for theirs, places in found.items()}
 
     def stored_name(self, config: AnyModelConfig, name: str) -> str:

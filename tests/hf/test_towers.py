@@ -7,7 +7,6 @@ bfloat16 both are compared with float32: ours were off by 1.1e-2 at most, the re
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from mmscale.checkpoint.foreign import import_folder
 from mmscale.cli.main import main
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_of
-from tests.hf.towers import TOWERS, features, images, normalised, ours_of, saved_twin
+from tests.hf.towers import TOWERS, features, images, normalised, ours_of, published_places, saved_twin
 from tests.hf.twins import imported, tensors_of, their_gradients
 from tests.models.twins import distance, randomise
 from tests.parity_table import Recorder
@@ -115,22 +114,8 @@ def test_a_folder_of_both_towers_gives_the_vision_tower(kind: str, tmp_path: Pat
 
 
 def as_published(theirs: Any, folder: Path) -> dict[str, Tensor]:
-    """A folder in the form of InternViT's authors, its names by another table than the one under test."""
-    tensors: dict[str, Tensor] = {}
-    for name, values in theirs.state_dict().items():
-        name = name.replace("cls_token", "class_embedding").replace("position_embeddings", "position_embedding")
-        name = name.replace("patch_embeddings.projection", "patch_embedding").replace(
-            "encoder.layer.", "encoder.layers."
-        )
-        name = name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2").replace("lambda_", "ls")
-        name = name.replace(".attention.", ".attn.").replace("projection_layer", "proj")
-        if not re.search(r"[qkv]_proj", name):
-            tensors[name] = values.contiguous()
-    for number, layer in enumerate(theirs.encoder.layer):
-        attention = layer.attention
-        for kind in ("weight", "bias")[: 1 + theirs.config.attention_bias]:
-            parts = [getattr(getattr(attention, f"{part}_proj"), kind) for part in "qkv"]
-            tensors[f"encoder.layers.{number}.attn.qkv.{kind}"] = torch.cat(parts).detach()
+    """A folder in the form of InternViT's authors."""
+    tensors = {name: torch.cat(parts).detach() for name, parts in published_places(theirs).items()}
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
     values = {key: getattr(theirs.config, key) for key in keys} | {
         "model_type": "intern_vit_6b",

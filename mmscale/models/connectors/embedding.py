@@ -32,7 +32,13 @@ class EmbeddingConnector(nn.Module):
         self.projector = Projector(feature_dim, dim, config.projector)
 
     def connect(
-        self, hidden: Tensor, features: Tensor, media: MediaBlock, segments: Segments, cache: KVCache | None
+        self,
+        hidden: Tensor,
+        features: Tensor,
+        tags: Tensor,
+        media: MediaBlock,
+        segments: Segments,
+        cache: KVCache | None,
     ) -> tuple[Tensor, Mapping[int, Insertion]]:
         """The decoder's input with images in it; no insertions."""
         return write_features(hidden, self.projector(features, media.grids), media), {}
