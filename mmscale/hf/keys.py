@@ -11,7 +11,7 @@ REQUIRED: Any = object()
 CARRIED = frozenset(
     {
         *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
-        *("use_cache", "transformers_version"),
+        *("use_cache", "transformers_version", "image_token_id"),
     }
 )
 """Keys that say nothing about what the weights compute; an export takes them over from a folder like it."""

@@ -29,6 +29,28 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
+class Axes:
+    """The same values in another order.
+
+    Attributes:
+        sizes: Theirs, of a view of the tensor, or of the part that a row takes of it; one may be -1.
+        order: Which of their axes each of ours is.
+    """
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def to_ours(self, values: Tensor) -> Tensor:
+        """A view of their values in the order of ours."""
+        return values.reshape(self.sizes).permute(self.order)
+
+    def to_theirs(self, values: Tensor) -> Tensor:
+        """Our values, flat, in their order: ``(n,)``, a copy."""
+        ours = values.view([self.sizes[axis] for axis in self.order])
+        return ours.permute([self.order.index(axis) for axis in range(len(self.order))]).reshape(-1)
+
+
+@dataclass(frozen=True)
 class Row:
     """Where parameters of ours lie among theirs.
 
@@ -40,6 +62,8 @@ class Row:
         block: Rows of a block, where several parameters share a tensor in turn: a block of the first, a block of the
             second, ..., and again (queries, keys and values head by head). None: one after another.
         part: Order among the parameters that share a tensor; equal ones are in the model's order.
+        axes: Of their values, where those are ordered otherwise (pixels of a patch channel by channel, or with the
+            channels innermost). Not together with ``block``.
         zeros: Values behind each turn of the parameter that their tensor has and ours lacks: all zero (heads without
             effect, that make their number divisible). ``shape`` counts them.
     """
@@ -49,6 +73,7 @@ class Row:
     shape: tuple[int, ...] | None = None
     block: int | None = None
     part: int = 0
+    axes: Axes | None = None
     zeros: int = 0
 
 
@@ -78,7 +103,8 @@ class Part:
 
     name: str
     shape: tuple[int, ...]
-    block: int | None
+    block: int | None = None
+    axes: Axes | None = None
     zeros: int = 0
 
 
@@ -99,7 +125,7 @@ class Stored:
     @classmethod
     def alone(cls, name: str, shape: tuple[int, ...]) -> Stored:
         """A parameter under its own name."""
-        return cls(name, shape, (Part(name, shape, None),))
+        return cls(name, shape, (Part(name, shape),))
 
     @property
     def rounds(self) -> int:
@@ -108,25 +134,25 @@ class Stored:
         return 1 if first.block is None else first.shape[0] // first.block
 
     def cut(self, values: Tensor) -> Iterator[tuple[str | None, Tensor]]:
-        """Views of ``values``: of each parameter flat, or rounds by values of a block; of its zeros, under None."""
+        """Views of ``values``: of each parameter flat, rounds by values of a block, or with its axes exchanged; of its
+        zeros, under None."""
         turns = values.reshape(self.rounds, -1)
         start = 0
         for part in self.parts:
             size = math.prod(part.shape) // self.rounds
-            yield part.name, turns[0, start : start + size] if self.rounds == 1 else turns[:, start : start + size]
+            own = turns[0, start : start + size] if self.rounds == 1 else turns[:, start : start + size]
+            yield part.name, own if part.axes is None else part.axes.to_ours(own)
             start += size
             if part.zeros:
                 yield None, turns[:, start : start + part.zeros]
                 start += part.zeros
 
-    def ranges(self) -> Iterator[tuple[str | None, int, int]]:
-        """(our name, first value, behind the last) in the order of their values; of zeros None and their number."""
+    def ranges(self) -> Iterator[tuple[Part, int, int]]:
+        """(part, first value of ours, behind the last) in the order of their values, ``axes`` and ``zeros`` apart."""
         for turn in range(self.rounds):
             for part in self.parts:
                 size = math.prod(part.shape) // self.rounds
-                yield part.name, turn * size, (turn + 1) * size
-                if part.zeros:
-                    yield None, 0, part.zeros
+                yield part, turn * size, (turn + 1) * size
 
 
 @dataclass(frozen=True)
@@ -198,7 +224,8 @@ class Layout:
         found: dict[str, list[tuple[Row, Part]]] = {}
         for name, shape in shapes.items():
             row, theirs = self._place(table, name)
-            found.setdefault(theirs, []).append((row, Part(name, tuple(shape), row.block, row.zeros)))
+            part = Part(name, tuple(shape), row.block, row.axes, row.zeros)
+            found.setdefault(theirs, []).append((row, part))
         return {theirs: _stored(theirs, places) for theirs, places in found.items()}
 
     def stored_name(self, config: AnyModelConfig, name: str) -> str:
@@ -242,7 +269,7 @@ def _stored(name: str, places: list[tuple[Row, Part]]) -> Stored:
 def computed(config: AnyModelConfig) -> dict[str, Any]:
     """What of a configuration decides what its weights compute, with defaults filled in and all tokens in one table."""
     values = config.model_dump(mode="json")
-    if config.vision is not None:
+    if isinstance(config.vision, VisionConfig):
         _fill_attention(values["vision"], config.vision)
         values["vision"]["layer_scale"] = config.vision.layer_scale is not None
         del values["vision"]["init_std"]

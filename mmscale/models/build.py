@@ -14,7 +14,9 @@ from mmscale.models.config import (
     EmbeddingConnectorConfig,
     HybridConnectorConfig,
     ModelConfig,
+    PatchesConfig,
     TowerConfig,
+    VisionConfig,
 )
 from mmscale.models.connectors.cross_attention import CrossAttentionConnector
 from mmscale.models.connectors.embedding import EmbeddingConnector
@@ -22,11 +24,10 @@ from mmscale.models.decoder import Decoder
 from mmscale.models.flops import cost_per_patch
 from mmscale.models.head import LanguageHead
 from mmscale.models.multimodal import Connector, MultimodalModel
-from mmscale.models.vision import VisionTower
+from mmscale.models.vision import PixelPatches, VisionTower
 from mmscale.nn.attention_backends import AttentionChoice, Backend, resolve_backend
 from mmscale.nn.init import initialise_
 from mmscale.nn.moe import Experts
-from mmscale.nn.rope import LearnedPositionsConfig
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,16 @@ def build_model(
     tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
     head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
     head.init_std = config.decoder.init_std  # type: ignore[assignment]
-    vision = None if config.vision is None else VisionTower(config.vision, backend)
-    model = MultimodalModel(config, decoder, head, vision, _connector(config, backend))
+    model = MultimodalModel(config, decoder, head, _tower(config.vision, backend), _connector(config, backend))
     if seed is not None and not any(parameter.is_meta for parameter in model.parameters()):
         initialise_(model, seed)
     return model
+
+
+def _tower(config: VisionConfig | PatchesConfig | None, backend: Backend) -> VisionTower | PixelPatches | None:
+    if config is None:
+        return None
+    return PixelPatches(config) if isinstance(config, PatchesConfig) else VisionTower(config, backend)
 
 
 def _connector(config: ModelConfig, backend: Backend) -> Connector | None:
@@ -114,14 +120,13 @@ def media_spec(config: ModelConfig) -> MediaSpec:
         CrossAttentionConnectorConfig: Placement.CROSS_ATTENTION,
         HybridConnectorConfig: Placement.HYBRID,
     }
-    positions = config.vision.positions
     return MediaSpec(
         placement=placements[type(config.connector)],
         patch_size=config.vision.patch_size,
         merge=config.connector.projector.merge,
         channels=config.vision.channels,
         cost_per_patch=cost_per_patch(config),
-        fixed_grid=positions.grid if isinstance(positions, LearnedPositionsConfig) else None,
+        fixed_grid=config.vision.fixed_grid,
         position_axes=axes,
     )
 
