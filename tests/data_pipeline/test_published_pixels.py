@@ -123,11 +123,11 @@ def _normalised(views: list[npt.NDArray[np.uint8]], processor: Any) -> torch.Ten
     return (torch.from_numpy(np.stack(views)) / 255 - mean) / std
 
 
-def _off_by(processor: Any, size: tuple[int, int], spec: MediaSpec, **config: Any) -> float:
+def _off_by(processor: Any, of: tuple[int, int], spec: MediaSpec, **config: Any) -> float:
     """Largest difference of pixel values as the tower sees them, in steps of a byte."""
-    theirs = processor(_image(*size), return_tensors="pt")["pixel_values"]
-    ours = _normalised(_views(size, spec, **config), processor)
-    assert ours.shape == theirs.shape, size
+    theirs = processor(_image(*of), return_tensors="pt")["pixel_values"]
+    ours = _normalised(_views(of, spec, **config), processor)
+    assert ours.shape == theirs.shape, of
     return float((ours - theirs).abs().max() * 255 * min(processor.image_std))
 
 

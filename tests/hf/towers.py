@@ -93,9 +93,8 @@ def published_places(tower: nn.Module) -> dict[str, list[nn.Parameter]]:
     places: dict[str, list[nn.Parameter]] = {}
     for name, parameter in tower.named_parameters():
         name = name.replace("cls_token", "class_embedding").replace("position_embeddings", "position_embedding")
-        name = name.replace("patch_embeddings.projection", "patch_embedding").replace(
-            "encoder.layer.", "encoder.layers."
-        )
+        name = name.replace("patch_embeddings.projection", "patch_embedding")
+        name = name.replace("encoder.layer.", "encoder.layers.").replace(".attention.", ".attn.")
         name = name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2").replace("lambda_", "ls")
         name = name.replace("projection_layer", "proj")
         places.setdefault(re.sub("[qkv]_proj", "qkv", name), []).append(parameter)

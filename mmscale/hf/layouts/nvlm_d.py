@@ -23,7 +23,7 @@ _QWEN2 = ["Qwen2ForCausalLM"]
 
 
 def _rows(config: ModelConfig) -> Rows:
-    assert config.vision is not None
+    assert isinstance(config.vision, VisionConfig)
     return (
         *under(_padded_rows(config.vision), theirs=("", "vision_model.")),
         *under(intern_vit_6b.fused_rows(config.vision), theirs=("", "vision_model.")),
@@ -114,7 +114,7 @@ def _text(keys: Keys) -> dict[str, Any]:
 
 
 def _to_keys(config: ModelConfig) -> dict[str, Any]:
-    if config.vision is None or not isinstance(config.connector, EmbeddingConnectorConfig):
+    if not isinstance(config.vision, VisionConfig) or not isinstance(config.connector, EmbeddingConnectorConfig):
         raise CheckpointError(
             "NVLM_D holds models whose image features take token places; of NVLM-X and NVLM-H, with cross-attention, "
             "no folder was published: export without --to"
