@@ -152,7 +152,7 @@ def _as_family(
     config = read_model_config(manifest.model_config_values)
     like = {} if to.like is None else read_config(to.like)
     layout = layout_of(like["model_type"]) if like else layout_for(config)
-    values = _carried(layout.config_values(config), like)
+    values = _carried(layout.config_values(config), like) | {key: like[key] for key in layout.carried & like.keys()}
     values["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[number_format]
     if to.like is not None and (to.like / f"{PREPROCESSOR}.json").is_file():
         values.pop(PREPROCESSOR, None)  # Copied with the others.

@@ -169,6 +169,8 @@ class Layout:
         spellings: (regular expression, replacement): names of other versions to those of ``rows``.
         kind: Whether it holds models or towers alone.
         auto_class: Class of transformers that opens what is exported; None if it has none for this family.
+        carried: Keys beside those of every family that say nothing about what the weights compute; an export takes
+            them over from a folder like it.
     """
 
     model_type: str
@@ -180,6 +182,7 @@ class Layout:
     spellings: tuple[tuple[str, str], ...] = ()
     kind: type[ModelConfig] | type[TowerConfig] = ModelConfig
     auto_class: str | None = "AutoModelForCausalLM"
+    carried: frozenset[str] = frozenset()
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
         """Our configuration of a ``config.json``, which may hold ``preprocessor_config``.
@@ -280,7 +283,7 @@ def computed(config: AnyModelConfig) -> dict[str, Any]:
     _fill_attention(block, decoder)
     if decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:  # Else ids are read that have no logit.
         del block["extra_tokens"]
-    del block["dropout"], block["init_std"]  # Of training, and of its beginning.
+    del block["dropout"], block["dropout_rows"], block["init_std"]  # Of training, and of its beginning.
     if values["connector"] is not None:
         values["connector"].pop("gate_init", None)
     return values

@@ -17,6 +17,9 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "qwen2-72b": 72_706_203_648,
     "olmo-7b-1024": 7_298_617_344,
     "mistral-nemo-12b": 12_247_782_400,
+    "molmo-7b-o": 7_665_032_192,
+    "molmo-7b-d": 8_021_025_280,
+    "molmo-72b": 73_308_285_952,
     "fuyu-8b": 9_408_238_592,
     "clip-vit-l-14-336": 303_507_456,
     "clip-vit-h-14": 630_766_080,
@@ -51,3 +54,10 @@ def test_the_published_number_of_parameters(name: str, capsys: pytest.CaptureFix
 
 def test_every_published_configuration_has_a_number() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} == {*COUNTS, *FORMULAS, "tiny"}
+
+
+@pytest.mark.parametrize("name", [name for name in COUNTS if name.startswith("molmo")])
+def test_the_tower_of_molmo(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """23 blocks of CLIP's 24, of which the last is built and not used."""
+    assert main(["params", str(FOLDER / f"{name}.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["components"]["vision"] == 290_909_184
