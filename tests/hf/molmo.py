@@ -50,12 +50,12 @@ class Example:
 
 
 class Molmo(nn.Module):
-    """``family`` is that of the decoder."""
+    """``family`` is that of the decoder, ``vocab`` the rows of its table."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, vocab: int = VOCAB) -> None:
         super().__init__()
         keys: dict[str, Any] = {
-            "vocab_size": VOCAB,
+            "vocab_size": vocab,
             "hidden_size": 32,
             "intermediate_size": 56,
             "num_hidden_layers": 2,
@@ -80,7 +80,7 @@ class Molmo(nn.Module):
         self.tower = transformers.CLIPVisionModel(tower)
         width, dim, mlp = VIT["width"], 32, 56
         self.new_embedding = nn.Parameter(torch.zeros(NEW, dim))
-        self.head = nn.Linear(dim, VOCAB, bias=False)
+        self.head = nn.Linear(dim, vocab, bias=False)
         self.pad_embed = nn.Parameter(torch.zeros(2, 2 * width))
         self.wq, self.wk, self.wv = (nn.Linear(2 * width, width) for _ in range(3))
         self.wo = nn.Linear(width, width)
@@ -206,8 +206,8 @@ def save(twin: Molmo, folder: Path, of: Callable[[Tensor], Tensor] = Tensor.deta
         "model_type": "molmo",
         "architectures": ["MolmoForCausalLM"],
         "auto_map": {"AutoConfig": "config_molmo.MolmoConfig"},
-        "vocab_size": VOCAB - 2,
-        "embedding_size": VOCAB,
+        "vocab_size": decoder.vocab_size - 2,
+        "embedding_size": decoder.vocab_size,
         "hidden_size": decoder.hidden_size,
         "intermediate_size": 2 * decoder.intermediate_size,
         "num_hidden_layers": decoder.num_hidden_layers,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,17 +30,19 @@ from data_pipeline.views import resize
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
+from mmscale.models.generation import generate
+from mmscale.models.sampling import SamplingConfig
 from tests.data_pipeline.molmo_reference import COLUMN, END, START, prepare
 from tests.data_pipeline.molmo_reference import PATCH as PLACE
 from tests.data_pipeline.test_molmo_views import LAYOUT, picture, png
-from tests.hf.molmo import FAMILIES, MEAN, NEW, SIZES, STD, VOCAB, Example, Molmo, example, save
+from tests.hf.molmo import FAMILIES, MEAN, NEW, SIZES, STD, VOCAB, Example, Molmo, example, fill, save
+from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
 from tests.hf.twins import imported, tensors_of
 from tests.models.twins import distance, gradient_distance
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
 BOUND, GRADIENT_BOUND = 2e-6, 4e-6
-IDS = {START: VOCAB, END: VOCAB + 1, PLACE: VOCAB + 2, COLUMN: VOCAB + 3}
 PAIRS = [("what?", "a cat"), ("how many?", "3"), ("x", "yes, two of them")]
 DOCUMENTS: list[tuple[list[tuple[int, int]], int]] = [  # Sizes of images, and how many annotations.
     ([(37, 23)], 1),
@@ -53,10 +56,14 @@ DOCUMENTS: list[tuple[list[tuple[int, int]], int]] = [  # Sizes of images, and h
 class Letters:
     """A tokenizer of letters, whose image tokens are the model's new rows."""
 
-    bos_id, eos_id, pad_id, image_id, vocab_size, fingerprint = 1, 2, 0, IDS[PLACE], VOCAB + NEW, "letters"
+    bos_id, eos_id, pad_id, fingerprint = 1, 2, 0, "letters"
+
+    def __init__(self, table: int) -> None:
+        self.ids = {START: table, END: table + 1, PLACE: table + 2, COLUMN: table + 3}
+        self.image_id, self.vocab_size = self.ids[PLACE], table + NEW
 
     def special_id(self, name: str, field: str) -> int:
-        return {"<im_start>": IDS[START], "<im_end>": IDS[END], "<im_col>": IDS[COLUMN]}[name]
+        return self.ids[{"<im_start>": START, "<im_end>": END, "<im_col>": COLUMN}[name]]
 
     def encode(self, text: str) -> list[int]:
         return [4 + ord(letter) % (VOCAB - 4) for letter in text]
@@ -65,24 +72,29 @@ class Letters:
         return str(ids)
 
 
-def document(config: ModelConfig, sizes: list[tuple[int, int]], annotations: int) -> Document:
+LETTERS = Letters(VOCAB)
+
+
+def document(
+    config: ModelConfig, sizes: list[tuple[int, int]], annotations: int, letters: Letters = LETTERS
+) -> Document:
     """By our data side."""
     rule = {"kind": "molmo", "max_tiles": SIZES.most, "margin": SIZES.margin, "padding_of": "next_view"}
     transforms = {"kind": "tiles", "tiling": rule, "interpolation": "bilinear", "layout": LAYOUT}
     dataset = {"name": "d", "manifest": "m", "template": {"kind": "annotations"}, "transforms": transforms}
     fields = {"annotations": [{"question": asked, "answer": said} for asked, said in PAIRS[-annotations:]]}
     parts = tuple(ImagePart(png(picture(*size)), "png") for size in sizes)
-    builder = DocumentBuilder(DatasetConfig.model_validate(dataset), Letters(), media_spec(config))  # type: ignore[arg-type]
+    builder = DocumentBuilder(DatasetConfig.model_validate(dataset), letters, media_spec(config))  # type: ignore[arg-type]
     return builder(Sample(parts, fields, Provenance("d", "s", "k", 0)))
 
 
-def theirs_of(document: Document, sizes: list[tuple[int, int]]) -> Example:
+def theirs_of(document: Document, sizes: list[tuple[int, int]], letters: Letters = LETTERS) -> Example:
     """By theirs: images from their pixels on, with our resizing, which rounds to bytes; text is the same."""
-    images, ids = [], [Letters.bos_id]
+    images, ids = [], [letters.bos_id]
     for size in sizes:
         image = prepare(picture(*size), SIZES, lambda pixels, to: resize(pixels, to, "bilinear") / np.float32(255))
         images.append((len(ids), image))
-        ids += [IDS[token] for token in image.tokens.tolist()]
+        ids += [letters.ids[token] for token in image.tokens.tolist()]
     text = document.token_ids[len(ids) :].tolist()
     assert document.token_ids.tolist() == [*ids, *text]
     return example([*ids, *text], images, document.branches)
@@ -181,3 +193,55 @@ def test_back_as_it_came(family: str, number_format: Any, tmp_path: Path) -> Non
     assert set(new) == {"dtype"}
     preprocessor = json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())
     assert (tuple(preprocessor["image_mean"]), tuple(preprocessor["image_std"])) == (MEAN, STD)
+
+
+@pytest.mark.dist
+def test_trained_and_exported(tmp_path: Path) -> None:
+    """The twin goes on with what two ranks have trained: the same logits, and the same tokens from its own loop.
+
+    Two parts learn nothing: the last block of the tower, and new tokens, which the emoji tokenizer has not.
+    """
+    theirs = Molmo("qwen2", VOCABULARY)
+    save(theirs, tmp_path / "theirs")
+    tiling = {"kind": "molmo", "max_tiles": 2, "margin": 2, "padding_of": "next_view"}
+    transforms = {"kind": "tiles", "tiling": tiling, "interpolation": "bilinear"}
+    out = train_and_export(
+        tmp_path / "theirs", tmp_path, captions(transforms), idle=r"new_embedding$|resblocks\.3\.", max_tokens=160
+    )
+    again = Molmo("qwen2", VOCABULARY)
+    fill(again, tensors_of(out))
+    ours, _ = imported(out, tmp_path / "again")
+    letters = Letters(VOCABULARY)
+    prompt = document(ours.config, [(40, 25)], 1, letters)
+    length = prompt.token_ids.tolist().index(letters.eos_id) - len(PAIRS[-1][1])
+    prompt = replace(
+        prompt,
+        **{name: getattr(prompt, name)[:length] for name in ("token_ids", "loss_weights", "position_ids")},
+        labels=np.full(length, -100, np.int32),
+    )
+    batch = batch_of([prompt], ours.config)
+    known = theirs_of(prompt, [(40, 25)], letters)
+    with torch.no_grad():
+        assert distance(ours.head(ours(batch).hidden), again([known])[0]) < BOUND
+    # Twenty steps teach it to end every caption at once; a penalty on what was said makes it say more.
+    for penalty in (1.0, 50.0):
+        (said,) = generate(ours, batch, 8, -1, SamplingConfig(repetition_penalty=penalty))
+        assert said == greedy(again, known, 8, penalty)
+    assert len(set(said)) == 8
+
+
+def greedy(twin: Molmo, known: Example, count: int, penalty: float) -> list[int]:
+    """By computing everything again for each token; CTRL's penalty on tokens that are there."""
+    for _ in range(count):
+        with torch.no_grad():
+            logits = twin([known])[0][-1]
+        for old in {old for old in known.ids.tolist() if old < VOCABULARY}:
+            logits[old] = logits[old] / penalty if logits[old] > 0 else logits[old] * penalty
+        token = logits.argmax()
+        grown = {
+            "ids": torch.cat([known.ids, token.view(1)]),
+            "subsegments": F.pad(known.subsegments, (0, 1), value=1),
+            "positions": F.pad(known.positions, (0, 1), value=len(known.positions)),
+        }
+        known = replace(known, **grown)
+    return known.ids[-count:].tolist()

@@ -150,9 +150,8 @@ def test_operations_equal_the_counter(padding: bool) -> None:
     for trained in TRAINED:
         counted = _counted_step(build_model(config), batch, trained, False)
         assert net.training_flops(batch, trained).model == pytest.approx(counted, rel=0.01), trained
-    assert cost_per_patch(config) > cost_per_patch(
-        settings(connector={"kind": "embedding", "projector": {"kind": "linear", "merge": 2}})
-    )
+    linear = settings(connector={"kind": "embedding", "projector": {"kind": "linear", "merge": 2}}, **WIDE)
+    assert cost_per_patch(config) > cost_per_patch(linear)
 
 
 def test_dropout_of_learned_rows_alone() -> None:
