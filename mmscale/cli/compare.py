@@ -24,7 +24,9 @@ def compare(
     config: Path = _CONFIG,
     overrides: list[str] = _OVERRIDES,
     ranks: int = typer.Option(1, help="Processes of each run, on this machine. The runs come one after the other."),
-    plan: bool = typer.Option(False, "--plan", help="Say what would be trained, and train nothing."),
+    plan: bool = typer.Option(
+        False, "--plan", help="Say what would be trained and write the file of each run; train nothing."
+    ),
     json: bool = typer.Option(False, "--json", help="Print the figures (comparison.json) as one JSON object."),
 ) -> None:
     """Train variants of a run from one start on equal terms, over several seeds, and write one page about them.
@@ -33,12 +35,20 @@ def compare(
     runs are not repeated. Exit code 0: all runs are finished. 1: a run failed; the others went on. 75: asked to stop.
     """
     from launchers.local import launch
-    from mmscale.compare import check_comparison, plan_trials, read_comparison, run_trials, write_comparison
+    from mmscale.compare import (
+        check_comparison,
+        plan_trials,
+        prepare,
+        read_comparison,
+        run_trials,
+        write_comparison,
+    )
 
     comparison = read_comparison(config, overrides or [])
     check_comparison(comparison, ranks)
     trials = plan_trials(comparison, lambda name: console.print(f"measured {name}"))
     if plan:
+        prepare(comparison, trials)
         emit({trial.name: trial.summary() for trial in trials}, json=json)
         return
     failures = run_trials(

@@ -9,7 +9,7 @@ for good values; every variant is trained as it is written.
 from mmscale.compare.config import Comparison, check_comparison, read_comparison
 from mmscale.compare.page import write_comparison
 from mmscale.compare.plan import Trial, plan_trials
-from mmscale.compare.runs import Failure, Stopped, run_trials
+from mmscale.compare.runs import Failure, Stopped, prepare, run_trials
 
 __all__ = [
     "Comparison",
@@ -18,6 +18,7 @@ __all__ = [
     "Trial",
     "check_comparison",
     "plan_trials",
+    "prepare",
     "read_comparison",
     "run_trials",
     "write_comparison",

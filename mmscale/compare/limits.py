@@ -79,9 +79,10 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _seeds(comparison: Comparison, variants: Sequence[VariantFigures]) -> Iterator[str]:
-    n = len(comparison.settings.seeds)
+    n = max((len(each.runs) for each in variants), default=0)
     if n == 1:
         yield "One seed: there are no intervals, and a difference may be chance."
+    if n < 2:
         return
     confidence = comparison.settings.confidence
     factor = t_quantile(confidence, n - 1) / math.sqrt(n)

@@ -73,15 +73,13 @@ def run_trials(
         ConfigError: a run folder holds a run of another configuration. Nothing was trained.
         Stopped: a run was asked to stop.
     """
-    check_folders(trials)
+    prepare(comparison, trials)
     failures: list[Failure] = []
     for number, trial in enumerate(trials, start=1):
         if is_finished(trial.config):
             continue
-        path = config_path(comparison, trial)
-        write_whole(path, dump(trial.config).encode())
         note(f"run {number} of {len(trials)}: {trial.name}, {trial.config.total_steps} steps")
-        code = start(path, trial.config.run_dir)
+        code = start(config_path(comparison, trial), trial.config.run_dir)
         if code in _STOPPED or code > _SIGNALLED:
             done(failures)
             raise Stopped(code)
@@ -92,12 +90,18 @@ def run_trials(
     return failures
 
 
-def check_folders(trials: Sequence[Trial]) -> None:
-    """Refuses folders of runs that were begun under another configuration.
+def prepare(comparison: Comparison, trials: Sequence[Trial]) -> None:
+    """Writes the file of every run, unless a folder holds a run that was begun under another configuration.
 
     Raises:
-        ConfigError: names the folder and the keys that differ.
+        ConfigError: names the folder and the keys that differ; nothing was written.
     """
+    _check_folders(trials)
+    for trial in trials:
+        write_whole(config_path(comparison, trial), dump(trial.config).encode())
+
+
+def _check_folders(trials: Sequence[Trial]) -> None:
     for trial in trials:
         path = trial.config.run_dir / CONFIG
         if not path.is_file():

@@ -147,7 +147,10 @@ def test_a_plan_is_forgotten_when_the_data_change(read: Read, monkeypatch: pytes
             ["compare.variants.2.overrides=[\"data.datasets.0.template.answers=['{gone}']\"]"],
             r"variant hybrid, seed 1: .*gone",
         ),
-        (["compare.variants.2.overrides=[data.packing.max_tokens=2]"], r"variant hybrid: packing.max_tokens=2"),
+        (
+            ["compare.variants.2.overrides=[data.packing.max_tokens=2]"],
+            r"variant hybrid, seed 1: .*a pack holds 2 tokens",
+        ),
     ],
 )
 def test_data_that_cannot_serve_a_variant_are_told_with_its_name(read: Read, words: list[str], complaint: str) -> None:

@@ -59,7 +59,7 @@ def pretend(config: RunConfig, score: float = 0.5, losses: Callable[[int], float
 
 
 def planned(read: Read, *words: str) -> tuple[Comparison, list[Trial]]:
-    comparison = read(*words)
+    comparison = read("compare.plan_steps=1", *words)
     return comparison, plan_trials(comparison)
 
 
@@ -259,3 +259,5 @@ def test_the_plan_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert list(plan) == ["embedding, seed 1", "cross, seed 1", "hybrid, seed 1"]
     assert plan["cross, seed 1"]["stages"]["all"]["steps"] == 6
     assert not (tmp_path / "cross").exists()
+    files = sorted(path.name for path in (tmp_path / "configs").iterdir())
+    assert files == ["cross-seed-1.yaml", "embedding-seed-1.yaml", "hybrid-seed-1.yaml"]
