@@ -79,7 +79,9 @@ def test_a_stage_goes_on_with_the_data_of_the_one_before(read: Read) -> None:
         assert trials["embedding"].stages[number].steps == steps
         real = counted(run, 1, number, 10, skip=done)
         enough = next(n for n in range(1, 11) if sum(step[2] for step in real[:n]) >= budget)
-        assert trials["cross"].stages[number].steps == enough
+        stage = trials["cross"].stages[number]
+        sums = [sum(step[k] for step in real[:enough]) for k in range(3)]
+        assert [stage.steps, stage.samples, stage.learned_tokens, stage.flops] == [enough, *sums]
         done += enough
 
 
