@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mmscale.compare.config import Comparison
@@ -86,27 +86,40 @@ class RunFigures:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A figure over the seeds of a variant.
+
+    Attributes:
+        mean: With its interval.
+        difference: From the first variant, taken seed by seed; None for that itself.
+        asked_error: Standard error over what was asked. Every seed is asked the same, so more seeds do not make it
+            smaller. None for training.
+    """
+
+    mean: Interval
+    difference: Interval | None
+    asked_error: float | None = None
+
+
+@dataclass(frozen=True)
 class SetFigures:
     """A variant on one held-out set, over its seeds.
 
     Attributes:
-        score: Share of right choices.
-        questions_error: Binomial standard error of ``score``: every seed is asked the same ``n`` questions, so more
-            seeds do not make it smaller.
-        control: Mean score with the images exchanged among the samples.
-        loss: Of the right answers, nats a token.
-        score_difference, loss_difference: From the first variant, taken seed by seed; None for that itself.
+        metric: The task in words.
+        n: Questions or documents.
+        chance: Share of right choices of a blind guess; None of documents.
+        control: Mean score with the images exchanged among the samples; None where no images are asked about.
+        score: Share of right choices; None of documents.
+        loss: Of the right answers or the documents, nats a token; None of questions that bring their choices.
     """
 
     metric: str
     n: int
-    chance: float
-    control: float
-    score: Interval
-    questions_error: float
-    loss: Interval
-    score_difference: Interval | None
-    loss_difference: Interval | None
+    chance: float | None
+    control: float | None
+    score: Figure | None
+    loss: Figure | None
 
 
 @dataclass(frozen=True)
@@ -116,8 +129,7 @@ class VariantFigures:
     name: str
     overrides: tuple[str, ...]
     runs: tuple[RunFigures, ...]
-    train_loss: Interval
-    train_loss_difference: Interval | None
+    train_loss: Figure
     heldout: Mapping[str, SetFigures]
 
     def median(self, figure: Callable[[RunFigures], float]) -> float:
@@ -197,44 +209,44 @@ def _variant(
     first: Sequence[RunFigures],
     confidence: float,
 ) -> VariantFigures:
-    partner = {run.seed: run for run in first if run.variant != name}
-    pairs = [(run, partner[run.seed]) for run in runs if run.seed in partner]
-
-    def mean(figure: Callable[[RunFigures], float]) -> Interval:
-        return mean_interval([figure(run) for run in runs], confidence)
-
-    def difference(figure: Callable[[RunFigures], float]) -> Interval | None:
-        return mean_interval([figure(a) - figure(b) for a, b in pairs], confidence) if pairs else None
-
-    heldout = {held: _held_out(runs, held, mean, difference) for held in runs[0].heldout}
-    return VariantFigures(
-        name,
-        overrides,
-        tuple(runs),
-        mean(lambda run: run.train_loss),
-        difference(lambda run: run.train_loss),
-        heldout,
-    )
+    over_seeds = _OverSeeds(runs, {run.seed: run for run in first if run.variant != name}, confidence)
+    heldout = {held: _held_out(over_seeds, held) for held in runs[0].heldout}
+    return VariantFigures(name, overrides, tuple(runs), over_seeds.figure(lambda run: run.train_loss), heldout)
 
 
-def _held_out(
-    runs: Sequence[RunFigures],
-    held: str,
-    mean: Callable[[Callable[[RunFigures], float]], Interval],
-    difference: Callable[[Callable[[RunFigures], float]], Interval | None],
-) -> SetFigures:
-    one = runs[0].heldout[held]
-    score = mean(lambda run: run.heldout[held]["score"])
+@dataclass(frozen=True)
+class _OverSeeds:
+    """Runs of a variant, and by seed those of the first one; none for that itself."""
+
+    runs: Sequence[RunFigures]
+    partner: Mapping[int, RunFigures]
+    confidence: float
+
+    def figure(self, of: Callable[[RunFigures], float]) -> Figure:
+        pairs = [(run, self.partner[run.seed]) for run in self.runs if run.seed in self.partner]
+        differences = [of(a) - of(b) for a, b in pairs]
+        mean = mean_interval([of(run) for run in self.runs], self.confidence)
+        return Figure(mean, mean_interval(differences, self.confidence) if differences else None)
+
+
+def _held_out(over_seeds: _OverSeeds, held: str) -> SetFigures:
+    one = over_seeds.runs[0].heldout[held]
+
+    def figure(key: str) -> Figure | None:
+        return None if one.get(key) is None else over_seeds.figure(lambda run: run.heldout[held][key])
+
+    score, loss, control = figure("score"), figure("loss"), figure("control")
+    if score is not None:
+        score = replace(score, asked_error=binomial_error(score.mean.mean, one["n"]))
+    elif loss is not None:
+        loss = replace(loss, asked_error=statistics.fmean(run.heldout[held]["error"] for run in over_seeds.runs))
     return SetFigures(
         metric=one["metric"],
         n=one["n"],
-        chance=one["chance"],
-        control=mean(lambda run: run.heldout[held]["control"]).mean,
+        chance=one.get("chance"),
+        control=None if control is None else control.mean.mean,
         score=score,
-        questions_error=binomial_error(score.mean, one["n"]),
-        loss=mean(lambda run: run.heldout[held]["loss"]),
-        score_difference=difference(lambda run: run.heldout[held]["score"]),
-        loss_difference=difference(lambda run: run.heldout[held]["loss"]),
+        loss=loss,
     )
 
 

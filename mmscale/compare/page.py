@@ -17,8 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 from mmscale.compare.config import Comparison
-from mmscale.compare.figures import Curve, RunFigures, VariantFigures, read_variants, variant_json
-from mmscale.compare.interval import Interval
+from mmscale.compare.figures import Curve, Figure, RunFigures, VariantFigures, read_variants, variant_json
 from mmscale.compare.limits import limits
 from mmscale.compare.plan import Trial
 from mmscale.compare.runs import Failure
@@ -43,7 +42,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Chart:
     """One chart with its heading."""
 
     title: str
@@ -105,7 +104,7 @@ def _render(
         done=done,
         planned=len(trials),
         facts=_facts(comparison, variants),
-        sets=list(variants[0].heldout) if variants else [],
+        heads=_result_heads(variants),
         results=[_result_row(each, colours[each.name]) for each in variants],
         costs=[_cost_row(each, colours[each.name]) for each in variants],
         bars=_bars(variants, colours),
@@ -126,13 +125,22 @@ def _facts(comparison: Comparison, variants: Sequence[VariantFigures]) -> list[t
     return [*facts, ("machine", "; ".join(machines))] if machines else facts
 
 
+def _result_heads(variants: Sequence[VariantFigures]) -> list[str]:
+    """Of each set its loss and its score, as far as it has them."""
+    heads = ["training loss, last tenth"]
+    for name, held in variants[0].heldout.items() if variants else ():
+        heads += [f"{name}: loss of what is right"] if held.loss else []
+        heads += [f"{name}: right choices"] if held.score else []
+    return heads
+
+
 def _result_row(figures: VariantFigures, colour: int) -> Row:
-    cells = [_cell(figures.train_loss, _nats, figures.train_loss_difference)]
+    cells = [_cell(figures.train_loss, _nats)]
     for held in figures.heldout.values():
-        cells.append(_cell(held.loss, _nats, held.loss_difference))
-        score, below = _cell(held.score, _percent, held.score_difference)
-        asked = f"questions ± {100 * held.questions_error:.1f} · images permuted {100 * held.control:.1f}%"
-        cells.append((score, "\n".join(filter(None, [below, asked]))))
+        cells += [_cell(held.loss, _nats)] if held.loss else []
+        if held.score:
+            permuted = [] if held.control is None else [f"images permuted {_percent(held.control)}"]
+            cells.append(_cell(held.score, _percent, permuted))
     return Row(figures.name, colour, cells)
 
 
@@ -144,16 +152,18 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
-def _cell(interval: Interval, text: Callable[[float], str], difference: Interval | None) -> tuple[str, str]:
-    """The mean, and small below it the interval and the difference from the first variant."""
-    below = []
-    if interval.low is not None and interval.high is not None:
-        below.append(f"{text(interval.low)} to {text(interval.high)}")
+def _cell(figure: Figure, text: Callable[[float], str], more: Sequence[str] = ()) -> tuple[str, str]:
+    """The mean; small below it the interval, the difference from the first variant, and the error of what was asked."""
+    mean, difference, below = figure.mean, figure.difference, []
+    if mean.low is not None and mean.high is not None:
+        below.append(f"{text(mean.low)} to {text(mean.high)}")
     if difference is not None:
         sign = "+" if difference.mean >= 0 else "−"
         spread = "" if difference.half is None else f" ± {text(difference.half)}"
         below.append(f"difference {sign}{text(abs(difference.mean))}{spread}")
-    return text(interval.mean), "\n".join(below)
+    if figure.asked_error is not None:
+        below.append(f"of what was asked ± {text(figure.asked_error)}")
+    return text(mean.mean), "\n".join([*below, *more])
 
 
 def _cost_row(figures: VariantFigures, colour: int) -> Row:
@@ -189,24 +199,25 @@ def _cost_row(figures: VariantFigures, colour: int) -> Row:
     )
 
 
-def _bars(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> list[Figure]:
-    """One chart a held-out set: scores with their intervals over seeds, and what a blind guess gets."""
+def _bars(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> list[Chart]:
+    """One chart a set that has a score: scores with their intervals over seeds, and what a blind guess gets."""
     found = []
-    width = max((7 * len(each.name) + 14 for each in variants), default=66)
+    width = max((7 * len(each.name) + 14 for each in variants), default=0)
     for name, held in variants[0].heldout.items() if variants else ():
+        scores = {each.name: figure for each in variants if (figure := each.heldout[name].score) is not None}
+        if held.chance is None or not scores:
+            continue
         bars = [
-            Bar(
-                each.name, each.heldout[name].score.mean, each.heldout[name].score.half or 0.0, f"a{colours[each.name]}"
-            )
-            for each in variants
+            Bar(variant, score.mean.mean, score.mean.half or 0.0, f"a{colours[variant]}")
+            for variant, score in scores.items()
         ]
         bars.append(Bar("chance", held.chance, 0.0, "chance"))
         chart = bar_chart(bars, width=_NARROW, label_width=max(66, width))
-        found.append(Figure(name, f"{held.metric} · {held.n:,} samples", chart))
+        found.append(Chart(name, f"{held.metric} · {held.n:,} samples", chart))
     return found
 
 
-def _figures(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> list[Figure]:
+def _figures(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> list[Chart]:
     if not any(run.curve.loss for each in variants for run in each.runs):
         return []
     note = "smoothed; mean over seeds, band from the lowest to the highest"
@@ -222,7 +233,7 @@ def _loss_chart(
     over: Callable[[Curve], Sequence[float]],
     name: str,
     note: str,
-) -> Figure:
+) -> Chart:
     largest = max(over(run.curve)[-1] for each in variants for run in each.runs if run.curve.loss)
     unit, size = _unit(largest)
     lines, bands = [], []
@@ -233,7 +244,7 @@ def _loss_chart(
         bands.append(Band([(x, low, high) for x, low, _, high in spread], colour))
     axis = " ".join(filter(None, [unit, name]))
     chart = line_chart(lines, [], format_value=lambda value: f"{value:.3g}", width=_WIDE, bands=bands, axis=axis)
-    return Figure(f"Training loss over {axis}", note, chart)
+    return Chart(f"Training loss over {axis}", note, chart)
 
 
 def _unit(largest: float) -> tuple[str, float]:

@@ -10,11 +10,11 @@ import torch
 
 from mmscale.compare.config import Comparison
 from mmscale.models.build import build_model
-from mmscale.nn.init import FirstRule, first_rule
+from mmscale.nn.init import value_rule
 from mmscale.optim import component_of_parameters
 from mmscale.run_config import RunConfig
 
-Rules = dict[str, dict[str, tuple[tuple[int, ...], FirstRule]]]
+Rules = dict[str, dict[str, tuple[tuple[int, ...], tuple[float, float]]]]
 """By component and name of the parameter: its shape and its rule."""
 
 
@@ -47,6 +47,7 @@ def first_rules(run: RunConfig) -> Rules:
                 continue
             seen.add(parameter)
             full_name = f"{path}.{name}" if path else name
-            rule = (tuple(parameter.shape), first_rule(module, full_name, parameter.shape))
+            shape = tuple(parameter.shape)
+            rule = (shape, value_rule(module, full_name, shape))
             rules.setdefault(owner[full_name], {})[full_name] = rule
     return rules

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,32 +71,25 @@ def first_values(module: nn.Module, full_name: str, shape: Iterable[int], seed: 
         shape: Of the whole parameter.
         seed: Of the run.
     """
+    mean, std = value_rule(module, full_name, tuple(shape))
     values = torch.empty(tuple(shape), dtype=torch.float32)
-    rule = first_rule(module, full_name, values.shape)
-    if rule.constant is not None:
-        return values.fill_(rule.constant)
+    if not std:
+        return values.fill_(mean)
     digest = hashlib.sha256(f"{seed}/{full_name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return values.normal_(0.0, rule.std, generator=generator)
+    return values.normal_(mean, std, generator=generator)
 
 
-class FirstRule(NamedTuple):
-    """What first values follow from besides seed, name and shape: a constant, or else a standard deviation."""
-
-    constant: float | None
-    std: float = 0.0
-
-
-def first_rule(module: nn.Module, full_name: str, shape: Sequence[int]) -> FirstRule:
-    """The rule of one parameter; arguments as of ``first_values``. Models that agree in it start alike."""
+def value_rule(module: nn.Module, full_name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """What ``first_values`` draws from: mean and standard deviation; all values are the mean where that is 0."""
     path = full_name.split(".")
     constant = _constant(module, path[-1])
     if constant is not None:
-        return FirstRule(constant)
+        return constant, 0.0
     std = getattr(module, "init_std", None) or 1 / math.sqrt(shape[-1])
     if any(name in _RESIDUAL_OUTPUTS for name in path[-2:]):
         std *= getattr(module, "init_residual_gain", 1.0)
-    return FirstRule(None, std)
+    return 0.0, std
 
 
 def _constant(module: nn.Module, name: str) -> float | None:

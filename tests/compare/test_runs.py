@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,16 @@ from mmscale.cli import main
 from mmscale.compare import Comparison, Stopped, Trial, plan_trials, run_trials, write_comparison
 from mmscale.config import dump, load
 from mmscale.errors import ConfigError
-from mmscale.report.result import Memory, Params, RunResult, SetResult, write_result
+from mmscale.report.result import (
+    ChoiceResult,
+    HeldOutResult,
+    Memory,
+    Params,
+    PerplexityResult,
+    RunResult,
+    SetResult,
+    write_result,
+)
 from mmscale.run_config import RunConfig
 from tests.compare.conftest import TINY, Read
 from tests.report.pages import HOSTILE, Page
@@ -24,14 +33,14 @@ SEEDS = "compare.seeds=[1, 2, 3]"
 SCORES = {"embedding": (0.50, 0.60, 0.70), "cross": (0.40, 0.45, 0.65), "hybrid": (0.8, 0.7, 0.9)}
 
 
-def pretend(config: RunConfig, score: float = 0.5, losses: Callable[[int], float] = lambda step: 4 / step) -> None:
+def pretend(config: RunConfig, score: float = 0.5, more: Mapping[str, HeldOutResult] | None = None) -> None:
     """Leaves behind what a finished run does."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump(config))
     lines = [
         {
             "step": step,
-            "loss": losses(step) if step != 2 else None,
+            "loss": 4 / step if step != 2 else None,
             "tokens": 900,
             "samples": 8,
             "learned_tokens": 30 + step,
@@ -49,7 +58,7 @@ def pretend(config: RunConfig, score: float = 0.5, losses: Callable[[int], float
         steps=config.total_steps,
         train_seconds=12.0,
         params=Params(1000, 900, {"vision": 400, "decoder": 600}),
-        heldout={"both": held},
+        heldout={"both": held, **(more or {})},
         tokens=900 * config.total_steps,
         samples=8 * config.total_steps,
         memory=Memory((1 << 20, 3 << 20)),
@@ -152,14 +161,14 @@ def test_figures_are_means_over_seeds_and_differences_seed_by_seed(figures: tupl
     held = cross["heldout"]["both"]
     own, other = SCORES["cross"], SCORES["embedding"]
     pairs = [a - b for a, b in zip(own, other, strict=True)]
-    for interval, values in ((held["score"], own), (held["score_difference"], pairs)):
+    for interval, values in ((held["score"]["mean"], own), (held["score"]["difference"], pairs)):
         half = 4.3027 * statistics.stdev(values) / math.sqrt(3)
         assert interval["mean"] == pytest.approx(statistics.fmean(values))
         assert interval["high"] - interval["mean"] == pytest.approx(half, rel=1e-4)
         assert interval["mean"] - interval["low"] == pytest.approx(half, rel=1e-4)
-    assert held["questions_error"] == pytest.approx(math.sqrt(0.5 * 0.5 / 100))
-    assert held["loss"]["mean"] == pytest.approx(2 - statistics.fmean(own))
-    assert first["heldout"]["both"]["score_difference"] is None
+    assert held["score"]["asked_error"] == pytest.approx(math.sqrt(0.5 * 0.5 / 100))
+    assert held["loss"]["mean"]["mean"] == pytest.approx(2 - statistics.fmean(own))
+    assert first["heldout"]["both"]["score"]["difference"] is None
     (run, *_) = first["runs"]
     assert (run["steps"], run["learned_tokens"], run["flops"]) == (6, 30 * 6 + 21, 30_000_000_000)
     assert run["train_loss"] == pytest.approx(4 / 6)  # A tenth of six steps is the last one.
@@ -179,7 +188,7 @@ def test_the_page_shows_every_variant_and_needs_no_network(figures: tuple[Compar
         assert all(word in page.text for word in variant.overrides)
     assert "50.0%" in page.text
     assert "difference −10.0% ± 12.4%" in page.text
-    assert "questions ± 5.0" in page.text
+    assert "of what was asked ± 5.0%" in page.text
     assert all(sentence in page.text for sentence in found["limits"])
     charts = [json.loads(a["data-chart"] or "") for tag, a in page.tags if tag == "svg" and a.get("class") == "chart"]
     assert [chart["axis"] for chart in charts] == ["learned tokens", "million operations"]
@@ -202,6 +211,24 @@ def test_the_limits_follow_from_what_was_run(figures: tuple[Comparison, dict[str
         "a machine, fp32",
     ):
         assert words in limits
+
+
+def test_sets_of_documents_and_of_choices_have_what_they_have(read: Read) -> None:
+    comparison, trials = planned(read, "compare.seeds=[1, 2]")
+    for number, trial in enumerate(trials):
+        documents = PerplexityResult(2.0 + number, 0.3, 7.4, 1.5, tokens=90, bytes=200, n=9)
+        choices = ChoiceResult(0.5, 0.25, 100, "right choice among 4", 0.05, {"none": 0.5})
+        pretend(trial.config, more={"documents": documents, "choices": choices})
+    cross = write_comparison(comparison, trials, [])["variants"][1]["heldout"]
+    assert cross["documents"]["score"] is None
+    assert cross["documents"]["loss"]["mean"]["mean"] == pytest.approx(4.5)
+    assert cross["documents"]["loss"]["difference"]["mean"] == pytest.approx(1)
+    assert cross["documents"]["loss"]["asked_error"] == pytest.approx(0.3)
+    assert (cross["choices"]["loss"], cross["choices"]["control"]) == (None, None)
+    assert cross["choices"]["score"]["asked_error"] == pytest.approx(0.05)
+    text = Page(comparison.page.read_text()).text
+    assert "documents: loss of what is right choices: right choices" in text
+    assert "right choice among 4 · 100 samples" in text
 
 
 def test_the_limits_of_one_seed_and_of_unlike_batches(read: Read) -> None:
