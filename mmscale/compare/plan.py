@@ -190,16 +190,10 @@ def _trial(
         update={
             "seed": seed,
             "run_dir": comparison.run_dir / variant.name / f"seed-{seed}",
-            "stages": tuple(_stretched(a, b.steps) for a, b in zip(variant.run.stages, stages, strict=True)),
+            "stages": tuple(a.stretched(b.steps) for a, b in zip(variant.run.stages, stages, strict=True)),
         }
     )
     return Trial(variant.name, seed, config, stages, parts_after)
-
-
-def _stretched(stage: StageConfig, steps: int) -> StageConfig:
-    """The stage over so many steps, its warm-up the same share of them."""
-    warmup = round(stage.warmup_steps * steps / stage.steps)
-    return stage.model_copy(update={"steps": steps, "warmup_steps": warmup})
 
 
 @dataclass(frozen=True)
