@@ -67,6 +67,9 @@ def _model(annotation: Any, data: Any) -> type[BaseModel] | None:
     if len(models) <= 1:
         return models[0] if models else None
     tag = data.get(TAG) if isinstance(data, dict) else None
+    if tag is None:  # A union may have one member that needs no tag.
+        untagged = [model for model in models if (info := model.model_fields.get(TAG)) and not info.is_required()]
+        return untagged[0] if len(untagged) == 1 else None
     return next((model for model in models if tag in _tags(model)), None)
 
 

@@ -67,12 +67,17 @@ def read_questions(held: ChoiceSet) -> list[Question]:
     """
     reader = SampleReader(Manifest.open(held.manifest), held.name)
     try:
-        return [_question(reader.read(number), held) for number in draw(held, reader.manifest.num_samples)]
+        return [question_of(reader.read(number), held) for number in draw(held, reader.manifest.num_samples)]
     finally:
         reader.close()
 
 
-def _question(sample: Sample, held: ChoiceSet) -> Question:
+def question_of(sample: Sample, held: ChoiceSet) -> Question:
+    """What a sample asks.
+
+    Raises:
+        SampleError: it lacks a field, or a field is not what the set expects.
+    """
     try:
         choices = _choices(sample, held)
         right = _right(sample, held, choices)

@@ -25,7 +25,7 @@ from tests.engine.ranks import run_ranks
 from tests.evaluate.asked import ALONE, EMOJI, tiny_model
 from tests.evaluate.texts import evaluation, score, text_data, text_model, write_set
 
-WORDS = ("cat", "a red apple", "fire engine", "été", "grapes, melon and peach", "owl")
+WORDS = ("cat", "a red apple", "fire engine", "ネコ", "ぶどうとメロンと桃", "消防車")
 PLAIN = {"kind": "choice", "template": " {value}", "prompt": "{question} Answer:"}
 CHAT = {"kind": "choice", "dialogue": {"kind": "dialogue"}}
 
