@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,6 +106,22 @@ class BranchedSegments:
         return cls(Segments.from_lengths(queries), Segments.from_lengths(keys), torch.cat(rows))
 
 
+class ViewPlace(NamedTuple):
+    """Where an item belongs.
+
+    Attributes:
+        segment: The document that it is a part of.
+        image: Number of its image in the batch; items of one image stand together, in reading order.
+        tiles: Rows and columns of tiles that its image is cut into; (1, 1) if it is in one piece.
+        tile: Row and column of this tile; None if the item shows the whole image.
+    """
+
+    segment: int
+    image: int
+    tiles: tuple[int, int]
+    tile: tuple[int, int] | None
+
+
 @dataclass(frozen=True)
 class MediaBlock:
     """All views of one modality in a batch, packed.
@@ -122,6 +138,7 @@ class MediaBlock:
         keys: int64 ``(A,)`` feature rows that are attended, span after span; a row may occur more than once.
         span_tokens: Partition of the T tokens into X spans.
         span_keys: Partition of ``keys`` into the same X spans; a span of text before any image has no keys.
+        places: Of each item its document, image and tile, on the host.
     """
 
     values: Tensor
@@ -133,6 +150,7 @@ class MediaBlock:
     keys: Tensor
     span_tokens: Segments
     span_keys: Segments
+    places: tuple[ViewPlace, ...] = ()
 
 
 AttentionSegments = Segments | BranchedSegments

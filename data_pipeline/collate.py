@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
+from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments, ViewPlace
 from data_pipeline.document import Document, Run
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
@@ -117,7 +117,18 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
         keys=_expand(keys),
         span_tokens=Segments.from_lengths(span_tokens),
         span_keys=Segments.from_lengths(span_keys),
+        places=_places(documents),
     )
+
+
+def _places(documents: Sequence[Document]) -> tuple[ViewPlace, ...]:
+    places, image, last = list[ViewPlace](), -1, None
+    for segment, document in enumerate(documents):
+        for item in document.items:
+            image += (segment, item.image) != last
+            last = segment, item.image
+            places.append(ViewPlace(segment, image, item.tiles, item.place))
+    return tuple(places)
 
 
 def _expand(runs: Sequence[Run]) -> Tensor:
@@ -193,4 +204,15 @@ def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> M
         keys=torch.cat([block.keys + start for block, start in zip(blocks, features, strict=True)]),
         span_tokens=_join([block.span_tokens for block in blocks]),
         span_keys=_join([block.span_keys for block in blocks]),
+        places=_concatenate_places(batches),
     )
+
+
+def _concatenate_places(batches: Sequence[MultimodalBatch]) -> tuple[ViewPlace, ...]:
+    places, segment, image = list[ViewPlace](), 0, 0
+    for batch in batches:
+        own = batch.media[IMAGE].places
+        places += [place._replace(segment=place.segment + segment, image=place.image + image) for place in own]
+        segment += batch.segments.num
+        image += own[-1].image + 1 if own else 0
+    return tuple(places)

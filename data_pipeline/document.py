@@ -65,6 +65,8 @@ class MediaItem:
         embedded: Written into token slots (True) or attended by cross-attention (False).
         kept: Part of its grid of features that is handed on, of views that overlap; None hands on all.
         place: Row and column of a tile in the grid of its image; None if the view shows the whole image.
+        tiles: Rows and columns of tiles that its image is cut into; (1, 1) if it is in one piece.
+        image: Number of its image in the sample; views of one image stand together.
     """
 
     values: npt.NDArray[np.uint8]
@@ -72,6 +74,8 @@ class MediaItem:
     embedded: bool
     kept: Region | None = None
     place: tuple[int, int] | None = None
+    tiles: tuple[int, int] = (1, 1)
+    image: int = 0
 
     @property
     def num_patches(self) -> int:

@@ -84,7 +84,7 @@ class _Draft:
         """Appends the tokens of an image as it is laid out; none of them is learned."""
         assert not self.branches, "an image in a branch would be attended by the branches after it"
         start, first_item = len(self.ids), len(self.items)
-        self.items.extend(views)
+        self.items.extend(replace(view, image=len(self.images)) for view in views)
         self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
         slots = {
             number: np.empty(view.num_features(self.spec), dtype=np.int32)
@@ -264,7 +264,7 @@ class DocumentBuilder:
 
     def _assemble(self, pieces: list[Piece], sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
         draft = _Draft(self.spec)
-        draft.add_text([self.tokenizer.bos_id], 0.0)
+        draft.add_text([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id], 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
         for piece in pieces:
             if isinstance(piece, ImagePart):
@@ -277,6 +277,8 @@ class DocumentBuilder:
                 draft.add_text([self._special[piece.name]], piece.weight)
             else:
                 draft.add_text(self._encode(piece.text), piece.weight)
+        if not draft.ids:
+            raise SampleError("it has no token: nothing is in it, and the tokenizer has none to open a document with")
         self._check_counts(draft)
         self._check_branches(draft)
         rule = self.dataset.template.loss_weight

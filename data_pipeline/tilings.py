@@ -53,6 +53,12 @@ class Tiled:
     canvases: tuple[Canvas, ...]
     tiles: tuple[Tile, ...]
 
+    @property
+    def grid(self) -> Tiles:
+        """Rows and columns of the tiles; (1, 1) without any."""
+        rows, columns = zip(*(tile.place or (0, 0) for tile in self.tiles), strict=True)
+        return max(rows) + 1, max(columns) + 1
+
 
 @functools.lru_cache
 def grids(min_tiles: int, max_tiles: int) -> tuple[Tiles, ...]:

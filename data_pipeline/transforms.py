@@ -324,7 +324,8 @@ class ImageTransform:
                 for tile in tiles
             ]
         return tiled.canvases, tuple(
-            self._view(tile, tiled.canvases[tile.canvas].size, role) for tile, role in zip(tiles, roles, strict=True)
+            replace(self._view(tile, tiled.canvases[tile.canvas].size, role), tiles=tiled.grid)
+            for tile, role in zip(tiles, roles, strict=True)
         )
 
     def _view(self, tile: Tile, canvas: Size, embedded: bool) -> View:
@@ -364,4 +365,4 @@ def _black(rows: int, columns: int) -> npt.NDArray[np.uint8]:
 
 
 def _item(values: npt.NDArray[np.uint8], view: View) -> MediaItem:
-    return MediaItem(values, view.grid, view.embedded, view.kept, view.place)
+    return MediaItem(values, view.grid, view.embedded, view.kept, view.place, view.tiles)

@@ -44,7 +44,7 @@ class View:
         top, left: Its corner on the canvas, pixels.
         grid: Patches along (time, height, width).
         embedded: Written into token slots (True) or attended (False).
-        kept, place: As in ``MediaItem``.
+        kept, place, tiles: As in ``MediaItem``.
     """
 
     canvas: int
@@ -54,6 +54,7 @@ class View:
     embedded: bool
     kept: Region | None = None
     place: tuple[int, int] | None = None
+    tiles: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)

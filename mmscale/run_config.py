@@ -26,7 +26,7 @@ from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.ledger import LedgerConfig
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
-from mmscale.stages import ALL, DEFAULT, StageConfig
+from mmscale.stages import ALL, StageConfig
 
 
 class RunConfig(StrictConfig):
@@ -55,8 +55,12 @@ class RunConfig(StrictConfig):
             raise ValueError(f"stages need names of their own, got {names}")
         for number, stage in enumerate(self.stages):
             components = self.stage_model(number).components  # Raises where an override of the block is not legal.
-            named = {*stage.train, *stage.learning_rate, *(name for each in stage.weights for name in each.components)}
-            if unknown := named - set(components) - {ALL, DEFAULT}:
+            named = {
+                *stage.train,
+                *stage.named_components,
+                *(name for each in stage.weights for name in each.components),
+            }
+            if unknown := named - set(components) - {ALL}:
                 raise ValueError(
                     f"stages.{number} ({stage.name}) names {sorted(unknown)}; this model has {sorted(components)}"
                 )

@@ -1,13 +1,12 @@
 """Weights of a checkpoint, whole, for other programs: under our names, or as a family of Hugging Face stores them.
 
-Values are read range by range and written on, so neither a model nor a large matrix is ever in memory. Tied parameters
-are stored once.
+Values are read range by range and written on, so neither a model nor a large matrix is ever in memory, save one whose
+axes a family exchanges. Tied parameters are stored once.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +18,11 @@ from mmscale.checkpoint.manifest import Manifest
 from mmscale.checkpoint.reshard import CheckpointReader, verify
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import CARRIED
+from mmscale.hf.layout import Stored
 from mmscale.hf.layouts import layout_for, layout_of
-from mmscale.hf.read import beside, read_config
+from mmscale.hf.read import PREPROCESSOR, beside, read_config
 from mmscale.hf.write import SHARD_BYTES, Outgoing, require_new, write_folder
-from mmscale.models.config import ModelConfig
+from mmscale.models.config import read_model_config
 
 Weights = Literal["master", "ema"]
 Format = Literal["fp32", "bf16"]
@@ -50,10 +50,6 @@ class _Entry:
     kind: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -118,19 +114,19 @@ def export_weights(
         raise CheckpointError(f"{checkpoint} is damaged and was not exported: {'; '.join(problems)}")
     with CheckpointReader(checkpoint) as reader:
         manifest = reader.manifest
-        entries = list(_entries(reader, weights, _DTYPES[number_format]))
+        entries = {entry.name: entry for entry in _entries(reader, weights, _DTYPES[number_format])}
         if to is None:
-            config, joined, tied = (
-                manifest.model_config_values,
-                {entry.name: [entry] for entry in entries},
-                manifest.tied,
-            )
+            config, tied = manifest.model_config_values, manifest.tied
+            tensors = [_outgoing(reader, Stored.alone(entry.name, entry.shape), entries) for entry in entries.values()]
         else:
-            config, joined = _as_family(manifest, checkpoint, entries, number_format, to)
+            config, stored = _as_family(manifest, checkpoint, entries, number_format, to)
             tied = {}
-        tensors = [_outgoing(reader, name, parts) for name, parts in joined.items()]
+            tensors = [_outgoing(reader, tensor, entries) for tensor in stored.values()]
         copied = [] if to is None or to.like is None else beside(to.like)
-        names = write_folder(folder, tensors, config, tied=tied, shard_bytes=shard_bytes, beside=copied)
+        preprocessor = None if to is None or config is None else config.pop(PREPROCESSOR, None)
+        names = write_folder(
+            folder, tensors, config, preprocessor=preprocessor, tied=tied, shard_bytes=shard_bytes, beside=copied
+        )
         return ExportReport(
             folder=str(folder),
             checkpoint=str(checkpoint),
@@ -148,28 +144,39 @@ def export_weights(
 
 
 def _as_family(
-    manifest: Manifest, checkpoint: Path, entries: list[_Entry], number_format: Format, to: HuggingFace
-) -> tuple[dict[str, Any], dict[str, list[_Entry]]]:
-    """``config.json``, and by foreign name the parameters that lie in it one after another."""
+    manifest: Manifest, checkpoint: Path, entries: Mapping[str, _Entry], number_format: Format, to: HuggingFace
+) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """``config.json``, and the family's tensors by name."""
     if manifest.model_config_values is None:
         raise CheckpointError(f"{checkpoint} does not know its model's configuration; save it from a run of mmscale")
-    config = ModelConfig.model_validate(manifest.model_config_values)
+    config = read_model_config(manifest.model_config_values)
     like = {} if to.like is None else read_config(to.like)
     layout = layout_of(like["model_type"]) if like else layout_for(config)
-    values = layout.config_values(config) | {key: like[key] for key in CARRIED & like.keys()}
+    values = _carried(layout.config_values(config), like)
     values["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[number_format]
-    by_name = {entry.name: entry for entry in entries}
-    return values, {name: [by_name[part] for part in parts] for name, parts in layout.joined(by_name).items()}
+    if to.like is not None and (to.like / f"{PREPROCESSOR}.json").is_file():
+        values.pop(PREPROCESSOR, None)  # Copied with the others.
+    return values, layout.stored(config, {name: entry.shape for name, entry in entries.items()})
 
 
-def _outgoing(reader: CheckpointReader, name: str, parts: list[_Entry]) -> Outgoing:
+def _carried(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """``values``, with those of ``CARRIED`` as the folder like it has them, block by block."""
+    taken = {key: like[key] for key in CARRIED & like.keys()}
+    blocks = {
+        key: _carried(block, like[key])
+        for key, block in values.items()
+        if isinstance(block, Mapping) and isinstance(like.get(key), Mapping)
+    }
+    return {**values, **taken, **blocks}
+
+
+def _outgoing(reader: CheckpointReader, tensor: Stored, entries: Mapping[str, _Entry]) -> Outgoing:
     def values() -> Iterator[Tensor]:
-        for part in parts:
-            yield from _values(reader, part)
+        for part, start, stop in tensor.ranges():
+            ranges = _values(reader, entries[part.name], start, stop)
+            yield from ranges if part.axes is None else [part.axes.to_theirs(torch.cat(list(ranges)))]
 
-    first = parts[0]
-    shape = first.shape if len(parts) == 1 else (sum(part.shape[0] for part in parts), *first.shape[1:])
-    return Outgoing(name, first.dtype, shape, values)
+    return Outgoing(tensor.name, entries[tensor.parts[0].name].dtype, tensor.shape, values)
 
 
 def _entries(reader: CheckpointReader, weights: Weights, dtype: torch.dtype) -> Iterator[_Entry]:
@@ -195,12 +202,12 @@ def _require_averages(reader: CheckpointReader) -> None:
         raise CheckpointError(f"{reader.path} holds averaged weights, but none of {', '.join(lacking[:5])}")
 
 
-def _values(reader: CheckpointReader, entry: _Entry) -> Iterator[Tensor]:
-    """The flattened tensor in chunks."""
+def _values(reader: CheckpointReader, entry: _Entry, start: int, stop: int) -> Iterator[Tensor]:
+    """A range of the flattened tensor in chunks."""
     if entry.kind == "buffer":
         yield from [values] if (values := reader.buffer(entry.name).reshape(-1)).numel() else []
         return
-    for start in range(0, entry.numel, _CHUNK_VALUES):
-        chunk = torch.empty(min(_CHUNK_VALUES, entry.numel - start), dtype=entry.dtype)
-        reader.fill(chunk, entry.name, entry.kind, start)
+    for first in range(start, stop, _CHUNK_VALUES):
+        chunk = torch.empty(min(_CHUNK_VALUES, stop - first), dtype=entry.dtype)
+        reader.fill(chunk, entry.name, entry.kind, first)
         yield chunk

@@ -10,7 +10,9 @@ from mmscale.cli.console import emit
 
 app = typer.Typer()
 
-_CONFIG = typer.Argument(help="A YAML file of a model (decoder:, vision:, connector:) or of a run.", metavar="CONFIG")
+_CONFIG = typer.Argument(
+    help="A YAML file of a model (decoder:, vision:, connector:), of a tower (vision:) or of a run.", metavar="CONFIG"
+)
 _OVERRIDES = typer.Argument(None, help="Values that win over the file's.", metavar="[KEY=VALUE]...")
 
 
@@ -26,9 +28,14 @@ def params(
     from mmscale.config.layers import apply_overrides, read_layers
     from mmscale.config.validate import validate
     from mmscale.models.build import count_parameters
-    from mmscale.models.config import ModelConfig
+    from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
 
     root = apply_overrides(read_layers(config), overrides or [])
     block = root.child("model") or root  # A run's file holds the model under one key.
-    value, _ = validate(block, ModelConfig, str(config))
+    alone = block.child("decoder") is None and block.child("vision") is not None
+    value: AnyModelConfig
+    if alone:
+        value, _ = validate(block, TowerConfig, str(config))
+    else:
+        value, _ = validate(block, ModelConfig, str(config))
     emit(asdict(count_parameters(value)), json=json)

@@ -1,29 +1,150 @@
-"""What a family's file says: how its configuration and its names become ours, and back.
+"""What a family's file says: how its configuration and its tensors become ours, and back.
 
-    config.json --to_model--> ModelConfig --to_keys--> config.json
-    decoder.layers.3.mlp.up_proj.weight  <--names-->  model.layers.3.mlp.up_proj.weight
+    config.json --to_model--> ModelConfig or TowerConfig --to_keys--> config.json
+    decoder.layers.3.mlp.up_proj.weight  <--rows-->  model.layers.3.mlp.up_proj.weight
 
 A family is one ``Layout``. Names are rewritten from the front by the first row that matches. Parameters of ours that
-get the same foreign name are stored there one after another, along the first dimension; that is how a table of new
-tokens, or projections that others fuse, become one matrix, and how it is cut again.
+get the same foreign name are stored there one after another along the first dimension, or dealt in blocks of rows; that
+is how a table of new tokens, or projections that others fuse, become one matrix, and how it is cut again.
 
 A layout cannot lie about a configuration: what ``to_keys`` writes is read back by ``to_model`` and compared.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.models.config import ModelConfig
+from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig, TowerConfig, VisionConfig
 
 _SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The same values in another order.
+
+    Attributes:
+        sizes: Theirs, of a view of the tensor, or of the part that a row takes of it; one may be -1.
+        order: Which of their axes each of ours is.
+    """
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def to_ours(self, values: Tensor) -> Tensor:
+        """A view of their values in the order of ours."""
+        return values.reshape(self.sizes).permute(self.order)
+
+    def to_theirs(self, values: Tensor) -> Tensor:
+        """Our values, flat, in their order: ``(n,)``, a copy."""
+        ours = values.view([self.sizes[axis] for axis in self.order])
+        return ours.permute([self.order.index(axis) for axis in range(len(self.order))]).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where parameters of ours lie among theirs.
+
+    Attributes:
+        ours: Beginning of our name; ``{n}`` is any number, the same on both sides.
+        theirs: Beginning of their name, which the rest of ours follows.
+        shape: Of their tensor, where it has another one for the same values in the same order (a convolution over
+            patches, an axis of length 1); a dimension may be -1.
+        block: Rows of a block, where several parameters share a tensor in turn: a block of the first, a block of the
+            second, ..., and again (queries, keys and values head by head). None: one after another.
+        part: Order among the parameters that share a tensor; equal ones are in the model's order.
+        axes: Of their values, where those are ordered otherwise (pixels of a patch channel by channel, or with the
+            channels innermost). Not together with ``block``.
+    """
+
+    ours: str
+    theirs: str
+    shape: tuple[int, ...] | None = None
+    block: int | None = None
+    part: int = 0
+    axes: Axes | None = None
+
+
+Rows = tuple[Row, ...]
+
+
+def rows(*pairs: tuple[str, str]) -> Rows:
+    """Rows that only rename."""
+    return tuple(Row(ours, theirs) for ours, theirs in pairs)
+
+
+def under(table: Rows, *, ours: tuple[str, str] = ("", ""), theirs: tuple[str, str] = ("", "")) -> Rows:
+    """The rows of a part of a model in a larger one: ``(old, new)`` beginning on each side."""
+    return tuple(
+        replace(
+            row,
+            ours=ours[1] + row.ours.removeprefix(ours[0]),
+            theirs=theirs[1] + row.theirs.removeprefix(theirs[0]),
+        )
+        for row in table
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter of ours in a tensor of theirs."""
+
+    name: str
+    shape: tuple[int, ...]
+    block: int | None = None
+    axes: Axes | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of theirs, and what of ours lies in it.
+
+    Attributes:
+        name: Theirs.
+        shape: Theirs.
+        parts: In order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def alone(cls, name: str, shape: tuple[int, ...]) -> Stored:
+        """A parameter under its own name."""
+        return cls(name, shape, (Part(name, shape),))
+
+    @property
+    def rounds(self) -> int:
+        """How often the parts take turns."""
+        first = self.parts[0]
+        return 1 if first.block is None else first.shape[0] // first.block
+
+    def cut(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Views of ``values``: of each parameter flat, rounds by values of a block, or with its axes exchanged."""
+        turns = values.reshape(self.rounds, -1)
+        start = 0
+        for part in self.parts:
+            size = math.prod(part.shape) // self.rounds
+            own = turns[0, start : start + size] if self.rounds == 1 else turns[:, start : start + size]
+            yield part.name, own if part.axes is None else part.axes.to_ours(own)
+            start += size
+
+    def ranges(self) -> Iterator[tuple[Part, int, int]]:
+        """(part, first value of ours, behind the last) in the order of their values, ``axes`` apart."""
+        for turn in range(self.rounds):
+            for part in self.parts:
+                size = math.prod(part.shape) // self.rounds
+                yield part, turn * size, (turn + 1) * size
 
 
 @dataclass(frozen=True)
@@ -33,21 +154,27 @@ class Layout:
     Attributes:
         model_type: By which its ``config.json`` is recognised.
         architecture: Class that the exported folder asks for.
-        names: Rows (beginning of our name, beginning of theirs); ``{n}`` is any number, the same on both sides.
+        rows: Of a configuration of ours: where each parameter lies.
         to_model: Our configuration; must read every key that matters.
         to_keys: The keys of theirs, ``model_type`` and ``architectures`` apart.
         unused: Names (regular expressions) of tensors that old files hold and nobody needs.
+        spellings: (regular expression, replacement): names of other versions to those of ``rows``.
+        kind: Whether it holds models or towers alone.
+        auto_class: Class of transformers that opens what is exported; None if it has none for this family.
     """
 
     model_type: str
     architecture: str
-    names: tuple[tuple[str, str], ...]
-    to_model: Callable[[Keys], ModelConfig]
-    to_keys: Callable[[ModelConfig], dict[str, Any]]
+    rows: Callable[[Any], Rows]
+    to_model: Callable[[Keys], AnyModelConfig]
+    to_keys: Callable[[Any], dict[str, Any]]
     unused: tuple[str, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    kind: type[ModelConfig] | type[TowerConfig] = ModelConfig
+    auto_class: str | None = "AutoModelForCausalLM"
 
-    def model_config(self, values: Mapping[str, Any], where: str) -> ModelConfig:
-        """Our configuration of a ``config.json``.
+    def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
+        """Our configuration of a ``config.json``, which may hold ``preprocessor_config``.
 
         Raises:
             CheckpointError: it asks for something that our models do not compute.
@@ -60,55 +187,103 @@ class Layout:
         keys.finish()
         return config
 
-    def config_values(self, config: ModelConfig) -> dict[str, Any]:
-        """A ``config.json`` of our configuration.
+    def config_values(self, config: AnyModelConfig) -> dict[str, Any]:
+        """A ``config.json`` of our configuration, and under ``preprocessor_config`` what the file of that name says.
 
         Raises:
             CheckpointError: the family has no words for it; names the first differences.
         """
+        if not isinstance(config, self.kind):
+            held = "models" if self.kind is ModelConfig else "vision towers alone"
+            raise CheckpointError(f"{self.model_type} holds {held}")
         values = {"model_type": self.model_type, "architectures": [self.architecture], **self.to_keys(config)}
         again = self.model_config(values, f"{self.model_type} configuration")
         if different := list(_differences("model", computed(config), computed(again))):
             raise CheckpointError(f"{self.model_type} has no words for {'; '.join(different[:_SHOWN])}")
         return values
 
-    def stored_name(self, name: str) -> str:
+    def stored(self, config: AnyModelConfig, shapes: Mapping[str, Sequence[int]]) -> dict[str, Stored]:
+        """Their tensors, by their names.
+
+        Args:
+            config: Of the model.
+            shapes: Of its parameters, by our names, in the model's order.
+
+        Raises:
+            CheckpointError: a parameter has no place.
+        """
+        table = self.rows(config)
+        found: dict[str, list[tuple[Row, Part]]] = {}
+        for name, shape in shapes.items():
+            row, theirs = self._place(table, name)
+            found.setdefault(theirs, []).append((row, Part(name, tuple(shape), row.block, row.axes)))
+        return {theirs: _stored(theirs, places) for theirs, places in found.items()}
+
+    def stored_name(self, config: AnyModelConfig, name: str) -> str:
         """Their name of a parameter of ours.
 
         Raises:
-            CheckpointError: no row matches.
+            CheckpointError: it has no place.
         """
-        for ours, theirs in self.names:
-            if found := re.match(re.escape(ours).replace(r"\{n\}", r"(?P<n>\d+)"), name):
-                return theirs.format(**found.groupdict()) + name[found.end() :]
+        return self._place(self.rows(config), name)[1]
+
+    def _place(self, table: Rows, name: str) -> tuple[Row, str]:
+        for row in table:
+            if match := re.match(re.escape(row.ours).replace(r"\{n\}", r"(?P<n>\d+)"), name):
+                return row, row.theirs.format(**match.groupdict()) + name[match.end() :]
         raise CheckpointError(f"{name}: the layout of {self.model_type} has no place for it")
 
-    def joined(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """Their name -> the parameters of ours that lie in it, one after another."""
-        found: dict[str, list[str]] = {}
-        for name in names:
-            found.setdefault(self.stored_name(name), []).append(name)
-        return found
+    def spelled(self, name: str) -> str:
+        """A name of theirs as ``rows`` has it."""
+        for pattern, replacement in self.spellings:
+            name, changed = re.subn(pattern, replacement, name)
+            if changed:
+                break
+        return name
 
     def is_unused(self, name: str) -> bool:
         """Whether a tensor of theirs is known to be of no use."""
         return any(re.fullmatch(pattern, name) for pattern in self.unused)
 
 
-def computed(config: ModelConfig) -> dict[str, Any]:
+def _stored(name: str, places: list[tuple[Row, Part]]) -> Stored:
+    places = sorted(places, key=lambda place: place[0].part)
+    parts = tuple(part for _, part in places)
+    first = parts[0].shape
+    shape = first if len(parts) == 1 else (sum(part.shape[0] for part in parts), *first[1:])
+    if (wanted := places[0][0].shape) is not None:
+        open_size = math.prod(shape) // abs(math.prod(wanted))
+        shape = tuple(open_size if size == -1 else size for size in wanted)
+    return Stored(name, shape, parts)
+
+
+def computed(config: AnyModelConfig) -> dict[str, Any]:
     """What of a configuration decides what its weights compute, with defaults filled in and all tokens in one table."""
     values = config.model_dump(mode="json")
+    if isinstance(config.vision, VisionConfig):
+        _fill_attention(values["vision"], config.vision)
+        values["vision"]["layer_scale"] = config.vision.layer_scale is not None
+        del values["vision"]["init_std"]
+    if not isinstance(config, ModelConfig):
+        return values
     decoder, block = config.decoder, values["decoder"]
     block["vocab_size"] = decoder.num_ids
-    block["attention"]["num_kv_heads"] = decoder.attention.kv_heads
-    block["attention"]["head_dim"] = decoder.attention.resolved_head_dim(decoder.hidden_dim)
-    block["attention"]["qk_norm_config"] = (decoder.attention.qk_norm_config or decoder.norm).model_dump(mode="json")
-    if block["attention"]["qk_norm"] == "none":
-        del block["attention"]["qk_norm_config"]
+    _fill_attention(block, decoder)
     if decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:  # Else ids are read that have no logit.
         del block["extra_tokens"]
     del block["dropout"], block["init_std"]  # Of training, and of its beginning.
+    if values["connector"] is not None:
+        values["connector"].pop("gate_init", None)
     return values
+
+
+def _fill_attention(block: dict[str, Any], config: DecoderConfig | VisionConfig) -> None:
+    attention = config.attention
+    block["attention"]["num_kv_heads"] = attention.kv_heads
+    block["attention"]["head_dim"] = attention.resolved_head_dim(config.hidden_dim)
+    block["attention"]["qk_norm_config"] = (attention.qk_norm_config or config.norm).model_dump(mode="json")
+    if block["attention"]["qk_norm"] == "none":
+        del block["attention"]["qk_norm_config"]
 
 
 def _differences(path: str, ours: Any, theirs: Any) -> Iterator[str]:

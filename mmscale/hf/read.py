@@ -11,6 +11,7 @@ keeps of it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ _MOST_JSON_BYTES = 256 << 20
 BESIDE = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 )
-"""Files that go with the weights: the tokenizer's, and how to sample."""
+"""Files that go with the weights: the tokenizer's, the image processor's, and how to sample."""
+PREPROCESSOR = "preprocessor_config"
+"""Key of a folder's configuration under which the file of this name stands."""
 
 
 class HfFolder:
@@ -35,24 +39,25 @@ class HfFolder:
 
     Args:
         path: The folder, not one of its files.
+        spelled: From the names in the files to those by which they are asked for.
 
     Raises:
         CheckpointError: it is none, or its files are damaged or do not belong together.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, spelled: Callable[[str], str] = str) -> None:
         self.path = path
-        self.config = read_config(path)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[Any, str]] = {}
         for file, listed in _listing(path).items():
             opened = _open(path / file)
             there = set(opened.keys())
             if listed is not None and listed != there:
                 odd = sorted(listed ^ there)
                 raise CheckpointError(f"{path / file}: {odd[0]} is not both in {INDEX} and in the file")
-            if twice := sorted(there & self._files.keys()):
-                raise CheckpointError(f"{path}: {twice[0]} is in two files")
-            self._files |= dict.fromkeys(there, opened)
+            for name in sorted(there):
+                if spelled(name) in self._files:
+                    raise CheckpointError(f"{path}: {name} is in two files")
+                self._files[spelled(name)] = (opened, name)
 
     @property
     def names(self) -> set[str]:
@@ -71,13 +76,14 @@ class HfFolder:
             CheckpointError: it cannot be read.
         """
         try:
-            return self._files[name].get_tensor(name)
+            file, stored = self._files[name]
+            return file.get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a folder.
+    """``config.json`` of a folder, and under ``preprocessor_config`` the file of that name, if there is one.
 
     Raises:
         CheckpointError: there is none, or it is none.
@@ -85,6 +91,8 @@ def read_config(path: Path) -> dict[str, Any]:
     values = _read_json(path / CONFIG)
     if not isinstance(values.get("model_type"), str):
         raise CheckpointError(f"{path / CONFIG}: no model_type: not a model of Hugging Face's transformers")
+    if (path / f"{PREPROCESSOR}.json").is_file():
+        values[PREPROCESSOR] = _read_json(path / f"{PREPROCESSOR}.json")
     return values
 
 

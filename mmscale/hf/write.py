@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmscale.durable.files import sync_folder, write_file
 from mmscale.errors import CheckpointError
-from mmscale.hf.read import CONFIG, INDEX
+from mmscale.hf.read import CONFIG, INDEX, PREPROCESSOR
 from mmscale.hf.tensor_file import file_header
 
 SHARD_BYTES = 5_000_000_000
@@ -64,6 +64,7 @@ def write_folder(
     tensors: Sequence[Outgoing],
     config: Mapping[str, object] | None,
     *,
+    preprocessor: Mapping[str, object] | None = None,
     tied: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
     beside: Iterable[Path] = (),
@@ -74,6 +75,7 @@ def write_folder(
         folder: Must not exist.
         tensors: In order.
         config: JSON values of ``config.json``; None for no such file.
+        preprocessor: The same of ``preprocessor_config.json``, unless it is among those ``beside``.
         tied: Second name of a tensor -> its first; the index says so under ``metadata.tied``.
         shard_bytes: Largest file, unless one tensor alone is larger.
         beside: Files to copy along.
@@ -99,6 +101,8 @@ def write_folder(
         _write_json(partial / INDEX, {"metadata": metadata, "weight_map": places})
         if config is not None:
             _write_json(partial / CONFIG, config)
+        if preprocessor is not None:
+            _write_json(partial / f"{PREPROCESSOR}.json", preprocessor)
         for file in beside:
             write_file(partial / file.name, _read(file))
         sync_folder(partial)

@@ -9,10 +9,14 @@ from torch import nn
 
 from data_pipeline.media_spec import MediaSpec, Placement
 from mmscale.models.config import (
+    AnyModelConfig,
     CrossAttentionConnectorConfig,
     EmbeddingConnectorConfig,
     HybridConnectorConfig,
     ModelConfig,
+    PatchesConfig,
+    TowerConfig,
+    VisionConfig,
 )
 from mmscale.models.connectors.cross_attention import CrossAttentionConnector
 from mmscale.models.connectors.embedding import EmbeddingConnector
@@ -20,11 +24,10 @@ from mmscale.models.decoder import Decoder
 from mmscale.models.flops import cost_per_patch
 from mmscale.models.head import LanguageHead
 from mmscale.models.multimodal import Connector, MultimodalModel
-from mmscale.models.vision import VisionTower
+from mmscale.models.vision import PixelPatches, VisionTower
 from mmscale.nn.attention_backends import AttentionChoice, Backend, resolve_backend
 from mmscale.nn.init import initialise_
 from mmscale.nn.moe import Experts
-from mmscale.nn.rope import LearnedPositionsConfig
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,16 @@ def build_model(
     tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
     head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
     head.init_std = config.decoder.init_std  # type: ignore[assignment]
-    vision = None if config.vision is None else VisionTower(config.vision, backend)
-    model = MultimodalModel(config, decoder, head, vision, _connector(config, backend))
+    model = MultimodalModel(config, decoder, head, _tower(config.vision, backend), _connector(config, backend))
     if seed is not None and not any(parameter.is_meta for parameter in model.parameters()):
         initialise_(model, seed)
     return model
+
+
+def _tower(config: VisionConfig | PatchesConfig | None, backend: Backend) -> VisionTower | PixelPatches | None:
+    if config is None:
+        return None
+    return PixelPatches(config) if isinstance(config, PatchesConfig) else VisionTower(config, backend)
 
 
 def _connector(config: ModelConfig, backend: Backend) -> Connector | None:
@@ -79,6 +87,27 @@ def _connector(config: ModelConfig, backend: Backend) -> Connector | None:
     if isinstance(config.connector, EmbeddingConnectorConfig):
         return EmbeddingConnector(config.connector, config.vision.feature_dim, config.decoder.hidden_dim)
     return CrossAttentionConnector(config.connector, config.vision.feature_dim, config.decoder, backend)
+
+
+class TowerAlone(nn.Module):
+    """A vision tower whose parameters have the names that they have in a model."""
+
+    def __init__(self, config: TowerConfig, backend: Backend) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.vision, backend)
+
+    def components(self) -> dict[str, list[nn.Parameter]]:
+        """One component."""
+        return {"vision": list(self.vision.parameters())}
+
+
+def build_weights(config: AnyModelConfig) -> MultimodalModel | TowerAlone:
+    """On the meta device: names and shapes, no values."""
+    with torch.device("meta"):
+        if isinstance(config, TowerConfig):
+            return TowerAlone(config, resolve_backend("sdpa", None))
+        return build_model(config, attention="sdpa")
 
 
 def media_spec(config: ModelConfig) -> MediaSpec:
@@ -91,22 +120,20 @@ def media_spec(config: ModelConfig) -> MediaSpec:
         CrossAttentionConnectorConfig: Placement.CROSS_ATTENTION,
         HybridConnectorConfig: Placement.HYBRID,
     }
-    positions = config.vision.positions
     return MediaSpec(
         placement=placements[type(config.connector)],
         patch_size=config.vision.patch_size,
         merge=config.connector.projector.merge,
         channels=config.vision.channels,
         cost_per_patch=cost_per_patch(config),
-        fixed_grid=positions.grid if isinstance(positions, LearnedPositionsConfig) else None,
+        fixed_grid=config.vision.fixed_grid,
         position_axes=axes,
     )
 
 
-def count_parameters(config: ModelConfig) -> ParameterCount:
+def count_parameters(config: AnyModelConfig) -> ParameterCount:
     """Counts on the meta device: no memory, any size."""
-    with torch.device("meta"):
-        model = build_model(config, attention="sdpa")
+    model = build_weights(config)
     total = _unique(model)
     idle = 0
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The vision tower: packed patches of any number of images to packed features, in one call."""
+"""Vision towers: packed patches of any number of images to packed features, in one call."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import VisionConfig
+from mmscale.models.config import PatchesConfig, VisionConfig
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.block import TransformerBlock
 from mmscale.nn.init import set_init_scale
 from mmscale.nn.norms import build_norm
-from mmscale.nn.patch_embed import LearnedPositions, PatchEmbed
+from mmscale.nn.patch_embed import LearnedPositions, PatchEmbed, normalised
 from mmscale.nn.rope import LearnedPositionsConfig, Rotary2dConfig, Rotation, image_rotation
 
 Grids = Sequence[tuple[int, int, int]]
@@ -31,6 +31,25 @@ def grid_places(grids: Grids) -> tuple[np.ndarray, np.ndarray]:
     rows = [np.tile(np.repeat(np.arange(height), width), time) for time, height, width in grids]
     columns = [np.tile(np.arange(width), time * height) for time, height, width in grids]
     return np.concatenate(rows), np.concatenate(columns)
+
+
+class PixelPatches(nn.Module):
+    """In the place of a tower: patches as they are, for a connector that projects pixels.
+
+    Normalised in float32 whatever the weights are, so that a pixel is rounded to their format once.
+
+    Source: Fuyu-8B's model card.
+    """
+
+    def __init__(self, config: PatchesConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList()
+
+    def forward(self, media: MediaBlock) -> Float[Tensor, "P patch_dim"]:
+        """Pixels of every patch, each laid out (channel, row, column)."""
+        config = self.config
+        return normalised(media.values, config.channels, config.mean, config.std, torch.float32)
 
 
 class VisionTower(nn.Module):

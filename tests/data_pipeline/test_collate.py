@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
 from data_pipeline.collate import collate, concatenate
 from data_pipeline.config import DataConfig
+from data_pipeline.cutting import cut
 from data_pipeline.document import Document, MediaItem, Region, Span
 from data_pipeline.documents import null_document
 from data_pipeline.known_faults import RunFaults
@@ -108,6 +109,38 @@ def test_counts_and_pairs(packs: list[Pack], spec: MediaSpec) -> None:
     single = [i for i, document in enumerate(documents) if document.num_images == 1 and not document.is_null]
     assert batch.pairs[:, 1].tolist() == single
     assert len(set(batch.pairs[:, 0].tolist())) == len(single) > 0
+
+
+def test_every_view_says_where_it_belongs(packs: list[Pack], spec: MediaSpec) -> None:
+    """Against the extents of the images, in whole documents and in those that are cut."""
+    documents = [document for pack in packs for document in pack.documents]
+    places = collate(packs, spec).media["image"].places
+    image = item = 0
+    for segment, document in enumerate(documents):
+        after = [*(extent.first_item for extent in document.images[1:]), len(document.items)]
+        for extent, end in zip(document.images, after, strict=False):
+            views = document.items[extent.first_item : end]
+            tiles = [view.place for view in views if view.place is not None]
+            grid = (max(row for row, _ in tiles) + 1, max(column for _, column in tiles) + 1) if tiles else (1, 1)
+            assert len(set(tiles)) == len(tiles) == (grid[0] * grid[1] if tiles else 0)
+            for view in views:
+                assert places[item] == (segment, image, grid, view.place)
+                item += 1
+            image += 1
+    assert item == len(places)
+    assert {place.image for place in places} == set(range(image))
+
+
+def test_a_part_of_a_page_keeps_its_images_apart(packs: list[Pack], spec: MediaSpec) -> None:
+    """Two images in a row are attended by the text behind them, so a part with that text alone has both."""
+    page = next(document for pack in packs for document in pack.documents if document.num_images == 3)
+    part = cut(page, page.images[1].stop, page.images[2].start)
+    places = collate([Pack((part,), 0)], spec).media["image"].places
+    if spec.placement is Placement.EMBEDDING:
+        assert not places
+    else:
+        assert [place.image for place in places] == sorted(place.image for place in places)
+        assert {place.image for place in places} == {0, 1}
 
 
 def test_concatenating_batches_is_collating_their_packs_together(packs: list[Pack], spec: MediaSpec) -> None:

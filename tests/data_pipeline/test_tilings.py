@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -33,7 +35,11 @@ sides = st.integers(1, 4000)
 
 
 def _grid(tiled: Tiled) -> tuple[int, int]:
-    places = [tile.place for tile in tiled.tiles if tile.place is not None]
+    return _grid_of([tile.place for tile in tiled.tiles])
+
+
+def _grid_of(all_places: Sequence[tuple[int, int] | None]) -> tuple[int, int]:
+    places = [place for place in all_places if place is not None]
     return max(row for row, _ in places) + 1, max(column for _, column in places) + 1
 
 
@@ -193,5 +199,7 @@ def test_more_tiles_at_least_than_at_most_are_refused() -> None:
 def test_images_of_crowded_samples_are_not_split(tiling: str, split: int, single: int) -> None:
     config = {"kind": "tiles", "size": 168, "tiling": {"kind": tiling}, "split_up_to": 2}
     transform = ImageTransform(TypeAdapter(TransformConfig).validate_python(config), SPEC)
+    split_up = transform.measure((168, 336), num_images=2)
+    assert {view.tiles for view in split_up} == {_grid_of([view.place for view in split_up])}
     counts = {number: len(transform.measure((168, 336), num_images=number)) for number in (1, 2, 3, 9)}
     assert counts == {1: split, 2: split, 3: single, 9: single}

@@ -8,14 +8,13 @@ Weights keep their number format; they are written as frozen ones are, since no 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmscale.checkpoint.foreign.match import first
 from mmscale.checkpoint.foreign.write import IMPORTED, PRECISIONS, new_share, write_checkpoint
@@ -24,10 +23,10 @@ from mmscale.checkpoint.save import model_config_values, tied_names
 from mmscale.checkpoint.share import Piece
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
-from mmscale.hf.layout import Layout
+from mmscale.hf.layout import Layout, Stored
 from mmscale.hf.layouts import layout_of
-from mmscale.hf.read import CONFIG, HfFolder
-from mmscale.models.build import build_model
+from mmscale.hf.read import CONFIG, HfFolder, read_config
+from mmscale.models.build import build_weights
 
 Table = dict[str, dict[str, Any]]
 """Shape of each parameter, by our name, as ``parameter_table`` gives it."""
@@ -73,14 +72,16 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
         CheckpointError: the folder is damaged or of a family that is not known, its configuration asks for something
             that our models do not compute, or its tensors are not those of the configuration.
     """
-    folder = HfFolder(source)
-    layout = layout_of(folder.config["model_type"])
-    config = layout.model_config(folder.config, str(source / CONFIG))
-    with torch.device("meta"):
-        model = build_model(config, attention="sdpa")
+    values = read_config(source)
+    layout = layout_of(values["model_type"])
+    config = layout.model_config(values, str(source / CONFIG))
+    folder = HfFolder(source, layout.spelled)
+    model = build_weights(config)
     table, tied = parameter_table(model), tied_names(model)
-    left_out = _check_names(folder, layout, table, tied)
-    pieces = list(_pieces(folder, layout, table))
+    stored = layout.stored(config, {name: entry["shape"] for name, entry in table.items()})
+    second = {layout.stored_name(config, name): layout.stored_name(config, owner) for name, owner in tied.items()}
+    left_out = _check_names(folder, layout, stored, second)
+    pieces = list(_pieces(folder, stored))
     formats = {piece.values.dtype for piece in pieces}
     precision = PRECISIONS.get(formats.pop(), "fp32") if len(formats) == 1 else "fp32"
     manifest = _manifest(folder, model, table, tied, precision)
@@ -99,16 +100,15 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
     )
 
 
-def _check_names(folder: HfFolder, layout: Layout, table: Table, tied: dict[str, str]) -> list[str]:
+def _check_names(folder: HfFolder, layout: Layout, stored: Mapping[str, Stored], second: dict[str, str]) -> list[str]:
     """Compares the names of the folder with those that the model needs.
 
     Returns:
         Tensors that are left out: of no use, or second names whose values are those of the first.
     """
-    wanted = set(layout.joined(table))
+    wanted = set(stored)
     if missing := sorted(wanted - folder.names):
         raise CheckpointError(f"{folder.path} does not hold {first(missing)}")
-    second = {layout.stored_name(name): layout.stored_name(owner) for name, owner in tied.items()}
     over = sorted(folder.names - wanted)
     for name in over:
         if name in second:
@@ -119,22 +119,16 @@ def _check_names(folder: HfFolder, layout: Layout, table: Table, tied: dict[str,
     return over
 
 
-def _pieces(folder: HfFolder, layout: Layout, table: Table) -> Iterator[Piece]:
+def _pieces(folder: HfFolder, stored: Mapping[str, Stored]) -> Iterator[Piece]:
     """Views of the mapped files, under our names."""
-    for stored, names in layout.joined(table).items():
-        shapes = [tuple(table[name]["shape"]) for name in names]
-        values = folder.tensor(stored)
-        expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        if tuple(values.shape) != expected:
+    for name, tensor in stored.items():
+        values = folder.tensor(name)
+        if tuple(values.shape) != tensor.shape:
             raise CheckpointError(
-                f"{folder.path}: {stored} is {list(values.shape)}, by {CONFIG} it should be {list(expected)}"
+                f"{folder.path}: {name} is {list(values.shape)}, by {CONFIG} it should be {list(tensor.shape)}"
             )
-        flat: Tensor = values.reshape(-1)
-        start = 0
-        for name, shape in zip(names, shapes, strict=True):
-            stop = start + math.prod(shape)
-            yield Piece(f"{name}|frozen", 0, flat[start:stop])
-            start = stop
+        for ours, part in tensor.cut(values):
+            yield Piece(f"{ours}|frozen", 0, part)
 
 
 def _manifest(folder: HfFolder, model: nn.Module, table: Table, tied: dict[str, str], precision: str) -> Manifest:

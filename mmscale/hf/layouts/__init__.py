@@ -1,14 +1,23 @@
-"""The families. A further one is a file beside these, and a line here."""
+"""The families. A further one is a file beside these that defines ``LAYOUT``; nothing else has to know of it."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from mmscale.errors import CheckpointError
 from mmscale.hf.layout import Layout
-from mmscale.hf.layouts import llama, mistral, olmo2, qwen2
-from mmscale.models.config import ModelConfig
+from mmscale.models.config import AnyModelConfig
 
-LAYOUTS: tuple[Layout, ...] = (llama.LAYOUT, qwen2.LAYOUT, mistral.LAYOUT, olmo2.LAYOUT)
-"""Where several have words for a model, the first is taken."""
+
+def _found() -> tuple[Layout, ...]:
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return tuple(module.LAYOUT for module in modules if hasattr(module, "LAYOUT"))  # Others are shared parts.
+
+
+LAYOUTS: tuple[Layout, ...] = _found()
+"""By name of the file. Where several have words for a model, the first is taken."""
 
 
 def layout_of(model_type: str) -> Layout:
@@ -24,14 +33,14 @@ def layout_of(model_type: str) -> Layout:
     raise CheckpointError(f"model_type={model_type!r} is not known; models of {known} can be exchanged")
 
 
-def layout_for(config: ModelConfig) -> Layout:
-    """The first family that has words for a model.
+def layout_for(config: AnyModelConfig) -> Layout:
+    """The first family that has words for a model; those that transformers cannot open come last.
 
     Raises:
         CheckpointError: none has; says why not.
     """
     reasons = []
-    for layout in LAYOUTS:
+    for layout in sorted(LAYOUTS, key=lambda layout: layout.auto_class is None):
         try:
             layout.config_values(config)
         except CheckpointError as error:

@@ -6,11 +6,12 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
+from mmscale.hf.layout import rows
 from mmscale.models.config import ModelConfig
 from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.rope import RopeConfig
 
-NAMES = (
+ROWS = rows(
     ("decoder.embed_tokens.extra_weight", "model.embed_tokens.weight"),
     ("head.extra_weight", "lm_head.weight"),
     ("decoder.", "model."),

@@ -26,4 +26,4 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     return {**decoder.to_keys(config), "attention_bias": block.attention.qkv_bias, "mlp_bias": mlp_bias}
 
 
-LAYOUT = Layout("llama", "LlamaForCausalLM", decoder.NAMES, _to_model, _to_keys, decoder.UNUSED)
+LAYOUT = Layout("llama", "LlamaForCausalLM", lambda _: decoder.ROWS, _to_model, _to_keys, decoder.UNUSED)

@@ -22,4 +22,4 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     return {**decoder.to_keys(config), "sliding_window": None}
 
 
-LAYOUT = Layout("mistral", "MistralForCausalLM", decoder.NAMES, _to_model, _to_keys, decoder.UNUSED)
+LAYOUT = Layout("mistral", "MistralForCausalLM", lambda _: decoder.ROWS, _to_model, _to_keys, decoder.UNUSED)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout
+from mmscale.hf.layout import Layout, rows
 from mmscale.hf.layouts import decoder
 from mmscale.models.config import ModelConfig
 
-NAMES = (
-    ("decoder.layers.{n}.input_layernorm.", "model.layers.{n}.post_attention_layernorm."),
-    ("decoder.layers.{n}.post_attention_layernorm.", "model.layers.{n}.post_feedforward_layernorm."),
-    *decoder.NAMES,
+ROWS = (
+    *rows(
+        ("decoder.layers.{n}.input_layernorm.", "model.layers.{n}.post_attention_layernorm."),
+        ("decoder.layers.{n}.post_attention_layernorm.", "model.layers.{n}.post_feedforward_layernorm."),
+    ),
+    *decoder.ROWS,
 )
 
 
@@ -26,4 +28,4 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     return {**decoder.to_keys(config), "attention_bias": config.decoder.attention.qkv_bias}
 
 
-LAYOUT = Layout("olmo2", "Olmo2ForCausalLM", NAMES, _to_model, _to_keys, decoder.UNUSED)
+LAYOUT = Layout("olmo2", "Olmo2ForCausalLM", lambda _: ROWS, _to_model, _to_keys, decoder.UNUSED)

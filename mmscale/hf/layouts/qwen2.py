@@ -23,4 +23,4 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     return {**decoder.to_keys(config), "use_sliding_window": False}
 
 
-LAYOUT = Layout("qwen2", "Qwen2ForCausalLM", decoder.NAMES, _to_model, _to_keys, decoder.UNUSED)
+LAYOUT = Layout("qwen2", "Qwen2ForCausalLM", lambda _: decoder.ROWS, _to_model, _to_keys, decoder.UNUSED)
