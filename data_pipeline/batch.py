@@ -138,6 +138,8 @@ class MediaBlock:
         keys: int64 ``(A,)`` feature rows that are attended, span after span; a row may occur more than once.
         span_tokens: Partition of the T tokens into X spans.
         span_keys: Partition of ``keys`` into the same X spans; a span of text before any image has no keys.
+        coverage: int32 ``(N, 8)``, of each item the patches that the image touches and those that it fills: top, left,
+            height and width of both. None: no item has padding, or the model does not want to know.
         places: Of each item its document, image and tile, on the host.
     """
 
@@ -150,6 +152,7 @@ class MediaBlock:
     keys: Tensor
     span_tokens: Segments
     span_keys: Segments
+    coverage: Tensor | None = None
     places: tuple[ViewPlace, ...] = ()
 
 

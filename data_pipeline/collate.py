@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments, ViewPlace
-from data_pipeline.document import Document, Run
+from data_pipeline.document import Coverage, Document, MediaItem, Run
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
 
@@ -117,8 +117,15 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
         keys=_expand(keys),
         span_tokens=Segments.from_lengths(span_tokens),
         span_keys=Segments.from_lengths(span_keys),
+        coverage=_coverage(items) if spec.padding else None,
         places=_places(documents),
     )
+
+
+def _coverage(items: Sequence[MediaItem]) -> Tensor:
+    covered = [item.coverage or Coverage.whole(*item.grid[1:]) for item in items]
+    rows = [[*each.touched, *each.filled] for each in covered]
+    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 8)
 
 
 def _places(documents: Sequence[Document]) -> tuple[ViewPlace, ...]:
@@ -204,6 +211,9 @@ def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> M
         keys=torch.cat([block.keys + start for block, start in zip(blocks, features, strict=True)]),
         span_tokens=_join([block.span_tokens for block in blocks]),
         span_keys=_join([block.span_keys for block in blocks]),
+        coverage=torch.cat([block.coverage for block in blocks if block.coverage is not None])
+        if spec.padding
+        else None,
         places=_concatenate_places(batches),
     )
 

@@ -31,7 +31,7 @@ from data_pipeline.native_sizes import Size, area_size, lifted, longest_side_siz
 from data_pipeline.shards.image_header import ImageSize, image_size
 from data_pipeline.strict import StrictConfig
 from data_pipeline.tilings import InternvlTiling, Tile, Tiled, TilingConfig, single_tile
-from data_pipeline.views import Canvas, ImagePlan, View, render
+from data_pipeline.views import Canvas, ImagePlan, View, coverage, render
 
 _BLACK = np.uint8(0)
 _PLANS_KEPT = 1024
@@ -323,17 +323,20 @@ class ImageTransform:
                 placement is Placement.EMBEDDING or (placement is Placement.HYBRID and tile.place is None)
                 for tile in tiles
             ]
-        return tiled.canvases, tuple(
-            replace(self._view(tile, tiled.canvases[tile.canvas].size, role), tiles=tiled.grid)
+        views = tuple(
+            replace(self._view(tile, tiled.canvases[tile.canvas], role), tiles=tiled.grid)
             for tile, role in zip(tiles, roles, strict=True)
         )
+        if self.spec.padding and isinstance(config, TilesTransform):
+            views = config.tiling.padded(views)
+        return tiled.canvases, views
 
-    def _view(self, tile: Tile, canvas: Size, embedded: bool) -> View:
+    def _view(self, tile: Tile, canvas: Canvas, embedded: bool) -> View:
         side, patch = self._size, self.spec.patch_size
-        height, width = (side, side) if isinstance(self.config, TilesTransform) else canvas
-        return View(
-            tile.canvas, tile.top, tile.left, (1, height // patch, width // patch), embedded, tile.kept, tile.place
-        )
+        height, width = (side, side) if isinstance(self.config, TilesTransform) else canvas.size
+        rows, columns = height // patch, width // patch
+        covered = coverage(canvas, tile.top, tile.left, rows, columns, patch) if self.spec.padding else None
+        return View(tile.canvas, tile.top, tile.left, (1, rows, columns), embedded, tile.kept, tile.place, covered)
 
     def _whole(self, size: Size) -> Canvas:
         """The canvas of the whole image."""
@@ -365,4 +368,4 @@ def _black(rows: int, columns: int) -> npt.NDArray[np.uint8]:
 
 
 def _item(values: npt.NDArray[np.uint8], view: View) -> MediaItem:
-    return MediaItem(values, view.grid, view.embedded, view.kept, view.place, view.tiles)
+    return MediaItem(values, view.grid, view.embedded, view.kept, view.place, view.coverage, view.tiles)

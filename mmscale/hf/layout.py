@@ -23,7 +23,14 @@ from torch import Tensor
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig, TowerConfig, VisionConfig
+from mmscale.models.config import (
+    AnyModelConfig,
+    DecoderConfig,
+    MlpProjectorConfig,
+    ModelConfig,
+    TowerConfig,
+    VisionConfig,
+)
 
 _SHOWN = 3
 
@@ -161,6 +168,8 @@ class Layout:
         spellings: (regular expression, replacement): names of other versions to those of ``rows``.
         kind: Whether it holds models or towers alone.
         auto_class: Class of transformers that opens what is exported; None if it has none for this family.
+        carried: Keys beside those of every family that say nothing about what the weights compute; an export takes
+            them over from a folder like it.
     """
 
     model_type: str
@@ -172,6 +181,7 @@ class Layout:
     spellings: tuple[tuple[str, str], ...] = ()
     kind: type[ModelConfig] | type[TowerConfig] = ModelConfig
     auto_class: str | None = "AutoModelForCausalLM"
+    carried: frozenset[str] = frozenset()
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
         """Our configuration of a ``config.json``, which may hold ``preprocessor_config``.
@@ -271,8 +281,11 @@ def computed(config: AnyModelConfig) -> dict[str, Any]:
     _fill_attention(block, decoder)
     if decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:  # Else ids are read that have no logit.
         del block["extra_tokens"]
-    del block["dropout"], block["init_std"]  # Of training, and of its beginning.
-    if values["connector"] is not None:
+    del block["dropout"], block["dropout_rows"], block["init_std"]  # Of training, and of its beginning.
+    if config.connector is not None:
+        projector = values["connector"]["projector"]
+        if isinstance(config.connector.projector, MlpProjectorConfig):
+            projector["hidden_dim"] = config.connector.projector.hidden_dim or decoder.hidden_dim
         values["connector"].pop("gate_init", None)
     return values
 

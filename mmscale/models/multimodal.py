@@ -88,7 +88,8 @@ class MultimodalModel(nn.Module):
                 f"decoder.dropout={rate}: a batch to train on needs dropout_key (mmscale.nn.dropout.step_key) and "
                 "lane_tokens; outside of training call model.eval()"
             )
-        return Dropout.of(rate, batch.dropout_key, batch.lanes, batch.lane_tokens, batch.token_ids.device)
+        chosen = batch.loss_weights > 0 if self.config.decoder.dropout_rows == "learned" else None
+        return Dropout.of(rate, batch.dropout_key, batch.lanes, batch.lane_tokens, batch.token_ids.device, chosen)
 
     def components(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by component, tied ones once; every parameter belongs to exactly one."""
