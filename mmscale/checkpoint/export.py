@@ -160,12 +160,15 @@ def _as_family(
 
 
 def _carried(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """``values``, with those of ``CARRIED`` as the folder like it has them, block by block."""
+    """``values``, with those of ``CARRIED`` as the folder like it has them, block by block.
+
+    Files of version 4 may have the keys of a text part beside the others.
+    """
     taken = {key: like[key] for key in CARRIED & like.keys()}
     blocks = {
-        key: _carried(block, like[key])
+        key: _carried(block, like.get(key, like if key == "text_config" else {}))
         for key, block in values.items()
-        if isinstance(block, Mapping) and isinstance(like.get(key), Mapping)
+        if isinstance(block, Mapping)
     }
     return {**values, **taken, **blocks}
 

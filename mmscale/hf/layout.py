@@ -23,7 +23,14 @@ from torch import Tensor
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig, TowerConfig, VisionConfig
+from mmscale.models.config import (
+    AnyModelConfig,
+    DecoderConfig,
+    MlpProjectorConfig,
+    ModelConfig,
+    TowerConfig,
+    VisionConfig,
+)
 
 _SHOWN = 3
 
@@ -284,7 +291,10 @@ def computed(config: AnyModelConfig) -> dict[str, Any]:
     if decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:  # Else ids are read that have no logit.
         del block["extra_tokens"]
     del block["dropout"], block["dropout_rows"], block["init_std"]  # Of training, and of its beginning.
-    if values["connector"] is not None:
+    if config.connector is not None:
+        projector = values["connector"]["projector"]
+        if isinstance(config.connector.projector, MlpProjectorConfig):
+            projector["hidden_dim"] = config.connector.projector.hidden_dim or decoder.hidden_dim
         values["connector"].pop("gate_init", None)
     return values
 

@@ -135,6 +135,8 @@ class VisionConfig(_Pixels):
     """Put a learned token first in every view (CLIP); it is dropped from the features. ``learned`` positions only."""
     patch_bias: bool = False
     """Bias on the patch projection."""
+    temporal_patch: int = Field(default=1, gt=0)
+    """Frames that the patch projection has weights for; a still image counts as so many equal ones (Qwen2-VL: 2)."""
     pre_norm: bool = False
     """A norm before the first block (CLIP, Pixtral)."""
     post_norm: bool = True
