@@ -37,6 +37,7 @@ class MediaSpec:
         fixed_grid: Patches (height, width) of every view, for towers with a fixed position
             table; None at native resolution.
         position_axes: 1 for plain positions, 3 for (time, height, width) positions (Qwen2-VL).
+        padding: Whether the model wants to know which patches show padding (Molmo).
     """
 
     placement: Placement = Placement.NONE
@@ -46,6 +47,7 @@ class MediaSpec:
     cost_per_patch: float = 1.0
     fixed_grid: tuple[int, int] | None = None
     position_axes: int = 1
+    padding: bool = False
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.merge < 1 or self.channels < 1:
