@@ -29,6 +29,6 @@ def test_both_sides_compute_the_same(family: str, small: None, monkeypatch: pyte
     assert 0 < first.difference < forward.TOLERANCE
     pair = build()
     with torch.no_grad():
-        next(pair.ours.parameters()).mul_(1.5)
+        list(pair.ours.parameters())[-1].mul_(1.5)  # Of the first ones a norm may undo it.
     with pytest.raises(RuntimeError, match="outputs differ"):
         next(forward.measure(pair, turns=1))
