@@ -11,7 +11,9 @@ REQUIRED: Any = object()
 CARRIED = frozenset(
     {
         *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
-        *("use_cache", "transformers_version", "image_token_id"),
+        *("use_cache", "transformers_version"),
+        *("image_token_id", "image_token_index", "image_seq_length", "video_token_id"),
+        *("vision_token_id", "vision_start_token_id", "vision_end_token_id"),
     }
 )
 """Keys of every family that say nothing about what the weights compute."""

@@ -135,6 +135,8 @@ class VisionConfig(_Pixels):
     """Put a learned token first in every view (CLIP); it is dropped from the features. ``learned`` positions only."""
     patch_bias: bool = False
     """Bias on the patch projection."""
+    temporal_patch: int = Field(default=1, gt=0)
+    """Frames that the patch projection has weights for; a still image counts as so many equal ones (Qwen2-VL: 2)."""
     pre_norm: bool = False
     """A norm before the first block (CLIP, Pixtral)."""
     post_norm: bool = True
@@ -204,6 +206,8 @@ class _Projector(StrictConfig):
     """Side of the square of patches that becomes one feature (pixel shuffle); 1 for none."""
     norm: Literal["none", "before_merge", "after_merge"] = "none"
     """Where a layer norm stands: per patch (Qwen2-VL), per merged feature (NVLM), or nowhere."""
+    norm_eps: float = 1e-6
+    """Its epsilon: 1e-6 in Qwen2-VL, 1e-5 in NVLM."""
     bias: bool = True
     """Biases on the projections."""
 

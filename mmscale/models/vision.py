@@ -81,7 +81,13 @@ class VisionTower(nn.Module):
         self.config = config
         self.head_dim = config.attention.resolved_head_dim(config.hidden_dim)
         self.patch_embed = PatchEmbed(
-            config.channels, config.patch_size, config.hidden_dim, config.mean, config.std, config.patch_bias
+            config.channels,
+            config.patch_size,
+            config.hidden_dim,
+            config.mean,
+            config.std,
+            config.patch_bias,
+            config.temporal_patch,
         )
         if isinstance(config.positions, LearnedPositionsConfig):
             self.positions = LearnedPositions(config.positions.grid, config.hidden_dim, config.class_token)

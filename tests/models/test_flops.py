@@ -75,6 +75,7 @@ MODELS: list[tuple[str | None, dict[str, Any]]] = [
     ("embedding", {"mlp": MOE, "vision": SCALED}),
     ("hybrid", {"mlp": EVERY_SECOND, **POST}),
     ("cross_attention", {"mlp": SHARED, "vision": MIDDLE}),
+    ("embedding", {"vision": {**VISION, "temporal_patch": 2}}),
     *((kind, {**NEW_ROWS}) for kind in (None, "cross_attention")),
 ]
 
