@@ -1,7 +1,6 @@
 """A tiny twin of any model: the same blocks, flags and ratios, other sizes.
 
-    widths        from few narrow heads; queries per key head stay (up to 8, or 4 where heads must be twice as wide),
-                  and so does a head width that is not D / H
+    widths        from few narrow heads; queries per key head (up to 8) stay, and so does a head width that is not D / H
     depth         two blocks, or two periods of what comes every n-th block, n at most 2
     experts       at most two a token, of in proportion as many
     pictures      a quarter of the patches a side, patches of 4 pixels
@@ -29,6 +28,7 @@ PATCH = 4
 _VOCABULARY = 2048
 _HEAD_DIM = 8
 _MAX_GROUP = 8
+_WIDEST = 128
 _LEAST_SIDE = 6
 _LOOSE_WIDTH = 48
 """Of layers outside of towers, such as a projector's: unlike any tower's width."""
@@ -80,10 +80,9 @@ _SIZES: dict[str, Callable[[int], int]] = {
 
 def _tower(block: Block, depth: int, merge: int) -> Block:
     """Blocks on one residual stream: width from heads, feed-forward and depth in proportion."""
-    old = block["attention"]
-    width = old["head_dim"] or block["hidden_dim"] // old["num_heads"]
     head_dim, rope = _head_dim(block.get("rope"))
-    heads = _heads(old, head_dim)
+    old, heads = block["attention"], _heads(block["attention"], head_dim)
+    width = old["head_dim"] or block["hidden_dim"] // old["num_heads"]
     own = Fraction(block["hidden_dim"], old["num_heads"] * width)  # 1 where the heads fill the stream.
     dim = math.ceil(own * heads["num_heads"] * head_dim / 8) * 8
     attention = {**old, **heads, "head_dim": head_dim if old["head_dim"] else None}
@@ -96,10 +95,10 @@ def _tower(block: Block, depth: int, merge: int) -> Block:
 
 
 def _heads(attention: Block, head_dim: int = _HEAD_DIM) -> Block:
-    """Two key heads if there are more than one, each with its queries."""
+    """Two key heads if there are more than one, each with its queries; one where two would make a wide stream."""
     kv_heads = attention.get("num_kv_heads") or attention["num_heads"]
-    group = min(attention["num_heads"] // kv_heads, _MAX_GROUP * _HEAD_DIM // head_dim)
-    few = min(kv_heads, 2)
+    group = min(attention["num_heads"] // kv_heads, _MAX_GROUP)
+    few = min(kv_heads, 2 if 2 * group * head_dim <= _WIDEST else 1)
     return {"num_heads": group * few, "num_kv_heads": few if attention.get("num_kv_heads") else None}
 
 
