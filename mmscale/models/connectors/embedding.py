@@ -49,7 +49,13 @@ class EmbeddingConnector(nn.Module):
         self.combine = add_features if config.combine == "add" else write_features
 
     def connect(
-        self, hidden: Tensor, features: Tensor, media: MediaBlock, segments: Segments, cache: KVCache | None
+        self,
+        hidden: Tensor,
+        features: Tensor,
+        tags: Tensor,
+        media: MediaBlock,
+        segments: Segments,
+        cache: KVCache | None,
     ) -> tuple[Tensor, Mapping[int, Insertion]]:
         """The decoder's input with images in it; no insertions."""
         if self.padding is not None:
