@@ -19,7 +19,7 @@ from mmscale.optim import freeze
 from mmscale.stages import StageConfig
 from tests.models.packs import image_document, pack
 from tests.models.test_branches import QUESTIONS, batch_of, build
-from tests.models.tiny import CONNECTORS, DENSE, LEARNED, MOE, VISION, VOCAB, config
+from tests.models.tiny import CONNECTORS, DENSE, LEARNED, MOE, PATCHES, VISION, VOCAB, config
 
 WIDE = {"attention": {"num_heads": 8, "num_kv_heads": 4}, "hidden_dim": 64}
 EVERY_SECOND = {**MOE, "every": 2, "dense": DENSE}
@@ -75,6 +75,7 @@ MODELS: list[tuple[str | None, dict[str, Any]]] = [
     ("embedding", {"mlp": MOE, "vision": SCALED}),
     ("hybrid", {"mlp": EVERY_SECOND, **POST}),
     ("cross_attention", {"mlp": SHARED, "vision": MIDDLE}),
+    ("embedding", {"vision": PATCHES}),
     *((kind, {**NEW_ROWS}) for kind in (None, "cross_attention")),
 ]
 
@@ -90,6 +91,8 @@ def test_a_training_step_equals_the_counter(kind: str | None, variant: dict[str,
     choices = TRAINED if kind is not None and not variant else TRAINED[-1:]
     if settings.decoder.extra_tokens:
         choices = [["extra_tokens"], ["extra_tokens", *(["connector"] if kind else [])], [*settings.components]]
+    elif settings.components == ("connector", "decoder"):
+        choices = [["connector"], ["decoder"], ["connector", "decoder"]]
     for trained in choices:
         trained = trained if kind is not None or settings.decoder.extra_tokens else ["decoder"]
         net = build_model(settings)

@@ -28,6 +28,7 @@ VISION = {
     "positions": {"kind": "rotary_2d"},
 }
 LEARNED = {**VISION, "positions": {"kind": "learned", "grid": [2, 4]}, "class_token": True, "pre_norm": True}
+PATCHES = {"kind": "patches", "patch_size": 2}
 MERGED = {"kind": "mlp", "merge": 2, "norm": "after_merge"}
 CONNECTORS: dict[str, dict[str, Any]] = {
     "embedding": {"kind": "embedding", "projector": MERGED},
