@@ -240,13 +240,20 @@ class DocumentBuilder:
         return self._outline(self.dataset.template.pieces, sample, rng, None).document
 
     def build_prompt(self, sample: Sample) -> Document:
-        """The document up to where the answer begins, without augmentation; nothing in it is learned."""
+        """The document up to where the answer begins, without augmentation; nothing in it is learned.
 
-        def template(sample: Sample, _: Draws | None) -> list[Piece]:
-            prompt = self.dataset.template.prompt(sample)
-            return [replace(piece, weight=0.0) if isinstance(piece, TextPiece) else piece for piece in prompt]
+        Raises:
+            SampleError: as the document itself.
+        """
+        return self._outline(self._prompt, sample, None, plain_empty)()
 
-        return self._outline(template, sample, None, plain_empty)()
+    def measure_prompt(self, sample: Sample) -> Document:
+        """The same in everything but pixels, as ``measure``."""
+        return self._outline(self._prompt, sample, None, None).document
+
+    def _prompt(self, sample: Sample, _: Draws | None) -> list[Piece]:
+        prompt = self.dataset.template.prompt(sample)
+        return [replace(piece, weight=0.0) if isinstance(piece, TextPiece) else piece for piece in prompt]
 
     def _outline(self, template: _Template, sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
         """The document of what ``template`` makes; ``empty`` None measures it only. Errors name the sample."""

@@ -18,6 +18,11 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "olmo-7b-1024": 7_298_617_344,
     "mistral-nemo-12b": 12_247_782_400,
     "fuyu-8b": 9_408_238_592,
+    "clip-vit-l-14-336": 303_507_456,
+    "clip-vit-h-14": 630_766_080,
+    "siglip-so400m": 412_987_248,  # Without the pooling head of 15,238,352, which features do not pass.
+    "siglip-l-16-384": 303_688_704,  # The same, 12,595,200.
+    "internvit-6b": 5_536_496_000,
 }
 
 
