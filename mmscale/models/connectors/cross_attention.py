@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, Segments
 from mmscale.models.config import CrossAttentionConnectorConfig, DecoderConfig, HybridConnectorConfig
-from mmscale.models.connectors.embedding import write_features
-from mmscale.models.connectors.projector import Projector
+from mmscale.models.connectors.embedding import build_projector, write_features
 from mmscale.models.decoder import Insertion
 from mmscale.models.kv_cache import CrossCache, KVCache
 from mmscale.nn.attention import AttentionConfig, CrossAttention, QkNorm
@@ -111,7 +110,7 @@ class CrossAttentionConnector(nn.Module):
         backend: Backend,
     ) -> None:
         super().__init__()
-        self.projector = Projector(feature_dim, decoder.hidden_dim, config.projector)
+        self.projector = build_projector(feature_dim, decoder.hidden_dim, config.projector)
         attention, mlp = cross_attention_shapes(config, decoder)
         layers = insertion_layers(decoder.num_layers, config.every)
         self.blocks = nn.ModuleDict(

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import EmbeddingConnectorConfig
+from mmscale.models.config import CAbstractorConfig, EmbeddingConnectorConfig, ProjectorConfig
+from mmscale.models.connectors.c_abstractor import CAbstractor
 from mmscale.models.connectors.projector import Projector
 from mmscale.models.decoder import Insertion
 from mmscale.models.kv_cache import KVCache
@@ -21,6 +22,12 @@ def write_features(
     return hidden.index_copy(0, media.dest, features.index_select(0, media.source).to(hidden.dtype))
 
 
+def build_projector(feature_dim: int, dim: int, config: ProjectorConfig) -> Projector | CAbstractor:
+    """From tower features to the decoder's width."""
+    kind = CAbstractor if isinstance(config, CAbstractorConfig) else Projector
+    return kind(feature_dim, dim, config)  # type: ignore[arg-type]
+
+
 class EmbeddingConnector(nn.Module):
     """Projects every feature and writes it into its token slot.
 
@@ -29,7 +36,7 @@ class EmbeddingConnector(nn.Module):
 
     def __init__(self, config: EmbeddingConnectorConfig, feature_dim: int, dim: int) -> None:
         super().__init__()
-        self.projector = Projector(feature_dim, dim, config.projector)
+        self.projector = build_projector(feature_dim, dim, config.projector)
 
     def connect(
         self, hidden: Tensor, features: Tensor, media: MediaBlock, segments: Segments, cache: KVCache | None
