@@ -22,7 +22,7 @@ from data_pipeline.image_layout import Features, ImageLayout, Text
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
-from data_pipeline.templates import BranchPiece, EndPiece, Piece, TextPiece, TokenPiece, special_tokens
+from data_pipeline.templates import BranchPiece, EndPiece, Piece, TextPiece, TextTemplate, TokenPiece, special_tokens
 from data_pipeline.templates.learned import share_weights
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageTransform, TilesTransform
@@ -197,7 +197,8 @@ class DocumentBuilder:
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.spec = spec
-        takes_images = spec.placement is not Placement.NONE
+        # Texts alone have no image, so their transform need not fit the model.
+        takes_images = spec.placement is not Placement.NONE and not isinstance(dataset.template, TextTemplate)
         transforms = dataset.transforms
         self._transform = ImageTransform(transforms, spec) if takes_images else None
         max_tiles = transforms.tiling.max_tiles if isinstance(transforms, TilesTransform) else 0

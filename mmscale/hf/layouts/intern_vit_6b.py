@@ -1,7 +1,7 @@
 """InternViT as its authors publish it (``InternVisionModel``): queries, keys and values fused.
 
-Names and keys are those of the authors' code (OpenGVLab/InternVL, ``modeling_intern_vit.py``), which transformers lacks:
-it opens such a folder only where that code lies beside.
+Names and keys are those of the authors' code (OpenGVLab/InternVL, ``modeling_intern_vit.py``), which transformers
+lacks: it opens such a folder only where that code lies beside.
 """
 
 from __future__ import annotations
