@@ -195,6 +195,8 @@ class _Projector(StrictConfig):
     """Side of the square of patches that becomes one feature (pixel shuffle); 1 for none."""
     norm: Literal["none", "before_merge", "after_merge"] = "none"
     """Where a layer norm stands: per patch (Qwen2-VL), per merged feature (NVLM), or nowhere."""
+    norm_eps: float = 1e-6
+    """Its epsilon: 1e-6 in Qwen2-VL, 1e-5 in NVLM."""
     bias: bool = True
     """Biases on the projections."""
 
