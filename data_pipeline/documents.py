@@ -84,7 +84,7 @@ class _Draft:
         """Appends the tokens of an image as it is laid out; none of them is learned."""
         assert not self.branches, "an image in a branch would be attended by the branches after it"
         start, first_item = len(self.ids), len(self.items)
-        self.items.extend(replace(view, image=len(self.images)) for view in views)
+        self.items.extend(replace(view, image=len(self.images)) for view in layout.tagged(views))
         self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
         slots = {
             number: np.empty(view.num_features(self.spec), dtype=np.int32)

@@ -38,6 +38,7 @@ class MediaSpec:
         fixed_grid: Patches (height, width) of every view, for towers with a fixed position
             table; None at native resolution.
         position_axes: 1 for plain positions, 3 for (time, height, width) positions (Qwen2-VL).
+        padding: Whether the model wants to know which patches show padding (Molmo).
         pooled_side: Side of the square of features that each view becomes whatever its grid (MM1.5); None: one feature
             for each merged square.
     """
@@ -49,6 +50,7 @@ class MediaSpec:
     cost_per_patch: float = 1.0
     fixed_grid: tuple[int, int] | None = None
     position_axes: int = 1
+    padding: bool = False
     pooled_side: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,12 +1,11 @@
 """Weights of a checkpoint, whole, for other programs: under our names, or as a family of Hugging Face stores them.
 
 Values are read range by range and written on, so neither a model nor a large matrix is ever in memory, save one whose
-rows a family turns. Tied parameters are stored once.
+axes a family exchanges. Tied parameters are stored once.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from mmscale.checkpoint.manifest import Manifest
 from mmscale.checkpoint.reshard import CheckpointReader, verify
 from mmscale.errors import CheckpointError
+from mmscale.hf.keys import CARRIED
 from mmscale.hf.layout import Stored
 from mmscale.hf.layouts import layout_for, layout_of
 from mmscale.hf.read import PREPROCESSOR, beside, read_config
@@ -152,30 +152,38 @@ def _as_family(
     config = read_model_config(manifest.model_config_values)
     like = {} if to.like is None else read_config(to.like)
     layout = layout_of(like["model_type"]) if like else layout_for(config)
-    values = _carried(layout.config_values(config), like, layout.carried)
+    values = _carried(layout.config_values(config), like) | {key: like[key] for key in layout.carried & like.keys()}
     values["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[number_format]
     if to.like is not None and (to.like / f"{PREPROCESSOR}.json").is_file():
         values.pop(PREPROCESSOR, None)  # Copied with the others.
     return values, layout.stored(config, {name: entry.shape for name, entry in entries.items()})
 
 
-def _carried(values: Mapping[str, Any], like: Mapping[str, Any], carried: frozenset[str]) -> dict[str, Any]:
-    """``values``, with those under ``carried`` as the folder like it has them, block by block."""
-    taken = {key: like[key] for key in carried & like.keys()}
+def _carried(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """``values``, with those of ``CARRIED`` as the folder like it has them, block by block.
+
+    Files of version 4 may have the keys of a text part beside the others.
+    """
+    taken = {key: like[key] for key in CARRIED & like.keys()}
     blocks = {
-        key: _carried(block, like[key], carried)
+        key: _carried(block, like.get(key, like if key == "text_config" else {}))
         for key, block in values.items()
-        if isinstance(block, Mapping) and isinstance(like.get(key), Mapping)
+        if isinstance(block, Mapping)
     }
     return {**values, **taken, **blocks}
 
 
 def _outgoing(reader: CheckpointReader, tensor: Stored, entries: Mapping[str, _Entry]) -> Outgoing:
-    def values() -> Iterator[Tensor]:
-        ranges = (_values(reader, entries[name], start, stop) for name, start, stop in tensor.ranges())
-        yield from tensor.joined(itertools.chain.from_iterable(ranges))
+    dtype = entries[tensor.parts[0].name].dtype
 
-    return Outgoing(tensor.name, entries[tensor.parts[0].name].dtype, tensor.shape, values)
+    def values() -> Iterator[Tensor]:
+        for part, start, stop in tensor.ranges():
+            ranges = _values(reader, entries[part.name], start, stop)
+            yield from ranges if part.axes is None else [part.axes.to_theirs(torch.cat(list(ranges)))]
+            if part.zeros:
+                yield torch.zeros(part.zeros, dtype=dtype)
+
+    return Outgoing(tensor.name, dtype, tensor.shape, values)
 
 
 def _entries(reader: CheckpointReader, weights: Weights, dtype: torch.dtype) -> Iterator[_Entry]:

@@ -14,19 +14,47 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from mmscale.errors import CheckpointError
-from mmscale.hf.keys import CARRIED, Keys
-from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig, TowerConfig, VisionConfig
+from mmscale.hf.keys import Keys
+from mmscale.models.config import (
+    AnyModelConfig,
+    DecoderConfig,
+    MlpProjectorConfig,
+    ModelConfig,
+    TowerConfig,
+    VisionConfig,
+)
 
 _SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The same values in another order.
+
+    Attributes:
+        sizes: Theirs, of a view of the tensor, or of the part that a row takes of it; one may be -1.
+        order: Which of their axes each of ours is.
+    """
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def to_ours(self, values: Tensor) -> Tensor:
+        """A view of their values in the order of ours."""
+        return values.reshape(self.sizes).permute(self.order)
+
+    def to_theirs(self, values: Tensor) -> Tensor:
+        """Our values, flat, in their order: ``(n,)``, a copy."""
+        ours = values.view([self.sizes[axis] for axis in self.order])
+        return ours.permute([self.order.index(axis) for axis in range(len(self.order))]).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -41,9 +69,10 @@ class Row:
         block: Rows of a block, where several parameters share a tensor in turn: a block of the first, a block of the
             second, ..., and again (queries, keys and values head by head). None: one after another.
         part: Order among the parameters that share a tensor; equal ones are in the model's order.
-        turned: (a, b) where each row of theirs is a table of a rows and b columns of which ours is the transpose (the
-            pixels of a patch with their channels, where ours are channels with their pixels). Such a tensor is read
-            and written as a whole.
+        axes: Of their values, where those are ordered otherwise (pixels of a patch channel by channel, or with the
+            channels innermost). Not together with ``block``.
+        zeros: Values behind each turn of the parameter that their tensor has and ours lacks: all zero (heads without
+            effect, that make their number divisible). ``shape`` counts them.
     """
 
     ours: str
@@ -51,7 +80,8 @@ class Row:
     shape: tuple[int, ...] | None = None
     block: int | None = None
     part: int = 0
-    turned: tuple[int, int] | None = None
+    axes: Axes | None = None
+    zeros: int = 0
 
 
 Rows = tuple[Row, ...]
@@ -65,13 +95,10 @@ def rows(*pairs: tuple[str, str]) -> Rows:
 def under(table: Rows, *, ours: tuple[str, str] = ("", ""), theirs: tuple[str, str] = ("", "")) -> Rows:
     """The rows of a part of a model in a larger one: ``(old, new)`` beginning on each side."""
     return tuple(
-        Row(
-            ours[1] + row.ours.removeprefix(ours[0]),
-            theirs[1] + row.theirs.removeprefix(theirs[0]),
-            row.shape,
-            row.block,
-            row.part,
-            row.turned,
+        replace(
+            row,
+            ours=ours[1] + row.ours.removeprefix(ours[0]),
+            theirs=theirs[1] + row.theirs.removeprefix(theirs[0]),
         )
         for row in table
     )
@@ -83,7 +110,9 @@ class Part:
 
     name: str
     shape: tuple[int, ...]
-    block: int | None
+    block: int | None = None
+    axes: Axes | None = None
+    zeros: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,18 +123,16 @@ class Stored:
         name: Theirs.
         shape: Theirs.
         parts: In order.
-        turned: As in ``Row``.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    turned: tuple[int, int] | None = None
 
     @classmethod
     def alone(cls, name: str, shape: tuple[int, ...]) -> Stored:
         """A parameter under its own name."""
-        return cls(name, shape, (Part(name, shape, None),))
+        return cls(name, shape, (Part(name, shape),))
 
     @property
     def rounds(self) -> int:
@@ -113,30 +140,26 @@ class Stored:
         first = self.parts[0]
         return 1 if first.block is None else first.shape[0] // first.block
 
-    def cut(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Views of ``values``: of each parameter flat, or rounds by values of a block. A copy of what is turned."""
-        if self.turned is not None:
-            values = values.reshape(-1, *self.turned).transpose(1, 2)
+    def cut(self, values: Tensor) -> Iterator[tuple[str | None, Tensor]]:
+        """Views of ``values``: of each parameter flat, rounds by values of a block, or with its axes exchanged; of its
+        zeros, under None."""
         turns = values.reshape(self.rounds, -1)
         start = 0
         for part in self.parts:
             size = math.prod(part.shape) // self.rounds
-            yield part.name, turns[0, start : start + size] if self.rounds == 1 else turns[:, start : start + size]
+            own = turns[0, start : start + size] if self.rounds == 1 else turns[:, start : start + size]
+            yield part.name, own if part.axes is None else part.axes.to_ours(own)
             start += size
+            if part.zeros:
+                yield None, turns[:, start : start + part.zeros]
+                start += part.zeros
 
-    def joined(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The values of ``ranges`` as they are stored, flat, in pieces."""
-        if self.turned is None:
-            yield from pieces
-        else:
-            yield torch.cat(list(pieces)).view(-1, *reversed(self.turned)).transpose(1, 2).reshape(-1)
-
-    def ranges(self) -> Iterator[tuple[str, int, int]]:
-        """(our name, first value, behind the last) in the order of their values."""
+    def ranges(self) -> Iterator[tuple[Part, int, int]]:
+        """(part, first value of ours, behind the last) in the order of their values, ``axes`` and ``zeros`` apart."""
         for turn in range(self.rounds):
             for part in self.parts:
                 size = math.prod(part.shape) // self.rounds
-                yield part.name, turn * size, (turn + 1) * size
+                yield part, turn * size, (turn + 1) * size
 
 
 @dataclass(frozen=True)
@@ -153,7 +176,8 @@ class Layout:
         spellings: (regular expression, replacement): names of other versions to those of ``rows``.
         kind: Whether it holds models or towers alone.
         auto_class: Class of transformers that opens what is exported; None if it has none for this family.
-        carried: Keys that say nothing about what the weights compute; an export takes them over from a folder like it.
+        carried: Keys beside those of every family that say nothing about what the weights compute; an export takes
+            them over from a folder like it.
     """
 
     model_type: str
@@ -165,7 +189,7 @@ class Layout:
     spellings: tuple[tuple[str, str], ...] = ()
     kind: type[ModelConfig] | type[TowerConfig] = ModelConfig
     auto_class: str | None = "AutoModelForCausalLM"
-    carried: frozenset[str] = CARRIED
+    carried: frozenset[str] = frozenset()
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
         """Our configuration of a ``config.json``, which may hold ``preprocessor_config``.
@@ -210,7 +234,8 @@ class Layout:
         found: dict[str, list[tuple[Row, Part]]] = {}
         for name, shape in shapes.items():
             row, theirs = self._place(table, name)
-            found.setdefault(theirs, []).append((row, Part(name, tuple(shape), row.block)))
+            part = Part(name, tuple(shape), row.block, row.axes, row.zeros)
+            found.setdefault(theirs, []).append((row, part))
         return {theirs: _stored(theirs, places) for theirs, places in found.items()}
 
     def stored_name(self, config: AnyModelConfig, name: str) -> str:
@@ -248,7 +273,7 @@ def _stored(name: str, places: list[tuple[Row, Part]]) -> Stored:
     if (wanted := places[0][0].shape) is not None:
         open_size = math.prod(shape) // abs(math.prod(wanted))
         shape = tuple(open_size if size == -1 else size for size in wanted)
-    return Stored(name, shape, parts, places[0][0].turned)
+    return Stored(name, shape, parts)
 
 
 def computed(config: AnyModelConfig) -> dict[str, Any]:
@@ -265,8 +290,11 @@ def computed(config: AnyModelConfig) -> dict[str, Any]:
     _fill_attention(block, decoder)
     if decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:  # Else ids are read that have no logit.
         del block["extra_tokens"]
-    del block["dropout"], block["init_std"]  # Of training, and of its beginning.
-    if values["connector"] is not None:
+    del block["dropout"], block["dropout_rows"], block["init_std"]  # Of training, and of its beginning.
+    if config.connector is not None:
+        projector = values["connector"]["projector"]
+        if isinstance(config.connector.projector, MlpProjectorConfig):
+            projector["hidden_dim"] = config.connector.projector.hidden_dim or decoder.hidden_dim
         values["connector"].pop("gate_init", None)
     return values
 

@@ -130,6 +130,7 @@ def media_spec(config: ModelConfig) -> MediaSpec:
         cost_per_patch=cost_per_patch(config),
         fixed_grid=config.vision.fixed_grid,
         position_axes=axes,
+        padding=isinstance(config.connector, EmbeddingConnectorConfig) and config.connector.padding,
         pooled_side=projector.side if isinstance(projector, CAbstractorConfig) else None,
     )
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from mmscale.models.config import (
+    AttentionPoolConfig,
     CAbstractorConfig,
     CrossAttentionConnectorConfig,
     DecoderConfig,
@@ -177,12 +178,19 @@ def _vision_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collecti
 
 def _projector_parts(config: ModelConfig, media: MediaBlock, trained: Collection[str]) -> Iterator[_Part]:
     assert config.connector is not None
-    learns, projector = "connector" in trained, config.connector.projector
-    frames = sum(time for time, _, _ in media.grids)
-    first, *later = _projector_products(config, media.items.total, frames)
-    changed = projector.positions is not None if isinstance(projector, CAbstractorConfig) else projector.norm != "none"
-    yield _Part(first, learns, "vision" in trained or (learns and changed))
-    yield from (_Part(flops, learns, learns or "vision" in trained) for flops in later)
+    projector, learns = config.connector.projector, "connector" in trained
+    first, *later = _projector_products(config, media.items.total, sum(time for time, _, _ in media.grids))
+    before = isinstance(config.connector, EmbeddingConnectorConfig) and config.connector.padding
+    if isinstance(projector, CAbstractorConfig):
+        before |= projector.positions is not None
+    elif not isinstance(projector, AttentionPoolConfig):
+        before |= projector.norm != "none"
+    enters, flows = "vision" in trained or (learns and before), learns or "vision" in trained
+    if isinstance(projector, AttentionPoolConfig):
+        area = 4 * media.items.total * projector.num_heads * projector.head_dim
+        yield _Part(0, False, False, area, 4 * flows)
+    yield _Part(first, learns, enters)
+    yield from (_Part(flops, learns, flows) for flops in later)
 
 
 def _cross_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collection[str], flows: bool) -> Iterator[_Part]:
@@ -294,7 +302,13 @@ def _projector_products(config: ModelConfig, patches: int, frames: int) -> list[
     projector, dim = config.connector.projector, config.decoder.hidden_dim
     if isinstance(projector, CAbstractorConfig):
         return _abstractor_products(projector, config.vision.feature_dim, dim, patches, frames)
-    width, features = config.vision.feature_dim * projector.merge**2, patches // projector.merge**2
+    square = projector.merge**2
+    width, features = config.vision.feature_dim * square, patches // square
+    if isinstance(projector, AttentionPoolConfig):
+        pooled = projector.num_heads * projector.head_dim
+        mlp = 2 * projector.mlp.hidden_dim
+        asked = 2 * config.vision.feature_dim * pooled * (1 + 2 * square)
+        return [features * each for each in (asked, 2 * pooled**2, mlp * pooled * (1 + projector.mlp.gated), mlp * dim)]
     if isinstance(projector, MlpProjectorConfig):
         hidden = projector.hidden_dim or dim
         return [2 * features * width * hidden, 2 * features * hidden * dim]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,23 @@ def grid_places(grids: Grids) -> tuple[np.ndarray, np.ndarray]:
     rows = [np.tile(np.repeat(np.arange(height), width), time) for time, height, width in grids]
     columns = [np.tile(np.arange(width), time * height) for time, height, width in grids]
     return np.concatenate(rows), np.concatenate(columns)
+
+
+class _Idle(torch.autograd.Function):
+    """Keeps rows in the graph on which nothing depends: their gradient is zero, where there would be none.
+
+    ZeRO waits for a gradient of every parameter that was gathered.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, idle: Tensor) -> Tensor:
+        ctx.idle = idle.shape, idle.dtype
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype = ctx.idle
+        return gradient, gradient.new_zeros(shape, dtype=dtype)
 
 
 class PixelPatches(nn.Module):
@@ -63,7 +81,13 @@ class VisionTower(nn.Module):
         self.config = config
         self.head_dim = config.attention.resolved_head_dim(config.hidden_dim)
         self.patch_embed = PatchEmbed(
-            config.channels, config.patch_size, config.hidden_dim, config.mean, config.std, config.patch_bias
+            config.channels,
+            config.patch_size,
+            config.hidden_dim,
+            config.mean,
+            config.std,
+            config.patch_bias,
+            config.temporal_patch,
         )
         if isinstance(config.positions, LearnedPositionsConfig):
             self.positions = LearnedPositions(config.positions.grid, config.hidden_dim, config.class_token)
@@ -98,7 +122,8 @@ class VisionTower(nn.Module):
                 kept[number] = hidden
         outputs = [self.post_norm(hidden)] if self.config.last_output else []
         outputs += [kept[number] for number in self.config.feature_layers]
-        return self._patches_only(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))
+        features = self._patches_only(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1))
+        return _Idle.apply(features, hidden) if self.config.idle_layers else features
 
     def _frames(self, media: MediaBlock, device: torch.device) -> Segments:
         if not self.config.class_token and all(grid[0] == 1 for grid in media.grids):

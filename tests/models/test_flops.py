@@ -78,6 +78,7 @@ MODELS: list[tuple[str | None, dict[str, Any]]] = [
     ("embedding", {"vision": PATCHES}),
     ("embedding", {"projector": POOLED}),
     ("cross_attention", {"projector": {**POOLED, "positions": LEARNED["positions"]}, "vision": LEARNED}),
+    ("embedding", {"vision": {**VISION, "temporal_patch": 2}}),
     *((kind, {**NEW_ROWS}) for kind in (None, "cross_attention")),
 ]
 

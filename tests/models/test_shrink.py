@@ -26,7 +26,7 @@ from tests.models import tiny
 
 SHIPPED = pytest.mark.parametrize("path", FILES, ids=name_of)
 EMOJI = REPO / "examples/emoji"
-LIMIT = 1_000_000
+LIMIT = 1_500_000
 
 
 def names(config: AnyModelConfig) -> set[str]:
@@ -96,6 +96,7 @@ def test_the_twin_trains_a_step(path: Path) -> None:
     if model is None:
         model = build_model(config, attention="sdpa", seed=None)
     initialise_(model, seed=1)
+    model.eval()  # Dropout would need to know the step.
     torch.manual_seed(0)
     first = loss_of(config, model)
     first.backward()

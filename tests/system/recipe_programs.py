@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from pathlib import Path
@@ -16,22 +15,26 @@ from mmscale.run_config import RunConfig
 from mmscale.shrink_run import shrink_run
 from mmscale.train import train
 
-STEPS = 2
-"""Of each stage."""
 Lines = list[dict[str, Any]]
 
 
-def train_recipes(world: World, paths: list[str], folder: str) -> list[tuple[list[str], Lines, Lines]]:
-    """Of each recipe's twin: names of the stages, the log of a whole run, and the step after each resume."""
-    gc.collect()
-    gc.freeze()  # DeepSpeed collects garbage for every engine: let it not search torch each time.
-    # ``train`` leaves the process group at its end; here the next run needs it.
-    with mock.patch("mmscale.train.shutdown"):
-        return [_train(world, Path(path), Path(folder) / Path(path).stem) for path in paths]
+def train_recipes(world: World, steps: dict[str, int], folder: str) -> dict[str, tuple[list[str], Lines, Lines]]:
+    """Of each twin: names of the stages, the log of a whole run, and the second step of each stage after a resume.
+
+    Args:
+        world: This rank.
+        steps: Of each stage, by the recipe's path: 2, or 1, which leaves nothing to resume.
+        folder: Of the runs.
+    """
+    # ``train`` leaves the process group at its end; here the next run needs it. DeepSpeed collects garbage for every
+    # engine, which takes longer than to make the engine.
+    with mock.patch("mmscale.train.shutdown"), mock.patch("gc.collect", return_value=0):
+        return {path: _train(world, Path(path), number, Path(folder)) for path, number in steps.items()}
 
 
-def _train(world: World, path: Path, run_dir: Path) -> tuple[list[str], Lines, Lines]:
-    config = shrink_run(load(path, [], RunConfig).value, steps=STEPS)
+def _train(world: World, path: Path, steps: int, folder: Path) -> tuple[list[str], Lines, Lines]:
+    run_dir = folder / path.stem
+    config = shrink_run(load(path, [], RunConfig).value, steps=steps)
     every_step = config.checkpoint.model_copy(update={"every_steps": 1, "keep_last": 100, "background": False})
     metrics = config.metrics.model_copy(update={"tensorboard": False, "images_every": None})
     config = config.model_copy(update={"run_dir": run_dir, "checkpoint": every_step, "metrics": metrics})
@@ -40,7 +43,7 @@ def _train(world: World, path: Path, run_dir: Path) -> tuple[list[str], Lines, L
     whole = _log(run_dir)
     assert (run_dir / "result.json").exists()
     resumed = []
-    for middle in range(config.total_steps - STEPS + 1, 0, -STEPS):
+    for middle in range(config.total_steps - 1, 0, -2) if steps == 2 else ():
         barrier(world)
         if world.is_main:
             (run_dir / "result.json").unlink(missing_ok=True)
@@ -48,7 +51,7 @@ def _train(world: World, path: Path, run_dir: Path) -> tuple[list[str], Lines, L
                 shutil.rmtree(late)
         barrier(world)
         with mock.patch("mmscale.train.finish"):
-            train(Loaded(config.model_copy(update={"max_steps": middle + STEPS - 1}), {}))
+            train(Loaded(config.model_copy(update={"max_steps": middle + 1}), {}))
         barrier(world)
         resumed += _log(run_dir)[middle:]
     if world.is_main:

@@ -6,15 +6,17 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout, Row, Rows, under
+from mmscale.hf.layout import Axes, Layout, Row, Rows, under
 from mmscale.hf.layouts import persimmon, pixels
 from mmscale.models.config import EmbeddingConnectorConfig, ModelConfig, PatchesConfig
 
 
 def _rows(config: ModelConfig) -> Rows:
     side, channels = config.vision.patch_size, config.vision.channels  # type: ignore[union-attr]
+    # Theirs are pixels row by row with the channels innermost; ours are planes.
+    planes = Axes((-1, side, side, channels), (0, 3, 1, 2))
     return (
-        Row("connector.projector.linear.weight", "vision_embed_tokens.weight", turned=(side**2, channels)),
+        Row("connector.projector.linear.weight", "vision_embed_tokens.weight", axes=planes),
         Row("connector.projector.linear.bias", "vision_embed_tokens.bias"),
         *under(persimmon.table(config), theirs=("", "language_model.")),
     )
