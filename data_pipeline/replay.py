@@ -22,7 +22,7 @@ from data_pipeline.known_faults import RunFaults
 from data_pipeline.lanes import Cursor, Place
 from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.packing import Budget, Packer
+from data_pipeline.packing import Budget, Pack, Packer
 from data_pipeline.sample import Sample
 from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition, schedule_of
 from data_pipeline.storage.storage import Storage
@@ -82,6 +82,8 @@ class Replay:
         state: Where to begin; None at the first step.
         lanes: Lanes to play; None for all. Lanes do not depend on one another.
         skipped: What the run left out of these steps.
+        give_up: Give up on bad samples where the run would, as far as they show without decoding. For replays from the
+            first step: what a run met before ``state`` is not known here.
 
     Attributes:
         step: Steps done, as ``LoaderState.step`` counts them.
@@ -99,12 +101,15 @@ class Replay:
         state: LoaderState | None = None,
         lanes: Collection[int] | None = None,
         skipped: Skips | None = None,
+        give_up: bool = False,
     ) -> None:
         Loader(config.model_copy(update={"workers": 0}), spec, seed=seed, state=state).close()  # Its checks.
         self.step = 0 if state is None else state.step
-        # How often a run gives up depends on what it met before; here every fault is left out, wherever it comes.
-        faults = FaultConfig(on_error=Action.SKIP, max_consecutive=2**62, max_share=1, exclude=config.faults.exclude)
-        config = config.model_copy(update={"faults": faults})
+        faults = config.faults
+        if not give_up:
+            # How often a run gives up depends on what it met before; here every fault is left out, wherever it comes.
+            faults = FaultConfig(on_error=Action.SKIP, max_consecutive=2**62, max_share=1, exclude=faults.exclude)
+            config = config.model_copy(update={"faults": faults})
         tokenizer = load_tokenizer(config.tokenizer)
         self._budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
         known = RunFaults.load(faults)
@@ -145,10 +150,18 @@ class Replay:
         Raises:
             As iterating.
         """
+        return {lane: pack.drawn for lane, pack in self.next_packs().items()}
+
+    def next_packs(self) -> dict[int, Pack]:
+        """Of each lane the pack of the next step, without pixels.
+
+        Raises:
+            As iterating; with ``give_up`` also TooManyFaultsError.
+        """
         for stream in self._streams.values():
             stream.step = self.step
         self.step += 1
-        return {lane: packer.next_pack().drawn for lane, packer in self._packers.items()}
+        return {lane: packer.next_pack() for lane, packer in self._packers.items()}
 
     def take_skipped(self) -> tuple[Skipped, ...]:
         """Samples that were left out since the last call, as far as that shows without decoding."""

@@ -30,7 +30,9 @@ _TAIL_LINES = 15
 COMMAND_LINE = "mmscale.cli.main"
 
 
-def launch(words: Sequence[str], ranks: int, run_dir: Path, module: str = COMMAND_LINE) -> int:
+def launch(
+    words: Sequence[str], ranks: int, run_dir: Path, module: str = COMMAND_LINE, stdout: int | None = None
+) -> int:
     """Runs ``mmscale WORDS`` on ``ranks`` ranks and waits for all of them.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on to every rank; a second Ctrl-C kills them. If a rank fails, the
@@ -41,6 +43,7 @@ def launch(words: Sequence[str], ranks: int, run_dir: Path, module: str = COMMAN
         ranks: Number of processes, at least 1.
         run_dir: Words of ranks other than 0 go to ``logs/rank-N.log`` in it, torchrun's own to ``logs/torchrun.log``.
         module: Where the ranks' ``main(words)`` is.
+        stdout: Descriptor for what rank 0 prints; None for our own standard output.
 
     Returns:
         0 if all ranks finished, 75 if they saved and stopped on a signal, 76 if a rank's watchdog ended the run, 130
@@ -57,18 +60,21 @@ def launch(words: Sequence[str], ranks: int, run_dir: Path, module: str = COMMAN
     except OSError as error:
         raise LaunchError(f"{logs}: the log folder cannot be made: {error.strerror}") from None
     with tempfile.TemporaryDirectory(prefix="mmscale-launch-") as control:
-        return _Launch(words, ranks, logs, Path(control), module).run()
+        return _Launch(words, ranks, logs, Path(control), module, stdout).run()
 
 
 class _Launch:
     """One run of torchrun and the signals that reach it."""
 
-    def __init__(self, words: Sequence[str], ranks: int, logs: Path, control: Path, module: str) -> None:
+    def __init__(
+        self, words: Sequence[str], ranks: int, logs: Path, control: Path, module: str, stdout: int | None
+    ) -> None:
         self.words = words
         self.ranks = ranks
         self.logs = logs
         self.control = control
         self.module = module
+        self.stdout = stdout
         self.received: list[signal.Signals] = []
         self.delivered = [0] * ranks
 
@@ -100,7 +106,9 @@ class _Launch:
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         with open(self.logs / "torchrun.log", "ab") as log:
             # stdin carries the terminal down to rank 0: see launchers.rank.redirect.
-            return subprocess.Popen(command, env=environment, stdin=2, stderr=log, preexec_fn=_detach)
+            return subprocess.Popen(
+                command, env=environment, stdin=2, stdout=self.stdout, stderr=log, preexec_fn=_detach
+            )
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received.append(signal.Signals(number))

@@ -6,7 +6,6 @@ again from its last checkpoint.
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from data_pipeline.media_spec import Placement
 from mmscale.checkpoint import TrainState
 from mmscale.dist import World, sum_float
 from mmscale.engine.engine import Engine
-from mmscale.errors import MMScaleError
 from mmscale.evaluate import evaluate
 from mmscale.generate import caption_images
 from mmscale.metrics.efficiency import device_peak
@@ -28,23 +26,8 @@ from mmscale.models.build import count_parameters
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.report.build import build_report
 from mmscale.report.captions import save_captions
-from mmscale.report.result import RESULT_FILE, Efficiency, HeldOutResult, Memory, Params, RunResult, write_result
+from mmscale.report.result import Efficiency, HeldOutResult, Memory, Params, RunResult, write_result
 from mmscale.run_config import RunConfig
-
-
-def is_finished(config: RunConfig) -> bool:
-    """Whether the run folder holds the result of a run of at least this many steps.
-
-    Raises:
-        MMScaleError: ``result.json`` is there but cannot be read.
-    """
-    path = config.run_dir / RESULT_FILE
-    if not path.is_file():
-        return False
-    try:
-        return int(json.loads(path.read_text())["steps"]) >= config.total_steps
-    except (ValueError, KeyError, TypeError) as error:
-        raise MMScaleError(f"{path} is damaged ({error}); remove it to let the run finish again") from error
 
 
 def finish(config: RunConfig, engine: Engine, state: TrainState, log: RunLog | NullLog) -> None:

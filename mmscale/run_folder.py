@@ -11,13 +11,14 @@ captions.json report/  held-out images described     report.html result.json
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from mmscale.config import Loaded, dump
 from mmscale.dist import World, first_complaint
 from mmscale.errors import MMScaleError
 from mmscale.report.configuration import save_origins
-from mmscale.report.result import write_whole
+from mmscale.report.result import RESULT_FILE, write_whole
 from mmscale.run_config import RunConfig
 
 CONFIG = "config.yaml"
@@ -42,6 +43,21 @@ def open_run_folder(loaded: Loaded[RunConfig], world: World) -> None:
     complaint = first_complaint(world, complaint)
     if complaint is not None:
         raise MMScaleError(complaint)
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run folder holds the result of a run of at least this many steps.
+
+    Raises:
+        MMScaleError: ``result.json`` is there but cannot be read.
+    """
+    path = config.run_dir / RESULT_FILE
+    if not path.is_file():
+        return False
+    try:
+        return int(json.loads(path.read_text())["steps"]) >= config.total_steps
+    except (ValueError, KeyError, TypeError) as error:
+        raise MMScaleError(f"{path} is damaged ({error}); remove it to let the run finish again") from error
 
 
 def _write(loaded: Loaded[RunConfig]) -> None:

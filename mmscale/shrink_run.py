@@ -69,23 +69,14 @@ def shrink_run(config: RunConfig, *, steps: int = 4, lanes: int = 2) -> RunConfi
 def _stage(config: RunConfig, number: int, steps: int, lanes: int) -> dict[str, Any]:
     """A stage with its whole data and model, where it changes them."""
     stage = config.stages[number]
-    few = min(stage.steps, steps)
     model = shrink(config.stage_model(number))
     data = _data(config.stage_data(number), config.stage_media(number), media_spec(model), lanes)
     return {
-        **stage.model_dump(),
-        "steps": few,
-        "warmup_steps": _shortened(stage.warmup_steps, few / stage.steps),
+        **stage.stretched(min(stage.steps, steps)).model_dump(),
         "weights": (),
         "data": data.model_dump(mode="json") if _changes(stage, config, number) else None,
         "model": None if stage.model is None else model.model_dump(mode="json"),
     }
-
-
-def _shortened(warmup: int | dict[str, int], share: float) -> int | dict[str, int]:
-    if isinstance(warmup, int):
-        return math.ceil(warmup * share)
-    return {name: math.ceil(steps * share) for name, steps in warmup.items()}
 
 
 def _changes(stage: StageConfig, config: RunConfig, number: int) -> bool:

@@ -106,6 +106,16 @@ class StageConfig(StrictConfig):
         """Peak learning rate of ``component``."""
         return self.learning_rate.get(component, self.learning_rate.get(DEFAULT, 0.0))
 
+    def stretched(self, steps: int) -> StageConfig:
+        """The stage over another number of steps: warm-ups in proportion, so that the schedules keep their shape."""
+
+        def part(warmup: int) -> int:
+            return -(-warmup * steps // self.steps)
+
+        old = self.warmup_steps
+        new = part(old) if isinstance(old, int) else {name: part(warmup) for name, warmup in old.items()}
+        return self.model_copy(update={"steps": steps, "warmup_steps": new})
+
     def warmup(self, component: str) -> int:
         """Warm-up of ``component``, steps."""
         if isinstance(self.warmup_steps, int):

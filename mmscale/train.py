@@ -35,7 +35,7 @@ from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.engine.watchdog import Watchdog
 from mmscale.errors import ConfigError
-from mmscale.finish import finish, is_finished
+from mmscale.finish import finish
 from mmscale.metrics.config import due
 from mmscale.metrics.datasets import figures, totals
 from mmscale.metrics.efficiency import device_peak, flop_figures, ideal_seconds, span_figures, step_flops
@@ -51,7 +51,7 @@ from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig, check_files, check_world
-from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, open_run_folder
+from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, is_finished, open_run_folder
 from mmscale.stage_weights import check_stage_weights, take_stage_weights
 
 Log = RunLog | NullLog
@@ -257,11 +257,12 @@ def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> Trai
         run.bad_steps.refuses,
         component_norms=due(metrics.grad_norms_every, state.step + 1),
     )
-    counts = [batch.num_tokens, batch.num_samples, batch.num_cut]
+    learned = sum(int(microbatch.loss_weights.count_nonzero()) for microbatch in batch.microbatches)
+    counts = [batch.num_tokens, batch.num_samples, batch.num_cut, learned]
     left_out = fault_counts(batch.skipped)
     mine = [*counts, *step_flops(engine, batch.microbatches), *left_out]
     mine += totals(batch, report.document_losses, stage.datasets)
-    tokens, samples, cut, model_flops, hardware_flops, *rest = sum_float(run.world, mine)
+    tokens, samples, cut, learned_tokens, model_flops, hardware_flops, *rest = sum_float(run.world, mine)
     flops = (model_flops, hardware_flops)
     by_kind, by_dataset = rest[: len(left_out)], rest[len(left_out) :]
     if not samples:
@@ -288,6 +289,7 @@ def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> Trai
         ideal_seconds=ideal_seconds(flops, stage.peak, run.world),
         extra={
             "cut_documents": int(cut),
+            "learned_tokens": int(learned_tokens),
             **flop_figures(flops),
             **span_figures(report),
             **fault_figures(by_kind),

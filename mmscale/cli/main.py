@@ -38,6 +38,7 @@ class Verb:
 VERBS = (
     Verb("train", "Train a model as CONFIG says, or go on where the run folder left off."),
     Verb("launch", "Start training on several ranks: on this machine or through SLURM.", family=True),
+    Verb("compare", "Train variants of a run from one start on equal terms, and write one page about them."),
     Verb("eval", "Score a trained model on held-out samples."),
     Verb("generate", "Describe an image with a trained model."),
     Verb("params", "Count the parameters of a model, in all and in use for one token."),

@@ -4,7 +4,7 @@ Knows no key of any configuration: each part declares its own class beside its c
 them.
 """
 
-from mmscale.config.load import DroppedKeyWarning, Loaded, dump, leaves, load
+from mmscale.config.load import DroppedKeyWarning, Loaded, dump, leaves, load, load_tree
 from mmscale.config.tree import Origin
 
-__all__ = ["DroppedKeyWarning", "Loaded", "Origin", "dump", "leaves", "load"]
+__all__ = ["DroppedKeyWarning", "Loaded", "Origin", "dump", "leaves", "load", "load_tree"]

@@ -49,10 +49,23 @@ def load(path: str | Path, overrides: list[str], schema: type[S]) -> Loaded[S]:
     Raises:
         ConfigError: every error found, each with file, line, key and value.
     """
-    root = apply_overrides(read_layers(Path(path)), overrides)
-    value, notes = validate(root, schema, str(path))
+    return load_tree(apply_overrides(read_layers(Path(path)), overrides), schema, str(path))
+
+
+def load_tree(root: Entry, schema: type[S], name: str) -> Loaded[S]:
+    """Validates a tree that is merged already; what a switched ``kind`` orphans is removed from it.
+
+    Args:
+        root: The merged tree.
+        schema: Class of the whole configuration.
+        name: How the file is called in messages.
+
+    Raises:
+        ConfigError: every error found, each with file, line, key and value.
+    """
+    value, notes = validate(root, schema, name)
     for note in notes:
-        warnings.warn(note, DroppedKeyWarning, stacklevel=2)
+        warnings.warn(note, DroppedKeyWarning, stacklevel=3)
     origins = {".".join(key): _origin(root, key) for key, _ in leaves(value)}
     return Loaded(value, origins, tuple(notes))
 

@@ -64,8 +64,9 @@ def _score_images(asked: Asked, held: HeldOutSet) -> SetResult:
     values = PairScorer(asked, held, questions.samples, prompts).run(pairs)
     tables = list(_tables(values, blocks))
     lengths = [np.array([len(ids[value]) for value in block.candidates]) for block in blocks]
+    loss = _loss(tables, lengths, blocks)
     tables = _normalised(tables, blocks, lengths, held.normalise)
-    return _result(tables, blocks, questions)
+    return _result(tables, blocks, questions, loss)
 
 
 def _tables(values: Table, blocks: Sequence[Block]) -> Iterator[Table]:
@@ -102,7 +103,17 @@ def _without_prior(tables: list[Table], blocks: Sequence[Block]) -> list[Table]:
     return shifted
 
 
-def _result(tables: Sequence[Table], blocks: Sequence[Block], questions: Questions) -> SetResult:
+def _loss(tables: Sequence[Table], lengths: Sequence[npt.NDArray[np.int64]], blocks: Sequence[Block]) -> float:
+    """Mean over all tokens of the right answers, as training's loss is one over tokens."""
+    whole, tokens = 0.0, 0
+    for table, length, block in zip(tables, lengths, blocks, strict=True):
+        for row, right in enumerate(block.right):
+            whole -= float(table[row, right])
+            tokens += int(length[right])
+    return whole / tokens
+
+
+def _result(tables: Sequence[Table], blocks: Sequence[Block], questions: Questions, loss: float) -> SetResult:
     n, choices = len(questions.samples), len(blocks[0].candidates)
     score = control = 0.0
     for table, block in zip(tables, blocks, strict=True):
@@ -117,4 +128,5 @@ def _result(tables: Sequence[Table], blocks: Sequence[Block], questions: Questio
         metric=f"{questions.config.field} among {choices}",
         error=binomial_error(score / n, n),
         control_error=binomial_error(control / n, n),
+        loss=loss,
     )

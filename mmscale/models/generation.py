@@ -88,12 +88,13 @@ def _grown(
 
 
 def _prompt_tokens(batch: MultimodalBatch, like: Float[Tensor, "S V"]) -> Bool[Tensor, "S V"]:
-    """Which tokens the prompt of each sequence holds."""
+    """Which tokens the prompt of each sequence holds; ids that are read and not predicted have no place."""
     counts = batch.segments.cu.diff().long()
     owner = torch.arange(len(counts), device=like.device).repeat_interleave(counts)
-    seen = torch.zeros_like(like, dtype=torch.bool)
-    seen[owner, batch.token_ids] = True
-    return seen
+    size = like.shape[1]
+    seen = like.new_zeros((like.shape[0], size + 1), dtype=torch.bool)
+    seen[owner, batch.token_ids.clamp(max=size)] = True
+    return seen[:, :size]
 
 
 def _first_step(batch: MultimodalBatch, last: Tensor) -> MultimodalBatch:

@@ -26,6 +26,7 @@ class SetResult:
         metric: The task in words, ``name among 50``.
         error: Binomial standard error of ``score``.
         control_error: Binomial standard error of ``control``.
+        loss: Negative log-likelihood of the right answers, mean over their tokens (nats); None in older files.
     """
 
     score: float
@@ -35,6 +36,7 @@ class SetResult:
     metric: str
     error: float
     control_error: float
+    loss: float | None = None
     kind: str = "images"
 
     @property

@@ -29,14 +29,22 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """What lies between two curves, behind the lines: (x, low, high). ``colour`` as of a line."""
+
+    points: Sequence[tuple[float, float, float]]
+    colour: int = 1
+
+
+@dataclass(frozen=True)
 class Bar:
-    """One bar: a share in [0, 1] with its standard error."""
+    """One bar: a share in [0, 1] with its standard error, or half the width of its interval."""
 
     label: str
     value: float
     error: float
     kind: str
-    """CSS class: ``score``, ``control`` or ``chance``."""
+    """CSS class: ``score``, ``control``, ``chance``, or ``a1`` to ``a5`` for the page's colours."""
 
 
 def nice_ticks(low: float, high: float, target: int = 5) -> list[float]:
@@ -59,8 +67,10 @@ def line_chart(
     width: int = 640,
     height: int = 230,
     from_zero: bool = False,
+    bands: Sequence[Band] = (),
+    axis: str = "step",
 ) -> Markup:
-    """Curves over a common step axis.
+    """Curves over a common axis, mostly that of steps.
 
     Args:
         lines: Drawn in order, later ones on top.
@@ -69,14 +79,18 @@ def line_chart(
         width: Of the drawing, user units; the page scales it.
         height: The same.
         from_zero: Whether the value axis must show 0.
+        bands: Drawn behind the lines.
+        axis: What the lines go over, in a word; charts of one axis are pointed at together.
     """
     points = [point for line in lines for point in line.points]
+    points += [(x, y) for band in bands for x, *ends in band.points for y in ends]
     if not points:
         return Markup('<p class="empty">Nothing recorded yet.</p>')
     frame = _Frame.around(points, stages, width, height, from_zero)
     shown = [line for line in lines if not line.faint]
     data = json.dumps(
         {
+            "axis": axis,
             "x": [frame.left, frame.right],
             "steps": [frame.first_step, frame.last_step],
             "lines": [
@@ -94,6 +108,7 @@ def line_chart(
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" data-chart="{escape(data)}">',
         *_stage_bands(stages, frame),
         *_axes(frame, format_value),
+        *(_band(band, frame) for band in bands),
         *(_path(line, frame) for line in lines),
         '<g class="pointer"></g></svg>',
     ]
@@ -215,8 +230,9 @@ def stacked_chart(layers: Sequence[Layer], stages: Sequence[StageMark], *, width
         points = [[int(step), f"{100 * share:.1f}%", round(frame.y(top), 1)] for (step, share), top in shown]
         lines.append({"label": layer.label, "colour": layer.colour, "points": points})
         below = above
+    ends = [steps[0], steps[-1]]
     data = json.dumps(
-        {"x": [frame.left, frame.right], "steps": [steps[0], steps[-1]], "lines": lines}, ensure_ascii=False
+        {"axis": "step", "x": [frame.left, frame.right], "steps": ends, "lines": lines}, ensure_ascii=False
     )
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" data-chart="{escape(data)}">',
@@ -226,6 +242,12 @@ def stacked_chart(layers: Sequence[Layer], stages: Sequence[StageMark], *, width
         '<g class="pointer"></g></svg>',
     ]
     return Markup("".join(parts) + _legend([Line(layer.label, layer.points, layer.colour) for layer in layers]))
+
+
+def _band(band: Band, frame: _Frame) -> str:
+    there = [f"{frame.x(x):.1f},{frame.y(high):.1f}" for x, _, high in band.points]
+    back = [f"{frame.x(x):.1f},{frame.y(low):.1f}" for x, low, _ in reversed(band.points)]
+    return f'<polygon class="spread a{band.colour}" points="{" ".join([*there, *back])}"/>'
 
 
 def _area(colour: int, steps: Sequence[float], below: Sequence[float], above: Sequence[float], frame: _Frame) -> str:
@@ -244,9 +266,9 @@ def _legend(lines: Sequence[Line]) -> str:
     return f'<div class="legend">{items}</div>'
 
 
-def bar_chart(bars: Sequence[Bar], *, width: int = 360) -> Markup:
+def bar_chart(bars: Sequence[Bar], *, width: int = 360, label_width: int = 66) -> Markup:
     """Horizontal bars of shares on a common axis from 0 to the largest, with standard-error marks and figures."""
-    row, label_width, figure_width = 26, 66, 92
+    row, figure_width = 26, 92
     scale = max([bar.value + bar.error for bar in bars] + [1e-9])
     length = width - label_width - figure_width
     parts = [f'<svg class="bars" viewBox="0 0 {width} {row * len(bars)}" role="img">']

@@ -12,8 +12,8 @@ from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = REPO / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
-"""All, models and runs."""
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "compare")
+"""All models and runs; a comparison is several runs in one file."""
 MODELS = [path for path in FILES if path.parent.name == "models"]
 RUNS = [path for path in FILES if path.parent.name != "models"]
 RECIPES = [path for path in FILES if path.parent.name == "recipes"]

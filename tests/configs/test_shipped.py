@@ -1,4 +1,7 @@
-"""Every YAML under configs/ is legal, and is written back as it was read."""
+"""Every YAML under configs/ is legal, and is written back as it was read.
+
+Comparisons are several runs in one file: ``tests/compare/test_config.py`` reads those.
+"""
 
 from __future__ import annotations
 

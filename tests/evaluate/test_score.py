@@ -124,6 +124,12 @@ def test_score_and_control_follow_their_definitions(normalise: str) -> None:
     assert (result.score, result.control) == _shares(tables, config)
     assert (result.chance, result.n, result.metric) == (0.25, 24, "name among 4")
     assert result.error == pytest.approx((result.score * (1 - result.score) / 24) ** 0.5)
+    right = [
+        (row[answer], len(tokenizer.encode(f" {block.candidates[answer]}")) + 1)
+        for block, table in zip(blocks, raw, strict=True)
+        for row, answer in zip(table, block.right, strict=True)
+    ]
+    assert result.loss == pytest.approx(-sum(x for x, _ in right) / sum(tokens for _, tokens in right), rel=1e-5)
 
 
 def test_a_model_that_ignores_the_image_scores_as_its_control() -> None:

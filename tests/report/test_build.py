@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import base64
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -23,28 +22,7 @@ from mmscale.report.result import (
     binomial_error,
     write_result,
 )
-
-HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>' {{ 7777*7777 }} </style>"
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+from tests.report.pages import HOSTILE, Page
 
 
 def _metrics(run: Path, stages: tuple[str, str] = ("align", "all")) -> None:

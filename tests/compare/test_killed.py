@@ -1,0 +1,43 @@
+"""A comparison that is killed in the middle of a run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.compare.conftest import REPO
+
+VARIANTS = """compare.variants=[
+    {name: embedding, overrides: ["model.connector={kind: embedding}"]},
+    {name: cross, overrides: ["model.connector.gate_init=1"]}]"""
+
+
+def figures(folder: Path) -> Any:
+    """Everything but what depends on the clock and on the folder's name."""
+    found = json.loads((folder / "comparison.json").read_text())
+    for variant in found["variants"]:
+        for run in variant["runs"]:
+            assert Path(run.pop("folder")).parts[-3] == folder.name
+            assert run.pop("timing")["step_seconds"] > 0
+    return found
+
+
+@pytest.mark.resume
+def test_a_comparison_that_is_killed_goes_on_and_gives_the_same_figures(tmp_path: Path) -> None:
+    words = ["stages.0.steps=12", "compare.equal=flops", VARIANTS]
+    command = [sys.executable, str(Path(__file__).with_name("program.py")), str(tmp_path), *words]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = figures(tmp_path / "undisturbed")
+    assert figures(tmp_path / "killed") == expected
+    assert "going on from" in done.stderr
+    first, cross = (variant["runs"][0] for variant in expected["variants"])
+    step = cross["flops"] / cross["steps"]
+    assert first["flops"] <= cross["flops"] < first["flops"] + 1.5 * step
+    assert first["steps"] == 12 < cross["steps"]
+    assert first["train_loss"] != cross["train_loss"]
