@@ -108,15 +108,12 @@ class MediaItem:
         Raises:
             SampleError: as ``MediaSpec.num_features``.
         """
-        made = spec.num_features(self.grid)
+        frames, rows, columns = spec.feature_grid(self.grid)
         if self.kept is None:
-            return [(first, made)]
-        rows, columns = self.grid[1] // spec.merge, self.grid[2] // spec.merge
+            return [(first, frames * rows * columns)]
         top, left, height, width = self.kept
         corner = first + top * columns + left
-        return [
-            (corner + (frame * rows + row) * columns, width) for frame in range(self.grid[0]) for row in range(height)
-        ]
+        return [(corner + (frame * rows + row) * columns, width) for frame in range(frames) for row in range(height)]
 
     def num_features(self, spec: MediaSpec) -> int:
         """Features that it hands on.

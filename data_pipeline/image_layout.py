@@ -251,4 +251,4 @@ def _rows(views: Sequence[MediaItem], block: list[int], spec: MediaSpec, apart: 
 
 
 def _width(view: MediaItem, spec: MediaSpec) -> int:
-    return view.grid[2] // spec.merge if view.kept is None else view.kept.width
+    return spec.feature_grid(view.grid)[2] if view.kept is None else view.kept.width

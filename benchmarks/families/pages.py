@@ -109,7 +109,7 @@ def inputs(pages: Sequence[Page], words: Tokenizer, spec: MediaSpec, transforms:
 
 
 def _sample(page: Page) -> Sample:
-    parts = []
+    parts: list[TextPart | ImagePart] = []
     for part in page:
         if isinstance(part, str):
             parts.append(TextPart(part))

@@ -46,8 +46,9 @@ def fuyu() -> Pair:
     text = PersimmonConfig(**SIZES, rope_parameters=rope)
     ids = {key: SIZES[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
     theirs = FuyuForCausalLM(FuyuConfig(text_config=text, patch_size=side, image_token_id=IMAGE_ID, **ids))
-    frame = {"height": 300, "width": 300}
-    processor = FuyuImageProcessor(size=frame, patch_size={"height": side, "width": side})
+    frame: dict[str, Any] = {"height": 300, "width": 300}
+    squares: dict[str, Any] = {"size": frame, "patch_size": {"height": side, "width": side}}
+    processor = FuyuImageProcessor(**squares)
 
     def images(pages: Sequence[Page], ids: Tensor) -> dict[str, Tensor]:
         patches = []
@@ -93,7 +94,7 @@ def qwen2_vl() -> Pair:
             tie_word_embeddings=False,
         )
     )
-    limits = {"min_pixels": 56 * 56, "max_pixels": 280 * 280}
+    limits: dict[str, Any] = {"min_pixels": 56 * 56, "max_pixels": 280 * 280}
     processor = Qwen2VLImageProcessor(**limits)
 
     def images(pages: Sequence[Page], ids: Tensor) -> dict[str, Tensor]:

@@ -71,6 +71,7 @@ _SIZES: dict[str, Callable[[int], int]] = {
     "rows": lambda rows: min(rows, 8),
     "patch_size": lambda side: min(side, PATCH),
     "every": lambda period: min(period, 2),
+    "side": lambda side: min(side, 3),
     "global_layers": lambda number: min(number, 2),
     "hidden_dim": lambda width: _LOOSE_WIDTH,
     "expert_dim": lambda width: 16,
