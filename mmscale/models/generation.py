@@ -88,13 +88,13 @@ def _grown(
 
 
 def _prompt_tokens(batch: MultimodalBatch, like: Float[Tensor, "S V"]) -> Bool[Tensor, "S V"]:
-    """Which tokens the prompt of each sequence holds; ids that are read and not predicted have no place."""
+    """Which tokens the prompt of each sequence holds, of those that have a logit: some ids are read alone."""
     counts = batch.segments.cu.diff().long()
     owner = torch.arange(len(counts), device=like.device).repeat_interleave(counts)
-    size = like.shape[1]
-    seen = like.new_zeros((like.shape[0], size + 1), dtype=torch.bool)
-    seen[owner, batch.token_ids.clamp(max=size)] = True
-    return seen[:, :size]
+    seen = torch.zeros_like(like, dtype=torch.bool)
+    sayable = batch.token_ids < like.shape[1]
+    seen[owner[sayable], batch.token_ids[sayable]] = True
+    return seen
 
 
 def _first_step(batch: MultimodalBatch, last: Tensor) -> MultimodalBatch:

@@ -1,7 +1,8 @@
 """NVLM-D, -X and -H against a composition of transformers' parts (``nvlm.py``), documents made by the loader.
 
-Distances are the largest difference over the largest value. Measured worst cases: logits 4.0e-7, loss 1e-7, gradients
-2e-6. In bfloat16 both are compared with float32.
+Distances are the largest difference over the largest value. Measured worst cases: logits 5.7e-7, loss 1.2e-7, gradients
+2.2e-6, those of gates 3.2e-5: a gate's is one number, a sum over all tokens and channels that nearly cancels, and both
+are as far from float64. In bfloat16, compared with float32: ours 1.9e-2, the composition 2.0e-2.
 """
 
 from __future__ import annotations
