@@ -92,9 +92,11 @@ class MediaItem:
             return [(first, made)]
         rows, columns = self.grid[1] // spec.merge, self.grid[2] // spec.merge
         top, left, height, width = self.kept
-        corner = first + top * columns + left
+        corner, frame_size = first + spec.class_features + top * columns + left, rows * columns + spec.class_features
         return [
-            (corner + (frame * rows + row) * columns, width) for frame in range(self.grid[0]) for row in range(height)
+            (corner + frame * frame_size + row * columns, width)
+            for frame in range(self.grid[0])
+            for row in range(height)
         ]
 
     def num_features(self, spec: MediaSpec) -> int:
@@ -172,4 +174,9 @@ class Document:
 
     def cost(self, spec: MediaSpec) -> float:
         """Time units: see ``MediaSpec.cost``."""
-        return spec.cost(self.num_tokens, self.num_patches)
+        return spec.cost(self.num_tokens, self.computed_patches(spec))
+
+    def computed_patches(self, spec: MediaSpec) -> int:
+        """Patches that the tower computes: its own, or more where absent tiles are computed too."""
+        per_image = spec.patches_per_image
+        return self.num_patches if per_image is None else per_image * len({item.image for item in self.items})

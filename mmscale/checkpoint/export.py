@@ -17,7 +17,7 @@ from torch import Tensor
 from mmscale.checkpoint.manifest import Manifest
 from mmscale.checkpoint.reshard import CheckpointReader, verify
 from mmscale.errors import CheckpointError
-from mmscale.hf.keys import CARRIED
+from mmscale.hf.keys import carry_over
 from mmscale.hf.layout import Stored
 from mmscale.hf.layouts import layout_for, layout_of
 from mmscale.hf.read import PREPROCESSOR, beside, read_config
@@ -152,7 +152,8 @@ def _as_family(
     config = read_model_config(manifest.model_config_values)
     like = {} if to.like is None else read_config(to.like)
     layout = layout_of(like["model_type"]) if like else layout_for(config)
-    values = layout.config_values(config) | {key: like[key] for key in CARRIED & like.keys()}
+    values = layout.config_values(config)
+    carry_over(values, like)
     values["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[number_format]
     if to.like is not None and (to.like / f"{PREPROCESSOR}.json").is_file():
         values.pop(PREPROCESSOR, None)  # Copied with the others.

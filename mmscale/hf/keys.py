@@ -12,6 +12,8 @@ CARRIED = frozenset(
     {
         *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
         *("use_cache", "transformers_version"),
+        *("image_token_id", "image_token_index", "image_seq_length", "video_token_id"),
+        *("vision_token_id", "vision_start_token_id", "vision_end_token_id"),
     }
 )
 """Keys that say nothing about what the weights compute; an export takes them over from a folder like it."""
@@ -20,6 +22,19 @@ _HARMLESS = CARRIED | {
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"),
     *("id2label", "label2id", "pretraining_tp", "name_or_path", "sep_token_id", "decoder_start_token_id"),
 }
+
+
+def carry_over(values: dict[str, Any], like: Mapping[str, Any]) -> None:
+    """Takes over the keys of ``CARRIED`` that a foreign configuration has, block by block.
+
+    Args:
+        values: Of the new configuration; changed in place.
+        like: The foreign one. Files of version 4 may hold the text part's keys without a block around them.
+    """
+    values.update({key: like[key] for key in CARRIED & like.keys()})
+    for name, block in values.items():
+        if isinstance(block, dict) and name.endswith("_config"):
+            carry_over(block, like.get(name, like if name == "text_config" else {}))
 
 
 class Keys:

@@ -18,6 +18,7 @@ from mmscale.models.config import (
 )
 from mmscale.models.connectors.cross_attention import CrossAttentionConnector
 from mmscale.models.connectors.embedding import EmbeddingConnector
+from mmscale.models.connectors.unseen_text import absent_features
 from mmscale.models.decoder import Decoder
 from mmscale.models.flops import cost_per_patch
 from mmscale.models.head import LanguageHead
@@ -68,7 +69,9 @@ def build_model(
     tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
     head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
     head.init_std = config.decoder.init_std  # type: ignore[assignment]
-    vision = None if config.vision is None else VisionTower(config.vision, backend)
+    vision = None
+    if config.vision is not None:
+        vision = VisionTower(config.vision, backend, absent_features=absent_features(config))
     model = MultimodalModel(config, decoder, head, vision, _connector(config, backend))
     if seed is not None and not any(parameter.is_meta for parameter in model.parameters()):
         initialise_(model, seed)
@@ -80,7 +83,7 @@ def _connector(config: ModelConfig, backend: Backend) -> Connector | None:
         return None
     if isinstance(config.connector, EmbeddingConnectorConfig):
         return EmbeddingConnector(config.connector, config.vision.feature_dim, config.decoder.hidden_dim)
-    return CrossAttentionConnector(config.connector, config.vision.feature_dim, config.decoder, backend)
+    return CrossAttentionConnector(config.connector, config.vision, config.decoder, backend)
 
 
 class TowerAlone(nn.Module):
@@ -123,6 +126,9 @@ def media_spec(config: ModelConfig) -> MediaSpec:
         cost_per_patch=cost_per_patch(config),
         fixed_grid=positions.grid if isinstance(positions, LearnedPositionsConfig) else None,
         position_axes=axes,
+        class_features=int(config.vision.class_feature),
+        max_tiles=None if config.vision.tiles is None else config.vision.tiles.max_tiles,
+        computes_absent=config.vision.tiles is not None and config.vision.tiles.attend_absent,
     )
 
 

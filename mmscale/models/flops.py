@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.batch import MultimodalBatch, Segments
+from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from mmscale.models.config import (
     CrossAttentionConnectorConfig,
     DecoderConfig,
@@ -26,8 +26,9 @@ from mmscale.models.config import (
     VisionConfig,
 )
 from mmscale.models.connectors.cross_attention import cross_attention_shapes, insertion_layers
+from mmscale.models.connectors.unseen_text import looks_ahead, num_absent_rows, with_unseen_text
 from mmscale.models.decoder import block_mlps
-from mmscale.models.vision import frame_lengths
+from mmscale.models.vision import frame_lengths, tile_rows
 from mmscale.nn.attention import AttentionConfig
 from mmscale.nn.block import NormPlacement
 from mmscale.nn.mlp import DenseMlpConfig
@@ -136,7 +137,7 @@ def _parts(config: ModelConfig, batch: MultimodalBatch, rows: int, trained: Coll
     early = not {"decoder", "extra_tokens"}.isdisjoint(trained) or (sees and embeds)
     if config.vision is not None and connector is not None:
         yield from _vision_parts(config, batch, trained)
-        yield from _projector_parts(config, batch.media["image"].items.total, trained)
+        yield from _projector_parts(config, _features_in(config, batch.media["image"]), trained)
     crossing = (
         []
         if connector is None or isinstance(connector, EmbeddingConnectorConfig)
@@ -162,13 +163,36 @@ def _vision_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collecti
     vision, media = config.vision, batch.media["image"]
     assert vision is not None
     learns, dim = "vision" in trained, vision.hidden_dim
-    frames = Segments.from_lengths(frame_lengths(media.grids, extra=int(vision.class_token)))
+    queries, keys = _tower_segments(vision, media)
     yield _Part(media.items.total * _patch_embed(vision), learns, False)
-    linear = frames.total * (_attention_per_row(vision.attention, dim) + _dense(vision.mlp, dim))
-    area = _rectangles(vision.attention, dim, frames, frames)
-    tail = frames.total * _tail(vision.mlp, dim) if vision.layer_scale is None else 0
+    linear = queries.total * (_attention_per_row(vision.attention, dim) + _dense(vision.mlp, dim))
+    area = _rectangles(vision.attention, dim, queries, keys)
+    tail = queries.total * _tail(vision.mlp, dim) if vision.layer_scale is None else 0
     for _ in range(vision.num_layers):
         yield _Part(linear, learns, learns, area, 4 * learns, linear + area - tail)
+    for _ in range(0 if vision.tiles is None else vision.tiles.global_layers):  # A gate needs all of its branch.
+        yield _Part(linear, learns, learns, area, 4 * learns, linear + area)
+
+
+def _tower_segments(vision: VisionConfig, media: MediaBlock) -> tuple[Segments, Segments]:
+    """Rows of the tower's stream, and the keys that they see."""
+    rows = tile_rows(vision, media)
+    if rows is None:
+        frames = Segments.from_lengths(frame_lengths(media.grids, extra=int(vision.class_token)))
+        return frames, frames
+    if isinstance(rows.attended, Segments):
+        return rows.attended, rows.attended
+    return rows.attended.queries, rows.attended.keys
+
+
+def _features_in(config: ModelConfig, media: MediaBlock) -> int:
+    """Rows that the tower hands on, before they are merged."""
+    vision, connector = config.vision, config.connector
+    assert vision is not None
+    rows = media.items.total + int(vision.class_feature) * sum(time for time, _, _ in media.grids)
+    if connector is None or not looks_ahead(connector):
+        return rows
+    return rows + sum(num_absent_rows(media, vision, connector.projector.merge))
 
 
 def _projector_parts(config: ModelConfig, patches: int, trained: Collection[str]) -> Iterator[_Part]:
@@ -188,8 +212,13 @@ def _cross_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collectio
     dim = decoder.hidden_dim
     learns, seen = "connector" in trained, "vision" in trained or "connector" in trained
     query = 2 * tokens * dim * attention.num_heads * attention.resolved_head_dim(dim)
-    source = 4 * media.span_keys.total * dim * attention.kv_heads * attention.resolved_head_dim(dim)
-    area = _rectangles(attention, dim, media.span_tokens, media.span_keys)
+    span_keys = media.span_keys
+    if looks_ahead(config.connector):
+        assert config.vision is not None
+        merge = config.connector.projector.merge
+        _, span_keys = with_unseen_text(media, batch.segments, config.vision, merge)
+    source = 4 * span_keys.total * dim * attention.kv_heads * attention.resolved_head_dim(dim)
+    area = _rectangles(attention, dim, media.span_tokens, span_keys)
     after = query + tokens * _dense(mlp, dim)  # The output projection is as large as the query's.
     yield _Part(query, learns, learns or flows, again=query)  # The norm before it learns with it.
     yield _Part(source, learns, seen, again=source)
@@ -267,7 +296,8 @@ def _patch_embed(config: VisionConfig) -> int:
 
 def _vision_per_patch(config: VisionConfig) -> int:
     block = _attention_per_row(config.attention, config.hidden_dim) + _dense(config.mlp, config.hidden_dim)
-    return _patch_embed(config) + config.num_layers * block
+    num_global = 0 if config.tiles is None else config.tiles.global_layers
+    return _patch_embed(config) + (config.num_layers + num_global) * block
 
 
 def _projector_per_patch(config: ModelConfig) -> int:
