@@ -9,7 +9,7 @@ CODE := data_pipeline mmscale launchers benchmarks tests examples
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format bench clean
+.PHONY: help setup quickstart test test-all lint format golden bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#' 2>/dev/null || true
@@ -41,6 +41,9 @@ lint: setup ## Check format, style, types and the import floors
 format: setup ## Put the code into its format
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
+
+golden: setup ## Write down anew what each model is: tests/golden and the table of configs/README.md
+	$(BIN)/python -m tests.golden
 
 bench: setup ## Measure against peers, side by side
 	@for name in attention checkpoint dropout ledger loader loss_memory order_scale packing remote shuffle train_step zero_memory; do \

@@ -240,13 +240,20 @@ class DocumentBuilder:
         return self._outline(self.dataset.template.pieces, sample, rng, None).document
 
     def build_prompt(self, sample: Sample) -> Document:
-        """The document up to where the answer begins, without augmentation; nothing in it is learned."""
+        """The document up to where the answer begins, without augmentation; nothing in it is learned.
 
-        def template(sample: Sample, _: Draws | None) -> list[Piece]:
-            prompt = self.dataset.template.prompt(sample)
-            return [replace(piece, weight=0.0) if isinstance(piece, TextPiece) else piece for piece in prompt]
+        Raises:
+            SampleError: as the document itself.
+        """
+        return self._outline(self._prompt, sample, None, plain_empty)()
 
-        return self._outline(template, sample, None, plain_empty)()
+    def measure_prompt(self, sample: Sample) -> Document:
+        """The same in everything but pixels, as ``measure``."""
+        return self._outline(self._prompt, sample, None, None).document
+
+    def _prompt(self, sample: Sample, _: Draws | None) -> list[Piece]:
+        prompt = self.dataset.template.prompt(sample)
+        return [replace(piece, weight=0.0) if isinstance(piece, TextPiece) else piece for piece in prompt]
 
     def _outline(self, template: _Template, sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
         """The document of what ``template`` makes; ``empty`` None measures it only. Errors name the sample."""
@@ -257,7 +264,7 @@ class DocumentBuilder:
 
     def _assemble(self, pieces: list[Piece], sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
         draft = _Draft(self.spec)
-        draft.add_text([self.tokenizer.bos_id], 0.0)
+        draft.add_text([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id], 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
         for piece in pieces:
             if isinstance(piece, ImagePart):
@@ -270,6 +277,8 @@ class DocumentBuilder:
                 draft.add_text([self._special[piece.name]], piece.weight)
             else:
                 draft.add_text(self._encode(piece.text), piece.weight)
+        if not draft.ids:
+            raise SampleError("it has no token: nothing is in it, and the tokenizer has none to open a document with")
         self._check_counts(draft)
         self._check_branches(draft)
         rule = self.dataset.template.loss_weight

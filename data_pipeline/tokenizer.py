@@ -46,8 +46,8 @@ class HuggingFaceTokenizerConfig(StrictConfig):
     """The ``tokenizer.json``."""
     image_token: str = IMAGE_TOKEN
     """Token whose id marks an image."""
-    bos_token: str = "<s>"
-    """Token that opens a document."""
+    bos_token: str | None = "<s>"
+    """Token that opens a document; null for none, and the first token of a text is not predicted then."""
     eos_token: str = "</s>"
     """Token that closes a document."""
     pad_token: str = "<pad>"
@@ -64,7 +64,7 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
     @property
-    def bos_id(self) -> int: ...
+    def bos_id(self) -> int | None: ...
     @property
     def eos_id(self) -> int: ...
     @property
@@ -123,7 +123,7 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             raise DataConfigError(f"tokenizer {config.path}: no SentencePiece model") from error
         self.vocab_size: int = self._model.vocab_size()
-        self.bos_id = self._special("bos", self._model.bos_id())
+        self.bos_id: int | None = self._special("bos", self._model.bos_id())
         self.eos_id = self._special("eos", self._model.eos_id())
         # Llama's models have no pad piece; what null documents hold is never looked at, so eos serves.
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
@@ -196,14 +196,17 @@ class HuggingFaceTokenizer:
             raise DataConfigError(f"tokenizer {config.path}: no tokenizer.json: {error}") from error
         self._model.encode_special_tokens = True
         self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=True)
-        self.bos_id = self.special_id(config.bos_token, "bos_token")
+        bos = config.bos_token
+        self.bos_id: int | None = None if bos is None else self.special_id(bos, "bos_token")
         self.eos_id = self.special_id(config.eos_token, "eos_token")
         self.pad_id = self.special_id(config.pad_token, "pad_token")
         self.image_id = self.special_id(config.image_token, "image_token")
-        names = (config.bos_token, config.eos_token, config.pad_token, config.image_token)
+        names = (bos or "", config.eos_token, config.pad_token, config.image_token)
         self.fingerprint = hashlib.sha256(content + "\0".join(names).encode()).hexdigest()
-        self._names = sorted(set(names))
-        self._reserved = {self.bos_id, self.eos_id, self.pad_id, self.image_id}
+        self._names = sorted({name for name in names if name})
+        self._reserved = {self.eos_id, self.pad_id, self.image_id} | (
+            {self.bos_id} if self.bos_id is not None else set()
+        )
 
     def special_id(self, name: str, field: str) -> int:
         """See ``Tokenizer.special_id``."""

@@ -28,7 +28,7 @@ from mmscale.models.build import count_parameters
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.report.build import build_report
 from mmscale.report.captions import save_captions
-from mmscale.report.result import RESULT_FILE, Efficiency, Memory, Params, RunResult, SetResult, write_result
+from mmscale.report.result import RESULT_FILE, Efficiency, HeldOutResult, Memory, Params, RunResult, write_result
 from mmscale.run_config import RunConfig
 
 
@@ -85,7 +85,7 @@ def _efficiency(config: RunConfig, engine: Engine, records: Sequence[Mapping[str
     return Efficiency(mfu, peak.flops, peak.source, sum(record.get("model_flops", 0) for record in records))
 
 
-def score(config: RunConfig, engine: Engine, stage: int, log: RunLog | NullLog) -> dict[str, SetResult]:
+def score(config: RunConfig, engine: Engine, stage: int, log: RunLog | NullLog) -> dict[str, HeldOutResult]:
     """Scores the held-out sets with the engine's model and captions some of their images. All ranks must call.
 
     A stage that keeps an average of its weights is scored by the average. ``stage`` is the one that the model is of.
@@ -93,16 +93,14 @@ def score(config: RunConfig, engine: Engine, stage: int, log: RunLog | NullLog) 
     data, spec = config.evaluation_data(stage), config.stage_media(stage)
     log.pause()
     asked = config.evaluation
-    if asked.sets and spec.placement is Placement.NONE:
-        log.note(f"held-out sets are not scored: the model of stage {engine.stage.name} takes no images")
-        asked = asked.model_copy(update={"sets": ()})
+    if asked.image_sets and spec.placement is Placement.NONE:
+        left_out = ", ".join(held.name for held in asked.image_sets)
+        log.note(f"not scored: {left_out}; the model of stage {engine.stage.name} takes no images")
+        asked = asked.model_copy(update={"sets": tuple(one for one in asked.sets if one not in asked.image_sets)})
     with engine.inference(ema=engine.stage.ema is not None) as model:
         results = evaluate(cast(MultimodalModel, model), asked, data, spec, engine.world)
         for name, result in results.items():
-            log.note(
-                f"held-out {name}: {result.metric} {result.score:.3f} ± {result.error:.3f}, "
-                f"images permuted {result.control:.3f}, chance {result.chance:.3f} (n={result.n})"
-            )
+            log.note(f"held-out {name}: {result.summary}")
         captioned = caption_images(model, asked, data, spec, engine.world)
     if engine.world.is_main and captioned:
         save_captions(config.run_dir, captioned)

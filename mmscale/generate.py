@@ -1,10 +1,11 @@
-"""A trained model describes images: for a person with a file, and for the report of a run.
+"""A trained model answers: to a person with a prompt and files, and about held-out images for the report of a run.
 
-image file --prompt as in training--> generate, with a cache --> text
+prompt, image files --as in training--> generate, with a cache --> text
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,13 +21,21 @@ from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
-from data_pipeline.templates import AnnotationsTemplate, CaptionTemplate, DialogueTemplate
+from data_pipeline.templates import (
+    LITERAL,
+    AnnotationsTemplate,
+    CaptionTemplate,
+    DialogueTemplate,
+    TemplateConfig,
+    TextTemplate,
+)
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.evaluate import CaptionsConfig, EvaluationConfig, HeldOutSet
 from mmscale.evaluate.heldout import PromptBuilder, Questions
-from mmscale.models.generation import GreedyConfig, NucleusConfig, generate
+from mmscale.models.generation import generate
+from mmscale.models.sampling import SamplingConfig
 
 _PICTURE_PIXELS = 256
 """Longest side of an image in the report."""
@@ -41,55 +50,101 @@ class Captioned(NamedTuple):
     generated: str
 
 
-def describe_image(
+def respond(
     model: nn.Module,
-    image: Path,
     data: DataConfig,
     spec: MediaSpec,
     *,
+    images: Sequence[Path] = (),
     prompt: str | None = None,
+    num: int = 1,
     max_new_tokens: int = 32,
-    sampling: GreedyConfig | NucleusConfig = GreedyConfig(),
-) -> str:
-    """What a whole model, in this process, says about an image file.
+    sampling: SamplingConfig = SamplingConfig(),
+    stop: Sequence[str] = (),
+    show: Callable[[str], None] | None = None,
+) -> list[str]:
+    """What a whole model, in this process, says to a prompt with images or without.
 
     Args:
         model: In evaluation mode, on the CPU or a CUDA device.
-        image: JPEG, PNG or WebP.
         data: Tokenizer, and template and transform of the first data set.
         spec: What the model takes.
-        prompt: Text between image and answer, of a dialogue what the user says; None takes the first prompt of the
-            template.
+        images: JPEG, PNG or WebP files.
+        prompt: Text before the answer, of a dialogue what the user says. Images stand where it says ``<image>`` (the
+            next one) or ``<image-2>`` (the second); where it says neither, before it. None takes the first prompt of
+            the template.
+        num: Answers, each drawn anew.
         max_new_tokens: Longest answer, tokens.
         sampling: How tokens are chosen.
+        stop: Texts that end an answer and are no part of it.
+        show: Called with the first answer as it grows, after each token.
 
     Raises:
-        ConfigError: the model has no image tower, or the prompt of the template needs fields that a file does not have.
-        SampleError: the file is no such image.
+        ConfigError: the model has no image tower, or the prompt of the template needs what is not given.
+        SampleError: a file is no such image, or images and places for them differ.
     """
-    if spec.placement is Placement.NONE:
-        raise ConfigError("this model has no vision tower: it cannot look at an image")
     tokenizer = load_tokenizer(data.tokenizer)
-    dataset = data.datasets[0]
-    sample = _sample_of(image)
-    template = dataset.template.each if isinstance(dataset.template, AnnotationsTemplate) else dataset.template
-    if prompt is not None and isinstance(template, DialogueTemplate):
-        dataset = dataset.model_copy(update={"template": template})
-        sample = replace(sample, fields=template.question(prompt))
-    elif prompt is not None:  # Literal text: braces in it are no fields.
-        literal = prompt.replace("{", "{{").replace("}", "}}")
-        dataset = dataset.model_copy(update={"template": CaptionTemplate(prompts=(literal,))})
-    else:
-        _check_prompt(dataset, sample)
+    dataset, sample = _question(data.datasets[0], images, prompt, spec)
     document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
     null = null_document(spec, tokenizer.pad_id)
     device = next(model.parameters()).device
-    batch = collate([Pack((document, null), lane=-1)], spec).to(device)
-    (tokens,) = generate(model, batch, max_new_tokens, tokenizer.eos_id, sampling)  # type: ignore[arg-type]
-    return tokenizer.decode(tokens).strip()
+    batch = collate([Pack((*[document] * num, null), lane=-1)], spec).to(device)
+
+    def watch(number: int, tokens: list[int]) -> bool:
+        text = tokenizer.decode(tokens)
+        if show is not None and number == 0:
+            show(_until(text, stop))
+        return any(end in text for end in stop)
+
+    stop_ids = [tokenizer.special_id(name, "template.special_tokens") for name in _closing(dataset.template)]
+    watched = watch if stop or show is not None else None
+    answers = generate(
+        model,  # type: ignore[arg-type]
+        batch,
+        max_new_tokens,
+        tokenizer.eos_id,
+        sampling,
+        stop_ids=stop_ids,
+        watch=watched,
+    )
+    return [_until(tokenizer.decode(tokens), stop).strip() for tokens in answers]
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of the stop texts in it."""
+    places = [place for end in stop if (place := text.find(end)) >= 0]
+    return text[: min(places)] if places else text
+
+
+def _closing(template: TemplateConfig) -> tuple[str, ...]:
+    """Tokens that close what a model of these documents says."""
+    if isinstance(template, AnnotationsTemplate):
+        return _closing(template.each)
+    return template.closing if isinstance(template, DialogueTemplate) else ()
+
+
+def _question(
+    dataset: DatasetConfig, images: Sequence[Path], prompt: str | None, spec: MediaSpec
+) -> tuple[DatasetConfig, Sample]:
+    """A sample of these images, and how it is put to the model."""
+    if images and spec.placement is Placement.NONE:
+        raise ConfigError("this model has no vision tower: it cannot look at an image; leave out --image")
+    template = dataset.template.each if isinstance(dataset.template, AnnotationsTemplate) else dataset.template
+    sample = _sample_of(images)
+    if prompt is None:
+        _check_prompt(dataset, sample)
+        return dataset, sample
+    if not isinstance(template, DialogueTemplate):
+        template = LITERAL if prompt else CaptionTemplate()
+    if isinstance(template, DialogueTemplate):
+        sample = replace(sample, fields=template.question(prompt))
+    return dataset.model_copy(update={"template": template}), sample
 
 
 def _check_prompt(dataset: DatasetConfig, sample: Sample) -> None:
+    """Refuses to begin where training has a prompt, or an image, and nothing was given."""
+    if not sample.parts and not isinstance(dataset.template, TextTemplate):
+        raise ConfigError(f"data set {dataset.name} begins with an image or a question; give an image or a prompt")
     try:
         dataset.template.prompt(sample)
     except SampleError as error:
@@ -98,13 +153,18 @@ def _check_prompt(dataset: DatasetConfig, sample: Sample) -> None:
         ) from error
 
 
-def _sample_of(image: Path) -> Sample:
-    try:
-        data = image.read_bytes()
-    except OSError as error:
-        raise MMScaleError(f"{image}: {error.strerror}") from error
-    origin = Provenance("file", str(image.parent), image.name, 0)
-    return Sample((ImagePart(data, image.suffix.lstrip(".").lower()),), {}, origin)
+def _sample_of(images: Sequence[Path]) -> Sample:
+    """The files as a sample without fields; members are called as in a tar, by number and extension."""
+    parts = []
+    for number, path in enumerate(images):
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise MMScaleError(f"{path}: {error.strerror}") from error
+        extension = path.suffix.lstrip(".").lower()
+        parts.append(ImagePart(data, extension if len(images) == 1 else f"{number}.{extension}"))
+    shown = images[0] if images else Path("prompt")
+    return Sample(tuple(parts), {}, Provenance("file", str(shown.parent), ", ".join(path.name for path in images), 0))
 
 
 def caption_images(
@@ -120,7 +180,7 @@ def caption_images(
     captions = config.captions
     if captions is None or spec.placement is Placement.NONE:
         return []
-    chosen = [held for held in config.sets if captions.sets is None or held.name in captions.sets]
+    chosen = [held for held in config.image_sets if captions.sets is None or held.name in captions.sets]
     return [one for held in chosen for one in _caption_set(model, held, captions, data, spec, world)]
 
 
@@ -129,7 +189,7 @@ def _caption_set(
 ) -> list[Captioned]:
     tokenizer = load_tokenizer(data.tokenizer)
     questions = Questions.read(held, limit=captions.num_images)
-    prompts = PromptBuilder(held, data, tokenizer, spec, captions.prompt)(questions.samples).to(world.device)
+    prompts = PromptBuilder.of_images(held, data, tokenizer, spec, captions.prompt)(questions.samples).to(world.device)
     answers = generate(
         model,  # type: ignore[arg-type]
         prompts,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmscale.errors import ConfigError
 from mmscale.models.head import LanguageHead
 from mmscale.optimizer_config import AdafactorConfig, AdamWConfig, MuonConfig
-from mmscale.stages import ALL, DEFAULT, StageConfig
+from mmscale.stages import ALL, StageConfig
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)
@@ -50,11 +50,11 @@ def trained_components(components: Iterable[str], stage: StageConfig) -> tuple[s
     """The components that ``stage`` trains, of those that the model has.
 
     Raises:
-        ConfigError: the stage names a component that the model lacks, in ``train`` or in ``learning_rate``.
+        ConfigError: the stage names a component that the model lacks.
     """
     present = sorted(components)
     wanted = present if stage.train == (ALL,) else stage.train
-    missing = (set(wanted) | set(stage.learning_rate)) - set(present) - {DEFAULT}
+    missing = (set(wanted) | stage.named_components) - set(present)
     if missing:
         raise ConfigError(f"stage {stage.name}: the model has no component {sorted(missing)}; it has {present}")
     return tuple(wanted)
@@ -127,21 +127,20 @@ def parameter_groups(model: nn.Module, components: Components, stage: StageConfi
     return [group for group in groups.values() if group["params"]]
 
 
-def schedule(stage: StageConfig, step: int) -> float:
-    """Learning rate of optimizer step ``step`` (from 0) of the stage, as a share of the peak."""
-    if step < stage.warmup_steps:
-        return (step + 1) / stage.warmup_steps
+def schedule(stage: StageConfig, step: int, warmup: int) -> float:
+    """Learning rate of optimizer step ``step`` (from 0) of the stage after ``warmup`` steps, as a share of the peak."""
+    if step < warmup:
+        return (step + 1) / warmup
     if stage.schedule == "constant":
         return 1.0
-    progress = min(1.0, (step + 1 - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps))
+    progress = min(1.0, (step + 1 - warmup) / max(1, stage.steps - warmup))
     fall = 0.5 * (1 + math.cos(math.pi * progress)) if stage.schedule == "cosine" else 1 - progress
     return stage.min_learning_rate + (1 - stage.min_learning_rate) * fall
 
 
 def learning_rates(stage: StageConfig, components: Iterable[str], step: int) -> dict[str, float]:
     """Learning rate of each of the trained ``components`` at ``step`` of the stage."""
-    share = schedule(stage, step)
-    return {component: stage.peak_learning_rate(component) * share for component in components}
+    return {name: stage.peak_learning_rate(name) * schedule(stage, step, stage.warmup(name)) for name in components}
 
 
 class Clips:

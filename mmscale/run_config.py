@@ -21,12 +21,12 @@ from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.guard import BadStepsConfig, Policy
 from mmscale.errors import ConfigError
-from mmscale.evaluate import EvaluationConfig
+from mmscale.evaluate import EvaluationConfig, check_sets
 from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.ledger import LedgerConfig
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
-from mmscale.stages import ALL, DEFAULT, StageConfig
+from mmscale.stages import ALL, StageConfig
 
 
 class RunConfig(StrictConfig):
@@ -55,8 +55,12 @@ class RunConfig(StrictConfig):
             raise ValueError(f"stages need names of their own, got {names}")
         for number, stage in enumerate(self.stages):
             components = self.stage_model(number).components  # Raises where an override of the block is not legal.
-            named = {*stage.train, *stage.learning_rate, *(name for each in stage.weights for name in each.components)}
-            if unknown := named - set(components) - {ALL, DEFAULT}:
+            named = {
+                *stage.train,
+                *stage.named_components,
+                *(name for each in stage.weights for name in each.components),
+            }
+            if unknown := named - set(components) - {ALL}:
                 raise ValueError(
                     f"stages.{number} ({stage.name}) names {sorted(unknown)}; this model has {sorted(components)}"
                 )
@@ -150,7 +154,8 @@ def check_files(config: RunConfig) -> None:
     """Checks what validation cannot know without the disk. Cheap: nothing large is read.
 
     Raises:
-        ConfigError: a manifest is missing, or the tokenizer has more ids than the model has embeddings.
+        ConfigError: a manifest is missing, or the tokenizer has more ids than the model has embeddings; or a held-out
+            set cannot be asked as configured.
         DataConfigError: a shard to be streamed is missing, the tokenizer cannot be loaded, or images are not cut as a
             stage's model takes them.
     """
@@ -177,6 +182,8 @@ def check_files(config: RunConfig) -> None:
                 DocumentBuilder(dataset, tokenizer, media_spec(model))
             except DataConfigError as error:
                 raise DataConfigError(f"stage {stage.name}, data set {dataset.name}: {error}") from error
+    last = len(config.stages) - 1
+    check_sets(config.evaluation, config.evaluation_data(last), config.stage_media(last))
 
 
 def check_world(config: RunConfig, world_size: int) -> None:

@@ -20,6 +20,9 @@ DEFAULT = "default"
 """Key of the learning rate of components that are not named."""
 
 
+Steps = Annotated[int, Field(ge=0)]
+
+
 def _check_names(names: tuple[str, ...], key: str) -> None:
     if len(set(names)) != len(names):
         raise ValueError(f"{key}={list(names)} names a component twice")
@@ -57,14 +60,18 @@ class StageConfig(StrictConfig):
     """Peak learning rate of each trained component; ``default`` serves those that are not named."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak after the warm-up."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear rise to the peak; at most ``steps``."""
+    warmup_steps: Steps | dict[str, Steps] = 0
+    """Steps of linear rise to the peak, at most ``steps``: of all components, or of each; ``default`` serves those that
+    are not named. The fall begins where a component's own rise ends."""
     min_learning_rate: float = Field(default=0.1, ge=0, le=1)
     """Learning rate of the last step as a share of the peak. Unused by ``constant``."""
     optimizer: OptimizerConfig = AdamWConfig()
     """How gradients become steps: ``adamw``, ``adafactor`` or ``muon``, each with its own fields."""
     ema: EmaConfig | None = None
     """Average of the trained weights beside them, from the weights that the stage begins with; None keeps none."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the square of the logits' log-normaliser, added to each token's loss (PaLM, OLMo, Molmo: 1e-4); 0 for
+    none."""
     clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
     data: dict[str, Any] | None = None
@@ -76,19 +83,31 @@ class StageConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} is longer than the stage (steps={self.steps})")
         _check_names(self.train, "train")
-        unknown = set(self.learning_rate) - set(self.train) - {DEFAULT}
-        if unknown and ALL not in self.train:
-            raise ValueError(
-                f"learning_rate names {sorted(unknown)}, which this stage does not train: {list(self.train)}"
-            )
-        missing = [name for name in self.train if name not in self.learning_rate]
-        if missing and DEFAULT not in self.learning_rate:
-            raise ValueError(f"learning_rate has no value for {missing} and no `{DEFAULT}`")
+        warmups = self.warmup_steps if isinstance(self.warmup_steps, dict) else {DEFAULT: self.warmup_steps}
+        if max(warmups.values(), default=0) > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is longer than the stage (steps={self.steps})")
+        for key, values in (("learning_rate", self.learning_rate), ("warmup_steps", warmups)):
+            unknown = set(values) - set(self.train) - {DEFAULT}
+            if unknown and ALL not in self.train:
+                raise ValueError(f"{key} names {sorted(unknown)}, which this stage does not train: {list(self.train)}")
+            missing = [name for name in self.train if name not in values]
+            if missing and DEFAULT not in values:
+                raise ValueError(f"{key} has no value for {missing} and no `{DEFAULT}`")
         return self
+
+    @property
+    def named_components(self) -> set[str]:
+        """Components that have a learning rate or a warm-up of their own."""
+        warmups = self.warmup_steps if isinstance(self.warmup_steps, dict) else {}
+        return {*self.learning_rate, *warmups} - {DEFAULT}
 
     def peak_learning_rate(self, component: str) -> float:
         """Peak learning rate of ``component``."""
         return self.learning_rate.get(component, self.learning_rate.get(DEFAULT, 0.0))
+
+    def warmup(self, component: str) -> int:
+        """Warm-up of ``component``, steps."""
+        if isinstance(self.warmup_steps, int):
+            return self.warmup_steps
+        return self.warmup_steps.get(component, self.warmup_steps.get(DEFAULT, 0))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,23 +14,29 @@ from data_pipeline.collate import collate
 from data_pipeline.config import DataConfig
 from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import SampleError
+from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing import Pack
 from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart
 from data_pipeline.templates import CaptionTemplate, InterleavedTemplate, TemplateConfig
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError
-from mmscale.generate import caption_images, describe_image
+from mmscale.generate import caption_images, respond
 from mmscale.metrics.sample_images import Pixels
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
-from mmscale.models.generation import NucleusConfig
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.sampling import SamplingConfig
 from tests.evaluate.asked import ALONE, data_config, evaluation, tiny_model
 
 
 def _picture(seed: int = 0) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+
+
+def describe_image(model: MultimodalModel, image: Path, data: DataConfig, spec: MediaSpec, **options: Any) -> str:
+    (text,) = respond(model, data, spec, images=[image], **options)
+    return text
 
 
 def _file(folder: Path, format_name: str, pixels: Pixels) -> Path:
@@ -113,7 +121,7 @@ def test_draws_are_repeatable_and_follow_the_seed(tmp_path: Path) -> None:
     path, spec = _file(tmp_path, "png", _picture()), media_spec(model.config)
 
     def said(seed: int) -> str:
-        sampling = NucleusConfig(temperature=5.0, top_p=1.0, seed=seed)
+        sampling = SamplingConfig(temperature=5.0, top_p=1.0, seed=seed)
         return describe_image(model, path, data, spec, sampling=sampling, max_new_tokens=8)
 
     assert said(1) == said(1) != said(2)
@@ -165,7 +173,108 @@ def test_a_prompt_that_needs_fields_asks_for_one(tmp_path: Path) -> None:
         describe_image(model, _file(tmp_path, "png", _picture()), data, media_spec(model.config))
 
 
+def _text_model() -> MultimodalModel:
+    model = build_model(ModelConfig(decoder=tiny_model().config.decoder), seed=3).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    return model
+
+
+def _taught(template: dict[str, Any]) -> DataConfig:
+    data = data_config()
+    (dataset,) = data.model_dump()["datasets"]
+    return DataConfig.model_validate(data.model_dump() | {"datasets": [{**dataset, "template": template}]})
+
+
+def test_a_text_model_goes_on_with_a_text_from_its_beginning_or_from_where_it_is_given() -> None:
+    model, data = _text_model(), _taught({"kind": "text"})
+    spec = media_spec(model.config)
+    assert respond(model, data, spec, prompt="a {b}", max_new_tokens=6) == [
+        _continued(model, data, InterleavedTemplate(), (TextPart("a {b}"), TextPart("x")), 6)
+    ]
+    begun = _continued(model, data, CaptionTemplate(prompts=("",), answers=("x",)), (), 6)
+    assert (
+        respond(model, data, spec, max_new_tokens=6)
+        == [begun]
+        == respond(model, data, spec, prompt="", max_new_tokens=6)
+    )
+    with pytest.raises(ConfigError, match="give an image or a prompt"):
+        respond(model, data_config(), spec)
+
+
+def test_an_image_model_answers_a_prompt_without_an_image() -> None:
+    model, data = tiny_model("embedding"), data_config()
+    parts = (TextPart("a rose is"), TextPart("x"))
+    said = respond(model, data, media_spec(model.config), prompt="a rose is", max_new_tokens=6)
+    assert said == [_continued(model, data, InterleavedTemplate(), parts, 6)]
+
+
+@pytest.mark.parametrize("kind", ["caption", "dialogue"])
+@pytest.mark.parametrize(
+    ("prompt", "order"),
+    [("a <image> b <image> c", "a 0 b 1 c"), ("a <image-2> b <image-1> c", "a 1 b 0 c"), ("which?", "01which?")],
+)
+def test_several_images_stand_where_the_prompt_says(kind: str, prompt: str, order: str, tmp_path: Path) -> None:
+    model, data = tiny_model("embedding"), _taught({"kind": kind})
+    spec = media_spec(model.config)
+    paths = []
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        paths.append(_file(tmp_path / str(number), "png", _picture(number)))
+    images = {str(number): ImagePart(path.read_bytes(), f"{number}.png") for number, path in enumerate(paths)}
+    parts: list[Part] = [
+        images[piece] if piece in images else TextPart(piece) for piece in re.split("([01])", order) if piece
+    ]
+    if kind == "dialogue":
+        parts = [TextPart("USER: "), *parts, TextPart(" "), TextPart("ASSISTANT: ")]
+    said = respond(model, data, spec, images=paths, prompt=prompt, max_new_tokens=6)
+    assert said == [_continued(model, data, InterleavedTemplate(), (*parts, TextPart("x")), 6)]
+    other = respond(model, data, spec, images=paths[::-1], prompt=prompt, max_new_tokens=6)
+    assert other != said  # It matters which is where.
+
+
+def test_images_and_places_must_agree(tmp_path: Path) -> None:
+    model, data = tiny_model(), data_config()
+    path, spec = _file(tmp_path, "png", _picture()), media_spec(model.config)
+    with pytest.raises(SampleError, match="shows image number 2, and the sample has 1"):
+        respond(model, data, spec, images=[path], prompt="<image> and <image>")
+    with pytest.raises(SampleError, match="shows 1 of 2 images"):
+        respond(model, data, spec, images=[path, path], prompt="<image> only")
+
+
+def test_answers_are_drawn_one_by_one_and_end_where_they_shall() -> None:
+    model, data = _text_model(), _taught({"kind": "text"})
+    spec, sampling = media_spec(model.config), SamplingConfig(temperature=3.0, seed=1)
+    texts = respond(model, data, spec, prompt="a", num=3, sampling=sampling, max_new_tokens=8)
+    assert len(set(texts)) == 3
+    grown: list[str] = []
+    whole = respond(model, data, spec, prompt="a", max_new_tokens=8, show=grown.append)
+    assert grown[-1].strip() == whole[0]
+    assert [len(text) for text in grown] == sorted(len(text) for text in grown)
+    stop = whole[0][3:5]
+    assert respond(model, data, spec, prompt="a", max_new_tokens=8, stop=[stop, "never said"]) == [
+        whole[0][: whole[0].index(stop)].strip()
+    ]
+
+
+def test_what_closes_a_turn_ends_an_answer() -> None:
+    model = _text_model()
+    spec = media_spec(model.config)
+    turns = {"user": {"prefix": "Q"}, "assistant": {"prefix": "A", "weight": 1}}
+    data = _taught({"kind": "dialogue", "roles": turns, "end": "none"})
+    parts = (TextPart("Q"), TextPart("who?"), TextPart("A"), TextPart("x"))
+    free = respond(model, data, spec, prompt="who?", max_new_tokens=8)
+    assert free == [_continued(model, data, InterleavedTemplate(), parts, 8)]
+    grown: list[str] = []
+    assert respond(model, data, spec, prompt="who?", max_new_tokens=8, show=grown.append) == free
+    name = grown[3][len(grown[2]) :].replace(" ", "▁")  # The fourth token, as its piece is called.
+    closed = {**turns, "assistant": {"prefix": "A", "suffix": name, "weight": 1}}
+    data = _taught({"kind": "dialogue", "roles": closed, "special_tokens": [name], "end": "none"})
+    (said,) = respond(model, data, spec, prompt="who?", max_new_tokens=8)
+    assert said == grown[2].strip() != free[0]
+
+
 def test_a_text_model_cannot_look(tmp_path: Path) -> None:
-    model = build_model(ModelConfig(decoder=tiny_model().config.decoder)).eval()
+    model = _text_model()
     with pytest.raises(ConfigError, match="no vision tower"):
         describe_image(model, _file(tmp_path, "png", _picture()), data_config(), media_spec(model.config))

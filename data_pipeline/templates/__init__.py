@@ -17,11 +17,12 @@ from pydantic import Field
 
 from data_pipeline.templates.annotations import AnnotationsTemplate
 from data_pipeline.templates.caption import CaptionTemplate
-from data_pipeline.templates.dialogue import DialogueTemplate, Role
+from data_pipeline.templates.dialogue import LITERAL, DialogueTemplate, Role
 from data_pipeline.templates.pieces import BranchPiece, EndPiece, Piece, TextPiece, TokenPiece
 from data_pipeline.templates.stored import InterleavedTemplate, TextTemplate
 
 __all__ = [
+    "LITERAL",
     "AnnotationsTemplate",
     "BranchPiece",
     "CaptionTemplate",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -21,6 +21,7 @@ from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.pages import weight_of
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.strict import StrictConfig
+from data_pipeline.templates.chat_formats import CHAT_FORMATS
 from data_pipeline.templates.formats import look_up
 from data_pipeline.templates.learned import LearnedText
 from data_pipeline.templates.pieces import EndPiece, Piece, TextPiece, TokenPiece, images_of, text
@@ -38,14 +39,6 @@ class Role(StrictConfig):
     """After what is said; learned with it."""
     weight: float = Field(default=0.0, ge=0)
     """Loss weight of each token of what is said; 0 is read only. A turn with a ``weight`` of its own is multiplied."""
-
-
-VICUNA = {
-    SYSTEM: Role(suffix=" "),
-    USER: Role(prefix="USER: ", suffix=" "),
-    "assistant": Role(prefix="ASSISTANT: ", weight=1.0),
-}
-"""Source: Vicuna 1.1 as in LLaVA-1.5 (arXiv 2310.03744)."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +63,11 @@ class DialogueTemplate(LearnedText):
     kind: Literal["dialogue"] = "dialogue"
     field: str | None = None
     """The list of turns; null: the field ``messages`` if the sample has it, else ``conversations``."""
-    roles: dict[str, Role] = VICUNA
-    """How each role is written. Given, it replaces the default, which is Vicuna's ``USER: ... ASSISTANT: ...``."""
+    format: Literal["vicuna", "chatml", "llama3", "mistral", "gemma", "phi4"] | None = None
+    """How a published model writes turns: ``roles``, ``special_tokens``, ``end`` and ``strip`` as far as they are not
+    given. Null: Vicuna's ``USER: ... ASSISTANT: ...``, unless ``roles`` are given."""
+    roles: dict[str, Role] = {name: Role(**role) for name, role in CHAT_FORMATS["vicuna"]["roles"].items()}  # noqa: RUF012
+    """How each role is written. Given, it replaces all roles of the format."""
     aliases: dict[str, str] = {"human": USER, "gpt": "assistant"}  # noqa: RUF012  pydantic copies it
     """Other names of roles."""
     special_tokens: tuple[str, ...] = ()
@@ -80,10 +76,24 @@ class DialogueTemplate(LearnedText):
     end: Literal["turn", "dialogue", "none"] = "turn"
     """Where the tokenizer's end token stands: after each turn of a learned role, once at the end, or nowhere, for
     formats whose suffix says it."""
+    strip: bool = False
+    """Leave out white space before and after what is said."""
     learn: Literal["all", "last"] = "all"
     """All turns of the learned roles, or the last of them only."""
     system: str | None = None
     """A system turn for dialogues without one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_format(cls, values: Any) -> Any:
+        """Writes the format out, key by key; roles of one's own have special tokens of their own."""
+        name = values.get("format") if isinstance(values, dict) else None
+        if not isinstance(name, str) or name not in CHAT_FORMATS:
+            return values
+        taken = CHAT_FORMATS[name]
+        if "roles" in values:
+            taken = {key: value for key, value in taken.items() if key != "special_tokens"}
+        return {**taken, **values}
 
     @model_validator(mode="after")
     def _check_roles(self) -> DialogueTemplate:
@@ -143,9 +153,16 @@ class DialogueTemplate(LearnedText):
         return [*pieces, *self._marked(asked.prefix, 0.0)]
 
     def question(self, words: str) -> dict[str, Any]:
-        """Fields of a sample whose prompt asks ``words``."""
+        """Fields of a sample whose prompt asks ``words``, with images where they say ``<image>``."""
         role = USER if USER in self.roles else next(name for name, role in self.roles.items() if not role.weight)
-        return {self.field or "messages": [{"role": role, "content": [{"type": "text", "text": words}]}]}
+        return {self.field or "messages": [{"role": role, "content": words}]}
+
+    @property
+    def closing(self) -> tuple[str, ...]:
+        """The special token, if any, that comes first behind what a learned role says: it ends an answer."""
+        asked = next(role for role in self.roles.values() if role.weight)
+        names = [piece.name for piece in self._marked(asked.suffix, 0.0) if isinstance(piece, TokenPiece)]
+        return tuple(names[:1])
 
     def _weight(self, turn: _Turn) -> float:
         return self.roles[turn.role].weight * turn.weight
@@ -180,11 +197,17 @@ class DialogueTemplate(LearnedText):
             raise SampleError(reason, kind=FaultKind.TEXT)
         try:
             content = _content(item.get("content", item.get("value")))
+            if self.strip:
+                content = _stripped(content)
             if not any(isinstance(piece, _Reference) or piece.text.strip() for piece in content):
                 raise SampleError("nothing is said", kind=FaultKind.TEXT)
             return _Turn(role, weight_of(item), content)
         except SampleError as error:
             raise SampleError(f"turn {number} ({name}): {error.reason}", kind=FaultKind.TEXT) from error
+
+
+LITERAL = DialogueTemplate(roles={USER: Role(), "assistant": Role(weight=1.0)}, end="none")
+"""Nothing but what is said: a prompt as it stands, with images where it says ``<image>``."""
 
 
 def _content(content: Any) -> tuple[TextPiece | _Reference, ...]:
@@ -206,6 +229,18 @@ def _content(content: Any) -> tuple[TextPiece | _Reference, ...]:
                 reason = f'it says {item!r:.80}, expected {{"type": "text", "text": ...}} or {{"type": "image"}}'
                 raise SampleError(reason, kind=FaultKind.TEXT)
     return tuple(found)
+
+
+def _stripped(content: Sequence[TextPiece | _Reference]) -> tuple[TextPiece | _Reference, ...]:
+    """The content without white space at either end; a text that holds nothing else goes."""
+    kept = list(content)
+    for place, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        while kept and isinstance(piece := kept[place], TextPiece):
+            kept[place] = replace(piece, text=strip(piece.text))
+            if kept[place] != TextPiece("", piece.weight):
+                break
+            del kept[place]
+    return tuple(kept)
 
 
 def _split(words: str) -> Iterator[TextPiece | _Reference]:

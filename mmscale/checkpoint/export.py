@@ -1,7 +1,7 @@
 """Weights of a checkpoint, whole, for other programs: under our names, or as a family of Hugging Face stores them.
 
-Values are read range by range and written on, so neither a model nor a large matrix is ever in memory. Tied parameters
-are stored once.
+Values are read range by range and written on, so neither a model nor a large matrix is ever in memory, save one whose
+axes a family exchanges. Tied parameters are stored once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from mmscale.checkpoint.manifest import Manifest
 from mmscale.checkpoint.reshard import CheckpointReader, verify
 from mmscale.errors import CheckpointError
-from mmscale.hf.keys import carry_over
+from mmscale.hf.keys import CARRIED
 from mmscale.hf.layout import Stored
 from mmscale.hf.layouts import layout_for, layout_of
 from mmscale.hf.read import PREPROCESSOR, beside, read_config
@@ -152,18 +152,29 @@ def _as_family(
     config = read_model_config(manifest.model_config_values)
     like = {} if to.like is None else read_config(to.like)
     layout = layout_of(like["model_type"]) if like else layout_for(config)
-    values = layout.config_values(config)
-    carry_over(values, like)
+    values = _carried(layout.config_values(config), like)
     values["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[number_format]
     if to.like is not None and (to.like / f"{PREPROCESSOR}.json").is_file():
         values.pop(PREPROCESSOR, None)  # Copied with the others.
     return values, layout.stored(config, {name: entry.shape for name, entry in entries.items()})
 
 
+def _carried(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """``values``, with those of ``CARRIED`` as the folder like it has them, block by block."""
+    taken = {key: like[key] for key in CARRIED & like.keys()}
+    blocks = {
+        key: _carried(block, like[key])
+        for key, block in values.items()
+        if isinstance(block, Mapping) and isinstance(like.get(key), Mapping)
+    }
+    return {**values, **taken, **blocks}
+
+
 def _outgoing(reader: CheckpointReader, tensor: Stored, entries: Mapping[str, _Entry]) -> Outgoing:
     def values() -> Iterator[Tensor]:
-        for name, start, stop in tensor.ranges():
-            yield from _values(reader, entries[name], start, stop)
+        for part, start, stop in tensor.ranges():
+            ranges = _values(reader, entries[part.name], start, stop)
+            yield from ranges if part.axes is None else [part.axes.to_theirs(torch.cat(list(ranges)))]
 
     return Outgoing(tensor.name, entries[tensor.parts[0].name].dtype, tensor.shape, values)
 

@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     """``NAME|kind``."""
     start: int
     values: Tensor | QuantisedRange
-    """In the shape that the file is to say; flat for a parameter's range."""
+    """In the shape that the file is to say, which of a parameter's range is flat, whatever view of it this is."""
     whole: bool = False
     """Of a tensor that rank 0 keeps for all: it is no range of a parameter's values."""
 
@@ -54,7 +54,9 @@ class RankShare:
     @classmethod
     def of(cls, rank: int, pieces: list[Piece], loader: str | None, random_state: dict[str, str]) -> RankShare:
         """Lays out ``pieces`` in a file."""
-        header = file_header((piece.key, piece.values.dtype, piece.values.shape) for piece in pieces)
+        header = file_header(
+            (key, values.dtype, values.shape if whole else (values.numel(),)) for key, _, values, whole in pieces
+        )
         tensors, offset = {}, len(header)
         for key, start, values, whole in pieces:
             stop, dtype = start + values.numel(), FORMAT_NAMES[values.dtype]

@@ -54,3 +54,18 @@ def validate(config: Path = _CONFIG, overrides: list[str] = _OVERRIDES) -> None:
 
     load(config, overrides or [], RunConfig)
     print(f"{config}: valid")
+
+
+@app.command(epilog="Example: mmscale config shrink configs/recipes/emoji-stages.yaml > tiny.yaml")
+def shrink(
+    config: Path = _CONFIG,
+    overrides: list[str] = _OVERRIDES,
+    steps: int = typer.Option(4, help="Steps of each stage, at most.", min=1),
+    lanes: int = typer.Option(2, help="Rows of the global batch, at most.", min=1),
+) -> None:
+    """Print a run of seconds with the same stages: a tiny twin of the model, on the bundled data."""
+    from mmscale.config import dump, load
+    from mmscale.run_config import RunConfig
+    from mmscale.shrink_run import shrink_run
+
+    print(dump(shrink_run(load(config, overrides or [], RunConfig).value, steps=steps, lanes=lanes)), end="")

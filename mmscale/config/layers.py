@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,31 +10,60 @@ from pathlib import Path
 from mmscale.config.tree import BASE_KEY, Entry, Origin, parse, read_file
 from mmscale.errors import ConfigError
 
+Keys = tuple[str, ...]
+
 
 def read_layers(path: Path) -> Entry:
     """A file merged over the file that its ``base:`` key names (relative to the file itself), and so on down.
 
-    Mappings are merged key by key; lists and scalars of the upper file replace those of the lower one.
+    A block may have a base of its own, whose content it then begins with. Mappings are merged key by key; lists and
+    scalars of the upper file replace those of the lower one.
 
     Raises:
         ConfigError: a file is missing or broken, or the chain of bases is a circle.
     """
-    chain: list[tuple[Path, Entry | None]] = []
-    current: Path | None = path
-    while current is not None:
-        if any(_same(current, earlier) for earlier, _ in chain):
-            raise ConfigError(f"{path}: its chain of '{BASE_KEY}:' files leads back to {current}")
-        base = read_file(current, 0).child(BASE_KEY)
-        chain.append((current, base))
-        current = None if base is None else _base_path(current, base)
-    merged: Entry | None = None
-    for layer, (file, _) in enumerate(reversed(chain)):
-        entry = read_file(file, layer)
-        assert isinstance(entry.value, dict)
-        entry.value.pop(BASE_KEY, None)
-        merged = entry if merged is None else merge(merged, entry)
-    assert merged is not None
-    return merged
+    return _read(path, (path,))[0]
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Entry, int]:
+    """The merged file, and its layer: above those of all its bases."""
+    lower = {}
+    layer = 0
+    for keys, base in _bases(read_file(path, 0), ()):
+        file = _base_path(path, base)
+        if any(_same(file, earlier) for earlier in chain):
+            raise ConfigError(f"{chain[0]}: its chain of '{BASE_KEY}:' files leads back to {file}")
+        lower[keys], below = _read(file, (*chain, file))
+        layer = max(layer, below + 1)
+    return _over(lower, read_file(path, layer), ()), layer
+
+
+def _bases(entry: Entry, keys: Keys) -> Iterator[tuple[Keys, Entry]]:
+    """The ``base`` of the file and of the blocks in it; deeper down a key of this name may be the block's own."""
+    base = entry.child(BASE_KEY)
+    if base is not None and (not keys or isinstance(base.value, str)):
+        yield keys, base
+    for key, child in _children(entry):
+        yield from _bases(child, (*keys, key))
+
+
+def _over(lower: dict[Keys, Entry], entry: Entry, keys: Keys) -> Entry:
+    """``entry`` with each of its blocks merged over the base of that block."""
+    below = {key: _over(lower, child, (*keys, key)) for key, child in _children(entry)}
+    if isinstance(entry.value, list):
+        return replace(entry, value=list(below.values()))
+    if not isinstance(entry.value, dict):
+        return entry
+    if keys not in lower:
+        return replace(entry, value=below)
+    del below[BASE_KEY]
+    return merge(lower[keys], replace(entry, value=below))
+
+
+def _children(entry: Entry) -> Iterable[tuple[str, Entry]]:
+    if isinstance(entry.value, dict):
+        return entry.value.items()
+    return [(str(number), item) for number, item in enumerate(entry.value)] if isinstance(entry.value, list) else ()
 
 
 def _same(a: Path, b: Path) -> bool:

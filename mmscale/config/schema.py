@@ -66,6 +66,8 @@ def _model(annotation: Any, data: Any) -> type[BaseModel] | None:
     models = [option for option in _options(annotation) if isinstance(option, type) and issubclass(option, BaseModel)]
     if len(models) <= 1:
         return models[0] if models else None
+    if isinstance(data, dict) and TAG not in data:  # Then a member may be meant whose tag can be left out.
+        return models[0]
     tag = data.get(TAG) if isinstance(data, dict) else None
     return next((model for model in models if tag in _tags(model)), None)
 

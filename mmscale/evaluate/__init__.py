@@ -1,13 +1,36 @@
-"""Held-out scores: does the model choose the right answer for an image, and does it look at the image to do so?
+"""Held-out scores: does the model choose the right answer, does it look at the image to do so, and what surprises it?
 
 config      which sets, which question
+heldout     samples, right answers, prompts as documents
 questions   sample -> candidates, and which image stands in for which in the control
 branch      prompts and candidates -> one packed batch in which candidates share their image
-likelihood  batch -> log-likelihood of each candidate
-score       all of it, over all ranks -> SetResult
+likelihood  batch -> log-likelihood of each learned token, of each candidate
+pairs       (prompt, candidate) pairs -> log-likelihoods, over all ranks
+choice      multiple-choice questions -> ChoiceResult
+perplexity  documents -> PerplexityResult
+score       all of it -> a result for each set
 """
 
-from mmscale.evaluate.config import CaptionsConfig, EvaluationConfig, HeldOutSet, Normalise
+from mmscale.evaluate.config import (
+    CaptionsConfig,
+    ChoiceSet,
+    EvaluationConfig,
+    EvaluationSet,
+    HeldOutSet,
+    Normalise,
+    PerplexitySet,
+)
+from mmscale.evaluate.heldout import check_sets
 from mmscale.evaluate.score import evaluate
 
-__all__ = ["CaptionsConfig", "EvaluationConfig", "HeldOutSet", "Normalise", "evaluate"]
+__all__ = [
+    "CaptionsConfig",
+    "ChoiceSet",
+    "EvaluationConfig",
+    "EvaluationSet",
+    "HeldOutSet",
+    "Normalise",
+    "PerplexitySet",
+    "check_sets",
+    "evaluate",
+]

@@ -1,27 +1,52 @@
-"""The samples of a held-out set, their right answers, and their prompts as documents."""
+"""The samples of a held-out set, the right answers of those that show images, and prompts as documents."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.collate import collate
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.documents import DocumentBuilder, null_document
-from data_pipeline.errors import SampleError
+from data_pipeline.errors import DataConfigError, DataPipelineError, SampleError
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing import Pack
 from data_pipeline.reader import read_samples
 from data_pipeline.sample import Sample
-from data_pipeline.templates import CaptionTemplate
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.templates import CaptionTemplate, TemplateConfig
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from mmscale.dist import World, first_complaint
 from mmscale.errors import ConfigError
-from mmscale.evaluate.config import HeldOutSet
+from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, EvaluationSet, HeldOutSet, PerplexitySet
+from mmscale.evaluate.likelihood import ScoredModel
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who is asked, and by what: the same for all sets.
+
+    Attributes:
+        model: As ``ScoredModel``.
+        config: Budgets.
+        data: Gives the default transform and the length of documents.
+        tokenizer: Text to ids.
+        spec: What the model takes.
+        world: The ranks that take part.
+    """
+
+    model: ScoredModel
+    config: EvaluationConfig
+    data: DataConfig
+    tokenizer: Tokenizer
+    spec: MediaSpec
+    world: World
 
 
 @dataclass(frozen=True)
@@ -50,11 +75,8 @@ class Questions:
         """
         samples = list(read_samples(config.manifest, config.name))
         values = [_value(sample, config) for sample in samples]
-        if not samples:
-            raise ConfigError(f"evaluation set {config.name}: {config.manifest} holds no samples")
         pool = values if config.candidates_from is None else _values(config.candidates_from, config)
-        order = np.random.default_rng([config.seed, len(samples)]).permutation(len(samples)).tolist()
-        chosen = order[: limit or config.limit or len(order)]
+        chosen = draw(config, len(samples), limit)
         return cls(config, [samples[i] for i in chosen], [values[i] for i in chosen], pool)
 
     def answer_ids(self, value: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -92,27 +114,30 @@ class PromptBuilder:
     """Makes prompts as the training data's documents are made.
 
     Args:
-        config: Prompt and transform of the set.
-        data: Gives the tokenizer's place and the default transform.
-        tokenizer: Text to ids.
-        spec: What the model takes.
-        prompt: In place of the set's prompt.
+        builder: Of the set's documents.
+        needs_images: Whether a prompt without an image is refused.
     """
 
-    def __init__(
-        self,
-        config: HeldOutSet,
-        data: DataConfig,
-        tokenizer: Tokenizer,
-        spec: MediaSpec,
-        prompt: str | None = None,
-    ) -> None:
-        transforms = config.transforms or data.datasets[0].transforms
-        template = CaptionTemplate(prompts=(config.prompt if prompt is None else prompt,))
-        dataset = data.datasets[0].model_copy(update={"template": template, "transforms": transforms})
-        self._builder = DocumentBuilder(dataset, tokenizer, spec)
-        self._null = null_document(spec, tokenizer.pad_id)
-        self._spec = spec
+    def __init__(self, builder: DocumentBuilder, *, needs_images: bool = False) -> None:
+        self._builder = builder
+        self._needs_images = needs_images
+        self._null = null_document(builder.spec, builder.tokenizer.pad_id)
+
+    @classmethod
+    def of_images(
+        cls, held: HeldOutSet, data: DataConfig, tokenizer: Tokenizer, spec: MediaSpec, prompt: str | None = None
+    ) -> PromptBuilder:
+        """For a set that asks about images, with ``prompt`` in place of its own if given."""
+        template = template_of(held) if prompt is None else CaptionTemplate(prompts=(prompt,))
+        return cls(document_builder(held, template, data, tokenizer, spec), needs_images=True)
+
+    def num_tokens(self, sample: Sample) -> int:
+        """Tokens of the prompt; nothing is decoded.
+
+        Raises:
+            SampleError: as a call would, save for damaged pixels.
+        """
+        return self._builder.measure_prompt(sample).num_tokens
 
     def __call__(self, samples: Sequence[Sample]) -> MultimodalBatch:
         """The prompts of the samples, in order, then one null document, so that every module of the model runs.
@@ -122,8 +147,80 @@ class PromptBuilder:
         """
         documents = [self._builder.build_prompt(sample) for sample in samples]
         for document in documents:
-            if not document.items:
+            if self._needs_images and not document.items:
                 origin = document.provenance
                 place = ("?", "?") if origin is None else (origin.shard, origin.key)
                 raise SampleError("no image: there is nothing to ask about", shard=place[0], key=place[1])
-        return collate([Pack((*documents, self._null), lane=-1)], self._spec)
+        return collate([Pack((*documents, self._null), lane=-1)], self._builder.spec)
+
+
+def document_builder(
+    held: EvaluationSet, template: TemplateConfig, data: DataConfig, tokenizer: Tokenizer, spec: MediaSpec
+) -> DocumentBuilder:
+    """Makes documents of a held-out set by a template, with the set's transforms or those of the first data set.
+
+    Raises:
+        DataConfigError: the transforms do not fit the model, or the tokenizer lacks a token of the template.
+    """
+    transforms = held.transforms or data.datasets[0].transforms
+    dataset = DatasetConfig(name=held.name, manifest=held.manifest, template=template, transforms=transforms)
+    return DocumentBuilder(dataset, tokenizer, spec)
+
+
+def template_of(held: EvaluationSet) -> TemplateConfig:
+    """How the documents of a set, or the prompts of its questions, are made."""
+    if isinstance(held, PerplexitySet):
+        return held.template
+    if isinstance(held, ChoiceSet) and held.dialogue is not None:
+        return held.dialogue
+    return CaptionTemplate(prompts=(held.prompt,))
+
+
+def check_sets(config: EvaluationConfig, data: DataConfig, spec: MediaSpec) -> None:
+    """Checks what can be known of the sets before a run. Cheap: no sample is read.
+
+    Raises:
+        ConfigError: a manifest is missing.
+        DataConfigError: a set's transforms do not fit the model, or the tokenizer lacks a token of its template.
+    """
+    tokenizer = load_tokenizer(data.tokenizer)
+    for held in config.sets:
+        manifests = [held.manifest, getattr(held, "candidates_from", None)]
+        for manifest in manifests:
+            if manifest is not None and not manifest.is_file():
+                raise ConfigError(f"evaluation set {held.name}: {manifest}: no such file")
+        try:
+            document_builder(held, template_of(held), data, tokenizer, spec)
+        except DataConfigError as error:
+            raise DataConfigError(f"evaluation set {held.name}: {error}") from error
+
+
+def draw(held: EvaluationSet, num_samples: int, limit: int | None = None) -> list[int]:
+    """Numbers of the samples that take part: at most ``limit`` if given, else the set's own.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not num_samples:
+        raise ConfigError(f"evaluation set {held.name}: {held.manifest} holds no samples")
+    order: list[int] = np.random.default_rng([held.seed, num_samples]).permutation(num_samples).tolist()
+    return order[: limit or held.limit or num_samples]
+
+
+def together(world: World, held: EvaluationSet, make: Callable[[], T]) -> T:
+    """What ``make`` gives, or an error on all ranks: one that left alone would leave the others waiting in a forward.
+
+    All ranks must call.
+
+    Raises:
+        DataPipelineError: ``make`` raised it or a ``ConfigError`` on some rank.
+    """
+    complaint, made = None, list[T]()
+    try:
+        made.append(make())
+    except (DataPipelineError, ConfigError) as error:
+        complaint = str(error)
+    complaint = first_complaint(world, complaint)
+    if complaint is not None or not made:
+        raise DataPipelineError(f"evaluation set {held.name}: {complaint}")
+    return made[0]

@@ -1,31 +1,29 @@
-"""Scores of the held-out sets, the work dealt over the ranks.
+"""Scores of the held-out sets, over all ranks.
 
-    for each set:  read -> deal questions -> (image, candidate) pairs -> chunks -> ranks -> log-likelihoods -> shares
-
-The chunks do not depend on the number of ranks, so neither does the score. All ranks make the same number of forward
-and head calls, as a ZeRO-3 model needs: a rank with nothing left repeats a chunk and forgets the outcome.
+images       read -> deal questions -> (image, candidate) pairs -> log-likelihoods -> shares
+choice       read -> (question, choice) pairs -> log-likelihoods -> shares      (``choice``)
+perplexity   documents -> log-likelihoods -> mean                               (``perplexity``)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.batch import MultimodalBatch
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataPipelineError
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from mmscale.dist import World, first_complaint, sum_float
-from mmscale.evaluate.branch import Branch, branch
-from mmscale.evaluate.config import EvaluationConfig, HeldOutSet, Normalise
-from mmscale.evaluate.heldout import PromptBuilder, Questions
-from mmscale.evaluate.likelihood import ScoredModel, log_likelihoods
+from data_pipeline.tokenizer import load_tokenizer
+from mmscale.dist import World
+from mmscale.evaluate.choice import credit, score_choices
+from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, HeldOutSet, Normalise, PerplexitySet
+from mmscale.evaluate.heldout import Asked, PromptBuilder, Questions
+from mmscale.evaluate.likelihood import ScoredModel
+from mmscale.evaluate.pairs import Pair, PairScorer
+from mmscale.evaluate.perplexity import score_perplexity
 from mmscale.evaluate.questions import Block, deal
-from mmscale.report.result import SetResult, binomial_error
+from mmscale.report.result import HeldOutResult, SetResult, binomial_error
 
 Table = npt.NDArray[np.float64]
 """``(samples, candidates)`` of one block."""
@@ -33,7 +31,7 @@ Table = npt.NDArray[np.float64]
 
 def evaluate(
     model: ScoredModel, config: EvaluationConfig, data_config: DataConfig, spec: MediaSpec, world: World
-) -> dict[str, SetResult]:
+) -> dict[str, HeldOutResult]:
     """Scores every held-out set. All ranks must call; all get the same result.
 
     Args:
@@ -47,90 +45,27 @@ def evaluate(
         ConfigError: a set cannot be asked as configured.
         DataPipelineError: a file is missing or damaged; every rank raises.
     """
-    tokenizer = load_tokenizer(data_config.tokenizer)
-    return {held.name: _score_set(model, held, config, data_config, tokenizer, spec, world) for held in config.sets}
+    asked = Asked(model, config, data_config, load_tokenizer(data_config.tokenizer), spec, world)
+    return {held.name: _score(asked, held) for held in config.sets}
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A sample's image with one candidate's token ids."""
-
-    sample: int
-    answer: tuple[int, ...]
+def _score(asked: Asked, held: HeldOutSet | PerplexitySet | ChoiceSet) -> HeldOutResult:
+    if isinstance(held, PerplexitySet):
+        return score_perplexity(asked, held)
+    return score_choices(asked, held) if isinstance(held, ChoiceSet) else _score_images(asked, held)
 
 
-def _score_set(
-    model: ScoredModel,
-    held: HeldOutSet,
-    config: EvaluationConfig,
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    spec: MediaSpec,
-    world: World,
-) -> SetResult:
+def _score_images(asked: Asked, held: HeldOutSet) -> SetResult:
     questions = Questions.read(held)
     blocks = deal(questions.answers, questions.pool, held.choices, held.seed)
-    ids = {value: questions.answer_ids(value, tokenizer) for block in blocks for value in block.candidates}
-    pairs = [_Pair(sample, ids[value]) for block in blocks for sample in block.samples for value in block.candidates]
-    prompts = PromptBuilder(held, data, tokenizer, spec)
-    runner = _Runner(model, questions, prompts, config, world)
-    values = runner.run(pairs)
+    ids = {value: questions.answer_ids(value, asked.tokenizer) for block in blocks for value in block.candidates}
+    pairs = [Pair(sample, ids[value]) for block in blocks for sample in block.samples for value in block.candidates]
+    prompts = PromptBuilder.of_images(held, asked.data, asked.tokenizer, asked.spec)
+    values = PairScorer(asked, held, questions.samples, prompts).run(pairs)
     tables = list(_tables(values, blocks))
     lengths = [np.array([len(ids[value]) for value in block.candidates]) for block in blocks]
     tables = _normalised(tables, blocks, lengths, held.normalise)
     return _result(tables, blocks, questions)
-
-
-@dataclass(frozen=True)
-class _Runner:
-    """Log-likelihoods of pairs, over all ranks."""
-
-    model: ScoredModel
-    questions: Questions
-    prompts: PromptBuilder
-    config: EvaluationConfig
-    world: World
-
-    def run(self, pairs: Sequence[_Pair]) -> Table:
-        """float64, one value a pair, the same on every rank. All ranks must call."""
-        chunks = self._chunks(pairs)
-        rows = max(sum(len(pair.answer) for pair in pairs[start:end]) for start, end in chunks)
-        head_calls = -(-rows // self.config.rows_per_head)
-        values = np.zeros(len(pairs))
-        rank, world_size = self.world.rank, self.world.world_size
-        for first in range(0, len(chunks), world_size):
-            mine = first + rank
-            start, end = chunks[min(mine, len(chunks) - 1)]
-            batch = self._batch(pairs[start:end])
-            found = log_likelihoods(self.model, batch, rows_per_head=self.config.rows_per_head, head_calls=head_calls)
-            if mine < len(chunks):
-                values[start:end] = found[: end - start]
-        return np.array(sum_float(self.world, values.tolist()))
-
-    def _chunks(self, pairs: Sequence[_Pair]) -> list[tuple[int, int]]:
-        """Stretches of pairs of about the token budget, measured by the first prompt and the longest answer."""
-        prompt = self._prompts([pairs[0].sample]).segments.bounds[1]
-        size = max(1, self.config.tokens_per_forward // (prompt + max(len(pair.answer) for pair in pairs)))
-        return [(start, min(start + size, len(pairs))) for start in range(0, len(pairs), size)]
-
-    def _batch(self, pairs: Sequence[_Pair]) -> MultimodalBatch:
-        samples = list(dict.fromkeys(pair.sample for pair in pairs))
-        segment = {sample: number for number, sample in enumerate(samples)}
-        prompts = self._prompts(samples)
-        branches = [Branch(segment[pair.sample], pair.answer) for pair in pairs]
-        return branch(prompts, branches).to(self.world.device)
-
-    def _prompts(self, samples: Sequence[int]) -> MultimodalBatch:
-        """Fails on all ranks together: a rank that left alone would leave the others waiting in a forward."""
-        complaint, batch = None, None
-        try:
-            batch = self.prompts([self.questions.samples[sample] for sample in samples])
-        except DataPipelineError as error:
-            complaint = str(error)
-        complaint = first_complaint(self.world, complaint)
-        if complaint is not None or batch is None:
-            raise DataPipelineError(f"evaluation set {self.questions.config.name}: {complaint}")
-        return batch
 
 
 def _tables(values: Table, blocks: Sequence[Block]) -> Iterator[Table]:
@@ -172,8 +107,8 @@ def _result(tables: Sequence[Table], blocks: Sequence[Block], questions: Questio
     score = control = 0.0
     for table, block in zip(tables, blocks, strict=True):
         for row, right in enumerate(block.right):
-            score += _credit(table[row], right)
-            control += _credit(table[block.stand_in[row]], right)
+            score += credit(table[row], right)
+            control += credit(table[block.stand_in[row]], right)
     return SetResult(
         score=score / n,
         control=control / n,
@@ -183,9 +118,3 @@ def _result(tables: Sequence[Table], blocks: Sequence[Block], questions: Questio
         error=binomial_error(score / n, n),
         control_error=binomial_error(control / n, n),
     )
-
-
-def _credit(values: Table, right: int) -> float:
-    """1 for the right choice; where several are equally likely, the share that a blind pick among them would get."""
-    best = values == values.max()
-    return float(best[right]) / int(best.sum())

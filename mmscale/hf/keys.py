@@ -21,20 +21,11 @@ _HARMLESS = CARRIED | {
     *("model_type", "architectures", "dtype", "torch_dtype", "task_specific_params", "problem_type"),
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"),
     *("id2label", "label2id", "pretraining_tp", "name_or_path", "sep_token_id", "decoder_start_token_id"),
+    # How to sample text, which files of 2022 say of towers, too.
+    *("temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups", "num_return_sequences"),
+    *("min_length", "max_length", "length_penalty", "repetition_penalty", "diversity_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
 }
-
-
-def carry_over(values: dict[str, Any], like: Mapping[str, Any]) -> None:
-    """Takes over the keys of ``CARRIED`` that a foreign configuration has, block by block.
-
-    Args:
-        values: Of the new configuration; changed in place.
-        like: The foreign one. Files of version 4 may hold the text part's keys without a block around them.
-    """
-    values.update({key: like[key] for key in CARRIED & like.keys()})
-    for name, block in values.items():
-        if isinstance(block, dict) and name.endswith("_config"):
-            carry_over(block, like.get(name, like if name == "text_config" else {}))
 
 
 class Keys:

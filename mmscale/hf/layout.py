@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -26,6 +26,28 @@ from mmscale.hf.keys import Keys
 from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig, TowerConfig, VisionConfig
 
 _SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The same values in another order.
+
+    Attributes:
+        sizes: Theirs, of a view of the tensor, or of the part that a row takes of it; one may be -1.
+        order: Which of their axes each of ours is.
+    """
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def to_ours(self, values: Tensor) -> Tensor:
+        """A view of their values in the order of ours."""
+        return values.reshape(self.sizes).permute(self.order)
+
+    def to_theirs(self, values: Tensor) -> Tensor:
+        """Our values, flat, in their order: ``(n,)``, a copy."""
+        ours = values.view([self.sizes[axis] for axis in self.order])
+        return ours.permute([self.order.index(axis) for axis in range(len(self.order))]).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,8 @@ class Row:
         block: Rows of a block, where several parameters share a tensor in turn: a block of the first, a block of the
             second, ..., and again (queries, keys and values head by head). None: one after another.
         part: Order among the parameters that share a tensor; equal ones are in the model's order.
+        axes: Of their values, where those are ordered otherwise (pixels of a patch channel by channel, or with the
+            channels innermost). Not together with ``block``.
     """
 
     ours: str
@@ -47,6 +71,7 @@ class Row:
     shape: tuple[int, ...] | None = None
     block: int | None = None
     part: int = 0
+    axes: Axes | None = None
 
 
 Rows = tuple[Row, ...]
@@ -60,12 +85,10 @@ def rows(*pairs: tuple[str, str]) -> Rows:
 def under(table: Rows, *, ours: tuple[str, str] = ("", ""), theirs: tuple[str, str] = ("", "")) -> Rows:
     """The rows of a part of a model in a larger one: ``(old, new)`` beginning on each side."""
     return tuple(
-        Row(
-            ours[1] + row.ours.removeprefix(ours[0]),
-            theirs[1] + row.theirs.removeprefix(theirs[0]),
-            row.shape,
-            row.block,
-            row.part,
+        replace(
+            row,
+            ours=ours[1] + row.ours.removeprefix(ours[0]),
+            theirs=theirs[1] + row.theirs.removeprefix(theirs[0]),
         )
         for row in table
     )
@@ -77,7 +100,8 @@ class Part:
 
     name: str
     shape: tuple[int, ...]
-    block: int | None
+    block: int | None = None
+    axes: Axes | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +121,7 @@ class Stored:
     @classmethod
     def alone(cls, name: str, shape: tuple[int, ...]) -> Stored:
         """A parameter under its own name."""
-        return cls(name, shape, (Part(name, shape, None),))
+        return cls(name, shape, (Part(name, shape),))
 
     @property
     def rounds(self) -> int:
@@ -106,20 +130,21 @@ class Stored:
         return 1 if first.block is None else first.shape[0] // first.block
 
     def cut(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Views of ``values``: of each parameter flat, or rounds by values of a block."""
+        """Views of ``values``: of each parameter flat, rounds by values of a block, or with its axes exchanged."""
         turns = values.reshape(self.rounds, -1)
         start = 0
         for part in self.parts:
             size = math.prod(part.shape) // self.rounds
-            yield part.name, turns[0, start : start + size] if self.rounds == 1 else turns[:, start : start + size]
+            own = turns[0, start : start + size] if self.rounds == 1 else turns[:, start : start + size]
+            yield part.name, own if part.axes is None else part.axes.to_ours(own)
             start += size
 
-    def ranges(self) -> Iterator[tuple[str, int, int]]:
-        """(our name, first value, behind the last) in the order of their values."""
+    def ranges(self) -> Iterator[tuple[Part, int, int]]:
+        """(part, first value of ours, behind the last) in the order of their values, ``axes`` apart."""
         for turn in range(self.rounds):
             for part in self.parts:
                 size = math.prod(part.shape) // self.rounds
-                yield part.name, turn * size, (turn + 1) * size
+                yield part, turn * size, (turn + 1) * size
 
 
 @dataclass(frozen=True)
@@ -191,7 +216,7 @@ class Layout:
         found: dict[str, list[tuple[Row, Part]]] = {}
         for name, shape in shapes.items():
             row, theirs = self._place(table, name)
-            found.setdefault(theirs, []).append((row, Part(name, tuple(shape), row.block)))
+            found.setdefault(theirs, []).append((row, Part(name, tuple(shape), row.block, row.axes)))
         return {theirs: _stored(theirs, places) for theirs, places in found.items()}
 
     def stored_name(self, config: AnyModelConfig, name: str) -> str:
@@ -235,7 +260,7 @@ def _stored(name: str, places: list[tuple[Row, Part]]) -> Stored:
 def computed(config: AnyModelConfig) -> dict[str, Any]:
     """What of a configuration decides what its weights compute, with defaults filled in and all tokens in one table."""
     values = config.model_dump(mode="json")
-    if config.vision is not None:
+    if isinstance(config.vision, VisionConfig):
         _fill_attention(values["vision"], config.vision)
         values["vision"]["layer_scale"] = config.vision.layer_scale is not None
         del values["vision"]["init_std"]

@@ -14,6 +14,7 @@ from mmscale.models.config import (
     EmbeddingConnectorConfig,
     HybridConnectorConfig,
     ModelConfig,
+    PatchesConfig,
     TowerConfig,
 )
 from mmscale.models.connectors.cross_attention import CrossAttentionConnector
@@ -23,11 +24,10 @@ from mmscale.models.decoder import Decoder
 from mmscale.models.flops import cost_per_patch
 from mmscale.models.head import LanguageHead
 from mmscale.models.multimodal import Connector, MultimodalModel
-from mmscale.models.vision import VisionTower
+from mmscale.models.vision import PixelPatches, VisionTower
 from mmscale.nn.attention_backends import AttentionChoice, Backend, resolve_backend
 from mmscale.nn.init import initialise_
 from mmscale.nn.moe import Experts
-from mmscale.nn.rope import LearnedPositionsConfig
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,19 @@ def build_model(
     tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
     head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
     head.init_std = config.decoder.init_std  # type: ignore[assignment]
-    vision = None
-    if config.vision is not None:
-        vision = VisionTower(config.vision, backend, absent_features=absent_features(config))
+    vision = _tower(config, backend)
     model = MultimodalModel(config, decoder, head, vision, _connector(config, backend))
     if seed is not None and not any(parameter.is_meta for parameter in model.parameters()):
         initialise_(model, seed)
     return model
+
+
+def _tower(config: ModelConfig, backend: Backend) -> VisionTower | PixelPatches | None:
+    if config.vision is None:
+        return None
+    if isinstance(config.vision, PatchesConfig):
+        return PixelPatches(config.vision)
+    return VisionTower(config.vision, backend, absent_features=absent_features(config))
 
 
 def _connector(config: ModelConfig, backend: Backend) -> Connector | None:
@@ -117,14 +123,13 @@ def media_spec(config: ModelConfig) -> MediaSpec:
         CrossAttentionConnectorConfig: Placement.CROSS_ATTENTION,
         HybridConnectorConfig: Placement.HYBRID,
     }
-    positions = config.vision.positions
     return MediaSpec(
         placement=placements[type(config.connector)],
         patch_size=config.vision.patch_size,
         merge=config.connector.projector.merge,
         channels=config.vision.channels,
         cost_per_patch=cost_per_patch(config),
-        fixed_grid=positions.grid if isinstance(positions, LearnedPositionsConfig) else None,
+        fixed_grid=config.vision.fixed_grid,
         position_axes=axes,
         class_features=int(config.vision.class_feature),
         max_tiles=None if config.vision.tiles is None else config.vision.tiles.max_tiles,

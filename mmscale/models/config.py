@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from data_pipeline.strict import StrictConfig
 from mmscale.nn.attention import AttentionConfig
@@ -101,9 +101,7 @@ class TilesConfig(StrictConfig):
     """Start of the gates in the global blocks."""
 
 
-class VisionConfig(StrictConfig):
-    """A vision transformer over packed patches of any number of images."""
-
+class _Pixels(StrictConfig):
     patch_size: int = Field(gt=0)
     """Side of a square patch, pixels."""
     channels: int = Field(default=3, gt=0)
@@ -112,6 +110,36 @@ class VisionConfig(StrictConfig):
     """Subtracted from pixels scaled to 0..1, per channel."""
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     """Divides after that, per channel."""
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> _Pixels:
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"mean and std need {self.channels} values each, got {len(self.mean)} and {len(self.std)}")
+        return self
+
+
+class PatchesConfig(_Pixels):
+    """No tower: the features of a patch are its normalised pixels (Fuyu). It has no parameters."""
+
+    kind: Literal["patches"]
+    class_feature: ClassVar[bool] = False
+    tiles: ClassVar[None] = None
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of a patch's features."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def fixed_grid(self) -> None:
+        """Views of any size."""
+        return None
+
+
+class VisionConfig(_Pixels):
+    """A vision transformer over packed patches of any number of images."""
+
+    kind: Literal["transformer"] = "transformer"
     hidden_dim: int = Field(gt=0)
     """Width of the tower."""
     num_layers: int = Field(gt=0)
@@ -153,10 +181,13 @@ class VisionConfig(StrictConfig):
         """Channels of a patch's features."""
         return self.hidden_dim * (len(self.feature_layers) + self.last_output)
 
+    @property
+    def fixed_grid(self) -> tuple[int, int] | None:
+        """Patches (rows, columns) of every view; None for any size."""
+        return self.positions.grid if isinstance(self.positions, LearnedPositionsConfig) else None
+
     @model_validator(mode="after")
     def _consistent(self) -> VisionConfig:
-        if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise ValueError(f"mean and std need {self.channels} values each, got {len(self.mean)} and {len(self.std)}")
         head_dim = self.attention.resolved_head_dim(self.hidden_dim)
         if isinstance(self.positions, Rotary2dConfig):
             if head_dim % 4:
@@ -186,6 +217,19 @@ class VisionConfig(StrictConfig):
             raise ValueError("last_output=false: what tiles do behind the last block would be unused")
         if tiles.attend_absent and self.patch_bias:
             raise ValueError("tiles.attend_absent: an absent tile has no patches to project; set patch_bias=false")
+
+
+def _vision_kind(value: Any) -> Any:
+    """A block without ``kind`` is a transformer."""
+    if isinstance(value, Mapping):
+        return value.get("kind", "transformer")
+    return getattr(value, "kind", None)
+
+
+AnyVisionConfig = Annotated[
+    Annotated[VisionConfig, Tag("transformer")] | Annotated[PatchesConfig, Tag("patches")],
+    Discriminator(_vision_kind),
+]
 
 
 class _Projector(StrictConfig):
@@ -278,15 +322,16 @@ class ModelConfig(StrictConfig):
 
     decoder: DecoderConfig
     """The text decoder."""
-    vision: VisionConfig | None = None
-    """The image tower; null for a text model."""
+    vision: AnyVisionConfig | None = None
+    """The image tower: a ``transformer`` (the default kind), or ``patches`` as they are; null for a text model."""
     connector: ConnectorConfig | None = None
     """How image features reach the decoder; null for a text model."""
 
     @property
     def components(self) -> tuple[str, ...]:
         """What a stage can freeze and train by name: the keys of ``MultimodalModel.components()``."""
-        towers = ("vision", "connector") if self.vision is not None else ()
+        tower = ("vision",) if isinstance(self.vision, VisionConfig) else ()  # Patches have nothing to learn.
+        towers = (*tower, "connector") if self.vision is not None else ()
         return (*towers, "decoder", *(("extra_tokens",) if self.decoder.extra_tokens else ()))
 
     @model_validator(mode="after")
@@ -306,19 +351,15 @@ class ModelConfig(StrictConfig):
                 raise ValueError(
                     "connector.mlp: set it; a decoder with experts in every block has no dense one to copy"
                 )
-        if (
-            self.vision is not None
-            and self.connector is not None
-            and isinstance(self.vision.positions, LearnedPositionsConfig)
-        ):
+        if self.vision is not None and self.connector is not None and self.vision.fixed_grid is not None:
             merge = self.connector.projector.merge
-            if any(side % merge for side in self.vision.positions.grid):
+            if any(side % merge for side in self.vision.fixed_grid):
                 raise ValueError(f"connector.projector.merge={merge}: must divide both sides of vision.positions.grid")
         if self.vision is not None and self.connector is not None:
             self._check_tiles(self.vision, self.connector)
         return self
 
-    def _check_tiles(self, vision: VisionConfig, connector: ConnectorConfig) -> None:
+    def _check_tiles(self, vision: VisionConfig | PatchesConfig, connector: ConnectorConfig) -> None:
         if vision.class_feature and not (
             isinstance(connector, CrossAttentionConnectorConfig) and connector.projector.merge == 1
         ):

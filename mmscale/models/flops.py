@@ -23,6 +23,7 @@ from mmscale.models.config import (
     EmbeddingConnectorConfig,
     MlpProjectorConfig,
     ModelConfig,
+    PatchesConfig,
     VisionConfig,
 )
 from mmscale.models.connectors.cross_attention import cross_attention_shapes, insertion_layers
@@ -161,7 +162,8 @@ def _parts(config: ModelConfig, batch: MultimodalBatch, rows: int, trained: Coll
 
 def _vision_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collection[str]) -> Iterator[_Part]:
     vision, media = config.vision, batch.media["image"]
-    assert vision is not None
+    if not isinstance(vision, VisionConfig):
+        return
     learns, dim = "vision" in trained, vision.hidden_dim
     queries, keys = _tower_segments(vision, media)
     yield _Part(media.items.total * _patch_embed(vision), learns, False)
@@ -294,7 +296,9 @@ def _patch_embed(config: VisionConfig) -> int:
     return 2 * config.channels * config.patch_size**2 * config.hidden_dim
 
 
-def _vision_per_patch(config: VisionConfig) -> int:
+def _vision_per_patch(config: VisionConfig | PatchesConfig) -> int:
+    if isinstance(config, PatchesConfig):
+        return 0
     block = _attention_per_row(config.attention, config.hidden_dim) + _dense(config.mlp, config.hidden_dim)
     num_global = 0 if config.tiles is None else config.tiles.global_layers
     return _patch_embed(config) + (config.num_layers + num_global) * block

@@ -1,42 +1,23 @@
-"""Continues prompts, one token a sequence and step, with cached keys and values."""
+"""Continues prompts, one token a sequence and step, with cached keys and values.
+
+prompts --one forward--> last rows --logits, drawn from as ``sampling`` says--> tokens --one forward--> rows ...
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Collection
 
 import torch
-from jaxtyping import Float, Int
-from pydantic import Field
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from data_pipeline.batch import MultimodalBatch, Segments
-from data_pipeline.strict import StrictConfig
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.sampling import SamplingConfig, pick
 
-
-class GreedyConfig(StrictConfig):
-    """Always the likeliest token."""
-
-    kind: Literal["greedy"] = "greedy"
-
-
-class NucleusConfig(StrictConfig):
-    """A draw among the likeliest tokens.
-
-    Source: Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.1.
-    """
-
-    kind: Literal["nucleus"] = "nucleus"
-    temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits; below 1 sharper, above 1 flatter."""
-    top_p: float = Field(default=0.9, gt=0, le=1)
-    """Draw from the fewest tokens whose probabilities reach this sum."""
-    seed: int = 0
-    """Of the draws."""
-
-
-SamplingConfig = Annotated[GreedyConfig | NucleusConfig, Field(discriminator="kind")]
+Watch = Callable[[int, list[int]], bool]
+"""Called with the number of a sequence and its new tokens so far; True ends the sequence."""
 
 
 @torch.no_grad()
@@ -45,8 +26,10 @@ def generate(
     batch: MultimodalBatch,
     max_new_tokens: int,
     eos_id: int,
-    sampling: GreedyConfig | NucleusConfig = GreedyConfig(),
+    sampling: SamplingConfig = SamplingConfig(),
     *,
+    stop_ids: Collection[int] = (),
+    watch: Watch | None = None,
     lockstep: bool = False,
 ) -> list[list[int]]:
     """Continues every prompt of a batch.
@@ -57,44 +40,60 @@ def generate(
         max_new_tokens: At most so many each.
         eos_id: Ends a sequence; not part of the result.
         sampling: How the next token is chosen.
+        stop_ids: Further tokens that end a sequence, as ``eos_id`` does: what closes a turn, say.
+        watch: Sees each sequence grow, after each of its tokens, and may end it there.
         lockstep: Make exactly ``max_new_tokens`` forwards, so that all ranks of a sharded model make equally many
             calls. All ranks must call together then. Otherwise it stops when every sequence has ended.
 
     Returns:
         New tokens of each document in order; null documents are left out.
     """
+    wanted = _wanted(batch)
+    rows: list[list[int]] = [[] for _ in wanted]
     if max_new_tokens < 1:
-        return [[] for keep in _wanted(batch) if keep]
+        return [row for row, keep in zip(rows, wanted, strict=True) if keep]
+    ends = {eos_id, *stop_ids}
     cache = KVCache(capacity=batch.segments.longest + max_new_tokens)
-    generator = None
-    if isinstance(sampling, NucleusConfig):
-        generator = torch.Generator(batch.token_ids.device).manual_seed(sampling.seed)
+    generator = sampling.generator(batch.token_ids.device)
     last = batch.segments.cu[1:].long() - 1
     hidden = model(batch, cache=cache).hidden.index_select(0, last)
     step = _first_step(batch, last)
-    tokens, ended = [], torch.zeros(step.segments.num, dtype=torch.bool, device=last.device)
+    running = [number for number, keep in enumerate(wanted) if keep]
+    seen: Bool[Tensor, "S V"] | None = None
     for number in range(max_new_tokens):
-        chosen = pick(model.head(hidden), sampling, generator)
-        tokens.append(torch.where(ended, eos_id, chosen))
-        ended = ended | (chosen == eos_id)
-        if number + 1 == max_new_tokens or (not lockstep and bool(ended.all())):
+        logits = model.head(hidden)
+        if sampling.repetition_penalty != 1:
+            seen = _prompt_tokens(batch, logits) if seen is None else seen.scatter(1, step.token_ids[:, None], True)
+        chosen = pick(logits, sampling, generator, seen)
+        running = _grown(rows, chosen.tolist(), running, ends, watch)
+        if number + 1 == max_new_tokens or (not lockstep and not running):
             break
         step = _with_tokens(step, chosen)
         hidden = model(step, cache=cache).hidden
-    return _until_end(torch.stack(tokens, dim=1).tolist(), eos_id, _wanted(batch))
+    return [row for row, keep in zip(rows, wanted, strict=True) if keep]
 
 
-def pick(
-    logits: Float[Tensor, "S V"], sampling: GreedyConfig | NucleusConfig, generator: torch.Generator | None
-) -> Int[Tensor, " S"]:
-    """The next token of each sequence."""
-    if isinstance(sampling, GreedyConfig):
-        return logits.argmax(-1)
-    ordered, tokens = (logits.float() / sampling.temperature).softmax(-1).sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered  # Probability of all likelier tokens: 0 for the first, so one always stays.
-    kept = ordered.masked_fill(before >= sampling.top_p, 0.0)
-    place = torch.multinomial(kept, 1, generator=generator)
-    return tokens.gather(1, place).squeeze(1)
+def _grown(
+    rows: list[list[int]], chosen: list[int], running: list[int], ends: Collection[int], watch: Watch | None
+) -> list[int]:
+    """Appends the chosen tokens to the sequences that run; those that run on."""
+    going = []
+    for number in running:
+        if chosen[number] in ends:
+            continue
+        rows[number].append(chosen[number])
+        if watch is None or not watch(number, rows[number]):
+            going.append(number)
+    return going
+
+
+def _prompt_tokens(batch: MultimodalBatch, like: Float[Tensor, "S V"]) -> Bool[Tensor, "S V"]:
+    """Which tokens the prompt of each sequence holds."""
+    counts = batch.segments.cu.diff().long()
+    owner = torch.arange(len(counts), device=like.device).repeat_interleave(counts)
+    seen = torch.zeros_like(like, dtype=torch.bool)
+    seen[owner, batch.token_ids] = True
+    return seen
 
 
 def _first_step(batch: MultimodalBatch, last: Tensor) -> MultimodalBatch:
@@ -116,8 +115,3 @@ def _wanted(batch: MultimodalBatch) -> list[bool]:
     """Whether each document is no null document."""
     starts = batch.segments.cu[:-1].long()
     return batch.valid.index_select(0, starts).tolist()
-
-
-def _until_end(rows: list[list[int]], eos_id: int, wanted: list[bool]) -> list[list[int]]:
-    lengths = [row.index(eos_id) if eos_id in row else len(row) for row in rows]
-    return [row[:length] for row, length, keep in zip(rows, lengths, wanted, strict=True) if keep]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmscale.models.embedding import TokenEmbedding
-from mmscale.nn.cross_entropy import linear_cross_entropy
+from mmscale.nn.cross_entropy import ZLoss, linear_cross_entropy
 
 
 class LanguageHead(nn.Module):
@@ -40,13 +40,14 @@ class LanguageHead(nn.Module):
         labels: Int[Tensor, " T"] | None = None,
         loss_weights: Float[Tensor, " T"] | None = None,
         row_losses: Float[Tensor, " T"] | None = None,
+        z_loss: ZLoss | None = None,
     ) -> Tensor:
         """Logits ``(T, V)``, extra rows included; with labels and weights the float32 sum of weighted cross-entropies.
 
-        ``row_losses`` (zeros) receives the terms of that sum.
+        ``row_losses`` (zeros) receives the terms of that sum; ``z_loss`` is added to it.
         """
         if labels is None or loss_weights is None:
             logits = F.linear(hidden, self.weight)
             extra = self.extra_weight
             return logits if extra is None else torch.cat([logits, F.linear(hidden, extra)], dim=-1)
-        return linear_cross_entropy(hidden, self.weight, labels, loss_weights, row_losses, self.extra_weight)
+        return linear_cross_entropy(hidden, self.weight, labels, loss_weights, row_losses, self.extra_weight, z_loss)

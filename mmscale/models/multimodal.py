@@ -15,7 +15,7 @@ from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
 from mmscale.models.head import LanguageHead
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.outputs import AuxLoss, ModelOutput
-from mmscale.models.vision import VisionTower
+from mmscale.models.vision import PixelPatches, VisionTower
 from mmscale.nn.dropout import Dropout
 from mmscale.nn.moe import MoeConfig
 
@@ -33,7 +33,7 @@ class MultimodalModel(nn.Module):
         config: ModelConfig,
         decoder: Decoder,
         head: LanguageHead,
-        vision: VisionTower | None,
+        vision: VisionTower | PixelPatches | None,
         connector: Connector | None,
     ) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class MultimodalModel(nn.Module):
                 insertions = dict(self.connector.resume(cache, batch.segments))
             else:
                 media = batch.media["image"]
-                features = self.vision(media)
+                features = self.vision(media).to(hidden.dtype)
                 hidden, found = self.connector.connect(hidden, features, media, batch.segments, cache)
                 insertions = dict(found)
         hidden, router = self.decoder(
@@ -93,8 +93,9 @@ class MultimodalModel(nn.Module):
     def components(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by component, tied ones once; every parameter belongs to exactly one."""
         parts: dict[str, list[nn.Parameter]] = {}
-        if self.vision is not None and self.connector is not None:
+        if isinstance(self.vision, VisionTower):
             parts["vision"] = list(self.vision.parameters())
+        if self.connector is not None:
             parts["connector"] = list(self.connector.parameters())
         text = list(dict.fromkeys([*self.decoder.parameters(), *self.head.parameters()]))
         extra = {id(module.extra_weight) for module in (self.decoder.embed_tokens, self.head)}
@@ -105,7 +106,7 @@ class MultimodalModel(nn.Module):
 
     def checkpoint_units(self) -> list[nn.Module]:
         """Blocks worth recomputing in the backward pass."""
-        units: list[nn.Module] = self.vision.blocks() if self.vision is not None else []
+        units: list[nn.Module] = self.vision.blocks() if isinstance(self.vision, VisionTower) else []
         units += self.connector.blocks_to_recompute() if self.connector is not None else []
         return units + list(self.decoder.layers)
 

@@ -39,11 +39,11 @@ class TileRows:
     """The stream of a tower; all on the host.
 
     Attributes:
-        tiles: int64 ``(S,)`` number of each tile in the tables: of those that there are, then of the absent ones.
+        tiles: int64 ``(tiles,)`` number of each tile in the tables: of those that there are, then of the absent ones.
         num_absent: How many of them are absent.
-        order: int64 ``(R,)`` row of those of all tiles, tile after tile, that stands at each place of the stream; one
-            behind the last for a filler. None where they stand so already.
-        row_tiles: int64 ``(R,)`` number in the tables of the tile that each place of the stream belongs to.
+        order: int64 ``(rows,)`` which row of all tiles, tile after tile, stands at each place of the stream; one behind
+            the last for a filler. None where they stand so already.
+        row_tiles: int64 ``(rows,)`` number in the tables of the tile that each place of the stream belongs to.
         attended: What each row of the stream sees.
         num_real: Rows of tiles that there are: the first of the stream.
         absent: int64 places of the stream that hold rows of absent tiles.

@@ -1,4 +1,4 @@
-"""The vision tower: packed patches of any number of images to packed features, in one call."""
+"""Vision towers: packed patches of any number of images to packed features, in one call."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.batch import AttentionSegments, MediaBlock, Segments
-from mmscale.models.config import VisionConfig
+from mmscale.models.config import PatchesConfig, VisionConfig
 from mmscale.models.tiles import TileRows, on_device
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.block import TransformerBlock
 from mmscale.nn.init import set_init_scale
 from mmscale.nn.norms import build_norm
-from mmscale.nn.patch_embed import LearnedPositions, PatchEmbed
+from mmscale.nn.patch_embed import LearnedPositions, PatchEmbed, normalised
 from mmscale.nn.rope import LearnedPositionsConfig, Rotary2dConfig, Rotation, image_rotation
 from mmscale.nn.tile_embed import TileEmbedding, TilePositions
 
@@ -36,14 +36,33 @@ def grid_places(grids: Grids) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows), np.concatenate(columns)
 
 
-def tile_rows(config: VisionConfig, media: MediaBlock) -> TileRows | None:
+def tile_rows(config: VisionConfig | PatchesConfig, media: MediaBlock) -> TileRows | None:
     """The stream of a tower that sees the tiles of an image together; None of any other."""
     if config.tiles is None:
         return None
     assert isinstance(config.positions, LearnedPositionsConfig)
+    assert len(media.places) == len(media.grids), "collate says where each view belongs"
     height, width = config.positions.grid
     rows = height * width + config.class_token
     return TileRows.of(media.places, rows, config.tiles.max_tiles, config.tiles.attend_absent)
+
+
+class PixelPatches(nn.Module):
+    """In the place of a tower: patches as they are, for a connector that projects pixels.
+
+    Normalised in float32 whatever the weights are, so that a pixel is rounded to their format once.
+
+    Source: Fuyu-8B's model card.
+    """
+
+    def __init__(self, config: PatchesConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, media: MediaBlock) -> Float[Tensor, "P patch_dim"]:
+        """Pixels of every patch, each laid out (channel, row, column)."""
+        config = self.config
+        return normalised(media.values, config.channels, config.mean, config.std, torch.float32)
 
 
 class VisionTower(nn.Module):

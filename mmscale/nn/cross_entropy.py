@@ -6,6 +6,7 @@ made. Not for: sampling, or a second derivative.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,21 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
     return max(16, budget // (4 * vocab_size))
 
 
+@dataclass(frozen=True)
+class ZLoss:
+    """Keeps the logits' normaliser near 1: ``coefficient * log(sum(exp(logits))) ** 2`` is added to each row's loss.
+
+    Attributes:
+        coefficient: Of the square.
+        row_squares: float32 ``(T,)``, zeros; the weighted square of each row is written here, for reports.
+
+    Source: PaLM (arXiv 2204.02311), section 5, "z loss".
+    """
+
+    coefficient: float
+    row_squares: Tensor
+
+
 def linear_cross_entropy(
     hidden: Float[Tensor, "T D"],
     weight: Float[Tensor, "V D"],
@@ -30,6 +46,7 @@ def linear_cross_entropy(
     loss_weights: Float[Tensor, " T"],
     row_losses: Float[Tensor, " T"] | None = None,
     extra_weight: Float[Tensor, "N D"] | None = None,
+    z_loss: ZLoss | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over rows of ``loss_weights * cross_entropy(hidden @ weight.T, labels)``, in float32.
 
@@ -41,8 +58,9 @@ def linear_cross_entropy(
         weight: The head's matrix.
         labels: Ids.
         loss_weights: Weight of each row.
-        row_losses: float32, zeros; the weighted loss of each row is written here, for reports.
+        row_losses: float32, zeros; the weighted cross-entropy of each row is written here, for reports.
         extra_weight: More rows of the matrix, of the ids from V on.
+        z_loss: Added to the sum, weighted like the rest; None for none.
 
     Source: Hsu et al. 2024, "Liger Kernel" (arXiv 2410.10989), section 3.2, fused linear cross-entropy.
     """
@@ -51,11 +69,14 @@ def linear_cross_entropy(
     weights = (weight,) if extra_weight is None else (weight, extra_weight)
     needs = tuple(grad and tensor.requires_grad for tensor in (hidden, *weights))
     chosen = hidden.index_select(0, rows), labels.index_select(0, rows), loss_weights.index_select(0, rows)
-    if row_losses is None:
-        return _LinearCrossEntropy.apply(*chosen, needs, None, *weights)
-    losses = row_losses.new_empty(rows.shape)
-    total = _LinearCrossEntropy.apply(*chosen, needs, losses, *weights)
-    row_losses.index_copy_(0, rows, losses)
+    losses = torch.zeros_like(chosen[2], dtype=torch.float32)
+    squares = None if z_loss is None else torch.zeros_like(losses)
+    coefficient = 0.0 if z_loss is None else z_loss.coefficient
+    total = _LinearCrossEntropy.apply(*chosen, needs, losses, squares, coefficient, *weights)
+    if row_losses is not None:
+        row_losses.index_copy_(0, rows, losses)
+    if z_loss is not None and squares is not None:
+        z_loss.row_squares.index_copy_(0, rows, squares)
     return total
 
 
@@ -67,7 +88,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         loss_weights: Tensor,
         needs: tuple[bool, ...],
-        row_losses: Tensor | None,
+        row_losses: Tensor,
+        row_squares: Tensor | None,
+        coefficient: float,
         *weights: Tensor,
     ) -> Tensor:
         hidden_grad = torch.empty_like(hidden) if needs[0] else None
@@ -84,13 +107,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = _joined([rows @ weight.t() for weight in weights]).float()  # (chunk, V)
             target = labels[part].unsqueeze(1)
             log_norm = logits.logsumexp(-1, keepdim=True)
-            losses = (log_norm - logits.gather(1, target)).squeeze(1) * scale
+            row_losses[part] = losses = (log_norm - logits.gather(1, target)).squeeze(1) * scale
             total += losses.sum()
-            if row_losses is not None:
-                row_losses[part] = losses
+            if row_squares is not None:
+                row_squares[part] = squares = log_norm.squeeze(1).square() * scale
+                total += coefficient * squares.sum()
             if not any(needs):
                 continue
             slope = logits.sub_(log_norm).exp_()  # softmax, in the logits' own memory
+            if row_squares is not None:
+                slope.mul_(1 + 2 * coefficient * log_norm)
             slope.scatter_add_(1, target, slope.new_full(target.shape, -1.0))
             slopes = slope.mul_(scale.unsqueeze(1)).to(hidden.dtype).split(counts, dim=1)
             if hidden_grad is not None:
@@ -114,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if hidden_grad is not None:
             hidden_grad = hidden_grad.mul_(slope)
         grads = [None if grad is None else grad.mul_(slope).to(ctx.dtype) for grad in grads]
-        return hidden_grad, None, None, None, None, *grads
+        return hidden_grad, None, None, None, None, None, None, *grads
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

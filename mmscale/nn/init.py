@@ -71,17 +71,25 @@ def first_values(module: nn.Module, full_name: str, shape: Iterable[int], seed: 
         shape: Of the whole parameter.
         seed: Of the run.
     """
-    path = full_name.split(".")
+    mean, std = value_rule(module, full_name, tuple(shape))
     values = torch.empty(tuple(shape), dtype=torch.float32)
-    constant = _constant(module, path[-1])
-    if constant is not None:
-        return values.fill_(constant)
-    std = getattr(module, "init_std", None) or 1 / math.sqrt(values.shape[-1])
-    if any(name in _RESIDUAL_OUTPUTS for name in path[-2:]):
-        std *= getattr(module, "init_residual_gain", 1.0)
+    if not std:
+        return values.fill_(mean)
     digest = hashlib.sha256(f"{seed}/{full_name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    return values.normal_(0.0, std, generator=generator)
+    return values.normal_(mean, std, generator=generator)
+
+
+def value_rule(module: nn.Module, full_name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """What ``first_values`` draws from: mean and standard deviation; all values are the mean where that is 0."""
+    path = full_name.split(".")
+    constant = _constant(module, path[-1])
+    if constant is not None:
+        return constant, 0.0
+    std = getattr(module, "init_std", None) or 1 / math.sqrt(shape[-1])
+    if any(name in _RESIDUAL_OUTPUTS for name in path[-2:]):
+        std *= getattr(module, "init_residual_gain", 1.0)
+    return 0.0, std
 
 
 def _constant(module: nn.Module, name: str) -> float | None:

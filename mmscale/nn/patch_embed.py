@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def normalised(
+    values: UInt8[Tensor, "P patch_dim"],
+    channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Float[Tensor, "P patch_dim"]:
+    """Pixels as numbers about 0.
+
+    Args:
+        values: Patches, each laid out (channel, row, column).
+        channels: Colour channels.
+        mean: Per channel, in units of full scale (0 to 1).
+        std: Likewise.
+        dtype: Of the result, and of the arithmetic.
+    """
+    pixels = values.to(dtype, copy=True).view(values.shape[0], channels, -1)
+    # Channel by channel with Python numbers: no constant has to travel to the device.
+    for channel, (middle, width) in enumerate(zip(mean, std, strict=True)):
+        pixels[:, channel].mul_(1 / (255 * width)).sub_(middle / width)
+    return pixels.flatten(1)
 
 
 class PatchEmbed(nn.Module):
@@ -41,12 +66,7 @@ class PatchEmbed(nn.Module):
         self.std = std
 
     def forward(self, values: UInt8[Tensor, "P patch_dim"]) -> Float[Tensor, "P D"]:
-        dtype = self.projection.weight.dtype
-        pixels = values.to(dtype, copy=True).view(values.shape[0], self.channels, -1)
-        # Channel by channel with Python numbers: no constant has to travel to the device.
-        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
-            pixels[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
-        return self.projection(pixels.flatten(1))
+        return self.projection(normalised(values, self.channels, self.mean, self.std, self.projection.weight.dtype))
 
 
 class LearnedPositions(nn.Module):

@@ -57,7 +57,7 @@ class TileEmbedding(nn.Module):
         self.gate = nn.Parameter(torch.full((1,), gate_init))
         self.constant_init = {"gate": gate_init}
 
-    def forward(self, hidden: Float[Tensor, "R D"], tiles: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
+    def forward(self, hidden: Float[Tensor, "rows D"], tiles: Int[Tensor, " rows"]) -> Float[Tensor, "rows D"]:
         """``tiles`` are numbers of ``tile_row``."""
         return hidden + F.embedding(tiles, self.embedding.flatten(0, 1)) * self.gate.tanh()
 
@@ -86,7 +86,7 @@ class TilePositions(nn.Module):
             self.class_embedding = nn.Parameter(torch.zeros(dim))
         self.class_token = class_token
 
-    def forward(self, patches: Float[Tensor, "P D"], tiles: Int[Tensor, " S"]) -> Float[Tensor, "P_with_class D"]:
+    def forward(self, patches: Float[Tensor, "P D"], tiles: Int[Tensor, " tiles"]) -> Float[Tensor, "P_with_class D"]:
         """Packed tiles of ``places`` patches each; ``tiles`` are their numbers of ``tile_row``."""
         views = patches.view(-1, self.places, patches.shape[-1])
         if self.class_token:

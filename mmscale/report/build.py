@@ -49,13 +49,14 @@ _NARROW, _WIDE = 520, 1080
 
 @dataclass(frozen=True)
 class Card:
-    """One held-out set: the headline figure and its bars."""
+    """One held-out set: the headline figure, a line about it, and bars where it is a share."""
 
     name: str
     metric: str
-    n: int
+    samples: str
     score: str
-    times_control: str
+    unit: str
+    about: str
     bars: Markup
 
 
@@ -190,17 +191,25 @@ def _total(records: Sequence[Record], key: str) -> float:
 
 
 def _cards(result: Mapping[str, Any]) -> list[Card]:
-    cards = []
-    for name, held in result.get("heldout", {}).items():
-        score, control, n = held["score"], held["control"], held["n"]
-        bars = [
-            Bar("model", score, held.get("error", binomial_error(score, n)), "score"),
-            Bar("permuted", control, held.get("control_error", binomial_error(control, n)), "control"),
-            Bar("chance", held["chance"], 0.0, "chance"),
-        ]
-        times = f"{score / control:.1f}× its control" if control else "control: none right"
-        cards.append(Card(name, held["metric"], n, f"{100 * score:.1f}", times, bar_chart(bars)))
-    return cards
+    return [_card(name, held) for name, held in result.get("heldout", {}).items()]
+
+
+def _card(name: str, held: Mapping[str, Any]) -> Card:
+    if held.get("kind") == "perplexity":
+        per_byte = held["bits_per_byte"]
+        about = f"loss {held['loss']:.4f} ± {held['error']:.4f}"
+        about += f" · {per_byte:.3f} bits per byte" if per_byte is not None else ""
+        samples = f"{held['n']:,} documents, {held['tokens']:,} tokens"
+        return Card(name, held["metric"], samples, f"{held['perplexity']:.4g}", "", about, Markup())
+    score, n = held["score"], held["n"]
+    bars = [Bar("model", score, held.get("error", binomial_error(score, n)), "score")]
+    about = f"{score / held['chance']:.1f}× chance"
+    if "control" in held:
+        control = held["control"]
+        bars.append(Bar("permuted", control, held.get("control_error", binomial_error(control, n)), "control"))
+        about = f"{score / control:.1f}× its control" if control else "control: none right"
+    bars.append(Bar("chance", held["chance"], 0.0, "chance"))
+    return Card(name, held["metric"], f"{n:,} samples", f"{100 * score:.1f}", "%", about, bar_chart(bars))
 
 
 def _galleries(run_dir: Path, records: Sequence[CaptionRecord]) -> list[Gallery]:

@@ -35,6 +35,81 @@ class SetResult:
     metric: str
     error: float
     control_error: float
+    kind: str = "images"
+
+    @property
+    def summary(self) -> str:
+        """One line for a log."""
+        return (
+            f"{self.metric} {self.score:.3f} ± {self.error:.3f}, images permuted {self.control:.3f}, "
+            f"chance {self.chance:.3f} (n={self.n})"
+        )
+
+
+@dataclass(frozen=True)
+class ChoiceResult:
+    """How the model did on one set of multiple-choice questions.
+
+    Attributes:
+        score: Share of right choices, in [0, 1], compared as configured.
+        chance: Share of right choices of a blind guess.
+        n: Questions.
+        metric: The task in words, ``right choice among 4``.
+        error: Binomial standard error of ``score``.
+        scores: Share by way of comparing: ``none``, ``tokens``, ``characters``, ``bytes``.
+    """
+
+    score: float
+    chance: float
+    n: int
+    metric: str
+    error: float
+    scores: Mapping[str, float]
+    kind: str = "choice"
+
+    @property
+    def summary(self) -> str:
+        """One line for a log."""
+        return f"{self.metric} {self.score:.3f} ± {self.error:.3f}, chance {self.chance:.3f} (n={self.n})"
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """How well the model predicts one set of documents.
+
+    Attributes:
+        loss: Mean negative log-likelihood of a learned token by weight, natural logarithm.
+        error: Standard error of ``loss`` over documents.
+        perplexity: ``exp(loss)``.
+        bits_per_byte: Bits of all learned tokens, each counted once, over the bytes (UTF-8) of the learned text; the
+            tokens that end it cost bits and have no bytes. None where no text is learned.
+        tokens: Learned tokens.
+        bytes: Of the learned text.
+        n: Documents.
+    """
+
+    loss: float
+    error: float
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
+    bytes: int
+    n: int
+    metric: str = "perplexity per token"
+    kind: str = "perplexity"
+
+    @property
+    def summary(self) -> str:
+        """One line for a log."""
+        per_byte = f", {self.bits_per_byte:.3f} bits per byte" if self.bits_per_byte is not None else ""
+        return (
+            f"perplexity {self.perplexity:.4g}, loss {self.loss:.4f} ± {self.error:.4f}{per_byte} "
+            f"({self.tokens} tokens, n={self.n})"
+        )
+
+
+HeldOutResult = SetResult | ChoiceResult | PerplexityResult
+"""Of a set; ``kind`` says which."""
 
 
 def binomial_error(share: float, n: int) -> float:
@@ -104,7 +179,7 @@ class RunResult:
     steps: int
     train_seconds: float
     params: Params
-    heldout: Mapping[str, SetResult] = field(default_factory=dict)
+    heldout: Mapping[str, HeldOutResult] = field(default_factory=dict)
     precision_reason: str = ""
     tokens: int = 0
     samples: int = 0

@@ -73,3 +73,16 @@ def test_dry_run_prints_a_legal_script_and_writes_nothing(capsys: pytest.Capture
 def test_a_wrong_configuration_starts_nothing(target: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", target[0], QUICKSTART, "seed=x", *target[1:]]) == 2
     assert "override 1 (seed=x) seed=x: input should be a valid integer" in capsys.readouterr().err
+
+
+def test_shrink_prints_a_run_that_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert (
+        main(["config", "shrink", "configs/recipes/emoji-stages.yaml", "seed=7", "--steps", "3", "--lanes", "1"]) == 0
+    )
+    twin = tmp_path / "twin.yaml"
+    twin.write_text(capsys.readouterr().out)
+    assert main(["config", "show", str(twin), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)["values"]
+    assert [values[f"stages.{n}.steps"] for n in range(3)] == [3, 3, 3]
+    assert [values[f"stages.{n}.warmup_steps"] for n in range(3)] == [1, 1, 1]
+    assert (values["seed"], values["data.lanes"], values["model.decoder.hidden_dim"]) == (7, 1, 16)

@@ -141,6 +141,21 @@ def test_base_files_are_merged_in_depth_and_lists_replaced(write) -> None:
     assert places["tower.depth"] == f"{path}:2"
 
 
+def test_a_block_has_a_base_of_its_own(write) -> None:
+    inner = write("kind: dense\nwidth: 64\n", "lib/mlp.yaml")
+    tower = write("depth: 5\nmlp: {base: mlp.yaml}\n", "lib/tower.yaml")
+    path = write(FULL.replace("tower:\n", "tower:\n  base: lib/tower.yaml\n").replace("    width: 16\n", ""))
+    loaded = load(path, [], Whole)
+    assert (loaded.value.tower.depth, loaded.value.tower.mlp) == (3, Dense(width=64))
+    assert str(loaded.origins["tower.mlp.width"]) == f"{inner}:2"
+    assert str(loaded.origins["tower.mlp.kind"]) == f"{path}:7"
+    write(f"kind: dense\nwidth: {{base: {tower.name}}}\n", "lib/mlp.yaml")
+    with pytest.raises(ConfigError, match="leads back to"):
+        load(path, [], Whole)
+    with pytest.raises(ConfigError, match=r"run\.yaml:4 base=lib/none\.yaml: no such file"):
+        load(write(FULL.replace("tower:\n", "tower:\n  base: lib/none.yaml\n")), [], Whole)
+
+
 def test_switched_kind_drops_keys_of_the_file_with_a_note(write) -> None:
     path = write("tower:\n  mlp:\n    kind: experts\n    count: 16\n    width: 8\n")
     with pytest.warns(DroppedKeyWarning, match="count"):

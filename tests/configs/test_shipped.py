@@ -8,20 +8,17 @@ import pytest
 from pydantic import BaseModel
 
 from mmscale.config import dump, load
-from mmscale.models.config import ModelConfig
-from mmscale.run_config import RunConfig
-
-REPO = Path(__file__).resolve().parents[2]
-CONFIGS = REPO / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+from mmscale.run_config import RunConfig, check_files, check_world
+from mmscale.shrink_run import shrink_run
+from tests.configs.files import CONFIGS, FILES, MODELS, REPO, RUNS, model_of, name_of
 
 
 def schema_of(path: Path) -> type[BaseModel]:
-    """configs/models/ holds models alone, everything else whole runs."""
-    return ModelConfig if path.parent.name == "models" else RunConfig
+    """configs/models/ holds models and towers alone, everything else whole runs."""
+    return type(model_of(path)) if path in MODELS else RunConfig
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_shipped_config(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     value = load(path, [], schema_of(path)).value
@@ -37,9 +34,27 @@ def test_the_quickstart_is_among_them() -> None:
     assert CONFIGS / "quickstart.yaml" in FILES
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.parent.name != "models"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
 def test_run_dir_and_max_steps_are_overrides_of_every_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     value = load(path, ["run_dir=elsewhere/x", "max_steps=3"], RunConfig).value
     assert (value.run_dir, value.max_steps) == (Path("elsewhere/x"), 3)
     assert value.stages == load(path, [], RunConfig).value.stages
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_every_run_has_a_twin_that_can_start(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    config = load(path, [], RunConfig).value
+    twin = shrink_run(config, steps=3)
+    check_files(twin)
+    check_world(twin, 2)
+    dumped = tmp_path / "twin.yaml"
+    dumped.write_text(dump(twin), encoding="utf-8")
+    assert dump(load(dumped, [], RunConfig).value) == dump(twin)
+    same = ("name", "train", "learning_rate", "schedule", "optimizer", "ema", "clip")
+    for number, (mine, theirs) in enumerate(zip(twin.stages, config.stages, strict=True)):
+        assert all(getattr(mine, name) == getattr(theirs, name) for name in same)
+        assert twin.continues(number) == config.continues(number)
+        grids = [(run.stage_media(number).placement, run.stage_media(number).merge) for run in (twin, config)]
+        assert grids[0] == grids[1]

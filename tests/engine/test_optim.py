@@ -31,16 +31,16 @@ COSINE = StageConfig(name="s", steps=110, warmup_steps=10, min_learning_rate=0.1
 
 
 def test_cosine_rises_linearly_and_falls_to_its_share() -> None:
-    assert [schedule(COSINE, step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert schedule(COSINE, 59) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert schedule(COSINE, 109) == pytest.approx(0.1)
+    assert [schedule(COSINE, step, 10) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert schedule(COSINE, 59, 10) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert schedule(COSINE, 109, 10) == pytest.approx(0.1)
 
 
 def test_linear_and_constant() -> None:
     linear = COSINE.model_copy(update={"schedule": "linear"})
     constant = COSINE.model_copy(update={"schedule": "constant"})
-    assert schedule(linear, 34) == pytest.approx(0.1 + 0.9 * 0.75)
-    assert {schedule(constant, step) for step in range(9, 200)} == {1.0}
+    assert schedule(linear, 34, 10) == pytest.approx(0.1 + 0.9 * 0.75)
+    assert {schedule(constant, step, 10) for step in range(9, 200)} == {1.0}
 
 
 @given(
@@ -56,7 +56,7 @@ def test_a_schedule_never_leaves_its_bounds_and_never_rises_after_warmup(
     stage = StageConfig.model_validate(
         {"name": "s", "steps": steps, "warmup_steps": warmup, "min_learning_rate": floor, "schedule": kind}
     )
-    shares = [schedule(stage, step) for step in range(steps + 3)]
+    shares = [schedule(stage, step, warmup) for step in range(steps + 3)]
     assert all(0 <= share <= 1 + 1e-12 for share in shares)
     after = shares[warmup:]
     assert all(a >= b - 1e-12 for a, b in pairwise(after))
@@ -69,10 +69,30 @@ def test_learning_rates_by_component() -> None:
     assert learning_rates(stage, ("vision", "decoder"), 4) == pytest.approx({"vision": 0.25, "decoder": 0.5})
 
 
+def test_each_component_warms_up_by_itself() -> None:
+    warmups = {"warmup_steps": {"vision": 60, "connector": 0, "default": 10}}
+    stage = COSINE.model_copy(update=warmups)
+    assert {name: stage.warmup(name) for name in ("vision", "connector", "decoder")} == {
+        "vision": 60,
+        "connector": 0,
+        "decoder": 10,
+    }
+    whole = {name: COSINE.model_copy(update={"warmup_steps": stage.warmup(name)}) for name in ("vision", "decoder")}
+    for step in (0, 9, 10, 30, 59, 60, 109):
+        rates = learning_rates(stage, ("vision", "connector", "decoder"), step)
+        assert {name: rates[name] for name in whole} == pytest.approx(
+            {name: learning_rates(each, (name,), step)[name] for name, each in whole.items()}
+        )
+    assert learning_rates(stage, ("connector",), 0)["connector"] == pytest.approx(2.0, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"warmup_steps": 200}, "longer than the stage"),
+        ({"warmup_steps": {"default": 2, "vision": 200}}, "longer than the stage"),
+        ({"train": ["vision"], "warmup_steps": {"decoder": 2, "default": 1}}, "warmup_steps names"),
+        ({"train": ["vision", "decoder"], "warmup_steps": {"vision": 2}}, "warmup_steps has no value for"),
         ({"train": ["vision", "vision"]}, "twice"),
         ({"train": ["all", "vision"]}, "stands alone"),
         ({"train": ["vision"], "learning_rate": {"decoder": 1e-3}}, "does not train"),

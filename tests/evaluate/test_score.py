@@ -17,9 +17,9 @@ from data_pipeline.templates import CaptionTemplate
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig, evaluate
-from mmscale.evaluate.heldout import PromptBuilder, Questions
+from mmscale.evaluate.heldout import Asked, PromptBuilder, Questions
+from mmscale.evaluate.pairs import Pair, PairScorer
 from mmscale.evaluate.questions import deal
-from mmscale.evaluate.score import _Pair, _Runner
 from mmscale.models.build import media_spec
 from mmscale.models.multimodal import MultimodalModel
 from tests.engine.ranks import run_ranks
@@ -55,11 +55,12 @@ def test_likelihoods_equal_one_document_at_a_time(kind: str, ends: bool) -> None
     config = evaluation(limit=5, ends=ends)
     spec = media_spec(model.config)
     tokenizer = load_tokenizer(data.tokenizer)
-    questions = Questions.read(config.sets[0])
+    questions = Questions.read(config.image_sets[0])
     values = questions.answers[:3]
-    pairs = [_Pair(sample, questions.answer_ids(value, tokenizer)) for sample in range(5) for value in values]
-    prompts = PromptBuilder(config.sets[0], data, tokenizer, spec)
-    found = _Runner(model, questions, prompts, config, ALONE).run(pairs)
+    pairs = [Pair(sample, questions.answer_ids(value, tokenizer)) for sample in range(5) for value in values]
+    prompts = PromptBuilder.of_images(config.image_sets[0], data, tokenizer, spec)
+    asked = Asked(model, config, data, tokenizer, spec, ALONE)
+    found = PairScorer(asked, questions.config, questions.samples, prompts).run(pairs)
     expected = [
         _brute_force(model, data, questions.samples[sample], f" {value}", ends=ends)
         for sample in range(5)
@@ -72,7 +73,7 @@ def test_likelihoods_equal_one_document_at_a_time(kind: str, ends: bool) -> None
 
 def _shares(tables: list[np.ndarray], config: EvaluationConfig) -> tuple[float, float]:
     """Score and control from the definitions, given each block's table of values."""
-    questions = Questions.read(config.sets[0])
+    questions = Questions.read(config.image_sets[0])
     blocks = deal(questions.answers, questions.pool, 4, 0)
     right = control = 0
     for table, block in zip(tables, blocks, strict=True):
@@ -88,7 +89,7 @@ def test_score_and_control_follow_their_definitions(normalise: str) -> None:
     model, data = tiny_model(), data_config()
     config = evaluation(limit=24, normalise=normalise)
     result = evaluate(model, config, data, media_spec(model.config), ALONE)["both"]
-    questions = Questions.read(config.sets[0])
+    questions = Questions.read(config.image_sets[0])
     tokenizer = load_tokenizer(data.tokenizer)
     blocks = deal(questions.answers, questions.pool, 4, 0)
     raw = [
@@ -155,18 +156,20 @@ def test_two_ranks_give_the_score_of_one() -> None:
 def test_a_damaged_image_is_named() -> None:
     model, data = tiny_model(), data_config()
     config = evaluation(limit=4)
-    questions = Questions.read(config.sets[0])
+    questions = Questions.read(config.image_sets[0])
     broken = Sample((ImagePart(b"no image", "png"),), {}, questions.samples[1].provenance)
     questions.samples[1] = broken
     spec, tokenizer = media_spec(model.config), load_tokenizer(data.tokenizer)
-    runner = _Runner(model, questions, PromptBuilder(config.sets[0], data, tokenizer, spec), config, ALONE)
+    prompts = PromptBuilder.of_images(config.image_sets[0], data, tokenizer, spec)
+    asked = Asked(model, config, data, tokenizer, spec, ALONE)
+    runner = PairScorer(asked, questions.config, questions.samples, prompts)
     with pytest.raises(DataPipelineError, match=f"set both: .*{broken.provenance.key}"):
-        runner.run([_Pair(sample, (5,)) for sample in range(4)])
+        runner.run([Pair(sample, (5,)) for sample in range(4)])
 
 
 def test_a_missing_field_and_an_empty_answer_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"field 'nome' of .* is None, expected a text; the sample has the fields"):
-        Questions.read(evaluation(field="nome").sets[0])
+        Questions.read(evaluation(field="nome").image_sets[0])
 
 
 @pytest.mark.parametrize(

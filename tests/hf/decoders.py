@@ -26,6 +26,7 @@ STRETCHED = {
     "high_freq_factor": 4.0,
 }
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+HALVES = {"rope_type": "default", "rope_theta": 25_000.0, "partial_rotary_factor": 0.5}
 DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied, grouped, stretched": (
         "llama",
@@ -49,6 +50,8 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("olmo2", {"num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_parameters": PLAIN}),
     "olmo2, grouped, biased": ("olmo2", {"num_key_value_heads": 2, "attention_bias": True, "rope_parameters": PLAIN}),
+    "persimmon": ("persimmon", {"rope_parameters": HALVES}),
+    "persimmon, no norms of heads": ("persimmon", {"qk_layernorm": False, "rope_parameters": HALVES}),
 }
 
 

@@ -24,6 +24,8 @@ from mmscale.hf.read import CONFIG, INDEX, HfFolder
 from mmscale.models.build import build_model
 from mmscale.models.config import ModelConfig
 from tests.models.tiny import config
+from tests.models.twins import distance
+from tests.parity_table import Recorder
 
 KEYS: dict[str, Any] = {
     "model_type": "llama",
@@ -220,7 +222,9 @@ def text_config(**decoder: Any) -> ModelConfig:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_tokens_are_rows_of_the_table(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_tokens_are_rows_of_the_table(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: Recorder
+) -> None:
     """Both parameters go into one matrix, in pieces; transformers computes what we do, for new ids too."""
     from transformers import AutoModelForCausalLM
 
@@ -235,7 +239,8 @@ def test_new_tokens_are_rows_of_the_table(tied: bool, tmp_path: Path, monkeypatc
     assert {12, 16} <= set(batch.token_ids.tolist())
     logits = ours.head(ours(batch).hidden)
     assert logits.shape == (40, 17)
-    torch.testing.assert_close(theirs(input_ids=batch.token_ids[None]).logits[0], logits, atol=2e-6, rtol=2e-6)
+    expected = theirs(input_ids=batch.token_ids[None]).logits[0]
+    parity("llama", "logits with new tokens", distance(logits, expected), 2e-6)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from mmscale.config import load
 from mmscale.hf.layout import computed
 from mmscale.hf.layouts import layout_of
+from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.build import build_model
 from mmscale.models.config import ModelConfig
 
@@ -21,9 +22,36 @@ FAMILIES = {
     "qwen2-72b": "qwen2",
     "olmo-7b-1024": "olmo2",
     "mistral-nemo-12b": "mistral",
+    "fuyu-8b": "fuyu",
 }
 COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True}
 PUBLISHED: dict[str, dict[str, Any]] = {  # In the form of version 4 of transformers.
+    "fuyu-8b": {  # By memory.
+        "architectures": ["FuyuForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "hidden_act": "relu2",
+        "hidden_dropout": 0.0,
+        "hidden_size": 4096,
+        "image_size": 300,
+        "initializer_range": 0.02,
+        "intermediate_size": 16384,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 16384,
+        "model_type": "fuyu",
+        "num_attention_heads": 64,
+        "num_channels": 3,
+        "num_hidden_layers": 36,
+        "patch_size": 30,
+        "qk_layernorm": True,
+        "rope_scaling": None,
+        "rope_theta": 25000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 262144,
+    },
     "llama3.2-1b": {
         **COMMON,
         "architectures": ["LlamaForCausalLM"],
@@ -93,12 +121,17 @@ def test_the_published_configuration_is_the_shipped_one(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_names_and_shapes_are_those_of_the_reference(name: str) -> None:
     """At full size, on the meta device: what the published files hold has a place here, and nothing here is without."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     layout, config = layout_of(FAMILIES[name]), shipped(name)
+    values = layout.config_values(config)
+    values.pop(PREPROCESSOR, None)
+    assert layout.auto_class is not None
     with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**layout.config_values(config)))
+        auto = getattr(transformers, layout.auto_class)
+        theirs = auto.from_config(transformers.AutoConfig.for_model(**values))
         ours = build_model(config, attention="sdpa")
-    expected = {key: tuple(values.shape) for key, values in theirs.named_parameters()}
+    # Their names in memory, as those of their files.
+    expected = {layout.spelled(key): tuple(values.shape) for key, values in theirs.named_parameters()}
     stored = layout.stored(config, {key: values.shape for key, values in ours.named_parameters()})
     assert {key: tensor.shape for key, tensor in stored.items()} == expected

@@ -15,6 +15,10 @@ from mmscale.checkpoint.foreign import import_folder
 from mmscale.models.build import TowerAlone, build_model
 from mmscale.models.config import ModelConfig, read_model_config
 from mmscale.nn.attention_backends import resolve_backend
+from tests.models.twins import distance
+
+relative = distance
+"""The largest difference over the largest value."""
 
 
 def imported(source: Path, run: Path) -> tuple[Any, Path]:
@@ -41,11 +45,6 @@ def their_gradients(theirs: Any, folder: Path) -> dict[str, Tensor]:
     carrier.save_pretrained(folder / "gradients")
     model, _ = imported(folder / "gradients", folder / "of gradients")
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference over the largest value."""
-    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

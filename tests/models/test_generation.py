@@ -10,9 +10,10 @@ import torch
 from data_pipeline.batch import Segments
 from data_pipeline.media_spec import MediaSpec
 from mmscale.models.build import media_spec
-from mmscale.models.generation import GreedyConfig, NucleusConfig, generate, pick
+from mmscale.models.generation import generate
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.sampling import SamplingConfig, pick
 from tests.models.packs import Doc, image_document, pack, text_document
 from tests.models.tiny import CONNECTORS, LEARNED, MOE, VOCAB, model
 
@@ -81,6 +82,24 @@ def test_stops_at_the_end_token_and_leaves_it_out() -> None:
     assert generate(net, pack(docs, spec), 8, eos_id=eos, lockstep=True) == stopped
 
 
+def test_further_tokens_and_whoever_watches_end_a_sequence() -> None:
+    net = model("hybrid")
+    docs, spec = prompts(net)
+    free = generate(net, pack(docs, spec), 8, eos_id=-1)
+    stop = free[1][2]
+    expected = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert generate(net, pack(docs, spec), 8, eos_id=-1, stop_ids=[stop]) == expected != free
+    watched: dict[int, list[list[int]]] = {}
+
+    def watch(number: int, tokens: list[int]) -> bool:
+        watched.setdefault(number, []).append(list(tokens))
+        return number == 0 and len(tokens) == 3
+
+    assert generate(net, pack(docs, spec), 8, eos_id=-1, watch=watch) == [free[0][:3], *free[1:]]
+    assert watched[0] == [free[0][:1], free[0][:2], free[0][:3]]
+    assert watched[1][-1] == free[1]
+
+
 def test_lockstep_makes_the_same_number_of_calls_whatever_is_said() -> None:
     net = model(None)
     docs, spec = prompts(net)
@@ -98,20 +117,20 @@ def test_nucleus_draws_only_from_the_nucleus_with_the_right_odds() -> None:
     probabilities = torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05])
     logits = probabilities.log().expand(20_000, 5)
     generator = torch.Generator().manual_seed(0)
-    counts = torch.bincount(pick(logits, NucleusConfig(top_p=0.85), generator), minlength=5) / 20_000
+    counts = torch.bincount(pick(logits, SamplingConfig(temperature=1, top_p=0.85), generator), minlength=5) / 20_000
     # 0.5 + 0.3 = 0.8 falls short of 0.85, so 0.1 is in and the rest out.
     torch.testing.assert_close(counts, torch.tensor([1 / 9, 5 / 9, 0, 3 / 9, 0]), atol=0.02, rtol=0)
-    sharp = NucleusConfig(temperature=0.01, top_p=1.0)
-    assert torch.equal(pick(logits[:50], sharp, generator), pick(logits[:50], GreedyConfig(), None))
+    sharp = SamplingConfig(temperature=0.01, top_p=1.0)
+    assert torch.equal(pick(logits[:50], sharp, generator), pick(logits[:50], SamplingConfig(), None))
 
 
 def test_the_same_seed_draws_the_same_text() -> None:
     net = model("embedding")
     docs, spec = prompts(net)
-    sampling = NucleusConfig(temperature=2.0, top_p=1.0, seed=4)
+    sampling = SamplingConfig(temperature=2.0, top_p=1.0, seed=4)
     rows = [generate(net, pack(docs, spec), 6, eos_id=-1, sampling=sampling) for _ in range(2)]
     assert rows[0] == rows[1]
-    other = NucleusConfig(temperature=2.0, top_p=1.0, seed=5)
+    other = SamplingConfig(temperature=2.0, top_p=1.0, seed=5)
     assert generate(net, pack(docs, spec), 6, eos_id=-1, sampling=other) != rows[0]
 
 

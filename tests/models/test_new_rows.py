@@ -56,7 +56,7 @@ def whole_table(tied: bool) -> tuple[list[float], dict[str, Tensor], dict[str, T
             assert table.grad is not None
             table.grad[:OLD] = 0
         nn.utils.clip_grad_norm_(tables.values(), stage.clip)
-        optimizer.param_groups[0]["lr"] = 1e-2 * schedule(stage, step)
+        optimizer.param_groups[0]["lr"] = 1e-2 * schedule(stage, step, stage.warmup("extra_tokens"))
         optimizer.step()
         with torch.no_grad():
             for name, table in tables.items():

@@ -21,6 +21,12 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "llama3.2-11b-vision-448": 10_642_941_475,
     "llama3.2-90b-vision": 88_593_355_323,
     "llama3.2-90b-vision-448": 88_566_075_963,
+    "fuyu-8b": 9_408_238_592,
+    "clip-vit-l-14-336": 303_507_456,
+    "clip-vit-h-14": 630_766_080,
+    "siglip-so400m": 412_987_248,  # Without the pooling head of 15,238,352, which features do not pass.
+    "siglip-l-16-384": 303_688_704,  # The same, 12,595,200.
+    "internvit-6b": 5_536_496_000,
 }
 SPLITS = {  # Vision; projector and cross-attention; text without and with the rows for images.
     "llama3.2-11b-vision": (863_567_379, 31_461_376 + 1_744_898_064, 8_030_294_016 - 8 * 4096, 8 * 4096),

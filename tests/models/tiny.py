@@ -28,6 +28,13 @@ VISION = {
     "positions": {"kind": "rotary_2d"},
 }
 LEARNED = {**VISION, "positions": {"kind": "learned", "grid": [2, 4]}, "class_token": True, "pre_norm": True}
+TILED = {
+    **LEARNED,
+    "class_feature": True,
+    "feature_layers": [0],
+    "feature_order": "channels",
+    "tiles": {"max_tiles": 3, "global_layers": 1, "gate_init": 0.4},
+}
 MERGED = {"kind": "mlp", "merge": 2, "norm": "after_merge"}
 CONNECTORS: dict[str, dict[str, Any]] = {
     "embedding": {"kind": "embedding", "projector": MERGED},
@@ -37,7 +44,12 @@ CONNECTORS: dict[str, dict[str, Any]] = {
 
 
 def config(
-    kind: str | None, *, mlp: dict[str, Any] = DENSE, vision: dict[str, Any] = VISION, **decoder: Any
+    kind: str | None,
+    *,
+    mlp: dict[str, Any] = DENSE,
+    vision: dict[str, Any] = VISION,
+    unseen_text: str | None = None,
+    **decoder: Any,
 ) -> ModelConfig:
     """A model with the connector ``kind``, or a text model."""
     block = {"decoder": {**DECODER, "mlp": mlp, **decoder}}
@@ -45,6 +57,8 @@ def config(
         connector = CONNECTORS[kind]
         if mlp is not DENSE and kind != "embedding":
             connector = {**connector, "mlp": DENSE}
+        if unseen_text is not None:
+            connector = {**connector, "unseen_text": unseen_text}
         block |= {"vision": vision, "connector": connector}
     return ModelConfig.model_validate(block)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mmscale.nn import cross_entropy
-from mmscale.nn.cross_entropy import linear_cross_entropy
+from mmscale.nn.cross_entropy import ZLoss, linear_cross_entropy
 
 
 def case(rows: int = 50, dim: int = 12, vocab: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,6 +41,26 @@ def test_equals_torch_at_any_chunk_size(size: int, monkeypatch: pytest.MonkeyPat
         torch.autograd.grad(theirs * 0.37, (hidden, weight)),
         strict=True,
     ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [7, 1000])
+@pytest.mark.parametrize("extra", [0, 5])
+def test_the_z_loss_equals_torch(size: int, extra: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "chunk_rows", lambda vocab_size, device: size)
+    hidden, weight, labels, scale = case()
+    more = weight[:extra].detach().clone().requires_grad_() if extra else None
+    leaves = (hidden, weight) if more is None else (hidden, weight, more)
+    z_loss, rows = ZLoss(0.3, torch.zeros(50)), torch.zeros(50)
+    ours = linear_cross_entropy(hidden, weight, labels, scale, rows, more, z_loss)
+    logits = hidden @ (weight if more is None else torch.cat([weight, more])).t()
+    entropies = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100) * scale
+    squares = logits.logsumexp(-1).square() * scale
+    theirs = entropies.sum() + 0.3 * squares.sum()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows, entropies)
+    torch.testing.assert_close(z_loss.row_squares, squares)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 

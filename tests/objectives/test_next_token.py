@@ -29,6 +29,18 @@ def test_equals_torchs_cross_entropy_of_the_logits() -> None:
     torch.testing.assert_close(output.document_losses, by_document)
 
 
+def test_the_z_loss_joins_and_is_told_by_itself() -> None:
+    net = build_model(config(None))
+    batch = pack([text_document(1, 9, VOCAB), text_document(2, 5, VOCAB)], media_spec(net.config))
+    plain, output = NextToken()(net, batch), NextToken(z_coefficient=0.5)(net, batch)
+    squares = net.head(net(batch).hidden).logsumexp(-1).square()
+    expected = (squares * batch.loss_weights).sum()
+    torch.testing.assert_close(output.metrics["softmax_z"], expected.detach())
+    torch.testing.assert_close(output.loss_sum, plain.loss_sum + 0.5 * expected)
+    torch.testing.assert_close(output.metrics["cross_entropy"], plain.metrics["cross_entropy"])
+    torch.testing.assert_close(output.document_losses, plain.document_losses)
+
+
 def test_sums_over_microbatches_equal_the_whole() -> None:
     net = build_model(config("embedding"))
     spec = media_spec(net.config)

@@ -12,7 +12,17 @@ from mmscale.errors import ConfigError
 from mmscale.report.build import build_report
 from mmscale.report.captions import encode_png, names, read_captions, save_captions
 from mmscale.report.configuration import save_origins
-from mmscale.report.result import Memory, Params, RunResult, SetResult, binomial_error, write_result
+from mmscale.report.result import (
+    ChoiceResult,
+    HeldOutResult,
+    Memory,
+    Params,
+    PerplexityResult,
+    RunResult,
+    SetResult,
+    binomial_error,
+    write_result,
+)
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror=alert(2)>' {{ 7777*7777 }} </style>"
 
@@ -58,7 +68,7 @@ def _metrics(run: Path, stages: tuple[str, str] = ("align", "all")) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _result(run: Path, sets: dict[str, SetResult]) -> None:
+def _result(run: Path, sets: dict[str, HeldOutResult]) -> None:
     write_result(
         run,
         RunResult(
@@ -97,6 +107,27 @@ def test_a_finished_run_shows_scores_controls_images_and_configuration(run: Path
     images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 2
     assert base64.b64decode(images[0].removeprefix("data:image/png;base64,")) == encode_png(pixels)
+
+
+def test_questions_and_perplexity_have_cards_of_their_own(run: Path) -> None:
+    shares = {"none": 0.5, "tokens": 0.4, "characters": 0.3, "bytes": 0.3}
+    _result(
+        run,
+        {
+            "facts": ChoiceResult(0.5, 0.25, 40, "right choice among 4", 0.08, shares),
+            "pages": PerplexityResult(2.0, 0.03, 7.389, 1.25, 12_345, 50_000, 17),
+            "tokens": PerplexityResult(2.0, 0.03, 1234567.0, None, 5, 0, 1),
+        },
+    )
+    text = Page(build_report(run).read_text()).text
+    for words in ("right choice among 4", "40 samples", "2.0× chance", "perplexity per token", "7.389"):
+        assert words in text
+    for words in ("loss 2.0000 ± 0.0300 · 1.250 bits per byte", "17 documents, 12,345 tokens", "1.235e+06"):
+        assert words in text
+    assert "permuted 0" not in text
+    held = json.loads((run / "result.json").read_text())["heldout"]
+    assert [held[name]["kind"] for name in ("facts", "pages")] == ["choice", "perplexity"]
+    assert held["facts"]["scores"] == shares
 
 
 def test_components_with_one_learning_rate_share_a_line(run: Path) -> None:

@@ -34,13 +34,13 @@ def layout_of(model_type: str) -> Layout:
 
 
 def layout_for(config: AnyModelConfig) -> Layout:
-    """The first family that has words for a model.
+    """The first family that has words for a model; those that transformers cannot open come last.
 
     Raises:
         CheckpointError: none has; says why not.
     """
     reasons = []
-    for layout in LAYOUTS:
+    for layout in sorted(LAYOUTS, key=lambda layout: layout.auto_class is None):
         try:
             layout.config_values(config)
         except CheckpointError as error:

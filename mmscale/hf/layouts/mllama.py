@@ -160,7 +160,7 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     decoder_config, side = config.decoder, vision.positions.grid[0] * vision.patch_size
     crossing = insertion_layers(decoder_config.num_layers, connector.every)
     text = decoder.to_keys(config.model_copy(update={"vision": None, "connector": None}))
-    del text["attention_dropout"]  # No key of this family.
+    del text["attention_dropout"], text["bos_token_id"]  # No key of this family; and one that may not be null.
     return {
         "text_config": {
             **text,
@@ -172,7 +172,6 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
         },
         "vision_config": _vision_keys(vision, vision.tiles, side),
         "image_token_index": decoder_config.vocab_size,
-        "tie_word_embeddings": False,
         **pixels.to_keys(
             vision,
             image_processor_type="MllamaImageProcessor",

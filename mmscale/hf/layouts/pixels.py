@@ -6,7 +6,7 @@ from typing import Any
 
 from mmscale.hf.keys import Keys
 from mmscale.hf.read import PREPROCESSOR
-from mmscale.models.config import VisionConfig
+from mmscale.models.config import PatchesConfig, VisionConfig
 
 Statistics = tuple[float, ...]
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -18,10 +18,16 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 def to_model(keys: Keys, default: tuple[Statistics, Statistics]) -> dict[str, Any]:
     """Of ``vision``, what the folder's processor says; ``default`` where the folder has none or it does not say."""
     block = keys.block(PREPROCESSOR) or Keys({}, keys.where)
-    found = (block.take("image_mean", list, list(default[0])), block.take("image_std", list, list(default[1])))
-    return dict(zip(("mean", "std"), found, strict=True))
+    return {"mean": _statistics(block, "image_mean", default[0]), "std": _statistics(block, "image_std", default[1])}
 
 
-def to_keys(vision: VisionConfig, **more: Any) -> dict[str, Any]:
+def _statistics(block: Keys, key: str, default: Statistics) -> list[float]:
+    """A list, or one number for all channels (Fuyu)."""
+    if isinstance(block.values.get(key), float):
+        return [block.take(key, float)] * len(default)
+    return block.take(key, list, list(default))
+
+
+def to_keys(vision: VisionConfig | PatchesConfig, **more: Any) -> dict[str, Any]:
     """The processor's file: ``more`` of it, and the statistics."""
     return {PREPROCESSOR: {**more, "image_mean": list(vision.mean), "image_std": list(vision.std)}}

@@ -16,7 +16,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import CrossAttentionConnectorConfig, DecoderConfig, HybridConnectorConfig, VisionConfig
+from mmscale.models.config import (
+    CrossAttentionConnectorConfig,
+    DecoderConfig,
+    HybridConnectorConfig,
+    PatchesConfig,
+    VisionConfig,
+)
 from mmscale.models.connectors.embedding import write_features
 from mmscale.models.connectors.projector import Projector
 from mmscale.models.connectors.unseen_text import looks_ahead, with_unseen_text
@@ -114,7 +120,7 @@ class CrossAttentionConnector(nn.Module):
     def __init__(
         self,
         config: CrossAttentionConnectorConfig | HybridConnectorConfig,
-        vision: VisionConfig,
+        vision: VisionConfig | PatchesConfig,
         decoder: DecoderConfig,
         backend: Backend,
     ) -> None:

@@ -6,6 +6,8 @@ document, and the tiles that these do not have. Nothing here is needed otherwise
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import CrossAttentionConnectorConfig, ModelConfig, UnseenText, VisionConfig
+from mmscale.models.config import CrossAttentionConnectorConfig, ModelConfig, PatchesConfig, UnseenText, VisionConfig
 from mmscale.models.tiles import tiles_of_images
 
 
@@ -28,7 +30,7 @@ def absent_features(config: ModelConfig) -> bool:
     return tiles is not None and tiles.attend_absent and looks_ahead(config.connector)
 
 
-def num_absent_rows(media: MediaBlock, vision: VisionConfig, merge: int) -> list[int]:
+def num_absent_rows(media: MediaBlock, vision: VisionConfig | PatchesConfig, merge: int) -> list[int]:
     """Feature rows of the absent tiles of each image."""
     images = tiles_of_images(media.places)
     if vision.tiles is None or not vision.tiles.attend_absent:
@@ -38,9 +40,12 @@ def num_absent_rows(media: MediaBlock, vision: VisionConfig, merge: int) -> list
 
 
 def with_unseen_text(
-    media: MediaBlock, segments: Segments, vision: VisionConfig, merge: int
+    media: MediaBlock, segments: Segments, vision: VisionConfig | PatchesConfig, merge: int
 ) -> tuple[Int[Tensor, " A"], Segments]:
     """Keys and their partition into the spans of ``media``, those of text before the first image filled in.
+
+    Reads the keys on the host, for which a device is waited for: which images a document has stands there alone, since
+    evaluation lets several documents attend the same one.
 
     Args:
         media: Spans as the data side made them.
@@ -48,46 +53,37 @@ def with_unseen_text(
         vision: Of the tower that made the features, with those of absent tiles behind all others.
         merge: Of the projector.
     """
-    by_document = _rows_of_documents(media, segments.num, vision, merge)
+    keys, bounds = media.keys.cpu().numpy(), media.span_keys.bounds
+    of_span = [keys[first:stop] for first, stop in itertools.pairwise(bounds)]
     starts = np.array(media.span_tokens.bounds[:-1])
-    document_of = np.searchsorted(np.array(segments.bounds), starts, side="right") - 1
-    # A span takes its own keys, or rows that are put behind those of all spans.
-    order, lengths, extra = list[npt.NDArray[np.int64]](), list[int](), list[npt.NDArray[np.int64]]()
-    end = media.span_keys.total
-    for span, document in enumerate(document_of):
-        first, stop = media.span_keys.bounds[span : span + 2]
-        if first == stop:
-            extra.append(by_document[document])
-            first, stop = end, end + len(extra[-1])
-            end = stop
-        order.append(np.arange(first, stop))
-        lengths.append(stop - first)
+    documents = np.searchsorted(np.array(segments.bounds), starts, side="right") - 1
+    absent = _AbsentRows(media, vision, merge)
+    filled = list[npt.NDArray[np.int64]]()
+    for _, spans in itertools.groupby(range(len(of_span)), key=lambda span: documents[span]):
+        own = [of_span[span] for span in spans]
+        seen = np.unique(np.concatenate(own))
+        everything = np.concatenate([seen, *absent.of(seen)])
+        filled += [each if len(each) else everything for each in own]
+    lengths = Segments.from_lengths([len(each) for each in filled])
     device = media.keys.device
-    added, index = (torch.from_numpy(np.concatenate([*rows, _NONE])).to(device) for rows in (extra, order))
-    spans = Segments.from_lengths(lengths)
-    keys = torch.cat([media.keys, added]).index_select(0, index)
-    return keys, Segments(spans.cu.to(device), spans.bounds)
+    all_keys = torch.from_numpy(np.concatenate(filled)).to(device)
+    return all_keys, Segments(lengths.cu.to(device), lengths.bounds)
 
 
-_NONE = np.empty(0, dtype=np.int64)
+class _AbsentRows:
+    """Feature rows of absent tiles, by the images that they belong to."""
+
+    def __init__(self, media: MediaBlock, vision: VisionConfig | PatchesConfig, merge: int) -> None:
+        per_view = _rows_of_views(media, vision, merge)
+        self.images = np.repeat([place.image for place in media.places], per_view)
+        """Image of each feature row of a tile that there is."""
+        self.bounds = sum(per_view) + np.cumsum([0, *num_absent_rows(media, vision, merge)])
+
+    def of(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """Those of the images that ``rows`` belong to."""
+        return [np.arange(*self.bounds[image : image + 2]) for image in np.unique(self.images[rows])]
 
 
-def _rows_of_views(media: MediaBlock, vision: VisionConfig, merge: int) -> list[int]:
+def _rows_of_views(media: MediaBlock, vision: VisionConfig | PatchesConfig, merge: int) -> list[int]:
     extra = int(vision.class_feature)
     return [time * (height * width // merge**2 + extra) for time, height, width in media.grids]
-
-
-def _rows_of_documents(
-    media: MediaBlock, num_documents: int, vision: VisionConfig, merge: int
-) -> list[npt.NDArray[np.int64]]:
-    """All feature rows of each document: those of its views, and those of the tiles that its images lack."""
-    rows: list[list[npt.NDArray[np.int64]]] = [[_NONE] for _ in range(num_documents)]
-    first = 0
-    for place, count in zip(media.places, _rows_of_views(media, vision, merge), strict=True):
-        rows[place.segment].append(np.arange(first, first + count))
-        first += count
-    documents = {place.image: place.segment for place in media.places}
-    for image, count in enumerate(num_absent_rows(media, vision, merge)):
-        rows[documents[image]].append(np.arange(first, first + count))
-        first += count
-    return [np.concatenate(each) for each in rows]

@@ -1,0 +1,70 @@
+"""CLIP's vision tower, by itself or in a folder of the whole model.
+
+Its last norm stands over the class token alone, for the contrastive loss. Ours stands over every row, and the class row
+is dropped: features are ``post_layernorm(last_hidden_state)[:, 1:]``. Who wants them without it (LLaVA, Molmo) builds
+fewer blocks with ``last_output: false`` and takes the tower's weights into that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmscale.hf.keys import Keys
+from mmscale.hf.layout import Layout
+from mmscale.hf.layouts import pixels, vit
+from mmscale.models.config import TowerConfig
+
+DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+"""Of ``CLIPVisionConfig``."""
+
+
+def to_vision(keys: Keys) -> dict[str, Any]:
+    """Of ``vision``, without the statistics of pixels."""
+    keys.must_be("dropout", 0.0)
+    keys.take("projection_dim", int, None)  # Of the projection behind the class token, which features do not pass.
+    keys.take("initializer_factor", float, None)
+    attention = {"qkv_bias": True, "out_bias": True}
+    return vit.to_vision(keys, DEFAULTS, attention=attention, class_token=True, pre_norm=True)
+
+
+def _to_model(keys: Keys) -> TowerConfig:
+    return TowerConfig.model_validate({"vision": {**to_vision(keys), **pixels.to_model(keys, pixels.CLIP)}})
+
+
+def _to_keys(config: TowerConfig) -> dict[str, Any]:
+    size = vit.image_size(config.vision)
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+    }
+    return {**vit.to_keys(config.vision), **pixels.to_keys(config.vision, **processor)}
+
+
+LAYOUT = Layout(
+    "clip_vision_model",
+    "CLIPVisionModel",
+    lambda config: vit.clip_rows(vit.tower(config)),
+    _to_model,
+    _to_keys,
+    vit.UNUSED,
+    vit.SPELLINGS,
+    TowerConfig,
+    "AutoModel",
+)

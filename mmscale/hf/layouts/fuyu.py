@@ -1,0 +1,76 @@
+"""Fuyu 8B: Persimmon, whose token slots take pixels through one linear layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmscale.errors import CheckpointError
+from mmscale.hf.keys import Keys
+from mmscale.hf.layout import Axes, Layout, Row, Rows, under
+from mmscale.hf.layouts import persimmon, pixels
+from mmscale.models.config import EmbeddingConnectorConfig, ModelConfig, PatchesConfig
+
+
+def _rows(config: ModelConfig) -> Rows:
+    side, channels = config.vision.patch_size, config.vision.channels  # type: ignore[union-attr]
+    # Theirs are pixels row by row with the channels innermost; ours are planes.
+    planes = Axes((-1, side, side, channels), (0, 3, 1, 2))
+    return (
+        Row("connector.projector.linear.weight", "vision_embed_tokens.weight", axes=planes),
+        Row("connector.projector.linear.bias", "vision_embed_tokens.bias"),
+        *under(persimmon.table(config), theirs=("", "language_model.")),
+    )
+
+
+def _to_model(keys: Keys) -> ModelConfig:
+    keys.take("image_size", int, None)  # Of no effect: images have any size.
+    text = keys.block("text_config")
+    # Files of version 4 have the decoder's keys beside those of the model.
+    decoder = persimmon.to_decoder(keys if text is None else text)
+    if text is not None:
+        text.must_be("model_type", "persimmon")
+        text.finish()
+    vision = {
+        "kind": "patches",
+        "patch_size": keys.take("patch_size", int, 30),
+        "channels": keys.take("num_channels", int, 3),
+        **pixels.to_model(keys, pixels.HALF),
+    }
+    return ModelConfig.model_validate(
+        {
+            # The head is the model's, so the model says whether it is tied.
+            "decoder": {**decoder, "tie_embeddings": keys.take("tie_word_embeddings", bool, False)},
+            "vision": vision,
+            "connector": {"kind": "embedding", "projector": {"kind": "linear"}},
+        }
+    )
+
+
+def _to_keys(config: ModelConfig) -> dict[str, Any]:
+    vision = config.vision
+    if not isinstance(vision, PatchesConfig) or not isinstance(config.connector, EmbeddingConnectorConfig):
+        raise CheckpointError("fuyu has words for patches in token slots alone (vision.kind: patches)")
+    decoder, side = persimmon.to_keys(config), vision.patch_size
+    return {
+        "text_config": {"model_type": "persimmon", **decoder},
+        "tie_word_embeddings": config.decoder.tie_embeddings,
+        "patch_size": side,
+        "num_channels": vision.channels,
+        **{key: decoder[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        **pixels.to_keys(vision, image_processor_type="FuyuImageProcessor", patch_size={"height": side, "width": side}),
+    }
+
+
+LAYOUT = Layout(
+    "fuyu",
+    "FuyuForCausalLM",
+    _rows,
+    _to_model,
+    _to_keys,
+    spellings=(  # Of version 5 of transformers, in memory; its files have those of version 4.
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^model\.vision_embed_tokens\.", "vision_embed_tokens."),
+    ),
+    auto_class="AutoModelForImageTextToText",
+)

@@ -1,0 +1,138 @@
+"""InternViT as transformers has it: norms over all queries and all keys, factors per channel on the branches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmscale.errors import CheckpointError
+from mmscale.hf.keys import Keys
+from mmscale.hf.layout import Layout, Row, Rows, rows
+from mmscale.hf.layouts import pixels, vit
+from mmscale.models.config import TowerConfig, VisionConfig
+from mmscale.nn.attention import QkNorm
+from mmscale.nn.norms import NormKind
+
+DEFAULTS = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 448,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+}
+"""Of ``InternVLVisionConfig``."""
+NORMS = {"rms_norm": "rmsnorm", "layer_norm": "layernorm"}
+_QK_EPS = 1e-6
+"""Of the norms over queries and keys, whatever ``layer_norm_eps`` says."""
+_LAYER = "encoder.layer.{n}."
+
+
+def _rows(config: TowerConfig) -> Rows:
+    width = config.vision.hidden_dim
+    return (
+        vit.convolution("embeddings.patch_embeddings.projection.weight", config.vision),
+        Row("vision.positions.class_embedding", "embeddings.cls_token", (1, 1, width)),
+        Row("vision.positions.position_embedding", "embeddings.position_embeddings", (1, -1, width)),
+        *rows(
+            ("vision.patch_embed.projection.", "embeddings.patch_embeddings.projection."),
+            ("vision.post_norm.", "layernorm."),
+            ("vision.layers.{n}.input_layernorm.", f"{_LAYER}layernorm_before."),
+            ("vision.layers.{n}.post_attention_layernorm.", f"{_LAYER}layernorm_after."),
+            ("vision.layers.{n}.attention_scale.weight", f"{_LAYER}lambda_1"),
+            ("vision.layers.{n}.mlp_scale.weight", f"{_LAYER}lambda_2"),
+            ("vision.layers.{n}.self_attn.o_proj.", f"{_LAYER}attention.projection_layer."),
+            ("vision.layers.{n}.self_attn.", f"{_LAYER}attention."),
+            ("vision.layers.{n}.mlp.up_proj.", f"{_LAYER}mlp.fc1."),
+            ("vision.layers.{n}.mlp.down_proj.", f"{_LAYER}mlp.fc2."),
+        ),
+    )
+
+
+def to_vision(keys: Keys, *, qk_norm: bool, qkv_bias: bool, qk_eps: float | None, **more: Any) -> dict[str, Any]:
+    """Of ``vision``; queries and keys are normalised with ``qk_eps``, None for that of the blocks' norms.
+
+    Raises:
+        CheckpointError: a key asks for what our towers do not compute.
+    """
+    kind = keys.take("norm_type", str, "layer_norm")
+    if kind not in NORMS:
+        raise CheckpointError(f"{keys.where}: norm_type={kind!r} is not supported, only {', '.join(NORMS)}")
+    attention: dict[str, Any] = {"qkv_bias": qkv_bias, "out_bias": True}
+    vision = vit.to_vision(keys, DEFAULTS, attention=attention, class_token=True, patch_bias=True, **more)
+    vision["norm"]["kind"] = NORMS[kind]
+    if qk_norm:
+        eps = vision["norm"]["eps"] if qk_eps is None else qk_eps
+        vision["attention"] |= {"qk_norm": "full", "qk_norm_config": {"kind": "rmsnorm", "eps": eps}}
+    return vision
+
+
+def _to_model(keys: Keys) -> TowerConfig:
+    for name in ("hidden_dropout_prob", "projection_dropout"):
+        keys.must_be(name, 0.0)
+    keys.must_be("use_absolute_position_embeddings", True)
+    keys.take("use_mask_token", bool, False)
+    mean_pooling = keys.take("use_mean_pooling", bool, True)
+    vision = to_vision(
+        keys,
+        qk_norm=keys.take("use_qk_norm", bool, False),
+        qkv_bias=keys.take("attention_bias", bool, False),
+        qk_eps=_QK_EPS,
+        layer_scale=keys.take("layer_scale_init_value", float, 0.1),
+        post_norm=not mean_pooling,
+    )
+    if not mean_pooling and vision["norm"]["kind"] != NormKind.LAYER:
+        raise CheckpointError(
+            f"{keys.where}: use_mean_pooling=False adds a layer norm, which goes with layer_norm only"
+        )
+    return TowerConfig.model_validate({"vision": {**vision, **pixels.to_model(keys, pixels.IMAGENET)}})
+
+
+def _to_keys(config: TowerConfig) -> dict[str, Any]:
+    vision = config.vision
+    size = vit.image_size(vision)
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+    }
+    return {
+        **vit.to_keys(vision),
+        "image_size": [size, size],
+        "patch_size": [vision.patch_size, vision.patch_size],
+        "attention_bias": vision.attention.qkv_bias,
+        "use_qk_norm": vision.attention.qk_norm is not QkNorm.NONE,
+        "norm_type": norm_type(vision),
+        "layer_scale_init_value": 0.1 if vision.layer_scale is None else vision.layer_scale,
+        "hidden_dropout_prob": 0.0,
+        "projection_dropout": 0.0,
+        "use_absolute_position_embeddings": True,
+        "use_mask_token": False,
+        "use_mean_pooling": not vision.post_norm,
+        **pixels.to_keys(vision, **processor),
+    }
+
+
+def norm_type(vision: VisionConfig) -> str:
+    """Their word for the kind of the blocks' norms."""
+    return {NormKind(ours): theirs for theirs, ours in NORMS.items()}[vision.norm.kind]
+
+
+LAYOUT = Layout(
+    "internvl_vision",
+    "InternVLVisionModel",
+    _rows,
+    _to_model,
+    _to_keys,
+    (r"embeddings\.mask_token",),
+    kind=TowerConfig,
+    auto_class="AutoModel",
+)

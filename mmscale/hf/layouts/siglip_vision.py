@@ -1,0 +1,66 @@
+"""SigLIP's vision tower, by itself or in a folder of the whole model.
+
+A head behind it pools all rows into one vector, for the contrastive loss. Features do not pass that, so its tensors are
+left out of an import, and an export says that there is none (``vision_use_head``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmscale.hf.keys import Keys
+from mmscale.hf.layout import Layout
+from mmscale.hf.layouts import pixels, vit
+from mmscale.models.config import TowerConfig
+
+DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+"""Of ``SiglipVisionConfig``."""
+UNUSED = (*vit.UNUSED, r"vision_model\.head\..*")
+
+
+def to_vision(keys: Keys) -> dict[str, Any]:
+    """Of ``vision``, without the statistics of pixels."""
+    keys.take("vision_use_head", bool, None)
+    attention = {"qkv_bias": True, "out_bias": True}
+    return vit.to_vision(keys, DEFAULTS, attention=attention, patch_bias=True)
+
+
+def _to_model(keys: Keys) -> TowerConfig:
+    return TowerConfig.model_validate({"vision": {**to_vision(keys), **pixels.to_model(keys, pixels.HALF)}})
+
+
+def _to_keys(config: TowerConfig) -> dict[str, Any]:
+    size = vit.image_size(config.vision)
+    processor = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+    }
+    return {**vit.to_keys(config.vision), "vision_use_head": False, **pixels.to_keys(config.vision, **processor)}
+
+
+LAYOUT = Layout(
+    "siglip_vision_model",
+    "SiglipVisionModel",
+    lambda config: vit.clip_rows(vit.tower(config)),
+    _to_model,
+    _to_keys,
+    UNUSED,
+    vit.SPELLINGS,
+    TowerConfig,
+    "AutoModel",
+)

@@ -1,0 +1,165 @@
+"""Vision towers of one size: the keys and names of CLIP, which others kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from mmscale.errors import CheckpointError
+from mmscale.hf.keys import Keys
+from mmscale.hf.layout import Row, Rows, rows
+from mmscale.models.config import AnyModelConfig, TowerConfig, VisionConfig
+from mmscale.nn.mlp import Activation
+from mmscale.nn.rope import LearnedPositionsConfig
+
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Theirs -> ours."""
+_LAYER = "vision_model.encoder.layers.{n}."
+SPELLINGS = ((r"^(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.(.*)", r"vision_model.\1.\2"),)
+"""Of folders that hold the tower without its prefix."""
+UNUSED = (
+    r"vision_model\.embeddings\.position_ids",  # Numbers from 0 on, in old files.
+    *(r"text_model\..*", r"(text|visual)_projection\.weight", r"logit_(scale|bias)"),  # Of the pair with a text tower.
+)
+"""What a folder of the whole contrastive model holds beside the tower."""
+
+
+def clip_rows(vision: VisionConfig) -> Rows:
+    """Under ``vision_model.``, as CLIP and SigLIP have them."""
+    return (
+        convolution("vision_model.embeddings.patch_embedding.weight", vision),
+        *rows(
+            ("vision.patch_embed.projection.", "vision_model.embeddings.patch_embedding."),
+            ("vision.positions.position_embedding", "vision_model.embeddings.position_embedding.weight"),
+            ("vision.positions.", "vision_model.embeddings."),
+            ("vision.pre_norm.", "vision_model.pre_layrnorm."),
+            ("vision.post_norm.", "vision_model.post_layernorm."),
+            ("vision.layers.{n}.input_layernorm.", f"{_LAYER}layer_norm1."),
+            ("vision.layers.{n}.post_attention_layernorm.", f"{_LAYER}layer_norm2."),
+            ("vision.layers.{n}.self_attn.o_proj.", f"{_LAYER}self_attn.out_proj."),
+            ("vision.layers.{n}.self_attn.", f"{_LAYER}self_attn."),
+            ("vision.layers.{n}.mlp.up_proj.", f"{_LAYER}mlp.fc1."),
+            ("vision.layers.{n}.mlp.down_proj.", f"{_LAYER}mlp.fc2."),
+        ),
+    )
+
+
+def convolution(theirs: str, vision: VisionConfig) -> Row:
+    """The patch projection as a convolution over the image."""
+    shape = (-1, vision.channels, vision.patch_size, vision.patch_size)
+    return Row("vision.patch_embed.projection.weight", theirs, shape)
+
+
+def side(keys: Keys, name: str, default: int) -> int:
+    """A number of pixels, which may be written as two equal ones.
+
+    Raises:
+        CheckpointError: it is no side of a square.
+    """
+    value = keys.values.get(name)
+    if not isinstance(value, list):
+        return int(keys.take(name, int, default))
+    keys.take(name, list)
+    if len(value) != 2 or value[0] != value[1] or type(value[0]) is not int:
+        raise CheckpointError(f"{keys.where}: {name}={value!r} is not supported, only squares")
+    return value[0]
+
+
+def vision_block(keys: Keys) -> Keys:
+    """The tower's keys in the configuration of a pair of towers.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    keys.take("text_config", dict, None)
+    keys.take("text_config_dict", dict, None)
+    # Files of 2022 say it twice; transformers lets the second win.
+    values = {**keys.take("vision_config", dict), **keys.take("vision_config_dict", dict, {})}
+    return Keys(values, f"{keys.where}: vision_config")
+
+
+def no_pair(family: str, alone: str) -> NoReturn:
+    """Refuses to write a pair of towers.
+
+    Raises:
+        CheckpointError: always.
+    """
+    raise CheckpointError(f"{family} is a tower and a text tower, which is not ours; export the tower as {alone}")
+
+
+def to_vision(keys: Keys, defaults: Mapping[str, Any], *, attention: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Of ``vision``, what their keys say; files leave out what is the default.
+
+    Args:
+        keys: Theirs.
+        defaults: Of the family, by their names.
+        attention: Of ``vision.attention`` what the family decides.
+        **more: Of ``vision`` what the family decides.
+
+    Raises:
+        CheckpointError: a key asks for what our towers do not compute.
+    """
+    keys.must_be("attention_dropout", 0.0)
+    act = keys.take("hidden_act", str, defaults["hidden_act"])
+    if act not in ACTIVATIONS:
+        raise CheckpointError(f"{keys.where}: hidden_act={act!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    image, patch = side(keys, "image_size", defaults["image_size"]), side(keys, "patch_size", defaults["patch_size"])
+
+    def take(name: str) -> int:
+        return int(keys.take(name, int, defaults[name]))
+
+    return {
+        "patch_size": patch,
+        "channels": keys.take("num_channels", int, 3),
+        "hidden_dim": take("hidden_size"),
+        "num_layers": take("num_hidden_layers"),
+        "attention": {"num_heads": take("num_attention_heads"), **attention},
+        "mlp": {
+            "hidden_dim": take("intermediate_size"),
+            "gated": False,
+            "activation": ACTIVATIONS[act],
+            "bias": True,
+        },
+        "norm": {"kind": "layernorm", "eps": keys.take("layer_norm_eps", float, defaults["layer_norm_eps"])},
+        "positions": {"kind": "learned", "grid": [image // patch] * 2},
+        **more,
+    }
+
+
+def to_keys(vision: VisionConfig) -> dict[str, Any]:
+    """Their keys of a tower.
+
+    Raises:
+        CheckpointError: it takes images of any size, or of another shape than squares.
+    """
+    acts = {Activation(ours): theirs for theirs, ours in ACTIVATIONS.items()}
+    return {
+        "hidden_size": vision.hidden_dim,
+        "intermediate_size": vision.mlp.hidden_dim,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.attention.num_heads,
+        "num_channels": vision.channels,
+        "image_size": image_size(vision),
+        "patch_size": vision.patch_size,
+        "hidden_act": acts.get(vision.mlp.activation, vision.mlp.activation.value),
+        "layer_norm_eps": vision.norm.eps,
+        "attention_dropout": 0.0,
+    }
+
+
+def image_size(vision: VisionConfig) -> int:
+    """Side of the images that it takes, pixels.
+
+    Raises:
+        CheckpointError: they have none.
+    """
+    positions = vision.positions
+    if not isinstance(positions, LearnedPositionsConfig) or positions.grid[0] != positions.grid[1]:
+        raise CheckpointError("towers of one size have no words for vision.positions other than learned on a square")
+    return positions.grid[0] * vision.patch_size
+
+
+def tower(config: AnyModelConfig) -> VisionConfig:
+    """The tower of a configuration that ``Layout`` has found to be one."""
+    assert isinstance(config, TowerConfig)
+    return config.vision

@@ -1,0 +1,58 @@
+"""Held-out texts, and a text model that is asked about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.config import DataConfig
+from data_pipeline.shards.manifest import write_manifest
+from data_pipeline.shards.writer import ShardWriter
+from mmscale.dist import World
+from mmscale.evaluate import EvaluationConfig, evaluate
+from mmscale.models.build import build_model, media_spec
+from mmscale.models.config import ModelConfig
+from mmscale.models.multimodal import MultimodalModel
+from tests.evaluate.asked import data_config, tiny_model
+
+
+def write_set(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Samples of a JSON member each; the manifest."""
+    with ShardWriter(folder, "part", max_samples=3) as writer:
+        for number, fields in enumerate(rows):
+            writer.write(f"{number:04d}", {"json": json.dumps(fields).encode()})
+    write_manifest(folder / "set.manifest", writer.shards)
+    return folder / "set.manifest"
+
+
+def text_model() -> MultimodalModel:
+    """A random model that is sure of itself, so that its choices differ."""
+    model = build_model(ModelConfig(decoder=tiny_model().config.decoder), seed=3).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    return model
+
+
+def text_data() -> DataConfig:
+    return DataConfig.model_validate(data_config().model_dump() | {"packing": {"max_tokens": 64}})
+
+
+def evaluation(held: dict[str, Any], **changes: Any) -> EvaluationConfig:
+    block = {"sets": [{"name": "held", **held}], "tokens_per_forward": 90, "rows_per_head": 7}
+    return EvaluationConfig.model_validate({**block, **changes})
+
+
+def score(world: World, held: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The result of one set, as plain values."""
+    model, config = text_model(), evaluation(held, **changes)
+    return asdict(evaluate(model, config, text_data(), media_spec(model.config), world)["held"])
+
+
+def score_all(world: World, sets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For ranks: the result of each set."""
+    return [score(world, held) for held in sets]

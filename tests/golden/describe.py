@@ -1,0 +1,131 @@
+"""A model as text: every parameter with its shape and first values, and what the whole costs.
+
+    configs/models/tiny.yaml --on the meta device--> parameters, folded over equal blocks --> golden/models/tiny.txt
+
+A change of a shape, a name, a default or a first value of any shipped model shows up as a changed line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from data_pipeline.media_spec import MediaSpec, Placement
+from mmscale.models.build import build_weights, count_parameters, media_spec
+from mmscale.models.config import AnyModelConfig, ModelConfig
+from mmscale.models.flops import forward_flops
+from mmscale.nn.init import value_rule
+from tests.configs.files import MODELS, RUNS, model_of, name_of
+from tests.models.packs import Doc, image_document, pack, text_document
+
+FOLDER = Path(__file__).parent
+COMMAND = "make golden"
+TOKENS = 4096
+SIDE = 32
+"""Patches a side of the view whose cost is told, where a tower takes any."""
+BYTES = {"weights (bf16)": 2, "gradients (fp32)": 4, "masters (fp32)": 4, "two moments (fp32)": 8}
+RANKS = (1, 8, 64, 512)
+
+
+def files() -> dict[Path, Path]:
+    """The golden file of each configuration that has a model of its own."""
+    shared = [model_of(path) for path in MODELS]
+    own = [path for path in RUNS if model_of(path) not in shared]
+    return {path: FOLDER / f"{name_of(path)}.txt" for path in (*MODELS, *own)}
+
+
+def describe(config: AnyModelConfig) -> str:
+    """The text."""
+    parts = [_counts(config), _flops(config), _memory(config), _parameters(build_weights(config))]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def _counts(config: AnyModelConfig) -> list[str]:
+    count = count_parameters(config)
+    rows = {**count.components, "total": count.total, "in use for a token": count.active}
+    return ["parameters", *(f"  {name:20} {number:18,}" for name, number in rows.items())]
+
+
+def _flops(config: AnyModelConfig) -> list[str]:
+    """Of one forward with logits for every token."""
+    if not isinstance(config, ModelConfig):
+        return []
+    spec, vocab = media_spec(config), config.decoder.vocab_size
+    if spec.placement is Placement.NONE:
+        cases = {"text": pack([text_document(1, TOKENS, vocab)], spec)}
+    else:
+        grid = spec.fixed_grid or (SIDE // spec.merge * spec.merge,) * 2
+        documents = {n: _seen(spec, grid, n, vocab) for n in (1, 2)}
+        view = f"view of {grid[0]} x {grid[1]} patches"
+        cases = {f"{n} x {view}": pack([document], spec) for n, document in documents.items()}
+    return [
+        f"forward FLOPs, {TOKENS:,} tokens with those of views",
+        *(f"  {name:40} {forward_flops(config, batch):28,}" for name, batch in cases.items()),
+    ]
+
+
+def _seen(spec: MediaSpec, grid: tuple[int, int], views: int, vocab: int) -> Doc:
+    """A document of so many views and ``TOKENS`` tokens, those that images take included."""
+    taken = len(image_document(spec, 1, 0, [grid] * views, vocab).tokens)
+    return image_document(spec, 1, TOKENS - taken, [grid] * views, vocab)
+
+
+def _memory(config: AnyModelConfig) -> list[str]:
+    """What AdamW in bf16 keeps of all parameters at ZeRO stage 3; activations and buffers come on top."""
+    total = count_parameters(config).total
+    header = f"GiB a rank, all trained, ZeRO-3{'':9}" + "".join(
+        f"{ranks:>10} rank{'s' * (ranks > 1)}" for ranks in RANKS
+    )
+    sizes = {**BYTES, "together": sum(BYTES.values())}
+    rows = [
+        f"  {name:38}" + "".join(f"{total * size / ranks / 2**30:>{15 + (ranks > 1)}.3f}" for ranks in RANKS)
+        for name, size in sizes.items()
+    ]
+    return [header, *rows]
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    """A line for each parameter, equal ones of several blocks in one; then the buffers that a checkpoint holds."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for name, rest in _described(model):
+        template = re.sub(r"\.(\d+)\.", ".{}.", name, count=1)
+        number = re.search(r"\.(\d+)\.", name)
+        groups.setdefault((template, *rest), []).append(int(number[1]) if number else -1)
+    rows = [(template.replace("{}", _ranges(numbers), 1), *rest) for (template, *rest), numbers in groups.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, (*widths, 0), strict=True)).rstrip() for row in rows
+    ]
+
+
+def _described(model: nn.Module) -> Iterator[tuple[str, tuple[str, str, str]]]:
+    owners: dict[nn.Parameter, str] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            if owners.setdefault(parameter, full) != full:
+                yield full, (*_shape(parameter), f"is {owners[parameter]}")
+                continue
+            mean, std = value_rule(module, full, tuple(parameter.shape))
+            yield full, (*_shape(parameter), f"normal {std:.4g}" if std else f"all {mean:g}")
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}", (*_shape(buffer), "buffer")
+
+
+def _shape(tensor: Tensor) -> tuple[str, str]:
+    return str(tuple(tensor.shape)), str(tensor.dtype).removeprefix("torch.")
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """``{0..31}``, ``{3..39 by 4}``, ``{0, 1, 5}``."""
+    found = list(numbers)
+    gaps = {b - a for a, b in itertools.pairwise(found)}
+    if len(found) < 3 or len(gaps) > 1:
+        return str(found[0]) if len(found) == 1 else "{" + ", ".join(map(str, found)) + "}"
+    (gap,) = gaps
+    return f"{{{found[0]}..{found[-1]}{'' if gap == 1 else f' by {gap}'}}}"

@@ -1,0 +1,114 @@
+"""The table of configs/README.md: a row for each model, all of it read from files.
+
+YAML: counted, described, its line "# unknown: ..."    recipes: those that begin with it
+layouts: the family that holds its weights             docs/parity.json: the worst errors of that family
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+from mmscale.errors import CheckpointError
+from mmscale.hf.layouts import LAYOUTS
+from mmscale.models.build import count_parameters
+from mmscale.models.config import (
+    AnyModelConfig,
+    DecoderConfig,
+    EmbeddingConnectorConfig,
+    ModelConfig,
+    VisionConfig,
+)
+from mmscale.nn.moe import MoeConfig
+from tests.configs.files import CONFIGS, MODELS, REPO, RUNS, model_of, name_of
+
+README = CONFIGS / "README.md"
+BEGIN, END = "<!-- table: make golden -->", "<!-- end of the table -->"
+HEADER = ("model", "parameters", "decoder", "tower", "connector", "family", "worst errors", "recipes", "unknown")
+_UNKNOWN = re.compile(r"^# unknown: (.*(?:\n#  ?[^:\n]*$)*)", re.MULTILINE)
+
+
+def written() -> str:
+    """README.md with the table as it ought to be."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    rows = [HEADER, ("---", "---:", *["---"] * (len(HEADER) - 2)), *(row(path) for path in MODELS)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def row(path: Path) -> tuple[str, ...]:
+    """The cells of a model."""
+    config = model_of(path)
+    decoder, tower, connector = _parts(config)
+    count = count_parameters(config)
+    number = f"{count.total:,}" + (f" ({count.active:,} a token)" if count.active != count.total else "")
+    golden = f"../tests/golden/{name_of(path)}.txt"
+    families = _families(config)
+    return (
+        f"[{path.stem}](models/{path.name})",
+        f"[{number}]({golden})",
+        decoder,
+        tower,
+        connector,
+        ", ".join(f"`{family}`" for family in families),
+        _errors(families),
+        ", ".join(f"[{run.stem}]({run.relative_to(CONFIGS)})" for run in RUNS if _begins_with(run, path)),
+        _unknown(path),
+    )
+
+
+def _parts(config: AnyModelConfig) -> tuple[str, str, str]:
+    vision, connector = config.vision, getattr(config, "connector", None)
+    if connector is None:
+        kind = ""
+    else:
+        projector = connector.projector
+        kind = f"{connector.kind}, {projector.kind}" + (
+            f", {projector.merge}x{projector.merge}" * (projector.merge > 1)
+        )
+        kind += "" if isinstance(connector, EmbeddingConnectorConfig) else f", every {connector.every}"
+    return _decoder(config.decoder) if isinstance(config, ModelConfig) else "", _tower(vision), kind
+
+
+def _decoder(decoder: DecoderConfig) -> str:
+    heads = f"{decoder.attention.num_heads}/{decoder.attention.kv_heads} heads"
+    experts = f", {decoder.mlp.num_experts} experts" if isinstance(decoder.mlp, MoeConfig) else ""
+    return f"{decoder.num_layers} x {decoder.hidden_dim}, {heads}{experts}"
+
+
+def _tower(vision: object) -> str:
+    if isinstance(vision, VisionConfig):
+        side = "any size" if vision.fixed_grid is None else f"{vision.fixed_grid[0] * vision.patch_size} px"
+        return f"{vision.num_layers} x {vision.hidden_dim}, {side}"
+    return "" if vision is None else f"{vision.kind} of {vision.patch_size} px"  # type: ignore[attr-defined]
+
+
+def _families(config: AnyModelConfig) -> list[str]:
+    """Whose folders hold its weights."""
+    found = []
+    for layout in LAYOUTS:
+        with contextlib.suppress(CheckpointError):
+            layout.config_values(config)
+            found.append(layout.model_type)
+    return found
+
+
+def _errors(families: list[str]) -> str:
+    """The worst of outputs, and of gradients."""
+    rows = [each for each in json.loads((REPO / "docs/parity.json").read_text()) if each["family"] in families]
+    gradients = [each["error"] for each in rows if each["quantity"] == "gradients"]
+    outputs = [each["error"] for each in rows if each["quantity"] in ("logits", "features", "hidden rows")]
+    return " / ".join(f"{max(errors):.1e}" for errors in (outputs, gradients) if errors)
+
+
+def _begins_with(run: Path, model: Path) -> bool:
+    bases = re.findall(r"base: (\S+\.yaml)", run.read_text(encoding="utf-8"))
+    return any((run.parent / base).resolve() == model for base in bases)
+
+
+def _unknown(path: Path) -> str:
+    found = _UNKNOWN.findall(path.read_text(encoding="utf-8"))
+    return "; ".join(" ".join(text.replace("\n#", " ").split()).split(". ")[0].rstrip(".") for text in found)

@@ -1,0 +1,34 @@
+"""Every shipped model is, parameter by parameter, what its golden file says, and so is the table in configs/."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import pytest
+
+from tests.configs.files import model_of, name_of
+from tests.golden.describe import COMMAND, FOLDER, describe, files
+from tests.golden.table import README, written
+
+FILES = files()
+
+
+def compare(file: Path, now: str) -> None:
+    old = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    changes = list(difflib.unified_diff(old, now.splitlines(), str(file), "now", lineterm="", n=0))
+    if changes:
+        pytest.fail("\n".join([*changes, f"if this is wanted: {COMMAND}"]), pytrace=False)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_as_recorded(path: Path) -> None:
+    compare(FILES[path], describe(model_of(path)))
+
+
+def test_the_table_of_configurations() -> None:
+    compare(README, written())
+
+
+def test_no_golden_file_is_left_over() -> None:
+    assert set(FOLDER.rglob("*.txt")) == set(FILES.values())

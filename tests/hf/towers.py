@@ -1,0 +1,84 @@
+"""Tiny random vision towers of Hugging Face, one for each thing that a family can differ in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.models.test_parity import vision_media
+from tests.models.twins import randomise
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 40,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "patch_size": 7,
+}
+RMS = {"norm_type": "rms_norm", "use_qk_norm": True}
+TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip": ("CLIPVision", {"image_size": 28}),
+    "clip, gelu": ("CLIPVision", {"image_size": 21, "hidden_act": "gelu"}),
+    "siglip": ("SiglipVision", {"image_size": 28}),
+    "siglip, pixels left over": ("SiglipVision", {"image_size": 30, "vision_use_head": False}),
+    "internvl": ("InternVLVision", {"image_size": [28, 28], **RMS, "patch_size": [7, 7]}),
+    "internvl, biased": (
+        "InternVLVision",
+        {"image_size": [28, 28], "patch_size": [7, 7], "attention_bias": True, "use_mean_pooling": False},
+    ),
+}
+PIXELS = {  # Of the processor's file; what the layouts take where there is none.
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "internvl": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def twin(name: str) -> Any:
+    """One of ``TOWERS``, nothing at 0 or 1."""
+    import transformers
+
+    kind, keys = TOWERS[name]
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**{**SIZES, **keys}))
+    randomise(model)
+    return model
+
+
+def saved_twin(name: str, folder: Path) -> Any:
+    """The same, with its folder as transformers writes it."""
+    model = twin(name)
+    model.save_pretrained(folder)
+    return model
+
+
+def images(side: int, count: int = 3) -> Tensor:
+    """Stored pixels, ``(count, 3, side, side)``."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+def ours_of(pixels: Tensor, patch: int) -> Any:
+    """The media block of whole images."""
+    count, channels, side, _ = pixels.shape
+    places = side // patch
+    cut = pixels.view(count, channels, places, patch, places, patch).permute(0, 2, 4, 1, 3, 5)
+    return vision_media(cut.reshape(-1, channels * patch**2), ((1, places, places),) * count)
+
+
+def normalised(pixels: Tensor, family: str) -> Tensor:
+    """As an image processor hands them on."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in PIXELS[family])
+    return (pixels / 255 - mean) / std
+
+
+def features(theirs: Any, values: Tensor) -> Tensor:
+    """What the rest of a multimodal model takes, packed: the last output, normalised, without the class row."""
+    rows = theirs(pixel_values=values).last_hidden_state
+    if theirs.config.model_type == "clip_vision_model":
+        rows = theirs.post_layernorm(rows)
+    if theirs.config.model_type != "siglip_vision_model":
+        rows = rows[:, 1:]
+    return rows.flatten(0, 1)
