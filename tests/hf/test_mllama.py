@@ -125,7 +125,7 @@ def test_packed_as_one_by_one(tmp_path: Path, parity: Recorder) -> None:
     together = logits_of(ours, list(DOCUMENTS))
     for name in DOCUMENTS:
         alone = logits_of(ours, [name] if name != "no image" else ["image last", name])
-        parity(FAMILY, "packing", distance(together[name], alone[name]), BOUND)
+        parity(FAMILY, "a packed document against it alone", distance(together[name], alone[name]), BOUND)
 
 
 @contextmanager
