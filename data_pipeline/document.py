@@ -41,6 +41,23 @@ class Region(NamedTuple):
     width: int
 
 
+class Coverage(NamedTuple):
+    """What of a view the image covers; the rest is padding.
+
+    Attributes:
+        touched: Patches with any pixel of the image.
+        filled: Patches with nothing else; within ``touched``.
+    """
+
+    touched: Region
+    filled: Region
+
+    @classmethod
+    def whole(cls, rows: int, columns: int) -> Coverage:
+        """No padding in so many rows and columns of patches."""
+        return cls(Region(0, 0, rows, columns), Region(0, 0, rows, columns))
+
+
 class ImageExtent(NamedTuple):
     """Where an image lies in a document.
 
@@ -65,8 +82,10 @@ class MediaItem:
         embedded: Written into token slots (True) or attended by cross-attention (False).
         kept: Part of its grid of features that is handed on, of views that overlap; None hands on all.
         place: Row and column of a tile in the grid of its image; None if the view shows the whole image.
+        coverage: What of it is no padding, for models that want to know (``MediaSpec.padding``); None: all.
         tiles: Rows and columns of tiles that its image is cut into; (1, 1) if it is in one piece.
         image: Number of its image in the sample; views of one image stand together.
+        tag: Tokens whose embeddings are attended in front of its features; none of an embedded view.
     """
 
     values: npt.NDArray[np.uint8]
@@ -74,8 +93,10 @@ class MediaItem:
     embedded: bool
     kept: Region | None = None
     place: tuple[int, int] | None = None
+    coverage: Coverage | None = None
     tiles: tuple[int, int] = (1, 1)
     image: int = 0
+    tag: tuple[int, ...] = ()
 
     @property
     def num_patches(self) -> int:

@@ -22,7 +22,7 @@ from data_pipeline.image_layout import Features, ImageLayout, Text
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
-from data_pipeline.templates import BranchPiece, EndPiece, Piece, TextPiece, TokenPiece, special_tokens
+from data_pipeline.templates import BranchPiece, EndPiece, Piece, TextPiece, TextTemplate, TokenPiece, special_tokens
 from data_pipeline.templates.learned import share_weights
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageTransform, TilesTransform
@@ -84,7 +84,7 @@ class _Draft:
         """Appends the tokens of an image as it is laid out; none of them is learned."""
         assert not self.branches, "an image in a branch would be attended by the branches after it"
         start, first_item = len(self.ids), len(self.items)
-        self.items.extend(replace(view, image=len(self.images)) for view in views)
+        self.items.extend(replace(view, image=len(self.images)) for view in layout.tagged(views))
         self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
         slots = {
             number: np.empty(view.num_features(self.spec), dtype=np.int32)
@@ -199,7 +199,8 @@ class DocumentBuilder:
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.spec = spec
-        takes_images = spec.placement is not Placement.NONE
+        # Texts alone have no image, so their transform need not fit the model.
+        takes_images = spec.placement is not Placement.NONE and not isinstance(dataset.template, TextTemplate)
         transforms = dataset.transforms
         self._transform = ImageTransform(transforms, spec) if takes_images else None
         max_tiles = transforms.tiling.max_tiles if isinstance(transforms, TilesTransform) else 0

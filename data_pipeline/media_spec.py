@@ -42,6 +42,7 @@ class MediaSpec:
             every view is by itself.
         computes_absent: Whether an image costs ``max_tiles`` tiles, however many it has.
         position_axes: 1 for plain positions, 3 for (time, height, width) positions (Qwen2-VL).
+        padding: Whether the model wants to know which patches show padding (Molmo).
     """
 
     placement: Placement = Placement.NONE
@@ -54,6 +55,7 @@ class MediaSpec:
     class_features: int = 0
     max_tiles: int | None = None
     computes_absent: bool = False
+    padding: bool = False
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.merge < 1 or self.channels < 1:

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_pipeline.document import Region
+from data_pipeline.document import Coverage, Region
 from data_pipeline.errors import DataConfigError
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.native_sizes import Size, fitted
 from data_pipeline.strict import StrictConfig
-from data_pipeline.views import Canvas
+from data_pipeline.views import Canvas, View
 
 Tiles = tuple[int, int]
 """Rows and columns of tiles."""
@@ -83,19 +83,19 @@ def internvl_grid(size: Size, side: int, min_tiles: int = 1, max_tiles: int = 12
     return best
 
 
-def covering_grid(size: Size, side: int, max_tiles: int) -> Tiles:
+def covering_grid(size: Size, side: int, max_tiles: int, real: type[np.floating[Any]] = np.float64) -> Tiles:
     """The grid that the image fills with the least enlargement, else with the least reduction; aspect kept.
 
-    Of equally good grids that with the fewest tiles. Source: Llama 3.2 Vision (arXiv 2407.21783, section 7.1) and its
-    code; Molmo (arXiv 2409.17146, section 2) and its code, whose ``size`` and ``side`` leave the margins out. There a
-    size can be zero or less: it asks for one tile.
+    Of grids that are equally good in the number format ``real`` that with the fewest tiles. Source: Llama 3.2 Vision
+    (arXiv 2407.21783, section 7.1) and its code; Molmo (arXiv 2409.17146, section 2) and its code, whose ``size`` and
+    ``side`` leave the margins out. There a size can be zero or less: it asks for one tile.
     """
     height, width = size
     if min(size) < 0:
         return 1, 1
     choices = np.array(grids(1, max_tiles))
     with np.errstate(divide="ignore"):
-        scales = (choices * side / np.array([height, width])).min(axis=1)
+        scales = ((choices * side).astype(real) / np.array([height, width], real)).min(axis=1)
     enlarging = np.where(scales >= 1, scales, np.inf)
     chosen = enlarging.argmin() if (scales >= 1).any() else scales.argmax()
     rows, columns = choices[chosen].tolist()
@@ -143,6 +143,10 @@ class _Tiling(StrictConfig):
         Raises:
             DataConfigError: the message says what does not fit.
         """
+
+    def padded(self, views: tuple[View, ...]) -> tuple[View, ...]:
+        """The views with the padding that the model is told of, mostly their own."""
+        return views
 
 
 class _LimitedTiling(_Tiling):
@@ -206,6 +210,9 @@ class MolmoTiling(_Tiling):
     """Crops at most, without the overview."""
     margin: int = Field(default=4, ge=1)
     """Patches on each side of a crop that are handed on only where no neighbour has them."""
+    padding_of: Literal["view", "next_view"] = "view"
+    """Whose padding a model with embeddings of padding is told of: the view's own, or, as the published weights were
+    trained, that of the view behind it; of the last view then, that all patches show some."""
 
     def check(self, side: int, spec: MediaSpec) -> None:
         """Refuses margins that do not fit the crops.
@@ -224,14 +231,28 @@ class MolmoTiling(_Tiling):
         """Canvases and tiles of an image of ``size``."""
         margins = 2 * self.margin * spec.patch_size
         window = side - margins
-        grid = covering_grid((size[0] - margins, size[1] - margins), window, self.max_tiles)
+        grid = covering_grid((size[0] - margins, size[1] - margins), window, self.max_tiles, np.float32)
         crops = tuple(
             Tile(1, row * window, column * window, (row, column), self._kept((row, column), grid, side, spec))
             for row in range(grid[0])
             for column in range(grid[1])
         )
         canvas = (grid[0] * window + margins, grid[1] * window + margins)
-        return Tiled((_centred(size, (side, side)), _centred(size, canvas)), (Tile(0, 0, 0, None), *crops))
+        canvases = (_centred_on(canvas, _molmo_content(size, canvas)) for canvas in ((side, side), canvas))
+        return Tiled(tuple(canvases), (Tile(0, 0, 0, None), *crops))
+
+    def padded(self, views: tuple[View, ...]) -> tuple[View, ...]:
+        """Their own padding, or each that of the next.
+
+        Source: Molmo's code, olmo/data/model_preprocessor.py, which puts the mask of the overview last and the overview
+        first.
+        """
+        if self.padding_of == "view":
+            return views
+        _, rows, columns = views[-1].grid
+        last = Coverage(Region(0, 0, rows, columns), Region(0, 0, 0, 0))
+        told = [*(view.coverage for view in views[1:]), last]
+        return tuple(replace(view, coverage=coverage) for view, coverage in zip(views, told, strict=True))
 
     def _kept(self, place: Tiles, grid: Tiles, side: int, spec: MediaSpec) -> Region:
         margin, whole = self.margin // spec.merge, side // spec.size_multiple
@@ -280,6 +301,19 @@ def _adjacent(grid: Tiles, side: int) -> tuple[Tile, ...]:
     )
 
 
+def _molmo_content(size: Size, canvas: Size) -> Size:
+    """The image's largest size of its aspect within the canvas, in single precision, which rarely takes a pixel off.
+
+    Source: Molmo's code, olmo/data/model_preprocessor.py.
+    """
+    real = np.array(size, np.float32)
+    height, width = (real * (np.array(canvas, np.float32) / real).min()).astype(int).tolist()
+    return max(1, height), max(1, width)
+
+
 def _centred(size: Size, canvas: Size) -> Canvas:
-    content = fitted(size, canvas)
+    return _centred_on(canvas, fitted(size, canvas))
+
+
+def _centred_on(canvas: Size, content: Size) -> Canvas:
     return Canvas(content, canvas, ((canvas[0] - content[0]) // 2, (canvas[1] - content[1]) // 2), _BLACK)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from data_pipeline.augment import Box, ColorChange, cut
 from data_pipeline.decode.image import Pixels
-from data_pipeline.document import Region
+from data_pipeline.document import Coverage, Region
 from data_pipeline.media_spec import Grid
 from data_pipeline.native_sizes import Size
 
@@ -44,7 +44,7 @@ class View:
         top, left: Its corner on the canvas, pixels.
         grid: Patches along (time, height, width).
         embedded: Written into token slots (True) or attended (False).
-        kept, place, tiles: As in ``MediaItem``.
+        kept, place, coverage, tiles: As in ``MediaItem``.
     """
 
     canvas: int
@@ -54,7 +54,25 @@ class View:
     embedded: bool
     kept: Region | None = None
     place: tuple[int, int] | None = None
+    coverage: Coverage | None = None
     tiles: tuple[int, int] = (1, 1)
+
+
+def coverage(canvas: Canvas, top: int, left: int, rows: int, columns: int, patch_size: int) -> Coverage:
+    """What of a view of so many patches, its corner at (top, left) of the canvas, the image covers."""
+    spans = []
+    for corner, at, length, patches in zip((top, left), canvas.at, canvas.content, (rows, columns), strict=True):
+        first, stop = at - corner, at - corner + length  # Pixels of the view.
+        outer = _clipped(first // patch_size, -(-stop // patch_size), patches)
+        spans.append((outer, _clipped(-(-first // patch_size), stop // patch_size, patches)))
+    regions = [Region(down[0], across[0], down[1], across[1]) for down, across in zip(*spans, strict=True)]
+    return Coverage(regions[0], regions[1])
+
+
+def _clipped(first: int, stop: int, patches: int) -> tuple[int, int]:
+    """First and number of those between the two that there are."""
+    first, stop = max(first, 0), min(stop, patches)
+    return first, max(stop - first, 0)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def _changes(stage: StageConfig, config: RunConfig, number: int) -> bool:
 
 def _data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -> DataConfig:
     packing = data.packing.model_copy(
-        update={"max_tokens": 4096, "max_cost": None, "max_documents": 4, "look_ahead": min(data.packing.look_ahead, 4)}
+        update={"max_tokens": 4096, "max_cost": None, "max_documents": 2, "look_ahead": min(data.packing.look_ahead, 4)}
     )
     return DataConfig.model_validate(
         {

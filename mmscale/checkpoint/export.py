@@ -152,7 +152,7 @@ def _as_family(
     config = read_model_config(manifest.model_config_values)
     like = {} if to.like is None else read_config(to.like)
     layout = layout_of(like["model_type"]) if like else layout_for(config)
-    values = _carried(layout.config_values(config), like)
+    values = _carried(layout.config_values(config), like) | {key: like[key] for key in layout.carried & like.keys()}
     values["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[number_format]
     if to.like is not None and (to.like / f"{PREPROCESSOR}.json").is_file():
         values.pop(PREPROCESSOR, None)  # Copied with the others.
@@ -160,23 +160,30 @@ def _as_family(
 
 
 def _carried(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """``values``, with those of ``CARRIED`` as the folder like it has them, block by block."""
+    """``values``, with those of ``CARRIED`` as the folder like it has them, block by block.
+
+    Files of version 4 may have the keys of a text part beside the others.
+    """
     taken = {key: like[key] for key in CARRIED & like.keys()}
     blocks = {
-        key: _carried(block, like[key])
+        key: _carried(block, like.get(key, like if key == "text_config" else {}))
         for key, block in values.items()
-        if isinstance(block, Mapping) and isinstance(like.get(key), Mapping)
+        if isinstance(block, Mapping)
     }
     return {**values, **taken, **blocks}
 
 
 def _outgoing(reader: CheckpointReader, tensor: Stored, entries: Mapping[str, _Entry]) -> Outgoing:
+    dtype = entries[tensor.parts[0].name].dtype
+
     def values() -> Iterator[Tensor]:
         for part, start, stop in tensor.ranges():
             ranges = _values(reader, entries[part.name], start, stop)
             yield from ranges if part.axes is None else [part.axes.to_theirs(torch.cat(list(ranges)))]
+            if part.zeros:
+                yield torch.zeros(part.zeros, dtype=dtype)
 
-    return Outgoing(tensor.name, entries[tensor.parts[0].name].dtype, tensor.shape, values)
+    return Outgoing(tensor.name, dtype, tensor.shape, values)
 
 
 def _entries(reader: CheckpointReader, weights: Weights, dtype: torch.dtype) -> Iterator[_Entry]:

@@ -16,7 +16,7 @@ CARRIED = frozenset(
         *("vision_token_id", "vision_start_token_id", "vision_end_token_id"),
     }
 )
-"""Keys that say nothing about what the weights compute; an export takes them over from a folder like it."""
+"""Keys of every family that say nothing about what the weights compute."""
 _HARMLESS = CARRIED | {
     *("model_type", "architectures", "dtype", "torch_dtype", "task_specific_params", "problem_type"),
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"),

@@ -134,6 +134,7 @@ def media_spec(config: ModelConfig) -> MediaSpec:
         class_features=int(config.vision.class_feature),
         max_tiles=None if config.vision.tiles is None else config.vision.tiles.max_tiles,
         computes_absent=config.vision.tiles is not None and config.vision.tiles.attend_absent,
+        padding=isinstance(config.connector, EmbeddingConnectorConfig) and config.connector.padding,
     )
 
 

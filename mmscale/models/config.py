@@ -56,6 +56,8 @@ class DecoderConfig(StrictConfig):
     """Use the embedding as the output projection."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of what each sub-layer adds to the residual stream that is zeroed in training, cross-attention included."""
+    dropout_rows: Literal["all", "learned"] = "all"
+    """Which rows that befalls: all, or only those whose label carries loss (Molmo's captioner)."""
     init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the first weights; null: ``1 / sqrt(fan-in)``."""
 
@@ -160,6 +162,8 @@ class VisionConfig(_Pixels):
     """Tiles of an image are computed together (Llama 3.2 Vision); null: every view is by itself."""
     patch_bias: bool = False
     """Bias on the patch projection."""
+    temporal_patch: int = Field(default=1, gt=0)
+    """Frames that the patch projection has weights for; a still image counts as so many equal ones (Qwen2-VL: 2)."""
     pre_norm: bool = False
     """A norm before the first block (CLIP, Pixtral)."""
     post_norm: bool = True
@@ -173,6 +177,9 @@ class VisionConfig(_Pixels):
     then the second, ... (Llama 3.2 Vision)."""
     last_output: bool = True
     """Whether features hold the last block's output, normalised; if not, ``feature_layers`` alone (Molmo)."""
+    idle_layers: int = Field(default=0, ge=0)
+    """Blocks behind the last of ``feature_layers``, kept because published weights hold them (Molmo: 1). They are
+    computed and learn nothing."""
     init_std: float | None = Field(default=None, gt=0)
     """Standard deviation of the first weights; null: ``1 / sqrt(fan-in)``."""
 
@@ -198,10 +205,14 @@ class VisionConfig(_Pixels):
             raise ValueError(
                 f"feature_layers={list(self.feature_layers)}: blocks are numbered 0..{self.num_layers - 1}"
             )
-        if not self.last_output and self.num_layers - 1 not in self.feature_layers:
-            raise ValueError(
-                "last_output=false: the last block's output is unused; build fewer blocks or name it in feature_layers"
-            )
+        unused = 0 if self.last_output else self.num_layers - 1 - max(self.feature_layers, default=-1)
+        if unused != self.idle_layers:
+            if not self.idle_layers:
+                raise ValueError(
+                    "last_output=false: the last block's output is unused; build fewer blocks, name it in "
+                    f"feature_layers, or keep it as it is with idle_layers={unused}"
+                )
+            raise ValueError(f"idle_layers={self.idle_layers}: the outputs of the last {unused} blocks are unused")
         if not self.last_output and self.post_norm:
             raise ValueError("last_output=false: post_norm would normalise nothing; set post_norm=false")
         if self.class_feature and not self.class_token:
@@ -237,6 +248,8 @@ class _Projector(StrictConfig):
     """Side of the square of patches that becomes one feature (pixel shuffle); 1 for none."""
     norm: Literal["none", "before_merge", "after_merge"] = "none"
     """Where a layer norm stands: per patch (Qwen2-VL), per merged feature (NVLM), or nowhere."""
+    norm_eps: float = 1e-6
+    """Its epsilon: 1e-6 in Qwen2-VL, 1e-5 in NVLM."""
     bias: bool = True
     """Biases on the projections."""
 
@@ -257,15 +270,36 @@ class MlpProjectorConfig(_Projector):
     """Between the layers."""
 
 
-ProjectorConfig = Annotated[LinearProjectorConfig | MlpProjectorConfig, Field(discriminator="kind")]
+class AttentionPoolConfig(StrictConfig):
+    """The mean of a square of patches attends these patches; a feed-forward of its own width follows (Molmo)."""
+
+    kind: Literal["attention_pool"] = "attention_pool"
+    merge: int = Field(default=2, gt=0)
+    """Side of the square of patches that becomes one feature."""
+    num_heads: int = Field(gt=0)
+    """H of the pooling attention; its projections have biases."""
+    head_dim: int = Field(gt=0)
+    """K; what is pooled has ``num_heads * head_dim`` channels."""
+    mlp: DenseMlpConfig
+    """From the pooled channels to the decoder's width."""
+
+
+ProjectorConfig = Annotated[
+    LinearProjectorConfig | MlpProjectorConfig | AttentionPoolConfig, Field(discriminator="kind")
+]
 
 
 class EmbeddingConnectorConfig(StrictConfig):
-    """Image features take the place of token embeddings (LLaVA, Qwen2-VL, Pixtral, NVLM-D)."""
+    """Image features take the place of token embeddings (LLaVA, Qwen2-VL, Pixtral, NVLM-D), or are added (Molmo)."""
 
     kind: Literal["embedding"] = "embedding"
     projector: ProjectorConfig = MlpProjectorConfig()
     """From tower features to the decoder's width."""
+    combine: Literal["replace", "add"] = "replace"
+    """What features do to the embeddings of their placeholders."""
+    padding: bool = False
+    """Add learned vectors to the features of patches that show padding, one kind where all of the patch is padding
+    and another where some of it is (Molmo)."""
 
 
 class _Attended(StrictConfig):

@@ -18,6 +18,7 @@ import numpy as np
 
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from mmscale.models.config import (
+    AttentionPoolConfig,
     CrossAttentionConnectorConfig,
     DecoderConfig,
     EmbeddingConnectorConfig,
@@ -199,10 +200,15 @@ def _features_in(config: ModelConfig, media: MediaBlock) -> int:
 
 def _projector_parts(config: ModelConfig, patches: int, trained: Collection[str]) -> Iterator[_Part]:
     assert config.connector is not None
-    learns, norm = "connector" in trained, config.connector.projector.norm != "none"
+    projector, learns = config.connector.projector, "connector" in trained
+    before = isinstance(config.connector, EmbeddingConnectorConfig) and config.connector.padding
+    before |= not isinstance(projector, AttentionPoolConfig) and projector.norm != "none"
     first, *later = (patches * flops // _merge(config) for flops in _projector_per_feature(config))
-    yield _Part(first, learns, "vision" in trained or (learns and norm))
-    yield from (_Part(flops, learns, learns or "vision" in trained) for flops in later)
+    enters, flows = "vision" in trained or (learns and before), learns or "vision" in trained
+    if isinstance(projector, AttentionPoolConfig):
+        yield _Part(0, False, False, 4 * patches * projector.num_heads * projector.head_dim, 4 * flows)
+    yield _Part(first, learns, enters)
+    yield from (_Part(flops, learns, flows) for flops in later)
 
 
 def _cross_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collection[str], flows: bool) -> Iterator[_Part]:
@@ -305,7 +311,7 @@ def _vision_per_patch(config: VisionConfig | PatchesConfig) -> int:
 
 
 def _projector_per_patch(config: ModelConfig) -> int:
-    """Operations per patch; features are fewer by ``merge**2``, and as much wider."""
+    """Operations per patch; features are fewer by ``merge**2``."""
     return sum(_projector_per_feature(config)) // _merge(config)
 
 
@@ -314,6 +320,11 @@ def _projector_per_feature(config: ModelConfig) -> list[int]:
     assert config.vision is not None
     assert config.connector is not None
     projector, dim = config.connector.projector, config.decoder.hidden_dim
+    if isinstance(projector, AttentionPoolConfig):
+        pooled = projector.num_heads * projector.head_dim
+        mlp = 2 * projector.mlp.hidden_dim
+        asked = 2 * config.vision.feature_dim * pooled * (1 + 2 * _merge(config))
+        return [asked, 2 * pooled**2, mlp * pooled * (1 + projector.mlp.gated), mlp * dim]
     width = config.vision.feature_dim * _merge(config)
     if isinstance(projector, MlpProjectorConfig):
         hidden = projector.hidden_dim or dim

@@ -28,6 +28,7 @@ PATCH = 4
 _VOCABULARY = 2048
 _HEAD_DIM = 8
 _MAX_GROUP = 8
+_WIDEST = 128
 _LEAST_SIDE = 6
 _LOOSE_WIDTH = 48
 """Of layers outside of towers, such as a projector's: unlike any tower's width."""
@@ -79,9 +80,9 @@ _SIZES: dict[str, Callable[[int], int]] = {
 
 def _tower(block: Block, depth: int, merge: int) -> Block:
     """Blocks on one residual stream: width from heads, feed-forward and depth in proportion."""
-    old, heads = block["attention"], _heads(block["attention"])
-    width = old["head_dim"] or block["hidden_dim"] // old["num_heads"]
     head_dim, rope = _head_dim(block.get("rope"))
+    old, heads = block["attention"], _heads(block["attention"], head_dim)
+    width = old["head_dim"] or block["hidden_dim"] // old["num_heads"]
     own = Fraction(block["hidden_dim"], old["num_heads"] * width)  # 1 where the heads fill the stream.
     dim = math.ceil(own * heads["num_heads"] * head_dim / 8) * 8
     attention = {**old, **heads, "head_dim": head_dim if old["head_dim"] else None}
@@ -93,11 +94,11 @@ def _tower(block: Block, depth: int, merge: int) -> Block:
     return out | ({"feature_layers": features} if "feature_layers" in block else {})
 
 
-def _heads(attention: Block) -> Block:
-    """Two key heads if there are more than one, each with its queries."""
+def _heads(attention: Block, head_dim: int = _HEAD_DIM) -> Block:
+    """Two key heads if there are more than one, each with its queries; one where two would make a wide stream."""
     kv_heads = attention.get("num_kv_heads") or attention["num_heads"]
     group = min(attention["num_heads"] // kv_heads, _MAX_GROUP)
-    few = min(kv_heads, 2)
+    few = min(kv_heads, 2 if 2 * group * head_dim <= _WIDEST else 1)
     return {"num_heads": group * few, "num_kv_heads": few if attention.get("num_kv_heads") else None}
 
 

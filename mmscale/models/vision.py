@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,23 @@ def tile_rows(config: VisionConfig | PatchesConfig, media: MediaBlock) -> TileRo
     return TileRows.of(media.places, rows, config.tiles.max_tiles, config.tiles.attend_absent)
 
 
+class _Idle(torch.autograd.Function):
+    """Keeps rows in the graph on which nothing depends: their gradient is zero, where there would be none.
+
+    ZeRO waits for a gradient of every parameter that was gathered.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, idle: Tensor) -> Tensor:
+        ctx.idle = idle.shape, idle.dtype
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype = ctx.idle
+        return gradient, gradient.new_zeros(shape, dtype=dtype)
+
+
 class PixelPatches(nn.Module):
     """In the place of a tower: patches as they are, for a connector that projects pixels.
 
@@ -82,7 +100,13 @@ class VisionTower(nn.Module):
         self.absent_features = absent_features
         self.head_dim = config.attention.resolved_head_dim(config.hidden_dim)
         self.patch_embed = PatchEmbed(
-            config.channels, config.patch_size, config.hidden_dim, config.mean, config.std, config.patch_bias
+            config.channels,
+            config.patch_size,
+            config.hidden_dim,
+            config.mean,
+            config.std,
+            config.patch_bias,
+            config.temporal_patch,
         )
         if isinstance(config.positions, LearnedPositionsConfig):
             self._build_positions(config.positions.grid)
@@ -172,7 +196,8 @@ class VisionTower(nn.Module):
             outputs.append(torch.stack(kept, dim=-1).flatten(-2))
         else:
             outputs += kept
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        features = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return _Idle.apply(features, last) if self.config.idle_layers else features
 
     def _frames(self, media: MediaBlock, device: torch.device) -> Segments:
         if not self.config.class_token and all(grid[0] == 1 for grid in media.grids):

@@ -53,6 +53,7 @@ class Dropout:
         rate: Share of values to drop, above 0 and below 1; taken as the nearest multiple of 2^-16.
         rows: int64 ``(T,)`` a hash of step, lane and place in the lane.
         block: Number of the block that asks; masks of different blocks are independent.
+        chosen: bool ``(T,)`` the rows that it befalls; None for all. Masks of a row do not depend on it.
 
     Source: Srivastava et al. 2014, "Dropout" (here what is kept grows by ``1 / (1 - rate)``, and evaluation needs no
     change); Vaswani et al. 2017, "Attention is all you need", section 5.4 (where it stands); Steele, Lea, Flood 2014,
@@ -63,14 +64,21 @@ class Dropout:
     rate: float
     rows: Int[Tensor, " T"]
     block: int = 0
+    chosen: Bool[Tensor, " T"] | None = None
 
     @classmethod
     def of(
-        cls, rate: float, key: int, lanes: Sequence[int], lane_tokens: Sequence[int], device: torch.device
+        cls,
+        rate: float,
+        key: int,
+        lanes: Sequence[int],
+        lane_tokens: Sequence[int],
+        device: torch.device,
+        chosen: Bool[Tensor, " T"] | None = None,
     ) -> Dropout:
         """The masks of a microbatch that holds ``lane_tokens`` rows of each of ``lanes``, in this order."""
         rows = [_row_keys(mix(key ^ mix(lane)), count) for lane, count in zip(lanes, lane_tokens, strict=True)]
-        return cls(rate, torch.cat(rows).to(device))
+        return cls(rate, torch.cat(rows).to(device), chosen=chosen)
 
     def of_block(self, number: int) -> Dropout:
         """The masks of block ``number``, of either sign."""
@@ -87,7 +95,8 @@ class Dropout:
     def __call__(self, values: Float[Tensor, "T D"], branch: Branch) -> Float[Tensor, "T D"]:
         """``values`` with some of them zeroed and the others grown."""
         kept = values.masked_fill(self.dropped(branch, values.shape[1]), 0.0)
-        return kept.mul_(_LEVELS / (_LEVELS - self._threshold))
+        kept = kept.mul_(_LEVELS / (_LEVELS - self._threshold))
+        return kept if self.chosen is None else torch.where(self.chosen.unsqueeze(1), kept, values)
 
     @property
     def _threshold(self) -> int:

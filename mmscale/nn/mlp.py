@@ -62,19 +62,24 @@ class DenseMlpConfig(StrictConfig):
 class Mlp(nn.Module):
     """``down(act(gate(x)) * up(x))`` if gated, else ``down(act(up(x)))``.
 
+    Args:
+        dim: Channels that come in.
+        config: Shape.
+        out_dim: Channels that go out; None: as many.
+
     Source: Shazeer 2020, "GLU variants improve transformer".
     """
 
-    def __init__(self, dim: int, config: DenseMlpConfig) -> None:
+    def __init__(self, dim: int, config: DenseMlpConfig, out_dim: int | None = None) -> None:
         super().__init__()
         if config.gated:
             self.gate_proj = nn.Linear(dim, config.hidden_dim, bias=config.bias)
         self.up_proj = nn.Linear(dim, config.hidden_dim, bias=config.bias)
-        self.down_proj = nn.Linear(config.hidden_dim, dim, bias=config.bias)
+        self.down_proj = nn.Linear(config.hidden_dim, out_dim or dim, bias=config.bias)
         self.activate = ACTIVATIONS[config.activation]
         self.gated = config.gated
 
-    def forward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+    def forward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... out_dim"]:
         if self.gated:
             return self.down_proj(self.activate(self.gate_proj(hidden)) * self.up_proj(hidden))
         return self.down_proj(self.activate(self.up_proj(hidden)))

@@ -10,6 +10,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class StillProjection(nn.Linear):
+    """A projection of patches that span several frames, applied to still images: each frame shows the same pixels.
+
+    The weight is that of the convolution over video, ``(D, channels * frames * patch**2)``. Adding up its frames gives
+    what repeated pixels would, for half the products; the gradient of the sum goes to every frame alike.
+
+    Args:
+        channels: Colour channels.
+        frames: Frames that a patch spans.
+        pixels: Of one channel of one frame.
+        dim: D.
+        bias: Whether there is one.
+
+    Source: Qwen2-VL (arXiv 2409.12191), section 2.1: an image counts as two identical frames.
+    """
+
+    def __init__(self, channels: int, frames: int, pixels: int, dim: int, bias: bool) -> None:
+        super().__init__(channels * frames * pixels, dim, bias=bias)
+        self.per_frame = (channels, frames, pixels)
+
+    def forward(self, values: Float[Tensor, "P patch_dim"]) -> Float[Tensor, "P D"]:
+        weight = self.weight.unflatten(1, self.per_frame).sum(dim=2).flatten(1)
+        return F.linear(values, weight, self.bias)
+
+
 def normalised(
     values: UInt8[Tensor, "P patch_dim"],
     channels: int,
@@ -24,13 +49,14 @@ def normalised(
         channels: Colour channels.
         mean: Per channel, in units of full scale (0 to 1).
         std: Likewise.
-        dtype: Of the result, and of the arithmetic.
+        dtype: Of the result. The arithmetic is float32 at least: near the mean, two roundings to bfloat16 would leave
+            few right bits of the difference.
     """
-    pixels = values.to(dtype, copy=True).view(values.shape[0], channels, -1)
+    pixels = values.to(torch.promote_types(dtype, torch.float32), copy=True).view(values.shape[0], channels, -1)
     # Channel by channel with Python numbers: no constant has to travel to the device.
     for channel, (middle, width) in enumerate(zip(mean, std, strict=True)):
         pixels[:, channel].mul_(1 / (255 * width)).sub_(middle / width)
-    return pixels.flatten(1)
+    return pixels.flatten(1).to(dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -46,6 +72,7 @@ class PatchEmbed(nn.Module):
         mean: Per channel, in units of full scale (0 to 1).
         std: Likewise.
         bias: Whether the projection has one.
+        frames: Frames that a patch of the convolution spans; its weight is ``(D, channels, frames, patch, patch)``.
 
     Source: Dosovitskiy et al. 2021, "An image is worth 16x16 words", section 3.1.
     """
@@ -58,9 +85,13 @@ class PatchEmbed(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         bias: bool,
+        frames: int = 1,
     ) -> None:
         super().__init__()
-        self.projection = nn.Linear(channels * patch_size**2, dim, bias=bias)
+        if frames == 1:
+            self.projection = nn.Linear(channels * patch_size**2, dim, bias=bias)
+        else:
+            self.projection = StillProjection(channels, frames, patch_size**2, dim, bias)
         self.channels = channels
         self.mean = mean
         self.std = std

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,12 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 MODELS = [path for path in FILES if path.parent.name == "models"]
 RUNS = [path for path in FILES if path.parent.name != "models"]
 RECIPES = [path for path in FILES if path.parent.name == "recipes"]
+
+
+def bases_of(path: Path) -> list[Path]:
+    """Files that this one or blocks in it begin with, one level deep."""
+    named = re.findall(r"\bbase: ([^\s}]+)", path.read_text(encoding="utf-8"))
+    return [(path.parent / base).resolve() for base in named]
 
 
 def name_of(path: Path) -> str:

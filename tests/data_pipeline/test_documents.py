@@ -135,3 +135,14 @@ def test_a_model_without_tower_refuses_images(tokenizer: Tokenizer) -> None:
     assert _build(tokenizer, spec, "text").items == ()
     with pytest.raises(SampleError, match="no image tower"):
         _build(tokenizer, spec, 1, "text")
+
+
+@pytest.mark.fault
+def test_texts_alone_need_no_transform_that_fits_the_model(tokenizer: Tokenizer) -> None:
+    spec = replace(EMBEDDING, fixed_grid=None)  # Fixed views have no size then.
+    config = DatasetConfig.model_validate({"name": "x", "manifest": "x", "template": {"kind": "text"}})
+    builder = DocumentBuilder(config, tokenizer, spec)
+    where = Provenance("x", "shard.tar", "key7", 0)
+    assert builder(Sample((TextPart("text"),), {}, where)).items == ()
+    with pytest.raises(SampleError, match="would drop them"):
+        builder(Sample((ImagePart(_png(1), "png"), TextPart("text")), {}, where))

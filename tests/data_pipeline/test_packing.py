@@ -247,8 +247,11 @@ def test_packs_of_emoji_are_full_and_cost_alike() -> None:
 
 def test_an_image_costs_its_absent_tiles_where_the_tower_computes_them() -> None:
     values = np.zeros((4, 12), np.uint8)
-    whole, part = MediaItem(values, (1, 2, 2), False), MediaItem(values, (1, 2, 2), False, None, (0, 0), (1, 2), 1)
-    other = MediaItem(values, (1, 2, 2), False, None, (0, 1), (1, 2), 1)
+    whole, part = (
+        MediaItem(values, (1, 2, 2), False),
+        MediaItem(values, (1, 2, 2), False, place=(0, 0), tiles=(1, 2), image=1),
+    )
+    other = MediaItem(values, (1, 2, 2), False, place=(0, 1), tiles=(1, 2), image=1)
     columns = np.arange(3, dtype=np.int32)
     document = Document(
         columns, columns, columns.astype(np.float32), columns, (whole, part, other), columns[:0], (Span(0, (0, 1, 2)),)

@@ -24,7 +24,8 @@ ANY = Placement.EMBEDDING
         # 256 features a tile (InternVL, NVLM): 1 x 2 tiles and the overview.
         ("InternVL 1.5", MediaSpec(ANY, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
         ("NVLM-D", MediaSpec(ANY, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
-        ("NVLM-X, NVLM-H", MediaSpec(Placement.HYBRID, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
+        ("NVLM-X", MediaSpec(Placement.CROSS_ATTENTION, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
+        ("NVLM-H", MediaSpec(Placement.HYBRID, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
         # 40 x 40 patches a tile of 560 px.
         ("Llama 3.2 Vision", MediaSpec(Placement.CROSS_ATTENTION, 14, fixed_grid=(40, 40)), (1000, 1000), [1600] * 4),
         # 144 features of the overview; 2 x 2 crops keep 10 x 10 of their 12 x 12.

@@ -22,12 +22,13 @@ from mmscale.models.config import (
     VisionConfig,
 )
 from mmscale.nn.moe import MoeConfig
-from tests.configs.files import CONFIGS, MODELS, REPO, RUNS, model_of, name_of
+from tests.configs.files import CONFIGS, MODELS, REPO, RUNS, bases_of, model_of, name_of
 
 README = CONFIGS / "README.md"
 BEGIN, END = "<!-- table: make golden -->", "<!-- end of the table -->"
 HEADER = ("model", "parameters", "decoder", "tower", "connector", "family", "worst errors", "recipes", "unknown")
-_UNKNOWN = re.compile(r"^# unknown: (.*(?:\n#  ?[^:\n]*$)*)", re.MULTILINE)
+_UNKNOWN = re.compile(r"^# unknown: (.*(?:\n# [^:\n]*$)*)", re.MULTILINE)
+_UNKNOWN_HERE = re.compile(r"^\s*(\w+):.*[#;] unknown: (.*)$", re.MULTILINE)
 
 
 def written() -> str:
@@ -55,7 +56,7 @@ def row(path: Path) -> tuple[str, ...]:
         connector,
         ", ".join(f"`{family}`" for family in families),
         _errors(families),
-        ", ".join(f"[{run.stem}]({run.relative_to(CONFIGS)})" for run in RUNS if _begins_with(run, path)),
+        ", ".join(f"[{run.stem}]({run.relative_to(CONFIGS)})" for run in RUNS if path in bases_of(run)),
         _unknown(path),
     )
 
@@ -104,11 +105,8 @@ def _errors(families: list[str]) -> str:
     return " / ".join(f"{max(errors):.1e}" for errors in (outputs, gradients) if errors)
 
 
-def _begins_with(run: Path, model: Path) -> bool:
-    bases = re.findall(r"base: (\S+\.yaml)", run.read_text(encoding="utf-8"))
-    return any((run.parent / base).resolve() == model for base in bases)
-
-
 def _unknown(path: Path) -> str:
-    found = _UNKNOWN.findall(path.read_text(encoding="utf-8"))
-    return "; ".join(" ".join(text.replace("\n#", " ").split()).split(". ")[0].rstrip(".") for text in found)
+    """The first sentence behind ``# unknown:``, and what is said of single keys."""
+    text = path.read_text(encoding="utf-8")
+    told = [" ".join(each.replace("\n#", " ").split()).split(". ")[0].rstrip(".") for each in _UNKNOWN.findall(text)]
+    return "; ".join([*told, *(f"`{key}`: {each}" for key, each in _UNKNOWN_HERE.findall(text))])

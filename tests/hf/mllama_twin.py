@@ -149,7 +149,8 @@ def document(parts: Parts, seed: int = 0) -> Document:
         rows, columns = part.grid
         for number, tile in enumerate(part.tiles):
             place = (number // columns, number % columns)
-            items.append(MediaItem(_patches(tile), GRID, False, None, place, (rows, columns), len(images)))
+            item = MediaItem(_patches(tile), GRID, False, place=place, tiles=(rows, columns), image=len(images))
+            items.append(item)
         images.append(ImageExtent(at, first, at + 1))
         run += tuple(range(first, len(items)))
         spans.append(Span(at, run))

@@ -81,6 +81,7 @@ MODELS: list[tuple[str | None, dict[str, Any]]] = [
     ("cross_attention", {"vision": TILED_ALONE}),
     ("cross_attention", TILED_AHEAD),
     ("embedding", {"vision": {**TILED, "class_feature": False}}),
+    ("embedding", {"vision": {**VISION, "temporal_patch": 2}}),
     *((kind, {**NEW_ROWS}) for kind in (None, "cross_attention")),
 ]
 

@@ -23,7 +23,12 @@ UNUSED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
 def to_model(
-    keys: Keys, *, attention: dict[str, Any] | None = None, mlp_bias: bool = False, **more: Any
+    keys: Keys,
+    *,
+    attention: dict[str, Any] | None = None,
+    mlp_bias: bool = False,
+    sectioned: bool = False,
+    **more: Any,
 ) -> ModelConfig:
     """A text model.
 
@@ -31,6 +36,7 @@ def to_model(
         keys: Theirs.
         attention: Of ``decoder.attention`` what the family decides.
         mlp_bias: Biases in the feed-forward.
+        sectioned: Whether positions have three axes, among which ``mrope_section`` divides the frequencies.
         **more: Of ``decoder`` what the family decides.
 
     Raises:
@@ -54,30 +60,31 @@ def to_model(
         },
         "mlp": {"kind": "dense", "hidden_dim": keys.take("intermediate_size", int), "bias": mlp_bias},
         "norm": {"kind": "rmsnorm", "eps": keys.take("rms_norm_eps", float)},
-        "rope": _rope(keys),
+        "rope": _rope(keys, sectioned),
         "tie_embeddings": keys.take("tie_word_embeddings", bool, False),
         **more,
     }
     return ModelConfig.model_validate({"decoder": decoder})
 
 
-def _rope(keys: Keys) -> dict[str, Any]:
+def _rope(keys: Keys, sectioned: bool) -> dict[str, Any]:
     """Both forms: ``rope_parameters`` of version 5; ``rope_theta`` and ``rope_scaling`` before it."""
     theta = keys.take("rope_theta", float, 10_000.0)
-    block = keys.block("rope_parameters") or keys.block("rope_scaling")
-    if block is None:
-        return {"theta": theta}
+    block = keys.block("rope_parameters") or keys.block("rope_scaling") or Keys({}, keys.where)
     theta = block.take("rope_theta", float, theta)
     kind = block.take("rope_type", str, block.take("type", str, "default"))
     block.must_be("partial_rotary_factor", 1.0)
-    scaling = None
+    scaling = sections = None
+    if sectioned:
+        sections = block.take("mrope_section", list)
+        kind = "default" if kind == "mrope" else kind  # So called before version 5.
     if kind == "llama3":
         scaling = {name: block.take(name, float) for name in ("factor", "low_freq_factor", "high_freq_factor")}
         scaling["original_context"] = block.take("original_max_position_embeddings", int)
     elif kind != "default":
         raise CheckpointError(f"{block.where}: rope_type={kind!r} is not supported, only 'default' and 'llama3'")
     block.finish()
-    return {"theta": theta, "scaling": scaling}
+    return {"theta": theta, "scaling": scaling, "sections": sections}
 
 
 def to_keys(config: ModelConfig) -> dict[str, Any]:
@@ -113,7 +120,8 @@ def to_keys(config: ModelConfig) -> dict[str, Any]:
 
 def _rope_keys(rope: RopeConfig) -> dict[str, Any]:
     if rope.scaling is None:
-        return {"rope_type": "default", "rope_theta": rope.theta}
+        sections = {} if rope.sections is None else {"mrope_section": list(rope.sections)}
+        return {"rope_type": "default", "rope_theta": rope.theta, **sections}
     scaling = rope.scaling.model_dump()
     original = scaling.pop("original_context")
     return {

@@ -12,7 +12,7 @@ from mmscale.models.config import AnyModelConfig, TowerConfig, VisionConfig
 from mmscale.nn.mlp import Activation
 from mmscale.nn.rope import LearnedPositionsConfig
 
-ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
 """Theirs -> ours."""
 _LAYER = "vision_model.encoder.layers.{n}."
 SPELLINGS = ((r"^(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.(.*)", r"vision_model.\1.\2"),)
@@ -100,9 +100,7 @@ def to_vision(keys: Keys, defaults: Mapping[str, Any], *, attention: Mapping[str
         CheckpointError: a key asks for what our towers do not compute.
     """
     keys.must_be("attention_dropout", 0.0)
-    act = keys.take("hidden_act", str, defaults["hidden_act"])
-    if act not in ACTIVATIONS:
-        raise CheckpointError(f"{keys.where}: hidden_act={act!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    act = activation(keys, "hidden_act", defaults["hidden_act"])
     image, patch = side(keys, "image_size", defaults["image_size"]), side(keys, "patch_size", defaults["patch_size"])
 
     def take(name: str) -> int:
@@ -117,7 +115,7 @@ def to_vision(keys: Keys, defaults: Mapping[str, Any], *, attention: Mapping[str
         "mlp": {
             "hidden_dim": take("intermediate_size"),
             "gated": False,
-            "activation": ACTIVATIONS[act],
+            "activation": act,
             "bias": True,
         },
         "norm": {"kind": "layernorm", "eps": keys.take("layer_norm_eps", float, defaults["layer_norm_eps"])},
@@ -132,7 +130,6 @@ def to_keys(vision: VisionConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: it takes images of any size, or of another shape than squares.
     """
-    acts = {Activation(ours): theirs for theirs, ours in ACTIVATIONS.items()}
     return {
         "hidden_size": vision.hidden_dim,
         "intermediate_size": vision.mlp.hidden_dim,
@@ -141,10 +138,27 @@ def to_keys(vision: VisionConfig) -> dict[str, Any]:
         "num_channels": vision.channels,
         "image_size": image_size(vision),
         "patch_size": vision.patch_size,
-        "hidden_act": acts.get(vision.mlp.activation, vision.mlp.activation.value),
+        "hidden_act": activation_key(vision.mlp.activation),
         "layer_norm_eps": vision.norm.eps,
         "attention_dropout": 0.0,
     }
+
+
+def activation(keys: Keys, name: str, default: str) -> str:
+    """Ours of a key.
+
+    Raises:
+        CheckpointError: we have no such activation.
+    """
+    act = keys.take(name, str, default)
+    if act not in ACTIVATIONS:
+        raise CheckpointError(f"{keys.where}: {name}={act!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[act]
+
+
+def activation_key(ours: Activation) -> str:
+    """Theirs of one of ours; its own name where there is no other, which is refused when it is read back."""
+    return {mine: theirs for theirs, mine in ACTIVATIONS.items()}.get(ours.value, ours.value)
 
 
 def image_size(vision: VisionConfig) -> int:

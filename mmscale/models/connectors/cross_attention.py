@@ -1,6 +1,6 @@
 """Gated cross-attention blocks between decoder blocks, and the two connectors that use them.
 
-features --projector--> rows --keys--> attended rows --k, v per block--> cross-attention of the text spans
+features --projector--> rows, and tags --keys--> attended rows --k, v per block--> cross-attention of the text spans
                           \\--source--> token slots (hybrid only)
 """
 
@@ -23,9 +23,8 @@ from mmscale.models.config import (
     PatchesConfig,
     VisionConfig,
 )
-from mmscale.models.connectors.embedding import write_features
-from mmscale.models.connectors.projector import Projector
-from mmscale.models.connectors.unseen_text import looks_ahead, with_unseen_text
+from mmscale.models.connectors.embedding import build_projector, write_features
+from mmscale.models.connectors.unseen_text import looks_ahead, rows_of_views, with_unseen_text
 from mmscale.models.decoder import Insertion
 from mmscale.models.kv_cache import CrossCache, KVCache
 from mmscale.nn.attention import AttentionConfig, CrossAttention, QkNorm
@@ -126,8 +125,8 @@ class CrossAttentionConnector(nn.Module):
     ) -> None:
         super().__init__()
         self.vision = vision
-        self.looks_ahead = looks_ahead(config)
-        self.projector = Projector(vision.feature_dim, decoder.hidden_dim, config.projector)
+        self.looks_ahead, self.merge = looks_ahead(config), config.projector.merge
+        self.projector = build_projector(vision.feature_dim, decoder.hidden_dim, config.projector)
         attention, mlp = cross_attention_shapes(config, decoder)
         layers = insertion_layers(decoder.num_layers, config.every)
         self.blocks = nn.ModuleDict(
@@ -137,18 +136,27 @@ class CrossAttentionConnector(nn.Module):
         set_init_scale(self.blocks, decoder.num_layers + len(layers), decoder.init_std)
 
     def connect(
-        self, hidden: Tensor, features: Tensor, media: MediaBlock, segments: Segments, cache: KVCache | None
+        self,
+        hidden: Tensor,
+        features: Tensor,
+        tags: Tensor,
+        media: MediaBlock,
+        segments: Segments,
+        cache: KVCache | None,
     ) -> tuple[Tensor, Mapping[int, Insertion]]:
         """The decoder's input and the calls to insert before its blocks; fills ``cache.cross`` if there is a cache."""
         rows = self.projector(features, media.grids)
         if self.embeds:
             hidden = write_features(hidden, rows, media)
-        unseen = None
+        absent, unseen = rows[:0], None
         if self.looks_ahead:
             unseen = ~rows_with_keys(media.span_tokens, media.span_keys)
-            keys, span_keys = with_unseen_text(media, segments, self.vision, self.projector.config.merge)
+            rows, absent = rows.tensor_split([sum(rows_of_views(media, self.vision, self.merge))])
+            keys, span_keys = with_unseen_text(media, segments, self.vision, self.merge)
             media = replace(media, keys=keys, span_keys=span_keys)
-        attended = rows.index_select(0, media.keys)
+        # No tags, no gradient: else keys and values of a frozen connector would want theirs where the decoder learns.
+        further = [each.to(rows.dtype) for each in (tags, absent) if len(each)]
+        attended = torch.cat([rows, *further]).index_select(0, media.keys)
         visible = rows_with_keys(media.span_tokens, media.span_keys)
         last = None if cache is None else _last_span_keys(segments, media, hidden.device)
         insertions = {

@@ -1,4 +1,4 @@
-"""Image features in the place of token embeddings."""
+"""Image features in the place of token embeddings, or added to them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import EmbeddingConnectorConfig
+from mmscale.models.config import AttentionPoolConfig, EmbeddingConnectorConfig, ProjectorConfig
+from mmscale.models.connectors.attention_pool import AttentionPool
+from mmscale.models.connectors.padding import PaddingEmbedding
 from mmscale.models.connectors.projector import Projector
 from mmscale.models.decoder import Insertion
 from mmscale.models.kv_cache import KVCache
@@ -21,21 +23,44 @@ def write_features(
     return hidden.index_copy(0, media.dest, features.index_select(0, media.source).to(hidden.dtype))
 
 
-class EmbeddingConnector(nn.Module):
-    """Projects every feature and writes it into its token slot.
+def add_features(
+    hidden: Float[Tensor, "T D"], features: Float[Tensor, "F_rows D"], media: MediaBlock
+) -> Float[Tensor, "T D"]:
+    """``hidden`` with feature rows ``media.source`` added to rows ``media.dest``, each of which occurs once."""
+    return hidden.index_add(0, media.dest, features.index_select(0, media.source).to(hidden.dtype))
 
-    Source: LLaVA (arXiv 2304.08485), section 4.1.
+
+def build_projector(feature_dim: int, dim: int, config: ProjectorConfig) -> Projector | AttentionPool:
+    """From tower features, row by row or square by square, to the decoder's width."""
+    kind = AttentionPool if isinstance(config, AttentionPoolConfig) else Projector
+    return kind(feature_dim, dim, config)  # type: ignore[arg-type]
+
+
+class EmbeddingConnector(nn.Module):
+    """Projects every feature and writes it into its token slot, or adds it to what is there.
+
+    Source: LLaVA (arXiv 2304.08485), section 4.1; Molmo (arXiv 2409.17146) and its code, olmo/model.py, for adding.
     """
 
     def __init__(self, config: EmbeddingConnectorConfig, feature_dim: int, dim: int) -> None:
         super().__init__()
-        self.projector = Projector(feature_dim, dim, config.projector)
+        self.padding = PaddingEmbedding(feature_dim) if config.padding else None
+        self.projector = build_projector(feature_dim, dim, config.projector)
+        self.combine = add_features if config.combine == "add" else write_features
 
     def connect(
-        self, hidden: Tensor, features: Tensor, media: MediaBlock, segments: Segments, cache: KVCache | None
+        self,
+        hidden: Tensor,
+        features: Tensor,
+        tags: Tensor,
+        media: MediaBlock,
+        segments: Segments,
+        cache: KVCache | None,
     ) -> tuple[Tensor, Mapping[int, Insertion]]:
         """The decoder's input with images in it; no insertions."""
-        return write_features(hidden, self.projector(features, media.grids), media), {}
+        if self.padding is not None:
+            features = self.padding(features, media)
+        return self.combine(hidden, self.projector(features, media.grids), media), {}
 
     def resume(self, cache: KVCache, segments: Segments) -> Mapping[int, Insertion]:
         """While decoding, images are rows of the decoder's own cache."""

@@ -35,7 +35,7 @@ def num_absent_rows(media: MediaBlock, vision: VisionConfig | PatchesConfig, mer
     images = tiles_of_images(media.places)
     if vision.tiles is None or not vision.tiles.attend_absent:
         return [0] * len(images)
-    per_view = _rows_of_views(media, vision, merge)
+    per_view = rows_of_views(media, vision, merge)
     return [(vision.tiles.max_tiles - count) * per_view[0] for _, count in images]
 
 
@@ -50,7 +50,7 @@ def with_unseen_text(
     Args:
         media: Spans as the data side made them.
         segments: Documents.
-        vision: Of the tower that made the features, with those of absent tiles behind all others.
+        vision: Of the tower that made the features, with those of absent tiles behind all others and behind tags.
         merge: Of the projector.
     """
     keys, bounds = media.keys.cpu().numpy(), media.span_keys.bounds
@@ -74,16 +74,20 @@ class _AbsentRows:
     """Feature rows of absent tiles, by the images that they belong to."""
 
     def __init__(self, media: MediaBlock, vision: VisionConfig | PatchesConfig, merge: int) -> None:
-        per_view = _rows_of_views(media, vision, merge)
+        per_view = rows_of_views(media, vision, merge)
+        self.num_real = sum(per_view)
         self.images = np.repeat([place.image for place in media.places], per_view)
         """Image of each feature row of a tile that there is."""
-        self.bounds = sum(per_view) + np.cumsum([0, *num_absent_rows(media, vision, merge)])
+        first = self.num_real + len(media.tag_ids)
+        self.bounds = first + np.cumsum([0, *num_absent_rows(media, vision, merge)])
 
     def of(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        """Those of the images that ``rows`` belong to."""
-        return [np.arange(*self.bounds[image : image + 2]) for image in np.unique(self.images[rows])]
+        """Those of the images that ``rows`` belong to; rows of tags belong to none."""
+        images = np.unique(self.images[rows[rows < self.num_real]])
+        return [np.arange(*self.bounds[image : image + 2]) for image in images]
 
 
-def _rows_of_views(media: MediaBlock, vision: VisionConfig | PatchesConfig, merge: int) -> list[int]:
+def rows_of_views(media: MediaBlock, vision: VisionConfig | PatchesConfig, merge: int) -> list[int]:
+    """Feature rows of each view."""
     extra = int(vision.class_feature)
     return [time * (height * width // merge**2 + extra) for time, height, width in media.grids]

@@ -1,0 +1,190 @@
+"""LLaVA's form with Pixtral's tower: images of any size, two linear layers, and a text decoder that has a family.
+
+Pixtral 12B is published in it. Blocks of its ``config.json`` may lack what is the default of their class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmscale.errors import CheckpointError
+from mmscale.hf.keys import Keys
+from mmscale.hf.layout import Layout, Rows, rows, under
+from mmscale.hf.layouts import axial, decoder, llama, mistral, pixels, qwen2, vit
+from mmscale.models.config import EmbeddingConnectorConfig, MlpProjectorConfig, ModelConfig, VisionConfig
+from mmscale.nn.rope import FrequencyLayout
+
+_TEXTS = {layout.model_type: layout for layout in (mistral.LAYOUT, llama.LAYOUT, qwen2.LAYOUT)}
+"""In the order in which they are tried."""
+_MISTRAL = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+}
+_PIXTRAL = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "patch_size": 16,
+    "hidden_act": "gelu",
+}
+_LONGEST = 1024
+"""Side of the largest images that Pixtral was trained on; of version 4, whose code has a table of that size."""
+_BLOCK, _THEIRS = "vision.layers.{n}.", "vision_tower.transformer.layers.{n}."
+
+
+def _rows(config: ModelConfig) -> Rows:
+    vision = config.vision
+    assert isinstance(vision, VisionConfig)
+    return (
+        vit.convolution("vision_tower.patch_conv.weight", vision),
+        *rows(
+            ("vision.pre_norm.", "vision_tower.ln_pre."),
+            (f"{_BLOCK}input_layernorm.", f"{_THEIRS}attention_norm."),
+            (f"{_BLOCK}self_attn.", f"{_THEIRS}attention."),
+            (f"{_BLOCK}post_attention_layernorm.", f"{_THEIRS}ffn_norm."),
+            (f"{_BLOCK}mlp.", f"{_THEIRS}feed_forward."),
+            ("connector.projector.fc1.", "multi_modal_projector.linear_1."),
+            ("connector.projector.fc2.", "multi_modal_projector.linear_2."),
+        ),
+        *under(decoder.ROWS, theirs=("", "language_model.")),
+    )
+
+
+def _to_model(keys: Keys) -> ModelConfig:
+    text, tower = keys.block("text_config"), keys.block("vision_config")
+    if text is None or tower is None:
+        raise CheckpointError(f"{keys.where}: text_config and vision_config must both be there")
+    keys.take("ignore_index", int, None)  # Of their loss, before version 4.46.
+    keys.must_be("vision_feature_select_strategy", "full")
+    if "vision_feature_layer" not in keys.values or "vision_feature_select_strategy" not in keys.values:
+        raise CheckpointError(
+            f"{keys.where}: without vision_feature_layer and its strategy it is the last block but one"
+        )
+    keys.must_be("vision_feature_layer", -1, [-1])
+    projector = {
+        "kind": "mlp",
+        "activation": vit.activation(keys, "projector_hidden_act", "gelu"),
+        "bias": keys.take("multimodal_projector_bias", bool, True),
+    }
+    model = _decoder(text, keys.take("tie_word_embeddings", bool, False))
+    return ModelConfig.model_validate(
+        {
+            "decoder": model.decoder,
+            "vision": {**_vision(tower), **pixels.to_model(keys, pixels.CLIP)},
+            "connector": {"kind": "embedding", "projector": projector},
+        }
+    )
+
+
+def _decoder(keys: Keys, tied: bool) -> ModelConfig:
+    kind = keys.take("model_type", str, "llama")
+    if kind not in _TEXTS:
+        raise CheckpointError(f"{keys.where}: model_type={kind!r} is not supported, only {', '.join(_TEXTS)}")
+    defaults = _MISTRAL if kind == "mistral" else {}
+    filled = Keys({**defaults, **keys.values, **({"tie_word_embeddings": True} if tied else {})}, keys.where)
+    filled.take("is_composition", bool, None)
+    model = _TEXTS[kind].to_model(filled)
+    filled.finish()
+    assert isinstance(model, ModelConfig)
+    return model
+
+
+def _vision(given: Keys) -> dict[str, Any]:
+    keys = Keys({**_PIXTRAL, **given.values}, given.where)
+    kind = keys.take("model_type", str, "clip_vision_model")
+    if kind != "pixtral":
+        raise CheckpointError(f"{keys.where}: model_type={kind!r} is not supported, only 'pixtral'")
+    keys.take("is_composition", bool, None)
+    keys.take("image_size", int, None)  # Bounds a table of angles.
+    keys.must_be("attention_dropout", 0.0)
+    dim, heads = keys.take("hidden_size", int), keys.take("num_attention_heads", int)
+    keys.must_be("head_dim", dim // heads)
+    vision = {
+        "patch_size": keys.take("patch_size", int),
+        "channels": keys.take("num_channels", int),
+        "hidden_dim": dim,
+        "num_layers": keys.take("num_hidden_layers", int),
+        "attention": {"num_heads": heads},
+        "mlp": {
+            "hidden_dim": keys.take("intermediate_size", int),
+            "activation": vit.activation(keys, "hidden_act", "gelu"),
+        },
+        "norm": {"kind": "rmsnorm", "eps": 1e-5},
+        "positions": axial.to_model(keys, FrequencyLayout.ALTERNATING),
+        "pre_norm": True,
+        "post_norm": False,
+    }
+    keys.finish()
+    return vision
+
+
+def _to_keys(config: ModelConfig) -> dict[str, Any]:
+    vision, connector = config.vision, config.connector
+    if not isinstance(vision, VisionConfig) or not isinstance(connector, EmbeddingConnectorConfig):
+        raise CheckpointError("llava holds models with a vision tower and connector.kind=embedding")
+    if not isinstance(connector.projector, MlpProjectorConfig):
+        raise CheckpointError("llava's projector has two layers (connector.projector.kind=mlp)")
+    return {
+        "text_config": _text_keys(ModelConfig(decoder=config.decoder)),
+        "vision_config": _vision_keys(vision),
+        "projector_hidden_act": vit.activation_key(connector.projector.activation),
+        "multimodal_projector_bias": connector.projector.bias,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "tie_word_embeddings": config.decoder.tie_embeddings,
+        **pixels.to_keys(
+            vision,
+            image_processor_type="PixtralImageProcessor",
+            patch_size={"height": vision.patch_size, "width": vision.patch_size},
+        ),
+    }
+
+
+def _text_keys(config: ModelConfig) -> dict[str, Any]:
+    reasons = []
+    for layout in _TEXTS.values():
+        try:
+            values = layout.config_values(config)
+            return {key: value for key, value in values.items() if key != "architectures"}
+        except CheckpointError as error:
+            reasons.append(str(error))
+    raise CheckpointError("llava: " + " | ".join(dict.fromkeys(reasons)))
+
+
+def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "model_type": "pixtral",
+        "hidden_size": vision.hidden_dim,
+        "intermediate_size": vision.mlp.hidden_dim,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.attention.num_heads,
+        "num_channels": vision.channels,
+        "image_size": _LONGEST,
+        "patch_size": vision.patch_size,
+        "hidden_act": vit.activation_key(vision.mlp.activation),
+        "attention_dropout": 0.0,
+        **axial.to_keys(vision),
+    }
+
+
+LAYOUT = Layout(
+    "llava",
+    "LlavaForConditionalGeneration",
+    _rows,
+    _to_model,
+    _to_keys,
+    tuple(rf"language_model\.{name}" for name in decoder.UNUSED),
+    spellings=(
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+    ),
+    auto_class="AutoModelForImageTextToText",
+)

@@ -1,0 +1,233 @@
+"""Molmo 7B-O, 7B-D and 72B, in the form in which they were published: files for code of their own, not transformers'.
+
+``config.json`` describes the decoder alone; tower, pooling and padding are constants of that code. Where a model has
+others, ``additional_vocab_size``, ``vit_layers`` and ``vision_backbone`` say so, by the names that they have in the
+training code (allenai/molmo, olmo/config.py); the published code does not read them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmscale.errors import CheckpointError
+from mmscale.hf.keys import Keys
+from mmscale.hf.layout import Axes, Layout, Row, Rows, rows, under
+from mmscale.hf.layouts import pixels
+from mmscale.models.config import EmbeddingConnectorConfig, ModelConfig, VisionConfig
+from mmscale.nn.mlp import DenseMlpConfig
+from mmscale.nn.rope import LearnedPositionsConfig, RopeConfig
+
+_BLOCK = (
+    Row("self_attn.q_proj.", "att_proj.", part=0),
+    Row("self_attn.k_proj.", "att_proj.", part=1),
+    Row("self_attn.v_proj.", "att_proj.", part=2),
+    Row("mlp.up_proj.", "ff_proj.", part=0),  # The second half is the gate.
+    Row("mlp.gate_proj.", "ff_proj.", part=1),
+    *rows(
+        ("mlp.down_proj.", "ff_out."),
+        ("self_attn.o_proj.", "attn_out."),
+        ("self_attn.q_norm.", "q_norm."),
+        ("self_attn.k_norm.", "k_norm."),
+        ("input_layernorm.", "attn_norm."),
+        ("post_attention_layernorm.", "ff_norm."),
+    ),
+)
+_VIT_BLOCK = rows(
+    ("self_attn.q_proj.", "attention.wq."),
+    ("self_attn.k_proj.", "attention.wk."),
+    ("self_attn.v_proj.", "attention.wv."),
+    ("self_attn.o_proj.", "attention.wo."),
+    ("input_layernorm.", "attention_norm."),
+    ("post_attention_layernorm.", "ffn_norm."),
+    ("mlp.up_proj.", "feed_forward.w1."),
+    ("mlp.down_proj.", "feed_forward.w2."),
+)
+_VIT = (
+    *under(_VIT_BLOCK, ours=("", "layers.{n}."), theirs=("", "transformer.resblocks.{n}.")),
+    *rows(
+        ("positions.position_embedding", "positional_embedding"),
+        ("positions.class_embedding", "class_embedding"),
+        ("pre_norm.", "pre_ln."),
+    ),
+)
+_BACKBONE = (
+    *under(_VIT, ours=("", "vision."), theirs=("", "image_vit.")),
+    *rows(
+        ("connector.padding.pad_embed", "pad_embed"),
+        ("connector.projector.q_proj.", "image_pooling_2d.wq."),
+        ("connector.projector.k_proj.", "image_pooling_2d.wk."),
+        ("connector.projector.v_proj.", "image_pooling_2d.wv."),
+        ("connector.projector.o_proj.", "image_pooling_2d.wo."),
+        ("connector.projector.mlp.gate_proj.", "image_projector.w1."),
+        ("connector.projector.mlp.down_proj.", "image_projector.w2."),
+        ("connector.projector.mlp.up_proj.", "image_projector.w3."),
+    ),
+)
+_ROWS = (
+    *under(_BLOCK, ours=("", "decoder.layers.{n}."), theirs=("", "model.transformer.blocks.{n}.")),
+    *under(_BACKBONE, theirs=("", "model.vision_backbone.")),
+    *rows(
+        ("decoder.embed_tokens.weight", "model.transformer.wte.embedding"),
+        ("decoder.embed_tokens.extra_weight", "model.transformer.wte.new_embedding"),
+        ("decoder.norm.", "model.transformer.ln_f."),
+        ("head.", "model.transformer.ff_out."),
+    ),
+)
+_NEW_ROWS = 128
+_LAYERS = [-2, -9]
+_TOWER: dict[str, Any] = {
+    "image_default_input_size": [336, 336],
+    "image_patch_size": 14,
+    "image_emb_dim": 1024,
+    "image_num_heads": 16,
+    "image_head_dim": 64,
+    "image_num_layers": 23,
+    "image_mlp_dim": 4096,
+    "image_norm_eps": 1e-5,
+}
+"""CLIP ViT-L/14 at 336 pixels, of which the last block is left out; olmo/config.py and launch_scripts/utils.py."""
+
+
+def _rows(config: ModelConfig) -> Rows:
+    assert config.vision is not None
+    patches = Row(
+        "vision.patch_embed.projection.weight",
+        "model.vision_backbone.image_vit.patch_embedding.weight",
+        axes=Axes(
+            (-1, config.vision.patch_size**2, config.vision.channels), (0, 2, 1)
+        ),  # Theirs has channels innermost.
+    )
+    return (patches, *_ROWS)
+
+
+def _to_model(keys: Keys) -> ModelConfig:
+    keys.must_be("layer_norm_type", "rms")
+    keys.must_be("use_position_ids", True)
+    keys.must_be("clip_qkv", None)
+    for name in ("weight_tying", "tie_word_embeddings"):
+        keys.must_be(name, False)
+    keys.take("auto_map", dict, None)  # Of their code.
+    ids = keys.take("vocab_size", int)  # Of the tokenizer; the table has more rows.
+    heads, fused = keys.take("num_attention_heads", int), keys.take("intermediate_size", int)
+    mlp = {"kind": "dense", "hidden_dim": fused // 2}
+    decoder = {
+        "vocab_size": keys.take("embedding_size", int, ids),
+        "extra_tokens": {"rows": keys.take("additional_vocab_size", int, _NEW_ROWS), "predicted": False},
+        "hidden_dim": keys.take("hidden_size", int),
+        "num_layers": keys.take("num_hidden_layers", int),
+        "attention": {
+            "num_heads": heads,
+            "num_kv_heads": keys.take("num_key_value_heads", int, heads),
+            "qkv_bias": keys.take("qkv_bias", bool, False),
+            "qk_norm": "full" if keys.take("attention_layer_norm", bool, False) else "none",
+        },
+        "mlp": mlp,
+        "norm": {"kind": "rmsnorm", "eps": keys.take("layer_norm_eps", float)},
+        "norm_placement": "post" if keys.take("norm_after", bool, False) else "pre",
+        "rope": {"theta": keys.take("rope_theta", float)},
+    }
+    vision, pool = _vision(keys)
+    connector = {
+        "kind": "embedding",
+        "combine": "add",
+        "padding": True,
+        "projector": {"kind": "attention_pool", "merge": 2, "mlp": mlp, **pool},
+    }
+    return ModelConfig.model_validate({"decoder": decoder, "vision": vision, "connector": connector})
+
+
+def _vision(keys: Keys) -> tuple[dict[str, Any], dict[str, int]]:
+    """The tower, and the heads of the pooling, which are as the tower's."""
+    found = keys.block("vision_backbone") or Keys({}, keys.where)
+    size = {name: found.take(name, type(default), default) for name, default in _TOWER.items()}
+    found.finish()
+    layers, count = keys.take("vit_layers", list, _LAYERS), size["image_num_layers"]
+    kept = [layer % count for layer in layers]
+    pool = {"num_heads": size["image_num_heads"], "head_dim": size["image_head_dim"]}
+    vision = {
+        "patch_size": size["image_patch_size"],
+        **pixels.to_model(keys, pixels.CLIP),
+        "hidden_dim": size["image_emb_dim"],
+        "num_layers": count,
+        "attention": {**pool, "qkv_bias": True, "out_bias": True},
+        "mlp": {
+            "kind": "dense",
+            "hidden_dim": size["image_mlp_dim"],
+            "activation": "quick_gelu",
+            "gated": False,
+            "bias": True,
+        },
+        "norm": {"kind": "layernorm", "eps": size["image_norm_eps"]},
+        "positions": {
+            "kind": "learned",
+            "grid": [side // size["image_patch_size"] for side in size["image_default_input_size"]],
+        },
+        "class_token": True,
+        "pre_norm": True,
+        "post_norm": False,
+        "feature_layers": kept,
+        "last_output": False,
+        "idle_layers": count - 1 - max(kept),
+    }
+    return vision, pool
+
+
+def _to_keys(config: ModelConfig) -> dict[str, Any]:
+    decoder, vision = config.decoder, config.vision
+    if vision is None or not isinstance(config.connector, EmbeddingConnectorConfig):
+        raise CheckpointError("molmo holds models with a tower whose features are added to embeddings")
+    if not isinstance(decoder.mlp, DenseMlpConfig) or decoder.extra_tokens is None:
+        raise CheckpointError("molmo holds dense decoders with rows for new tokens")
+    values = {
+        "vocab_size": decoder.vocab_size,
+        "embedding_size": decoder.vocab_size,
+        "hidden_size": decoder.hidden_dim,
+        "intermediate_size": 2 * decoder.mlp.hidden_dim,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.attention.num_heads,
+        "num_key_value_heads": decoder.attention.kv_heads,
+        "qkv_bias": decoder.attention.qkv_bias,
+        "attention_layer_norm": decoder.attention.qk_norm.value == "full",
+        "layer_norm_type": "rms",
+        "layer_norm_eps": decoder.norm.eps,
+        "norm_after": decoder.norm_placement.value == "post",
+        "rope_theta": (decoder.rope or RopeConfig()).theta,
+        "clip_qkv": None,
+        "use_position_ids": True,
+        "weight_tying": False,
+        "tie_word_embeddings": False,
+    }
+    if decoder.extra_tokens.rows != _NEW_ROWS:
+        values["additional_vocab_size"] = decoder.extra_tokens.rows
+    return {**values, **_vision_keys(vision)}
+
+
+def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
+    if not isinstance(vision.positions, LearnedPositionsConfig):
+        raise CheckpointError("molmo's tower has learned positions")
+    side = [places * vision.patch_size for places in vision.positions.grid]
+    size = {
+        "image_default_input_size": side,
+        "image_patch_size": vision.patch_size,
+        "image_emb_dim": vision.hidden_dim,
+        "image_num_heads": vision.attention.num_heads,
+        "image_head_dim": vision.attention.resolved_head_dim(vision.hidden_dim),
+        "image_num_layers": vision.num_layers,
+        "image_mlp_dim": vision.mlp.hidden_dim,
+        "image_norm_eps": vision.norm.eps,
+    }
+    layers = [layer - vision.num_layers for layer in vision.feature_layers]
+    other = {} if size == _TOWER else {"vision_backbone": size}
+    other |= {} if layers == _LAYERS else {"vit_layers": layers}
+    return {**other, **pixels.to_keys(vision, base_image_input_size=side, image_patch_size=vision.patch_size)}
+
+
+LAYOUT = Layout(
+    "molmo",
+    "MolmoForCausalLM",
+    _rows,
+    _to_model,
+    _to_keys,
+    auto_class=None,
+    carried=frozenset({"vocab_size", "auto_map"}),
+)

@@ -1,0 +1,147 @@
+"""Qwen2-VL: a tower for images of any size and a merger of 2 x 2 patches, over Qwen 2 with positions on three axes.
+
+Names are those of the published files, which version 5 of transformers writes too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmscale.errors import CheckpointError
+from mmscale.hf.keys import Keys
+from mmscale.hf.layout import Layout, Row, Rows, rows
+from mmscale.hf.layouts import axial, decoder, pixels, qwen2
+from mmscale.models.config import EmbeddingConnectorConfig, ModelConfig, VisionConfig
+from mmscale.nn.rope import FrequencyLayout
+
+_BLOCK, _THEIRS = "vision.layers.{n}.", "visual.blocks.{n}."
+_ACTIVATION = "quick_gelu"
+
+
+def _rows(config: ModelConfig) -> Rows:
+    vision = config.vision
+    assert isinstance(vision, VisionConfig)
+    patch = (vision.temporal_patch, vision.patch_size, vision.patch_size)
+    return (
+        Row("vision.patch_embed.projection.", "visual.patch_embed.proj.", shape=(-1, vision.channels, *patch)),
+        *(
+            Row(f"{_BLOCK}self_attn.{name}_proj.", f"{_THEIRS}attn.qkv.", part=part)
+            for part, name in enumerate(("q", "k", "v"))
+        ),
+        *rows(
+            (f"{_BLOCK}self_attn.o_proj.", f"{_THEIRS}attn.proj."),
+            (f"{_BLOCK}input_layernorm.", f"{_THEIRS}norm1."),
+            (f"{_BLOCK}post_attention_layernorm.", f"{_THEIRS}norm2."),
+            (f"{_BLOCK}mlp.up_proj.", f"{_THEIRS}mlp.fc1."),
+            (f"{_BLOCK}mlp.down_proj.", f"{_THEIRS}mlp.fc2."),
+            ("connector.projector.norm.", "visual.merger.ln_q."),
+            ("connector.projector.fc1.", "visual.merger.mlp.0."),
+            ("connector.projector.fc2.", "visual.merger.mlp.2."),
+        ),
+        *decoder.ROWS,
+    )
+
+
+def _to_model(keys: Keys) -> ModelConfig:
+    text = keys.block("text_config") or keys  # Before version 4.52 its keys stood beside the others.
+    qwen2.check_attention(text)
+    tied = keys.take("tie_word_embeddings", bool, False) or text.take("tie_word_embeddings", bool, False)
+    model = decoder.to_model(text, attention={"qkv_bias": True}, sectioned=True, tie_embeddings=tied)
+    if (block := keys.block("vision_config")) is None:
+        raise CheckpointError(f"{keys.where}: vision_config is missing")
+    if text is not keys:
+        text.finish()
+    vision, merge = _vision(block, model.decoder.hidden_dim)
+    projector = {"kind": "mlp", "merge": merge, "norm": "before_merge", "hidden_dim": vision["hidden_dim"] * merge**2}
+    return ModelConfig.model_validate(
+        {
+            "decoder": model.decoder,
+            "vision": {**vision, **pixels.to_model(keys, pixels.CLIP)},
+            "connector": {"kind": "embedding", "projector": projector},
+        }
+    )
+
+
+def _vision(keys: Keys, text_dim: int) -> tuple[dict[str, Any], int]:
+    """The tower, and the side of the squares that are merged."""
+    dim, patch, channels = keys.take("embed_dim", int), keys.take("patch_size", int), keys.take("in_channels", int, 3)
+    keys.must_be("in_chans", channels)  # What the first files say beside the others, and no code reads.
+    keys.must_be("spatial_patch_size", patch)
+    keys.must_be("hidden_size", text_dim)
+    keys.must_be("hidden_act", _ACTIVATION)
+    merge = keys.take("spatial_merge_size", int)
+    vision = {
+        "patch_size": patch,
+        "temporal_patch": keys.take("temporal_patch_size", int),
+        "channels": channels,
+        "hidden_dim": dim,
+        "num_layers": keys.take("depth", int),
+        "attention": {"num_heads": keys.take("num_heads", int), "qkv_bias": True, "out_bias": True},
+        "mlp": {
+            "hidden_dim": dim * keys.take("mlp_ratio", int),
+            "gated": False,
+            "activation": _ACTIVATION,
+            "bias": True,
+        },
+        "norm": {"kind": "layernorm", "eps": 1e-6},
+        "positions": axial.to_model(keys, FrequencyLayout.SHARED),
+        "post_norm": False,
+    }
+    keys.finish()
+    return vision, merge
+
+
+def _to_keys(config: ModelConfig) -> dict[str, Any]:
+    vision, connector = config.vision, config.connector
+    if not isinstance(vision, VisionConfig) or not isinstance(connector, EmbeddingConnectorConfig):
+        raise CheckpointError("qwen2_vl holds models with a vision tower and connector.kind=embedding")
+    text = decoder.to_keys(ModelConfig(decoder=config.decoder))
+    tied = text.pop("tie_word_embeddings")  # Since version 5 not a key of the text part.
+    merge = connector.projector.merge
+    return {
+        "text_config": {"model_type": "qwen2_vl_text", **text, "use_sliding_window": False},
+        "vision_config": _vision_keys(vision, config.decoder.hidden_dim, merge),
+        "tie_word_embeddings": tied,
+        **pixels.to_keys(
+            vision,
+            image_processor_type="Qwen2VLImageProcessor",
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch,
+            merge_size=merge,
+        ),
+    }
+
+
+def _vision_keys(vision: VisionConfig, text_dim: int, merge: int) -> dict[str, Any]:
+    ratio, rest = divmod(vision.mlp.hidden_dim, vision.hidden_dim)
+    if rest:
+        raise CheckpointError(
+            f"qwen2_vl's mlp_ratio is a whole number; vision.mlp.hidden_dim={vision.mlp.hidden_dim} is no multiple of "
+            f"vision.hidden_dim={vision.hidden_dim}"
+        )
+    return {
+        "model_type": "qwen2_vl_vision",
+        "depth": vision.num_layers,
+        "embed_dim": vision.hidden_dim,
+        "hidden_size": text_dim,
+        "hidden_act": _ACTIVATION,
+        "mlp_ratio": ratio,
+        "num_heads": vision.attention.num_heads,
+        "in_channels": vision.channels,
+        "patch_size": vision.patch_size,
+        "spatial_merge_size": merge,
+        "temporal_patch_size": vision.temporal_patch,
+        **axial.to_keys(vision),
+    }
+
+
+LAYOUT = Layout(
+    "qwen2_vl",
+    "Qwen2VLForConditionalGeneration",
+    _rows,
+    _to_model,
+    _to_keys,
+    decoder.UNUSED,
+    spellings=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
+    auto_class="AutoModelForImageTextToText",
+)
