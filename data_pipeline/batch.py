@@ -135,12 +135,14 @@ class MediaBlock:
         items: Partition of the P patches into N items.
         source: int64 ``(M,)`` feature rows that are written into token slots.
         dest: int64 ``(M,)`` the token slot of each.
-        keys: int64 ``(A,)`` feature rows that are attended, span after span; a row may occur more than once.
+        keys: int64 ``(A,)`` feature rows that are attended, span after span; a row may occur more than once. Numbers
+            behind those of all features are embeddings of ``tag_ids``.
         span_tokens: Partition of the T tokens into X spans.
         span_keys: Partition of ``keys`` into the same X spans; a span of text before any image has no keys.
         coverage: int32 ``(N, 8)``, of each item the patches that the image touches and those that it fills: top, left,
             height and width of both. None: no item has padding, or the model does not want to know.
         places: Of each item its document, image and tile, on the host.
+        tag_ids: int64 ``(G,)`` tokens whose embeddings are attended as if they were features (NVLM-H's tags of tiles).
     """
 
     values: Tensor
@@ -154,6 +156,7 @@ class MediaBlock:
     span_keys: Segments
     coverage: Tensor | None = None
     places: tuple[ViewPlace, ...] = ()
+    tag_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 AttentionSegments = Segments | BranchedSegments

@@ -91,6 +91,7 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
     starts = itertools.accumulate((spec.num_features(item.grid) for item in items), initial=0)
     kept = [item.kept_features(spec, start) for start, item in zip(starts, items, strict=False)]
     source = [run for runs, item in zip(kept, items, strict=True) if item.embedded for run in runs]
+    tags = _tag_rows(items, spec)
     dest, keys = [_NO_ROWS], list[Run]()
     span_tokens, span_keys = [], []
     first_token = first_item = 0
@@ -99,7 +100,8 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
             dest.append(document.dest.astype(np.int64) + first_token)
         ends = [span.start for span in document.spans[1:]] + [document.num_tokens]
         for span, end in zip(document.spans, ends, strict=True):
-            attended = [run for item in span.items for run in kept[first_item + item]]
+            numbers = [first_item + item for item in span.items]
+            attended = [run for number in numbers for run in (*tags[number], *kept[number])]
             keys += attended
             span_tokens.append(end - span.start)
             span_keys.append(sum(count for _, count in attended))
@@ -119,7 +121,15 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
         span_keys=Segments.from_lengths(span_keys),
         coverage=_coverage(items) if spec.padding else None,
         places=_places(documents),
+        tag_ids=torch.tensor([token for item in items for token in item.tag], dtype=torch.int64),
     )
+
+
+def _tag_rows(items: Sequence[MediaItem], spec: MediaSpec) -> list[list[Run]]:
+    """Rows of each item's tag, behind the features of all items."""
+    first = sum(spec.num_features(item.grid) for item in items)
+    starts = itertools.accumulate((len(item.tag) for item in items), initial=first)
+    return [[(start, len(item.tag))] if item.tag else [] for start, item in zip(starts, items, strict=False)]
 
 
 def _coverage(items: Sequence[MediaItem]) -> Tensor:
@@ -200,7 +210,13 @@ def _join(pieces: Sequence[Segments]) -> Segments:
 def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> MediaBlock:
     blocks = [batch.media[IMAGE] for batch in batches]
     tokens = _starts([batch.segments.total for batch in batches])
-    features = _starts([sum(map(spec.num_features, block.grids)) for block in blocks])
+    made = [sum(map(spec.num_features, block.grids)) for block in blocks]
+    features, tags = _starts(made), _starts([len(block.tag_ids) for block in blocks])
+    # Rows of tags stand behind the features of all blocks.
+    shifts = [
+        torch.where(block.keys < own, start, sum(made) - own + tag)
+        for block, own, start, tag in zip(blocks, made, features, tags, strict=True)
+    ]
     return MediaBlock(
         values=torch.cat([block.values for block in blocks]),
         grid=torch.cat([block.grid for block in blocks]),
@@ -208,13 +224,14 @@ def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> M
         items=_join([block.items for block in blocks]),
         source=torch.cat([block.source + start for block, start in zip(blocks, features, strict=True)]),
         dest=torch.cat([block.dest + start for block, start in zip(blocks, tokens, strict=True)]),
-        keys=torch.cat([block.keys + start for block, start in zip(blocks, features, strict=True)]),
+        keys=torch.cat([block.keys + shift for block, shift in zip(blocks, shifts, strict=True)]),
         span_tokens=_join([block.span_tokens for block in blocks]),
         span_keys=_join([block.span_keys for block in blocks]),
         coverage=torch.cat([block.coverage for block in blocks if block.coverage is not None])
         if spec.padding
         else None,
         places=_concatenate_places(batches),
+        tag_ids=torch.cat([block.tag_ids for block in blocks]),
     )
 
 

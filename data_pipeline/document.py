@@ -85,6 +85,7 @@ class MediaItem:
         coverage: What of it is no padding, for models that want to know (``MediaSpec.padding``); None: all.
         tiles: Rows and columns of tiles that its image is cut into; (1, 1) if it is in one piece.
         image: Number of its image in the sample; views of one image stand together.
+        tag: Tokens whose embeddings are attended in front of its features; none of an embedded view.
     """
 
     values: npt.NDArray[np.uint8]
@@ -95,6 +96,7 @@ class MediaItem:
     coverage: Coverage | None = None
     tiles: tuple[int, int] = (1, 1)
     image: int = 0
+    tag: tuple[int, ...] = ()
 
     @property
     def num_patches(self) -> int:
@@ -106,15 +108,12 @@ class MediaItem:
         Raises:
             SampleError: as ``MediaSpec.num_features``.
         """
-        made = spec.num_features(self.grid)
+        frames, rows, columns = spec.feature_grid(self.grid)
         if self.kept is None:
-            return [(first, made)]
-        rows, columns = self.grid[1] // spec.merge, self.grid[2] // spec.merge
+            return [(first, frames * rows * columns)]
         top, left, height, width = self.kept
         corner = first + top * columns + left
-        return [
-            (corner + (frame * rows + row) * columns, width) for frame in range(self.grid[0]) for row in range(height)
-        ]
+        return [(corner + (frame * rows + row) * columns, width) for frame in range(frames) for row in range(height)]
 
     def num_features(self, spec: MediaSpec) -> int:
         """Features that it hands on.

@@ -84,7 +84,7 @@ class _Draft:
         """Appends the tokens of an image as it is laid out; none of them is learned."""
         assert not self.branches, "an image in a branch would be attended by the branches after it"
         start, first_item = len(self.ids), len(self.items)
-        self.items.extend(replace(view, image=len(self.images)) for view in views)
+        self.items.extend(replace(view, image=len(self.images)) for view in layout.tagged(views))
         self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
         slots = {
             number: np.empty(view.num_features(self.spec), dtype=np.int32)
@@ -115,10 +115,8 @@ class _Draft:
         # Each feature stands at its own (time, row, column); text goes on after the largest of them. Layouts do not
         # part the rows of a view on three axes, so ``count`` is all that it hands on.
         # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding.
-        rows, columns = view.grid[1] // self.spec.merge, view.grid[2] // self.spec.merge
-        sides = (
-            (view.grid[0], rows, columns) if view.kept is None else (view.grid[0], view.kept.height, view.kept.width)
-        )
+        kept = view.kept
+        sides = self.spec.feature_grid(view.grid) if kept is None else (view.grid[0], kept.height, kept.width)
         coordinates = np.indices(sides).reshape(3, -1).T.astype(np.int32)
         self.positions.append(coordinates + np.int32(self.next_position))
         self.next_position += max(sides)

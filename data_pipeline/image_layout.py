@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from pydantic import model_validator
 
@@ -46,6 +47,9 @@ class ImageLayoutConfig(StrictConfig):
     stands in the text, and attends that tile alone."""
     overview: str | None = None
     """The same for a view of the whole image: ``<tile_global_thumbnail>``."""
+    attended_tags: Literal["text", "keys"] = "text"
+    """Where the tags of attended views stand: ``text`` (NVLM-X), or as embeddings among the ``keys``, in front of the
+    view's features (NVLM-H)."""
     join_tiles: bool = False
     """Rows of features run through all tiles side by side, as in the whole image (Molmo)."""
     spell: bool = False
@@ -85,6 +89,11 @@ class ImageLayoutConfig(StrictConfig):
             raise DataConfigError(
                 "transforms.layout: row_end, row_break and join_tiles have no place among positions on three axes, "
                 "which the model uses (decoder.rope.sections)"
+            )
+        if self.attended_tags == "keys" and (self.tile is None or not spec.needs_attended):
+            raise DataConfigError(
+                "transforms.layout.attended_tags=keys: needs the tags themselves (layout.tile), and a model that "
+                "attends tiles (connector.kind=hybrid or cross_attention)"
             )
         if (self.tile is not None or self.join_tiles) and not max_tiles:
             raise DataConfigError("transforms.layout: tile and join_tiles need transforms.kind=tiles")
@@ -128,6 +137,7 @@ class ImageLayout:
     overview: Ids = ()
     tiles: tuple[Ids, ...] = field(default=())
     join_tiles: bool = False
+    tags_among_keys: bool = False
 
     @classmethod
     def resolve(
@@ -161,7 +171,15 @@ class ImageLayout:
             **{name: ids(getattr(config, name), name) for name in _NAMES},
             tiles=tuple(ids(tag, "tile") for tag in config.tags(max_tiles)),
             join_tiles=config.join_tiles,
+            tags_among_keys=config.attended_tags == "keys",
         )
+
+    def tagged(self, views: Sequence[MediaItem]) -> tuple[MediaItem, ...]:
+        """The views of one image, those that are attended with their tags if these stand among the keys."""
+        if not self.tags_among_keys:
+            return tuple(views)
+        pairs = zip(views, self._tags(views), strict=True)
+        return tuple(view if view.embedded else replace(view, tag=tag) for view, tag in pairs)
 
     def runs(self, views: Sequence[MediaItem], spec: MediaSpec) -> Iterator[Run]:
         """The tokens of one image in order.
@@ -180,7 +198,7 @@ class ImageLayout:
         embedded = [number for number, view in enumerate(views) if view.embedded]
         yield from _text(self.start)
         for number, view in enumerate(views):
-            if not view.embedded:
+            if not view.embedded and not self.tags_among_keys:
                 yield from _text(tags[number], number)
         for block in self._blocks(views, embedded):
             yield from _text(tags[block[0]] + self.view_start)
@@ -233,4 +251,4 @@ def _rows(views: Sequence[MediaItem], block: list[int], spec: MediaSpec, apart: 
 
 
 def _width(view: MediaItem, spec: MediaSpec) -> int:
-    return view.grid[2] // spec.merge if view.kept is None else view.kept.width
+    return spec.feature_grid(view.grid)[2] if view.kept is None else view.kept.width

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -38,6 +39,8 @@ class MediaSpec:
             table; None at native resolution.
         position_axes: 1 for plain positions, 3 for (time, height, width) positions (Qwen2-VL).
         padding: Whether the model wants to know which patches show padding (Molmo).
+        pooled_side: Side of the square of features that each view becomes whatever its grid (MM1.5); None: one feature
+            for each merged square.
     """
 
     placement: Placement = Placement.NONE
@@ -48,6 +51,7 @@ class MediaSpec:
     fixed_grid: tuple[int, int] | None = None
     position_axes: int = 1
     padding: bool = False
+    pooled_side: int | None = None
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.merge < 1 or self.channels < 1:
@@ -85,8 +89,8 @@ class MediaSpec:
         height, width = self.fixed_grid or (self.merge, self.merge)
         return (1, height, width)
 
-    def num_features(self, grid: Grid) -> int:
-        """Features that one view of ``grid`` patches hands to the decoder.
+    def feature_grid(self, grid: Grid) -> Grid:
+        """Features along (time, height, width) of one view of ``grid`` patches.
 
         Raises:
             SampleError: the grid does not fit ``merge`` or ``fixed_grid``.
@@ -96,4 +100,14 @@ class MediaSpec:
             raise SampleError(f"a view of {height}x{width} patches cannot be merged by {self.merge}x{self.merge}")
         if self.fixed_grid is not None and (height, width) != self.fixed_grid:
             raise SampleError(f"a view of {height}x{width} patches; the vision tower takes {self.fixed_grid} only")
-        return time * (height // self.merge) * (width // self.merge)
+        if self.pooled_side is not None:
+            return time, self.pooled_side, self.pooled_side
+        return time, height // self.merge, width // self.merge
+
+    def num_features(self, grid: Grid) -> int:
+        """Features that one view of ``grid`` patches hands to the decoder.
+
+        Raises:
+            SampleError: as ``feature_grid``.
+        """
+        return math.prod(self.feature_grid(grid))

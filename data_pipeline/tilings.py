@@ -218,8 +218,14 @@ class MolmoTiling(_Tiling):
         """Refuses margins that do not fit the crops.
 
         Raises:
-            DataConfigError: they leave nothing of a crop, or cut through a merged feature.
+            DataConfigError: they leave nothing of a crop, cut through a merged feature, or the model pools crops, whose
+                features have no place then.
         """
+        if spec.pooled_side is not None:
+            raise DataConfigError(
+                "transforms.tiling.kind=molmo: crops overlap, and the model pools each of them whole (projector.kind="
+                "c_abstractor); take another tiling"
+            )
         patches = side // spec.patch_size
         if 2 * self.margin >= patches or self.margin % spec.merge:
             raise DataConfigError(

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.augment import AugmentConfig, crop_box, jitter
 from data_pipeline.decode.image import DecodeMode, Scratch, decode_image, too_many_pixels
@@ -61,6 +61,14 @@ class FixedTransform(_TransformConfig):
     """Side, pixels; a multiple of patch size times merge. None takes the vision tower's fixed size."""
     keep_aspect: bool = False
     """Pad the shorter side with white instead of stretching the image to a square."""
+    crop: Literal["center"] | None = None
+    """``center`` takes the middle of the image, its shorter side resized to ``size`` (CLIP); null keeps it whole."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> FixedTransform:
+        if self.keep_aspect and self.crop is not None:
+            raise ValueError("keep_aspect pads and crop cuts; set one of them")
+        return self
 
 
 class NativeTransform(_TransformConfig):
@@ -312,6 +320,8 @@ class ImageTransform:
             split = config.split_up_to is None or num_images <= config.split_up_to
             tiling = config.tiling if split else single_tile(config.tiling)
             tiled = tiling.plan(size, self._size, self.spec)
+        elif isinstance(config, FixedTransform) and config.crop is not None:
+            tiled = self._middle(size)
         else:
             tiled = Tiled((self._whole(size),), (Tile(0, 0, 0, None),))
         tiles = tiled.tiles
@@ -333,10 +343,22 @@ class ImageTransform:
 
     def _view(self, tile: Tile, canvas: Canvas, embedded: bool) -> View:
         side, patch = self._size, self.spec.patch_size
-        height, width = (side, side) if isinstance(self.config, TilesTransform) else canvas.size
+        height, width = canvas.size if isinstance(self.config, _NATIVE) else (side, side)
         rows, columns = height // patch, width // patch
         covered = coverage(canvas, tile.top, tile.left, rows, columns, patch) if self.spec.padding else None
         return View(tile.canvas, tile.top, tile.left, (1, rows, columns), embedded, tile.kept, tile.place, covered)
+
+    def _middle(self, size: Size) -> Tiled:
+        """The middle of the image, its shorter side resized to that of the view.
+
+        Source: the image processor of CLIP in transformers.
+        """
+        side, (height, width) = self._size, size
+        content = (int(side * height / width), side) if width < height else (side, int(side * width / height))
+        if content[0] * content[1] > self.config.max_image_pixels:
+            raise too_many_pixels(content[1], content[0], self.config.max_image_pixels)
+        canvas = Canvas(content, content)
+        return Tiled((canvas,), (Tile(0, (content[0] - side) // 2, (content[1] - side) // 2, None),))
 
     def _whole(self, size: Size) -> Canvas:
         """The canvas of the whole image."""

@@ -131,6 +131,8 @@ def _question(
         raise ConfigError("this model has no vision tower: it cannot look at an image; leave out --image")
     template = dataset.template.each if isinstance(dataset.template, AnnotationsTemplate) else dataset.template
     sample = _sample_of(images)
+    if prompt is None and images and isinstance(template, TextTemplate):
+        prompt = ""  # Its prompt is empty and would leave the images out.
     if prompt is None:
         _check_prompt(dataset, sample)
         return dataset, sample

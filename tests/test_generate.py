@@ -209,6 +209,14 @@ def test_an_image_model_answers_a_prompt_without_an_image() -> None:
     assert said == [_continued(model, data, InterleavedTemplate(), parts, 6)]
 
 
+def test_an_image_is_not_left_out_where_training_begins_with_texts(tmp_path: Path) -> None:
+    model, data = tiny_model("embedding"), _taught({"kind": "text"})
+    path, spec = _file(tmp_path, "png", _picture()), media_spec(model.config)
+    parts = (ImagePart(path.read_bytes(), "png"),)
+    expected = _continued(model, data, CaptionTemplate(prompts=("",), answers=("x",)), parts, 6)
+    assert describe_image(model, path, data, spec, max_new_tokens=6) == expected
+
+
 @pytest.mark.parametrize("kind", ["caption", "dialogue"])
 @pytest.mark.parametrize(
     ("prompt", "order"),

@@ -174,12 +174,16 @@ def _carried(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, An
 
 
 def _outgoing(reader: CheckpointReader, tensor: Stored, entries: Mapping[str, _Entry]) -> Outgoing:
+    dtype = entries[tensor.parts[0].name].dtype
+
     def values() -> Iterator[Tensor]:
         for part, start, stop in tensor.ranges():
             ranges = _values(reader, entries[part.name], start, stop)
             yield from ranges if part.axes is None else [part.axes.to_theirs(torch.cat(list(ranges)))]
+            if part.zeros:
+                yield torch.zeros(part.zeros, dtype=dtype)
 
-    return Outgoing(tensor.name, entries[tensor.parts[0].name].dtype, tensor.shape, values)
+    return Outgoing(tensor.name, dtype, tensor.shape, values)
 
 
 def _entries(reader: CheckpointReader, weights: Weights, dtype: torch.dtype) -> Iterator[_Entry]:

@@ -22,8 +22,8 @@ def evaluate_run(
 ) -> None:
     """Score a trained model on held-out samples.
 
-    Takes the newest checkpoint of CONFIG's run_dir and asks the questions of its evaluation block. Scores are printed
-    with their control (images permuted among the samples) and the share of a blind guess.
+    Takes the newest checkpoint of CONFIG's run_dir and scores the sets of its evaluation block: answers to images with
+    their control (images permuted among the samples), multiple-choice questions, perplexity of documents.
     """
     from dataclasses import asdict
 

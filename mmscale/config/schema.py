@@ -69,6 +69,9 @@ def _model(annotation: Any, data: Any) -> type[BaseModel] | None:
     if isinstance(data, dict) and TAG not in data:  # Then a member may be meant whose tag can be left out.
         return models[0]
     tag = data.get(TAG) if isinstance(data, dict) else None
+    if tag is None:  # A union may have one member that needs no tag.
+        untagged = [model for model in models if (info := model.model_fields.get(TAG)) and not info.is_required()]
+        return untagged[0] if len(untagged) == 1 else None
     return next((model for model in models if tag in _tags(model)), None)
 
 

@@ -67,12 +67,17 @@ def read_questions(held: ChoiceSet) -> list[Question]:
     """
     reader = SampleReader(Manifest.open(held.manifest), held.name)
     try:
-        return [_question(reader.read(number), held) for number in draw(held, reader.manifest.num_samples)]
+        return [question_of(reader.read(number), held) for number in draw(held, reader.manifest.num_samples)]
     finally:
         reader.close()
 
 
-def _question(sample: Sample, held: ChoiceSet) -> Question:
+def question_of(sample: Sample, held: ChoiceSet) -> Question:
+    """What a sample asks.
+
+    Raises:
+        SampleError: it lacks a field, or a field is not what the set expects.
+    """
     try:
         choices = _choices(sample, held)
         right = _right(sample, held, choices)
@@ -129,14 +134,8 @@ def _result(
     n = len(questions)
     shares: dict[str, float] = dict.fromkeys(("none", "tokens", "characters", "bytes"), 0.0)
     for question, likelihoods, counts in zip(questions, values, tokens, strict=True):
-        lengths = {
-            "none": np.ones(len(counts), dtype=np.int64),
-            "tokens": counts,
-            "characters": np.array([len(choice) for choice in question.choices]),
-            "bytes": np.array([len(choice.encode()) for choice in question.choices]),
-        }
-        for how, length in lengths.items():
-            shares[how] += credit(likelihoods / length, question.right) / n
+        for how, compared in compared_by(likelihoods, counts, question.choices).items():
+            shares[how] += credit(compared, question.right) / n
     sizes = sorted({len(question.choices) for question in questions})
     among = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     score = min(shares[held.normalise], 1.0)  # Sums of 1 / n may pass it by a rounding.
@@ -148,6 +147,21 @@ def _result(
         error=binomial_error(score, n),
         scores={how: min(share, 1.0) for how, share in shares.items()},
     )
+
+
+def compared_by(
+    likelihoods: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64], choices: Sequence[str]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """What the choices of a question are compared by, in each of the ways.
+
+    Source: lm-evaluation-harness, where ``none`` is called acc and ``characters`` acc_norm.
+    """
+    return {
+        "none": likelihoods,
+        "tokens": likelihoods / tokens,
+        "characters": likelihoods / np.array([len(choice) for choice in choices]),
+        "bytes": likelihoods / np.array([len(choice.encode()) for choice in choices]),
+    }
 
 
 def credit(values: npt.NDArray[np.float64], right: int) -> float:

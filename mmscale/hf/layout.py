@@ -71,6 +71,8 @@ class Row:
         part: Order among the parameters that share a tensor; equal ones are in the model's order.
         axes: Of their values, where those are ordered otherwise (pixels of a patch channel by channel, or with the
             channels innermost). Not together with ``block``.
+        zeros: Values behind each turn of the parameter that their tensor has and ours lacks: all zero (heads without
+            effect, that make their number divisible). ``shape`` counts them.
     """
 
     ours: str
@@ -79,6 +81,7 @@ class Row:
     block: int | None = None
     part: int = 0
     axes: Axes | None = None
+    zeros: int = 0
 
 
 Rows = tuple[Row, ...]
@@ -109,6 +112,7 @@ class Part:
     shape: tuple[int, ...]
     block: int | None = None
     axes: Axes | None = None
+    zeros: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,9 @@ class Stored:
         first = self.parts[0]
         return 1 if first.block is None else first.shape[0] // first.block
 
-    def cut(self, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Views of ``values``: of each parameter flat, rounds by values of a block, or with its axes exchanged."""
+    def cut(self, values: Tensor) -> Iterator[tuple[str | None, Tensor]]:
+        """Views of ``values``: of each parameter flat, rounds by values of a block, or with its axes exchanged; of its
+        zeros, under None."""
         turns = values.reshape(self.rounds, -1)
         start = 0
         for part in self.parts:
@@ -145,9 +150,12 @@ class Stored:
             own = turns[0, start : start + size] if self.rounds == 1 else turns[:, start : start + size]
             yield part.name, own if part.axes is None else part.axes.to_ours(own)
             start += size
+            if part.zeros:
+                yield None, turns[:, start : start + part.zeros]
+                start += part.zeros
 
     def ranges(self) -> Iterator[tuple[Part, int, int]]:
-        """(part, first value of ours, behind the last) in the order of their values, ``axes`` apart."""
+        """(part, first value of ours, behind the last) in the order of their values, ``axes`` and ``zeros`` apart."""
         for turn in range(self.rounds):
             for part in self.parts:
                 size = math.prod(part.shape) // self.rounds
@@ -226,7 +234,8 @@ class Layout:
         found: dict[str, list[tuple[Row, Part]]] = {}
         for name, shape in shapes.items():
             row, theirs = self._place(table, name)
-            found.setdefault(theirs, []).append((row, Part(name, tuple(shape), row.block, row.axes)))
+            part = Part(name, tuple(shape), row.block, row.axes, row.zeros)
+            found.setdefault(theirs, []).append((row, part))
         return {theirs: _stored(theirs, places) for theirs, places in found.items()}
 
     def stored_name(self, config: AnyModelConfig, name: str) -> str:

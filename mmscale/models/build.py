@@ -10,6 +10,7 @@ from torch import nn
 from data_pipeline.media_spec import MediaSpec, Placement
 from mmscale.models.config import (
     AnyModelConfig,
+    CAbstractorConfig,
     CrossAttentionConnectorConfig,
     EmbeddingConnectorConfig,
     HybridConnectorConfig,
@@ -120,15 +121,17 @@ def media_spec(config: ModelConfig) -> MediaSpec:
         CrossAttentionConnectorConfig: Placement.CROSS_ATTENTION,
         HybridConnectorConfig: Placement.HYBRID,
     }
+    projector = config.connector.projector
     return MediaSpec(
         placement=placements[type(config.connector)],
         patch_size=config.vision.patch_size,
-        merge=config.connector.projector.merge,
+        merge=projector.merge,
         channels=config.vision.channels,
         cost_per_patch=cost_per_patch(config),
         fixed_grid=config.vision.fixed_grid,
         position_axes=axes,
         padding=isinstance(config.connector, EmbeddingConnectorConfig) and config.connector.padding,
+        pooled_side=projector.side if isinstance(projector, CAbstractorConfig) else None,
     )
 
 

@@ -206,6 +206,8 @@ class _Projector(StrictConfig):
     """Side of the square of patches that becomes one feature (pixel shuffle); 1 for none."""
     norm: Literal["none", "before_merge", "after_merge"] = "none"
     """Where a layer norm stands: per patch (Qwen2-VL), per merged feature (NVLM), or nowhere."""
+    norm_eps: float = 1e-6
+    """Its epsilon: 1e-6 in Qwen2-VL, 1e-5 in NVLM."""
     bias: bool = True
     """Biases on the projections."""
 
@@ -240,8 +242,27 @@ class AttentionPoolConfig(StrictConfig):
     """From the pooled channels to the decoder's width."""
 
 
+class CAbstractorConfig(StrictConfig):
+    """Convolutions over the grid of a view, pooled to a square in their midst (Honeybee, MM1, MM1.5)."""
+
+    kind: Literal["c_abstractor"] = "c_abstractor"
+    side: int = Field(default=12, gt=0)
+    """Side of the square of features that each view becomes."""
+    hidden_dim: int = Field(gt=0)
+    """Channels of the convolutions."""
+    depth: int = Field(default=3, gt=0)
+    """Blocks before the pooling, and as many behind it."""
+    positions: LearnedPositionsConfig | None = None
+    """A learned vector added at each place of the tower's grid, which must be the tower's; null for none."""
+
+    @property
+    def merge(self) -> int:
+        """Grids of any sides are pooled."""
+        return 1
+
+
 ProjectorConfig = Annotated[
-    LinearProjectorConfig | MlpProjectorConfig | AttentionPoolConfig, Field(discriminator="kind")
+    LinearProjectorConfig | MlpProjectorConfig | AttentionPoolConfig | CAbstractorConfig, Field(discriminator="kind")
 ]
 
 
@@ -333,7 +354,20 @@ class ModelConfig(StrictConfig):
             merge = self.connector.projector.merge
             if any(side % merge for side in self.vision.fixed_grid):
                 raise ValueError(f"connector.projector.merge={merge}: must divide both sides of vision.positions.grid")
+        if self.vision is not None and self.connector is not None:
+            _check_places(self.vision, self.connector.projector)
         return self
+
+
+def _check_places(vision: VisionConfig | PatchesConfig, projector: ProjectorConfig) -> None:
+    if not isinstance(projector, CAbstractorConfig) or projector.positions is None:
+        return
+    if projector.positions.grid != vision.fixed_grid:
+        seen = "views of any size" if vision.fixed_grid is None else f"views of {list(vision.fixed_grid)}"
+        raise ValueError(
+            f"connector.projector.positions.grid={list(projector.positions.grid)}: the tower takes {seen}; give its "
+            "grid, or null for no positions"
+        )
 
 
 AnyModelConfig = ModelConfig | TowerConfig

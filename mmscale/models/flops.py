@@ -11,14 +11,16 @@ Source: Kaplan et al. 2020 (arXiv 2001.08361), table 1; PaLM (arXiv 2204.02311),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.batch import MultimodalBatch, Segments
+from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from mmscale.models.config import (
     AttentionPoolConfig,
+    CAbstractorConfig,
     CrossAttentionConnectorConfig,
     DecoderConfig,
     EmbeddingConnectorConfig,
@@ -27,6 +29,7 @@ from mmscale.models.config import (
     PatchesConfig,
     VisionConfig,
 )
+from mmscale.models.connectors.c_abstractor import SQUEEZE
 from mmscale.models.connectors.cross_attention import cross_attention_shapes, insertion_layers
 from mmscale.models.decoder import block_mlps
 from mmscale.models.vision import frame_lengths
@@ -40,10 +43,9 @@ def cost_per_patch(config: ModelConfig) -> float:
     """Time of one patch relative to one token, from the products that do not grow with length."""
     if config.vision is None or config.connector is None:
         return 0.0
-    patch = (
-        _vision_per_patch(config.vision) + _projector_per_patch(config) + _cross_per_feature(config) / _merge(config)
-    )
-    return patch / _decoder_per_token(config)
+    patches, features = _typical_view(config)
+    view = sum(_projector_products(config, patches, 1)) + features * _cross_per_feature(config)
+    return (_vision_per_patch(config.vision) + view / patches) / _decoder_per_token(config)
 
 
 def forward_flops(config: ModelConfig, batch: MultimodalBatch) -> int:
@@ -138,7 +140,7 @@ def _parts(config: ModelConfig, batch: MultimodalBatch, rows: int, trained: Coll
     early = not {"decoder", "extra_tokens"}.isdisjoint(trained) or (sees and embeds)
     if config.vision is not None and connector is not None:
         yield from _vision_parts(config, batch, trained)
-        yield from _projector_parts(config, batch.media["image"].items.total, trained)
+        yield from _projector_parts(config, batch.media["image"], trained)
     crossing = (
         []
         if connector is None or isinstance(connector, EmbeddingConnectorConfig)
@@ -174,15 +176,19 @@ def _vision_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collecti
         yield _Part(linear, learns, learns, area, 4 * learns, linear + area - tail)
 
 
-def _projector_parts(config: ModelConfig, patches: int, trained: Collection[str]) -> Iterator[_Part]:
+def _projector_parts(config: ModelConfig, media: MediaBlock, trained: Collection[str]) -> Iterator[_Part]:
     assert config.connector is not None
     projector, learns = config.connector.projector, "connector" in trained
+    first, *later = _projector_products(config, media.items.total, sum(time for time, _, _ in media.grids))
     before = isinstance(config.connector, EmbeddingConnectorConfig) and config.connector.padding
-    before |= not isinstance(projector, AttentionPoolConfig) and projector.norm != "none"
-    first, *later = (patches * flops // _merge(config) for flops in _projector_per_feature(config))
+    if isinstance(projector, CAbstractorConfig):
+        before |= projector.positions is not None
+    elif not isinstance(projector, AttentionPoolConfig):
+        before |= projector.norm != "none"
     enters, flows = "vision" in trained or (learns and before), learns or "vision" in trained
     if isinstance(projector, AttentionPoolConfig):
-        yield _Part(0, False, False, 4 * patches * projector.num_heads * projector.head_dim, 4 * flows)
+        area = 4 * media.items.total * projector.num_heads * projector.head_dim
+        yield _Part(0, False, False, area, 4 * flows)
     yield _Part(first, learns, enters)
     yield from (_Part(flops, learns, flows) for flops in later)
 
@@ -213,8 +219,17 @@ def _tail(mlp: DenseMlpConfig | MoeConfig, dim: int) -> int:
     return 2 * dim * mlp.shared_dim if mlp.shared_dim and not mlp.shared_gate else 0
 
 
-def _merge(config: ModelConfig) -> int:
-    return 1 if config.connector is None else config.connector.projector.merge**2
+def _typical_view(config: ModelConfig) -> tuple[int, int]:
+    """Patches and features of a view of the tower's one size, or else of the least that the projector takes.
+
+    What pools views of any size is so charged at its dearest.
+    """
+    assert config.vision is not None
+    assert config.connector is not None
+    projector, grid = config.connector.projector, config.vision.fixed_grid
+    if isinstance(projector, CAbstractorConfig):
+        return (math.prod(grid) if grid else projector.side**2), projector.side**2
+    return projector.merge**2, 1
 
 
 def _attention_per_row(config: AttentionConfig, dim: int) -> int:
@@ -280,23 +295,31 @@ def _vision_per_patch(config: VisionConfig | PatchesConfig) -> int:
     return _patch_embed(config) + config.num_layers * block
 
 
-def _projector_per_patch(config: ModelConfig) -> int:
-    """Operations per patch; features are fewer by ``merge**2``."""
-    return sum(_projector_per_feature(config)) // _merge(config)
-
-
-def _projector_per_feature(config: ModelConfig) -> list[int]:
-    """Operations of each linear layer for one feature."""
+def _projector_products(config: ModelConfig, patches: int, frames: int) -> list[int]:
+    """Operations of the projector over so many patches of so many frames: of its first product, then of the others."""
     assert config.vision is not None
     assert config.connector is not None
     projector, dim = config.connector.projector, config.decoder.hidden_dim
+    if isinstance(projector, CAbstractorConfig):
+        return _abstractor_products(projector, config.vision.feature_dim, dim, patches, frames)
+    square = projector.merge**2
+    width, features = config.vision.feature_dim * square, patches // square
     if isinstance(projector, AttentionPoolConfig):
         pooled = projector.num_heads * projector.head_dim
         mlp = 2 * projector.mlp.hidden_dim
-        asked = 2 * config.vision.feature_dim * pooled * (1 + 2 * _merge(config))
-        return [asked, 2 * pooled**2, mlp * pooled * (1 + projector.mlp.gated), mlp * dim]
-    width = config.vision.feature_dim * _merge(config)
+        asked = 2 * config.vision.feature_dim * pooled * (1 + 2 * square)
+        return [features * each for each in (asked, 2 * pooled**2, mlp * pooled * (1 + projector.mlp.gated), mlp * dim)]
     if isinstance(projector, MlpProjectorConfig):
         hidden = projector.hidden_dim or dim
-        return [2 * width * hidden, 2 * hidden * dim]
-    return [2 * width * dim]
+        return [2 * features * width * hidden, 2 * features * hidden * dim]
+    return [2 * features * width * dim]
+
+
+def _abstractor_products(config: CAbstractorConfig, width: int, dim: int, patches: int, frames: int) -> list[int]:
+    inner, features = config.hidden_dim, frames * config.side**2
+    squeezes = round(width / SQUEEZE) + (2 * config.depth - 1) * round(inner / SQUEEZE)
+    blocks = 2 * inner * inner + 18 * inner  # The last product and the convolution of each.
+    later = config.depth * patches * blocks + config.depth * features * (blocks + 2 * inner * inner)
+    later += (config.depth - 1) * patches * 2 * inner * inner + 4 * frames * inner * squeezes
+    shortcut = 1 if width == inner else 2  # Both take the tower's rows.
+    return [2 * shortcut * patches * width * inner, later, 2 * features * (inner + dim) * dim]

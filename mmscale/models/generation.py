@@ -88,11 +88,12 @@ def _grown(
 
 
 def _prompt_tokens(batch: MultimodalBatch, like: Float[Tensor, "S V"]) -> Bool[Tensor, "S V"]:
-    """Which tokens the prompt of each sequence holds."""
+    """Which tokens the prompt of each sequence holds, of those that have a logit: some ids are read alone."""
     counts = batch.segments.cu.diff().long()
     owner = torch.arange(len(counts), device=like.device).repeat_interleave(counts)
     seen = torch.zeros_like(like, dtype=torch.bool)
-    seen[owner, batch.token_ids] = True
+    sayable = batch.token_ids < like.shape[1]
+    seen[owner[sayable], batch.token_ids[sayable]] = True
     return seen
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from data_pipeline.batch import MultimodalBatch
 from mmscale.models.config import ModelConfig
@@ -57,7 +58,7 @@ class MultimodalModel(nn.Module):
         if cache is not None and batch.branched is not None:
             raise ValueError("a document with branches has several ends, so no cache can go on from it")
         resumed = cache is not None and cache.started
-        hidden = self.decoder.embed_tokens(batch.token_ids)
+        hidden, tags = self._embed(batch)
         if cache is not None:
             cache.advance(batch.segments, self.config.decoder.attention.kv_heads, self.decoder.head_dim, hidden)
         insertions: dict[int, Insertion] = {}
@@ -67,7 +68,7 @@ class MultimodalModel(nn.Module):
             else:
                 media = batch.media["image"]
                 features = self.vision(media).to(hidden.dtype)
-                hidden, found = self.connector.connect(hidden, features, media, batch.segments, cache)
+                hidden, found = self.connector.connect(hidden, features, tags, media, batch.segments, cache)
                 insertions = dict(found)
         hidden, router = self.decoder(
             hidden, batch.position_ids, batch.attended, batch.valid, insertions, cache, self._dropout(batch)
@@ -78,6 +79,15 @@ class MultimodalModel(nn.Module):
             aux["router_balance"] = AuxLoss(router[0], mlp.balance_coefficient)
             aux["router_z"] = AuxLoss(router[1], mlp.z_coefficient)
         return ModelOutput(hidden, aux)
+
+    def _embed(self, batch: MultimodalBatch) -> tuple[Tensor, Tensor]:
+        """Rows of the tokens, and of the tags of tiles, by one call: all ranks make equally many."""
+        media = batch.media.get("image")
+        if media is None:
+            hidden = self.decoder.embed_tokens(batch.token_ids)
+            return hidden, hidden[:0]
+        rows = self.decoder.embed_tokens(torch.cat([batch.token_ids, media.tag_ids]))
+        return rows[: len(batch.token_ids)], rows[len(batch.token_ids) :]
 
     def _dropout(self, batch: MultimodalBatch) -> Dropout | None:
         rate = self.config.decoder.dropout

@@ -35,7 +35,7 @@ _LOOSE_WIDTH = 48
 
 
 def shrink(config: C) -> C:
-    """The twin of ``config``: parameters of the same names but for the numbers of blocks, below a million values."""
+    """The twin of ``config``: parameters of the same names but for numbers of blocks, below 1.5 million values."""
     block = config.model_dump()
     merge = max(_values(block, "merge"), default=1)
     depth = 2 * min(2, max(_values(block, "every"), default=1))
@@ -71,6 +71,7 @@ _SIZES: dict[str, Callable[[int], int]] = {
     "rows": lambda rows: min(rows, 8),
     "patch_size": lambda side: min(side, PATCH),
     "every": lambda period: min(period, 2),
+    "side": lambda side: min(side, 3),
     "global_layers": lambda number: min(number, 2),
     "hidden_dim": lambda width: _LOOSE_WIDTH,
     "expert_dim": lambda width: 16,

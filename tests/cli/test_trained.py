@@ -59,6 +59,21 @@ def test_generate_says_what_the_report_shows(run: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out)["text"] == record["generated"]
 
 
+def test_generate_draws_several_answers_and_shows_one_growing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = str(run / json.loads((run / "captions.json").read_text())["captions"][0]["image"])
+    asked = ["generate", str(run), "--prompt", "a <image>", "--image", image, "--max-new-tokens", "6"]
+    drawn = ["--temperature", "2", "--top-k", "50", "--top-p", "1", "--min-p", "0.01", "--repetition-penalty", "1.2"]
+    assert main([*asked, *drawn, "--num", "3", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["texts"][0] == printed["text"]
+    assert len(set(printed["texts"])) == 3
+    assert printed["images"] == [image]
+    assert main(asked) == 0
+    whole = capsys.readouterr().out
+    assert main([*asked, "--stream"]) == 0
+    assert capsys.readouterr().out.strip() == whole.strip() != ""
+
+
 def test_report_is_made_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
@@ -78,6 +93,11 @@ def test_report_is_made_again(run: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["generate", "{empty}", "--image", "x.png"], 2, "neither a run folder"),
         (["generate", "{run}", "--image", "{empty}/x.png"], 1, "No such file"),
         (["generate", "{run}", "--image", "pyproject.toml"], 1, "no JPEG, PNG or WebP"),
+        (["generate", "{run}"], 2, "give an image or a prompt"),
+        (["generate", "{run}", "--prompt", "a", "--num", "2"], 2, "give a --temperature above 0"),
+        (["generate", "{run}", "--prompt", "a", "--top-p", "0"], 2, "must be above 0"),
+        (["generate", "{run}", "--prompt", "a", "--stream", "--json"], 2, "one answer as it grows"),
+        (["generate", "{run}", "--prompt", "<image>"], 1, "the sample has 0"),
         (["report", "{empty}"], 2, "no run folder"),
     ],
 )

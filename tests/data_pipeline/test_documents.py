@@ -146,3 +146,10 @@ def test_texts_alone_need_no_transform_that_fits_the_model(tokenizer: Tokenizer)
     assert builder(Sample((TextPart("text"),), {}, where)).items == ()
     with pytest.raises(SampleError, match="would drop them"):
         builder(Sample((ImagePart(_png(1), "png"), TextPart("text")), {}, where))
+
+
+def test_without_a_token_to_open_them_documents_begin_with_what_they_hold(tokenizer_path: Path) -> None:
+    plain = load_tokenizer(HuggingFaceTokenizerConfig(path=tokenizer_path, bos_token=None))
+    document = _build(plain, EMBEDDING, 0, "ab")
+    assert document.token_ids[0] == plain.image_id
+    assert document.images[0].start == 0

@@ -280,3 +280,30 @@ def test_a_missing_piece_says_how_to_train_it() -> None:
 def test_contradictions_are_refused(layout: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ImageLayoutConfig.model_validate(layout)
+
+
+HYBRID = MediaSpec(Placement.HYBRID, patch_size=2)
+
+
+def test_tags_of_attended_tiles_among_the_keys(tokenizer: Tokenizer) -> None:
+    """NVLM-H: only the overview's tag stands in the text; a tile's rows follow those of its own tag."""
+    layout = {"tile": "<tile_{n}>", "overview": "<whole>", "attended_tags": "keys"}
+    document = _build(_builder(tokenizer, HYBRID, layout, **TILED), (4, 8))
+    assert _names(tokenizer, document) == "<whole> 4"
+    tags = [tokenizer.special_id(f"<tile_{number}>", "test") for number in (1, 2)]
+    assert [item.tag for item in document.items] == [(tags[0],), (tags[1],), ()]
+    block = collate([Pack((document,), 0)], HYBRID).media["image"]
+    assert block.tag_ids.tolist() == tags
+    assert block.keys.tolist() == [12, 0, 1, 2, 3, 13, 4, 5, 6, 7]  # 12 features, and the tags behind them.
+
+
+@pytest.mark.parametrize(
+    ("spec", "layout"),
+    [(EMBEDDING, {"tile": "<tile_{n}>"}), (HYBRID, {"overview": "<whole>"})],
+    ids=["embedded", "none"],
+)
+def test_tags_among_keys_that_do_not_exist_are_refused(
+    tokenizer: Tokenizer, spec: MediaSpec, layout: dict[str, Any]
+) -> None:
+    with pytest.raises(DataConfigError, match="attended_tags=keys: needs the tags themselves"):
+        _builder(tokenizer, spec, {**layout, "attended_tags": "keys"}, **TILED)

@@ -15,13 +15,16 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter
 from transformers import (
+    CLIPImageProcessor,
     FuyuImageProcessor,
     GotOcr2ImageProcessor,
     MllamaImageProcessor,
     PixtralImageProcessor,
     Qwen2VLImageProcessor,
+    SiglipImageProcessor,
 )
 
+from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.native_sizes import shrunk_size
 from data_pipeline.transforms import ImageTransform, TransformConfig
@@ -109,3 +112,53 @@ def test_qwen2_vl(size: tuple[int, int]) -> None:
     # Their patches come in squares of 2 x 2, each in order (channel, row, column).
     squares = found["pixel_values"].reshape(rows // 2, columns // 2, 2, 2, 3, 8, 8)
     _assert_close(ours, squares.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * 8, columns * 8))
+
+
+HUNDRED = [tuple(int(side) for side in np.random.default_rng(number).integers(20, 150, 2)) for number in range(97)]
+HUNDRED += [(32, 32), (32, 64), (96, 32)]
+
+
+def _normalised(views: list[npt.NDArray[np.uint8]], processor: Any) -> torch.Tensor:
+    mean, std = (torch.tensor(each)[:, None, None] for each in (processor.image_mean, processor.image_std))
+    return (torch.from_numpy(np.stack(views)) / 255 - mean) / std
+
+
+def _off_by(processor: Any, of: tuple[int, int], spec: MediaSpec, **config: Any) -> float:
+    """Largest difference of pixel values as the tower sees them, in steps of a byte."""
+    theirs = processor(_image(*of), return_tensors="pt")["pixel_values"]
+    ours = _normalised(_views(of, spec, **config), processor)
+    assert ours.shape == theirs.shape, of
+    return float((ours - theirs).abs().max() * 255 * min(processor.image_std))
+
+
+def test_internvl_at_a_hundred_sizes() -> None:
+    processor = GotOcr2ImageProcessor(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=6)
+    spec = MediaSpec(Placement.EMBEDDING, patch_size=8)
+    tiling = {"kind": "internvl", "max_tiles": 6}
+    off = [_off_by(processor, size, spec, kind="tiles", size=32, tiling=tiling) for size in HUNDRED]
+    assert max(off) < 1e-4
+
+
+def test_clip_at_a_hundred_sizes() -> None:
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    spec = MediaSpec(Placement.EMBEDDING, patch_size=8)
+    off = [_off_by(processor, size, spec, kind="fixed", size=32, crop="center") for size in HUNDRED]
+    assert max(off) < 1e-4
+
+
+def test_siglip_at_a_hundred_sizes() -> None:
+    processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    spec = MediaSpec(Placement.EMBEDDING, patch_size=8)
+    off = [_off_by(processor, size, spec, kind="fixed", size=32) for size in HUNDRED]
+    assert max(off) < 1e-4
+
+
+def test_a_strip_whose_middle_would_be_cut_out_of_too_large_an_image_is_refused() -> None:
+    spec = MediaSpec(Placement.EMBEDDING, patch_size=8)
+    with pytest.raises(SampleError, match="an image of 160000x32 pixels"):
+        _views((1, 5000), spec, kind="fixed", size=32, crop="center", max_image_pixels=10**6)
+
+
+def test_crop_and_padding_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="keep_aspect pads and crop cuts"):
+        _views((40, 40), MediaSpec(Placement.EMBEDDING, patch_size=8), kind="fixed", crop="center", keep_aspect=True)

@@ -24,13 +24,14 @@ ANY = Placement.EMBEDDING
         # 256 features a tile (InternVL, NVLM): 1 x 2 tiles and the overview.
         ("InternVL 1.5", MediaSpec(ANY, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
         ("NVLM-D", MediaSpec(ANY, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
-        ("NVLM-X, NVLM-H", MediaSpec(Placement.HYBRID, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
+        ("NVLM-X", MediaSpec(Placement.CROSS_ATTENTION, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
+        ("NVLM-H", MediaSpec(Placement.HYBRID, 14, 2, fixed_grid=(32, 32)), (448, 896), [256] * 3),
         # 40 x 40 patches a tile of 560 px.
         ("Llama 3.2 Vision", MediaSpec(Placement.CROSS_ATTENTION, 14, fixed_grid=(40, 40)), (1000, 1000), [1600] * 4),
         # 144 features of the overview; 2 x 2 crops keep 10 x 10 of their 12 x 12.
         ("Molmo", MediaSpec(ANY, 14, 2, fixed_grid=(24, 24)), (560, 560), [144] + [100] * 4),
-        # 144 tokens an image of 48 x 48 patches: by another resampler than merging, which counts 4 x 4 here.
-        ("MM1.5", MediaSpec(ANY, 14, 4, fixed_grid=(48, 48)), (1344, 1344), [144] * 5),
+        # 144 tokens an image, whatever its patches.
+        ("MM1.5", MediaSpec(ANY, 14, fixed_grid=(48, 48), pooled_side=12), (1344, 1344), [144] * 5),
         # 64 features for 224 x 224 pixels: the paper, section 2.1.
         ("Qwen2-VL", MediaSpec(ANY, 14, 2), (224, 224), [64]),
         ("Pixtral", MediaSpec(ANY, 16), (1024, 512), [64 * 32]),

@@ -19,13 +19,14 @@ from data_pipeline.reader import read_samples
 from data_pipeline.sample import Sample
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.evaluate import evaluate
+from mmscale.evaluate.choice import compared_by
 from mmscale.models.build import media_spec
 from mmscale.models.multimodal import MultimodalModel
 from tests.engine.ranks import run_ranks
 from tests.evaluate.asked import ALONE, EMOJI, tiny_model
 from tests.evaluate.texts import evaluation, score, text_data, text_model, write_set
 
-WORDS = ("cat", "a red apple", "fire engine", "été", "grapes, melon and peach", "owl")
+WORDS = ("cat", "a red apple", "fire engine", "ネコ", "ぶどうとメロンと桃", "消防車")
 PLAIN = {"kind": "choice", "template": " {value}", "prompt": "{question} Answer:"}
 CHAT = {"kind": "choice", "dialogue": {"kind": "dialogue"}}
 
@@ -91,13 +92,20 @@ def test_shares_are_those_of_one_choice_at_a_time(held: dict[str, Any], ends: bo
     samples = list(read_samples(manifest))
     expected = _shares(model, samples, held, ends=ends)
     assert len(set(expected.values())) > 1  # The ways of comparing differ, so a mix-up would be seen.
-    for how, share in expected.items():
-        found = score(ALONE, {**held, "manifest": manifest, "ends": ends, "normalise": how})
-        assert found["score"] == pytest.approx(share)
-        assert found["scores"] == pytest.approx(expected)
+    how = "none" if ends else "characters"
+    found = score(ALONE, {**held, "manifest": manifest, "ends": ends, "normalise": how})
+    assert found["scores"] == pytest.approx(expected)
+    share = expected[how]
+    assert found["score"] == pytest.approx(share)
     assert found["chance"] == pytest.approx(sum(1 / (2 + number % 4) for number in range(14)) / 14)
     assert (found["n"], found["metric"]) == (14, "right choice among 2 to 5")
     assert found["error"] == pytest.approx((share * (1 - share) / 14) ** 0.5)
+
+
+def test_choices_are_compared_by_what_each_way_says() -> None:
+    found = compared_by(np.array([-6.0, -4.0, -9.0]), np.array([2, 1, 9]), ["ab", "é", "ネコ!"])
+    expected = {"none": [-6, -4, -9], "tokens": [-3, -4, -1], "characters": [-3, -4, -3], "bytes": [-3, -2, -9 / 7]}
+    assert {how: values.tolist() for how, values in found.items()} == expected
 
 
 def test_questions_about_images_see_them(tmp_path: Path) -> None:

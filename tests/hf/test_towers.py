@@ -7,7 +7,6 @@ bfloat16 both are compared with float32: ours were off by 1.1e-2 at most, the re
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,13 @@ from torch import Tensor
 
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.checkpoint.foreign import import_folder
-from mmscale.cli.main import main
+from mmscale.checkpoint.manifest import newest_of, read_manifest
+from mmscale.checkpoint.warm_start import match
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_of
-from tests.hf.towers import TOWERS, features, images, normalised, ours_of, saved_twin
+from mmscale.models.build import build_weights
+from mmscale.models.config import ModelConfig
+from tests.hf.towers import TOWERS, features, images, normalised, ours_of, published_places, saved_twin
 from tests.hf.twins import imported, tensors_of, their_gradients
 from tests.models.twins import distance, randomise
 from tests.parity_table import Recorder
@@ -115,22 +117,8 @@ def test_a_folder_of_both_towers_gives_the_vision_tower(kind: str, tmp_path: Pat
 
 
 def as_published(theirs: Any, folder: Path) -> dict[str, Tensor]:
-    """A folder in the form of InternViT's authors, its names by another table than the one under test."""
-    tensors: dict[str, Tensor] = {}
-    for name, values in theirs.state_dict().items():
-        name = name.replace("cls_token", "class_embedding").replace("position_embeddings", "position_embedding")
-        name = name.replace("patch_embeddings.projection", "patch_embedding").replace(
-            "encoder.layer.", "encoder.layers."
-        )
-        name = name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2").replace("lambda_", "ls")
-        name = name.replace(".attention.", ".attn.").replace("projection_layer", "proj")
-        if not re.search(r"[qkv]_proj", name):
-            tensors[name] = values.contiguous()
-    for number, layer in enumerate(theirs.encoder.layer):
-        attention = layer.attention
-        for kind in ("weight", "bias")[: 1 + theirs.config.attention_bias]:
-            parts = [getattr(getattr(attention, f"{part}_proj"), kind) for part in "qkv"]
-            tensors[f"encoder.layers.{number}.attn.qkv.{kind}"] = torch.cat(parts).detach()
+    """A folder in the form of InternViT's authors."""
+    tensors = {name: torch.cat(parts).detach() for name, parts in published_places(theirs).items()}
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
     values = {key: getattr(theirs.config, key) for key in keys} | {
         "model_type": "intern_vit_6b",
@@ -190,11 +178,10 @@ def test_what_is_not_ours_is_refused(case: str, tmp_path: Path) -> None:
         import_folder(tmp_path / "theirs", tmp_path / "run")
 
 
-def test_a_run_takes_an_imported_tower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the commands of docs/import_export.md: a stage takes the tower, its positions resampled to the run's views."""
+def test_an_imported_tower_fits_in_part(tmp_path: Path) -> None:
+    """As a stage would take it: its positions resampled, blocks that the model does not have left over."""
     saved_twin("clip", tmp_path / "clip")
-    assert main(["checkpoint", "import", str(tmp_path / "clip"), str(tmp_path / "tower"), "--from", "hf"]) == 0
-    capsys.readouterr()
+    import_folder(tmp_path / "clip", tmp_path / "tower" / "checkpoints")
     tower = {
         "patch_size": 7,
         "hidden_dim": 40,
@@ -209,13 +196,17 @@ def test_a_run_takes_an_imported_tower(tmp_path: Path, capsys: pytest.CaptureFix
         "norm": {"kind": "layernorm"},
         "positions": {"kind": "learned", "grid": [5, 5]},
     }
-    overrides = [
-        *(f"run_dir={tmp_path / 'run'}", f"model.vision={json.dumps(tower)}", "data.datasets.0.transforms.size=35"),
-        f"stages.0.weights=[{{checkpoint: {tmp_path / 'tower'}, components: [vision]}}]",
-        *("stages.0.train=[connector]", "model.decoder.num_layers=4", "model.decoder.hidden_dim=24"),
-        *("max_steps=1", "data.lanes=2", "data.workers=0", "evaluation={sets: [], captions: null}"),
-    ]
-    assert main(["train", "configs/quickstart.yaml", *overrides]) == 0
-    said = capsys.readouterr()
-    assert "vision.positions.position_embedding: resampled from 4x4 to 5x5 places" in said.out + said.err
-    assert "only in the checkpoint, not used: vision.layers.2.* (16), vision.post_norm.* (2)" in said.out + said.err
+    decoder = {
+        "vocab_size": 8,
+        "hidden_dim": 16,
+        "num_layers": 1,
+        "attention": {"num_heads": 1},
+        "mlp": {"kind": "dense", "hidden_dim": 8},
+    }
+    block = {"decoder": decoder, "vision": tower, "connector": {"kind": "embedding"}}
+    model = build_weights(ModelConfig.model_validate(block))
+    report = match(model, read_manifest(newest_of(tmp_path / "tower")), ["vision"])
+    assert report.resampled == (("vision.positions.position_embedding", (4, 4), (5, 5)),)
+    assert not report.mismatched
+    assert {name.split(".")[1] for name in report.unused} == {"layers", "post_norm"}
+    assert len(report.loaded) == len(list(model.vision.parameters())) - 1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.models.test_parity import vision_media
 from tests.models.twins import randomise
@@ -82,3 +83,19 @@ def features(theirs: Any, values: Tensor) -> Tensor:
     if theirs.config.model_type != "siglip_vision_model":
         rows = rows[:, 1:]
     return rows.flatten(0, 1)
+
+
+def published_places(tower: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Parameters of an InternViT of transformers by the names of its authors, queries, keys and values together.
+
+    By another table than the one under test.
+    """
+    places: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in tower.named_parameters():
+        name = name.replace("cls_token", "class_embedding").replace("position_embeddings", "position_embedding")
+        name = name.replace("patch_embeddings.projection", "patch_embedding")
+        name = name.replace("encoder.layer.", "encoder.layers.").replace(".attention.", ".attn.")
+        name = name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2").replace("lambda_", "ls")
+        name = name.replace("projection_layer", "proj")
+        places.setdefault(re.sub("[qkv]_proj", "qkv", name), []).append(parameter)
+    return places

@@ -12,7 +12,8 @@ from data_pipeline.media_spec import Placement
 from mmscale.models.build import build_model, count_parameters, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.cross_attention import insertion_layers
-from tests.models.tiny import CONNECTORS, DECODER, DENSE, LEARNED, MOE, VISION, config, model
+from tests.models.packs import image_document, pack
+from tests.models.tiny import CONNECTORS, DECODER, DENSE, LEARNED, MOE, PATCHES, VISION, config, model
 
 
 def llama(layers: int, dim: int, ffn: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> int:
@@ -108,8 +109,6 @@ def test_cross_attention_stands_before_every_nth_block() -> None:
         layer.register_forward_hook(lambda *_, name=str(number): order.append(name))
     for number, block in net.connector.blocks.items():  # type: ignore[union-attr]
         block.register_forward_hook(lambda *_, name=f"before {number}": order.append(name))
-    from tests.models.packs import image_document, pack
-
     spec = media_spec(net.config)
     net(pack([image_document(spec, 1, 3, [(2, 2)], 60)], spec))
     assert order == ["0", "before 1", "1", "2", "before 3", "3"]
@@ -126,6 +125,19 @@ def test_what_the_data_side_learns(kind: str | None, placement: str) -> None:
         assert media_spec(config(kind, vision=LEARNED)).fixed_grid == (2, 4)
     rope = {"sections": [1, 1, 2]}
     assert media_spec(config(None, rope=rope)).position_axes == 3
+
+
+@pytest.mark.parametrize("kind", CONNECTORS)
+def test_patches_are_features_without_parameters(kind: str) -> None:
+    net = model(kind, vision=PATCHES)
+    assert net.config.components == tuple(net.components()) == ("connector", "decoder")
+    spec = media_spec(net.config)
+    assert (spec.fixed_grid, spec.patch_size) == (None, 2)
+    media = pack([image_document(spec, 1, 3, [(2, 4)], 60)], spec).media["image"]
+    assert net.vision is not None
+    features = net.vision.bfloat16()(media)
+    torch.testing.assert_close(features, media.values / 127.5 - 1)
+    assert features.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -160,6 +172,9 @@ def test_what_the_data_side_learns(kind: str | None, placement: str) -> None:
             "connector.mlp: set it",
         ),
         ({"decoder": {**DECODER, "hiden_dim": 3}}, "Extra inputs"),
+        ({"vision": {**PATCHES, "num_layers": 2}, "connector": CONNECTORS["embedding"]}, "Extra inputs"),
+        ({"vision": {**PATCHES, "mean": [0.5]}, "connector": CONNECTORS["embedding"]}, "need 3 values each"),
+        ({"vision": {**PATCHES, "kind": "vit"}, "connector": CONNECTORS["embedding"]}, "'transformer', 'patches'"),
     ],
 )
 def test_contradictions_are_refused(change: dict[str, Any], complaint: str) -> None:

@@ -26,7 +26,7 @@ from tests.models import tiny
 
 SHIPPED = pytest.mark.parametrize("path", FILES, ids=name_of)
 EMOJI = REPO / "examples/emoji"
-LIMIT = 1_000_000
+LIMIT = 1_500_000
 
 
 def names(config: AnyModelConfig) -> set[str]:

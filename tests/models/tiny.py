@@ -28,7 +28,9 @@ VISION = {
     "positions": {"kind": "rotary_2d"},
 }
 LEARNED = {**VISION, "positions": {"kind": "learned", "grid": [2, 4]}, "class_token": True, "pre_norm": True}
+PATCHES = {"kind": "patches", "patch_size": 2}
 MERGED = {"kind": "mlp", "merge": 2, "norm": "after_merge"}
+POOLED: dict[str, Any] = {"kind": "c_abstractor", "side": 3, "hidden_dim": 32, "depth": 2}
 CONNECTORS: dict[str, dict[str, Any]] = {
     "embedding": {"kind": "embedding", "projector": MERGED},
     "cross_attention": {"kind": "cross_attention", "every": 2, "gate_init": 0.7},
@@ -37,7 +39,12 @@ CONNECTORS: dict[str, dict[str, Any]] = {
 
 
 def config(
-    kind: str | None, *, mlp: dict[str, Any] = DENSE, vision: dict[str, Any] = VISION, **decoder: Any
+    kind: str | None,
+    *,
+    mlp: dict[str, Any] = DENSE,
+    vision: dict[str, Any] = VISION,
+    projector: dict[str, Any] | None = None,
+    **decoder: Any,
 ) -> ModelConfig:
     """A model with the connector ``kind``, or a text model."""
     block = {"decoder": {**DECODER, "mlp": mlp, **decoder}}
@@ -45,6 +52,8 @@ def config(
         connector = CONNECTORS[kind]
         if mlp is not DENSE and kind != "embedding":
             connector = {**connector, "mlp": DENSE}
+        if projector is not None:
+            connector = {**connector, "projector": projector}
         block |= {"vision": vision, "connector": connector}
     return ModelConfig.model_validate(block)
 

@@ -16,10 +16,12 @@ from mmscale.shrink_run import shrink_run
 from mmscale.train import train
 
 Lines = list[dict[str, Any]]
+Told = tuple[str, bool]
+"""A stage's name, and whether it has a z loss."""
 
 
-def train_recipes(world: World, steps: dict[str, int], folder: str) -> dict[str, tuple[list[str], Lines, Lines]]:
-    """Of each twin: names of the stages, the log of a whole run, and the second step of each stage after a resume.
+def train_recipes(world: World, steps: dict[str, int], folder: str) -> dict[str, tuple[list[Told], Lines, Lines]]:
+    """Of each twin: what its stages are, the log of a whole run, and the second step of each stage after a resume.
 
     Args:
         world: This rank.
@@ -32,7 +34,7 @@ def train_recipes(world: World, steps: dict[str, int], folder: str) -> dict[str,
         return {path: _train(world, Path(path), number, Path(folder)) for path, number in steps.items()}
 
 
-def _train(world: World, path: Path, steps: int, folder: Path) -> tuple[list[str], Lines, Lines]:
+def _train(world: World, path: Path, steps: int, folder: Path) -> tuple[list[Told], Lines, Lines]:
     run_dir = folder / path.stem
     config = shrink_run(load(path, [], RunConfig).value, steps=steps)
     every_step = config.checkpoint.model_copy(update={"every_steps": 1, "keep_last": 100, "background": False})
@@ -56,7 +58,7 @@ def _train(world: World, path: Path, steps: int, folder: Path) -> tuple[list[str
         resumed += _log(run_dir)[middle:]
     if world.is_main:
         shutil.rmtree(run_dir / "checkpoints")
-    return [stage.name for stage in config.stages], whole, resumed
+    return [(stage.name, stage.z_loss > 0) for stage in config.stages], whole, resumed
 
 
 def _log(run_dir: Path) -> Lines:

@@ -128,7 +128,10 @@ def _pieces(folder: HfFolder, stored: Mapping[str, Stored]) -> Iterator[Piece]:
                 f"{folder.path}: {name} is {list(values.shape)}, by {CONFIG} it should be {list(tensor.shape)}"
             )
         for ours, part in tensor.cut(values):
-            yield Piece(f"{ours}|frozen", 0, part)
+            if ours is not None:
+                yield Piece(f"{ours}|frozen", 0, part)
+            elif values.dim() > 1 and part.any():  # A vector among them scales zeros.
+                raise CheckpointError(f"{folder.path}: {name} holds values where this family has zeros")
 
 
 def _manifest(folder: HfFolder, model: nn.Module, table: Table, tied: dict[str, str], precision: str) -> Manifest:

@@ -174,7 +174,7 @@ def _vision(keys: Keys) -> tuple[dict[str, Any], dict[str, int]]:
 
 def _to_keys(config: ModelConfig) -> dict[str, Any]:
     decoder, vision = config.decoder, config.vision
-    if vision is None or not isinstance(config.connector, EmbeddingConnectorConfig):
+    if not isinstance(vision, VisionConfig) or not isinstance(config.connector, EmbeddingConnectorConfig):
         raise CheckpointError("molmo holds models with a tower whose features are added to embeddings")
     if not isinstance(decoder.mlp, DenseMlpConfig) or decoder.extra_tokens is None:
         raise CheckpointError("molmo holds dense decoders with rows for new tokens")
@@ -217,7 +217,7 @@ def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
         "image_norm_eps": vision.norm.eps,
     }
     layers = [layer - vision.num_layers for layer in vision.feature_layers]
-    other = {} if size == _TOWER else {"vision_backbone": size}
+    other: dict[str, Any] = {} if size == _TOWER else {"vision_backbone": size}
     other |= {} if layers == _LAYERS else {"vit_layers": layers}
     return {**other, **pixels.to_keys(vision, base_image_input_size=side, image_patch_size=vision.patch_size)}
 

@@ -1,6 +1,6 @@
 """Gated cross-attention blocks between decoder blocks, and the two connectors that use them.
 
-features --projector--> rows --keys--> attended rows --k, v per block--> cross-attention of the text spans
+features --projector--> rows, and tags --keys--> attended rows --k, v per block--> cross-attention of the text spans
                           \\--source--> token slots (hybrid only)
 """
 
@@ -120,13 +120,19 @@ class CrossAttentionConnector(nn.Module):
         set_init_scale(self.blocks, decoder.num_layers + len(layers), decoder.init_std)
 
     def connect(
-        self, hidden: Tensor, features: Tensor, media: MediaBlock, segments: Segments, cache: KVCache | None
+        self,
+        hidden: Tensor,
+        features: Tensor,
+        tags: Tensor,
+        media: MediaBlock,
+        segments: Segments,
+        cache: KVCache | None,
     ) -> tuple[Tensor, Mapping[int, Insertion]]:
         """The decoder's input and the calls to insert before its blocks; fills ``cache.cross`` if there is a cache."""
         rows = self.projector(features, media.grids)
         if self.embeds:
             hidden = write_features(hidden, rows, media)
-        attended = rows.index_select(0, media.keys)
+        attended = torch.cat([rows, tags.to(rows.dtype)]).index_select(0, media.keys)
         visible = rows_with_keys(media.span_tokens, media.span_keys)
         last = None if cache is None else _last_span_keys(segments, media, hidden.device)
         insertions = {

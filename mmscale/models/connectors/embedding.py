@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import AttentionPoolConfig, EmbeddingConnectorConfig, ProjectorConfig
+from mmscale.models.config import AttentionPoolConfig, CAbstractorConfig, EmbeddingConnectorConfig, ProjectorConfig
 from mmscale.models.connectors.attention_pool import AttentionPool
+from mmscale.models.connectors.c_abstractor import CAbstractor
 from mmscale.models.connectors.padding import PaddingEmbedding
 from mmscale.models.connectors.projector import Projector
 from mmscale.models.decoder import Insertion
@@ -30,10 +31,13 @@ def add_features(
     return hidden.index_add(0, media.dest, features.index_select(0, media.source).to(hidden.dtype))
 
 
-def build_projector(feature_dim: int, dim: int, config: ProjectorConfig) -> Projector | AttentionPool:
-    """From tower features, row by row or square by square, to the decoder's width."""
-    kind = AttentionPool if isinstance(config, AttentionPoolConfig) else Projector
-    return kind(feature_dim, dim, config)  # type: ignore[arg-type]
+def build_projector(feature_dim: int, dim: int, config: ProjectorConfig) -> Projector | AttentionPool | CAbstractor:
+    """From tower features, row by row, square by square or view by view, to the decoder's width."""
+    if isinstance(config, AttentionPoolConfig):
+        return AttentionPool(feature_dim, dim, config)
+    if isinstance(config, CAbstractorConfig):
+        return CAbstractor(feature_dim, dim, config)
+    return Projector(feature_dim, dim, config)
 
 
 class EmbeddingConnector(nn.Module):
@@ -49,7 +53,13 @@ class EmbeddingConnector(nn.Module):
         self.combine = add_features if config.combine == "add" else write_features
 
     def connect(
-        self, hidden: Tensor, features: Tensor, media: MediaBlock, segments: Segments, cache: KVCache | None
+        self,
+        hidden: Tensor,
+        features: Tensor,
+        tags: Tensor,
+        media: MediaBlock,
+        segments: Segments,
+        cache: KVCache | None,
     ) -> tuple[Tensor, Mapping[int, Insertion]]:
         """The decoder's input with images in it; no insertions."""
         if self.padding is not None:

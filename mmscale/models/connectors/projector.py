@@ -40,7 +40,7 @@ class Projector(nn.Module):
         self.config = config
         merged = feature_dim * config.merge**2
         if config.norm != "none":
-            kind = NormConfig(kind=NormKind.LAYER, eps=1e-6)
+            kind = NormConfig(kind=NormKind.LAYER, eps=config.norm_eps)
             self.norm = build_norm(kind, feature_dim if config.norm == "before_merge" else merged)
         if isinstance(config, MlpProjectorConfig):
             hidden = config.hidden_dim or dim

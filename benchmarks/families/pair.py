@@ -1,0 +1,66 @@
+"""A model of transformers, ours with the same weights, and one set of inputs for both."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmscale.checkpoint import load_weights
+from mmscale.checkpoint.foreign import import_folder
+from mmscale.models.build import TowerAlone, build_model
+from mmscale.models.config import ModelConfig, read_model_config
+from mmscale.nn.attention_backends import resolve_backend
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is compared.
+
+    Attributes:
+        name: Family and inputs.
+        ours, theirs: The models.
+        run_ours, run_theirs: Forward passes to the same rows of values: those of real tokens or patches, in order.
+        padding: Share of rows that are padding, of ours and of theirs; of patches where the model has a tower.
+    """
+
+    name: str
+    ours: nn.Module
+    theirs: nn.Module
+    run_ours: Callable[[], Tensor]
+    run_theirs: Callable[[], Tensor]
+    padding: dict[str, float]
+
+
+def our_twin(theirs: Any) -> Any:
+    """Ours of the same weights, by way of its folder."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        source, run = Path(folder) / "theirs", Path(folder) / "run"
+        theirs.save_pretrained(source)
+        report = import_folder(source, run / "checkpoints")
+        config = read_model_config(report.model)
+        if isinstance(config, ModelConfig):
+            model: Any = build_model(config, attention="auto", seed=None, dtype=torch.float32)
+        else:
+            model = TowerAlone(config, resolve_backend("auto", torch.float32))
+        load_weights(model, Path(report.checkpoint))
+        return model
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Gates open, norms and biases away from 1 and 0: a part that is left out would show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_scale = parameter.dim() == 1 and "norm" in name and name.endswith("weight")
+            spread = 0.5 if parameter.numel() == 1 else 0.03
+            parameter.copy_(1 + 0.1 * noise if is_scale else spread * noise)

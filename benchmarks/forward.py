@@ -1,0 +1,136 @@
+"""Every family beside its twin of transformers: ``python -m benchmarks.forward [--families F ...] [--json]``.
+
+    forward   without gradients, to the logits of every token (of a tower: to the features of every patch)
+    training  forward, cross-entropy of every token, backward (of a tower: backward from a fixed slope)
+
+Both sides have the same weights, by way of the importer, and the same pages, and take turns; figures are medians. Ours
+packs pages as the loader does, transformers pads them as its processors do, with its ``sdpa`` attention. The outputs of
+both are compared before anything is timed. A family without a class in transformers (Molmo, NVLM, MM1.5) is not here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.families import seeing, texts, towers
+from benchmarks.families.pair import Pair
+from benchmarks.figures import machine
+
+TOLERANCE = 1e-4
+"""Largest difference of the outputs over the largest value: the sides compute the same function."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        case: Family and inputs.
+        kind: ``forward`` or ``training``.
+        ms: By side, median.
+        ratio: Median over turns of transformers' time over ours; above 1 when ours is faster.
+        padding: Share of rows that are padding, by side.
+        difference: Of the outputs, relative.
+    """
+
+    case: str
+    kind: str
+    ms: dict[str, float]
+    ratio: float
+    padding: dict[str, float]
+    difference: float
+
+
+def families() -> dict[str, list[Callable[[], Pair]]]:
+    """All of them."""
+    found: dict[str, list[Callable[[], Pair]]] = {}
+    for module in (texts, towers, seeing):
+        for family, build in module.pairs():
+            found.setdefault(family, []).append(build)
+    return found
+
+
+def measure(pair: Pair, turns: int) -> Iterator[Row]:
+    """Both kinds.
+
+    Raises:
+        RuntimeError: the sides do not compute the same.
+    """
+    with torch.no_grad():
+        ours, theirs = pair.run_ours()[: len(pair.run_theirs())], pair.run_theirs()
+        difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    if difference > TOLERANCE:
+        raise RuntimeError(f"{pair.name}: outputs differ by {difference:.1e} of the largest value")
+    runs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "forward": (torch.no_grad()(pair.run_ours), torch.no_grad()(pair.run_theirs)),
+        "training": (lambda: _train(pair.ours, pair.run_ours), lambda: _train(pair.theirs, pair.run_theirs)),
+    }
+    for kind, sides in runs.items():
+        seconds: list[list[float]] = [[], []]
+        for turn in range(turns + 1):
+            for run, times in zip(sides, seconds, strict=True):
+                start = time.perf_counter()
+                run()
+                if turn:  # The first warms up.
+                    times.append(time.perf_counter() - start)
+        ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
+        ms = {
+            name: 1000 * statistics.median(times) for name, times in zip(("ours", "transformers"), seconds, strict=True)
+        }
+        yield Row(pair.name, kind, ms, ratio, pair.padding, difference)
+
+
+def _train(model: torch.nn.Module, run: Callable[[], Tensor]) -> None:
+    """One pass back from the same loss: rows of logits guess class 5; their number is the same on both sides."""
+    out = run()
+    F.cross_entropy(out, torch.full((len(out),), 5)).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def line(row: Row) -> str:
+    """A row for people."""
+    times = ", ".join(f"{name} {ms:.0f}" for name, ms in row.ms.items())
+    padding = ", ".join(f"{name} {share:.0%}" for name, share in row.padding.items())
+    differ = f"outputs differ by {row.difference:.0e}"
+    return f"{row.case}, {row.kind}: ms {times}; padding {padding}; {differ}; ratio {row.ratio:.2f}"
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--families", nargs="+", default=list(families()), choices=list(families()))
+    parser.add_argument("--turns", type=int, default=7, help="turns that count")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    return parser.parse_args(words)
+
+
+def main(options: argparse.Namespace) -> list[Row]:
+    """All rows that were asked for, printed as they come."""
+    torch.set_num_threads(options.threads)
+    rows = []
+    for family in options.families:
+        for build in families()[family]:
+            for row in measure(build(), options.turns):
+                rows.append(row)
+                if not options.json:
+                    print(line(row), flush=True)
+    if options.json:
+        print(
+            json.dumps({"benchmark": "forward", "machine": machine(), "rows": [asdict(row) for row in rows]}, indent=2)
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main(arguments())

@@ -1,0 +1,167 @@
+"""The C-Abstractor: convolutions over the grid of each view, pooled to a square of few features in their midst.
+
+    rows (P, C0) --blocks--> rows (P, C) --mean of rectangles--> rows (N side^2, C) --blocks, MLP--> (N side^2, D)
+
+Rows of all views stay packed. Most of a block is a product of each row by itself; only the 3 x 3 convolution, the
+squeeze and the pooling see grids, and those take all views of one grid at once. Each module runs once in a forward,
+however many grids there are, because sharded ranks gather its weights together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmscale.models.config import CAbstractorConfig
+from mmscale.nn.patch_embed import LearnedPositions
+
+Planes = Sequence[tuple[int, int, int]]
+"""Views of one grid, grid after grid: how many, their rows and columns."""
+SQUEEZE = 4
+"""Input channels of a block to one of its squeeze."""
+
+
+def by_grid(grids: Sequence[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], np.ndarray | None]:
+    """Views (of videos: frames) sorted by their grid.
+
+    Returns:
+        The planes, and which view each of the sorted ones is; None where they already are in order.
+    """
+    sides = [(height, width) for time, height, width in grids for _ in range(time)]
+    kinds = list(dict.fromkeys(sides))
+    order = np.argsort([kinds.index(side) for side in sides], kind="stable")
+    planes = [(sides.count(kind), *kind) for kind in kinds]
+    return planes, None if (np.diff(order) > 0).all() else order
+
+
+def rows_of(views: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Packed rows of the views, int64, in the order of ``views``; the i-th view has ``lengths[i]`` rows."""
+    starts = np.cumsum(lengths) - lengths
+    return np.concatenate([np.arange(starts[view], starts[view] + lengths[view]) for view in views])
+
+
+def _split(rows: Tensor, planes: Planes) -> Iterator[tuple[Tensor, tuple[int, int, int]]]:
+    """Views ``(n, h w, C)`` of the rows of each grid."""
+    for part, plane in zip(rows.split([n * h * w for n, h, w in planes]), planes, strict=True):
+        yield part.unflatten(0, (plane[0], plane[1] * plane[2])), plane
+
+
+def _image(part: Tensor, plane: tuple[int, int, int]) -> Float[Tensor, "n C h w"]:
+    return part.unflatten(1, plane[1:]).permute(0, 3, 1, 2)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class DepthwiseConv(nn.Module):
+    """A 3 x 3 convolution of each channel by itself, zeros around the grid, no bias."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, 9))  # Flat: fan-in is the last dimension.
+
+    def forward(self, rows: Float[Tensor, "P C"], planes: Planes) -> Float[Tensor, "P C"]:
+        weight = self.weight.view(-1, 1, 3, 3)
+        images = [
+            F.conv2d(_image(part, plane), weight, padding=1, groups=weight.shape[0])
+            for part, plane in _split(rows, planes)
+        ]
+        return _joined([image.permute(0, 2, 3, 1).flatten(0, 2) for image in images])
+
+
+class SqueezeExcite(nn.Module):
+    """Scales the channels of a view by gates that its mean decides.
+
+    Source: Hu et al. 2018, "Squeeze-and-excitation networks", section 3.
+    """
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, squeezed)
+        self.fc2 = nn.Linear(squeezed, channels)
+
+    def forward(self, rows: Float[Tensor, "P C"], planes: Planes) -> Float[Tensor, "P C"]:
+        parts = list(_split(rows, planes))
+        means = _joined([part.mean(1) for part, _ in parts])
+        gates = self.fc2(F.silu(self.fc1(means))).sigmoid()
+        own = gates.split([n for n, _, _ in planes])
+        return _joined([(part * gate.unsqueeze(1)).flatten(0, 1) for (part, _), gate in zip(parts, own, strict=True)])
+
+
+class RegNetBlock(nn.Module):
+    """Row by row, 3 x 3 by channel, squeeze and excite, row by row; a shortcut around all of it.
+
+    Source: Radosavovic et al. 2020, "Designing network design spaces", section 3.2, with groups of one channel, layer
+    norms and SiLU, as Honeybee has it.
+    """
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Linear(in_channels, channels, bias=False)
+        self.norm1 = nn.LayerNorm(channels)
+        self.conv2 = DepthwiseConv(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.se = SqueezeExcite(channels, round(in_channels / SQUEEZE))
+        self.conv3 = nn.Linear(channels, channels, bias=False)
+        self.norm3 = nn.LayerNorm(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != channels:
+            self.shortcut = nn.Sequential(nn.Linear(in_channels, channels, bias=False), nn.LayerNorm(channels))
+
+    def forward(self, rows: Float[Tensor, "P C0"], planes: Planes) -> Float[Tensor, "P C"]:
+        branch = F.silu(self.norm1(self.conv1(rows)))
+        branch = F.silu(self.norm2(self.conv2(branch, planes)))
+        branch = self.norm3(self.conv3(self.se(branch, planes)))
+        return F.silu(branch + self.shortcut(rows))
+
+
+class CAbstractor(nn.Module):
+    """Views of any grid to ``side * side`` features each.
+
+    Source: Honeybee (arXiv 2312.06742), section 3.2, and its code, honeybee/projectors/projectors.py; MM1 (arXiv
+    2403.09611) and MM1.5 (arXiv 2409.20566) take it with 144 features.
+    """
+
+    def __init__(self, feature_dim: int, dim: int, config: CAbstractorConfig) -> None:
+        super().__init__()
+        self.side = config.side
+        self.positions = (
+            None if config.positions is None else LearnedPositions(config.positions.grid, feature_dim, False)
+        )
+        inputs = [feature_dim] + [config.hidden_dim] * (config.depth - 1)
+        self.before = nn.ModuleList(RegNetBlock(channels, config.hidden_dim) for channels in inputs)
+        self.behind = nn.ModuleList(RegNetBlock(config.hidden_dim, config.hidden_dim) for _ in range(config.depth))
+        self.fc1 = nn.Linear(config.hidden_dim, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(
+        self, features: Float[Tensor, "P feature_dim"], grids: Sequence[tuple[int, int, int]]
+    ) -> Float[Tensor, "F_rows D"]:
+        """``side * side`` rows of each frame, item after item."""
+        planes, order = by_grid(grids)
+        rows = features if self.positions is None else self.positions(features)
+        if order is not None:
+            lengths = np.concatenate([np.full(time, height * width) for time, height, width in grids])
+            rows = rows.index_select(0, torch.from_numpy(rows_of(order, lengths)).to(rows.device))
+        for block in self.before:
+            rows = block(rows, planes)
+        rows = self._pooled(rows, planes)
+        squares = [(sum(n for n, _, _ in planes), self.side, self.side)]
+        for block in self.behind:
+            rows = block(rows, squares)
+        rows = self.fc2(F.silu(self.fc1(rows)))
+        if order is not None:
+            back = torch.from_numpy(np.argsort(order)).to(rows.device)
+            rows = rows.unflatten(0, (-1, self.side**2)).index_select(0, back).flatten(0, 1)
+        return rows
+
+    def _pooled(self, rows: Tensor, planes: Planes) -> Tensor:
+        """Means of rectangles, so laid that ``side`` of them cover each side of the grid."""
+        images = [F.adaptive_avg_pool2d(_image(part, plane), self.side) for part, plane in _split(rows, planes)]
+        return _joined([image.permute(0, 2, 3, 1).flatten(0, 2) for image in images])

@@ -1,0 +1,44 @@
+"""The bundled text data are what their script builds, and hold out what they say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from data_pipeline.reader import read_samples
+from data_pipeline.tokenizer import SentencePieceTokenizerConfig, load_tokenizer
+
+REPO = Path(__file__).resolve().parents[2]
+TEXT = REPO / "examples" / "text"
+
+
+def test_the_files_are_what_the_script_builds(tmp_path: Path) -> None:
+    command = [sys.executable, str(TEXT / "build.py"), "--output", str(tmp_path)]
+    subprocess.run(command, cwd=REPO, check=True, timeout=120)
+    built = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(built) == 13
+    for name, content in built.items():
+        assert (TEXT / name).read_bytes() == content, name
+
+
+def test_nothing_that_is_asked_was_taught() -> None:
+    def said(name: str) -> str:
+        samples = read_samples(TEXT / "shards" / f"{name}.manifest")
+        return "\n".join(text for sample in samples for text in sample.texts)
+
+    taught = said("talks")
+    questions = [sample.fields for sample in read_samples(TEXT / "shards" / "questions-heldout.manifest")]
+    assert len(questions) == 298
+    assert all(len(set(fields["choices"])) == 4 for fields in questions)
+    assert not any(fields["question"] in taught for fields in questions)
+    assert all(fields["question"] in said_later for said_later in [said("talks-heldout")] for fields in questions)
+    places = [fields["answer"] for fields in questions]
+    assert all(places.count(place) > 50 for place in range(4))  # No place is right much more often than others.
+
+
+def test_the_tokenizer_has_the_tokens_of_chatml() -> None:
+    tokenizer = load_tokenizer(SentencePieceTokenizerConfig(path=TEXT / "tokenizer.model"))
+    ids = [tokenizer.special_id(name, "") for name in ("<|im_start|>", "<|im_end|>")]
+    assert not set(ids) & set(tokenizer.encode("<|im_start|>user<|im_end|>"))
+    assert tokenizer.vocab_size == 2048
