@@ -7,6 +7,7 @@ A change of a shape, a name, a default or a first value of any shipped model sho
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from data_pipeline.media_spec import MediaSpec, Placement
-from mmscale.models.build import build_weights, count_parameters, media_spec
+from mmscale.models.build import ParameterCount, build_weights, count_parameters, media_spec
 from mmscale.models.config import AnyModelConfig, ModelConfig
 from mmscale.models.flops import forward_flops
 from mmscale.nn.init import value_rule
@@ -38,6 +39,12 @@ def files() -> dict[Path, Path]:
     return {path: FOLDER / f"{name_of(path)}.txt" for path in (*MODELS, *own)}
 
 
+@functools.cache
+def counted(config: AnyModelConfig) -> ParameterCount:
+    """Parameters of a model."""
+    return count_parameters(config)
+
+
 def describe(config: AnyModelConfig) -> str:
     """The text."""
     parts = [_counts(config), _flops(config), _memory(config), _parameters(build_weights(config))]
@@ -45,7 +52,7 @@ def describe(config: AnyModelConfig) -> str:
 
 
 def _counts(config: AnyModelConfig) -> list[str]:
-    count = count_parameters(config)
+    count = counted(config)
     rows = {**count.components, "total": count.total, "in use for a token": count.active}
     return ["parameters", *(f"  {name:20} {number:18,}" for name, number in rows.items())]
 
@@ -76,7 +83,7 @@ def _seen(spec: MediaSpec, grid: tuple[int, int], views: int, vocab: int) -> Doc
 
 def _memory(config: AnyModelConfig) -> list[str]:
     """What AdamW in bf16 keeps of all parameters at ZeRO stage 3; activations and buffers come on top."""
-    total = count_parameters(config).total
+    total = counted(config).total
     header = f"GiB a rank, all trained, ZeRO-3{'':9}" + "".join(
         f"{ranks:>10} rank{'s' * (ranks > 1)}" for ranks in RANKS
     )

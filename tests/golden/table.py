@@ -13,7 +13,6 @@ from pathlib import Path
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import LAYOUTS
-from mmscale.models.build import count_parameters
 from mmscale.models.config import (
     AnyModelConfig,
     DecoderConfig,
@@ -23,12 +22,13 @@ from mmscale.models.config import (
 )
 from mmscale.nn.moe import MoeConfig
 from tests.configs.files import CONFIGS, MODELS, REPO, RUNS, bases_of, model_of, name_of
+from tests.golden.describe import counted
 
 README = CONFIGS / "README.md"
 BEGIN, END = "<!-- table: make golden -->", "<!-- end of the table -->"
 HEADER = ("model", "parameters", "decoder", "tower", "connector", "family", "worst errors", "recipes", "unknown")
 _UNKNOWN = re.compile(r"^# unknown: (.*(?:\n# [^:\n]*$)*)", re.MULTILINE)
-_UNKNOWN_HERE = re.compile(r"^\s*(\w+):.*[#;] unknown: (.*)$", re.MULTILINE)
+_UNKNOWN_HERE = re.compile(r"^\s*(\w+):.*[#;] unknown: (?!not published)(.*)$", re.MULTILINE)
 
 
 def written() -> str:
@@ -44,7 +44,7 @@ def row(path: Path) -> tuple[str, ...]:
     """The cells of a model."""
     config = model_of(path)
     decoder, tower, connector = _parts(config)
-    count = count_parameters(config)
+    count = counted(config)
     number = f"{count.total:,}" + (f" ({count.active:,} a token)" if count.active != count.total else "")
     golden = f"../tests/golden/{name_of(path)}.txt"
     families = _families(config)
