@@ -144,7 +144,9 @@ def _sentence(place: str, block: Any, fault: Any) -> str:
         if isinstance(block, dict) and word not in block and block.get("kind") == word:
             continue
         path.append(str(word))
-        known = isinstance(block, dict) and word in block or isinstance(block, list | tuple) and isinstance(word, int)
+        known = (isinstance(block, dict) and word in block) or (
+            isinstance(block, list | tuple) and isinstance(word, int)
+        )
         block = block[word] if known else None
     reason = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
     return f"{'.'.join([place, *path])}: {reason[:1].lower()}{reason[1:]}"

@@ -86,6 +86,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # A process of xdist, which knows its own tests alone.
+        return
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     rows = worst_of(value for report in reports for name, value in report.user_properties if name == PROPERTY)
     if rows:

@@ -67,7 +67,7 @@ def test_a_failure_or_an_unmarked_test_writes_nothing(tmp_path: Path) -> None:
         "import pytest\n@pytest.mark.parity\ndef test_nan(parity):\n    parity('olmo2', 'loss', float('nan'), 1)\n"
         "def test_unmarked(parity):\n    pass\n"
     )
-    done = run(tmp_path)
+    done = run(tmp_path, "-n", "2", "--dist", "loadfile")
     assert "olmo2, loss: nan, allowed 1.0e+00" in done.stdout
     assert "the fixture parity is for tests marked" in done.stdout
     assert (tmp_path / "docs" / "parity.md").read_text() == PAGE
