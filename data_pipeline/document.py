@@ -110,10 +110,12 @@ class MediaItem:
         """
         frames, rows, columns = spec.feature_grid(self.grid)
         if self.kept is None:
-            return [(first, frames * rows * columns)]
+            return [(first, spec.num_features(self.grid))]
         top, left, height, width = self.kept
-        corner = first + top * columns + left
-        return [(corner + (frame * rows + row) * columns, width) for frame in range(frames) for row in range(height)]
+        corner, frame_size = first + spec.class_features + top * columns + left, rows * columns + spec.class_features
+        return [
+            (corner + frame * frame_size + row * columns, width) for frame in range(frames) for row in range(height)
+        ]
 
     def num_features(self, spec: MediaSpec) -> int:
         """Features that it hands on.
@@ -190,4 +192,9 @@ class Document:
 
     def cost(self, spec: MediaSpec) -> float:
         """Time units: see ``MediaSpec.cost``."""
-        return spec.cost(self.num_tokens, self.num_patches)
+        return spec.cost(self.num_tokens, self.computed_patches(spec))
+
+    def computed_patches(self, spec: MediaSpec) -> int:
+        """Patches that the tower computes: its own, or more where absent tiles are computed too."""
+        per_image = spec.patches_per_image
+        return self.num_patches if per_image is None else per_image * len({item.image for item in self.items})

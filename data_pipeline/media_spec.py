@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -37,6 +36,11 @@ class MediaSpec:
         cost_per_patch: Time of one patch in the tower relative to one token in the decoder (alpha).
         fixed_grid: Patches (height, width) of every view, for towers with a fixed position
             table; None at native resolution.
+        class_features: Features of a view (of each of its frames) before those of its patches: 1 where the class token
+            is kept.
+        max_tiles: Tiles of an image that the tower sees together, and has no view of the whole beside them; None if
+            every view is by itself.
+        computes_absent: Whether an image costs ``max_tiles`` tiles, however many it has.
         position_axes: 1 for plain positions, 3 for (time, height, width) positions (Qwen2-VL).
         padding: Whether the model wants to know which patches show padding (Molmo).
         pooled_side: Side of the square of features that each view becomes whatever its grid (MM1.5); None: one feature
@@ -50,6 +54,9 @@ class MediaSpec:
     cost_per_patch: float = 1.0
     fixed_grid: tuple[int, int] | None = None
     position_axes: int = 1
+    class_features: int = 0
+    max_tiles: int | None = None
+    computes_absent: bool = False
     padding: bool = False
     pooled_side: int | None = None
 
@@ -58,6 +65,8 @@ class MediaSpec:
             raise DataConfigError(f"patch_size, merge and channels must be at least 1, got {self}")
         if self.position_axes not in (1, 3):
             raise DataConfigError(f"position_axes={self.position_axes}: must be 1 or 3")
+        if self.class_features and self.placement is not Placement.CROSS_ATTENTION:
+            raise DataConfigError(f"class_features={self.class_features}: only where features are attended")
 
     @property
     def patch_dim(self) -> int:
@@ -78,6 +87,14 @@ class MediaSpec:
     def needs_attended(self) -> bool:
         """Whether each batch must hold an item that is attended."""
         return self.placement in (Placement.CROSS_ATTENTION, Placement.HYBRID)
+
+    @property
+    def patches_per_image(self) -> int | None:
+        """Patches that the tower computes for any image; None: those that its views have."""
+        if self.max_tiles is None or not self.computes_absent:
+            return None
+        _, height, width = self.minimal_grid
+        return self.max_tiles * height * width
 
     def cost(self, tokens: int, patches: int) -> float:
         """Time of so many tokens and patches, in that of one token."""
@@ -110,4 +127,5 @@ class MediaSpec:
         Raises:
             SampleError: as ``feature_grid``.
         """
-        return math.prod(self.feature_grid(grid))
+        time, rows, columns = self.feature_grid(grid)
+        return time * (rows * columns + self.class_features)

@@ -45,12 +45,10 @@ class Load(NamedTuple):
     @classmethod
     def of(cls, document: Document, spec: MediaSpec) -> Load:
         """The load of one document."""
-        patches, embedded, attended = 0, False, False
+        embedded = attended = False
         for item in document.items:
-            patches += item.num_patches
             embedded, attended = embedded or item.embedded, attended or not item.embedded
-        tokens = document.num_tokens
-        return cls(1, tokens, spec.cost(tokens, patches), embedded, attended)
+        return cls(1, document.num_tokens, document.cost(spec), embedded, attended)
 
     def plus(self, other: Load) -> Load:
         """The load of both."""

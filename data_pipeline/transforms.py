@@ -157,11 +157,27 @@ class ImageTransform:
         self._size = self._fixed_size(config)
         if isinstance(config, TilesTransform):
             config.tiling.check(self._size, spec)
+            self._check_tiles(config, spec)
             if spec.placement is Placement.HYBRID and not config.tiling.has_overview:
                 raise DataConfigError(
                     f"transforms.tiling.kind={config.tiling.kind}: has no overview, and the model (connector.kind="
                     "hybrid) writes overviews into token slots; take another tiling or connector"
                 )
+
+    @staticmethod
+    def _check_tiles(config: TilesTransform, spec: MediaSpec) -> None:
+        if spec.max_tiles is None:
+            return
+        if config.tiling.has_overview:
+            raise DataConfigError(
+                f"transforms.tiling.kind={config.tiling.kind}: has an overview, but the vision tower (vision.tiles) "
+                "knows tiles alone; use kind: llama"
+            )
+        if config.tiling.max_tiles > spec.max_tiles:
+            raise DataConfigError(
+                f"transforms.tiling.max_tiles={config.tiling.max_tiles}: the vision tower knows at most "
+                f"{spec.max_tiles} (vision.tiles.max_tiles)"
+            )
 
     def _check_native(self, config: _Native) -> None:
         if self.spec.fixed_grid is not None:

@@ -132,12 +132,24 @@ def _overridden(block: C, overrides: list[dict[str, Any] | None], place: str) ->
     try:
         return type(block).model_validate(merged)
     except ValidationError as error:
-        raise ValueError("; ".join(_sentence(place, fault) for fault in error.errors(include_url=False))) from error
+        raise ValueError(
+            "; ".join(_sentence(place, merged, fault) for fault in error.errors(include_url=False))
+        ) from error
 
 
-def _sentence(place: str, fault: Any) -> str:
+def _sentence(place: str, block: Any, fault: Any) -> str:
+    """``block`` is what was validated: its keys tell those of the place from names of variants between them."""
+    path = []
+    for word in fault["loc"]:
+        if isinstance(block, dict) and word not in block and block.get("kind") == word:
+            continue
+        path.append(str(word))
+        known = (isinstance(block, dict) and word in block) or (
+            isinstance(block, list | tuple) and isinstance(word, int)
+        )
+        block = block[word] if known else None
     reason = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
-    return f"{'.'.join([place, *map(str, fault['loc'])])}: {reason[:1].lower()}{reason[1:]}"
+    return f"{'.'.join([place, *path])}: {reason[:1].lower()}{reason[1:]}"
 
 
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

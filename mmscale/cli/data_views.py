@@ -80,5 +80,5 @@ def _figures(dataset: Any, tokenizer: Any, spec: Any, size: tuple[int, int]) -> 
             }
         )
     tokens = extent.stop - extent.start
-    cost = tokens + spec.cost_per_patch * document.num_patches
+    cost = spec.cost(tokens, document.computed_patches(spec))
     return {"views": rows, "tokens": tokens, "patches": document.num_patches, "cost": round(cost, 1)}

@@ -283,6 +283,8 @@ def computed(config: AnyModelConfig) -> dict[str, Any]:
         _fill_attention(values["vision"], config.vision)
         values["vision"]["layer_scale"] = config.vision.layer_scale is not None
         del values["vision"]["init_std"]
+        for gate in ("gate_init", "global_gate_init"):
+            (values["vision"]["tiles"] or {}).pop(gate, None)
     if not isinstance(config, ModelConfig):
         return values
     decoder, block = config.decoder, values["decoder"]
@@ -296,6 +298,8 @@ def computed(config: AnyModelConfig) -> dict[str, Any]:
         if isinstance(config.connector.projector, MlpProjectorConfig):
             projector["hidden_dim"] = config.connector.projector.hidden_dim or decoder.hidden_dim
         values["connector"].pop("gate_init", None)
+        # Weights go with either; transformers has one of them only.
+        values["connector"].pop("unseen_text", None)
     return values
 
 

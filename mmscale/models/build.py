@@ -17,10 +17,10 @@ from mmscale.models.config import (
     ModelConfig,
     PatchesConfig,
     TowerConfig,
-    VisionConfig,
 )
 from mmscale.models.connectors.cross_attention import CrossAttentionConnector
 from mmscale.models.connectors.embedding import EmbeddingConnector
+from mmscale.models.connectors.unseen_text import absent_features
 from mmscale.models.decoder import Decoder
 from mmscale.models.flops import cost_per_patch
 from mmscale.models.head import LanguageHead
@@ -70,16 +70,19 @@ def build_model(
     tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
     head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
     head.init_std = config.decoder.init_std  # type: ignore[assignment]
-    model = MultimodalModel(config, decoder, head, _tower(config.vision, backend), _connector(config, backend))
+    vision = _tower(config, backend)
+    model = MultimodalModel(config, decoder, head, vision, _connector(config, backend))
     if seed is not None and not any(parameter.is_meta for parameter in model.parameters()):
         initialise_(model, seed)
     return model
 
 
-def _tower(config: VisionConfig | PatchesConfig | None, backend: Backend) -> VisionTower | PixelPatches | None:
-    if config is None:
+def _tower(config: ModelConfig, backend: Backend) -> VisionTower | PixelPatches | None:
+    if config.vision is None:
         return None
-    return PixelPatches(config) if isinstance(config, PatchesConfig) else VisionTower(config, backend)
+    if isinstance(config.vision, PatchesConfig):
+        return PixelPatches(config.vision)
+    return VisionTower(config.vision, backend, absent_features=absent_features(config))
 
 
 def _connector(config: ModelConfig, backend: Backend) -> Connector | None:
@@ -87,7 +90,7 @@ def _connector(config: ModelConfig, backend: Backend) -> Connector | None:
         return None
     if isinstance(config.connector, EmbeddingConnectorConfig):
         return EmbeddingConnector(config.connector, config.vision.feature_dim, config.decoder.hidden_dim)
-    return CrossAttentionConnector(config.connector, config.vision.feature_dim, config.decoder, backend)
+    return CrossAttentionConnector(config.connector, config.vision, config.decoder, backend)
 
 
 class TowerAlone(nn.Module):
@@ -130,6 +133,9 @@ def media_spec(config: ModelConfig) -> MediaSpec:
         cost_per_patch=cost_per_patch(config),
         fixed_grid=config.vision.fixed_grid,
         position_axes=axes,
+        class_features=int(config.vision.class_feature),
+        max_tiles=None if config.vision.tiles is None else config.vision.tiles.max_tiles,
+        computes_absent=config.vision.tiles is not None and config.vision.tiles.attend_absent,
         padding=isinstance(config.connector, EmbeddingConnectorConfig) and config.connector.padding,
         pooled_side=projector.side if isinstance(projector, CAbstractorConfig) else None,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from enum import Enum
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -82,6 +84,25 @@ class DecoderConfig(StrictConfig):
         return self
 
 
+class TilesConfig(StrictConfig):
+    """The tiles of an image know their places in it and see each other.
+
+    Source: Llama 3 (arXiv 2407.21783, section 7.1) and the reference code of Llama 3.2 Vision.
+    """
+
+    max_tiles: int = Field(default=4, ge=1, le=64)
+    """Tiles of an image at most: tables have a row for each grid of so many."""
+    global_layers: int = Field(default=8, ge=0)
+    """Gated blocks behind ``post_norm`` and a second embedding of tiles; ``last_output`` is theirs."""
+    attend_absent: bool = True
+    """Compute absent tiles and rows that fill up each tile, and let every patch attend them, as the published weights
+    were trained: an image costs ``max_tiles`` tiles. False: real patches alone, which computes something else."""
+    gate_init: float = 0.0
+    """Start of the gates of embeddings of tiles; 0 as published: without effect at first."""
+    global_gate_init: float = math.pi / 4
+    """Start of the gates in the global blocks."""
+
+
 class _Pixels(StrictConfig):
     patch_size: int = Field(gt=0)
     """Side of a square patch, pixels."""
@@ -103,6 +124,8 @@ class PatchesConfig(_Pixels):
     """No tower: the features of a patch are its normalised pixels (Fuyu). It has no parameters."""
 
     kind: Literal["patches"]
+    class_feature: ClassVar[bool] = False
+    tiles: ClassVar[None] = None
 
     @property
     def feature_dim(self) -> int:
@@ -133,6 +156,10 @@ class VisionConfig(_Pixels):
     """``learned`` for views of one fixed size, ``rotary_2d`` for native resolution."""
     class_token: bool = False
     """Put a learned token first in every view (CLIP); it is dropped from the features. ``learned`` positions only."""
+    class_feature: bool = False
+    """Keep it: a view's first feature is its class token's (Llama 3.2 Vision). For cross-attention."""
+    tiles: TilesConfig | None = None
+    """Tiles of an image are computed together (Llama 3.2 Vision); null: every view is by itself."""
     patch_bias: bool = False
     """Bias on the patch projection."""
     temporal_patch: int = Field(default=1, gt=0)
@@ -145,6 +172,9 @@ class VisionConfig(_Pixels):
     """Start of learned per-channel factors on the branches (InternViT: 0.1); null for none."""
     feature_layers: tuple[int, ...] = ()
     """0-based blocks whose outputs, not normalised, are concatenated behind the last one's (Llama 3.2 Vision)."""
+    feature_order: Literal["layers", "channels"] = "layers"
+    """How those of ``feature_layers`` lie: one block's channels after the other's, or the first channel of all blocks,
+    then the second, ... (Llama 3.2 Vision)."""
     last_output: bool = True
     """Whether features hold the last block's output, normalised; if not, ``feature_layers`` alone (Molmo)."""
     idle_layers: int = Field(default=0, ge=0)
@@ -185,7 +215,19 @@ class VisionConfig(_Pixels):
             raise ValueError(f"idle_layers={self.idle_layers}: the outputs of the last {unused} blocks are unused")
         if not self.last_output and self.post_norm:
             raise ValueError("last_output=false: post_norm would normalise nothing; set post_norm=false")
+        if self.class_feature and not self.class_token:
+            raise ValueError("class_feature: there is no class token to keep; set class_token=true")
+        if self.tiles is not None:
+            self._check_tiles(self.tiles)
         return self
+
+    def _check_tiles(self, tiles: TilesConfig) -> None:
+        if isinstance(self.positions, Rotary2dConfig):
+            raise ValueError("tiles: are of one size each; use positions.kind=learned, not rotary_2d")
+        if not self.last_output:
+            raise ValueError("last_output=false: what tiles do behind the last block would be unused")
+        if tiles.attend_absent and self.patch_bias:
+            raise ValueError("tiles.attend_absent: an absent tile has no patches to project; set patch_bias=false")
 
 
 def _vision_kind(value: Any) -> Any:
@@ -292,10 +334,22 @@ class _Attended(StrictConfig):
     """Start of the tanh gates on both branches; 0 as published: the decoder is unchanged at first."""
 
 
+class UnseenText(str, Enum):
+    """What cross-attention does for text before the first image of its document."""
+
+    SILENT = "silent"
+    """Nothing, neither attention nor feed-forward: the reference code of Llama 3.2 Vision."""
+    LOOKS_AHEAD = "looks_ahead"
+    """It attends to all images of the document, those that come later and absent tiles included; no feed-forward:
+    transformers."""
+
+
 class CrossAttentionConnectorConfig(_Attended):
     """Every view is attended by gated cross-attention blocks (Llama 3.2 Vision, NVLM-X)."""
 
     kind: Literal["cross_attention"] = "cross_attention"
+    unseen_text: UnseenText = UnseenText.SILENT
+    """Text before the first image: ``silent``, or ``looks_ahead`` to train what transformers computes."""
 
 
 class HybridConnectorConfig(_Attended):
@@ -356,7 +410,21 @@ class ModelConfig(StrictConfig):
                 raise ValueError(f"connector.projector.merge={merge}: must divide both sides of vision.positions.grid")
         if self.vision is not None and self.connector is not None:
             _check_places(self.vision, self.connector.projector)
+            self._check_tiles(self.vision, self.connector)
         return self
+
+    def _check_tiles(self, vision: VisionConfig | PatchesConfig, connector: ConnectorConfig) -> None:
+        if vision.class_feature and not (
+            isinstance(connector, CrossAttentionConnectorConfig) and connector.projector.merge == 1
+        ):
+            raise ValueError(
+                "vision.class_feature: has no place among embedded or merged patches; use connector.kind="
+                "cross_attention with projector.merge=1"
+            )
+        if vision.tiles is not None and isinstance(connector, HybridConnectorConfig):
+            raise ValueError(
+                "vision.tiles: knows tiles alone, but connector.kind=hybrid needs a view of the whole image"
+            )
 
 
 def _check_places(vision: VisionConfig | PatchesConfig, projector: ProjectorConfig) -> None:

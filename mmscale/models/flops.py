@@ -31,8 +31,9 @@ from mmscale.models.config import (
 )
 from mmscale.models.connectors.c_abstractor import SQUEEZE
 from mmscale.models.connectors.cross_attention import cross_attention_shapes, insertion_layers
+from mmscale.models.connectors.unseen_text import looks_ahead, num_absent_rows, with_unseen_text
 from mmscale.models.decoder import block_mlps
-from mmscale.models.vision import frame_lengths
+from mmscale.models.vision import frame_lengths, tile_rows
 from mmscale.nn.attention import AttentionConfig
 from mmscale.nn.block import NormPlacement
 from mmscale.nn.mlp import DenseMlpConfig
@@ -140,7 +141,8 @@ def _parts(config: ModelConfig, batch: MultimodalBatch, rows: int, trained: Coll
     early = not {"decoder", "extra_tokens"}.isdisjoint(trained) or (sees and embeds)
     if config.vision is not None and connector is not None:
         yield from _vision_parts(config, batch, trained)
-        yield from _projector_parts(config, batch.media["image"], trained)
+        media = batch.media["image"]
+        yield from _projector_parts(config, media, _features_in(config, media), trained)
     crossing = (
         []
         if connector is None or isinstance(connector, EmbeddingConnectorConfig)
@@ -167,19 +169,42 @@ def _vision_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collecti
     if not isinstance(vision, VisionConfig):
         return
     learns, dim = "vision" in trained, vision.hidden_dim
-    frames = Segments.from_lengths(frame_lengths(media.grids, extra=int(vision.class_token)))
+    queries, keys = _tower_segments(vision, media)
     yield _Part(media.items.total * _patch_embed(vision), learns, False)
-    linear = frames.total * (_attention_per_row(vision.attention, dim) + _dense(vision.mlp, dim))
-    area = _rectangles(vision.attention, dim, frames, frames)
-    tail = frames.total * _tail(vision.mlp, dim) if vision.layer_scale is None else 0
+    linear = queries.total * (_attention_per_row(vision.attention, dim) + _dense(vision.mlp, dim))
+    area = _rectangles(vision.attention, dim, queries, keys)
+    tail = queries.total * _tail(vision.mlp, dim) if vision.layer_scale is None else 0
     for _ in range(vision.num_layers):
         yield _Part(linear, learns, learns, area, 4 * learns, linear + area - tail)
+    for _ in range(0 if vision.tiles is None else vision.tiles.global_layers):  # A gate needs all of its branch.
+        yield _Part(linear, learns, learns, area, 4 * learns, linear + area)
 
 
-def _projector_parts(config: ModelConfig, media: MediaBlock, trained: Collection[str]) -> Iterator[_Part]:
+def _tower_segments(vision: VisionConfig, media: MediaBlock) -> tuple[Segments, Segments]:
+    """Rows of the tower's stream, and the keys that they see."""
+    rows = tile_rows(vision, media)
+    if rows is None:
+        frames = Segments.from_lengths(frame_lengths(media.grids, extra=int(vision.class_token)))
+        return frames, frames
+    if isinstance(rows.attended, Segments):
+        return rows.attended, rows.attended
+    return rows.attended.queries, rows.attended.keys
+
+
+def _features_in(config: ModelConfig, media: MediaBlock) -> int:
+    """Rows that the tower hands on, before they are merged."""
+    vision, connector = config.vision, config.connector
+    assert vision is not None
+    rows = media.items.total + int(vision.class_feature) * sum(time for time, _, _ in media.grids)
+    if connector is None or not looks_ahead(connector):
+        return rows
+    return rows + sum(num_absent_rows(media, vision, connector.projector.merge))
+
+
+def _projector_parts(config: ModelConfig, media: MediaBlock, rows: int, trained: Collection[str]) -> Iterator[_Part]:
     assert config.connector is not None
     projector, learns = config.connector.projector, "connector" in trained
-    first, *later = _projector_products(config, media.items.total, sum(time for time, _, _ in media.grids))
+    first, *later = _projector_products(config, rows, sum(time for time, _, _ in media.grids))
     before = isinstance(config.connector, EmbeddingConnectorConfig) and config.connector.padding
     if isinstance(projector, CAbstractorConfig):
         before |= projector.positions is not None
@@ -187,7 +212,7 @@ def _projector_parts(config: ModelConfig, media: MediaBlock, trained: Collection
         before |= projector.norm != "none"
     enters, flows = "vision" in trained or (learns and before), learns or "vision" in trained
     if isinstance(projector, AttentionPoolConfig):
-        area = 4 * media.items.total * projector.num_heads * projector.head_dim
+        area = 4 * rows * projector.num_heads * projector.head_dim
         yield _Part(0, False, False, area, 4 * flows)
     yield _Part(first, learns, enters)
     yield from (_Part(flops, learns, flows) for flops in later)
@@ -202,8 +227,13 @@ def _cross_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collectio
     dim = decoder.hidden_dim
     learns, seen = "connector" in trained, "vision" in trained or "connector" in trained
     query = 2 * tokens * dim * attention.num_heads * attention.resolved_head_dim(dim)
-    source = 4 * media.span_keys.total * dim * attention.kv_heads * attention.resolved_head_dim(dim)
-    area = _rectangles(attention, dim, media.span_tokens, media.span_keys)
+    span_keys = media.span_keys
+    if looks_ahead(config.connector):
+        assert config.vision is not None
+        merge = config.connector.projector.merge
+        _, span_keys = with_unseen_text(media, batch.segments, config.vision, merge)
+    source = 4 * span_keys.total * dim * attention.kv_heads * attention.resolved_head_dim(dim)
+    area = _rectangles(attention, dim, media.span_tokens, span_keys)
     after = query + tokens * _dense(mlp, dim)  # The output projection is as large as the query's.
     yield _Part(query, learns, learns or flows, again=query)  # The norm before it learns with it.
     yield _Part(source, learns, seen, again=source)
@@ -292,7 +322,8 @@ def _vision_per_patch(config: VisionConfig | PatchesConfig) -> int:
     if isinstance(config, PatchesConfig):
         return 0
     block = _attention_per_row(config.attention, config.hidden_dim) + _dense(config.mlp, config.hidden_dim)
-    return _patch_embed(config) + config.num_layers * block
+    num_global = 0 if config.tiles is None else config.tiles.global_layers
+    return _patch_embed(config) + (config.num_layers + num_global) * block
 
 
 def _projector_products(config: ModelConfig, patches: int, frames: int) -> list[int]:

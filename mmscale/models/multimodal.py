@@ -117,7 +117,7 @@ class MultimodalModel(nn.Module):
 
     def checkpoint_units(self) -> list[nn.Module]:
         """Blocks worth recomputing in the backward pass."""
-        units: list[nn.Module] = list(self.vision.layers) if self.vision is not None else []
+        units: list[nn.Module] = self.vision.blocks() if isinstance(self.vision, VisionTower) else []
         units += self.connector.blocks_to_recompute() if self.connector is not None else []
         return units + list(self.decoder.layers)
 

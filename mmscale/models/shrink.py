@@ -35,7 +35,7 @@ _LOOSE_WIDTH = 48
 
 
 def shrink(config: C) -> C:
-    """The twin of ``config``: parameters of the same names but for numbers of blocks, below 1.5 million values."""
+    """The twin of ``config``: parameters of the same names but for the numbers of blocks, below two million values."""
     block = config.model_dump()
     merge = max(_values(block, "merge"), default=1)
     depth = 2 * min(2, max(_values(block, "every"), default=1))

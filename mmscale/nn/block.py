@@ -42,6 +42,21 @@ class LayerScale(nn.Module):
         return branch * self.weight
 
 
+class TanhGate(nn.Module):
+    """One learned number on a residual branch, through tanh.
+
+    Source: Flamingo (arXiv 2204.14198), section 2.2.
+    """
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), start))
+        self.constant_init = {"weight": start}
+
+    def forward(self, branch: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        return branch * self.weight.tanh()
+
+
 class TransformerBlock(nn.Module):
     """Attention and feed-forward, each on a residual branch.
 
@@ -54,6 +69,7 @@ class TransformerBlock(nn.Module):
         causal: Rows see earlier rows only.
         placement: Norms before or after the sub-layers.
         layer_scale: Start of the per-channel factors on both branches; None for none.
+        gate: Start of tanh gates on both branches, in the place of ``layer_scale``; None for none.
     """
 
     def __init__(
@@ -67,6 +83,7 @@ class TransformerBlock(nn.Module):
         causal: bool,
         placement: NormPlacement = NormPlacement.PRE,
         layer_scale: float | None = None,
+        gate: float | None = None,
     ) -> None:
         super().__init__()
         self.input_layernorm = build_norm(norm, dim)
@@ -75,8 +92,8 @@ class TransformerBlock(nn.Module):
         self.mlp: nn.Module = Mlp(dim, mlp) if isinstance(mlp, DenseMlpConfig) else MoeMlp(dim, mlp)
         self.has_experts = isinstance(mlp, MoeConfig)
         self.placement = placement
-        self.attention_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.mlp_scale = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.attention_scale = _scale(dim, layer_scale, gate)
+        self.mlp_scale = _scale(dim, layer_scale, gate)
 
     def forward(
         self,
@@ -101,3 +118,9 @@ class TransformerBlock(nn.Module):
             branch = self.mlp(branch)
         branch = self.mlp_scale(branch if pre else self.post_attention_layernorm(branch))
         return hidden + drop(branch, dropout, Branch.FEED_FORWARD), router_losses
+
+
+def _scale(dim: int, layer_scale: float | None, gate: float | None) -> nn.Module:
+    if gate is not None:
+        return TanhGate(gate)
+    return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)

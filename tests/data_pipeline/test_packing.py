@@ -243,3 +243,23 @@ def test_packs_of_emoji_are_full_and_cost_alike() -> None:
     best = pack(emoji(), 4, with_cost=True, strategy="best_fit", look_ahead=32)
     assert best.unused < 0.03
     assert best.imbalance < 1.05
+
+
+def test_an_image_costs_its_absent_tiles_where_the_tower_computes_them() -> None:
+    values = np.zeros((4, 12), np.uint8)
+    whole, part = (
+        MediaItem(values, (1, 2, 2), False),
+        MediaItem(values, (1, 2, 2), False, place=(0, 0), tiles=(1, 2), image=1),
+    )
+    other = MediaItem(values, (1, 2, 2), False, place=(0, 1), tiles=(1, 2), image=1)
+    columns = np.arange(3, dtype=np.int32)
+    document = Document(
+        columns, columns, columns.astype(np.float32), columns, (whole, part, other), columns[:0], (Span(0, (0, 1, 2)),)
+    )
+    alone = {"patch_size": 2, "cost_per_patch": 0.5, "fixed_grid": (2, 2)}
+    costs = [
+        Load.of(document, MediaSpec(Placement.CROSS_ATTENTION, **alone, max_tiles=4, computes_absent=computed)).cost
+        for computed in (False, True)
+    ]
+    assert costs == [3 + 0.5 * 12, 3 + 0.5 * 2 * 4 * 4]
+    assert document.num_patches == 12

@@ -203,3 +203,24 @@ def test_images_of_crowded_samples_are_not_split(tiling: str, split: int, single
     assert {view.tiles for view in split_up} == {_grid_of([view.place for view in split_up])}
     counts = {number: len(transform.measure((168, 336), num_images=number)) for number in (1, 2, 3, 9)}
     assert counts == {1: split, 2: split, 3: single, 9: single}
+
+
+@pytest.mark.parametrize(
+    ("tiling", "said"),
+    [
+        ({"kind": "internvl", "max_tiles": 4}, "has an overview, but the vision tower"),
+        ({"kind": "llama", "max_tiles": 5}, "max_tiles=5: the vision tower knows at most 4"),
+    ],
+)
+def test_tiles_that_the_tower_does_not_know_are_refused(tiling: dict[str, object], said: str) -> None:
+    spec = MediaSpec(Placement.CROSS_ATTENTION, patch_size=14, fixed_grid=(4, 4), max_tiles=4)
+    config = TypeAdapter(TransformConfig).validate_python({"kind": "tiles", "tiling": tiling})
+    with pytest.raises(DataConfigError, match=said):
+        ImageTransform(config, spec)
+
+
+def test_a_kept_class_token_is_a_feature_more() -> None:
+    spec = MediaSpec(Placement.CROSS_ATTENTION, patch_size=14, fixed_grid=(4, 4), class_features=1)
+    assert spec.num_features((1, 4, 4)) == 17
+    with pytest.raises(DataConfigError, match="only where features are attended"):
+        MediaSpec(Placement.EMBEDDING, class_features=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments, ViewPlace
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import Provenance
 
@@ -23,6 +23,8 @@ class Doc:
     dest: list[int] = field(default_factory=list)
     spans: list[tuple[int, list[int]]] = field(default_factory=list)
     null: bool = False
+    tiles: tuple[int, int] | None = None
+    """Grid of the one image whose tiles all views are; None: every view is an image."""
 
 
 def image_document(
@@ -58,12 +60,21 @@ def in_lane(batch: MultimodalBatch, lane: int, dropout_key: int | None) -> Multi
     return replace(batch, lanes=(lane,), lane_tokens=(batch.segments.total,), dropout_key=dropout_key)
 
 
+def _places(doc: Doc, segment: int, image: int) -> list[ViewPlace]:
+    if doc.tiles is None:
+        return [ViewPlace(segment, image + number, (1, 1), None) for number in range(len(doc.views))]
+    rows, columns = doc.tiles
+    return [ViewPlace(segment, image, doc.tiles, (row, column)) for row in range(rows) for column in range(columns)]
+
+
 def pack(docs: list[Doc], spec: MediaSpec) -> MultimodalBatch:
     """Row by row, in plain Python."""
     ids, labels, weights, positions, valid = [], [], [], [], []
     span_tokens, span_keys, keys, source, dest, views = [], [], [], [], [], []
     feature = 0
-    for doc in docs:
+    places: list[ViewPlace] = []
+    for segment, doc in enumerate(docs):
+        places += _places(doc, segment, places[-1].image + 1 if places else 0)
         first, size = len(ids), len(doc.tokens)
         ids += doc.tokens
         labels += [-100 if doc.null else t for t in doc.tokens[1:]] + [-100]
@@ -97,6 +108,7 @@ def pack(docs: list[Doc], spec: MediaSpec) -> MultimodalBatch:
             keys=torch.tensor(keys, dtype=torch.int64),
             span_tokens=Segments.from_lengths(span_tokens),
             span_keys=Segments.from_lengths(span_keys),
+            places=tuple(places),
         )
     return MultimodalBatch(
         token_ids=torch.tensor(ids),

@@ -19,7 +19,7 @@ from mmscale.optim import freeze
 from mmscale.stages import StageConfig
 from tests.models.packs import image_document, pack
 from tests.models.test_branches import QUESTIONS, batch_of, build
-from tests.models.tiny import CONNECTORS, DENSE, LEARNED, MOE, PATCHES, POOLED, VISION, VOCAB, config
+from tests.models.tiny import CONNECTORS, DENSE, LEARNED, MOE, PATCHES, POOLED, TILED, VISION, VOCAB, config
 
 WIDE = {"attention": {"num_heads": 8, "num_kv_heads": 4}, "hidden_dim": 64}
 EVERY_SECOND = {**MOE, "every": 2, "dense": DENSE}
@@ -68,6 +68,8 @@ TRAINED += [["connector", "decoder"], ["vision", "connector", "decoder"]]
 POST = {"norm_placement": "post"}
 SHARED = {**MOE, "shared_gate": False}
 MIDDLE = {**VISION, "num_layers": 3, "feature_layers": [0, 2], "last_output": False, "post_norm": False}
+TILED_AHEAD: dict[str, Any] = {"vision": TILED, "unseen_text": "looks_ahead"}
+TILED_ALONE = {**TILED, "tiles": {**TILED["tiles"], "attend_absent": False}}
 SCALED = {**LEARNED, "layer_scale": 0.1}
 NEW_ROWS = {"vocab_size": VOCAB - 20, "extra_tokens": {"rows": 20}}
 MODELS: list[tuple[str | None, dict[str, Any]]] = [
@@ -78,6 +80,10 @@ MODELS: list[tuple[str | None, dict[str, Any]]] = [
     ("embedding", {"vision": PATCHES}),
     ("embedding", {"projector": POOLED}),
     ("cross_attention", {"projector": {**POOLED, "positions": LEARNED["positions"]}, "vision": LEARNED}),
+    ("cross_attention", {"vision": TILED}),
+    ("cross_attention", {"vision": TILED_ALONE}),
+    ("cross_attention", TILED_AHEAD),
+    ("embedding", {"vision": {**TILED, "class_feature": False}}),
     ("embedding", {"vision": {**VISION, "temporal_patch": 2}}),
     *((kind, {**NEW_ROWS}) for kind in (None, "cross_attention")),
 ]

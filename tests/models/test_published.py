@@ -17,6 +17,10 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "qwen2-72b": 72_706_203_648,
     "olmo-7b-1024": 7_298_617_344,
     "mistral-nemo-12b": 12_247_782_400,
+    "llama3.2-11b-vision": 10_670_220_835,
+    "llama3.2-11b-vision-448": 10_642_941_475,
+    "llama3.2-90b-vision": 88_593_355_323,
+    "llama3.2-90b-vision-448": 88_566_075_963,
     "molmo-7b-o": 7_665_032_192,
     "molmo-7b-d": 8_021_025_280,
     "molmo-72b": 73_308_285_952,
@@ -44,6 +48,12 @@ NOMINAL = {  # Their sizes were not published: models of the published form, nea
     "mm1.5-7b": (7_014_788_672, 7e9),
     "mm1.5-30b": (30_601_908_800, 30e9),
 }
+SPLITS = {  # Vision; projector and cross-attention; text without and with the rows for images.
+    "llama3.2-11b-vision": (863_567_379, 31_461_376 + 1_744_898_064, 8_030_294_016 - 8 * 4096, 8 * 4096),
+    "llama3.2-11b-vision-448": (836_288_019, 31_461_376 + 1_744_898_064, 8_030_294_016 - 8 * 4096, 8 * 4096),
+    "llama3.2-90b-vision": (863_567_379, 62_922_752 + 17_113_093_160, 70_553_772_032 - 8 * 8192, 8 * 8192),
+    "llama3.2-90b-vision-448": (836_288_019, 62_922_752 + 17_113_093_160, 70_553_772_032 - 8 * 8192, 8 * 8192),
+}
 
 
 _WIDTH, _KEYS, _WIDE = 8192, 1024, 29568
@@ -66,8 +76,10 @@ def test_the_published_number_of_parameters(name: str, capsys: pytest.CaptureFix
     assert main(["params", str(FOLDER / f"{name}.yaml"), "--json"]) == 0
     counted = json.loads(capsys.readouterr().out)
     assert counted["total"] == counted["active"] == (COUNTS | FORMULAS)[name]
+    parts = counted["components"]
+    if name in SPLITS:
+        assert tuple(parts[part] for part in ("vision", "connector", "decoder", "extra_tokens")) == SPLITS[name]
     if name in SEEING:
-        parts = counted["components"]
         tower, connector = SEEING[name]
         assert parts["vision"] == tower - (parts["connector"] if connector is None else 0)
         assert connector in (None, parts["connector"])

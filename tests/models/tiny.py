@@ -29,6 +29,13 @@ VISION = {
 }
 LEARNED = {**VISION, "positions": {"kind": "learned", "grid": [2, 4]}, "class_token": True, "pre_norm": True}
 PATCHES = {"kind": "patches", "patch_size": 2}
+TILED = {
+    **LEARNED,
+    "class_feature": True,
+    "feature_layers": [0],
+    "feature_order": "channels",
+    "tiles": {"max_tiles": 3, "global_layers": 1, "gate_init": 0.4},
+}
 MERGED = {"kind": "mlp", "merge": 2, "norm": "after_merge"}
 POOLED: dict[str, Any] = {"kind": "c_abstractor", "side": 3, "hidden_dim": 32, "depth": 2}
 CONNECTORS: dict[str, dict[str, Any]] = {
@@ -44,6 +51,7 @@ def config(
     mlp: dict[str, Any] = DENSE,
     vision: dict[str, Any] = VISION,
     projector: dict[str, Any] | None = None,
+    unseen_text: str | None = None,
     **decoder: Any,
 ) -> ModelConfig:
     """A model with the connector ``kind``, or a text model."""
@@ -54,6 +62,8 @@ def config(
             connector = {**connector, "mlp": DENSE}
         if projector is not None:
             connector = {**connector, "projector": projector}
+        if unseen_text is not None:
+            connector = {**connector, "unseen_text": unseen_text}
         block |= {"vision": vision, "connector": connector}
     return ModelConfig.model_validate(block)
 

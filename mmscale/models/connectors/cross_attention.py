@@ -7,6 +7,7 @@ features --projector--> rows, and tags --keys--> attended rows --k, v per block-
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,8 +16,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import CrossAttentionConnectorConfig, DecoderConfig, HybridConnectorConfig
+from mmscale.models.config import (
+    CrossAttentionConnectorConfig,
+    DecoderConfig,
+    HybridConnectorConfig,
+    PatchesConfig,
+    VisionConfig,
+)
 from mmscale.models.connectors.embedding import build_projector, write_features
+from mmscale.models.connectors.unseen_text import looks_ahead, rows_of_views, with_unseen_text
 from mmscale.models.decoder import Insertion
 from mmscale.models.kv_cache import CrossCache, KVCache
 from mmscale.nn.attention import AttentionConfig, CrossAttention, QkNorm
@@ -82,8 +90,12 @@ class CrossAttentionBlock(nn.Module):
         span_keys: Segments,
         visible: Bool[Tensor, " T"],
         dropout: Dropout | None = None,
+        unseen: Bool[Tensor, " T"] | None = None,
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "A G K"], Float[Tensor, "A G K"]]:
-        """Returns the stream, and the keys and values used, for a cache."""
+        """Returns the stream, and the keys and values used, for a cache.
+
+        ``visible`` rows have something to attend; of these the ``unseen`` ones get no feed-forward.
+        """
         if isinstance(source, CrossCache):
             keys, values = source.keys, source.values
         else:
@@ -92,6 +104,8 @@ class CrossAttentionBlock(nn.Module):
         attended = self.cross_attn(self.input_layernorm(hidden), keys, values, span_tokens, span_keys)
         hidden = hidden + drop(self.cross_attn_attn_gate.tanh() * mask * attended, dropout, Branch.ATTENTION)
         changed = self.mlp(self.post_attention_layernorm(hidden))
+        if unseen is not None:
+            mask = mask * ~unseen.unsqueeze(1)
         hidden = hidden + drop(self.cross_attn_mlp_gate.tanh() * mask * changed, dropout, Branch.FEED_FORWARD)
         return hidden, keys, values
 
@@ -105,12 +119,14 @@ class CrossAttentionConnector(nn.Module):
     def __init__(
         self,
         config: CrossAttentionConnectorConfig | HybridConnectorConfig,
-        feature_dim: int,
+        vision: VisionConfig | PatchesConfig,
         decoder: DecoderConfig,
         backend: Backend,
     ) -> None:
         super().__init__()
-        self.projector = build_projector(feature_dim, decoder.hidden_dim, config.projector)
+        self.vision = vision
+        self.looks_ahead, self.merge = looks_ahead(config), config.projector.merge
+        self.projector = build_projector(vision.feature_dim, decoder.hidden_dim, config.projector)
         attention, mlp = cross_attention_shapes(config, decoder)
         layers = insertion_layers(decoder.num_layers, config.every)
         self.blocks = nn.ModuleDict(
@@ -132,7 +148,15 @@ class CrossAttentionConnector(nn.Module):
         rows = self.projector(features, media.grids)
         if self.embeds:
             hidden = write_features(hidden, rows, media)
-        attended = torch.cat([rows, tags.to(rows.dtype)]).index_select(0, media.keys)
+        absent, unseen = rows[:0], None
+        if self.looks_ahead:
+            unseen = ~rows_with_keys(media.span_tokens, media.span_keys)
+            rows, absent = rows.tensor_split([sum(rows_of_views(media, self.vision, self.merge))])
+            keys, span_keys = with_unseen_text(media, segments, self.vision, self.merge)
+            media = replace(media, keys=keys, span_keys=span_keys)
+        # No tags, no gradient: else keys and values of a frozen connector would want theirs where the decoder learns.
+        further = [each.to(rows.dtype) for each in (tags, absent) if len(each)]
+        attended = torch.cat([rows, *further]).index_select(0, media.keys)
         visible = rows_with_keys(media.span_tokens, media.span_keys)
         last = None if cache is None else _last_span_keys(segments, media, hidden.device)
         insertions = {
@@ -142,6 +166,7 @@ class CrossAttentionConnector(nn.Module):
                 source=attended,
                 media=media,
                 visible=visible,
+                unseen=unseen,
                 cache=cache,
                 last=last,
                 layer=int(layer),
@@ -170,11 +195,12 @@ def _insert(
     source: Tensor,
     media: MediaBlock,
     visible: Tensor,
+    unseen: Tensor | None,
     cache: KVCache | None,
     last: tuple[Tensor, Segments] | None,
     layer: int,
 ) -> Tensor:
-    hidden, keys, values = block(hidden, source, media.span_tokens, media.span_keys, visible, dropout)
+    hidden, keys, values = block(hidden, source, media.span_tokens, media.span_keys, visible, dropout, unseen)
     if cache is not None and last is not None:
         index, pieces = last
         cache.cross[layer] = CrossCache(keys.index_select(0, index), values.index_select(0, index), pieces)
