@@ -33,8 +33,11 @@ IMAGE_ID = 3
 _NAMES = (PAD, BOS, EOS, IMAGE)
 
 
-def tokenizer(special: Sequence[str] = ()) -> Tokenizer:
-    """A token for each byte; 0 to 3 are padding, beginning, end and image, then come ``special``."""
+def tokenizer(special: Sequence[str] = (), bos: str | None = BOS) -> Tokenizer:
+    """A token for each byte; 0 to 3 are padding, beginning, end and image, then come ``special``.
+
+    Documents open with ``bos``; None: with no token.
+    """
     names = [*_NAMES, *special]
     vocabulary = {token: number for number, token in enumerate(names + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     words = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -43,7 +46,7 @@ def tokenizer(special: Sequence[str] = ()) -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         words.save(str(path))
-        return load_tokenizer(HuggingFaceTokenizerConfig(path=path, image_token=IMAGE))
+        return load_tokenizer(HuggingFaceTokenizerConfig(path=path, image_token=IMAGE, bos_token=bos))
 
 
 def text_pages(lengths: Sequence[int], seed: int = 0) -> list[Page]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.families.pages import IMAGE_ID, Page, inputs, picture_pages, pictures, tokenizer
+from benchmarks.families.pages import BOS, IMAGE_ID, Page, inputs, picture_pages, pictures, tokenizer
 from benchmarks.families.pair import Pair, our_twin, randomise
 from benchmarks.families.texts import ROPE, SIZES
+from mmscale.hf.layouts.pixels import CLIP
 from mmscale.models.build import media_spec
 
 WORDS = (8, 120)
@@ -25,10 +26,11 @@ def _pair(
     special: Sequence[str],
     transforms: dict[str, Any],
     images: Images,
+    bos: str | None = BOS,
 ) -> Pair:
     randomise(theirs)
     ours = our_twin(theirs)
-    made = inputs(pages, tokenizer(special), media_spec(ours.config), transforms)
+    made = inputs(pages, tokenizer(special, bos), media_spec(ours.config), transforms)
     arguments = made.padded | images(pages, made.padded["input_ids"])
 
     def run_theirs() -> Tensor:
@@ -150,7 +152,53 @@ def pixtral() -> Pair:
     return _pair("pixtral, 12 pages", theirs, pages, ["<break>", "<end>"], transforms, images)
 
 
+def mllama() -> Pair:
+    """One to four tiles a picture; cross-attention before every fourth block. No token stands before the first picture.
+
+    Theirs has as many tiles as an image may have, and as many images as the fullest page; so has ours of tiles, which
+    the published weights ask for (``vision.tiles.attend_absent``), but not of images.
+    """
+    from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaImageProcessor
+    from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+    from transformers.models.mllama.processing_mllama import (
+        convert_sparse_cross_attention_mask_to_dense,
+        get_cross_attention_token_mask,
+    )
+
+    side, most, layers = 112, 4, SIZES["num_hidden_layers"]
+    vision = MllamaVisionConfig(
+        hidden_size=SIZES["hidden_size"],
+        intermediate_size=SIZES["intermediate_size"],
+        num_hidden_layers=layers,
+        num_global_layers=1,
+        attention_heads=SIZES["num_attention_heads"],
+        vision_output_dim=2 * SIZES["hidden_size"],
+        image_size=side,
+        patch_size=14,
+        max_num_tiles=most,
+        intermediate_layers_indices=[0],
+    )
+    every = min(4, layers)
+    crossed = [block + number for number, block in enumerate(range(every - 1, layers, every))]
+    sizes = {**SIZES, "num_hidden_layers": layers + len(crossed), "num_key_value_heads": 2}
+    text = MllamaTextConfig(**sizes, cross_attention_layers=crossed, rope_parameters=ROPE)
+    theirs = MllamaForConditionalGeneration(
+        MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID)
+    )
+    shape: dict[str, Any] = {"size": {"height": side, "width": side}, "max_image_tiles": most}
+    processor = MllamaImageProcessor(**shape, image_mean=list(CLIP[0]), image_std=list(CLIP[1]))
+
+    def images(pages: Sequence[Page], ids: Tensor) -> dict[str, Tensor]:
+        found = dict(processor([pictures(page) for page in pages], return_tensors="pt"))
+        places = [get_cross_attention_token_mask(row, IMAGE_ID) for row in ids.tolist()]
+        mask = convert_sparse_cross_attention_mask_to_dense(places, found.pop("num_tiles"), most, ids.shape[1])
+        return {**found, "cross_attention_mask": torch.from_numpy(mask)}
+
+    transforms = {"kind": "tiles", "size": side, "tiling": {"kind": "llama"}, "interpolation": "bilinear"}
+    return _pair("mllama, 12 pages", theirs, picture_pages(12, (60, 290), WORDS), [], transforms, images, bos=None)
+
+
 def pairs() -> Iterator[tuple[str, Any]]:
     """Names, and what builds each."""
-    for build in (qwen2_vl, pixtral, fuyu):
+    for build in (mllama, qwen2_vl, pixtral, fuyu):
         yield build.__name__, build
