@@ -49,13 +49,17 @@ def served(mixture_config: DataConfig, tmp_path: Path) -> Iterator[DataConfig]:
         yield DataConfig.model_validate(raw)
 
 
+@pytest.mark.parametrize("pairs", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_digests_are_equal_over_ranks_workers_and_resumes_on_other_ranks(
-    served: DataConfig, hybrid_spec: MediaSpec
+    pairs: str, served: DataConfig, hybrid_spec: MediaSpec
 ) -> None:
+    """``some``: each number of ranks with one or two numbers of workers, and each of these with several of ranks."""
     plain = list(digest(served, hybrid_spec, 1, STEPS))
     assert len({checksum for _, checksum in plain}) == len(STEPS)
     for i, world_size in enumerate(WORLDS):
         for j, workers in enumerate(WORKERS):
+            if pairs == "some" and (i + j) % 2:
+                continue
             resume_at = 1 + (2 * i + j) % 5
             other = WORLDS[(i + j + 1) % len(WORLDS)]
             again = list(digest(served, hybrid_spec, 1, STEPS, world_size, workers, resume_at, other))
