@@ -189,7 +189,8 @@ def mllama() -> Pair:
     processor = MllamaImageProcessor(**shape, image_mean=list(CLIP[0]), image_std=list(CLIP[1]))
 
     def images(pages: Sequence[Page], ids: Tensor) -> dict[str, Tensor]:
-        found = dict(processor([pictures(page) for page in pages], return_tensors="pt"))
+        by_page: Any = [pictures(page) for page in pages]
+        found = dict(processor(by_page, return_tensors="pt"))
         places = [get_cross_attention_token_mask(row, IMAGE_ID) for row in ids.tolist()]
         mask = convert_sparse_cross_attention_mask_to_dense(places, found.pop("num_tiles"), most, ids.shape[1])
         return {**found, "cross_attention_mask": torch.from_numpy(mask)}

@@ -15,10 +15,6 @@ from mmscale.checkpoint.foreign import import_folder
 from mmscale.models.build import TowerAlone, build_model
 from mmscale.models.config import ModelConfig, read_model_config
 from mmscale.nn.attention_backends import resolve_backend
-from tests.models.twins import distance
-
-relative = distance
-"""The largest difference over the largest value."""
 
 
 def imported(source: Path, run: Path) -> tuple[Any, Path]:
