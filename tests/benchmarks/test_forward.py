@@ -8,6 +8,7 @@ import torch
 from benchmarks import forward
 from benchmarks.families import seeing, texts, towers
 
+SEEING = [name for name, _ in seeing.pairs() if name != "mllama"]
 SMALL = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
 
 
@@ -21,7 +22,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(towers, "IMAGES", 2)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "clip", *(name for name, _ in seeing.pairs())])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "mllama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("clip", *SEEING))]
+)
 def test_both_sides_compute_the_same(family: str, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     build = forward.families()[family][0]
     first, second = forward.measure(build(), turns=1)

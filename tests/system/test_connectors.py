@@ -19,7 +19,11 @@ MOE = [
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "overrides",
-    [["model.connector.kind=embedding"], ["model.connector.kind=hybrid"], MOE],
+    [
+        pytest.param(["model.connector.kind=embedding"], marks=pytest.mark.slow),
+        pytest.param(["model.connector.kind=hybrid"], marks=pytest.mark.slow),
+        MOE,
+    ],
     ids=["embedding", "hybrid", "moe"],
 )
 def test_trains_fifty_steps(make_run: MakeRun, overrides: list[str]) -> None:
