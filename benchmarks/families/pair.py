@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from mmscale.checkpoint import load_weights
 from mmscale.checkpoint.foreign import import_folder
-from mmscale.models.build import TowerAlone, build_model
-from mmscale.models.config import ModelConfig, read_model_config
-from mmscale.nn.attention_backends import resolve_backend
+from mmscale.models.build import build_unset
+from mmscale.models.config import read_model_config
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,7 @@ def our_twin(theirs: Any) -> Any:
         source, run = Path(folder) / "theirs", Path(folder) / "run"
         theirs.save_pretrained(source)
         report = import_folder(source, run / "checkpoints")
-        config = read_model_config(report.model)
-        if isinstance(config, ModelConfig):
-            model: Any = build_model(config, attention="auto", seed=None, dtype=torch.float32)
-        else:
-            model = TowerAlone(config, resolve_backend("auto", torch.float32))
+        model = build_unset(read_model_config(report.model), dtype=torch.float32)
         load_weights(model, Path(report.checkpoint))
         return model
 

@@ -106,12 +106,28 @@ class TowerAlone(nn.Module):
         return {"vision": list(self.vision.parameters())}
 
 
+def build_unset(
+    config: AnyModelConfig, *, attention: AttentionChoice = "auto", dtype: torch.dtype | None = None
+) -> MultimodalModel | TowerAlone:
+    """A model or a tower on the current default device, for a caller that loads weights.
+
+    Args:
+        config: What to build.
+        attention: As for ``build_model``.
+        dtype: As for ``build_model``.
+
+    Raises:
+        UnsupportedError: this machine lacks the kernel named by ``attention``.
+    """
+    if isinstance(config, TowerConfig):
+        return TowerAlone(config, resolve_backend(attention, dtype))
+    return build_model(config, attention=attention, seed=None, dtype=dtype)
+
+
 def build_weights(config: AnyModelConfig) -> MultimodalModel | TowerAlone:
     """On the meta device: names and shapes, no values."""
     with torch.device("meta"):
-        if isinstance(config, TowerConfig):
-            return TowerAlone(config, resolve_backend("sdpa", None))
-        return build_model(config, attention="sdpa")
+        return build_unset(config, attention="sdpa")
 
 
 def media_spec(config: ModelConfig) -> MediaSpec:

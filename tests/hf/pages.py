@@ -174,7 +174,7 @@ def compare(
         parity(family, "a packed document against it alone", distance(alone, rows), bounds[0])
 
 
-def bfloat16_errors(source: Path, ours: MultimodalModel, seen: Seen) -> tuple[float, float]:
+def _bfloat16_errors(source: Path, ours: MultimodalModel, seen: Seen) -> tuple[float, float]:
     """Errors of bfloat16 in logits, ours and theirs: root mean squares over that of the logits in float32.
 
     Args:
@@ -192,6 +192,27 @@ def bfloat16_errors(source: Path, ours: MultimodalModel, seen: Seen) -> tuple[fl
     scale = truth.square().mean()
     first, second = (float(((values.float() - truth).square().mean() / scale).sqrt()) for values in (mine, theirs))
     return first, second
+
+
+def bfloat16_ratio(
+    twin: Callable[[int], Any], seen: Callable[[Path, MultimodalModel, list[Page]], Seen], folder: Path
+) -> float:
+    """Our errors of bfloat16 over theirs, summed over four twins.
+
+    Args:
+        twin: A model of transformers, by seed.
+        seen: Pages as both sides see them.
+        folder: For files in between.
+    """
+    errors = []
+    for seed in range(4):
+        place = folder / str(seed)
+        twin(seed).bfloat16().save_pretrained(place / "theirs")
+        ours, _ = imported(place / "theirs", place / "run")
+        pages = seen(place, ours, [PAGES["several"], PAGES["picture first"]])
+        errors.append(_bfloat16_errors(place / "theirs", ours, pages))
+    mine, theirs = (sum(column) for column in zip(*errors, strict=True))
+    return mine / theirs
 
 
 def assert_back_as_it_came(theirs: Any, seen: Callable[[MultimodalModel], Seen], folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,22 +18,14 @@ from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.checkpoint.manifest import read_manifest
 from mmscale.hf.read import INDEX
 from tests.hf.decoders import DECODERS, saved_twin
-from tests.hf.twins import imported, tensors_of, their_gradients
+from tests.hf.twins import imported, loaded, tensors_of, their_gradients
 from tests.models.test_parity import LENGTHS, text_batch
 from tests.models.twins import distance
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
 BOUND, GRADIENT_BOUND = 2e-6, 8e-6
-
-
-def loaded(folder: Path) -> Any:
-    """By transformers, which must find each key and no other."""
-    from transformers import AutoModelForCausalLM
-
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[kind] for kind in info if kind != "error_msgs"), info
-    return model.eval()
+AUTO = "AutoModelForCausalLM"
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -82,7 +73,7 @@ def test_back_as_it_came(name: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert json.loads((tmp_path / "back" / INDEX).read_text())["weight_map"].keys() == after.keys()
-    again = loaded(tmp_path / "back")
+    again = loaded(tmp_path / "back", AUTO)
     assert again.config.to_dict() == {**theirs.config.to_dict(), "_name_or_path": str(tmp_path / "back")}
     ids = text_batch(120).token_ids[None]
     assert torch.equal(again(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
@@ -95,7 +86,7 @@ def test_without_a_folder_like_it_a_family_is_found(name: str, tmp_path: Path) -
     _, checkpoint = imported(tmp_path / "theirs", tmp_path / "run")
     report = export_weights(checkpoint, tmp_path / "back", to=HuggingFace())
     assert report.family == theirs.config.model_type.replace("mistral", "llama")  # The same model in other words.
-    again = loaded(tmp_path / "back")
+    again = loaded(tmp_path / "back", AUTO)
     ids = text_batch(120).token_ids[None]
     assert torch.equal(again(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
 
@@ -109,4 +100,4 @@ def test_bfloat16_stays_as_it_is(tmp_path: Path) -> None:
     assert {values.dtype for values in after.values()} == {torch.bfloat16}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert loaded(tmp_path / "back").dtype == torch.bfloat16
+    assert loaded(tmp_path / "back", AUTO).dtype == torch.bfloat16

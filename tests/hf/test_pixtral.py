@@ -28,7 +28,7 @@ from tests.hf.pages import (
     Page,
     Seen,
     assert_back_as_it_came,
-    bfloat16_errors,
+    bfloat16_ratio,
     builder,
     compare,
     load,
@@ -137,15 +137,8 @@ def test_the_same_logits_loss_and_gradients(name: str, tmp_path: Path, parity: R
 
 
 def test_bfloat16_is_no_further_from_float32_than_theirs(tmp_path: Path, parity: Recorder) -> None:
-    errors = []
-    for seed in range(4):
-        folder = tmp_path / str(seed)
-        twin(seed=seed).bfloat16().save_pretrained(folder / "theirs")
-        ours, _ = imported(folder / "theirs", folder / "run")
-        pages = seen(folder, ours, [PAGES["several"], PAGES["picture first"]])
-        errors.append(bfloat16_errors(folder / "theirs", ours, pages))
-    mine, theirs = (sum(column) for column in zip(*errors, strict=True))
-    parity("llava", "error of bfloat16, over theirs", mine / theirs, 1.1)
+    ratio = bfloat16_ratio(lambda seed: twin(seed=seed), seen, tmp_path)
+    parity("llava", "error of bfloat16, over theirs", ratio, 1.1)
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -12,19 +12,14 @@ from torch import Tensor
 
 from mmscale.checkpoint import load_weights
 from mmscale.checkpoint.foreign import import_folder
-from mmscale.models.build import TowerAlone, build_model
-from mmscale.models.config import ModelConfig, read_model_config
-from mmscale.nn.attention_backends import resolve_backend
+from mmscale.models.build import build_unset
+from mmscale.models.config import read_model_config
 
 
 def imported(source: Path, run: Path) -> tuple[Any, Path]:
     """The model of an imported folder, by the configuration that the report prints, and its checkpoint."""
     report = import_folder(source, run / "checkpoints")
-    config = read_model_config(report.model)
-    if isinstance(config, ModelConfig):
-        model: Any = build_model(config, attention="sdpa", seed=None)
-    else:
-        model = TowerAlone(config, resolve_backend("sdpa", None))
+    model = build_unset(read_model_config(report.model), attention="sdpa")
     load_weights(model, Path(report.checkpoint))
     return model, Path(report.checkpoint)
 

@@ -15,10 +15,9 @@ from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
 from mmscale.config import leaves
-from mmscale.models.build import TowerAlone, build_model, build_weights, count_parameters, media_spec
-from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
+from mmscale.models.build import build_unset, build_weights, count_parameters, media_spec
+from mmscale.models.config import AnyModelConfig, ModelConfig
 from mmscale.models.shrink import shrink
-from mmscale.nn.attention_backends import resolve_backend
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from tests.configs.files import FILES, REPO, model_of, name_of
@@ -94,9 +93,7 @@ def loss_of(config: AnyModelConfig, model: Any) -> Tensor:
 @SHIPPED
 def test_the_twin_trains_a_step(path: Path) -> None:
     config = shrink(model_of(path))
-    model: Any = TowerAlone(config, resolve_backend("sdpa", None)) if isinstance(config, TowerConfig) else None
-    if model is None:
-        model = build_model(config, attention="sdpa", seed=None)
+    model = build_unset(config, attention="sdpa")
     initialise_(model, seed=1)
     model.eval()  # Dropout would need to know the step.
     torch.manual_seed(0)

@@ -41,20 +41,7 @@ def _to_model(keys: Keys) -> TowerConfig:
 
 
 def _to_keys(config: TowerConfig) -> dict[str, Any]:
-    size = vit.image_size(config.vision)
-    processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-    }
-    return {**vit.to_keys(config.vision), **pixels.to_keys(config.vision, **processor)}
+    return {**vit.to_keys(config.vision), **vit.cropped(config.vision)}
 
 
 LAYOUT = Layout(

@@ -92,18 +92,6 @@ def _to_model(keys: Keys) -> TowerConfig:
 def _to_keys(config: TowerConfig) -> dict[str, Any]:
     vision = config.vision
     size = vit.image_size(vision)
-    processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-    }
     return {
         **vit.to_keys(vision),
         "image_size": [size, size],
@@ -117,7 +105,7 @@ def _to_keys(config: TowerConfig) -> dict[str, Any]:
         "use_absolute_position_embeddings": True,
         "use_mask_token": False,
         "use_mean_pooling": not vision.post_norm,
-        **pixels.to_keys(vision, **processor),
+        **vit.cropped(vision),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Row, Rows, rows
+from mmscale.hf.layouts import pixels
 from mmscale.models.config import AnyModelConfig, TowerConfig, VisionConfig
 from mmscale.nn.mlp import Activation
 from mmscale.nn.rope import LearnedPositionsConfig
@@ -171,6 +172,24 @@ def image_size(vision: VisionConfig) -> int:
     if not isinstance(positions, LearnedPositionsConfig) or positions.grid[0] != positions.grid[1]:
         raise CheckpointError("towers of one size have no words for vision.positions other than learned on a square")
     return positions.grid[0] * vision.patch_size
+
+
+def cropped(vision: VisionConfig) -> dict[str, Any]:
+    """The processor's file of towers whose images are resized by their shorter side and cropped: CLIP, InternViT."""
+    size = image_size(vision)
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+    }
+    return pixels.to_keys(vision, **processor)
 
 
 def tower(config: AnyModelConfig) -> VisionConfig:
