@@ -203,8 +203,8 @@ def test_the_load_balance_loss_is_the_published_one_over_experts_per_token(parit
     assert losses[0] > 1.01  # Unbalanced on purpose: 1 is the least.
 
 
-def mllama_text() -> tuple[MultimodalModel, Any]:
-    """Ours, whose tower the test leaves out, and transformers' decoder with one cross-attention block."""
+def test_mllama_text_with_cross_attention(parity: Recorder) -> None:
+    """The image comes first: Hugging Face's form of rows that see no image differs from Meta's, ours is Meta's."""
     from transformers.models.mllama.configuration_mllama import MllamaTextConfig
     from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 
@@ -248,12 +248,6 @@ def mllama_text() -> tuple[MultimodalModel, Any]:
             }
         )
     )
-    return ours, theirs
-
-
-def test_mllama_text_with_cross_attention(parity: Recorder) -> None:
-    """The image comes first: Hugging Face's form of rows that see no image differs from Meta's, ours is Meta's."""
-    ours, theirs = mllama_text()
     table = [
         (r"model\.layers\.3\.", "connector.blocks.3."),
         (r"model\.layers\.4\.", "decoder.layers.3."),
