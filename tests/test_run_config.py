@@ -12,7 +12,7 @@ from data_pipeline.errors import DataConfigError
 from mmscale.cli.main import main
 from mmscale.config import dump, load
 from mmscale.errors import ConfigError
-from mmscale.models.config import HybridConnectorConfig
+from mmscale.models.connector_config import HybridConnectorConfig
 from mmscale.nn.rope import RopeConfig, Rotary2dConfig
 from mmscale.run_config import RunConfig, check_files
 

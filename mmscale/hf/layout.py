@@ -23,14 +23,9 @@ from torch import Tensor
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.models.config import (
-    AnyModelConfig,
-    DecoderConfig,
-    MlpProjectorConfig,
-    ModelConfig,
-    TowerConfig,
-    VisionConfig,
-)
+from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig, TowerConfig
+from mmscale.models.connector_config import MlpProjectorConfig
+from mmscale.models.vision_config import VisionConfig
 
 _SHOWN = 3
 

@@ -8,15 +8,12 @@ import torch
 from torch import nn
 
 from data_pipeline.media_spec import MediaSpec, Placement
-from mmscale.models.config import (
-    AnyModelConfig,
+from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
+from mmscale.models.connector_config import (
     CAbstractorConfig,
     CrossAttentionConnectorConfig,
     EmbeddingConnectorConfig,
     HybridConnectorConfig,
-    ModelConfig,
-    PatchesConfig,
-    TowerConfig,
 )
 from mmscale.models.connectors.cross_attention import CrossAttentionConnector
 from mmscale.models.connectors.embedding import EmbeddingConnector
@@ -26,6 +23,7 @@ from mmscale.models.flops import cost_per_patch
 from mmscale.models.head import LanguageHead
 from mmscale.models.multimodal import Connector, MultimodalModel
 from mmscale.models.vision import PixelPatches, VisionTower
+from mmscale.models.vision_config import PatchesConfig
 from mmscale.nn.attention_backends import AttentionChoice, Backend, resolve_backend
 from mmscale.nn.init import initialise_
 from mmscale.nn.moe import Experts

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from enum import Enum
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from data_pipeline.strict import StrictConfig
+from mmscale.models.connector_config import (
+    CAbstractorConfig,
+    ConnectorConfig,
+    CrossAttentionConnectorConfig,
+    HybridConnectorConfig,
+    ProjectorConfig,
+)
+from mmscale.models.vision_config import AnyVisionConfig, PatchesConfig, VisionConfig
 from mmscale.nn.attention import AttentionConfig
 from mmscale.nn.block import NormPlacement
-from mmscale.nn.mlp import Activation, DenseMlpConfig
+from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.norms import NormConfig
-from mmscale.nn.rope import LearnedPositionsConfig, RopeConfig, Rotary2dConfig, rotated_width
+from mmscale.nn.rope import RopeConfig, rotated_width
 
 MlpConfig = Annotated[DenseMlpConfig | MoeConfig, Field(discriminator="kind")]
-PositionsConfig = Annotated[LearnedPositionsConfig | Rotary2dConfig, Field(discriminator="kind")]
 
 
 class ExtraTokensConfig(StrictConfig):
@@ -82,285 +87,6 @@ class DecoderConfig(StrictConfig):
             if sections is not None and sum(sections) != width // 2:
                 raise ValueError(f"rope.sections={list(sections)}: must sum to {width // 2}, half the rotated channels")
         return self
-
-
-class TilesConfig(StrictConfig):
-    """The tiles of an image know their places in it and see each other.
-
-    Source: Llama 3 (arXiv 2407.21783, section 7.1) and the reference code of Llama 3.2 Vision.
-    """
-
-    max_tiles: int = Field(default=4, ge=1, le=64)
-    """Tiles of an image at most: tables have a row for each grid of so many."""
-    global_layers: int = Field(default=8, ge=0)
-    """Gated blocks behind ``post_norm`` and a second embedding of tiles; ``last_output`` is theirs."""
-    attend_absent: bool = True
-    """Compute absent tiles and rows that fill up each tile, and let every patch attend them, as the published weights
-    were trained: an image costs ``max_tiles`` tiles. False: real patches alone, which computes something else."""
-    gate_init: float = 0.0
-    """Start of the gates of embeddings of tiles; 0 as published: without effect at first."""
-    global_gate_init: float = math.pi / 4
-    """Start of the gates in the global blocks."""
-
-
-class _Pixels(StrictConfig):
-    patch_size: int = Field(gt=0)
-    """Side of a square patch, pixels."""
-    channels: int = Field(default=3, gt=0)
-    """Colour channels."""
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Subtracted from pixels scaled to 0..1, per channel."""
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Divides after that, per channel."""
-
-    @model_validator(mode="after")
-    def _one_per_channel(self) -> _Pixels:
-        if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise ValueError(f"mean and std need {self.channels} values each, got {len(self.mean)} and {len(self.std)}")
-        return self
-
-
-class PatchesConfig(_Pixels):
-    """No tower: the features of a patch are its normalised pixels (Fuyu). It has no parameters."""
-
-    kind: Literal["patches"]
-    class_feature: ClassVar[bool] = False
-    tiles: ClassVar[None] = None
-
-    @property
-    def feature_dim(self) -> int:
-        """Channels of a patch's features."""
-        return self.channels * self.patch_size**2
-
-    @property
-    def fixed_grid(self) -> None:
-        """Views of any size."""
-        return None
-
-
-class VisionConfig(_Pixels):
-    """A vision transformer over packed patches of any number of images."""
-
-    kind: Literal["transformer"] = "transformer"
-    hidden_dim: int = Field(gt=0)
-    """Width of the tower."""
-    num_layers: int = Field(gt=0)
-    """Blocks."""
-    attention: AttentionConfig
-    """Heads, biases, per-head norms."""
-    mlp: DenseMlpConfig
-    """Feed-forward of the blocks."""
-    norm: NormConfig = NormConfig()
-    """Kind and epsilon of all norms."""
-    positions: PositionsConfig
-    """``learned`` for views of one fixed size, ``rotary_2d`` for native resolution."""
-    class_token: bool = False
-    """Put a learned token first in every view (CLIP); it is dropped from the features. ``learned`` positions only."""
-    class_feature: bool = False
-    """Keep it: a view's first feature is its class token's (Llama 3.2 Vision). For cross-attention."""
-    tiles: TilesConfig | None = None
-    """Tiles of an image are computed together (Llama 3.2 Vision); null: every view is by itself."""
-    patch_bias: bool = False
-    """Bias on the patch projection."""
-    temporal_patch: int = Field(default=1, gt=0)
-    """Frames that the patch projection has weights for; a still image counts as so many equal ones (Qwen2-VL: 2)."""
-    pre_norm: bool = False
-    """A norm before the first block (CLIP, Pixtral)."""
-    post_norm: bool = True
-    """A norm after the last block."""
-    layer_scale: float | None = None
-    """Start of learned per-channel factors on the branches (InternViT: 0.1); null for none."""
-    feature_layers: tuple[int, ...] = ()
-    """0-based blocks whose outputs, not normalised, are concatenated behind the last one's (Llama 3.2 Vision)."""
-    feature_order: Literal["layers", "channels"] = "layers"
-    """How those of ``feature_layers`` lie: one block's channels after the other's, or the first channel of all blocks,
-    then the second, ... (Llama 3.2 Vision)."""
-    last_output: bool = True
-    """Whether features hold the last block's output, normalised; if not, ``feature_layers`` alone (Molmo)."""
-    idle_layers: int = Field(default=0, ge=0)
-    """Blocks behind the last of ``feature_layers``, kept because published weights hold them (Molmo: 1). They are
-    computed and learn nothing."""
-    init_std: float | None = Field(default=None, gt=0)
-    """Standard deviation of the first weights; null: ``1 / sqrt(fan-in)``."""
-
-    @property
-    def feature_dim(self) -> int:
-        """Channels of a patch's features."""
-        return self.hidden_dim * (len(self.feature_layers) + self.last_output)
-
-    @property
-    def fixed_grid(self) -> tuple[int, int] | None:
-        """Patches (rows, columns) of every view; None for any size."""
-        return self.positions.grid if isinstance(self.positions, LearnedPositionsConfig) else None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> VisionConfig:
-        head_dim = self.attention.resolved_head_dim(self.hidden_dim)
-        if isinstance(self.positions, Rotary2dConfig):
-            if head_dim % 4:
-                raise ValueError(f"positions.kind=rotary_2d needs heads of a multiple of 4 channels, got {head_dim}")
-            if self.class_token:
-                raise ValueError("class_token: has no place in the grid of rotary_2d positions; use learned positions")
-        if any(not 0 <= layer < self.num_layers for layer in self.feature_layers):
-            raise ValueError(
-                f"feature_layers={list(self.feature_layers)}: blocks are numbered 0..{self.num_layers - 1}"
-            )
-        unused = 0 if self.last_output else self.num_layers - 1 - max(self.feature_layers, default=-1)
-        if unused != self.idle_layers:
-            if not self.idle_layers:
-                raise ValueError(
-                    "last_output=false: the last block's output is unused; build fewer blocks, name it in "
-                    f"feature_layers, or keep it as it is with idle_layers={unused}"
-                )
-            raise ValueError(f"idle_layers={self.idle_layers}: the outputs of the last {unused} blocks are unused")
-        if not self.last_output and self.post_norm:
-            raise ValueError("last_output=false: post_norm would normalise nothing; set post_norm=false")
-        if self.class_feature and not self.class_token:
-            raise ValueError("class_feature: there is no class token to keep; set class_token=true")
-        if self.tiles is not None:
-            self._check_tiles(self.tiles)
-        return self
-
-    def _check_tiles(self, tiles: TilesConfig) -> None:
-        if isinstance(self.positions, Rotary2dConfig):
-            raise ValueError("tiles: are of one size each; use positions.kind=learned, not rotary_2d")
-        if not self.last_output:
-            raise ValueError("last_output=false: what tiles do behind the last block would be unused")
-        if tiles.attend_absent and self.patch_bias:
-            raise ValueError("tiles.attend_absent: an absent tile has no patches to project; set patch_bias=false")
-
-
-def _vision_kind(value: Any) -> Any:
-    """A block without ``kind`` is a transformer."""
-    if isinstance(value, Mapping):
-        return value.get("kind", "transformer")
-    return getattr(value, "kind", None)
-
-
-AnyVisionConfig = Annotated[
-    Annotated[VisionConfig, Tag("transformer")] | Annotated[PatchesConfig, Tag("patches")],
-    Discriminator(_vision_kind),
-]
-
-
-class _Projector(StrictConfig):
-    merge: int = Field(default=1, gt=0)
-    """Side of the square of patches that becomes one feature (pixel shuffle); 1 for none."""
-    norm: Literal["none", "before_merge", "after_merge"] = "none"
-    """Where a layer norm stands: per patch (Qwen2-VL), per merged feature (NVLM), or nowhere."""
-    norm_eps: float = 1e-6
-    """Its epsilon: 1e-6 in Qwen2-VL, 1e-5 in NVLM."""
-    bias: bool = True
-    """Biases on the projections."""
-
-
-class LinearProjectorConfig(_Projector):
-    """One linear layer."""
-
-    kind: Literal["linear"] = "linear"
-
-
-class MlpProjectorConfig(_Projector):
-    """Two linear layers."""
-
-    kind: Literal["mlp"] = "mlp"
-    hidden_dim: int | None = None
-    """Channels between the layers; null: the decoder's width."""
-    activation: Activation = Activation.GELU
-    """Between the layers."""
-
-
-class AttentionPoolConfig(StrictConfig):
-    """The mean of a square of patches attends these patches; a feed-forward of its own width follows (Molmo)."""
-
-    kind: Literal["attention_pool"] = "attention_pool"
-    merge: int = Field(default=2, gt=0)
-    """Side of the square of patches that becomes one feature."""
-    num_heads: int = Field(gt=0)
-    """H of the pooling attention; its projections have biases."""
-    head_dim: int = Field(gt=0)
-    """K; what is pooled has ``num_heads * head_dim`` channels."""
-    mlp: DenseMlpConfig
-    """From the pooled channels to the decoder's width."""
-
-
-class CAbstractorConfig(StrictConfig):
-    """Convolutions over the grid of a view, pooled to a square in their midst (Honeybee, MM1, MM1.5)."""
-
-    kind: Literal["c_abstractor"] = "c_abstractor"
-    side: int = Field(default=12, gt=0)
-    """Side of the square of features that each view becomes."""
-    hidden_dim: int = Field(gt=0)
-    """Channels of the convolutions."""
-    depth: int = Field(default=3, gt=0)
-    """Blocks before the pooling, and as many behind it."""
-    positions: LearnedPositionsConfig | None = None
-    """A learned vector added at each place of the tower's grid, which must be the tower's; null for none."""
-
-    @property
-    def merge(self) -> int:
-        """Grids of any sides are pooled."""
-        return 1
-
-
-ProjectorConfig = Annotated[
-    LinearProjectorConfig | MlpProjectorConfig | AttentionPoolConfig | CAbstractorConfig, Field(discriminator="kind")
-]
-
-
-class EmbeddingConnectorConfig(StrictConfig):
-    """Image features take the place of token embeddings (LLaVA, Qwen2-VL, Pixtral, NVLM-D), or are added (Molmo)."""
-
-    kind: Literal["embedding"] = "embedding"
-    projector: ProjectorConfig = MlpProjectorConfig()
-    """From tower features to the decoder's width."""
-    combine: Literal["replace", "add"] = "replace"
-    """What features do to the embeddings of their placeholders."""
-    padding: bool = False
-    """Add learned vectors to the features of patches that show padding, one kind where all of the patch is padding
-    and another where some of it is (Molmo)."""
-
-
-class _Attended(StrictConfig):
-    projector: ProjectorConfig = LinearProjectorConfig()
-    """From tower features to the decoder's width."""
-    every: int = Field(default=4, gt=0)
-    """A cross-attention block stands before decoder blocks n-1, 2n-1, ... (0-based)."""
-    attention: AttentionConfig | None = None
-    """Heads of the cross-attention; null: as the decoder's."""
-    mlp: DenseMlpConfig | None = None
-    """Feed-forward of the cross-attention blocks; null: as the decoder's, which must be dense then."""
-    gate_init: float = 0.0
-    """Start of the tanh gates on both branches; 0 as published: the decoder is unchanged at first."""
-
-
-class UnseenText(str, Enum):
-    """What cross-attention does for text before the first image of its document."""
-
-    SILENT = "silent"
-    """Nothing, neither attention nor feed-forward: the reference code of Llama 3.2 Vision."""
-    LOOKS_AHEAD = "looks_ahead"
-    """It attends to all images of the document, those that come later and absent tiles included; no feed-forward:
-    transformers."""
-
-
-class CrossAttentionConnectorConfig(_Attended):
-    """Every view is attended by gated cross-attention blocks (Llama 3.2 Vision, NVLM-X)."""
-
-    kind: Literal["cross_attention"] = "cross_attention"
-    unseen_text: UnseenText = UnseenText.SILENT
-    """Text before the first image: ``silent``, or ``looks_ahead`` to train what transformers computes."""
-
-
-class HybridConnectorConfig(_Attended):
-    """The overview takes token places, tiles are attended (NVLM-H)."""
-
-    kind: Literal["hybrid"] = "hybrid"
-
-
-ConnectorConfig = Annotated[
-    EmbeddingConnectorConfig | CrossAttentionConnectorConfig | HybridConnectorConfig, Field(discriminator="kind")
-]
 
 
 class TowerConfig(StrictConfig):

@@ -18,22 +18,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
-from mmscale.models.config import (
+from mmscale.models.config import DecoderConfig, ModelConfig
+from mmscale.models.connector_config import (
     AttentionPoolConfig,
     CAbstractorConfig,
     CrossAttentionConnectorConfig,
-    DecoderConfig,
     EmbeddingConnectorConfig,
     MlpProjectorConfig,
-    ModelConfig,
-    PatchesConfig,
-    VisionConfig,
 )
 from mmscale.models.connectors.c_abstractor import SQUEEZE
 from mmscale.models.connectors.cross_attention import cross_attention_shapes, insertion_layers
 from mmscale.models.connectors.unseen_text import looks_ahead, num_absent_rows, with_unseen_text
 from mmscale.models.decoder import block_mlps
 from mmscale.models.vision import frame_lengths, tile_rows
+from mmscale.models.vision_config import PatchesConfig, VisionConfig
 from mmscale.nn.attention import AttentionConfig
 from mmscale.nn.block import NormPlacement
 from mmscale.nn.mlp import DenseMlpConfig

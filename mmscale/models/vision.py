@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.batch import AttentionSegments, MediaBlock, Segments
-from mmscale.models.config import PatchesConfig, VisionConfig
 from mmscale.models.tiles import TileRows, on_device
+from mmscale.models.vision_config import PatchesConfig, VisionConfig
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.block import TransformerBlock
 from mmscale.nn.init import set_init_scale

@@ -29,8 +29,8 @@ from data_pipeline.packing import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
 from data_pipeline.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, load_tokenizer
 from mmscale.checkpoint.export import HuggingFace, export_weights
-from mmscale.models.config import VisionConfig
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.patch_embed import PatchEmbed
 from tests.hf.twins import imported, loaded, tensors_of, their_gradients
 from tests.models.twins import distance

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import MultimodalBatch
 from mmscale.models.build import build_model, media_spec
-from mmscale.models.config import AttentionPoolConfig, ModelConfig
+from mmscale.models.config import ModelConfig
+from mmscale.models.connector_config import AttentionPoolConfig
 from mmscale.models.connectors.attention_pool import AttentionPool
 from mmscale.models.connectors.padding import PaddingEmbedding, padding_of_patches
 from mmscale.models.flops import cost_per_patch

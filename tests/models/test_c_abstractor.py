@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from data_pipeline.media_spec import MediaSpec, Placement
 from mmscale.models.build import build_model, media_spec
-from mmscale.models.config import CAbstractorConfig
+from mmscale.models.connector_config import CAbstractorConfig
 from mmscale.models.connectors.c_abstractor import CAbstractor, by_grid
 from mmscale.nn.init import initialise_
 from tests.models.packs import image_document, pack

@@ -456,7 +456,7 @@ def test_qwen2_vl_positions_and_merger(parity: Recorder) -> None:
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLConfig, Qwen2VLTextConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger, Qwen2VLTextModel
 
-    from mmscale.models.config import MlpProjectorConfig
+    from mmscale.models.connector_config import MlpProjectorConfig
     from mmscale.models.connectors.projector import Projector, merge_order
     from mmscale.nn.rope import Rotary2dConfig, image_rotation
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.models.config import VisionConfig
+from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.rope import FrequencyLayout, Rotary2dConfig
 
 

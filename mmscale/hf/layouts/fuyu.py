@@ -8,7 +8,9 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Axes, Layout, Row, Rows, under
 from mmscale.hf.layouts import persimmon, pixels
-from mmscale.models.config import EmbeddingConnectorConfig, ModelConfig, PatchesConfig
+from mmscale.models.config import ModelConfig
+from mmscale.models.connector_config import EmbeddingConnectorConfig
+from mmscale.models.vision_config import PatchesConfig
 
 
 def _rows(config: ModelConfig) -> Rows:

@@ -11,7 +11,8 @@ from typing import Any
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout, Row, Rows, rows
 from mmscale.hf.layouts import internvl_vision, pixels, vit
-from mmscale.models.config import TowerConfig, VisionConfig
+from mmscale.models.config import TowerConfig
+from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.attention import QkNorm
 
 _LAYER = "encoder.layers.{n}."

@@ -8,7 +8,8 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout, Row, Rows, rows
 from mmscale.hf.layouts import pixels, vit
-from mmscale.models.config import TowerConfig, VisionConfig
+from mmscale.models.config import TowerConfig
+from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.attention import QkNorm
 from mmscale.nn.norms import NormKind
 

@@ -11,7 +11,9 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout, Rows, rows, under
 from mmscale.hf.layouts import axial, decoder, llama, mistral, pixels, qwen2, vit
-from mmscale.models.config import EmbeddingConnectorConfig, MlpProjectorConfig, ModelConfig, VisionConfig
+from mmscale.models.config import ModelConfig
+from mmscale.models.connector_config import EmbeddingConnectorConfig, MlpProjectorConfig
+from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.rope import FrequencyLayout
 
 _TEXTS = {layout.model_type: layout for layout in (mistral.LAYOUT, llama.LAYOUT, qwen2.LAYOUT)}

@@ -12,14 +12,10 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout, Row, Rows, rows
 from mmscale.hf.layouts import decoder, pixels
-from mmscale.models.config import (
-    CrossAttentionConnectorConfig,
-    LinearProjectorConfig,
-    ModelConfig,
-    TilesConfig,
-    VisionConfig,
-)
+from mmscale.models.config import ModelConfig
+from mmscale.models.connector_config import CrossAttentionConnectorConfig, LinearProjectorConfig
 from mmscale.models.connectors.cross_attention import insertion_layers
+from mmscale.models.vision_config import TilesConfig, VisionConfig
 from mmscale.nn.rope import LearnedPositionsConfig
 from mmscale.nn.tile_embed import num_grids, tile_grids
 

@@ -13,7 +13,9 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Axes, Layout, Row, Rows, rows, under
 from mmscale.hf.layouts import pixels
-from mmscale.models.config import EmbeddingConnectorConfig, ModelConfig, VisionConfig
+from mmscale.models.config import ModelConfig
+from mmscale.models.connector_config import EmbeddingConnectorConfig
+from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.rope import LearnedPositionsConfig, RopeConfig
 

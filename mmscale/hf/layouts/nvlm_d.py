@@ -16,7 +16,9 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout, Row, Rows, rows, under
 from mmscale.hf.layouts import decoder, intern_vit_6b, pixels, vit
-from mmscale.models.config import EmbeddingConnectorConfig, MlpProjectorConfig, ModelConfig, VisionConfig
+from mmscale.models.config import ModelConfig
+from mmscale.models.connector_config import EmbeddingConnectorConfig, MlpProjectorConfig
+from mmscale.models.vision_config import VisionConfig
 
 _DUMMY_HEADS = 7
 _QWEN2 = ["Qwen2ForCausalLM"]

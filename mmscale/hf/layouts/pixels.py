@@ -6,7 +6,7 @@ from typing import Any
 
 from mmscale.hf.keys import Keys
 from mmscale.hf.read import PREPROCESSOR
-from mmscale.models.config import PatchesConfig, VisionConfig
+from mmscale.models.vision_config import PatchesConfig, VisionConfig
 
 Statistics = tuple[float, ...]
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -11,7 +11,9 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout, Row, Rows, rows
 from mmscale.hf.layouts import axial, decoder, pixels, qwen2
-from mmscale.models.config import EmbeddingConnectorConfig, ModelConfig, VisionConfig
+from mmscale.models.config import ModelConfig
+from mmscale.models.connector_config import EmbeddingConnectorConfig
+from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.rope import FrequencyLayout
 
 _BLOCK, _THEIRS = "vision.layers.{n}.", "visual.blocks.{n}."

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmscale.models.config import AttentionPoolConfig
+from mmscale.models.connector_config import AttentionPoolConfig
 from mmscale.models.connectors.projector import merge_order
 from mmscale.nn.mlp import Mlp
 

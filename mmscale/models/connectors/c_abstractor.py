@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmscale.models.config import CAbstractorConfig
+from mmscale.models.connector_config import CAbstractorConfig
 from mmscale.nn.patch_embed import LearnedPositions
 
 Planes = Sequence[tuple[int, int, int]]

@@ -16,17 +16,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import (
-    CrossAttentionConnectorConfig,
-    DecoderConfig,
-    HybridConnectorConfig,
-    PatchesConfig,
-    VisionConfig,
-)
+from mmscale.models.config import DecoderConfig
+from mmscale.models.connector_config import CrossAttentionConnectorConfig, HybridConnectorConfig
 from mmscale.models.connectors.embedding import build_projector, write_features
 from mmscale.models.connectors.unseen_text import looks_ahead, rows_of_views, with_unseen_text
 from mmscale.models.decoder import Insertion
 from mmscale.models.kv_cache import CrossCache, KVCache
+from mmscale.models.vision_config import PatchesConfig, VisionConfig
 from mmscale.nn.attention import AttentionConfig, CrossAttention, QkNorm
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.dropout import Branch, Dropout, drop

@@ -8,7 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import AttentionPoolConfig, CAbstractorConfig, EmbeddingConnectorConfig, ProjectorConfig
+from mmscale.models.connector_config import (
+    AttentionPoolConfig,
+    CAbstractorConfig,
+    EmbeddingConnectorConfig,
+    ProjectorConfig,
+)
 from mmscale.models.connectors.attention_pool import AttentionPool
 from mmscale.models.connectors.c_abstractor import CAbstractor
 from mmscale.models.connectors.padding import PaddingEmbedding

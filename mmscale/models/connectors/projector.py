@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmscale.models.config import LinearProjectorConfig, MlpProjectorConfig
+from mmscale.models.connector_config import LinearProjectorConfig, MlpProjectorConfig
 from mmscale.nn.mlp import ACTIVATIONS
 from mmscale.nn.norms import NormConfig, NormKind, build_norm
 

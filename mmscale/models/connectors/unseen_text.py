@@ -15,8 +15,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import CrossAttentionConnectorConfig, ModelConfig, PatchesConfig, UnseenText, VisionConfig
+from mmscale.models.config import ModelConfig
+from mmscale.models.connector_config import CrossAttentionConnectorConfig, UnseenText
 from mmscale.models.tiles import tiles_of_images
+from mmscale.models.vision_config import PatchesConfig, VisionConfig
 
 
 def looks_ahead(config: object) -> bool:
