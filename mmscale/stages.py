@@ -6,6 +6,7 @@ only weights are handed on (new optimizer state, new schedule), and model and da
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -94,7 +95,11 @@ class StageConfig(StrictConfig):
         warmups = _by_component(self.warmup_steps)
         if max(warmups.values(), default=0) > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is longer than the stage (steps={self.steps})")
-        named = {"learning_rate": self.learning_rate, "warmup_steps": warmups, "clip": _by_component(self.clip)}
+        named: dict[str, Mapping[str, float]] = {
+            "learning_rate": self.learning_rate,
+            "warmup_steps": warmups,
+            "clip": _by_component(self.clip),
+        }
         for key, values in named.items():
             unknown = set(values) - set(self.train) - {DEFAULT}
             if unknown and ALL not in self.train:
