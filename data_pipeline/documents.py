@@ -83,15 +83,15 @@ class _Draft:
     def add_image(self, views: tuple[MediaItem, ...], image_id: int, layout: ImageLayout) -> None:
         """Appends the tokens of an image as it is laid out; none of them is learned."""
         assert not self.branches, "an image in a branch would be attended by the branches after it"
-        start, first_item = len(self.ids), len(self.items)
-        self.items.extend(replace(view, image=len(self.images)) for view in layout.tagged(views))
+        start, first_item, number = len(self.ids), len(self.items), len(self.images)
+        self.items.extend(replace(view, image=number) for view in layout.tagged(views, number))
         self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
         slots = {
             number: np.empty(view.num_features(self.spec), dtype=np.int32)
             for number, view in enumerate(views)
             if view.embedded
         }
-        for run in layout.runs(views, self.spec):
+        for run in layout.runs(views, number, self.spec):
             own = run.view if isinstance(run, Text) else None
             self._attend(self.run if own is None else (first_item + own,))
             if isinstance(run, Features):
