@@ -78,7 +78,7 @@ class Budget:
         self.spec = spec
         self.null = null
         self._null_load = Load.of(null, spec)._replace(documents=0)  # It counts for room, not as a sample.
-        self._needs = (spec.needs_embedded, spec.needs_attended)
+        self._needs = (spec.needs_embedded, spec.needs_apart)
         least = null.num_tokens + 1
         if config.max_tokens < least:
             raise DataConfigError(

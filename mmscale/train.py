@@ -45,8 +45,7 @@ from mmscale.metrics.peaks import Peak
 from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import CaptionedImage, batch_images
 from mmscale.metrics.trace import Trace, open_trace
-from mmscale.models.build import build_model
-from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.build import AnyModel, build_model
 from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
@@ -189,7 +188,7 @@ def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:
         run.log.note(f"stage {name}, weights of {path}: {report}")
 
 
-def build(config: RunConfig, world: World, stage: int) -> MultimodalModel:
+def build(config: RunConfig, world: World, stage: int) -> AnyModel:
     """The model of a stage with its first values, the same at every world size. All ranks must call."""
     precision = choose_precision(config.engine, world.device)
     model = config.stage_model(stage)

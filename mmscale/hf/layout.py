@@ -24,7 +24,7 @@ from torch import Tensor
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig, TowerConfig
-from mmscale.models.connector_config import MlpProjectorConfig
+from mmscale.models.connector_config import ContrastiveConnectorConfig, MlpProjectorConfig
 from mmscale.models.vision_config import VisionConfig
 
 _SHOWN = 3
@@ -288,7 +288,7 @@ def computed(config: AnyModelConfig) -> dict[str, Any]:
     if decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:  # Else ids are read that have no logit.
         del block["extra_tokens"]
     del block["dropout"], block["dropout_rows"], block["init_std"]  # Of training, and of its beginning.
-    if config.connector is not None:
+    if config.connector is not None and not isinstance(config.connector, ContrastiveConnectorConfig):
         projector = values["connector"]["projector"]
         if isinstance(config.connector.projector, MlpProjectorConfig):
             projector["hidden_dim"] = config.connector.projector.hidden_dim or decoder.hidden_dim
