@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from data_pipeline.config import PackingConfig
-from data_pipeline.cutting import longest_part, split
+from data_pipeline.cutting import closed, longest_part, split
 from data_pipeline.document import Document, Empty
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.media_spec import MediaSpec
+from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.state import Drawn, StreamPosition
 
 
@@ -79,6 +79,12 @@ class Budget:
         self.null = null
         self._null_load = Load.of(null, spec)._replace(documents=0)  # It counts for room, not as a sample.
         self._needs = (spec.needs_embedded, spec.needs_apart)
+        self._pairs = spec.placement is Placement.PAIR
+        if self._pairs and config.too_long == "split":
+            raise DataConfigError(
+                "packing.too_long=split: the later parts of a text would have no image to be compared with; use "
+                "truncate, which keeps the end token, or error"
+            )
         least = null.num_tokens + 1
         if config.max_tokens < least:
             raise DataConfigError(
@@ -123,6 +129,8 @@ class Budget:
         elif self.config.too_long == "truncate":
             first = longest_part(document, 0, self._alone)
             parts = [] if first is None else [first]
+            if self._pairs:  # The last token stands for the text.
+                parts = [closed(part, document) for part in parts if part.images and part.num_tokens > 1]
         parts = [part for part in parts if part.loss_weights.any()]
         if parts:
             return parts

@@ -50,11 +50,11 @@ class ContrastiveConnector(nn.Module):
         self.visual_projection = nn.Linear(feature_dim, config.dim, bias=False)
         self.text_projection = nn.Linear(dim, config.dim, bias=False)
         self.constant_init = {"logit_scale": math.log(config.first_scale)}
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.first_scale)))
+        self.logit_scale = nn.Parameter(torch.empty(1))  # DeepSpeed takes no scalar.
         bias = config.first_bias
         if bias is not None:
             self.constant_init["logit_bias"] = bias
-        self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.tensor(bias)))
+        self.register_parameter("logit_bias", None if bias is None else nn.Parameter(torch.empty(1)))
 
     def forward(
         self,
@@ -79,8 +79,8 @@ class ContrastiveConnector(nn.Module):
         return PairVectors(
             F.normalize(self.visual_projection(images).float(), dim=-1),
             F.normalize(self.text_projection(hidden.index_select(0, ends)).float(), dim=-1),
-            self.logit_scale.float(),
-            None if self.logit_bias is None else self.logit_bias.float(),
+            self.logit_scale.float().squeeze(0),
+            None if self.logit_bias is None else self.logit_bias.float().squeeze(0),
         )
 
     def _pooled(self, features: Tensor, media: MediaBlock) -> Tensor:
