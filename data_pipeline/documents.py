@@ -330,9 +330,9 @@ class DocumentBuilder:
         embedded = 0
         for item in draft.items:
             embedded += item.num_features(self.spec) * item.embedded  # Refuses attended grids too.
-        expected = embedded or len(draft.images)  # One anchor for an image without embedded views.
         if self.spec.placement is Placement.PAIR:
-            expected = 0
+            return  # No token stands for the image, and CLIP's vocabulary has none that could.
+        expected = embedded or len(draft.images)  # One anchor for an image without embedded views.
         found = draft.ids.count(self.tokenizer.image_id)
         if found != expected:
             raise SampleError(

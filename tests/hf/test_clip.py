@@ -6,24 +6,32 @@ loss to the bit, gradients 3.9e-6 (of a norm's bias, of which both are 3e-6 away
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from data_pipeline.batch import MultimodalBatch, Segments
+from data_pipeline.config import DatasetConfig, PackingConfig
+from data_pipeline.documents import DocumentBuilder, null_document
+from data_pipeline.packing import Budget
+from data_pipeline.sample import ImagePart, Provenance, Sample
+from data_pipeline.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.checkpoint.foreign import import_folder
 from mmscale.checkpoint.manifest import newest_of, read_manifest
 from mmscale.checkpoint.warm_start import match
+from mmscale.dist import World
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_for, layout_of
-from mmscale.models.build import build_weights
+from mmscale.models.build import build_weights, media_spec
 from mmscale.models.config import ModelConfig
+from mmscale.objectives.contrastive import Contrastive
 from tests.hf.towers import SIZES, images, normalised, ours_of
 from tests.hf.twins import imported, loaded, tensors_of, their_gradients
 from tests.models.twins import distance, randomise
@@ -104,8 +112,8 @@ def test_the_same_similarities_loss_and_gradients(text: dict[str, Any], tmp_path
     parity("clip", "text vectors", distance(vectors.texts, expected.text_embeds), BOUND)
     parity("clip", "logits", distance(similarities, expected.logits_per_image), BOUND)
     parity("clip", "logits", distance(similarities.T, expected.logits_per_text), BOUND)
-    own = torch.arange(len(LENGTHS))
-    loss = (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.T, own)) / 2
+    objective = Contrastive(ours.config.connector, World(0, 1, 0, torch.device("cpu")))
+    loss = objective(ours, batch).loss_sum / objective.weight(batch)
     parity("clip", "loss", distance(loss, expected.loss), BOUND)
     loss.backward()
     expected.loss.backward()
@@ -229,3 +237,47 @@ def test_what_it_has_no_words_for_is_refused(case: str, tmp_path: Path) -> None:
         layout_of("clip").config_values(config)
     with pytest.raises(CheckpointError, match="no family can hold this model"):
         layout_for(config)
+
+
+WORDS = ["red</w>", "apple</w>", "photo</w>", "of</w>", "a</w>", "the</w>"]
+
+
+def tokenizer(folder: Path) -> Any:
+    """CLIP's, with all bytes, bytes at the end of a word, a few words, and the two tokens at the end."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    pieces, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
+    for word in WORDS:
+        built, *rest = [*word.removesuffix("</w>")[:-1], f"{word.removesuffix('</w>')[-1]}</w>"]
+        for piece in rest:
+            merges.append((built, piece))
+            built += piece
+            pieces.append(built)
+    vocabulary = {
+        piece: number for number, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))
+    }
+    made = CLIPTokenizer(vocabulary, list(dict.fromkeys(merges)))
+    made.save_pretrained(folder)
+    return made
+
+
+def test_its_tokenizer_gives_the_same_ids_and_cuts_them_alike(tmp_path: Path) -> None:
+    """Through a document of a pair, whose text has no more tokens than the model has positions."""
+    theirs = tokenizer(tmp_path)
+    names = {"bos_token": "<|startoftext|>"} | dict.fromkeys(("eos_token", "pad_token", "image_token"), "<|endoftext|>")
+    ours = load_tokenizer(HuggingFaceTokenizerConfig(path=tmp_path / "tokenizer.json", **names))
+    spec = media_spec(layout_of("clip").model_config(twin(vocab_size=ours.vocab_size).config.to_dict(), "its"))
+    dataset = {"name": "d", "manifest": "m", "template": {"kind": "caption", "prompts": [""], "answers": ["{text}"]}}
+    builder = DocumentBuilder(DatasetConfig.model_validate(dataset), ours, spec)
+    budget = Budget(PackingConfig(max_tokens=99, too_long="truncate"), spec, null_document(spec, ours.pad_id))
+    picture = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE)).save(picture, "PNG")
+    for text in ["A photo of a red apple", "the  APPLE's\n42", "Äpfel 🍎 été", "red", "of " * 30]:
+        sample = Sample((ImagePart(picture.getvalue(), "png"),), {"text": text}, Provenance("d", "s", "k", 0))
+        (document,) = budget.admit(builder(sample))
+        expected = theirs(text, truncation=True, max_length=TEXT["max_position_embeddings"])["input_ids"]
+        assert document.token_ids.tolist() == expected
+    assert ours.decode(ours.encode("A photo  of 3 apples")) == "a photo of 3 apples"
+    assert ours.eos_id not in ours.encode("red <|endoftext|> apple")

@@ -19,7 +19,7 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout, Rows, rows
+from mmscale.hf.layout import Layout, Row, Rows, rows
 from mmscale.hf.layouts import clip_vision, pixels, vit
 from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.config import DecoderConfig, ModelConfig
@@ -51,6 +51,7 @@ def _rows(config: ModelConfig) -> Rows:
             ("decoder.norm.", "text_model.final_layer_norm."),
         ),
         *vit.block_rows("decoder.", "text_model.encoder."),
+        Row("connector.logit_scale", "logit_scale", shape=()),
         *rows(("connector.", "")),
     )
 
