@@ -75,6 +75,7 @@ _SIZES: dict[str, Callable[[int], int]] = {
     "side": lambda side: min(side, 3),
     "global_layers": lambda number: min(number, 2),
     "hidden_dim": lambda width: _LOOSE_WIDTH,
+    "dim": lambda width: _LOOSE_WIDTH,
     "expert_dim": lambda width: 16,
     "shared_dim": lambda width: 32,
 }

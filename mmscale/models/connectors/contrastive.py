@@ -46,7 +46,7 @@ class ContrastiveConnector(nn.Module):
 
     def __init__(self, config: ContrastiveConnectorConfig, feature_dim: int, dim: int) -> None:
         super().__init__()
-        self.pool = config.pool
+        self.dim, self.pool = config.dim, config.pool
         self.visual_projection = nn.Linear(feature_dim, config.dim, bias=False)
         self.text_projection = nn.Linear(dim, config.dim, bias=False)
         self.constant_init = {"logit_scale": math.log(config.first_scale)}
