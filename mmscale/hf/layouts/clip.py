@@ -8,8 +8,9 @@
 
 The scale is learned as its logarithm on both sides. What stands for a text is its last row here, and documents end with
 the end token; transformers takes the row of the first end token of a padded line, or that of the largest id where
-``eos_token_id`` is 2, as in the files of 2022. A folder that is written without another one like it says that the end
-token is the last id, as it is in CLIP's vocabulary. The vision tower by itself is ``clip_vision``.
+``eos_token_id`` is 2, as in the files of 2022. So an end token with the id 2 cannot be told to it. Which id it has our
+checkpoints do not know: without a folder like it an export says CLIP's where the vocabulary is as large as CLIP's, else
+none. The vision tower by itself is ``clip_vision``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ TEXT_DEFAULTS = {
 }
 """Of ``CLIPTextConfig``, those that differ from ``CLIPVisionConfig`` and those of both."""
 _MAX_SCALE = 100.0
+_IDS, _END = 49408, 49407
 
 
 def _rows(config: ModelConfig) -> Rows:
@@ -83,7 +85,7 @@ def _to_decoder(keys: Keys) -> dict[str, Any]:
     keys.take("projection_dim", int, None)  # The pair's counts.
     keys.take("initializer_factor", float, None)
     return {
-        "vocab_size": keys.take("vocab_size", int, 49408),
+        "vocab_size": keys.take("vocab_size", int, _IDS),
         "rope": None,
         "learned_positions": keys.take("max_position_embeddings", int, 77),
         **vit.to_stack(keys, TEXT_DEFAULTS, attention=vit.BIASED),
@@ -115,9 +117,8 @@ def _text_keys(decoder: DecoderConfig) -> dict[str, Any]:
         "vocab_size": decoder.num_ids,
         "max_position_embeddings": decoder.learned_positions,
         **vit.stack_keys(decoder, decoder.mlp),
-        "bos_token_id": None,
-        "pad_token_id": None,
-        "eos_token_id": decoder.num_ids - 1,
+        **dict.fromkeys(("bos_token_id", "pad_token_id")),
+        "eos_token_id": _END if decoder.num_ids == _IDS else None,
     }
 
 
