@@ -94,6 +94,10 @@ class ImageLayoutConfig(StrictConfig):
         Raises:
             DataConfigError: the message names the field.
         """
+        if spec.placement is Placement.PAIR:
+            raise DataConfigError(
+                "transforms.layout: the model compares image and text, nothing of an image stands in the text"
+            )
         rows = [name for name in ("row_end", "row_break", "view_start", "view_end") if getattr(self, name) is not None]
         if rows and spec.placement is Placement.CROSS_ATTENTION:
             raise DataConfigError(f"transforms.layout.{rows[0]}: the model attends all views, none stands in the text")

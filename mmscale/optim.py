@@ -83,7 +83,8 @@ def decays(name: str, shape: Sequence[int]) -> bool:
 
 
 def token_tables(model: nn.Module) -> set[int]:
-    """Ids of parameters with a row for every token: those of ``nn.Embedding`` and of the language head."""
+    """Ids of parameters with a row for every token, or for every position of one: those of ``nn.Embedding`` and of the
+    language head."""
     owners = (module for module in model.modules() if isinstance(module, nn.Embedding | LanguageHead))
     return {id(parameter) for module in owners for parameter in module.parameters()}
 

@@ -45,10 +45,11 @@ from mmscale.metrics.peaks import Peak
 from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import CaptionedImage, batch_images
 from mmscale.metrics.trace import Trace, open_trace
-from mmscale.models.build import build_model
-from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.build import AnyModel, build_model
+from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
+from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig, check_files, check_world
 from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, is_finished, open_run_folder
@@ -165,7 +166,10 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
     """The engine of the state's stage: exactly as it was inside a stage, with weights only at its beginning."""
     stage = run.config.stages[state.stage_index]
     model = build(run.config, run.world, state.stage_index)
-    engine = Engine(model, NextToken(stage.z_loss), stage, run.config.engine, run.world)
+    connector = run.config.stage_model(state.stage_index).connector
+    contrasts = isinstance(connector, ContrastiveConnectorConfig)
+    objective = Contrastive(connector, run.world) if contrasts else NextToken(stage.z_loss)
+    engine = Engine(model, objective, stage, run.config.engine, run.world)
     engine.clock.on_phase = run.watchdog.enter
     try:
         if latest and state.stage_step:
@@ -189,7 +193,7 @@ def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:
         run.log.note(f"stage {name}, weights of {path}: {report}")
 
 
-def build(config: RunConfig, world: World, stage: int) -> MultimodalModel:
+def build(config: RunConfig, world: World, stage: int) -> AnyModel:
     """The model of a stage with its first values, the same at every world size. All ranks must call."""
     precision = choose_precision(config.engine, world.device)
     model = config.stage_model(stage)

@@ -24,7 +24,7 @@ from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.gate import Gate
 from mmscale.engine.gradient_norms import norms_from, shrink_factors, square_sums
-from mmscale.engine.graph import LossGraph, ObjectiveLike
+from mmscale.engine.graph import LossGraph, ObjectiveLike, SeesWholeStep
 from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import KnowsShards, build_optimizer
 from mmscale.engine.partition import Partition
@@ -203,7 +203,7 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         try:
-            sums, losses = self._run(microbatches, self.world.world_size / weight)
+            sums, losses = self._run(self._prepared(microbatches), self.world.world_size / weight)
             squares = self._square_sums() if component_norms or self._clips else {}
             means, squares = self._global_means(sums, weight, squares)
             loss, norms = means.pop("loss"), norms_from(squares)
@@ -229,6 +229,12 @@ class Engine:
             self.precision.name == "fp16" and not finite and math.isfinite(loss),
             self.clock.take(),
         )
+
+    def _prepared(self, microbatches: Sequence[Any]) -> Sequence[Any]:
+        if not isinstance(self._objective, SeesWholeStep):
+            return microbatches
+        with self.clock.phase(FORWARD), self.inference() as model:
+            return self._objective.prepare(model, microbatches)
 
     def _update(self, loss: float, norms: dict[str, float], refuses: Callable[[float, float], bool] | None) -> bool:
         """The optimizer's step, unless a rank refuses; whether one did."""

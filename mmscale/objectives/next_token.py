@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from data_pipeline.batch import MultimodalBatch, Segments
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.cross_entropy import ZLoss
-
-
-@dataclass(frozen=True)
-class ObjectiveOutput:
-    """What an objective hands to the engine.
-
-    Attributes:
-        loss_sum: float32 scalar in the graph; the engine divides by the global weight.
-        metrics: Detached sums by name, to be divided by the same weight.
-        document_losses: float32 ``(S,)``, detached: what each document adds to the sum, auxiliary losses left out.
-    """
-
-    loss_sum: Tensor
-    metrics: dict[str, Tensor]
-    document_losses: Tensor
+from mmscale.objectives.outputs import ObjectiveOutput
 
 
 class NextToken:
