@@ -28,7 +28,7 @@ from mmscale import checkpoint
 from mmscale.bad_steps import BadSteps, RolledBack
 from mmscale.checkpoint import TrainState
 from mmscale.config import Loaded
-from mmscale.dist import World, init_distributed, shutdown, sum_float
+from mmscale.dist import World, gather_rows, init_distributed, shutdown, sum_float
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.engine.precision import choose_precision
@@ -184,7 +184,7 @@ def _objective(run: _Run, stage: int) -> NextToken | Contrastive:
     """What the model of a stage is trained by."""
     connector = run.config.stage_model(stage).connector
     if isinstance(connector, ContrastiveConnectorConfig):
-        return Contrastive(connector, run.world)
+        return Contrastive(connector, run.world, functools.partial(gather_rows, run.world))
     return NextToken(run.config.stages[stage].z_loss)
 
 
