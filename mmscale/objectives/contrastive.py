@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ _ROWS = 1024
 """Rows of the similarities that are held at a time."""
 
 
+@runtime_checkable
 class Place(Protocol):
     """Which of the ranks that share a step this is, and where its model lives: ``mmscale.dist.World``."""
 

@@ -231,8 +231,10 @@ def _data_url(run_dir: Path, image: str) -> str:
 
 def _loss_unit(records: Sequence[Record]) -> str:
     """What the loss is a mean over: contrastive stages, and they alone, have a scale of similarities."""
-    stages = {"metric/similarity_scale" in record for record in records}
-    return {(False,): "mean per token", (True,): "mean per pair"}.get(tuple(stages), "mean per token, or per pair")
+    of_pairs = ["metric/similarity_scale" in record for record in records]
+    if any(of_pairs):
+        return "mean per pair" if all(of_pairs) else "mean per token, in contrastive stages per pair"
+    return "mean per token"
 
 
 def _figures(records: Sequence[Record]) -> list[Figure]:
