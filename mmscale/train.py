@@ -52,6 +52,7 @@ from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig, check_files, check_world
 from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, is_finished, open_run_folder
+from mmscale.stage_teachers import check_teachers, note_teachers, open_teachers
 from mmscale.stage_weights import check_stage_weights, take_stage_weights
 
 Log = RunLog | NullLog
@@ -136,6 +137,7 @@ def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog,
     bad_steps = BadSteps(config, world)
     latest, state = bad_steps.checkpoint, bad_steps.state
     check_stage_weights(config, world, state)
+    check_teachers(config, world, state)
     ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
     saver = checkpoint.Saver(world, config.run_dir / CHECKPOINTS, config.checkpoint, log.note)
@@ -149,6 +151,7 @@ def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog,
             if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             watchdog.begin_start()
+            state = note_teachers(config, world, state)
             with _stage_engine(run, state, latest) as engine:
                 state, stopped = _train_stage(run, engine, state)
                 if stopped:
@@ -165,7 +168,8 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
     """The engine of the state's stage: exactly as it was inside a stage, with weights only at its beginning."""
     stage = run.config.stages[state.stage_index]
     model = build(run.config, run.world, state.stage_index)
-    engine = Engine(model, NextToken(stage.z_loss), stage, run.config.engine, run.world)
+    teachers = open_teachers(run.config, run.world, state)
+    engine = Engine(model, NextToken(stage.z_loss, teachers), stage, run.config.engine, run.world)
     engine.clock.on_phase = run.watchdog.enter
     try:
         if latest and state.stage_step:
