@@ -48,7 +48,7 @@ class SoftTarget:
     """A teacher's distribution over the same ids, as the rows before its head; its logits too exist a chunk at a time.
 
     Each row's loss is the Kullback-Leibler divergence ``sum(p * log(p / q))`` of the student's ``q = softmax(logits /
-    temperature)`` from the teacher's ``p``, times ``share * temperature**2``. Gradients fall with the square, so with it
+    temperature)`` from the teacher's ``p``, times ``share * temperature**2``. Gradients fall with that square; with it,
     shares mean the same at every temperature.
 
     Attributes:

@@ -24,8 +24,8 @@ from mmscale.nn.cross_entropy import SoftTarget
 class HeadMatrices(nn.Module):
     """Gives a head's matrices away, whole under ZeRO-3 too.
 
-    There a parameter is whole inside its module's forward only; then it loses its values, but a view of them keeps them.
-    So both heads are whole while the loss is computed, and each was gathered once, however many chunks there are.
+    There a parameter is whole inside its module's forward only. Then it loses its values, but a view keeps them. So
+    both heads are whole while the loss is computed, and each was gathered once, however many chunks there are.
     """
 
     def __init__(self, head: LanguageHead) -> None:
