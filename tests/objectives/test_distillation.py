@@ -58,14 +58,15 @@ def _plain_loss(student: MultimodalModel, teachers: list[MultimodalModel], batch
     logits = student.head(output.hidden)
     entropy = (F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=-100) * scale).sum()
     square = (logits.logsumexp(-1).square() * scale).sum()
-    loss = (1 - sum(share for share, _ in SHARES)) * entropy + STAGE["z_loss"] * square
+    shares = SHARES[: len(teachers)]
+    loss = (1 - sum(share for share, _ in shares)) * entropy + STAGE["z_loss"] * square
     found = {"cross_entropy": entropy, "softmax_z": square}
-    for number, (teacher, (share, heat)) in enumerate(zip(teachers, SHARES, strict=True)):
+    for number, (teacher, (share, heat)) in enumerate(zip(teachers, shares, strict=True)):
         with torch.no_grad():
             theirs = teacher.head(teacher(batch).hidden)
         wanted, ours = ((each / heat).log_softmax(-1) for each in (theirs, logits))
         divergence = ((wanted.exp() * (wanted - ours)).sum(-1) * scale).sum()
-        found[f"distillation_{number}"] = divergence
+        found["distillation" if len(teachers) == 1 else f"distillation_{number}"] = divergence
         loss = loss + share * heat**2 * divergence
     return {**found, "loss": loss}
 
