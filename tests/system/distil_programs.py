@@ -1,4 +1,4 @@
-"""What the ranks of ``test_distillation.py`` run: a teacher's run, a student's, and what may come between."""
+"""What the ranks of ``test_distillation.py`` run: engines, then a teacher's run, a student's, what may come between."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mmscale.dist import World, barrier
 from mmscale.errors import ConfigError
 from mmscale.run_config import RunConfig
 from mmscale.train import train
+from tests.system.distil_engines import train_engines
 
 CONFIG = Path(__file__).with_name("distil.yaml")
 STUDENT = ["model.decoder.num_layers=2", "model.decoder.hidden_dim=24", "model.decoder.attention.num_heads=2", "seed=2"]
@@ -26,12 +27,13 @@ def student_words(teacher: Path) -> list[str]:
 
 
 def run(world: World, folder: str) -> dict[str, Any]:
-    """The log of a student's whole run; of one that goes on from its step 2 while the teacher has newer checkpoints;
-    and what is said where the one that it began with is gone."""
+    """What ``train_engines`` gives; the log of a student's whole run, and of one that goes on from its step 2 while the
+    teacher has newer checkpoints; and what is said where the one that it began with is gone."""
     teacher, whole, again = (Path(folder) / name for name in ("teacher", "whole", "again"))
     # As in ``recipe_programs``: the next run needs the process group. Nothing at a run's end is asked for here.
     quick = mock.patch("mmscale.train.finish"), mock.patch("gc.collect", return_value=0)
     with mock.patch("mmscale.train.shutdown"), quick[0], quick[1]:
+        engines = train_engines(world, Path(folder) / "engines")
         _train(world, teacher, "max_steps=2")
         _train(world, whole, *student_words(teacher))
         _train(world, teacher, "max_steps=4")
@@ -54,7 +56,7 @@ def run(world: World, folder: str) -> dict[str, Any]:
         barrier(world)
         if world.is_main:
             (teacher / "away").rename(gone)
-    return {"whole": _log(whole), "again": _log(again), "complaint": complaint}
+    return {"engines": engines, "whole": _log(whole), "again": _log(again), "complaint": complaint}
 
 
 def _train(world: World, run_dir: Path, *words: str) -> None:

@@ -1,4 +1,4 @@
-"""What the ranks of ``test_distillation.py`` run: teachers are saved, students learn from them in shards."""
+"""Engines of ``test_distillation.py``: teachers are saved, students learn from them in shards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmscale.stages import StageConfig
 from tests.models.packs import image_document, pack, text_document
 from tests.models.tiny import MOE, VOCAB, config
 
-LANES, STEPS = 4, 3
+LANES, STEPS = 4, 2
 SHARES = [(0.5, 2.0), (0.25, 1.0)]
 """Share and temperature of each teacher."""
 EXTRA: dict[str, Any] = {"vocab_size": VOCAB - 8, "extra_tokens": {"rows": 8}}
@@ -100,7 +100,7 @@ def learn(world: World, folder: Path, kind: str | None, paths: list[Path], zero:
     return {"steps": steps, "whole": whole, "path": str(path), "counted": counted}
 
 
-def run(world: World, folder: str) -> dict[str, Any]:
+def train_engines(world: World, folder: Path) -> dict[str, Any]:
     """By kind: the paths of the teachers, and of each case what became of the student."""
     answers: dict[str, Any] = {}
     for kind, cases in (
@@ -108,11 +108,11 @@ def run(world: World, folder: str) -> dict[str, Any]:
         ("hybrid", [(3, "fp32")]),
     ):
         paths = [
-            save_teacher(world, Path(folder) / f"teacher-{kind}-{number}", settings, kind, 10 + number)
+            save_teacher(world, folder / f"teacher-{kind}-{number}", settings, kind, 10 + number)
             for number, settings in enumerate(models(kind)[1])
         ]
         learned = {
-            f"{zero}-{precision}": learn(world, Path(folder), kind, paths, zero, precision=precision)
+            f"{zero}-{precision}": learn(world, folder, kind, paths, zero, precision=precision)
             for zero, precision in cases
         }
         answers[str(kind)] = {"teachers": [str(path) for path in paths], **learned}
