@@ -28,6 +28,8 @@ class HeadMatrices(nn.Module):
     both heads are whole while the loss is computed, and each was gathered once, however many chunks there are.
     """
 
+    extra_weight: nn.Parameter | None
+
     def __init__(self, head: LanguageHead) -> None:
         super().__init__()
         self.weight = head.weight

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mmscale.models.build import build_model, media_spec
 from mmscale.engine.graph import LossGraph
+from mmscale.models.build import build_model, media_spec
 from mmscale.objectives.next_token import NextToken
 from mmscale.objectives.teacher import Teacher
 from tests.models.packs import image_document, pack, text_document
