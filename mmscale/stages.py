@@ -6,6 +6,7 @@ only weights are handed on (new optimizer state, new schedule), and model and da
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -53,6 +54,21 @@ class WeightsConfig(StrictConfig):
         return self
 
 
+class DistillConfig(StrictConfig):
+    """A teacher: a frozen model whose predictions the stage's model follows (Hinton et al. 2015)."""
+
+    checkpoint: Path
+    """A checkpoint folder (``RUN/checkpoints/step-N``), or a run folder: then its newest whole one. Its vocabulary must
+    be the student's, and it must take images as the student does."""
+    weight: float = Field(default=1.0, gt=0, le=1)
+    """Share of the loss that is the divergence from this teacher; what the weights of all teachers leave of 1 is the
+    cross-entropy's."""
+    temperature: float = Field(default=1.0, gt=0)
+    """By which the logits of both are divided before the softmax; the loss is multiplied with its square."""
+    ema: bool = False
+    """Take the averages of its weights, where the checkpoint keeps them, instead of the weights."""
+
+
 class StageConfig(StrictConfig):
     """One stage."""
 
@@ -88,10 +104,15 @@ class StageConfig(StrictConfig):
     """Overrides of the ``model`` block from this stage on: unlike ``data``, a model that was changed stays so."""
     weights: tuple[WeightsConfig, ...] = ()
     """Taken in this order at the beginning of the stage, after the weights of the stage before."""
+    distill: tuple[DistillConfig, ...] = ()
+    """Teachers whose predictions are targets beside the data's tokens; none for the data alone."""
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
         _check_names(self.train, "train")
+        shares = [teacher.weight for teacher in self.distill]
+        if math.fsum(shares) > 1 + 1e-9:
+            raise ValueError(f"distill: the weights {shares} are shares of one loss, so they may sum to 1 at most")
         warmups = _by_component(self.warmup_steps)
         if max(warmups.values(), default=0) > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is longer than the stage (steps={self.steps})")

@@ -101,6 +101,7 @@ class Engine:
         precision: The number format that was chosen, with the reason.
         stage_step: Steps of the stage that were taken, applied or not; the schedules' clock. ``resume`` sets it.
         clock: Measures the phases of steps, and tells who wants to know which one is entered.
+        teachers: Frozen models that the objective runs; they are in no checkpoint and no count of parameters.
 
     Raises:
         ConfigError: the stage trains a component that the model lacks.
@@ -120,6 +121,7 @@ class Engine:
         self.stage_step = 0
         self.clock = StepClock(world.device)
         self._objective = objective
+        self.teachers: Sequence[Any] = objective.teachers
         components: Components = model.components()  # type: ignore[operator]
         freeze(model, components, stage)
         self.trained_components = trained_components(components, stage)
@@ -141,7 +143,8 @@ class Engine:
 
     def _arrange(self, units: list[nn.Module]) -> list[Undo]:
         undo = [recompute(units)] if self.config.activation_checkpointing else []
-        return [*undo, gather_whole(units)] if self.config.zero_stage == 3 else undo
+        together = [*units, *(unit for teacher in self.teachers for unit in teacher.units())]
+        return [*undo, gather_whole(together)] if self.config.zero_stage == 3 else undo
 
     def _prepare_optimizer(self) -> None:
         optimizer = self._deepspeed.basic_optimizer
@@ -154,15 +157,16 @@ class Engine:
     def _start(self, components: Components) -> Any:
         import deepspeed
 
+        graph = LossGraph(self.model, self._objective)
         if self.config.zero_stage < 3:
-            self.model.to(self.world.device)
+            graph.to(self.world.device)
         optimizer = build_optimizer(
             parameter_groups(self.model, components, self.stage),
             self.stage,
             clip_here=optimizer_clips(self.config, self.precision),
         )
         engine, *_ = deepspeed.initialize(
-            model=LossGraph(self.model, self._objective),
+            model=graph,
             optimizer=optimizer,
             config=deepspeed_config(
                 self.config,
