@@ -29,6 +29,8 @@ from mmscale.errors import ConfigError
 from mmscale.models.decoder import Decoder
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.attention import QkNorm, SelfAttention
+from mmscale.nn.block import TransformerBlock
+from mmscale.nn.mlp import Mlp
 from mmscale.prune.scores import BlockScores, Scores
 
 
@@ -90,7 +92,9 @@ def scores_of_activations(model: MultimodalModel, batches: Iterable[MultimodalBa
 def _watch(decoder: Decoder, sums: _Sums) -> list[Any]:
     handles = [decoder.norm.register_forward_hook(_norm_hook(sums, -1, "energy", stream=True))]
     for number, block in enumerate(decoder.layers):
-        attention: Any = block.self_attn
+        assert isinstance(block, TransformerBlock)
+        assert isinstance(block.mlp, Mlp)  # Experts were refused.
+        attention = block.self_attn
         handles += [
             block.register_forward_hook(_influence_hook(sums, number)),
             block.input_layernorm.register_forward_hook(_norm_hook(sums, number, "attention_energy", stream=True)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -24,14 +25,21 @@ from mmscale.prune.scores import BlockScores, Scores
 Indices = Int[Tensor, " kept"]
 
 
-@dataclass(frozen=True)
-class BlockChoice:
-    """What stays of a block, and by what its norms and queries are scaled.
+class NormCut(NamedTuple):
+    """What stays of a norm's scale, and by what it is multiplied.
 
     A norm over D channels that becomes one over D' divides by another root mean square. If those that stay hold the
     share s of the energy, ``sqrt(s D / D')`` gives them the values that they had; 1 if the others were ordinary, and
-    ``sqrt(D / D')`` if they held nothing. Dot products of queries and keys are divided by the root of their width, so
-    queries are scaled by ``sqrt(K' / K)``: what remains of a dot product enters the softmax as before.
+    ``sqrt(D / D')`` if they held nothing.
+    """
+
+    channels: Indices
+    factor: float
+
+
+@dataclass(frozen=True)
+class BlockChoice:
+    """What stays of a block.
 
     Attributes:
         number: Of the block in the source.
@@ -40,13 +48,12 @@ class BlockChoice:
         keys: Rows of ``k_proj``.
         values: Rows of ``v_proj``.
         outputs: Columns of ``o_proj``.
-        query_norm: Of the weight of ``q_norm``, where there is one.
-        key_norm: Of ``k_norm``.
-        query_scale: Of queries, on the norm if there is one, else on ``q_proj``.
-        attention_scale: Of ``input_layernorm``.
-        mlp_scale: Of ``post_attention_layernorm``.
-        query_norm_scale: Of ``q_norm``, beside ``query_scale``.
-        key_norm_scale: Of ``k_norm``.
+        query_scale: Of queries, on the norm if there is one, else on ``q_proj``. Dot products are divided by the root
+            of their width, so ``sqrt(K' / K)``: what remains of one enters the softmax as before.
+        attention_norm: Of ``input_layernorm``.
+        mlp_norm: Of ``post_attention_layernorm``.
+        query_norm: Of ``q_norm``, if there is one.
+        key_norm: Of ``k_norm``, likewise.
     """
 
     number: int
@@ -55,13 +62,11 @@ class BlockChoice:
     keys: Indices
     values: Indices
     outputs: Indices
-    query_norm: Indices
-    key_norm: Indices
     query_scale: float
-    attention_scale: float
-    mlp_scale: float
-    query_norm_scale: float = 1.0
-    key_norm_scale: float = 1.0
+    attention_norm: NormCut
+    mlp_norm: NormCut
+    query_norm: NormCut | None
+    key_norm: NormCut | None
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,11 @@ class Choice:
     """What stays of a decoder.
 
     Attributes:
-        channels: Of the residual stream, the same in every block.
-        norm_scale: Of the last norm.
+        norm: Of the last norm; its channels are those of the residual stream, the same in every block.
         blocks: Those that stay.
     """
 
-    channels: Indices
-    norm_scale: float
+    norm: NormCut
     blocks: tuple[BlockChoice, ...]
 
 
@@ -88,14 +91,9 @@ def choose(source: DecoderConfig, target: DecoderConfig, scores: Scores) -> Choi
         scores: Of the larger one.
     """
     channels = best(scores.channels, target.hidden_dim)
-    return Choice(
-        channels,
-        norm_scale(scores.energy, channels),
-        tuple(
-            _block(source, target, number, scores.blocks[number], channels)
-            for number in kept_blocks(source.num_layers, target.num_layers, scores.influence)
-        ),
-    )
+    numbers = kept_blocks(source.num_layers, target.num_layers, scores.influence)
+    blocks = tuple(_block(source, target, number, scores.blocks[number], channels) for number in numbers)
+    return Choice(norm_cut(scores.energy, channels), blocks)
 
 
 def best(scores: Float[Tensor, " units"], count: int) -> Indices:
@@ -110,9 +108,9 @@ def kept_blocks(before: int, after: int, influence: Float[Tensor, " L"] | None) 
     return [round(n * (before - 1) / max(after - 1, 1)) for n in range(after)]
 
 
-def norm_scale(energy: Float[Tensor, " D"], kept: Indices) -> float:
-    """By what the weight of a norm is multiplied; see ``BlockChoice``."""
-    return math.sqrt(float(energy[kept].sum()) * len(energy) / len(kept))
+def norm_cut(energy: Float[Tensor, " D"], kept: Indices) -> NormCut:
+    """The cut of a norm over all of D channels."""
+    return NormCut(kept, math.sqrt(float(energy[kept].sum()) * len(energy) / len(kept)))
 
 
 def _block(
@@ -129,16 +127,8 @@ def _block(
     inner = _query_key_channels(source, target, query_key)
     value = torch.stack([best(row, kept_width) for row in value_scores])
     each = len(heads) // len(groups)
-    how = source.attention.qk_norm
     queries, keys = _flat(heads, inner.repeat_interleave(each, 0), width), _flat(groups, inner, width)
-    norms = {"query_norm": queries, "key_norm": keys}
-    if how is QkNorm.HEAD:
-        norms = dict.fromkeys(norms, inner[0])  # One weight for all heads.
-    scales = {}
-    if scores.query_energy is not None and scores.key_energy is not None:
-        per_head = how is QkNorm.HEAD
-        scales["query_norm_scale"] = _head_norm_scale(scores.query_energy, heads, queries, inner[0], per_head)
-        scales["key_norm_scale"] = _head_norm_scale(scores.key_energy, groups, keys, inner[0], per_head)
+    per_head = inner[0] if source.attention.qk_norm is QkNorm.HEAD else None
     return BlockChoice(
         number=number,
         neurons=best(scores.neurons, target.mlp.hidden_dim),
@@ -147,10 +137,10 @@ def _block(
         values=_flat(groups, value, width),
         outputs=_flat(heads, value.repeat_interleave(each, 0), width),
         query_scale=math.sqrt(kept_width / width),
-        attention_scale=norm_scale(scores.attention_energy, channels),
-        mlp_scale=norm_scale(scores.mlp_energy, channels),
-        **norms,
-        **scales,
+        attention_norm=norm_cut(scores.attention_energy, channels),
+        mlp_norm=norm_cut(scores.mlp_energy, channels),
+        query_norm=_head_norm(scores.query_energy, heads, queries, per_head),
+        key_norm=_head_norm(scores.key_energy, groups, keys, per_head),
     )
 
 
@@ -183,10 +173,10 @@ def _flat(heads: Indices, channels: Int[Tensor, "heads kept"], width: int) -> In
     return (heads[:, None] * width + channels).flatten()
 
 
-def _head_norm_scale(
-    energy: Float[Tensor, "heads K"], heads: Indices, rows: Indices, channels: Indices, per_head: bool
-) -> float:
-    """As ``norm_scale``, of a norm over the channels of each head or over those of all."""
-    if not per_head:
-        return norm_scale(energy.flatten(), rows)
-    return norm_scale(energy[heads].mean(0), channels)
+def _head_norm(
+    energy: Float[Tensor, "heads K"] | None, heads: Indices, rows: Indices, per_head: Indices | None
+) -> NormCut | None:
+    """Of a norm over the channels of each head, which stay the same in all, or over those of all heads."""
+    if energy is None:
+        return None
+    return norm_cut(energy.flatten(), rows) if per_head is None else norm_cut(energy[heads].mean(0), per_head)

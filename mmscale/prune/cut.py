@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.nn.attention import QkNorm
-from mmscale.prune.choice import BlockChoice, Choice, Indices
+from mmscale.prune.choice import BlockChoice, Choice, Indices, NormCut
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Cut:
         return values if self.scale == 1.0 else values * self.scale
 
 
-def cut_of(name: str, choice: Choice, qk_norm: QkNorm, second: Mapping[str, str]) -> Cut:
+def cut_of(name: str, choice: Choice, second: Mapping[str, str]) -> Cut:
     """The cut that gives the parameter ``name`` of the smaller decoder.
 
     A smaller model with one table for embedding and head, cut out of one with two, gets the head: a table that is
@@ -45,33 +44,36 @@ def cut_of(name: str, choice: Choice, qk_norm: QkNorm, second: Mapping[str, str]
     Args:
         name: Of the parameter; of a tied one the embedding's.
         choice: What stays.
-        qk_norm: How queries and keys are normalised.
         second: Of each tied parameter the head's name for it.
     """
     path, _, leaf = name.rpartition(".")
     if path == "decoder.norm":
-        return Cut(name, rows=choice.channels, scale=choice.norm_scale if leaf == "weight" else 1.0)
+        return _of_norm(name, choice.norm)
     if not path.startswith("decoder.layers."):  # Embedding and head: a row for each token.
-        return Cut(second.get(name, name), columns=choice.channels)
+        return Cut(second.get(name, name), columns=choice.norm.channels)
     number, _, inner = path.removeprefix("decoder.layers.").partition(".")
     block = choice.blocks[int(number)]
     source = f"decoder.layers.{block.number}.{inner}.{leaf}"
     part = inner.rpartition(".")[2]
-    if "norm" in part:
-        rows, scale = _norm(part, block, choice.channels)
-        return Cut(source, rows=rows, scale=scale if leaf == "weight" else 1.0)
-    rows, columns = _projection(part, block, choice.channels)
-    scale = block.query_scale if part == "q_proj" and qk_norm is QkNorm.NONE else 1.0
+    if (norm := _norm(part, block)) is not None:
+        return _of_norm(source, norm, block.query_scale if part == "q_norm" else 1.0)
+    rows, columns = _projection(part, block, choice.norm.channels)
+    scale = block.query_scale if part == "q_proj" and block.query_norm is None else 1.0
     return Cut(source, rows, columns if leaf == "weight" else None, scale)
 
 
-def _norm(part: str, block: BlockChoice, channels: Indices) -> tuple[Indices, float]:
+def _of_norm(name: str, norm: NormCut, scale: float = 1.0) -> Cut:
+    """Of its scale, or of its bias, which no root mean square divides."""
+    return Cut(name, rows=norm.channels, scale=norm.factor * scale if name.endswith(".weight") else 1.0)
+
+
+def _norm(part: str, block: BlockChoice) -> NormCut | None:
     return {
-        "input_layernorm": (channels, block.attention_scale),
-        "post_attention_layernorm": (channels, block.mlp_scale),
-        "q_norm": (block.query_norm, block.query_norm_scale * block.query_scale),
-        "k_norm": (block.key_norm, block.key_norm_scale),
-    }[part]
+        "input_layernorm": block.attention_norm,
+        "post_attention_layernorm": block.mlp_norm,
+        "q_norm": block.query_norm,
+        "k_norm": block.key_norm,
+    }.get(part)
 
 
 def _projection(part: str, block: BlockChoice, channels: Indices) -> tuple[Indices, Indices]:

@@ -92,7 +92,7 @@ def prune_checkpoint(
         _check(config, target, path)
         scores, tokens, losses_before = _judged(reader, config, calibration)
         choice = choose(config.decoder, target.value.decoder, scores)
-        written = _write(reader, build_weights(target.value), choice, config, directory)
+        written = _write(reader, build_weights(target.value), choice, directory)
     small = target.value.decoder
     return PruneReport(
         checkpoint=str(written),
@@ -151,11 +151,11 @@ def _whole(reader: CheckpointReader, name: str) -> Tensor:
     return whole_parameter(reader, stored, ema=reader.manifest.ema)
 
 
-def _write(reader: CheckpointReader, model: nn.Module, choice: Choice, config: ModelConfig, directory: Path) -> Path:
+def _write(reader: CheckpointReader, model: nn.Module, choice: Choice, directory: Path) -> Path:
     """Writes the parameters of the smaller ``model``, which is on the meta device."""
     pieces, second = [], {owner: name for name, owner in tied_names(model).items()}
     for name, parameter in model.named_parameters():
-        cut = cut_of(name, choice, config.decoder.attention.qk_norm, second)
+        cut = cut_of(name, choice, second)
         stored = reader.manifest.stored_name(cut.name) or cut.name
         dtype = reader.dtype(stored, reader.weights_kind(stored, ema=reader.manifest.ema))
         make = functools.partial(_cut, reader, cut, tuple(parameter.shape), dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from itertools import islice
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks.pruning import by_chance
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.loader import Loader
 from mmscale.checkpoint import load_weights, read_manifest, verify
@@ -21,11 +24,13 @@ from mmscale.checkpoint.warm_start import match
 from mmscale.cli.main import main
 from mmscale.config import dump, load
 from mmscale.engine.partition import parameter_table
-from mmscale.models.build import build_model, build_weights, media_spec
+from mmscale.models.build import build_model, build_weights, count_parameters, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.prune import Calibration, PruneReport, prune_checkpoint
-from mmscale.prune.scores import Scores
+from mmscale.prune.activations import scores_of_activations
+from mmscale.prune.limits import refusals
+from mmscale.prune.weights import scores_of_weights
 from mmscale.run_config import RunConfig
 from tests.engine.ranks import ROOT
 from tests.prune.grown import grow
@@ -194,32 +199,57 @@ def test_a_calibrated_cut_costs_less_than_one_by_chance(
     assert report.tokens > 1000
     assert len(report.blocks) == 3
     measured = Calibration.scores
-    by_chance = []
+    chances = []
     for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-
-        def scores(self: Calibration, model: MultimodalModel, generator: Any = generator) -> tuple[Scores, int]:
-            found, tokens = measured(self, model)
-            return drawn(found, generator), tokens
-
-        monkeypatch.setattr(Calibration, "scores", scores)
-        chance = pruned(trained, config(CUT, {}), tmp_path / str(seed), calibration)
-        by_chance.append(chance.losses_after["pages"])
-    print(f"before {before:.3f}, calibrated {after:.3f}, by chance {by_chance}")
-    assert before < after < min(by_chance)
+        drawn = functools.partial(lambda self, model, seed: (by_chance(measured(self, model)[0], seed), 0), seed=seed)
+        monkeypatch.setattr(Calibration, "scores", functools.partialmethod(drawn))
+        chances.append(pruned(trained, config(CUT, {}), tmp_path / str(seed), calibration).losses_after["pages"])
+    print(f"before {before:.3f}, calibrated {after:.3f}, by chance {chances}")
+    assert before < after < min(chances)
 
 
-def drawn(scores: Scores, generator: torch.Generator) -> Scores:
-    """Other scores, drawn; energies stay."""
+def test_a_score_needs_both_what_is_written_and_what_is_read() -> None:
+    """Of the weights: a unit that only one of the two touches is worth nothing, whatever the other is."""
+    model = random_model(config(SMALL, {}))
+    block = model.decoder.layers[1]
+    with torch.no_grad():
+        for layer in model.decoder.layers:
+            for each in (*list(layer.self_attn.children())[:3], layer.mlp.gate_proj, layer.mlp.up_proj):
+                each.weight[:, 5] = 0
+            layer.self_attn.o_proj.weight[7] = layer.mlp.down_proj.weight[7] = 0
+        model.head.weight[:, 5] = model.decoder.embed_tokens.weight[:, 7] = 0
+        block.self_attn.o_proj.weight[:, 16:24] = 0  # Head 2.
+        block.self_attn.v_proj.weight[:8] = 0  # Heads 0 and 1.
+        block.mlp.down_proj.weight[:, 3] = block.mlp.gate_proj.weight[4] = block.mlp.up_proj.weight[6] = 0
+    values = dict(model.named_parameters())
+    scores = scores_of_weights(model.config.decoder, lambda name: values[name].detach())
+    assert torch.nonzero(scores.channels == 0).flatten().tolist() == [5, 7]
+    assert torch.nonzero(scores.blocks[1].heads == 0).flatten().tolist() == [0, 1, 2]
+    assert torch.nonzero(scores.blocks[1].neurons == 0).flatten().tolist() == [3, 4, 6]
 
-    def like(each: Any) -> Any:
-        return torch.rand(each.shape, generator=generator)
 
-    names = ("heads", "neurons", "query_key", "value")
-    blocks = tuple(
-        dataclasses.replace(block, **{name: like(getattr(block, name)) for name in names}) for block in scores.blocks
-    )
-    return dataclasses.replace(scores, channels=like(scores.channels), influence=like(scores.influence), blocks=blocks)
+def test_scores_of_activations_are_lengths_of_what_units_write(run: RunConfig) -> None:
+    """Each head and neuron by itself: the output of a projection whose other inputs are zero."""
+    model = random_model(config(SMALL, {"attention": {"out_bias": False}}))
+    (batch,) = batches(run, 1)
+    batch = dataclasses.replace(batch, valid=torch.arange(len(batch.valid)) < 200)  # As if null documents followed.
+    seen: dict[str, Tensor] = {}
+    block = model.decoder.layers[1]
+    for name, module in (("heads", block.self_attn.o_proj), ("neurons", block.mlp.down_proj)):
+        module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0][batch.valid]}))
+    block.register_forward_hook(lambda module, args, output: seen.update(before=args[0], after=output[0]))
+    scores, tokens = scores_of_activations(model, [batch])
+    assert tokens == 200 < len(batch.valid)
+    for name, module, width in (("heads", block.self_attn.o_proj, 8), ("neurons", block.mlp.down_proj, 1)):
+        inputs = seen[name]
+        for unit, score in enumerate(getattr(scores.blocks[1], name).tolist()):
+            alone = torch.zeros_like(inputs)
+            alone[:, unit * width : (unit + 1) * width] = inputs[:, unit * width : (unit + 1) * width]
+            assert score == pytest.approx(float((alone @ module.weight.detach().T).norm(dim=1).mean()), rel=1e-4)
+    before, after = seen["before"][batch.valid], seen["after"][batch.valid]
+    cosines = (before * after).sum(1) / before.norm(dim=1) / after.norm(dim=1)
+    assert scores.influence is not None
+    assert float(scores.influence[1]) == pytest.approx(1 - float(cosines.mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
@@ -251,6 +281,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nothing": ({**TRAINED}, "nothing to prune"),
 }
+
+
+@pytest.mark.parametrize("size", ["1b", "3b"])
+def test_llama_3_2_can_be_cut_out_of_llama_3_1_8b(size: str) -> None:
+    """Widths of 8B: its published configuration, which Llama 3.2 11B Vision's decoder shares but for new tokens."""
+    smaller = load(f"configs/models/llama3.2-{size}.yaml", [], ModelConfig).value
+    seeing = load("configs/models/llama3.2-11b-vision.yaml", [], ModelConfig).value
+    source = ModelConfig(decoder=seeing.decoder.model_copy(update={"extra_tokens": None}))
+    assert count_parameters(source).total == 8_030_261_248
+    assert refusals(source, smaller) == []
 
 
 @pytest.mark.parametrize("name", REFUSED)
