@@ -59,9 +59,8 @@ class RunConfig(StrictConfig):
             if isinstance(model.connector, ContrastiveConnectorConfig):
                 for key, value in (("z_loss", stage.z_loss), ("distill", stage.distill)):
                     if value:
-                        raise ValueError(
-                            f"stages.{number} ({stage.name}).{key}: a contrastive model has no logits of tokens; leave it out"
-                        )
+                        place = f"stages.{number} ({stage.name}).{key}={value}"
+                        raise ValueError(f"{place}: a contrastive model has no logits of tokens; leave it out")
             components = model.components
             named = {
                 *stage.train,
