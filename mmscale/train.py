@@ -28,7 +28,7 @@ from mmscale import checkpoint
 from mmscale.bad_steps import BadSteps, RolledBack
 from mmscale.checkpoint import TrainState
 from mmscale.config import Loaded
-from mmscale.dist import World, init_distributed, shutdown, sum_float
+from mmscale.dist import World, gather_rows, init_distributed, shutdown, sum_float
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.engine.precision import choose_precision
@@ -166,10 +166,7 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
     """The engine of the state's stage: exactly as it was inside a stage, with weights only at its beginning."""
     stage = run.config.stages[state.stage_index]
     model = build(run.config, run.world, state.stage_index)
-    connector = run.config.stage_model(state.stage_index).connector
-    contrasts = isinstance(connector, ContrastiveConnectorConfig)
-    objective = Contrastive(connector, run.world) if contrasts else NextToken(stage.z_loss)
-    engine = Engine(model, objective, stage, run.config.engine, run.world)
+    engine = Engine(model, _objective(run, state.stage_index), stage, run.config.engine, run.world)
     engine.clock.on_phase = run.watchdog.enter
     try:
         if latest and state.stage_step:
@@ -181,6 +178,14 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
         yield engine
     finally:
         engine.close()
+
+
+def _objective(run: _Run, stage: int) -> NextToken | Contrastive:
+    """What the model of a stage is trained by."""
+    connector = run.config.stage_model(stage).connector
+    if isinstance(connector, ContrastiveConnectorConfig):
+        return Contrastive(connector, run.world, functools.partial(gather_rows, run.world))
+    return NextToken(run.config.stages[stage].z_loss)
 
 
 def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:

@@ -24,7 +24,6 @@ from mmscale.dist import World, first_complaint
 from mmscale.errors import ConfigError
 from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, EvaluationSet, HeldOutSet, Normalise, PerplexitySet
 from mmscale.evaluate.likelihood import ScoredModel
-from mmscale.models.contrastive import ContrastiveModel
 
 T = TypeVar("T")
 
@@ -34,7 +33,7 @@ class Asked:
     """Who is asked, and by what: the same for all sets.
 
     Attributes:
-        model: As ``ScoredModel``, or one that compares images with texts where ``spec`` says so.
+        model: As ``ScoredModel``; where ``spec`` says so a ``ContrastiveModel`` in its place.
         config: Budgets.
         data: Gives the default transform and the length of documents.
         tokenizer: Text to ids.
@@ -42,7 +41,7 @@ class Asked:
         world: The ranks that take part.
     """
 
-    model: ScoredModel | ContrastiveModel
+    model: ScoredModel
     config: EvaluationConfig
     data: DataConfig
     tokenizer: Tokenizer

@@ -8,6 +8,7 @@ perplexity   documents -> log-likelihoods -> mean                               
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,7 @@ def evaluate(
         ConfigError: a set cannot be asked as configured.
         DataPipelineError: a file is missing or damaged; every rank raises.
     """
-    asked = Asked(model, config, data_config, load_tokenizer(data_config.tokenizer), spec, world)
+    asked = Asked(cast(ScoredModel, model), config, data_config, load_tokenizer(data_config.tokenizer), spec, world)
     left_out = not_asked(config, spec)
     return {held.name: _score(asked, held) for held in config.sets if held not in left_out}
 

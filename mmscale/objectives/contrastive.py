@@ -14,23 +14,40 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.batch import MultimodalBatch
-from mmscale.dist import World, gather_rows, sum_float
 from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.models.connectors.contrastive import PairVectors
 from mmscale.models.contrastive import ContrastiveModel
 from mmscale.objectives.outputs import ObjectiveOutput
 
+Gather = Callable[[Tensor], list[Tensor]]
+"""From rows of this rank to those of all ranks, in their order; they may have different numbers of rows."""
 _ROWS = 1024
 """Rows of the similarities that are held at a time."""
+
+
+@runtime_checkable
+class Place(Protocol):
+    """Which of the ranks that share a step this is, and where its model lives: ``mmscale.dist.World``."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+def _alone(rows: Tensor) -> list[Tensor]:
+    return [rows]
 
 
 @dataclass(frozen=True)
@@ -99,13 +116,16 @@ class Contrastive:
 
     Args:
         config: Kind of loss and limit of the scale.
-        world: Ranks that share a step.
+        place: This rank.
+        gather: ``mmscale.dist.gather_rows`` of its world; a process alone needs none.
     """
 
-    def __init__(self, config: ContrastiveConnectorConfig, world: World) -> None:
+    def __init__(self, config: ContrastiveConnectorConfig, place: Place, gather: Gather | None = None) -> None:
+        if gather is None and place.world_size > 1:
+            raise ValueError(f"{place.world_size} ranks share a step: give a way to gather their rows")
         self._softmax = config.loss == "softmax"
         self._limit = math.log(config.max_scale)
-        self._world = world
+        self._place, self._gather_rows = place, gather or _alone
 
     def weight(self, batch: MultimodalBatch) -> float:
         """Pairs; known on the host before any forward."""
@@ -117,7 +137,7 @@ class Contrastive:
         """One microbatch as it is; several with the vectors of all. All ranks must call, without gradients."""
         if len(microbatches) == 1:
             return microbatches
-        own = [model(batch.to(self._world.device, non_blocking=True)) for batch in microbatches]
+        own = [model(batch.to(self._place.device, non_blocking=True)) for batch in microbatches]
         others, first = self._gather(own)
         starts = itertools.accumulate((len(vectors.images) for vectors in own), initial=first)
         return [PreparedBatch(batch, others, start) for batch, start in zip(microbatches, starts, strict=False)]
@@ -152,8 +172,8 @@ class Contrastive:
     def _gather(self, own: Sequence[PairVectors]) -> tuple[AllPairs, int]:
         """All pairs of the step, and the number of this rank's first."""
         mine = torch.cat([torch.cat([each.images, each.texts], dim=1) for each in own])
-        theirs = gather_rows(self._world, mine)
-        first = sum(len(rows) for rows in theirs[: self._world.rank])
+        theirs = self._gather_rows(mine)
+        first = sum(len(rows) for rows in theirs[: self._place.rank])
         images, texts = torch.cat(theirs).chunk(2, dim=1)
         log_scale, bias = own[0].log_scale.detach(), own[0].bias
         scale = log_scale.clamp(max=self._limit).exp()
@@ -161,7 +181,7 @@ class Contrastive:
         pairs = AllPairs(images, texts, scale, images.new_zeros(()) if bias is None else bias.detach(), none, none)
         if self._softmax:
             norms = [self._norms(each, first, len(mine)) for each in (pairs, pairs.turned())]
-            image_norms, text_norms = torch.cat(gather_rows(self._world, torch.stack(norms, dim=1))).unbind(1)
+            image_norms, text_norms = torch.cat(self._gather_rows(torch.stack(norms, dim=1))).unbind(1)
             pairs = replace(pairs, image_norms=image_norms, text_norms=text_norms)
         if float(log_scale) > self._limit:
             pairs = replace(pairs, scale_learns=self._falls(pairs, first, len(mine)))
@@ -170,7 +190,7 @@ class Contrastive:
     def _falls(self, pairs: AllPairs, first: int, count: int) -> bool:
         """Whether a smaller scale would lower the loss of the step."""
         slope = (self._slopes(pairs, first, count).vectors * pairs.images[first : first + count]).sum()
-        return sum_float(self._world, [float(slope)])[0] > 0
+        return float(torch.cat(self._gather_rows(slope.view(1))).sum()) > 0
 
     @staticmethod
     def _norms(pairs: AllPairs, first: int, count: int) -> Tensor:

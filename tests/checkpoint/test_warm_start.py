@@ -116,7 +116,7 @@ def test_a_tower_of_views_becomes_one_of_tiles(taken: tuple[Path, dict[str, Any]
 
 def test_each_table_of_tiles_is_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = torch.randn(3, 2, 9, 5)
-    monkeypatch.setattr("mmscale.checkpoint.warm_start.whole_parameter", lambda *_, **__: tables)
+    monkeypatch.setattr(warm_start, "whole_parameter", lambda *_, **__: tables)
     reader: Any = SimpleNamespace(manifest=SimpleNamespace(stored_name=lambda name: name))
     found = warm_start._resampled(reader, Resampled("tile_embedding", (2, 4), (3, 6)), False)
     assert found.shape == (3, 2, 19, 5)

@@ -96,8 +96,10 @@ def tiny_model(kind: str = "cross_attention") -> Any:
     return model
 
 
-def score(world: World, kind: str = "cross_attention", **changes: Any) -> dict[str, Any]:
-    """For ranks: the result of the one set, as plain values."""
-    model = tiny_model(kind)
-    results = evaluate(model, evaluation(**changes), data_config(), media_spec(model.config), world)
-    return asdict(results["both"])
+def score(world: World, **changes: Any) -> dict[str, Any]:
+    """For ranks: the result of the one set for each kind of model, as plain values."""
+    models = {kind: tiny_model(kind) for kind in ("cross_attention", "contrastive")}
+    return {
+        kind: asdict(evaluate(model, evaluation(**changes), data_config(), media_spec(model.config), world)["both"])
+        for kind, model in models.items()
+    }

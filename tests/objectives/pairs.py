@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from data_pipeline.documents import null_document
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing import Pack
 from data_pipeline.sample import Provenance
-from mmscale.dist import World
+from mmscale.dist import World, gather_rows
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
@@ -90,7 +91,8 @@ def make_engine(world: World, connector: dict[str, Any], zero: int, past: float 
 
     model = construct(lambda: build_model(settings, attention="sdpa", seed=None), options, world, first_values)
     stage = StageConfig(name="contrast", steps=9, learning_rate={"default": 1e-2}, schedule="constant", clip=0.0)
-    return Engine(model, Contrastive(settings.connector, world), stage, options, world)  # type: ignore[arg-type]
+    objective = Contrastive(settings.connector, world, partial(gather_rows, world))  # type: ignore[arg-type]
+    return Engine(model, objective, stage, options, world)
 
 
 def train(world: World, cases: list[dict[str, Any]]) -> list[Any]:
