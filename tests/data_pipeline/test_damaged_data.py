@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import struct
@@ -160,6 +161,7 @@ def epochs(config: DataConfig, spec: MediaSpec) -> tuple[list[tuple[int, int]], 
 
 def test_a_bad_sample_leaves_nothing_behind_but_its_complaint(config_of: MakeConfig, hybrid_spec: MediaSpec) -> None:
     """The traceback of what was raised would hold the packs that were under way, pixels and all."""
+    importlib.import_module("torchvision.io")  # By the first image, it would leave a cycle that holds its callers.
     gc.collect()
     gc.disable()  # Nor may it wait for a full collection.
     try:
