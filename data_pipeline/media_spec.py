@@ -44,6 +44,7 @@ class MediaSpec:
             every view is by itself.
         computes_absent: Whether an image costs ``max_tiles`` tiles, however many it has.
         position_axes: 1 for plain positions, 3 for (time, height, width) positions (Qwen2-VL).
+        max_document_tokens: Positions that the decoder knows; None: any number.
         padding: Whether the model wants to know which patches show padding (Molmo).
         pooled_side: Side of the square of features that each view becomes whatever its grid (MM1.5); None: one feature
             for each merged square.
@@ -56,6 +57,7 @@ class MediaSpec:
     cost_per_patch: float = 1.0
     fixed_grid: tuple[int, int] | None = None
     position_axes: int = 1
+    max_document_tokens: int | None = None
     class_features: int = 0
     max_tiles: int | None = None
     computes_absent: bool = False

@@ -134,19 +134,28 @@ class Budget:
         parts = [part for part in parts if part.loss_weights.any()]
         if parts:
             return parts
-        room = f"{self.config.max_tokens} tokens"
-        if self.config.max_cost is not None:
-            room += f" and a cost of {self.config.max_cost:g}"
-        remedy = "raise packing.max_tokens or max_cost, or set packing.too_long to truncate or split"
-        if self.config.too_long != "error":
-            remedy = "nothing that is learned is left of it when it is cut"
         raise SampleError(
             f"{document.num_tokens} tokens and {document.num_patches} patches (cost {document.cost(self.spec):g}); "
-            f"a pack holds {room}, null documents included; {remedy}"
+            f"{self._room()}; {self._remedy()}"
         )
 
     def _alone(self, document: Document) -> bool:
-        return self.fits(Load.of(document, self.spec))
+        most = self.spec.max_document_tokens  # Branches go on from the same position, so tokens do not tell.
+        has_positions = most is None or int(document.position_ids.max()) < most
+        return has_positions and self.fits(Load.of(document, self.spec))
+
+    def _room(self) -> str:
+        room = f"a pack holds {self.config.max_tokens} tokens"
+        if self.config.max_cost is not None:
+            room += f" and a cost of {self.config.max_cost:g}"
+        room += ", null documents included"
+        most = self.spec.max_document_tokens
+        return room if most is None else f"{room}, and the model has positions for {most} tokens of a document"
+
+    def _remedy(self) -> str:
+        if self.config.too_long != "error":
+            return "nothing that is learned is left of it when it is cut"
+        return "raise packing.max_tokens or max_cost, or set packing.too_long to truncate or split"
 
 
 class Made(NamedTuple):

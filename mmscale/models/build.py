@@ -148,8 +148,9 @@ def build_weights(config: AnyModelConfig) -> AnyModel | TowerAlone:
 def media_spec(config: ModelConfig) -> MediaSpec:
     """What the data side must know of a model."""
     axes = 1 if config.decoder.rope is None or config.decoder.rope.sections is None else 3
+    longest = config.decoder.learned_positions
     if config.vision is None or config.connector is None:
-        return MediaSpec(placement=Placement.NONE, position_axes=axes)
+        return MediaSpec(placement=Placement.NONE, position_axes=axes, max_document_tokens=longest)
     placements = {
         EmbeddingConnectorConfig: Placement.EMBEDDING,
         CrossAttentionConnectorConfig: Placement.CROSS_ATTENTION,
@@ -165,6 +166,7 @@ def media_spec(config: ModelConfig) -> MediaSpec:
         cost_per_patch=cost_per_patch(config),
         fixed_grid=config.vision.fixed_grid,
         position_axes=axes,
+        max_document_tokens=longest,
         class_features=int(config.vision.class_feature),
         max_tiles=None if config.vision.tiles is None else config.vision.tiles.max_tiles,
         computes_absent=config.vision.tiles is not None and config.vision.tiles.attend_absent,

@@ -59,6 +59,9 @@ class DecoderConfig(StrictConfig):
     """Norms before the sub-layers (Llama) or after them (OLMo 2)."""
     rope: RopeConfig | None = RopeConfig()
     """Rotary positions; null for none."""
+    learned_positions: int | None = Field(default=None, gt=0)
+    """Rows of a table with a learned vector for each position, added to what enters the first block (CLIP's text tower,
+    GPT-2): no document may be longer. Instead of ``rope``; null for none."""
     tie_embeddings: bool = False
     """Use the embedding as the output projection."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -81,6 +84,8 @@ class DecoderConfig(StrictConfig):
     @model_validator(mode="after")
     def _consistent(self) -> DecoderConfig:
         head_dim = self.attention.resolved_head_dim(self.hidden_dim)
+        if self.rope is not None and self.learned_positions is not None:
+            raise ValueError(f"learned_positions={self.learned_positions}: positions come once; set rope=null")
         if self.rope is not None:
             width = rotated_width(head_dim, self.rope)
             if width % 2:
