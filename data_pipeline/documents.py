@@ -93,19 +93,19 @@ class _Draft:
     def add_image(self, views: tuple[MediaItem, ...], image_id: int, layout: ImageLayout) -> None:
         """Appends the tokens of an image as it is laid out; none of them is learned, and of a pair there is none."""
         assert not self.branches, "an image in a branch would be attended by the branches after it"
-        start, first_item = len(self.ids), len(self.items)
+        start, first_item, number = len(self.ids), len(self.items), len(self.images)
         if self.spec.placement is Placement.PAIR:
             self.items.extend(views)
             self.images.append(ImageExtent(start, first_item, start))
             return
-        self.items.extend(replace(view, image=len(self.images)) for view in layout.tagged(views))
+        self.items.extend(replace(view, image=number) for view in layout.tagged(views, number))
         self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
         slots = {
             number: np.empty(view.num_features(self.spec), dtype=np.int32)
             for number, view in enumerate(views)
             if view.embedded
         }
-        for run in layout.runs(views, self.spec):
+        for run in layout.runs(views, number, self.spec):
             own = run.view if isinstance(run, Text) else None
             self._attend(self.run if own is None else (first_item + own,))
             if isinstance(run, Features):

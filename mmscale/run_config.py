@@ -56,11 +56,11 @@ class RunConfig(StrictConfig):
             raise ValueError(f"stages need names of their own, got {names}")
         for number, stage in enumerate(self.stages):
             model = self.stage_model(number)  # Raises where an override of the block is not legal.
-            if stage.z_loss and isinstance(model.connector, ContrastiveConnectorConfig):
-                raise ValueError(
-                    f"stages.{number} ({stage.name}).z_loss={stage.z_loss:g}: a contrastive model has no logits of "
-                    "tokens; set it to 0"
-                )
+            if isinstance(model.connector, ContrastiveConnectorConfig):
+                for key, value in (("z_loss", stage.z_loss), ("distill", stage.distill)):
+                    if value:
+                        place = f"stages.{number} ({stage.name}).{key}={value}"
+                        raise ValueError(f"{place}: a contrastive model has no logits of tokens; leave it out")
             components = model.components
             named = {
                 *stage.train,

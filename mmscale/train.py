@@ -53,6 +53,7 @@ from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig, check_files, check_world
 from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, is_finished, open_run_folder
+from mmscale.stage_teachers import check_teachers, note_teachers, open_teachers
 from mmscale.stage_weights import check_stage_weights, take_stage_weights
 
 Log = RunLog | NullLog
@@ -137,6 +138,7 @@ def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog,
     bad_steps = BadSteps(config, world)
     latest, state = bad_steps.checkpoint, bad_steps.state
     check_stage_weights(config, world, state)
+    check_teachers(config, world, state)
     ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
     saver = checkpoint.Saver(world, config.run_dir / CHECKPOINTS, config.checkpoint, log.note)
@@ -150,6 +152,7 @@ def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog,
             if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             watchdog.begin_start()
+            state = note_teachers(config, world, state)
             with _stage_engine(run, state, latest) as engine:
                 state, stopped = _train_stage(run, engine, state)
                 if stopped:
@@ -166,7 +169,7 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
     """The engine of the state's stage: exactly as it was inside a stage, with weights only at its beginning."""
     stage = run.config.stages[state.stage_index]
     model = build(run.config, run.world, state.stage_index)
-    engine = Engine(model, _objective(run, state.stage_index), stage, run.config.engine, run.world)
+    engine = Engine(model, _objective(run, state), stage, run.config.engine, run.world)
     engine.clock.on_phase = run.watchdog.enter
     try:
         if latest and state.stage_step:
@@ -180,12 +183,13 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
         engine.close()
 
 
-def _objective(run: _Run, stage: int) -> NextToken | Contrastive:
+def _objective(run: _Run, state: TrainState) -> NextToken | Contrastive:
     """What the model of a stage is trained by."""
-    connector = run.config.stage_model(stage).connector
+    connector = run.config.stage_model(state.stage_index).connector
     if isinstance(connector, ContrastiveConnectorConfig):
         return Contrastive(connector, run.world, functools.partial(gather_rows, run.world))
-    return NextToken(run.config.stages[stage].z_loss)
+    teachers = open_teachers(run.config, run.world, state)
+    return NextToken(run.config.stages[state.stage_index].z_loss, teachers)
 
 
 def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:

@@ -120,6 +120,8 @@ class Contrastive:
         gather: ``mmscale.dist.gather_rows`` of its world; a process alone needs none.
     """
 
+    teachers = ()
+
     def __init__(self, config: ContrastiveConnectorConfig, place: Place, gather: Gather | None = None) -> None:
         if gather is None and place.world_size > 1:
             raise ValueError(f"{place.world_size} ranks share a step: give a way to gather their rows")

@@ -14,7 +14,8 @@ class ObjectiveOutput:
     Attributes:
         loss_sum: float32 scalar in the graph; the engine divides by the global weight.
         metrics: Detached sums by name, to be divided by the same weight.
-        document_losses: float32 ``(S,)``, detached: what each document adds to the sum, auxiliary losses left out.
+        document_losses: float32 ``(S,)``, detached: the weighted cross-entropy of each document, whatever else is in
+            the sum; of pairs what each adds to it.
     """
 
     loss_sum: Tensor
