@@ -102,7 +102,10 @@ def _data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -> DataC
 
 def _dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetConfig:
     seeing = new.placement is not Placement.NONE
-    shards, template = _bundled(dataset.template) if seeing else ("train-text", TextTemplate())
+    asked = dataset.template
+    if new.placement is Placement.PAIR and isinstance(asked, InterleavedTemplate):
+        asked = CaptionTemplate()  # The bundled pages have several images each.
+    shards, template = _bundled(asked) if seeing else ("train-text", TextTemplate())
     weight = dataset.weight
     if isinstance(weight, tuple):
         weight = tuple(WeightFrom(from_step=n, weight=each.weight) for n, each in enumerate(weight))

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from pydantic import ValidationError
 
@@ -39,6 +40,8 @@ from mmscale.engine.precision import choose_precision
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.models.build import build_model, build_weights, media_spec
 from mmscale.models.config import ModelConfig, read_model_config
+from mmscale.models.connector_config import ContrastiveConnectorConfig
+from mmscale.models.multimodal import MultimodalModel
 from mmscale.objectives.teacher import Teacher
 from mmscale.run_config import RunConfig
 from mmscale.stage_weights import agreed_newest
@@ -125,7 +128,7 @@ def _open(config: RunConfig, world: World, source: DistillConfig, path: Path) ->
     fill = partial(fill_frozen, path=path, zero_stage=config.engine.zero_stage, world=world, ema=source.ema)
     # Below stage 3 DeepSpeed would convert it; here it need not be read into twice the memory.
     whole = construct(lambda: build().to(precision.dtype), config.engine, world, fill)
-    return Teacher(whole, source.weight, source.temperature)
+    return Teacher(cast(MultimodalModel, whole), source.weight, source.temperature)
 
 
 def teacher_models(config: RunConfig, number: int) -> list[ModelConfig]:
@@ -168,8 +171,8 @@ def _configuration(manifest: Manifest, path: Path) -> ModelConfig:
         model = read_model_config(manifest.model_config_values)
     except ValidationError as error:
         raise CheckpointError(f"{path}: its model's configuration is not legal: {error.errors()[0]['msg']}") from error
-    if not isinstance(model, ModelConfig):
-        raise CheckpointError(f"{path} is a vision tower by itself; it expects no tokens, so it cannot teach")
+    if not isinstance(model, ModelConfig) or isinstance(model.connector, ContrastiveConnectorConfig):
+        raise CheckpointError(f"{path} holds towers; it expects no tokens, so it cannot teach")
     return model
 
 

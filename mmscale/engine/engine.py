@@ -23,8 +23,8 @@ from mmscale.dist import World, agree, is_peer_lost, peer_lost, start_deepspeed,
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.gate import Gate
-from mmscale.engine.gradient_norms import norms_from, square_sums
-from mmscale.engine.graph import LossGraph, ObjectiveLike
+from mmscale.engine.gradient_norms import norms_from, shrink_factors, square_sums
+from mmscale.engine.graph import LossGraph, ObjectiveLike, SeesWholeStep
 from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import KnowsShards, build_optimizer
 from mmscale.engine.partition import Partition
@@ -125,6 +125,8 @@ class Engine:
         components: Components = model.components()  # type: ignore[operator]
         freeze(model, components, stage)
         self.trained_components = trained_components(components, stage)
+        clips = {name: stage.component_clip(name) for name in self.trained_components}
+        self._clips = {name: clip for name, clip in clips.items() if clip}
         self._owner = component_of_parameters(model, components)
         self.parameter_counts = _count(model, self._owner)
         units: list[nn.Module] = list(model.checkpoint_units())  # type: ignore[operator]
@@ -169,7 +171,7 @@ class Engine:
             config=deepspeed_config(
                 self.config,
                 self.precision,
-                clip=self.stage.clip,
+                clip=self.stage.whole_clip,
                 device_type=self.world.device.type,
             ),
             dist_init_required=False,
@@ -190,8 +192,8 @@ class Engine:
             microbatches: This rank's part of the step.
             refuses: Asked with loss and gradient norm of the whole step, before anything moves. If any rank's says
                 yes, weights, moments and step counts of all ranks stay as they are.
-            component_norms: Also report the gradient norm of each component, for one more pass over the gradient. The
-                same on all ranks.
+            component_norms: Also report the gradient norm of each component, for one more pass over the gradient, which
+                a stage that clips each component makes anyway. The same on all ranks.
 
         Raises:
             EngineError: ranks disagree about the number of microbatches, or a peer is lost.
@@ -205,11 +207,11 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         try:
-            sums, losses = self._run(microbatches, self.world.world_size / weight)
-            squares = self._square_sums() if component_norms else {}
+            sums, losses = self._run(self._prepared(microbatches), self.world.world_size / weight)
+            squares = self._square_sums() if component_norms or self._clips else {}
             means, squares = self._global_means(sums, weight, squares)
-            loss = means.pop("loss")
-            refused = self._update(loss, refuses)
+            loss, norms = means.pop("loss"), norms_from(squares)
+            refused = self._update(loss, norms, refuses)
         except RuntimeError as error:
             if is_peer_lost(error):
                 raise peer_lost(self.world, error) from error
@@ -227,12 +229,18 @@ class Engine:
             applied,
             means,
             tuple(tuple(part.tolist()) for part in losses),
-            norms_from(squares),
+            norms if component_norms else {},
             self.precision.name == "fp16" and not finite and math.isfinite(loss),
             self.clock.take(),
         )
 
-    def _update(self, loss: float, refuses: Callable[[float, float], bool] | None) -> bool:
+    def _prepared(self, microbatches: Sequence[Any]) -> Sequence[Any]:
+        if not isinstance(self._objective, SeesWholeStep):
+            return microbatches
+        with self.clock.phase(FORWARD), self.inference() as model:
+            return self._objective.prepare(model, microbatches)
+
+    def _update(self, loss: float, norms: dict[str, float], refuses: Callable[[float, float], bool] | None) -> bool:
         """The optimizer's step, unless a rank refuses; whether one did."""
 
         def vote(norm: float) -> bool:
@@ -241,7 +249,7 @@ class Engine:
                 return agree(self.world, refuses(loss, norm))
 
         with self.clock.phase(OPTIMIZER):
-            return self._gate.step(None if refuses is None else vote)
+            return self._gate.step(None if refuses is None else vote, shrink_factors(norms, self._clips))
 
     def _rebalance(self, applied: bool) -> None:
         """Moves the biases of routers by the loads of all microbatches and ranks; forgets these for a refused step."""

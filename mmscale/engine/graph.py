@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -34,6 +34,20 @@ class ObjectiveLike(Protocol):
 
     def __call__(self, model: Any, batch: Any) -> Any:
         """``loss_sum`` (scalar with graph), ``metrics`` (sums) and ``document_losses``, both without graph."""
+        ...
+
+
+@runtime_checkable
+class SeesWholeStep(Protocol):
+    """An objective whose loss of one microbatch depends on all others of the step."""
+
+    def prepare(self, model: Any, microbatches: Sequence[Any]) -> Sequence[Any]:
+        """Microbatches as the objective takes them, told what it must know of the others. All ranks must call.
+
+        Args:
+            model: In evaluation mode and without gradients; all ranks must make the same calls.
+            microbatches: This rank's part of the step.
+        """
         ...
 
 

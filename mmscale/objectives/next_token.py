@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,23 +10,8 @@ from torch import Tensor
 from data_pipeline.batch import MultimodalBatch, Segments
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.cross_entropy import ZLoss
+from mmscale.objectives.outputs import ObjectiveOutput
 from mmscale.objectives.teacher import Teacher
-
-
-@dataclass(frozen=True)
-class ObjectiveOutput:
-    """What an objective hands to the engine.
-
-    Attributes:
-        loss_sum: float32 scalar in the graph; the engine divides by the global weight.
-        metrics: Detached sums by name, to be divided by the same weight.
-        document_losses: float32 ``(S,)``, detached: the weighted cross-entropy of each document, whatever else is in
-            the sum.
-    """
-
-    loss_sum: Tensor
-    metrics: dict[str, Tensor]
-    document_losses: Tensor
 
 
 class NextToken:
