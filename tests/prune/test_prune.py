@@ -39,7 +39,7 @@ RUN = "configs/recipes/emoji-text.yaml"
 DATA = ["data.lanes=1", "data.packing.max_tokens=256", "evaluation.sets=[]"]
 HELD_OUT = (
     "evaluation.sets=[{name: pages, kind: perplexity, manifest: examples/text/shards/pages-heldout.manifest, "
-    "template: {kind: text}, limit: 24}]"
+    "template: {kind: text}, limit: 16}]"
 )
 TINY_EPS = 1e-10  # Of a narrower norm the same eps is another share of the mean square.
 SMALL: dict[str, Any] = {
@@ -177,7 +177,7 @@ def trained(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        steps = batches(run, 120)
+        steps = batches(run, 70)
     for batch in steps:
         loss = model.head(model(batch).hidden, batch.labels, batch.loss_weights) / batch.weight
         optimizer.zero_grad()
@@ -208,7 +208,7 @@ def test_a_calibrated_cut_costs_less_than_one_by_chance(
     assert before < after < min(chances)
 
 
-def test_a_score_needs_both_what_is_written_and_what_is_read() -> None:
+def test_scores_of_weights_need_both_what_is_written_and_what_is_read() -> None:
     """Of the weights: a unit that only one of the two touches is worth nothing, whatever the other is."""
     model = random_model(config(SMALL, {}))
     block = model.decoder.layers[1]
@@ -226,6 +226,13 @@ def test_a_score_needs_both_what_is_written_and_what_is_read() -> None:
     assert torch.nonzero(scores.channels == 0).flatten().tolist() == [5, 7]
     assert torch.nonzero(scores.blocks[1].heads == 0).flatten().tolist() == [0, 1, 2]
     assert torch.nonzero(scores.blocks[1].neurons == 0).flatten().tolist() == [3, 4, 6]
+    # What the second norm of block 1 reads: the embedding, and all that was written before.
+    first, second = (layer.state_dict() for layer in model.decoder.layers)
+    writers = (first["self_attn.o_proj.weight"], first["mlp.down_proj.weight"], second["self_attn.o_proj.weight"])
+    energy = values["decoder.embed_tokens.weight"].detach().var(0, correction=0)
+    energy += values["decoder.embed_tokens.weight"].detach().mean(0).square()
+    energy += torch.stack([writer.norm(dim=1) ** 2 for writer in writers]).sum(0)
+    assert torch.allclose(scores.blocks[1].mlp_energy, energy / energy.sum(), rtol=1e-4)
 
 
 def test_scores_of_activations_are_lengths_of_what_units_write(run: RunConfig) -> None:
