@@ -55,14 +55,14 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def twin(name: str) -> Any:
-    """One of ``DECODERS``, norms and biases away from 1 and 0."""
+def twin(name: str, seed: int = 0, **sizes: Any) -> Any:
+    """One of ``DECODERS`` with other ``SIZES``, norms and biases away from 1 and 0."""
     import transformers
 
     family, keys = DECODERS[name]
-    config = transformers.AutoConfig.for_model(family, **SIZES, **keys)
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **keys, **sizes})
     model = transformers.AutoModelForCausalLM.from_config(config)
-    randomise(model)
+    randomise(model, seed)
     return model
 
 

@@ -33,7 +33,7 @@ from mmscale.models.multimodal import MultimodalModel
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.patch_embed import PatchEmbed
 from tests.hf.twins import imported, loaded, tensors_of, their_gradients
-from tests.models.twins import distance
+from tests.models.twins import distance, rounding_ratio
 from tests.parity_table import Recorder
 
 Page = Sequence[str | tuple[int, int]]
@@ -174,8 +174,8 @@ def compare(
         parity(family, "a packed document against it alone", distance(alone, rows), bounds[0])
 
 
-def _bfloat16_errors(source: Path, ours: MultimodalModel, seen: Seen) -> tuple[float, float]:
-    """Errors of bfloat16 in logits, ours and theirs: root mean squares over that of the logits in float32.
+def _rounded(source: Path, ours: MultimodalModel, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits in bfloat16, ours and theirs, and in float32.
 
     Args:
         source: Weights in bfloat16.
@@ -188,10 +188,7 @@ def _bfloat16_errors(source: Path, ours: MultimodalModel, seen: Seen) -> tuple[f
     with torch.no_grad():
         truth = seen.theirs(auto.from_pretrained(source, dtype=torch.float32).eval())
         theirs = seen.theirs(auto.from_pretrained(source, dtype=torch.bfloat16).eval())
-        mine = seen.ours(ours.bfloat16())
-    scale = truth.square().mean()
-    first, second = (float(((values.float() - truth).square().mean() / scale).sqrt()) for values in (mine, theirs))
-    return first, second
+        return seen.ours(ours.bfloat16()), theirs, truth
 
 
 def bfloat16_ratio(
@@ -204,15 +201,14 @@ def bfloat16_ratio(
         seen: Pages as both sides see them.
         folder: For files in between.
     """
-    errors = []
-    for seed in range(4):
+
+    def one(seed: int) -> tuple[Tensor, Tensor, Tensor]:
         place = folder / str(seed)
         twin(seed).bfloat16().save_pretrained(place / "theirs")
         ours, _ = imported(place / "theirs", place / "run")
-        pages = seen(place, ours, [PAGES["several"], PAGES["picture first"]])
-        errors.append(_bfloat16_errors(place / "theirs", ours, pages))
-    mine, theirs = (sum(column) for column in zip(*errors, strict=True))
-    return mine / theirs
+        return _rounded(place / "theirs", ours, seen(place, ours, [PAGES["several"], PAGES["picture first"]]))
+
+    return rounding_ratio(one(seed) for seed in range(4))
 
 
 def assert_back_as_it_came(theirs: Any, seen: Callable[[MultimodalModel], Seen], folder: Path) -> None:

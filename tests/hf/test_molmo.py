@@ -6,7 +6,6 @@ largest in a tensor over the largest value in it, float32.
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from tests.data_pipeline.test_molmo_views import LAYOUT, picture, png
 from tests.hf.molmo import FAMILIES, MEAN, NEW, SIZES, STD, VOCAB, Example, Molmo, example, fill, save
 from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
 from tests.hf.twins import imported, tensors_of
-from tests.models.twins import distance, gradient_distance
+from tests.models.twins import distance, gradient_distance, randomise, rounding_ratio
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
@@ -155,22 +154,26 @@ def test_the_same_logits_loss_and_gradients(family: str, tmp_path: Path, parity:
             parity("molmo", "a packed document against it alone", distance(rows, alone), BOUND)
 
 
-def test_bfloat16(tmp_path: Path, parity: Recorder) -> None:
-    """Against the twin in float32: not further from it than the twin in bfloat16 itself is, by half.
-
-    Measured ratio 1.2.
-    """
-    theirs, ours = loaded("qwen2", tmp_path)
-    documents = [document(ours.config, *one) for one in DOCUMENTS]
+def test_in_bfloat16_no_farther_from_the_truth(tmp_path: Path, parity: Recorder) -> None:
+    """Measured ratio 0.91."""
+    config = loaded("qwen2", tmp_path)[1].config
+    documents = [document(config, *one) for one in DOCUMENTS]
     examples = [theirs_of(one, sizes) for one, (sizes, _) in zip(documents, DOCUMENTS, strict=True)]
-    with torch.no_grad():
-        exact = torch.cat(theirs(examples))
-        rounded = torch.cat(copy.deepcopy(theirs).bfloat16()(examples)).float()
-        ours = ours.bfloat16()
-        logits = ours.head(ours(batch_of(documents, ours.config)).hidden).float()
-    parity(
-        "molmo", "logits in bfloat16, over the twin's error", distance(logits, exact) / distance(rounded, exact), 1.5
-    )
+
+    @torch.no_grad()
+    def one(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        theirs, folder = Molmo("qwen2"), tmp_path / str(seed)
+        folder.mkdir()
+        randomise(theirs, seed)
+        theirs.bfloat16()
+        save(theirs, folder / "theirs")
+        ours, _ = imported(folder / "theirs", folder / "run")
+        ours.bfloat16()
+        logits = ours.head(ours(batch_of(documents, config)).hidden)
+        return logits, torch.cat(theirs(examples)), torch.cat(theirs.float()(examples))
+
+    ratio = rounding_ratio(one(seed) for seed in range(4))
+    parity("molmo", "error of bfloat16, over the twin's", ratio, 1.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

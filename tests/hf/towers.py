@@ -38,13 +38,13 @@ PIXELS = {  # Of the processor's file; what the layouts take where there is none
 }
 
 
-def twin(name: str) -> Any:
+def twin(name: str, seed: int = 0) -> Any:
     """One of ``TOWERS``, nothing at 0 or 1."""
     import transformers
 
     kind, keys = TOWERS[name]
     model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**{**SIZES, **keys}))
-    randomise(model)
+    randomise(model, seed)
     return model
 
 

@@ -65,11 +65,25 @@ def train_and_export(
         steps: Optimizer steps.
         idle: Names (a regular expression) of tensors that no batch of this data set uses; only weight decay moves them.
     """
+    file = prepare(source, work, dataset, model=model, max_tokens=max_tokens, steps=steps)
+    Run(work / "run", ["launch", "local", str(file), "--ranks", "2"]).finish()
+    return export(source, work, idle=idle)
+
+
+def prepare(
+    source: Path,
+    work: Path,
+    dataset: dict[str, Any],
+    *,
+    model: dict[str, Any] | None = None,
+    max_tokens: int = 96,
+    steps: int = 20,
+) -> Path:
+    """The first half: imports, and writes the run that two ranks are to train. As ``train_and_export``."""
     imported = import_folder(source, work / "pretrained" / "checkpoints")
-    run = Run(work / "run", ["launch", "local", str(work / "run.yaml"), "--ranks", "2"])
     block = {key: {**(values or {}), **(model or {}).get(key, {})} or None for key, values in imported.model.items()}
     values = {
-        "run_dir": str(run.folder),
+        "run_dir": str(work / "run"),
         "seed": 1,
         "data": {
             "tokenizer": {"kind": "sentencepiece", "path": str(EMOJI / "tokenizer.model")},
@@ -100,12 +114,16 @@ def train_and_export(
         "evaluation": {"sets": [], "captions": None},
     }
     (work / "run.yaml").write_text(json.dumps(values))  # JSON is YAML.
-    run.finish()
-    losses = [line["loss"] for line in run.metrics()]
-    assert len(losses) == steps
+    return work / "run.yaml"
+
+
+def export(source: Path, work: Path, *, idle: str = "$^") -> Path:
+    """The second half, after the run: asserts and exports. As ``train_and_export``."""
+    losses = [json.loads(line)["loss"] for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == json.loads((work / "run.yaml").read_text())["stages"][0]["steps"]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
-    report = export_weights(newest_of(run.folder), work / "exported", to=HuggingFace(source))
-    assert report.family == imported.family
+    report = export_weights(newest_of(work / "run"), work / "exported", to=HuggingFace(source))
+    assert report.family == json.loads((source / "config.json").read_text())["model_type"]
     _assert_moved(source, work / "exported", idle)
     return work / "exported"
 

@@ -2,12 +2,11 @@
 
 Distances are the largest difference over the largest value. Measured worst cases: logits 5.7e-7, loss 1.2e-7, gradients
 2.2e-6, those of gates 3.2e-5: a gate's is one number, a sum over all tokens and channels that nearly cancels, and both
-are as far from float64. In bfloat16, compared with float32: ours 1.9e-2, the composition 2.0e-2.
+are as far from float64.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,11 @@ from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig, TowerConfig
 from mmscale.models.multimodal import MultimodalModel
 from tests.models.nvlm import EVERY, MEAN, PATCH, SAMPLES, SIDE, STD, TEXT, VISION, Nvlm, page_of, sample_of
-from tests.models.twins import distance, gradient_distance, randomise
+from tests.models.twins import distance, gradient_distance, randomise, rounding_ratio
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
-BOUND, GRADIENT_BOUND, GATE_BOUND, BF16_BOUND = 2e-6, 8e-6, 1e-4, 4e-2
+BOUND, GRADIENT_BOUND, GATE_BOUND = 2e-6, 8e-6, 1e-4
 KINDS = ("d", "x", "h")
 TOKENIZER = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "tokenizer.model"
 LAYOUTS = {
@@ -116,11 +115,11 @@ def by_our_names(theirs: Nvlm, ours: MultimodalModel, take: Callable[[Tensor], T
     return {name: found[name].reshape(shape) for name, shape in shapes.items()}
 
 
-def twins(kind: str) -> tuple[MultimodalModel, Nvlm]:
+def twins(kind: str, seed: int = 0) -> tuple[MultimodalModel, Nvlm]:
     """Both with the same weights; every parameter of the composition is used."""
     torch.manual_seed(0)
     theirs = Nvlm(kind)
-    randomise(theirs)
+    randomise(theirs, seed)
     ours = build_model(settings(kind), attention="sdpa", seed=None)
     values = by_our_names(theirs, ours, lambda parameter: parameter.detach())
     assert sum(each.numel() for each in values.values()) == sum(each.numel() for each in theirs.parameters())
@@ -184,14 +183,26 @@ def test_the_same_logits_loss_and_gradients(kind: str, tokenizer: Tokenizer, par
     parity(family, "gradients", gradient_distance(ours, carrier), GRADIENT_BOUND)
     if gates:
         parity(family, "gradients of gates", gradient_distance(ours, gates), GATE_BOUND)
-    with torch.no_grad():
-        rounded = ours.bfloat16()
-        found = rounded.head(rounded(batch).hidden)
-        small = copy.deepcopy(theirs).bfloat16()
-        same = torch.cat([small(page, views.bfloat16()) for page, views in zip(pages, tiles, strict=True)])
-    print(kind, distance(same.float(), expected))
-    parity(family, "logits in bfloat16", distance(found.float(), expected), BF16_BOUND)
-    parity(family, "loss in bfloat16", distance(loss_of(found, batch), reference), BF16_BOUND)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_no_farther_from_the_truth(kind: str, tokenizer: Tokenizer, parity: Recorder) -> None:
+    """Measured: 0.93 to 0.95."""
+    spec, made = documents(kind, tokenizer)
+    batch = collate([Pack(tuple(made), 0)], spec)
+    pages = [page_of(parts, kind, tokenizer, tokenizer.image_id) for parts in SAMPLES]
+    tiles = [tiles_of(document) for document in made]
+
+    @torch.no_grad()
+    def one(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        ours, theirs = (model.bfloat16() for model in twins(kind, seed))
+        rounded = torch.cat([theirs(page, views.bfloat16()) for page, views in zip(pages, tiles, strict=True)])
+        theirs.float()
+        exact = torch.cat([theirs(page, views) for page, views in zip(pages, tiles, strict=True)])
+        return ours.head(ours(batch).hidden), rounded, exact
+
+    ratio = rounding_ratio(one(seed) for seed in range(4))
+    parity({"d": "NVLM_D"}.get(kind, f"nvlm_{kind}"), "error of bfloat16, over the composition's", ratio, 1.05)
 
 
 @pytest.mark.parametrize("kind", KINDS)

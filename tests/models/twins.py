@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -61,3 +61,17 @@ def gradient_distance(ours: nn.Module, source: dict[str, Tensor]) -> float:
     largest = max(float(theirs.abs().max()) for _, theirs in pairs)
     differences = [(float((mine - theirs.reshape(mine.shape)).abs().max()), theirs) for mine, theirs in pairs]
     return max(error / max(float(theirs.abs().max()), 1e-3 * largest) for error, theirs in differences)
+
+
+def rounding_ratio(twins: Iterable[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """How far ours in bfloat16 is from the truth, over how far theirs is: root mean squares, summed over twins.
+
+    Args:
+        twins: Of each seed: ours and theirs in bfloat16, and what float32 makes of the same rounded weights.
+    """
+    errors = [
+        [float(((values.float() - truth).square().mean() / truth.square().mean()).sqrt()) for values in rounded]
+        for *rounded, truth in twins
+    ]
+    mine, theirs = (sum(column) for column in zip(*errors, strict=True))
+    return mine / theirs

@@ -1,0 +1,21 @@
+"""What two ranks run for the text families: one run after the other in one process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+from mmscale.config import load
+from mmscale.dist import World, barrier
+from mmscale.run_config import RunConfig
+from mmscale.train import train
+
+
+def train_all(world: World, files: list[str]) -> None:
+    """Trains each."""
+    # ``train`` leaves the process group at its end; here the next run needs it. DeepSpeed collects garbage for every
+    # engine, which takes longer than to make the engine.
+    with mock.patch("mmscale.train.shutdown"), mock.patch("gc.collect", return_value=0):
+        for file in files:
+            train(load(Path(file), [], RunConfig))
+            barrier(world)
