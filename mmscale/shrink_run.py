@@ -2,13 +2,15 @@
 
     model        its tiny twin, in every stage (``models.shrink``)
     pictures     as many times smaller as the twin's
-    data sets    the bundled shards that fit the kind of template; the layout's tokens spelled in ordinary ones
+    data sets    the bundled shards that fit the kind of template; tokens of a layout or a chat format spelled in
+                 ordinary ones
     stages       a few steps each, warm-ups in proportion; weights from elsewhere are not taken, and there is no teacher
     lanes        few, with packs of few documents
 
 What it shows of a recipe: that its stages, components, optimizers, data overrides and changes of the model go together
 and resume. Not: how its rates or its mixture do, nor distillation, since a twin of the teacher would have learned
-nothing. Needs the bundled shards of examples/emoji, relative to the working directory.
+nothing. Needs the bundled shards of examples/emoji and, for dialogues of a text model, of examples/text, relative to the
+working directory.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from data_pipeline.templates import (
     TemplateConfig,
     TextTemplate,
 )
+from data_pipeline.templates.dialogue import SYSTEM, USER
 from data_pipeline.tilings import Tiling
 from data_pipeline.transforms import TilesTransform, TransformConfig
 from mmscale.evaluate import EvaluationConfig
@@ -36,6 +39,7 @@ from mmscale.run_config import RunConfig
 from mmscale.stages import StageConfig
 
 _EMOJI = Path("examples/emoji")
+_TALKS = Path("examples/text/shards/talks.manifest")
 _MAX_TILES = 4
 
 
@@ -64,6 +68,22 @@ def shrink_run(config: RunConfig, *, steps: int = 4, lanes: int = 2) -> RunConfi
             "evaluation": EvaluationConfig(captions=None),
         }
     )
+
+
+def left_out(config: RunConfig) -> list[str]:
+    """Of each key of ``config`` whose values the twin does without: the key, and what it says."""
+    weights = [
+        f"stages.{number}.weights.{place}: {source.checkpoint} ({', '.join(source.components)})"
+        for number, stage in enumerate(config.stages)
+        for place, source in enumerate(stage.weights)
+    ]
+    teachers = [
+        f"stages.{number}.distill.{place}: {source.checkpoint}"
+        for number, stage in enumerate(config.stages)
+        for place, source in enumerate(stage.distill)
+    ]
+    sets = ", ".join(held.name for held in config.evaluation.sets)
+    return [*weights, *teachers, *([f"evaluation.sets: {sets}"] if sets else [])]
 
 
 def _stage(config: RunConfig, number: int, steps: int, lanes: int) -> dict[str, Any]:
@@ -105,13 +125,13 @@ def _dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetC
     asked = dataset.template
     if new.placement is Placement.PAIR and isinstance(asked, InterleavedTemplate):
         asked = CaptionTemplate()  # The bundled pages have several images each.
-    shards, template = _bundled(asked) if seeing else ("train-text", TextTemplate())
+    manifest, template = _bundled(asked) if seeing else _bundled_text(asked)
     weight = dataset.weight
     if isinstance(weight, tuple):
         weight = tuple(WeightFrom(from_step=n, weight=each.weight) for n, each in enumerate(weight))
     return DatasetConfig(
         name=dataset.name,
-        manifest=_EMOJI / "shards" / f"{shards}.manifest",
+        manifest=manifest,
         weight=weight,
         repeats=dataset.repeats,
         template=template,
@@ -119,18 +139,45 @@ def _dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetC
     )
 
 
-def _bundled(template: TemplateConfig) -> tuple[str, TemplateConfig]:
-    """Bundled shards, and a template of the same kind for them; dialogues become captions, since none are bundled."""
-    if isinstance(template, TextTemplate):
-        return "train-text", template
-    if isinstance(template, InterleavedTemplate):
-        return "train-interleaved", template
-    if isinstance(template, AnnotationsTemplate):
-        each = CaptionTemplate(prompts=("Say: ",), answers=("{caption}",), loss_weight=template.loss_weight)
-        return "train-quick", template.model_copy(update={"field": "captions", "each": each})
-    captions = {"prompts": ("", "group:"), "answers": ("{name}", " {group}"), "loss_weight": template.loss_weight}
-    assert isinstance(template, CaptionTemplate | DialogueTemplate)
-    return "train-quick", CaptionTemplate(**captions)
+def _bundled(template: TemplateConfig) -> tuple[Path, TemplateConfig]:
+    """Bundled shards, and a template of the same kind for them."""
+    match template:
+        case TextTemplate():
+            return _emoji("text"), template
+        case InterleavedTemplate():
+            return _emoji("interleaved"), template
+        case DialogueTemplate():
+            return _emoji("dialogues"), _dialogue(template)
+        case AnnotationsTemplate(each=DialogueTemplate() as dialogue):
+            changes: dict[str, Any] = {"field": "annotations", "each": _dialogue(dialogue)}
+            return _emoji("dialogues"), template.model_copy(update=changes)
+        case AnnotationsTemplate():
+            each = CaptionTemplate(prompts=("Say: ",), answers=("{caption}",), loss_weight=template.loss_weight)
+            return _emoji("quick"), template.model_copy(update={"field": "captions", "each": each})
+        case CaptionTemplate():
+            captions = {"prompts": ("", "group:"), "answers": ("{name}", " {group}")}
+            return _emoji("quick"), CaptionTemplate(**captions, loss_weight=template.loss_weight)
+
+
+def _bundled_text(template: TemplateConfig) -> tuple[Path, TemplateConfig]:
+    """The same for a model that takes no pictures."""
+    if isinstance(template, DialogueTemplate):
+        return _TALKS, _dialogue(template)
+    return _emoji("text"), TextTemplate()
+
+
+def _emoji(name: str) -> Path:
+    return _EMOJI / "shards" / f"train-{name}.manifest"
+
+
+def _dialogue(template: DialogueTemplate) -> DialogueTemplate:
+    """The same format, whatever it calls its roles, for turns of ``user`` and ``assistant``."""
+    learned = [name for name, role in template.roles.items() if role.weight]
+    read = [name for name in template.roles if name not in (*learned, SYSTEM)]
+    answers = "assistant" if "assistant" in learned else learned[0]
+    asks = USER if USER in read else (read or learned)[0]
+    changes = {"field": None, "special_tokens": (), "aliases": {USER: asks, "assistant": answers}}
+    return template.model_copy(update=changes)
 
 
 def _transforms(transforms: TransformConfig, old: MediaSpec, new: MediaSpec) -> TransformConfig:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from emoji_concepts import Concept, load_concepts, quick_codes, share
 from emoji_pictures import EXTENSION, encode_picture
-from emoji_wording import interleaved, page, record
+from emoji_wording import dialogue, interleaved, page, record
 
 from data_pipeline.shards.files import sha256_of, write_whole
 from data_pipeline.shards.manifest import write_manifest
@@ -36,6 +36,7 @@ REST_STYLES = ("twitter", "fluent-3d", "openmoji")
 
 SAMPLES_PER_SHARD = 512
 PAGE_CONCEPTS = 8
+NUM_DIALOGUES = 40
 VOCAB_SIZE = 2048
 # Rare Chinese and Japanese characters would take the pieces that English words need; they are spelled in bytes.
 CHARACTER_COVERAGE = 0.99
@@ -45,6 +46,7 @@ MANIFESTS = {
     "train": ("train-quick", "train-rest"),
     "train-text": ("train-text",),
     "train-interleaved": ("train-interleaved",),
+    "train-dialogues": ("train-dialogues",),
     "heldout-style-quick": ("heldout-style-quick",),
     "heldout-style": ("heldout-style-quick", "heldout-style-rest"),
     "heldout-concept": ("heldout-concept",),
@@ -68,6 +70,7 @@ def build(packages: Path, output: Path, tokenizer: Path, num_quick: int, vocab_s
         "train-rest": pictures(rest, REST_STYLES),
         "train-text": pages(seen),
         "train-interleaved": series(few),
+        "train-dialogues": dialogues(few),
         "heldout-style-quick": pictures(few, (HELDOUT_STYLE,)),
         "heldout-style-rest": pictures(rest, (HELDOUT_STYLE,)),
         "heldout-concept": pictures(unseen, TRAIN_STYLES),
@@ -105,11 +108,22 @@ def series(concepts: list[Concept]) -> Iterator[tuple[str, dict[str, bytes]]]:
     rows = [row for row in chunks(concepts, lambda code: 2 + int(3 * share("row:" + code))) if len(row) > 1]
     for row in sorted(rows, key=lambda row: share("series:" + row[0].code)):
         style = TRAIN_STYLES[int(len(TRAIN_STYLES) * share("style:" + row[0].code))]
-        members = [f"{i}.{EXTENSION[style]}" for i in range(len(row))]
-        images = {
-            name: encode_picture(style, concept.pictures[style]) for name, concept in zip(members, row, strict=True)
-        }
-        yield f"series-{row[0].code.lower()}", {**images, "json": as_json(interleaved(row, members))}
+        images = shown(row, style)
+        yield f"series-{row[0].code.lower()}", {**images, "json": as_json(interleaved(row, list(images)))}
+
+
+def dialogues(concepts: list[Concept]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Questions and answers about one or two pictures of a subgroup, in one style each."""
+    rows = chunks(concepts, lambda code: 1 + int(2 * share("talk:" + code)))
+    for row in sorted(rows, key=lambda row: share("dialogue:" + row[0].code))[:NUM_DIALOGUES]:
+        style = TRAIN_STYLES[int(len(TRAIN_STYLES) * share("painted:" + row[0].code))]
+        yield f"dialogue-{row[0].code.lower()}-{style}", {**shown(row, style), "json": as_json(dialogue(row, style))}
+
+
+def shown(concepts: list[Concept], style: str) -> dict[str, bytes]:
+    """Their pictures as numbered members."""
+    names = [f"{number}.{EXTENSION[style]}" for number in range(len(concepts))]
+    return {name: encode_picture(style, concept.pictures[style]) for name, concept in zip(names, concepts, strict=True)}
 
 
 def chunks(concepts: list[Concept], length: Callable[[str], int]) -> Iterator[list[Concept]]:

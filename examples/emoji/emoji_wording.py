@@ -1,4 +1,4 @@
-"""What is said about a concept: captions, text-only documents, and text between pictures."""
+"""What is said about a concept: captions, text-only documents, text between pictures, and dialogues."""
 
 from __future__ import annotations
 
@@ -67,3 +67,24 @@ def interleaved(concepts: list[Concept], members: list[str]) -> dict[str, Any]:
     for concept, member in zip(concepts, members, strict=True):
         parts += [{"image": member}, {"text": f"{with_article(concept)}\n"}]
     return {"concepts": [concept.code for concept in concepts], "parts": parts}
+
+
+def dialogue(concepts: list[Concept], style: str) -> dict[str, Any]:
+    """JSON of a dialogue that asks about each picture, and of dialogues of one question about all of them."""
+    asked = []
+    for number, concept in enumerate(concepts):
+        asked.append(("<image>\nAnd this?" if number else "<image>\nWhat is this?", with_article(concept)))
+        asked.append(("Which words go with it?", ", ".join(concept.tags) or concept.subgroup))
+    names = " and ".join(map(with_article, concepts))
+    alone = [("What do you see?", names), ("Which group?", concepts[0].group), ("What kind?", concepts[0].subgroup)]
+    return {
+        "concepts": [concept.code for concept in concepts],
+        "style": style,
+        "messages": [turn for pair in asked for turn in turns(*pair)],
+        "annotations": [{"messages": turns(*pair)} for pair in alone],
+    }
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    """A question of the user and what the assistant answers."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -66,6 +66,9 @@ def shrink(
     """Print a run of seconds with the same stages: a tiny twin of the model, on the bundled data."""
     from mmscale.config import dump, load
     from mmscale.run_config import RunConfig
-    from mmscale.shrink_run import shrink_run
+    from mmscale.shrink_run import left_out, shrink_run
 
-    print(dump(shrink_run(load(config, overrides or [], RunConfig).value, steps=steps, lanes=lanes)), end="")
+    run = load(config, overrides or [], RunConfig).value
+    for line in left_out(run):
+        print(f"# left out: {line}")
+    print(dump(shrink_run(run, steps=steps, lanes=lanes)), end="")

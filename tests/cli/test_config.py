@@ -75,6 +75,18 @@ def test_a_wrong_configuration_starts_nothing(target: list[str], capsys: pytest.
     assert "override 1 (seed=x) seed=x: input should be a valid integer" in capsys.readouterr().err
 
 
+def test_shrink_says_what_it_leaves_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    held = "{name: style, manifest: examples/emoji/shards/heldout-style.manifest, field: name}"
+    assert main(["config", "shrink", "configs/recipes/qwen2-vl-2b.yaml", f"evaluation.sets=[{held}]"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")] == [
+        "# left out: stages.0.weights.0: runs/dfn-vit (vision)",
+        "# left out: stages.0.weights.1: runs/qwen2-7b (decoder)",
+        "# left out: evaluation.sets: style",
+    ]
+    assert main(["config", "shrink", "configs/recipes/fuyu-8b.yaml"]) == 0
+    assert "#" not in capsys.readouterr().out
+
+
 def test_shrink_prints_a_run_that_loads(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert (
         main(["config", "shrink", "configs/recipes/emoji-stages.yaml", "seed=7", "--steps", "3", "--lanes", "1"]) == 0

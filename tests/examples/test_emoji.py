@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
+from data_pipeline.reader import read_samples
 from data_pipeline.shards.files import sha256_of
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.templates.pieces import images_of
 
 EMOJI = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 SHARDS = EMOJI / "shards"
-TRAINED = ("train", "train-quick", "train-text", "train-interleaved")
+TRAINED = ("train", "train-quick", "train-text", "train-interleaved", "train-dialogues")
 LANGUAGES = ("de", "es", "fr", "it", "ja", "pt", "ru", "zh")
 
 
@@ -50,9 +53,10 @@ def test_styles_and_concepts_are_held_out() -> None:
     trained = [fields for name in ("train", "train-quick") for _, fields in records(name)]
     assert {fields["style"] for fields in trained} == {"twitter", "fluent-3d", "fluent-flat", "openmoji"}
     assert not any(unseen(fields["concept"]) for fields in trained)
-    codes = {code for _, fields in records("train-interleaved") for code in fields["concepts"]}
-    assert codes
-    assert not any(unseen(code) for code in codes)
+    for name in ("train-interleaved", "train-dialogues"):
+        codes = {code for _, fields in records(name) for code in fields["concepts"]}
+        assert codes
+        assert not any(unseen(code) for code in codes)
     for name, styles, hidden in [
         ("heldout-style", {"google"}, False),
         ("heldout-style-quick", {"google"}, False),
@@ -80,6 +84,22 @@ def test_quick_concepts_come_in_every_style_and_are_the_held_out_ones() -> None:
     assert len(styles) == 256
     assert all(len(found) == 4 for found in styles.values())
     assert {fields["concept"] for _, fields in records("heldout-style-quick")} == set(styles)
+
+
+def test_dialogues_name_the_pictures_they_show() -> None:
+    pictures = {sample.provenance.key: sample for sample in read_samples(SHARDS / "train-quick.manifest")}
+    several = []
+    for sample in read_samples(SHARDS / "train-dialogues.manifest"):
+        codes, style = sample.fields["concepts"], sample.fields["style"]
+        shown = [pictures[f"{code.lower()}-{style}"] for code in codes]
+        assert [part.data for part in images_of(sample)] == [part.data for one in shown for part in images_of(one)]
+        said = [turn["content"] for turn in sample.fields["messages"]]
+        named = [said[number + 1] for number, words in enumerate(said) if words.startswith("<image>\n")]
+        assert [re.sub("^an? ", "", name) for name in named] == [one.fields["name"] for one in shown]
+        alone = [entry["messages"][1]["content"] for entry in sample.fields["annotations"]]
+        assert {(" and ".join(named), one.fields["group"], one.fields["subgroup"]) for one in shown} == {tuple(alone)}
+        several.append(len(shown))
+    assert (len(several), set(several)) == (40, {1, 2})
 
 
 def test_names_are_unique_and_a_fifth_speaks_other_languages() -> None:
