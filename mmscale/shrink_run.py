@@ -9,8 +9,8 @@
 
 What it shows of a recipe: that its stages, components, optimizers, data overrides and changes of the model go together
 and resume. Not: how its rates or its mixture do, nor distillation, since a twin of the teacher would have learned
-nothing. Needs the bundled shards of examples/emoji and, for dialogues of a text model, of examples/text, relative to the
-working directory.
+nothing. Needs the bundled shards of examples/emoji and, for dialogues of a text model, of examples/text, relative to
+the working directory.
 """
 
 from __future__ import annotations
