@@ -42,6 +42,7 @@ def start_ranks(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
             **(environment or {}),
         }
         words = [function, arguments, str(folder / f"result-{rank}.json")]
