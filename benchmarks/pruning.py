@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -111,7 +111,7 @@ def measure() -> list[Case]:
     """Losses, natural logarithm, per token."""
     run = load(CONFIG, [PAGES.format(SAMPLES)], RunConfig).value
     calibration = Calibration(run, BATCHES)
-    model = build_model(run.model, seed=run.seed)
+    model = cast(MultimodalModel, build_model(run.model, seed=run.seed))
     for _ in train(model, run, STEPS, 2e-3):
         pass
     scores, _ = calibration.scores(model)

@@ -3,12 +3,12 @@
     model        its tiny twin, in every stage (``models.shrink``)
     pictures     as many times smaller as the twin's
     data sets    the bundled shards that fit the kind of template; the layout's tokens spelled in ordinary ones
-    stages       a few steps each, warm-ups in proportion; weights from elsewhere are not taken
+    stages       a few steps each, warm-ups in proportion; weights from elsewhere are not taken, and there is no teacher
     lanes        few, with packs of few documents
 
 What it shows of a recipe: that its stages, components, optimizers, data overrides and changes of the model go together
-and resume. Not: how its rates or its mixture do. Needs the bundled shards of examples/emoji, relative to the working
-directory.
+and resume. Not: how its rates or its mixture do, nor distillation, since a twin of the teacher would have learned
+nothing. Needs the bundled shards of examples/emoji, relative to the working directory.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def _stage(config: RunConfig, number: int, steps: int, lanes: int) -> dict[str, 
     return {
         **stage.stretched(min(stage.steps, steps)).model_dump(),
         "weights": (),
+        "distill": (),
         "data": data.model_dump(mode="json") if _changes(stage, config, number) else None,
         "model": None if stage.model is None else model.model_dump(mode="json"),
     }
@@ -101,7 +102,10 @@ def _data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -> DataC
 
 def _dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetConfig:
     seeing = new.placement is not Placement.NONE
-    shards, template = _bundled(dataset.template) if seeing else ("train-text", TextTemplate())
+    asked = dataset.template
+    if new.placement is Placement.PAIR and isinstance(asked, InterleavedTemplate):
+        asked = CaptionTemplate()  # The bundled pages have several images each.
+    shards, template = _bundled(asked) if seeing else ("train-text", TextTemplate())
     weight = dataset.weight
     if isinstance(weight, tuple):
         weight = tuple(WeightFrom(from_step=n, weight=each.weight) for n, each in enumerate(weight))

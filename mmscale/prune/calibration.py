@@ -17,7 +17,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.checkpoint import load_weights, read_manifest
 from mmscale.dist import World
-from mmscale.errors import ConfigError
+from mmscale.errors import CheckpointError, ConfigError
 from mmscale.evaluate import PerplexitySet, evaluate
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
@@ -85,7 +85,7 @@ def load_model(path: Path, config: ModelConfig) -> MultimodalModel:
     """The model of a checkpoint in the precision of its run, its average if it keeps one.
 
     Raises:
-        CheckpointError: it is damaged, or of another model.
+        CheckpointError: it is damaged, of another model, or of one that predicts no tokens.
     """
     manifest = read_manifest(path)
     dtype, usual = torch.bfloat16 if manifest.precision == "bf16" else torch.float32, torch.get_default_dtype()
@@ -95,6 +95,8 @@ def load_model(path: Path, config: ModelConfig) -> MultimodalModel:
             model = build_model(config, seed=None, dtype=dtype)
     finally:
         torch.set_default_dtype(usual)
+    if not isinstance(model, MultimodalModel):
+        raise CheckpointError(f"{path} holds a contrastive model, which predicts no tokens; prune it by its weights")
     load_weights(model, path, ema=manifest.ema)
     return model.eval()
 
