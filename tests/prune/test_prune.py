@@ -218,6 +218,7 @@ def test_scores_of_weights_need_both_what_is_written_and_what_is_read() -> None:
                 each.weight[:, 5] = 0
             layer.self_attn.o_proj.weight[7] = layer.mlp.down_proj.weight[7] = 0
         model.head.weight[:, 5] = model.decoder.embed_tokens.weight[:, 7] = 0
+        model.head.weight[:, 9] = 0  # Blocks read it.
         block.self_attn.o_proj.weight[:, 16:24] = 0  # Head 2.
         block.self_attn.v_proj.weight[:8] = 0  # Heads 0 and 1.
         block.mlp.down_proj.weight[:, 3] = block.mlp.gate_proj.weight[4] = block.mlp.up_proj.weight[6] = 0
