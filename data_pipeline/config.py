@@ -116,7 +116,8 @@ class PackingConfig(StrictConfig):
     look_ahead: int = Field(default=1, ge=1, le=256)
     """Documents held to find one that fits the room left; 1 makes every strategy greedy."""
     too_long: Literal["error", "truncate", "split"] = "error"
-    """A document that no pack can hold is a bad sample, loses its end, or becomes several documents."""
+    """A document that no pack can hold, or that has more tokens than the model has positions, is a bad sample, loses
+    its end, or becomes several documents."""
 
     @model_validator(mode="after")
     def _check_strategy(self) -> PackingConfig:

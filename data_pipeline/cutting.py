@@ -47,6 +47,18 @@ def cut(document: Document, start: int, stop: int) -> Document:
     )
 
 
+def closed(part: Document, end: Document) -> Document:
+    """A part of two tokens or more whose last one is that of ``end``, the whole document.
+
+    Source: CLIP's tokenizer, which puts the end token in the last place of a text that it cuts.
+    """
+    tokens, labels, weights = part.token_ids.copy(), part.labels.copy(), part.loss_weights.copy()
+    tokens[-1] = end.token_ids[-1]
+    labels[-2:] = end.labels[-2:]
+    weights[-2:] = end.loss_weights[-2:]
+    return replace(part, token_ids=tokens, labels=labels, loss_weights=weights)
+
+
 def _images(document: Document) -> list[tuple[ImageExtent, range]]:
     """Each image and its items."""
     after = [*(image.first_item for image in document.images[1:]), len(document.items)]

@@ -1,6 +1,7 @@
 """Sample to document: pieces, views and tokens become ids, labels, positions, slots and spans.
 
     bos | image: one placeholder a feature (embedded) or one anchor (attended), and its layout | text | ... | eos
+    bos | text | eos    beside its one image, where the two are compared
 
 Not for: several documents together (``packing``, ``collate``).
 """
@@ -22,7 +23,16 @@ from data_pipeline.image_layout import Features, ImageLayout, Text
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
-from data_pipeline.templates import BranchPiece, EndPiece, Piece, TextPiece, TextTemplate, TokenPiece, special_tokens
+from data_pipeline.templates import (
+    AnnotationsTemplate,
+    BranchPiece,
+    EndPiece,
+    Piece,
+    TextPiece,
+    TextTemplate,
+    TokenPiece,
+    special_tokens,
+)
 from data_pipeline.templates.learned import share_weights
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import ImageTransform, TilesTransform
@@ -81,17 +91,21 @@ class _Draft:
         self.next_position = self.fork
 
     def add_image(self, views: tuple[MediaItem, ...], image_id: int, layout: ImageLayout) -> None:
-        """Appends the tokens of an image as it is laid out; none of them is learned."""
+        """Appends the tokens of an image as it is laid out; none of them is learned, and of a pair there is none."""
         assert not self.branches, "an image in a branch would be attended by the branches after it"
-        start, first_item = len(self.ids), len(self.items)
-        self.items.extend(replace(view, image=len(self.images)) for view in layout.tagged(views))
+        start, first_item, number = len(self.ids), len(self.items), len(self.images)
+        if self.spec.placement is Placement.PAIR:
+            self.items.extend(views)
+            self.images.append(ImageExtent(start, first_item, start))
+            return
+        self.items.extend(replace(view, image=number) for view in layout.tagged(views, number))
         self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
         slots = {
             number: np.empty(view.num_features(self.spec), dtype=np.int32)
             for number, view in enumerate(views)
             if view.embedded
         }
-        for run in layout.runs(views, self.spec):
+        for run in layout.runs(views, number, self.spec):
             own = run.view if isinstance(run, Text) else None
             self._attend(self.run if own is None else (first_item + own,))
             if isinstance(run, Features):
@@ -200,6 +214,17 @@ class DocumentBuilder:
         # Texts alone have no image, so their transform need not fit the model.
         takes_images = spec.placement is not Placement.NONE and not isinstance(dataset.template, TextTemplate)
         transforms = dataset.transforms
+        if spec.placement is Placement.PAIR and isinstance(dataset.template, TextTemplate | AnnotationsTemplate):
+            what = "no image" if isinstance(dataset.template, TextTemplate) else "several texts of one image"
+            raise DataConfigError(
+                f"template.kind={dataset.template.kind}: gives {what}, and the model (connector.kind=contrastive) "
+                "compares one image with one text; use caption"
+            )
+        if spec.placement is Placement.PAIR and dataset.template.loss_weight != "token":
+            raise DataConfigError(
+                f"template.loss_weight={dataset.template.loss_weight}: each pair counts once (connector.kind="
+                "contrastive); leave it out"
+            )
         self._transform = ImageTransform(transforms, spec) if takes_images else None
         max_tiles = transforms.tiling.max_tiles if isinstance(transforms, TilesTransform) else 0
         layout = transforms.layout if takes_images else None
@@ -265,6 +290,8 @@ class DocumentBuilder:
         draft = _Draft(self.spec)
         draft.add_text([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id], 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
+        if self.spec.placement is Placement.PAIR and num_images != 1:
+            raise SampleError(f"{num_images} images, but a pair is one image and one text (connector.kind=contrastive)")
         for piece in pieces:
             if isinstance(piece, ImagePart):
                 self._add_image(draft, piece, rng, num_images, empty)
@@ -283,6 +310,8 @@ class DocumentBuilder:
         rule = self.dataset.template.loss_weight
         if rule != "token":
             draft.weights = share_weights(draft.weights, draft.branches, rule).tolist()
+        if self.spec.placement is Placement.PAIR:  # A pair counts once, whatever the length of its text.
+            draft.weights = [0.0] * (len(draft.ids) - 1) + [1.0]
         return Outline(draft.finish(sample.provenance), tuple(draft.pictures))
 
     def _add_image(
@@ -301,6 +330,8 @@ class DocumentBuilder:
         embedded = 0
         for item in draft.items:
             embedded += item.num_features(self.spec) * item.embedded  # Refuses attended grids too.
+        if self.spec.placement is Placement.PAIR:
+            return  # No token stands for the image, and CLIP's vocabulary has none that could.
         expected = embedded or len(draft.images)  # One anchor for an image without embedded views.
         found = draft.ids.count(self.tokenizer.image_id)
         if found != expected:
@@ -350,10 +381,10 @@ def null_document(spec: MediaSpec, pad_id: int) -> Document:
     height, width = spec.minimal_grid[1:]
     values = np.zeros((height * width, spec.patch_dim), dtype=np.uint8)
     draft = _Draft(spec)
-    roles = [True] * spec.needs_embedded + [False] * spec.needs_attended
+    roles = [True] * spec.needs_embedded + [False] * spec.needs_apart
     if roles:
         views = tuple(MediaItem(values, spec.minimal_grid, embedded) for embedded in roles)
         draft.add_image(views, pad_id, ImageLayout())
-    else:
+    if not draft.ids:
         draft.add_text([pad_id], 0.0)
     return draft.finish(None)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -23,8 +24,10 @@ from data_pipeline.strict import StrictConfig
 from data_pipeline.tokenizer import Tokenizer
 
 Ids = tuple[int, ...]
-_NAMES = ("start", "end", "view_start", "view_end", "row_end", "row_break", "overview")
-"""Fields that name one token each; ``tile`` names one for each tile."""
+_NAMES = ("start", "end", "view_start", "view_end", "row_end", "row_break")
+"""Fields that name one token each; ``tile`` and ``overview`` may name one for each tile and image."""
+_NUMBERS = {"tile": ("n", "row", "column", "image"), "overview": ("image",)}
+"""What may stand in braces in a tag."""
 
 
 class ImageLayoutConfig(StrictConfig):
@@ -43,10 +46,11 @@ class ImageLayoutConfig(StrictConfig):
     row_break: str | None = None
     """Stands between two rows of features: ``[IMG_BREAK]`` (Pixtral)."""
     tile: str | None = None
-    """Stands before each tile, ``{n}`` for its number from 1: ``<tile_{n}>`` (NVLM). Of an attended tile only this tag
-    stands in the text, and attends that tile alone."""
+    """Stands before each tile: ``<tile_{n}>`` (NVLM). ``{n}`` is its number, ``{row}`` and ``{column}`` its place among
+    the tiles, ``{image}`` the number of its image in the sample, all from 1; ``{image}`` needs ``spell``. Of an
+    attended tile only this tag stands in the text, and attends that tile alone."""
     overview: str | None = None
-    """The same for a view of the whole image: ``<tile_global_thumbnail>``."""
+    """The same for a view of the whole image, with ``{image}`` alone: ``<tile_global_thumbnail>``."""
     attended_tags: Literal["text", "keys"] = "text"
     """Where the tags of attended views stand: ``text`` (NVLM-X), or as embeddings among the ``keys``, in front of the
     view's features (NVLM-H)."""
@@ -57,19 +61,31 @@ class ImageLayoutConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_tags(self) -> ImageLayoutConfig:
-        if self.tile is not None and self.tile.replace("{n}", "").count("{"):
-            raise ValueError(f"tile={self.tile!r}: only {{n}} may stand in braces")
+        for name, known in _NUMBERS.items():
+            tag = getattr(self, name) or ""
+            if "{" in re.sub(rf"{{(?:{'|'.join(known)})}}", "", tag):
+                words = ", ".join(f"{{{word}}}" for word in known)
+                raise ValueError(f"{name}={tag!r}: only {words} may stand in braces")
+            if "{image}" in tag and not self.spell:
+                raise ValueError(
+                    f"{name}={tag!r}: a sample may have any number of images, so {{image}} names no tokens of "
+                    "their own; write tags as text (spell: true)"
+                )
         if self.tile is not None and self.join_tiles:
             raise ValueError("tile and join_tiles exclude each other: joined tiles have no place for a tag each")
         return self
 
     def tags(self, max_tiles: int) -> list[str]:
-        """The tags of so many tiles."""
-        return [] if self.tile is None else [self.tile.replace("{n}", str(n)) for n in range(1, max_tiles + 1)]
+        """All tags that tiles of the first image of a sample can have, so many at most."""
+        if self.tile is None:
+            return []
+        grids = [(rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)]
+        places = [(index, divmod(index, columns)) for rows, columns in grids for index in range(rows * columns)]
+        return list(dict.fromkeys(_tag(self.tile, 0, index, place) for index, place in places))
 
     def tokens(self, max_tiles: int) -> list[str]:
         """Names of all tokens that are of its own; none if it spells them."""
-        named = [getattr(self, name) for name in _NAMES]
+        named = [getattr(self, name) for name in (*_NAMES, "overview")]
         return [] if self.spell else [*(name for name in named if name is not None), *self.tags(max_tiles)]
 
     def check(self, spec: MediaSpec, max_tiles: int) -> None:
@@ -78,6 +94,10 @@ class ImageLayoutConfig(StrictConfig):
         Raises:
             DataConfigError: the message names the field.
         """
+        if spec.placement is Placement.PAIR:
+            raise DataConfigError(
+                "transforms.layout: the model compares image and text, nothing of an image stands in the text"
+            )
         rows = [name for name in ("row_end", "row_break", "view_start", "view_end") if getattr(self, name) is not None]
         if rows and spec.placement is Placement.CROSS_ATTENTION:
             raise DataConfigError(f"transforms.layout.{rows[0]}: the model attends all views, none stands in the text")
@@ -124,9 +144,20 @@ class Anchor:
 Run = Text | Features | Anchor
 
 
+def _tag(pattern: str, image: int, index: int, place: tuple[int, int]) -> str:
+    """The tag of a tile; everything is counted from 0 here, and from 1 in tags."""
+    for word, number in (("n", index), ("row", place[0]), ("column", place[1]), ("image", image)):
+        pattern = pattern.replace(f"{{{word}}}", str(number + 1))
+    return pattern
+
+
+def _no_ids(_: str) -> Ids:
+    return ()
+
+
 @dataclass(frozen=True)
 class ImageLayout:
-    """Ids instead of names; no ids where nothing is to stand."""
+    """Ids instead of names; no ids where nothing is to stand. Tags get theirs once the place of a view is known."""
 
     start: Ids = ()
     end: Ids = ()
@@ -134,8 +165,9 @@ class ImageLayout:
     view_end: Ids = ()
     row_end: Ids = ()
     row_break: Ids = ()
-    overview: Ids = ()
-    tiles: tuple[Ids, ...] = field(default=())
+    tile: str = ""
+    overview: str = ""
+    ids_of_tag: Callable[[str], Ids] = field(default=_no_ids, compare=False)
     join_tiles: bool = False
     tags_among_keys: bool = False
 
@@ -158,6 +190,7 @@ class ImageLayout:
             return cls()
         config.check(spec, max_tiles)
 
+        @functools.cache
         def ids(text: str | None, name: str) -> Ids:
             if text is None:
                 return ()
@@ -167,22 +200,27 @@ class ImageLayout:
                 raise DataConfigError(f"{place}={text!r}: is the image token, which stands for features alone")
             return found
 
+        for tag in config.tags(max_tiles):
+            ids(tag, "tile")  # What is missing is missed now.
+        ids(config.overview, "overview")
         return cls(
             **{name: ids(getattr(config, name), name) for name in _NAMES},
-            tiles=tuple(ids(tag, "tile") for tag in config.tags(max_tiles)),
+            tile=config.tile or "",
+            overview=config.overview or "",
+            ids_of_tag=functools.partial(ids, name="tile"),
             join_tiles=config.join_tiles,
             tags_among_keys=config.attended_tags == "keys",
         )
 
-    def tagged(self, views: Sequence[MediaItem]) -> tuple[MediaItem, ...]:
-        """The views of one image, those that are attended with their tags if these stand among the keys."""
+    def tagged(self, views: Sequence[MediaItem], image: int) -> tuple[MediaItem, ...]:
+        """The views of image ``image`` of a sample; attended ones with their tags, if these stand among the keys."""
         if not self.tags_among_keys:
             return tuple(views)
-        pairs = zip(views, self._tags(views), strict=True)
+        pairs = zip(views, self._tags(views, image), strict=True)
         return tuple(view if view.embedded else replace(view, tag=tag) for view, tag in pairs)
 
-    def runs(self, views: Sequence[MediaItem], spec: MediaSpec) -> Iterator[Run]:
-        """The tokens of one image in order.
+    def runs(self, views: Sequence[MediaItem], image: int, spec: MediaSpec) -> Iterator[Run]:
+        """The tokens of image ``image`` of a sample in order.
 
         Raises:
             SampleError: a view does not fit the model.
@@ -194,7 +232,7 @@ class ImageLayout:
             if not any(view.embedded for view in views):
                 yield Anchor()
             return
-        tags = self._tags(views)
+        tags = self._tags(views, image)
         embedded = [number for number, view in enumerate(views) if view.embedded]
         yield from _text(self.start)
         for number, view in enumerate(views):
@@ -211,12 +249,16 @@ class ImageLayout:
             yield Anchor()
         yield from _text(self.end)
 
-    def _tags(self, views: Sequence[MediaItem]) -> list[Ids]:
+    def _tags(self, views: Sequence[MediaItem], image: int) -> list[Ids]:
         """The tag of each view; tiles are numbered in their order."""
         numbers = itertools.count()
-        return [
-            self.overview if view.place is None else (self.tiles[next(numbers)] if self.tiles else ()) for view in views
+        names = [
+            _tag(self.overview, image, 0, (0, 0))
+            if view.place is None
+            else _tag(self.tile, image, next(numbers), view.place)
+            for view in views
         ]
+        return [self.ids_of_tag(name) if name else () for name in names]
 
     def _blocks(self, views: Sequence[MediaItem], embedded: list[int]) -> Iterator[list[int]]:
         """Views that stand together: each by itself, or all tiles if they are joined."""

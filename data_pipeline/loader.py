@@ -255,8 +255,9 @@ class Loader:
         plan = _Plan(config, spec, seed, self._step, lane_states, tuple(quarantine))
         self._make_rows = functools.partial(_rows_of, plan, self._num_workers)
         # Remote access has threads, which a fork would lose.
+        preload = (__name__, "torchvision.io")  # Decoding imports it when it must, which takes a second.
         self._start = functools.partial(
-            Workers, self._make_rows, self._num_workers, config.prefetch, clean=is_remote, preload=(__name__,)
+            Workers, self._make_rows, self._num_workers, config.prefetch, clean=is_remote, preload=preload
         )
         self._inboxes = [Inbox() for _ in range(max(1, self._num_workers))]
         self._workers: Workers[_Rows | DataPipelineError] | None = None

@@ -22,6 +22,8 @@ class Placement(str, Enum):
     """Every view is attended by cross-attention blocks; one anchor token marks its place."""
     HYBRID = "hybrid"
     """The overview is written into token slots, the tiles are attended (NVLM-H)."""
+    PAIR = "pair"
+    """No text sees it: image and text of a document are compared (CLIP). A document has exactly one image."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class MediaSpec:
             every view is by itself.
         computes_absent: Whether an image costs ``max_tiles`` tiles, however many it has.
         position_axes: 1 for plain positions, 3 for (time, height, width) positions (Qwen2-VL).
+        max_document_tokens: Positions that the decoder knows; None: any number.
         padding: Whether the model wants to know which patches show padding (Molmo).
         pooled_side: Side of the square of features that each view becomes whatever its grid (MM1.5); None: one feature
             for each merged square.
@@ -54,6 +57,7 @@ class MediaSpec:
     cost_per_patch: float = 1.0
     fixed_grid: tuple[int, int] | None = None
     position_axes: int = 1
+    max_document_tokens: int | None = None
     class_features: int = 0
     max_tiles: int | None = None
     computes_absent: bool = False
@@ -65,8 +69,8 @@ class MediaSpec:
             raise DataConfigError(f"patch_size, merge and channels must be at least 1, got {self}")
         if self.position_axes not in (1, 3):
             raise DataConfigError(f"position_axes={self.position_axes}: must be 1 or 3")
-        if self.class_features and self.placement is not Placement.CROSS_ATTENTION:
-            raise DataConfigError(f"class_features={self.class_features}: only where features are attended")
+        if self.class_features and self.placement not in (Placement.CROSS_ATTENTION, Placement.PAIR):
+            raise DataConfigError(f"class_features={self.class_features}: only where features are attended or compared")
 
     @property
     def patch_dim(self) -> int:
@@ -87,6 +91,11 @@ class MediaSpec:
     def needs_attended(self) -> bool:
         """Whether each batch must hold an item that is attended."""
         return self.placement in (Placement.CROSS_ATTENTION, Placement.HYBRID)
+
+    @property
+    def needs_apart(self) -> bool:
+        """Whether each batch must hold an item that has no token slots: it is attended, or compared."""
+        return self.needs_attended or self.placement is Placement.PAIR
 
     @property
     def patches_per_image(self) -> int | None:

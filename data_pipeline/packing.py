@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from data_pipeline.config import PackingConfig
-from data_pipeline.cutting import longest_part, split
+from data_pipeline.cutting import closed, longest_part, split
 from data_pipeline.document import Document, Empty
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.media_spec import MediaSpec
+from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.state import Drawn, StreamPosition
 
 
@@ -78,7 +78,13 @@ class Budget:
         self.spec = spec
         self.null = null
         self._null_load = Load.of(null, spec)._replace(documents=0)  # It counts for room, not as a sample.
-        self._needs = (spec.needs_embedded, spec.needs_attended)
+        self._needs = (spec.needs_embedded, spec.needs_apart)
+        self._pairs = spec.placement is Placement.PAIR
+        if self._pairs and config.too_long == "split":
+            raise DataConfigError(
+                "packing.too_long=split: the later parts of a text would have no image to be compared with; use "
+                "truncate, which keeps the end token, or error"
+            )
         least = null.num_tokens + 1
         if config.max_tokens < least:
             raise DataConfigError(
@@ -123,22 +129,33 @@ class Budget:
         elif self.config.too_long == "truncate":
             first = longest_part(document, 0, self._alone)
             parts = [] if first is None else [first]
+            if self._pairs:  # The last token stands for the text.
+                parts = [closed(part, document) for part in parts if part.images and part.num_tokens > 1]
         parts = [part for part in parts if part.loss_weights.any()]
         if parts:
             return parts
-        room = f"{self.config.max_tokens} tokens"
-        if self.config.max_cost is not None:
-            room += f" and a cost of {self.config.max_cost:g}"
-        remedy = "raise packing.max_tokens or max_cost, or set packing.too_long to truncate or split"
-        if self.config.too_long != "error":
-            remedy = "nothing that is learned is left of it when it is cut"
         raise SampleError(
             f"{document.num_tokens} tokens and {document.num_patches} patches (cost {document.cost(self.spec):g}); "
-            f"a pack holds {room}, null documents included; {remedy}"
+            f"{self._room()}; {self._remedy()}"
         )
 
     def _alone(self, document: Document) -> bool:
-        return self.fits(Load.of(document, self.spec))
+        most = self.spec.max_document_tokens  # Branches go on from the same position, so tokens do not tell.
+        has_positions = most is None or int(document.position_ids.max()) < most
+        return has_positions and self.fits(Load.of(document, self.spec))
+
+    def _room(self) -> str:
+        room = f"a pack holds {self.config.max_tokens} tokens"
+        if self.config.max_cost is not None:
+            room += f" and a cost of {self.config.max_cost:g}"
+        room += ", null documents included"
+        most = self.spec.max_document_tokens
+        return room if most is None else f"{room}, and the model has positions for {most} tokens of a document"
+
+    def _remedy(self) -> str:
+        if self.config.too_long != "error":
+            return "nothing that is learned is left of it when it is cut"
+        return "raise packing.max_tokens or max_cost, or set packing.too_long to truncate or split"
 
 
 class Made(NamedTuple):

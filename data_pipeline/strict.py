@@ -11,4 +11,4 @@ class StrictConfig(BaseModel):
     A field's documentation is the string under it: meaning, unit, legal range.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

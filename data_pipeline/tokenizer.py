@@ -45,7 +45,7 @@ class HuggingFaceTokenizerConfig(StrictConfig):
     path: Path
     """The ``tokenizer.json``."""
     image_token: str = IMAGE_TOKEN
-    """Token whose id marks an image."""
+    """Token whose id marks an image. A model of pairs marks none, so any token serves (CLIP: ``<|endoftext|>``)."""
     bos_token: str | None = "<s>"
     """Token that opens a document; null for none, and the first token of a text is not predicted then."""
     eos_token: str = "</s>"
@@ -204,6 +204,7 @@ class HuggingFaceTokenizer:
         names = (bos or "", config.eos_token, config.pad_token, config.image_token)
         self.fingerprint = hashlib.sha256(content + "\0".join(names).encode()).hexdigest()
         self._names = sorted({name for name in names if name})
+        self._word_end: str = getattr(self._model.model, "end_of_word_suffix", None) or ""
         self._reserved = {self.eos_id, self.pad_id, self.image_id} | (
             {self.bos_id} if self.bos_id is not None else set()
         )
@@ -232,7 +233,7 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
         text: str = self._model.decode([int(i) for i in ids if i not in self._reserved], skip_special_tokens=True)
-        return text
+        return text.replace(self._word_end, " ").rstrip() if self._word_end else text  # As in CLIP's vocabulary.
 
     def __reduce__(self) -> tuple[object, ...]:
         return (load_tokenizer, (self._config,))

@@ -166,6 +166,11 @@ class ImageTransform:
 
     @staticmethod
     def _check_tiles(config: TilesTransform, spec: MediaSpec) -> None:
+        if spec.placement is Placement.PAIR:
+            raise DataConfigError(
+                "transforms.kind=tiles: the model (connector.kind=contrastive) compares one view of an image with its "
+                "text; use fixed, or native where the tower takes any size"
+            )
         if spec.max_tiles is None:
             return
         if config.tiling.has_overview:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import importlib
 import multiprocessing
 import os
 import signal
@@ -65,13 +66,16 @@ class Workers(Generic[T]):
         count: Workers.
         ahead: Items that a worker makes before the first of them is taken, at least 1.
         clean: Start them from a clean process, not as Python does it here: a fork loses this process's threads.
-        preload: Modules that the clean process imports once for all of them.
+        preload: Modules that are imported once for all of them, by the clean process or by this one.
     """
 
     def __init__(self, make: Make[T], count: int, ahead: int, *, clean: bool, preload: tuple[str, ...] = ()) -> None:
         context: BaseContext = multiprocessing.get_context("forkserver" if clean else None)
         if clean:
             context.set_forkserver_preload(list(preload))
+        else:
+            for module in preload:
+                importlib.import_module(module)
         self._workers: list[_Worker] = []
         stopped = context.RawValue("b", 0)  # Without a lock: a killed worker leaves none behind that it held.
         self._stop = weakref.finalize(self, _stop, self._workers, stopped, os.getpid())

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as torch_dist
+from torch import Tensor
 
 from mmscale.errors import EngineError, LaunchError
 
@@ -249,6 +250,29 @@ def first_complaint(world: World, complaint: str | None) -> str | None:
         if said:
             return said if world.world_size == 1 else f"rank {rank}: {said}"
     return None
+
+
+def gather_rows(world: World, rows: Tensor) -> list[Tensor]:
+    """The rows of every rank, in rank order, on the device where its own are. All ranks must call.
+
+    Ranks may have different numbers of rows, or none. These are no words: they travel as the weights do.
+
+    Raises:
+        EngineError: a peer did not answer in time.
+    """
+    if world.world_size == 1:
+        return [rows]
+    lengths = [0.0] * world.world_size
+    lengths[world.rank] = len(rows)
+    counts = [int(length) for length in sum_float(world, lengths)]
+    mine = rows.new_zeros(max(1, *counts), *rows.shape[1:])
+    mine[: len(rows)] = rows
+    theirs = [torch.empty_like(mine) for _ in counts]
+    try:
+        torch_dist.all_gather(theirs, mine)
+    except RuntimeError as error:
+        raise peer_lost(world, error) from error
+    return [each[:count] for each, count in zip(theirs, counts, strict=True)]
 
 
 def gather_bytes(world: World, data: bytes) -> list[bytes]:

@@ -15,15 +15,14 @@ from data_pipeline.media_spec import Placement
 from mmscale.checkpoint import TrainState
 from mmscale.dist import World, sum_float
 from mmscale.engine.engine import Engine
-from mmscale.evaluate import evaluate
+from mmscale.evaluate import evaluate, not_asked
 from mmscale.generate import caption_images
 from mmscale.metrics.efficiency import device_peak
 from mmscale.metrics.goodput import read_goodput
 from mmscale.metrics.memory import peak_memory
 from mmscale.metrics.run_log import NullLog, RunLog
 from mmscale.metrics.sinks import read_metrics
-from mmscale.models.build import count_parameters
-from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.build import AnyModel, count_parameters
 from mmscale.report.build import build_report
 from mmscale.report.captions import save_captions
 from mmscale.report.result import Efficiency, HeldOutResult, Memory, Params, RunResult, write_result
@@ -76,12 +75,15 @@ def score(config: RunConfig, engine: Engine, stage: int, log: RunLog | NullLog) 
     data, spec = config.evaluation_data(stage), config.stage_media(stage)
     log.pause()
     asked = config.evaluation
-    if asked.image_sets and spec.placement is Placement.NONE:
-        left_out = ", ".join(held.name for held in asked.image_sets)
-        log.note(f"not scored: {left_out}; the model of stage {engine.stage.name} takes no images")
-        asked = asked.model_copy(update={"sets": tuple(one for one in asked.sets if one not in asked.image_sets)})
+    if left_out := not_asked(asked, spec):
+        what = "takes no images" if spec.placement is Placement.NONE else "compares images with texts, no more"
+        names = ", ".join(held.name for held in left_out)
+        log.note(f"not scored: {names}; the model of stage {engine.stage.name} {what}")
+        asked = asked.model_copy(update={"sets": tuple(one for one in asked.sets if one not in left_out)})
+    if asked.image_sets and asked.captions is not None and spec.placement is Placement.PAIR:
+        log.note(f"no captions: the model of stage {engine.stage.name} writes no text")
     with engine.inference(ema=engine.stage.ema is not None) as model:
-        results = evaluate(cast(MultimodalModel, model), asked, data, spec, engine.world)
+        results = evaluate(cast(AnyModel, model), asked, data, spec, engine.world)
         for name, result in results.items():
             log.note(f"held-out {name}: {result.summary}")
         captioned = caption_images(model, asked, data, spec, engine.world)

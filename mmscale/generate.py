@@ -80,9 +80,15 @@ def respond(
         show: Called with the first answer as it grows, after each token.
 
     Raises:
-        ConfigError: the model has no image tower, or the prompt of the template needs what is not given.
+        ConfigError: the model has no image tower or writes no text, or the prompt of the template needs what is not
+            given.
         SampleError: a file is no such image, or images and places for them differ.
     """
+    if spec.placement is Placement.PAIR:
+        raise ConfigError(
+            "this model compares images with texts (connector.kind=contrastive) and writes none; `mmscale eval` tells "
+            "which text it finds nearest to an image"
+        )
     tokenizer = load_tokenizer(data.tokenizer)
     dataset, sample = _question(data.datasets[0], images, prompt, spec)
     document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
@@ -177,10 +183,10 @@ def caption_images(
     Every rank does the same work in lock-step: a few dozen images are not worth an exchange of texts.
 
     Returns:
-        The same on every rank; empty where ``config.captions`` is null or the model has no image tower.
+        The same on every rank; empty where ``config.captions`` is null or the model has no image tower or no head.
     """
     captions = config.captions
-    if captions is None or spec.placement is Placement.NONE:
+    if captions is None or spec.placement in (Placement.NONE, Placement.PAIR):
         return []
     chosen = [held for held in config.image_sets if captions.sets is None or held.name in captions.sets]
     return [one for held in chosen for one in _caption_set(model, held, captions, data, spec, world)]

@@ -83,7 +83,8 @@ def decays(name: str, shape: Sequence[int]) -> bool:
 
 
 def token_tables(model: nn.Module) -> set[int]:
-    """Ids of parameters with a row for every token: those of ``nn.Embedding`` and of the language head."""
+    """Ids of parameters with a row for every token, or for every position of one: those of ``nn.Embedding`` and of the
+    language head."""
     owners = (module for module in model.modules() if isinstance(module, nn.Embedding | LanguageHead))
     return {id(parameter) for module in owners for parameter in module.parameters()}
 
@@ -151,11 +152,12 @@ class Clips:
 
     Attributes:
         clip: Largest norm; 0 for none.
+        permits: Told the norm, once it is known to be finite: whether to go on. It may scale the gradient.
     """
 
     clip = 0.0
     overflow = False
-    refuses: Callable[[float], bool] | None = None
+    permits: Callable[[float], bool] | None = None
     _global_grad_norm = 0.0
     param_groups: list[dict[str, Any]]
 
@@ -166,7 +168,7 @@ class Clips:
         norm = global_norm(gradients)
         self.overflow = not math.isfinite(norm)
         self._global_grad_norm = norm
-        if self.overflow or (self.refuses is not None and self.refuses(norm)):
+        if self.overflow or not (self.permits is None or self.permits(norm)):
             return
         if self.clip and norm > self.clip:
             torch._foreach_mul_(gradients, self.clip / (norm + 1e-6))

@@ -26,6 +26,7 @@ from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.ledger import LedgerConfig
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
+from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.stages import ALL, StageConfig
 
 
@@ -54,7 +55,13 @@ class RunConfig(StrictConfig):
         if len(set(names)) != len(names):
             raise ValueError(f"stages need names of their own, got {names}")
         for number, stage in enumerate(self.stages):
-            components = self.stage_model(number).components  # Raises where an override of the block is not legal.
+            model = self.stage_model(number)  # Raises where an override of the block is not legal.
+            if isinstance(model.connector, ContrastiveConnectorConfig):
+                for key, value in (("z_loss", stage.z_loss), ("distill", stage.distill)):
+                    if value:
+                        place = f"stages.{number} ({stage.name}).{key}={value}"
+                        raise ValueError(f"{place}: a contrastive model has no logits of tokens; leave it out")
+            components = model.components
             named = {
                 *stage.train,
                 *stage.named_components,

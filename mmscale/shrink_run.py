@@ -4,12 +4,13 @@
     pictures     as many times smaller as the twin's
     data sets    the bundled shards that fit the kind of template; tokens of a layout or a chat format spelled in
                  ordinary ones
-    stages       a few steps each, warm-ups in proportion; weights from elsewhere are not taken
+    stages       a few steps each, warm-ups in proportion; weights from elsewhere are not taken, and there is no teacher
     lanes        few, with packs of few documents
 
 What it shows of a recipe: that its stages, components, optimizers, data overrides and changes of the model go together
-and resume. Not: how its rates or its mixture do. Needs the bundled shards of examples/emoji and, for dialogues of a
-text model, of examples/text, relative to the working directory.
+and resume. Not: how its rates or its mixture do, nor distillation, since a twin of the teacher would have learned
+nothing. Needs the bundled shards of examples/emoji and, for dialogues of a text model, of examples/text, relative to
+the working directory.
 """
 
 from __future__ import annotations
@@ -76,8 +77,13 @@ def left_out(config: RunConfig) -> list[str]:
         for number, stage in enumerate(config.stages)
         for place, source in enumerate(stage.weights)
     ]
+    teachers = [
+        f"stages.{number}.distill.{place}: {teacher.checkpoint}"
+        for number, stage in enumerate(config.stages)
+        for place, teacher in enumerate(stage.distill)
+    ]
     sets = ", ".join(held.name for held in config.evaluation.sets)
-    return [*weights, f"evaluation.sets: {sets}"] if sets else weights
+    return [*weights, *teachers, *([f"evaluation.sets: {sets}"] if sets else [])]
 
 
 def _stage(config: RunConfig, number: int, steps: int, lanes: int) -> dict[str, Any]:
@@ -88,6 +94,7 @@ def _stage(config: RunConfig, number: int, steps: int, lanes: int) -> dict[str, 
     return {
         **stage.stretched(min(stage.steps, steps)).model_dump(),
         "weights": (),
+        "distill": (),
         "data": data.model_dump(mode="json") if _changes(stage, config, number) else None,
         "model": None if stage.model is None else model.model_dump(mode="json"),
     }
@@ -115,7 +122,10 @@ def _data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -> DataC
 
 def _dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetConfig:
     seeing = new.placement is not Placement.NONE
-    manifest, template = _bundled(dataset.template) if seeing else _bundled_text(dataset.template)
+    asked = dataset.template
+    if new.placement is Placement.PAIR and isinstance(asked, InterleavedTemplate | DialogueTemplate):
+        asked = CaptionTemplate()  # The bundled pages and dialogues have several images each.
+    manifest, template = _bundled(asked) if seeing else _bundled_text(asked)
     weight = dataset.weight
     if isinstance(weight, tuple):
         weight = tuple(WeightFrom(from_step=n, weight=each.weight) for n, each in enumerate(weight))

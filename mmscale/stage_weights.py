@@ -71,12 +71,16 @@ def take_stage_weights(engine: Engine, source: WeightsConfig) -> tuple[Path, Loa
     Raises:
         CheckpointError: it is missing or damaged; nothing of it was taken.
     """
-    path = _agreed(engine.world, source.checkpoint)
+    path = agreed_newest(engine.world, source.checkpoint)
     return path, warm_start(engine, path, _components(source), ema=source.ema)
 
 
-def _agreed(world: World, source: Path) -> Path:
-    """Rank 0's newest checkpoint: another run may be writing into the folder at this moment."""
+def agreed_newest(world: World, source: Path) -> Path:
+    """Rank 0's newest checkpoint: another run may be writing into the folder at this moment. All ranks must call.
+
+    Raises:
+        CheckpointError: none is whole; every rank raises.
+    """
     newest, complaint = source, None
     try:
         newest = newest_of(source)

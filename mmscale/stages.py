@@ -6,8 +6,10 @@ only weights are handed on (new optimizer state, new schedule), and model and da
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -17,10 +19,16 @@ from mmscale.optimizer_config import AdamWConfig, EmaConfig, OptimizerConfig
 ALL = "all"
 """Stands for every component of the model."""
 DEFAULT = "default"
-"""Key of the learning rate of components that are not named."""
+"""Key of the value of components that are not named."""
 
 
 Steps = Annotated[int, Field(ge=0)]
+Norm = Annotated[float, Field(ge=0)]
+_Value = TypeVar("_Value")
+
+
+def _by_component(value: _Value | dict[str, _Value]) -> dict[str, _Value]:
+    return value if isinstance(value, dict) else {DEFAULT: value}
 
 
 def _check_names(names: tuple[str, ...], key: str) -> None:
@@ -44,6 +52,21 @@ class WeightsConfig(StrictConfig):
     def _check(self) -> WeightsConfig:
         _check_names(self.components, "components")
         return self
+
+
+class DistillConfig(StrictConfig):
+    """A teacher: a frozen model whose predictions the stage's model follows (Hinton et al. 2015)."""
+
+    checkpoint: Path
+    """A checkpoint folder (``RUN/checkpoints/step-N``), or a run folder: then its newest whole one. Its vocabulary must
+    be the student's, and it must take images as the student does."""
+    weight: float = Field(default=1.0, gt=0, le=1)
+    """Share of the loss that is the divergence from this teacher; what the weights of all teachers leave of 1 is the
+    cross-entropy's."""
+    temperature: float = Field(default=1.0, gt=0)
+    """By which the logits of both are divided before the softmax; the loss is multiplied with its square."""
+    ema: bool = False
+    """Take the averages of its weights, where the checkpoint keeps them, instead of the weights."""
 
 
 class StageConfig(StrictConfig):
@@ -72,22 +95,33 @@ class StageConfig(StrictConfig):
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the square of the logits' log-normaliser, added to each token's loss (PaLM, OLMo, Molmo: 1e-4); 0 for
     none."""
-    clip: float = Field(default=1.0, ge=0)
-    """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
+    clip: Norm | dict[str, Norm] = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it, 0 switches that off. A number limits the norm of
+    the whole gradient; names limit that of each component by itself, ``default`` that of those not named."""
     data: dict[str, Any] | None = None
     """Overrides of the ``data`` block during this stage, for example another mixture; None keeps it."""
     model: dict[str, Any] | None = None
     """Overrides of the ``model`` block from this stage on: unlike ``data``, a model that was changed stays so."""
     weights: tuple[WeightsConfig, ...] = ()
     """Taken in this order at the beginning of the stage, after the weights of the stage before."""
+    distill: tuple[DistillConfig, ...] = ()
+    """Teachers whose predictions are targets beside the data's tokens; none for the data alone."""
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
         _check_names(self.train, "train")
-        warmups = self.warmup_steps if isinstance(self.warmup_steps, dict) else {DEFAULT: self.warmup_steps}
+        shares = [teacher.weight for teacher in self.distill]
+        if math.fsum(shares) > 1 + 1e-9:
+            raise ValueError(f"distill: the weights {shares} are shares of one loss, so they may sum to 1 at most")
+        warmups = _by_component(self.warmup_steps)
         if max(warmups.values(), default=0) > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is longer than the stage (steps={self.steps})")
-        for key, values in (("learning_rate", self.learning_rate), ("warmup_steps", warmups)):
+        named: dict[str, Mapping[str, float]] = {
+            "learning_rate": self.learning_rate,
+            "warmup_steps": warmups,
+            "clip": _by_component(self.clip),
+        }
+        for key, values in named.items():
             unknown = set(values) - set(self.train) - {DEFAULT}
             if unknown and ALL not in self.train:
                 raise ValueError(f"{key} names {sorted(unknown)}, which this stage does not train: {list(self.train)}")
@@ -98,9 +132,17 @@ class StageConfig(StrictConfig):
 
     @property
     def named_components(self) -> set[str]:
-        """Components that have a learning rate or a warm-up of their own."""
-        warmups = self.warmup_steps if isinstance(self.warmup_steps, dict) else {}
-        return {*self.learning_rate, *warmups} - {DEFAULT}
+        """Components that have a learning rate, a warm-up or a clipping norm of their own."""
+        return {*self.learning_rate, *_by_component(self.warmup_steps), *_by_component(self.clip)} - {DEFAULT}
+
+    @property
+    def whole_clip(self) -> float:
+        """Largest norm of the whole gradient; 0 for none, and where each component has its own."""
+        return 0.0 if isinstance(self.clip, dict) else self.clip
+
+    def component_clip(self, component: str) -> float:
+        """Largest norm of the gradient of ``component`` by itself; 0 for none, and where the whole gradient has one."""
+        return self.clip.get(component, self.clip.get(DEFAULT, 0.0)) if isinstance(self.clip, dict) else 0.0
 
     def peak_learning_rate(self, component: str) -> float:
         """Peak learning rate of ``component``."""
@@ -118,6 +160,5 @@ class StageConfig(StrictConfig):
 
     def warmup(self, component: str) -> int:
         """Warm-up of ``component``, steps."""
-        if isinstance(self.warmup_steps, int):
-            return self.warmup_steps
-        return self.warmup_steps.get(component, self.warmup_steps.get(DEFAULT, 0))
+        warmups = _by_component(self.warmup_steps)
+        return warmups.get(component, warmups.get(DEFAULT, 0))

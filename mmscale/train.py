@@ -28,7 +28,7 @@ from mmscale import checkpoint
 from mmscale.bad_steps import BadSteps, RolledBack
 from mmscale.checkpoint import TrainState
 from mmscale.config import Loaded
-from mmscale.dist import World, init_distributed, shutdown, sum_float
+from mmscale.dist import World, gather_rows, init_distributed, shutdown, sum_float
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.engine.precision import choose_precision
@@ -45,13 +45,15 @@ from mmscale.metrics.peaks import Peak
 from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import CaptionedImage, batch_images
 from mmscale.metrics.trace import Trace, open_trace
-from mmscale.models.build import build_model
-from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.build import AnyModel, build_model
+from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
+from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig, check_files, check_world
 from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, is_finished, open_run_folder
+from mmscale.stage_teachers import check_teachers, note_teachers, open_teachers
 from mmscale.stage_weights import check_stage_weights, take_stage_weights
 
 Log = RunLog | NullLog
@@ -136,6 +138,7 @@ def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog,
     bad_steps = BadSteps(config, world)
     latest, state = bad_steps.checkpoint, bad_steps.state
     check_stage_weights(config, world, state)
+    check_teachers(config, world, state)
     ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
     saver = checkpoint.Saver(world, config.run_dir / CHECKPOINTS, config.checkpoint, log.note)
@@ -149,6 +152,7 @@ def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog,
             if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             watchdog.begin_start()
+            state = note_teachers(config, world, state)
             with _stage_engine(run, state, latest) as engine:
                 state, stopped = _train_stage(run, engine, state)
                 if stopped:
@@ -165,7 +169,7 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
     """The engine of the state's stage: exactly as it was inside a stage, with weights only at its beginning."""
     stage = run.config.stages[state.stage_index]
     model = build(run.config, run.world, state.stage_index)
-    engine = Engine(model, NextToken(stage.z_loss), stage, run.config.engine, run.world)
+    engine = Engine(model, _objective(run, state), stage, run.config.engine, run.world)
     engine.clock.on_phase = run.watchdog.enter
     try:
         if latest and state.stage_step:
@@ -179,6 +183,15 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
         engine.close()
 
 
+def _objective(run: _Run, state: TrainState) -> NextToken | Contrastive:
+    """What the model of a stage is trained by."""
+    connector = run.config.stage_model(state.stage_index).connector
+    if isinstance(connector, ContrastiveConnectorConfig):
+        return Contrastive(connector, run.world, functools.partial(gather_rows, run.world))
+    teachers = open_teachers(run.config, run.world, state)
+    return NextToken(run.config.stages[state.stage_index].z_loss, teachers)
+
+
 def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:
     """Hands on the weights of the stage before, if there is one, and takes what the stage wants from elsewhere."""
     name = engine.stage.name
@@ -189,7 +202,7 @@ def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:
         run.log.note(f"stage {name}, weights of {path}: {report}")
 
 
-def build(config: RunConfig, world: World, stage: int) -> MultimodalModel:
+def build(config: RunConfig, world: World, stage: int) -> AnyModel:
     """The model of a stage with its first values, the same at every world size. All ranks must call."""
     precision = choose_precision(config.engine, world.device)
     model = config.stage_model(stage)

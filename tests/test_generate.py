@@ -241,6 +241,24 @@ def test_several_images_stand_where_the_prompt_says(kind: str, prompt: str, orde
     assert other != said  # It matters which is where.
 
 
+@pytest.mark.parametrize("tags", ["text", "keys"])
+@pytest.mark.parametrize("kind", ["hybrid", "cross_attention"])
+def test_tiles_and_their_tags_are_attended_to_the_end_of_an_answer(kind: str, tags: str, tmp_path: Path) -> None:
+    layout = {"tile": "<{n}>", "overview": "<all>", "attended_tags": tags, "spell": True}
+    tiles = {"kind": "tiles", "size": 16, "tiling": {"kind": "internvl", "max_tiles": 4}, "layout": layout}
+    model, data = tiny_model(kind), data_config(tiles)
+    pictures = [_picture(0), _picture(1)[:, :24]]
+    parts: list[Part] = [TextPart("a ")]
+    for number, (pixels, text) in enumerate(zip(pictures, (" b ", " c"), strict=True)):
+        path = _file(tmp_path, "png", pixels).rename(tmp_path / f"{number}.png")
+        parts += [ImagePart(path.read_bytes(), "png"), TextPart(text)]
+    paths = [tmp_path / "0.png", tmp_path / "1.png"]
+    spec = media_spec(model.config)
+    said = respond(model, data, spec, images=paths, prompt="a <image> b <image> c", max_new_tokens=6)
+    assert said == [_continued(model, data, InterleavedTemplate(), (*parts, TextPart("x")), 6)]
+    assert said != respond(model, data, spec, images=paths[::-1], prompt="a <image> b <image> c", max_new_tokens=6)
+
+
 def test_images_and_places_must_agree(tmp_path: Path) -> None:
     model, data = tiny_model(), data_config()
     path, spec = _file(tmp_path, "png", _picture()), media_spec(model.config)

@@ -75,6 +75,7 @@ def imported(code: str) -> set[str]:
     ("code", "absent"),
     [
         ("import mmscale", {"deepspeed", "transformers", "torchvision"}),
+        ("import mmscale.run_config", {"deepspeed", "transformers", "torchvision", "sympy"}),
         ("import mmscale.models.build, mmscale.objectives.next_token", {"deepspeed", "transformers"}),
         ("import data_pipeline.loader", {"deepspeed", "transformers", "mmscale"}),
         ("import mmscale.cli.main; mmscale.cli.main.build_app(None)", {"torch", "deepspeed", "pydantic", "numpy"}),

@@ -118,3 +118,8 @@ def test_an_import_into_a_run_of_several_models_needs_the_stage(
     assert "name the one that goes on with --stage" in capsys.readouterr().err
     assert main([*words, "--stage", "s1"]) == 1
     assert "absent" in capsys.readouterr().err
+
+
+def test_options_of_next_tokens_are_refused_in_a_contrastive_stage() -> None:
+    with pytest.raises(ConfigError, match=r"stages\.0 \(contrast\)\.z_loss=0\.1: a contrastive model has no logits"):
+        load(Path("configs/recipes/emoji-contrast.yaml"), ["stages.0.z_loss=0.1"], RunConfig)

@@ -3,6 +3,9 @@
 Two named modes, never mixed silently. ``exact`` decodes every pixel: byte for byte what Pillow and torchvision give.
 ``fast`` lets the JPEG decoder leave out work when a smaller image is wanted, about 45 dB from ``exact`` after resizing.
 PNG and WebP decode alike in both, and both take the same files. Not for: resizing (``views``).
+
+torchvision is imported with the first image that needs it: it brings the compiler of torch along, which is a third of
+what a command has to load that only reads a configuration.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png, decode_webp
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.shards.image_header import ImageFormat, ImageSize, image_size
@@ -92,16 +94,23 @@ def decode_image(
             pixels = _upright_jpeg(data, wanted, memory) if size.orientation == 1 else None
             if pixels is not None:
                 return pixels
-            tensor = decode_jpeg(_bytes_tensor(data), ImageReadMode.RGB, apply_exif_orientation=True)
-        elif size.format is ImageFormat.PNG:
-            tensor = decode_png(_bytes_tensor(data), _png_mode(data), apply_exif_orientation=True)
-        else:
-            tensor = decode_webp(_bytes_tensor(data), ImageReadMode.UNCHANGED)
+        tensor = _decode_exactly(data, size.format)
     except (RuntimeError, ValueError) as error:  # What libjpeg, libpng and libwebp become in Python.
         raise SampleError(
             f"a damaged {size.format.value} image: {_first_line(error)}", kind=FaultKind.DECODE
         ) from error
     return _flatten(tensor)
+
+
+def _decode_exactly(data: bytes, kind: ImageFormat) -> torch.Tensor:
+    """uint8 or uint16 ``(1..4, H, W)``, upright."""
+    from torchvision.io import ImageReadMode, decode_jpeg, decode_png, decode_webp
+
+    if kind is ImageFormat.JPEG:
+        return decode_jpeg(_bytes_tensor(data), ImageReadMode.RGB, apply_exif_orientation=True)
+    if kind is ImageFormat.PNG:
+        return decode_png(_bytes_tensor(data), ImageReadMode[_png_mode(data)], apply_exif_orientation=True)
+    return decode_webp(_bytes_tensor(data), ImageReadMode.UNCHANGED)
 
 
 def _first_line(error: Exception) -> str:
@@ -121,15 +130,15 @@ def _bytes_tensor(data: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())  # Copied: torch warns of read-only memory.
 
 
-def _png_mode(data: bytes) -> ImageReadMode:
+def _png_mode(data: bytes) -> str:
     """UNCHANGED keeps what alpha there is; of a palette it would give the indices.
 
     RGB_ALPHA of a palette without transparency (tRNS) holds garbage for alpha (torchvision 0.28). A colour key, tRNS
     without a palette, is ignored: its pixels keep their colour.
     """
     if len(data) < 26 or data[25] != _PNG_PALETTE:
-        return ImageReadMode.UNCHANGED
-    return ImageReadMode.RGB_ALPHA if b"tRNS" in data[: data.find(b"IDAT")] else ImageReadMode.RGB
+        return "UNCHANGED"
+    return "RGB_ALPHA" if b"tRNS" in data[: data.find(b"IDAT")] else "RGB"
 
 
 def _upright_jpeg(data: bytes, min_side: tuple[int, int] | None, memory: npt.NDArray[np.uint8] | None) -> Pixels | None:

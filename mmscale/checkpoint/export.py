@@ -152,21 +152,22 @@ def _as_family(
     config = read_model_config(manifest.model_config_values)
     like = {} if to.like is None else read_config(to.like)
     layout = layout_of(like["model_type"]) if like else layout_for(config)
-    values = _carried(layout.config_values(config), like) | {key: like[key] for key in layout.carried & like.keys()}
+    values = _carried(layout.config_values(config), like, CARRIED - layout.own)
+    values |= {key: like[key] for key in layout.carried & like.keys()}
     values["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[number_format]
     if to.like is not None and (to.like / f"{PREPROCESSOR}.json").is_file():
         values.pop(PREPROCESSOR, None)  # Copied with the others.
     return values, layout.stored(config, {name: entry.shape for name, entry in entries.items()})
 
 
-def _carried(values: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """``values``, with those of ``CARRIED`` as the folder like it has them, block by block.
+def _carried(values: Mapping[str, Any], like: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:
+    """``values``, with those of ``keys`` as the folder like it has them, block by block.
 
     Files of version 4 may have the keys of a text part beside the others.
     """
-    taken = {key: like[key] for key in CARRIED & like.keys()}
+    taken = {key: like[key] for key in keys & like.keys()}
     blocks = {
-        key: _carried(block, like.get(key, like if key == "text_config" else {}))
+        key: _carried(block, like.get(key, like if key == "text_config" else {}), keys)
         for key, block in values.items()
         if isinstance(block, Mapping)
     }

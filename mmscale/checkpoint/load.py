@@ -1,4 +1,5 @@
-"""Reading checkpoints back: exactly (``resume``), or the weights into a plain module (``load_weights``).
+"""Reading checkpoints back: exactly (``resume``), or the weights alone, into a plain module (``load_weights``) or into
+one that will not learn and may be in shards (``fill_frozen``).
 
 The world size and the ZeRO stage may differ from those that saved.
 """
@@ -19,7 +20,7 @@ from mmscale.checkpoint.save import model_config_values, tied_names
 from mmscale.checkpoint.share import persistent_buffers
 from mmscale.dist import World, first_complaint
 from mmscale.engine.engine import Engine
-from mmscale.engine.partition import parameter_table
+from mmscale.engine.partition import frozen_ranges, parameter_table
 from mmscale.errors import CheckpointError
 
 _SHOWN = 3
@@ -155,6 +156,30 @@ def load_weights(model: nn.Module, path: Path, *, ema: bool = False) -> None:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(whole_parameter(reader, name, ema=ema))
+        _load_buffers(model, reader)
+
+
+def fill_frozen(
+    model: nn.Module, *, gather: object, path: Path, zero_stage: int, world: World, ema: bool = False
+) -> None:
+    """Loads weights and buffers into a model that will not learn: an ``initialise`` for ``construct``.
+
+    Each rank reads what it keeps: at stage 3 its shards, so no rank ever holds the whole model.
+
+    Args:
+        model: Mutated.
+        gather: Unused, since nothing has to be whole.
+        path: Checkpoint folder of this very model, found whole by ``verify_together``.
+        zero_stage: That the model is constructed for.
+        world: This rank.
+        ema: Take the averages of the trained weights instead of the weights.
+    """
+    del gather
+    with CheckpointReader(path) as reader, torch.no_grad():
+        for owned in frozen_ranges(model, zero_stage, world):
+            stored = reader.manifest.stored_name(owned.name)
+            assert stored is not None
+            reader.fill(owned.master, stored, reader.weights_kind(stored, ema=ema), owned.start)
         _load_buffers(model, reader)
 
 

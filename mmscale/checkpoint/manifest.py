@@ -191,6 +191,21 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def manifest_checksum(path: Path) -> str:
+    """The manifest's own checksum, which stands for every byte of the checkpoint: it covers those of all files.
+
+    Raises:
+        CheckpointError: there is no manifest, or none with a checksum.
+    """
+    try:
+        seal = _SEAL.match(_read_json(path / MANIFEST))
+    except OSError as error:
+        raise CheckpointError(f"{path} is no checkpoint: {MANIFEST} cannot be read ({error.strerror})") from error
+    if seal is None:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: it does not begin with its checksum")
+    return seal[1].decode()
+
+
 def read_notes(path: Path, rank: int) -> RankNotes:
     """Reads the notes of one rank.
 

@@ -21,6 +21,7 @@ from mmscale.checkpoint.manifest import Manifest, missing_or_cut, rank_files, re
 from mmscale.dist import World, first_complaint
 from mmscale.durable.files import checksum_of, crc32_of
 from mmscale.errors import CheckpointError
+from mmscale.hf.tensor_file import FORMAT_NAMES
 
 
 class CheckpointReader:
@@ -61,6 +62,18 @@ class CheckpointReader:
         if not self.manifest.parameters[name].trained:
             return "frozen"
         return "ema" if ema else "master"
+
+    def dtype(self, name: str, kind: str) -> torch.dtype:
+        """Number format in which the values of a stored parameter are kept.
+
+        Raises:
+            CheckpointError: there are none.
+        """
+        key = f"{name}|{kind}"
+        if key not in self._ranges:
+            raise CheckpointError(f"{self.path}: {key} is not in it; the checkpoint is damaged")
+        stored = self.notes[self._ranges[key][0][2]].tensors[key].dtype
+        return next(dtype for dtype, spelled in FORMAT_NAMES.items() if spelled == stored)
 
     def fill(self, target: Tensor, name: str, kind: str, start: int) -> None:
         """Fills the flat ``target`` with the values from ``start`` on, converting to its number format.

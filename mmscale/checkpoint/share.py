@@ -4,12 +4,13 @@
     notes:            tensor -> range in the parameter, format, first byte, CRC-32 (filled in by whoever writes)
 
 The values stay where they are; ``bytes_of`` views them one after the other for a writer, so no second copy of a rank's
-share need exist. What is kept in 8 bits is dequantised then, one range at a time.
+share need exist. What is kept in 8 bits is dequantised then, and what is cut out of another model read, one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,13 +24,40 @@ from mmscale.engine.optimizers.eight_bit import QuantisedRange
 from mmscale.hf.tensor_file import FORMAT_NAMES, file_header
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """Values that nobody has yet; to who saves them like a tensor that is made when asked for.
+
+    Attributes:
+        shape: Of the tensor.
+        dtype: Its number format.
+        make: Gives it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.numel() * self.dtype.itemsize
+
+
+Values = Tensor | QuantisedRange | Deferred
+
+
 class Piece(NamedTuple):
     """Values of a parameter or a buffer, from ``start`` on in its flattened form."""
 
     key: str
     """``NAME|kind``."""
     start: int
-    values: Tensor | QuantisedRange
+    values: Values
     """In the shape that the file is to say, which of a parameter's range is flat, whatever view of it this is."""
     whole: bool = False
     """Of a tensor that rank 0 keeps for all: it is no range of a parameter's values."""
@@ -48,7 +76,7 @@ class RankShare:
 
     names: tuple[str, str]
     header: bytes
-    values: list[Tensor | QuantisedRange]
+    values: list[Values]
     notes: dict[str, Any]
 
     @classmethod
@@ -76,8 +104,10 @@ class RankShare:
             yield flat_bytes(values).cpu().numpy().data
 
 
-def flat_bytes(values: Tensor | QuantisedRange) -> Tensor:
+def flat_bytes(values: Values) -> Tensor:
     """The values as bytes, ``(nbytes,)``, a view where they are contiguous and lie there as they are saved."""
+    if isinstance(values, Deferred):
+        values = values.make()
     values = values.float() if isinstance(values, QuantisedRange) else values
     return values.detach().contiguous().view(-1).view(torch.uint8)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mmscale.checkpoint.manifest import Manifest
@@ -26,6 +27,7 @@ from mmscale.engine.engine import Engine
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
 from mmscale.nn.patch_embed import LearnedPositions, resample_positions
+from mmscale.nn.tile_embed import TilePositions
 from mmscale.optim import component_of_parameters, token_tables
 
 _Grid = tuple[int, int]
@@ -178,7 +180,8 @@ def match(model: nn.Module, manifest: Manifest, components: Collection[str] | No
         if components is not None and owner[name] not in components:
             found["left"].append(name)
         elif grid is not None and before not in (None, grid):  # Even where both have as many places.
-            fits = here[1:] == there[1:] and here[0] - math.prod(grid) == there[0] - math.prod(before) in (0, 1)
+            same = (*here[:-2], here[-1]) == (*there[:-2], there[-1])
+            fits = same and here[-2] - math.prod(grid) == there[-2] - math.prod(before) in (0, 1)
             found["resampled" if fits else "mismatched"].append(Resampled(name, before, grid) if fits else name)
         elif here == there:
             found["loaded"].append(name)
@@ -211,13 +214,22 @@ def _take(engine: Engine, reader: CheckpointReader, report: LoadReport, ema: boo
 def _resampled(reader: CheckpointReader, table: Resampled, ema: bool) -> Tensor:
     stored = reader.manifest.stored_name(table.name)
     assert stored is not None
-    return resample_positions(whole_parameter(reader, stored, ema=ema), table.before, table.now)
+    values = whole_parameter(reader, stored, ema=ema)
+    # Of tiles there is a table for each place in each grid of tiles.
+    tables = values.view(-1, *values.shape[-2:])
+    found = torch.stack([resample_positions(one, table.before, table.now) for one in tables])
+    return found.view(*values.shape[:-2], *found.shape[1:])
 
 
 def _grids(model: nn.Module) -> dict[str, _Grid]:
     """Position tables of the model, by parameter name."""
-    modules = ((path, module) for path, module in model.named_modules() if isinstance(module, LearnedPositions))
-    return {f"{path}.position_embedding": module.grid for path, module in modules}
+    return {
+        f"{path}.{name}": module.grid
+        for path, module in model.named_modules()
+        if isinstance(module, LearnedPositions | TilePositions)
+        for name in ("position_embedding", "tile_embedding")
+        if hasattr(module, name)
+    }
 
 
 def _saved_grid(name: str, manifest: Manifest) -> _Grid | None:

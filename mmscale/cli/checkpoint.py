@@ -14,6 +14,7 @@ from mmscale.cli.console import console, emit
 
 if TYPE_CHECKING:
     from mmscale.checkpoint.foreign import Recipient
+    from mmscale.prune import PruneReport
 
 app = typer.Typer()
 
@@ -209,3 +210,54 @@ def _recipient(config: Path, stage: str | None) -> Recipient:
     with torch.device("meta"):
         model = build_model(models[0] if models else run.model, attention="sdpa")
     return Recipient(model, run.stages)
+
+
+@app.command(
+    epilog="Example: mmscale checkpoint prune runs/llama3.1-8b configs/models/llama3.2-1b.yaml runs/llama3.1-8b-pruned"
+)
+def prune(
+    source: Path = typer.Argument(help="A run folder, or one checkpoint.", metavar="SOURCE"),
+    model: Path = typer.Argument(help="YAML file of the smaller model (decoder:), or of a run of it.", metavar="MODEL"),
+    run: Path = typer.Argument(help="A run folder; the checkpoint is written into its checkpoints.", metavar="RUN"),
+    data: Path | None = typer.Option(
+        None, help="YAML file of a run: its data calibrate, its held-out sets of documents are scored before and after."
+    ),
+    batches: int = typer.Option(64, min=1, help="With --data: batches of calibration, each a pack of one lane."),
+    json: bool = _JSON,
+) -> None:
+    """Cut a smaller decoder out of a larger one: fewer blocks, channels, heads, neurons.
+
+    What stays is what matters most: by the activations on --data, or else by the weights alone. The result has weights
+    only, for a stage to begin with (stages.N.weights).
+    """
+    from mmscale.config import load, load_tree
+    from mmscale.config.layers import read_layers
+    from mmscale.models.config import ModelConfig
+    from mmscale.prune import Calibration, prune_checkpoint
+    from mmscale.run_config import RunConfig
+    from mmscale.run_folder import CHECKPOINTS
+
+    root = read_layers(model)
+    target = load_tree(root.child("model") or root, ModelConfig, str(model))  # A run's file holds it under one key.
+    calibration = None if data is None else Calibration(load(data, [], RunConfig).value, batches)
+    report = prune_checkpoint(source, target, run / CHECKPOINTS, calibration)
+    if json:
+        emit(asdict(report), json=True)
+    else:
+        _print_cut(report)
+
+
+def _print_cut(report: PruneReport) -> None:
+    """A table of the axes, then the rest."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "source", "result")
+    for axis, size in report.before.items():
+        table.add_row(axis, f"{size:,}", f"{report.after[axis]:,}")
+    table.add_row("parameters", f"{report.parameters_before:,}", f"{report.parameters_after:,}")
+    for name, loss in report.losses_before.items():
+        table.add_row(f"loss on {name}", f"{loss:.3f}", f"{report.losses_after[name]:.3f}")
+    Console().print(table)
+    shown = ("checkpoint", "source", "importance", "tokens", "blocks", "left_out")
+    emit({name: getattr(report, name) for name in shown})

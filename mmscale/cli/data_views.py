@@ -65,6 +65,7 @@ def _figures(dataset: Any, tokenizer: Any, spec: Any, size: tuple[int, int]) -> 
     document = builder.measure(Sample((ImagePart(b"", "image", size), TextPart("x"))))
     (extent,) = document.images
     rows = []
+    apart = "compared" if spec.placement is Placement.PAIR else "attended"
     for view, item in zip(plan.views, document.items, strict=True):
         canvas = plan.canvases[view.canvas].size
         height, width = (side * spec.patch_size for side in view.grid[1:])
@@ -74,7 +75,7 @@ def _figures(dataset: Any, tokenizer: Any, spec: Any, size: tuple[int, int]) -> 
                 "pixels": f"{width}x{height}",
                 "at": f"{view.left},{view.top}",
                 "of": f"{canvas[1]}x{canvas[0]}",
-                "role": "embedded" if view.embedded else "attended",
+                "role": "embedded" if view.embedded else apart,
                 "patches": item.num_patches,
                 "features": item.num_features(spec),
             }

@@ -30,7 +30,7 @@ def evaluate_run(
     from mmscale.cli.trained import load_trained
     from mmscale.config import load
     from mmscale.errors import ConfigError
-    from mmscale.evaluate import evaluate
+    from mmscale.evaluate import evaluate, not_asked
     from mmscale.run_config import RunConfig
 
     run = load(config, overrides or [], RunConfig).value
@@ -39,5 +39,7 @@ def evaluate_run(
     trained = load_trained(run)
     console.print(f"scoring {trained.checkpoint}")
     data, spec = run.evaluation_data(trained.stage), run.stage_media(trained.stage)
+    if left_out := not_asked(run.evaluation, spec):
+        console.print(f"not scored, as the model cannot answer them: {', '.join(held.name for held in left_out)}")
     results = evaluate(trained.model, run.evaluation, data, spec, trained.world)
     emit({"checkpoint": str(trained.checkpoint), "heldout": {k: asdict(v) for k, v in results.items()}}, json=json)

@@ -45,7 +45,7 @@ VERBS = (
     Verb("report", "Write report.html of a run: curves, samples, configuration."),
     Verb("config", "Show where each value of a configuration comes from, or check it.", family=True),
     Verb("data", "Make, index, check and describe the shards that training reads.", family=True),
-    Verb("checkpoint", "List, verify, export and import checkpoints.", family=True),
+    Verb("checkpoint", "List, verify, export, import and prune checkpoints.", family=True),
 )
 
 

@@ -10,7 +10,7 @@ from mmscale.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from mmscale.dist import World
-    from mmscale.models.multimodal import MultimodalModel
+    from mmscale.models.build import AnyModel
     from mmscale.run_config import RunConfig
 
 
@@ -24,7 +24,7 @@ class Trained:
 
     config: RunConfig
     stage: int
-    model: MultimodalModel
+    model: AnyModel
     world: World
     checkpoint: Path
 

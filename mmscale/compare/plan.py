@@ -41,11 +41,14 @@ from mmscale.models.flops import training_flops
 from mmscale.optim import trained_components
 from mmscale.report.result import write_whole
 from mmscale.run_config import RunConfig
+from mmscale.stage_teachers import teacher_models
 from mmscale.stages import StageConfig
 
 PLAN_FILE = "plan.json"
 _VERSION = "1"
 """Of what is measured, and of the file."""
+_Computed = tuple[ModelConfig, Sequence[str]]
+"""A model that a step runs, and what of it learns: nothing of a teacher."""
 
 
 class StepLoad(NamedTuple):
@@ -171,6 +174,7 @@ def _key(comparison: Comparison) -> str:
                 data = variant.run.stage_data(number).model_copy(update={"workers": 0})
                 loader = Loader(data, variant.run.stage_media(number), seed=seed)
                 parts.append(str(loader.fingerprint))
+                parts += [model.model_dump_json() for model in teacher_models(variant.run, number)]
                 loader.close()
         except (MMScaleError, DataPipelineError) as error:
             raise ConfigError(f"variant {variant.name}: {error}") from error
@@ -246,13 +250,14 @@ def _stages(config: RunConfig) -> Iterator[Iterator[StepLoad]]:
         spec = config.stage_media(number)
         if replay is None or not config.continues(number):
             replay = Replay(config.stage_data(number), spec, config.seed, give_up=True)
-        yield _steps(replay, config.stage_model(number), spec, stage)
+        model = config.stage_model(number)
+        learning = (model, trained_components(model.components, stage))
+        yield _steps(replay, [learning, *((each, ()) for each in teacher_models(config, number))], spec, stage)
 
 
-def _steps(replay: Replay, model: ModelConfig, spec: MediaSpec, stage: StageConfig) -> Iterator[StepLoad]:
-    trained = trained_components(model.components, stage)
+def _steps(replay: Replay, models: Sequence[_Computed], spec: MediaSpec, stage: StageConfig) -> Iterator[StepLoad]:
     while True:
-        load = _measured(replay.next_packs(), model, spec, trained)
+        load = _measured(replay.next_packs(), models, spec)
         if not load.samples:
             raise DataConfigError(
                 f"stage {stage.name}: every data set gave all its epochs after {replay.step - 1} steps "
@@ -263,13 +268,13 @@ def _steps(replay: Replay, model: ModelConfig, spec: MediaSpec, stage: StageConf
         yield load
 
 
-def _measured(packs: dict[int, Pack], model: ModelConfig, spec: MediaSpec, trained: Sequence[str]) -> StepLoad:
+def _measured(packs: dict[int, Pack], models: Sequence[_Computed], spec: MediaSpec) -> StepLoad:
     """Lane by lane: whatever is counted here is a sum over documents and spans, which microbatches do not change."""
     learned = flops = 0
     for pack in packs.values():
         batch = collate([pack], spec, _without_pixels)
         learned += int(batch.loss_weights.count_nonzero())
-        flops += training_flops(model, batch, trained).model
+        flops += sum(training_flops(model, batch, trained).model for model, trained in models)
     places = tuple((lane, pack.drawn) for lane, pack in packs.items())
     return StepLoad(sum(len(pack.drawn) for pack in packs.values()), learned, flops, hash(places))
 

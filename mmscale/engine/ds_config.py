@@ -24,7 +24,7 @@ def deepspeed_config(config: EngineConfig, precision: Precision, *, clip: float,
     Args:
         config: The run's engine block.
         precision: The format that was chosen.
-        clip: Largest gradient norm, 0 for none. At stage 0 in fp32 the optimizer clips by itself.
+        clip: Largest norm of the whole gradient, 0 for none. At stage 0 in fp32 the optimizer clips by itself.
         device_type: ``cpu`` or ``cuda``.
     """
     clips_itself = optimizer_clips(config, precision)

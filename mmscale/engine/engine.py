@@ -23,8 +23,8 @@ from mmscale.dist import World, agree, is_peer_lost, peer_lost, start_deepspeed,
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.gate import Gate
-from mmscale.engine.gradient_norms import norms_from, square_sums
-from mmscale.engine.graph import LossGraph, ObjectiveLike
+from mmscale.engine.gradient_norms import norms_from, shrink_factors, square_sums
+from mmscale.engine.graph import LossGraph, ObjectiveLike, SeesWholeStep
 from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import KnowsShards, build_optimizer
 from mmscale.engine.partition import Partition
@@ -101,6 +101,7 @@ class Engine:
         precision: The number format that was chosen, with the reason.
         stage_step: Steps of the stage that were taken, applied or not; the schedules' clock. ``resume`` sets it.
         clock: Measures the phases of steps, and tells who wants to know which one is entered.
+        teachers: Frozen models that the objective runs; they are in no checkpoint and no count of parameters.
 
     Raises:
         ConfigError: the stage trains a component that the model lacks.
@@ -120,9 +121,12 @@ class Engine:
         self.stage_step = 0
         self.clock = StepClock(world.device)
         self._objective = objective
+        self.teachers: Sequence[Any] = objective.teachers
         components: Components = model.components()  # type: ignore[operator]
         freeze(model, components, stage)
         self.trained_components = trained_components(components, stage)
+        clips = {name: stage.component_clip(name) for name in self.trained_components}
+        self._clips = {name: clip for name, clip in clips.items() if clip}
         self._owner = component_of_parameters(model, components)
         self.parameter_counts = _count(model, self._owner)
         units: list[nn.Module] = list(model.checkpoint_units())  # type: ignore[operator]
@@ -139,7 +143,8 @@ class Engine:
 
     def _arrange(self, units: list[nn.Module]) -> list[Undo]:
         undo = [recompute(units)] if self.config.activation_checkpointing else []
-        return [*undo, gather_whole(units)] if self.config.zero_stage == 3 else undo
+        together = [*units, *(unit for teacher in self.teachers for unit in teacher.units())]
+        return [*undo, gather_whole(together)] if self.config.zero_stage == 3 else undo
 
     def _prepare_optimizer(self) -> None:
         optimizer = self._deepspeed.basic_optimizer
@@ -152,20 +157,21 @@ class Engine:
     def _start(self, components: Components) -> Any:
         import deepspeed
 
+        graph = LossGraph(self.model, self._objective)
         if self.config.zero_stage < 3:
-            self.model.to(self.world.device)
+            graph.to(self.world.device)
         optimizer = build_optimizer(
             parameter_groups(self.model, components, self.stage),
             self.stage,
             clip_here=optimizer_clips(self.config, self.precision),
         )
         engine, *_ = deepspeed.initialize(
-            model=LossGraph(self.model, self._objective),
+            model=graph,
             optimizer=optimizer,
             config=deepspeed_config(
                 self.config,
                 self.precision,
-                clip=self.stage.clip,
+                clip=self.stage.whole_clip,
                 device_type=self.world.device.type,
             ),
             dist_init_required=False,
@@ -186,8 +192,8 @@ class Engine:
             microbatches: This rank's part of the step.
             refuses: Asked with loss and gradient norm of the whole step, before anything moves. If any rank's says
                 yes, weights, moments and step counts of all ranks stay as they are.
-            component_norms: Also report the gradient norm of each component, for one more pass over the gradient. The
-                same on all ranks.
+            component_norms: Also report the gradient norm of each component, for one more pass over the gradient, which
+                a stage that clips each component makes anyway. The same on all ranks.
 
         Raises:
             EngineError: ranks disagree about the number of microbatches, or a peer is lost.
@@ -201,11 +207,11 @@ class Engine:
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         try:
-            sums, losses = self._run(microbatches, self.world.world_size / weight)
-            squares = self._square_sums() if component_norms else {}
+            sums, losses = self._run(self._prepared(microbatches), self.world.world_size / weight)
+            squares = self._square_sums() if component_norms or self._clips else {}
             means, squares = self._global_means(sums, weight, squares)
-            loss = means.pop("loss")
-            refused = self._update(loss, refuses)
+            loss, norms = means.pop("loss"), norms_from(squares)
+            refused = self._update(loss, norms, refuses)
         except RuntimeError as error:
             if is_peer_lost(error):
                 raise peer_lost(self.world, error) from error
@@ -223,12 +229,18 @@ class Engine:
             applied,
             means,
             tuple(tuple(part.tolist()) for part in losses),
-            norms_from(squares),
+            norms if component_norms else {},
             self.precision.name == "fp16" and not finite and math.isfinite(loss),
             self.clock.take(),
         )
 
-    def _update(self, loss: float, refuses: Callable[[float, float], bool] | None) -> bool:
+    def _prepared(self, microbatches: Sequence[Any]) -> Sequence[Any]:
+        if not isinstance(self._objective, SeesWholeStep):
+            return microbatches
+        with self.clock.phase(FORWARD), self.inference() as model:
+            return self._objective.prepare(model, microbatches)
+
+    def _update(self, loss: float, norms: dict[str, float], refuses: Callable[[float, float], bool] | None) -> bool:
         """The optimizer's step, unless a rank refuses; whether one did."""
 
         def vote(norm: float) -> bool:
@@ -237,7 +249,7 @@ class Engine:
                 return agree(self.world, refuses(loss, norm))
 
         with self.clock.phase(OPTIMIZER):
-            return self._gate.step(None if refuses is None else vote)
+            return self._gate.step(None if refuses is None else vote, shrink_factors(norms, self._clips))
 
     def _rebalance(self, applied: bool) -> None:
         """Moves the biases of routers by the loads of all microbatches and ranks; forgets these for a refused step."""

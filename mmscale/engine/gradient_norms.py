@@ -2,7 +2,8 @@
 
     this rank's part of the averaged gradient --squares by component--> (sum over ranks) --root--> norm before clipping
 
-For: one pass over gradients, on the steps that ask for it. Not for: clipping (DeepSpeed does it by the global norm).
+For: one pass over gradients, on the steps that ask for it, and on all where each component is clipped by its own norm
+(``gate.py`` scales). Not for: clipping by the norm of the whole gradient, which DeepSpeed computes and applies.
 
 DeepSpeed offers a gathered gradient of one parameter at a time, a message each. What it holds between backward and step
 was read in version 0.19: stages 1 to 3 a list of tensors for each optimizer group, with an offloaded optimizer (and at
@@ -47,6 +48,11 @@ def square_sums(
 def norms_from(squares: Mapping[str, float]) -> dict[str, float]:
     """Norms from sums over all ranks; infinite where a gradient was not finite."""
     return {name: math.sqrt(value) if math.isfinite(value) else math.inf for name, value in squares.items()}
+
+
+def shrink_factors(norms: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, float]:
+    """What brings gradients with ``norms`` down to their ``limits``, as ``torch.nn.utils.clip_grad_norm_`` has it."""
+    return {name: min(1.0, limit / (norms[name] + 1e-6)) for name, limit in limits.items()}
 
 
 def _replicated(model: nn.Module, owner: Mapping[str, str], world: World) -> Iterator[tuple[str, list[Tensor]]]:

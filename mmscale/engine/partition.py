@@ -192,21 +192,10 @@ class Partition:
         """
         self.ensure_state()
         for name, parameter in self.model.named_parameters():
-            yield from (self._trained(name, whole) if parameter.requires_grad else self._frozen(name, parameter, whole))
-
-    def _range(self, parameter: nn.Parameter, whole: bool) -> tuple[int, int]:
-        numel = parameter.numel() if self.zero_stage < 3 else int(parameter.ds_numel)  # type: ignore[attr-defined]
-        return (0, numel) if whole and self.zero_stage < 3 else share(numel, self.world.rank, self.world.world_size)
-
-    def _frozen(self, name: str, parameter: nn.Parameter, whole: bool) -> Iterator[OwnedRange]:
-        start, stop = self._range(parameter, whole)
-        if start < stop:
-            if self.zero_stage == 3:
-                # The tail of a shard beyond the parameter's end is padding; it is never written.
-                values = parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
+            if parameter.requires_grad:
+                yield from self._trained(name, whole)
             else:
-                values = parameter.data.view(-1)[start:stop]
-            yield OwnedRange(name, start, stop, values, {}, False)
+                yield from _frozen(name, parameter, self.zero_stage, self.world, whole)
 
     def _trained(self, name: str, whole: bool) -> Iterator[OwnedRange]:
         master, piece = self._places[name]
@@ -238,6 +227,31 @@ class Partition:
         if persistent:
             persistent[0].partition(persistent)  # Drops the stale whole copies ...
             persistent[0].all_gather(persistent)  # ... and makes fresh ones from the shards.
+
+
+def frozen_ranges(model: nn.Module, zero_stage: int, world: World) -> Iterator[OwnedRange]:
+    """What this rank must fill of a model in which nothing learns: its shards at stage 3, else every parameter.
+
+    Args:
+        model: From ``construct``; no engine need exist.
+        zero_stage: It was constructed for.
+        world: This rank.
+    """
+    for name, parameter in model.named_parameters():
+        yield from _frozen(name, parameter, zero_stage, world, whole=True)
+
+
+def _frozen(name: str, parameter: nn.Parameter, zero_stage: int, world: World, whole: bool) -> Iterator[OwnedRange]:
+    numel = parameter.numel() if zero_stage < 3 else int(parameter.ds_numel)  # type: ignore[attr-defined]
+    whole &= zero_stage < 3
+    start, stop = (0, numel) if whole else share(numel, world.rank, world.world_size)
+    if start < stop:
+        if zero_stage == 3:
+            # The tail of a shard beyond the parameter's end is padding; it is never written.
+            values = parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
+        else:
+            values = parameter.data.view(-1)[start:stop]
+        yield OwnedRange(name, start, stop, values, {}, False)
 
 
 def _range_of(kept: Any, piece: Piece, start: int, stop: int) -> Tensor | QuantisedRange:

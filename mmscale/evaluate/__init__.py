@@ -6,6 +6,7 @@ questions   sample -> candidates, and which image stands in for which in the con
 branch      prompts and candidates -> one packed batch in which candidates share their image
 likelihood  batch -> log-likelihood of each learned token, of each candidate
 pairs       (prompt, candidate) pairs -> log-likelihoods, over all ranks
+similarity  (sample, candidate) pairs -> how near image and text are, of a model that compares them
 choice      multiple-choice questions -> ChoiceResult
 perplexity  documents -> PerplexityResult
 score       all of it -> a result for each set
@@ -20,7 +21,7 @@ from mmscale.evaluate.config import (
     Normalise,
     PerplexitySet,
 )
-from mmscale.evaluate.heldout import check_sets
+from mmscale.evaluate.heldout import check_sets, not_asked
 from mmscale.evaluate.score import evaluate
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "PerplexitySet",
     "check_sets",
     "evaluate",
+    "not_asked",
 ]

@@ -84,7 +84,8 @@ class PerplexitySet(_HeldOut):
     template: TemplateConfig
     """Which text is read and which is scored, as in training; its weights count here too."""
     max_tokens: int | None = Field(default=None, ge=2)
-    """Longer documents are cut, and each part is read from its own beginning; null: ``data.packing.max_tokens``."""
+    """Longer documents are cut, and each part is read from its own beginning; null: ``data.packing.max_tokens``,
+    or the positions that the model has if those are fewer."""
 
 
 Compared = Literal["none", "tokens", "characters", "bytes"]

@@ -14,7 +14,7 @@ from data_pipeline.collate import collate
 from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import DataConfigError, DataPipelineError, SampleError
-from data_pipeline.media_spec import MediaSpec
+from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
 from data_pipeline.reader import read_samples
 from data_pipeline.sample import Sample
@@ -22,7 +22,7 @@ from data_pipeline.templates import CaptionTemplate, TemplateConfig
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from mmscale.dist import World, first_complaint
 from mmscale.errors import ConfigError
-from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, EvaluationSet, HeldOutSet, PerplexitySet
+from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, EvaluationSet, HeldOutSet, Normalise, PerplexitySet
 from mmscale.evaluate.likelihood import ScoredModel
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Asked:
     """Who is asked, and by what: the same for all sets.
 
     Attributes:
-        model: As ``ScoredModel``.
+        model: As ``ScoredModel``; where ``spec`` says so a ``ContrastiveModel`` in its place.
         config: Budgets.
         data: Gives the default transform and the length of documents.
         tokenizer: Text to ids.
@@ -180,7 +180,7 @@ def check_sets(config: EvaluationConfig, data: DataConfig, spec: MediaSpec) -> N
     """Checks what can be known of the sets before a run. Cheap: no sample is read.
 
     Raises:
-        ConfigError: a manifest is missing.
+        ConfigError: a manifest is missing, or the model does not score as the set says.
         DataConfigError: a set's transforms do not fit the model, or the tokenizer lacks a token of its template.
     """
     tokenizer = load_tokenizer(data.tokenizer)
@@ -189,10 +189,30 @@ def check_sets(config: EvaluationConfig, data: DataConfig, spec: MediaSpec) -> N
         for manifest in manifests:
             if manifest is not None and not manifest.is_file():
                 raise ConfigError(f"evaluation set {held.name}: {manifest}: no such file")
+        if held in not_asked(config, spec):
+            continue
+        if spec.placement is Placement.PAIR and isinstance(held, HeldOutSet):
+            _check_compared(held)
         try:
             document_builder(held, template_of(held), data, tokenizer, spec)
         except DataConfigError as error:
             raise DataConfigError(f"evaluation set {held.name}: {error}") from error
+
+
+def _check_compared(held: HeldOutSet) -> None:
+    for name, wanted in (("ends", held.ends), ("normalise", held.normalise is not Normalise.TOKENS)):
+        if not wanted:
+            raise ConfigError(
+                f"evaluation set {held.name}: {name}={getattr(held, name)}: the model compares whole texts with images "
+                "(connector.kind=contrastive), by one number each; leave it out"
+            )
+
+
+def not_asked(config: EvaluationConfig, spec: MediaSpec) -> tuple[EvaluationSet, ...]:
+    """Sets that a model cannot answer: of images without a tower, of anything else if it compares images with texts."""
+    if spec.placement is Placement.NONE:
+        return config.image_sets
+    return tuple(held for held in config.sets if spec.placement is Placement.PAIR and held not in config.image_sets)
 
 
 def draw(held: EvaluationSet, num_samples: int, limit: int | None = None) -> list[int]:

@@ -112,7 +112,8 @@ def score_perplexity(asked: Asked, held: PerplexitySet) -> PerplexityResult:
     reader = SampleReader(Manifest.open(held.manifest), held.name)
     try:
         samples = draw(held, reader.manifest.num_samples)
-        documents = _Documents(reader, builder, held.max_tokens or asked.data.packing.max_tokens)
+        most = held.max_tokens or asked.data.packing.max_tokens
+        documents = _Documents(reader, builder, min(most, asked.spec.max_document_tokens or most))
         parts, num_bytes = together(asked.world, held, lambda: documents.plan(samples))
         weighted, plain = _likelihoods(asked, held, documents, parts)
     finally:

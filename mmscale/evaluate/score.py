@@ -1,6 +1,6 @@
 """Scores of the held-out sets, over all ranks.
 
-images       read -> deal questions -> (image, candidate) pairs -> log-likelihoods -> shares
+images       read -> deal questions -> (image, candidate) pairs -> log-likelihoods, or similarities -> shares
 choice       read -> (question, choice) pairs -> log-likelihoods -> shares      (``choice``)
 perplexity   documents -> log-likelihoods -> mean                               (``perplexity``)
 """
@@ -8,21 +8,24 @@ perplexity   documents -> log-likelihoods -> mean                               
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.config import DataConfig
-from data_pipeline.media_spec import MediaSpec
+from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.evaluate.choice import credit, score_choices
 from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, HeldOutSet, Normalise, PerplexitySet
-from mmscale.evaluate.heldout import Asked, PromptBuilder, Questions
+from mmscale.evaluate.heldout import Asked, PromptBuilder, Questions, not_asked
 from mmscale.evaluate.likelihood import ScoredModel
 from mmscale.evaluate.pairs import Pair, PairScorer
 from mmscale.evaluate.perplexity import score_perplexity
 from mmscale.evaluate.questions import Block, deal
+from mmscale.evaluate.similarity import similarities
+from mmscale.models.contrastive import ContrastiveModel
 from mmscale.report.result import HeldOutResult, SetResult, binomial_error
 
 Table = npt.NDArray[np.float64]
@@ -30,12 +33,17 @@ Table = npt.NDArray[np.float64]
 
 
 def evaluate(
-    model: ScoredModel, config: EvaluationConfig, data_config: DataConfig, spec: MediaSpec, world: World
+    model: ScoredModel | ContrastiveModel,
+    config: EvaluationConfig,
+    data_config: DataConfig,
+    spec: MediaSpec,
+    world: World,
 ) -> dict[str, HeldOutResult]:
-    """Scores every held-out set. All ranks must call; all get the same result.
+    """Scores every held-out set that the model can answer. All ranks must call; all get the same result.
 
     Args:
-        model: ``MultimodalModel`` or an engine's ``model``, in evaluation mode already if that matters.
+        model: ``MultimodalModel``, ``ContrastiveModel`` or an engine's ``model``, in evaluation mode already if that
+            matters.
         config: The sets.
         data_config: Tokenizer, and the transform of the first data set.
         spec: What the model takes.
@@ -45,8 +53,9 @@ def evaluate(
         ConfigError: a set cannot be asked as configured.
         DataPipelineError: a file is missing or damaged; every rank raises.
     """
-    asked = Asked(model, config, data_config, load_tokenizer(data_config.tokenizer), spec, world)
-    return {held.name: _score(asked, held) for held in config.sets}
+    asked = Asked(cast(ScoredModel, model), config, data_config, load_tokenizer(data_config.tokenizer), spec, world)
+    left_out = not_asked(config, spec)
+    return {held.name: _score(asked, held) for held in config.sets if held not in left_out}
 
 
 def _score(asked: Asked, held: HeldOutSet | PerplexitySet | ChoiceSet) -> HeldOutResult:
@@ -58,6 +67,10 @@ def _score(asked: Asked, held: HeldOutSet | PerplexitySet | ChoiceSet) -> HeldOu
 def _score_images(asked: Asked, held: HeldOutSet) -> SetResult:
     questions = Questions.read(held)
     blocks = deal(questions.answers, questions.pool, held.choices, held.seed)
+    if asked.spec.placement is Placement.PAIR:
+        asks = [(sample, value) for block in blocks for sample in block.samples for value in block.candidates]
+        tables = list(_tables(similarities(asked, held, questions.samples, asks), blocks))
+        return _result(_normalised(tables, blocks, [], held.normalise), blocks, questions, None)
     ids = {value: questions.answer_ids(value, asked.tokenizer) for block in blocks for value in block.candidates}
     pairs = [Pair(sample, ids[value]) for block in blocks for sample in block.samples for value in block.candidates]
     prompts = PromptBuilder.of_images(held, asked.data, asked.tokenizer, asked.spec)
@@ -113,7 +126,7 @@ def _loss(tables: Sequence[Table], lengths: Sequence[npt.NDArray[np.int64]], blo
     return whole / tokens
 
 
-def _result(tables: Sequence[Table], blocks: Sequence[Block], questions: Questions, loss: float) -> SetResult:
+def _result(tables: Sequence[Table], blocks: Sequence[Block], questions: Questions, loss: float | None) -> SetResult:
     n, choices = len(questions.samples), len(blocks[0].candidates)
     score = control = 0.0
     for table, block in zip(tables, blocks, strict=True):

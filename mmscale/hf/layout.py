@@ -24,7 +24,7 @@ from torch import Tensor
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig, TowerConfig
-from mmscale.models.connector_config import MlpProjectorConfig
+from mmscale.models.connector_config import ContrastiveConnectorConfig, MlpProjectorConfig
 from mmscale.models.vision_config import VisionConfig
 
 _SHOWN = 3
@@ -173,6 +173,7 @@ class Layout:
         auto_class: Class of transformers that opens what is exported; None if it has none for this family.
         carried: Keys beside those of every family that say nothing about what the weights compute; an export takes
             them over from a folder like it.
+        own: Of those of every family the ones that do say it here; an export keeps its own.
     """
 
     model_type: str
@@ -185,6 +186,7 @@ class Layout:
     kind: type[ModelConfig] | type[TowerConfig] = ModelConfig
     auto_class: str | None = "AutoModelForCausalLM"
     carried: frozenset[str] = frozenset()
+    own: frozenset[str] = frozenset()
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
         """Our configuration of a ``config.json``, which may hold ``preprocessor_config``.
@@ -285,10 +287,14 @@ def computed(config: AnyModelConfig) -> dict[str, Any]:
     decoder, block = config.decoder, values["decoder"]
     block["vocab_size"] = decoder.num_ids
     _fill_attention(block, decoder)
-    if decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:  # Else ids are read that have no logit.
+    pair = isinstance(config.connector, ContrastiveConnectorConfig)  # No id has a logit.
+    if pair or decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:  # Else ids are read that have no logit.
         del block["extra_tokens"]
     del block["dropout"], block["dropout_rows"], block["init_std"]  # Of training, and of its beginning.
-    if config.connector is not None:
+    if isinstance(config.connector, ContrastiveConnectorConfig):
+        for name in ("scale_init", "max_scale", "bias_init"):
+            del values["connector"][name]
+    elif config.connector is not None:
         projector = values["connector"]["projector"]
         if isinstance(config.connector.projector, MlpProjectorConfig):
             projector["hidden_dim"] = config.connector.projector.hidden_dim or decoder.hidden_dim

@@ -16,10 +16,11 @@ def device_peak(engine: Engine, override: float | None) -> Peak:
 
 
 def step_flops(engine: Engine, microbatches: Sequence[Any]) -> list[float]:
-    """Model's and hardware's operations of this rank's microbatches, which are still on the host."""
+    """Model's and hardware's operations of this rank's microbatches (still on the host), teachers' included."""
     model: Any = engine.model
     recompute = engine.config.activation_checkpointing
     counts = [model.training_flops(part, engine.trained_components, recompute=recompute) for part in microbatches]
+    counts += [teacher.flops(part) for teacher in engine.teachers for part in microbatches]
     return [float(sum(count.model for count in counts)), float(sum(count.hardware for count in counts))]
 
 

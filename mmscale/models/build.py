@@ -11,13 +11,17 @@ from data_pipeline.media_spec import MediaSpec, Placement
 from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
 from mmscale.models.connector_config import (
     CAbstractorConfig,
+    ContrastiveConnectorConfig,
     CrossAttentionConnectorConfig,
     EmbeddingConnectorConfig,
     HybridConnectorConfig,
+    SeeingConnectorConfig,
 )
+from mmscale.models.connectors.contrastive import ContrastiveConnector
 from mmscale.models.connectors.cross_attention import CrossAttentionConnector
 from mmscale.models.connectors.embedding import EmbeddingConnector
 from mmscale.models.connectors.unseen_text import absent_features
+from mmscale.models.contrastive import ContrastiveModel
 from mmscale.models.decoder import Decoder
 from mmscale.models.flops import cost_per_patch
 from mmscale.models.head import LanguageHead
@@ -27,6 +31,8 @@ from mmscale.models.vision_config import PatchesConfig
 from mmscale.nn.attention_backends import AttentionChoice, Backend, resolve_backend
 from mmscale.nn.init import initialise_
 from mmscale.nn.moe import Experts
+
+AnyModel = MultimodalModel | ContrastiveModel
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ def build_model(
     attention: AttentionChoice = "auto",
     seed: int | None = 0,
     dtype: torch.dtype | None = None,
-) -> MultimodalModel:
+) -> AnyModel:
     """Builds a model on the current default device.
 
     Args:
@@ -65,11 +71,15 @@ def build_model(
     """
     backend = resolve_backend(attention, dtype)
     decoder = Decoder(config.decoder, backend)
-    tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
-    head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
-    head.init_std = config.decoder.init_std  # type: ignore[assignment]
     vision = _tower(config, backend)
-    model = MultimodalModel(config, decoder, head, vision, _connector(config, backend))
+    model: AnyModel
+    if isinstance(config.connector, ContrastiveConnectorConfig):
+        assert isinstance(vision, VisionTower), "validated"
+        connector = ContrastiveConnector(config.connector, vision.config.feature_dim, config.decoder.hidden_dim)
+        model = ContrastiveModel(config, decoder, vision, connector)
+    else:
+        head = _head(config, decoder)
+        model = MultimodalModel(config, decoder, head, vision, _connector(config, config.connector, backend))
     if seed is not None and not any(parameter.is_meta for parameter in model.parameters()):
         initialise_(model, seed)
     return model
@@ -83,12 +93,19 @@ def _tower(config: ModelConfig, backend: Backend) -> VisionTower | PixelPatches 
     return VisionTower(config.vision, backend, absent_features=absent_features(config))
 
 
-def _connector(config: ModelConfig, backend: Backend) -> Connector | None:
-    if config.vision is None or config.connector is None:
+def _head(config: ModelConfig, decoder: Decoder) -> LanguageHead:
+    tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
+    head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
+    head.init_std = config.decoder.init_std  # type: ignore[assignment]
+    return head
+
+
+def _connector(config: ModelConfig, connector: SeeingConnectorConfig | None, backend: Backend) -> Connector | None:
+    if config.vision is None or connector is None:
         return None
-    if isinstance(config.connector, EmbeddingConnectorConfig):
-        return EmbeddingConnector(config.connector, config.vision.feature_dim, config.decoder.hidden_dim)
-    return CrossAttentionConnector(config.connector, config.vision, config.decoder, backend)
+    if isinstance(connector, EmbeddingConnectorConfig):
+        return EmbeddingConnector(connector, config.vision.feature_dim, config.decoder.hidden_dim)
+    return CrossAttentionConnector(connector, config.vision, config.decoder, backend)
 
 
 class TowerAlone(nn.Module):
@@ -106,7 +123,7 @@ class TowerAlone(nn.Module):
 
 def build_unset(
     config: AnyModelConfig, *, attention: AttentionChoice = "auto", dtype: torch.dtype | None = None
-) -> MultimodalModel | TowerAlone:
+) -> AnyModel | TowerAlone:
     """A model or a tower on the current default device, for a caller that loads weights.
 
     Args:
@@ -122,7 +139,7 @@ def build_unset(
     return build_model(config, attention=attention, seed=None, dtype=dtype)
 
 
-def build_weights(config: AnyModelConfig) -> MultimodalModel | TowerAlone:
+def build_weights(config: AnyModelConfig) -> AnyModel | TowerAlone:
     """On the meta device: names and shapes, no values."""
     with torch.device("meta"):
         return build_unset(config, attention="sdpa")
@@ -131,22 +148,25 @@ def build_weights(config: AnyModelConfig) -> MultimodalModel | TowerAlone:
 def media_spec(config: ModelConfig) -> MediaSpec:
     """What the data side must know of a model."""
     axes = 1 if config.decoder.rope is None or config.decoder.rope.sections is None else 3
+    longest = config.decoder.learned_positions
     if config.vision is None or config.connector is None:
-        return MediaSpec(placement=Placement.NONE, position_axes=axes)
+        return MediaSpec(placement=Placement.NONE, position_axes=axes, max_document_tokens=longest)
     placements = {
         EmbeddingConnectorConfig: Placement.EMBEDDING,
         CrossAttentionConnectorConfig: Placement.CROSS_ATTENTION,
         HybridConnectorConfig: Placement.HYBRID,
+        ContrastiveConnectorConfig: Placement.PAIR,
     }
-    projector = config.connector.projector
+    projector = None if isinstance(config.connector, ContrastiveConnectorConfig) else config.connector.projector
     return MediaSpec(
         placement=placements[type(config.connector)],
         patch_size=config.vision.patch_size,
-        merge=projector.merge,
+        merge=1 if projector is None else projector.merge,
         channels=config.vision.channels,
         cost_per_patch=cost_per_patch(config),
         fixed_grid=config.vision.fixed_grid,
         position_axes=axes,
+        max_document_tokens=longest,
         class_features=int(config.vision.class_feature),
         max_tiles=None if config.vision.tiles is None else config.vision.tiles.max_tiles,
         computes_absent=config.vision.tiles is not None and config.vision.tiles.attend_absent,

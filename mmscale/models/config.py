@@ -11,9 +11,11 @@ from data_pipeline.strict import StrictConfig
 from mmscale.models.connector_config import (
     CAbstractorConfig,
     ConnectorConfig,
+    ContrastiveConnectorConfig,
     CrossAttentionConnectorConfig,
     HybridConnectorConfig,
     ProjectorConfig,
+    SeeingConnectorConfig,
 )
 from mmscale.models.vision_config import AnyVisionConfig, PatchesConfig, VisionConfig
 from mmscale.nn.attention import AttentionConfig
@@ -57,6 +59,9 @@ class DecoderConfig(StrictConfig):
     """Norms before the sub-layers (Llama) or after them (OLMo 2)."""
     rope: RopeConfig | None = RopeConfig()
     """Rotary positions; null for none."""
+    learned_positions: int | None = Field(default=None, gt=0)
+    """Rows of a table with a learned vector for each position, added to what enters the first block (CLIP's text tower,
+    GPT-2): no document may be longer. Instead of ``rope``; null for none."""
     tie_embeddings: bool = False
     """Use the embedding as the output projection."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -79,6 +84,8 @@ class DecoderConfig(StrictConfig):
     @model_validator(mode="after")
     def _consistent(self) -> DecoderConfig:
         head_dim = self.attention.resolved_head_dim(self.hidden_dim)
+        if self.rope is not None and self.learned_positions is not None:
+            raise ValueError(f"learned_positions={self.learned_positions}: positions come once; set rope=null")
         if self.rope is not None:
             width = rotated_width(head_dim, self.rope)
             if width % 2:
@@ -130,27 +137,59 @@ class ModelConfig(StrictConfig):
                 raise ValueError(
                     "connector.mlp: set it; a decoder with experts in every block has no dense one to copy"
                 )
-        if self.vision is not None and self.connector is not None and self.vision.fixed_grid is not None:
-            merge = self.connector.projector.merge
-            if any(side % merge for side in self.vision.fixed_grid):
-                raise ValueError(f"connector.projector.merge={merge}: must divide both sides of vision.positions.grid")
-        if self.vision is not None and self.connector is not None:
+        if self.vision is None or self.connector is None:
+            return self
+        if isinstance(self.connector, ContrastiveConnectorConfig):
+            _check_contrastive(self.vision, self.connector, self.decoder)
+        else:
+            _check_merge(self.vision, self.connector.projector)
             _check_places(self.vision, self.connector.projector)
-            self._check_tiles(self.vision, self.connector)
+            _check_tiles(self.vision, self.connector)
         return self
 
-    def _check_tiles(self, vision: VisionConfig | PatchesConfig, connector: ConnectorConfig) -> None:
-        if vision.class_feature and not (
-            isinstance(connector, CrossAttentionConnectorConfig) and connector.projector.merge == 1
-        ):
-            raise ValueError(
-                "vision.class_feature: has no place among embedded or merged patches; use connector.kind="
-                "cross_attention with projector.merge=1"
-            )
-        if vision.tiles is not None and isinstance(connector, HybridConnectorConfig):
-            raise ValueError(
-                "vision.tiles: knows tiles alone, but connector.kind=hybrid needs a view of the whole image"
-            )
+
+def _check_merge(vision: VisionConfig | PatchesConfig, projector: ProjectorConfig) -> None:
+    if any(side % projector.merge for side in vision.fixed_grid or ()):
+        raise ValueError(
+            f"connector.projector.merge={projector.merge}: must divide both sides of vision.positions.grid"
+        )
+
+
+def _check_tiles(vision: VisionConfig | PatchesConfig, connector: SeeingConnectorConfig) -> None:
+    if vision.class_feature and not (
+        isinstance(connector, CrossAttentionConnectorConfig) and connector.projector.merge == 1
+    ):
+        raise ValueError(
+            "vision.class_feature: has no place among embedded or merged patches; use connector.kind="
+            "cross_attention with projector.merge=1"
+        )
+    if vision.tiles is not None and isinstance(connector, HybridConnectorConfig):
+        raise ValueError("vision.tiles: knows tiles alone, but connector.kind=hybrid needs a view of the whole image")
+
+
+def _check_contrastive(
+    vision: VisionConfig | PatchesConfig, connector: ContrastiveConnectorConfig, decoder: DecoderConfig
+) -> None:
+    if not isinstance(vision, VisionConfig):
+        raise ValueError("vision.kind=patches: has nothing to train by pairs; use kind=transformer")
+    if vision.tiles is not None:
+        raise ValueError("vision.tiles: a pair has one view of its image; leave tiles to a later stage")
+    if vision.class_feature != (connector.pool == "class"):
+        wanted = "needs the class token" if connector.pool == "class" else "takes patches alone"
+        raise ValueError(
+            f"connector.pool={connector.pool}: {wanted}; set vision.class_feature="
+            f"{str(not vision.class_feature).lower()}"
+        )
+    if decoder.tie_embeddings or decoder.predicted_rows:
+        name = "tie_embeddings" if decoder.tie_embeddings else "extra_tokens.predicted"
+        raise ValueError(f"decoder.{name}: a contrastive model predicts no token and has no head; set it to false")
+    if decoder.dropout:
+        raise ValueError(
+            f"decoder.dropout={decoder.dropout:g}: a contrastive step may compute its vectors twice, which must be the "
+            "same; set it to 0"
+        )
+    if isinstance(decoder.mlp, MoeConfig):
+        raise ValueError("decoder.mlp.kind=moe: a contrastive loss has no place for those of routers; use dense")
 
 
 def _check_places(vision: VisionConfig | PatchesConfig, projector: ProjectorConfig) -> None:

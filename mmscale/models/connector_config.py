@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.strict import StrictConfig
 from mmscale.nn.attention import AttentionConfig
@@ -128,6 +129,54 @@ class HybridConnectorConfig(_Attended):
     kind: Literal["hybrid"] = "hybrid"
 
 
+class ContrastiveConnectorConfig(StrictConfig):
+    """One vector of an image and one of its text, near each other (CLIP, SigLIP): the decoder is the text's tower."""
+
+    kind: Literal["contrastive"]
+    dim: int = Field(gt=0)
+    """Channels of the two vectors."""
+    pool: Literal["class", "mean"] = "class"
+    """What stands for an image: the tower's ``class`` token (CLIP), which needs ``vision.class_feature``, or the
+    ``mean`` of its patches. For a text stands the row of its last token (CLIP)."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """``softmax``: which text of the batch belongs to an image, and which image to a text (CLIP). ``sigmoid``: whether
+    they belong together, asked of each text and each image of the batch (SigLIP)."""
+    scale_init: float | None = Field(default=None, gt=0)
+    """Start of the learned factor on similarities; null: 1 / 0.07 (CLIP), with ``sigmoid`` 10 (SigLIP)."""
+    max_scale: float = Field(default=100.0, gt=0)
+    """It grows no larger."""
+    bias_init: float | None = None
+    """Start of the learned number added to them, which ``sigmoid`` alone has; null: -10 (SigLIP)."""
+
+    @property
+    def first_scale(self) -> float:
+        """``scale_init``, resolved."""
+        return self.scale_init or (1 / 0.07 if self.loss == "softmax" else 10.0)
+
+    @property
+    def first_bias(self) -> float | None:
+        """``bias_init``, resolved; None where there is no bias."""
+        if self.loss == "softmax":
+            return None
+        return -10.0 if self.bias_init is None else self.bias_init
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ContrastiveConnectorConfig:
+        if self.loss == "softmax" and self.bias_init is not None:
+            raise ValueError(
+                "bias_init: a softmax is the same whatever is added to all of its logits; use loss=sigmoid"
+            )
+        if self.first_scale > self.max_scale or math.isinf(self.max_scale):
+            raise ValueError(
+                f"max_scale={self.max_scale:g}: must be finite and at least scale_init={self.first_scale:g}"
+            )
+        return self
+
+
+SeeingConnectorConfig = EmbeddingConnectorConfig | CrossAttentionConnectorConfig | HybridConnectorConfig
+"""Those whose decoder sees the features of an image."""
+
 ConnectorConfig = Annotated[
-    EmbeddingConnectorConfig | CrossAttentionConnectorConfig | HybridConnectorConfig, Field(discriminator="kind")
+    EmbeddingConnectorConfig | CrossAttentionConnectorConfig | HybridConnectorConfig | ContrastiveConnectorConfig,
+    Field(discriminator="kind"),
 ]

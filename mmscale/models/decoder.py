@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from data_pipeline.batch import AttentionSegments
+from data_pipeline.batch import AttentionSegments, BranchedSegments
 from mmscale.models.config import DecoderConfig
 from mmscale.models.embedding import TokenEmbedding
 from mmscale.models.kv_cache import KVCache
@@ -36,7 +36,8 @@ def block_mlps(config: DecoderConfig) -> list[DenseMlpConfig | MoeConfig]:
 class Decoder(nn.Module):
     """Embedding, blocks, last norm.
 
-    Source: Llama (arXiv 2302.13971, section 2.2) and its successors; the options are named in ``DecoderConfig``.
+    Source: Llama (arXiv 2302.13971, section 2.2) and its successors, GPT-2 (Radford et al. 2019) for learned positions;
+    the options are named in ``DecoderConfig``.
     """
 
     def __init__(self, config: DecoderConfig, backend: Backend) -> None:
@@ -45,6 +46,9 @@ class Decoder(nn.Module):
         self.head_dim = config.attention.resolved_head_dim(config.hidden_dim)
         extra = 0 if config.extra_tokens is None else config.extra_tokens.rows
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_dim, extra)
+        self.embed_positions: nn.Module | None = None
+        if config.learned_positions is not None:
+            self.embed_positions = nn.Embedding(config.learned_positions, config.hidden_dim)
         self.layers = nn.ModuleList(
             TransformerBlock(
                 config.hidden_dim,
@@ -83,7 +87,13 @@ class Decoder(nn.Module):
 
         Returns:
             The normalised stream, and the mean (balance, z) of the blocks with experts, if there are any.
+
+        Raises:
+            ValueError: a document, or what ``cache`` has room for, is longer than the table of positions.
         """
+        if self.embed_positions is not None:
+            self._check_length(segments, cache)
+            hidden = hidden + self.embed_positions(position_ids)
         rotation = self._rotation(position_ids, hidden.dtype)
         losses = []
         for number, layer in enumerate(self.layers):
@@ -96,6 +106,14 @@ class Decoder(nn.Module):
             if router_losses is not None:
                 losses.append(router_losses)
         return self.norm(hidden), torch.stack(losses).mean(0) if losses else None
+
+    def _check_length(self, segments: AttentionSegments, cache: KVCache | None) -> None:
+        """On the host, where lengths are known: a lookup behind the table would be an error of the device."""
+        whole = segments.keys if isinstance(segments, BranchedSegments) else segments
+        longest = whole.longest if cache is None else cache.capacity
+        if longest > (rows := self.config.learned_positions or 0):
+            what = "a document" if cache is None else "a prompt with the tokens to come"
+            raise ValueError(f"{what} of {longest} tokens: decoder.learned_positions={rows} has no more positions")
 
     def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> Rotation | None:
         rope = self.config.rope

@@ -22,9 +22,12 @@ from mmscale.models.config import DecoderConfig, ModelConfig
 from mmscale.models.connector_config import (
     AttentionPoolConfig,
     CAbstractorConfig,
+    ContrastiveConnectorConfig,
     CrossAttentionConnectorConfig,
     EmbeddingConnectorConfig,
+    HybridConnectorConfig,
     MlpProjectorConfig,
+    ProjectorConfig,
 )
 from mmscale.models.connectors.c_abstractor import SQUEEZE
 from mmscale.models.connectors.cross_attention import cross_attention_shapes, insertion_layers
@@ -42,13 +45,16 @@ def cost_per_patch(config: ModelConfig) -> float:
     """Time of one patch relative to one token, from the products that do not grow with length."""
     if config.vision is None or config.connector is None:
         return 0.0
-    patches, features = _typical_view(config)
-    view = sum(_projector_products(config, patches, 1)) + features * _cross_per_feature(config)
+    if isinstance(config.connector, ContrastiveConnectorConfig):
+        return _vision_per_patch(config.vision) / _decoder_per_token(config)
+    patches, features = _typical_view(config.vision, config.connector.projector)
+    view = sum(_projector_products(config, config.connector.projector, patches, 1))
+    view += features * _cross_per_feature(config)
     return (_vision_per_patch(config.vision) + view / patches) / _decoder_per_token(config)
 
 
 def forward_flops(config: ModelConfig, batch: MultimodalBatch) -> int:
-    """Operations of one forward over ``batch`` with logits for every token."""
+    """Operations of one forward over ``batch`` with logits for every token; of a contrastive model without any."""
     return sum(part.forward for part in _parts(config, batch, batch.segments.total, ()))
 
 
@@ -134,17 +140,16 @@ def _parts(config: ModelConfig, batch: MultimodalBatch, rows: int, trained: Coll
     """Everything that a forward multiplies, with logits of ``rows`` rows."""
     decoder, connector = config.decoder, config.connector
     sees = connector is not None and not {"vision", "connector"}.isdisjoint(trained)
-    embeds = not isinstance(connector, CrossAttentionConnectorConfig)
+    embeds = isinstance(connector, EmbeddingConnectorConfig | HybridConnectorConfig)
     # A gradient flows through the decoder from where learned values enter it: its beginning, or where it first attends.
     early = not {"decoder", "extra_tokens"}.isdisjoint(trained) or (sees and embeds)
     if config.vision is not None and connector is not None:
         yield from _vision_parts(config, batch, trained)
-        media = batch.media["image"]
-        yield from _projector_parts(config, media, _features_in(config, media), trained)
+        yield from _projector_parts(config, batch, trained)
     crossing = (
-        []
-        if connector is None or isinstance(connector, EmbeddingConnectorConfig)
-        else insertion_layers(decoder.num_layers, connector.every)
+        insertion_layers(decoder.num_layers, connector.every)
+        if isinstance(connector, CrossAttentionConnectorConfig | HybridConnectorConfig)
+        else []
     )
     queries, keys = batch.segments, batch.segments
     if batch.branched is not None:
@@ -158,6 +163,9 @@ def _parts(config: ModelConfig, batch: MultimodalBatch, rows: int, trained: Coll
         linear = tokens * (_attention_per_row(decoder.attention, decoder.hidden_dim) + _mlp(mlp, decoder.hidden_dim))
         tail = tokens * _tail(mlp, decoder.hidden_dim) if decoder.norm_placement is NormPlacement.PRE else 0
         yield _Part(linear, learns, flows, area, 4 * (learns or flows), linear + area - tail)
+    if isinstance(connector, ContrastiveConnectorConfig):
+        yield _Part(2 * len(batch.pairs) * decoder.hidden_dim * connector.dim, "connector" in trained, flows)
+        return
     yield _Part(2 * rows * decoder.hidden_dim * decoder.vocab_size, learns, flows)
     yield _Part(2 * rows * decoder.hidden_dim * decoder.predicted_rows, "extra_tokens" in trained, flows)
 
@@ -194,15 +202,22 @@ def _features_in(config: ModelConfig, media: MediaBlock) -> int:
     vision, connector = config.vision, config.connector
     assert vision is not None
     rows = media.items.total + int(vision.class_feature) * sum(time for time, _, _ in media.grids)
-    if connector is None or not looks_ahead(connector):
+    if not isinstance(connector, CrossAttentionConnectorConfig) or not looks_ahead(connector):
         return rows
     return rows + sum(num_absent_rows(media, vision, connector.projector.merge))
 
 
-def _projector_parts(config: ModelConfig, media: MediaBlock, rows: int, trained: Collection[str]) -> Iterator[_Part]:
+def _projector_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collection[str]) -> Iterator[_Part]:
+    assert config.vision is not None
     assert config.connector is not None
-    projector, learns = config.connector.projector, "connector" in trained
-    first, *later = _projector_products(config, rows, sum(time for time, _, _ in media.grids))
+    media, learns = batch.media["image"], "connector" in trained
+    if isinstance(config.connector, ContrastiveConnectorConfig):
+        yield _Part(
+            2 * len(batch.pairs) * config.vision.feature_dim * config.connector.dim, learns, "vision" in trained
+        )
+        return
+    projector, rows = config.connector.projector, _features_in(config, media)
+    first, *later = _projector_products(config, projector, rows, sum(time for time, _, _ in media.grids))
     before = isinstance(config.connector, EmbeddingConnectorConfig) and config.connector.padding
     if isinstance(projector, CAbstractorConfig):
         before |= projector.positions is not None
@@ -218,8 +233,7 @@ def _projector_parts(config: ModelConfig, media: MediaBlock, rows: int, trained:
 
 def _cross_parts(config: ModelConfig, batch: MultimodalBatch, trained: Collection[str], flows: bool) -> Iterator[_Part]:
     """One cross-attention block; ``flows``: whether the stream that enters it wants a gradient."""
-    assert config.connector is not None
-    assert not isinstance(config.connector, EmbeddingConnectorConfig)
+    assert isinstance(config.connector, CrossAttentionConnectorConfig | HybridConnectorConfig)
     decoder, media, tokens = config.decoder, batch.media["image"], batch.segments.total
     attention, mlp = cross_attention_shapes(config.connector, decoder)
     dim = decoder.hidden_dim
@@ -247,14 +261,12 @@ def _tail(mlp: DenseMlpConfig | MoeConfig, dim: int) -> int:
     return 2 * dim * mlp.shared_dim if mlp.shared_dim and not mlp.shared_gate else 0
 
 
-def _typical_view(config: ModelConfig) -> tuple[int, int]:
+def _typical_view(vision: VisionConfig | PatchesConfig, projector: ProjectorConfig) -> tuple[int, int]:
     """Patches and features of a view of the tower's one size, or else of the least that the projector takes.
 
     What pools views of any size is so charged at its dearest.
     """
-    assert config.vision is not None
-    assert config.connector is not None
-    projector, grid = config.connector.projector, config.vision.fixed_grid
+    grid = vision.fixed_grid
     if isinstance(projector, CAbstractorConfig):
         return (math.prod(grid) if grid else projector.side**2), projector.side**2
     return projector.merge**2, 1
@@ -286,15 +298,17 @@ def _mlp(config: DenseMlpConfig | MoeConfig, dim: int) -> int:
 
 
 def _decoder_per_token(config: ModelConfig) -> int:
-    """Projections, feed-forwards and head of one token, cross-attention's own side included.
+    """Projections, feed-forwards and head, if there is one, of one token, cross-attention's own side included.
 
     Extra rows of the head are left out: a few new tokens must not change which documents share a pack.
     """
     decoder = config.decoder
     dim = decoder.hidden_dim
     total = decoder.num_layers * _attention_per_row(decoder.attention, dim)
-    total += sum(_mlp(mlp, dim) for mlp in block_mlps(decoder)) + 2 * dim * decoder.vocab_size
-    if config.connector is not None and not isinstance(config.connector, EmbeddingConnectorConfig):
+    total += sum(_mlp(mlp, dim) for mlp in block_mlps(decoder))
+    if not isinstance(config.connector, ContrastiveConnectorConfig):
+        total += 2 * dim * decoder.vocab_size
+    if isinstance(config.connector, CrossAttentionConnectorConfig | HybridConnectorConfig):
         attention, mlp = cross_attention_shapes(config.connector, decoder)
         blocks = len(insertion_layers(decoder.num_layers, config.connector.every))
         query_side = 4 * dim * attention.num_heads * attention.resolved_head_dim(dim)
@@ -305,7 +319,7 @@ def _decoder_per_token(config: ModelConfig) -> int:
 def _cross_per_feature(config: ModelConfig) -> int:
     """Keys and values of one attended feature, over all cross-attention blocks."""
     decoder: DecoderConfig = config.decoder
-    if config.connector is None or isinstance(config.connector, EmbeddingConnectorConfig):
+    if not isinstance(config.connector, CrossAttentionConnectorConfig | HybridConnectorConfig):
         return 0
     attention, _ = cross_attention_shapes(config.connector, decoder)
     blocks = len(insertion_layers(decoder.num_layers, config.connector.every))
@@ -324,11 +338,10 @@ def _vision_per_patch(config: VisionConfig | PatchesConfig) -> int:
     return _patch_embed(config) + (config.num_layers + num_global) * block
 
 
-def _projector_products(config: ModelConfig, patches: int, frames: int) -> list[int]:
+def _projector_products(config: ModelConfig, projector: ProjectorConfig, patches: int, frames: int) -> list[int]:
     """Operations of the projector over so many patches of so many frames: of its first product, then of the others."""
     assert config.vision is not None
-    assert config.connector is not None
-    projector, dim = config.connector.projector, config.decoder.hidden_dim
+    dim = config.decoder.hidden_dim
     if isinstance(projector, CAbstractorConfig):
         return _abstractor_products(projector, config.vision.feature_dim, dim, patches, frames)
     square = projector.merge**2

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmscale.models.embedding import TokenEmbedding
-from mmscale.nn.cross_entropy import ZLoss, linear_cross_entropy
+from mmscale.nn.cross_entropy import SoftTarget, ZLoss, linear_cross_entropy
 
 
 class LanguageHead(nn.Module):
@@ -41,13 +43,16 @@ class LanguageHead(nn.Module):
         loss_weights: Float[Tensor, " T"] | None = None,
         row_losses: Float[Tensor, " T"] | None = None,
         z_loss: ZLoss | None = None,
+        soft_targets: Sequence[SoftTarget] = (),
     ) -> Tensor:
         """Logits ``(T, V)``, extra rows included; with labels and weights the float32 sum of weighted cross-entropies.
 
-        ``row_losses`` (zeros) receives the terms of that sum; ``z_loss`` is added to it.
+        ``row_losses`` (zeros) receives the terms of that sum; ``z_loss`` is added to it; ``soft_targets`` take shares.
         """
         if labels is None or loss_weights is None:
             logits = F.linear(hidden, self.weight)
             extra = self.extra_weight
             return logits if extra is None else torch.cat([logits, F.linear(hidden, extra)], dim=-1)
-        return linear_cross_entropy(hidden, self.weight, labels, loss_weights, row_losses, self.extra_weight, z_loss)
+        return linear_cross_entropy(
+            hidden, self.weight, labels, loss_weights, row_losses, self.extra_weight, z_loss, soft_targets
+        )

@@ -5,6 +5,7 @@
     experts       at most two a token, of in proportion as many
     pictures      a quarter of the patches a side, patches of 4 pixels
     vocabulary    2,048 rows, as many as the bundled tokenizer has ids
+    positions     a decoder's table stays as long: documents must fit
 
 Sizes are told by the names of fields, wherever they stand, so a new block needs a rule here only if it brings a size of
 another name. For: tests that train a step of every shipped model, and runs of a recipe in seconds. Not for: training
@@ -74,6 +75,7 @@ _SIZES: dict[str, Callable[[int], int]] = {
     "side": lambda side: min(side, 3),
     "global_layers": lambda number: min(number, 2),
     "hidden_dim": lambda width: _LOOSE_WIDTH,
+    "dim": lambda width: _LOOSE_WIDTH,
     "expert_dim": lambda width: 16,
     "shared_dim": lambda width: 32,
 }

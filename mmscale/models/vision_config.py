@@ -90,7 +90,8 @@ class VisionConfig(_Pixels):
     class_token: bool = False
     """Put a learned token first in every view (CLIP); it is dropped from the features. ``learned`` positions only."""
     class_feature: bool = False
-    """Keep it: a view's first feature is its class token's (Llama 3.2 Vision). For cross-attention."""
+    """Keep it: a view's first feature is its class token's (Llama 3.2 Vision). For cross-attention, and
+    for ``connector.pool=class``."""
     tiles: TilesConfig | None = None
     """Tiles of an image are computed together (Llama 3.2 Vision); null: every view is by itself."""
     patch_bias: bool = False

@@ -1,11 +1,14 @@
 """Linear layer and cross-entropy in one, by chunks of rows, with the gradient computed on the way forward.
 
 Logits of one chunk exist at a time, so memory is independent of the number of rows; nothing of size ``(T, V)`` is ever
-made. Not for: sampling, or a second derivative.
+made. What else the logits are to do, keep their normaliser small or follow another model's, is asked of the same chunk.
+Not for: sampling, or a second derivative.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 CHUNK_BYTES = 64 * 2**20
 """float32 logits of one chunk. At V = 131072 that is 128 rows, the size with the least memory at no loss of time."""
@@ -39,6 +43,46 @@ class ZLoss:
     row_squares: Tensor
 
 
+@dataclass(frozen=True)
+class SoftTarget:
+    """A teacher's distribution over the same ids, as the rows before its head; its logits too exist a chunk at a time.
+
+    Each row's loss is the Kullback-Leibler divergence ``sum(p * log(p / q))`` of the student's ``q = softmax(logits /
+    temperature)`` from the teacher's ``p``, times ``share * temperature**2``. Gradients fall with that square; with it,
+    shares mean the same at every temperature.
+
+    Attributes:
+        hidden: ``(T, D of the teacher)``; no gradient reaches it.
+        weights: The head's matrix and, of one with extra ids, that of their rows: together V rows.
+        share: Of the loss; what the shares of all teachers leave of 1 is the cross-entropy's.
+        temperature: Of both distributions.
+        row_losses: float32 ``(T,)``, zeros; the weighted divergence of each row is written here, for reports.
+
+    Source: Hinton et al. 2015 (arXiv 1503.02531), section 2 and 2.1.
+    """
+
+    hidden: Tensor
+    weights: tuple[Tensor, ...]
+    share: float
+    temperature: float
+    row_losses: Tensor
+
+    @property
+    def scale(self) -> float:
+        """What a divergence is multiplied with in the loss."""
+        return self.share * self.temperature**2
+
+    def pull(self, logits: Tensor, rows: Tensor, loss_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a chunk, and of each of its rows, unweighted, the derivative by the logits ``(n, V)``."""
+        theirs = _logits(self.hidden.index_select(0, rows), self.weights)
+        wanted = theirs.div_(self.temperature).log_softmax(-1)
+        ours = logits.div(self.temperature).log_softmax(-1)
+        losses = F.kl_div(ours, wanted, reduction="none", log_target=True).sum(-1) * loss_weights
+        self.row_losses.index_copy_(0, rows, losses.to(self.row_losses.dtype))
+        slope = ours.exp_().sub_(wanted.exp_()).mul_(self.share * self.temperature)
+        return self.scale * losses.sum(), slope
+
+
 def linear_cross_entropy(
     hidden: Float[Tensor, "T D"],
     weight: Float[Tensor, "V D"],
@@ -47,6 +91,7 @@ def linear_cross_entropy(
     row_losses: Float[Tensor, " T"] | None = None,
     extra_weight: Float[Tensor, "N D"] | None = None,
     z_loss: ZLoss | None = None,
+    soft_targets: Sequence[SoftTarget] = (),
 ) -> Float[Tensor, ""]:
     """Sum over rows of ``loss_weights * cross_entropy(hidden @ weight.T, labels)``, in float32.
 
@@ -61,6 +106,7 @@ def linear_cross_entropy(
         row_losses: float32, zeros; the weighted cross-entropy of each row is written here, for reports.
         extra_weight: More rows of the matrix, of the ids from V on.
         z_loss: Added to the sum, weighted like the rest; None for none.
+        soft_targets: Teachers, whose divergences take their shares of the sum from the cross-entropy.
 
     Source: Hsu et al. 2024, "Liger Kernel" (arXiv 2410.10989), section 3.2, fused linear cross-entropy.
     """
@@ -68,11 +114,12 @@ def linear_cross_entropy(
     grad = torch.is_grad_enabled()
     weights = (weight,) if extra_weight is None else (weight, extra_weight)
     needs = tuple(grad and tensor.requires_grad for tensor in (hidden, *weights))
-    chosen = hidden.index_select(0, rows), labels.index_select(0, rows), loss_weights.index_select(0, rows)
-    losses = torch.zeros_like(chosen[2], dtype=torch.float32)
+    scale = loss_weights.index_select(0, rows).float()
+    losses = torch.zeros_like(scale)
     squares = None if z_loss is None else torch.zeros_like(losses)
     coefficient = 0.0 if z_loss is None else z_loss.coefficient
-    total = _LinearCrossEntropy.apply(*chosen, needs, losses, squares, coefficient, *weights)
+    asked = _Asked(labels.index_select(0, rows), scale, rows, losses, squares, coefficient, tuple(soft_targets))
+    total: Tensor = _LinearCrossEntropy.apply(hidden.index_select(0, rows), asked, needs, *weights)
     if row_losses is not None:
         row_losses.index_copy_(0, rows, losses)
     if z_loss is not None and squares is not None:
@@ -80,19 +127,53 @@ def linear_cross_entropy(
     return total
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of the logits of the rows that carry weight, and where the answers of each row are written.
+
+    Attributes:
+        rows: Their numbers among all rows, by which teachers know them.
+        squares: None without a z loss.
+    """
+
+    labels: Tensor
+    loss_weights: Tensor
+    rows: Tensor
+    losses: Tensor
+    squares: Tensor | None
+    coefficient: float
+    soft: tuple[SoftTarget, ...]
+
+    @property
+    def hard_share(self) -> float:
+        return max(0.0, 1.0 - math.fsum(target.share for target in self.soft))
+
+    def add(self, total: Tensor, logits: Tensor, part: slice, *, sloped: bool) -> Tensor | None:
+        """Adds the loss of a chunk to ``total``; its derivative by the logits, whose memory it takes, if asked for."""
+        target, scale, hard = self.labels[part].unsqueeze(1), self.loss_weights[part], self.hard_share
+        log_norm = logits.logsumexp(-1, keepdim=True)
+        self.losses[part] = losses = (log_norm - logits.gather(1, target)).squeeze(1) * scale
+        total += hard * losses.sum()
+        if self.squares is not None:
+            self.squares[part] = squares = log_norm.squeeze(1).square() * scale
+            total += self.coefficient * squares.sum()
+        pulls = [each.pull(logits, self.rows[part], scale) for each in self.soft]
+        for loss, _ in pulls:
+            total += loss
+        if not sloped:
+            return None
+        slope = logits.sub_(log_norm).exp_()  # softmax, in the logits' own memory
+        if self.squares is not None or self.soft:
+            slope.mul_(hard + 2 * self.coefficient * log_norm)
+        slope.scatter_add_(1, target, slope.new_full(target.shape, -hard))
+        for _, pull in pulls:
+            slope += pull
+        return slope.mul_(scale.unsqueeze(1))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        labels: Tensor,
-        loss_weights: Tensor,
-        needs: tuple[bool, ...],
-        row_losses: Tensor,
-        row_squares: Tensor | None,
-        coefficient: float,
-        *weights: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, asked: _Asked, needs: tuple[bool, ...], *weights: Tensor) -> Tensor:
         hidden_grad = torch.empty_like(hidden) if needs[0] else None
         grads = [
             torch.zeros_like(weight, dtype=torch.float32) if wanted else None
@@ -100,25 +181,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         counts = [weight.shape[0] for weight in weights]
-        size = chunk_rows(sum(counts), hidden.device)
+        # A teacher needs four more tensors of a chunk's size: both distributions, their divergence, its derivative.
+        size = chunk_rows(sum(counts) * (4 if asked.soft else 1), hidden.device)
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
-            rows, scale = hidden[part], loss_weights[part].float()
-            logits = _joined([rows @ weight.t() for weight in weights]).float()  # (chunk, V)
-            target = labels[part].unsqueeze(1)
-            log_norm = logits.logsumexp(-1, keepdim=True)
-            row_losses[part] = losses = (log_norm - logits.gather(1, target)).squeeze(1) * scale
-            total += losses.sum()
-            if row_squares is not None:
-                row_squares[part] = squares = log_norm.squeeze(1).square() * scale
-                total += coefficient * squares.sum()
-            if not any(needs):
+            rows = hidden[part]
+            slope = asked.add(total, _logits(rows, weights), part, sloped=any(needs))
+            if slope is None:
                 continue
-            slope = logits.sub_(log_norm).exp_()  # softmax, in the logits' own memory
-            if row_squares is not None:
-                slope.mul_(1 + 2 * coefficient * log_norm)
-            slope.scatter_add_(1, target, slope.new_full(target.shape, -1.0))
-            slopes = slope.mul_(scale.unsqueeze(1)).to(hidden.dtype).split(counts, dim=1)
+            slopes = slope.to(hidden.dtype).split(counts, dim=1)
             if hidden_grad is not None:
                 torch.mm(slopes[0], weights[0], out=hidden_grad[part])
                 for slope, weight in zip(slopes[1:], weights[1:], strict=True):
@@ -140,11 +211,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if hidden_grad is not None:
             hidden_grad = hidden_grad.mul_(slope)
         grads = [None if grad is None else grad.mul_(slope).to(ctx.dtype) for grad in grads]
-        return hidden_grad, None, None, None, None, None, None, *grads
+        return hidden_grad, None, None, *grads
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _logits(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """float32 ``(rows, V)``."""
+    parts = [rows @ weight.t() for weight in weights]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).float()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -77,6 +77,7 @@ class TilePositions(nn.Module):
 
     def __init__(self, grid: tuple[int, int], dim: int, class_token: bool, max_tiles: int, gate_init: float) -> None:
         super().__init__()
+        self.grid = grid
         self.places = grid[0] * grid[1]
         self.position_embedding = nn.Parameter(torch.zeros(self.places + class_token, dim))
         self.tile_embedding = nn.Parameter(torch.zeros(num_grids(max_tiles), max_tiles, self.places + class_token, dim))

@@ -1,8 +1,8 @@
-"""Next-token prediction."""
+"""Next-token prediction: of the data's token, and of what teachers expect in its place."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,47 +10,48 @@ from torch import Tensor
 from data_pipeline.batch import MultimodalBatch, Segments
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.cross_entropy import ZLoss
-
-
-@dataclass(frozen=True)
-class ObjectiveOutput:
-    """What an objective hands to the engine.
-
-    Attributes:
-        loss_sum: float32 scalar in the graph; the engine divides by the global weight.
-        metrics: Detached sums by name, to be divided by the same weight.
-        document_losses: float32 ``(S,)``, detached: what each document adds to the sum, auxiliary losses left out.
-    """
-
-    loss_sum: Tensor
-    metrics: dict[str, Tensor]
-    document_losses: Tensor
+from mmscale.objectives.outputs import ObjectiveOutput
+from mmscale.objectives.teacher import Teacher
 
 
 class NextToken:
     """Weighted cross-entropy of each next token, plus the model's auxiliary losses.
 
+    With teachers, the divergence from what they expect takes a share of it (``SoftTarget``).
+
     Args:
         z_coefficient: Of the z loss on the logits (``ZLoss``); 0 for none.
+        teachers: Read the same batches; their shares are 1 at most together.
     """
 
-    def __init__(self, z_coefficient: float = 0.0) -> None:
+    def __init__(self, z_coefficient: float = 0.0, teachers: Sequence[Teacher] = ()) -> None:
         self.z_coefficient = z_coefficient
+        self.teachers = tuple(teachers)
 
     def weight(self, batch: MultimodalBatch) -> float:
         """What ``loss_sum`` is to be divided by, known on the host before any forward."""
         return batch.weight
 
     def __call__(self, model: MultimodalModel, batch: MultimodalBatch) -> ObjectiveOutput:
-        """Runs the model on one microbatch."""
+        """Runs the teachers, then the model, on one microbatch."""
+        # Teachers first: what they need for a moment is gone before the student's activations have to be kept.
+        expected = [teacher(batch) for teacher in self.teachers]
         output = model(batch)
         rows = torch.zeros_like(batch.loss_weights)
         z_loss = ZLoss(self.z_coefficient, torch.zeros_like(rows)) if self.z_coefficient else None
-        loss = model.head(output.hidden, batch.labels, batch.loss_weights, row_losses=rows, z_loss=z_loss)
-        metrics = {"cross_entropy": loss.detach()}
+        soft = [
+            teacher.soft_target(hidden, torch.zeros_like(rows))
+            for teacher, hidden in zip(self.teachers, expected, strict=True)
+        ]
+        loss = model.head(
+            output.hidden, batch.labels, batch.loss_weights, row_losses=rows, z_loss=z_loss, soft_targets=soft
+        )
+        metrics = {"cross_entropy": rows.sum()}
+        for number, target in enumerate(soft):
+            name = "distillation" if len(soft) == 1 else f"distillation_{number}"
+            metrics[name] = target.row_losses.sum()
         if z_loss is not None:
             metrics["softmax_z"] = z_loss.row_squares.sum()
-            metrics["cross_entropy"] = loss.detach() - self.z_coefficient * metrics["softmax_z"]
         for name, aux in output.aux.items():
             scaled = aux.value * batch.weight
             loss = loss + aux.coefficient * scaled

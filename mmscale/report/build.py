@@ -229,6 +229,14 @@ def _data_url(run_dir: Path, image: str) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
+def _loss_unit(records: Sequence[Record]) -> str:
+    """What the loss is a mean over: contrastive stages, and they alone, have a scale of similarities."""
+    of_pairs = ["metric/similarity_scale" in record for record in records]
+    if any(of_pairs):
+        return "mean per pair" if all(of_pairs) else "mean per token, in contrastive stages per pair"
+    return "mean per token"
+
+
 def _figures(records: Sequence[Record]) -> list[Figure]:
     if not records:
         return []
@@ -238,7 +246,7 @@ def _figures(records: Sequence[Record]) -> list[Figure]:
     return [
         Figure(
             "Loss",
-            _join("mean per token" if not bad else f"mean per token · {_steps(bad)} without a finite loss"),
+            _join(_loss_unit(records), f"{_steps(bad)} without a finite loss" if bad else ""),
             _curve(series(records, "loss"), stages, lambda value: f"{value:.3g}", colour=1, width=_WIDE),
         ),
         Figure(

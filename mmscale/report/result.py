@@ -26,7 +26,8 @@ class SetResult:
         metric: The task in words, ``name among 50``.
         error: Binomial standard error of ``score``.
         control_error: Binomial standard error of ``control``.
-        loss: Negative log-likelihood of the right answers, mean over their tokens (nats); None in older files.
+        loss: Negative log-likelihood of the right answers, mean over their tokens (nats); None of a model that
+            compares images with texts, and in older files.
     """
 
     score: float

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from tests.engine.ranks import run_ranks
 from tests.models.tiny import VOCAB, config
 
 pytestmark = pytest.mark.dist
+warm_start = importlib.import_module("mmscale.checkpoint.warm_start")  # The package has a function of this name.
 
 FROZEN = {"train": ["connector"]}
 CASES: dict[str, dict[str, Any]] = {
@@ -28,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "turned": {"model": {"grid": [4, 2]}},  # As many places, in another order.
     "classless": {"model": {"class_token": False}},
     "classless-equal": {"model": {"grid": [3, 3], "class_token": False}},  # Nine rows here and there.
+    "tiles": {"model": {"grid": [3, 6], "tiles": {"max_tiles": 2, "global_layers": 1}}},
     "more": {"model": {"vocab_size": VOCAB + 10}},
     "more-frozen": {"model": {"vocab_size": VOCAB + 10}, "zero": 1, "stage": FROZEN},
     "fewer": {"model": {"vocab_size": VOCAB - 10, "tie_embeddings": True}, "zero": 0},
@@ -100,6 +104,25 @@ def test_a_position_table_is_resampled(taken: tuple[Path, dict[str, Any]], case:
     torch.testing.assert_close(found, torch.cat([table[:1], resampled]), rtol=1e-6, atol=1e-7)
     assert not report.mismatched + report.missing + report.unused + report.resized + report.left
     assert f"{TABLE}: resampled from 2x4 to {grid[0]}x{grid[1]} places" in taken[1][case]["text"]
+
+
+def test_a_tower_of_views_becomes_one_of_tiles(taken: tuple[Path, dict[str, Any]]) -> None:
+    table = saved(taken[0])[TABLE].detach()
+    report = check("tiles", taken, {TABLE: resample_positions(table, (2, 4), (3, 6))})
+    news = ("vision.pre_tiles.", "vision.post_tiles.", "vision.global_layers.", "vision.positions.")
+    assert all(name.startswith(news) for name in report.missing)
+    assert not report.mismatched + report.unused + report.resized + report.left
+
+
+def test_each_table_of_tiles_is_resampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = torch.randn(3, 2, 9, 5)
+    monkeypatch.setattr(warm_start, "whole_parameter", lambda *_, **__: tables)
+    reader: Any = SimpleNamespace(manifest=SimpleNamespace(stored_name=lambda name: name))
+    found = warm_start._resampled(reader, Resampled("tile_embedding", (2, 4), (3, 6)), False)
+    assert found.shape == (3, 2, 19, 5)
+    for grid in range(3):
+        for tile in range(2):
+            assert torch.equal(found[grid, tile], resample_positions(tables[grid, tile], (2, 4), (3, 6)))
 
 
 @pytest.mark.parametrize("case", ["classless", "classless-equal"])

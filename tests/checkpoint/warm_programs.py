@@ -24,8 +24,11 @@ from tests.models.tiny import LEARNED, VOCAB, config
 KIND = "cross_attention"
 
 
-def settings(grid: tuple[int, int] = (2, 4), class_token: bool = True, **decoder: Any) -> ModelConfig:
-    vision = {**LEARNED, "positions": {"kind": "learned", "grid": list(grid)}, "class_token": class_token}
+def settings(
+    grid: tuple[int, int] = (2, 4), class_token: bool = True, tiles: dict[str, Any] | None = None, **decoder: Any
+) -> ModelConfig:
+    positions = {"kind": "learned", "grid": list(grid)}
+    vision = {**LEARNED, "positions": positions, "class_token": class_token, "tiles": tiles}
     return config(KIND, vision=vision, **decoder)
 
 

@@ -127,6 +127,42 @@ def test_nvlm_spells_its_tags_as_text(tokenizer: Tokenizer) -> None:
     assert document.token_ids[1 : 1 + len(text)].tolist() == text
 
 
+def test_tags_tell_the_place_of_a_tile_and_the_number_of_its_image(tokenizer: Tokenizer) -> None:
+    """As the indices (k, i, j) that MM1.5 describes; how it writes and counts them is not known."""
+    layout = {"tile": "({image},{row},{column})#{n} ", "overview": "({image}) ", "spell": True}
+    builder = _builder(tokenizer, EMBEDDING, layout, **{**TILED, "tiling": {"kind": "internvl", "max_tiles": 6}})
+    grids = [(1, 2), (3, 2), (1, 1), (2, 1)]
+    document = _build(builder, *((4 * rows, 4 * columns) for rows, columns in grids))
+    text = ""
+    for image, (rows, columns) in enumerate(grids, 1):
+        number = 0
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                number += 1
+                text += f"({image},{row},{column})#{number} |" if rows * columns > 1 else ""
+        text += f"({image}) |"
+    expected: list[int] = []
+    for tag in text.removesuffix("|").split("|"):
+        expected += [*tokenizer.encode(tag), *[tokenizer.image_id] * 4]
+    assert document.token_ids[1 : 1 + len(expected)].tolist() == expected
+    # By the place alone two tiles of different images may share a token.
+    stacked = _build(_builder(tokenizer, EMBEDDING, {"tile": "<tile_{column}>"}, **TILED), (8, 4), (4, 8))
+    assert _names(tokenizer, stacked) == "<tile_1> 4 <tile_1> 8 <tile_1> 4 <tile_2> 8"
+    with pytest.raises(DataConfigError, match=r"layout\.tile: tokenizer .* has no token '<tile_1_1>'"):
+        _builder(tokenizer, EMBEDDING, {"tile": "<tile_{row}_{column}>"}, **TILED)
+
+
+def test_every_tag_is_known_before_an_image_is() -> None:
+    tags = ImageLayoutConfig(tile="{row}.{column}").tags(6)
+    shapes = [(rows, columns) for rows in range(1, 7) for columns in range(1, 7) if rows * columns <= 6]
+    assert sorted(tags) == sorted(
+        {f"{r + 1}.{c + 1}" for rows, columns in shapes for r in range(rows) for c in range(columns)}
+    )
+    assert ImageLayoutConfig(tile="<{n}>").tags(3) == ["<1>", "<2>", "<3>"]
+    assert ImageLayoutConfig(tile="<{n}>").tokens(2) == ["<1>", "<2>"]
+    assert ImageLayoutConfig(tile="<{n}{image}>", spell=True).tokens(2) == []
+
+
 def test_attended_tiles_are_tagged_each_seeing_its_own(tokenizer: Tokenizer) -> None:
     spec = MediaSpec(Placement.CROSS_ATTENTION, patch_size=2, fixed_grid=(2, 2))
     document = _build(_builder(tokenizer, spec, TAGS, **TILED), (4, 8))
@@ -166,7 +202,7 @@ def test_molmo_runs_its_rows_through_all_crops(tokenizer: Tokenizer, merge: int)
     assert document.dest.size == 36 + 140
 
 
-@pytest.mark.parametrize("placement", list(Placement)[1:])
+@pytest.mark.parametrize("placement", [Placement.EMBEDDING, Placement.CROSS_ATTENTION, Placement.HYBRID])
 def test_a_cut_document_keeps_images_whole_with_their_layout(tokenizer: Tokenizer, placement: Placement) -> None:
     spec = MediaSpec(placement, patch_size=2, fixed_grid=(2, 2))
     builder = _builder(tokenizer, spec, TAGS, **TILED)
@@ -276,9 +312,18 @@ def test_a_missing_piece_says_how_to_train_it() -> None:
         _builder(pieces, EMBEDDING, {"row_end": "<row>"})
 
 
-@pytest.mark.parametrize("layout", [{"tile": "<{row}>"}, {"tile": "<{n}>", "join_tiles": True}])
-def test_contradictions_are_refused(layout: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tile": "<{line}>"}, r"only \{n\}, \{row\}, \{column\}, \{image\} may stand in braces"),
+        ({"tile": "<{row>"}, "may stand in braces"),
+        ({"overview": "<{n}>"}, r"overview='<\{n\}>': only \{image\} may"),
+        ({"tile": "<{image}>"}, "write tags as text"),
+        ({"tile": "<{n}>", "join_tiles": True}, "exclude each other"),
+    ],
+)
+def test_contradictions_are_refused(layout: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         ImageLayoutConfig.model_validate(layout)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,17 +17,24 @@ from tests.engine.programs import lanes_of, make_engine
 TOO_LARGE = 2.0**40
 
 
-def scaled_cases(world: World, zeros: list[int], directory: str) -> list[Any]:
-    """One good step, two that overflow, saved, resumed, two more; for each ZeRO stage."""
+@contextmanager
+def forced(world: World) -> Iterator[None]:
+    """Engines that are made inside train in fp16, whatever their configuration says."""
     from deepspeed.accelerator import get_accelerator
 
     start_deepspeed(world)
-    forced = mock.Mock(return_value=Precision("fp16", "forced by a test"))
+    choose = mock.Mock(return_value=Precision("fp16", "forced by a test"))
     with (
-        mock.patch("mmscale.engine.engine.choose_precision", forced),
-        mock.patch("mmscale.engine.construct.choose_precision", forced),
+        mock.patch("mmscale.engine.engine.choose_precision", choose),
+        mock.patch("mmscale.engine.construct.choose_precision", choose),
         mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=True),
     ):
+        yield
+
+
+def scaled_cases(world: World, zeros: list[int], directory: str) -> list[Any]:
+    """One good step, two that overflow, saved, resumed, two more; for each ZeRO stage."""
+    with forced(world):
         return [_case(world, zero, Path(directory) / str(zero)) for zero in zeros]
 
 

@@ -90,11 +90,17 @@ def guarded(world: World, cases: list[dict[str, Any]]) -> list[Any]:
 
 
 def _guarded(
-    world: World, zero: int, precision: str, order: list[int], refused: int | None = None, state_bits: int = 32
+    world: World,
+    zero: int,
+    precision: str,
+    order: list[int],
+    refused: int | None = None,
+    state_bits: int = 32,
+    clip: Any = 0.5,
 ) -> Any:
     """Trains over the batches ``order``; the one at place ``refused`` is refused by the last rank alone."""
     optimizer = {"kind": "adamw", "state_bits": state_bits}
-    changes = {"schedule": "constant", "warmup_steps": 0, "optimizer": optimizer}
+    changes = {"schedule": "constant", "warmup_steps": 0, "optimizer": optimizer, "clip": clip}
     engine = make_engine(world, zero, changes, precision=precision)
     asked: list[tuple[float, float]] = []
 

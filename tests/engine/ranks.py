@@ -1,4 +1,4 @@
-"""Runs a function of a test module on real gloo ranks, each its own interpreter, and gives back what each one printed.
+"""Runs a function of a test module on real gloo ranks, each a process of its own, and gives back what each returned.
 
 A function takes ``(world, **arguments)`` and returns something JSON can hold. Ranks that outlive ``timeout`` are killed
 and the test fails with what they wrote.
@@ -6,15 +6,17 @@ and the test fails with what they wrote.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from tests.engine.nursery import Child, nursery
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +29,7 @@ def free_port() -> int:
 
 def start_ranks(
     function: str, world_size: int, arguments: dict[str, Any], folder: Path, environment: dict[str, str] | None = None
-) -> list[subprocess.Popen[bytes]]:
+) -> list[Child]:
     """Starts ``package.module:function`` on ``world_size`` ranks; results appear as ``folder/result-R.json``."""
     port = free_port()
     processes = []
@@ -43,9 +45,8 @@ def start_ranks(
             "PYTHONPATH": str(ROOT),
             **(environment or {}),
         }
-        command = [sys.executable, __file__, function, json.dumps(arguments), str(folder / f"result-{rank}.json")]
-        with (folder / f"log-{rank}.txt").open("wb") as log:
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT))
+        words = [function, arguments, str(folder / f"result-{rank}.json")]
+        processes.append(nursery(rank % 2).fork("tests.engine.ranks:serve", words, env, folder / f"log-{rank}.txt"))
     return processes
 
 
@@ -77,21 +78,15 @@ def run_ranks(
         return [json.loads(file.read_text()) if file.exists() else None for file in files]
 
 
-def _main() -> None:
-    import importlib
-
+def serve(function: str, arguments: dict[str, Any], result: str) -> None:
+    """What a rank does, in its own process."""
     from mmscale.cli.console import leave
     from mmscale.dist import init_distributed, shutdown
     from mmscale.engine.config import EngineConfig
 
-    function, arguments, result = sys.argv[1:]
     module, _, name = function.partition(":")
     world = init_distributed(EngineConfig(timeout_seconds=60, device="cpu"))
-    answer = getattr(importlib.import_module(module), name)(world, **json.loads(arguments))
+    answer = getattr(importlib.import_module(module), name)(world, **arguments)
     Path(result).write_text(json.dumps(answer))
     shutdown(world)
     leave(0)
-
-
-if __name__ == "__main__":
-    _main()

@@ -259,7 +259,7 @@ def reference(ranges: dict[str, set[tuple[int, int]]], stage_changes: dict[str, 
         loss = loss / sum(batch.weight for batch in batches)
         model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), plan.whole_clip)
         losses.append(loss.item())
         rates = learning_rates(plan, names, step)
         for group in parameter_groups(model, model.components(), plan):

@@ -54,7 +54,7 @@ def reference(stage_changes: dict[str, Any]) -> dict[str, Any]:
         loss = loss / sum(batch.weight for batch in batches)
         model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), plan.whole_clip)
         rates = learning_rates(plan, names, step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:

@@ -96,6 +96,8 @@ class ToyOutput:
 
 
 class ToyObjective:
+    teachers = ()
+
     def weight(self, batch: ToyBatch) -> float:
         return batch.weight
 

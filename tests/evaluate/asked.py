@@ -56,9 +56,10 @@ def evaluation(**changes: Any) -> EvaluationConfig:
     )
 
 
-def tiny_model(kind: str = "cross_attention") -> MultimodalModel:
+def tiny_model(kind: str = "cross_attention") -> Any:
     """A random model whose answers depend on the image by more than rounding."""
-    connectors = {
+    connectors: dict[str, Any] = {
+        "contrastive": {"kind": "contrastive", "dim": 16, "pool": "mean"},
         "embedding": {"kind": "embedding", "projector": {"kind": "mlp", "merge": 2, "norm": "after_merge"}},
         "cross_attention": {"kind": "cross_attention", "every": 1, "gate_init": 1.0},
         "hybrid": {
@@ -89,13 +90,16 @@ def tiny_model(kind: str = "cross_attention") -> MultimodalModel:
         }
     )
     model = build_model(config, seed=3).eval()
-    with torch.no_grad():
-        model.head.weight.mul_(20)
+    if isinstance(model, MultimodalModel):
+        with torch.no_grad():
+            model.head.weight.mul_(20)
     return model
 
 
 def score(world: World, **changes: Any) -> dict[str, Any]:
-    """For ranks: the result of the one set, as plain values."""
-    model = tiny_model()
-    results = evaluate(model, evaluation(**changes), data_config(), media_spec(model.config), world)
-    return asdict(results["both"])
+    """For ranks: the result of the one set for each kind of model, as plain values."""
+    models = {kind: tiny_model(kind) for kind in ("cross_attention", "contrastive")}
+    return {
+        kind: asdict(evaluate(model, evaluation(**changes), data_config(), media_spec(model.config), world)["both"])
+        for kind, model in models.items()
+    }

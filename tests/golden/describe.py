@@ -62,23 +62,25 @@ def _flops(config: AnyModelConfig) -> list[str]:
     if not isinstance(config, ModelConfig):
         return []
     spec, vocab = media_spec(config), config.decoder.vocab_size
+    tokens = spec.max_document_tokens or TOKENS
     if spec.placement is Placement.NONE:
-        cases = {"text": pack([text_document(1, TOKENS, vocab)], spec)}
+        cases = {"text": pack([text_document(1, tokens, vocab)], spec)}
     else:
         grid = spec.fixed_grid or (SIDE // spec.merge * spec.merge,) * 2
-        documents = {n: _seen(spec, grid, n, vocab) for n in (1, 2)}
+        views = (1,) if spec.placement is Placement.PAIR else (1, 2)
+        documents = {n: _seen(spec, grid, n, vocab, tokens) for n in views}
         view = f"view of {grid[0]} x {grid[1]} patches"
         cases = {f"{n} x {view}": pack([document], spec) for n, document in documents.items()}
     return [
-        f"forward FLOPs, {TOKENS:,} tokens with those of views",
+        f"forward FLOPs, {tokens:,} tokens with those of views",
         *(f"  {name:40} {forward_flops(config, batch):28,}" for name, batch in cases.items()),
     ]
 
 
-def _seen(spec: MediaSpec, grid: tuple[int, int], views: int, vocab: int) -> Doc:
-    """A document of so many views and ``TOKENS`` tokens, those that images take included."""
+def _seen(spec: MediaSpec, grid: tuple[int, int], views: int, vocab: int, tokens: int) -> Doc:
+    """A document of so many views and tokens, those that images take included."""
     taken = len(image_document(spec, 1, 0, [grid] * views, vocab).tokens)
-    return image_document(spec, 1, TOKENS - taken, [grid] * views, vocab)
+    return image_document(spec, 1, tokens - taken, [grid] * views, vocab)
 
 
 def _memory(config: AnyModelConfig) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import LAYOUTS
 from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig
-from mmscale.models.connector_config import EmbeddingConnectorConfig
+from mmscale.models.connector_config import ContrastiveConnectorConfig, EmbeddingConnectorConfig
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.moe import MoeConfig
 from tests.configs.files import CONFIGS, MODELS, REPO, RUNS, bases_of, model_of, name_of
@@ -63,6 +63,8 @@ def _parts(config: AnyModelConfig) -> tuple[str, str, str]:
     vision, connector = config.vision, getattr(config, "connector", None)
     if connector is None:
         kind = ""
+    elif isinstance(connector, ContrastiveConnectorConfig):
+        kind = f"{connector.kind}, {connector.loss}, {connector.dim} channels"
     else:
         projector = connector.projector
         kind = f"{connector.kind}, {projector.kind}" + (

@@ -30,7 +30,10 @@ class Doc:
 def image_document(
     spec: MediaSpec, seed: int, text: int, views: list[tuple[int, int]], vocab: int, null: bool = False
 ) -> Doc:
-    """One text token, then image places, then ``text`` tokens. In a hybrid the first view is the thumbnail."""
+    """One text token, then image places (of a pair none), then ``text`` tokens.
+
+    In a hybrid the first view is the thumbnail.
+    """
     generator = torch.Generator().manual_seed(seed)
     doc = Doc([int(torch.randint(4, vocab, (1,), generator=generator))], null=null)
     attended = []
@@ -39,10 +42,10 @@ def image_document(
         embedded = spec.placement is Placement.EMBEDDING or (spec.placement is Placement.HYBRID and number == 0)
         pixels = torch.randint(0, 256, (height * width, spec.patch_dim), dtype=torch.uint8, generator=generator)
         doc.views.append((grid, embedded, pixels))
-        places = spec.num_features(grid) if embedded else 1
+        places = spec.num_features(grid) if embedded else int(spec.placement is not Placement.PAIR)
         if embedded:
             doc.dest += range(len(doc.tokens), len(doc.tokens) + places)
-        else:
+        elif places:
             attended.append(number)
         doc.tokens += [IMAGE_ID] * places
     doc.spans = [(0, []), (1, attended)]
@@ -96,6 +99,8 @@ def pack(docs: list[Doc], spec: MediaSpec) -> MultimodalBatch:
             keys += seen
         views += doc.views
     grids = tuple(grid for grid, _, _ in views)
+    firsts = [sum(len(doc.views) for doc in docs[:segment]) for segment in range(len(docs))]
+    pairs = [(firsts[s], s) for s, doc in enumerate(docs) if len(doc.views) == 1 and not doc.null]
     media = {}
     if spec.placement is not Placement.NONE:
         media["image"] = MediaBlock(
@@ -118,6 +123,7 @@ def pack(docs: list[Doc], spec: MediaSpec) -> MultimodalBatch:
         segments=Segments.from_lengths([len(doc.tokens) for doc in docs]),
         valid=torch.tensor(valid),
         media=media,
+        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
         provenance=tuple(None if doc.null else Provenance("d", "s", "k", 0) for doc in docs),
         weight=float(sum(weights)),
         num_tokens=sum(valid),

@@ -35,6 +35,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("embedding", {"mlp": MOE}),
     ("hybrid", {"mlp": MOE}),
     ("embedding", SECTIONS),
+    ("embedding", {"rope": None, "learned_positions": 60}),  # The document has more tokens, none of its branches has.
 ]
 
 

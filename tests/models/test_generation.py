@@ -32,7 +32,15 @@ def prompts(net: MultimodalModel) -> tuple[list[Doc], MediaSpec]:
     return docs, spec
 
 
-@pytest.mark.parametrize("variant", [{}, {"mlp": MOE}, {"vision": LEARNED}], ids=["dense", "moe", "learned"])
+VARIANTS = {
+    "dense": {},
+    "moe": {"mlp": MOE},
+    "learned": {"vision": LEARNED},
+    "a table of positions": {"rope": None, "learned_positions": 40},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_equals_a_full_forward_for_every_token(kind: str | None, variant: dict[str, Any]) -> None:
     net = model(kind, **variant)

@@ -55,7 +55,7 @@ def whole_table(tied: bool) -> tuple[list[float], dict[str, Tensor], dict[str, T
         for table in tables.values():
             assert table.grad is not None
             table.grad[:OLD] = 0
-        nn.utils.clip_grad_norm_(tables.values(), stage.clip)
+        nn.utils.clip_grad_norm_(tables.values(), stage.whole_clip)
         optimizer.param_groups[0]["lr"] = 1e-2 * schedule(stage, step, stage.warmup("extra_tokens"))
         optimizer.step()
         with torch.no_grad():

@@ -28,6 +28,7 @@ from data_pipeline.tokenizer import SentencePieceTokenizerConfig, Tokenizer, loa
 from mmscale.hf.layouts import layout_of
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig, TowerConfig
+from mmscale.models.generation import generate
 from mmscale.models.multimodal import MultimodalModel
 from tests.models.nvlm import EVERY, MEAN, PATCH, SAMPLES, SIDE, STD, TEXT, VISION, Nvlm, page_of, sample_of
 from tests.models.twins import distance, gradient_distance, randomise, rounding_ratio
@@ -132,13 +133,18 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer(SentencePieceTokenizerConfig(path=TOKENIZER))
 
 
-def documents(kind: str, tokenizer: Tokenizer) -> tuple[MediaSpec, list[Document]]:
-    """As the loader makes them."""
+def builder_of(kind: str, tokenizer: Tokenizer) -> tuple[MediaSpec, DocumentBuilder]:
+    """What makes documents in the loader."""
     layout = {"tile": "<tile_{n}>", "overview": "<tile_global_thumbnail>", "spell": True, **LAYOUTS[kind]}
     transforms = {"kind": "tiles", "size": SIDE, "tiling": {"kind": "internvl", "max_tiles": 3}, "layout": layout}
     values = {"name": "x", "manifest": "x", "template": {"kind": "interleaved"}, "transforms": transforms}
     spec = media_spec(settings(kind))
-    builder = DocumentBuilder(DatasetConfig.model_validate(values), tokenizer, spec)
+    return spec, DocumentBuilder(DatasetConfig.model_validate(values), tokenizer, spec)
+
+
+def documents(kind: str, tokenizer: Tokenizer) -> tuple[MediaSpec, list[Document]]:
+    """As the loader makes them."""
+    spec, builder = builder_of(kind, tokenizer)
     return spec, [builder(sample_of(parts, number)) for number, parts in enumerate(SAMPLES)]
 
 
@@ -213,3 +219,25 @@ def test_batches_joined_are_one(kind: str, tokenizer: Tokenizer) -> None:
     whole, joined = collate(packs, spec), concatenate([collate([pack], spec) for pack in packs], spec)
     assert torch.equal(whole.media["image"].keys, joined.media["image"].keys)
     assert torch.equal(ours(whole).hidden, ours(joined).hidden)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_with_a_cache_is_that_of_whole_forwards(kind: str, tokenizer: Tokenizer) -> None:
+    """Prompts of several images, in one pack; for every token the composition computes each from its beginning."""
+    ours, theirs = twins(kind)
+    spec, builder = builder_of(kind, tokenizer)
+    samples = [*SAMPLES, ("two at the end ", (28, 56), (84, 28))]
+    prompts = [builder.build_prompt(sample_of((*parts, "answer"), number)) for number, parts in enumerate(samples)]
+    pack = Pack((*prompts[:2], null_document(spec, 0), *prompts[2:]), 0)
+    said = generate(ours, collate([pack], spec), 5, eos_id=-1)
+    assert len({tuple(tokens) for tokens in said}) > 2
+    for parts, prompt, tokens in zip(samples, prompts, said, strict=True):
+        page = page_of(parts, kind, tokenizer, tokenizer.image_id)
+        assert page.ids.pop() == tokenizer.eos_id
+        page.slots.pop()
+        seen = page.seen.pop()
+        assert prompt.token_ids.tolist() == page.ids
+        for token in tokens:
+            with torch.no_grad():
+                assert token == int(theirs(page, tiles_of(prompt))[-1].argmax())
+            page.put([token], set(seen))

@@ -366,11 +366,11 @@ def test_clip_vision(parity: Recorder) -> None:
     scaled = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     states = theirs(pixel_values=scaled, output_hidden_states=True).hidden_states
     expected = torch.cat([states[3], states[2]], dim=-1)[:, 1:].flatten(0, 1)
-    parity("clip", "features", distance(features, expected), BOUND)
+    parity("clip_vision_model", "features", distance(features, expected), BOUND)
     slope = torch.randn(features.shape, generator=torch.Generator().manual_seed(2)) / 8
     features.backward(slope)
     expected.backward(slope)
-    parity("clip", "gradients", gradient_distance(tower, source), GRADIENT_BOUND)
+    parity("clip_vision_model", "gradients", gradient_distance(tower, source), GRADIENT_BOUND)
 
 
 class _renamed(torch.nn.Module):  # noqa: N801

@@ -26,6 +26,7 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "molmo-72b": 73_308_285_952,
     "fuyu-8b": 9_408_238_592,
     "clip-vit-l-14-336": 303_507_456,
+    "clip-vit-l-14-336-pair": 427_944_193,
     "clip-vit-h-14": 630_766_080,
     "siglip-so400m": 412_987_248,  # Without the pooling head of 15,238,352, which features do not pass.
     "siglip-l-16-384": 303_688_704,  # The same, 12,595,200.
@@ -37,6 +38,7 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "nvlm-d-72b": 78_863_416_704,  # Without the 7 heads of zeros a block that the published files hold.
 }
 SEEING = {  # Tower, connector.
+    "clip-vit-l-14-336-pair": (303_507_456, 1_376_257),  # 12 blocks of text besides.
     "qwen2-vl-2b": (665_271_296, None),  # Together: the merger is a part of the tower there.
     "qwen2-vl-7b": (675_759_104, None),
     "qwen2-vl-72b": (699_356_672, None),

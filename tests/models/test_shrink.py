@@ -14,11 +14,15 @@ from torch import Tensor
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Loader
+from data_pipeline.media_spec import Placement
 from mmscale.config import leaves
+from mmscale.dist import World
 from mmscale.models.build import build_unset, build_weights, count_parameters, media_spec
 from mmscale.models.config import AnyModelConfig, ModelConfig
+from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.models.shrink import shrink
 from mmscale.nn.init import initialise_
+from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
 from tests.configs.files import FILES, REPO, model_of, name_of
 from tests.models import tiny
@@ -58,6 +62,8 @@ def text_and_pictures(config: ModelConfig) -> MultimodalBatch:
     native = {"kind": "native", "min_pixels": 1, "max_pixels": 1024}
     alone = media_spec(config).max_tiles is not None  # Without an overview.
     tiles = {"kind": "tiles", "tiling": {"kind": "llama"}} if alone else {"kind": "tiles"}
+    if media_spec(config).placement is Placement.PAIR:
+        tiles = {"kind": "fixed"}
     seen = {
         "manifest": EMOJI / "shards/train-quick.manifest",
         "template": {"kind": "caption", "prompts": [""], "answers": ["{name}"]},
@@ -79,7 +85,10 @@ def text_and_pictures(config: ModelConfig) -> MultimodalBatch:
 
 def loss_of(config: AnyModelConfig, model: Any) -> Tensor:
     if isinstance(config, ModelConfig):
-        return NextToken()(model, text_and_pictures(config)).loss_sum
+        one = World(0, 1, 0, torch.device("cpu"))
+        pairs = isinstance(config.connector, ContrastiveConnectorConfig)
+        objective = Contrastive(config.connector, one) if pairs else NextToken()
+        return objective(model, text_and_pictures(config)).loss_sum
     grid = config.vision.fixed_grid or (4, 6)
     items = Segments.from_lengths([grid[0] * grid[1]])
     patches = torch.randint(

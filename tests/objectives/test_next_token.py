@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mmscale.engine.graph import LossGraph
 from mmscale.models.build import build_model, media_spec
 from mmscale.objectives.next_token import NextToken
+from mmscale.objectives.teacher import Teacher
 from tests.models.packs import image_document, pack, text_document
 from tests.models.tiny import MOE, VOCAB, config
 
@@ -22,7 +24,7 @@ def test_equals_torchs_cross_entropy_of_the_logits() -> None:
     losses = F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=-100)
     torch.testing.assert_close(output.loss_sum, (losses * batch.loss_weights).sum())
     assert NextToken().weight(batch) == pytest.approx(batch.loss_weights.sum().item())
-    assert torch.equal(output.metrics["cross_entropy"], output.loss_sum.detach())
+    torch.testing.assert_close(output.metrics["cross_entropy"], output.loss_sum.detach())
     weighted = losses.detach() * batch.loss_weights
     bounds = batch.segments.bounds
     by_document = torch.stack([weighted[a:b].sum() for a, b in itertools.pairwise(bounds)])
@@ -61,6 +63,18 @@ def test_router_losses_join_with_their_coefficients() -> None:
     torch.testing.assert_close(output.loss_sum, without.loss_sum + extra * batch.weight)
     torch.testing.assert_close(output.metrics["router_balance"] / batch.weight, aux["router_balance"].value.detach())
     assert aux["router_balance"].value.item() > 0.99
+
+
+def test_a_teacher_stays_frozen_and_in_evaluation_mode() -> None:
+    """Its dropout would ask for the step; its parameters would be trained by whoever walks over the graph's."""
+    student, teacher = build_model(config(None)), Teacher(build_model(config(None, dropout=0.5)), 0.5, 1.0)
+    graph = LossGraph(student, NextToken(teachers=[teacher])).train()
+    assert graph.model.training
+    assert not any(module.training for module in teacher.modules())
+    batch = pack([text_document(1, 9, VOCAB)], media_spec(student.config))
+    graph(batch)[0].backward()
+    assert {p.requires_grad for p in teacher.parameters()} == {False}
+    assert all(p.grad is not None for p in student.parameters())
 
 
 def test_a_pack_of_null_documents_alone_weighs_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -74,13 +75,14 @@ def kill_group(process: subprocess.Popen[str]) -> None:
 MakeRun = Callable[..., Run]
 
 
+def run_in(parent: Path, name: str, ranks: int, *overrides: str, config: Path = TINY) -> Run:
+    """A run whose folder is ``parent/name``."""
+    folder = parent / name
+    start = ["train", str(config)] if ranks == 1 else ["launch", "local", str(config), "--ranks", str(ranks)]
+    return Run(folder, [*start, f"run_dir={folder}", *overrides])
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """``make_run(name, ranks, *overrides)``."""
-
-    def make(name: str, ranks: int, *overrides: str, config: Path = TINY) -> Run:
-        folder = tmp_path / name
-        start = ["train", str(config)] if ranks == 1 else ["launch", "local", str(config), "--ranks", str(ranks)]
-        return Run(folder, [*start, f"run_dir={folder}", *overrides])
-
-    return make
+    return functools.partial(run_in, tmp_path)

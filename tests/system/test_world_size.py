@@ -16,7 +16,7 @@ from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig
 from tests.system.conftest import TINY, MakeRun
 
-STEPS = 20
+STEPS = 12
 MIXED = Path(__file__).with_name("mixed.yaml")
 """Images, interleaved documents and text, so that packs differ in length and some have no image. With dropout."""
 

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mmscale.checkpoint.foreign.match import first
-from mmscale.checkpoint.foreign.write import IMPORTED, PRECISIONS, new_share, write_checkpoint
-from mmscale.checkpoint.manifest import FORMAT, Manifest
-from mmscale.checkpoint.save import model_config_values, tied_names
+from mmscale.checkpoint.foreign.write import IMPORTED, PRECISIONS, manifest_of_weights, new_share, write_checkpoint
+from mmscale.checkpoint.save import tied_names
 from mmscale.checkpoint.share import Piece
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
@@ -27,9 +25,6 @@ from mmscale.hf.layout import Layout, Stored
 from mmscale.hf.layouts import layout_of
 from mmscale.hf.read import CONFIG, HfFolder, read_config
 from mmscale.models.build import build_weights
-
-Table = dict[str, dict[str, Any]]
-"""Shape of each parameter, by our name, as ``parameter_table`` gives it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
     pieces = list(_pieces(folder, stored))
     formats = {piece.values.dtype for piece in pieces}
     precision = PRECISIONS.get(formats.pop(), "fp32") if len(formats) == 1 else "fp32"
-    manifest = _manifest(folder, model, table, tied, precision)
+    manifest = manifest_of_weights(model, precision, IMPORTED, {"imported": str(folder.path)})
     path = write_checkpoint(directory, manifest, iter([new_share(0, pieces, source)]))
     return HfImportReport(
         checkpoint=str(path),
@@ -132,25 +127,3 @@ def _pieces(folder: HfFolder, stored: Mapping[str, Stored]) -> Iterator[Piece]:
                 yield Piece(f"{ours}|frozen", 0, part)
             elif values.dim() > 1 and part.any():  # A vector among them scales zeros.
                 raise CheckpointError(f"{folder.path}: {name} holds values where this family has zeros")
-
-
-def _manifest(folder: HfFolder, model: nn.Module, table: Table, tied: dict[str, str], precision: str) -> Manifest:
-    """The manifest without its list of files."""
-    extra = {"imported": str(folder.path)}
-    return Manifest.model_validate(
-        {
-            "format": FORMAT,
-            "state": {"step": 0, "stage_index": 0, "stage_step": 0, "tokens": 0, "samples": 0, "extra": extra},
-            "stage": IMPORTED,
-            "world_size": 1,
-            "zero_stage": 0,
-            "precision": precision,
-            "optimizer_steps": 0,
-            "parameters": {name: {**entry, "trained": False} for name, entry in table.items()},
-            "buffers": {},
-            "tied": tied,
-            "model_config_values": model_config_values(model),
-            "files": {},
-            "versions": {"torch": torch.__version__},
-        }
-    )

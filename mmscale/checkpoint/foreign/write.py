@@ -5,14 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from mmscale.checkpoint.foreign.match import first
-from mmscale.checkpoint.manifest import MANIFEST, PARTIAL, FileEntry, Manifest, folder_name, seal
+from mmscale.checkpoint.manifest import FORMAT, MANIFEST, PARTIAL, FileEntry, Manifest, folder_name, seal
 from mmscale.checkpoint.reshard import verify
+from mmscale.checkpoint.save import model_config_values, tied_names
 from mmscale.checkpoint.share import Piece, RankShare
 from mmscale.durable.files import sync_folder, write_file, write_share
+from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
 from mmscale.hf.tensor_file import FORMAT_NAMES
 
@@ -34,6 +38,35 @@ def new_share(rank: int, pieces: list[Piece], source: Path) -> RankShare:
     return RankShare.of(rank, pieces, None, {"cpu": fresh})
 
 
+def manifest_of_weights(model: nn.Module, precision: str, stage: str, extra: dict[str, Any]) -> Manifest:
+    """Of a checkpoint of one rank that holds weights which no optimizer has seen; without its list of files.
+
+    Args:
+        model: Its names and shapes; may be on the meta device.
+        precision: Of the weights.
+        stage: Where they come from, in the place of a stage's name.
+        extra: More of that; JSON values.
+    """
+    table = parameter_table(model)
+    return Manifest.model_validate(
+        {
+            "format": FORMAT,
+            "state": {"step": 0, "stage_index": 0, "stage_step": 0, "tokens": 0, "samples": 0, "extra": extra},
+            "stage": stage,
+            "world_size": 1,
+            "zero_stage": 0,
+            "precision": precision,
+            "optimizer_steps": 0,
+            "parameters": {name: {**entry, "trained": False} for name, entry in table.items()},
+            "buffers": {},
+            "tied": tied_names(model),
+            "model_config_values": model_config_values(model),
+            "files": {},
+            "versions": {"torch": torch.__version__},
+        }
+    )
+
+
 def write_checkpoint(directory: Path, manifest: Manifest, shares: Iterable[RankShare]) -> Path:
     """Writes ``directory/step-N``.
 
@@ -48,7 +81,7 @@ def write_checkpoint(directory: Path, manifest: Manifest, shares: Iterable[RankS
     final = directory / folder_name(manifest.state.step)
     partial = final.with_name(final.name + PARTIAL)
     if final.exists():
-        raise CheckpointError(f"{final} is already there; import into another folder")
+        raise CheckpointError(f"{final} is already there; give another run folder")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)

@@ -66,5 +66,5 @@ def build_optimizer(groups: list[dict[str, Any]], stage: StageConfig, *, clip_he
         adamw = ClippedAdamW if clip_here else torch.optim.AdamW
         optimizer = adamw(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=can_fuse(groups))
     if isinstance(optimizer, Clips):
-        optimizer.clip = stage.clip
+        optimizer.clip = stage.whole_clip
     return optimizer

@@ -1,4 +1,4 @@
-"""CLIP's vision tower, by itself or in a folder of the whole model.
+"""CLIP's vision tower by itself; what it reads is a part of ``clip``, too.
 
 Its last norm stands over the class token alone, for the contrastive loss. Ours stands over every row, and the class row
 is dropped: features are ``post_layernorm(last_hidden_state)[:, 1:]``. Who wants them without it (LLaVA, Molmo) builds
@@ -32,8 +32,7 @@ def to_vision(keys: Keys) -> dict[str, Any]:
     keys.must_be("dropout", 0.0)
     keys.take("projection_dim", int, None)  # Of the projection behind the class token, which features do not pass.
     keys.take("initializer_factor", float, None)
-    attention = {"qkv_bias": True, "out_bias": True}
-    return vit.to_vision(keys, DEFAULTS, attention=attention, class_token=True, pre_norm=True)
+    return vit.to_vision(keys, DEFAULTS, attention=vit.BIASED, class_token=True, pre_norm=True)
 
 
 def _to_model(keys: Keys) -> TowerConfig:

@@ -1,9 +1,14 @@
-"""A folder of SigLIP with both towers, of which the vision tower is read. What is written is a tower alone."""
+"""A folder of SigLIP with both towers, of which the vision tower is read. What is written is a tower alone.
+
+The pair is none of our models: its text tower sees both ways over a line that is padded to a fixed length, and a head
+of attention pools the image. CLIP's pair is one (``clip``).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout
 from mmscale.hf.layouts import pixels, siglip_vision, vit
@@ -11,7 +16,9 @@ from mmscale.models.config import TowerConfig
 
 
 def _to_model(keys: Keys) -> TowerConfig:
-    block = vit.vision_block(keys)
+    keys.take("text_config", dict, None)
+    keys.take("text_config_dict", dict, None)
+    block = vit.tower_block(keys, "vision_config")
     keys.take("initializer_factor", float, None)
     vision = siglip_vision.to_vision(block)
     block.finish()
@@ -19,7 +26,7 @@ def _to_model(keys: Keys) -> TowerConfig:
 
 
 def _to_keys(config: TowerConfig) -> dict[str, Any]:
-    return vit.no_pair("siglip", "siglip_vision_model")
+    raise CheckpointError("siglip is a pair whose text tower is not ours; export the tower as siglip_vision_model")
 
 
 LAYOUT = Layout(

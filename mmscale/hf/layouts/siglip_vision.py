@@ -30,8 +30,7 @@ UNUSED = (*vit.UNUSED, r"vision_model\.head\..*")
 def to_vision(keys: Keys) -> dict[str, Any]:
     """Of ``vision``, without the statistics of pixels."""
     keys.take("vision_use_head", bool, None)
-    attention = {"qkv_bias": True, "out_bias": True}
-    return vit.to_vision(keys, DEFAULTS, attention=attention, patch_bias=True)
+    return vit.to_vision(keys, DEFAULTS, attention=vit.BIASED, patch_bias=True)
 
 
 def _to_model(keys: Keys) -> TowerConfig:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Row, Rows, rows
 from mmscale.hf.layouts import pixels
-from mmscale.models.config import AnyModelConfig, TowerConfig
+from mmscale.models.config import AnyModelConfig, DecoderConfig, TowerConfig
 from mmscale.models.vision_config import VisionConfig
-from mmscale.nn.mlp import Activation
+from mmscale.nn.mlp import Activation, DenseMlpConfig
 from mmscale.nn.rope import LearnedPositionsConfig
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
 """Theirs -> ours."""
-_LAYER = "vision_model.encoder.layers.{n}."
+BIASED = {"qkv_bias": True, "out_bias": True}
+"""Of ``attention``, as CLIP and SigLIP have it."""
 SPELLINGS = ((r"^(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.(.*)", r"vision_model.\1.\2"),)
 """Of folders that hold the tower without its prefix."""
+NUMBERS = r"vision_model\.embeddings\.position_ids"
+"""Those from 0 on, which old files hold."""
 UNUSED = (
-    r"vision_model\.embeddings\.position_ids",  # Numbers from 0 on, in old files.
+    NUMBERS,
     *(r"text_model\..*", r"(text|visual)_projection\.weight", r"logit_(scale|bias)"),  # Of the pair with a text tower.
 )
 """What a folder of the whole contrastive model holds beside the tower."""
@@ -36,14 +39,23 @@ def clip_rows(vision: VisionConfig) -> Rows:
             ("vision.positions.", "vision_model.embeddings."),
             ("vision.pre_norm.", "vision_model.pre_layrnorm."),
             ("vision.post_norm.", "vision_model.post_layernorm."),
-            ("vision.layers.{n}.input_layernorm.", f"{_LAYER}layer_norm1."),
-            ("vision.layers.{n}.post_attention_layernorm.", f"{_LAYER}layer_norm2."),
-            ("vision.layers.{n}.self_attn.o_proj.", f"{_LAYER}self_attn.out_proj."),
-            ("vision.layers.{n}.self_attn.", f"{_LAYER}self_attn."),
-            ("vision.layers.{n}.mlp.up_proj.", f"{_LAYER}mlp.fc1."),
-            ("vision.layers.{n}.mlp.down_proj.", f"{_LAYER}mlp.fc2."),
         ),
+        *block_rows("vision.", "vision_model.encoder."),
     )
+
+
+def block_rows(ours: str, theirs: str) -> Rows:
+    """Of the blocks under these beginnings, images' or text's."""
+    ours, theirs = f"{ours}layers.{{n}}.", f"{theirs}layers.{{n}}."
+    names = (
+        ("input_layernorm.", "layer_norm1."),
+        ("post_attention_layernorm.", "layer_norm2."),
+        ("self_attn.o_proj.", "self_attn.out_proj."),
+        ("self_attn.", "self_attn."),
+        ("mlp.up_proj.", "mlp.fc1."),
+        ("mlp.down_proj.", "mlp.fc2."),
+    )
+    return rows(*((ours + mine, theirs + other) for mine, other in names))
 
 
 def convolution(theirs: str, vision: VisionConfig) -> Row:
@@ -67,26 +79,46 @@ def side(keys: Keys, name: str, default: int) -> int:
     return value[0]
 
 
-def vision_block(keys: Keys) -> Keys:
-    """The tower's keys in the configuration of a pair of towers.
+def tower_block(keys: Keys, name: str) -> Keys:
+    """A tower's keys in the configuration of a pair of towers: ``vision_config`` or ``text_config``.
 
     Raises:
         CheckpointError: there are none.
     """
-    keys.take("text_config", dict, None)
-    keys.take("text_config_dict", dict, None)
     # Files of 2022 say it twice; transformers lets the second win.
-    values = {**keys.take("vision_config", dict), **keys.take("vision_config_dict", dict, {})}
-    return Keys(values, f"{keys.where}: vision_config")
+    values = {**keys.take(name, dict), **keys.take(f"{name}_dict", dict, {})}
+    return Keys(values, f"{keys.where}: {name}")
 
 
-def no_pair(family: str, alone: str) -> NoReturn:
-    """Refuses to write a pair of towers.
+def to_stack(keys: Keys, defaults: Mapping[str, Any], *, attention: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ``vision`` or ``decoder``, what their keys say of the blocks; files leave out what is the default.
+
+    Args:
+        keys: Theirs.
+        defaults: Of the family, by their names.
+        attention: Of the block of that name what the family decides.
 
     Raises:
-        CheckpointError: always.
+        CheckpointError: we have no such activation.
     """
-    raise CheckpointError(f"{family} is a tower and a text tower, which is not ours; export the tower as {alone}")
+    act = activation(keys, "hidden_act", defaults["hidden_act"])
+
+    def take(name: str) -> int:
+        return int(keys.take(name, int, defaults[name]))
+
+    return {
+        "hidden_dim": take("hidden_size"),
+        "num_layers": take("num_hidden_layers"),
+        "attention": {"num_heads": take("num_attention_heads"), **attention},
+        "mlp": {
+            "kind": "dense",
+            "hidden_dim": take("intermediate_size"),
+            "gated": False,
+            "activation": act,
+            "bias": True,
+        },
+        "norm": {"kind": "layernorm", "eps": keys.take("layer_norm_eps", float, defaults["layer_norm_eps"])},
+    }
 
 
 def to_vision(keys: Keys, defaults: Mapping[str, Any], *, attention: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -102,25 +134,11 @@ def to_vision(keys: Keys, defaults: Mapping[str, Any], *, attention: Mapping[str
         CheckpointError: a key asks for what our towers do not compute.
     """
     keys.must_be("attention_dropout", 0.0)
-    act = activation(keys, "hidden_act", defaults["hidden_act"])
     image, patch = side(keys, "image_size", defaults["image_size"]), side(keys, "patch_size", defaults["patch_size"])
-
-    def take(name: str) -> int:
-        return int(keys.take(name, int, defaults[name]))
-
     return {
         "patch_size": patch,
         "channels": keys.take("num_channels", int, 3),
-        "hidden_dim": take("hidden_size"),
-        "num_layers": take("num_hidden_layers"),
-        "attention": {"num_heads": take("num_attention_heads"), **attention},
-        "mlp": {
-            "hidden_dim": take("intermediate_size"),
-            "gated": False,
-            "activation": act,
-            "bias": True,
-        },
-        "norm": {"kind": "layernorm", "eps": keys.take("layer_norm_eps", float, defaults["layer_norm_eps"])},
+        **to_stack(keys, defaults, attention=attention),
         "positions": {"kind": "learned", "grid": [image // patch] * 2},
         **more,
     }
@@ -133,15 +151,22 @@ def to_keys(vision: VisionConfig) -> dict[str, Any]:
         CheckpointError: it takes images of any size, or of another shape than squares.
     """
     return {
-        "hidden_size": vision.hidden_dim,
-        "intermediate_size": vision.mlp.hidden_dim,
-        "num_hidden_layers": vision.num_layers,
-        "num_attention_heads": vision.attention.num_heads,
+        **stack_keys(vision, vision.mlp),
         "num_channels": vision.channels,
         "image_size": image_size(vision),
         "patch_size": vision.patch_size,
-        "hidden_act": activation_key(vision.mlp.activation),
-        "layer_norm_eps": vision.norm.eps,
+    }
+
+
+def stack_keys(tower: VisionConfig | DecoderConfig, mlp: DenseMlpConfig) -> dict[str, Any]:
+    """Their keys of the blocks of a tower, whose feed-forward is ``mlp``."""
+    return {
+        "hidden_size": tower.hidden_dim,
+        "intermediate_size": mlp.hidden_dim,
+        "num_hidden_layers": tower.num_layers,
+        "num_attention_heads": tower.attention.num_heads,
+        "hidden_act": activation_key(mlp.activation),
+        "layer_norm_eps": tower.norm.eps,
         "attention_dropout": 0.0,
     }
 

@@ -1,0 +1,70 @@
+"""A tower of images and one of texts, whose outputs are compared. It contains no word about engines."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from data_pipeline.batch import MultimodalBatch
+from mmscale.models.config import ModelConfig
+from mmscale.models.connectors.contrastive import ContrastiveConnector, PairVectors
+from mmscale.models.decoder import Decoder
+from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
+from mmscale.models.vision import VisionTower
+
+
+class ContrastiveModel(nn.Module):
+    """Pairs of an image and a text to two vectors each, images and texts blind to each other.
+
+    The decoder is the text's tower. Every batch runs every module: packs without an image carry a null document, and a
+    batch without pairs gives no vectors and gradients of zero.
+
+    Source: CLIP (arXiv 2103.00020), section 2.4.
+    """
+
+    def __init__(
+        self, config: ModelConfig, decoder: Decoder, vision: VisionTower, connector: ContrastiveConnector
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = vision
+        self.connector = connector
+        self.decoder = decoder
+
+    def forward(self, batch: MultimodalBatch) -> PairVectors:
+        """Vectors of ``batch.pairs``, in their order."""
+        media = batch.media["image"]
+        features = self.vision(media)
+        hidden = self.decoder.embed_tokens(batch.token_ids)
+        hidden, _ = self.decoder(hidden, batch.position_ids, batch.attended, batch.valid, {})
+        vectors: PairVectors = self.connector(features, hidden, media, batch.segments, batch.pairs)
+        return vectors
+
+    def components(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by component; every parameter belongs to exactly one."""
+        extra = self.decoder.embed_tokens.extra_weight
+        parts = {
+            "vision": list(self.vision.parameters()),
+            "connector": list(self.connector.parameters()),
+            "decoder": [parameter for parameter in self.decoder.parameters() if parameter is not extra],
+        }
+        return parts if extra is None else {**parts, "extra_tokens": [extra]}
+
+    def checkpoint_units(self) -> list[nn.Module]:
+        """Blocks worth recomputing in the backward pass."""
+        return [*self.vision.blocks(), *self.decoder.layers]
+
+    def tied_parameters(self) -> list[tuple[str, str]]:
+        """Pairs of names of one and the same parameter: none."""
+        return []
+
+    def flops(self, batch: MultimodalBatch) -> int:
+        """Floating-point operations of one forward; see ``models/flops.py``."""
+        return forward_flops(self.config, batch)
+
+    def training_flops(
+        self, batch: MultimodalBatch, trained: Collection[str], *, recompute: bool = False
+    ) -> TrainingFlops:
+        """Operations of a forward and backward in which the components ``trained`` learn."""
+        return training_flops(self.config, batch, trained, recompute=recompute)

@@ -1,0 +1,110 @@
+"""The larger model on calibration data: what its units are worth there, and what it loses on held-out documents.
+
+One process, on the GPU if there is one; batches go through the model one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from data_pipeline.batch import MultimodalBatch
+from data_pipeline.loader import Loader
+from data_pipeline.tokenizer import load_tokenizer
+from mmscale.checkpoint import load_weights, read_manifest
+from mmscale.dist import World
+from mmscale.errors import CheckpointError, ConfigError
+from mmscale.evaluate import PerplexitySet, evaluate
+from mmscale.models.build import build_model, media_spec
+from mmscale.models.config import ModelConfig
+from mmscale.models.multimodal import MultimodalModel
+from mmscale.prune.activations import scores_of_activations
+from mmscale.prune.scores import Scores
+from mmscale.report.result import PerplexityResult
+from mmscale.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the larger model is watched on.
+
+    Attributes:
+        run: Its ``data`` gives the batches, those of its first steps; its held-out sets of the kind ``perplexity`` are
+            scored before and after. Its model and its stages do not count.
+        batches: Number of batches, each a pack of one lane.
+    """
+
+    run: RunConfig
+    batches: int
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks that a model can read these data.
+
+        Raises:
+            ConfigError: the tokenizer has more ids than the model.
+        """
+        tokens = load_tokenizer(self.run.data.tokenizer).vocab_size
+        if tokens > config.decoder.num_ids:
+            raise ConfigError(
+                f"the calibration data's tokenizer has {tokens} ids, the source {config.decoder.num_ids}: "
+                "give the tokenizer that the source was trained with (data.tokenizer)"
+            )
+
+    def scores(self, model: MultimodalModel) -> tuple[Scores, int]:
+        """Of every unit of the decoder, and the tokens that they are means over.
+
+        Raises:
+            ConfigError: the data hold no token.
+            DataPipelineError: they are missing or damaged.
+        """
+        device = next(model.parameters()).device
+        batches = islice(_batches(self.run, model.config), self.batches)
+        return scores_of_activations(model, (batch.to(device) for batch in batches))
+
+    def losses(self, model: MultimodalModel) -> dict[str, float]:
+        """Mean loss on each held-out set of documents; none of a model that sees, whose decoder alone is pruned.
+
+        Raises:
+            ConfigError: a set cannot be scored as configured.
+            DataPipelineError: a file is missing or damaged.
+        """
+        if model.config.vision is not None:
+            return {}
+        chosen = tuple(held for held in self.run.evaluation.sets if isinstance(held, PerplexitySet))
+        evaluation = self.run.evaluation.model_copy(update={"sets": chosen})
+        world = World(0, 1, 0, next(model.parameters()).device)
+        results = evaluate(model, evaluation, self.run.data, media_spec(model.config), world)
+        return {name: result.loss for name, result in results.items() if isinstance(result, PerplexityResult)}
+
+
+def load_model(path: Path, config: ModelConfig) -> MultimodalModel:
+    """The model of a checkpoint in the precision of its run, its average if it keeps one.
+
+    Raises:
+        CheckpointError: it is damaged, of another model, or of one that predicts no tokens.
+    """
+    manifest = read_manifest(path)
+    dtype, usual = torch.bfloat16 if manifest.precision == "bf16" else torch.float32, torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # A model that is built first and cast then would be there twice.
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = build_model(config, seed=None, dtype=dtype)
+    finally:
+        torch.set_default_dtype(usual)
+    if not isinstance(model, MultimodalModel):
+        raise CheckpointError(f"{path} holds a contrastive model, which predicts no tokens; prune it by its weights")
+    load_weights(model, path, ema=manifest.ema)
+    return model.eval()
+
+
+def _batches(run: RunConfig, config: ModelConfig) -> Iterator[MultimodalBatch]:
+    data = run.data.model_copy(update={"workers": 0})  # Few batches: no process is worth its start.
+    with Loader(data, media_spec(config), seed=run.seed) as loader:
+        for step in loader:
+            if not step.num_samples and step.exhausted:
+                return
+            yield from step.microbatches

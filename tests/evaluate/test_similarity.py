@@ -1,0 +1,76 @@
+"""Held-out sets of a model that compares images with texts: nearest candidate, by one image and one text at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.collate import collate
+from data_pipeline.documents import DocumentBuilder, null_document
+from data_pipeline.packing import Pack
+from data_pipeline.sample import Sample
+from data_pipeline.templates import CaptionTemplate
+from data_pipeline.tokenizer import load_tokenizer
+from mmscale.errors import ConfigError
+from mmscale.evaluate import EvaluationConfig, check_sets, evaluate, not_asked
+from mmscale.evaluate.heldout import Asked, Questions
+from mmscale.evaluate.questions import deal
+from mmscale.evaluate.similarity import similarities
+from mmscale.generate import caption_images, respond
+from mmscale.models.build import media_spec
+from tests.evaluate.asked import ALONE, EMOJI, data_config, evaluation, held_out, tiny_model
+
+DATA = data_config()
+
+
+def one_by_one(model: Any, sample: Sample, answer: str) -> float:
+    """Cosine of a pair that stands alone in its batch, as the training template makes it."""
+    tokenizer, spec = load_tokenizer(DATA.tokenizer), media_spec(model.config)
+    template = CaptionTemplate(prompts=("name:",), answers=(f" {answer}",))
+    transforms = DATA.datasets[0].transforms.model_copy(update={"augment": None})
+    dataset = DATA.datasets[0].model_copy(update={"template": template, "transforms": transforms})
+    document = DocumentBuilder(dataset, tokenizer, spec)(replace(sample, fields={}))
+    with torch.no_grad():
+        vectors = model(collate([Pack((document, null_document(spec, tokenizer.pad_id)), lane=0)], spec))
+    return float((vectors.images * vectors.texts).sum())
+
+
+def test_scores_are_of_the_nearest_candidates() -> None:
+    model, config = tiny_model("contrastive"), evaluation(limit=9)
+    spec, questions = media_spec(model.config), Questions.read(config.image_sets[0])
+    blocks = deal(questions.answers, questions.pool, 4, 0)
+    asks = [(sample, value) for block in blocks for sample in block.samples for value in block.candidates]
+    expected = [one_by_one(model, questions.samples[sample], value) for sample, value in asks]
+    asked = Asked(model, config, DATA, load_tokenizer(DATA.tokenizer), spec, ALONE)
+    found = similarities(asked, config.image_sets[0], questions.samples, asks)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.ptp(found) > 1e-2
+    right, start = 0, 0
+    for block in blocks:
+        table = np.array(expected[start : start + 4 * len(block.samples)]).reshape(-1, 4)
+        right += sum(int(row.argmax()) == answer for row, answer in zip(table, block.right, strict=True))
+        start += table.size
+    result = evaluate(model, config, DATA, spec, ALONE)["both"]
+    assert result.score == pytest.approx(right / 9)
+    assert result.loss is None
+
+
+def test_what_such_a_model_cannot_be_asked() -> None:
+    model = tiny_model("contrastive")
+    spec = media_spec(model.config)
+    texts = EMOJI / "shards/train-text.manifest"
+    read = {"name": "read", "kind": "perplexity", "manifest": texts, "template": {"kind": "text"}}
+    config = EvaluationConfig.model_validate({"sets": [held_out(limit=4), read]})
+    check_sets(config, DATA, spec)
+    assert [held.name for held in not_asked(config, spec)] == ["read"]
+    assert list(evaluate(model, config, DATA, spec, ALONE)) == ["both"]
+    assert caption_images(model, config, DATA, spec, ALONE) == []
+    for name, value in (("ends", False), ("normalise", "tokens")):
+        with pytest.raises(ConfigError, match=f"set both: {name}=.*compares whole texts with images"):
+            check_sets(evaluation(**{name: value}), DATA, spec)
+    with pytest.raises(ConfigError, match="compares images with texts"):
+        respond(model, DATA, spec, prompt="x")

@@ -1,0 +1,129 @@
+"""The contrastive loss of a step, however its pairs are dealt, against autograd over all similarities at once."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss as clip_loss
+
+from mmscale.dist import World
+from mmscale.models.build import build_model, media_spec
+from mmscale.objectives import contrastive
+from mmscale.objectives.contrastive import Contrastive
+from tests.engine.ranks import run_ranks
+from tests.objectives.pairs import CAPPED, SCALE_PAST_ITS_LIMIT, SIGMOID, SOFTMAX, batch_of, model_config, written_out
+
+pytestmark = pytest.mark.dist
+ALONE = World(0, 1, 0, torch.device("cpu"))
+DEALS = [[[0, 1, 2, 3, 4, 5, 6]], [[0, 1, 2], [], [3, 4, 5, 6]], [[0], [1, 2, 3, 4], [5, 6]]]
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def truth(connector: dict[str, Any], past: float = 0.0) -> tuple[Any, torch.Tensor, torch.Tensor, dict[str, Any]]:
+    config = model_config(connector)
+    model = build_model(config, attention="sdpa", seed=3)
+    with torch.no_grad():
+        model.connector.logit_scale += past
+    loss, shares = written_out(config, model(batch_of(media_spec(config), DEALS[0][0])))
+    loss.backward()
+    return model, loss.detach(), shares.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("deal", DEALS)
+@pytest.mark.parametrize("connector", [SOFTMAX, SIGMOID])
+def test_loss_and_gradients_are_those_of_the_whole_step(
+    connector: dict[str, Any], deal: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contrastive, "_ROWS", 3)
+    model, loss, shares, expected = truth(connector)
+    spec, objective = media_spec(model.config), Contrastive(model.config.connector, ALONE)
+    batches = [batch_of(spec, numbers) for numbers in deal]
+    weight = sum(objective.weight(batch) for batch in batches)
+    assert weight == 7
+    with torch.no_grad():
+        prepared = objective.prepare(model, batches)
+    outputs = [objective(model, batch) for batch in prepared]
+    sum(output.loss_sum / weight for output in outputs).backward()
+    found = gradients(model)
+    torch.testing.assert_close(sum(output.loss_sum for output in outputs) / weight, loss)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        worst, largest = (found[name] - gradient).abs().max(), gradient.abs().max()
+        assert worst <= 2e-5 * largest + 1e-7, f"{name}: {worst} of {largest}"
+    # Each document's share, and none of null documents.
+    documents = torch.cat([output.document_losses[:-1] for output in outputs])
+    torch.testing.assert_close(documents, shares)
+    assert all(output.document_losses[-1] == 0 for output in outputs)
+
+
+def test_softmax_is_the_loss_of_clip_and_counts_what_it_finds() -> None:
+    model, _, _, _ = truth(SOFTMAX)
+    batch = batch_of(media_spec(model.config), DEALS[0][0])
+    vectors = model(batch)
+    logits = vectors.log_scale.exp() * vectors.images @ vectors.texts.T
+    output = Contrastive(model.config.connector, ALONE)(model, batch)
+    torch.testing.assert_close(output.loss_sum / 7, clip_loss(logits.T))
+    own = torch.arange(7)
+    assert output.metrics["image_to_text_accuracy"] == (logits.argmax(1) == own).sum()
+    assert output.metrics["text_to_image_accuracy"] == (logits.argmax(0) == own).sum()
+    torch.testing.assert_close(output.metrics["similarity_scale"] / 7, torch.tensor(1 / 0.07))
+    assert ("similarity_bias" in output.metrics) == (vectors.bias is not None)
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_a_scale_past_its_limit_comes_back_and_goes_no_further(worse: bool) -> None:
+    """CLIP sets the scale to its limit after a step; here it is read as that, and learns what brings it back."""
+    model, _, _, _ = truth(CAPPED, SCALE_PAST_ITS_LIMIT)
+    with torch.no_grad():
+        if not worse:  # Images and texts are alike: a larger scale would be better.
+            model.connector.visual_projection.weight.zero_()[:, 0] = 1
+            model.connector.text_projection.weight.zero_()[:, 0] = 1
+    batch = batch_of(media_spec(model.config), DEALS[0][0])
+    with torch.no_grad():
+        vectors = model(batch)
+    scale = torch.tensor(20.0).requires_grad_()
+    logits = scale * vectors.images @ vectors.texts.T
+    slope = torch.autograd.grad(clip_loss(logits.T), scale)[0] * 20
+    output = Contrastive(model.config.connector, ALONE)(model, batch)
+    (output.loss_sum / 7).backward()
+    torch.testing.assert_close(output.loss_sum / 7, clip_loss(logits.T))
+    torch.testing.assert_close(model.connector.logit_scale.grad, slope.clamp(min=0).view(1), rtol=1e-4, atol=1e-6)
+
+
+def test_steps_are_the_same_however_pairs_are_dealt_to_ranks() -> None:
+    """Two AdamW steps; one of the ranks has no pair, or microbatches of different sizes, or empty ones."""
+    idle = [[[0, 1, 2, 3, 4, 5, 6]], [[]]]
+    uneven = [[[0, 1], [2, 3, 4]], [[5], [6]]]
+    empty = [[[], [0]], [[1, 2, 3, 4, 5, 6], []]]
+    plan = [(idle, SOFTMAX, 3), (uneven, SOFTMAX, 0), (empty, SOFTMAX, 3), (empty, SIGMOID, 3)]
+    cases = [
+        {"steps": [deal, deal], "connector": connector, "zero": zero, "activation_checkpointing": deal is empty}
+        for deal, connector, zero in plan
+    ]
+    reported = run_ranks("tests.objectives.pairs:train", 2, {"cases": cases})
+    later: dict[str, Any] = {}
+    for number, (deal, connector, _) in enumerate(plan):
+        _, loss, shares, gradients = truth(connector)
+        norms = {
+            part: torch.stack([g.norm() for n, g in gradients.items() if n.startswith(part)]).norm().item()
+            for part in ("vision", "connector", "decoder")
+        }
+        first, second = reported[0][number]["reports"]
+        assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert first["weight"] == 7
+        assert first["norms"] == pytest.approx(norms, rel=1e-4)
+        for rank, pairs in zip(reported, deal, strict=True):
+            told = list(itertools.chain(*rank[number]["reports"][0]["documents"]))
+            assert told == pytest.approx(shares[list(itertools.chain(*pairs))].tolist(), rel=1e-4)
+        same = later.setdefault(str(connector), second)
+        assert second["loss"] == pytest.approx(same["loss"], rel=1e-4)
+        assert second["metrics"] == pytest.approx(same["metrics"], rel=1e-3)
+        assert second["loss"] < loss

@@ -1,0 +1,68 @@
+"""What the ranks of ``test_distillation.py`` run: engines, then a teacher's run, a student's, what may come between."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from mmscale.checkpoint import list_checkpoints
+from mmscale.config import load
+from mmscale.dist import World, barrier
+from mmscale.errors import ConfigError
+from mmscale.run_config import RunConfig
+from mmscale.train import train
+from tests.system.distil_engines import train_engines
+
+CONFIG = Path(__file__).with_name("distil.yaml")
+STUDENT = ["model.decoder.num_layers=2", "model.decoder.hidden_dim=24", "model.decoder.attention.num_heads=2", "seed=2"]
+SHARE, HEAT = 0.6, 2.0
+
+
+def student_words(teacher: Path) -> list[str]:
+    """What makes a student of the configuration."""
+    return [*STUDENT, f"stages.0.distill=[{{checkpoint: {teacher}, weight: {SHARE}, temperature: {HEAT}, ema: true}}]"]
+
+
+def run(world: World, folder: str) -> dict[str, Any]:
+    """What ``train_engines`` gives; the log of a student's whole run, and of one that goes on from its step 2 while the
+    teacher has newer checkpoints; and what is said where the one that it began with is gone."""
+    teacher, whole, again = (Path(folder) / name for name in ("teacher", "whole", "again"))
+    # As in ``recipe_programs``: the next run needs the process group. Nothing at a run's end is asked for here.
+    quick = mock.patch("mmscale.train.finish"), mock.patch("gc.collect", return_value=0)
+    with mock.patch("mmscale.train.shutdown"), quick[0], quick[1]:
+        engines = train_engines(world, Path(folder) / "engines")
+        _train(world, teacher, "max_steps=2")
+        _train(world, whole, *student_words(teacher))
+        _train(world, teacher, "max_steps=4")
+        if world.is_main:
+            shutil.copytree(whole, again)
+            for late in list_checkpoints(again / "checkpoints")[1:]:
+                shutil.rmtree(late)
+        barrier(world)
+        _train(world, again, *student_words(teacher))
+        if world.is_main:
+            shutil.rmtree(list_checkpoints(again / "checkpoints")[-1])
+            gone = list_checkpoints(teacher / "checkpoints")[0]
+            gone.rename(teacher / "away")
+        barrier(world)
+        complaint = ""
+        try:
+            _train(world, again, *student_words(teacher))
+        except ConfigError as error:
+            complaint = str(error)
+        barrier(world)
+        if world.is_main:
+            (teacher / "away").rename(gone)
+    return {"engines": engines, "whole": _log(whole), "again": _log(again), "complaint": complaint}
+
+
+def _train(world: World, run_dir: Path, *words: str) -> None:
+    train(load(CONFIG, [f"run_dir={run_dir}", *words], RunConfig))
+    barrier(world)  # Rank 0 writes the log and the result.
+
+
+def _log(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
