@@ -78,9 +78,9 @@ def left_out(config: RunConfig) -> list[str]:
         for place, source in enumerate(stage.weights)
     ]
     teachers = [
-        f"stages.{number}.distill.{place}: {source.checkpoint}"
+        f"stages.{number}.distill.{place}: {teacher.checkpoint}"
         for number, stage in enumerate(config.stages)
-        for place, source in enumerate(stage.distill)
+        for place, teacher in enumerate(stage.distill)
     ]
     sets = ", ".join(held.name for held in config.evaluation.sets)
     return [*weights, *teachers, *([f"evaluation.sets: {sets}"] if sets else [])]
@@ -123,8 +123,8 @@ def _data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -> DataC
 def _dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetConfig:
     seeing = new.placement is not Placement.NONE
     asked = dataset.template
-    if new.placement is Placement.PAIR and isinstance(asked, InterleavedTemplate):
-        asked = CaptionTemplate()  # The bundled pages have several images each.
+    if new.placement is Placement.PAIR and isinstance(asked, InterleavedTemplate | DialogueTemplate):
+        asked = CaptionTemplate()  # The bundled pages and dialogues have several images each.
     manifest, template = _bundled(asked) if seeing else _bundled_text(asked)
     weight = dataset.weight
     if isinstance(weight, tuple):
