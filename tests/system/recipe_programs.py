@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import shutil
@@ -36,7 +35,6 @@ def train_recipes(world: World, paths: list[str], folder: str) -> dict[str, Told
     # engine, which takes longer than to make the engine; and what was imported is no garbage.
     gc.freeze()
     gc.set_threshold(20_000)
-    _keep_memory()
     no_report = mock.patch("mmscale.finish.build_report", return_value="no report")
     with mock.patch("mmscale.train.shutdown"), mock.patch("gc.collect", return_value=0), no_report:
         for path in paths:
@@ -46,18 +44,6 @@ def train_recipes(world: World, paths: list[str], folder: str) -> dict[str, Told
                 told[key] = _train(world, twin.model_copy(update={"run_dir": Path(folder) / Path(path).stem}))
             found[path] = told[key]
     return found
-
-
-def _keep_memory() -> None:
-    """Else what an engine leaves goes back to the system, and the next of a hundred has it mapped anew page by page.
-
-    It took a fifth of all CPU time. Needs glibc; elsewhere it does nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        for option in (trim_threshold, mmap_threshold):
-            mallopt(option, 1_000_000_000)
 
 
 def _twin(path: Path) -> RunConfig:
