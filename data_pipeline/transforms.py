@@ -43,8 +43,9 @@ class _TransformConfig(StrictConfig):
 
     decode: DecodeMode = DecodeMode.EXACT
     """``exact`` decodes every pixel with torchvision; ``fast`` lets JPEGs be scaled while decoding."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Resize filter, always antialiased."""
+    interpolation: Literal["bicubic", "bilinear", "bilinear_float"] = "bicubic"
+    """Resize filter, always antialiased. Bytes are resized with a rounding between widths and heights; with
+    ``bilinear_float`` (Molmo) they are rounded once, behind both."""
     max_image_pixels: int = Field(default=1 << 26, ge=1)
     """Refuse larger stored images by their header (decompression bombs); pixels."""
     augment: AugmentConfig | None = None

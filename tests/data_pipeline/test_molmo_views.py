@@ -49,7 +49,7 @@ def builder(sizes: Sizes, tokenizer: Any = None, **tiling: Any) -> tuple[Documen
     side = sizes.crop // sizes.patch
     spec = MediaSpec(Placement.EMBEDDING, sizes.patch, sizes.pool, fixed_grid=(side, side), padding=True)
     rule = {"kind": "molmo", "max_tiles": sizes.most, "margin": sizes.margin, "padding_of": "next_view", **tiling}
-    transforms = {"kind": "tiles", "tiling": rule, "interpolation": "bilinear", "layout": LAYOUT}
+    transforms = {"kind": "tiles", "tiling": rule, "interpolation": "bilinear_float", "layout": LAYOUT}
     template = {"kind": "caption"}
     config = {"name": "d", "manifest": "m", "template": template, "transforms": transforms}
     return DocumentBuilder(DatasetConfig.model_validate(config), tokenizer or Letters(), spec), spec  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def test_crops_tokens_and_padding_at_full_size(size: tuple[int, int]) -> None:
 
 
 def differences(size: tuple[int, int], sizes: Sizes) -> np.ndarray[Any, Any]:
-    """Steps between our pixels and theirs, which are rounded to bytes for that."""
+    """Steps between our pixels and theirs, which are no whole ones."""
     build, spec = builder(sizes)
     pixels = picture(*size)
     document, expected = build(sample(png(pixels), size)), prepare(pixels, sizes)
@@ -104,21 +104,22 @@ def differences(size: tuple[int, int], sizes: Sizes) -> np.ndarray[Any, Any]:
     patch = sizes.patch
     ours = np.stack([item.values for item in document.items]).reshape(*expected.masks.shape, 3, patch, patch)
     theirs = expected.crops.reshape(*expected.masks.shape, patch, patch, 3) * 255
-    theirs = theirs.round()
     return np.abs(ours.transpose(0, 1, 3, 4, 2) - theirs)
 
 
+NEAREST = 0.5 + 1e-4
+"""Of a byte to a value between two; the rest is float32's."""
+
+
 def test_pixels_of_a_hundred_sizes() -> None:
-    """Exactly, or to one step: ours are rounded to bytes between widths and heights. Measured: 9.7 % differ."""
+    """Each byte is the nearest one to their value."""
     found = np.concatenate([differences(size, SMALL).reshape(-1) for size in SMALL_SIZES])
-    print(f"{(found > 0).mean():.2%} of the values differ")
-    assert found.max() <= 1
-    assert (found > 0).mean() < 0.12
+    assert found.max() <= NEAREST
 
 
 @pytest.mark.parametrize("size", [(480, 640), (1023, 769), (90, 1500)], ids=str)
 def test_pixels_at_full_size(size: tuple[int, int]) -> None:
-    assert differences(size, FULL).max() <= 1
+    assert differences(size, FULL).max() <= NEAREST
 
 
 def test_the_padding_of_a_view_itself() -> None:
