@@ -62,8 +62,9 @@ class FixedTransform(_TransformConfig):
     """Side, pixels; a multiple of patch size times merge. None takes the vision tower's fixed size."""
     keep_aspect: bool = False
     """Pad the shorter side with white instead of stretching the image to a square."""
-    crop: Literal["center"] | None = None
-    """``center`` takes the middle of the image, its shorter side resized to ``size`` (CLIP); null keeps it whole."""
+    crop: Literal["center", "random"] | None = None
+    """Takes a square of the image, its shorter side resized to ``size`` (CLIP): ``center`` the middle, ``random`` any
+    in training and else the middle; null keeps the image whole."""
 
     @model_validator(mode="after")
     def _one_way(self) -> FixedTransform:
@@ -325,25 +326,31 @@ class ImageTransform:
         if size[0] * size[1] > self.config.max_image_pixels:
             raise too_many_pixels(size[1], size[0], self.config.max_image_pixels)
         augment = self.config.augment
-        if augment is None or rng is None:
+        wanders = isinstance(self.config, FixedTransform) and self.config.crop == "random"
+        if rng is None or (augment is None and not wanders):
             return self._plain(size, num_images)
+        at = rng.random() if wanders else None
+        if augment is None:
+            return ImagePlan(size, *self._layout(size, num_images, at))
         box = crop_box(size, augment, rng)
         flip = rng.random() < augment.flip
         color = jitter(augment, rng)
-        return ImagePlan(size, *self._layout(box[2:], num_images), box, flip, color)
+        return ImagePlan(size, *self._layout(box[2:], num_images, at), box, flip, color)
 
     def _plain_plan(self, size: Size, num_images: int) -> ImagePlan:
         return ImagePlan(size, *self._layout(size, num_images))
 
-    def _layout(self, size: Size, num_images: int) -> tuple[tuple[Canvas, ...], tuple[View, ...]]:
-        """Canvases and views of what is left after the crop."""
+    def _layout(
+        self, size: Size, num_images: int, at: float | None = None
+    ) -> tuple[tuple[Canvas, ...], tuple[View, ...]]:
+        """Canvases and views of what is left after augmentation; ``at`` as for ``_square``."""
         config, placement = self.config, self.spec.placement
         if isinstance(config, TilesTransform):
             split = config.split_up_to is None or num_images <= config.split_up_to
             tiling = config.tiling if split else single_tile(config.tiling)
             tiled = tiling.plan(size, self._size, self.spec)
         elif isinstance(config, FixedTransform) and config.crop is not None:
-            tiled = self._middle(size)
+            tiled = self._square(size, at)
         else:
             tiled = Tiled((self._whole(size),), (Tile(0, 0, 0, None),))
         tiles = tiled.tiles
@@ -370,8 +377,12 @@ class ImageTransform:
         covered = coverage(canvas, tile.top, tile.left, rows, columns, patch) if self.spec.padding else None
         return View(tile.canvas, tile.top, tile.left, (1, rows, columns), embedded, tile.kept, tile.place, covered)
 
-    def _middle(self, size: Size) -> Tiled:
-        """The middle of the image, its shorter side resized to that of the view.
+    def _square(self, size: Size, at: float | None) -> Tiled:
+        """A square of the image, its shorter side resized to that of the view.
+
+        Args:
+            size: Of the image.
+            at: Where along the longer side it lies, from 0 to below 1; None for the middle.
 
         Source: the image processor of CLIP in transformers.
         """
@@ -380,7 +391,9 @@ class ImageTransform:
         if content[0] * content[1] > self.config.max_image_pixels:
             raise too_many_pixels(content[1], content[0], self.config.max_image_pixels)
         canvas = Canvas(content, content)
-        return Tiled((canvas,), (Tile(0, (content[0] - side) // 2, (content[1] - side) // 2, None),))
+        spare = (content[0] - side, content[1] - side)
+        top, left = (each // 2 if at is None else int(at * (each + 1)) for each in spare)
+        return Tiled((canvas,), (Tile(0, top, left, None),))
 
     def _whole(self, size: Size) -> Canvas:
         """The canvas of the whole image."""

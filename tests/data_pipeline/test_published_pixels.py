@@ -146,6 +146,21 @@ def test_clip_at_a_hundred_sizes() -> None:
     assert max(off) < 1e-4
 
 
+@pytest.mark.parametrize("size", [(40, 70), (90, 33), (32, 32)])
+def test_a_random_square_lies_anywhere_in_training_and_in_the_middle_else(size: tuple[int, int]) -> None:
+    """Every place along the longer side is drawn, and no other."""
+    spec = MediaSpec(Placement.EMBEDDING, patch_size=8)
+    block = {"kind": "fixed", "size": 32, "crop": "random"}
+    transform = ImageTransform(TypeAdapter(TransformConfig).validate_python(block), spec)
+    plans = [transform.plan(size, np.random.default_rng(seed)) for seed in range(400)]
+    content = plans[0].canvases[0].content
+    places = {(plan.views[0].top, plan.views[0].left) for plan in plans}
+    assert min(content) == 32
+    assert places == {(top, left) for top in range(content[0] - 31) for left in range(content[1] - 31)}
+    middle = (content[0] - 32) // 2, (content[1] - 32) // 2
+    assert (transform.plan(size).views[0].top, transform.plan(size).views[0].left) == middle
+
+
 def test_siglip_at_a_hundred_sizes() -> None:
     processor = SiglipImageProcessor(size={"height": 32, "width": 32})
     spec = MediaSpec(Placement.EMBEDDING, patch_size=8)
