@@ -252,6 +252,17 @@ def first_complaint(world: World, complaint: str | None) -> str | None:
     return None
 
 
+def gather_numbers(world: World, value: float) -> list[float]:
+    """A number of every rank, in rank order. All ranks must call.
+
+    Raises:
+        EngineError: a peer did not answer in time.
+    """
+    values = [0.0] * world.world_size
+    values[world.rank] = value
+    return sum_float(world, values)
+
+
 def gather_rows(world: World, rows: Tensor) -> list[Tensor]:
     """The rows of every rank, in rank order, on the device where its own are. All ranks must call.
 
@@ -262,9 +273,7 @@ def gather_rows(world: World, rows: Tensor) -> list[Tensor]:
     """
     if world.world_size == 1:
         return [rows]
-    lengths = [0.0] * world.world_size
-    lengths[world.rank] = len(rows)
-    counts = [int(length) for length in sum_float(world, lengths)]
+    counts = [int(length) for length in gather_numbers(world, len(rows))]
     mine = rows.new_zeros(max(1, *counts), *rows.shape[1:])
     mine[: len(rows)] = rows
     theirs = [torch.empty_like(mine) for _ in counts]
@@ -283,9 +292,7 @@ def gather_bytes(world: World, data: bytes) -> list[bytes]:
     """
     if world.world_size == 1:
         return [data]
-    sizes = [0.0] * world.world_size
-    sizes[world.rank] = len(data)
-    lengths = [int(size) for size in sum_float(world, sizes)]
+    lengths = [int(size) for size in gather_numbers(world, len(data))]
     mine = torch.zeros(max(1, *lengths), dtype=torch.uint8)
     mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else mine[:0]
     theirs = [torch.empty_like(mine) for _ in lengths] if world.is_main else None

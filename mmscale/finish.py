@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from data_pipeline.media_spec import Placement
 from mmscale.checkpoint import TrainState
-from mmscale.dist import World, sum_float
+from mmscale.dist import World, gather_numbers
 from mmscale.engine.engine import Engine
 from mmscale.evaluate import evaluate, not_asked
 from mmscale.generate import caption_images
@@ -95,11 +95,7 @@ def score(config: RunConfig, engine: Engine, stage: int, log: RunLog | NullLog) 
 
 def _gather_memory(world: World) -> Memory:
     own = peak_memory()
-    rss = [0.0] * world.world_size
-    device = [0.0] * world.world_size
-    rss[world.rank] = own.rss_bytes
-    device[world.rank] = own.device_bytes or 0
-    rss, device = sum_float(world, rss), sum_float(world, device)
+    rss, device = gather_numbers(world, own.rss_bytes), gather_numbers(world, own.device_bytes or 0)
     on_device = tuple(int(value) for value in device) if world.device.type == "cuda" else None
     return Memory(tuple(int(value) for value in rss), on_device)
 

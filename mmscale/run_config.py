@@ -5,6 +5,7 @@ Rules inside a part live in that part's class. Here are only those that need two
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,6 +91,14 @@ class RunConfig(StrictConfig):
     def total_steps(self) -> int:
         """Steps until the run ends: all stages, or ``max_steps`` if that is less."""
         return min(sum(stage.steps for stage in self.stages), self.max_steps or 2**62)
+
+    def stages_from(self, first: int) -> Iterator[tuple[int, StageConfig]]:
+        """Number and stage of those from ``first`` on that begin before the run ends."""
+        begin = 0
+        for number, stage in enumerate(self.stages):
+            if number >= first and begin < self.total_steps:
+                yield number, stage
+            begin += stage.steps
 
     @property
     def media_spec(self) -> MediaSpec:

@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from pydantic import ValidationError
-
 from data_pipeline.media_spec import MediaSpec
 from mmscale.checkpoint import TrainState
 from mmscale.checkpoint.load import fill_frozen
@@ -29,6 +27,7 @@ from mmscale.checkpoint.manifest import (
     is_whole,
     manifest_checksum,
     missing_or_cut,
+    model_config_of,
     newest_of,
     read_manifest,
 )
@@ -39,7 +38,7 @@ from mmscale.engine.construct import construct
 from mmscale.engine.precision import choose_precision
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.models.build import build_model, build_weights, media_spec
-from mmscale.models.config import ModelConfig, read_model_config
+from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.objectives.teacher import Teacher
@@ -71,11 +70,8 @@ def check_teachers(config: RunConfig, world: World, state: TrainState) -> None:
 
 
 def _complaints(config: RunConfig, state: TrainState) -> Iterator[str]:
-    for number, stage in enumerate(config.stages):
-        begin = sum(before.steps for before in config.stages[:number])
-        over = number < state.stage_index or (number == state.stage_index and state.stage_step == stage.steps)
-        if over or begin >= config.total_steps:
-            continue
+    is_over = state.stage_step == config.stages[state.stage_index].steps
+    for number, stage in config.stages_from(state.stage_index + is_over):
         for index, source in enumerate(stage.distill):
             try:
                 path = _find(source, _known(state) if number == state.stage_index else {})
@@ -165,12 +161,7 @@ def _configuration(manifest: Manifest, path: Path) -> ModelConfig:
     Raises:
         CheckpointError: the checkpoint does not say, or is of a tower.
     """
-    if manifest.model_config_values is None:
-        raise CheckpointError(f"{path} does not say how its model is built, so it cannot teach")
-    try:
-        model = read_model_config(manifest.model_config_values)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: its model's configuration is not legal: {error.errors()[0]['msg']}") from error
+    model = model_config_of(manifest, path)
     if not isinstance(model, ModelConfig) or isinstance(model.connector, ContrastiveConnectorConfig):
         raise CheckpointError(f"{path} holds towers; it expects no tokens, so it cannot teach")
     return model

@@ -42,10 +42,8 @@ def check_stage_weights(config: RunConfig, world: World, state: TrainState) -> N
 
 
 def _complaints(config: RunConfig, state: TrainState) -> Iterator[str]:
-    first = state.stage_index + (state.stage_step > 0)
-    for number, stage in enumerate(config.stages):
-        begin = sum(before.steps for before in config.stages[:number])
-        if number < first or begin >= config.total_steps or not stage.weights:
+    for number, stage in config.stages_from(state.stage_index + (state.stage_step > 0)):
+        if not stage.weights:
             continue
         with torch.device("meta"):
             model = build_model(config.stage_model(number), attention="sdpa")

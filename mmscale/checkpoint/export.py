@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmscale.checkpoint.manifest import Manifest
+from mmscale.checkpoint.manifest import Manifest, model_config_of
 from mmscale.checkpoint.reshard import CheckpointReader, verify
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import CARRIED
@@ -22,7 +22,6 @@ from mmscale.hf.layout import Stored
 from mmscale.hf.layouts import layout_for, layout_of
 from mmscale.hf.read import PREPROCESSOR, beside, read_config
 from mmscale.hf.write import SHARD_BYTES, Outgoing, require_new, write_folder
-from mmscale.models.config import read_model_config
 
 Weights = Literal["master", "ema"]
 Format = Literal["fp32", "bf16"]
@@ -147,9 +146,7 @@ def _as_family(
     manifest: Manifest, checkpoint: Path, entries: Mapping[str, _Entry], number_format: Format, to: HuggingFace
 ) -> tuple[dict[str, Any], dict[str, Stored]]:
     """``config.json``, and the family's tensors by name."""
-    if manifest.model_config_values is None:
-        raise CheckpointError(f"{checkpoint} does not know its model's configuration; save it from a run of mmscale")
-    config = read_model_config(manifest.model_config_values)
+    config = model_config_of(manifest, checkpoint)
     like = {} if to.like is None else read_config(to.like)
     layout = layout_of(like["model_type"]) if like else layout_for(config)
     values = _carried(layout.config_values(config), like, CARRIED - layout.own)

@@ -24,6 +24,7 @@ from data_pipeline.errors import StateError
 from data_pipeline.state import LoaderState
 from data_pipeline.strict import StrictConfig
 from mmscale.errors import CheckpointError
+from mmscale.models.config import AnyModelConfig, read_model_config
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -189,6 +190,20 @@ def read_manifest(path: Path) -> Manifest:
     if len(manifest.files) != 2 * count or any(set(rank_files(rank)) - manifest.files.keys() for rank in range(count)):
         raise CheckpointError(f"{file} is damaged: its {len(manifest.files)} files are not those of {count} ranks")
     return manifest
+
+
+def model_config_of(manifest: Manifest, path: Path) -> AnyModelConfig:
+    """What to build for the weights of the checkpoint at ``path``.
+
+    Raises:
+        CheckpointError: the checkpoint does not say, or says what is not legal.
+    """
+    if manifest.model_config_values is None:
+        raise CheckpointError(f"{path} does not know its model's configuration; save it from a run of mmscale")
+    try:
+        return read_model_config(manifest.model_config_values)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: its model's configuration is not legal: {error.errors()[0]['msg']}") from error
 
 
 def manifest_checksum(path: Path) -> str:

@@ -60,8 +60,15 @@ class Keys:
 
     def block(self, key: str) -> Keys | None:
         """The object under a key."""
-        values = self.take(key, dict, None)
-        return None if values is None else Keys(values, f"{self.where}: {key}")
+        return None if self.take(key, dict, None) is None else self.needed(key)
+
+    def needed(self, key: str) -> Keys:
+        """The object under a key that must be there.
+
+        Raises:
+            CheckpointError: it is missing.
+        """
+        return Keys(self.take(key, dict), f"{self.where}: {key}")
 
     def must_be(self, key: str, *allowed: object) -> None:
         """Refuses other values than those that the model can have; null and absence are allowed.

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmscale.checkpoint.foreign.write import PRECISIONS, manifest_of_weights, new_share, write_checkpoint
-from mmscale.checkpoint.manifest import newest_of
+from mmscale.checkpoint.foreign.write import manifest_of_weights, new_share, precision_of, write_checkpoint
+from mmscale.checkpoint.manifest import model_config_of, newest_of
 from mmscale.checkpoint.reshard import CheckpointReader, verify, whole_parameter
 from mmscale.checkpoint.save import tied_names
 from mmscale.checkpoint.share import Deferred, Piece
@@ -22,7 +22,7 @@ from mmscale.config import Loaded, Origin
 from mmscale.config.tree import DEFAULT
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.models.build import build_weights, count_parameters
-from mmscale.models.config import ModelConfig, read_model_config
+from mmscale.models.config import ModelConfig
 from mmscale.prune.calibration import Calibration, load_model
 from mmscale.prune.choice import Choice, choose
 from mmscale.prune.cut import Cut, cut_of
@@ -111,10 +111,7 @@ def prune_checkpoint(
 
 
 def _source_config(reader: CheckpointReader) -> ModelConfig:
-    values = reader.manifest.model_config_values
-    if values is None:
-        raise CheckpointError(f"{reader.path} does not know its model's configuration; save it from a run of mmscale")
-    config = read_model_config(values)
+    config = model_config_of(reader.manifest, reader.path)
     if not isinstance(config, ModelConfig):
         raise CheckpointError(f"{reader.path} holds a vision tower alone; only decoders are pruned")
     return config
@@ -160,9 +157,7 @@ def _write(reader: CheckpointReader, model: nn.Module, choice: Choice, directory
         dtype = reader.dtype(stored, reader.weights_kind(stored, ema=reader.manifest.ema))
         make = functools.partial(_cut, reader, cut, tuple(parameter.shape), dtype)
         pieces.append(Piece(f"{name}|frozen", 0, Deferred(tuple(parameter.shape), dtype, make)))
-    formats = {piece.values.dtype for piece in pieces}
-    precision = PRECISIONS.get(formats.pop(), "fp32") if len(formats) == 1 else "fp32"
-    manifest = manifest_of_weights(model, precision, PRUNED, {"pruned": str(reader.path)})
+    manifest = manifest_of_weights(model, precision_of(pieces), PRUNED, {"pruned": str(reader.path)})
     return write_checkpoint(directory, manifest, iter([new_share(0, pieces, reader.path)]))
 
 

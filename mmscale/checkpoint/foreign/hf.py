@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mmscale.checkpoint.foreign.match import first
-from mmscale.checkpoint.foreign.write import IMPORTED, PRECISIONS, manifest_of_weights, new_share, write_checkpoint
+from mmscale.checkpoint.foreign.write import IMPORTED, manifest_of_weights, new_share, precision_of, write_checkpoint
 from mmscale.checkpoint.save import tied_names
 from mmscale.checkpoint.share import Piece
 from mmscale.engine.partition import parameter_table
@@ -77,9 +77,7 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
     second = {layout.stored_name(config, name): layout.stored_name(config, owner) for name, owner in tied.items()}
     left_out = _check_names(folder, layout, stored, second)
     pieces = list(_pieces(folder, stored))
-    formats = {piece.values.dtype for piece in pieces}
-    precision = PRECISIONS.get(formats.pop(), "fp32") if len(formats) == 1 else "fp32"
-    manifest = manifest_of_weights(model, precision, IMPORTED, {"imported": str(folder.path)})
+    manifest = manifest_of_weights(model, precision_of(pieces), IMPORTED, {"imported": str(folder.path)})
     path = write_checkpoint(directory, manifest, iter([new_share(0, pieces, source)]))
     return HfImportReport(
         checkpoint=str(path),

@@ -38,6 +38,12 @@ def new_share(rank: int, pieces: list[Piece], source: Path) -> RankShare:
     return RankShare.of(rank, pieces, None, {"cpu": fresh})
 
 
+def precision_of(pieces: Iterable[Piece]) -> str:
+    """Of weights in one format; of several ``fp32``."""
+    formats = {piece.values.dtype for piece in pieces}
+    return PRECISIONS.get(formats.pop(), "fp32") if len(formats) == 1 else "fp32"
+
+
 def manifest_of_weights(model: nn.Module, precision: str, stage: str, extra: dict[str, Any]) -> Manifest:
     """Of a checkpoint of one rank that holds weights which no optimizer has seen; without its list of files.
 

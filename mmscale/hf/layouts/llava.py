@@ -60,9 +60,7 @@ def _rows(config: ModelConfig) -> Rows:
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    text, tower = keys.block("text_config"), keys.block("vision_config")
-    if text is None or tower is None:
-        raise CheckpointError(f"{keys.where}: text_config and vision_config must both be there")
+    text, tower = keys.needed("text_config"), keys.needed("vision_config")
     keys.take("ignore_index", int, None)  # Of their loss, before version 4.46.
     keys.must_be("vision_feature_select_strategy", "full")
     if "vision_feature_layer" not in keys.values or "vision_feature_select_strategy" not in keys.values:

@@ -85,9 +85,7 @@ def _tower_rows(vision: VisionConfig) -> Rows:
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    text, tower = keys.block("text_config"), keys.block("vision_config")
-    if text is None or tower is None:
-        raise CheckpointError(f"{keys.where}: text_config or vision_config is missing")
+    text, tower = keys.needed("text_config"), keys.needed("vision_config")
     keys.must_be("tie_word_embeddings", False)
     model, every = _text_model(text)
     vision = {**_vision(tower), **pixels.to_model(keys, pixels.CLIP)}

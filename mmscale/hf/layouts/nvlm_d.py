@@ -72,7 +72,7 @@ def _to_model(keys: Keys) -> ModelConfig:
         keys.take(name, kind, None)
     for name in ("min_dynamic_patch", "max_dynamic_patch"):
         keys.take(name, int, None)
-    block = Keys(keys.take("vision_config", dict), f"{keys.where}: vision_config")
+    block = keys.needed("vision_config")
     vision = intern_vit_6b.to_vision(block)
     block.take("use_bfloat16", bool, None)
     block.finish()

@@ -49,8 +49,7 @@ def _to_model(keys: Keys) -> ModelConfig:
     qwen2.check_attention(text)
     tied = keys.take("tie_word_embeddings", bool, False) or text.take("tie_word_embeddings", bool, False)
     model = decoder.to_model(text, attention={"qkv_bias": True}, sectioned=True, tie_embeddings=tied)
-    if (block := keys.block("vision_config")) is None:
-        raise CheckpointError(f"{keys.where}: vision_config is missing")
+    block = keys.needed("vision_config")
     if text is not keys:
         text.finish()
     vision, merge = _vision(block, model.decoder.hidden_dim)
