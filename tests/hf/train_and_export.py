@@ -49,23 +49,11 @@ def train_and_export(
     work: Path,
     dataset: dict[str, Any],
     *,
-    model: dict[str, Any] | None = None,
-    max_tokens: int = 96,
-    steps: int = 20,
     idle: str = "$^",
+    **settings: Any,
 ) -> Path:
-    """The folder that ``transformers`` can go on with; asserts that the loss fell and that every tensor moved.
-
-    Args:
-        source: As ``save_pretrained`` wrote it.
-        work: Where the run and its output go; must exist.
-        dataset: ``captions(...)`` or ``text()``.
-        model: Changes to the imported ``model`` block, one level deep (``{"decoder": {"dropout": 0.1}}``).
-        max_tokens: Of a pack; two packs a step.
-        steps: Optimizer steps.
-        idle: Names (a regular expression) of tensors that no batch of this data set uses; only weight decay moves them.
-    """
-    file = prepare(source, work, dataset, model=model, max_tokens=max_tokens, steps=steps)
+    """The folder that ``transformers`` can go on with: ``prepare``, a run of two ranks, ``export``."""
+    file = prepare(source, work, dataset, **settings)
     Run(work / "run", ["launch", "local", str(file), "--ranks", "2"]).finish()
     return export(source, work, idle=idle)
 
@@ -79,7 +67,16 @@ def prepare(
     max_tokens: int = 96,
     steps: int = 20,
 ) -> Path:
-    """The first half: imports, and writes the run that two ranks are to train. As ``train_and_export``."""
+    """Imports, and writes the run that two ranks are to train.
+
+    Args:
+        source: As ``save_pretrained`` wrote it.
+        work: Where the run and its output go; must exist.
+        dataset: ``captions(...)`` or ``text()``.
+        model: Changes to the imported ``model`` block, one level deep (``{"decoder": {"dropout": 0.1}}``).
+        max_tokens: Of a pack; two packs a step.
+        steps: Optimizer steps.
+    """
     imported = import_folder(source, work / "pretrained" / "checkpoints")
     block = {key: {**(values or {}), **(model or {}).get(key, {})} or None for key, values in imported.model.items()}
     values = {
@@ -118,7 +115,13 @@ def prepare(
 
 
 def export(source: Path, work: Path, *, idle: str = "$^") -> Path:
-    """The second half, after the run: asserts and exports. As ``train_and_export``."""
+    """Exports what the run has trained; asserts that the loss fell and that every tensor moved.
+
+    Args:
+        source: Of ``prepare``.
+        work: Of ``prepare``.
+        idle: Names (a regular expression) of tensors that no batch of this data set uses; only weight decay moves them.
+    """
     losses = [json.loads(line)["loss"] for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == json.loads((work / "run.yaml").read_text())["stages"][0]["steps"]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
