@@ -4,6 +4,7 @@ MMScaleError
 ├── ConfigError        a configuration value is unknown, wrong or contradicts another; names file and line
 ├── UnsupportedError   the request is legal but this machine or build cannot do it; says what to install or change
 ├── CheckpointError    a checkpoint is missing, damaged, or of another model
+│   └── DamagedError   its files are there and can be read, but they are not what was written
 ├── EngineError        training cannot go on (non-finite loss, world size that does not fit, lost peer)
 └── LaunchError        a run could not be started or submitted
 
@@ -34,6 +35,10 @@ class UnsupportedError(MMScaleError):
 
 class CheckpointError(MMScaleError):
     """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class DamagedError(CheckpointError):
+    """The files of a checkpoint are not what was written; an older checkpoint may do."""
 
 
 class EngineError(MMScaleError):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.manifest import Manifest, TrainState, list_checkpoints, read_state
@@ -62,7 +62,8 @@ def choose(
 def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
     """Puts the engine where it was: masters, moments, step counts, buffers, random state. All ranks must call.
 
-    Nothing is changed before every byte is found to be what was written.
+    Nothing is changed before every byte is found to be what was written, and before all ranks agree that the
+    checkpoint holds everything that this engine keeps.
 
     At the world size that saved, training goes on bit for bit as if it had not stopped; at another one sums are
     rounded in another order.
@@ -80,7 +81,15 @@ def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
     """
     if not verified:
         verify_together(engine.world, path)
-    heard = first_complaint(engine.world, _why_not(engine, path))
+    complaint = None
+    try:
+        with CheckpointReader(path) as reader:
+            complaint = _why_not(engine, reader)
+            random_state = _random_state(engine.world, reader)
+        state = read_state(path)
+    except CheckpointError as error:
+        complaint = str(error)
+    heard = first_complaint(engine.world, complaint)
     if heard is not None:
         raise CheckpointError(heard)
     with CheckpointReader(path) as reader:
@@ -96,18 +105,18 @@ def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
         _load_buffers(engine.model, reader)
         engine.set_loss_scaler_state(reader.manifest.loss_scaler)
         engine.partition.set_optimizer_steps(reader.manifest.optimizer_steps)
-        _restore_random_state(engine.world, reader)
+        if "cpu" in random_state:
+            torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state:
+            torch.cuda.set_rng_state(random_state["cuda"], engine.world.device)
         engine.stage_step = reader.manifest.state.stage_step
     engine.partition.publish()
-    return read_state(path)
+    return state
 
 
-def _why_not(engine: Engine, path: Path) -> str | None:
-    try:
-        with CheckpointReader(path) as reader:
-            manifest = reader.manifest
-    except CheckpointError as error:
-        return str(error)
+def _why_not(engine: Engine, reader: CheckpointReader) -> str | None:
+    """Why this rank cannot resume from the checkpoint; None if it can."""
+    path, manifest = reader.path, reader.manifest
     differences = list(_differences(manifest, engine.model))
     if differences:
         return f"{path} is a checkpoint of another model: {_first(differences)}"
@@ -127,7 +136,23 @@ def _why_not(engine: Engine, path: Path) -> str | None:
             f"{path} was saved with {saved}, stage {engine.stage.name!r} now has {here}; put stages.*.optimizer "
             "and stages.*.ema back, or begin a new stage with the change (it takes weights only)"
         )
+    if lacking := list(_lacking(engine, reader)):
+        return f"{path} does not hold everything that stage {manifest.stage!r} needs to go on: {_first(lacking)}"
     return None
+
+
+def _lacking(engine: Engine, reader: CheckpointReader) -> Iterator[str]:
+    """What the engine keeps on this rank and the checkpoint does not hold in that form."""
+    for owned in engine.partition.owned(whole=True):
+        for kind in (reader.weights_kind(owned.name), *owned.moments):
+            if not reader.holds(owned.name, kind):
+                yield f"{owned.name}|{kind} is missing"
+    for key, values in engine.partition.whole_state().items():
+        if (shape := reader.whole_shape(key)) != tuple(values.shape):
+            yield f"{key} is {'missing' if shape is None else list(shape)}, expected {list(values.shape)}"
+    scaler, saved = engine.loss_scaler_state(), reader.manifest.loss_scaler
+    if scaler is not None and saved is not None and scaler.keys() != saved.keys():
+        yield f"the state of the loss scaler has {sorted(saved)}, expected {sorted(scaler)}"
 
 
 def _beside(optimizer: str, ema: bool) -> str:
@@ -185,18 +210,27 @@ def fill_frozen(
 
 def _load_buffers(model: nn.Module, reader: CheckpointReader) -> None:
     for name, values in persistent_buffers(model).items():
-        if reader.manifest.buffers.get(name) == tuple(values.shape):
-            values.copy_(reader.buffer(name))
+        values.copy_(reader.buffer(name))
 
 
-def _restore_random_state(world: World, reader: CheckpointReader) -> None:
+def _random_state(world: World, reader: CheckpointReader) -> dict[str, Tensor]:
+    """States of this rank's generators by device type; none for a rank that did not exist when it was saved.
+
+    Raises:
+        CheckpointError: torch does not accept one of them.
+    """
     if world.rank >= len(reader.notes):
-        return  # A rank that did not exist keeps the seed it was started with.
-    states = reader.notes[world.rank].random_state
-    torch.set_rng_state(torch.tensor(list(bytes.fromhex(states["cpu"])), dtype=torch.uint8))
-    if world.device.type == "cuda" and "cuda" in states:
-        state = torch.tensor(list(bytes.fromhex(states["cuda"])), dtype=torch.uint8)
-        torch.cuda.set_rng_state(state, world.device)
+        return {}  # This rank keeps the seed that it was started with.
+    saved, states = reader.notes[world.rank].random_state, {}
+    for device in ("cpu", "cuda") if world.device.type == "cuda" and "cuda" in saved else ("cpu",):
+        try:
+            states[device] = torch.tensor(list(bytes.fromhex(saved[device])), dtype=torch.uint8)
+            torch.Generator(device).set_state(states[device])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{reader.path}: the random state of rank {world.rank} ({device}) is not one of torch's: {error!r}"
+            ) from error
+    return states
 
 
 def _differences(manifest: Manifest, model: nn.Module) -> Iterator[str]:
@@ -209,11 +243,19 @@ def _differences(manifest: Manifest, model: nn.Module) -> Iterator[str]:
             yield f"{name} is only in the checkpoint"
         elif tuple(table[name]["shape"]) != manifest.parameters[name].shape:
             yield f"{name} is {list(manifest.parameters[name].shape)} in the checkpoint, {table[name]['shape']} here"
+    here = {name: tuple(values.shape) for name, values in persistent_buffers(model).items()}
+    for name in here.keys() | manifest.buffers.keys():
+        if name not in manifest.buffers:
+            yield f"the buffer {name} is only in the model"
+        elif name not in here:
+            yield f"the buffer {name} is only in the checkpoint"
+        elif here[name] != manifest.buffers[name]:
+            yield f"the buffer {name} is {list(manifest.buffers[name])} in the checkpoint, {list(here[name])} here"
     if tied_names(model) != manifest.tied:
         yield f"tied parameters are {manifest.tied} in the checkpoint, {tied_names(model)} here"
-    saved, here = manifest.model_config_values, model_config_values(model)
-    if saved is not None and here is not None:
-        yield from _config_differences("model", saved, here)
+    saved, values = manifest.model_config_values, model_config_values(model)
+    if saved is not None and values is not None:
+        yield from _config_differences("model", saved, values)
 
 
 def _config_differences(path: str, saved: Any, here: Any) -> Iterator[str]:

@@ -6,12 +6,14 @@
         rank-00000.json          of each of them range, format, place and CRC-32; the loader's lanes, random state
         manifest.json            written last: everything that is true of the whole, and the CRC-32 of every file
 
-A folder with this name is whole; while it is being written it is called ``step-00000123.partial``. The manifest begins
-with its own CRC-32, so no byte of a checkpoint is without one.
+A folder with this name is whole. While it is being written it is called ``step-00000123.partial``; a checkpoint that
+was refused is renamed to ``step-00000123.damaged``. The manifest begins with its own CRC-32, so every byte of a
+checkpoint is covered by one.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +25,16 @@ from zlib_ng.zlib_ng import crc32
 from data_pipeline.errors import StateError
 from data_pipeline.state import LoaderState
 from data_pipeline.strict import StrictConfig
+from mmscale.durable.files import open_regular
 from mmscale.errors import CheckpointError
 from mmscale.models.config import AnyModelConfig, read_model_config
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
-_FOLDER = re.compile(r"step-(\d{8,})")
+DAMAGED = ".damaged"
+_FOLDER = re.compile(r"step-([0-9]{8,})")
+_SET_ASIDE = re.compile(rf"step-[0-9]{{8,}}{re.escape(DAMAGED)}(-[0-9]+)?")
 _SEAL = re.compile(rb'\{"crc32":"([0-9a-f]{8})",\n')
 _MOST_JSON_BYTES = 1 << 30
 """A larger file of JSON is not read; a million parameters take a tenth of it."""
@@ -38,6 +43,11 @@ _MOST_JSON_BYTES = 1 << 30
 def folder_name(step: int) -> str:
     """Name of the checkpoint after ``step`` optimizer steps."""
     return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step that the name of a checkpoint's folder says."""
+    return int(path.name.partition("-")[2])
 
 
 def rank_files(rank: int) -> tuple[str, str]:
@@ -169,8 +179,34 @@ def read_manifest(path: Path) -> Manifest:
     """Reads and checks the manifest of the checkpoint folder ``path``.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or another format wrote it.
+        CheckpointError: there is none, it is damaged, another format wrote it, or the folder has the name of another
+            step.
     """
+    manifest = _read_manifest(path)
+    if (problem := _misnamed(path, manifest)) is not None:
+        raise CheckpointError(problem)
+    return manifest
+
+
+def misnamed(path: Path) -> str | None:
+    """Why ``path`` does not count as the checkpoint that its name says, although its manifest is good; else None."""
+    try:
+        return _misnamed(path, _read_manifest(path))
+    except CheckpointError:
+        return None
+
+
+def _misnamed(path: Path, manifest: Manifest) -> str | None:
+    step = manifest.state.step
+    if _FOLDER.fullmatch(path.name) is None or step_of(path) == step:
+        return None  # A folder with a name of the user's own may hold any step.
+    return (
+        f"{path} holds the checkpoint of step {step}: the folder was copied or renamed, and it does not count as a "
+        f"checkpoint of this run; remove it, or name it {folder_name(step)} if there is no such folder"
+    )
+
+
+def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
         text = _read_json(file)
@@ -230,14 +266,17 @@ def read_notes(path: Path, rank: int) -> RankNotes:
     file = path / rank_files(rank)[1]
     try:
         return RankNotes.model_validate_json(_read_json(file))
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{file} is damaged: {error.errors()[0]['msg']}") from error
 
 
 def _read_json(file: Path) -> bytes:
-    if file.stat().st_size > _MOST_JSON_BYTES:
-        raise CheckpointError(f"{file} is larger than {_MOST_JSON_BYTES} bytes: no checkpoint has such a file")
-    return file.read_bytes()
+    with open_regular(file) as opened:
+        if os.fstat(opened.fileno()).st_size > _MOST_JSON_BYTES:
+            raise CheckpointError(f"{file} is larger than {_MOST_JSON_BYTES} bytes: no checkpoint has such a file")
+        return opened.readall()
 
 
 def missing_or_cut(path: Path, manifest: Manifest) -> str | None:
@@ -261,11 +300,21 @@ def is_whole(path: Path) -> bool:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Folders that are named like checkpoints, oldest step first; half-written ones have another name."""
+    """Folders that are named like checkpoints, oldest step first.
+
+    Half-written folders and those that were set aside have other names.
+    """
     if not directory.is_dir():
         return []
-    found = [(int(match[1]), p) for p in directory.iterdir() if (match := _FOLDER.fullmatch(p.name)) and p.is_dir()]
-    return [path for _, path in sorted(found)]
+    found = [p for p in directory.iterdir() if _FOLDER.fullmatch(p.name) and p.name == folder_name(step_of(p))]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def list_set_aside(directory: Path) -> list[Path]:
+    """Folders of refused checkpoints that were set aside, by name."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if _SET_ASIDE.fullmatch(path.name) and path.is_dir())
 
 
 def find_latest(directory: Path) -> Path | None:
@@ -283,8 +332,10 @@ def checkpoints_of(path: Path) -> list[Path]:
         return [path]
     found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not found:
+        damaged = list_set_aside(path / "checkpoints") or list_set_aside(path)
         raise CheckpointError(
             f"{path} has no checkpoints; give a run folder, its checkpoints folder, or one checkpoint"
+            + (f" (damaged ones were set aside: {', '.join(folder.name for folder in damaged)})" if damaged else "")
         )
     return found
 

@@ -7,6 +7,7 @@ rank 1                 |--------------)      -> the overlaps are copied, a gap i
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmscale.checkpoint.manifest import Manifest, missing_or_cut, rank_files, read_manifest, read_notes
-from mmscale.dist import World, first_complaint
-from mmscale.durable.files import checksum_of, crc32_of
-from mmscale.errors import CheckpointError
+from mmscale.checkpoint.contents import content_problems
+from mmscale.checkpoint.manifest import Manifest, missing_or_cut, rank_files, read_manifest, read_notes, read_state
+from mmscale.dist import World, first_complaint, highest
+from mmscale.durable.files import checksum_of, crc32_of, require_regular
+from mmscale.errors import CheckpointError, DamagedError
 from mmscale.hf.tensor_file import FORMAT_NAMES
+
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
+"""Errors of a file that is missing or no regular file. Others (no permission, an error of the disk) may pass."""
+_GOOD, _UNREADABLE, _DAMAGED = 0.0, 1.0, 2.0
+"""Verdicts of the ranks; the highest decides."""
 
 
 class CheckpointReader:
@@ -101,6 +108,19 @@ class CheckpointReader:
                 f"{self.path}: {key} has {filled} of the values {start}:{stop}; the checkpoint is damaged"
             )
 
+    def holds(self, name: str, kind: str) -> bool:
+        """Whether any values of a stored parameter are kept in this kind; ``gaps`` finds those that are missing."""
+        return f"{name}|{kind}" in self._ranges
+
+    def whole_shape(self, key: str) -> tuple[int, ...] | None:
+        """Shape of a tensor that rank 0 wrote whole; None if there is none.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        entry = self.notes[0].tensors.get(key)
+        return None if entry is None or not entry.whole else tuple(self._read(0, key, None, None).shape)
+
     def buffer(self, name: str) -> Tensor:
         """A buffer, whole.
 
@@ -136,7 +156,8 @@ class CheckpointReader:
             kinds.setdefault(name, []).append(kind)
         for name, entry in self.manifest.parameters.items():
             size = math.prod(entry.shape)
-            for kind in {self.weights_kind(name), *kinds.get(name, [])} if size else ():
+            averaged = ["ema"] if self.manifest.ema and entry.trained else []
+            for kind in {self.weights_kind(name), *averaged, *kinds.get(name, [])} if size else ():
                 reached = 0
                 for start, stop, _ in sorted(self._ranges.get(f"{name}|{kind}", [])):
                     if start != reached:
@@ -147,27 +168,53 @@ class CheckpointReader:
 
 
 def verify(path: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint: sizes, checksums, ranges. An empty list means it is good."""
+    """Everything that is wrong with a checkpoint; an empty list means it is good.
+
+    Checks sizes, checksums, that headers, notes and manifest agree, that all values are finite, ranges, and that the
+    position in the data can be read.
+    """
     try:
         manifest = read_manifest(path)
+        ranks = range(manifest.world_size)
+        problems = [problem for rank in ranks for problem in rank_problems(path, manifest, rank)]
+        if not problems:
+            with CheckpointReader(path) as reader:
+                problems.extend(reader.gaps())
+            read_state(path)
     except CheckpointError as error:
         return [str(error)]
-    problems = [problem for name in manifest.files if (problem := file_problem(path, manifest, name)) is not None]
-    if not problems:
-        with CheckpointReader(path) as reader:
-            problems.extend(reader.gaps())
     return problems
 
 
+def rank_problems(path: Path, manifest: Manifest, rank: int) -> Iterator[str]:
+    """What is wrong with the two files of one rank, both read in full: first their bytes, then what they say."""
+    problems = [problem for name in rank_files(rank) if (problem := file_problem(path, manifest, name)) is not None]
+    yield from problems
+    if problems:
+        return
+    try:
+        yield from content_problems(path, manifest, rank)
+    except (OSError, ValueError, SafetensorError) as error:
+        yield f"{rank_files(rank)[0]}: {error}"
+
+
 def file_problem(path: Path, manifest: Manifest, name: str) -> str | None:
-    """What is wrong with the bytes of one file, and of which tensors; None if nothing is. Reads all of it."""
+    """What is wrong with the bytes of one file, and of which tensors; None if nothing is. Reads all of it.
+
+    Raises:
+        CheckpointError: the file is there, but it cannot be read (no permission, an error of the disk).
+    """
     entry = manifest.files[name]
     try:
-        size, checksum = (path / name).stat().st_size, crc32_of(path / name)
+        require_regular(path / name)
+        size = (path / name).stat().st_size
+        if size != entry.bytes:
+            return f"{name}: {size} bytes, {entry.bytes} were written"
+        checksum = crc32_of(path / name)
     except OSError as error:
+        if error.errno not in _GONE:
+            raise CheckpointError(f"{path / name} cannot be read: {error.strerror}") from error
         return f"{name}: {error.strerror}"
-    if size != entry.bytes:
-        return f"{name}: {size} bytes, {entry.bytes} were written"
     if checksum == entry.crc32:
         return None
     damaged = ", ".join(_damaged_tensors(path, manifest, name))
@@ -183,6 +230,8 @@ def _damaged_tensors(path: Path, manifest: Manifest, name: str) -> Iterator[str]
         notes = read_notes(path, rank)
     except CheckpointError:
         return
+    if not notes.tensors or not manifest.files[name].bytes:
+        return
     ends = [*[entry.offset for entry in notes.tensors.values()][1:], manifest.files[name].bytes]
     data = np.memmap(path / name, np.uint8, "r")
     for (key, entry), end in zip(notes.tensors.items(), ends, strict=True):
@@ -193,26 +242,31 @@ def _damaged_tensors(path: Path, manifest: Manifest, name: str) -> Iterator[str]
 def verify_together(world: World, path: Path) -> None:
     """Reads every byte of a checkpoint, each rank some files, before anything is taken from it. All ranks must call.
 
+    Finds what ``verify`` finds.
+
     Raises:
-        CheckpointError: something is wrong with it; on every rank, with the same words.
+        DamagedError: something is wrong with it; on every rank, with the same words.
+        CheckpointError: it cannot be read, by all ranks or by some of them; likewise.
     """
-    complaint = None
+    complaint, verdict = None, _GOOD
     try:
         manifest = read_manifest(path)
-        mine = [
-            name for number, name in enumerate(sorted(manifest.files)) if number // 2 % world.world_size == world.rank
-        ]
-        complaint = next(filter(None, (file_problem(path, manifest, name) for name in mine)), None)
+        mine = range(world.rank, manifest.world_size, world.world_size)
+        problems = (problem for rank in mine for problem in rank_problems(path, manifest, rank))
+        complaint = next(problems, None)
         if complaint is None and world.is_main:
             with CheckpointReader(path) as reader:
                 complaint = next(reader.gaps(), None)
+            read_state(path)
         if complaint is not None:
-            complaint = f"{path} is damaged: {complaint}"
+            complaint, verdict = f"{path} is damaged: {complaint}", _DAMAGED
     except CheckpointError as error:
-        complaint = str(error)
+        complaint, verdict = str(error), _DAMAGED
+        if isinstance(cause := error.__cause__, OSError) and not (world.is_main and cause.errno in _GONE):
+            verdict = _UNREADABLE  # A file that only another rank does not see is not gone.
     heard = first_complaint(world, complaint)
     if heard is not None:
-        raise CheckpointError(heard)
+        raise DamagedError(heard) if highest(world, verdict) == _DAMAGED else CheckpointError(heard)
 
 
 def whole_parameter(reader: CheckpointReader, name: str, *, ema: bool = False) -> Tensor:

@@ -54,7 +54,10 @@ class Resampled(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What ``warm_start`` did, by parameter name; each parameter of model and checkpoint is in exactly one list.
+    """What ``warm_start`` did, by name; each parameter of model and checkpoint is in exactly one list.
+
+    Persistent buffers (the biases of routers) are listed only if they were not copied: under ``missing``, ``unused`` or
+    ``mismatched``.
 
     Attributes:
         loaded: Taken from the checkpoint as they are.
@@ -76,7 +79,7 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether model and checkpoint hold the same parameters, and all were taken as they are."""
+        """Whether model and checkpoint hold the same parameters and buffers, and all were taken as they are."""
         return not (self.missing or self.unused or self.mismatched or self.resized or self.resampled or self.left)
 
     @property
@@ -190,6 +193,12 @@ def match(model: nn.Module, manifest: Manifest, components: Collection[str] | No
         else:
             found["mismatched"].append(name)
     found["unused"] = [name for name in manifest.parameters if name not in used]
+    for name, values in _buffers(model, components).items():
+        if name not in manifest.buffers:
+            found["missing"].append(name)
+        elif manifest.buffers[name] != tuple(values.shape):
+            found["mismatched"].append(name)
+    found["unused"] += [name for name in manifest.buffers if name not in persistent_buffers(model)]
     return LoadReport(**{name: tuple(names) for name, names in found.items()})
 
 

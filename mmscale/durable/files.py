@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +104,24 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(leftover)
 
 
+def set_aside(path: Path, suffix: str) -> Path:
+    """Renames a folder to the first free name of ``NAMEsuffix``, ``NAMEsuffix-2``, ``NAMEsuffix-3``, ...
+
+    Returns:
+        The new path. No earlier folder is replaced.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    number, new = 1, path.with_name(path.name + suffix)
+    while os.path.lexists(new):
+        number += 1
+        new = path.with_name(f"{path.name}{suffix}-{number}")
+    path.rename(new)
+    sync_folder(path.parent)
+    return new
+
+
 def sync_folder(path: Path) -> None:
     """Makes the names in a folder durable."""
     handle = os.open(path, os.O_RDONLY)
@@ -118,14 +139,38 @@ def checksum_of(value: memoryview) -> int:
     return checksum
 
 
+def open_regular(path: Path) -> FileIO:
+    """Opens a regular file for reading, without a buffer.
+
+    A FIFO, a device, a socket or a folder is refused at once: opening or reading one may block for ever. Symbolic links
+    are followed, and what they lead to must be a regular file.
+
+    Raises:
+        OSError: there is none, it is no regular file (``errno.EINVAL``), or it cannot be opened.
+    """
+    require_regular(path)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # Does not block if the file was exchanged for a FIFO.
+    return FileIO(handle, "rb")
+
+
+def require_regular(path: Path) -> None:
+    """For files that a library opens by itself; see ``open_regular``.
+
+    Raises:
+        OSError: there is none, or it is no regular file (``errno.EINVAL``).
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def crc32_of(path: Path) -> int:
-    """CRC-32 of a file.
+    """CRC-32 of a regular file.
 
     Raises:
         OSError: it cannot be read.
     """
     checksum = 0
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             checksum = crc32(chunk, checksum)
     return checksum

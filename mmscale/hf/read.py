@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mmscale.durable.files import require_regular
 from mmscale.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -123,6 +124,7 @@ def _listing(path: Path) -> dict[str, set[str] | None]:
 
 def _open(file: Path) -> Any:
     try:
+        require_regular(file)
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error
@@ -130,6 +132,7 @@ def _open(file: Path) -> Any:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
+        require_regular(file)
         if file.stat().st_size > _MOST_JSON_BYTES:
             raise CheckpointError(f"{file} is larger than {_MOST_JSON_BYTES} bytes: not what it is called")
         values = json.loads(file.read_bytes())

@@ -1,4 +1,4 @@
-"""The safetensors format, as far as writing it goes.
+"""The header of a safetensors file, written and read.
 
 header length (8 bytes) | header (JSON) | values of tensor 0 | of tensor 1 | ...
 """
@@ -8,8 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+from mmscale.durable.files import open_regular
+
+_MOST_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
 
 FORMAT_NAMES = {
     torch.float64: "F64",
@@ -36,3 +43,40 @@ def file_header(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+class HeaderEntry(NamedTuple):
+    """A tensor as the header of its file describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """First byte, in the file."""
+    stop: int
+    """One past the last."""
+
+
+def read_header(path: Path) -> dict[str, HeaderEntry]:
+    """The tensors that the header of a safetensors file lists, by name. Reads no values.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not begin with such a header.
+    """
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MOST_HEADER_BYTES:
+            raise ValueError(f"{path.name}: no safetensors file: its header would have {length} bytes")
+        text = file.read(length)
+    try:
+        listed = {key: entry for key, entry in json.loads(text).items() if key != "__metadata__"}
+        return {
+            key: HeaderEntry(
+                str(entry["dtype"]),
+                tuple(int(size) for size in entry["shape"]),
+                *(8 + length + int(place) for place in entry["data_offsets"]),
+            )
+            for key, entry in listed.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path.name}: the safetensors header is damaged: {error!r}") from error

@@ -25,6 +25,7 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.read import INDEX
 from mmscale.models.build import build_model
 from mmscale.run_config import RunConfig
+from tests.checkpoint.made import rewrite
 from tests.engine.ranks import ROOT, run_ranks
 
 CONFIG = "tests/system/tiny.yaml"
@@ -76,8 +77,10 @@ def test_a_run_imported_by_command_equals_our_own_checkpoint(
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert command(capsys, "verify", run) == {"checkpoints": {path.name: []}}
-    shutil.copytree(path, path.with_name("step-00000001"))
-    shutil.copytree(path, cut := path.with_name("step-00000003"))
+    for step in (1, 3):
+        copy = shutil.copytree(path, tmp_path / "copy")
+        rewrite(copy, manifest=lambda values, step=step: values["state"].update(step=step))
+        cut = copy.rename(path.with_name(f"step-0000000{step}"))
     (cut / "rank-00001.json").unlink()
     first, second, third = command(capsys, "list", run)["checkpoints"]
     assert [row["newest_whole"] for row in (first, second, third)] == [False, True, False]
@@ -145,19 +148,28 @@ def test_a_damaged_checkpoint_is_not_exported(folder: Path, tmp_path: Path) -> N
 
 
 def saved_by_two(path: Path, averaged: bool) -> Path:
-    """A checkpoint of two ranks, cut in the middle of the trained parameter, with averages in both or only in one."""
+    """A checkpoint of two ranks, cut in the middle of the trained parameter ``w``.
+
+    Without ``averaged`` only another trained parameter has an average.
+    """
     path.mkdir()
     weights, average = torch.arange(6.0), 100 + torch.arange(6.0)
     files = {}
     for rank, (start, stop) in enumerate(((0, 4), (4, 6))):
         pieces = [Piece("w|master", start, weights[start:stop])]
-        pieces += [Piece("w|ema", start, average[start:stop])] if averaged else [Piece("x|ema", 0, average)]
+        if averaged:
+            pieces.append(Piece("w|ema", start, average[start:stop]))
+        elif rank == 0:
+            pieces += [Piece("x|master", 0, average), Piece("x|ema", 0, average)]
         if rank == 0:
             pieces.append(Piece("still|frozen", 0, torch.ones(3).bfloat16()))
             pieces.append(Piece("count|buffer", 0, torch.tensor([7]), whole=True))
         share = RankShare.of(rank, pieces, None, {})
         written = write_share(path, share.names, share.header, share.notes, share.bytes_of())
         files |= {name: file._asdict() for name, file in zip(share.names, written, strict=True)}
+    parameters: dict[str, Any] = {"w": {"shape": [2, 3], "trained": True}, "still": {"shape": [3], "trained": False}}
+    if not averaged:
+        parameters["x"] = {"shape": [6], "trained": True}
     manifest = Manifest.model_validate(
         {
             "format": FORMAT,
@@ -167,7 +179,7 @@ def saved_by_two(path: Path, averaged: bool) -> Path:
             "zero_stage": 3,
             "precision": "bf16",
             "optimizer_steps": 1,
-            "parameters": {"w": {"shape": [2, 3], "trained": True}, "still": {"shape": [3], "trained": False}},
+            "parameters": parameters,
             "buffers": {"count": (1,)},
             "tied": {},
             "model_config_values": None,
@@ -187,4 +199,4 @@ def test_averaged_weights_are_exported_where_there_are_any(tmp_path: Path) -> No
     assert not report.configured
     assert not (tmp_path / "out" / "config.json").exists()
     with pytest.raises(CheckpointError, match="averaged weights, but none of w"):
-        export_weights(saved_by_two(tmp_path / "step-00000002", averaged=False), tmp_path / "other", weights="ema")
+        export_weights(saved_by_two(tmp_path / "without", averaged=False), tmp_path / "other", weights="ema")

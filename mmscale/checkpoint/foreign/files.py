@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from mmscale.durable.files import require_regular
 from mmscale.errors import CheckpointError
 
 
@@ -112,6 +113,7 @@ def _refuse_inflated(path: Path, value: Any) -> None:
 def _named_classes(path: Path) -> set[str]:
     """Classes and functions that the pickle would call, read off it without running it."""
     try:
+        require_regular(path)
         with zipfile.ZipFile(path) as archive:
             size = path.stat().st_size
             for entry in archive.infolist():

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mmscale.checkpoint.contents import count_non_finite
 from mmscale.checkpoint.foreign.match import first
 from mmscale.checkpoint.manifest import FORMAT, MANIFEST, PARTIAL, FileEntry, Manifest, folder_name, seal
 from mmscale.checkpoint.reshard import verify
@@ -29,11 +30,18 @@ def new_share(rank: int, pieces: list[Piece], source: Path) -> RankShare:
     """The share of a rank that has never run: no position in the data, a generator that nobody has used yet.
 
     Raises:
-        CheckpointError: our checkpoints do not store the number format of a piece.
+        CheckpointError: our checkpoints do not store the number format of a piece, or values are NaN or infinite.
     """
     odd = [f"{key} ({values.dtype})" for key, _, values, _ in pieces if values.dtype not in FORMAT_NAMES]
     if odd:
         raise CheckpointError(f"{source}: our checkpoints do not store the number formats of {first(odd)}")
+    bad = [
+        f"{key} ({count} of {values.numel()})"
+        for key, _, values, _ in pieces
+        if isinstance(values, Tensor) and (count := count_non_finite(values))
+    ]
+    if bad:
+        raise CheckpointError(f"{source} holds values that are NaN or infinite: {first(bad)}; nothing was written")
     fresh = bytes(torch.Generator().get_state().tolist()).hex()
     return RankShare.of(rank, pieces, None, {"cpu": fresh})
 

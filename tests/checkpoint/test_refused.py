@@ -1,0 +1,212 @@
+"""Checkpoints whose checksums are right and whose content is not: refused by ``verify`` and by whoever loads them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import socket
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmscale.checkpoint import load_weights, read_manifest, verify
+from mmscale.checkpoint.contents import count_non_finite
+from mmscale.checkpoint.export import export_weights
+from mmscale.checkpoint.foreign import import_checkpoint, import_folder
+from mmscale.checkpoint.manifest import MANIFEST
+from mmscale.checkpoint.reshard import verify_together
+from mmscale.checkpoint.warm_start import match
+from mmscale.cli.main import main
+from mmscale.errors import CheckpointError, DamagedError
+from mmscale.hf.read import CONFIG
+from tests.checkpoint.made import ALONE, NOTES, TENSORS, make, put, rewrite
+from tests.checkpoint.test_foreign_files import model_states, optim_states, write
+from tests.engine.ranks import run_ranks
+from tests.engine.toy import ToyModel, toy_model
+from tests.hf.test_folders import folder, tensors
+
+pytestmark = pytest.mark.fault
+
+WEIGHT = "decoder.blocks.0.up.weight|master"
+
+
+def answers(path: Path) -> list[str]:
+    """What ``verify`` says first, after the same is heard from all who read the checkpoint."""
+    problems = verify(path)
+    assert problems
+    with pytest.raises(DamagedError) as together:
+        verify_together(ALONE, path)
+    assert str(together.value).endswith(problems[0])
+    model = ToyModel()
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as loading:
+        load_weights(model, path)
+    assert str(loading.value).endswith(problems[0])
+    assert all(torch.equal(before[name], values) for name, values in model.state_dict().items())
+    return problems
+
+
+def swap(header: dict[str, Any]) -> None:
+    """Two tensors of one size change places."""
+    first, second = header[WEIGHT], header[WEIGHT.replace("blocks.0", "blocks.1")]
+    first["data_offsets"], second["data_offsets"] = second["data_offsets"], first["data_offsets"]
+
+
+def rename(tensors: dict[str, Any]) -> None:
+    tensors["other|master"] = tensors.pop(WEIGHT)
+
+
+CHANGES: dict[str, tuple[dict[str, Callable[[dict[str, Any]], object]], str]] = {
+    "number format": (
+        {"header": lambda h: h[WEIGHT].update(dtype="I32")},
+        "format I32 in the header, F32 in the notes",
+    ),
+    "shape": ({"header": lambda h: h[WEIGHT].update(shape=[36, 12])}, r"shape \[36, 12\] in the header, \[432\] by"),
+    "place": ({"header": swap}, "bytes .* in the header; the notes say 432 values from byte"),
+    "name": ({"header": rename}, "is only in the notes"),
+    "both names": ({"header": rename, "notes": lambda n: rename(n["tensors"])}, "lists no such parameter"),
+    "rank": ({"notes": lambda n: n.update(rank=1)}, "notes of rank 1"),
+    "no buffers": ({"manifest": lambda m: m["buffers"].clear()}, "lists no such buffer"),
+    "one more buffer": ({"manifest": lambda m: m["buffers"].update(more=(2,))}, r"more\|buffer is missing"),
+    "shape of a buffer": ({"manifest": lambda m: m["buffers"].update(counts=(1, 3))}, r"\[3\] in the header, \[1, 3\]"),
+    "averages": ({"manifest": lambda m: m.update(ema=True)}, r"\|ema: the ranks' ranges do not cover"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_header_notes_and_manifest_must_agree(tmp_path: Path, change: str) -> None:
+    path = make(tmp_path)
+    assert verify(path) == []
+    changes, said = CHANGES[change]
+    rewrite(path, **changes)
+    problems = answers(path)
+    assert re.search(said, "\n".join(problems)), problems
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", [WEIGHT, WEIGHT.replace("master", "exp_avg_sq"), "counts|buffer"])
+def test_values_that_are_not_finite_are_named_and_counted(tmp_path: Path, key: str, value: float) -> None:
+    path = make(tmp_path)
+    for place in (0, 2):
+        put(path, key, place, value)
+    (problem,) = answers(path)
+    assert f"{key} has 2 values of" in problem
+    assert "NaN or infinite" in problem
+    with pytest.raises(CheckpointError, match=r"was not exported: .* has 2 values"):
+        export_weights(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_non_finite_values_are_counted_in_every_format(dtype: torch.dtype) -> None:
+    values = torch.zeros(3, 4, dtype=dtype)
+    assert count_non_finite(values) == 0
+    assert count_non_finite(torch.full_like(values, torch.finfo(dtype).max)) == 0
+    values[0, 0], values[2, 3], values[1, 1] = math.nan, math.inf, -math.inf
+    assert count_non_finite(values.T) == 3
+    assert count_non_finite(values[:0]) == count_non_finite(torch.zeros((), dtype=torch.int64)) == 0
+
+
+def test_an_import_finds_values_that_are_not_finite(tmp_path: Path) -> None:
+    values = tensors()
+    values["model.norm.weight"][3] = math.nan
+    with pytest.raises(CheckpointError, match=r"NaN or infinite: decoder\.norm\.weight\|frozen \(1 of 8\)"):
+        import_folder(folder(tmp_path / "hf", values), tmp_path / "run")
+    weight = OrderedDict(weight=torch.arange(6.0).view(2, 3))
+    state = optim_states()
+    state["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg"][2] = math.inf
+    source = write(tmp_path / "deepspeed", model_states(module=weight), state)
+    with pytest.raises(CheckpointError, match=r"NaN or infinite: weight\|exp_avg \(1 of 6\)"):
+        import_checkpoint(source, tmp_path / "run")
+    assert list(tmp_path.glob("run/*")) == []
+
+
+def test_buffers_must_be_those_of_the_model(tmp_path: Path) -> None:
+    """A checkpoint that is consistent but lacks a buffer that the model has (a router's bias), or the reverse."""
+    model = toy_model()
+    del model._buffers["counts"]
+    without = make(tmp_path, model=model)
+    assert verify(without) == []
+    with pytest.raises(CheckpointError, match="another model: the buffer counts is only in the model"):
+        load_weights(ToyModel(), without)
+    whole = make(tmp_path / "whole")
+    with pytest.raises(CheckpointError, match="another model: the buffer counts is only in the checkpoint"):
+        load_weights(model, whole)
+    # A warm start takes what fits, and names what does not.
+    report = match(ToyModel(), read_manifest(without))
+    assert (report.missing, report.unused, report.complete) == (("counts",), (), False)
+    assert str(report).endswith("not in the checkpoint, unchanged: counts")
+    report = match(model, read_manifest(whole))
+    assert (report.missing, report.unused, report.complete) == ((), ("counts",), False)
+    assert match(ToyModel(), read_manifest(whole)).complete
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def unix_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        os.chdir(path.parent)  # The name of a socket may have 108 bytes.
+        made.bind(path.name)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("place", [fifo, device, unix_socket, Path.mkdir])
+def test_a_member_that_is_no_file_does_not_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Callable[[Path], object]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = make(tmp_path)
+    for name in (TENSORS, NOTES, MANIFEST):
+        path = shutil.copytree(good, tmp_path / name.replace(".", "-"))
+        (path / name).unlink()
+        place(path / name)
+        assert "not a regular file" in answers(path)[0]
+        assert name in answers(path)[0]
+        assert main(["checkpoint", "verify", str(path)]) == 1
+    assert "not a regular file" in "".join(capsys.readouterr().out.split("\n"))
+
+
+@pytest.mark.timeout(60)
+def test_an_import_does_not_block_on_a_fifo(tmp_path: Path) -> None:
+    source = folder(tmp_path / "hf")
+    (source / CONFIG).unlink()
+    os.mkfifo(source / CONFIG)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        import_folder(source, tmp_path / "run")
+    source = write(tmp_path / "deepspeed", model_states(), optim_states())
+    (file,) = source.glob("*_optim_states.pt")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        import_checkpoint(source, tmp_path / "run")
+
+
+def test_a_link_to_a_regular_file_is_one(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    (path / TENSORS).rename(tmp_path / "elsewhere")
+    (path / TENSORS).symlink_to(tmp_path / "elsewhere")
+    assert verify(path) == []
+
+
+@pytest.mark.dist
+def test_an_engine_is_left_alone_by_a_checkpoint_that_lacks_something(tmp_path: Path) -> None:
+    """Everything is compared with the engine before its first value changes, and both ranks say the same."""
+    for rank in run_ranks("tests.checkpoint.refused_programs:refused", 2, {"folder": str(tmp_path)}):
+        said = rank["said"]
+        assert rank["changed"] == []
+        assert "decoder.blocks.0.up.weight|exp_avg is missing" in said["moments"]
+        assert "the buffer counts is only in the model" in said["buffers"]
+        assert "random state of rank 1 (cpu)" in said["random state"]
+        assert "data position is damaged" in said["loader"]
