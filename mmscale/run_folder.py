@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mmscale.checkpoint import TrainState, read_manifest
 from mmscale.config import Loaded, dump
 from mmscale.dist import World, first_complaint
-from mmscale.errors import MMScaleError
+from mmscale.errors import ConfigError, MMScaleError
 from mmscale.report.configuration import save_origins
 from mmscale.report.result import RESULT_FILE, write_whole
 from mmscale.run_config import RunConfig
@@ -58,6 +59,38 @@ def is_finished(config: RunConfig) -> bool:
         return int(json.loads(path.read_text())["steps"]) >= config.total_steps
     except (ValueError, KeyError, TypeError) as error:
         raise MMScaleError(f"{path} is damaged ({error}); remove it to let the run finish again") from error
+
+
+def check_position(config: RunConfig, state: TrainState, path: Path) -> None:
+    """Checks that the stages of the configuration lead to the place where a checkpoint was saved.
+
+    Args:
+        config: Of the run that is to go on.
+        state: Of the checkpoint.
+        path: The checkpoint, for messages.
+
+    Raises:
+        ConfigError: the checkpoint's stage is missing, or stages have other lengths than when it was saved.
+    """
+    index, names = state.stage_index, [stage.name for stage in config.stages]
+    if index >= len(names):
+        raise ConfigError(
+            f"{path} was saved in stage {index} ({read_manifest(path).stage!r}), but the configuration has "
+            f"{len(names)} stage{'s' * (len(names) != 1)}: {names}; put stages.{index} back to go on, or give another "
+            f"run_dir and take the weights with stages.0.weights=[{{checkpoint: {path}}}]"
+        )
+    begin, now = state.step - state.stage_step, sum(stage.steps for stage in config.stages[:index])
+    if begin != now:
+        raise ConfigError(
+            f"{path} was saved in stage {index}, which began after {begin} steps; by stages.*.steps of the "
+            f"configuration it begins after {now}; put the steps of {names[:index]} back"
+        )
+    steps = config.stages[index].steps
+    if state.stage_step > steps and state.step < config.total_steps:
+        raise ConfigError(
+            f"stages.{index}.steps={steps}: {path} is already {state.stage_step} steps into stage {names[index]!r}; "
+            f"set stages.{index}.steps={state.stage_step} to begin the next stage"
+        )
 
 
 def _write(loaded: Loaded[RunConfig]) -> None:

@@ -52,7 +52,7 @@ from mmscale.nn.init import initialise_
 from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig, check_files, check_world
-from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, is_finished, open_run_folder
+from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, check_position, is_finished, open_run_folder
 from mmscale.stage_teachers import check_teachers, note_teachers, open_teachers
 from mmscale.stage_weights import check_stage_weights, take_stage_weights
 
@@ -137,6 +137,8 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
 def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog, profile: bool) -> Outcome:
     bad_steps = BadSteps(config, world)
     latest, state = bad_steps.checkpoint, bad_steps.state
+    if latest:
+        check_position(config, state, latest)
     check_stage_weights(config, world, state)
     check_teachers(config, world, state)
     ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
