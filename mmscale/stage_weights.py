@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mmscale.checkpoint import LoadReport, TrainState, warm_start
-from mmscale.checkpoint.manifest import folder_name, missing_or_cut, newest_of, read_manifest
+from mmscale.checkpoint.manifest import folder_name, missing_or_cut, newest_of, read_manifest, step_of
 from mmscale.checkpoint.warm_start import cannot_give
 from mmscale.dist import World, first_complaint, sum_float
 from mmscale.engine.engine import Engine
@@ -89,7 +89,7 @@ def agreed_newest(world: World, source: Path) -> Path:
         raise CheckpointError(heard)
     if newest == source:
         return source
-    step = sum_float(world, [float(newest.name.partition("-")[2]) if world.is_main else 0.0])[0]
+    step = sum_float(world, [float(step_of(newest)) if world.is_main else 0.0])[0]
     return newest.parent / folder_name(int(step))
 
 

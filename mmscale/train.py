@@ -27,6 +27,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from mmscale import checkpoint
 from mmscale.bad_steps import BadSteps, RolledBack
 from mmscale.checkpoint import TrainState
+from mmscale.checkpoint.manifest import folder_name
 from mmscale.config import Loaded
 from mmscale.dist import World, gather_rows, init_distributed, shutdown, sum_float
 from mmscale.engine.construct import construct
@@ -159,7 +160,7 @@ def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog,
                 state, stopped = _train_stage(run, engine, state)
                 if stopped:
                     return Outcome.STOPPED
-                latest = checkpoint.find_latest(config.run_dir / CHECKPOINTS)
+                latest = config.run_dir / CHECKPOINTS / folder_name(state.step)  # Saved just now, or resumed from.
                 if state.step >= config.total_steps:
                     with watchdog.during("evaluation"):
                         finish(config, engine, state, log)

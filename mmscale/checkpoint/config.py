@@ -25,8 +25,8 @@ class CheckpointConfig(StrictConfig):
     """If a save is due while the one before is still being written: ``wait`` for it, or ``skip`` the new one. At the
     end of a stage, and when the run is told to stop, it always waits."""
     on_damage: Literal["stop", "previous"] = "stop"
-    """If the newest checkpoint turns out to be damaged: ``stop`` with its name and what is wrong, or go on from the
-    ``previous`` good one."""
+    """If the newest checkpoint is damaged: ``stop`` with its name and the reason, or rename it (``step-N.damaged``) and
+    continue from the ``previous`` good one."""
 
     def due(self, step: int) -> bool:
         """Whether to save after ``step`` steps of the run."""

@@ -14,14 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.checkpoint.config import CheckpointConfig
-from mmscale.checkpoint.manifest import Manifest, TrainState, list_checkpoints, read_state
+from mmscale.checkpoint.manifest import (
+    DAMAGED,
+    Manifest,
+    TrainState,
+    folder_name,
+    list_checkpoints,
+    misnamed,
+    read_state,
+    step_of,
+)
 from mmscale.checkpoint.reshard import CheckpointReader, verify, verify_together, whole_parameter
 from mmscale.checkpoint.save import model_config_values, tied_names
 from mmscale.checkpoint.share import persistent_buffers
-from mmscale.dist import World, first_complaint
+from mmscale.dist import World, first_complaint, sum_float
+from mmscale.durable.files import set_aside
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import frozen_ranges, parameter_table
-from mmscale.errors import CheckpointError
+from mmscale.errors import CheckpointError, DamagedError
 
 _SHOWN = 3
 
@@ -35,28 +45,67 @@ def choose(
 ) -> Path | None:
     """The newest checkpoint, every byte of it checked; None if there is none. All ranks must call.
 
+    With ``on_damage=previous`` rank 0 renames each damaged checkpoint to ``step-N.damaged``. Its step can then be saved
+    again, and retention no longer counts it.
+
     Args:
         world: This rank.
-        directory: ``checkpoints`` folder of the run, seen by all ranks.
-        config: Whether an older one may do where the newest is damaged.
-        note: Told of every checkpoint that is passed over for its damage.
-        passes: Asked first, the same on all ranks; others are as if they were not there.
+        directory: ``checkpoints`` folder of the run, seen by all ranks. Rank 0 lists it for all.
+        config: Whether to stop at a damaged checkpoint or to try the one before it.
+        note: Receives a line about each checkpoint that is not taken.
+        passes: Called on rank 0; checkpoints for which it returns False are ignored.
 
     Raises:
-        CheckpointError: it is damaged, and the configuration does not allow an older one.
+        CheckpointError: the newest checkpoint is damaged and ``on_damage`` is ``stop``; one cannot be read; or all
+            folders there hold another step than their name says.
     """
-    for path in filter(passes, reversed(list_checkpoints(directory))):
+    candidates, strays = _candidates(world, directory, passes)
+    for stray in strays:
+        note(f"passed over: {stray}")
+    for path in candidates:
         try:
             verify_together(world, path)
-        except CheckpointError as error:
+        except DamagedError as error:
             if config.on_damage == "stop":
-                raise CheckpointError(
+                raise DamagedError(
                     f"{error}; to go on from the checkpoint before it, set checkpoint.on_damage=previous"
                 ) from error
             note(f"passed over: {error}")
+            _set_aside(world, path, note)
             continue
         return path
+    if (heard := first_complaint(world, next(iter(strays), None))) is not None:
+        raise CheckpointError(heard)
+    if candidates:
+        note(f"no checkpoint is left in {directory}: the run begins again at its first step")
     return None
+
+
+def _candidates(world: World, directory: Path, passes: Callable[[Path], bool]) -> tuple[list[Path], list[str]]:
+    """Rank 0's checkpoints, newest first, for all ranks; on rank 0 also sentences about folders with a wrong name."""
+    steps: list[float] = []
+    strays = []
+    for path in filter(passes, reversed(list_checkpoints(directory)) if world.is_main else ()):
+        if (problem := misnamed(path)) is not None:
+            strays.append(problem)
+        else:
+            steps.append(float(step_of(path)))
+    count = int(sum_float(world, [float(len(steps))])[0])
+    agreed = sum_float(world, steps if world.is_main else [0.0] * count)
+    return [directory / folder_name(int(step)) for step in agreed], strays
+
+
+def _set_aside(world: World, path: Path, note: Callable[[str], None]) -> None:
+    """Renames a damaged checkpoint on rank 0. All ranks must call."""
+    complaint = None
+    if world.is_main:
+        try:
+            note(f"{path} is set aside as {set_aside(path, DAMAGED).name}; remove it when you no longer need it")
+        except OSError as error:
+            complaint = f"{path} is damaged and cannot be renamed: {error.strerror}"
+    heard = first_complaint(world, complaint)
+    if heard is not None:
+        raise CheckpointError(heard)
 
 
 def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:

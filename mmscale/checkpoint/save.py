@@ -21,6 +21,7 @@ import torch
 from data_pipeline.strict import StrictConfig
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.manifest import (
+    DAMAGED,
     FORMAT,
     MANIFEST,
     PARTIAL,
@@ -35,10 +36,11 @@ from mmscale.checkpoint.manifest import (
     rank_files,
     read_manifest,
     seal,
+    step_of,
 )
 from mmscale.checkpoint.share import persistent_buffers, share_of
 from mmscale.dist import World, first_complaint, sum_float
-from mmscale.durable.files import Written, publish, write_share
+from mmscale.durable.files import Written, publish, set_aside, write_share
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
@@ -169,8 +171,8 @@ def _prepare(place: Place) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(leftover)
-    if place.final.exists():  # Damaged: it is replaced.
-        shutil.rmtree(place.final)
+    if place.final.exists():  # Not whole, or of another step; it may hold something that its owner needs.
+        set_aside(place.final, DAMAGED)
     place.partial.mkdir()
 
 
@@ -238,15 +240,11 @@ def to_remove(newest: Path, keep: CheckpointConfig | None) -> list[Path]:
     older = [path for path in list_checkpoints(newest.parent) if path != newest]
     whole = [path for path in older if is_whole(path)]
     kept = set(whole[len(whole) - keep.keep_last + 1 :] if keep.keep_last > 1 else [])
-    oldest_kept = min([newest, *kept], key=_step_of)
+    oldest_kept = min([newest, *kept], key=step_of)
     return [
         path
         for path in older
         if path not in kept
-        and _step_of(path) < _step_of(oldest_kept)
-        and (keep.keep_every is None or _step_of(path) % keep.keep_every)
+        and step_of(path) < step_of(oldest_kept)
+        and (keep.keep_every is None or step_of(path) % keep.keep_every)
     ]
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.partition("-")[2])

@@ -54,13 +54,20 @@ class Names(str, Enum):
 def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
     """List checkpoints, oldest first: step, stage, ranks, size, age, and whether all files are there.
 
-    The newest whole one is what a run goes on from.
+    A run continues from the newest whole one. Damaged checkpoints that a run has set aside (step-N.damaged) come last.
     """
-    from mmscale.checkpoint.manifest import MANIFEST, checkpoints_of, missing_or_cut, read_manifest
+    from mmscale.checkpoint.manifest import (
+        MANIFEST,
+        checkpoints_of,
+        list_set_aside,
+        missing_or_cut,
+        read_manifest,
+    )
     from mmscale.errors import CheckpointError
 
     rows: list[dict[str, object]] = []
-    for folder in checkpoints_of(path):
+    folders = checkpoints_of(path)
+    for folder in folders:
         try:
             manifest = read_manifest(folder)
         except CheckpointError as error:
@@ -83,6 +90,16 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
     whole = [row for row in rows if row["whole"]]
     for row in rows:
         row["newest_whole"] = row is (whole[-1] if whole else None)
+    if folders != [path]:
+        rows += [
+            {
+                "name": folder.name,
+                "whole": False,
+                "set_aside": True,
+                "problem": f"refused by a run; `mmscale checkpoint verify {folder}` says why",
+            }
+            for folder in list_set_aside(folders[0].parent)
+        ]
     if json:
         emit({"checkpoints": rows}, json=True)
         return
@@ -92,7 +109,11 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
 
 @app.command(epilog="Example: mmscale checkpoint verify runs/quickstart")
 def verify(path: Path = _FOLDER, json: bool = _JSON) -> None:
-    """Read every byte: sizes, checksums, and that the ranks' ranges cover each parameter. Exit code 1 if not good."""
+    """Read every byte and check it. Exit code 1 if a checkpoint is not good.
+
+    Checks sizes and checksums, that headers and manifest agree, that no value is NaN or infinite, and that the ranks'
+    ranges cover each parameter. Checkpoints that were set aside are read only if PATH names one.
+    """
     from mmscale.checkpoint.manifest import checkpoints_of
     from mmscale.checkpoint.reshard import verify as find_problems
     from mmscale.cli.console import progress
