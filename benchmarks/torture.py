@@ -120,19 +120,24 @@ def _kill(process: subprocess.Popen[bytes], way: str, draw: random.Random, tally
     process.wait()
 
 
-def _family(group: int) -> tuple[list[int], list[int]]:
+def _family(launcher: int) -> tuple[list[int], list[int]]:
     """Ranks and checkpoint writers of a launched run."""
-    ranks, writers = [], []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            text = path.read_bytes().replace(b"\0", b" ")
-            number = int(path.parent.name)
-            if os.getpgid(number) == group or os.getsid(number) == group:
-                if b"mmscale.durable.process" in text:
-                    writers.append(number)
-                elif b"launchers.rank" in text:
-                    ranks.append(number)
-    return ranks, writers
+    ranks = _children(launcher)
+    below = [number for rank in ranks for number in _children(rank)]
+    return ranks, [number for number in below if b"mmscale.durable.process" in _command(number)]
+
+
+def _children(process: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        lists = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/children")]
+        return [int(number) for text in lists for number in text.split()]
+    return []
+
+
+def _command(process: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    return b""
 
 
 def largest_difference(one: Path, other: Path) -> float:

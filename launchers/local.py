@@ -1,32 +1,36 @@
-"""Several ranks on this machine, under torchrun in its one-node mode.
+"""Several ranks on this machine: each is a child process of the launcher.
 
-Signals go from here straight to the ranks, not through torchrun: it would kill them 30 seconds after the first one,
-finished saving or not, and it dies of SIGUSR1.
+    launcher --> python -m mmscale.cli.main WORDS    once a rank, with its RANK and the store's port in the environment
+
+torchrun is not used: its stores listen on all interfaces and unpickle what they receive. The ranks' store
+listens on a loopback socket, which the launcher opens and rank 0 inherits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
 from launchers import EXIT_FINISHED, EXIT_HUNG, EXIT_STOPPED
-from launchers.rank import die_with_parent, log_path
 from mmscale.errors import LaunchError
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _POLL_SECONDS = 0.1
-_LAST_WORDS_SECONDS = 5.0
-"""For the other ranks, after the first was ended by its watchdog. torchrun would give a stopped process 30 more."""
+_GRACE_SECONDS = 10.0
+"""Between SIGTERM and SIGKILL for the other ranks after one has failed."""
 _TAIL_LINES = 15
+_PR_SET_PDEATHSIG = 1
 COMMAND_LINE = "mmscale.cli.main"
 
 
@@ -41,148 +45,165 @@ def launch(
     Args:
         words: The command line of each rank, without ``mmscale``.
         ranks: Number of processes, at least 1.
-        run_dir: Words of ranks other than 0 go to ``logs/rank-N.log`` in it, torchrun's own to ``logs/torchrun.log``.
-        module: Where the ranks' ``main(words)`` is.
+        run_dir: Ranks other than 0 write their output to ``logs/rank-N.log`` in it.
+        module: The module that each rank runs with ``python -m``.
         stdout: Descriptor for what rank 0 prints; None for our own standard output.
 
     Returns:
         0 if all ranks finished, 75 if they saved and stopped on a signal, 76 if a rank's watchdog ended the run, 130
-        after a second Ctrl-C, else the exit code of the rank that failed first.
+        after a second Ctrl-C, 1 if a rank was killed, else the exit code of the rank that failed first.
 
     Raises:
-        LaunchError: ``ranks`` is below 1, or the log folder cannot be made.
+        LaunchError: The log folder cannot be made, or there is no loopback interface.
     """
-    if ranks < 1:
-        raise LaunchError(f"--ranks {ranks}: a run needs at least one rank")
     logs = run_dir / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LaunchError(f"{logs}: the log folder cannot be made: {error.strerror}") from None
-    with tempfile.TemporaryDirectory(prefix="mmscale-launch-") as control:
-        return _Launch(words, ranks, logs, Path(control), module, stdout).run()
+    try:
+        listener = socket.create_server(("127.0.0.1", 0))
+    except OSError as error:
+        raise LaunchError(f"127.0.0.1: no socket for the ranks to meet at: {error.strerror}") from None
+    return _Launch(words, ranks, logs, module, stdout).run(listener)
 
 
 class _Launch:
-    """One run of torchrun and the signals that reach it."""
+    """The ranks of one run and the signals that reach it."""
 
-    def __init__(
-        self, words: Sequence[str], ranks: int, logs: Path, control: Path, module: str, stdout: int | None
-    ) -> None:
-        self.words = words
-        self.ranks = ranks
+    def __init__(self, words: Sequence[str], ranks: int, logs: Path, module: str, stdout: int | None) -> None:
+        self.command = [sys.executable, "-m", module, *words]
+        self.world_size = ranks
         self.logs = logs
-        self.control = control
-        self.module = module
         self.stdout = stdout
         self.received: list[signal.Signals] = []
-        self.delivered = [0] * ranks
+        self.delivered = 0
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.codes: dict[int, int] = {}  # In the order of their ends; a thread for each rank writes.
 
-    def run(self) -> int:
+    def run(self, listener: socket.socket) -> int:
         previous = {number: signal.signal(number, self._note) for number in _FORWARDED}
+        threads = []
         try:
-            process = self._start()
-            try:
-                while process.poll() is None:
-                    self._forward()
-                    if self.received.count(signal.SIGINT) > 1:
-                        return 130
-                    if self._is_hung():
-                        break
-                    time.sleep(_POLL_SECONDS)
-            finally:
-                self._sweep(process)
+            with listener:
+                for rank in range(self.world_size):
+                    self._start(rank, listener)
+            # After the last fork: a forked child of a process with threads may find a lock taken.
+            threads = [
+                threading.Thread(target=self._watch, args=(rank,), daemon=True) for rank in range(self.world_size)
+            ]
+            for thread in threads:
+                thread.start()
+            return self._wait()
         finally:
+            for process in self.processes:
+                _send(-process.pid, signal.SIGKILL)  # Each rank is the head of a process group.
+            for thread in threads:
+                thread.join(_GRACE_SECONDS)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        return self._outcome(process.returncode)
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"),
-            *(f"--nproc-per-node={self.ranks}", "--max-restarts=0", "-m", "launchers.rank"),
-            *(str(self.control), str(self.logs.resolve()), self.module, *self.words),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        with open(self.logs / "torchrun.log", "ab") as log:
-            # stdin carries the terminal down to rank 0: see launchers.rank.redirect.
-            return subprocess.Popen(
-                command, env=environment, stdin=2, stdout=self.stdout, stderr=log, preexec_fn=_detach
+    def _start(self, rank: int, listener: socket.socket) -> None:
+        variables = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(listener.getsockname()[1]),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            **({"MMSCALE_LISTENER": str(listener.fileno())} if rank == 0 else {}),
+        }
+        with contextlib.ExitStack() as files:
+            log = None if rank == 0 else files.enter_context(open(self._log(rank), "ab"))
+            process = subprocess.Popen(
+                self.command,
+                env={**os.environ, **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=log or self.stdout,
+                stderr=log,
+                pass_fds=[listener.fileno()] if rank == 0 else [],
+                # A session of its own: Ctrl-C in a terminal reaches the ranks once, through the launcher.
+                start_new_session=True,
+                preexec_fn=_die_with_parent(),
             )
+        self.processes.append(process)
+
+    def _watch(self, rank: int) -> None:
+        self.codes[rank] = self.processes[rank].wait()
+
+    def _wait(self) -> int:
+        """Waits for the ranks and passes signals on; returns the launcher's exit code."""
+        deadline = float("inf")
+        while len(self.codes) < self.world_size and time.monotonic() < deadline:
+            self._forward()
+            if self.received.count(signal.SIGINT) > 1:
+                return 130
+            if deadline == float("inf") and self._failed():
+                deadline = time.monotonic() + _GRACE_SECONDS
+                for process in self.processes:
+                    _send(process.pid, signal.SIGTERM)
+            time.sleep(_POLL_SECONDS)
+        return self._outcome()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received.append(signal.Signals(number))
 
-    def _pid(self, rank: int) -> int | None:
-        path = self.control / f"pid-{rank}"
-        return int(path.read_text()) if path.exists() else None
-
     def _forward(self) -> None:
-        """Passes on what a rank has not got yet; a rank that is still starting gets it once it has a number."""
-        for rank in range(self.ranks):
-            pid = self._pid(rank) if self.delivered[rank] < len(self.received) else None
-            if pid is None:
-                continue
-            for number in self.received[self.delivered[rank] :]:
-                _send(pid, number)
-            self.delivered[rank] = len(self.received)
+        for number in self.received[self.delivered :]:
+            self.delivered += 1
+            for process in self.processes:
+                _send(process.pid, number)
 
-    def _sweep(self, process: subprocess.Popen[bytes]) -> None:
-        """Leaves nothing running: the ranks, what they started, torchrun."""
-        for rank in range(self.ranks):
-            pid = self._pid(rank)
-            if pid is not None:
-                _send(-pid, signal.SIGKILL)  # torchrun made each rank the head of a process group.
-        process.kill()
-        process.wait()
+    def _failed(self) -> list[int]:
+        """The ranks that failed, in the order of their ends."""
+        return [rank for rank, code in list(self.codes.items()) if code not in (EXIT_FINISHED, EXIT_STOPPED)]
 
-    def _is_hung(self) -> bool:
-        """Whether a watchdog ended its rank and the others had time to say their last words."""
-        hung = [rank for rank in range(self.ranks) if self._code(rank) == EXIT_HUNG]
-        return bool(hung) and time.time() > min(map(self._time_of_end, hung)) + _LAST_WORDS_SECONDS
-
-    def _outcome(self, torchrun_code: int) -> int:
-        codes = [self._code(rank) for rank in range(self.ranks)]
-        if all(code in (EXIT_FINISHED, EXIT_STOPPED) for code in codes):
-            return EXIT_STOPPED if EXIT_STOPPED in codes else EXIT_FINISHED
-        failed = [rank for rank, code in enumerate(codes) if code not in (EXIT_FINISHED, EXIT_STOPPED)]
-        # The rank that hung was killed in the end; the one whose watchdog spoke knows more.
-        hung = [rank for rank in failed if codes[rank] == EXIT_HUNG]
-        first = min(hung or failed, key=self._time_of_end)
-        self._explain(first, codes[first])
-        code = codes[first]
-        if code is not None:
+    def _outcome(self) -> int:
+        failed = self._failed()
+        if not failed:
+            return EXIT_STOPPED if EXIT_STOPPED in self.codes.values() else EXIT_FINISHED
+        # A rank that somebody else killed, or that its watchdog ended, is the cause of its peers' errors.
+        ours = {-signal.SIGTERM, *(-number for number in self.received)}
+        killed = [rank for rank in failed if self.codes[rank] < 0 and self.codes[rank] not in ours]
+        hung = [rank for rank in failed if self.codes[rank] == EXIT_HUNG]
+        first = (killed or hung or failed)[0]
+        code = self.codes[first]
+        self._explain(first, code)
+        if code > 0:
             return code
-        if self.received:
-            return 128 + int(self.received[0])  # Stopped before there was anything to save.
-        return torchrun_code if torchrun_code > 0 else 1
+        # Without an exit code: stopped before there was anything to save, or killed.
+        return 128 + int(self.received[0]) if self.received else 1
 
-    def _code(self, rank: int) -> int | None:
-        """None: the rank was killed, or ended in a way that no Python code saw."""
-        path = self.control / f"exit-{rank}"
-        return int(path.read_text()) if path.exists() else None
-
-    def _time_of_end(self, rank: int) -> float:
-        # A killed rank left no code; what the others report is a consequence of that.
-        path = self.control / f"exit-{rank}"
-        return path.stat().st_mtime if path.exists() else 0.0
-
-    def _explain(self, rank: int, code: int | None) -> None:
-        what = "was killed" if code is None else f"ended with exit code {code}"
-        print(f"mmscale launch: rank {rank} {what}; the other ranks were ended", file=sys.stderr)
-        log = log_path(self.logs, rank)
-        if rank > 0 and log.exists():
-            print(f"last words in {log}:", file=sys.stderr)
+    def _explain(self, rank: int, code: int) -> None:
+        end = f"ended with exit code {code}"
+        if code < 0:
+            end = f"was killed by signal {-code} ({signal.Signals(-code).name})"
+        if code == -signal.SIGKILL:
+            end += ", as the kernel does when memory runs out"
+        print(f"mmscale launch: rank {rank} {end}; the other ranks were ended", file=sys.stderr)
+        if rank > 0:
+            log = self._log(rank)
+            print(f"the last lines of {log}:", file=sys.stderr)
             with open(log, encoding="utf-8", errors="replace") as lines:
                 sys.stderr.writelines(f"  {line.rstrip()}\n" for line in deque(lines, maxlen=_TAIL_LINES))
-        elif code is None:
-            print(f"torchrun's view is in {self.logs / 'torchrun.log'}", file=sys.stderr)
+
+    def _log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
 
 
-def _detach() -> None:
-    # Out of the terminal's process group, so that Ctrl-C reaches the ranks once, through us.
-    os.setpgid(0, 0)
-    die_with_parent()
+def _die_with_parent() -> Callable[[], None] | None:
+    """What a child runs before it becomes a rank: it asks the kernel for SIGKILL when the launcher ends. Linux only."""
+    if sys.platform != "linux":
+        return None
+    parent, prctl = os.getpid(), ctypes.CDLL(None, use_errno=True).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # The launcher ended before the kernel knew.
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return ask
 
 
 def _send(pid: int, number: int) -> None:

@@ -1,6 +1,6 @@
 """Processes: who am I, who are the others, and the few small words exchanged between us.
 
-For: joining a run started by torchrun, by ``srun``, or by nothing at all; sums, votes and complaints that every rank
+For: joining a run started by a launcher, by ``srun``, or by nothing at all; sums, votes and complaints that every rank
 must agree on. Not for: gradients and weights (DeepSpeed moves those).
 
 Words travel over gloo on the host even when the weights travel over NCCL, so a vote never waits for the device.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -24,7 +25,11 @@ from torch import Tensor
 
 from mmscale.errors import EngineError, LaunchError
 
+LISTENER_VARIABLE = "MMSCALE_LISTENER"
+"""Number of an inherited socket that listens at MASTER_PORT; rank 0 serves the store on it."""
+
 _COMPLAINT_BYTES = 1024
+_LOOPBACK = "127.0.0.1"
 
 
 class DistributedSettings(Protocol):
@@ -64,8 +69,9 @@ class World:
 
 
 def init_distributed(settings: DistributedSettings) -> World:
-    """Joins the run. Reads torchrun's variables or SLURM's; without either the run is this process alone.
+    """Joins the run. Reads a launcher's variables or SLURM's; without either the run is this process alone.
 
+    If all ranks are on this machine, this process listens on the loopback interface only.
     Sets one torch thread per rank where several CPU ranks share a machine, unless ``OMP_NUM_THREADS`` says otherwise.
 
     Raises:
@@ -145,12 +151,11 @@ def _map_launcher_variables() -> bool:
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
         tasks = int(env["SLURM_STEP_NUM_TASKS"])
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=str(tasks), LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
-        if "MASTER_ADDR" not in env:
-            if int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1"))) > 1:
-                raise LaunchError(
-                    "several nodes but no MASTER_ADDR: export the address of the first node in the script"
-                )
-            env["MASTER_ADDR"] = "127.0.0.1"
+        nodes = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES"))
+        if nodes == "1" or (nodes is None and "MASTER_ADDR" not in env):
+            env.update(LOCAL_WORLD_SIZE=str(tasks), MASTER_ADDR=_LOOPBACK)
+        elif "MASTER_ADDR" not in env:
+            raise LaunchError("several nodes but no MASTER_ADDR: export the address of the first node in the script")
         env.setdefault("MASTER_PORT", str(20_000 + int(env.get("SLURM_JOB_ID", "0")) % 20_000))
         return tasks > 1
     env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -164,16 +169,50 @@ def _join(
     if device_type == "cuda":
         options["device_id"] = device
     backend = "nccl" if device_type == "cuda" else "gloo"
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_ADDR", _LOOPBACK)
     os.environ.setdefault("MASTER_PORT", "29500")  # Read by DeepSpeed; no port is opened for a run of one process.
-    if launched:
-        try:
-            torch_dist.init_process_group(backend, init_method="env://", **options)
-        except (RuntimeError, ValueError, socket.gaierror) as error:
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise LaunchError(f"rank {rank} of {world_size} could not join the run at {address}: {error}") from error
-    else:
+    one_machine = _is_one_machine()
+    if one_machine:
+        _stay_on_loopback()
+    if not launched:
         torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, **options)
+        return
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        # torchrun serves a store itself; across machines torch's own store listens on all interfaces.
+        if one_machine and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+            store = _loopback_store(rank, world_size, timeout)
+            torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
+        else:
+            torch_dist.init_process_group(backend, init_method="env://", **options)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise LaunchError(f"rank {rank} of {world_size} could not join the run at {address}: {error}") from error
+
+
+def _is_one_machine() -> bool:
+    """Whether all ranks are on this machine, as far as the launcher's variables say."""
+    env = os.environ
+    if env["WORLD_SIZE"] == "1":
+        return True
+    if "LOCAL_WORLD_SIZE" in env:
+        return env["LOCAL_WORLD_SIZE"] == env["WORLD_SIZE"]
+    return env["MASTER_ADDR"] in (_LOOPBACK, "localhost", "::1")
+
+
+def _stay_on_loopback() -> None:
+    """Makes gloo and NCCL listen on loopback, also where the shell names the interface for runs across machines."""
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=f"={loopback}")
+
+
+def _loopback_store(rank: int, world_size: int, timeout: timedelta) -> torch_dist.TCPStore:
+    """A store on loopback. torch's ``env://`` cannot make it: its server listens on all interfaces."""
+    port = int(os.environ["MASTER_PORT"])
+    listener = None
+    if rank == 0:
+        inherited = os.environ.pop(LISTENER_VARIABLE, None)
+        listener = int(inherited) if inherited else socket.create_server((_LOOPBACK, port)).detach()
+    return torch_dist.TCPStore(_LOOPBACK, port, world_size, rank == 0, timeout, master_listen_fd=listener)
 
 
 def sum_float(world: World, values: Sequence[float]) -> list[float]:

@@ -34,7 +34,7 @@ def local(
         False, "--profile", help="Record a few steps (metrics.profile_steps) of each rank as a trace in RUN/profile."
     ),
 ) -> None:
-    """Train on several ranks of this machine (torchrun), resuming if the run folder holds a checkpoint.
+    """Train on several ranks of this machine, resuming if the run folder holds a checkpoint.
 
     Exit code 0: finished. 75: saved and stopped on a signal; the same command goes on. 76: a rank hung, and the
     watchdog ended the run. A second Ctrl-C kills.

@@ -35,8 +35,6 @@ from data_pipeline.strict import StrictConfig
 
 EXIT_HUNG = 76
 """Exit code of a run that its watchdog ended."""
-EXIT_FILE_VARIABLE = "MMSCALE_EXIT_FILE"
-"""Where a launcher wants the exit code of a process that ends without coming back to it."""
 HEARTBEATS = "heartbeats"
 _VERDICT = "verdict.json"
 _TORCH, _DEEPSPEED = "/torch/distributed/distributed_c10d.py", "/deepspeed/comm/"
@@ -235,12 +233,6 @@ class Watchdog:
 
 def _leave() -> None:
     """Ends the process from a thread: the main one cannot be interrupted while it waits in a collective."""
-    target = os.environ.get(EXIT_FILE_VARIABLE)
-    if target:
-        with contextlib.suppress(OSError):
-            path = Path(target)
-            path.with_suffix(".part").write_text(str(EXIT_HUNG))
-            path.with_suffix(".part").rename(path)
     os._exit(EXIT_HUNG)
 
 

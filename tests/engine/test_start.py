@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmscale.dist import World, _map_launcher_variables, first_complaint, sum_float
+from mmscale.dist import World, _is_one_machine, _map_launcher_variables, first_complaint, sum_float
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config
 from mmscale.engine.partition import share
@@ -36,6 +36,28 @@ def test_slurm_variables_are_mapped_inside_a_step_only(environment: dict[str, st
     environment.update(SLURM, MASTER_ADDR="10.0.0.1")
     assert _map_launcher_variables()
     assert [environment[name] for name in VARIABLES] == ["3", "4", "1", "10.0.0.1", "20077"]
+
+
+def test_ranks_of_one_slurm_node_meet_on_loopback(environment: dict[str, str]) -> None:
+    environment.update(SLURM, SLURM_STEP_NUM_NODES="1", MASTER_ADDR="10.0.0.1")
+    assert _map_launcher_variables()
+    assert environment["MASTER_ADDR"] == "127.0.0.1"
+    assert _is_one_machine()
+
+
+@pytest.mark.parametrize(
+    ("variables", "one"),
+    [
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node1"}, True),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, False),
+        ({"WORLD_SIZE": "4", "MASTER_ADDR": "localhost"}, True),
+        ({"WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1"}, False),
+        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1"}, True),
+    ],
+)
+def test_which_variables_mean_one_machine(environment: dict[str, str], variables: dict[str, str], one: bool) -> None:
+    environment.update(variables)
+    assert _is_one_machine() is one
 
 
 def test_a_batch_script_is_no_step(environment: dict[str, str]) -> None:

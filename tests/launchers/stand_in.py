@@ -1,4 +1,4 @@
-"""Stands in for the command line in launcher tests: ``main(words)`` does what its words say, without torch."""
+"""Stands in for the command line in launcher tests: it does what its words say, without torch."""
 
 from __future__ import annotations
 
@@ -32,3 +32,7 @@ def main(words: list[str]) -> int:
     while "kill" in what and not received:
         time.sleep(0.05)
     return int(what.get(f"code{rank}", "0"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""torchrun for real, a stand-in for training: exit codes, signals, logs, and nothing left behind."""
+"""Real processes, a stand-in for training: exit codes, signals, logs, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -20,9 +20,11 @@ def pid_of_rank(run_dir: Path, rank: int) -> int:
             words, variables = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
         except OSError:
             continue
-        # torchrun has the same words behind its own, and the launcher's environment.
-        mine = b"launchers.rank" in words and b"torch.distributed.run" not in words
-        if mine and f"run_dir={run_dir}".encode() in words and b"RANK=%d" % rank in variables.split(b"\0"):
+        if (
+            b"mmscale.cli.main" in words
+            and f"run_dir={run_dir}".encode() in words
+            and b"RANK=%d" % rank in variables.split(b"\0")
+        ):
             found.append(int(path.name))
     return min(found)
 

@@ -1,0 +1,57 @@
+"""Runs on one machine listen on loopback only: a listening socket of training trusts whoever connects to it."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import MakeRun, kill_group
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def process_tree(root: int) -> list[int]:
+    children = [int(pid) for path in Path(f"/proc/{root}/task").glob("*/children") for pid in path.read_text().split()]
+    return [root, *(pid for child in children for pid in process_tree(child))]
+
+
+def listening(pids: list[int]) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """The addresses of the TCP sockets on which these processes accept connections."""
+    targets = {os.readlink(fd) for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = row.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in targets:
+                words = bytes.fromhex(fields[1].partition(":")[0])
+                # The kernel prints each 32-bit word in the machine's byte order.
+                octets = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
+                found.append(ipaddress.ip_address(octets))
+    return found
+
+
+def is_loopback(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_on_one_machine_listens_on_loopback_only(
+    make_run: MakeRun, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable of the shell, set for runs across nodes, does not open a run on one machine to the network."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    run = make_run("run", ranks, "max_steps=100000", "checkpoint.every_steps=100000", "data.workers=1")
+    process = run.start()
+    try:
+        run.wait_for_step(process, 2)
+        addresses = listening(process_tree(process.pid))
+    finally:
+        kill_group(process)
+    assert len(addresses) >= ranks, "each rank's gloo listens for its peers"
+    assert [str(address) for address in addresses if not is_loopback(address)] == []
