@@ -45,6 +45,12 @@ Entry = tuple[str, Members | SampleError | ShardError]
 """Key of a sample, and its members or why they could not be read."""
 
 
+def commands(patterns: Sequence[str]) -> list[str]:
+    """The shell commands among the sources of ``data.datasets.*.shards``, braces expanded."""
+    sources = (source for pattern in patterns for source in braceexpand(pattern))
+    return [source.removeprefix(PIPE) for source in sources if source.startswith(PIPE)]
+
+
 def expand_shards(patterns: Sequence[str]) -> tuple[str, ...]:
     """Sources of ``data.datasets.*.shards``, braces expanded: ``part-{000..099}.tar`` stands for a hundred.
 

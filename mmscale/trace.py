@@ -24,8 +24,8 @@ from data_pipeline.faults import Skipped
 from data_pipeline.ledger import Ledger, Row
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.replay import Replay
-from data_pipeline.shards.tar_stream import PIPE
 from data_pipeline.state import Drawn
+from data_pipeline.streamed import commands
 from data_pipeline.trace import Samples
 from data_pipeline.whereabouts import Whereabouts, draws_per_step
 from mmscale.checkpoint.roll_back import RollBack, in_force, read_roll_backs
@@ -229,9 +229,9 @@ class RunTrace:
 
         Behind a roll back the data are not those of the steps' numbers; it is a snapshot too.
         """
-        commands = [d.name for d in frame.data.datasets for shard in d.shards if shard.startswith(PIPE)]
-        if commands:
-            raise LedgerError(f"not written down, and a trace does not run the commands that {commands[0]} comes from")
+        piped = [dataset.name for dataset in frame.data.datasets if commands(dataset.shards)]
+        if piped:
+            raise LedgerError(f"not written down, and a trace does not run the commands that {piped[0]} comes from")
         snapshot = self.ledger.snapshot(step)
         spec, seed = frame.spec, self.config.seed
         entry = self._roll_back(step)

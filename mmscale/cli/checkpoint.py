@@ -251,16 +251,16 @@ def prune(
     What stays is what matters most: by the activations on --data, or else by the weights alone. The result has weights
     only, for a stage to begin with (stages.N.weights).
     """
-    from mmscale.config import load, load_tree
+    from mmscale.cli.run_file import load_run
+    from mmscale.config import load_tree
     from mmscale.config.layers import read_layers
     from mmscale.models.config import ModelConfig
     from mmscale.prune import Calibration, prune_checkpoint
-    from mmscale.run_config import RunConfig
     from mmscale.run_folder import CHECKPOINTS
 
     root = read_layers(model)
     target = load_tree(root.child("model") or root, ModelConfig, str(model))  # A run's file holds it under one key.
-    calibration = None if data is None else Calibration(load(data, [], RunConfig).value, batches)
+    calibration = None if data is None else Calibration(load_run(data, []).value, batches)
     report = prune_checkpoint(source, target, run / CHECKPOINTS, calibration)
     if json:
         emit(asdict(report), json=True)

@@ -35,6 +35,7 @@ def compare(
     runs are not repeated. Exit code 0: all runs are finished. 1: a run failed; the others went on. 75: asked to stop.
     """
     from launchers.local import launch
+    from mmscale.cli.run_file import check_commands
     from mmscale.compare import (
         check_comparison,
         plan_trials,
@@ -45,6 +46,8 @@ def compare(
     )
 
     comparison = read_comparison(config, overrides or [])
+    for variant in comparison.variants:
+        check_commands(variant.loaded)
     check_comparison(comparison, ranks)
     trials = plan_trials(comparison, lambda name: console.print(f"measured {name}"))
     if plan:

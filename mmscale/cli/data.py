@@ -127,10 +127,9 @@ def digest(
 ) -> None:
     """Print a line "step sha256" of each global batch: equal for every number of ranks and workers."""
     from data_pipeline.digest import digest as run
-    from mmscale.config import load
-    from mmscale.run_config import RunConfig
+    from mmscale.cli.run_file import load_run
 
-    value = load(config, overrides or [], RunConfig).value
+    value = load_run(config, overrides or []).value
     chosen = parse_range(steps, "--steps")
     if resume_world_size is not None and resume_at is None:
         raise typer.BadParameter("give the step with --resume-at", param_hint="--resume-world-size")

@@ -19,10 +19,16 @@ _OVERRIDES = typer.Argument(
 
 def _run_dir(config: Path, overrides: list[str]) -> Path:
     """Checks the configuration before anything starts, and says where the run lives."""
-    from mmscale.config import load
-    from mmscale.run_config import RunConfig
+    from mmscale.cli.run_file import load_run
 
-    return Path(load(config, overrides, RunConfig).value.run_dir)
+    return Path(load_run(config, overrides).value.run_dir)
+
+
+def _train_words(config: Path, overrides: list[str]) -> list[str]:
+    """The command line of each rank."""
+    from mmscale.cli.run_file import FLAG, allow_commands
+
+    return [*([FLAG] if allow_commands.get() else []), "train", str(config), *overrides]
 
 
 @app.command(epilog="Example: mmscale launch local configs/quickstart.yaml --ranks 2")
@@ -44,7 +50,7 @@ def local(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Rank 0 reads the same file and says the same.
         run_dir = _run_dir(config, overrides or [])
-    words = ["train", str(config), *(overrides or []), *(["--profile"] if profile else [])]
+    words = [*_train_words(config, overrides or []), *(["--profile"] if profile else [])]
     raise typer.Exit(launch(words, ranks, run_dir))
 
 
@@ -70,7 +76,7 @@ def slurm(
     from launchers.slurm import Job, render, submit
 
     job = Job(
-        words=("train", str(config), *(overrides or [])),
+        words=tuple(_train_words(config, overrides or [])),
         run_dir=_run_dir(config, overrides or []),
         nodes=nodes,
         gpus_per_node=gpus_per_node,

@@ -18,6 +18,7 @@ from typing import NoReturn, TextIO
 import typer
 
 from mmscale.cli.console import door, leave
+from mmscale.cli.run_file import ALLOW_COMMANDS, allow_commands
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ def _print_version(asked: bool) -> None:
 _VERSION = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
 
 
-def _root(version_: bool = _VERSION) -> None:
-    pass
+def _root(version_: bool = _VERSION, allowed: bool = ALLOW_COMMANDS) -> None:
+    allow_commands.set(allowed)
 
 
 def entry() -> NoReturn:

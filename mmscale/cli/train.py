@@ -28,10 +28,9 @@ def train(
     written. 75: asked to stop (SIGTERM, SIGUSR1, Ctrl-C, end of the SLURM job) and saved; the same command goes on.
     76: the watchdog ended a run in which nothing moved any more.
     """
-    from mmscale.config import load
-    from mmscale.run_config import RunConfig
+    from mmscale.cli.run_file import load_run
     from mmscale.train import Outcome
     from mmscale.train import train as run
 
-    if run(load(config, overrides or [], RunConfig), profile=profile) is Outcome.STOPPED:
+    if run(load_run(config, overrides or []), profile=profile) is Outcome.STOPPED:
         raise typer.Exit(STOPPED)

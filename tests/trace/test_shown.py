@@ -111,16 +111,21 @@ def test_samples_without_an_index_are_known_by_their_place(config: RunConfig, da
         list(trace.sample(shard, "000003"))
 
 
-def test_a_trace_runs_no_command_of_the_configuration(config: RunConfig, data: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", ["{0}", "{{{0},pipe:cat {1}}}"], ids=["plain", "in braces"])
+def test_a_trace_runs_no_command_of_the_configuration(
+    config: RunConfig, data: DataConfig, tmp_path: Path, pattern: str
+) -> None:
     tar, trail = Path(data.datasets[0].indexed).parent / "part-00000.tar", tmp_path / "trail"
-    fields = data.datasets[0].model_dump() | {"manifest": None, "shards": (f"pipe:touch {trail}; cat {tar}",)}
+    command = f"pipe:touch {trail}; cat {tar}"
+    shards = (pattern.format(command, tar.with_name("part-00001.tar")),)
+    fields = data.datasets[0].model_dump() | {"manifest": None, "shards": shards}
     one = data.model_copy(update={"datasets": (type(data.datasets[0]).model_validate(fields),), "lanes": 1})
     config = config.model_copy(update={"data": one})
     run = write(config, play(config)[:4])
     trail.unlink()
     assert main(["data", "trace", str(run), "--step", "2", "--html", str(tmp_path / "page.html")]) == 0
     assert main(["data", "trace", str(run), "--step", "8"]) == 1
-    assert main(["data", "trace", str(run), "--sample", f"{fields['shards'][0]}/#0"]) == 0
+    assert main(["data", "trace", str(run), "--sample", f"{command}/#0"]) == 0
     assert not trail.exists()
 
 

@@ -1,0 +1,69 @@
+"""The configuration of a run whose data a verb is about to read."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mmscale.config import Loaded
+    from mmscale.run_config import RunConfig
+
+FLAG = "--allow-commands"
+ALLOW_COMMANDS = typer.Option(
+    False, FLAG, help="Run the `pipe:` shell commands of a configuration that came with a run folder."
+)
+allow_commands: ContextVar[bool] = ContextVar("allow_commands", default=False)
+"""Whether ``--allow-commands`` is on the command line; ``mmscale.cli.main`` sets it."""
+_TRACES = ("checkpoints", "metrics.jsonl", "result.json", "ledger", "report.html")
+"""A folder with one of these beside its config.yaml is a run folder."""
+
+
+def load_run(path: Path, overrides: list[str]) -> Loaded[RunConfig]:
+    """Load the configuration of a run whose data the verb will read.
+
+    Raises:
+        ConfigError: it is wrong, or it would run a shell command that came with a run folder.
+    """
+    from mmscale.config import load
+    from mmscale.run_config import RunConfig
+
+    loaded = load(path, overrides, RunConfig)
+    check_commands(loaded)
+    return loaded
+
+
+def check_commands(loaded: Loaded[Any]) -> None:
+    """Refuse shell commands that came with a run folder, unless the command line has ``--allow-commands``.
+
+    A run folder is data that people pass on; its ``config.yaml`` must not run code on the reader's machine. Commands
+    in other files and in overrides are the user's own.
+
+    Raises:
+        ConfigError: names the first such command and its place.
+    """
+    from data_pipeline.streamed import commands
+    from mmscale.config import leaves
+    from mmscale.errors import ConfigError
+
+    if allow_commands.get():
+        return
+    for key, value in leaves(loaded.value):
+        name = ".".join(key)
+        found = commands(value) if "shards" in key and isinstance(value, list) else ()
+        origin = loaded.origins[name]
+        if found and origin.kind == "file" and _is_of_a_run(Path(origin.place.rpartition(":")[0])):
+            raise ConfigError(
+                f"{origin} {name}: this configuration came with a run folder and would run the shell command "
+                f"{found[0]!r}. If you trust it, call `mmscale {FLAG} ...`, or name a copy of the file elsewhere"
+            )
+
+
+def _is_of_a_run(path: Path) -> bool:
+    from mmscale.run_folder import CONFIG
+
+    folder = path.resolve().parent
+    return path.resolve().name == CONFIG and any((folder / name).exists() for name in _TRACES)
