@@ -10,4 +10,4 @@ EXIT_HUNG = 76
 """The watchdog of a rank ended a run in which nothing moved any more."""
 
 RESULT_FILE = "result.json"
-"""Written last into a run folder; a run that has one is finished."""
+"""Written last into a run folder; a run that ended with exit code 0 has one."""

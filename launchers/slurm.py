@@ -6,10 +6,13 @@ requeueing is submitting again.
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +24,12 @@ from launchers import EXIT_STOPPED, RESULT_FILE
 from mmscale.errors import LaunchError
 
 _TEMPLATE = "job.sbatch.jinja"
+_OWN_MARGIN_SECONDS = 120
+"""A run stops by itself this long before SLURM's end of the job."""
+_UNLIMITED = ("infinite", "unlimited", "-1")
+_DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
+_MINUTES = re.compile(r"(?:(\d+):(?=\d+:))?(\d+)(?::(\d+))?")
+_TIME_OPTION = re.compile(r"(?:--time(?:-min)?[= ]|-t[= ]?)\s*(.+)")
 _EXECUTABLE = (sys.executable, "-m", "mmscale.cli.main")
 
 
@@ -68,6 +77,37 @@ class Job:
             )
         if self.gpus_per_node and self.ranks_per_node not in (1, self.gpus_per_node):
             raise LaunchError("--ranks-per-node is for CPU runs; with GPUs there is one rank a GPU")
+        self._check_lines()
+        if self.time is not None:
+            self._check_time(f"--time {self.time}", self.time)
+        for option in self.extra:
+            if (match := _TIME_OPTION.fullmatch(option)) is not None:
+                self._check_time(f"--sbatch={option}", match[1])
+
+    def _check_lines(self) -> None:
+        """Refuses text that would end a line of the script: what follows would be read as another option or command."""
+        texts = [("run_dir", str(self.run_dir.resolve())), ("the current folder", str(Path.cwd()))]
+        texts += [("--time", self.time or ""), ("--partition", self.partition or ""), ("--account", self.account or "")]
+        texts += [("--sbatch", option) for option in self.extra] + [("--setup", line) for line in self.setup]
+        for name, text in texts:
+            if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in text):
+                raise LaunchError(f"{name} {text!r}: a line break or control character cannot stand in a batch script")
+        if "\\" in texts[0][1]:
+            raise LaunchError(
+                f"run_dir {texts[0][1]}: SLURM removes a backslash from the path of a log; rename the folder"
+            )
+        for option in self.extra:
+            if not option.startswith("-"):
+                raise LaunchError(f"--sbatch={option}: expected an option of sbatch, for example --sbatch=--qos=high")
+
+    def _check_time(self, name: str, time: str) -> None:
+        limit, margin = seconds_of(time), max(self.save_seconds, _OWN_MARGIN_SECONDS)
+        if limit is not None and limit <= margin:
+            raise LaunchError(
+                f"{name}: the limit is {limit} s, but the ranks save and stop {margin} s before the limit "
+                f"(--save-seconds {self.save_seconds}, and at least {_OWN_MARGIN_SECONDS} s): no step would run; "
+                "give a longer --time"
+            )
 
     @property
     def name(self) -> str:
@@ -89,11 +129,34 @@ class Job:
             "signal": f"USR1@{self.save_seconds}",
             "dependency": "singleton",
             "chdir": Path.cwd(),
-            "output": self.run_dir.resolve() / "logs" / "slurm-%j.log",
+            "output": f"{str(self.run_dir.resolve()).replace('%', '%%')}/logs/slurm-%j.log",
             "open-mode": "append",
         }
         lines = [f"--{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
         return [*lines, "--requeue" if self.requeue else "--no-requeue", *self.extra]
+
+
+def seconds_of(time: str) -> int | None:
+    """Return the seconds of a time limit in SLURM's notation, rounded up to whole minutes; None if it is unlimited.
+
+    The forms are ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours``, ``days-hours:minutes``,
+    ``days-hours:minutes:seconds``, ``infinite`` and ``unlimited``. Zero means no limit.
+
+    Raises:
+        LaunchError: it has another form.
+    """
+    if time.lower() in _UNLIMITED:
+        return None
+    if match := _DAYS.fullmatch(time):
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    elif match := _MINUTES.fullmatch(time):
+        days, (hours, minutes, seconds) = 0, (int(part or 0) for part in match.groups())
+    else:
+        raise LaunchError(
+            f"--time {time}: expected minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes "
+            "or days-hours:minutes:seconds, for example 4:00:00"
+        )
+    return 60 * math.ceil(((days * 24 + hours) * 60 + minutes) + seconds / 60) or None
 
 
 def render(job: Job) -> str:
@@ -106,7 +169,7 @@ def render(job: Job) -> str:
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     return environment.get_template(_TEMPLATE).render(
-        title=f"mmscale {shlex.join(job.words)}".replace("\n", " "),
+        title="".join(letter if letter.isprintable() else " " for letter in f"mmscale {shlex.join(job.words)}"),
         directives=job.directives(),
         run_dir=job.run_dir.resolve(),
         command=shlex.join([*job.executable, *job.words]),
@@ -132,7 +195,7 @@ def submit(job: Job) -> tuple[str, Path]:
     try:
         logs.mkdir(parents=True, exist_ok=True)  # SLURM drops a job silently whose log folder is missing.
         script = logs / "job.sbatch"
-        script.write_text(render(job), encoding="utf-8")
+        script.write_text(render(job), encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise LaunchError(f"{logs}: cannot be written: {error.strerror}") from None
     done = _call(["sbatch", "--parsable", str(script)])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launchers import slurm
-from launchers.slurm import Job, render, submit
+from launchers.slurm import Job, render, seconds_of, submit
 from mmscale.errors import LaunchError
 
 HERE = Path(__file__).parent
@@ -89,6 +89,122 @@ def test_requests_that_cannot_be(tmp_path: Path, changes: dict[str, int]) -> Non
         golden_job(tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("5", 300),
+        ("5:30", 360),
+        ("4:00:00", 14_400),
+        ("0:03:01", 240),
+        ("2-0", 172_800),
+        ("1-2:30", 95_400),
+        ("1-00:00:01", 86_460),
+        ("0", None),
+        ("UNLIMITED", None),
+        ("infinite", None),
+    ],
+)
+def test_time_limits_in_every_notation_of_slurm(text: str, seconds: int | None) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["soon", "4h", "1:2:3:4", "1-", "-5", ""])
+def test_no_time_limit(text: str) -> None:
+    with pytest.raises(LaunchError, match="expected minutes, minutes:seconds"):
+        seconds_of(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit", "margin"),
+    [
+        ({"time": "3"}, 180, 180),
+        ({"time": "2:00"}, 120, 180),
+        ({"time": "0:02:00", "save_seconds": 10}, 120, 120),
+        ({"time": "0-1", "save_seconds": 3600}, 3600, 3600),
+        ({"extra": ("--time=1",)}, 60, 180),
+        ({"extra": ("-t 1",)}, 60, 180),
+        ({"extra": ("--time-min=2",)}, 120, 180),
+    ],
+)
+def test_a_limit_within_the_margin_for_saving_is_refused(
+    tmp_path: Path, changes: dict[str, object], limit: int, margin: int
+) -> None:
+    with pytest.raises(LaunchError, match=rf"is {limit} s, but the ranks save and stop {margin} s before"):
+        golden_job(tmp_path, **changes)
+
+
+def test_a_limit_beyond_the_margin_is_accepted(tmp_path: Path) -> None:
+    assert golden_job(tmp_path, time="4").time == "4"
+    assert golden_job(tmp_path, time="0").time == "0"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run_dir": Path("/s/a\n#SBATCH --uid=0")},
+        {"account": "lab\ntouch /s/trail"},
+        {"partition": "gpu\r"},
+        {"extra": ("--qos=high\ntouch /s/trail",)},
+        {"setup": ("module load cuda\ntouch /s/trail",)},
+        {"run_dir": Path("/s/a\\b")},
+        {"extra": ("touch /s/trail",)},
+        {"time": "4:00:00\n"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_text_that_would_become_another_line_of_the_script_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(LaunchError, match=r"line break or control character|backslash|expected an option of sbatch"):
+        golden_job(Path("/s"), **changes)
+
+
+def run_script(folder: Path, job: Job, *, start: int = 0) -> subprocess.CompletedProcess[str]:
+    """The script without SLURM: ``srun`` runs one task here."""
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "srun").write_text('#!/usr/bin/env bash\nwhile [[ $1 == -* ]]; do echo "$1"; shift; done\nexec "$@"\n')
+    (tools / "scontrol").write_text("#!/usr/bin/env bash\n[[ $1 != requeue ]]\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_RESTART_COUNT": str(start)}
+    (job.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    return subprocess.run(
+        ["bash", "-c", render(job)],
+        env={**os.environ, **variables, "PATH": f"{tools}:{os.environ['PATH']}"},
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "log"),
+    [
+        ("echo '{}' > result.json", 0, "finished"),
+        ("exit 0", 1, "the ranks ended with exit code 0"),
+        ("exit 3", 3, "the job stays down, unless SLURM requeues it after a lost node or a preemption"),
+        ("mkdir -p checkpoints/step-00000002; exit 75", 75, "saved and stopped; back into the queue"),
+        ("exit 75", 1, "stopped without a newer checkpoint"),
+    ],
+)
+def test_the_end_of_the_ranks_decides_also_in_a_folder_that_holds_a_result(
+    tmp_path: Path, body: str, code: int, log: str
+) -> None:
+    """A finished run can be extended: the ranks know whether there are more steps, the script does not."""
+    folder = tmp_path / "50% of %j"
+    folder.mkdir()
+    if "exit 0" not in body:
+        (folder / "result.json").write_text('{"steps": 1}')
+    executable = ("bash", "-c", f'cd "$0" && touch started; {body}')
+    job = golden_job(tmp_path, run_dir=folder, words=(str(folder),), executable=executable, setup=())
+    done = run_script(tmp_path, job)
+    assert (folder / "started").exists()
+    assert done.returncode == code, done.stdout + done.stderr
+    assert log in done.stdout
+    assert "failed" not in done.stdout
+    assert f"--output={tmp_path}/50%% of %%j/logs/slurm-%j-%t.log" in done.stdout
+
+
 @pytest.mark.fault
 def test_without_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -161,7 +277,18 @@ def test_two_nodes_stop_requeue_and_finish(run_dir: Path) -> None:
 
     again = start(run_dir, "train")
     wait(lambda: state(again)["JobState"] == "COMPLETED", again)
-    assert not (run_dir / "logs" / f"slurm-{again}-0.log").exists()  # Finished before: no rank was started.
+    assert "finished" in (run_dir / "logs" / f"slurm-{again}.log").read_text()
+
+
+@pytest.mark.slurm
+def test_a_folder_whose_name_looks_like_a_pattern_is_one_folder(run_dir: Path) -> None:
+    folder = run_dir / "50% of %j, 'a' \"b\" #1 $HOME ü"
+    folder.mkdir()
+    number = start(folder, "finish")
+    wait(lambda: state(number)["JobState"] == "COMPLETED", number)
+    assert [path.name for path in run_dir.iterdir()] == [folder.name]
+    logs = {f"slurm-{number}.log", *(f"slurm-{number}-{rank}.log" for rank in (0, 1))}
+    assert logs <= {path.name for path in (folder / "logs").iterdir()}
 
 
 @pytest.mark.slurm
@@ -189,4 +316,4 @@ def test_a_failed_rank_ends_the_job(run_dir: Path) -> None:
     number = start(run_dir, "fail")
     wait(lambda: state(number)["JobState"] == "FAILED", number)
     assert (state(number)["Requeue"], state(number)["Restarts"]) == ("1", "0")
-    assert "failed with exit code" in (run_dir / "logs" / f"slurm-{number}.log").read_text()
+    assert "the ranks ended with exit code" in (run_dir / "logs" / f"slurm-{number}.log").read_text()
