@@ -16,6 +16,7 @@ DataPipelineError
 
 from __future__ import annotations
 
+import errno
 from enum import Enum
 from typing import Any
 
@@ -40,6 +41,19 @@ class FaultKind(str, Enum):
 
 
 _MAX_REASON = 500
+
+
+_ALLOCATION_FAILED = ("you tried to allocate", "cannot allocate memory", "out of memory", "_alloc_failed")
+"""Parts of the messages of torch, CUDA and cuBLAS, whose errors of this kind share no class but RuntimeError."""
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return the first line of an error that says that an allocation failed; None for any other error."""
+    text = str(error).strip().partition("\n")[0]
+    failed = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not failed and isinstance(error, RuntimeError):
+        failed = any(part in str(error).lower() for part in _ALLOCATION_FAILED)
+    return text or type(error).__name__ if failed else None
 
 
 class DataPipelineError(Exception):

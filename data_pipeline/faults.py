@@ -36,6 +36,7 @@ from data_pipeline.errors import (
     ShardError,
     StateError,
     TooManyFaultsError,
+    out_of_memory,
 )
 from data_pipeline.strict import StrictConfig
 
@@ -217,9 +218,9 @@ class FaultPolicy:
         if fault is None:
             try:
                 result = make()
-            except MemoryError:
-                raise
             except Exception as error:
+                if out_of_memory(error) is not None:
+                    raise  # The sample is not to blame, and to leave it out would change the order.
                 fault = self._fault_of(error, known)
                 _drop_frames(error)
         if fault is None:

@@ -32,7 +32,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from data_pipeline.errors import WorkerError
+from data_pipeline.errors import WorkerError, out_of_memory
 
 T = TypeVar("T")
 
@@ -166,8 +166,10 @@ def _work(
                 room.acquire()
                 if stopped.value:
                     return
-    except Exception:
-        pipe.send(_Failed(traceback.format_exc()))
+    except Exception as error:
+        reason = out_of_memory(error)
+        spare = "use fewer data.workers, a smaller data.prefetch or a lower data.packing.max_tokens"
+        pipe.send(_Failed(traceback.format_exc() if reason is None else f"out of memory ({reason}): {spare}"))
     while not stopped.value:
         room.acquire()
 

@@ -32,6 +32,7 @@ from mmscale.config import Loaded
 from mmscale.dist import World, gather_rows, init_distributed, shutdown, sum_float
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
+from mmscale.engine.memory import explain_memory
 from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.engine.watchdog import Watchdog
@@ -130,6 +131,12 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
                 except RolledBack as request:
                     if world.is_main:
                         print(request, file=sys.stderr, flush=True)
+                except (MemoryError, RuntimeError, OSError) as error:
+                    max_tokens = max(config.stage_data(n).packing.max_tokens for n in range(len(config.stages)))
+                    explained = explain_memory(error, config.engine, world, max_tokens, *watchdog.moment)
+                    if explained is not None:
+                        raise explained from None
+                    raise
         finally:
             watchdog.close()
             shutdown(world)

@@ -23,7 +23,7 @@ from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeVar
 
-from data_pipeline.errors import DataConfigError, DataPipelineError, WorkerError
+from data_pipeline.errors import DataConfigError, DataPipelineError, WorkerError, out_of_memory
 
 Task = TypeVar("Task")
 Piece = TypeVar("Piece")
@@ -135,8 +135,11 @@ def _serve(pipe: Connection, work: Callable[[Any], Iterator[Any]]) -> None:
                 outbox.put(_Message(piece))
         except (DataPipelineError, OSError) as error:
             outbox.put(_Message(error=error))
-        except BaseException:  # A defect: shown where the caller is, with this process's traceback.
-            outbox.put(_Message(error=WorkerError(f"a worker process failed:\n{traceback.format_exc()}")))
+        except BaseException as error:
+            # A defect is shown where the caller is, with this process's traceback; a lack of memory is none.
+            reason = out_of_memory(error)
+            text = traceback.format_exc() if reason is None else f"out of memory ({reason}): use fewer processes"
+            outbox.put(_Message(error=WorkerError(f"a worker process failed:\n{text}")))
         else:
             outbox.put(_Message(is_end=True))
 

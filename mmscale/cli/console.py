@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 
-from data_pipeline.errors import DataConfigError, DataPipelineError
+from data_pipeline.errors import DataConfigError, DataPipelineError, out_of_memory
 from mmscale.errors import MMScaleError
 
 T = TypeVar("T")
@@ -174,7 +174,8 @@ def door(run: Callable[[], None]) -> int:
     """Runs a verb and turns whatever leaves it into an exit code.
 
     A user's mistake is one sentence on stderr and exit code 1 (the thing failed) or 2 (wrong use). Ctrl-C is 130.
-    Anything else is a defect of ours: the traceback stays visible and the exit code is 1.
+    A failed allocation is a sentence too, with exit code 1. Anything else is a defect of ours: the traceback stays
+    visible and the exit code is 1.
 
     Args:
         run: Ends by returning (0) or by ``SystemExit``.
@@ -196,10 +197,10 @@ def door(run: Callable[[], None]) -> int:
         return _complain(error, 1)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
-            return _bug()
+            return _bug(error)
         return _complain(f"{error.filename or 'disk'}: {error.strerror}", 1)
-    except Exception:
-        return _bug()
+    except Exception as error:
+        return _bug(error)
     return 0
 
 
@@ -214,6 +215,8 @@ def _complain(what: object, code: int) -> int:
     return code
 
 
-def _bug() -> int:
+def _bug(error: Exception) -> int:
+    if (reason := out_of_memory(error)) is not None:
+        return _complain(f"out of memory ({reason}): free memory on this machine, or give the command less at once", 1)
     traceback.print_exc()
     return _complain("this is a defect of mmscale, not of your input; please report the lines above", 1)

@@ -132,6 +132,11 @@ class Watchdog:
         if self._thread.is_alive():
             self._thread.join(2 * self._every)
 
+    @property
+    def moment(self) -> tuple[str, int]:
+        """The phase and the step that the main thread is in."""
+        return self._where[0], self._step
+
     def enter(self, phase: str) -> None:
         """The main thread begins ``phase``; the one before is over."""
         self._where = (phase, time.monotonic())

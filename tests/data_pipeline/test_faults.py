@@ -86,7 +86,10 @@ def test_an_unforeseen_exception_is_a_fault_with_place_and_type() -> None:
     assert error.reason == "ZeroDivisionError: by nought"
 
 
-@pytest.mark.parametrize("error", [DataConfigError("no"), MemoryError(), KeyboardInterrupt()])
+NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
+@pytest.mark.parametrize("error", [DataConfigError("no"), MemoryError(), NO_MEMORY, KeyboardInterrupt()])
 def test_what_is_not_about_a_sample_or_a_shard_is_never_skipped(error: BaseException) -> None:
     with pytest.raises(type(error)):
         attempt(FaultPolicy(FaultConfig(shard="skip")), error)  # type: ignore[arg-type]

@@ -38,6 +38,11 @@ def large(_: int) -> Generator[bytes, None, None]:
         yield bytes(1 << 20)
 
 
+def too_large(_: int) -> Generator[int, None, None]:
+    yield 1
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
 def failing(_: int) -> Generator[int, None, None]:
     yield 1
     raise KeyError("nobody thought of this")
@@ -91,6 +96,17 @@ def test_a_worker_that_waits_for_a_reader_of_its_item_is_stopped() -> None:
     workers.close()
     assert time.monotonic() - start < 4, "it was killed when patience ended"
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_a_worker_out_of_memory_says_so_without_a_traceback() -> None:
+    workers = Workers(too_large, 1, 2, clean=False)
+    assert workers.take(0) == 1
+    with pytest.raises(
+        WorkerError, match=r"loader worker 0 failed:\nout of memory \(.*: use fewer data.workers"
+    ) as caught:
+        workers.take(0)
+    assert "Traceback" not in str(caught.value)
+    workers.close()
 
 
 def test_a_fault_that_nobody_foresaw_is_shown_where_it_happened() -> None:

@@ -32,6 +32,8 @@ class Work:
             raise SampleError("seven", shard="s", key="k")
         if task == 7 and self.at_seven == "bug":
             raise KeyError("a defect")
+        if task == 7 and self.at_seven == "memory":
+            bytearray(1 << 60)
         for piece in range(task % 4):
             yield task, piece, bytes([task % 256]) * (1 << 20)
 
@@ -58,6 +60,8 @@ def test_a_dead_or_defective_process_is_an_error(tmp_path: Path) -> None:
         list(in_order(Work("die"), range(40), 2))
     with pytest.raises(WorkerError, match="KeyError: 'a defect'"):
         list(in_order(Work("bug"), range(40), 2))
+    with pytest.raises(WorkerError, match="out of memory \\(MemoryError\\): use fewer processes"):
+        list(in_order(Work("memory"), range(40), 2))
     with pytest.raises(DataConfigError, match="workers=-1"):
         list(in_order(Work(), range(3), -1))
 
