@@ -15,15 +15,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from launchers import EXIT_FINISHED, EXIT_HUNG, EXIT_STOPPED
-from mmscale.errors import LaunchError
+from mmscale.errors import LaunchError, RequestError
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _POLL_SECONDS = 0.1
@@ -54,8 +56,11 @@ def launch(
         after a second Ctrl-C, 1 if a rank was killed, else the exit code of the rank that failed first.
 
     Raises:
+        RequestError: ``ranks`` is below 1.
         LaunchError: The log folder cannot be made, or there is no loopback interface.
     """
+    if ranks < 1:
+        raise RequestError(f"--ranks {ranks}: a run needs at least one rank")
     logs = run_dir / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -65,17 +70,27 @@ def launch(
         listener = socket.create_server(("127.0.0.1", 0))
     except OSError as error:
         raise LaunchError(f"127.0.0.1: no socket for the ranks to meet at: {error.strerror}") from None
-    return _Launch(words, ranks, logs, module, stdout).run(listener)
+    with tempfile.TemporaryFile() as complaint:
+        return _Launch(words, ranks, logs, module, stdout, complaint).run(listener)
 
 
 class _Launch:
     """The ranks of one run and the signals that reach it."""
 
-    def __init__(self, words: Sequence[str], ranks: int, logs: Path, module: str, stdout: int | None) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        ranks: int,
+        logs: Path,
+        module: str,
+        stdout: int | None,
+        complaint: IO[bytes],
+    ) -> None:
         self.command = [sys.executable, "-m", module, *words]
         self.world_size = ranks
         self.logs = logs
         self.stdout = stdout
+        self.complaint = complaint  # Rank 0 repeats its error here: the launcher does not read the terminal.
         self.received: list[signal.Signals] = []
         self.delivered = 0
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -112,8 +127,11 @@ class _Launch:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(listener.getsockname()[1]),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-            **({"MMSCALE_LISTENER": str(listener.fileno())} if rank == 0 else {}),
         }
+        inherited = []
+        if rank == 0:
+            inherited = [listener.fileno(), self.complaint.fileno()]
+            variables |= {"MMSCALE_LISTENER": str(inherited[0]), "MMSCALE_COMPLAINT": str(inherited[1])}
         with contextlib.ExitStack() as files:
             log = None if rank == 0 else files.enter_context(open(self._log(rank), "ab"))
             process = subprocess.Popen(
@@ -122,7 +140,7 @@ class _Launch:
                 stdin=subprocess.DEVNULL,
                 stdout=log or self.stdout,
                 stderr=log,
-                pass_fds=[listener.fileno()] if rank == 0 else [],
+                pass_fds=inherited,
                 # A session of its own: Ctrl-C in a terminal reaches the ranks once, through the launcher.
                 start_new_session=True,
                 preexec_fn=_die_with_parent(),
@@ -182,11 +200,17 @@ class _Launch:
         if code == -signal.SIGKILL:
             end += ", as the kernel does when memory runs out"
         print(f"mmscale launch: rank {rank} {end}; the other ranks were ended", file=sys.stderr)
-        if rank > 0:
-            log = self._log(rank)
-            print(f"the last lines of {log}:", file=sys.stderr)
-            with open(log, encoding="utf-8", errors="replace") as lines:
-                sys.stderr.writelines(f"  {line.rstrip()}\n" for line in deque(lines, maxlen=_TAIL_LINES))
+        if rank == 0:
+            return
+        log = self._log(rank)
+        with open(log, encoding="utf-8", errors="replace") as lines:
+            tail = "".join(deque(lines, maxlen=_TAIL_LINES))
+        self.complaint.seek(0)
+        said = self.complaint.read().decode(errors="replace")
+        if said and tail.endswith(said):
+            return  # All ranks found the same error; rank 0 has printed it.
+        print(f"the last lines of {log}:", file=sys.stderr)
+        sys.stderr.writelines(f"  {line}\n" for line in tail.splitlines())
 
     def _log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"

@@ -21,7 +21,7 @@ from pathlib import Path
 import jinja2
 
 from launchers import EXIT_STOPPED, RESULT_FILE
-from mmscale.errors import LaunchError
+from mmscale.errors import LaunchError, RequestError
 
 _TEMPLATE = "job.sbatch.jinja"
 _OWN_MARGIN_SECONDS = 120
@@ -71,12 +71,12 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.ranks_per_node < 1 or self.gpus_per_node < 0 or self.save_seconds < 1:
-            raise LaunchError(
+            raise RequestError(
                 f"--nodes {self.nodes}, --gpus-per-node {self.gpus_per_node}, --ranks-per-node {self.ranks_per_node}, "
                 f"--save-seconds {self.save_seconds}: nodes, ranks and seconds start at 1, GPUs at 0"
             )
         if self.gpus_per_node and self.ranks_per_node not in (1, self.gpus_per_node):
-            raise LaunchError("--ranks-per-node is for CPU runs; with GPUs there is one rank a GPU")
+            raise RequestError("--ranks-per-node is for CPU runs; with GPUs there is one rank a GPU")
         self._check_lines()
         if self.time is not None:
             self._check_time(f"--time {self.time}", self.time)
@@ -91,19 +91,19 @@ class Job:
         texts += [("--sbatch", option) for option in self.extra] + [("--setup", line) for line in self.setup]
         for name, text in texts:
             if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in text):
-                raise LaunchError(f"{name} {text!r}: a line break or control character cannot stand in a batch script")
+                raise RequestError(f"{name} {text!r}: a line break or control character cannot stand in a batch script")
         if "\\" in texts[0][1]:
-            raise LaunchError(
+            raise RequestError(
                 f"run_dir {texts[0][1]}: SLURM removes a backslash from the path of a log; rename the folder"
             )
         for option in self.extra:
             if not option.startswith("-"):
-                raise LaunchError(f"--sbatch={option}: expected an option of sbatch, for example --sbatch=--qos=high")
+                raise RequestError(f"--sbatch={option}: expected an option of sbatch, for example --sbatch=--qos=high")
 
     def _check_time(self, name: str, time: str) -> None:
         limit, margin = seconds_of(time), max(self.save_seconds, _OWN_MARGIN_SECONDS)
         if limit is not None and limit <= margin:
-            raise LaunchError(
+            raise RequestError(
                 f"{name}: the limit is {limit} s, but the ranks save and stop {margin} s before the limit "
                 f"(--save-seconds {self.save_seconds}, and at least {_OWN_MARGIN_SECONDS} s): no step would run; "
                 "give a longer --time"
@@ -143,7 +143,7 @@ def seconds_of(time: str) -> int | None:
     ``days-hours:minutes:seconds``, ``infinite`` and ``unlimited``. Zero means no limit.
 
     Raises:
-        LaunchError: it has another form.
+        RequestError: it has another form.
     """
     if time.lower() in _UNLIMITED:
         return None
@@ -152,7 +152,7 @@ def seconds_of(time: str) -> int | None:
     elif match := _MINUTES.fullmatch(time):
         days, (hours, minutes, seconds) = 0, (int(part or 0) for part in match.groups())
     else:
-        raise LaunchError(
+        raise RequestError(
             f"--time {time}: expected minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes "
             "or days-hours:minutes:seconds, for example 4:00:00"
         )

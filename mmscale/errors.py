@@ -7,6 +7,7 @@ MMScaleError
 │   └── DamagedError   its files are there and can be read, but they are not what was written
 ├── EngineError        training cannot go on (non-finite loss, world size that does not fit, lost peer)
 └── LaunchError        a run could not be started or submitted
+    └── RequestError   the launcher's options cannot work
 
 Whatever a user, a file or another process can cause is one of these and reaches the command line as one sentence and an
 exit code: 1 the thing failed, 2 wrong use. The data side has its own tree (``data_pipeline.errors``).
@@ -47,3 +48,9 @@ class EngineError(MMScaleError):
 
 class LaunchError(MMScaleError):
     """A run could not be started or submitted."""
+
+
+class RequestError(LaunchError):
+    """The options of a launcher are wrong: which one, what was seen, what would be right."""
+
+    exit_code = 2

@@ -23,7 +23,9 @@ _OVERRIDES = typer.Argument(
 def compare(
     config: Path = _CONFIG,
     overrides: list[str] = _OVERRIDES,
-    ranks: int = typer.Option(1, help="Processes of each run, on this machine. The runs come one after the other."),
+    ranks: int = typer.Option(
+        1, min=1, help="Processes of each run, on this machine. The runs come one after the other."
+    ),
     plan: bool = typer.Option(
         False, "--plan", help="Say what would be trained and write the file of each run; train nothing."
     ),

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
@@ -27,6 +27,8 @@ T = TypeVar("T")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """For people: stderr, colours only on a terminal."""
 
+COMPLAINT_VARIABLE = "MMSCALE_COMPLAINT"
+"""Number of an inherited file that gets a copy of the error's sentence; ``mmscale launch local`` sets it."""
 _PLAIN_INTERVAL_SECONDS = 10.0
 """A log file gets a progress line this often; a terminal gets a moving bar."""
 
@@ -211,7 +213,13 @@ def _exit_code(leave: SystemExit) -> int:
 
 
 def _complain(what: object, code: int) -> int:
-    print(f"mmscale: {what}", file=sys.stderr, flush=True)
+    text = f"mmscale: {what}\n"
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    copy = os.environ.get(COMPLAINT_VARIABLE)
+    if copy is not None:
+        with suppress(OSError):
+            os.write(int(copy), text.encode(errors="replace"))
     return code
 
 

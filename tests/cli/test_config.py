@@ -59,7 +59,7 @@ def test_mistakes_are_listed_with_exit_code_2(capsys: pytest.CaptureFixture[str]
 
 def test_dry_run_prints_a_legal_script_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    words = ["launch", "slurm", QUICKSTART, f"run_dir={run_dir}", "--nodes", "2", "--gpus-per-node", "4", "--dry-run"]
+    words = ["launch", "slurm", QUICKSTART, f"run_dir={run_dir}", "--nodes", "2", "--gpus-per-node", "2", "--dry-run"]
     assert main(words) == 0
     script = capsys.readouterr().out
     assert "#SBATCH --nodes=2\n" in script

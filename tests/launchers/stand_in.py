@@ -31,7 +31,19 @@ def main(words: list[str]) -> int:
         time.sleep(60)
     while "kill" in what and not received:
         time.sleep(0.05)
+    if what.get("late") == rank:
+        while not received:  # The launcher has noticed that another rank failed.
+            time.sleep(0.05)
+    if "complain" in what:
+        complain(f"mmscale: {what['complain']}\n")
     return int(what.get(f"code{rank}", "0"))
+
+
+def complain(text: str) -> None:
+    """As ``mmscale.cli.console`` does."""
+    sys.stderr.write(text)
+    if "MMSCALE_COMPLAINT" in os.environ:
+        os.write(int(os.environ["MMSCALE_COMPLAINT"]), text.encode())
 
 
 if __name__ == "__main__":

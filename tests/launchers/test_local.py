@@ -93,6 +93,15 @@ def test_exit_code_of_the_rank_that_failed_and_its_last_words(tmp_path: Path) ->
 
 
 @pytest.mark.fault
+def test_an_error_of_all_ranks_is_printed_once_whichever_ends_first(tmp_path: Path) -> None:
+    process = start(tmp_path, "complain=the lanes do not fit", "code0=2", "code1=2", "late=0")
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert "rank 1 ended with exit code 2" in err
+    assert err.count("the lanes do not fit") == 1
+
+
+@pytest.mark.fault
 def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
     process = start(tmp_path, "kill=1")
     pids = rank_pids(tmp_path)
