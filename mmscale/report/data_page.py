@@ -81,6 +81,7 @@ def write_page(path: Path, title: str, sets: Sequence[tuple[str, Manifest, Count
         lstrip_blocks=True,
     )
     shown = [_data_set(name, manifest, counted) for name, manifest, counted in sets]
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, environment.get_template("data.html.jinja").render(title=title, sets=shown).encode())
 
 

@@ -81,11 +81,11 @@ def test_the_count_is_that_of_the_page_and_of_the_reference(copy: Path) -> None:
 def test_its_weights_come_and_go(copy: Path, tmp_path: Path) -> None:
     """The proof prints what the page says, up to the last digit of a rounding error; then the page's two commands."""
     printed = run(copy, "prove.py", str(tmp_path))
-    wanted = shown("PYTHONPATH=. python prove.py $RUN")
+    wanted = shown("PYTHONPATH=. python prove.py runs/add-a-model")
     number = r"logits \S+"
     assert re.sub(number, "", printed) == re.sub(number, "", wanted)
     for command in re.findall(r"^\$ mmscale (checkpoint .*)$", PAGE, re.MULTILINE):
-        words = command.replace("$THEIRS", str(tmp_path / "theirs")).replace("$RUN", str(tmp_path)).split()
+        words = command.replace("$THEIRS", str(tmp_path / "theirs")).replace("runs/add-a-model", str(tmp_path)).split()
         run(copy, "-m", "mmscale.cli.main", *words)
     assert (tmp_path / "exported" / "config.json").exists()
 

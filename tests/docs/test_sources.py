@@ -1,14 +1,11 @@
 """Every ``bash s3`` block of docs/sources.md runs as it stands, against a real S3 server on this machine.
 
-The bucket ``my-bucket`` holds the tars that the page speaks of; ``$RUN`` is an empty scratch folder.
+The bucket ``my-bucket`` holds the tars that the page speaks of.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +15,14 @@ from benchmarks.servers import KEY, SECRET, s3_server
 from data_pipeline.storage.config import StorageConfig
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.storage import Storage
+from tests.docs.conftest import paste
 
 REPO = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"^```bash s3\n(.*?)^```", (REPO / "docs" / "sources.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def environment() -> Iterator[dict[str, str]]:
     """What a shell on the page's machine has set; the bucket is filled."""
     with s3_server() as port, pytest.MonkeyPatch.context() as patch:
         settings = {
@@ -40,22 +38,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
             for tar in sorted((REPO / "examples" / "emoji" / "shards").glob("train-quick-*.tar")):
                 url = Url(f"s3://my-bucket/pairs/{tar.name}")
                 storage.store(url).write(url, tar.read_bytes())
-        yield {**settings, "RUN": str(tmp_path_factory.mktemp("sources"))}
+        yield settings
 
 
-def test_the_page_runs_from_top_to_bottom(environment: dict[str, str]) -> None:
+def test_the_page_runs_from_top_to_bottom(environment: dict[str, str], checkout: Path) -> None:
     assert len(BLOCKS) >= 2
-    scripts = Path(sys.executable).parent
-    env = {**os.environ, **environment, "PATH": f"{scripts}:{os.environ['PATH']}"}
     for block in BLOCKS:
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block],
-            cwd=REPO,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, f"{block}\n--- exit code {done.returncode}, output:\n{done.stdout}"
+        paste(block, checkout, environment)

@@ -1,0 +1,54 @@
+"""A folder as `make quickstart` leaves it, and a shell into which blocks of the pages are pasted."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+ACTIVATE = "source .venv/bin/activate"
+_NOT_LINKED = {".git", ".venv", "runs"}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The repository under a name with blanks and umlauts, with an empty ``runs`` and this Python as ``.venv``."""
+    folder = tmp_path / "my models, größer"
+    for path in REPO.iterdir():
+        if path.name not in _NOT_LINKED:
+            (folder / path.name).parent.mkdir(exist_ok=True)
+            (folder / path.name).symlink_to(path)
+    (folder / "runs").mkdir()
+    activate = folder / ".venv/bin/activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n")
+    return folder
+
+
+def paste(block: str, checkout: Path, environment: Mapping[str, str] | None = None) -> None:
+    """Runs a block in a new shell in ``checkout``: ``mmscale`` is not on its PATH and ``RUN`` is not set.
+
+    Raises:
+        AssertionError: a command of the block failed.
+    """
+    scripts = str(Path(sys.executable).parent)
+    path = [entry for entry in os.environ["PATH"].split(os.pathsep) if entry != scripts]
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RUN", "VIRTUAL_ENV")}
+    text = block if ACTIVATE in block else f"{ACTIVATE}\n{block}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", text],
+        cwd=checkout,
+        env={**inherited, **(environment or {}), "PATH": os.pathsep.join(path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, f"{text}\n--- exit code {done.returncode}, output:\n{done.stdout}"
