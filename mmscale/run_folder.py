@@ -5,6 +5,7 @@ metrics.jsonl          one line a step               tensorboard/          the s
 checkpoints/step-N/    whole checkpoints             logs/                 output of ranks above 0, stacks of a hang
 ledger/                which samples each step had   faults/             samples that were left out, and why
 bad_steps/             samples of steps that were refused, roll backs
+lock/                  which process works in the folder
 profile/               traces of a few steps         goodput.jsonl         time that was spent outside of steps
 captions.json report/  held-out images described     report.html result.json
 """
@@ -12,12 +13,19 @@ captions.json report/  held-out images described     report.html result.json
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from mmscale.checkpoint import TrainState, read_manifest
 from mmscale.config import Loaded, dump
-from mmscale.dist import World, first_complaint
-from mmscale.errors import ConfigError, MMScaleError
+from mmscale.dist import World, agree, first_complaint
+from mmscale.durable.lock import POLL_SECONDS, FolderLock
+from mmscale.errors import ConfigError, LaunchError, MMScaleError
 from mmscale.report.configuration import save_origins
 from mmscale.report.result import RESULT_FILE, write_whole
 from mmscale.run_config import RunConfig
@@ -27,6 +35,50 @@ CHECKPOINTS = "checkpoints"
 LEDGER = "ledger"
 FAULTS = "faults"
 BAD_STEPS = "bad_steps"
+
+
+@contextmanager
+def hold_folder(folder: Path, world: World | None = None) -> Iterator[None]:
+    """Holds the lock of a run folder, which is made if absent. All ranks must call; rank 0 takes the lock.
+
+    Everything that changes a run's files or checkpoints takes the lock first. ``mmscale report`` does not: it replaces
+    ``report.html`` and reads the rest.
+
+    Args:
+        folder: The run folder.
+        world: This rank; None for a process that works alone.
+
+    Raises:
+        LaunchError: another process holds the lock, or the folder cannot be written; every rank raises.
+    """
+    world = world or World(0, 1, 0, torch.device("cpu"))
+    lock = FolderLock(folder)
+    has_told = False
+    try:
+        while _waits(lock, folder, world, has_told):
+            has_told = True
+            time.sleep(POLL_SECONDS)
+        yield
+    finally:
+        lock.release()
+
+
+def _waits(lock: FolderLock, folder: Path, world: World, has_told: bool) -> bool:
+    """One attempt to take the lock; whether all ranks have to wait for another one."""
+    waiting = complaint = None
+    if world.is_main:
+        try:
+            waiting = lock.attempt()
+        except LaunchError as error:
+            complaint = str(error)
+        except OSError as error:
+            complaint = f"run_dir={folder}: {error.strerror}"
+    complaint = first_complaint(world, complaint)
+    if complaint is not None:
+        raise LaunchError(complaint)
+    if waiting is not None and not has_told:
+        print(f"mmscale: {waiting}", file=sys.stderr, flush=True)
+    return agree(world, waiting is not None)
 
 
 def open_run_folder(loaded: Loaded[RunConfig], world: World) -> None:

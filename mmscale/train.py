@@ -54,7 +54,7 @@ from mmscale.nn.init import initialise_
 from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
 from mmscale.run_config import RunConfig, check_files, check_world
-from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, check_position, is_finished, open_run_folder
+from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, check_position, hold_folder, is_finished, open_run_folder
 from mmscale.stage_teachers import check_teachers, note_teachers, open_teachers
 from mmscale.stage_weights import check_stage_weights, take_stage_weights
 
@@ -123,22 +123,22 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
                         f"--profile: {config.run_dir} is finished; give it another run_dir, or more steps"
                     )
                 return Outcome.FINISHED
-            open_run_folder(loaded, world)
-            watchdog.start()
-            while True:
-                try:
-                    return _run(config, world, stop, watchdog, profile)
-                except RolledBack as request:
-                    if world.is_main:
-                        print(request, file=sys.stderr, flush=True)
-                except (MemoryError, RuntimeError, OSError) as error:
-                    max_tokens = max(config.stage_data(n).packing.max_tokens for n in range(len(config.stages)))
-                    explained = explain_memory(error, config.engine, world, max_tokens, *watchdog.moment)
-                    if explained is not None:
-                        raise explained from None
-                    raise
+            with hold_folder(config.run_dir, world), closing(watchdog):
+                open_run_folder(loaded, world)
+                watchdog.start()
+                while True:
+                    try:
+                        return _run(config, world, stop, watchdog, profile)
+                    except RolledBack as request:
+                        if world.is_main:
+                            print(request, file=sys.stderr, flush=True)
+                    except (MemoryError, RuntimeError, OSError) as error:
+                        max_tokens = max(config.stage_data(n).packing.max_tokens for n in range(len(config.stages)))
+                        explained = explain_memory(error, config.engine, world, max_tokens, *watchdog.moment)
+                        if explained is not None:
+                            raise explained from None
+                        raise
         finally:
-            watchdog.close()
             shutdown(world)
 
 

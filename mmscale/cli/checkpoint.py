@@ -195,18 +195,20 @@ def import_(
     """
     from mmscale.checkpoint.foreign import import_checkpoint, import_folder
     from mmscale.errors import ConfigError
-    from mmscale.run_folder import CHECKPOINTS
+    from mmscale.run_folder import CHECKPOINTS, hold_folder
 
     if origin is Origin.hf:
         if config is not None or stage is not None or rename:
             raise ConfigError("--config, --stage and --rename go with DeepSpeed's checkpoints, not with --from hf")
-        emit(asdict(import_folder(source, run / CHECKPOINTS)), json=json)
+        with hold_folder(run):
+            emit(asdict(import_folder(source, run / CHECKPOINTS)), json=json)
         return
     if wrong := [rule for rule in rename if "=" not in rule]:
         raise ConfigError(f"--rename {wrong[0]}: expected OLD=NEW, for example --rename net.=")
     renames = dict(rule.split("=", 1) for rule in rename)
     recipient = None if config is None else _recipient(config, stage)
-    report = import_checkpoint(source, run / CHECKPOINTS, recipient, renames=renames or None, stage=stage)
+    with hold_folder(run):
+        report = import_checkpoint(source, run / CHECKPOINTS, recipient, renames=renames or None, stage=stage)
     emit(asdict(report), json=json)
 
 
@@ -256,12 +258,13 @@ def prune(
     from mmscale.config.layers import read_layers
     from mmscale.models.config import ModelConfig
     from mmscale.prune import Calibration, prune_checkpoint
-    from mmscale.run_folder import CHECKPOINTS
+    from mmscale.run_folder import CHECKPOINTS, hold_folder
 
     root = read_layers(model)
     target = load_tree(root.child("model") or root, ModelConfig, str(model))  # A run's file holds it under one key.
     calibration = None if data is None else Calibration(load_run(data, []).value, batches)
-    report = prune_checkpoint(source, target, run / CHECKPOINTS, calibration)
+    with hold_folder(run):
+        report = prune_checkpoint(source, target, run / CHECKPOINTS, calibration)
     if json:
         emit(asdict(report), json=True)
     else:

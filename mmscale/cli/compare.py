@@ -46,24 +46,26 @@ def compare(
         run_trials,
         write_comparison,
     )
+    from mmscale.run_folder import hold_folder
 
     comparison = read_comparison(config, overrides or [])
     for variant in comparison.variants:
         check_commands(variant.loaded)
     check_comparison(comparison, ranks)
-    trials = plan_trials(comparison, lambda name: console.print(f"measured {name}"))
-    if plan:
-        prepare(comparison, trials)
-        emit({trial.name: trial.summary() for trial in trials}, json=json)
-        return
-    failures = run_trials(
-        comparison,
-        trials,
-        start=lambda path, run_dir: launch(["train", str(path)], ranks, run_dir, stdout=_STDERR),
-        note=console.print,
-        done=lambda failures: write_comparison(comparison, trials, failures),
-    )
-    figures = write_comparison(comparison, trials, failures)
+    with hold_folder(comparison.run_dir):
+        trials = plan_trials(comparison, lambda name: console.print(f"measured {name}"))
+        if plan:
+            prepare(comparison, trials)
+            emit({trial.name: trial.summary() for trial in trials}, json=json)
+            return
+        failures = run_trials(
+            comparison,
+            trials,
+            start=lambda path, run_dir: launch(["train", str(path)], ranks, run_dir, stdout=_STDERR),
+            note=console.print,
+            done=lambda failures: write_comparison(comparison, trials, failures),
+        )
+        figures = write_comparison(comparison, trials, failures)
     if json:
         emit(figures, json=True)
     else:

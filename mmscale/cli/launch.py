@@ -56,12 +56,15 @@ def local(
     """
     from launchers.local import launch
     from mmscale.run_config import check_files
+    from mmscale.run_folder import hold_folder
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Rank 0 reads the same file and says the same.
         run = _checked(config, overrides or [], ranks)
         check_files(run)
     words = [*_train_words(config, overrides or []), *(["--profile"] if profile else [])]
+    with hold_folder(run.run_dir):
+        pass  # Refuses before the ranks' logs are opened; rank 0 takes the lock for the run.
     raise typer.Exit(launch(words, ranks, run.run_dir))
 
 
