@@ -181,10 +181,11 @@ def _join(
     try:
         # torchrun serves a store itself; across machines torch's own store listens on all interfaces.
         if one_machine and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
-            store = _loopback_store(rank, world_size, timeout)
-            torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
+            store: torch_dist.Store = _loopback_store(rank, world_size, timeout)
         else:
-            torch_dist.init_process_group(backend, init_method="env://", **options)
+            store, _, _ = next(torch_dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        check_device_types(store, rank, world_size, device_type)
+        torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
     except (RuntimeError, ValueError, OSError) as error:
         raise LaunchError(f"rank {rank} of {world_size} could not join the run at {address}: {error}") from error
 
@@ -213,6 +214,27 @@ def _loopback_store(rank: int, world_size: int, timeout: timedelta) -> torch_dis
         inherited = os.environ.pop(LISTENER_VARIABLE, None)
         listener = int(inherited) if inherited else socket.create_server((_LOOPBACK, port)).detach()
     return torch_dist.TCPStore(_LOOPBACK, port, world_size, rank == 0, timeout, master_listen_fd=listener)
+
+
+def check_device_types(store: torch_dist.Store, rank: int, world_size: int, device_type: str) -> None:
+    """Compares the device types of all ranks before the process group is made: with two backends it would hang.
+
+    Raises:
+        LaunchError: two ranks differ; every rank raises.
+    """
+    store.set(f"mmscale/device/{rank}", device_type)
+    if rank == 0:
+        types = [store.get(f"mmscale/device/{other}").decode() for other in range(world_size)]
+        odd = next((other for other, found in enumerate(types) if found != device_type), None)
+        verdict = "" if odd is None else f"rank {odd} would train on {types[odd]}, rank 0 on {device_type}"
+        store.set("mmscale/device", f"-{verdict}")
+    if verdict := store.get("mmscale/device").decode()[1:]:
+        store.set(f"mmscale/device/{rank}/read", "")
+        if rank == 0:  # The store may live in this process: it has to outlast the others' reads.
+            store.wait([f"mmscale/device/{other}/read" for other in range(world_size)])
+        raise LaunchError(
+            f"{verdict}: check the driver on the machine of the rank without CUDA (nvidia-smi), or set engine.device"
+        )
 
 
 def sum_float(world: World, values: Sequence[float]) -> list[float]:
@@ -300,6 +322,37 @@ def gather_numbers(world: World, value: float) -> list[float]:
     values = [0.0] * world.world_size
     values[world.rank] = value
     return sum_float(world, values)
+
+
+def all_equal(world: World, digest: bytes) -> bool:
+    """Whether all ranks have the same digest, by one all-reduce. All ranks must call, with equal lengths.
+
+    Raises:
+        EngineError: a peer did not answer in time.
+    """
+    parts = [float(int.from_bytes(digest[start : start + 6], "big")) for start in range(0, len(digest), 6)]
+    # Six bytes are exact in float64. All values are equal if the largest is also the smallest.
+    largest = _reduce(world, [*parts, *(-part for part in parts)], torch_dist.ReduceOp.MAX)
+    return all(high == -low for high, low in zip(largest[: len(parts)], largest[len(parts) :], strict=True))
+
+
+def broadcast_bytes(world: World, data: bytes) -> bytes:
+    """The bytes of rank 0, on all ranks. All ranks must call; ``data`` of the other ranks is ignored.
+
+    Raises:
+        EngineError: a peer did not answer in time.
+    """
+    if world.world_size == 1:
+        return data
+    length = int(gather_numbers(world, len(data))[0])
+    buffer = torch.zeros(max(1, length), dtype=torch.uint8)
+    if world.is_main and data:
+        buffer[:length] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    try:
+        torch_dist.broadcast(buffer, 0, group=world.group)
+    except RuntimeError as error:
+        raise peer_lost(world, error) from error
+    return buffer[:length].numpy().tobytes()
 
 
 def gather_rows(world: World, rows: Tensor) -> list[Tensor]:

@@ -53,6 +53,7 @@ from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
+from mmscale.rank_check import check_ranks
 from mmscale.run_config import RunConfig, check_files, check_world
 from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, check_position, hold_folder, is_finished, open_run_folder
 from mmscale.stage_teachers import check_teachers, note_teachers, open_teachers
@@ -116,6 +117,7 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
         limits = config.engine.watchdog.limits(config.engine.timeout_seconds)
         watchdog = Watchdog(config.run_dir, limits, world.rank, world.world_size)
         try:
+            check_ranks(config, world)
             check_world(config, world.world_size)
             if is_finished(config):
                 if profile:
