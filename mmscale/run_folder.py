@@ -5,6 +5,7 @@ metrics.jsonl          one line a step               tensorboard/          the s
 checkpoints/step-N/    whole checkpoints             logs/                 output of ranks above 0, stacks of a hang
 ledger/                which samples each step had   faults/             samples that were left out, and why
 bad_steps/             samples of steps that were refused, roll backs
+starts/                each start: code, configuration, what changed since the start before
 lock/                  which process works in the folder
 profile/               traces of a few steps         goodput.jsonl         time that was spent outside of steps
 captions.json report/  held-out images described     report.html result.json
@@ -22,12 +23,10 @@ from pathlib import Path
 import torch
 
 from mmscale.checkpoint import TrainState, read_manifest
-from mmscale.config import Loaded, dump
 from mmscale.dist import World, agree, first_complaint
 from mmscale.durable.lock import POLL_SECONDS, FolderLock
 from mmscale.errors import ConfigError, LaunchError, MMScaleError
-from mmscale.report.configuration import save_origins
-from mmscale.report.result import RESULT_FILE, write_whole
+from mmscale.report.result import RESULT_FILE
 from mmscale.run_config import RunConfig
 
 CONFIG = "config.yaml"
@@ -81,34 +80,27 @@ def _waits(lock: FolderLock, folder: Path, world: World, has_told: bool) -> bool
     return agree(world, waiting is not None)
 
 
-def open_run_folder(loaded: Loaded[RunConfig], world: World) -> None:
-    """Makes the folder and writes the configuration into it. All ranks must call.
-
-    Raises:
-        MMScaleError: the folder cannot be written; every rank raises.
-    """
-    complaint = None
-    if world.is_main:
-        try:
-            _write(loaded)
-        except OSError as error:
-            complaint = f"run_dir={loaded.value.run_dir}: {error.strerror}"
-    complaint = first_complaint(world, complaint)
-    if complaint is not None:
-        raise MMScaleError(complaint)
-
-
 def is_finished(config: RunConfig) -> bool:
     """Whether the run folder holds the result of a run of at least this many steps.
 
     Raises:
         MMScaleError: ``result.json`` is there but cannot be read.
     """
-    path = config.run_dir / RESULT_FILE
+    steps = finished_steps(config.run_dir)
+    return steps is not None and steps >= config.total_steps
+
+
+def finished_steps(run_dir: Path) -> int | None:
+    """Steps of the finished run in the folder; None if no run in it is finished.
+
+    Raises:
+        MMScaleError: ``result.json`` is there but cannot be read.
+    """
+    path = run_dir / RESULT_FILE
     if not path.is_file():
-        return False
+        return None
     try:
-        return int(json.loads(path.read_text())["steps"]) >= config.total_steps
+        return int(json.loads(path.read_text())["steps"])
     except (ValueError, KeyError, TypeError) as error:
         raise MMScaleError(f"{path} is damaged ({error}); remove it to let the run finish again") from error
 
@@ -143,10 +135,3 @@ def check_position(config: RunConfig, state: TrainState, path: Path) -> None:
             f"stages.{index}.steps={steps}: {path} is already {state.stage_step} steps into stage {names[index]!r}; "
             f"set stages.{index}.steps={state.stage_step} to begin the next stage"
         )
-
-
-def _write(loaded: Loaded[RunConfig]) -> None:
-    folder: Path = loaded.value.run_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / CONFIG, dump(loaded.value).encode())
-    save_origins(folder, loaded.origins)

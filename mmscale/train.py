@@ -55,9 +55,10 @@ from mmscale.objectives.contrastive import Contrastive
 from mmscale.objectives.next_token import NextToken
 from mmscale.rank_check import check_ranks
 from mmscale.run_config import RunConfig, check_files, check_world
-from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, check_position, hold_folder, is_finished, open_run_folder
+from mmscale.run_folder import CHECKPOINTS, FAULTS, LEDGER, check_position, hold_folder
 from mmscale.stage_teachers import check_teachers, note_teachers, open_teachers
 from mmscale.stage_weights import check_stage_weights, take_stage_weights
+from mmscale.starts import Start, refuse_or_report_finished
 
 Log = RunLog | NullLog
 Show = Callable[[MultimodalBatch, int], list[CaptionedImage]]
@@ -119,18 +120,18 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
         try:
             check_ranks(config, world)
             check_world(config, world.world_size)
-            if is_finished(config):
+            if refuse_or_report_finished(config, world):
                 if profile:
                     raise ConfigError(
                         f"--profile: {config.run_dir} is finished; give it another run_dir, or more steps"
                     )
                 return Outcome.FINISHED
             with hold_folder(config.run_dir, world), closing(watchdog):
-                open_run_folder(loaded, world)
                 watchdog.start()
+                start = Start(loaded, world)
                 while True:
                     try:
-                        return _run(config, world, stop, watchdog, profile)
+                        return _run(start, world, stop, watchdog, profile)
                     except RolledBack as request:
                         if world.is_main:
                             print(request, file=sys.stderr, flush=True)
@@ -144,7 +145,8 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
             shutdown(world)
 
 
-def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog, profile: bool) -> Outcome:
+def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, profile: bool) -> Outcome:
+    config = start.config
     bad_steps = BadSteps(config, world)
     latest, state = bad_steps.checkpoint, bad_steps.state
     if latest:
@@ -160,12 +162,15 @@ def _run(config: RunConfig, world: World, stop: StopRequest, watchdog: Watchdog,
         run = _Run(config, world, log, ledger, faults, bad_steps, saver, stop, watchdog, trace)
         if latest:
             log.note(f"going on from {latest} (step {state.step} of {config.total_steps})")
+        if start.note:
+            log.note(start.note)
         while True:
             if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             watchdog.begin_start()
             state = note_teachers(config, world, state)
             with _stage_engine(run, state, latest) as engine:
+                start.record(state.step)
                 state, stopped = _train_stage(run, engine, state)
                 if stopped:
                     return Outcome.STOPPED

@@ -17,18 +17,18 @@ from pathlib import Path
 
 from mmscale.compare.config import Comparison
 from mmscale.compare.plan import Trial
-from mmscale.config import dump, leaves, load
+from mmscale.config import dump, load
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.report.result import write_whole
 from mmscale.run_config import RunConfig
 from mmscale.run_folder import CONFIG, is_finished
+from mmscale.starts import describe, differences
 
 Start = Callable[[Path, Path], int]
 """Trains the run of a file in its run folder and gives the exit code of ``mmscale train``."""
 
 _STOPPED = (75, 130)
 _SIGNALLED = 128
-_SHOWN_KEYS = 5
 
 
 class Stopped(MMScaleError):  # noqa: N818 - no error: the same command goes on.
@@ -106,13 +106,8 @@ def _check_folders(trials: Sequence[Trial]) -> None:
         path = trial.config.run_dir / CONFIG
         if not path.is_file():
             continue
-        there = dict(leaves(load(path, [], RunConfig).value))
-        here = dict(leaves(trial.config))
-        keys = [".".join(key) for key in {**there, **here} if there.get(key, ...) != here.get(key, ...)]
-        keys = [key for key in keys if key != "run_dir"]  # The same folder may be called by another path.
-        if keys:
-            more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+        if changes := differences(load(path, [], RunConfig).value, trial.config):
             raise ConfigError(
-                f"{trial.config.run_dir}: holds a run with other values of {', '.join(keys[:_SHOWN_KEYS])}{more}; "
-                "give the comparison another run_dir, or remove that folder"
+                f"{trial.config.run_dir}: holds a run with other values of {describe(changes)}; give the comparison "
+                "another run_dir, or remove that folder"
             )

@@ -39,6 +39,7 @@ from mmscale.report.curves import (
     thin,
 )
 from mmscale.report.result import RESULT_FILE, binomial_error, write_whole
+from mmscale.report.starts import read_starts
 from mmscale.report.step_time import goodput_rows, goodput_shares, step_figures, step_rows
 from mmscale.report.svg import Bar, Line, bar_chart, line_chart
 
@@ -145,6 +146,7 @@ def render(run_dir: Path) -> str:
         precision=_precision(result),
         shares=_shares(result),
         configuration=read_configuration(run_dir),
+        starts=read_starts(run_dir),
     )
 
 

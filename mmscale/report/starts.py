@@ -1,0 +1,79 @@
+"""``starts/starts.jsonl``: one line for each start of a run, for the report and for whoever asks what was changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from data_pipeline.strict import StrictConfig
+from mmscale.report.result import write_whole
+
+STARTS_FILE = "starts/starts.jsonl"
+_MOST_BYTES = 1 << 26
+"""A larger file is not read; ten thousand starts take 10 MB."""
+
+
+class StartRecord(StrictConfig):
+    """One start of a run: a process, or the processes of all ranks, from the command to its end.
+
+    Attributes:
+        start: Number of the start, from 1.
+        time: When it began to train, UTC.
+        step: Steps of the run that were done before.
+        world_size: Ranks.
+        config: File of the configuration, relative to the run folder. Starts with equal values share a file.
+        changed: Old and new value, as text, of each key that differs from the start before.
+        versions: Of mmscale, Python and libraries.
+        code: sha256 over our source files.
+        commit: Git commit of the code; null if git does not track it.
+        commit_changed: Whether tracked files differed from that commit; null without a commit.
+        host: Machine of rank 0.
+        pid: Process of rank 0.
+    """
+
+    start: int
+    time: str
+    step: int
+    world_size: int
+    config: str = Field(pattern=r"^starts/config-\d{4,}\.yaml$")
+    changed: dict[str, tuple[str, str]]
+    versions: dict[str, str]
+    code: str
+    commit: str | None
+    commit_changed: bool | None
+    host: str
+    pid: int
+
+    @property
+    def code_name(self) -> str:
+        """Version and commit, for people."""
+        version = self.versions.get("mmscale", "")
+        if self.commit is None:
+            return f"{version}, code {self.code[:10]}"
+        return f"{version}, commit {self.commit[:10]}{' with changes' if self.commit_changed else ''}"
+
+
+def read_starts(run_dir: Path) -> list[StartRecord]:
+    """The starts of a run, oldest first; damaged lines are left out. Empty if there is no such file."""
+    path = run_dir / STARTS_FILE
+    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        return []
+    records = []
+    for line in path.read_bytes().splitlines():
+        try:
+            records.append(StartRecord.model_validate_json(line))
+        except ValidationError:
+            continue
+    return records
+
+
+def add_start(run_dir: Path, record: StartRecord) -> None:
+    """Appends a start; the file is replaced, so a kill leaves the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    lines = [json.dumps(each.model_dump(mode="json"), ensure_ascii=False) for each in [*read_starts(run_dir), record]]
+    write_whole(run_dir / STARTS_FILE, "".join(f"{line}\n" for line in lines).encode())
