@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmscale.errors import CheckpointError
+from mmscale.hf.class_defaults import CLASS_DEFAULTS
 
 REQUIRED: Any = object()
 CARRIED = frozenset(
@@ -34,11 +35,25 @@ class Keys:
     Args:
         values: The object.
         where: File, and place in it, for messages.
+        family: ``model_type`` whose class defaults stand for the keys that the object leaves out; None for none. A
+            key that is null stays null.
+
+    Attributes:
+        given: The object.
+        values: The object with the class defaults.
+        read: Keys that somebody asked for.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
-        self._read: set[str] = set()
+    def __init__(self, values: Mapping[str, Any], where: str, family: str | None = None) -> None:
+        self.given, self.where = values, where
+        self.values = {**CLASS_DEFAULTS.get(family or "", {}), **values}
+        self.read: set[str] = set()
+
+    def filled(self, family: str) -> Keys:
+        """The same object with the class defaults of ``family``; a key that is read there is read here."""
+        again = Keys(self.given, self.where, family)
+        again.read = self.read
+        return again
 
     def take(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
         """The value of a key; null is as if it were absent.
@@ -46,7 +61,7 @@ class Keys:
         Raises:
             CheckpointError: it is missing and has no default, or is not a ``kind``; an int serves as a float.
         """
-        self._read.add(key)
+        self.read.add(key)
         value = self.values.get(key)
         if value is None:
             if default is REQUIRED:
@@ -58,17 +73,17 @@ class Keys:
             raise CheckpointError(f"{self.where}: {key}={value!r} must be of type {kind.__name__}")
         return value
 
-    def block(self, key: str) -> Keys | None:
-        """The object under a key."""
-        return None if self.take(key, dict, None) is None else self.needed(key)
+    def block(self, key: str, family: str | None = None) -> Keys | None:
+        """The object under a key, with the class defaults of ``family``."""
+        return None if self.take(key, dict, None) is None else self.needed(key, family)
 
-    def needed(self, key: str) -> Keys:
-        """The object under a key that must be there.
+    def needed(self, key: str, family: str | None = None) -> Keys:
+        """The object under a key that must be there, with the class defaults of ``family``.
 
         Raises:
             CheckpointError: it is missing.
         """
-        return Keys(self.take(key, dict), f"{self.where}: {key}")
+        return Keys(self.take(key, dict), f"{self.where}: {key}", family)
 
     def must_be(self, key: str, *allowed: object) -> None:
         """Refuses other values than those that the model can have; null and absence are allowed.
@@ -76,10 +91,15 @@ class Keys:
         Raises:
             CheckpointError: it has another one.
         """
-        self._read.add(key)
+        self.read.add(key)
         value = self.values.get(key)
         if value is not None and value not in allowed:
-            raise CheckpointError(f"{self.where}: {key}={value!r} is not supported, only {allowed[0]!r}")
+            raise CheckpointError(f"{self.said(key)} is not supported, only {allowed[0]!r}")
+
+    def said(self, key: str) -> str:
+        """Place and value of a key, for messages."""
+        default = "" if key in self.given else " (the class default, since the key is missing)"
+        return f"{self.where}: {key}={self.values.get(key)!r}{default}"
 
     def finish(self) -> None:
         """Complains of keys that nobody asked for.
@@ -87,14 +107,14 @@ class Keys:
         Raises:
             CheckpointError: there are some.
         """
-        ignored = self._read | _HARMLESS
+        ignored = self.read | _HARMLESS
         odd = [
             k
-            for k, v in self.values.items()
+            for k, v in self.given.items()
             if k not in ignored and not k.startswith("_") and v not in (None, False, [], {})
         ]
         if odd:
             raise CheckpointError(
-                f"{self.where}: {odd[0]}={self.values[odd[0]]!r} is not known for this family; if it does not change "
+                f"{self.where}: {odd[0]}={self.given[odd[0]]!r} is not known for this family; if it does not change "
                 "what the model computes, remove it"
             )

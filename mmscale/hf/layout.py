@@ -194,7 +194,7 @@ class Layout:
         Raises:
             CheckpointError: it asks for something that our models do not compute.
         """
-        keys = Keys(values, where)
+        keys = Keys(values, where, self.model_type)
         try:
             config = self.to_model(keys)
         except ValidationError as error:

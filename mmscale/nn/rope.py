@@ -1,4 +1,4 @@
-"""Rotary positions: plain, Llama-3 scaled, partial, three-axis text positions, and two-axis image positions.
+"""Rotary positions: plain, scaled (linear, Llama 3, YaRN), partial, on three axes for text, on two axes for images.
 
 Angles are computed once per forward in float32 and handed to every block as a ``Rotation``. Nothing is cached in
 buffers: a buffer would be cast by the engine's precision, or lost on the meta device.
@@ -7,13 +7,14 @@ buffers: a buffer would be cast by the engine's precision, or lost on the meta d
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from data_pipeline.strict import StrictConfig
@@ -25,6 +26,7 @@ class Llama3Scaling(StrictConfig):
     Source: Llama 3.1 reference code, ``apply_scaling``.
     """
 
+    kind: Literal["llama3"] = "llama3"
     factor: float = 8.0
     """Divides the frequencies whose wavelength exceeds the original context. 8 in Llama 3.1, 32 in Llama 3.2."""
     low_freq_factor: float = 1.0
@@ -34,6 +36,66 @@ class Llama3Scaling(StrictConfig):
     original_context: int = 8192
     """Context length of the first pre-training, tokens."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Llama3Scaling:
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor}: must be above low_freq_factor={self.low_freq_factor}, and "
+                "both above 0"
+            )
+        return self
+
+
+class LinearScaling(StrictConfig):
+    """Divides every frequency.
+
+    Source: Chen et al. 2023, "Position Interpolation" (arXiv 2306.15595).
+    """
+
+    kind: Literal["linear"]
+    factor: float = Field(ge=1, allow_inf_nan=False)
+    """Divides the frequencies: the longer context over that of the first pre-training."""
+
+
+class YarnScaling(StrictConfig):
+    """Divides the slow frequencies, keeps the fast ones, and sharpens attention.
+
+    Source: YaRN (arXiv 2309.00071), section 3; defaults as in transformers.
+    """
+
+    kind: Literal["yarn"]
+    factor: float = Field(ge=1, allow_inf_nan=False)
+    """Divides the slow frequencies: the longer context over that of the first pre-training."""
+    original_context: int = Field(ge=1)
+    """Context length of the first pre-training, tokens."""
+    attention_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Factor of cosines and sines; null for ``0.1 ln(factor) + 1``."""
+    beta_fast: float = Field(default=32.0, gt=0, allow_inf_nan=False)
+    """Frequencies that turn at least this many times within the original context stay as they are."""
+    beta_slow: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Frequencies that turn at most this many times are divided in full; between the two: a blend."""
+    truncate: bool = True
+    """Whether the ends of the blend are rounded outwards to whole frequencies."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> YarnScaling:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast={self.beta_fast}: must be above beta_slow={self.beta_slow}")
+        return self
+
+
+def _scaling_kind(value: Any) -> Any:
+    """Kind of a scaling; a block without ``kind`` is Llama 3's."""
+    return value.get("kind", "llama3") if isinstance(value, Mapping) else getattr(value, "kind", None)
+
+
+ScalingConfig = Annotated[
+    Annotated[Llama3Scaling, Tag("llama3")]
+    | Annotated[LinearScaling, Tag("linear")]
+    | Annotated[YarnScaling, Tag("yarn")],
+    Discriminator(_scaling_kind),
+]
+
 
 class RopeConfig(StrictConfig):
     """Rotary positions of the decoder."""
@@ -42,8 +104,8 @@ class RopeConfig(StrictConfig):
     """Base of the geometric series of frequencies."""
     fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of each head that is rotated; 0.5 in Persimmon."""
-    scaling: Llama3Scaling | None = None
-    """Llama-3 context extension; null for none."""
+    scaling: ScalingConfig | None = None
+    """Context extension: ``kind: llama3`` (the default kind), ``linear`` or ``yarn``; null for none."""
     sections: tuple[int, int, int] | None = None
     """Frequencies given to (time, height, width) positions, summing to half the rotated width; null for plain
     positions. ``[16, 24, 24]`` in Qwen2-VL."""
@@ -90,8 +152,10 @@ class Rotation:
     sin: Tensor
 
     @classmethod
-    def from_angles(cls, angles: Float[Tensor, "T R2"], dtype: torch.dtype) -> Rotation:
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+    def from_angles(cls, angles: Float[Tensor, "T R2"], dtype: torch.dtype, factor: float = 1.0) -> Rotation:
+        """Cosines and sines of ``angles``, times ``factor``."""
+        cos, sin = angles.cos(), angles.sin()
+        return cls((cos * factor).to(dtype), (sin * factor).to(dtype))
 
 
 def rotate(heads: Float[Tensor, "T H K"], rotation: Rotation) -> Float[Tensor, "T H K"]:
@@ -121,6 +185,42 @@ def _stretch(frequencies: Float[Tensor, " R2"], scaling: Llama3Scaling) -> Float
     return frequencies * (blend + (1 - blend) / scaling.factor)
 
 
+def _yarn(theta: float, width: int, scaling: YarnScaling, device: torch.device) -> Float[Tensor, " R2"]:
+    """Frequencies of a head of which ``width`` channels are rotated."""
+
+    def place(turns: float) -> float:
+        """Index of the frequency that turns this many times within the original context; not a whole number."""
+        return width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = place(scaling.beta_fast), place(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    ramp = (torch.arange(width // 2, device=device, dtype=torch.float32) - first) / ((last - first) or 0.001)
+    kept = 1 - ramp.clamp(0.0, 1.0)  # 1: leave alone. 0: divide in full.
+    frequencies = _series(width // 2, width, theta, device)
+    return frequencies / scaling.factor * (1 - kept) + frequencies * kept
+
+
+def _frequencies(width: int, config: RopeConfig, device: torch.device) -> Float[Tensor, " R2"]:
+    """Frequencies of ``width`` rotated channels, scaled."""
+    scaling = config.scaling
+    if isinstance(scaling, YarnScaling):
+        return _yarn(config.theta, width, scaling, device)
+    frequencies = _series(width // 2, width, config.theta, device)
+    if isinstance(scaling, Llama3Scaling):
+        return _stretch(frequencies, scaling)
+    return frequencies if scaling is None else frequencies / scaling.factor
+
+
+def _attention_factor(config: RopeConfig) -> float:
+    """Factor of cosines and sines; other than 1 for YaRN only."""
+    scaling = config.scaling
+    if not isinstance(scaling, YarnScaling):
+        return 1.0
+    return 0.1 * math.log(scaling.factor) + 1.0 if scaling.attention_factor is None else scaling.attention_factor
+
+
 def text_rotation(
     position_ids: Int[Tensor, "T ..."], head_dim: int, config: RopeConfig, dtype: torch.dtype
 ) -> Rotation:
@@ -132,18 +232,16 @@ def text_rotation(
         config: Series and scaling.
         dtype: Of the result; angles are float32.
 
-    Source: Su et al. 2021; Llama 3.1 for the scaling; Qwen2-VL (arXiv 2409.12191, section 2.1) for the sections.
+    Source: Su et al. 2021; Qwen2-VL (arXiv 2409.12191, section 2.1) for the sections.
     """
     width = rotated_width(head_dim, config)
-    frequencies = _series(width // 2, width, config.theta, position_ids.device)
-    if config.scaling is not None:
-        frequencies = _stretch(frequencies, config.scaling)
+    frequencies = _frequencies(width, config, position_ids.device)
     if config.sections is None:
         positions = position_ids[:, None]
     else:
         axes = zip(position_ids.unbind(1), config.sections, strict=True)
         positions = torch.cat([axis[:, None].expand(-1, count) for axis, count in axes], dim=1)
-    return Rotation.from_angles(positions.float() * frequencies, dtype)
+    return Rotation.from_angles(positions.float() * frequencies, dtype, _attention_factor(config))
 
 
 def rotated_width(head_dim: int, config: RopeConfig) -> int:

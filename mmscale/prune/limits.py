@@ -9,7 +9,7 @@ from mmscale.models.config import DecoderConfig, ModelConfig
 from mmscale.nn.attention import QkNorm
 from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.norms import NormKind
-from mmscale.nn.rope import rotated_width
+from mmscale.nn.rope import YarnScaling, rotated_width
 
 _KIND = (
     "norm.kind",
@@ -103,6 +103,8 @@ def _of_heads(source: DecoderConfig, target: DecoderConfig) -> Iterator[Refusal]
         yield Refusal("rope.sections", f"{_shown(source, 'rope.sections')} in the source, and no cut can change it")
     if large != small and (source.rope.sections or target.rope.sections):
         yield Refusal("attention.head_dim", "heads whose frequencies are shared among axes (rope.sections) stay whole")
+    if large != small and isinstance(source.rope.scaling, YarnScaling):
+        yield Refusal("attention.head_dim", "the frequencies of rope.scaling.kind=yarn follow from a head's width")
 
 
 def _of_norms(source: DecoderConfig, target: DecoderConfig) -> Iterator[Refusal]:

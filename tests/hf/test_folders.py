@@ -105,11 +105,19 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] =
     "contradiction": (None, {"num_attention_heads": 3}, "num_heads=3"),
     "another activation": (None, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
     "a key that nobody knows": (None, {"logit_scale": 0.5}, "logit_scale=0.5 is not known"),
-    "other rotations": (None, {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type='linear'"),
+    "other rotations": (None, {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type='dynamic'"),
     "part of a head": (None, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
     "a window": (None, {"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096"),
-    "a window by default": (None, {"model_type": "mistral"}, "which means 4096"),
-    "a window in some layers": (None, {"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),
+    "a window by default": (
+        None,
+        {"model_type": "mistral"},
+        "sliding_window=4096 .the class default.* is shorter than",
+    ),
+    "a window in some layers": (
+        None,
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0},
+        "sliding_window=4096 .* is shorter than max_position_embeddings=32768",
+    ),
 }
 
 

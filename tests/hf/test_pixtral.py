@@ -170,7 +170,7 @@ def test_names_of_the_classes_are_understood(tmp_path: Path) -> None:
         ("vision_config", {"head_dim": 8}, "head_dim=8"),
         ("vision_config", {"rope_parameters": {"rope_type": "linear"}}, "rope_type='linear'"),
         ("text_config", {"model_type": "gemma"}, "model_type='gemma'"),
-        ("text_config", {"sliding_window": 4096}, "sliding_window=4096"),
+        ("text_config", {"sliding_window": 16}, "sliding_window=16"),
         ("text_config", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not known"),
     ],
 )

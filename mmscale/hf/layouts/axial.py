@@ -12,7 +12,7 @@ from mmscale.nn.rope import FrequencyLayout, Rotary2dConfig
 
 def to_model(keys: Keys, layout: FrequencyLayout) -> dict[str, Any]:
     """``vision.positions``; ``rope_parameters`` is of version 5, ``rope_theta`` of the time before it."""
-    theta = keys.take("rope_theta", float, 10_000.0)
+    theta = keys.take("rope_theta", float)
     if (block := keys.block("rope_parameters")) is not None:
         theta = block.take("rope_theta", float, theta)
         block.must_be("rope_type", "axial")

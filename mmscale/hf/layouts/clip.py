@@ -28,15 +28,6 @@ from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.mlp import DenseMlpConfig
 
-TEXT_DEFAULTS = {
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-"""Of ``CLIPTextConfig``, those that differ from ``CLIPVisionConfig`` and those of both."""
 _MAX_SCALE = 100.0
 _IDS, _END = 49408, 49407
 
@@ -59,19 +50,19 @@ def _rows(config: ModelConfig) -> Rows:
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    text, image = (vit.tower_block(keys, f"{name}_config") for name in ("text", "vision"))
+    text, image = (vit.tower_block(keys, f"{name}_config", f"clip_{name}_model") for name in ("text", "vision"))
     keys.take("initializer_factor", float, None)
     decoder, vision = _to_decoder(text), clip_vision.to_vision(image)
     text.finish()
     image.finish()
-    scale = math.exp(keys.take("logit_scale_init_value", float, 2.6592))
+    scale = math.exp(keys.take("logit_scale_init_value", float))
     return ModelConfig.model_validate(
         {
             "decoder": decoder,
             "vision": {**vision, "class_feature": True, **pixels.to_model(keys, pixels.CLIP)},
             "connector": {
                 "kind": "contrastive",
-                "dim": keys.take("projection_dim", int, 512),
+                "dim": keys.take("projection_dim", int),
                 "scale_init": min(scale, _MAX_SCALE),
                 "max_scale": _MAX_SCALE,
             },
@@ -85,10 +76,10 @@ def _to_decoder(keys: Keys) -> dict[str, Any]:
     keys.take("projection_dim", int, None)  # The pair's counts.
     keys.take("initializer_factor", float, None)
     return {
-        "vocab_size": keys.take("vocab_size", int, _IDS),
+        "vocab_size": keys.take("vocab_size", int),
         "rope": None,
-        "learned_positions": keys.take("max_position_embeddings", int, 77),
-        **vit.to_stack(keys, TEXT_DEFAULTS, attention=vit.BIASED),
+        "learned_positions": keys.take("max_position_embeddings", int),
+        **vit.to_stack(keys, attention=vit.BIASED),
     }
 
 

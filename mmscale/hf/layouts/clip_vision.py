@@ -14,25 +14,13 @@ from mmscale.hf.layout import Layout
 from mmscale.hf.layouts import pixels, vit
 from mmscale.models.config import TowerConfig
 
-DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-"""Of ``CLIPVisionConfig``."""
-
 
 def to_vision(keys: Keys) -> dict[str, Any]:
     """Of ``vision``, without the statistics of pixels."""
     keys.must_be("dropout", 0.0)
     keys.take("projection_dim", int, None)  # Of the projection behind the class token, which features do not pass.
     keys.take("initializer_factor", float, None)
-    return vit.to_vision(keys, DEFAULTS, attention=vit.BIASED, class_token=True, pre_norm=True)
+    return vit.to_vision(keys, attention=vit.BIASED, class_token=True, pre_norm=True)
 
 
 def _to_model(keys: Keys) -> TowerConfig:

@@ -45,7 +45,7 @@ def to_vision(keys: Keys) -> dict[str, Any]:
     keys.must_be("dropout", 0.0)
     for name, kind in (("drop_path_rate", float), ("use_flash_attn", bool), ("auto_map", dict)):
         keys.take(name, kind, None)  # Of training, of its kernels, and of the code beside the weights.
-    factor = keys.take("initializer_factor", float, 0.1)
+    factor = keys.take("initializer_factor", float)
     return internvl_vision.to_vision(
         keys,
         qk_norm=keys.take("qk_normalization", bool),

@@ -13,17 +13,6 @@ from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.attention import QkNorm
 from mmscale.nn.norms import NormKind
 
-DEFAULTS = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 448,
-    "patch_size": 14,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-6,
-}
-"""Of ``InternVLVisionConfig``."""
 NORMS = {"rms_norm": "rmsnorm", "layer_norm": "layernorm"}
 _QK_EPS = 1e-6
 """Of the norms over queries and keys, whatever ``layer_norm_eps`` says."""
@@ -57,11 +46,11 @@ def to_vision(keys: Keys, *, qk_norm: bool, qkv_bias: bool, qk_eps: float | None
     Raises:
         CheckpointError: a key asks for what our towers do not compute.
     """
-    kind = keys.take("norm_type", str, "layer_norm")
+    kind = keys.take("norm_type", str)
     if kind not in NORMS:
         raise CheckpointError(f"{keys.where}: norm_type={kind!r} is not supported, only {', '.join(NORMS)}")
     attention: dict[str, Any] = {"qkv_bias": qkv_bias, "out_bias": True}
-    vision = vit.to_vision(keys, DEFAULTS, attention=attention, class_token=True, patch_bias=True, **more)
+    vision = vit.to_vision(keys, attention=attention, class_token=True, patch_bias=True, **more)
     vision["norm"]["kind"] = NORMS[kind]
     if qk_norm:
         eps = vision["norm"]["eps"] if qk_eps is None else qk_eps
@@ -73,14 +62,14 @@ def _to_model(keys: Keys) -> TowerConfig:
     for name in ("hidden_dropout_prob", "projection_dropout"):
         keys.must_be(name, 0.0)
     keys.must_be("use_absolute_position_embeddings", True)
-    keys.take("use_mask_token", bool, False)
-    mean_pooling = keys.take("use_mean_pooling", bool, True)
+    keys.take("use_mask_token", bool)
+    mean_pooling = keys.take("use_mean_pooling", bool)
     vision = to_vision(
         keys,
-        qk_norm=keys.take("use_qk_norm", bool, False),
-        qkv_bias=keys.take("attention_bias", bool, False),
+        qk_norm=keys.take("use_qk_norm", bool),
+        qkv_bias=keys.take("attention_bias", bool),
         qk_eps=_QK_EPS,
-        layer_scale=keys.take("layer_scale_init_value", float, 0.1),
+        layer_scale=keys.take("layer_scale_init_value", float),
         post_norm=not mean_pooling,
     )
     if not mean_pooling and vision["norm"]["kind"] != NormKind.LAYER:

@@ -13,8 +13,8 @@ from mmscale.nn.mlp import DenseMlpConfig
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    bias = keys.take("attention_bias", bool, False)
-    mlp_bias = keys.take("mlp_bias", bool, False)
+    bias = keys.take("attention_bias", bool)
+    mlp_bias = keys.take("mlp_bias", bool)
     return decoder.to_model(keys, attention={"qkv_bias": bias, "out_bias": bias}, mlp_bias=mlp_bias)
 
 

@@ -18,24 +18,6 @@ from mmscale.nn.rope import FrequencyLayout
 
 _TEXTS = {layout.model_type: layout for layout in (mistral.LAYOUT, llama.LAYOUT, qwen2.LAYOUT)}
 """In the order in which they are tried."""
-_MISTRAL = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 14_336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-}
-_PIXTRAL = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_channels": 3,
-    "patch_size": 16,
-    "hidden_act": "gelu",
-}
 _LONGEST = 1024
 """Side of the largest images that Pixtral was trained on; of version 4, whose code has a table of that size."""
 _BLOCK, _THEIRS = "vision.layers.{n}.", "vision_tower.transformer.layers.{n}."
@@ -70,10 +52,10 @@ def _to_model(keys: Keys) -> ModelConfig:
     keys.must_be("vision_feature_layer", -1, [-1])
     projector = {
         "kind": "mlp",
-        "activation": vit.activation(keys, "projector_hidden_act", "gelu"),
-        "bias": keys.take("multimodal_projector_bias", bool, True),
+        "activation": vit.activation(keys, "projector_hidden_act"),
+        "bias": keys.take("multimodal_projector_bias", bool),
     }
-    model = _decoder(text, keys.take("tie_word_embeddings", bool, False))
+    model = _decoder(text, keys.take("tie_word_embeddings", bool))
     return ModelConfig.model_validate(
         {
             "decoder": model.decoder,
@@ -87,8 +69,7 @@ def _decoder(keys: Keys, tied: bool) -> ModelConfig:
     kind = keys.take("model_type", str, "llama")
     if kind not in _TEXTS:
         raise CheckpointError(f"{keys.where}: model_type={kind!r} is not supported, only {', '.join(_TEXTS)}")
-    defaults = _MISTRAL if kind == "mistral" else {}
-    filled = Keys({**defaults, **keys.values, **({"tie_word_embeddings": True} if tied else {})}, keys.where)
+    filled = Keys({**keys.given, **({"tie_word_embeddings": True} if tied else {})}, keys.where, kind)
     filled.take("is_composition", bool, None)
     model = _TEXTS[kind].to_model(filled)
     filled.finish()
@@ -97,10 +78,10 @@ def _decoder(keys: Keys, tied: bool) -> ModelConfig:
 
 
 def _vision(given: Keys) -> dict[str, Any]:
-    keys = Keys({**_PIXTRAL, **given.values}, given.where)
-    kind = keys.take("model_type", str, "clip_vision_model")
+    kind = given.take("model_type", str, "clip_vision_model")
     if kind != "pixtral":
-        raise CheckpointError(f"{keys.where}: model_type={kind!r} is not supported, only 'pixtral'")
+        raise CheckpointError(f"{given.where}: model_type={kind!r} is not supported, only 'pixtral'")
+    keys = given.filled(kind)
     keys.take("is_composition", bool, None)
     keys.take("image_size", int, None)  # Bounds a table of angles.
     keys.must_be("attention_dropout", 0.0)
@@ -114,7 +95,7 @@ def _vision(given: Keys) -> dict[str, Any]:
         "attention": {"num_heads": heads},
         "mlp": {
             "hidden_dim": keys.take("intermediate_size", int),
-            "activation": vit.activation(keys, "hidden_act", "gelu"),
+            "activation": vit.activation(keys, "hidden_act"),
         },
         "norm": {"kind": "rmsnorm", "eps": 1e-5},
         "positions": axial.to_model(keys, FrequencyLayout.ALTERNATING),

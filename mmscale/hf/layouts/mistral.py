@@ -1,10 +1,9 @@
-"""Mistral 7B from version 0.2 on, Mistral Nemo: no sliding window."""
+"""Mistral 7B from version 0.2 on, Mistral Nemo: no sliding window within the context."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout
 from mmscale.hf.layouts import decoder
@@ -12,9 +11,9 @@ from mmscale.models.config import ModelConfig
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    if "sliding_window" not in keys.values:
-        raise CheckpointError(f"{keys.where}: sliding_window is missing, which means 4096; only null is supported")
-    keys.must_be("sliding_window", None)
+    decoder.check_window(keys)
+    if any(kind != "full_attention" for kind in keys.take("layer_types", list, [])):
+        keys.must_be("layer_types", ["full_attention"])
     return decoder.to_model(keys)
 
 

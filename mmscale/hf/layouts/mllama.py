@@ -85,7 +85,8 @@ def _tower_rows(vision: VisionConfig) -> Rows:
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    text, tower = keys.needed("text_config"), keys.needed("vision_config")
+    text = keys.needed("text_config", "mllama_text_model")
+    tower = keys.needed("vision_config", "mllama_vision_model")
     keys.must_be("tie_word_embeddings", False)
     model, every = _text_model(text)
     vision = {**_vision(tower), **pixels.to_model(keys, pixels.CLIP)}

@@ -72,7 +72,7 @@ def _to_model(keys: Keys) -> ModelConfig:
         keys.take(name, kind, None)
     for name in ("min_dynamic_patch", "max_dynamic_patch"):
         keys.take(name, int, None)
-    block = keys.needed("vision_config")
+    block = keys.needed("vision_config", "intern_vit_6b")
     vision = intern_vit_6b.to_vision(block)
     block.take("use_bfloat16", bool, None)
     block.finish()
@@ -103,7 +103,7 @@ def _text(keys: Keys) -> dict[str, Any]:
     if isinstance(scaling, dict) and scaling.get("type") == "dynamic":
         # It stretches texts beyond max_position_embeddings alone; Qwen2's code of that time knows no scaling.
         values = {key: value for key, value in values.items() if key != "rope_scaling"}
-    block = Keys(values, f"{keys.where}: llm_config")
+    block = Keys(values, f"{keys.where}: llm_config", "qwen2")
     if (kind := block.take("architectures", list)) != _QWEN2:
         raise CheckpointError(f"{block.where}: architectures={kind!r} is not supported, only {_QWEN2!r}")
     block.must_be("attention_bias", True)

@@ -19,7 +19,7 @@ ROWS = (
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    bias = keys.take("attention_bias", bool, False)
+    bias = keys.take("attention_bias", bool)
     attention = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "full"}
     return decoder.to_model(keys, attention=attention, norm_placement="post")
 

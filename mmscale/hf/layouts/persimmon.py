@@ -10,6 +10,7 @@ from typing import Any
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout, Row, Rows, rows
+from mmscale.hf.layouts import decoder
 from mmscale.models.config import ModelConfig
 from mmscale.nn.attention import QkNorm
 from mmscale.nn.mlp import DenseMlpConfig
@@ -52,7 +53,7 @@ def to_decoder(keys: Keys) -> dict[str, Any]:
     keys.must_be("hidden_act", "relu2")
     keys.must_be("hidden_dropout", 0.0)
     keys.must_be("attention_dropout", 0.0)
-    norms = keys.take("qk_layernorm", bool, True)
+    norms = keys.take("qk_layernorm", bool)
     return {
         "vocab_size": keys.take("vocab_size", int),
         "hidden_dim": keys.take("hidden_size", int),
@@ -71,23 +72,9 @@ def to_decoder(keys: Keys) -> dict[str, Any]:
             "bias": True,
         },
         "norm": {"kind": "layernorm", "eps": keys.take("layer_norm_eps", float)},
-        "rope": _rope(keys),
-        "tie_embeddings": keys.take("tie_word_embeddings", bool, False),
+        "rope": decoder.to_rope(keys, partial=True),
+        "tie_embeddings": keys.take("tie_word_embeddings", bool),
     }
-
-
-def _rope(keys: Keys) -> dict[str, Any]:
-    """Both forms; theta must be said, since versions of transformers differ in its default."""
-    keys.must_be("rope_scaling", None)
-    theta, fraction = keys.take("rope_theta", float, None), keys.take("partial_rotary_factor", float, 0.5)
-    if (block := keys.block("rope_parameters")) is not None:
-        block.must_be("rope_type", "default")
-        theta = block.take("rope_theta", float, theta)
-        fraction = block.take("partial_rotary_factor", float, fraction)
-        block.finish()
-    if theta is None:
-        raise CheckpointError(f"{keys.where}: rope_theta is missing; the published weights were trained with 25000")
-    return {"theta": theta, "fraction": fraction}
 
 
 def to_keys(config: ModelConfig) -> dict[str, Any]:
@@ -96,25 +83,21 @@ def to_keys(config: ModelConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: it has experts.
     """
-    decoder = config.decoder
-    if not isinstance(decoder.mlp, DenseMlpConfig):
+    block = config.decoder
+    if not isinstance(block.mlp, DenseMlpConfig):
         raise CheckpointError("persimmon has no words for experts")
-    rope = decoder.rope or RopeConfig()
+    rope = block.rope or RopeConfig()
     return {
-        "vocab_size": decoder.num_ids,
-        "hidden_size": decoder.hidden_dim,
-        "intermediate_size": decoder.mlp.hidden_dim,
-        "num_hidden_layers": decoder.num_layers,
-        "num_attention_heads": decoder.attention.num_heads,
+        "vocab_size": block.num_ids,
+        "hidden_size": block.hidden_dim,
+        "intermediate_size": block.mlp.hidden_dim,
+        "num_hidden_layers": block.num_layers,
+        "num_attention_heads": block.attention.num_heads,
         "hidden_act": "relu2",
-        "qk_layernorm": decoder.attention.qk_norm is QkNorm.HEAD,
-        "layer_norm_eps": decoder.norm.eps,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": rope.theta,
-            "partial_rotary_factor": rope.fraction,
-        },
-        "tie_word_embeddings": decoder.tie_embeddings,
+        "qk_layernorm": block.attention.qk_norm is QkNorm.HEAD,
+        "layer_norm_eps": block.norm.eps,
+        "rope_parameters": {**decoder.rope_keys(rope), "partial_rotary_factor": rope.fraction},
+        "tie_word_embeddings": block.tie_embeddings,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),

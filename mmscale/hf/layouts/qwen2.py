@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout
 from mmscale.hf.layouts import decoder
@@ -11,16 +12,20 @@ from mmscale.models.config import ModelConfig
 
 
 def check_attention(keys: Keys) -> None:
-    """That every block attends all that came before.
+    """Require that every block attends to all earlier tokens.
 
     Raises:
         CheckpointError: a key asks for a window.
     """
-    keys.must_be("use_sliding_window", False)
-    for name in ("sliding_window", "max_window_layers"):  # Of no effect without it.
-        keys.take(name, int, None)
-    if any(kind != "full_attention" for kind in keys.take("layer_types", list, [])):
-        keys.must_be("layer_types", ["full_attention"])
+    on, kinds = keys.take("use_sliding_window", bool, False), keys.take("layer_types", list, None)
+    first, count = keys.take("max_window_layers", int, 0), keys.take("num_hidden_layers", int)
+    slides = first < count if kinds is None else "sliding_attention" in kinds
+    if kinds is not None and (len(kinds) != count or not {*kinds} <= {"full_attention", *["sliding_attention"] * on}):
+        raise CheckpointError(
+            f"{keys.said('layer_types')}: expected 'full_attention' for each of num_hidden_layers={count}, or "
+            "'sliding_attention' where use_sliding_window is true"
+        )
+    decoder.check_window(keys, on and slides)
 
 
 def _to_model(keys: Keys) -> ModelConfig:

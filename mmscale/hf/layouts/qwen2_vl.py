@@ -18,6 +18,7 @@ from mmscale.nn.rope import FrequencyLayout
 
 _BLOCK, _THEIRS = "vision.layers.{n}.", "visual.blocks.{n}."
 _ACTIVATION = "quick_gelu"
+_TEXT = "qwen2_vl_text"
 
 
 def _rows(config: ModelConfig) -> Rows:
@@ -45,14 +46,15 @@ def _rows(config: ModelConfig) -> Rows:
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    text = keys.block("text_config") or keys  # Before version 4.52 its keys stood beside the others.
-    qwen2.check_attention(text)
-    tied = keys.take("tie_word_embeddings", bool, False) or text.take("tie_word_embeddings", bool, False)
-    model = decoder.to_model(text, attention={"qkv_bias": True}, sectioned=True, tie_embeddings=tied)
-    block = keys.needed("vision_config")
-    if text is not keys:
+    tied = keys.take("tie_word_embeddings", bool)
+    text = keys.block("text_config", _TEXT)
+    if text is None:  # Before version 4.52 its keys stood beside the others.
+        model = _decoder(keys.filled(_TEXT), tied)
+    else:
+        model = _decoder(text, tied)
         text.finish()
-    vision, merge = _vision(block, model.decoder.hidden_dim)
+        decoder.check_repeats(keys, text, lambda text: _decoder(text, tied))
+    vision, merge = _vision(keys.needed("vision_config", "qwen2_vl_vision"), model.decoder.hidden_dim)
     projector = {"kind": "mlp", "merge": merge, "norm": "before_merge", "hidden_dim": vision["hidden_dim"] * merge**2}
     return ModelConfig.model_validate(
         {
@@ -63,9 +65,15 @@ def _to_model(keys: Keys) -> ModelConfig:
     )
 
 
+def _decoder(keys: Keys, tied: bool) -> ModelConfig:
+    qwen2.check_attention(keys)
+    tied = keys.take("tie_word_embeddings", bool, False) or tied
+    return decoder.to_model(keys, attention={"qkv_bias": True}, sectioned=True, tie_embeddings=tied)
+
+
 def _vision(keys: Keys, text_dim: int) -> tuple[dict[str, Any], int]:
     """The tower, and the side of the squares that are merged."""
-    dim, patch, channels = keys.take("embed_dim", int), keys.take("patch_size", int), keys.take("in_channels", int, 3)
+    dim, patch, channels = keys.take("embed_dim", int), keys.take("patch_size", int), keys.take("in_channels", int)
     keys.must_be("in_chans", channels)  # What the first files say beside the others, and no code reads.
     keys.must_be("spatial_patch_size", patch)
     keys.must_be("hidden_size", text_dim)
@@ -100,7 +108,7 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     tied = text.pop("tie_word_embeddings")  # Since version 5 not a key of the text part.
     merge = connector.projector.merge
     return {
-        "text_config": {"model_type": "qwen2_vl_text", **text, "use_sliding_window": False},
+        "text_config": {"model_type": _TEXT, **text, "use_sliding_window": False},
         "vision_config": _vision_keys(vision, config.decoder.hidden_dim, merge),
         "tie_word_embeddings": tied,
         **pixels.to_keys(

@@ -18,7 +18,7 @@ from mmscale.models.config import TowerConfig
 def _to_model(keys: Keys) -> TowerConfig:
     keys.take("text_config", dict, None)
     keys.take("text_config_dict", dict, None)
-    block = vit.tower_block(keys, "vision_config")
+    block = vit.tower_block(keys, "vision_config", "siglip_vision_model")
     keys.take("initializer_factor", float, None)
     vision = siglip_vision.to_vision(block)
     block.finish()

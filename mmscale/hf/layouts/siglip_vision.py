@@ -13,24 +13,13 @@ from mmscale.hf.layout import Layout
 from mmscale.hf.layouts import pixels, vit
 from mmscale.models.config import TowerConfig
 
-DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 16,
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
-}
-"""Of ``SiglipVisionConfig``."""
 UNUSED = (*vit.UNUSED, r"vision_model\.head\..*")
 
 
 def to_vision(keys: Keys) -> dict[str, Any]:
     """Of ``vision``, without the statistics of pixels."""
     keys.take("vision_use_head", bool, None)
-    return vit.to_vision(keys, DEFAULTS, attention=vit.BIASED, patch_bias=True)
+    return vit.to_vision(keys, attention=vit.BIASED, patch_bias=True)
 
 
 def _to_model(keys: Keys) -> TowerConfig:

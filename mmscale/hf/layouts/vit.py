@@ -64,7 +64,7 @@ def convolution(theirs: str, vision: VisionConfig) -> Row:
     return Row("vision.patch_embed.projection.weight", theirs, shape)
 
 
-def side(keys: Keys, name: str, default: int) -> int:
+def side(keys: Keys, name: str) -> int:
     """A number of pixels, which may be written as two equal ones.
 
     Raises:
@@ -72,61 +72,55 @@ def side(keys: Keys, name: str, default: int) -> int:
     """
     value = keys.values.get(name)
     if not isinstance(value, list):
-        return int(keys.take(name, int, default))
+        return int(keys.take(name, int))
     keys.take(name, list)
     if len(value) != 2 or value[0] != value[1] or type(value[0]) is not int:
         raise CheckpointError(f"{keys.where}: {name}={value!r} is not supported, only squares")
     return value[0]
 
 
-def tower_block(keys: Keys, name: str) -> Keys:
-    """A tower's keys in the configuration of a pair of towers: ``vision_config`` or ``text_config``.
+def tower_block(keys: Keys, name: str, family: str) -> Keys:
+    """The keys of a tower of ``family`` in a pair of towers: ``vision_config`` or ``text_config``.
 
     Raises:
         CheckpointError: there are none.
     """
     # Files of 2022 say it twice; transformers lets the second win.
     values = {**keys.take(name, dict), **keys.take(f"{name}_dict", dict, {})}
-    return Keys(values, f"{keys.where}: {name}")
+    return Keys(values, f"{keys.where}: {name}", family)
 
 
-def to_stack(keys: Keys, defaults: Mapping[str, Any], *, attention: Mapping[str, Any]) -> dict[str, Any]:
-    """Of ``vision`` or ``decoder``, what their keys say of the blocks; files leave out what is the default.
+def to_stack(keys: Keys, *, attention: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ``vision`` or ``decoder``, what their keys say of the blocks.
 
     Args:
         keys: Theirs.
-        defaults: Of the family, by their names.
         attention: Of the block of that name what the family decides.
 
     Raises:
         CheckpointError: we have no such activation.
     """
-    act = activation(keys, "hidden_act", defaults["hidden_act"])
-
-    def take(name: str) -> int:
-        return int(keys.take(name, int, defaults[name]))
-
+    act = activation(keys, "hidden_act")
     return {
-        "hidden_dim": take("hidden_size"),
-        "num_layers": take("num_hidden_layers"),
-        "attention": {"num_heads": take("num_attention_heads"), **attention},
+        "hidden_dim": keys.take("hidden_size", int),
+        "num_layers": keys.take("num_hidden_layers", int),
+        "attention": {"num_heads": keys.take("num_attention_heads", int), **attention},
         "mlp": {
             "kind": "dense",
-            "hidden_dim": take("intermediate_size"),
+            "hidden_dim": keys.take("intermediate_size", int),
             "gated": False,
             "activation": act,
             "bias": True,
         },
-        "norm": {"kind": "layernorm", "eps": keys.take("layer_norm_eps", float, defaults["layer_norm_eps"])},
+        "norm": {"kind": "layernorm", "eps": keys.take("layer_norm_eps", float)},
     }
 
 
-def to_vision(keys: Keys, defaults: Mapping[str, Any], *, attention: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Of ``vision``, what their keys say; files leave out what is the default.
+def to_vision(keys: Keys, *, attention: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Of ``vision``, what their keys say.
 
     Args:
         keys: Theirs.
-        defaults: Of the family, by their names.
         attention: Of ``vision.attention`` what the family decides.
         **more: Of ``vision`` what the family decides.
 
@@ -134,11 +128,11 @@ def to_vision(keys: Keys, defaults: Mapping[str, Any], *, attention: Mapping[str
         CheckpointError: a key asks for what our towers do not compute.
     """
     keys.must_be("attention_dropout", 0.0)
-    image, patch = side(keys, "image_size", defaults["image_size"]), side(keys, "patch_size", defaults["patch_size"])
+    image, patch = side(keys, "image_size"), side(keys, "patch_size")
     return {
         "patch_size": patch,
-        "channels": keys.take("num_channels", int, 3),
-        **to_stack(keys, defaults, attention=attention),
+        "channels": keys.take("num_channels", int),
+        **to_stack(keys, attention=attention),
         "positions": {"kind": "learned", "grid": [image // patch] * 2},
         **more,
     }
@@ -171,13 +165,13 @@ def stack_keys(tower: VisionConfig | DecoderConfig, mlp: DenseMlpConfig) -> dict
     }
 
 
-def activation(keys: Keys, name: str, default: str) -> str:
+def activation(keys: Keys, name: str) -> str:
     """Ours of a key.
 
     Raises:
         CheckpointError: we have no such activation.
     """
-    act = keys.take(name, str, default)
+    act = keys.take(name, str)
     if act not in ACTIVATIONS:
         raise CheckpointError(f"{keys.where}: {name}={act!r} is not supported, only {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[act]

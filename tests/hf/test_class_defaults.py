@@ -1,0 +1,153 @@
+"""Keys that a folder leaves out: their values are the class defaults of transformers, family by family."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import transformers
+
+from mmscale.errors import CheckpointError
+from mmscale.hf.class_defaults import CLASS_DEFAULTS
+from mmscale.hf.layout import computed
+from mmscale.hf.layouts import LAYOUTS, layout_of
+
+pytestmark = pytest.mark.parity
+_OWN_CODE = {"intern_vit_6b"}
+"""Families without a class in transformers."""
+_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+_FULL = {"sliding_window": None}
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {**_TEXT, "num_key_value_heads": 2, "rope_parameters": {"rope_theta": 3e4, "rope_type": "default"}},
+    "qwen2": {**_TEXT, "num_key_value_heads": 2, "rms_norm_eps": 1e-4, "tie_word_embeddings": True},
+    "mistral": {**_TEXT, **_FULL, "num_key_value_heads": 2, "head_dim": 32},
+    "olmo2": {**_TEXT, "num_key_value_heads": 2, "attention_bias": True},
+    "persimmon": {**_TEXT, "rope_parameters": {"rope_theta": 25e3, "rope_type": "default"}},
+    "fuyu": {
+        "patch_size": 6,
+        "text_config": {**_TEXT, "model_type": "persimmon", "rope_parameters": {"rope_theta": 25e3}},
+    },
+    "mllama": {
+        "text_config": {**_TEXT, "num_key_value_heads": 2, "num_hidden_layers": 7, "cross_attention_layers": [1, 4]},
+        "vision_config": {
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 28,
+            "intermediate_layers_indices": [1, 2],
+            "vision_output_dim": 96,
+        },
+    },
+    "qwen2_vl": {
+        "text_config": {
+            **_TEXT,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "mrope_section": [2, 3, 3]},
+        },
+        "vision_config": {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
+    },
+    "llava": {
+        "text_config": {**_TEXT, **_FULL, "model_type": "mistral", "num_key_value_heads": 2, "head_dim": 32},
+        "vision_config": {**_TEXT, "model_type": "pixtral", "patch_size": 4},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "projector_hidden_act": "gelu_pytorch_tanh",
+        "multimodal_projector_bias": False,
+    },
+    "clip": {
+        "text_config": {**_TEXT, "hidden_act": "gelu"},
+        "vision_config": {**_TEXT, "image_size": 64, "patch_size": 16, "hidden_act": "gelu"},
+        "projection_dim": 24,
+        "logit_scale_init_value": 1.5,
+    },
+    "clip_vision_model": {**_TEXT, "image_size": 64, "patch_size": 16, "layer_norm_eps": 1e-4},
+    "siglip": {"vision_config": {**_TEXT, "image_size": 48, "patch_size": 8, "layer_norm_eps": 1e-4}},
+    "siglip_vision_model": {**_TEXT, "image_size": 48, "patch_size": 8, "hidden_act": "gelu"},
+    "internvl_vision": {**_TEXT, "image_size": [28, 28], "patch_size": [7, 7], "use_qk_norm": True},
+}
+"""Small configurations whose values differ from the class defaults."""
+
+
+def _paths(values: dict[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key, those of nested blocks too."""
+    for key, value in values.items():
+        if key not in ("model_type", "architectures", "transformers_version"):
+            yield (*before, key)
+            if isinstance(value, dict):
+                yield from _paths(value, (*before, key))
+
+
+def _read(values: dict[str, Any]) -> Any:
+    """Our reading, or None where it is refused."""
+    try:
+        return computed(layout_of(values["model_type"]).model_config(values, "config.json"))
+    except CheckpointError:
+        return None
+
+
+@pytest.mark.parametrize("family", sorted(set(CLASS_DEFAULTS) - _OWN_CODE))
+def test_the_table_is_that_of_the_classes(family: str) -> None:
+    theirs = transformers.AutoConfig.for_model(family).to_dict()
+    theirs["rope_theta"] = (theirs.get("rope_parameters") or {}).get("rope_theta")
+    theirs["partial_rotary_factor"] = (theirs.get("rope_parameters") or {}).get("partial_rotary_factor")
+    if family == "llama":
+        theirs["head_dim"] = None  # Filled by the class from other keys.
+    for key, value in CLASS_DEFAULTS[family].items():
+        found = theirs[key]
+        if key in ("image_size", "patch_size") and not isinstance(found, int):
+            found = found[0]
+        if key in ("num_key_value_heads", "head_dim") and value is None:
+            continue  # Follows from other keys: compared below.
+        if key == "sliding_window" and "use_sliding_window" in CLASS_DEFAULTS[family]:
+            continue  # The class drops a window that is not in use.
+        assert found == value, key
+
+
+def test_every_family_has_a_small_configuration() -> None:
+    theirs = {layout.model_type for layout in LAYOUTS if layout.auto_class is not None}
+    assert set(TINY) == theirs
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any] | None:
+    """A ``config.json`` with every key, by the class; None where the class refuses it."""
+    try:
+        return transformers.AutoConfig.for_model(**copy.deepcopy(values)).to_dict()
+    except Exception:  # Of several kinds.
+        return None
+
+
+MUST_BE_THERE = {
+    "persimmon": {"rope_parameters", "rope_parameters.rope_theta"},  # Versions differ in its default.
+    "fuyu": {"text_config", "text_config.rope_parameters", "text_config.rope_parameters.rope_theta"},
+    "mllama": {"text_config", "vision_config"},
+    "llava": {"text_config"},
+    "clip": {"text_config", "vision_config"},
+    "siglip": {"vision_config"},
+}
+"""Keys that a folder must have; without others it is refused only where transformers' values contradict each other."""
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_key_left_out_is_the_class_default(family: str) -> None:
+    """The reduced file read by us, and the same completed by transformers and then read by us: equal, or refused."""
+    whole = _completed({"model_type": family, **TINY[family]})
+    assert whole is not None
+    assert _read(whole) is not None
+    refused = set()
+    for path in _paths(whole):
+        reduced = copy.deepcopy(whole)
+        block = reduced
+        for key in path[:-1]:
+            block = block[key]
+        del block[path[-1]]
+        completed, ours = _completed(reduced), _read(reduced)
+        theirs = None if completed is None else _read(completed)
+        if ours is None and theirs is not None:
+            refused.add(".".join(path))
+        else:
+            assert ours == theirs, path
+    assert refused == MUST_BE_THERE.get(family, set())
