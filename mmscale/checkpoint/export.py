@@ -17,11 +17,12 @@ from torch import Tensor
 from mmscale.checkpoint.manifest import Manifest, model_config_of
 from mmscale.checkpoint.reshard import CheckpointReader, verify
 from mmscale.errors import CheckpointError
-from mmscale.hf.keys import CARRIED
+from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Stored
-from mmscale.hf.layouts import layout_for, layout_of
+from mmscale.hf.layouts import layout_for, layout_of, pixels
 from mmscale.hf.read import PREPROCESSOR, beside, read_config
 from mmscale.hf.write import SHARD_BYTES, Outgoing, require_new, write_folder
+from mmscale.models.config import AnyModelConfig
 
 Weights = Literal["master", "ema"]
 Format = Literal["fp32", "bf16"]
@@ -149,26 +150,25 @@ def _as_family(
     config = model_config_of(manifest, checkpoint)
     like = {} if to.like is None else read_config(to.like)
     layout = layout_of(like["model_type"]) if like else layout_for(config)
-    values = _carried(layout.config_values(config), like, CARRIED - layout.own)
-    values |= {key: like[key] for key in layout.carried & like.keys()}
+    values = layout.like(layout.config_values(config), like)
     values["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[number_format]
-    if to.like is not None and (to.like / f"{PREPROCESSOR}.json").is_file():
-        values.pop(PREPROCESSOR, None)  # Copied with the others.
+    if PREPROCESSOR in like:  # Its file is copied with the others.
+        values.pop(PREPROCESSOR, None)
+        _check_pixels(config, like, str(to.like))
     return values, layout.stored(config, {name: entry.shape for name, entry in entries.items()})
 
 
-def _carried(values: Mapping[str, Any], like: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:
-    """``values``, with those of ``keys`` as the folder like it has them, block by block.
-
-    Files of version 4 may have the keys of a text part beside the others.
-    """
-    taken = {key: like[key] for key in keys & like.keys()}
-    blocks = {
-        key: _carried(block, like.get(key, like if key == "text_config" else {}), keys)
-        for key, block in values.items()
-        if isinstance(block, Mapping)
-    }
-    return {**values, **taken, **blocks}
+def _check_pixels(config: AnyModelConfig, like: Mapping[str, Any], where: str) -> None:
+    """Require that a processor, which goes along, normalises pixels as the model does."""
+    if config.vision is None:
+        return
+    mine = {"mean": list(config.vision.mean), "std": list(config.vision.std)}
+    theirs = pixels.to_model(Keys(like, where), (config.vision.mean, config.vision.std))
+    if any(abs(a - b) > 1e-6 for name in mine for a, b in zip(mine[name], theirs[name], strict=True)):
+        raise CheckpointError(
+            f"{where}: its image processor normalises pixels otherwise ({theirs}) than the model was trained with "
+            f"({mine}); take another folder for --like, or none"
+        )
 
 
 def _outgoing(reader: CheckpointReader, tensor: Stored, entries: Mapping[str, _Entry]) -> Outgoing:

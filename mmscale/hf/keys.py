@@ -9,16 +9,11 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.class_defaults import CLASS_DEFAULTS
 
 REQUIRED: Any = object()
-CARRIED = frozenset(
-    {
-        *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
-        *("use_cache", "transformers_version"),
-        *("image_token_id", "image_token_index", "image_seq_length", "video_token_id"),
-        *("vision_token_id", "vision_start_token_id", "vision_end_token_id"),
-    }
-)
-"""Keys of every family that say nothing about what the weights compute."""
-_HARMLESS = CARRIED | {
+_HARMLESS = {
+    *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
+    *("use_cache", "transformers_version"),
+    *("image_token_id", "image_token_index", "image_seq_length", "video_token_id"),
+    *("vision_token_id", "vision_start_token_id", "vision_end_token_id"),
     *("model_type", "architectures", "dtype", "torch_dtype", "task_specific_params", "problem_type"),
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"),
     *("id2label", "label2id", "pretraining_tp", "name_or_path", "sep_token_id", "decoder_start_token_id"),
@@ -27,6 +22,7 @@ _HARMLESS = CARRIED | {
     *("min_length", "max_length", "length_penalty", "repetition_penalty", "diversity_penalty"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
 }
+"""Keys of every family that say nothing about what the weights compute."""
 
 
 class Keys:

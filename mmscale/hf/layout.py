@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
+from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig, TowerConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig, MlpProjectorConfig
 from mmscale.models.vision_config import VisionConfig
@@ -171,9 +173,6 @@ class Layout:
         spellings: (regular expression, replacement): names of other versions to those of ``rows``.
         kind: Whether it holds models or towers alone.
         auto_class: Class of transformers that opens what is exported; None if it has none for this family.
-        carried: Keys beside those of every family that say nothing about what the weights compute; an export takes
-            them over from a folder like it.
-        own: Of those of every family the ones that do say it here; an export keeps its own.
     """
 
     model_type: str
@@ -185,8 +184,6 @@ class Layout:
     spellings: tuple[tuple[str, str], ...] = ()
     kind: type[ModelConfig] | type[TowerConfig] = ModelConfig
     auto_class: str | None = "AutoModelForCausalLM"
-    carried: frozenset[str] = frozenset()
-    own: frozenset[str] = frozenset()
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
         """Our configuration of a ``config.json``, which may hold ``preprocessor_config``.
@@ -216,6 +213,31 @@ class Layout:
         if different := list(_differences("model", computed(config), computed(again))):
             raise CheckpointError(f"{self.model_type} has no words for {'; '.join(different[:_SHOWN])}")
         return values
+
+    def like(self, values: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+        """``values`` with each key of another ``config.json`` of the family that leaves the model as it is.
+
+        These are token ids, the length of the context, and what is read the same in several forms: an image size that
+        is no multiple of the patch, a window that hides nothing.
+
+        Args:
+            values: As ``config_values`` gives them.
+            other: The other file.
+        """
+        expected = computed(self.model_config(values, "exported configuration"))
+
+        def same(candidate: dict[str, Any]) -> bool:
+            try:
+                return computed(self.model_config(candidate, "exported configuration")) == expected
+            except CheckpointError:
+                return False
+
+        inner = values.get("text_config", {})
+        if inner and "text_config" not in other:  # Files of version 4 may have its keys beside the others.
+            beside = {key: value for key, value in other.items() if not isinstance(value, Mapping)}
+            values = _taken(values, {"text_config": beside}, same)
+            other = {key: value for key, value in other.items() if key in values or key not in inner}
+        return _taken(values, other, same)
 
     def stored(self, config: AnyModelConfig, shapes: Mapping[str, Sequence[int]]) -> dict[str, Stored]:
         """Their tensors, by their names.
@@ -260,6 +282,30 @@ class Layout:
     def is_unused(self, name: str) -> bool:
         """Whether a tensor of theirs is known to be of no use."""
         return any(re.fullmatch(pattern, name) for pattern in self.unused)
+
+
+_KEPT = {
+    *("model_type", "architectures", "dtype", "torch_dtype", "name_or_path", PREPROCESSOR),
+    # One of them may hide another one from this reader and not from others.
+    *("rope_theta", "rope_scaling", "rope_parameters"),
+}
+"""Keys that an export never takes from a folder like it."""
+
+
+def _taken(values: dict[str, Any], other: Mapping[str, Any], same: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """``values`` with the keys of ``other``, one by one and block by block, with which it is the ``same``."""
+    found = dict(values)
+
+    def fits(key: str, value: Any) -> bool:
+        return same({**found, key: value})
+
+    for key in [key for key in other if key not in _KEPT and not key.startswith("_")]:
+        mine, theirs = found.get(key), other[key]
+        if isinstance(mine, dict) and isinstance(theirs, Mapping):
+            found[key] = _taken(mine, theirs, partial(fits, key))
+        elif (key not in found or (theirs is not None and mine != theirs)) and fits(key, theirs):
+            found[key] = theirs
+    return found
 
 
 def _stored(name: str, places: list[tuple[Row, Part]]) -> Stored:

@@ -12,6 +12,7 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.layout import computed
 from mmscale.hf.layouts import layout_of
 from tests.hf.test_class_defaults import TINY
+from tests.hf.test_nvlm import configuration
 from tests.hf.test_published import PUBLISHED
 
 pytestmark = pytest.mark.parity
@@ -172,3 +173,69 @@ def test_windows_that_hide_something(case: str) -> None:
     family, keys, said = HIDING[case]
     with pytest.raises(CheckpointError, match=said):
         read({**whole(family), **keys})
+
+
+LIKE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a size that is no multiple of the patch": (
+        "siglip_vision_model",
+        {**TINY["siglip_vision_model"], "image_size": 54, "torch_dtype": "bfloat16"},
+        {"image_size": 54},
+    ),
+    "one of a tower in a pair": (
+        "clip",
+        {**TINY["clip"], "vision_config": {**TINY["clip"]["vision_config"], "image_size": 70}},
+        {"vision_config.image_size": 70},
+    ),
+    "keys of no effect": (
+        "mistral",
+        {**TINY["mistral"], "attention_bias": False, "sliding_window": 200_000, "bos_token_id": 7},
+        {"attention_bias": False, "sliding_window": 200_000, "bos_token_id": 7, "max_position_embeddings": 131_072},
+    ),
+    "an idle window": (
+        "qwen2",
+        {**TINY["qwen2"], "sliding_window": 16, "use_sliding_window": False, "layer_types": None},
+        {"sliding_window": 16, "use_sliding_window": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LIKE)
+def test_an_export_keeps_the_keys_of_a_folder_like_it(case: str) -> None:
+    family, given, kept = LIKE[case]
+    layout = layout_of(family)
+    other = {**transformers.AutoConfig.for_model(family).to_dict(), **given, "model_type": family}
+    if "vision_config" in given:
+        other = {"model_type": family, **given}
+    config = layout.model_config(other, "config.json")
+    values = layout.like(layout.config_values(config), other)
+    for path, expected in kept.items():
+        found: Any = values
+        for key in path.split("."):
+            found = found[key]
+        assert found == expected, path
+    assert "torch_dtype" not in values
+    assert computed(layout.model_config(values, "again")) == computed(config)
+
+
+def test_an_export_keeps_no_key_that_would_change_the_model() -> None:
+    """The folder like it is of a model of other sizes; its window would hide tokens, its base is another one."""
+    layout = layout_of("qwen2")
+    config = layout.model_config(whole("qwen2"), "config.json")
+    other = {**whole("qwen2"), "hidden_size": 128, "num_hidden_layers": 3, "rope_theta": 7.0, "rms_norm_eps": 0.1}
+    other |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0, "eos_token_id": 11}
+    other |= {"layer_types": ["full_attention"] * 3}
+    values = layout.like(layout.config_values(config), other)
+    assert computed(layout.model_config(values, "again")) == computed(config)
+    assert values["eos_token_id"] == 11
+    assert "rope_theta" not in values
+    assert "layer_types" not in values
+
+
+def test_nvlm_keeps_what_its_file_says_of_biases() -> None:
+    layout = layout_of("NVLM_D")
+    published = configuration()
+    published["llm_config"] |= {"attention_bias": True, "mlp_bias": False, "max_position_embeddings": 77}
+    config = layout.model_config(published, "config.json")
+    values = layout.like(layout.config_values(config), published)
+    assert values["llm_config"]["attention_bias"] is True
+    assert values["llm_config"]["max_position_embeddings"] == 77

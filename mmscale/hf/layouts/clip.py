@@ -121,6 +121,4 @@ LAYOUT = Layout(
     _to_keys,
     (vit.NUMBERS, r"text_model\.embeddings\.position_ids"),
     auto_class="AutoModel",
-    carried=frozenset({"logit_scale_init_value", "initializer_factor"}),
-    own=frozenset({"max_position_embeddings"}),
 )

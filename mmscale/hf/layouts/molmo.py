@@ -231,5 +231,4 @@ LAYOUT = Layout(
     _to_model,
     _to_keys,
     auto_class=None,
-    carried=frozenset({"vocab_size", "auto_map"}),
 )
