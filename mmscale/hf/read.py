@@ -32,7 +32,8 @@ BESIDE = (
 )
 """Files that go with the weights: the tokenizer's, the image processor's, and how to sample."""
 PREPROCESSOR = "preprocessor_config"
-"""Key of a folder's configuration under which the file of this name stands."""
+"""Key of a folder's configuration under which its image processor stands, whichever file describes it."""
+_PROCESSOR, _NESTED = "processor_config.json", "image_processor"
 
 
 class HfFolder:
@@ -84,7 +85,10 @@ class HfFolder:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a folder, and under ``preprocessor_config`` the file of that name, if there is one.
+    """``config.json`` of a folder, and under ``preprocessor_config`` its image processor, if there is one.
+
+    Version 5 of transformers nests the image processor in ``processor_config.json``. As there, it then counts before
+    ``preprocessor_config.json``.
 
     Raises:
         CheckpointError: there is none, or it is none.
@@ -92,8 +96,13 @@ def read_config(path: Path) -> dict[str, Any]:
     values = _read_json(path / CONFIG)
     if not isinstance(values.get("model_type"), str):
         raise CheckpointError(f"{path / CONFIG}: no model_type: not a model of Hugging Face's transformers")
-    if (path / f"{PREPROCESSOR}.json").is_file():
-        values[PREPROCESSOR] = _read_json(path / f"{PREPROCESSOR}.json")
+    nested = _read_json(path / _PROCESSOR).get(_NESTED) if (path / _PROCESSOR).is_file() else None
+    if nested is not None and not isinstance(nested, dict):
+        raise CheckpointError(f"{path / _PROCESSOR}: {_NESTED} is no JSON object")
+    if nested is None and (path / f"{PREPROCESSOR}.json").is_file():
+        nested = _read_json(path / f"{PREPROCESSOR}.json")
+    if nested is not None:
+        values[PREPROCESSOR] = nested
     return values
 
 

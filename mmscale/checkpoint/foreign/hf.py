@@ -22,7 +22,7 @@ from mmscale.checkpoint.share import Piece
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
 from mmscale.hf.layout import Layout, Stored
-from mmscale.hf.layouts import layout_of
+from mmscale.hf.layouts import layout_of, pixels
 from mmscale.hf.read import CONFIG, HfFolder, read_config
 from mmscale.models.build import build_weights
 
@@ -39,6 +39,7 @@ class HfImportReport:
         tensors: Number of parameters.
         precision: Of the weights.
         model: Configuration of the model: the ``model`` block of a run.
+        transforms: What the folder's image processor does to an image, in the words of ``transforms`` of a data set.
         tied: Second name -> first name.
         left_out: Tensors of the folder that are of no use.
         beside: The tokenizer's files and the like, which stay where they are.
@@ -51,6 +52,7 @@ class HfImportReport:
     tensors: int
     precision: str
     model: dict[str, Any]
+    transforms: dict[str, Any]
     tied: dict[str, str]
     left_out: tuple[str, ...]
     beside: tuple[str, ...]
@@ -70,6 +72,7 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
     values = read_config(source)
     layout = layout_of(values["model_type"])
     config = layout.model_config(values, str(source / CONFIG))
+    transforms = pixels.transforms(values, str(source / CONFIG))
     folder = HfFolder(source, layout.spelled)
     model = build_weights(config)
     table, tied = parameter_table(model), tied_names(model)
@@ -87,6 +90,7 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
         tensors=len(pieces),
         precision=manifest.precision,
         model=config.model_dump(mode="json"),
+        transforms=transforms,
         tied=manifest.tied,
         left_out=tuple(left_out),
         beside=tuple(str(file) for file in folder.beside),
