@@ -14,12 +14,12 @@ Size = tuple[int, int]
 def area_size(height: int, width: int, multiple: int, min_pixels: int, max_pixels: int) -> Size:
     """Sides rounded to ``multiple``, their product within the limits, the aspect kept as well as that allows.
 
-    Halves round to even, a side is never below ``multiple``. Source: Qwen2-VL (arXiv 2409.12191), section 2.1, and
-    ``smart_resize`` of its code. One step more than there: where limits within a factor of a few multiples of each
-    other contradict, ``max_pixels`` holds, because it bounds memory.
+    Halves round to even. A side that rounds to 0 counts as an area below ``min_pixels``, so both sides are scaled for
+    that area and rounded up. Source: Qwen2-VL (arXiv 2409.12191), section 2.1, and ``smart_resize`` of its image
+    processor in transformers. One step more than there: where limits within a factor of a few multiples of each other
+    contradict, ``max_pixels`` holds, because it bounds memory.
     """
-    new_height = max(multiple, round(height / multiple) * multiple)
-    new_width = max(multiple, round(width / multiple) * multiple)
+    new_height, new_width = round(height / multiple) * multiple, round(width / multiple) * multiple
     if new_height * new_width < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         new_height = math.ceil(height * grow / multiple) * multiple
