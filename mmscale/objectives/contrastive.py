@@ -50,6 +50,24 @@ def _alone(rows: Tensor) -> list[Tensor]:
     return [rows]
 
 
+class Norms(NamedTuple):
+    """Log-normalisers of rows of logits in two parts, ``peak + excess``, and what follows from them.
+
+    Near a loss of zero the largest logit of a row is that of the pair itself. The loss is then the excess alone, whose
+    error is relative to itself; the error of the sum is relative to the logits, which are up to 100.
+
+    Attributes:
+        peaks: float32 ``(N,)``, the largest logit of a row.
+        excess: float32 ``(N,)``, log of the sum of the row's exponentials after the peak is subtracted; at least 0.
+        losses: float32 ``(N,)``, the cross-entropy of a row. Kept, since the logits of other chunks are rounded
+            otherwise.
+    """
+
+    peaks: Tensor
+    excess: Tensor
+    losses: Tensor
+
+
 @dataclass(frozen=True)
 class AllPairs:
     """What a loss must know of all N pairs of a step; nothing of it has a gradient.
@@ -59,8 +77,8 @@ class AllPairs:
         texts: float32 ``(N, C)``.
         scale: float32 ``()``, at most ``max_scale``.
         bias: float32 ``()``; 0 of a softmax.
-        image_norms: float32 ``(N,)``, log of the sum of an image's exponentials over all texts; empty of sigmoids.
-        text_norms: The same of a text over all images.
+        image_norms: Of an image over all texts; empty of sigmoids.
+        text_norms: Of a text over all images.
         scale_learns: Whether the scale is below its limit, or on its way back.
     """
 
@@ -68,8 +86,8 @@ class AllPairs:
     texts: Tensor
     scale: Tensor
     bias: Tensor
-    image_norms: Tensor
-    text_norms: Tensor
+    image_norms: Norms
+    text_norms: Norms
     scale_learns: bool = True
 
     def turned(self) -> AllPairs:
@@ -179,12 +197,13 @@ class Contrastive:
         images, texts = torch.cat(theirs).chunk(2, dim=1)
         log_scale, bias = own[0].log_scale.detach(), own[0].bias
         scale = log_scale.clamp(max=self._limit).exp()
-        none = images.new_empty(0)
+        none = Norms(*(images.new_empty(0) for _ in Norms._fields))
         pairs = AllPairs(images, texts, scale, images.new_zeros(()) if bias is None else bias.detach(), none, none)
         if self._softmax:
-            norms = [self._norms(each, first, len(mine)) for each in (pairs, pairs.turned())]
-            image_norms, text_norms = torch.cat(self._gather_rows(torch.stack(norms, dim=1))).unbind(1)
-            pairs = replace(pairs, image_norms=image_norms, text_norms=text_norms)
+            norms = [*self._norms(pairs, first, len(mine)), *self._norms(pairs.turned(), first, len(mine))]
+            parts = torch.cat(self._gather_rows(torch.stack(norms, dim=1))).unbind(1)
+            half = len(Norms._fields)
+            pairs = replace(pairs, image_norms=Norms(*parts[:half]), text_norms=Norms(*parts[half:]))
         if float(log_scale) > self._limit:
             pairs = replace(pairs, scale_learns=self._falls(pairs, first, len(mine)))
         return pairs, first
@@ -195,10 +214,16 @@ class Contrastive:
         return float(torch.cat(self._gather_rows(slope.view(1))).sum()) > 0
 
     @staticmethod
-    def _norms(pairs: AllPairs, first: int, count: int) -> Tensor:
+    def _norms(pairs: AllPairs, first: int, count: int) -> Norms:
         """Log-normalisers of this rank's images."""
-        parts = [_logits(pairs, rows).logsumexp(dim=1) for rows in _stretches(first, count)]
-        return torch.cat([pairs.images.new_empty(0), *parts])
+        found = [pairs.images.new_empty(0, len(Norms._fields))]
+        for rows in _stretches(first, count):
+            logits = _logits(pairs, rows)
+            own = torch.arange(rows.start, rows.stop, device=logits.device).unsqueeze(1)
+            peak, place = logits.max(dim=1, keepdim=True)
+            excess = (logits - peak).exp().scatter(1, place, 0.0).sum(dim=1, keepdim=True).log1p()
+            found.append(torch.cat([peak, excess, (peak - logits.gather(1, own)) + excess], dim=1))
+        return Norms(*torch.cat(found).unbind(1))
 
     def _slopes(self, pairs: AllPairs, first: int, count: int) -> _Slopes:
         """Of the images from number ``first`` on, over all texts."""
@@ -219,10 +244,11 @@ class Contrastive:
     @staticmethod
     def _softmax_rows(logits: Tensor, own: Tensor, pairs: AllPairs, rows: slice) -> tuple[Tensor, Tensor]:
         """Slopes of half the sum of both cross-entropies by the logits, and each image's cross-entropy."""
-        right = logits.gather(1, own.unsqueeze(1)).squeeze(1)
-        norms = pairs.image_norms[rows]
-        slopes = ((logits - norms.unsqueeze(1)).exp() + (logits - pairs.text_norms).exp()) / 2
-        return slopes.scatter_add(1, own.unsqueeze(1), -torch.ones_like(logits[:, :1])), norms - right
+        images, texts = pairs.image_norms, pairs.text_norms
+        of_images = ((logits - images.peaks[rows, None]) - images.excess[rows, None]).exp()
+        of_texts = ((logits - texts.peaks) - texts.excess).exp()
+        right = (torch.expm1(-images.losses[rows]) + torch.expm1(-texts.losses[rows])) / 2
+        return ((of_images + of_texts) / 2).scatter(1, own[:, None], right[:, None]), images.losses[rows]
 
     @staticmethod
     def _sigmoid_rows(logits: Tensor, own: Tensor, pairs: AllPairs, rows: slice) -> tuple[Tensor, Tensor]:

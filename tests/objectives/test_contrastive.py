@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss as clip_loss
 
+from data_pipeline.batch import MultimodalBatch
 from mmscale.dist import World
 from mmscale.models.build import build_model, media_spec
+from mmscale.models.connector_config import ContrastiveConnectorConfig
+from mmscale.models.connectors.contrastive import PairVectors
+from mmscale.models.contrastive import ContrastiveModel
 from mmscale.objectives import contrastive
 from mmscale.objectives.contrastive import Contrastive
 from tests.engine.ranks import run_ranks
@@ -76,6 +83,57 @@ def test_softmax_is_the_loss_of_clip_and_counts_what_it_finds() -> None:
     assert output.metrics["text_to_image_accuracy"] == (logits.argmax(0) == own).sum()
     torch.testing.assert_close(output.metrics["similarity_scale"] / 7, torch.tensor(1 / 0.07))
     assert ("similarity_bias" in output.metrics) == (vectors.bias is not None)
+
+
+class GivenVectors(ContrastiveModel):
+    """Gives parts of given vectors, in turn."""
+
+    def __init__(self, vectors: PairVectors, parts: Sequence[torch.Tensor]) -> None:
+        torch.nn.Module.__init__(self)
+        self.vectors, self.parts = vectors, itertools.cycle(parts)
+
+    def forward(self, batch: MultimodalBatch) -> PairVectors:
+        rows = next(self.parts)
+        assert len(batch.pairs) == len(rows)
+        return replace(self.vectors, images=self.vectors.images[rows], texts=self.vectors.texts[rows])
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.13, 0.16, 0.2])
+@pytest.mark.parametrize("parts", [1, 5])
+def test_no_farther_from_the_truth_than_torch(noise: float, parts: int) -> None:
+    """Losses of 5e-9, 4e-7, 3e-3 and 0.2 in float32, of one and of several microbatches, against float64.
+
+    Measured, ours over torch's: in the loss 0.01, 0.2, 0.75, 0.9; in the slopes 0.01, 0.3, 0.97, 0.86.
+    """
+    worst = {"loss": [0.0, 0.0], "slopes": [0.0, 0.0]}
+    log_scale = torch.tensor(99.0).log()
+    scale = log_scale.exp()
+    spec = media_spec(model_config(SOFTMAX))
+    batches = [batch_of(spec, part.tolist()) for part in torch.arange(40).chunk(parts)]
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        images = F.normalize(torch.randn(40, 16, generator=generator))
+        texts = F.normalize(images + noise * torch.randn(40, 16, generator=generator))
+        images.requires_grad_()
+        loss = clip_loss((scale * images @ texts.T).T)
+        (slopes,) = torch.autograd.grad(loss, images)
+        exact_images = images.detach().double().requires_grad_()
+        exact = clip_loss((scale.double() * exact_images @ texts.double().T).T)
+        (exact_slopes,) = torch.autograd.grad(exact, exact_images)
+        config = ContrastiveConnectorConfig.model_validate({"kind": "contrastive", "dim": 16, "max_scale": 100.0})
+        rows = torch.arange(40).chunk(parts)
+        model = GivenVectors(PairVectors(images, texts, log_scale, None), rows)
+        objective = Contrastive(config, ALONE)
+        with torch.no_grad():
+            prepared = objective.prepare(model, batches)
+        outputs = [objective(model, batch) for batch in prepared]
+        total = sum(output.loss_sum for output in outputs) / 40
+        (found,) = torch.autograd.grad(total, images)
+        for name, mine, theirs, truth in (("loss", total, loss, exact), ("slopes", found, slopes, exact_slopes)):
+            for each, value in enumerate((mine, theirs)):
+                worst[name][each] = max(worst[name][each], float((value - truth).detach().abs().max()))
+    for name, (mine, theirs) in worst.items():
+        assert mine <= theirs * 1.25, f"{name}: {mine:.2e}, torch {theirs:.2e}"
 
 
 @pytest.mark.parametrize("worse", [False, True])
