@@ -27,6 +27,7 @@ from data_pipeline.state import LoaderState
 from data_pipeline.strict import StrictConfig
 from mmscale.durable.files import open_regular
 from mmscale.errors import CheckpointError
+from mmscale.hf.read import require_no_folder
 from mmscale.models.config import AnyModelConfig, read_model_config
 
 FORMAT = 2
@@ -333,6 +334,7 @@ def checkpoints_of(path: Path) -> list[Path]:
     found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not found:
         damaged = list_set_aside(path / "checkpoints") or list_set_aside(path)
+        require_no_folder(path, f"make a checkpoint of it with: mmscale checkpoint import {path} RUN --from hf")
         raise CheckpointError(
             f"{path} has no checkpoints; give a run folder, its checkpoints folder, or one checkpoint"
             + (f" (damaged ones were set aside: {', '.join(folder.name for folder in damaged)})" if damaged else "")

@@ -62,8 +62,10 @@ def open_trained(path: Path) -> Trained:
 
     Raises:
         ConfigError: the path is neither.
+        CheckpointError: it is a Hugging Face folder.
     """
     from mmscale.config import load
+    from mmscale.hf.read import require_no_folder
     from mmscale.run_config import RunConfig
     from mmscale.run_folder import CONFIG
 
@@ -71,6 +73,7 @@ def open_trained(path: Path) -> Trained:
         if path.is_dir() and (run / CONFIG).is_file():
             config = load(run / CONFIG, [], RunConfig).value
             return load_trained(config.model_copy(update={"run_dir": run}), checkpoint)
+    require_no_folder(path, f"make a checkpoint of it with: mmscale checkpoint import {path} RUN --from hf")
     raise ConfigError(
         f"{path}: neither a run folder (with a {CONFIG}) nor a checkpoint of one (RUN/checkpoints/step-N)"
     )

@@ -106,6 +106,23 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
+def require_no_folder(path: Path, remedy: str) -> None:
+    """Refuse a Hugging Face folder where something else is expected.
+
+    Args:
+        path: What was given; it may not exist.
+        remedy: What to do instead.
+
+    Raises:
+        CheckpointError: ``path`` holds a ``config.json`` of transformers.
+    """
+    try:
+        family = read_config(path)["model_type"]
+    except CheckpointError:
+        return
+    raise CheckpointError(f"{path} is a Hugging Face folder (model_type={family!r} in its {CONFIG}); {remedy}")
+
+
 def beside(path: Path) -> list[Path]:
     """The files of ``BESIDE`` that a folder has."""
     return [path / name for name in BESIDE if (path / name).is_file()]

@@ -88,6 +88,24 @@ def test_a_whole_folder_becomes_a_checkpoint(tmp_path: Path, capsys: pytest.Capt
     assert json.loads(capsys.readouterr().out)["family"] == "llama"
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["checkpoint", "import", "{}", "{}/run"], "add --from hf"),
+        (["checkpoint", "verify", "{}"], "make a checkpoint of it with: mmscale checkpoint import {} RUN --from hf"),
+        (["checkpoint", "export", "{}", "{}/out"], "make a checkpoint of it with: mmscale checkpoint import {} RUN --from hf"),
+        (["generate", "{}", "--prompt", "x"], "make a checkpoint of it with: mmscale checkpoint import {} RUN --from hf"),
+    ],
+)
+def test_a_folder_of_hugging_face_elsewhere(
+    words: list[str], remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folder(tmp_path / "source")
+    assert main([word.format(source) for word in words]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{source} is a Hugging Face folder (model_type='llama' in its config.json); {remedy.format(source)}" in said
+
+
 def without(name: str) -> dict[str, torch.Tensor]:
     return {key: values for key, values in tensors().items() if key != name}
 

@@ -24,6 +24,7 @@ import torch
 
 from mmscale.durable.files import require_regular
 from mmscale.errors import CheckpointError
+from mmscale.hf.read import require_no_folder
 
 
 class ZeroStage(int):
@@ -163,6 +164,7 @@ def find_folder(source: Path) -> DeepSpeedFolder:
         raise CheckpointError(f"{source}: no such folder")
     found = [path for path in (source, *sorted(source.iterdir())) if path.is_dir() and _states(path)]
     if len(found) != 1 and source not in found:
+        require_no_folder(source, "add --from hf")
         names = ", ".join(path.name for path in found) or "none"
         raise CheckpointError(
             f"{source}: give the folder of one DeepSpeed checkpoint (with *_states.pt files in it); found: {names}"
