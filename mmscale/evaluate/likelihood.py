@@ -71,5 +71,6 @@ def label_likelihoods(
         logits = model.head(hidden[part if len(part) else slice(0, 1)]).float()
         if len(part):
             chosen = logits.gather(1, batch.labels[part, None]).squeeze(1)
-            found.append((chosen - logits.logsumexp(1)).double())
+            peak = logits.amax(1, keepdim=True)  # First: near a loss of zero it equals the chosen logit.
+            found.append(((chosen - peak.squeeze(1)) - (logits - peak).logsumexp(1)).double())
     return rows.cpu().numpy(), torch.cat(found).cpu().numpy() if found else np.empty(0)

@@ -151,18 +151,22 @@ class _Asked:
     def add(self, total: Tensor, logits: Tensor, part: slice, *, sloped: bool) -> Tensor | None:
         """Adds the loss of a chunk to ``total``; its derivative by the logits, whose memory it takes, if asked for."""
         target, scale, hard = self.labels[part].unsqueeze(1), self.loss_weights[part], self.hard_share
-        log_norm = logits.logsumexp(-1, keepdim=True)
-        self.losses[part] = losses = (log_norm - logits.gather(1, target)).squeeze(1) * scale
+        pulls = [each.pull(logits, self.rows[part], scale) for each in self.soft]
+        peak, right = logits.amax(-1, keepdim=True), logits.gather(1, target)
+        slope = logits.sub_(peak).exp_()  # In the logits' own memory.
+        norm = slope.sum(-1, keepdim=True)
+        # The peak is subtracted from the label's logit first: near a loss of zero both are equal and large.
+        self.losses[part] = losses = ((peak - right) + norm.log()).squeeze(1) * scale
         total += hard * losses.sum()
+        log_norm = peak + norm.log()
         if self.squares is not None:
             self.squares[part] = squares = log_norm.squeeze(1).square() * scale
             total += self.coefficient * squares.sum()
-        pulls = [each.pull(logits, self.rows[part], scale) for each in self.soft]
         for loss, _ in pulls:
             total += loss
         if not sloped:
             return None
-        slope = logits.sub_(log_norm).exp_()  # softmax, in the logits' own memory
+        slope.div_(norm)
         if self.squares is not None or self.soft:
             slope.mul_(hard + 2 * self.coefficient * log_norm)
         slope.scatter_add_(1, target, slope.new_full(target.shape, -hard))

@@ -44,6 +44,28 @@ def test_equals_torch_at_any_chunk_size(size: int, monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sharpness", [0.3, 0.6, 1.0])
+def test_no_farther_from_the_truth_than_torch(sharpness: float) -> None:
+    """Rows that are nearly sure of their label, mean losses of 2e-2, 3e-5 and 4e-8, against float64.
+
+    Measured, ours over torch's: 0.89, 0.87 and 1.19 in the losses; 0.71, 0.83 and 1.14 in the gradients.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(500, 64, generator=generator) * 0.3).requires_grad_()
+    labels = torch.randint(0, 500, (200,), generator=generator)
+    hidden = sharpness * (torch.randn(200, 64, generator=generator) + 8 * weight.detach()[labels])
+    losses = torch.zeros(200)
+    ours = linear_cross_entropy(hidden, weight, labels, torch.ones(200), losses)
+    logits = hidden @ weight.t()
+    theirs = F.cross_entropy(logits, labels, reduction="none")
+    exact_weight = weight.detach().double().requires_grad_()
+    exact = F.cross_entropy(hidden.double() @ exact_weight.t(), labels, reduction="none")
+    assert (losses - exact).abs().max() <= 1.5 * (theirs - exact).abs().max()
+    truth = torch.autograd.grad(exact.sum(), exact_weight)[0]
+    errors = [(torch.autograd.grad(each, weight)[0] - truth).abs().max() for each in (ours, theirs.sum())]
+    assert errors[0] <= 1.5 * errors[1]
+
+
 @pytest.mark.parametrize("size", [7, 1000])
 @pytest.mark.parametrize("extra", [0, 5])
 def test_the_z_loss_equals_torch(size: int, extra: int, monkeypatch: pytest.MonkeyPatch) -> None:
