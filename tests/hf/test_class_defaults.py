@@ -151,3 +151,12 @@ def test_a_key_left_out_is_the_class_default(family: str) -> None:
         else:
             assert ours == theirs, path
     assert refused == MUST_BE_THERE.get(family, set())
+
+
+def test_internvit_by_its_authors_differs_from_that_of_transformers() -> None:
+    """Defaults of the published ``configuration_intern_vit.py``, of which transformers has no class."""
+    vision = (
+        layout_of("intern_vit_6b").model_config({"model_type": "intern_vit_6b"}, "config.json").model_dump()["vision"]
+    )
+    assert (vision["norm"]["kind"], vision["norm"]["eps"], vision["attention"]["qk_norm"]) == ("rmsnorm", 1e-6, "full")
+    assert (vision["hidden_dim"], vision["num_layers"], vision["positions"]["grid"]) == (3200, 48, (16, 16))

@@ -93,8 +93,14 @@ def test_a_whole_folder_becomes_a_checkpoint(tmp_path: Path, capsys: pytest.Capt
     [
         (["checkpoint", "import", "{}", "{}/run"], "add --from hf"),
         (["checkpoint", "verify", "{}"], "make a checkpoint of it with: mmscale checkpoint import {} RUN --from hf"),
-        (["checkpoint", "export", "{}", "{}/out"], "make a checkpoint of it with: mmscale checkpoint import {} RUN --from hf"),
-        (["generate", "{}", "--prompt", "x"], "make a checkpoint of it with: mmscale checkpoint import {} RUN --from hf"),
+        (
+            ["checkpoint", "export", "{}", "{}/out"],
+            "make a checkpoint of it with: mmscale checkpoint import {} RUN --from hf",
+        ),
+        (
+            ["generate", "{}", "--prompt", "x"],
+            "make a checkpoint of it with: mmscale checkpoint import {} RUN --from hf",
+        ),
     ],
 )
 def test_a_folder_of_hugging_face_elsewhere(

@@ -301,6 +301,16 @@ def test_llama_3_2_can_be_cut_out_of_llama_3_1_8b(size: str) -> None:
     assert refusals(source, smaller) == []
 
 
+def test_heads_under_yarn_stay_whole() -> None:
+    yarn = {"rope": {"theta": 100.0, "scaling": {"kind": "yarn", "factor": 4, "original_context": 64}}}
+    source, heads = config(SMALL, yarn), SMALL["attention"]
+    narrow = {**heads, "head_dim": source.decoder.attention.resolved_head_dim(source.decoder.hidden_dim) // 2}
+    found = refusals(source, config(SMALL, {**yarn, "attention": narrow}))
+    assert [each.path for each in found] == ["decoder.attention.head_dim"]
+    assert "rope.scaling.kind=yarn" in found[0].reason
+    assert refusals(source, config(SMALL, {**yarn, "num_layers": 1})) == []
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_cut_is_refused_by_line(
     name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
