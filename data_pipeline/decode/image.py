@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
+from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.shards.image_header import ImageFormat, ImageSize, image_size
+from data_pipeline.shards.image_header import ImageFormat, ImageSize, image_size, png_chunks
 
 Pixels = npt.NDArray[np.uint8]
 """uint8 ``(height, width, 3)``, RGB."""
@@ -34,7 +35,16 @@ class DecodeMode(str, Enum):
     """JPEGs at 1/8, 2/8, 3/8 or 4/8 of their size: the smallest of these that is not below the wanted one, if any."""
 
 
-_PNG_PALETTE = 3  # The colour type in a PNG's header.
+_PNG_GRAY, _PNG_RGB, _PNG_PALETTE = 0, 2, 3  # Colour types in a PNG's header.
+# libjpeg's warnings about bytes that no pixel depends on. Any other one means damaged pixels or gray in their place.
+_HARMLESS = (
+    "extraneous bytes before marker",
+    "unknown JFIF revision number",
+    "Unknown Adobe color transform code",
+    "Invalid SOS parameters for sequential JPEG",
+    "Inconsistent progression sequence",
+    "bad ICC marker",
+)
 _MOST_KEPT_BYTES = 1 << 25
 
 
@@ -77,7 +87,8 @@ def decode_image(
         scratch: Where the pixels may lie until the next image is decoded; None for memory of their own.
 
     Returns:
-        uint8 ``(height, width, 3)``. Transparency is flattened on white, gray is repeated, EXIF rotation is applied.
+        uint8 ``(height, width, 3)``. Transparent pixels are blended with white, gray is repeated, of 16 bits the upper
+        8 are kept, and the EXIF orientation is applied.
 
     Raises:
         SampleError: unknown format, damaged data, or more than ``max_pixels`` pixels.
@@ -89,28 +100,15 @@ def decode_image(
         if size.format is ImageFormat.JPEG:
             # libjpeg-turbo has no vector code for 5/8 to 7/8: they take longer than the whole image.
             half = min_side is not None and min_side[0] * 2 <= size.height + 1 and min_side[1] * 2 <= size.width + 1
-            wanted = min_side if mode is DecodeMode.FAST and half else None
+            wanted = min_side if mode is DecodeMode.FAST and half and size.orientation == 1 else None
             memory = scratch.take(3 * size.width * size.height) if scratch is not None else None
-            pixels = _upright_jpeg(data, wanted, memory) if size.orientation == 1 else None
-            if pixels is not None:
-                return pixels
-        tensor = _decode_exactly(data, size.format)
+            return _turned(_decode_jpeg(data, size, wanted, memory), size.orientation)
+        pixels = _decode_png(data) if size.format is ImageFormat.PNG else _decode_webp(data)
     except (RuntimeError, ValueError) as error:  # What libjpeg, libpng and libwebp become in Python.
         raise SampleError(
             f"a damaged {size.format.value} image: {_first_line(error)}", kind=FaultKind.DECODE
         ) from error
-    return _flatten(tensor)
-
-
-def _decode_exactly(data: bytes, kind: ImageFormat) -> torch.Tensor:
-    """uint8 or uint16 ``(1..4, H, W)``, upright."""
-    from torchvision.io import ImageReadMode, decode_jpeg, decode_png, decode_webp
-
-    if kind is ImageFormat.JPEG:
-        return decode_jpeg(_bytes_tensor(data), ImageReadMode.RGB, apply_exif_orientation=True)
-    if kind is ImageFormat.PNG:
-        return decode_png(_bytes_tensor(data), ImageReadMode[_png_mode(data)], apply_exif_orientation=True)
-    return decode_webp(_bytes_tensor(data), ImageReadMode.UNCHANGED)
+    return _turned(_flatten(pixels), size.orientation)
 
 
 def _first_line(error: Exception) -> str:
@@ -126,31 +124,23 @@ def too_many_pixels(width: int, height: int, max_pixels: int) -> SampleError:
     )
 
 
-def _bytes_tensor(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())  # Copied: torch warns of read-only memory.
+def _decode_jpeg(
+    data: bytes, size: ImageSize, min_side: tuple[int, int] | None, memory: npt.NDArray[np.uint8] | None
+) -> Pixels:
+    """Pixels as stored.
 
-
-def _png_mode(data: bytes) -> str:
-    """UNCHANGED keeps what alpha there is; of a palette it would give the indices.
-
-    RGB_ALPHA of a palette without transparency (tRNS) holds garbage for alpha (torchvision 0.28). A colour key, tRNS
-    without a palette, is ignored: its pixels keep their colour.
+    Raises:
+        ValueError: the data are damaged, or the decoder finds another frame than ``image_size``: checked before any
+            memory is spent on pixels.
     """
-    if len(data) < 26 or data[25] != _PNG_PALETTE:
-        return "UNCHANGED"
-    return "RGB_ALPHA" if b"tRNS" in data[: data.find(b"IDAT")] else "RGB"
-
-
-def _upright_jpeg(data: bytes, min_side: tuple[int, int] | None, memory: npt.NDArray[np.uint8] | None) -> Pixels | None:
-    """The quickest way for nearly all JPEGs; None for those that torchvision must judge.
-
-    simplejpeg knows no EXIF rotation and converts CMYK otherwise than Pillow. It refuses whatever libjpeg merely warns
-    of, a few stray bytes before a marker, say, which photographs of the web have and every other reader accepts.
-    """
+    stored = (size.height, size.width) if size.orientation < 5 else (size.width, size.height)
+    height, width, colorspace, _ = _jpeg_header(data)
+    if (height, width) != stored:
+        raise ValueError(f"its header says {stored[1]}x{stored[0]} pixels, the decoder would give {width}x{height}")
     height, width = min_side or (0, 0)
     try:
-        if simplejpeg.decode_jpeg_header(data)[2] in ("CMYK", "YCCK"):
-            return None
+        if colorspace in ("CMYK", "YCCK"):
+            return _from_print_colors(simplejpeg.decode_jpeg(data, colorspace="CMYK"))
         return simplejpeg.decode_jpeg(
             data,
             colorspace="RGB",
@@ -160,13 +150,109 @@ def _upright_jpeg(data: bytes, min_side: tuple[int, int] | None, memory: npt.NDA
             min_width=width,
             buffer=memory,
         )
-    except ValueError:
-        return None
+    except ValueError as error:
+        if not _is_harmless(error):
+            raise
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    # It passes over warnings, but not over a missing end.
+    return decode_jpeg(_bytes_tensor(data), ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
-def _flatten(tensor: torch.Tensor) -> Pixels:
-    """uint8 or uint16 ``(1..4, H, W)`` to uint8 ``(H, W, 3)`` on white."""
-    pixels = tensor.permute(1, 2, 0).numpy()
+def _jpeg_header(data: bytes) -> tuple[int, int, str, str]:
+    """Height, width, colours and subsampling as libjpeg reads them."""
+    try:
+        return simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        if not _is_harmless(error):
+            raise
+    try:
+        return simplejpeg.decode_jpeg_header(data, strict=False)
+    except KeyError as error:  # What simplejpeg makes of a header that libjpeg gave up.
+        raise ValueError("no header that libjpeg can read") from error
+
+
+def _is_harmless(error: ValueError) -> bool:
+    return any(warning in str(error) for warning in _HARMLESS)
+
+
+def _from_print_colors(inks: Pixels) -> Pixels:
+    """Stored CMYK, where 255 is no ink, to RGB by Pillow's rounding."""
+    black = inks[..., 3:].astype(np.uint32)
+    product = (255 - inks[..., :3]) * black + 128
+    return (black - ((product >> 8) + product >> 8)).clip(0, 255).astype(np.uint8)
+
+
+def _decode_png(data: bytes) -> Pixels:
+    """uint8 or uint16 ``(H, W, 1..4)`` as stored, with alpha where the file has it in any form.
+
+    torchvision ignores a colour key, and of a palette without transparency its alpha is memory that nobody wrote.
+    """
+    bits, kind = data[24], data[25]
+    chunks = {name: data[at : at + length] for name, at, length in png_chunks(data) if name in (b"PLTE", b"tRNS")}
+    transparency = chunks.get(b"tRNS")
+    if kind == _PNG_PALETTE:
+        if not transparency:
+            return _torchvision_png(data, "RGB")
+        return _palette_with_alpha(data, bits, chunks.get(b"PLTE", b""), transparency)
+    pixels = _torchvision_png(data, "UNCHANGED")
+    num_channels = {_PNG_GRAY: 1, _PNG_RGB: 3}.get(kind, 0)
+    if not transparency or not num_channels or len(transparency) != 2 * num_channels:
+        return pixels
+    key = np.frombuffer(transparency, ">u2") & ((1 << bits) - 1)
+    if bits < 8:
+        key = key * (255 // ((1 << bits) - 1))  # As libpng widens fewer bits.
+    opaque = (pixels != key).any(axis=2, keepdims=True) * np.iinfo(pixels.dtype).max
+    return np.concatenate([pixels, opaque.astype(pixels.dtype)], axis=2)
+
+
+def _palette_with_alpha(data: bytes, bits: int, palette: bytes, alpha: bytes) -> Pixels:
+    """Decodes with a palette that maps each number to itself, and looks the colours up here."""
+    table = np.zeros((256, 4), dtype=np.uint8)
+    colors = np.frombuffer(palette[: min(len(palette) // 3 * 3, 3 * 256)], np.uint8).reshape(-1, 3)
+    table[: len(colors), :3] = colors
+    table[:, 3] = 255
+    table[: len(alpha), 3] = np.frombuffer(alpha[:256], np.uint8)
+    numbers = bytes(number for number in range(1 << min(bits, 8)) for _ in range(3))
+    plain = [data[:33], _png_chunk(b"PLTE", numbers)]
+    plain += [data[at - 8 : at + length + 4] for name, at, length in png_chunks(data) if name in (b"IDAT", b"IEND")]
+    return table[_torchvision_png(b"".join(plain), "RGB")[..., 0]]
+
+
+def _png_chunk(name: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + name + content + crc32(name + content).to_bytes(4, "big")
+
+
+def _torchvision_png(data: bytes, mode: str) -> Pixels:
+    from torchvision.io import ImageReadMode, decode_png
+
+    return decode_png(_bytes_tensor(data), ImageReadMode[mode]).permute(1, 2, 0).numpy()
+
+
+def _decode_webp(data: bytes) -> Pixels:
+    """uint8 ``(H, W, 3 or 4)`` as stored."""
+    from torchvision.io import ImageReadMode, decode_webp
+
+    return decode_webp(_bytes_tensor(data), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+
+
+def _bytes_tensor(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())  # Copied: torch warns of read-only memory.
+
+
+def _turned(pixels: Pixels, orientation: int) -> Pixels:
+    """Pixels as shown."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _flatten(pixels: Pixels) -> Pixels:
+    """uint8 or uint16 ``(H, W, 1..4)`` to uint8 ``(H, W, 3)`` on white."""
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
     channels = pixels.shape[2]

@@ -1,11 +1,13 @@
-"""Format and size of an encoded image, read from its header without decoding a pixel.
+"""Format, size and orientation of an encoded image, read from its header without decoding a pixel.
 
 For: indexing a shard, and refusing a decompression bomb before memory is spent on it. Not for: decoding.
 """
 
 from __future__ import annotations
 
+import re
 import struct
+from collections.abc import Iterator
 from enum import Enum
 from typing import Literal, NamedTuple
 
@@ -16,10 +18,25 @@ Buffer = bytes | memoryview
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Start-of-frame markers: C0-CF without DHT (C4), JPG (C8) and DAC (CC).
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_TWO_SIDES = struct.Struct(">HH")
+_START_OF_SCAN = 0xDA
 _APP1 = 0xE1
+# Markers that a length follows: frames, tables (DHT, DAC, DQT, DRI), DNL, scans, applications, comments.
+_WITH_LENGTH = _START_OF_FRAME | {0xC4, 0xCC, 0xDB, 0xDC, 0xDD, _START_OF_SCAN, *range(0xE0, 0xF0), 0xFE}
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})
+_FILL = 0xFF
+_KNOWN_MARKERS = _WITH_LENGTH | _STANDALONE | {_FILL}
+_FRAME = struct.Struct(">BHHB")
+# Each block of 64 values takes a Huffman code for DC, and in a sequential frame one more for the end of the block.
+_LEAST_BITS_PER_BLOCK = {0xC0: 2, 0xC1: 2, 0xC2: 1}
+# Each scan of a progressive JPEG passes over the whole image for as little as 12 bytes. Encoders write about ten scans.
+_PROGRESSIVE = frozenset({0xC2, 0xCA})
+_MOST_SCANS = 100
+_AFTER_PIXELS = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_END_OF_IMAGE = 0xD9
+_EXIF_PREFIX = b"Exif\0\0"
+_WEBP_HAS_EXIF = 0x08  # A flag of the VP8X chunk.
 _ORIENTATION = 0x0112  # The EXIF tag.
-_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})
+_EXIF_LONG = 4  # The number of a type: 32 bits. The standard wants 16 bits for the orientation; some writers differ.
 
 
 class ImageFormat(str, Enum):
@@ -73,7 +90,8 @@ def image_size(data: Buffer) -> ImageSize:
     """Format, width and height of a JPEG, PNG or WebP.
 
     Raises:
-        SampleError: the bytes are none of these, or end before the size is known, or a side is 0.
+        SampleError: the bytes are none of these, end before the size is known, are too few for a JPEG of that size, or
+            a side is 0.
     """
     start = bytes(data[:32])
     found = known_format(data)
@@ -82,7 +100,7 @@ def image_size(data: Buffer) -> ImageSize:
     elif found is ImageFormat.JPEG:
         size = _jpeg(data)
     elif found is ImageFormat.WEBP:
-        size = _webp(start)
+        size = _webp(start, data)
     else:
         raise SampleError(
             f"no JPEG, PNG or WebP: it starts with {start[:8].hex(' ') or 'nothing'}", kind=FaultKind.DECODE
@@ -99,48 +117,102 @@ def _shown(kind: ImageFormat, width: int, height: int, exif: bytes) -> ImageSize
     return ImageSize(kind, width, height, orientation)
 
 
+def png_chunks(data: Buffer) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, first byte and length of the content of each chunk of a PNG; a last one may reach beyond the data."""
+    at = len(_PNG_MAGIC)
+    while at + 8 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        yield bytes(data[at + 4 : at + 8]), at + 8, length
+        at += 12 + length
+
+
 def _png(start: bytes, data: Buffer) -> ImageSize:
-    if len(start) < 24 or start[12:16] != b"IHDR":
+    if len(start) < 24 or start[8:16] != b"\0\0\0\x0dIHDR":
         raise SampleError("a PNG without its header chunk", kind=FaultKind.DECODE)
     width, height = int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big")
-    at, exif = 8, b""
-    while at + 8 <= len(data):  # Chunks before the pixels: the decoder looks at no others.
-        kind, length = bytes(data[at + 4 : at + 8]), int.from_bytes(data[at : at + 4], "big")
-        if kind == b"eXIf":
-            exif = bytes(data[at + 8 : at + 8 + length])
-        if kind in (b"eXIf", b"IDAT"):
-            break
-        at += 12 + length
+    exif = next((bytes(data[at : at + length]) for kind, at, length in png_chunks(data) if kind == b"eXIf"), b"")
     return _shown(ImageFormat.PNG, width, height, exif)
 
 
-def _jpeg(data: Buffer) -> ImageSize:
-    at, exif = 2, None
+def _jpeg_segments(data: Buffer) -> Iterator[tuple[int, int, int]]:
+    """Marker, first byte and length of the content of each segment up to the first scan, as libjpeg reads them.
+
+    Raises:
+        SampleError: bytes that libjpeg would search for the next marker, or a marker that it refuses. A decoder that
+            searches may find another frame than this function.
+    """
+    at = 2
     while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            raise SampleError(f"a JPEG with no marker at byte {at}", kind=FaultKind.DECODE)
         marker = data[at + 1]
-        if marker == 0xFF:  # Fill bytes may precede a marker.
+        if data[at] != 0xFF or marker not in _KNOWN_MARKERS:
+            found = bytes(data[at : at + 2]).hex(" ")
+            raise SampleError(f"a JPEG with no marker at byte {at}: {found}", kind=FaultKind.DECODE)
+        if marker == _FILL:  # Fill bytes may precede a marker.
             at += 1
         elif marker in _STANDALONE:
             at += 2
-        elif marker in _START_OF_FRAME and at + 9 <= len(data):
-            height, width = _TWO_SIDES.unpack_from(data, at + 5)
-            return _shown(ImageFormat.JPEG, width, height, exif or b"")
         else:
             length = max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
-            if marker == _APP1 and exif is None:
-                exif = bytes(data[at + 4 + len(b"Exif\0\0") : at + 2 + length])
+            yield marker, at + 4, length - 2
+            if marker == _START_OF_SCAN:
+                return
             at += 2 + length
-    raise SampleError("a JPEG that ends before its size is known", kind=FaultKind.DECODE)
+
+
+def _jpeg(data: Buffer) -> ImageSize:
+    frame, exif = None, b""
+    for marker, at, length in _jpeg_segments(data):
+        if marker == _APP1 and not exif and bytes(data[at : at + len(_EXIF_PREFIX)]) == _EXIF_PREFIX:
+            exif = bytes(data[at + len(_EXIF_PREFIX) : at + length])
+        elif marker in _START_OF_FRAME and at + _FRAME.size <= len(data):
+            if frame is not None:
+                raise SampleError(f"a JPEG with a second frame at byte {at}", kind=FaultKind.DECODE)
+            frame = (marker, *_FRAME.unpack_from(data, at)[1:], bytes(data[at + _FRAME.size : at + length]))
+        elif marker == _START_OF_SCAN and frame is not None and frame[0] in _PROGRESSIVE:
+            _check_scans(data, at + length)
+    if frame is None:
+        raise SampleError("a JPEG that ends before its size is known", kind=FaultKind.DECODE)
+    marker, height, width, num_components, components = frame
+    least = _least_jpeg_bytes(marker, height, width, components[: 3 * num_components])
+    if len(data) < least:
+        raise SampleError(
+            f"a JPEG of {width}x{height} pixels in {len(data)} bytes: they take {least} bytes at least",
+            kind=FaultKind.DECODE,
+        )
+    return _shown(ImageFormat.JPEG, width, height, exif)
+
+
+def _check_scans(data: Buffer, at: int) -> None:
+    """Counts the scans up to the end of the image, from behind the header of the first one."""
+    num_scans = 1
+    while (found := _AFTER_PIXELS.search(data, at)) is not None:
+        marker, at = data[found.end() - 1], found.end()
+        if marker == _END_OF_IMAGE:
+            break
+        num_scans += marker == _START_OF_SCAN
+        at += int.from_bytes(data[at : at + 2], "big")
+    if num_scans > _MOST_SCANS:
+        raise SampleError(
+            f"a progressive JPEG of {num_scans} scans, the limit is {_MOST_SCANS}: a decompression bomb",
+            kind=FaultKind.DECODE,
+        )
+
+
+def _least_jpeg_bytes(marker: int, height: int, width: int, components: bytes) -> int:
+    """Bytes that no JPEG of this frame can do without; 0 where the coding has no such bound (arithmetic).
+
+    A file that ends earlier would be filled up with gray by the decoder: 828 bytes of 9000x9900 pixels take 8 seconds.
+    """
+    sampling = [(value >> 4, value & 15) for value in components[1::3]]
+    most_x, most_y = (max((factor[i] for factor in sampling), default=0) for i in (0, 1))
+    if not most_x or not most_y:
+        return 0  # The decoder refuses it.
+    blocks = sum(-(-width * x // (8 * most_x)) * -(-height * y // (8 * most_y)) for x, y in sampling)
+    return blocks * _LEAST_BITS_PER_BLOCK.get(marker, 0) // 8
 
 
 def exif_orientation(exif: bytes) -> int:
-    """Orientation, 1 to 8, of a TIFF block; 1 if it says nothing that makes sense.
-
-    Reads what the decoder reads (torchvision ``exif.h``): the first directory, up to its first orientation entry. Of a
-    JPEG the block is the first APP1 segment less six bytes, whatever they are.
-    """
+    """Orientation, 1 to 8, of a TIFF block: the first such entry of its first directory; 1 if there is no valid one."""
     order: Literal["big", "little"] = "big" if exif[:2] == b"MM" else "little"
 
     def number(at: int, size: int) -> int:
@@ -155,17 +227,19 @@ def exif_orientation(exif: bytes) -> int:
         if tag in (-1, 0xFFFF):
             break
         if tag == _ORIENTATION:
-            value = number(at + 8, 2)
+            value = number(at + 8, 4 if number(at + 2, 2) == _EXIF_LONG else 2)
             return value if 1 <= value <= 8 else 1
     return 1
 
 
-def _webp(start: bytes) -> ImageSize:
+def _webp(start: bytes, data: Buffer) -> ImageSize:
     if len(start) < 30:
         raise SampleError("a WebP that ends before its size is known", kind=FaultKind.DECODE)
-    kind = start[12:16]
+    kind, exif = start[12:16], b""
     if kind == b"VP8X":
         width, height = (1 + int.from_bytes(start[i : i + 3], "little") for i in (24, 27))
+        if start[20] & _WEBP_HAS_EXIF:
+            exif = _webp_exif(data)
     elif kind == b"VP8L" and start[20] == 0x2F:
         bits = int.from_bytes(start[21:25], "little")
         width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
@@ -173,4 +247,14 @@ def _webp(start: bytes) -> ImageSize:
         width, height = (int.from_bytes(start[i : i + 2], "little") & 0x3FFF for i in (26, 28))
     else:
         raise SampleError(f"a WebP whose first chunk {kind!r} holds no size", kind=FaultKind.DECODE)
-    return ImageSize(ImageFormat.WEBP, width, height)
+    return _shown(ImageFormat.WEBP, width, height, exif)
+
+
+def _webp_exif(data: Buffer) -> bytes:
+    at = 12
+    while at + 8 <= len(data):
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        if bytes(data[at : at + 4]) == b"EXIF":
+            return bytes(data[at + 8 : at + 8 + length]).removeprefix(_EXIF_PREFIX)
+        at += 8 + length + length % 2
+    return b""

@@ -80,6 +80,13 @@ def test_gray_and_print_colors_equal_pillow(color: str, mode: DecodeMode) -> Non
     np.testing.assert_array_equal(pixels, _pillow(data))
 
 
+def test_print_colors_stored_as_ycck_equal_pillow() -> None:
+    inks = np.random.default_rng(0).integers(0, 256, (32, 48, 4), dtype=np.uint8)
+    data = simplejpeg.encode_jpeg(inks, quality=95, colorspace="CMYK")
+    assert simplejpeg.decode_jpeg_header(data)[2] == "YCCK"
+    np.testing.assert_array_equal(decode_image(data, max_pixels=LIMIT), _pillow(data))
+
+
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(
     ("size", "into"),
@@ -127,12 +134,76 @@ def test_transparency_is_flattened_on_white(encoding: str) -> None:
     assert np.abs(decode_image(data, max_pixels=LIMIT).astype(int) - reference).max() <= 1
 
 
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _png(size: tuple[int, int], bits: int, kind: int, rows: list[bytes], *before: bytes) -> bytes:
+    """A PNG of given rows (width and height; colour type), with chunks before its pixels."""
+    header = struct.pack(">IIBBBBB", *size, bits, kind, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = _chunk(b"IHDR", header) + b"".join(before) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def _pillow_on_white(data: bytes) -> Pixels:
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+
+
 def test_gray_and_sixteen_bits_become_rgb() -> None:
     gray = decode_image(_encode(_smooth(5, 6, "L"), "PNG"), max_pixels=LIMIT)
     assert gray.shape == (5, 6, 3)
     assert (gray[..., 0] == gray[..., 2]).all()
+    # The upper byte of each value, where Pillow's conversion of 16-bit gray would clip all but 0 to 255.
     deep = Image.fromarray(np.array([[0, 65535], [256 * 7, 256 * 200]], dtype=np.uint16))
     assert decode_image(_encode(deep, "PNG"), max_pixels=LIMIT)[..., 1].tolist() == [[0, 255], [7, 200]]
+    for kind, channels in ((2, 3), (4, 2), (6, 4)):  # RGB, gray with alpha, RGB with alpha.
+        values = np.random.default_rng(kind).integers(0, 1 << 16, (5, 7, channels)).astype(">u2")
+        data = _png((7, 5), 16, kind, [row.tobytes() for row in values])
+        difference = decode_image(data, max_pixels=LIMIT).astype(int) - _pillow_on_white(data)
+        assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_gray_and_palettes_of_any_depth_equal_pillow_with_and_without_transparency(bits: int) -> None:
+    values = np.random.default_rng(bits).integers(0, 1 << bits, (6, 8), dtype=np.uint8)
+    packed = np.packbits(np.unpackbits(values[..., None], axis=2)[..., 8 - bits :].reshape(6, -1), axis=1)
+    rows = [row.tobytes() for row in packed]
+    palette = _chunk(b"PLTE", bytes(np.random.default_rng(9).integers(0, 256, 3 << bits, dtype=np.uint8)))
+    alpha, key = _chunk(b"tRNS", bytes([0, 100])), _chunk(b"tRNS", struct.pack(">H", int(values[0, 0])))
+    note = _chunk(b"tEXt", b"Comment\0no tRNS, no IDAT")  # These names in a text are no chunks.
+    for data in (
+        _png((8, 6), bits, 3, rows, palette),
+        _png((8, 6), bits, 3, rows, note, palette),
+        _png((8, 6), bits, 3, rows, palette, alpha),
+        _png((8, 6), bits, 3, rows, note, palette, alpha),
+        _png((8, 6), bits, 0, rows),
+    ):
+        pixels = decode_image(data, max_pixels=LIMIT)
+        assert np.abs(pixels.astype(int) - _pillow_on_white(data)).max() <= 1
+        np.testing.assert_array_equal(pixels, decode_image(data, max_pixels=LIMIT))  # No memory that nobody wrote.
+    # Pillow compares the key of few bits with values of 8 bits, so the expectation follows from the PNG standard.
+    gray = decode_image(_png((8, 6), bits, 0, rows, key), max_pixels=LIMIT)[..., 0]
+    expected = np.where(values == values[0, 0], 255, values.astype(int) * 255 // ((1 << bits) - 1))
+    np.testing.assert_array_equal(gray, expected)
+
+
+def test_numbers_outside_a_palette_are_black() -> None:
+    data = _png((3, 1), 8, 3, [bytes([0, 1, 77])], _chunk(b"PLTE", b"abcdef"), _chunk(b"tRNS", b"\0"))
+    assert decode_image(data, max_pixels=LIMIT).tolist() == [[[255, 255, 255], list(b"def"), [0, 0, 0]]]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_pixels_of_the_color_key_become_white(bits: int) -> None:
+    dtype, key = {8: ">u1", 16: ">u2"}[bits], (1 << (bits - 1)) + 5
+    values = np.random.default_rng(bits).integers(0, 1 << bits, (4, 5, 3)).astype(dtype)
+    values[1, 2], values[3, 3] = key, (key, key, key + 1)
+    chunk = _chunk(b"tRNS", struct.pack(">HHH", key, key, key))
+    pixels = decode_image(_png((5, 4), bits, 2, [row.tobytes() for row in values], chunk), max_pixels=LIMIT)
+    expected = (values >> (bits - 8)).astype(np.uint8)
+    expected[1, 2] = 255
+    np.testing.assert_array_equal(pixels, expected)
 
 
 @pytest.mark.parametrize("num_colors", [2, 16, 200])
@@ -173,14 +244,7 @@ def test_fast_mode_scales_while_decoding_but_not_below_the_wanted_size() -> None
 
 def _bomb(side: int) -> bytes:
     """A PNG header of side x side pixels, with a few bytes of data."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
-    )
+    return _png((side, side), 8, 2, [bytes(98)])
 
 
 @pytest.mark.fault
@@ -196,6 +260,17 @@ def test_truncated_images_are_refused(encoding: str, mode: DecodeMode) -> None:
     data = _encode(_smooth(64, 64), encoding)
     with pytest.raises(SampleError):
         decode_image(data[: len(data) // 2], mode=mode, max_pixels=LIMIT, min_side=(16, 16))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("mode", list(DecodeMode))
+def test_a_jpeg_that_a_decoder_would_fill_with_gray_is_refused(mode: DecodeMode) -> None:
+    for color in ("RGB", "CMYK"):
+        data = _encode(_noisy(64, 64).convert(color), "JPEG")
+        cut = data[: 3 * len(data) // 4] + b"\xff\xd9"  # It ends early, but with its end marker.
+        assert _pillow(cut).shape == (64, 64, 3)  # Pillow says nothing.
+        with pytest.raises(SampleError, match="premature end of data segment"):
+            decode_image(cut, mode=mode, max_pixels=LIMIT, min_side=(16, 16))
 
 
 @pytest.mark.fault
