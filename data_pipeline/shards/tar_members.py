@@ -1,7 +1,8 @@
 """Walks the headers of a tar and says exactly where it is damaged.
 
-For: building an index and verifying a shard. Python's ``tarfile`` takes a damaged header for the end of the archive
-and stops without a word, so a half-lost shard would pass; ``walk`` raises instead, and ``survey`` goes on behind the
+For: building an index, verifying a shard, and reading a stream. Python's ``tarfile`` takes a damaged header for the end
+of the archive and stops, so a half-lost shard would pass; it recurses into extended headers without a bound; and it
+raises whatever a damaged attribute leads to. ``walk`` raises a ``TarError`` instead, and ``survey`` continues after the
 damage. Not for: extracting files.
 """
 
@@ -136,7 +137,7 @@ def survey(data: memoryview, shard: str, indexed: Indexed = lambda at: None) -> 
         indexed: The index, if there is one.
     """
     at: int | None = 0
-    attributes = _Attributes()
+    attributes = Attributes()
     while at is not None:
         try:
             entry = _entry(data, at, shard, attributes)
@@ -145,7 +146,7 @@ def survey(data: memoryview, shard: str, indexed: Indexed = lambda at: None) -> 
             if error.fault is TarFault.TRUNCATED:
                 return
             at, member = (error.following, None) if error.following else _regain(data, at, indexed)
-            attributes = _Attributes()
+            attributes = Attributes()
         else:
             if entry is None:
                 stray = _first_nonzero(data, at)
@@ -161,14 +162,14 @@ def survey(data: memoryview, shard: str, indexed: Indexed = lambda at: None) -> 
 
 
 @dataclass
-class _Attributes:
+class Attributes:
     """What extended headers say of the member behind them."""
 
     long_name: str = ""
     pax: dict[str, str] = field(default_factory=dict)
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """One header with its content; ``member`` is None for folders and attributes."""
 
     content_end: int
@@ -176,12 +177,38 @@ class _Entry(NamedTuple):
     member: TarMember | None
 
 
-def _entry(data: memoryview, at: int, shard: str, attributes: _Attributes) -> _Entry | None:
+def _entry(data: memoryview, at: int, shard: str, attributes: Attributes) -> Entry | None:
     """The header at a byte, None at the end mark; changes ``attributes``."""
-    if at + BLOCK_BYTES > len(data):
+    start = at + BLOCK_BYTES
+    if start > len(data):
         message = f"{shard}: truncated: ends at byte {len(data)} without an end mark (header due at {at})"
         raise TarError(message, at, TarFault.TRUNCATED)
-    block = bytes(data[at : at + BLOCK_BYTES])
+
+    def content(size: int) -> bytes:
+        return bytes(data[start : start + size])
+
+    return parse_entry(bytes(data[at:start]), content, at, shard, attributes, most_bytes=len(data) - start)
+
+
+def parse_entry(
+    block: bytes, content: Callable[[int], bytes], at: int, shard: str, attributes: Attributes, most_bytes: int
+) -> Entry | None:
+    """One header.
+
+    Args:
+        block: Its 512 bytes.
+        content: Gives the first bytes behind the header; called for names and attributes, whose size is bounded.
+        at: Where the header starts.
+        shard: The tar's name, for messages.
+        attributes: Of the extended headers before it. Changed: filled by an extended header, emptied by any other.
+        most_bytes: The most that the content can have.
+
+    Returns:
+        None at the end mark.
+
+    Raises:
+        TarError: the header is damaged, hostile, or no plain file or folder.
+    """
     if block == _ZEROS:
         return None
     header = _header(block, shard, at)
@@ -190,25 +217,33 @@ def _entry(data: memoryview, at: int, shard: str, attributes: _Attributes) -> _E
     start = at + BLOCK_BYTES
     if header.type in _WITHOUT_CONTENT:
         size = 0
-    if size < 0 or start + size > len(data):
-        message = f"{shard}: truncated: {name!r} at byte {at} claims {size} bytes, {len(data) - start} are left"
+    if not 0 <= size <= most_bytes:
+        message = f"{shard}: truncated: {name!r} at byte {at} claims {size} bytes, {most_bytes} are left"
         raise TarError(message, at, TarFault.TRUNCATED, name=name)
     following = _block_end(start + size)
     if header.type in (_GNU_LONG_NAME, _PAX, _PAX_GLOBAL):
-        if size > _MAX_NAME_BYTES:
-            message = f"{shard}: a name or attribute block of {size} bytes at byte {at}"
-            raise TarError(message, at, following=following)
-        payload = bytes(data[start : start + size])
-        if header.type == _GNU_LONG_NAME:
-            attributes.long_name = payload.rstrip(b"\0").decode(errors="surrogateescape")
-        elif header.type == _PAX:
-            attributes.pax = _pax_fields(payload, shard, at, following)
-        return _Entry(start + size, following, None)
+        _read_attributes(header.type, size, content, attributes, shard, at, following)
+        return Entry(start + size, following, None)
     _check_kind(header, name, shard, at, following)
     attributes.long_name, attributes.pax = "", {}
     if header.is_folder:
-        return _Entry(start + size, following, None)
-    return _Entry(start + size, following, TarMember(_safe_name(name, shard, at, following), at, start, size))
+        return Entry(start + size, following, None)
+    return Entry(start + size, following, TarMember(_safe_name(name, shard, at, following), at, start, size))
+
+
+def _read_attributes(
+    kind: bytes, size: int, content: Callable[[int], bytes], attributes: Attributes, shard: str, at: int, following: int
+) -> None:
+    if size > _MAX_NAME_BYTES:
+        message = f"{shard}: a name or attribute block of {size} bytes at byte {at}"
+        raise TarError(message, at, following=following)
+    if (kind == _GNU_LONG_NAME and attributes.long_name) or (kind == _PAX and attributes.pax):
+        message = f"{shard}: a second extended header at byte {at} for one member"
+        raise TarError(message, at, following=following)
+    if kind == _GNU_LONG_NAME:
+        attributes.long_name = content(size).rstrip(b"\0").decode(errors="surrogateescape")
+    elif kind == _PAX:
+        attributes.pax = _pax_fields(content(size), shard, at, following)
 
 
 def _block_end(offset: int) -> int:
@@ -242,7 +277,7 @@ def _behind_end_mark(shard: str, at: int, stray: int, is_header_lost: bool) -> T
     return TarError(message, stray, TarFault.TAIL)
 
 
-def _slack(data: memoryview, at: int, entry: _Entry, shard: str) -> Iterator[TarError]:
+def _slack(data: memoryview, at: int, entry: Entry, shard: str) -> Iterator[TarError]:
     name = entry.member.name if entry.member is not None else ""
     stored = bytes(data[at + 148 : at + 156])
     if data[at + 257 : at + 262] == b"ustar" and _CHECKSUM_FORM.fullmatch(stored) is None:

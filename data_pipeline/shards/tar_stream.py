@@ -2,23 +2,25 @@
 
     open_stream(source) --bytes--> stream_members --(name, content)--> stream_samples --> key, members
 
-Needs no index and no second look, so it finds no checksum either: only a tar's own damage is noticed. Not for: picking
-samples out of a tar (``index``).
+It needs no index and no second look, so it finds no checksum of a member: it notices damage of the tar's headers and,
+where the tar is compressed, whatever the checksum of the compression shows. Not for: picking samples out of a tar
+(``index``).
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import lzma
 import subprocess
-import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from data_pipeline.errors import DataPipelineError, FaultKind, SampleError, ShardError
-from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name
+from data_pipeline.shards.tar_members import BLOCK_BYTES, Attributes, parse_entry, split_name
 from data_pipeline.storage.location import parse_location
 from data_pipeline.storage.storage import Storage
 
@@ -95,38 +97,58 @@ class _Chunks(io.RawIOBase):
 
 
 def stream_members(stream: IO[bytes], source: str) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file of a tar; compressed tars are unpacked on the way.
+    """Name and content of each file of a tar; a tar packed with gzip, bzip2 or xz is unpacked on the way.
 
     Raises:
-        ShardError: the tar is damaged or cut short, or holds a link, a device or a member that is too large.
+        ShardError: the tar is damaged or cut short, or holds a link, a device or a member that is too large. What a
+            packed tar's own checksum shows is found at its end, behind the last member.
     """
     try:
-        with tarfile.open(fileobj=stream, mode="r|*") as tar:
-            for info in tar:
-                if info.isdir():
-                    continue
-                if not info.isfile() or info.size > MAX_MEMBER_BYTES:
-                    raise ShardError(f"{source}: {info.name!r}: no plain file, or larger than a member may be")
-                file = tar.extractfile(info)
-                assert file is not None
-                content = file.read()
-                if len(content) < info.size:
-                    raise ShardError(f"{source}: ends inside of {info.name!r}")
-                yield info.name.removeprefix("./"), content
-                tar.members = []  # type: ignore[attr-defined] # Else every header is kept.
-            _check_end(tar, source)
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        reader, attributes = _Blocks(_unpacked(stream), source), Attributes()
+        while True:
+            at, block = reader.at, reader.read(BLOCK_BYTES)
+            entry = parse_entry(block, reader.read, at, source, attributes, most_bytes=MAX_MEMBER_BYTES)
+            if entry is None:
+                break
+            if entry.member is not None:
+                yield entry.member.name, reader.read(entry.member.size, entry.member.name)
+            reader.read(entry.following - reader.at)
+        reader.check_rest()
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ShardError(f"{source}: damaged: {error}") from error
 
 
-def _check_end(tar: tarfile.TarFile, source: str) -> None:
-    """``tarfile`` takes a tar without an end mark for whole, and a damaged header for the end mark."""
-    stream: Any = tar.fileobj
-    if stream.tell() < tar.offset + BLOCK_BYTES:  # Of an end mark it would have read one block.
-        raise ShardError(f"{source}: truncated: ends at byte {tar.offset} without an end mark")
-    while chunk := stream.read(1 << 20):
-        if chunk.count(0) != len(chunk):
-            raise ShardError(f"{source}: data behind the end mark: the tar was damaged or joined")
+def _unpacked(stream: IO[bytes]) -> IO[bytes]:
+    """The tar's own bytes. These readers check what is packed against its checksum, when they come to its end."""
+    buffered: Any = stream if hasattr(stream, "peek") else io.BufferedReader(stream)
+    start = buffered.peek(8)[:8]
+    if start.startswith(b"\x1f\x8b"):
+        return cast(IO[bytes], gzip.GzipFile(fileobj=buffered))
+    if start.startswith(b"BZh"):
+        return cast(IO[bytes], bz2.BZ2File(buffered))
+    return cast(IO[bytes], lzma.LZMAFile(buffered) if start.startswith((b"\xfd7zXZ", b"\x5d\0\0\x80")) else buffered)
+
+
+class _Blocks:
+    """A stream and how much of it was read."""
+
+    def __init__(self, stream: IO[bytes], source: str) -> None:
+        self._stream, self._source, self.at = stream, source, 0
+
+    def read(self, num_bytes: int, name: str = "") -> bytes:
+        """Exactly so many bytes: of the member ``name``, or of headers and what pads them."""
+        data = self._stream.read(num_bytes)
+        if len(data) < num_bytes:
+            where = f"inside of {name!r}" if name else "without an end mark"
+            raise ShardError(f"{self._source}: truncated: ends at byte {self.at + len(data)} {where}")
+        self.at += num_bytes
+        return data
+
+    def check_rest(self) -> None:
+        """Reads what follows the end mark: a damaged header would be taken for one."""
+        while chunk := self._stream.read(1 << 20):
+            if chunk.count(0) != len(chunk):
+                raise ShardError(f"{self._source}: data behind the end mark: the tar was damaged or joined")
 
 
 def stream_samples(

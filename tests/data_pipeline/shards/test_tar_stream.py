@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
+import random
 import tarfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,6 +96,61 @@ def test_a_damaged_header_is_no_end(tar: Path) -> None:
     assert key == list(SAMPLES)[len(good)]
 
 
+def _parts(data: bytes) -> list:
+    return list(stream_samples(stream_members(io.BytesIO(data), "part.tar"), "part.tar"))
+
+
+def _header(kind: bytes, content: bytes, name: str = "a.txt") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(content)
+    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+@pytest.mark.fault
+def test_hostile_extended_headers_are_a_fault_of_the_shard() -> None:
+    end, plain = bytes(1024), _header(tarfile.REGTYPE, b"hi")
+    sparse = _header(tarfile.XHDTYPE, b"22 GNU.sparse.map=1,x\n25 GNU.sparse.major=junk\n")
+    long_names = _header(tarfile.GNUTYPE_LONGNAME, b"b.txt\0") * 3000
+    negative = bytearray(plain)
+    negative[124:136] = b"\xff" * 12  # Base 256 of GNU tar.
+    negative[148:156] = b"%06o\0 " % (sum(negative[:148]) + sum(negative[156:512]) + 8 * 32)
+    for hostile in (sparse, long_names, bytes(negative), _header(tarfile.XHDTYPE, b"99 path")):
+        ((key, error),) = _parts(plain + hostile + plain + end)  # The sample in hand may lack what follows.
+        assert isinstance(error, ShardError)
+        assert key == "a"
+    assert _parts(_header(tarfile.GNUTYPE_LONGNAME, b"b.txt\0") + plain + end) == [("b", {"txt": b"hi"})]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_packed_tar_that_was_damaged_anywhere_says_so(tar: Path, pack: Callable[[bytes], bytes]) -> None:
+    data, whole = pack(tar.read_bytes()), list(SAMPLES.items())
+    assert _parts(data) == whole
+    draw = random.Random(1)
+    places = [*range(len(data) - 8, len(data)), *(draw.randrange(10, len(data)) for _ in range(60))]
+    for place in places:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << draw.randrange(8)
+        found = _parts(bytes(damaged))
+        # Some bits of each format only fill up a byte; the last eight bytes of gzip are its checksum and its length.
+        is_checked = pack is gzip.compress and place >= len(data) - 8
+        assert isinstance(found[-1][1], ShardError) or (found == whole and not is_checked), place
+        *_, (_, error) = _parts(data[:place])
+        assert isinstance(error, ShardError), place
+
+
+@pytest.mark.fault
+def test_random_damage_of_a_plain_tar_ends_in_a_fault_or_in_samples(tar: Path) -> None:
+    data, draw = tar.read_bytes(), random.Random(2)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(draw.randint(1, 3)):
+            header = draw.randrange(0, len(data) // 512) * 512
+            damaged[header + draw.choice([0, 124, 148, 156, 257, draw.randrange(512)])] = draw.randrange(256)
+        for _, found in _parts(bytes(damaged)):
+            assert isinstance(found, dict | SampleError | ShardError)
+
+
 def test_a_command_that_fails_is_reported_behind_what_it_gave(tar: Path) -> None:
     *good, (_, error) = _read(f"pipe:cat {tar}; exit 3")
     assert good == list(SAMPLES.items())
@@ -115,7 +174,7 @@ def test_links_and_missing_files_are_refused(tmp_path: Path) -> None:
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(info)
     ((_, error),) = _read(str(path))
-    assert "no plain file" in str(error)
+    assert "a symbolic link; shards hold plain files only" in str(error)
     ((_, missing),) = _read(str(tmp_path / "none.tar"))
     assert isinstance(missing, ShardError)
 
