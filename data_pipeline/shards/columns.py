@@ -15,7 +15,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,13 @@ def write_columns(path: Path, arrays: Mapping[str, Column], record: Mapping[str,
     write_whole(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata))
 
 
-def read_columns(path: Path, expected: Mapping[str, tuple[str, int]], format_name: str, shown: str = "") -> Columns:
+def read_columns(
+    path: Path,
+    expected: Mapping[str, tuple[str, int]],
+    format_name: str,
+    shown: str = "",
+    optional: Collection[str] = (),
+) -> Columns:
     """Maps ``path`` and checks that it holds exactly the ``expected`` columns.
 
     Args:
@@ -62,6 +68,7 @@ def read_columns(path: Path, expected: Mapping[str, tuple[str, int]], format_nam
         expected: Column name to (numpy dtype, number of dimensions).
         format_name: Must equal the record's ``format``.
         shown: What messages call the file, if it is a copy of another.
+        optional: Expected columns that files of earlier versions lack.
 
     Raises:
         ManifestError: the file is missing, truncated, of another format, or its header points outside of it.
@@ -76,12 +83,14 @@ def read_columns(path: Path, expected: Mapping[str, tuple[str, int]], format_nam
     except OSError as error:
         raise ManifestError(f"{shown}: cannot be read: {error.strerror}") from error
     try:
-        return _parse(data, size, expected, format_name)
+        return _parse(data, size, expected, format_name, optional)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ManifestError(f"{shown}: damaged {format_name}: {error}") from error
 
 
-def _parse(data: mmap.mmap, size: int, expected: Mapping[str, tuple[str, int]], format_name: str) -> Columns:
+def _parse(
+    data: mmap.mmap, size: int, expected: Mapping[str, tuple[str, int]], format_name: str, optional: Collection[str]
+) -> Columns:
     (header_bytes,) = struct.unpack_from("<Q", data, 0)
     start = 8 + header_bytes
     if header_bytes > _MAX_HEADER_BYTES or start > size:
@@ -90,9 +99,9 @@ def _parse(data: mmap.mmap, size: int, expected: Mapping[str, tuple[str, int]], 
     record = json.loads(header.pop("__metadata__")[_RECORD])
     if record["format"] != format_name:
         raise ValueError(f"format {record['format']!r}, expected {format_name!r}")
-    if set(header) != set(expected):
+    if not set(expected) - set(optional) <= set(header) <= set(expected):
         raise ValueError(f"columns {sorted(header)}, expected {sorted(expected)}")
-    arrays = {name: _column(data, start, size, name, header[name], *expected[name]) for name in expected}
+    arrays = {name: _column(data, start, size, name, header[name], *expected[name]) for name in header}
     return Columns(arrays, record, data)
 
 

@@ -12,7 +12,8 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from zlib_ng.zlib_ng import crc32
 from data_pipeline.errors import ManifestError, SampleError, ShardError
 from data_pipeline.shards.columns import Column, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.shards.files import sha256_of
-from data_pipeline.shards.image_header import image_size, is_image
+from data_pipeline.shards.image_header import Buffer, image_size, is_image
 from data_pipeline.shards.json_member import page_texts, spoken_texts
 from data_pipeline.shards.tar_members import split_name, walk
 from data_pipeline.storage.location import Url
@@ -35,6 +36,7 @@ _COLUMNS = {
     "key_bytes": ("u1", 1),
     "cu_key_bytes": ("<i8", 1),
     "text_bytes": ("<i8", 1),
+    "row_crc32": ("<u4", 1),
     "ext": ("<u2", 1),
     "offset": ("<i8", 1),
     "size": ("<i8", 1),
@@ -42,6 +44,10 @@ _COLUMNS = {
     "width": ("<u4", 1),
     "height": ("<u4", 1),
 }
+_CHECKSUM = "row_crc32"
+"""CRC-32 of all that the index says of a sample. Indexes of earlier versions lack it and are read unchecked."""
+_MEMBER = struct.Struct("<qqIII")
+_TEXT_BYTES = struct.Struct("<q")
 _MAX_EXTENSIONS = 1 << 16
 _SUFFIX = ".index"
 _CHUNK_BYTES = 1 << 24
@@ -87,7 +93,7 @@ class ShardIndex:
     """What a shard holds. Opened with ``ShardIndex.open``; memory is shared between processes by the system.
 
     Opening touches a page or two, since an order may take a handful of samples out of each of a million shards: a row
-    is checked when it is asked for, and ``check`` looks at all of them.
+    is compared with its own checksum when it is asked for, and ``check`` looks at all of them.
 
     Attributes:
         tar_path: The shard; a URL if it is remote.
@@ -150,7 +156,7 @@ class ShardIndex:
             ManifestError: it is missing or damaged.
         """
         path = shown or f"{tar_path}{_SUFFIX}"
-        columns = read_columns(file, _COLUMNS, INDEX_FORMAT, path)
+        columns = read_columns(file, _COLUMNS, INDEX_FORMAT, path, optional=(_CHECKSUM,))
         record, arrays = columns.record, columns.arrays
         try:
             extensions = tuple(str(ext) for ext in record["extensions"])
@@ -177,10 +183,14 @@ class ShardIndex:
         Raises:
             ManifestError: the row is damaged.
         """
+        self.members(i)
+        return str(self._key_bytes(i), "utf-8", "replace")
+
+    def _key_bytes(self, i: int) -> memoryview:
         first, end = self._views["cu_key_bytes"][i], self._views["cu_key_bytes"][i + 1]
         if not 0 <= first <= end <= len(self._views["key_bytes"]):
             raise self._damaged(f"the key of sample {i} lies at bytes {first}:{end} of {len(self._views['key_bytes'])}")
-        return str(self._views["key_bytes"][first:end], "utf-8", "replace")
+        return self._views["key_bytes"][first:end]
 
     def members(self, i: int) -> list[Member]:
         """Files of sample ``i`` in the order of the tar; they lie inside of it one after the other, at least one.
@@ -205,6 +215,8 @@ class ShardIndex:
             raise self._damaged(f"sample {i} has the members {rows.start}:{rows.stop}: {error}") from error
         if len(found) < len(rows) or not found or rows.start < 0 or behind > tar_bytes:
             raise self._damaged(f"a member of sample {i} lies outside the {tar_bytes} bytes of the tar, or none does")
+        if _CHECKSUM in views and views[_CHECKSUM][i] != _row_crc32(self._key_bytes(i), views["text_bytes"][i], found):
+            raise self._damaged(f"what it says of sample {i} does not fit the row's checksum")
         return found
 
     def span(self, i: int) -> tuple[int, int]:
@@ -222,6 +234,8 @@ class ShardIndex:
             ManifestError: one points outside the tar or the columns.
         """
         _check_rows(self.shown, self._arrays, self.tar_bytes, len(self.extensions))
+        for i in range(len(self)):
+            self.members(i)
 
     @cached_property
     def _views(self) -> dict[str, memoryview]:
@@ -237,8 +251,13 @@ class ShardIndex:
         return ManifestError(f"{self.shown}: damaged index: {what}; build it with: mmscale data index")
 
     def text_bytes(self, i: int) -> int:
-        """UTF-8 bytes of text that sample ``i`` shows: its page, or dialogue and caption (the longest of several)."""
-        return int(self._arrays["text_bytes"][i])
+        """UTF-8 bytes of text that sample ``i`` shows: its page, or dialogue and caption (the longest of several).
+
+        Raises:
+            ManifestError: the row is damaged.
+        """
+        self.members(i)
+        return int(self._views["text_bytes"][i])
 
     def column(self, name: str) -> Column:
         """A whole column, read-only: ``ext offset size crc32 width height`` per member, ``text_bytes`` per sample.
@@ -252,8 +271,8 @@ class ShardIndex:
 def _check_lengths(path: str, arrays: dict[str, Column]) -> None:
     num_members, num_samples = len(arrays["offset"]), len(arrays["cu_members"]) - 1
     per_member = all(len(arrays[name]) == num_members for name in ("ext", "size", "crc32", "width", "height"))
-    per_sample = len(arrays["cu_key_bytes"]) == num_samples + 1 and len(arrays["text_bytes"]) == num_samples
-    if num_samples < 0 or not per_member or not per_sample:
+    per_sample = all(len(arrays[name]) == num_samples for name in ("text_bytes", _CHECKSUM) if name in arrays)
+    if num_samples < 0 or not per_member or not per_sample or len(arrays["cu_key_bytes"]) != num_samples + 1:
         raise ManifestError(f"{path}: damaged index: columns of unequal length")
 
 
@@ -269,6 +288,13 @@ def _check_rows(path: str, arrays: dict[str, Column], tar_bytes: int, num_extens
         raise ManifestError(f"{path}: damaged index: a member lies outside the {tar_bytes} bytes of the tar")
     if np.any(arrays["ext"] >= num_extensions) or np.any(arrays["cu_members"][1:] == arrays["cu_members"][:-1]):
         raise ManifestError(f"{path}: damaged index: an unknown extension or a sample without members")
+
+
+def _row_crc32(key: Buffer, text_bytes: int, members: Iterable[Member]) -> int:
+    value = crc32(key, crc32(_TEXT_BYTES.pack(text_bytes)))
+    for ext, *numbers in members:
+        value = crc32(_MEMBER.pack(*numbers), crc32(ext.encode(), value))
+    return value
 
 
 @lru_cache(maxsize=1 << 14)
@@ -452,6 +478,7 @@ def _arrays_of(samples: list[IndexedSample], shard: str) -> tuple[dict[str, Colu
         "key_bytes": key_bytes,
         "cu_key_bytes": cu_key_bytes,
         "text_bytes": np.array([sample.text_bytes for sample in samples], np.int64),
+        _CHECKSUM: np.array([_row_crc32(s.key.encode(), s.text_bytes, s.members) for s in samples], np.uint32),
         "ext": np.array([number[member.ext] for member in members], np.uint16),
     }
     for name in ("offset", "size", "crc32", "width", "height"):
