@@ -23,6 +23,7 @@ from data_pipeline.image_layout import Features, ImageLayout, Text
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
+from data_pipeline.shards.texts import check_unicode
 from data_pipeline.templates import (
     AnnotationsTemplate,
     BranchPiece,
@@ -342,10 +343,7 @@ class DocumentBuilder:
 
     def _encode(self, text: str) -> list[int]:
         """Ids of a text; none of them opens or closes a turn, or lays out an image."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # Half a pair of UTF-16, written \ud800 in JSON: no tokenizer takes it.
-            raise SampleError(f"the text is no Unicode: {error}", kind=FaultKind.TEXT) from error
+        check_unicode(text)
         ids = self.tokenizer.encode(text)
         forged = [name for name, token_id in self._reserved.items() if token_id in ids]
         if forged:

@@ -23,6 +23,7 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.languages import detect, writes_spaces
 from data_pipeline.reader import read_samples
 from data_pipeline.sample import Sample, TextPart
+from data_pipeline.shards.texts import check_unicode
 
 ALL = "all"
 """The row over all texts."""
@@ -264,6 +265,10 @@ def _texts_of_sample(sample: Sample, field_name: str) -> Iterator[tuple[str, str
                 origin = sample.provenance
                 reason = f"field {field_name or 'captions'!r} holds {text!r:.80}, expected texts"
                 raise SampleError(reason, shard=origin.shard, key=origin.key)
+            try:
+                check_unicode(text)
+            except SampleError as error:
+                raise error.located(sample.provenance.shard, sample.provenance.key) from error
             yield str(language), text
 
 
@@ -301,8 +306,11 @@ def _line(line: str, place: str) -> tuple[str, str]:
     except (ValueError, RecursionError) as error:
         raise DataConfigError(f"{place}: no JSON: {error}") from error
     match held:
-        case {"text": str(text), "lang": str(language)}:
-            return language, text
         case {"text": str(text)}:
-            return detect(text), text
+            try:
+                check_unicode(text)
+            except SampleError as error:
+                raise DataConfigError(f"{place}: {error.reason}") from error
+            language = held.get("lang")
+            return language if isinstance(language, str) else detect(text), text
     raise DataConfigError(f'{place}: expected {{"text": "...", "lang": "..."}}, lang may be absent')

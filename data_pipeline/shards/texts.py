@@ -33,10 +33,25 @@ def iterate_texts(manifest: Manifest) -> Iterator[list[str]]:
             shard.close()
 
 
+def check_unicode(text: str) -> None:
+    """Refuses half a pair of UTF-16, which JSON can write as ``\\ud800``: no tokenizer takes it, no file can hold it.
+
+    Raises:
+        SampleError: the text holds one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(f"the text is no Unicode: {error}", kind=FaultKind.TEXT) from error
+
+
 def _decoded(ext: str, content: bytes, shard: str, key: str) -> list[str]:
     try:
         if ext == "json":
-            return all_texts(parse_json(content))
+            texts = all_texts(parse_json(content))
+            for text in texts:
+                check_unicode(text)
+            return texts
         return [content.decode()]
     except UnicodeDecodeError as error:
         raise SampleError(f"the text is no UTF-8: {error}", shard=shard, key=key, kind=FaultKind.TEXT) from error

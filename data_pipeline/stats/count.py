@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from data_pipeline.shards.crew import in_order
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.texts import check_unicode
 from data_pipeline.stats.copies import CopyCount, image_keys
 from data_pipeline.stats.histogram import Histogram
 from data_pipeline.stats.tally import MAX_EXAMPLES, PER_RATIO, Tally, count_names
@@ -217,10 +218,10 @@ class CountWork:
         for index in indices.tolist():
             try:
                 sample = reader.read_outline(index)
+                texts = _texts_of(sample)
             except SampleError as error:
                 _refuse(tally, error)
                 continue
-            texts = sample.texts
             tally.odd["no_text"] += not any(texts)
             tally.odd["no_image"] += not any(isinstance(part, ImagePart) for part in sample.parts)
             characters += map(len, texts)
@@ -246,6 +247,15 @@ class CountWork:
         documents["patches"].append(document.num_patches)
         documents["cost"].append(round(document.cost(self.training.spec)))
         tally.num_too_long += document.num_tokens > self.training.max_tokens
+
+
+def _texts_of(sample: Sample) -> Sequence[str]:
+    try:
+        for text in sample.texts:
+            check_unicode(text)
+    except SampleError as error:
+        raise error.located(sample.provenance.shard, sample.provenance.key) from error
+    return sample.texts
 
 
 def _refuse(tally: Tally, error: SampleError) -> None:

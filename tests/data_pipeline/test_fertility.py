@@ -14,6 +14,7 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.fertility import TextTokenizer, fertility, texts_of_file, texts_of_manifests
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
+from data_pipeline.tokenizer import train_sentencepiece
 from mmscale.cli.main import main
 
 EMOJI = Path(__file__).resolve().parents[2] / "examples" / "emoji"
@@ -131,3 +132,18 @@ def test_the_documented_table_is_what_is_printed(
     capsys.readouterr()
     assert main(lines[command].split()[2:]) == 0
     assert capsys.readouterr().out.splitlines() == table
+
+
+@pytest.mark.fault
+def test_half_a_pair_of_utf16_is_named_with_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ShardWriter(tmp_path, "x") as writer:
+        writer.write("bad", {"json": b'{"captions": ["a\\ud800"]}'})
+    manifest = write_manifest(tmp_path / "x.manifest", writer.shards).path
+    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n{"text": "a\\ud800"}\n')
+    for source, place in (([str(manifest)], "x-00000.tar/bad"), (["--texts", str(tmp_path / "x.jsonl")], "x.jsonl:2")):
+        assert main(["data", "fertility", str(BUNDLED), *source]) != 0
+        printed = capsys.readouterr().err
+        assert f"{place}: the text is no Unicode" in printed.replace("\n", "")
+        assert "Traceback" not in printed
+    with pytest.raises(SampleError, match=r"x-00000\.tar/bad: the text is no Unicode"):
+        train_sentencepiece([manifest], tmp_path / "x.model", 300)

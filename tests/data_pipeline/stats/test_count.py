@@ -147,6 +147,16 @@ def test_a_changed_member_is_counted_and_named(small: Manifest) -> None:
     assert "kein" not in str(found)
 
 
+@pytest.mark.fault
+def test_half_a_pair_of_utf16_is_counted_with_its_place_and_not_encoded(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "x") as writer:
+        writer.write("good", {"json": b'{"captions": ["abc"]}'})
+        writer.write("bad", {"json": b'{"captions": ["a", "b\\ud800"]}'})
+    found = count(write_manifest(tmp_path / "x.manifest", writer.shards).path, tokenizer=TOKENIZER).figures
+    assert found["refused"] == {"text": 1}
+    assert "x-00000.tar/bad: the text is no Unicode" in str(found)
+
+
 def test_no_media_means_no_documents_with_images(small: Manifest) -> None:
     """A text model: samples with images are refused, as its run would refuse them."""
     run = load(REPO / "configs" / "quickstart.yaml", [], RunConfig).value
