@@ -16,6 +16,8 @@ from torch import Tensor
 from data_pipeline.sample import Provenance
 
 B = TypeVar("B")
+_MOST_SHOWN = 3
+"""Longer tuples are counted in a ``repr``."""
 
 
 def _to(value: Any, device: torch.device, non_blocking: bool) -> Any:
@@ -33,8 +35,26 @@ def _move(block: B, device: torch.device, non_blocking: bool) -> B:
     return replace(block, **changes)  # type: ignore[type-var]
 
 
-@dataclass(frozen=True)
-class Segments:
+class _Brief:
+    """A dataclass whose ``repr`` gives shapes and counts instead of thousands of numbers."""
+
+    def __repr__(self) -> str:
+        shown = (f"{f.name}={_brief(getattr(self, f.name))}" for f in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
+    if isinstance(value, tuple) and len(value) > _MOST_SHOWN:
+        return f"<{len(value)} of {type(value[0]).__name__}>"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_brief(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+@dataclass(frozen=True, repr=False)
+class Segments(_Brief):
     """A partition of packed rows into consecutive pieces.
 
     Attributes:
@@ -66,8 +86,8 @@ class Segments:
         return max((b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)), default=0)
 
 
-@dataclass(frozen=True)
-class BranchedSegments:
+@dataclass(frozen=True, repr=False)
+class BranchedSegments(_Brief):
     """What each token attends where documents have branches: several texts, one beginning, blind to each other.
 
     ::
@@ -122,8 +142,8 @@ class ViewPlace(NamedTuple):
     tile: tuple[int, int] | None
 
 
-@dataclass(frozen=True)
-class MediaBlock:
+@dataclass(frozen=True, repr=False)
+class MediaBlock(_Brief):
     """All views of one modality in a batch, packed.
 
     "Feature" is a row of what tower and projector hand to the decoder: item after item, ``num_features`` of each.
@@ -163,8 +183,8 @@ AttentionSegments = Segments | BranchedSegments
 """Which keys belong to which queries."""
 
 
-@dataclass(frozen=True)
-class MultimodalBatch:
+@dataclass(frozen=True, repr=False)
+class MultimodalBatch(_Brief):
     """One microbatch.
 
     Attributes:

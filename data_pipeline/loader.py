@@ -8,8 +8,10 @@ number of both. Not for: evaluation, which reads in stored order (``reader.read_
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import weakref
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -263,6 +265,7 @@ class Loader:
         self._workers: Workers[_Rows | DataPipelineError] | None = None
         self._rows: Generator[_Rows | DataPipelineError, None, None] | None = None
         self._closed = False
+        _OPEN.add(self)
 
     def _lane_states(self, state: LoaderState | None) -> dict[int, LaneState]:
         if state is None:
@@ -344,6 +347,16 @@ class Loader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+_OPEN: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Closes loaders that are still open when the interpreter ends: later, their generators would find no modules."""
+    for loader in list(_OPEN):
+        loader.close()
 
 
 def _check_world(config: DataConfig, rank: int, world_size: int, micro_lanes: int) -> None:

@@ -41,6 +41,9 @@ class ImagePart:
     name: str
     size: tuple[int, int] | None = None
 
+    def __repr__(self) -> str:
+        return f"ImagePart(data=<{len(self.data)} bytes>, name={self.name!r}, size={self.size})"
+
 
 Part = TextPart | ImagePart
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
+from data_pipeline.errors import WorkerError
 
 _ALIGNMENT = 64  # Views need their element size; a cache line suits every vector load.
 _HEADER_BYTES = _ALIGNMENT
@@ -189,13 +190,36 @@ class Outbox:
         number = self._made
         self._made += 1
         if self.shared:  # From the start, as torch's own ``default_collate`` does it: the queue would copy all else.
-            memory = torch.UntypedStorage._new_shared(num_bytes)
-            self._tensors[number] = torch.empty(0, dtype=torch.uint8).set_(memory)
+            self._tensors[number] = torch.empty(0, dtype=torch.uint8).set_(_shared_memory(num_bytes))
         else:
             self._tensors[number] = torch.empty(num_bytes, dtype=torch.uint8)
         self._buffers[number] = self._tensors[number].numpy()
         self._new.append(number)
         return number
+
+
+def _shared_memory(num_bytes: int) -> torch.UntypedStorage:
+    """Memory of no file system, so that a small /dev/shm (64 MiB in Docker) does not limit it.
+
+    Raises:
+        WorkerError: the system gives no more memory.
+    """
+    try:
+        if not hasattr(os, "memfd_create"):
+            return torch.UntypedStorage._new_shared(num_bytes)
+        handle = os.memfd_create("mmscale-batch")
+        try:
+            os.truncate(handle, num_bytes)
+            storage: Any = torch.UntypedStorage
+            return cast(torch.UntypedStorage, storage._new_shared_fd_cpu(handle, num_bytes))  # Copies the handle.
+        finally:
+            os.close(handle)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise WorkerError(
+            f"a loader worker got no {num_bytes} bytes of shared memory for a batch ({reason}); lower data.workers, "
+            "data.prefetch or data.packing.max_tokens, or raise the memory limit of the container"
+        ) from error
 
 
 class Inbox:

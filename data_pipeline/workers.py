@@ -33,6 +33,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from data_pipeline.errors import WorkerError, out_of_memory
+from data_pipeline.processes import ending, without_script
 
 T = TypeVar("T")
 
@@ -81,19 +82,17 @@ class Workers(Generic[T]):
         self._stop = weakref.finalize(self, _stop, self._workers, stopped, os.getpid())
         # Workers ignore SIGTERM, so they must be told to leave before multiprocessing terminates and joins them.
         atexit.register(self._stop)
-        environment = dict(os.environ)
-        for number in range(count):
-            pipe, there = context.Pipe(duplex=False)
-            room = context.Semaphore(ahead)
-            process = cast(Any, context).Process(
-                target=_work,
-                args=(make, number, there, room, stopped, environment),
-                name=f"loader-{number}",
-                daemon=True,
-            )
-            process.start()
-            there.close()  # Before the next fork: the pipe ends when its worker does.
-            self._workers.append(_Worker(process, pipe, room))
+        try:
+            for number in range(count):
+                self._workers.append(_start(context, make, number, ahead, stopped))
+        except OSError as error:
+            started = len(self._workers)
+            self.close()
+            raise WorkerError(
+                f"{started} of {count} loader workers started, the next could not: {error.strerror or error}. Each "
+                "needs 4 KiB of /dev/shm (docker run --shm-size=64m), three file handles and a process; raise what is "
+                "short, or lower data.workers"
+            ) from error
 
     @property
     def processes(self) -> list[BaseProcess]:
@@ -112,8 +111,8 @@ class Workers(Generic[T]):
         except (EOFError, OSError) as error:
             worker.process.join(_JOIN_SECONDS)
             raise WorkerError(
-                f"loader worker {number} died without a word (exit code {worker.process.exitcode}): out of memory, or "
-                "/dev/shm full? Resume with fewer data.workers or a smaller data.prefetch"
+                f"loader worker {number} exited without an error message ({ending(worker.process)}): out of memory? "
+                "Resume with fewer data.workers or a smaller data.prefetch"
             ) from error
         if isinstance(item, _Failed):
             raise WorkerError(f"loader worker {number} failed:\n{item.trace}")
@@ -124,6 +123,21 @@ class Workers(Generic[T]):
         """Ends the workers. Idempotent."""
         self._stop()
         atexit.unregister(self._stop)
+
+
+def _start(context: BaseContext, make: Make[T], number: int, ahead: int, stopped: Any) -> _Worker:
+    pipe, there = context.Pipe(duplex=False)
+    room = context.Semaphore(ahead)
+    process = cast(Any, context).Process(
+        target=_work,
+        args=(make, number, there, room, stopped, dict(os.environ)),
+        name=f"loader-{number}",
+        daemon=True,
+    )
+    with contextlib.nullcontext() if context.get_start_method() == "fork" else without_script():
+        process.start()
+    there.close()  # Before the next fork: the pipe ends when its worker does.
+    return _Worker(process, pipe, room)
 
 
 def _stop(workers: list[_Worker], stopped: Any, owner: int) -> None:

@@ -24,6 +24,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeVar
 
 from data_pipeline.errors import DataConfigError, DataPipelineError, WorkerError, out_of_memory
+from data_pipeline.processes import ending, without_script
 
 Task = TypeVar("Task")
 Piece = TypeVar("Piece")
@@ -84,7 +85,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process: SpawnProcess = context.Process(target=_serve, args=(theirs, work), daemon=True)
-        self._process.start()
+        with without_script():
+            self._process.start()
         theirs.close()  # Else its end would not be noticed here.
 
     def send(self, task: Any) -> None:
@@ -116,8 +118,8 @@ class _Worker:
     def _died(self) -> WorkerError:
         self._process.join(_JOIN_SECONDS)
         return WorkerError(
-            f"a worker process ended with exit code {self._process.exitcode} (-9: killed, often for lack of memory); "
-            "what is finished stays: the same command goes on from there"
+            f"a worker process exited without an error message ({ending(self._process)}): out of memory? "
+            "What is finished stays: the same command goes on from there"
         )
 
 

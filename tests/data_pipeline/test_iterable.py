@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataConfigError, StateError
 from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec
+from data_pipeline.sample import ImagePart
 
 
 def _ids(batches: PackedBatches, count: int) -> list[list[int]]:
@@ -93,3 +96,36 @@ def test_a_yaml_file_of_a_run_is_enough(mixture_config: DataConfig, hybrid_spec:
     path.write_text(json.dumps({"data": mixture_config.model_dump(mode="json"), "seed": 5}))
     batch = next(iter(open_loader(path, hybrid_spec, seed=1)))
     assert batch.token_ids.dtype is torch.int64
+
+
+_LEFT_OPEN = """
+import sys
+from pathlib import Path
+from data_pipeline import open_loader
+from data_pipeline.config import DataConfig
+from data_pipeline.media_spec import MediaSpec, Placement
+
+config = DataConfig.model_validate_json(Path(sys.argv[1]).read_text())
+batches = iter(open_loader(config, MediaSpec(Placement.HYBRID, patch_size=8, fixed_grid=(2, 2)), seed=1))
+print(len(next(batches).token_ids) > 0)
+"""
+
+
+def test_a_script_may_end_in_the_middle_of_the_batches(mixture_config: DataConfig, tmp_path: Path) -> None:
+    config = mixture_config.model_copy(update={"workers": 0})  # With workers there is no generator left to close.
+    (tmp_path / "data.json").write_text(config.model_dump_json())
+    (tmp_path / "script.py").write_text(_LEFT_OPEN)
+    command = [sys.executable, tmp_path / "script.py", tmp_path / "data.json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+def test_a_batch_is_shown_by_its_shapes(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> None:
+    batch = next(iter(open_loader(mixture_config, hybrid_spec, seed=1)))
+    shown = repr(batch)
+    assert shown.startswith(f"MultimodalBatch(token_ids=<int64 ({len(batch.token_ids)},)>, ")
+    assert f"values=<uint8 {tuple(batch.media['image'].values.shape)}>" in shown
+    assert "tensor(" not in shown
+    assert len(shown) < 2500
+    picture = ImagePart(bytes(1 << 20), "jpg", (3, 4))
+    assert repr(picture) == "ImagePart(data=<1048576 bytes>, name='jpg', size=(3, 4))"

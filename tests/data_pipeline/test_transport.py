@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.errors import WorkerError
 from data_pipeline.transport import Inbox, Outbox, Parcel
 
 COLUMNS = 48
@@ -139,3 +141,17 @@ def test_tensors_of_a_parcel_do_not_overlap() -> None:
         for array, batch in zip(made, inbox.open(sent), strict=True):
             np.testing.assert_array_equal(batch.media["image"].values.numpy(), array)
             assert batch.token_ids.tolist() == [9] * 7
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux")
+def test_shared_buffers_take_nothing_of_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker gives 64 MiB of it, which a batch or two fill."""
+    outbox, inbox = Outbox(shared=True), Inbox()
+    (batch,) = inbox.open(_send(outbox, 100, 3))
+    assert _holds(batch, 3)
+    places = Path("/proc/self/maps").read_text()
+    assert "/memfd:mmscale-batch" in places
+    assert "/dev/shm/torch" not in places
+    monkeypatch.setattr(os, "truncate", lambda handle, size: os.close(-1))
+    with pytest.raises(WorkerError, match=r"got no \d+ bytes of shared memory .*; lower data\.workers"):
+        _send(Outbox(shared=True), 100, 3)

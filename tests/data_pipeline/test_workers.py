@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Generator
 from multiprocessing import Value
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,7 @@ def test_a_worker_that_is_killed_is_named() -> None:
         for _ in range(4):
             workers.take(1)
 
-    with pytest.raises(WorkerError, match=r"loader worker 1 died without a word.*-9"):
+    with pytest.raises(WorkerError, match=r"loader worker 1 exited without an error message \(signal 9 \(SIGKILL\)\)"):
         take_what_it_had_sent()
     assert workers.take(0) == (0, 1)
     workers.close()
@@ -144,6 +146,48 @@ def test_a_fork_of_the_consumer_stops_nobody() -> None:
     assert os.waitpid(child, 0)[1] == 0
     assert [workers.take(0)[1] for _ in range(3)] == [0, 1, 4]
     workers.close()
+
+
+@pytest.mark.fault
+def test_a_full_shm_at_the_start_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, semaphore = [], BaseContext.Semaphore
+
+    def full(self: BaseContext, value: int = 1) -> Any:
+        made.append(value)
+        if len(made) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return semaphore(self, value)
+
+    monkeypatch.setattr(BaseContext, "Semaphore", full)
+    with pytest.raises(WorkerError, match=r"2 of 4 loader workers started.*No space left.*--shm-size.*data\.workers"):
+        Workers(squares, 4, 1, clean=False)
+
+
+_MODULE = """
+class Work:
+    def __call__(self, task):
+        yield task * 10
+
+def items(worker):
+    yield worker
+"""
+_SCRIPT = """
+print("the script runs", flush=True)
+import things
+from data_pipeline.shards.crew import in_order
+from data_pipeline.workers import Workers
+
+workers = Workers(things.items, 2, 1, clean=True)
+print(workers.take(0), workers.take(1), *in_order(things.Work(), [1, 2, 3], 2))
+workers.close()
+"""
+
+
+def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
+    (tmp_path / "things.py").write_text(_MODULE)
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the script runs\n0 1 10 20 30\n", "")
 
 
 _ORPHANS = """

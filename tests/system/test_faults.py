@@ -100,7 +100,7 @@ def test_a_run_over_damaged_data_survives_the_death_of_a_worker_of_a_rank_and_of
     os.kill(loader_workers(process.pid)[0], signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
-    assert "loader worker 0 died without a word" in output
+    assert "loader worker 0 exited without an error message" in output
     assert "Traceback" not in output
     assert killed.metrics()[-1]["step"] < STEPS
 
