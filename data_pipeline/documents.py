@@ -32,6 +32,7 @@ from data_pipeline.templates import (
     TextPiece,
     TextTemplate,
     TokenPiece,
+    requires_images,
     special_tokens,
 )
 from data_pipeline.templates.learned import share_weights
@@ -227,6 +228,9 @@ class DocumentBuilder:
                 "contrastive); leave it out"
             )
         self._transform = ImageTransform(transforms, spec) if takes_images else None
+        self._requires_images = (
+            takes_images and spec.placement is not Placement.PAIR and requires_images(dataset.template)
+        )
         max_tiles = transforms.tiling.max_tiles if isinstance(transforms, TilesTransform) else 0
         layout = transforms.layout if takes_images else None
         self._layout = ImageLayout.resolve(layout, tokenizer, spec, max_tiles)
@@ -251,7 +255,7 @@ class DocumentBuilder:
         Raises:
             SampleError: as the document itself, save for damaged pixels.
         """
-        return self._outline(self.dataset.template.pieces, sample, rng, empty)
+        return self._outline(self._learned, sample, rng, empty)
 
     def measure(self, sample: Sample, rng: Draws | None = None) -> Document:
         """The same document in everything but pixels, which are black and take no memory; nothing is decoded.
@@ -262,7 +266,7 @@ class DocumentBuilder:
         Raises:
             SampleError: as the document itself would, save for damaged pixels.
         """
-        return self._outline(self.dataset.template.pieces, sample, rng, None).document
+        return self._outline(self._learned, sample, rng, None).document
 
     def build_prompt(self, sample: Sample) -> Document:
         """The document up to where the answer begins, without augmentation; nothing in it is learned.
@@ -275,6 +279,15 @@ class DocumentBuilder:
     def measure_prompt(self, sample: Sample) -> Document:
         """The same in everything but pixels, as ``measure``."""
         return self._outline(self._prompt, sample, None, None).document
+
+    def _learned(self, sample: Sample, rng: Draws | None) -> list[Piece]:
+        if self._requires_images and not sample.has_image:
+            raise SampleError(
+                f"no image among its members, and template.images is required (kind {self.dataset.template.kind}); "
+                "set it to optional to learn the text alone",
+                kind=FaultKind.NO_IMAGE,
+            )
+        return self.dataset.template.pieces(sample, rng)
 
     def _prompt(self, sample: Sample, _: Draws | None) -> list[Piece]:
         prompt = self.dataset.template.prompt(sample)
@@ -292,7 +305,10 @@ class DocumentBuilder:
         draft.add_text([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id], 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
         if self.spec.placement is Placement.PAIR and num_images != 1:
-            raise SampleError(f"{num_images} images, but a pair is one image and one text (connector.kind=contrastive)")
+            raise SampleError(
+                f"{num_images} images, but a pair is one image and one text (connector.kind=contrastive)",
+                kind=FaultKind.DOCUMENT if num_images else FaultKind.NO_IMAGE,
+            )
         for piece in pieces:
             if isinstance(piece, ImagePart):
                 self._add_image(draft, piece, rng, num_images, empty)

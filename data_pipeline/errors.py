@@ -30,6 +30,8 @@ class FaultKind(str, Enum):
     """An image that cannot be decoded, or is refused for its size."""
     TEXT = "text"
     """No UTF-8, malformed JSON, a field that the template needs is missing, or nothing to learn."""
+    NO_IMAGE = "no_image"
+    """It has no image, and its template requires one (``template.images``)."""
     DOCUMENT = "document"
     """It makes no document: placeholders and features differ, it fits into no pack, no tower sees its image."""
     UNEXPECTED = "unexpected"

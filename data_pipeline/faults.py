@@ -77,6 +77,8 @@ class FaultConfig(StrictConfig):
     """An image that cannot be decoded or is refused."""
     text: Action | None = None
     """Damaged text or JSON, a missing field, an empty answer."""
+    no_image: Action | None = None
+    """A sample without an image under a template that requires one (``template.images``)."""
     document: Action | None = None
     """A sample that makes no document or fits into no pack."""
     unexpected: Action | None = None

@@ -20,6 +20,7 @@ from data_pipeline.exclusions import exclusions_digest
 from data_pipeline.lanes import Cursor
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.mixture import Schedule
+from data_pipeline.strict import StrictConfig
 
 
 class StreamPosition(NamedTuple):
@@ -271,7 +272,24 @@ def fingerprint_of(parts: Mapping[str, object]) -> str:
     return " ".join(f"{name}:{_hash(value)}" for name, value in parts.items())
 
 
+_LATER_KEYS = frozenset({"images"})
+"""Keys that are younger than the first checkpoints: at their default they leave a fingerprint as it was."""
+
+
+def _without_later_defaults(config: StrictConfig, dumped: dict[str, Any]) -> dict[str, Any]:
+    """``dumped`` without the keys of ``_LATER_KEYS`` that have their default, in nested blocks too."""
+    kept: dict[str, Any] = {}
+    for name, value in dumped.items():
+        own = getattr(config, name)
+        if name in _LATER_KEYS and own == type(config).model_fields[name].default:
+            continue
+        kept[name] = _without_later_defaults(own, value) if isinstance(own, StrictConfig) else value
+    return kept
+
+
 def _dataset_parts(dataset: DatasetConfig, manifest: str | None) -> dict[str, object]:
     """Whatever a data set's configuration says, but for its name, its weight and where it lies."""
-    dumped = dataset.model_dump(mode="json", exclude={"name", "weight", "repeats", "manifest"})
+    dumped = _without_later_defaults(
+        dataset, dataset.model_dump(mode="json", exclude={"name", "weight", "repeats", "manifest"})
+    )
     return {f"{dataset.name}.manifest": manifest, **{f"{dataset.name}.{key}": value for key, value in dumped.items()}}

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from data_pipeline.shards.orphans import Orphans
+
 
 class Problem(str, Enum):
     """Kinds of damage."""
@@ -77,6 +79,7 @@ class ShardReport:
     num_samples: int = 0
     num_members: int = 0
     num_bytes: int = 0
+    orphans: Orphans = field(default_factory=Orphans)
     damages: list[Damage] = field(default_factory=list)
 
     def add(self, problem: Problem, detail: str, key: str = "", offset: int | None = None) -> None:

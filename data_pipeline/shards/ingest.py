@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from data_pipeline.shards.crew import in_order
 from data_pipeline.shards.files import write_whole
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import write_manifest
+from data_pipeline.shards.orphans import Orphans, orphans_of
 from data_pipeline.shards.rows import Row, RowReader, Source
 from data_pipeline.shards.skipped import SkippedRow, SkippedRows, read_skipped, row_of_stored
 from data_pipeline.shards.sources import open_source
@@ -54,6 +55,7 @@ class IngestReport:
         num_resumed: Samples that an earlier, interrupted ingest had already stored.
         num_skipped: Rows left out.
         skipped: File that names each of them, with the reason; None if there are none.
+        orphans: Samples without an image or without a text.
     """
 
     manifest: Path
@@ -62,6 +64,7 @@ class IngestReport:
     num_resumed: int = 0
     num_skipped: int = 0
     skipped: Path | None = None
+    orphans: Orphans = field(default_factory=Orphans)
 
 
 def ingest(
@@ -131,6 +134,8 @@ def ingest(
         why = f", row {first.row} for: {first.reason}" if first else ""
         raise DataConfigError(f"{rows.description}: not one usable row; {skipped.count} were skipped{why}")
     manifest = write_manifest(report.manifest, shards)
+    for shard in shards:
+        report.orphans = report.orphans.plus(orphans_of(ShardIndex.open(shard)))
     report.skipped, report.num_skipped = skipped.publish(), skipped.count
     plan.unlink()
     report.num_samples, report.num_shards = manifest.num_samples, manifest.num_shards

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.errors import AbsentError, DataConfigError
-from data_pipeline.shards.index import build_index, index_path, index_url
+from data_pipeline.shards.index import ShardIndex, build_index, index_path, index_url
 from data_pipeline.shards.manifest import Entry, Manifest, write_entries
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.storage import Storage
@@ -33,7 +33,7 @@ def tars_below(url: Url, storage: Storage) -> list[Url]:
 
 
 def index_remote(
-    tars: Sequence[Url], manifest: Url | None, storage: Storage, progress: Callable[[int], None] | None = None
+    tars: Sequence[Url], manifest: Url | None, storage: Storage, indexed: Callable[[ShardIndex], None] | None = None
 ) -> tuple[int, Manifest | None]:
     """Indexes tars of a bucket and writes the indexes beside them; then, if asked for, their manifest.
 
@@ -43,7 +43,7 @@ def index_remote(
         tars: The tars, in the order that sample numbers follow.
         manifest: Where the manifest goes; the tars lie in its folder or below.
         storage: Reads and writes.
-        progress: Called with 1 after each tar.
+        indexed: Called with each new index.
 
     Returns:
         Number of samples, and the manifest.
@@ -57,7 +57,7 @@ def index_remote(
         if url.scheme in ("http", "https"):
             raise DataConfigError(f"{url}: an HTTP server takes no files; index the tars where they are written")
     names = _names(tars, manifest)
-    entries = [_index(url, name, storage, progress) for url, name in zip(tars, names, strict=True)]
+    entries = [_index(url, name, storage, indexed) for url, name in zip(tars, names, strict=True)]
     if manifest is None:
         return sum(entry.num_samples for entry in entries), None
     with tempfile.TemporaryDirectory(prefix="mmscale-") as folder:
@@ -78,12 +78,12 @@ def _names(tars: Sequence[Url], manifest: Url | None) -> Iterable[str]:
     return [tar[len(folder) :] for tar in tars]
 
 
-def _index(url: Url, name: str, storage: Storage, progress: Callable[[int], None] | None) -> Entry:
+def _index(url: Url, name: str, storage: Storage, indexed: Callable[[ShardIndex], None] | None) -> Entry:
     with storage.downloaded(url) as file:
         index = build_index(file, shown=str(url))
         storage.store(url).write(index_url(url), index_path(file).read_bytes())
-    if progress is not None:
-        progress(1)
+        if indexed is not None:
+            indexed(index)
     return Entry(name, len(index), index.tar_bytes, index.tar_sha256)
 
 

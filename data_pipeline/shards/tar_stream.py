@@ -160,10 +160,12 @@ def stream_samples(
         members: Name and content, or whatever stands for it, of each member.
         source: The tar's name, for messages.
 
-    A sample with two members of one name is given as a ``SampleError``. Damage of the tar, or a server that fails, is
-    the last thing given: as a ``ShardError``, under the key of the sample in hand, which may lack what comes behind.
+    A sample with two members of one name, or whose key came before, is given as a ``SampleError``. Damage of the tar,
+    or a server that fails, is the last thing given: as a ``ShardError``, under the key of the sample in hand, which may
+    lack what comes behind.
     """
-    key, found, problem = "", dict[str, T](), False
+    key, found, problem = "", dict[str, T](), ""
+    seen = set[str]()  # A key costs less memory here than its member costs in the tar.
     try:
         for name, content in members:
             named = split_name(name)
@@ -171,19 +173,22 @@ def stream_samples(
                 continue
             if named[0] != key or not found:
                 if found:
-                    yield key, _twice(source, key) if problem else found
-                key, found, problem = named[0], {}, False
-            problem |= named[1] in found
+                    yield key, _refused(problem, source, key) if problem else found
+                key, found = named[0], {}
+                problem = f"{source}: the key {key!r} comes a second time" if key in seen else ""
+                seen.add(key)
+            if named[1] in found:
+                problem = "two members with one extension"
             found[named[1]] = content
     except DataPipelineError as error:
         yield key or "?", _as_shard_error(error)
         return
     if found:
-        yield key, _twice(source, key) if problem else found
+        yield key, _refused(problem, source, key) if problem else found
 
 
-def _twice(source: str, key: str) -> SampleError:
-    return SampleError("two members with one extension", kind=FaultKind.DOCUMENT, shard=source, key=key)
+def _refused(problem: str, source: str, key: str) -> SampleError:
+    return SampleError(problem, kind=FaultKind.DOCUMENT, shard=source, key=key)
 
 
 def samples_of(source: str, storage: Storage) -> Iterator[tuple[str, Members | SampleError | ShardError]]:

@@ -130,15 +130,11 @@ Span = tuple[int, int]
 
 def _samples(tar: Path, members: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any] | SampleError]]:
     """Samples by webdataset's rule. Damage ends the tar, with a row that says so."""
-    seen: set[str] = set()
     for key, found in stream_samples(members, str(tar)):
         if isinstance(found, ShardError):  # The sample in hand may lack what comes behind the damage.
             yield key, SampleError(f"{found}; this sample and what follows it in the tar is lost")
-        elif key in seen:
-            yield key, SampleError(f"{tar}: the key {key!r} comes a second time")
         else:
             yield key, found
-        seen.add(key)
 
 
 def _plain_members(tar: Path) -> Iterator[tuple[str, Span]]:

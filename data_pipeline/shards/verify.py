@@ -21,8 +21,10 @@ from data_pipeline.errors import AbsentError, ManifestError, ShardError
 from data_pipeline.shards.contents import MAX_TEXT_BYTES, check_member
 from data_pipeline.shards.crew import in_order
 from data_pipeline.shards.damage import Damage, Problem, ShardReport
+from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import Member, ShardIndex, describe_member, index_path, open_tar, text_bytes_of
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.orphans import Orphans
 from data_pipeline.shards.remote_index import local_copy
 from data_pipeline.shards.tar_members import BLOCK_BYTES, TarError, TarFault, TarMember, split_name, survey
 from data_pipeline.storage.location import Url, parse_location
@@ -303,12 +305,18 @@ class _Walk:
                 texts[ext] = bytes(content)
             for problem, detail in check_member(ext, content, self._members, self._max_pixels, self._key):
                 self._report.add(problem, detail, self._key, member.offset)
+        self._count_orphan(texts)
         if self._expected is not None and as_indexed and not self._is_twice:
             num_members, length = self._expected.samples[self._key]
             is_whole = num_members == len(self._members) and set(texts) == {"txt", "json"} & self._members.keys()
             if is_whole and length != text_bytes_of(texts):
                 detail = f"the index says {length} bytes of text, there are {text_bytes_of(texts)}"
                 self._report.add(Problem.INDEX, detail, self._key, next(iter(self._members.values())).offset)
+
+    def _count_orphan(self, texts: dict[str, bytes]) -> None:
+        has_image, has_text = any(map(is_image, self._members)), text_bytes_of(texts) > 0
+        found = Orphans(1, int(has_text and not has_image), int(has_image and not has_text))
+        self._report.orphans = self._report.orphans.plus(found)
 
     def _check_index(self, expected: _Expected, ext: str, member: TarMember, content: memoryview) -> bool:
         """Whether the index says the same of a member."""

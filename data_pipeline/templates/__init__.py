@@ -35,6 +35,7 @@ __all__ = [
     "TextPiece",
     "TextTemplate",
     "TokenPiece",
+    "requires_images",
     "special_tokens",
 ]
 
@@ -43,6 +44,11 @@ TemplateConfig = Annotated[
     Field(discriminator="kind"),
 ]
 """Which template; ``kind`` picks the member."""
+
+
+def requires_images(template: TemplateConfig) -> bool:
+    """Whether a sample without an image is a bad sample."""
+    return not isinstance(template, TextTemplate) and template.images == "required"
 
 
 def special_tokens(template: TemplateConfig) -> tuple[str, ...]:

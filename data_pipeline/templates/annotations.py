@@ -18,7 +18,7 @@ from data_pipeline.strict import StrictConfig
 from data_pipeline.templates.caption import CaptionTemplate
 from data_pipeline.templates.dialogue import DialogueTemplate
 from data_pipeline.templates.formats import look_up
-from data_pipeline.templates.learned import LossWeight
+from data_pipeline.templates.learned import ImagesRule, LossWeight
 from data_pipeline.templates.pieces import BranchPiece, Piece, images_of
 
 
@@ -31,6 +31,9 @@ class AnnotationsTemplate(StrictConfig):
     """
 
     kind: Literal["annotations"] = "annotations"
+    images: ImagesRule = "optional"
+    """``required``: a sample without an image is a bad sample (fault kind ``no_image``). ``optional``: the model learns
+    its annotations alone."""
     field: str = "annotations"
     """The list of annotations: objects, whose fields ``each`` reads beside those of the sample, or strings, which it
     reads as ``caption``. A ``weight`` of an object multiplies that of its learned tokens."""
@@ -52,6 +55,10 @@ class AnnotationsTemplate(StrictConfig):
     def _check_prompts(cls, each: CaptionTemplate | DialogueTemplate) -> CaptionTemplate | DialogueTemplate:
         if isinstance(each, CaptionTemplate) and not all(each.prompts):
             raise ValueError("each.prompts: every branch must begin with text that is read, so no prompt may be empty")
+        if each.images != type(each).model_fields["images"].default:
+            raise ValueError(
+                f"each.images={each.images}: all annotations share the images; set template.images instead"
+            )
         return each
 
     def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:

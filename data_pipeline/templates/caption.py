@@ -11,7 +11,7 @@ from data_pipeline.draws import Draws
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import Sample
 from data_pipeline.templates.formats import fill, look_up, parse
-from data_pipeline.templates.learned import DroppableText
+from data_pipeline.templates.learned import DroppableText, ImagesRule
 from data_pipeline.templates.pieces import EndPiece, Piece, draw, images_of, text
 
 
@@ -19,6 +19,9 @@ class CaptionTemplate(DroppableText):
     """Images, then a prompt, then an answer that the model learns."""
 
     kind: Literal["caption"] = "caption"
+    images: ImagesRule = "required"
+    """``required``: a sample without an image is a bad sample (fault kind ``no_image``). ``optional``: the model learns
+    its text alone. A model without a vision tower reads no image, so it requires none."""
     prompts: tuple[str, ...] = ("",)
     """Format strings over the sample's fields, ``"Name the {group}:"``. One for all answers, or one for each of
     ``answers``, or, with ``field``, any number of which one is drawn."""

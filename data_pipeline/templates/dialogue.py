@@ -23,7 +23,7 @@ from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.strict import StrictConfig
 from data_pipeline.templates.chat_formats import CHAT_FORMATS
 from data_pipeline.templates.formats import look_up
-from data_pipeline.templates.learned import LearnedText
+from data_pipeline.templates.learned import ImagesRule, LearnedText
 from data_pipeline.templates.pieces import EndPiece, Piece, TextPiece, TokenPiece, images_of, text
 
 SYSTEM, USER = "system", "user"
@@ -61,6 +61,8 @@ class DialogueTemplate(LearnedText):
     """Turns of roles; what a role with a weight says is learned."""
 
     kind: Literal["dialogue"] = "dialogue"
+    images: ImagesRule = "optional"
+    """``required``: a dialogue without an image is a bad sample (fault kind ``no_image``)."""
     field: str | None = None
     """The list of turns; null: the field ``messages`` if the sample has it, else ``conversations``."""
     format: Literal["vicuna", "chatml", "llama3", "mistral", "gemma", "phi4"] | None = None

@@ -15,6 +15,9 @@ from data_pipeline.strict import StrictConfig
 
 LossWeight = Literal["token", "sqrt", "sample"]
 
+ImagesRule = Literal["required", "optional"]
+"""Whether a sample must have an image to be trained on."""
+
 
 class LearnedText(StrictConfig):
     """Base of templates."""

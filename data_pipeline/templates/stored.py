@@ -7,7 +7,7 @@ from typing import Literal
 from data_pipeline.draws import Draws
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import ImagePart, Sample, TextPart
-from data_pipeline.templates.learned import DroppableText, LearnedText
+from data_pipeline.templates.learned import DroppableText, ImagesRule, LearnedText
 from data_pipeline.templates.pieces import EndPiece, Piece, TextPiece, images_of, text
 
 
@@ -15,6 +15,8 @@ class InterleavedTemplate(DroppableText):
     """Images and text as stored; all text is learned, with the weight that a part names (``"weight": 0.5``)."""
 
     kind: Literal["interleaved"] = "interleaved"
+    images: ImagesRule = "optional"
+    """``required``: a page without an image is a bad sample (fault kind ``no_image``)."""
     separator: str = ""
     """Put after every text but the last part: MMC4 stores sentences without the space or line break between them."""
 

@@ -70,6 +70,12 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def warn(sentences: Iterable[str]) -> None:
+    """Prints each sentence as a warning."""
+    for sentence in sentences:
+        console.print(f"warning: {printable(sentence)}", style="yellow", markup=False)
+
+
 def printable(text: str) -> str:
     """Text that comes from data, without what could steer a terminal."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

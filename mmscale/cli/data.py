@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from mmscale.cli import data_dedup, data_shards, data_show, data_stats, data_text, data_trace, data_views
-from mmscale.cli.console import emit, progress, track
+from mmscale.cli.console import emit, progress, track, warn
 
 if TYPE_CHECKING:
+    from data_pipeline.shards.index import ShardIndex
     from data_pipeline.storage.location import Url
 
 app = typer.Typer()
@@ -32,6 +34,7 @@ def index(
     from data_pipeline.errors import DataConfigError
     from data_pipeline.shards.index import build_index
     from data_pipeline.shards.manifest import Manifest, write_manifest
+    from data_pipeline.shards.orphans import Orphans, orphans_of
     from data_pipeline.storage.location import Url, parse_location
 
     found, target = [parse_location(shard) for shard in shards or ()], manifest and parse_location(manifest)
@@ -48,8 +51,11 @@ def index(
         return
     if isinstance(target, Url):
         raise DataConfigError(f"{target}: tars and manifest lie together, all on a server or all on this machine")
-    num_samples = sum(len(build_index(shard)) for shard in track(paths, "index"))
-    figures: dict[str, object] = {"shards": len(paths), "samples": num_samples}
+    orphans = Orphans()
+    for shard in track(paths, "index"):
+        orphans = orphans.plus(orphans_of(build_index(shard)))
+    warn(orphans.warnings())
+    figures: dict[str, object] = {"shards": len(paths), "samples": orphans.samples, **orphans.figures()}
     if target is not None:
         written = write_manifest(target, paths)
         figures |= {"manifest": str(target), "fingerprint": written.fingerprint}
@@ -57,14 +63,23 @@ def index(
 
 
 def _index_remote(urls: list[Url], manifest: Url | None) -> dict[str, object]:
+    from data_pipeline.shards.orphans import Orphans, orphans_of
     from data_pipeline.shards.remote_index import index_remote, tars_below
     from data_pipeline.storage.storage import Storage
 
     storage = Storage.of_process()
     tars = [tar for url in urls for tar in tars_below(url, storage)]
+    found: list[Orphans] = []
     with progress("index", len(tars)) as meter:
-        num_samples, written = index_remote(tars, manifest, storage, meter.advance)
-    figures: dict[str, object] = {"shards": len(tars), "samples": num_samples}
+
+        def note(index: ShardIndex) -> None:
+            found.append(orphans_of(index))
+            meter.advance(1)
+
+        num_samples, written = index_remote(tars, manifest, storage, note)
+    orphans = functools.reduce(Orphans.plus, found, Orphans())
+    warn(orphans.warnings())
+    figures: dict[str, object] = {"shards": len(tars), "samples": num_samples, **orphans.figures()}
     return figures | ({"manifest": str(manifest), "fingerprint": written.fingerprint} if written is not None else {})
 
 
@@ -81,10 +96,12 @@ def verify(
     from dataclasses import asdict
 
     from data_pipeline.shards.damage import Damage
+    from data_pipeline.shards.orphans import Orphans
     from data_pipeline.shards.verify import check_manifest, jobs_of
     from data_pipeline.shards.verify import verify as run
 
     damages: list[Damage] = []
+    orphans = Orphans()
     figures = dict.fromkeys(("shards", "samples", "members", "bytes"), 0)
 
     def note(found: list[Damage]) -> None:
@@ -101,9 +118,12 @@ def verify(
     with progress("verify", sum(count for count, _ in plans)) as meter:
         for report in run(shards, max_pixels=max_pixels, workers=jobs if jobs > 1 else 0):
             note(report.damages)
+            orphans = orphans.plus(report.orphans)
             found = (1, report.num_samples, report.num_members, report.num_bytes)
             figures = {name: total + more for (name, total), more in zip(figures.items(), found, strict=True)}
             meter.advance(1, report.shard)
+    warn(orphans.warnings())
+    figures |= orphans.figures()
     kinds = Counter(damage.problem.value for damage in damages)
     if json:
         emit({**figures, "kinds": kinds, "damages": [asdict(damage) for damage in damages]}, json=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mmscale.cli.console import console, emit, progress
+from mmscale.cli.console import console, emit, progress, warn
 
 if TYPE_CHECKING:
     from data_pipeline.shards.ingest import IngestReport
@@ -229,6 +229,7 @@ def _show(description: str, report: IngestReport, json: bool) -> None:
         console.print(f"skipped row {row.row}: {row.reason}", markup=False)
     if report.num_skipped > _SHOWN:
         console.print(f"... and {report.num_skipped - _SHOWN} rows more, all of them in {report.skipped}")
+    warn(report.orphans.warnings())
     figures = {
         "source": description,
         "manifest": str(report.manifest),
@@ -236,6 +237,7 @@ def _show(description: str, report: IngestReport, json: bool) -> None:
         "shards": report.num_shards,
         "resumed_samples": report.num_resumed,
         "skipped": report.num_skipped,
+        **report.orphans.figures(),
     }
     emit(figures | ({"skipped_rows": str(report.skipped)} if report.skipped else {}), json=json)
 
