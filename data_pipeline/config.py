@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from data_pipeline.errors import DataConfigError
 from data_pipeline.faults import FaultConfig
 from data_pipeline.mixture import Schedule
+from data_pipeline.reader import MAX_TEXT_BYTES
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.storage.location import Location, Url
 from data_pipeline.strict import StrictConfig
@@ -46,6 +47,8 @@ class DatasetConfig(StrictConfig):
     their epochs together."""
     max_epochs: int | None = Field(default=None, ge=1)
     """Epochs after which the data set is left out of the mixture; null repeats it for ever."""
+    max_text_bytes: int = Field(default=MAX_TEXT_BYTES, ge=1)
+    """Largest ``txt`` or ``json`` member, bytes. A larger one is a bad sample (fault kind ``text``)."""
     template: TemplateConfig = CaptionTemplate()
     """Which text is read and which is learned."""
     transforms: TransformConfig = FixedTransform()

@@ -127,7 +127,7 @@ class Budget:
         if self.config.too_long == "split":
             parts = list(split(document, self._alone))
         elif self.config.too_long == "truncate":
-            first = longest_part(document, 0, self._alone)
+            first = longest_part(document, self._alone)
             parts = [] if first is None else [first]
             if self._pairs:  # The last token stands for the text.
                 parts = [closed(part, document) for part in parts if part.images and part.num_tokens > 1]

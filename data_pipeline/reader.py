@@ -30,6 +30,9 @@ from data_pipeline.storage.read_ahead import Stretch
 
 _TEXT_EXTENSIONS = ("txt", "json")
 
+MAX_TEXT_BYTES = 1 << 26
+"""Default bound of a ``txt`` or ``json`` member: parsed, JSON takes up to thirty times its length."""
+
 
 class SampleReader:
     """Reads samples of one manifest in any order.
@@ -40,12 +43,16 @@ class SampleReader:
         manifest: The data set.
         dataset: Its name, for provenance.
         max_open: Shards kept open, at least 1.
+        max_text_bytes: A larger ``txt`` or ``json`` member is a bad sample, and is not read.
     """
 
-    def __init__(self, manifest: Manifest, dataset: str, *, max_open: int = 64) -> None:
+    def __init__(
+        self, manifest: Manifest, dataset: str, *, max_open: int = 64, max_text_bytes: int = MAX_TEXT_BYTES
+    ) -> None:
         self.manifest = manifest
         self.dataset = dataset
         self._max_open = max_open
+        self._max_text_bytes = max_text_bytes
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._ahead: dict[int, list[tuple[range, Stretch]]] = {}
 
@@ -116,6 +123,7 @@ class SampleReader:
         shard = self._shard(number)
         origin = Provenance(self.dataset, str(shard.index.tar_path), shard.index.key(row), sample_index, epoch)
         listed = shard.index.members(row)
+        check_text_sizes({member.ext: member.size for member in listed}, origin, self._max_text_bytes)
         members = self._fetched(sample_index, lane, listed)
         if members is None:
             members = shard.read_members(listed)
@@ -126,7 +134,7 @@ class SampleReader:
                     _check(again, members[again.ext], origin)
                 break
         sizes = {member.ext: (member.height, member.width) for member in listed if member.width}
-        return assemble(members, origin, sizes)
+        return assemble(members, origin, sizes, self._max_text_bytes)
 
     def _fetched(self, sample_index: int, lane: int, members: Sequence[Member]) -> dict[str, bytes] | None:
         """Bytes of a sample, by extension, that were fetched ahead; None if they were not."""
@@ -148,7 +156,9 @@ class SampleReader:
         origin = Provenance(self.dataset, str(shard.index.tar_path), shard.index.key(row), sample_index, epoch)
         members: dict[str, bytes] = {}
         sizes: dict[str, tuple[int, int]] = {}
-        for member in shard.index.members(row):
+        listed = shard.index.members(row)
+        check_text_sizes({member.ext: member.size for member in listed}, origin, self._max_text_bytes)
+        for member in listed:
             payload = b""
             if is_image(member.ext):
                 sizes[member.ext] = (member.height, member.width)
@@ -156,7 +166,7 @@ class SampleReader:
                 payload = shard.read(member.offset, member.offset + member.size)
                 _check(member, payload, origin)
             members[member.ext] = payload
-        return assemble(members, origin, sizes)
+        return assemble(members, origin, sizes, self._max_text_bytes)
 
     def forget(self, shard_number: int) -> None:
         """Closes a shard, so that the next read opens it anew; nothing if it is not open."""
@@ -181,8 +191,28 @@ def _check(member: Member, payload: bytes, origin: Provenance) -> None:
         )
 
 
+def check_text_sizes(sizes: Mapping[str, int], origin: Provenance, max_bytes: int) -> None:
+    """Refuses a sample whose text would take too much memory.
+
+    Args:
+        sizes: Bytes of its members by extension.
+        origin: For the message.
+        max_bytes: Of a ``txt`` or ``json`` member.
+
+    Raises:
+        SampleError: a text member is larger.
+    """
+    for ext in _TEXT_EXTENSIONS:
+        if sizes.get(ext, 0) > max_bytes:
+            reason = f".{ext} has {sizes[ext]} bytes, the limit is {max_bytes} (max_text_bytes of the data set)"
+            raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key)
+
+
 def assemble(
-    members: Mapping[str, bytes], origin: Provenance, sizes: Mapping[str, tuple[int, int]] | None = None
+    members: Mapping[str, bytes],
+    origin: Provenance,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
+    max_text_bytes: int = MAX_TEXT_BYTES,
 ) -> Sample:
     """Parts and fields of one sample from its members by extension.
 
@@ -193,10 +223,13 @@ def assemble(
         members: Bytes by extension.
         origin: Where they come from.
         sizes: Height and width of images by extension, as far as the index knows them.
+        max_text_bytes: A larger ``txt`` or ``json`` member is refused.
 
     Raises:
-        SampleError: malformed JSON or text, an image of a page that is no member, or nothing at all.
+        SampleError: malformed JSON or text, a text that is too long, an image of a page that is no member, or nothing
+            at all.
     """
+    check_text_sizes({ext: len(content) for ext, content in members.items()}, origin, max_text_bytes)
     try:
         fields = _fields(members)
         sizes = sizes or {}

@@ -272,7 +272,7 @@ def fingerprint_of(parts: Mapping[str, object]) -> str:
     return " ".join(f"{name}:{_hash(value)}" for name, value in parts.items())
 
 
-_LATER_KEYS = frozenset({"images"})
+_LATER_KEYS = frozenset({"images", "max_text_bytes"})
 """Keys that are younger than the first checkpoints: at their default they leave a fingerprint as it was."""
 
 

@@ -104,11 +104,12 @@ def _open_source(
 ) -> IndexedSet | StreamedSet:
     if config.manifest is None:
         size = order.block_size * order.window_blocks
-        return StreamedSet(config.name, expand_shards(config.shards), seed, size, storage, faults)
+        sources = expand_shards(config.shards)
+        return StreamedSet(config.name, sources, seed, size, storage, faults, config.max_text_bytes)
     manifest = Manifest.open(config.manifest, storage)
     if manifest.num_samples == 0:
         raise DataConfigError(f"data set {config.name}: {config.manifest} holds no samples")
-    reader = SampleReader(manifest, config.name)
+    reader = SampleReader(manifest, config.name, max_text_bytes=config.max_text_bytes)
     return IndexedSet(reader, seed, order, SetFaults(faults, reader))
 
 

@@ -33,7 +33,7 @@ from data_pipeline.faults import Fault
 from data_pipeline.known_faults import RunFaults
 from data_pipeline.lanes import Cursor, Place
 from data_pipeline.permutation import Permutation
-from data_pipeline.reader import assemble
+from data_pipeline.reader import MAX_TEXT_BYTES, assemble
 from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.tar_stream import PIPE, Members, samples_of
 from data_pipeline.storage.location import Url, parse_location
@@ -102,6 +102,7 @@ class StreamedSet:
         window_size: Samples that are held and mixed.
         storage: Reads URLs.
         faults: What the process knows of bad samples.
+        max_text_bytes: A larger ``txt`` or ``json`` member is a bad sample.
         lost: Shards that could not be read to their end.
     """
 
@@ -111,6 +112,7 @@ class StreamedSet:
     window_size: int
     storage: Storage
     faults: RunFaults
+    max_text_bytes: int = MAX_TEXT_BYTES
     lost: set[int] = field(default_factory=set)
 
     @property
@@ -182,7 +184,8 @@ class StreamedLane:
         source = self._set.sources[sample >> _ROW_BITS]
         if isinstance(found, SampleError | ShardError):
             raise found
-        return assemble(found, Provenance(self._set.dataset, source, key, sample, epoch))
+        origin = Provenance(self._set.dataset, source, key, sample, epoch)
+        return assemble(found, origin, max_text_bytes=self._set.max_text_bytes)
 
     def read_outline(self, sample: int, epoch: int = 0) -> Sample:
         """The same: what is streamed is there anyway."""

@@ -11,13 +11,12 @@ from collections.abc import Collection, Iterator
 from data_pipeline.decode.image import decode_image
 from data_pipeline.errors import SampleError
 from data_pipeline.pages import take_parts
+from data_pipeline.reader import MAX_TEXT_BYTES
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image, known_format
 from data_pipeline.shards.json_member import all_texts, parse_json
 from data_pipeline.shards.page_images import image_member
 
-MAX_TEXT_BYTES = 1 << 26
-"""A longer text or JSON counts as a bomb: parsed, JSON takes up to thirty times its length."""
 _BYTES_PER_PIXEL = 8
 """Of the largest pixel that PNG has; an encoded image of more than its pixels is no image."""
 _MOST_METADATA_BYTES = 1 << 24

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import AbsentError, ManifestError, ShardError
-from data_pipeline.shards.contents import MAX_TEXT_BYTES, check_member
+from data_pipeline.reader import MAX_TEXT_BYTES
+from data_pipeline.shards.contents import check_member
 from data_pipeline.shards.crew import in_order
 from data_pipeline.shards.damage import Damage, Problem, ShardReport
 from data_pipeline.shards.image_header import is_image

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
 from data_pipeline.collate import collate, concatenate
 from data_pipeline.config import DataConfig
-from data_pipeline.cutting import cut
+from data_pipeline.cutting import Cutter
 from data_pipeline.document import Document, MediaItem, Region, Span
 from data_pipeline.documents import null_document
 from data_pipeline.known_faults import RunFaults
@@ -134,7 +134,7 @@ def test_every_view_says_where_it_belongs(packs: list[Pack], spec: MediaSpec) ->
 def test_a_part_of_a_page_keeps_its_images_apart(packs: list[Pack], spec: MediaSpec) -> None:
     """Two images in a row are attended by the text behind them, so a part with that text alone has both."""
     page = next(document for pack in packs for document in pack.documents if document.num_images == 3)
-    part = cut(page, page.images[1].stop, page.images[2].start)
+    part = Cutter(page).cut(page.images[1].stop, page.images[2].start)
     places = collate([Pack((part,), 0)], spec).media["image"].places
     if spec.placement is Placement.EMBEDDING:
         assert not places

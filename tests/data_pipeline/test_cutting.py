@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.cutting import cut, longest_part, some_branches, split
+from data_pipeline.cutting import Cutter, longest_part, some_branches, split
 from data_pipeline.document import Document, ImageExtent, MediaItem, Span
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import Provenance
@@ -95,10 +95,10 @@ def test_a_part_is_as_long_as_the_cost_allows() -> None:
     def cheap(part: Document) -> bool:
         return part.num_tokens + 2 * part.num_patches <= 18
 
-    part = longest_part(document, 0, cheap)
+    part = longest_part(document, cheap)
     assert part is not None
     assert (part.num_tokens, part.num_patches) == (10, 4)
-    assert longest_part(document, 3, lambda part: part.num_tokens <= 3) is None
+    assert Cutter(document).longest_part(3, lambda part: part.num_tokens <= 3) is None
 
 
 def test_an_image_that_fits_nowhere_goes_and_the_text_around_it_stays() -> None:
@@ -113,7 +113,7 @@ def test_positions_on_three_axes_start_again_at_zero(start: int) -> None:
     document = _document([("text", 8)], EMBEDDING)
     positions = np.stack([np.arange(8), np.arange(8) + 2, np.arange(8) + 5], axis=1).astype(np.int32)
     moved = Document(**{**document.__dict__, "position_ids": positions})
-    part = cut(moved, start, 8)
+    part = Cutter(moved).cut(start, 8)
     expected = positions[start:] - (positions[start] if start else 0)
     assert part.position_ids.tolist() == expected.tolist()
 
@@ -166,7 +166,7 @@ def test_the_last_branches_go_first_when_a_document_is_truncated(lengths: list[i
     document = _branched(SHARED, lengths, spec)
     fork = document.branches[0]
     for most in range(fork + 1, document.num_tokens):
-        part = longest_part(document, 0, lambda part, most=most: part.num_tokens <= most)
+        part = longest_part(document, lambda part, most=most: part.num_tokens <= most)
         assert part is not None
         whole = [count for count in range(1, len(lengths) + 1) if fork + sum(lengths[:count]) <= most]
         if whole:
