@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
+
+import torch
 
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.config import DataConfig
+from data_pipeline.document import IGNORE
 from data_pipeline.errors import DataConfigError
 from data_pipeline.loader import Loader, LoaderState
 from data_pipeline.media_spec import MediaSpec
@@ -23,6 +27,8 @@ def digest(
     resume_world_size: int | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(step, sha256) of each global batch: for every lane in order its number, token ids, labels and pixel bytes.
+
+    The loss weights of a lane follow where they are not the default: 1 for each learned token, or 1 for each pair.
 
     Args:
         config: The data block.
@@ -81,7 +87,19 @@ def step_digest(microbatches: list[MultimodalBatch]) -> str:
     for batch in sorted((batch for batch in microbatches if batch.lanes != (-1,)), key=lambda batch: batch.lanes):
         total.update(str(batch.lanes).encode())
         pixels = [block.values for _, block in sorted(batch.media.items())]
-        for tensor in (batch.token_ids, batch.labels, *pixels):
+        weights = [] if _has_default_weights(batch) else [batch.loss_weights]
+        for tensor in (batch.token_ids, batch.labels, *pixels, *weights):
             total.update(f"{tuple(tensor.shape)}".encode())
             total.update(tensor.contiguous().numpy().data)
     return total.hexdigest()
+
+
+def _has_default_weights(batch: MultimodalBatch) -> bool:
+    """Whether labels and segments already tell the weights, so that the digest is that of earlier versions."""
+    if torch.equal(batch.loss_weights, (batch.labels != IGNORE).to(batch.loss_weights.dtype)):
+        return True
+    of_pairs = torch.zeros_like(batch.loss_weights)
+    for (start, end), origin in zip(itertools.pairwise(batch.segments.bounds), batch.provenance, strict=True):
+        if origin is not None and end - start > 1:
+            of_pairs[end - 2] = 1
+    return torch.equal(batch.loss_weights, of_pairs)
