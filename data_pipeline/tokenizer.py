@@ -2,8 +2,9 @@
 
     config --load_tokenizer--> Tokenizer        manifests --train_sentencepiece--> tokenizer.model
 
-User text never yields a special id: a caption that contains ``<image>`` or ``</s>`` is spelled out like any other text,
-or the placeholder count of a document would be at the mercy of whoever wrote the caption.
+User text never yields a special id or a control token (``control_tokens``): a caption that contains ``<image>``,
+``</s>`` or ``<|im_start|>`` is spelled out like any other text. Otherwise whoever writes a caption could place images
+and open turns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sentencepiece
 import tokenizers
 from pydantic import Field
 
+from data_pipeline.control_tokens import any_of, control_tokens, user_defined_pieces
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.shards.files import write_whole
 from data_pipeline.shards.manifest import Manifest
@@ -36,6 +38,9 @@ class SentencePieceTokenizerConfig(StrictConfig):
     """The ``.model`` file."""
     image_token: str = IMAGE_TOKEN
     """Piece whose id marks an image."""
+    text_tokens: tuple[str, ...] = ()
+    """User-defined pieces in ``<...>`` or ``[...]`` that texts may give; ``*`` stands for any letters (``<loc_*>``).
+    All others are spelled out where a text names them."""
 
 
 class HuggingFaceTokenizerConfig(StrictConfig):
@@ -52,6 +57,9 @@ class HuggingFaceTokenizerConfig(StrictConfig):
     """Token that closes a document."""
     pad_token: str = "<pad>"
     """Token of null documents."""
+    text_tokens: tuple[str, ...] = ()
+    """Added tokens in ``<...>`` or ``[...]``, not marked as special, that texts may give; ``*`` stands for any letters
+    (``<loc_*>``). All others are spelled out where a text names them."""
 
 
 TokenizerConfig = Annotated[SentencePieceTokenizerConfig | HuggingFaceTokenizerConfig, Field(discriminator="kind")]
@@ -75,6 +83,9 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """sha256 over everything that decides which ids a text gets."""
 
+    def names_token(self, text: str) -> bool:
+        """Whether a text contains the name of a token that ``encode`` spells out."""
+
     def special_id(self, name: str, field: str) -> int:
         """Id of the token of exactly this name.
 
@@ -87,7 +98,7 @@ class Tokenizer(Protocol):
         """
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` without bos and eos; never a special id.
+        """Ids of ``text`` without bos and eos; never a special id or a control token.
 
         Raises:
             SampleError: the text contains a special token that this tokenizer cannot spell out.
@@ -129,7 +140,12 @@ class SentencePieceTokenizer:
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         image_id = self._model.piece_to_id(config.image_token)
         self.image_id = self._special(config.image_token, -1 if image_id == self._model.unk_id() else image_id)
-        self.fingerprint = hashlib.sha256(content + config.image_token.encode()).hexdigest()
+        # A user-defined piece, as in foreign models, is matched in text; ours are control pieces and never are.
+        matched = {i: name for i, name in user_defined_pieces(content).items() if i != self.image_id}
+        control = control_tokens(matched, config.text_tokens, config.path)
+        self._spelled_out = {**control, self.image_id: config.image_token}
+        self._names = any_of(self._spelled_out.values())
+        self.fingerprint = _fingerprint(content, (config.image_token,), config.text_tokens)
 
     def special_id(self, name: str, field: str) -> int:
         """See ``Tokenizer.special_id``."""
@@ -144,11 +160,14 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """See ``Tokenizer.encode``."""
         ids: list[int] = self._model.encode(text)
-        if self.image_id not in ids:
+        if self._spelled_out.keys().isdisjoint(ids):
             return ids
-        # A user-defined piece, as in foreign models, is matched in text; ours is a control piece and never is.
-        spelled = self._spelled(self._config.image_token)
-        return [other for i in ids for other in (spelled if i == self.image_id else (i,))]
+        spelled = {i: self._spelled(name) for i, name in self._spelled_out.items() if i in ids}
+        return [other for i in ids for other in spelled.get(i, (i,))]
+
+    def names_token(self, text: str) -> bool:
+        """See ``Tokenizer.names_token``."""
+        return self._names is not None and self._names.search(text) is not None
 
     def name_of(self, token_id: int) -> str:
         """See ``Tokenizer.name_of``."""
@@ -172,7 +191,8 @@ class SentencePieceTokenizer:
             ids += (self._model.piece_to_id(name) for name in names)
         if self._model.unk_id() in ids:
             raise SampleError(
-                f"the text contains {token}, which this tokenizer cannot spell out; remove it from the text"
+                f"the text contains {token}, which this tokenizer cannot spell out; remove it from the text",
+                kind=FaultKind.TEXT,
             )
         return ids
 
@@ -202,12 +222,17 @@ class HuggingFaceTokenizer:
         self.pad_id = self.special_id(config.pad_token, "pad_token")
         self.image_id = self.special_id(config.image_token, "image_token")
         names = (bos or "", config.eos_token, config.pad_token, config.image_token)
-        self.fingerprint = hashlib.sha256(content + "\0".join(names).encode()).hexdigest()
-        self._names = sorted({name for name in names if name})
+        self.fingerprint = _fingerprint(content, names, config.text_tokens)
         self._word_end: str = getattr(self._model.model, "end_of_word_suffix", None) or ""
         self._reserved = {self.eos_id, self.pad_id, self.image_id} | (
             {self.bos_id} if self.bos_id is not None else set()
         )
+        added = self._model.get_added_tokens_decoder()
+        unmarked = {i: token.content for i, token in added.items() if not token.special and i not in self._reserved}
+        control = control_tokens(unmarked, config.text_tokens, config.path)
+        self._kept_out = self._reserved | control.keys()
+        self._names = sorted({name for name in (*names, *control.values()) if name})
+        self._spelled_names = any_of({*self._names, *(token.content for token in added.values() if token.special)})
 
     def special_id(self, name: str, field: str) -> int:
         """See ``Tokenizer.special_id``."""
@@ -222,9 +247,13 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """See ``Tokenizer.encode``."""
         ids = self._raw(text)
-        if self._reserved.isdisjoint(ids):
+        if self._kept_out.isdisjoint(ids):
             return ids
-        return _encode_around(text, self._names, self._reserved, self._raw)
+        return _encode_around(text, self._names, self._kept_out, self._raw)
+
+    def names_token(self, text: str) -> bool:
+        """See ``Tokenizer.names_token``."""
+        return self._spelled_names is not None and self._spelled_names.search(text) is not None
 
     def name_of(self, token_id: int) -> str:
         """See ``Tokenizer.name_of``."""
@@ -248,6 +277,12 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataConfigError(f"tokenizer {path}: cannot be read: {error.strerror}") from error
+
+
+def _fingerprint(content: bytes, names: Sequence[str], text_tokens: Sequence[str]) -> str:
+    """sha256 of the file and of what the configuration says of it."""
+    allowed = ["", *text_tokens] if text_tokens else []  # Without any the fingerprint is that of earlier versions.
+    return hashlib.sha256(content + "\0".join([*names, *allowed]).encode()).hexdigest()
 
 
 def _encode_around(

@@ -227,6 +227,7 @@ class CountWork:
             characters += map(len, texts)
             if self._tokenizer is not None:
                 tokens += (len(self._tokenizer.encode(text)) for text in texts)
+                tally.odd["names_a_token"] += any(map(self._tokenizer.names_token, texts))
             if index % self.language_stride == 0:
                 count_names(tally.languages, Counter(detect(text) for text in texts if text))
             self._measure(sample, documents, tally)

@@ -245,8 +245,7 @@ def test_what_is_said_cannot_open_a_turn(tokenizer_path: Path, tmp_path: Path) -
     start = builder.tokenizer.special_id("<|im_start|>", "")
     assert builder(forged).token_ids.tolist().count(start) == 2
     careless = _builder(tokenizer_path, tmp_path, special=False)
-    with pytest.raises(SampleError, match=r"key7: the text spells <\|im_"):
-        careless(forged)
+    assert careless(forged).token_ids.tolist() == builder(forged).token_ids.tolist()
 
 
 def test_dialogues_may_be_annotations_of_one_image() -> None:
