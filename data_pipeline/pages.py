@@ -23,7 +23,8 @@ from data_pipeline.shards.records import interleaved
 Sizes = Mapping[str, tuple[int, int]]
 """Height and width of image members, as far as an index knows them."""
 
-_MOST_WEIGHT = 1_000_000
+MAX_WEIGHT = 1_000_000
+"""Largest loss weight of a stretch of text."""
 
 
 def take_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[Part] | None:
@@ -73,8 +74,8 @@ def weight_of(item: Mapping[str, Any]) -> float:
         SampleError: it is no number from 0 to a million.
     """
     weight = item.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= _MOST_WEIGHT:
-        reason = f"a loss weight is {weight!r:.80}, expected a number from 0 to {_MOST_WEIGHT}"
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT:
+        reason = f"a loss weight is {weight!r:.80}, expected a number from 0 to {MAX_WEIGHT}"
         raise SampleError(reason, kind=FaultKind.TEXT)
     return float(weight)
 

@@ -9,7 +9,6 @@ Not for: order (``lanes``), pixels (``decode``).
 from __future__ import annotations
 
 import functools
-import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,8 @@ from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.pages import default_images, take_parts
 from data_pipeline.sample import Part, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
-from data_pipeline.shards.index import Member, extent
+from data_pipeline.shards.index import Member, extent, is_packed
+from data_pipeline.shards.json_member import parse_json
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.open_shard import OpenShard, cut_members, open_remote, open_shard, shard_errors
 from data_pipeline.storage.objects import RemoteObject
@@ -230,6 +230,10 @@ def assemble(
             at all.
     """
     check_text_sizes({ext: len(content) for ext, content in members.items()}, origin, max_text_bytes)
+    packed = next(filter(is_packed, members), None)
+    if packed is not None:
+        reason = f".{packed} is compressed, and training unpacks nothing; mmscale data ingest stores it unpacked"
+        raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key)
     try:
         fields = _fields(members)
         sizes = sizes or {}
@@ -245,18 +249,16 @@ def assemble(
 
 
 def _fields(members: Mapping[str, bytes]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    try:
-        if "json" in members:
-            fields = json.loads(members["json"])
-        if "txt" in members:
-            text = members["txt"].decode("utf-8")
-            if isinstance(fields, dict):
-                fields.setdefault("caption", text)
-    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are both ValueErrors.
-        raise SampleError(f"malformed text or JSON: {error}", kind=FaultKind.TEXT) from error
+    fields: Any = parse_json(members["json"]) if "json" in members else {}
     if not isinstance(fields, dict):
         raise SampleError(f"the JSON member holds a {type(fields).__name__}, expected an object", kind=FaultKind.TEXT)
+    if "txt" in members:
+        try:
+            text = members["txt"].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SampleError(f"malformed text: {error}", kind=FaultKind.TEXT) from error
+        if fields.get("caption") is None:
+            fields["caption"] = text
     return fields
 
 

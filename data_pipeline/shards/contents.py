@@ -6,16 +6,22 @@ the bytes are those that were indexed (``verify``).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import functools
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from data_pipeline.decode.image import decode_image
 from data_pipeline.errors import SampleError
-from data_pipeline.pages import take_parts
-from data_pipeline.reader import MAX_TEXT_BYTES
+from data_pipeline.pages import take_parts, weight_of
+from data_pipeline.reader import MAX_TEXT_BYTES, assemble
+from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image, known_format
+from data_pipeline.shards.index import is_packed
 from data_pipeline.shards.json_member import all_texts, parse_json
 from data_pipeline.shards.page_images import image_member
+from data_pipeline.templates import DialogueTemplate, Role
 
 _BYTES_PER_PIXEL = 8
 """Of the largest pixel that PNG has; an encoded image of more than its pixels is no image."""
@@ -42,6 +48,60 @@ def check_member(
         yield from _check_text(ext, content)
     elif ext == "json":
         yield from _check_json(ext, content, siblings, key)
+
+
+def check_sample(texts: Mapping[str, bytes], siblings: Collection[str], key: str) -> Iterator[Finding]:
+    """What the loader would refuse of a whole sample, found by its own code.
+
+    Roles, prompts and field names of a run are not known here, so a dialogue is read with the roles that it names.
+
+    Args:
+        texts: Bytes of its ``txt`` and ``json``, which ``check_member`` found good.
+        siblings: Extensions of the sample.
+        key: Of the sample.
+    """
+    packed = next(filter(is_packed, siblings), None)
+    try:
+        sample = assemble({**dict.fromkeys(siblings, b""), **texts}, Provenance("", "", key, 0))
+        _check_fields(sample)
+    except SampleError as error:
+        yield Problem.TEXT if packed is None else Problem.EXTENSION, error.reason
+
+
+def _check_fields(sample: Sample) -> None:
+    """Plans what of the sample does not depend on a run.
+
+    Raises:
+        SampleError: a caption is null or one of several is empty, a turn is malformed, or a loss weight is none.
+    """
+    fields, captions = sample.fields, sample.fields.get("captions")
+    if "caption" in fields and fields["caption"] is None and not any(sample.texts):
+        raise SampleError("the caption is null, and the sample has no other text")
+    if isinstance(captions, list) and any(captions) and not all(text.strip() for text in captions):
+        raise SampleError("one of the captions is empty")
+    for name in ("messages", "conversations"):
+        if fields.get(name) is not None:
+            _dialogue_of(frozenset(_roles(fields[name])), name).pieces(sample, None)
+    entries = fields.get("annotations")
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict):
+            weight_of(entry)
+            for turn in itertools.chain(*(entry.get(name) or () for name in ("messages", "conversations"))):
+                if isinstance(turn, dict):
+                    weight_of(turn)
+
+
+def _roles(turns: Any) -> Iterator[str]:
+    for turn in turns if isinstance(turns, list) else ():
+        name = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        if isinstance(name, str):
+            yield name
+
+
+@functools.lru_cache(maxsize=64)
+def _dialogue_of(roles: frozenset[str], field: str) -> DialogueTemplate:
+    learned = {name: Role(weight=1.0) for name in sorted(roles) or ("user",)}
+    return DialogueTemplate(roles=learned, aliases={}, field=field, end="none")
 
 
 def _check_image(ext: str, content: memoryview, max_pixels: int) -> Iterator[Finding]:

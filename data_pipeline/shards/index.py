@@ -9,7 +9,6 @@ tars give equal bytes) and knows size and sha256 of its tar, so that a stale one
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import struct
@@ -26,7 +25,7 @@ from data_pipeline.errors import ManifestError, SampleError, ShardError
 from data_pipeline.shards.columns import Column, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.shards.files import sha256_of
 from data_pipeline.shards.image_header import Buffer, image_size, is_image
-from data_pipeline.shards.json_member import page_texts, spoken_texts
+from data_pipeline.shards.json_member import page_texts, parse_json, spoken_texts
 from data_pipeline.shards.tar_members import split_name, walk
 from data_pipeline.storage.location import Url
 
@@ -340,7 +339,7 @@ def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
                 raise ShardError(f"{shard}: the key {key!r} comes twice (byte {member.header_offset})")
             seen.add(key)
         ext = name[1]
-        if ext.endswith(".gz") and _is_read(ext.removesuffix(".gz")):
+        if is_packed(ext):
             raise ShardError(
                 f"{shard}: {member.name!r} at byte {member.header_offset} is compressed, and training unpacks nothing; "
                 "mmscale data ingest stores it unpacked"
@@ -355,8 +354,10 @@ def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
         yield IndexedSample(key, members, text_bytes_of(texts))
 
 
-def _is_read(ext: str) -> bool:
-    return is_image(ext) or ext in ("txt", "json")
+def is_packed(ext: str) -> bool:
+    """Whether a member is a compressed image, text or JSON: training unpacks nothing."""
+    unpacked = ext.removesuffix(".gz")
+    return unpacked != ext and (is_image(unpacked) or unpacked in ("txt", "json"))
 
 
 def describe_member(ext: str, offset: int, content: bytes | memoryview) -> Member:
@@ -379,8 +380,8 @@ def text_bytes_of(texts: dict[str, bytes]) -> int:
     if "json" not in texts:
         return total
     try:
-        fields = json.loads(texts["json"])
-    except (ValueError, RecursionError):
+        fields = parse_json(texts["json"])
+    except SampleError:
         return total
     if not isinstance(fields, dict):
         return total

@@ -12,13 +12,13 @@ from data_pipeline.errors import FaultKind, SampleError
 
 
 def parse_json(content: bytes) -> Any:
-    """A JSON member.
+    """A JSON member, in UTF-8.
 
     Raises:
-        SampleError: it is no JSON.
+        SampleError: it is no UTF-8 or no JSON.
     """
     try:
-        return json.loads(content)
+        return json.loads(content.decode("utf-8-sig"))  # Of bytes ``json`` would guess UTF-16 and UTF-32 too.
     except (ValueError, RecursionError) as error:
         raise SampleError(f"damaged JSON: {error}", kind=FaultKind.TEXT) from error
 
@@ -37,7 +37,7 @@ def all_texts(fields: Any) -> list[str]:
     for name, partner in _PAGES:
         if name in fields and partner in fields and not isinstance(fields[name], list):
             raise SampleError(f"{name} must be a list", kind=FaultKind.TEXT)
-    captions = fields.get("captions", [])
+    captions = [] if fields.get("captions") is None else fields["captions"]
     if not isinstance(captions, list):
         raise SampleError("captions must be a list", kind=FaultKind.TEXT)
     found = page_texts(fields)

@@ -19,7 +19,7 @@ from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import AbsentError, ManifestError, ShardError
 from data_pipeline.reader import MAX_TEXT_BYTES
-from data_pipeline.shards.contents import check_member
+from data_pipeline.shards.contents import check_member, check_sample
 from data_pipeline.shards.crew import in_order
 from data_pipeline.shards.damage import Damage, Problem, ShardReport
 from data_pipeline.shards.image_header import is_image
@@ -297,7 +297,7 @@ class _Walk:
             return
         self._report.num_samples += 1
         texts: dict[str, bytes] = {}
-        as_indexed = True
+        as_indexed = is_readable = True
         for ext, member in self._members.items():
             content = data[member.offset : member.offset + member.size]
             if self._expected is not None and not self._is_twice:
@@ -305,7 +305,12 @@ class _Walk:
             if ext in ("txt", "json") and len(content) <= MAX_TEXT_BYTES:
                 texts[ext] = bytes(content)
             for problem, detail in check_member(ext, content, self._members, self._max_pixels, self._key):
+                is_readable &= ext not in ("txt", "json")
                 self._report.add(problem, detail, self._key, member.offset)
+        if is_readable and texts.keys() == {"txt", "json"} & self._members.keys():
+            place = self._members.get("json") or next(iter(self._members.values()))
+            for problem, detail in check_sample(texts, self._members, self._key):
+                self._report.add(problem, detail, self._key, place.offset)
         self._count_orphan(texts)
         if self._expected is not None and as_indexed and not self._is_twice:
             num_members, length = self._expected.samples[self._key]

@@ -74,7 +74,7 @@ class CaptionTemplate(DroppableText):
         return [*images_of(sample), *text(fill(self.prompts[0], sample.fields))]
 
     def _stored_answers(self, sample: Sample) -> Sequence[str]:
-        name = self.field or ("captions" if "captions" in sample.fields else "caption")
+        name = self.field or ("caption" if sample.fields.get("captions") is None else "captions")
         value = look_up(name, sample.fields)
         answers = [value] if isinstance(value, str) else value
         if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):

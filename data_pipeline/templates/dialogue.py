@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.draws import Draws
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.pages import weight_of
+from data_pipeline.pages import MAX_WEIGHT, weight_of
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.strict import StrictConfig
 from data_pipeline.templates.chat_formats import CHAT_FORMATS
@@ -37,7 +37,7 @@ class Role(StrictConfig):
     """Before what is said; read only."""
     suffix: str = ""
     """After what is said; learned with it."""
-    weight: float = Field(default=0.0, ge=0)
+    weight: float = Field(default=0.0, ge=0, le=MAX_WEIGHT)
     """Loss weight of each token of what is said; 0 is read only. A turn with a ``weight`` of its own is multiplied."""
 
 
@@ -180,7 +180,7 @@ class DialogueTemplate(LearnedText):
                 yield TextPiece(part, weight)
 
     def _turns(self, sample: Sample) -> list[_Turn]:
-        name = self.field or ("messages" if "messages" in sample.fields else "conversations")
+        name = self.field or ("conversations" if sample.fields.get("messages") is None else "messages")
         listed = look_up(name, sample.fields)
         if not isinstance(listed, list) or not listed:
             raise SampleError(f"field {name!r} is {listed!r:.80}, expected a list of turns", kind=FaultKind.TEXT)
