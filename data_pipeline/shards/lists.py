@@ -12,12 +12,14 @@ from typing import Any
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.shards.files import sha256_of
 from data_pipeline.shards.json_member import parse_json
+from data_pipeline.shards.recognised import METADATA, new_names, told, with_file_name, with_text
 from data_pipeline.shards.records import (
     CAPTION,
     CAPTIONS,
     IMAGE_BASE64,
     PARTS,
     PATH,
+    SPOKEN,
     TEXT_LIST,
     TEXTS,
     FieldNames,
@@ -53,13 +55,19 @@ class ListSource:
     def __init__(self, path: Path, kind: str, names: FieldNames, load: FileLoader, lenient: bool = False) -> None:
         self._path, self._kind = path, kind
         is_table = kind in _DIALECTS
-        found = _csv_columns(path, kind) if is_table else _first_keys(path)
-        new_names = {old: new for new, old in names.renamed}
-        columns = names.check(found, str(path)) if is_table else [new_names.get(name, name) for name in found]
-        check_columns(path, [name for name in columns if name not in names.dropped], is_table)
+        first = dict.fromkeys(_csv_columns(path, kind), "") if is_table else _first_record(path)
+        found = list(first)
+        names = with_file_name(names, found) if path.name in METADATA else names
+        could_be_text = {
+            name: isinstance(value, list) for name, value in first.items() if isinstance(value, str | list)
+        }
+        names = with_text(names, found, could_be_text, str(path))
+        if is_table:
+            names.check(found, str(path))
+        check_columns(path, new_names(names, found), is_table)
         self.reader = ListReader(load, names, lenient)
         self._count = sum(1 for _ in self._records())
-        self.description = f"a {kind} list of {self._count:,} rows"
+        self.description = f"a {kind} list of {self._count:,} rows{told(names)}"
 
     def spans(self) -> Iterator[Sequence[Row]]:
         return spans_of(Row(n, f"{n:0{KEY_DIGITS}d}", record) for n, record in enumerate(self._records(), 1))
@@ -107,20 +115,20 @@ def check_columns(path: Path, columns: Sequence[str], is_table: bool) -> None:
             f"{path}: has no column {PATH}, but {likely[0]}; if that is the image, say --column {PATH}={likely[0]}, "
             f"else --drop {likely[0]}; it has {', '.join(columns)}"
         )
-    if is_table and not {CAPTION, CAPTIONS} & set(columns):
+    if is_table and not ({CAPTION, CAPTIONS} | SPOKEN) & set(columns):
         raise DataConfigError(
             f"{path}: needs a column {PATH} or {CAPTION}, found {', '.join(columns)}; "
             f"say which one it is, for example --column {CAPTION}={columns[-1] if columns else 'text'}"
         )
 
 
-def _first_keys(path: Path) -> list[str]:
-    """Names in the first line of a JSONL; none if it is damaged, which the row's own error tells."""
+def _first_record(path: Path) -> dict[str, Any]:
+    """The first line of a JSONL; empty if it is damaged, which the row's own error tells."""
     try:
         first = parse_json(next(_jsonl_rows(path), b"{}"))
     except SampleError:
-        return []
-    return list(first) if isinstance(first, dict) else []
+        return {}
+    return first if isinstance(first, dict) else {}
 
 
 def _csv_columns(path: Path, kind: str) -> list[str]:

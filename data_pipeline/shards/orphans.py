@@ -39,7 +39,13 @@ class Orphans(NamedTuple):
 
     def warnings(self) -> Iterator[str]:
         """A sentence for each half that some samples lack; none about a set of texts alone."""
-        if self.no_text:
+        if self.no_text == self.samples > 0:
+            yield (
+                f"not one of {self.samples:,} samples has a text (no .txt, caption, captions, parts, messages or "
+                "annotations): if they have captions, name the column with mmscale data ingest --column caption=NAME, "
+                "or the field with template.field"
+            )
+        elif self.no_text:
             yield (
                 f"{self.no_text:,} of {self.samples:,} samples have an image and no text (no .txt, caption, captions, "
                 "parts, messages or annotations): kind caption cannot train on them unless template.answers or "

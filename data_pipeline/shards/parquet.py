@@ -15,7 +15,9 @@ from typing import Any
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.shards.folders import walk_folder
 from data_pipeline.shards.lists import KEY_DIGITS, check_columns
+from data_pipeline.shards.recognised import class_names, has_text, hf_features, image_columns, told, with_text
 from data_pipeline.shards.records import (
+    CAPTION,
     IMAGE_INFO,
     PATH,
     TEXT_LIST,
@@ -54,14 +56,21 @@ class ParquetSource:
             raise DataConfigError(f"{path}: no .parquet below it")
         self._groups = [_group_rows(file) for file in self._files]
         schema = pq.read_schema(self._files[0])
-        names = _with_image(names, schema, str(self._files[0]))
+        features = hf_features(schema.metadata)
+        names = _with_image(names, schema, image_columns(features), str(self._files[0]))
+        texts = {field.name: _is_list(field.type) for field in schema if _holds_text(field.type)}
+        names = with_text(names, schema.names, texts, str(self._files[0]))
+        classes = {name: classes for name, classes in class_names(features).items() if name in schema.names}
+        labels = [name for name in classes if name not in names.dropped]
+        caption_of = labels[0] if len(labels) == 1 and not has_text(names, schema.names) else None
         columns = names.check(schema.names, str(self._files[0]))
-        check_columns(self._files[0], columns, is_table=True)
+        check_columns(self._files[0], [*columns, CAPTION] if caption_of else columns, is_table=True)
         kept = tuple(name for name in schema.names if name not in names.dropped)
-        self.reader = ParquetReader(tuple(self._files), kept, names, images, lenient)
+        self.reader = ParquetReader(tuple(self._files), kept, names, images, lenient, classes, caption_of)
         image = next((old for new, old in names.renamed if new == PATH), PATH)
         where = f"images in column {image}" if PATH in columns else "documents or texts"
-        self.description = f"{len(self._files)} Parquet files of {self.count():,} rows, {where}"
+        said = told(names) + (f", the name of the class in column {caption_of} as {CAPTION}" if caption_of else "")
+        self.description = f"{len(self._files)} Parquet files of {self.count():,} rows, {where}{said}"
 
     def spans(self) -> Iterator[Sequence[Row]]:
         number = 0
@@ -74,7 +83,9 @@ class ParquetSource:
         return sum(map(sum, self._groups))
 
     def digest(self) -> str:
-        digest = hashlib.sha256(repr((self.reader.names, self.reader.images, self.reader.lenient)).encode())
+        reader = self.reader
+        said = (reader.names, reader.images, reader.lenient, reader.classes, reader.caption_of)
+        digest = hashlib.sha256(repr(said).encode())
         for file in self._files:
             name = os.path.relpath(file, self._root)
             digest.update(f"{name!a} {file.stat().st_size}\n".encode() + _footer(file))
@@ -102,15 +113,16 @@ def _footer(file: Path) -> bytes:
         return opened.read()
 
 
-def _with_image(names: FieldNames, schema: pa.Schema, place: str) -> FieldNames:
-    """``path`` for the image column, where there is just one and nobody said otherwise.
+def _with_image(names: FieldNames, schema: pa.Schema, known: Sequence[str], place: str) -> FieldNames:
+    """``path`` for the image column, where there is just one and nobody said otherwise; ``known`` are images for sure.
 
     ``images`` beside ``texts`` and ``image_info`` are parts of a document and keep their names.
     """
     taken = {PATH, *names.dropped, *(old for _, old in names.renamed)}
     if PATH in (new for new, _ in names.renamed) or {TEXTS, TEXT_LIST, IMAGE_INFO} & set(schema.names):
         return names
-    found = [name for name in _IMAGE_COLUMNS if name in schema.names and name not in taken]
+    likely = [*_IMAGE_COLUMNS, *(name for name in known if name not in _IMAGE_COLUMNS)]
+    found = [name for name in likely if name in schema.names and name not in taken]
     found = [name for name in found if _holds_images(schema.field(name).type)]
     if PATH in schema.names and PATH not in names.dropped:
         found.append(PATH)
@@ -122,8 +134,18 @@ def _with_image(names: FieldNames, schema: pa.Schema, place: str) -> FieldNames:
     return names if found in ([], [PATH]) else FieldNames((*names.renamed, (PATH, found[0])), names.dropped)
 
 
+def _holds_text(kind: pa.DataType) -> bool:
+    if _is_list(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
 def _holds_images(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if _is_list(kind):
         return _holds_images(kind.value_type)
     if pa.types.is_struct(kind):
         return "bytes" in [field.name for field in kind]
@@ -139,6 +161,10 @@ class ParquetReader:
     names: FieldNames
     images: Path | None
     lenient: bool
+    classes: dict[str, tuple[str, ...]]
+    """Names of classes by the column that holds their numbers."""
+    caption_of: str | None
+    """The column of those whose name is the caption too."""
     _which: int = -1
     _file: Any = None
 
@@ -163,6 +189,24 @@ class ParquetReader:
 
     def _members(self, record: dict[str, Any], load: FileLoader) -> Members | SampleError:
         try:
+            for name, classes in self.classes.items():
+                if name in record:
+                    record[name] = _class_name(record[name], classes, name)
+            if self.caption_of is not None:
+                record[CAPTION] = record[self.caption_of]
             return members_of(self.names.apply(record), load, self.lenient)
         except SampleError as error:
             return error
+
+
+def _class_name(value: Any, names: Sequence[str], column: str) -> str | None:
+    """The name of a class number; ``datasets`` writes -1 for an unknown class.
+
+    Raises:
+        SampleError: there is no such class.
+    """
+    if value is None or value == -1:
+        return None
+    if not isinstance(value, int) or not 0 <= value < len(names):
+        raise SampleError(f"column {column} holds the class {value!r:.80}, and {len(names)} classes have names")
+    return names[value]

@@ -50,10 +50,12 @@ class FieldNames:
     Attributes:
         renamed: (new name, name in the source) pairs.
         dropped: Columns that are left out.
+        guessed: As ``renamed``, but recognised and not asked for: a row may lack the column, or have the new name.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
     dropped: tuple[str, ...] = ()
+    guessed: tuple[tuple[str, str], ...] = ()
 
     def check(self, columns: Sequence[str], place: str) -> list[str]:
         """The columns under their new names.
@@ -82,6 +84,9 @@ class FieldNames:
             if problem is not None:
                 raise DataConfigError(f"{place}: {problem}") if place else SampleError(f"the row {problem}")
             result[new] = result.pop(old)
+        for new, old in self.guessed:
+            if old in result and new not in result:
+                result[new] = result.pop(old)
         return result
 
 

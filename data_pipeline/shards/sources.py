@@ -12,6 +12,7 @@ from pathlib import Path
 from data_pipeline.errors import DataConfigError
 from data_pipeline.shards.folders import FolderSource, walk_folder
 from data_pipeline.shards.lists import ListSource
+from data_pipeline.shards.recognised import metadata_file
 from data_pipeline.shards.records import FieldNames, FileLoader
 from data_pipeline.shards.rows import Source
 from data_pipeline.storage.location import local_path
@@ -88,6 +89,8 @@ def open_source(path: str | Path, options: SourceOptions | None = None) -> Sourc
     if not path.is_dir() and not path.is_file():
         raise DataConfigError(f"{path}: no such file or folder")
     kind = options.kind
+    if kind is SourceKind.AUTO and path.is_dir() and (metadata := _imagefolder(path)) is not None:
+        path = metadata
     if kind is SourceKind.AUTO or (kind in _DOCUMENTS and _kind_of(path) in _LISTS):
         kind = _kind_of(path)
     if kind not in _LISTS:
@@ -136,6 +139,12 @@ def _kind_of(path: Path) -> SourceKind:
     if any(is_tar(name) for name in names):
         return SourceKind.WEBDATASET
     return SourceKind.PARQUET if any(name.lower().endswith(".parquet") for name in names) else SourceKind.FOLDER
+
+
+def _imagefolder(folder: Path) -> Path | None:
+    """The list of a folder of images that ``datasets`` reads as an imagefolder."""
+    is_other = (folder / ".nv-meta").is_dir() or any(is_tar(n) for _, _, names in walk_folder(folder) for n in names)
+    return None if is_other else metadata_file(folder)
 
 
 def is_tar(name: str) -> bool:
