@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,9 @@ from mmscale.dist import World, first_complaint
 from mmscale.errors import MMScaleError
 
 _SHOWN = 20
-"""Samples that a process names on the terminal; all of them stand in the list."""
+"""Reasons that a process prints on the terminal; every sample is in the list."""
+_OF_ONE_SAMPLE = re.compile(r"'[^']*'|\"[^\"]*\"|\b[0-9a-f]{8,}\b|\d+")
+"""The parts of a reason that differ between samples with one fault: names, checksums and numbers."""
 
 
 def fault_counts(skipped: Sequence[Skipped]) -> list[float]:
@@ -51,7 +54,7 @@ class FaultList:
 
     def __init__(self, folder: Path, world: World, step: int, note: Callable[[str], None]) -> None:
         self._path = folder / f"rank-{world.rank:05d}.jsonl"
-        self._note, self._num_shown = note, 0
+        self._note, self._counts = note, dict[tuple[FaultKind, str], int]()
         complaint = None
         if world.is_main:
             try:
@@ -97,11 +100,19 @@ class FaultList:
             raise
 
     def _show(self, skipped: Sequence[Skipped]) -> None:
-        for skip in skipped[: max(0, _SHOWN - self._num_shown)]:
-            self._note(f"skipped {skip.shard}/{skip.key}: {skip.reason}")
-        if self._num_shown < _SHOWN <= self._num_shown + len(skipped):
-            self._note(f"further samples that are left out are listed in {self._path} only")
-        self._num_shown += len(skipped)
+        """Prints each reason with its first sample, then its count at 10, 100, 1,000, ... samples."""
+        for skip in skipped:
+            reason = (skip.kind, _OF_ONE_SAMPLE.sub("*", skip.reason))
+            if reason not in self._counts:
+                if len(self._counts) > _SHOWN:
+                    continue
+                if len(self._counts) == _SHOWN:
+                    self._note(f"skipped samples with further reasons are listed in {self._path} only")
+                else:
+                    self._note(f"skipped {skip.shard}/{skip.key}: {skip.reason}")
+            count = self._counts[reason] = self._counts.get(reason, 0) + 1
+            if count > 1 and str(count).strip("0") == "1":
+                self._note(f"skipped {count:,} samples for this reason so far: {skip.reason} (listed in {self._path})")
 
 
 def fault_lists(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,15 +61,29 @@ def test_what_a_list_excludes_is_counted_and_not_listed_again(tmp_path: Path) ->
     assert fault_figures(fault_counts([])) == {"skipped_samples": 0}
 
 
-def test_the_terminal_gets_the_first_few_only(tmp_path: Path) -> None:
+def test_the_terminal_gets_each_reason_once_and_then_its_count(tmp_path: Path) -> None:
     said: list[str] = []
     book = FaultList(tmp_path, world(), 0, said.append)
-    for step in range(1, 50):
-        book.step(step, [skip(step)])
-    assert len(said) == 21
-    assert said[0].startswith("skipped a/b.tar/000001: no image")
+    for step in range(1, 100):
+        missing = replace(skip(step, FaultKind.TEXT), reason=f"field 'f{step}' is missing; 1a2b3c{step:02d} of {step}")
+        book.step(step, [skip(step), missing])
+    book.step(100, [skip(100)])
+    assert [line.partition(":")[0] for line in said] == [
+        "skipped a/b.tar/000001",
+        "skipped a/b.tar/000001",
+        "skipped 10 samples for this reason so far",
+        "skipped 10 samples for this reason so far",
+        "skipped 100 samples for this reason so far",
+    ]
+    assert "no image" in said[-1]
     assert str(tmp_path) in said[-1]
-    assert len(lines(tmp_path / "rank-00000.jsonl")) == 49
+    assert len(lines(tmp_path / "rank-00000.jsonl")) == 199
+
+    said.clear()
+    words = [chr(97 + number) for number in range(26)]
+    book.step(101, [replace(skip(number), reason=f"is {word}") for number, word in enumerate(words)])
+    assert len(said) == 19  # Twenty reasons, two of them before, and a line about the others.
+    assert said[-1].startswith("skipped samples with further reasons are listed in")
 
 
 def test_what_a_run_left_out_before_it_gave_up_is_listed(tmp_path: Path) -> None:
