@@ -15,6 +15,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.documents import DocumentBuilder
 from data_pipeline.errors import DataConfigError
 from data_pipeline.media_spec import MediaSpec
+from data_pipeline.shards.mistaken import refuse_no_manifest
 from data_pipeline.streamed import expand_shards
 from data_pipeline.strict import StrictConfig
 from data_pipeline.tokenizer import load_tokenizer
@@ -191,11 +192,13 @@ def check_files(config: RunConfig) -> None:
         data, model = config.stage_data(number), config.stage_model(number)
         for index, dataset in enumerate(data.datasets):
             expand_shards(dataset.shards)
-            if isinstance(dataset.manifest, Path) and not dataset.manifest.is_file():
-                raise ConfigError(
-                    f"data.datasets.{index}.manifest={dataset.manifest}: no such file; "
-                    f"make it with `mmscale data ingest` or `mmscale data index`"
-                )
+            if isinstance(dataset.manifest, Path):
+                if not dataset.manifest.exists():
+                    raise ConfigError(
+                        f"data.datasets.{index}.manifest={dataset.manifest}: no such file; "
+                        f"make it with `mmscale data ingest` or `mmscale data index`"
+                    )
+                refuse_no_manifest(dataset.manifest, str(dataset.manifest), f"data.datasets.{index}.manifest")
         tokenizer = load_tokenizer(data.tokenizer)
         tokens, rows = tokenizer.vocab_size, model.decoder.num_ids
         if tokens > rows:

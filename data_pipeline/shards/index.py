@@ -26,7 +26,7 @@ from data_pipeline.shards.columns import Column, check_offsets, pack_strings, re
 from data_pipeline.shards.files import sha256_of
 from data_pipeline.shards.image_header import Buffer, image_size, is_image
 from data_pipeline.shards.json_member import page_texts, parse_json, spoken_texts
-from data_pipeline.shards.tar_members import split_name, walk
+from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name, walk
 from data_pipeline.storage.location import Url
 
 INDEX_FORMAT = "mmscale-shard-index-1"
@@ -50,6 +50,7 @@ _TEXT_BYTES = struct.Struct("<q")
 _MAX_EXTENSIONS = 1 << 16
 _SUFFIX = ".index"
 _CHUNK_BYTES = 1 << 24
+_END_MARK_BYTES = 2 * BLOCK_BYTES
 
 
 class Member(NamedTuple):
@@ -127,6 +128,11 @@ class ShardIndex:
         if not path.exists():
             raise ManifestError(f"shard {tar_path} has no index; {remedy}")
         index = cls.read(tar_path)
+        if tar_stat.st_size < index.tar_bytes and not _has_end_mark(tar_path, tar_stat.st_size):
+            raise ManifestError(
+                f"shard {tar_path}: truncated: ends at byte {tar_stat.st_size} without an end mark, its index was made "
+                f"for {index.tar_bytes} bytes; copy the tar again"
+            )
         if index.tar_bytes != tar_stat.st_size:
             raise ManifestError(
                 f"shard {tar_path}: its index is stale: made for {index.tar_bytes} bytes, "
@@ -294,6 +300,16 @@ def _row_crc32(key: Buffer, text_bytes: int, members: Iterable[Member]) -> int:
     for ext, *numbers in members:
         value = crc32(_MEMBER.pack(*numbers), crc32(ext.encode(), value))
     return value
+
+
+def _has_end_mark(tar_path: Path, size: int) -> bool:
+    """Whether a tar ends as a whole one does, in two blocks of zeros: then it is another tar, not a part of one."""
+    try:
+        with tar_path.open("rb") as file:
+            file.seek(max(0, size - _END_MARK_BYTES))
+            return file.read(_END_MARK_BYTES) == bytes(_END_MARK_BYTES)
+    except OSError as error:
+        raise ManifestError(f"shard {tar_path}: cannot be read: {error.strerror}") from error
 
 
 @lru_cache(maxsize=1 << 14)

@@ -23,6 +23,7 @@ import numpy as np
 from data_pipeline.errors import AbsentError, DataConfigError, ManifestError
 from data_pipeline.shards.columns import Column, Columns, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.shards.index import ShardIndex, index_url
+from data_pipeline.shards.mistaken import refuse_no_manifest
 from data_pipeline.storage.location import Url, parse_location
 from data_pipeline.storage.storage import Storage
 
@@ -75,6 +76,7 @@ class Manifest:
 
     @classmethod
     def _map(cls, file: Path, path: Path | Url, storage: Storage | None) -> Manifest:
+        refuse_no_manifest(file, str(path))
         columns = read_columns(file, _COLUMNS, MANIFEST_FORMAT, str(path))
         arrays, record = columns.arrays, columns.record
         num_shards = len(arrays["cu_samples"]) - 1

@@ -25,6 +25,7 @@ from data_pipeline.shards.damage import Damage, Problem, ShardReport
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import Member, ShardIndex, describe_member, index_path, open_tar, text_bytes_of
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.mistaken import refuse_no_manifest
 from data_pipeline.shards.orphans import Orphans
 from data_pipeline.shards.remote_index import local_copy
 from data_pipeline.shards.tar_members import BLOCK_BYTES, TarError, TarFault, TarMember, split_name, survey
@@ -54,6 +55,8 @@ def jobs_of(path: str | Path) -> tuple[int, Iterator[Job]]:
         ManifestError: the manifest itself cannot be read.
     """
     path = parse_location(path)
+    if isinstance(path, Path) and path.is_dir():
+        refuse_no_manifest(path, str(path))
     if path.suffix != ".manifest":
         return 1, iter([Job(path)])
     manifest = Manifest.open(path)

@@ -18,6 +18,7 @@ from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
 from data_pipeline.reader import read_samples
 from data_pipeline.sample import Sample
+from data_pipeline.shards.mistaken import refuse_no_manifest
 from data_pipeline.templates import CaptionTemplate, TemplateConfig
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from mmscale.dist import World, first_complaint
@@ -187,8 +188,10 @@ def check_sets(config: EvaluationConfig, data: DataConfig, spec: MediaSpec) -> N
     for held in config.sets:
         manifests = [held.manifest, getattr(held, "candidates_from", None)]
         for manifest in manifests:
-            if manifest is not None and not manifest.is_file():
-                raise ConfigError(f"evaluation set {held.name}: {manifest}: no such file")
+            if manifest is not None:
+                if not manifest.exists():
+                    raise ConfigError(f"evaluation set {held.name}: {manifest}: no such file")
+                refuse_no_manifest(manifest, str(manifest), f"evaluation set {held.name}: manifest")
         if held in not_asked(config, spec):
             continue
         if spec.placement is Placement.PAIR and isinstance(held, HeldOutSet):
