@@ -4,6 +4,7 @@ DataPipelineError
 ├── DataConfigError   a value that was asked for cannot work; nothing was read yet
 ├── ManifestError     a manifest or an index is missing, stale or damaged
 ├── ShardError        a tar is damaged or hostile
+│   └── ReplacedError a remote tar is another one than was indexed
 ├── StorageError      an object of a remote store cannot be read: absent, refused, or the store failed for too long
 │   ├── AbsentError   there is no such object, or it ends too early
 │   └── StaleError    it is not the object that was indexed, or was replaced while it was read
@@ -72,6 +73,10 @@ class ManifestError(DataPipelineError):
 
 class ShardError(DataPipelineError):
     """A tar file is damaged, truncated or hostile; the message names file and offset."""
+
+
+class ReplacedError(ShardError):
+    """A remote tar of the right size holds other bytes than were indexed; the message names its URL."""
 
 
 class StorageError(DataPipelineError):

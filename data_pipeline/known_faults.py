@@ -16,7 +16,15 @@ from pathlib import Path
 
 from zlib_ng.zlib_ng import crc32
 
-from data_pipeline.errors import DataConfigError, FaultKind, ManifestError, SampleError, ShardError, TooManyFaultsError
+from data_pipeline.errors import (
+    DataConfigError,
+    FaultKind,
+    ManifestError,
+    ReplacedError,
+    SampleError,
+    ShardError,
+    TooManyFaultsError,
+)
 from data_pipeline.exclusions import Exclusions, read_exclusions
 from data_pipeline.faults import Fault, FaultConfig
 from data_pipeline.reader import SampleReader
@@ -133,7 +141,7 @@ class SetFaults:
         return str(manifest.shard_location(manifest.locate(sample)[0]))
 
     def shard_failed(self, sample: int, error: ShardError | ManifestError) -> Fault:
-        """A shard that cannot be opened anew, or fails three reads in a row, is lost; else it is about the sample.
+        """A shard that cannot be opened anew, was replaced, or fails three reads in a row, is lost; else one sample is.
 
         Raises:
             TooManyFaultsError: lost shards hold more than ``max_share`` of the data set.
@@ -144,7 +152,7 @@ class SetFaults:
         try:
             key = self._reader.where(sample)[1]
             self._failed_reads[number] = self._failed_reads.get(number, 0) + 1
-            lost = self._failed_reads[number] >= _FAILED_READS
+            lost = isinstance(error, ReplacedError) or self._failed_reads[number] >= _FAILED_READS
         except (ShardError, ManifestError):
             lost = True
         fault = SampleError(str(error), kind=FaultKind.SHARD, shard=self._shard_name(sample), key=key)

@@ -16,7 +16,7 @@ from typing import Any
 
 from zlib_ng.zlib_ng import crc32
 
-from data_pipeline.errors import FaultKind, SampleError
+from data_pipeline.errors import FaultKind, ReplacedError, SampleError
 from data_pipeline.pages import default_images, take_parts
 from data_pipeline.sample import Part, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
@@ -55,6 +55,7 @@ class SampleReader:
         self._max_text_bytes = max_text_bytes
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._ahead: dict[int, list[tuple[range, Stretch]]] = {}
+        self._genuine: set[int] = set()
 
     def _shard(self, number: int) -> OpenShard:
         if number in self._open:
@@ -118,6 +119,7 @@ class SampleReader:
             ShardError: the shard is missing, unreadable or shorter than its index says.
             StorageError: a server refused, or failed for too long.
             SampleError: a member does not match its checksum, or its JSON or text is malformed.
+            ReplacedError: no member of a remote shard does.
         """
         number, row = self.manifest.locate(sample_index)
         shard = self._shard(number)
@@ -131,10 +133,40 @@ class SampleReader:
             if crc32(members[member.ext]) != member.crc32:
                 members = shard.read_members(listed, fresh=True)  # It may have happened on the way.
                 for again in listed:
-                    _check(again, members[again.ext], origin)
+                    try:
+                        _check(again, members[again.ext], origin)
+                    except SampleError:
+                        self._check_genuine(number, row)
+                        raise
                 break
         sizes = {member.ext: (member.height, member.width) for member in listed if member.width}
         return assemble(members, origin, sizes, self._max_text_bytes)
+
+    def _check_genuine(self, number: int, row: int) -> None:
+        """Tells a damaged sample of a remote shard from a shard that was replaced, once while the shard is open.
+
+        Looks at up to three other samples. A version that the server names would not do: data sets are often indexed on
+        a disk, before there is a version.
+
+        Raises:
+            ReplacedError: not one of them has its checksums.
+        """
+        if not self.manifest.is_remote or number in self._genuine:
+            return
+        shard = self._shard(number)
+        rows = {0, len(shard.index) // 2, len(shard.index) - 1} - {row}
+        for other in sorted(rows):
+            listed = shard.index.members(other)
+            members = shard.read_members(listed, fresh=True)
+            if all(crc32(members[member.ext]) == member.crc32 for member in listed):
+                self._genuine.add(number)
+                return
+        if rows:
+            raise ReplacedError(
+                f"shard {shard.index.tar_path}: its index is stale: the tar was replaced by another of equal size (not "
+                f"one of {len(rows) + 1} samples has its checksums); put the old tar back, or renew index and manifest "
+                "with: mmscale data index"
+            )
 
     def _fetched(self, sample_index: int, lane: int, members: Sequence[Member]) -> dict[str, bytes] | None:
         """Bytes of a sample, by extension, that were fetched ahead; None if they were not."""
@@ -170,6 +202,7 @@ class SampleReader:
 
     def forget(self, shard_number: int) -> None:
         """Closes a shard, so that the next read opens it anew; nothing if it is not open."""
+        self._genuine.discard(shard_number)
         shard = self._open.pop(shard_number, None)
         if shard is not None:
             shard.close()
