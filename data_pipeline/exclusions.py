@@ -6,7 +6,6 @@ Not for: what a run finds bad by itself (``known_faults``).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import DataConfigError, FaultKind
 from data_pipeline.faults import FaultConfig
+from data_pipeline.untrusted import UntrustedError, parse_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ def read_lists(paths: Sequence[Path], asked_by: str) -> dict[str, Exclusions]:
     for path in _files(paths, asked_by):
         for number, line in enumerate(_lines(path, asked_by), 1):
             try:
-                record: Any = json.loads(line)
+                record: Any = parse_json(line)
                 dataset, index, key = str(record["dataset"]), int(record["index"]), str(record["key"])
-            except (ValueError, KeyError, TypeError) as error:
+                if not 0 <= index < 2**63:
+                    raise ValueError(f"index {index}")
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise DataConfigError(f"{asked_by}: {path}:{number} is no line of a quarantine list") from error
             if record.get("kind") == FaultKind.SHARD.value:
                 continue
@@ -79,11 +81,10 @@ def _files(paths: Sequence[Path], asked_by: str) -> Iterator[Path]:
             yield path
 
 
-def _lines(path: Path, asked_by: str) -> list[str]:
+def _lines(path: Path, asked_by: str) -> Iterator[bytes]:
     try:
-        text = path.read_text(encoding="utf-8")
-        return text.removesuffix("\n").split("\n") if text else []
-    except (OSError, UnicodeDecodeError) as error:
+        yield from read_lines(path)
+    except (OSError, UntrustedError) as error:
         raise DataConfigError(f"{asked_by}: {path}: cannot be read: {error}") from error
 
 

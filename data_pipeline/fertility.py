@@ -10,7 +10,6 @@ Source: Rust et al., "How Good is Your Tokenizer?" (arXiv 2012.15613), section 3
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,9 @@ from data_pipeline.languages import detect, writes_spaces
 from data_pipeline.reader import read_samples
 from data_pipeline.sample import Sample, TextPart
 from data_pipeline.shards.texts import check_unicode
+from data_pipeline.untrusted import UntrustedError, parse_json, read_bytes, read_lines
 
+_MOST_BYTES = 1 << 28
 ALL = "all"
 """The row over all texts."""
 
@@ -53,7 +54,9 @@ class TextTokenizer:
             DataConfigError: the file is missing, or neither of the two.
         """
         try:
-            content = path.read_bytes()
+            content = read_bytes(path, most_bytes=_MOST_BYTES)
+        except UntrustedError as error:
+            raise DataConfigError(f"tokenizer {path}: {error}") from error
         except OSError as error:
             raise DataConfigError(f"tokenizer {path}: cannot be read: {error.strerror}") from error
         if path.suffix == ".json":
@@ -77,7 +80,10 @@ def _open_json(path: Path, content: bytes) -> tuple[Callable[[str], list[int]], 
         raise DataConfigError(f"tokenizer {path}: no tokenizer.json: {error}") from error
     model.encode_special_tokens = True
     vocabulary = model.get_vocab(with_added_tokens=False)
-    settings = json.loads(content)["model"]
+    try:
+        settings = parse_json(content)["model"]
+    except UntrustedError as error:
+        raise DataConfigError(f"tokenizer {path}: {error}") from error
     if settings.get("byte_fallback"):
         byte_ids = frozenset(vocabulary[name] for name in _fallback_names() if name in vocabulary)
     elif '"ByteLevel"' in content.decode():
@@ -286,25 +292,25 @@ def texts_of_file(path: Path) -> Iterator[tuple[str, str]]:
         DataConfigError: the file is missing or a line is no such thing; names the line.
     """
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield (
-                        _line(line, f"{path}:{number}")
-                        if path.suffix == ".jsonl"
-                        else (detect(line), line.rstrip("\n"))
-                    )
+        for number, content in enumerate(read_lines(path), 1):
+            line = content.decode()
+            if line.strip():
+                yield (
+                    _line(line, f"{path}:{number}") if path.suffix == ".jsonl" else (detect(line), line.rstrip("\r\n"))
+                )
     except OSError as error:
         raise DataConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataConfigError(f"{path}: no UTF-8: {error}") from error
+    except UntrustedError as error:
+        raise DataConfigError(f"{path}: {error}") from error
 
 
 def _line(line: str, place: str) -> tuple[str, str]:
     try:
-        held = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataConfigError(f"{place}: no JSON: {error}") from error
+        held = parse_json(line)
+    except UntrustedError as error:
+        raise DataConfigError(f"{place}: {error}") from error
     match held:
         case {"text": str(text)}:
             try:

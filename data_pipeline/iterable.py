@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -19,6 +18,7 @@ from data_pipeline.errors import DataConfigError, StateError
 from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.state import LoaderState
+from data_pipeline.untrusted import UntrustedError, read_yaml
 
 
 class PackedBatches(IterableDataset[MultimodalBatch]):
@@ -126,8 +126,8 @@ def open_loader(
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        value = read_yaml(path)
+    except (OSError, UntrustedError) as error:
         raise DataConfigError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, Mapping):
         raise DataConfigError(f"{path}: expected a data block (tokenizer, datasets, lanes, packing)")

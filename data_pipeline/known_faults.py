@@ -9,7 +9,6 @@ alike (``faults``). Not for: deciding what a fault does (``faults``).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from data_pipeline.errors import (
 from data_pipeline.exclusions import Exclusions, read_exclusions
 from data_pipeline.faults import Fault, FaultConfig
 from data_pipeline.reader import SampleReader
+from data_pipeline.untrusted import UntrustedError, parse_json, read_lines
 
 _MAX_HELD = 16384
 _FAILED_READS = 3
@@ -210,12 +210,14 @@ class KnownSample:
 
 def _quarantined(path: Path) -> Iterator[tuple[str, int, SampleError]]:
     """Whole lines of a list that a run writes; a torn one was never finished."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
+    try:
+        for line in read_lines(path):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 kind, shard, key = FaultKind(record["kind"]), str(record["shard"]), str(record["key"])
                 error = SampleError(str(record["reason"]), kind=kind, shard=shard, key=key)
                 yield str(record["dataset"]), int(record["index"]), error
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue
+    except UntrustedError as error:
+        raise DataConfigError(f"{path}: {error}; remove it: it only spares trying bad samples again") from error

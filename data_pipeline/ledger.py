@@ -32,11 +32,13 @@ from data_pipeline.loader import StepBatch
 from data_pipeline.shards.columns import Column
 from data_pipeline.shards.files import write_whole
 from data_pipeline.state import Drawn, LoaderState
+from data_pipeline.untrusted import UntrustedError, parse_json, read_bytes
 
 _MAGIC = b"mmscale-ledger-1\n"
 _NAME = re.compile(r"steps-(\d{10,})-(\d{10,})\.ledger")
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_SECTION_BYTES = 1 << 31
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, zlib.error, StateError)
 _HELD_SEGMENTS, _HELD_STATES = 8, 64
 COLUMNS: dict[str, np.dtype[Any]] = {
     "step": np.dtype("<u4"),  # From the segment's first.
@@ -174,7 +176,7 @@ class Segment:
         """
         try:
             return _parse(data)
-        except (ValueError, KeyError, TypeError, IndexError, zlib.error, RecursionError, StateError) as error:
+        except _DAMAGE as error:
             raise LedgerError(f"{what}: damaged: {error}; the other segments of the folder can be read") from error
 
     def name(self) -> str:
@@ -197,14 +199,14 @@ def _parse(data: bytes) -> Segment:
     end = data.find(b"\n", len(_MAGIC), len(_MAGIC) + _MAX_HEADER_BYTES)
     if end < 0:
         raise ValueError("its header has no end")
-    header = json.loads(data[len(_MAGIC) : end])
+    header = parse_json(bytes(data[len(_MAGIC) : end]))
     sections, start = {}, end + 1
     for name, size, deflated_bytes, crc32 in header["sections"]:
         sections[name] = _inflate(data[start : start + deflated_bytes], size, crc32, name)
         start += deflated_bytes
     if start != len(data):
         raise ValueError(f"{len(data) - start} bytes stand behind the last section")
-    state = LoaderState.from_dict(json.loads(sections["state"]))
+    state = LoaderState.from_dict(parse_json(sections["state"]))
     rows = {name: _from_planes(sections[name], kind, header["rows"]) for name, kind in COLUMNS.items()}
     first, last, stage = (int(header[name]) for name in ("first", "last", "stage"))
     places = rows["step"].astype(np.int64)
@@ -212,7 +214,7 @@ def _parse(data: bytes) -> Segment:
         raise ValueError(f"rows of other steps than {first} to {last}, or out of order")
     if np.any(rows["dataset"] >= len(state.datasets)):
         raise ValueError("a row of a data set that the state does not name")
-    return Segment(first, last, stage, state, rows, tuple(json.loads(sections["skipped"])))
+    return Segment(first, last, stage, state, rows, tuple(parse_json(sections["skipped"])))
 
 
 def _inflate(data: bytes, size: int, crc32: int, name: str) -> bytes:
@@ -322,7 +324,9 @@ class Ledger:
             first, last = self.spans[number]
             path = self._path(number)
             try:
-                segment = Segment.from_bytes(path.read_bytes(), str(path))
+                segment = Segment.from_bytes(read_bytes(path, most_bytes=_MAX_SECTION_BYTES), str(path))
+            except UntrustedError as error:
+                raise LedgerError(f"{path}: {error}") from error
             except OSError as error:
                 raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
             if (segment.first, segment.last) != (first, last):
@@ -348,12 +352,12 @@ class Ledger:
             with path.open("rb") as file:
                 if file.read(len(_MAGIC)) != _MAGIC:
                     raise ValueError("it does not begin like a segment")
-                name, size, deflated_bytes, crc32 = json.loads(file.readline(_MAX_HEADER_BYTES))["sections"][0]
+                name, size, deflated_bytes, crc32 = parse_json(file.readline(_MAX_HEADER_BYTES))["sections"][0]
                 plain = _inflate(file.read(min(deflated_bytes, _MAX_SECTION_BYTES)), size, crc32, name)
             return LoaderState.from_json(plain.decode())
         except OSError as error:
             raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, zlib.error, RecursionError, StateError) as error:
+        except _DAMAGE as error:
             raise LedgerError(f"{path}: damaged: {error}") from error
 
     def _path(self, number: int) -> Path:

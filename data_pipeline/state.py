@@ -21,6 +21,7 @@ from data_pipeline.lanes import Cursor
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.mixture import Schedule
 from data_pipeline.strict import StrictConfig
+from data_pipeline.untrusted import UntrustedError, parse_json
 
 
 class StreamPosition(NamedTuple):
@@ -139,7 +140,7 @@ class LoaderState:
             lanes = {int(lane): list(integers) for lane, integers in record["lanes"].items()}
             names = tuple(str(name) for name in record["datasets"])
             return cls(str(record["fingerprint"]), int(record["step"]), lanes, names)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise StateError(f"no loader state: {error!r}") from error
 
     def to_json(self) -> str:
@@ -154,8 +155,8 @@ class LoaderState:
             StateError: the text is no loader state.
         """
         try:
-            record = json.loads(text)
-        except ValueError as error:
+            record = parse_json(text)
+        except UntrustedError as error:
             raise StateError(f"no loader state: {error}") from error
         return cls.from_dict(record)
 

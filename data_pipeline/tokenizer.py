@@ -25,9 +25,12 @@ from data_pipeline.shards.files import write_whole
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.texts import iterate_texts
 from data_pipeline.strict import StrictConfig
+from data_pipeline.untrusted import UntrustedError, read_bytes
 
 IMAGE_TOKEN = "<image>"
 _MAX_LINE_BYTES = 4096
+_MAX_FILE_BYTES = 1 << 28
+"""Size of a tokenizer's file; the largest published ones have 40 MB."""
 
 
 class SentencePieceTokenizerConfig(StrictConfig):
@@ -274,7 +277,9 @@ class HuggingFaceTokenizer:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, most_bytes=_MAX_FILE_BYTES)
+    except UntrustedError as error:
+        raise DataConfigError(f"tokenizer {path}: {error}") from error
     except OSError as error:
         raise DataConfigError(f"tokenizer {path}: cannot be read: {error.strerror}") from error
 

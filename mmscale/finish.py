@@ -55,7 +55,7 @@ def finish(config: RunConfig, engine: Engine, state: TrainState, log: RunLog | N
         goodput=goodput.to_json() if (goodput := read_goodput(config.run_dir)) else None,
     )
     write_result(config.run_dir, result)
-    log.note(f"wrote {build_report(config.run_dir)}")
+    log.note(f"wrote {build_report(config.run_dir, log.note)}")
 
 
 def _efficiency(config: RunConfig, engine: Engine, records: Sequence[Mapping[str, Any]]) -> Efficiency:

@@ -30,6 +30,7 @@ from data_pipeline.templates import (
     TextTemplate,
 )
 from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.untrusted import UntrustedError, read_bytes
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.evaluate import CaptionsConfig, EvaluationConfig, HeldOutSet
@@ -37,6 +38,7 @@ from mmscale.evaluate.heldout import PromptBuilder, Questions
 from mmscale.models.generation import generate
 from mmscale.models.sampling import SamplingConfig
 
+_MOST_IMAGE_BYTES = 1 << 28
 _PICTURE_PIXELS = 256
 """Longest side of an image in the report."""
 
@@ -166,7 +168,9 @@ def _sample_of(images: Sequence[Path]) -> Sample:
     parts = []
     for number, path in enumerate(images):
         try:
-            data = path.read_bytes()
+            data = read_bytes(path, most_bytes=_MOST_IMAGE_BYTES)
+        except UntrustedError as error:
+            raise MMScaleError(f"{path}: {error}") from error
         except OSError as error:
             raise MMScaleError(f"{path}: {error.strerror}") from error
         extension = path.suffix.lstrip(".").lower()

@@ -13,7 +13,6 @@ captions.json report/  held-out images described     report.html result.json
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from mmscale.checkpoint import TrainState, read_manifest
 from mmscale.dist import World, agree, first_complaint
 from mmscale.durable.lock import POLL_SECONDS, FolderLock
 from mmscale.errors import ConfigError, LaunchError, MMScaleError
-from mmscale.report.result import RESULT_FILE
+from mmscale.report.result import RESULT_FILE, read_result
 from mmscale.run_config import RunConfig
 
 CONFIG = "config.yaml"
@@ -96,13 +95,14 @@ def finished_steps(run_dir: Path) -> int | None:
     Raises:
         MMScaleError: ``result.json`` is there but cannot be read.
     """
-    path = run_dir / RESULT_FILE
-    if not path.is_file():
-        return None
     try:
-        return int(json.loads(path.read_text())["steps"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise MMScaleError(f"{path} is damaged ({error}); remove it to let the run finish again") from error
+        result = read_result(run_dir)
+    except MMScaleError as error:
+        raise MMScaleError(f"{error}; remove it to let the run finish again") from error
+    if result and "steps" not in result:
+        path = run_dir / RESULT_FILE
+        raise MMScaleError(f"{path} is damaged: it has no steps; remove it to let the run finish again")
+    return int(result["steps"]) if result else None
 
 
 def check_position(config: RunConfig, state: TrainState, path: Path) -> None:

@@ -26,6 +26,7 @@ from safetensors.numpy import save
 
 from data_pipeline.errors import ManifestError
 from data_pipeline.shards.files import write_whole
+from data_pipeline.untrusted import UntrustedError, open_regular, parse_json
 
 Column = npt.NDArray[Any]
 
@@ -75,16 +76,18 @@ def read_columns(
     """
     shown = shown or str(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise ManifestError(f"{shown}: {size} bytes: too short to be a {format_name}")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except UntrustedError as error:
+        raise ManifestError(f"{shown}: {error}") from error
     except OSError as error:
         raise ManifestError(f"{shown}: cannot be read: {error.strerror}") from error
     try:
         return _parse(data, size, expected, format_name, optional)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ManifestError(f"{shown}: damaged {format_name}: {error}") from error
 
 
@@ -95,8 +98,8 @@ def _parse(
     start = 8 + header_bytes
     if header_bytes > _MAX_HEADER_BYTES or start > size:
         raise ValueError(f"a header of {header_bytes} bytes in a file of {size}")
-    header = json.loads(data[8:start])
-    record = json.loads(header.pop("__metadata__")[_RECORD])
+    header = parse_json(data[8:start])
+    record = parse_json(header.pop("__metadata__")[_RECORD])
     if record["format"] != format_name:
         raise ValueError(f"format {record['format']!r}, expected {format_name!r}")
     if not set(expected) - set(optional) <= set(header) <= set(expected):

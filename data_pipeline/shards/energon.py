@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
 from braceexpand import braceexpand
 
 from data_pipeline.errors import DataConfigError, SampleError
@@ -23,6 +22,7 @@ from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.json_member import parse_json
 from data_pipeline.shards.records import check_utf8, checked, dump_json
 from data_pipeline.shards.rows import Members
+from data_pipeline.untrusted import UntrustedError, read_yaml
 
 META = ".nv-meta"
 _CRUDE = "CrudeWebdataset"
@@ -152,8 +152,8 @@ def _load(meta: Path, stem: str) -> Mapping[str, Any]:
     for path in (meta / f"{stem}.yaml", meta / f"{stem}.json"):
         if path.is_file():
             try:
-                loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+                loaded = read_yaml(path)
+            except (UntrustedError, OSError) as error:
                 raise DataConfigError(f"{path}: cannot be read: {error}") from error
             if not isinstance(loaded, dict):
                 raise DataConfigError(f"{path}: expected a mapping")

@@ -5,9 +5,9 @@ Not for: the parts of a page with their images (``pages``), what a template make
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from data_pipeline import untrusted
 from data_pipeline.errors import FaultKind, SampleError
 
 
@@ -18,8 +18,8 @@ def parse_json(content: bytes) -> Any:
         SampleError: it is no UTF-8 or no JSON.
     """
     try:
-        return json.loads(content.decode("utf-8-sig"))  # Of bytes ``json`` would guess UTF-16 and UTF-32 too.
-    except (ValueError, RecursionError) as error:
+        return untrusted.parse_json(content)
+    except untrusted.UntrustedError as error:
         raise SampleError(f"damaged JSON: {error}", kind=FaultKind.TEXT) from error
 
 

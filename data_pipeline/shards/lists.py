@@ -27,6 +27,7 @@ from data_pipeline.shards.records import (
     members_of,
 )
 from data_pipeline.shards.rows import Members, Row, read_each, spans_of
+from data_pipeline.untrusted import UntrustedError, read_lines
 
 KEY_DIGITS = 9
 _DIALECTS = {"csv": "excel", "tsv": "excel-tab"}
@@ -154,5 +155,7 @@ def _csv_rows(path: Path, kind: str) -> Iterator[dict[Any, Any] | SampleError]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from (line for line in file if line.strip())
+    try:
+        yield from (line for line in read_lines(path, most_bytes=_MAX_FIELD_BYTES) if line.strip())
+    except UntrustedError as error:
+        raise DataConfigError(f"{path}: {error}") from error

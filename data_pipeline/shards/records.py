@@ -30,6 +30,7 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, ImageFormat, image_size, is_image
 from data_pipeline.shards.json_member import all_texts, parse_json
 from data_pipeline.shards.rows import Members
+from data_pipeline.untrusted import read_bytes
 
 PATH, CAPTION, CAPTIONS, PARTS = "path", "caption", "captions", "parts"
 IMAGES, TEXTS = "images", "texts"
@@ -39,6 +40,7 @@ SPOKEN = frozenset({"messages", "conversations", "annotations"})
 IMAGE_BASE64 = "image_base64"
 DROPPED_IMAGES = "dropped_images"
 EXTENSION_OF_FORMAT = {ImageFormat.JPEG: "jpg", ImageFormat.PNG: "png", ImageFormat.WEBP: "webp"}
+_MOST_FILE_BYTES = 1 << 31
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
@@ -281,9 +283,9 @@ def read_file(path: Path) -> bytes:
         SampleError: there is none, or it cannot be read.
     """
     try:
-        if not path.is_file():  # A pipe or a device would never end.
-            raise SampleError(f"{path}: no such file")
-        return path.read_bytes()
+        return read_bytes(path, most_bytes=_MOST_FILE_BYTES)
+    except FileNotFoundError as error:
+        raise SampleError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name.
         raise SampleError(f"{path}: cannot be read: {error}") from error
 

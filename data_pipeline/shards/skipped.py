@@ -12,7 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple
 
+from data_pipeline.errors import DataConfigError
 from data_pipeline.shards.files import partial_path, publish
+from data_pipeline.untrusted import parse_json, read_lines
 
 
 class SkippedRow(NamedTuple):
@@ -33,19 +35,27 @@ def row_of_stored(path: Path, num_stored: int) -> int:
     last = num_stored
     place = path if path.exists() else partial_path(path)
     if num_stored and place.exists():
-        for row in _whole_lines(place):
-            if row > last:
+        for _, skipped in _whole_lines(place):
+            if skipped.row > last:
                 break
             last += 1
     return last
 
 
-def _whole_lines(path: Path) -> Iterator[int]:
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):  # Cut by a kill.
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, SkippedRow]]:
+    """Each line and what it holds; a last one that a kill cut is left out.
+
+    Raises:
+        DataConfigError: the list is damaged.
+    """
+    try:
+        for line in read_lines(path):
+            if not line.endswith(b"\n"):
                 return
-            yield int(json.loads(line)["row"])
+            record = parse_json(line)
+            yield line, SkippedRow(int(record["row"]), str(record["key"]), str(record["reason"]))
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise DataConfigError(f"{path} is damaged ({error!r}); remove its folder and ingest again") from error
 
 
 class SkippedRows:
@@ -64,12 +74,11 @@ class SkippedRows:
         if path.exists():  # The run died after naming the list and before it was done.
             os.replace(path, self._partial)
         if self._partial.exists():
-            with self._partial.open("rb") as file:
-                for line in file:
-                    if not line.endswith(b"\n") or json.loads(line)["row"] > last_row:
-                        break
-                    self.count += 1
-                    kept_bytes += len(line)
+            for line, skipped in _whole_lines(self._partial):
+                if skipped.row > last_row:
+                    break
+                self.count += 1
+                kept_bytes += len(line)
             os.truncate(self._partial, kept_bytes)
             if not kept_bytes:
                 self._partial.unlink()
@@ -109,6 +118,4 @@ class SkippedRows:
 def read_skipped(path: Path | None) -> Iterator[SkippedRow]:
     """The rows of a published list; none for None."""
     if path is not None:
-        with path.open("rb") as file:
-            for line in file:
-                yield SkippedRow(**json.loads(line))
+        yield from (skipped for _, skipped in _whole_lines(path))

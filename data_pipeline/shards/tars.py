@@ -9,7 +9,6 @@ each. A compressed tar has no places to jump to: it is unpacked by the process t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from data_pipeline.shards.rows import Members, Row, read_each, spans_of
 from data_pipeline.shards.sources import SourceKind, is_tar
 from data_pipeline.shards.tar_members import walk
 from data_pipeline.shards.tar_stream import stream_members, stream_samples
+from data_pipeline.untrusted import read_json
 
 _LAYOUTS = {
     SourceKind.WEBDATASET: Layout.PLAIN,
@@ -118,9 +118,9 @@ def _known_count(tar: Path) -> int | None:
     with contextlib.suppress(ManifestError, OSError):
         return len(ShardIndex.read(tar))
     try:
-        statistics = json.loads(tar.with_name(f"{_stem(tar.name)}_stats.json").read_bytes())
+        statistics = read_json(tar.with_name(f"{_stem(tar.name)}_stats.json"))
         return int(statistics["successes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

@@ -13,7 +13,6 @@ checkpoint is covered by one.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from zlib_ng.zlib_ng import crc32
 from data_pipeline.errors import StateError
 from data_pipeline.state import LoaderState
 from data_pipeline.strict import StrictConfig
-from mmscale.durable.files import open_regular
+from data_pipeline.untrusted import UntrustedError, read_bytes
 from mmscale.errors import CheckpointError
 from mmscale.hf.read import require_no_folder
 from mmscale.models.config import AnyModelConfig, read_model_config
@@ -274,10 +273,10 @@ def read_notes(path: Path, rank: int) -> RankNotes:
 
 
 def _read_json(file: Path) -> bytes:
-    with open_regular(file) as opened:
-        if os.fstat(opened.fileno()).st_size > _MOST_JSON_BYTES:
-            raise CheckpointError(f"{file} is larger than {_MOST_JSON_BYTES} bytes: no checkpoint has such a file")
-        return opened.readall()
+    try:
+        return read_bytes(file, most_bytes=_MOST_JSON_BYTES)
+    except UntrustedError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def missing_or_cut(path: Path, manifest: Manifest) -> str | None:

@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data_pipeline.untrusted import open_regular
 from mmscale.checkpoint.contents import content_problems
 from mmscale.checkpoint.manifest import Manifest, missing_or_cut, rank_files, read_manifest, read_notes, read_state
 from mmscale.dist import World, first_complaint, highest
-from mmscale.durable.files import checksum_of, crc32_of, require_regular
+from mmscale.durable.files import checksum_of, crc32_of
 from mmscale.errors import CheckpointError, DamagedError
 from mmscale.hf.tensor_file import FORMAT_NAMES
 
@@ -206,7 +207,7 @@ def file_problem(path: Path, manifest: Manifest, name: str) -> str | None:
     """
     entry = manifest.files[name]
     try:
-        require_regular(path / name)
+        open_regular(path / name).close()
         size = (path / name).stat().st_size
         if size != entry.bytes:
             return f"{name}: {size} bytes, {entry.bytes} were written"

@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError
 from data_pipeline.shards.files import write_whole
 from data_pipeline.state import LoaderState
 from data_pipeline.strict import StrictConfig
+from data_pipeline.untrusted import read_json
 from mmscale.checkpoint.manifest import (
     TrainState,
     is_whole,
@@ -71,7 +72,7 @@ def read_roll_backs(folder: Path) -> list[RollBack]:
     if not path.is_file():
         return []
     try:
-        return [RollBack.model_validate(entry) for entry in json.loads(path.read_text())]
+        return [RollBack.model_validate(entry) for entry in read_json(path)]
     except (OSError, ValueError, TypeError, ValidationError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}): without it the run does not know which data it left out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import typer
@@ -21,7 +22,7 @@ def report(
     """Write report.html of a run: curves, samples, configuration."""
     from mmscale.report.build import build_report
 
-    path = build_report(run)
+    path = build_report(run, note=lambda line: print(f"mmscale: {line}", file=sys.stderr))
     if json:
         emit({"report": str(path), "bytes": path.stat().st_size}, json=True)
     else:

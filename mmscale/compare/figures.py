@@ -7,7 +7,6 @@ Everything here is read from run folders, so it can be made again at any time.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,9 +15,10 @@ from typing import Any
 from mmscale.compare.config import Comparison
 from mmscale.compare.interval import Interval, mean_interval
 from mmscale.compare.plan import Trial
+from mmscale.errors import MMScaleError
 from mmscale.metrics.sinks import read_metrics
 from mmscale.report.curves import finite
-from mmscale.report.result import RESULT_FILE, binomial_error
+from mmscale.report.result import binomial_error, read_result
 from mmscale.run_folder import is_finished
 
 _LAST_SHARE = 10
@@ -150,9 +150,23 @@ def read_variants(comparison: Comparison, trials: Sequence[Trial]) -> list[Varia
 
 
 def read_run(trial: Trial) -> RunFigures:
-    """The figures of a finished run."""
+    """The figures of a finished run.
+
+    Raises:
+        MMScaleError: ``result.json`` or ``metrics.jsonl`` is damaged.
+    """
+    try:
+        return _read_run(trial)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise MMScaleError(
+            f"{trial.config.run_dir}: result.json or metrics.jsonl lacks a value or holds a wrong one ({error!r}); "
+            "remove result.json to let the run finish again"
+        ) from error
+
+
+def _read_run(trial: Trial) -> RunFigures:
     folder = trial.config.run_dir
-    result = json.loads((folder / RESULT_FILE).read_bytes())
+    result = read_result(folder)
     records = [record for record in read_metrics(folder / "metrics.jsonl") if record["learned_tokens"]]
     known = [record for record in records if finite(record["loss"]) is not None]
     last = known[-max(1, len(known) // _LAST_SHARE) :]

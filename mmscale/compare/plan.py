@@ -14,6 +14,7 @@ smaller batches. Which of the two it is, is found out here and told.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -33,6 +34,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing import Pack
 from data_pipeline.replay import Replay
+from data_pipeline.untrusted import read_json
 from mmscale.compare.config import Comparison, Equal, Variant
 from mmscale.config import dump
 from mmscale.errors import ConfigError, MMScaleError
@@ -144,9 +146,10 @@ def plan_trials(comparison: Comparison, measured: Callable[[str], object] = lamb
     """
     key = _key(comparison)
     path = comparison.run_dir / PLAN_FILE
-    known = json.loads(path.read_bytes()) if path.is_file() else {}
-    if known.get("key") == key:
-        return [_recalled(comparison, record) for record in known["runs"]]
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # Else it is made again.
+        known = read_json(path)
+        if known["key"] == key:
+            return [_recalled(comparison, record) for record in known["runs"]]
     trials: list[Trial] = []
     for seed in comparison.settings.seeds:
         first: _Measured | None = None

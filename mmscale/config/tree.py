@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.untrusted import MOST_YAML_BYTES, BoundedYamlLoader, UntrustedError, YamlBoundsError, read_bytes
 from mmscale.errors import ConfigError
 
 Scalar = str | int | float | bool | None
@@ -85,8 +86,8 @@ def plain(entry: Entry) -> Any:
     return entry.value
 
 
-class ConfigLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2."""
+class ConfigLoader(BoundedYamlLoader):
+    """PyYAML's safe loader within bounds, with the scalars of YAML 1.2."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  PyYAML's own protocol
 
@@ -135,10 +136,10 @@ def read_file(path: Path, layer: int) -> Entry:
         ConfigError: no such file, broken YAML, a key written twice, or no mapping at the top.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, most_bytes=MOST_YAML_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, UntrustedError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     entry = parse(text, lambda line: Origin("file", f"{path}:{line}", layer), str(path))
     if not isinstance(entry.value, dict):
@@ -160,32 +161,32 @@ def parse(text: str, origin_of_line: Callable[[int], Origin], name: str) -> Entr
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{name}:{mark.line + 1}" if mark is not None else name
-        raise ConfigError(f"{place}: not valid YAML: {error.problem}") from None
+        what = "" if isinstance(error, YamlBoundsError) else "not valid YAML: "
+        raise ConfigError(f"{place}: {what}{error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
     finally:
         loader.dispose()
     if node is None:
         return Entry(None, origin_of_line(1))
-    return _convert(node, node.start_mark.line + 1, origin_of_line, frozenset())
+    return _convert(node, node.start_mark.line + 1, origin_of_line)
 
 
-def _convert(node: yaml.Node, line: int, origin_of_line: Callable[[int], Origin], above: frozenset[int]) -> Entry:
+def _convert(node: yaml.Node, line: int, origin_of_line: Callable[[int], Origin]) -> Entry:
     origin = origin_of_line(line)
-    if id(node) in above:
-        raise ConfigError(f"{origin}: an alias that contains itself")
-    inside = above | {id(node)}
     if isinstance(node, yaml.SequenceNode):
-        items = [_convert(item, item.start_mark.line + 1, origin_of_line, inside) for item in node.value]
+        items = [_convert(item, item.start_mark.line + 1, origin_of_line) for item in node.value]
         return Entry(items, origin)
     if isinstance(node, yaml.MappingNode):
-        return Entry(_mapping(node, origin_of_line, inside), origin)
-    return Entry(_scalar(node, origin), origin)
+        return Entry(_mapping(node, origin_of_line), origin)
+    try:
+        return Entry(_scalar(node, origin), origin)
+    except ValueError:  # The tag was written by hand (!!int x), or the number has over 4300 digits.
+        kind = node.tag.rpartition(":")[2]
+        raise ConfigError(f"{origin}: {node.value[:60]!r} is not a number that can be read as {kind}") from None
 
 
-def _mapping(
-    node: yaml.MappingNode, origin_of_line: Callable[[int], Origin], inside: frozenset[int]
-) -> dict[str, Entry]:
+def _mapping(node: yaml.MappingNode, origin_of_line: Callable[[int], Origin]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -196,5 +197,5 @@ def _mapping(
             raise ConfigError(f"{origin_of_line(line)}: YAML merge keys are not read; use a '{BASE_KEY}:' file instead")
         if key in entries:
             raise ConfigError(f"{origin_of_line(line)} {key}: written twice, first at {entries[key].origin}")
-        entries[key] = _convert(value_node, line, origin_of_line, inside)
+        entries[key] = _convert(value_node, line, origin_of_line)
     return entries

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterable
-from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
+
+from data_pipeline.untrusted import open_regular
 
 _CHUNK_BYTES = 16 << 20
 
@@ -137,30 +136,6 @@ def checksum_of(value: memoryview) -> int:
     for chunk in _chunks(value):
         checksum = crc32(chunk, checksum)
     return checksum
-
-
-def open_regular(path: Path) -> FileIO:
-    """Opens a regular file for reading, without a buffer.
-
-    A FIFO, a device, a socket or a folder is refused at once: opening or reading one may block for ever. Symbolic links
-    are followed, and what they lead to must be a regular file.
-
-    Raises:
-        OSError: there is none, it is no regular file (``errno.EINVAL``), or it cannot be opened.
-    """
-    require_regular(path)
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # Does not block if the file was exchanged for a FIFO.
-    return FileIO(handle, "rb")
-
-
-def require_regular(path: Path) -> None:
-    """For files that a library opens by itself; see ``open_regular``.
-
-    Raises:
-        OSError: there is none, or it is no regular file (``errno.EINVAL``).
-    """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def crc32_of(path: Path) -> int:

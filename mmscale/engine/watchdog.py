@@ -32,11 +32,13 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from data_pipeline.strict import StrictConfig
+from data_pipeline.untrusted import read_json
 
 EXIT_HUNG = 76
 """Exit code of a run that its watchdog ended."""
 HEARTBEATS = "heartbeats"
 _VERDICT = "verdict.json"
+_MOST_BEAT_BYTES = 1 << 16
 _TORCH, _DEEPSPEED = "/torch/distributed/distributed_c10d.py", "/deepspeed/comm/"
 _ZERO = "/deepspeed/runtime/zero/partition_parameters.py"
 """Its handles wait for weights that are gathered ahead of time."""
@@ -221,7 +223,7 @@ class Watchdog:
     @staticmethod
     def _read(path: Path) -> Beat | None:
         try:
-            return Beat(**json.loads(path.read_text()))
+            return Beat(**read_json(path, most_bytes=_MOST_BEAT_BYTES))
         except (OSError, ValueError, TypeError):
             return None
 

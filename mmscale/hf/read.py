@@ -10,7 +10,6 @@ keeps of it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmscale.durable.files import require_regular
+from data_pipeline.untrusted import UntrustedError, open_regular, read_json
 from mmscale.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -150,22 +149,19 @@ def _listing(path: Path) -> dict[str, set[str] | None]:
 
 def _open(file: Path) -> Any:
     try:
-        require_regular(file)
+        open_regular(file).close()  # The library blocks on a FIFO.
         return safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, UntrustedError, OSError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        require_regular(file)
-        if file.stat().st_size > _MOST_JSON_BYTES:
-            raise CheckpointError(f"{file} is larger than {_MOST_JSON_BYTES} bytes: not what it is called")
-        values = json.loads(file.read_bytes())
+        values = read_json(file, most_bytes=_MOST_JSON_BYTES)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); give a folder of Hugging Face") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON: {error}") from error
+    except UntrustedError as error:
+        raise CheckpointError(f"{file} is {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} is no JSON object")
     return values

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from data_pipeline.errors import FaultKind, TooManyFaultsError
 from data_pipeline.faults import FaultConfig, Skipped
+from data_pipeline.untrusted import parse_json
 from mmscale.dist import World, first_complaint
 from mmscale.errors import MMScaleError
 
@@ -131,7 +132,7 @@ def _cut_back(path: Path, step: int) -> None:
     with path.open("rb") as file:
         for line in file:
             try:
-                number = json.loads(line)["step"] if line.endswith(b"\n") else None
+                number = parse_json(line)["step"] if line.endswith(b"\n") else None
             except (ValueError, KeyError, TypeError):
                 number = None
             if not isinstance(number, int) or number > step:

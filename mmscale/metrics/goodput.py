@@ -10,7 +10,9 @@ life and its successor's start counts as ``down``: nobody is there to tell death
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -19,10 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipeline.untrusted import UntrustedError, parse_json, read_lines
 from mmscale.errors import MMScaleError
 from mmscale.metrics.sinks import read_metrics
 
 GOODPUT_FILE = "goodput.jsonl"
+_MOST_LINE_BYTES = 1 << 16
 
 Spent = Literal["setup", "checkpoint", "evaluation", "other"]
 """What a process does between steps. ``setup`` is from its start to its first batch, and between stages."""
@@ -142,13 +146,20 @@ def _process_start() -> float:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """Whole lines; what a kill tore is left out."""
-    notes = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            note = json.loads(line)
-            notes.append({"time": float(note["time"]), "kind": str(note["kind"]), "seconds": float(note["seconds"])})
-        except (ValueError, KeyError, TypeError):
-            continue
+    notes: list[dict[str, Any]] = []
+    if not path.is_file():
+        return notes
+    try:
+        for line in read_lines(path, most_bytes=_MOST_LINE_BYTES):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+                note = parse_json(line)
+                at, seconds = float(note["time"]), float(note["seconds"])
+                if math.isfinite(at) and math.isfinite(seconds):
+                    notes.append({"time": at, "kind": str(note["kind"]), "seconds": seconds})
+    except UntrustedError as error:
+        raise MMScaleError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise MMScaleError(f"{path}: cannot be read: {error.strerror}") from error
     return notes
 
 

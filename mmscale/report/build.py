@@ -8,24 +8,24 @@ Everything is inlined (styles, charts, images), so the file can be mailed and op
 from __future__ import annotations
 
 import base64
-import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from markupsafe import Markup
 
-from mmscale.errors import ConfigError
+from data_pipeline.untrusted import read_bytes
+from mmscale.errors import ConfigError, MMScaleError
 from mmscale.metrics.goodput import Goodput, read_goodput
 from mmscale.metrics.progress import format_count, format_seconds
 from mmscale.metrics.sinks import read_metrics
 from mmscale.report.captions import CaptionRecord, read_captions
-from mmscale.report.configuration import read_configuration
+from mmscale.report.configuration import Setting, read_configuration
 from mmscale.report.curves import (
     Point,
     Record,
@@ -38,12 +38,13 @@ from mmscale.report.curves import (
     stage_marks,
     thin,
 )
-from mmscale.report.result import RESULT_FILE, binomial_error, write_whole
+from mmscale.report.result import binomial_error, read_result, write_whole
 from mmscale.report.starts import read_starts
 from mmscale.report.step_time import goodput_rows, goodput_shares, step_figures, step_rows
 from mmscale.report.svg import Bar, Line, bar_chart, line_chart
 
 REPORT_FILE = "report.html"
+_MOST_IMAGE_BYTES = 16 << 20
 _NARROW, _WIDE = 520, 1080
 """Widths of charts in a column and across the page: near their size on the page, so that letters come out alike."""
 
@@ -99,8 +100,17 @@ class Gallery:
     tiles: list[Tile]
 
 
-def build_report(run_dir: Path) -> Path:
+T = TypeVar("T")
+
+
+def build_report(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> Path:
     """Writes ``report.html`` from whatever the run folder holds so far.
+
+    The page leaves out a damaged file and names it.
+
+    Args:
+        run_dir: The run folder.
+        note: Gets a sentence for each damaged file.
 
     Returns:
         The path of the report.
@@ -111,15 +121,30 @@ def build_report(run_dir: Path) -> Path:
     if not any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise ConfigError(f"{run_dir}: no run folder (neither config.yaml nor metrics.jsonl in it)")
     path = run_dir / REPORT_FILE
-    write_whole(path, render(run_dir).encode())
+    write_whole(path, render(run_dir, note).encode())
     return path
 
 
-def render(run_dir: Path) -> str:
-    """The page as text."""
-    records = read_metrics(run_dir / "metrics.jsonl")
-    result = _read_result(run_dir)
-    goodput = read_goodput(run_dir)
+def _read(part: Callable[[], T], empty: T, damage: list[str]) -> T:
+    """A part of the run folder; ``empty``, and a sentence added to ``damage``, if its file is damaged."""
+    try:
+        return part()
+    except MMScaleError as error:
+        damage.append(f"{error}; the report leaves it out")
+        return empty
+
+
+def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> str:
+    """The page as text; ``note`` as in ``build_report``."""
+    damage: list[str] = []
+    records: list[dict[str, Any]] = _read(lambda: read_metrics(run_dir / "metrics.jsonl"), [], damage)
+    result: dict[str, Any] = _read(lambda: read_result(run_dir), {}, damage)
+    captions: list[CaptionRecord] = _read(lambda: read_captions(run_dir), [], damage)
+    configuration: dict[str, list[Setting]] = _read(lambda: read_configuration(run_dir), {}, damage)
+    goodput = _read(lambda: read_goodput(run_dir), None, damage)
+    damage = list(dict.fromkeys(damage))  # Two parts may read one file.
+    for line in damage:
+        note(line)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmscale.report", "."),
         autoescape=True,
@@ -136,7 +161,7 @@ def render(run_dir: Path) -> str:
         last_step=records[-1]["step"] if records else 0,
         facts=_facts(records, result),
         cards=_cards(result),
-        galleries=_galleries(run_dir, read_captions(run_dir)),
+        galleries=_galleries(run_dir, captions),
         figures=_figures(records),
         throughput=_throughput(records),
         wall_time=_wall_time(goodput),
@@ -145,17 +170,10 @@ def render(run_dir: Path) -> str:
         memory=_memory(records, result),
         precision=_precision(result),
         shares=_shares(result),
-        configuration=read_configuration(run_dir),
+        configuration=configuration,
         starts=read_starts(run_dir),
+        damage=damage,
     )
-
-
-def _read_result(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / RESULT_FILE
-    if not path.is_file():
-        return {}
-    result: dict[str, Any] = json.loads(path.read_bytes())
-    return result
 
 
 def _precision(result: Mapping[str, Any]) -> str:
@@ -174,7 +192,7 @@ def _facts(records: Sequence[Record], result: Mapping[str, Any]) -> list[tuple[s
         facts.append(("parameters", format_count(total)))
         if active != total:
             facts.append(("active per token", format_count(active)))
-    if "world_size" in result:
+    if {"world_size", "zero_stage", "precision"} <= result.keys():
         ranks = f"{result['world_size']} rank" + ("s" if result["world_size"] > 1 else "")
         facts.append(("engine", f"{ranks} · ZeRO-{result['zero_stage']} · {result['precision']}"))
     if records:
@@ -225,10 +243,13 @@ def _galleries(run_dir: Path, records: Sequence[CaptionRecord]) -> list[Gallery]
 
 
 def _data_url(run_dir: Path, image: str) -> str:
-    path = (run_dir / image).resolve()
-    if not path.is_relative_to(run_dir.resolve()) or not path.is_file():
+    try:
+        path = (run_dir / image).resolve()
+        if not path.is_relative_to(run_dir.resolve()):
+            return ""
+        return "data:image/png;base64," + base64.b64encode(read_bytes(path, most_bytes=_MOST_IMAGE_BYTES)).decode()
+    except (OSError, ValueError):  # Absent or too large, or the name holds a null byte.
         return ""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _loss_unit(records: Sequence[Record]) -> str:

@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from data_pipeline.untrusted import read_json
+from mmscale.errors import MMScaleError
 from mmscale.metrics.sample_images import Pixels
 from mmscale.report.result import write_whole
 
@@ -33,6 +38,13 @@ class CaptionRecord:
     expected: str
     generated: str
     right: bool
+
+
+class _File(TypedDict):
+    captions: list[CaptionRecord]
+
+
+_FILE = TypeAdapter(_File)
 
 
 def names(generated: str, expected: str) -> bool:
@@ -67,11 +79,18 @@ def save_captions(run_dir: Path, items: Sequence[tuple[str, Pixels, str, str]]) 
 
 
 def read_captions(run_dir: Path) -> list[CaptionRecord]:
-    """The records of ``captions.json``; none if there is no such file."""
+    """Return the records of ``captions.json``; none if there is no such file.
+
+    Raises:
+        MMScaleError: the file cannot be read, or is damaged.
+    """
     path = run_dir / CAPTIONS_FILE
-    if not path.is_file():
+    if not path.exists():
         return []
-    return [CaptionRecord(**record) for record in json.loads(path.read_bytes())["captions"]]
+    try:
+        return _FILE.validate_python(read_json(path))["captions"]
+    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors.
+        raise MMScaleError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def encode_png(pixels: Pixels) -> bytes:

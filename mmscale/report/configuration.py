@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from data_pipeline.untrusted import MOST_YAML_BYTES, parse_yaml, read_bytes, read_json
 from mmscale.config.tree import ConfigLoader
+from mmscale.errors import MMScaleError
 from mmscale.report.result import write_whole
 
 ORIGINS_FILE = "report/origins.json"
@@ -44,19 +44,31 @@ def save_origins(run_dir: Path, origins: Mapping[str, Any]) -> Path:
 
 
 def read_configuration(run_dir: Path) -> dict[str, list[Setting]]:
-    """The settings of ``config.yaml`` by top-level key; empty if there is no such file."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
+    """Return the settings of ``config.yaml`` by top-level key; empty if there is no such file.
+
+    Raises:
+        MMScaleError: ``config.yaml`` or the file of origins cannot be read, or is damaged.
+    """
+    path, origins_path = run_dir / "config.yaml", run_dir / ORIGINS_FILE
+    if not path.exists():
         return {}
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=ConfigLoader)
-    origins_path = run_dir / ORIGINS_FILE
-    origins = json.loads(origins_path.read_bytes()) if origins_path.is_file() else {}
+    try:
+        config = parse_yaml(read_bytes(path, most_bytes=MOST_YAML_BYTES), ConfigLoader)
+    except (OSError, ValueError) as error:
+        raise MMScaleError(f"{path} is damaged: {error}") from error
+    try:
+        origins = read_json(origins_path) if origins_path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise MMScaleError(f"{origins_path} is damaged: {error}") from error
+    for file, held in ((path, {} if config is None else config), (origins_path, origins)):
+        if not isinstance(held, dict):
+            raise MMScaleError(f"{file} is damaged: it holds a {type(held).__name__}, expected a mapping")
     blocks: dict[str, list[Setting]] = {}
     for key, value in _leaves(config or {}, ()):
         text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
         name = ".".join(key)
         top = key[0] if len(key) > 1 else "run"
-        blocks.setdefault(top, []).append(Setting(name, text, origins.get(name, "")))
+        blocks.setdefault(top, []).append(Setting(name, text, str(origins.get(name, ""))))
     return dict(sorted(blocks.items(), key=lambda block: block[0] != "run"))
 
 

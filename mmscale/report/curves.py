@@ -40,9 +40,13 @@ def series(records: Sequence[Record], key: str) -> list[Point]:
 
 def finite(value: Any) -> float | None:
     """The value as a finite float, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # An integer beyond float64.
+        return None
+    return number if math.isfinite(number) else None
 
 
 def smooth(points: Sequence[Point], window: float | None = None) -> list[Point]:

@@ -7,9 +7,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import NotRequired, TypedDict
 
 from data_pipeline.shards import files
+from data_pipeline.untrusted import read_json
+from mmscale.errors import MMScaleError
 
 RESULT_FILE = "result.json"
 
@@ -212,3 +217,84 @@ def write_whole(path: Path, data: bytes) -> None:
     """Writes a file of a run, whole or not at all, in a folder that is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(path, data)
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(ge=0, lt=2**53)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_open = with_config(ConfigDict(extra="allow"))  # Another version may write more keys.
+
+
+@_open
+class _Scored(TypedDict):
+    kind: NotRequired[Literal["images", "choice"]]
+    score: _Share
+    chance: Annotated[float, Field(gt=0, le=1)]
+    control: NotRequired[_Share]
+    n: Annotated[int, Field(ge=1, lt=2**63)]
+    metric: str
+    error: NotRequired[_Number]
+    control_error: NotRequired[_Number]
+
+
+@_open
+class _Perplexity(TypedDict):
+    kind: Literal["perplexity"]
+    loss: float
+    error: float
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: _Count
+    n: _Count
+    metric: str
+
+
+@_open
+class _Params(TypedDict):
+    total: _Count
+    active: _Count
+    components: NotRequired[dict[str, _Count]]
+
+
+@_open
+class _Memory(TypedDict, total=False):
+    rss_bytes: list[_Count] | None
+    device_bytes: list[_Count] | None
+
+
+@_open
+class _Result(TypedDict, total=False):
+    world_size: _Count
+    zero_stage: int
+    precision: str
+    precision_reason: str
+    steps: _Count
+    train_seconds: _Seconds
+    params: _Params
+    heldout: dict[str, _Perplexity | _Scored]
+    memory: _Memory | None
+    machine: str
+    finished: bool
+
+
+_RESULT = TypeAdapter(_Result)
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """Return ``result.json`` as a mapping; empty if there is none. Keys that are there have the types of ``RunResult``.
+
+    Raises:
+        MMScaleError: the file cannot be read, or is damaged.
+    """
+    path = run_dir / RESULT_FILE
+    if not path.exists():
+        return {}
+    try:
+        return dict(_RESULT.validate_python(read_json(path)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(word) for word in first["loc"])
+        raise MMScaleError(f"{path} is damaged: {place or 'its content'}: {first['msg']}") from error
+    except (OSError, ValueError) as error:
+        raise MMScaleError(f"{path} is damaged: {error}") from error

@@ -88,7 +88,7 @@ def step_rows(records: Sequence[Record]) -> list[tuple[str, str]]:
         (f"{name}, of a step", f"{100 * _sum(measured, f'{name}_seconds') / spent:.1f}%")
         for name in ("forward", "backward", "optimizer", "communication")
     ]
-    known = [record for record in measured if finite(record.get("mfu")) is not None]
+    known = [record for record in measured if finite(record.get("mfu")) is not None and finite(record.get("seconds"))]
     if known:
         mfu = sum(float(r["mfu"]) * float(r["seconds"]) for r in known) / _sum(known, "seconds")
         rows.append(("MFU", f"{100 * mfu:.1f}%"))

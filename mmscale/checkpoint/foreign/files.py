@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mmscale.durable.files import require_regular
+from data_pipeline.untrusted import open_regular
 from mmscale.errors import CheckpointError
 from mmscale.hf.read import require_no_folder
 
@@ -114,7 +114,7 @@ def _refuse_inflated(path: Path, value: Any) -> None:
 def _named_classes(path: Path) -> set[str]:
     """Classes and functions that the pickle would call, read off it without running it."""
     try:
-        require_regular(path)
+        open_regular(path).close()
         with zipfile.ZipFile(path) as archive:
             size = path.stat().st_size
             for entry in archive.infolist():

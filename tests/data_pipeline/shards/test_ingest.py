@@ -114,7 +114,7 @@ def test_jsonl_parts_become_numbered_members(tmp_path: Path) -> None:
     ("row", "reason"),
     [
         ({"path": "gone.png", "caption": "x"}, r"gone\.png: no such file"),
-        ({"path": ".", "caption": "x"}, "no such file"),
+        ({"path": ".", "caption": "x"}, "a folder, expected a file"),
         ({"path": "text.png", "caption": "x"}, "no JPEG, PNG or WebP"),
         ({"path": "ok.png", "caption": 3}, "no string"),
         ({"path": "ok.png", "captions": "x"}, "must be a list"),
