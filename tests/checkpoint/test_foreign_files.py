@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import pickle
 import struct
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,7 @@ def test_a_class_put_together_on_the_stack_is_refused(tmp_path: Path) -> None:
     torch.save({"a": 1}, tmp_path / "good.pt")
     hidden = pickle.dumps(os.mkdir, protocol=4)  # STACK_GLOBAL names its class out of strings.
     _replace_pickle(tmp_path / "good.pt", tmp_path / "bad.pt", hidden)
-    with pytest.raises(CheckpointError, match="STACK_GLOBAL"):
+    with pytest.raises(CheckpointError, match=r"uses the pickle operation FRAME"):
         load_pt(tmp_path / "bad.pt")
 
 
@@ -101,6 +103,56 @@ def _replace_pickle(source: Path, target: Path, text: bytes, compression: int = 
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
         for entry in old.infolist():
             new.writestr(entry.filename, text if entry.filename.endswith("/data.pkl") else old.read(entry))
+
+
+@pytest.mark.timeout(60)
+def test_a_pickle_without_bounds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": 1}, tmp_path / "good.pt")
+    deep, step = 1_000_000, b"\x85"  # TUPLE1; Python computes a tuple's hash by recursion, and dies of it.
+    pickles = {
+        "tuples as a key": (b"\x80\x02})" + step * deep + b"K\x01s.", "nests deeper than 100"),
+        "lists": (b"\x80\x02" + b"]" * deep + b"a" * (deep - 1) + b".", "nests deeper than 100"),
+        "itself": (b"\x80\x02]q\x00h\x00a.", "nests deeper than 100"),
+        "in turn": (b"\x80\x02" + b"]q\x00" + b"]q\x01h\x00aq\x00" * 3 + b"h\x000.", "operation POP"),
+        "doubled": (b"\x80\x02]q\x00" + b"](h\x00h\x00eq\x00" * 60 + b".", "holds more than 5000000"),
+        "many": (b"\x80\x02" + b"]" * 300 + b".", "more than 200 operations"),
+        "short": (b"\x80\x02\x86.", "damaged"),
+    }
+    for name, (text, said) in pickles.items():
+        if name == "many":
+            monkeypatch.setattr("mmscale.checkpoint.foreign.files._MOST_OPERATIONS", 200)
+        _replace_pickle(tmp_path / "good.pt", tmp_path / "bad.pt", text)
+        with pytest.raises(CheckpointError, match=said):
+            load_pt(tmp_path / "bad.pt")
+        monkeypatch.undo()
+    os.mkfifo(tmp_path / "fifo.pt")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_pt(tmp_path / "fifo.pt")
+
+
+def _changed(held: Any, odd: Iterator[Any]) -> Iterator[Any]:
+    """Copies of a tree, each with one node replaced by another value."""
+    yield next(odd)
+    if isinstance(held, dict):
+        for key, child in held.items():
+            yield from (
+                type(held)(held, **{key: inner}) if isinstance(key, str) else {**held, key: inner}
+                for inner in _changed(child, odd)
+            )
+    elif isinstance(held, list):
+        for number, child in enumerate(held):
+            yield from ([*held[:number], inner, *held[number + 1 :]] for inner in _changed(child, odd))
+
+
+def test_any_value_in_any_place_is_imported_or_refused(tmp_path: Path) -> None:
+    odd = itertools.cycle([None, "x", -1, 2**70, float("nan"), [], {}, [[1]], True, torch.ones(2, 0), (3, "y")])
+    good = (model_states(), optim_states())
+    changed = [(model, good[1]) for model in _changed(good[0], odd)]
+    changed += [(good[0], optimizer) for optimizer in _changed(good[1], odd)]
+    for number, (model, optimizer) in enumerate(changed):
+        folder = write(tmp_path / f"a{number}", model, optimizer)
+        with contextlib.suppress(CheckpointError):
+            import_checkpoint(folder, tmp_path / f"run{number}")
 
 
 def test_claims_of_size_are_checked_before_memory_is_taken(tmp_path: Path) -> None:

@@ -91,6 +91,20 @@ def import_checkpoint(
         CheckpointError: the source is damaged, not whole, of another model, or not DeepSpeed's.
     """
     folder = find_folder(source)
+    try:
+        return _import(folder, directory, recipient, renames, stage)
+    # Any value of the pickles may have any type: an integer where a list is expected, a tensor where a shape is.
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{folder.path}: not a layout of DeepSpeed known here: {error!r:.200}") from error
+
+
+def _import(
+    folder: DeepSpeedFolder,
+    directory: Path,
+    recipient: Recipient | None,
+    renames: Mapping[str, str] | None,
+    stage: str | None,
+) -> ImportReport:
     head = read_model_states(folder.model_states[min(folder.model_states)])
     rules, table = rename_table(head.names, renames)
     chosen: int | None = None

@@ -66,6 +66,35 @@ _ALLOWED = frozenset(
         *_STAND_INS,
     }
 )
+# The operations of ``torch.save``, which pickles with protocol 2.
+_VALUES = frozenset(
+    {
+        *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "GLOBAL"),
+        *("BINUNICODE", "SHORT_BINSTRING", "BINSTRING", "EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT", "EMPTY_SET"),
+    }
+)
+_TAKES = {
+    "TUPLE": None,
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
+    "REDUCE": 2,
+    "NEWOBJ": 2,
+    "BINPERSID": 1,
+    "APPEND": 1,
+    "APPENDS": None,
+    "SETITEM": 2,
+    "SETITEMS": None,
+    "BUILD": 1,
+}
+"""Slots of the stack that an operation takes; None: all above the last mark."""
+_FILLS = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"})
+"""Those of them that put what they take into the object below."""
+_OPERATIONS = frozenset({"PROTO", "STOP", "MARK", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", *_VALUES, *_TAKES})
+_MOST_PICKLE_BYTES = 1 << 28
+_MOST_OPERATIONS = 5_000_000
+"""Of a pickle, and values that it holds; about 100 for each tensor; 15 seconds in all."""
+_MOST_DEPTH = 100
 _DAMAGE = (
     RuntimeError,
     UnpicklingError,
@@ -97,40 +126,107 @@ def load_pt(path: Path) -> Any:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _DAMAGE as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    _refuse_inflated(path, loaded)
+    _measure(path, loaded, 1, {})
     return loaded
 
 
-def _refuse_inflated(path: Path, value: Any) -> None:
-    """A tensor of stride 0 may claim any size; a copy of it would take the memory that it claims."""
-    if isinstance(value, torch.Tensor):
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: a tensor of shape {list(value.shape)} claims more values than it stores")
-    elif isinstance(value, Mapping | list | tuple) and not isinstance(value, torch.Size):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            _refuse_inflated(path, part)
+def _measure(path: Path, value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return the number of values and of levels in ``value``, where a shared container counts at every place.
+
+    Args:
+        path: Names the file in messages.
+        value: A part of what was loaded.
+        depth: Levels down to it, itself included.
+        known: Results so far, by ``id``.
+
+    Raises:
+        CheckpointError: too many of either, as in a container that contains itself, or an inflated tensor.
+    """
+    if id(value) not in known and depth <= _MOST_DEPTH:
+        parts: list[Any] = []
+        if isinstance(value, torch.Tensor):
+            # A tensor of stride 0 may claim any size; a copy of it would take the memory that it claims.
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                shape = list(value.shape)
+                raise CheckpointError(f"{path}: a tensor of shape {shape} claims more values than it stores")
+        elif isinstance(value, Mapping):
+            parts = [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            parts = list(value)
+        elif isinstance(value, LossScaler | FragmentAddress):
+            parts = list(vars(value).values())
+        measures = [_measure(path, part, depth + 1, known) for part in parts]
+        known[id(value)] = (
+            1 + sum(size for size, _ in measures),
+            1 + max((height for _, height in measures), default=0),
+        )
+    size, height = known.get(id(value), (1, 1))
+    if depth + height - 1 > _MOST_DEPTH or size > _MOST_OPERATIONS:
+        raise CheckpointError(
+            f"{path} nests deeper than {_MOST_DEPTH} levels or holds more than {_MOST_OPERATIONS} values; "
+            "no checkpoint of DeepSpeed does"
+        )
+    return size, height
 
 
 def _named_classes(path: Path) -> set[str]:
-    """Classes and functions that the pickle would call, read off it without running it."""
+    """Classes and functions that the pickle would call, read off it without running it.
+
+    Raises:
+        CheckpointError: the file is damaged, or its pickle is larger or nests deeper than any of ``torch.save``.
+    """
     try:
-        open_regular(path).close()
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             size = path.stat().st_size
             for entry in archive.infolist():
                 stored = entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size
                 if not stored or entry.header_offset + entry.file_size > size:
                     raise CheckpointError(f"{path}: {entry.filename} is compressed or cut; torch.save writes neither")
             (pickled,) = (entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
+            if pickled.file_size > _MOST_PICKLE_BYTES:
+                raise CheckpointError(f"{path}: its pickle has {pickled.file_size} bytes, at most {_MOST_PICKLE_BYTES}")
             text = archive.read(pickled)
-        found = set()
-        for opcode, argument, _ in genops(text):
-            if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
-                raise CheckpointError(f"{path} uses the pickle operation {opcode.name}; torch.save writes none")
-            if opcode.name == "GLOBAL":
-                found.add(str(argument).replace(" ", "."))
-    except (zipfile.BadZipFile, OSError, ValueError, LookupError) as error:
+        return _scan(path, text)
+    except (zipfile.BadZipFile, RuntimeError, OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path} is no file that torch.save wrote, or it is damaged: {error}") from error
+
+
+def _scan(path: Path, text: bytes) -> set[str]:
+    """Follow the pickle's stack without values, and return the names that it would call.
+
+    A slot of the stack is the number of levels below it. Without this bound a dictionary key of a million nested tuples
+    would overflow the stack of the process: Python computes the hash of a tuple by recursion, unchecked.
+    """
+    found: set[str] = set()
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
+    for number, (opcode, argument, _) in enumerate(genops(text)):
+        name = opcode.name
+        if name not in _OPERATIONS:
+            raise CheckpointError(f"{path} uses the pickle operation {name}; torch.save writes none")
+        if number >= _MOST_OPERATIONS:
+            raise CheckpointError(f"{path}: its pickle has more than {_MOST_OPERATIONS} operations")
+        if name == "GLOBAL":
+            found.add(str(argument).replace(" ", "."))
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in _VALUES:
+            stack.append(1)
+        elif name in _TAKES:
+            start = marks.pop() if _TAKES[name] is None else len(stack) - int(_TAKES[name] or 0)
+            if start < 0:
+                raise ValueError(f"{name} takes more than there is")
+            taken = stack[start:]
+            del stack[start:]
+            fills = name in _FILLS
+            stack.append(max([stack.pop() if fills else 1, *(1 + levels for levels in taken)]))
+            if stack[-1] > _MOST_DEPTH:
+                raise CheckpointError(f"{path}: its pickle nests deeper than {_MOST_DEPTH} levels")
     return found
 
 
