@@ -78,6 +78,10 @@ class SampleReader:
         number, row = self.manifest.locate(sample_index)
         return self._shard(number).index.members(row)[0].offset
 
+    def extensions(self, sample_index: int) -> tuple[str, ...]:
+        """Extensions of all files in a sample's shard, without reading it."""
+        return self._shard(self.manifest.locate(sample_index)[0]).index.extensions
+
     def expect(self, lane: int, blocks: Sequence[range]) -> None:
         """Names all samples that a lane needs now and next, in order: remote ones are fetched in the background.
 
@@ -308,8 +312,8 @@ def _default_parts(
     return parts
 
 
-def read_samples(manifest_path: Path | str, dataset: str = "evaluation") -> Iterator[Sample]:
-    """Every sample of a manifest, in stored order, once.
+def read_samples(manifest_path: Path | str, dataset: str = "evaluation", *, outlines: bool = False) -> Iterator[Sample]:
+    """Every sample of a manifest, in stored order, once; with ``outlines`` without the bytes of images.
 
     Raises:
         As ``SampleReader.read``; a bad sample ends the iteration, since an evaluation must not skip silently.
@@ -317,6 +321,6 @@ def read_samples(manifest_path: Path | str, dataset: str = "evaluation") -> Iter
     reader = SampleReader(Manifest.open(manifest_path), dataset)
     try:
         for index in range(reader.manifest.num_samples):
-            yield reader.read(index)
+            yield reader.read_outline(index) if outlines else reader.read(index)
     finally:
         reader.close()

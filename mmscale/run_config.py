@@ -11,14 +11,15 @@ from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.documents import DocumentBuilder
 from data_pipeline.errors import DataConfigError
+from data_pipeline.first_look import FirstLook, look_at
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.shards.mistaken import refuse_no_manifest
 from data_pipeline.streamed import expand_shards
 from data_pipeline.strict import StrictConfig
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.guard import BadStepsConfig, Policy
@@ -179,15 +180,20 @@ def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def check_files(config: RunConfig) -> None:
-    """Checks what validation cannot know without the disk. Cheap: nothing large is read.
+def check_files(config: RunConfig) -> list[str]:
+    """Checks what validation cannot know without the disk. Cheap: texts of some samples are read, and no image.
+
+    Returns:
+        Warnings: a sentence for each stage whose model has a tower that its data never use.
 
     Raises:
-        ConfigError: a manifest is missing, or the tokenizer has more ids than the model has embeddings; or a held-out
-            set cannot be asked as configured.
-        DataConfigError: a shard to be streamed is missing, the tokenizer cannot be loaded, or images are not cut as a
-            stage's model takes them.
+        ConfigError: a manifest is missing, or the tokenizer has more ids than the model has embeddings; a stage that
+            trains the tower or the connector has no image; or a held-out set cannot be asked as configured.
+        DataConfigError: a shard to be streamed is missing, the tokenizer cannot be loaded, images are not cut as a
+            stage's model takes them, or a data set has no usable sample.
+        DataPipelineError: a manifest or a held-out sample is damaged.
     """
+    notes = []
     for number, stage in enumerate(config.stages):
         data, model = config.stage_data(number), config.stage_model(number)
         for index, dataset in enumerate(data.datasets):
@@ -208,13 +214,42 @@ def check_files(config: RunConfig) -> None:
                 f"model.decoder.vocab_size={read}: the tokenizer of stage {stage.name} has {tokens} ids; "
                 f"have rows for {tokens} or more"
             )
-        for dataset in data.datasets:
-            try:
-                DocumentBuilder(dataset, tokenizer, media_spec(model))
-            except DataConfigError as error:
-                raise DataConfigError(f"stage {stage.name}, data set {dataset.name}: {error}") from error
+        looks = [_look_at(dataset, tokenizer, model, stage) for dataset in data.datasets]
+        if model.vision is not None and not any(look is None or look.holds_images for look in looks):
+            notes.append(_without_images(config, number))
     last = len(config.stages) - 1
     check_sets(config.evaluation, config.evaluation_data(last), config.stage_media(last))
+    return notes
+
+
+def _look_at(dataset: DatasetConfig, tokenizer: Tokenizer, model: ModelConfig, stage: StageConfig) -> FirstLook | None:
+    """Some samples of a data set; None where it is streamed or on a server, since that takes more than a look."""
+    try:
+        builder = DocumentBuilder(dataset, tokenizer, media_spec(model))
+        if not isinstance(dataset.manifest, Path):
+            return None
+        look = look_at(builder)
+    except DataConfigError as error:
+        raise DataConfigError(f"stage {stage.name}, data set {dataset.name}: {error}") from error
+    if look.unusable == look.looked_at:
+        raise DataConfigError(
+            f"stage {stage.name}, data set {dataset.name}: none of the {look.looked_at} samples looked at can be used; "
+            f"the first: {look.reason}"
+        )
+    return look
+
+
+def _without_images(config: RunConfig, number: int) -> str:
+    stage = config.stages[number]
+    names = ", ".join(dataset.name for dataset in config.stage_data(number).datasets)
+    what = f"stages.{number} ({stage.name}): the model has a vision tower, and no image was found in its data ({names})"
+    trained = [name for name in ("vision", "connector") if name in stage.train or ALL in stage.train]
+    if trained:
+        raise ConfigError(
+            f"{what}, so {' and '.join(trained)} would learn nothing; give it images, "
+            "or leave both out of stages.*.train, or set model.vision and model.connector to null"
+        )
+    return what
 
 
 def check_world(config: RunConfig, world_size: int) -> None:

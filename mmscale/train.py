@@ -113,13 +113,15 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
     config = loaded.value
     # From the first moment: a signal during set-up must not end the process but stop the run after its next step.
     with listen_for_stop() as stop:
-        check_files(config)
+        notes = check_files(config)
         world = init_distributed(config.engine)
         limits = config.engine.watchdog.limits(config.engine.timeout_seconds)
         watchdog = Watchdog(config.run_dir, limits, world.rank, world.world_size)
         try:
             check_ranks(config, world)
             check_world(config, world.world_size)
+            for line in notes if world.is_main else ():
+                print(f"mmscale: warning: {line}", file=sys.stderr, flush=True)
             if refuse_or_report_finished(config, world):
                 if profile:
                     raise ConfigError(

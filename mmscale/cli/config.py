@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from mmscale.cli.console import emit
+
+if TYPE_CHECKING:
+    from mmscale.run_config import RunConfig
 
 app = typer.Typer()
 
@@ -48,12 +53,36 @@ def _shown(value: object) -> str:
 
 @app.command(epilog="Example: mmscale config validate configs/quickstart.yaml run_dir=runs/other")
 def validate(config: Path = _CONFIG, overrides: list[str] = _OVERRIDES) -> None:
-    """Check a configuration."""
+    """Check all of a configuration that can be known without starting: values, files, data, held-out sets."""
     from mmscale.config import load
-    from mmscale.run_config import RunConfig
+    from mmscale.run_config import RunConfig, check_files
 
-    load(config, overrides or [], RunConfig)
-    print(f"{config}: valid")
+    run = load(config, overrides or [], RunConfig).value
+    notes = check_files(run)
+    _check_sources(run)
+    for line in notes:
+        print(f"mmscale: warning: {line}", file=sys.stderr)
+    lanes = min(run.stage_data(number).lanes for number in range(len(run.stages)))
+    print(f"{config}: valid, for at most {lanes} rank{'s' if lanes > 1 else ''}")
+
+
+def _check_sources(run: RunConfig) -> None:
+    """Checks the checkpoints that stages take weights from or learn from."""
+    if not any(stage.weights or stage.distill for stage in run.stages):
+        return
+    import torch  # With these modules comes the engine, which few configurations need.
+
+    from mmscale.checkpoint import TrainState, find_latest, read_state
+    from mmscale.dist import World
+    from mmscale.run_folder import CHECKPOINTS
+    from mmscale.stage_teachers import check_teachers
+    from mmscale.stage_weights import check_stage_weights
+
+    latest = find_latest(run.run_dir / CHECKPOINTS)
+    state = read_state(latest) if latest else TrainState()
+    world = World(0, 1, 0, torch.device("cpu"))
+    check_stage_weights(run, world, state)
+    check_teachers(run, world, state)
 
 
 @app.command(epilog="Example: mmscale config shrink configs/recipes/emoji-stages.yaml > tiny.yaml")

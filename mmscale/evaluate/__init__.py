@@ -10,8 +10,10 @@ similarity  (sample, candidate) pairs -> how near image and text are, of a model
 choice      multiple-choice questions -> ChoiceResult
 perplexity  documents -> PerplexityResult
 score       all of it -> a result for each set
+check       all of it that can be known before a run
 """
 
+from mmscale.evaluate.check import check_sets
 from mmscale.evaluate.config import (
     CaptionsConfig,
     ChoiceSet,
@@ -21,7 +23,7 @@ from mmscale.evaluate.config import (
     Normalise,
     PerplexitySet,
 )
-from mmscale.evaluate.heldout import check_sets, not_asked
+from mmscale.evaluate.heldout import not_asked
 from mmscale.evaluate.score import evaluate
 
 __all__ = [

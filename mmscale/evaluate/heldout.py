@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,17 +12,16 @@ from data_pipeline.batch import MultimodalBatch
 from data_pipeline.collate import collate
 from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.documents import DocumentBuilder, null_document
-from data_pipeline.errors import DataConfigError, DataPipelineError, SampleError
+from data_pipeline.errors import DataPipelineError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing import Pack
 from data_pipeline.reader import read_samples
 from data_pipeline.sample import Sample
-from data_pipeline.shards.mistaken import refuse_no_manifest
 from data_pipeline.templates import CaptionTemplate, TemplateConfig
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer import Tokenizer
 from mmscale.dist import World, first_complaint
 from mmscale.errors import ConfigError
-from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, EvaluationSet, HeldOutSet, Normalise, PerplexitySet
+from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, EvaluationSet, HeldOutSet, PerplexitySet
 from mmscale.evaluate.likelihood import ScoredModel
 
 T = TypeVar("T")
@@ -75,30 +73,35 @@ class Questions:
             ManifestError, ShardError, SampleError: a file is missing or damaged.
         """
         samples = list(read_samples(config.manifest, config.name))
-        values = [_value(sample, config) for sample in samples]
-        pool = values if config.candidates_from is None else _values(config.candidates_from, config)
+        values = [answer_of(sample, config) for sample in samples]
+        pool = values
+        if config.candidates_from is not None:
+            others = read_samples(config.candidates_from, config.name, outlines=True)
+            pool = [answer_of(sample, config) for sample in others]
         chosen = draw(config, len(samples), limit)
         return cls(config, [samples[i] for i in chosen], [values[i] for i in chosen], pool)
 
-    def answer_ids(self, value: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Token ids of a candidate, with the end token if the set asks for it.
 
-        Raises:
-            ConfigError: the tokenizer makes nothing of it.
-        """
-        ids = tokenizer.encode(self.config.template.format(value=value))
-        if self.config.ends:
-            ids = [*ids, tokenizer.eos_id]
-        if not ids:
-            raise ConfigError(f"evaluation set {self.config.name}: the answer {value!r} has no tokens")
-        return tuple(ids)
+def candidate_ids(held: HeldOutSet, value: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Token ids of a candidate, with the end token if the set asks for it.
 
-
-def _values(manifest: Path, config: HeldOutSet) -> list[str]:
-    return [_value(sample, config) for sample in read_samples(manifest, config.name)]
+    Raises:
+        ConfigError: the tokenizer makes nothing of it.
+    """
+    ids = tokenizer.encode(held.template.format(value=value))
+    if held.ends:
+        ids = [*ids, tokenizer.eos_id]
+    if not ids:
+        raise ConfigError(f"evaluation set {held.name}: the answer {value!r} has no tokens")
+    return tuple(ids)
 
 
-def _value(sample: Sample, config: HeldOutSet) -> str:
+def answer_of(sample: Sample, config: HeldOutSet) -> str:
+    """Return the right answer of a sample.
+
+    Raises:
+        ConfigError: the field is missing or no text.
+    """
     value: Any = sample.fields
     for name in config.field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -175,40 +178,6 @@ def template_of(held: EvaluationSet) -> TemplateConfig:
     if isinstance(held, ChoiceSet) and held.dialogue is not None:
         return held.dialogue
     return CaptionTemplate(prompts=(held.prompt,))
-
-
-def check_sets(config: EvaluationConfig, data: DataConfig, spec: MediaSpec) -> None:
-    """Checks what can be known of the sets before a run. Cheap: no sample is read.
-
-    Raises:
-        ConfigError: a manifest is missing, or the model does not score as the set says.
-        DataConfigError: a set's transforms do not fit the model, or the tokenizer lacks a token of its template.
-    """
-    tokenizer = load_tokenizer(data.tokenizer)
-    for held in config.sets:
-        manifests = [held.manifest, getattr(held, "candidates_from", None)]
-        for manifest in manifests:
-            if manifest is not None:
-                if not manifest.exists():
-                    raise ConfigError(f"evaluation set {held.name}: {manifest}: no such file")
-                refuse_no_manifest(manifest, str(manifest), f"evaluation set {held.name}: manifest")
-        if held in not_asked(config, spec):
-            continue
-        if spec.placement is Placement.PAIR and isinstance(held, HeldOutSet):
-            _check_compared(held)
-        try:
-            document_builder(held, template_of(held), data, tokenizer, spec)
-        except DataConfigError as error:
-            raise DataConfigError(f"evaluation set {held.name}: {error}") from error
-
-
-def _check_compared(held: HeldOutSet) -> None:
-    for name, wanted in (("ends", held.ends), ("normalise", held.normalise is not Normalise.TOKENS)):
-        if not wanted:
-            raise ConfigError(
-                f"evaluation set {held.name}: {name}={getattr(held, name)}: the model compares whole texts with images "
-                "(connector.kind=contrastive), by one number each; leave it out"
-            )
 
 
 def not_asked(config: EvaluationConfig, spec: MediaSpec) -> tuple[EvaluationSet, ...]:

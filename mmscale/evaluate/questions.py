@@ -51,7 +51,10 @@ def deal(answers: Sequence[str], pool: Sequence[str], choices: int | None, seed:
     values = sorted(set(pool) | set(answers))
     choices = len(values) if choices is None else choices
     if not 2 <= choices <= len(values):
-        raise ConfigError(f"choices={choices}: the set offers {len(values)} different answers; 2 are needed at least")
+        raise ConfigError(
+            f"choices={choices}: the set offers {len(values)} different answers; "
+            + (f"ask for 2 to {len(values)}, or null for all" if len(values) >= 2 else "a question needs at least 2")
+        )
     rng = np.random.default_rng([seed, len(answers)])
     groups = _deal_samples(answers, choices, rng)
     return [_block(group, answers, values, choices, rng) for group in groups]

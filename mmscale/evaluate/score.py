@@ -19,7 +19,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.evaluate.choice import credit, score_choices
 from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, HeldOutSet, Normalise, PerplexitySet
-from mmscale.evaluate.heldout import Asked, PromptBuilder, Questions, not_asked
+from mmscale.evaluate.heldout import Asked, PromptBuilder, Questions, candidate_ids, not_asked
 from mmscale.evaluate.likelihood import ScoredModel
 from mmscale.evaluate.pairs import Pair, PairScorer
 from mmscale.evaluate.perplexity import score_perplexity
@@ -71,7 +71,7 @@ def _score_images(asked: Asked, held: HeldOutSet) -> SetResult:
         asks = [(sample, value) for block in blocks for sample in block.samples for value in block.candidates]
         tables = list(_tables(similarities(asked, held, questions.samples, asks), blocks))
         return _result(_normalised(tables, blocks, [], held.normalise), blocks, questions, None)
-    ids = {value: questions.answer_ids(value, asked.tokenizer) for block in blocks for value in block.candidates}
+    ids = {value: candidate_ids(held, value, asked.tokenizer) for block in blocks for value in block.candidates}
     pairs = [Pair(sample, ids[value]) for block in blocks for sample in block.samples for value in block.candidates]
     prompts = PromptBuilder.of_images(held, asked.data, asked.tokenizer, asked.spec)
     values = PairScorer(asked, held, questions.samples, prompts).run(pairs)

@@ -56,7 +56,7 @@ def test_the_place_of_the_right_answer_says_nothing() -> None:
     assert places == Counter({0: 100, 1: 100, 2: 100, 3: 100})
 
 
-@pytest.mark.parametrize(("choices", "message"), [(5, "offers 3 different answers"), (1, "2 are needed")])
+@pytest.mark.parametrize(("choices", "message"), [(5, "offers 3 different answers"), (1, "ask for 2 to 3")])
 def test_impossible_numbers_of_choices_are_refused(choices: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         deal(["a", "b", "c"], [], choices, 0)

@@ -17,7 +17,7 @@ from data_pipeline.templates import CaptionTemplate
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig, evaluate
-from mmscale.evaluate.heldout import Asked, PromptBuilder, Questions
+from mmscale.evaluate.heldout import Asked, PromptBuilder, Questions, candidate_ids
 from mmscale.evaluate.pairs import Pair, PairScorer
 from mmscale.evaluate.questions import deal
 from mmscale.models.build import media_spec
@@ -57,7 +57,7 @@ def test_likelihoods_equal_one_document_at_a_time(kind: str, ends: bool) -> None
     tokenizer = load_tokenizer(data.tokenizer)
     questions = Questions.read(config.image_sets[0])
     values = questions.answers[:3]
-    pairs = [Pair(sample, questions.answer_ids(value, tokenizer)) for sample in range(5) for value in values]
+    pairs = [Pair(sample, candidate_ids(questions.config, value, tokenizer)) for sample in range(5) for value in values]
     prompts = PromptBuilder.of_images(config.image_sets[0], data, tokenizer, spec)
     asked = Asked(model, config, data, tokenizer, spec, ALONE)
     found = PairScorer(asked, questions.config, questions.samples, prompts).run(pairs)
