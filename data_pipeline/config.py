@@ -98,16 +98,16 @@ class DatasetConfig(StrictConfig):
 class OrderConfig(StrictConfig):
     """Shuffling: blocks are permuted, and samples inside a window of blocks."""
 
-    block_size: int = Field(default=16, ge=1)
+    block_size: int = Field(default=16, ge=1, le=1 << 20)
     """Consecutive samples of a block: larger reads more sequentially, smaller shuffles better."""
-    window_blocks: int = Field(default=8, ge=1)
+    window_blocks: int = Field(default=8, ge=1, le=1 << 20)
     """Blocks of a lane whose samples are mixed."""
 
 
 class PackingConfig(StrictConfig):
     """What goes into one lane of one step."""
 
-    max_tokens: int = Field(ge=1)
+    max_tokens: int = Field(ge=1, lt=1 << 31)
     """Tokens of a pack at most, null documents included (memory)."""
     max_cost: float | None = Field(default=None, gt=0)
     """Tokens plus alpha times patches of a pack at most (time), alpha from the model; None leaves it open."""
@@ -139,16 +139,16 @@ class DataConfig(StrictConfig):
     """Text to ids."""
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
     """The mixture."""
-    lanes: int = Field(ge=1)
+    lanes: int = Field(ge=1, le=1 << 20)
     """Rows of the global batch: each holds one pack a step, whatever the number of ranks."""
     packing: PackingConfig
     """Budgets of a pack."""
     order: OrderConfig = OrderConfig()
     """Shuffling."""
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=1024)
     """Worker processes of each rank, never more than its lanes; 0 loads between steps, images in two threads. Never
     changes the order."""
-    prefetch: int = Field(default=2, ge=1)
+    prefetch: int = Field(default=2, ge=1, le=1024)
     """Steps that each worker is ahead. Never changes the order."""
     storage: StorageConfig = StorageConfig()
     """How remote data are read. Never changes the order."""

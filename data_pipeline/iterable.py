@@ -18,6 +18,7 @@ from data_pipeline.errors import DataConfigError, StateError
 from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.state import LoaderState
+from data_pipeline.strict import reason_of
 from data_pipeline.untrusted import UntrustedError, read_yaml
 
 
@@ -119,7 +120,7 @@ def open_loader(
         try:
             config = DataConfig.model_validate(config)
         except ValidationError as error:
-            found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {reason_of(e)}" for e in error.errors())
             raise DataConfigError(f"data configuration: {found}") from error
     return PackedBatches(config, spec, seed, rank, world_size)
 

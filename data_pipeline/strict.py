@@ -1,14 +1,82 @@
-"""The base of every configuration class: frozen, and deaf to no key."""
+"""Base classes of everything that pydantic validates: frozen, unknown keys refused, every number finite."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+LARGEST_INT = 2**53
+"""Larger integers are not exact in float64, and no setting needs one."""
+LARGEST_FLOAT = 1e38
+"""Larger values are infinite in float32."""
 
 
-class StrictConfig(BaseModel):
-    """A configuration block. Unknown keys are errors; values never change after validation.
+class StrictRecord(BaseModel):
+    """A record of a file. Unknown keys are errors; values never change after validation; floats are finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class StrictConfig(StrictRecord):
+    """A configuration block: a record whose numbers are bounded too, also those in free mappings.
 
     A field's documentation is the string under it: meaning, unit, legal range.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    @field_validator("*", mode="after")
+    @classmethod
+    def _check_numbers(cls, value: Any) -> Any:
+        for number in _numbers(value):
+            largest = LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT
+            if not abs(number) <= largest:  # NaN is not.
+                raise ValueError(f"{number:.6g} is no finite number within ±{largest:.6g}")
+        return value
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _numbers(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+
+
+_REASONS = {
+    "missing": "required, and missing",
+    "extra_forbidden": "unknown key",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "finite_number": "must be a finite number",
+    "too_short": "give at least {min_length}, not {actual_length}",
+    "too_long": "give at most {max_length}, not {actual_length}",
+    "string_pattern_mismatch": "must match {pattern}",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "expected a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "expected a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "expected true or false"),
+    **dict.fromkeys(("string_type", "string_sub_type"), "expected a text"),
+    **dict.fromkeys(("tuple_type", "list_type", "set_type", "frozen_set_type"), "expected a list"),
+    **dict.fromkeys(("dict_type", "mapping_type"), "expected a mapping of keys to values"),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dataclass_type"), "expected a block of keys"),
+    "path_type": "expected a path",
+}
+"""pydantic's own sentences speak of Python's types, which are not those of a configuration file."""
+
+
+def reason_of(detail: Mapping[str, Any]) -> str:
+    """Return why a value was refused, in words of configuration files, from an item of ``ValidationError.errors()``."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "too_short" and context["min_length"] == 1:
+        return "give at least one"
+    if kind in _REASONS:
+        return _REASONS[kind].format(**context)
+    message: str = detail["msg"]
+    return f"{message[:1].lower()}{message[1:]}"

@@ -5,6 +5,7 @@ prompt, image files --as in training--> generate, with a cache --> text
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from mmscale.models.generation import generate
 from mmscale.models.sampling import SamplingConfig
 
 _MOST_IMAGE_BYTES = 1 << 28
+_IMAGE_PLACE = re.compile(r"<image(?:-\d+)?>")
 _PICTURE_PIXELS = 256
 """Longest side of an image in the report."""
 
@@ -144,6 +146,11 @@ def _question(
     if prompt is None:
         _check_prompt(dataset, sample)
         return dataset, sample
+    if not images and (place := _IMAGE_PLACE.search(prompt)):
+        raise ConfigError(
+            f"the prompt has a place for an image, {place[0]}, and no image is given; add --image FILE, or write the "
+            "prompt without it"
+        )
     if not isinstance(template, DialogueTemplate):
         template = LITERAL if prompt else CaptionTemplate()
     if isinstance(template, DialogueTemplate):

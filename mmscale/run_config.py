@@ -18,7 +18,7 @@ from data_pipeline.first_look import FirstLook, look_at
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.shards.mistaken import refuse_no_manifest
 from data_pipeline.streamed import expand_shards
-from data_pipeline.strict import StrictConfig
+from data_pipeline.strict import StrictConfig, reason_of
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.engine.config import EngineConfig
@@ -166,8 +166,7 @@ def _sentence(place: str, block: Any, fault: Any) -> str:
             isinstance(block, list | tuple) and isinstance(word, int)
         )
         block = block[word] if known else None
-    reason = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
-    return f"{'.'.join([place, *path])}: {reason[:1].lower()}{reason[1:]}"
+    return f"{'.'.join([place, *path])}: {reason_of(fault)}"
 
 
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -200,6 +200,9 @@ def test_a_text_model_goes_on_with_a_text_from_its_beginning_or_from_where_it_is
     )
     with pytest.raises(ConfigError, match="give an image or a prompt"):
         respond(model, data_config(), spec)
+    for place in ("<image>", "<image-2>"):
+        with pytest.raises(ConfigError, match=f"place for an image, {place}, and no image is given; add --image FILE"):
+            respond(model, data, spec, prompt=f"{place} is")
 
 
 def test_an_image_model_answers_a_prompt_without_an_image() -> None:

@@ -25,9 +25,9 @@ class StorageConfig(StrictConfig):
     """Region of the buckets; None asks ``AWS_REGION``."""
     allow_http: bool = False
     """Talk to an S3 endpoint without encryption, where its URL starts with http; so does ``AWS_ALLOW_HTTP=true``."""
-    timeout_seconds: float = Field(default=30.0, gt=0)
+    timeout_seconds: float = Field(default=30.0, gt=0, le=1e9)
     """A request that is not answered in full within this time is given up and tried again."""
-    retry_seconds: float = Field(default=300.0, ge=0)
+    retry_seconds: float = Field(default=300.0, ge=0, le=1e9)
     """One read is tried again for this long: refused, broken and slow answers, 429 and 5xx."""
     max_concurrency: int = Field(default=16, ge=1, le=1024)
     """Requests of one process at the same time."""

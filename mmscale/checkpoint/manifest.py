@@ -23,7 +23,7 @@ from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import StateError
 from data_pipeline.state import LoaderState
-from data_pipeline.strict import StrictConfig
+from data_pipeline.strict import StrictConfig, StrictRecord
 from data_pipeline.untrusted import UntrustedError, read_bytes
 from mmscale.errors import CheckpointError
 from mmscale.hf.read import require_no_folder
@@ -89,14 +89,14 @@ class SavedState(StrictConfig):
     extra: dict[str, Any]
 
 
-class FileEntry(StrictConfig):
+class FileEntry(StrictRecord):
     """A file beside the manifest."""
 
     bytes: int = Field(ge=0)
     crc32: int = Field(ge=0)
 
 
-class ParameterEntry(StrictConfig):
+class ParameterEntry(StrictRecord):
     """A parameter of the model."""
 
     shape: tuple[int, ...]
@@ -134,7 +134,7 @@ class Manifest(StrictConfig):
         return owner if owner in self.parameters else None
 
 
-class TensorEntry(StrictConfig):
+class TensorEntry(StrictRecord):
     """A tensor in the file of one rank."""
 
     start: int = Field(ge=0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from data_pipeline.errors import DataPipelineError
+from data_pipeline.strict import reason_of
 from mmscale.config.schema import TAG, model_at
 from mmscale.config.tree import Entry, plain
 from mmscale.errors import ConfigError, MMScaleError
@@ -17,6 +18,7 @@ from mmscale.errors import ConfigError, MMScaleError
 S = TypeVar("S", bound=BaseModel)
 _Path = tuple[str, ...]
 _LONGEST_VALUE = 60
+_HEAD = re.compile(r"(?P<key>[a-z_][a-z_0-9]*(?:\.[a-z_0-9]+)*)=(?P<value>[^:;, ]*): ")
 
 
 def validate(root: Entry, schema: type[S], name: str) -> tuple[S, list[str]]:
@@ -119,15 +121,55 @@ def _is_echo(root: Entry, detail: Any) -> bool:
 
 def _complaint(root: Entry, schema: type[BaseModel], detail: Any, name: str) -> tuple[str, str]:
     path = _data_path(root, detail["loc"])
-    kind, context = detail["type"], detail.get("ctx", {})
+    kind = detail["type"]
+    if kind == "value_error" and path and _child_at(root, path) is None:
+        model = model_at(schema, plain(root), path[:-1])
+        if model is None or path[-1] not in model.model_fields:
+            path = path[:-1]  # The name of a union member, of a block that leaves its kind out.
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         path = (*path, TAG)
+    reason = _reason(root, schema, path, detail)
+    if kind == "value_error":
+        path, reason = _blamed(root, path, reason)
     entry = _entry_at(root, path)
     place = name if entry is root else str(entry.origin)
     what = ".".join(path)
     if entry is not root and not isinstance(entry.value, dict | list) and kind != "missing":
         what += f"={_shown(entry.value)}"
-    return f"{place} {what}".rstrip(), _reason(root, schema, path, kind, context, detail["msg"])
+    return f"{place} {what}".rstrip(), reason
+
+
+def _blamed(root: Entry, block: _Path, reason: str) -> tuple[_Path, str]:
+    """The key that a rule of a block names at the head of its sentence (``attention.num_heads=3: must ...``).
+
+    A rule may see values several blocks down, such as the heads of an attention in a decoder. Where the key is in the
+    file, at its path or at one place only below the block, the complaint names that line instead of the block's.
+    """
+    match = _HEAD.match(reason)
+    if match is None:
+        return block, reason
+    named = tuple(match["key"].split("."))
+    inside = _entry_at(root, block)
+    below = [named] if _child_at(inside, named) else [path for path in _paths(inside) if path[-len(named) :] == named]
+    if len(below) > 1:  # The same key in several blocks: the value tells which.
+        below = [path for path in below if str(_entry_at(inside, path).value) == match["value"]]
+    if len(below) != 1:
+        return block, reason
+    return (*block, *below[0]), reason[match.end() :]
+
+
+def _child_at(entry: Entry | None, path: _Path) -> Entry | None:
+    for key in path:
+        entry = None if entry is None else entry.child(key)
+    return entry
+
+
+def _paths(entry: Entry) -> Iterator[_Path]:
+    """Paths of all keys below an entry."""
+    if isinstance(entry.value, dict):
+        for key, child in entry.value.items():
+            yield (key,)
+            yield from ((key, *rest) for rest in _paths(child))
 
 
 def _shown(value: Any) -> str:
@@ -135,12 +177,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."
 
 
-def _reason(root: Entry, schema: type[BaseModel], path: _Path, kind: str, context: Any, message: str) -> str:
+def _reason(root: Entry, schema: type[BaseModel], path: _Path, detail: Any) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         model = model_at(schema, plain(root), path[:-1])
         return f"unknown key{_nearest(path[-1], [] if model is None else list(model.model_fields))}"
-    if kind == "missing":
-        return "required, and missing"
     if kind == "union_tag_not_found":
         return "required, and missing: it says which variant this block is"
     value = str(_entry_at(root, path).value)
@@ -148,9 +189,7 @@ def _reason(root: Entry, schema: type[BaseModel], path: _Path, kind: str, contex
         return f"unknown variant{_nearest(value, _quoted(context['expected_tags']))}"
     if kind in ("literal_error", "enum"):
         return f"not one of the choices{_nearest(value, _quoted(context['expected']))}"
-    if kind == "value_error":
-        return str(context["error"])
-    return f"{message[:1].lower()}{message[1:]}"
+    return reason_of(detail)
 
 
 def _quoted(listing: str) -> list[str]:

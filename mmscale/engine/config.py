@@ -31,7 +31,7 @@ class EngineConfig(StrictConfig):
     offload: Literal["none", "optimizer", "optimizer_and_weights"] = "none"
     """What rests in the host's memory: nothing, masters and optimizer state (stages 1-3), or also the weights' shards
     (stage 3). On a CPU device it saves nothing and works all the same."""
-    timeout_seconds: float = Field(default=600.0, gt=0)
+    timeout_seconds: float = Field(default=600.0, gt=0, le=1e9)
     """Longest wait for another rank before it counts as lost."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """Ends a run that hangs, with the name of the rank that the others wait for."""

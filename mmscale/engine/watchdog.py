@@ -51,10 +51,10 @@ _OURS = ("/mmscale/", "/data_pipeline/", "/tests/", "/benchmarks/")
 class WatchdogConfig(StrictConfig):
     """How long nothing may move before a run counts as hung. Each limit holds for one phase of one step."""
 
-    step_seconds: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    step_seconds: Annotated[float, Field(gt=0, le=1e9)] | Literal["auto"] | None = "auto"
     """Longest wait for data, forward, backward or the optimizer; null switches the watchdog off. It must be less than
     ``engine.timeout_seconds``, after which a collective fails without telling who was missing; ``auto`` is half."""
-    other_seconds: float = Field(default=3600.0, gt=0)
+    other_seconds: float = Field(default=3600.0, gt=0, le=1e9)
     """The same for what is no step: set-up until the end of the first step, a checkpoint, an evaluation."""
 
     def limits(self, timeout_seconds: float) -> Limits:

@@ -36,7 +36,7 @@ class _HeldOut(StrictConfig):
     """Key of the result."""
     manifest: Path
     """Manifest of the set; relative to the working directory."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of every draw."""
     limit: int | None = Field(default=None, ge=2)
     """Take so many samples at most, drawn at random; null for all."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from data_pipeline.strict import LARGEST_INT
 from mmscale.errors import CheckpointError
 from mmscale.hf.class_defaults import CLASS_DEFAULTS
 
@@ -63,10 +64,12 @@ class Keys:
             if default is REQUIRED:
                 raise CheckpointError(f"{self.where}: {key} is missing")
             return default
+        if type(value) in (int, float) and not abs(value) <= LARGEST_INT:  # NaN is not.
+            raise CheckpointError(f"{self.where}: {key}={value!r:.40} is no finite number within ±{LARGEST_INT:g}")
         if kind is float and type(value) is int:
             return float(value)
         if type(value) is not kind:
-            raise CheckpointError(f"{self.where}: {key}={value!r} must be of type {kind.__name__}")
+            raise CheckpointError(f"{self.where}: {key}={value!r:.80} must be of type {kind.__name__}")
         return value
 
     def block(self, key: str, family: str | None = None) -> Keys | None:
@@ -95,7 +98,7 @@ class Keys:
     def said(self, key: str) -> str:
         """Place and value of a key, for messages."""
         default = "" if key in self.given else " (the class default, since the key is missing)"
-        return f"{self.where}: {key}={self.values.get(key)!r}{default}"
+        return f"{self.where}: {key}={self.values.get(key)!r:.80}{default}"
 
     def finish(self) -> None:
         """Complains of keys that nobody asked for.
@@ -111,6 +114,6 @@ class Keys:
         ]
         if odd:
             raise CheckpointError(
-                f"{self.where}: {odd[0]}={self.given[odd[0]]!r} is not known for this family; if it does not change "
-                "what the model computes, remove it"
+                f"{self.where}: {odd[0]}={self.given[odd[0]]!r:.80} is not known for this family; if it does not "
+                "change what the model computes, remove it"
             )

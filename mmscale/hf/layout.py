@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
+from data_pipeline.strict import reason_of
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.read import PREPROCESSOR
@@ -195,7 +196,14 @@ class Layout:
         try:
             config = self.to_model(keys)
         except ValidationError as error:
-            raise CheckpointError(f"{where}: {error.errors()[0]['msg']}") from error
+            first = error.errors(include_url=False)[0]
+            place = ".".join(str(word) for word in first["loc"])
+            raise CheckpointError(f"{where}: {f'{place}: ' if place else ''}{reason_of(first)}") from error
+        # A size of 0 that others are divided by, a list where each item has to be a number, and the like.
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"{where}: a key has a value that no {self.model_type} has ({type(error).__name__}: {error!s:.200})"
+            ) from error
         keys.finish()
         return config
 

@@ -30,7 +30,7 @@ class MetricsConfig(StrictConfig):
     """``--profile`` lets this many steps of a start pass before it records."""
     profile_steps: int = Field(default=3, ge=1)
     """Steps that ``--profile`` records; a step of a small model on a CPU takes some 10 MB."""
-    plain_line_seconds: float = Field(default=10.0, gt=0)
+    plain_line_seconds: float = Field(default=10.0, gt=0, le=1e9)
     """Where the output is no terminal: seconds between two progress lines."""
     smoothing: float = Field(default=0.95, ge=0, lt=1)
     """Weight of the past in the moving averages that the progress line shows; 0 shows the last step alone."""

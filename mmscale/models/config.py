@@ -24,6 +24,7 @@ from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.norms import NormConfig
 from mmscale.nn.rope import RopeConfig, rotated_width
+from mmscale.nn.sizes import Layers, Vocabulary, Width
 
 MlpConfig = Annotated[DenseMlpConfig | MoeConfig, Field(discriminator="kind")]
 
@@ -31,7 +32,7 @@ MlpConfig = Annotated[DenseMlpConfig | MoeConfig, Field(discriminator="kind")]
 class ExtraTokensConfig(StrictConfig):
     """Rows for ids behind the vocabulary, parameters of their own: the component ``extra_tokens``."""
 
-    rows: int = Field(gt=0)
+    rows: Vocabulary
     """New ids: ``vocab_size``, ``vocab_size + 1``, ..."""
     predicted: bool = True
     """Whether the language head has rows for them too. False for ids that are only read, as image placeholders
@@ -41,13 +42,13 @@ class ExtraTokensConfig(StrictConfig):
 class DecoderConfig(StrictConfig):
     """A causal text decoder."""
 
-    vocab_size: int = Field(gt=0)
+    vocab_size: Vocabulary
     """V, rows of the embedding; with ``extra_tokens`` at least the tokenizer's vocabulary."""
     extra_tokens: ExtraTokensConfig | None = None
     """New tokens beside the table, so that they can learn while its rows are frozen; null for none."""
-    hidden_dim: int = Field(gt=0)
+    hidden_dim: Width
     """D, width of the residual stream."""
-    num_layers: int = Field(gt=0)
+    num_layers: Layers
     """Blocks with self-attention; cross-attention blocks come on top."""
     attention: AttentionConfig
     """Heads, biases, per-head norms."""
@@ -59,7 +60,7 @@ class DecoderConfig(StrictConfig):
     """Norms before the sub-layers (Llama) or after them (OLMo 2)."""
     rope: RopeConfig | None = RopeConfig()
     """Rotary positions; null for none."""
-    learned_positions: int | None = Field(default=None, gt=0)
+    learned_positions: Vocabulary | None = None
     """Rows of a table with a learned vector for each position, added to what enters the first block (CLIP's text tower,
     GPT-2): no document may be longer. Instead of ``rope``; null for none."""
     tie_embeddings: bool = False
@@ -88,10 +89,13 @@ class DecoderConfig(StrictConfig):
             raise ValueError(f"learned_positions={self.learned_positions}: positions come once; set rope=null")
         if self.rope is not None:
             width = rotated_width(head_dim, self.rope)
-            if width % 2:
-                raise ValueError(f"rope.fraction={self.rope.fraction}: {width} of {head_dim} channels; must be even")
+            if width < 2 or width % 2:
+                raise ValueError(
+                    f"rope.fraction={self.rope.fraction}: rotates {width} of {head_dim} channels of a head; "
+                    "must be an even number of at least 2"
+                )
             sections = self.rope.sections
-            if sections is not None and sum(sections) != width // 2:
+            if sections is not None and (sum(sections) != width // 2 or min(sections) < 0):
                 raise ValueError(f"rope.sections={list(sections)}: must sum to {width // 2}, half the rotated channels")
         return self
 
@@ -129,6 +133,11 @@ class ModelConfig(StrictConfig):
                 raise ValueError(
                     f"connector.every={self.connector.every}: a decoder of {self.decoder.num_layers} blocks gets none"
                 )
+            if self.connector.attention is not None:
+                try:
+                    self.connector.attention.resolved_head_dim(self.decoder.hidden_dim)
+                except ValueError as error:
+                    raise ValueError(f"connector.attention.{error}") from None
             if (
                 self.connector.mlp is None
                 and isinstance(self.decoder.mlp, MoeConfig)

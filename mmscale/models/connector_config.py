@@ -12,14 +12,15 @@ from data_pipeline.strict import StrictConfig
 from mmscale.nn.attention import AttentionConfig
 from mmscale.nn.mlp import Activation, DenseMlpConfig
 from mmscale.nn.rope import LearnedPositionsConfig
+from mmscale.nn.sizes import Epsilon, Heads, Layers, Side, Width
 
 
 class _Projector(StrictConfig):
-    merge: int = Field(default=1, gt=0)
+    merge: Side = 1
     """Side of the square of patches that becomes one feature (pixel shuffle); 1 for none."""
     norm: Literal["none", "before_merge", "after_merge"] = "none"
     """Where a layer norm stands: per patch (Qwen2-VL), per merged feature (NVLM), or nowhere."""
-    norm_eps: float = 1e-6
+    norm_eps: Epsilon = 1e-6
     """Its epsilon: 1e-6 in Qwen2-VL, 1e-5 in NVLM."""
     bias: bool = True
     """Biases on the projections."""
@@ -35,7 +36,7 @@ class MlpProjectorConfig(_Projector):
     """Two linear layers."""
 
     kind: Literal["mlp"] = "mlp"
-    hidden_dim: int | None = None
+    hidden_dim: Width | None = None
     """Channels between the layers; null: the decoder's width."""
     activation: Activation = Activation.GELU
     """Between the layers."""
@@ -45,11 +46,11 @@ class AttentionPoolConfig(StrictConfig):
     """The mean of a square of patches attends these patches; a feed-forward of its own width follows (Molmo)."""
 
     kind: Literal["attention_pool"] = "attention_pool"
-    merge: int = Field(default=2, gt=0)
+    merge: Side = 2
     """Side of the square of patches that becomes one feature."""
-    num_heads: int = Field(gt=0)
+    num_heads: Heads
     """H of the pooling attention; its projections have biases."""
-    head_dim: int = Field(gt=0)
+    head_dim: Heads
     """K; what is pooled has ``num_heads * head_dim`` channels."""
     mlp: DenseMlpConfig
     """From the pooled channels to the decoder's width."""
@@ -59,11 +60,11 @@ class CAbstractorConfig(StrictConfig):
     """Convolutions over the grid of a view, pooled to a square in their midst (Honeybee, MM1, MM1.5)."""
 
     kind: Literal["c_abstractor"] = "c_abstractor"
-    side: int = Field(default=12, gt=0)
+    side: Side = 12
     """Side of the square of features that each view becomes."""
-    hidden_dim: int = Field(gt=0)
+    hidden_dim: Width
     """Channels of the convolutions."""
-    depth: int = Field(default=3, gt=0)
+    depth: Layers = 3
     """Blocks before the pooling, and as many behind it."""
     positions: LearnedPositionsConfig | None = None
     """A learned vector added at each place of the tower's grid, which must be the tower's; null for none."""
@@ -95,7 +96,7 @@ class EmbeddingConnectorConfig(StrictConfig):
 class _Attended(StrictConfig):
     projector: ProjectorConfig = LinearProjectorConfig()
     """From tower features to the decoder's width."""
-    every: int = Field(default=4, gt=0)
+    every: Layers = 4
     """A cross-attention block stands before decoder blocks n-1, 2n-1, ... (0-based)."""
     attention: AttentionConfig | None = None
     """Heads of the cross-attention; null: as the decoder's."""
@@ -133,7 +134,7 @@ class ContrastiveConnectorConfig(StrictConfig):
     """One vector of an image and one of its text, near each other (CLIP, SigLIP): the decoder is the text's tower."""
 
     kind: Literal["contrastive"]
-    dim: int = Field(gt=0)
+    dim: Width
     """Channels of the two vectors."""
     pool: Literal["class", "mean"] = "class"
     """What stands for an image: the tower's ``class`` token (CLIP), which needs ``vision.class_feature``, or the

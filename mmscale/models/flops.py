@@ -26,8 +26,10 @@ from mmscale.models.connector_config import (
     CrossAttentionConnectorConfig,
     EmbeddingConnectorConfig,
     HybridConnectorConfig,
+    LinearProjectorConfig,
     MlpProjectorConfig,
     ProjectorConfig,
+    SeeingConnectorConfig,
 )
 from mmscale.models.connectors.c_abstractor import SQUEEZE
 from mmscale.models.connectors.cross_attention import cross_attention_shapes, insertion_layers
@@ -139,6 +141,8 @@ class _Part:
 def _parts(config: ModelConfig, batch: MultimodalBatch, rows: int, trained: Collection[str]) -> Iterator[_Part]:
     """Everything that a forward multiplies, with logits of ``rows`` rows."""
     decoder, connector = config.decoder, config.connector
+    if not isinstance(connector, SeeingConnectorConfig | ContrastiveConnectorConfig | None):
+        raise _uncounted(connector)
     sees = connector is not None and not {"vision", "connector"}.isdisjoint(trained)
     embeds = isinstance(connector, EmbeddingConnectorConfig | HybridConnectorConfig)
     # A gradient flows through the decoder from where learned values enter it: its beginning, or where it first attends.
@@ -294,7 +298,11 @@ def _experts(config: MoeConfig, dim: int) -> int:
 
 
 def _mlp(config: DenseMlpConfig | MoeConfig, dim: int) -> int:
-    return _dense(config, dim) if isinstance(config, DenseMlpConfig) else _experts(config, dim)
+    if isinstance(config, DenseMlpConfig):
+        return _dense(config, dim)
+    if isinstance(config, MoeConfig):
+        return _experts(config, dim)
+    raise _uncounted(config)
 
 
 def _decoder_per_token(config: ModelConfig) -> int:
@@ -333,6 +341,8 @@ def _patch_embed(config: VisionConfig) -> int:
 def _vision_per_patch(config: VisionConfig | PatchesConfig) -> int:
     if isinstance(config, PatchesConfig):
         return 0
+    if not isinstance(config, VisionConfig):
+        raise _uncounted(config)
     block = _attention_per_row(config.attention, config.hidden_dim) + _dense(config.mlp, config.hidden_dim)
     num_global = 0 if config.tiles is None else config.tiles.global_layers
     return _patch_embed(config) + (config.num_layers + num_global) * block
@@ -354,7 +364,14 @@ def _projector_products(config: ModelConfig, projector: ProjectorConfig, patches
     if isinstance(projector, MlpProjectorConfig):
         hidden = projector.hidden_dim or dim
         return [2 * features * width * hidden, 2 * features * hidden * dim]
-    return [2 * features * width * dim]
+    if isinstance(projector, LinearProjectorConfig):
+        return [2 * features * width * dim]
+    raise _uncounted(projector)
+
+
+def _uncounted(part: object) -> TypeError:
+    """The error for a kind of block that has no formula here: any other formula would count it wrong in silence."""
+    return TypeError(f"{type(part).__name__}: no count of its operations is known; add one to {__name__}")
 
 
 def _abstractor_products(config: CAbstractorConfig, width: int, dim: int, patches: int, frames: int) -> list[int]:

@@ -13,6 +13,7 @@ from mmscale.nn.attention import AttentionConfig
 from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.norms import NormConfig
 from mmscale.nn.rope import LearnedPositionsConfig, Rotary2dConfig
+from mmscale.nn.sizes import Channels, Layers, Side, Width
 
 PositionsConfig = Annotated[LearnedPositionsConfig | Rotary2dConfig, Field(discriminator="kind")]
 
@@ -25,7 +26,7 @@ class TilesConfig(StrictConfig):
 
     max_tiles: int = Field(default=4, ge=1, le=64)
     """Tiles of an image at most: tables have a row for each grid of so many."""
-    global_layers: int = Field(default=8, ge=0)
+    global_layers: int = Field(default=8, ge=0, le=1 << 12)
     """Gated blocks behind ``post_norm`` and a second embedding of tiles; ``last_output`` is theirs."""
     attend_absent: bool = True
     """Compute absent tiles and rows that fill up each tile, and let every patch attend them, as the published weights
@@ -37,13 +38,13 @@ class TilesConfig(StrictConfig):
 
 
 class _Pixels(StrictConfig):
-    patch_size: int = Field(gt=0)
+    patch_size: Side
     """Side of a square patch, pixels."""
-    channels: int = Field(default=3, gt=0)
+    channels: Channels = 3
     """Colour channels."""
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     """Subtracted from pixels scaled to 0..1, per channel."""
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 0.5, 0.5)
     """Divides after that, per channel."""
 
     @model_validator(mode="after")
@@ -75,9 +76,9 @@ class VisionConfig(_Pixels):
     """A vision transformer over packed patches of any number of images."""
 
     kind: Literal["transformer"] = "transformer"
-    hidden_dim: int = Field(gt=0)
+    hidden_dim: Width
     """Width of the tower."""
-    num_layers: int = Field(gt=0)
+    num_layers: Layers
     """Blocks."""
     attention: AttentionConfig
     """Heads, biases, per-head norms."""
@@ -96,7 +97,7 @@ class VisionConfig(_Pixels):
     """Tiles of an image are computed together (Llama 3.2 Vision); null: every view is by itself."""
     patch_bias: bool = False
     """Bias on the patch projection."""
-    temporal_patch: int = Field(default=1, gt=0)
+    temporal_patch: Channels = 1
     """Frames that the patch projection has weights for; a still image counts as so many equal ones (Qwen2-VL: 2)."""
     pre_norm: bool = False
     """A norm before the first block (CLIP, Pixtral)."""
@@ -111,7 +112,7 @@ class VisionConfig(_Pixels):
     then the second, ... (Llama 3.2 Vision)."""
     last_output: bool = True
     """Whether features hold the last block's output, normalised; if not, ``feature_layers`` alone (Molmo)."""
-    idle_layers: int = Field(default=0, ge=0)
+    idle_layers: int = Field(default=0, ge=0, le=1 << 12)
     """Blocks behind the last of ``feature_layers``, kept because published weights hold them (Molmo: 1). They are
     computed and learn nothing."""
     init_std: float | None = Field(default=None, gt=0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from data_pipeline.batch import AttentionSegments, BranchedSegments, Segments
@@ -14,6 +14,7 @@ from data_pipeline.strict import StrictConfig
 from mmscale.nn.attention_backends import Backend, varlen_attention
 from mmscale.nn.norms import NormConfig, build_norm
 from mmscale.nn.rope import Rotation, rotate
+from mmscale.nn.sizes import Heads
 
 
 class QkNorm(str, Enum):
@@ -29,11 +30,11 @@ class QkNorm(str, Enum):
 class AttentionConfig(StrictConfig):
     """Shape of an attention layer; its width comes from the block around it."""
 
-    num_heads: int = Field(gt=0)
+    num_heads: Heads
     """H, query heads."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Heads | None = None
     """G, key and value heads; must divide ``num_heads``. Null: as many as query heads."""
-    head_dim: int | None = None
+    head_dim: Heads | None = None
     """K, channels of a head. Null: width divided by ``num_heads``."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""

@@ -7,11 +7,11 @@ from enum import Enum
 from typing import Literal
 
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.strict import StrictConfig
+from mmscale.nn.sizes import Width
 
 
 class Activation(str, Enum):
@@ -49,7 +49,7 @@ class DenseMlpConfig(StrictConfig):
     """Feed-forward block without experts."""
 
     kind: Literal["dense"] = "dense"
-    hidden_dim: int = Field(gt=0)
+    hidden_dim: Width
     """F, channels between the two projections."""
     activation: Activation = Activation.SILU
     """Non-linearity between the projections."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from data_pipeline.strict import StrictConfig
 from mmscale.nn.mlp import ACTIVATIONS, Activation, DenseMlpConfig, Mlp
+from mmscale.nn.sizes import Layers, NumExperts, Width
 
 
 class RouterOrder(str, Enum):
@@ -33,11 +34,11 @@ class MoeConfig(StrictConfig):
     """Feed-forward block with routed experts."""
 
     kind: Literal["moe"] = "moe"
-    num_experts: int = Field(gt=0)
+    num_experts: NumExperts
     """E, routed experts."""
-    experts_per_token: int = Field(gt=0)
+    experts_per_token: NumExperts
     """A, experts that each token uses."""
-    expert_dim: int = Field(gt=0)
+    expert_dim: Width
     """F of each routed expert; a multiple of 8 for the grouped CUDA kernel."""
     activation: Activation = Activation.SILU
     """Non-linearity of the gated experts."""
@@ -45,7 +46,7 @@ class MoeConfig(StrictConfig):
     """Softmax over all experts and then the choice, or the choice and then softmax over the chosen."""
     renormalise: bool = False
     """Make the weights of the chosen experts sum to 1 (``softmax_then_topk`` only)."""
-    shared_dim: int = Field(default=0, ge=0)
+    shared_dim: int = Field(default=0, ge=0, le=1 << 20)
     """F of the expert that every token uses besides; 0 for none."""
     shared_gate: bool = False
     """Weigh the shared expert by a sigmoid gate per token (Qwen-MoE)."""
@@ -56,7 +57,7 @@ class MoeConfig(StrictConfig):
     bias_rate: float = Field(default=0.0, ge=0)
     """How far each expert's bias in the choice (not in the weights) moves after a step towards equal load, for balance
     without a loss (DeepSeek-V3: 0.001, with small coefficients); 0: no bias."""
-    every: int = Field(default=1, gt=0)
+    every: Layers = 1
     """Every n-th block has experts: blocks n-1, 2n-1, ...; the others use ``dense``."""
     dense: DenseMlpConfig | None = None
     """Feed-forward of the blocks without experts; needed if ``every`` is above 1."""

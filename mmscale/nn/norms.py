@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.strict import StrictConfig
+from mmscale.nn.sizes import Epsilon
 
 
 class NormKind(str, Enum):
@@ -25,7 +26,7 @@ class NormConfig(StrictConfig):
 
     kind: NormKind = NormKind.RMS
     """``rmsnorm`` (Llama, Qwen, Mistral) or ``layernorm`` (CLIP, SigLIP, Persimmon)."""
-    eps: float = 1e-5
+    eps: Epsilon = 1e-5
     """Added to the mean square (or the variance) before the root."""
 
 

@@ -18,6 +18,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from data_pipeline.strict import StrictConfig
+from mmscale.nn.sizes import Side
 
 
 class Llama3Scaling(StrictConfig):
@@ -27,21 +28,20 @@ class Llama3Scaling(StrictConfig):
     """
 
     kind: Literal["llama3"] = "llama3"
-    factor: float = 8.0
+    factor: float = Field(default=8.0, gt=0)
     """Divides the frequencies whose wavelength exceeds the original context. 8 in Llama 3.1, 32 in Llama 3.2."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: float = Field(default=1.0, gt=0)
     """Wavelengths above ``original_context / low_freq_factor`` are divided in full."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: float = Field(default=4.0, gt=0)
     """Wavelengths below ``original_context / high_freq_factor`` stay as they are; between the two: a blend."""
-    original_context: int = 8192
+    original_context: int = Field(default=8192, gt=0)
     """Context length of the first pre-training, tokens."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Llama3Scaling:
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
+        if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
-                f"high_freq_factor={self.high_freq_factor}: must be above low_freq_factor={self.low_freq_factor}, and "
-                "both above 0"
+                f"high_freq_factor={self.high_freq_factor}: must be above low_freq_factor={self.low_freq_factor}"
             )
         return self
 
@@ -53,7 +53,7 @@ class LinearScaling(StrictConfig):
     """
 
     kind: Literal["linear"]
-    factor: float = Field(ge=1, allow_inf_nan=False)
+    factor: float = Field(ge=1)
     """Divides the frequencies: the longer context over that of the first pre-training."""
 
 
@@ -64,15 +64,15 @@ class YarnScaling(StrictConfig):
     """
 
     kind: Literal["yarn"]
-    factor: float = Field(ge=1, allow_inf_nan=False)
+    factor: float = Field(ge=1)
     """Divides the slow frequencies: the longer context over that of the first pre-training."""
     original_context: int = Field(ge=1)
     """Context length of the first pre-training, tokens."""
-    attention_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    attention_factor: float | None = Field(default=None, gt=0)
     """Factor of cosines and sines; null for ``0.1 ln(factor) + 1``."""
-    beta_fast: float = Field(default=32.0, gt=0, allow_inf_nan=False)
+    beta_fast: float = Field(default=32.0, gt=0)
     """Frequencies that turn at least this many times within the original context stay as they are."""
-    beta_slow: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    beta_slow: float = Field(default=1.0, gt=0)
     """Frequencies that turn at most this many times are divided in full; between the two: a blend."""
     truncate: bool = True
     """Whether the ends of the blend are rounded outwards to whole frequencies."""
@@ -134,14 +134,8 @@ class LearnedPositionsConfig(StrictConfig):
     """A learned vector for each place of a fixed grid; every view has this size."""
 
     kind: Literal["learned"] = "learned"
-    grid: tuple[int, int]
+    grid: tuple[Side, Side]
     """Patches (rows, columns) of every view."""
-
-    @model_validator(mode="after")
-    def _positive(self) -> LearnedPositionsConfig:
-        if min(self.grid) < 1:
-            raise ValueError(f"grid={self.grid}: both sides must be at least 1 patch")
-        return self
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_dry_run_prints_a_legal_script_and_writes_nothing(capsys: pytest.Capture
 @pytest.mark.parametrize("target", [["local", "--ranks", "2"], ["slurm"]])
 def test_a_wrong_configuration_starts_nothing(target: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", target[0], QUICKSTART, "seed=x", *target[1:]]) == 2
-    assert "override 1 (seed=x) seed=x: input should be a valid integer" in capsys.readouterr().err
+    assert "override 1 (seed=x) seed=x: expected a whole number" in capsys.readouterr().err
 
 
 def test_shrink_says_what_it_leaves_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_values_and_origins(write) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 0.001), ("1E3", 1000.0), (".5", 0.5), ("5", 5.0), ("1_000.5", 1000.5), (".inf", float("inf"))],
+    [("1e-3", 0.001), ("1E3", 1000.0), (".5", 0.5), ("5", 5.0), ("1_000.5", 1000.5)],
 )
 def test_numbers_of_overrides(write, text: str, value: float) -> None:
     override = f"rate={text}"
@@ -201,18 +201,18 @@ def test_a_key_asked_for_is_never_dropped(write, text: str, overrides: list[str]
         ),
         ("tower: {mlp: {kind: dens}}", [], "FILE:1 tower.mlp.kind=dens: unknown variant; did you mean 'dense'?"),
         ("tower: {mlp: {width: 1}}", [], "FILE:1 tower.mlp.kind: required, and missing: it says which variant"),
-        ("mlps: [{kind: experts, count: 0}]", [], "FILE:1 mlps.0.count=0: input should be greater than or equal to 1"),
+        ("mlps: [{kind: experts, count: 0}]", [], "FILE:1 mlps.0.count=0: must be at least 1"),
         ("mlps: [{kind: experts, cout: 1}]", [], "FILE:1 mlps.0.cout=1: unknown key; did you mean 'count'?"),
-        ("rate: [1]", [], "FILE:1 rate: input should be a valid number"),
-        ("\nrate: fast", [], "FILE:2 rate=fast: input should be a valid number"),
-        ("", ["rate=fast"], "override 1 (rate=fast) rate=fast: input should be a valid number"),
+        ("rate: [1]", [], "FILE:1 rate: expected a number"),
+        ("\nrate: fast", [], "FILE:2 rate=fast: expected a number"),
+        ("", ["rate=fast"], "override 1 (rate=fast) rate=fast: expected a number"),
         ("", ["rate=1", "tower.dpth=1"], "override 2 (tower.dpth=1) tower.dpth=1: unknown key; did you mean 'depth'?"),
         ("precision: fp23", [], "FILE:1 precision=fp23: not one of the choices; did you mean 'fp32'?"),
         ("mode: fats", [], "FILE:1 mode=fats: not one of the choices; did you mean 'fast'?"),
         ("level: 7", [], "FILE:1 level=7: not one of the choices; known here: 0, 1, 2"),
-        ("parts: []", [], "FILE:1 parts: tuple should have at least 1 item"),
+        ("parts: []", [], "FILE:1 parts: give at least one"),
         ("stages:\n- name: a\n", [], "FILE:2 stages.0.steps: required, and missing"),
-        ("rate: 1000", [], "FILE: rate=1000.0: must not exceed 100"),
+        ("rate: 1000", [], "FILE:1 rate=1000: must not exceed 100"),
         ("rate: 1\nrate: 2\n", [], "FILE:2 rate: written twice, first at FILE:1"),
         ("rate: {a: 1\n", [], "FILE:2: not valid YAML"),
         ("- 1\n", [], "FILE: a configuration is a mapping of keys to values, this is a list"),
@@ -264,6 +264,5 @@ def test_a_value_that_fits_no_member_of_a_union_is_one_error(write) -> None:
     with pytest.raises(ConfigError) as caught:
         load(path, [], Whole)
     assert str(caught.value) == (
-        f"{path}:1 limit=many: input should be a valid integer, unable to parse string as an integer"
-        " or not one of the choices; known here: auto"
+        f"{path}:1 limit=many: expected a whole number or not one of the choices; known here: auto"
     )

@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import MultimodalBatch
 from mmscale.engine.units import recompute
+from mmscale.models import flops
 from mmscale.models.build import build_model, media_spec
+from mmscale.models.config import ModelConfig
 from mmscale.models.flops import cost_per_patch
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.objectives.next_token import NextToken
@@ -139,3 +141,25 @@ def _counted_step(net: MultimodalModel, batch: MultimodalBatch, trained: list[st
     if undo:
         undo()
     return counter.get_total_flops()
+
+
+class _Other:
+    """Stands for a known class, which is a kind without a formula then."""
+
+
+@pytest.mark.parametrize(
+    ("known", "settings"),
+    [
+        ("MoeConfig", config("embedding", mlp=MOE)),
+        ("SeeingConnectorConfig", config("embedding")),
+        ("LinearProjectorConfig", config("cross_attention")),
+    ],
+)
+def test_an_unknown_kind_is_not_counted_by_the_formula_of_another(
+    known: str, settings: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = media_spec(settings)
+    batch = pack([image_document(spec, 0, 40, [(2, 4)], VOCAB)], spec)
+    monkeypatch.setattr(flops, known, _Other, raising=False)
+    with pytest.raises(TypeError, match="no count of its operations is known; add one"):
+        flops.forward_flops(settings, batch)

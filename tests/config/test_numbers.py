@@ -1,0 +1,193 @@
+"""Every number of every configuration class: NaN, infinities, -1, 0 and 1e18 are refused, or listed here as legal."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+import data_pipeline
+import mmscale
+from data_pipeline.strict import StrictConfig
+from mmscale.config import load
+from mmscale.errors import ConfigError
+from mmscale.run_config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+_BAD = (math.nan, math.inf, -math.inf, -1, 0, 10**18)
+
+
+def _classes(base: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for each in base.__subclasses__():
+        yield each
+        yield from _classes(each)
+
+
+def _every_class() -> set[type[BaseModel]]:
+    for package in (data_pipeline, mmscale):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+    ours = {each for each in _classes(StrictConfig) if each.__module__.split(".")[0] in ("mmscale", "data_pipeline")}
+    return {each for each in ours if not each.__name__.startswith("_")}
+
+
+def _instances(value: Any) -> Iterator[BaseModel]:
+    if isinstance(value, BaseModel):
+        yield value
+        for name in type(value).model_fields:
+            yield from _instances(getattr(value, name))
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _instances(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _instances(item)
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of the numbers in a plain value, the first item of a list for all."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield path
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _places(item, (*path, key))
+    elif isinstance(value, list | tuple) and value:
+        yield from _places(value[0], (*path, 0))
+
+
+def _with(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = _with(value[path[0]], path[1:], new)
+    return copy
+
+
+_ZERO = """
+AdafactorConfig.weight_decay AdafactorConfig.beta2_decay AdafactorConfig.min_scale AdamWConfig.weight_decay
+AdamWConfig.betas AugmentConfig.shift AugmentConfig.flip AugmentConfig.brightness AugmentConfig.contrast
+AugmentConfig.saturation CaptionTemplate.text_dropout ChoiceSet.seed CompareConfig.seeds
+CrossAttentionConnectorConfig.gate_init DataConfig.workers DecoderConfig.dropout EngineConfig.zero_stage
+EngineConfig.persistent_parameter_elements EngineConfig.live_parameter_elements HeldOutSet.seed
+HybridConnectorConfig.gate_init InterleavedTemplate.text_dropout LinearProjectorConfig.norm_eps
+MetricsConfig.smoothing MlpProjectorConfig.norm_eps MoeConfig.shared_dim MoeConfig.balance_coefficient
+MoeConfig.z_coefficient MoeConfig.bias_rate MuonConfig.weight_decay MuonConfig.momentum MuonConfig.betas
+NormConfig.eps PatchesConfig.mean PerplexitySet.seed Role.weight RunConfig.seed SamplingConfig.temperature
+SamplingConfig.min_p SamplingConfig.seed StageConfig.warmup_steps StageConfig.min_learning_rate StageConfig.z_loss
+StageConfig.clip StorageConfig.retry_seconds StorageConfig.gap_bytes StorageConfig.read_ahead_bytes
+TilesConfig.global_layers TilesConfig.gate_init TilesConfig.global_gate_init VisionConfig.mean
+VisionConfig.layer_scale VisionConfig.feature_layers VisionConfig.idle_layers WeightFrom.weight WeightFrom.from_step
+"""
+_NEGATIVE = """
+AdafactorConfig.beta2_decay CrossAttentionConnectorConfig.gate_init HybridConnectorConfig.gate_init PatchesConfig.mean
+SamplingConfig.seed TilesConfig.gate_init TilesConfig.global_gate_init VisionConfig.mean VisionConfig.layer_scale
+"""
+_LARGE = """
+AdafactorConfig.weight_decay AdafactorConfig.min_scale AdafactorConfig.update_clip AdamWConfig.weight_decay
+AdamWConfig.eps BadStepsConfig.loss_deviations BadStepsConfig.norm_deviations ContrastiveConnectorConfig.max_scale
+CrossAttentionConnectorConfig.gate_init DatasetConfig.weight DatasetConfig.repeats DecoderConfig.init_std
+DistillConfig.temperature HybridConnectorConfig.gate_init Llama3Scaling.factor Llama3Scaling.low_freq_factor
+Llama3Scaling.high_freq_factor MetricsConfig.peak_flops MoeConfig.balance_coefficient MoeConfig.z_coefficient
+MoeConfig.bias_rate MuonConfig.weight_decay MuonConfig.eps NativeTransform.max_aspect PackingConfig.max_cost
+PatchesConfig.mean PatchesConfig.std Role.weight RopeConfig.theta Rotary2dConfig.theta SamplingConfig.temperature
+SamplingConfig.repetition_penalty StageConfig.learning_rate StageConfig.z_loss StageConfig.clip TilesConfig.gate_init
+TilesConfig.global_gate_init VisionConfig.mean VisionConfig.std VisionConfig.layer_scale VisionConfig.init_std
+WeightFrom.weight
+"""
+_LEGAL = {0: set(_ZERO.split()), -1: set(_NEGATIVE.split()), 10**18: set(_LARGE.split())}
+
+_MORE: dict[str, dict[str, Any]] = {
+    "AnnotationsTemplate": {"max_annotations": 2},
+    "CompareConfig": {"seeds": [1], "variants": [{"name": "a"}, {"name": "b"}]},
+    "Mm15Tiling": {},
+    "MoeConfig": {"num_experts": 4, "experts_per_token": 2, "expert_dim": 8, "shared_dim": 8},
+    "WeightFrom": {"from_step": 1, "weight": 1.0},
+}
+"""Classes that no shipped configuration uses."""
+_WITHOUT_NUMBERS = {"LearnedText", "DroppableText", "TowerConfig", "VariantConfig"}
+"""Bases of others, and classes whose numbers all lie in other classes."""
+_RECORDS = {"Manifest", "RankNotes", "RollBack", "SavedState"}
+"""Of files that the checkpoint code writes and checks."""
+_FREE = {"StageConfig.data", "StageConfig.model"}
+"""Overrides: checked where they are merged into their block."""
+
+
+def _examples() -> dict[str, BaseModel]:
+    """Of each class the instance with the most numbers."""
+    files = [*sorted((ROOT / "configs/recipes").glob("*.yaml")), *sorted((ROOT / "tests/system").glob("*.yaml"))]
+    found: dict[str, BaseModel] = {}
+    for file in files:
+        if "run_dir" not in file.read_text() and "base" not in file.read_text():
+            continue
+        run = load(file, [], RunConfig).value
+        for each in _instances([run, *(run.stage_model(number) for number in range(len(run.stages)))]):
+            known = found.get(type(each).__name__)
+            if known is None or len(list(_places(each.model_dump()))) > len(list(_places(known.model_dump()))):
+                found[type(each).__name__] = each
+    return found
+
+
+def _fields(example: BaseModel) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+    """Its own fields that hold numbers, or may, with the places of these."""
+    plain = example.model_dump()
+    for name, field in type(example).model_fields.items():
+        value = getattr(example, name)
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+        if inner and isinstance(inner[0], BaseModel):
+            continue
+        may = value is None and any(word in str(field.annotation) for word in ("int", "float"))
+        places = [()] if may else list(_places(plain[name]))
+        if places and f"{type(example).__name__}.{name}" not in _FREE:
+            yield name, places
+
+
+def test_every_number_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    examples, classes = _examples(), {each.__name__: each for each in _every_class()}
+    examples |= {name: classes[name].model_validate(values) for name, values in _MORE.items()}
+    assert classes.keys() - examples.keys() == _WITHOUT_NUMBERS | _RECORDS, "give an example of a new class here"
+    accepted: dict[Any, set[str]] = {0: set(), -1: set(), 10**18: set()}
+    for name, example in examples.items():
+        for field, places in _fields(example):
+            for place in places:
+                for bad in _BAD:
+                    changed = _with(example.model_dump(), (field, *place), bad)
+                    try:
+                        type(example).model_validate(changed)
+                    except ValidationError:
+                        continue
+                    assert bad in accepted, f"{name}.{field} takes {bad}"
+                    accepted[bad].add(f"{name}.{field}")
+    for bad, legal in _LEGAL.items():
+        assert accepted[bad] == legal
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.decoder.rope.theta=.nan", "finite number"),
+        ("model.decoder.num_layers=1000000000", "must be at most 4096"),
+        ("model.vision.patch_size=0", "greater than 0"),
+        ("model.decoder.rope.fraction=0.01", "rope.fraction=0.01: rotates 0 of 32 channels of a head"),
+        ("model.decoder.hidden_dim=99999999", "must be at most 1048576"),
+        ("stages.0.learning_rate.default=.inf", "finite number"),
+        ("stages.0.steps=99999999999999999999", "within"),
+        ("model.decoder.attention.num_heads=5", "num_heads=5: must divide the width 192"),
+        ("model.vision.attention.num_heads=5", "num_heads=5: must divide the width"),
+        ("model.connector.attention={num_heads: 5}", "num_heads=5: must divide the width 192"),
+        ("data.datasets=[]", "give at least one"),
+        ("stages.0.train=[]", "give at least one"),
+    ],
+)
+def test_a_complaint_names_its_own_key(override: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=re.escape(override)) as caught:
+        load("configs/quickstart.yaml", [override], RunConfig)
+    assert said in str(caught.value)
