@@ -159,12 +159,9 @@ class CheckpointReader:
             size = math.prod(entry.shape)
             averaged = ["ema"] if self.manifest.ema and entry.trained else []
             for kind in {self.weights_kind(name), *averaged, *kinds.get(name, [])} if size else ():
-                reached = 0
-                for start, stop, _ in sorted(self._ranges.get(f"{name}|{kind}", [])):
-                    if start != reached:
-                        break
-                    reached = stop
-                if reached != size:
+                ranges = sorted(self._ranges.get(f"{name}|{kind}", []))
+                ends = [0, *(stop for _, stop, _ in ranges)]
+                if [start for start, _, _ in ranges] != ends[:-1] or ends[-1] != size:
                     yield f"{name}|{kind}: the ranks' ranges do not cover its {size} values exactly once"
 
 
