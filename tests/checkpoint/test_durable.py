@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from mmscale.checkpoint.manifest import RankNotes
 from mmscale.checkpoint.share import Piece, RankShare, flat_bytes
+from mmscale.durable import files
 from mmscale.durable.files import crc32_of, write_share
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]
@@ -58,3 +60,24 @@ def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         write_share(tmp_path, share.names, share.header, share.notes, share.bytes_of())
     assert path.read_text() == "mine"
+
+
+class ThreeBytes(io.FileIO):
+    """A disk that takes at most three bytes at a time."""
+
+    def write(self, data: object) -> int:
+        return super().write(bytes(data)[:3])  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 100])
+def test_a_disk_that_takes_a_part_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
+    parts = [b"0123456789", b"", b"abcde", b"x"]
+    path, whole = tmp_path / "file", b"".join(parts)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, mode, buffering: ThreeBytes(self, mode))
+        written = files.write_file(path, map(memoryview, parts))
+    assert path.read_bytes() == whole
+    assert written == (len(whole), zlib.crc32(whole))
+    assert crc32_of(path) == files.checksum_of(memoryview(whole)) == zlib.crc32(whole)
+    assert files.checksum_of(memoryview(b"")) == 0

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmscale.checkpoint.manifest import (
@@ -32,6 +33,7 @@ def write_checkpoint(
     frozen: Sequence[str] = (),
     loaders: Sequence[str | None] | None = None,
     doomed: Sequence[Path] = (),
+    random_state: Mapping[str, str] | None = None,
     **manifest: Any,
 ) -> Path:
     """Writes ``folder/step-N`` as the ranks of a run do.
@@ -44,6 +46,7 @@ def write_checkpoint(
         frozen: Parameters that the stage does not train.
         loaders: The loader's state of each rank.
         doomed: Older checkpoints to remove.
+        random_state: Of each rank, beside that of the processor's generator.
         manifest: Further or other fields of the manifest.
     """
     final = folder / folder_name(step)
@@ -52,7 +55,8 @@ def write_checkpoint(
     files = {}
     for rank, pieces in enumerate(ranks):
         loader = None if loaders is None else loaders[rank]
-        share = RankShare.of(rank, [*pieces], loader, {"cpu": ""})
+        generator = {"cpu": bytes(torch.get_rng_state().tolist()).hex(), **(random_state or {})}
+        share = RankShare.of(rank, [*pieces], loader, generator)
         written = write_share(partial, share.names, share.header, share.notes, share.bytes_of())
         for name, entry in zip(rank_files(rank), written, strict=True):
             files[name] = FileEntry(bytes=entry.bytes, crc32=entry.crc32)
@@ -79,7 +83,7 @@ def write_checkpoint(
 def whole_pieces(parameters: Mapping[str, Tensor], kinds: Sequence[str] = ("master", "exp_avg", "exp_avg_sq")) -> Any:
     """One rank's tensors, which hold all of every parameter in each kind: the parameter plus the kind's number."""
     return [
-        Piece(f"{name}|{kind}", 0, values.float() + number)
+        Piece(f"{name}|{kind}", 0, values + number)
         for name, values in parameters.items()
         for number, kind in enumerate(kinds)
         if math.prod(values.shape)
