@@ -103,6 +103,60 @@ def test_any_cursor_is_found_without_those_before_it(num_samples: int, num_lanes
     assert all(fresh.resolve(cursor)[0] == place for cursor, place in reversed(walked))
 
 
+@settings(max_examples=40)
+@given(num_samples=st.integers(1, 3000), block_size=st.integers(1, 700), num_lanes=st.integers(1, 3), data=st.data())
+def test_a_lane_that_jumps_to_and_fro_gives_what_a_fresh_one_gives(
+    num_samples: int, block_size: int, num_lanes: int, data: st.DataObject
+) -> None:
+    lane = data.draw(st.integers(0, num_lanes - 1))
+    order = LaneOrder(num_samples, block_size, 2, 5, lane, num_lanes)
+    offsets = st.one_of(st.integers(0, 3), st.integers(505, 520), st.integers(1020, 1030))
+    for jump in data.draw(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), offsets), max_size=9)):
+        epoch, window, offset = jump
+        for cursor in (Cursor(epoch, window, offset), Cursor(epoch, window, max(offset - 1, 0))):
+            assert order.resolve(cursor) == LaneOrder(num_samples, block_size, 2, 5, lane, num_lanes).resolve(cursor)
+
+
+def test_a_lane_goes_back_over_the_end_of_what_is_worked_out_at_once() -> None:
+    walked = walk(LaneOrder(3000, 3000, 2, 5, 0, 1), 1)
+    order = LaneOrder(3000, 3000, 2, 5, 0, 1)
+    for offset in (512, 511, 1024, 1023, 0, 2999):
+        assert order.resolve(Cursor(0, 0, offset))[0] == walked[offset]
+
+
+@settings(max_examples=40)
+@given(
+    num_samples=st.integers(1, 60),
+    block_size=st.integers(1, 9),
+    window_blocks=st.integers(1, 4),
+    lanes=st.sampled_from([(0, 1), (0, 3), (2, 3), (6, 9)]),
+    skip=st.integers(0, 40),
+)
+def test_the_blocks_of_a_cursor_hold_what_its_window_and_the_next_visit(
+    num_samples: int, block_size: int, window_blocks: int, lanes: tuple[int, int], skip: int
+) -> None:
+    order = LaneOrder(num_samples, block_size, window_blocks, 5, *lanes)
+    cursor = order.resolve(Cursor())[1]
+    for _ in range(skip):
+        cursor = order.resolve(cursor)[1]
+    ahead, windows = Cursor(cursor.epoch, cursor.window, 0), list[Cursor]()
+    visited: list[list[int]] = []
+    while len(windows) < 3:
+        place, after = order.resolve(ahead)
+        if not windows or after[:2] != windows[-1][:2]:
+            windows.append(after)
+            visited.append([])
+        visited[-1].append(place.sample)
+        ahead = after
+    blocks = order.blocks(cursor)
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+    assert min(map(len, blocks)) >= 1
+    count = next(i for i in range(len(blocks)) if sum(map(len, blocks[: i + 1])) == len(visited[0])) + 1
+    for part, samples in ((blocks[:count], visited[0]), (blocks[count:], visited[1])):
+        assert sorted(sample for block in part for sample in block) == sorted(samples)
+    assert order.blocks(Cursor(cursor.epoch, 10**6, 0)) == []
+
+
 @given(
     num_samples=st.one_of(st.integers(1, 5000), st.integers(1, 10**13)),
     block_size=st.one_of(st.integers(1, 40), st.integers(1, 20_000)),
@@ -171,5 +225,6 @@ def test_epochs_are_shuffled_independently(num_samples: int, block_size: int, se
 def test_empty_sets_and_lanes_outside_are_refused() -> None:
     with pytest.raises(DataConfigError, match="manifest empty"):
         LaneOrder(0, 1, 1, 1, 0, 1)
-    with pytest.raises(DataConfigError, match="lane 4 of 4"):
-        LaneOrder(10, 1, 1, 1, 4, 4)
+    for lane in (4, -1):
+        with pytest.raises(DataConfigError, match=f"lane {lane} of 4"):
+            LaneOrder(10, 1, 1, 1, lane, 4)

@@ -37,6 +37,39 @@ def test_every_count_is_within_one_draw_of_its_share_at_every_place(weights: lis
             assert abs(count - coming * Fraction(weight).limit_denominator(10**9) / total) < 1
 
 
+def _tijdeman(weights: list[int], draws: int) -> list[int]:
+    """The sequence as the paper defines it, in fractions; of equally urgent data sets the first is next."""
+    shares = [Fraction(weight, sum(weights)) for weight in weights]
+    margin = Fraction(1, 2 * len(weights) - 2)
+    counts, chosen = [0] * len(weights), []
+    for coming in range(1, draws + 1):
+        behind = [coming * share - count for share, count in zip(shares, counts, strict=True)]
+        ready = [i for i in range(len(weights)) if behind[i] >= margin]
+        chosen.append(min(ready, key=lambda i: ((1 - margin - behind[i]) / shares[i], i)))
+        counts[chosen[-1]] += 1
+    return chosen
+
+
+# Small weights: many data sets are equally urgent. The order among them is part of every run's order.
+@given(weights=st.lists(st.integers(1, 4), min_size=2, max_size=6), lane=st.integers(0, 6))
+def test_the_sequence_is_the_papers_and_ties_go_to_the_first(weights: list[int], lane: int) -> None:
+    ahead = lane % sum(weights)
+    assert _run(Mixture(weights, lane), len(weights), 30) == _tijdeman(weights, 30 + ahead)[ahead:]
+
+
+def test_lanes_start_at_one_of_the_first_1024_places() -> None:
+    weights = [600, 500, 31]
+    whole = _tijdeman(weights, 1070)
+    for lane in (1, 1023, 1024, 1030, 2048 + 37):
+        ahead = lane % 1024
+        assert _run(Mixture(weights, lane), 3, 20) == whole[ahead : ahead + 20]
+
+
+def test_the_sequence_of_some_weights() -> None:
+    assert _run(Mixture([1, 1, 1]), 3, 7) == [0, 1, 2, 0, 1, 2, 0]
+    assert _run(Mixture([2, 1, 1]), 3, 8) == [0, 1, 2, 0, 0, 1, 2, 0]
+
+
 @given(weights=st.lists(st.integers(1, 9), min_size=2, max_size=4), draws=st.integers(1, 30))
 def test_as_many_lanes_as_the_sequence_has_places_are_together_exact(weights: list[int], draws: int) -> None:
     chosen = [i for lane in range(sum(weights)) for i in _run(Mixture(weights, lane), len(weights), draws)]
@@ -74,7 +107,7 @@ def test_lanes_do_not_draw_the_rare_data_set_at_once() -> None:
     assert first.count(1) == 2
 
 
-@pytest.mark.parametrize("weights", [[], [0.0, 0.0], [1.0, -1.0], [float("nan")], [float("inf")]])
+@pytest.mark.parametrize("weights", [[], [0.0, 0.0], [1.0, -1.0], [1.0, 1e-10], [float("nan")], [float("inf")]])
 def test_impossible_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(DataConfigError):
         Mixture(weights)
