@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -79,9 +79,68 @@ def test_a_state_that_went_through_json_judges_alike() -> None:
         loss, norm = draws.lognormvariate(0, 0.5), draws.lognormvariate(0, 0.5) * (30 if draws.random() < 0.1 else 1)
         assert whole.take(loss, norm, True) == parts.take(loss, norm, True)
         parts = StepGuard(CONFIG, json.loads(json.dumps(parts.state())))
+        assert parts.in_row == whole.in_row
     assert whole.num_bad == parts.num_bad > 10
+
+
+def test_a_value_of_0_or_one_that_is_not_finite_leaves_the_window_alone() -> None:
+    guard, plain = StepGuard(CONFIG), StepGuard(CONFIG)
+    for number in range(20):
+        for each in (guard, plain):
+            assert each.take(1.0 + 0.01 * number, 2.0, True) is None
+        assert guard.take(0.0, 0.0, True) is None, "a loss of 0 is no spike, and has no logarithm"
+        assert guard.take(0.0, math.inf, False) == "the gradient norm is not finite"
+        assert guard.thresholds() == plain.thresholds()
+    assert guard.refuses(50.0, 2.0)
+    assert guard.refuses(1.0, 50.0)
+
+
+VALUES = st.sampled_from([1.0, 1.0, 1.01, 1.1, 1.3, 2.0, 9.0, 0.0, math.inf, math.nan])
+LIMITS = st.sampled_from([None, 2.0, 6.0])
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(VALUES, VALUES, st.booleans()), min_size=8, max_size=40), LIMITS, LIMITS)
+def test_every_step_is_judged_by_the_window_before_it(
+    steps: list[tuple[float, float, bool]], loss_limit: float | None, norm_limit: float | None
+) -> None:
+    config = BadStepsConfig(loss_deviations=loss_limit, norm_deviations=norm_limit, window_steps=9, min_steps=4)
+    guard = StepGuard(config)
+    windows: tuple[list[float], list[float]] = ([], [])
+    bad: list[bool] = []
+    for loss, norm, applied in steps:
+        limits = [
+            threshold(values[-9:], limit) if limit and len(values[-9:]) >= 4 else math.inf
+            for values, limit in zip(windows, (loss_limit, norm_limit), strict=True)
+        ]
+        words = "another rank" if not applied else None
+        for name, value, limit in (("gradient norm", norm, limits[1]), ("loss", loss, limits[0])):
+            words = f"the {name} of {value:.4g} is a spike: above {limit:.4g}" if value > limit else words
+        for name, value in (("gradient norm", norm), ("loss", loss)):
+            words = words if math.isfinite(value) else f"the {name} is not finite"
+        assert guard.refuses(loss, norm) == (words is not None and not words.startswith("another"))
+        reason = guard.take(loss, norm, applied)
+        assert reason == words or (words == "another rank" and str(reason).startswith(words))
+        bad.append(reason is not None)
+        assert guard.num_bad == sum(bad)
+        assert guard.in_row == len(bad) - max((i + 1 for i, each in enumerate(bad) if not each), default=0)
+        for values, value in zip(windows, (loss, norm), strict=True):
+            values.extend([value] if 0 < value < math.inf else [])
 
 
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValidationError, match="min_steps=40"):
         BadStepsConfig(window_steps=32, min_steps=40)
+    assert BadStepsConfig(window_steps=32, min_steps=32).min_steps == 32
+
+
+def test_the_threshold_itself_is_no_spike() -> None:
+    guard = StepGuard(CONFIG)
+    for number in range(8):
+        guard.take(1.0 + 0.1 * number, 2.0 + 0.1 * number, True)
+    loss, norm = guard.thresholds()["loss"], guard.thresholds()["grad_norm"]
+    assert loss is not None
+    assert norm is not None
+    assert guard.reason(loss, norm) is None
+    assert str(guard.reason(math.nextafter(loss, math.inf), norm)).startswith("the loss")
+    assert str(guard.reason(loss, math.nextafter(norm, math.inf))).startswith("the gradient norm")

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
+from mmscale.engine.optimizers.adafactor import Adafactor
+from mmscale.engine.optimizers.shards import FlatMaster, Piece
 from mmscale.models.head import LanguageHead
 from mmscale.optim import MUON_MOMENTS, freeze, learning_rates, parameter_groups, tables, trained_components
 from mmscale.optimizer_config import AdafactorConfig, AdamWConfig, MuonConfig
@@ -119,6 +121,50 @@ def test_shards_that_cut_rows_and_experts_step_as_whole_matrices(world_size: int
         truth = {name: parameters[name].detach().view(-1) for name in answer}
         assert set(truth) == {"wide", "experts", "tall", "square"}
         assert worst(answer, truth) < 1e-6, optimizer
+
+
+@pytest.mark.parametrize(
+    ("rate", "config"),
+    [(0.02, {}), (0.9, {}), (0.02, {"update_clip": 1.7, "beta2_decay": -0.5, "min_scale": 2.0, "weight_decay": 0.3})],
+)
+def test_adafactor_caps_updates_and_rates_as_torch_does(rate: float, config: dict[str, Any]) -> None:
+    model, world = Stack(), World(0, 1, 0, torch.device("cpu"))
+    torch.manual_seed(0)
+    values = {
+        **dict(model.named_parameters()),
+        "bias": nn.Parameter(torch.randn(5)),
+        "zero": nn.Parameter(torch.zeros(3, 2)),
+    }
+    values["quiet"] = nn.Parameter(torch.randn(2, 3))
+    plan = stage(optimizer={"kind": "adafactor", **config})
+    assert isinstance(plan.optimizer, AdafactorConfig)
+    chosen = plan.optimizer
+    copies = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in values.items()}
+    reference = torch.optim.Adafactor(
+        copies.values(),
+        lr=rate,
+        beta2_decay=chosen.beta2_decay,
+        eps=(None, chosen.min_scale),
+        d=chosen.update_clip,
+        weight_decay=chosen.weight_decay,
+    )
+    group = {"params": [*values.values()], "lr": rate, "weight_decay": chosen.weight_decay}
+    ours = Adafactor([group], chosen)
+    group = ours.param_groups[0]
+    pieces = {name: Piece(name, tuple(p.shape), 0, 0, p.numel()) for name, p in values.items()}
+    ours.attach([FlatMaster(values[name], group, (piece,), False) for name, piece in pieces.items()], world)
+    for parameter in values.values():
+        ours.state[parameter]["step"] = torch.zeros(())
+    generator = torch.Generator().manual_seed(1)
+    for step in range(5):
+        size = (1e-3, 1e-3, 1.0, 1e-4, 10.0)[step]  # A jump makes the update large: the cap is active at steps 2 and 4.
+        for name, parameter in values.items():
+            parameter.grad = size * torch.randn(parameter.shape, generator=generator) * (name != "quiet")
+            copies[name].grad = parameter.grad.clone()
+        ours.step()
+        reference.step()
+        for name, parameter in values.items():
+            torch.testing.assert_close(parameter, copies[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.dist

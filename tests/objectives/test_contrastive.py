@@ -25,7 +25,7 @@ from tests.objectives.pairs import CAPPED, SCALE_PAST_ITS_LIMIT, SIGMOID, SOFTMA
 
 pytestmark = pytest.mark.dist
 ALONE = World(0, 1, 0, torch.device("cpu"))
-DEALS = [[[0, 1, 2, 3, 4, 5, 6]], [[0, 1, 2], [], [3, 4, 5, 6]], [[0], [1, 2, 3, 4], [5, 6]]]
+DEALS = [[[0, 1, 2, 3, 4, 5, 6]], [[0, 1, 2], [], [3, 4, 5, 6]], [[0], [1, 2, 3, 4], [5, 6]], [[0, 1], [2, 3, 4, 5, 6]]]
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -134,6 +134,39 @@ def test_no_farther_from_the_truth_than_torch(noise: float, parts: int) -> None:
                 worst[name][each] = max(worst[name][each], float((value - truth).detach().abs().max()))
     for name, (mine, theirs) in worst.items():
         assert mine <= theirs * 1.25, f"{name}: {mine:.2e}, torch {theirs:.2e}"
+
+
+@pytest.mark.parametrize("past", [0.5, -0.5])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_scale_past_its_limit_learns_to_fall_and_never_to_rise(
+    shift: int, past: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image is like its own text, so a larger scale is better; or like another text, so it is worse."""
+    model, _, _, _ = truth(CAPPED)
+    images, texts = torch.eye(7), 0.9 * torch.eye(7).roll(shift, 0) + 0.02
+    log_scale = (torch.tensor(CAPPED["max_scale"]).log() + past).requires_grad_()
+    monkeypatch.setattr(model, "forward", lambda batch: PairVectors(images, texts, log_scale, None))
+    output = Contrastive(model.config.connector, ALONE)(model, batch_of(media_spec(model.config), DEALS[0][0]))
+    output.loss_sum.backward()
+    free = log_scale.detach().clamp(max=torch.tensor(CAPPED["max_scale"]).log()).requires_grad_()
+    loss = 7 * clip_loss((free.exp() * images @ texts.T).T)
+    slope = torch.autograd.grad(loss, free)[0]
+    assert (slope < 0) == (shift == 0)
+    torch.testing.assert_close(output.loss_sum, loss)
+    expected = slope if past < 0 else slope.clamp(min=0)
+    torch.testing.assert_close(log_scale.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sigmoids_tell_their_bias_and_several_ranks_need_a_way_to_gather() -> None:
+    model, _, _, _ = truth(SIGMOID)
+    with torch.no_grad():
+        model.connector.logit_bias.fill_(-2.5)
+    output = Contrastive(model.config.connector, ALONE)(model, batch_of(media_spec(model.config), DEALS[0][0]))
+    assert output.metrics["similarity_bias"].item() == pytest.approx(7 * -2.5)
+    pair = World(0, 2, 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match="2 ranks share a step"):
+        Contrastive(model.config.connector, pair)
+    Contrastive(model.config.connector, pair, lambda rows: [rows, rows])
 
 
 @pytest.mark.parametrize("worse", [False, True])

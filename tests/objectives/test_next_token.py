@@ -63,11 +63,14 @@ def test_router_losses_join_with_their_coefficients() -> None:
     torch.testing.assert_close(output.loss_sum, without.loss_sum + extra * batch.weight)
     torch.testing.assert_close(output.metrics["router_balance"] / batch.weight, aux["router_balance"].value.detach())
     assert aux["router_balance"].value.item() > 0.99
+    assert not any(values.requires_grad for values in output.metrics.values())
+    assert "softmax_z" not in output.metrics
 
 
 def test_a_teacher_stays_frozen_and_in_evaluation_mode() -> None:
     """Its dropout would ask for the step; its parameters would be trained by whoever walks over the graph's."""
     student, teacher = build_model(config(None)), Teacher(build_model(config(None, dropout=0.5)), 0.5, 1.0)
+    assert not any(module.training for module in teacher.modules())
     graph = LossGraph(student, NextToken(teachers=[teacher])).train()
     assert graph.model.training
     assert not any(module.training for module in teacher.modules())
@@ -75,6 +78,36 @@ def test_a_teacher_stays_frozen_and_in_evaluation_mode() -> None:
     graph(batch)[0].backward()
     assert {p.requires_grad for p in teacher.parameters()} == {False}
     assert all(p.grad is not None for p in student.parameters())
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_each_teacher_takes_its_share_and_is_told_by_itself(count: int) -> None:
+    net = build_model(config(None), seed=0)
+    spread = [(0.25, 1.0), (0.5, 2.0)][:count]
+    teachers = [Teacher(build_model(config(None), seed=i + 1), *values) for i, values in enumerate(spread)]
+    for model in (net, *(teacher.model for teacher in teachers)):
+        with torch.no_grad():
+            model.head.weight.mul_(30)
+    batch = pack([text_document(1, 9, VOCAB), text_document(2, 5, VOCAB)], media_spec(net.config))
+    output = NextToken(teachers=teachers)(net, batch)
+    ours = net.head(net(batch).hidden)
+    entropy = F.cross_entropy(ours, batch.labels, reduction="none", ignore_index=-100) * batch.loss_weights
+    expected = (1 - sum(share for share, _ in spread)) * entropy.sum()
+    names = ["distillation"] if count == 1 else [f"distillation_{number}" for number in range(count)]
+    assert list(output.metrics) == ["cross_entropy", *names]
+    for name, teacher in zip(names, teachers, strict=True):
+        heat = teacher.temperature
+        theirs = (teacher.model.head(teacher.model(batch).hidden) / heat).log_softmax(-1)
+        rows = F.kl_div((ours / heat).log_softmax(-1), theirs, reduction="none", log_target=True).sum(-1)
+        divergence = (rows * batch.loss_weights).sum()
+        assert divergence > 0.1
+        torch.testing.assert_close(output.metrics[name], divergence.detach(), rtol=1e-4, atol=1e-5)
+        expected = expected + teacher.share * heat**2 * divergence
+    torch.testing.assert_close(output.loss_sum, expected, rtol=1e-4, atol=1e-5)
+    assert not any(values.requires_grad for values in output.metrics.values())
+    weights = [net.head.weight, net.decoder.embed_tokens.weight]
+    for mine, truth in zip(*(torch.autograd.grad(e, weights) for e in (output.loss_sum, expected)), strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-3, atol=1e-4)
 
 
 def test_a_pack_of_null_documents_alone_weighs_nothing() -> None:

@@ -1,0 +1,53 @@
+"""Ranges of parameters that need no engine."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmscale.checkpoint.save import tied_names
+from mmscale.checkpoint.share import persistent_buffers
+from mmscale.dist import World
+from mmscale.engine.partition import frozen_ranges, parameter_table, share
+from tests.engine.toy import toy_model
+
+
+@given(st.integers(0, 200), st.integers(1, 17))
+def test_equal_pieces_follow_one_another_and_only_the_last_ones_are_short(numel: int, world_size: int) -> None:
+    pieces = [share(numel, rank, world_size) for rank in range(world_size)]
+    assert [value for low, high in pieces for value in range(low, high)] == list(range(numel))
+    lengths = [high - low for low, high in pieces]
+    assert lengths == sorted(lengths, reverse=True)
+    full = [length for length in lengths if length == lengths[0]]
+    assert sum(full) <= numel < sum(full) + max(lengths[0], 1)
+
+
+def test_a_model_that_does_not_learn_is_filled_whole_below_stage_3() -> None:
+    model = toy_model()
+    for rank in range(2):
+        world = World(rank, 2, rank, torch.device("cpu"))
+        found = list(frozen_ranges(model, 2, world))
+        assert [owned.name for owned in found] == [name for name, _ in model.named_parameters()]
+        for owned in found:
+            parameter = model.get_parameter(owned.name)
+            assert (owned.start, owned.stop, owned.trained, owned.moments) == (0, parameter.numel(), False, {})
+            assert owned.master.data_ptr() == parameter.data_ptr()
+
+
+def test_tables_of_a_model_name_each_parameter_once() -> None:
+    model = toy_model()
+    model.vision.requires_grad_(requires_grad=False)
+    table = parameter_table(model)
+    assert list(table) == [name for name, _ in model.named_parameters()]
+    assert "head.weight" not in table
+    for name, entry in table.items():
+        parameter = model.get_parameter(name)
+        assert entry == {"shape": list(parameter.shape), "trained": not name.startswith("vision")}
+    assert tied_names(model) == {"head.weight": "decoder.embed.weight"}
+    model.decoder.register_buffer("fleeting", torch.zeros(2), persistent=False)
+    model.decoder.norm.register_buffer("kept", torch.ones(2))
+    assert {name: values.tolist() for name, values in persistent_buffers(model).items()} == {
+        "counts": [0.0, 1.0, 2.0],
+        "decoder.norm.kept": [1.0, 1.0],
+    }
