@@ -25,7 +25,7 @@ from data_pipeline.errors import ManifestError, SampleError, ShardError
 from data_pipeline.shards.columns import Column, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.shards.files import sha256_of
 from data_pipeline.shards.image_header import Buffer, image_size, is_image
-from data_pipeline.shards.json_member import page_texts, parse_json, spoken_texts
+from data_pipeline.shards.json_member import text_bytes_of
 from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name, walk
 from data_pipeline.storage.location import Url
 
@@ -388,30 +388,6 @@ def _size_or_zero(content: bytes | memoryview) -> tuple[int, int]:
         return size.width, size.height
     except SampleError:  # The index records what is there; verify and the fault policy deal with it.
         return 0, 0
-
-
-def text_bytes_of(texts: dict[str, bytes]) -> int:
-    """Bytes of text of a sample from its ``txt`` and ``json`` members; damaged JSON counts as empty."""
-    total = len(texts.get("txt", b""))
-    if "json" not in texts:
-        return total
-    try:
-        fields = parse_json(texts["json"])
-    except SampleError:
-        return total
-    if not isinstance(fields, dict):
-        return total
-    page, captions = page_texts(fields), fields.get("captions")
-    if page is not None:
-        return sum(map(_num_bytes, page))
-    total += sum(map(_num_bytes, spoken_texts(fields)))
-    if isinstance(captions, list):
-        return total + max((_num_bytes(caption) for caption in captions), default=0)
-    return total + _num_bytes(fields.get("caption"))
-
-
-def _num_bytes(text: object) -> int:
-    return len(text.encode(errors="replace")) if isinstance(text, str) else 0
 
 
 def build_index(tar_path: str | Path, shown: str = "") -> ShardIndex:

@@ -88,3 +88,27 @@ def _turns(fields: Any) -> list[Any]:
 
 def _values(entry: Any) -> list[str]:
     return [value for value in entry.values() if isinstance(value, str)] if isinstance(entry, dict) else []
+
+
+def text_bytes_of(texts: dict[str, bytes]) -> int:
+    """Bytes of text of a sample from its ``txt`` and ``json`` members; damaged JSON counts as empty."""
+    total = len(texts.get("txt", b""))
+    if "json" not in texts:
+        return total
+    try:
+        fields = parse_json(texts["json"])
+    except SampleError:
+        return total
+    if not isinstance(fields, dict):
+        return total
+    page, captions = page_texts(fields), fields.get("captions")
+    if page is not None:
+        return sum(map(_num_bytes, page))
+    total += sum(map(_num_bytes, spoken_texts(fields)))
+    if isinstance(captions, list):
+        return total + max((_num_bytes(caption) for caption in captions), default=0)
+    return total + _num_bytes(fields.get("caption"))
+
+
+def _num_bytes(text: object) -> int:
+    return len(text.encode(errors="replace")) if isinstance(text, str) else 0

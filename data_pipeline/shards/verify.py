@@ -23,7 +23,8 @@ from data_pipeline.shards.contents import check_member, check_sample
 from data_pipeline.shards.crew import in_order
 from data_pipeline.shards.damage import Damage, Problem, ShardReport
 from data_pipeline.shards.image_header import is_image
-from data_pipeline.shards.index import Member, ShardIndex, describe_member, index_path, open_tar, text_bytes_of
+from data_pipeline.shards.index import Member, ShardIndex, describe_member, index_path, open_tar
+from data_pipeline.shards.json_member import text_bytes_of
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.mistaken import refuse_no_manifest
 from data_pipeline.shards.orphans import Orphans

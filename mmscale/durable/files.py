@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
-from data_pipeline.untrusted import open_regular
-
 _CHUNK_BYTES = 16 << 20
 
 
@@ -144,6 +142,8 @@ def crc32_of(path: Path) -> int:
     Raises:
         OSError: it cannot be read.
     """
+    from data_pipeline.untrusted import open_regular  # Needs numpy, which the writer's process does without.
+
     checksum = 0
     with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -16,8 +16,8 @@ from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.reader import assemble, read_samples
 from data_pipeline.sample import ImagePart, Part, Provenance, TextPart
 from data_pipeline.shards.damage import Problem
-from data_pipeline.shards.index import build_index, text_bytes_of
-from data_pipeline.shards.json_member import all_texts
+from data_pipeline.shards.index import build_index
+from data_pipeline.shards.json_member import all_texts, text_bytes_of
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.verify import verify_shard
 from data_pipeline.templates import EndPiece, InterleavedTemplate, TextPiece

@@ -14,8 +14,7 @@ from pydantic import TypeAdapter
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.reader import assemble
 from data_pipeline.sample import ImagePart, Provenance
-from data_pipeline.shards.index import text_bytes_of
-from data_pipeline.shards.json_member import all_texts
+from data_pipeline.shards.json_member import all_texts, text_bytes_of
 from data_pipeline.templates import BranchPiece, TemplateConfig
 
 TEMPLATES = [
