@@ -234,3 +234,9 @@ class MultimodalBatch(_Brief):
     def num_samples(self) -> int:
         """Documents that are no null documents."""
         return sum(origin is not None for origin in self.provenance)
+
+    @property
+    def num_images(self) -> int:
+        """Whole images of documents that are not null documents."""
+        places = [place for block in self.media.values() for place in block.places]
+        return len({place.image for place in places if self.provenance[place.segment] is not None})

@@ -23,6 +23,7 @@ from pathlib import Path
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.errors import DataConfigError
 from data_pipeline.loader import Loader, LoaderState, StepBatch
+from data_pipeline.media_spec import Placement
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale import checkpoint
 from mmscale.bad_steps import BadSteps, RolledBack
@@ -47,6 +48,7 @@ from mmscale.metrics.peaks import Peak
 from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import CaptionedImage, batch_images
 from mmscale.metrics.trace import Trace, open_trace
+from mmscale.metrics.unseen_images import UnseenImages
 from mmscale.models.build import AnyModel, build_model
 from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.nn.dropout import step_key
@@ -98,6 +100,7 @@ class _Stage:
     datasets: Sequence[str]
     show: Show
     peak: Peak
+    unseen_images: UnseenImages
 
 
 def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
@@ -276,7 +279,8 @@ def _open_stage(run: _Run, engine: Engine, state: TrainState) -> _Stage:
 
     names = [dataset.name for dataset in data.datasets]
     peak = device_peak(engine, run.config.metrics.peak_flops)
-    return _Stage(engine.stage.name, engine, names, show, peak)
+    unseen = UnseenImages(engine.stage.name, spec.placement is not Placement.NONE, run.log.note)
+    return _Stage(engine.stage.name, engine, names, show, peak, unseen)
 
 
 def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> TrainState:
@@ -290,11 +294,12 @@ def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> Trai
         component_norms=due(metrics.grad_norms_every, state.step + 1),
     )
     learned = sum(int(microbatch.loss_weights.count_nonzero()) for microbatch in batch.microbatches)
-    counts = [batch.num_tokens, batch.num_samples, batch.num_cut, learned]
+    num_images = sum(microbatch.num_images for microbatch in batch.microbatches)
+    counts = [batch.num_tokens, batch.num_samples, batch.num_cut, learned, num_images]
     left_out = fault_counts(batch.skipped)
     mine = [*counts, *step_flops(engine, batch.microbatches), *left_out]
     mine += totals(batch, report.document_losses, stage.datasets)
-    tokens, samples, cut, learned_tokens, model_flops, hardware_flops, *rest = sum_float(run.world, mine)
+    tokens, samples, cut, learned_tokens, images, model_flops, hardware_flops, *rest = sum_float(run.world, mine)
     flops = (model_flops, hardware_flops)
     by_kind, by_dataset = rest[: len(left_out)], rest[len(left_out) :]
     if not samples:
@@ -322,6 +327,7 @@ def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> Trai
         extra={
             "cut_documents": int(cut),
             "learned_tokens": int(learned_tokens),
+            "images": int(images),
             **flop_figures(flops),
             **span_figures(report),
             **fault_figures(by_kind),
@@ -329,6 +335,7 @@ def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> Trai
             **run.bad_steps.figures(),
         },
     )
+    stage.unseen_images.step(int(images))
     if (complaint := run.bad_steps.act(state, batch, report)) is not None:
         run.log.note(complaint)
     run.log.images(state.step, functools.partial(stage.show, batch.microbatches[0]))

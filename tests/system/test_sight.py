@@ -43,6 +43,7 @@ def test_a_killed_run_accounts_for_its_wall_time(make_run: MakeRun) -> None:
     )
     memory_has_marks = reset_peak(torch.device("cpu"))
     for line in lines:
+        assert line["images"] == line["samples"] > 0, "each sample is a caption of one image"
         phases = sum(line[f"{name}_seconds"] for name in ("forward", "backward", "optimizer"))
         assert phases + line["data_wait_seconds"] <= line["seconds"]
         assert ("backward_peak_bytes" in line) == (line["step"] % 3 == 0 and memory_has_marks)
