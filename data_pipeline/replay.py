@@ -27,6 +27,7 @@ from data_pipeline.sample import Sample
 from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition, schedule_of
 from data_pipeline.storage.storage import Storage
 from data_pipeline.stream import LaneSource, LaneStream, OpenDataset, Outlining, Source
+from data_pipeline.strict import LARGEST_INT
 from data_pipeline.tokenizer import load_tokenizer
 
 Skips = Mapping[tuple[str, int, int], str]
@@ -108,7 +109,7 @@ class Replay:
         faults = config.faults
         if not give_up:
             # How often a run gives up depends on what it met before; here every fault is left out, wherever it comes.
-            faults = FaultConfig(on_error=Action.SKIP, max_consecutive=2**62, max_share=1, exclude=faults.exclude)
+            faults = FaultConfig(on_error=Action.SKIP, max_consecutive=LARGEST_INT, max_share=1, exclude=faults.exclude)
             config = config.model_copy(update={"faults": faults})
         tokenizer = load_tokenizer(config.tokenizer)
         self._budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
