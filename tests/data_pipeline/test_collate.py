@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, S
 from data_pipeline.collate import collate, concatenate
 from data_pipeline.config import DataConfig
 from data_pipeline.cutting import Cutter
-from data_pipeline.document import Document, MediaItem, Region, Span
+from data_pipeline.document import Coverage, Document, ImageExtent, MediaItem, Region, Span
 from data_pipeline.documents import null_document
 from data_pipeline.known_faults import RunFaults
 from data_pipeline.loader import Loader
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.mixture import Schedule
 from data_pipeline.packing import Budget, Pack, Packer
+from data_pipeline.sample import Provenance
 from data_pipeline.state import LaneState, StreamPosition
 from data_pipeline.storage.storage import Storage
 from data_pipeline.stream import LaneStream, OpenDataset
@@ -165,6 +167,8 @@ def test_a_text_model_has_no_media() -> None:
     assert batch.pairs.shape == (0, 2)
     null_pack = Pack((null_document(spec, 0),), -1)
     assert_same(concatenate([batch, batch], spec), collate([null_pack, null_pack], spec))
+    with pytest.raises(ValueError, match="a batch needs at least one document"):
+        collate([Pack((), -1)], spec)
 
 
 def test_micro_lanes_only_regroup(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> None:
@@ -214,3 +218,194 @@ def test_kept_features_are_those_of_the_rectangle(data: st.DataObject) -> None:
         found = [number for start, count in item.kept_features(spec, first) for number in range(start, start + count)]
         assert found == expected.ravel().tolist()
         assert item.num_features(spec) == len(found)
+
+
+def _item(rng: np.random.Generator, spec: MediaSpec, image: int) -> MediaItem:
+    rows, columns, frames = (int(number) for number in rng.integers(1, 4, 3))
+    embedded = {Placement.EMBEDDING: True, Placement.HYBRID: rng.random() < 0.5}.get(spec.placement, False)
+    top, left = int(rng.integers(rows)), int(rng.integers(columns))
+    region = Region(top, left, int(rng.integers(rows - top)) + 1, int(rng.integers(columns - left)) + 1)
+    filled = Region(*rng.integers(0, 4, 4).tolist())
+    grid = (frames, rows * spec.merge, columns * spec.merge)
+    return MediaItem(
+        values=rng.integers(0, 256, (int(np.prod(grid)), spec.patch_dim), np.uint8),
+        grid=grid,
+        embedded=embedded,
+        kept=region if rng.random() < 0.5 else None,
+        place=(1, int(rng.integers(3))) if rng.random() < 0.6 else None,
+        coverage=Coverage(region, filled) if spec.padding and rng.random() < 0.5 else None,
+        tiles=(1, int(rng.integers(3)) + 1),
+        image=image,
+        tag=() if embedded else tuple(rng.integers(1, 90, rng.integers(3)).tolist()),
+    )
+
+
+def _document(rng: np.random.Generator, spec: MediaSpec) -> Document:
+    images = int(rng.integers(4)) if spec.placement is not Placement.NONE else 0
+    items = [_item(rng, spec, image) for image in range(images) for _ in range(rng.integers(1, 4))]
+    slots = sum(item.num_features(spec) for item in items if item.embedded)
+    length = slots + int(rng.integers(1, 7))
+    attended = [number for number, item in enumerate(items) if not item.embedded]
+
+    def some_tokens() -> list[int]:
+        return np.flatnonzero(np.r_[False, rng.random(length - 1) < 1 / 3]).tolist()
+
+    branches = some_tokens()
+    return Document(
+        token_ids=rng.integers(0, 99, length, np.int32),
+        labels=rng.integers(0, 99, length, np.int32),
+        # Their sum is exact in float64 in any order, and not in float32.
+        loss_weights=rng.choice([0.0, 0.5, 1.0, 2.0**24], length).astype(np.float32),
+        position_ids=rng.integers(0, 99, (length, 3)[: spec.position_axes - 1 or 1], np.int32),
+        items=tuple(items),
+        dest=rng.permutation(length)[:slots].astype(np.int32),
+        spans=tuple(
+            Span(start, tuple(rng.permutation(attended)[: rng.integers(3)].astype(int).tolist()))
+            for start in [0, *some_tokens()]
+        ),
+        provenance=Provenance("set", "shard", str(length), images) if rng.random() < 0.8 else None,
+        images=tuple(ImageExtent(number, 0, number + 1) for number in range(images)),
+        branches=tuple(branches) if len(branches) > 1 and rng.random() < 0.5 else (),
+    )
+
+
+def _made_by_hand(placement: Placement, seed: int) -> tuple[list[Pack], MediaSpec]:
+    """Packs of random documents. They are legal as far as a batch can tell, however unlikely."""
+    rng = np.random.default_rng(seed)
+    spec = MediaSpec(
+        placement,
+        patch_size=1,
+        merge=int(rng.integers(1, 3)),
+        class_features=int(rng.integers(2)) * (placement in (Placement.CROSS_ATTENTION, Placement.PAIR)),
+        padding=rng.random() < 0.5,
+        position_axes=(1, 3)[seed % 2],
+    )
+    packs = [[_document(rng, spec) for _ in range(rng.integers(1, 4))] for _ in range(rng.integers(1, 5))]
+    return [Pack(tuple(held), lane - 1) for lane, held in enumerate(packs)], spec
+
+
+@dataclass
+class _Rows:
+    """The names of all rows that tower and embedding hand on, and those of each item."""
+
+    names: list[tuple[int, ...]]
+    kept: list[list[tuple[int, ...]]]
+    tags: list[list[tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, items: list[MediaItem], spec: MediaSpec) -> _Rows:
+        found = cls([], [], [])
+        for number, item in enumerate(items):
+            frames, height, width = item.grid[0], item.grid[1] // spec.merge, item.grid[2] // spec.merge
+            top, left, rows, columns = item.kept or (0, 0, height, width)
+            found.kept.append([])
+            for frame in range(frames):
+                classes = [(number, frame, -1, -1)] * spec.class_features
+                inside = [(number, frame, row, column) for row in range(height) for column in range(width)]
+                found.names += classes + inside
+                found.kept[-1] += classes if item.kept is None else []
+                found.kept[-1] += [
+                    name for name in inside if top <= name[2] < top + rows and left <= name[3] < left + columns
+                ]
+        for number, item in enumerate(items):
+            found.tags.append([(-1, number, token, place) for place, token in enumerate(item.tag)])
+            found.names += found.tags[-1]
+        return found
+
+
+def _check_media(batch: MultimodalBatch, documents: list[Document], spec: MediaSpec) -> None:
+    block, items = batch.media["image"], [item for document in documents for item in document.items]
+    rows = _Rows.of(items, spec)
+    assert block.grids == tuple(item.grid for item in items)
+    assert block.grid.tolist() == [[*item.grid] for item in items]
+    assert (block.grid.dtype, block.grid.shape[1]) == (torch.int32, 3)
+    assert block.values.tolist() == [row for item in items for row in item.values.tolist()]
+    assert (block.values.dtype, block.values.shape[1]) == (torch.uint8, spec.patch_dim)
+    assert block.items.bounds == tuple(accumulate((item.num_patches for item in items), initial=0))
+    assert block.tag_ids.tolist() == [token for item in items for token in item.tag]
+    sources = [name for item, kept in zip(items, rows.kept, strict=True) if item.embedded for name in kept]
+    assert [rows.names[row] for row in block.source.tolist()] == sources
+    assert {block.source.dtype, block.dest.dtype, block.keys.dtype, block.tag_ids.dtype} == {torch.int64}
+    first_token, first_item, image, dest, attended, places = 0, 0, -1, [], [], []
+    for segment, document in enumerate(documents):
+        dest += [first_token + int(slot) for slot in document.dest]
+        for token in range(document.num_tokens):
+            span = [span for span in document.spans if span.start <= token][-1]
+            numbers = [first_item + number for number in span.items]
+            attended.append([name for number in numbers for name in rows.tags[number] + rows.kept[number]])
+        for number, item in enumerate(document.items):
+            image += number == 0 or item.image != document.items[number - 1].image
+            places.append((segment, image, item.tiles, item.place))
+        first_token, first_item = first_token + document.num_tokens, first_item + len(document.items)
+    assert block.dest.tolist() == dest
+    assert list(block.places) == places
+    spans = [
+        [rows.names[row] for row in block.keys[start:stop].tolist()]
+        for start, stop in zip(block.span_keys.bounds, block.span_keys.bounds[1:], strict=False)
+    ]
+    edges = block.span_tokens.bounds
+    assert [span for span, a, b in zip(spans, edges, edges[1:], strict=False) for _ in range(a, b)] == attended
+    if not spec.padding:
+        assert block.coverage is None
+        return
+    covers = [item.coverage or ((0, 0, *item.grid[1:]), (0, 0, *item.grid[1:])) for item in items]
+    assert block.coverage is not None
+    assert block.coverage.tolist() == [[*touched, *filled] for touched, filled in covers]
+    assert (block.coverage.dtype, block.coverage.shape[1]) == (torch.int32, 8)
+
+
+def _check_text(batch: MultimodalBatch, packs: list[Pack]) -> None:
+    documents = [document for pack in packs for document in pack.documents]
+    for name in ("token_ids", "labels", "loss_weights", "position_ids"):
+        found = getattr(batch, name)
+        assert found.tolist() == [row for document in documents for row in getattr(document, name).tolist()]
+        assert found.dtype == (torch.float32 if name == "loss_weights" else torch.int64)
+    assert batch.valid.tolist() == [not document.is_null for document in documents for _ in document.token_ids]
+    assert batch.segments.bounds == tuple(accumulate((document.num_tokens for document in documents), initial=0))
+    assert batch.lanes == tuple(pack.lane for pack in packs)
+    assert batch.lane_tokens == tuple(sum(len(document.labels) for document in pack.documents) for pack in packs)
+    assert batch.provenance == tuple(document.provenance for document in documents)
+    assert batch.weight == sum(weight for document in documents for weight in document.loss_weights.tolist())
+    assert batch.num_tokens == sum(document.num_tokens for document in documents if not document.is_null)
+    first_item, pairs = 0, []
+    for segment, document in enumerate(documents):
+        whole = [number for number, item in enumerate(document.items) if item.place is None]
+        if len(document.images) == 1 and not document.is_null:
+            pairs.append([first_item + [*whole, 0][0], segment])
+        first_item += len(document.items)
+    assert (batch.pairs.tolist(), batch.pairs.shape[1], batch.pairs.dtype) == (pairs, 2, torch.int64)
+    # Tokens that each token sees: those before the first branch and, up to itself, those of its own branch.
+    first, seen = 0, []
+    for document in documents:
+        for token in range(document.num_tokens):
+            start = max((branch for branch in document.branches if branch <= token), default=0)
+            shared = range(document.branches[0]) if start else ()
+            seen.append([first + each for each in (*shared, *range(start, token + 1))])
+        first += document.num_tokens
+    if batch.branched is None:
+        assert not any(document.branches for document in documents)
+        return
+    assert any(document.branches for document in documents)
+    queries, keys, found = batch.branched.queries.bounds, batch.branched.keys.bounds, []
+    for begin, end, stop in zip(queries, queries[1:], keys[1:], strict=False):
+        first_key = keys[len(keys) - 1 - keys[::-1].index(stop) - 1] if stop else 0
+        visible = batch.branched.rows[first_key:stop].tolist()
+        found += [visible[: len(visible) - (end - 1 - token)] for token in range(begin, end)]
+    assert found == seen
+
+
+@pytest.mark.parametrize("placement", Placement)
+@pytest.mark.parametrize("seed", range(12))
+def test_a_batch_made_by_hand(placement: Placement, seed: int) -> None:
+    """Against loops over documents, tokens and features that give each row a name."""
+    packs, spec = _made_by_hand(placement, seed)
+    documents = [document for pack in packs for document in pack.documents]
+    batch = collate(packs, spec)
+    _check_text(batch, packs)
+    if placement is Placement.NONE:
+        assert batch.media == {}
+    else:
+        _check_media(batch, documents, spec)
+    for first in range(len(packs)):
+        pieces = [collate(some, spec) for some in (packs[:first], packs[first : first + 1], packs[first + 1 :]) if some]
+        assert_same(concatenate(pieces, spec), batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_pipeline.cutting import Cutter, longest_part, some_branches, split
@@ -23,7 +23,7 @@ pieces = st.lists(
 
 
 def _document(pieces: list[tuple[str, int]], spec: MediaSpec) -> Document:
-    """Text and images in a row; token t has id t, every feature of image i has the value i."""
+    """Text and images in a row; token t has id t, label t + 1 and weight t + 0.5; features of image i have value i."""
     embedded = spec.placement is Placement.EMBEDDING
     length, items, images, dest, spans = 0, [], [], [], [Span(0, ())]
     for kind, size in pieces:
@@ -42,10 +42,16 @@ def _document(pieces: list[tuple[str, int]], spec: MediaSpec) -> Document:
         images.append(ImageExtent(start, len(items) - 1, length))
     ids = np.arange(length, dtype=np.int32)
     origin = Provenance("set", "shard", "0", 0)
-    weights = np.ones(length, np.float32)
+    weights = ids + np.float32(0.5)
     return Document(
         ids, ids + 1, weights, ids, tuple(items), np.array(dest, np.int32), tuple(spans), origin, tuple(images)
     )
+
+
+def _check_rows(part: Document) -> None:
+    """Each token keeps its own label and weight."""
+    assert part.labels.tolist() == [token + 1 for token in part.token_ids.tolist()]
+    assert part.loss_weights.tolist() == [token + 0.5 for token in part.token_ids.tolist()]
 
 
 def _attended(document: Document) -> list[tuple[int, ...]]:
@@ -65,19 +71,30 @@ def _features(document: Document) -> dict[int, int]:
 
 
 @given(pieces=pieces, most=st.integers(6, 12), spec=st.sampled_from([EMBEDDING, ATTENDING]))
+@example(pieces=[("image", 1)] * 10, most=3, spec=ATTENDING)
 def test_the_parts_together_are_the_document(pieces: list, most: int, spec: MediaSpec) -> None:
     document = _document(pieces, spec)
     parts = list(split(document, lambda part: part.num_tokens <= most))
     assert np.concatenate([part.token_ids for part in parts]).tolist() == document.token_ids.tolist()
-    assert np.concatenate([part.labels for part in parts]).tolist() == document.labels.tolist()
     assert [seen for part in parts for seen in _attended(part)] == _attended(document)
     assert {token: value for part in parts for token, value in _features(part).items()} == _features(document)
+    start, image_stops = 0, {image.start: image.stop for image in document.images}
     for part in parts:
+        stop = start + part.num_tokens
+        _check_rows(part)
         assert part.num_tokens <= most
+        assert stop == document.num_tokens or image_stops.get(stop, stop + 1) - start > most
         assert part.position_ids.tolist() == list(range(part.num_tokens))
         assert part.is_cut
         assert part.spans[0].start == 0
-    assert sum(part.num_images for part in parts) == document.num_images
+        values = [int(item.values[0, 0]) for item in part.items]
+        images = [(image.start + start, values[image.first_item], image.stop + start) for image in part.images]
+        assert images == [tuple(image) for image in document.images if start <= image.start < stop]
+        # A part holds its own images and those that its tokens attend, and no others: each one costs time in the tower.
+        attended = {value for row in _attended(part) for value in row}
+        assert values == sorted(attended | {number for _, number, _ in images})
+        start = stop
+    assert start == document.num_tokens
 
 
 @given(pieces=pieces, spec=st.sampled_from([EMBEDDING, ATTENDING]))
@@ -108,6 +125,13 @@ def test_an_image_that_fits_nowhere_goes_and_the_text_around_it_stays() -> None:
     assert not any(part.items for part in parts)
 
 
+def test_text_that_attends_an_image_that_fits_nowhere_goes_with_it() -> None:
+    document = _document([("text", 2), ("image", 9), ("text", 3), ("image", 4), ("text", 2)], ATTENDING)
+    parts = list(split(document, lambda part: part.num_tokens <= 9 and part.num_patches <= 4))
+    assert [part.token_ids.tolist() for part in parts] == [[0, 1], [6, 7, 8]]
+    assert [_attended(part) for part in parts] == [[()] * 2, [(1,)] * 3]
+
+
 @pytest.mark.parametrize("start", [0, 4])
 def test_positions_on_three_axes_start_again_at_zero(start: int) -> None:
     document = _document([("text", 8)], EMBEDDING)
@@ -116,6 +140,7 @@ def test_positions_on_three_axes_start_again_at_zero(start: int) -> None:
     part = Cutter(moved).cut(start, 8)
     expected = positions[start:] - (positions[start] if start else 0)
     assert part.position_ids.tolist() == expected.tolist()
+    assert Cutter(moved).cut(8, 8).position_ids.shape == (0, 3)
 
 
 def _branched(shared: list[tuple[str, int]], branches: list[int], spec: MediaSpec) -> Document:
@@ -146,6 +171,7 @@ def test_every_part_has_what_branches_share_and_whole_branches(lengths: list[int
     assert [token for row in rows for token in row] == document.token_ids[fork:].tolist()
     done = 0
     for part in parts:
+        _check_rows(part)
         assert part.num_tokens <= most
         count = max(1, len(part.branches))
         assert part.is_cut

@@ -179,9 +179,25 @@ def test_find_goes_back_from_a_sample_to_its_cursor(
     assert order.find(sample, epoch) == (lane, cursor)
 
 
+def test_find_looks_into_the_window_of_the_samples_lane_and_not_into_its_own() -> None:
+    orders = [LaneOrder(60, 2, 3, seed=1, lane=lane, num_lanes=4) for lane in range(4)]
+    found = {sample: LaneOrder(60, 2, 3, seed=1, lane=0, num_lanes=4).find(sample, 1) for sample in range(60)}
+    for cursor in (Cursor(1, 0, 0), Cursor(1, 1, 3)):
+        for order in orders:
+            order.resolve(cursor)  # The order keeps this window.
+            assert {sample: order.find(sample, 1) for sample in range(60)} == found
+
+
+def test_an_offset_far_into_a_large_window_is_found() -> None:
+    order = LaneOrder(400_000, 4000, 100, seed=1, lane=0, num_lanes=1)
+    for offset in (0, 511, 512, 270_000, 399_999):
+        place, _ = LaneOrder(400_000, 4000, 100, seed=1, lane=0, num_lanes=1).resolve(Cursor(0, 0, offset))
+        assert order.find(place.sample, 0) == (0, Cursor(0, 0, offset))
+
+
 def test_find_refuses_samples_that_do_not_exist() -> None:
     for sample, epoch in ((-1, 0), (10, 0), (0, -1)):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"sample {sample} of 10, epoch {epoch}"):
             LaneOrder(10, 2, 2, 1, 0, 1).find(sample, epoch)
 
 
