@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
 import zlib
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from mmscale.checkpoint.manifest import RankNotes
 from mmscale.checkpoint.share import Piece, RankShare, flat_bytes
 from mmscale.durable import files
-from mmscale.durable.files import crc32_of, write_share
+from mmscale.durable.files import crc32_of, remove_folder, sync_folder, write_share
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]
 
@@ -81,3 +83,28 @@ def test_a_disk_that_takes_a_part_gets_the_rest(tmp_path: Path, monkeypatch: pyt
     assert written == (len(whole), zlib.crc32(whole))
     assert crc32_of(path) == files.checksum_of(memoryview(whole)) == zlib.crc32(whole)
     assert files.checksum_of(memoryview(b"")) == 0
+
+
+def test_a_folder_that_is_half_removed_does_not_look_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "step-00000005"
+    for each in (path, path / "inner"):
+        each.mkdir()
+
+    def interrupted(folder: Path) -> None:
+        raise OSError(5, "Input/output error", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(OSError, match="Input/output error"):
+            remove_folder(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["step-00000005.partial"]
+    (tmp_path / "step-00000005.partial").rename(path)
+    remove_folder(path)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_folder_that_is_synced_is_closed_again(tmp_path: Path) -> None:
+    before = set(os.listdir("/dev/fd"))
+    for _ in range(3):
+        sync_folder(tmp_path)
+    assert set(os.listdir("/dev/fd")) <= before

@@ -124,13 +124,14 @@ def test_a_buffer_of_one_value_has_no_dimension(tmp_path: Path) -> None:
         assert torch.equal(reader.buffer("scale"), torch.tensor(2.5))
 
 
-def test_a_buffer_of_another_shape_keeps_its_values(tmp_path: Path) -> None:
+def test_a_buffer_of_another_shape_is_refused(tmp_path: Path) -> None:
     other = toy_model(1)
     other.counts = torch.arange(4.0)
     path, model = toy_checkpoint(tmp_path, other), toy_model(2)
-    model.counts.fill_(7)
-    load_weights(model, path)
-    assert model.counts.tolist() == [7.0, 7.0, 7.0]
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"the buffer counts is \[4\] in the checkpoint, \[3\] here"):
+        load_weights(model, path)
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
 
 
 def test_what_differs_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -236,9 +237,9 @@ def test_the_newest_whole_checkpoint_is_found_and_the_newest_of_all_is_checked(t
         choose(ALONE, folder, stop, notes.append)
     assert notes == []
     assert choose(ALONE, folder, previous, notes.append) == paths[1]
-    assert len(notes) == 1
-    assert "step-100000000" in notes[0]
-    (paths[2] / "rank-00000.safetensors").unlink()
+    assert [note.partition(":")[0] for note in notes[:1]] == ["passed over"]
+    assert len(notes) == 2
+    assert "step-100000000 is set aside as step-100000000.damaged" in notes[1]
     assert newest_of(folder) == find_latest(folder) == paths[1]
     (paths[1] / MANIFEST).write_text("{}")
     assert newest_of(folder) == paths[0]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from data_pipeline.state import LoaderState
@@ -17,8 +18,10 @@ from mmscale.checkpoint import TrainState, list_checkpoints, read_manifest, resu
 from mmscale.checkpoint import save as _save_function
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.manifest import FileEntry
+from mmscale.checkpoint.share import Deferred, Piece, RankShare, persistent_buffers, share_of
 from mmscale.dist import World
 from mmscale.durable.files import Written
+from mmscale.engine.optimizers.eight_bit import Blocks, QuantisedRange
 from mmscale.errors import CheckpointError
 from tests.checkpoint.plain_engine import plain_engine
 from tests.engine.toy import toy_model
@@ -90,7 +93,11 @@ def test_a_checkpoint_that_is_there_stays_and_a_damaged_one_is_replaced(tmp_path
     (tmp_path / "notes.partial").mkdir()
     assert save(engine_of(1), STATE, tmp_path) == path
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["notes.partial", "step-00000007"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "notes.partial",
+        "step-00000007",
+        "step-00000007.damaged",
+    ]
 
 
 def test_older_checkpoints_go_when_the_new_one_is_there(tmp_path: Path) -> None:
@@ -169,3 +176,60 @@ def test_the_generator_of_a_device_is_saved_too(tmp_path: Path, monkeypatch: pyt
     )
     notes = json.loads((save(engine, STATE, tmp_path) / "rank-00000.json").read_text())
     assert (notes["random_state"]["cuda"], asked) == ("0102ff", ["cuda:2"])
+
+
+def test_a_share_is_a_safetensors_file_and_its_notes_find_every_tensor() -> None:
+    """Values of every kind: a view that is not contiguous, moments in 8 bits, values made on request."""
+    values = torch.arange(12.0).view(3, 4)
+    moment = QuantisedRange(Blocks(5, 11, signed=True, device=torch.device("cpu")), 0, 6)
+    moment.copy_(torch.tensor([1.0, -1.0, 0.0, 1.0, 0.0, -1.0]))
+    made = Deferred((2, 3), torch.bfloat16, lambda: values[:2, :3].bfloat16())
+    pieces = [
+        Piece("a|master", 4, values.T),
+        Piece("a|exp_avg", 5, moment),
+        Piece("b|frozen", 0, made),
+        Piece("c|buffer", 0, made, whole=True),
+    ]
+    share = RankShare.of(3, pieces, "where", {"cpu": "00"})
+    chunks = [bytes(chunk) for chunk in share.bytes_of()]
+    assert share.lengths == [len(chunk) for chunk in chunks] == [48, 24, 12, 12]
+    expected = {
+        "a|master": values.T.reshape(-1),
+        "a|exp_avg": moment.float(),
+        "b|frozen": made.make().view(-1),
+        "c|buffer": made.make(),
+    }
+    data = share.header + b"".join(chunks)
+    found = safetensors.torch.load(data)
+    assert found.keys() == expected.keys() == share.notes["tensors"].keys()
+    for (key, start, _, whole), chunk in zip(pieces, chunks, strict=True):
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)
+        entry = share.notes["tensors"][key]
+        assert (entry["start"], entry["stop"]) == (start, start + expected[key].numel())
+        assert data[entry["offset"] :][: len(chunk)] == chunk
+        assert entry["whole"] == whole
+    assert (share.notes["rank"], share.notes["loader"], share.notes["random_state"]) == (3, "where", {"cpu": "00"})
+
+
+def test_only_rank_0_gives_what_is_kept_whole() -> None:
+    engine = engine_of(1)
+    keys = {*share_of(engine, STATE).notes["tensors"]}
+    whole = {key: entry for key, entry in share_of(engine, STATE).notes["tensors"].items() if entry["whole"]}
+    assert {key: (entry["start"], entry["stop"]) for key, entry in whole.items()} == {
+        "counts|buffer": (0, 3),
+        "decoder.norm.weight|exp_avg_sq_row": (0, 3),
+    }
+    engine.world = World(1, 2, 1, torch.device("cpu"))
+    assert {*share_of(engine, STATE).notes["tensors"]} == keys - whole.keys()
+
+
+def test_persistent_buffers_are_those_of_the_state_dict() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Sequential(torch.nn.BatchNorm1d(2)))
+    for module in (model, model[0], model[1][0]):
+        module.register_buffer("made_anew", torch.ones(2), persistent=False)
+        module.register_buffer("kept", torch.ones(2))
+    parameters = dict(model.named_parameters())
+    expected = {name: values for name, values in model.state_dict(keep_vars=True).items() if name not in parameters}
+    found = persistent_buffers(model)
+    assert found.keys() == expected.keys()
+    assert all(values is expected[name] for name, values in found.items())

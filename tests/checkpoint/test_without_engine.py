@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,9 @@ def test_every_value_comes_back_however_it_is_cut(tmp_path: Path, saved: int, re
 
 def test_the_generator_of_a_device_is_restored_on_that_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, model = saved_by(tmp_path, toy_model(1), 1, tied=TIED, random_state={"cuda": "00ff10"}), toy_model(2)
+    # A build of torch without CUDA has no generator that could check the state before it is restored.
+    plain, checked = torch.Generator, SimpleNamespace(set_state=lambda state: None)
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": checked if device == "cuda" else plain(device))
     given: list[tuple[list[int], torch.dtype, str]] = []
     monkeypatch.setattr(
         torch.cuda, "set_rng_state", lambda state, device: given.append((state.tolist(), state.dtype, str(device)))
@@ -256,6 +260,48 @@ def test_what_does_not_fit_is_resampled_or_left_alone(
         if name == TABLE and "resampled" in expected:
             truth = resample_positions(source.get_parameter(TABLE), (2, 4), change["grid"])
         assert torch.equal(parameter, truth), name
+
+
+def test_a_position_table_without_a_class_token_is_resampled_too(tmp_path: Path) -> None:
+    plain = settings(class_token=False)
+    path = saved_by(tmp_path, build_model(plain), 1, model_config_values=plain.model_dump(mode="json"))
+    report = match(build_model(settings(class_token=False, grid=(3, 6))), read_manifest(path))
+    assert report.resampled == (Resampled(TABLE, (2, 4), (3, 6)),)
+    assert report.mismatched == report.missing == report.unused == ()
+
+
+OTHER_GRIDS = [[1, 8], [8, 1]]
+NO_GRIDS = [[2, 4], [2, "4"], ["2", "4"], [0, 4], [-2, -4], [True, 8], [8], 8, None]
+
+
+@pytest.mark.parametrize(("saved", "counts"), [*((g, True) for g in OTHER_GRIDS), *((g, False) for g in NO_GRIDS)])
+def test_a_saved_grid_counts_if_it_is_two_numbers_from_1_up(tmp_path: Path, saved: Any, counts: bool) -> None:
+    model, values = build_model(settings()), settings().model_dump(mode="json")
+    values["vision"]["positions"]["grid"] = saved
+    report = match(model, read_manifest(saved_by(tmp_path, model, 1, model_config_values=values)))
+    expected = (Resampled(TABLE, tuple(saved), (2, 4)),) if counts else ()
+    assert (report.resampled, report.complete) == (expected, not counts)
+
+
+def test_buffers_that_were_not_copied_are_named(tmp_path: Path) -> None:
+    source, model = moe(), moe()
+    for name, here, there in (("both", 3, 3), ("shape", 3, 2), ("new", 3, None), ("old", None, 3)):
+        for each, size, value in ((model, here, 1.0), (source, there, 2.0)):
+            if size is not None:
+                each.decoder.register_buffer(name, torch.full((size,), value))
+    path = saved_by(tmp_path, source, 1)
+    assert match(model, read_manifest(path), ["vision"]).missing == ()
+    report = warm_start(plain_engine(model), path)
+    assert (report.missing, report.mismatched, report.unused) == (
+        ("decoder.new",),
+        ("decoder.shape",),
+        ("decoder.old",),
+    )
+    assert model.decoder.both.tolist() == [2.0, 2.0, 2.0]
+    assert model.decoder.shape.tolist() == model.decoder.new.tolist() == [1.0, 1.0, 1.0]
+    text = str(report)
+    assert "; not in the checkpoint, unchanged: decoder.new; another shape, unchanged: decoder.shape; " in text
+    assert text.endswith("only in the checkpoint, not used: decoder.old")
 
 
 def test_a_report_is_complete_if_nothing_but_whole_parameters_was_taken() -> None:
