@@ -19,7 +19,7 @@ from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.models.connectors.contrastive import PairVectors
 from mmscale.models.contrastive import ContrastiveModel
 from mmscale.objectives import contrastive
-from mmscale.objectives.contrastive import Contrastive
+from mmscale.objectives.contrastive import Contrastive, PreparedBatch
 from tests.engine.ranks import run_ranks
 from tests.objectives.pairs import CAPPED, SCALE_PAST_ITS_LIMIT, SIGMOID, SOFTMAX, batch_of, model_config, written_out
 
@@ -138,12 +138,13 @@ def test_no_farther_from_the_truth_than_torch(noise: float, parts: int) -> None:
 
 @pytest.mark.parametrize("past", [0.5, -0.5])
 @pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("size", [1.0, 0.002])
 def test_a_scale_past_its_limit_learns_to_fall_and_never_to_rise(
-    shift: int, past: float, monkeypatch: pytest.MonkeyPatch
+    shift: int, past: float, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each image is like its own text, so a larger scale is better; or like another text, so it is worse."""
     model, _, _, _ = truth(CAPPED)
-    images, texts = torch.eye(7), 0.9 * torch.eye(7).roll(shift, 0) + 0.02
+    images, texts = torch.eye(7), size * (0.9 * torch.eye(7).roll(shift, 0) + 0.02)
     log_scale = (torch.tensor(CAPPED["max_scale"]).log() + past).requires_grad_()
     monkeypatch.setattr(model, "forward", lambda batch: PairVectors(images, texts, log_scale, None))
     output = Contrastive(model.config.connector, ALONE)(model, batch_of(media_spec(model.config), DEALS[0][0]))
@@ -152,6 +153,7 @@ def test_a_scale_past_its_limit_learns_to_fall_and_never_to_rise(
     loss = 7 * clip_loss((free.exp() * images @ texts.T).T)
     slope = torch.autograd.grad(loss, free)[0]
     assert (slope < 0) == (shift == 0)
+    assert size == 1 or 0.01 < slope.abs() < 1
     torch.testing.assert_close(output.loss_sum, loss)
     expected = slope if past < 0 else slope.clamp(min=0)
     torch.testing.assert_close(log_scale.grad, expected, rtol=1e-4, atol=1e-5)
@@ -167,6 +169,21 @@ def test_sigmoids_tell_their_bias_and_several_ranks_need_a_way_to_gather() -> No
     with pytest.raises(ValueError, match="2 ranks share a step"):
         Contrastive(model.config.connector, pair)
     Contrastive(model.config.connector, pair, lambda rows: [rows, rows])
+
+
+def test_one_microbatch_needs_no_vectors_of_others_and_several_move_without_them() -> None:
+    model, _, _, _ = truth(SOFTMAX)
+    spec, objective = media_spec(model.config), Contrastive(model.config.connector, ALONE)
+    batches = [batch_of(spec, numbers) for numbers in ([0, 1], [2])]
+    with torch.no_grad():
+        assert objective.prepare(model, batches[:1]) == batches[:1]
+        prepared = objective.prepare(model, batches)
+    for each, first in zip(prepared, (0, 2), strict=True):
+        assert isinstance(each, PreparedBatch)
+        moved = each.to("meta")
+        assert moved.batch.token_ids.device.type == moved.batch.media["image"].values.device.type == "meta"
+        assert (moved.others, moved.first) == (each.others, first)
+        assert each.batch.token_ids.device.type == "cpu"
 
 
 @pytest.mark.parametrize("worse", [False, True])

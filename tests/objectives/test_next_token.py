@@ -7,6 +7,8 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmscale.engine.graph import LossGraph
 from mmscale.models.build import build_model, media_spec
@@ -78,6 +80,25 @@ def test_a_teacher_stays_frozen_and_in_evaluation_mode() -> None:
     graph(batch)[0].backward()
     assert {p.requires_grad for p in teacher.parameters()} == {False}
     assert all(p.grad is not None for p in student.parameters())
+
+
+def test_a_teacher_lends_its_matrices_and_counts_a_forward_pass() -> None:
+    net = build_model(config(None), attention="sdpa")
+    teacher = Teacher(net, 0.5, 1.0)
+    batch = pack([text_document(1, 9, VOCAB), text_document(2, 9, VOCAB)], media_spec(net.config))
+    assert [*teacher.units()] == [*net.checkpoint_units()] != []
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        hidden = teacher(batch)
+        hidden[batch.loss_weights > 0] @ net.head.weight.T
+    told = teacher.flops(batch)
+    assert told.forward == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert (told.backward, told.recomputed) == (0, 0)
+    # ZeRO-3 empties a parameter at the end of its module's forward. What the module returned must stay whole.
+    values = net.head.weight.detach().clone()
+    teacher.matrices.register_forward_hook(lambda *_: setattr(net.head.weight, "data", torch.empty(0)))
+    (matrix,) = teacher.soft_target(hidden, torch.zeros(len(hidden))).weights
+    torch.testing.assert_close(matrix, values, rtol=0, atol=0)
+    assert net.head.weight.numel() == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
