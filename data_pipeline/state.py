@@ -197,8 +197,9 @@ class LoaderState:
         mine, theirs = _parts(fingerprint), _parts(self.fingerprint)
         changed = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
         if changed:
+            follows = " (model.media follows from the model block)" if "model.media" in changed else ""
             raise StateError(
-                f"the saved data position does not fit this run: changed since: {', '.join(changed)}; "
+                f"the saved data position does not fit this run: changed since: {', '.join(changed)}{follows}; "
                 "put them back, or start a new run"
             )
         missing = [lane for lane in lanes if lane not in self.lanes]

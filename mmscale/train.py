@@ -21,8 +21,8 @@ from enum import Enum
 from pathlib import Path
 
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.errors import DataConfigError
-from data_pipeline.loader import Loader, LoaderState, StepBatch
+from data_pipeline.errors import DataConfigError, DataPipelineError
+from data_pipeline.loader import Loader, StepBatch
 from data_pipeline.media_spec import Placement
 from data_pipeline.tokenizer import load_tokenizer
 from mmscale import checkpoint
@@ -30,7 +30,7 @@ from mmscale.bad_steps import BadSteps, RolledBack
 from mmscale.checkpoint import TrainState
 from mmscale.checkpoint.manifest import folder_name
 from mmscale.config import Loaded
-from mmscale.dist import World, gather_rows, init_distributed, shutdown, sum_float
+from mmscale.dist import World, first_complaint, gather_rows, init_distributed, shutdown, sum_float
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.engine.memory import explain_memory
@@ -174,9 +174,12 @@ def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, prof
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             watchdog.begin_start()
             state = note_teachers(config, world, state)
+            # The data position is checked before the engine takes the time and memory of the model.
+            loader = _open_loader(run, state)
             with _stage_engine(run, state, latest) as engine:
+                stage = _open_stage(run, engine, state)
                 start.record(state.step)
-                state, stopped = _train_stage(run, engine, state)
+                state, stopped = _train_stage(run, stage, loader, state)
                 if stopped:
                     return Outcome.STOPPED
                 latest = config.run_dir / CHECKPOINTS / folder_name(state.step)  # Saved just now, or resumed from.
@@ -236,8 +239,8 @@ def build(config: RunConfig, world: World, stage: int) -> AnyModel:
     )
 
 
-def _train_stage(run: _Run, engine: Engine, state: TrainState) -> tuple[TrainState, bool]:
-    """Steps until the stage or the run ends, or somebody asks to stop.
+def _train_stage(run: _Run, stage: _Stage, loader: Loader, state: TrainState) -> tuple[TrainState, bool]:
+    """Steps until the stage or the run ends, or somebody asks to stop. Closes the loader.
 
     Returns:
         The state of the last step, and whether it was the last because of a request to stop. It is saved either way.
@@ -245,11 +248,10 @@ def _train_stage(run: _Run, engine: Engine, state: TrainState) -> tuple[TrainSta
     config, log = run.config, run.log
     steps = config.stages[state.stage_index].steps
     last = min(state.step + steps - state.stage_step, config.total_steps)
-    stage = _open_stage(run, engine, state)
     stopped = False
     log.pause("setup")
     run.ledger.begin_stage(state.step, state.stage_index)
-    with closing(_open_loader(config, run.world, state, run.bad_steps.begin_stage(state))) as loader:
+    with loader:
         batches = iter(loader)
         while state.step < last and not stopped:
             run.watchdog.begin_step(state.step + 1)
@@ -263,7 +265,7 @@ def _train_stage(run: _Run, engine: Engine, state: TrainState) -> tuple[TrainSta
             if stopped or state.step == last or config.checkpoint.due(state.step):
                 with run.watchdog.during("checkpoint"):
                     run.ledger.write()
-                    run.saver.save(engine, state, last=stopped or state.step == last)
+                    run.saver.save(stage.engine, state, last=stopped or state.step == last)
                 log.pause("checkpoint")
     if stopped:
         log.note(f"stopped at step {state.step} ({run.stop.reason}) and saved; the same command goes on from here")
@@ -342,21 +344,32 @@ def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> Trai
     return state
 
 
-def _open_loader(config: RunConfig, world: World, state: TrainState, position: LoaderState | None) -> Loader:
+def _open_loader(run: _Run, state: TrainState) -> Loader:
     """The stage's stream of batches: a new one where the stage has data or images of its own, else the running one.
 
-    With ``position`` it begins there, whatever the state says: behind the data that a roll back leaves out.
+    After a roll back it begins behind the data that the roll back leaves out. All ranks must call.
+
+    Raises:
+        DataPipelineError: the data cannot be opened, or the saved position does not fit them; every rank raises.
     """
+    config, world = run.config, run.world
     data = config.stage_data(state.stage_index)
     fresh = state.stage_step == 0 and not config.continues(state.stage_index)
-    position = position or (None if fresh else state.loader)
-    return Loader(
-        data,
-        config.stage_media(state.stage_index),
-        seed=config.seed,
-        rank=world.rank,
-        world_size=world.world_size,
-        micro_lanes=config.engine.micro_lanes,
-        state=position,
-        quarantine=known_lists(config.run_dir / FAULTS, data.faults),
-    )
+    position = run.bad_steps.begin_stage(state) or (None if fresh else state.loader)
+    mine: DataPipelineError | None = None
+    try:
+        loader = Loader(
+            data,
+            config.stage_media(state.stage_index),
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+            micro_lanes=config.engine.micro_lanes,
+            state=position,
+            quarantine=known_lists(config.run_dir / FAULTS, data.faults),
+        )
+    except DataPipelineError as error:
+        mine = error
+    if (complaint := first_complaint(world, None if mine is None else str(mine))) is not None:
+        raise mine or DataPipelineError(complaint)
+    return loader

@@ -72,9 +72,18 @@ def test_a_start_says_what_it_changes_and_a_finished_run_refuses_what_it_cannot_
     assert longer[0] == 0
     assert "changed since the last start: max_steps: 2 -> 4; stages.0.learning_rate.default: 0.0013 -> 0.5" in longer[1]
     second = (folder / "config.yaml").read_bytes()
-    ((code, text),) = start(folder, ["max_steps=6", "model.decoder.hidden_dim=96"])
+    order, both, (code, text) = start(
+        folder,
+        ["max_steps=6", "data.packing.look_ahead=3"],
+        ["max_steps=6", "data.packing.look_ahead=3", "model.decoder.hidden_dim=96"],
+        ["max_steps=6", "model.decoder.tie_embeddings=true"],
+    )
+    assert (order[0], both[0]) == (1, 1)
+    assert "does not fit this run: changed since: packing; put them back" in order[1]
+    # Found before the engine, which would find the other model.
+    assert "changed since: model.media, packing (model.media follows from the model block); put them back" in both[1]
     assert code == 1
-    assert "changed since the last start: max_steps: 4 -> 6; model.decoder.hidden_dim: 48 -> 96" in text
+    assert "changed since the last start: max_steps: 4 -> 6; model.decoder.tie_embeddings: false -> true" in text
     assert "is a checkpoint of another model" in text
     assert (folder / "config.yaml").read_bytes() == second, "a start that was refused is the run's configuration"
     one, two = read_starts(folder)
