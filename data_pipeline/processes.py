@@ -1,6 +1,6 @@
-"""What the loader's workers and the crew's have in common: how a process starts, and how it ended.
+"""What the processes of this project have in common: how a process starts, and how it ended.
 
-Not for: what the processes do (``workers``, ``shards.crew``).
+Not for: what the processes do (``workers``, ``shards.crew``, ``mmscale.durable.process``).
 """
 
 from __future__ import annotations
@@ -27,6 +27,20 @@ def without_script() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = script
+
+
+@contextlib.contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Block the signals that ask a process group to stop, in this thread.
+
+    A process that starts within inherits the mask and keeps it, so no signal reaches it before its Python code runs.
+    This process receives a blocked signal when the context ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ending(process: BaseProcess) -> str:

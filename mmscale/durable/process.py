@@ -5,8 +5,8 @@
               Writer.answer()                         <--a line of JSON--
 
 Both see the same memory; nothing else is handed over. The writer is started from a clean interpreter without torch and
-takes some 20 MB beside that memory. It ends with the trainer, however that one ends, and heeds no signal to the
-process group: the trainer decides when to stop.
+takes some 20 MB beside that memory. It ends with the trainer, however that one ends. From its first instruction on it
+has the signals blocked that ask a process group to stop: the trainer decides when to stop.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.processes import stop_signals_blocked
 from mmscale.durable.files import publish, write_share
 
 _START = (
@@ -52,9 +53,10 @@ class Writer:
         handle, file = _anonymous_file(capacity_bytes)
         self.memory = mmap.mmap(handle, capacity_bytes)
         code = _START.format(path=sys.path, memory=handle, size=capacity_bytes, parent=os.getpid())
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[handle]
-        )
+        with stop_signals_blocked():
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[handle]
+            )
         file.close()  # The mapping and the process keep the memory.
 
     @property
@@ -101,7 +103,9 @@ class Writer:
     def _dead(self) -> WriteError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_JOIN_SECONDS)
-        return WriteError(f"the process that writes died (exit code {self._process.returncode}): out of memory?")
+        code = self._process.returncode
+        guess = ": out of memory?" if code == -signal.SIGKILL else ""  # The kernel's signal when memory runs out.
+        return WriteError(f"the process that writes died (exit code {code}){guess}")
 
     def close(self) -> None:
         """Ends the process, by force if it does not end soon. Idempotent. The memory goes with its last view."""
@@ -129,8 +133,6 @@ def _anonymous_file(size: int) -> tuple[int, Any]:
 
 def main(handle: int, size: int, parent: int) -> None:
     """The process: one order a line until the input ends."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     _end_with(parent)
     memory = memoryview(mmap.mmap(handle, size, access=mmap.ACCESS_READ))
     for line in sys.stdin.buffer:

@@ -1,0 +1,44 @@
+"""Signals to the process that writes checkpoints, from its first moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from mmscale.durable.process import WriteError, Writer
+
+
+def share(folder: str) -> dict[str, object]:
+    return {"folder": folder, "names": ["a", "b"], "header_bytes": 0, "lengths": [], "notes": {"tensors": {}}}
+
+
+def test_a_signal_to_the_group_does_not_end_a_writer_that_is_starting(tmp_path: os.PathLike[str]) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    writer = Writer(4096)
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            os.kill(writer.pid, number)  # The interpreter needs far longer to start than these calls.
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before, "the trainer hears the signals again"
+        writer.order("share", **share(str(tmp_path)))
+        assert writer.answer(None)
+        assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+        os.kill(writer.pid, signal.SIGTERM)
+        writer.order("share", **share(str(tmp_path)))
+        with pytest.raises(WriteError, match="File exists"):
+            writer.answer(None)
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(("number", "guess"), [(signal.SIGKILL, ": out of memory?"), (signal.SIGABRT, "")])
+def test_only_the_signal_of_the_kernel_is_taken_for_a_lack_of_memory(number: signal.Signals, guess: str) -> None:
+    writer = Writer(4096)
+    try:
+        os.kill(writer.pid, number)
+        with pytest.raises(WriteError) as raised:
+            writer.answer(None)
+        assert str(raised.value) == f"the process that writes died (exit code {-number}){guess}"
+    finally:
+        writer.close()
