@@ -32,7 +32,7 @@ from data_pipeline.loader import StepBatch
 from data_pipeline.shards.columns import Column
 from data_pipeline.shards.files import write_whole
 from data_pipeline.state import Drawn, LoaderState
-from data_pipeline.untrusted import UntrustedError, parse_json, read_bytes
+from data_pipeline.untrusted import UntrustedError, open_regular, parse_json, read_bytes
 
 _MAGIC = b"mmscale-ledger-1\n"
 _NAME = re.compile(r"steps-(\d{10,})-(\d{10,})\.ledger")
@@ -349,7 +349,7 @@ class Ledger:
     def _read_state(self, number: int) -> LoaderState:
         path = self._path(number)
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 if file.read(len(_MAGIC)) != _MAGIC:
                     raise ValueError("it does not begin like a segment")
                 name, size, deflated_bytes, crc32 = parse_json(file.readline(_MAX_HEADER_BYTES))["sections"][0]

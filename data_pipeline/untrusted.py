@@ -55,14 +55,35 @@ def open_regular(path: Path) -> IO[bytes]:
         IrregularFileError: the path names something that is not a regular file.
         OSError: the system refuses.
     """
-    # Without O_NONBLOCK, open() waits for a writer if the path is a FIFO. The flag has no effect on regular files.
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    return os.fdopen(_regular(path, os.O_RDONLY), "rb")
+
+
+def append_regular(path: Path) -> IO[bytes]:
+    """Open a regular file for appending; create it if it is absent. A FIFO or a device raises instead of blocking.
+
+    Raises:
+        IrregularFileError: the path names something that is not a regular file.
+        OSError: the system refuses.
+    """
+    return os.fdopen(_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
+def _regular(path: Path, flags: int) -> int:
+    """Return a descriptor of a regular file."""
+    # Without O_NONBLOCK, open() waits for the other end if the path is a FIFO. Regular files ignore the flag.
+    try:
+        handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.EISDIR):  # A FIFO without a reader, a socket; a folder.
+            reason = "a folder, expected a file" if error.errno == errno.EISDIR else "not a regular file"
+            raise IrregularFileError(errno.EINVAL, reason, str(path)) from error
+        raise
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             reason = "a folder, expected a file" if stat.S_ISDIR(mode) else "not a regular file"
             raise IrregularFileError(errno.EINVAL, reason, str(path))
-        return os.fdopen(handle, "rb")
+        return handle
     except BaseException:
         os.close(handle)
         raise

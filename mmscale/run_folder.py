@@ -70,7 +70,7 @@ def _waits(lock: FolderLock, folder: Path, world: World, has_told: bool) -> bool
         except LaunchError as error:
             complaint = str(error)
         except OSError as error:
-            complaint = f"run_dir={folder}: {error.strerror}"
+            complaint = f"run_dir={folder}: {error.filename or folder}: {error.strerror}"
     complaint = first_complaint(world, complaint)
     if complaint is not None:
         raise LaunchError(complaint)

@@ -33,6 +33,7 @@ from typing import NamedTuple
 from pydantic import Field, ValidationError
 
 from data_pipeline.strict import StrictConfig
+from data_pipeline.untrusted import open_regular, read_bytes
 from mmscale.errors import LaunchError
 
 BEAT_SECONDS = 2.0
@@ -188,7 +189,7 @@ class FolderLock:
             if not number:
                 return _NO_CLAIM
             # Opening a file makes NFS ask the server for its attributes; stat alone may be answered from a cache.
-            with self._path(number).open("rb") as file:
+            with open_regular(self._path(number)) as file:
                 return _Claim(number, os.fstat(file.fileno()).st_mtime_ns, Holder.parse(file.read(_MOST_BYTES)))
         except FileNotFoundError:  # Released meanwhile.
             return _NO_CLAIM
@@ -223,7 +224,7 @@ class FolderLock:
         path = self._path(self._number)
         while not self._released.wait(BEAT_SECONDS):
             try:
-                is_lost = path.read_bytes() != self._record or self._newest().number > self._number
+                is_lost = read_bytes(path) != self._record or self._newest().number > self._number
                 if not is_lost:
                     os.utime(path)
             except FileNotFoundError:

@@ -32,7 +32,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field
 
 from data_pipeline.strict import StrictConfig
-from data_pipeline.untrusted import read_json
+from data_pipeline.untrusted import append_regular, read_json
 
 EXIT_HUNG = 76
 """Exit code of a run that its watchdog ended."""
@@ -195,7 +195,9 @@ class Watchdog:
 
     def _write(self, path: Path, values: object) -> None:
         beside = path.with_name(f".{path.name}.{self._rank}")
-        beside.write_text(json.dumps(values))
+        with append_regular(beside) as file:
+            file.truncate(0)
+            file.write(json.dumps(values).encode())
         beside.replace(path)
 
     def _end(self, mine: Beat) -> None:
@@ -230,7 +232,8 @@ class Watchdog:
     def _dump_stacks(self) -> None:
         path = self._logs / f"hang-rank-{self._rank}.txt"
         try:
-            with path.open("w") as file:
+            with append_regular(path) as file:
+                file.truncate(0)
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:
             print(f"mmscale: {path}: the stacks cannot be written: {error.strerror}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_pipeline.errors import FaultKind, TooManyFaultsError
 from data_pipeline.faults import FaultConfig, Skipped
-from data_pipeline.untrusted import parse_json
+from data_pipeline.untrusted import append_regular, open_regular, parse_json
 from mmscale.dist import World, first_complaint
 from mmscale.errors import MMScaleError
 
@@ -85,8 +85,8 @@ class FaultList:
         )
         try:
             # Opened each time: no descriptor to keep, and one write appends whole lines.
-            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(lines)
+            with append_regular(self._path) as file:
+                file.write(lines.encode(errors="backslashreplace"))
         except OSError as error:
             raise MMScaleError(f"the list of faults cannot be written: {self._path}: {error.strerror}") from error
         self._show(new)
@@ -129,7 +129,7 @@ def known_lists(folder: Path, config: FaultConfig) -> list[Path]:
 def _cut_back(path: Path, step: int) -> None:
     """Truncates a list behind the last whole line of ``step`` or before; lines are in order of steps."""
     end = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for line in file:
             try:
                 number = parse_json(line)["step"] if line.endswith(b"\n") else None

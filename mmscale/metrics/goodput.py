@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.untrusted import UntrustedError, parse_json, read_lines
+from data_pipeline.untrusted import UntrustedError, append_regular, parse_json, read_lines
 from mmscale.errors import MMScaleError
 from mmscale.metrics.sinks import read_metrics
 
@@ -128,8 +128,8 @@ class WallTime:
 
     def _append(self, text: str) -> None:
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            with append_regular(self._path) as file:
+                file.write(text.encode())
         except OSError as error:
             raise MMScaleError(f"the account of time cannot be written: {self._path}: {error.strerror}") from error
 

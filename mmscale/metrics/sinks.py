@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.shards.files import write_whole
-from data_pipeline.untrusted import UntrustedError, parse_json, read_lines
+from data_pipeline.untrusted import UntrustedError, append_regular, parse_json, read_lines
 from mmscale.errors import MMScaleError
 
 if TYPE_CHECKING:
@@ -94,15 +94,22 @@ class JsonlSink:
     Args:
         path: The file; its folder must exist.
         start_step: Steps that are done and stay; 0 for a new run.
+
+    Raises:
+        MMScaleError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
         cut_back(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            self._file = append_regular(path)
+        except OSError as error:
+            raise MMScaleError(f"{path}: cannot be written: {error.strerror}") from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one line."""
-        self._file.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+        line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+        self._file.write(f"{line}\n".encode())
         self._file.flush()
 
     def close(self) -> None:

@@ -18,7 +18,9 @@ from data_pipeline import untrusted
 from data_pipeline.untrusted import (
     MOST_DEPTH,
     BoundedYamlLoader,
+    IrregularFileError,
     UntrustedError,
+    append_regular,
     parse_json,
     parse_yaml,
     read_bytes,
@@ -136,6 +138,23 @@ def test_only_regular_files_are_read(tmp_path: Path, read: Callable[[Path], Any]
             read(path)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "absent")
+
+
+@pytest.mark.timeout(20)
+def test_only_regular_files_are_appended_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path, what in ((tmp_path / "fifo", "not a regular file"), (tmp_path, "a folder"), (Path("/dev/zero"), "not a")):
+        with pytest.raises(IrregularFileError, match=what) as raised:
+            append_regular(path)
+        assert raised.value.filename == str(path)
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)  # With a reader the system opens a FIFO.
+    with pytest.raises(IrregularFileError, match="not a regular file"):
+        append_regular(tmp_path / "fifo")
+    os.close(reader)
+    for line in (b"one\n", b"two\n"):
+        with append_regular(tmp_path / "new") as file:
+            file.write(line)
+    assert (tmp_path / "new").read_bytes() == b"one\ntwo\n"
 
 
 def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:

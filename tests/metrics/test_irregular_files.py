@@ -1,0 +1,73 @@
+"""A FIFO in the place of a file of a run folder is refused with its name; nobody waits for its other end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.errors import DataPipelineError, FaultKind
+from data_pipeline.faults import Action, Skipped
+from data_pipeline.ledger import Ledger
+from mmscale.dist import World
+from mmscale.engine.watchdog import Watchdog, WatchdogConfig
+from mmscale.errors import MMScaleError
+from mmscale.metrics.faults import FaultList
+from mmscale.metrics.goodput import WallTime
+from mmscale.metrics.sinks import JsonlSink
+from mmscale.run_folder import hold_folder
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+SKIPPED = Skipped("set", 0, 1, 3, "a.tar", "000001", FaultKind.DECODE, "no image", 512, Action.QUARANTINE)
+
+
+def list_faults(run: Path) -> None:
+    book = FaultList(run / "none", ALONE, 0, print)
+    book._path = run / "faults/rank-00000.jsonl"
+    book.step(1, [SKIPPED])
+
+
+def lock(run: Path) -> None:
+    with hold_folder(run):
+        pass
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("metrics.jsonl", lambda run: JsonlSink(run / "metrics.jsonl", 0)),
+        ("goodput.jsonl", lambda run: WallTime(run, 0)),
+        ("faults/rank-00000.jsonl", lambda run: FaultList(run / "faults", ALONE, 0, print)),
+        ("faults/rank-00000.jsonl", list_faults),
+        ("ledger/steps-0000000001-0000000005.ledger", lambda run: Ledger(run / "ledger").state(0)),
+        ("lock/claim-00000001", lock),
+    ],
+)
+def test_a_fifo_is_refused(tmp_path: Path, name: str, use: Callable[[Path], object]) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    with pytest.raises((MMScaleError, DataPipelineError)) as raised:
+        use(tmp_path)
+    assert str(path) in str(raised.value)
+    assert "not a regular file" in str(raised.value)
+
+
+@pytest.mark.timeout(20)
+def test_the_watchdog_ends_a_process_although_a_fifo_is_in_the_place_of_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watchdog = Watchdog(tmp_path, WatchdogConfig().limits(60.0), 0, 1)
+    path = tmp_path / "logs/hang-rank-0.txt"
+    path.parent.mkdir()
+    os.mkfifo(path)
+    watchdog._dump_stacks()
+    assert f"{path}: the stacks cannot be written: not a regular file" in capsys.readouterr().err
+    path.unlink()
+    for _ in range(2):
+        watchdog._dump_stacks()
+    assert path.read_text().count("test_the_watchdog_ends") == 1
