@@ -1,4 +1,4 @@
-"""Look at a few samples of a data set before a run starts: can they be used, and do they hold images?
+"""Look at a few samples of a data set before a run starts: do they fit into a pack, and do they hold images?
 
 Only text and the sizes in the index are read, as ``SampleReader.read_outline`` does, so a look takes milliseconds.
 Not for: finding every bad sample (``mmscale data verify``).
@@ -12,6 +12,7 @@ import numpy as np
 
 from data_pipeline.documents import DocumentBuilder
 from data_pipeline.errors import DataConfigError, ManifestError, SampleError, ShardError
+from data_pipeline.packing import Budget
 from data_pipeline.reader import SampleReader
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.manifest import Manifest
@@ -26,7 +27,7 @@ class FirstLook:
 
     Attributes:
         looked_at: Samples that were read.
-        unusable: How many of them make no document.
+        unusable: How many of them make no document, or one that no pack can hold (``packing.too_long``).
         reason: Of the first of these, with its shard and key.
         holds_images: Whether any document has an image, or any shard that was looked at, where the template takes them.
     """
@@ -37,7 +38,7 @@ class FirstLook:
     holds_images: bool
 
 
-def look_at(builder: DocumentBuilder) -> FirstLook:
+def look_at(builder: DocumentBuilder, budget: Budget) -> FirstLook:
     """Make documents, without pixels, of samples spread evenly over an indexed data set on this machine.
 
     Raises:
@@ -57,7 +58,9 @@ def look_at(builder: DocumentBuilder) -> FirstLook:
             try:
                 sample = reader.read_outline(number)
                 holds_images |= takes_images and any(map(is_image, reader.extensions(number)))
-                holds_images |= bool(builder.measure(sample).items)
+                document = builder.measure(sample)
+                holds_images |= bool(document.items)
+                budget.admit(document)
             except (SampleError, ShardError, ManifestError) as error:
                 reasons.append(str(error))
     finally:

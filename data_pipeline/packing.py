@@ -119,7 +119,8 @@ class Budget:
         """The document as packs can hold it: itself, or what ``too_long`` makes of it.
 
         Raises:
-            SampleError: no pack can hold it and it may not be cut, or nothing to learn is left of it.
+            SampleError: no pack can hold it and it may not be cut, or nothing to learn is left of it; it names the
+                sample that the document was made of.
         """
         if self._alone(document):
             return [document]
@@ -134,10 +135,12 @@ class Budget:
         parts = [part for part in parts if part.loss_weights.any()]
         if parts:
             return parts
-        raise SampleError(
+        error = SampleError(
             f"{document.num_tokens} tokens and {document.num_patches} patches (cost {document.cost(self.spec):g}); "
             f"{self._room()}; {self._remedy()}"
         )
+        origin = document.provenance
+        raise error if origin is None else error.located(origin.shard, origin.key)
 
     def _alone(self, document: Document) -> bool:
         most = self.spec.max_document_tokens  # Branches go on from the same position, so tokens do not tell.

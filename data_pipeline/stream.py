@@ -13,7 +13,7 @@ from data_pipeline.config import DataConfig, DatasetConfig, OrderConfig
 from data_pipeline.document import Document, Empty, plain_empty
 from data_pipeline.documents import DocumentBuilder
 from data_pipeline.draws import Draws, SampleDraws
-from data_pipeline.errors import DataConfigError, DataPipelineError, SampleError
+from data_pipeline.errors import DataConfigError, DataPipelineError
 from data_pipeline.faults import Fault, FaultPolicy, Known, Skipped
 from data_pipeline.indexed import IndexedLane, IndexedSet
 from data_pipeline.known_faults import RunFaults, SetFaults
@@ -219,7 +219,7 @@ class LaneStream:
         sample = drawn._replace(part=0)
         if self._remade is None or self._remade[0] != sample:  # Parts of one sample wait one behind the other.
             try:  # What went well before says nothing new about how many of the last samples were bad.
-                documents = self._admit(self._outline(sample)())
+                documents = self._budget.admit(self._outline(sample)())
             except Exception:  # The policy decides.
                 documents = self._attempt(sample, self._sources[sample.dataset].known(sample.sample))
             self._remade = (sample, documents)
@@ -295,7 +295,7 @@ class LaneStream:
             known: What is known of its faults.
             get: The document if it was decoded ahead.
         """
-        result = self._policy.attempt(lambda: self._admit(get() or self._outline(drawn)()), known)
+        result = self._policy.attempt(lambda: self._budget.admit(get() or self._outline(drawn)()), known)
         if isinstance(result, Fault):
             origin = (self._datasets[drawn.dataset].config.name, drawn.epoch, drawn.sample, self._lane)
             self._skipped.append(self._policy.skipped(result, *origin, known.offset()))
@@ -307,11 +307,3 @@ class LaneStream:
         sample = self._sources[drawn.dataset].read(drawn.sample, drawn.epoch)
         draws = SampleDraws(dataset.seed, Place(drawn.sample, drawn.epoch))
         return dataset.outline(sample, draws, self._empty)
-
-    def _admit(self, document: Document) -> list[Document]:
-        try:
-            return self._budget.admit(document)
-        except SampleError as error:
-            origin = document.provenance
-            assert origin is not None, "only null documents come from nowhere"
-            raise error.located(origin.shard, origin.key) from error

@@ -5,17 +5,20 @@ Rules inside a part live in that part's class. Here are only those that need two
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from data_pipeline.config import DataConfig, DatasetConfig
-from data_pipeline.documents import DocumentBuilder
+from data_pipeline.config import DataConfig, DatasetConfig, PackingConfig
+from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import DataConfigError
 from data_pipeline.first_look import FirstLook, look_at
 from data_pipeline.media_spec import MediaSpec
+from data_pipeline.packing import Budget
 from data_pipeline.shards.mistaken import refuse_no_manifest
 from data_pipeline.streamed import expand_shards
 from data_pipeline.strict import StrictConfig, reason_of
@@ -186,12 +189,13 @@ def check_files(config: RunConfig) -> list[str]:
         Warnings: a sentence for each stage whose model has a tower that its data never use.
 
     Raises:
-        ConfigError: a manifest is missing, or the tokenizer has more ids than the model has embeddings; a stage that
+        ConfigError: ``run_dir`` is no folder or cannot be made; a manifest is missing, or the tokenizer has more ids than the model has embeddings; a stage that
             trains the tower or the connector has no image; or a held-out set cannot be asked as configured.
         DataConfigError: a shard to be streamed is missing, the tokenizer cannot be loaded, images are not cut as a
             stage's model takes them, or a data set has no usable sample.
         DataPipelineError: a manifest or a held-out sample is damaged.
     """
+    _check_run_dir(config.run_dir)
     notes = []
     for number, stage in enumerate(config.stages):
         data, model = config.stage_data(number), config.stage_model(number)
@@ -213,7 +217,7 @@ def check_files(config: RunConfig) -> list[str]:
                 f"model.decoder.vocab_size={read}: the tokenizer of stage {stage.name} has {tokens} ids; "
                 f"have rows for {tokens} or more"
             )
-        looks = [_look_at(dataset, tokenizer, model, stage) for dataset in data.datasets]
+        looks = [_look_at(dataset, data.packing, tokenizer, model, stage) for dataset in data.datasets]
         if model.vision is not None and not any(look is None or look.holds_images for look in looks):
             notes.append(_without_images(config, number))
     last = len(config.stages) - 1
@@ -221,13 +225,33 @@ def check_files(config: RunConfig) -> list[str]:
     return notes
 
 
-def _look_at(dataset: DatasetConfig, tokenizer: Tokenizer, model: ModelConfig, stage: StageConfig) -> FirstLook | None:
+def _check_run_dir(run_dir: Path) -> None:
+    """Makes and removes a folder in the nearest existing parent of ``run_dir``: mode bits alone do not tell all."""
+    path = Path(os.path.abspath(run_dir))
+    parent = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not os.path.isdir(parent):
+        raise ConfigError(f"run_dir={run_dir}: {parent} is no folder; give the run a folder of its own")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".mmscale-", dir=parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir}: no folder can be made in {parent} ({error.strerror}); choose a folder that you can "
+            "write to"
+        ) from error
+
+
+def _look_at(
+    dataset: DatasetConfig, packing: PackingConfig, tokenizer: Tokenizer, model: ModelConfig, stage: StageConfig
+) -> FirstLook | None:
     """Some samples of a data set; None where it is streamed or on a server, since that takes more than a look."""
     try:
-        builder = DocumentBuilder(dataset, tokenizer, media_spec(model))
+        spec = media_spec(model)
+        builder = DocumentBuilder(dataset, tokenizer, spec)
+        budget = Budget(packing, spec, null_document(spec, tokenizer.pad_id))
         if not isinstance(dataset.manifest, Path):
             return None
-        look = look_at(builder)
+        look = look_at(builder, budget)
     except DataConfigError as error:
         raise DataConfigError(f"stage {stage.name}, data set {dataset.name}: {error}") from error
     if look.unusable == look.looked_at:

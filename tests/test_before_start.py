@@ -139,3 +139,22 @@ def test_what_validation_finds_on_the_disk(capsys: pytest.CaptureFixture[str], k
 def test_a_large_set_is_checked_as_far_as_it_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("mmscale.evaluate.check._MOST_READ", 5)
     assert check_files(load(TINY, [override("evaluation.sets", [STYLE])], RunConfig).value) == []
+
+
+def test_a_pack_that_holds_no_document(capsys: pytest.CaptureFixture[str]) -> None:
+    err = complaint(capsys, "data.packing.max_tokens=2")
+    assert "data set emoji: none of the 32 samples looked at can be used; the first: examples/emoji/shards/" in err
+    assert "a pack holds 2 tokens" in err
+    cut = load(TINY, ["data.packing.max_tokens=20", "data.packing.too_long=split"], RunConfig).value
+    assert check_files(cut) == []
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    for run_dir, parent in (("file", "file"), ("file/run", "file"), ("dangling/run", "dangling")):
+        err = complaint(capsys, f"run_dir={tmp_path / run_dir}")
+        assert f"run_dir={tmp_path / run_dir}: {tmp_path / parent} is no folder" in err
+    assert "run_dir=/proc/x/y: no folder can be made in /proc (" in complaint(capsys, "run_dir=/proc/x/y")
+    assert check_files(load(TINY, [f"run_dir={tmp_path / 'a/b'}"], RunConfig).value) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
