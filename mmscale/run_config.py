@@ -189,8 +189,9 @@ def check_files(config: RunConfig) -> list[str]:
         Warnings: a sentence for each stage whose model has a tower that its data never use.
 
     Raises:
-        ConfigError: ``run_dir`` is no folder or cannot be made; a manifest is missing, or the tokenizer has more ids than the model has embeddings; a stage that
-            trains the tower or the connector has no image; or a held-out set cannot be asked as configured.
+        ConfigError: ``run_dir`` cannot be made; a manifest is missing; the tokenizer has more ids than the model has
+            embeddings; a stage that trains the tower or the connector has no image; or a held-out set cannot be asked
+            as configured.
         DataConfigError: a shard to be streamed is missing, the tokenizer cannot be loaded, images are not cut as a
             stage's model takes them, or a data set has no usable sample.
         DataPipelineError: a manifest or a held-out sample is damaged.

@@ -19,13 +19,15 @@ from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image, known_format
 from data_pipeline.shards.index import is_packed
-from data_pipeline.shards.json_member import all_texts, parse_json
+from data_pipeline.shards.json_member import all_texts, page_texts, parse_json, spoken_texts
 from data_pipeline.shards.page_images import image_member
-from data_pipeline.templates import DialogueTemplate, Role
+from data_pipeline.templates import CaptionTemplate, DialogueTemplate, Role
+from data_pipeline.templates.caption import check_answer
 
 _BYTES_PER_PIXEL = 8
 """Of the largest pixel that PNG has; an encoded image of more than its pixels is no image."""
 _MOST_METADATA_BYTES = 1 << 24
+_DEFAULT = DialogueTemplate()
 
 Finding = tuple[Problem, str]
 
@@ -53,7 +55,8 @@ def check_member(
 def check_sample(texts: Mapping[str, bytes], siblings: Collection[str], key: str) -> Iterator[Finding]:
     """What the loader would refuse of a whole sample, found by its own code.
 
-    Roles, prompts and field names of a run are not known here, so a dialogue is read with the roles that it names.
+    Roles, prompts and field names of a run are not known here. Roles of the default template have their weight there;
+    any other role that a dialogue names counts as learned.
 
     Args:
         texts: Bytes of its ``txt`` and ``json``, which ``check_member`` found good.
@@ -72,13 +75,13 @@ def _check_fields(sample: Sample) -> None:
     """Plans what of the sample does not depend on a run.
 
     Raises:
-        SampleError: a caption is null or one of several is empty, a turn is malformed, or a loss weight is none.
+        SampleError: a caption is null or empty and there is no other text, a turn is malformed, a dialogue has no
+            learned turn, or a loss weight is none.
     """
-    fields, captions = sample.fields, sample.fields.get("captions")
-    if "caption" in fields and fields["caption"] is None and not any(sample.texts):
-        raise SampleError("the caption is null, and the sample has no other text")
-    if isinstance(captions, list) and any(captions) and not all(text.strip() for text in captions):
-        raise SampleError("one of the captions is empty")
+    fields = sample.fields
+    if {"caption", "captions"} & fields.keys() and page_texts(fields) is None and not spoken_texts(fields):
+        for answer in CaptionTemplate().stored_answers(sample):
+            check_answer(answer)
     for name in ("messages", "conversations"):
         if fields.get(name) is not None:
             _dialogue_of(frozenset(_roles(fields[name])), name).pieces(sample, None)
@@ -100,8 +103,10 @@ def _roles(turns: Any) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=64)
 def _dialogue_of(roles: frozenset[str], field: str) -> DialogueTemplate:
-    learned = {name: Role(weight=1.0) for name in sorted(roles) or ("user",)}
-    return DialogueTemplate(roles=learned, aliases={}, field=field, end="none")
+    weights = {name: role.weight for name, role in _DEFAULT.roles.items()}
+    weights |= {alias: weights[name] for alias, name in _DEFAULT.aliases.items()}
+    read = {name: Role(weight=weights.get(name, 1.0)) for name in sorted(roles | weights.keys())}
+    return DialogueTemplate(roles=read, aliases={}, field=field, end="none")
 
 
 def _check_image(ext: str, content: memoryview, max_pixels: int) -> Iterator[Finding]:
@@ -112,7 +117,7 @@ def _check_image(ext: str, content: memoryview, max_pixels: int) -> Iterator[Fin
         yield Problem.EXTENSION, f".{ext} holds no {expected.value}: it starts with {start}"
         return
     if found is not expected:
-        yield Problem.EXTENSION, f".{ext} holds a {found.value}, not a {expected.value}"
+        yield Problem.RENAMED, f".{ext} holds a {found.value}, not a {expected.value}"
     try:
         size = image_size(content)
         if size.width * size.height > max_pixels:

@@ -45,11 +45,18 @@ class Problem(str, Enum):
     PARTNER = "partner"
     """The JSON names a member that is absent."""
     EXTENSION = "extension"
-    """The bytes are of another format than the extension says."""
+    """The bytes of an image are of no known format, or a member is compressed."""
+    RENAMED = "renamed"
+    """An image of another format than its extension says: a run decodes it all the same, so this is a warning."""
     IMAGE = "image"
     """An image that cannot be decoded."""
     BOMB = "bomb"
     """An image or a text that would take too much memory; refused by its header or its size."""
+
+    @property
+    def is_warning(self) -> bool:
+        """Whether a run trains on such a sample, so that ``verify`` does not fail."""
+        return self is Problem.RENAMED
 
 
 @dataclass(frozen=True)

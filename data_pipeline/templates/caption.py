@@ -56,15 +56,14 @@ class CaptionTemplate(DroppableText):
             SampleError: a field is missing, or the answer is empty.
         """
         if self.answers is None:
-            answer = draw(self._stored_answers(sample), rng)
+            answer = draw(self.stored_answers(sample), rng)
             prompt = fill(draw(self.prompts, rng), sample.fields)
         else:
             filled = [fill(one, sample.fields) for one in self.answers]
             choice = draw(range(len(filled)), rng)
             answer = filled[choice]
             prompt = fill(self.prompts[choice if len(self.prompts) > 1 else 0], sample.fields)
-        if not answer.strip():
-            raise SampleError("the answer is empty", kind=FaultKind.TEXT)
+        check_answer(answer)
         if self.drops(rng):
             return [*images_of(sample), *text(prompt), EndPiece(0.0)]
         return [*images_of(sample), *text(prompt), *text(answer, 1.0), EndPiece(1.0)]
@@ -73,7 +72,12 @@ class CaptionTemplate(DroppableText):
         """Images and the first prompt."""
         return [*images_of(sample), *text(fill(self.prompts[0], sample.fields))]
 
-    def _stored_answers(self, sample: Sample) -> Sequence[str]:
+    def stored_answers(self, sample: Sample) -> Sequence[str]:
+        """What the sample itself offers as answers.
+
+        Raises:
+            SampleError: the field is missing, or holds no text.
+        """
         name = self.field or ("caption" if sample.fields.get("captions") is None else "captions")
         value = look_up(name, sample.fields)
         answers = [value] if isinstance(value, str) else value
@@ -82,3 +86,13 @@ class CaptionTemplate(DroppableText):
                 f"field {name!r} is {value!r}, expected a string or a list of strings", kind=FaultKind.TEXT
             )
         return answers
+
+
+def check_answer(answer: str) -> None:
+    """Refuses an answer of nothing but white space.
+
+    Raises:
+        SampleError: it is one.
+    """
+    if not answer.strip():
+        raise SampleError("the answer is empty", kind=FaultKind.TEXT)

@@ -129,7 +129,7 @@ def verify(
         emit({**figures, "kinds": kinds, "damages": [asdict(damage) for damage in damages]}, json=True)
     else:
         emit({**figures, "damages": {"all": len(damages), **kinds}})
-    if damages:
+    if not all(damage.problem.is_warning for damage in damages):
         raise typer.Exit(1)
 
 

@@ -89,7 +89,7 @@ def test_the_damaged_set_is_damaged_where_it_says(tmp_path: Path) -> None:
     keys = {int(damage.key) for damage in found}
     assert damaged.bad.sum() == 30
     assert keys <= set(np.flatnonzero(damaged.bad).tolist())
-    assert len(keys) >= 30 - 2 * 3, "an empty caption and one too long for a pack are no damage of a shard"
+    assert len(keys) >= 30 - 2 * 3, "a caption too long for a pack is no damage of a shard"
     assert {Problem.IMAGE, Problem.BOMB, Problem.TEXT, Problem.CHECKSUM, Problem.EXTENSION} <= {
         d.problem for d in found
     }

@@ -18,6 +18,7 @@ from data_pipeline.media_spec import MediaSpec
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.verify import verify_manifest, verify_shard
 from data_pipeline.templates import DialogueTemplate
+from mmscale.cli.main import main
 
 from .conftest import Members, WriteSet, captioned, picture
 
@@ -40,6 +41,7 @@ GOOD: dict[str, list[Members]] = {
         {"png": picture(2), "json": b'{"captions": null, "caption": "one"}'},
         {"png": picture(3), "json": b"\xef\xbb\xbf" + json.dumps({"caption": "marked as UTF-8"}).encode()},
         {"png": picture(4), "txt": b"x", "npy": b"\0"},
+        {"png": picture(0, encoding="JPEG"), "txt": b"its extension names another format"},
         {"png": picture(4), **text({"caption": "x", "annotations": {"boxes": []}, "weight": "5 kg"})},
     ],
     "interleaved": [text({"parts": [{"text": "a", "weight": 0.5}, {"text": "b", "weight": 0}]})],
@@ -52,6 +54,11 @@ BAD: dict[str, list[Members]] = {
         {"png": picture(1), "json": json.dumps({"caption": "sixteen"}).encode("utf-16")},
         {"png": picture(1), "json": json.dumps({"caption": "thirty-two"}).encode("utf-32")},
         {"png": picture(1), "json": b'{"caption": 3}'},
+        {"png": picture(1), "json": b'{"caption": ""}'},
+        {"png": picture(1), "json": b'{"caption": " \\n"}'},
+        {"png": picture(1), "json": b'{"captions": [""]}'},
+        {"png": picture(1), "json": b'{"captions": [], "caption": "x"}'},
+        {"png": picture(1), "txt": b" "},
         {"png": picture(1), "json": b'{"captions": ["", " "]}'},
         {"png": picture(1), "txt": "sixteen".encode("utf-16")},
         {"png": picture(1), "json": b'["caption"]'},
@@ -64,6 +71,8 @@ BAD: dict[str, list[Members]] = {
         text(turns({"content": [{"type": "text", "text": "q", "weight": -1}]}, {})),
         text(turns({"content": "<image> q"}, {})),
         text(turns({"content": None}, {})),
+        text(turns({}, {"weight": 0})),
+        text({"messages": turns()["messages"][:1]}),
         text({"messages": ["q", "a"]}),
     ],
     "annotations": [
@@ -101,7 +110,8 @@ def test_what_verify_lists_is_what_the_loader_skips(
             skipped |= {skip.key: skip.kind for skip in step.skipped}
             if step.exhausted:
                 break
-    listed = {damage.key: damage.problem for damage in verify_shard(tar).damages if damage.key}
+    damages = [damage for damage in verify_shard(tar).damages if not damage.problem.is_warning]
+    listed = {damage.key: damage.problem for damage in damages if damage.key}
     bad = {f"{number:06d}" for number in range(len(GOOD[kind]), len(samples))}
     assert set(skipped) == bad
     assert set(skipped.values()) <= {FaultKind.TEXT, FaultKind.DECODE}
@@ -114,6 +124,13 @@ def test_a_damaged_image_does_not_hide_a_damaged_weight(write_set: WriteSet) -> 
     members = {"0.png": b"no picture", **text({"parts": [{"image": "0.png"}, {"text": "a", "weight": -1}]})}
     (report,) = verify_manifest(write_set("only", [members]))
     assert {damage.problem for damage in report.damages} == {Problem.EXTENSION, Problem.TEXT}
+
+
+def test_a_wrong_extension_is_a_warning(write_set: WriteSet, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_set("only", [{"png": picture(0, encoding="JPEG"), "txt": b"a"}])
+    assert main(["data", "verify", str(manifest), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["kinds"], said["damages"][0]["detail"]) == ({"renamed": 1}, ".png holds a jpeg, not a png")
 
 
 @pytest.mark.parametrize("weight", [float("nan"), -1, float("inf"), 1e7])

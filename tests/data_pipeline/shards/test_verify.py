@@ -121,11 +121,11 @@ def test_damage_inside_samples(tmp_path: Path) -> None:
         gif={"png": b"GIF89a" + bytes(30)},
         number={"json": b'{"caption": 3}'},
         empty={"json": b'{"parts": [{}]}'},
-        fine={"jpg": picture("jpeg"), "txt": b""},
+        fine={"jpg": picture("jpeg"), "cls": b""},
     )
     assert problems(shard) == [
         ("absent", Problem.PARTNER),
-        ("wrong", Problem.EXTENSION),
+        ("wrong", Problem.RENAMED),
         ("noise", Problem.IMAGE),
         ("half", Problem.IMAGE),
         ("latin", Problem.TEXT),

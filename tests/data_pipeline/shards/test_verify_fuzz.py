@@ -69,7 +69,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
         for number in range(6):
             key = f"k{number}" if number != 3 else "a/folder/with/a/name/" + "that/is/long/" * 10 + "k3"
             kind, ext = [("jpeg", "jpg"), ("png", "png"), ("webp", "webp")][number % 3]
-            writer.write(key, {ext: picture(number, kind), "txt": b"a text" * number, "json": b'{"caption": "c"}'})
+            text = b"a text" * (number or 100)
+            writer.write(key, {ext: picture(number, kind), "txt": text, "json": b'{"caption": "c"}'})
     (path,) = writer.shards
     members = []
     with tarfile.open(path) as tar:
@@ -255,7 +256,7 @@ def test_a_wrong_extension_is_found(sound: Sound, image: int, is_indexed: bool) 
 
     content, _ = rewritten(sound, rename)
     damages = found(sound, content, is_indexed)
-    assert shows(damages, Problem.EXTENSION, member.key, member.start)
+    assert shows(damages, Problem.RENAMED, member.key, member.start)
     assert {d.key for d in damages} == {member.key}
     if is_indexed:
         assert shows(damages, Problem.MISSING, member.key, member.start)
