@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.shards.files import sha256_of
 from data_pipeline.shards.json_member import parse_json
-from data_pipeline.shards.recognised import METADATA, new_names, told, with_file_name, with_text
+from data_pipeline.shards.recognised import METADATA, MOST_LINE_BYTES, new_names, told, with_file_name, with_text
 from data_pipeline.shards.records import (
     CAPTION,
     CAPTIONS,
     IMAGE_BASE64,
+    IMAGES,
     PARTS,
     PATH,
     SPOKEN,
@@ -31,8 +33,6 @@ from data_pipeline.untrusted import UntrustedError, read_lines
 
 KEY_DIGITS = 9
 _DIALECTS = {"csv": "excel", "tsv": "excel-tab"}
-_MAX_FIELD_BYTES = 1 << 28
-"""Of a CSV; Python's own limit of 128 KiB is less than an image in base64."""
 _LIKELY_IMAGES = ("image", "images", "image_path", "img", "file_name", "filename", "filepath", "file", "url")
 """What other tools call the path of the image."""
 
@@ -79,6 +79,19 @@ class ListSource:
     def digest(self) -> str:
         return hashlib.sha256(f"{self.reader!r} {sha256_of(self._path)}".encode()).hexdigest()
 
+    def images(self) -> Iterator[Path]:
+        """Files that the rows name as their images, whether or not they exist; unreadable rows name none."""
+        for record in self._records():
+            try:
+                fields = self.reader.fields_of(record)
+            except SampleError:
+                continue
+            parts = fields.get(PARTS)
+            named = [part.get("image") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+            for value in (fields.get(column) for column in (PATH, "image", IMAGES)):
+                named += value if isinstance(value, list) else [value]
+            yield from (Path(os.path.normpath(self.reader.load.folder / name)) for name in named if type(name) is str)
+
     def _records(self) -> Iterator[Any]:
         return _csv_rows(self._path, self._kind) if self._kind in _DIALECTS else _jsonl_rows(self._path)
 
@@ -96,10 +109,16 @@ class ListReader:
 
     def read_record(self, record: bytes | Mapping[Any, Any]) -> Members:
         """The members of one record."""
+        return members_of(self.fields_of(record), self.load, self.lenient)
+
+    def fields_of(self, record: bytes | Mapping[Any, Any] | SampleError) -> dict[str, Any]:
+        """The fields of one record, under their new names."""
+        if isinstance(record, SampleError):
+            raise record
         parsed = parse_json(record) if isinstance(record, bytes) else record
         if not isinstance(parsed, Mapping):
             raise SampleError(f"the line holds a {type(parsed).__name__}, expected an object")
-        return members_of(self.names.apply(parsed), self.load, self.lenient)
+        return self.names.apply(parsed)
 
 
 def check_columns(path: Path, columns: Sequence[str], is_table: bool) -> None:
@@ -124,12 +143,15 @@ def check_columns(path: Path, columns: Sequence[str], is_table: bool) -> None:
 
 
 def _first_record(path: Path) -> dict[str, Any]:
-    """The first line of a JSONL; empty if it is damaged, which the row's own error tells."""
-    try:
-        first = parse_json(next(_jsonl_rows(path), b"{}"))
-    except SampleError:
-        return {}
-    return first if isinstance(first, dict) else {}
+    """The first readable line of a JSONL, empty if there is none; the rows' own errors tell of the others."""
+    for line in _jsonl_rows(path):
+        try:
+            first = parse_json(line)
+        except SampleError:
+            continue
+        if isinstance(first, dict):
+            return first
+    return {}
 
 
 def _csv_columns(path: Path, kind: str) -> list[str]:
@@ -141,7 +163,7 @@ def _csv_columns(path: Path, kind: str) -> list[str]:
 
 
 def _csv_rows(path: Path, kind: str) -> Iterator[dict[Any, Any] | SampleError]:
-    csv.field_size_limit(_MAX_FIELD_BYTES)
+    csv.field_size_limit(MOST_LINE_BYTES)
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, dialect=_DIALECTS[kind])
         try:
@@ -156,6 +178,6 @@ def _csv_rows(path: Path, kind: str) -> Iterator[dict[Any, Any] | SampleError]:
 
 def _jsonl_rows(path: Path) -> Iterator[bytes]:
     try:
-        yield from (line for line in read_lines(path, most_bytes=_MAX_FIELD_BYTES) if line.strip())
+        yield from (line for line in read_lines(path, most_bytes=MOST_LINE_BYTES) if line.strip())
     except UntrustedError as error:
         raise DataConfigError(f"{path}: {error}") from error

@@ -8,6 +8,7 @@ What is taken for what is told in the source's description. Not for: reading row
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,11 +18,13 @@ from typing import Any
 from data_pipeline.errors import DataConfigError
 from data_pipeline.shards.folders import walk_folder
 from data_pipeline.shards.records import CAPTION, CAPTIONS, PARTS, PATH, SPOKEN, TEXT_LIST, TEXTS, FieldNames
+from data_pipeline.untrusted import UntrustedError, parse_json, read_lines
 
 FILE_NAME = "file_name"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _TEXTS = ("text", "txt", "alt_text", "description")
-_LOOKED_AT_BYTES = 1 << 16
+MOST_LINE_BYTES = 1 << 28
+"""Of a list; Python's own limit of 128 KiB for a field of a CSV is less than an image in base64."""
 _OURS = frozenset({CAPTION, CAPTIONS, PARTS, TEXTS, TEXT_LIST}) | SPOKEN
 
 
@@ -29,7 +32,7 @@ def metadata_file(folder: Path) -> Path | None:
     """The list of an imagefolder of ``datasets``; None if it has none.
 
     Raises:
-        DataConfigError: there are several, one for each split.
+        DataConfigError: there are several, one for each split; or one cannot be read.
     """
     listed = [place / name for _, place, names in walk_folder(folder) for name in names if name in METADATA]
     found = [path for path in listed if path.suffix == ".parquet" or _names_files(path)]
@@ -42,8 +45,24 @@ def metadata_file(folder: Path) -> Path | None:
 
 
 def _names_files(path: Path) -> bool:
-    with path.open("rb") as file:
-        return FILE_NAME.encode() in file.read(_LOOKED_AT_BYTES)
+    """Whether the columns of a list, or the fields of its first line, include the name of a file."""
+    number = 0
+    try:
+        lines = enumerate(read_lines(path, most_bytes=MOST_LINE_BYTES), 1)
+        number, line = next(((place, line) for place, line in lines if line.strip()), (0, b""))
+        if not line:
+            raise UntrustedError("it is empty")
+        if path.suffix == ".csv":
+            return FILE_NAME in next(csv.reader([line.decode("utf-8-sig")]))
+        fields = parse_json(line)
+        if not isinstance(fields, dict):
+            raise UntrustedError(f"the line holds a {type(fields).__name__}, expected an object")
+        return FILE_NAME in fields
+    except (UntrustedError, UnicodeDecodeError, csv.Error, OSError) as error:
+        raise DataConfigError(
+            f"{path}, line {max(number, 1)}: {error}; a file of this name lists the images of its folder: repair it, "
+            "or move it out of the folder"
+        ) from error
 
 
 def with_text(names: FieldNames, columns: Sequence[str], texts: Mapping[str, bool], place: str) -> FieldNames:

@@ -5,12 +5,15 @@ Folders are in ``folders``, CSV, TSV and JSONL in ``lists``, Parquet in ``parque
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from data_pipeline.errors import DataConfigError
 from data_pipeline.shards.folders import FolderSource, walk_folder
+from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.lists import ListSource
 from data_pipeline.shards.recognised import metadata_file
 from data_pipeline.shards.records import FieldNames, FileLoader
@@ -108,6 +111,20 @@ def open_source(path: str | Path, options: SourceOptions | None = None) -> Sourc
     from data_pipeline.shards.tars import open_tars
 
     return open_tars(path, kind, guess=options.kind is SourceKind.AUTO, split=options.split)
+
+
+def warnings(path: str | Path, source: Source) -> Iterator[str]:
+    """A sentence if ``path`` is a folder that is read by its list, and the list leaves out images of the folder."""
+    folder = local_path(path, "ingest reads")
+    if not folder.is_dir() or not isinstance(source, ListSource):
+        return
+    named = set(source.images())
+    found = (place / name for _, place, names in walk_folder(folder) for name in names if is_image(name.lower()))
+    left = [image for image in map(os.path.normpath, found) if Path(image) not in named]
+    if left:
+        yield (
+            f"{len(left):,} images of {folder} are left out, since no row of its list names them; the first: {left[0]}"
+        )
 
 
 def _refuse_list_options(path: Path, kind: SourceKind, options: SourceOptions) -> None:

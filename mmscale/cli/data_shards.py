@@ -118,11 +118,12 @@ def ingest(
     from data_pipeline.shards.ingest import OnError
     from data_pipeline.shards.ingest import ingest as run
     from data_pipeline.shards.records import FieldNames
-    from data_pipeline.shards.sources import SourceKind, SourceOptions, open_source
+    from data_pipeline.shards.sources import SourceKind, SourceOptions, open_source, warnings
 
     names = FieldNames(tuple(map(_pair, columns)), tuple(drop))
     opened = open_source(source, SourceOptions(SourceKind(kind.value), names, split, images, drop_images))
     console.print(f"{source}: {opened.description}", markup=False)
+    warn(warnings(source, opened))
     with progress("ingest", opened.count()) as meter:
         report = run(
             opened,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,41 @@ def test_a_source_without_a_text_is_warned_about(tmp_path: Path, capsys: pytest.
     said = capsys.readouterr()
     assert json.loads(said.out)["without_text"] == 3
     assert "not one of 3 samples has a text" in said.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metadata.jsonl", b'{"file_na\n{"file_name": "0.png", "text": "a"}\n', "line 1: "),
+        ("metadata.jsonl", b'\n["0.png"]\n', "line 2: the line holds a list, expected an object"),
+        ("metadata.jsonl", b"", "line 1: it is empty"),
+        ("metadata.csv", "file_name,text\n0.png,a\n".encode("utf-16"), "line 1: 'utf-8' codec can't decode"),
+    ],
+)
+def test_a_list_of_a_folder_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / "0.png").write_bytes(encoded(0))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataConfigError, match=re.escape(f"{tmp_path / name}, {said}")):
+        open_source(tmp_path)
+
+
+def test_a_damaged_first_line_does_not_hide_the_columns(tmp_path: Path) -> None:
+    path = imagefolder(tmp_path / "pictures", "jsonl") / "metadata.jsonl"
+    path.write_bytes(b"{\n" + path.read_bytes())
+    assert "4 rows, column file_name as path, column text as caption" in open_source(path).description
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_images_that_no_row_names_are_warned_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    folder = imagefolder(tmp_path / "pictures", kind)
+    words = ["data", "ingest", str(folder), "--output", str(tmp_path / "out"), "--json", "--name"]
+    assert main([*words, "whole"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    for name in ("3.png", "deep/4.PNG"):
+        (folder / name).write_bytes(encoded(0))
+    assert main([*words, "left"]) == 0
+    err = capsys.readouterr().err
+    assert f"warning: 2 images of {folder} are left out, since no row of its list names them" in err
+    assert f"the first: {folder / '3.png'}" in err
