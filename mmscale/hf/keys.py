@@ -72,6 +72,18 @@ class Keys:
             raise CheckpointError(f"{self.where}: {key}={value!r:.80} must be of type {kind.__name__}")
         return value
 
+    def size(self, key: str, most: int = LARGEST_INT, default: Any = REQUIRED) -> int:
+        """A number of things. Take it so before dividing by it or counting up to it.
+
+        Raises:
+            CheckpointError: as ``take``, or it is below 1 or above ``most``.
+        """
+        value: int = self.take(key, int, default)
+        if not 1 <= value <= most:
+            bound = "at least 1" if most == LARGEST_INT else f"between 1 and {most}"
+            raise CheckpointError(f"{self.said(key)} must be {bound}")
+        return value
+
     def block(self, key: str, family: str | None = None) -> Keys | None:
         """The object under a key, with the class defaults of ``family``."""
         return None if self.take(key, dict, None) is None else self.needed(key, family)

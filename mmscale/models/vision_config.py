@@ -13,7 +13,7 @@ from mmscale.nn.attention import AttentionConfig
 from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.norms import NormConfig
 from mmscale.nn.rope import LearnedPositionsConfig, Rotary2dConfig
-from mmscale.nn.sizes import Channels, Layers, Side, Width
+from mmscale.nn.sizes import MOST_TILES, Channels, Layers, Side, Width
 
 PositionsConfig = Annotated[LearnedPositionsConfig | Rotary2dConfig, Field(discriminator="kind")]
 
@@ -24,7 +24,7 @@ class TilesConfig(StrictConfig):
     Source: Llama 3 (arXiv 2407.21783, section 7.1) and the reference code of Llama 3.2 Vision.
     """
 
-    max_tiles: int = Field(default=4, ge=1, le=64)
+    max_tiles: int = Field(default=4, ge=1, le=MOST_TILES)
     """Tiles of an image at most: tables have a row for each grid of so many."""
     global_layers: int = Field(default=8, ge=0, le=1 << 12)
     """Gated blocks behind ``post_norm`` and a second embedding of tiles; ``last_output`` is theirs."""

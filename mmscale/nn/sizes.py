@@ -22,6 +22,8 @@ NumExperts = Annotated[int, Field(gt=0, le=1 << 14)]
 """Experts of a layer; published models have up to 512."""
 Side = Annotated[int, Field(gt=0, le=1 << 12)]
 """Side of a square: pixels of a patch, patches of a grid, patches that are merged."""
+MOST_TILES = 64
+"""Tiles of an image; published models have up to 12. Whoever lists their grids checks this bound first."""
 Channels = Annotated[int, Field(gt=0, le=64)]
 """Colours of a pixel, or frames of a patch."""
 Epsilon = Annotated[float, Field(ge=0, le=1)]

@@ -12,13 +12,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmscale.nn.sizes import MOST_TILES
+
 _NO_GRID = 1
 """Rows at the beginning of a table that belong to no grid: the reference code keeps one for images that are absent."""
 
 
 @lru_cache
 def tile_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """Grids (rows, columns) of at most so many tiles, in the order of a table's rows: by rows, then by columns."""
+    """Grids (rows, columns) of at most so many tiles, in the order of a table's rows: by rows, then by columns.
+
+    Raises:
+        ValueError: ``max_tiles`` is above ``MOST_TILES``.
+    """
+    if max_tiles > MOST_TILES:
+        raise ValueError(f"max_tiles={max_tiles}: must be at most {MOST_TILES}")
     sides = range(1, max_tiles + 1)
     return tuple((rows, columns) for rows in sides for columns in sides if rows * columns <= max_tiles)
 

@@ -60,3 +60,34 @@ def test_a_number_without_bounds_is_named(key: str, value: float) -> None:
     layout = layout_for(config)
     with pytest.raises(CheckpointError, match=rf"config\.json: .*({key}|num_layers)"):
         layout.model_config(layout.config_values(config) | {key: value}, "config.json")
+
+
+def _with(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    key, _, rest = path.partition(".")
+    return {**values, key: _with(values.get(key, {}), rest, value) if rest else value}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("model", "path", "value"),
+    [
+        # Sizes that a layout counts up to, before its result is validated.
+        ("llama3.2-11b-vision", "vision_config.max_num_tiles", 10**6),
+        ("llama3.2-11b-vision", "text_config.num_hidden_layers", 10**12),
+        # Sizes that others are divided by.
+        ("llama3.2-11b-vision", "vision_config.patch_size", 0),
+        ("siglip-so400m", "patch_size", 0),
+        ("pixtral-12b", "vision_config.num_attention_heads", 0),
+        ("molmo-7b-d", "vision_backbone.image_patch_size", 0),
+        ("molmo-7b-d", "vision_backbone.image_num_layers", 0),
+    ],
+)
+def test_a_size_is_checked_before_it_is_used(model: str, path: str, value: int) -> None:
+    config = read_model_config(plain(read_layers(MODELS[0].parent / f"{model}.yaml")))
+    layout = layout_for(config)
+    values = _with(layout.config_values(config), path, value)
+    if path == "text_config.num_hidden_layers":  # A block with cross-attention before each of these.
+        values = _with(values, "text_config.cross_attention_layers", [0])
+    named = "cross_attention_layers" if path == "text_config.num_hidden_layers" else path.split(".")[-1] + "="
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{named}"):
+        layout.model_config(values, "config.json")

@@ -85,7 +85,7 @@ def _vision(given: Keys) -> dict[str, Any]:
     keys.take("is_composition", bool, None)
     keys.take("image_size", int, None)  # Bounds a table of angles.
     keys.must_be("attention_dropout", 0.0)
-    dim, heads = keys.take("hidden_size", int), keys.take("num_attention_heads", int)
+    dim, heads = keys.take("hidden_size", int), keys.size("num_attention_heads")
     keys.must_be("head_dim", dim // heads)
     vision = {
         "patch_size": keys.take("patch_size", int),

@@ -17,6 +17,7 @@ from mmscale.models.connector_config import CrossAttentionConnectorConfig, Linea
 from mmscale.models.connectors.cross_attention import insertion_layers
 from mmscale.models.vision_config import TilesConfig, VisionConfig
 from mmscale.nn.rope import LearnedPositionsConfig
+from mmscale.nn.sizes import MOST_TILES
 from mmscale.nn.tile_embed import num_grids, tile_grids
 
 _EXTRA_ROWS = 8
@@ -99,9 +100,12 @@ def _text_model(text: Keys) -> tuple[ModelConfig, int]:
     """The decoder alone, and before every how many of its blocks one with cross-attention stands."""
     num_layers, crossing = text.take("num_hidden_layers", int), text.take("cross_attention_layers", list)
     own, every = num_layers - len(crossing), crossing[0] + 1 if crossing else 1
-    if crossing != [layer + before for before, layer in enumerate(insertion_layers(own, every))]:
+    # The lengths first: num_hidden_layers has no bound yet.
+    if len(crossing) != len(range(every - 1, own, every)) or crossing != [
+        layer + before for before, layer in enumerate(insertion_layers(own, every))
+    ]:
         raise CheckpointError(
-            f"{text.where}: cross_attention_layers={crossing!r} is not supported, only one before every n-th block"
+            f"{text.where}: cross_attention_layers={crossing!r:.80} is not supported, only one before every n-th block"
         )
     alone = Keys({**text.values, "num_hidden_layers": own, "cross_attention_layers": None}, text.where)
     alone.must_be("dropout", 0.0)
@@ -113,9 +117,9 @@ def _text_model(text: Keys) -> tuple[ModelConfig, int]:
 def _vision(keys: Keys) -> dict[str, Any]:
     keys.must_be("hidden_act", "gelu")
     keys.must_be("norm_eps", _EPS)
-    max_tiles, layers = keys.take("max_num_tiles", int), keys.take("intermediate_layers_indices", list)
+    max_tiles, layers = keys.size("max_num_tiles", MOST_TILES), keys.take("intermediate_layers_indices", list)
     keys.must_be("supported_aspect_ratios", [list(grid) for grid in tile_grids(max_tiles)])
-    width, patch = keys.take("hidden_size", int), keys.take("patch_size", int)
+    width, patch = keys.take("hidden_size", int), keys.size("patch_size")
     keys.must_be("vision_output_dim", width * (len(layers) + 1))
     side = keys.take("image_size", int)
     return {

@@ -142,6 +142,8 @@ def _vision(keys: Keys) -> tuple[dict[str, Any], dict[str, int]]:
     """The tower, and the heads of the pooling, which are as the tower's."""
     found = keys.block("vision_backbone") or Keys({}, keys.where)
     size = {name: found.take(name, type(default), default) for name, default in _TOWER.items()}
+    for name in ("image_patch_size", "image_num_layers"):  # Others are divided by them.
+        found.size(name, default=_TOWER[name])
     found.finish()
     layers, count = keys.take("vit_layers", list, _LAYERS), size["image_num_layers"]
     kept = [layer % count for layer in layers]

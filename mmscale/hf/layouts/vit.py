@@ -129,6 +129,8 @@ def to_vision(keys: Keys, *, attention: Mapping[str, Any], **more: Any) -> dict[
     """
     keys.must_be("attention_dropout", 0.0)
     image, patch = side(keys, "image_size"), side(keys, "patch_size")
+    if patch < 1:
+        raise CheckpointError(f"{keys.said('patch_size')} must be at least 1")
     return {
         "patch_size": patch,
         "channels": keys.take("num_channels", int),
