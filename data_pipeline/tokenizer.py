@@ -347,14 +347,16 @@ def train_sentencepiece(
 
     Raises:
         DataConfigError: ``vocab_size`` does not fit the text, or there is no text.
+        ManifestError, ShardError, StorageError, SampleError: a text cannot be read; as ``iterate_texts``.
     """
     opened = [Manifest.open(path) for path in manifests]
     total = sum(manifest.num_samples for manifest in opened)
     stride = max(1, -(-total // max_samples))
     model = io.BytesIO()
+    lines = _Caught(_lines(opened, stride, total, progress))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(opened, stride, total, progress),
+            sentence_iterator=lines,
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -374,12 +376,34 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if lines.error is not None:
+            raise lines.error from None
         raise DataConfigError(
             f"a vocabulary of {vocab_size} pieces cannot be trained on {total} samples: {error}"
         ) from error
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(output), model.getvalue())
     return SentencePieceTokenizer(SentencePieceTokenizerConfig(path=Path(output)))
+
+
+class _Caught:
+    """Lines for the trainer. It makes a text of its own of an exception, so the exception is kept in ``error``."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._lines)
+        except StopIteration:
+            raise
+        except BaseException as error:  # An interrupt too.
+            self.error = error
+            raise
 
 
 def _lines(

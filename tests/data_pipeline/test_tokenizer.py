@@ -161,3 +161,14 @@ def test_the_kind_picks_the_config_and_workers_can_copy_it(bundled: Tokenizer) -
         adapter.validate_python({"kind": "words", "path": "t"})
     copy = pickle.loads(pickle.dumps(bundled))
     assert copy.encode("a red apple") == bundled.encode("a red apple")
+
+
+def test_training_names_the_sample_whose_text_cannot_be_read(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "text", max_samples=20) as writer:
+        writer.write("good", {"txt": b"red apple"})
+        writer.write("bad", {"json": b'{"captions": ["half \\ud800"]}'})
+    manifest = write_manifest(tmp_path / "text.manifest", writer.shards)
+    with pytest.raises(SampleError, match=r"/bad: the text is no Unicode") as caught:
+        train_sentencepiece([manifest.path], tmp_path / "t.model", 300)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "t.model").exists()
