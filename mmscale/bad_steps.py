@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from data_pipeline.loader import StepBatch
-from data_pipeline.shards.files import write_whole
+from data_pipeline.shards.files import as_utf8, write_whole
 from data_pipeline.state import LoaderState
 from mmscale.checkpoint import TrainState, choose
 from mmscale.checkpoint.roll_back import (
@@ -197,7 +197,7 @@ class BadSteps:
                 "documents": sorted(documents, key=_worst_first),
             }
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+            write_whole(path, as_utf8(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"))
 
         self._together(write)
         return str(path)

@@ -43,6 +43,11 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
+def as_utf8(text: str) -> bytes:
+    r"""UTF-8 of any string. Half a pair of UTF-16 has no bytes there and becomes ``\ud800``, its escape in JSON."""
+    return text.encode(errors="backslashreplace")
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
     digest = hashlib.sha256()

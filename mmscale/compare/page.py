@@ -16,6 +16,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from data_pipeline.shards.files import as_utf8
 from mmscale.compare.config import Comparison
 from mmscale.compare.figures import Curve, Figure, RunFigures, VariantFigures, read_variants, variant_json
 from mmscale.compare.limits import limits
@@ -71,8 +72,8 @@ def write_comparison(comparison: Comparison, trials: Sequence[Trial], failures: 
         "limits": sentences,
     }
     text = json.dumps(_plain(figures), indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(comparison.figures, text.encode() + b"\n")
-    write_whole(comparison.page, _render(comparison, trials, variants, sentences).encode())
+    write_whole(comparison.figures, as_utf8(f"{text}\n"))
+    write_whole(comparison.page, as_utf8(_render(comparison, trials, variants, sentences)))
     plain: dict[str, Any] = json.loads(text)
     return plain
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jinja2
 from markupsafe import Markup
 
+from data_pipeline.shards.files import as_utf8
 from data_pipeline.untrusted import read_bytes
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.metrics.goodput import Goodput, read_goodput
@@ -121,7 +122,7 @@ def build_report(run_dir: Path, note: Callable[[str], object] = lambda line: Non
     if not any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise ConfigError(f"{run_dir}: no run folder (neither config.yaml nor metrics.jsonl in it)")
     path = run_dir / REPORT_FILE
-    write_whole(path, render(run_dir, note).encode())
+    write_whole(path, as_utf8(render(run_dir, note)))
     return path
 
 

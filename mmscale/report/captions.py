@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
+from data_pipeline.shards.files import as_utf8
 from data_pipeline.untrusted import read_json
 from mmscale.errors import MMScaleError
 from mmscale.metrics.sample_images import Pixels
@@ -74,7 +75,7 @@ def save_captions(run_dir: Path, items: Sequence[tuple[str, Pixels, str, str]]) 
         records.append(CaptionRecord(set_name, image, expected, generated, names(generated, expected)))
     path = run_dir / CAPTIONS_FILE
     payload = {"captions": [asdict(record) for record in records]}
-    write_whole(path, json.dumps(payload, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_whole(path, as_utf8(json.dumps(payload, indent=2, ensure_ascii=False) + "\n"))
     return path
 
 

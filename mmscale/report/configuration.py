@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.shards.files import as_utf8
 from data_pipeline.untrusted import MOST_YAML_BYTES, parse_yaml, read_bytes, read_json
 from mmscale.config.tree import ConfigLoader
 from mmscale.errors import MMScaleError
@@ -39,7 +40,7 @@ def save_origins(run_dir: Path, origins: Mapping[str, Any]) -> Path:
     """
     path = run_dir / ORIGINS_FILE
     data = {key: str(origin) for key, origin in origins.items()}
-    write_whole(path, json.dumps(data, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_whole(path, as_utf8(json.dumps(data, indent=1, ensure_ascii=False) + "\n"))
     return path
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from data_pipeline.shards.files import write_whole
+from data_pipeline.shards.files import as_utf8, write_whole
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.stats.count import Counted
 from data_pipeline.stats.gallery import Shown, gallery
@@ -82,7 +82,7 @@ def write_page(path: Path, title: str, sets: Sequence[tuple[str, Manifest, Count
     )
     shown = [_data_set(name, manifest, counted) for name, manifest, counted in sets]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, environment.get_template("data.html.jinja").render(title=title, sets=shown).encode())
+    write_whole(path, as_utf8(environment.get_template("data.html.jinja").render(title=title, sets=shown)))
 
 
 def _data_set(name: str, manifest: Manifest, counted: Counted) -> DataSet:

@@ -209,7 +209,7 @@ def write_result(run_dir: Path, result: RunResult) -> Path:
         The path of the file.
     """
     path = run_dir / RESULT_FILE
-    write_whole(path, json.dumps(result.to_json(), indent=2, ensure_ascii=False).encode() + b"\n")
+    write_whole(path, files.as_utf8(json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n"))
     return path
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from data_pipeline.shards.files import as_utf8
 from data_pipeline.trace import Shown
 from mmscale.report.result import write_whole
 
@@ -61,5 +62,5 @@ def write_trace_page(path: Path, page: TracePage) -> Path:
     )
     environment.filters["data_url"] = lambda jpeg: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
     text = environment.get_template("trace.html.jinja").render(page=page, packs=packs)
-    write_whole(path, text.encode())
+    write_whole(path, as_utf8(text))
     return path

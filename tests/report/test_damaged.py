@@ -15,8 +15,8 @@ import pytest
 from mmscale.errors import MMScaleError
 from mmscale.metrics.goodput import read_goodput
 from mmscale.metrics.sinks import cut_back, read_metrics
-from mmscale.report.build import render
-from mmscale.report.captions import CaptionRecord, read_captions
+from mmscale.report.build import build_report, render
+from mmscale.report.captions import CaptionRecord, read_captions, save_captions
 from mmscale.report.configuration import save_origins
 from mmscale.report.result import Memory, Params, PerplexityResult, RunResult, SetResult, read_result, write_result
 from tests.report.pages import Page
@@ -122,3 +122,11 @@ def test_a_result_keeps_keys_that_this_version_does_not_know(tmp_path: Path) -> 
     held["heldout"]["name"]["new"] = {"a": np.pi}
     (folder / "result.json").write_text(json.dumps(held))
     assert read_result(folder) == held
+
+
+def test_half_a_pair_of_utf_16_is_shown_escaped(tmp_path: Path) -> None:
+    save_captions(_run(tmp_path), [("a", np.zeros((2, 2, 3), np.uint8), "half \ud800", "half \udfff")])
+    assert read_captions(tmp_path)[0].generated == "half \udfff"
+    page = build_report(tmp_path).read_text()
+    assert "half \\ud800" in page
+    assert "half \\udfff" in page

@@ -104,3 +104,13 @@ def test_every_number_is_in_a_bar(values: list[int], per_unit: int) -> None:
     for name in ("x", "y", "width", "height", "x1", "x2"):
         for number in re.findall(rf' {name}="([^"]*)"', drawn):
             assert -1 <= float(number) <= 341
+
+
+def test_half_a_pair_of_utf_16_is_shown_escaped(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "x", max_samples=3) as writer:
+        writer.write("a", {"png": picture(30, 30), "json": b'{"captions": ["half \\ud800"]}'})
+    manifest = write_manifest(tmp_path / "x.manifest", writer.shards)
+    write_page(tmp_path / "page.html", "t \udcff", [("set", manifest, count(manifest.path))])
+    text = (tmp_path / "page.html").read_text()
+    assert "half \\ud800" in text
+    assert "t \\udcff" in text
