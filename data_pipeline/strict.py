@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 LARGEST_INT = 2**53
 """Larger integers are not exact in float64, and no setting needs one."""
@@ -80,3 +80,23 @@ def reason_of(detail: Mapping[str, Any]) -> str:
         return _REASONS[kind].format(**context)
     message: str = detail["msg"]
     return f"{message[:1].lower()}{message[1:]}"
+
+
+def first_fault(error: ValidationError, value: Any = None) -> str:
+    """Return place and reason of the first complaint: ``heldout.a.score: expected a number``.
+
+    Args:
+        error: What pydantic raised.
+        value: What it validated: its keys tell those of the place from names of union members between them. None: the
+            place is pydantic's.
+    """
+    detail = error.errors(include_url=False)[0]
+    path: list[str] = []
+    for word in detail["loc"]:
+        known = word in value if isinstance(value, dict) else isinstance(value, list) and isinstance(word, int)
+        if known or value is None:
+            path.append(str(word))
+        value = value[word] if known else value
+    if detail["type"] == "missing" and detail["loc"] and value is not None:
+        path.append(str(detail["loc"][-1]))
+    return ": ".join([*filter(None, [".".join(path)]), reason_of(detail)])

@@ -23,7 +23,7 @@ from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import StateError
 from data_pipeline.state import LoaderState
-from data_pipeline.strict import StrictConfig, StrictRecord
+from data_pipeline.strict import StrictConfig, StrictRecord, first_fault
 from data_pipeline.untrusted import UntrustedError, read_bytes
 from mmscale.errors import CheckpointError
 from mmscale.hf.read import require_no_folder
@@ -221,7 +221,7 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(inside)
     except ValidationError as error:
-        raise CheckpointError(f"{file} is damaged: {error.errors()[0]['msg']}") from error
+        raise CheckpointError(f"{file} is damaged: {first_fault(error)}") from error
     count = manifest.world_size
     if len(manifest.files) != 2 * count or any(set(rank_files(rank)) - manifest.files.keys() for rank in range(count)):
         raise CheckpointError(f"{file} is damaged: its {len(manifest.files)} files are not those of {count} ranks")
@@ -239,7 +239,7 @@ def model_config_of(manifest: Manifest, path: Path) -> AnyModelConfig:
     try:
         return read_model_config(manifest.model_config_values)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: its model's configuration is not legal: {error.errors()[0]['msg']}") from error
+        raise CheckpointError(f"{path}: its model's configuration is not legal: {first_fault(error)}") from error
 
 
 def manifest_checksum(path: Path) -> str:
@@ -269,7 +269,7 @@ def read_notes(path: Path, rank: int) -> RankNotes:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        raise CheckpointError(f"{file} is damaged: {error.errors()[0]['msg']}") from error
+        raise CheckpointError(f"{file} is damaged: {first_fault(error)}") from error
 
 
 def _read_json(file: Path) -> bytes:

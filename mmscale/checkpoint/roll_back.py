@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from data_pipeline.shards.files import write_whole
 from data_pipeline.state import LoaderState
-from data_pipeline.strict import StrictConfig
+from data_pipeline.strict import StrictConfig, first_fault
 from data_pipeline.untrusted import read_json
 from mmscale.checkpoint.manifest import (
     TrainState,
@@ -73,9 +73,10 @@ def read_roll_backs(folder: Path) -> list[RollBack]:
         return []
     try:
         return [RollBack.model_validate(entry) for entry in read_json(path)]
-    except (OSError, ValueError, TypeError, ValidationError) as error:
+    except (OSError, ValueError, TypeError) as error:
+        said = first_fault(error) if isinstance(error, ValidationError) else error
         raise CheckpointError(
-            f"{path} is damaged ({error}): without it the run does not know which data it left out"
+            f"{path} is damaged ({said}): without it the run does not know which data it left out"
         ) from error
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from data_pipeline.strict import reason_of
+from data_pipeline.strict import first_fault
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.read import PREPROCESSOR
@@ -196,9 +196,7 @@ class Layout:
         try:
             config = self.to_model(keys)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(str(word) for word in first["loc"])
-            raise CheckpointError(f"{where}: {f'{place}: ' if place else ''}{reason_of(first)}") from error
+            raise CheckpointError(f"{where}: {first_fault(error)}") from error
         # A size of 0 that others are divided by, a list where each item has to be a number, and the like.
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from data_pipeline.shards.files import as_utf8
+from data_pipeline.strict import first_fault
 from data_pipeline.untrusted import read_json
 from mmscale.errors import MMScaleError
 from mmscale.metrics.sample_images import Pixels
@@ -88,9 +89,13 @@ def read_captions(run_dir: Path) -> list[CaptionRecord]:
     path = run_dir / CAPTIONS_FILE
     if not path.exists():
         return []
+    value = None
     try:
-        return _FILE.validate_python(read_json(path))["captions"]
-    except (OSError, ValueError) as error:  # pydantic's errors are ValueErrors.
+        value = read_json(path)
+        return _FILE.validate_python(value)["captions"]
+    except ValidationError as error:
+        raise MMScaleError(f"{path} is damaged: {first_fault(error, value)}") from error
+    except (OSError, ValueError) as error:
         raise MMScaleError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from data_pipeline.shards import files
+from data_pipeline.strict import first_fault
 from data_pipeline.untrusted import read_json
 from mmscale.errors import MMScaleError
 
@@ -250,6 +251,14 @@ class _Perplexity(TypedDict):
     metric: str
 
 
+def _kind(held: Any) -> str:
+    return "perplexity" if isinstance(held, dict) and held.get("kind") == "perplexity" else "scored"
+
+
+# By its kind, so that a damaged set is told what its own kind lacks.
+_Set = Annotated[Annotated[_Perplexity, Tag("perplexity")] | Annotated[_Scored, Tag("scored")], Discriminator(_kind)]
+
+
 @_open
 class _Params(TypedDict):
     total: _Count
@@ -272,7 +281,7 @@ class _Result(TypedDict, total=False):
     steps: _Count
     train_seconds: _Seconds
     params: _Params
-    heldout: dict[str, _Perplexity | _Scored]
+    heldout: dict[str, _Set]
     memory: _Memory | None
     machine: str
     finished: bool
@@ -290,11 +299,11 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     path = run_dir / RESULT_FILE
     if not path.exists():
         return {}
+    value = None
     try:
-        return dict(_RESULT.validate_python(read_json(path)))
+        value = read_json(path)
+        return dict(_RESULT.validate_python(value))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(word) for word in first["loc"])
-        raise MMScaleError(f"{path} is damaged: {place or 'its content'}: {first['msg']}") from error
+        raise MMScaleError(f"{path} is damaged: {first_fault(error, value)}") from error
     except (OSError, ValueError) as error:
         raise MMScaleError(f"{path} is damaged: {error}") from error

@@ -130,3 +130,32 @@ def test_half_a_pair_of_utf_16_is_shown_escaped(tmp_path: Path) -> None:
     page = build_report(tmp_path).read_text()
     assert "half \\ud800" in page
     assert "half \\udfff" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "said"),
+    [
+        ("captions.json", ["captions", 0, "right"], "often", "captions.0.right: expected true or false"),
+        ("captions.json", ["captions"], 3, "captions: expected a list"),
+        ("captions.json", [], [], "expected a mapping"),
+        ("result.json", ["heldout", "name", "score"], "x", "heldout.name.score: expected a number"),
+        ("result.json", ["heldout", "name", "n"], None, "heldout.name.n: expected a whole number"),
+        ("result.json", ["heldout", "text"], {"kind": "perplexity"}, "heldout.text.loss: required, and missing"),
+        ("result.json", ["heldout", "text"], 3, "heldout.text: expected a mapping"),
+    ],
+)
+def test_a_wrong_value_is_named_in_words_of_files(
+    tmp_path: Path, name: str, path: list[Any], value: Any, said: str
+) -> None:
+    file = _run(tmp_path) / name
+    held = value
+    if path:
+        held = json.loads(file.read_text())
+        inner = held
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+    file.write_text(json.dumps(held))
+    with pytest.raises(MMScaleError) as caught:
+        read_captions(tmp_path) if name == "captions.json" else read_result(tmp_path)
+    assert str(caught.value).startswith(f"{file} is damaged: {said}")
