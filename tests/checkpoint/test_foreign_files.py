@@ -271,3 +271,16 @@ def test_neither_import_nor_export_holds_the_model(tmp_path: Path, monkeypatch: 
     assert _peak_bytes(lambda: import_checkpoint(folder, tmp_path)) < limit_bytes
     (path,) = tmp_path.glob("step-*")
     assert _peak_bytes(lambda: export_weights(path, tmp_path / "out")) < limit_bytes
+
+
+def test_a_refusal_is_one_line_without_advice_to_trust_the_file(tmp_path: Path) -> None:
+    torch.save({"a": 1}, tmp_path / "good.pt")
+    pickles = (
+        (pickle.dumps({"a": 2**3000}, protocol=2), "uses the pickle operation LONG4"),
+        (b"\x80\x02]K\x01b.", r"bad\.pt cannot be read: Can only build"),  # Only torch refuses this BUILD of a list.
+    )
+    for text, said in pickles:
+        _replace_pickle(tmp_path / "good.pt", tmp_path / "bad.pt", text)
+        with pytest.raises(CheckpointError, match=said) as caught:
+            load_pt(tmp_path / "bad.pt")
+        assert not [word for word in ("\n", "weights_only", "https") if word in str(caught.value)]

@@ -69,7 +69,7 @@ _ALLOWED = frozenset(
 # The operations of ``torch.save``, which pickles with protocol 2.
 _VALUES = frozenset(
     {
-        *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "GLOBAL"),
+        *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "GLOBAL"),
         *("BINUNICODE", "SHORT_BINSTRING", "BINSTRING", "EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT", "EMPTY_SET"),
     }
 )
@@ -125,9 +125,16 @@ def load_pt(path: Path) -> Any:
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _STAND_INS.items()]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _DAMAGE as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {_cause(error)}") from error
     _measure(path, loaded, 1, {})
     return loaded
+
+
+def _cause(error: Exception) -> str:
+    """Return one line. torch puts advice around the cause, such as to read the file with trust."""
+    text = str(error)
+    text = text.partition("WeightsUnpickler error: ")[2] or text
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 def _measure(path: Path, value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
@@ -188,7 +195,7 @@ def _named_classes(path: Path) -> set[str]:
             text = archive.read(pickled)
         return _scan(path, text)
     except (zipfile.BadZipFile, RuntimeError, OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path} is no file that torch.save wrote, or it is damaged: {error}") from error
+        raise CheckpointError(f"{path} is no file that torch.save wrote, or it is damaged: {_cause(error)}") from error
 
 
 def _scan(path: Path, text: bytes) -> set[str]:
