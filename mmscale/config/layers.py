@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mmscale.config.tree import BASE_KEY, Entry, Origin, parse, read_file
+from mmscale.config.tree import BASE_KEY, Entry, Origin, parse, read_file, shown
 from mmscale.errors import ConfigError
 
 Keys = tuple[str, ...]
@@ -107,11 +107,12 @@ def apply_overrides(root: Entry, overrides: list[str]) -> Entry:
     first_layer = max((leaf.origin.layer for leaf in root.leaves()), default=0) + 1
     for number, word in enumerate(overrides, start=1):
         key, equals, text = word.partition("=")
-        origin = Origin("override", f"override {number} ({word})", first_layer + number)
+        name = f"override {number} ({shown(word)})"
+        origin = Origin("override", name, first_layer + number)
         if not equals or not key or any(not part for part in key.split(".")):
-            raise ConfigError(f"override {number} ({word}): expected key=value, for example stages.0.steps=50")
-        value = parse(text, partial(_constant, origin), f"override {number} ({word})")
-        root = _written(root, key.split("."), value, word, number)
+            raise ConfigError(f"{name}: expected key=value, for example stages.0.steps=50")
+        value = parse(text, partial(_constant, origin), name)
+        root = _written(root, key.split("."), value, name)
     return root
 
 
@@ -119,23 +120,21 @@ def _constant(origin: Origin, _line: int) -> Origin:
     return origin
 
 
-def _written(node: Entry, path: list[str], value: Entry, word: str, number: int) -> Entry:
+def _written(node: Entry, path: list[str], value: Entry, name: str) -> Entry:
     if not path:
         return _replacing(node, value)
     key, rest = path[0], path[1:]
     if isinstance(node.value, list):
         items = list(node.value)
         if not key.isdigit() or int(key) >= len(items):
-            raise ConfigError(
-                f"override {number} ({word}): '{key}' is no item of a list of {len(items)} (numbered from 0)"
-            )
-        items[int(key)] = _written(items[int(key)], rest, value, word, number)
+            raise ConfigError(f"{name}: '{shown(key)}' is no item of a list of {len(items)} (numbered from 0)")
+        items[int(key)] = _written(items[int(key)], rest, value, name)
         return replace(node, value=items)
     if node.value is not None and not isinstance(node.value, dict):
-        raise ConfigError(f"override {number} ({word}): '{key}' lies below {node.value!r} ({node.origin}), not a block")
+        raise ConfigError(f"{name}: '{shown(key)}' lies below {node.value!r:.80} ({node.origin}), not a block")
     if key.isdigit() and node.value is None:
-        raise ConfigError(f"override {number} ({word}): no list is written here; give the list whole, as [...]")
+        raise ConfigError(f"{name}: no list is written here; give the list whole, as [...]")
     entries = dict(node.value or {})
     below = entries.get(key, Entry(None, value.origin))
-    entries[key] = _written(below, rest, value, word, number) if rest or key in entries else value
+    entries[key] = _written(below, rest, value, name) if rest or key in entries else value
     return replace(node, value=entries)

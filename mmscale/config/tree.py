@@ -42,6 +42,7 @@ class Origin:
         return self.place
 
 
+_LONGEST_SHOWN = 80
 DEFAULT = Origin("default", "default", -1)
 
 
@@ -151,6 +152,12 @@ def _kind(entry: Entry) -> str:
     if entry.value is None:
         return "an empty file"
     return "a list" if isinstance(entry.value, list) else f"the single value {entry.value!r}"
+
+
+def shown(value: Any) -> str:
+    """A scalar as a file writes it, cut where it is longer than a message should be."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
 
 
 def parse(text: str, origin_of_line: Callable[[int], Origin], name: str) -> Entry:

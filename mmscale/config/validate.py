@@ -12,12 +12,11 @@ from pydantic import BaseModel, ValidationError
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.strict import reason_of
 from mmscale.config.schema import TAG, model_at
-from mmscale.config.tree import Entry, plain
+from mmscale.config.tree import Entry, plain, shown
 from mmscale.errors import ConfigError, MMScaleError
 
 S = TypeVar("S", bound=BaseModel)
 _Path = tuple[str, ...]
-_LONGEST_VALUE = 60
 _HEAD = re.compile(r"(?P<key>[a-z_][a-z_0-9]*(?:\.[a-z_0-9]+)*)=(?P<value>[^:;, ]*): ")
 
 
@@ -130,12 +129,15 @@ def _complaint(root: Entry, schema: type[BaseModel], detail: Any, name: str) -> 
         path = (*path, TAG)
     reason = _reason(root, schema, path, detail)
     if kind == "value_error":
+        block = _entry_at(root, path)
         path, reason = _blamed(root, path, reason)
+        if _entry_at(root, path).origin.kind == "file":
+            reason += _overrides_in(block, reason)
     entry = _entry_at(root, path)
     place = name if entry is root else str(entry.origin)
-    what = ".".join(path)
+    what = ".".join(shown(key) for key in path)
     if entry is not root and not isinstance(entry.value, dict | list) and kind != "missing":
-        what += f"={_shown(entry.value)}"
+        what += f"={shown(entry.value)}"
     return f"{place} {what}".rstrip(), reason
 
 
@@ -172,9 +174,15 @@ def _paths(entry: Entry) -> Iterator[_Path]:
             yield from ((key, *rest) for rest in _paths(child))
 
 
-def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."
+def _overrides_in(block: Entry, reason: str) -> str:
+    """Which values that the reason quotes come from the command line: the blamed key may be right without them."""
+    words = set(re.findall(r"[\w.+-]*\w", reason))
+    quoted = [
+        f"{shown(leaf.value)} comes from {leaf.origin}"
+        for leaf in block.leaves()
+        if leaf.origin.kind == "override" and type(leaf.value) in (int, float, str) and shown(leaf.value) in words
+    ]
+    return "".join(f"; {each}" for each in dict.fromkeys(quoted))
 
 
 def _reason(root: Entry, schema: type[BaseModel], path: _Path, detail: Any) -> str:

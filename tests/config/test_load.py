@@ -227,12 +227,17 @@ def test_a_key_asked_for_is_never_dropped(write, text: str, overrides: list[str]
         ("", ["stages.0.steps=1"], "no list is written here; give the list whole"),
         ("", ["rate=[1"], "override 1 (rate=[1):1: not valid YAML"),
         ("limit: many", [], "FILE:1 limit=many: "),
+        ("", ["rate=" + "x" * 3000], f"override 1 (rate={'x' * 75}...) rate={'x' * 80}...: expected a number"),
+        ("", ["x" * 3000], f"override 1 ({'x' * 80}...): expected key=value"),
+        ("", ["x" * 3000 + "=1"], f"override 1 ({'x' * 80}...) {'x' * 80}...=1: unknown key"),
+        ("rate: " + "1" * 3000, ["rate.x=1"], "override 1 (rate.x=1): 'x' lies below"),
     ],
 )
 def test_complaints(write, text: str, overrides: list[str], message: str) -> None:
     path = write(text or "run_dir: x\n")
-    with pytest.raises(ConfigError, match=re.escape(message.replace("FILE", str(path)))):
+    with pytest.raises(ConfigError, match=re.escape(message.replace("FILE", str(path)))) as caught:
         load(path, overrides, Whole)
+    assert len(str(caught.value)) < 600 + len(str(path))
 
 
 def test_every_error_is_listed(write) -> None:

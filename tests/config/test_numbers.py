@@ -191,3 +191,11 @@ def test_a_complaint_names_its_own_key(override: str, said: str, monkeypatch: py
     with pytest.raises(ConfigError, match=re.escape(override)) as caught:
         load("configs/quickstart.yaml", [override], RunConfig)
     assert said in str(caught.value)
+
+
+def test_a_complaint_about_a_line_names_the_override_that_it_contradicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError) as caught:
+        load("configs/quickstart.yaml", ["model.decoder.hidden_dim=1048575"], RunConfig)
+    said = "must divide the width 1048575, or set head_dim; 1048575 comes from override 1 (model.decoder.hidden_dim="
+    assert said in str(caught.value)
