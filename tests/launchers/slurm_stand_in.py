@@ -30,6 +30,7 @@ while not stopped:
     time.sleep(0.1)
 if rank == "0" and mode != "stuck":
     checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
 time.sleep(int(rank) * 2)  # The last one to close takes longer; it must not be killed by the first one's exit.
 (folder / f"closed-{start}-rank-{rank}").touch()
 sys.exit(75)

@@ -15,6 +15,7 @@ import pytest
 
 from launchers import slurm
 from launchers.slurm import Job, render, seconds_of, submit
+from mmscale.checkpoint.manifest import MANIFEST
 from mmscale.errors import LaunchError
 
 HERE = Path(__file__).parent
@@ -183,7 +184,11 @@ def run_script(folder: Path, job: Job, *, start: int = 0) -> subprocess.Complete
         ("echo '{}' > result.json", 0, "finished"),
         ("exit 0", 1, "the ranks ended with exit code 0"),
         ("exit 3", 3, "the job stays down, unless SLURM requeues it after a lost node or a preemption"),
-        ("mkdir -p checkpoints/step-00000002; exit 75", 75, "saved and stopped; back into the queue"),
+        (
+            "mkdir -p checkpoints/step-00000002; echo > checkpoints/step-00000002/manifest.json; exit 75",
+            75,
+            "saved and stopped; back into the queue",
+        ),
         ("exit 75", 1, "stopped without a newer checkpoint"),
     ],
 )
@@ -203,6 +208,25 @@ def test_the_end_of_the_ranks_decides_also_in_a_folder_that_holds_a_result(
     assert log in done.stdout
     assert "failed" not in done.stdout
     assert f"--output={tmp_path}/50%% of %%j/logs/slurm-%j-%t.log" in done.stdout
+
+
+@pytest.mark.parametrize("made", [5, 2, None], ids=["new", "replaced", "none"])
+def test_only_a_checkpoint_that_was_written_last_counts_as_newer(tmp_path: Path, made: int | None) -> None:
+    """Neither a damaged checkpoint nor a copy under a greater number hides the one that the ranks saved."""
+    folder = tmp_path / "run"
+    for number, name in enumerate(["step-00000002", "step-00000010.damaged", "step-99", "step-00000011.partial"]):
+        manifest = folder / "checkpoints" / name / MANIFEST
+        manifest.parent.mkdir(parents=True)
+        manifest.touch()
+        os.utime(manifest, (1_000_000_000 - number, 1_000_000_000 - number))
+    saved = f"checkpoints/step-{made:08d}" if made else "checkpoints/step-00000012.partial"
+    executable = ("bash", "-c", f'cd "$0" && mkdir -p {saved} && echo > {saved}/{MANIFEST}; exit 75')
+    done = run_script(
+        tmp_path, golden_job(tmp_path, run_dir=folder, words=(str(folder),), executable=executable, setup=())
+    )
+    assert done.returncode == (75 if made else 1), done.stdout + done.stderr
+    assert f"from {folder}/checkpoints/step-00000002\n" in done.stdout
+    assert ("back into the queue" if made else "stopped without a newer checkpoint") in done.stdout
 
 
 @pytest.mark.fault
