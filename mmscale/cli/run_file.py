@@ -18,8 +18,20 @@ ALLOW_COMMANDS = typer.Option(
 )
 allow_commands: ContextVar[bool] = ContextVar("allow_commands", default=False)
 """Whether ``--allow-commands`` is on the command line; ``mmscale.cli.main`` sets it."""
-_TRACES = ("checkpoints", "metrics.jsonl", "result.json", "ledger", "report.html")
-"""A folder with one of these beside its config.yaml is a run folder."""
+_TRACES = (
+    "checkpoints",
+    "faults",
+    "goodput.jsonl",
+    "heartbeats",
+    "ledger",
+    "lock",
+    "logs",
+    "metrics.jsonl",
+    "report.html",
+    "result.json",
+    "starts",
+)
+"""A folder with config.yaml and one of these is a run folder."""
 
 
 def load_run(path: Path, overrides: list[str]) -> Loaded[RunConfig]:
@@ -39,8 +51,8 @@ def load_run(path: Path, overrides: list[str]) -> Loaded[RunConfig]:
 def check_commands(loaded: Loaded[Any]) -> None:
     """Refuse shell commands that came with a run folder, unless the command line has ``--allow-commands``.
 
-    A run folder is data that people pass on; its ``config.yaml`` must not run code on the reader's machine. Commands
-    in other files and in overrides are the user's own.
+    A run folder is data that people pass on; its files, and the ``base`` files that they name, must not run code on the
+    reader's machine. Commands in other files and in overrides are the user's own.
 
     Raises:
         ConfigError: names the first such command and its place.
@@ -55,15 +67,23 @@ def check_commands(loaded: Loaded[Any]) -> None:
         name = ".".join(key)
         found = commands(value) if "shards" in key and isinstance(value, list) else ()
         origin = loaded.origins[name]
-        if found and origin.kind == "file" and _is_of_a_run(Path(origin.place.rpartition(":")[0])):
+        folder = next(filter(None, map(_run_folder_of, origin.files)), None) if found else None
+        if folder is not None:
             raise ConfigError(
-                f"{origin} {name}: this configuration came with a run folder and would run the shell command "
-                f"{found[0]!r}. If you trust it, call `mmscale {FLAG} ...`, or name a copy of the file elsewhere"
+                f"{origin} {name}: this configuration came with the run folder {folder} and would run the shell "
+                f"command {found[0]!r}. If you trust it, call `mmscale {FLAG} ...`, or name a copy of the file that "
+                "lies elsewhere"
             )
 
 
-def _is_of_a_run(path: Path) -> bool:
+def _run_folder_of(file: Path) -> Path | None:
+    """The run folder that holds the file, itself or in a folder of its own such as ``starts/``."""
+    from mmscale.report.starts import STARTS_FILE
     from mmscale.run_folder import CONFIG
 
-    folder = path.resolve().parent
-    return path.resolve().name == CONFIG and any((folder / name).exists() for name in _TRACES)
+    for place in (file.parent.resolve(), file.resolve().parent):  # A link stands in the one and leads to the other.
+        for folder in (place, place.parent):
+            has_trace = any((folder / name).exists() for name in _TRACES)
+            if (folder / STARTS_FILE).exists() or ((folder / CONFIG).exists() and has_trace):
+                return folder
+    return None

@@ -29,13 +29,13 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Entry, int]:
     """The merged file, and its layer: above those of all its bases."""
     lower = {}
     layer = 0
-    for keys, base in _bases(read_file(path, 0), ()):
+    for keys, base in _bases(read_file(path, 0, chain), ()):
         file = _base_path(path, base)
         if any(_same(file, earlier) for earlier in chain):
             raise ConfigError(f"{chain[0]}: its chain of '{BASE_KEY}:' files leads back to {file}")
         lower[keys], below = _read(file, (*chain, file))
         layer = max(layer, below + 1)
-    return _over(lower, read_file(path, layer), ()), layer
+    return _over(lower, read_file(path, layer, chain), ()), layer
 
 
 def _bases(entry: Entry, keys: Keys) -> Iterator[tuple[Keys, Entry]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any, Generic, TypeVar
@@ -105,7 +105,9 @@ def _origin(root: Entry, path: tuple[str, ...]) -> Origin:
             # Below a scalar or a list the schema itself spread the value (a shorthand); below a block it filled in.
             return DEFAULT if isinstance(entry.value, dict) else entry.origin
         entry = child
-    return max((leaf.origin for leaf in entry.leaves()), key=lambda origin: origin.layer, default=entry.origin)
+    origins = [leaf.origin for leaf in entry.leaves()] or [entry.origin]
+    files = tuple(dict.fromkeys(file for origin in origins for file in origin.files))
+    return replace(max(origins, key=lambda origin: origin.layer), files=files)
 
 
 def dump(value: BaseModel) -> str:

@@ -32,11 +32,13 @@ class Origin:
         kind: ``default``, ``file`` or ``override``.
         place: ``configs/x.yaml:14``, ``override 3 (key=value)``, or ``default``.
         layer: Later layers win: base files first, then the file, then each override.
+        files: The file, after those whose ``base`` led to it; none for another kind.
     """
 
     kind: str
     place: str
     layer: int
+    files: tuple[Path, ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.place
@@ -130,8 +132,8 @@ def _scalar(node: yaml.Node, origin: Origin) -> Scalar:
     raise ConfigError(f"{origin}: tag {node.tag} is not understood; write plain YAML values")
 
 
-def read_file(path: Path, layer: int) -> Entry:
-    """One YAML file, without following ``base``.
+def read_file(path: Path, layer: int, chain: tuple[Path, ...]) -> Entry:
+    """One YAML file, without following ``base``; ``chain`` ends with it, after the files whose ``base`` led to it.
 
     Raises:
         ConfigError: no such file, broken YAML, a key written twice, or no mapping at the top.
@@ -142,7 +144,7 @@ def read_file(path: Path, layer: int) -> Entry:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, UntrustedError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    entry = parse(text, lambda line: Origin("file", f"{path}:{line}", layer), str(path))
+    entry = parse(text, lambda line: Origin("file", f"{path}:{line}", layer, chain), str(path))
     if not isinstance(entry.value, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys to values, this is {_kind(entry)}")
     return entry

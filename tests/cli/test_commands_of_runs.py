@@ -61,6 +61,42 @@ def test_a_file_based_on_it_is_refused_too(foreign: Path, trail: Path, tmp_path:
     assert not trail.exists()
 
 
+@pytest.mark.parametrize(
+    ("named", "moved", "traces"),
+    [
+        ("config.yaml", "base.yaml", ["checkpoints"]),
+        ("config.yaml", "a/b/base.yaml", ["checkpoints"]),
+        ("config.yaml", "../elsewhere/base.yaml", ["checkpoints"]),
+        ("starts/config-0001.yaml", "starts/config-0001.yaml", ["starts"]),
+        *(("config.yaml", "config.yaml", [name]) for name in ("starts", "lock", "faults", "heartbeats", "logs")),
+    ],
+)
+def test_every_file_of_a_run_folder_and_its_bases_are_refused(
+    foreign: Path, trail: Path, named: str, moved: str, traces: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = foreign.parent
+    (folder / "checkpoints").rmdir()
+    for name in traces:
+        (folder / name).mkdir()
+    target = folder / moved
+    target.parent.mkdir(parents=True, exist_ok=True)
+    foreign.rename(target)
+    if not foreign.exists():
+        foreign.write_text(f"base: {moved}\n")
+    assert main(["data", "digest", str(folder / named), "--steps", "0:1"]) == 2
+    assert f"came with the run folder {folder.resolve()} and" in capsys.readouterr().err.replace("\n", " ")
+    assert not trail.exists()
+
+
+def test_an_override_of_another_source_does_not_hide_the_command(
+    foreign: Path, trail: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign.write_text(foreign.read_text().replace("}']", "}', other.tar]"))
+    assert main(["data", "digest", str(foreign), f"data.datasets.0.shards.1={TAR}", "--steps", "0:1"]) == 2
+    assert "--allow-commands" in capsys.readouterr().err
+    assert not trail.exists()
+
+
 def test_the_flag_a_copy_and_an_override_run_it(foreign: Path, trail: Path, tmp_path: Path) -> None:
     steps = ["--steps", "0:1"]
     assert main(["--allow-commands", "data", "digest", str(foreign), *steps]) == 0
