@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mmscale.config.tree import BASE_KEY, Entry, Origin, parse, read_file, shown
+from mmscale.config.tree import BASE_KEY, Entry, Origin, checked_text, parse, read_file, shown
 from mmscale.errors import ConfigError
 
 Keys = tuple[str, ...]
@@ -102,7 +102,7 @@ def apply_overrides(root: Entry, overrides: list[str]) -> Entry:
     there; blocks on the way that are missing or null are created.
 
     Raises:
-        ConfigError: no ``=``, an unreadable value, or a path through a scalar or past a list's end.
+        ConfigError: no ``=``, an unreadable key or value, or a path through a scalar or past a list's end.
     """
     first_layer = max((leaf.origin.layer for leaf in root.leaves()), default=0) + 1
     for number, word in enumerate(overrides, start=1):
@@ -111,6 +111,7 @@ def apply_overrides(root: Entry, overrides: list[str]) -> Entry:
         origin = Origin("override", name, first_layer + number)
         if not equals or not key or any(not part for part in key.split(".")):
             raise ConfigError(f"{name}: expected key=value, for example stages.0.steps=50")
+        checked_text(key, origin)
         value = parse(text, partial(_constant, origin), name)
         root = _written(root, key.split("."), value, name)
     return root

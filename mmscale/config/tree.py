@@ -116,6 +116,9 @@ for _tag, _pattern, _first in _RULES:
         _class.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
 
 
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+
+
 def _scalar(node: yaml.Node, origin: Origin) -> Scalar:
     tag, text = node.tag.rpartition(":")[2], node.value
     if tag == "null":
@@ -128,8 +131,24 @@ def _scalar(node: yaml.Node, origin: Origin) -> Scalar:
         word = text.replace("_", "").lower()
         return float(word.replace(".inf", "inf").replace(".nan", "nan"))
     if tag == "str":
-        return str(text)
+        return checked_text(text, origin)
     raise ConfigError(f"{origin}: tag {node.tag} is not understood; write plain YAML values")
+
+
+def checked_text(text: str, place: object) -> str:
+    """Return the text. Refuse one that neither a path nor a UTF-8 file can hold.
+
+    Raises:
+        ConfigError: it holds NUL or a lone surrogate.
+    """
+    found = _UNSTORABLE.search(text)
+    if found is not None:
+        shown = f"{place}: {text[:60]!a}"
+        raise ConfigError(
+            f"{shown.encode(errors='backslashreplace').decode()}: character {found.start() + 1} is "
+            f"U+{ord(found[0]):04X}, which no path and no UTF-8 text holds; expected text without NUL and surrogates"
+        )
+    return text
 
 
 def read_file(path: Path, layer: int, chain: tuple[Path, ...]) -> Entry:
@@ -201,7 +220,7 @@ def _mapping(node: yaml.MappingNode, origin_of_line: Callable[[int], Origin]) ->
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
             raise ConfigError(f"{origin_of_line(line)}: a key must be a word")
-        key = key_node.value
+        key = checked_text(key_node.value, origin_of_line(line))
         if key == "<<":
             raise ConfigError(f"{origin_of_line(line)}: YAML merge keys are not read; use a '{BASE_KEY}:' file instead")
         if key in entries:

@@ -36,8 +36,8 @@ class Root(StrictConfig):
     sides: list[Annotated[Left | Right, Field(discriminator="kind")]] = []
 
 
-# Text that a file can hold: YAML has no lone surrogates, and control characters are escaped.
-words = st.text(st.characters(exclude_categories=("Cs",))) | st.sampled_from(
+# Text that a configuration may hold: neither lone surrogates nor NUL. Other control characters are escaped.
+words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")) | st.sampled_from(
     [
         "1e-3",
         "no",

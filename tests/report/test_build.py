@@ -144,6 +144,11 @@ def test_hostile_captions_stages_names_and_settings_stay_text(run: Path) -> None
     assert page.text.count("<script>alert(1)</script>") >= 5
 
 
+def test_text_that_utf_8_cannot_hold_is_escaped(run: Path) -> None:
+    (run / "config.yaml").write_text(r'run_dir: "a\ud800b"')
+    assert r"a\ud800b" in Page(build_report(run).read_text()).text
+
+
 def test_the_page_needs_no_network(run: Path) -> None:
     _result(run, {})
     text = build_report(run).read_text()
