@@ -36,18 +36,20 @@ def explain_memory(
     if reason is None:
         return None
     doing = _DOING.get(phase, "in {phase} of step {step}").format(phase=phase, step=step)
+    held = f", with microbatches of up to {engine.micro_lanes} x {max_tokens} tokens" if phase != "start" else ""
     return EngineError(
-        f"rank {world.rank} ran out of memory {doing}, with microbatches of up to {engine.micro_lanes} x {max_tokens} "
-        f"tokens ({reason}). Less memory: {'; '.join(_remedies(engine, world, max_tokens, phase))}"
+        f"rank {world.rank} ran out of memory {doing}{held} ({reason}). "
+        f"Less memory: {'; '.join(_remedies(engine, world, max_tokens, phase))}"
     )
 
 
 def _remedies(engine: EngineConfig, world: World, max_tokens: int, phase: str) -> list[str]:
     """Only what would change something in this run; what resumes the run first."""
     found = []
-    if engine.micro_lanes > 1:
+    holds_batch = phase != "start"  # The set-up of the engine allocates weights and optimizer state alone.
+    if engine.micro_lanes > 1 and holds_batch:
         found.append(f"lower engine.micro_lanes ({engine.micro_lanes})")
-    if not engine.activation_checkpointing:
+    if not engine.activation_checkpointing and holds_batch:
         found.append("set engine.activation_checkpointing=true")
     if engine.zero_stage < 3 and world.world_size > 1:
         found.append(f"raise engine.zero_stage ({engine.zero_stage})")
@@ -56,5 +58,8 @@ def _remedies(engine: EngineConfig, world: World, max_tokens: int, phase: str) -
     if phase == "checkpoint":
         found.append("set checkpoint.background=false")
     found.append("start more ranks, on more machines")
-    found.append(f"lower data.packing.max_tokens ({max_tokens}), in a new run_dir, since it changes the batches")
+    if holds_batch:
+        found.append(f"lower data.packing.max_tokens ({max_tokens}), in a new run_dir, since it changes the batches")
+    else:
+        found.append("choose a smaller model, in a new run_dir")
     return found

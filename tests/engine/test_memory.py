@@ -70,3 +70,14 @@ def test_only_remedies_that_would_change_something_are_named() -> None:
     assert "microbatches of up to 4 x 4096 tokens" in large
     for key in ("engine.micro_lanes (4)", "activation_checkpointing=true", "engine.offload", "engine.zero_stage (2)"):
         assert key in large
+
+
+def test_remedies_of_the_set_up_do_not_concern_the_batch() -> None:
+    error = failure(lambda: torch.empty(PETABYTE, dtype=torch.uint8))
+    gpu = World(3, 8, 3, torch.device("cuda", 3))
+    said = str(explain_memory(error, EngineConfig(zero_stage=2, micro_lanes=4), gpu, 4096, "start", 0))
+    assert "while it set up the engine (" in said
+    assert "engine.zero_stage (2)" in said
+    assert "a smaller model" in said
+    for word in ("micro", "activation_checkpointing", "max_tokens", "4096"):
+        assert word not in said
