@@ -14,7 +14,7 @@ import subprocess
 import sys
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,8 @@ _OWN_MARGIN_SECONDS = 120
 _UNLIMITED = ("infinite", "unlimited", "-1")
 _DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
 _MINUTES = re.compile(r"(?:(\d+):(?=\d+:))?(\d+)(?::(\d+))?")
-_TIME_OPTION = re.compile(r"(?:--time(?:-min)?[= ]|-t[= ]?)\s*(.+)")
+_TIME_OPTION = re.compile(r"(?:--ti(?:m|me|me-|me-m|me-mi|me-min)?(?:=|$)|-t=?)(.*)", re.DOTALL)
+"""sbatch reads abbreviations too; ``--t`` alone could be another option."""
 _EXECUTABLE = (sys.executable, "-m", "mmscale.cli.main")
 
 
@@ -81,8 +82,8 @@ class Job:
         if self.time is not None:
             self._check_time(f"--time {self.time}", self.time)
         for option in self.extra:
-            if (match := _TIME_OPTION.fullmatch(option)) is not None:
-                self._check_time(f"--sbatch={option}", match[1])
+            for time in _times_of(option):
+                self._check_time(f"--sbatch={option}", time)
 
     def _check_lines(self) -> None:
         """Refuses text that would end a line of the script: what follows would be read as another option or command."""
@@ -134,6 +135,17 @@ class Job:
         }
         lines = [f"--{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
         return [*lines, "--requeue" if self.requeue else "--no-requeue", *self.extra]
+
+
+def _times_of(option: str) -> Iterator[str]:
+    """The time limits in a line of sbatch options, which holds one option or several."""
+    try:
+        words = shlex.split(option)
+    except ValueError as error:
+        raise RequestError(f"--sbatch={option}: {error}") from None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if (match := _TIME_OPTION.fullmatch(word)) is not None:
+            yield match[1] or following
 
 
 def seconds_of(time: str) -> int | None:

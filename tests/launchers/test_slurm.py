@@ -125,6 +125,10 @@ def test_no_time_limit(text: str) -> None:
         ({"extra": ("--time=1",)}, 60, 180),
         ({"extra": ("-t 1",)}, 60, 180),
         ({"extra": ("--time-min=2",)}, 120, 180),
+        ({"extra": ("--qos=high --time=1",)}, 60, 180),
+        ({"extra": ("--ti=2",)}, 120, 180),
+        ({"extra": ("--qos=high -t '2'",)}, 120, 180),
+        ({"extra": ("--time-m 2",)}, 120, 180),
     ],
 )
 def test_a_limit_within_the_margin_for_saving_is_refused(
