@@ -93,28 +93,30 @@ _LARGE = """
 AdafactorConfig.weight_decay AdafactorConfig.min_scale AdafactorConfig.update_clip AdamWConfig.weight_decay
 AdamWConfig.eps BadStepsConfig.loss_deviations BadStepsConfig.norm_deviations ContrastiveConnectorConfig.max_scale
 CrossAttentionConnectorConfig.gate_init DatasetConfig.weight DatasetConfig.repeats DecoderConfig.init_std
-DistillConfig.temperature HybridConnectorConfig.gate_init Llama3Scaling.factor Llama3Scaling.low_freq_factor
+DistillConfig.temperature HybridConnectorConfig.gate_init LinearScaling.factor Llama3Scaling.factor
 Llama3Scaling.high_freq_factor MetricsConfig.peak_flops MoeConfig.balance_coefficient MoeConfig.z_coefficient
 MoeConfig.bias_rate MuonConfig.weight_decay MuonConfig.eps NativeTransform.max_aspect PackingConfig.max_cost
-PatchesConfig.mean PatchesConfig.std Role.weight RopeConfig.theta Rotary2dConfig.theta SamplingConfig.temperature
+PatchesConfig.mean PatchesConfig.std RopeConfig.theta Rotary2dConfig.theta SamplingConfig.temperature
 SamplingConfig.repetition_penalty StageConfig.learning_rate StageConfig.z_loss StageConfig.clip TilesConfig.gate_init
 TilesConfig.global_gate_init VisionConfig.mean VisionConfig.std VisionConfig.layer_scale VisionConfig.init_std
-WeightFrom.weight
+WeightFrom.weight YarnScaling.factor YarnScaling.beta_fast YarnScaling.attention_factor
 """
 _LEGAL = {0: set(_ZERO.split()), -1: set(_NEGATIVE.split()), 10**18: set(_LARGE.split())}
 
 _MORE: dict[str, dict[str, Any]] = {
     "AnnotationsTemplate": {"max_annotations": 2},
     "CompareConfig": {"seeds": [1], "variants": [{"name": "a"}, {"name": "b"}]},
+    "LinearScaling": {"kind": "linear", "factor": 2.0},
     "Mm15Tiling": {},
     "MoeConfig": {"num_experts": 4, "experts_per_token": 2, "expert_dim": 8, "shared_dim": 8},
+    "YarnScaling": {"kind": "yarn", "factor": 2.0, "original_context": 64},
     "WeightFrom": {"from_step": 1, "weight": 1.0},
 }
 """Classes that no shipped configuration uses."""
 _WITHOUT_NUMBERS = {"LearnedText", "DroppableText", "TowerConfig", "VariantConfig"}
 """Bases of others, and classes whose numbers all lie in other classes."""
-_RECORDS = {"Manifest", "RankNotes", "RollBack", "SavedState"}
-"""Of files that the checkpoint code writes and checks."""
+_RECORDS = {"Holder", "Manifest", "RankNotes", "RollBack", "SavedState", "StartRecord"}
+"""Records of files that a run writes and checks."""
 _FREE = {"StageConfig.data", "StageConfig.model"}
 """Overrides: checked where they are merged into their block."""
 

@@ -81,7 +81,7 @@ def test_a_finite_mixture_ends(mixture_config: DataConfig, hybrid_spec: MediaSpe
 
 
 def test_what_cannot_work_is_said(mixture_config: DataConfig, hybrid_spec: MediaSpec, tmp_path: Path) -> None:
-    with pytest.raises(DataConfigError, match=r"lanes: Field required.*packing"):
+    with pytest.raises(DataConfigError, match=r"lanes: required, and missing.*packing"):
         open_loader({"tokenizer": {"kind": "sentencepiece", "path": "x"}, "datasets": []}, hybrid_spec, seed=1)
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(DataConfigError, match=r"list\.yaml: expected a data block"):
