@@ -40,7 +40,7 @@ from mmscale.models.generation import generate
 from mmscale.models.sampling import SamplingConfig
 
 _MOST_IMAGE_BYTES = 1 << 28
-_IMAGE_PLACE = re.compile(r"<image(?:-\d+)?>")
+_IMAGE_PLACE = re.compile(r"<image(?:-(\d+))?>")
 _PICTURE_PIXELS = 256
 """Longest side of an image in the report."""
 
@@ -150,6 +150,13 @@ def _question(
         raise ConfigError(
             f"the prompt has a place for an image, {place[0]}, and no image is given; add --image FILE, or write the "
             "prompt without it"
+        )
+    places = [place[1] for place in _IMAGE_PLACE.finditer(prompt)]
+    asked = max([places.count(None), *(int(number) for number in places if number)])
+    if asked > len(images):
+        raise ConfigError(
+            f"the prompt has a place for image number {asked}, and --image gives {len(images)}; add --image FILE, or "
+            "write the prompt without that place"
         )
     if not isinstance(template, DialogueTemplate):
         template = LITERAL if prompt else CaptionTemplate()

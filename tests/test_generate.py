@@ -265,8 +265,11 @@ def test_tiles_and_their_tags_are_attended_to_the_end_of_an_answer(kind: str, ta
 def test_images_and_places_must_agree(tmp_path: Path) -> None:
     model, data = tiny_model(), data_config()
     path, spec = _file(tmp_path, "png", _picture()), media_spec(model.config)
-    with pytest.raises(SampleError, match="shows image number 2, and the sample has 1"):
-        respond(model, data, spec, images=[path], prompt="<image> and <image>")
+    for prompt in ("<image> and <image>", "<image-2>"):
+        with pytest.raises(
+            ConfigError, match="prompt has a place for image number 2, and --image gives 1; add --image"
+        ):
+            respond(model, data, spec, images=[path], prompt=prompt)
     with pytest.raises(SampleError, match="shows 1 of 2 images"):
         respond(model, data, spec, images=[path, path], prompt="<image> only")
 
