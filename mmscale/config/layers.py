@@ -74,6 +74,8 @@ def _base_path(file: Path, base: Entry) -> Path:
     if not isinstance(base.value, str):
         raise ConfigError(f"{base.origin} {BASE_KEY}: must be the path of a YAML file")
     path = file.parent / base.value
+    if path.is_dir():
+        raise ConfigError(f"{base.origin} {BASE_KEY}={base.value}: a folder, expected a YAML file ({path})")
     if not path.is_file():
         raise ConfigError(f"{base.origin} {BASE_KEY}={base.value}: no such file ({path})")
     return path

@@ -161,7 +161,11 @@ def read_file(path: Path, layer: int, chain: tuple[Path, ...]) -> Entry:
         text = read_bytes(path, most_bytes=MOST_YAML_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, UntrustedError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not a text file in UTF-8 (byte {error.start + 1} cannot be read); expected a YAML file"
+        ) from None
+    except (OSError, UntrustedError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     entry = parse(text, lambda line: Origin("file", f"{path}:{line}", layer, chain), str(path))
     if not isinstance(entry.value, dict):

@@ -217,6 +217,7 @@ def test_a_key_asked_for_is_never_dropped(write, text: str, overrides: list[str]
         ("rate: {a: 1\n", [], "FILE:2: not valid YAML"),
         ("- 1\n", [], "FILE: a configuration is a mapping of keys to values, this is a list"),
         ("base: nowhere.yaml\n", [], "FILE:1 base=nowhere.yaml: no such file"),
+        ("base: .\n", [], "FILE:1 base=.: a folder, expected a YAML file"),
         ("base: run.yaml\n", [], "FILE: its chain of 'base:' files leads back to"),
         ("a: &x [*x]\n", [], "FILE:1: an alias that contains itself"),
         ('rate: 1\nname: "a\\0b"\n', [], r"FILE:2: 'a\x00b': character 2 is U+0000, which no path"),
@@ -244,6 +245,13 @@ def test_complaints(write, text: str, overrides: list[str], message: str) -> Non
     with pytest.raises(ConfigError, match=re.escape(message.replace("FILE", str(path)))) as caught:
         load(path, overrides, Whole)
     assert len(str(caught.value)) < 600 + len(str(path))
+
+
+def test_a_binary_file_is_no_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"a: 1\n\xff\xfe")
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: not a text file in UTF-8 (byte 6 cannot be read)")):
+        load(path, [], Whole)
 
 
 def test_every_error_is_listed(write) -> None:
