@@ -144,7 +144,7 @@ class FolderLock:
             return None
         return (
             f"{self._folder}: waiting up to {EXPIRY_SECONDS:.0f} s for a sign of life of {_describe(claim.holder)}, "
-            "which did not release the lock of this folder"
+            "which holds the lock of this folder or ended without releasing it"
         )
 
     def release(self) -> None:
