@@ -26,20 +26,22 @@ _MAGIC = {
 _INGEST = "store samples as shards, which gives a manifest, with: mmscale data ingest"
 
 
-def refuse_no_manifest(file: Path, shown: str, key: str = "") -> None:
+def refuse_no_manifest(file: Path, shown: str, key: str = "", *, takes_tar: bool = False) -> None:
     """Refuses what cannot be a manifest by its first bytes; a file that might be one, damaged or not, passes.
 
     Args:
         file: What was given, or a copy of it.
         shown: What messages call it.
         key: What named it, ``data.datasets.0.manifest``.
+        takes_tar: Whether a tar is as good as a manifest.
 
     Raises:
         ManifestError: it is a folder, a tar, or a file of another known kind. Names the kind and the remedy.
     """
     place = f"{key}={shown}" if key else shown
+    expected = "expected a manifest or a tar" if takes_tar else "expected a manifest"
     if file.is_dir():
-        raise ManifestError(f"{place}: this is a folder, expected a manifest; {_remedy_of_folder(file, shown)}")
+        raise ManifestError(f"{place}: this is a folder, {expected}; {_remedy_of_folder(file, shown)}")
     try:
         with file.open("rb") as opened:
             start = opened.read(_LOOKED_AT_BYTES)
@@ -48,11 +50,13 @@ def refuse_no_manifest(file: Path, shown: str, key: str = "") -> None:
     if start[_HEADER_AT : _HEADER_AT + 1] == b"{" and not start.startswith((b"{", b"[")):
         return
     if start[_USTAR_AT : _USTAR_AT + 5] == b"ustar":
+        if takes_tar:
+            return
         remedy = f"index it with: mmscale data index {shown} --manifest FILE.manifest, and give that FILE.manifest"
         raise ManifestError(f"{place}: this is a tar, expected a manifest; {remedy}")
     kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None) or _kind_of_text(start)
     if kind is not None:
-        raise ManifestError(f"{place}: this is {kind}, expected a manifest; {_remedy_of(kind)}")
+        raise ManifestError(f"{place}: this is {kind}, {expected}; {_remedy_of(kind)}")
 
 
 def _kind_of_text(start: bytes) -> str | None:

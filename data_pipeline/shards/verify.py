@@ -56,8 +56,8 @@ def jobs_of(path: str | Path) -> tuple[int, Iterator[Job]]:
         ManifestError: the manifest itself cannot be read.
     """
     path = parse_location(path)
-    if isinstance(path, Path) and path.is_dir():
-        refuse_no_manifest(path, str(path))
+    if isinstance(path, Path) and (path.is_dir() or (path.is_file() and ".tar" not in path.suffixes)):
+        refuse_no_manifest(path, str(path), takes_tar=True)
     if path.suffix != ".manifest":
         return 1, iter([Job(path)])
     manifest = Manifest.open(path)

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.errors import ManifestError
 from data_pipeline.shards import contents
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.index import ShardIndex, build_index, index_path
 from data_pipeline.shards.manifest import write_manifest
-from data_pipeline.shards.verify import check_manifest, verify_manifest, verify_shard
+from data_pipeline.shards.verify import check_manifest, jobs_of, verify_manifest, verify_shard
 from data_pipeline.shards.writer import ShardWriter
 
 pytestmark = pytest.mark.fault
@@ -224,3 +225,13 @@ def test_a_member_without_extension(tmp_path: Path) -> None:
     path = raw_tar(tmp_path / "x.tar", ("README", b"hi", tarfile.REGTYPE), ("a.txt", b"x", tarfile.REGTYPE))
     build_index(path)
     assert problems(path) == [("", Problem.NAME)]
+
+
+def test_what_is_neither_manifest_nor_tar_is_refused_by_its_kind(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1}')
+    with pytest.raises(ManifestError, match=r"x\.json: this is JSON, expected a manifest or a tar"):
+        jobs_of(path)
+    with tarfile.open(tmp_path / "shard", "w") as tar:
+        tar.add(path, "0.json")
+    assert jobs_of(tmp_path / "shard")[0] == 1
