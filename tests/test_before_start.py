@@ -50,8 +50,8 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ),
         ({"prompt": "{nam}"}, "evaluation set style: .*field 'nam' is missing"),
         ({"candidates_from": "absent"}, "evaluation set style: absent: no such file"),
-        ({"candidates_from": "README.md"}, "evaluation set style: README.md"),
-        ({"manifest": "README.md"}, "evaluation set style: README.md"),
+        ({"candidates_from": "README.md"}, "evaluation set style: manifest=README.md"),
+        ({"manifest": "README.md"}, "evaluation set style: manifest=README.md"),
         ({"transforms": {"kind": "fixed", "size": 31}}, "evaluation set style: .*31"),
         ({"kind": "choice"}, "evaluation set style: .*field 'choices' is missing"),
         (
@@ -117,14 +117,14 @@ def test_a_warning_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_data_of_which_nothing_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     err = complaint(capsys, text_only(tmp_path, [{"url": "x"}] * 40))
     assert "data set words: none of the 32 samples looked at can be used; the first: " in err
-    assert "part-00000.tar/0000: field 'caption' is missing" in err
+    assert "part-00000.tar/0000: no image among its members" in err
 
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
         ("data.datasets.0.manifest", "absent", "absent: no such file"),
-        ("data.datasets.0.manifest", "README.md", "README.md: damaged"),
+        ("data.datasets.0.manifest", "README.md", "README.md: this is YAML or another text"),
         ("data.tokenizer.path", "absent", "tokenizer absent: cannot be read"),
         ("model.decoder.vocab_size", 100, "has 2048 ids"),
         ("model.vision.patch_size", 5, "data set emoji: "),
