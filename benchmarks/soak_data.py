@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +36,14 @@ def _captions(text: object) -> bytes:
 
 
 def _bomb(members: Members) -> Members:
-    """The size in the JPEG's header becomes 65,535 x 65,535."""
-    data = bytearray(members["jpg"])
-    at = next(i for i in range(2, len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC1, 0xC2))
-    data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
-    return {"jpg": bytes(data)}
+    """A PNG that claims 65,535 x 65,535 pixels; a JPEG of that size would be refused for its few bytes."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 65_535, 65_535, 8, 2, 0, 0, 0)
+    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(1000))), chunk(b"IEND", b"")]
+    return {"jpg": b"\x89PNG\r\n\x1a\n" + b"".join(chunks)}
 
 
 DAMAGES: tuple[Callable[[Members], Members], ...] = (

@@ -135,5 +135,5 @@ def test_a_wrong_extension_is_a_warning(write_set: WriteSet, capsys: pytest.Capt
 
 @pytest.mark.parametrize("weight", [float("nan"), -1, float("inf"), 1e7])
 def test_a_role_has_the_same_bounds(weight: float) -> None:
-    with pytest.raises(ValidationError, match="equal to|finite"):
+    with pytest.raises(ValidationError, match=r"equal to|finite"):
         DialogueTemplate.model_validate({"roles": {"user": {}, "assistant": {"weight": weight}}})
