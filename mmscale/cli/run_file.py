@@ -65,7 +65,7 @@ def check_commands(loaded: Loaded[Any]) -> None:
         return
     for key, value in leaves(loaded.value):
         name = ".".join(key)
-        found = commands(value) if "shards" in key and isinstance(value, list) else ()
+        found = commands(value) if "shards" in key and isinstance(value, list) else []
         origin = loaded.origins[name]
         folder = next(filter(None, map(_run_folder_of, origin.files)), None) if found else None
         if folder is not None:
