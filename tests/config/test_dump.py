@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from data_pipeline.storage.location import Location
-from data_pipeline.strict import StrictConfig
+from data_pipeline.strict import LARGEST_FLOAT, LARGEST_INT, StrictConfig
 from mmscale.config import dump, load
 
 
@@ -58,22 +58,23 @@ words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
         "<<",
     ]
 )
-floats = st.floats(allow_nan=False)
+floats = st.floats(-LARGEST_FLOAT, LARGEST_FLOAT)
+integers = st.integers(-LARGEST_INT, LARGEST_INT)
 keys = words.filter(lambda word: word != "<<")
 free = st.recursive(
-    st.none() | st.booleans() | st.integers() | floats | words,
+    st.none() | st.booleans() | integers | floats | words,
     lambda inner: st.lists(inner) | st.dictionaries(keys, inner),
     max_leaves=8,
 )
 sides = st.builds(Left, numbers=st.lists(floats).map(tuple)) | st.builds(
-    Right, words=st.lists(words), table=st.dictionaries(keys, st.none() | st.integers() | words)
+    Right, words=st.lists(words), table=st.dictionaries(keys, st.none() | integers | words)
 )
 roots = st.builds(
     Root,
     word=words,
     path=st.just(Path("runs/a")),
     number=floats,
-    count=st.none() | st.integers(),
+    count=st.none() | integers,
     flag=st.booleans(),
     free=st.dictionaries(keys, free),
     sides=st.lists(sides),
