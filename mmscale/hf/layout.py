@@ -294,6 +294,7 @@ _KEPT = {
     *("model_type", "architectures", "dtype", "torch_dtype", "name_or_path", PREPROCESSOR),
     # One of them may hide another one from this reader and not from others.
     *("rope_theta", "rope_scaling", "rope_parameters"),
+    "vision_use_head",  # SigLIP's pooling head is not exported, whatever the other folder holds.
 }
 """Keys that an export never takes from a folder like it."""
 
