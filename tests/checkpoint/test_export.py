@@ -97,9 +97,9 @@ def test_wrong_words_are_sentences(folder: Path, tmp_path: Path, capsys: pytest.
     source = folder / "theirs" / "global_step2"
     (own,) = list_checkpoints(folder / "ours")
     for words, code, said in (
-        (["import", source, tmp_path, "--rename", "x"], 2, "--rename x: expected OLD=NEW"),
-        (["import", source, tmp_path, "--stage", "none", "--config", CONFIG], 1, "no stage 'none'"),
-        (["import", own, tmp_path], 1, "give the folder of one DeepSpeed checkpoint"),
+        (["import", source, tmp_path / "run", "--rename", "x"], 2, "--rename x: expected OLD=NEW"),
+        (["import", source, tmp_path / "run", "--stage", "none", "--config", CONFIG], 1, "no stage 'none'"),
+        (["import", own, tmp_path / "run"], 1, "give the folder of one DeepSpeed checkpoint"),
         (["export", own, tmp_path], 1, "already there"),
         (["export", own, tmp_path / "new", "--weights", "ema"], 1, "holds no averaged weights (EMA)"),
     ):

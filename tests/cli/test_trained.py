@@ -97,7 +97,7 @@ def test_report_is_made_again(run: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["generate", "{run}", "--prompt", "a", "--num", "2"], 2, "give a --temperature above 0"),
         (["generate", "{run}", "--prompt", "a", "--top-p", "0"], 2, "must be above 0"),
         (["generate", "{run}", "--prompt", "a", "--stream", "--json"], 2, "one answer as it grows"),
-        (["generate", "{run}", "--prompt", "<image>"], 1, "the sample has 0"),
+        (["generate", "{run}", "--prompt", "<image>"], 2, "add --image FILE"),
         (["report", "{empty}"], 2, "no run folder"),
     ],
 )

@@ -78,7 +78,7 @@ REFUSED = {
     ),
     "Llama 3's ends equal": ({**SCALED["llama3"], "low_freq_factor": 4.0}, "high_freq_factor=4.0: must be above"),
     "YaRN's ends turned over": ({**YARN, "beta_fast": 1.0, "beta_slow": 32.0}, "beta_fast=1.0: must be above"),
-    "a factor below one": ({**SCALED["linear"], "factor": 0.5}, "greater than or equal to 1"),
+    "a factor below one": ({**SCALED["linear"], "factor": 0.5}, "must be at least 1"),
 }
 
 

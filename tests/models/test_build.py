@@ -184,5 +184,5 @@ def test_contradictions_are_refused(change: dict[str, Any], complaint: str) -> N
 
 def test_building_on_meta_spends_no_memory() -> None:
     with torch.device("meta"):
-        net = build_model(config("hybrid", mlp={**DENSE, "hidden_dim": 10_000_000}))
+        net = build_model(config("hybrid", mlp={**DENSE, "hidden_dim": 1 << 20}))
     assert all(parameter.is_meta for parameter in net.parameters())
