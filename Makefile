@@ -9,7 +9,7 @@ CODE := data_pipeline mmscale launchers benchmarks tests examples
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format golden bench clean
+.PHONY: help setup quickstart test test-slow test-all lint format golden bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#' 2>/dev/null || true
@@ -28,6 +28,9 @@ quickstart: setup ## Train a small vision-language model on bundled data: two ra
 
 test: setup ## Run the tests that need neither a GPU, a cluster nor patience
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not slurm"
+
+test-slow: setup ## Run the tests that take minutes each: long runs, every page of docs/, every size of a recipe
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu and not slurm"
 
 test-all: setup ## Run every test this machine can run
 	$(BIN)/python -m pytest -q

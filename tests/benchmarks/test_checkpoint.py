@@ -7,6 +7,7 @@ import pytest
 from benchmarks import checkpoint
 
 
+@pytest.mark.slow
 def test_every_way_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LAYERS": 1, "DIM": 64, "VOCAB": 64, "REPEATS": 1}.items():
         monkeypatch.setattr(checkpoint, name, value)

@@ -19,7 +19,8 @@ from data_pipeline.sample import ImagePart, TextPart
 REPO = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("peer", ["open_clip", pytest.param("energon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("peer", ["open_clip", "energon"])
+@pytest.mark.slow
 def test_scenarios_are_measured_beside_a_peer(tmp_path: Path, peer: str) -> None:
     options = ["--samples", "110", "--seconds", "0.05", "--repeats", "1", "--peers", peer]
     options += ["--scenarios", "exact,resume"]

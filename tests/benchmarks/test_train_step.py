@@ -71,6 +71,7 @@ def test_automatic_values_are_those_that_transformers_documents() -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_tiny_run_gives_every_figure() -> None:
     words = ["--json", "--ranks", "2", "--models", "dense", "--data", "equal", "--stages", "3"]
     row = train_step.measure(train_step.arguments([*words, "--steps", "2", "--tokens", "256"]))[0]

@@ -25,6 +25,7 @@ def test_a_storage_counts_once() -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_what_is_held_equals_the_formula() -> None:
     words = ["--ranks", "2", "--precisions", "bf16", "--width", "24", "--vocab", "2048", "--json"]
     rows = zero_memory.measure(zero_memory.arguments(words))
@@ -43,6 +44,7 @@ def test_what_is_held_equals_the_formula() -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_what_is_held_in_8_bits_is_whole_blocks() -> None:
     """A byte a value and four a block, for two moments; each rank's part of a parameter cut at every 256th value."""
     words = ["--ranks", "2", "--precisions", "fp32", "--stages", "0", "3", "--width", "24", "--vocab", "2048"]

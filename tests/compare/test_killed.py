@@ -28,6 +28,7 @@ def figures(folder: Path) -> Any:
 
 
 @pytest.mark.resume
+@pytest.mark.slow
 def test_a_comparison_that_is_killed_goes_on_and_gives_the_same_figures(tmp_path: Path) -> None:
     words = ["stages.0.steps=12", "compare.equal=flops", VARIANTS]
     command = [sys.executable, str(Path(__file__).with_name("program.py")), str(tmp_path), *words]

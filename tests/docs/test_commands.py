@@ -24,7 +24,8 @@ def blocks() -> list[object]:
         text = page.read_text() if page.exists() else ""
         for match in _BLOCK.finditer(text):
             line = text.count("\n", 0, match.start()) + 2
-            found.append(pytest.param(match[1], id=f"{page.relative_to(REPO)}:{line}"))
+            marks = [pytest.mark.slow] if page.parent.name == "docs" else []  # All pages take ten minutes.
+            found.append(pytest.param(match[1], id=f"{page.relative_to(REPO)}:{line}", marks=marks))
     return found
 
 

@@ -41,6 +41,7 @@ def environment() -> Iterator[dict[str, str]]:
         yield settings
 
 
+@pytest.mark.slow
 def test_the_page_runs_from_top_to_bottom(environment: dict[str, str], checkout: Path) -> None:
     assert len(BLOCKS) >= 2
     for block in BLOCKS:

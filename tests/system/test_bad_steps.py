@@ -81,6 +81,7 @@ def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(make_run:
 
 @pytest.mark.resume
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(make_run: MakeRun) -> None:
     strict = STRICT.replace("norm_deviations: 1,", "norm_deviations: 1.6,")
     bad_steps = f"bad_steps={{policy: roll_back, {strict}}}"

@@ -22,7 +22,7 @@ MOE = [
     [
         pytest.param(["model.connector.kind=embedding"], marks=pytest.mark.slow),
         pytest.param(["model.connector.kind=hybrid"], marks=pytest.mark.slow),
-        MOE,
+        pytest.param(MOE, marks=pytest.mark.slow),
     ],
     ids=["embedding", "hybrid", "moe"],
 )

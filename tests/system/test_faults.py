@@ -82,6 +82,7 @@ def loader_workers(process: int, command: bytes = b"") -> list[int]:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_run_over_damaged_data_survives_the_death_of_a_worker_of_a_rank_and_of_everything(
     make_run: MakeRun, damaged: Path
 ) -> None:

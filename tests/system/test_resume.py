@@ -35,6 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
 
 @pytest.mark.resume
 @pytest.mark.dist
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_continues_bit_for_bit(
     make_run: MakeRun, whole: list[tuple[Any, ...]]
 ) -> None:

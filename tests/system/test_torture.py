@@ -29,6 +29,7 @@ def test_two_kills_on_one_and_two_ranks() -> None:
     assert result["largest_weight_difference"] < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.resume
 def test_a_difference_of_two_runs_is_found(make_run: MakeRun) -> None:
     one, other = (make_run(name, 1, "max_steps=2", f"seed={seed}") for name, seed in (("one", 1), ("other", 2)))
