@@ -55,7 +55,7 @@ def open_regular(path: Path) -> IO[bytes]:
         IrregularFileError: the path names something that is not a regular file.
         OSError: the system refuses.
     """
-    return os.fdopen(_regular(path, os.O_RDONLY), "rb")
+    return os.fdopen(regular_descriptor(path, os.O_RDONLY), "rb")
 
 
 def append_regular(path: Path) -> IO[bytes]:
@@ -65,11 +65,16 @@ def append_regular(path: Path) -> IO[bytes]:
         IrregularFileError: the path names something that is not a regular file.
         OSError: the system refuses.
     """
-    return os.fdopen(_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+    return os.fdopen(regular_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
-def _regular(path: Path, flags: int) -> int:
-    """Return a descriptor of a regular file."""
+def regular_descriptor(path: Path, flags: int) -> int:
+    """Return a descriptor of a regular file, as ``os.open``. A FIFO or a device raises instead of blocking.
+
+    Raises:
+        IrregularFileError: the path names something that is not a regular file.
+        OSError: the system refuses.
+    """
     # Without O_NONBLOCK, open() waits for the other end if the path is a FIFO. Regular files ignore the flag.
     try:
         handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)

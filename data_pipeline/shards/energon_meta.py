@@ -28,6 +28,7 @@ from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.json_member import parse_json
 from data_pipeline.shards.tar_members import split_name
 from data_pipeline.shards.writer import padded
+from data_pipeline.untrusted import open_regular
 
 _MAX_IMAGE_NAMES = 16
 _CAPTION = "json[caption],txt,json[captions][0]"
@@ -68,7 +69,7 @@ def index_for_energon(tar: Path) -> EnergonShard:
     """
     starts, end, kinds, names = list[int](), 0, set[SampleType](), set[str]()
     try:
-        with tarfile.open(tar, "r:") as file:
+        with open_regular(tar) as opened, tarfile.open(fileobj=opened, mode="r:") as file:
             for members in _samples(file):
                 kinds.add(_kind_of(file, members))
                 starts.append(min(member.offset for member in members.values()))

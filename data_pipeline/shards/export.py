@@ -22,7 +22,7 @@ from data_pipeline.sample import ImagePart, Provenance, TextPart
 from data_pipeline.shards.crew import in_order
 from data_pipeline.shards.energon import META
 from data_pipeline.shards.energon_meta import EnergonShard, index_for_energon, write_energon_meta
-from data_pipeline.shards.files import partial_path, publish, write_whole
+from data_pipeline.shards.files import holds, partial_path, publish, write_whole
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.records import CAPTION, PARTS, dump_json
@@ -30,6 +30,7 @@ from data_pipeline.shards.reshard import ManifestReader, NamedManifest
 from data_pipeline.shards.rows import Members, Row
 from data_pipeline.shards.writer import encode_sample, end_of_tar
 from data_pipeline.storage.location import local_path
+from data_pipeline.untrusted import open_regular
 
 _PLAN = ".mmscale-export.json"
 _COPIED_AT_ONCE = 8 << 20
@@ -127,7 +128,7 @@ def _target(manifest: Manifest, number: int, naming: Naming) -> str:
 def _resume(output: Path, targets: list[str], wanted: str) -> None:
     plan = output / _PLAN
     if plan.exists():
-        if plan.read_text() != wanted and any(output.rglob("*.tar")):
+        if not holds(plan, wanted.encode()) and any(output.rglob("*.tar")):
             raise DataConfigError(
                 f"{output}: holds an unfinished export of other data or with other names; finish that one, or choose "
                 "another folder"
@@ -162,7 +163,11 @@ class _Export:
 
     def _copied(self, manifest: Manifest, number: int) -> Iterator[bytes]:
         tar, digest = manifest.shard_path(number), hashlib.sha256()
-        with tar.open("rb") as file:
+        try:
+            file = open_regular(tar)
+        except OSError as error:
+            raise ShardError(f"{tar}: cannot be read: {error.strerror}") from error
+        with file:
             while piece := file.read(_COPIED_AT_ONCE):
                 digest.update(piece)
                 yield piece

@@ -7,6 +7,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from data_pipeline.untrusted import open_regular
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -43,15 +45,21 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
+def holds(path: Path, data: bytes) -> bool:
+    """Whether a regular file has exactly this content."""
+    with open_regular(path) as file:
+        return file.read(len(data) + 1) == data
+
+
 def as_utf8(text: str) -> bytes:
     r"""UTF-8 of any string. Half a pair of UTF-16 has no bytes there and becomes ``\ud800``, its escape in JSON."""
     return text.encode(errors="backslashreplace")
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
+    """Hexadecimal sha256 of a regular file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -28,6 +28,7 @@ from data_pipeline.shards.image_header import Buffer, image_size, is_image
 from data_pipeline.shards.json_member import text_bytes_of
 from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name, walk
 from data_pipeline.storage.location import Url
+from data_pipeline.untrusted import open_regular
 
 INDEX_FORMAT = "mmscale-shard-index-1"
 _COLUMNS = {
@@ -305,7 +306,7 @@ def _row_crc32(key: Buffer, text_bytes: int, members: Iterable[Member]) -> int:
 def _has_end_mark(tar_path: Path, size: int) -> bool:
     """Whether a tar ends as a whole one does, in two blocks of zeros: then it is another tar, not a part of one."""
     try:
-        with tar_path.open("rb") as file:
+        with open_regular(tar_path) as file:
             file.seek(max(0, size - _END_MARK_BYTES))
             return file.read(_END_MARK_BYTES) == bytes(_END_MARK_BYTES)
     except OSError as error:
@@ -438,7 +439,7 @@ class open_tar:  # noqa: N801 - reads like open()
 
     def __enter__(self) -> memoryview:
         try:
-            with self._path.open("rb") as file:
+            with open_regular(self._path) as file:
                 if os.fstat(file.fileno()).st_size == 0:
                     raise ShardError(f"{self._path}: an empty file, no tar")
                 start = os.pread(file.fileno(), max(map(len, _PACKED)), 0)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from data_pipeline.errors import DataConfigError, ManifestError, SampleError, ShardError
 from data_pipeline.shards.crew import in_order
-from data_pipeline.shards.files import write_whole
+from data_pipeline.shards.files import holds, write_whole
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.orphans import Orphans, orphans_of
@@ -197,7 +197,7 @@ def resume(plan: Path, output: Path, name: str, options: dict[str, object]) -> l
     done = list(_finished(output, name))
     if done and not plan.exists():
         raise DataConfigError(f"{done[0]} exists and belongs to no unfinished ingest; remove it or choose another name")
-    if done and plan.read_text() != wanted:
+    if done and not holds(plan, wanted.encode()):
         raise DataConfigError(
             f"{plan}: an unfinished ingest of another source or with other sizes; "
             f"finish that one, or remove {name}-*.tar, or choose another name"

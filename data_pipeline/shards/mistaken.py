@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_pipeline.errors import ManifestError
+from data_pipeline.untrusted import open_regular
 
 _LOOKED_AT_BYTES = 512
 _HEADER_AT, _USTAR_AT = 8, 257
@@ -43,7 +44,7 @@ def refuse_no_manifest(file: Path, shown: str, key: str = "", *, takes_tar: bool
     if file.is_dir():
         raise ManifestError(f"{place}: this is a folder, {expected}; {_remedy_of_folder(file, shown)}")
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             start = opened.read(_LOOKED_AT_BYTES)
     except OSError as error:
         raise ManifestError(f"{place}: cannot be read: {error.strerror}") from error

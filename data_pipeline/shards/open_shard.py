@@ -18,6 +18,7 @@ from data_pipeline.storage.background import Background
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.objects import RemoteObject
 from data_pipeline.storage.ranges import Range
+from data_pipeline.untrusted import regular_descriptor
 
 
 class OpenShard(Protocol):
@@ -55,7 +56,7 @@ class LocalShard:
         self.path = path
         self.index = index
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = regular_descriptor(path, os.O_RDONLY)
         except OSError as error:
             raise ShardError(f"{path}: cannot be opened: {error.strerror}") from error
 

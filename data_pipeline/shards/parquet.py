@@ -27,6 +27,7 @@ from data_pipeline.shards.records import (
     members_of,
 )
 from data_pipeline.shards.rows import Members, Row
+from data_pipeline.untrusted import open_regular
 
 try:
     import pyarrow as pa
@@ -98,6 +99,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 def _group_rows(file: Path) -> list[int]:
     try:
+        open_regular(file).close()  # The library blocks on a FIFO.
         metadata = pq.read_metadata(file)
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
@@ -106,7 +108,7 @@ def _group_rows(file: Path) -> list[int]:
 
 def _footer(file: Path) -> bytes:
     """The metadata at the end of the file: sizes and statistics of every column chunk."""
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         opened.seek(-8, os.SEEK_END)
         end = opened.read(8)
         opened.seek(-min(8 + int.from_bytes(end[:4], "little"), file.stat().st_size), os.SEEK_END)

@@ -28,6 +28,7 @@ from data_pipeline.shards.lists import KEY_DIGITS
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.open_shard import cut_members
 from data_pipeline.shards.rows import Members, Row, read_each, spans_of
+from data_pipeline.untrusted import open_regular
 
 _OPEN_SHARDS = 128
 _DRAWN_AT_ONCE = 4096
@@ -237,7 +238,7 @@ class ManifestReader:
 
     def _pread(self, path: Path, first: int, end: int) -> bytes:
         if path not in self._files:
-            self._files[path] = path.open("rb", buffering=0)
+            self._files[path] = open_regular(path)
             if len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(path)

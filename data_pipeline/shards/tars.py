@@ -24,7 +24,7 @@ from data_pipeline.shards.rows import Members, Row, read_each, spans_of
 from data_pipeline.shards.sources import SourceKind, is_tar
 from data_pipeline.shards.tar_members import walk
 from data_pipeline.shards.tar_stream import stream_members, stream_samples
-from data_pipeline.untrusted import read_json
+from data_pipeline.untrusted import open_regular, read_json
 
 _LAYOUTS = {
     SourceKind.WEBDATASET: Layout.PLAIN,
@@ -145,7 +145,11 @@ def _plain_members(tar: Path) -> Iterator[tuple[str, Span]]:
 
 def _packed_members(tar: Path) -> Iterator[tuple[str, bytes]]:
     """Members of a compressed tar with their content."""
-    with tar.open("rb") as stream:
+    try:
+        stream = open_regular(tar)
+    except OSError as error:
+        raise ShardError(f"{tar}: cannot be read: {error.strerror}") from error
+    with stream:
         yield from stream_members(stream, str(tar))
 
 
@@ -173,7 +177,7 @@ class TarReader:
         if which != self._which or self._file is None:
             if self._file is not None:
                 self._file.close()
-            self._which, self._file = which, self.tars[which].open("rb")
+            self._which, self._file = which, open_regular(self.tars[which])
         content = os.pread(self._file.fileno(), size, offset)
         while len(content) < size:  # One pread returns at most 2 GiB.
             more = os.pread(self._file.fileno(), size - len(content), offset + len(content))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import os
 import struct
 import tempfile
@@ -26,12 +27,14 @@ from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import StorageError
 from data_pipeline.storage.config import CacheConfig
+from data_pipeline.untrusted import open_regular, read_bytes, regular_descriptor
 
 _LAYOUT = "v1"  # Another layout gets another folder; old ones may be deleted by hand.
 _TRAILER = struct.Struct("<4sIQ")
 _MAGIC = b"mmsc"
 _KEEP_SHARE = 0.9  # Freeing a tenth at once: the folder is listed once per tenth that is written.
 _CHUNK_BYTES = 1 << 20
+_USAGE_DIGITS = 20
 
 
 class Entry:
@@ -90,7 +93,7 @@ class Cache:
                 self._drop_leftovers()
         except OSError as error:
             raise StorageError(
-                f"{self.folder}: cannot be used as a cache: {error.strerror}; name a folder on a local disk "
+                f"{self.folder}: cannot be used as a cache: {_cause(error)}; name a folder on a local disk "
                 "by data.cache.folder or MMSCALE_CACHE"
             ) from error
 
@@ -103,7 +106,7 @@ class Cache:
         """The content; None if it is absent or damaged. Renews its place in the order of last use."""
         path = self.path(key)
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 content = file.read(max(0, os.fstat(file.fileno()).st_size - _TRAILER.size))
                 sound = _fits(file.read(), crc32(content), len(content))
                 os.utime(file.fileno())
@@ -120,7 +123,7 @@ class Cache:
         """
         path, checksum, size = self.path(key), 0, 0
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 total = os.fstat(file.fileno()).st_size - _TRAILER.size
                 while size < total and (chunk := file.read(min(_CHUNK_BYTES, total - size))):
                     checksum, size = crc32(chunk, checksum), size + len(chunk)
@@ -145,23 +148,31 @@ class Cache:
         A disk that refuses is said once; then this process goes on without writing.
         """
         entry = Entry(self.config.max_bytes)
-        if not self._can_write:
+        with contextlib.ExitStack() as stack:
+            name = ""
+            if self._can_write:
+                try:
+                    entry.descriptor, name = stack.enter_context(self._temporary())
+                except OSError as error:
+                    self._stop_writing(error)
             yield entry
-            return
-        try:
-            with self._temporary() as (entry.descriptor, name):
-                yield entry
+            if entry.descriptor is None:
+                return
+            try:
                 if entry.error is not None:
                     raise entry.error
                 if entry.seal():
                     self._publish(name, self.path(key), entry.size + _TRAILER.size)
                     entry.is_stored = True
-        except OSError as error:
-            self._can_write = False
-            warnings.warn(
-                f"the cache {self.folder} cannot be written ({error.strerror}); this process goes on without it",
-                stacklevel=3,
-            )
+            except OSError as error:
+                self._stop_writing(error)
+
+    def _stop_writing(self, error: OSError) -> None:
+        self._can_write = False
+        warnings.warn(
+            f"the cache {self.folder} cannot be written ({_cause(error)}); this process goes on without it",
+            stacklevel=4,
+        )
 
     def drop(self, key: str) -> None:
         """Removes an entry; nothing happens if it is absent."""
@@ -174,9 +185,13 @@ class Cache:
     def try_single(self, key: str) -> BinaryIO | None:
         """A claim to fetch an entry, held until it is closed; None while another process or task has it.
 
-        Other entries share it, so hold none while waiting for one.
+        Other entries share it, so hold none while waiting for one. A claim only saves a second fetch: if its file
+        cannot be used, every caller gets a claim.
         """
-        file = (self.folder / f"claim-{self.path(key).parent.name}").open("wb")
+        try:
+            file = self._open(f"claim-{self.path(key).parent.name}")
+        except OSError:
+            return io.BytesIO()
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -187,7 +202,7 @@ class Cache:
     def usage(self) -> int:
         """Bytes of all entries, as counted; what a crash left over is found when the folder is next full."""
         try:
-            return int((self.folder / "usage").read_bytes())
+            return int(read_bytes(self.folder / "usage", most_bytes=_USAGE_DIGITS))
         except (OSError, ValueError):
             return sum(size for _, size, _ in self._entries())
 
@@ -201,7 +216,8 @@ class Cache:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(name)  # Gone already if it was published.
-            os.close(descriptor)
+            with contextlib.suppress(OSError):  # A file server may refuse here; then the checksum does not fit.
+                os.close(descriptor)
 
     def _publish(self, name: str, path: Path, size: int) -> None:
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -243,23 +259,28 @@ class Cache:
     def _drop_leftovers(self) -> None:
         """Removes temporary files whose writers are dead: nobody holds their lock. Called with the lock."""
         for entry in os.scandir(self._tmp):
-            with contextlib.suppress(OSError), open(entry.path, "rb") as file:
+            with contextlib.suppress(OSError), open_regular(Path(entry.path)) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(entry.path)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.folder / "lock").open("wb") as file:
+        with self._open("lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def _open(self, name: str) -> BinaryIO:
+        """A file of the folder that is made if absent and written in place."""
+        return os.fdopen(regular_descriptor(self.folder / name, os.O_WRONLY | os.O_CREAT), "wb", buffering=0)
+
     def _set_usage(self, usage: int) -> None:
         # Too short to be torn by a kill: one write of a few bytes, always 20 of them.
-        descriptor = os.open(self.folder / "usage", os.O_WRONLY | os.O_CREAT, 0o600)
-        try:
-            os.pwrite(descriptor, b"%020d" % usage, 0)
-        finally:
-            os.close(descriptor)
+        with self._open("usage") as file:
+            file.write(b"%0*d" % (_USAGE_DIGITS, usage))
+
+
+def _cause(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
 
 
 def _fits(trailer: bytes, crc32: int, size: int) -> bool:

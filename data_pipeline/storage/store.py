@@ -15,6 +15,7 @@ from data_pipeline.errors import DataConfigError, StaleError, StorageError
 from data_pipeline.shards.files import write_whole
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.ranges import Range
+from data_pipeline.untrusted import regular_descriptor
 
 STREAM_CHUNK_BYTES = 8 * 2**20
 
@@ -101,7 +102,7 @@ class LocalStore:
         """As ``Store.read_ranges``."""
         path = _local(location)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = regular_descriptor(path, os.O_RDONLY)
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
         try:

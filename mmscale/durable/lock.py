@@ -33,7 +33,7 @@ from typing import NamedTuple
 from pydantic import Field, ValidationError
 
 from data_pipeline.strict import StrictConfig
-from data_pipeline.untrusted import open_regular, read_bytes
+from data_pipeline.untrusted import open_regular, read_bytes, regular_descriptor
 from mmscale.errors import LaunchError
 
 BEAT_SECONDS = 2.0
@@ -171,7 +171,7 @@ class FolderLock:
         while True:
             self._lock.mkdir(parents=True, exist_ok=True)
             try:
-                self._handle = self._handle or os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                self._handle = self._handle or regular_descriptor(path, os.O_RDWR | os.O_CREAT)
                 if (has_lock := _lock_file(self._handle)) is not True:
                     return has_lock
                 if os.path.samestat(os.fstat(self._handle), path.stat()):

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_pipeline.untrusted import open_regular
 from mmscale.durable.files import sync_folder, write_file
 from mmscale.errors import CheckpointError
 from mmscale.hf.read import CONFIG, INDEX, PREPROCESSOR
@@ -141,6 +142,6 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _read(path: Path) -> Iterator[memoryview]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             yield memoryview(chunk)

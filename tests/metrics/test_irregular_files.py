@@ -45,6 +45,7 @@ def lock(run: Path) -> None:
         ("faults/rank-00000.jsonl", list_faults),
         ("ledger/steps-0000000001-0000000005.ledger", lambda run: Ledger(run / "ledger").state(0)),
         ("lock/claim-00000001", lock),
+        ("lock/kernel", lock),
     ],
 )
 def test_a_fifo_is_refused(tmp_path: Path, name: str, use: Callable[[Path], object]) -> None:

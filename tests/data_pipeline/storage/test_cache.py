@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import StorageError
 from data_pipeline.storage.cache import Cache
 from data_pipeline.storage.config import CacheConfig
 
@@ -108,6 +109,7 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_passed_by(
 _WRITER = """
 import os, sys
 from pathlib import Path
+from data_pipeline.errors import StorageError
 from data_pipeline.storage.cache import Cache
 from data_pipeline.storage.config import CacheConfig
 
@@ -184,3 +186,52 @@ def test_one_process_at_a_time_has_a_claim(tmp_path: Path) -> None:
     after = two.try_single("a")
     assert after is not None
     after.close()
+
+
+@pytest.mark.timeout(20)
+def test_a_fifo_in_the_place_of_an_entry_is_an_absent_entry(tmp_path: Path) -> None:
+    store = cache(tmp_path)
+    os.mkfifo(tmp_path / "v1" / "tmp" / "leftover")
+    cache(tmp_path)
+    store.path("a").parent.mkdir()
+    os.mkfifo(store.path("a"))
+    assert store.get("a") is None
+    assert store.check("a") is None
+    assert store.put("a", b"content")  # Replaces it.
+    assert store.get("a") == b"content"
+    store.drop("a")
+    os.mkfifo(store.path("a"))
+    store.drop("a")
+    assert not store.path("a").exists()
+    assert store.usage() == size_of(tmp_path) == 0
+
+
+@pytest.mark.timeout(20)
+def test_a_fifo_in_the_place_of_a_claim_or_of_the_count_stops_nobody(tmp_path: Path) -> None:
+    store = cache(tmp_path)
+    os.mkfifo(tmp_path / "v1" / f"claim-{store.path('a').parent.name}")
+    for _ in range(2):
+        claim = store.try_single("a")
+        assert claim is not None
+        claim.close()
+    store.put("a", bytes(KIB))
+    (tmp_path / "v1" / "usage").unlink()
+    os.mkfifo(tmp_path / "v1" / "usage")
+    assert store.usage() == size_of(tmp_path)
+    with pytest.warns(UserWarning, match=r"v1/usage: not a regular file"):
+        assert not store.put("b", b"content")
+    assert store.get("a") == bytes(KIB)
+
+
+@pytest.mark.timeout(20)
+def test_a_fifo_in_the_place_of_the_lock_is_refused_at_the_start_and_passed_over_later(tmp_path: Path) -> None:
+    store = cache(tmp_path)
+    store.put("a", b"content")
+    (tmp_path / "v1" / "lock").unlink()
+    os.mkfifo(tmp_path / "v1" / "lock")
+    with pytest.raises(StorageError, match=r"cannot be used as a cache: .*v1/lock: not a regular file"):
+        cache(tmp_path)
+    assert store.get("a") == b"content"
+    store.drop("a")  # Nobody may change the folder without the lock.
+    with pytest.warns(UserWarning, match=r"v1/lock: not a regular file"):
+        assert not store.put("b", b"content")
