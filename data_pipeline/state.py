@@ -24,6 +24,10 @@ from data_pipeline.strict import StrictConfig
 from data_pipeline.untrusted import UntrustedError, parse_json
 
 
+def _is_counts(values: Sequence[object]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
+
+
 class StreamPosition(NamedTuple):
     """Where the next sample of a lane comes from.
 
@@ -75,7 +79,7 @@ class LaneState(NamedTuple):
         Raises:
             StateError: too few integers, or not integers, or negative ones.
         """
-        if not integers or any(type(number) is not int or number < 0 for number in integers):
+        if not integers or not _is_counts(integers):
             raise StateError(f"a lane's state must be integers from 0 up, got {list(integers)[:8]}")
         count, rest = integers[0], integers[1:]
         if len(rest) < 4 * count + 3 or len(rest) < 4 * count + 3 + 4 * rest[4 * count + 2]:
@@ -137,11 +141,18 @@ class LoaderState:
             StateError: the record is no loader state.
         """
         try:
+            fingerprint, step, names = record["fingerprint"], record["step"], record["datasets"]
             lanes = {int(lane): list(integers) for lane, integers in record["lanes"].items()}
-            names = tuple(str(name) for name in record["datasets"])
-            return cls(str(record["fingerprint"]), int(record["step"]), lanes, names)
+            if type(fingerprint) is not str or not _is_counts([step, *lanes]):
+                raise TypeError("the fingerprint must be a text, step and lanes integers from 0 up")
+            if type(names) is not list or not all(type(name) is str for name in names):
+                raise TypeError("datasets must be a list of names")
+            for lane, integers in lanes.items():
+                if not _is_counts(integers):
+                    raise TypeError(f"lane {lane} must hold integers from 0 up, got {integers[:8]}")
+            return cls(fingerprint, step, lanes, tuple(names))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise StateError(f"no loader state: {error!r}") from error
+            raise StateError(f"no loader state: {error!r:.200}") from error
 
     def to_json(self) -> str:
         """One line; ``from_json`` reads it back."""

@@ -1,7 +1,8 @@
 """Whether the tensors of one rank are what the notes and the manifest say, and finite.
 
 Checksums show that no byte changed since the files were written. These checks show that header, notes and manifest
-agree with each other, so that no value is read under another name, shape or number format than it was saved with.
+agree with each other, so that no value is read under another name, shape or number format than it was saved with, and
+that torch can take the random state.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from mmscale.hf.tensor_file import FORMAT_NAMES, HeaderEntry, read_header
 
 _CHUNK_VALUES = 4 << 20
 _ITEM_BYTES = {name: dtype.itemsize for dtype, name in FORMAT_NAMES.items()}
+_FLOATS = [name for dtype, name in FORMAT_NAMES.items() if dtype.is_floating_point]
+_CUDA_STATE_BYTES = 16
+"""State of a CUDA generator: seed and offset, 8 bytes each."""
 
 
 def content_problems(path: Path, manifest: Manifest, rank: int) -> Iterator[str]:
@@ -37,6 +42,7 @@ def content_problems(path: Path, manifest: Manifest, rank: int) -> Iterator[str]
     name = rank_files(rank)[0]
     if notes.rank != rank:
         yield f"{rank_files(rank)[1]}: these are the notes of rank {notes.rank}"
+    yield from (f"{rank_files(rank)[1]}: {problem}" for problem in _random_state_problems(notes))
     problems = [*_known(manifest, notes), *_as_noted(read_header(path / name), manifest, notes)]
     if not problems:
         problems.extend(_non_finite(path / name, notes))
@@ -54,8 +60,24 @@ def count_non_finite(values: Tensor) -> int:
     return sum(int((~chunk.isfinite()).sum()) for chunk in flat.split(_CHUNK_VALUES))
 
 
+def _random_state_problems(notes: RankNotes) -> Iterator[str]:
+    """Complaints about states that torch's generators would not take."""
+    if "cpu" not in notes.random_state:
+        yield "random_state.cpu is missing"
+    for device, text in notes.random_state.items():
+        try:
+            state = torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+            if device == "cpu":
+                torch.Generator().set_state(state)  # Checks length and content.
+            elif device == "cuda" and len(state) != _CUDA_STATE_BYTES:  # There may be no such device here.
+                raise ValueError(f"{len(state)} bytes, expected {_CUDA_STATE_BYTES}")
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            yield f"random_state.{device} is not the state of a generator of torch: {reason}"
+
+
 def _known(manifest: Manifest, notes: RankNotes) -> Iterator[str]:
-    """Tensors that the manifest does not list, and buffers that it lists and that are not there."""
+    """Tensors that the manifest does not list, or of a wrong format, and listed buffers that are not there."""
     for key, entry in notes.tensors.items():
         name, _, kind = key.rpartition("|")
         if kind == "buffer":
@@ -63,6 +85,8 @@ def _known(manifest: Manifest, notes: RankNotes) -> Iterator[str]:
                 yield f"{key} is in the file, the manifest lists no such buffer"
         elif name not in manifest.parameters:
             yield f"{key} is in the file, the manifest lists no such parameter"
+        elif entry.dtype not in _FLOATS:
+            yield f"{key} has the number format {entry.dtype}, expected one of {', '.join(_FLOATS)}"
         elif not entry.whole and not entry.start <= entry.stop <= math.prod(manifest.parameters[name].shape):
             yield f"{key} is noted as the values {entry.start}:{entry.stop} of {manifest.parameters[name].shape}"
     if notes.rank == 0:

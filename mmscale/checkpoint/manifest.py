@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 from zlib_ng.zlib_ng import crc32
@@ -89,6 +89,10 @@ class SavedState(StrictConfig):
     extra: dict[str, Any]
 
 
+Side = Annotated[int, Field(ge=0, lt=2**63)]
+"""One number of a shape."""
+
+
 class FileEntry(StrictRecord):
     """A file beside the manifest."""
 
@@ -99,7 +103,7 @@ class FileEntry(StrictRecord):
 class ParameterEntry(StrictRecord):
     """A parameter of the model."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Side, ...]
     trained: bool
 
 
@@ -120,7 +124,7 @@ class Manifest(StrictConfig):
     """fp16: the scale of the loss and what its next change depends on."""
     optimizer_steps: int = Field(ge=0)
     parameters: dict[str, ParameterEntry]
-    buffers: dict[str, tuple[int, ...]]
+    buffers: dict[str, tuple[Side, ...]]
     tied: dict[str, str]
     """Second name of a parameter -> the name under which it is stored."""
     model_config_values: dict[str, Any] | None
@@ -360,16 +364,23 @@ def read_state(path: Path) -> TrainState:
     """Where the run stood, with the loader's state of all lanes merged. Reads no tensors.
 
     Raises:
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged, or lacks a rank's position although the run has seen samples.
     """
     manifest = read_manifest(path)
+    saved, states, loader = manifest.state, list[LoaderState](), None
     texts = [read_notes(path, rank).loader for rank in range(manifest.world_size)]
-    saved = manifest.state
+    file = path
     try:
-        states = [LoaderState.from_json(text) for text in texts if text is not None]
-        loader = LoaderState.merge(states) if states else None
+        if saved.samples or texts != [None] * len(texts):  # An imported checkpoint has seen no data.
+            for rank, text in enumerate(texts):
+                file = path / rank_files(rank)[1]
+                if text is None:
+                    raise StateError("null, expected the position of this rank")
+                states.append(LoaderState.from_json(text))
+            file = path
+            loader = LoaderState.merge(states)
     except StateError as error:
-        raise CheckpointError(f"{path}: the data position is damaged: {error}") from error
+        raise CheckpointError(f"{file}: loader: the data position is damaged: {error}") from error
     return TrainState(
         saved.step, saved.stage_index, saved.stage_step, saved.tokens, saved.samples, loader, dict(saved.extra)
     )

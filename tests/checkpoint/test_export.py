@@ -164,7 +164,7 @@ def saved_by_two(path: Path, averaged: bool) -> Path:
         if rank == 0:
             pieces.append(Piece("still|frozen", 0, torch.ones(3).bfloat16()))
             pieces.append(Piece("count|buffer", 0, torch.tensor([7]), whole=True))
-        share = RankShare.of(rank, pieces, None, {})
+        share = RankShare.of(rank, pieces, None, {"cpu": bytes(torch.get_rng_state().tolist()).hex()})
         written = write_share(path, share.names, share.header, share.notes, share.bytes_of())
         files |= {name: file._asdict() for name, file in zip(share.names, written, strict=True)}
     parameters: dict[str, Any] = {"w": {"shape": [2, 3], "trained": True}, "still": {"shape": [3], "trained": False}}

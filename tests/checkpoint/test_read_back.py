@@ -303,9 +303,11 @@ def test_the_state_holds_the_lanes_of_all_ranks(tmp_path: Path) -> None:
     assert read_state(path) == TrainState(
         3, 1, 2, 30, 8, LoaderState("toy:1", 3, {**lanes[0], **lanes[1]}), {"note": [1]}
     )
-    path = toy_checkpoint(tmp_path / "b", model, state=saved, loaders=[None, texts[1]])
-    assert read_state(path).loader == LoaderState("toy:1", 3, lanes[1])
-    assert read_state(toy_checkpoint(tmp_path / "c", model, state=saved)).loader is None
+    path = toy_checkpoint(tmp_path / "b", model, state=saved, loaders=[texts[1], None])
+    with pytest.raises(CheckpointError, match=r"rank-00001.json: loader: the data position is damaged: null, expected"):
+        read_state(path)
+    unseen = saved.model_copy(update={"samples": 0})
+    assert read_state(toy_checkpoint(tmp_path / "c", model, state=unseen)).loader is None
     path = toy_checkpoint(tmp_path / "d", model, state=saved, loaders=[texts[0], texts[0]])
     with pytest.raises(CheckpointError, match="the data position is damaged: two ranks hold lane 0"):
         read_state(path)

@@ -88,7 +88,7 @@ def test_every_value_comes_back_however_it_is_cut(tmp_path: Path, saved: int, re
 
 
 def test_the_generator_of_a_device_is_restored_on_that_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, model = saved_by(tmp_path, toy_model(1), 1, tied=TIED, random_state={"cuda": "00ff10"}), toy_model(2)
+    path, model = saved_by(tmp_path, toy_model(1), 1, tied=TIED, random_state={"cuda": "00ff10ff" * 4}), toy_model(2)
     # A build of torch without CUDA has no generator that could check the state before it is restored.
     plain, checked = torch.Generator, SimpleNamespace(set_state=lambda state: None)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": checked if device == "cuda" else plain(device))
@@ -101,7 +101,7 @@ def test_the_generator_of_a_device_is_restored_on_that_device(tmp_path: Path, mo
     engine = plain_engine(model)
     engine.world = World(0, 1, 0, torch.device("cuda", 3))
     resume(engine, path)
-    assert given == [([0, 255, 16], torch.uint8, "cuda:3")]
+    assert given == [([0, 255, 16, 255] * 4, torch.uint8, "cuda:3")]
     resume(engine, saved_by(tmp_path / "cpu", toy_model(1), 1, tied=TIED))
     assert len(given) == 1
 

@@ -1,0 +1,131 @@
+"""Forged checkpoints whose checksums are right: ``verify`` and ``resume`` name the file and the key."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.state import LoaderState
+from mmscale.checkpoint import TrainState, load_weights, resume, save, verify
+from mmscale.checkpoint.manifest import read_state
+from mmscale.errors import CheckpointError
+from tests.checkpoint.made import NOTES, TENSORS, Change, rewrite
+from tests.checkpoint.plain_engine import plain_engine
+from tests.checkpoint.test_read_back import reseal
+from tests.engine.toy import toy_model
+
+pytestmark = pytest.mark.fault
+
+STATE = TrainState(7, 0, 7, 70, 9, LoaderState("toy:1", 7, {0: [7]}))
+WEIGHT = "decoder.blocks.0.up.weight"
+
+
+@pytest.fixture(autouse=True)
+def deepspeed() -> Iterator[None]:
+    """A save asks DeepSpeed for its version only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "deepspeed", SimpleNamespace(__version__="1.2.3"))
+        yield
+
+
+def answers(path: Path) -> list[str]:
+    """Return what ``verify`` finds; ``resume`` raises the same and changes nothing."""
+    problems = verify(path)
+    assert problems
+    engine = plain_engine(toy_model(2))
+    before = {name: values.clone() for name, values in engine.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=re.escape(problems[0])):
+        resume(engine, path)
+    assert all(torch.equal(before[name], values) for name, values in engine.model.state_dict().items())
+    return problems
+
+
+def integers(key: str) -> dict[str, Change]:
+    return {"header": lambda header: header[key].update(dtype="I32"), "notes": _integers(key)}
+
+
+def _integers(key: str) -> Change:
+    return lambda notes: notes["tensors"][key].update(dtype="I32")
+
+
+def random_state(**states: str) -> Change:
+    return lambda notes: notes["random_state"].update(states)
+
+
+def position(**changes: Any) -> Change:
+    """The loader's state with other values."""
+    return lambda notes: notes.update(loader=json.dumps({**json.loads(notes["loader"]), **changes}))
+
+
+CPU_BYTES = torch.Generator().get_state().numel()
+FORGERIES: dict[str, tuple[dict[str, Change], str]] = {
+    "weight of integers": (
+        integers(f"{WEIGHT}|master"),
+        rf"{TENSORS}: {WEIGHT}\|master has the number format I32, exp",
+    ),
+    "moment of integers": (integers(f"{WEIGHT}|exp_avg"), rf"{TENSORS}: {WEIGHT}\|exp_avg has the number format I32"),
+    "no random state": (
+        {"notes": lambda notes: notes["random_state"].clear()},
+        f"{NOTES}: random_state.cpu is missing",
+    ),
+    "short random state": ({"notes": random_state(cpu="00ff")}, f"{NOTES}: random_state.cpu is not the state of a gen"),
+    "zeroed random state": ({"notes": random_state(cpu="00" * CPU_BYTES)}, f"{NOTES}: random_state.cpu is not the"),
+    "random state of letters": ({"notes": random_state(cpu="xy")}, f"{NOTES}: random_state.cpu .*non-hexadecimal"),
+    "short state of the device": (
+        {"notes": random_state(cuda="00ff")},
+        f"{NOTES}: random_state.cuda .*: 2 bytes, expected 16",
+    ),
+    "no position": ({"notes": lambda notes: notes.update(loader=None)}, f"{NOTES}: loader: .*: null, expected the pos"),
+    "position of a list": ({"notes": lambda notes: notes.update(loader="[7]")}, f"{NOTES}: loader: .*no loader state"),
+    "step of a fraction": ({"notes": position(step=7.5)}, f"{NOTES}: loader: .*step and lanes integers from 0"),
+    "lane of letters": ({"notes": position(lanes={"0": "7"})}, f"{NOTES}: loader: .*lane 0 must hold integers"),
+    "negative lane": ({"notes": position(lanes={"0": [-7]})}, f"{NOTES}: loader: .*lane 0 must hold integers"),
+    "name in place of names": ({"notes": position(datasets="set")}, f"{NOTES}: loader: .*datasets must be a list"),
+    "number in place of a fingerprint": ({"notes": position(fingerprint=3)}, f"{NOTES}: loader: .*fingerprint must be"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forgery_is_refused(tmp_path: Path, forgery: str) -> None:
+    path = save(plain_engine(toy_model(1)), STATE, tmp_path)
+    rewrite(path)
+    assert verify(path) == []
+    changes, said = FORGERIES[forgery]
+    rewrite(path, **changes)
+    assert re.search(said, answers(path)[0]), answers(path)
+
+
+def test_a_shape_of_negative_sides_is_refused(tmp_path: Path) -> None:
+    path = save(plain_engine(toy_model(1)), STATE, tmp_path)
+    sides = [-side for side in toy_model(1).get_parameter(WEIGHT).shape]
+    reseal(path, lambda record: record["parameters"][WEIGHT].update(shape=sides))
+    assert f"manifest.json is damaged: parameters.{WEIGHT}.shape.0: must be at least 0" in answers(path)[0]
+
+
+def test_a_transposed_shape_is_refused_by_every_reader_that_knows_the_model(tmp_path: Path) -> None:
+    """The ranges cover as many values either way: without the model the two shapes are equally good."""
+    path = save(plain_engine(toy_model(1)), STATE, tmp_path)
+    shape = toy_model(1).get_parameter(WEIGHT).shape
+    rewrite(path, manifest=lambda manifest: manifest["parameters"][WEIGHT].update(shape=tuple(reversed(shape))))
+    assert verify(path) == []
+    said = re.escape(f"{WEIGHT} is {list(reversed(shape))} in the checkpoint, {list(shape)} here")
+    with pytest.raises(CheckpointError, match=said):
+        resume(plain_engine(toy_model(2)), path)
+    with pytest.raises(CheckpointError, match=said):
+        load_weights(toy_model(2), path)
+    rewrite(path, manifest=lambda manifest: manifest["parameters"][WEIGHT].update(shape=(shape[0], shape[1] + 1)))
+    assert re.search(rf"{WEIGHT}\|\w+: the ranks' ranges do not cover its", verify(path)[0])
+
+
+def test_a_run_that_has_seen_no_data_has_no_position(tmp_path: Path) -> None:
+    path = save(plain_engine(toy_model(1)), TrainState(7, 0, 7), tmp_path)
+    assert verify(path) == []
+    assert read_state(path).loader is None
