@@ -285,18 +285,18 @@ def fingerprint_of(parts: Mapping[str, object]) -> str:
     return " ".join(f"{name}:{_hash(value)}" for name, value in parts.items())
 
 
-_LATER_KEYS = frozenset({"images", "max_text_bytes"})
-"""Keys that are younger than the first checkpoints: at their default they leave a fingerprint as it was."""
+_LATER_KEYS = frozenset({"max_text_bytes", "template.images", "template.each.images"})
+"""Keys of a data set that the first checkpoints lack. At their default they leave a fingerprint as it was."""
 
 
-def _without_later_defaults(config: StrictConfig, dumped: dict[str, Any]) -> dict[str, Any]:
-    """``dumped`` without the keys of ``_LATER_KEYS`` that have their default, in nested blocks too."""
+def _without_later_defaults(config: StrictConfig, dumped: dict[str, Any], block: str = "") -> dict[str, Any]:
+    """Return ``dumped`` without those ``_LATER_KEYS`` that have their default; ``block`` is its path and a dot."""
     kept: dict[str, Any] = {}
     for name, value in dumped.items():
         own = getattr(config, name)
-        if name in _LATER_KEYS and own == type(config).model_fields[name].default:
+        if block + name in _LATER_KEYS and own == type(config).model_fields[name].default:
             continue
-        kept[name] = _without_later_defaults(own, value) if isinstance(own, StrictConfig) else value
+        kept[name] = _without_later_defaults(own, value, f"{block}{name}.") if isinstance(own, StrictConfig) else value
     return kept
 
 

@@ -19,10 +19,12 @@ from data_pipeline.state import (
     LaneState,
     LoaderState,
     StreamPosition,
+    _without_later_defaults,
     fingerprint,
     fingerprint_of,
     schedule_of,
 )
+from data_pipeline.strict import StrictConfig
 
 COUNTS = st.integers(0, 10**12)
 
@@ -234,3 +236,22 @@ def test_each_part_of_the_fingerprint_is_named_after_what_it_hashes(tmp_path: Pa
     assert changed(datasets=[DATASET_B, DATASET_A]) == {"datasets", "weights"}
     assert changed(faults={"exclude": [str(tmp_path / "list.jsonl")]}) == {"faults.exclude"}
     assert changed(faults={"on_error": "fail"}) == set()
+
+
+def test_a_later_key_is_one_place_and_not_one_name() -> None:
+    class Block(StrictConfig):
+        images: str = "optional"
+        max_text_bytes: int = 5
+
+    class Other(Block):
+        template: Block = Block()
+        transforms: Block = Block()
+
+    kept = _without_later_defaults(Other(), Other().model_dump())
+    assert kept == {
+        "images": "optional",
+        "template": {"max_text_bytes": 5},
+        "transforms": {"images": "optional", "max_text_bytes": 5},
+    }
+    changed = Other(max_text_bytes=6, template=Block(images="required"))
+    assert _without_later_defaults(changed, changed.model_dump()) == changed.model_dump()
