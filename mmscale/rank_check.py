@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.shards.files import sha256_of
-from mmscale.config import leaves
+from mmscale.config import leaves, shorten
 from mmscale.dist import World, all_equal, broadcast_bytes, first_complaint
 from mmscale.errors import ConfigError
 from mmscale.run_config import RunConfig
@@ -88,7 +88,8 @@ def _complaint(mine: dict[str, str], first: dict[str, str], root: str) -> str | 
     if not names:
         return None
     shown = "; ".join(
-        f"{name} is {_short(mine.get(name, _NULL))} here and {_short(first.get(name, _NULL))} on rank 0"
+        f"{name} is {shorten(mine.get(name, _NULL), _SHOWN_LETTERS)} here and "
+        f"{shorten(first.get(name, _NULL), _SHOWN_LETTERS)} on rank 0"
         for name in names[:_SHOWN]
     )
     more = f"; and {len(names) - _SHOWN} more differences" if len(names) > _SHOWN else ""
@@ -98,7 +99,3 @@ def _complaint(mine: dict[str, str], first: dict[str, str], root: str) -> str | 
         else ""
     )
     return f"{shown}{more}{roots}. Start all ranks with the same command, code and files"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."

@@ -85,24 +85,24 @@ def is_finished(config: RunConfig) -> bool:
     Raises:
         MMScaleError: ``result.json`` is there but cannot be read.
     """
-    steps = finished_steps(config.run_dir)
-    return steps is not None and steps >= config.total_steps
+    return finished_steps(config) is not None
 
 
-def finished_steps(run_dir: Path) -> int | None:
-    """Steps of the finished run in the folder; None if no run in it is finished.
+def finished_steps(config: RunConfig) -> int | None:
+    """Return the steps of the finished run in the run folder; None if there is none, or one of fewer steps than asked.
 
     Raises:
         MMScaleError: ``result.json`` is there but cannot be read.
     """
     try:
-        result = read_result(run_dir)
+        result = read_result(config.run_dir)
     except MMScaleError as error:
         raise MMScaleError(f"{error}; remove it to let the run finish again") from error
     if result and "steps" not in result:
-        path = run_dir / RESULT_FILE
+        path = config.run_dir / RESULT_FILE
         raise MMScaleError(f"{path} is damaged: it has no steps; remove it to let the run finish again")
-    return int(result["steps"]) if result else None
+    steps = int(result["steps"]) if result else None
+    return None if steps is None or steps < config.total_steps else steps
 
 
 def check_position(config: RunConfig, state: TrainState, path: Path) -> None:

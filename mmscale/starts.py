@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mmscale.config import DroppedKeyWarning, Loaded, dump, leaves, load
+from mmscale.config import DroppedKeyWarning, Loaded, dump, leaves, load, shorten
 from mmscale.dist import World, agree, first_complaint
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.report.build import REPORT_FILE
@@ -31,7 +31,6 @@ from mmscale.run_folder import CONFIG, finished_steps
 from mmscale.software import git_commit, source_digest, versions
 
 _SHOWN = 12
-_SHOWN_LETTERS = 80
 _WITHOUT_EFFECT = (
     "max_steps",
     "engine",
@@ -69,8 +68,7 @@ def describe(changes: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _text(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
+    return shorten(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def recorded_config(run_dir: Path) -> RunConfig | None:
@@ -98,17 +96,16 @@ def refuse_or_report_finished(config: RunConfig, world: World) -> bool:
     steps = complaint = refusal = None
     if world.is_main:
         try:
-            steps = finished_steps(config.run_dir)
+            steps = finished_steps(config)
         except MMScaleError as error:
             complaint = str(error)
     if (complaint := first_complaint(world, complaint)) is not None:
         raise MMScaleError(complaint)
-    is_finished = steps is not None and steps >= config.total_steps
-    if steps is not None and is_finished:
+    if steps is not None:
         refusal = _judge_finished(config, steps)
     if (refusal := first_complaint(world, refusal)) is not None:
         raise ConfigError(refusal)
-    return agree(world, is_finished)
+    return agree(world, steps is not None)
 
 
 def _judge_finished(config: RunConfig, steps: int) -> str | None:

@@ -5,6 +5,6 @@ them.
 """
 
 from mmscale.config.load import DroppedKeyWarning, Loaded, dump, leaves, load, load_tree
-from mmscale.config.tree import Origin
+from mmscale.config.tree import Origin, shorten
 
-__all__ = ["DroppedKeyWarning", "Loaded", "Origin", "dump", "leaves", "load", "load_tree"]
+__all__ = ["DroppedKeyWarning", "Loaded", "Origin", "dump", "leaves", "load", "load_tree", "shorten"]

@@ -44,7 +44,6 @@ class Origin:
         return self.place
 
 
-_LONGEST_SHOWN = 80
 DEFAULT = Origin("default", "default", -1)
 
 
@@ -181,8 +180,12 @@ def _kind(entry: Entry) -> str:
 
 def shown(value: Any) -> str:
     """A scalar as a file writes it, cut where it is longer than a message should be."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "..."
+    return shorten("null" if value is None else str(value).lower() if isinstance(value, bool) else str(value))
+
+
+def shorten(text: str, most_letters: int = 80) -> str:
+    """A text for a message, cut with ``...`` if it has more than ``most_letters``."""
+    return text if len(text) <= most_letters else f"{text[:most_letters]}..."
 
 
 def parse(text: str, origin_of_line: Callable[[int], Origin], name: str) -> Entry:
