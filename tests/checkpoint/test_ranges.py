@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,9 @@ from mmscale.checkpoint.share import Piece
 from mmscale.errors import CheckpointError
 from tests.checkpoint.written import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_sync")
+
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_sync() -> Iterator[None]:
-    """These tests write hundreds of checkpoints, and no power is cut."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
 
 
 def cut(draw: Any, size: int) -> list[tuple[int, int] | None]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +32,9 @@ from mmscale.checkpoint.roll_back import (
 from mmscale.errors import CheckpointError
 from tests.checkpoint.written import whole_pieces, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("no_sync")
+
 WEIGHTS = {"w": torch.arange(4.0)}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_sync() -> Iterator[None]:
-    """These tests write hundreds of checkpoints, and no power is cut."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
 
 
 def loader(step: int) -> LoaderState:
