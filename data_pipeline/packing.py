@@ -77,7 +77,7 @@ class Budget:
         self.config = config
         self.spec = spec
         self.null = null
-        self._null_load = Load.of(null, spec)._replace(documents=0)  # It counts for room, not as a sample.
+        self._null_load = Load.of(null, spec)
         self._needs = (spec.needs_embedded, spec.needs_apart)
         self._pairs = spec.placement is Placement.PAIR
         if self._pairs and config.too_long == "split":
@@ -108,6 +108,7 @@ class Budget:
         return (
             full.tokens <= config.max_tokens
             and (config.max_cost is None or full.cost <= config.max_cost)
+            # The dummy document takes tokens and cost, but it is no sample: ``load`` does not count it.
             and (config.max_documents is None or load.documents <= config.max_documents)
         )
 

@@ -200,6 +200,15 @@ def test_the_end_token_of_a_text_that_is_cut_takes_its_last_place() -> None:
         Budget(config, spec, null_document(spec, 0)).admit(replace(whole, images=(), items=(), spans=(Span(0, ()),)))
     with pytest.raises(DataConfigError, match="no image to be compared with"):
         Budget(config.model_copy(update={"too_long": "split"}), spec, null_document(spec, 0))
+    # Two tokens hold a token of the text and the end token; one token has no room for both.
+    for positions, found in ((2, [10, 17]), (1, None)):
+        short = replace(spec, max_document_tokens=positions)
+        budget = Budget(config, short, null_document(short, 0))
+        if found is None:
+            with pytest.raises(SampleError, match="nothing that is learned"):
+                budget.admit(whole)
+        else:
+            assert [part.token_ids.tolist() for part in budget.admit(whole)] == [found]
 
 
 @pytest.mark.parametrize(("max_tokens", "max_cost"), [(2, None), (1, None), (2, 2.5), (2, 2.4)])
