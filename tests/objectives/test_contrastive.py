@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -157,6 +160,50 @@ def test_a_scale_past_its_limit_learns_to_fall_and_never_to_rise(
     torch.testing.assert_close(output.loss_sum, loss)
     expected = slope if past < 0 else slope.clamp(min=0)
     torch.testing.assert_close(log_scale.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_ranks_decide_together_whether_a_scale_past_its_limit_falls(worse: bool) -> None:
+    """Three ranks, one of them without pairs: the slope of the first rank's pairs has the sign that the sum has not."""
+    deal = [[0, 1], [], [2, 3, 4, 5, 6]]
+    partner = torch.tensor([0, 1, 3, 4, 5, 6, 2] if worse else [1, 0, 2, 3, 4, 5, 6])  # Others are like their own text.
+    images, texts = torch.eye(7), 0.1 * torch.eye(7)[partner] + 0.01
+    limit = torch.tensor(CAPPED["max_scale"]).log().requires_grad_()
+    free_images = images.clone().requires_grad_()
+    logits = limit.exp() * free_images @ texts.T
+    own = torch.arange(7)
+    shares = (F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.T, own, reduction="none")) / 2
+    (first_slope,) = torch.autograd.grad(shares[deal[0]].sum(), limit, retain_graph=True)
+    slope, image_slopes = torch.autograd.grad(shares.sum(), (limit, free_images))
+    assert (slope > 0) == worse == (first_slope < 0)
+
+    config = model_config(CAPPED)
+    spec, sent, all_there = media_spec(config), [torch.empty(0)] * 3, threading.Barrier(3, timeout=60)
+
+    def gather(rank: int, rows: torch.Tensor) -> list[torch.Tensor]:
+        sent[rank] = rows
+        all_there.wait()
+        found = list(sent)
+        all_there.wait()
+        return found
+
+    def step(rank: int) -> tuple[torch.Tensor, ...]:
+        past = (limit.detach() + 0.5).requires_grad_()
+        mine = images.clone().requires_grad_()
+        model = GivenVectors(PairVectors(mine, texts, past, None), [torch.tensor(deal[rank], dtype=torch.int64)])
+        objective = Contrastive(config.connector, World(rank, 3, rank, torch.device("cpu")), partial(gather, rank))
+        try:
+            output = objective(model, batch_of(spec, deal[rank]))
+        except BaseException:
+            all_there.abort()  # The other ranks wait for this one.
+            raise
+        return output.loss_sum.detach(), *torch.autograd.grad(output.loss_sum, (past, mine))
+
+    with ThreadPoolExecutor(3) as pool:
+        losses, of_scale, of_images = map(torch.stack, zip(*pool.map(step, range(3)), strict=True))
+    torch.testing.assert_close(losses, torch.stack([shares[pairs].sum() for pairs in deal]).detach())
+    torch.testing.assert_close(of_scale.sum(), slope.clamp(min=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(of_images.sum(0), image_slopes, rtol=1e-4, atol=1e-6)
 
 
 def test_sigmoids_tell_their_bias_and_several_ranks_need_a_way_to_gather() -> None:
