@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from mmscale.checkpoint.save import tied_names
 from mmscale.checkpoint.share import persistent_buffers
@@ -18,6 +22,7 @@ def test_equal_pieces_follow_one_another_and_only_the_last_ones_are_short(numel:
     pieces = [share(numel, rank, world_size) for rank in range(world_size)]
     assert [value for low, high in pieces for value in range(low, high)] == list(range(numel))
     lengths = [high - low for low, high in pieces]
+    assert lengths[0] == math.ceil(numel / world_size)
     assert lengths == sorted(lengths, reverse=True)
     full = [length for length in lengths if length == lengths[0]]
     assert sum(full) <= numel < sum(full) + max(lengths[0], 1)
@@ -33,6 +38,24 @@ def test_a_model_that_does_not_learn_is_filled_whole_below_stage_3() -> None:
             parameter = model.get_parameter(owned.name)
             assert (owned.start, owned.stop, owned.trained, owned.moments) == (0, parameter.numel(), False, {})
             assert owned.master.data_ptr() == parameter.data_ptr()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_model_that_does_not_learn_is_filled_by_shards_at_stage_3(world_size: int) -> None:
+    """ZeRO-3 empties a parameter and keeps the rank's shard, padded to the length of the first rank's."""
+    numel = 5
+    for rank in range(world_size):
+        shard_length = math.ceil(numel / world_size)
+        model = nn.Linear(1, 1, bias=False)
+        model.weight = nn.Parameter(torch.empty(0))
+        model.weight.ds_numel, model.weight.ds_tensor = numel, torch.full((shard_length,), -1.0)
+        for owned in frozen_ranges(model, 3, World(rank, world_size, rank, torch.device("cpu"))):
+            assert (owned.name, owned.trained, owned.moments) == ("weight", False, {})
+            owned.master.copy_(torch.arange(owned.start, owned.stop))
+        first = rank * shard_length
+        assert model.weight.ds_tensor.tolist() == [
+            value if value < numel else -1.0 for value in range(first, first + shard_length)
+        ]
 
 
 def test_tables_of_a_model_name_each_parameter_once() -> None:
