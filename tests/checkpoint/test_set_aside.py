@@ -133,3 +133,20 @@ def test_a_copy_under_another_step_is_no_checkpoint(tmp_path: Path, capsys: pyte
 def test_a_folder_whose_name_is_not_ours_is_no_checkpoint(tmp_path: Path) -> None:
     shutil.move(make(tmp_path, 4), tmp_path / "step-000000004")
     assert list_checkpoints(tmp_path) == []
+
+
+def test_a_damaged_checkpoint_that_cannot_be_renamed_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 4):
+        make(tmp_path, step)
+    damaged = tmp_path / "step-00000004"
+    flip(damaged)
+
+    def refuse(path: Path, suffix: str) -> Path:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{path}{suffix}")
+
+    monkeypatch.setattr("mmscale.checkpoint.load.set_aside", refuse)
+    with pytest.raises(CheckpointError, match=f"^{damaged} is damaged and cannot be renamed: Permission denied$"):
+        choose(ALONE, tmp_path, PREVIOUS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]

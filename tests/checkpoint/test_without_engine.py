@@ -141,6 +141,33 @@ def test_a_resume_that_does_not_fit_is_refused_before_anything_changes(tmp_path:
     assert "rank-00001.safetensors has" in refused(plain_engine(model), verified=True)
 
 
+def test_a_resume_names_what_the_checkpoint_does_not_hold(tmp_path: Path) -> None:
+    saved, model = saved_by(tmp_path / "good", toy_model(1), 2, tied=TIED), toy_model(2)
+
+    def refused(engine: Any, path: Path) -> str:
+        before = [parameter.clone() for parameter in model.parameters()]
+        with pytest.raises(CheckpointError) as caught:
+            resume(engine, path)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        return str(caught.value)
+
+    needs = f"{saved} does not hold everything that stage 'all' needs to go on: "
+    engine = plain_engine(model)
+    engine.partition.moments["connector.gate"]["other"] = torch.zeros(1)
+    assert refused(engine, saved) == f"{needs}connector.gate|other is missing"
+    engine = plain_engine(model)
+    engine.partition.whole = {ROW: torch.zeros(4), "decoder.norm.weight|row": torch.zeros(2, 3)}
+    expected = f"{needs}decoder.norm.weight|exp_avg_sq_row is [3], expected [4]; decoder.norm.weight|row is missing, "
+    assert refused(engine, saved) == expected + "expected [2, 3]"
+    engine = plain_engine(model)
+    engine.scaler = {"scale": 1.0, "steps": 2}
+    assert refused(engine, saved) == f"{needs}the state of the loss scaler has ['scale'], expected ['scale', 'steps']"
+    for number, state in enumerate(("zz", "00")):
+        path = saved_by(tmp_path / str(number), toy_model(1), 1, tied=TIED, random_state={"cpu": state})
+        expected = f"{path} is damaged: rank-00000.json: random_state.cpu is not the state of a generator of torch: "
+        assert refused(plain_engine(model), path).startswith(expected)
+
+
 def moe(**decoder: Any) -> nn.Module:
     return build_model(config("embedding", mlp={**MOE, "bias_rate": 0.02}, **decoder), seed=1)
 
