@@ -19,14 +19,17 @@ from mmscale.checkpoint import load_weights, read_manifest, verify
 from mmscale.checkpoint.contents import count_non_finite
 from mmscale.checkpoint.export import export_weights
 from mmscale.checkpoint.foreign import import_checkpoint, import_folder
-from mmscale.checkpoint.manifest import MANIFEST
+from mmscale.checkpoint.manifest import MANIFEST, read_notes
 from mmscale.checkpoint.reshard import verify_together
+from mmscale.checkpoint.share import Piece
 from mmscale.checkpoint.warm_start import match
 from mmscale.cli.main import main
+from mmscale.dist import World
 from mmscale.errors import CheckpointError, DamagedError
 from mmscale.hf.read import CONFIG
 from tests.checkpoint.made import ALONE, NOTES, TENSORS, make, put, rewrite
 from tests.checkpoint.test_foreign_files import model_states, optim_states, write
+from tests.checkpoint.written import write_checkpoint
 from tests.engine.ranks import run_ranks
 from tests.engine.toy import ToyModel, toy_model
 from tests.hf.test_folders import folder, tensors
@@ -69,7 +72,15 @@ CHANGES: dict[str, tuple[dict[str, Callable[[dict[str, Any]], object]], str]] = 
     ),
     "shape": ({"header": lambda h: h[WEIGHT].update(shape=[36, 12])}, r"shape \[36, 12\] in the header, \[432\] by"),
     "place": ({"header": swap}, "bytes .* in the header; the notes say 432 values from byte"),
-    "name": ({"header": rename}, "is only in the notes"),
+    "name": (
+        {"header": rename},
+        rf"{re.escape(WEIGHT)} is only in the notes\n.*: other\|master is only in the header",
+    ),
+    "range": (
+        {"notes": lambda n: n["tensors"][WEIGHT].update(start=1, stop=433)},
+        r"is noted as the values 1:433 of \(36, 12\)",
+    ),
+    "position": ({"notes": lambda n: n.update(loader="{}")}, "the data position is damaged"),
     "both names": ({"header": rename, "notes": lambda n: rename(n["tensors"])}, "lists no such parameter"),
     "rank": ({"notes": lambda n: n.update(rank=1)}, "notes of rank 1"),
     "no buffers": ({"manifest": lambda m: m["buffers"].clear()}, "lists no such buffer"),
@@ -87,6 +98,42 @@ def test_header_notes_and_manifest_must_agree(tmp_path: Path, change: str) -> No
     rewrite(path, **changes)
     problems = answers(path)
     assert re.search(said, "\n".join(problems)), problems
+
+
+def test_the_shape_of_what_is_kept_whole_has_as_many_values_as_are_noted(tmp_path: Path) -> None:
+    pieces = [Piece("gate|master", 0, torch.ones(2)), Piece("gate|row", 0, torch.ones(2, 3), whole=True)]
+    path = write_checkpoint(tmp_path, [pieces], {"gate": (2,)})
+    assert verify(path) == []
+    rewrite(path, header=lambda header: header["gate|row"].update(shape=[2, 4]))
+    assert verify(path) == ["rank-00000.safetensors: gate|row has the shape [2, 4] in the header"]
+
+
+def test_damage_of_a_file_without_tensors_is_found(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, [[Piece("gate|master", 0, torch.ones(2))], []], {"gate": (2,)})
+    assert verify(path) == []
+    file = path / "rank-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    (problem,) = verify(path)
+    assert problem.startswith("rank-00001.safetensors: checksum ")
+    assert problem.endswith("damaged: not a tensor")
+
+
+@pytest.mark.parametrize(("rank", "damaged"), [(0, True), (1, False)])
+def test_a_manifest_is_gone_if_rank_0_does_not_see_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, damaged: bool
+) -> None:
+    monkeypatch.setattr("mmscale.checkpoint.reshard.first_complaint", lambda world, complaint: complaint)
+    monkeypatch.setattr("mmscale.checkpoint.reshard.highest", lambda world, verdict: verdict)
+    path, world = make(tmp_path), World(rank, 2, rank, torch.device("cpu"))
+    (path / MANIFEST).write_text("{}")
+    with pytest.raises(DamagedError, match="its checksum is not that of its text"):
+        verify_together(world, path)
+    (path / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read") as caught:
+        verify_together(world, path)
+    assert isinstance(caught.value, DamagedError) == damaged
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -210,3 +257,17 @@ def test_an_engine_is_left_alone_by_a_checkpoint_that_lacks_something(tmp_path: 
         assert "the buffer counts is only in the model" in said["buffers"]
         assert "rank-00001.json: random_state.cpu is not the state of a generator" in said["random state"]
         assert "data position is damaged" in said["loader"]
+
+
+@pytest.mark.parametrize(("name", "read"), [(MANIFEST, read_manifest), (NOTES, lambda path: read_notes(path, 0))])
+def test_json_of_a_checkpoint_has_a_largest_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: Callable[[Path], object]
+) -> None:
+    path = make(tmp_path)
+    size = (path / name).stat().st_size
+    monkeypatch.setattr("mmscale.checkpoint.manifest._MOST_JSON_BYTES", size)
+    read(path)
+    with (path / name).open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(CheckpointError, match=f"{name}: larger than {size} bytes"):
+        read(path)

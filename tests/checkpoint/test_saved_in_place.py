@@ -137,6 +137,26 @@ def test_a_defect_is_not_called_a_failure_to_write(tmp_path: Path, monkeypatch: 
         save(engine_of(2), STATE, tmp_path)
 
 
+def test_only_rank_0_makes_and_publishes_the_folder_and_every_rank_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks one after the other, each told that the other one agrees."""
+    monkeypatch.setattr(saving, "sum_float", lambda world, values: values)
+    monkeypatch.setattr(saving, "first_complaint", lambda world, complaint: complaint)
+    engines = [engine_of(1), engine_of(1)]
+    for rank, engine in enumerate(engines):
+        engine.world = World(rank, 2, rank, torch.device("cpu"))
+    folder = tmp_path / "checkpoints"
+    assert saving.begin(engines[1], STATE, folder) is not None
+    assert not folder.exists()
+    place = saving.begin(engines[0], STATE, folder)
+    assert place is not None
+    assert [path.name for path in folder.iterdir()] == ["step-00000007.partial"]
+    save(engines[1], STATE, folder)
+    assert list(folder.iterdir()) == [place.partial]
+    assert sorted(path.name for path in place.partial.iterdir()) == ["rank-00001.json", "rank-00001.safetensors"]
+
+
 def test_every_rank_learns_the_files_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     written = [[Written(10 * rank + 1, 2**32 - rank - 1), Written(10 * rank + 2, rank)] for rank in range(3)]
     worlds = [World(rank, 3, rank, torch.device("cpu")) for rank in range(3)]

@@ -150,3 +150,16 @@ def test_a_damaged_checkpoint_that_cannot_be_renamed_stops_the_run(
     with pytest.raises(CheckpointError, match=f"^{damaged} is damaged and cannot be renamed: Permission denied$"):
         choose(ALONE, tmp_path, PREVIOUS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_a_run_that_has_no_whole_checkpoint_says_that_it_begins_again(tmp_path: Path) -> None:
+    notes: list[str] = []
+    assert choose(ALONE, tmp_path, PREVIOUS, notes.append) is None
+    assert notes == []
+    make(tmp_path, 2)
+    flip(tmp_path / "step-00000002")
+    assert choose(ALONE, tmp_path, PREVIOUS, notes.append) is None
+    assert notes[1:] == [
+        f"{tmp_path / 'step-00000002'} is set aside as step-00000002.damaged; remove it when you no longer need it",
+        f"no checkpoint is left in {tmp_path}: the run begins again at its first step",
+    ]
