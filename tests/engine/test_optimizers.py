@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.optimizers.adafactor import Adafactor
+from mmscale.engine.optimizers.build import build_optimizer
 from mmscale.engine.optimizers.shards import FlatMaster, Piece
 from mmscale.models.head import LanguageHead
 from mmscale.optim import MUON_MOMENTS, freeze, learning_rates, parameter_groups, tables, trained_components
@@ -93,8 +94,9 @@ def test_steps_equal_torch_at_every_stage() -> None:
 
 @pytest.mark.dist
 @needs_muon
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 4])
 def test_shards_that_cut_rows_and_experts_step_as_whole_matrices(world_size: int) -> None:
+    """Muon deals six matrices to four ranks: two ranks have none in the second round."""
     optimizers: list[dict[str, Any]] = [{"kind": "adafactor"}, {"kind": "muon"}]
     if world_size == 1:
         found = steps_on_shards(World(0, 1, 0, torch.device("cpu")), optimizers, 4)
@@ -193,6 +195,24 @@ def test_the_average_follows_its_formula_at_every_stage() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, msg=lambda m, c=case: f"{c}: {m}")
             assert torch.equal(masters[-1], torch.tensor(values).double())
         assert any(answer["averages"][name] != values for name, values in answer["weights"].items())
+
+
+@needs_muon
+def test_muon_steps_no_matrix_without_a_gradient_or_without_knowing_its_shards() -> None:
+    matrix = nn.Parameter(torch.ones(2, 3))
+    model = nn.ParameterDict({"matrix": matrix})
+    plan = stage(**MUON)
+    (group,) = parameter_groups(model, {"all": [matrix]}, plan)
+    piece = Piece("matrix", (2, 3), 0, 0, 6)
+    for attached, has_gradient in ((False, True), (True, False), (True, True)):
+        optimizer: Any = build_optimizer([{**group, "params": [matrix], "lr": RATE}], plan, clip_here=False)
+        if attached:
+            master = FlatMaster(matrix, optimizer.param_groups[0], (piece,), False)
+            optimizer.attach([master], World(0, 1, 0, torch.device("cpu")))
+        optimizer.state[matrix].update(momentum_buffer=torch.zeros(2, 3), step=torch.zeros(()))
+        matrix.grad = torch.eye(2, 3) if has_gradient else None
+        optimizer.step()
+        assert torch.equal(matrix.detach(), torch.ones(2, 3)) == (not (attached and has_gradient))
 
 
 def test_muon_leaves_tables_to_adamw() -> None:
