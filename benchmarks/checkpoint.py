@@ -30,7 +30,7 @@ from mmscale.engine.engine import Engine
 from mmscale.models.build import build_model
 from mmscale.models.config import ModelConfig
 from mmscale.objectives.next_token import NextToken
-from mmscale.stages import StageConfig
+from mmscale.optim.stages import StageConfig
 
 LAYERS, DIM, VOCAB = 8, 512, 16384
 REPEATS = 5

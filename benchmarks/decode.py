@@ -21,8 +21,8 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from benchmarks.figures import Case, main
 from benchmarks.peers.job import photo
-from data_pipeline.decode.image import DecodeMode, decode_image
-from data_pipeline.views import resize
+from data_pipeline.images.crops import resize
+from data_pipeline.images.decode import DecodeMode, decode_image
 
 SOURCE, SIDE, PHOTOS, REPEATS = 512, 224, 8, 40
 Pixels = npt.NDArray[np.uint8]

@@ -28,16 +28,16 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.figures import Case, main
-from data_pipeline.decode.image import decode_image
-from data_pipeline.dedup import search as near
-from data_pipeline.dedup.find import NamedSet, Question, Search
-from data_pipeline.dedup.phash import perceptual_hash
-from data_pipeline.dedup.search import NearWork, Plan
-from data_pipeline.dedup.signatures import SIGNATURE_FORMAT, Criterion, State, signature, signature_path
-from data_pipeline.reader import read_samples
+from data_pipeline.images.decode import decode_image
+from data_pipeline.io.columns import pack_strings, write_columns
+from data_pipeline.prepare.dedup import search as near
+from data_pipeline.prepare.dedup.find import NamedSet, Question, Search
+from data_pipeline.prepare.dedup.phash import perceptual_hash
+from data_pipeline.prepare.dedup.search import NearWork, Plan
+from data_pipeline.prepare.dedup.signatures import SIGNATURE_FORMAT, Criterion, State, signature, signature_path
 from data_pipeline.sample import ImagePart, Sample
-from data_pipeline.shards.columns import pack_strings, write_columns
 from data_pipeline.shards.manifest import MANIFEST_FORMAT, Manifest
+from data_pipeline.shards.sample_reader import read_samples
 
 EMOJI = Path("examples/emoji/shards/train-quick.manifest")
 HASHES = (10**5, 10**6, 10**7)

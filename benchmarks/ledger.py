@@ -19,12 +19,12 @@ import numpy as np
 
 from benchmarks.figures import Case, best_seconds, main
 from data_pipeline.config import DataConfig
-from data_pipeline.lanes import Cursor, LaneOrder
-from data_pipeline.ledger import COLUMNS, Ledger, Segment
-from data_pipeline.shards.columns import Column
-from data_pipeline.state import LaneState, LoaderState, StreamPosition
-from data_pipeline.stream import dataset_seed
-from data_pipeline.whereabouts import Whereabouts
+from data_pipeline.history.sample_log import COLUMNS, Ledger, Segment
+from data_pipeline.history.sample_steps import Whereabouts
+from data_pipeline.io.columns import Column
+from data_pipeline.loader.lane_stream import dataset_seed
+from data_pipeline.order.lanes import Cursor, LaneOrder
+from data_pipeline.order.state import LaneState, LoaderState, StreamPosition
 
 EVERY = 256
 STEPS = 10**6

@@ -17,18 +17,18 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.figures import Case, main
-from data_pipeline.config import PackingConfig
 from data_pipeline.document import Document, ImageExtent, MediaItem
-from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.packing import Budget, Made, Packer
-from data_pipeline.reader import SampleReader
+from data_pipeline.order.state import Drawn, StreamPosition
+from data_pipeline.packing.config import PackingConfig
+from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.packer import Budget, Made, Packer
 from data_pipeline.sample import Provenance
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.state import Drawn, StreamPosition
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.shards.sample_reader import SampleReader
+from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.config import load
-from mmscale.run_config import RunConfig
+from mmscale.run.config import RunConfig
 
 LANES, STEPS = 16, 60
 QUICKSTART = Path("configs/quickstart.yaml")

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from benchmarks.figures import Case, main
-from data_pipeline.loader import Loader
+from data_pipeline.loader.loader import Loader
 from mmscale.config import load
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
@@ -26,7 +26,7 @@ from mmscale.prune.choice import Choice, choose
 from mmscale.prune.cut import cut_of
 from mmscale.prune.scores import Scores
 from mmscale.prune.weights import scores_of_weights
-from mmscale.run_config import RunConfig
+from mmscale.run.config import RunConfig
 
 STEPS, BATCHES, SAMPLES, DRAWS = 240, 16, 66, 3
 MORE_STEPS = (25, 100)

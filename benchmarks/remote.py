@@ -39,15 +39,15 @@ from benchmarks.peers.job import photo
 from benchmarks.servers import KEY, SECRET, s3_server
 from benchmarks.slow_link import SlowLink, slow_link
 from data_pipeline.config import DataConfig
-from data_pipeline.loader import Loader
+from data_pipeline.images.transforms import FixedTransform, ImageTransform
+from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.storage.config import StorageConfig
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.storage import Storage
-from data_pipeline.tokenizer import SentencePieceTokenizerConfig, load_tokenizer
-from data_pipeline.transforms import FixedTransform, ImageTransform
+from data_pipeline.text.tokenizer import SentencePieceTokenizerConfig, load_tokenizer
 
 MILLISECONDS = 30
 SAMPLES, PER_SHARD, SIDE = 1024, 256, 256

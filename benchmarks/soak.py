@@ -33,7 +33,7 @@ from benchmarks.figures import machine
 from benchmarks.servers import KEY, SECRET, flaky_s3
 from benchmarks.soak_data import write_damaged_set
 from data_pipeline.config import DataConfig
-from data_pipeline.loader import Loader, StepBatch
+from data_pipeline.loader.loader import Loader, StepBatch
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.storage.config import StorageConfig
 from data_pipeline.storage.location import Url

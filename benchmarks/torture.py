@@ -124,7 +124,7 @@ def _family(launcher: int) -> tuple[list[int], list[int]]:
     """Ranks and checkpoint writers of a launched run."""
     ranks = _children(launcher)
     below = [number for rank in ranks for number in _children(rank)]
-    return ranks, [number for number in below if b"mmscale.durable.process" in _command(number)]
+    return ranks, [number for number in below if b"mmscale.io.writer_process" in _command(number)]
 
 
 def _children(process: int) -> list[int]:

@@ -1,6 +1,6 @@
 """A training step beside Hugging Face's: ``python -m benchmarks.train_step [--json]``.
 
-    ours           mmscale.engine.Engine on packed batches of data_pipeline.loader
+    ours           mmscale.engine.Engine on packed batches of data_pipeline.loader.loader
     hugging face   transformers' model and the DeepSpeed engine that its Trainer builds, on batches padded as its
                    collator and image processor pad them
     flattened      the same on batches of its DataCollatorWithFlattening (dense only; its mask is a square)

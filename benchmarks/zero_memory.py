@@ -46,8 +46,8 @@ from mmscale.engine.config import EngineConfig
 from mmscale.engine.engine import Engine
 from mmscale.engine.optimizers.eight_bit import BLOCK
 from mmscale.models.config import ModelConfig
-from mmscale.optim import ADAM_MOMENTS
-from mmscale.optimizer_config import AdamWConfig
+from mmscale.optim.config import AdamWConfig
+from mmscale.optim.schedule import ADAM_MOMENTS
 
 PRECISIONS = ("fp32", "bf16")
 MIB = 2**20

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.iterable import PackedBatches, open_loader
-    from data_pipeline.samples import OrderedSamples, open_samples
+    from data_pipeline.loader.iterable import PackedBatches, open_loader
+    from data_pipeline.loader.single_samples import OrderedSamples, open_samples
 
 __all__ = ["OrderedSamples", "PackedBatches", "open_loader", "open_samples"]
 
@@ -20,6 +20,6 @@ def __getattr__(name: str) -> Any:
     """Imports what needs torch only when it is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from data_pipeline import iterable, samples
+    from data_pipeline.loader import iterable, single_samples
 
-    return getattr(samples if hasattr(samples, name) else iterable, name)
+    return getattr(single_samples if hasattr(single_samples, name) else iterable, name)

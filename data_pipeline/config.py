@@ -1,22 +1,24 @@
-"""Configuration of the data side: the ``data`` block of a run."""
+"""The ``data`` block of a run: composes the configurations of the parts of the data side."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from data_pipeline.errors import DataConfigError
-from data_pipeline.faults import FaultConfig
-from data_pipeline.mixture import Schedule
-from data_pipeline.reader import MAX_TEXT_BYTES
+from data_pipeline.images.transforms import FixedTransform, TransformConfig
+from data_pipeline.io.strict import StrictConfig
+from data_pipeline.order.config import OrderConfig
+from data_pipeline.order.fault_policy import FaultConfig
+from data_pipeline.order.mixture import Schedule
+from data_pipeline.packing.config import PackingConfig
+from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.storage.location import Location, Url
-from data_pipeline.strict import StrictConfig
-from data_pipeline.templates import CaptionTemplate, TemplateConfig
-from data_pipeline.tokenizer import TokenizerConfig
-from data_pipeline.transforms import FixedTransform, TransformConfig
+from data_pipeline.text.templates import CaptionTemplate, TemplateConfig
+from data_pipeline.text.tokenizer import TokenizerConfig
 
 
 class WeightFrom(StrictConfig):
@@ -93,43 +95,6 @@ class DatasetConfig(StrictConfig):
         if self.repeats is not None:
             return [(0, self.repeats * num_samples)]
         return [(0, 1.0 if self.weight is None else self.weight)]
-
-
-class OrderConfig(StrictConfig):
-    """Shuffling: blocks are permuted, and samples inside a window of blocks."""
-
-    block_size: int = Field(default=16, ge=1, le=1 << 20)
-    """Consecutive samples of a block: larger reads more sequentially, smaller shuffles better."""
-    window_blocks: int = Field(default=8, ge=1, le=1 << 20)
-    """Blocks of a lane whose samples are mixed."""
-
-
-class PackingConfig(StrictConfig):
-    """What goes into one lane of one step."""
-
-    max_tokens: int = Field(ge=1, lt=1 << 31)
-    """Tokens of a pack at most, null documents included (memory)."""
-    max_cost: float | None = Field(default=None, gt=0)
-    """Tokens plus alpha times patches of a pack at most (time), alpha from the model; None leaves it open."""
-    max_documents: int | None = Field(default=None, ge=1)
-    """Samples of a pack at most; None leaves it open."""
-    strategy: Literal["greedy", "first_fit", "best_fit"] = "best_fit"
-    """Which of the waiting documents goes next into a pack: the one that waits longest, and a pack closes when that
-    does not fit (``greedy``); the first that fits (``first_fit``); the one that fills it best (``best_fit``)."""
-    look_ahead: int = Field(default=1, ge=1, le=256)
-    """Documents held to find one that fits the room left; 1 makes every strategy greedy."""
-    too_long: Literal["error", "truncate", "split"] = "error"
-    """A document that no pack can hold, or that has more tokens than the model has positions, is a bad sample, loses
-    its end, or becomes several documents."""
-
-    @model_validator(mode="after")
-    def _check_strategy(self) -> PackingConfig:
-        if self.strategy == "greedy" and self.look_ahead > 1:
-            raise ValueError(
-                f"strategy: greedy looks at one document only; leave look_ahead={self.look_ahead} out, "
-                "or take first_fit or best_fit"
-            )
-        return self
 
 
 class DataConfig(StrictConfig):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.shards.json_member import spoken_texts
+from data_pipeline.io.json_member import spoken_texts
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,9 @@ def imported(code: str) -> set[str]:
     ("code", "absent"),
     [
         ("import mmscale", {"deepspeed", "transformers", "torchvision"}),
-        ("import mmscale.run_config", {"deepspeed", "transformers", "torchvision", "sympy"}),
+        ("import mmscale.run.config", {"deepspeed", "transformers", "torchvision", "sympy"}),
         ("import mmscale.models.build, mmscale.objectives.next_token", {"deepspeed", "transformers"}),
-        ("import data_pipeline.loader", {"deepspeed", "transformers", "mmscale"}),
+        ("import data_pipeline.loader.loader", {"deepspeed", "transformers", "mmscale"}),
         ("import mmscale.cli.main; mmscale.cli.main.build_app(None)", {"torch", "deepspeed", "pydantic", "numpy"}),
         ("import launchers.local, launchers.slurm", {"torch", "deepspeed", "pydantic"}),
     ],

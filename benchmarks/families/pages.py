@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.collate import collate
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
-from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.packing import Pack
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
-from data_pipeline.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, load_tokenizer
+from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, load_tokenizer
 
 Page = Sequence[str | Image.Image]
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"

@@ -10,8 +10,8 @@ import multiprocessing
 from collections.abc import Iterator
 
 from benchmarks.peers.job import BATCH, Job
-from data_pipeline.reader import read_samples
 from data_pipeline.sample import ImagePart
+from data_pipeline.shards.sample_reader import read_samples
 
 _IMAGES = 500
 

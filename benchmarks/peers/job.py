@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.decode.image import DecodeMode, decode_image
+from data_pipeline.images.crops import resize
+from data_pipeline.images.decode import DecodeMode, decode_image
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.tokenizer import SentencePieceTokenizerConfig, Tokenizer, load_tokenizer
-from data_pipeline.views import resize
+from data_pipeline.text.tokenizer import SentencePieceTokenizerConfig, Tokenizer, load_tokenizer
 
 TOKENIZER = SentencePieceTokenizerConfig(path=Path(__file__).resolve().parents[2] / "examples/emoji/tokenizer.model")
 SIDE = 224

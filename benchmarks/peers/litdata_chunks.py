@@ -10,8 +10,8 @@ from litdata import StreamingDataLoader, StreamingDataset, optimize
 
 from benchmarks.peers import stateful
 from benchmarks.peers.job import BATCH, Job, manifest_path
-from data_pipeline.reader import SampleReader
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.sample_reader import SampleReader
 
 
 class _Photos(StreamingDataset):

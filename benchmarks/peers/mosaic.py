@@ -10,7 +10,7 @@ from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 
 from benchmarks.peers import stateful
 from benchmarks.peers.job import BATCH, Job, manifest_path
-from data_pipeline.reader import read_samples
+from data_pipeline.shards.sample_reader import read_samples
 
 
 class _Photos(StreamingDataset):

@@ -12,10 +12,10 @@ from typing import Any
 from benchmarks.peers.job import BATCH, SIDE, TOKENIZER, Job, Scenario
 from data_pipeline import open_samples
 from data_pipeline.config import DataConfig, DatasetConfig
-from data_pipeline.decode.image import DecodeMode
-from data_pipeline.loader import Loader
+from data_pipeline.images.decode import DecodeMode
+from data_pipeline.images.transforms import FixedTransform
+from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.transforms import FixedTransform
 
 _PATCH = 14
 

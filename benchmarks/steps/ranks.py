@@ -24,8 +24,8 @@ from benchmarks.steps.theirs import LEARNING_RATE, TheirEngine
 from benchmarks.steps.twins import fill_from, our_config, their_model, weights_for_ours
 from mmscale.dist import World, init_distributed, shutdown, sum_float
 from mmscale.engine.config import EngineConfig
-from mmscale.optimizer_config import AdamWConfig
-from mmscale.stages import StageConfig
+from mmscale.optim.config import AdamWConfig
+from mmscale.optim.stages import StageConfig
 
 SIDES = ("ours", "hugging face")
 

@@ -22,13 +22,13 @@ import numpy as np
 from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import ManifestError, SampleError, ShardError
-from data_pipeline.shards.columns import Column, check_offsets, pack_strings, read_columns, write_columns
-from data_pipeline.shards.files import sha256_of
+from data_pipeline.io.atomic import sha256_of
+from data_pipeline.io.columns import Column, check_offsets, pack_strings, read_columns, write_columns
+from data_pipeline.io.json_member import text_bytes_of
+from data_pipeline.io.untrusted import open_regular
 from data_pipeline.shards.image_header import Buffer, image_size, is_image
-from data_pipeline.shards.json_member import text_bytes_of
 from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name, walk
 from data_pipeline.storage.location import Url
-from data_pipeline.untrusted import open_regular
 
 INDEX_FORMAT = "mmscale-shard-index-1"
 _COLUMNS = {

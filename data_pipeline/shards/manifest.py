@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.errors import AbsentError, DataConfigError, ManifestError
-from data_pipeline.shards.columns import Column, Columns, check_offsets, pack_strings, read_columns, write_columns
+from data_pipeline.io.columns import Column, Columns, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.shards.index import ShardIndex, index_url
 from data_pipeline.shards.mistaken import refuse_no_manifest
 from data_pipeline.storage.location import Url, parse_location

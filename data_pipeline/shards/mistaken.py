@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_pipeline.errors import ManifestError
-from data_pipeline.untrusted import open_regular
+from data_pipeline.io.untrusted import open_regular
 
 _LOOKED_AT_BYTES = 512
 _HEADER_AT, _USTAR_AT = 8, 257

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Protocol
 
 from data_pipeline.errors import AbsentError, ShardError, StaleError
+from data_pipeline.io.untrusted import regular_descriptor
 from data_pipeline.shards.index import Member, ShardIndex, extent
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.storage.background import Background
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.objects import RemoteObject
 from data_pipeline.storage.ranges import Range
-from data_pipeline.untrusted import regular_descriptor
 
 
 class OpenShard(Protocol):

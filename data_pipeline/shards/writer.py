@@ -20,9 +20,9 @@ from types import TracebackType
 from typing import IO
 
 from data_pipeline.errors import DataConfigError, ShardError
-from data_pipeline.shards.files import partial_path, publish
+from data_pipeline.io.atomic import partial_path, publish
+from data_pipeline.io.json_member import text_bytes_of
 from data_pipeline.shards.index import IndexedSample, Member, describe_member, write_index
-from data_pipeline.shards.json_member import text_bytes_of
 from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name
 
 _EXTENSION = re.compile(r"[^./\\\0\s]+(\.[^./\\\0\s]+)*")

@@ -26,8 +26,8 @@ from typing import BinaryIO
 from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import StorageError
+from data_pipeline.io.untrusted import open_regular, read_bytes, regular_descriptor
 from data_pipeline.storage.config import CacheConfig
-from data_pipeline.untrusted import open_regular, read_bytes, regular_descriptor
 
 _LAYOUT = "v1"  # Another layout gets another folder; old ones may be deleted by hand.
 _TRAILER = struct.Struct("<4sIQ")

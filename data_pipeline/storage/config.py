@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 
 CACHE_VARIABLE = "MMSCALE_CACHE"
 

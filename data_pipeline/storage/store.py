@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 from data_pipeline.errors import DataConfigError, StaleError, StorageError
-from data_pipeline.shards.files import write_whole
+from data_pipeline.io.atomic import write_whole
+from data_pipeline.io.untrusted import regular_descriptor
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.ranges import Range
-from data_pipeline.untrusted import regular_descriptor
 
 STREAM_CHUNK_BYTES = 8 * 2**20
 

@@ -21,10 +21,10 @@ from emoji_concepts import Concept, load_concepts, quick_codes, share
 from emoji_pictures import EXTENSION, encode_picture
 from emoji_wording import dialogue, interleaved, page, record
 
-from data_pipeline.shards.files import sha256_of, write_whole
+from data_pipeline.io.atomic import sha256_of, write_whole
+from data_pipeline.prepare.tokenizer_training import train_sentencepiece
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.tokenizer import train_sentencepiece
 
 HERE = Path(__file__).resolve().parent
 SUMS = HERE / "SHA256SUMS"

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.reader import read_samples
+from data_pipeline.prepare.tokenizer_training import train_sentencepiece
 from data_pipeline.shards.manifest import write_manifest
+from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.tokenizer import train_sentencepiece
 
 EMOJI = Path(__file__).resolve().parents[1] / "emoji" / "shards"
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")

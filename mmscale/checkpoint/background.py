@@ -24,10 +24,10 @@ from mmscale.checkpoint.manifest import MANIFEST, TrainState
 from mmscale.checkpoint.save import Place, begin, gather_files, give_up_if, save, to_remove, together
 from mmscale.checkpoint.share import RankShare, flat_bytes, share_of
 from mmscale.dist import World, highest
-from mmscale.durable.files import Written
-from mmscale.durable.process import WriteError, Writer
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError
+from mmscale.io.files import Written
+from mmscale.io.writer_process import WriteError, Writer
 
 _DONE, _BUSY, _FAILED = 0.0, 1.0, 2.0
 """Votes; the highest decides."""

@@ -28,10 +28,10 @@ from mmscale.checkpoint.reshard import CheckpointReader, verify, verify_together
 from mmscale.checkpoint.save import model_config_values, tied_names
 from mmscale.checkpoint.share import persistent_buffers
 from mmscale.dist import World, first_complaint, sum_float
-from mmscale.durable.files import set_aside
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import frozen_ranges, parameter_table
 from mmscale.errors import CheckpointError, DamagedError
+from mmscale.io.files import set_aside
 
 _SHOWN = 3
 

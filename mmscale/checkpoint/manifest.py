@@ -22,9 +22,9 @@ from pydantic import Field, ValidationError
 from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import StateError
-from data_pipeline.state import LoaderState
-from data_pipeline.strict import StrictConfig, StrictRecord, first_fault
-from data_pipeline.untrusted import UntrustedError, read_bytes
+from data_pipeline.io.strict import StrictConfig, StrictRecord, first_fault
+from data_pipeline.io.untrusted import UntrustedError, read_bytes
+from data_pipeline.order.state import LoaderState
 from mmscale.errors import CheckpointError
 from mmscale.hf.read import require_no_folder
 from mmscale.models.config import AnyModelConfig, read_model_config

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from data_pipeline.shards.files import write_whole
-from data_pipeline.state import LoaderState
-from data_pipeline.strict import StrictConfig, first_fault
-from data_pipeline.untrusted import read_json
+from data_pipeline.io.atomic import write_whole
+from data_pipeline.io.strict import StrictConfig, first_fault
+from data_pipeline.io.untrusted import read_json
+from data_pipeline.order.state import LoaderState
 from mmscale.checkpoint.manifest import (
     TrainState,
     is_whole,
@@ -29,8 +29,8 @@ from mmscale.checkpoint.manifest import (
     read_manifest,
     read_state,
 )
-from mmscale.durable.files import remove_folder
 from mmscale.errors import CheckpointError
+from mmscale.io.files import remove_folder
 
 FILE = "roll_backs.json"
 NUM_ROLL_BACKS = "num_roll_backs"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.manifest import (
     DAMAGED,
@@ -40,10 +40,10 @@ from mmscale.checkpoint.manifest import (
 )
 from mmscale.checkpoint.share import persistent_buffers, share_of
 from mmscale.dist import World, first_complaint, sum_float
-from mmscale.durable.files import Written, publish, set_aside, write_share
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
+from mmscale.io.files import Written, publish, set_aside, write_share
 
 
 def save(engine: Engine, state: TrainState, directory: Path, keep: CheckpointConfig | None = None) -> Path:

@@ -28,7 +28,7 @@ from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
 from mmscale.nn.patch_embed import LearnedPositions, resample_positions
 from mmscale.nn.tile_embed import TilePositions
-from mmscale.optim import component_of_parameters, token_tables
+from mmscale.optim.schedule import component_of_parameters, token_tables
 
 _Grid = tuple[int, int]
 

@@ -195,7 +195,7 @@ def import_(
     """
     from mmscale.checkpoint.foreign import import_checkpoint, import_folder
     from mmscale.errors import ConfigError
-    from mmscale.run_folder import CHECKPOINTS, hold_folder
+    from mmscale.run.folder import CHECKPOINTS, hold_folder
 
     if origin is Origin.hf:
         if config is not None or stage is not None or rename:
@@ -224,7 +224,7 @@ def _recipient(config: Path, stage: str | None) -> Recipient:
     from mmscale.config import load
     from mmscale.errors import ConfigError
     from mmscale.models.build import build_model
-    from mmscale.run_config import RunConfig
+    from mmscale.run.config import RunConfig
 
     run = load(config, [], RunConfig).value
     models = [run.stage_model(number) for number, each in enumerate(run.stages) if stage in (None, each.name)]
@@ -258,7 +258,7 @@ def prune(
     from mmscale.config.layers import read_layers
     from mmscale.models.config import ModelConfig
     from mmscale.prune import Calibration, prune_checkpoint
-    from mmscale.run_folder import CHECKPOINTS, hold_folder
+    from mmscale.run.folder import CHECKPOINTS, hold_folder
 
     root = read_layers(model)
     target = load_tree(root.child("model") or root, ModelConfig, str(model))  # A run's file holds it under one key.

@@ -46,7 +46,7 @@ def compare(
         run_trials,
         write_comparison,
     )
-    from mmscale.run_folder import hold_folder
+    from mmscale.run.folder import hold_folder
 
     comparison = read_comparison(config, overrides or [])
     for variant in comparison.variants:

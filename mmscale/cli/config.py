@@ -11,7 +11,7 @@ import typer
 from mmscale.cli.console import emit
 
 if TYPE_CHECKING:
-    from mmscale.run_config import RunConfig
+    from mmscale.run.config import RunConfig
 
 app = typer.Typer()
 
@@ -29,7 +29,7 @@ def show(
 ) -> None:
     """Print every value and where it came from: default, file and line, or override."""
     from mmscale.config import leaves, load
-    from mmscale.run_config import RunConfig
+    from mmscale.run.config import RunConfig
 
     loaded = load(config, overrides or [], RunConfig)
     values = {".".join(path): value for path, value in leaves(loaded.value)}
@@ -55,7 +55,7 @@ def _shown(value: object) -> str:
 def validate(config: Path = _CONFIG, overrides: list[str] = _OVERRIDES) -> None:
     """Check all of a configuration that can be known without starting: values, files, data, held-out sets."""
     from mmscale.config import load
-    from mmscale.run_config import RunConfig, check_files
+    from mmscale.run.config import RunConfig, check_files
 
     run = load(config, overrides or [], RunConfig).value
     notes = check_files(run)
@@ -74,9 +74,9 @@ def _check_sources(run: RunConfig) -> None:
 
     from mmscale.checkpoint import TrainState, find_latest, read_state
     from mmscale.dist import World
-    from mmscale.run_folder import CHECKPOINTS
-    from mmscale.stage_teachers import check_teachers
-    from mmscale.stage_weights import check_stage_weights
+    from mmscale.run.folder import CHECKPOINTS
+    from mmscale.run.stage_teachers import check_teachers
+    from mmscale.run.stage_weights import check_stage_weights
 
     latest = find_latest(run.run_dir / CHECKPOINTS)
     state = read_state(latest) if latest else TrainState()
@@ -94,8 +94,8 @@ def shrink(
 ) -> None:
     """Print a run of seconds with the same stages: a tiny twin of the model, on the bundled data."""
     from mmscale.config import dump, load
-    from mmscale.run_config import RunConfig
-    from mmscale.shrink_run import left_out, shrink_run
+    from mmscale.run.config import RunConfig
+    from mmscale.shrink.run import left_out, shrink_run
 
     run = load(config, overrides or [], RunConfig).value
     for line in left_out(run):

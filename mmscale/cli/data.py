@@ -63,8 +63,8 @@ def index(
 
 
 def _index_remote(urls: list[Url], manifest: Url | None) -> dict[str, object]:
+    from data_pipeline.prepare.remote_index import index_remote, tars_below
     from data_pipeline.shards.orphans import Orphans, orphans_of
-    from data_pipeline.shards.remote_index import index_remote, tars_below
     from data_pipeline.storage.storage import Storage
 
     storage = Storage.of_process()
@@ -95,10 +95,10 @@ def verify(
     from collections import Counter
     from dataclasses import asdict
 
+    from data_pipeline.prepare.verify import check_manifest, jobs_of
+    from data_pipeline.prepare.verify import verify as run
     from data_pipeline.shards.damage import Damage
     from data_pipeline.shards.orphans import Orphans
-    from data_pipeline.shards.verify import check_manifest, jobs_of
-    from data_pipeline.shards.verify import verify as run
 
     damages: list[Damage] = []
     orphans = Orphans()
@@ -146,7 +146,7 @@ def digest(
     ),
 ) -> None:
     """Print a line "step sha256" of each global batch: equal for every number of ranks and workers."""
-    from data_pipeline.digest import digest as run
+    from data_pipeline.history.digest import digest as run
     from mmscale.cli.run_file import load_run
 
     value = load_run(config, overrides or []).value

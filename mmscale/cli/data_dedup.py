@@ -12,7 +12,7 @@ import typer
 from mmscale.cli.console import emit, progress
 
 if TYPE_CHECKING:
-    from data_pipeline.dedup.find import NamedSet
+    from data_pipeline.prepare.dedup.find import NamedSet
 
 app = typer.Typer()
 
@@ -49,9 +49,9 @@ def dedup(
     """List duplicates for data.faults.exclude or reshard. Interrupted, the same command goes on."""
     from dataclasses import asdict
 
-    from data_pipeline.dedup.find import Keep, Question, find_duplicates
-    from data_pipeline.dedup.signatures import Criterion
     from data_pipeline.errors import DataConfigError
+    from data_pipeline.prepare.dedup.find import Keep, Question, find_duplicates
+    from data_pipeline.prepare.dedup.signatures import Criterion
 
     try:
         criteria = tuple(Criterion(name.strip()) for name in by.split(","))
@@ -83,7 +83,7 @@ def dedup(
 
 
 def _named(text: str) -> NamedSet:
-    from data_pipeline.dedup.find import NamedSet
+    from data_pipeline.prepare.dedup.find import NamedSet
     from data_pipeline.shards.manifest import Manifest
 
     named = re.fullmatch(r"([A-Za-z0-9_.-]+)=(.+)", text)

@@ -13,7 +13,7 @@ import typer
 from mmscale.cli.console import console, emit, progress, warn
 
 if TYPE_CHECKING:
-    from data_pipeline.shards.ingest import IngestReport
+    from data_pipeline.prepare.ingest import IngestReport
 
 app = typer.Typer()
 
@@ -115,10 +115,10 @@ def ingest(
     json: bool = _JSON,
 ) -> None:
     """Store a folder, a list, Parquet or foreign tars as shards. Interrupted, the same command goes on."""
-    from data_pipeline.shards.ingest import OnError
-    from data_pipeline.shards.ingest import ingest as run
-    from data_pipeline.shards.records import FieldNames
-    from data_pipeline.shards.sources import SourceKind, SourceOptions, open_source, warnings
+    from data_pipeline.prepare.ingest import OnError
+    from data_pipeline.prepare.ingest import ingest as run
+    from data_pipeline.prepare.records import FieldNames
+    from data_pipeline.prepare.sources import SourceKind, SourceOptions, open_source, warnings
 
     names = FieldNames(tuple(map(_pair, columns)), tuple(drop))
     opened = open_source(source, SourceOptions(SourceKind(kind.value), names, split, images, drop_images))
@@ -164,8 +164,8 @@ def reshard(
 ) -> None:
     """Store data sets as other shards: resized, joined, filtered, shuffled. Interrupted, the same command goes on."""
     from data_pipeline.errors import DataConfigError
-    from data_pipeline.shards.ingest import OnError, ingest
-    from data_pipeline.shards.reshard import Keys, ManifestSource, NamedManifest, Selection
+    from data_pipeline.prepare.ingest import OnError, ingest
+    from data_pipeline.prepare.reshard import Keys, ManifestSource, NamedManifest, Selection
 
     if shards is not None and (shard_size is not None or shard_samples is not None):
         raise DataConfigError("--shards decides the size of the shards: leave out --shard-size and --shard-samples")
@@ -200,8 +200,8 @@ def export(
     json: bool = _JSON,
 ) -> None:
     """Write a data set as plain tars, without index and manifest. Interrupted, the same command goes on."""
-    from data_pipeline.shards.export import Naming, Reader
-    from data_pipeline.shards.export import export as run
+    from data_pipeline.prepare.export import Naming, Reader
+    from data_pipeline.prepare.export import export as run
     from data_pipeline.shards.manifest import Manifest
 
     with progress("export", Manifest.open(manifest).num_samples) as meter:
@@ -224,7 +224,7 @@ def export(
 
 
 def _show(description: str, report: IngestReport, json: bool) -> None:
-    from data_pipeline.shards.skipped import read_skipped
+    from data_pipeline.prepare.skipped import read_skipped
 
     for row in itertools.islice(read_skipped(report.skipped), _SHOWN):
         console.print(f"skipped row {row.row}: {row.reason}", markup=False)

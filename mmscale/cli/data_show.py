@@ -11,8 +11,8 @@ from mmscale.cli.console import emit
 
 if TYPE_CHECKING:
     from data_pipeline.config import DatasetConfig
-    from data_pipeline.stretches import Stretch
-    from mmscale.run_config import RunConfig
+    from data_pipeline.history.text_spans import Stretch
+    from mmscale.run.config import RunConfig
 
 app = typer.Typer()
 
@@ -33,7 +33,7 @@ def show(
 
     from mmscale.cli.data import parse_range
     from mmscale.config import load
-    from mmscale.run_config import RunConfig
+    from mmscale.run.config import RunConfig
 
     run = load(config, overrides or [], RunConfig).value
     chosen = _chosen(run, dataset)
@@ -75,15 +75,15 @@ def _chosen(run: RunConfig, name: str | None) -> DatasetConfig:
 
 
 def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: int) -> Any:
-    from data_pipeline.documents import DocumentBuilder
-    from data_pipeline.draws import SampleDraws
     from data_pipeline.errors import DataConfigError
-    from data_pipeline.lanes import Place
-    from data_pipeline.reader import SampleReader
+    from data_pipeline.history.text_spans import stretches
+    from data_pipeline.loader.lane_stream import dataset_seed
+    from data_pipeline.order.lanes import Place
+    from data_pipeline.order.sample_rng import SampleDraws
+    from data_pipeline.packing.document_builder import DocumentBuilder
     from data_pipeline.shards.manifest import Manifest
-    from data_pipeline.stream import dataset_seed
-    from data_pipeline.stretches import stretches
-    from data_pipeline.tokenizer import load_tokenizer
+    from data_pipeline.shards.sample_reader import SampleReader
+    from data_pipeline.text.tokenizer import load_tokenizer
 
     spec, tokenizer = run.media_spec, load_tokenizer(run.data.tokenizer)
     build = DocumentBuilder(dataset, tokenizer, spec)

@@ -12,8 +12,8 @@ import typer
 from mmscale.cli.console import console, emit, printable, progress
 
 if TYPE_CHECKING:
-    from data_pipeline.stats.count import Place, Training
-    from data_pipeline.tokenizer import TokenizerConfig
+    from data_pipeline.prepare.stats.count import Place, Training
+    from data_pipeline.text.tokenizer import TokenizerConfig
 
 app = typer.Typer()
 
@@ -36,7 +36,7 @@ def stats(
     json: bool = typer.Option(False, "--json", help="One JSON object instead of a table."),
 ) -> None:
     """Count lengths, sizes, aspect ratios, languages, copies and, with a CONFIG, tokens and cost. Decodes nothing."""
-    from data_pipeline.stats.count import count
+    from data_pipeline.prepare.stats.count import count
 
     subjects = _subjects(target, overrides or [], tokenizer)
     found = {}
@@ -80,7 +80,7 @@ def _is_config(target: str) -> bool:
 
 def _subjects(target: str, overrides: list[str], tokenizer: Path | None) -> list[_Subject]:
     from data_pipeline.errors import DataConfigError
-    from data_pipeline.stats.count import Place, Training
+    from data_pipeline.prepare.stats.count import Place, Training
     from data_pipeline.storage.location import Url, parse_location
 
     if not _is_config(target):
@@ -91,7 +91,7 @@ def _subjects(target: str, overrides: list[str], tokenizer: Path | None) -> list
     if tokenizer is not None:
         raise DataConfigError(f"{target} names its tokenizer: say data.tokenizer.path={tokenizer} instead")
     from mmscale.config import load
-    from mmscale.run_config import RunConfig
+    from mmscale.run.config import RunConfig
 
     value = load(Path(target), overrides, RunConfig).value
     data = value.data
@@ -107,7 +107,7 @@ def _subjects(target: str, overrides: list[str], tokenizer: Path | None) -> list
 
 
 def _tokenizer(path: Path) -> TokenizerConfig:
-    from data_pipeline.tokenizer import HuggingFaceTokenizerConfig, SentencePieceTokenizerConfig
+    from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, SentencePieceTokenizerConfig
 
     return HuggingFaceTokenizerConfig(path=path) if path.suffix == ".json" else SentencePieceTokenizerConfig(path=path)
 

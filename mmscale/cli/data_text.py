@@ -37,8 +37,8 @@ def tokenizer(
     json: bool = _JSON,
 ) -> None:
     """Train a SentencePiece model on the text of shards."""
+    from data_pipeline.prepare.tokenizer_training import train_sentencepiece
     from data_pipeline.shards.manifest import Manifest
-    from data_pipeline.tokenizer import train_sentencepiece
 
     total = sum(Manifest.open(path).num_samples for path in manifests)
     with progress("tokenizer", total) as meter:
@@ -71,9 +71,9 @@ def fertility(
     """Compare what tokenizers make of each language: tokens per word and character, spelled-out bytes."""
     from itertools import islice
 
-    from data_pipeline import fertility as counting
     from data_pipeline.errors import DataConfigError
-    from data_pipeline.languages import has_identifier
+    from data_pipeline.prepare.stats import fertility as counting
+    from data_pipeline.prepare.stats.languages import has_identifier
 
     files = [path for path in paths if path.suffix != ".manifest"]
     manifests = [path for path in paths if path.suffix == ".manifest"]

@@ -11,8 +11,8 @@ import typer
 from mmscale.cli.console import emit, progress
 
 if TYPE_CHECKING:
-    from data_pipeline.trace import Shown
-    from mmscale.trace import RunTrace, Sighting, StepTrace
+    from data_pipeline.history.sample_lookup import Shown
+    from mmscale.run.sample_lookup import RunTrace, Sighting, StepTrace
 
 app = typer.Typer()
 
@@ -32,7 +32,7 @@ def trace(
     json: bool = typer.Option(False, "--json", help="One JSON object instead of lines."),
 ) -> None:
     """List the samples of a step, or the steps of a sample, from the run folder and the manifests."""
-    from mmscale.trace import RunTrace
+    from mmscale.run.sample_lookup import RunTrace
 
     if (step is None) == (sample is None):
         raise typer.BadParameter("give either --step N or --sample SHARD/KEY", param_hint="--step")

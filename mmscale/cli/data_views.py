@@ -25,9 +25,9 @@ def views(
 ) -> None:
     """Print the views, tokens, patches and cost of an image: the effect of transforms, tiling and layout."""
     from data_pipeline.errors import DataConfigError
-    from data_pipeline.tokenizer import load_tokenizer
+    from data_pipeline.text.tokenizer import load_tokenizer
     from mmscale.config import load
-    from mmscale.run_config import RunConfig
+    from mmscale.run.config import RunConfig
 
     match = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", size)
     if match is None:
@@ -51,12 +51,12 @@ def views(
 
 def _figures(dataset: Any, tokenizer: Any, spec: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Views and totals of one image of ``size``, height first."""
-    from data_pipeline.documents import DocumentBuilder
     from data_pipeline.errors import DataConfigError
+    from data_pipeline.images.transforms import ImageTransform
     from data_pipeline.media_spec import Placement
+    from data_pipeline.packing.document_builder import DocumentBuilder
     from data_pipeline.sample import ImagePart, Sample, TextPart
-    from data_pipeline.templates.stored import InterleavedTemplate
-    from data_pipeline.transforms import ImageTransform
+    from data_pipeline.text.templates.stored import InterleavedTemplate
 
     if spec.placement is Placement.NONE:
         raise DataConfigError("the model has no image tower: it takes no images")

@@ -31,7 +31,7 @@ def evaluate_run(
     from mmscale.config import load
     from mmscale.errors import ConfigError
     from mmscale.evaluate import evaluate, not_asked
-    from mmscale.run_config import RunConfig
+    from mmscale.run.config import RunConfig
 
     run = load(config, overrides or [], RunConfig).value
     if not run.evaluation.sets:

@@ -47,7 +47,7 @@ def generate(
     """Ask a trained model: about images, or about nothing but text."""
     from mmscale.cli.trained import open_trained
     from mmscale.errors import ConfigError
-    from mmscale.generate import respond
+    from mmscale.evaluate.answers import respond
     from mmscale.models.sampling import SamplingConfig
 
     if top_p == 0 or repetition_penalty <= 0:

@@ -11,7 +11,7 @@ import typer
 from mmscale.cli.console import emit
 
 if TYPE_CHECKING:
-    from mmscale.run_config import RunConfig
+    from mmscale.run.config import RunConfig
 
 app = typer.Typer()
 
@@ -24,7 +24,7 @@ _OVERRIDES = typer.Argument(
 def _checked(config: Path, overrides: list[str], ranks: int) -> RunConfig:
     """Checks what each rank would check, before anything starts: the user reads a mistake once and at once."""
     from mmscale.cli.run_file import load_run
-    from mmscale.run_config import check_world
+    from mmscale.run.config import check_world
 
     run = load_run(config, overrides).value
     check_world(run, ranks)
@@ -55,8 +55,8 @@ def local(
     watchdog ended the run. A second Ctrl-C kills.
     """
     from launchers.local import launch
-    from mmscale.run_config import check_files
-    from mmscale.run_folder import hold_folder
+    from mmscale.run.config import check_files
+    from mmscale.run.folder import hold_folder
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Rank 0 reads the same file and says the same.

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from mmscale.config import Loaded
-    from mmscale.run_config import RunConfig
+    from mmscale.run.config import RunConfig
 
 FLAG = "--allow-commands"
 ALLOW_COMMANDS = typer.Option(
@@ -41,7 +41,7 @@ def load_run(path: Path, overrides: list[str]) -> Loaded[RunConfig]:
         ConfigError: it is wrong, or it would run a shell command that came with a run folder.
     """
     from mmscale.config import load
-    from mmscale.run_config import RunConfig
+    from mmscale.run.config import RunConfig
 
     loaded = load(path, overrides, RunConfig)
     check_commands(loaded)
@@ -57,7 +57,7 @@ def check_commands(loaded: Loaded[Any]) -> None:
     Raises:
         ConfigError: names the first such command and its place.
     """
-    from data_pipeline.streamed import commands
+    from data_pipeline.loader.front_to_back import commands
     from mmscale.config import leaves
     from mmscale.errors import ConfigError
 
@@ -79,7 +79,7 @@ def check_commands(loaded: Loaded[Any]) -> None:
 def _run_folder_of(file: Path) -> Path | None:
     """The run folder that holds the file, itself or in a folder of its own such as ``starts/``."""
     from mmscale.report.starts import STARTS_FILE
-    from mmscale.run_folder import CONFIG
+    from mmscale.run.folder import CONFIG
 
     for place in (file.parent.resolve(), file.resolve().parent):  # A link stands in the one and leads to the other.
         for folder in (place, place.parent):

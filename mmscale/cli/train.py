@@ -29,8 +29,8 @@ def train(
     76: the watchdog ended a run in which nothing moved any more.
     """
     from mmscale.cli.run_file import load_run
-    from mmscale.train import Outcome
-    from mmscale.train import train as run
+    from mmscale.run.train import Outcome
+    from mmscale.run.train import train as run
 
     if run(load_run(config, overrides or []), profile=profile) is Outcome.STOPPED:
         raise typer.Exit(STOPPED)

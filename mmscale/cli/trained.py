@@ -11,7 +11,7 @@ from mmscale.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from mmscale.dist import World
     from mmscale.models.build import AnyModel
-    from mmscale.run_config import RunConfig
+    from mmscale.run.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
     from mmscale.checkpoint import find_latest, load_weights, read_manifest
     from mmscale.dist import World
     from mmscale.models.build import build_model
-    from mmscale.run_folder import CHECKPOINTS
+    from mmscale.run.folder import CHECKPOINTS
 
     folder = config.run_dir / CHECKPOINTS
     path = checkpoint or (find_latest(folder) if folder.is_dir() else None)
@@ -66,8 +66,8 @@ def open_trained(path: Path) -> Trained:
     """
     from mmscale.config import load
     from mmscale.hf.read import require_no_folder
-    from mmscale.run_config import RunConfig
-    from mmscale.run_folder import CONFIG
+    from mmscale.run.config import RunConfig
+    from mmscale.run.folder import CONFIG
 
     for run, checkpoint in ((path, None), (path.parent.parent, path)):
         if path.is_dir() and (run / CONFIG).is_file():

@@ -21,14 +21,14 @@ import torch
 from pydantic import Field, model_validator
 
 from data_pipeline.errors import DataPipelineError
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 from mmscale.config import Loaded, load_tree
 from mmscale.config.layers import apply_overrides, read_layers
 from mmscale.config.tree import Entry
 from mmscale.config.validate import validate
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.models.build import count_parameters
-from mmscale.run_config import RunConfig, check_files, check_world
+from mmscale.run.config import RunConfig, check_files, check_world
 
 BLOCK = "compare"
 
@@ -186,7 +186,7 @@ def _check_weights(run: RunConfig) -> None:
         return
     from mmscale.checkpoint import TrainState
     from mmscale.dist import World
-    from mmscale.stage_weights import (
+    from mmscale.run.stage_weights import (
         check_stage_weights,
     )  # With it comes the engine: seconds that few comparisons need.
 

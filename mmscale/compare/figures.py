@@ -16,10 +16,10 @@ from mmscale.compare.config import Comparison
 from mmscale.compare.interval import Interval, mean_interval
 from mmscale.compare.plan import Trial
 from mmscale.errors import MMScaleError
+from mmscale.evaluate.result import binomial_error, read_result
 from mmscale.metrics.sinks import read_metrics
 from mmscale.report.curves import finite
-from mmscale.report.result import binomial_error, read_result
-from mmscale.run_folder import is_finished
+from mmscale.run.folder import is_finished
 
 _LAST_SHARE = 10
 """The training loss of a run is that of the last tenth of its steps."""

@@ -16,16 +16,16 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from data_pipeline.shards.files import as_utf8
+from data_pipeline.io.atomic import as_utf8
 from mmscale.compare.config import Comparison
 from mmscale.compare.figures import Curve, Figure, RunFigures, VariantFigures, read_variants, variant_json
 from mmscale.compare.limits import limits
 from mmscale.compare.plan import Trial
 from mmscale.compare.runs import Failure
 from mmscale.compare.start import alike
+from mmscale.evaluate.result import write_whole
 from mmscale.metrics.progress import format_count, format_seconds
 from mmscale.report.curves import smooth
-from mmscale.report.result import write_whole
 from mmscale.report.svg import Band, Bar, Line, bar_chart, line_chart
 
 _PLACES = 200

@@ -28,23 +28,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_pipeline.collate import collate
 from data_pipeline.errors import DataConfigError, DataPipelineError
-from data_pipeline.loader import Loader
+from data_pipeline.history.replay import Replay
+from data_pipeline.io.untrusted import read_json
+from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.packing import Pack
-from data_pipeline.replay import Replay
-from data_pipeline.untrusted import read_json
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.packer import Pack
 from mmscale.compare.config import Comparison, Equal, Variant
 from mmscale.config import dump
 from mmscale.errors import ConfigError, MMScaleError
+from mmscale.evaluate.result import write_whole
 from mmscale.models.config import ModelConfig
 from mmscale.models.flops import training_flops
-from mmscale.optim import trained_components
-from mmscale.report.result import write_whole
-from mmscale.run_config import RunConfig
-from mmscale.stage_teachers import teacher_models
-from mmscale.stages import StageConfig
+from mmscale.optim.schedule import trained_components
+from mmscale.optim.stages import StageConfig
+from mmscale.run.config import RunConfig
+from mmscale.run.stage_teachers import teacher_models
 
 PLAN_FILE = "plan.json"
 _VERSION = "1"

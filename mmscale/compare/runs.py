@@ -19,10 +19,10 @@ from mmscale.compare.config import Comparison
 from mmscale.compare.plan import Trial
 from mmscale.config import dump, load
 from mmscale.errors import ConfigError, MMScaleError
-from mmscale.report.result import write_whole
-from mmscale.run_config import RunConfig
-from mmscale.run_folder import CONFIG, is_finished
-from mmscale.starts import describe, differences
+from mmscale.evaluate.result import write_whole
+from mmscale.run.config import RunConfig
+from mmscale.run.folder import CONFIG, is_finished
+from mmscale.run.starts import describe, differences
 
 Start = Callable[[Path, Path], int]
 """Trains the run of a file in its run folder and gives the exit code of ``mmscale train``."""

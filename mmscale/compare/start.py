@@ -11,8 +11,8 @@ import torch
 from mmscale.compare.config import Comparison
 from mmscale.models.build import build_model
 from mmscale.nn.init import value_rule
-from mmscale.optim import component_of_parameters
-from mmscale.run_config import RunConfig
+from mmscale.optim.schedule import component_of_parameters
+from mmscale.run.config import RunConfig
 
 Rules = dict[str, dict[str, tuple[tuple[int, ...], tuple[float, float]]]]
 """By component and name of the parameter: its shape and its rule."""

@@ -1,6 +1,6 @@
 """Configuration machinery: YAML with line numbers, layers, overrides, validation, origins.
 
-Knows no key of any configuration: each part declares its own class beside its code, ``mmscale.run_config`` composes
+Knows no key of any configuration: each part declares its own class beside its code, ``mmscale.run.config`` composes
 them.
 """
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.untrusted import MOST_YAML_BYTES, BoundedYamlLoader, UntrustedError, YamlBoundsError, read_bytes
+from data_pipeline.io.untrusted import MOST_YAML_BYTES, BoundedYamlLoader, UntrustedError, YamlBoundsError, read_bytes
 from mmscale.errors import ConfigError
 
 Scalar = str | int | float | bool | None

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from data_pipeline.errors import DataPipelineError
-from data_pipeline.strict import reason_of
+from data_pipeline.io.strict import reason_of
 from mmscale.config.schema import TAG, model_at
 from mmscale.config.tree import Entry, plain, shown
 from mmscale.errors import ConfigError, MMScaleError

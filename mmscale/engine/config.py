@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 from mmscale.engine.watchdog import WatchdogConfig
 
 

@@ -28,14 +28,14 @@ from mmscale.engine.graph import LossGraph, ObjectiveLike, SeesWholeStep
 from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import KnowsShards, build_optimizer
 from mmscale.engine.partition import Partition
+from mmscale.engine.peak_memory import peak_memory
 from mmscale.engine.precision import Precision, choose_precision
 from mmscale.engine.saved_weights import SavedWeights
 from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
 from mmscale.engine.units import Undo, gather_whole, recompute
 from mmscale.errors import EngineError
-from mmscale.metrics.memory import peak_memory
 from mmscale.nn.moe import biased_routers
-from mmscale.optim import (
+from mmscale.optim.schedule import (
     Components,
     component_of_parameters,
     freeze,
@@ -44,7 +44,7 @@ from mmscale.optim import (
     parameter_groups,
     trained_components,
 )
-from mmscale.stages import StageConfig
+from mmscale.optim.stages import StageConfig
 
 
 @dataclass(frozen=True)

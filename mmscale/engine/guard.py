@@ -9,7 +9,8 @@ where x is normal, so ``k`` counts standard deviations. The floor of 0.05 (five 
 vary: without it the MAD of a flat curve would call any movement a spike. Refused values enter the window too: where the
 level has moved for good (other data), the threshold follows, or the run has halted after ``max_in_row`` steps.
 
-For: the decision, the same on all ranks since loss and norm are. Not for: what follows from it (``mmscale.bad_steps``).
+For: the decision, which is the same on all ranks since loss and norm are. Not for: what follows from it
+(``mmscale.run.bad_steps``).
 
 Source: Leys et al. 2013, "Detecting outliers: Do not use standard deviation around the mean, use absolute deviation
 around the median".
@@ -26,7 +27,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 
 _NORMAL = 1.4826
 """Standard deviation over MAD of a normal distribution: 1 / Phi^-1(3/4)."""

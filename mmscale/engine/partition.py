@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmscale.dist import World
 from mmscale.engine.optimizers.eight_bit import QuantisedRange, zero_moment
 from mmscale.engine.optimizers.shards import FlatMaster, Piece
-from mmscale.optim import full_shape
+from mmscale.optim.schedule import full_shape
 
 EMA = "ema"
 

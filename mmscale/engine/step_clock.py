@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from mmscale.metrics.memory import peak_since_reset, reset_peak
+from mmscale.engine.peak_memory import peak_since_reset, reset_peak
 
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 PHASES = (FORWARD, BACKWARD, OPTIMIZER)
@@ -61,7 +61,7 @@ class StepClock:
 
     Attributes:
         memory: Whether to take the memory marks of phases too; at first not. It resets the process's own mark, which
-            ``mmscale.metrics.memory.peak_memory`` makes up for and others may not, and costs 0.2 ms a phase on a CPU.
+            ``engine.peak_memory.peak_memory`` makes up for and others may not, and costs 0.2 ms a phase on a CPU.
         on_phase: Told the name of each phase as it is entered, and ``BETWEEN`` as it is left.
     """
 

@@ -31,8 +31,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from data_pipeline.strict import StrictConfig
-from data_pipeline.untrusted import append_regular, read_json
+from data_pipeline.io.strict import StrictConfig
+from data_pipeline.io.untrusted import append_regular, read_json
 
 EXIT_HUNG = 76
 """Exit code of a run that its watchdog ended."""

@@ -12,11 +12,11 @@ from pathlib import Path
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataConfigError, DataPipelineError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.reader import read_samples
 from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.mistaken import refuse_no_manifest
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.shards.sample_reader import read_samples
+from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.errors import ConfigError
 from mmscale.evaluate.choice import question_of
 from mmscale.evaluate.config import EvaluationConfig, EvaluationSet, HeldOutSet, Normalise, PerplexitySet

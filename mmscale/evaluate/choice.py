@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.reader import SampleReader
 from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.templates.formats import fill, look_up
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.shards.sample_reader import SampleReader
+from data_pipeline.text.templates.formats import fill, look_up
+from data_pipeline.text.tokenizer import Tokenizer
 from mmscale.evaluate.config import ChoiceSet
 from mmscale.evaluate.heldout import Asked, PromptBuilder, document_builder, draw, template_of, together
 from mmscale.evaluate.pairs import Pair, PairScorer
-from mmscale.report.result import ChoiceResult, binomial_error
+from mmscale.evaluate.result import ChoiceResult, binomial_error
 
 
 @dataclass(frozen=True)

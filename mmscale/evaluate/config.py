@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.strict import StrictConfig
-from data_pipeline.templates import DialogueTemplate, TemplateConfig
-from data_pipeline.templates.formats import parse
-from data_pipeline.transforms import TransformConfig
+from data_pipeline.images.transforms import TransformConfig
+from data_pipeline.io.strict import StrictConfig
+from data_pipeline.text.templates import DialogueTemplate, TemplateConfig
+from data_pipeline.text.templates.formats import parse
 from mmscale.models.sampling import SamplingConfig
 
 

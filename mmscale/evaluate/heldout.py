@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.collate import collate
 from data_pipeline.config import DataConfig, DatasetConfig
-from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import DataPipelineError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.packing import Pack
-from data_pipeline.reader import read_samples
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Sample
-from data_pipeline.templates import CaptionTemplate, TemplateConfig
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.shards.sample_reader import read_samples
+from data_pipeline.text.templates import CaptionTemplate, TemplateConfig
+from data_pipeline.text.tokenizer import Tokenizer
 from mmscale.dist import World, first_complaint
 from mmscale.errors import ConfigError
 from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, EvaluationSet, HeldOutSet, PerplexitySet

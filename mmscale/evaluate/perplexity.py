@@ -15,22 +15,22 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.collate import collate
-from data_pipeline.cutting import split
 from data_pipeline.document import IGNORE, Document
-from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import SampleError
-from data_pipeline.packing import Pack
-from data_pipeline.reader import SampleReader
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.packer import Pack
+from data_pipeline.packing.truncation import split
 from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.templates import TextPiece
+from data_pipeline.shards.sample_reader import SampleReader
+from data_pipeline.text.templates import TextPiece
 from mmscale.dist import sum_float
 from mmscale.evaluate.config import PerplexitySet
 from mmscale.evaluate.heldout import Asked, document_builder, draw, template_of, together
 from mmscale.evaluate.likelihood import by_segment, label_likelihoods
 from mmscale.evaluate.pairs import dealt, stretches
-from mmscale.report.result import PerplexityResult
+from mmscale.evaluate.result import PerplexityResult
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from data_pipeline.config import DataConfig
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.evaluate.choice import credit, score_choices
 from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, HeldOutSet, Normalise, PerplexitySet
@@ -24,9 +24,9 @@ from mmscale.evaluate.likelihood import ScoredModel
 from mmscale.evaluate.pairs import Pair, PairScorer
 from mmscale.evaluate.perplexity import score_perplexity
 from mmscale.evaluate.questions import Block, deal
+from mmscale.evaluate.result import HeldOutResult, SetResult, binomial_error
 from mmscale.evaluate.similarity import similarities
 from mmscale.models.contrastive import ContrastiveModel
-from mmscale.report.result import HeldOutResult, SetResult, binomial_error
 
 Table = npt.NDArray[np.float64]
 """``(samples, candidates)`` of one block."""

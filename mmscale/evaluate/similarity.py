@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data_pipeline.collate import collate
-from data_pipeline.documents import DocumentBuilder, null_document
-from data_pipeline.packing import Pack
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Sample
-from data_pipeline.templates import CaptionTemplate
-from data_pipeline.templates.formats import fill
+from data_pipeline.text.templates import CaptionTemplate
+from data_pipeline.text.templates.formats import fill
 from mmscale.dist import sum_float
 from mmscale.evaluate.config import HeldOutSet
 from mmscale.evaluate.heldout import Asked, document_builder, together

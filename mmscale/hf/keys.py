@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipeline.strict import LARGEST_INT
+from data_pipeline.io.strict import LARGEST_INT
 from mmscale.errors import CheckpointError
 from mmscale.hf.class_defaults import CLASS_DEFAULTS
 

@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from data_pipeline.strict import first_fault
+from data_pipeline.io.strict import first_fault
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.read import PREPROCESSOR

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data_pipeline.untrusted import UntrustedError, open_regular, read_json
+from data_pipeline.io.untrusted import UntrustedError, open_regular, read_json
 from mmscale.errors import CheckpointError
 
 CONFIG = "config.json"

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from data_pipeline.untrusted import open_regular, parse_json
+from data_pipeline.io.untrusted import open_regular, parse_json
 
 _MOST_HEADER_BYTES = 100_000_000
 """The format's own limit."""

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipeline.untrusted import open_regular
-from mmscale.durable.files import sync_folder, write_file
+from data_pipeline.io.untrusted import open_regular
 from mmscale.errors import CheckpointError
 from mmscale.hf.read import CONFIG, INDEX, PREPROCESSOR
 from mmscale.hf.tensor_file import file_header
+from mmscale.io.files import sync_folder, write_file
 
 SHARD_BYTES = 5_000_000_000
 _CHUNK_BYTES = 16 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 
 
 class MetricsConfig(StrictConfig):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from data_pipeline.loader import StepBatch
+from data_pipeline.loader.loader import StepBatch
 
 _TOTALS = 5
 """Loss, weight, samples, tokens, skipped samples."""

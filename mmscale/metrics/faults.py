@@ -4,7 +4,7 @@
                       --counts, summed over ranks--> faults/KIND in metrics.jsonl
 
 A line is written at once, so the list is whole when a run gives up for its faults; a resumed run first removes what
-was written behind its checkpoint and does it again. Not for: what a fault does (``data_pipeline.faults``).
+was written behind its checkpoint and does it again. Not for: what a fault does (``data_pipeline.order.fault_policy``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_pipeline.errors import FaultKind, TooManyFaultsError
-from data_pipeline.faults import FaultConfig, Skipped
-from data_pipeline.untrusted import append_regular, open_regular, parse_json
+from data_pipeline.io.untrusted import append_regular, open_regular, parse_json
+from data_pipeline.order.fault_policy import FaultConfig, Skipped
 from mmscale.dist import World, first_complaint
 from mmscale.errors import MMScaleError
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.untrusted import UntrustedError, append_regular, parse_json, read_lines
+from data_pipeline.io.untrusted import UntrustedError, append_regular, parse_json, read_lines
 from mmscale.errors import MMScaleError
 from mmscale.metrics.sinks import read_metrics
 

@@ -3,7 +3,7 @@
     step --Recorder (each rank)--> every N steps and before each checkpoint: gather --> RUN/ledger/steps-A-B.ledger
 
 Between two of these, rows wait in memory: a run that is killed does those steps again and writes them down then. Not
-for: the file itself (``data_pipeline.ledger``).
+for: the file itself (``data_pipeline.history.sample_log``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from data_pipeline.ledger import Recorder, Segment, cut_back, write_segment
-from data_pipeline.loader import StepBatch
-from data_pipeline.strict import StrictConfig
+from data_pipeline.history.sample_log import Recorder, Segment, cut_back, write_segment
+from data_pipeline.io.strict import StrictConfig
+from data_pipeline.loader.loader import StepBatch
 from mmscale.dist import World, first_complaint, gather_bytes
 from mmscale.errors import MMScaleError
 

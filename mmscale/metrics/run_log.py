@@ -18,9 +18,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from torch.profiler import record_function
 
+from mmscale.engine.peak_memory import peak_memory
 from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.goodput import Spent, WallTime
-from mmscale.metrics.memory import peak_memory
 from mmscale.metrics.meters import StepMeter
 from mmscale.metrics.progress import ProgressLine
 from mmscale.metrics.sample_images import CaptionedImage

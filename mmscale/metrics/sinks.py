@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.shards.files import write_whole
-from data_pipeline.untrusted import UntrustedError, append_regular, parse_json, read_lines
+from data_pipeline.io.atomic import write_whole
+from data_pipeline.io.untrusted import UntrustedError, append_regular, parse_json, read_lines
 from mmscale.errors import MMScaleError
 
 if TYPE_CHECKING:

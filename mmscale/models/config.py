@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 from mmscale.models.connector_config import (
     CAbstractorConfig,
     ConnectorConfig,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 from mmscale.nn.attention import AttentionConfig
 from mmscale.nn.mlp import Activation, DenseMlpConfig
 from mmscale.nn.rope import LearnedPositionsConfig

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 
 
 class SamplingConfig(StrictConfig):

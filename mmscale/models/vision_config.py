@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 from mmscale.nn.attention import AttentionConfig
 from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.norms import NormConfig

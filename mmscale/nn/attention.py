@@ -10,7 +10,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from data_pipeline.batch import AttentionSegments, BranchedSegments, Segments
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 from mmscale.nn.attention_backends import Backend, varlen_attention
 from mmscale.nn.norms import NormConfig, build_norm
 from mmscale.nn.rope import Rotation, rotate

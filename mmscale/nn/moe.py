@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 from mmscale.nn.mlp import ACTIVATIONS, Activation, DenseMlpConfig, Mlp
 from mmscale.nn.sizes import Layers, NumExperts, Width
 

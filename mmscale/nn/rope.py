@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 from mmscale.nn.sizes import Side
 
 

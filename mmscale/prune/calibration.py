@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.loader import Loader
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.loader.loader import Loader
+from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.checkpoint import load_weights, read_manifest
 from mmscale.dist import World
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.evaluate import PerplexitySet, evaluate
+from mmscale.evaluate.result import PerplexityResult
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.prune.activations import scores_of_activations
 from mmscale.prune.scores import Scores
-from mmscale.report.result import PerplexityResult
-from mmscale.run_config import RunConfig
+from mmscale.run.config import RunConfig
 
 
 @dataclass(frozen=True)

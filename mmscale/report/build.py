@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 import jinja2
 from markupsafe import Markup
 
-from data_pipeline.shards.files import as_utf8
-from data_pipeline.untrusted import read_bytes
+from data_pipeline.io.atomic import as_utf8
+from data_pipeline.io.untrusted import read_bytes
 from mmscale.errors import ConfigError, MMScaleError
+from mmscale.evaluate.result import binomial_error, read_result, write_whole
 from mmscale.metrics.goodput import Goodput, read_goodput
 from mmscale.metrics.progress import format_count, format_seconds
 from mmscale.metrics.sinks import read_metrics
@@ -39,7 +40,6 @@ from mmscale.report.curves import (
     stage_marks,
     thin,
 )
-from mmscale.report.result import binomial_error, read_result, write_whole
 from mmscale.report.starts import read_starts
 from mmscale.report.step_time import goodput_rows, goodput_shares, step_figures, step_rows
 from mmscale.report.svg import Bar, Line, bar_chart, line_chart

@@ -12,12 +12,12 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from data_pipeline.shards.files import as_utf8
-from data_pipeline.strict import first_fault
-from data_pipeline.untrusted import read_json
+from data_pipeline.io.atomic import as_utf8
+from data_pipeline.io.strict import first_fault
+from data_pipeline.io.untrusted import read_json
 from mmscale.errors import MMScaleError
+from mmscale.evaluate.result import write_whole
 from mmscale.metrics.sample_images import Pixels
-from mmscale.report.result import write_whole
 
 CAPTIONS_FILE = "captions.json"
 IMAGES_FOLDER = "report/images"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.shards.files import as_utf8
-from data_pipeline.untrusted import MOST_YAML_BYTES, parse_yaml, read_bytes, read_json
+from data_pipeline.io.atomic import as_utf8
+from data_pipeline.io.untrusted import MOST_YAML_BYTES, parse_yaml, read_bytes, read_json
 from mmscale.config.tree import ConfigLoader
 from mmscale.errors import MMScaleError
-from mmscale.report.result import write_whole
+from mmscale.evaluate.result import write_whole
 
 ORIGINS_FILE = "report/origins.json"
 """The origin of each value of ``config.yaml`` by its dotted key."""

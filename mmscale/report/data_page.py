@@ -1,7 +1,7 @@
 """The page of ``mmscale data stats --html``: histograms, counts and samples of data sets in one file.
 
 Texts, keys and file names come from anywhere: the template escapes all of them, pictures are encoded anew, and the page
-forbids itself scripts and the network. Not for: counting (``data_pipeline.stats``).
+forbids itself scripts and the network. Not for: counting (``data_pipeline.prepare.stats``).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from data_pipeline.shards.files import as_utf8, write_whole
+from data_pipeline.io.atomic import as_utf8, write_whole
+from data_pipeline.prepare.stats.count import Counted
+from data_pipeline.prepare.stats.gallery import Shown, gallery
+from data_pipeline.prepare.stats.histogram import Histogram
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.stats.count import Counted
-from data_pipeline.stats.gallery import Shown, gallery
-from data_pipeline.stats.histogram import Histogram
 from mmscale.metrics.progress import format_count
 from mmscale.report.histogram_svg import histogram_chart
 

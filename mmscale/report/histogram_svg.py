@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup, escape
 
-from data_pipeline.stats.histogram import Histogram
+from data_pipeline.prepare.stats.histogram import Histogram
 from mmscale.report.svg import nice_ticks
 
 _WIDTH, _HEIGHT = 340, 150

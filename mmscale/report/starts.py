@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from data_pipeline.strict import StrictConfig
-from mmscale.report.result import write_whole
+from data_pipeline.io.strict import StrictConfig
+from mmscale.evaluate.result import write_whole
 
 STARTS_FILE = "starts/starts.jsonl"
 _MOST_BYTES = 1 << 26

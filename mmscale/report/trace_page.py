@@ -1,6 +1,6 @@
 """A step of a run as one HTML file: its packs, with pictures and texts.
 
-Everything is inlined, so the file can be mailed. Not for: finding the rows (``mmscale.trace``).
+Everything is inlined, so the file can be mailed. Not for: finding the rows (``mmscale.run.sample_lookup``).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import jinja2
 
-from data_pipeline.shards.files import as_utf8
-from data_pipeline.trace import Shown
-from mmscale.report.result import write_whole
+from data_pipeline.history.sample_lookup import Shown
+from data_pipeline.io.atomic import as_utf8
+from mmscale.evaluate.result import write_whole
 
 
 @dataclass(frozen=True)

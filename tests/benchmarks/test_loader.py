@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.loader import PeersMissingError, Row, peers_python, table
 from benchmarks.peers.job import Job, Scenario, photo, write_photos
-from data_pipeline.reader import read_samples
 from data_pipeline.sample import ImagePart, TextPart
+from data_pipeline.shards.sample_reader import read_samples
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.soak import Delivery, resident_bytes, slope
 from benchmarks.soak_data import write_damaged_set
+from data_pipeline.prepare.verify import verify_manifest
 from data_pipeline.shards.damage import Problem
-from data_pipeline.shards.verify import verify_manifest
 
 BAD = np.array([False, True, False])
 

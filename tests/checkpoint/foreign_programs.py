@@ -17,14 +17,14 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
-from data_pipeline.loader import Loader
+from data_pipeline.loader.loader import Loader
 from mmscale.checkpoint import TrainState, resume, save
 from mmscale.config import load
 from mmscale.dist import World, barrier, start_deepspeed
 from mmscale.engine.engine import Engine
 from mmscale.objectives.next_token import NextToken
-from mmscale.run_config import RunConfig
-from mmscale.train import build
+from mmscale.run.config import RunConfig
+from mmscale.run.train import build
 from tests.checkpoint.programs import train_on
 from tests.engine.programs import make_engine
 from tests.engine.toy import initialise_

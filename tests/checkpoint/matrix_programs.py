@@ -15,7 +15,7 @@ from mmscale.models.build import build_model, media_spec
 from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
-from mmscale.stages import StageConfig
+from mmscale.optim.stages import StageConfig
 from tests.checkpoint.programs import digest
 from tests.models.packs import image_document, in_lane, pack, text_document
 from tests.models.tiny import DENSE, MOE, VOCAB, config

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmscale.dist import World
 from mmscale.engine.partition import OwnedRange, share
-from mmscale.optimizer_config import AdamWConfig
+from mmscale.optim.config import AdamWConfig
 
 
 class PlainPartition:

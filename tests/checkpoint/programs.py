@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.state import LoaderState
+from data_pipeline.order.state import LoaderState
 from mmscale.checkpoint import (
     Saver,
     TrainState,

@@ -17,7 +17,7 @@ from mmscale.engine.engine import Engine
 from mmscale.models.build import build_model
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
-from mmscale.stages import StageConfig
+from mmscale.optim.stages import StageConfig
 from tests.checkpoint.programs import state_of
 from tests.models.tiny import MOE, config
 

@@ -11,8 +11,8 @@ from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.config import load
 from mmscale.dist import World
 from mmscale.errors import MMScaleError
-from mmscale.run_config import RunConfig
-from mmscale.train import train
+from mmscale.run.config import RunConfig
+from mmscale.run.train import train
 from tests.checkpoint.made import flip
 
 CONFIG = Path(__file__).parents[1] / "system" / "tiny.yaml"
@@ -43,7 +43,7 @@ def run(world: World, folder: str) -> dict[str, Any]:
     }
     answers = {}
     # As in ``tests/system/distil_programs.py``: the next run needs the process group.
-    with mock.patch("mmscale.train.shutdown"), mock.patch("mmscale.train.finish"), mock.patch("gc.collect"):
+    with mock.patch("mmscale.run.train.shutdown"), mock.patch("mmscale.run.train.finish"), mock.patch("gc.collect"):
         for name, (words, first, second) in stories.items():
             run_dir = Path(folder) / name
             assert (said := _train(run_dir, *words, f"max_steps={first}")) is None, said

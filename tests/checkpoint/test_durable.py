@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from mmscale.checkpoint.manifest import RankNotes
 from mmscale.checkpoint.share import Piece, RankShare, flat_bytes
-from mmscale.durable import files
-from mmscale.durable.files import crc32_of, remove_folder, sync_folder, write_share
+from mmscale.io import files
+from mmscale.io.files import crc32_of, remove_folder, sync_folder, write_share
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]
 

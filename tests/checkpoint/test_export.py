@@ -20,11 +20,11 @@ from mmscale.checkpoint.reshard import CheckpointReader
 from mmscale.checkpoint.share import Piece, RankShare
 from mmscale.cli.main import main
 from mmscale.config import load
-from mmscale.durable.files import write_share
 from mmscale.errors import CheckpointError
 from mmscale.hf.read import INDEX
+from mmscale.io.files import write_share
 from mmscale.models.build import build_model
-from mmscale.run_config import RunConfig
+from mmscale.run.config import RunConfig
 from tests.checkpoint.made import rewrite
 from tests.engine.ranks import ROOT, run_ranks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.shards.files import write_whole
+from data_pipeline.io.atomic import write_whole
 from mmscale.checkpoint import list_checkpoints, verify
 from tests.checkpoint.power_cut import Disk
 from tests.checkpoint.written import whole_pieces, write_checkpoint

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from zlib_ng.zlib_ng import crc32
 
-from data_pipeline.state import LoaderState
+from data_pipeline.order.state import LoaderState
 from mmscale.checkpoint import TrainState, choose, find_latest, load_weights, read_manifest, read_state, verify
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.load import fill_frozen

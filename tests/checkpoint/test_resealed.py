@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.state import LoaderState
+from data_pipeline.order.state import LoaderState
 from mmscale.checkpoint import TrainState, load_weights, resume, save, verify
 from mmscale.checkpoint.manifest import read_state
 from mmscale.errors import CheckpointError

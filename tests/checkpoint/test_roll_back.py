@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.state import LoaderState
+from data_pipeline.order.state import LoaderState
 from mmscale.checkpoint import TrainState, list_checkpoints
 from mmscale.checkpoint.manifest import SavedState
 from mmscale.checkpoint.roll_back import (

@@ -13,16 +13,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from data_pipeline.state import LoaderState
+from data_pipeline.order.state import LoaderState
 from mmscale.checkpoint import TrainState, list_checkpoints, read_manifest, resume, save, verify
 from mmscale.checkpoint import save as _save_function
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.manifest import FileEntry
 from mmscale.checkpoint.share import Deferred, Piece, RankShare, persistent_buffers, share_of
 from mmscale.dist import World
-from mmscale.durable.files import Written
 from mmscale.engine.optimizers.eight_bit import Blocks, QuantisedRange
 from mmscale.errors import CheckpointError
+from mmscale.io.files import Written
 from tests.checkpoint.plain_engine import plain_engine
 from tests.engine.toy import toy_model
 from tests.models.tiny import config

@@ -9,8 +9,8 @@ import pytest
 from mmscale.checkpoint import TrainState
 from mmscale.config import load
 from mmscale.errors import ConfigError
-from mmscale.run_config import RunConfig
-from mmscale.run_folder import check_position
+from mmscale.run.config import RunConfig
+from mmscale.run.folder import check_position
 from tests.checkpoint.made import make
 from tests.engine.ranks import ROOT
 

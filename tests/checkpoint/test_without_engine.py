@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.state import LoaderState
+from data_pipeline.order.state import LoaderState
 from mmscale.checkpoint import read_manifest, resume, warm_start
 from mmscale.checkpoint.manifest import SavedState
 from mmscale.checkpoint.share import Piece, persistent_buffers
@@ -21,7 +21,7 @@ from mmscale.engine.partition import share
 from mmscale.errors import CheckpointError
 from mmscale.models.build import build_model
 from mmscale.nn.patch_embed import resample_positions
-from mmscale.optimizer_config import AdamWConfig
+from mmscale.optim.config import AdamWConfig
 from tests.checkpoint.plain_engine import plain_engine
 from tests.checkpoint.warm_programs import settings
 from tests.checkpoint.written import write_checkpoint

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from mmscale.durable.process import WriteError, Writer
+from mmscale.io.writer_process import WriteError, Writer
 
 
 def share(folder: str) -> dict[str, object]:

@@ -16,7 +16,7 @@ from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
-from mmscale.stages import StageConfig
+from mmscale.optim.stages import StageConfig
 from tests.engine.programs import gathered
 from tests.models.packs import image_document, pack
 from tests.models.tiny import LEARNED, VOCAB, config

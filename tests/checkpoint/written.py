@@ -21,7 +21,7 @@ from mmscale.checkpoint.manifest import (
     seal,
 )
 from mmscale.checkpoint.share import Piece, RankShare
-from mmscale.durable.files import publish, write_share
+from mmscale.io.files import publish, write_share
 
 
 def write_checkpoint(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from mmscale.compare import plan_trials, read_comparison, run_trials, write_comparison
 from mmscale.config import load
-from mmscale.run_config import RunConfig
-from mmscale.train import Outcome, train
+from mmscale.run.config import RunConfig
+from mmscale.run.train import Outcome, train
 
 TINY = Path(__file__).with_name("tiny.yaml")
 

@@ -9,7 +9,7 @@ import pytest
 
 from mmscale.compare import check_comparison, plan_trials, read_comparison
 from mmscale.errors import ConfigError
-from mmscale.run_config import RunConfig
+from mmscale.run.config import RunConfig
 from tests.compare.conftest import REPO, TINY, Read
 
 SHIPPED = sorted((REPO / "configs/compare").glob("*.yaml"))

@@ -8,13 +8,13 @@ from itertools import islice
 
 import pytest
 
-from data_pipeline.loader import Loader
+from data_pipeline.loader.loader import Loader
 from mmscale.compare import Comparison, Trial, plan_trials
 from mmscale.compare import plan as plan_module
 from mmscale.errors import ConfigError
 from mmscale.models.flops import training_flops
-from mmscale.optim import trained_components
-from mmscale.run_config import RunConfig
+from mmscale.optim.schedule import trained_components
+from mmscale.run.config import RunConfig
 from tests.compare.conftest import Read
 
 Counted = tuple[int, int, int, dict[int, object]]

@@ -15,7 +15,7 @@ from mmscale.cli import main
 from mmscale.compare import Comparison, Stopped, Trial, plan_trials, run_trials, write_comparison
 from mmscale.config import dump, load
 from mmscale.errors import ConfigError
-from mmscale.report.result import (
+from mmscale.evaluate.result import (
     ChoiceResult,
     HeldOutResult,
     Memory,
@@ -25,7 +25,7 @@ from mmscale.report.result import (
     SetResult,
     write_result,
 )
-from mmscale.run_config import RunConfig
+from mmscale.run.config import RunConfig
 from tests.compare.conftest import TINY, Read
 from tests.report.pages import HOSTILE, Page
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
+from data_pipeline.io.strict import LARGEST_FLOAT, LARGEST_INT, StrictConfig
 from data_pipeline.storage.location import Location
-from data_pipeline.strict import LARGEST_FLOAT, LARGEST_INT, StrictConfig
 from mmscale.config import dump, load
 
 

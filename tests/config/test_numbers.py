@@ -15,10 +15,10 @@ from pydantic import BaseModel, ValidationError
 
 import data_pipeline
 import mmscale
-from data_pipeline.strict import StrictConfig
+from data_pipeline.io.strict import StrictConfig
 from mmscale.config import load
 from mmscale.errors import ConfigError
-from mmscale.run_config import RunConfig
+from mmscale.run.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 _BAD = (math.nan, math.inf, -math.inf, -1, 0, 10**18)

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from data_pipeline.reader import assemble
 from data_pipeline.sample import Provenance
-from data_pipeline.templates import EndPiece, TemplateConfig, TextPiece
+from data_pipeline.shards.sample_reader import assemble
+from data_pipeline.text.templates import EndPiece, TemplateConfig, TextPiece
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "documents.md").read_text()
 _BLOCK = re.compile(r"^```(json|yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)

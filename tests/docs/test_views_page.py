@@ -10,8 +10,8 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
+from data_pipeline.images.transforms import ImageTransform, TransformConfig
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.transforms import ImageTransform, TransformConfig
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "views.md").read_text()
 RECIPES: dict[str, Any] = yaml.safe_load(re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[0])

@@ -11,7 +11,7 @@ from mmscale.dist import World
 from mmscale.engine.optimizers.build import build_optimizer
 from mmscale.engine.optimizers.shards import FlatMaster, Piece
 from mmscale.engine.partition import share
-from mmscale.optim import parameter_groups
+from mmscale.optim.schedule import parameter_groups
 from tests.engine.programs import stage
 
 SHAPES = {"wide": (5, 7), "experts": (3, 4, 6), "tall": (9, 2), "square": (4, 4)}

@@ -16,7 +16,7 @@ from mmscale.models.build import build_model, media_spec
 from mmscale.nn.init import initialise_
 from mmscale.nn.moe import Router
 from mmscale.objectives.next_token import NextToken
-from mmscale.stages import StageConfig
+from mmscale.optim.stages import StageConfig
 from tests.models.packs import image_document, pack, text_document
 from tests.models.tiny import MOE, VOCAB, config
 

@@ -121,7 +121,7 @@ def _import_all() -> None:
     gc.disable()  # Nothing of this is ever garbage.
     _prepare_deepspeed("cpu")
     for name in (
-        "mmscale.train",
+        "mmscale.run.train",
         "mmscale.cli.main",
         "deepspeed.comm",
         "deepspeed.ops",

@@ -12,7 +12,7 @@ from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.errors import EngineError
-from mmscale.stages import StageConfig
+from mmscale.optim.stages import StageConfig
 from tests.engine.toy import ToyModel, ToyObjective, initialise_, toy_batch
 
 LANES = 4

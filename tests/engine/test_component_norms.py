@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from mmscale.dist import World, sum_float
 from mmscale.engine.engine import Engine
-from mmscale.optim import component_of_parameters, freeze, full_shape
+from mmscale.optim.schedule import component_of_parameters, freeze, full_shape
 from tests.engine.fp16 import forced
 from tests.engine.programs import LANES, lanes_of, make_engine, stage
 from tests.engine.ranks import run_ranks

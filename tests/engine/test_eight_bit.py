@@ -18,7 +18,7 @@ from mmscale.engine.optimizers import eight_bit
 from mmscale.engine.optimizers.build import build_optimizer
 from mmscale.engine.optimizers.eight_bit import BLOCK, Blocks, QuantisedRange, codec, dynamic_levels, zero_moment
 from mmscale.engine.optimizers.shards import FlatMaster, Piece
-from mmscale.optim import freeze, learning_rates, parameter_groups, trained_components
+from mmscale.optim.schedule import freeze, learning_rates, parameter_groups, trained_components
 from tests.engine.programs import LANES, gathered, lanes_of, make_engine, stage
 from tests.engine.ranks import run_ranks
 from tests.engine.toy import ToyObjective, toy_batch, toy_model

@@ -15,7 +15,8 @@ from torch import nn
 
 from mmscale.engine.optimizers.build import ClippedAdamW
 from mmscale.errors import ConfigError
-from mmscale.optim import (
+from mmscale.optim.config import AdamWConfig
+from mmscale.optim.schedule import (
     component_of_parameters,
     decays,
     freeze,
@@ -23,8 +24,7 @@ from mmscale.optim import (
     parameter_groups,
     schedule,
 )
-from mmscale.optimizer_config import AdamWConfig
-from mmscale.stages import StageConfig
+from mmscale.optim.stages import StageConfig
 from tests.engine.toy import ToyModel, toy_model
 
 COSINE = StageConfig(name="s", steps=110, warmup_steps=10, min_learning_rate=0.1, learning_rate={"default": 2.0})

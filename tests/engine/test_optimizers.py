@@ -15,9 +15,9 @@ from mmscale.engine.optimizers.adafactor import Adafactor
 from mmscale.engine.optimizers.build import build_optimizer
 from mmscale.engine.optimizers.shards import FlatMaster, Piece
 from mmscale.models.head import LanguageHead
-from mmscale.optim import MUON_MOMENTS, freeze, learning_rates, parameter_groups, tables, trained_components
-from mmscale.optimizer_config import AdafactorConfig, AdamWConfig, MuonConfig
-from mmscale.stages import StageConfig
+from mmscale.optim.config import AdafactorConfig, AdamWConfig, MuonConfig
+from mmscale.optim.schedule import MUON_MOMENTS, freeze, learning_rates, parameter_groups, tables, trained_components
+from mmscale.optim.stages import StageConfig
 from tests.engine.flat import RATE, Stack, gradient, steps_on_shards
 from tests.engine.programs import LANES, stage
 from tests.engine.ranks import run_ranks

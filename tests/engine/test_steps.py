@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmscale.optim import freeze, learning_rates, parameter_groups, trained_components
-from mmscale.optimizer_config import AdamWConfig
-from mmscale.stages import StageConfig
+from mmscale.optim.config import AdamWConfig
+from mmscale.optim.schedule import freeze, learning_rates, parameter_groups, trained_components
+from mmscale.optim.stages import StageConfig
 from tests.engine.programs import LANES, stage
 from tests.engine.ranks import run_ranks
 from tests.engine.toy import ToyModel, ToyObjective, toy_batch, toy_model

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.collate import collate
 from data_pipeline.config import DatasetConfig
-from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import DataPipelineError
-from data_pipeline.packing import Pack
-from data_pipeline.reader import read_samples
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Sample
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.shards.sample_reader import read_samples
+from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.evaluate import evaluate
 from mmscale.evaluate.heldout import draw
 from mmscale.models.build import media_spec

@@ -7,14 +7,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from data_pipeline.collate import collate
 from data_pipeline.config import DataConfig
-from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.errors import DataPipelineError
-from data_pipeline.packing import Pack
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Sample
-from data_pipeline.templates import CaptionTemplate
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.text.templates import CaptionTemplate
+from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig, evaluate
 from mmscale.evaluate.heldout import Asked, PromptBuilder, Questions, candidate_ids

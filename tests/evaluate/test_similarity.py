@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.collate import collate
-from data_pipeline.documents import DocumentBuilder, null_document
-from data_pipeline.packing import Pack
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Sample
-from data_pipeline.templates import CaptionTemplate
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.text.templates import CaptionTemplate
+from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig, check_sets, evaluate, not_asked
+from mmscale.evaluate.answers import caption_images, respond
 from mmscale.evaluate.heldout import Asked, Questions
 from mmscale.evaluate.questions import deal
 from mmscale.evaluate.similarity import similarities
-from mmscale.generate import caption_images, respond
 from mmscale.models.build import media_spec
 from tests.evaluate.asked import ALONE, EMOJI, data_config, evaluation, held_out, tiny_model
 

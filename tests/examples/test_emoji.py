@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from data_pipeline.reader import read_samples
-from data_pipeline.shards.files import sha256_of
+from data_pipeline.io.atomic import sha256_of
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.templates.pieces import images_of
+from data_pipeline.shards.sample_reader import read_samples
+from data_pipeline.text.templates.pieces import images_of
 
 EMOJI = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 SHARDS = EMOJI / "shards"

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data_pipeline.reader import read_samples
-from data_pipeline.tokenizer import SentencePieceTokenizerConfig, load_tokenizer
+from data_pipeline.shards.sample_reader import read_samples
+from data_pipeline.text.tokenizer import SentencePieceTokenizerConfig, load_tokenizer
 
 REPO = Path(__file__).resolve().parents[2]
 TEXT = REPO / "examples" / "text"

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.collate import collate
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.packing import Pack
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Provenance
 from mmscale.hf.layouts.pixels import CLIP
 from tests.models.twins import randomise

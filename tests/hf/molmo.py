@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.data_pipeline.molmo_reference import Prepared, Sizes
+from tests.data_pipeline.images.molmo_reference import Prepared, Sizes
 from tests.models.twins import randomise
 
 SIZES = Sizes(crop=24, patch=4, margin=2, most=4)

@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.batch import MultimodalBatch, Segments
-from data_pipeline.config import DatasetConfig, PackingConfig
-from data_pipeline.documents import DocumentBuilder, null_document
-from data_pipeline.packing import Budget
+from data_pipeline.config import DatasetConfig
+from data_pipeline.packing.config import PackingConfig
+from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.packer import Budget
 from data_pipeline.sample import ImagePart, Provenance, Sample
-from data_pipeline.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
+from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.checkpoint.foreign import import_folder
 from mmscale.checkpoint.manifest import newest_of, read_manifest

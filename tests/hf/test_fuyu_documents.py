@@ -19,10 +19,10 @@ from tokenizers import models, normalizers
 
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
-from data_pipeline.documents import DocumentBuilder
 from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
-from data_pipeline.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
+from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity

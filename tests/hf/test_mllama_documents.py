@@ -21,13 +21,13 @@ from PIL import Image
 from tokenizers import models, pre_tokenizers
 
 from data_pipeline.batch import MediaBlock, MultimodalBatch
-from data_pipeline.collate import collate
 from data_pipeline.config import DatasetConfig
-from data_pipeline.documents import DocumentBuilder
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.packing import Pack
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder
+from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
-from data_pipeline.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
+from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
 from mmscale.hf.layouts.pixels import CLIP
 from mmscale.nn.patch_embed import normalised
 from mmscale.nn.tile_embed import tile_grids

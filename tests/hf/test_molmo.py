@@ -19,21 +19,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.collate import collate
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
-from data_pipeline.documents import DocumentBuilder
-from data_pipeline.packing import Pack
+from data_pipeline.images.crops import resize
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder
+from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
-from data_pipeline.views import resize
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.generation import generate
 from mmscale.models.sampling import SamplingConfig
-from tests.data_pipeline.molmo_reference import COLUMN, END, START, prepare
-from tests.data_pipeline.molmo_reference import PATCH as PLACE
-from tests.data_pipeline.test_molmo_views import LAYOUT, picture, png
+from tests.data_pipeline.images.molmo_reference import COLUMN, END, START, prepare
+from tests.data_pipeline.images.molmo_reference import PATCH as PLACE
+from tests.data_pipeline.images.test_molmo_crops import LAYOUT, picture, png
 from tests.hf.molmo import FAMILIES, MEAN, NEW, SIZES, STD, VOCAB, Example, Molmo, example, fill, save
 from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
 from tests.hf.twins import imported, tensors_of

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data_pipeline.collate import collate
-from data_pipeline.packing import Pack
-from data_pipeline.tokenizer import SentencePieceTokenizerConfig, load_tokenizer
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.packer import Pack
+from data_pipeline.text.tokenizer import SentencePieceTokenizerConfig, load_tokenizer
 from mmscale.checkpoint import load_weights
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.checkpoint.foreign import import_folder

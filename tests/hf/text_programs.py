@@ -7,15 +7,15 @@ from unittest import mock
 
 from mmscale.config import load
 from mmscale.dist import World, barrier
-from mmscale.run_config import RunConfig
-from mmscale.train import train
+from mmscale.run.config import RunConfig
+from mmscale.run.train import train
 
 
 def train_all(world: World, files: list[str]) -> None:
     """Trains each."""
     # ``train`` leaves the process group at its end; here the next run needs it. DeepSpeed collects garbage for every
     # engine, which takes longer than to make the engine.
-    with mock.patch("mmscale.train.shutdown"), mock.patch("gc.collect", return_value=0):
+    with mock.patch("mmscale.run.train.shutdown"), mock.patch("gc.collect", return_value=0):
         for file in files:
             train(load(Path(file), [], RunConfig))
             barrier(world)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import FaultKind
-from data_pipeline.faults import Skipped
-from data_pipeline.loader import StepBatch
+from data_pipeline.loader.loader import StepBatch
+from data_pipeline.order.fault_policy import Skipped
+from data_pipeline.order.state import LoaderState
 from data_pipeline.sample import Provenance
-from data_pipeline.state import LoaderState
 from mmscale.metrics.datasets import figures, totals
 from mmscale.models.build import build_model, media_spec
 from tests.models.packs import pack, text_document

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import FaultKind, TooManyFaultsError
-from data_pipeline.faults import Action, FaultConfig, Skipped
+from data_pipeline.order.fault_policy import Action, FaultConfig, Skipped
 from mmscale.dist import World
 from mmscale.errors import MMScaleError
 from mmscale.metrics.faults import FaultList, fault_counts, fault_figures, fault_lists, known_lists

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from data_pipeline.errors import DataPipelineError, FaultKind
-from data_pipeline.faults import Action, Skipped
-from data_pipeline.ledger import Ledger
+from data_pipeline.history.sample_log import Ledger
+from data_pipeline.order.fault_policy import Action, Skipped
 from mmscale.dist import World
 from mmscale.engine.watchdog import Watchdog, WatchdogConfig
 from mmscale.errors import MMScaleError
 from mmscale.metrics.faults import FaultList
 from mmscale.metrics.goodput import WallTime
 from mmscale.metrics.sinks import JsonlSink
-from mmscale.run_folder import hold_folder
+from mmscale.run.folder import hold_folder
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 SKIPPED = Skipped("set", 0, 1, 3, "a.tar", "000001", FaultKind.DECODE, "no image", 512, Action.QUARANTINE)

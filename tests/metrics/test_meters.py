@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mmscale.metrics.memory import peak_memory
+from mmscale.engine.peak_memory import peak_memory
 from mmscale.metrics.meters import MovingAverage, Rates, StepMeter
 from mmscale.metrics.progress import ProgressLine, format_count, format_seconds
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel, Qwen2Config, Qwen2ForCausalLM
 
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.text.tokenizer import Tokenizer
 
 SIDE, PATCH, HEADS = 28, 7, 5
 TILES = {(28, 28): 1, (28, 56): 2, (84, 28): 3}

@@ -14,7 +14,7 @@ from mmscale.models.generation import generate
 from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
-from mmscale.stages import StageConfig
+from mmscale.optim.stages import StageConfig
 from tests.models.packs import image_document, in_lane, pack, text_document
 from tests.models.tiny import CONNECTORS, LEARNED, MOE, VOCAB, config
 

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.collate import collate
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
-from data_pipeline.documents import DocumentBuilder
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.packing import Pack
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder
+from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from mmscale.models.build import media_spec
 from mmscale.models.kv_cache import KVCache

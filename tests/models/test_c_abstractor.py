@@ -195,7 +195,7 @@ def test_first_values_have_the_scale_of_their_fan_in() -> None:
 
 def test_the_data_side_refuses_what_overlaps() -> None:
     from data_pipeline.errors import DataConfigError
-    from data_pipeline.tilings import MolmoTiling
+    from data_pipeline.images.tilings import MolmoTiling
 
     with pytest.raises(DataConfigError, match="pools each of them whole"):
         MolmoTiling().check(28, MediaSpec(Placement.EMBEDDING, 2, pooled_side=3))

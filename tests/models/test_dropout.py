@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.collate import concatenate
+from data_pipeline.packing.collate import concatenate
 from mmscale.engine.units import recompute
 from mmscale.models.build import media_spec
 from mmscale.models.generation import generate

@@ -14,7 +14,7 @@ from mmscale.models.embedding import TokenEmbedding
 from mmscale.models.generation import generate
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.cross_entropy import linear_cross_entropy
-from mmscale.optim import component_of_parameters, tables
+from mmscale.optim.schedule import component_of_parameters, tables
 from tests.models.packs import image_document, pack
 from tests.models.test_multimodal import documents, loss_and_grads, null_document
 from tests.models.tiny import DECODER, VOCAB, config

@@ -17,8 +17,8 @@ from mmscale.models.config import ModelConfig
 from mmscale.models.flops import cost_per_patch
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.objectives.next_token import NextToken
-from mmscale.optim import freeze
-from mmscale.stages import StageConfig
+from mmscale.optim.schedule import freeze
+from mmscale.optim.stages import StageConfig
 from tests.models.packs import image_document, pack
 from tests.models.test_branches import QUESTIONS, batch_of, build
 from tests.models.tiny import CONNECTORS, DENSE, LEARNED, MOE, PATCHES, POOLED, TILED, VISION, VOCAB, config

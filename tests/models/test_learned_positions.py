@@ -13,15 +13,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from data_pipeline.config import PackingConfig
-from data_pipeline.documents import null_document
 from data_pipeline.errors import SampleError
-from data_pipeline.packing import Budget
+from data_pipeline.packing.config import PackingConfig
+from data_pipeline.packing.document_builder import null_document
+from data_pipeline.packing.packer import Budget
 from mmscale.models.build import build_weights, media_spec
 from mmscale.models.generation import generate
-from mmscale.models.shrink import shrink
-from mmscale.optim import decays, tables
-from tests.data_pipeline.test_packing import make_document
+from mmscale.optim.schedule import decays, tables
+from mmscale.shrink.model import shrink
+from tests.data_pipeline.packing.test_packer import make_document
 from tests.models.packs import pack, text_document
 from tests.models.test_parity import LENGTHS, text_batch, text_model
 from tests.models.tiny import VOCAB, config, model

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mmscale.models.build import build_model
 from mmscale.models.config import ModelConfig
 from mmscale.objectives.next_token import NextToken
-from mmscale.optim import schedule
-from mmscale.stages import StageConfig
+from mmscale.optim.schedule import schedule
+from mmscale.optim.stages import StageConfig
 from tests.engine.ranks import run_ranks
 from tests.models.new_rows import LANES, NEW, OLD, SEED, STAGE, STEPS, lane, settings
 from tests.models.tiny import VOCAB

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.collate import collate, concatenate
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import IGNORE, Document
-from data_pipeline.documents import DocumentBuilder, null_document
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.packing import Pack
-from data_pipeline.tokenizer import SentencePieceTokenizerConfig, Tokenizer, load_tokenizer
+from data_pipeline.packing.collate import collate, concatenate
+from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.packer import Pack
+from data_pipeline.text.tokenizer import SentencePieceTokenizerConfig, Tokenizer, load_tokenizer
 from mmscale.hf.layouts import layout_of
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig, TowerConfig

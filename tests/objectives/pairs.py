@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.collate import collate
 from data_pipeline.document import Document, ImageExtent, MediaItem, Span
-from data_pipeline.documents import null_document
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.packing import Pack
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import null_document
+from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Provenance
 from mmscale.dist import World, gather_rows
 from mmscale.engine.config import EngineConfig
@@ -24,7 +24,7 @@ from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.nn.init import initialise_
 from mmscale.objectives.contrastive import Contrastive
-from mmscale.stages import StageConfig
+from mmscale.optim.stages import StageConfig
 from tests.models.tiny import DECODER, LEARNED, VISION, VOCAB
 
 SOFTMAX = {"kind": "contrastive", "dim": 12}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.pruning import by_chance
 from data_pipeline.batch import MultimodalBatch
-from data_pipeline.loader import Loader
+from data_pipeline.loader.loader import Loader
 from mmscale.checkpoint import load_weights, read_manifest, verify
 from mmscale.checkpoint.foreign.write import manifest_of_weights, new_share, write_checkpoint
 from mmscale.checkpoint.share import Piece
@@ -31,7 +31,7 @@ from mmscale.prune import Calibration, PruneReport, prune_checkpoint
 from mmscale.prune.activations import scores_of_activations
 from mmscale.prune.limits import refusals
 from mmscale.prune.weights import scores_of_weights
-from mmscale.run_config import RunConfig
+from mmscale.run.config import RunConfig
 from tests.engine.ranks import ROOT
 from tests.prune.grown import grow
 

@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 
 from mmscale.errors import ConfigError
-from mmscale.report.build import build_report
-from mmscale.report.captions import encode_png, names, read_captions, save_captions
-from mmscale.report.configuration import save_origins
-from mmscale.report.result import (
+from mmscale.evaluate.result import (
     ChoiceResult,
     HeldOutResult,
     Memory,
@@ -22,6 +19,9 @@ from mmscale.report.result import (
     binomial_error,
     write_result,
 )
+from mmscale.report.build import build_report
+from mmscale.report.captions import encode_png, names, read_captions, save_captions
+from mmscale.report.configuration import save_origins
 from tests.report.pages import HOSTILE, Page
 
 

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_pipeline.prepare.stats.count import count
+from data_pipeline.prepare.stats.histogram import Histogram
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.stats.count import count
-from data_pipeline.stats.histogram import Histogram
 from mmscale.report.data_page import write_page
 from mmscale.report.histogram_svg import histogram_chart
 

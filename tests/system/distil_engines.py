@@ -21,7 +21,7 @@ from mmscale.models.config import ModelConfig
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.objectives.teacher import Teacher
-from mmscale.stages import StageConfig
+from mmscale.optim.stages import StageConfig
 from tests.models.packs import image_document, pack, text_document
 from tests.models.tiny import MOE, VOCAB, config
 

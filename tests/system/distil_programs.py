@@ -12,8 +12,8 @@ from mmscale.checkpoint import list_checkpoints
 from mmscale.config import load
 from mmscale.dist import World, barrier
 from mmscale.errors import ConfigError
-from mmscale.run_config import RunConfig
-from mmscale.train import train
+from mmscale.run.config import RunConfig
+from mmscale.run.train import train
 from tests.system.distil_engines import train_engines
 
 CONFIG = Path(__file__).with_name("distil.yaml")
@@ -31,8 +31,8 @@ def run(world: World, folder: str) -> dict[str, Any]:
     teacher has newer checkpoints; and what is said where the one that it began with is gone."""
     teacher, whole, again = (Path(folder) / name for name in ("teacher", "whole", "again"))
     # As in ``recipe_programs``: the next run needs the process group. Nothing at a run's end is asked for here.
-    quick = mock.patch("mmscale.train.finish"), mock.patch("gc.collect", return_value=0)
-    with mock.patch("mmscale.train.shutdown"), quick[0], quick[1]:
+    quick = mock.patch("mmscale.run.train.finish"), mock.patch("gc.collect", return_value=0)
+    with mock.patch("mmscale.run.train.shutdown"), quick[0], quick[1]:
         engines = train_engines(world, Path(folder) / "engines")
         _train(world, teacher, "max_steps=2")
         _train(world, whole, *student_words(teacher))

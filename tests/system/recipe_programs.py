@@ -12,9 +12,9 @@ from unittest import mock
 from mmscale.checkpoint import list_checkpoints
 from mmscale.config import Loaded, load
 from mmscale.dist import World, barrier
-from mmscale.run_config import RunConfig
-from mmscale.shrink_run import shrink_run
-from mmscale.train import train
+from mmscale.run.config import RunConfig
+from mmscale.run.train import train
+from mmscale.shrink.run import shrink_run
 
 Lines = list[dict[str, Any]]
 Told = tuple[list[tuple[str, bool]], Lines, Lines]
@@ -35,8 +35,8 @@ def train_recipes(world: World, paths: list[str], folder: str) -> dict[str, Told
     # engine, which takes longer than to make the engine; and what was imported is no garbage.
     gc.freeze()
     gc.set_threshold(20_000)
-    no_report = mock.patch("mmscale.finish.build_report", return_value="no report")
-    with mock.patch("mmscale.train.shutdown"), mock.patch("gc.collect", return_value=0), no_report:
+    no_report = mock.patch("mmscale.run.finish.build_report", return_value="no report")
+    with mock.patch("mmscale.run.train.shutdown"), mock.patch("gc.collect", return_value=0), no_report:
         for path in paths:
             twin = _twin(Path(path))
             key = twin.model_dump_json(exclude={"run_dir"})
@@ -75,7 +75,7 @@ def _train(world: World, config: RunConfig) -> Told:
             for late in list_checkpoints(run_dir / "checkpoints")[middle:]:
                 shutil.rmtree(late)
         barrier(world)
-        with mock.patch("mmscale.train.finish"):
+        with mock.patch("mmscale.run.train.finish"):
             train(Loaded(config.model_copy(update={"max_steps": middle + 1}), {}))
         barrier(world)
         resumed += _log(run_dir)[middle:]

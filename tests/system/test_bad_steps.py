@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.loader import Loader
+from data_pipeline.loader.loader import Loader
 from mmscale.checkpoint.roll_back import in_force, read_roll_backs
 from mmscale.config import load
-from mmscale.run_config import RunConfig
-from mmscale.trace import RunTrace, Source
+from mmscale.run.config import RunConfig
+from mmscale.run.sample_lookup import RunTrace, Source
 from tests.system.conftest import MakeRun, Run, kill_group
 
 STEPS = 24

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_pipeline.loader import Loader
+from data_pipeline.loader.loader import Loader
 from mmscale.checkpoint import TrainState, list_checkpoints, load_weights, read_manifest, read_state
 from mmscale.config import load
 from mmscale.dist import World
 from mmscale.errors import ConfigError
 from mmscale.models.build import build_model, count_parameters
 from mmscale.models.multimodal import MultimodalModel
-from mmscale.run_config import RunConfig
-from mmscale.shrink_run import shrink_run
-from mmscale.stage_teachers import check_teachers, note_teachers
+from mmscale.run.config import RunConfig
+from mmscale.run.stage_teachers import check_teachers, note_teachers
+from mmscale.shrink.run import shrink_run
 from tests.engine.ranks import run_ranks
 from tests.system.distil_engines import LANES, SHARES, STAGE, STEPS, lane, models
 from tests.system.distil_programs import CONFIG, HEAT, SHARE, student_words

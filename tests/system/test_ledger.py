@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from data_pipeline.loader import Loader
+from data_pipeline.loader.loader import Loader
 from mmscale.config import load
-from mmscale.run_config import RunConfig
-from mmscale.trace import RunTrace, Source
+from mmscale.run.config import RunConfig
+from mmscale.run.sample_lookup import RunTrace, Source
 from tests.system.conftest import REPO, MakeRun, kill_group
 
 STEPS = 14

@@ -21,7 +21,7 @@ LossGraph.forward = fail
 """
 DECODE = """
 import torch
-from data_pipeline.documents import Outline
+from data_pipeline.packing.document_builder import Outline
 Outline.__call__ = lambda self: torch.empty(1 << 50, dtype=torch.uint8)
 """
 MAIN = """

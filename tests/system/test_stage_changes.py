@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from data_pipeline.loader import Loader
+from data_pipeline.loader.loader import Loader
 from mmscale.checkpoint import TrainState, list_checkpoints, load_weights, read_manifest, read_state
 from mmscale.cli.main import main
 from mmscale.cli.trained import open_trained
@@ -21,9 +21,9 @@ from mmscale.dist import World
 from mmscale.errors import ConfigError
 from mmscale.models.build import build_model
 from mmscale.objectives.next_token import NextToken
-from mmscale.run_config import RunConfig
-from mmscale.stage_weights import check_stage_weights
-from mmscale.trace import RunTrace, Source
+from mmscale.run.config import RunConfig
+from mmscale.run.sample_lookup import RunTrace, Source
+from mmscale.run.stage_weights import check_stage_weights
 from tests.system.conftest import REPO, Run
 from tests.system.test_resume import curve
 

@@ -10,7 +10,7 @@ import torch
 from mmscale.checkpoint import list_checkpoints, load_weights
 from mmscale.config import load
 from mmscale.models.build import build_model
-from mmscale.run_config import RunConfig
+from mmscale.run.config import RunConfig
 from tests.system.conftest import REPO, MakeRun, kill_group
 from tests.system.test_resume import curve
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.loader import Loader
+from data_pipeline.loader.loader import Loader
 from mmscale.config import load
 from mmscale.models.build import build_model
 from mmscale.nn.dropout import step_key
 from mmscale.objectives.next_token import NextToken
-from mmscale.run_config import RunConfig
+from mmscale.run.config import RunConfig
 from tests.system.conftest import TINY, MakeRun
 
 STEPS = 12

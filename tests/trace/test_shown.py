@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 
 from benchmarks.servers import file_server
-from data_pipeline.config import DataConfig, OrderConfig
+from data_pipeline.config import DataConfig
 from data_pipeline.errors import LedgerError, StateError
-from data_pipeline.lanes import Cursor
-from data_pipeline.loader import Loader, StepBatch
+from data_pipeline.history.sample_steps import Whereabouts
+from data_pipeline.loader.loader import Loader, StepBatch
+from data_pipeline.order.config import OrderConfig
+from data_pipeline.order.lanes import Cursor
+from data_pipeline.order.state import LaneState, LoaderState, StreamPosition
 from data_pipeline.shards.manifest import write_manifest
-from data_pipeline.state import LaneState, LoaderState, StreamPosition
 from data_pipeline.storage.config import CacheConfig, StorageConfig
-from data_pipeline.whereabouts import Whereabouts
 from mmscale.cli.main import main
 from mmscale.config import dump
-from mmscale.run_config import RunConfig
-from mmscale.stages import StageConfig
-from mmscale.trace import RunTrace, Source
+from mmscale.optim.stages import StageConfig
+from mmscale.run.config import RunConfig
+from mmscale.run.sample_lookup import RunTrace, Source
 from tests.data_pipeline.conftest import WriteSet, captioned, picture
 from tests.trace.conftest import WRITTEN, play, truth, write
 

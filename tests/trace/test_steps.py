@@ -9,13 +9,13 @@ import pytest
 
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import LedgerError
-from data_pipeline.lanes import Cursor
-from data_pipeline.ledger import Ledger, Recorder, Segment
-from data_pipeline.loader import Loader, StepBatch
-from data_pipeline.state import Drawn, LaneState, LoaderState, StreamPosition
-from mmscale.run_config import RunConfig
-from mmscale.stages import StageConfig
-from mmscale.trace import RunTrace, Source
+from data_pipeline.history.sample_log import Ledger, Recorder, Segment
+from data_pipeline.loader.loader import Loader, StepBatch
+from data_pipeline.order.lanes import Cursor
+from data_pipeline.order.state import Drawn, LaneState, LoaderState, StreamPosition
+from mmscale.optim.stages import StageConfig
+from mmscale.run.config import RunConfig
+from mmscale.run.sample_lookup import RunTrace, Source
 from tests.trace.conftest import FIRST, SECOND, WRITTEN, play, sound, truth, write
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.untrusted import open_regular
+from data_pipeline.io.untrusted import open_regular
 from mmscale.errors import CheckpointError
 from mmscale.hf.read import require_no_folder
 

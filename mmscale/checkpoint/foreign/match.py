@@ -14,8 +14,8 @@ from mmscale.checkpoint.foreign.states import ForeignState, ModelStates
 from mmscale.checkpoint.save import persistent_buffers, tied_names
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
-from mmscale.optim import freeze, parameter_groups
-from mmscale.stages import StageConfig
+from mmscale.optim.schedule import freeze, parameter_groups
+from mmscale.optim.stages import StageConfig
 
 _PREFIXES = ("module.model.", "module.", "model.", "")
 _SHOWN = 10

@@ -16,10 +16,10 @@ from mmscale.checkpoint.manifest import FORMAT, MANIFEST, PARTIAL, FileEntry, Ma
 from mmscale.checkpoint.reshard import verify
 from mmscale.checkpoint.save import model_config_values, tied_names
 from mmscale.checkpoint.share import Piece, RankShare
-from mmscale.durable.files import sync_folder, write_file, write_share
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
 from mmscale.hf.tensor_file import FORMAT_NAMES
+from mmscale.io.files import sync_folder, write_file, write_share
 
 IMPORTED = "imported"
 """Stage of a checkpoint that was imported without a configuration."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmscale.dist import World
 from mmscale.engine.optimizers.shards import Exchange, FlatMaster, Piece
-from mmscale.optimizer_config import AdafactorConfig
+from mmscale.optim.config import AdafactorConfig
 
 _EPS = torch.finfo(torch.float32).eps
 State = dict[str, Tensor]
@@ -31,7 +31,7 @@ class Adafactor(torch.optim.Optimizer):
     """Factored second moments of matrices (the last two dimensions), whole ones of vectors; no first moment.
 
     Args:
-        groups: From ``mmscale.optim.parameter_groups``.
+        groups: From ``mmscale.optim.schedule.parameter_groups``.
         config: Rates.
     """
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from mmscale.engine.optimizers.eight_bit import Blocks
-from mmscale.optimizer_config import AdamWConfig
+from mmscale.optim.config import AdamWConfig
 
 
 class AdamW8(torch.optim.Optimizer):
     """AdamW on flat masters; it steps those whose state ``eight_bit.zero_moment`` has made.
 
     Args:
-        groups: From ``mmscale.optim.parameter_groups``.
+        groups: From ``mmscale.optim.schedule.parameter_groups``.
         config: Rates.
     """
 

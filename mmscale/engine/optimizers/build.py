@@ -13,9 +13,9 @@ from mmscale.engine.optimizers.adamw8 import AdamW8
 from mmscale.engine.optimizers.eight_bit import BITS
 from mmscale.engine.optimizers.muon import Muon
 from mmscale.engine.optimizers.shards import FlatMaster
-from mmscale.optim import Clips, can_fuse
-from mmscale.optimizer_config import AdafactorConfig, MuonConfig
-from mmscale.stages import StageConfig
+from mmscale.optim.config import AdafactorConfig, MuonConfig
+from mmscale.optim.schedule import Clips, can_fuse
+from mmscale.optim.stages import StageConfig
 
 
 @runtime_checkable
@@ -47,7 +47,7 @@ def build_optimizer(groups: list[dict[str, Any]], stage: StageConfig, *, clip_he
     """The optimizer that ``stage`` asks for.
 
     Args:
-        groups: From ``mmscale.optim.parameter_groups``.
+        groups: From ``mmscale.optim.schedule.parameter_groups``.
         stage: Kind, rates and clipping norm.
         clip_here: Clip and check for non-finite gradients in ``step``; else DeepSpeed does.
 

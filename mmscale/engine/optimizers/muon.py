@@ -17,15 +17,15 @@ from torch import Tensor
 from mmscale.dist import World
 from mmscale.engine.optimizers.shards import Exchange, FlatMaster, matrices, overlap
 from mmscale.errors import UnsupportedError
-from mmscale.optim import MUON_MOMENTS, can_fuse
-from mmscale.optimizer_config import MuonConfig
+from mmscale.optim.config import MuonConfig
+from mmscale.optim.schedule import MUON_MOMENTS, can_fuse
 
 
 class Muon(torch.optim.AdamW):
     """``torch.optim.Muon`` for the groups that keep a momentum, ``torch.optim.AdamW`` for the others.
 
     Args:
-        groups: From ``mmscale.optim.parameter_groups``.
+        groups: From ``mmscale.optim.schedule.parameter_groups``.
         config: Rates of both.
 
     Raises:

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from data_pipeline.decode.image import decode_image
 from data_pipeline.errors import SampleError
+from data_pipeline.images.decode import decode_image
 from data_pipeline.shards.image_header import exif_orientation, image_size
 
 ORIENTATION = 0x0112

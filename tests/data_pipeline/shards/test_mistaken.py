@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from data_pipeline.errors import ManifestError
+from data_pipeline.prepare.verify import jobs_of
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.verify import jobs_of
 from mmscale.config import load
-from mmscale.run_config import RunConfig, check_files
+from mmscale.run.config import RunConfig, check_files
 
 SHARDS = Path(__file__).parents[3] / "examples/emoji/shards"
 TAR = SHARDS / "heldout-both-00000.tar"

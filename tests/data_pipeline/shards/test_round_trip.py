@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.errors import DataConfigError, ManifestError, ShardError
-from data_pipeline.reader import SampleReader
+from data_pipeline.io.atomic import sha256_of
+from data_pipeline.io.columns import Column, pack_strings, read_columns, write_columns
 from data_pipeline.shards import index as index_module
 from data_pipeline.shards import index as shard_index
-from data_pipeline.shards.columns import Column, pack_strings, read_columns, write_columns
-from data_pipeline.shards.files import sha256_of
 from data_pipeline.shards.index import INDEX_FORMAT, Member, ShardIndex, build_index, index_path
 from data_pipeline.shards.manifest import MANIFEST_FORMAT, Manifest, write_manifest
+from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.shards.writer import ShardWriter
 
 KEYS = st.text("abcXYZ019_-é", min_size=1, max_size=12)

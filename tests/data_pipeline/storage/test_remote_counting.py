@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks.servers import Fault, file_server
-from data_pipeline.dedup.find import NamedSet, Question, find_duplicates
+from data_pipeline.prepare.dedup.find import NamedSet, Question, find_duplicates
+from data_pipeline.prepare.stats.count import Place, count
+from data_pipeline.prepare.stats.gallery import gallery
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.stats.count import Place, count
-from data_pipeline.stats.gallery import gallery
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.storage import Storage

@@ -16,9 +16,9 @@ import pytest
 
 from benchmarks.servers import Choose, Fault, FaultyServer, Request, file_server, proxy
 from data_pipeline.config import DataConfig
-from data_pipeline.digest import digest
 from data_pipeline.errors import FaultKind, ShardError, StorageError
-from data_pipeline.loader import Loader, LoaderState
+from data_pipeline.history.digest import digest
+from data_pipeline.loader.loader import Loader, LoaderState
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
@@ -183,7 +183,7 @@ def test_a_bit_that_flips_on_the_way_is_read_again_and_one_of_the_server_is_a_fa
 _RUN = """
 import json, sys
 from data_pipeline.config import DataConfig
-from data_pipeline.digest import digest
+from data_pipeline.history.digest import digest
 from data_pipeline.media_spec import MediaSpec, Placement
 
 if __name__ == "__main__":

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import AbsentError, DataConfigError, ManifestError, ShardError
-from data_pipeline.reader import read_samples
+from data_pipeline.prepare.export import export
+from data_pipeline.prepare.ingest import ingest
+from data_pipeline.prepare.remote_index import index_remote, tars_below
+from data_pipeline.prepare.sources import open_source
+from data_pipeline.prepare.tokenizer_training import iterate_texts
+from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.shards.damage import Problem
-from data_pipeline.shards.export import export
 from data_pipeline.shards.index import index_path
-from data_pipeline.shards.ingest import ingest
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.remote_index import index_remote, tars_below
-from data_pipeline.shards.sources import open_source
-from data_pipeline.shards.texts import iterate_texts
-from data_pipeline.shards.verify import jobs_of, verify
+from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from data_pipeline.storage.location import Url, parse_location
 from data_pipeline.storage.storage import Storage

@@ -9,9 +9,9 @@ import pytest
 from benchmarks.servers import file_server
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import FaultKind, ReplacedError
-from data_pipeline.faults import Skipped
-from data_pipeline.loader import Loader
+from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec
+from data_pipeline.order.fault_policy import Skipped
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
 from tests.data_pipeline.conftest import WriteSet, captioned

@@ -1,0 +1,114 @@
+"""What the JSON member of a sample says: its object, and every text in it.
+
+Not for: the parts of a page with their images (``pages``), what a template makes of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data_pipeline.errors import FaultKind, SampleError
+from data_pipeline.io import untrusted
+
+
+def parse_json(content: bytes) -> Any:
+    """A JSON member, in UTF-8.
+
+    Raises:
+        SampleError: it is no UTF-8 or no JSON.
+    """
+    try:
+        return untrusted.parse_json(content)
+    except untrusted.UntrustedError as error:
+        raise SampleError(f"damaged JSON: {error}", kind=FaultKind.TEXT) from error
+
+
+def all_texts(fields: Any) -> list[str]:
+    """Every text of a JSON member that a template may show: of pages, dialogues and annotations, caption and captions.
+
+    Raises:
+        SampleError: the JSON is no object, or a text is no string.
+    """
+    if not isinstance(fields, dict):
+        raise SampleError(f"the JSON holds a {type(fields).__name__}, expected an object", kind=FaultKind.TEXT)
+    parts = fields.get("parts")
+    if parts is not None and (not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts)):
+        raise SampleError("parts must be a list of objects", kind=FaultKind.TEXT)
+    for name, partner in _PAGES:
+        if name in fields and partner in fields and not isinstance(fields[name], list):
+            raise SampleError(f"{name} must be a list", kind=FaultKind.TEXT)
+    captions = [] if fields.get("captions") is None else fields["captions"]
+    if not isinstance(captions, list):
+        raise SampleError("captions must be a list", kind=FaultKind.TEXT)
+    found = page_texts(fields)
+    if found is None:
+        found = [*captions, *([fields["caption"]] if fields.get("caption") is not None else [])]
+    found = [*found, *spoken_texts(fields)]
+    if not all(isinstance(text, str) for text in found):
+        raise SampleError("a caption or a text part is no string", kind=FaultKind.TEXT)
+    return found
+
+
+_PAGES = (("texts", "images"), ("text_list", "image_info"))
+"""Fields of the pages of OBELICS and MMC4."""
+
+
+def page_texts(fields: dict[str, Any]) -> list[Any] | None:
+    """The texts of a page as they are, strings or not; None if this is no page."""
+    parts = fields.get("parts")
+    if isinstance(parts, list):
+        return [part["text"] for part in parts if isinstance(part, dict) and "text" in part]
+    for name, partner in _PAGES:
+        if partner in fields and isinstance(fields.get(name), list):
+            return [text for text in fields[name] if text is not None]
+    return None
+
+
+def spoken_texts(fields: dict[str, Any]) -> list[Any]:
+    """What is said in a dialogue or in annotations."""
+    found = _turns(fields)
+    annotations = fields.get("annotations")
+    for entry in annotations if isinstance(annotations, list) else ():
+        found += [entry] if isinstance(entry, str) else _turns(entry) or _values(entry)
+    return found
+
+
+def _turns(fields: Any) -> list[Any]:
+    if not isinstance(fields, dict):
+        return []
+    lists = [fields.get(name) for name in ("messages", "conversations")]
+    turns = [turn for turns in lists if isinstance(turns, list) for turn in turns if isinstance(turn, dict)]
+    found: list[Any] = []
+    for turn in turns:
+        content = turn.get("content", turn.get("value"))
+        items = content if isinstance(content, list) else [content]
+        found += [item.get("text") if isinstance(item, dict) else item for item in items]
+    return [text for text in found if text is not None]
+
+
+def _values(entry: Any) -> list[str]:
+    return [value for value in entry.values() if isinstance(value, str)] if isinstance(entry, dict) else []
+
+
+def text_bytes_of(texts: dict[str, bytes]) -> int:
+    """Bytes of text of a sample from its ``txt`` and ``json`` members; damaged JSON counts as empty."""
+    total = len(texts.get("txt", b""))
+    if "json" not in texts:
+        return total
+    try:
+        fields = parse_json(texts["json"])
+    except SampleError:
+        return total
+    if not isinstance(fields, dict):
+        return total
+    page, captions = page_texts(fields), fields.get("captions")
+    if page is not None:
+        return sum(map(_num_bytes, page))
+    total += sum(map(_num_bytes, spoken_texts(fields)))
+    if isinstance(captions, list):
+        return total + max((_num_bytes(caption) for caption in captions), default=0)
+    return total + _num_bytes(fields.get("caption"))
+
+
+def _num_bytes(text: object) -> int:
+    return len(text.encode(errors="replace")) if isinstance(text, str) else 0

@@ -1,0 +1,138 @@
+"""The loader alone, as a ``torch.utils.data`` iterable: for a training loop that is not ours.
+
+for batch in open_loader("data.yaml", MediaSpec(Placement.EMBEDDING, patch_size=14), seed=1): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data_pipeline.batch import MultimodalBatch
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import DataConfigError, StateError
+from data_pipeline.io.strict import reason_of
+from data_pipeline.io.untrusted import UntrustedError, read_yaml
+from data_pipeline.loader.loader import Loader
+from data_pipeline.media_spec import MediaSpec
+from data_pipeline.order.state import LoaderState
+
+
+class PackedBatches(IterableDataset[MultimodalBatch]):
+    """Batches of one rank, one a step; iterating goes on behind the last batch that was taken.
+
+    The iteration ends when every data set gave its ``max_epochs``, else never. Worker processes come from
+    ``data.workers``: do not wrap it in a ``DataLoader`` with workers. Made by ``open_loader``.
+    """
+
+    def __init__(self, config: DataConfig, spec: MediaSpec, seed: int, rank: int, world_size: int) -> None:
+        self._config, self._spec, self._seed = config, spec, seed
+        self._rank, self._world_size = rank, world_size
+        self._state: LoaderState | None = None
+        self._open().close()  # Whatever cannot work fails here, not in the first step.
+
+    def _open(self) -> Loader:
+        lanes = -(-self._config.lanes // self._world_size)
+        return Loader(
+            self._config,
+            self._spec,
+            seed=self._seed,
+            rank=self._rank,
+            world_size=self._world_size,
+            micro_lanes=lanes,
+            state=self._state,
+        )
+
+    def __iter__(self) -> Iterator[MultimodalBatch]:
+        """The batches behind the last one taken.
+
+        Raises:
+            DataConfigError: called in a worker process of a ``DataLoader``.
+            DataPipelineError: what the fault policy does not forgive.
+        """
+        if get_worker_info() is not None:
+            raise DataConfigError("this loader has workers of its own: set data.workers, and num_workers=0 around it")
+        with self._open() as loader:
+            for step in loader:
+                if not step.num_samples and step.exhausted:
+                    return
+                self._state = step.state
+                (batch,) = step.microbatches
+                yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this rank stands: plain values, some integers a lane. Empty before the first batch."""
+        return {} if self._state is None else self._state.to_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Goes on from a state at the next iteration.
+
+        Args:
+            state: What ``state_dict`` gave on this rank; or the list of what it gave on all ranks, which suits any
+                number of ranks and workers.
+
+        Raises:
+            StateError: the state belongs to other data or another order, or lacks a lane of this rank.
+        """
+        parts = [state] if isinstance(state, Mapping) else list(state)
+        old = self._state
+        if parts and not any(parts):
+            self._state = None
+            return
+        if not all(parts):
+            raise StateError("some ranks have a state and others have none: take all of them after the same step")
+        self._state = LoaderState.merge([LoaderState.from_dict(part) for part in parts])
+        try:
+            self._open().close()
+        except StateError:
+            self._state = old
+            raise
+
+
+def open_loader(
+    config: DataConfig | Mapping[str, Any] | str | Path,
+    spec: MediaSpec,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> PackedBatches:
+    """The batches of one rank.
+
+    Args:
+        config: A data block: as an object, as a mapping, or a YAML file that holds one (or a run with one, ``data:``).
+        spec: What the model takes of an image.
+        seed: Seed of order, augmentation and drawn captions.
+        rank: This rank.
+        world_size: All ranks; it changes no batch, only who gets which lanes of it.
+
+    Raises:
+        DataConfigError: the configuration is wrong or cannot work; names the field.
+        ManifestError: a manifest is missing or damaged.
+    """
+    if isinstance(config, str | Path):
+        config = _read(Path(config))
+    if not isinstance(config, DataConfig):
+        try:
+            config = DataConfig.model_validate(config)
+        except ValidationError as error:
+            found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {reason_of(e)}" for e in error.errors())
+            raise DataConfigError(f"data configuration: {found}") from error
+    return PackedBatches(config, spec, seed, rank, world_size)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        value = read_yaml(path)
+    except (OSError, UntrustedError) as error:
+        raise DataConfigError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, Mapping):
+        raise DataConfigError(f"{path}: expected a data block (tokenizer, datasets, lanes, packing)")
+    block = value.get("data", value)
+    if not isinstance(block, Mapping):
+        raise DataConfigError(f"{path}: data: expected a block (tokenizer, datasets, lanes, packing)")
+    return block

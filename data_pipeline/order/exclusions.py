@@ -1,0 +1,97 @@
+"""Samples that a run leaves out from its first step on, by lists that earlier runs wrote.
+
+Not for: what a run finds bad by itself (``known_faults``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from zlib_ng.zlib_ng import crc32
+
+from data_pipeline.errors import DataConfigError, FaultKind
+from data_pipeline.io.untrusted import UntrustedError, parse_json, read_lines
+from data_pipeline.order.fault_policy import FaultConfig
+
+
+@dataclass(frozen=True)
+class Exclusions:
+    """Samples of one data set to leave out: ``indices`` ascending, and the crc32 of each one's key."""
+
+    indices: npt.NDArray[np.int64]
+    key_crc32: npt.NDArray[np.uint32]
+
+    def position(self, index: int) -> int | None:
+        """Where ``index`` stands in the list; None if it does not."""
+        at = int(np.searchsorted(self.indices, index))
+        return at if at < len(self.indices) and self.indices[at] == index else None
+
+
+def read_exclusions(config: FaultConfig) -> dict[str, Exclusions]:
+    """The samples that the lists of ``config.exclude`` name, by data set; raises as ``read_lists``."""
+    return read_lists(config.exclude, "data.faults.exclude")
+
+
+def read_lists(paths: Sequence[Path], asked_by: str) -> dict[str, Exclusions]:
+    """The samples that lists name, by data set.
+
+    Args:
+        paths: Files of JSON lines with ``dataset``, ``index`` and ``key``, as runs and dedup write them, or folders of
+            such ``*.jsonl`` files (``RUN/faults``). Lines about a lost shard are passed over: it may be back.
+        asked_by: The option that names them, for messages.
+
+    Raises:
+        DataConfigError: a list is missing, or a line of it is no line of a quarantine list.
+    """
+    found: dict[str, dict[int, int]] = {}
+    for path in _files(paths, asked_by):
+        for number, line in enumerate(_lines(path, asked_by), 1):
+            try:
+                record: Any = parse_json(line)
+                dataset, index, key = str(record["dataset"]), int(record["index"]), str(record["key"])
+                if not 0 <= index < 2**63:
+                    raise ValueError(f"index {index}")
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+                raise DataConfigError(f"{asked_by}: {path}:{number} is no line of a quarantine list") from error
+            if record.get("kind") == FaultKind.SHARD.value:
+                continue
+            found.setdefault(dataset, {})[index] = crc32(key.encode())
+    return {
+        dataset: Exclusions(
+            np.array(sorted(keys), np.int64), np.array([keys[index] for index in sorted(keys)], np.uint32)
+        )
+        for dataset, keys in sorted(found.items())
+    }
+
+
+def _files(paths: Sequence[Path], asked_by: str) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            files = sorted(path.glob("*.jsonl"))
+            if not files:
+                raise DataConfigError(f"{asked_by}: {path} holds no list (*.jsonl)")
+            yield from files
+        else:
+            yield path
+
+
+def _lines(path: Path, asked_by: str) -> Iterator[bytes]:
+    try:
+        yield from read_lines(path)
+    except (OSError, UntrustedError) as error:
+        raise DataConfigError(f"{asked_by}: {path}: cannot be read: {error}") from error
+
+
+def exclusions_digest(config: FaultConfig) -> str:
+    """Hash of what ``config.exclude`` names, for the fingerprint of a run."""
+    digest = hashlib.sha256()
+    for dataset, exclusions in read_exclusions(config).items():
+        digest.update(f"{dataset}:{len(exclusions.indices)};".encode())
+        digest.update(exclusions.indices.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,416 @@
+"""Sample to document: pieces, views and tokens become ids, labels, positions, slots and spans.
+
+    bos | image: one placeholder a feature (embedded) or one anchor (attended), and its layout | text | ... | eos
+    bos | text | eos    beside its one image, where the two are compared
+
+Not for: several documents together (``packing``, ``collate``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.document import IGNORE, Document, Empty, ImageExtent, MediaItem, Span, plain_empty
+from data_pipeline.errors import DataConfigError, FaultKind, SampleError
+from data_pipeline.images.image_tokens import Features, ImageLayout, Text
+from data_pipeline.images.transforms import ImageTransform, TilesTransform, TransformConfig
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.order.sample_rng import Draws
+from data_pipeline.sample import ImagePart, Provenance, Sample
+from data_pipeline.shards.image_header import image_size
+from data_pipeline.text.templates import (
+    AnnotationsTemplate,
+    BranchPiece,
+    EndPiece,
+    Piece,
+    TemplateConfig,
+    TextPiece,
+    TextTemplate,
+    TokenPiece,
+    requires_images,
+    special_tokens,
+)
+from data_pipeline.text.templates.learned import share_weights
+from data_pipeline.text.tokenizer import Tokenizer, check_unicode
+
+_NO_SLOTS = np.empty(0, dtype=np.int32)
+_Template = Callable[[Sample, Draws | None], list[Piece]]
+
+
+@dataclass
+class _Draft:
+    """A document under construction: columns that grow by one token at a time.
+
+    They are lists up to the end: a call of numpy takes longer than the few tokens of a caption.
+    """
+
+    spec: MediaSpec
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    """Of each token itself, not of the one before it as in the document."""
+    weights: list[float] = field(default_factory=list)
+    positions: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    next_position: int = 0
+    items: list[MediaItem] = field(default_factory=list)
+    images: list[ImageExtent] = field(default_factory=list)
+    dest: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    run: tuple[int, ...] = ()
+    """Attended items of the images since the last text."""
+    branches: list[int] = field(default_factory=list)
+    fork: int = 0
+    """Position of the first token of every branch."""
+    pictures: list[Callable[[], None]] = field(default_factory=list)
+    """What draws the pixels of the items."""
+
+    def add_text(self, ids: list[int], weight: float) -> None:
+        """Appends text tokens of one loss weight; the next image begins a new run."""
+        if not ids:
+            return
+        self._place(ids, weight)
+        self.run = ()
+
+    def _place(self, ids: Sequence[int], weight: float) -> None:
+        if self.spec.position_axes == 3:
+            steps = np.arange(self.next_position, self.next_position + len(ids), dtype=np.int32)
+            self.positions.append(np.repeat(steps[:, None], 3, axis=1))
+        self.ids.extend(ids)
+        self.labels.extend(ids if weight else [IGNORE] * len(ids))
+        self.weights.extend([weight] * len(ids))
+        self.next_position += len(ids)
+
+    def begin_branch(self) -> None:
+        """Begins a branch: its positions go on from where the first one began."""
+        if not self.branches:
+            self.fork = self.next_position
+        self.branches.append(len(self.ids))
+        self.next_position = self.fork
+
+    def add_image(self, views: tuple[MediaItem, ...], image_id: int, layout: ImageLayout) -> None:
+        """Appends the tokens of an image as it is laid out; none of them is learned, and of a pair there is none."""
+        assert not self.branches, "an image in a branch would be attended by the branches after it"
+        start, first_item, number = len(self.ids), len(self.items), len(self.images)
+        if self.spec.placement is Placement.PAIR:
+            self.items.extend(views)
+            self.images.append(ImageExtent(start, first_item, start))
+            return
+        self.items.extend(replace(view, image=number) for view in layout.tagged(views, number))
+        self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
+        slots = {
+            number: np.empty(view.num_features(self.spec), dtype=np.int32)
+            for number, view in enumerate(views)
+            if view.embedded
+        }
+        for run in layout.runs(views, number, self.spec):
+            own = run.view if isinstance(run, Text) else None
+            self._attend(self.run if own is None else (first_item + own,))
+            if isinstance(run, Features):
+                at = len(self.ids)
+                slots[run.view][run.first : run.first + run.count] = np.arange(at, at + run.count)
+                self._place_features(views[run.view], run.count, image_id)
+            else:
+                self._place(run.ids if isinstance(run, Text) else (image_id,), 0.0)
+        self.dest.extend(slots.values())
+        self.images.append(ImageExtent(start, first_item, len(self.ids)))
+
+    def _attend(self, items: tuple[int, ...]) -> None:
+        """Begins a span where what is attended changes."""
+        if items and (not self.spans or self.spans[-1].items != items):
+            self.spans.append(Span(len(self.ids), items))
+
+    def _place_features(self, view: MediaItem, count: int, image_id: int) -> None:
+        if self.spec.position_axes == 1:
+            self._place((image_id,) * count, 0.0)
+            return
+        # Each feature stands at its own (time, row, column); text goes on after the largest of them. Layouts do not
+        # part the rows of a view on three axes, so ``count`` is all that it hands on.
+        # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding.
+        kept = view.kept
+        sides = self.spec.feature_grid(view.grid) if kept is None else (view.grid[0], kept.height, kept.width)
+        coordinates = np.indices(sides).reshape(3, -1).T.astype(np.int32)
+        self.positions.append(coordinates + np.int32(self.next_position))
+        self.next_position += max(sides)
+        self.ids.extend([image_id] * count)
+        self.labels.extend([IGNORE] * count)
+        self.weights.extend([0.0] * count)
+
+    def finish(self, origin: Provenance | None) -> Document:
+        """The columns as arrays; labels are the ids one ahead."""
+        length = len(self.ids)
+        weights = [*self.weights[1:], 0.0]  # Of the token that is predicted.
+        counted = self._counted() if self.spec.position_axes == 1 else ()
+        columns = np.fromiter([*self.ids, *self.labels[1:], IGNORE, *counted], np.int32)
+        spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
+        return Document(
+            token_ids=columns[:length],
+            labels=columns[length : 2 * length],
+            loss_weights=np.fromiter(weights, np.float32, length),
+            position_ids=columns[2 * length :] if self.spec.position_axes == 1 else np.concatenate(self.positions),
+            items=tuple(self.items),
+            dest=np.concatenate(self.dest) if len(self.dest) > 1 else (*self.dest, _NO_SLOTS)[0],
+            spans=tuple(spans),
+            provenance=origin,
+            images=tuple(self.images),
+            branches=tuple(self.branches),
+        )
+
+    def _counted(self) -> Sequence[int]:
+        """Positions on one axis: they count, in every branch from the fork."""
+        if not self.branches:
+            return range(len(self.ids))
+        ends = [*self.branches[1:], len(self.ids)]
+        counts = [range(self.fork, self.fork + end - start) for start, end in zip(self.branches, ends, strict=True)]
+        return list(itertools.chain(range(self.branches[0]), *counts))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A document that lacks its pixels.
+
+    Attributes:
+        document: All of it else; the values of its items are not written yet.
+        pictures: What writes them, image after image.
+    """
+
+    document: Document
+    pictures: tuple[Callable[[], None], ...] = ()
+
+    def __call__(self) -> Document:
+        """The document with its pixels.
+
+        Raises:
+            SampleError: an image cannot be decoded.
+        """
+        try:
+            for picture in self.pictures:
+                picture()
+        except SampleError as error:
+            origin = self.document.provenance
+            raise error if origin is None else error.located(origin.shard, origin.key) from error
+        return self.document
+
+
+class DocumentConfig(Protocol):
+    """The part of a data set's configuration that decides what its documents hold."""
+
+    @property
+    def template(self) -> TemplateConfig:
+        """Which text is read and which is learned."""
+
+    @property
+    def transforms(self) -> TransformConfig:
+        """How an image becomes crops."""
+
+
+class DocumentBuilder:
+    """Turns samples of one data set into documents.
+
+    Args:
+        dataset: Template and transforms of the data set.
+        tokenizer: Text to ids.
+        spec: What the model takes.
+
+    Raises:
+        DataConfigError: the transform or the layout does not fit the model, or the tokenizer lacks a token of the
+            layout or the template.
+    """
+
+    def __init__(self, dataset: DocumentConfig, tokenizer: Tokenizer, spec: MediaSpec) -> None:
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.spec = spec
+        # Texts alone have no image, so their transform need not fit the model.
+        takes_images = spec.placement is not Placement.NONE and not isinstance(dataset.template, TextTemplate)
+        transforms = dataset.transforms
+        if spec.placement is Placement.PAIR and isinstance(dataset.template, TextTemplate | AnnotationsTemplate):
+            what = "no image" if isinstance(dataset.template, TextTemplate) else "several texts of one image"
+            raise DataConfigError(
+                f"template.kind={dataset.template.kind}: gives {what}, and the model (connector.kind=contrastive) "
+                "compares one image with one text; use caption"
+            )
+        if spec.placement is Placement.PAIR and dataset.template.loss_weight != "token":
+            raise DataConfigError(
+                f"template.loss_weight={dataset.template.loss_weight}: each pair counts once (connector.kind="
+                "contrastive); leave it out"
+            )
+        self._transform = ImageTransform(transforms, spec) if takes_images else None
+        self._requires_images = (
+            takes_images and spec.placement is not Placement.PAIR and requires_images(dataset.template)
+        )
+        max_tiles = transforms.tiling.max_tiles if isinstance(transforms, TilesTransform) else 0
+        layout = transforms.layout if takes_images else None
+        self._layout = ImageLayout.resolve(layout, tokenizer, spec, max_tiles)
+        names = special_tokens(dataset.template)
+        self._special = {name: tokenizer.special_id(name, "template.special_tokens") for name in names}
+        if tokenizer.image_id in self._special.values():
+            raise DataConfigError("template.special_tokens: the image token is placed by images, never by a template")
+        laid_out = layout.tokens(max_tiles) if layout is not None else []
+        self._reserved = self._special | {name: tokenizer.special_id(name, "transforms.layout") for name in laid_out}
+
+    def __call__(self, sample: Sample, rng: Draws | None = None) -> Document:
+        """The whole document; ``rng`` draws answers and augmentation, None takes first answers and plain images.
+
+        Raises:
+            SampleError: the sample lacks what the template needs, an image is bad, or image tokens and features differ.
+        """
+        return self.outline(sample, rng)()
+
+    def outline(self, sample: Sample, rng: Draws | None = None, empty: Empty = plain_empty) -> Outline:
+        """The document before it has pixels; these go into memory that ``empty`` gives.
+
+        Raises:
+            SampleError: as the document itself, save for damaged pixels.
+        """
+        return self._outline(self._learned, sample, rng, empty)
+
+    def measure(self, sample: Sample, rng: Draws | None = None) -> Document:
+        """The same document in everything but pixels, which are black and take no memory; nothing is decoded.
+
+        Sizes come from ``ImagePart.size``, or from the header where that is None. What only decoding finds, damaged
+        pixels, is not noticed here.
+
+        Raises:
+            SampleError: as the document itself would, save for damaged pixels.
+        """
+        return self._outline(self._learned, sample, rng, None).document
+
+    def build_prompt(self, sample: Sample) -> Document:
+        """The document up to where the answer begins, without augmentation; nothing in it is learned.
+
+        Raises:
+            SampleError: as the document itself.
+        """
+        return self._outline(self._prompt, sample, None, plain_empty)()
+
+    def measure_prompt(self, sample: Sample) -> Document:
+        """The same in everything but pixels, as ``measure``."""
+        return self._outline(self._prompt, sample, None, None).document
+
+    def _learned(self, sample: Sample, rng: Draws | None) -> list[Piece]:
+        if self._requires_images and not sample.has_image:
+            raise SampleError(
+                f"no image among its members, and template.images is required (kind {self.dataset.template.kind}); "
+                "set it to optional to learn the text alone",
+                kind=FaultKind.NO_IMAGE,
+            )
+        return self.dataset.template.pieces(sample, rng)
+
+    def _prompt(self, sample: Sample, _: Draws | None) -> list[Piece]:
+        prompt = self.dataset.template.prompt(sample)
+        return [replace(piece, weight=0.0) if isinstance(piece, TextPiece) else piece for piece in prompt]
+
+    def _outline(self, template: _Template, sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
+        """The document of what ``template`` makes; ``empty`` None measures it only. Errors name the sample."""
+        try:
+            return self._assemble(template(sample, rng), sample, rng, empty)
+        except SampleError as error:
+            raise error.located(sample.provenance.shard, sample.provenance.key) from error
+
+    def _assemble(self, pieces: list[Piece], sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
+        draft = _Draft(self.spec)
+        draft.add_text([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id], 0.0)
+        num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
+        if self.spec.placement is Placement.PAIR and num_images != 1:
+            raise SampleError(
+                f"{num_images} images, but a pair is one image and one text (connector.kind=contrastive)",
+                kind=FaultKind.DOCUMENT if num_images else FaultKind.NO_IMAGE,
+            )
+        for piece in pieces:
+            if isinstance(piece, ImagePart):
+                self._add_image(draft, piece, rng, num_images, empty)
+            elif isinstance(piece, BranchPiece):
+                draft.begin_branch()
+            elif isinstance(piece, EndPiece):
+                draft.add_text([self.tokenizer.eos_id], piece.weight)
+            elif isinstance(piece, TokenPiece):
+                draft.add_text([self._special[piece.name]], piece.weight)
+            else:
+                draft.add_text(self._encode(piece.text), piece.weight)
+        if not draft.ids:
+            raise SampleError("it has no token: nothing is in it, and the tokenizer has none to open a document with")
+        self._check_counts(draft)
+        self._check_branches(draft)
+        rule = self.dataset.template.loss_weight
+        if rule != "token":
+            draft.weights = share_weights(draft.weights, draft.branches, rule).tolist()
+        if self.spec.placement is Placement.PAIR:  # A pair counts once, whatever the length of its text.
+            draft.weights = [0.0] * (len(draft.ids) - 1) + [1.0]
+        return Outline(draft.finish(sample.provenance), tuple(draft.pictures))
+
+    def _add_image(
+        self, draft: _Draft, part: ImagePart, rng: Draws | None, num_images: int, empty: Empty | None
+    ) -> None:
+        if self._transform is None:
+            raise SampleError(f"image {part.name}, but the model has no image tower")
+        if empty is not None:
+            views, picture = self._transform.outline(part.data, rng, part.size, num_images, empty)
+            draft.pictures.append(picture)
+        else:
+            views = self._transform.measure(part.size or _shown_size(part.data), rng, num_images)
+        draft.add_image(views, self.tokenizer.image_id, self._layout)
+
+    def _check_counts(self, draft: _Draft) -> None:
+        embedded = 0
+        for item in draft.items:
+            embedded += item.num_features(self.spec) * item.embedded  # Refuses attended grids too.
+        if self.spec.placement is Placement.PAIR:
+            return  # No token stands for the image, and CLIP's vocabulary has none that could.
+        expected = embedded or len(draft.images)  # One anchor for an image without embedded views.
+        found = draft.ids.count(self.tokenizer.image_id)
+        if found != expected:
+            raise SampleError(
+                f"{found} image tokens, but its {len(draft.images)} images give {expected}: "
+                "does the text spell the image token?"
+            )
+
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a text; none of them opens or closes a turn, or lays out an image."""
+        check_unicode(text)
+        ids = self.tokenizer.encode(text)
+        forged = [name for name, token_id in self._reserved.items() if token_id in ids]
+        if forged:
+            raise SampleError(
+                f"the text spells {forged[0]}, which this tokenizer takes for the token; make it a special token of "
+                "the tokenizer, which is spelled out in text, or remove it from the text",
+                kind=FaultKind.TEXT,
+            )
+        return ids
+
+    def _check_branches(self, draft: _Draft) -> None:
+        if not draft.branches:
+            return
+        starts = [*draft.branches, len(draft.ids)]
+        if any(start == end or draft.weights[start] > 0 for start, end in itertools.pairwise(starts)):
+            raise SampleError(
+                "a branch begins with learned text, but all branches follow the same token, which cannot predict each "
+                "of them: give its template a prompt",
+                kind=FaultKind.TEXT,
+            )
+
+
+def _shown_size(data: bytes) -> tuple[int, int]:
+    header = image_size(data)
+    return header.height, header.width
+
+
+def null_document(spec: MediaSpec, pad_id: int) -> Document:
+    """The smallest document that uses every module that ``spec`` has: no label, no weight, never counted.
+
+    ZeRO-3 gathers parameters module by module on all ranks together, so a rank without images must still run its tower.
+    """
+    height, width = spec.minimal_grid[1:]
+    values = np.zeros((height * width, spec.patch_dim), dtype=np.uint8)
+    draft = _Draft(spec)
+    roles = [True] * spec.needs_embedded + [False] * spec.needs_apart
+    if roles:
+        views = tuple(MediaItem(values, spec.minimal_grid, embedded) for embedded in roles)
+        draft.add_image(views, pad_id, ImageLayout())
+    if not draft.ids:
+        draft.add_text([pad_id], 0.0)
+    return draft.finish(None)

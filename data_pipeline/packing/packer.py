@@ -1,0 +1,265 @@
+"""Documents to packs: what one lane feeds in one step.
+
+    source --documents in order--> at most ``look_ahead`` waiting --strategy--> pack, within two budgets
+
+A pack starts with the document that waits longest, so none waits for ever; then the strategy adds waiting documents
+that still fit until none does. The state is the source's position and the places of the documents that wait: integers.
+Not for: the order of documents (``lanes``, ``mixture``), how a document is cut (``cutting``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from data_pipeline.document import Document, Empty
+from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.order.state import Drawn, StreamPosition
+from data_pipeline.packing.config import PackingConfig
+from data_pipeline.packing.truncation import closed, longest_part, split
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Documents of one lane and step; ``lane`` is -1 if it holds null documents only.
+
+    ``drawn`` are the places of the documents, in order; a null document at the end has none.
+    """
+
+    documents: tuple[Document, ...]
+    lane: int
+    drawn: tuple[Drawn, ...] = ()
+
+
+class Load(NamedTuple):
+    """What a pack, or a document alone, holds."""
+
+    documents: int = 0
+    tokens: int = 0
+    cost: float = 0.0
+    embedded: bool = False
+    attended: bool = False
+
+    @classmethod
+    def of(cls, document: Document, spec: MediaSpec) -> Load:
+        """The load of one document."""
+        embedded = attended = False
+        for item in document.items:
+            embedded, attended = embedded or item.embedded, attended or not item.embedded
+        return cls(1, document.num_tokens, document.cost(spec), embedded, attended)
+
+    def plus(self, other: Load) -> Load:
+        """The load of both."""
+        return Load(
+            self.documents + other.documents,
+            self.tokens + other.tokens,
+            self.cost + other.cost,
+            self.embedded or other.embedded,
+            self.attended or other.attended,
+        )
+
+
+class Budget:
+    """What fits into a pack, with room kept for the null document that the pack would need.
+
+    Args:
+        config: The budgets.
+        spec: Prices of patches, and which roles each pack needs.
+        null: The null document of ``spec``.
+
+    Raises:
+        DataConfigError: not even a null document and one token fit.
+    """
+
+    def __init__(self, config: PackingConfig, spec: MediaSpec, null: Document) -> None:
+        self.config = config
+        self.spec = spec
+        self.null = null
+        self._null_load = Load.of(null, spec)
+        self._needs = (spec.needs_embedded, spec.needs_apart)
+        self._pairs = spec.placement is Placement.PAIR
+        if self._pairs and config.too_long == "split":
+            raise DataConfigError(
+                "packing.too_long=split: the later parts of a text would have no image to be compared with; use "
+                "truncate, which keeps the end token, or error"
+            )
+        least = null.num_tokens + 1
+        if config.max_tokens < least:
+            raise DataConfigError(
+                f"packing.max_tokens={config.max_tokens}: a text with its null document takes at least {least}"
+            )
+        if config.max_cost is not None and config.max_cost < null.cost(spec) + 1:
+            raise DataConfigError(
+                f"packing.max_cost={config.max_cost:g}: a text with its null document costs at least "
+                f"{null.cost(spec) + 1:g}"
+            )
+
+    def lacks_role(self, load: Load) -> bool:
+        """Whether a pack needs the null document."""
+        embedded, attended = self._needs
+        return (embedded and not load.embedded) or (attended and not load.attended)
+
+    def fits(self, load: Load) -> bool:
+        """Whether a pack may hold this much."""
+        full = load.plus(self._null_load) if self.lacks_role(load) else load
+        config = self.config
+        return (
+            full.tokens <= config.max_tokens
+            and (config.max_cost is None or full.cost <= config.max_cost)
+            # The dummy document takes tokens and cost, but it is no sample: ``load`` does not count it.
+            and (config.max_documents is None or load.documents <= config.max_documents)
+        )
+
+    def fullness(self, load: Load) -> float:
+        """How full a pack is, by the budget that all packs of a step should meet alike: cost if there is one."""
+        return load.tokens if self.config.max_cost is None else load.cost
+
+    def admit(self, document: Document) -> list[Document]:
+        """The document as packs can hold it: itself, or what ``too_long`` makes of it.
+
+        Raises:
+            SampleError: no pack can hold it and it may not be cut, or nothing to learn is left of it; it names the
+                sample that the document was made of.
+        """
+        if self._alone(document):
+            return [document]
+        parts: list[Document] = []
+        if self.config.too_long == "split":
+            parts = list(split(document, self._alone))
+        elif self.config.too_long == "truncate":
+            first = longest_part(document, self._alone)
+            parts = [] if first is None else [first]
+            if self._pairs:  # The last token stands for the text.
+                parts = [closed(part, document) for part in parts if part.images and part.num_tokens > 1]
+        parts = [part for part in parts if part.loss_weights.any()]
+        if parts:
+            return parts
+        error = SampleError(
+            f"{document.num_tokens} tokens and {document.num_patches} patches (cost {document.cost(self.spec):g}); "
+            f"{self._room()}; {self._remedy()}"
+        )
+        origin = document.provenance
+        raise error if origin is None else error.located(origin.shard, origin.key)
+
+    def _alone(self, document: Document) -> bool:
+        most = self.spec.max_document_tokens  # Branches go on from the same position, so tokens do not tell.
+        has_positions = most is None or int(document.position_ids.max()) < most
+        return has_positions and self.fits(Load.of(document, self.spec))
+
+    def _room(self) -> str:
+        room = f"a pack holds {self.config.max_tokens} tokens"
+        if self.config.max_cost is not None:
+            room += f" and a cost of {self.config.max_cost:g}"
+        room += ", null documents included"
+        most = self.spec.max_document_tokens
+        return room if most is None else f"{room}, and the model has positions for {most} tokens of a document"
+
+    def _remedy(self) -> str:
+        if self.config.too_long != "error":
+            return "nothing that is learned is left of it when it is cut"
+        return "raise packing.max_tokens or max_cost, or set packing.too_long to truncate or split"
+
+
+class Made(NamedTuple):
+    """A document and the place to make it again from."""
+
+    drawn: Drawn
+    document: Document
+
+
+class Source(Protocol):
+    """A stream of documents whose place is a value."""
+
+    def position(self) -> StreamPosition:
+        """Where the next document is drawn from."""
+
+    def make(self) -> list[Made] | None:
+        """Draws the next sample: its documents, none if it was skipped; None if there are no more samples."""
+
+    def remake(self, drawn: Drawn) -> Document | None:
+        """A document that was drawn before, again; None if its sample went bad meanwhile."""
+
+
+class _Waiting(NamedTuple):
+    """A document that was drawn and not packed yet, weighed once."""
+
+    drawn: Drawn
+    document: Document
+    load: Load
+
+
+class Packer:
+    """Packs of one lane.
+
+    Args:
+        source: Documents in order.
+        budget: What fits.
+        lane: Written on each pack.
+        waiting: Documents that were drawn and not packed when the state was taken.
+    """
+
+    def __init__(self, source: Source, budget: Budget, lane: int, waiting: Sequence[Drawn] = ()) -> None:
+        self._source = source
+        self._budget = budget
+        self._lane = lane
+        self._more = True
+        made = ((drawn, source.remake(drawn)) for drawn in waiting)
+        self._waiting = [self._weigh(Made(drawn, document)) for drawn, document in made if document is not None]
+
+    def next_pack(self) -> Pack:
+        """The next pack, with the null document if it lacks a role; a null pack once there are no more samples."""
+        documents: list[Document] = []
+        drawn: list[Drawn] = []
+        load = Load()
+        while True:
+            self._fill()
+            chosen = self._choose(load)
+            if chosen is None:
+                break
+            self._waiting = [waiting for waiting in self._waiting if waiting is not chosen]
+            documents.append(chosen.document)
+            load = load.plus(chosen.load)
+            drawn.append(chosen.drawn)
+            if load.documents == self._budget.config.max_documents:
+                break
+        if not documents:
+            return Pack((self._budget.null,), lane=-1)
+        if self._budget.lacks_role(load):
+            documents.append(self._budget.null)
+        return Pack(tuple(documents), self._lane, tuple(drawn))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every document has been packed and no sample is left."""
+        return not self._more and not self._waiting
+
+    def state(self) -> tuple[StreamPosition, tuple[Drawn, ...]]:
+        """Where the source stands, and the places of the documents that wait, the oldest first."""
+        return self._source.position(), tuple(waiting.drawn for waiting in self._waiting)
+
+    def move(self, empty: Empty) -> None:
+        """Copies the patches of the documents that wait into memory that ``empty`` gives."""
+        self._waiting = [waiting._replace(document=waiting.document.moved(empty)) for waiting in self._waiting]
+
+    def _fill(self) -> None:
+        while self._more and len(self._waiting) < self._budget.config.look_ahead:
+            made = self._source.make()
+            if made is None:
+                self._more = False
+            else:
+                self._waiting.extend(map(self._weigh, made))
+
+    def _weigh(self, made: Made) -> _Waiting:
+        return _Waiting(*made, Load.of(made.document, self._budget.spec))
+
+    def _choose(self, load: Load) -> _Waiting | None:
+        """The oldest for an empty pack, else what the strategy takes of those that fit; of equals the oldest."""
+        if load.documents == 0:
+            return self._waiting[0] if self._waiting else None
+        budget = self._budget
+        fitting = (waiting for waiting in self._waiting if budget.fits(load.plus(waiting.load)))
+        if budget.config.strategy == "best_fit":
+            return max(fitting, key=lambda waiting: budget.fullness(waiting.load), default=None)
+        return next(fitting, None)  # Greedy holds one document, so the first is the only one.

@@ -1,0 +1,171 @@
+"""Whether the bytes of a member are what its extension says: images decode, texts are UTF-8, JSON has the right form.
+
+Nothing is decoded or parsed without a bound: an image by the size in its header, a text by its length. Not for: whether
+the bytes are those that were indexed (``verify``).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from data_pipeline.errors import SampleError
+from data_pipeline.images.decode import decode_image
+from data_pipeline.io.json_member import all_texts, page_texts, parse_json, spoken_texts
+from data_pipeline.sample import Provenance, Sample
+from data_pipeline.shards.damage import Problem
+from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image, known_format
+from data_pipeline.shards.index import is_packed
+from data_pipeline.shards.page_images import image_member
+from data_pipeline.shards.pages import take_parts, weight_of
+from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES, assemble
+from data_pipeline.text.templates import CaptionTemplate, DialogueTemplate, Role
+from data_pipeline.text.templates.caption import check_answer
+
+_BYTES_PER_PIXEL = 8
+"""Of the largest pixel that PNG has; an encoded image of more than its pixels is no image."""
+_MOST_METADATA_BYTES = 1 << 24
+_DEFAULT = DialogueTemplate()
+
+Finding = tuple[Problem, str]
+
+
+def check_member(
+    ext: str, content: memoryview, siblings: Collection[str], max_pixels: int, key: str
+) -> Iterator[Finding]:
+    """What is wrong with the bytes of a member.
+
+    Args:
+        ext: Its extension, lower case.
+        content: Its bytes, copied only if they are few enough.
+        siblings: Extensions of the sample.
+        max_pixels: Larger images are not decoded.
+        key: Of the sample, by which a page may name its images.
+    """
+    if is_image(ext):
+        yield from _check_image(ext, content, max_pixels)
+    elif ext == "txt":
+        yield from _check_text(ext, content)
+    elif ext == "json":
+        yield from _check_json(ext, content, siblings, key)
+
+
+def check_sample(texts: Mapping[str, bytes], siblings: Collection[str], key: str) -> Iterator[Finding]:
+    """What the loader would refuse of a whole sample, found by its own code.
+
+    Roles, prompts and field names of a run are not known here. Roles of the default template have their weight there;
+    any other role that a dialogue names counts as learned.
+
+    Args:
+        texts: Bytes of its ``txt`` and ``json``, which ``check_member`` found good.
+        siblings: Extensions of the sample.
+        key: Of the sample.
+    """
+    packed = next(filter(is_packed, siblings), None)
+    try:
+        sample = assemble({**dict.fromkeys(siblings, b""), **texts}, Provenance("", "", key, 0))
+        _check_fields(sample)
+    except SampleError as error:
+        yield Problem.TEXT if packed is None else Problem.EXTENSION, error.reason
+
+
+def _check_fields(sample: Sample) -> None:
+    """Plans what of the sample does not depend on a run.
+
+    Raises:
+        SampleError: a caption is null or empty and there is no other text, a turn is malformed, a dialogue has no
+            learned turn, or a loss weight is none.
+    """
+    fields = sample.fields
+    if {"caption", "captions"} & fields.keys() and page_texts(fields) is None and not spoken_texts(fields):
+        for answer in CaptionTemplate().stored_answers(sample):
+            check_answer(answer)
+    for name in ("messages", "conversations"):
+        if fields.get(name) is not None:
+            _dialogue_of(frozenset(_roles(fields[name])), name).pieces(sample, None)
+    entries = fields.get("annotations")
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict):
+            weight_of(entry)
+            for turn in itertools.chain(*(entry.get(name) or () for name in ("messages", "conversations"))):
+                if isinstance(turn, dict):
+                    weight_of(turn)
+
+
+def _roles(turns: Any) -> Iterator[str]:
+    for turn in turns if isinstance(turns, list) else ():
+        name = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        if isinstance(name, str):
+            yield name
+
+
+@functools.lru_cache(maxsize=64)
+def _dialogue_of(roles: frozenset[str], field: str) -> DialogueTemplate:
+    weights = {name: role.weight for name, role in _DEFAULT.roles.items()}
+    weights |= {alias: weights[name] for alias, name in _DEFAULT.aliases.items()}
+    read = {name: Role(weight=weights.get(name, 1.0)) for name in sorted(roles | weights.keys())}
+    return DialogueTemplate(roles=read, aliases={}, field=field, end="none")
+
+
+def _check_image(ext: str, content: memoryview, max_pixels: int) -> Iterator[Finding]:
+    expected = FORMAT_OF_EXTENSION[ext.rpartition(".")[2]]
+    found = known_format(content)
+    if found is None:
+        start = bytes(content[:8]).hex(" ") or "nothing"
+        yield Problem.EXTENSION, f".{ext} holds no {expected.value}: it starts with {start}"
+        return
+    if found is not expected:
+        yield Problem.RENAMED, f".{ext} holds a {found.value}, not a {expected.value}"
+    try:
+        size = image_size(content)
+        if size.width * size.height > max_pixels:
+            yield Problem.BOMB, f".{ext} claims {size.width}x{size.height} pixels, the limit is {max_pixels}"
+            return
+        most_bytes = _MOST_METADATA_BYTES + _BYTES_PER_PIXEL * size.width * size.height
+        if len(content) > most_bytes:
+            yield Problem.BOMB, f".{ext} takes {len(content)} bytes for {size.width}x{size.height} pixels"
+            return
+        decode_image(bytes(content), max_pixels=max_pixels)
+    except SampleError as error:
+        yield Problem.IMAGE, f".{ext}: {error.reason}"
+
+
+def _check_text(ext: str, content: memoryview) -> Iterator[Finding]:
+    if len(content) > MAX_TEXT_BYTES:
+        yield Problem.BOMB, f".{ext} has {len(content)} bytes, the limit is {MAX_TEXT_BYTES}"
+        return
+    try:
+        bytes(content).decode()
+    except UnicodeDecodeError as error:
+        yield Problem.TEXT, f".{ext}: {error}"
+
+
+def _check_json(ext: str, content: memoryview, siblings: Collection[str], key: str) -> Iterator[Finding]:
+    broken = list(_check_text(ext, content))
+    if broken:
+        yield from broken
+        return
+    try:
+        fields = parse_json(bytes(content))
+        for text in all_texts(fields):
+            text.encode()
+    except SampleError as error:
+        yield Problem.TEXT, f".{ext}: {error.reason}"
+        return
+    except UnicodeEncodeError as error:  # Half a pair of UTF-16, written \\ud800.
+        yield Problem.TEXT, f".{ext}: {error}"
+        return
+    members = dict.fromkeys(siblings, b"")
+    for part in fields.get("parts") or ():
+        name = part.get("image")
+        if name is not None and (not isinstance(name, str) or image_member(name, members, key) is None):
+            yield Problem.PARTNER, f"the JSON names the image {name!r}, which is absent"
+        if name is None and "text" not in part:
+            yield Problem.TEXT, f"a part with neither text nor image: {part!r:.80}"
+    if fields.get("parts") is None:
+        try:
+            take_parts(fields, members, {}, key)
+        except SampleError as error:  # A page of OBELICS or MMC4.
+            yield Problem.PARTNER, f".{ext}: {error.reason}"

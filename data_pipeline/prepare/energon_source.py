@@ -1,0 +1,179 @@
+"""Folders of Megatron-Energon as a source: what ``.nv-meta`` says of them.
+
+    .nv-meta/split.yaml    shards of train, val, test
+    .nv-meta/dataset.yaml  type of sample, and which member or JSON field is which of its fields
+
+Not for: writing them (``energon_meta``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from braceexpand import braceexpand
+
+from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.io.json_member import parse_json
+from data_pipeline.io.untrusted import UntrustedError, read_yaml
+from data_pipeline.prepare.records import check_utf8, checked, dump_json
+from data_pipeline.prepare.rows import Members
+from data_pipeline.shards.image_header import is_image
+
+META = ".nv-meta"
+_CRUDE = "CrudeWebdataset"
+_MAX_TARS = 1_000_000
+_ACCESS = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])*)")
+_IMAGES = "jpg,jpeg,png,webp"
+Access = tuple[tuple[str, ...], ...]
+"""Alternatives, each a member's extension and then keys into its JSON."""
+
+
+@dataclass(frozen=True)
+class FieldMap:
+    """``field_map`` of a dataset.yaml: members to an image, a caption and other fields."""
+
+    fields: tuple[tuple[str, Access], ...]
+
+    def __call__(self, members: Members) -> Members:
+        """Members as training reads them: the mapped image, and a JSON of everything else that is mapped.
+
+        Raises:
+            SampleError: a mapped member or field is absent or damaged.
+        """
+        result: Members = {}
+        fields: dict[str, Any] = {}
+        for name, access in self.fields:
+            ext, value = _access(members, access, name)
+            if is_image(ext):
+                result[ext] = members[ext]
+            elif name == "text" and isinstance(value, str):  # TextSample and OCRSample: the text that is learned.
+                fields["caption"] = value
+            else:
+                fields[name] = value
+        if fields:
+            result["json"] = dump_json(fields)
+        return checked(result)
+
+
+def _access(members: Members, access: Access, name: str) -> tuple[str, Any]:
+    for ext, *keys in access:
+        if ext not in members:
+            continue
+        value: Any = None if is_image(ext) else _decoded(ext, members[ext])
+        try:
+            for key in keys:
+                value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, ValueError, TypeError):
+            continue
+        return ext, value
+    shown = ",".join(ext + "".join(f"[{key}]" for key in keys) for ext, *keys in access)
+    raise SampleError(f"field_map: {name} is {shown}, which the sample does not have: {sorted(members)}")
+
+
+def _decoded(ext: str, content: bytes) -> Any:
+    kind = ext.rpartition(".")[2]
+    if kind == "json":
+        return parse_json(content)
+    text = check_utf8(content)
+    return int(text) if kind in ("cls", "idx", "index") and text.strip().lstrip("-").isdecimal() else text
+
+
+@dataclass(frozen=True)
+class EnergonFolder:
+    """What a folder with ``.nv-meta`` says of one split."""
+
+    tars: tuple[Path, ...]
+    convert: Any
+    description: str
+
+    @classmethod
+    def open(cls, folder: Path, split: str) -> EnergonFolder:
+        """Reads split.yaml and dataset.yaml.
+
+        Raises:
+            DataConfigError: one of them is missing, damaged, or asks for code to be run.
+        """
+        meta = folder / META
+        stored = _load(meta, "split")
+        splits = stored.get("split_parts")
+        if not isinstance(splits, dict) or not splits.get(split):
+            known = sorted(splits) if isinstance(splits, dict) else []
+            raise DataConfigError(f"{meta}: no shards in the split {split!r}; it has {known} (--split)")
+        excluded = set(_expand(stored.get("exclude") or []))
+        inner = sorted(name for name in excluded if "/" in name and name.rpartition("/")[2].isdecimal())
+        if inner:
+            raise DataConfigError(
+                f"{meta}: excludes single samples ({inner[0]}), which ingest does not know; remove it"
+            )
+        names = [name for name in _expand(splits[split]) if name not in excluded]
+        tars = tuple(_inside(folder, name) for name in names)
+        absent = [str(tar) for tar in tars if not tar.is_file()]
+        if absent or not tars:
+            raise DataConfigError(f"{meta}: the split {split!r} names {absent[0] if absent else 'no shard'}: not there")
+        convert, what = _conversion(meta)
+        others = sorted(name for name in splits if name != split and splits[name])
+        left = f"; not the splits {', '.join(others)}" if others else ""
+        return cls(tars, convert, f"split {split} of {len(tars)} tars, {what}{left}")
+
+
+def _conversion(meta: Path) -> tuple[Any, str]:
+    dataset = _load(meta, "dataset")
+    sample_type = dataset.get("sample_type")
+    named = sample_type if isinstance(sample_type, dict) else dataset
+    name = str(named.get("__class__"))
+    field_map = dataset.get("field_map")
+    if isinstance(field_map, dict) and field_map:
+        pairs = tuple((str(key), _parse_access(str(value), meta)) for key, value in sorted(field_map.items()))
+        return FieldMap(pairs), f"{name} with {', '.join(f'{k}={v}' for k, v in sorted(field_map.items()))}"
+    if name == _CRUDE:
+        return checked, f"{name}, members as they are"
+    raise DataConfigError(
+        f"{meta / 'dataset.yaml'}: {name} has no field_map (a sample_loader is code, which is not run); "
+        "take the members as they are with --from webdataset"
+    )
+
+
+def _parse_access(text: str, meta: Path) -> Access:
+    options = []
+    for option in text.split(","):
+        match = _ACCESS.fullmatch(option.strip())
+        if match is None:
+            raise DataConfigError(f"{meta / 'dataset.yaml'}: field_map: cannot read {text!r}")
+        options.append((match[1].lower(), *re.findall(r"\[([^\[\]]+)\]", match[2])))
+    return tuple(options)
+
+
+def _load(meta: Path, stem: str) -> Mapping[str, Any]:
+    for path in (meta / f"{stem}.yaml", meta / f"{stem}.json"):
+        if path.is_file():
+            try:
+                loaded = read_yaml(path)
+            except (UntrustedError, OSError) as error:
+                raise DataConfigError(f"{path}: cannot be read: {error}") from error
+            if not isinstance(loaded, dict):
+                raise DataConfigError(f"{path}: expected a mapping")
+            return loaded
+    raise DataConfigError(f"{meta / stem}.yaml: no such file; make it with `energon prepare`, or use --from webdataset")
+
+
+def _expand(names: Any) -> list[str]:
+    try:
+        every = (name for pattern in names for name in braceexpand(str(pattern)))
+        found = list(itertools.islice(every, _MAX_TARS + 1))
+        if len(found) > _MAX_TARS:
+            raise DataConfigError(f"a list of more than {_MAX_TARS} shards: {names!r:.80}")
+        return found
+    except (ValueError, TypeError) as error:
+        raise DataConfigError(f"a list of shards that cannot be read: {names!r:.80}: {error}") from error
+
+
+def _inside(folder: Path, name: str) -> Path:
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\0" in name:
+        raise DataConfigError(f"{folder / META}: the shard {name!r} lies outside of the folder")
+    return folder / relative

@@ -1,0 +1,234 @@
+"""A data set to tars for other tools: no index, no manifest; named as they were or as img2dataset names them.
+
+    manifest --shard by shard, in several processes--> FOLDER/X.tar ...  [+ what Energon wants]
+
+Every shard is a task of its own, so neither the number of processes nor a kill changes a byte: a tar that has its name
+is whole, and the same command goes on with those that are missing. Other sizes or orders: ``reshard`` first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from data_pipeline.errors import DataConfigError, SampleError, ShardError
+from data_pipeline.io.atomic import holds, partial_path, publish, write_whole
+from data_pipeline.io.ordered_pool import in_order
+from data_pipeline.io.untrusted import open_regular
+from data_pipeline.prepare.energon_export import EnergonShard, index_for_energon, write_energon_meta
+from data_pipeline.prepare.energon_source import META
+from data_pipeline.prepare.records import CAPTION, dump_json
+from data_pipeline.prepare.reshard import ManifestReader, NamedManifest
+from data_pipeline.prepare.rows import Members, Row
+from data_pipeline.sample import ImagePart, Provenance, TextPart
+from data_pipeline.shards.image_header import is_image
+from data_pipeline.shards.interleaved import PARTS
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.sample_reader import assemble
+from data_pipeline.shards.writer import encode_sample, end_of_tar
+from data_pipeline.storage.location import local_path
+
+_PLAN = ".mmscale-export.json"
+_COPIED_AT_ONCE = 8 << 20
+_SHARD_DIGITS = 5
+_MIN_SAMPLE_DIGITS = 4
+"""What img2dataset takes for its default of 10,000 samples a shard."""
+_ROWS_AT_ONCE = 64
+
+
+class Naming(str, Enum):
+    """What tars, samples and members are called."""
+
+    KEEP = "keep"
+    """As they were: tars are copied byte for byte."""
+    IMG2DATASET = "img2dataset"
+    """``00012.tar`` with ``000120345.jpg``, ``.txt`` and ``.json``, one image and one caption each."""
+
+
+class Reader(str, Enum):
+    """Who is going to read the tars."""
+
+    WEBDATASET = "webdataset"
+    """Anything that reads tars."""
+    ENERGON = "energon"
+    """Megatron-Energon, which wants files beside them."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did. ``num_resumed`` counts the tars that an earlier, interrupted one had stored."""
+
+    num_shards: int
+    num_samples: int
+    num_resumed: int
+    sample_type: str | None
+    """Energon's type of the samples; None for other readers."""
+
+
+def export(
+    manifest_path: str | Path,
+    output: str | Path,
+    *,
+    naming: Naming = Naming.KEEP,
+    reader: Reader = Reader.WEBDATASET,
+    split: str = "train",
+    workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> ExportReport:
+    """Writes the tars of a data set into a folder.
+
+    Args:
+        manifest_path: The data set.
+        output: Folder for the tars; made if missing.
+        naming: What they are called.
+        reader: Whether Energon's files are written too.
+        split: Energon's name for the set: ``train``, ``val`` or ``test``.
+        workers: Processes; 0: this one. The result does not depend on it.
+        progress: Called with the number of samples stored since the last call.
+
+    Raises:
+        DataConfigError: there are tars that no unfinished export of this set and these options left.
+        SampleError: a sample does not match its checksum, or cannot be named as asked.
+        ShardError: a tar is not the one that the manifest knows.
+        OSError: the disk is full; finished tars stay.
+    """
+    output, manifest = local_path(output, "export writes"), Manifest.open(manifest_path)
+    source = manifest.file  # Refuses a data set on a server.
+    targets = [_target(manifest, number, naming) for number in range(manifest.num_shards)]
+    plan = {"manifest": manifest.fingerprint, "naming": naming.value}
+    _resume(output, targets, json.dumps(plan, indent=1) + "\n")
+    done = {number for number, target in enumerate(targets) if (output / target).exists()}
+    counts = (manifest.cu_samples[1:] - manifest.cu_samples[:-1]).tolist()
+    if progress is not None:
+        progress(sum(counts[number] for number in done))
+    left = [number for number in range(manifest.num_shards) if number not in done]
+    digits = max(_MIN_SAMPLE_DIGITS, len(str(max(counts, default=1) - 1)))
+    for number in in_order(_Export(source, output, naming, digits), left, workers):
+        if progress is not None:
+            progress(counts[number])
+    kind = None
+    if reader is Reader.ENERGON:
+        indexed = in_order(_index_for_energon, [output / target for target in targets], workers)
+        kind = write_energon_meta(output, dict(zip(targets, indexed, strict=True)), split).value
+    (output / _PLAN).unlink()
+    return ExportReport(manifest.num_shards, manifest.num_samples, len(done), kind)
+
+
+def _target(manifest: Manifest, number: int, naming: Naming) -> str:
+    """Name of a tar below the output folder."""
+    if naming is Naming.IMG2DATASET:
+        return f"{number:0{_SHARD_DIGITS}d}.tar"
+    return manifest.shard_path(number).relative_to(manifest.file.parent).as_posix()
+
+
+def _resume(output: Path, targets: list[str], wanted: str) -> None:
+    plan = output / _PLAN
+    if plan.exists():
+        if not holds(plan, wanted.encode()) and any(output.rglob("*.tar")):
+            raise DataConfigError(
+                f"{output}: holds an unfinished export of other data or with other names; finish that one, or choose "
+                "another folder"
+            )
+    else:
+        found = next((name for name in (*targets, META) if (output / name).exists()), None)
+        if found is not None:
+            raise DataConfigError(f"{output / found} exists already; remove it, or choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(plan, wanted.encode())
+
+
+def _index_for_energon(tar: Path) -> Iterator[EnergonShard]:
+    yield index_for_energon(tar)
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What a process does with a shard; gives its number back when it is stored."""
+
+    manifest: Path
+    output: Path
+    naming: Naming
+    digits: int
+
+    def __call__(self, number: int) -> Iterator[int]:
+        manifest = Manifest.open(self.manifest)
+        target = self.output / _target(manifest, number, self.naming)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write(target, (self._copied if self.naming is Naming.KEEP else self._renamed)(manifest, number))
+        yield number
+
+    def _copied(self, manifest: Manifest, number: int) -> Iterator[bytes]:
+        tar, digest = manifest.shard_path(number), hashlib.sha256()
+        try:
+            file = open_regular(tar)
+        except OSError as error:
+            raise ShardError(f"{tar}: cannot be read: {error.strerror}") from error
+        with file:
+            while piece := file.read(_COPIED_AT_ONCE):
+                digest.update(piece)
+                yield piece
+        if digest.hexdigest() != manifest.shard_sha256(number):
+            raise ShardError(f"{tar}: not the bytes that {self.manifest} knows; mmscale data verify says where")
+
+    def _renamed(self, manifest: Manifest, number: int) -> Iterator[bytes]:
+        index = manifest.open_index(number)
+        start, reader = int(manifest.cu_samples[number]), ManifestReader((NamedManifest("", self.manifest),))
+        size = 0
+        for first in range(0, len(index), _ROWS_AT_ONCE):
+            places = range(first, min(len(index), first + _ROWS_AT_ONCE))
+            rows = [Row(place, index.key(place), (0, start + place)) for place in places]
+            for row, members in zip(rows, reader.read(rows), strict=True):
+                place = {"shard": str(index.tar_path), "key": row.key}
+                if isinstance(members, SampleError):
+                    raise members.located(**place)
+                key = f"{number:0{_SHARD_DIGITS}d}{row.number:0{self.digits}d}"
+                try:
+                    data = encode_sample(key, to_img2dataset(members, key, row.key)).data
+                except SampleError as error:
+                    raise error.located(**place) from error
+                size += len(data)
+                yield data
+        yield end_of_tar(size)
+
+
+def _write(target: Path, pieces: Iterator[bytes]) -> None:
+    """A file, whole or not at all."""
+    partial = partial_path(target)
+    try:
+        with partial.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+        publish(partial, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def to_img2dataset(members: Members, key: str, source_key: str) -> Members:
+    """One image, its caption as ``txt``, and a ``json`` with the fields, key and status that img2dataset writes.
+
+    Raises:
+        SampleError: it is not one image and a caption.
+    """
+    sample = assemble(members, Provenance("", "", "", 0))
+    match sample.parts:
+        case [ImagePart(data=image, name=name), TextPart(text=caption)]:
+            pass
+        case _:
+            images = sum(isinstance(part, ImagePart) for part in sample.parts)
+            raise SampleError(
+                f"{images} images and {len(sample.parts) - images} texts: the names of img2dataset are for one image "
+                "with one caption behind it; use --naming keep"
+            )
+    fields = {field: value for field, value in sample.fields.items() if field != PARTS}
+    record = {**fields, CAPTION: caption, "key": key, "status": "success", "error_message": None}
+    if source_key != key:
+        record.setdefault("source_key", source_key)
+    others = {ext: content for ext, content in members.items() if not is_image(ext) and ext not in ("txt", "json")}
+    return {**others, name.rpartition(".")[2]: image, "txt": caption.encode(), "json": dump_json(record)}

@@ -1,0 +1,206 @@
+"""Parquet files as a source: images inside (bytes, or the struct of bytes and path that Hugging Face writes) or beside.
+
+A process reads whole row groups, since there is no way into one but from its start. Needs pyarrow (extra ``parquet``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import DataConfigError, SampleError
+from data_pipeline.io.untrusted import open_regular
+from data_pipeline.prepare.folders import walk_folder
+from data_pipeline.prepare.lists import KEY_DIGITS, check_columns
+from data_pipeline.prepare.recognised import class_names, has_text, hf_features, image_columns, told, with_text
+from data_pipeline.prepare.records import CAPTION, PATH, FieldNames, FileLoader, members_of
+from data_pipeline.prepare.rows import Members, Row
+from data_pipeline.shards.interleaved import IMAGE_INFO, TEXT_LIST, TEXTS
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError as error:
+    raise DataConfigError("Parquet needs pyarrow: pip install 'mmscale[parquet]'") from error
+
+_IMAGE_COLUMNS = ("image", "images", "jpg", "jpeg", "png", "webp")
+_BATCH_ROWS = 64
+_MAGIC = b"PAR1"
+
+
+class ParquetSource:
+    """One file or a folder of files with one schema; the number of the row over all files is the key.
+
+    Args:
+        path: The file or the folder.
+        names: New names for its columns.
+        images: Folder of the images that it names; None: the folder of the file.
+        lenient: Whether a document may lose images that cannot be read.
+    """
+
+    def __init__(self, path: Path, names: FieldNames, images: Path | None = None, lenient: bool = False) -> None:
+        self._root = path
+        self._files = [path] if path.is_file() else _files_below(path)
+        if not self._files:
+            raise DataConfigError(f"{path}: no .parquet below it")
+        self._groups = [_group_rows(file) for file in self._files]
+        schema = pq.read_schema(self._files[0])
+        features = hf_features(schema.metadata)
+        names = _with_image(names, schema, image_columns(features), str(self._files[0]))
+        texts = {field.name: _is_list(field.type) for field in schema if _holds_text(field.type)}
+        names = with_text(names, schema.names, texts, str(self._files[0]))
+        classes = {name: classes for name, classes in class_names(features).items() if name in schema.names}
+        labels = [name for name in classes if name not in names.dropped]
+        caption_of = labels[0] if len(labels) == 1 and not has_text(names, schema.names) else None
+        columns = names.check(schema.names, str(self._files[0]))
+        check_columns(self._files[0], [*columns, CAPTION] if caption_of else columns, is_table=True)
+        kept = tuple(name for name in schema.names if name not in names.dropped)
+        self.reader = ParquetReader(tuple(self._files), kept, names, images, lenient, classes, caption_of)
+        image = next((old for new, old in names.renamed if new == PATH), PATH)
+        where = f"images in column {image}" if PATH in columns else "documents or texts"
+        said = told(names) + (f", the name of the class in column {caption_of} as {CAPTION}" if caption_of else "")
+        self.description = f"{len(self._files)} Parquet files of {self.count():,} rows, {where}{said}"
+
+    def spans(self) -> Iterator[Sequence[Row]]:
+        number = 0
+        for which, groups in enumerate(self._groups):
+            for group, num_rows in enumerate(groups):
+                yield [Row(n, f"{n:0{KEY_DIGITS}d}", (which, group)) for n in range(number + 1, number + num_rows + 1)]
+                number += num_rows
+
+    def count(self) -> int:
+        return sum(map(sum, self._groups))
+
+    def digest(self) -> str:
+        reader = self.reader
+        said = (reader.names, reader.images, reader.lenient, reader.classes, reader.caption_of)
+        digest = hashlib.sha256(repr(said).encode())
+        for file in self._files:
+            name = os.path.relpath(file, self._root)
+            digest.update(f"{name!a} {file.stat().st_size}\n".encode() + _footer(file))
+        return digest.hexdigest()
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [place / n for _, place, names in walk_folder(folder) for n in names if n.lower().endswith(".parquet")]
+
+
+def _group_rows(file: Path) -> list[int]:
+    try:
+        open_regular(file).close()  # The library blocks on a FIFO.
+        metadata = pq.read_metadata(file)
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    except (pa.ArrowException, OSError) as error:
+        raise DataConfigError(f"{file}: no readable Parquet: {error}") from error
+
+
+def _footer(file: Path) -> bytes:
+    """The metadata at the end of the file: sizes and statistics of every column chunk."""
+    with open_regular(file) as opened:
+        opened.seek(-8, os.SEEK_END)
+        end = opened.read(8)
+        opened.seek(-min(8 + int.from_bytes(end[:4], "little"), file.stat().st_size), os.SEEK_END)
+        return opened.read()
+
+
+def _with_image(names: FieldNames, schema: pa.Schema, known: Sequence[str], place: str) -> FieldNames:
+    """``path`` for the image column, where there is just one and nobody said otherwise; ``known`` are images for sure.
+
+    ``images`` beside ``texts`` and ``image_info`` are parts of a document and keep their names.
+    """
+    taken = {PATH, *names.dropped, *(old for _, old in names.renamed)}
+    if PATH in (new for new, _ in names.renamed) or {TEXTS, TEXT_LIST, IMAGE_INFO} & set(schema.names):
+        return names
+    likely = [*_IMAGE_COLUMNS, *(name for name in known if name not in _IMAGE_COLUMNS)]
+    found = [name for name in likely if name in schema.names and name not in taken]
+    found = [name for name in found if _holds_images(schema.field(name).type)]
+    if PATH in schema.names and PATH not in names.dropped:
+        found.append(PATH)
+    if len(found) > 1:
+        raise DataConfigError(
+            f"{place}: the columns {', '.join(found)} may all be the image; "
+            f"say which with --column {PATH}=NAME, and --drop the others"
+        )
+    return names if found in ([], [PATH]) else FieldNames((*names.renamed, (PATH, found[0])), names.dropped)
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if _is_list(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if _is_list(kind):
+        return _holds_images(kind.value_type)
+    if pa.types.is_struct(kind):
+        return "bytes" in [field.name for field in kind]
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+@dataclass
+class ParquetReader:
+    """Reads the rows of one row group from its start. One per process; keeps the last file open."""
+
+    files: tuple[Path, ...]
+    columns: tuple[str, ...]
+    names: FieldNames
+    images: Path | None
+    lenient: bool
+    classes: dict[str, tuple[str, ...]]
+    """Names of classes by the column that holds their numbers."""
+    caption_of: str | None
+    """The column of those whose name is the caption too."""
+    _which: int = -1
+    _file: Any = None
+
+    def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
+        """Members of the last ``len(rows)`` rows of a row group: a resumed ingest leaves out the first."""
+        which, group = rows[0].reference
+        load, given = FileLoader(self.images or self.files[which].parent, holds_urls=self.images is not None), 0
+        try:
+            if which != self._which:
+                self._which, self._file = which, pq.ParquetFile(self.files[which])
+            skip = self._file.metadata.row_group(group).num_rows - len(rows)
+            for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(self.columns)):
+                kept = batch.slice(min(skip, len(batch)))
+                skip -= len(batch) - len(kept)
+                for record in kept.to_pylist():
+                    yield self._members(record, load)
+                    given += 1
+        except (pa.ArrowException, OSError, ValueError) as error:
+            damage = SampleError(f"{self.files[which]}, row group {group}: cannot be read: {error}")
+            for _ in rows[given:]:
+                yield damage
+
+    def _members(self, record: dict[str, Any], load: FileLoader) -> Members | SampleError:
+        try:
+            for name, classes in self.classes.items():
+                if name in record:
+                    record[name] = _class_name(record[name], classes, name)
+            if self.caption_of is not None:
+                record[CAPTION] = record[self.caption_of]
+            return members_of(self.names.apply(record), load, self.lenient)
+        except SampleError as error:
+            return error
+
+
+def _class_name(value: Any, names: Sequence[str], column: str) -> str | None:
+    """The name of a class number; ``datasets`` writes -1 for an unknown class.
+
+    Raises:
+        SampleError: there is no such class.
+    """
+    if value is None or value == -1:
+        return None
+    if not isinstance(value, int) or not 0 <= value < len(names):
+        raise SampleError(f"column {column} holds the class {value!r:.80}, and {len(names)} classes have names")
+    return names[value]

@@ -1,0 +1,67 @@
+"""Images with a long side, scaled down and encoded again before they are stored.
+
+What comes out is the picture as training decodes it: EXIF rotation applied, transparency on white, gray as RGB. JPEG
+and WebP become JPEG, PNG stays PNG. Images that are small enough keep their bytes. Loads torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torchvision.io import encode_jpeg, encode_png
+from torchvision.transforms.v2 import functional as transforms
+
+from data_pipeline.errors import SampleError
+from data_pipeline.images.decode import DecodeMode, decode_image
+from data_pipeline.io.json_member import parse_json
+from data_pipeline.prepare.records import EXTENSION_OF_FORMAT, dump_json
+from data_pipeline.prepare.rows import Members
+from data_pipeline.shards.image_header import ImageFormat, image_size, is_image
+from data_pipeline.shards.interleaved import PARTS
+
+_MAX_PIXELS = 1 << 28
+"""Larger images are refused: 768 MiB of RGB."""
+_JPEG_QUALITY = 92
+
+
+def shrink(members: Members, max_side: int) -> Members:
+    """Members whose images have no side longer than ``max_side`` pixels.
+
+    Raises:
+        SampleError: an image that would be scaled cannot be decoded, or is larger than any photo.
+    """
+    renamed: dict[str, str] = {}
+    result: Members = {}
+    for ext, content in members.items():
+        if is_image(ext):
+            kind, data = shrink_image(content, max_side)
+            stem, dot, _ = ext.rpartition(".")
+            renamed[ext] = ext if data is content else f"{stem}{dot}{EXTENSION_OF_FORMAT[kind]}"
+            if renamed[ext] in result or (renamed[ext] != ext and renamed[ext] in members):
+                raise SampleError(f"scaled, two of the members {sorted(members)} would be .{renamed[ext]}")
+            result[renamed[ext]] = data
+        else:
+            result[ext] = content
+    if "json" in result and any(old != new for old, new in renamed.items()):
+        fields = parse_json(result["json"])
+        parts = [
+            {"image": renamed[part["image"].lower()]} if "image" in part else part for part in fields.get(PARTS) or ()
+        ]
+        result["json"] = dump_json({**fields, PARTS: parts}) if parts else result["json"]
+    return result
+
+
+def shrink_image(content: bytes, max_side: int) -> tuple[ImageFormat, bytes]:
+    """(format, bytes) of an image whose longer side is at most ``max_side``; the same object if it was before."""
+    size = image_size(content)
+    longer = max(size.width, size.height)
+    if longer <= max_side:
+        return size.format, content
+    torch.set_num_threads(1)  # Several processes do this at once.
+    pixels = torch.from_numpy(decode_image(content, mode=DecodeMode.EXACT, max_pixels=_MAX_PIXELS)).permute(2, 0, 1)
+    height, width = pixels.shape[1:]
+    target = [max(1, round(side * max_side / longer)) for side in (height, width)]
+    scaled = transforms.resize(pixels, target, interpolation=transforms.InterpolationMode.BICUBIC, antialias=True)
+    scaled = scaled.contiguous()
+    if size.format is ImageFormat.PNG:
+        return ImageFormat.PNG, bytes(encode_png(scaled).numpy())
+    return ImageFormat.JPEG, bytes(encode_jpeg(scaled, quality=_JPEG_QUALITY).numpy())

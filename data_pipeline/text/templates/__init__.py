@@ -1,0 +1,58 @@
+"""Sample to pieces: which text is read, which is learned, where the images stand.
+
+    caption       images, prompt (read), answer (learned)
+    interleaved   parts as stored, all text learned
+    text          text only, all of it learned
+    dialogue      turns of roles, the answers learned
+    annotations   images once, then a branch of prompt and answer for each annotation
+
+Not for: token ids (``documents``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from data_pipeline.text.templates.annotations import AnnotationsTemplate
+from data_pipeline.text.templates.caption import CaptionTemplate
+from data_pipeline.text.templates.dialogue import LITERAL, DialogueTemplate, Role
+from data_pipeline.text.templates.pieces import BranchPiece, EndPiece, Piece, TextPiece, TokenPiece
+from data_pipeline.text.templates.stored import InterleavedTemplate, TextTemplate
+
+__all__ = [
+    "LITERAL",
+    "AnnotationsTemplate",
+    "BranchPiece",
+    "CaptionTemplate",
+    "DialogueTemplate",
+    "EndPiece",
+    "InterleavedTemplate",
+    "Piece",
+    "Role",
+    "TemplateConfig",
+    "TextPiece",
+    "TextTemplate",
+    "TokenPiece",
+    "requires_images",
+    "special_tokens",
+]
+
+TemplateConfig = Annotated[
+    CaptionTemplate | InterleavedTemplate | TextTemplate | DialogueTemplate | AnnotationsTemplate,
+    Field(discriminator="kind"),
+]
+"""Which template; ``kind`` picks the member."""
+
+
+def requires_images(template: TemplateConfig) -> bool:
+    """Whether a sample without an image is a bad sample."""
+    return not isinstance(template, TextTemplate) and template.images == "required"
+
+
+def special_tokens(template: TemplateConfig) -> tuple[str, ...]:
+    """Names of tokens that a template writes; each must be a token of the tokenizer."""
+    if isinstance(template, AnnotationsTemplate):
+        return special_tokens(template.each)
+    return template.special_tokens if isinstance(template, DialogueTemplate) else ()

@@ -1,0 +1,100 @@
+"""Several texts about the same images: the images once, then a branch for each text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from data_pipeline.errors import FaultKind, SampleError
+from data_pipeline.io.strict import StrictConfig
+from data_pipeline.order.sample_rng import Draws
+from data_pipeline.sample import ImagePart, Sample
+from data_pipeline.shards.pages import weight_of
+from data_pipeline.text.templates.caption import CaptionTemplate
+from data_pipeline.text.templates.dialogue import DialogueTemplate
+from data_pipeline.text.templates.formats import look_up
+from data_pipeline.text.templates.learned import ImagesRule, LossWeight
+from data_pipeline.text.templates.pieces import BranchPiece, Piece, images_of
+
+
+class AnnotationsTemplate(StrictConfig):
+    """The images, then a branch for each annotation, which sees the images and itself but no other branch.
+
+    The learned text of each of n branches weighs ``1 / sqrt(n)`` of what it would alone.
+
+    Source: Molmo (arXiv 2409.17146, section 3).
+    """
+
+    kind: Literal["annotations"] = "annotations"
+    images: ImagesRule = "optional"
+    """``required``: a sample without an image is a bad sample (fault kind ``no_image``). ``optional``: the model learns
+    its annotations alone."""
+    field: str = "annotations"
+    """The list of annotations: objects, whose fields ``each`` reads beside those of the sample, or strings, which it
+    reads as ``caption``. A ``weight`` of an object multiplies that of its learned tokens."""
+    each: Annotated[CaptionTemplate | DialogueTemplate, Field(discriminator="kind")] = CaptionTemplate(
+        prompts=("{question}",), answers=("{answer}",)
+    )
+    """How an annotation is worded: as a caption, or as a dialogue, whose images stand before all branches. It must
+    begin with text that is read: what all branches share cannot predict how each of them begins."""
+    max_annotations: int | None = Field(default=None, ge=1)
+    """Of more annotations so many are drawn, anew in each epoch; null takes all."""
+
+    @property
+    def loss_weight(self) -> LossWeight:
+        """Of each branch."""
+        return self.each.loss_weight
+
+    @field_validator("each")
+    @classmethod
+    def _check_prompts(cls, each: CaptionTemplate | DialogueTemplate) -> CaptionTemplate | DialogueTemplate:
+        if isinstance(each, CaptionTemplate) and not all(each.prompts):
+            raise ValueError("each.prompts: every branch must begin with text that is read, so no prompt may be empty")
+        if each.images != type(each).model_fields["images"].default:
+            raise ValueError(
+                f"each.images={each.images}: all annotations share the images; set template.images instead"
+            )
+        return each
+
+    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
+        """Images, and branches if there is more than one annotation; ``rng`` None takes the first annotations.
+
+        Raises:
+            SampleError: there is no annotation, or one lacks what ``each`` needs.
+        """
+        entries = self._entries(sample)
+        if self.max_annotations is not None and len(entries) > self.max_annotations:
+            numbers = np.arange(len(entries)) if rng is None else rng.permutation(len(entries))
+            entries = [entries[i] for i in np.sort(numbers[: self.max_annotations])]
+        share = 1 / math.sqrt(len(entries))
+        pieces: list[Piece] = [*images_of(sample)]
+        for entry in entries:
+            weight = share * (weight_of(entry) if isinstance(entry, dict) else 1.0)
+            if len(entries) > 1:
+                pieces.append(BranchPiece())
+            for piece in self.each.pieces(self._sample_of(entry, sample), rng):
+                if not isinstance(piece, ImagePart | BranchPiece):
+                    pieces.append(replace(piece, weight=piece.weight * weight))
+        return pieces
+
+    def prompt(self, sample: Sample) -> list[Piece]:
+        """Images and the prompt of the first annotation."""
+        return self.each.prompt(self._sample_of(self._entries(sample)[0], sample))
+
+    def _entries(self, sample: Sample) -> Sequence[Any]:
+        entries = look_up(self.field, sample.fields)
+        if not isinstance(entries, list) or not entries or not all(isinstance(one, dict | str) for one in entries):
+            reason = f"field {self.field!r} is {entries!r:.80}, expected a list of objects or strings"
+            raise SampleError(reason, kind=FaultKind.TEXT)
+        return entries
+
+    def _sample_of(self, entry: Any, sample: Sample) -> Sample:
+        """The sample as if it had this annotation alone."""
+        own = {"caption": entry} if isinstance(entry, str) else entry
+        shared = {name: value for name, value in sample.fields.items() if name != self.field}
+        return replace(sample, fields={**shared, **own})

@@ -1,0 +1,98 @@
+"""Images with a text: a prompt that is read, then an answer that is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import field_validator, model_validator
+
+from data_pipeline.errors import FaultKind, SampleError
+from data_pipeline.order.sample_rng import Draws
+from data_pipeline.sample import Sample
+from data_pipeline.text.templates.formats import fill, look_up, parse
+from data_pipeline.text.templates.learned import DroppableText, ImagesRule
+from data_pipeline.text.templates.pieces import EndPiece, Piece, draw, images_of, text
+
+
+class CaptionTemplate(DroppableText):
+    """Images, then a prompt, then an answer that the model learns."""
+
+    kind: Literal["caption"] = "caption"
+    images: ImagesRule = "required"
+    """``required``: a sample without an image is a bad sample (fault kind ``no_image``). ``optional``: the model learns
+    its text alone. A model without a vision tower reads no image, so it requires none."""
+    prompts: tuple[str, ...] = ("",)
+    """Format strings over the sample's fields, ``"Name the {group}:"``. One for all answers, or one for each of
+    ``answers``, or, with ``field``, any number of which one is drawn."""
+    answers: tuple[str, ...] | None = None
+    """Format strings of which one is drawn for each sample and epoch. A list field is joined with commas; ``{a.b}``
+    reads field b of the object a. Every field must exist in every sample."""
+    field: str | None = None
+    """Take the answer from this field instead: a string, or a list of strings of which one is drawn. Neither
+    ``answers`` nor ``field``: the field ``captions`` if the sample has it, else ``caption``."""
+
+    @field_validator("prompts", "answers")
+    @classmethod
+    def _check_formats(cls, formats: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if formats is not None and not formats:
+            raise ValueError("expected at least one format string")
+        for one in formats or ():
+            parse(one)
+        return formats
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> CaptionTemplate:
+        if self.answers is not None and self.field is not None:
+            raise ValueError("answers and field exclude each other")
+        if self.answers is not None and len(self.prompts) not in (1, len(self.answers)):
+            raise ValueError(f"{len(self.prompts)} prompts for {len(self.answers)} answers: expected 1 or as many")
+        return self
+
+    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
+        """Images, prompt and answer; ``rng`` None takes the first of every list.
+
+        Raises:
+            SampleError: a field is missing, or the answer is empty.
+        """
+        if self.answers is None:
+            answer = draw(self.stored_answers(sample), rng)
+            prompt = fill(draw(self.prompts, rng), sample.fields)
+        else:
+            filled = [fill(one, sample.fields) for one in self.answers]
+            choice = draw(range(len(filled)), rng)
+            answer = filled[choice]
+            prompt = fill(self.prompts[choice if len(self.prompts) > 1 else 0], sample.fields)
+        check_answer(answer)
+        if self.drops(rng):
+            return [*images_of(sample), *text(prompt), EndPiece(0.0)]
+        return [*images_of(sample), *text(prompt), *text(answer, 1.0), EndPiece(1.0)]
+
+    def prompt(self, sample: Sample) -> list[Piece]:
+        """Images and the first prompt."""
+        return [*images_of(sample), *text(fill(self.prompts[0], sample.fields))]
+
+    def stored_answers(self, sample: Sample) -> Sequence[str]:
+        """What the sample itself offers as answers.
+
+        Raises:
+            SampleError: the field is missing, or holds no text.
+        """
+        name = self.field or ("caption" if sample.fields.get("captions") is None else "captions")
+        value = look_up(name, sample.fields)
+        answers = [value] if isinstance(value, str) else value
+        if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise SampleError(
+                f"field {name!r} is {value!r}, expected a string or a list of strings", kind=FaultKind.TEXT
+            )
+        return answers
+
+
+def check_answer(answer: str) -> None:
+    """Refuses an answer of nothing but white space.
+
+    Raises:
+        SampleError: it is one.
+    """
+    if not answer.strip():
+        raise SampleError("the answer is empty", kind=FaultKind.TEXT)

@@ -1,0 +1,326 @@
+"""Convert text to token ids and back.
+
+    config --load_tokenizer--> Tokenizer
+
+User text never yields a special id or a control token (``control_tokens``): a caption that contains ``<image>``,
+``</s>`` or ``<|im_start|>`` is spelled out like any other text. Otherwise whoever writes a caption could place images
+and open turns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+import sentencepiece
+import tokenizers
+from pydantic import Field
+
+from data_pipeline.errors import DataConfigError, FaultKind, SampleError
+from data_pipeline.io.strict import StrictConfig
+from data_pipeline.io.untrusted import UntrustedError, read_bytes
+from data_pipeline.text.control_tokens import any_of, control_tokens, user_defined_pieces
+
+IMAGE_TOKEN = "<image>"
+_MAX_FILE_BYTES = 1 << 28
+"""Size of a tokenizer's file; the largest published ones have 40 MB."""
+
+
+class SentencePieceTokenizerConfig(StrictConfig):
+    """A SentencePiece model."""
+
+    kind: Literal["sentencepiece"] = "sentencepiece"
+    path: Path
+    """The ``.model`` file."""
+    image_token: str = IMAGE_TOKEN
+    """Piece whose id marks an image."""
+    text_tokens: tuple[str, ...] = ()
+    """User-defined pieces in ``<...>`` or ``[...]`` that texts may give; ``*`` stands for any letters (``<loc_*>``).
+    All others are spelled out where a text names them."""
+
+
+class HuggingFaceTokenizerConfig(StrictConfig):
+    """A ``tokenizer.json`` as the ``tokenizers`` library writes it."""
+
+    kind: Literal["tokenizers"] = "tokenizers"
+    path: Path
+    """The ``tokenizer.json``."""
+    image_token: str = IMAGE_TOKEN
+    """Token whose id marks an image. A model of pairs marks none, so any token serves (CLIP: ``<|endoftext|>``)."""
+    bos_token: str | None = "<s>"
+    """Token that opens a document; null for none, and the first token of a text is not predicted then."""
+    eos_token: str = "</s>"
+    """Token that closes a document."""
+    pad_token: str = "<pad>"
+    """Token of null documents."""
+    text_tokens: tuple[str, ...] = ()
+    """Added tokens in ``<...>`` or ``[...]``, not marked as special, that texts may give; ``*`` stands for any letters
+    (``<loc_*>``). All others are spelled out where a text names them."""
+
+
+TokenizerConfig = Annotated[SentencePieceTokenizerConfig | HuggingFaceTokenizerConfig, Field(discriminator="kind")]
+"""Which tokenizer; ``kind`` picks the member."""
+
+
+class Tokenizer(Protocol):
+    """What the loader, evaluation and generation need of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def image_id(self) -> int: ...
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides which ids a text gets."""
+
+    def names_token(self, text: str) -> bool:
+        """Whether a text contains the name of a token that ``encode`` spells out."""
+
+    def special_id(self, name: str, field: str) -> int:
+        """Id of the token of exactly this name.
+
+        Args:
+            name: A token, of any sort, of the vocabulary.
+            field: What asks for it, for the message.
+
+        Raises:
+            DataConfigError: there is none; the message says how to add it.
+        """
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` without bos and eos; never a special id or a control token.
+
+        Raises:
+            SampleError: the text contains a special token that this tokenizer cannot spell out.
+        """
+
+    def name_of(self, token_id: int) -> str:
+        """How the vocabulary calls a token."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; special ids add nothing, damaged UTF-8 gives U+FFFD."""
+
+
+def check_unicode(text: str) -> None:
+    """Refuses half a pair of UTF-16, which JSON can write as ``\\ud800``: no tokenizer takes it, no file can hold it.
+
+    Raises:
+        SampleError: the text holds one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(f"the text is no Unicode: {error}", kind=FaultKind.TEXT) from error
+
+
+def load_tokenizer(config: SentencePieceTokenizerConfig | HuggingFaceTokenizerConfig) -> Tokenizer:
+    """Loads a tokenizer.
+
+    Raises:
+        DataConfigError: the file is missing or no such model, or a special token is not in its vocabulary.
+    """
+    if isinstance(config, SentencePieceTokenizerConfig):
+        return SentencePieceTokenizer(config)
+    return HuggingFaceTokenizer(config)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model behind the ``Tokenizer`` protocol."""
+
+    def __init__(self, config: SentencePieceTokenizerConfig) -> None:
+        self._config = config
+        content = _read(config.path)
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise DataConfigError(f"tokenizer {config.path}: no SentencePiece model") from error
+        self.vocab_size: int = self._model.vocab_size()
+        self.bos_id: int | None = self._special("bos", self._model.bos_id())
+        self.eos_id = self._special("eos", self._model.eos_id())
+        # Llama's models have no pad piece; what null documents hold is never looked at, so eos serves.
+        self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
+        image_id = self._model.piece_to_id(config.image_token)
+        self.image_id = self._special(config.image_token, -1 if image_id == self._model.unk_id() else image_id)
+        # A user-defined piece, as in foreign models, is matched in text; ours are control pieces and never are.
+        matched = {i: name for i, name in user_defined_pieces(content).items() if i != self.image_id}
+        control = control_tokens(matched, config.text_tokens, config.path)
+        self._spelled_out = {**control, self.image_id: config.image_token}
+        self._names = any_of(self._spelled_out.values())
+        self.fingerprint = _fingerprint(content, (config.image_token,), config.text_tokens)
+
+    def special_id(self, name: str, field: str) -> int:
+        """See ``Tokenizer.special_id``."""
+        piece_id: int = self._model.piece_to_id(name)
+        if piece_id == self._model.unk_id():
+            raise DataConfigError(
+                f"{field}: tokenizer {self._config.path} has no piece {name!r}; train one that has it with: "
+                f"mmscale data tokenizer --special '{name}'"
+            )
+        return piece_id
+
+    def encode(self, text: str) -> list[int]:
+        """See ``Tokenizer.encode``."""
+        ids: list[int] = self._model.encode(text)
+        if self._spelled_out.keys().isdisjoint(ids):
+            return ids
+        spelled = {i: self._spelled(name) for i, name in self._spelled_out.items() if i in ids}
+        return [other for i in ids for other in spelled.get(i, (i,))]
+
+    def names_token(self, text: str) -> bool:
+        """See ``Tokenizer.names_token``."""
+        return self._names is not None and self._names.search(text) is not None
+
+    def name_of(self, token_id: int) -> str:
+        """See ``Tokenizer.name_of``."""
+        return str(self._model.id_to_piece(int(token_id)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer.decode``."""
+        text: str = self._model.decode([int(i) for i in ids if i not in (self.image_id, self.pad_id)])
+        return text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (load_tokenizer, (self._config,))
+
+    def _spelled(self, token: str) -> list[int]:
+        """The token letter by letter, in bytes where a letter has no piece."""
+        ids: list[int] = []
+        for letter in token:
+            names = [letter]
+            if self._model.piece_to_id(letter) == self._model.unk_id():
+                names = [f"<0x{byte:02X}>" for byte in letter.encode()]
+            ids += (self._model.piece_to_id(name) for name in names)
+        if self._model.unk_id() in ids:
+            raise SampleError(
+                f"the text contains {token}, which this tokenizer cannot spell out; remove it from the text",
+                kind=FaultKind.TEXT,
+            )
+        return ids
+
+    def _special(self, name: str, piece_id: int) -> int:
+        if piece_id < 0:
+            raise DataConfigError(
+                f"tokenizer {self._config.path}: has no piece {name}; train one with: mmscale data tokenizer"
+            )
+        return piece_id
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json`` behind the ``Tokenizer`` protocol."""
+
+    def __init__(self, config: HuggingFaceTokenizerConfig) -> None:
+        self._config = config
+        content = _read(config.path)
+        try:
+            self._model = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # The library raises the bare class.
+            raise DataConfigError(f"tokenizer {config.path}: no tokenizer.json: {error}") from error
+        self._model.encode_special_tokens = True
+        self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=True)
+        bos = config.bos_token
+        self.bos_id: int | None = None if bos is None else self.special_id(bos, "bos_token")
+        self.eos_id = self.special_id(config.eos_token, "eos_token")
+        self.pad_id = self.special_id(config.pad_token, "pad_token")
+        self.image_id = self.special_id(config.image_token, "image_token")
+        names = (bos or "", config.eos_token, config.pad_token, config.image_token)
+        self.fingerprint = _fingerprint(content, names, config.text_tokens)
+        self._word_end: str = getattr(self._model.model, "end_of_word_suffix", None) or ""
+        self._reserved = {self.eos_id, self.pad_id, self.image_id} | (
+            {self.bos_id} if self.bos_id is not None else set()
+        )
+        added = self._model.get_added_tokens_decoder()
+        unmarked = {i: token.content for i, token in added.items() if not token.special and i not in self._reserved}
+        control = control_tokens(unmarked, config.text_tokens, config.path)
+        self._kept_out = self._reserved | control.keys()
+        self._names = sorted({name for name in (*names, *control.values()) if name})
+        self._spelled_names = any_of({*self._names, *(token.content for token in added.values() if token.special)})
+
+    def special_id(self, name: str, field: str) -> int:
+        """See ``Tokenizer.special_id``."""
+        token_id = self._model.token_to_id(name)
+        if token_id is None:
+            raise DataConfigError(
+                f"{field}: tokenizer {self._config.path} has no token {name!r}; name one of its tokens, or add it "
+                "to the file with add_special_tokens of the tokenizers library"
+            )
+        return int(token_id)
+
+    def encode(self, text: str) -> list[int]:
+        """See ``Tokenizer.encode``."""
+        ids = self._raw(text)
+        if self._kept_out.isdisjoint(ids):
+            return ids
+        return _encode_around(text, self._names, self._kept_out, self._raw)
+
+    def names_token(self, text: str) -> bool:
+        """See ``Tokenizer.names_token``."""
+        return self._spelled_names is not None and self._spelled_names.search(text) is not None
+
+    def name_of(self, token_id: int) -> str:
+        """See ``Tokenizer.name_of``."""
+        return self._model.id_to_token(int(token_id)) or ""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer.decode``."""
+        text: str = self._model.decode([int(i) for i in ids if i not in self._reserved], skip_special_tokens=True)
+        return text.replace(self._word_end, " ").rstrip() if self._word_end else text  # As in CLIP's vocabulary.
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (load_tokenizer, (self._config,))
+
+    def _raw(self, text: str) -> list[int]:
+        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_bytes(path, most_bytes=_MAX_FILE_BYTES)
+    except UntrustedError as error:
+        raise DataConfigError(f"tokenizer {path}: {error}") from error
+    except OSError as error:
+        raise DataConfigError(f"tokenizer {path}: cannot be read: {error.strerror}") from error
+
+
+def _fingerprint(content: bytes, names: Sequence[str], text_tokens: Sequence[str]) -> str:
+    """sha256 of the file and of what the configuration says of it."""
+    allowed = ["", *text_tokens] if text_tokens else []  # Without any the fingerprint is that of earlier versions.
+    return hashlib.sha256(content + "\0".join([*names, *allowed]).encode()).hexdigest()
+
+
+def _encode_around(
+    text: str,
+    names: list[str],
+    reserved: set[int],
+    encode: Callable[[str], list[int]],
+) -> list[int]:
+    """Cuts every special name in two, so that neither half is matched."""
+    pieces = [text]
+    for name in names:
+        pieces = [half for piece in pieces for half in _halves(piece, name)]
+    ids = [i for piece in pieces for i in encode(piece)]
+    if not reserved.isdisjoint(ids):
+        found = ", ".join(name for name in names if name in text) or "a special token"
+        raise SampleError(
+            f"the text contains {found}, which this tokenizer cannot spell out; remove it from the text",
+            kind=FaultKind.TEXT,
+        )
+    return ids
+
+
+def _halves(text: str, name: str) -> list[str]:
+    first, *rest = text.split(name)
+    pieces = [first]
+    for piece in rest:
+        pieces[-1] += name[:1]
+        pieces.append(name[1:] + piece)
+    return pieces

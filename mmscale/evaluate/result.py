@@ -1,0 +1,309 @@
+"""``result.json``: the figures of a finished run, for programs. Its shape is a promise; keys may be added."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, with_config
+from typing_extensions import NotRequired, TypedDict
+
+from data_pipeline.io import atomic as files
+from data_pipeline.io.strict import first_fault
+from data_pipeline.io.untrusted import read_json
+from mmscale.errors import MMScaleError
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """How the model did on one held-out set.
+
+    Attributes:
+        score: Share of right choices, in [0, 1].
+        control: The same with the images permuted among the samples: what the text alone gives away.
+        chance: Share of right choices of a blind guess.
+        n: Samples.
+        metric: The task in words, ``name among 50``.
+        error: Binomial standard error of ``score``.
+        control_error: Binomial standard error of ``control``.
+        loss: Negative log-likelihood of the right answers, mean over their tokens (nats); None of a model that
+            compares images with texts, and in older files.
+    """
+
+    score: float
+    control: float
+    chance: float
+    n: int
+    metric: str
+    error: float
+    control_error: float
+    loss: float | None = None
+    kind: str = "images"
+
+    @property
+    def summary(self) -> str:
+        """One line for a log."""
+        return (
+            f"{self.metric} {self.score:.3f} ± {self.error:.3f}, images permuted {self.control:.3f}, "
+            f"chance {self.chance:.3f} (n={self.n})"
+        )
+
+
+@dataclass(frozen=True)
+class ChoiceResult:
+    """How the model did on one set of multiple-choice questions.
+
+    Attributes:
+        score: Share of right choices, in [0, 1], compared as configured.
+        chance: Share of right choices of a blind guess.
+        n: Questions.
+        metric: The task in words, ``right choice among 4``.
+        error: Binomial standard error of ``score``.
+        scores: Share by way of comparing: ``none``, ``tokens``, ``characters``, ``bytes``.
+    """
+
+    score: float
+    chance: float
+    n: int
+    metric: str
+    error: float
+    scores: Mapping[str, float]
+    kind: str = "choice"
+
+    @property
+    def summary(self) -> str:
+        """One line for a log."""
+        return f"{self.metric} {self.score:.3f} ± {self.error:.3f}, chance {self.chance:.3f} (n={self.n})"
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """How well the model predicts one set of documents.
+
+    Attributes:
+        loss: Mean negative log-likelihood of a learned token by weight, natural logarithm.
+        error: Standard error of ``loss`` over documents.
+        perplexity: ``exp(loss)``.
+        bits_per_byte: Bits of all learned tokens, each counted once, over the bytes (UTF-8) of the learned text; the
+            tokens that end it cost bits and have no bytes. None where no text is learned.
+        tokens: Learned tokens.
+        bytes: Of the learned text.
+        n: Documents.
+    """
+
+    loss: float
+    error: float
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
+    bytes: int
+    n: int
+    metric: str = "perplexity per token"
+    kind: str = "perplexity"
+
+    @property
+    def summary(self) -> str:
+        """One line for a log."""
+        per_byte = f", {self.bits_per_byte:.3f} bits per byte" if self.bits_per_byte is not None else ""
+        return (
+            f"perplexity {self.perplexity:.4g}, loss {self.loss:.4f} ± {self.error:.4f}{per_byte} "
+            f"({self.tokens} tokens, n={self.n})"
+        )
+
+
+HeldOutResult = SetResult | ChoiceResult | PerplexityResult
+"""Of a set; ``kind`` says which."""
+
+
+def binomial_error(share: float, n: int) -> float:
+    """Standard error of a share of ``n`` independent yes/no outcomes; 0 for no outcomes."""
+    return math.sqrt(share * (1 - share) / n) if n else 0.0
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameters of the model: all, those in use for one token, and all by component."""
+
+    total: int
+    active: int
+    components: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of each rank, in rank order. ``device_bytes`` is None without accelerators."""
+
+    rss_bytes: tuple[int, ...]
+    device_bytes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What was computed, and how well the devices were used.
+
+    Attributes:
+        mfu: Model operations of the steps over what the devices could have done in their time; None without a peak.
+        peak_flops: Operations a second of one rank's device; None where no figure is known.
+        peak_source: Where the peak comes from, or why there is none.
+        model_flops: Operations of all steps, over all ranks.
+    """
+
+    mfu: float | None
+    peak_flops: float | None
+    peak_source: str
+    model_flops: int
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything ``result.json`` holds.
+
+    Attributes:
+        world_size: Ranks.
+        zero_stage: ZeRO stage, 0 to 3.
+        precision: ``fp32`` or ``bf16``, as chosen.
+        steps: Optimizer steps over all stages.
+        train_seconds: Wall time of training over all starts of the run, without set-up and evaluation.
+        params: Parameter counts.
+        heldout: Results by set name.
+        precision_reason: Why this precision was chosen, one sentence.
+        tokens: Tokens trained on.
+        samples: Samples trained on.
+        memory: Peak memory.
+        machine: What the run ran on, in words.
+        efficiency: Operations and their share of the devices' peak.
+        goodput: ``metrics.goodput.Goodput`` as a mapping: where the wall time of all starts went.
+        finished: False if the run stopped before its last step.
+    """
+
+    world_size: int
+    zero_stage: int
+    precision: str
+    steps: int
+    train_seconds: float
+    params: Params
+    heldout: Mapping[str, HeldOutResult] = field(default_factory=dict)
+    precision_reason: str = ""
+    tokens: int = 0
+    samples: int = 0
+    memory: Memory | None = None
+    machine: str = ""
+    efficiency: Efficiency | None = None
+    goodput: Mapping[str, float | int] | None = None
+    finished: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """The plain mapping that is written."""
+        return asdict(self) | {"heldout": {name: asdict(result) for name, result in self.heldout.items()}}
+
+
+def write_result(run_dir: Path, result: RunResult) -> Path:
+    """Writes ``result.json``, whole or not at all. Rank 0 only.
+
+    Returns:
+        The path of the file.
+    """
+    path = run_dir / RESULT_FILE
+    write_whole(path, files.as_utf8(json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n"))
+    return path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file of a run, whole or not at all, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(path, data)
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(ge=0, lt=2**53)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_open = with_config(ConfigDict(extra="allow"))  # Another version may write more keys.
+
+
+@_open
+class _Scored(TypedDict):
+    kind: NotRequired[Literal["images", "choice"]]
+    score: _Share
+    chance: Annotated[float, Field(gt=0, le=1)]
+    control: NotRequired[_Share]
+    n: Annotated[int, Field(ge=1, lt=2**63)]
+    metric: str
+    error: NotRequired[_Number]
+    control_error: NotRequired[_Number]
+
+
+@_open
+class _Perplexity(TypedDict):
+    kind: Literal["perplexity"]
+    loss: float
+    error: float
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: _Count
+    n: _Count
+    metric: str
+
+
+def _kind(held: Any) -> str:
+    return "perplexity" if isinstance(held, dict) and held.get("kind") == "perplexity" else "scored"
+
+
+# By its kind, so that a damaged set is told what its own kind lacks.
+_Set = Annotated[Annotated[_Perplexity, Tag("perplexity")] | Annotated[_Scored, Tag("scored")], Discriminator(_kind)]
+
+
+@_open
+class _Params(TypedDict):
+    total: _Count
+    active: _Count
+    components: NotRequired[dict[str, _Count]]
+
+
+@_open
+class _Memory(TypedDict, total=False):
+    rss_bytes: list[_Count] | None
+    device_bytes: list[_Count] | None
+
+
+@_open
+class _Result(TypedDict, total=False):
+    world_size: _Count
+    zero_stage: int
+    precision: str
+    precision_reason: str
+    steps: _Count
+    train_seconds: _Seconds
+    params: _Params
+    heldout: dict[str, _Set]
+    memory: _Memory | None
+    machine: str
+    finished: bool
+
+
+_RESULT = TypeAdapter(_Result)
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """Return ``result.json`` as a mapping; empty if there is none. Keys that are there have the types of ``RunResult``.
+
+    Raises:
+        MMScaleError: the file cannot be read, or is damaged.
+    """
+    path = run_dir / RESULT_FILE
+    if not path.exists():
+        return {}
+    value = None
+    try:
+        value = read_json(path)
+        return dict(_RESULT.validate_python(value))
+    except ValidationError as error:
+        raise MMScaleError(f"{path} is damaged: {first_fault(error, value)}") from error
+    except (OSError, ValueError) as error:
+        raise MMScaleError(f"{path} is damaged: {error}") from error

@@ -1,0 +1,289 @@
+"""A lock on a folder: one process at a time writes there, also where several machines share the folder.
+
+    FOLDER/lock/kernel            a POSIX lock: the kernel releases it when the holder's process ends
+    FOLDER/lock/claim-00000003    the record of the holder, which renews its modification time every 2 seconds
+
+The newest claim belongs to the holder. A process takes the lock by creating the next claim; the file system lets only
+one process do so. It tries this only if there is no claim, or if one of these proves that the last holder is dead:
+
+* The holder ran on this machine, and the kernel has released its lock.
+* The holder was an earlier start of the same SLURM job; SLURM runs one instance of a job at a time.
+* The claim was not renewed for 60 seconds while this process watched it. No two clocks are compared, and nothing
+  depends on whether the file system passes locks from one machine to another.
+
+A holder that was suspended for longer than that finds a newer claim, or its own claim missing, and ends its process.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shlex
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import Field, ValidationError
+
+from data_pipeline.io.strict import StrictConfig
+from data_pipeline.io.untrusted import open_regular, read_bytes, regular_descriptor
+from mmscale.errors import LaunchError
+
+BEAT_SECONDS = 2.0
+EXPIRY_SECONDS = 60.0
+"""A claim of another machine that was not renewed for this long belongs to a dead process."""
+DYING_SECONDS = 10.0
+"""Time for a killed process of this machine to end: the kernel first frees its memory."""
+POLL_SECONDS = 0.25
+_CLAIM = re.compile(r"claim-(\d{8})")
+_MOST_BYTES = 1 << 16
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""Errors of a file system without POSIX locks, for example Lustre mounted without ``flock``."""
+_held: set[Path] = set()
+"""Folders that this process holds. POSIX locks do not exclude a second lock of the same process."""
+
+
+class Holder(StrictConfig):
+    """The record of a claim.
+
+    Attributes:
+        machine: Boot id of the kernel; containers of one machine have the same.
+        kernel_lock: Whether the holder also had the kernel's lock.
+        slurm_job: Cluster and job id; empty outside SLURM.
+        slurm_restart: Number of this start of the job, from 0.
+    """
+
+    host: str = Field(max_length=300)
+    pid: int
+    started: str = Field(max_length=300)
+    command: str = Field(max_length=300)
+    machine: str
+    kernel_lock: bool
+    slurm_job: str
+    slurm_restart: int
+
+    @classmethod
+    def of_this_process(cls, kernel_lock: bool) -> Holder:
+        """The record that this process writes."""
+        job, restart = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+        return cls(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
+            command=shlex.join(sys.argv)[:300],
+            machine=_boot_id(),
+            kernel_lock=kernel_lock,
+            slurm_job=f"{os.environ.get('SLURM_CLUSTER_NAME', '')}/{job}" if job else "",
+            slurm_restart=int(restart) if restart.isdigit() else 0,
+        )
+
+    @classmethod
+    def parse(cls, text: bytes) -> Holder | None:
+        """The record of a claim file; None if it is damaged, or not written yet."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError:
+            return None
+
+
+class _Claim(NamedTuple):
+    number: int
+    modified_ns: int
+    holder: Holder | None
+
+
+_NO_CLAIM = _Claim(0, 0, None)
+
+
+class FolderLock:
+    """The lock of one folder. Call ``attempt`` until it returns None, and ``release`` in any case.
+
+    Args:
+        folder: Made by ``attempt`` if absent, and removed by ``release`` if nothing but the lock is in it then.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._lock = folder, folder / "lock"
+        self._is_new = not folder.exists()
+        self._handle: int | None = None
+        self._watched: tuple[_Claim, float] | None = None
+        self._number, self._record = 0, b""
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="folder-lock", daemon=True)
+
+    def attempt(self) -> str | None:
+        """Takes the lock if it is free. Call it again after ``POLL_SECONDS`` while it returns a sentence.
+
+        Returns:
+            None if this process now holds the lock. Otherwise a sentence about the holder, which may be dead.
+
+        Raises:
+            LaunchError: a running process holds the lock.
+            OSError: the folder cannot be written.
+        """
+        if self._folder.resolve() in _held:
+            raise LaunchError(f"{self._folder}: this process holds the lock of the folder already")
+        kernel = self._lock_kernel()
+        claim = self._newest()
+        is_free = not claim.number and kernel is not False
+        if (is_free or _is_dead(claim.holder, kernel)) and self._create(claim.number + 1, kernel):
+            return None
+        watched, since = self._watched = self._watched or (claim, time.monotonic())
+        seconds = time.monotonic() - since
+        is_here = kernel is False and (claim.holder is None or claim.holder.machine == _boot_id())
+        if (claim.number and claim[:2] != watched[:2]) or (is_here and seconds > DYING_SECONDS):
+            raise LaunchError(_refusal(self._folder, claim.holder))
+        if not is_here and seconds > EXPIRY_SECONDS and self._create(claim.number + 1, kernel):
+            return None
+        return (
+            f"{self._folder}: waiting up to {EXPIRY_SECONDS:.0f} s for a sign of life of {_describe(claim.holder)}, "
+            "which holds the lock of this folder or ended without releasing it"
+        )
+
+    def release(self) -> None:
+        """Gives the lock back; also if it was not taken, and a second time."""
+        self._released.set()
+        if self._number:
+            self._thread.join(BEAT_SECONDS)
+            with suppress(OSError):
+                self._path(self._number).unlink()
+                is_sure = (holder := Holder.parse(self._record)) is not None and holder.kernel_lock
+                if self._is_new and is_sure and os.listdir(self._folder) == [self._lock.name]:
+                    (self._lock / "kernel").unlink()
+                    self._lock.rmdir()
+                    self._folder.rmdir()
+            _held.discard(self._folder.resolve())
+            self._number = 0
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _lock_kernel(self) -> bool | None:
+        """Whether this process has the kernel's lock; None if the file system has no such locks."""
+        path = self._lock / "kernel"
+        while True:
+            self._lock.mkdir(parents=True, exist_ok=True)
+            try:
+                self._handle = self._handle or regular_descriptor(path, os.O_RDWR | os.O_CREAT)
+                if (has_lock := _lock_file(self._handle)) is not True:
+                    return has_lock
+                if os.path.samestat(os.fstat(self._handle), path.stat()):
+                    return True
+            except FileNotFoundError:  # The last holder removed the folder, which was new and empty.
+                pass
+            if self._handle is not None:
+                os.close(self._handle)
+                self._handle = None
+
+    def _newest(self) -> _Claim:
+        try:
+            names = os.listdir(self._lock)
+            number = max((int(match[1]) for name in names if (match := _CLAIM.fullmatch(name))), default=0)
+            if not number:
+                return _NO_CLAIM
+            # Opening a file makes NFS ask the server for its attributes; stat alone may be answered from a cache.
+            with open_regular(self._path(number)) as file:
+                return _Claim(number, os.fstat(file.fileno()).st_mtime_ns, Holder.parse(file.read(_MOST_BYTES)))
+        except FileNotFoundError:  # Released meanwhile.
+            return _NO_CLAIM
+
+    def _create(self, number: int, kernel: bool | None) -> bool:
+        """Creates a claim; False if another process was quicker."""
+        path, record = self._path(number), Holder.of_this_process(kernel is True).model_dump_json(indent=1).encode()
+        try:
+            with path.open("xb") as file:
+                file.write(record)
+        except FileExistsError:
+            return False
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        claims = [(int(match[1]), name) for name in os.listdir(self._lock) if (match := _CLAIM.fullmatch(name))]
+        if max(claims)[0] > number:
+            path.unlink(missing_ok=True)
+            return False
+        for other, name in claims:
+            if other < number:
+                (self._lock / name).unlink(missing_ok=True)
+        self._number, self._record = number, record
+        _held.add(self._folder.resolve())
+        self._thread.start()
+        return True
+
+    def _path(self, number: int) -> Path:
+        return self._lock / f"claim-{number:08d}"
+
+    def _beat(self) -> None:
+        path = self._path(self._number)
+        while not self._released.wait(BEAT_SECONDS):
+            try:
+                is_lost = read_bytes(path) != self._record or self._newest().number > self._number
+                if not is_lost:
+                    os.utime(path)
+            except FileNotFoundError:
+                is_lost = True
+            except OSError:  # A file server that is away for a moment.
+                continue
+            if is_lost and not self._released.is_set():
+                print(
+                    f"mmscale: {self._folder}: the lock of this folder was taken over or removed while this process "
+                    "held it; the process ends now and writes nothing more",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+
+
+def _lock_file(handle: int) -> bool | None:
+    """Takes the POSIX lock of a file: False if another process has it, None if the file system has no such locks."""
+    try:
+        # Not flock: forked children inherit it, so a worker that outlives a killed holder would keep the lock.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        if error.errno in _UNSUPPORTED:
+            return None
+        raise
+    return True
+
+
+def _is_dead(holder: Holder | None, kernel: bool | None) -> bool:
+    """Whether the process of a claim is known to be dead; ``kernel`` tells who has the kernel's lock."""
+    if holder is None:
+        return False
+    if kernel and holder.kernel_lock and holder.machine == _boot_id():
+        return True
+    mine = Holder.of_this_process(kernel is True)
+    return bool(mine.slurm_job) and mine.slurm_job == holder.slurm_job and mine.slurm_restart > holder.slurm_restart
+
+
+def _describe(holder: Holder | None) -> str:
+    if holder is None:
+        return "an unknown process"
+    job = f", SLURM job {holder.slurm_job.rpartition('/')[2]}" if holder.slurm_job else ""
+    text = f"process {holder.pid} on {holder.host}{job}, started {holder.started} ({holder.command})"
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _refusal(folder: Path, holder: Holder | None) -> str:
+    stop = f" (kill {holder.pid} there)" if holder else ""
+    return (
+        f"{folder}: in use by {_describe(holder)}. Wait until that process ends, or stop it{stop}, or give another "
+        "folder (run_dir=...); nothing in the folder was changed"
+    )
+
+
+def _boot_id() -> str:
+    """Names the running kernel; the host's name where the kernel has no boot id."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()

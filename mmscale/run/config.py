@@ -1,0 +1,292 @@
+"""One run, whole: composes every part's configuration and checks the rules between them.
+
+Rules inside a part live in that part's class. Here are only those that need two parts, and those that need the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from data_pipeline.config import DataConfig, DatasetConfig
+from data_pipeline.errors import DataConfigError
+from data_pipeline.io.strict import StrictConfig, reason_of
+from data_pipeline.loader.first_look import FirstLook, look_at
+from data_pipeline.loader.front_to_back import expand_shards
+from data_pipeline.media_spec import MediaSpec
+from data_pipeline.packing.config import PackingConfig
+from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.packer import Budget
+from data_pipeline.shards.mistaken import refuse_no_manifest
+from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
+from mmscale.checkpoint.config import CheckpointConfig
+from mmscale.engine.config import EngineConfig
+from mmscale.engine.guard import BadStepsConfig, Policy
+from mmscale.errors import ConfigError
+from mmscale.evaluate import EvaluationConfig, check_sets
+from mmscale.metrics.config import MetricsConfig
+from mmscale.metrics.ledger import LedgerConfig
+from mmscale.models.build import media_spec
+from mmscale.models.config import ModelConfig
+from mmscale.models.connector_config import ContrastiveConnectorConfig
+from mmscale.optim.stages import ALL, StageConfig
+
+
+class RunConfig(StrictConfig):
+    """Everything that decides what a run does."""
+
+    run_dir: Path
+    """Folder of the run: metrics, checkpoints, report. A run that finds its folder goes on where it stopped."""
+    seed: int = Field(default=1, ge=0, lt=2**32)
+    """Seeds weights, data order and augmentation."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many steps over all stages. Schedules stay as if the run were whole. None runs every stage."""
+    data: DataConfig
+    model: ModelConfig
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    bad_steps: BadStepsConfig = BadStepsConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    ledger: LedgerConfig = LedgerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> RunConfig:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages need names of their own, got {names}")
+        for number, stage in enumerate(self.stages):
+            model = self.stage_model(number)  # Raises where an override of the block is not legal.
+            if isinstance(model.connector, ContrastiveConnectorConfig):
+                for key, value in (("z_loss", stage.z_loss), ("distill", stage.distill)):
+                    if value:
+                        place = f"stages.{number} ({stage.name}).{key}={value}"
+                        raise ValueError(f"{place}: a contrastive model has no logits of tokens; leave it out")
+            components = model.components
+            named = {
+                *stage.train,
+                *stage.named_components,
+                *(name for each in stage.weights for name in each.components),
+            }
+            if unknown := named - set(components) - {ALL}:
+                raise ValueError(
+                    f"stages.{number} ({stage.name}) names {sorted(unknown)}; this model has {sorted(components)}"
+                )
+            self.stage_data(number)  # As above.
+        return self
+
+    @model_validator(mode="after")
+    def _check_roll_back(self) -> RunConfig:
+        steps, keep = self.bad_steps.roll_back_steps, self.checkpoint
+        if self.bad_steps.policy is Policy.ROLL_BACK and keep.every_steps is not None:
+            most = (keep.keep_last - 1) * keep.every_steps + 1
+            if steps > most:
+                raise ValueError(
+                    f"bad_steps.roll_back_steps={steps} goes further back than checkpoints are kept: at most {most} "
+                    f"with checkpoint.every_steps={keep.every_steps} and keep_last={keep.keep_last}; keep more of them"
+                )
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Steps until the run ends: all stages, or ``max_steps`` if that is less."""
+        return min(sum(stage.steps for stage in self.stages), self.max_steps or 2**62)
+
+    def stages_from(self, first: int) -> Iterator[tuple[int, StageConfig]]:
+        """Number and stage of those from ``first`` on that begin before the run ends."""
+        begin = 0
+        for number, stage in enumerate(self.stages):
+            if number >= first and begin < self.total_steps:
+                yield number, stage
+            begin += stage.steps
+
+    @property
+    def media_spec(self) -> MediaSpec:
+        """What the data side must know of the ``model`` block; of a stage's model: ``stage_media``."""
+        return media_spec(self.model)
+
+    def stage_data(self, number: int) -> DataConfig:
+        """The data block of stage ``number``: its overrides merged into ``data``; lists are replaced, not merged."""
+        return _overridden(self.data, [self.stages[number].data], f"{self._place(number)}.data")
+
+    def stage_model(self, number: int) -> ModelConfig:
+        """The model of stage ``number``: the overrides of all stages up to it merged into ``model``, in order."""
+        overrides = [stage.model for stage in self.stages[: number + 1]]
+        return _overridden(self.model, overrides, f"{self._place(number)}.model")
+
+    def stage_media(self, number: int) -> MediaSpec:
+        """What the data side must know of the model of stage ``number``."""
+        return media_spec(self.stage_model(number))
+
+    def continues(self, number: int) -> bool:
+        """Whether stage ``number`` goes on with the stream of batches of the one before it: same data, same images."""
+        before = number - 1
+        return (
+            number > 0
+            and self.stage_data(number) == self.stage_data(before)
+            and self.stage_media(number) == self.stage_media(before)
+        )
+
+    def evaluation_data(self, number: int) -> DataConfig:
+        """The data block by which a model of stage ``number`` is asked: that of the last stage with the same model."""
+        model = self.stage_model(number)
+        return self.stage_data(max(n for n in range(len(self.stages)) if self.stage_model(n) == model))
+
+    def _place(self, number: int) -> str:
+        return f"stages.{number} ({self.stages[number].name})"
+
+
+C = TypeVar("C", bound=StrictConfig)
+
+
+def _overridden(block: C, overrides: list[dict[str, Any] | None], place: str) -> C:
+    if not any(overrides):
+        return block
+    merged = block.model_dump()
+    for each in overrides:
+        merged = _merged(merged, each or {})
+    try:
+        return type(block).model_validate(merged)
+    except ValidationError as error:
+        raise ValueError(
+            "; ".join(_sentence(place, merged, fault) for fault in error.errors(include_url=False))
+        ) from error
+
+
+def _sentence(place: str, block: Any, fault: Any) -> str:
+    """``block`` is what was validated: its keys tell those of the place from names of variants between them."""
+    path = []
+    for word in fault["loc"]:
+        if isinstance(block, dict) and word not in block and block.get("kind") == word:
+            continue
+        path.append(str(word))
+        known = (isinstance(block, dict) and word in block) or (
+            isinstance(block, list | tuple) and isinstance(word, int)
+        )
+        block = block[word] if known else None
+    return f"{'.'.join([place, *path])}: {reason_of(fault)}"
+
+
+def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    if overrides.get("kind", base.get("kind")) != base.get("kind"):
+        return overrides  # Another variant: the keys of this one mean nothing to it.
+    merged = dict(base)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def check_files(config: RunConfig) -> list[str]:
+    """Checks what validation cannot know without the disk. Cheap: texts of some samples are read, and no image.
+
+    Returns:
+        Warnings: a sentence for each stage whose model has a tower that its data never use.
+
+    Raises:
+        ConfigError: ``run_dir`` cannot be made; a manifest is missing; the tokenizer has more ids than the model has
+            embeddings; a stage that trains the tower or the connector has no image; or a held-out set cannot be asked
+            as configured.
+        DataConfigError: a shard to be streamed is missing, the tokenizer cannot be loaded, images are not cut as a
+            stage's model takes them, or a data set has no usable sample.
+        DataPipelineError: a manifest or a held-out sample is damaged.
+    """
+    _check_run_dir(config.run_dir)
+    notes = []
+    for number, stage in enumerate(config.stages):
+        data, model = config.stage_data(number), config.stage_model(number)
+        for index, dataset in enumerate(data.datasets):
+            expand_shards(dataset.shards)
+            if isinstance(dataset.manifest, Path):
+                if not dataset.manifest.exists():
+                    raise ConfigError(
+                        f"data.datasets.{index}.manifest={dataset.manifest}: no such file; "
+                        f"make it with `mmscale data ingest` or `mmscale data index`"
+                    )
+                refuse_no_manifest(dataset.manifest, str(dataset.manifest), f"data.datasets.{index}.manifest")
+        tokenizer = load_tokenizer(data.tokenizer)
+        tokens, rows = tokenizer.vocab_size, model.decoder.num_ids
+        if tokens > rows:
+            extra = model.decoder.extra_tokens
+            read = f"{rows}" if extra is None else f"{rows - extra.rows}, extra_tokens.rows={extra.rows}"
+            raise ConfigError(
+                f"model.decoder.vocab_size={read}: the tokenizer of stage {stage.name} has {tokens} ids; "
+                f"have rows for {tokens} or more"
+            )
+        looks = [_look_at(dataset, data.packing, tokenizer, model, stage) for dataset in data.datasets]
+        if model.vision is not None and not any(look is None or look.holds_images for look in looks):
+            notes.append(_without_images(config, number))
+    last = len(config.stages) - 1
+    check_sets(config.evaluation, config.evaluation_data(last), config.stage_media(last))
+    return notes
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    """Makes and removes a folder in the nearest existing parent of ``run_dir``: mode bits alone do not tell all."""
+    path = Path(os.path.abspath(run_dir))
+    parent = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not os.path.isdir(parent):
+        raise ConfigError(f"run_dir={run_dir}: {parent} is no folder; give the run a folder of its own")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".mmscale-", dir=parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir}: no folder can be made in {parent} ({error.strerror}); choose a folder that you can "
+            "write to"
+        ) from error
+
+
+def _look_at(
+    dataset: DatasetConfig, packing: PackingConfig, tokenizer: Tokenizer, model: ModelConfig, stage: StageConfig
+) -> FirstLook | None:
+    """Some samples of a data set; None where it is streamed or on a server, since that takes more than a look."""
+    try:
+        spec = media_spec(model)
+        builder = DocumentBuilder(dataset, tokenizer, spec)
+        budget = Budget(packing, spec, null_document(spec, tokenizer.pad_id))
+        if not isinstance(dataset.manifest, Path):
+            return None
+        look = look_at(dataset, builder, budget)
+    except DataConfigError as error:
+        raise DataConfigError(f"stage {stage.name}, data set {dataset.name}: {error}") from error
+    if look.unusable == look.looked_at:
+        raise DataConfigError(
+            f"stage {stage.name}, data set {dataset.name}: none of the {look.looked_at} samples looked at can be used; "
+            f"the first: {look.reason}"
+        )
+    return look
+
+
+def _without_images(config: RunConfig, number: int) -> str:
+    stage = config.stages[number]
+    names = ", ".join(dataset.name for dataset in config.stage_data(number).datasets)
+    what = f"stages.{number} ({stage.name}): the model has a vision tower, and no image was found in its data ({names})"
+    trained = [name for name in ("vision", "connector") if name in stage.train or ALL in stage.train]
+    if trained:
+        raise ConfigError(
+            f"{what}, so {' and '.join(trained)} would learn nothing; give it images, "
+            "or leave both out of stages.*.train, or set model.vision and model.connector to null"
+        )
+    return what
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Checks that the run can be dealt to ``world_size`` ranks.
+
+    Raises:
+        ConfigError: some rank would never see a sample.
+    """
+    for number in range(len(config.stages)):
+        lanes = config.stage_data(number).lanes
+        if world_size > lanes:
+            raise ConfigError(
+                f"world size {world_size} does not fit data.lanes={lanes}: {world_size - lanes} ranks would never see "
+                f"a sample; start at most {lanes} ranks or set data.lanes to {world_size} or more"
+            )

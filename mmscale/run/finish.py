@@ -1,0 +1,116 @@
+"""The end of a run: held-out scores, captions, ``result.json`` and the report.
+
+``result.json`` is written last but one and marks the run as finished; a run that is killed before goes through this
+again from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from data_pipeline.media_spec import Placement
+from mmscale.checkpoint import TrainState
+from mmscale.dist import World, gather_numbers
+from mmscale.engine.engine import Engine
+from mmscale.engine.peak_memory import peak_memory
+from mmscale.evaluate import evaluate, not_asked
+from mmscale.evaluate.answers import caption_images
+from mmscale.evaluate.result import Efficiency, HeldOutResult, Memory, Params, RunResult, write_result
+from mmscale.metrics.efficiency import device_peak
+from mmscale.metrics.goodput import read_goodput
+from mmscale.metrics.run_log import NullLog, RunLog
+from mmscale.metrics.sinks import read_metrics
+from mmscale.models.build import AnyModel, count_parameters
+from mmscale.report.build import build_report
+from mmscale.report.captions import save_captions
+from mmscale.run.config import RunConfig
+
+
+def finish(config: RunConfig, engine: Engine, state: TrainState, log: RunLog | NullLog) -> None:
+    """Scores the model and writes what a finished run leaves behind. All ranks must call."""
+    world = engine.world
+    heldout = score(config, engine, state.stage_index, log)
+    ranks_memory = _gather_memory(world)
+    if not world.is_main:
+        return
+    count = count_parameters(config.stage_model(state.stage_index))
+    records = read_metrics(config.run_dir / "metrics.jsonl")
+    result = RunResult(
+        world_size=world.world_size,
+        zero_stage=engine.config.zero_stage,
+        precision=engine.precision.name,
+        precision_reason=engine.precision.reason,
+        steps=state.step,
+        train_seconds=sum(record["seconds"] for record in records),
+        params=Params(count.total, count.active, count.components),
+        heldout=heldout,
+        tokens=state.tokens,
+        samples=state.samples,
+        memory=ranks_memory,
+        machine=_machine(world),
+        efficiency=_efficiency(config, engine, records),
+        goodput=goodput.to_json() if (goodput := read_goodput(config.run_dir)) else None,
+    )
+    write_result(config.run_dir, result)
+    log.note(f"wrote {build_report(config.run_dir, log.note)}")
+
+
+def _efficiency(config: RunConfig, engine: Engine, records: Sequence[Mapping[str, Any]]) -> Efficiency:
+    """Over all steps that stand, each with its own weight in time."""
+    peak = device_peak(engine, config.metrics.peak_flops)
+    known = [record for record in records if record.get("mfu") is not None]
+    seconds = sum(record["seconds"] for record in known)
+    mfu = sum(record["mfu"] * record["seconds"] for record in known) / seconds if seconds else None
+    return Efficiency(mfu, peak.flops, peak.source, sum(record.get("model_flops", 0) for record in records))
+
+
+def score(config: RunConfig, engine: Engine, stage: int, log: RunLog | NullLog) -> dict[str, HeldOutResult]:
+    """Scores the held-out sets with the engine's model and captions some of their images. All ranks must call.
+
+    A stage that keeps an average of its weights is scored by the average. ``stage`` is the one that the model is of.
+    """
+    data, spec = config.evaluation_data(stage), config.stage_media(stage)
+    log.pause()
+    asked = config.evaluation
+    if left_out := not_asked(asked, spec):
+        what = "takes no images" if spec.placement is Placement.NONE else "compares images with texts, no more"
+        names = ", ".join(held.name for held in left_out)
+        log.note(f"not scored: {names}; the model of stage {engine.stage.name} {what}")
+        asked = asked.model_copy(update={"sets": tuple(one for one in asked.sets if one not in left_out)})
+    if asked.image_sets and asked.captions is not None and spec.placement is Placement.PAIR:
+        log.note(f"no captions: the model of stage {engine.stage.name} writes no text")
+    with engine.inference(ema=engine.stage.ema is not None) as model:
+        results = evaluate(cast(AnyModel, model), asked, data, spec, engine.world)
+        for name, result in results.items():
+            log.note(f"held-out {name}: {result.summary}")
+        captioned = caption_images(model, asked, data, spec, engine.world)
+    if engine.world.is_main and captioned:
+        save_captions(config.run_dir, captioned)
+    log.pause("evaluation")
+    return results
+
+
+def _gather_memory(world: World) -> Memory:
+    own = peak_memory()
+    rss, device = gather_numbers(world, own.rss_bytes), gather_numbers(world, own.device_bytes or 0)
+    on_device = tuple(int(value) for value in device) if world.device.type == "cuda" else None
+    return Memory(tuple(int(value) for value in rss), on_device)
+
+
+def _machine(world: World) -> str:
+    if world.device.type == "cuda":
+        import torch
+
+        return f"{world.world_size} x {torch.cuda.get_device_name(world.device)}"
+    return f"{_cpu_name()}, {world.world_size} rank{'s' if world.world_size > 1 else ''}"
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,137 @@
+"""What lies where in a run folder.
+
+config.yaml            every value of the run        report/origins.json   where each came from
+metrics.jsonl          one line a step               tensorboard/          the same, and sample images
+checkpoints/step-N/    whole checkpoints             logs/                 output of ranks above 0, stacks of a hang
+ledger/                which samples each step had   faults/             samples that were left out, and why
+bad_steps/             samples of steps that were refused, roll backs
+starts/                each start: code, configuration, what changed since the start before
+lock/                  which process works in the folder
+profile/               traces of a few steps         goodput.jsonl         time that was spent outside of steps
+captions.json report/  held-out images described     report.html result.json
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from mmscale.checkpoint import TrainState, read_manifest
+from mmscale.dist import World, agree, first_complaint
+from mmscale.errors import ConfigError, LaunchError, MMScaleError
+from mmscale.evaluate.result import RESULT_FILE, read_result
+from mmscale.io.lock import POLL_SECONDS, FolderLock
+from mmscale.run.config import RunConfig
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+LEDGER = "ledger"
+FAULTS = "faults"
+BAD_STEPS = "bad_steps"
+
+
+@contextmanager
+def hold_folder(folder: Path, world: World | None = None) -> Iterator[None]:
+    """Holds the lock of a run folder, which is made if absent. All ranks must call; rank 0 takes the lock.
+
+    Everything that changes a run's files or checkpoints takes the lock first. ``mmscale report`` does not: it replaces
+    ``report.html`` and reads the rest.
+
+    Args:
+        folder: The run folder.
+        world: This rank; None for a process that works alone.
+
+    Raises:
+        LaunchError: another process holds the lock, or the folder cannot be written; every rank raises.
+    """
+    world = world or World(0, 1, 0, torch.device("cpu"))
+    lock = FolderLock(folder)
+    has_told = False
+    try:
+        while _waits(lock, folder, world, has_told):
+            has_told = True
+            time.sleep(POLL_SECONDS)
+        yield
+    finally:
+        lock.release()
+
+
+def _waits(lock: FolderLock, folder: Path, world: World, has_told: bool) -> bool:
+    """One attempt to take the lock; whether all ranks have to wait for another one."""
+    waiting = complaint = None
+    if world.is_main:
+        try:
+            waiting = lock.attempt()
+        except LaunchError as error:
+            complaint = str(error)
+        except OSError as error:
+            complaint = f"run_dir={folder}: {error.filename or folder}: {error.strerror}"
+    complaint = first_complaint(world, complaint)
+    if complaint is not None:
+        raise LaunchError(complaint)
+    if waiting is not None and not has_told:
+        print(f"mmscale: {waiting}", file=sys.stderr, flush=True)
+    return agree(world, waiting is not None)
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run folder holds the result of a run of at least this many steps.
+
+    Raises:
+        MMScaleError: ``result.json`` is there but cannot be read.
+    """
+    return finished_steps(config) is not None
+
+
+def finished_steps(config: RunConfig) -> int | None:
+    """Return the steps of the finished run in the run folder; None if there is none, or one of fewer steps than asked.
+
+    Raises:
+        MMScaleError: ``result.json`` is there but cannot be read.
+    """
+    try:
+        result = read_result(config.run_dir)
+    except MMScaleError as error:
+        raise MMScaleError(f"{error}; remove it to let the run finish again") from error
+    if result and "steps" not in result:
+        path = config.run_dir / RESULT_FILE
+        raise MMScaleError(f"{path} is damaged: it has no steps; remove it to let the run finish again")
+    steps = int(result["steps"]) if result else None
+    return None if steps is None or steps < config.total_steps else steps
+
+
+def check_position(config: RunConfig, state: TrainState, path: Path) -> None:
+    """Checks that the stages of the configuration lead to the place where a checkpoint was saved.
+
+    Args:
+        config: Of the run that is to go on.
+        state: Of the checkpoint.
+        path: The checkpoint, for messages.
+
+    Raises:
+        ConfigError: the checkpoint's stage is missing, or stages have other lengths than when it was saved.
+    """
+    index, names = state.stage_index, [stage.name for stage in config.stages]
+    if index >= len(names):
+        raise ConfigError(
+            f"{path} was saved in stage {index} ({read_manifest(path).stage!r}), but the configuration has "
+            f"{len(names)} stage{'s' * (len(names) != 1)}: {names}; put stages.{index} back to go on, or give another "
+            f"run_dir and take the weights with stages.0.weights=[{{checkpoint: {path}}}]"
+        )
+    begin, now = state.step - state.stage_step, sum(stage.steps for stage in config.stages[:index])
+    if begin != now:
+        raise ConfigError(
+            f"{path} was saved in stage {index}, which began after {begin} steps; by stages.*.steps of the "
+            f"configuration it begins after {now}; put the steps of {names[:index]} back"
+        )
+    steps = config.stages[index].steps
+    if state.stage_step > steps and state.step < config.total_steps:
+        raise ConfigError(
+            f"stages.{index}.steps={steps}: {path} is already {state.stage_step} steps into stage {names[index]!r}; "
+            f"set stages.{index}.steps={state.stage_step} to begin the next stage"
+        )

@@ -1,0 +1,207 @@
+"""A run of seconds on bundled data with the same stages as a large one.
+
+    model        its tiny twin, in every stage (``models.shrink``)
+    pictures     as many times smaller as the twin's
+    data sets    the bundled shards that fit the kind of template; tokens of a layout or a chat format spelled in
+                 ordinary ones
+    stages       a few steps each, warm-ups in proportion; weights from elsewhere are not taken, and there is no teacher
+    lanes        few, with packs of few documents
+
+What it shows of a recipe: that its stages, components, optimizers, data overrides and changes of the model go together
+and resume. Not: how its rates or its mixture do, nor distillation, since a twin of the teacher would have learned
+nothing. Needs the bundled shards of examples/emoji and, for dialogues of a text model, of examples/text, relative to
+the working directory.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import DataConfig, DatasetConfig, WeightFrom
+from data_pipeline.images.tilings import Tiling
+from data_pipeline.images.transforms import TilesTransform, TransformConfig
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.text.templates import (
+    AnnotationsTemplate,
+    CaptionTemplate,
+    DialogueTemplate,
+    InterleavedTemplate,
+    TemplateConfig,
+    TextTemplate,
+)
+from data_pipeline.text.templates.dialogue import SYSTEM, USER
+from mmscale.evaluate import EvaluationConfig
+from mmscale.models.build import media_spec
+from mmscale.optim.stages import StageConfig
+from mmscale.run.config import RunConfig
+from mmscale.shrink.model import shrink, shrunk_side
+
+_EMOJI = Path("examples/emoji")
+_TALKS = Path("examples/text/shards/talks.manifest")
+_MAX_TILES = 4
+
+
+def shrink_run(config: RunConfig, *, steps: int = 4, lanes: int = 2) -> RunConfig:
+    """The twin of a run.
+
+    Args:
+        config: The run.
+        steps: Of each stage, at most.
+        lanes: Of the global batch, at most.
+    """
+    stages = [_stage(config, number, steps, lanes) for number in range(len(config.stages))]
+    half = max(1, steps // 2)
+    return RunConfig.model_validate(
+        {
+            **config.model_dump(),
+            "max_steps": None,
+            "data": _data(config.data, config.media_spec, media_spec(shrink(config.model)), lanes),
+            "model": shrink(config.model),
+            "stages": stages,
+            "engine": config.engine.model_copy(
+                update={"precision": "auto", "device": "auto", "attention": "auto", "micro_lanes": 1}
+            ),
+            "checkpoint": config.checkpoint.model_copy(update={"every_steps": half, "keep_every": None}),
+            "bad_steps": config.bad_steps.model_copy(update={"roll_back_steps": 1}),
+            "evaluation": EvaluationConfig(captions=None),
+        }
+    )
+
+
+def left_out(config: RunConfig) -> list[str]:
+    """Of each key of ``config`` whose values the twin does without: the key, and what it says."""
+    weights = [
+        f"stages.{number}.weights.{place}: {source.checkpoint} ({', '.join(source.components)})"
+        for number, stage in enumerate(config.stages)
+        for place, source in enumerate(stage.weights)
+    ]
+    teachers = [
+        f"stages.{number}.distill.{place}: {teacher.checkpoint}"
+        for number, stage in enumerate(config.stages)
+        for place, teacher in enumerate(stage.distill)
+    ]
+    sets = ", ".join(held.name for held in config.evaluation.sets)
+    return [*weights, *teachers, *([f"evaluation.sets: {sets}"] if sets else [])]
+
+
+def _stage(config: RunConfig, number: int, steps: int, lanes: int) -> dict[str, Any]:
+    """A stage with its whole data and model, where it changes them."""
+    stage = config.stages[number]
+    model = shrink(config.stage_model(number))
+    data = _data(config.stage_data(number), config.stage_media(number), media_spec(model), lanes)
+    return {
+        **stage.stretched(min(stage.steps, steps)).model_dump(),
+        "weights": (),
+        "distill": (),
+        "data": data.model_dump(mode="json") if _changes(stage, config, number) else None,
+        "model": None if stage.model is None else model.model_dump(mode="json"),
+    }
+
+
+def _changes(stage: StageConfig, config: RunConfig, number: int) -> bool:
+    """Whether data or pictures of a stage are not those of the blocks ``data`` and ``model``."""
+    return stage.data is not None or config.stage_media(number) != config.media_spec
+
+
+def _data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -> DataConfig:
+    packing = data.packing.model_copy(
+        update={"max_tokens": 4096, "max_cost": None, "max_documents": 2, "look_ahead": min(data.packing.look_ahead, 4)}
+    )
+    return DataConfig.model_validate(
+        {
+            **data.model_dump(include={"order", "prefetch"}),
+            "tokenizer": {"kind": "sentencepiece", "path": _EMOJI / "tokenizer.model"},
+            "datasets": [_dataset(dataset, old, new) for dataset in data.datasets],
+            "lanes": min(data.lanes, lanes),
+            "packing": packing,
+        }
+    )
+
+
+def _dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetConfig:
+    seeing = new.placement is not Placement.NONE
+    asked = dataset.template
+    if new.placement is Placement.PAIR and isinstance(asked, InterleavedTemplate | DialogueTemplate):
+        asked = CaptionTemplate()  # The bundled pages and dialogues have several images each.
+    manifest, template = _bundled(asked) if seeing else _bundled_text(asked)
+    weight = dataset.weight
+    if isinstance(weight, tuple):
+        weight = tuple(WeightFrom(from_step=n, weight=each.weight) for n, each in enumerate(weight))
+    return DatasetConfig(
+        name=dataset.name,
+        manifest=manifest,
+        weight=weight,
+        repeats=dataset.repeats,
+        template=template,
+        transforms=_transforms(dataset.transforms, old, new),
+    )
+
+
+def _bundled(template: TemplateConfig) -> tuple[Path, TemplateConfig]:
+    """Bundled shards, and a template of the same kind for them."""
+    match template:
+        case TextTemplate():
+            return _emoji("text"), template
+        case InterleavedTemplate():
+            return _emoji("interleaved"), template
+        case DialogueTemplate():
+            return _emoji("dialogues"), _dialogue(template)
+        case AnnotationsTemplate(each=DialogueTemplate() as dialogue):
+            changes: dict[str, Any] = {"field": "annotations", "each": _dialogue(dialogue)}
+            return _emoji("dialogues"), template.model_copy(update=changes)
+        case AnnotationsTemplate():
+            each = CaptionTemplate(prompts=("Say: ",), answers=("{caption}",), loss_weight=template.loss_weight)
+            return _emoji("quick"), template.model_copy(update={"field": "captions", "each": each})
+        case CaptionTemplate():
+            captions = {"prompts": ("", "group:"), "answers": ("{name}", " {group}")}
+            return _emoji("quick"), CaptionTemplate(**captions, loss_weight=template.loss_weight)
+
+
+def _bundled_text(template: TemplateConfig) -> tuple[Path, TemplateConfig]:
+    """The same for a model that takes no pictures."""
+    if isinstance(template, DialogueTemplate):
+        return _TALKS, _dialogue(template)
+    return _emoji("text"), TextTemplate()
+
+
+def _emoji(name: str) -> Path:
+    return _EMOJI / "shards" / f"train-{name}.manifest"
+
+
+def _dialogue(template: DialogueTemplate) -> DialogueTemplate:
+    """The same format, whatever it calls its roles, for turns of ``user`` and ``assistant``."""
+    learned = [name for name, role in template.roles.items() if role.weight]
+    read = [name for name in template.roles if name not in (*learned, SYSTEM)]
+    answers = "assistant" if "assistant" in learned else learned[0]
+    asks = USER if USER in read else (read or learned)[0]
+    changes = {"field": None, "special_tokens": (), "aliases": {USER: asks, "assistant": answers}}
+    return template.model_copy(update=changes)
+
+
+def _transforms(transforms: TransformConfig, old: MediaSpec, new: MediaSpec) -> TransformConfig:
+    """The same rule for pictures whose sides are as many times smaller as the grid of the twin."""
+
+    def side(pixels: int) -> int:
+        return shrunk_side(pixels // old.patch_size, new.merge) * new.patch_size
+
+    def area(pixels: int) -> int:
+        return max(new.size_multiple**2, pixels * new.patch_size**2 // (4 * old.patch_size) ** 2)
+
+    changes: dict[str, Any] = {}
+    for name in ("size", "longest", "max_height", "max_width", "min_pixels", "max_pixels"):
+        value = getattr(transforms, name, None)
+        if value is not None:
+            changes[name] = area(value) if name.endswith("pixels") else side(value)
+    if isinstance(transforms, TilesTransform):
+        changes["tiling"] = _tiling(transforms.tiling, new)
+    if transforms.layout is not None:
+        changes["layout"] = transforms.layout.model_copy(update={"spell": True})
+    return transforms.model_copy(update=changes)
+
+
+def _tiling(tiling: Tiling, new: MediaSpec) -> Tiling:
+    sizes = {name: min(getattr(tiling, name, _MAX_TILES), _MAX_TILES) for name in ("min_tiles", "max_tiles")}
+    sizes["margin"] = new.merge * math.ceil(getattr(tiling, "margin", 1) / (4 * new.merge))
+    return tiling.model_copy(update={name: size for name, size in sizes.items() if name in type(tiling).model_fields})

@@ -1,0 +1,100 @@
+"""Work in several processes: the order, the errors, the deaths."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import DataConfigError, SampleError, WorkerError
+from data_pipeline.io.ordered_pool import in_order
+
+
+@dataclass(frozen=True)
+class Work:
+    """Pieces (task, 0), (task, 1), ..., after an uneven while; task 7 may go wrong."""
+
+    at_seven: str = ""
+
+    def __call__(self, task: int) -> Iterator[tuple[int, int, bytes]]:
+        time.sleep(random.Random(task).random() * 0.002)
+        if task == 7 and self.at_seven == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task == 7 and self.at_seven == "refuse":
+            raise SampleError("seven", shard="s", key="k")
+        if task == 7 and self.at_seven == "bug":
+            raise KeyError("a defect")
+        if task == 7 and self.at_seven == "memory":
+            bytearray(1 << 60)
+        for piece in range(task % 4):
+            yield task, piece, bytes([task % 256]) * (1 << 20)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_pieces_come_in_the_order_of_tasks(workers: int) -> None:
+    # 4 + 4 + ... MiB: more than a pipe holds, so a process must go on while others are being read.
+    expected = [(task, piece) for task in range(40) for piece in range(task % 4)]
+    assert [(task, piece) for task, piece, _ in in_order(Work(), range(40), workers)] == expected
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_work_refuses_is_raised_in_its_place(workers: int) -> None:
+    pieces = in_order(Work("refuse"), range(40), workers)
+    assert [next(pieces)[0] for _ in range(9)] == [1, 2, 2, 3, 3, 3, 5, 6, 6]
+    with pytest.raises(SampleError, match="s/k: seven"):
+        next(pieces)
+
+
+@pytest.mark.fault
+def test_a_dead_or_defective_process_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match=r"without an error message \(signal 9 \(SIGKILL\)\)"):
+        list(in_order(Work("die"), range(40), 2))
+    with pytest.raises(WorkerError, match="KeyError: 'a defect'"):
+        list(in_order(Work("bug"), range(40), 2))
+    with pytest.raises(WorkerError, match="out of memory \\(MemoryError\\): use fewer processes"):
+        list(in_order(Work("memory"), range(40), 2))
+    with pytest.raises(DataConfigError, match="workers=-1"):
+        list(in_order(Work(), range(3), -1))
+
+
+_CALLER = """
+import multiprocessing, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_ordered_pool import Work
+from data_pipeline.io.ordered_pool import in_order
+pieces = in_order(Work(), range(10**9), 2)
+next(pieces)
+print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.fault
+def test_no_process_outlives_a_killed_caller() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _CALLER, str(Path(__file__).parent)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        # A dead child whose parent died too may wait as a zombie where process 1 reaps nothing.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

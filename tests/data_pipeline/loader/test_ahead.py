@@ -1,0 +1,122 @@
+"""Samples that are decoded before their turn: nothing that anybody sees of a lane depends on how many, or where."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.config import DataConfig
+from data_pipeline.document import Document, plain_empty
+from data_pipeline.errors import FaultKind, StorageError
+from data_pipeline.loader.known_faults import RunFaults
+from data_pipeline.loader.lane_stream import LaneStream, OpenDataset
+from data_pipeline.media_spec import MediaSpec
+from data_pipeline.order.lane_sequence import LaneSequence
+from data_pipeline.order.mixture import Schedule
+from data_pipeline.order.state import Drawn, LaneState, StreamPosition
+from data_pipeline.packing.document_builder import null_document
+from data_pipeline.packing.packer import Budget
+from data_pipeline.storage.storage import Storage
+from data_pipeline.text.tokenizer import load_tokenizer
+from tests.data_pipeline.conftest import WriteSet, page, plain_text
+from tests.data_pipeline.loader.test_damaged_data import SHARD_SAMPLES, damaged_samples, fragile_tokenizer, lose, rot
+
+pytestmark = pytest.mark.fault
+__all__ = ["fragile_tokenizer"]  # Used by the test here.
+
+TURNS = 260
+SCHEDULE = Schedule((0, 9, 21), ((3.0, 1.0, 1.0), (1.0, 2.0, 0.0), (2.0, 1.0, 1.0)))
+"""Weights change while samples are still coming."""
+
+
+@pytest.fixture
+def config(mixture_config: DataConfig, write_set: WriteSet, tmp_path: Path) -> DataConfig:
+    """Damaged captions with a lost shard, texts that end, and pages out of plain tars."""
+    damaged, wrong = damaged_samples()
+    only = write_set("only", damaged)
+    text = write_set("text", [plain_text(number) for number in range(17)])
+    pages = write_set("pages", [page(number) for number in range(31)])
+    transforms = {"kind": "fixed", "augment": {"shift": 0.1, "flip": 0.5}}
+    tars = sorted(str(path) for path in pages.parent.glob("*.tar"))
+    changes = {
+        "datasets": [
+            {"name": "only", "manifest": only, "transforms": transforms},
+            {"name": "text", "manifest": text, "template": {"kind": "text"}, "max_epochs": 2},
+            {"name": "pages", "shards": tars, "template": {"kind": "interleaved"}},
+        ],
+        "lanes": 1,
+        "packing": {"max_tokens": 200, "too_long": "split"},
+        "faults": {"on_error": "quarantine", "shard": "skip", "max_share": 0.9},
+    }
+    made = DataConfig.model_validate(mixture_config.model_dump() | changes)
+    rot(made, [number for number in range(0, len(damaged), 11) if number not in wrong])
+    lose(only.parent / "part-00004.tar")
+    assert len(damaged) > 5 * SHARD_SAMPLES
+    return made
+
+
+def digest(document: Document) -> str:
+    parts = [document.token_ids, document.labels, *(item.values for item in document.items)]
+    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+
+
+def stream_of(config: DataConfig, spec: MediaSpec, threads: Executor | None = None) -> LaneStream:
+    tokenizer, faults = load_tokenizer(config.tokenizer), RunFaults.load(config.faults, ())
+    budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
+    datasets = [OpenDataset.open(each, config.order, 1, tokenizer, spec, faults, Storage()) for each in config.datasets]
+    start = LaneState(StreamPosition.start(len(datasets)))
+    return LaneStream(config, datasets, SCHEDULE, 0, budget, start, plain_empty, threads)
+
+
+def record(config: DataConfig, spec: MediaSpec, ahead: int, threads: int, moved: bool) -> list[object]:
+    """All that a lane shows after each turn; several turns a step."""
+    seen: list[object] = []
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        stream = stream_of(config, spec, pool if threads else None)
+        for turn in range(TURNS):
+            stream.ahead, stream.step = (ahead, turn // 7)
+            made = stream.make()
+            assert made is not None
+            if moved:
+                stream.move(plain_empty)
+            seen.append([(each.drawn, digest(each.document)) for each in made])
+            seen.append((stream.position(), stream.faults(), [each.record() for each in stream.take_skipped()]))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("ahead", "threads", "moved"), [(2, 0, False), (4, 0, True), (9, 0, False), (2, 1, False), (5, 2, True)]
+)
+def test_nothing_depends_on_what_is_decoded_ahead(
+    config: DataConfig, hybrid_spec: MediaSpec, ahead: int, threads: int, moved: bool
+) -> None:
+    one_by_one = record(config, hybrid_spec, 1, 0, False)
+    kinds = {skip["kind"] for turn in one_by_one[1::2] for skip in turn[2]}  # type: ignore[index]
+    assert kinds > {kind.value for kind in (FaultKind.CHECKSUM, FaultKind.SHARD, FaultKind.DECODE, FaultKind.TEXT)}
+    assert record(config, hybrid_spec, ahead, threads, moved) == one_by_one
+
+
+@pytest.mark.parametrize(("ahead", "threads"), [(1, 0), (4, 0), (5, 2)])
+def test_an_error_of_the_order_itself_comes_when_it_is_its_turn(
+    config: DataConfig, hybrid_spec: MediaSpec, monkeypatch: pytest.MonkeyPatch, ahead: int, threads: int
+) -> None:
+    draw, last = LaneSequence.draw, 9
+
+    def failing(sequence: LaneSequence, position: StreamPosition, step: int) -> tuple[Drawn | None, StreamPosition]:
+        if sum(position.draws) == last:
+            raise StorageError("the server is gone")
+        return draw(sequence, position, step)
+
+    monkeypatch.setattr(LaneSequence, "draw", failing)
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        stream = stream_of(config, hybrid_spec, pool if threads else None)
+        stream.ahead = ahead
+        for turn in range(last):
+            assert stream.make() is not None
+            assert sum(stream.position().draws) == turn + 1
+        with pytest.raises(StorageError, match="gone"):
+            stream.make()

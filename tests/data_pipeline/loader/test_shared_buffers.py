@@ -1,0 +1,157 @@
+"""Memory that goes round: never given out while a batch lies in it, and given out again once none does."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.errors import WorkerError
+from data_pipeline.loader.shared_buffers import Inbox, Outbox, Parcel
+
+COLUMNS = 48
+
+
+def _batch(values: torch.Tensor, mark: int) -> MultimodalBatch:
+    count = len(values)
+    nothing = torch.empty(0, dtype=torch.int64)
+    one = Segments.from_lengths([count])
+    media = MediaBlock(
+        values, torch.tensor([[1, 1, count]]), ((1, 1, count),), one, nothing, nothing, nothing, one, one
+    )
+    numbers = torch.full((7,), mark)
+    return MultimodalBatch(
+        numbers, numbers.clone(), numbers.float(), numbers.clone(), one, numbers > 0, media={"image": media}
+    )
+
+
+def _send(outbox: Outbox, rows: int, mark: int, pieces: int = 3) -> Parcel:
+    arrays = [outbox.empty(rows, COLUMNS) for _ in range(pieces)]
+    for array in arrays:
+        array[:] = mark % 251
+    return outbox.wrap((_batch(outbox.join(arrays), mark),))
+
+
+def _holds(batch: MultimodalBatch, mark: int) -> bool:
+    values = batch.media["image"].values
+    return bool((values == mark % 251).all()) and batch.token_ids.tolist() == [mark] * 7
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 4)), min_size=1, max_size=40), st.booleans())
+def test_a_batch_keeps_its_bytes_as_long_as_anybody_holds_it(sends: list[tuple[int, int]], shared: bool) -> None:
+    """Batches of any sizes, of which a varying number is alive."""
+    outbox, inbox = Outbox(shared=shared), Inbox()
+    alive: deque[tuple[int, MultimodalBatch]] = deque()
+    for mark, (rows, keep) in enumerate(sends, start=1):
+        (batch,) = inbox.open(_send(outbox, rows, mark))
+        alive.append((mark, batch))
+        del batch
+        while len(alive) > keep:
+            alive.popleft()
+        assert all(_holds(kept, number) for number, kept in alive)
+
+
+def test_memory_goes_round_and_does_not_grow() -> None:
+    outbox, inbox, seen = Outbox(shared=True), Inbox(), set()
+    held: deque[MultimodalBatch] = deque(maxlen=2)
+    for mark in range(1, 200):
+        parcel = _send(outbox, 300 + mark % 40, mark)
+        seen |= parcel.new.keys()
+        held.append(inbox.open(parcel)[0])
+    assert len(seen) <= 6, "two batches are alive, and the sizes differ little"
+    for mark in range(200, 240):
+        parcel = _send(outbox, 300 + mark % 40, mark)
+        assert not parcel.new
+        held.append(inbox.open(parcel)[0])
+
+
+def test_what_many_batches_took_is_given_back() -> None:
+    outbox, inbox, living = Outbox(shared=True), Inbox(), set()
+
+    def send(mark: int) -> MultimodalBatch:
+        parcel = _send(outbox, 100, mark)
+        living.update(parcel.new)
+        living.difference_update(parcel.gone)
+        return inbox.open(parcel)[0]
+
+    held = [send(mark) for mark in range(1, 60)]
+    assert len(living) == 59
+    held.clear()
+    for mark in range(60, 70):
+        send(mark)
+    assert len(living) < 12
+
+
+def test_what_was_built_in_place_is_not_copied() -> None:
+    outbox, inbox = Outbox(shared=True), Inbox()
+    inbox.open(_send(outbox, 100, 1))
+    arrays = [outbox.empty(100, COLUMNS) for _ in range(3)]
+    tensor = outbox.join(arrays)
+    arrays[2][:] = 77
+    assert tensor[200:].eq(77).all()
+    hole = [outbox.empty(10, COLUMNS) for _ in range(3)]
+    apart = outbox.join([hole[0], hole[2]])
+    hole[2][:] = 78
+    assert not apart[10:].eq(78).all(), "they do not lie behind each other"
+    (batch,) = inbox.open(outbox.wrap((_batch(tensor, 3),)))
+    assert batch.media["image"].values[200:].eq(77).all()
+
+
+def test_a_view_of_one_tensor_keeps_the_whole_batch() -> None:
+    outbox, inbox = Outbox(shared=True), Inbox()
+    (batch,) = inbox.open(_send(outbox, 100, 5))
+    row = batch.media["image"].values[3, 10:20]
+    del batch
+    gc.collect()
+    for mark in range(6, 12):
+        inbox.open(_send(outbox, 100, mark))
+    assert row.eq(5).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_that_drops_its_copy_frees_nothing() -> None:
+    outbox, inbox = Outbox(shared=True), Inbox()
+    (batch,) = inbox.open(_send(outbox, 100, 5))
+    child = os.fork()
+    if child == 0:
+        del batch
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    for mark in range(6, 12):
+        inbox.open(_send(outbox, 100, mark))
+    assert _holds(batch, 5)
+
+
+def test_tensors_of_a_parcel_do_not_overlap() -> None:
+    outbox, inbox = Outbox(shared=True), Inbox()
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        made = [rng.integers(0, 256, (size, COLUMNS), dtype=np.uint8) for size in (0, 1, 7, 900)]
+        sent = outbox.wrap(tuple(_batch(outbox.join([array]), 9) for array in made))
+        for array, batch in zip(made, inbox.open(sent), strict=True):
+            np.testing.assert_array_equal(batch.media["image"].values.numpy(), array)
+            assert batch.token_ids.tolist() == [9] * 7
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux")
+def test_shared_buffers_take_nothing_of_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker gives 64 MiB of it, which a batch or two fill."""
+    outbox, inbox = Outbox(shared=True), Inbox()
+    (batch,) = inbox.open(_send(outbox, 100, 3))
+    assert _holds(batch, 3)
+    places = Path("/proc/self/maps").read_text()
+    assert "/memfd:mmscale-batch" in places
+    assert "/dev/shm/torch" not in places
+    monkeypatch.setattr(os, "truncate", lambda handle, size: os.close(-1))
+    with pytest.raises(WorkerError, match=r"got no \d+ bytes of shared memory .*; lower data\.workers"):
+        _send(Outbox(shared=True), 100, 3)

@@ -1,0 +1,213 @@
+"""Long texts: splitting is linear in the text and gives the parts that a plain search gives; a text has a bound."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.config import DataConfig
+from data_pipeline.document import Document, ImageExtent, MediaItem, Span
+from data_pipeline.errors import FaultKind
+from data_pipeline.loader.loader import Loader
+from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.packing.packer import Budget
+from data_pipeline.packing.truncation import split
+from data_pipeline.sample import Provenance
+from data_pipeline.shards.open_shard import LocalShard
+from data_pipeline.text.tokenizer import HuggingFaceTokenizer
+from tests.data_pipeline.conftest import Members, WriteSet
+
+SPECS = (MediaSpec(Placement.EMBEDDING, patch_size=1), MediaSpec(Placement.CROSS_ATTENTION, patch_size=1))
+
+
+def document_of(pieces: list[tuple[str, int]], spec: MediaSpec, branches: tuple[int, ...] = ()) -> Document:
+    """Text and images in a row; token t has id t, every feature of image i has the value i."""
+    embedded = spec.placement is Placement.EMBEDDING
+    length, items, images, dest, spans = 0, [], [], [], [Span(0, ())]
+    for kind, size in pieces:
+        if kind == "text":
+            length += size
+            continue
+        start = length
+        items.append(MediaItem(np.full((size, spec.patch_dim), len(items), np.uint8), (1, 1, size), embedded))
+        if embedded:
+            dest.extend(reversed(range(length, length + size)))
+            length += size
+        else:
+            spans = [span for span in spans if span.start != length] + [Span(length, (len(items) - 1,))]
+            length += 1
+        images.append(ImageExtent(start, len(items) - 1, length))
+    ids = np.arange(length, dtype=np.int32)
+    slots, origin = np.array(dest, np.int32), Provenance("set", "shard", "0", 0)
+    made = (ids, ids + 1, np.ones(length, np.float32), ids, tuple(items), slots, tuple(spans), origin, tuple(images))
+    return Document(*made, branches=branches)
+
+
+def plain_part(document: Document, start: int, stop: int) -> dict[str, Any]:
+    """A part by definition: every list of the document is looked at from its beginning."""
+    ends = [*(span.start for span in document.spans[1:]), document.num_tokens]
+    spans = [
+        (max(span.start - start, 0), span.items)
+        for span, end in zip(document.spans, ends, strict=True)
+        if end > start and span.start < stop
+    ]
+    inside = [number for number, image in enumerate(document.images) if start <= image.start < stop]
+    kept = sorted({*inside, *(item for _, items in spans for item in items)})
+    images = [document.images[number] for number in inside]
+    return {
+        "ids": document.token_ids[start:stop].tolist(),
+        "positions": list(range(stop - start)),
+        "items": [int(document.items[item].values[0, 0]) for item in kept],
+        "dest": [slot - start for slot in document.dest.tolist() if start <= slot < stop],
+        "spans": [(at, tuple(kept.index(item) for item in items)) for at, items in spans],
+        "images": [(image.start - start, kept.index(image.first_item), image.stop - start) for image in images],
+    }
+
+
+def plain_split(document: Document, most: int) -> Iterator[dict[str, Any]]:
+    """The longest part of at most ``most`` tokens, again and again, by trying every end."""
+    inside = {token for image in document.images for token in range(image.start + 1, image.stop)}
+    start = 0
+    while start < document.num_tokens:
+        stops = [n for n in range(start + 1, document.num_tokens + 1) if n not in inside and n - start <= most]
+        if not stops:
+            start = next((image.stop for image in document.images if image.start == start), start + 1)
+            continue
+        yield plain_part(document, start, stops[-1])
+        start = stops[-1]
+
+
+def described(part: Document) -> dict[str, Any]:
+    assert part.is_cut
+    assert part.labels.tolist() == (part.token_ids + 1).tolist()
+    return {
+        "ids": part.token_ids.tolist(),
+        "positions": part.position_ids.tolist(),
+        "items": [int(item.values[0, 0]) for item in part.items],
+        "dest": part.dest.tolist(),
+        "spans": [(span.start, span.items) for span in part.spans],
+        "images": [tuple(image) for image in part.images],
+    }
+
+
+piece = st.one_of(st.tuples(st.just("text"), st.integers(1, 40)), st.tuples(st.just("image"), st.integers(1, 6)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(pieces=st.lists(piece, min_size=1, max_size=12), most=st.integers(1, 50), spec=st.sampled_from(SPECS))
+def test_the_parts_are_those_of_a_search_over_every_end(
+    pieces: list[tuple[str, int]], most: int, spec: MediaSpec
+) -> None:
+    document = document_of(pieces, spec)
+    parts = [described(part) for part in split(document, lambda part: part.num_tokens <= most)]
+    assert parts == list(plain_split(document, most))
+
+
+class Looks:
+    """Counts what is looked at to find out whether parts fit."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.tokens, self.calls = most, 0, 0
+
+    def __call__(self, part: Document) -> bool:
+        self.tokens += part.num_tokens
+        self.calls += 1
+        return part.num_tokens <= self.most
+
+
+@pytest.mark.parametrize("branched", [False, True])
+def test_a_split_looks_at_each_token_a_bounded_number_of_times(branched: bool) -> None:
+    for length in (1 << 12, 1 << 15):
+        branches = tuple(range(1, length, 8)) if branched else ()
+        looks = Looks(64)
+        parts = list(split(document_of([("text", length)], SPECS[0], branches), looks))
+        assert sum(part.num_tokens - branched for part in parts) == length - branched
+        assert looks.tokens <= 14 * length
+        assert looks.calls <= 18 * len(parts)
+
+
+@pytest.fixture
+def book_config(mixture_config: DataConfig) -> Callable[..., DataConfig]:
+    """A run over texts that are split."""
+
+    def make(**dataset: object) -> DataConfig:
+        packing = {"max_tokens": 64, "too_long": "split", "look_ahead": 1}
+        block = {"name": "only", "max_epochs": 1, "template": {"kind": "text"}, **dataset}
+        return DataConfig.model_validate(
+            mixture_config.model_dump() | {"datasets": [block], "lanes": 1, "packing": packing}
+        )
+
+    return make
+
+
+def test_the_loader_tokenises_a_book_once_and_cuts_it_in_linear_work(
+    write_set: WriteSet, book_config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"characters": 0, "tokens": 0}
+    encode, alone = HuggingFaceTokenizer.encode, Budget._alone
+
+    def counting_encode(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
+        counts["characters"] += len(text)
+        return encode(tokenizer, text)
+
+    def counting_alone(budget: Budget, document: Document) -> bool:
+        counts["tokens"] += document.num_tokens
+        return alone(budget, document)
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "encode", counting_encode)
+    monkeypatch.setattr(Budget, "_alone", counting_alone)
+    text = "".join(chr(97 + number * number % 26) for number in range(1 << 14))
+    config = book_config(manifest=write_set("only", [{"txt": text.encode()}]))
+    tokens = 0
+    with Loader(config, MediaSpec(), seed=1) as loader:
+        for step in loader:
+            tokens += step.num_tokens
+            if step.exhausted:
+                break
+    assert tokens >= len(text)
+    assert counts["characters"] == len(text)
+    assert counts["tokens"] <= 16 * len(text)
+
+
+@pytest.mark.fault
+def test_a_text_beyond_the_bound_is_a_bad_sample_and_is_not_read(
+    tmp_path: Path, write_set: WriteSet, book_config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples: list[Members] = [{"txt": b"fits"}, {"txt": b"x" * 1001}, {"json": b'{"caption": "%s"}' % (b"y" * 1001)}]
+    read = LocalShard.read
+
+    def small_reads(shard: LocalShard, first: int, end: int, *, fresh: bool = False) -> bytes:
+        assert end - first <= 1000
+        return read(shard, first, end, fresh=fresh)
+
+    monkeypatch.setattr(LocalShard, "read", small_reads)
+    manifest = write_set("only", samples)
+    with tarfile.open(tmp_path / "plain.tar", "w") as tar:
+        for path in sorted((tmp_path / "only").glob("*.tar")):
+            with tarfile.open(path) as source:
+                for member in source:
+                    tar.addfile(member, source.extractfile(member))
+    for where in ({"manifest": manifest}, {"shards": (str(tmp_path / "plain.tar"),)}):
+        config = book_config(max_text_bytes=1000, **where)
+        config = config.model_copy(update={"faults": config.faults.model_copy(update={"max_share": 1.0})})
+        with Loader(config, MediaSpec(), seed=1) as loader:
+            skipped = [skip for step in _until_exhausted(loader) for skip in step.skipped]
+        assert {(skip.key, skip.kind) for skip in skipped} == {
+            ("000001", FaultKind.TEXT),
+            ("000002", FaultKind.TEXT),
+        }
+        assert all("the limit is 1000 (max_text_bytes of the data set)" in skip.reason for skip in skipped)
+
+
+def _until_exhausted(loader: Loader) -> Iterator[Any]:
+    for step in loader:
+        yield step
+        if step.exhausted:
+            return

@@ -1,0 +1,54 @@
+"""Dialogues from lists: images under the names that others give them, never left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import SampleError
+from data_pipeline.prepare.records import FileLoader, members_of
+from tests.data_pipeline.conftest import picture
+
+TURNS = [{"from": "human", "value": "<image> q"}, {"from": "gpt", "value": "a"}]
+MESSAGES = [{"role": "user", "content": "<image> q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> FileLoader:
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    return FileLoader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"conversations": TURNS, "image": "1.png"}, {"png": 1}),
+        ({"conversations": TURNS, "image": ["1.png", "0.png"]}, {"0.png": 1, "1.png": 0}),
+        ({"messages": MESSAGES, "images": ["0.png", "1.png"]}, {"0.png": 0, "1.png": 1}),
+        ({"messages": MESSAGES, "images": [{"bytes": picture(1), "path": None}]}, {"0.png": 1}),
+        ({"messages": MESSAGES, "path": "0.png"}, {"png": 0}),
+        ({"annotations": ["x", "y"], "image": "0.png"}, {"png": 0}),
+        ({"messages": MESSAGES, "images": []}, {}),
+        ({"conversations": TURNS, "id": 3}, {}),
+    ],
+)
+def test_images_of_a_dialogue_are_stored(load: FileLoader, row: dict[str, Any], names: dict[str, int]) -> None:
+    members = members_of(row, load)
+    fields = json.loads(members.pop("json"))
+    assert members == {name: picture(number) for name, number in names.items()}
+    assert fields == {name: value for name, value in row.items() if name not in ("image", "images", "path")}
+
+
+def test_two_lists_of_images_are_refused(load: FileLoader) -> None:
+    row = {"messages": MESSAGES, "path": "0.png", "images": ["1.png"]}
+    with pytest.raises(SampleError, match="names its images in path and in images; keep one"):
+        members_of(row, load)
+
+
+def test_an_image_field_of_a_caption_is_a_field_like_any_other(load: FileLoader) -> None:
+    members = members_of({"caption": "c", "path": "0.png", "image": "a name"}, load)
+    assert json.loads(members["json"]) == {"caption": "c", "image": "a name"}

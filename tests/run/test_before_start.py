@@ -1,0 +1,160 @@
+"""What would end a run or its evaluation is found before the first step, by ``train`` and ``config validate`` alike."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmscale.cli.main import main
+from mmscale.config import load
+from mmscale.run.config import RunConfig, check_files
+from tests.evaluate.texts import write_set
+
+TINY = Path(__file__).parents[1] / "system/tiny.yaml"
+STYLE = {"name": "style", "manifest": "examples/emoji/shards/heldout-style-quick.manifest", "field": "name"}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])  # The shards are named from there.
+
+
+def override(key: str, value: Any) -> str:
+    return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()}"
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What ``config validate`` says; exit code 2 or 1, one sentence."""
+    assert main(["config", "validate", str(TINY), *words]) in (1, 2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"field": "nam"},
+            "evaluation set style: field 'nam' of .* is None, expected a text; the sample has",
+        ),
+        ({"field": "tags"}, "evaluation set style: field 'tags' of .* expected a text"),
+        (
+            {"choices": 5000},
+            "evaluation set style: choices=5000: the set offers 256 different answers; ask for",
+        ),
+        ({"prompt": "{nam}"}, "evaluation set style: .*field 'nam' is missing"),
+        ({"candidates_from": "absent"}, "evaluation set style: absent: no such file"),
+        ({"candidates_from": "README.md"}, "evaluation set style: manifest=README.md"),
+        ({"manifest": "README.md"}, "evaluation set style: manifest=README.md"),
+        ({"transforms": {"kind": "fixed", "size": 31}}, "evaluation set style: .*31"),
+        ({"kind": "choice"}, "evaluation set style: .*field 'choices' is missing"),
+        (
+            {"kind": "choice", "choices": ["a", "b"], "answer": "name", "answer_as": "text"},
+            "expected one of the choices",
+        ),
+        ({"kind": "perplexity", "template": {"kind": "dialogue"}}, "evaluation set style: "),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_an_evaluation_set(capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str) -> None:
+    held = STYLE | changes
+    if held.get("kind", "images") != "images":
+        del held["field"]
+    err = complaint(capsys, override("evaluation.sets", [held]))
+    assert re.search(said, err), err
+
+
+def test_training_does_not_begin_with_a_mistake_in_the_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"run_dir={tmp_path / 'run'}", override("evaluation.sets", [STYLE | {"field": "nam"}])]
+    assert main(["train", str(TINY), *words]) == 2
+    assert "field 'nam'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_questions_about_images_need_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_set(tmp_path, [{"name": "a"}, {"name": "b"}])
+    held = {"name": "text", "manifest": str(manifest), "field": "name", "choices": 2}
+    err = complaint(capsys, override("evaluation.sets", [held]))
+    assert "evaluation set text: " in err
+    assert "no image: there is nothing to ask about" in err
+
+
+def text_only(tmp_path: Path, rows: list[dict[str, Any]], kind: str = "caption") -> str:
+    dataset = {"name": "words", "manifest": str(write_set(tmp_path, rows)), "template": {"kind": kind}}
+    return override("data.datasets", [dataset])
+
+
+def test_a_tower_without_images_is_refused_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = text_only(tmp_path, [{"caption": "a"}, {"caption": "b"}], "text")
+    err = complaint(capsys, words)
+    assert "the model has a vision tower, and no image was found in its data (words), so vision and connector" in err
+    stages = [{"name": "text", "steps": 1, "train": ["decoder"]}]
+    notes = check_files(load(TINY, [words, override("stages", stages)], RunConfig).value)
+    assert len(notes) == 1
+    assert "stages.0 (text): the model has a vision tower, and no image was found" in notes[0]
+    assert check_files(load(TINY, [], RunConfig).value) == []
+    blind = ["model.vision=null", "model.connector=null", override("stages", stages)]
+    assert check_files(load(TINY, [words, *blind], RunConfig).value) == []
+
+
+def test_a_warning_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = text_only(tmp_path, [{"caption": "a"}, {"caption": "b"}], "text")
+    stages = override("stages", [{"name": "text", "steps": 1, "train": ["decoder"]}])
+    assert main(["config", "validate", str(TINY), words, stages]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{TINY}: valid, for at most 4 ranks\n"
+    assert err.count("mmscale: warning: stages.0 (text): the model has a vision tower") == 1
+
+
+def test_data_of_which_nothing_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    err = complaint(capsys, text_only(tmp_path, [{"url": "x"}] * 40))
+    assert "data set words: none of the 32 samples looked at can be used; the first: " in err
+    assert "part-00000.tar/0000: no image among its members" in err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("data.datasets.0.manifest", "absent", "absent: no such file"),
+        ("data.datasets.0.manifest", "README.md", "README.md: this is YAML or another text"),
+        ("data.tokenizer.path", "absent", "tokenizer absent: cannot be read"),
+        ("model.decoder.vocab_size", 100, "has 2048 ids"),
+        ("model.vision.patch_size", 5, "data set emoji: "),
+        ("stages.0.weights", [{"checkpoint": "absent"}], "stages.0.weights.0.checkpoint=absent"),
+        ("stages.0.distill", [{"checkpoint": "absent"}], "stages.0.distill.0.checkpoint=absent"),
+    ],
+)
+def test_what_validation_finds_on_the_disk(capsys: pytest.CaptureFixture[str], key: str, value: Any, said: str) -> None:
+    assert said in complaint(capsys, override(key, value))
+
+
+def test_a_large_set_is_checked_as_far_as_it_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("mmscale.evaluate.check._MOST_READ", 5)
+    assert check_files(load(TINY, [override("evaluation.sets", [STYLE])], RunConfig).value) == []
+
+
+def test_a_pack_that_holds_no_document(capsys: pytest.CaptureFixture[str]) -> None:
+    err = complaint(capsys, "data.packing.max_tokens=2")
+    assert "data set emoji: none of the 32 samples looked at can be used; the first: examples/emoji/shards/" in err
+    assert "a pack holds 2 tokens" in err
+    cut = load(TINY, ["data.packing.max_tokens=20", "data.packing.too_long=split"], RunConfig).value
+    assert check_files(cut) == []
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    for run_dir, parent in (("file", "file"), ("file/run", "file"), ("dangling/run", "dangling")):
+        err = complaint(capsys, f"run_dir={tmp_path / run_dir}")
+        assert f"run_dir={tmp_path / run_dir}: {tmp_path / parent} is no folder" in err
+    assert "run_dir=/proc/x/y: no folder can be made in /proc (" in complaint(capsys, "run_dir=/proc/x/y")
+    assert check_files(load(TINY, [f"run_dir={tmp_path / 'a/b'}"], RunConfig).value) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]

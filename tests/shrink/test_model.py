@@ -1,0 +1,160 @@
+"""Every shipped model has a tiny twin: the same parameters by name, the same flags, and it learns."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.config import DataConfig
+from data_pipeline.loader.loader import Loader
+from data_pipeline.media_spec import Placement
+from mmscale.config import leaves
+from mmscale.dist import World
+from mmscale.models.build import build_unset, build_weights, count_parameters, media_spec
+from mmscale.models.config import AnyModelConfig, ModelConfig
+from mmscale.models.connector_config import ContrastiveConnectorConfig
+from mmscale.nn.init import initialise_
+from mmscale.objectives.contrastive import Contrastive
+from mmscale.objectives.next_token import NextToken
+from mmscale.shrink.model import shrink
+from tests.configs.files import FILES, REPO, model_of, name_of
+from tests.models import tiny
+
+SHIPPED = pytest.mark.parametrize("path", FILES, ids=name_of)
+EMOJI = REPO / "examples/emoji"
+LIMIT = 2_000_000
+
+
+def names(config: AnyModelConfig) -> set[str]:
+    """Of all parameters, with n for the number of a block."""
+    return {re.sub(r"\.\d+\.", ".n.", name) for name, _ in build_weights(config).named_parameters()}
+
+
+def flags(config: AnyModelConfig) -> dict[str, Any]:
+    """Everything in a configuration that is no size."""
+    return {
+        ".".join(path): value
+        for path, value in leaves(config)
+        if isinstance(value, bool | str | float | type(None)) and path[-1] != "head_dim"
+    }
+
+
+@SHIPPED
+def test_the_twin_has_the_same_parts_and_is_small(path: Path) -> None:
+    config = model_of(path)
+    twin = shrink(config)
+    assert names(twin) == names(config)
+    assert flags(twin) == flags(config)
+    assert count_parameters(twin).total < LIMIT
+    assert shrink(twin) == shrink(shrink(twin))  # Small models stay small.
+
+
+def text_and_pictures(config: ModelConfig) -> MultimodalBatch:
+    """One pack of the bundled data, pictures tiled or at native size as the tower takes them."""
+    fixed = config.vision is not None and config.vision.fixed_grid is not None
+    native = {"kind": "native", "min_pixels": 1, "max_pixels": 1024}
+    alone = media_spec(config).max_tiles is not None  # Without an overview.
+    tiles = {"kind": "tiles", "tiling": {"kind": "llama"}} if alone else {"kind": "tiles"}
+    if media_spec(config).placement is Placement.PAIR:
+        tiles = {"kind": "fixed"}
+    seen = {
+        "manifest": EMOJI / "shards/train-quick.manifest",
+        "template": {"kind": "caption", "prompts": [""], "answers": ["{name}"]},
+        "transforms": tiles if fixed else native,
+    }
+    read = {"manifest": EMOJI / "shards/train-text.manifest", "template": {"kind": "text"}}
+    data = DataConfig.model_validate(
+        {
+            "tokenizer": {"kind": "sentencepiece", "path": EMOJI / "tokenizer.model"},
+            "datasets": [{"name": "emoji", **(read if config.vision is None else seen)}],
+            "lanes": 1,
+            "packing": {"max_tokens": 512, "max_documents": 2, "too_long": "truncate"},
+        }
+    )
+    with Loader(data, media_spec(config), seed=1) as loader:
+        (batch,) = next(iter(loader)).microbatches
+    return batch
+
+
+def loss_of(config: AnyModelConfig, model: Any) -> Tensor:
+    if isinstance(config, ModelConfig):
+        one = World(0, 1, 0, torch.device("cpu"))
+        pairs = isinstance(config.connector, ContrastiveConnectorConfig)
+        objective = Contrastive(config.connector, one) if pairs else NextToken()
+        return objective(model, text_and_pictures(config)).loss_sum
+    grid = config.vision.fixed_grid or (4, 6)
+    items = Segments.from_lengths([grid[0] * grid[1]])
+    patches = torch.randint(
+        0, 256, (items.total, config.vision.channels * config.vision.patch_size**2), dtype=torch.uint8
+    )
+    empty, none = torch.empty(0, dtype=torch.int64), Segments.from_lengths([])
+    media = MediaBlock(patches, torch.tensor([(1, *grid)]), ((1, *grid),), items, empty, empty, empty, none, none)
+    return model.vision(media).square().sum()
+
+
+@SHIPPED
+def test_the_twin_trains_a_step(path: Path) -> None:
+    config = shrink(model_of(path))
+    model = build_unset(config, attention="sdpa")
+    initialise_(model, seed=1)
+    model.eval()  # Dropout would need to know the step.
+    torch.manual_seed(0)
+    first = loss_of(config, model)
+    first.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
+    with torch.no_grad():
+        norm = torch.stack([parameter.grad.square().sum() for parameter in model.parameters()]).sum()
+        for parameter in model.parameters():
+            parameter -= 0.01 * first / norm * parameter.grad  # A hundredth of the loss, to first order.
+        torch.manual_seed(0)
+        assert 0.985 < float(loss_of(config, model) / first) < 0.995
+
+
+def test_ratios_stay() -> None:
+    decoder = {
+        **tiny.DECODER,
+        "hidden_dim": 5120,
+        "num_layers": 40,
+        "attention": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128},
+        "mlp": {"kind": "moe", "num_experts": 64, "experts_per_token": 8, "expert_dim": 1024, "every": 2}
+        | {"dense": {"hidden_dim": 14336}},
+        "rope": {"sections": [16, 24, 24]},
+        "extra_tokens": {"rows": 128},
+    }
+    vision = {
+        **tiny.LEARNED,
+        "patch_size": 14,
+        "hidden_dim": 1280,
+        "num_layers": 32,
+        "attention": {"num_heads": 16},
+        "positions": {"kind": "learned", "grid": [32, 16]},
+        "feature_layers": [23, 31, 15],
+        "last_output": False,
+        "post_norm": False,
+    }
+    connector = {"kind": "cross_attention", "every": 8, "projector": {"kind": "mlp", "merge": 2, "hidden_dim": 29568}}
+    config = ModelConfig.model_validate({"decoder": decoder, "vision": vision, "connector": connector})
+    twin = shrink(config)
+    assert (twin.decoder.attention.num_heads, twin.decoder.attention.kv_heads) == (8, 2)
+    assert twin.decoder.attention.head_dim == 16
+    assert twin.decoder.hidden_dim == 160  # 5 / 4 of the heads' 128.
+    assert twin.decoder.rope is not None
+    assert twin.decoder.rope.sections == (2, 3, 3)
+    assert (twin.decoder.num_layers, twin.decoder.mlp.every) == (4, 2)
+    assert (twin.decoder.mlp.num_experts, twin.decoder.mlp.experts_per_token) == (16, 2)
+    assert twin.vision is not None
+    assert twin.vision.positions.grid == (8, 6)
+    assert (twin.vision.num_layers, twin.vision.feature_layers) == (4, (2, 3, 1))
+    assert twin.decoder.extra_tokens is not None
+    assert twin.decoder.extra_tokens.rows == 8
+    assert names(twin) == names(config)
+    kinds = Counter(type(module).__name__ for module in build_weights(twin).modules())
+    assert kinds["CrossAttentionBlock"] == kinds["Experts"] == 2

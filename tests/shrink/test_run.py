@@ -1,0 +1,98 @@
+"""What the twin of a run keeps of its data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.config import DatasetConfig
+from data_pipeline.sample import ImagePart
+from data_pipeline.shards.sample_reader import read_samples
+from data_pipeline.text.templates import AnnotationsTemplate, DialogueTemplate, EndPiece, TextPiece
+from mmscale.config import load
+from mmscale.run.config import RunConfig
+from mmscale.shrink.run import shrink_run
+from tests.configs.files import REPO, RUNS, name_of
+
+RECIPES = REPO / "configs" / "recipes"
+KEPT = ("roles", "format", "end", "strip", "learn", "system", "loss_weight")
+"""What decides how a dialogue is written and what of it is learned."""
+
+
+def pairs(path: Path) -> list[tuple[DatasetConfig, DatasetConfig]]:
+    """Data sets of all stages with those of the twin."""
+    config = load(path, [], RunConfig).value
+    twin = shrink_run(config)
+    both = [(run.stage_data(number).datasets, number) for number in range(len(config.stages)) for run in (config, twin)]
+    return [
+        pair for (old, _), (new, _) in zip(both[::2], both[1::2], strict=True) for pair in zip(old, new, strict=True)
+    ]
+
+
+def dialogue_of(dataset: DatasetConfig) -> DialogueTemplate | None:
+    template = dataset.template
+    template = template.each if isinstance(template, AnnotationsTemplate) else template
+    return template if isinstance(template, DialogueTemplate) else None
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_dialogues_stay_dialogues(path: Path) -> None:
+    for old, new in pairs(path):
+        mine, theirs = dialogue_of(new), dialogue_of(old)
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert new.template.kind == old.template.kind
+            assert [getattr(mine, name) for name in KEPT] == [getattr(theirs, name) for name in KEPT]
+            assert mine.special_tokens == ()
+
+
+def test_a_twin_learns_the_answers_in_the_format_of_its_recipe() -> None:
+    (_, new) = pairs(RECIPES / "llama3.2-11b-vision.yaml")[-1]
+    template = dialogue_of(new)
+    assert template is not None
+    for sample in read_samples(REPO / str(new.manifest)):
+        pieces = template.pieces(sample, None)
+        turns = sample.fields["messages"]
+        expected = "".join(
+            f"<|start_header_id|>{turn['role']}<|end_header_id|>\n\n{turn['content']}<|eot_id|>" for turn in turns
+        )
+        assert "".join("<image>" if isinstance(one, ImagePart) else one.text for one in pieces) == expected
+        learned = "".join(one.text for one in pieces if isinstance(one, TextPiece) and one.weight)
+        assert learned == "".join(turn["content"] + "<|eot_id|>" for turn in turns[1::2])
+
+
+def own_roles(**values: Any) -> DialogueTemplate:
+    config = load(RECIPES / "emoji-text.yaml", [], RunConfig).value
+    dataset = config.data.datasets[0].model_copy(update={"template": DialogueTemplate(**values)})
+    data = config.data.model_copy(update={"datasets": (dataset,)})
+    (twin,) = shrink_run(config.model_copy(update={"data": data})).data.datasets
+    assert isinstance(twin.template, DialogueTemplate)
+    assert twin.manifest == Path("examples/text/shards/talks.manifest")
+    return twin.template
+
+
+@pytest.mark.parametrize(
+    ("roles", "asks", "answers"),
+    [
+        ({"system": {}, "person": {"prefix": "P: "}, "model": {"prefix": "M: ", "weight": 0.5}}, "P: ", "M: "),
+        ({"assistant": {"prefix": "A: "}, "user": {"prefix": "U: ", "weight": 1}}, "A: ", "U: "),
+        ({"all": {"prefix": "X: ", "weight": 1}}, "X: ", "X: "),
+    ],
+)
+def test_a_twin_gives_roles_of_other_names_their_turns(roles: dict[str, Any], asks: str, answers: str) -> None:
+    template = own_roles(roles=roles, field="chat", aliases={})
+    sample = next(read_samples(REPO / "examples/text/shards/talks.manifest"))
+    first = [one for one in template.pieces(sample, None) if not isinstance(one, EndPiece)][:4]
+    said = [turn["content"] for turn in sample.fields["messages"][:2]]
+    assert [one.text for one in first] == [asks, said[0], answers, said[1]]
+    assert first[3].weight == next(role["weight"] for role in roles.values() if "weight" in role)
+
+
+def test_a_text_model_reads_text_wherever_it_is_not_asked() -> None:
+    kinds = [(new.template.kind, str(new.manifest)) for _, new in pairs(RECIPES / "llama3.2-1b.yaml")]
+    assert kinds == [
+        ("text", "examples/emoji/shards/train-text.manifest"),
+        ("dialogue", "examples/text/shards/talks.manifest"),
+    ]
