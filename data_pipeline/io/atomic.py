@@ -1,54 +1,84 @@
-"""Files that are whole or absent: written beside, synced, then named."""
+"""Write files and folders that are complete or absent, also after a crash.
+
+    write .NAME.partial  -->  sync it  -->  rename it to NAME  -->  sync the folder: the new name is durable
+
+Not for reading; see ``untrusted`` and ``checksums``. The process that writes checkpoints imports this module, so it
+imports no numpy.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-
-from data_pipeline.io.untrusted import open_regular
-
-_CHUNK_BYTES = 1 << 20
+from typing import IO
 
 
 def partial_path(path: Path) -> Path:
-    """Where ``path`` grows until it is whole; hidden, and no tool takes it for a shard."""
+    """Return the hidden name that ``path`` has until it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Gives a finished file its name; after a crash either the old or the new file is there."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def open_partial(path: Path) -> IO[bytes]:
+    """Create ``partial_path(path)`` for writing and remove what a killed process left there.
 
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes ``data`` to ``path``, whole or not at all.
+    Nothing that exists under the hidden name is opened: a FIFO would block, and a link would redirect the bytes.
 
     Raises:
-        OSError: the disk is full or the folder is not writable; nothing is left behind.
+        OSError: the system refuses.
     """
     partial = partial_path(path)
+    partial.unlink(missing_ok=True)
+    return partial.open("xb")
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Sync a file or folder, rename it to ``path``, and make the new name durable.
+
+    A file replaces an older one. The files inside a folder must be synced already. After a crash the old state or the
+    new one is there.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a hidden file that replaces ``path`` when the block ends; remove it if the block raises.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable; ``path`` is unchanged and nothing is left behind.
+    """
     try:
-        partial.write_bytes(data)
-        publish(partial, path)
-    except OSError:
+        with open_partial(path) as file:
+            yield file
+        publish(partial_path(path), path)
+    except BaseException:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial_path(path).unlink(missing_ok=True)
         raise
 
 
-def holds(path: Path, data: bytes) -> bool:
-    """Whether a regular file has exactly this content."""
-    with open_regular(path) as file:
-        return file.read(len(data) + 1) == data
+def write_whole(path: Path, data: bytes, *, parents: bool = False) -> None:
+    """Write ``data`` to ``path``, completely or not at all.
+
+    Args:
+        path: An older file of this name is replaced.
+        data: Content.
+        parents: Whether missing folders are created.
+
+    Raises:
+        OSError: as ``replacing``.
+    """
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(data)
 
 
 def as_utf8(text: str) -> bytes:
@@ -56,10 +86,14 @@ def as_utf8(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a regular file."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, durable.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -8,7 +8,6 @@ is whole, and the same command goes on with those that are missing. Other sizes 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -17,7 +16,8 @@ from enum import Enum
 from pathlib import Path
 
 from data_pipeline.errors import DataConfigError, SampleError, ShardError
-from data_pipeline.io.atomic import holds, partial_path, publish, write_whole
+from data_pipeline.io.atomic import replacing, write_whole
+from data_pipeline.io.checksums import holds
 from data_pipeline.io.ordered_pool import in_order
 from data_pipeline.io.untrusted import open_regular
 from data_pipeline.prepare.energon_export import EnergonShard, index_for_energon, write_energon_meta
@@ -159,7 +159,8 @@ class _Export:
         manifest = Manifest.open(self.manifest)
         target = self.output / _target(manifest, number, self.naming)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write(target, (self._copied if self.naming is Naming.KEEP else self._renamed)(manifest, number))
+        with replacing(target) as file:
+            file.writelines((self._copied if self.naming is Naming.KEEP else self._renamed)(manifest, number))
         yield number
 
     def _copied(self, manifest: Manifest, number: int) -> Iterator[bytes]:
@@ -194,20 +195,6 @@ class _Export:
                 size += len(data)
                 yield data
         yield end_of_tar(size)
-
-
-def _write(target: Path, pieces: Iterator[bytes]) -> None:
-    """A file, whole or not at all."""
-    partial = partial_path(target)
-    try:
-        with partial.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-        publish(partial, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
 
 
 def to_img2dataset(members: Members, key: str, source_key: str) -> Members:

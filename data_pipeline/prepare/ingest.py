@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.errors import DataConfigError, ManifestError, SampleError, ShardError
-from data_pipeline.io.atomic import holds, write_whole
+from data_pipeline.io.atomic import write_whole
+from data_pipeline.io.checksums import holds
 from data_pipeline.io.ordered_pool import in_order
 from data_pipeline.prepare.rows import Row, RowReader, Source
 from data_pipeline.prepare.skipped import SkippedRow, SkippedRows, read_skipped, row_of_stored

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.io.atomic import sha256_of
+from data_pipeline.io.checksums import sha256_of
 from data_pipeline.io.json_member import parse_json
 from data_pipeline.io.untrusted import UntrustedError, read_lines
 from data_pipeline.prepare.recognised import METADATA, MOST_LINE_BYTES, new_names, told, with_file_name, with_text

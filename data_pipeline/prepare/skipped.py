@@ -14,7 +14,7 @@ from typing import IO, NamedTuple
 
 from data_pipeline.errors import DataConfigError
 from data_pipeline.io.atomic import partial_path, publish
-from data_pipeline.io.untrusted import parse_json, read_lines
+from data_pipeline.io.untrusted import append_regular, parse_json, read_lines
 
 
 class SkippedRow(NamedTuple):
@@ -86,7 +86,7 @@ class SkippedRows:
     def add(self, skipped: SkippedRow) -> None:
         """Notes a row."""
         if self._file is None:
-            self._file = self._partial.open("ab")
+            self._file = append_regular(self._partial)
         self._file.write(json.dumps(skipped._asdict(), ensure_ascii=True).encode() + b"\n")
         self.count += 1
 

@@ -22,7 +22,7 @@ import numpy as np
 from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import ManifestError, SampleError, ShardError
-from data_pipeline.io.atomic import sha256_of
+from data_pipeline.io.checksums import sha256_of
 from data_pipeline.io.columns import Column, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.io.json_member import text_bytes_of
 from data_pipeline.io.untrusted import open_regular

@@ -21,7 +21,8 @@ from emoji_concepts import Concept, load_concepts, quick_codes, share
 from emoji_pictures import EXTENSION, encode_picture
 from emoji_wording import dialogue, interleaved, page, record
 
-from data_pipeline.io.atomic import sha256_of, write_whole
+from data_pipeline.io.atomic import write_whole
+from data_pipeline.io.checksums import sha256_of
 from data_pipeline.prepare.tokenizer_training import train_sentencepiece
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter

@@ -18,13 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data_pipeline.io.checksums import crc32_of
 from data_pipeline.io.untrusted import open_regular
 from mmscale.checkpoint.contents import content_problems
 from mmscale.checkpoint.manifest import Manifest, missing_or_cut, rank_files, read_manifest, read_notes, read_state
 from mmscale.dist import World, first_complaint, highest
 from mmscale.errors import CheckpointError, DamagedError
 from mmscale.hf.tensor_file import FORMAT_NAMES
-from mmscale.io.files import checksum_of, crc32_of
+from mmscale.io.files import checksum_of
 
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
 """Errors of a file that is missing or no regular file. Others (no permission, an error of the disk) may pass."""

@@ -43,7 +43,7 @@ from mmscale.dist import World, first_complaint, sum_float
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
-from mmscale.io.files import Written, publish, set_aside, write_share
+from mmscale.io.files import Written, complete, set_aside, write_share
 
 
 def save(engine: Engine, state: TrainState, directory: Path, keep: CheckpointConfig | None = None) -> Path:
@@ -74,7 +74,7 @@ def save(engine: Engine, state: TrainState, directory: Path, keep: CheckpointCon
     files = gather_files(engine.world, written)
 
     def finish() -> None:
-        publish(place.partial, place.final, (MANIFEST, place.close(files)), to_remove(place.final, keep))
+        complete(place.partial, place.final, (MANIFEST, place.close(files)), to_remove(place.final, keep))
 
     together(engine.world, place, finish, only_main=True)
     return place.final

@@ -16,14 +16,13 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from data_pipeline.io.atomic import as_utf8
+from data_pipeline.io.atomic import as_utf8, write_whole
 from mmscale.compare.config import Comparison
 from mmscale.compare.figures import Curve, Figure, RunFigures, VariantFigures, read_variants, variant_json
 from mmscale.compare.limits import limits
 from mmscale.compare.plan import Trial
 from mmscale.compare.runs import Failure
 from mmscale.compare.start import alike
-from mmscale.evaluate.result import write_whole
 from mmscale.metrics.progress import format_count, format_seconds
 from mmscale.report.curves import smooth
 from mmscale.report.svg import Band, Bar, Line, bar_chart, line_chart
@@ -72,8 +71,8 @@ def write_comparison(comparison: Comparison, trials: Sequence[Trial], failures: 
         "limits": sentences,
     }
     text = json.dumps(_plain(figures), indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(comparison.figures, as_utf8(f"{text}\n"))
-    write_whole(comparison.page, as_utf8(_render(comparison, trials, variants, sentences)))
+    write_whole(comparison.figures, as_utf8(f"{text}\n"), parents=True)
+    write_whole(comparison.page, as_utf8(_render(comparison, trials, variants, sentences)), parents=True)
     plain: dict[str, Any] = json.loads(text)
     return plain
 

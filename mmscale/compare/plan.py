@@ -30,6 +30,7 @@ from torch import Tensor
 
 from data_pipeline.errors import DataConfigError, DataPipelineError
 from data_pipeline.history.replay import Replay
+from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.untrusted import read_json
 from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec
@@ -38,7 +39,6 @@ from data_pipeline.packing.packer import Pack
 from mmscale.compare.config import Comparison, Equal, Variant
 from mmscale.config import dump
 from mmscale.errors import ConfigError, MMScaleError
-from mmscale.evaluate.result import write_whole
 from mmscale.models.config import ModelConfig
 from mmscale.models.flops import training_flops
 from mmscale.optim.schedule import trained_components
@@ -162,7 +162,7 @@ def plan_trials(comparison: Comparison, measured: Callable[[str], object] = lamb
         {"variant": t.variant, "seed": t.seed, "stages": [asdict(s) for s in t.stages], "parts_after": t.parts_after}
         for t in trials
     ]
-    write_whole(path, json.dumps({"key": key, "runs": runs}, indent=2).encode() + b"\n")
+    write_whole(path, json.dumps({"key": key, "runs": runs}, indent=2).encode() + b"\n", parents=True)
     return trials
 
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.io.atomic import write_whole
 from mmscale.compare.config import Comparison
 from mmscale.compare.plan import Trial
 from mmscale.config import dump, load
 from mmscale.errors import ConfigError, MMScaleError
-from mmscale.evaluate.result import write_whole
 from mmscale.run.config import RunConfig
 from mmscale.run.folder import CONFIG, is_finished
 from mmscale.run.starts import describe, differences
@@ -98,7 +98,7 @@ def prepare(comparison: Comparison, trials: Sequence[Trial]) -> None:
     """
     _check_folders(trials)
     for trial in trials:
-        write_whole(config_path(comparison, trial), dump(trial.config).encode())
+        write_whole(config_path(comparison, trial), dump(trial.config).encode(), parents=True)
 
 
 def _check_folders(trials: Sequence[Trial]) -> None:

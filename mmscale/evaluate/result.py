@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from data_pipeline.io import atomic as files
+from data_pipeline.io.atomic import as_utf8, write_whole
 from data_pipeline.io.strict import first_fault
 from data_pipeline.io.untrusted import read_json
 from mmscale.errors import MMScaleError
@@ -210,14 +210,8 @@ def write_result(run_dir: Path, result: RunResult) -> Path:
         The path of the file.
     """
     path = run_dir / RESULT_FILE
-    write_whole(path, files.as_utf8(json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n"))
+    write_whole(path, as_utf8(json.dumps(result.to_json(), indent=2, ensure_ascii=False) + "\n"), parents=True)
     return path
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file of a run, whole or not at all, in a folder that is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_whole(path, data)
 
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]

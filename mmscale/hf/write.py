@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from data_pipeline.io.untrusted import open_regular
 from mmscale.errors import CheckpointError
 from mmscale.hf.read import CONFIG, INDEX, PREPROCESSOR
 from mmscale.hf.tensor_file import file_header
-from mmscale.io.files import sync_folder, write_file
+from mmscale.io.files import new_folder, write_file
 
 SHARD_BYTES = 5_000_000_000
 _CHUNK_BYTES = 16 << 20
@@ -88,31 +87,25 @@ def write_folder(
         CheckpointError: it exists or cannot be written.
     """
     require_new(folder)
-    partial = folder.with_name(folder.name + ".partial")
     shards = _shards(tensors, shard_bytes)
     names = tuple(f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1))
     try:
-        partial.mkdir(parents=True)
-        for name, held in zip(names, shards, strict=True):
-            write_file(partial / name, _stream(held))
-        metadata: dict[str, object] = {"total_size": sum(tensor.num_bytes for tensor in tensors)}
-        if tied is not None:
-            metadata["tied"] = dict(tied)
-        places = {tensor.name: name for name, held in zip(names, shards, strict=True) for tensor in held}
-        _write_json(partial / INDEX, {"metadata": metadata, "weight_map": places})
-        if config is not None:
-            _write_json(partial / CONFIG, config)
-        if preprocessor is not None:
-            _write_json(partial / f"{PREPROCESSOR}.json", preprocessor)
-        for file in beside:
-            write_file(partial / file.name, _read(file))
-        sync_folder(partial)
-        partial.rename(folder)
-        sync_folder(folder.parent)
+        with new_folder(folder) as partial:
+            for name, held in zip(names, shards, strict=True):
+                write_file(partial / name, _stream(held))
+            metadata: dict[str, object] = {"total_size": sum(tensor.num_bytes for tensor in tensors)}
+            if tied is not None:
+                metadata["tied"] = dict(tied)
+            places = {tensor.name: name for name, held in zip(names, shards, strict=True) for tensor in held}
+            _write_json(partial / INDEX, {"metadata": metadata, "weight_map": places})
+            if config is not None:
+                _write_json(partial / CONFIG, config)
+            if preprocessor is not None:
+                _write_json(partial / f"{PREPROCESSOR}.json", preprocessor)
+            for file in beside:
+                write_file(partial / file.name, _read(file))
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return names
 
 

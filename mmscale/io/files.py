@@ -1,15 +1,21 @@
-"""Whole files, synced, with their checksum; and the folder that a checkpoint is until its last file is there."""
+"""Write the files of a checkpoint with their checksums, and complete, remove or rename its folder.
+
+The process that writes checkpoints imports this module, so it imports neither torch nor numpy.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from zlib_ng.zlib_ng import crc32
+
+from data_pipeline.io.atomic import publish, sync
 
 _CHUNK_BYTES = 16 << 20
 
@@ -69,12 +75,12 @@ def write_share(
     return [tensors, write_file(folder / names[1], [memoryview(text)])]
 
 
-def publish(partial: Path, final: Path, last: tuple[str, str], doomed: Iterable[Path]) -> None:
-    """Writes the last file of a folder, gives the folder its name, and removes folders that are no longer wanted.
+def complete(partial: Path, final: Path, last: tuple[str, str], doomed: Iterable[Path]) -> None:
+    """Write the last file of a folder, rename the folder, and remove folders that are no longer wanted.
 
     Args:
         partial: The folder, with every other file in it, synced.
-        final: Its name once it is whole.
+        final: Its name once it is complete.
         last: Name and text of the last file.
         doomed: Folders to remove.
 
@@ -83,11 +89,28 @@ def publish(partial: Path, final: Path, last: tuple[str, str], doomed: Iterable[
     """
     name, text = last
     write_file(partial / name, [memoryview(text.encode())])
-    sync_folder(partial)
-    partial.rename(final)
-    sync_folder(final.parent)
+    publish(partial, final)
     for path in doomed:
         remove_folder(path)
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder ``NAME.partial`` that is renamed to ``final`` when the block ends; remove it if it raises.
+
+    The files in it must be synced by the block.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        publish(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -115,17 +138,8 @@ def set_aside(path: Path, suffix: str) -> Path:
         number += 1
         new = path.with_name(f"{path.name}{suffix}-{number}")
     path.rename(new)
-    sync_folder(path.parent)
+    sync(path.parent)
     return new
-
-
-def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checksum_of(value: memoryview) -> int:
@@ -133,21 +147,6 @@ def checksum_of(value: memoryview) -> int:
     checksum = 0
     for chunk in _chunks(value):
         checksum = crc32(chunk, checksum)
-    return checksum
-
-
-def crc32_of(path: Path) -> int:
-    """CRC-32 of a regular file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    from data_pipeline.io.untrusted import open_regular  # Needs numpy, which the writer's process does without.
-
-    checksum = 0
-    with open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            checksum = crc32(chunk, checksum)
     return checksum
 
 

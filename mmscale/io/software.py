@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from data_pipeline.io.atomic import sha256_of
+from data_pipeline.io.checksums import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds our packages: a checkout, or ``site-packages``."""

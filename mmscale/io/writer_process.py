@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.io.processes import stop_signals_blocked
-from mmscale.io.files import publish, write_share
+from mmscale.io.files import complete, write_share
 
 _START = (
     "import sys; sys.path[:] = {path!r}; from mmscale.io.writer_process import main; main({memory}, {size}, {parent})"
@@ -156,7 +156,7 @@ def _end_with(parent: int) -> None:
 def _obey(memory: memoryview, order: dict[str, Any]) -> Any:
     if order["do"] == "publish":
         doomed = [Path(path) for path in order["doomed"]]
-        publish(Path(order["partial"]), Path(order["final"]), (order["name"], order["text"]), doomed)
+        complete(Path(order["partial"]), Path(order["final"]), (order["name"], order["text"]), doomed)
         return True
     start = order["header_bytes"]
     values = []

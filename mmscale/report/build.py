@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import jinja2
 from markupsafe import Markup
 
-from data_pipeline.io.atomic import as_utf8
+from data_pipeline.io.atomic import as_utf8, write_whole
 from data_pipeline.io.untrusted import read_bytes
 from mmscale.errors import ConfigError, MMScaleError
-from mmscale.evaluate.result import binomial_error, read_result, write_whole
+from mmscale.evaluate.result import binomial_error, read_result
 from mmscale.metrics.goodput import Goodput, read_goodput
 from mmscale.metrics.progress import format_count, format_seconds
 from mmscale.metrics.sinks import read_metrics
@@ -122,7 +122,7 @@ def build_report(run_dir: Path, note: Callable[[str], object] = lambda line: Non
     if not any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise ConfigError(f"{run_dir}: no run folder (neither config.yaml nor metrics.jsonl in it)")
     path = run_dir / REPORT_FILE
-    write_whole(path, as_utf8(render(run_dir, note)))
+    write_whole(path, as_utf8(render(run_dir, note)), parents=True)
     return path
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from data_pipeline.io.atomic import as_utf8
+from data_pipeline.io.atomic import as_utf8, write_whole
 from data_pipeline.io.strict import first_fault
 from data_pipeline.io.untrusted import read_json
 from mmscale.errors import MMScaleError
-from mmscale.evaluate.result import write_whole
 from mmscale.metrics.sample_images import Pixels
 
 CAPTIONS_FILE = "captions.json"
@@ -72,11 +71,11 @@ def save_captions(run_dir: Path, items: Sequence[tuple[str, Pixels, str, str]]) 
     records = []
     for number, (set_name, pixels, expected, generated) in enumerate(items):
         image = f"{IMAGES_FOLDER}/{number:04d}.png"
-        write_whole(run_dir / image, encode_png(pixels))
+        write_whole(run_dir / image, encode_png(pixels), parents=True)
         records.append(CaptionRecord(set_name, image, expected, generated, names(generated, expected)))
     path = run_dir / CAPTIONS_FILE
     payload = {"captions": [asdict(record) for record in records]}
-    write_whole(path, as_utf8(json.dumps(payload, indent=2, ensure_ascii=False) + "\n"))
+    write_whole(path, as_utf8(json.dumps(payload, indent=2, ensure_ascii=False) + "\n"), parents=True)
     return path
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.io.atomic import as_utf8
+from data_pipeline.io.atomic import as_utf8, write_whole
 from data_pipeline.io.untrusted import MOST_YAML_BYTES, parse_yaml, read_bytes, read_json
 from mmscale.config.tree import ConfigLoader
 from mmscale.errors import MMScaleError
-from mmscale.evaluate.result import write_whole
 
 ORIGINS_FILE = "report/origins.json"
 """The origin of each value of ``config.yaml`` by its dotted key."""
@@ -40,7 +39,7 @@ def save_origins(run_dir: Path, origins: Mapping[str, Any]) -> Path:
     """
     path = run_dir / ORIGINS_FILE
     data = {key: str(origin) for key, origin in origins.items()}
-    write_whole(path, as_utf8(json.dumps(data, indent=1, ensure_ascii=False) + "\n"))
+    write_whole(path, as_utf8(json.dumps(data, indent=1, ensure_ascii=False) + "\n"), parents=True)
     return path
 
 

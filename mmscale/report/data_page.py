@@ -81,8 +81,9 @@ def write_page(path: Path, title: str, sets: Sequence[tuple[str, Manifest, Count
         lstrip_blocks=True,
     )
     shown = [_data_set(name, manifest, counted) for name, manifest, counted in sets]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, as_utf8(environment.get_template("data.html.jinja").render(title=title, sets=shown)))
+    write_whole(
+        path, as_utf8(environment.get_template("data.html.jinja").render(title=title, sets=shown)), parents=True
+    )
 
 
 def _data_set(name: str, manifest: Manifest, counted: Counted) -> DataSet:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
+from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.strict import StrictConfig
-from mmscale.evaluate.result import write_whole
 
 STARTS_FILE = "starts/starts.jsonl"
 _MOST_BYTES = 1 << 26
@@ -76,4 +76,4 @@ def add_start(run_dir: Path, record: StartRecord) -> None:
         OSError: it cannot be written.
     """
     lines = [json.dumps(each.model_dump(mode="json"), ensure_ascii=False) for each in [*read_starts(run_dir), record]]
-    write_whole(run_dir / STARTS_FILE, "".join(f"{line}\n" for line in lines).encode())
+    write_whole(run_dir / STARTS_FILE, "".join(f"{line}\n" for line in lines).encode(), parents=True)

@@ -15,8 +15,7 @@ from typing import Any
 import jinja2
 
 from data_pipeline.history.sample_lookup import Shown
-from data_pipeline.io.atomic import as_utf8
-from mmscale.evaluate.result import write_whole
+from data_pipeline.io.atomic import as_utf8, write_whole
 
 
 @dataclass(frozen=True)
@@ -62,5 +61,5 @@ def write_trace_page(path: Path, page: TracePage) -> Path:
     )
     environment.filters["data_url"] = lambda jpeg: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
     text = environment.get_template("trace.html.jinja").render(page=page, packs=packs)
-    write_whole(path, as_utf8(text))
+    write_whole(path, as_utf8(text), parents=True)
     return path

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.io.atomic import sha256_of
+from data_pipeline.io.checksums import sha256_of
 from mmscale.config import leaves, shorten
 from mmscale.dist import World, all_equal, broadcast_bytes, first_complaint
 from mmscale.errors import ConfigError

@@ -19,10 +19,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from data_pipeline.io.atomic import write_whole
 from mmscale.config import DroppedKeyWarning, Loaded, dump, leaves, load, shorten
 from mmscale.dist import World, agree, first_complaint
 from mmscale.errors import ConfigError, MMScaleError
-from mmscale.evaluate.result import write_whole
 from mmscale.io.software import git_commit, source_digest, versions
 from mmscale.report.build import REPORT_FILE
 from mmscale.report.configuration import save_origins
@@ -203,8 +203,8 @@ class Start:
         text = dump(self.config).encode()
         name = before[-1].config if before and self._is_same else f"starts/config-{number:04d}.yaml"
         if not (folder / name).is_file():
-            write_whole(folder / name, text)
-        write_whole(folder / CONFIG, text)
+            write_whole(folder / name, text, parents=True)
+        write_whole(folder / CONFIG, text, parents=True)
         save_origins(folder, self._loaded.origins)
         commit = git_commit()
         record = StartRecord(

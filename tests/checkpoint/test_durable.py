@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline.io.atomic import sync
+from data_pipeline.io.checksums import crc32_of
 from mmscale.checkpoint.manifest import RankNotes
 from mmscale.checkpoint.share import Piece, RankShare, flat_bytes
 from mmscale.io import files
-from mmscale.io.files import crc32_of, remove_folder, sync_folder, write_share
+from mmscale.io.files import remove_folder, write_share
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]
 
@@ -106,5 +108,5 @@ def test_a_folder_that_is_half_removed_does_not_look_whole(tmp_path: Path, monke
 def test_a_folder_that_is_synced_is_closed_again(tmp_path: Path) -> None:
     before = set(os.listdir("/dev/fd"))
     for _ in range(3):
-        sync_folder(tmp_path)
+        sync(tmp_path)
     assert set(os.listdir("/dev/fd")) <= before

@@ -108,7 +108,7 @@ def test_older_checkpoints_go_when_the_new_one_is_there(tmp_path: Path) -> None:
     assert len(list_checkpoints(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("part", ["write_share", "publish", "missing_or_cut", "_prepare"])
+@pytest.mark.parametrize("part", ["write_share", "complete", "missing_or_cut", "_prepare"])
 def test_a_save_that_fails_says_so_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:

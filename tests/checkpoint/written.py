@@ -21,7 +21,7 @@ from mmscale.checkpoint.manifest import (
     seal,
 )
 from mmscale.checkpoint.share import Piece, RankShare
-from mmscale.io.files import publish, write_share
+from mmscale.io.files import complete, write_share
 
 
 def write_checkpoint(
@@ -76,7 +76,7 @@ def write_checkpoint(
         "versions": {},
         **manifest,
     }
-    publish(partial, final, (MANIFEST, seal(Manifest.model_validate(values))), doomed)
+    complete(partial, final, (MANIFEST, seal(Manifest.model_validate(values))), doomed)
     return final
 
 

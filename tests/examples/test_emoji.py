@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from data_pipeline.io.atomic import sha256_of
+from data_pipeline.io.checksums import sha256_of
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.text.templates.pieces import images_of

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.errors import DataConfigError, FaultKind
-from data_pipeline.io.atomic import partial_path, publish
+from data_pipeline.io.atomic import replacing
 from data_pipeline.io.ordered_pool import in_order
 from data_pipeline.prepare.dedup.search import MAX_DISTANCE, NearWork, Plan, Rows, equal_rows, greedy
 from data_pipeline.prepare.dedup.signatures import (
@@ -286,17 +286,15 @@ class Search:
         """The list, sorted by sample."""
         gone, kept = np.array(self.gone, np.int64), np.array(self._kept, np.int64)
         order = np.argsort(gone)
-        partial = partial_path(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         keys = _Keys()
-        with partial.open("w", encoding="utf-8") as file:
+        with replacing(output) as file:
             for start in range(0, len(order), _WRITTEN_AT_ONCE):
                 piece = order[start : start + _WRITTEN_AT_ONCE]
                 for which, sample, like in zip(piece.tolist(), gone[piece].tolist(), kept[piece].tolist(), strict=True):
                     criterion = list(Criterion)[self._why[which]]
                     record = self._record(keys, sample, like, criterion, self._bits[which])
-                    file.write(json.dumps(record) + "\n")
-        publish(partial, output)
+                    file.write(json.dumps(record).encode() + b"\n")
 
     def _record(self, keys: _Keys, sample: int, like: int, criterion: Criterion, bits: int) -> dict[str, Any]:
         dataset, index = self._owner(sample)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ from torch import Tensor, nn
 
 from mmscale.checkpoint.contents import count_non_finite
 from mmscale.checkpoint.foreign.match import first
-from mmscale.checkpoint.manifest import FORMAT, MANIFEST, PARTIAL, FileEntry, Manifest, folder_name, seal
+from mmscale.checkpoint.manifest import FORMAT, MANIFEST, FileEntry, Manifest, folder_name, seal
 from mmscale.checkpoint.reshard import verify
 from mmscale.checkpoint.save import model_config_values, tied_names
 from mmscale.checkpoint.share import Piece, RankShare
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
 from mmscale.hf.tensor_file import FORMAT_NAMES
-from mmscale.io.files import sync_folder, write_file, write_share
+from mmscale.io.files import new_folder, write_file, write_share
 
 IMPORTED = "imported"
 """Stage of a checkpoint that was imported without a configuration."""
@@ -93,29 +92,21 @@ def write_checkpoint(directory: Path, manifest: Manifest, shares: Iterable[RankS
         CheckpointError: it is already there or cannot be written.
     """
     final = directory / folder_name(manifest.state.step)
-    partial = final.with_name(final.name + PARTIAL)
     if final.exists():
         raise CheckpointError(f"{final} is already there; give another run folder")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        files: dict[str, FileEntry] = {}
-        for share in shares:
-            written = write_share(partial, share.names, share.header, share.notes, share.bytes_of())
-            files |= {
-                name: FileEntry(bytes=size, crc32=crc32)
-                for name, (size, crc32) in zip(share.names, written, strict=True)
-            }
-        text = seal(manifest.model_copy(update={"files": files}))
-        write_file(partial / MANIFEST, [memoryview(text.encode())])
-        sync_folder(partial)
-        if problems := verify(partial):
-            raise CheckpointError(f"{partial} was not written as meant: {'; '.join(problems)}")
-        partial.rename(final)
-        sync_folder(directory)
+        with new_folder(final) as partial:
+            files: dict[str, FileEntry] = {}
+            for share in shares:
+                written = write_share(partial, share.names, share.header, share.notes, share.bytes_of())
+                files |= {
+                    name: FileEntry(bytes=size, crc32=crc32)
+                    for name, (size, crc32) in zip(share.names, written, strict=True)
+                }
+            text = seal(manifest.model_copy(update={"files": files}))
+            write_file(partial / MANIFEST, [memoryview(text.encode())])
+            if problems := verify(partial):
+                raise CheckpointError(f"{partial} was not written as meant: {'; '.join(problems)}")
     except OSError as error:
         raise CheckpointError(f"cannot write {final}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return final

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import DataPipelineError
-from data_pipeline.io.atomic import holds, sha256_of
+from data_pipeline.io.checksums import holds, sha256_of
 from data_pipeline.prepare.energon_export import index_for_energon
 from data_pipeline.prepare.export import export
 from data_pipeline.prepare.sources import SourceKind

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.errors import DataConfigError, ManifestError, ShardError
-from data_pipeline.io.atomic import sha256_of
+from data_pipeline.io.checksums import sha256_of
 from data_pipeline.io.columns import Column, pack_strings, read_columns, write_columns
 from data_pipeline.shards import index as index_module
 from data_pipeline.shards import index as shard_index
