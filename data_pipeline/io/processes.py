@@ -1,13 +1,17 @@
-"""What the processes of this project have in common: how a process starts, and how it ended.
+"""Start a process, end it with its parent, and describe how it ended.
 
-Not for: what the processes do (``workers``, ``shards.crew``, ``mmscale.io.writer_process``).
+Not for: what the processes do (``loader.workers``, ``ordered_pool``, ``mmscale.io.writer_process``). The process that
+writes checkpoints imports this module, so it imports no numpy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import select
 import signal
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -41,6 +45,38 @@ def stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def own_sentinel() -> int | None:
+    """Return a new descriptor that becomes readable when this process ends; None where the system offers none.
+
+    Linux offers it from 5.3 on, unless a sandbox forbids the call.
+    """
+    try:
+        return os.pidfd_open(os.getpid())
+    except (AttributeError, OSError):
+        return None
+
+
+def end_with(sentinel: int) -> None:
+    """End this process as soon as another process has ended, in whatever way. Returns at once.
+
+    A thread waits for the sentinel, also while the main thread writes or decodes. The end of a pipe from the parent
+    does not suffice, because other children of the parent may hold copies of it. The kernel's parent-death signal does
+    not either: the parent of a process from a fork server is the fork server.
+
+    Args:
+        sentinel: Descriptor that becomes readable when the other process ends: that of ``own_sentinel`` in the parent,
+            or ``multiprocessing``'s.
+    """
+    threading.Thread(target=_exit_after, args=(sentinel,), name="end-with-parent", daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    poller = select.poll()  # ``select.select`` rejects descriptors above 1023.
+    poller.register(sentinel, select.POLLIN)
+    poller.poll()
+    os._exit(1)
 
 
 def ending(process: BaseProcess) -> str:

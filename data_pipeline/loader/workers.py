@@ -6,7 +6,7 @@
 A worker writes into its own pipe, from the thread that makes the items, and is told by nothing but a semaphore that
 there is room: no thread stands between, and a worker that dies closes its pipe. ``DataLoader`` takes two queues, three
 threads and a tenth of a millisecond more for each item. Not for: work that is dealt out task by task
-(``shards.crew``).
+(``ordered_pool``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import threading
 import time
 import traceback
 import weakref
@@ -33,7 +32,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from data_pipeline.errors import WorkerError, out_of_memory
-from data_pipeline.io.processes import ending, without_script
+from data_pipeline.io.processes import end_with, ending, without_script
 
 T = TypeVar("T")
 
@@ -198,18 +197,9 @@ def _settle(environment: Mapping[str, str]) -> None:
     _limit_arenas()
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
+        end_with(parent.sentinel)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _end_with(parent: BaseProcess) -> None:
-    """Ends this process when the one that loads is gone, however that happened.
-
-    Other copies of the pipe's end may outlive that one, in its forks; and a clean worker is no child of it.
-    """
-    parent.join()
-    os._exit(1)
 
 
 def _limit_arenas() -> None:

@@ -12,7 +12,6 @@ has the signals blocked that ask a process group to stop: the trainer decides wh
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import mmap
 import os
@@ -24,15 +23,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.io.processes import stop_signals_blocked
+from data_pipeline.io.processes import end_with, own_sentinel, stop_signals_blocked
 from mmscale.io.files import complete, write_share
 
 _START = (
-    "import sys; sys.path[:] = {path!r}; from mmscale.io.writer_process import main; main({memory}, {size}, {parent})"
+    "import sys; sys.path[:] = {path!r}; from mmscale.io.writer_process import main; main({memory}, {size}, {trainer})"
 )
 _JOIN_SECONDS = 5.0
-_PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl.h."""
 
 
 class WriteError(Exception):
@@ -52,12 +49,16 @@ class Writer:
     def __init__(self, capacity_bytes: int) -> None:
         handle, file = _anonymous_file(capacity_bytes)
         self.memory = mmap.mmap(handle, capacity_bytes)
-        code = _START.format(path=sys.path, memory=handle, size=capacity_bytes, parent=os.getpid())
+        trainer = own_sentinel()
+        code = _START.format(path=sys.path, memory=handle, size=capacity_bytes, trainer=trainer)
+        passed = [handle] if trainer is None else [handle, trainer]
         with stop_signals_blocked():
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[handle]
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=passed
             )
         file.close()  # The mapping and the process keep the memory.
+        if trainer is not None:
+            os.close(trainer)
 
     @property
     def pid(self) -> int:
@@ -131,9 +132,17 @@ def _anonymous_file(size: int) -> tuple[int, Any]:
     return file.fileno(), file
 
 
-def main(handle: int, size: int, parent: int) -> None:
-    """The process: one order a line until the input ends."""
-    _end_with(parent)
+def main(handle: int, size: int, trainer: int | None) -> None:
+    """Execute one order per line until the input ends.
+
+    Args:
+        handle: Descriptor of the shared memory.
+        size: Its bytes.
+        trainer: Sentinel of the trainer. This process ends with it even during a write, because a restarted run may
+            write the same folder. None where the system has no such descriptors: the process then ends after the write.
+    """
+    if trainer is not None:
+        end_with(trainer)
     memory = memoryview(mmap.mmap(handle, size, access=mmap.ACCESS_READ))
     for line in sys.stdin.buffer:
         try:
@@ -142,15 +151,6 @@ def main(handle: int, size: int, parent: int) -> None:
             said = {"failed": str(error)}
         sys.stdout.buffer.write(json.dumps(said).encode() + b"\n")
         sys.stdout.buffer.flush()
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process with its parent also while it writes: a run that starts again may write the same folder."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Elsewhere the end of the input does it, after the write.
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _obey(memory: memoryview, order: dict[str, Any]) -> Any:

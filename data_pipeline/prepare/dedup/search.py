@@ -138,7 +138,7 @@ class NearPairs(NamedTuple):
 
 @dataclass(frozen=True)
 class NearWork:
-    """Finds the near pairs of a task: the work of a process (``crew.in_order``).
+    """Finds the near pairs of a task: the work of a process (``ordered_pool.in_order``).
 
     Attributes:
         values: A ``.npy`` file of distinct hashes, uint64 ``(M,)``; mapped.

@@ -109,7 +109,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class SignatureWork:
-    """Reads shards and writes their signatures: the work of a process (``crew.in_order``). Yields sample counts."""
+    """Reads shards and writes their signatures: the work of a process (``in_order``). Yields sample counts."""
 
     folder: Path
     max_pixels: int

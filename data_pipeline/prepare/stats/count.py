@@ -179,7 +179,7 @@ def _tasks(manifest: Manifest, chosen: Rows | None) -> Iterator[ShardTask]:
 
 @dataclass(frozen=True)
 class CountWork:
-    """Counts a shard: the work of a process (``crew.in_order``)."""
+    """Counts a shard: the work of a process (``ordered_pool.in_order``)."""
 
     place: Place
     tokenizer: TokenizerConfig | None
