@@ -83,20 +83,30 @@ def reason_of(detail: Mapping[str, Any]) -> str:
 
 
 def first_fault(error: ValidationError, value: Any = None) -> str:
-    """Return place and reason of the first complaint: ``heldout.a.score: expected a number``.
+    """Return place and reason of the first complaint; see ``faults_of``."""
+    return faults_of(error, value)[0]
+
+
+def faults_of(error: ValidationError, value: Any = None, place: str = "") -> list[str]:
+    """Return place and reason of each complaint: ``heldout.a.score: expected a number``.
 
     Args:
-        error: What pydantic raised.
-        value: What it validated: its keys tell those of the place from names of union members between them. None: the
-            place is pydantic's.
+        error: The exception of pydantic.
+        value: The value that was validated. Its keys separate the path from names of union members that pydantic
+            inserts. None: the path is pydantic's.
+        place: Path of ``value`` itself, put in front of each path.
     """
-    detail = error.errors(include_url=False)[0]
-    path: list[str] = []
+    return [_sentence(detail, value, place) for detail in error.errors(include_url=False)]
+
+
+def _sentence(detail: Mapping[str, Any], value: Any, place: str) -> str:
+    path = [place]
+    known_value = value is not None
     for word in detail["loc"]:
-        known = word in value if isinstance(value, dict) else isinstance(value, list) and isinstance(word, int)
-        if known or value is None:
+        known = word in value if isinstance(value, dict) else isinstance(value, list | tuple) and isinstance(word, int)
+        if known or not known_value:
             path.append(str(word))
         value = value[word] if known else value
-    if detail["type"] == "missing" and detail["loc"] and value is not None:
+    if detail["type"] == "missing" and detail["loc"] and known_value:
         path.append(str(detail["loc"][-1]))
-    return ": ".join([*filter(None, [".".join(path)]), reason_of(detail)])
+    return ": ".join([*filter(None, [".".join(filter(None, path))]), reason_of(detail)])

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataConfigError, StateError
-from data_pipeline.io.strict import reason_of
+from data_pipeline.io.strict import faults_of
 from data_pipeline.io.untrusted import UntrustedError, read_yaml
 from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec
@@ -120,8 +120,7 @@ def open_loader(
         try:
             config = DataConfig.model_validate(config)
         except ValidationError as error:
-            found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {reason_of(e)}" for e in error.errors())
-            raise DataConfigError(f"data configuration: {found}") from error
+            raise DataConfigError(f"data configuration: {'; '.join(faults_of(error, config))}") from error
     return PackedBatches(config, spec, seed, rank, world_size)
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.errors import DataConfigError
-from data_pipeline.io.strict import StrictConfig, reason_of
+from data_pipeline.io.strict import StrictConfig, faults_of
 from data_pipeline.loader.first_look import FirstLook, look_at
 from data_pipeline.loader.front_to_back import expand_shards
 from data_pipeline.media_spec import MediaSpec
@@ -154,23 +154,7 @@ def _overridden(block: C, overrides: list[dict[str, Any] | None], place: str) ->
     try:
         return type(block).model_validate(merged)
     except ValidationError as error:
-        raise ValueError(
-            "; ".join(_sentence(place, merged, fault) for fault in error.errors(include_url=False))
-        ) from error
-
-
-def _sentence(place: str, block: Any, fault: Any) -> str:
-    """``block`` is what was validated: its keys tell those of the place from names of variants between them."""
-    path = []
-    for word in fault["loc"]:
-        if isinstance(block, dict) and word not in block and block.get("kind") == word:
-            continue
-        path.append(str(word))
-        known = (isinstance(block, dict) and word in block) or (
-            isinstance(block, list | tuple) and isinstance(word, int)
-        )
-        block = block[word] if known else None
-    return f"{'.'.join([place, *path])}: {reason_of(fault)}"
+        raise ValueError("; ".join(faults_of(error, merged, place))) from error
 
 
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
