@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 from data_pipeline.errors import DataConfigError, SampleError, ShardError
@@ -20,6 +19,7 @@ from data_pipeline.io.atomic import replacing, write_whole
 from data_pipeline.io.checksums import holds
 from data_pipeline.io.ordered_pool import in_order
 from data_pipeline.io.untrusted import open_regular
+from data_pipeline.prepare.choices import Naming, Reader, Split
 from data_pipeline.prepare.energon_export import EnergonShard, index_for_energon, write_energon_meta
 from data_pipeline.prepare.energon_source import META
 from data_pipeline.prepare.records import CAPTION, dump_json
@@ -41,24 +41,6 @@ _MIN_SAMPLE_DIGITS = 4
 _ROWS_AT_ONCE = 64
 
 
-class Naming(str, Enum):
-    """What tars, samples and members are called."""
-
-    KEEP = "keep"
-    """As they were: tars are copied byte for byte."""
-    IMG2DATASET = "img2dataset"
-    """``00012.tar`` with ``000120345.jpg``, ``.txt`` and ``.json``, one image and one caption each."""
-
-
-class Reader(str, Enum):
-    """Who is going to read the tars."""
-
-    WEBDATASET = "webdataset"
-    """Anything that reads tars."""
-    ENERGON = "energon"
-    """Megatron-Energon, which wants files beside them."""
-
-
 @dataclass(frozen=True)
 class ExportReport:
     """What an export did. ``num_resumed`` counts the tars that an earlier, interrupted one had stored."""
@@ -76,7 +58,7 @@ def export(
     *,
     naming: Naming = Naming.KEEP,
     reader: Reader = Reader.WEBDATASET,
-    split: str = "train",
+    split: Split = Split.TRAIN,
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> ExportReport:
@@ -87,7 +69,7 @@ def export(
         output: Folder for the tars; made if missing.
         naming: What they are called.
         reader: Whether Energon's files are written too.
-        split: Energon's name for the set: ``train``, ``val`` or ``test``.
+        split: Energon's name for the set.
         workers: Processes; 0: this one. The result does not depend on it.
         progress: Called with the number of samples stored since the last call.
 
@@ -114,7 +96,7 @@ def export(
     kind = None
     if reader is Reader.ENERGON:
         indexed = in_order(_index_for_energon, [output / target for target in targets], workers)
-        kind = write_energon_meta(output, dict(zip(targets, indexed, strict=True)), split).value
+        kind = write_energon_meta(output, dict(zip(targets, indexed, strict=True)), split.value).value
     (output / _PLAN).unlink()
     return ExportReport(manifest.num_shards, manifest.num_samples, len(done), kind)
 

@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from data_pipeline.errors import DataConfigError, ManifestError, SampleError, Sh
 from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.checksums import holds
 from data_pipeline.io.ordered_pool import in_order
+from data_pipeline.prepare.choices import OnError
 from data_pipeline.prepare.rows import Row, RowReader, Source
 from data_pipeline.prepare.skipped import SkippedRow, SkippedRows, read_skipped, row_of_stored
 from data_pipeline.prepare.sources import open_source
@@ -34,15 +34,6 @@ from data_pipeline.storage.location import local_path
 
 _PIECE_BYTES = 8 << 20
 """Samples are handed over in pieces of about this size."""
-
-
-class OnError(str, Enum):
-    """What a row that cannot be used does."""
-
-    FAIL = "fail"
-    """It ends the ingest; finished shards stay."""
-    SKIP = "skip"
-    """It is left out and noted in ``NAME.skipped.jsonl``."""
 
 
 @dataclass

@@ -13,7 +13,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +23,7 @@ from data_pipeline.errors import DataConfigError, DataPipelineError, FaultKind, 
 from data_pipeline.io.untrusted import open_regular
 from data_pipeline.order.exclusions import Exclusions, read_lists
 from data_pipeline.order.permutation import Permutation
+from data_pipeline.prepare.choices import Keys
 from data_pipeline.prepare.lists import KEY_DIGITS
 from data_pipeline.prepare.rows import Members, Row, read_each, spans_of
 from data_pipeline.shards.index import ShardIndex, extent
@@ -32,17 +32,6 @@ from data_pipeline.shards.open_shard import cut_members
 
 _OPEN_SHARDS = 128
 _DRAWN_AT_ONCE = 4096
-
-
-class Keys(str, Enum):
-    """What samples are called in the new shards."""
-
-    KEEP = "keep"
-    """As they were; two of one name in one shard are an error."""
-    ORIGIN = "origin"
-    """The name of their shard, and of their set if there are several, before it: ``photos/train-00003/cat``."""
-    NUMBER = "number"
-    """Their number in the new order, from 1: ``000000001``."""
 
 
 @dataclass(frozen=True)

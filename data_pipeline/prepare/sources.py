@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
 from data_pipeline.errors import DataConfigError
+from data_pipeline.prepare.choices import SourceKind
 from data_pipeline.prepare.folders import FolderSource, walk_folder
 from data_pipeline.prepare.lists import ListSource
 from data_pipeline.prepare.recognised import metadata_file
@@ -21,35 +21,6 @@ from data_pipeline.shards.image_header import is_image
 from data_pipeline.storage.location import local_path
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-
-
-class SourceKind(str, Enum):
-    """What a source is."""
-
-    AUTO = "auto"
-    """Told by its name and what lies in it."""
-    FOLDER = "folder"
-    """Images with same-stem .txt or .json."""
-    CLASSES = "classes"
-    """A folder of images for each class, whose name becomes the caption."""
-    CSV = "csv"
-    """Columns path and caption."""
-    TSV = "tsv"
-    """The same, separated by tabs."""
-    JSONL = "jsonl"
-    """An object a line: path, caption, captions, parts, or a document of OBELICS or MMC4."""
-    PARQUET = "parquet"
-    """The same in Parquet, images inside or beside."""
-    WEBDATASET = "webdataset"
-    """Tars, their members as they are."""
-    IMG2DATASET = "img2dataset"
-    """Tars of img2dataset (LAION, DataComp): .jpg, .txt and a .json with a status."""
-    ENERGON = "energon"
-    """A folder with .nv-meta."""
-    OBELICS = "obelics"
-    """Tars with numbered images and a .json with images and texts, or Parquet and JSONL with such columns."""
-    MMC4 = "mmc4"
-    """Tars with a .json with text_list and image_info, images beside or inside it; or Parquet and JSONL."""
 
 
 _LISTS = (SourceKind.CSV, SourceKind.TSV, SourceKind.JSONL, SourceKind.PARQUET)

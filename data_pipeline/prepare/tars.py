@@ -17,11 +17,12 @@ from typing import IO, Any
 
 from data_pipeline.errors import DataConfigError, ManifestError, SampleError, ShardError
 from data_pipeline.io.untrusted import open_regular, read_json
+from data_pipeline.prepare.choices import SourceKind
 from data_pipeline.prepare.energon_source import EnergonFolder
 from data_pipeline.prepare.folders import walk_folder
 from data_pipeline.prepare.foreign_members import Layout, guess_layout, unpacked
 from data_pipeline.prepare.rows import Members, Row, read_each, spans_of
-from data_pipeline.prepare.sources import SourceKind, is_tar
+from data_pipeline.prepare.sources import is_tar
 from data_pipeline.shards.index import ShardIndex, open_tar
 from data_pipeline.shards.tar_members import walk
 from data_pipeline.shards.tar_stream import stream_members, stream_samples

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import sentencepiece
 
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.json_member import all_texts, parse_json
+from data_pipeline.prepare.choices import ModelType
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.open_shard import open_shard
 from data_pipeline.text.tokenizer import (
@@ -29,7 +29,7 @@ def train_sentencepiece(
     output: str | Path,
     vocab_size: int,
     *,
-    model_type: Literal["bpe", "unigram"] = "bpe",
+    model_type: ModelType = ModelType.BPE,
     character_coverage: float = 0.9995,
     max_samples: int = 1_000_000,
     special_tokens: Sequence[str] = (),
@@ -64,7 +64,7 @@ def train_sentencepiece(
             sentence_iterator=lines,
             model_writer=model,
             vocab_size=vocab_size,
-            model_type=model_type,
+            model_type=model_type.value,
             character_coverage=character_coverage,
             byte_fallback=True,
             normalization_rule_name="identity",

@@ -23,6 +23,7 @@ from emoji_wording import dialogue, interleaved, page, record
 
 from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.checksums import sha256_of
+from data_pipeline.prepare.choices import ModelType
 from data_pipeline.prepare.tokenizer_training import train_sentencepiece
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
@@ -86,7 +87,9 @@ def build(packages: Path, output: Path, tokenizer: Path, num_quick: int, vocab_s
     for name, prefixes in MANIFESTS.items():
         write_manifest(output / f"{name}.manifest", [shard for prefix in prefixes for shard in shards[prefix]])
     trained = [output / f"{name}.manifest" for name in ("train", "train-text")]
-    train_sentencepiece(trained, tokenizer, vocab_size, model_type="unigram", character_coverage=CHARACTER_COVERAGE)
+    train_sentencepiece(
+        trained, tokenizer, vocab_size, model_type=ModelType.UNIGRAM, character_coverage=CHARACTER_COVERAGE
+    )
 
 
 def pictures(concepts: list[Concept], styles: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:

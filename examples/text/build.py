@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.prepare.choices import ModelType
 from data_pipeline.prepare.tokenizer_training import train_sentencepiece
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.sample_reader import read_samples
@@ -114,7 +115,7 @@ if __name__ == "__main__":
         manifests,
         folder / "tokenizer.model",
         VOCAB_SIZE,
-        model_type="unigram",
+        model_type=ModelType.UNIGRAM,
         character_coverage=0.99,
         special_tokens=CHAT_TOKENS,
     )

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import re
-from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import typer
 
+from data_pipeline.prepare.choices import Keep
 from mmscale.cli.console import emit, progress
 
 if TYPE_CHECKING:
     from data_pipeline.prepare.dedup.find import NamedSet
 
 app = typer.Typer()
-
-
-class KeepChoice(str, Enum):
-    """Which of several duplicates stays."""
-
-    FIRST = "first"
-    LARGEST = "largest"
 
 
 @app.command(epilog="Example: mmscale data dedup examples/emoji/shards/train.manifest --out duplicates.jsonl")
@@ -33,7 +26,7 @@ def dedup(
     out: Path = typer.Option(..., "--out", help="The list to write: one JSON line for each sample that goes."),
     by: str = typer.Option("exact,perceptual", "--by", help="Any of exact, text, pair, perceptual; in this order."),
     distance: int = typer.Option(4, "--distance", min=0, max=16, help="Bits of 64 in which perceptual hashes differ."),
-    keep: KeepChoice = typer.Option("first", "--keep", help="Which of several duplicates stays."),
+    keep: Keep = typer.Option("first", "--keep", help="Which of several duplicates stays."),
     against: list[str] = typer.Option(
         [], "--against", help="Evaluation sets: samples like theirs go.", metavar="[NAME=]MANIFEST"
     ),
@@ -50,7 +43,7 @@ def dedup(
     from dataclasses import asdict
 
     from data_pipeline.errors import DataConfigError
-    from data_pipeline.prepare.dedup.find import Keep, Question, find_duplicates
+    from data_pipeline.prepare.dedup.find import Question, find_duplicates
     from data_pipeline.prepare.dedup.signatures import Criterion
 
     try:
@@ -63,7 +56,7 @@ def dedup(
         report = find_duplicates(
             sets,
             out,
-            Question(criteria, distance, Keep(keep.value), max_pixels),
+            Question(criteria, distance, keep, max_pixels),
             against=held_out,
             signatures=signatures or out.with_name(out.name + ".signatures"),
             workers=workers,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from data_pipeline.prepare.choices import Keys, Naming, OnError, Reader, SourceKind, Split
 from mmscale.cli.console import console, emit, progress, warn
 
 if TYPE_CHECKING:
@@ -36,66 +36,12 @@ _SHARD_SIZE = typer.Option("256M", "--shard-size", parser=_bytes_of, metavar="SI
 _SHARD_SAMPLES = typer.Option(_DEFAULT_SAMPLES, "--shard-samples", min=1, help="Most samples in a shard.")
 
 
-class OnErrorChoice(str, Enum):
-    """What a row that cannot be used does."""
-
-    FAIL = "fail"
-    SKIP = "skip"
-
-
-class KindChoice(str, Enum):
-    """Kinds of sources."""
-
-    AUTO = "auto"
-    FOLDER = "folder"
-    CLASSES = "classes"
-    CSV = "csv"
-    TSV = "tsv"
-    JSONL = "jsonl"
-    PARQUET = "parquet"
-    WEBDATASET = "webdataset"
-    IMG2DATASET = "img2dataset"
-    ENERGON = "energon"
-    OBELICS = "obelics"
-    MMC4 = "mmc4"
-
-
-class KeysChoice(str, Enum):
-    """What samples are called after a reshard."""
-
-    KEEP = "keep"
-    ORIGIN = "origin"
-    NUMBER = "number"
-
-
-class ReaderChoice(str, Enum):
-    """Who reads exported tars."""
-
-    WEBDATASET = "webdataset"
-    ENERGON = "energon"
-
-
-class NamingChoice(str, Enum):
-    """Names of exported tars and samples."""
-
-    KEEP = "keep"
-    IMG2DATASET = "img2dataset"
-
-
-class SplitChoice(str, Enum):
-    """Energon's splits."""
-
-    TRAIN = "train"
-    VAL = "val"
-    TEST = "test"
-
-
 @app.command(epilog="Example: mmscale data ingest pairs.csv --output shards --name pairs --jobs 8")
 def ingest(
     source: Path = typer.Argument(help="A folder of images and texts, a .csv, .tsv, .jsonl or .parquet, or tars."),
     output: Path = typer.Option(..., "--output", help="Folder for shards, indexes and manifest."),
     name: str = typer.Option("data", "--name", help="Prefix of the shards and name of the manifest."),
-    kind: KindChoice = typer.Option("auto", "--from", help="What the source is; auto looks and says so."),
+    kind: SourceKind = typer.Option("auto", "--from", help="What the source is; auto looks and says so."),
     columns: list[str] = typer.Option([], "--column", help="Call column OLD NEW.", metavar="NEW=OLD"),
     drop: list[str] = typer.Option([], "--drop", help="Leave a column out.", metavar="COLUMN"),
     images: Path | None = typer.Option(
@@ -111,17 +57,16 @@ def ingest(
         None, "--max-side", min=1, help="Scale images with a longer side down to it, pixels; bytes are kept without."
     ),
     jobs: int = _JOBS,
-    on_error: OnErrorChoice = typer.Option("fail", "--on-error", help="What a row that cannot be used does."),
+    on_error: OnError = typer.Option("fail", "--on-error", help="What a row that cannot be used does."),
     json: bool = _JSON,
 ) -> None:
     """Store a folder, a list, Parquet or foreign tars as shards. Interrupted, the same command goes on."""
-    from data_pipeline.prepare.ingest import OnError
     from data_pipeline.prepare.ingest import ingest as run
     from data_pipeline.prepare.records import FieldNames
-    from data_pipeline.prepare.sources import SourceKind, SourceOptions, open_source, warnings
+    from data_pipeline.prepare.sources import SourceOptions, open_source, warnings
 
     names = FieldNames(tuple(map(_pair, columns)), tuple(drop))
-    opened = open_source(source, SourceOptions(SourceKind(kind.value), names, split, images, drop_images))
+    opened = open_source(source, SourceOptions(kind, names, split, images, drop_images))
     console.print(f"{source}: {opened.description}", markup=False)
     warn(warnings(source, opened))
     with progress("ingest", opened.count()) as meter:
@@ -133,7 +78,7 @@ def ingest(
             max_samples=shard_samples,
             max_side=max_side,
             workers=jobs if jobs > 1 else 0,
-            on_error=OnError(on_error.value),
+            on_error=on_error,
             progress=meter.advance,
         )
     _show(opened.description, report, json)
@@ -157,21 +102,21 @@ def reshard(
     shuffle: int | None = typer.Option(None, "--shuffle", help="Permute all samples with this seed.", metavar="SEED"),
     exclude: list[Path] = typer.Option([], "--exclude", help="Leave out what a list of dedup or a quarantine names."),
     keep: list[Path] = typer.Option([], "--keep", help="Take only what such a list names."),
-    keys: KeysChoice = typer.Option("keep", "--keys", help="Keys: as they were, with their shard, or numbers."),
+    keys: Keys = typer.Option("keep", "--keys", help="Keys: as they were, with their shard, or numbers."),
     jobs: int = _JOBS,
-    on_error: OnErrorChoice = typer.Option("fail", "--on-error", help="What a damaged sample does."),
+    on_error: OnError = typer.Option("fail", "--on-error", help="What a damaged sample does."),
     json: bool = _JSON,
 ) -> None:
     """Store data sets as other shards: resized, joined, filtered, shuffled. Interrupted, the same command goes on."""
     from data_pipeline.errors import DataConfigError
-    from data_pipeline.prepare.ingest import OnError, ingest
-    from data_pipeline.prepare.reshard import Keys, ManifestSource, NamedManifest, Selection
+    from data_pipeline.prepare.ingest import ingest
+    from data_pipeline.prepare.reshard import ManifestSource, NamedManifest, Selection
 
     if shards is not None and (shard_size is not None or shard_samples is not None):
         raise DataConfigError("--shards decides the size of the shards: leave out --shard-size and --shard-samples")
     pairs = [text.partition("=") if "=" in text else (Path(text).stem, "", text) for text in manifests]
     sets = [NamedManifest(called, Path(path)) for called, _, path in pairs]
-    source = ManifestSource(sets, Selection(tuple(exclude), tuple(keep), shuffle, Keys(keys.value)))
+    source = ManifestSource(sets, Selection(tuple(exclude), tuple(keep), shuffle, keys))
     console.print(source.description, markup=False)
     with progress("reshard", source.count()) as meter:
         report = ingest(
@@ -181,7 +126,7 @@ def reshard(
             max_bytes=shard_size or (_DEFAULT_BYTES if shards is None else _UNLIMITED),
             max_samples=shard_samples or (_DEFAULT_SAMPLES if shards is None else -(-source.count() // shards)),
             workers=jobs if jobs > 1 else 0,
-            on_error=OnError(on_error.value),
+            on_error=on_error,
             progress=meter.advance,
         )
     _show(source.description, report, json)
@@ -191,16 +136,15 @@ def reshard(
 def export(
     manifest: Path = typer.Argument(help="A manifest."),
     output: Path = typer.Option(..., "--output", help="Folder for the tars."),
-    reader: ReaderChoice = typer.Option("webdataset", "--for", help="Who reads them; Energon wants files beside."),
-    naming: NamingChoice = typer.Option(
+    reader: Reader = typer.Option("webdataset", "--for", help="Who reads them; Energon wants files beside."),
+    naming: Naming = typer.Option(
         "keep", "--naming", help="Names as they are, or 00012.tar with 000120345.jpg, .txt and .json."
     ),
-    split: SplitChoice = typer.Option("train", "--split", help="Energon's name for the set."),
+    split: Split = typer.Option("train", "--split", help="Energon's name for the set."),
     jobs: int = _JOBS,
     json: bool = _JSON,
 ) -> None:
     """Write a data set as plain tars, without index and manifest. Interrupted, the same command goes on."""
-    from data_pipeline.prepare.export import Naming, Reader
     from data_pipeline.prepare.export import export as run
     from data_pipeline.shards.manifest import Manifest
 
@@ -208,9 +152,9 @@ def export(
         report = run(
             manifest,
             output,
-            naming=Naming(naming.value),
-            reader=Reader(reader.value),
-            split=split.value,
+            naming=naming,
+            reader=reader,
+            split=split,
             workers=jobs if jobs > 1 else 0,
             progress=meter.advance,
         )

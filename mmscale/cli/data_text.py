@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from data_pipeline.prepare.choices import ModelType
 from mmscale.cli.console import console, emit, printable, progress
 
 app = typer.Typer()
@@ -16,19 +16,12 @@ app = typer.Typer()
 _JSON = typer.Option(False, "--json", help="One JSON object instead of lines.")
 
 
-class ModelTypeChoice(str, Enum):
-    """SentencePiece algorithms."""
-
-    BPE = "bpe"
-    UNIGRAM = "unigram"
-
-
 @app.command(epilog="Example: mmscale data tokenizer shards/train.manifest --output tokenizer.model --vocab-size 8000")
 def tokenizer(
     manifests: list[Path] = typer.Argument(help="Manifests whose text to read."),
     output: Path = typer.Option(..., "--output", help="The SentencePiece model to write."),
     vocab_size: int = typer.Option(32_000, "--vocab-size", min=262, help="Pieces, with 5 special ones and 256 bytes."),
-    model_type: ModelTypeChoice = typer.Option("bpe", "--model-type", help="Algorithm."),
+    model_type: ModelType = typer.Option("bpe", "--model-type", help="Algorithm."),
     character_coverage: float = typer.Option(
         0.9995, "--character-coverage", min=0.98, max=1.0, help="Share of characters with a piece; others are bytes."
     ),
@@ -46,7 +39,7 @@ def tokenizer(
             manifests,
             output,
             vocab_size,
-            model_type=model_type.value,
+            model_type=model_type,
             character_coverage=character_coverage,
             max_samples=max_samples,
             special_tokens=special,

@@ -19,7 +19,6 @@ import shutil
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import numpy.typing as npt
 from data_pipeline.errors import DataConfigError, FaultKind
 from data_pipeline.io.atomic import replacing
 from data_pipeline.io.ordered_pool import in_order
+from data_pipeline.prepare.choices import Keep
 from data_pipeline.prepare.dedup.search import MAX_DISTANCE, NearWork, Plan, Rows, equal_rows, greedy
 from data_pipeline.prepare.dedup.signatures import (
     Criterion,
@@ -45,15 +45,6 @@ from data_pipeline.shards.manifest import Manifest
 DEFAULT_DISTANCE = 4
 DEFAULT_MAX_PIXELS = 89_478_485
 _WRITTEN_AT_ONCE = 1 << 16
-
-
-class Keep(str, Enum):
-    """Which of several duplicates stays."""
-
-    FIRST = "first"
-    """The first in the order of sets and samples."""
-    LARGEST = "largest"
-    """The one with the most pixels; of equal ones the first."""
 
 
 @dataclass(frozen=True)

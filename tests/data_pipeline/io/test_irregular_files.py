@@ -14,7 +14,7 @@ from data_pipeline.errors import DataPipelineError
 from data_pipeline.io.checksums import holds, sha256_of
 from data_pipeline.prepare.energon_export import index_for_energon
 from data_pipeline.prepare.export import export
-from data_pipeline.prepare.sources import SourceKind
+from data_pipeline.prepare.choices import SourceKind
 from data_pipeline.prepare.tars import TarReader, TarSource, open_tars
 from data_pipeline.prepare.verify import verify_shard
 from data_pipeline.shards.index import ShardIndex

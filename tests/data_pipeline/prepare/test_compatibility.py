@@ -20,8 +20,9 @@ from PIL import Image
 
 from data_pipeline.errors import SampleError, ShardError
 from data_pipeline.prepare import foreign_members as layouts
-from data_pipeline.prepare.export import Reader, export
-from data_pipeline.prepare.ingest import OnError, ingest
+from data_pipeline.prepare.choices import OnError, Reader
+from data_pipeline.prepare.export import export
+from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.verify import verify_manifest
 from data_pipeline.sample import ImagePart
 from data_pipeline.shards.index import build_index

@@ -16,7 +16,8 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.errors import DataConfigError, SampleError, ShardError
-from data_pipeline.prepare.export import Naming, export
+from data_pipeline.prepare.choices import Naming
+from data_pipeline.prepare.export import export
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.sources import open_source
 from data_pipeline.sample import Sample
@@ -112,7 +113,8 @@ def test_what_has_no_such_name_or_other_bytes_is_not_exported(tmp_path: Path) ->
 
 _DIES = """
 import os, signal, sys
-from data_pipeline.prepare.export import Naming, export
+from data_pipeline.prepare.choices import Naming
+from data_pipeline.prepare.export import export
 samples = 0
 def progress(count):
     global samples

@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from data_pipeline.errors import DataConfigError
-from data_pipeline.prepare.ingest import IngestReport, OnError, ingest
+from data_pipeline.prepare.choices import OnError, SourceKind
+from data_pipeline.prepare.ingest import IngestReport, ingest
 from data_pipeline.prepare.records import FieldNames
-from data_pipeline.prepare.sources import SourceKind, SourceOptions, open_source
+from data_pipeline.prepare.sources import SourceOptions, open_source
 from data_pipeline.sample import Sample
 from data_pipeline.shards.sample_reader import read_samples
 from mmscale.cli.main import main

@@ -15,7 +15,8 @@ from PIL import Image
 
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.io.atomic import partial_path
-from data_pipeline.prepare.ingest import OnError, ingest
+from data_pipeline.prepare.choices import OnError
+from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.skipped import SkippedRow, SkippedRows, read_skipped
 from data_pipeline.prepare.verify import verify_manifest
 from data_pipeline.shards.manifest import Manifest
@@ -160,7 +161,8 @@ def test_unusable_sources_are_refused(tmp_path: Path) -> None:
 _DIES = """
 import os, signal, sys
 from data_pipeline.io.atomic import partial_path
-from data_pipeline.prepare.ingest import OnError, ingest
+from data_pipeline.prepare.choices import OnError
+from data_pipeline.prepare.ingest import ingest
 rows = 0
 def progress(count):
     global rows

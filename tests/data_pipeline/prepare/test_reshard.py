@@ -15,9 +15,10 @@ import pytest
 
 from benchmarks.servers import file_server
 from data_pipeline.errors import DataConfigError, SampleError, ShardError
+from data_pipeline.prepare.choices import Keys, OnError
 from data_pipeline.prepare.export import export
-from data_pipeline.prepare.ingest import OnError, ingest
-from data_pipeline.prepare.reshard import Keys, ManifestSource, NamedManifest, Selection
+from data_pipeline.prepare.ingest import ingest
+from data_pipeline.prepare.reshard import ManifestSource, NamedManifest, Selection
 from data_pipeline.prepare.skipped import read_skipped
 from data_pipeline.prepare.verify import verify_manifest
 from data_pipeline.shards.manifest import Manifest, write_manifest
@@ -149,7 +150,8 @@ _DIES = """
 import os, signal, sys
 from pathlib import Path
 from data_pipeline.prepare.ingest import ingest
-from data_pipeline.prepare.reshard import Keys, ManifestSource, NamedManifest, Selection
+from data_pipeline.prepare.choices import Keys
+from data_pipeline.prepare.reshard import ManifestSource, NamedManifest, Selection
 rows = 0
 def progress(count):
     global rows

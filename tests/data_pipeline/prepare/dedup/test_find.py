@@ -19,7 +19,8 @@ from PIL import Image
 from data_pipeline.errors import DataConfigError
 from data_pipeline.order.exclusions import read_exclusions
 from data_pipeline.order.fault_policy import FaultConfig
-from data_pipeline.prepare.dedup.find import Keep, NamedSet, Question, find_duplicates
+from data_pipeline.prepare.choices import Keep
+from data_pipeline.prepare.dedup.find import NamedSet, Question, find_duplicates
 from data_pipeline.prepare.dedup.signatures import Criterion
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.writer import ShardWriter
