@@ -32,7 +32,7 @@ from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.columns import Column
 from data_pipeline.io.untrusted import UntrustedError, open_regular, parse_json, read_bytes
 from data_pipeline.loader.loader import StepBatch
-from data_pipeline.order.state import Drawn, LoaderState
+from data_pipeline.order.state import LoaderState
 
 _MAGIC = b"mmscale-ledger-1\n"
 _NAME = re.compile(r"steps-(\d{10,})-(\d{10,})\.ledger")
@@ -399,8 +399,3 @@ def cut_back(folder: Path, step: int) -> None:
             (folder / f"steps-{first:010d}-{last:010d}.ledger").unlink()
     for partial in folder.glob(".steps-*.partial"):
         partial.unlink()
-
-
-def drawn_of(row: Row, datasets: Sequence[str]) -> Drawn:
-    """The row's place as the loader knows it."""
-    return Drawn(datasets.index(row.dataset), row.epoch, row.sample, row.part)

@@ -72,11 +72,6 @@ class ReadAhead:
         """Fetches that have the turn or wait for it. The lock alone does not tell: while it is handed on it is free."""
         self._room: asyncio.Event = asyncio.Event()
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes in memory or reserved for what is on its way."""
-        return self._used
-
     def expect(self, owner: Hashable, stretches: Sequence[Stretch]) -> list[Stretch]:
         """Names all that ``owner`` needs, in order; what it does not name any more is let go.
 

@@ -64,14 +64,20 @@ class RemoteStore:
         """``stat`` for coroutines."""
         return await self._retry.run(lambda: self._stat(location), str(location))
 
-    def read_ranges(self, location: Any, ranges: Sequence[Range], expected: ObjectInfo | None = None) -> list[bytes]:
-        """As ``Store.read_ranges``."""
-        return self._background.run(self.fetch(location, ranges, expected))[0]
-
     async def fetch(
         self, location: Url, ranges: Sequence[Range], expected: ObjectInfo | None = None
     ) -> tuple[list[bytes], ObjectInfo | None]:
-        """``read_ranges`` for coroutines; also tells the version that was read (None if no byte was needed)."""
+        """Return the bytes of each range in the order of ``ranges``, and the version read (None if no byte was needed).
+
+        Args:
+            location: The object.
+            ranges: Inside the object.
+            expected: The version that is meant.
+
+        Raises:
+            StaleError: the object is not (or no longer) the expected one.
+            StorageError: it is absent, refused or shorter, or the store failed for too long.
+        """
         wholes = coalesce(ranges, self._config.gap_bytes, self._config.request_bytes)
         parts = [part for whole in wholes for part in pieces(whole, self._config.request_bytes)]
         if expected is None and len(parts) > 1:  # The first answer tells the version that the others must have.
@@ -90,7 +96,7 @@ class RemoteStore:
         """A whole object, front to back; a small one takes a single request.
 
         Raises:
-            As ``Store.read_ranges``.
+            As ``fetch``.
         """
         size = self._config.request_bytes
         data, info = await self._range(location, Range(0, size), expected, to_end=True)

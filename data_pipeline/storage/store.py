@@ -6,16 +6,14 @@ Objects are named by ``Location``. A store is asked from any thread of the proce
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from data_pipeline.errors import DataConfigError, StaleError, StorageError
 from data_pipeline.io.atomic import write_whole
-from data_pipeline.io.untrusted import regular_descriptor
 from data_pipeline.storage.location import Url
-from data_pipeline.storage.ranges import Range
 
 STREAM_CHUNK_BYTES = 8 * 2**20
 
@@ -44,27 +42,14 @@ class Store(Protocol):
         """
         ...
 
-    def read_ranges(
-        self, location: Path | Url, ranges: Sequence[Range], expected: ObjectInfo | None = None
-    ) -> list[bytes]:
-        """The bytes of each range, in the order of ``ranges``.
-
-        Args:
-            location: The object.
-            ranges: Inside the object.
-            expected: The version that is meant.
-
-        Raises:
-            StaleError: the object is not (or no longer) the expected one.
-            StorageError: it is absent, refused or shorter, or the store failed for too long.
-        """
-        ...
-
     def stream(self, location: Path | Url, expected: ObjectInfo | None = None) -> Iterator[bytes]:
         """A whole object from front to back, in chunks of some MiB; the version must not change on the way.
 
         Raises:
-            As ``read_ranges``; raised between chunks, so what came before is good.
+            StaleError: the object is not (or no longer) the expected one.
+            StorageError: it is absent, refused or shorter, or the store failed for too long.
+
+        An error is raised between chunks, so the chunks before it are good.
         """
         ...
 
@@ -95,27 +80,6 @@ class LocalStore:
             return _info(path.stat())
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
-
-    def read_ranges(
-        self, location: Path | Url, ranges: Sequence[Range], expected: ObjectInfo | None = None
-    ) -> list[bytes]:
-        """As ``Store.read_ranges``."""
-        path = _local(location)
-        try:
-            descriptor = regular_descriptor(path, os.O_RDONLY)
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
-        try:
-            _check_same(path, _info(os.fstat(descriptor)), expected)
-            found = [os.pread(descriptor, end - start, start) for start, end in ranges]
-        except OSError as error:
-            raise StorageError(f"{path}: reading failed: {error.strerror}") from error
-        finally:
-            os.close(descriptor)
-        for data, (start, end) in zip(found, ranges, strict=True):
-            if len(data) < end - start:
-                raise StorageError(f"{path}: ends at byte {start + len(data)}, bytes {start}-{end} were asked for")
-        return found
 
     def stream(self, location: Path | Url, expected: ObjectInfo | None = None) -> Iterator[bytes]:
         """As ``Store.stream``; pipes and devices work too."""

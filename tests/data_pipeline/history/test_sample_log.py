@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import LedgerError, ManifestError, StateError
 from data_pipeline.history.replay import Replay
-from data_pipeline.history.sample_log import Ledger, Recorder, Segment, cut_back, drawn_of, write_segment
+from data_pipeline.history.sample_log import Ledger, Recorder, Segment, cut_back, write_segment
 from data_pipeline.io.atomic import partial_path
 from data_pipeline.loader.loader import Loader, StepBatch
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.order.state import LoaderState
+from data_pipeline.order.state import Drawn, LoaderState
 from tests.data_pipeline.conftest import WriteSet, captioned, picture
 
 STEPS = 24
@@ -105,7 +105,9 @@ def test_every_step_is_what_the_loader_yielded(
         assert [(row.dataset, row.epoch, row.sample) for row in by_rank] == truth(steps)[step - 1]
         for rank, batch in enumerate(steps[step - 1]):
             assert batch.drawn == {
-                lane: tuple(drawn_of(row, names) for row in rows if row.lane == lane)
+                lane: tuple(
+                    Drawn(names.index(row.dataset), row.epoch, row.sample, row.part) for row in rows if row.lane == lane
+                )
                 for lane in range(rank, config.lanes, world_size)
             }
             mine = [row for row in rows if row.lane % world_size == rank]

@@ -12,16 +12,14 @@ import pytest
 
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.io.checksums import holds, sha256_of
+from data_pipeline.prepare.choices import SourceKind
 from data_pipeline.prepare.energon_export import index_for_energon
 from data_pipeline.prepare.export import export
-from data_pipeline.prepare.choices import SourceKind
 from data_pipeline.prepare.tars import TarReader, TarSource, open_tars
 from data_pipeline.prepare.verify import verify_shard
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.open_shard import LocalShard
-from data_pipeline.storage.ranges import Range
-from data_pipeline.storage.store import LocalStore
 from tests.data_pipeline.conftest import WriteSet
 
 _TAR = "part-00000.tar"
@@ -44,7 +42,6 @@ def _damage(tar: Path) -> None:
 
 
 _READERS: dict[str, Callable[[Path], object]] = {
-    "ranges": lambda folder: LocalStore().read_ranges(folder / _TAR, [Range(0, 1)]),
     "shard": lambda folder: LocalShard(folder / _TAR, ShardIndex.read(folder / _TAR)),
     "index": lambda folder: ShardIndex.open(folder / _TAR),
     "verify": lambda folder: _damage(folder / _TAR),

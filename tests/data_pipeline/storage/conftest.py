@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from benchmarks.servers import KEY, SECRET, s3_server
+from data_pipeline.storage.location import Url
+from data_pipeline.storage.ranges import Range
+from data_pipeline.storage.storage import Storage
+from data_pipeline.storage.store import ObjectInfo
+
+
+def read_ranges(storage: Storage, url: Url, ranges: Sequence[Range], expected: ObjectInfo | None = None) -> list[bytes]:
+    """The bytes of each range of a remote object, as a loader fetches them."""
+    fetched: list[bytes] = storage.background.run(storage.store(url).fetch(url, ranges, expected))[0]
+    return fetched
 
 
 @pytest.fixture(scope="session")

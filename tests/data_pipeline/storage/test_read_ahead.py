@@ -61,7 +61,7 @@ def test_what_has_room_is_in_memory_and_what_has_none_is_left_to_the_reader(back
     assert second.task is not None
     second.task.result(SECONDS)
     assert second.get(2, 6) == bytes(4)
-    assert ahead.used_bytes == 8
+    assert ahead._used == 8
 
 
 def test_a_fetch_that_comes_while_the_turn_is_handed_on_stands_behind_and_holds_up_no_reader(

@@ -16,6 +16,7 @@ from data_pipeline.storage.location import Url
 from data_pipeline.storage.objects import PAGE_BYTES
 from data_pipeline.storage.ranges import Range
 from data_pipeline.storage.storage import Storage
+from tests.data_pipeline.storage.conftest import read_ranges
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("s3_account")]
 
@@ -58,7 +59,7 @@ def spoil_first(fault: Fault, times: int = 2) -> Choose:
 def test_what_may_pass_is_tried_again_until_the_same_bytes_are_there(opened: Open, fault: Fault) -> None:
     storage, server = opened(spoil_first(fault))
     wanted = [Range(3, 300_000), Range(1_500_000, 1_500_010)]
-    assert storage.store(OBJECT).read_ranges(OBJECT, wanted) == [DATA[a:b] for a, b in wanted]
+    assert read_ranges(storage, OBJECT, wanted) == [DATA[a:b] for a, b in wanted]
     assert sorted(server.ranges()) == ["bytes=1500000-1500009"] * 3 + ["bytes=3-299999"] * 3
 
 
@@ -71,7 +72,7 @@ def test_what_does_not_pass_ends_within_the_time_in_an_error_that_names_place_an
         StorageError,
         match=r"s3://objects/a folder/x=1/data.bin bytes 0-10: \d+ attempts in .* s failed .*retry_seconds=0.6",
     ):
-        storage.store(OBJECT).read_ranges(OBJECT, [Range(0, 10)])
+        read_ranges(storage, OBJECT, [Range(0, 10)])
     assert len(server.ranges()) > 1
 
 
@@ -110,7 +111,7 @@ def test_an_absent_object_or_bucket_fails_at_once_and_says_what_to_check(opened:
     storage, server = opened()
     location = Url(url)
     with pytest.raises(AbsentError, match=f"{url}: there is no such object; check bucket, path and endpoint"):
-        storage.store(location).read_ranges(location, [Range(0, 10)])
+        read_ranges(storage, location, [Range(0, 10)])
     with pytest.raises(AbsentError, match="there is no such object"):
         storage.background.run(storage.whole(location))
     assert len(server.requests) == 2
@@ -126,7 +127,7 @@ def test_wrong_credentials_fail_at_once_and_name_their_variables(
         Storage(config) as storage,
         pytest.raises(StorageError, match=r"access denied; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"),
     ):
-        storage.store(OBJECT).read_ranges(OBJECT, [Range(0, 10)])
+        read_ranges(storage, OBJECT, [Range(0, 10)])
     assert storage.num_requests == 1
 
 
@@ -135,7 +136,7 @@ def test_an_endpoint_without_encryption_must_be_allowed(s3_port: int) -> None:
         Storage(StorageConfig(endpoint=f"http://127.0.0.1:{s3_port}", retry_seconds=0)) as storage,
         pytest.raises(StorageError, match=r"set data.storage.allow_http"),
     ):
-        storage.store(OBJECT).read_ranges(OBJECT, [Range(0, 10)])
+        read_ranges(storage, OBJECT, [Range(0, 10)])
 
 
 def test_objects_are_listed_in_order_and_only_below_their_folder(opened: Open) -> None:
