@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from mmscale.io.writer_process import WriteError, Writer
+from tests.data_pipeline.io.test_ordered_pool import is_alive
 
 
 def share(folder: str) -> dict[str, object]:
@@ -42,3 +46,31 @@ def test_only_the_signal_of_the_kernel_is_taken_for_a_lack_of_memory(number: sig
         assert str(raised.value) == f"the process that writes died (exit code {-number}){guess}"
     finally:
         writer.close()
+
+
+_TRAINER = """
+import os, signal, time
+from mmscale.io.writer_process import Writer
+writer = Writer(4096)
+fork = os.fork()
+if fork == 0:
+    time.sleep(600)
+    os._exit(0)
+print(writer.pid, fork, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_writer_ends_with_its_trainer_though_a_fork_holds_its_pipe() -> None:
+    with subprocess.Popen([sys.executable, "-c", _TRAINER], stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        writer, fork = map(int, trainer.stdout.readline().split())
+        try:
+            assert trainer.wait(60) == -signal.SIGKILL
+            deadline = time.monotonic() + 60
+            while is_alive(writer):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert is_alive(fork)
+        finally:
+            os.kill(fork, signal.SIGKILL)
