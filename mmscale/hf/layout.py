@@ -26,8 +26,9 @@ from data_pipeline.io.strict import first_fault
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.read import PREPROCESSOR
-from mmscale.models.config import AnyModelConfig, DecoderConfig, ModelConfig, TowerConfig
+from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig, MlpProjectorConfig
+from mmscale.models.decoder_config import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
 
 _SHOWN = 3

@@ -1,4 +1,4 @@
-"""From a configuration to a model: the one place where kinds become classes."""
+"""From a configuration to a model, its parameter count and its media needs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.media_spec import MediaSpec
 from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
-from mmscale.models.connector_config import (
-    CAbstractorConfig,
-    ContrastiveConnectorConfig,
-    CrossAttentionConnectorConfig,
-    EmbeddingConnectorConfig,
-    HybridConnectorConfig,
-    SeeingConnectorConfig,
-)
+from mmscale.models.connectors.connector import Connector
 from mmscale.models.connectors.contrastive import ContrastiveConnector
-from mmscale.models.connectors.cross_attention import CrossAttentionConnector
-from mmscale.models.connectors.embedding import EmbeddingConnector
-from mmscale.models.connectors.unseen_text import absent_features
 from mmscale.models.contrastive import ContrastiveModel
 from mmscale.models.decoder import Decoder
 from mmscale.models.flops import cost_per_patch
 from mmscale.models.head import LanguageHead
-from mmscale.models.multimodal import Connector, MultimodalModel
-from mmscale.models.vision import PixelPatches, VisionTower
-from mmscale.models.vision_config import PatchesConfig
+from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.attention_backends import AttentionChoice, Backend, resolve_backend
 from mmscale.nn.init import initialise_
 from mmscale.nn.moe import Experts
@@ -70,42 +58,23 @@ def build_model(
         UnsupportedError: this machine lacks the kernel named by ``attention``.
     """
     backend = resolve_backend(attention, dtype)
-    decoder = Decoder(config.decoder, backend)
-    vision = _tower(config, backend)
+    decoder, vision, connector = Decoder(config.decoder, backend), None, None
+    if config.vision is not None and config.connector is not None:
+        vision = config.vision.build(backend, absent_features=config.connector.looks_ahead)
+        connector = config.connector.build(config.vision, config.decoder, backend)
     model: AnyModel
-    if isinstance(config.connector, ContrastiveConnectorConfig):
-        assert isinstance(vision, VisionTower), "validated"
-        connector = ContrastiveConnector(config.connector, vision.config.feature_dim, config.decoder.hidden_dim)
+    if isinstance(connector, ContrastiveConnector):
+        assert vision is not None
         model = ContrastiveModel(config, decoder, vision, connector)
     else:
-        head = _head(config, decoder)
-        model = MultimodalModel(config, decoder, head, vision, _connector(config, config.connector, backend))
+        assert connector is None or isinstance(connector, Connector)
+        tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
+        head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
+        head.init_std = config.decoder.init_std  # type: ignore[assignment]
+        model = MultimodalModel(config, decoder, head, vision, connector)
     if seed is not None and not any(parameter.is_meta for parameter in model.parameters()):
         initialise_(model, seed)
     return model
-
-
-def _tower(config: ModelConfig, backend: Backend) -> VisionTower | PixelPatches | None:
-    if config.vision is None:
-        return None
-    if isinstance(config.vision, PatchesConfig):
-        return PixelPatches(config.vision)
-    return VisionTower(config.vision, backend, absent_features=absent_features(config))
-
-
-def _head(config: ModelConfig, decoder: Decoder) -> LanguageHead:
-    tied = decoder.embed_tokens if config.decoder.tie_embeddings else None
-    head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
-    head.init_std = config.decoder.init_std  # type: ignore[assignment]
-    return head
-
-
-def _connector(config: ModelConfig, connector: SeeingConnectorConfig | None, backend: Backend) -> Connector | None:
-    if config.vision is None or connector is None:
-        return None
-    if isinstance(connector, EmbeddingConnectorConfig):
-        return EmbeddingConnector(connector, config.vision.feature_dim, config.decoder.hidden_dim)
-    return CrossAttentionConnector(connector, config.vision, config.decoder, backend)
 
 
 class TowerAlone(nn.Module):
@@ -114,7 +83,7 @@ class TowerAlone(nn.Module):
     def __init__(self, config: TowerConfig, backend: Backend) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionTower(config.vision, backend)
+        self.vision = config.vision.build(backend)
 
     def components(self) -> dict[str, list[nn.Parameter]]:
         """One component."""
@@ -147,31 +116,13 @@ def build_weights(config: AnyModelConfig) -> AnyModel | TowerAlone:
 
 def media_spec(config: ModelConfig) -> MediaSpec:
     """What the data side must know of a model."""
-    axes = 1 if config.decoder.rope is None or config.decoder.rope.sections is None else 3
-    longest = config.decoder.learned_positions
     if config.vision is None or config.connector is None:
-        return MediaSpec(placement=Placement.NONE, position_axes=axes, max_document_tokens=longest)
-    placements = {
-        EmbeddingConnectorConfig: Placement.EMBEDDING,
-        CrossAttentionConnectorConfig: Placement.CROSS_ATTENTION,
-        HybridConnectorConfig: Placement.HYBRID,
-        ContrastiveConnectorConfig: Placement.PAIR,
-    }
-    projector = None if isinstance(config.connector, ContrastiveConnectorConfig) else config.connector.projector
+        return MediaSpec(**config.decoder.media_needs())
     return MediaSpec(
-        placement=placements[type(config.connector)],
-        patch_size=config.vision.patch_size,
-        merge=1 if projector is None else projector.merge,
-        channels=config.vision.channels,
+        **config.decoder.media_needs(),
+        **config.vision.media_needs(),
+        **config.connector.media_needs(),
         cost_per_patch=cost_per_patch(config),
-        fixed_grid=config.vision.fixed_grid,
-        position_axes=axes,
-        max_document_tokens=longest,
-        class_features=int(config.vision.class_feature),
-        max_tiles=None if config.vision.tiles is None else config.vision.tiles.max_tiles,
-        computes_absent=config.vision.tiles is not None and config.vision.tiles.attend_absent,
-        padding=isinstance(config.connector, EmbeddingConnectorConfig) and config.connector.padding,
-        pooled_side=projector.side if isinstance(projector, CAbstractorConfig) else None,
     )
 
 

@@ -11,7 +11,7 @@ from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.contrastive import ContrastiveConnector, PairVectors
 from mmscale.models.decoder import Decoder
 from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
-from mmscale.models.vision import VisionTower
+from mmscale.models.vision_kind import Tower
 
 
 class ContrastiveModel(nn.Module):
@@ -23,9 +23,7 @@ class ContrastiveModel(nn.Module):
     Source: CLIP (arXiv 2103.00020), section 2.4.
     """
 
-    def __init__(
-        self, config: ModelConfig, decoder: Decoder, vision: VisionTower, connector: ContrastiveConnector
-    ) -> None:
+    def __init__(self, config: ModelConfig, decoder: Decoder, vision: Tower, connector: ContrastiveConnector) -> None:
         super().__init__()
         self.config = config
         self.vision = vision

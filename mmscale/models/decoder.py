@@ -9,28 +9,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from data_pipeline.batch import AttentionSegments, BranchedSegments
-from mmscale.models.config import DecoderConfig
+from mmscale.models.decoder_config import DecoderConfig
 from mmscale.models.embedding import TokenEmbedding
 from mmscale.models.kv_cache import KVCache
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.block import TransformerBlock
 from mmscale.nn.dropout import Dropout
 from mmscale.nn.init import set_init_scale
-from mmscale.nn.mlp import DenseMlpConfig
-from mmscale.nn.moe import MoeConfig
 from mmscale.nn.norms import build_norm
 from mmscale.nn.rope import Rotation, text_rotation
 
 Insertion = Callable[[Tensor, Dropout | None], Tensor]
 """From the residual stream to the residual stream, both ``(T, D)``, with the dropout of what is added to it."""
-
-
-def block_mlps(config: DecoderConfig) -> list[DenseMlpConfig | MoeConfig]:
-    """The feed-forward of each block: with ``every=n``, blocks n-1, 2n-1, ... have the experts."""
-    mlp = config.mlp
-    if isinstance(mlp, DenseMlpConfig) or mlp.dense is None:
-        return [mlp] * config.num_layers
-    return [mlp if (layer + 1) % mlp.every == 0 else mlp.dense for layer in range(config.num_layers)]
 
 
 class Decoder(nn.Module):
@@ -59,7 +49,7 @@ class Decoder(nn.Module):
                 causal=True,
                 placement=config.norm_placement,
             )
-            for mlp in block_mlps(config)
+            for mlp in config.block_mlps()
         )
         self.norm = build_norm(config.norm, config.hidden_dim)
         set_init_scale(self, config.num_layers, config.init_std)

@@ -9,18 +9,15 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import MultimodalBatch
 from mmscale.models.config import ModelConfig
-from mmscale.models.connectors.cross_attention import CrossAttentionConnector
-from mmscale.models.connectors.embedding import EmbeddingConnector
+from mmscale.models.connectors.connector import Connector
 from mmscale.models.decoder import Decoder, Insertion
 from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
 from mmscale.models.head import LanguageHead
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.outputs import AuxLoss, ModelOutput
-from mmscale.models.vision import PixelPatches, VisionTower
+from mmscale.models.vision_kind import Tower
 from mmscale.nn.dropout import Dropout
 from mmscale.nn.moe import MoeConfig
-
-Connector = EmbeddingConnector | CrossAttentionConnector
 
 
 class MultimodalModel(nn.Module):
@@ -34,7 +31,7 @@ class MultimodalModel(nn.Module):
         config: ModelConfig,
         decoder: Decoder,
         head: LanguageHead,
-        vision: VisionTower | PixelPatches | None,
+        vision: Tower | None,
         connector: Connector | None,
     ) -> None:
         super().__init__()
@@ -104,8 +101,8 @@ class MultimodalModel(nn.Module):
     def components(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by component, tied ones once; every parameter belongs to exactly one."""
         parts: dict[str, list[nn.Parameter]] = {}
-        if isinstance(self.vision, VisionTower):
-            parts["vision"] = list(self.vision.parameters())
+        if self.vision is not None and (learned := list(self.vision.parameters())):
+            parts["vision"] = learned
         if self.connector is not None:
             parts["connector"] = list(self.connector.parameters())
         text = list(dict.fromkeys([*self.decoder.parameters(), *self.head.parameters()]))
@@ -117,7 +114,7 @@ class MultimodalModel(nn.Module):
 
     def checkpoint_units(self) -> list[nn.Module]:
         """Blocks worth recomputing in the backward pass."""
-        units: list[nn.Module] = self.vision.blocks() if isinstance(self.vision, VisionTower) else []
+        units: list[nn.Module] = self.vision.blocks() if self.vision is not None else []
         units += self.connector.blocks_to_recompute() if self.connector is not None else []
         return units + list(self.decoder.layers)
 

@@ -13,6 +13,7 @@ Source: the reference code of Llama 3.2 Vision, as in transformers' ``modeling_m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,12 +21,34 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 
 from data_pipeline.batch import AttentionSegments, BranchedSegments, Segments, ViewPlace
+from data_pipeline.io.strict import StrictConfig
+from mmscale.nn.sizes import MOST_TILES
 from mmscale.nn.tile_embed import tile_row
 
 _MULTIPLE = 8
 """Rows of a tile are filled up to a multiple of this."""
+
+
+class TilesConfig(StrictConfig):
+    """The tiles of an image know their places in it and see each other.
+
+    Source: Llama 3 (arXiv 2407.21783, section 7.1) and the reference code of Llama 3.2 Vision.
+    """
+
+    max_tiles: int = Field(default=4, ge=1, le=MOST_TILES)
+    """Tiles of an image at most: tables have a row for each grid of so many."""
+    global_layers: int = Field(default=8, ge=0, le=1 << 12)
+    """Gated blocks behind ``post_norm`` and a second embedding of tiles; ``last_output`` is theirs."""
+    attend_absent: bool = True
+    """Compute absent tiles and rows that fill up each tile, and let every patch attend them, as the published weights
+    were trained: an image costs ``max_tiles`` tiles. False: real patches alone, which computes something else."""
+    gate_init: float = 0.0
+    """Start of the gates of embeddings of tiles; 0 as published: without effect at first."""
+    global_gate_init: float = math.pi / 4
+    """Start of the gates in the global blocks."""
 
 
 def tiles_of_images(places: Sequence[ViewPlace]) -> list[tuple[tuple[int, int], int]]:

@@ -1,25 +1,30 @@
-"""Vision towers: packed patches of any number of images to packed features, in one call."""
+"""The vision transformer: packed patches of any number of images to packed features, in one call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_pipeline.batch import AttentionSegments, MediaBlock, Segments
-from mmscale.models.tiles import TileRows, on_device
-from mmscale.models.vision_config import PatchesConfig, VisionConfig
+from mmscale.models.tiles import TileRows, TilesConfig, on_device
+from mmscale.models.vision_kind import Tower, TowerBase
+from mmscale.nn.attention import AttentionConfig
 from mmscale.nn.attention_backends import Backend
-from mmscale.nn.block import TransformerBlock
+from mmscale.nn.block import TransformerBlock, block_products
+from mmscale.nn.flops import Product, linear, num_pairs
 from mmscale.nn.init import set_init_scale
-from mmscale.nn.norms import build_norm
-from mmscale.nn.patch_embed import LearnedPositions, PatchEmbed, normalised
+from mmscale.nn.mlp import DenseMlpConfig
+from mmscale.nn.norms import NormConfig, build_norm
+from mmscale.nn.patch_embed import LearnedPositions, PatchEmbed
 from mmscale.nn.rope import LearnedPositionsConfig, Rotary2dConfig, Rotation, image_rotation
+from mmscale.nn.sizes import Channels, Layers, Width
 from mmscale.nn.tile_embed import TileEmbedding, TilePositions
 
 Grids = Sequence[tuple[int, int, int]]
@@ -37,7 +42,7 @@ def grid_places(grids: Grids) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows), np.concatenate(columns)
 
 
-def tile_rows(config: VisionConfig | PatchesConfig, media: MediaBlock) -> TileRows | None:
+def tile_rows(config: VisionConfig, media: MediaBlock) -> TileRows | None:
     """The stream of a tower that sees the tiles of an image together; None of any other."""
     if config.tiles is None:
         return None
@@ -65,25 +70,141 @@ class _Idle(torch.autograd.Function):
         return gradient, gradient.new_zeros(shape, dtype=dtype)
 
 
-class PixelPatches(nn.Module):
-    """In the place of a tower: patches as they are, for a connector that projects pixels.
-
-    Normalised in float32 whatever the weights are, so that a pixel is rounded to their format once.
-
-    Source: Fuyu-8B's model card.
-    """
-
-    def __init__(self, config: PatchesConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self, media: MediaBlock) -> Float[Tensor, "P patch_dim"]:
-        """Pixels of every patch, each laid out (channel, row, column)."""
-        config = self.config
-        return normalised(media.values, config.channels, config.mean, config.std, torch.float32)
+PositionsConfig = Annotated[LearnedPositionsConfig | Rotary2dConfig, Field(discriminator="kind")]
 
 
-class VisionTower(nn.Module):
+class VisionConfig(TowerBase):
+    """A vision transformer over packed patches of any number of images."""
+
+    kind: Literal["transformer"] = "transformer"
+    hidden_dim: Width
+    """Width of the tower."""
+    num_layers: Layers
+    """Blocks."""
+    attention: AttentionConfig
+    """Heads, biases, per-head norms."""
+    mlp: DenseMlpConfig
+    """Feed-forward of the blocks."""
+    norm: NormConfig = NormConfig()
+    """Kind and epsilon of all norms."""
+    positions: PositionsConfig
+    """``learned`` for views of one fixed size, ``rotary_2d`` for native resolution."""
+    class_token: bool = False
+    """Put a learned token first in every view (CLIP); it is dropped from the features. ``learned`` positions only."""
+    class_feature: bool = False
+    """Keep it: a view's first feature is its class token's (Llama 3.2 Vision). For cross-attention, and
+    for ``connector.pool=class``."""
+    tiles: TilesConfig | None = None
+    """Tiles of an image are computed together (Llama 3.2 Vision); null: every view is by itself."""
+    patch_bias: bool = False
+    """Bias on the patch projection."""
+    temporal_patch: Channels = 1
+    """Frames that the patch projection has weights for; a still image counts as so many equal ones (Qwen2-VL: 2)."""
+    pre_norm: bool = False
+    """A norm before the first block (CLIP, Pixtral)."""
+    post_norm: bool = True
+    """A norm after the last block."""
+    layer_scale: float | None = None
+    """Start of learned per-channel factors on the branches (InternViT: 0.1); null for none."""
+    feature_layers: tuple[int, ...] = ()
+    """0-based blocks whose outputs, not normalised, are concatenated behind the last one's (Llama 3.2 Vision)."""
+    feature_order: Literal["layers", "channels"] = "layers"
+    """How those of ``feature_layers`` lie: one block's channels after the other's, or the first channel of all blocks,
+    then the second, ... (Llama 3.2 Vision)."""
+    last_output: bool = True
+    """Whether features hold the last block's output, normalised; if not, ``feature_layers`` alone (Molmo)."""
+    idle_layers: int = Field(default=0, ge=0, le=1 << 12)
+    """Blocks behind the last of ``feature_layers``, kept because published weights hold them (Molmo: 1). They are
+    computed and learn nothing."""
+    init_std: float | None = Field(default=None, gt=0)
+    """Standard deviation of the first weights; null: ``1 / sqrt(fan-in)``."""
+
+    @property
+    def feature_dim(self) -> int:
+        """Channels of a patch's features."""
+        return self.hidden_dim * (len(self.feature_layers) + self.last_output)
+
+    @property
+    def fixed_grid(self) -> tuple[int, int] | None:
+        """Patches (rows, columns) of every view; None for any size."""
+        return self.positions.grid if isinstance(self.positions, LearnedPositionsConfig) else None
+
+    def build(self, backend: Backend, *, absent_features: bool = False) -> VisionTower:
+        absent = self.tiles is not None and self.tiles.attend_absent and absent_features
+        return VisionTower(self, backend, absent_features=absent)
+
+    def products(self, *, learns: bool) -> list[Product]:
+        embed = 2 * self.channels * self.patch_size**2 * self.hidden_dim
+        num_global = 0 if self.tiles is None else self.tiles.global_layers
+        found = [linear("patches", embed, weights=learns, inputs=False)]
+        # The factors of layer_scale and the gates of global blocks need the output of their branch.
+        for number, ends_in_product in ((self.num_layers, self.layer_scale is None), (num_global, False)):
+            found += number * block_products(
+                self.hidden_dim,
+                self.attention,
+                self.mlp,
+                "tower",
+                learns=learns,
+                flows=learns,
+                ends_in_product=ends_in_product,
+            )
+        return found
+
+    def counts(self, media: MediaBlock) -> dict[str, int]:
+        rows = tile_rows(self, media)
+        if rows is None:
+            lengths = frame_lengths(media.grids, extra=int(self.class_token))
+            return {
+                "patches": media.items.total,
+                "tower_rows": sum(lengths),
+                "tower_pairs": sum(length**2 for length in lengths),
+            }
+        seen = rows.attended
+        queries, keys = (seen, seen) if isinstance(seen, Segments) else (seen.queries, seen.keys)
+        return {
+            "patches": media.items.total,
+            "tower_rows": queries.total,
+            "tower_pairs": num_pairs(queries, keys),
+        }
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VisionConfig:
+        head_dim = self.attention.resolved_head_dim(self.hidden_dim)
+        if isinstance(self.positions, Rotary2dConfig):
+            if head_dim % 4:
+                raise ValueError(f"positions.kind=rotary_2d needs heads of a multiple of 4 channels, got {head_dim}")
+            if self.class_token:
+                raise ValueError("class_token: has no place in the grid of rotary_2d positions; use learned positions")
+        if any(not 0 <= layer < self.num_layers for layer in self.feature_layers):
+            raise ValueError(
+                f"feature_layers={list(self.feature_layers)}: blocks are numbered 0..{self.num_layers - 1}"
+            )
+        unused = 0 if self.last_output else self.num_layers - 1 - max(self.feature_layers, default=-1)
+        if unused != self.idle_layers:
+            if not self.idle_layers:
+                raise ValueError(
+                    "last_output=false: the last block's output is unused; build fewer blocks, name it in "
+                    f"feature_layers, or keep it as it is with idle_layers={unused}"
+                )
+            raise ValueError(f"idle_layers={self.idle_layers}: the outputs of the last {unused} blocks are unused")
+        if not self.last_output and self.post_norm:
+            raise ValueError("last_output=false: post_norm would normalise nothing; set post_norm=false")
+        if self.class_feature and not self.class_token:
+            raise ValueError("class_feature: there is no class token to keep; set class_token=true")
+        if self.tiles is not None:
+            self._check_tiles(self.tiles)
+        return self
+
+    def _check_tiles(self, tiles: TilesConfig) -> None:
+        if isinstance(self.positions, Rotary2dConfig):
+            raise ValueError("tiles: are of one size each; use positions.kind=learned, not rotary_2d")
+        if not self.last_output:
+            raise ValueError("last_output=false: what tiles do behind the last block would be unused")
+        if tiles.attend_absent and self.patch_bias:
+            raise ValueError("tiles.attend_absent: an absent tile has no patches to project; set patch_bias=false")
+
+
+class VisionTower(Tower):
     """A vision transformer.
 
     Args:

@@ -65,6 +65,14 @@ class AttentionConfig(StrictConfig):
             raise ValueError(f"num_heads={self.num_heads}: must divide the width {dim}, or set head_dim")
         return self.head_dim or dim // self.num_heads
 
+    def flops_per_row(self, dim: int) -> int:
+        """Forward operations of the four projections of one row of self-attention."""
+        return 4 * dim * self.resolved_head_dim(dim) * (self.num_heads + self.kv_heads)
+
+    def flops_per_pair(self, dim: int) -> int:
+        """Forward operations of scores and mixing for one query and one key."""
+        return 4 * self.num_heads * self.resolved_head_dim(dim)
+
 
 @dataclass
 class LayerCache:

@@ -12,8 +12,9 @@ from data_pipeline.batch import AttentionSegments
 from mmscale.nn.attention import AttentionConfig, LayerCache, SelfAttention
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.dropout import Branch, Dropout, drop
-from mmscale.nn.mlp import DenseMlpConfig, Mlp
-from mmscale.nn.moe import MoeConfig, MoeMlp
+from mmscale.nn.flops import Product, attention_of, linear
+from mmscale.nn.mlp import DenseMlpConfig
+from mmscale.nn.moe import MoeConfig
 from mmscale.nn.norms import NormConfig, build_norm
 from mmscale.nn.rope import Rotation
 
@@ -89,7 +90,7 @@ class TransformerBlock(nn.Module):
         self.input_layernorm = build_norm(norm, dim)
         self.self_attn = SelfAttention(dim, attention, norm, backend, causal)
         self.post_attention_layernorm = build_norm(norm, dim)
-        self.mlp: nn.Module = Mlp(dim, mlp) if isinstance(mlp, DenseMlpConfig) else MoeMlp(dim, mlp)
+        self.mlp = mlp.build(dim)
         self.has_experts = isinstance(mlp, MoeConfig)
         self.placement = placement
         self.attention_scale = _scale(dim, layer_scale, gate)
@@ -118,6 +119,37 @@ class TransformerBlock(nn.Module):
             branch = self.mlp(branch)
         branch = self.mlp_scale(branch if pre else self.post_attention_layernorm(branch))
         return hidden + drop(branch, dropout, Branch.FEED_FORWARD), router_losses
+
+
+def block_products(
+    dim: int,
+    attention: AttentionConfig,
+    mlp: DenseMlpConfig | MoeConfig,
+    stream: str,
+    *,
+    learns: bool,
+    flows: bool,
+    ends_in_product: bool,
+) -> list[Product]:
+    """The operations of one block.
+
+    Args:
+        dim: Width of the residual stream.
+        attention: As for ``TransformerBlock``.
+        mlp: As for ``TransformerBlock``.
+        stream: The counts ``{stream}_rows`` and ``{stream}_pairs`` of the batch are those of the block.
+        learns: Whether the block's weights learn.
+        flows: Whether a gradient flows through the block into what is before it.
+        ends_in_product: Whether the last product's output is only added to the stream. Activation checkpointing then
+            does not compute it again.
+    """
+    row, pair = attention.flops_per_row(dim) + mlp.flops_per_row(dim), attention.flops_per_pair(dim)
+    again = row - (mlp.last_product(dim) if ends_in_product else 0)
+    gradients = 4 * (learns or flows)
+    return [
+        linear(f"{stream}_rows", row, weights=learns, inputs=flows, again=again),
+        attention_of(f"{stream}_pairs", pair, gradients=gradients, again=pair),
+    ]
 
 
 def _scale(dim: int, layer_scale: float | None, gate: float | None) -> nn.Module:

@@ -58,6 +58,22 @@ class DenseMlpConfig(StrictConfig):
     bias: bool = False
     """Biases on all projections."""
 
+    def of_block(self, number: int) -> DenseMlpConfig:
+        """The feed-forward of the 0-based block ``number``: the same in all blocks."""
+        return self
+
+    def build(self, dim: int) -> nn.Module:
+        """Return the module for a stream of width ``dim``."""
+        return Mlp(dim, self)
+
+    def flops_per_row(self, dim: int) -> int:
+        """Forward operations of one row."""
+        return 2 * dim * self.hidden_dim * (3 if self.gated else 2)
+
+    def last_product(self, dim: int) -> int:
+        """Forward operations of one row in the last product, whose output no backward pass needs."""
+        return 2 * dim * self.hidden_dim
+
 
 class Mlp(nn.Module):
     """``down(act(gate(x)) * up(x))`` if gated, else ``down(act(up(x)))``.

@@ -74,6 +74,24 @@ class MoeConfig(StrictConfig):
             raise ValueError(f"every={self.every}: dense must be set if and only if every is above 1")
         return self
 
+    def of_block(self, number: int) -> MoeConfig | DenseMlpConfig:
+        """The feed-forward of the 0-based block ``number``: blocks ``every - 1``, ``2 every - 1``, ... have experts."""
+        return self if self.dense is None or (number + 1) % self.every == 0 else self.dense
+
+    def build(self, dim: int) -> nn.Module:
+        """Return the module for a stream of width ``dim``."""
+        return MoeMlp(dim, self)
+
+    def flops_per_row(self, dim: int) -> int:
+        """Forward operations of one row: its experts, the shared expert, and the router."""
+        routed = 6 * dim * self.expert_dim * self.experts_per_token
+        shared = 6 * dim * self.shared_dim + (2 * dim if self.shared_gate else 0)
+        return routed + shared + 2 * dim * self.num_experts
+
+    def last_product(self, dim: int) -> int:
+        """Forward operations of one row in the last product, if no backward pass needs its output; else 0."""
+        return 2 * dim * self.shared_dim if self.shared_dim and not self.shared_gate else 0
+
 
 class Router(nn.Module):
     """Scores and picks experts; computes its two auxiliary losses.

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmscale.models.config import DecoderConfig
+from mmscale.models.decoder_config import DecoderConfig
 from mmscale.nn.attention import QkNorm
 from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.rope import rotated_width

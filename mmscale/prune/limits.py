@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from mmscale.models.config import DecoderConfig, ModelConfig
+from mmscale.models.config import ModelConfig
+from mmscale.models.decoder_config import DecoderConfig
 from mmscale.nn.attention import QkNorm
 from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.norms import NormKind

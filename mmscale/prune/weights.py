@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmscale.models.config import DecoderConfig
+from mmscale.models.decoder_config import DecoderConfig
 from mmscale.nn.attention import QkNorm
 from mmscale.nn.block import NormPlacement
 from mmscale.prune.scores import BlockScores, Scores

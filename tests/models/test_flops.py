@@ -10,12 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import MultimodalBatch
+from data_pipeline.io.strict import StrictConfig
 from mmscale.engine.units import recompute
-from mmscale.models import flops
 from mmscale.models.build import build_model, media_spec
-from mmscale.models.config import ModelConfig
+from mmscale.models.connectors.connector import ConnectorBase
+from mmscale.models.connectors.projector import ProjectorBase
 from mmscale.models.flops import cost_per_patch
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.vision_kind import TowerBase
 from mmscale.objectives.next_token import NextToken
 from mmscale.optim.schedule import freeze
 from mmscale.optim.stages import StageConfig
@@ -143,23 +145,11 @@ def _counted_step(net: MultimodalModel, batch: MultimodalBatch, trained: list[st
     return counter.get_total_flops()
 
 
-class _Other:
-    """Stands for a known class, which is a kind without a formula then."""
-
-
-@pytest.mark.parametrize(
-    ("known", "settings"),
-    [
-        ("MoeConfig", config("embedding", mlp=MOE)),
-        ("SeeingConnectorConfig", config("embedding")),
-        ("LinearProjectorConfig", config("cross_attention")),
-    ],
-)
-def test_an_unknown_kind_is_not_counted_by_the_formula_of_another(
-    known: str, settings: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = media_spec(settings)
-    batch = pack([image_document(spec, 0, 40, [(2, 4)], VOCAB)], spec)
-    monkeypatch.setattr(flops, known, _Other, raising=False)
-    with pytest.raises(TypeError, match="no count of its operations is known; add one"):
-        flops.forward_flops(settings, batch)
+@pytest.mark.parametrize("kind", [ProjectorBase, ConnectorBase, TowerBase])
+def test_a_kind_that_states_no_count_of_its_operations_is_refused(kind: type[StrictConfig]) -> None:
+    """No formula of another kind may count it in silence."""
+    count = "work" if kind is ProjectorBase else "products"
+    others = sorted(kind.__abstractmethods__ - {count})  # type: ignore[attr-defined]
+    unfinished = type("Unfinished", (kind,), {name: lambda *_: None for name in others})
+    with pytest.raises(TypeError, match=f"abstract.*{count}"):
+        unfinished()

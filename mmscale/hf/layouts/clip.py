@@ -23,8 +23,9 @@ from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout, Row, Rows, rows
 from mmscale.hf.layouts import clip_vision, pixels, vit
 from mmscale.hf.read import PREPROCESSOR
-from mmscale.models.config import DecoderConfig, ModelConfig
+from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig
+from mmscale.models.decoder_config import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.mlp import DenseMlpConfig
 

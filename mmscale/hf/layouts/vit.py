@@ -9,7 +9,8 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Row, Rows, rows
 from mmscale.hf.layouts import pixels
-from mmscale.models.config import AnyModelConfig, DecoderConfig, TowerConfig
+from mmscale.models.config import AnyModelConfig, TowerConfig
+from mmscale.models.decoder_config import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.mlp import Activation, DenseMlpConfig
 from mmscale.nn.rope import LearnedPositionsConfig

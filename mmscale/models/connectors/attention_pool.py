@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmscale.models.connector_config import AttentionPoolConfig
-from mmscale.models.connectors.projector import merge_order
-from mmscale.nn.mlp import Mlp
+from mmscale.models.connectors.projector import ProjectorBase, merge_order
+from mmscale.nn.flops import Work
+from mmscale.nn.mlp import DenseMlpConfig, Mlp
+from mmscale.nn.sizes import Heads, Side
+
+
+class AttentionPoolConfig(ProjectorBase):
+    """The mean of a square of patches attends these patches; a feed-forward of its own width follows (Molmo)."""
+
+    kind: Literal["attention_pool"] = "attention_pool"
+    merge: Side = 2
+    """Side of the square of patches that becomes one feature."""
+    num_heads: Heads
+    """H of the pooling attention; its projections have biases."""
+    head_dim: Heads
+    """K; what is pooled has ``num_heads * head_dim`` channels."""
+    mlp: DenseMlpConfig
+    """From the pooled channels to the decoder's width."""
+
+    def build(self, feature_dim: int, dim: int) -> AttentionPool:
+        return AttentionPool(feature_dim, dim, self)
+
+    def work(self, feature_dim: int, dim: int) -> list[Work]:
+        pooled, hidden = self.num_heads * self.head_dim, self.mlp.hidden_dim
+        return [
+            Work("pooled_pairs", 4 * pooled, attends=True),
+            Work("features", 2 * feature_dim * pooled * (1 + 2 * self.merge**2)),
+            Work("features", 2 * pooled**2),
+            Work("features", 2 * hidden * pooled * (1 + self.mlp.gated)),
+            Work("features", 2 * hidden * dim),
+        ]
 
 
 class AttentionPool(nn.Module):

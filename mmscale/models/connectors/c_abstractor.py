@@ -10,6 +10,7 @@ however many grids there are, because sharded ranks gather its weights together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,13 +18,68 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmscale.models.connector_config import CAbstractorConfig
+from mmscale.models.connectors.projector import ProjectorBase
+from mmscale.nn.flops import Work
 from mmscale.nn.patch_embed import LearnedPositions
+from mmscale.nn.rope import LearnedPositionsConfig
+from mmscale.nn.sizes import Layers, Side, Width
 
 Planes = Sequence[tuple[int, int, int]]
 """Views of one grid, grid after grid: how many, their rows and columns."""
 SQUEEZE = 4
 """Input channels of a block to one of its squeeze."""
+
+
+class CAbstractorConfig(ProjectorBase):
+    """Convolutions over the grid of a view, pooled to a square in their midst (Honeybee, MM1, MM1.5)."""
+
+    kind: Literal["c_abstractor"] = "c_abstractor"
+    side: Side = 12
+    """Side of the square of features that each view becomes."""
+    hidden_dim: Width
+    """Channels of the convolutions."""
+    depth: Layers = 3
+    """Blocks before the pooling, and as many behind it."""
+    positions: LearnedPositionsConfig | None = None
+    """A learned vector added at each place of the tower's grid, which must be the tower's; null for none."""
+
+    @property
+    def merge(self) -> int:
+        """Grids of any sides are pooled."""
+        return 1
+
+    @property
+    def learns_first(self) -> bool:
+        return self.positions is not None
+
+    @property
+    def pooled_side(self) -> int:
+        return self.side
+
+    def check(self, fixed_grid: tuple[int, int] | None) -> None:
+        if self.positions is None or self.positions.grid == fixed_grid:
+            return
+        seen = "views of any size" if fixed_grid is None else f"views of {list(fixed_grid)}"
+        raise ValueError(
+            f"connector.projector.positions.grid={list(self.positions.grid)}: the tower takes {seen}; give its grid, "
+            "or null for no positions"
+        )
+
+    def build(self, feature_dim: int, dim: int) -> CAbstractor:
+        return CAbstractor(feature_dim, dim, self)
+
+    def work(self, feature_dim: int, dim: int) -> list[Work]:
+        inner, features = self.hidden_dim, self.side**2
+        square = 2 * inner * inner
+        blocks = square + 18 * inner  # The last product and the convolution of each block.
+        squeezes = round(feature_dim / SQUEEZE) + (2 * self.depth - 1) * round(inner / SQUEEZE)
+        shortcut = 1 if feature_dim == inner else 2  # Both read the tower's rows.
+        after_pooling = self.depth * features * (blocks + square)
+        return [
+            Work("feature_patches", 2 * shortcut * feature_dim * inner),
+            Work("feature_patches", self.depth * blocks + (self.depth - 1) * square),
+            Work("frames", after_pooling + 4 * inner * squeezes + 2 * features * (inner + dim) * dim),
+        ]
 
 
 def by_grid(grids: Sequence[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], np.ndarray | None]:

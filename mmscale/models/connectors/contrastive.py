@@ -3,15 +3,107 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.connector_config import ContrastiveConnectorConfig
+from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.media_spec import Placement
+from mmscale.models.connectors.connector import ConnectorBase
+from mmscale.models.decoder_config import DecoderConfig
+from mmscale.models.vision_config import AnyVisionConfig
+from mmscale.nn.attention_backends import Backend
+from mmscale.nn.flops import Product, linear
+from mmscale.nn.moe import MoeConfig
+from mmscale.nn.sizes import Width
+
+
+class ContrastiveConnectorConfig(ConnectorBase):
+    """One vector of an image and one of its text, near each other (CLIP, SigLIP): the decoder is the text's tower."""
+
+    placement: ClassVar[Placement] = Placement.PAIR
+    predicts_tokens: ClassVar[bool] = False
+    kind: Literal["contrastive"]
+    dim: Width
+    """Channels of the two vectors."""
+    pool: Literal["class", "mean"] = "class"
+    """What stands for an image: the tower's ``class`` token (CLIP), which needs ``vision.class_feature``, or the
+    ``mean`` of its patches. For a text stands the row of its last token (CLIP)."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """``softmax``: which text of the batch belongs to an image, and which image to a text (CLIP). ``sigmoid``: whether
+    they belong together, asked of each text and each image of the batch (SigLIP)."""
+    scale_init: float | None = Field(default=None, gt=0)
+    """Start of the learned factor on similarities; null: 1 / 0.07 (CLIP), with ``sigmoid`` 10 (SigLIP)."""
+    max_scale: float = Field(default=100.0, gt=0)
+    """It grows no larger."""
+    bias_init: float | None = None
+    """Start of the learned number added to them, which ``sigmoid`` alone has; null: -10 (SigLIP)."""
+
+    @property
+    def first_scale(self) -> float:
+        """``scale_init``, resolved."""
+        return self.scale_init or (1 / 0.07 if self.loss == "softmax" else 10.0)
+
+    @property
+    def first_bias(self) -> float | None:
+        """``bias_init``, resolved; None where there is no bias."""
+        if self.loss == "softmax":
+            return None
+        return -10.0 if self.bias_init is None else self.bias_init
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ContrastiveConnectorConfig:
+        if self.loss == "softmax" and self.bias_init is not None:
+            raise ValueError(
+                "bias_init: a softmax is the same whatever is added to all of its logits; use loss=sigmoid"
+            )
+        if self.first_scale > self.max_scale or math.isinf(self.max_scale):
+            raise ValueError(
+                f"max_scale={self.max_scale:g}: must be finite and at least scale_init={self.first_scale:g}"
+            )
+        return self
+
+    def build(self, vision: AnyVisionConfig, decoder: DecoderConfig, backend: Backend) -> ContrastiveConnector:
+        return ContrastiveConnector(self, vision.feature_dim, decoder.hidden_dim)
+
+    def check(self, vision: AnyVisionConfig, decoder: DecoderConfig) -> None:
+        if not vision.learns:
+            raise ValueError(f"vision.kind={vision.kind}: has nothing to train by pairs; use kind=transformer")
+        if vision.tiles is not None:
+            raise ValueError("vision.tiles: a pair has one view of its image; leave tiles to a later stage")
+        if vision.class_feature != (self.pool == "class"):
+            wanted = "needs the class token" if self.pool == "class" else "takes patches alone"
+            raise ValueError(
+                f"connector.pool={self.pool}: {wanted}; set vision.class_feature="
+                f"{str(not vision.class_feature).lower()}"
+            )
+        if decoder.tie_embeddings or decoder.predicted_rows:
+            name = "tie_embeddings" if decoder.tie_embeddings else "extra_tokens.predicted"
+            raise ValueError(f"decoder.{name}: a contrastive model predicts no token and has no head; set it to false")
+        if decoder.dropout:
+            raise ValueError(
+                f"decoder.dropout={decoder.dropout:g}: a contrastive step may compute its vectors twice, which must be "
+                "the same; set it to 0"
+            )
+        if isinstance(decoder.mlp, MoeConfig):
+            raise ValueError("decoder.mlp.kind=moe: a contrastive loss has no place for those of routers; use dense")
+
+    def counts(self, vision: AnyVisionConfig, batch: MultimodalBatch) -> dict[str, int]:
+        return {"pairs": len(batch.pairs)}
+
+    def products(self, vision: AnyVisionConfig, decoder: DecoderConfig, trained: Collection[str]) -> list[Product]:
+        learns, towers = "connector" in trained, "vision" in trained
+        text = not {"decoder", "extra_tokens"}.isdisjoint(trained)
+        return [
+            linear("pairs", 2 * vision.feature_dim * self.dim, weights=learns, inputs=towers),
+            linear("pairs", 2 * decoder.hidden_dim * self.dim, weights=learns, inputs=text),
+        ]
 
 
 @dataclass(frozen=True)
@@ -92,7 +184,3 @@ class ContrastiveConnector(nn.Module):
         owner = torch.arange(len(lengths), device=features.device).repeat_interleave(lengths, output_size=len(features))
         sums = features.new_zeros(len(lengths), features.shape[1], dtype=torch.float32)
         return (sums.index_add(0, owner, features.float()) / lengths.unsqueeze(1)).to(features.dtype)
-
-    def blocks_to_recompute(self) -> list[nn.Module]:
-        """None: it has no blocks."""
-        return []

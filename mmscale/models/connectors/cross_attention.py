@@ -6,30 +6,37 @@ features --projector--> rows, and tags --keys--> attended rows --k, v per block-
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from enum import Enum
 from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import DecoderConfig
-from mmscale.models.connector_config import CrossAttentionConnectorConfig, HybridConnectorConfig
-from mmscale.models.connectors.embedding import build_projector, write_features
-from mmscale.models.connectors.unseen_text import looks_ahead, rows_of_views, with_unseen_text
+from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
+from data_pipeline.media_spec import Placement
+from mmscale.models.connectors.connector import Connector, FeatureConnectorBase
+from mmscale.models.connectors.embedding import write_features
+from mmscale.models.connectors.projector import LinearProjectorConfig
+from mmscale.models.connectors.unseen_text import num_absent_rows, rows_of_views, with_unseen_text
 from mmscale.models.decoder import Insertion
+from mmscale.models.decoder_config import DecoderConfig
 from mmscale.models.kv_cache import CrossCache, KVCache
-from mmscale.models.vision_config import PatchesConfig, VisionConfig
+from mmscale.models.projector_config import ProjectorConfig
+from mmscale.models.vision_config import AnyVisionConfig
 from mmscale.nn.attention import AttentionConfig, CrossAttention, QkNorm
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.dropout import Branch, Dropout, drop
+from mmscale.nn.flops import Product, attention_of, linear, num_pairs
 from mmscale.nn.init import set_init_scale
 from mmscale.nn.mlp import DenseMlpConfig, Mlp
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.norms import build_norm
+from mmscale.nn.sizes import Layers
 
 
 def insertion_layers(num_layers: int, every: int) -> list[int]:
@@ -37,14 +44,120 @@ def insertion_layers(num_layers: int, every: int) -> list[int]:
     return list(range(every - 1, num_layers, every))
 
 
-def cross_attention_shapes(
-    config: CrossAttentionConnectorConfig | HybridConnectorConfig, decoder: DecoderConfig
-) -> tuple[AttentionConfig, DenseMlpConfig]:
-    """Attention and feed-forward of the blocks; what is not set follows the decoder, with norms on q and k heads."""
-    attention = config.attention or decoder.attention.model_copy(update={"qk_norm": QkNorm.HEAD})
-    mlp = config.mlp or (decoder.mlp.dense if isinstance(decoder.mlp, MoeConfig) else decoder.mlp)
-    assert mlp is not None, "ModelConfig refuses a decoder of experts alone without connector.mlp"
-    return attention, mlp
+class AttendedConnectorBase(FeatureConnectorBase):
+    """Cross-attention blocks of the connector read the features."""
+
+    projector: ProjectorConfig = LinearProjectorConfig()
+    """From tower features to the decoder's width."""
+    every: Layers = 4
+    """A cross-attention block stands before decoder blocks n-1, 2n-1, ... (0-based)."""
+    attention: AttentionConfig | None = None
+    """Heads of the cross-attention; null: as the decoder's."""
+    mlp: DenseMlpConfig | None = None
+    """Feed-forward of the cross-attention blocks; null: as the decoder's, which must be dense then."""
+    gate_init: float = 0.0
+    """Start of the tanh gates on both branches; 0 as published: the decoder is unchanged at first."""
+
+    def build(self, vision: AnyVisionConfig, decoder: DecoderConfig, backend: Backend) -> CrossAttentionConnector:
+        return CrossAttentionConnector(self, vision, decoder, backend)
+
+    def check(self, vision: AnyVisionConfig, decoder: DecoderConfig) -> None:
+        if self.every > decoder.num_layers:
+            raise ValueError(f"connector.every={self.every}: a decoder of {decoder.num_layers} blocks gets none")
+        if self.attention is not None:
+            try:
+                self.attention.resolved_head_dim(decoder.hidden_dim)
+            except ValueError as error:
+                raise ValueError(f"connector.attention.{error}") from None
+        if self.mlp is None and isinstance(decoder.mlp, MoeConfig) and decoder.mlp.dense is None:
+            raise ValueError("connector.mlp: set it; a decoder with experts in every block has no dense one to copy")
+        super().check(vision, decoder)
+
+    def shapes(self, decoder: DecoderConfig) -> tuple[AttentionConfig, DenseMlpConfig]:
+        """Attention and feed-forward of the blocks. The decoder gives unset values, with norms on q and k heads."""
+        attention = self.attention or decoder.attention.model_copy(update={"qk_norm": QkNorm.HEAD})
+        mlp = self.mlp or (decoder.mlp.dense if isinstance(decoder.mlp, MoeConfig) else decoder.mlp)
+        assert mlp is not None, "checked"
+        return attention, mlp
+
+    def block_layers(self, decoder: DecoderConfig) -> list[int]:
+        return insertion_layers(decoder.num_layers, self.every)
+
+    def counts(self, vision: AnyVisionConfig, batch: MultimodalBatch) -> dict[str, int]:
+        media = batch.media["image"]
+        attended = {
+            "attended_rows": media.span_keys.total,
+            "cross_pairs": num_pairs(media.span_tokens, media.span_keys),
+        }
+        return {**super().counts(vision, batch), **attended}
+
+    def block_products(self, decoder: DecoderConfig, trained: Collection[str], flows: bool) -> list[Product]:
+        attention, mlp = self.shapes(decoder)
+        dim, head_dim = decoder.hidden_dim, attention.resolved_head_dim(decoder.hidden_dim)
+        learns, seen = "connector" in trained, "vision" in trained or "connector" in trained
+        query = 2 * dim * attention.num_heads * head_dim
+        source = 4 * dim * attention.kv_heads * head_dim
+        pair = attention.flops_per_pair(dim)
+        after = query + mlp.flops_per_row(dim)  # The output projection is as large as the query's.
+        asks = learns or flows
+        gradients = asks + 2 * seen + (asks or seen)
+        return [
+            linear("token_rows", query, weights=learns, inputs=asks, again=query),  # The norm before it learns with it.
+            linear("attended_rows", source, weights=learns, inputs=seen, again=source),
+            linear("token_rows", after, weights=learns, inputs=asks or seen, again=after),
+            attention_of("cross_pairs", pair, gradients=gradients, again=pair),
+        ]
+
+
+class UnseenText(str, Enum):
+    """What cross-attention does for text before the first image of its document."""
+
+    SILENT = "silent"
+    """Nothing, neither attention nor feed-forward: the reference code of Llama 3.2 Vision."""
+    LOOKS_AHEAD = "looks_ahead"
+    """It attends to all images of the document, those that come later and absent tiles included; no feed-forward:
+    transformers."""
+
+
+class CrossAttentionConnectorConfig(AttendedConnectorBase):
+    """Every view is attended by gated cross-attention blocks (Llama 3.2 Vision, NVLM-X)."""
+
+    placement: ClassVar[Placement] = Placement.CROSS_ATTENTION
+    kind: Literal["cross_attention"] = "cross_attention"
+    unseen_text: UnseenText = UnseenText.SILENT
+    """Text before the first image: ``silent``, or ``looks_ahead`` to train what transformers computes."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.unseen_text is UnseenText.LOOKS_AHEAD
+
+    @property
+    def takes_class_feature(self) -> bool:
+        return self.projector.merge == 1
+
+    def counts(self, vision: AnyVisionConfig, batch: MultimodalBatch) -> dict[str, int]:
+        found, media = super().counts(vision, batch), batch.media["image"]
+        if not self.looks_ahead:
+            return found
+        merge = self.projector.merge
+        _, span_keys = with_unseen_text(media, batch.segments, vision, merge)
+        patches = found["feature_patches"] + sum(num_absent_rows(media, vision, merge))
+        attended = {"attended_rows": span_keys.total, "cross_pairs": num_pairs(media.span_tokens, span_keys)}
+        return {**self._feature_counts(patches, found["frames"]), **attended}
+
+
+class HybridConnectorConfig(AttendedConnectorBase):
+    """The overview takes token places, tiles are attended (NVLM-H)."""
+
+    placement: ClassVar[Placement] = Placement.HYBRID
+    kind: Literal["hybrid"] = "hybrid"
+
+    def check(self, vision: AnyVisionConfig, decoder: DecoderConfig) -> None:
+        super().check(vision, decoder)
+        if vision.tiles is not None:
+            raise ValueError(
+                "vision.tiles: knows tiles alone, but connector.kind=hybrid needs a view of the whole image"
+            )
 
 
 def rows_with_keys(span_tokens: Segments, span_keys: Segments) -> Bool[Tensor, " T"]:
@@ -106,7 +219,7 @@ class CrossAttentionBlock(nn.Module):
         return hidden, keys, values
 
 
-class CrossAttentionConnector(nn.Module):
+class CrossAttentionConnector(Connector):
     """Views are attended; with ``hybrid`` the embedded ones (overviews) also take token slots.
 
     Source: Llama 3 (section 7.1); NVLM (arXiv 2409.11402, section 4.2) for the hybrid.
@@ -114,21 +227,21 @@ class CrossAttentionConnector(nn.Module):
 
     def __init__(
         self,
-        config: CrossAttentionConnectorConfig | HybridConnectorConfig,
-        vision: VisionConfig | PatchesConfig,
+        config: AttendedConnectorBase,
+        vision: AnyVisionConfig,
         decoder: DecoderConfig,
         backend: Backend,
     ) -> None:
         super().__init__()
         self.vision = vision
-        self.looks_ahead, self.merge = looks_ahead(config), config.projector.merge
-        self.projector = build_projector(vision.feature_dim, decoder.hidden_dim, config.projector)
-        attention, mlp = cross_attention_shapes(config, decoder)
-        layers = insertion_layers(decoder.num_layers, config.every)
+        self.looks_ahead, self.merge = config.looks_ahead, config.projector.merge
+        self.projector = config.projector.build(vision.feature_dim, decoder.hidden_dim)
+        attention, mlp = config.shapes(decoder)
+        layers = config.block_layers(decoder)
         self.blocks = nn.ModuleDict(
             {str(layer): CrossAttentionBlock(decoder, attention, mlp, config.gate_init, backend) for layer in layers}
         )
-        self.embeds = isinstance(config, HybridConnectorConfig)
+        self.embeds = config.placement is Placement.HYBRID
         set_init_scale(self.blocks, decoder.num_layers + len(layers), decoder.init_std)
 
     def connect(

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.connector_config import (
-    AttentionPoolConfig,
-    CAbstractorConfig,
-    EmbeddingConnectorConfig,
-    ProjectorConfig,
-)
-from mmscale.models.connectors.attention_pool import AttentionPool
-from mmscale.models.connectors.c_abstractor import CAbstractor
+from data_pipeline.media_spec import Placement
+from mmscale.models.connectors.connector import Connector, FeatureConnectorBase
 from mmscale.models.connectors.padding import PaddingEmbedding
-from mmscale.models.connectors.projector import Projector
+from mmscale.models.connectors.projector import MlpProjectorConfig
 from mmscale.models.decoder import Insertion
+from mmscale.models.decoder_config import DecoderConfig
 from mmscale.models.kv_cache import KVCache
+from mmscale.models.projector_config import ProjectorConfig
+from mmscale.models.vision_config import AnyVisionConfig
+from mmscale.nn.attention_backends import Backend
+
+
+class EmbeddingConnectorConfig(FeatureConnectorBase):
+    """Image features take the place of token embeddings (LLaVA, Qwen2-VL, Pixtral, NVLM-D), or are added (Molmo)."""
+
+    placement: ClassVar[Placement] = Placement.EMBEDDING
+    kind: Literal["embedding"] = "embedding"
+    projector: ProjectorConfig = MlpProjectorConfig()
+    """From tower features to the decoder's width."""
+    combine: Literal["replace", "add"] = "replace"
+    """What features do to the embeddings of their placeholders."""
+    padding: bool = False
+    """Add learned vectors to the features of patches that show padding, one kind where all of the patch is padding
+    and another where some of it is (Molmo)."""
+
+    @property
+    def learns_before_projector(self) -> bool:
+        return self.padding
+
+    def build(self, vision: AnyVisionConfig, decoder: DecoderConfig, backend: Backend) -> EmbeddingConnector:
+        return EmbeddingConnector(self, vision.feature_dim, decoder.hidden_dim)
+
+    def media_needs(self) -> dict[str, Any]:
+        return {**super().media_needs(), "padding": self.padding}
 
 
 def write_features(
@@ -36,16 +59,7 @@ def add_features(
     return hidden.index_add(0, media.dest, features.index_select(0, media.source).to(hidden.dtype))
 
 
-def build_projector(feature_dim: int, dim: int, config: ProjectorConfig) -> Projector | AttentionPool | CAbstractor:
-    """From tower features, row by row, square by square or view by view, to the decoder's width."""
-    if isinstance(config, AttentionPoolConfig):
-        return AttentionPool(feature_dim, dim, config)
-    if isinstance(config, CAbstractorConfig):
-        return CAbstractor(feature_dim, dim, config)
-    return Projector(feature_dim, dim, config)
-
-
-class EmbeddingConnector(nn.Module):
+class EmbeddingConnector(Connector):
     """Projects every feature and writes it into its token slot, or adds it to what is there.
 
     Source: LLaVA (arXiv 2304.08485), section 4.1; Molmo (arXiv 2409.17146) and its code, olmo/model.py, for adding.
@@ -54,7 +68,7 @@ class EmbeddingConnector(nn.Module):
     def __init__(self, config: EmbeddingConnectorConfig, feature_dim: int, dim: int) -> None:
         super().__init__()
         self.padding = PaddingEmbedding(feature_dim) if config.padding else None
-        self.projector = build_projector(feature_dim, dim, config.projector)
+        self.projector = config.projector.build(feature_dim, dim)
         self.combine = add_features if config.combine == "add" else write_features
 
     def connect(
@@ -70,10 +84,3 @@ class EmbeddingConnector(nn.Module):
         if self.padding is not None:
             features = self.padding(features, media)
         return self.combine(hidden, self.projector(features, media.grids), media), {}
-
-    def resume(self, cache: KVCache, segments: Segments) -> Mapping[int, Insertion]:
-        """While decoding, images are rows of the decoder's own cache."""
-        return {}
-
-    def blocks_to_recompute(self) -> list[nn.Module]:
-        return []

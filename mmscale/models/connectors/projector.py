@@ -1,17 +1,101 @@
-"""From tower features to decoder width, with fewer and wider rows on the way if wanted."""
+"""From tower features to decoder width: what every projector states about itself, and the linear ones.
+
+A projector kind is a configuration class and a module in one file. ``models/projector_config.py`` lists the kinds.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmscale.models.connector_config import LinearProjectorConfig, MlpProjectorConfig
-from mmscale.nn.mlp import ACTIVATIONS
+from data_pipeline.io.strict import StrictConfig
+from mmscale.nn.flops import Work
+from mmscale.nn.mlp import ACTIVATIONS, Activation
 from mmscale.nn.norms import NormConfig, NormKind, build_norm
+from mmscale.nn.sizes import Epsilon, Side, Width
+
+
+class ProjectorBase(StrictConfig, ABC):
+    """A kind of projector. Its module maps ``(features (P, feature_dim), grids)`` to rows of the decoder's width.
+
+    A kind has a field ``kind``, and a field or property ``merge``: the side of the square of patches that becomes one
+    feature.
+    """
+
+    @abstractmethod
+    def build(self, feature_dim: int, dim: int) -> nn.Module:
+        """Return the module from ``feature_dim`` channels of the tower to the decoder's width ``dim``."""
+
+    @abstractmethod
+    def work(self, feature_dim: int, dim: int) -> list[Work]:
+        """Forward operations; the first product with a weight is the one that reads the tower's features.
+
+        Counts: ``feature_patches`` (rows of the tower), ``features`` (these divided by ``merge ** 2``), ``frames``,
+        and ``pooled_pairs`` (pairs of a query and a key within the squares) for attention.
+        """
+
+    @property
+    def learns_first(self) -> bool:
+        """Whether parameters are used before the first product, which then needs a gradient of its inputs."""
+        return False
+
+    @property
+    def pooled_side(self) -> int | None:
+        """Side of the square of features that each frame becomes; None: one feature per merged square of patches."""
+        return None
+
+    def check(self, fixed_grid: tuple[int, int] | None) -> None:
+        """Raise ``ValueError`` if the projector cannot follow a tower whose views have this grid (None: any)."""
+
+
+class _Merging(ProjectorBase):
+    merge: Side = 1
+    """Side of the square of patches that becomes one feature (pixel shuffle); 1 for none."""
+    norm: Literal["none", "before_merge", "after_merge"] = "none"
+    """Where a layer norm stands: per patch (Qwen2-VL), per merged feature (NVLM), or nowhere."""
+    norm_eps: Epsilon = 1e-6
+    """Its epsilon: 1e-6 in Qwen2-VL, 1e-5 in NVLM."""
+    bias: bool = True
+    """Biases on the projections."""
+
+    @property
+    def learns_first(self) -> bool:
+        return self.norm != "none"
+
+
+class LinearProjectorConfig(_Merging):
+    """One linear layer."""
+
+    kind: Literal["linear"] = "linear"
+
+    def build(self, feature_dim: int, dim: int) -> Projector:
+        return Projector(feature_dim, dim, self)
+
+    def work(self, feature_dim: int, dim: int) -> list[Work]:
+        return [Work("features", 2 * feature_dim * self.merge**2 * dim)]
+
+
+class MlpProjectorConfig(_Merging):
+    """Two linear layers."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden_dim: Width | None = None
+    """Channels between the layers; null: the decoder's width."""
+    activation: Activation = Activation.GELU
+    """Between the layers."""
+
+    def build(self, feature_dim: int, dim: int) -> Projector:
+        return Projector(feature_dim, dim, self)
+
+    def work(self, feature_dim: int, dim: int) -> list[Work]:
+        hidden = self.hidden_dim or dim
+        return [Work("features", 2 * feature_dim * self.merge**2 * hidden), Work("features", 2 * hidden * dim)]
 
 
 def merge_order(grids: Sequence[tuple[int, int, int]], merge: int) -> np.ndarray:

@@ -15,24 +15,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from data_pipeline.batch import MediaBlock, Segments
-from mmscale.models.config import ModelConfig
-from mmscale.models.connector_config import CrossAttentionConnectorConfig, UnseenText
 from mmscale.models.tiles import tiles_of_images
-from mmscale.models.vision_config import PatchesConfig, VisionConfig
+from mmscale.models.vision_config import AnyVisionConfig
 
 
-def looks_ahead(config: object) -> bool:
-    """Whether a connector wants this."""
-    return isinstance(config, CrossAttentionConnectorConfig) and config.unseen_text is UnseenText.LOOKS_AHEAD
-
-
-def absent_features(config: ModelConfig) -> bool:
-    """Whether the tower has to hand on features of absent tiles."""
-    tiles = None if config.vision is None else config.vision.tiles
-    return tiles is not None and tiles.attend_absent and looks_ahead(config.connector)
-
-
-def num_absent_rows(media: MediaBlock, vision: VisionConfig | PatchesConfig, merge: int) -> list[int]:
+def num_absent_rows(media: MediaBlock, vision: AnyVisionConfig, merge: int) -> list[int]:
     """Feature rows of the absent tiles of each image."""
     images = tiles_of_images(media.places)
     if vision.tiles is None or not vision.tiles.attend_absent:
@@ -42,7 +29,7 @@ def num_absent_rows(media: MediaBlock, vision: VisionConfig | PatchesConfig, mer
 
 
 def with_unseen_text(
-    media: MediaBlock, segments: Segments, vision: VisionConfig | PatchesConfig, merge: int
+    media: MediaBlock, segments: Segments, vision: AnyVisionConfig, merge: int
 ) -> tuple[Int[Tensor, " A"], Segments]:
     """Keys and their partition into the spans of ``media``, those of text before the first image filled in.
 
@@ -75,7 +62,7 @@ def with_unseen_text(
 class _AbsentRows:
     """Feature rows of absent tiles, by the images that they belong to."""
 
-    def __init__(self, media: MediaBlock, vision: VisionConfig | PatchesConfig, merge: int) -> None:
+    def __init__(self, media: MediaBlock, vision: AnyVisionConfig, merge: int) -> None:
         per_view = rows_of_views(media, vision, merge)
         self.num_real = sum(per_view)
         self.images = np.repeat([place.image for place in media.places], per_view)
@@ -89,7 +76,7 @@ class _AbsentRows:
         return [np.arange(*self.bounds[image : image + 2]) for image in images]
 
 
-def rows_of_views(media: MediaBlock, vision: VisionConfig | PatchesConfig, merge: int) -> list[int]:
+def rows_of_views(media: MediaBlock, vision: AnyVisionConfig, merge: int) -> list[int]:
     """Feature rows of each view."""
     extra = int(vision.class_feature)
     return [time * (height * width // merge**2 + extra) for time, height, width in media.grids]
