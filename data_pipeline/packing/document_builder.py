@@ -25,16 +25,12 @@ from data_pipeline.order.sample_rng import Draws
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.text.templates import (
-    AnnotationsTemplate,
     BranchPiece,
     EndPiece,
     Piece,
     TemplateConfig,
     TextPiece,
-    TextTemplate,
     TokenPiece,
-    requires_images,
-    special_tokens,
 )
 from data_pipeline.text.templates.learned import share_weights
 from data_pipeline.text.tokenizer import Tokenizer, check_unicode
@@ -226,13 +222,12 @@ class DocumentBuilder:
         self.tokenizer = tokenizer
         self.spec = spec
         # Texts alone have no image, so their transform need not fit the model.
-        takes_images = spec.placement is not Placement.NONE and not isinstance(dataset.template, TextTemplate)
+        takes_images = spec.placement is not Placement.NONE and dataset.template.takes_images
         transforms = dataset.transforms
-        if spec.placement is Placement.PAIR and isinstance(dataset.template, TextTemplate | AnnotationsTemplate):
-            what = "no image" if isinstance(dataset.template, TextTemplate) else "several texts of one image"
+        if spec.placement is Placement.PAIR and dataset.template.no_pair is not None:
             raise DataConfigError(
-                f"template.kind={dataset.template.kind}: gives {what}, and the model (connector.kind=contrastive) "
-                "compares one image with one text; use caption"
+                f"template.kind={dataset.template.kind}: gives {dataset.template.no_pair}, and the model "
+                "(connector.kind=contrastive) compares one image with one text; use caption"
             )
         if spec.placement is Placement.PAIR and dataset.template.loss_weight != "token":
             raise DataConfigError(
@@ -241,12 +236,12 @@ class DocumentBuilder:
             )
         self._transform = ImageTransform(transforms, spec) if takes_images else None
         self._requires_images = (
-            takes_images and spec.placement is not Placement.PAIR and requires_images(dataset.template)
+            takes_images and spec.placement is not Placement.PAIR and dataset.template.requires_images
         )
         max_tiles = transforms.tiling.max_tiles if isinstance(transforms, TilesTransform) else 0
         layout = transforms.layout if takes_images else None
         self._layout = ImageLayout.resolve(layout, tokenizer, spec, max_tiles)
-        names = special_tokens(dataset.template)
+        names = dataset.template.named_tokens
         self._special = {name: tokenizer.special_id(name, "template.special_tokens") for name in names}
         if tokenizer.image_id in self._special.values():
             raise DataConfigError("template.special_tokens: the image token is placed by images, never by a template")

@@ -28,8 +28,6 @@ from data_pipeline.text.templates import (
     AnnotationsTemplate,
     CaptionTemplate,
     DialogueTemplate,
-    TemplateConfig,
-    TextTemplate,
 )
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.dist import World
@@ -106,7 +104,7 @@ def respond(
             show(_until(text, stop))
         return any(end in text for end in stop)
 
-    stop_ids = [tokenizer.special_id(name, "template.special_tokens") for name in _closing(dataset.template)]
+    stop_ids = [tokenizer.special_id(name, "template.special_tokens") for name in dataset.template.closing]
     watched = watch if stop or show is not None else None
     answers = generate(
         model,  # type: ignore[arg-type]
@@ -126,13 +124,6 @@ def _until(text: str, stop: Sequence[str]) -> str:
     return text[: min(places)] if places else text
 
 
-def _closing(template: TemplateConfig) -> tuple[str, ...]:
-    """Tokens that close what a model of these documents says."""
-    if isinstance(template, AnnotationsTemplate):
-        return _closing(template.each)
-    return template.closing if isinstance(template, DialogueTemplate) else ()
-
-
 def _question(
     dataset: DatasetConfig, images: Sequence[Path], prompt: str | None, spec: MediaSpec
 ) -> tuple[DatasetConfig, Sample]:
@@ -141,7 +132,7 @@ def _question(
         raise ConfigError("this model has no vision tower: it cannot look at an image; leave out --image")
     template = dataset.template.each if isinstance(dataset.template, AnnotationsTemplate) else dataset.template
     sample = _sample_of(images)
-    if prompt is None and images and isinstance(template, TextTemplate):
+    if prompt is None and images and not template.takes_images:
         prompt = ""  # Its prompt is empty and would leave the images out.
     if prompt is None:
         _check_prompt(dataset, sample)
@@ -167,7 +158,7 @@ def _question(
 
 def _check_prompt(dataset: DatasetConfig, sample: Sample) -> None:
     """Refuses to begin where training has a prompt, or an image, and nothing was given."""
-    if not sample.parts and not isinstance(dataset.template, TextTemplate):
+    if not sample.parts and dataset.template.takes_images:
         raise ConfigError(f"data set {dataset.name} begins with an image or a question; give an image or a prompt")
     try:
         dataset.template.prompt(sample)

@@ -154,7 +154,7 @@ def _bundled(template: TemplateConfig) -> tuple[Path, TemplateConfig]:
         case AnnotationsTemplate():
             each = CaptionTemplate(prompts=("Say: ",), answers=("{caption}",), loss_weight=template.loss_weight)
             return _emoji("quick"), template.model_copy(update={"field": "captions", "each": each})
-        case CaptionTemplate():
+        case _:  # Captions, and kinds for which no shards are bundled.
             captions = {"prompts": ("", "group:"), "answers": ("{name}", " {group}")}
             return _emoji("quick"), CaptionTemplate(**captions, loss_weight=template.loss_weight)
 

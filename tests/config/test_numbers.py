@@ -114,7 +114,14 @@ _MORE: dict[str, dict[str, Any]] = {
 }
 """Classes that no shipped configuration uses."""
 _WITHOUT_NUMBERS = {"LearnedText", "DroppableText", "TowerConfig", "VariantConfig"}
-_WITHOUT_NUMBERS |= {"ProjectorBase", "ConnectorBase", "FeatureConnectorBase", "AttendedConnectorBase", "TowerBase"}
+_WITHOUT_NUMBERS |= {
+    "TemplateBase",
+    "ProjectorBase",
+    "ConnectorBase",
+    "FeatureConnectorBase",
+    "AttendedConnectorBase",
+    "TowerBase",
+}
 """Bases of others, and classes whose numbers all lie in other classes."""
 _RECORDS = {"Holder", "Manifest", "RankNotes", "RollBack", "SavedState", "StartRecord"}
 """Records of files that a run writes and checks."""

@@ -6,7 +6,7 @@
     dialogue      turns of roles, the answers learned
     annotations   images once, then a branch of prompt and answer for each annotation
 
-Not for: token ids (``documents``).
+Not for: token ids (``packing/document_builder.py``).
 """
 
 from __future__ import annotations
@@ -35,24 +35,10 @@ __all__ = [
     "TextPiece",
     "TextTemplate",
     "TokenPiece",
-    "requires_images",
-    "special_tokens",
 ]
 
 TemplateConfig = Annotated[
     CaptionTemplate | InterleavedTemplate | TextTemplate | DialogueTemplate | AnnotationsTemplate,
     Field(discriminator="kind"),
 ]
-"""Which template; ``kind`` picks the member."""
-
-
-def requires_images(template: TemplateConfig) -> bool:
-    """Whether a sample without an image is a bad sample."""
-    return not isinstance(template, TextTemplate) and template.images == "required"
-
-
-def special_tokens(template: TemplateConfig) -> tuple[str, ...]:
-    """Names of tokens that a template writes; each must be a token of the tokenizer."""
-    if isinstance(template, AnnotationsTemplate):
-        return special_tokens(template.each)
-    return template.special_tokens if isinstance(template, DialogueTemplate) else ()
+"""Which template; ``kind`` picks the member. A new template is one file here and one name in this list."""

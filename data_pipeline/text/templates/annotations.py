@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.io.strict import StrictConfig
 from data_pipeline.order.sample_rng import Draws
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.pages import weight_of
 from data_pipeline.text.templates.caption import CaptionTemplate
 from data_pipeline.text.templates.dialogue import DialogueTemplate
 from data_pipeline.text.templates.formats import look_up
-from data_pipeline.text.templates.learned import ImagesRule, LossWeight
+from data_pipeline.text.templates.learned import ImagesRule, LossWeight, TemplateBase
 from data_pipeline.text.templates.pieces import BranchPiece, Piece, images_of
 
 
-class AnnotationsTemplate(StrictConfig):
+class AnnotationsTemplate(TemplateBase):
     """The images, then a branch for each annotation, which sees the images and itself but no other branch.
 
     The learned text of each of n branches weighs ``1 / sqrt(n)`` of what it would alone.
@@ -30,6 +29,7 @@ class AnnotationsTemplate(StrictConfig):
     Source: Molmo (arXiv 2409.17146, section 3).
     """
 
+    no_pair: ClassVar[str | None] = "several texts of one image"
     kind: Literal["annotations"] = "annotations"
     images: ImagesRule = "optional"
     """``required``: a sample without an image is a bad sample (fault kind ``no_image``). ``optional``: the model learns
@@ -44,6 +44,18 @@ class AnnotationsTemplate(StrictConfig):
     begin with text that is read: what all branches share cannot predict how each of them begins."""
     max_annotations: int | None = Field(default=None, ge=1)
     """Of more annotations so many are drawn, anew in each epoch; null takes all."""
+
+    @property
+    def requires_images(self) -> bool:
+        return self.images == "required"
+
+    @property
+    def named_tokens(self) -> tuple[str, ...]:
+        return self.each.named_tokens
+
+    @property
+    def closing(self) -> tuple[str, ...]:
+        return self.each.closing
 
     @property
     def loss_weight(self) -> LossWeight:

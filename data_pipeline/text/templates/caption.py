@@ -32,6 +32,10 @@ class CaptionTemplate(DroppableText):
     """Take the answer from this field instead: a string, or a list of strings of which one is drawn. Neither
     ``answers`` nor ``field``: the field ``captions`` if the sample has it, else ``caption``."""
 
+    @property
+    def requires_images(self) -> bool:
+        return self.images == "required"
+
     @field_validator("prompts", "answers")
     @classmethod
     def _check_formats(cls, formats: tuple[str, ...] | None) -> tuple[str, ...] | None:

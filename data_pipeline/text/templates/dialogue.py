@@ -85,6 +85,14 @@ class DialogueTemplate(LearnedText):
     system: str | None = None
     """A system turn for dialogues without one."""
 
+    @property
+    def requires_images(self) -> bool:
+        return self.images == "required"
+
+    @property
+    def named_tokens(self) -> tuple[str, ...]:
+        return self.special_tokens
+
     @model_validator(mode="before")
     @classmethod
     def _take_format(cls, values: Any) -> Any:

@@ -1,10 +1,11 @@
-"""What templates with learned text have in common: how much the tokens of a sample weigh, and leaving its text out."""
+"""What templates have in common: what each states about itself, weights of tokens, and leaving a sample's text out."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ from pydantic import Field
 
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.order.sample_rng import Draws
+from data_pipeline.sample import Sample
+from data_pipeline.text.templates.pieces import Piece
 
 LossWeight = Literal["token", "sqrt", "sample"]
 
@@ -19,8 +22,44 @@ ImagesRule = Literal["required", "optional"]
 """Whether a sample must have an image to be trained on."""
 
 
-class LearnedText(StrictConfig):
-    """Base of templates."""
+class TemplateBase(StrictConfig, ABC):
+    """A kind of template. A kind has a field ``kind``, and ``loss_weight`` as a field or property."""
+
+    takes_images: ClassVar[bool] = True
+    """Whether documents can hold images."""
+    no_pair: ClassVar[str | None] = None
+    """Why a document is not one image and one text, in a few words (``no image``); None: it can be."""
+
+    @abstractmethod
+    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
+        """Return the document of a sample; ``rng`` None takes the first of every list.
+
+        Raises:
+            SampleError: the sample lacks what the template needs.
+        """
+
+    @abstractmethod
+    def prompt(self, sample: Sample) -> list[Piece]:
+        """Return the pieces before the answer."""
+
+    @property
+    def requires_images(self) -> bool:
+        """Whether a sample without an image is a bad sample."""
+        return False
+
+    @property
+    def named_tokens(self) -> tuple[str, ...]:
+        """Names of tokens that the template writes; each must be a token of the tokenizer."""
+        return ()
+
+    @property
+    def closing(self) -> tuple[str, ...]:
+        """Names of tokens that end an answer, besides the tokenizer's end token."""
+        return ()
+
+
+class LearnedText(TemplateBase):
+    """Base of templates whose tokens weigh by one rule."""
 
     loss_weight: LossWeight = "token"
     """How much the n learned tokens of a sample weigh: each 1 (``token``: long texts count more), ``1 / sqrt(n)``

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.order.sample_rng import Draws
@@ -19,6 +19,10 @@ class InterleavedTemplate(DroppableText):
     """``required``: a page without an image is a bad sample (fault kind ``no_image``)."""
     separator: str = ""
     """Put after every text but the last part: MMC4 stores sentences without the space or line break between them."""
+
+    @property
+    def requires_images(self) -> bool:
+        return self.images == "required"
 
     def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
         """Parts in stored order.
@@ -50,6 +54,8 @@ class InterleavedTemplate(DroppableText):
 class TextTemplate(LearnedText):
     """Text alone; all of it is learned, with the weight that a part names."""
 
+    takes_images: ClassVar[bool] = False
+    no_pair: ClassVar[str | None] = "no image"
     kind: Literal["text"] = "text"
 
     def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
