@@ -1,12 +1,13 @@
 """Where ingest finds its samples: which kind of source a path is.
 
+A new format is one file with its source, a member of ``choices.SourceKind`` and its line in ``FORMATS``.
 Folders are in ``folders``, CSV, TSV and JSONL in ``lists``, Parquet in ``parquet``, tars of other tools in ``tars``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,14 +24,6 @@ from data_pipeline.storage.location import local_path
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
-_LISTS = (SourceKind.CSV, SourceKind.TSV, SourceKind.JSONL, SourceKind.PARQUET)
-_BY_SUFFIX = {
-    ".csv": SourceKind.CSV,
-    ".tsv": SourceKind.TSV,
-    ".jsonl": SourceKind.JSONL,
-    ".ndjson": SourceKind.JSONL,
-    ".parquet": SourceKind.PARQUET,
-}
 _DOCUMENTS = (SourceKind.OBELICS, SourceKind.MMC4, SourceKind.IMG2DATASET)
 
 
@@ -53,6 +46,59 @@ class SourceOptions:
     drop_images: bool = False
 
 
+@dataclass(frozen=True)
+class SourceFormat:
+    """How ingest recognises and opens sources of one kind.
+
+    Attributes:
+        open: From the path, the kind and the options to the source.
+        suffixes: Suffixes, in lower case, of files that are of this kind unless the options say otherwise.
+        is_list: Whether it names files and has columns: the options ``names``, ``images`` and ``drop_images`` apply.
+    """
+
+    open: Callable[[Path, SourceKind, SourceOptions], Source]
+    suffixes: tuple[str, ...] = ()
+    is_list: bool = False
+
+
+def _open_folder(path: Path, kind: SourceKind, options: SourceOptions) -> Source:
+    return FolderSource(path, None if options.kind is SourceKind.AUTO else kind is SourceKind.CLASSES)
+
+
+def _open_list(path: Path, kind: SourceKind, options: SourceOptions) -> Source:
+    images = options.images
+    load = FileLoader(path.parent) if images is None else FileLoader(images, holds_urls=True)
+    return ListSource(path, kind.value, options.names, load, options.drop_images)
+
+
+def _open_parquet(path: Path, kind: SourceKind, options: SourceOptions) -> Source:
+    from data_pipeline.prepare.parquet import ParquetSource  # pyarrow is an extra.
+
+    return ParquetSource(path, options.names, options.images, options.drop_images)
+
+
+def _open_tars(path: Path, kind: SourceKind, options: SourceOptions) -> Source:
+    from data_pipeline.prepare.tars import open_tars
+
+    return open_tars(path, kind, guess=options.kind is SourceKind.AUTO, split=options.split)
+
+
+FORMATS = {
+    SourceKind.FOLDER: SourceFormat(_open_folder),
+    SourceKind.CLASSES: SourceFormat(_open_folder),
+    SourceKind.CSV: SourceFormat(_open_list, (".csv",), is_list=True),
+    SourceKind.TSV: SourceFormat(_open_list, (".tsv",), is_list=True),
+    SourceKind.JSONL: SourceFormat(_open_list, (".jsonl", ".ndjson"), is_list=True),
+    SourceKind.PARQUET: SourceFormat(_open_parquet, (".parquet",), is_list=True),
+    SourceKind.WEBDATASET: SourceFormat(_open_tars),
+    SourceKind.IMG2DATASET: SourceFormat(_open_tars),
+    SourceKind.ENERGON: SourceFormat(_open_tars),
+    SourceKind.OBELICS: SourceFormat(_open_tars),
+    SourceKind.MMC4: SourceFormat(_open_tars),
+}
+"""All kinds but ``auto``."""
+
+
 def open_source(path: str | Path, options: SourceOptions | None = None) -> Source:
     """The source at ``path``.
 
@@ -65,23 +111,11 @@ def open_source(path: str | Path, options: SourceOptions | None = None) -> Sourc
     kind = options.kind
     if kind is SourceKind.AUTO and path.is_dir() and (metadata := _imagefolder(path)) is not None:
         path = metadata
-    if kind is SourceKind.AUTO or (kind in _DOCUMENTS and _kind_of(path) in _LISTS):
+    if kind is SourceKind.AUTO or (kind in _DOCUMENTS and FORMATS[_kind_of(path)].is_list):
         kind = _kind_of(path)
-    if kind not in _LISTS:
+    if not FORMATS[kind].is_list:
         _refuse_list_options(path, kind, options)
-    if kind in (SourceKind.FOLDER, SourceKind.CLASSES):
-        return FolderSource(path, None if options.kind is SourceKind.AUTO else kind is SourceKind.CLASSES)
-    if kind in (SourceKind.CSV, SourceKind.TSV, SourceKind.JSONL):
-        images = options.images
-        load = FileLoader(path.parent) if images is None else FileLoader(images, holds_urls=True)
-        return ListSource(path, kind.value, options.names, load, options.drop_images)
-    if kind is SourceKind.PARQUET:
-        from data_pipeline.prepare.parquet import ParquetSource  # pyarrow is an extra.
-
-        return ParquetSource(path, options.names, options.images, options.drop_images)
-    from data_pipeline.prepare.tars import open_tars
-
-    return open_tars(path, kind, guess=options.kind is SourceKind.AUTO, split=options.split)
+    return FORMATS[kind].open(path, kind, options)
 
 
 def warnings(path: str | Path, source: Source) -> Iterator[str]:
@@ -112,9 +146,9 @@ def _refuse_list_options(path: Path, kind: SourceKind, options: SourceOptions) -
 def _kind_of(path: Path) -> SourceKind:
     """Told from names alone; which layout tars have is told later, from the first sample."""
     if path.is_file():
-        suffix = path.suffix.lower()
-        if suffix in _BY_SUFFIX:
-            return _BY_SUFFIX[suffix]
+        for kind, known in FORMATS.items():
+            if path.suffix.lower() in known.suffixes:
+                return kind
         if is_tar(path.name):
             return SourceKind.WEBDATASET
         raise DataConfigError(
