@@ -41,7 +41,7 @@ from torch import Tensor
 from benchmarks.figures import machine
 from benchmarks.steps.batches import make_batches
 from benchmarks.steps.ranks import Side, stage
-from mmscale.dist import World, sum_float
+from mmscale.dist import World, all_reduce_sum_list
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.engine import Engine
 from mmscale.engine.optimizers.eight_bit import BLOCK
@@ -205,7 +205,7 @@ class MemoryRank:
 
     def _of_all(self, value: float) -> list[float]:
         size = self.world.world_size
-        return sum_float(self.world, [value if i == self.world.rank else 0.0 for i in range(size)])
+        return all_reduce_sum_list(self.world, [value if i == self.world.rank else 0.0 for i in range(size)])
 
     def _restart(self) -> int:
         """Gives back what is free and forgets the last peak; resident bytes now."""

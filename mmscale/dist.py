@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -237,8 +237,21 @@ def check_device_types(store: torch_dist.Store, rank: int, world_size: int, devi
         )
 
 
-def sum_float(world: World, values: Sequence[float]) -> list[float]:
-    """Sums over all ranks in float64. All ranks must call.
+def all_reduce_sum(world: World, values: Mapping[str, float]) -> dict[str, float]:
+    """Sum each named value over all ranks in float64, in one message. All ranks must call, with the same names.
+
+    Ranks may list the names in different orders. The result has the order of ``values``.
+
+    Raises:
+        EngineError: a peer did not answer in time.
+    """
+    names = sorted(values)
+    sums = dict(zip(names, all_reduce_sum_list(world, [values[name] for name in names]), strict=True))
+    return {name: sums[name] for name in values}
+
+
+def all_reduce_sum_list(world: World, values: Sequence[float]) -> list[float]:
+    """Sum an array of equal length on each rank over all ranks in float64. All ranks must call.
 
     Raises:
         EngineError: a peer did not answer in time.
@@ -246,22 +259,22 @@ def sum_float(world: World, values: Sequence[float]) -> list[float]:
     return _reduce(world, values, torch_dist.ReduceOp.SUM)
 
 
-def agree(world: World, flag: bool) -> bool:
-    """Whether any rank says yes. All ranks must call.
-
-    Raises:
-        EngineError: a peer did not answer in time.
-    """
-    return highest(world, float(flag)) > 0
-
-
-def highest(world: World, value: float) -> float:
-    """The highest value of any rank. All ranks must call.
+def all_reduce_max(world: World, value: float) -> float:
+    """Return the largest value of any rank. All ranks must call.
 
     Raises:
         EngineError: a peer did not answer in time.
     """
     return _reduce(world, [value], torch_dist.ReduceOp.MAX)[0]
+
+
+def any_rank(world: World, flag: bool) -> bool:
+    """Return whether ``flag`` is true on any rank. All ranks must call.
+
+    Raises:
+        EngineError: a peer did not answer in time.
+    """
+    return all_reduce_max(world, float(flag)) > 0
 
 
 def _reduce(world: World, values: Sequence[float], operation: Any) -> list[float]:
@@ -321,7 +334,7 @@ def gather_numbers(world: World, value: float) -> list[float]:
     """
     values = [0.0] * world.world_size
     values[world.rank] = value
-    return sum_float(world, values)
+    return all_reduce_sum_list(world, values)
 
 
 def all_equal(world: World, digest: bytes) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.steps.batches import Pair, flatten, make_batches
 from benchmarks.steps.theirs import LEARNING_RATE, TheirEngine
 from benchmarks.steps.twins import fill_from, our_config, their_model, weights_for_ours
-from mmscale.dist import World, init_distributed, shutdown, sum_float
+from mmscale.dist import World, all_reduce_sum_list, init_distributed, shutdown
 from mmscale.engine.config import EngineConfig
 from mmscale.optim.config import AdamWConfig
 from mmscale.optim.stages import StageConfig
@@ -71,27 +71,27 @@ class Rank:
         """Makes the batches of ``steps`` steps; tokens of each step over all ranks, and shares of padding."""
         world = self.world
         self._pairs = make_batches(model, data, world.rank, world.world_size, steps, max_tokens)
-        self._weights = sum_float(world, [pair.weight for pair in self._pairs])
+        self._weights = all_reduce_sum_list(world, [pair.weight for pair in self._pairs])
         self._theirs = {False: [pair.padded for pair in self._pairs]}
         if model == "dense":
             self._theirs[True] = [flatten(pair.packed) for pair in self._pairs]
         names = self._pairs[0].padding
         return {
-            "tokens": sum_float(world, [pair.tokens for pair in self._pairs]),
+            "tokens": all_reduce_sum_list(world, [pair.tokens for pair in self._pairs]),
             "padding": {name: statistics.mean(pair.padding[name] for pair in self._pairs) for name in names},
         }
 
     def step(self, index: int, flat: bool = False) -> dict[str, float]:
         """Seconds and loss of one step, from all ranks ready to all ranks done; CPU time of this rank's threads."""
-        sum_float(self.world, [0.0])
+        all_reduce_sum_list(self.world, [0.0])
         start, cpu_start = time.perf_counter(), time.process_time()
         if self.side == "ours":
             loss = self._engine.train_step([self._pairs[index].packed]).loss
         else:
             share = self._engine.train_step(self._theirs[flat][index], self._weights[index])
-            loss = sum_float(self.world, [share])[0]
+            loss = all_reduce_sum_list(self.world, [share])[0]
         cpu_seconds = time.process_time() - cpu_start
-        sum_float(self.world, [0.0])
+        all_reduce_sum_list(self.world, [0.0])
         return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds, "loss": loss}
 
 

@@ -23,14 +23,14 @@ from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.manifest import MANIFEST, TrainState
 from mmscale.checkpoint.save import Place, begin, gather_files, give_up_if, save, to_remove, together
 from mmscale.checkpoint.share import RankShare, flat_bytes, share_of
-from mmscale.dist import World, highest
+from mmscale.dist import World, all_reduce_max
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError
 from mmscale.io.files import Written
 from mmscale.io.writer_process import WriteError, Writer
 
 _DONE, _BUSY, _FAILED = 0.0, 1.0, 2.0
-"""Votes; the highest decides."""
+"""Votes; the largest decides."""
 _POLL_SECONDS = 0.02
 _SPARE = 1.02
 """The memory is larger than the first share by this: the notes of later ones may be a little longer."""
@@ -157,7 +157,7 @@ class Saver:
             return
         complaint = self._look(flight, patience_seconds)
         vote = _FAILED if complaint is not None else _BUSY if flight.answer is None else _DONE
-        vote = highest(self._world, vote)
+        vote = all_reduce_max(self._world, vote)
         if vote == _FAILED:
             self._in_flight = None
             self._close_writer()

@@ -27,7 +27,7 @@ from mmscale.checkpoint.manifest import (
 from mmscale.checkpoint.reshard import CheckpointReader, verify, verify_together, whole_parameter
 from mmscale.checkpoint.save import model_config_values, tied_names
 from mmscale.checkpoint.share import persistent_buffers
-from mmscale.dist import World, first_complaint, sum_float
+from mmscale.dist import World, all_reduce_sum_list, first_complaint
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import frozen_ranges, parameter_table
 from mmscale.errors import CheckpointError, DamagedError
@@ -90,8 +90,8 @@ def _candidates(world: World, directory: Path, passes: Callable[[Path], bool]) -
             strays.append(problem)
         else:
             steps.append(float(step_of(path)))
-    count = int(sum_float(world, [float(len(steps))])[0])
-    agreed = sum_float(world, steps if world.is_main else [0.0] * count)
+    count = int(all_reduce_sum_list(world, [float(len(steps))])[0])
+    agreed = all_reduce_sum_list(world, steps if world.is_main else [0.0] * count)
     return [directory / folder_name(int(step)) for step in agreed], strays
 
 

@@ -22,7 +22,7 @@ from data_pipeline.io.checksums import crc32_of
 from data_pipeline.io.untrusted import open_regular
 from mmscale.checkpoint.contents import content_problems
 from mmscale.checkpoint.manifest import Manifest, missing_or_cut, rank_files, read_manifest, read_notes, read_state
-from mmscale.dist import World, first_complaint, highest
+from mmscale.dist import World, all_reduce_max, first_complaint
 from mmscale.errors import CheckpointError, DamagedError
 from mmscale.hf.tensor_file import FORMAT_NAMES
 from mmscale.io.files import checksum_of
@@ -30,7 +30,7 @@ from mmscale.io.files import checksum_of
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
 """Errors of a file that is missing or no regular file. Others (no permission, an error of the disk) may pass."""
 _GOOD, _UNREADABLE, _DAMAGED = 0.0, 1.0, 2.0
-"""Verdicts of the ranks; the highest decides."""
+"""Verdicts of the ranks; the largest decides."""
 
 
 class CheckpointReader:
@@ -265,7 +265,7 @@ def verify_together(world: World, path: Path) -> None:
             verdict = _UNREADABLE  # A file that only another rank does not see is not gone.
     heard = first_complaint(world, complaint)
     if heard is not None:
-        raise DamagedError(heard) if highest(world, verdict) == _DAMAGED else CheckpointError(heard)
+        raise DamagedError(heard) if all_reduce_max(world, verdict) == _DAMAGED else CheckpointError(heard)
 
 
 def whole_parameter(reader: CheckpointReader, name: str, *, ema: bool = False) -> Tensor:

@@ -39,7 +39,7 @@ from mmscale.checkpoint.manifest import (
     step_of,
 )
 from mmscale.checkpoint.share import persistent_buffers, share_of
-from mmscale.dist import World, first_complaint, sum_float
+from mmscale.dist import World, all_reduce_sum_list, first_complaint
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
@@ -156,7 +156,7 @@ def _already_there(world: World, final: Path, state: TrainState) -> bool:
     answer = 0.0
     if world.is_main and is_whole(final):
         answer = 1.0 if _moment(read_manifest(final).state) == _moment(state) else 2.0
-    answer = sum_float(world, [answer])[0]
+    answer = all_reduce_sum_list(world, [answer])[0]
     if answer == 2.0:
         raise CheckpointError(f"{final} is a checkpoint of another stage at the same step; use another run_dir")
     return answer == 1.0
@@ -182,7 +182,7 @@ def gather_files(world: World, mine: Sequence[Written]) -> dict[str, FileEntry]:
     values = [0.0] * (width * world.world_size)
     flat = [float(number) for written in mine for number in written]
     values[width * world.rank : width * (world.rank + 1)] = flat
-    numbers = [int(value) for value in sum_float(world, values)]
+    numbers = [int(value) for value in all_reduce_sum_list(world, values)]
     files = {}
     for rank in range(world.world_size):
         a, b, c, d = numbers[width * rank : width * (rank + 1)]

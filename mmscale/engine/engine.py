@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmscale.dist import World, agree, is_peer_lost, peer_lost, start_deepspeed, sum_float
+from mmscale.dist import World, all_reduce_sum_list, any_rank, is_peer_lost, peer_lost, start_deepspeed
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.gate import Gate
@@ -246,7 +246,7 @@ class Engine:
         def vote(norm: float) -> bool:
             assert refuses is not None
             with self.clock.communicating():
-                return agree(self.world, refuses(loss, norm))
+                return any_rank(self.world, refuses(loss, norm))
 
         with self.clock.phase(OPTIMIZER):
             return self._gate.step(None if refuses is None else vote, shrink_factors(norms, self._clips))
@@ -257,7 +257,7 @@ class Engine:
             return
         loads = torch.stack([router.load for router in self._routers])
         with self.clock.communicating():
-            whole = sum_float(self.world, loads.flatten().tolist())
+            whole = all_reduce_sum_list(self.world, loads.flatten().tolist())
         for router, load in zip(self._routers, torch.tensor(whole).view(loads.shape), strict=True):
             if applied:
                 router.rebalance(load.to(loads))
@@ -303,7 +303,7 @@ class Engine:
         mine = math.fsum(self._objective.weight(microbatch) for microbatch in microbatches)
         count = len(microbatches)
         with self.clock.communicating():
-            weight, total, squares = sum_float(self.world, [mine, count, count * count])
+            weight, total, squares = all_reduce_sum_list(self.world, [mine, count, count * count])
         # Counts are equal exactly where Cauchy-Schwarz holds with equality; no second message needed.
         if total * total != self.world.world_size * squares or not count:
             raise EngineError(
@@ -319,7 +319,7 @@ class Engine:
         names = sorted(sums[0])
         local = torch.stack([torch.stack([part[name].double() for name in names]) for part in sums]).sum(0).tolist()
         with self.clock.communicating():
-            whole = sum_float(self.world, [*local, *squares.values()])
+            whole = all_reduce_sum_list(self.world, [*local, *squares.values()])
         means = {name: value / weight for name, value in zip(names, whole, strict=False)}
         return means, dict(zip(squares, whole[len(names) :], strict=True))
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from mmscale.dist import World, agree
+from mmscale.dist import World, any_rank
 
 _GRACEFUL = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -46,7 +46,7 @@ class StopRequest:
         """
         if self.reason is None and self._deadline is not None and time.time() >= self._deadline:
             self.reason = "the end of the SLURM job is near"
-        stop = agree(world, self.reason is not None)
+        stop = any_rank(world, self.reason is not None)
         if stop and self.reason is None:
             self.reason = "another rank was asked to stop"
         return stop

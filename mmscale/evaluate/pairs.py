@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.sample import Sample
-from mmscale.dist import World, sum_float
+from mmscale.dist import World, all_reduce_sum_list
 from mmscale.evaluate.branch import Branch, branch
 from mmscale.evaluate.config import EvaluationSet
 from mmscale.evaluate.heldout import Asked, PromptBuilder, together
@@ -64,7 +64,7 @@ class PairScorer:
             )
             if mine:
                 values[start:end] = found[: end - start]
-        return np.array(sum_float(self.asked.world, values.tolist()))
+        return np.array(all_reduce_sum_list(self.asked.world, values.tolist()))
 
     def _chunks(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, int]]:
         """Stretches of pairs of the token budget at most, or of one pair; each has its prompt's tokens for itself."""

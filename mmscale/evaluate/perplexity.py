@@ -25,7 +25,7 @@ from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.text.templates import TextPiece
-from mmscale.dist import sum_float
+from mmscale.dist import all_reduce_sum_list
 from mmscale.evaluate.config import PerplexitySet
 from mmscale.evaluate.heldout import Asked, document_builder, draw, template_of, together
 from mmscale.evaluate.likelihood import by_segment, label_likelihoods
@@ -139,7 +139,7 @@ def _likelihoods(
         if mine:
             values[0, start:end] = by_segment(batch, rows, found * weights[rows])[: end - start]
             values[1, start:end] = by_segment(batch, rows, found)[: end - start]
-    summed = np.array(sum_float(world, values.ravel().tolist())).reshape(values.shape)
+    summed = np.array(all_reduce_sum_list(world, values.ravel().tolist())).reshape(values.shape)
     return summed[0], summed[1]
 
 

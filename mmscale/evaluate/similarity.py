@@ -23,7 +23,7 @@ from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Sample
 from data_pipeline.text.templates import CaptionTemplate
 from data_pipeline.text.templates.formats import fill
-from mmscale.dist import sum_float
+from mmscale.dist import all_reduce_sum_list
 from mmscale.evaluate.config import HeldOutSet
 from mmscale.evaluate.heldout import Asked, document_builder, together
 from mmscale.evaluate.pairs import dealt, stretches
@@ -77,7 +77,7 @@ def _vectors(asked: Asked, held: HeldOutSet, samples: Sequence[Sample]) -> tuple
         if mine:
             values[0, start:end] = vectors.images.double().cpu().numpy()
             values[1, start:end] = vectors.texts.double().cpu().numpy()
-    images, texts = np.array(sum_float(world, values.ravel().tolist())).reshape(values.shape)
+    images, texts = np.array(all_reduce_sum_list(world, values.ravel().tolist())).reshape(values.shape)
     return images, texts
 
 

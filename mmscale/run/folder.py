@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from mmscale.checkpoint import TrainState, read_manifest
-from mmscale.dist import World, agree, first_complaint
+from mmscale.dist import World, any_rank, first_complaint
 from mmscale.errors import ConfigError, LaunchError, MMScaleError
 from mmscale.evaluate.result import RESULT_FILE, read_result
 from mmscale.io.lock import POLL_SECONDS, FolderLock
@@ -76,7 +76,7 @@ def _waits(lock: FolderLock, folder: Path, world: World, has_told: bool) -> bool
         raise LaunchError(complaint)
     if waiting is not None and not has_told:
         print(f"mmscale: {waiting}", file=sys.stderr, flush=True)
-    return agree(world, waiting is not None)
+    return any_rank(world, waiting is not None)
 
 
 def is_finished(config: RunConfig) -> bool:

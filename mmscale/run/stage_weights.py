@@ -17,7 +17,7 @@ import torch
 from mmscale.checkpoint import LoadReport, TrainState, warm_start
 from mmscale.checkpoint.manifest import folder_name, missing_or_cut, newest_of, read_manifest, step_of
 from mmscale.checkpoint.warm_start import cannot_give
-from mmscale.dist import World, first_complaint, sum_float
+from mmscale.dist import World, all_reduce_sum_list, first_complaint
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.models.build import build_model
@@ -89,7 +89,7 @@ def agreed_newest(world: World, source: Path) -> Path:
         raise CheckpointError(heard)
     if newest == source:
         return source
-    step = sum_float(world, [float(step_of(newest)) if world.is_main else 0.0])[0]
+    step = all_reduce_sum_list(world, [float(step_of(newest)) if world.is_main else 0.0])[0]
     return newest.parent / folder_name(int(step))
 
 

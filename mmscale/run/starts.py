@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from data_pipeline.io.atomic import write_whole
 from mmscale.config import DroppedKeyWarning, Loaded, dump, leaves, load, shorten
-from mmscale.dist import World, agree, first_complaint
+from mmscale.dist import World, any_rank, first_complaint
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.io.software import git_commit, source_digest, versions
 from mmscale.report.build import REPORT_FILE
@@ -105,7 +105,7 @@ def refuse_or_report_finished(config: RunConfig, world: World) -> bool:
         refusal = _judge_finished(config, steps)
     if (refusal := first_complaint(world, refusal)) is not None:
         raise ConfigError(refusal)
-    return agree(world, steps is not None)
+    return any_rank(world, steps is not None)
 
 
 def _judge_finished(config: RunConfig, steps: int) -> str | None:

@@ -29,7 +29,7 @@ from mmscale import checkpoint
 from mmscale.checkpoint import TrainState
 from mmscale.checkpoint.manifest import folder_name
 from mmscale.config import Loaded
-from mmscale.dist import World, first_complaint, gather_rows, init_distributed, shutdown, sum_float
+from mmscale.dist import World, all_reduce_sum_list, first_complaint, gather_rows, init_distributed, shutdown
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.engine.memory import explain_memory
@@ -301,7 +301,9 @@ def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> Trai
     left_out = fault_counts(batch.skipped)
     mine = [*counts, *step_flops(engine, batch.microbatches), *left_out]
     mine += totals(batch, report.document_losses, stage.datasets)
-    tokens, samples, cut, learned_tokens, images, model_flops, hardware_flops, *rest = sum_float(run.world, mine)
+    tokens, samples, cut, learned_tokens, images, model_flops, hardware_flops, *rest = all_reduce_sum_list(
+        run.world, mine
+    )
     flops = (model_flops, hardware_flops)
     by_kind, by_dataset = rest[: len(left_out)], rest[len(left_out) :]
     if not samples:

@@ -125,7 +125,7 @@ def test_a_manifest_is_gone_if_rank_0_does_not_see_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, damaged: bool
 ) -> None:
     monkeypatch.setattr("mmscale.checkpoint.reshard.first_complaint", lambda world, complaint: complaint)
-    monkeypatch.setattr("mmscale.checkpoint.reshard.highest", lambda world, verdict: verdict)
+    monkeypatch.setattr("mmscale.checkpoint.reshard.all_reduce_max", lambda world, verdict: verdict)
     path, world = make(tmp_path), World(rank, 2, rank, torch.device("cpu"))
     (path / MANIFEST).write_text("{}")
     with pytest.raises(DamagedError, match="its checksum is not that of its text"):

@@ -141,7 +141,7 @@ def test_only_rank_0_makes_and_publishes_the_folder_and_every_rank_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two ranks one after the other, each told that the other one agrees."""
-    monkeypatch.setattr(saving, "sum_float", lambda world, values: values)
+    monkeypatch.setattr(saving, "all_reduce_sum_list", lambda world, values: values)
     monkeypatch.setattr(saving, "first_complaint", lambda world, complaint: complaint)
     engines = [engine_of(1), engine_of(1)]
     for rank, engine in enumerate(engines):
@@ -161,10 +161,12 @@ def test_every_rank_learns_the_files_of_all(monkeypatch: pytest.MonkeyPatch) -> 
     written = [[Written(10 * rank + 1, 2**32 - rank - 1), Written(10 * rank + 2, rank)] for rank in range(3)]
     worlds = [World(rank, 3, rank, torch.device("cpu")) for rank in range(3)]
     given: list[list[float]] = []
-    monkeypatch.setattr(saving, "sum_float", lambda world, values: given.append(values) or values)
+    monkeypatch.setattr(saving, "all_reduce_sum_list", lambda world, values: given.append(values) or values)
     for world, mine in zip(worlds, written, strict=True):
         saving.gather_files(world, mine)
-    monkeypatch.setattr(saving, "sum_float", lambda world, values: [sum(each) for each in zip(*given, strict=True)])
+    monkeypatch.setattr(
+        saving, "all_reduce_sum_list", lambda world, values: [sum(each) for each in zip(*given, strict=True)]
+    )
     expected = {
         f"rank-{rank:05d}.{ending}": FileEntry(bytes=entry.bytes, crc32=entry.crc32)
         for rank, mine in enumerate(written)

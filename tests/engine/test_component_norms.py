@@ -16,7 +16,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mmscale.dist import World, sum_float
+from mmscale.dist import World, all_reduce_sum
 from mmscale.engine.engine import Engine
 from mmscale.optim.schedule import component_of_parameters, freeze, full_shape
 from tests.engine.fp16 import forced
@@ -75,7 +75,7 @@ def seen_by_optimizer(engine: Engine, world: World) -> dict[str, float]:
         if kind != "exp_avg_sq_col" and world.is_main:  # A matrix has means of rows and of columns; every rank has all.
             columns = full_shape(engine.model.get_parameter(name))[-1] if kind == "exp_avg_sq_row" else 1
             squares[owner[name]] += float(statistic.double().sum()) * columns
-    return {name: math.sqrt(total) for name, total in zip(squares, sum_float(world, [*squares.values()]), strict=True)}
+    return {name: math.sqrt(total) for name, total in all_reduce_sum(world, squares).items()}
 
 
 def norms_of(world: World, cases: list[dict[str, Any]]) -> list[Any]:

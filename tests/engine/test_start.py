@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmscale.dist import World, _is_one_machine, _map_launcher_variables, first_complaint, sum_float
+from mmscale.dist import (
+    World,
+    _is_one_machine,
+    _map_launcher_variables,
+    all_reduce_sum,
+    all_reduce_sum_list,
+    first_complaint,
+)
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config
 from mmscale.engine.partition import share
@@ -80,7 +87,8 @@ def test_half_a_launcher_is_refused(environment: dict[str, str]) -> None:
 
 def test_words_of_a_lonely_rank() -> None:
     alone = World(0, 1, 0, CPU)
-    assert sum_float(alone, [1, 2.5]) == [1.0, 2.5]
+    assert all_reduce_sum_list(alone, [1, 2.5]) == [1.0, 2.5]
+    assert all_reduce_sum(alone, {"b": 1, "a": 2.5}) == {"a": 2.5, "b": 1.0}
     assert first_complaint(alone, None) is None
     assert first_complaint(alone, "full") == "full"
 
