@@ -238,16 +238,14 @@ def check_device_types(store: torch_dist.Store, rank: int, world_size: int, devi
 
 
 def all_reduce_sum(world: World, values: Mapping[str, float]) -> dict[str, float]:
-    """Sum each named value over all ranks in float64, in one message. All ranks must call, with the same names.
+    """Sum each named value over all ranks in float64, in one message.
 
-    Ranks may list the names in different orders. The result has the order of ``values``.
+    All ranks must call, with the same names in the same order.
 
     Raises:
         EngineError: a peer did not answer in time.
     """
-    names = sorted(values)
-    sums = dict(zip(names, all_reduce_sum_list(world, [values[name] for name in names]), strict=True))
-    return {name: sums[name] for name in values}
+    return dict(zip(values, all_reduce_sum_list(world, list(values.values())), strict=True))
 
 
 def all_reduce_sum_list(world: World, values: Sequence[float]) -> list[float]:

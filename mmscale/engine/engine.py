@@ -1,8 +1,10 @@
 """One optimizer step over the microbatches of all ranks.
 
-    weights (host) --sum over microbatches and ranks--> global weight
-    microbatch --LossGraph--> loss sum --x W / global weight--> backward      (once per microbatch)
-    step --> loss, gradient norm, whether it was applied
+    _global_weight      loss weights, summed over microbatches and ranks
+    _forward_backward   microbatch --LossGraph--> loss sum --x W / global weight--> backward     (once per microbatch)
+    _global_means       loss, metrics and the components' gradient norms of the whole step
+    _update             norm of the whole gradient --> a rank refuses: nothing changes | clip, optimizer's step
+    _rebalance          moves the biases of routers of experts
 
 The objective gives sums; the global weight divides them once. DeepSpeed's reduction divides by W, so W multiplies: the
 gradient is that of the mean over all weighted tokens of the step, at any number of ranks and microbatches.
@@ -19,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmscale.dist import World, all_reduce_sum_list, any_rank, is_peer_lost, peer_lost, start_deepspeed
+from mmscale.dist import World, all_reduce_sum, all_reduce_sum_list, any_rank, is_peer_lost, peer_lost, start_deepspeed
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
-from mmscale.engine.gate import Gate
-from mmscale.engine.gradient_norms import norms_from, shrink_factors, square_sums
+from mmscale.engine.gradient_norms import square_sums
 from mmscale.engine.graph import LossGraph, ObjectiveLike, SeesWholeStep
 from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import KnowsShards, build_optimizer
@@ -36,6 +37,7 @@ from mmscale.engine.units import Undo, gather_whole, recompute
 from mmscale.errors import EngineError
 from mmscale.nn.moe import biased_routers
 from mmscale.optim.schedule import (
+    Clips,
     Components,
     component_of_parameters,
     freeze,
@@ -138,7 +140,6 @@ class Engine:
             self._undo.append(saved.close)
         self.partition = Partition(model, self._deepspeed, config.zero_stage, world, averaged=stage.ema is not None)
         self._prepare_optimizer()
-        self._gate = Gate(self._deepspeed)
         self._routers = biased_routers(model)
 
     def _arrange(self, units: list[nn.Module]) -> list[Undo]:
@@ -182,16 +183,17 @@ class Engine:
     def train_step(
         self,
         microbatches: Sequence[Any],
-        refuses: Callable[[float, float], bool] | None = None,
+        why_refuse: Callable[[float, float], str | None] | None = None,
         *,
         component_norms: bool = False,
     ) -> StepReport:
-        """Forward, backward and optimizer step over ``microbatches``. All ranks must call, with equally many.
+        """Run forward, backward and the optimizer's step over ``microbatches``. All ranks must call, with equally many.
 
         Args:
             microbatches: This rank's part of the step.
-            refuses: Asked with loss and gradient norm of the whole step, before anything moves. If any rank's says
-                yes, weights, moments and step counts of all ranks stay as they are.
+            why_refuse: Called with loss and gradient norm of the whole step before the update. If it returns a reason
+                on any rank, weights, moments and step counts of all ranks stay as they are. It is not called if the
+                norm is not finite: DeepSpeed refuses such a step by itself.
             component_norms: Also report the gradient norm of each component, for one more pass over the gradient, which
                 a stage that clips each component makes anyway. The same on all ranks.
 
@@ -203,15 +205,17 @@ class Engine:
         weight = self._global_weight(microbatches)
         if weight == 0:
             # Null packs only: there is nothing to learn, and decay alone must not move the weights.
-            return StepReport(0.0, 0.0, 0.0, rates, applied=False, spans=self.clock.take())
+            return StepReport(0.0, 0.0, 0.0, rates, applied=False, spans=self.clock.pop_spans())
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         try:
-            sums, losses = self._run(self._prepared(microbatches), self.world.world_size / weight)
+            if isinstance(self._objective, SeesWholeStep):
+                with self.clock.phase(FORWARD), self.inference() as model:
+                    microbatches = self._objective.prepare(model, microbatches)
+            sums, losses = self._forward_backward(microbatches, self.world.world_size / weight)
             squares = self._square_sums() if component_norms or self._clips else {}
-            means, squares = self._global_means(sums, weight, squares)
-            loss, norms = means.pop("loss"), norms_from(squares)
-            refused = self._update(loss, norms, refuses)
+            loss, metrics, norms = self._global_means(sums, weight, squares)
+            refused = self._update(loss, norms, why_refuse)
         except RuntimeError as error:
             if is_peer_lost(error):
                 raise peer_lost(self.world, error) from error
@@ -222,34 +226,70 @@ class Engine:
         if applied and self.stage.ema and self.partition.optimizer_steps() % self.stage.ema.every_steps == 0:
             self.partition.update_average(self.stage.ema.decay)
         return StepReport(
-            loss,
-            weight,
-            float(self._deepspeed.get_global_grad_norm() or 0.0) if finite else math.inf,
-            rates,
-            applied,
-            means,
-            tuple(tuple(part.tolist()) for part in losses),
-            norms if component_norms else {},
-            self.precision.name == "fp16" and not finite and math.isfinite(loss),
-            self.clock.take(),
+            loss=loss,
+            weight=weight,
+            grad_norm=float(self._deepspeed.get_global_grad_norm() or 0.0) if finite else math.inf,
+            learning_rates=rates,
+            applied=applied,
+            metrics=metrics,
+            document_losses=tuple(tuple(part.tolist()) for part in losses),
+            component_grad_norms=norms if component_norms else {},
+            overflow=self.precision.name == "fp16" and not finite and math.isfinite(loss),
+            spans=self.clock.pop_spans(),
         )
 
-    def _prepared(self, microbatches: Sequence[Any]) -> Sequence[Any]:
-        if not isinstance(self._objective, SeesWholeStep):
-            return microbatches
-        with self.clock.phase(FORWARD), self.inference() as model:
-            return self._objective.prepare(model, microbatches)
+    def _update(
+        self, loss: float, norms: dict[str, float], why_refuse: Callable[[float, float], str | None] | None
+    ) -> bool:
+        """Let DeepSpeed make the optimizer's step. Return whether a rank refused it.
 
-    def _update(self, loss: float, norms: dict[str, float], refuses: Callable[[float, float], bool] | None) -> bool:
-        """The optimizer's step, unless a rank refuses; whether one did."""
+        DeepSpeed computes the norm of the whole gradient inside its own ``step`` and calls the client optimizer right
+        after, once for each group of parameters (at stage 3 for each sub-group). So ``may_update`` runs in front of the
+        client optimizer. If the optimizer does nothing, masters, moments and step counts stay as they are, and rounding
+        the masters and gathering the weights afterwards gives the same weights again. At stage 0 in fp32 DeepSpeed has
+        no wrapper; there the optimizer computes the norm (``optim.schedule.Clips``) and calls ``may_update`` itself.
 
-        def vote(norm: float) -> bool:
-            assert refuses is not None
-            with self.clock.communicating():
-                return any_rank(self.world, refuses(loss, norm))
+        Components are clipped here too: at every stage, format and place of the optimizer's state, ``grad`` of what is
+        in the client optimizer's groups now is the averaged fp32 gradient without loss scale. It is read once and
+        dropped, and each group belongs to one component.
 
-        with self.clock.phase(OPTIMIZER):
-            return self._gate.step(None if refuses is None else vote, shrink_factors(norms, self._clips))
+        All wrappers of DeepSpeed 0.19 set ``_global_grad_norm``, the same on all ranks, before they step the optimizer.
+        """
+        optimizer = self._deepspeed.basic_optimizer
+        update = optimizer.step
+        refused: bool | None = None
+
+        def may_update(norm: float) -> bool:
+            nonlocal refused
+            if refused is None:
+                refused = False
+                if why_refuse is not None:
+                    with self.clock.communicating():
+                        refused = any_rank(self.world, why_refuse(loss, norm) is not None)
+            if refused:
+                return False
+            for group in optimizer.param_groups:
+                gradients = [values.grad for values in group["params"] if values.grad is not None]
+                clip = self._clips.get(group["component"])
+                factor = 1.0 if clip is None else min(1.0, clip / (norms[group["component"]] + 1e-6))
+                if gradients and factor != 1.0:
+                    torch._foreach_mul_(gradients, factor)
+            return True
+
+        def update_if_allowed(*arguments: Any, **options: Any) -> Any:
+            if may_update(float(self._deepspeed.optimizer._global_grad_norm)):
+                return update(*arguments, **options)
+            return None
+
+        name, hook = ("may_update", may_update) if isinstance(optimizer, Clips) else ("step", update_if_allowed)
+        before = getattr(optimizer, name)
+        setattr(optimizer, name, hook)
+        try:
+            with self.clock.phase(OPTIMIZER):
+                self._deepspeed.step()
+        finally:
+            setattr(optimizer, name, before)
+        return bool(refused)
 
     def _rebalance(self, applied: bool) -> None:
         """Moves the biases of routers by the loads of all microbatches and ranks; forgets these for a refused step."""
@@ -263,12 +303,17 @@ class Engine:
                 router.rebalance(load.to(loads))
             router.load.zero_()
 
-    def _run(self, microbatches: Sequence[Any], scale: float) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
-        """Forward and backward; the gradient is complete and reduced after the last microbatch.
+    def _forward_backward(
+        self, microbatches: Sequence[Any], scale: float
+    ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+        """Run forward and backward. The gradient is complete and reduced after the last microbatch.
 
+        The loss is multiplied by ``scale``. A loss that is not finite is multiplied by NaN instead: then the gradient
+        is NaN, its norm is NaN on every rank, and all ranks refuse the step without a message and without waiting for
+        the device.
 
         Returns:
-            Of each microbatch the sums of loss and metrics, and the losses of its documents.
+            For each microbatch the sums of loss and metrics, and the losses of its documents.
         """
         sums: list[dict[str, Tensor]] = []
         documents: list[Tensor] = []
@@ -279,7 +324,8 @@ class Engine:
             sums.append({"loss": loss_sum.detach(), **metrics})
             documents.append(losses)
             with self.clock.phase(BACKWARD):
-                self._backward(loss_sum, scale)
+                factor = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan).to(loss_sum.dtype)
+                self._deepspeed.backward(loss_sum * factor, scale_wrt_gas=False)
             if index < len(microbatches) - 1:
                 self._deepspeed.step()  # Not at the boundary: it only counts.
         return sums, documents
@@ -290,38 +336,37 @@ class Engine:
         with self.clock.phase(OPTIMIZER):
             return square_sums(self.model, self._owner, names, self._deepspeed.optimizer, stage, self.world)
 
-    def _backward(self, loss_sum: Tensor, scale: float) -> None:
-        """Scales and differentiates.
-
-        A loss that is not finite is scaled by NaN: then the gradient is surely NaN, its norm is NaN on every rank, and
-        all ranks refuse the step together, without a vote and without waiting for the device.
-        """
-        factor = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan).to(loss_sum.dtype)
-        self._deepspeed.backward(loss_sum * factor, scale_wrt_gas=False)
-
     def _global_weight(self, microbatches: Sequence[Any]) -> float:
-        mine = math.fsum(self._objective.weight(microbatch) for microbatch in microbatches)
         count = len(microbatches)
+        mine = math.fsum(self._objective.weight(microbatch) for microbatch in microbatches)
         with self.clock.communicating():
-            weight, total, squares = all_reduce_sum_list(self.world, [mine, count, count * count])
+            sums = all_reduce_sum(self.world, {"weight": mine, "count": count, "count_squared": count * count})
         # Counts are equal exactly where Cauchy-Schwarz holds with equality; no second message needed.
-        if total * total != self.world.world_size * squares or not count:
+        if sums["count"] ** 2 != self.world.world_size * sums["count_squared"] or not count:
             raise EngineError(
-                f"rank {self.world.rank} has {count} microbatches, all {self.world.world_size} ranks {int(total)}: "
-                "every rank needs the same number, at least one; null packs fill up"
+                f"rank {self.world.rank} has {count} microbatches, all {self.world.world_size} ranks "
+                f"{int(sums['count'])}: every rank needs the same number, at least one; null packs fill up"
             )
-        return weight
+        return sums["weight"]
 
     def _global_means(
         self, sums: list[dict[str, Tensor]], weight: float, squares: dict[str, float]
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Means of the microbatches' sums and, in the same message, the sums of ``squares``, over all ranks."""
+    ) -> tuple[float, dict[str, float], dict[str, float]]:
+        """Reduce the sums of all microbatches and ranks in one message.
+
+        Returns:
+            Loss and metrics as weighted means, and the gradient norm of each component in ``squares``, infinite where
+            a gradient was not finite.
+        """
         names = sorted(sums[0])
         local = torch.stack([torch.stack([part[name].double() for name in names]) for part in sums]).sum(0).tolist()
+        mine = dict(zip(names, local, strict=True)) | {f"grad_square/{name}": value for name, value in squares.items()}
         with self.clock.communicating():
-            whole = all_reduce_sum_list(self.world, [*local, *squares.values()])
-        means = {name: value / weight for name, value in zip(names, whole, strict=False)}
-        return means, dict(zip(squares, whole[len(names) :], strict=True))
+            whole = all_reduce_sum(self.world, mine)
+        means = {name: whole[name] / weight for name in names}
+        squares = {name: whole[f"grad_square/{name}"] for name in squares}
+        norms = {name: math.sqrt(value) if math.isfinite(value) else math.inf for name, value in squares.items()}
+        return means.pop("loss"), means, norms
 
     @contextmanager
     def inference(self, *, ema: bool = False) -> Iterator[nn.Module]:

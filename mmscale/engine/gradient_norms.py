@@ -3,7 +3,7 @@
     this rank's part of the averaged gradient --squares by component--> (sum over ranks) --root--> norm before clipping
 
 For: one pass over gradients, on the steps that ask for it, and on all where each component is clipped by its own norm
-(``gate.py`` scales). Not for: clipping by the norm of the whole gradient, which DeepSpeed computes and applies.
+(``Engine._update`` scales). Not for: clipping by the norm of the whole gradient, which DeepSpeed computes and applies.
 
 DeepSpeed offers a gathered gradient of one parameter at a time, a message each. What it holds between backward and step
 was read in version 0.19: stages 1 to 3 a list of tensors for each optimizer group, with an offloaded optimizer (and at
@@ -12,7 +12,6 @@ stage 1 in bf16) one flat tensor a group, stage 0 the parameters' own ``grad``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -43,16 +42,6 @@ def square_sums(
             squares[component] += float(norms.double().square().sum())
     scale = float(getattr(optimizer, "loss_scale", 1.0) or 1.0)
     return {component: value / scale**2 for component, value in squares.items()}
-
-
-def norms_from(squares: Mapping[str, float]) -> dict[str, float]:
-    """Norms from sums over all ranks; infinite where a gradient was not finite."""
-    return {name: math.sqrt(value) if math.isfinite(value) else math.inf for name, value in squares.items()}
-
-
-def shrink_factors(norms: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, float]:
-    """What brings gradients with ``norms`` down to their ``limits``, as ``torch.nn.utils.clip_grad_norm_`` has it."""
-    return {name: min(1.0, limit / (norms[name] + 1e-6)) for name, limit in limits.items()}
 
 
 def _replicated(model: nn.Module, owner: Mapping[str, str], world: World) -> Iterator[tuple[str, list[Tensor]]]:

@@ -9,7 +9,7 @@ DeepSpeed's own answer (``memory_efficient_linear``) replaces ``torch.nn.functio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -39,17 +39,14 @@ class SavedWeights:
         inside = {id(module) for unit in units for module in unit.modules()}
         owners = [(unit, list(unit.parameters())) for unit in units]
         owners += [(m, list(m.parameters(recurse=False))) for m in model.modules() if id(m) not in inside]
-        self._handles = [
-            module.register_forward_pre_hook(self._note(parameters)) for module, parameters in owners if parameters
-        ]
+        self._parameters = {module: parameters for module, parameters in owners if parameters}
+        self._handles = [module.register_forward_pre_hook(self._remember) for module in self._parameters]
 
-    def _note(self, parameters: list[nn.Parameter]) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: Any) -> None:
-            del module, inputs
-            for parameter in parameters:
-                self._by_storage[parameter.untyped_storage().data_ptr()] = parameter
-
-        return note
+    def _remember(self, module: nn.Module, inputs: Any) -> None:
+        """Forward pre-hook: record where the gathered weights of ``module`` are."""
+        del inputs
+        for parameter in self._parameters[module]:
+            self._by_storage[parameter.untyped_storage().data_ptr()] = parameter
 
     def __call__(self) -> AbstractContextManager[Any]:
         """In its ``with`` block, of one forward pass, saved views of gathered weights do not keep them alive."""

@@ -1,6 +1,6 @@
 """Where the time of a step goes, and how much memory each part of it needs.
 
-    with clock.phase("forward"): ...      with clock.communicating(): ...      clock.take() -> StepSpans
+    with clock.phase("forward"): ...      with clock.communicating(): ...      clock.pop_spans() -> StepSpans
 
 Phases follow one another. Communication runs inside them (ZeRO gathers weights in hooks of forward and backward), so it
 is no phase of its own but a share *of which*. On a CPU a span is wall time. On CUDA it is the time between two events
@@ -118,10 +118,10 @@ class StepClock:
         finally:
             self._seconds[name] += self._now() - begin
 
-    def take(self) -> StepSpans:
-        """The spans since the last call. On CUDA call it once the step's figures have reached the host."""
+    def pop_spans(self) -> StepSpans:
+        """Return the spans since the last call. On CUDA call it once the step's metrics have reached the host."""
         if self._events:
-            self._events[-1][2].synchronize()  # It has passed already: the figures were behind it in the stream.
+            self._events[-1][2].synchronize()  # It has passed already: the metrics came after it in the stream.
         for name, start, end in self._events:
             self._seconds[name] += start.elapsed_time(end) / 1e3
         self._events.clear()

@@ -152,12 +152,12 @@ class Clips:
 
     Attributes:
         clip: Largest norm; 0 for none.
-        permits: Told the norm, once it is known to be finite: whether to go on. It may scale the gradient.
+        may_update: Called with the norm if it is finite; returns whether to step. It may scale the gradient.
     """
 
     clip = 0.0
     overflow = False
-    permits: Callable[[float], bool] | None = None
+    may_update: Callable[[float], bool] | None = None
     _global_grad_norm = 0.0
     param_groups: list[dict[str, Any]]
 
@@ -168,7 +168,7 @@ class Clips:
         norm = global_norm(gradients)
         self.overflow = not math.isfinite(norm)
         self._global_grad_norm = norm
-        if self.overflow or not (self.permits is None or self.permits(norm)):
+        if self.overflow or not (self.may_update is None or self.may_update(norm)):
             return
         if self.clip and norm > self.clip:
             torch._foreach_mul_(gradients, self.clip / (norm + 1e-6))

@@ -1,6 +1,6 @@
 """What follows from a bad step: a file that names its samples, and the policy.
 
-    StepGuard.refuses --before the update, agreed by all ranks--> no update --> RUN/bad_steps/step-N.json
+    why_refuse --before the update, agreed by all ranks--> no update --> RUN/bad_steps/step-N.json
                                                                             --> skip | halt | roll back
 
 Not for: which steps are bad (``mmscale.engine.guard``), what a roll back means on the disk (``checkpoint.roll_back``).
@@ -98,9 +98,9 @@ class BadSteps:
         position, self._position = self._position, None
         return position
 
-    def refuses(self, loss: float, norm: float) -> bool:
+    def why_refuse(self, loss: float, norm: float) -> str | None:
         """For ``Engine.train_step``."""
-        return self._guard.refuses(loss, norm)
+        return self._guard.reason(loss, norm)
 
     def take(self, state: TrainState, report: StepReport) -> TrainState:
         """Judges a step; ``state`` after it, with what a resume needs to judge the next."""

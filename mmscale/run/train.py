@@ -292,7 +292,7 @@ def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> Trai
     dropout_key = step_key(run.config.seed, state.step)
     report = engine.train_step(
         [replace(microbatch, dropout_key=dropout_key) for microbatch in batch.microbatches],
-        run.bad_steps.refuses,
+        run.bad_steps.why_refuse,
         component_norms=due(metrics.grad_norms_every, state.step + 1),
     )
     learned = sum(int(microbatch.loss_weights.count_nonzero()) for microbatch in batch.microbatches)

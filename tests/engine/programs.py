@@ -104,11 +104,11 @@ def _guarded(
     engine = make_engine(world, zero, changes, precision=precision)
     asked: list[tuple[float, float]] = []
 
-    def refuses(loss: float, norm: float) -> bool:
+    def why_refuse(loss: float, norm: float) -> str | None:
         asked.append((loss, norm))
-        return len(asked) - 1 == refused and world.rank == world.world_size - 1
+        return "chosen" if len(asked) - 1 == refused and world.rank == world.world_size - 1 else None
 
-    reports = [engine.train_step(lanes_of(world, step), refuses) for step in order]
+    reports = [engine.train_step(lanes_of(world, step), why_refuse) for step in order]
     state = [
         [
             owned.name,

@@ -58,7 +58,7 @@ def timed_step(world: World) -> list[Any]:
     engine.model.decoder.blocks[0].register_forward_hook(think)
     told.clear()
     report = engine.train_step(lanes_of(world, 0))
-    return [report.spans.seconds, told, report.spans.peak_bytes, engine.clock.take().seconds]
+    return [report.spans.seconds, told, report.spans.peak_bytes, engine.clock.pop_spans().seconds]
 
 
 @pytest.mark.dist
@@ -90,10 +90,10 @@ def test_phases_may_repeat_and_communication_is_counted_once() -> None:
 
     with pytest.raises(OSError, match="gone"), clock.phase("backward"), clock.communicating():
         fails()
-    assert clock.take().seconds == {"forward": 2.5, "communication": 3.5, "backward": 3.0}
+    assert clock.pop_spans().seconds == {"forward": 2.5, "communication": 3.5, "backward": 3.0}
     with clock.communicating():
         time[0] += 1
-    assert clock.take().seconds == {"communication": 1.0}
+    assert clock.pop_spans().seconds == {"communication": 1.0}
 
 
 def test_a_phase_knows_its_own_memory_and_the_process_keeps_its_mark() -> None:
@@ -109,7 +109,7 @@ def test_a_phase_knows_its_own_memory_and_the_process_keeps_its_mark() -> None:
     del between
     with clock.phase("backward"):
         pass
-    peaks = clock.take().peak_bytes
+    peaks = clock.pop_spans().peak_bytes
     assert peaks["forward"] - peaks["backward"] > 0.9 * size
     assert peak_since_reset(CPU) < peaks["forward"] - 0.9 * size
     assert peak_memory().rss_bytes > peaks["backward"] + 1.9 * size
