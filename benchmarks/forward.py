@@ -11,11 +11,10 @@ both are compared before anything is timed. A family without a class in transfor
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 
 from benchmarks.families import seeing, texts, towers
 from benchmarks.families.pair import Pair
-from benchmarks.figures import machine
+from benchmarks.figures import Case, show
 
 TOLERANCE = 1e-4
 """Largest difference of the outputs over the largest value: the sides compute the same function."""
@@ -49,6 +48,22 @@ class Row:
     ratio: float
     padding: dict[str, float]
     difference: float
+
+    def line(self) -> str:
+        """Return the row for people."""
+        times = ", ".join(f"{name} {ms:.0f}" for name, ms in self.ms.items())
+        padding = ", ".join(f"{name} {share:.0%}" for name, share in self.padding.items())
+        differ = f"outputs differ by {self.difference:.0e}"
+        return f"{self.case}, {self.kind}: ms {times}; padding {padding}; {differ}; ratio {self.ratio:.2f}"
+
+    def cases(self) -> list[Case]:
+        """Return the figures for programs."""
+        name = f"{self.case}, {self.kind}"
+        return [
+            Case.beside(f"{name}: time", self.ms, "ms", paired=self.ratio),
+            Case.beside(f"{name}: padding", self.padding, "share of rows"),
+            Case(f"{name}: difference of the outputs", self.difference, {"limit": TOLERANCE}, "of the largest value"),
+        ]
 
 
 def families() -> dict[str, list[Callable[[], Pair]]]:
@@ -97,14 +112,6 @@ def _train(model: torch.nn.Module, run: Callable[[], Tensor]) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def line(row: Row) -> str:
-    """A row for people."""
-    times = ", ".join(f"{name} {ms:.0f}" for name, ms in row.ms.items())
-    padding = ", ".join(f"{name} {share:.0%}" for name, share in row.padding.items())
-    differ = f"outputs differ by {row.difference:.0e}"
-    return f"{row.case}, {row.kind}: ms {times}; padding {padding}; {differ}; ratio {row.ratio:.2f}"
-
-
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__)
@@ -115,22 +122,14 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def main(options: argparse.Namespace) -> list[Row]:
-    """All rows that were asked for, printed as they come."""
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Measure every pair that was asked for."""
     torch.set_num_threads(options.threads)
-    rows = []
     for family in options.families:
         for build in families()[family]:
-            for row in measure(build(), options.turns):
-                rows.append(row)
-                if not options.json:
-                    print(line(row), flush=True)
-    if options.json:
-        print(
-            json.dumps({"benchmark": "forward", "machine": machine(), "rows": [asdict(row) for row in rows]}, indent=2)
-        )
-    return rows
+            yield from measure(build(), options.turns)
 
 
 if __name__ == "__main__":
-    main(arguments())
+    options = arguments()
+    show("forward", lambda: rows(options), options.json)

@@ -24,11 +24,11 @@ import sys
 import sysconfig
 import tempfile
 import venv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.figures import machine
+from benchmarks.figures import Case, show
 from benchmarks.peers.job import Job, Scenario, write_photos
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -60,32 +60,40 @@ class Row:
     figures: Figures
 
     @property
-    def best_peer(self) -> str | None:
-        """The fastest peer of those that were there."""
-        peers = [name for name in self.figures if name in PEERS]
-        if not peers:
-            return None
-        return (min if self.unit == "s" else max)(peers, key=self.figures.__getitem__)
+    def beside_peers(self) -> Case:
+        """Our figure beside those of the peers that were measured."""
+        return self._case("", PEERS)
 
-    def ratio(self, other: str | None) -> float | None:
-        """Ours to another; above 1 when ours is better."""
-        if other is None or other not in self.figures:
-            return None
-        ours, theirs = self.figures[OURS], self.figures[other]
-        return theirs / ours if self.unit == "s" else ours / theirs
+    @property
+    def beside_bare(self) -> Case:
+        """Our figure beside the decoder without a loader, if that was measured."""
+        return self._case(", beside no loader", (BARE,))
 
-    def record(self) -> dict[str, object]:
-        """For ``--json``."""
-        return {
-            "case": f"{self.scenario.value}, {self.workers} workers",
-            "unit": self.unit,
-            "ours": self.figures[OURS],
-            "peers": {name: figure for name, figure in self.figures.items() if name in PEERS},
-            "bare": self.figures.get(BARE),
-            "best_peer": self.best_peer,
-            "ratio": self.ratio(self.best_peer),
-            "ratio_to_bare": self.ratio(BARE),
-        }
+    def _case(self, beside: str, names: Iterable[str]) -> Case:
+        peers = {name: self.figures[name] for name in names if name in self.figures}
+        case = f"{self.scenario.value}, {self.workers} workers{beside}"
+        return Case(case, self.figures[OURS], peers, self.unit, lower_is_better=self.unit == "s")
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows, and a sentence for each peer that is left out."""
+
+    rows: Sequence[Row]
+    left_out: Sequence[str]
+
+    def line(self) -> str:
+        """Return the rows for people, in Markdown, and what the peers are."""
+        there = [name for name in PEERS if any(name in row.figures for row in self.rows)]
+        return "\n".join([table(self.rows), *(f"{name}: {PEERS[name]}" for name in there), *self.left_out])
+
+    def cases(self) -> list[Case]:
+        """Return the figures for programs; each figure that the bare decoder has too is a second case."""
+        return [
+            case
+            for row in self.rows
+            for case in ([row.beside_peers, row.beside_bare] if BARE in row.figures else [row.beside_peers])
+        ]
 
 
 class PeersMissingError(Exception):
@@ -174,8 +182,8 @@ def _median(found: dict[str, list[Figures]], figure: Callable[[Figures], float])
     return {name: statistics.median(map(figure, repeats)) for name, repeats in found.items()}
 
 
-def measure(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
-    """All rows, and a sentence for each peer that is left out."""
+def measure(options: argparse.Namespace) -> Iterator[Table]:
+    """Yield the table of everything that was asked for."""
     pythons = dict.fromkeys((OURS, BARE), Path(sys.executable))
     left_out = []
     chosen = [name.strip() for name in options.peers.split(",") if name.strip()]
@@ -186,6 +194,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
             pythons[name] = peers_python(options.peers_env) if name in APART else Path(sys.executable)
         except PeersMissingError as error:
             left_out.append(f"{PEERS[name]} is left out: {error}")
+            print(left_out[-1], file=sys.stderr)
     folder = options.data / f"photos-{options.samples}"
     write_photos(folder, options.samples)
     runners = {name: Runner(name, python) for name, python in pythons.items()}
@@ -200,7 +209,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     finally:
         for runner in runners.values():
             runner.close()
-    return rows, left_out
+    yield Table(rows, left_out)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -210,7 +219,7 @@ def table(rows: Sequence[Row]) -> str:
     lines.append("|---|--:|---|" + "--:|" * (len(names) + 2))
     for row in rows:
         figures = [_figure(row.figures.get(name), row.unit) for name in names]
-        ratios = [_figure(row.ratio(other), "ratio") for other in (row.best_peer, BARE)]
+        ratios = [_figure(case.ratio, "ratio") for case in (row.beside_peers, row.beside_bare)]
         lines.append(f"| {row.scenario.value} | {row.workers} | {row.unit} | " + " | ".join(figures + ratios) + " |")
     return "\n".join(lines)
 
@@ -245,21 +254,6 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Measures and prints."""
-    chosen = options()
-    rows, left_out = measure(chosen)
-    if chosen.json:
-        record = {"benchmark": "loader", "machine": machine(), "cases": [row.record() for row in rows]}
-        print(json.dumps({**record, "left_out": left_out}, indent=2))
-        return
-    print(table(rows))
-    for name in PEERS:
-        if any(name in row.figures for row in rows):
-            print(f"{name}: {PEERS[name]}")
-    for line in left_out:
-        print(line)
-
-
 if __name__ == "__main__":
-    main()
+    chosen = options()
+    show("loader", lambda: measure(chosen), chosen.json)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.figures import machine
+from benchmarks.figures import Case, show
 from benchmarks.servers import KEY, SECRET, flaky_s3
 from benchmarks.soak_data import write_damaged_set
 from data_pipeline.config import DataConfig
@@ -43,6 +43,17 @@ from data_pipeline.storage.storage import Storage
 TOKENIZER = Path("examples/emoji/tokenizer.model")
 SAMPLE_SECONDS = 2.0
 WARM_UP_SHARE = 0.2
+UNITS = {
+    "minutes": "min",
+    "samples_per_second": "samples/s",
+    "samples": "samples",
+    "steps": "steps",
+    "samples_of_an_epoch": "samples",
+    "damaged_of_an_epoch": "samples",
+    "epochs_complete": "epochs",
+    "stored_mib": "MiB",
+}
+"""Units of the figures that are single numbers."""
 
 
 class Delivery:
@@ -182,8 +193,34 @@ class Watch:
         }
 
 
-def soak(minutes: float, num_samples: int, workers: int, seed: int) -> dict[str, Any]:
-    """Loads for a while, then to the end of every epoch that had begun; returns all figures and complaints."""
+@dataclass(frozen=True)
+class Soaked:
+    """The outcome of a soak.
+
+    Attributes:
+        figures: Figures and complaints by name.
+    """
+
+    figures: Mapping[str, Any]
+
+    def line(self) -> str:
+        """Return the figures for people, one a line."""
+        return "\n".join(f"{key:<20}  {json.dumps(value)}" for key, value in self.figures.items())
+
+    def cases(self) -> list[Case]:
+        """Return the figures for programs; the sentences of the complaints are on the standard error output."""
+        memory = self.figures["memory"]
+        cases = [Case(key.replace("_", " "), self.figures[key], {}, unit) for key, unit in UNITS.items()]
+        cases += [Case(f"left out: {kind}", count, {}, "samples") for kind, count in self.figures["left_out"].items()]
+        cases += [Case(f"answers: {kind}", count, {}, "answers") for kind, count in self.figures["answers"].items()]
+        for key, value in memory.items():
+            unit = "MiB/h" if "slope" in key else "readings" if key == "readings" else "MiB"
+            cases.append(Case(f"memory: {key.replace('_', ' ')}", value, {}, unit))
+        return [*cases, Case("complaints", len(self.figures["complaints"]), {}, "complaints")]
+
+
+def soak(minutes: float, num_samples: int, workers: int, seed: int) -> Iterator[Soaked]:
+    """Load for a while, then to the end of every epoch that had begun; yield all figures and complaints."""
     with tempfile.TemporaryDirectory(prefix="soak-") as name, account(), flaky_s3(one_in=20, seed=seed) as server:
         folder = Path(name)
         damaged = write_damaged_set(folder / "set", num_samples, seed)
@@ -203,7 +240,7 @@ def soak(minutes: float, num_samples: int, workers: int, seed: int) -> dict[str,
         assert last is not None, "a loader without an end"
         if not delivery.is_complete(last):
             delivery.complaints.append(f"epochs to {last} were begun, complete are {sorted(delivery.complete)}")
-        return {
+        figures = {
             "minutes": round(watch.elapsed / 60, 2),
             "workers": workers,
             "samples_per_second": round(watch.num_samples / watch.elapsed, 1),
@@ -218,6 +255,7 @@ def soak(minutes: float, num_samples: int, workers: int, seed: int) -> dict[str,
             "memory": watch.memory(),
             "complaints": delivery.complaints,
         }
+    yield Soaked(figures)
 
 
 @contextmanager
@@ -270,14 +308,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
-    figures = soak(options.minutes, options.samples, options.workers, options.seed)
-    if options.json:
-        print(json.dumps({"benchmark": "soak", "machine": machine(), **figures}, indent=2))
-    else:
-        for key, value in figures.items():
-            print(f"{key:<20}  {json.dumps(value)}")
-    if figures["complaints"]:
-        sys.exit(1)
+
+    def measure() -> Iterator[Soaked]:
+        return soak(options.minutes, options.samples, options.workers, options.seed)
+
+    (soaked,) = show("soak", measure, options.json, {"workers": options.workers})
+    if complaints := soaked.figures["complaints"]:
+        sys.exit("\n".join(complaints))
 
 
 if __name__ == "__main__":

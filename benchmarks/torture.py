@@ -19,13 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.figures import machine
+from benchmarks.figures import Case, show
 from mmscale.checkpoint import find_latest, verify
 from mmscale.checkpoint.reshard import CheckpointReader, whole_parameter
 
@@ -41,6 +42,34 @@ class Tally:
     while_saving: int = 0
     ranks: list[int] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Figures and complaints by name."""
+
+    figures: Mapping[str, Any]
+
+    def line(self) -> str:
+        """Return the figures for people, one a line."""
+        return "\n".join(f"{key}: {value}" for key, value in self.figures.items())
+
+    def cases(self) -> list[Case]:
+        """Return the figures for programs; the tortured run stands beside one that was left alone."""
+        figures = self.figures
+        cases = [Case(f"kills: {way}", count, {}, "kills") for way, count in figures["kills"].items()]
+        cases.append(Case("kills while saving", figures["while_saving"], {}, "kills"))
+        cases += [Case(f"lives on {n} ranks", lives, {}, "lives") for n, lives in figures["lives_by_ranks"].items()]
+        for what, unit in (("loss", "nats"), ("weight", "absolute")):
+            undisturbed = figures[f"undisturbed_{what}_difference"]
+            peers = {} if undisturbed is None else {"undisturbed": undisturbed}
+            cases.append(Case(f"largest {what} difference", figures[f"largest_{what}_difference"], peers, unit))
+        alone = {"undisturbed": figures["undisturbed_seconds"]}
+        return [
+            *cases,
+            Case(f"{figures['steps']} steps", figures["tortured_seconds"], alone, "s"),
+            Case("complaints", len(figures["complaints"]), {}, "complaints"),
+        ]
 
 
 def start(config: Path, folder: Path, ranks: int, overrides: list[str]) -> subprocess.Popen[bytes]:
@@ -151,7 +180,8 @@ def largest_difference(one: Path, other: Path) -> float:
     return worst
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> Iterator[Outcome]:
+    """Yield the outcome of the torture."""
     overrides = [
         f"max_steps={arguments.steps}",
         f"checkpoint.every_steps={arguments.save_every}",
@@ -177,9 +207,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         tortured = differences(first, torn)
         # How far rounding alone carries a run from another: sums over other numbers of ranks.
         undisturbed = [differences(first, whole[ranks]) for ranks in worlds[1:]]
-    return {
-        "benchmark": "torture",
-        "machine": machine(),
+    for complaint in tally.complaints:
+        print(complaint, file=sys.stderr)
+    figures = {
         "steps": arguments.steps,
         "kills": tally.kills,
         "while_saving": tally.while_saving,
@@ -193,6 +223,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "goodput": round(seconds[0] / tortured_seconds, 3),
         "complaints": tally.complaints,
     }
+    yield Outcome(figures)
 
 
 def leave_alone(config: Path, folder: Path, ranks: int, overrides: list[str]) -> float:
@@ -224,12 +255,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
     arguments = parser.parse_args()
-    result = measure(arguments)
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    for key, value in result.items():
-        print(f"{key}: {value}")
+    show("torture", lambda: measure(arguments), arguments.json)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ medians over the steps; the first step warms up and is left out. A token is usef
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.figures import machine
+from benchmarks.figures import Case, show
 from benchmarks.steps.batches import DATA
 from benchmarks.steps.ranks import SIDES, Side
 from benchmarks.steps.twins import MODELS
@@ -58,10 +58,42 @@ class Row:
     ratio: dict[str, float]
     loss_difference: float
 
+    @property
+    def name(self) -> str:
+        """What was compared."""
+        return f"{self.model}, {self.data}, {self.world_size} ranks, ZeRO {self.zero_stage}"
 
-def measure(args: argparse.Namespace) -> list[Row]:
-    """All rows that were asked for."""
-    rows = []
+    def line(self) -> str:
+        """Return the row for people."""
+        speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in self.tokens_per_second.items())
+        times = ", ".join(f"{name} {ms:.0f}" for name, ms in self.step_ms.items())
+        busy = ", ".join(f"{name} {ms:.0f}" for name, ms in self.cpu_ms.items())
+        padding = ", ".join(f"{name} {share:.0%}" for name, share in self.padding.items())
+        ratios = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in self.ratio.items())
+        return (
+            f"{self.name}: useful tokens/s {speeds}; ms {times}; CPU ms {busy}; padding {padding}; "
+            f"losses differ by {self.loss_difference:.1e}; ratio {ratios}"
+        )
+
+    def cases(self) -> list[Case]:
+        """Return the figures for programs."""
+        best = min(self.ratio.values())
+        speed = f"{self.name}: speed at {self.tokens:.0f} useful tokens a step"
+        return [
+            Case.beside(speed, self.tokens_per_second, "useful tokens/s", lower_is_better=False, paired=best),
+            Case.beside(f"{self.name}: step", self.step_ms, "ms", paired=best),
+            Case.beside(f"{self.name}: CPU time of a rank", self.cpu_ms, "ms"),
+            *(self._padding(of) for of in ("", ", images") if f"ours{of}" in self.padding),
+            Case(f"{self.name}: difference of the losses", self.loss_difference, {}, "relative"),
+        ]
+
+    def _padding(self, of: str) -> Case:
+        shares = {name: self.padding[f"{name}{of}"] for name in SIDES}
+        return Case.beside(f"{self.name}: padding{of}", shares, "share of rows")
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """Yield all rows that were asked for."""
     for world_size in args.ranks:
         with ExitStack() as stack:
             sides = {name: stack.enter_context(closing(Side(name, world_size, args.threads))) for name in SIDES}
@@ -72,12 +104,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
                         found = both(
                             sides, "data", model=model, data=data, steps=args.steps + 1, max_tokens=args.tokens
                         )
-                        rows.append(
-                            Row(model, data, world_size, zero_stage, **compare(sides, model, found["ours"], args.steps))
-                        )
-                        if not args.json:
-                            print(line(rows[-1]), flush=True)
-    return rows
+                        compared = compare(sides, model, found["ours"], args.steps)
+                        yield Row(model, data, world_size, zero_stage, **compared)
 
 
 def both(sides: dict[str, Side], name: str, **arguments: Any) -> dict[str, Any]:
@@ -121,19 +149,6 @@ def compare(sides: dict[str, Side], model: str, data: dict[str, Any], steps: int
     }
 
 
-def line(row: Row) -> str:
-    """A row for people."""
-    speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in row.tokens_per_second.items())
-    times = ", ".join(f"{name} {ms:.0f}" for name, ms in row.step_ms.items())
-    busy = ", ".join(f"{name} {ms:.0f}" for name, ms in row.cpu_ms.items())
-    padding = ", ".join(f"{name} {share:.0%}" for name, share in row.padding.items())
-    ratios = ", ".join(f"{ratio:.2f} x {name}" for name, ratio in row.ratio.items())
-    return (
-        f"{row.model}, {row.data}, {row.world_size} ranks, ZeRO {row.zero_stage}: useful tokens/s {speeds}; "
-        f"ms {times}; CPU ms {busy}; padding {padding}; losses differ by {row.loss_difference:.1e}; ratio {ratios}"
-    )
-
-
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
@@ -151,8 +166,5 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     options = arguments()
-    found = measure(options)
-    if options.json:
-        settings = {"precision": options.precision, "threads": options.threads, "steps": options.steps}
-        table = {"benchmark": "train_step", "machine": machine() | settings, "rows": [asdict(row) for row in found]}
-        print(json.dumps(table, indent=2))
+    settings = {"precision": options.precision, "threads": options.threads, "steps": options.steps}
+    show("train_step", lambda: measure(options), options.json, settings)

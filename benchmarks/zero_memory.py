@@ -29,16 +29,15 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from benchmarks.figures import machine
+from benchmarks.figures import Case, show
 from benchmarks.steps.batches import make_batches
 from benchmarks.steps.ranks import Side, stage
 from mmscale.dist import World, all_reduce_sum_list
@@ -83,6 +82,35 @@ class Row:
     held: dict[str, float]
     start_peak: float
     steps_peak: float
+
+    @property
+    def name(self) -> str:
+        """What was measured."""
+        where = f"{self.world_size} ranks, ZeRO {self.zero_stage}, {self.precision}"
+        return f"{where}, {self.values / 1e6:.1f} M values"
+
+    def line(self) -> str:
+        """Return the row for people."""
+        by = self.formula
+        return (
+            f"{self.name}: weights {self.held['weights'] / MIB:.1f} MiB (formula {by.weights / MIB:.1f}), "
+            f"optimizer {self.held['optimizer'] / MIB:.1f} ({by.optimizer / MIB:.1f}), "
+            f"gradients ({by.gradients / MIB:.1f}); "
+            f"peak at start {self.start_peak / MIB:.0f}, in steps {self.steps_peak / MIB:.0f}, "
+            f"formula in all {(by.weights + by.gradients + by.optimizer) / MIB:.0f}"
+        )
+
+    def cases(self) -> list[Case]:
+        """Return the figures for programs."""
+        by = self.formula
+        held = by.weights + by.optimizer
+        pairs = [
+            ("weights", self.held["weights"], by.weights),
+            ("optimizer", self.held["optimizer"], by.optimizer),
+            ("peak at start", self.start_peak, held),
+            ("peak in steps", self.steps_peak, held + by.gradients),
+        ]
+        return [Case(f"{self.name}: {what}", ours, {"formula": theirs}, "bytes") for what, ours, theirs in pairs]
 
 
 def formula(values: int, world_size: int, zero_stage: int, precision: str, state_bits: int = 32) -> Bytes:
@@ -222,9 +250,8 @@ def _status_bytes(key: str) -> int:
     raise KeyError(key)
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
-    """All rows that were asked for."""
-    rows = []
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """Yield all rows that were asked for."""
     for world_size in args.ranks:
         with closing(Side("memory", world_size, 1, MemoryRank)) as ranks:
             for precision in args.precisions:
@@ -239,23 +266,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
                     }
                     found = ranks.order("measure", **options)
                     by_formula = formula(found["values"], world_size, zero_stage, precision, args.state_bits)
-                    rows.append(Row(world_size, zero_stage, precision, formula=by_formula, **found))
-                    if not args.json:
-                        print(line(rows[-1]), flush=True)
-    return rows
-
-
-def line(row: Row) -> str:
-    """A row for people."""
-    by = row.formula
-    return (
-        f"{row.world_size} ranks, ZeRO {row.zero_stage}, {row.precision}, {row.values / 1e6:.1f} M values: "
-        f"weights {row.held['weights'] / MIB:.1f} MiB (formula {by.weights / MIB:.1f}), "
-        f"optimizer {row.held['optimizer'] / MIB:.1f} ({by.optimizer / MIB:.1f}), "
-        f"gradients ({by.gradients / MIB:.1f}); "
-        f"peak at start {row.start_peak / MIB:.0f}, in steps {row.steps_peak / MIB:.0f}, "
-        f"formula in all {(by.weights + by.gradients + by.optimizer) / MIB:.0f}"
-    )
+                    yield Row(world_size, zero_stage, precision, formula=by_formula, **found)
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -274,7 +285,4 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     options = arguments()
-    found = measure(options)
-    if options.json:
-        rows = [asdict(row) for row in found]
-        print(json.dumps({"benchmark": "zero_memory", "machine": machine(), "rows": rows}, indent=2))
+    show("zero_memory", lambda: measure(options), options.json, {"state_bits": options.state_bits})

@@ -74,9 +74,9 @@ def test_automatic_values_are_those_that_transformers_documents() -> None:
 @pytest.mark.slow
 def test_a_tiny_run_gives_every_figure() -> None:
     words = ["--json", "--ranks", "2", "--models", "dense", "--data", "equal", "--stages", "3"]
-    row = train_step.measure(train_step.arguments([*words, "--steps", "2", "--tokens", "256"]))[0]
+    (row,) = train_step.measure(train_step.arguments([*words, "--steps", "2", "--tokens", "256"]))
     assert set(row.tokens_per_second) == set(row.step_ms) == set(row.cpu_ms) == {"ours", "hugging face", "flattened"}
     assert set(row.ratio) == {"hugging face", "flattened"}
     assert row.tokens == 512
     assert row.loss_difference < 1e-5
-    assert "ratio" in train_step.line(row)
+    assert "ratio" in row.line()

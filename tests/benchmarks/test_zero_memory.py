@@ -28,7 +28,7 @@ def test_a_storage_counts_once() -> None:
 @pytest.mark.slow
 def test_what_is_held_equals_the_formula() -> None:
     words = ["--ranks", "2", "--precisions", "bf16", "--width", "24", "--vocab", "2048", "--json"]
-    rows = zero_memory.measure(zero_memory.arguments(words))
+    rows = list(zero_memory.measure(zero_memory.arguments(words)))
     shapes = [parameter.numel() for parameter in build_model(text_model(24, 2048), seed=None).parameters()]
     assert [row.zero_stage for row in rows] == [0, 1, 2, 3]
     for row in rows:

@@ -20,13 +20,14 @@ def test_two_kills_on_one_and_two_ranks() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.torture", *words], cwd=REPO, capture_output=True, text=True, check=True
     )
-    result = json.loads(done.stdout)
-    assert sum(result["kills"].values()) == 2
-    assert sum(result["lives_by_ranks"].values()) == 3
-    assert result["complaints"] == []
-    assert 0 < result["undisturbed_loss_difference"] < 1e-4
-    assert result["largest_loss_difference"] < 1e-4
-    assert result["largest_weight_difference"] < 1e-3
+    cases = {case["case"]: case for case in json.loads(done.stdout)["cases"]}
+    assert sum(case["ours"] for name, case in cases.items() if name.startswith("kills: ")) == 2
+    assert sum(cases[f"lives on {ranks} ranks"]["ours"] for ranks in (1, 2)) == 3
+    assert cases["complaints"]["ours"] == 0
+    loss, weight = (cases[f"largest {what} difference"] for what in ("loss", "weight"))
+    assert 0 < loss["peers"]["undisturbed"] < 1e-4
+    assert loss["ours"] < 1e-4
+    assert weight["ours"] < 1e-3
 
 
 @pytest.mark.slow
