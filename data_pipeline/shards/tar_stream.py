@@ -154,7 +154,7 @@ class _Blocks:
 def stream_samples(
     members: Iterable[tuple[str, T]], source: str
 ) -> Iterator[tuple[str, dict[str, T] | SampleError | ShardError]]:
-    """Key and members of each sample, by webdataset's rule: neighbours with one key.
+    """Yield the key and the members of each sample, grouped by webdataset: neighbours with one key.
 
     Args:
         members: Name and content, or whatever stands for it, of each member.
@@ -162,29 +162,45 @@ def stream_samples(
 
     A sample with two members of one name, or whose key came before, is given as a ``SampleError``. Damage of the tar,
     or a server that fails, is the last thing given: as a ``ShardError``, under the key of the sample in hand, which may
-    lack what comes behind.
+    lack its last members.
     """
-    key, found, problem = "", dict[str, T](), ""
+    from webdataset.tariterators import group_by_keys  # It imports torch, which takes seconds.
+
     seen = set[str]()  # A key costs less memory here than its member costs in the tar.
-    try:
-        for name, content in members:
-            named = split_name(name)
-            if named is None:
-                continue
-            if named[0] != key or not found:
-                if found:
-                    yield key, _refused(problem, source, key) if problem else found
-                key, found = named[0], {}
-                problem = f"{source}: the key {key!r} comes a second time" if key in seen else ""
-                seen.add(key)
-            if named[1] in found:
-                problem = "two members with one extension"
-            found[named[1]] = content
-    except DataPipelineError as error:
-        yield key or "?", _as_shard_error(error)
-        return
-    if found:
-        yield key, _refused(problem, source, key) if problem else found
+    doubled, failed = list[Exception](), list[ShardError]()
+
+    def files() -> Iterator[dict[str, Any]]:
+        try:
+            for name, content in members:
+                yield {"fname": name, "data": content, "__url__": source}
+        except DataPipelineError as error:  # Keep it: ``group_by_keys`` still yields the sample in hand.
+            failed.append(_as_shard_error(error))
+
+    def note(error: Exception) -> bool:
+        doubled.append(error)
+        return True
+
+    key = "?"
+    for sample in group_by_keys(files(), keys=_dotted_name, handler=note):
+        key = sample["__key__"]
+        if failed:
+            break
+        if doubled:
+            doubled.clear()
+            yield key, _refused("two members with one extension", source, key)
+        elif key in seen:
+            yield key, _refused(f"{source}: the key {key!r} comes a second time", source, key)
+        else:
+            yield key, {ext[1:]: content for ext, content in sample.items() if ext.startswith(".")}
+        seen.add(key)
+    if failed:
+        yield key, failed[0]
+
+
+def _dotted_name(name: str) -> tuple[str, str] | tuple[None, None]:
+    """Return key and extension; a dot before the extension keeps it apart from webdataset's own ``__key__``."""
+    named = split_name(name)
+    return (None, None) if named is None else (named[0], f".{named[1]}")
 
 
 def _refused(problem: str, source: str, key: str) -> SampleError:
