@@ -20,6 +20,9 @@ from data_pipeline.storage.location import Location, Url
 from data_pipeline.text.templates import CaptionTemplate, TemplateConfig
 from data_pipeline.text.tokenizer import TokenizerConfig
 
+ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\.\w+)*$")]
+"""``module:attr``: an attribute of a Python module."""
+
 
 class WeightFrom(StrictConfig):
     """A weight that holds from a step on."""
@@ -41,6 +44,11 @@ class DatasetConfig(StrictConfig):
     shards: tuple[str, ...] = ()
     """Instead of a manifest: tars to stream from front to back, paths, URLs or ``pipe:`` and a shell command, with
     braces (``part-{000..099}.tar``)."""
+    pipeline: ImportPath | None = None
+    """Instead of a manifest or shards: ``module:attr``, a webdataset pipeline, a list of its stages, another iterable
+    of samples, or a function that returns one of these."""
+    stages: tuple[ImportPath, ...] = ()
+    """``module:attr`` of webdataset stages that the samples of ``shards`` or ``pipeline`` go through, in order."""
     weight: Annotated[float, Field(gt=0)] | tuple[WeightFrom, ...] | None = None
     """Share of the draws, relative to the other data sets; or a list of weights, each from a step on (before the first
     it is 0). Null: 1, or what ``repeats`` says."""
@@ -58,9 +66,11 @@ class DatasetConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _check_source(self) -> DatasetConfig:
-        if (self.manifest is None) == (not self.shards):
-            raise ValueError(f"data set {self.name}: give either a manifest or shards")
-        if self.shards and self.repeats is not None:
+        if sum(map(bool, (self.manifest, self.shards, self.pipeline))) != 1:
+            raise ValueError(f"data set {self.name}: give either a manifest or shards or a pipeline")
+        if self.manifest is not None and self.stages:
+            raise ValueError(f"data set {self.name}: stages need shards or a pipeline; a manifest is read by index")
+        if self.manifest is None and self.repeats is not None:
             raise ValueError(f"data set {self.name}: repeats needs a manifest, which counts samples; give a weight")
         return self
 
@@ -75,12 +85,19 @@ class DatasetConfig(StrictConfig):
         return self
 
     @property
+    def code(self) -> tuple[str, ...]:
+        """Import paths of the Python code that the data set runs."""
+        return (*([] if self.pipeline is None else [self.pipeline]), *self.stages)
+
+    @property
     def indexed(self) -> Path | Url:
         """The manifest, for what cannot do without.
 
         Raises:
             DataConfigError: its shards are streamed without one.
         """
+        if self.pipeline is not None:
+            raise DataConfigError(f"data set {self.name}: a pipeline has no index, which this needs")
         if self.manifest is None:
             raise DataConfigError(
                 f"data set {self.name}: its shards have no index, which this needs; "

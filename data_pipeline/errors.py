@@ -10,6 +10,7 @@ DataPipelineError
 │   └── StaleError    it is not the object that was indexed, or was replaced while it was read
 ├── SampleError       one sample is bad; the fault policy decides what follows
 ├── TooManyFaultsError   the fault policy gave up
+├── PipelineError     a user's webdataset pipeline failed
 ├── WorkerError       a process of a loader, an ingest, a reshard or an export died
 ├── LedgerError       a step is not in the ledger of a run, or a part of the ledger is damaged
 └── StateError        a resume state does not fit this data set, seed or configuration
@@ -129,6 +130,10 @@ class TooManyFaultsError(DataPipelineError):
     """
 
     skipped: tuple[Any, ...] = ()
+
+
+class PipelineError(DataPipelineError):
+    """Code of the user's own, a webdataset pipeline or a stage, failed; the message names data set, code and sample."""
 
 
 class WorkerError(DataPipelineError):

@@ -10,7 +10,7 @@ holds yet, and tests of the ledger. Not for: steps that it holds (``ledger`` rea
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from data_pipeline.config import DataConfig
@@ -60,6 +60,9 @@ class _OutlineLane:
 
     def resolve(self, cursor: Cursor) -> tuple[Place, Cursor]:
         return self.lane.resolve(cursor)
+
+    def prepare(self, cursor: Cursor, waiting: Sequence[Drawn]) -> None:
+        """Fetch nothing ahead: the bytes of images are not needed."""
 
     def read(self, sample: int, epoch: int = 0) -> Sample:
         reason = self.shared.skipped.get((self.shared.dataset, epoch, sample))

@@ -81,13 +81,18 @@ class Samples:
         self._names = [dataset.name for dataset in config.datasets]
         self._indexed = {d.name: d.indexed for d in config.datasets if d.manifest is not None}
         # Their files need not be there.
-        self._streamed = {d.name: [*chain(*map(braceexpand, d.shards))] for d in config.datasets if d.manifest is None}
+        self._streamed = {
+            d.name: [*chain(*map(braceexpand, d.shards))] for d in config.datasets if d.shards and not d.code
+        }
+        self._code = {d.name: ", ".join(d.code) for d in config.datasets if d.code}
         self._storage = Storage(config.storage, config.cache)
         self._readers: dict[str, SampleReader] = {}
         self._indexes: dict[tuple[str, int], ShardIndex] = {}
 
     @cached_property
     def _replay(self) -> Replay:
+        if self._code:  # The configuration may have come with a run folder.
+            raise LedgerError(f"a trace runs no Python code, and the data set {min(self._code)} is such code")
         return Replay(self._config, self._spec, self._seed, lanes=())
 
     @cached_property
@@ -119,6 +124,8 @@ class Samples:
             LedgerError: the configuration has no such data set, or its manifest is another one now.
             ManifestError: the index is missing, damaged, or another one than the manifest knows.
         """
+        if dataset in self._code:
+            return self._code[dataset], f"#{sample}"
         if dataset in self._streamed:  # Its key takes reading the shard up to it.
             return source_of(self._streamed[dataset], sample)
         number, row = self._manifest(dataset, sample).locate(sample)
@@ -130,8 +137,8 @@ class Samples:
         Raises:
             LedgerError: as ``where``.
         """
-        if dataset in self._streamed:
-            return source_of(self._streamed[dataset], sample)[0]
+        if dataset in self._code or dataset in self._streamed:
+            return self.where(dataset, sample)[0]
         manifest = self._manifest(dataset, sample)
         return str(manifest.shard_location(manifest.locate(sample)[0]))
 

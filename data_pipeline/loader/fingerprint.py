@@ -61,7 +61,7 @@ def fingerprint(
     return fingerprint_of(parts)
 
 
-_LATER_KEYS = frozenset({"max_text_bytes", "template.images", "template.each.images"})
+_LATER_KEYS = frozenset({"max_text_bytes", "pipeline", "stages", "template.images", "template.each.images"})
 """Keys of a data set that the first checkpoints lack. At their default they leave a fingerprint as it was."""
 
 

@@ -33,6 +33,7 @@ from data_pipeline.order.exclusions import Exclusions
 from data_pipeline.order.fault_policy import Fault
 from data_pipeline.order.lanes import Cursor, Place
 from data_pipeline.order.permutation import Permutation
+from data_pipeline.order.state import Drawn
 from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES, assemble
 from data_pipeline.shards.tar_stream import PIPE, Members, samples_of
@@ -190,6 +191,23 @@ class StreamedLane:
     def read_outline(self, sample: int, epoch: int = 0) -> Sample:
         """The same: what is streamed is there anyway."""
         return self.read(sample, epoch)
+
+    def prepare(self, cursor: Cursor, waiting: Sequence[Drawn]) -> None:
+        """Nothing is fetched before it is read."""
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Place, str, str, Members | SampleError | ShardError]]:
+        """Yield place, shard, key and members of each sample of an epoch.
+
+        Raises:
+            DataConfigError: no shard holds a sample.
+        """
+        first = epoch * len(self._set.sources)
+        cursor = Cursor(max(0, -(-(first - self._lane) // self._num_lanes)))
+        while self._shard(cursor[0])[0] == epoch:
+            place, cursor = self.resolve(cursor)
+            if place.epoch != epoch:
+                return
+            yield (place, self._set.sources[place.sample >> _ROW_BITS], *self._entry(place.sample))
 
     def known(self, sample: int) -> StreamedSample:
         """The view that ``FaultPolicy.attempt`` takes."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_pipeline.loader.known_faults import KnownSample, SetFaults
 from data_pipeline.order.config import OrderConfig
 from data_pipeline.order.lanes import Cursor, LaneOrder, Place
+from data_pipeline.order.state import Drawn
 from data_pipeline.sample import Sample
 from data_pipeline.shards.sample_reader import SampleReader
 
@@ -57,7 +59,7 @@ class IndexedLane:
         place, self._at = self._order.resolve(cursor)
         return place, self._at
 
-    def prepare(self, cursor: Cursor) -> None:
+    def prepare(self, cursor: Cursor, waiting: Sequence[Drawn]) -> None:
         """Starts to fetch what is needed from ``cursor`` on, if the data set is remote."""
         self._expect(self._order.resolve(cursor)[1])
 

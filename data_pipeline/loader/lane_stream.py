@@ -15,11 +15,12 @@ from data_pipeline.errors import DataConfigError, DataPipelineError
 from data_pipeline.loader.front_to_back import StreamedSet, expand_shards
 from data_pipeline.loader.indexed import IndexedLane, IndexedSet
 from data_pipeline.loader.known_faults import RunFaults, SetFaults
+from data_pipeline.loader.user_pipeline import PipelineSet
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.config import OrderConfig
 from data_pipeline.order.fault_policy import Fault, FaultPolicy, Known, Skipped
 from data_pipeline.order.lane_sequence import LaneSequence, Ordered
-from data_pipeline.order.lanes import Place
+from data_pipeline.order.lanes import Cursor, Place
 from data_pipeline.order.mixture import Schedule
 from data_pipeline.order.sample_rng import Draws, SampleDraws
 from data_pipeline.order.state import Drawn, LaneState, StreamPosition
@@ -46,6 +47,9 @@ Outlining = Callable[[Sample, Draws | None, Empty], Outline]
 
 class LaneSource(Ordered, Protocol):
     """Order and samples of one lane of a data set."""
+
+    def prepare(self, cursor: Cursor, waiting: Sequence[Drawn]) -> None:
+        """Prepare to read from a position: ``waiting`` are read again, then the samples from ``cursor`` on."""
 
     def read(self, sample: int, epoch: int = 0) -> Sample:
         """The sample with its members in reading order."""
@@ -102,11 +106,16 @@ class OpenDataset:
 
 def _open_source(
     config: DatasetConfig, order: OrderConfig, seed: int, faults: RunFaults, storage: Storage
-) -> IndexedSet | StreamedSet:
+) -> IndexedSet | StreamedSet | PipelineSet:
     if config.manifest is None:
-        size = order.block_size * order.window_blocks
-        sources = expand_shards(config.shards)
-        return StreamedSet(config.name, sources, seed, size, storage, faults, config.max_text_bytes)
+        streamed = None
+        if config.shards:
+            size = order.block_size * order.window_blocks
+            sources = expand_shards(config.shards)
+            streamed = StreamedSet(config.name, sources, seed, size, storage, faults, config.max_text_bytes)
+        if streamed is None or config.stages:
+            return PipelineSet.open(config, seed, faults, streamed)
+        return streamed
     manifest = Manifest.open(config.manifest, storage)
     if manifest.num_samples == 0:
         raise DataConfigError(f"data set {config.name}: {config.manifest} holds no samples")
@@ -176,7 +185,7 @@ class LaneStream:
         self._sources = [dataset.source.lane(lane, config.lanes) for dataset in datasets]
         max_epochs = [dataset.config.max_epochs for dataset in datasets]
         self._sequence = LaneSequence(self._sources, max_epochs, schedule, lane)
-        self._position = state.position
+        self._position, self._waiting = state.position, state.waiting
         self._coming: deque[_Coming] = deque()
         self._is_clear = True  # Whether more may be drawn before what is coming was tried.
         self._policy = FaultPolicy(config.faults, state.faults)
@@ -229,9 +238,8 @@ class LaneStream:
 
     def prepare(self) -> None:
         """Starts to fetch what the first reads need, so that lanes do not wait one after the other."""
-        for source, cursor in zip(self._sources, self._position.cursors, strict=True):
-            if isinstance(source, IndexedLane):
-                source.prepare(cursor)
+        for number, (source, cursor) in enumerate(zip(self._sources, self._position.cursors, strict=True)):
+            source.prepare(cursor, [drawn for drawn in self._waiting if drawn.dataset == number])
 
     def move(self, empty: Empty) -> None:
         """Copies the patches that were decoded ahead into memory that ``empty`` gives."""

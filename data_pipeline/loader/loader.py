@@ -26,6 +26,7 @@ from data_pipeline.loader.front_to_back import any_remote, expand_shards
 from data_pipeline.loader.known_faults import RunFaults
 from data_pipeline.loader.lane_stream import LaneStream, OpenDataset
 from data_pipeline.loader.shared_buffers import Inbox, Outbox, Parcel
+from data_pipeline.loader.user_code import load as load_code
 from data_pipeline.loader.workers import Workers
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_policy import Skipped
@@ -129,9 +130,10 @@ class _LaneRows:
             self._streams[lane] = LaneStream(
                 config, self._datasets, schedule, lane, budget, state, empty, self._threads
             )
-            self._packers[lane] = Packer(self._streams[lane], budget, lane, state.waiting)
         for stream in self._streams.values():
             stream.prepare()
+        for lane, stream in self._streams.items():
+            self._packers[lane] = Packer(stream, budget, lane, plan.lanes[lane].waiting)
 
     def close(self) -> None:
         """Ends what is under way."""
@@ -251,6 +253,8 @@ class Loader:
         # Building the rows here too would open every shard twice; a builder alone finds a wrong transform at once.
         for dataset in config.datasets:
             DocumentBuilder(dataset, tokenizer, spec)
+            for path in dataset.code:
+                load_code(path, dataset.name)
         streamed = [source for dataset in config.datasets for source in expand_shards(dataset.shards)]
         is_remote = any_remote(streamed) or any(manifest.is_remote for manifest in manifests.values())
         Budget(config.packing, spec, self._null_pack.documents[0])

@@ -229,9 +229,9 @@ class RunTrace:
 
         Behind a roll back the data are not those of the steps' numbers; it is a snapshot too.
         """
-        piped = [dataset.name for dataset in frame.data.datasets if commands(dataset.shards)]
+        piped = [dataset.name for dataset in frame.data.datasets if dataset.code or commands(dataset.shards)]
         if piped:
-            raise LedgerError(f"not written down, and a trace does not run the commands that {piped[0]} comes from")
+            raise LedgerError(f"not written down, and a trace does not run the code that {piped[0]} comes from")
         snapshot = self.ledger.snapshot(step)
         spec, seed = frame.spec, self.config.seed
         entry = self._roll_back(step)

@@ -54,6 +54,38 @@ def test_a_command_that_came_with_a_run_folder_is_refused(
     assert not trail.exists()
 
 
+@pytest.mark.parametrize("source", ["pipeline: {}:train", "shards: [{tar}]\n    stages: ['{}:train']"])
+def test_python_code_that_came_with_a_run_folder_is_refused(
+    source: str,
+    foreign: Path,
+    trail: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module = f"code_of_a_run_{tmp_path.name}".replace("-", "_")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{module}.py").write_text(
+        f"open({str(trail)!r}, 'w').close()\nimport webdataset as wds\n"
+        f"train = wds.WebDataset({str(TAR)!r}, shardshuffle=False)\n"
+    )
+    text = foreign.read_text()
+    before, _, after = text.partition("    shards: ")
+    foreign.write_text(f"{before}    {source.format(module, tar=TAR)}\n{after.partition(chr(10))[2]}")
+    steps = ["data", "digest", str(foreign), "--steps", "0:1"]
+    for words in (steps, ["train", str(foreign), "max_steps=1"], ["launch", "slurm", str(foreign), "--dry-run"]):
+        assert main(words) == 2
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert f"data.datasets.0.{'stages' if 'stages' in source else 'pipeline'}" in said
+        assert f"would run the Python code '{module}:train'" in said
+        assert "--allow-commands" in said
+    main(["config", "validate", str(foreign)])
+    assert not trail.exists()
+    if source.startswith("pipeline"):
+        assert main(["--allow-commands", *steps]) == 0
+        assert trail.exists()
+
+
 def test_a_file_based_on_it_is_refused_too(foreign: Path, trail: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(f"base: {foreign}\n")

@@ -1,0 +1,26 @@
+"""A run over a webdataset pipeline of the user's own resumes in the middle of an epoch."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.system.conftest import MakeRun
+from tests.system.test_resume import curve
+
+WORDS = (
+    "data.datasets=[{name: emoji, pipeline: 'examples.emoji.pipeline:train', template: {kind: caption, answers: "
+    "['{name}']}, transforms: {kind: fixed, size: 32}}]",
+    "checkpoint.every_steps=3",
+)
+
+
+@pytest.mark.resume
+def test_a_resume_continues_bit_for_bit(make_run: MakeRun) -> None:
+    whole = make_run("whole", 1, *WORDS, "max_steps=6")
+    whole.finish()
+    halves = make_run("halves", 1, *WORDS, "max_steps=3")
+    halves.finish()
+    assert len(curve(halves)) == 3
+    again = make_run("halves", 1, *WORDS, "max_steps=6")
+    assert "going on from" in again.finish()
+    assert curve(again) == curve(whole)
