@@ -48,11 +48,9 @@ from mmscale.metrics.sample_images import CaptionedImage, batch_images
 from mmscale.metrics.trace import Trace, open_trace
 from mmscale.metrics.unseen_images import UnseenImages
 from mmscale.models.build import AnyModel, build_model
-from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
-from mmscale.objectives.contrastive import Contrastive
-from mmscale.objectives.next_token import NextToken
+from mmscale.objectives.choice import Objective, choose_objective
 from mmscale.run.bad_steps import BadSteps, RolledBack
 from mmscale.run.config import RunConfig, check_files, check_world
 from mmscale.run.finish import finish
@@ -208,13 +206,11 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
         engine.close()
 
 
-def _objective(run: _Run, state: TrainState) -> NextToken | Contrastive:
+def _objective(run: _Run, state: TrainState) -> Objective:
     """What the model of a stage is trained by."""
-    connector = run.config.stage_model(state.stage_index).connector
-    if isinstance(connector, ContrastiveConnectorConfig):
-        return Contrastive(connector, run.world, functools.partial(gather_rows, run.world))
-    teachers = open_teachers(run.config, run.world, state)
-    return NextToken(run.config.stages[state.stage_index].z_loss, teachers)
+    model, stage = run.config.stage_model(state.stage_index), run.config.stages[state.stage_index]
+    teachers = open_teachers(run.config, run.world, state) if model.predicts_tokens else ()
+    return choose_objective(model, stage, run.world, functools.partial(gather_rows, run.world), teachers)
 
 
 def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:

@@ -48,12 +48,20 @@ def follow(page: str, copy: Path) -> list[str]:
     return [match[1] for match in found]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+_SLOW = {"objective"}
+"""Pages whose command trains a step of a run."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in _SLOW else []) for path in PAGES],
+)
 def test_the_page_works_in_at_most_three_files(path: Path, tmp_path: Path) -> None:
     page = path.read_text()
     for package in PACKAGES:
         shutil.copytree(REPO / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "examples").symlink_to(REPO / "examples")
+    for folder in ("configs", "examples"):
+        (tmp_path / folder).symlink_to(REPO / folder)
     names = follow(page, tmp_path)
     production = [name for name in names if name.startswith(PACKAGES)]
     assert 1 <= len(production) <= 3
