@@ -324,6 +324,16 @@ def first_complaint(world: World, complaint: str | None) -> str | None:
     return None
 
 
+def raise_on_any_rank(world: World, complaint: str | None, kind: type[Exception]) -> None:
+    """Raise ``kind`` on all ranks if any rank has a complaint: that of the lowest such rank. All ranks must call.
+
+    Raises:
+        EngineError: a peer did not answer in time.
+    """
+    if (heard := first_complaint(world, complaint)) is not None:
+        raise kind(heard)
+
+
 def gather_numbers(world: World, value: float) -> list[float]:
     """A number of every rank, in rank order. All ranks must call.
 

@@ -27,7 +27,3 @@ class CheckpointConfig(StrictConfig):
     on_damage: Literal["stop", "previous"] = "stop"
     """If the newest checkpoint is damaged: ``stop`` with its name and the reason, or rename it (``step-N.damaged``) and
     continue from the ``previous`` good one."""
-
-    def due(self, step: int) -> bool:
-        """Whether to save after ``step`` steps of the run."""
-        return self.every_steps is not None and step % self.every_steps == 0

@@ -34,8 +34,3 @@ class MetricsConfig(StrictConfig):
     """Where the output is no terminal: seconds between two progress lines."""
     smoothing: float = Field(default=0.95, ge=0, lt=1)
     """Weight of the past in the moving averages that the progress line shows; 0 shows the last step alone."""
-
-
-def due(every: int | None, step: int) -> bool:
-    """Whether ``step``, counted from 1, is one of every ``every`` steps; never if that is None."""
-    return every is not None and step % every == 0

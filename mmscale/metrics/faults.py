@@ -1,10 +1,10 @@
-"""What a run left out: a list in the run folder for people and for the loader, counts for the metrics.
+"""The list of samples that a run left out, in the run folder, for people and for the loader.
 
     StepBatch.skipped --FaultList, each rank its own file--> RUN/faults/rank-00000.jsonl
-                      --counts, summed over ranks--> faults/KIND in metrics.jsonl
 
-A line is written at once, so the list is whole when a run gives up for its faults; a resumed run first removes what
-was written behind its checkpoint and does it again. Not for: what a fault does (``data_pipeline.order.fault_policy``).
+A line is written at once, so the list is whole when a run ends because of its faults. A resumed run first removes lines
+of steps after its checkpoint, since those steps are made again. Not for: what a fault does
+(``data_pipeline.order.fault_policy``), or counts of faults (``step_counts``).
 """
 
 from __future__ import annotations
@@ -12,32 +12,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_pipeline.errors import FaultKind, TooManyFaultsError
+from data_pipeline.errors import FaultKind
 from data_pipeline.io.untrusted import append_regular, open_regular, parse_json
 from data_pipeline.order.fault_policy import FaultConfig, Skipped
-from mmscale.dist import World, first_complaint
+from mmscale.dist import World, raise_on_any_rank
 from mmscale.errors import MMScaleError
 
 _SHOWN = 20
 """Reasons that a process prints on the terminal; every sample is in the list."""
 _OF_ONE_SAMPLE = re.compile(r"'[^']*'|\"[^\"]*\"|\b[0-9a-f]{8,}\b|\d+")
 """The parts of a reason that differ between samples with one fault: names, checksums and numbers."""
-
-
-def fault_counts(skipped: Sequence[Skipped]) -> list[float]:
-    """Samples that were left out, by kind."""
-    kinds = [skip.kind for skip in skipped]
-    return [float(kinds.count(kind)) for kind in FaultKind]
-
-
-def fault_figures(sums: Sequence[float]) -> dict[str, int]:
-    """``skipped_samples``, and ``faults/KIND`` of each kind that occurred; ``sums`` are counts over all ranks."""
-    by_kind = {f"faults/{kind.value}": int(count) for kind, count in zip(FaultKind, sums, strict=True) if count}
-    return {"skipped_samples": int(sum(sums)), **by_kind}
 
 
 class FaultList:
@@ -64,12 +51,10 @@ class FaultList:
                     _cut_back(path, step)
             except OSError as error:
                 complaint = f"the list of faults cannot be written: {error.filename or folder}: {error.strerror}"
-        heard = first_complaint(world, complaint)
-        if heard is not None:
-            raise MMScaleError(heard)
+        raise_on_any_rank(world, complaint, MMScaleError)
 
-    def step(self, step: int, skipped: Sequence[Skipped]) -> None:
-        """Writes down what this rank left out in a step, numbered as in ``metrics.jsonl``.
+    def record(self, step: int, skipped: Sequence[Skipped]) -> None:
+        """Write the samples that this rank left out in a step, numbered as in ``metrics.jsonl``.
 
         What ``data.faults.exclude`` names is on a list already and is counted only.
 
@@ -90,15 +75,6 @@ class FaultList:
         except OSError as error:
             raise MMScaleError(f"the list of faults cannot be written: {self._path}: {error.strerror}") from error
         self._show(new)
-
-    @contextmanager
-    def noting_the_end(self, step: int) -> Iterator[None]:
-        """Writes down what the policy left out of a step that it then gave up."""
-        try:
-            yield
-        except TooManyFaultsError as error:
-            self.step(step, error.skipped)
-            raise
 
     def _show(self, skipped: Sequence[Skipped]) -> None:
         """Prints each reason with its first sample, then its count at 10, 100, 1,000, ... samples."""

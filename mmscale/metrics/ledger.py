@@ -16,7 +16,7 @@ from pydantic import Field
 from data_pipeline.history.sample_log import Recorder, Segment, cut_back, write_segment
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.loader.loader import StepBatch
-from mmscale.dist import World, first_complaint, gather_bytes
+from mmscale.dist import World, gather_bytes, raise_on_any_rank
 from mmscale.errors import MMScaleError
 
 
@@ -85,6 +85,4 @@ class RunLedger:
                 work()
             except OSError as error:
                 complaint = f"the ledger cannot be written: {error.filename or self._folder}: {error.strerror}"
-        heard = first_complaint(self._world, complaint)
-        if heard is not None:
-            raise MMScaleError(heard)
+        raise_on_any_rank(self._world, complaint, MMScaleError)

@@ -1,9 +1,10 @@
-"""The one object that the step loop talks to about figures.
+"""Write what a step measured: ``metrics.jsonl``, TensorBoard and the progress line.
 
     log = open_run_log(run_dir, config, start_step, total_steps, rank)
+    log.begin_stage("align", ...)
     with log.waiting_for_data(): batch = next(batches)
     ...
-    log.step(step, report, num_tokens=..., num_samples=..., stage="align")
+    log.step(step, report, sums, counters)
 
 Rank 0 writes; every other rank holds a ``NullLog`` with the same methods, so the loop has no rank in it.
 """
@@ -12,34 +13,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from torch.profiler import record_function
 
+from mmscale.engine.engine import StepReport
 from mmscale.engine.peak_memory import peak_memory
 from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.goodput import Spent, WallTime
-from mmscale.metrics.meters import StepMeter
-from mmscale.metrics.progress import ProgressLine
+from mmscale.metrics.progress import ProgressLine, StepMeter
 from mmscale.metrics.sample_images import CaptionedImage
 from mmscale.metrics.sinks import JsonlSink, TensorBoardSink
+from mmscale.metrics.step_counts import step_metrics
+
+UNSEEN_STEPS = 20
+"""Steps of a stage without any image before the warning; a mixture with few images has one by then."""
 
 
-class StepFigures(Protocol):
-    """What a step reports (``engine.StepReport`` has this shape)."""
+@dataclass(frozen=True)
+class LoggedStage:
+    """The facts about a stage that its steps' lines need.
 
-    @property
-    def loss(self) -> float: ...
-    @property
-    def grad_norm(self) -> float: ...
-    @property
-    def learning_rates(self) -> Mapping[str, float]: ...
-    @property
-    def applied(self) -> bool: ...
-    @property
-    def metrics(self) -> Mapping[str, float]: ...
+    Attributes:
+        name: Of the stage.
+        datasets: Names of its data sets.
+        peak_flops: Operations a second of all devices; None where that is not known.
+        expects_images: Whether its model has a vision tower. If so, and the first ``UNSEEN_STEPS`` steps hold no image,
+            a warning is printed. ``check_files`` finds that before a run starts, but reads no streamed and remote data.
+    """
+
+    name: str
+    datasets: Sequence[str] = ()
+    peak_flops: float | None = None
+    expects_images: bool = False
 
 
 class RunLog:
@@ -61,11 +70,17 @@ class RunLog:
         self._meter = StepMeter(start_step, total_steps, config.smoothing)
         self._wall_time = WallTime(run_dir, start_step)  # Before the next line, which forgets steps.
         self._step, self._checkpoint_seconds = start_step, 0.0
+        self._stage, self._unseen_steps_left = LoggedStage(""), 0
         self._jsonl = JsonlSink(run_dir / "metrics.jsonl", start_step)
         self._tensorboard = TensorBoardSink(run_dir / "tensorboard", start_step) if config.tensorboard else None
         self._progress = ProgressLine(
             console or Console(stderr=True), start_step, total_steps, config.plain_line_seconds
         )
+
+    def begin_stage(self, stage: LoggedStage) -> None:
+        """Call before the first step of a start and of each stage."""
+        self._stage = stage
+        self._unseen_steps_left = UNSEEN_STEPS if stage.expects_images else 0
 
     def waiting_for_data(self) -> AbstractContextManager[None]:
         """Counts the enclosed time as data wait of the present step."""
@@ -79,30 +94,22 @@ class RunLog:
             self._checkpoint_seconds += seconds
 
     def step(
-        self,
-        step: int,
-        report: StepFigures,
-        *,
-        num_tokens: int,
-        num_samples: int,
-        stage: str,
-        ideal_seconds: float | None = None,
-        extra: Mapping[str, float | int] | None = None,
+        self, step: int, report: StepReport, sums: Mapping[str, float], counters: Mapping[str, int] | None = None
     ) -> None:
-        """Writes down a finished step.
+        """Write a finished step.
 
         Args:
             step: Number of steps done, from 1.
             report: Loss, norm and learning rates; ``lr`` of the line is the largest learning rate of any component.
-            num_tokens: Tokens of this step over all ranks.
-            num_samples: Samples of this step over all ranks.
-            stage: Name of the stage.
-            ideal_seconds: What the model's operations would take at the devices' peak; ``mfu`` is this over the step.
-            extra: Further figures under names of their own.
+            sums: ``count_step`` and ``step_flops`` of the step, summed over all ranks. ``mfu`` is the time that the
+                model's operations would take at the devices' peak, over the time of the step.
+            counters: Further numbers of the run so far, by name.
         """
+        num_tokens, num_samples = int(sums["tokens"]), int(sums["samples"])
         timing = self._meter.finish_step(num_tokens, num_samples)
-        rates = self._meter.rates()
-        figures: dict[str, Any] = {
+        peak_flops = self._stage.peak_flops
+        mfu = sums["model_flops"] / peak_flops / timing.seconds if peak_flops and timing.seconds else None
+        metrics: dict[str, Any] = {
             "loss": report.loss,
             "tokens": num_tokens,
             "samples": num_samples,
@@ -115,17 +122,26 @@ class RunLog:
             "peak_rss_bytes": peak_memory().rss_bytes,
             **{f"lr/{name}": value for name, value in sorted(report.learning_rates.items())},
             **{f"metric/{name}": value for name, value in sorted(report.metrics.items())},
-            **({"mfu": ideal_seconds / timing.seconds} if ideal_seconds is not None and timing.seconds else {}),
-            **(extra or {}),
+            **({} if mfu is None else {"mfu": mfu}),
+            **step_metrics(report, sums, self._stage.datasets),
+            **(counters or {}),
             **self._wall_time.step(timing.seconds, timing.data_wait_seconds),
         }
         self._step, self._checkpoint_seconds = step, 0.0
-        self._jsonl.write({"step": step, "stage": stage, **figures})
+        self._jsonl.write({"step": step, "stage": self._stage.name, **metrics})
         if self._tensorboard is not None and step % self._config.log_every == 0:
             rate = {"tokens_per_second": num_tokens, "samples_per_second": num_samples}
             per_second = {name: count / max(timing.seconds, 1e-9) for name, count in rate.items()}
-            self._tensorboard.scalars(step, {**figures, **per_second})
-        self._progress.update(step, report.loss, rates, stage)
+            self._tensorboard.scalars(step, {**metrics, **per_second})
+        self._progress.update(step, report.loss, self._meter.rates(), self._stage.name)
+        if self._unseen_steps_left:
+            self._unseen_steps_left = 0 if sums["images"] else self._unseen_steps_left - 1
+            if not self._unseen_steps_left and not sums["images"]:
+                self.note(
+                    f"warning: stage {self._stage.name}: the model has a vision tower, and its first {UNSEEN_STEPS} "
+                    "steps held no image, so the tower and the connector learn nothing; check the data sets, or set "
+                    "model.vision and model.connector to null"
+                )
 
     def wants_images(self, step: int) -> bool:
         """Whether ``images`` should be called for this step."""
@@ -152,6 +168,9 @@ class RunLog:
 class NullLog:
     """The same methods, doing nothing: the log of every rank but 0."""
 
+    def begin_stage(self, stage: LoggedStage) -> None:
+        return None
+
     def waiting_for_data(self) -> AbstractContextManager[None]:
         return record_function("data")
 
@@ -159,15 +178,7 @@ class NullLog:
         return None
 
     def step(
-        self,
-        step: int,
-        report: StepFigures,
-        *,
-        num_tokens: int,
-        num_samples: int,
-        stage: str,
-        ideal_seconds: float | None = None,
-        extra: Mapping[str, float | int] | None = None,
+        self, step: int, report: StepReport, sums: Mapping[str, float], counters: Mapping[str, int] | None = None
     ) -> None:
         return None
 

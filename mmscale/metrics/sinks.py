@@ -1,6 +1,6 @@
 """Where step figures go: ``metrics.jsonl``, TensorBoard, and the progress line.
 
-For: writing. Not for: measuring (``meters``) or deciding what is written (``run_log``).
+For: writing. Not for: measuring (``progress``) or deciding what is written (``run_log``).
 """
 
 from __future__ import annotations

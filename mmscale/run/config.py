@@ -24,9 +24,9 @@ from data_pipeline.packing.document_builder import DocumentBuilder, null_documen
 from data_pipeline.packing.packer import Budget
 from data_pipeline.shards.mistaken import refuse_no_manifest
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
+from mmscale.bad_steps.detector import BadStepsConfig, Policy
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.engine.config import EngineConfig
-from mmscale.engine.guard import BadStepsConfig, Policy
 from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig, check_sets
 from mmscale.metrics.config import MetricsConfig

@@ -19,8 +19,8 @@ from mmscale.engine.peak_memory import peak_memory
 from mmscale.evaluate import evaluate, not_asked
 from mmscale.evaluate.answers import caption_images
 from mmscale.evaluate.result import Efficiency, HeldOutResult, Memory, Params, RunResult, write_result
-from mmscale.metrics.efficiency import device_peak
 from mmscale.metrics.goodput import read_goodput
+from mmscale.metrics.peaks import peak_of
 from mmscale.metrics.run_log import NullLog, RunLog
 from mmscale.metrics.sinks import read_metrics
 from mmscale.models.build import AnyModel, count_parameters
@@ -60,7 +60,7 @@ def finish(config: RunConfig, engine: Engine, state: TrainState, log: RunLog | N
 
 def _efficiency(config: RunConfig, engine: Engine, records: Sequence[Mapping[str, Any]]) -> Efficiency:
     """Over all steps that stand, each with its own weight in time."""
-    peak = device_peak(engine, config.metrics.peak_flops)
+    peak = peak_of(engine.world.device, engine.precision.dtype, config.metrics.peak_flops)
     known = [record for record in records if record.get("mfu") is not None]
     seconds = sum(record["seconds"] for record in known)
     mfu = sum(record["mfu"] * record["seconds"] for record in known) / seconds if seconds else None

@@ -28,7 +28,7 @@ from data_pipeline.loader.front_to_back import commands
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_policy import Skipped
 from data_pipeline.order.state import Drawn
-from mmscale.checkpoint.roll_back import RollBack, in_force, read_roll_backs
+from mmscale.bad_steps.roll_back import RollBack, in_force, read_roll_backs
 from mmscale.config import load
 from mmscale.errors import ConfigError
 from mmscale.run.config import RunConfig

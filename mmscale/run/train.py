@@ -1,10 +1,12 @@
 """The main job as a loop: stages, steps, checkpoints, and at the end a score and a report.
 
+    choose the newest usable checkpoint
     for each stage:  model -> engine -> (resume | warm start)
-        for each step:  batch -> engine.train_step -> log -> save when due -> stop when asked
+        for each step:  batch -> engine.train_step -> log -> refused? -> save when due -> stop when asked
     evaluate -> captions -> result.json -> report.html
 
-A bad step may send the run back to an earlier checkpoint; then everything is opened again, as after a kill.
+A refused step is skipped, ends the run, or sends it back to an earlier checkpoint; then everything is opened again, as
+after a kill.
 
 A run folder is all the memory there is: started again with the same configuration, the loop finds the newest whole
 checkpoint and goes on from it, whatever ended the last attempt.
@@ -14,54 +16,54 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from data_pipeline.batch import MultimodalBatch
-from data_pipeline.errors import DataConfigError, DataPipelineError
+from torch import profiler
+
+from data_pipeline.errors import DataConfigError, DataPipelineError, TooManyFaultsError
 from data_pipeline.loader.loader import Loader, StepBatch
 from data_pipeline.media_spec import Placement
+from data_pipeline.order.state import LoaderState
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale import checkpoint
+from mmscale.bad_steps.bad_steps import BadStep, BadSteps
+from mmscale.bad_steps.detector import Policy
+from mmscale.bad_steps.roll_back import is_abandoned, read_roll_backs
 from mmscale.checkpoint import TrainState
 from mmscale.checkpoint.manifest import folder_name
 from mmscale.config import Loaded
-from mmscale.dist import World, all_reduce_sum_list, first_complaint, gather_rows, init_distributed, shutdown
+from mmscale.dist import World, all_reduce_sum, first_complaint, gather_rows, init_distributed, shutdown
 from mmscale.engine.construct import construct
-from mmscale.engine.engine import Engine
+from mmscale.engine.engine import Engine, StepReport
 from mmscale.engine.memory import explain_memory
 from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.engine.watchdog import Watchdog
-from mmscale.errors import ConfigError
-from mmscale.metrics.config import due
-from mmscale.metrics.datasets import figures, totals
-from mmscale.metrics.efficiency import device_peak, flop_figures, ideal_seconds, span_figures, step_flops
-from mmscale.metrics.faults import FaultList, fault_counts, fault_figures, known_lists
+from mmscale.errors import ConfigError, EngineError
+from mmscale.metrics.faults import FaultList, known_lists
 from mmscale.metrics.ledger import RunLedger
-from mmscale.metrics.peaks import Peak
-from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
-from mmscale.metrics.sample_images import CaptionedImage, batch_images
-from mmscale.metrics.trace import Trace, open_trace
-from mmscale.metrics.unseen_images import UnseenImages
+from mmscale.metrics.peaks import peak_of
+from mmscale.metrics.profiler import profile_steps
+from mmscale.metrics.run_log import LoggedStage, NullLog, RunLog, open_run_log
+from mmscale.metrics.sample_images import batch_images
+from mmscale.metrics.step_counts import count_step, step_flops
 from mmscale.models.build import AnyModel, build_model
 from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.choice import Objective, choose_objective
-from mmscale.run.bad_steps import BadSteps, RolledBack
 from mmscale.run.config import RunConfig, check_files, check_world
 from mmscale.run.finish import finish
-from mmscale.run.folder import CHECKPOINTS, FAULTS, LEDGER, check_position, hold_folder
+from mmscale.run.folder import BAD_STEPS, CHECKPOINTS, FAULTS, LEDGER, check_position, hold_folder
 from mmscale.run.rank_check import check_ranks
 from mmscale.run.stage_teachers import check_teachers, note_teachers, open_teachers
 from mmscale.run.stage_weights import check_stage_weights, take_stage_weights
 from mmscale.run.starts import Start, refuse_or_report_finished
 
 Log = RunLog | NullLog
-Show = Callable[[MultimodalBatch, int], list[CaptionedImage]]
 
 
 class Outcome(str, Enum):
@@ -73,9 +75,20 @@ class Outcome(str, Enum):
     """Asked to stop; a checkpoint of the last step is saved. Run the same command again to go on."""
 
 
+class _StageEnd(Enum):
+    """How the steps of a stage ended."""
+
+    DONE = "done"
+    """Every step of the stage, or of the run, is made and saved."""
+    STOPPED = "stopped"
+    """A signal or the end of the job asked to stop; the last step is saved."""
+    ROLLED_BACK = "rolled back"
+    """A step was refused, and the run goes back to an earlier checkpoint."""
+
+
 @dataclass(frozen=True)
 class _Run:
-    """What every step talks to, from one start (or roll back) to the end."""
+    """The objects that every step uses, from one start (or roll back) to the end."""
 
     config: RunConfig
     world: World
@@ -86,19 +99,7 @@ class _Run:
     saver: checkpoint.Saver
     stop: StopRequest
     watchdog: Watchdog
-    trace: Trace
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """What is the same for all steps of a stage."""
-
-    name: str
-    engine: Engine
-    datasets: Sequence[str]
-    show: Show
-    peak: Peak
-    unseen_images: UnseenImages
+    profiler: profiler.profile | None
 
 
 def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
@@ -132,12 +133,10 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
             with hold_folder(config.run_dir, world), closing(watchdog):
                 watchdog.start()
                 start = Start(loaded, world)
-                while True:
+                while True:  # Once more after each roll back.
                     try:
-                        return _run(start, world, stop, watchdog, profile)
-                    except RolledBack as request:
-                        if world.is_main:
-                            print(request, file=sys.stderr, flush=True)
+                        if (outcome := _run(start, world, stop, watchdog, profile)) is not None:
+                            return outcome
                     except (MemoryError, RuntimeError, OSError) as error:
                         max_tokens = max(config.stage_data(n).packing.max_tokens for n in range(len(config.stages)))
                         explained = explain_memory(error, config.engine, world, max_tokens, *watchdog.moment)
@@ -148,21 +147,31 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
             shutdown(world)
 
 
-def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, profile: bool) -> Outcome:
+def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, profile: bool) -> Outcome | None:
+    """Train from the newest usable checkpoint to the end. Return None after a roll back: then call it again."""
     config = start.config
-    bad_steps = BadSteps(config, world)
-    latest, state = bad_steps.checkpoint, bad_steps.state
+    folder, checkpoints = config.run_dir / BAD_STEPS, config.run_dir / CHECKPOINTS
+    roll_backs = read_roll_backs(folder)
+    latest = checkpoint.choose(
+        world,
+        checkpoints,
+        config.checkpoint,
+        note=lambda text: print(text, file=sys.stderr) if world.is_main else None,
+        passes=lambda path: not is_abandoned(path, roll_backs),
+    )
+    bad_steps = BadSteps(config.bad_steps, folder, checkpoints, world, roll_backs, latest)
+    state, position = bad_steps.state, bad_steps.position
     if latest:
         check_position(config, state, latest)
     check_stage_weights(config, world, state)
     check_teachers(config, world, state)
     ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
-    saver = checkpoint.Saver(world, config.run_dir / CHECKPOINTS, config.checkpoint, log.note)
-    tracing = open_trace(config.run_dir, config.metrics, world.rank, state.step, log.note, wanted=profile)
-    with closing(log), closing(saver), tracing as trace:
+    saver = checkpoint.Saver(world, checkpoints, config.checkpoint, log.note)
+    profiling = profile_steps(config.run_dir, config.metrics, world.rank, state.step, log.note, wanted=profile)
+    with closing(log), closing(saver), profiling as recorded:
         faults = FaultList(config.run_dir / FAULTS, world, state.step, log.note)
-        run = _Run(config, world, log, ledger, faults, bad_steps, saver, stop, watchdog, trace)
+        run = _Run(config, world, log, ledger, faults, bad_steps, saver, stop, watchdog, recorded)
         if latest:
             log.note(f"going on from {latest} (step {state.step} of {config.total_steps})")
         if start.note:
@@ -172,15 +181,19 @@ def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, prof
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             watchdog.begin_start()
             state = note_teachers(config, world, state)
+            if state.stage_step == 0:
+                bad_steps.detector.begin_stage()
             # The data position is checked before the engine takes the time and memory of the model.
-            loader = _open_loader(run, state)
+            loader = _open_loader(run, state, position)
+            position = None
             with _stage_engine(run, state, latest) as engine:
-                stage = _open_stage(run, engine, state)
                 start.record(state.step)
-                state, stopped = _train_stage(run, stage, loader, state)
-                if stopped:
+                state, end = _train_stage(run, engine, loader, state)
+                if end is _StageEnd.ROLLED_BACK:
+                    return None
+                if end is _StageEnd.STOPPED:
                     return Outcome.STOPPED
-                latest = config.run_dir / CHECKPOINTS / folder_name(state.step)  # Saved just now, or resumed from.
+                latest = checkpoints / folder_name(state.step)  # Saved just now, or resumed from.
                 if state.step >= config.total_steps:
                     with watchdog.during("evaluation"):
                         finish(config, engine, state, log)
@@ -189,7 +202,7 @@ def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, prof
 
 @contextmanager
 def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator[Engine]:
-    """The engine of the state's stage: exactly as it was inside a stage, with weights only at its beginning."""
+    """Open the engine of the state's stage: resumed exactly inside a stage, with weights only at its beginning."""
     stage = run.config.stages[state.stage_index]
     model = build(run.config, run.world, state.stage_index)
     engine = Engine(model, _objective(run, state), stage, run.config.engine, run.world)
@@ -207,14 +220,14 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
 
 
 def _objective(run: _Run, state: TrainState) -> Objective:
-    """What the model of a stage is trained by."""
+    """Return the loss of the state's stage."""
     model, stage = run.config.stage_model(state.stage_index), run.config.stages[state.stage_index]
     teachers = open_teachers(run.config, run.world, state) if model.predicts_tokens else ()
     return choose_objective(model, stage, run.world, functools.partial(gather_rows, run.world), teachers)
 
 
 def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:
-    """Hands on the weights of the stage before, if there is one, and takes what the stage wants from elsewhere."""
+    """Load the weights of the stage before, if there is one, then those that the stage takes from other checkpoints."""
     name = engine.stage.name
     if latest:
         run.log.note(f"stage {name}, weights of the stage before: {checkpoint.warm_start(engine, latest)}")
@@ -224,7 +237,7 @@ def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:
 
 
 def build(config: RunConfig, world: World, stage: int) -> AnyModel:
-    """The model of a stage with its first values, the same at every world size. All ranks must call."""
+    """Build the model of a stage with its initial values, the same at every world size. All ranks must call."""
     precision = choose_precision(config.engine, world.device)
     model = config.stage_model(stage)
     return construct(
@@ -235,117 +248,134 @@ def build(config: RunConfig, world: World, stage: int) -> AnyModel:
     )
 
 
-def _train_stage(run: _Run, stage: _Stage, loader: Loader, state: TrainState) -> tuple[TrainState, bool]:
-    """Steps until the stage or the run ends, or somebody asks to stop. Closes the loader.
+def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -> tuple[TrainState, _StageEnd]:
+    """Make steps until the stage or the run ends, a stop is requested, or a refused step sends the run back.
 
-    Returns:
-        The state of the last step, and whether it was the last because of a request to stop. It is saved either way.
+    Closes the loader. Returns the state after the last step, which is saved unless the run goes back.
     """
-    config, log = run.config, run.log
-    steps = config.stages[state.stage_index].steps
-    last = min(state.step + steps - state.stage_step, config.total_steps)
-    stopped = False
+    config, world, log = run.config, run.world, run.log
+    last = min(state.step + config.stages[state.stage_index].steps - state.stage_step, config.total_steps)
+    stage = _logged_stage(config, engine, state.stage_index)
+    spec = config.stage_media(state.stage_index)
+    decode = load_tokenizer(config.stage_data(state.stage_index).tokenizer).decode
+    log.begin_stage(stage)
     log.pause("setup")
     run.ledger.begin_stage(state.step, state.stage_index)
+    stopped = False
     with loader:
         batches = iter(loader)
         while state.step < last and not stopped:
-            run.watchdog.begin_step(state.step + 1)
-            with log.waiting_for_data(), run.faults.noting_the_end(state.step + 1):
-                batch = next(batches)
-            run.faults.step(state.step + 1, batch.skipped)
-            state = _step(run, stage, state, batch)
-            run.trace.step()
+            step = state.step + 1
+            run.watchdog.begin_step(step)
+            batch = _next_batch(run, batches, step)
+            dropout_key = step_key(config.seed, state.step)
+            engine.clock.memory = due(config.metrics.memory_every, step)
+            report = engine.train_step(
+                [replace(microbatch, dropout_key=dropout_key) for microbatch in batch.microbatches],
+                why_refuse=run.bad_steps.detector.reason,
+                component_norms=due(config.metrics.grad_norms_every, step),
+            )
+            counts = count_step(batch, report.document_losses, stage.datasets)
+            sums = all_reduce_sum(world, step_flops(engine, batch.microbatches) | counts)
+            if not sums["samples"]:
+                raise DataConfigError(
+                    f"every data set gave all its epochs before step {step} (data.datasets.*.max_epochs): "
+                    "plan fewer steps, or more epochs"
+                )
+            bad = run.bad_steps.judge(report)
+            state = replace(
+                state,
+                step=step,
+                stage_step=state.stage_step + 1,
+                tokens=state.tokens + int(sums["tokens"]),
+                samples=state.samples + int(sums["samples"]),
+                loader=batch.state,
+                extra={**state.extra, **run.bad_steps.extra_state()},
+            )
+            run.ledger.step(batch, report.document_losses)
+            log.step(step, report, sums, run.bad_steps.counters())
+            if bad is not None and _goes_back(run, state, batch, report, bad):
+                return state, _StageEnd.ROLLED_BACK
+            log.images(step, functools.partial(batch_images, batch.microbatches[0], spec, decode))
+            if run.profiler is not None:
+                run.profiler.step()
             run.saver.poll()
-            stopped = run.stop.should_stop(run.world)
-            if stopped or state.step == last or config.checkpoint.due(state.step):
+            stopped = run.stop.should_stop(world)
+            if stopped or step == last or due(config.checkpoint.every_steps, step):
                 with run.watchdog.during("checkpoint"):
                     run.ledger.write()
-                    run.saver.save(stage.engine, state, last=stopped or state.step == last)
+                    run.saver.save(engine, state, last=stopped or step == last)
                 log.pause("checkpoint")
     if stopped:
         log.note(f"stopped at step {state.step} ({run.stop.reason}) and saved; the same command goes on from here")
-    return state, stopped
+    return state, _StageEnd.STOPPED if stopped else _StageEnd.DONE
 
 
-def _open_stage(run: _Run, engine: Engine, state: TrainState) -> _Stage:
-    data, spec = run.config.stage_data(state.stage_index), run.config.stage_media(state.stage_index)
-    decode = load_tokenizer(data.tokenizer).decode
-
-    def show(microbatch: MultimodalBatch, limit: int) -> list[CaptionedImage]:
-        return batch_images(microbatch, spec, decode, limit)
-
-    names = [dataset.name for dataset in data.datasets]
-    peak = device_peak(engine, run.config.metrics.peak_flops)
-    unseen = UnseenImages(engine.stage.name, spec.placement is not Placement.NONE, run.log.note)
-    return _Stage(engine.stage.name, engine, names, show, peak, unseen)
-
-
-def _step(run: _Run, stage: _Stage, state: TrainState, batch: StepBatch) -> TrainState:
-    """One step; the state after it."""
-    engine, metrics = stage.engine, run.config.metrics
-    engine.clock.memory = due(metrics.memory_every, state.step + 1)
-    dropout_key = step_key(run.config.seed, state.step)
-    report = engine.train_step(
-        [replace(microbatch, dropout_key=dropout_key) for microbatch in batch.microbatches],
-        run.bad_steps.why_refuse,
-        component_norms=due(metrics.grad_norms_every, state.step + 1),
+def _logged_stage(config: RunConfig, engine: Engine, index: int) -> LoggedStage:
+    peak = peak_of(engine.world.device, engine.precision.dtype, config.metrics.peak_flops).flops
+    return LoggedStage(
+        name=engine.stage.name,
+        datasets=[dataset.name for dataset in config.stage_data(index).datasets],
+        peak_flops=engine.world.world_size * peak if peak else None,
+        expects_images=config.stage_media(index).placement is not Placement.NONE,
     )
-    learned = sum(int(microbatch.loss_weights.count_nonzero()) for microbatch in batch.microbatches)
-    num_images = sum(microbatch.num_images for microbatch in batch.microbatches)
-    counts = [batch.num_tokens, batch.num_samples, batch.num_cut, learned, num_images]
-    left_out = fault_counts(batch.skipped)
-    mine = [*counts, *step_flops(engine, batch.microbatches), *left_out]
-    mine += totals(batch, report.document_losses, stage.datasets)
-    tokens, samples, cut, learned_tokens, images, model_flops, hardware_flops, *rest = all_reduce_sum_list(
-        run.world, mine
-    )
-    flops = (model_flops, hardware_flops)
-    by_kind, by_dataset = rest[: len(left_out)], rest[len(left_out) :]
-    if not samples:
-        raise DataConfigError(
-            f"every data set gave all its epochs before step {state.step + 1} (data.datasets.*.max_epochs): "
-            "plan fewer steps, or more epochs"
+
+
+def due(every: int | None, step: int) -> bool:
+    """Return whether ``step``, counted from 1, is one of every ``every`` steps; never if that is None."""
+    return every is not None and step % every == 0
+
+
+def _next_batch(run: _Run, batches: Iterator[StepBatch], step: int) -> StepBatch:
+    """Wait for the batch of a step. Write the samples that it left out, also if the fault policy gives up on it."""
+    with run.log.waiting_for_data():
+        try:
+            batch = next(batches)
+        except TooManyFaultsError as error:
+            run.faults.record(step, error.skipped)
+            raise
+    if batch.skipped:
+        run.faults.record(step, batch.skipped)
+    return batch
+
+
+def _goes_back(run: _Run, state: TrainState, batch: StepBatch, report: StepReport, bad: BadStep) -> bool:
+    """Write the samples of a refused step, then apply the policy: skip it, end the run, or go back to a checkpoint.
+
+    All ranks must call. ``state`` is the one after the step.
+
+    Raises:
+        EngineError: the policy is to halt, or there were too many bad steps or roll backs in a row.
+        CheckpointError: a file cannot be written, or there is no checkpoint to go back to.
+    """
+    config = run.config.bad_steps
+    path = run.bad_steps.write_samples(state.step, bad, batch, report)
+    what = f"step {state.step}: {bad.reason}; its samples are in {path}"
+    if config.policy is Policy.ROLL_BACK:
+        before = replace(state, step=state.step - 1, stage_step=state.stage_step - 1)
+        entry = run.bad_steps.add_roll_back(before, batch.state, bad.reason, what)
+        if entry is not None:
+            run.log.note(f"{what}; going back to step {entry.to_step} and on behind the data of step {entry.at_step}")
+        return True
+    if config.policy is Policy.HALT:
+        raise EngineError(
+            f"{what}. The update was not made (bad_steps.policy=halt); to go on from the last checkpoint leave the "
+            "samples out (data.faults.exclude) or set bad_steps.policy=skip"
         )
-    state = replace(
-        state,
-        step=state.step + 1,
-        stage_step=state.stage_step + 1,
-        tokens=state.tokens + int(tokens),
-        samples=state.samples + int(samples),
-        loader=batch.state,
-    )
-    state = run.bad_steps.take(state, report)
-    run.ledger.step(batch, report.document_losses)
-    run.log.step(
-        state.step,
-        report,
-        num_tokens=int(tokens),
-        num_samples=int(samples),
-        stage=stage.name,
-        ideal_seconds=ideal_seconds(flops, stage.peak, run.world),
-        extra={
-            "cut_documents": int(cut),
-            "learned_tokens": int(learned_tokens),
-            "images": int(images),
-            **flop_figures(flops),
-            **span_figures(report),
-            **fault_figures(by_kind),
-            **figures(stage.datasets, by_dataset),
-            **run.bad_steps.figures(),
-        },
-    )
-    stage.unseen_images.step(int(images))
-    if (complaint := run.bad_steps.act(state, batch, report)) is not None:
-        run.log.note(complaint)
-    run.log.images(state.step, functools.partial(stage.show, batch.microbatches[0]))
-    return state
+    if run.bad_steps.detector.in_row > config.max_in_row:
+        raise EngineError(
+            f"{what}. It is bad step {run.bad_steps.detector.in_row} in a row (bad_steps.max_in_row="
+            f"{config.max_in_row}): lower the learning rate, or look at the data"
+        )
+    run.log.note(f"{what}; the update was skipped")
+    return False
 
 
-def _open_loader(run: _Run, state: TrainState) -> Loader:
-    """The stage's stream of batches: a new one where the stage has data or images of its own, else the running one.
+def _open_loader(run: _Run, state: TrainState, position: LoaderState | None) -> Loader:
+    """Open the stage's stream of batches. All ranks must call.
 
-    After a roll back it begins behind the data that the roll back leaves out. All ranks must call.
+    It begins at ``position``, else at the data's beginning if the stage has data or images of its own, else at the
+    position in ``state``.
 
     Raises:
         DataPipelineError: the data cannot be opened, or the saved position does not fit them; every rank raises.
@@ -353,7 +383,6 @@ def _open_loader(run: _Run, state: TrainState) -> Loader:
     config, world = run.config, run.world
     data = config.stage_data(state.stage_index)
     fresh = state.stage_step == 0 and not config.continues(state.stage_index)
-    position = run.bad_steps.begin_stage(state) or (None if fresh else state.loader)
     mine: DataPipelineError | None = None
     try:
         loader = Loader(
@@ -363,7 +392,7 @@ def _open_loader(run: _Run, state: TrainState) -> Loader:
             rank=world.rank,
             world_size=world.world_size,
             micro_lanes=config.engine.micro_lanes,
-            state=position,
+            state=position or (None if fresh else state.loader),
             quarantine=known_lists(config.run_dir / FAULTS, data.faults),
         )
     except DataPipelineError as error:

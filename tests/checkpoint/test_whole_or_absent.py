@@ -12,6 +12,7 @@ from mmscale.checkpoint import find_latest, list_checkpoints
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.manifest import FileEntry, Manifest, SavedState, rank_files, seal
 from mmscale.checkpoint.save import to_remove
+from mmscale.run.train import due as is_due
 from tests.engine.ranks import run_ranks
 
 pytestmark = pytest.mark.fault
@@ -185,4 +186,4 @@ def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("every", "due"), [(None, []), (3, [3, 6, 9]), (10, [10])])
 def test_when_to_save(every: int | None, due: list[int]) -> None:
     config = CheckpointConfig(every_steps=every)
-    assert [step for step in range(1, 11) if config.due(step)] == due
+    assert [step for step in range(1, 11) if is_due(config.every_steps, step)] == due

@@ -27,7 +27,7 @@ SKIPPED = Skipped("set", 0, 1, 3, "a.tar", "000001", FaultKind.DECODE, "no image
 def list_faults(run: Path) -> None:
     book = FaultList(run / "none", ALONE, 0, print)
     book._path = run / "faults/rank-00000.jsonl"
-    book.step(1, [SKIPPED])
+    book.record(1, [SKIPPED])
 
 
 def lock(run: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +10,20 @@ from rich.console import Console
 
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.media_spec import MediaSpec, Placement
+from mmscale.engine.engine import StepReport
 from mmscale.metrics.config import MetricsConfig
-from mmscale.metrics.run_log import NullLog, RunLog, open_run_log
+from mmscale.metrics.run_log import UNSEEN_STEPS, LoggedStage, NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import CaptionedImage, batch_images, join_patches, with_caption
 from mmscale.metrics.sinks import read_metrics
 
 
-@dataclass(frozen=True)
-class Report:
-    loss: float = 2.0
-    grad_norm: float = 0.5
-    learning_rates: dict[str, float] = field(default_factory=lambda: {"decoder": 1e-3, "vision": 5e-4})
-    applied: bool = True
-    metrics: dict[str, float] = field(default_factory=lambda: {"balance": 1.25})
+def report(loss: float = 2.0) -> StepReport:
+    return StepReport(loss, 1.0, 0.5, {"decoder": 1e-3, "vision": 5e-4}, True, {"balance": 1.25})
+
+
+def sums(tokens: int = 1, samples: int = 1, images: int = 1) -> dict[str, float]:
+    counts = {"tokens": tokens, "samples": samples, "cut_documents": 0, "learned_tokens": 0, "images": images}
+    return {"model_flops": 1e6, "hardware_flops": 2e6, **counts}
 
 
 def _log(run_dir: Path, start: int, *, tensorboard: bool = False) -> RunLog:
@@ -35,21 +35,23 @@ def test_a_line_has_every_promised_key(tmp_path: Path) -> None:
     log = _log(tmp_path, 0)
     with log.waiting_for_data():
         pass
-    log.step(1, Report(), num_tokens=640, num_samples=32, stage="align", extra={"padding_tokens": 3})
+    log.begin_stage(LoggedStage("align", peak_flops=1e9))
+    log.step(1, report(), sums(640, 32), {"roll_backs": 3})
     log.close()
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["mfu"] == pytest.approx(1e6 / 1e9 / line["seconds"])
     assert set(line) >= {"step", "loss", "tokens", "samples", "seconds", "data_wait_seconds", "lr", "grad_norm"}
     assert (line["step"], line["stage"], line["tokens"], line["samples"]) == (1, "align", 640, 32)
-    assert (line["lr"], line["lr/vision"], line["metric/balance"], line["padding_tokens"]) == (1e-3, 5e-4, 1.25, 3)
+    assert (line["lr"], line["lr/vision"], line["metric/balance"], line["roll_backs"]) == (1e-3, 5e-4, 1.25, 3)
 
 
 def test_a_resumed_log_goes_on_where_the_checkpoint_stands(tmp_path: Path) -> None:
     log = _log(tmp_path, 0)
     for step in (1, 2, 3):
-        log.step(step, Report(loss=float(step)), num_tokens=1, num_samples=1, stage="all")
+        log.step(step, report(float(step)), sums())
     log.close()
     log = _log(tmp_path, 2)
-    log.step(3, Report(loss=30.0), num_tokens=1, num_samples=1, stage="all")
+    log.step(3, report(30.0), sums())
     log.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl")] == [
         (1, 1.0),
@@ -69,7 +71,7 @@ def test_tensorboard_has_the_scalars_and_the_captioned_images(tmp_path: Path) ->
         return [CaptionedImage(pixels, "a | red\nballoon")]
 
     for step in (1, 2, 3):
-        log.step(step, Report(loss=float(step)), num_tokens=10, num_samples=1, stage="all")
+        log.step(step, report(float(step)), sums(10))
         log.images(step, make)
     log.close()
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
@@ -86,7 +88,8 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log = open_run_log(tmp_path / "run", MetricsConfig(), 0, 4, rank=1)
     assert isinstance(log, NullLog)
     with log.waiting_for_data():
-        log.step(1, Report(), num_tokens=1, num_samples=1, stage="all")
+        log.begin_stage(LoggedStage("all"))
+        log.step(1, report(), sums())
     assert not log.wants_images(200)
     log.images(200, lambda limit: pytest.fail("made images for nobody"))
     log.note("nothing")
@@ -160,3 +163,26 @@ def test_a_caption_is_printed_below_the_untouched_image() -> None:
     assert shown.shape[1] == 32
     assert (shown[:32] == 77).all()
     assert (shown[32:] == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("has_tower", "images", "warnings"),
+    [
+        (True, [0] * (3 * UNSEEN_STEPS), 1),
+        (True, [0] * (UNSEEN_STEPS - 1), 0),
+        (True, [0] * (UNSEEN_STEPS - 1) + [1] + [0] * (3 * UNSEEN_STEPS), 0),
+        (False, [0] * (3 * UNSEEN_STEPS), 0),
+    ],
+)
+def test_a_stage_without_an_image_is_named_once(
+    tmp_path: Path, has_tower: bool, images: list[int], warnings: int
+) -> None:
+    printed = io.StringIO()
+    log = RunLog(tmp_path, MetricsConfig(tensorboard=False), 0, len(images), Console(file=printed))
+    log.begin_stage(LoggedStage("align", expects_images=has_tower))
+    for step, count in enumerate(images, start=1):
+        log.step(step, report(), sums(images=count))
+    log.close()
+    said = [line for line in printed.getvalue().splitlines() if line.startswith("warning")]
+    assert len(said) == warnings
+    assert all("stage align" in line and "no image" in line for line in said)

@@ -15,7 +15,7 @@ from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
-from mmscale.metrics.efficiency import step_flops
+from mmscale.metrics.step_counts import step_flops
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.nn.init import initialise_
@@ -88,7 +88,7 @@ def learn(world: World, folder: Path, kind: str | None, paths: list[Path], zero:
     steps = []
     for step in range(STEPS):
         mine = [lane(kind, step, number) for number in range(world.rank, LANES, world.world_size)]
-        flops = step_flops(engine, mine)
+        flops = list(step_flops(engine, mine).values())
         report = engine.train_step(mine)
         steps.append({"loss": report.loss, "norm": report.grad_norm, "flops": flops, **report.metrics})
         with engine.inference() as asked, torch.no_grad():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.loader.loader import Loader
-from mmscale.checkpoint.roll_back import in_force, read_roll_backs
+from mmscale.bad_steps.roll_back import in_force, read_roll_backs
 from mmscale.config import load
 from mmscale.run.config import RunConfig
 from mmscale.run.sample_lookup import RunTrace, Source

@@ -10,7 +10,7 @@ vary: without it the MAD of a flat curve would call any movement a spike. Refuse
 level has moved for good (other data), the threshold follows, or the run has halted after ``max_in_row`` steps.
 
 For: the decision, which is the same on all ranks since loss and norm are. Not for: what follows from it
-(``mmscale.run.bad_steps``).
+(``mmscale.run.train``).
 
 Source: Leys et al. 2013, "Detecting outliers: Do not use standard deviation around the mean, use absolute deviation
 around the median".
@@ -80,8 +80,8 @@ def threshold(values: Iterable[float], deviations: float) -> float:
     return math.exp(center + deviations * max(spread, _FLOOR))
 
 
-class StepGuard:
-    """Judges steps by those before.
+class SpikeDetector:
+    """Compare each step with the steps before it.
 
     Args:
         config: The ``bad_steps`` block.
@@ -124,7 +124,7 @@ class StepGuard:
         return {"loss": loss, "grad_norm": norm}
 
     def reason(self, loss: float, norm: float) -> str | None:
-        """Why a step is bad; None if it is not."""
+        """Return why a step is bad, or None. Changes nothing."""
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 return f"the {name} is not finite"
@@ -134,12 +134,8 @@ class StepGuard:
                 return f"the {name} of {value:.4g} is a spike: above {limit:.4g}"
         return None
 
-    def refuses(self, loss: float, norm: float) -> bool:
-        """Whether a step is bad; changes nothing."""
-        return self.reason(loss, norm) is not None
-
-    def take(self, loss: float, norm: float, applied: bool) -> str | None:
-        """Takes note of a step that had weight; why it was bad, or None."""
+    def record(self, loss: float, norm: float, applied: bool) -> str | None:
+        """Add a step that had weight to the window. Return why it was bad, or None."""
         reason = self.reason(loss, norm)
         if reason is None and not applied:
             reason = "another rank found it bad"  # Only where ranks of different hardware round the norm differently.

@@ -1,7 +1,7 @@
-"""A trace of a few steps: every operation of every thread, to be looked at in a viewer.
+"""Record every operation of every thread during a few steps, for a trace viewer.
 
-    with open_trace(...) as trace:
-        for each step: ...; trace.step()        -->  RUN/profile/rank-00000-steps-4-6.json
+    with profile_steps(...) as profiler:
+        for each step: ...; profiler.step()        -->  RUN/profile/rank-00000-steps-4-6.json
 
 The phases of ``engine.step_clock`` and the wait for data are ranges in it.
 """
@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import profiler
@@ -23,23 +23,11 @@ from mmscale.metrics.config import MetricsConfig
 PROFILE = "profile"
 
 
-class Trace(Protocol):
-    """What the step loop tells."""
-
-    def step(self) -> None:
-        """A step has ended."""
-
-
-class _NoTrace:
-    def step(self) -> None:
-        return None
-
-
 @contextmanager
-def open_trace(
+def profile_steps(
     run_dir: Path, config: MetricsConfig, rank: int, start_step: int, note: Callable[[str], None], *, wanted: bool
-) -> Iterator[Trace]:
-    """Records the steps that ``config`` names, of this rank, if ``wanted``.
+) -> Iterator[profiler.profile | None]:
+    """Record the steps that ``config`` names, on this rank, if ``wanted``; else give None.
 
     Args:
         run_dir: The run folder.
@@ -53,7 +41,7 @@ def open_trace(
         MMScaleError: the trace cannot be written.
     """
     if not wanted:
-        yield _NoTrace()
+        yield None
         return
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # Or it prints lines of its own at start and stop.
     first = start_step + config.profile_after_steps + 1

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mmscale.engine.peak_memory import peak_memory
-from mmscale.metrics.meters import MovingAverage, Rates, StepMeter
-from mmscale.metrics.progress import ProgressLine, format_count, format_seconds
+from mmscale.metrics.progress import MovingAverage, ProgressLine, Rates, StepMeter, format_count, format_seconds
 
 
 class Clock:

@@ -13,9 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.order.state import LoaderState
-from mmscale.checkpoint import TrainState, list_checkpoints
-from mmscale.checkpoint.manifest import SavedState
-from mmscale.checkpoint.roll_back import (
+from mmscale.bad_steps.roll_back import (
     FILE,
     NUM_ROLL_BACKS,
     RollBack,
@@ -29,6 +27,8 @@ from mmscale.checkpoint.roll_back import (
     state_behind,
     write_roll_backs,
 )
+from mmscale.checkpoint import TrainState, list_checkpoints
+from mmscale.checkpoint.manifest import SavedState
 from mmscale.errors import CheckpointError
 from tests.checkpoint.written import whole_pieces, write_checkpoint
 

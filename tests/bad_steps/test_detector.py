@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mmscale.engine.guard import BadStepsConfig, StepGuard, threshold
+from mmscale.bad_steps.detector import BadStepsConfig, SpikeDetector, threshold
 
 CONFIG = BadStepsConfig(loss_deviations=6, norm_deviations=6, window_steps=16, min_steps=8)
 
@@ -33,66 +33,66 @@ def test_a_normal_spread_is_counted_in_its_standard_deviations() -> None:
 
 
 def test_spikes_in_the_window_do_not_hide_the_next() -> None:
-    guard = StepGuard(CONFIG)
+    detector = SpikeDetector(CONFIG)
     for number in range(16):
-        guard.take(2.0 + 0.01 * number, 1.0, True)
+        detector.record(2.0 + 0.01 * number, 1.0, True)
     for number in range(7):
-        assert guard.refuses(50.0, 1.0), number
-        assert "loss of 50 is a spike" in str(guard.take(50.0, 1.0, False))
-    assert guard.in_row == guard.num_bad == 7
-    assert guard.take(2.1, 1.0, True) is None
-    assert guard.in_row == 0
+        assert detector.reason(50.0, 1.0) is not None, number
+        assert "loss of 50 is a spike" in str(detector.record(50.0, 1.0, False))
+    assert detector.in_row == detector.num_bad == 7
+    assert detector.record(2.1, 1.0, True) is None
+    assert detector.in_row == 0
 
 
 def test_a_level_that_has_moved_for_good_becomes_the_measure() -> None:
-    guard = StepGuard(CONFIG)
+    detector = SpikeDetector(CONFIG)
     for _ in range(16):
-        guard.take(1.0, 1.0, True)
-    reasons = [guard.take(4.0, 1.0, not guard.refuses(4.0, 1.0)) for _ in range(12)]
+        detector.record(1.0, 1.0, True)
+    reasons = [detector.record(4.0, 1.0, detector.reason(4.0, 1.0) is None) for _ in range(12)]
     assert reasons[0] is not None
     assert reasons[-1] is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_bad_from_the_first_step_and_without_limits(value: float) -> None:
-    guard = StepGuard(BadStepsConfig())
-    assert guard.reason(value, 1.0) == "the loss is not finite"
-    assert guard.reason(1.0, value) == "the gradient norm is not finite"
-    assert not guard.refuses(1e30, 1e30)
+    detector = SpikeDetector(BadStepsConfig())
+    assert detector.reason(value, 1.0) == "the loss is not finite"
+    assert detector.reason(1.0, value) == "the gradient norm is not finite"
+    assert detector.reason(1e30, 1e30) is None
 
 
 def test_nothing_is_a_spike_before_the_window_has_some_steps_and_a_stage_begins_anew() -> None:
-    guard = StepGuard(CONFIG)
+    detector = SpikeDetector(CONFIG)
     for _ in range(7):
-        guard.take(1.0, 1.0, True)
-    assert not guard.refuses(100.0, 1.0)
-    guard.take(1.0, 1.0, True)
-    assert guard.refuses(100.0, 1.0)
-    guard.begin_stage()
-    assert not guard.refuses(100.0, 1.0)
+        detector.record(1.0, 1.0, True)
+    assert detector.reason(100.0, 1.0) is None
+    detector.record(1.0, 1.0, True)
+    assert detector.reason(100.0, 1.0) is not None
+    detector.begin_stage()
+    assert detector.reason(100.0, 1.0) is None
 
 
 def test_a_state_that_went_through_json_judges_alike() -> None:
     draws = random.Random(3)
-    whole, parts = StepGuard(CONFIG), StepGuard(CONFIG)
+    whole, parts = SpikeDetector(CONFIG), SpikeDetector(CONFIG)
     for _ in range(300):
         loss, norm = draws.lognormvariate(0, 0.5), draws.lognormvariate(0, 0.5) * (30 if draws.random() < 0.1 else 1)
-        assert whole.take(loss, norm, True) == parts.take(loss, norm, True)
-        parts = StepGuard(CONFIG, json.loads(json.dumps(parts.state())))
+        assert whole.record(loss, norm, True) == parts.record(loss, norm, True)
+        parts = SpikeDetector(CONFIG, json.loads(json.dumps(parts.state())))
         assert parts.in_row == whole.in_row
     assert whole.num_bad == parts.num_bad > 10
 
 
 def test_a_value_of_0_or_one_that_is_not_finite_leaves_the_window_alone() -> None:
-    guard, plain = StepGuard(CONFIG), StepGuard(CONFIG)
+    detector, plain = SpikeDetector(CONFIG), SpikeDetector(CONFIG)
     for number in range(20):
-        for each in (guard, plain):
-            assert each.take(1.0 + 0.01 * number, 2.0, True) is None
-        assert guard.take(0.0, 0.0, True) is None, "a loss of 0 is no spike, and has no logarithm"
-        assert guard.take(0.0, math.inf, False) == "the gradient norm is not finite"
-        assert guard.thresholds() == plain.thresholds()
-    assert guard.refuses(50.0, 2.0)
-    assert guard.refuses(1.0, 50.0)
+        for each in (detector, plain):
+            assert each.record(1.0 + 0.01 * number, 2.0, True) is None
+        assert detector.record(0.0, 0.0, True) is None, "a loss of 0 is no spike, and has no logarithm"
+        assert detector.record(0.0, math.inf, False) == "the gradient norm is not finite"
+        assert detector.thresholds() == plain.thresholds()
+    assert detector.reason(50.0, 2.0) is not None
+    assert detector.reason(1.0, 50.0) is not None
 
 
 VALUES = st.sampled_from([1.0, 1.0, 1.01, 1.1, 1.3, 2.0, 9.0, 0.0, math.inf, math.nan])
@@ -105,7 +105,7 @@ def test_every_step_is_judged_by_the_window_before_it(
     steps: list[tuple[float, float, bool]], loss_limit: float | None, norm_limit: float | None
 ) -> None:
     config = BadStepsConfig(loss_deviations=loss_limit, norm_deviations=norm_limit, window_steps=9, min_steps=4)
-    guard = StepGuard(config)
+    detector = SpikeDetector(config)
     windows: tuple[list[float], list[float]] = ([], [])
     bad: list[bool] = []
     for loss, norm, applied in steps:
@@ -118,12 +118,13 @@ def test_every_step_is_judged_by_the_window_before_it(
             words = f"the {name} of {value:.4g} is a spike: above {limit:.4g}" if value > limit else words
         for name, value in (("gradient norm", norm), ("loss", loss)):
             words = words if math.isfinite(value) else f"the {name} is not finite"
-        assert guard.refuses(loss, norm) == (words is not None and not words.startswith("another"))
-        reason = guard.take(loss, norm, applied)
+        refused = detector.reason(loss, norm) is not None
+        assert refused == (words is not None and not words.startswith("another"))
+        reason = detector.record(loss, norm, applied)
         assert reason == words or (words == "another rank" and str(reason).startswith(words))
         bad.append(reason is not None)
-        assert guard.num_bad == sum(bad)
-        assert guard.in_row == len(bad) - max((i + 1 for i, each in enumerate(bad) if not each), default=0)
+        assert detector.num_bad == sum(bad)
+        assert detector.in_row == len(bad) - max((i + 1 for i, each in enumerate(bad) if not each), default=0)
         for values, value in zip(windows, (loss, norm), strict=True):
             values.extend([value] if 0 < value < math.inf else [])
 
@@ -135,12 +136,12 @@ def test_impossible_settings_are_refused() -> None:
 
 
 def test_the_threshold_itself_is_no_spike() -> None:
-    guard = StepGuard(CONFIG)
+    detector = SpikeDetector(CONFIG)
     for number in range(8):
-        guard.take(1.0 + 0.1 * number, 2.0 + 0.1 * number, True)
-    loss, norm = guard.thresholds()["loss"], guard.thresholds()["grad_norm"]
+        detector.record(1.0 + 0.1 * number, 2.0 + 0.1 * number, True)
+    loss, norm = detector.thresholds()["loss"], detector.thresholds()["grad_norm"]
     assert loss is not None
     assert norm is not None
-    assert guard.reason(loss, norm) is None
-    assert str(guard.reason(math.nextafter(loss, math.inf), norm)).startswith("the loss")
-    assert str(guard.reason(loss, math.nextafter(norm, math.inf))).startswith("the gradient norm")
+    assert detector.reason(loss, norm) is None
+    assert str(detector.reason(math.nextafter(loss, math.inf), norm)).startswith("the loss")
+    assert str(detector.reason(loss, math.nextafter(norm, math.inf))).startswith("the gradient norm")

@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 from mmscale.errors import MMScaleError
 from mmscale.metrics.config import MetricsConfig
-from mmscale.metrics.trace import open_trace
+from mmscale.metrics.profiler import profile_steps
 
 CONFIG = MetricsConfig(profile_after_steps=2, profile_steps=3)
 
@@ -23,11 +23,12 @@ def ranges(path: Path, name: str) -> int:
 
 def steps(folder: Path, count: int, wanted: bool = True) -> list[str]:
     said: list[str] = []
-    with open_trace(folder, CONFIG, 1, 10, said.append, wanted=wanted) as trace:
+    with profile_steps(folder, CONFIG, 1, 10, said.append, wanted=wanted) as profiler:
         for number in range(11, 11 + count):
             with record_function(f"number {number}"):
                 torch.ones(2).sum()
-            trace.step()
+            if profiler is not None:
+                profiler.step()
     return said
 
 

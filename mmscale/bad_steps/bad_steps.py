@@ -1,0 +1,211 @@
+"""The bad steps of a run: how many there were, their samples in a file, and where a roll back goes.
+
+    detector.reason --before the update--> judge --> write_samples: RUN/bad_steps/step-N.json
+                                                 --> add_roll_back: RUN/bad_steps/roll_backs.json
+
+Not for: which steps are bad (``detector``), what the list of roll backs means (``roll_back``), or the choice between
+skipping, halting and rolling back (``mmscale.run.train``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.io.atomic import as_utf8, write_whole
+from data_pipeline.loader.loader import StepBatch
+from data_pipeline.order.state import LoaderState
+from mmscale.bad_steps.detector import BadStepsConfig, SpikeDetector
+from mmscale.bad_steps.roll_back import (
+    NUM_ROLL_BACKS,
+    RollBack,
+    pending,
+    plan,
+    remove_abandoned,
+    settled,
+    state_behind,
+    write_roll_backs,
+)
+from mmscale.checkpoint import TrainState
+from mmscale.dist import World, gather_bytes, raise_on_any_rank
+from mmscale.engine.engine import StepReport
+from mmscale.errors import CheckpointError, EngineError
+
+_KEY = "bad_steps"
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """Why a step is bad, and the thresholds that it was compared with."""
+
+    reason: str
+    thresholds: Mapping[str, float | None]
+
+
+class BadSteps:
+    """The bad steps of a run, from one start to the end or the next roll back. All ranks must make one.
+
+    Args:
+        config: The ``bad_steps`` block.
+        folder: ``RUN/bad_steps``.
+        checkpoints: The run's checkpoints.
+        world: This rank.
+        roll_backs: Those of the run so far.
+        latest: The checkpoint that the run resumes from; None at the beginning.
+
+    Attributes:
+        state: The state to resume from.
+        position: Where the data resume if not where ``state`` says: after the data that a roll back leaves out.
+        detector: Says which steps are bad.
+
+    Raises:
+        CheckpointError: the checkpoint that the run rolled back to is gone, or the list of roll backs cannot be
+            written; every rank raises.
+    """
+
+    def __init__(
+        self,
+        config: BadStepsConfig,
+        folder: Path,
+        checkpoints: Path,
+        world: World,
+        roll_backs: Sequence[RollBack],
+        latest: Path | None,
+    ) -> None:
+        self._config, self._folder, self._checkpoints, self._world = config, folder, checkpoints, world
+        state = state_behind(latest, roll_backs)
+        entry = pending(state, roll_backs)
+        self.position: LoaderState | None = None if entry is None else entry.position
+        self._roll_backs, self.state = settled(state, roll_backs)
+        complaint = None
+        if self._roll_backs and world.is_main:
+            try:
+                write_roll_backs(folder, self._roll_backs)
+                remove_abandoned(checkpoints, self._roll_backs)
+            except (OSError, CheckpointError) as error:
+                complaint = f"{folder}: {error}"
+        if self._roll_backs:
+            raise_on_any_rank(world, complaint, CheckpointError)
+        self.detector = SpikeDetector(config, self.state.extra.get(_KEY))
+
+    def judge(self, report: StepReport) -> BadStep | None:
+        """Add a step to the detector's window. Return why it was bad, or None.
+
+        A step without weight, or whose fp16 gradient did not fit its scale, says nothing about its data.
+        """
+        thresholds = self.detector.thresholds()
+        if not report.weight or report.overflow:
+            return None
+        reason = self.detector.record(report.loss, report.grad_norm, report.applied)
+        return None if reason is None else BadStep(reason, thresholds)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Return the entries of ``TrainState.extra`` that a resume needs to judge the next step alike."""
+        return {_KEY: self.detector.state(), NUM_ROLL_BACKS: len(self._roll_backs)}
+
+    def counters(self) -> dict[str, int]:
+        """Return, for the metrics, the number of refused and skipped steps and of roll backs so far."""
+        return {"bad_steps": self.detector.num_bad, "roll_backs": len(self._roll_backs)}
+
+    def write_samples(self, step: int, bad: BadStep, batch: StepBatch, report: StepReport) -> Path:
+        """Write the documents of a bad step, of all ranks, the worst first. All ranks must call.
+
+        Raises:
+            CheckpointError: the file cannot be written; every rank raises.
+        """
+        parts = gather_bytes(self._world, json.dumps(list(_documents(batch, report))).encode())
+        after = f"-after-roll-back-{len(self._roll_backs)}" if self._roll_backs else ""
+        path, complaint = self._folder / f"step-{step:08d}{after}.json", None
+        if self._world.is_main:
+            record = {
+                "step": step,
+                "reason": bad.reason,
+                "policy": self._config.policy.value,
+                "loss": _finite(report.loss),
+                "grad_norm": _finite(report.grad_norm),
+                "thresholds": bad.thresholds,
+                "documents": sorted((each for part in parts for each in json.loads(part)), key=_worst_first),
+            }
+            text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_whole(path, as_utf8(text))
+            except OSError as error:
+                complaint = f"{self._folder}: {error}"
+        raise_on_any_rank(self._world, complaint, CheckpointError)
+        return path
+
+    def add_roll_back(self, state: TrainState, loader: LoaderState, reason: str, what: str) -> RollBack | None:
+        """Write down that the run goes back from a bad step to an earlier checkpoint. All ranks must call.
+
+        Args:
+            state: Before the bad step.
+            loader: This rank's lanes after it.
+            reason: Why it is bad.
+            what: The same as a sentence, for errors.
+
+        Returns:
+            The roll back, on rank 0; None elsewhere.
+
+        Raises:
+            CheckpointError: there is no checkpoint to go back to, or the list cannot be written; every rank raises.
+            EngineError: there were too many roll backs without progress; every rank raises.
+        """
+        parts = gather_bytes(self._world, loader.to_json().encode())
+        entry = complaint = limit = None
+        if self._world.is_main:
+            merged = LoaderState.merge([LoaderState.from_json(part.decode()) for part in parts])
+            try:
+                entry = plan(self._checkpoints, self._roll_backs, state, self._config.roll_back_steps, reason, merged)
+                if entry.in_row > self._config.max_in_row:
+                    limit = (
+                        f"{what}. After {entry.in_row - 1} roll backs the run has not got past step "
+                        f"{max(earlier.at_step for earlier in self._roll_backs)} "
+                        f"(bad_steps.max_in_row={self._config.max_in_row}): lower the learning rate, or look at the "
+                        "data"
+                    )
+                else:
+                    write_roll_backs(self._folder, [*self._roll_backs, entry])
+            except (OSError, CheckpointError) as error:
+                complaint = f"{self._folder}: {error}"
+        raise_on_any_rank(self._world, complaint, CheckpointError)
+        raise_on_any_rank(self._world, limit, EngineError)
+        return entry
+
+
+def _documents(batch: StepBatch, report: StepReport) -> Iterator[dict[str, Any]]:
+    """This rank's documents of a step, with what the ledger calls them and their mean loss."""
+    drawn = iter([(lane, place, drawn) for lane, pack in batch.drawn.items() for place, drawn in enumerate(pack)])
+    for microbatch, losses in zip(batch.microbatches, report.document_losses, strict=True):
+        bounds = microbatch.segments.bounds
+        for number, origin in enumerate(microbatch.provenance):
+            if origin is None:
+                continue
+            lane, place, known = next(drawn)
+            weight = float(microbatch.loss_weights[bounds[number] : bounds[number + 1]].sum())
+            yield {
+                "lane": lane,
+                "place": place,
+                "dataset": origin.dataset,
+                "epoch": origin.epoch,
+                "index": origin.index,
+                "part": known.part,
+                "shard": origin.shard,
+                "key": origin.key,
+                "tokens": bounds[number + 1] - bounds[number],
+                "loss": _finite(losses[number] / weight) if weight else None,
+                "finite": math.isfinite(losses[number]),
+            }
+
+
+def _worst_first(document: Mapping[str, Any]) -> tuple[bool, float]:
+    return bool(document["finite"]), -(document["loss"] or 0.0)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN or infinity: null."""
+    return value if math.isfinite(value) else None

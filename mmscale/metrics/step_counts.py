@@ -1,0 +1,98 @@
+"""Counts of one step by name. Each rank counts its own, the loop sums them over ranks, metrics follow from the sums.
+
+step_flops | count_step   --dist.all_reduce_sum-->   step_metrics   -->   the step's line in ``metrics.jsonl``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from data_pipeline.errors import FaultKind
+from data_pipeline.loader.loader import StepBatch
+from mmscale.engine.engine import Engine, StepReport
+
+_DATASET_COUNTS = ("loss_sum", "loss_weight", "samples", "tokens", "skipped")
+
+
+def count_step(
+    batch: StepBatch, document_losses: Sequence[Sequence[float]], datasets: Sequence[str]
+) -> dict[str, float]:
+    """Count what this rank was fed in a step.
+
+    Args:
+        batch: The step.
+        document_losses: ``StepReport.document_losses``; empty if nothing was trained.
+        datasets: Names of the data sets, the same on every rank.
+
+    Returns:
+        The same names in the same order on every rank: ``tokens``, ``samples``, ``cut_documents``, ``learned_tokens``,
+        ``images``, ``faults/KIND`` and, for each data set, ``dataset/NAME/`` with ``loss_sum``, ``loss_weight``,
+        ``samples``, ``tokens`` and ``skipped``.
+    """
+    counts: dict[str, float] = {
+        "tokens": batch.num_tokens,
+        "samples": batch.num_samples,
+        "cut_documents": batch.num_cut,
+        "learned_tokens": sum(int(microbatch.loss_weights.count_nonzero()) for microbatch in batch.microbatches),
+        "images": sum(microbatch.num_images for microbatch in batch.microbatches),
+    }
+    counts |= {f"faults/{kind.value}": 0 for kind in FaultKind}
+    counts |= {f"dataset/{name}/{count}": 0 for name in datasets for count in _DATASET_COUNTS}
+    for number, microbatch in enumerate(batch.microbatches):
+        bounds = microbatch.segments.bounds
+        weights = torch.segment_reduce(microbatch.loss_weights, "sum", offsets=microbatch.segments.cu.long()).tolist()
+        for segment, origin in enumerate(microbatch.provenance):
+            if origin is None:
+                continue
+            counts[f"dataset/{origin.dataset}/loss_sum"] += document_losses[number][segment] if document_losses else 0.0
+            counts[f"dataset/{origin.dataset}/loss_weight"] += weights[segment]
+            counts[f"dataset/{origin.dataset}/samples"] += 1
+            counts[f"dataset/{origin.dataset}/tokens"] += bounds[segment + 1] - bounds[segment]
+    for skip in batch.skipped:
+        counts[f"faults/{skip.kind.value}"] += 1
+        counts[f"dataset/{skip.dataset}/skipped"] += 1
+    return counts
+
+
+def step_flops(engine: Engine, microbatches: Sequence[Any]) -> dict[str, float]:
+    """Count ``model_flops`` and ``hardware_flops`` of this rank's microbatches, which are still on the host.
+
+    Teachers are included. ``hardware_flops`` also contains operations that are computed again in the backward pass.
+    """
+    model: Any = engine.model
+    recompute = engine.config.activation_checkpointing
+    counts = [model.training_flops(part, engine.trained_components, recompute=recompute) for part in microbatches]
+    counts += [teacher.flops(part) for teacher in engine.teachers for part in microbatches]
+    return {
+        "model_flops": float(sum(count.model for count in counts)),
+        "hardware_flops": float(sum(count.hardware for count in counts)),
+    }
+
+
+def step_metrics(report: StepReport, sums: Mapping[str, float], datasets: Sequence[str]) -> dict[str, float | int]:
+    """Return the metrics of a step that follow from its counts, and from rank 0's clock.
+
+    A data set's loss is the mean weighted by its tokens, absent without weight. A kind of fault is absent if its count
+    is 0. ``report`` gives seconds and peak bytes of the phases, and the components' gradient norms if they were asked
+    for.
+
+    Args:
+        report: The step on this rank.
+        sums: ``count_step`` and ``step_flops``, summed over all ranks.
+        datasets: Names of the data sets.
+    """
+    names = ("cut_documents", "learned_tokens", "images", "model_flops", "hardware_flops")
+    metrics: dict[str, float | int] = {name: int(sums[name]) for name in names}
+    metrics |= {f"{name}_seconds": value for name, value in report.spans.seconds.items()}
+    metrics |= {f"{name}_peak_bytes": value for name, value in report.spans.peak_bytes.items()}
+    metrics |= {f"grad_norm/{name}": norm for name, norm in report.component_grad_norms.items()}
+    faults = {name: int(count) for name, count in sums.items() if name.startswith("faults/") and count}
+    metrics |= {"skipped_samples": sum(faults.values()), **faults}
+    for name in (f"dataset/{dataset}" for dataset in datasets):
+        if weight := sums[f"{name}/loss_weight"]:
+            metrics[f"{name}/loss"] = sums[f"{name}/loss_sum"] / weight
+        metrics |= {f"{name}/{count}": int(sums[f"{name}/{count}"]) for count in ("samples", "tokens", "skipped")}
+    return metrics
