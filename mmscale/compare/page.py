@@ -10,11 +10,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from data_pipeline.io.atomic import as_utf8, write_whole
 from mmscale.compare.config import Comparison
@@ -24,11 +23,11 @@ from mmscale.compare.plan import Trial
 from mmscale.compare.runs import Failure
 from mmscale.compare.start import alike
 from mmscale.metrics.progress import format_count, format_seconds
+from mmscale.report.charts import Bar, Chart, Line
 from mmscale.report.curves import smooth
-from mmscale.report.svg import Band, Bar, Line, bar_chart, line_chart
+from mmscale.report.page import render_page
 
 _PLACES = 200
-_WIDE, _NARROW = 1080, 520
 _COLOURS = 5
 
 
@@ -39,15 +38,6 @@ class Row:
     name: str
     colour: int
     cells: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One chart with its heading."""
-
-    title: str
-    note: str
-    chart: Markup
 
 
 def write_comparison(comparison: Comparison, trials: Sequence[Trial], failures: Sequence[Failure]) -> dict[str, Any]:
@@ -89,17 +79,10 @@ def _plain(value: Any) -> Any:
 def _render(
     comparison: Comparison, trials: Sequence[Trial], variants: Sequence[VariantFigures], sentences: Sequence[str]
 ) -> str:
-    folders = [jinja2.PackageLoader("mmscale.compare", "."), jinja2.PackageLoader("mmscale.report", ".")]
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(folders),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     colours = {each.name: number % _COLOURS + 1 for number, each in enumerate(comparison.variants)}
     done = sum(len(each.runs) for each in variants)
-    return environment.get_template("comparison.html.jinja").render(
+    return render_page(
+        Path(__file__).with_name("comparison.html.jinja"),
         title=comparison.run_dir.resolve().name,
         done=done,
         planned=len(trials),
@@ -107,8 +90,8 @@ def _render(
         heads=_result_heads(variants),
         results=[_result_row(each, colours[each.name]) for each in variants],
         costs=[_cost_row(each, colours[each.name]) for each in variants],
-        bars=_bars(variants, colours),
-        figures=_figures(variants, colours),
+        scores=_scores(variants, colours),
+        charts=_charts(variants, colours),
         limits=sentences,
         variants=[(each.name, colours[each.name], each.overrides) for each in comparison.variants],
     )
@@ -199,25 +182,22 @@ def _cost_row(figures: VariantFigures, colour: int) -> Row:
     )
 
 
-def _bars(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> list[Chart]:
-    """One chart a set that has a score: scores with their intervals over seeds, and what a blind guess gets."""
+def _scores(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> list[tuple[str, str, list[Bar]]]:
+    """(set, note, bars) of each set with a score: the scores with their intervals over seeds, and a blind guess."""
     found = []
-    width = max((7 * len(each.name) + 14 for each in variants), default=0)
     for name, held in variants[0].heldout.items() if variants else ():
         scores = {each.name: figure for each in variants if (figure := each.heldout[name].score) is not None}
         if held.chance is None or not scores:
             continue
         bars = [
-            Bar(variant, score.mean.mean, score.mean.half or 0.0, f"a{colours[variant]}")
-            for variant, score in scores.items()
+            Bar(variant, score.mean.mean, score.mean.half or 0.0, colours[variant]) for variant, score in scores.items()
         ]
-        bars.append(Bar("chance", held.chance, 0.0, "chance"))
-        chart = bar_chart(bars, width=_NARROW, label_width=max(66, width))
-        found.append(Chart(name, f"{held.metric} · {held.n:,} samples", chart))
+        bars.append(Bar("chance", held.chance, 0.0, 0))
+        found.append((name, f"{held.metric} · {held.n:,} samples", bars))
     return found
 
 
-def _figures(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> list[Chart]:
+def _charts(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> list[Chart]:
     if not any(run.curve.loss for each in variants for run in each.runs):
         return []
     note = "smoothed; mean over seeds, band from the lowest to the highest"
@@ -236,15 +216,13 @@ def _loss_chart(
 ) -> Chart:
     largest = max(over(run.curve)[-1] for each in variants for run in each.runs if run.curve.loss)
     unit, size = _unit(largest)
-    lines, bands = [], []
+    lines = []
     for each in variants:
         spread = _spread([run.curve for run in each.runs if run.curve.loss], over, size)
-        colour = colours[each.name]
-        lines.append(Line(each.name, [(x, mean) for x, _, mean, _ in spread], colour))
-        bands.append(Band([(x, low, high) for x, low, _, high in spread], colour))
+        points, ends = [(x, mean) for x, _, mean, _ in spread], [(low, high) for _, low, _, high in spread]
+        lines.append(Line(each.name, points, colours[each.name], spread=ends))
     axis = " ".join(filter(None, [unit, name]))
-    chart = line_chart(lines, [], format_value=lambda value: f"{value:.3g}", width=_WIDE, bands=bands, axis=axis)
-    return Chart(f"Training loss over {axis}", note, chart)
+    return Chart(f"Training loss over {axis}", note, lines, axis)
 
 
 def _unit(largest: float) -> tuple[str, float]:

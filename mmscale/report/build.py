@@ -16,8 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jinja2
-from markupsafe import Markup
+import numpy as np
 
 from data_pipeline.io.atomic import as_utf8, write_whole
 from data_pipeline.io.untrusted import read_bytes
@@ -27,27 +26,26 @@ from mmscale.metrics.goodput import Goodput, read_goodput
 from mmscale.metrics.progress import format_count, format_seconds
 from mmscale.metrics.sinks import read_metrics
 from mmscale.report.captions import CaptionRecord, read_captions
+from mmscale.report.charts import Bar, Chart, Line, stage_names
 from mmscale.report.configuration import Setting, read_configuration
 from mmscale.report.curves import (
     Point,
     Record,
-    StageMark,
+    column,
     data_wait_percent,
-    finite,
     rate,
     series,
     smooth,
     stage_marks,
     thin,
+    total,
 )
+from mmscale.report.page import render_page
 from mmscale.report.starts import read_starts
-from mmscale.report.step_time import goodput_rows, goodput_shares, step_figures, step_rows
-from mmscale.report.svg import Bar, Line, bar_chart, line_chart
+from mmscale.report.step_time import goodput_rows, goodput_shares, step_charts, step_rows
 
 REPORT_FILE = "report.html"
 _MOST_IMAGE_BYTES = 16 << 20
-_NARROW, _WIDE = 520, 1080
-"""Widths of charts in a column and across the page: near their size on the page, so that letters come out alike."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +58,7 @@ class Card:
     score: str
     unit: str
     about: str
-    bars: Markup
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One chart with its heading."""
-
-    title: str
-    note: str
-    chart: Markup
+    bars: list[Bar]
 
 
 @dataclass(frozen=True)
@@ -146,16 +135,8 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
     damage = list(dict.fromkeys(damage))  # Two parts may read one file.
     for line in damage:
         note(line)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mmscale.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["count"] = format_count
-    environment.filters["duration"] = format_seconds
-    return environment.get_template("report.html.jinja").render(
+    return render_page(
+        Path(__file__).with_name("report.html.jinja"),
         title=run_dir.resolve().name,
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         finished=bool(result) and result.get("finished", True),
@@ -163,7 +144,7 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
         facts=_facts(records, result),
         cards=_cards(result),
         galleries=_galleries(run_dir, captions),
-        figures=_figures(records),
+        charts=_charts(records),
         throughput=_throughput(records),
         wall_time=_wall_time(goodput),
         goodput=goodput_rows(goodput),
@@ -189,26 +170,22 @@ def _facts(records: Sequence[Record], result: Mapping[str, Any]) -> list[tuple[s
     """The line of figures under the title; what is not known yet is left out."""
     facts = []
     if "params" in result:
-        total, active = result["params"]["total"], result["params"]["active"]
-        facts.append(("parameters", format_count(total)))
-        if active != total:
+        every, active = result["params"]["total"], result["params"]["active"]
+        facts.append(("parameters", format_count(every)))
+        if active != every:
             facts.append(("active per token", format_count(active)))
     if {"world_size", "zero_stage", "precision"} <= result.keys():
         ranks = f"{result['world_size']} rank" + ("s" if result["world_size"] > 1 else "")
         facts.append(("engine", f"{ranks} · ZeRO-{result['zero_stage']} · {result['precision']}"))
     if records:
         facts.append(("steps", f"{records[-1]['step']:,}"))
-        facts.append(("samples", format_count(_total(records, "samples"))))
-        facts.append(("tokens", format_count(_total(records, "tokens"))))
-        seconds = result.get("train_seconds") or _total(records, "seconds")
+        facts.append(("samples", format_count(total(records, "samples"))))
+        facts.append(("tokens", format_count(total(records, "tokens"))))
+        seconds = result.get("train_seconds") or total(records, "seconds")
         facts.append(("training time", format_seconds(seconds)))
     if result.get("machine"):
         facts.append(("machine", result["machine"]))
     return facts
-
-
-def _total(records: Sequence[Record], key: str) -> float:
-    return sum(finite(record.get(key)) or 0.0 for record in records)
 
 
 def _cards(result: Mapping[str, Any]) -> list[Card]:
@@ -221,16 +198,16 @@ def _card(name: str, held: Mapping[str, Any]) -> Card:
         about = f"loss {held['loss']:.4f} ± {held['error']:.4f}"
         about += f" · {per_byte:.3f} bits per byte" if per_byte is not None else ""
         samples = f"{held['n']:,} documents, {held['tokens']:,} tokens"
-        return Card(name, held["metric"], samples, f"{held['perplexity']:.4g}", "", about, Markup())
+        return Card(name, held["metric"], samples, f"{held['perplexity']:.4g}", "", about, [])
     score, n = held["score"], held["n"]
-    bars = [Bar("model", score, held.get("error", binomial_error(score, n)), "score")]
+    bars = [Bar("model", score, held.get("error", binomial_error(score, n)), 1)]
     about = f"{score / held['chance']:.1f}× chance"
     if "control" in held:
         control = held["control"]
-        bars.append(Bar("permuted", control, held.get("control_error", binomial_error(control, n)), "control"))
+        bars.append(Bar("permuted", control, held.get("control_error", binomial_error(control, n)), 3))
         about = f"{score / control:.1f}× its control" if control else "control: none right"
-    bars.append(Bar("chance", held["chance"], 0.0, "chance"))
-    return Card(name, held["metric"], f"{n:,} samples", f"{100 * score:.1f}", "%", about, bar_chart(bars))
+    bars.append(Bar("chance", held["chance"], 0.0, 0))
+    return Card(name, held["metric"], f"{n:,} samples", f"{100 * score:.1f}", "%", about, bars)
 
 
 def _galleries(run_dir: Path, records: Sequence[CaptionRecord]) -> list[Gallery]:
@@ -261,38 +238,28 @@ def _loss_unit(records: Sequence[Record]) -> str:
     return "mean per token"
 
 
-def _figures(records: Sequence[Record]) -> list[Figure]:
+def _charts(records: Sequence[Record]) -> list[Chart]:
     if not records:
         return []
     stages = stage_marks(records)
-    bad = sum(finite(record.get("loss")) is None for record in records)
+    marks = stage_names(stages)
+    bad = int(np.isnan(column(records, "loss")).sum())
     skipped = sum(record.get("applied") is False for record in records)
+    loss_note = _join(_loss_unit(records), f"{_steps(bad)} without a finite loss" if bad else "")
+    norm_note = _join("before clipping", f"{_steps(skipped)} skipped" if skipped else "")
+    wait = _smoothed(data_wait_percent(records), 4)
     return [
-        Figure(
-            "Loss",
-            _join(_loss_unit(records), f"{_steps(bad)} without a finite loss" if bad else ""),
-            _curve(series(records, "loss"), stages, lambda value: f"{value:.3g}", colour=1, width=_WIDE),
-        ),
-        Figure(
-            "Learning rate",
-            "by component",
-            line_chart(_learning_rates(records), stages, format_value=_scientific, from_zero=True, width=_NARROW),
-        ),
-        Figure(
-            "Gradient norm",
-            _join("before clipping", f"{_steps(skipped)} skipped" if skipped else ""),
-            _curve(series(records, "grad_norm"), stages, lambda value: f"{value:.3g}", colour=2),
-        ),
-        Figure(
-            "Tokens per second", "all ranks", _curve(rate(records, "tokens"), stages, format_count, colour=3, zero=True)
-        ),
-        Figure(
-            "Data wait",
-            "share of a step spent waiting for the loader",
-            _curve(data_wait_percent(records), stages, lambda value: f"{value:.3g}%", colour=4, zero=True),
-        ),
-        *(Figure(title, note, chart) for title, note, chart in step_figures(records, stages, _NARROW)),
+        Chart("Loss", loss_note, _smoothed(series(records, "loss"), 1), marks=marks),
+        Chart("Learning rate", "by component", _learning_rates(records), from_zero=True, marks=marks),
+        Chart("Gradient norm", norm_note, _smoothed(series(records, "grad_norm"), 2), marks=marks),
+        Chart("Tokens per second", "all ranks", _smoothed(rate(records, "tokens"), 3), from_zero=True, marks=marks),
+        Chart("Data wait", "share of a step spent waiting for the loader", wait, unit="%", from_zero=True, marks=marks),
+        *step_charts(records, stages),
     ]
+
+
+def _smoothed(points: Sequence[Point], colour: int) -> list[Line]:
+    return [Line("each step", thin(points), colour, faint=True), Line("smoothed", thin(smooth(points), 300), colour)]
 
 
 def _learning_rates(records: Sequence[Record]) -> list[Line]:
@@ -314,41 +281,19 @@ def _join(*notes: str) -> str:
     return " · ".join(note for note in notes if note)
 
 
-def _scientific(value: float) -> str:
-    if value == 0:
-        return "0"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def _curve(
-    points: Sequence[Any],
-    stages: Sequence[StageMark],
-    text: Any,
-    *,
-    colour: int,
-    zero: bool = False,
-    width: int = _NARROW,
-) -> Markup:
-    lines = [
-        Line("each step", thin(points), colour, faint=True),
-        Line("smoothed", thin(smooth(points), 300), colour),
-    ]
-    return line_chart(lines, stages, format_value=text, from_zero=zero, width=width)
-
-
 def _throughput(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Overall figures; medians, so that the first steps of a process do not count for more than they are."""
-    seconds = [value for record in records if (value := finite(record.get("seconds")))]
+    known = column(records, "seconds")
+    seconds = known[known > 0].tolist()
     if not seconds:
         return []
     spent = sum(seconds)
     return [
-        ("tokens per second", format_count(_total(records, "tokens") / spent)),
-        ("samples per second", format_count(_total(records, "samples") / spent)),
+        ("tokens per second", format_count(total(records, "tokens") / spent)),
+        ("samples per second", format_count(total(records, "samples") / spent)),
         ("seconds per step, median", f"{statistics.median(seconds):.3g}"),
         ("slowest step", f"{max(seconds):.3g} s"),
-        ("waiting for data", f"{100 * _total(records, 'data_wait_seconds') / spent:.1f}%"),
+        ("waiting for data", f"{100 * total(records, 'data_wait_seconds') / spent:.1f}%"),
         *step_rows(records),
     ]
 
@@ -356,11 +301,11 @@ def _throughput(records: Sequence[Record]) -> list[tuple[str, str]]:
 def _faults(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Samples that were left out, by kind, and their share of all that were tried; nothing if none was."""
     kinds = sorted({key for record in records for key in record if key.startswith("faults/")})
-    totals = {kind.removeprefix("faults/"): int(_total(records, kind)) for kind in kinds}
+    totals = {kind.removeprefix("faults/"): int(total(records, kind)) for kind in kinds}
     left_out = sum(totals.values())
     if not left_out:
         return []
-    share = 100 * left_out / (left_out + _total(records, "samples"))
+    share = 100 * left_out / (left_out + total(records, "samples"))
     rows = [(kind, f"{count:,}") for kind, count in totals.items()]
     return [*rows, ("share of all samples", f"{share:.2g}%")]
 
@@ -369,12 +314,17 @@ def _memory(records: Sequence[Record], result: Mapping[str, Any]) -> list[tuple[
     memory = result.get("memory") or {}
     rows = [(f"rank {rank}, host", _bytes(size)) for rank, size in enumerate(memory.get("rss_bytes") or ())]
     rows += [(f"rank {rank}, device", _bytes(size)) for rank, size in enumerate(memory.get("device_bytes") or ())]
-    peaks = [value for record in records if (value := finite(record.get("peak_rss_bytes")))]
+    peaks = _known(records, "peak_rss_bytes")
     rows = rows or ([("rank 0, host", _bytes(max(peaks)))] if peaks else [])
     for phase in ("forward", "backward", "optimizer"):
-        marks = [value for record in records if (value := finite(record.get(f"{phase}_peak_bytes")))]
+        marks = _known(records, f"{phase}_peak_bytes")
         rows += [(f"rank 0, in {phase}", _bytes(max(marks)))] if marks else []
     return rows
+
+
+def _known(records: Sequence[Record], key: str) -> list[float]:
+    values = column(records, key)
+    return values[values > 0].tolist()
 
 
 def _bytes(size: float) -> str:
@@ -390,9 +340,9 @@ def _wall_time(goodput: Goodput | None) -> list[Share]:
 
 def _shares(result: Mapping[str, Any]) -> list[Share]:
     components = result.get("params", {}).get("components") or {}
-    total = sum(components.values())
+    every = sum(components.values())
     return [
-        Share(name, count, 100 * count / total, number % 5 + 1)
+        Share(name, count, 100 * count / every, number % 5 + 1)
         for number, (name, count) in enumerate(sorted(components.items(), key=lambda item: -item[1]))
-        if total
+        if every
     ]

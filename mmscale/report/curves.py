@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+_LARGEST = int(sys.float_info.max)
 Point = tuple[float, float]
 Record = Mapping[str, Any]
+Column = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -23,19 +28,41 @@ class StageMark:
 
 def stage_marks(records: Sequence[Record]) -> list[StageMark]:
     """The stages in the order they ran; records without one belong to a stage without a name."""
-    marks: list[StageMark] = []
+    runs: list[tuple[str, int, int]] = []
     for record in records:
         name, step = str(record.get("stage") or ""), int(record["step"])
-        if marks and marks[-1].name == name:
-            marks[-1] = StageMark(name, marks[-1].first, step)
+        if runs and runs[-1][0] == name:
+            runs[-1] = (name, runs[-1][1], step)
         else:
-            marks.append(StageMark(name, step, step))
-    return marks
+            runs.append((name, step, step))
+    return [StageMark(*run) for run in runs]
 
 
 def series(records: Sequence[Record], key: str) -> list[Point]:
     """(step, value) wherever a record has a finite number under ``key``."""
-    return [(float(record["step"]), value) for record in records if (value := finite(record.get(key))) is not None]
+    return _points(records, column(records, key))
+
+
+def column(records: Sequence[Record], key: str) -> Column:
+    """Return the value of each record under ``key``; NaN where that is no finite number."""
+    values = [record.get(key) for record in records]
+    numbers = [
+        float(value) if type(value) is float or (type(value) is int and abs(value) <= _LARGEST) else math.nan
+        for value in values
+    ]
+    found = np.array(numbers, np.float64)
+    found[~np.isfinite(found)] = np.nan
+    return found
+
+
+def total(records: Sequence[Record], key: str) -> float:
+    """Return the sum of the finite values under ``key``."""
+    return float(np.nansum(column(records, key)))
+
+
+def _points(records: Sequence[Record], values: Column) -> list[Point]:
+    known = ~np.isnan(values)
+    return list(zip(column(records, "step")[known].tolist(), values[known].tolist(), strict=True))
 
 
 def finite(value: Any) -> float | None:
@@ -68,37 +95,38 @@ def _two_sided(values: Sequence[float], decay: float) -> list[float]:
 
 
 def _decayed(values: Sequence[float], decay: float) -> list[float]:
-    return list(accumulate(values, lambda total, value: decay * total + value))
+    sums, last = [], 0.0
+    for value in values:
+        last = decay * last + value
+        sums.append(last)
+    return sums
 
 
 def thin(points: Sequence[Point], limit: int = 600) -> list[Point]:
     """At most ``limit`` points that keep every spike: the lowest and the highest of each bucket, in order."""
     if len(points) <= limit:
         return list(points)
-    num_buckets = limit // 2
+    values = np.array([value for _, value in points])
+    bounds = np.arange(limit // 2 + 1) * len(points) // (limit // 2)
     kept: list[Point] = []
-    for bucket in range(num_buckets):
-        start, end = (len(points) * i // num_buckets for i in (bucket, bucket + 1))
-        inside = points[start:end]
-        extremes = {min(inside, key=lambda p: p[1]), max(inside, key=lambda p: p[1])}
-        kept.extend(sorted(extremes))
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        inside = values[start:end]
+        kept += [points[start + index] for index in sorted({int(inside.argmin()), int(inside.argmax())})]
     return kept
 
 
 def rate(records: Sequence[Record], count_key: str) -> list[Point]:
     """Count per second of each step."""
-    return _quotient(records, count_key, "seconds")
+    return _points(records, quotient(records, count_key, "seconds"))
 
 
 def data_wait_percent(records: Sequence[Record]) -> list[Point]:
     """Share of each step spent waiting for data, in percent."""
-    return [(step, min(100.0, 100 * value)) for step, value in _quotient(records, "data_wait_seconds", "seconds")]
+    return _points(records, np.minimum(100.0, 100 * quotient(records, "data_wait_seconds", "seconds")))
 
 
-def _quotient(records: Sequence[Record], above: str, below: str) -> list[Point]:
-    points = []
-    for record in records:
-        a, b = finite(record.get(above)), finite(record.get(below))
-        if a is not None and b:
-            points.append((float(record["step"]), a / b))
-    return points
+def quotient(records: Sequence[Record], above: str, below: str) -> Column:
+    """Return one value over another in each record; NaN where one is missing or the lower one is 0."""
+    divisor = column(records, below)
+    divisor[divisor == 0] = np.nan
+    return column(records, above) / divisor

@@ -1,19 +1,15 @@
 """The page of ``mmscale data stats --html``: histograms, counts and samples of data sets in one file.
 
 Texts, keys and file names come from anywhere: the template escapes all of them, pictures are encoded anew, and the page
-forbids itself scripts and the network. Not for: counting (``data_pipeline.prepare.stats``).
+forbids itself the network and every script but its own. Not for: counting (``data_pipeline.prepare.stats``).
 """
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from data_pipeline.io.atomic import as_utf8, write_whole
 from data_pipeline.prepare.stats.count import Counted
@@ -21,19 +17,11 @@ from data_pipeline.prepare.stats.gallery import Shown, gallery
 from data_pipeline.prepare.stats.histogram import Histogram
 from data_pipeline.shards.manifest import Manifest
 from mmscale.metrics.progress import format_count
-from mmscale.report.histogram_svg import histogram_chart
+from mmscale.report.charts import Chart, histogram_chart
+from mmscale.report.page import render_page
 
 _NUM_SAMPLES = 24
 _NUM_NAMES = 14
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One distribution with its heading."""
-
-    title: str
-    note: str
-    chart: Markup
 
 
 @dataclass(frozen=True)
@@ -53,12 +41,11 @@ class DataSet:
     manifest: str
     facts: list[tuple[str, str]]
     sampled: str
-    figures: list[Figure]
+    charts: list[Chart]
     constants: list[tuple[str, str]]
     counts: list[Counts]
     examples: list[str]
-    samples: list[tuple[Shown, list[str]]]
-    """Each with its pictures as data URLs."""
+    samples: list[Shown]
 
 
 def write_page(path: Path, title: str, sets: Sequence[tuple[str, Manifest, Counted]]) -> None:
@@ -73,17 +60,9 @@ def write_page(path: Path, title: str, sets: Sequence[tuple[str, Manifest, Count
         ManifestError, ShardError, StorageError: a shard cannot be read.
         OSError: the page cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mmscale.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = [_data_set(name, manifest, counted) for name, manifest, counted in sets]
-    write_whole(
-        path, as_utf8(environment.get_template("data.html.jinja").render(title=title, sets=shown)), parents=True
-    )
+    template = Path(__file__).with_name("data.html.jinja")
+    write_whole(path, as_utf8(render_page(template, title=title, sets=shown)), parents=True)
 
 
 def _data_set(name: str, manifest: Manifest, counted: Counted) -> DataSet:
@@ -95,7 +74,6 @@ def _data_set(name: str, manifest: Manifest, counted: Counted) -> DataSet:
             f"of quantiles are right to {100 * error:.2g} percentage points with 95 % certainty."
         )
     distributions = [row for row in _distributions(counted) if row[1].count and row[1].largest]
-    samples = [(each, [_data_url(picture) for picture in each.pictures]) for each in gallery(manifest, _NUM_SAMPLES)]
     counts = [
         _counts("Made of", figures["kinds"]),
         _counts("Languages of texts", figures["languages"]),
@@ -108,8 +86,8 @@ def _data_set(name: str, manifest: Manifest, counted: Counted) -> DataSet:
         manifest=str(manifest.path),
         facts=_facts(figures),
         sampled=sampled,
-        figures=[
-            Figure(title, _note(histogram, text), histogram_chart(histogram, text))
+        charts=[
+            histogram_chart(title, _note(histogram, text), histogram, text)
             for title, histogram, text in distributions
             if histogram.smallest < histogram.largest
         ],
@@ -120,7 +98,7 @@ def _data_set(name: str, manifest: Manifest, counted: Counted) -> DataSet:
         ],
         counts=[each for each in counts if each.rows],
         examples=list(figures.get("refused_examples", ())),
-        samples=samples,
+        samples=list(gallery(manifest, _NUM_SAMPLES)),
     )
 
 
@@ -164,11 +142,15 @@ def _distributions(counted: Counted) -> list[tuple[str, Histogram, Callable[[flo
 
 
 def _note(histogram: Histogram, text: Callable[[float], str]) -> str:
-    low, p95, high = (
-        text(value / histogram.per_unit) for value in (histogram.smallest, histogram.quantile(0.95), histogram.largest)
+    numbers = (
+        histogram.total / histogram.count,
+        histogram.quantile(0.5),
+        histogram.quantile(0.95),
+        histogram.smallest,
+        histogram.largest,
     )
-    mean = text(histogram.total / histogram.count / histogram.per_unit)
-    return f"mean {mean} · p95 {p95} · {low} to {high}"
+    mean, median, p95, low, high = (text(value / histogram.per_unit) for value in numbers)
+    return f"mean {mean} · median {median} · p95 {p95} · {low} to {high}"
 
 
 def _plain(value: float) -> str:
@@ -180,10 +162,6 @@ def _counts(title: str, counts: Mapping[str, int]) -> Counts:
     largest = max((number for _, number in ordered), default=1)
     rows = [(name, f"{number:,}", 100 * number / largest) for name, number in ordered[:_NUM_NAMES]]
     return Counts(title, rows, len(ordered) - len(rows))
-
-
-def _data_url(picture: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
 
 
 def _bytes(size: float) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from markupsafe import Markup
+import numpy as np
 
 from mmscale.metrics.goodput import Goodput
 from mmscale.metrics.progress import format_count
-from mmscale.report.curves import Point, Record, StageMark, finite, series, smooth, thin
-from mmscale.report.svg import Layer, Line, line_chart, stacked_chart
+from mmscale.report.charts import Chart, Line, stage_names
+from mmscale.report.curves import Record, StageMark, column, quotient, series, smooth, thin, total
 
 _PHASES = (("forward", 1), ("backward", 2), ("optimizer", 3), ("data", 4))
 """From the bottom up, with page colours; data has that of its own curve. What is left is ``other``, in colour 5."""
@@ -27,78 +27,67 @@ _WALL = (
 )
 
 
-def step_figures(records: Sequence[Record], stages: Sequence[StageMark], width: int) -> list[tuple[str, str, Markup]]:
-    """(title, note, chart) of what the records hold: shares of a step, MFU, gradient norms of components."""
-    figures = []
+def step_charts(records: Sequence[Record], stages: Sequence[StageMark]) -> list[Chart]:
+    """Return what the records hold of: shares of a step, MFU, gradient norms of components."""
+    marks, charts = stage_names(stages), []
     layers = step_layers(records)
     if layers:
         note = "share of a step, rank 0 · communication is inside the phases"
-        figures.append(("Time of a step", note, stacked_chart(layers, stages, width=width)))
-    mfu = series(records, "mfu")
+        charts.append(Chart("Time of a step", note, layers, unit="%", stacked=True, marks=marks))
+    mfu = [(step, 100 * value) for step, value in series(records, "mfu")]
     if mfu:
-        lines = [
-            Line("each step", thin(_percent(mfu)), 1, faint=True),
-            Line("smoothed", thin(smooth(_percent(mfu)), _POINTS), 1),
-        ]
-        chart = line_chart(lines, stages, format_value=lambda value: f"{value:.3g}%", from_zero=True, width=width)
-        figures.append(("Model FLOPs utilisation", "model operations, share of the devices' peak", chart))
+        lines = [Line("each step", thin(mfu), faint=True), Line("smoothed", thin(smooth(mfu), _POINTS))]
+        note = "model operations, share of the devices' peak"
+        charts.append(Chart("Model FLOPs utilisation", note, lines, unit="%", from_zero=True, marks=marks))
     names = sorted({key for record in records for key in record if key.startswith("grad_norm/")})
     if names:
         lines = [
             Line(name.removeprefix("grad_norm/"), thin(series(records, name)), number % 5 + 1)
             for number, name in enumerate(names)
         ]
-        chart = line_chart(lines, stages, format_value=lambda value: f"{value:.3g}", from_zero=True, width=width)
-        figures.append(("Gradient norm by component", "before clipping", chart))
-    return figures
+        charts.append(Chart("Gradient norm by component", "before clipping", lines, from_zero=True, marks=marks))
+    return charts
 
 
-def step_layers(records: Sequence[Record]) -> list[Layer]:
-    """Smoothed shares of the phases of each step; empty without a measured step. Together they are the whole step."""
-    measured = [r for r in records if finite(r.get("seconds")) and finite(r.get("forward_seconds")) is not None]
+def step_layers(records: Sequence[Record]) -> list[Line]:
+    """Smoothed percentages of the phases of each step; empty without a measured step. Together they are the step."""
+    seconds = np.nan_to_num(column(records, "seconds"))
+    measured = [
+        record
+        for record, known in zip(records, (seconds != 0) & ~np.isnan(column(records, "forward_seconds")), strict=True)
+        if known
+    ]
     if not measured:
         return []
-    steps = [float(record["step"]) for record in measured]
-    shares = {name: [_share(record, name) for record in measured] for name, _ in _PHASES}
-    shares["other"] = [max(0.0, 1 - sum(parts)) for parts in zip(*shares.values(), strict=True)]
-    keep = range(0, len(steps), -(-len(steps) // _POINTS))
-    layers = []
-    for name, colour in (*_PHASES, ("other", 5)):
-        points = smooth(list(zip(steps, shares[name], strict=True)))
-        layers.append(Layer(name, [points[index] for index in keep], colour))
-    return layers
-
-
-def _share(record: Record, phase: str) -> float:
-    key = "data_wait_seconds" if phase == "data" else f"{phase}_seconds"
-    return min(1.0, (finite(record.get(key)) or 0.0) / float(record["seconds"]))
-
-
-def _percent(points: Sequence[Point]) -> list[Point]:
-    return [(step, 100 * value) for step, value in points]
+    steps = column(measured, "step").tolist()
+    keys = ["data_wait_seconds" if name == "data" else f"{name}_seconds" for name, _ in _PHASES]
+    shares = [np.minimum(100.0, 100 * np.nan_to_num(quotient(measured, key, "seconds"))) for key in keys]
+    shares.append(np.maximum(0.0, 100 - np.sum(shares, axis=0)))
+    every = -(-len(steps) // _POINTS)
+    return [
+        Line(name, smooth(list(zip(steps, share.tolist(), strict=True)))[::every], colour)
+        for (name, colour), share in zip((*_PHASES, ("other", 5)), shares, strict=True)
+    ]
 
 
 def step_rows(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Overall shares of the phases and of communication, MFU, and operations a second."""
-    measured = [record for record in records if finite(record.get("forward_seconds")) is not None]
-    spent = _sum(measured, "seconds")
+    known = ~np.isnan(column(records, "forward_seconds"))
+    measured = [record for record, is_known in zip(records, known, strict=True) if is_known]
+    spent = total(measured, "seconds")
     if not spent:
         return []
     rows = [
-        (f"{name}, of a step", f"{100 * _sum(measured, f'{name}_seconds') / spent:.1f}%")
+        (f"{name}, of a step", f"{100 * total(measured, f'{name}_seconds') / spent:.1f}%")
         for name in ("forward", "backward", "optimizer", "communication")
     ]
-    known = [record for record in measured if finite(record.get("mfu")) is not None and finite(record.get("seconds"))]
-    if known:
-        mfu = sum(float(r["mfu"]) * float(r["seconds"]) for r in known) / _sum(known, "seconds")
-        rows.append(("MFU", f"{100 * mfu:.1f}%"))
-    if _sum(measured, "model_flops"):
-        rows.append(("model operations per second", format_count(_sum(measured, "model_flops") / spent)))
+    seconds, mfu = column(measured, "seconds"), column(measured, "mfu")
+    seconds[np.isnan(mfu)] = 0.0
+    if np.nansum(seconds):
+        rows.append(("MFU", f"{100 * np.nansum(mfu * seconds) / np.nansum(seconds):.1f}%"))
+    if total(measured, "model_flops"):
+        rows.append(("model operations per second", format_count(total(measured, "model_flops") / spent)))
     return rows
-
-
-def _sum(records: Sequence[Record], key: str) -> float:
-    return sum(finite(record.get(key)) or 0.0 for record in records)
 
 
 def goodput_shares(goodput: Goodput | None) -> list[tuple[str, float, float]]:

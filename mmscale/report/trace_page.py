@@ -5,17 +5,15 @@ Everything is inlined, so the file can be mailed. Not for: finding the rows (``m
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from data_pipeline.history.sample_lookup import Shown
 from data_pipeline.io.atomic import as_utf8, write_whole
+from mmscale.report.page import render_page
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,6 @@ def write_trace_page(path: Path, page: TracePage) -> Path:
     for lane, group in groupby(page.shown, key=lambda shown: shown.row.lane):
         cards = tuple(group)
         packs.append(_Pack(lane, sum(card.row.tokens for card in cards), cards))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["data_url"] = lambda jpeg: "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    text = environment.get_template("trace.html.jinja").render(page=page, packs=packs)
+    text = render_page(Path(__file__).with_name("trace.html.jinja"), page=page, packs=packs)
     write_whole(path, as_utf8(text), parents=True)
     return path

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mmscale.report.page as report_page
 from mmscale.errors import ConfigError
 from mmscale.evaluate.result import (
     ChoiceResult,
@@ -124,6 +125,29 @@ def test_a_report_in_mid_run_says_so_and_shows_what_there_is(run: Path) -> None:
     assert "Scored at the end of the run" in page.text
     assert "3.00 GiB" in page.text
     assert sum(attributes.get("class") == "chart" for _, attributes in page.tags) == 5
+    loss, rate, norm, tokens, wait = page.charts
+    assert loss["marks"] == [[1, "align"], [4, "all"]]
+    each, smoothed = loss["lines"]
+    assert (each["label"], each["faint"], smoothed["label"], smoothed["faint"]) == (
+        "each step",
+        True,
+        "smoothed",
+        False,
+    )
+    assert each["x"] == smoothed["x"] == [1, 3, 4, 5, 6]
+    assert each["y"] == pytest.approx([5 / step for step in each["x"]])
+    assert (rate["lines"][0]["label"], set(rate["lines"][0]["y"])) == ("decoder", {1e-3})
+    assert (set(norm["lines"][0]["y"]), set(tokens["lines"][0]["y"])) == ({1.0}, {200.0})
+    assert (set(wait["lines"][0]["y"]), wait["unit"]) == ({20.0}, "%")
+    assert [chart["zero"] for chart in page.charts] == [False, True, False, True, True]
+
+
+def test_each_chart_has_a_table_for_readers_without_scripts(run: Path) -> None:
+    page = Page(build_report(run).read_text())
+    assert sum(tag == "noscript" for tag, _ in page.tags) == len(page.charts)
+    assert "step first last lowest highest each step 5% 5%" not in page.text
+    assert "each step 5 0.8333 0.8333 5 " in page.text
+    assert "each step 20% 20% 20% 20%" in page.text
 
 
 def test_a_run_without_a_step_has_a_report(tmp_path: Path) -> None:
@@ -137,7 +161,8 @@ def test_hostile_captions_stages_names_and_settings_stay_text(run: Path) -> None
     save_captions(run, [(HOSTILE, np.zeros((2, 2, 3), np.uint8), HOSTILE, HOSTILE)])
     (run / "config.yaml").write_text(json.dumps({"seed": HOSTILE, HOSTILE: {"a": HOSTILE}}))
     page = Page(build_report(run).read_text())
-    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert page.runs_its_own_script_alone()
+    assert page.charts[0]["marks"][0] == [1, HOSTILE]
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert all((attributes["src"] or "").startswith("data:") for tag, attributes in page.tags if tag == "img")
     assert "60481729" not in page.text
@@ -161,6 +186,13 @@ def test_the_page_needs_no_network(run: Path) -> None:
     assert [link for link in links if not link.startswith("data:")] == []
     assert "@import" not in text
     assert "url(" not in text
+
+
+def test_the_library_of_the_charts_comes_with_its_licence(run: Path) -> None:
+    folder = Path(report_page.__file__).with_name("uplot")
+    assert "Permission is hereby granted, free of charge" in (folder / "LICENSE").read_text()
+    (program,) = Page(build_report(run).read_text()).programs
+    assert program.startswith((folder / "uPlot.iife.min.js").read_text())
 
 
 def test_an_image_outside_the_run_is_not_shown(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

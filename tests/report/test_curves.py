@@ -1,13 +1,18 @@
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmscale.report.curves import StageMark, data_wait_percent, rate, series, smooth, stage_marks, thin
-from mmscale.report.svg import Bar, Line, bar_chart, line_chart, nice_ticks
+from mmscale.report.charts import Bar, Chart, Line, stage_names
+from mmscale.report.curves import StageMark, column, data_wait_percent, rate, series, smooth, stage_marks, thin, total
+from mmscale.report.page import render_page
+from tests.report.pages import Page
 
 curves = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40).map(
     lambda values: [(float(i), v) for i, v in enumerate(values)]
@@ -54,42 +59,59 @@ def test_stages_are_the_runs_of_their_names() -> None:
     assert stage_marks(records) == [StageMark("a", 1, 2), StageMark("b", 3, 3), StageMark("a", 4, 4)]
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_ticks_are_few_even_and_inside(low: float, span: float) -> None:
-    high = low + span
-    if not high > low:
-        return
-    ticks = nice_ticks(low, high)
-    assert len(ticks) <= 6
-    assert all(low - 1e-6 * span - 1e-9 <= tick <= high + 1e-6 * span + 1e-9 for tick in ticks)
+def test_a_column_holds_finite_numbers_alone() -> None:
+    values = [1, 2.5, True, None, "3", 10**400, float("inf"), -(10**400), float("nan"), [4]]
+    records = [{"step": 1, "loss": value} for value in values] + [{"step": 2}]
+    np.testing.assert_array_equal(column(records, "loss"), [1, 2.5, *[np.nan] * 9])
+    assert total(records, "loss") == 3.5
+    assert total([], "loss") == 0
 
 
-def test_a_curve_fills_its_frame_from_corner_to_corner() -> None:
-    chart = line_chart(
-        [Line("loss", [(1, 0.0), (101, 10.0)])], [], format_value=lambda v: f"{v:g}", width=600, from_zero=True
-    )
-    (points,) = re.findall(r'<polyline class="line c1" points="([^"]+)"', chart)
-    (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in points.split())
-    assert x0 < 60 < 580 < x1
-    assert y1 < 60 < 180 < y0
+@pytest.fixture
+def draw(tmp_path: Path) -> Callable[..., Page]:
+    """Renders one macro of the charts."""
+
+    def render(call: str, **values: Any) -> Page:
+        template = tmp_path / "one.html.jinja"
+        template.write_text('{% from "charts.html.jinja" import card, bars with context %}' + f"{{{{ {call} }}}}")
+        return Page(render_page(template, **values))
+
+    return render
 
 
-def test_several_stages_are_named_and_parted_and_one_is_not() -> None:
-    line = [Line("loss", [(1, 1.0), (10, 2.0)])]
-    two = line_chart(line, [StageMark("warm <up>", 1, 5), StageMark("all", 6, 10)], format_value=str)
-    assert "warm &lt;up&gt;" in two
-    assert two.count('class="stage"') == 1
-    assert "stage-name" not in line_chart(line, [StageMark("all", 1, 10)], format_value=str)
+def test_a_chart_holds_every_point_in_order(draw: Callable[..., Page]) -> None:
+    lines = [
+        Line("loss", [(1, 0.1), (1_234_567, 10.0)], 2),
+        Line("spread", [(2, 0.25)], faint=True, spread=[(0.125, 0.5)]),
+        Line("none", []),
+    ]
+    (drawn,) = draw("card(chart)", chart=Chart("t", "n", lines, "tokens", "%")).charts
+    assert drawn["lines"] == [
+        {"label": "loss", "colour": 2, "faint": False, "x": [1, 1_234_567], "y": [0.1, 10], "low": [], "high": []},
+        {"label": "spread", "colour": 1, "faint": True, "x": [2], "y": [0.25], "low": [0.125], "high": [0.5]},
+    ]
+    assert (drawn["axis"], drawn["unit"]) == ("tokens", "%")
 
 
-def test_one_point_and_no_point_are_drawn() -> None:
-    assert "<circle" in line_chart([Line("loss", [(1, 1.0)])], [], format_value=str)
-    assert "Nothing recorded" in line_chart([Line("loss", [])], [], format_value=str)
+def test_several_stages_are_named_and_parted_and_one_is_not(draw: Callable[..., Page]) -> None:
+    marks = stage_names([StageMark("warm <up>", 1, 5), StageMark("</script>", 6, 10)])
+    page = draw("card(chart)", chart=Chart("t", "n", [Line("loss", [(1, 1.0)])], marks=marks))
+    assert page.charts[0]["marks"] == [[1, "warm <up>"], [6, "</script>"]]
+    assert stage_names([StageMark("all", 1, 10)]) == []
 
 
-def test_bars_are_as_long_as_their_shares() -> None:
-    chart = bar_chart([Bar("model", 0.5, 0.0, "score"), Bar("chance", 0.125, 0.0, "chance")])
-    lengths = {kind: float(width) for kind, width in re.findall(r'class="bar (\w+)"[^>]*? width="([\d.]+)"', chart)}
-    assert lengths["score"] == pytest.approx(4 * lengths["chance"], rel=0.01)
-    assert "50.0%" in chart
-    assert "12.5%" in chart
+def test_no_point_is_a_sentence(draw: Callable[..., Page]) -> None:
+    page = draw("card(chart)", chart=Chart("t", "n", [Line("loss", [])]))
+    assert "Nothing recorded" in page.text
+    assert page.charts == []
+
+
+def test_bars_are_as_long_as_their_shares(draw: Callable[..., Page]) -> None:
+    page = draw("bars(shares)", shares=[Bar("model", 0.4, 0.1, 1), Bar("chance", 0.125, 0.0, 0)])
+    styles = {a["class"]: a["style"] for _, a in page.tags if "style" in a}
+    assert styles == {
+        "bar-fill k1": "width:80.0%",
+        "whisker": "left:60.0%;right:0.0%",
+        "bar-fill k0": "width:25.0%",
+    }
+    assert "model 40.0% ± 10.0 chance 12.5%" in page.text

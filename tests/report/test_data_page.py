@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -19,28 +17,11 @@ from data_pipeline.prepare.stats.count import count
 from data_pipeline.prepare.stats.histogram import Histogram
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
+from mmscale.report.charts import histogram_chart
 from mmscale.report.data_page import write_page
-from mmscale.report.histogram_svg import histogram_chart
+from tests.report.pages import Page
 
 HOSTILE = """</p><script>alert(1)</script><img src=x onerror='alert(2)'>"{{ 7*7 }}" <svg onload=alert(3)>&amp;"""
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def picture(width: int, height: int) -> bytes:
@@ -66,20 +47,20 @@ def page(tmp_path: Path) -> Page:
 
 @pytest.mark.fault
 def test_hostile_text_stays_text(page: Page) -> None:
-    assert not page.tags & {"script", "iframe", "object", "link", "i", "u", "b"}
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
-    sources = [value or "" for name, value in page.attributes if name in ("src", "href")]
+    assert not {tag for tag, _ in page.tags} & {"iframe", "object", "link", "i", "u", "b"}
+    assert page.runs_its_own_script_alone()
+    attributes = [pair for _, found in page.tags for pair in found.items()]
+    assert not [name for name, _ in attributes if name.startswith("on")]
+    sources = [value or "" for name, value in attributes if name in ("src", "href")]
     assert sources
     assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
     assert page.text.count(HOSTILE) == 4
     assert 'k"onmouseover="alert(4)' in page.text
     assert "<i>title" in page.text
-    policy = [value for name, value in page.attributes if name == "content"]
-    assert any(value is not None and value.startswith("default-src 'none'") for value in policy)
 
 
 def test_samples_are_shown_small_and_short(page: Page) -> None:
-    sources = [value or "" for name, value in page.attributes if name == "src"]
+    sources = [found["src"] or "" for _, found in page.tags if "src" in found]
     assert len(sources) == 2 * (1 + 4)
     for source in sources:
         shown = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
@@ -97,13 +78,21 @@ def test_samples_are_shown_small_and_short(page: Page) -> None:
 def test_every_number_is_in_a_bar(values: list[int], per_unit: int) -> None:
     histogram = Histogram(per_unit)
     histogram.add(values)
-    drawn = str(histogram_chart(histogram, lambda value: f"{value:.3g}"))
-    Page(drawn)
-    shares = [float(found) for found in re.findall(r"\(([\d.]+)%\)</title>", drawn)]
-    assert sum(shares) == pytest.approx(100, abs=0.06 * len(shares))
-    for name in ("x", "y", "width", "height", "x1", "x2"):
-        for number in re.findall(rf' {name}="([^"]*)"', drawn):
-            assert -1 <= float(number) <= 341
+    data = histogram_chart("t", "n", histogram, lambda value: f"{value:.3g}").data()
+    (line,) = data["lines"]
+    edges, heights = line["x"], line["y"]
+    assert sum(heights[:-1]) == pytest.approx(len(values), rel=1e-6)
+    assert len(data["ranges"]) == len(edges) - 1 <= 45
+    assert edges == sorted(edges)
+    assert min(heights) >= 0
+    if data["log"]:
+        assert edges[0] > 0
+    else:  # A bar for each number is centred on it.
+        half = 0.5 if histogram.largest - histogram.smallest < 44 else 0
+        assert edges[0] * per_unit == pytest.approx(min(values) - half, rel=1e-9, abs=1e-5)
+    assert edges[-1] >= max(values) / per_unit * (1 - 1e-6)
+    median, p95 = (place for place, _ in data["marks"])
+    assert median <= p95 <= edges[-1] * (1 + 1e-6)
 
 
 def test_half_a_pair_of_utf_16_is_shown_escaped(tmp_path: Path) -> None:

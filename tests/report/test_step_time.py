@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from mmscale.metrics.goodput import GOODPUT_FILE
 from mmscale.report.build import build_report
 from mmscale.report.step_time import step_layers, step_rows
-from tests.report.test_build import Page
+from tests.report.pages import Page
 
 
 def lines(count: int) -> list[dict[str, Any]]:
@@ -45,7 +44,7 @@ def test_layers_are_the_whole_step_at_every_step() -> None:
     assert [layer.label for layer in layers] == ["forward", "backward", "optimizer", "data", "other"]
     for parts in zip(*(layer.points for layer in layers), strict=True):
         assert len({step for step, _ in parts}) == 1
-        assert [share for _, share in parts] == pytest.approx([0.3, 0.4, 0.1, 0.1, 0.1])
+        assert [share for _, share in parts] == pytest.approx([30, 40, 10, 10, 10])
     assert step_layers([{"step": 1, "seconds": 1.0}]) == []
     assert step_rows([{"step": 1, "seconds": 1.0}]) == []
 
@@ -60,8 +59,8 @@ def test_the_page_shows_where_time_went(tmp_path: Path, count: int) -> None:
         {"time": end + 3, "kind": "checkpoint", "seconds": 3.0, "step": count},
     ]
     (tmp_path / GOODPUT_FILE).write_text("".join(json.dumps(note) + "\n" for note in notes))
-    text = build_report(tmp_path).read_text()
-    page = Page(text).text
+    shown = Page(build_report(tmp_path).read_text())
+    page = shown.text
     goodput = 100 * 1.8 * count / (2 * count + 3)
     for words in (
         "Time of a step",
@@ -77,8 +76,11 @@ def test_the_page_shows_where_time_went(tmp_path: Path, count: int) -> None:
         "starts 1",
     ):
         assert words in page, words
-    tops = [
-        float(re.findall(r"[\d.]+,([\d.]+)", points)[0]) for points in re.findall(r'layer a\d" points="([^"]*)', text)
-    ]
-    assert tops == sorted(tops, reverse=True), "each layer lies on the one before"
-    assert tops[-1] == pytest.approx(24), "together they reach the top"
+    (stack,) = (chart for chart in shown.charts if chart["stacked"])
+    assert [line["label"] for line in stack["lines"]] == ["forward", "backward", "optimizer", "data", "other"]
+    for shares in zip(*(line["y"] for line in stack["lines"]), strict=True):
+        assert min(shares) >= 0
+        assert sum(shares) == pytest.approx(100), "together they reach the top"
+    norms = shown.charts[-1]["lines"]
+    assert [(line["label"], set(line["y"])) for line in norms] == [("decoder", {3.0}), ("vision", {4.0})]
+    assert all(x % 2 for line in norms for x in line["x"])
