@@ -15,7 +15,7 @@ from mmscale.nn.mlp import DenseMlpConfig
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.norms import NormConfig
 from mmscale.nn.rope import RopeConfig, rotated_width
-from mmscale.nn.sizes import Layers, Vocabulary, Width
+from mmscale.nn.sizes import Layers, ShrunkTo, Vocabulary, Width
 
 MlpConfig = Annotated[DenseMlpConfig | MoeConfig, Field(discriminator="kind")]
 
@@ -23,7 +23,7 @@ MlpConfig = Annotated[DenseMlpConfig | MoeConfig, Field(discriminator="kind")]
 class ExtraTokensConfig(StrictConfig):
     """Rows for ids behind the vocabulary, parameters of their own: the component ``extra_tokens``."""
 
-    rows: Vocabulary
+    rows: Annotated[Vocabulary, ShrunkTo(8)]
     """New ids: ``vocab_size``, ``vocab_size + 1``, ..."""
     predicted: bool = True
     """Whether the language head has rows for them too. False for ids that are only read, as image placeholders

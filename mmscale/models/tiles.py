@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from pydantic import Field
 
 from data_pipeline.batch import AttentionSegments, BranchedSegments, Segments, ViewPlace
 from data_pipeline.io.strict import StrictConfig
-from mmscale.nn.sizes import MOST_TILES
+from mmscale.nn.sizes import MOST_TILES, ShrunkTo
 from mmscale.nn.tile_embed import tile_row
 
 _MULTIPLE = 8
@@ -40,7 +41,7 @@ class TilesConfig(StrictConfig):
 
     max_tiles: int = Field(default=4, ge=1, le=MOST_TILES)
     """Tiles of an image at most: tables have a row for each grid of so many."""
-    global_layers: int = Field(default=8, ge=0, le=1 << 12)
+    global_layers: Annotated[int, ShrunkTo(2)] = Field(default=8, ge=0, le=1 << 12)
     """Gated blocks behind ``post_norm`` and a second embedding of tiles; ``last_output`` is theirs."""
     attend_absent: bool = True
     """Compute absent tiles and rows that fill up each tile, and let every patch attend them, as the published weights

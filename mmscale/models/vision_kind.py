@@ -17,7 +17,7 @@ from data_pipeline.io.strict import StrictConfig
 from mmscale.models.tiles import TilesConfig
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.flops import Product
-from mmscale.nn.sizes import Channels, Side
+from mmscale.nn.sizes import Channels, ShrunkTo, Side
 
 
 class Tower(nn.Module, ABC):
@@ -53,7 +53,7 @@ class TowerBase(StrictConfig, ABC):
 
     learns: ClassVar[bool] = True
     """Whether the tower has parameters: the component ``vision``."""
-    patch_size: Side
+    patch_size: Annotated[Side, ShrunkTo(4)]
     """Side of a square patch, pixels."""
     channels: Channels = 3
     """Colour channels."""

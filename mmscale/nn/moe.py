@@ -8,7 +8,7 @@ Experts are one parameter per matrix, so a rank with no row for an expert still 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from data_pipeline.io.strict import StrictConfig
 from mmscale.nn.mlp import ACTIVATIONS, Activation, DenseMlpConfig, Mlp
-from mmscale.nn.sizes import Layers, NumExperts, Width
+from mmscale.nn.sizes import Layers, NumExperts, ShrunkTo, Width
 
 
 class RouterOrder(str, Enum):
@@ -57,7 +57,7 @@ class MoeConfig(StrictConfig):
     bias_rate: float = Field(default=0.0, ge=0)
     """How far each expert's bias in the choice (not in the weights) moves after a step towards equal load, for balance
     without a loss (DeepSeek-V3: 0.001, with small coefficients); 0: no bias."""
-    every: Layers = 1
+    every: Annotated[Layers, ShrunkTo(2)] = 1
     """Every n-th block has experts: blocks n-1, 2n-1, ...; the others use ``dense``."""
     dense: DenseMlpConfig | None = None
     """Feed-forward of the blocks without experts; needed if ``every`` is above 1."""

@@ -6,9 +6,18 @@ one, and a width of 10**18 would overflow the product of a shape. The bounds are
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
+
+
+@dataclass(frozen=True)
+class ShrunkTo:
+    """Metadata of a field: its largest value in the tiny copy of a model that ``mmscale/shrink`` makes."""
+
+    most: int
+
 
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
 """Channels; published models have up to 53,248."""

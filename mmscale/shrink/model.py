@@ -7,25 +7,26 @@
     vocabulary    2,048 rows, as many as the bundled tokenizer has ids
     positions     a decoder's table stays as long: documents must fit
 
-Sizes are told by the names of fields, wherever they stand, so a new block needs a rule here only if it brings a size of
-another name. For: tests that train a step of every shipped model, and runs of a recipe in seconds. Not for: training
-anything worth keeping.
+Widths are recognised by the names of their fields. A field of another size states its limit itself, by ``ShrunkTo`` in
+its type (``mmscale/nn/sizes.py``), so a new part needs no rule here. For: tests that train a step of every shipped
+model, and runs of a recipe in seconds. Not for: training anything worth keeping.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
 from mmscale.models.config import ModelConfig, TowerConfig
+from mmscale.nn.sizes import ShrunkTo
 
 C = TypeVar("C", ModelConfig, TowerConfig)
 Block = dict[str, Any]
 
-PATCH = 4
-"""Side of a patch at most, pixels."""
 _VOCABULARY = 2048
 _HEAD_DIM = 8
 _MAX_GROUP = 8
@@ -40,7 +41,7 @@ def shrink(config: C) -> C:
     block = config.model_dump()
     merge = max(_values(block, "merge"), default=1)
     depth = 2 * min(2, max(_values(block, "every"), default=1))
-    return type(config).model_validate(_walked(block, depth, merge))
+    return type(config).model_validate(_walked(block, config, depth, merge))
 
 
 def shrunk_side(side: int, merge: int) -> int:
@@ -48,40 +49,45 @@ def shrunk_side(side: int, merge: int) -> int:
     return merge * max(math.ceil(side / (4 * merge)), min(side, _LEAST_SIDE) // merge)
 
 
-def _walked(block: Block, depth: int, merge: int) -> Block:
-    """A block with every block below it."""
+def _walked(block: Block, part: BaseModel, depth: int, merge: int) -> Block:
+    """The values ``block`` of ``part``, with every block below."""
     if "num_heads" in block:
         own: Block = {**_heads(block), "head_dim": _HEAD_DIM}
         return {
-            name: _walked(value, depth, merge) if isinstance(value, dict) else own.get(name, value)
+            name: _walked(value, getattr(part, name), depth, merge) if isinstance(value, dict) else own.get(name, value)
             for name, value in block.items()
         }
     out: Block = {}
     for name, value in block.items():
         if isinstance(value, dict):
-            out[name] = _tower(value, depth, merge) if "num_layers" in value else _walked(value, depth, merge)
-        elif name in _SIZES and value:
-            out[name] = _SIZES[name](value)
+            walk = _tower if "num_layers" in value else _walked
+            out[name] = walk(value, getattr(part, name), depth, merge)
+        elif name == "grid":
+            out[name] = [shrunk_side(side, merge) for side in value]
         else:
-            out[name] = [shrunk_side(side, merge) for side in value] if name == "grid" else value
+            out[name] = _size(part, name, value)
     return out | (_experts(block) if "num_experts" in block else {})
 
 
-_SIZES: dict[str, Callable[[int], int]] = {
-    "vocab_size": lambda rows: _VOCABULARY,
-    "rows": lambda rows: min(rows, 8),
-    "patch_size": lambda side: min(side, PATCH),
-    "every": lambda period: min(period, 2),
-    "side": lambda side: min(side, 3),
-    "global_layers": lambda number: min(number, 2),
-    "hidden_dim": lambda width: _LOOSE_WIDTH,
-    "dim": lambda width: _LOOSE_WIDTH,
-    "expert_dim": lambda width: 16,
-    "shared_dim": lambda width: 32,
+_SIZES: dict[str, int] = {
+    "vocab_size": _VOCABULARY,
+    "hidden_dim": _LOOSE_WIDTH,
+    "dim": _LOOSE_WIDTH,
+    "expert_dim": 16,
+    "shared_dim": 32,
 }
+"""Sizes by the name of their field, in whichever block it is; 0 and null stay."""
 
 
-def _tower(block: Block, depth: int, merge: int) -> Block:
+def _size(part: BaseModel, name: str, value: Any) -> Any:
+    """The size of a field that is no block."""
+    if name in _SIZES and value:
+        return _SIZES[name]
+    limits = [each.most for each in type(part).model_fields[name].metadata if isinstance(each, ShrunkTo)]
+    return min(value, *limits) if limits and value is not None else value
+
+
+def _tower(block: Block, part: BaseModel, depth: int, merge: int) -> Block:
     """Blocks on one residual stream: width from heads, feed-forward and depth in proportion."""
     head_dim, rope = _head_dim(block.get("rope"))
     old, heads = block["attention"], _heads(block["attention"], head_dim)
@@ -90,7 +96,8 @@ def _tower(block: Block, depth: int, merge: int) -> Block:
     dim = math.ceil(own * heads["num_heads"] * head_dim / 8) * 8
     attention = {**old, **heads, "head_dim": head_dim if old["head_dim"] else None}
     layers, features = _depth(block, depth)
-    out = _walked({name: value for name, value in block.items() if name not in ("attention", "rope")}, depth, merge)
+    others = {name: value for name, value in block.items() if name not in ("attention", "rope")}
+    out = _walked(others, part, depth, merge)
     out["mlp"] = _feed_forward(out["mlp"], block["mlp"], dim, block["hidden_dim"])
     out |= {"hidden_dim": dim, "num_layers": layers, "attention": attention}
     out |= {"rope": rope} if "rope" in block else {}

@@ -10,7 +10,7 @@ however many grids there are, because sharded ranks gather its weights together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from mmscale.models.connectors.projector import ProjectorBase
 from mmscale.nn.flops import Work
 from mmscale.nn.patch_embed import LearnedPositions
 from mmscale.nn.rope import LearnedPositionsConfig
-from mmscale.nn.sizes import Layers, Side, Width
+from mmscale.nn.sizes import Layers, ShrunkTo, Side, Width
 
 Planes = Sequence[tuple[int, int, int]]
 """Views of one grid, grid after grid: how many, their rows and columns."""
@@ -34,7 +34,7 @@ class CAbstractorConfig(ProjectorBase):
     """Convolutions over the grid of a view, pooled to a square in their midst (Honeybee, MM1, MM1.5)."""
 
     kind: Literal["c_abstractor"] = "c_abstractor"
-    side: Side = 12
+    side: Annotated[Side, ShrunkTo(3)] = 12
     """Side of the square of features that each view becomes."""
     hidden_dim: Width
     """Channels of the convolutions."""

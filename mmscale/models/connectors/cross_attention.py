@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from enum import Enum
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from mmscale.nn.init import set_init_scale
 from mmscale.nn.mlp import DenseMlpConfig, Mlp
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.norms import build_norm
-from mmscale.nn.sizes import Layers
+from mmscale.nn.sizes import Layers, ShrunkTo
 
 
 def insertion_layers(num_layers: int, every: int) -> list[int]:
@@ -49,7 +49,7 @@ class AttendedConnectorBase(FeatureConnectorBase):
 
     projector: ProjectorConfig = LinearProjectorConfig()
     """From tower features to the decoder's width."""
-    every: Layers = 4
+    every: Annotated[Layers, ShrunkTo(2)] = 4
     """A cross-attention block stands before decoder blocks n-1, 2n-1, ... (0-based)."""
     attention: AttentionConfig | None = None
     """Heads of the cross-attention; null: as the decoder's."""
