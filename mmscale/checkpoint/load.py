@@ -27,7 +27,7 @@ from mmscale.checkpoint.manifest import (
 from mmscale.checkpoint.reshard import CheckpointReader, verify, verify_together, whole_parameter
 from mmscale.checkpoint.save import model_config_values, tied_names
 from mmscale.checkpoint.share import persistent_buffers
-from mmscale.dist import World, all_reduce_sum_list, first_complaint
+from mmscale.dist import World, all_reduce_sum_list, raise_on_any_rank
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import frozen_ranges, parameter_table
 from mmscale.errors import CheckpointError, DamagedError
@@ -74,8 +74,7 @@ def choose(
             _set_aside(world, path, note)
             continue
         return path
-    if (heard := first_complaint(world, next(iter(strays), None))) is not None:
-        raise CheckpointError(heard)
+    raise_on_any_rank(world, next(iter(strays), None), CheckpointError)
     if candidates:
         note(f"no checkpoint is left in {directory}: the run begins again at its first step")
     return None
@@ -103,9 +102,7 @@ def _set_aside(world: World, path: Path, note: Callable[[str], None]) -> None:
             note(f"{path} is set aside as {set_aside(path, DAMAGED).name}; remove it when you no longer need it")
         except OSError as error:
             complaint = f"{path} is damaged and cannot be renamed: {error.strerror}"
-    heard = first_complaint(world, complaint)
-    if heard is not None:
-        raise CheckpointError(heard)
+    raise_on_any_rank(world, complaint, CheckpointError)
 
 
 def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
@@ -138,9 +135,7 @@ def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
         state = read_state(path)
     except CheckpointError as error:
         complaint = str(error)
-    heard = first_complaint(engine.world, complaint)
-    if heard is not None:
-        raise CheckpointError(heard)
+    raise_on_any_rank(engine.world, complaint, CheckpointError)
     with CheckpointReader(path) as reader:
         for owned in engine.partition.owned(whole=True):
             name = owned.name

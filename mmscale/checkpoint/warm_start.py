@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmscale.checkpoint.manifest import Manifest
 from mmscale.checkpoint.reshard import CheckpointReader, verify_together, whole_parameter
 from mmscale.checkpoint.share import persistent_buffers
-from mmscale.dist import first_complaint
+from mmscale.dist import raise_on_any_rank
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
@@ -133,9 +133,7 @@ def warm_start(
             report = match(engine.model, reader.manifest, components)
     except CheckpointError as error:
         complaint = str(error)
-    heard = first_complaint(engine.world, complaint)
-    if heard is not None:
-        raise CheckpointError(heard)
+    raise_on_any_rank(engine.world, complaint, CheckpointError)
     with CheckpointReader(path) as reader:
         _take(engine, reader, report, ema)
         for name, values in _buffers(engine.model, components).items():

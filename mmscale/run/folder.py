@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from mmscale.checkpoint import TrainState, read_manifest
-from mmscale.dist import World, any_rank, first_complaint
+from mmscale.dist import World, any_rank, raise_on_any_rank
 from mmscale.errors import ConfigError, LaunchError, MMScaleError
 from mmscale.evaluate.result import RESULT_FILE, read_result
 from mmscale.io.lock import POLL_SECONDS, FolderLock
@@ -71,9 +71,7 @@ def _waits(lock: FolderLock, folder: Path, world: World, has_told: bool) -> bool
             complaint = str(error)
         except OSError as error:
             complaint = f"run_dir={folder}: {error.filename or folder}: {error.strerror}"
-    complaint = first_complaint(world, complaint)
-    if complaint is not None:
-        raise LaunchError(complaint)
+    raise_on_any_rank(world, complaint, LaunchError)
     if waiting is not None and not has_told:
         print(f"mmscale: {waiting}", file=sys.stderr, flush=True)
     return any_rank(world, waiting is not None)

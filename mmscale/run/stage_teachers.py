@@ -33,7 +33,7 @@ from mmscale.checkpoint.manifest import (
 )
 from mmscale.checkpoint.reshard import verify_together
 from mmscale.checkpoint.warm_start import match
-from mmscale.dist import World, first_complaint
+from mmscale.dist import World, raise_on_any_rank
 from mmscale.engine.construct import construct
 from mmscale.engine.precision import choose_precision
 from mmscale.errors import CheckpointError, ConfigError
@@ -64,9 +64,7 @@ def check_teachers(config: RunConfig, world: World, state: TrainState) -> None:
         ConfigError: a teacher is missing or not whole, is not the one that the stage began with, or does not fit the
             stage's model; every rank raises.
     """
-    heard = first_complaint(world, next(_complaints(config, state), None))
-    if heard is not None:
-        raise ConfigError(heard)
+    raise_on_any_rank(world, next(_complaints(config, state), None), ConfigError)
 
 
 def _complaints(config: RunConfig, state: TrainState) -> Iterator[str]:

@@ -17,7 +17,7 @@ import torch
 from mmscale.checkpoint import LoadReport, TrainState, warm_start
 from mmscale.checkpoint.manifest import folder_name, missing_or_cut, newest_of, read_manifest, step_of
 from mmscale.checkpoint.warm_start import cannot_give
-from mmscale.dist import World, all_reduce_sum_list, first_complaint
+from mmscale.dist import World, all_reduce_sum_list, raise_on_any_rank
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.models.build import build_model
@@ -36,9 +36,7 @@ def check_stage_weights(config: RunConfig, world: World, state: TrainState) -> N
     Raises:
         ConfigError: a source is missing or not whole, or has nothing that fits; every rank raises.
     """
-    heard = first_complaint(world, next(_complaints(config, state), None))
-    if heard is not None:
-        raise ConfigError(heard)
+    raise_on_any_rank(world, next(_complaints(config, state), None), ConfigError)
 
 
 def _complaints(config: RunConfig, state: TrainState) -> Iterator[str]:
@@ -84,9 +82,7 @@ def agreed_newest(world: World, source: Path) -> Path:
         newest = newest_of(source)
     except CheckpointError as error:
         complaint = str(error)
-    heard = first_complaint(world, complaint)
-    if heard is not None:
-        raise CheckpointError(heard)
+    raise_on_any_rank(world, complaint, CheckpointError)
     if newest == source:
         return source
     step = all_reduce_sum_list(world, [float(step_of(newest)) if world.is_main else 0.0])[0]

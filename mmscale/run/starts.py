@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from data_pipeline.io.atomic import write_whole
 from mmscale.config import DroppedKeyWarning, Loaded, dump, leaves, load, shorten
-from mmscale.dist import World, any_rank, first_complaint
+from mmscale.dist import World, any_rank, raise_on_any_rank
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.io.software import git_commit, source_digest, versions
 from mmscale.report.build import REPORT_FILE
@@ -99,12 +99,10 @@ def refuse_or_report_finished(config: RunConfig, world: World) -> bool:
             steps = finished_steps(config)
         except MMScaleError as error:
             complaint = str(error)
-    if (complaint := first_complaint(world, complaint)) is not None:
-        raise MMScaleError(complaint)
+    raise_on_any_rank(world, complaint, MMScaleError)
     if steps is not None:
         refusal = _judge_finished(config, steps)
-    if (refusal := first_complaint(world, refusal)) is not None:
-        raise ConfigError(refusal)
+    raise_on_any_rank(world, refusal, ConfigError)
     return any_rank(world, steps is not None)
 
 
@@ -193,8 +191,7 @@ class Start:
                 self._write(step)
             except OSError as error:
                 complaint = f"run_dir={self.config.run_dir}: {error.strerror}"
-        if (complaint := first_complaint(self._world, complaint)) is not None:
-            raise MMScaleError(complaint)
+        raise_on_any_rank(self._world, complaint, MMScaleError)
 
     def _write(self, step: int) -> None:
         folder = self.config.run_dir
