@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import IO
 
 from data_pipeline.errors import DataConfigError, ShardError
-from data_pipeline.io.atomic import partial_path, publish
+from data_pipeline.io.atomic import open_partial, partial_path, publish
 from data_pipeline.io.json_member import text_bytes_of
 from data_pipeline.shards.index import IndexedSample, Member, describe_member, write_index
 from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name
@@ -200,7 +200,7 @@ class ShardWriter:
     def _start(self) -> IO[bytes]:
         if self._next_shard >= _MAX_SHARDS:
             raise ShardError(f"{self._path()}: more than {_MAX_SHARDS} shards; use larger ones")
-        self._file = partial_path(self._path()).open("wb")
+        self._file = open_partial(self._path())
         return self._file
 
     def _append(self, file: IO[bytes], data: bytes) -> None:

@@ -29,7 +29,6 @@ from mmscale.engine.graph import LossGraph, ObjectiveLike, SeesWholeStep
 from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import KnowsShards, build_optimizer
 from mmscale.engine.partition import Partition
-from mmscale.engine.peak_memory import peak_memory
 from mmscale.engine.precision import Precision, choose_precision
 from mmscale.engine.saved_weights import SavedWeights
 from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
@@ -400,11 +399,6 @@ class Engine:
     def set_loss_scaler_state(self, state: dict[str, float] | None) -> None:
         """Puts back what ``loss_scaler_state`` gave."""
         set_loss_scaler_state(self._deepspeed.optimizer, state)
-
-    def memory_peak_bytes(self) -> int:
-        """Largest memory so far: of the device on CUDA, of the process on a CPU."""
-        peak = peak_memory()
-        return (peak.device_bytes or 0) if self.world.device.type == "cuda" else peak.rss_bytes
 
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the model and frees the moments. The next stage builds a model of its own."""

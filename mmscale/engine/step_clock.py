@@ -24,7 +24,6 @@ from torch.profiler import record_function
 from mmscale.engine.peak_memory import peak_since_reset, reset_peak
 
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
-PHASES = (FORWARD, BACKWARD, OPTIMIZER)
 BETWEEN = "agreement"
 """What a step does outside of phases: words between ranks."""
 COMMUNICATION = "communication"

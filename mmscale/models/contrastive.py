@@ -53,10 +53,6 @@ class ContrastiveModel(nn.Module):
         """Blocks worth recomputing in the backward pass."""
         return [*self.vision.blocks(), *self.decoder.layers]
 
-    def tied_parameters(self) -> list[tuple[str, str]]:
-        """Pairs of names of one and the same parameter: none."""
-        return []
-
     def flops(self, batch: MultimodalBatch) -> int:
         """Floating-point operations of one forward; see ``models/flops.py``."""
         return forward_flops(self.config, batch)

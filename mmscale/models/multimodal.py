@@ -118,13 +118,6 @@ class MultimodalModel(nn.Module):
         units += self.connector.blocks_to_recompute() if self.connector is not None else []
         return units + list(self.decoder.layers)
 
-    def tied_parameters(self) -> list[tuple[str, str]]:
-        """Pairs of names of one and the same parameter: (owner, second name)."""
-        if not self.config.decoder.tie_embeddings:
-            return []
-        names = ("weight", "extra_weight") if self.config.decoder.predicted_rows else ("weight",)
-        return [(f"decoder.embed_tokens.{name}", f"head.{name}") for name in names]
-
     def flops(self, batch: MultimodalBatch) -> int:
         """Floating-point operations of one forward with logits for every token; see ``models/flops.py``."""
         return forward_flops(self.config, batch)
