@@ -9,7 +9,7 @@ CODE := data_pipeline mmscale launchers benchmarks tests examples
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-all lint format golden bench clean
+.PHONY: help setup quickstart quick test-near test test-slow test-all lint format golden bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#' 2>/dev/null || true
@@ -25,6 +25,13 @@ $(STAMP): pyproject.toml
 quickstart: setup ## Train a small vision-language model on bundled data: two ranks, about ten minutes
 	$(BIN)/mmscale launch local configs/quickstart.yaml --ranks 2
 	@echo "Done. Open runs/quickstart/report.html"
+
+quick: lint ## Lint, and the tests of single parts: no ranks, kills, reference models or whole commands
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not (dist or resume or fault or parity or long or slow or gpu or slurm)" \
+		$(addprefix --ignore=tests/,benchmarks cli compare docs examples golden system trace test_parity_table.py)
+
+test-near: setup ## Run the tests that import what changed: make test-near FILES="mmscale/nn/rope.py"
+	@tests=$$($(BIN)/python -m tests.near $(FILES)) && $(BIN)/python -m pytest -q -m "not slow and not gpu and not slurm" $$tests
 
 test: setup ## Run the tests that need neither a GPU, a cluster nor patience
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not slurm"

@@ -82,5 +82,6 @@ def imported(code: str) -> set[str]:
         ("import launchers.local, launchers.slurm", {"torch", "deepspeed", "pydantic"}),
     ],
 )
+@pytest.mark.long
 def test_what_an_import_does_not_load(code: str, absent: set[str]) -> None:
     assert imported(code) & absent == set()

@@ -87,6 +87,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @given(root=roots)
+@pytest.mark.long
 def test_dump_loads_to_an_equal_value(folder: Path, root: Root) -> None:
     path = folder / "dumped.yaml"
     path.write_text(dump(root), encoding="utf-8", newline="")

@@ -158,6 +158,7 @@ def _fields(example: BaseModel) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
             yield name, places
 
 
+@pytest.mark.long
 def test_every_number_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     examples, classes = _examples(), {each.__name__: each for each in _every_class()}

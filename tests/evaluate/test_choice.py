@@ -87,6 +87,7 @@ def _shares(model: MultimodalModel, samples: list[Sample], held: dict[str, Any],
 
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("held", [PLAIN, CHAT], ids=["plain", "chat"])
+@pytest.mark.long
 def test_shares_are_those_of_one_choice_at_a_time(held: dict[str, Any], ends: bool, tmp_path: Path) -> None:
     model, manifest = text_model(), write_set(tmp_path, rows())
     samples = list(read_samples(manifest))

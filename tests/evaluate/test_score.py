@@ -85,6 +85,7 @@ def _shares(tables: list[np.ndarray], config: EvaluationConfig) -> tuple[float, 
 
 
 @pytest.mark.parametrize("normalise", ["none", "tokens", "prior"])
+@pytest.mark.long
 def test_score_and_control_follow_their_definitions(normalise: str) -> None:
     model, data = tiny_model(), data_config()
     config = evaluation(limit=24, normalise=normalise)

@@ -95,6 +95,7 @@ MODELS: list[tuple[str | None, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("kind", "variant"), MODELS)
+@pytest.mark.long
 def test_a_training_step_equals_the_counter(kind: str | None, variant: dict[str, Any], checkpointing: bool) -> None:
     """Whatever is frozen."""
     settings = config(kind, **{**WIDE, **variant})

@@ -149,6 +149,7 @@ def test_bfloat16_accumulates_in_float32() -> None:
     assert (ours.double() - theirs).abs().max() < 0.01 * theirs.abs().max()
 
 
+@pytest.mark.long
 def test_peak_memory_is_a_tenth_of_torchs() -> None:
     """Growth of the peak resident size at V = 131072, each loss in a process of its own."""
     peaks = {}

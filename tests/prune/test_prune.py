@@ -189,6 +189,7 @@ def trained(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_a_calibrated_cut_costs_less_than_one_by_chance(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ def plain(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> list[tuple[int,
     return list(digest(mixture_config, hybrid_spec, 1, STEPS))
 
 
+@pytest.mark.long
 def test_every_number_of_ranks_and_workers_and_every_resume_gives_the_same_batches(
     mixture_config: DataConfig, hybrid_spec: MediaSpec, plain: list[tuple[int, str]]
 ) -> None:

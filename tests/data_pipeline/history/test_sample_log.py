@@ -128,6 +128,7 @@ def _measures(batch: StepBatch, rank: int) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.long
 def test_a_replay_from_any_snapshot_is_what_the_loader_yielded(
     config: DataConfig, hybrid_spec: MediaSpec, tmp_path: Path, world_size: int
 ) -> None:
@@ -203,6 +204,7 @@ def test_a_replay_refuses_a_state_of_another_seed(mixture_config: DataConfig, hy
         Replay(mixture_config, hybrid_spec, 2, batch.state)
 
 
+@pytest.mark.long
 def test_a_resume_at_another_world_size_goes_on_in_the_same_ledger(
     config: DataConfig, hybrid_spec: MediaSpec, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ def test_a_byte_order_mark_is_passed_over_and_the_last_of_equal_keys_counts() ->
 
 @settings(max_examples=40, deadline=None)
 @given(_JSON)
+@pytest.mark.long
 def test_json_reads_as_the_standard_library_does(value: Any) -> None:
     text = json.dumps(value)
     assert parse_json(text) == value

@@ -41,6 +41,7 @@ def _open(sources: tuple[str, ...], window_size: int, seed: int = 1, **faults: o
     window_size=st.integers(1, 5),
     num_lanes=st.integers(1, 4),
 )
+@pytest.mark.long
 def test_over_all_lanes_each_sample_comes_once_an_epoch(
     tmp_path: Path, sizes: list[int], window_size: int, num_lanes: int
 ) -> None:

@@ -111,6 +111,7 @@ print(len(next(batches).token_ids) > 0)
 """
 
 
+@pytest.mark.long
 def test_a_script_may_end_in_the_middle_of_the_batches(mixture_config: DataConfig, tmp_path: Path) -> None:
     config = mixture_config.model_copy(update={"workers": 0})  # With workers there is no generator left to close.
     (tmp_path / "data.json").write_text(config.model_dump_json())

@@ -50,6 +50,7 @@ def served(mixture_config: DataConfig, tmp_path: Path) -> Iterator[DataConfig]:
 
 
 @pytest.mark.parametrize("pairs", ["some", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_digests_are_equal_over_ranks_workers_and_resumes_on_other_ranks(
     pairs: str, served: DataConfig, hybrid_spec: MediaSpec
 ) -> None:
@@ -75,6 +76,7 @@ def test_that_test_meets_faults_splits_and_every_data_set(served: DataConfig, hy
     assert names == {dataset.name for dataset in served.datasets}
 
 
+@pytest.mark.long
 def test_a_mixture_with_streamed_shards_resumes_at_every_step(served: DataConfig, hybrid_spec: MediaSpec) -> None:
     plain = list(digest(served, hybrid_spec, 1, STEPS))
     for resume_at in range(1, len(STEPS)):

@@ -51,6 +51,7 @@ def failing(_: int) -> Generator[int, None, None]:
 
 
 @pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.long
 def test_items_come_in_order_from_each_worker(clean: bool) -> None:
     workers = Workers(squares, 3, 2, clean=clean, preload=(__name__,))
     taken = [[workers.take(worker) for _ in range(20)] for worker in (2, 0, 1)]
@@ -183,6 +184,7 @@ workers.close()
 """
 
 
+@pytest.mark.long
 def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
     (tmp_path / "things.py").write_text(_MODULE)
     (tmp_path / "script.py").write_text(_SCRIPT)
@@ -257,6 +259,7 @@ libc.fclose(file)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="arenas are glibc's")
+@pytest.mark.long
 def test_threads_of_a_worker_share_two_arenas(tmp_path: Path) -> None:
     """Else each keeps the most that it ever held, up to eight arenas a core."""
 

@@ -249,6 +249,7 @@ def test_cost_counts_patches_at_the_price_of_the_model() -> None:
     assert Load.of(make_document(0, 3, (4,)), SPEC).cost == 8 + 0.5 * 4
 
 
+@pytest.mark.long
 def test_packs_of_a_long_tail_are_full_and_cost_alike() -> None:
     work = Workload("long tail", long_tail, LONG_TAIL_SPEC, max_tokens=8192, max_cost=9216)
     best = pack(work, 12, with_cost=True, strategy="best_fit", look_ahead=32)

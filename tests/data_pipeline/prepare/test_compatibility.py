@@ -164,6 +164,7 @@ print(json.dumps([[s["__key__"], hashlib.sha256(s["png"].tobytes()).hexdigest(),
 """
 
 
+@pytest.mark.long
 def test_datasets_loads_our_shards(tmp_path: Path) -> None:
     manifest = pairs(tmp_path)
     tars = [str(path) for path in sorted(manifest.parent.glob("*.tar"))]
@@ -199,6 +200,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.long
 def test_energon_opens_what_export_writes(tmp_path: Path) -> None:
     """Pairs, texts and documents, each with Energon's own loader."""
     report = export(pairs(tmp_path), tmp_path / "energon", reader=Reader.ENERGON, workers=2)

@@ -197,6 +197,7 @@ def test_killed_and_started_again_ends_with_the_same_bytes(
     assert files[0] == files[1]
 
 
+@pytest.mark.long
 def test_the_number_of_processes_changes_no_byte(tmp_path: Path) -> None:
     source = many(tmp_path, 150)
     for number in (0, 33, 34, 149):

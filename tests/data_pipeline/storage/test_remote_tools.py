@@ -54,6 +54,7 @@ def content(storage: Storage, url: Url) -> bytes:
     return b"".join(storage.store(url).stream(url))
 
 
+@pytest.mark.long
 def test_indexing_in_a_bucket_writes_the_bytes_that_indexing_on_a_disk_writes(
     local: Path, folder: Url, storage: Storage
 ) -> None:

@@ -89,6 +89,7 @@ def test_a_token_that_is_matched_by_another_spelling_is_refused(tmp_path: Path, 
     assert caught.value.kind is FaultKind.TEXT
 
 
+@pytest.mark.long
 def test_what_counts_as_control_and_which_pieces_a_model_matches(tmp_path: Path) -> None:
     assert all(map(is_control, CONTROL))
     assert not any(map(is_control, WORDS))

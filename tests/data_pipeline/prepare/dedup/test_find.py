@@ -131,6 +131,7 @@ def test_no_duplicates_make_an_empty_list_that_a_run_can_read(tmp_path: Path) ->
     assert search(tmp_path, [data_set(tmp_path, "none", [])], BOTH) == {}
 
 
+@pytest.mark.long
 def test_processes_and_earlier_signatures_change_nothing(tmp_path: Path) -> None:
     sets = [NamedSet("emoji", Manifest.open(EMOJI.with_name("train-quick.manifest")))]
     alone = find_duplicates(sets, tmp_path / "alone.jsonl", BOTH, signatures=tmp_path / "s")

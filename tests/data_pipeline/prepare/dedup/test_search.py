@@ -69,6 +69,7 @@ def test_every_near_pair_is_found_once(tmp_path: Path, values: list[int], distan
 @same_folder
 @given(values=clustered(), distance=st.integers(1, 5))
 @pytest.mark.usefixtures("small_parts")
+@pytest.mark.long
 def test_parts_change_nothing(tmp_path: Path, values: list[int], distance: int) -> None:
     plan = Plan(distance + 2, 2)
     assert near_pairs(tmp_path, values, plan, distance) == all_pairs(values, distance)

@@ -75,6 +75,7 @@ def test_figures_agree_with_counting(small: Manifest) -> None:
     assert found["text_bytes"]["max"] == 12
 
 
+@pytest.mark.long
 def test_documents_cost_what_the_run_makes_of_them() -> None:
     """Every document built whole, images decoded, against what was counted without decoding."""
     run = load(REPO / "configs" / "quickstart.yaml", [], RunConfig).value
@@ -89,11 +90,13 @@ def test_documents_cost_what_the_run_makes_of_them() -> None:
     assert found["longer_than_a_pack"] == sum(n > 7 for n in tokens) > 0
 
 
+@pytest.mark.long
 def test_processes_change_nothing(small: Manifest) -> None:
     alone, shared = (count(small.path, tokenizer=TOKENIZER, workers=workers).figures for workers in (0, 2))
     assert alone == shared
 
 
+@pytest.mark.long
 def test_a_sample_is_right_to_the_stated_error() -> None:
     whole, part = count(EMOJI), count(EMOJI, sample=200)
     assert part.figures["looked_at"] == 200
