@@ -4,7 +4,7 @@
 
 Text is read from the shards, since only the tokenizer knows how long it is; sizes of images come from the index. What
 only decoding finds out, a damaged image, must be told (``skipped``): the ledger lists it. For: steps that no ledger
-holds yet, and tests of the ledger. Not for: steps that it holds (``ledger`` reads them).
+holds yet, and tests of the ledger. Not for: steps that it holds (``sample_log`` reads them).
 """
 
 from __future__ import annotations

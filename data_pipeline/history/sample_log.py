@@ -4,8 +4,9 @@
 
 A segment is a file of a few hundred steps, whole or absent. It holds a row for each document (lane, data set, epoch,
 sample, part, tokens, loss), the samples that were skipped, and the loader's integers after its last step: a snapshot to
-replay from (``replay``) and to find a sample's step by (``whereabouts``). Steps are numbered as in ``metrics.jsonl``,
-from 1, and a folder of a million of them is searched by file name. Not for: what a sample looks like (``trace``).
+replay from (``replay``) and to find a sample's step by (``sample_steps``). Steps are numbered as in ``metrics.jsonl``,
+from 1, and a folder of a million of them is searched by file name. Not for: the content of a sample
+(``sample_lookup``).
 
     magic | header: one line of JSON | sections, each deflated: state, skipped, one for each column of the rows
 

@@ -3,7 +3,7 @@
     Row --manifest, index--> shard and key --shard, if it is there--> text as the model read it, thumbnails
 
 Shard and key need the manifest and the sidecar index alone. A shard is opened only for the samples that are shown; if
-it is gone, its rows say so. Not for: which rows a step has (``ledger``, ``replay``).
+it is gone, its rows say so. Not for: which rows a step has (``sample_log``, ``replay``).
 """
 
 from __future__ import annotations

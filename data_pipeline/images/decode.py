@@ -2,7 +2,7 @@
 
 Two named modes, never mixed silently. ``exact`` decodes every pixel: byte for byte what Pillow and torchvision give.
 ``fast`` lets the JPEG decoder leave out work when a smaller image is wanted, about 45 dB from ``exact`` after resizing.
-PNG and WebP decode alike in both, and both take the same files. Not for: resizing (``views``).
+PNG and WebP decode alike in both, and both take the same files. Not for: resizing (``crops``).
 
 torchvision is imported with the first image that needs it: it brings the compiler of torch along, which is a third of
 what a command has to load that only reads a configuration.

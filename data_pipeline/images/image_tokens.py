@@ -3,7 +3,7 @@
     start | tags of attended tiles | tag, view_start, rows of features, view_end | ... | anchor | end
 
 A pure function of the views. An embedded view stands with its features; of attended views only tags stand in the text,
-and one anchor if nothing of the image is embedded. Not for: positions, labels and slots (``documents``).
+and one anchor if nothing of the image is embedded. Not for: positions, labels and slots (``document_builder``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """At which size an image is seen whole: the published rules of towers that take any size, as pure functions.
 
-Not for: tilings (``tilings``), pixels (``views``).
+Not for: tilings (``tilings``), pixels (``crops``).
 """
 
 from __future__ import annotations

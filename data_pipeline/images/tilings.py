@@ -7,7 +7,7 @@
     molmo      the same rule, crops overlap; overview first             Molmo
     mm1_5      grid that pads least, aspect kept; overview last         MM1.5
 
-Not for: which tiles are embedded and which attended (``transforms``), pixels (``views``).
+Not for: which tiles are embedded and which attended (``transforms``), pixels (``crops``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One lane of a data set with a manifest: places from ``lanes``, samples from ``reader``."""
+"""One lane of a data set with a manifest: places from ``lanes``, samples from ``sample_reader``."""
 
 from __future__ import annotations
 

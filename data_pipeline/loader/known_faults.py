@@ -4,7 +4,7 @@
     data.faults.exclude  ---------^
 
 Memory is bounded: of quarantined samples a few thousand are held, and one that is not held is tried again, which ends
-alike (``faults``). Not for: deciding what a fault does (``faults``).
+alike (``fault_policy``). Not for: deciding what a fault does (``fault_policy``).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     lanes of this rank --dealt to--> workers --one item a step--> microbatches --> StepBatch
 
 Workers own lanes and ranks own lanes; neither changes what a lane holds, so the global batch is the same for every
-number of both. Not for: evaluation, which reads in stored order (``reader.read_samples``).
+number of both. Not for: evaluation, which reads in stored order (``sample_reader.read_samples``).
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class Loader:
         micro_lanes: Lanes of a microbatch.
         state: Go on from here; it may hold the lanes of other ranks too.
         quarantine: Lists that this run wrote over these data: what they name need not be tried. No batch depends on
-            them (``faults``).
+            them (``fault_policy``).
 
     Raises:
         DataConfigError: more ranks than lanes, or a setting that cannot work.

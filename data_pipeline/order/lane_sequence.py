@@ -1,6 +1,6 @@
 """Which sample a lane draws next: mixture, epochs and order as one pure function of a position.
 
-Not for: reading it (``stream``), the order inside a data set (``lanes``).
+Not for: reading it (``lane_stream``), the order inside a data set (``lanes``).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class SampleDraws:
     """Draws of one sample in one epoch. Most samples draw nothing, so the generator is made when it is asked for.
 
     Args:
-        seed: ``stream.dataset_seed``.
+        seed: ``lane_stream.dataset_seed``.
         place: Sample and epoch.
     """
 

@@ -3,7 +3,7 @@
     bos | image: one placeholder a feature (embedded) or one anchor (attended), and its layout | text | ... | eos
     bos | text | eos    beside its one image, where the two are compared
 
-Not for: several documents together (``packing``, ``collate``).
+Not for: several documents together (``packer``, ``collate``).
 """
 
 from __future__ import annotations

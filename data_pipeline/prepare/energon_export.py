@@ -32,7 +32,7 @@ from data_pipeline.shards.writer import padded
 
 _MAX_IMAGE_NAMES = 16
 _CAPTION = "json[caption],txt,json[captions][0]"
-"""In the order in which ``reader.assemble`` looks for a caption."""
+"""In the order in which ``sample_reader.assemble`` looks for a caption."""
 
 
 class SampleType(str, Enum):

@@ -3,7 +3,7 @@
     .nv-meta/split.yaml    shards of train, val, test
     .nv-meta/dataset.yaml  type of sample, and which member or JSON field is which of its fields
 
-Not for: writing them (``energon_meta``).
+Not for: writing them (``energon_export``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A shard that is open for reading: the bytes of a local tar or of a remote one behind one method.
 
-Not for: order, samples (``reader``), remote access itself (``storage``).
+Not for: order, samples (``sample_reader``), remote access itself (``storage``).
 """
 
 from __future__ import annotations
