@@ -1,8 +1,9 @@
-"""The text decoder. It knows nothing of images: others may replace rows of its input and insert calls before blocks."""
+"""The text decoder. It knows nothing of images: a connector replaces rows of its input and runs before some blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Container
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,8 +20,17 @@ from mmscale.nn.init import set_init_scale
 from mmscale.nn.norms import build_norm
 from mmscale.nn.rope import Rotation, text_rotation
 
-Insertion = Callable[[Tensor, Dropout | None], Tensor]
-"""From the residual stream to the residual stream, both ``(T, D)``, with the dropout of what is added to it."""
+
+@runtime_checkable
+class CrossAttended(Protocol):
+    """Cross-attention of one forward pass: blocks of the connector and the rows that they attend."""
+
+    @property
+    def layers(self) -> Container[int]:
+        """0-based numbers of the decoder blocks that a cross-attention block precedes."""
+
+    def before_block(self, layer: int, hidden: Float[Tensor, "T D"], dropout: Dropout | None) -> Float[Tensor, "T D"]:
+        """Return the residual stream after the cross-attention block that precedes decoder block ``layer``."""
 
 
 class Decoder(nn.Module):
@@ -60,7 +70,7 @@ class Decoder(nn.Module):
         position_ids: Int[Tensor, "T ..."],
         segments: AttentionSegments,
         valid: Bool[Tensor, " T"],
-        insertions: Mapping[int, Insertion],
+        attended: CrossAttended | None,
         cache: KVCache | None = None,
         dropout: Dropout | None = None,
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"] | None]:
@@ -71,7 +81,7 @@ class Decoder(nn.Module):
             position_ids: ``(T,)`` or ``(T, 3)``.
             segments: Documents, and their branches.
             valid: Rows that count in router statistics.
-            insertions: Calls on the stream before a block, by its 0-based number.
+            attended: Cross-attention that runs before some blocks; None for none.
             cache: Keys and values of earlier rows; extended in place.
             dropout: Of this microbatch; None for none.
 
@@ -87,9 +97,10 @@ class Decoder(nn.Module):
         rotation = self._rotation(position_ids, hidden.dtype)
         losses = []
         for number, layer in enumerate(self.layers):
-            if number in insertions:
-                # Numbers below 0, which no block has.
-                hidden = insertions[number](hidden, None if dropout is None else dropout.of_block(-1 - number))
+            if attended is not None and number in attended.layers:
+                # Dropout counts cross-attention blocks below 0, where no decoder block is.
+                cross_dropout = None if dropout is None else dropout.of_block(-1 - number)
+                hidden = attended.before_block(number, hidden, cross_dropout)
             layer_cache = None if cache is None else cache.layer(number)
             layer_dropout = None if dropout is None else dropout.of_block(number)
             hidden, router_losses = layer(hidden, rotation, segments, valid, layer_cache, layer_dropout)

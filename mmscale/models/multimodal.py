@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import MultimodalBatch
 from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.connector import Connector
-from mmscale.models.decoder import Decoder, Insertion
+from mmscale.models.decoder import CrossAttended, Decoder
 from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
 from mmscale.models.head import LanguageHead
 from mmscale.models.kv_cache import KVCache
@@ -58,17 +58,16 @@ class MultimodalModel(nn.Module):
         hidden, tags = self._embed(batch)
         if cache is not None:
             cache.advance(batch.segments, self.config.decoder.attention.kv_heads, self.decoder.head_dim, hidden)
-        insertions: dict[int, Insertion] = {}
+        attended: CrossAttended | None = None
         if self.vision is not None and self.connector is not None:
             if cache is not None and resumed:
-                insertions = dict(self.connector.resume(cache, batch.segments))
+                attended = self.connector.resume(cache, batch.segments)
             else:
                 media = batch.media["image"]
                 features = self.vision(media).to(hidden.dtype)
-                hidden, found = self.connector.connect(hidden, features, tags, media, batch.segments, cache)
-                insertions = dict(found)
+                hidden, attended = self.connector.connect(hidden, features, tags, media, batch.segments, cache)
         hidden, router = self.decoder(
-            hidden, batch.position_ids, batch.attended, batch.valid, insertions, cache, self._dropout(batch)
+            hidden, batch.position_ids, batch.attended, batch.valid, attended, cache, self._dropout(batch)
         )
         aux = {}
         mlp = self.config.decoder.mlp

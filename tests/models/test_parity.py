@@ -267,10 +267,10 @@ def test_mllama_text_with_cross_attention(parity: Recorder) -> None:
         torch.arange(sum(num_keys)), batch.segments, Segments.from_lengths(num_keys),
     )  # fmt: skip
     hidden = ours.decoder.embed_tokens(batch.token_ids)
-    hidden, insertions = ours.connector.connect(  # type: ignore[union-attr]
+    hidden, attended = ours.connector.connect(  # type: ignore[union-attr]
         hidden, features, hidden[:0], media, batch.segments, None
     )
-    hidden, _ = ours.decoder(hidden, batch.position_ids, batch.segments, batch.valid, insertions)
+    hidden, _ = ours.decoder(hidden, batch.position_ids, batch.segments, batch.valid, attended)
     logits = ours.head(hidden)[:, :120]
     expected = torch.cat(
         [

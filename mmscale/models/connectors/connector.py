@@ -6,7 +6,7 @@ A connector kind is a configuration class and a module in one file. ``models/con
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Placement
-from mmscale.models.decoder import Insertion
+from mmscale.models.decoder import CrossAttended
 from mmscale.models.decoder_config import DecoderConfig
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.projector_config import ProjectorConfig, check_projector, projector_products, typical_view
@@ -133,7 +133,7 @@ class Connector(nn.Module, ABC):
         media: MediaBlock,
         segments: Segments,
         cache: KVCache | None,
-    ) -> tuple[Tensor, Mapping[int, Insertion]]:
+    ) -> tuple[Tensor, CrossAttended | None]:
         """Join an image's features to the text.
 
         Args:
@@ -145,12 +145,12 @@ class Connector(nn.Module, ABC):
             cache: Filled for ``resume`` if text is generated; else None.
 
         Returns:
-            The decoder's input, and calls to insert before its blocks.
+            The decoder's input, and cross-attention that runs before some of its blocks, if there is any.
         """
 
-    def resume(self, cache: KVCache, segments: Segments) -> Mapping[int, Insertion]:
-        """Calls to insert for rows that continue cached sequences."""
-        return {}
+    def resume(self, cache: KVCache, segments: Segments) -> CrossAttended | None:
+        """Cross-attention of rows that continue cached sequences, if there is any."""
+        return None
 
     def blocks_to_recompute(self) -> list[nn.Module]:
         """Blocks worth recomputing in the backward pass."""

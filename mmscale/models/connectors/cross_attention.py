@@ -7,9 +7,8 @@ features --projector--> rows, and tags --keys--> attended rows --k, v per block-
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from mmscale.models.connectors.connector import Connector, FeatureConnectorBase
 from mmscale.models.connectors.embedding import write_features
 from mmscale.models.connectors.projector import LinearProjectorConfig
 from mmscale.models.connectors.unseen_text import num_absent_rows, rows_of_views, with_unseen_text
-from mmscale.models.decoder import Insertion
+from mmscale.models.decoder import CrossAttended
 from mmscale.models.decoder_config import DecoderConfig
 from mmscale.models.kv_cache import CrossCache, KVCache
 from mmscale.models.projector_config import ProjectorConfig
@@ -252,8 +251,8 @@ class CrossAttentionConnector(Connector):
         media: MediaBlock,
         segments: Segments,
         cache: KVCache | None,
-    ) -> tuple[Tensor, Mapping[int, Insertion]]:
-        """The decoder's input and the calls to insert before its blocks; fills ``cache.cross`` if there is a cache."""
+    ) -> tuple[Tensor, CrossAttended]:
+        """The decoder's input and cross-attention, which fills ``cache.cross`` if there is a cache."""
         rows = self.projector(features, media.grids)
         if self.embeds:
             hidden = write_features(hidden, rows, media)
@@ -268,63 +267,72 @@ class CrossAttentionConnector(Connector):
         attended = torch.cat([rows, *further]).index_select(0, media.keys)
         visible = rows_with_keys(media.span_tokens, media.span_keys)
         last = None if cache is None else _last_span_keys(segments, media, hidden.device)
-        insertions = {
-            int(layer): partial(
-                _insert,
-                block=block,
-                source=attended,
-                media=media,
-                visible=visible,
-                unseen=unseen,
-                cache=cache,
-                last=last,
-                layer=int(layer),
-            )
-            for layer, block in self.blocks.items()
-        }
-        return hidden, insertions
+        blocks = {int(layer): block for layer, block in self.blocks.items()}
+        return hidden, AttendedRows(blocks, attended, media.span_tokens, media.span_keys, visible, unseen, cache, last)
 
-    def resume(self, cache: KVCache, segments: Segments) -> Mapping[int, Insertion]:
-        """Insertions for rows that continue cached sequences."""
-        insertions: dict[int, Insertion] = {}
-        for layer, block in self.blocks.items():
-            stored = cache.cross[int(layer)]
-            visible = rows_with_keys(segments, stored.segments)
-            insertions[int(layer)] = partial(_continue, block=block, stored=stored, segments=segments, visible=visible)
-        return insertions
+    def resume(self, cache: KVCache, segments: Segments) -> CrossAttended:
+        """Cross-attention of rows that continue cached sequences."""
+        return CachedRows({int(layer): block for layer, block in self.blocks.items()}, segments, cache.cross)
 
     def blocks_to_recompute(self) -> list[nn.Module]:
         return list(self.blocks.values())
 
 
-def _insert(
-    hidden: Tensor,
-    dropout: Dropout | None,
-    block: nn.Module,
-    source: Tensor,
-    media: MediaBlock,
-    visible: Tensor,
-    unseen: Tensor | None,
-    cache: KVCache | None,
-    last: tuple[Tensor, Segments] | None,
-    layer: int,
-) -> Tensor:
-    hidden, keys, values = block(hidden, source, media.span_tokens, media.span_keys, visible, dropout, unseen)
-    if cache is not None and last is not None:
-        index, pieces = last
-        cache.cross[layer] = CrossCache(keys.index_select(0, index), values.index_select(0, index), pieces)
-    return hidden
+@dataclass(frozen=True)
+class AttendedRows:
+    """The rows that whole documents attend: a ``CrossAttended``.
+
+    Attributes:
+        layers: The block before each decoder block, by its number.
+        source: The attended rows.
+        span_tokens: Consecutive spans of tokens.
+        span_keys: The rows that each span attends.
+        visible: Tokens that attend anything.
+        unseen: Tokens that get no feed-forward; None for none.
+        cache: Receives keys and values of every block; None keeps none.
+        last: With a cache: index of the rows that each sequence goes on to attend, and their numbers.
+    """
+
+    layers: Mapping[int, nn.Module]
+    source: Float[Tensor, "A D"]
+    span_tokens: Segments
+    span_keys: Segments
+    visible: Bool[Tensor, " T"]
+    unseen: Bool[Tensor, " T"] | None
+    cache: KVCache | None
+    last: tuple[Tensor, Segments] | None
+
+    def before_block(self, layer: int, hidden: Tensor, dropout: Dropout | None) -> Tensor:
+        """See ``CrossAttended``. Writes the block's keys and values into the cache."""
+        hidden, keys, values = self.layers[layer](
+            hidden, self.source, self.span_tokens, self.span_keys, self.visible, dropout, self.unseen
+        )
+        if self.cache is not None and self.last is not None:
+            index, pieces = self.last
+            self.cache.cross[layer] = CrossCache(keys.index_select(0, index), values.index_select(0, index), pieces)
+        return hidden
 
 
-def _continue(
-    hidden: Tensor,
-    dropout: Dropout | None,
-    block: nn.Module,
-    stored: CrossCache,
-    segments: Segments,
-    visible: Tensor,
-) -> Tensor:
-    return block(hidden, stored, segments, stored.segments, visible, dropout)[0]
+@dataclass(frozen=True)
+class CachedRows:
+    """Cached keys and values that rows of continued sequences attend: a ``CrossAttended``.
+
+    Attributes:
+        layers: The block before each decoder block, by its number.
+        segments: The new rows of each sequence.
+        stored: Keys and values of each block.
+    """
+
+    layers: Mapping[int, nn.Module]
+    segments: Segments
+    stored: Mapping[int, CrossCache]
+
+    def before_block(self, layer: int, hidden: Tensor, dropout: Dropout | None) -> Tensor:
+        """See ``CrossAttended``."""
+        stored = self.stored[layer]
+        visible = rows_with_keys(self.segments, stored.segments)
+        streamed: Tensor = self.layers[layer](hidden, stored, self.segments, stored.segments, visible, dropout)[0]
+        return streamed
 
 
 def _last_span_keys(segments: Segments, media: MediaBlock, device: torch.device) -> tuple[Tensor, Segments]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
@@ -13,7 +12,7 @@ from data_pipeline.media_spec import Placement
 from mmscale.models.connectors.connector import Connector, FeatureConnectorBase
 from mmscale.models.connectors.padding import PaddingEmbedding
 from mmscale.models.connectors.projector import MlpProjectorConfig
-from mmscale.models.decoder import Insertion
+from mmscale.models.decoder import CrossAttended
 from mmscale.models.decoder_config import DecoderConfig
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.projector_config import ProjectorConfig
@@ -79,8 +78,8 @@ class EmbeddingConnector(Connector):
         media: MediaBlock,
         segments: Segments,
         cache: KVCache | None,
-    ) -> tuple[Tensor, Mapping[int, Insertion]]:
-        """The decoder's input with images in it; no insertions."""
+    ) -> tuple[Tensor, CrossAttended | None]:
+        """The decoder's input with images in it; no cross-attention."""
         if self.padding is not None:
             features = self.padding(features, media)
-        return self.combine(hidden, self.projector(features, media.grids), media), {}
+        return self.combine(hidden, self.projector(features, media.grids), media), None
