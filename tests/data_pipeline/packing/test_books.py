@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +14,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import DataConfig
-from data_pipeline.document import Document, ImageExtent, MediaItem, Span
+from data_pipeline.document import Document
 from data_pipeline.errors import FaultKind
 from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.packer import Budget
 from data_pipeline.packing.truncation import split
-from data_pipeline.sample import Provenance
 from data_pipeline.shards.open_shard import LocalShard
 from data_pipeline.text.tokenizer import HuggingFaceTokenizer
 from tests.data_pipeline.conftest import Members, WriteSet
+from tests.data_pipeline.packing.made_documents import made_document
 
 SPECS = (MediaSpec(Placement.EMBEDDING, patch_size=1), MediaSpec(Placement.CROSS_ATTENTION, patch_size=1))
 
 
 def document_of(pieces: list[tuple[str, int]], spec: MediaSpec, branches: tuple[int, ...] = ()) -> Document:
-    """Text and images in a row; token t has id t, every feature of image i has the value i."""
-    embedded = spec.placement is Placement.EMBEDDING
-    length, items, images, dest, spans = 0, [], [], [], [Span(0, ())]
-    for kind, size in pieces:
-        if kind == "text":
-            length += size
-            continue
-        start = length
-        items.append(MediaItem(np.full((size, spec.patch_dim), len(items), np.uint8), (1, 1, size), embedded))
-        if embedded:
-            dest.extend(reversed(range(length, length + size)))
-            length += size
-        else:
-            spans = [span for span in spans if span.start != length] + [Span(length, (len(items) - 1,))]
-            length += 1
-        images.append(ImageExtent(start, len(items) - 1, length))
-    ids = np.arange(length, dtype=np.int32)
-    slots, origin = np.array(dest, np.int32), Provenance("set", "shard", "0", 0)
-    made = (ids, ids + 1, np.ones(length, np.float32), ids, tuple(items), slots, tuple(spans), origin, tuple(images))
-    return Document(*made, branches=branches)
+    """A document whose tokens all weigh 1, and whose images have their features in reverse order."""
+    document = made_document(pieces, spec)
+    slots = [slot for image in document.images for slot in reversed(range(image.start, image.stop))]
+    return replace(
+        document,
+        loss_weights=np.ones_like(document.loss_weights),
+        dest=np.array(slots if len(document.dest) else [], np.int32),
+        branches=branches,
+    )
 
 
 def plain_part(document: Document, start: int, stop: int) -> dict[str, Any]:

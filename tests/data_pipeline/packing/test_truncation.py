@@ -7,10 +7,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_pipeline.document import Document, ImageExtent, MediaItem, Span
+from data_pipeline.document import Document
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.truncation import Cutter, longest_part, some_branches, split
-from data_pipeline.sample import Provenance
+from tests.data_pipeline.packing.made_documents import made_document
 
 EMBEDDING = MediaSpec(Placement.EMBEDDING, patch_size=1)
 ATTENDING = MediaSpec(Placement.CROSS_ATTENTION, patch_size=1)
@@ -20,32 +20,6 @@ pieces = st.lists(
     min_size=1,
     max_size=8,
 )
-
-
-def _document(pieces: list[tuple[str, int]], spec: MediaSpec) -> Document:
-    """Text and images in a row; token t has id t, label t + 1 and weight t + 0.5; features of image i have value i."""
-    embedded = spec.placement is Placement.EMBEDDING
-    length, items, images, dest, spans = 0, [], [], [], [Span(0, ())]
-    for kind, size in pieces:
-        if kind == "text":
-            length += size
-            continue
-        start = length
-        items.append(MediaItem(np.full((size, spec.patch_dim), len(items), np.uint8), (1, 1, size), embedded))
-        if embedded:
-            dest.extend(range(length, length + size))
-            length += size
-        else:
-            spans = [span for span in spans if span.start != length]
-            spans.append(Span(length, (len(items) - 1,)))
-            length += 1
-        images.append(ImageExtent(start, len(items) - 1, length))
-    ids = np.arange(length, dtype=np.int32)
-    origin = Provenance("set", "shard", "0", 0)
-    weights = ids + np.float32(0.5)
-    return Document(
-        ids, ids + 1, weights, ids, tuple(items), np.array(dest, np.int32), tuple(spans), origin, tuple(images)
-    )
 
 
 def _check_rows(part: Document) -> None:
@@ -72,8 +46,8 @@ def _features(document: Document) -> dict[int, int]:
 
 @given(pieces=pieces, most=st.integers(6, 12), spec=st.sampled_from([EMBEDDING, ATTENDING]))
 @example(pieces=[("image", 1)] * 10, most=3, spec=ATTENDING)
-def test_the_parts_together_are_the_document(pieces: list, most: int, spec: MediaSpec) -> None:
-    document = _document(pieces, spec)
+def test_the_parts_together_are_themade_document(pieces: list, most: int, spec: MediaSpec) -> None:
+    document = made_document(pieces, spec)
     parts = list(split(document, lambda part: part.num_tokens <= most))
     assert np.concatenate([part.token_ids for part in parts]).tolist() == document.token_ids.tolist()
     assert [seen for part in parts for seen in _attended(part)] == _attended(document)
@@ -99,7 +73,7 @@ def test_the_parts_together_are_the_document(pieces: list, most: int, spec: Medi
 
 @given(pieces=pieces, spec=st.sampled_from([EMBEDDING, ATTENDING]))
 def test_no_image_is_divided(pieces: list, spec: MediaSpec) -> None:
-    document = _document(pieces, spec)
+    document = made_document(pieces, spec)
     parts = split(document, lambda part: part.num_tokens <= 7)
     edges = np.cumsum([part.num_tokens for part in parts]).tolist()
     for image in document.images:
@@ -107,7 +81,7 @@ def test_no_image_is_divided(pieces: list, spec: MediaSpec) -> None:
 
 
 def test_a_part_is_as_long_as_the_cost_allows() -> None:
-    document = _document([("text", 3), ("image", 4), ("text", 5)], EMBEDDING)
+    document = made_document([("text", 3), ("image", 4), ("text", 5)], EMBEDDING)
 
     def cheap(part: Document) -> bool:
         return part.num_tokens + 2 * part.num_patches <= 18
@@ -119,14 +93,14 @@ def test_a_part_is_as_long_as_the_cost_allows() -> None:
 
 
 def test_an_image_that_fits_nowhere_goes_and_the_text_around_it_stays() -> None:
-    document = _document([("text", 3), ("image", 6), ("text", 4)], EMBEDDING)
+    document = made_document([("text", 3), ("image", 6), ("text", 4)], EMBEDDING)
     parts = list(split(document, lambda part: part.num_tokens <= 5))
     assert [part.token_ids.tolist() for part in parts] == [[0, 1, 2], [9, 10, 11, 12]]
     assert not any(part.items for part in parts)
 
 
 def test_text_that_attends_an_image_that_fits_nowhere_goes_with_it() -> None:
-    document = _document([("text", 2), ("image", 9), ("text", 3), ("image", 4), ("text", 2)], ATTENDING)
+    document = made_document([("text", 2), ("image", 9), ("text", 3), ("image", 4), ("text", 2)], ATTENDING)
     parts = list(split(document, lambda part: part.num_tokens <= 9 and part.num_patches <= 4))
     assert [part.token_ids.tolist() for part in parts] == [[0, 1], [6, 7, 8]]
     assert [_attended(part) for part in parts] == [[()] * 2, [(1,)] * 3]
@@ -134,7 +108,7 @@ def test_text_that_attends_an_image_that_fits_nowhere_goes_with_it() -> None:
 
 @pytest.mark.parametrize("start", [0, 4])
 def test_positions_on_three_axes_start_again_at_zero(start: int) -> None:
-    document = _document([("text", 8)], EMBEDDING)
+    document = made_document([("text", 8)], EMBEDDING)
     positions = np.stack([np.arange(8), np.arange(8) + 2, np.arange(8) + 5], axis=1).astype(np.int32)
     moved = Document(**{**document.__dict__, "position_ids": positions})
     part = Cutter(moved).cut(start, 8)
@@ -145,8 +119,8 @@ def test_positions_on_three_axes_start_again_at_zero(start: int) -> None:
 
 def _branched(shared: list[tuple[str, int]], branches: list[int], spec: MediaSpec) -> Document:
     """What branches share, then branches of so many tokens; positions of each go on from what is shared."""
-    whole = _document([*shared, *(("text", length) for length in branches)], spec)
-    fork = _document(shared, spec).num_tokens
+    whole = made_document([*shared, *(("text", length) for length in branches)], spec)
+    fork = made_document(shared, spec).num_tokens
     starts = [fork + sum(branches[:i]) for i in range(len(branches))]
     positions = [np.arange(fork), *(np.arange(fork, fork + length) for length in branches)]
     return Document(
@@ -180,7 +154,7 @@ def test_every_part_has_what_branches_share_and_whole_branches(lengths: list[int
         assert part.position_ids.tolist() == expected.position_ids.tolist()
         assert part.num_images == 1
         assert _attended(part) == _attended(expected)
-        assert _features(part) == _features(_document(SHARED, spec))
+        assert _features(part) == _features(made_document(SHARED, spec))
         done += count
         # As long as can be: the next branch would not have fitted.
         assert done == len(lengths) or part.num_tokens + lengths[done] > most
