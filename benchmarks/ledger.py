@@ -22,7 +22,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.history.sample_log import COLUMNS, Ledger, Segment
 from data_pipeline.history.sample_steps import Whereabouts
 from data_pipeline.io.columns import Column
-from data_pipeline.loader.lane_stream import dataset_seed
+from data_pipeline.loader.sample_source import dataset_seed
 from data_pipeline.order.lanes import Cursor, LaneOrder
 from data_pipeline.order.state import LaneState, LoaderState, StreamPosition
 

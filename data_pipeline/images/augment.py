@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.images.decode import Pixels
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.order.sample_rng import Draws
+from data_pipeline.order.randomness import Draws
 
 Box = tuple[int, int, int, int]
 """Top, left, height, width in pixels of the source; may reach beyond it."""

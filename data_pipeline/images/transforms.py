@@ -30,7 +30,7 @@ from data_pipeline.images.native_sizes import Size, area_size, lifted, longest_s
 from data_pipeline.images.tilings import InternvlTiling, Tile, Tiled, TilingConfig, single_tile
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.order.sample_rng import Draws
+from data_pipeline.order.randomness import Draws
 from data_pipeline.shards.image_header import ImageSize, image_size
 
 _BLACK = np.uint8(0)

@@ -8,7 +8,7 @@ from typing import Any
 from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.order.exclusions import exclusions_digest
+from data_pipeline.order.fault_lists import exclusions_digest
 from data_pipeline.order.mixture import Schedule
 from data_pipeline.order.state import fingerprint_of
 

@@ -28,11 +28,10 @@ from data_pipeline.errors import (
     ShardError,
     TooManyFaultsError,
 )
-from data_pipeline.loader.known_faults import RunFaults
-from data_pipeline.order.exclusions import Exclusions
+from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault
 from data_pipeline.order.lanes import Cursor, Place
-from data_pipeline.order.permutation import Permutation
+from data_pipeline.order.randomness import Permutation
 from data_pipeline.order.state import Drawn
 from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES, assemble
@@ -144,9 +143,12 @@ class StreamedLane:
         num_lanes: All lanes; over them each sample occurs once an epoch.
     """
 
+    random_access = False
+
     def __init__(self, shared: StreamedSet, lane: int, num_lanes: int) -> None:
         self._set = shared
         self._lane, self._num_lanes = lane, num_lanes
+        self.faults = StreamedFaults(self, shared)
         self._window = _Window(-1, -1, [])
         self._open: tuple[int, int, Iterator[Entry]] | None = None
 
@@ -209,10 +211,6 @@ class StreamedLane:
                 return
             yield (place, self._set.sources[place.sample >> _ROW_BITS], *self._entry(place.sample))
 
-    def known(self, sample: int) -> StreamedSample:
-        """The view that ``FaultPolicy.attempt`` takes."""
-        return StreamedSample(self, self._set, sample)
-
     def where(self, sample: int) -> tuple[str, str]:
         """Shard and key of a sample."""
         return self._set.sources[sample >> _ROW_BITS], self._entry(sample)[0]
@@ -257,47 +255,46 @@ class StreamedLane:
 
 
 @dataclass(frozen=True)
-class StreamedSample:
-    """One sample of a streamed data set: a ``faults.Known``."""
+class StreamedFaults:
+    """Bad samples and lost shards of a streamed data set: a ``KnownFaults``."""
 
     lane: StreamedLane
     shared: StreamedSet
-    sample: int
 
-    def recall(self) -> Fault | None:
+    def recall(self, sample: int) -> Fault | None:
         """The fault of a sample that need not be tried."""
         run, dataset = self.shared.faults, self.shared.dataset
         excluded = run.exclusions.get(dataset)
-        if excluded is not None and (at := excluded.position(self.sample)) is not None:
-            return self._exclude(excluded, at)
-        error = run.quarantined.get((dataset, self.sample)) if run.quarantined else None
+        if excluded is not None and (at := excluded.position(sample)) is not None:
+            return self._exclude(sample, int(excluded.key_crc32[at]))
+        error = run.quarantined.get((dataset, sample)) if run.quarantined else None
         return None if error is None else Fault(error, again=True)
 
-    def _exclude(self, excluded: Exclusions, at: int) -> Fault:
-        source, key = self.lane.where(self.sample)
-        if key != "?" and crc32(key.encode()) != int(excluded.key_crc32[at]):
+    def _exclude(self, sample: int, key_crc32: int) -> Fault:
+        source, key = self.lane.where(sample)
+        if key != "?" and crc32(key.encode()) != key_crc32:
             raise DataConfigError(
-                f"data.faults.exclude: sample {self.sample} of data set {self.shared.dataset} is {source}/{key}, "
+                f"data.faults.exclude: sample {sample} of data set {self.shared.dataset} is {source}/{key}, "
                 "the list names another key: it was made for other shards"
             )
         error = SampleError("named by data.faults.exclude", kind=FaultKind.EXCLUDED, shard=source, key=key)
         return Fault(error, counts=False)
 
-    def locate(self) -> tuple[str, str]:
+    def locate(self, sample: int) -> tuple[str, str]:
         """Shard and key."""
-        return self.lane.where(self.sample)
+        return self.lane.where(sample)
 
-    def offset(self) -> None:
+    def offset(self, sample: int) -> None:
         """Nobody knows: a pipe has no places."""
 
-    def shard_failed(self, error: ShardError | ManifestError) -> Fault:
+    def shard_failed(self, sample: int, error: ShardError | ManifestError) -> Fault:
         """The rest of the shard is lost.
 
         Raises:
             TooManyFaultsError: more than ``max_share`` of the shards are.
         """
-        source, key = self.locate()
-        shared, shard = self.shared, self.sample >> _ROW_BITS
+        source, key = self.lane.where(sample)
+        shared, shard = self.shared, sample >> _ROW_BITS
         shared.lost.add(shard)
         config, count = shared.faults.config, len(shared.sources)
         if len(shared.lost) > config.max_share * count or len(shared.lost) == count:
@@ -308,9 +305,9 @@ class StreamedSample:
         reason = f"{error}; what follows in the shard is lost"
         return Fault(SampleError(reason, kind=FaultKind.SHARD, shard=source, key=key), counts=False)
 
-    def keep(self, error: SampleError) -> None:
+    def keep(self, sample: int, error: SampleError) -> None:
         """Holds a quarantined sample."""
-        self.shared.faults.hold(self.shared.dataset, self.sample, error)
+        self.shared.faults.hold(self.shared.dataset, sample, error)
 
-    def succeeded(self) -> None:
+    def succeeded(self, sample: int) -> None:
         """Nothing is counted."""

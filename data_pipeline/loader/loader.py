@@ -13,27 +13,24 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.config import DataConfig
-from data_pipeline.document import Empty, plain_empty
-from data_pipeline.errors import DataConfigError, DataPipelineError, TooManyFaultsError
+from data_pipeline.errors import DataConfigError, DataPipelineError
 from data_pipeline.loader.fingerprint import fingerprint, schedule_of
 from data_pipeline.loader.front_to_back import any_remote, expand_shards
-from data_pipeline.loader.known_faults import RunFaults
-from data_pipeline.loader.lane_stream import LaneStream, OpenDataset
+from data_pipeline.loader.lane_packs import LanePacks
 from data_pipeline.loader.shared_buffers import Inbox, Outbox, Parcel
 from data_pipeline.loader.user_code import load as load_code
 from data_pipeline.loader.workers import Workers
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_policy import Skipped
 from data_pipeline.order.state import Drawn, LaneState, LoaderState, StreamPosition
-from data_pipeline.packing.collate import collate, concatenate
+from data_pipeline.packing.collate import Join, collate, concatenate, join_copies
 from data_pipeline.packing.document_builder import DocumentBuilder, null_document
-from data_pipeline.packing.packer import Budget, Pack, Packer
+from data_pipeline.packing.packer import Budget, Pack
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.storage.storage import Storage
@@ -41,8 +38,6 @@ from data_pipeline.text.tokenizer import load_tokenizer
 
 __all__ = ["DocumentBuilder", "Loader", "LoaderState", "StepBatch", "null_document", "read_samples"]
 
-_MOST_AHEAD = 4
-"""Samples that are decoded at once: of more of them the bytes would not stay in the processor's cache meanwhile."""
 _DECODE_THREADS = 2
 """Without workers. While one waits for Python's lock, the other decodes."""
 
@@ -75,12 +70,10 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """One step of the lanes of one worker."""
+class _Notes:
+    """What is known of one step of the lanes of one worker, beside their batches."""
 
-    worker: int
     lanes: tuple[int, ...]
-    batches: Parcel
     states: tuple[list[int], ...]
     skipped: tuple[Skipped, ...]
     num_cut: int
@@ -88,9 +81,12 @@ class _Rows:
     exhausted: bool
 
 
+_Batches = tuple[MultimodalBatch, ...]
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """What any process needs to make rows."""
+    """What any process needs to make batches."""
 
     config: DataConfig
     spec: MediaSpec
@@ -99,105 +95,44 @@ class _Plan:
     lanes: dict[int, LaneState]
     quarantine: tuple[Path, ...]
 
+    def steps(
+        self, lanes: Sequence[int], join: Join, decode_threads: int
+    ) -> Generator[tuple[_Batches, _Notes], None, None]:
+        """Endless steps of some lanes: of each a batch of one pack.
 
-class _LaneRows:
-    """Makes the rows of some lanes, in the process that calls it."""
+        Raises:
+            DataPipelineError: as ``Loader``.
+        """
+        states = {lane: self.lanes[lane] for lane in lanes}
+        place = (self.config, self.spec, self.seed, self.first_step, states)
+        made = LanePacks(*place, quarantine=self.quarantine, decode_threads=decode_threads)
+        with contextlib.closing(made):
+            while True:
+                yield self._step(made, tuple(lanes), join)
 
-    def __init__(self, plan: _Plan, share: Sequence[int], worker: int, is_apart: bool) -> None:
-        config, spec = plan.config, plan.spec
-        tokenizer = load_tokenizer(config.tokenizer)
-        self._worker = worker
-        self._outbox = Outbox(shared=is_apart)
-        # In the caller's process images are decoded beside what it does. Threads write late: into memory nobody moves.
-        self._threads = None if is_apart else ThreadPoolExecutor(_DECODE_THREADS, thread_name_prefix="decode")
-        self._in_order = is_apart and config.packing.look_ahead == 1
-        empty = self._outbox.empty if self._in_order else plain_empty
-        self._step = plan.first_step
-        self._spec = spec
-        budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
-        faults = RunFaults.load(config.faults, plan.quarantine)
-        self._storage = Storage(config.storage, config.cache)
-        self._datasets = [
-            OpenDataset.open(dataset, config.order, plan.seed, tokenizer, spec, faults, self._storage)
-            for dataset in config.datasets
-        ]
-        sizes = {dataset.config.name: dataset.source.num_samples for dataset in self._datasets}
-        schedule = schedule_of(config, sizes)
-        self._streams: dict[int, LaneStream] = {}
-        self._packers: dict[int, Packer] = {}
-        for lane in share:
-            state = plan.lanes[lane]
-            self._streams[lane] = LaneStream(
-                config, self._datasets, schedule, lane, budget, state, empty, self._threads
-            )
-        for stream in self._streams.values():
-            stream.prepare()
-        for lane, stream in self._streams.items():
-            self._packers[lane] = Packer(stream, budget, lane, plan.lanes[lane].waiting)
-
-    def close(self) -> None:
-        """Ends what is under way."""
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
-        self._storage.close()
-
-    def step(self) -> _Rows:
-        """The rows of the next step."""
-        for stream in self._streams.values():
-            stream.step = self._step
-        self._step += 1
-        try:
-            packs = [self._next_pack(lane) for lane in self._packers]
-        except TooManyFaultsError as error:
-            error.skipped = self._take_skipped()
-            raise
-        batches = tuple(collate([pack], self._spec, self._outbox.join) for pack in packs)
-        states = [
-            LaneState(*packer.state(), stream.faults()).to_integers()
-            for packer, stream in zip(self._packers.values(), self._streams.values(), strict=True)
-        ]
-        parcel = self._outbox.wrap(batches)
-        if self._in_order:
-            for lane in self._packers:
-                self._move(lane, plain_empty)
-        return _Rows(
-            worker=self._worker,
-            lanes=tuple(self._streams),
-            batches=parcel,
-            states=tuple(states),
-            skipped=self._take_skipped(),
+    def _step(self, made: LanePacks, lanes: tuple[int, ...], join: Join) -> tuple[_Batches, _Notes]:
+        """One step. Its documents are gone when it returns, so that they do not wait beside their batch."""
+        packs = list(made.next_packs().values())
+        batches = tuple(collate([pack], self.spec, join) for pack in packs)
+        return batches, _Notes(
+            lanes=lanes,
+            states=tuple(state.to_integers() for state in made.states().values()),
+            skipped=made.take_skipped(),
             num_cut=sum(document.is_cut for pack in packs for document in pack.documents),
             drawn=tuple(pack.drawn for pack in packs),
-            exhausted=all(packer.exhausted for packer in self._packers.values()),
+            exhausted=made.exhausted,
         )
 
-    def _next_pack(self, lane: int) -> Pack:
-        """The pack; if documents are packed as they come, its patches lie behind each other in the parcel at once."""
-        if self._in_order:
-            self._move(lane, self._outbox.empty)
-        pack = self._packers[lane].next_pack()
-        # What is left of those that were decoded ahead waits for the next step: few of a pack, however large they are.
-        self._streams[lane].ahead = max(1 if self._threads is None else 2, min(_MOST_AHEAD, len(pack.documents) // 8))
-        return pack
-
-    def _move(self, lane: int, empty: Empty) -> None:
-        """Moves what waits for later steps, in the order in which it was made."""
-        self._packers[lane].move(empty)
-        self._streams[lane].move(empty)
-
-    def _take_skipped(self) -> tuple[Skipped, ...]:
-        return tuple(skip for stream in self._streams.values() for skip in stream.take_skipped())
-
-
-def _rows_of(plan: _Plan, num_workers: int, worker: int) -> Generator[_Rows | DataPipelineError, None, None]:
-    """Endless steps of a worker's share of the lanes; an error is the last item. Without workers there is one share."""
-    try:
-        share = list(plan.lanes)[worker :: max(1, num_workers)]
-        with contextlib.closing(_LaneRows(plan, share, worker, is_apart=num_workers > 0)) as rows:
-            while True:
-                yield rows.step()
-    except DataPipelineError as error:
-        yield error
+    def parcels(
+        self, num_workers: int, worker: int
+    ) -> Generator[tuple[Parcel, _Notes] | DataPipelineError, None, None]:
+        """The steps of a worker's share of the lanes, in memory that processes share; an error is the last item."""
+        outbox = Outbox()
+        try:
+            for batches, notes in self.steps(list(self.lanes)[worker::num_workers], outbox.join, decode_threads=0):
+                yield outbox.wrap(batches), notes
+        except DataPipelineError as error:
+            yield error
 
 
 class Loader:
@@ -260,15 +195,18 @@ class Loader:
         Budget(config.packing, spec, self._null_pack.documents[0])
         self._num_workers = min(config.workers, len(self.lanes))
         plan = _Plan(config, spec, seed, self._step, lane_states, tuple(quarantine))
-        self._make_rows = functools.partial(_rows_of, plan, self._num_workers)
-        # Remote access has threads, which a fork would lose.
-        preload = (__name__, "torchvision.io")  # Decoding imports it when it must, which takes a second.
+        self._steps = plan.steps(self.lanes, join_copies, _DECODE_THREADS)
+        # Remote access has threads, which a fork would lose. Decoding imports torchvision, which takes a second.
         self._start = functools.partial(
-            Workers, self._make_rows, self._num_workers, config.prefetch, clean=is_remote, preload=preload
+            Workers,
+            functools.partial(plan.parcels, self._num_workers),
+            self._num_workers,
+            config.prefetch,
+            clean=is_remote,
+            preload=(__name__, "torchvision.io"),
         )
-        self._inboxes = [Inbox() for _ in range(max(1, self._num_workers))]
-        self._workers: Workers[_Rows | DataPipelineError] | None = None
-        self._rows: Generator[_Rows | DataPipelineError, None, None] | None = None
+        self._inboxes = [Inbox() for _ in range(self._num_workers)]
+        self._workers: Workers[tuple[Parcel, _Notes] | DataPipelineError] | None = None
         self._closed = False
         _OPEN.add(self)
 
@@ -289,14 +227,15 @@ class Loader:
         """
         if self._closed:
             raise DataPipelineError("this loader is closed; make a new one from its last state")
-        rows = [self._take(worker) for worker in range(max(1, self._num_workers))]
-        batches = {
-            lane: batch
-            for row in rows
-            for lane, batch in zip(row.lanes, self._inboxes[row.worker].open(row.batches), strict=True)
-        }
-        states = {lane: state for row in rows for lane, state in zip(row.lanes, row.states, strict=True)}
-        drawn = {lane: pack for row in rows for lane, pack in zip(row.lanes, row.drawn, strict=True)}
+        try:
+            taken = self._take() if self._num_workers else [next(self._steps)]
+        except DataPipelineError:
+            self.close()
+            raise
+        notes = [each for _, each in taken]
+        batches = {lane: batch for made, own in taken for lane, batch in zip(own.lanes, made, strict=True)}
+        states = {lane: state for own in notes for lane, state in zip(own.lanes, own.states, strict=True)}
+        drawn = {lane: places for own in notes for lane, places in zip(own.lanes, own.drawn, strict=True)}
         microbatches = self._microbatches([batches[lane] for lane in self.lanes])
         self._step += 1
         if self._step - 1 in self._schedule.starts:  # A phase has begun: from now on it is a part of the past.
@@ -304,13 +243,13 @@ class Loader:
         return StepBatch(
             step=self._step - 1,
             microbatches=microbatches,
-            skipped=tuple(sorted((skip for row in rows for skip in row.skipped), key=lambda skip: skip.lane)),
+            skipped=tuple(sorted((skip for own in notes for skip in own.skipped), key=lambda skip: skip.lane)),
             state=LoaderState(self.fingerprint, self._step, states, self._names),
             num_samples=sum(batch.num_samples for batch in microbatches),
             num_tokens=sum(batch.num_tokens for batch in microbatches),
-            num_cut=sum(row.num_cut for row in rows),
+            num_cut=sum(own.num_cut for own in notes),
             drawn={lane: drawn[lane] for lane in self.lanes},
-            exhausted=all(row.exhausted for row in rows),
+            exhausted=all(own.exhausted for own in notes),
         )
 
     def _microbatches(self, batches: Sequence[MultimodalBatch]) -> tuple[MultimodalBatch, ...]:
@@ -321,31 +260,25 @@ class Loader:
             full.append(collate([self._null_pack], self._spec))
         return tuple(full)
 
-    def _take(self, worker: int) -> _Rows:
-        try:
-            rows = self._next_rows(worker)
-        except DataPipelineError:
-            self.close()
-            raise
-        if isinstance(rows, DataPipelineError):
-            self.close()
-            raise rows
-        return rows
-
-    def _next_rows(self, worker: int) -> _Rows | DataPipelineError:
-        if not self._num_workers:
-            self._rows = self._rows or self._make_rows(0)
-            return next(self._rows)
-        self._workers = self._workers or self._start()
-        return self._workers.take(worker)
+    def _take(self) -> list[tuple[_Batches, _Notes]]:
+        """The next step of each worker."""
+        if self._workers is None:
+            self._workers = self._start()
+        taken = []
+        for worker, inbox in enumerate(self._inboxes):
+            item = self._workers.take(worker)
+            if isinstance(item, DataPipelineError):
+                raise item
+            parcel, notes = item
+            taken.append((inbox.open(parcel), notes))
+        return taken
 
     def close(self) -> None:
         """Stops the workers; the loader yields nothing more."""
         self._closed = True
         if self._workers is not None:
             self._workers.close()
-        if self._rows is not None:
-            self._rows.close()
+        self._steps.close()
 
     def __enter__(self) -> Loader:
         return self

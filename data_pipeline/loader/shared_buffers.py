@@ -1,6 +1,6 @@
 """Batches on their way to the consumer: tensors in a few buffers that go round, everything else beside them.
 
-    worker    Outbox: empty, join --> buffer, wrap --> Parcel --queue--> Inbox: open --> batches    consumer
+    worker    Outbox: join --> buffer, wrap --> Parcel --queue--> Inbox: open --> batches    consumer
                            ^                                                          |
                            '--- the buffer is free again: its first byte, set when the last tensor in it is gone
 
@@ -73,11 +73,9 @@ class Parcel:
 class Outbox:
     """The side that makes batches. Not for: threads.
 
-    Attributes:
-        shared: Whether the other side is another process; else plain memory goes round.
+    A parcel is filled by ``join``, for the patches that are nearly all of its bytes, then closed by ``wrap``.
     """
 
-    shared: bool
     _tensors: dict[int, Tensor] = field(default_factory=dict)
     _buffers: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     """The same memory."""
@@ -86,8 +84,6 @@ class Outbox:
     _gone: list[int] = field(default_factory=list)
     _used: list[int] = field(default_factory=list)
     """Buffers of the parcel that is being filled; the last one has room."""
-    _memory: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
-    """The last one."""
     _end: int = 0
     """Where the room of the last one begins."""
     _filled: int = 0
@@ -97,47 +93,15 @@ class Outbox:
     _places: dict[int, _Place] = field(default_factory=dict)
     """What ``join`` gave out for this parcel, by address."""
 
-    def empty(self, rows: int, columns: int) -> npt.NDArray[np.uint8]:
-        """uint8 ``(rows, columns)``, behind what was given before as far as there is room: see ``join``.
-
-        Whoever keeps it beyond ``wrap`` must copy it.
-        """
-        num_bytes = rows * columns
-        if not self._used and self._usual:
-            self._open(num_bytes)
-        start, end = self._end, self._end + num_bytes
-        if not self._used or end > len(self._memory):
-            return np.empty((rows, columns), dtype=np.uint8)
-        self._end = end
-        self._filled += num_bytes
-        return np.ndarray((rows, columns), np.uint8, self._memory, start)
-
     def join(self, arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-        """Arrays of equally many columns as one tensor that travels without another copy.
-
-        Without any copy, if ``empty`` gave them one behind the other.
-        """
+        """Arrays of equally many columns as one tensor that travels without another copy."""
         rows, columns = sum(len(array) for array in arrays), arrays[0].shape[1]
-        place = self._found(arrays, rows, columns)
-        if place is None:
-            place = self._place("|u1", (rows, columns))
-            np.concatenate(arrays, out=place.within(self._buffers[place.buffer]))
-        tensor = torch.from_numpy(place.within(self._buffers[place.buffer]))
+        place = self._place("|u1", (rows, columns))
+        values = place.within(self._buffers[place.buffer])
+        np.concatenate(arrays, out=values)
+        tensor = torch.from_numpy(values)
         self._places[tensor.data_ptr()] = place
         return tensor
-
-    def _found(self, arrays: Sequence[npt.NDArray[np.uint8]], rows: int, columns: int) -> _Place | None:
-        """Where the arrays lie, if they do so one behind the other."""
-        first = end = _address(arrays[0])
-        for array in arrays:
-            if _address(array) != end or not array.flags.c_contiguous:
-                return None
-            end += array.nbytes
-        for number in self._used:
-            start = first - _address(self._buffers[number])
-            if 0 < start <= len(self._buffers[number]) - rows * columns:
-                return _Place(number, start, "|u1", (rows, columns))
-        return None
 
     def wrap(self, batches: tuple[MultimodalBatch, ...]) -> Parcel:
         """A parcel with all tensors; those that ``join`` did not give are copied."""
@@ -146,7 +110,7 @@ class Outbox:
             place, values = self._places.get(tensor.data_ptr()), tensor.numpy()
             if place is None or (place.dtype, place.shape) != (values.dtype.str, values.shape):
                 place = self._place(values.dtype.str, values.shape)
-                np.copyto(place.within(self._memory), values)
+                np.copyto(place.within(self._buffers[place.buffer]), values)
             return place
 
         emptied = tuple(_map(batch, Tensor, store) for batch in batches)
@@ -160,7 +124,7 @@ class Outbox:
         """Room for a tensor."""
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         start = -(-self._end // _ALIGNMENT) * _ALIGNMENT
-        if not self._used or start + num_bytes > len(self._memory):
+        if not self._used or start + num_bytes > len(self._buffers[self._used[-1]]):
             self._open(num_bytes)
             start = self._end
         self._end = start + num_bytes
@@ -170,7 +134,6 @@ class Outbox:
     def _open(self, num_bytes: int) -> None:
         """Goes on in another buffer, with room for so much and for what the parcel usually holds further."""
         self._used.append(self._take(_HEADER_BYTES + max(num_bytes, self._usual - self._filled)))
-        self._memory = self._buffers[self._used[-1]]
         self._end = _HEADER_BYTES
 
     def _take(self, num_bytes: int) -> int:
@@ -189,10 +152,8 @@ class Outbox:
     def _make(self, num_bytes: int) -> int:
         number = self._made
         self._made += 1
-        if self.shared:  # From the start, as torch's own ``default_collate`` does it: the queue would copy all else.
-            self._tensors[number] = torch.empty(0, dtype=torch.uint8).set_(_shared_memory(num_bytes))
-        else:
-            self._tensors[number] = torch.empty(num_bytes, dtype=torch.uint8)
+        # Shared from the start, as torch's own ``default_collate`` does it: the pipe would copy all else.
+        self._tensors[number] = torch.empty(0, dtype=torch.uint8).set_(_shared_memory(num_bytes))
         self._buffers[number] = self._tensors[number].numpy()
         self._new.append(number)
         return number
@@ -253,10 +214,6 @@ def _lend(buffer: npt.NDArray[np.uint8]) -> Any:
 def _release(buffer: npt.NDArray[np.uint8], owner: int) -> None:
     if os.getpid() == owner:  # A fork ends its copies of the tensors, not the batch.
         buffer[0] = 0
-
-
-def _address(array: npt.NDArray[np.uint8]) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:

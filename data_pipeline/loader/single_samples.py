@@ -20,11 +20,10 @@ from typing import Any, NamedTuple, TypeVar, cast, overload
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data_pipeline.errors import DataConfigError
-from data_pipeline.loader.indexed import IndexedLane, IndexedSet
-from data_pipeline.loader.known_faults import RunFaults, SetFaults
-from data_pipeline.loader.lane_stream import dataset_seed
+from data_pipeline.loader.indexed import IndexedFaults, IndexedLane, IndexedSet
+from data_pipeline.loader.sample_source import dataset_seed
 from data_pipeline.order.config import OrderConfig
-from data_pipeline.order.exclusions import exclusions_digest
+from data_pipeline.order.fault_lists import RunFaults, exclusions_digest
 from data_pipeline.order.fault_policy import Fault, FaultConfig, FaultPolicy, Skipped
 from data_pipeline.order.lanes import Cursor
 from data_pipeline.order.state import LaneState, LoaderState, StreamPosition, fingerprint_of
@@ -85,12 +84,12 @@ class _Lane:
             if plan.max_epochs is not None and place.epoch >= plan.max_epochs:
                 return _Step(None, self._cursor, self._policy.state(), tuple(skipped), done=True)
             self._cursor = after
-            known = self._source.known(place.sample)
-            result = self._policy.attempt(lambda: self._make(*place), known)  # noqa: B023 - called at once.
+            known = self._source.faults
+            result = self._policy.attempt(lambda: self._make(*place), known, place.sample)  # noqa: B023 - called at once.
             if not isinstance(result, Fault):
                 return _Step(result, after, self._policy.state(), tuple(skipped))
             origin = (plan.name, place.epoch, place.sample, self._lane)
-            skipped.append(self._policy.skipped(result, *origin, known.offset()))
+            skipped.append(self._policy.skipped(result, *origin, known.offset(place.sample)))
 
     def _make(self, index: int, epoch: int) -> Any:
         sample = self._source.read(index, epoch)
@@ -103,7 +102,7 @@ class _Reading:
     def __init__(self, plan: _Plan, states: Mapping[int, LaneState]) -> None:
         self._storage = Storage()
         self._reader = SampleReader(Manifest.open(plan.manifest, self._storage), plan.name)
-        known = SetFaults(RunFaults.load(plan.faults), self._reader)
+        known = IndexedFaults(RunFaults.load(plan.faults), self._reader)
         opened = IndexedSet(self._reader, dataset_seed(plan.seed, plan.name), plan.order, known)
         self._lanes = {lane: _Lane(plan, lane, opened.lane(lane, plan.lanes), state) for lane, state in states.items()}
 

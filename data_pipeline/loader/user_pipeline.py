@@ -26,8 +26,8 @@ from data_pipeline.errors import (
 )
 from data_pipeline.loader import user_code
 from data_pipeline.loader.front_to_back import StreamedSet
-from data_pipeline.loader.known_faults import RunFaults
 from data_pipeline.loader.user_code import Epoch
+from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault, ShardAction
 from data_pipeline.order.lanes import Cursor, Place
 from data_pipeline.order.state import Drawn
@@ -205,7 +205,7 @@ class PipelineSet:
         lane = self.streamed.lane(at.lane, at.num_lanes)
         for place, shard, key, found in lane.epoch(at.epoch):
             if isinstance(found, ShardError) and self.streamed.faults.config.shard is not ShardAction.FAIL:
-                found = lane.known(place.sample).shard_failed(found).error
+                found = lane.faults.shard_failed(place.sample, found).error
             if isinstance(found, SampleError | ShardError):
                 skipped.append(found)
             else:
@@ -222,8 +222,11 @@ class PipelineLane:
         num_lanes: All lanes.
     """
 
+    random_access = False
+
     def __init__(self, shared: PipelineSet, lane: int, num_lanes: int) -> None:
         self._set, self._lane, self._num_lanes = shared, lane, num_lanes
+        self.faults = PipelineFaults(self)
         self._own: tuple[int, _Pass] | None = None
         self._last: tuple[int, int, _Entry | None] | None = None
 
@@ -279,10 +282,6 @@ class PipelineLane:
         """As ``read``."""
         return self.read(sample, epoch)
 
-    def known(self, sample: int) -> PipelineSample:
-        """The view that ``FaultPolicy.attempt`` takes."""
-        return PipelineSample(self)
-
     def last_place(self) -> tuple[str, str]:
         """Shard and key of the sample that was read last."""
         entry = None if self._last is None else self._last[2]
@@ -317,22 +316,22 @@ class PipelineLane:
 
 
 @dataclass(frozen=True)
-class PipelineSample:
-    """One sample of a pipeline: a ``faults.Known``. Nothing is remembered: another epoch may give another sample."""
+class PipelineFaults:
+    """The ``KnownFaults`` of a pipeline. Nothing is remembered: another epoch may give another sample."""
 
     lane: PipelineLane
 
-    def recall(self) -> None:
+    def recall(self, sample: int) -> None:
         """No fault is known before the sample is read."""
 
-    def locate(self) -> tuple[str, str]:
+    def locate(self, sample: int) -> tuple[str, str]:
         """Shard and key."""
         return self.lane.last_place()
 
-    def offset(self) -> None:
+    def offset(self, sample: int) -> None:
         """Unknown."""
 
-    def shard_failed(self, error: ShardError | ManifestError) -> Fault:
+    def shard_failed(self, sample: int, error: ShardError | ManifestError) -> Fault:
         """Stop the run: the user's pipeline, or the policy for streamed shards, let the error through.
 
         Raises:
@@ -340,8 +339,8 @@ class PipelineSample:
         """
         raise error
 
-    def keep(self, error: SampleError) -> None:
+    def keep(self, sample: int, error: SampleError) -> None:
         """Nothing is kept."""
 
-    def succeeded(self) -> None:
+    def succeeded(self, sample: int) -> None:
         """Nothing is counted."""

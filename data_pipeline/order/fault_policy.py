@@ -13,7 +13,7 @@ alone, ``checksum`` and ``decode``, so nothing else is recalled. A ``text``, ``d
 depend on what the epoch draws (another caption, another crop), and a lane cannot know what another lane, in another
 process, found out in an earlier epoch: such a sample is listed, and tried again. To leave it out for good, a run takes
 the list as ``exclude`` from its first step on; the list is then a part of its fingerprint. Not for: what is known of a
-sample or a shard (``known_faults``).
+sample or a shard (``KnownFaults``).
 """
 
 from __future__ import annotations
@@ -157,29 +157,29 @@ class Fault(NamedTuple):
     again: bool = False
 
 
-class Known(Protocol):
-    """What is known of the sample that is attempted."""
+class KnownFaults(Protocol):
+    """What a process knows of the bad samples of one data set; samples are named by their number."""
 
-    def recall(self) -> Fault | None:
+    def recall(self, sample: int) -> Fault | None:
         """A fault that trying would only show again."""
 
-    def locate(self) -> tuple[str, str]:
+    def locate(self, sample: int) -> tuple[str, str]:
         """Shard and key, for errors that name none."""
 
-    def offset(self) -> int | None:
+    def offset(self, sample: int) -> int | None:
         """First byte of the sample in its shard, if anybody knows."""
 
-    def shard_failed(self, error: ShardError | ManifestError) -> Fault:
+    def shard_failed(self, sample: int, error: ShardError | ManifestError) -> Fault:
         """Takes note that the sample's shard could not be opened or read.
 
         Raises:
             TooManyFaultsError: too much of the data set is lost.
         """
 
-    def keep(self, error: SampleError) -> None:
+    def keep(self, sample: int, error: SampleError) -> None:
         """Takes note of a fault that trying again would show again."""
 
-    def succeeded(self) -> None:
+    def succeeded(self, sample: int) -> None:
         """Takes note that the sample could be read."""
 
 
@@ -207,8 +207,13 @@ class FaultPolicy:
         """Faults in a row, then how many samples ago each fault of the window was, latest first."""
         return (self._consecutive, *(self._seen - at for at in reversed(self._faults)))
 
-    def attempt(self, make: Callable[[], R], known: Known) -> R | Fault:
+    def attempt(self, make: Callable[[], R], known: KnownFaults, sample: int) -> R | Fault:
         """What ``make`` returns, or the fault to report.
+
+        Args:
+            make: Makes the document of a sample.
+            known: Knows the data set's faults, and is told what becomes of this sample.
+            sample: Number of the sample.
 
         Raises:
             SampleError: the policy for its kind is ``fail``.
@@ -216,33 +221,33 @@ class FaultPolicy:
             TooManyFaultsError: too many faults, in a row or of the last samples, or too much of a data set is lost.
             DataPipelineError: whatever is not about a sample or a shard.
         """
-        fault = known.recall()
+        fault = known.recall(sample)
         if fault is None:
             try:
                 result = make()
             except Exception as error:
                 if out_of_memory(error) is not None:
                     raise  # The sample is not to blame, and to leave it out would change the order.
-                fault = self._fault_of(error, known)
+                fault = self._fault_of(error, known, sample)
                 _drop_frames(error)
         if fault is None:
-            known.succeeded()
+            known.succeeded(sample)
             self._count()
             self._consecutive = 0
             return result
-        return self._fault(fault, known)
+        return self._fault(fault, known, sample)
 
-    def _fault_of(self, error: Exception, known: Known) -> Fault:
+    def _fault_of(self, error: Exception, known: KnownFaults, sample: int) -> Fault:
         """What an error is to the sample; raises it if it is none of the sample's or of the shard's."""
         if isinstance(error, SampleError):
             return Fault(error)
         if isinstance(error, ShardError | ManifestError) and self.config.shard is not ShardAction.FAIL:
-            return known.shard_failed(error)
+            return known.shard_failed(sample, error)
         if isinstance(error, DataPipelineError):
             raise error
         # A sample that breaks a library in a new way must not end a week of training.
         reason = f"{type(error).__name__}: {error}"
-        return Fault(SampleError(reason, kind=FaultKind.UNEXPECTED).located(*known.locate()))
+        return Fault(SampleError(reason, kind=FaultKind.UNEXPECTED).located(*known.locate(sample)))
 
     def skipped(
         self, fault: Fault, dataset: str, epoch: int, index: int, lane: int, offset: int | None = None
@@ -257,12 +262,12 @@ class FaultPolicy:
         while self._faults and self._seen - self._faults[0] >= self.config.share_window:
             self._faults.popleft()
 
-    def _fault(self, fault: Fault, known: Known) -> Fault:
+    def _fault(self, fault: Fault, known: KnownFaults, sample: int) -> Fault:
         action = self.config.action(fault.error.kind)
         if action is Action.FAIL:
             raise fault.error
         if action is Action.QUARANTINE and fault.error.kind in LASTING and not fault.again:
-            known.keep(fault.error)
+            known.keep(sample, fault.error)
         if fault.counts:
             self._count()
             self._faults.append(self._seen)

@@ -19,9 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.errors import DataConfigError
-from data_pipeline.order.permutation import Permutation, mix
-
-__all__ = ["Cursor", "LaneOrder", "Permutation", "Place", "mix"]
+from data_pipeline.order.randomness import Permutation
 
 # Samples of a window that are worked out at once, so that a lane holds 4 KiB of them however large its windows are.
 _CHUNK = 512

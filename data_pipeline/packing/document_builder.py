@@ -21,7 +21,7 @@ from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.images.image_tokens import Features, ImageLayout, Text
 from data_pipeline.images.transforms import ImageTransform, TilesTransform, TransformConfig
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.order.sample_rng import Draws
+from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.text.templates import (

@@ -21,8 +21,8 @@ from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import DataConfigError, DataPipelineError, FaultKind, SampleError
 from data_pipeline.io.untrusted import open_regular
-from data_pipeline.order.exclusions import Exclusions, read_lists
-from data_pipeline.order.permutation import Permutation
+from data_pipeline.order.fault_lists import Exclusions, read_lists
+from data_pipeline.order.randomness import Permutation
 from data_pipeline.prepare.choices import Keys
 from data_pipeline.prepare.lists import KEY_DIGITS
 from data_pipeline.prepare.rows import Members, Row, read_each, spans_of

@@ -77,9 +77,8 @@ def _chosen(run: RunConfig, name: str | None) -> DatasetConfig:
 def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: int) -> Any:
     from data_pipeline.errors import DataConfigError
     from data_pipeline.history.text_spans import stretches
-    from data_pipeline.loader.lane_stream import dataset_seed
-    from data_pipeline.order.lanes import Place
-    from data_pipeline.order.sample_rng import SampleDraws
+    from data_pipeline.loader.sample_source import dataset_seed
+    from data_pipeline.order.randomness import SampleDraws
     from data_pipeline.packing.document_builder import DocumentBuilder
     from data_pipeline.shards.manifest import Manifest
     from data_pipeline.shards.sample_reader import SampleReader
@@ -93,7 +92,7 @@ def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: in
     reader, seed = SampleReader(manifest, dataset.name), dataset_seed(run.seed, dataset.name)
     for number in samples:
         sample = reader.read(number, epoch)
-        document = build(sample, SampleDraws(seed, Place(number, epoch)))
+        document = build(sample, SampleDraws(seed, number, epoch))
         yield {
             "sample": number,
             "shard": sample.provenance.shard,

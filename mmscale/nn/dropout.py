@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from data_pipeline.order.permutation import mix
+from data_pipeline.order.randomness import mix
 
 _WORD_BITS = 64
 _STRIDE, _FIRST, _SECOND = (
@@ -114,7 +114,7 @@ def _row_keys(start: int, count: int) -> Int[Tensor, " T"]:
 
 
 def _mix(words: Tensor) -> Tensor:
-    """``data_pipeline.order.permutation.mix`` of each int64, in place: torch's sums and products wrap around too."""
+    """``data_pipeline.order.randomness.mix`` of each int64, in place: torch's sums and products wrap around too."""
     words = words.add_(_STRIDE)
     words = words.bitwise_xor_(_shifted(words, 30)).mul_(_FIRST)
     words = words.bitwise_xor_(_shifted(words, 27)).mul_(_SECOND)

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.order.sample_rng import Draws
+from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.pages import weight_of
 from data_pipeline.text.templates.caption import CaptionTemplate

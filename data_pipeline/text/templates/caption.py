@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.order.sample_rng import Draws
+from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import Sample
 from data_pipeline.text.templates.formats import fill, look_up, parse
 from data_pipeline.text.templates.learned import DroppableText, ImagesRule

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.order.sample_rng import Draws
+from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.pages import MAX_WEIGHT, weight_of
 from data_pipeline.text.templates.chat_formats import CHAT_FORMATS

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.order.sample_rng import Draws
+from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import Sample
 from data_pipeline.text.templates.pieces import Piece
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from data_pipeline.order.sample_rng import Draws
+from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import ImagePart, Sample
 
 T = TypeVar("T")

@@ -19,9 +19,8 @@ from data_pipeline.errors import DataPipelineError
 from data_pipeline.history.sample_log import COLUMNS, Ledger, Segment, write_segment
 from data_pipeline.io.columns import read_columns, write_columns
 from data_pipeline.loader.iterable import open_loader
-from data_pipeline.loader.known_faults import _quarantined
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.order.exclusions import read_lists
+from data_pipeline.order.fault_lists import _quarantined, read_lists
 from data_pipeline.order.state import LoaderState
 from data_pipeline.prepare.energon_source import EnergonFolder
 from data_pipeline.prepare.skipped import read_skipped, row_of_stored

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from data_pipeline.config import DataConfig
-from data_pipeline.document import Document, plain_empty
+from data_pipeline.document import Document
 from data_pipeline.errors import FaultKind, StorageError
-from data_pipeline.loader.known_faults import RunFaults
-from data_pipeline.loader.lane_stream import LaneStream, OpenDataset
+from data_pipeline.loader.lane_packs import LaneStream
+from data_pipeline.loader.sample_source import OpenDataset
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.order.lane_sequence import LaneSequence
-from data_pipeline.order.mixture import Schedule
+from data_pipeline.order.fault_lists import RunFaults
+from data_pipeline.order.mixture import LaneSequence, Schedule
 from data_pipeline.order.state import Drawn, LaneState, StreamPosition
 from data_pipeline.packing.document_builder import null_document
 from data_pipeline.packing.packer import Budget
@@ -67,37 +67,33 @@ def digest(document: Document) -> str:
 def stream_of(config: DataConfig, spec: MediaSpec, threads: Executor | None = None) -> LaneStream:
     tokenizer, faults = load_tokenizer(config.tokenizer), RunFaults.load(config.faults, ())
     budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
-    datasets = [OpenDataset.open(each, config.order, 1, tokenizer, spec, faults, Storage()) for each in config.datasets]
+    datasets = [OpenDataset.open(config, each, 1, tokenizer, spec, faults, Storage()) for each in config.datasets]
     start = LaneState(StreamPosition.start(len(datasets)))
-    return LaneStream(config, datasets, SCHEDULE, 0, budget, start, plain_empty, threads)
+    return LaneStream(config, datasets, SCHEDULE, 0, budget, start, threads)
 
 
-def record(config: DataConfig, spec: MediaSpec, ahead: int, threads: int, moved: bool) -> list[object]:
+def record(config: DataConfig, spec: MediaSpec, ahead: int, threads: int) -> list[object]:
     """All that a lane shows after each turn; several turns a step."""
     seen: list[object] = []
     with ThreadPoolExecutor(max(1, threads)) as pool:
         stream = stream_of(config, spec, pool if threads else None)
         for turn in range(TURNS):
-            stream.ahead, stream.step = (ahead, turn // 7)
+            stream.ahead.depth, stream.step = (ahead, turn // 7)
             made = stream.make()
             assert made is not None
-            if moved:
-                stream.move(plain_empty)
             seen.append([(each.drawn, digest(each.document)) for each in made])
             seen.append((stream.position(), stream.faults(), [each.record() for each in stream.take_skipped()]))
     return seen
 
 
-@pytest.mark.parametrize(
-    ("ahead", "threads", "moved"), [(2, 0, False), (4, 0, True), (9, 0, False), (2, 1, False), (5, 2, True)]
-)
+@pytest.mark.parametrize(("ahead", "threads"), [(2, 0), (4, 0), (9, 0), (2, 1), (5, 2)])
 def test_nothing_depends_on_what_is_decoded_ahead(
-    config: DataConfig, hybrid_spec: MediaSpec, ahead: int, threads: int, moved: bool
+    config: DataConfig, hybrid_spec: MediaSpec, ahead: int, threads: int
 ) -> None:
-    one_by_one = record(config, hybrid_spec, 1, 0, False)
+    one_by_one = record(config, hybrid_spec, 1, 0)
     kinds = {skip["kind"] for turn in one_by_one[1::2] for skip in turn[2]}  # type: ignore[index]
     assert kinds > {kind.value for kind in (FaultKind.CHECKSUM, FaultKind.SHARD, FaultKind.DECODE, FaultKind.TEXT)}
-    assert record(config, hybrid_spec, ahead, threads, moved) == one_by_one
+    assert record(config, hybrid_spec, ahead, threads) == one_by_one
 
 
 @pytest.mark.parametrize(("ahead", "threads"), [(1, 0), (4, 0), (5, 2)])
@@ -114,7 +110,7 @@ def test_an_error_of_the_order_itself_comes_when_it_is_its_turn(
     monkeypatch.setattr(LaneSequence, "draw", failing)
     with ThreadPoolExecutor(max(1, threads)) as pool:
         stream = stream_of(config, hybrid_spec, pool if threads else None)
-        stream.ahead = ahead
+        stream.ahead.depth = ahead
         for turn in range(last):
             assert stream.make() is not None
             assert sum(stream.position().draws) == turn + 1

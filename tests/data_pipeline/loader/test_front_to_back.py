@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import DataConfigError, ShardError, TooManyFaultsError
 from data_pipeline.loader.front_to_back import StreamedSet, expand_shards
-from data_pipeline.loader.known_faults import RunFaults
+from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault, FaultConfig, FaultPolicy, ShardAction
 from data_pipeline.order.lanes import Cursor
 from data_pipeline.storage.storage import Storage
@@ -88,7 +88,7 @@ def test_the_rest_of_a_damaged_shard_is_lost_and_nothing_else(tmp_path: Path) ->
         place, cursor = source.resolve(cursor)
         if place.epoch:
             break
-        result = policy.attempt(lambda place=place: source.read(place.sample), source.known(place.sample))
+        result = policy.attempt(lambda place=place: source.read(place.sample), source.faults, place.sample)
         (faults if isinstance(result, Fault) else keys).append(result)
     assert sorted(sample.provenance.key for sample in keys) == sorted(
         f"{shard}-{row}" for shard in range(6) for row in range(2 if shard == 2 else 6)
@@ -115,7 +115,7 @@ def _epoch(shared: StreamedSet) -> None:
         place, cursor = source.resolve(cursor)
         if place.epoch:
             return
-        policy.attempt(lambda place=place: source.read(place.sample), source.known(place.sample))
+        policy.attempt(lambda place=place: source.read(place.sample), source.faults, place.sample)
 
 
 def test_shards_without_a_sample_are_refused(tmp_path: Path) -> None:

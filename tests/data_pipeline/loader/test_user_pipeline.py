@@ -22,11 +22,11 @@ from data_pipeline.history.digest import digest
 from data_pipeline.history.sample_log import Row
 from data_pipeline.history.sample_lookup import Samples
 from data_pipeline.loader import user_pipeline
-from data_pipeline.loader.known_faults import RunFaults
 from data_pipeline.loader.loader import Loader
 from data_pipeline.loader.user_code import members_of
 from data_pipeline.loader.user_pipeline import PipelineSet
 from data_pipeline.media_spec import MediaSpec
+from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.lanes import Cursor
 
 STEPS = range(8)

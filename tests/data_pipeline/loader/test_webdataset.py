@@ -13,7 +13,7 @@ import webdataset as wds
 from PIL import Image
 
 from data_pipeline.loader.front_to_back import StreamedSet, expand_shards
-from data_pipeline.loader.known_faults import RunFaults
+from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import FaultConfig
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.index import build_index

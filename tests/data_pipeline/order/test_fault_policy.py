@@ -25,26 +25,26 @@ pytestmark = pytest.mark.fault
 
 @dataclass
 class Stranger:
-    """A sample of which nothing is known; it writes down what it is told."""
+    """A data set of which nothing is known; it writes down what it is told."""
 
     told: list[object] = field(default_factory=list)
 
-    def recall(self) -> Fault | None:
+    def recall(self, sample: int) -> Fault | None:
         return None
 
-    def locate(self) -> tuple[str, str]:
+    def locate(self, sample: int) -> tuple[str, str]:
         return "shard.tar", "key"
 
-    def offset(self) -> int | None:
+    def offset(self, sample: int) -> int | None:
         return None
 
-    def shard_failed(self, error: Exception) -> Fault:
+    def shard_failed(self, sample: int, error: Exception) -> Fault:
         return Fault(SampleError(str(error), kind=FaultKind.SHARD), counts=False)
 
-    def keep(self, error: SampleError) -> None:
+    def keep(self, sample: int, error: SampleError) -> None:
         self.told.append(error)
 
-    def succeeded(self) -> None:
+    def succeeded(self, sample: int) -> None:
         self.told.append("good")
 
 
@@ -54,7 +54,7 @@ def attempt(policy: FaultPolicy, error: BaseException | None, known: Stranger | 
             raise error
         return "document"
 
-    return policy.attempt(make, known or Stranger())
+    return policy.attempt(make, known or Stranger(), 0)
 
 
 def bad(kind: FaultKind = FaultKind.DECODE) -> SampleError:

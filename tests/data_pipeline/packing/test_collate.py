@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
 from data_pipeline.config import DataConfig
 from data_pipeline.document import Coverage, Document, ImageExtent, MediaItem, Region, Span
-from data_pipeline.loader.known_faults import RunFaults
-from data_pipeline.loader.lane_stream import LaneStream, OpenDataset
+from data_pipeline.loader.lane_packs import LaneStream
 from data_pipeline.loader.loader import Loader
+from data_pipeline.loader.sample_source import OpenDataset
 from data_pipeline.loader.shared_buffers import Inbox, Outbox
 from data_pipeline.media_spec import MediaSpec, Placement
+from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.mixture import Schedule
 from data_pipeline.order.state import LaneState, StreamPosition
 from data_pipeline.packing.collate import collate, concatenate
@@ -58,9 +59,9 @@ def packs(mixture_config: DataConfig, spec: MediaSpec) -> list[Pack]:
     tokenizer = load_tokenizer(mixture_config.tokenizer)
     budget = Budget(mixture_config.packing, spec, null_document(spec, tokenizer.pad_id))
     faults = RunFaults.load(mixture_config.faults, ())
-    order = mixture_config.order
     datasets = [
-        OpenDataset.open(each, order, 1, tokenizer, spec, faults, Storage()) for each in mixture_config.datasets
+        OpenDataset.open(mixture_config, each, 1, tokenizer, spec, faults, Storage())
+        for each in mixture_config.datasets
     ]
     schedule = Schedule((0,), ((2.0, 1.0, 0.7),))
     made = []
@@ -150,9 +151,8 @@ def test_concatenating_batches_is_collating_their_packs_together(packs: list[Pac
     assert_same(together, collate(packs, spec))
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_parcel_gives_back_what_was_put_in(packs: list[Pack], spec: MediaSpec, shared: bool) -> None:
-    outbox, inbox = Outbox(shared=shared), Inbox()
+def test_a_parcel_gives_back_what_was_put_in(packs: list[Pack], spec: MediaSpec) -> None:
+    outbox, inbox = Outbox(), Inbox()
     everything = [packs, [Pack((null_document(spec, 0),), -1)]]
     for _ in range(3):
         sent = inbox.open(outbox.wrap(tuple(collate(some, spec, outbox.join) for some in everything)))

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.errors import DataConfigError
-from data_pipeline.order.exclusions import read_exclusions
+from data_pipeline.order.fault_lists import read_exclusions
 from data_pipeline.order.fault_policy import FaultConfig
 from data_pipeline.prepare.choices import Keep
 from data_pipeline.prepare.dedup.find import NamedSet, Question, find_duplicates

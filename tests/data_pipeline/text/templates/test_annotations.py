@@ -139,7 +139,7 @@ def test_batches_with_branches_join_and_travel(builder: DocumentBuilder, order: 
     packs = [Pack((document if kind == "b" else _plain(document),), lane) for lane, kind in enumerate(order)]
     together = collate(packs, SPEC)
     joined = concatenate([collate([pack], SPEC) for pack in packs], SPEC)
-    (sent,) = Inbox().open(Outbox(shared=True).wrap((together,)))
+    (sent,) = Inbox().open(Outbox().wrap((together,)))
     for ours, expected in ((joined, together), (sent, together)):
         assert_same(ours, expected)
         assert isinstance(ours.branched, BranchedSegments) == ("b" in order)

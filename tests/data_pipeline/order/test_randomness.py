@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataConfigError
-from data_pipeline.order.permutation import Permutation
+from data_pipeline.order.randomness import Permutation
 
 SEEDS = st.integers(0, 2**64 - 1)
 

@@ -1,13 +1,17 @@
-"""Samples that a run leaves out from its first step on, by lists that earlier runs wrote.
+"""Lists of bad samples on disk: those that a run leaves out from its first step on, and those that it found itself.
 
-Not for: what a run finds bad by itself (``known_faults``).
+    data.faults.exclude   lists of earlier runs or of dedup  --> Exclusions
+    RUN/faults            the run's own quarantine list      --> RunFaults
+
+Memory is bounded: of quarantined samples a few thousand are held, and one that is not held is tried again, which ends
+alike (``fault_policy``).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from zlib_ng.zlib_ng import crc32
 
-from data_pipeline.errors import DataConfigError, FaultKind
+from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.io.untrusted import UntrustedError, parse_json, read_lines
 from data_pipeline.order.fault_policy import FaultConfig
+
+_MAX_HELD = 16384
 
 
 @dataclass(frozen=True)
@@ -95,3 +101,54 @@ def exclusions_digest(config: FaultConfig) -> str:
         digest.update(f"{dataset}:{len(exclusions.indices)};".encode())
         digest.update(exclusions.indices.tobytes())
     return digest.hexdigest()
+
+
+@dataclass
+class RunFaults:
+    """What all data sets of a process share.
+
+    Attributes:
+        config: The policy.
+        exclusions: By data set, from ``config.exclude``.
+        quarantined: By data set and sample, the fault that put it there.
+    """
+
+    config: FaultConfig
+    exclusions: Mapping[str, Exclusions] = field(default_factory=dict)
+    quarantined: dict[tuple[str, int], SampleError] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, config: FaultConfig, quarantine: Sequence[Path] = ()) -> RunFaults:
+        """Reads ``config.exclude`` and the quarantine lists that this run wrote.
+
+        Raises:
+            DataConfigError: a list of ``config.exclude`` cannot be read.
+        """
+        held: dict[tuple[str, int], SampleError] = {}
+        for path in quarantine:
+            for dataset, index, error in _quarantined(path):
+                if len(held) >= _MAX_HELD:
+                    break
+                if config.quarantines(error.kind):
+                    held[dataset, index] = error
+        return cls(config, read_exclusions(config), held)
+
+    def hold(self, dataset: str, sample: int, error: SampleError) -> None:
+        """Holds a quarantined sample, while there is room."""
+        if len(self.quarantined) < _MAX_HELD:
+            self.quarantined[dataset, sample] = error
+
+
+def _quarantined(path: Path) -> Iterator[tuple[str, int, SampleError]]:
+    """Whole lines of a list that a run writes; a torn one was never finished."""
+    try:
+        for line in read_lines(path):
+            try:
+                record = parse_json(line)
+                kind, shard, key = FaultKind(record["kind"]), str(record["shard"]), str(record["key"])
+                error = SampleError(str(record["reason"]), kind=kind, shard=shard, key=key)
+                yield str(record["dataset"]), int(record["index"]), error
+            except (ValueError, KeyError, TypeError, OverflowError):
+                continue
+    except UntrustedError as error:
+        raise DataConfigError(f"{path}: {error}; remove it: it only spares trying bad samples again") from error

@@ -1,9 +1,10 @@
-"""Random orders that are computed, not stored: a Feistel network over ``range(size)``, forwards, backwards and in bulk.
+"""Randomness that is computed from integers, not kept: a hash, permutations, and the draws of one sample.
 
-    value --split--> left | right --8 rounds: left, right = right, left ^ f(right)--> value'
+    Permutation   value --split--> left | right --8 rounds: left, right = right, left ^ f(right)--> value'
+    SampleDraws   seed, sample, epoch --mix--> a generator, wherever and whenever the sample is read
 
-A network permutes a power of four; values that land outside of ``range(size)`` go through again until they are inside.
-Not for: cryptography.
+A Feistel network permutes a power of four; values that land outside of ``range(size)`` go through again until they are
+inside. Not for: cryptography.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random.bit_generator import ISeedSequence
 
 from data_pipeline.errors import DataConfigError
 
@@ -162,3 +165,67 @@ class Permutation:
         keys = np.array(self._keys, np.uint64)
         words = _mix_many(halves.astype(np.uint64) ^ (keys[:, None] if only is None else keys[only]))
         return (words & np.uint64((1 << self._half) - 1)).astype(np.int64)
+
+
+class Draws(Protocol):
+    """What templates and augmentation draw from; a ``numpy.random.Generator`` is one."""
+
+    @overload
+    def random(self) -> float: ...
+
+    @overload
+    def random(self, size: int) -> npt.NDArray[np.float64]: ...
+
+    def random(self, size: int | None = None) -> Any:
+        """Uniform in [0, 1)."""
+
+    def permutation(self, x: int) -> npt.NDArray[np.int64]:
+        """The numbers below ``x`` in random order."""
+
+
+class SampleDraws:
+    """Draws of one sample in one epoch. Most samples draw nothing, so the generator is made when it is asked for.
+
+    Args:
+        seed: ``sample_source.dataset_seed``.
+        sample: Number of the sample.
+        epoch: Its epoch.
+    """
+
+    __slots__ = ("_generator", "_place")
+
+    def __init__(self, seed: int, sample: int, epoch: int) -> None:
+        self._place = (seed, sample, epoch)
+        self._generator: np.random.Generator | None = None
+
+    @property
+    def generator(self) -> np.random.Generator:
+        """The generator of all draws."""
+        if self._generator is None:
+            self._generator = np.random.Generator(np.random.PCG64(_Words(*self._place)))  # type: ignore[arg-type]  # Stubs lack the interface.
+        return self._generator
+
+    @overload
+    def random(self) -> float: ...
+
+    @overload
+    def random(self, size: int) -> npt.NDArray[np.float64]: ...
+
+    def random(self, size: int | None = None) -> Any:
+        """Uniform in [0, 1)."""
+        return self.generator.random(size)
+
+    def permutation(self, x: int) -> npt.NDArray[np.int64]:
+        """The numbers below ``x`` in random order."""
+        return self.generator.permutation(x)
+
+
+class _Words(ISeedSequence):
+    """The 256 bits that start a PCG64. ``SeedSequence`` would ask the system for entropy each time, a slow call."""
+
+    def __init__(self, seed: int, sample: int, epoch: int) -> None:
+        self._start = mix(mix(mix(seed) ^ sample) ^ epoch)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> npt.NDArray[Any]:
+        """Words of a counter through the hash."""
+        return np.array([mix((self._start + i) & _WORD) for i in range(n_words)], dtype=np.uint64).astype(dtype)
