@@ -32,7 +32,7 @@ from data_pipeline.text.templates import (
     TextPiece,
     TokenPiece,
 )
-from data_pipeline.text.templates.learned import share_weights
+from data_pipeline.text.templates.base import share_weights
 from data_pipeline.text.tokenizer import Tokenizer, check_unicode
 
 _NO_SLOTS = np.empty(0, dtype=np.int32)

@@ -16,7 +16,7 @@ from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
-from data_pipeline.text.templates.formats import fill, look_up
+from data_pipeline.text.templates.base import fill, look_up
 from data_pipeline.text.tokenizer import Tokenizer
 from mmscale.evaluate.config import ChoiceSet
 from mmscale.evaluate.heldout import Asked, PromptBuilder, document_builder, draw, template_of, together

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from data_pipeline.images.transforms import TransformConfig
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.text.templates import DialogueTemplate, TemplateConfig
-from data_pipeline.text.templates.formats import parse
+from data_pipeline.text.templates.base import parse
 from mmscale.models.sampling import SamplingConfig
 
 

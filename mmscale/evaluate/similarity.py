@@ -22,7 +22,7 @@ from data_pipeline.packing.document_builder import DocumentBuilder, null_documen
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Sample
 from data_pipeline.text.templates import CaptionTemplate
-from data_pipeline.text.templates.formats import fill
+from data_pipeline.text.templates.base import fill
 from mmscale.dist import all_reduce_sum_list
 from mmscale.evaluate.config import HeldOutSet
 from mmscale.evaluate.heldout import Asked, document_builder, together

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from data_pipeline.io.checksums import sha256_of
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import read_samples
-from data_pipeline.text.templates.pieces import images_of
+from data_pipeline.text.templates.base import images_of
 
 EMOJI = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 SHARDS = EMOJI / "shards"

@@ -16,9 +16,9 @@ from typing import Annotated
 from pydantic import Field
 
 from data_pipeline.text.templates.annotations import AnnotationsTemplate
+from data_pipeline.text.templates.base import BranchPiece, EndPiece, Piece, TextPiece, TokenPiece
 from data_pipeline.text.templates.caption import CaptionTemplate
 from data_pipeline.text.templates.dialogue import LITERAL, DialogueTemplate, Role
-from data_pipeline.text.templates.pieces import BranchPiece, EndPiece, Piece, TextPiece, TokenPiece
 from data_pipeline.text.templates.stored import InterleavedTemplate, TextTemplate
 
 __all__ = [

@@ -14,11 +14,17 @@ from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.pages import weight_of
+from data_pipeline.text.templates.base import (
+    BranchPiece,
+    ImagesRule,
+    LossWeight,
+    Piece,
+    TemplateBase,
+    images_of,
+    look_up,
+)
 from data_pipeline.text.templates.caption import CaptionTemplate
 from data_pipeline.text.templates.dialogue import DialogueTemplate
-from data_pipeline.text.templates.formats import look_up
-from data_pipeline.text.templates.learned import ImagesRule, LossWeight, TemplateBase
-from data_pipeline.text.templates.pieces import BranchPiece, Piece, images_of
 
 
 class AnnotationsTemplate(TemplateBase):

@@ -10,9 +10,18 @@ from pydantic import field_validator, model_validator
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import Sample
-from data_pipeline.text.templates.formats import fill, look_up, parse
-from data_pipeline.text.templates.learned import DroppableText, ImagesRule
-from data_pipeline.text.templates.pieces import EndPiece, Piece, draw, images_of, text
+from data_pipeline.text.templates.base import (
+    DroppableText,
+    EndPiece,
+    ImagesRule,
+    Piece,
+    draw,
+    fill,
+    images_of,
+    look_up,
+    parse,
+    text,
+)
 
 
 class CaptionTemplate(DroppableText):

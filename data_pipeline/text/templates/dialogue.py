@@ -21,10 +21,18 @@ from data_pipeline.io.strict import StrictConfig
 from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.pages import MAX_WEIGHT, weight_of
+from data_pipeline.text.templates.base import (
+    EndPiece,
+    ImagesRule,
+    LearnedText,
+    Piece,
+    TextPiece,
+    TokenPiece,
+    images_of,
+    look_up,
+    text,
+)
 from data_pipeline.text.templates.chat_formats import CHAT_FORMATS
-from data_pipeline.text.templates.formats import look_up
-from data_pipeline.text.templates.learned import ImagesRule, LearnedText
-from data_pipeline.text.templates.pieces import EndPiece, Piece, TextPiece, TokenPiece, images_of, text
 
 SYSTEM, USER = "system", "user"
 _MARKER = re.compile(r"<image(?:-(\d+))?>")

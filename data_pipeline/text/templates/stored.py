@@ -7,8 +7,16 @@ from typing import ClassVar, Literal
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import ImagePart, Sample, TextPart
-from data_pipeline.text.templates.learned import DroppableText, ImagesRule, LearnedText
-from data_pipeline.text.templates.pieces import EndPiece, Piece, TextPiece, images_of, text
+from data_pipeline.text.templates.base import (
+    DroppableText,
+    EndPiece,
+    ImagesRule,
+    LearnedText,
+    Piece,
+    TextPiece,
+    images_of,
+    text,
+)
 
 
 class InterleavedTemplate(DroppableText):

@@ -19,7 +19,7 @@ from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
 from data_pipeline.text.templates import EndPiece, TemplateConfig, TextPiece
-from data_pipeline.text.templates.learned import share_weights
+from data_pipeline.text.templates.base import share_weights
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
 from tests.data_pipeline.conftest import WriteSet, captioned, page, picture
 

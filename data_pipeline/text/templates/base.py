@@ -1,20 +1,77 @@
-"""What templates have in common: what each states about itself, weights of tokens, and leaving a sample's text out."""
+"""What all templates share: the pieces that they make, their base classes, format strings, weights of tokens.
+
+    sample --template--> pieces --packing/document_builder--> document
+
+Format strings take the fields of a sample: ``{name}`` and ``{name.inner}``, nothing else.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.order.randomness import Draws
-from data_pipeline.sample import Sample
-from data_pipeline.text.templates.pieces import Piece
+from data_pipeline.sample import ImagePart, Sample
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Text of a document. ``weight`` is the loss weight of each of its tokens: 0 is read only, above 0 is learned."""
+
+    text: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class TokenPiece:
+    """One token of the tokenizer by its name, ``<|im_start|>``."""
+
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class EndPiece:
+    """The end token of the tokenizer."""
+
+    weight: float
+
+
+@dataclass(frozen=True)
+class BranchPiece:
+    """A branch begins: up to the next one, what follows sees itself and what stands before the first branch."""
+
+
+Piece = TextPiece | TokenPiece | EndPiece | BranchPiece | ImagePart
+
+
+def images_of(sample: Sample) -> list[ImagePart]:
+    """The images of a sample in reading order."""
+    return [part for part in sample.parts if isinstance(part, ImagePart)]
+
+
+def text(content: str, weight: float = 0.0) -> list[TextPiece]:
+    """A piece, or none for an empty text."""
+    return [TextPiece(content, weight)] if content else []
+
+
+def draw(options: Sequence[T], rng: Draws | None) -> T:
+    """One of the options; the first if nothing is drawn. Where there is no choice, nothing is drawn either."""
+    return options[0 if rng is None or len(options) == 1 else int(rng.random() * len(options))]
+
 
 LossWeight = Literal["token", "sqrt", "sample"]
 
@@ -77,6 +134,53 @@ class DroppableText(LearnedText):
     def drops(self, rng: Draws | None) -> bool:
         """Whether this sample goes without text; never without a generator."""
         return self.text_dropout > 0 and rng is not None and bool(rng.random() < self.text_dropout)
+
+
+@functools.lru_cache(maxsize=1024)
+def parse(text: str) -> tuple[tuple[str, str | None], ...]:
+    """Literal text and field name pairs.
+
+    Raises:
+        ValueError: unbalanced braces, an unnamed field, a conversion or a format specification.
+    """
+    parsed = []
+    for literal, name, specification, conversion in Formatter().parse(text):
+        if name is not None and (not name.replace(".", "").replace("_", "").isalnum() or specification or conversion):
+            raise ValueError(f"format string {text!r}: expected {{name}} or {{name.inner}}, nothing else in braces")
+        parsed.append((literal, name))
+    return tuple(parsed)
+
+
+def look_up(name: str, fields: Mapping[str, Any]) -> Any:
+    """The value of a field; ``a.b`` is field b of the object a.
+
+    Raises:
+        SampleError: there is none, or it is null.
+    """
+    value: Any = fields
+    for key in name.split("."):
+        if not isinstance(value, Mapping) or value.get(key) is None:
+            raise SampleError(
+                f"field {name!r} is missing; the sample has {', '.join(sorted(fields)) or 'no fields'}",
+                kind=FaultKind.TEXT,
+            )
+        value = value[key]
+    return value
+
+
+def fill(text: str, fields: Mapping[str, Any]) -> str:
+    """The format string with its fields filled in; a list is joined with commas.
+
+    Raises:
+        SampleError: a field is missing.
+    """
+    out = []
+    for literal, name in parse(text):
+        out.append(literal)
+        if name is not None:
+            value = look_up(name, fields)
+            out.append(", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    return "".join(out)
 
 
 def share_weights(weights: Sequence[float], branches: Sequence[int], rule: LossWeight) -> npt.NDArray[np.float64]:
