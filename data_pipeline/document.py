@@ -6,7 +6,7 @@ Sample --template, transforms, tokenizer--> Document --packing--> Pack --collate
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -98,10 +98,6 @@ class MediaItem:
     image: int = 0
     tag: tuple[int, ...] = ()
 
-    @property
-    def num_patches(self) -> int:
-        return int(self.values.shape[0])
-
     def kept_features(self, spec: MediaSpec, first: int = 0) -> list[Run]:
         """Which of the features that the tower makes of it are handed on: row-major numbers from ``first``, ascending.
 
@@ -151,6 +147,8 @@ class Document:
         branches: First token of each branch, ascending; none, or at least two. A branch attends the tokens before the
             first branch and itself, no other branch; its positions go on where those before the first branch end.
         is_cut: Whether this is a part of a sample that no pack can hold whole.
+        num_tokens, num_patches, num_images: T, the rows of all ``items.values``, and the length of ``images``.
+        is_null: Whether it is a null document, which no sample gave.
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -164,22 +162,17 @@ class Document:
     images: tuple[ImageExtent, ...] = ()
     is_cut: bool = False
     branches: tuple[int, ...] = ()
+    num_tokens: int = field(init=False, repr=False)
+    num_patches: int = field(init=False, repr=False)
+    num_images: int = field(init=False, repr=False)
+    is_null: bool = field(init=False, repr=False)
 
-    @property
-    def num_tokens(self) -> int:
-        return int(self.token_ids.shape[0])
-
-    @property
-    def num_images(self) -> int:
-        return len(self.images)
-
-    @property
-    def num_patches(self) -> int:
-        return sum(item.num_patches for item in self.items)
-
-    @property
-    def is_null(self) -> bool:
-        return self.provenance is None
+    def __post_init__(self) -> None:
+        # ``object.__setattr__``: the dataclass is frozen.
+        object.__setattr__(self, "num_tokens", len(self.token_ids))
+        object.__setattr__(self, "num_patches", sum(len(item.values) for item in self.items))
+        object.__setattr__(self, "num_images", len(self.images))
+        object.__setattr__(self, "is_null", self.provenance is None)
 
     def moved(self, empty: Empty) -> Document:
         """The same document, its patches copied into memory that ``empty`` gives."""
@@ -191,8 +184,8 @@ class Document:
         return replace(self, items=tuple(items))
 
     def cost(self, spec: MediaSpec) -> float:
-        """Time units: see ``MediaSpec.cost``."""
-        return spec.cost(self.num_tokens, self.computed_patches(spec))
+        """Time of its tokens and patches; the unit is the time of one token in the decoder."""
+        return self.num_tokens + spec.cost_per_patch * self.computed_patches(spec)
 
     def computed_patches(self, spec: MediaSpec) -> int:
         """Patches that the tower computes: its own, or more where absent tiles are computed too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from data_pipeline.errors import DataConfigError, SampleError
 
@@ -72,12 +73,12 @@ class MediaSpec:
         if self.class_features and self.placement not in (Placement.CROSS_ATTENTION, Placement.PAIR):
             raise DataConfigError(f"class_features={self.class_features}: only where features are attended or compared")
 
-    @property
+    @cached_property
     def patch_dim(self) -> int:
         """Values of one flattened patch, order (channel, row, column)."""
         return self.channels * self.patch_size**2
 
-    @property
+    @cached_property
     def size_multiple(self) -> int:
         """Image sides must be multiples of this many pixels."""
         return self.patch_size * self.merge
@@ -97,17 +98,13 @@ class MediaSpec:
         """Whether each batch must hold an item that has no token slots: it is attended, or compared."""
         return self.needs_attended or self.placement is Placement.PAIR
 
-    @property
+    @cached_property
     def patches_per_image(self) -> int | None:
         """Patches that the tower computes for any image; None: those that its views have."""
         if self.max_tiles is None or not self.computes_absent:
             return None
         _, height, width = self.minimal_grid
         return self.max_tiles * height * width
-
-    def cost(self, tokens: int, patches: int) -> float:
-        """Time of so many tokens and patches, in that of one token."""
-        return tokens + self.cost_per_patch * patches
 
     @property
     def minimal_grid(self) -> Grid:

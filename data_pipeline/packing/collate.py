@@ -113,7 +113,7 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
         values=join([item.values for item in items] or [nothing]),
         grid=torch.tensor(grids, dtype=torch.int32).reshape(-1, 3),
         grids=grids,
-        items=Segments.from_lengths([item.num_patches for item in items]),
+        items=Segments.from_lengths([len(item.values) for item in items]),
         source=_expand(source),
         dest=torch.from_numpy(np.concatenate(dest)),
         keys=_expand(keys),

@@ -76,10 +76,10 @@ def _figures(dataset: Any, tokenizer: Any, spec: Any, size: tuple[int, int]) -> 
                 "at": f"{view.left},{view.top}",
                 "of": f"{canvas[1]}x{canvas[0]}",
                 "role": "embedded" if view.embedded else apart,
-                "patches": item.num_patches,
+                "patches": len(item.values),
                 "features": item.num_features(spec),
             }
         )
     tokens = extent.stop - extent.start
-    cost = spec.cost(tokens, document.computed_patches(spec))
+    cost = tokens + spec.cost_per_patch * document.computed_patches(spec)
     return {"views": rows, "tokens": tokens, "patches": document.num_patches, "cost": round(cost, 1)}

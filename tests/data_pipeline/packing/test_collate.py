@@ -321,7 +321,7 @@ def _check_media(batch: MultimodalBatch, documents: list[Document], spec: MediaS
     assert (block.grid.dtype, block.grid.shape[1]) == (torch.int32, 3)
     assert block.values.tolist() == [row for item in items for row in item.values.tolist()]
     assert (block.values.dtype, block.values.shape[1]) == (torch.uint8, spec.patch_dim)
-    assert block.items.bounds == tuple(accumulate((item.num_patches for item in items), initial=0))
+    assert block.items.bounds == tuple(accumulate((len(item.values) for item in items), initial=0))
     assert block.tag_ids.tolist() == [token for item in items for token in item.tag]
     sources = [name for item, kept in zip(items, rows.kept, strict=True) if item.embedded for name in kept]
     assert [rows.names[row] for row in block.source.tolist()] == sources

@@ -30,7 +30,7 @@ def document(number: int, tokens: int, embedded: int, attended: int) -> Document
     inside = MediaItem(np.zeros((embedded, 12), np.uint8), (1, 1, embedded), True)
     apart = MediaItem(np.zeros((attended, 12), np.uint8), (1, 1, attended), False)
     # Every second document has its items in the other order: both roles count wherever they are.
-    items = [item for item in (inside, apart)[:: 1 if number % 2 else -1] if item.num_patches]
+    items = [item for item in (inside, apart)[:: 1 if number % 2 else -1] if len(item.values)]
     extents = [ImageExtent(0 if item.embedded else embedded, i, embedded) for i, item in enumerate(items)]
     length = embedded + tokens
     labels = np.full(length, number, np.int32)
@@ -79,7 +79,7 @@ def lacking(documents: list[Document], spec: MediaSpec) -> bool:
 def fits(documents: list[Document], config: PackingConfig, spec: MediaSpec) -> bool:
     held = [*documents, *([null_document(spec, 0)] if lacking(documents, spec) else [])]
     tokens = sum(each.num_tokens for each in held)
-    cost = tokens + 0.5 * sum(item.num_patches for each in held for item in each.items)
+    cost = tokens + 0.5 * sum(len(item.values) for each in held for item in each.items)
     return (
         tokens <= config.max_tokens
         and (config.max_cost is None or cost <= config.max_cost)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -40,7 +42,7 @@ def _attended(document: Document) -> list[tuple[int, ...]]:
 
 def _features(document: Document) -> dict[int, int]:
     """Token id to the value of the feature that is written there."""
-    values = [int(item.values[0, 0]) for item in document.items if item.embedded for _ in range(item.num_patches)]
+    values = [int(item.values[0, 0]) for item in document.items if item.embedded for _ in item.values]
     return {int(document.token_ids[token]): value for token, value in zip(document.dest, values, strict=True)}
 
 
@@ -110,7 +112,7 @@ def test_text_that_attends_an_image_that_fits_nowhere_goes_with_it() -> None:
 def test_positions_on_three_axes_start_again_at_zero(start: int) -> None:
     document = made_document([("text", 8)], EMBEDDING)
     positions = np.stack([np.arange(8), np.arange(8) + 2, np.arange(8) + 5], axis=1).astype(np.int32)
-    moved = Document(**{**document.__dict__, "position_ids": positions})
+    moved = replace(document, position_ids=positions)
     part = Cutter(moved).cut(start, 8)
     expected = positions[start:] - (positions[start] if start else 0)
     assert part.position_ids.tolist() == expected.tolist()
@@ -123,12 +125,10 @@ def _branched(shared: list[tuple[str, int]], branches: list[int], spec: MediaSpe
     fork = made_document(shared, spec).num_tokens
     starts = [fork + sum(branches[:i]) for i in range(len(branches))]
     positions = [np.arange(fork), *(np.arange(fork, fork + length) for length in branches)]
-    return Document(
-        **{
-            **whole.__dict__,
-            "position_ids": np.concatenate(positions).astype(np.int32),
-            "branches": tuple(starts) if len(starts) > 1 else (),
-        }
+    return replace(
+        whole,
+        position_ids=np.concatenate(positions).astype(np.int32),
+        branches=tuple(starts) if len(starts) > 1 else (),
     )
 
 
