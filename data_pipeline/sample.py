@@ -57,11 +57,6 @@ class Sample:
     provenance: Provenance = Provenance("?", "?", "?", -1)
 
     @property
-    def has_image(self) -> bool:
-        """Whether any part is an image."""
-        return any(isinstance(part, ImagePart) for part in self.parts)
-
-    @property
     def texts(self) -> list[str]:
         """Every text that a template may show, once: the text parts, further captions, dialogues and annotations."""
         captions = self.fields.get("captions")

@@ -172,13 +172,11 @@ class ImageLayout:
     tags_among_keys: bool = False
 
     @classmethod
-    def resolve(
-        cls, config: ImageLayoutConfig | None, tokenizer: Tokenizer, spec: MediaSpec, max_tiles: int = 0
-    ) -> ImageLayout:
+    def resolve(cls, config: ImageLayoutConfig, tokenizer: Tokenizer, spec: MediaSpec, max_tiles: int) -> ImageLayout:
         """Looks the names up.
 
         Args:
-            config: Names; None lays out nothing but the features.
+            config: Names of the tokens.
             tokenizer: Whose tokens they are.
             spec: What the model takes.
             max_tiles: Tiles that an image has at most; 0 for transforms without tiles.
@@ -186,8 +184,6 @@ class ImageLayout:
         Raises:
             DataConfigError: a token is missing or is the image token, or a name has no use with this model.
         """
-        if config is None:
-            return cls()
         config.check(spec, max_tiles)
 
         @functools.cache
@@ -225,13 +221,6 @@ class ImageLayout:
         Raises:
             SampleError: a view does not fit the model.
         """
-        if self._is_empty:  # Features alone, as most models take them.
-            for number, view in enumerate(views):
-                if view.embedded:
-                    yield Features(number, 0, view.num_features(spec))
-            if not any(view.embedded for view in views):
-                yield Anchor()
-            return
         tags = self._tags(views, image)
         embedded = [number for number, view in enumerate(views) if view.embedded]
         yield from _text(self.start)
@@ -267,10 +256,6 @@ class ImageLayout:
             return
         for _, group in itertools.groupby(embedded, key=lambda number: views[number].place is None):
             yield list(group)
-
-    @functools.cached_property
-    def _is_empty(self) -> bool:
-        return self == ImageLayout()
 
     @property
     def _has_rows(self) -> bool:

@@ -9,7 +9,7 @@ Not for: several documents together (``packer``, ``collate``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -18,25 +18,17 @@ import numpy.typing as npt
 
 from data_pipeline.document import IGNORE, Document, Empty, ImageExtent, MediaItem, Span, plain_empty
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.images.image_tokens import Features, ImageLayout, Text
+from data_pipeline.images.image_tokens import Anchor, Features, ImageLayout, Run, Text
 from data_pipeline.images.transforms import ImageTransform, TilesTransform, TransformConfig
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
-from data_pipeline.text.templates import (
-    BranchPiece,
-    EndPiece,
-    Piece,
-    TemplateConfig,
-    TextPiece,
-    TokenPiece,
-)
-from data_pipeline.text.templates.base import share_weights
+from data_pipeline.text.templates import BranchPiece, EndPiece, Piece, TemplateConfig, TextPiece, TokenPiece
+from data_pipeline.text.templates.base import images_of, share_weights
 from data_pipeline.text.tokenizer import Tokenizer, check_unicode
 
 _NO_SLOTS = np.empty(0, dtype=np.int32)
-_Template = Callable[[Sample, Draws | None], list[Piece]]
 
 
 @dataclass
@@ -57,22 +49,14 @@ class _Draft:
     images: list[ImageExtent] = field(default_factory=list)
     dest: list[npt.NDArray[np.int32]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
-    run: tuple[int, ...] = ()
-    """Attended items of the images since the last text."""
+    attended: tuple[int, ...] = ()
+    """Attended items of the last image and of those just before it, without text between them."""
     branches: list[int] = field(default_factory=list)
     fork: int = 0
     """Position of the first token of every branch."""
-    pictures: list[Callable[[], None]] = field(default_factory=list)
-    """What draws the pixels of the items."""
 
-    def add_text(self, ids: list[int], weight: float) -> None:
-        """Appends text tokens of one loss weight; the next image begins a new run."""
-        if not ids:
-            return
-        self._place(ids, weight)
-        self.run = ()
-
-    def _place(self, ids: Sequence[int], weight: float) -> None:
+    def add_tokens(self, ids: Sequence[int], weight: float) -> None:
+        """Appends tokens of one loss weight; those of weight 0 are read only."""
         if self.spec.position_axes == 3:
             steps = np.arange(self.next_position, self.next_position + len(ids), dtype=np.int32)
             self.positions.append(np.repeat(steps[:, None], 3, axis=1))
@@ -88,42 +72,47 @@ class _Draft:
         self.branches.append(len(self.ids))
         self.next_position = self.fork
 
-    def add_image(self, views: tuple[MediaItem, ...], image_id: int, layout: ImageLayout) -> None:
-        """Appends the tokens of an image as it is laid out; none of them is learned, and of a pair there is none."""
+    def add_image(self, views: tuple[MediaItem, ...], image_id: int, layout: ImageLayout | None) -> None:
+        """Appends the tokens of an image as it is laid out; none of them is learned, and of a pair there is none.
+
+        Without a layout, an image is its features alone, or one anchor if none of them is embedded.
+        """
         assert not self.branches, "an image in a branch would be attended by the branches after it"
         start, first_item, number = len(self.ids), len(self.items), len(self.images)
         if self.spec.placement is Placement.PAIR:
             self.items.extend(views)
             self.images.append(ImageExtent(start, first_item, start))
             return
-        self.items.extend(replace(view, image=number) for view in layout.tagged(views, number))
-        self.run += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
-        slots = {
-            number: np.empty(view.num_features(self.spec), dtype=np.int32)
-            for number, view in enumerate(views)
-            if view.embedded
-        }
-        for run in layout.runs(views, number, self.spec):
-            own = run.view if isinstance(run, Text) else None
-            self._attend(self.run if own is None else (first_item + own,))
+        tagged = views if layout is None else layout.tagged(views, number)
+        self.items.extend(replace(view, image=number) for view in tagged)
+        if self.images and self.images[-1].stop < start:  # Text stands between the last image and this one.
+            self.attended = ()
+        self.attended += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
+        counts = {i: view.num_features(self.spec) for i, view in enumerate(views) if view.embedded}
+        slots = {i: np.empty(count, dtype=np.int32) for i, count in counts.items()}
+        runs: Iterable[Run]
+        if layout is None:
+            runs = [Features(i, 0, count) for i, count in counts.items()] or [Anchor()]
+        else:
+            runs = layout.runs(views, number, self.spec)
+        for run in runs:
+            at = len(self.ids)
+            # The tag of an attended view attends that view alone.
+            attended = self.attended if not isinstance(run, Text) or run.view is None else (first_item + run.view,)
+            if attended and (not self.spans or self.spans[-1].items != attended):
+                self.spans.append(Span(at, attended))
             if isinstance(run, Features):
-                at = len(self.ids)
                 slots[run.view][run.first : run.first + run.count] = np.arange(at, at + run.count)
-                self._place_features(views[run.view], run.count, image_id)
+            if isinstance(run, Features) and self.spec.position_axes == 3:
+                self._add_features_on_three_axes(views[run.view], run.count, image_id)
+            elif isinstance(run, Features):
+                self.add_tokens((image_id,) * run.count, 0.0)
             else:
-                self._place(run.ids if isinstance(run, Text) else (image_id,), 0.0)
+                self.add_tokens(run.ids if isinstance(run, Text) else (image_id,), 0.0)
         self.dest.extend(slots.values())
         self.images.append(ImageExtent(start, first_item, len(self.ids)))
 
-    def _attend(self, items: tuple[int, ...]) -> None:
-        """Begins a span where what is attended changes."""
-        if items and (not self.spans or self.spans[-1].items != items):
-            self.spans.append(Span(len(self.ids), items))
-
-    def _place_features(self, view: MediaItem, count: int, image_id: int) -> None:
-        if self.spec.position_axes == 1:
-            self._place((image_id,) * count, 0.0)
-            return
+    def _add_features_on_three_axes(self, view: MediaItem, count: int, image_id: int) -> None:
         # Each feature stands at its own (time, row, column); text goes on after the largest of them. Layouts do not
         # part the rows of a view on three axes, so ``count`` is all that it hands on.
         # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding.
@@ -140,7 +129,11 @@ class _Draft:
         """The columns as arrays; labels are the ids one ahead."""
         length = len(self.ids)
         weights = [*self.weights[1:], 0.0]  # Of the token that is predicted.
-        counted = self._counted() if self.spec.position_axes == 1 else ()
+        counted: Iterable[int] = ()
+        if self.spec.position_axes == 1:  # Positions on one axis count, in every branch from the fork.
+            starts = [*self.branches, length]
+            counts = [range(self.fork, self.fork + end - start) for start, end in itertools.pairwise(starts)]
+            counted = itertools.chain(range(starts[0]), *counts)
         columns = np.fromiter([*self.ids, *self.labels[1:], IGNORE, *counted], np.int32)
         spans = self.spans if self.spans and self.spans[0].start == 0 else [Span(0, ()), *self.spans]
         return Document(
@@ -155,14 +148,6 @@ class _Draft:
             images=tuple(self.images),
             branches=tuple(self.branches),
         )
-
-    def _counted(self) -> Sequence[int]:
-        """Positions on one axis: they count, in every branch from the fork."""
-        if not self.branches:
-            return range(len(self.ids))
-        ends = [*self.branches[1:], len(self.ids)]
-        counts = [range(self.fork, self.fork + end - start) for start, end in zip(self.branches, ends, strict=True)]
-        return list(itertools.chain(range(self.branches[0]), *counts))
 
 
 @dataclass(frozen=True)
@@ -240,7 +225,7 @@ class DocumentBuilder:
         )
         max_tiles = transforms.tiling.max_tiles if isinstance(transforms, TilesTransform) else 0
         layout = transforms.layout if takes_images else None
-        self._layout = ImageLayout.resolve(layout, tokenizer, spec, max_tiles)
+        self._layout = None if layout is None else ImageLayout.resolve(layout, tokenizer, spec, max_tiles)
         names = dataset.template.named_tokens
         self._special = {name: tokenizer.special_id(name, "template.special_tokens") for name in names}
         if tokenizer.image_id in self._special.values():
@@ -262,7 +247,7 @@ class DocumentBuilder:
         Raises:
             SampleError: as the document itself, save for damaged pixels.
         """
-        return self._outline(self._learned, sample, rng, empty)
+        return self._outline(sample, rng, empty)
 
     def measure(self, sample: Sample, rng: Draws | None = None) -> Document:
         """The same document in everything but pixels, which are black and take no memory; nothing is decoded.
@@ -273,7 +258,7 @@ class DocumentBuilder:
         Raises:
             SampleError: as the document itself would, save for damaged pixels.
         """
-        return self._outline(self._learned, sample, rng, None).document
+        return self._outline(sample, rng, None).document
 
     def build_prompt(self, sample: Sample) -> Document:
         """The document up to where the answer begins, without augmentation; nothing in it is learned.
@@ -281,88 +266,66 @@ class DocumentBuilder:
         Raises:
             SampleError: as the document itself.
         """
-        return self._outline(self._prompt, sample, None, plain_empty)()
+        return self._outline(sample, None, plain_empty, prompt=True)()
 
     def measure_prompt(self, sample: Sample) -> Document:
         """The same in everything but pixels, as ``measure``."""
-        return self._outline(self._prompt, sample, None, None).document
+        return self._outline(sample, None, None, prompt=True).document
 
-    def _learned(self, sample: Sample, rng: Draws | None) -> list[Piece]:
-        if self._requires_images and not sample.has_image:
-            raise SampleError(
-                f"no image among its members, and template.images is required (kind {self.dataset.template.kind}); "
-                "set it to optional to learn the text alone",
-                kind=FaultKind.NO_IMAGE,
-            )
-        return self.dataset.template.pieces(sample, rng)
-
-    def _prompt(self, sample: Sample, _: Draws | None) -> list[Piece]:
-        prompt = self.dataset.template.prompt(sample)
-        return [replace(piece, weight=0.0) if isinstance(piece, TextPiece) else piece for piece in prompt]
-
-    def _outline(self, template: _Template, sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
-        """The document of what ``template`` makes; ``empty`` None measures it only. Errors name the sample."""
+    def _outline(self, sample: Sample, rng: Draws | None, empty: Empty | None, prompt: bool = False) -> Outline:
+        """The document of a sample, or of its prompt; ``empty`` None measures it only. Errors name the sample."""
+        template = self.dataset.template
         try:
-            return self._assemble(template(sample, rng), sample, rng, empty)
+            if prompt:
+                pieces = [replace(p, weight=0.0) if isinstance(p, TextPiece) else p for p in template.prompt(sample)]
+            elif self._requires_images and not images_of(sample):
+                raise SampleError(
+                    f"no image among its members, and template.images is required (kind {template.kind}); "
+                    "set it to optional to learn the text alone",
+                    kind=FaultKind.NO_IMAGE,
+                )
+            else:
+                pieces = template.pieces(sample, rng)
+            return self._assemble(pieces, sample, rng, empty)
         except SampleError as error:
             raise error.located(sample.provenance.shard, sample.provenance.key) from error
 
     def _assemble(self, pieces: list[Piece], sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
-        draft = _Draft(self.spec)
-        draft.add_text([] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id], 0.0)
+        spec, tokenizer, draft = self.spec, self.tokenizer, _Draft(self.spec)
+        pictures = list[Callable[[], None]]()
+        if tokenizer.bos_id is not None:
+            draft.add_tokens((tokenizer.bos_id,), 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
-        if self.spec.placement is Placement.PAIR and num_images != 1:
+        if spec.placement is Placement.PAIR and num_images != 1:
             raise SampleError(
                 f"{num_images} images, but a pair is one image and one text (connector.kind=contrastive)",
                 kind=FaultKind.DOCUMENT if num_images else FaultKind.NO_IMAGE,
             )
         for piece in pieces:
             if isinstance(piece, ImagePart):
-                self._add_image(draft, piece, rng, num_images, empty)
+                if self._transform is None:
+                    raise SampleError(f"image {piece.name}, but the model has no image tower")
+                if empty is not None:
+                    views, picture = self._transform.outline(piece.data, rng, piece.size, num_images, empty)
+                    pictures.append(picture)
+                else:
+                    views = self._transform.measure(piece.size or _shown_size(piece.data), rng, num_images)
+                draft.add_image(views, tokenizer.image_id, self._layout)
             elif isinstance(piece, BranchPiece):
                 draft.begin_branch()
             elif isinstance(piece, EndPiece):
-                draft.add_text([self.tokenizer.eos_id], piece.weight)
+                draft.add_tokens((tokenizer.eos_id,), piece.weight)
             elif isinstance(piece, TokenPiece):
-                draft.add_text([self._special[piece.name]], piece.weight)
+                draft.add_tokens((self._special[piece.name],), piece.weight)
             else:
-                draft.add_text(self._encode(piece.text), piece.weight)
-        if not draft.ids:
-            raise SampleError("it has no token: nothing is in it, and the tokenizer has none to open a document with")
-        self._check_counts(draft)
-        self._check_branches(draft)
+                draft.add_tokens(self._encode(piece.text), piece.weight)
+        self._check(draft)
         rule = self.dataset.template.loss_weight
         if rule != "token":
             draft.weights = share_weights(draft.weights, draft.branches, rule).tolist()
-        if self.spec.placement is Placement.PAIR:  # A pair counts once, whatever the length of its text.
+        if spec.placement is Placement.PAIR:  # A pair counts once, whatever the length of its text.
             draft.weights = [0.0] * (len(draft.ids) - 1) + [1.0]
-        return Outline(draft.finish(sample.provenance), tuple(draft.pictures))
-
-    def _add_image(
-        self, draft: _Draft, part: ImagePart, rng: Draws | None, num_images: int, empty: Empty | None
-    ) -> None:
-        if self._transform is None:
-            raise SampleError(f"image {part.name}, but the model has no image tower")
-        if empty is not None:
-            views, picture = self._transform.outline(part.data, rng, part.size, num_images, empty)
-            draft.pictures.append(picture)
-        else:
-            views = self._transform.measure(part.size or _shown_size(part.data), rng, num_images)
-        draft.add_image(views, self.tokenizer.image_id, self._layout)
-
-    def _check_counts(self, draft: _Draft) -> None:
-        embedded = 0
-        for item in draft.items:
-            embedded += item.num_features(self.spec) * item.embedded  # Refuses attended grids too.
-        if self.spec.placement is Placement.PAIR:
-            return  # No token stands for the image, and CLIP's vocabulary has none that could.
-        expected = embedded or len(draft.images)  # One anchor for an image without embedded views.
-        found = draft.ids.count(self.tokenizer.image_id)
-        if found != expected:
-            raise SampleError(
-                f"{found} image tokens, but its {len(draft.images)} images give {expected}: "
-                "does the text spell the image token?"
-            )
+        return Outline(draft.finish(sample.provenance), tuple(pictures))
 
     def _encode(self, text: str) -> list[int]:
         """Ids of a text; none of them opens or closes a turn, or lays out an image."""
@@ -377,16 +340,34 @@ class DocumentBuilder:
             )
         return ids
 
-    def _check_branches(self, draft: _Draft) -> None:
-        if not draft.branches:
-            return
-        starts = [*draft.branches, len(draft.ids)]
-        if any(start == end or draft.weights[start] > 0 for start, end in itertools.pairwise(starts)):
-            raise SampleError(
-                "a branch begins with learned text, but all branches follow the same token, which cannot predict each "
-                "of them: give its template a prompt",
-                kind=FaultKind.TEXT,
-            )
+    def _check(self, draft: _Draft) -> None:
+        """Refuses a document that the model could not learn from.
+
+        Raises:
+            SampleError: it has no token, its image tokens and features differ in number, a branch begins with learned
+                text, or a view does not fit the model.
+        """
+        if not draft.ids:
+            raise SampleError("it has no token: nothing is in it, and the tokenizer has none to open a document with")
+        embedded = 0
+        for item in draft.items:
+            embedded += item.num_features(self.spec) * item.embedded  # Refuses attended grids too.
+        # No token stands for the image of a pair, and CLIP's vocabulary has none that could.
+        if self.spec.placement is not Placement.PAIR:
+            expected = embedded or len(draft.images)  # One anchor for an image without embedded views.
+            found = draft.ids.count(self.tokenizer.image_id)
+            if found != expected:
+                raise SampleError(
+                    f"{found} image tokens, but its {len(draft.images)} images give {expected}: "
+                    "does the text spell the image token?"
+                )
+        for start, end in itertools.pairwise([*draft.branches, len(draft.ids)]):
+            if start == end or draft.weights[start] > 0:
+                raise SampleError(
+                    "a branch begins with learned text, but all branches follow the same token, which cannot predict "
+                    "each of them: give its template a prompt",
+                    kind=FaultKind.TEXT,
+                )
 
 
 def _shown_size(data: bytes) -> tuple[int, int]:
@@ -405,7 +386,7 @@ def null_document(spec: MediaSpec, pad_id: int) -> Document:
     roles = [True] * spec.needs_embedded + [False] * spec.needs_apart
     if roles:
         views = tuple(MediaItem(values, spec.minimal_grid, embedded) for embedded in roles)
-        draft.add_image(views, pad_id, ImageLayout())
+        draft.add_image(views, pad_id, None)
     if not draft.ids:
-        draft.add_text([pad_id], 0.0)
+        draft.add_tokens((pad_id,), 0.0)
     return draft.finish(None)

@@ -21,6 +21,7 @@ from data_pipeline.prepare.records import FieldNames
 from data_pipeline.prepare.sources import SourceOptions, open_source
 from data_pipeline.sample import Sample
 from data_pipeline.shards.sample_reader import read_samples
+from data_pipeline.text.templates.base import images_of
 from mmscale.cli.main import main
 
 datasets = pytest.importorskip("datasets")
@@ -59,7 +60,7 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
     samples, said, report = stored(parquet(tmp_path / "a.parquet", text, {"text": TEXTS}), tmp_path / "a")
     assert [sample.texts for sample in samples] == [[text] for text in TEXTS]
     assert [sample.fields for sample in samples] == [{"caption": text} for text in TEXTS]
-    assert all(sample.has_image for sample in samples)
+    assert all(images_of(sample) for sample in samples)
     assert "images in column image" in said
     assert "column text as caption" in said
     assert report.orphans.no_text == 0
@@ -103,7 +104,7 @@ def test_parquet_without_a_note_of_features_and_with_an_image_of_another_name(tm
     pictures = [picture(number) for number in range(3)]
     datasets.Dataset.from_dict({"photo": pictures, "text": TEXTS}, features=photos).to_parquet(tmp_path / "c.parquet")
     samples, said, _ = stored(tmp_path / "c.parquet", tmp_path / "c")
-    assert [(sample.has_image, sample.texts) for sample in samples] == [(True, [text]) for text in TEXTS]
+    assert [(bool(images_of(sample)), sample.texts) for sample in samples] == [(True, [text]) for text in TEXTS]
     assert "images in column photo" in said
 
     pq.write_table(pa.table({"image": images, "text": TEXTS, "description": TEXTS}), tmp_path / "d.parquet")
@@ -135,7 +136,7 @@ def test_an_imagefolder_of_datasets(tmp_path: Path, kind: str) -> None:
     theirs = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "hub"))
     samples, said, report = stored(folder, tmp_path / "out")
     assert sorted(sample.texts[0] for sample in samples) == sorted(theirs["text"])
-    assert all(sample.has_image for sample in samples)
+    assert all(images_of(sample) for sample in samples)
     assert f"a {kind} list of 3 rows, column file_name as path, column text as caption" in said
     assert (report.num_skipped, report.orphans.no_text) == (0, 0)
     assert [s.fields for s in stored(folder / f"metadata.{kind}", tmp_path / "again")[0]] == [s.fields for s in samples]
