@@ -50,16 +50,6 @@ class Load(NamedTuple):
             embedded, attended = embedded or item.embedded, attended or not item.embedded
         return cls(1, document.num_tokens, document.cost(spec), embedded, attended)
 
-    def plus(self, other: Load) -> Load:
-        """The load of both."""
-        return Load(
-            self.documents + other.documents,
-            self.tokens + other.tokens,
-            self.cost + other.cost,
-            self.embedded or other.embedded,
-            self.attended or other.attended,
-        )
-
 
 class Budget:
     """What fits into a pack, with room kept for the null document that the pack would need.
@@ -101,20 +91,26 @@ class Budget:
         embedded, attended = self._needs
         return (embedded and not load.embedded) or (attended and not load.attended)
 
-    def fits(self, load: Load) -> bool:
-        """Whether a pack may hold this much."""
-        full = load.plus(self._null_load) if self.lacks_role(load) else load
+    def join(self, load: Load, more: Load) -> Load | None:
+        """The load of a pack with one document more; None if a pack may not hold both."""
         config = self.config
-        return (
-            full.tokens <= config.max_tokens
-            and (config.max_cost is None or full.cost <= config.max_cost)
-            # The dummy document takes tokens and cost, but it is no sample: ``load`` does not count it.
-            and (config.max_documents is None or load.documents <= config.max_documents)
+        both = Load(
+            load.documents + more.documents,
+            load.tokens + more.tokens,
+            load.cost + more.cost,
+            load.embedded or more.embedded,
+            load.attended or more.attended,
         )
-
-    def fullness(self, load: Load) -> float:
-        """How full a pack is, by the budget that all packs of a step should meet alike: cost if there is one."""
-        return load.tokens if self.config.max_cost is None else load.cost
+        tokens, cost = both.tokens, both.cost
+        if self.lacks_role(both):  # The null document takes tokens and cost, but it is no sample: no load counts it.
+            tokens, cost = tokens + self._null_load.tokens, cost + self._null_load.cost
+        if (
+            tokens > config.max_tokens
+            or (config.max_cost is not None and cost > config.max_cost)
+            or (config.max_documents is not None and both.documents > config.max_documents)
+        ):
+            return None
+        return both
 
     def admit(self, document: Document) -> list[Document]:
         """The document as packs can hold it: itself, or what ``too_long`` makes of it.
@@ -146,7 +142,7 @@ class Budget:
     def _alone(self, document: Document) -> bool:
         most = self.spec.max_document_tokens  # Branches go on from the same position, so tokens do not tell.
         has_positions = most is None or int(document.position_ids.max()) < most
-        return has_positions and self.fits(Load.of(document, self.spec))
+        return has_positions and self.join(Load(), Load.of(document, self.spec)) is not None
 
     def _room(self) -> str:
         room = f"a pack holds {self.config.max_tokens} tokens"
@@ -206,28 +202,35 @@ class Packer:
         self._lane = lane
         self._more = True
         made = ((drawn, source.remake(drawn)) for drawn in waiting)
-        self._waiting = [self._weigh(Made(drawn, document)) for drawn, document in made if document is not None]
+        self._waiting = [
+            _Waiting(drawn, document, Load.of(document, budget.spec))
+            for drawn, document in made
+            if document is not None
+        ]
 
     def next_pack(self) -> Pack:
         """The next pack, with the null document if it lacks a role; a null pack once there are no more samples."""
         documents: list[Document] = []
         drawn: list[Drawn] = []
-        load = Load()
-        while True:
-            self._fill()
-            chosen = self._choose(load)
-            if chosen is None:
+        load, budget = Load(), self._budget
+        while load.documents != budget.config.max_documents:
+            while self._more and len(self._waiting) < budget.config.look_ahead:
+                made = self._source.make()
+                if made is None:
+                    self._more = False
+                else:
+                    self._waiting += [_Waiting(*each, Load.of(each.document, budget.spec)) for each in made]
+            choice = self._choose(load)
+            if choice is None:
                 break
+            chosen, load = choice
             self._waiting = [waiting for waiting in self._waiting if waiting is not chosen]
             documents.append(chosen.document)
-            load = load.plus(chosen.load)
             drawn.append(chosen.drawn)
-            if load.documents == self._budget.config.max_documents:
-                break
         if not documents:
-            return Pack((self._budget.null,), lane=-1)
-        if self._budget.lacks_role(load):
-            documents.append(self._budget.null)
+            return Pack((budget.null,), lane=-1)
+        if budget.lacks_role(load):
+            documents.append(budget.null)
         return Pack(tuple(documents), self._lane, tuple(drawn))
 
     @property
@@ -243,23 +246,24 @@ class Packer:
         """Copies the patches of the documents that wait into memory that ``empty`` gives."""
         self._waiting = [waiting._replace(document=waiting.document.moved(empty)) for waiting in self._waiting]
 
-    def _fill(self) -> None:
-        while self._more and len(self._waiting) < self._budget.config.look_ahead:
-            made = self._source.make()
-            if made is None:
-                self._more = False
-            else:
-                self._waiting.extend(map(self._weigh, made))
+    def _choose(self, load: Load) -> tuple[_Waiting, Load] | None:
+        """The document to add to a pack, and the load of the pack with it; None if no document fits.
 
-    def _weigh(self, made: Made) -> _Waiting:
-        return _Waiting(*made, Load.of(made.document, self._budget.spec))
-
-    def _choose(self, load: Load) -> _Waiting | None:
-        """The oldest for an empty pack, else what the strategy takes of those that fit; of equals the oldest."""
-        if load.documents == 0:
-            return self._waiting[0] if self._waiting else None
-        budget = self._budget
-        fitting = (waiting for waiting in self._waiting if budget.fits(load.plus(waiting.load)))
-        if budget.config.strategy == "best_fit":
-            return max(fitting, key=lambda waiting: budget.fullness(waiting.load), default=None)
-        return next(fitting, None)  # Greedy holds one document, so the first is the only one.
+        An empty pack takes the oldest document, another one what the strategy takes of those that fit. Of equal
+        documents it is the oldest.
+        """
+        budget, config = self._budget, self._budget.config
+        choice, largest = None, 0.0
+        for waiting in self._waiting:
+            if load.documents == 0:
+                return waiting, waiting.load
+            # Packs of a step should be full alike by cost, if there is a budget of it.
+            size = waiting.load.tokens if config.max_cost is None else waiting.load.cost
+            if choice is not None and size <= largest:
+                continue
+            joined = budget.join(load, waiting.load)
+            if joined is not None:
+                choice, largest = (waiting, joined), size
+                if config.strategy != "best_fit":  # Greedy holds one document, so the first is the only one.
+                    break
+        return choice
