@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments, ViewPlace
-from data_pipeline.document import Coverage, Document, MediaItem, Run
+from data_pipeline.document import Coverage, Document, Run
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.packer import Pack
 
 IMAGE = "image"
 """Key of the image block in ``MultimodalBatch.media``."""
-
-_NO_ROWS = np.empty(0, dtype=np.int64)
 
 Join = Callable[[Sequence[npt.NDArray[np.uint8]]], Tensor]
 """Arrays of equally many columns to one tensor, row behind row."""
@@ -46,71 +44,73 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
     loss_weights = np.concatenate([document.loss_weights for document in documents])
     lengths = [document.num_tokens for document in documents]
     valid = np.repeat([not document.is_null for document in documents], lengths)
+    branched = None
+    if any(document.branches for document in documents):
+        branched = BranchedSegments.of((document.num_tokens, document.branches) for document in documents)
+    # A document with one image is a pair of its first whole view, if it has one, and its segment.
+    pairs, first_item = list[tuple[int, int]](), 0
+    for segment, document in enumerate(documents):
+        if document.num_images == 1 and not document.is_null:  # A null document pairs nothing.
+            whole = [number for number, item in enumerate(document.items) if item.place is None]
+            pairs.append((first_item + (whole[0] if whole else 0), segment))
+        first_item += len(document.items)
+    token_ids = np.concatenate([document.token_ids for document in documents], dtype=np.int64)
+    labels = np.concatenate([document.labels for document in documents], dtype=np.int64)
+    position_ids = np.concatenate([document.position_ids for document in documents], dtype=np.int64)
     return MultimodalBatch(
-        token_ids=_int64([document.token_ids for document in documents]),
-        labels=_int64([document.labels for document in documents]),
+        token_ids=torch.from_numpy(token_ids),
+        labels=torch.from_numpy(labels),
         loss_weights=torch.from_numpy(loss_weights),
-        position_ids=_int64([document.position_ids for document in documents]),
+        position_ids=torch.from_numpy(position_ids),
         segments=Segments.from_lengths(lengths),
         valid=torch.from_numpy(valid),
         media={} if spec.placement is Placement.NONE else {IMAGE: _media(documents, spec, join)},
-        pairs=_pairs(documents),
+        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
         lanes=tuple(pack.lane for pack in packs),
         lane_tokens=tuple(sum(document.num_tokens for document in pack.documents) for pack in packs),
         provenance=tuple(document.provenance for document in documents),
         weight=float(loss_weights.sum(dtype=np.float64)),
         num_tokens=int(valid.sum()),
-        branched=_branched(documents),
+        branched=branched,
     )
-
-
-def _branched(documents: Sequence[Document]) -> BranchedSegments | None:
-    if not any(document.branches for document in documents):
-        return None
-    return BranchedSegments.of((document.num_tokens, document.branches) for document in documents)
-
-
-def _int64(arrays: Sequence[npt.NDArray[np.int32]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(arrays, dtype=np.int64))
-
-
-def _pairs(documents: Sequence[Document]) -> Tensor:
-    """(item, segment) of each document with exactly one image, its first whole view if it has one."""
-    pairs, items = [], 0
-    for segment, document in enumerate(documents):
-        if document.num_images == 1 and not document.is_null:  # A null document pairs nothing.
-            whole = [number for number, item in enumerate(document.items) if item.place is None]
-            pairs.append((items + (whole[0] if whole else 0), segment))
-        items += len(document.items)
-    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
 
 
 def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaBlock:
     items = [item for document in documents for item in document.items]
-    # The tower makes rows of all features, item after item; each item hands on its kept ones.
-    starts = itertools.accumulate((spec.num_features(item.grid) for item in items), initial=0)
+    # The tower makes rows of all features, item after item; each item hands on its kept ones. Tags come after all.
+    made = [spec.num_features(item.grid) for item in items]
+    starts = itertools.accumulate(made, initial=0)
     kept = [item.kept_features(spec, start) for start, item in zip(starts, items, strict=False)]
     source = [run for runs, item in zip(kept, items, strict=True) if item.embedded for run in runs]
-    tags = _tag_rows(items, spec)
-    dest, keys = [_NO_ROWS], list[Run]()
-    span_tokens, span_keys = [], []
+    attended, tag = list[list[Run]](), sum(made)
+    for item, runs in zip(items, kept, strict=True):
+        attended.append([(tag, len(item.tag)), *runs] if item.tag else runs)
+        tag += len(item.tag)
+    dest, keys, span_tokens, span_keys = list[npt.NDArray[np.int64]](), list[Run](), list[int](), list[int]()
+    places, image, last = list[ViewPlace](), -1, None
     first_token = first_item = 0
-    for document in documents:
-        if len(document.dest):
-            dest.append(document.dest.astype(np.int64) + first_token)
-        ends = [span.start for span in document.spans[1:]] + [document.num_tokens]
+    for segment, document in enumerate(documents):
+        dest.append(document.dest.astype(np.int64) + first_token)
+        ends = [*(span.start for span in document.spans[1:]), document.num_tokens]
         for span, end in zip(document.spans, ends, strict=True):
-            numbers = [first_item + item for item in span.items]
-            attended = [run for number in numbers for run in (*tags[number], *kept[number])]
-            keys += attended
+            seen = [run for item_number in span.items for run in attended[first_item + item_number]]
+            keys += seen
             span_tokens.append(end - span.start)
-            span_keys.append(sum(count for _, count in attended))
+            span_keys.append(sum(count for _, count in seen))
+        for item in document.items:
+            image += (segment, item.image) != last
+            last = segment, item.image
+            places.append(ViewPlace(segment, image, item.tiles, item.place))
         first_token += document.num_tokens
         first_item += len(document.items)
-    nothing = np.empty((0, spec.patch_dim), dtype=np.uint8)
+    covered = None
+    if spec.padding:
+        regions = [item.coverage or Coverage.whole(*item.grid[1:]) for item in items]
+        rows = [[*each.touched, *each.filled] for each in regions]
+        covered = torch.tensor(rows, dtype=torch.int32).reshape(-1, 8)
     grids = tuple(item.grid for item in items)
     return MediaBlock(
-        values=join([item.values for item in items] or [nothing]),
+        values=join([item.values for item in items] or [np.empty((0, spec.patch_dim), dtype=np.uint8)]),
         grid=torch.tensor(grids, dtype=torch.int32).reshape(-1, 3),
         grids=grids,
         items=Segments.from_lengths([len(item.values) for item in items]),
@@ -119,33 +119,10 @@ def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaB
         keys=_expand(keys),
         span_tokens=Segments.from_lengths(span_tokens),
         span_keys=Segments.from_lengths(span_keys),
-        coverage=_coverage(items) if spec.padding else None,
-        places=_places(documents),
+        coverage=covered,
+        places=tuple(places),
         tag_ids=torch.tensor([token for item in items for token in item.tag], dtype=torch.int64),
     )
-
-
-def _tag_rows(items: Sequence[MediaItem], spec: MediaSpec) -> list[list[Run]]:
-    """Rows of each item's tag, behind the features of all items."""
-    first = sum(spec.num_features(item.grid) for item in items)
-    starts = itertools.accumulate((len(item.tag) for item in items), initial=first)
-    return [[(start, len(item.tag))] if item.tag else [] for start, item in zip(starts, items, strict=False)]
-
-
-def _coverage(items: Sequence[MediaItem]) -> Tensor:
-    covered = [item.coverage or Coverage.whole(*item.grid[1:]) for item in items]
-    rows = [[*each.touched, *each.filled] for each in covered]
-    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 8)
-
-
-def _places(documents: Sequence[Document]) -> tuple[ViewPlace, ...]:
-    places, image, last = list[ViewPlace](), -1, None
-    for segment, document in enumerate(documents):
-        for item in document.items:
-            image += (segment, item.image) != last
-            last = segment, item.image
-            places.append(ViewPlace(segment, image, item.tiles, item.place))
-    return tuple(places)
 
 
 def _expand(runs: Sequence[Run]) -> Tensor:
@@ -161,16 +138,17 @@ def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> Multimod
     """One batch of several, as if their packs had been collated together."""
     if len(batches) == 1:
         return batches[0]
-    segments = [batch.segments for batch in batches]
-    items = [batch.media[IMAGE].items.num if batch.media else 0 for batch in batches]
-    first_items, first_segments = _starts(items), _starts([piece.num for piece in segments])
-    pairs = [batch.pairs + torch.tensor([first_items[i], first_segments[i]]) for i, batch in enumerate(batches)]
+    pairs, first_item, first_segment = list[Tensor](), 0, 0
+    for batch in batches:
+        pairs.append(batch.pairs + torch.tensor([first_item, first_segment]))
+        first_item += batch.media[IMAGE].items.num if batch.media else 0
+        first_segment += batch.segments.num
     return MultimodalBatch(
         token_ids=torch.cat([batch.token_ids for batch in batches]),
         labels=torch.cat([batch.labels for batch in batches]),
         loss_weights=torch.cat([batch.loss_weights for batch in batches]),
         position_ids=torch.cat([batch.position_ids for batch in batches]),
-        segments=_join(segments),
+        segments=_join([batch.segments for batch in batches]),
         valid=torch.cat([batch.valid for batch in batches]),
         media={IMAGE: _concatenate_media(batches, spec)} if batches[0].media else {},
         pairs=torch.cat(pairs),
@@ -179,67 +157,59 @@ def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> Multimod
         provenance=tuple(origin for batch in batches for origin in batch.provenance),
         weight=sum(batch.weight for batch in batches),
         num_tokens=sum(batch.num_tokens for batch in batches),
-        branched=_concatenate_branched(batches),
+        branched=_concatenate_branched(batches) if any(batch.branched for batch in batches) else None,
     )
-
-
-def _concatenate_branched(batches: Sequence[MultimodalBatch]) -> BranchedSegments | None:
-    if not any(batch.branched for batch in batches):
-        return None
-    first_tokens = _starts([batch.segments.total for batch in batches])
-    pieces = [
-        batch.branched or BranchedSegments.of((int(length), ()) for length in np.diff(batch.segments.bounds))
-        for batch in batches
-    ]
-    return BranchedSegments(
-        _join([piece.queries for piece in pieces]),
-        _join([piece.keys for piece in pieces]),
-        torch.cat([piece.rows + first for piece, first in zip(pieces, first_tokens, strict=True)]),
-    )
-
-
-def _starts(counts: Sequence[int]) -> list[int]:
-    return [sum(counts[:i]) for i in range(len(counts))]
-
-
-def _join(pieces: Sequence[Segments]) -> Segments:
-    lengths = [b - a for piece in pieces for a, b in zip(piece.bounds, piece.bounds[1:], strict=False)]
-    return Segments.from_lengths(lengths)
 
 
 def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> MediaBlock:
     blocks = [batch.media[IMAGE] for batch in batches]
-    tokens = _starts([batch.segments.total for batch in batches])
     made = [sum(map(spec.num_features, block.grids)) for block in blocks]
-    features, tags = _starts(made), _starts([len(block.tag_ids) for block in blocks])
-    # Rows of tags stand behind the features of all blocks.
-    shifts = [
-        torch.where(block.keys < own, start, sum(made) - own + tag)
-        for block, own, start, tag in zip(blocks, made, features, tags, strict=True)
-    ]
+    source, dest, keys, places = list[Tensor](), list[Tensor](), list[Tensor](), list[ViewPlace]()
+    first_token = first_feature = first_tag = first_segment = first_image = 0
+    for batch, block, own in zip(batches, blocks, made, strict=True):
+        source.append(block.source + first_feature)
+        dest.append(block.dest + first_token)
+        # Rows of tags come after the features of all blocks.
+        keys.append(block.keys + torch.where(block.keys < own, first_feature, sum(made) - own + first_tag))
+        for place in block.places:
+            segment, image = place.segment + first_segment, place.image + first_image
+            places.append(place._replace(segment=segment, image=image))
+        first_token += batch.segments.total
+        first_feature += own
+        first_tag += len(block.tag_ids)
+        first_segment += batch.segments.num
+        first_image += block.places[-1].image + 1 if block.places else 0
+    coverage = [block.coverage for block in blocks if block.coverage is not None]
     return MediaBlock(
         values=torch.cat([block.values for block in blocks]),
         grid=torch.cat([block.grid for block in blocks]),
         grids=tuple(grid for block in blocks for grid in block.grids),
         items=_join([block.items for block in blocks]),
-        source=torch.cat([block.source + start for block, start in zip(blocks, features, strict=True)]),
-        dest=torch.cat([block.dest + start for block, start in zip(blocks, tokens, strict=True)]),
-        keys=torch.cat([block.keys + shift for block, shift in zip(blocks, shifts, strict=True)]),
+        source=torch.cat(source),
+        dest=torch.cat(dest),
+        keys=torch.cat(keys),
         span_tokens=_join([block.span_tokens for block in blocks]),
         span_keys=_join([block.span_keys for block in blocks]),
-        coverage=torch.cat([block.coverage for block in blocks if block.coverage is not None])
-        if spec.padding
-        else None,
-        places=_concatenate_places(batches),
+        coverage=torch.cat(coverage) if spec.padding else None,
+        places=tuple(places),
         tag_ids=torch.cat([block.tag_ids for block in blocks]),
     )
 
 
-def _concatenate_places(batches: Sequence[MultimodalBatch]) -> tuple[ViewPlace, ...]:
-    places, segment, image = list[ViewPlace](), 0, 0
-    for batch in batches:
-        own = batch.media[IMAGE].places
-        places += [place._replace(segment=place.segment + segment, image=place.image + image) for place in own]
-        segment += batch.segments.num
-        image += own[-1].image + 1 if own else 0
-    return tuple(places)
+def _concatenate_branched(batches: Sequence[MultimodalBatch]) -> BranchedSegments:
+    pieces = [
+        batch.branched or BranchedSegments.of((int(length), ()) for length in np.diff(batch.segments.bounds))
+        for batch in batches
+    ]
+    first_tokens = itertools.accumulate((batch.segments.total for batch in batches), initial=0)
+    return BranchedSegments(
+        _join([piece.queries for piece in pieces]),
+        _join([piece.keys for piece in pieces]),
+        torch.cat([piece.rows + first for piece, first in zip(pieces, first_tokens, strict=False)]),
+    )
+
+
+def _join(pieces: Sequence[Segments]) -> Segments:
+    """The pieces of several partitions, one partition after the other."""
+    lengths = [b - a for piece in pieces for a, b in itertools.pairwise(piece.bounds)]
+    return Segments.from_lengths(lengths)
