@@ -6,33 +6,29 @@ device never searches for placeholders and never waits for the host.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data_pipeline.sample import Provenance
 
-B = TypeVar("B")
 _MOST_SHOWN = 3
 """Longer tuples are counted in a ``repr``."""
 
 
 def _to(value: Any, device: torch.device, non_blocking: bool) -> Any:
+    """``value``, a batch or a value in one, with every tensor on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=non_blocking)
-    if isinstance(value, Segments | BranchedSegments | MediaBlock):
-        return _move(value, device, non_blocking)
     if isinstance(value, dict):
         return {key: _to(item, device, non_blocking) for key, item in value.items()}
+    if isinstance(value, MultimodalBatch | MediaBlock | Segments | BranchedSegments):
+        return replace(value, **{f.name: _to(getattr(value, f.name), device, non_blocking) for f in fields(value)})
     return value
-
-
-def _move(block: B, device: torch.device, non_blocking: bool) -> B:
-    changes = {f.name: _to(getattr(block, f.name), device, non_blocking) for f in fields(block)}  # type: ignore[arg-type]
-    return replace(block, **changes)  # type: ignore[type-var]
 
 
 class _Brief:
@@ -67,10 +63,8 @@ class Segments(_Brief):
 
     @classmethod
     def from_lengths(cls, lengths: list[int]) -> Segments:
-        bounds = [0]
-        for length in lengths:
-            bounds.append(bounds[-1] + length)
-        return cls(torch.tensor(bounds, dtype=torch.int32), tuple(bounds))
+        bounds = tuple(itertools.accumulate(lengths, initial=0))
+        return cls(torch.tensor(bounds, dtype=torch.int32), bounds)
 
     @property
     def num(self) -> int:
@@ -223,7 +217,8 @@ class MultimodalBatch(_Brief):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultimodalBatch:
         """The same batch with every tensor on ``device``."""
-        return _move(self, torch.device(device), non_blocking)
+        moved: MultimodalBatch = _to(self, torch.device(device), non_blocking)
+        return moved
 
     @property
     def attended(self) -> AttentionSegments:
