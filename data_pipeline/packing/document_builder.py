@@ -76,9 +76,13 @@ class _Draft:
         """Appends the tokens of an image as it is laid out; none of them is learned, and of a pair there is none.
 
         Without a layout, an image is its features alone, or one anchor if none of them is embedded.
+
+        Raises:
+            SampleError: a view does not fit the model.
         """
         assert not self.branches, "an image in a branch would be attended by the branches after it"
         start, first_item, number = len(self.ids), len(self.items), len(self.images)
+        counts = [view.num_features(self.spec) for view in views]  # Refuses attended grids too.
         if self.spec.placement is Placement.PAIR:
             self.items.extend(views)
             self.images.append(ImageExtent(start, first_item, start))
@@ -88,11 +92,10 @@ class _Draft:
         if self.images and self.images[-1].stop < start:  # Text stands between the last image and this one.
             self.attended = ()
         self.attended += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
-        counts = {i: view.num_features(self.spec) for i, view in enumerate(views) if view.embedded}
-        slots = {i: np.empty(count, dtype=np.int32) for i, count in counts.items()}
+        slots = {i: np.empty(counts[i], dtype=np.int32) for i, view in enumerate(views) if view.embedded}
         runs: Iterable[Run]
         if layout is None:
-            runs = [Features(i, 0, count) for i, count in counts.items()] or [Anchor()]
+            runs = [Features(i, 0, counts[i]) for i in slots] or [Anchor()]
         else:
             runs = layout.runs(views, number, self.spec)
         for run in runs:
@@ -344,17 +347,15 @@ class DocumentBuilder:
         """Refuses a document that the model could not learn from.
 
         Raises:
-            SampleError: it has no token, its image tokens and features differ in number, a branch begins with learned
-                text, or a view does not fit the model.
+            SampleError: it has no token, its image tokens and features differ in number, or a branch begins with
+                learned text.
         """
         if not draft.ids:
             raise SampleError("it has no token: nothing is in it, and the tokenizer has none to open a document with")
-        embedded = 0
-        for item in draft.items:
-            embedded += item.num_features(self.spec) * item.embedded  # Refuses attended grids too.
         # No token stands for the image of a pair, and CLIP's vocabulary has none that could.
         if self.spec.placement is not Placement.PAIR:
-            expected = embedded or len(draft.images)  # One anchor for an image without embedded views.
+            # Each embedded feature has its token; an image without embedded views has one anchor.
+            expected = sum(map(len, draft.dest)) or len(draft.images)
             found = draft.ids.count(self.tokenizer.image_id)
             if found != expected:
                 raise SampleError(
