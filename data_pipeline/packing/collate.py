@@ -47,7 +47,7 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
     branched = None
     if any(document.branches for document in documents):
         branched = BranchedSegments.of((document.num_tokens, document.branches) for document in documents)
-    # A document with one image is a pair of its first whole view, if it has one, and its segment.
+    # A document with exactly one image gives a pair: its first whole view (or its first view), and its segment.
     pairs, first_item = list[tuple[int, int]](), 0
     for segment, document in enumerate(documents):
         if document.num_images == 1 and not document.is_null:  # A null document pairs nothing.
@@ -77,7 +77,8 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
 
 def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaBlock:
     items = [item for document in documents for item in document.items]
-    # The tower makes rows of all features, item after item; each item hands on its kept ones. Tags come after all.
+    # The tower makes rows of all features, item after item; each item hands on its kept ones. The embeddings of tags
+    # follow the features of all items.
     made = [spec.num_features(item.grid) for item in items]
     starts = itertools.accumulate(made, initial=0)
     kept = [item.kept_features(spec, start) for start, item in zip(starts, items, strict=False)]
