@@ -5,8 +5,7 @@ Sample --template, transforms, tokenizer--> Document --packing--> Pack --collate
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -14,15 +13,6 @@ import numpy.typing as npt
 
 from data_pipeline.media_spec import Grid, MediaSpec
 from data_pipeline.sample import Provenance
-
-Empty = Callable[[int, int], npt.NDArray[np.uint8]]
-"""Gives memory for rows and columns of patches, uint8."""
-
-
-def plain_empty(rows: int, columns: int) -> npt.NDArray[np.uint8]:
-    """Memory of its own."""
-    return np.empty((rows, columns), dtype=np.uint8)
-
 
 IGNORE = -100
 """Label of a token that carries no loss."""
@@ -173,15 +163,6 @@ class Document:
         object.__setattr__(self, "num_patches", sum(len(item.values) for item in self.items))
         object.__setattr__(self, "num_images", len(self.images))
         object.__setattr__(self, "is_null", self.provenance is None)
-
-    def moved(self, empty: Empty) -> Document:
-        """The same document, its patches copied into memory that ``empty`` gives."""
-        items = []
-        for item in self.items:
-            values = empty(*item.values.shape)
-            np.copyto(values, item.values)
-            items.append(replace(item, values=values))
-        return replace(self, items=tuple(items))
 
     def cost(self, spec: MediaSpec) -> float:
         """Time of its tokens and patches; the unit is the time of one token in the decoder."""

@@ -165,4 +165,4 @@ class MeasuredDataset(OpenDataset):
         if reason is not None:
             raise SampleError(reason)
         sample = lane.read_outline(drawn.sample, drawn.epoch)
-        return Outline(self.builder.measure(sample, SampleDraws(self.seed, drawn.sample, drawn.epoch)))
+        return self.builder.outline(sample, SampleDraws(self.seed, drawn.sample, drawn.epoch), pixels=False)

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.document import IGNORE, Document, Empty, ImageExtent, MediaItem, Span, plain_empty
+from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.images.image_tokens import Anchor, Features, ImageLayout, Run, Text
 from data_pipeline.images.transforms import ImageTransform, TilesTransform, TransformConfig
@@ -244,14 +244,6 @@ class DocumentBuilder:
         """
         return self.outline(sample, rng)()
 
-    def outline(self, sample: Sample, rng: Draws | None = None, empty: Empty = plain_empty) -> Outline:
-        """The document before it has pixels; these go into memory that ``empty`` gives.
-
-        Raises:
-            SampleError: as the document itself, save for damaged pixels.
-        """
-        return self._outline(sample, rng, empty)
-
     def measure(self, sample: Sample, rng: Draws | None = None) -> Document:
         """The same document in everything but pixels, which are black and take no memory; nothing is decoded.
 
@@ -261,7 +253,7 @@ class DocumentBuilder:
         Raises:
             SampleError: as the document itself would, save for damaged pixels.
         """
-        return self._outline(sample, rng, None).document
+        return self.outline(sample, rng, pixels=False).document
 
     def build_prompt(self, sample: Sample) -> Document:
         """The document up to where the answer begins, without augmentation; nothing in it is learned.
@@ -269,14 +261,26 @@ class DocumentBuilder:
         Raises:
             SampleError: as the document itself.
         """
-        return self._outline(sample, None, plain_empty, prompt=True)()
+        return self.outline(sample, prompt=True)()
 
     def measure_prompt(self, sample: Sample) -> Document:
         """The same in everything but pixels, as ``measure``."""
-        return self._outline(sample, None, None, prompt=True).document
+        return self.outline(sample, pixels=False, prompt=True).document
 
-    def _outline(self, sample: Sample, rng: Draws | None, empty: Empty | None, prompt: bool = False) -> Outline:
-        """The document of a sample, or of its prompt; ``empty`` None measures it only. Errors name the sample."""
+    def outline(
+        self, sample: Sample, rng: Draws | None = None, *, pixels: bool = True, prompt: bool = False
+    ) -> Outline:
+        """The document before its images are decoded.
+
+        Args:
+            sample: The sample.
+            rng: Draws answers and augmentation; None takes first answers and plain images.
+            pixels: False measures only, see ``measure``.
+            prompt: True stops where the answer begins, see ``build_prompt``.
+
+        Raises:
+            SampleError: as the document itself, save for damaged pixels.
+        """
         template = self.dataset.template
         try:
             if prompt:
@@ -289,11 +293,11 @@ class DocumentBuilder:
                 )
             else:
                 pieces = template.pieces(sample, rng)
-            return self._assemble(pieces, sample, rng, empty)
+            return self._assemble(pieces, sample, rng, pixels)
         except SampleError as error:
             raise error.located(sample.provenance.shard, sample.provenance.key) from error
 
-    def _assemble(self, pieces: list[Piece], sample: Sample, rng: Draws | None, empty: Empty | None) -> Outline:
+    def _assemble(self, pieces: list[Piece], sample: Sample, rng: Draws | None, pixels: bool) -> Outline:
         spec, tokenizer, draft = self.spec, self.tokenizer, _Draft(self.spec)
         pictures = list[Callable[[], None]]()
         if tokenizer.bos_id is not None:
@@ -308,8 +312,8 @@ class DocumentBuilder:
             if isinstance(piece, ImagePart):
                 if self._transform is None:
                     raise SampleError(f"image {piece.name}, but the model has no image tower")
-                if empty is not None:
-                    views, picture = self._transform.outline(piece.data, rng, piece.size, num_images, empty)
+                if pixels:
+                    views, picture = self._transform.outline(piece.data, rng, piece.size, num_images)
                     pictures.append(picture)
                 else:
                     views = self._transform.measure(piece.size or _shown_size(piece.data), rng, num_images)

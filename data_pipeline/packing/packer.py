@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from data_pipeline.document import Document, Empty
+from data_pipeline.document import Document
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.state import Drawn, StreamPosition
@@ -241,10 +241,6 @@ class Packer:
     def state(self) -> tuple[StreamPosition, tuple[Drawn, ...]]:
         """Where the source stands, and the places of the documents that wait, the oldest first."""
         return self._source.position(), tuple(waiting.drawn for waiting in self._waiting)
-
-    def move(self, empty: Empty) -> None:
-        """Copies the patches of the documents that wait into memory that ``empty`` gives."""
-        self._waiting = [waiting._replace(document=waiting.document.moved(empty)) for waiting in self._waiting]
 
     def _choose(self, load: Load) -> tuple[_Waiting, Load] | None:
         """The document to add to a pack, and the load of the pack with it; None if no document fits.

@@ -212,25 +212,6 @@ def test_best_fit_fills_the_cost_budget_where_there_is_one() -> None:
     assert _numbers(Packer(_source(shapes), cost, lane=0).next_pack()) == [0, 2]
 
 
-def test_waiting_documents_are_copied_into_given_memory() -> None:
-    shapes = [(20, (1,)), (25, (2,)), (26, (3, 4))]
-    packer = Packer(_source(shapes), _budget(max_tokens=34, look_ahead=3), lane=0)
-    packer.next_pack()
-    memory: list[np.ndarray] = []
-
-    def empty(rows: int, columns: int) -> np.ndarray:
-        memory.append(np.empty((rows, columns), np.uint8))
-        return memory[-1]
-
-    packer.move(empty)
-    assert [len(values) for values in memory[:3]] == [2, 3, 4]  # Those of the packed document are not copied.
-    items = [item for _ in range(2) for document in packer.next_pack().documents for item in document.items]
-    assert all(item.values is given for item, given in zip(items, memory, strict=False))
-    assert [item.values.tolist() for item in items] == [
-        item.values.tolist() for number in (1, 2) for item in make_document(number, *shapes[number]).items
-    ]
-
-
 def test_greedy_with_a_window_is_refused() -> None:
     with pytest.raises(ValueError, match="greedy looks at one document only"):
         PackingConfig(max_tokens=8, strategy="greedy", look_ahead=2)
