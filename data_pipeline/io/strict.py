@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -28,22 +28,18 @@ class StrictConfig(StrictRecord):
     @field_validator("*", mode="after")
     @classmethod
     def _check_numbers(cls, value: Any) -> Any:
-        for number in _numbers(value):
-            largest = LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT
-            if not abs(number) <= largest:  # NaN is not.
-                raise ValueError(f"{number:.6g} is no finite number within ±{largest:.6g}")
+        waiting = [value]
+        while waiting:  # The last one is next, so children go in reversed: the first number out of bounds is reported.
+            item = waiting.pop()
+            if isinstance(item, int | float):
+                largest = LARGEST_INT if isinstance(item, int) else LARGEST_FLOAT
+                if not abs(item) <= largest:  # NaN is not.
+                    raise ValueError(f"{item:.6g} is no finite number within ±{largest:.6g}")
+            elif isinstance(item, dict):
+                waiting.extend(reversed(item.values()))
+            elif isinstance(item, list | tuple):
+                waiting.extend(reversed(item))
         return value
-
-
-def _numbers(value: Any) -> Iterator[int | float]:
-    if isinstance(value, int | float):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _numbers(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _numbers(item)
 
 
 _REASONS = {
