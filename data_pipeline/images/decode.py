@@ -102,13 +102,17 @@ def decode_image(
             half = min_side is not None and min_side[0] * 2 <= size.height + 1 and min_side[1] * 2 <= size.width + 1
             wanted = min_side if mode is DecodeMode.FAST and half and size.orientation == 1 else None
             memory = scratch.take(3 * size.width * size.height) if scratch is not None else None
-            return _turned(_decode_jpeg(data, size, wanted, memory), size.orientation)
-        pixels = _decode_png(data) if size.format is ImageFormat.PNG else _decode_webp(data)
+            pixels = _decode_jpeg(data, size, wanted, memory)
+        elif size.format is ImageFormat.PNG:
+            pixels = _decode_png(data)
+        else:
+            pixels = _torchvision(data, size.format, "UNCHANGED")
     except (RuntimeError, ValueError) as error:  # What libjpeg, libpng and libwebp become in Python.
         raise SampleError(
             f"a damaged {size.format.value} image: {_first_line(error)}", kind=FaultKind.DECODE
         ) from error
-    return _turned(_flatten(pixels), size.orientation)
+    pixels = _flatten(pixels)
+    return pixels if size.orientation == 1 else _turned(pixels, size.orientation)
 
 
 def _first_line(error: Exception) -> str:
@@ -134,7 +138,12 @@ def _decode_jpeg(
             memory is spent on pixels.
     """
     stored = (size.height, size.width) if size.orientation < 5 else (size.width, size.height)
-    height, width, colorspace, _ = _jpeg_header(data)
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        if not _is_harmless(error):
+            raise
+        height, width, colorspace, _ = _header_with_warnings(data)
     if (height, width) != stored:
         raise ValueError(f"its header says {stored[1]}x{stored[0]} pixels, the decoder would give {width}x{height}")
     height, width = min_side or (0, 0)
@@ -153,19 +162,11 @@ def _decode_jpeg(
     except ValueError as error:
         if not _is_harmless(error):
             raise
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    # It passes over warnings, but not over a missing end.
-    return decode_jpeg(_bytes_tensor(data), ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    return _torchvision(data, size.format, "RGB")  # It passes over warnings, but not over a missing end.
 
 
-def _jpeg_header(data: bytes) -> tuple[int, int, str, str]:
-    """Height, width, colours and subsampling as libjpeg reads them."""
-    try:
-        return simplejpeg.decode_jpeg_header(data)
-    except ValueError as error:
-        if not _is_harmless(error):
-            raise
+def _header_with_warnings(data: bytes) -> tuple[int, int, str, str]:
+    """Height, width, colours and subsampling of a JPEG whose header libjpeg warns about."""
     try:
         return simplejpeg.decode_jpeg_header(data, strict=False)
     except KeyError as error:  # What simplejpeg makes of a header that libjpeg gave up.
@@ -193,9 +194,9 @@ def _decode_png(data: bytes) -> Pixels:
     transparency = chunks.get(b"tRNS")
     if kind == _PNG_PALETTE:
         if not transparency:
-            return _torchvision_png(data, "RGB")
+            return _torchvision(data, ImageFormat.PNG, "RGB")
         return _palette_with_alpha(data, bits, chunks.get(b"PLTE", b""), transparency)
-    pixels = _torchvision_png(data, "UNCHANGED")
+    pixels = _torchvision(data, ImageFormat.PNG, "UNCHANGED")
     num_channels = {_PNG_GRAY: 1, _PNG_RGB: 3}.get(kind, 0)
     if not transparency or not num_channels or len(transparency) != 2 * num_channels:
         return pixels
@@ -216,28 +217,20 @@ def _palette_with_alpha(data: bytes, bits: int, palette: bytes, alpha: bytes) ->
     numbers = bytes(number for number in range(1 << min(bits, 8)) for _ in range(3))
     plain = [data[:33], _png_chunk(b"PLTE", numbers)]
     plain += [data[at - 8 : at + length + 4] for name, at, length in png_chunks(data) if name in (b"IDAT", b"IEND")]
-    return table[_torchvision_png(b"".join(plain), "RGB")[..., 0]]
+    return table[_torchvision(b"".join(plain), ImageFormat.PNG, "RGB")[..., 0]]
 
 
 def _png_chunk(name: bytes, content: bytes) -> bytes:
     return len(content).to_bytes(4, "big") + name + content + crc32(name + content).to_bytes(4, "big")
 
 
-def _torchvision_png(data: bytes, mode: str) -> Pixels:
-    from torchvision.io import ImageReadMode, decode_png
+def _torchvision(data: bytes, kind: ImageFormat, mode: str) -> Pixels:
+    """``(H, W, C)`` as stored; ``mode`` names one of torchvision's ``ImageReadMode``."""
+    from torchvision import io
 
-    return decode_png(_bytes_tensor(data), ImageReadMode[mode]).permute(1, 2, 0).numpy()
-
-
-def _decode_webp(data: bytes) -> Pixels:
-    """uint8 ``(H, W, 3 or 4)`` as stored."""
-    from torchvision.io import ImageReadMode, decode_webp
-
-    return decode_webp(_bytes_tensor(data), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
-
-
-def _bytes_tensor(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())  # Copied: torch warns of read-only memory.
+    decode = {ImageFormat.JPEG: io.decode_jpeg, ImageFormat.PNG: io.decode_png, ImageFormat.WEBP: io.decode_webp}[kind]
+    encoded = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())  # Copied: torch warns of read-only memory.
+    return decode(encoded, io.ImageReadMode[mode]).permute(1, 2, 0).numpy()
 
 
 def _turned(pixels: Pixels, orientation: int) -> Pixels:
