@@ -2,8 +2,11 @@
 
     size, draws --ImageTransform.plan--> ImagePlan --render(pixels)--> patches of each view
 
-A plan knows every grid, so a document can be measured without decoding anything. Not for: which plan an image gets
-(``transforms``), decoding (``decode``).
+A plan knows every grid, so a document can be measured without decoding anything. In training a plan may hold random
+changes: one crop (shift and scale at once), a flip, one colour matrix. They are cheap: the crop is a slice, the resize
+that follows also scales, and brightness, contrast and saturation are one 3 x 3 matrix, applied at the final size.
+
+Not for: which plan an image gets (``transforms``), decoding (``decode``).
 """
 
 from __future__ import annotations
@@ -16,12 +19,80 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 
 from data_pipeline.document import Coverage, Region
-from data_pipeline.images.augment import Box, ColorChange, cut
 from data_pipeline.images.decode import Pixels
 from data_pipeline.images.native_sizes import Size
+from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Grid
+from data_pipeline.order.randomness import Draws
+
+Box = tuple[int, int, int, int]
+"""Top, left, height, width in pixels of the source; may reach beyond it."""
+
+_IDENTITY = np.eye(3, dtype=np.float32)
+# Maps a row of (red, green, blue) to its gray in all three places. Weights: ITU-R BT.601.
+_TO_GRAY = np.repeat(np.array([[0.299], [0.587], [0.114]], dtype=np.float32), 3, axis=1)
+
+
+@dataclass(frozen=True)
+class ColorChange:
+    """A matrix and an offset on the colours of each pixel."""
+
+    matrix: npt.NDArray[np.float32]
+    offset: np.float32
+
+    def __call__(self, pixels: Pixels) -> Pixels:
+        colors = pixels.reshape(-1, 3).astype(np.float32) @ self.matrix
+        colors += self.offset
+        return np.clip(colors, 0, 255, out=colors).astype(np.uint8).reshape(pixels.shape)
+
+
+class AugmentConfig(StrictConfig):
+    """Strength of each change; 0 (or 1 for ``scale``) switches it off."""
+
+    shift: float = Field(default=0.0, ge=0, le=0.5)
+    """Largest shift of the crop, as a share of the image's side."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Side of the crop as a share of the image's side, drawn between the two; above 1 zooms out on white."""
+    flip: float = Field(default=0.0, ge=0, le=1)
+    """Probability of a left-right mirror; leave 0 where text or direction matters."""
+    brightness: float = Field(default=0.0, ge=0, lt=1)
+    """Factor drawn from 1 - b to 1 + b."""
+    contrast: float = Field(default=0.0, ge=0, lt=1)
+    """Factor drawn from 1 - c to 1 + c, around mid gray."""
+    saturation: float = Field(default=0.0, ge=0, lt=1)
+    """Factor drawn from 1 - s to 1 + s, around the pixel's own gray."""
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> AugmentConfig:
+        low, high = self.scale
+        if not 0.05 <= low <= high <= 4:
+            raise ValueError(f"scale={list(self.scale)}: expected [low, high] with 0.05 <= low <= high <= 4")
+        return self
+
+    def draw(self, size: Size, rng: Draws) -> tuple[Box, bool, ColorChange | None]:
+        """Draw the changes of an image of ``size``: the crop, whether it is flipped, and its change of colours if any.
+
+        The crop is centred up to the shift. The change of colours is the same for every view of the image.
+        """
+        height, width = size
+        scale, down, right = rng.random(3).tolist()
+        side = self.scale[0] + scale * (self.scale[1] - self.scale[0])
+        box_height, box_width = max(1, round(height * side)), max(1, round(width * side))
+        top = (height - box_height) / 2 + (2 * down - 1) * self.shift * height
+        left = (width - box_width) / 2 + (2 * right - 1) * self.shift * width
+        box = round(top), round(left), box_height, box_width
+        flip = rng.random() < self.flip
+        strengths = (self.brightness, self.contrast, self.saturation)
+        if not any(strengths):
+            return box, flip, None
+        brightness, contrast, saturation = (
+            1 + (2 * draw - 1) * strength for draw, strength in zip(rng.random(3).tolist(), strengths, strict=True)
+        )
+        matrix = brightness * contrast * (saturation * _IDENTITY + (1 - saturation) * _TO_GRAY)
+        return box, flip, ColorChange(matrix, np.float32(127.5 * (1 - contrast) + 0.5))  # The half rounds.
 
 
 @dataclass(frozen=True)
@@ -119,10 +190,23 @@ def render(
         out: Where they go, uint8 ``(P, patch_dim)`` for each view.
     """
     if plan.box is not None:
-        pixels = cut(pixels, _scaled(plan.box, plan.size, pixels.shape))
+        top, left, height, width = plan.box
+        if pixels.shape[:2] != plan.size:  # From a decoder that scales.
+            down, right = pixels.shape[0] / plan.size[0], pixels.shape[1] / plan.size[1]
+            top, left = round(top * down), round(left * right)
+            height, width = max(1, round(height * down)), max(1, round(width * right))
+        pixels = cut(pixels, (top, left, height, width))
     if plan.flip:
         pixels = pixels[:, ::-1].copy()  # ascontiguousarray keeps the negative stride of a single column.
-    canvases = [_draw(pixels, canvas, plan.color, interpolation) for canvas in plan.canvases]
+    canvases = []
+    for canvas in plan.canvases:
+        drawn = resize(pixels, canvas.content, interpolation)
+        if canvas.content != canvas.size:
+            plane = np.full((*canvas.size, 3), canvas.fill, dtype=np.uint8)
+            top, left = canvas.at
+            plane[top : top + canvas.content[0], left : left + canvas.content[1]] = drawn
+            drawn = plane
+        canvases.append(drawn if plan.color is None else plan.color(drawn))
     for view, patches in zip(plan.views, out, strict=True):
         height, width = view.grid[1] * patch_size, view.grid[2] * patch_size
         patchify(
@@ -130,23 +214,16 @@ def render(
         )
 
 
-def _scaled(box: Box, size: Size, shape: Sequence[int]) -> Box:
-    """The box in the pixels of a decoded image that is ``shape`` instead of ``size``."""
-    if (shape[0], shape[1]) == size:
-        return box
-    down, right = shape[0] / size[0], shape[1] / size[1]
+def cut(pixels: Pixels, box: Box) -> Pixels:
+    """The box of the image, white where it reaches beyond."""
     top, left, height, width = box
-    return round(top * down), round(left * right), max(1, round(height * down)), max(1, round(width * right))
-
-
-def _draw(pixels: Pixels, canvas: Canvas, color: ColorChange | None, interpolation: str) -> Pixels:
-    pixels = resize(pixels, canvas.content, interpolation)
-    if canvas.content != canvas.size:
-        plane = np.full((*canvas.size, 3), canvas.fill, dtype=np.uint8)
-        top, left = canvas.at
-        plane[top : top + canvas.content[0], left : left + canvas.content[1]] = pixels
-        pixels = plane
-    return pixels if color is None else color(pixels)
+    inside = pixels[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
+    if inside.shape[:2] == (height, width):
+        return inside
+    canvas = np.full((height, width, 3), 255, dtype=np.uint8)
+    y, x = max(0, -top), max(0, -left)
+    canvas[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    return canvas
 
 
 def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels:

@@ -22,8 +22,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.document import Empty, MediaItem, plain_empty
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.images.augment import AugmentConfig, crop_box, jitter
-from data_pipeline.images.crops import Canvas, ImagePlan, View, coverage, render
+from data_pipeline.images.crops import AugmentConfig, Canvas, ImagePlan, View, coverage, render
 from data_pipeline.images.decode import DecodeMode, Scratch, decode_image, too_many_pixels
 from data_pipeline.images.image_tokens import ImageLayoutConfig
 from data_pipeline.images.native_sizes import Size, area_size, lifted, longest_side_size, shrunk_size
@@ -131,6 +130,8 @@ TransformConfig = Annotated[
     FixedTransform | NativeTransform | LongestSideTransform | PaddedTransform | TilesTransform,
     Field(discriminator="kind"),
 ]
+_Layout = tuple[tuple[Canvas, ...], tuple[View, ...]]
+"""Canvases, and the views that are cut from them."""
 _FUYU_FILL = 1  # Its processor pads with 1 before it divides by 255.
 
 
@@ -153,10 +154,13 @@ class ImageTransform:
         self._scratch = Scratch()
         self._plain = functools.lru_cache(maxsize=_PLANS_KEPT)(self._plain_plan)
         self._size = 0
+        self._stretched: _Layout | None = None  # The one layout of a transform that stretches every image to a square.
         if isinstance(config, _NATIVE):
             self._check_native(config)
             return
         self._size = self._fixed_size(config)
+        if isinstance(config, FixedTransform) and config.crop is None and not config.keep_aspect:
+            self._stretched = self._layout((self._size, self._size), 1)
         if isinstance(config, TilesTransform):
             config.tiling.check(self._size, spec)
             self._check_tiles(config, spec)
@@ -276,7 +280,7 @@ class ImageTransform:
                 kind=FaultKind.DECODE,
             )
         plan = self.plan(size, rng, num_images)
-        views = self._views(plan, empty)
+        views = self._items(plan, empty)
         return views, functools.partial(self._draw, data, header, plan, views)
 
     def _draw(self, data: bytes, header: ImageSize, plan: ImagePlan, views: Sequence[MediaItem]) -> None:
@@ -311,11 +315,14 @@ class ImageTransform:
         """
         if size[0] < 1 or size[1] < 1:
             raise SampleError("the index holds no size of this image: its header is damaged", kind=FaultKind.DECODE)
-        return self._views(self.plan(size, rng, num_images), _black)
+        return self._items(self.plan(size, rng, num_images), _black)
 
-    def _views(self, plan: ImagePlan, empty: Empty) -> tuple[MediaItem, ...]:
-        patch_dim = self.spec.patch_dim
-        return tuple(_item(empty(math.prod(view.grid), patch_dim), view) for view in plan.views)
+    def _items(self, plan: ImagePlan, empty: Empty) -> tuple[MediaItem, ...]:
+        patch_dim, items = self.spec.patch_dim, []
+        for view in plan.views:
+            values = empty(math.prod(view.grid), patch_dim)
+            items.append(MediaItem(values, view.grid, view.embedded, view.kept, view.place, view.coverage, view.tiles))
+        return tuple(items)
 
     def plan(self, size: Size, rng: Draws | None = None, num_images: int = 1) -> ImagePlan:
         """What becomes of an image of ``size`` in a sample of so many: a pure function of these and of the draws.
@@ -332,17 +339,13 @@ class ImageTransform:
         at = rng.random() if wanders else None
         if augment is None:
             return ImagePlan(size, *self._layout(size, num_images, at))
-        box = crop_box(size, augment, rng)
-        flip = rng.random() < augment.flip
-        color = jitter(augment, rng)
-        return ImagePlan(size, *self._layout(box[2:], num_images, at), box, flip, color)
+        box, flip, color = augment.draw(size, rng)
+        return ImagePlan(size, *(self._stretched or self._layout(box[2:], num_images, at)), box, flip, color)
 
     def _plain_plan(self, size: Size, num_images: int) -> ImagePlan:
         return ImagePlan(size, *self._layout(size, num_images))
 
-    def _layout(
-        self, size: Size, num_images: int, at: float | None = None
-    ) -> tuple[tuple[Canvas, ...], tuple[View, ...]]:
+    def _layout(self, size: Size, num_images: int, at: float | None = None) -> _Layout:
         """Canvases and views of what is left after augmentation; ``at`` as for ``_square``."""
         config, placement = self.config, self.spec.placement
         if isinstance(config, TilesTransform):
@@ -362,20 +365,17 @@ class ImageTransform:
                 placement is Placement.EMBEDDING or (placement is Placement.HYBRID and tile.place is None)
                 for tile in tiles
             ]
-        views = tuple(
-            replace(self._view(tile, tiled.canvases[tile.canvas], role), tiles=tiled.grid)
-            for tile, role in zip(tiles, roles, strict=True)
-        )
+        cut_up, views = tiled.grid, []
+        for tile, embedded in zip(tiles, roles, strict=True):
+            canvas, patch = tiled.canvases[tile.canvas], self.spec.patch_size
+            height, width = canvas.size if isinstance(config, _NATIVE) else (self._size, self._size)
+            rows, columns = height // patch, width // patch
+            covered = coverage(canvas, tile.top, tile.left, rows, columns, patch) if self.spec.padding else None
+            grid = (1, rows, columns)
+            views.append(View(tile.canvas, tile.top, tile.left, grid, embedded, tile.kept, tile.place, covered, cut_up))
         if self.spec.padding and isinstance(config, TilesTransform):
-            views = config.tiling.padded(views)
-        return tiled.canvases, views
-
-    def _view(self, tile: Tile, canvas: Canvas, embedded: bool) -> View:
-        side, patch = self._size, self.spec.patch_size
-        height, width = canvas.size if isinstance(self.config, _NATIVE) else (side, side)
-        rows, columns = height // patch, width // patch
-        covered = coverage(canvas, tile.top, tile.left, rows, columns, patch) if self.spec.padding else None
-        return View(tile.canvas, tile.top, tile.left, (1, rows, columns), embedded, tile.kept, tile.place, covered)
+            return tiled.canvases, config.tiling.padded(tuple(views))
+        return tiled.canvases, tuple(views)
 
     def _square(self, size: Size, at: float | None) -> Tiled:
         """A square of the image, its shorter side resized to that of the view.
@@ -422,7 +422,3 @@ class ImageTransform:
 
 def _black(rows: int, columns: int) -> npt.NDArray[np.uint8]:
     return np.broadcast_to(_BLACK, (rows, columns))
-
-
-def _item(values: npt.NDArray[np.uint8], view: View) -> MediaItem:
-    return MediaItem(values, view.grid, view.embedded, view.kept, view.place, view.coverage, view.tiles)

@@ -13,8 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.images.augment import AugmentConfig, crop_box, cut, jitter
-from data_pipeline.images.crops import patchify, resize
+from data_pipeline.images.crops import AugmentConfig, cut, patchify, resize
 from data_pipeline.images.native_sizes import area_size
 from data_pipeline.images.transforms import ImageTransform, TransformConfig
 from data_pipeline.media_spec import MediaSpec, Placement
@@ -134,7 +133,7 @@ def test_without_generator_nothing_is_augmented() -> None:
 @given(seed=st.integers(0, 1000), height=st.integers(1, 40), width=st.integers(1, 40))
 def test_crops_stay_within_their_strengths(seed: int, height: int, width: int) -> None:
     config = AugmentConfig(shift=0.25, scale=(0.5, 2.0))
-    top, left, box_height, box_width = crop_box((height, width), config, np.random.default_rng(seed))
+    (top, left, box_height, box_width), _, _ = config.draw((height, width), np.random.default_rng(seed))
     assert 0.5 * height - 1 <= box_height <= 2 * height + 1
     assert abs(left + box_width / 2 - width / 2) <= 0.25 * width + 1
     assert cut(np.zeros((height, width, 3), np.uint8), (top, left, box_height, box_width)).shape == (
@@ -153,9 +152,9 @@ def test_cut_puts_pixels_where_they_were() -> None:
 
 def test_jitter_without_strength_changes_nothing_and_gray_keeps_its_hue() -> None:
     pixels = np.full((2, 2, 3), 100, np.uint8)
-    assert jitter(AugmentConfig(flip=1), np.random.default_rng(0)) is None
+    assert AugmentConfig(flip=1).draw((2, 2), np.random.default_rng(0))[2] is None
     saturate, darken = (
-        jitter(AugmentConfig(**{name: 0.9}), np.random.default_rng(3)) for name in ("saturation", "brightness")
+        AugmentConfig(**{name: 0.9}).draw((2, 2), np.random.default_rng(3))[2] for name in ("saturation", "brightness")
     )
     assert saturate is not None
     assert darken is not None
