@@ -96,25 +96,21 @@ def image_size(data: Buffer) -> ImageSize:
     start = bytes(data[:32])
     found = known_format(data)
     if found is ImageFormat.PNG:
-        size = _png(start, data)
+        width, height, exif = _png(start, data)
     elif found is ImageFormat.JPEG:
-        size = _jpeg(data)
+        width, height, exif = _jpeg(data)
     elif found is ImageFormat.WEBP:
-        size = _webp(start, data)
+        width, height, exif = _webp(start, data)
     else:
         raise SampleError(
             f"no JPEG, PNG or WebP: it starts with {start[:8].hex(' ') or 'nothing'}", kind=FaultKind.DECODE
         )
-    if size.width < 1 or size.height < 1:
-        raise SampleError(f"a {size.format.value} of {size.width}x{size.height} pixels", kind=FaultKind.DECODE)
-    return size
-
-
-def _shown(kind: ImageFormat, width: int, height: int, exif: bytes) -> ImageSize:
     orientation = exif_orientation(exif) if exif else 1
     if orientation >= 5:
         width, height = height, width
-    return ImageSize(kind, width, height, orientation)
+    if width < 1 or height < 1:
+        raise SampleError(f"a {found.value} of {width}x{height} pixels", kind=FaultKind.DECODE)
+    return ImageSize(found, width, height, orientation)
 
 
 def png_chunks(data: Buffer) -> Iterator[tuple[bytes, int, int]]:
@@ -126,22 +122,25 @@ def png_chunks(data: Buffer) -> Iterator[tuple[bytes, int, int]]:
         at += 12 + length
 
 
-def _png(start: bytes, data: Buffer) -> ImageSize:
+def _png(start: bytes, data: Buffer) -> tuple[int, int, bytes]:
+    """Width and height as stored, and the EXIF block if there is one."""
     if len(start) < 24 or start[8:16] != b"\0\0\0\x0dIHDR":
         raise SampleError("a PNG without its header chunk", kind=FaultKind.DECODE)
     width, height = int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big")
     exif = next((bytes(data[at : at + length]) for kind, at, length in png_chunks(data) if kind == b"eXIf"), b"")
-    return _shown(ImageFormat.PNG, width, height, exif)
+    return width, height, exif
 
 
-def _jpeg_segments(data: Buffer) -> Iterator[tuple[int, int, int]]:
-    """Marker, first byte and length of the content of each segment up to the first scan, as libjpeg reads them.
+def _jpeg(data: Buffer) -> tuple[int, int, bytes]:
+    """Width and height as stored, and the EXIF block if there is one.
+
+    Reads the segments up to the first scan as libjpeg reads them.
 
     Raises:
-        SampleError: bytes that libjpeg would search for the next marker, or a marker that it refuses. A decoder that
-            searches may find another frame than this function.
+        SampleError: bytes that libjpeg would search for the next marker, or a marker that it refuses: a decoder that
+            searches may find another frame than this function. A second frame and too many scans raise the same.
     """
-    at = 2
+    frame, exif, at = None, b"", 2
     while at + 4 <= len(data):
         marker = data[at + 1]
         if data[at] != 0xFF or marker not in _KNOWN_MARKERS:
@@ -149,27 +148,21 @@ def _jpeg_segments(data: Buffer) -> Iterator[tuple[int, int, int]]:
             raise SampleError(f"a JPEG with no marker at byte {at}: {found}", kind=FaultKind.DECODE)
         if marker == _FILL:  # Fill bytes may precede a marker.
             at += 1
-        elif marker in _STANDALONE:
+            continue
+        if marker in _STANDALONE:
             at += 2
-        else:
-            length = max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
-            yield marker, at + 4, length - 2
-            if marker == _START_OF_SCAN:
-                return
-            at += 2 + length
-
-
-def _jpeg(data: Buffer) -> ImageSize:
-    frame, exif = None, b""
-    for marker, at, length in _jpeg_segments(data):
-        if marker == _APP1 and not exif and bytes(data[at : at + len(_EXIF_PREFIX)]) == _EXIF_PREFIX:
-            exif = bytes(data[at + len(_EXIF_PREFIX) : at + length])
-        elif marker in _START_OF_FRAME and at + _FRAME.size <= len(data):
+            continue
+        content, at = at + 4, at + 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+        if marker == _APP1 and not exif and bytes(data[content : content + len(_EXIF_PREFIX)]) == _EXIF_PREFIX:
+            exif = bytes(data[content + len(_EXIF_PREFIX) : at])
+        elif marker in _START_OF_FRAME and content + _FRAME.size <= len(data):
             if frame is not None:
-                raise SampleError(f"a JPEG with a second frame at byte {at}", kind=FaultKind.DECODE)
-            frame = (marker, *_FRAME.unpack_from(data, at)[1:], bytes(data[at + _FRAME.size : at + length]))
-        elif marker == _START_OF_SCAN and frame is not None and frame[0] in _PROGRESSIVE:
-            _check_scans(data, at + length)
+                raise SampleError(f"a JPEG with a second frame at byte {content}", kind=FaultKind.DECODE)
+            frame = (marker, *_FRAME.unpack_from(data, content)[1:], bytes(data[content + _FRAME.size : at]))
+        elif marker == _START_OF_SCAN:
+            if frame is not None and frame[0] in _PROGRESSIVE:
+                _check_scans(data, at)
+            break
     if frame is None:
         raise SampleError("a JPEG that ends before its size is known", kind=FaultKind.DECODE)
     marker, height, width, num_components, components = frame
@@ -179,7 +172,7 @@ def _jpeg(data: Buffer) -> ImageSize:
             f"a JPEG of {width}x{height} pixels in {len(data)} bytes: they take {least} bytes at least",
             kind=FaultKind.DECODE,
         )
-    return _shown(ImageFormat.JPEG, width, height, exif)
+    return width, height, exif
 
 
 def _check_scans(data: Buffer, at: int) -> None:
@@ -232,7 +225,8 @@ def exif_orientation(exif: bytes) -> int:
     return 1
 
 
-def _webp(start: bytes, data: Buffer) -> ImageSize:
+def _webp(start: bytes, data: Buffer) -> tuple[int, int, bytes]:
+    """Width and height as stored, and the EXIF block if there is one."""
     if len(start) < 30:
         raise SampleError("a WebP that ends before its size is known", kind=FaultKind.DECODE)
     kind, exif = start[12:16], b""
@@ -247,7 +241,7 @@ def _webp(start: bytes, data: Buffer) -> ImageSize:
         width, height = (int.from_bytes(start[i : i + 2], "little") & 0x3FFF for i in (26, 28))
     else:
         raise SampleError(f"a WebP whose first chunk {kind!r} holds no size", kind=FaultKind.DECODE)
-    return _shown(ImageFormat.WEBP, width, height, exif)
+    return width, height, exif
 
 
 def _webp_exif(data: Buffer) -> bytes:
