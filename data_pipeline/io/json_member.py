@@ -8,18 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.io import untrusted
+from data_pipeline.io.untrusted import UntrustedError, parse_json
 
 
-def parse_json(content: bytes) -> Any:
-    """A JSON member, in UTF-8.
+def parse_member(content: bytes) -> Any:
+    """A JSON member, in UTF-8, as ``untrusted.parse_json`` reads it.
 
     Raises:
         SampleError: it is no UTF-8 or no JSON.
     """
     try:
-        return untrusted.parse_json(content)
-    except untrusted.UntrustedError as error:
+        return parse_json(content)
+    except UntrustedError as error:
         raise SampleError(f"damaged JSON: {error}", kind=FaultKind.TEXT) from error
 
 
@@ -96,7 +96,7 @@ def text_bytes_of(texts: dict[str, bytes]) -> int:
     if "json" not in texts:
         return total
     try:
-        fields = parse_json(texts["json"])
+        fields = parse_member(texts["json"])
     except SampleError:
         return total
     if not isinstance(fields, dict):

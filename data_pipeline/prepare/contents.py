@@ -13,7 +13,7 @@ from typing import Any
 
 from data_pipeline.errors import SampleError
 from data_pipeline.images.decode import decode_image
-from data_pipeline.io.json_member import all_texts, page_texts, parse_json, spoken_texts
+from data_pipeline.io.json_member import all_texts, page_texts, parse_member, spoken_texts
 from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image, known_format
@@ -148,7 +148,7 @@ def _check_json(ext: str, content: memoryview, siblings: Collection[str], key: s
         yield from broken
         return
     try:
-        fields = parse_json(bytes(content))
+        fields = parse_member(bytes(content))
         for text in all_texts(fields):
             text.encode()
     except SampleError as error:

@@ -23,7 +23,7 @@ import yaml
 
 from data_pipeline.errors import SampleError, ShardError
 from data_pipeline.io.atomic import write_whole
-from data_pipeline.io.json_member import parse_json
+from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.untrusted import open_regular
 from data_pipeline.prepare.energon_source import META
 from data_pipeline.shards.image_header import is_image
@@ -103,7 +103,7 @@ def _has_caption(file: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo]) 
     if "json" in members:
         content = file.extractfile(members["json"])
         try:
-            fields = parse_json(content.read() if content else b"")
+            fields = parse_member(content.read() if content else b"")
         except SampleError:
             return False
     if not isinstance(fields, dict) or "parts" in fields:

@@ -18,7 +18,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.io.json_member import parse_json
+from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.untrusted import UntrustedError, read_yaml
 from data_pipeline.prepare.records import check_utf8, checked, dump_json
 from data_pipeline.prepare.rows import Members
@@ -78,7 +78,7 @@ def _access(members: Members, access: Access, name: str) -> tuple[str, Any]:
 def _decoded(ext: str, content: bytes) -> Any:
     kind = ext.rpartition(".")[2]
     if kind == "json":
-        return parse_json(content)
+        return parse_member(content)
     text = check_utf8(content)
     return int(text) if kind in ("cls", "idx", "index") and text.strip().lstrip("-").isdecimal() else text
 

@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any
 
 from data_pipeline.errors import SampleError
-from data_pipeline.io.json_member import parse_json
+from data_pipeline.io.json_member import parse_member
 from data_pipeline.prepare.records import CAPTION, CAPTIONS, check_utf8, checked, dump_json, image_of
 from data_pipeline.prepare.rows import Members
 from data_pipeline.shards.image_header import is_image
@@ -93,7 +93,7 @@ def guess_layout(members: Members) -> Layout:
 def _fields(members: Members) -> dict[str, Any]:
     if "json" not in members:
         raise SampleError(f"no .json among {sorted(members)}")
-    fields = parse_json(members["json"])
+    fields = parse_member(members["json"])
     if not isinstance(fields, dict):
         raise SampleError(f"the JSON holds a {type(fields).__name__}, expected an object")
     return fields

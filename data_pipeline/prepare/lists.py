@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.io.checksums import sha256_of
-from data_pipeline.io.json_member import parse_json
+from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.untrusted import UntrustedError, read_lines
 from data_pipeline.prepare.recognised import METADATA, MOST_LINE_BYTES, new_names, told, with_file_name, with_text
 from data_pipeline.prepare.records import CAPTION, CAPTIONS, PATH, SPOKEN, FieldNames, FileLoader, members_of
@@ -103,7 +103,7 @@ class ListReader:
         """The fields of one record, under their new names."""
         if isinstance(record, SampleError):
             raise record
-        parsed = parse_json(record) if isinstance(record, bytes) else record
+        parsed = parse_member(record) if isinstance(record, bytes) else record
         if not isinstance(parsed, Mapping):
             raise SampleError(f"the line holds a {type(parsed).__name__}, expected an object")
         return self.names.apply(parsed)
@@ -134,7 +134,7 @@ def _first_record(path: Path) -> dict[str, Any]:
     """The first readable line of a JSONL, empty if there is none; the rows' own errors tell of the others."""
     for line in _jsonl_rows(path):
         try:
-            first = parse_json(line)
+            first = parse_member(line)
         except SampleError:
             continue
         if isinstance(first, dict):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.io.json_member import all_texts, parse_json
+from data_pipeline.io.json_member import all_texts, parse_member
 from data_pipeline.io.untrusted import read_bytes
 from data_pipeline.prepare.rows import Members
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, ImageFormat, image_size, is_image
@@ -128,7 +128,7 @@ def members_of(record: Mapping[str, Any], load: Callable[[Any], bytes], lenient:
             ext, content = image_of(path, load)
             members[ext if len(images) == 1 and not isinstance(paths, list | tuple) else f"{number}.{ext}"] = content
     if isinstance(fields.get(CAPTIONS), str) and fields[CAPTIONS].lstrip().startswith("["):
-        fields[CAPTIONS] = parse_json(fields[CAPTIONS].encode())
+        fields[CAPTIONS] = parse_member(fields[CAPTIONS].encode())
     if not any(all_texts(fields)) and not members:
         raise SampleError("neither an image (path) nor a text (caption, captions, parts)")
     members["json"] = dump_json(fields)
@@ -248,7 +248,7 @@ def checked(members: Members) -> Members:
     if "txt" in members:
         check_utf8(members["txt"])
     if "json" in members:
-        fields = parse_json(members["json"])
+        fields = parse_member(members["json"])
         all_texts(fields)
         if _rename_parts(fields, names):
             result["json"] = dump_json(fields)

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from data_pipeline.errors import SampleError
 from data_pipeline.images.decode import DecodeMode, decode_image
-from data_pipeline.io.json_member import parse_json
+from data_pipeline.io.json_member import parse_member
 from data_pipeline.prepare.records import EXTENSION_OF_FORMAT, dump_json
 from data_pipeline.prepare.rows import Members
 from data_pipeline.shards.image_header import ImageFormat, image_size, is_image
@@ -42,7 +42,7 @@ def shrink(members: Members, max_side: int) -> Members:
         else:
             result[ext] = content
     if "json" in result and any(old != new for old, new in renamed.items()):
-        fields = parse_json(result["json"])
+        fields = parse_member(result["json"])
         parts = [
             {"image": renamed[part["image"].lower()]} if "image" in part else part for part in fields.get(PARTS) or ()
         ]

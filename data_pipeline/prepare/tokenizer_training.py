@@ -10,7 +10,7 @@ import sentencepiece
 
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.io.atomic import write_whole
-from data_pipeline.io.json_member import all_texts, parse_json
+from data_pipeline.io.json_member import all_texts, parse_member
 from data_pipeline.prepare.choices import ModelType
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.open_shard import open_shard
@@ -152,7 +152,7 @@ def iterate_texts(manifest: Manifest) -> Iterator[list[str]]:
 def _decoded(ext: str, content: bytes, shard: str, key: str) -> list[str]:
     try:
         if ext == "json":
-            texts = all_texts(parse_json(content))
+            texts = all_texts(parse_member(content))
             for text in texts:
                 check_unicode(text)
             return texts

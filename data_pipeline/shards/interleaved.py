@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.errors import SampleError
-from data_pipeline.io.json_member import parse_json
+from data_pipeline.io.json_member import parse_member
 
 PARTS = "parts"
 IMAGES, TEXTS = "images", "texts"
@@ -23,7 +23,7 @@ def interleaved(fields: dict[str, Any]) -> dict[str, Any]:
         SampleError: the lists do not fit each other.
     """
     if isinstance(fields.get(PARTS), str):
-        return {**fields, PARTS: parse_json(fields[PARTS].encode())}
+        return {**fields, PARTS: parse_member(fields[PARTS].encode())}
     if PARTS in fields:
         return fields
     if IMAGES in fields and TEXTS in fields:

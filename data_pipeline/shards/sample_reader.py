@@ -17,7 +17,7 @@ from typing import Any
 from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import FaultKind, ReplacedError, SampleError
-from data_pipeline.io.json_member import parse_json
+from data_pipeline.io.json_member import parse_member
 from data_pipeline.sample import Part, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import Member, extent, is_packed
@@ -286,7 +286,7 @@ def assemble(
 
 
 def _fields(members: Mapping[str, bytes]) -> dict[str, Any]:
-    fields: Any = parse_json(members["json"]) if "json" in members else {}
+    fields: Any = parse_member(members["json"]) if "json" in members else {}
     if not isinstance(fields, dict):
         raise SampleError(f"the JSON member holds a {type(fields).__name__}, expected an object", kind=FaultKind.TEXT)
     if "txt" in members:
