@@ -108,7 +108,7 @@ def served() -> Iterator[Place]:
         needed = 0
         for shard in range(manifest.num_shards):
             index = manifest.open_index(shard)
-            needed += sum(member.size for i in range(len(index)) for member in index.members(i))
+            needed += sum(member.size for i in range(len(index)) for member in index.row(i).members)
         yield Place(link, manifest, needed)
 
 

@@ -95,7 +95,7 @@ def write_damaged_set(folder: Path, num_samples: int, seed: int) -> DamagedSet:
 def _flip_a_bit(manifest: Manifest, sample: int, rng: np.random.Generator) -> None:
     shard, row = manifest.locate(sample)
     index = manifest.open_index(shard)
-    member = index.members(row)[0]
+    member = index.row(row).members[0]
     tar = Path(index.tar_path)
     times = tar.stat()
     with tar.open("r+b") as file:

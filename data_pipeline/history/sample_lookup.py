@@ -129,7 +129,7 @@ class Samples:
         if dataset in self._streamed:  # Its key takes reading the shard up to it.
             return source_of(self._streamed[dataset], sample)
         number, row = self._manifest(dataset, sample).locate(sample)
-        return self.shard(dataset, sample), self._index(dataset, number).key(row)
+        return self.shard(dataset, sample), self._index(dataset, number).row(row).key
 
     def shard(self, dataset: str, sample: int) -> str:
         """The shard alone, from the manifest.
@@ -154,7 +154,7 @@ class Samples:
                 path = str(manifest.shard_location(number))
                 if path == shard or path.endswith(f"/{shard}"):
                     index = self._index(dataset, number)
-                    rows = (row for row in range(len(index)) if index.key(row) == key)
+                    rows = (row for row in range(len(index)) if index.row(row).key == key)
                     yield from ((dataset, int(manifest.cu_samples[number]) + row) for row in rows)
 
     def find_streamed(self, shard: str, key: str) -> Iterator[tuple[str, int]]:

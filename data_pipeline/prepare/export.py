@@ -164,7 +164,7 @@ class _Export:
         size = 0
         for first in range(0, len(index), _ROWS_AT_ONCE):
             places = range(first, min(len(index), first + _ROWS_AT_ONCE))
-            rows = [Row(place, index.key(place), (0, start + place)) for place in places]
+            rows = [Row(place, index.row(place).key, (0, start + place)) for place in places]
             for row, members in zip(rows, reader.read(rows), strict=True):
                 place = {"shard": str(index.tar_path), "key": row.key}
                 if isinstance(members, SampleError):

@@ -220,7 +220,7 @@ def _rows_left(
     report.num_resumed = sum(len(ShardIndex.open(shard)) for shard in done)
     last_row = row_of_stored(list_of_skipped, report.num_resumed)
     last = ShardIndex.open(done[-1])
-    last_key = last.key(len(last) - 1)
+    last_key = last.row(len(last) - 1).key
     for span in spans:
         place = last_row - span[0].number
         if place < len(span):

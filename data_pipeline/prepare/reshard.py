@@ -28,7 +28,7 @@ from data_pipeline.prepare.lists import KEY_DIGITS
 from data_pipeline.prepare.rows import Members, Row, read_each, spans_of
 from data_pipeline.shards.index import ShardIndex, extent
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.open_shard import cut_members
+from data_pipeline.shards.sample_reader import cut_members
 
 _OPEN_SHARDS = 128
 _DRAWN_AT_ONCE = 4096
@@ -139,7 +139,7 @@ class ManifestSource:
             if gone is None and kept is None and self._kept is not None:
                 continue
             shard, row = self._manifests[which].locate(sample)
-            key = indexes.get(which, shard).key(row)
+            key = indexes.get(which, shard).row(row).key
             if {gone, kept} - {None, crc32(key.encode())}:
                 raise DataConfigError(
                     f"sample {sample} of {self._sets[which].name} is called {key!r}, a list says otherwise: "
@@ -212,7 +212,7 @@ class ManifestReader:
         shard, row = self._manifests[which].locate(sample)
         try:
             index = self._indexes.get(which, shard)
-            listed = index.members(row)
+            listed = index.row(row).members
             data = self._pread(self._manifests[which].shard_path(shard), *extent(listed))
         except (DataPipelineError, OSError) as error:
             raise SampleError(str(error), kind=FaultKind.SHARD) from error

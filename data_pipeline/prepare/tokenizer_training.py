@@ -13,7 +13,7 @@ from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.json_member import all_texts, parse_member
 from data_pipeline.prepare.choices import ModelType
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.open_shard import open_shard
+from data_pipeline.shards.sample_reader import open_shard
 from data_pipeline.text.tokenizer import (
     IMAGE_TOKEN,
     SentencePieceTokenizer,
@@ -140,10 +140,11 @@ def iterate_texts(manifest: Manifest) -> Iterator[list[str]]:
         try:
             for i in range(len(shard.index)):
                 texts: list[str] = []
-                for member in shard.index.members(i):
+                row = shard.index.row(i)
+                for member in row.members:
                     if member.ext in ("txt", "json"):
-                        content = shard.read(member.offset, member.offset + member.size)
-                        texts += _decoded(member.ext, content, str(shard.index.tar_path), shard.index.key(i))
+                        content = shard.read([member])[member.ext]
+                        texts += _decoded(member.ext, content, str(shard.index.tar_path), row.key)
                 yield texts
         finally:
             shard.close()

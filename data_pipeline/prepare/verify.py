@@ -196,8 +196,9 @@ class _Expected:
     """What an index says, by name and by place; forgets what was found."""
 
     def __init__(self, index: ShardIndex) -> None:
-        self.samples = {index.key(i): (len(index.members(i)), index.text_bytes(i)) for i in range(len(index))}
-        self.members = {(index.key(i), m.ext): m for i in range(len(index)) for m in index.members(i)}
+        rows = [index.row(i) for i in range(len(index))]
+        self.samples = {row.key: (len(row.members), row.text_bytes) for row in rows}
+        self.members = {(row.key, member.ext): member for row in rows for member in row.members}
         self._names = list(self.members)
         self._spans = [(member.offset, member.size) for member in self.members.values()]
 

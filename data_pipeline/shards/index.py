@@ -74,6 +74,20 @@ class Member(NamedTuple):
     height: int
 
 
+class IndexedSample(NamedTuple):
+    """What an index says of one sample.
+
+    Attributes:
+        key: Its name in the tar.
+        members: Its files in the order of the tar; they lie inside of it one after the other, at least one.
+        text_bytes: UTF-8 bytes of text that it shows: its page, or dialogue and caption (the longest of several).
+    """
+
+    key: str
+    members: list[Member]
+    text_bytes: int
+
+
 def index_path(tar_path: Path) -> Path:
     """The sidecar of a tar: ``X.tar.index``."""
     return tar_path.with_name(tar_path.name + _SUFFIX)
@@ -183,23 +197,8 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self._arrays["cu_members"]) - 1
 
-    def key(self, i: int) -> str:
-        """Key of sample ``i``.
-
-        Raises:
-            ManifestError: the row is damaged.
-        """
-        self.members(i)
-        return str(self._key_bytes(i), "utf-8", "replace")
-
-    def _key_bytes(self, i: int) -> memoryview:
-        first, end = self._views["cu_key_bytes"][i], self._views["cu_key_bytes"][i + 1]
-        if not 0 <= first <= end <= len(self._views["key_bytes"]):
-            raise self._damaged(f"the key of sample {i} lies at bytes {first}:{end} of {len(self._views['key_bytes'])}")
-        return self._views["key_bytes"][first:end]
-
-    def members(self, i: int) -> list[Member]:
-        """Files of sample ``i`` in the order of the tar; they lie inside of it one after the other, at least one.
+    def row(self, i: int) -> IndexedSample:
+        """All that the index says of sample ``i``, compared with the checksum of the row.
 
         Raises:
             ManifestError: the row is damaged.
@@ -221,17 +220,13 @@ class ShardIndex:
             raise self._damaged(f"sample {i} has the members {rows.start}:{rows.stop}: {error}") from error
         if len(found) < len(rows) or not found or rows.start < 0 or behind > tar_bytes:
             raise self._damaged(f"a member of sample {i} lies outside the {tar_bytes} bytes of the tar, or none does")
-        if _CHECKSUM in views and views[_CHECKSUM][i] != _row_crc32(self._key_bytes(i), views["text_bytes"][i], found):
+        first, end, num_bytes = views["cu_key_bytes"][i], views["cu_key_bytes"][i + 1], len(views["key_bytes"])
+        if not 0 <= first <= end <= num_bytes:
+            raise self._damaged(f"the key of sample {i} lies at bytes {first}:{end} of {num_bytes}")
+        key, text_bytes = views["key_bytes"][first:end], views["text_bytes"][i]
+        if _CHECKSUM in views and views[_CHECKSUM][i] != _row_crc32(key, text_bytes, found):
             raise self._damaged(f"what it says of sample {i} does not fit the row's checksum")
-        return found
-
-    def span(self, i: int) -> tuple[int, int]:
-        """Bytes [first, end) of the tar that hold every file of sample ``i``: one pread.
-
-        Raises:
-            ManifestError: the row is damaged.
-        """
-        return extent(self.members(i))
+        return IndexedSample(str(key, "utf-8", "replace"), found, text_bytes)
 
     def check(self) -> None:
         """Looks at every row.
@@ -241,7 +236,7 @@ class ShardIndex:
         """
         _check_rows(self.shown, self._arrays, self.tar_bytes, len(self.extensions))
         for i in range(len(self)):
-            self.members(i)
+            self.row(i)
 
     @cached_property
     def _views(self) -> dict[str, memoryview]:
@@ -255,15 +250,6 @@ class ShardIndex:
 
     def _damaged(self, what: str) -> ManifestError:
         return ManifestError(f"{self.shown}: damaged index: {what}; build it with: mmscale data index")
-
-    def text_bytes(self, i: int) -> int:
-        """UTF-8 bytes of text that sample ``i`` shows: its page, or dialogue and caption (the longest of several).
-
-        Raises:
-            ManifestError: the row is damaged.
-        """
-        self.members(i)
-        return int(self._views["text_bytes"][i])
 
     def column(self, name: str) -> Column:
         """A whole column, read-only: ``ext offset size crc32 width height`` per member, ``text_bytes`` per sample.
@@ -326,14 +312,6 @@ def _renew(path: Path) -> None:
         return
 
 
-class IndexedSample(NamedTuple):
-    """One sample while a tar is walked."""
-
-    key: str
-    members: list[Member]
-    text_bytes: int
-
-
 def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
     """Groups the members of a tar into samples by webdataset's rule: neighbours with one key.
 
@@ -371,6 +349,7 @@ def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
         yield IndexedSample(key, members, text_bytes_of(texts))
 
 
+@lru_cache(maxsize=1024)  # Asked for every member of every sample.
 def is_packed(ext: str) -> bool:
     """Whether a member is a compressed image, text or JSON: training unpacks nothing."""
     unpacked = ext.removesuffix(".gz")

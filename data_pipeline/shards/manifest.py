@@ -103,7 +103,7 @@ class Manifest:
         Raises:
             IndexError: ``sample_index`` is not in ``range(num_samples)``.
         """
-        if not 0 <= sample_index < self.num_samples:
+        if not 0 <= sample_index < self._starts[-1]:
             raise IndexError(f"sample {sample_index} of {self.num_samples} in {self.path}")
         shard = bisect_right(self._starts, sample_index) - 1
         return shard, sample_index - self._starts[shard]
@@ -113,7 +113,7 @@ class Manifest:
         """``cu_samples`` for single numbers: a memoryview gives a Python integer in a third of numpy's time."""
         return self.cu_samples.data
 
-    @property
+    @cached_property
     def is_remote(self) -> bool:
         """Whether the data set lies on a server."""
         return self._storage is not None

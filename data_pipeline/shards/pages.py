@@ -23,6 +23,9 @@ from data_pipeline.shards.page_images import image_member, image_order, page_ima
 Sizes = Mapping[str, tuple[int, int]]
 """Height and width of image members, as far as an index knows them."""
 
+PAGE_FIELDS = frozenset(("parts", "images", "image_info"))
+"""A sample whose JSON member has none of these is no page."""
+
 MAX_WEIGHT = 1_000_000
 """Largest loss weight of a stretch of text."""
 
@@ -57,13 +60,9 @@ def take_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Size
     return _foreign(listed, members, sizes, key)
 
 
-def default_images(members: Mapping[str, bytes], sizes: Sizes) -> list[ImagePart]:
-    """All image members in their order."""
-    return [_image(ext, members, sizes) for ext in _images_among(tuple(members))]
-
-
 @functools.lru_cache(maxsize=1024)  # Most samples have the same few members.
-def _images_among(extensions: tuple[str, ...]) -> tuple[str, ...]:
+def images_among(extensions: tuple[str, ...]) -> tuple[str, ...]:
+    """The image members among these, in their order."""
     return tuple(sorted(filter(is_image, extensions), key=image_order))
 
 

@@ -1,29 +1,34 @@
 """One sample by number: index lookup, positional reads, checksums, parts in reading order.
 
-Of a remote data set a lane names the blocks that it needs soon (``expect``); each is fetched in the background by a
-request or two, and its samples are taken from memory.
+    SampleReader --LocalShard or RemoteShard--> bytes of each member --assemble--> Sample
 
-Not for: order (``lanes``), pixels (``decode``).
+A shard is a tar that is open for reading. Of a remote data set a lane names the blocks that it needs soon (``expect``);
+each is fetched in the background by a request or two, and its samples are taken from memory.
+
+Not for: order (``lanes``), pages (``pages``), pixels (``decode``), remote access itself (``storage``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from zlib_ng.zlib_ng import crc32
 
-from data_pipeline.errors import FaultKind, ReplacedError, SampleError
-from data_pipeline.io.json_member import parse_member
-from data_pipeline.sample import Part, Provenance, Sample, TextPart
+from data_pipeline.errors import AbsentError, FaultKind, ReplacedError, SampleError, ShardError, StaleError
+from data_pipeline.io.untrusted import UntrustedError, parse_json, regular_descriptor
+from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
-from data_pipeline.shards.index import Member, extent, is_packed
+from data_pipeline.shards.index import Member, ShardIndex, extent, is_packed
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.open_shard import OpenShard, cut_members, open_remote, open_shard, shard_errors
-from data_pipeline.shards.pages import default_images, take_parts
+from data_pipeline.shards.pages import PAGE_FIELDS, images_among, take_parts
+from data_pipeline.storage.background import Background
+from data_pipeline.storage.location import Url
 from data_pipeline.storage.objects import RemoteObject
 from data_pipeline.storage.ranges import Range
 from data_pipeline.storage.read_ahead import Stretch
@@ -71,12 +76,12 @@ class SampleReader:
         """Shard and key of a sample, without reading it."""
         number, row = self.manifest.locate(sample_index)
         index = self._shard(number).index
-        return str(index.tar_path), index.key(row)
+        return str(index.tar_path), index.row(row).key
 
     def offset(self, sample_index: int) -> int:
         """First byte of a sample in its shard, without reading it."""
         number, row = self.manifest.locate(sample_index)
-        return self._shard(number).index.members(row)[0].offset
+        return self._shard(number).index.row(row).members[0].offset
 
     def extensions(self, sample_index: int) -> tuple[str, ...]:
         """Extensions of all files in a sample's shard, without reading it."""
@@ -107,8 +112,8 @@ class SampleReader:
     async def _find(self, number: int, samples: range) -> tuple[RemoteObject, Range]:
         """The bytes of neighbours in one shard; runs beside ``read``, so it shares nothing with it."""
         shard, start = await open_remote(self.manifest, number), int(self.manifest.cu_samples[number])
-        first, last = (shard.index.span(sample - start) for sample in (samples.start, samples.stop - 1))
-        return shard.remote, Range(first[0], last[1])
+        first, last = (shard.index.row(sample - start).members for sample in (samples.start, samples.stop - 1))
+        return shard.remote, Range(extent(first)[0], extent(last)[1])
 
     def read(self, sample_index: int, epoch: int = 0, lane: int = -1) -> Sample:
         """The sample with its members in reading order.
@@ -127,15 +132,15 @@ class SampleReader:
         """
         number, row = self.manifest.locate(sample_index)
         shard = self._shard(number)
-        origin = Provenance(self.dataset, str(shard.index.tar_path), shard.index.key(row), sample_index, epoch)
-        listed = shard.index.members(row)
+        key, listed, _ = shard.index.row(row)
+        origin = Provenance(self.dataset, str(shard.index.tar_path), key, sample_index, epoch)
         check_text_sizes({member.ext: member.size for member in listed}, origin, self._max_text_bytes)
-        members = self._fetched(sample_index, lane, listed)
+        members = self._fetched(sample_index, lane, listed) if self._ahead else None
         if members is None:
-            members = shard.read_members(listed)
+            members = shard.read(listed)
         for member in listed:
             if crc32(members[member.ext]) != member.crc32:
-                members = shard.read_members(listed, fresh=True)  # It may have happened on the way.
+                members = shard.read(listed, fresh=True)  # It may have happened on the way.
                 for again in listed:
                     try:
                         _check(again, members[again.ext], origin)
@@ -160,8 +165,8 @@ class SampleReader:
         shard = self._shard(number)
         rows = {0, len(shard.index) // 2, len(shard.index) - 1} - {row}
         for other in sorted(rows):
-            listed = shard.index.members(other)
-            members = shard.read_members(listed, fresh=True)
+            listed = shard.index.row(other).members
+            members = shard.read(listed, fresh=True)
             if all(crc32(members[member.ext]) == member.crc32 for member in listed):
                 self._genuine.add(number)
                 return
@@ -189,17 +194,17 @@ class SampleReader:
         """
         number, row = self.manifest.locate(sample_index)
         shard = self._shard(number)
-        origin = Provenance(self.dataset, str(shard.index.tar_path), shard.index.key(row), sample_index, epoch)
+        key, listed, _ = shard.index.row(row)
+        origin = Provenance(self.dataset, str(shard.index.tar_path), key, sample_index, epoch)
         members: dict[str, bytes] = {}
         sizes: dict[str, tuple[int, int]] = {}
-        listed = shard.index.members(row)
         check_text_sizes({member.ext: member.size for member in listed}, origin, self._max_text_bytes)
         for member in listed:
             payload = b""
             if is_image(member.ext):
                 sizes[member.ext] = (member.height, member.width)
             elif member.ext in _TEXT_EXTENSIONS:
-                payload = shard.read(member.offset, member.offset + member.size)
+                payload = shard.read([member])[member.ext]
                 _check(member, payload, origin)
             members[member.ext] = payload
         return assemble(members, origin, sizes, self._max_text_bytes)
@@ -271,45 +276,37 @@ def assemble(
     if packed is not None:
         reason = f".{packed} is compressed, and training unpacks nothing; mmscale data ingest stores it unpacked"
         raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key)
+    sizes = sizes or {}
     try:
-        fields = _fields(members)
-        sizes = sizes or {}
-        parts = take_parts(fields, members, sizes, origin.key)
-        if parts is None:
-            parts = _default_parts(members, fields, sizes)
+        fields: Any = parse_json(members["json"]) if "json" in members else {}
+        if not isinstance(fields, dict):
+            held = type(fields).__name__
+            raise SampleError(f"the JSON member holds a {held}, expected an object", kind=FaultKind.TEXT)
+        if "txt" in members:
+            text = members["txt"].decode("utf-8")
+            if fields.get("caption") is None:
+                fields["caption"] = text
+        parts = None if PAGE_FIELDS.isdisjoint(fields) else take_parts(fields, members, sizes, origin.key)
+    except UntrustedError as error:
+        reason = f"damaged JSON: {error}"
+        raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key) from error
+    except UnicodeDecodeError as error:
+        reason = f"malformed text: {error}"
+        raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key) from error
     except SampleError as error:
         raise error.located(origin.shard, origin.key) from error
+    if parts is None:
+        parts = [ImagePart(members[ext], ext, sizes.get(ext)) for ext in images_among(tuple(members))]
+        caption = fields.get("caption")
+        if caption is None:
+            captions = fields.get("captions")
+            caption = captions[0] if isinstance(captions, list) and captions else None
+        if isinstance(caption, str) and caption:
+            parts.append(TextPart(caption))
     if not parts and not fields:
         reason = f"neither image nor text among its members: {', '.join(members) or 'none'}"
         raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key)
     return Sample(tuple(parts), fields, origin)
-
-
-def _fields(members: Mapping[str, bytes]) -> dict[str, Any]:
-    fields: Any = parse_member(members["json"]) if "json" in members else {}
-    if not isinstance(fields, dict):
-        raise SampleError(f"the JSON member holds a {type(fields).__name__}, expected an object", kind=FaultKind.TEXT)
-    if "txt" in members:
-        try:
-            text = members["txt"].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise SampleError(f"malformed text: {error}", kind=FaultKind.TEXT) from error
-        if fields.get("caption") is None:
-            fields["caption"] = text
-    return fields
-
-
-def _default_parts(
-    members: Mapping[str, bytes], fields: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]
-) -> list[Part]:
-    parts: list[Part] = [*default_images(members, sizes)]
-    caption = fields.get("caption")
-    if caption is None:
-        captions = fields.get("captions")
-        caption = captions[0] if isinstance(captions, list) and captions else None
-    if isinstance(caption, str) and caption:
-        parts.append(TextPart(caption))
-    return parts
 
 
 def read_samples(manifest_path: Path | str, dataset: str = "evaluation", *, outlines: bool = False) -> Iterator[Sample]:
@@ -324,3 +321,126 @@ def read_samples(manifest_path: Path | str, dataset: str = "evaluation", *, outl
             yield reader.read_outline(index) if outlines else reader.read(index)
     finally:
         reader.close()
+
+
+class OpenShard(Protocol):
+    """Bytes and index of one shard."""
+
+    index: ShardIndex
+
+    def read(self, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
+        """Bytes of neighbouring members, by extension.
+
+        Args:
+            members: Members of one sample, in the order of the tar.
+            fresh: Passes by copies of them, for a caller who found them wrong.
+
+        Raises:
+            ShardError: the tar is missing, unreadable, replaced or too short.
+            StorageError: the server refused, or failed for too long: no fault of this shard.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends it."""
+        ...
+
+
+class LocalShard:
+    """A file descriptor and the index of one shard."""
+
+    def __init__(self, path: Path, index: ShardIndex) -> None:
+        self.path = path
+        self.index = index
+        try:
+            self._descriptor = regular_descriptor(path, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(f"{path}: cannot be opened: {error.strerror}") from error
+
+    def read(self, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
+        """As ``OpenShard.read``. A call for each member costs less than to copy an image out of the whole."""
+        found = {}
+        for member in members:
+            first, end = member.offset, member.offset + member.size
+            try:
+                data = os.pread(self._descriptor, end - first, first)
+                while len(data) < end - first:  # One pread returns at most 2 GiB.
+                    more = os.pread(self._descriptor, end - first - len(data), first + len(data))
+                    if not more:
+                        raise ShardError(
+                            f"{self.path}: ends at byte {first + len(data)}, a sample reaches to {end}: the shard was "
+                            "truncated; restore it, or index it again"
+                        )
+                    data += more
+            except OSError as error:
+                raise ShardError(f"{self.path}: reading bytes {first}-{end} failed: {error.strerror}") from error
+            found[member.ext] = data
+        return found
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._descriptor)
+
+
+class RemoteShard:
+    """A remote tar and its index."""
+
+    def __init__(self, remote: RemoteObject, index: ShardIndex, background: Background) -> None:
+        self.remote = remote
+        self.index = index
+        self._background = background
+
+    def read(self, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
+        """As ``OpenShard.read``, in one request."""
+        with shard_errors():
+            data = self._background.run(self.remote.read([Range(*extent(members))], fresh=fresh))[0]
+        return cut_members(members, data)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def cut_members(members: Sequence[Member], data: bytes) -> dict[str, bytes]:
+    """Bytes of each member, by extension, out of those from the first to the last."""
+    first = members[0].offset
+    return {member.ext: data[member.offset - first : member.offset - first + member.size] for member in members}
+
+
+@contextlib.contextmanager
+def shard_errors() -> Iterator[None]:
+    """Says of a remote object that is gone or another one what is said of such a file: the shard is at fault.
+
+    A server that refuses or fails is another matter: whatever it holds, the run ends and can be resumed.
+    """
+    try:
+        yield
+    except (AbsentError, StaleError) as error:
+        raise ShardError(str(error)) from error
+
+
+def open_shard(manifest: Manifest, number: int) -> OpenShard:
+    """Opens a shard of a manifest, wherever it lies.
+
+    Raises:
+        ManifestError: its index is missing, stale or damaged.
+        ShardError: it is missing or cannot be read.
+        StorageError: the server refused, or failed for too long.
+    """
+    location = manifest.shard_location(number)
+    if isinstance(location, Url):
+        with shard_errors():
+            return manifest.storage.background.run(open_remote(manifest, number))
+    return LocalShard(location, manifest.open_index(number))
+
+
+async def open_remote(manifest: Manifest, number: int) -> RemoteShard:
+    """``open_shard`` of a remote manifest, for coroutines.
+
+    Raises:
+        ManifestError, StorageError: as ``Manifest.fetch_index``.
+    """
+    location, storage = manifest.shard_location(number), manifest.storage
+    assert isinstance(location, Url), "shards lie where their manifest lies"
+    index = await manifest.fetch_index(number)
+    remote = storage.remote_object(location, manifest.shard_bytes(number), manifest.shard_sha256(number))
+    return RemoteShard(remote, index, storage.background)

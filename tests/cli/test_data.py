@@ -58,7 +58,7 @@ def test_ingest_index_verify_stats(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_reshard_cuts_filters_and_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest, gone = SHARDS / "heldout-both.manifest", tmp_path / "gone.jsonl"
     whole = figures(capsys, "stats", str(manifest))["samples"]
-    key = Manifest.open(manifest).open_index(0).key(2)
+    key = Manifest.open(manifest).open_index(0).row(2).key
     gone.write_text(json.dumps({"dataset": "held", "index": 2, "key": key}) + "\n")
     words = ["reshard", f"held={manifest}", "--output", str(tmp_path / "out"), "--exclude", str(gone), "--shards", "3"]
     found = figures(capsys, *words, "--shuffle", "1", "--jobs", "2")

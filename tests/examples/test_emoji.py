@@ -36,8 +36,8 @@ def records(name: str) -> list[tuple[str, dict[str, Any]]]:
         index = manifest.open_index(number)
         data = index.tar_path.read_bytes()
         for i in range(len(index)):
-            texts = [data[m.offset : m.offset + m.size] for m in index.members(i) if m.ext == "json"]
-            found.append((index.key(i), json.loads(texts[0]) if texts else {}))
+            texts = [data[m.offset : m.offset + m.size] for m in index.row(i).members if m.ext == "json"]
+            found.append((index.row(i).key, json.loads(texts[0]) if texts else {}))
     return found
 
 

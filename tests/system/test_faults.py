@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.shards.index import extent
 from data_pipeline.shards.manifest import Manifest
 from tests.system.conftest import REPO, TINY, MakeRun, Run, kill_group
 
@@ -37,8 +38,9 @@ def damaged(tmp_path: Path) -> Path:
     for sample in range(0, manifest.num_samples, 12):
         number, row = manifest.locate(sample)
         index = manifest.open_index(number)
-        first, end = index.span(row)
-        member = index.members(row)[0]
+        members = index.row(row).members
+        first, end = extent(members)
+        member = members[0]
         assert first <= member.offset < end
         times = index.tar_path.stat()
         with index.tar_path.open("r+b") as file:

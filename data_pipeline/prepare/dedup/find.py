@@ -319,4 +319,4 @@ class _Keys:
         number, row = dataset.manifest.locate(index)
         if self._open is None or self._open[0] is not dataset or self._open[1] != number:
             self._open = (dataset, number, dataset.manifest.open_index(number))
-        return str(self._open[2].tar_path), self._open[2].key(row)
+        return str(self._open[2].tar_path), self._open[2].row(row).key

@@ -19,7 +19,7 @@ from data_pipeline.prepare.tars import TarReader, TarSource, open_tars
 from data_pipeline.prepare.verify import verify_shard
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.open_shard import LocalShard
+from data_pipeline.shards.sample_reader import LocalShard
 from tests.data_pipeline.conftest import WriteSet
 
 _TAR = "part-00000.tar"

@@ -201,7 +201,8 @@ def rot(config: DataConfig, samples: Sequence[int]) -> list[int]:
     for sample in samples:
         number, row = manifest.locate(sample)
         index = manifest.open_index(number)
-        member = index.members(row)[int(rng.integers(len(index.members(row))))]
+        members = index.row(row).members
+        member = members[int(rng.integers(len(members)))]
         times = index.tar_path.stat()
         with index.tar_path.open("r+b") as file:
             file.seek(member.offset + int(rng.integers(member.size)))

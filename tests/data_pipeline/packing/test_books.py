@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.packer import Budget
 from data_pipeline.packing.truncation import split
-from data_pipeline.shards.open_shard import LocalShard
+from data_pipeline.shards.index import Member
+from data_pipeline.shards.sample_reader import LocalShard
 from data_pipeline.text.tokenizer import HuggingFaceTokenizer
 from tests.data_pipeline.conftest import Members, WriteSet
 from tests.data_pipeline.packing.made_documents import made_document
@@ -173,9 +174,9 @@ def test_a_text_beyond_the_bound_is_a_bad_sample_and_is_not_read(
     samples: list[Members] = [{"txt": b"fits"}, {"txt": b"x" * 1001}, {"json": b'{"caption": "%s"}' % (b"y" * 1001)}]
     read = LocalShard.read
 
-    def small_reads(shard: LocalShard, first: int, end: int, *, fresh: bool = False) -> bytes:
-        assert end - first <= 1000
-        return read(shard, first, end, fresh=fresh)
+    def small_reads(shard: LocalShard, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
+        assert all(member.size <= 1000 for member in members)
+        return read(shard, members, fresh=fresh)
 
     monkeypatch.setattr(LocalShard, "read", small_reads)
     manifest = write_set("only", samples)

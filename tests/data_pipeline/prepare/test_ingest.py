@@ -35,7 +35,8 @@ def stored(manifest_path: Path) -> dict[str, dict[str, bytes]]:
         index = manifest.open_index(number)
         data = index.tar_path.read_bytes()
         for i in range(len(index)):
-            samples[index.key(i)] = {m.ext: data[m.offset : m.offset + m.size] for m in index.members(i)}
+            row = index.row(i)
+            samples[row.key] = {m.ext: data[m.offset : m.offset + m.size] for m in row.members}
     assert all(report.damages == [] for report in verify_manifest(manifest_path))
     return samples
 

@@ -48,7 +48,8 @@ def read(manifest_path: Path) -> Stored:
         index = manifest.open_index(number)
         data = index.tar_path.read_bytes()
         for i in range(len(index)):
-            found.append((index.key(i), {m.ext: data[m.offset : m.offset + m.size] for m in index.members(i)}))
+            row = index.row(i)
+            found.append((row.key, {m.ext: data[m.offset : m.offset + m.size] for m in row.members}))
     return found
 
 

@@ -24,7 +24,7 @@ from data_pipeline.io.checksums import sha256_of
 from data_pipeline.io.columns import Column, pack_strings, read_columns, write_columns
 from data_pipeline.shards import index as index_module
 from data_pipeline.shards import index as shard_index
-from data_pipeline.shards.index import INDEX_FORMAT, Member, ShardIndex, build_index, index_path
+from data_pipeline.shards.index import INDEX_FORMAT, IndexedSample, ShardIndex, build_index, extent, index_path
 from data_pipeline.shards.manifest import MANIFEST_FORMAT, Manifest, write_manifest
 from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.shards.writer import ShardWriter
@@ -63,9 +63,9 @@ def test_bytes_written_are_bytes_found(
         shard, i = manifest.locate(number)
         index = manifest.open_index(shard)
         data = manifest.shard_path(shard).read_bytes()
-        first, end = index.span(i)
-        assert index.key(i) == key
-        found = index.members(i)
+        name, found, _ = index.row(i)
+        first, end = extent(found)
+        assert name == key
         assert {member.ext: data[member.offset : member.offset + member.size] for member in found} == members
         assert all(member.crc32 == zlib.crc32(members[member.ext]) for member in found)
         assert all(first <= member.offset and member.offset + member.size <= end for member in found)
@@ -113,11 +113,15 @@ def test_tars_of_other_tools_are_indexed(tmp_path: Path, form: int) -> None:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     index = build_index(path)
-    assert [index.key(i) for i in range(len(index))] == [name]
-    assert [(m.ext, m.width, m.height) for m in index.members(0)] == [("png", 5, 9), ("txt", 0, 0), ("readme", 0, 0)]
-    assert index.text_bytes(0) == len("grüße".encode())
+    assert [index.row(i).key for i in range(len(index))] == [name]
+    assert [(m.ext, m.width, m.height) for m in index.row(0).members] == [
+        ("png", 5, 9),
+        ("txt", 0, 0),
+        ("readme", 0, 0),
+    ]
+    assert index.row(0).text_bytes == len("grüße".encode())
     with tarfile.open(path) as tar:
-        assert [m.offset for m in index.members(0)] == [info.offset_data for info in tar if info.isfile()]
+        assert [m.offset for m in index.row(0).members] == [info.offset_data for info in tar if info.isfile()]
 
 
 def test_text_bytes_count_what_the_sample_shows(tmp_path: Path) -> None:
@@ -132,7 +136,7 @@ def test_text_bytes_count_what_the_sample_shows(tmp_path: Path) -> None:
     samples += [("bad", {"json": b"{"}), ("deep", {"json": b"[" * 100_000}), ("txt", {"txt": b"four"})]
     (shard,) = write(tmp_path, samples)
     index = ShardIndex.open(shard)
-    assert [index.text_bytes(i) for i in range(len(index))] == [size for _, size in records] + [0, 0, 4]
+    assert [index.row(i).text_bytes for i in range(len(index))] == [size for _, size in records] + [0, 0, 4]
 
 
 def test_an_exception_leaves_finished_shards_only(tmp_path: Path) -> None:
@@ -218,11 +222,11 @@ def test_hostile_headers_are_refused(tmp_path: Path, old: bytes, new: bytes) -> 
         ShardIndex.open(shard)
 
 
-def everything(shard: Path) -> list[tuple[str, int, list[Member]]] | None:
+def everything(shard: Path) -> list[IndexedSample] | None:
     """Every row of an index; None if opening or a row was refused, and then the check of the whole refuses too."""
     try:
         index = ShardIndex.open(shard)
-        return [(index.key(i), index.text_bytes(i), index.members(i)) for i in range(len(index))]
+        return [index.row(i) for i in range(len(index))]
     except ManifestError:
         with pytest.raises(ManifestError):
             ShardIndex.open(shard).check()

@@ -23,7 +23,7 @@ def change(tar: Path, rows: range) -> None:
     """Changes a byte of every member of some samples; the size stays."""
     index, data = ShardIndex.open(tar), bytearray(tar.read_bytes())
     for row in rows:
-        for member in index.members(row):
+        for member in index.row(row).members:
             data[member.offset + member.size // 2] ^= 1
     tar.write_bytes(data)
 
