@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from data_pipeline.document import Empty, MediaItem, plain_empty
+from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.images.crops import AugmentConfig, Canvas, ImagePlan, View, coverage, render
 from data_pipeline.images.decode import DecodeMode, Scratch, decode_image, too_many_pixels
@@ -151,7 +149,7 @@ class ImageTransform:
             raise DataConfigError(f"the model takes {spec.channels} channels, images are decoded to 3 (RGB)")
         self.config = config
         self.spec = spec
-        self._scratch = Scratch()
+        self.scratch = Scratch()
         self._plain = functools.lru_cache(maxsize=_PLANS_KEPT)(self._plain_plan)
         self._size = 0
         self._stretched: _Layout | None = None  # The one layout of a transform that stretches every image to a square.
@@ -249,9 +247,9 @@ class ImageTransform:
         Raises:
             SampleError: the image cannot be decoded, is refused, or is not what the index says.
         """
-        views, draw = self.outline(data, rng, expected, num_images)
-        draw()
-        return views
+        picture = self.outline(data, rng, expected, num_images)
+        picture.draw()
+        return picture.views
 
     def outline(
         self,
@@ -259,17 +257,14 @@ class ImageTransform:
         rng: Draws | None = None,
         expected: Size | None = None,
         num_images: int = 1,
-        empty: Empty = plain_empty,
-    ) -> tuple[tuple[MediaItem, ...], Callable[[], None]]:
-        """The views before they have pixels, and what draws these: any thread may, once.
+    ) -> Picture:
+        """The views before they have pixels.
 
         Args:
             data, rng, expected, num_images: As for the views.
-            empty: Where the pixels go.
 
         Raises:
-            SampleError: the image is refused by its header or is not what the index says. Drawing raises the same when
-                it cannot be decoded.
+            SampleError: the image is refused by its header or is not what the index says.
         """
         header = image_size(data)
         size = (header.height, header.width)
@@ -280,26 +275,7 @@ class ImageTransform:
                 kind=FaultKind.DECODE,
             )
         plan = self.plan(size, rng, num_images)
-        views = self._items(plan, empty)
-        return views, functools.partial(self._draw, data, header, plan, views)
-
-    def _draw(self, data: bytes, header: ImageSize, plan: ImagePlan, views: Sequence[MediaItem]) -> None:
-        config = self.config
-        pixels = decode_image(
-            data,
-            mode=config.decode,
-            max_pixels=config.max_image_pixels,
-            min_side=plan.needed_size if config.decode is DecodeMode.FAST else None,
-            header=header,
-            scratch=self._scratch,
-        )
-        if pixels.shape[:2] != plan.size and config.decode is not DecodeMode.FAST:
-            height, width = pixels.shape[:2]
-            raise SampleError(
-                f"its header says {header.width}x{header.height} pixels, the decoder gave {width}x{height}",
-                kind=FaultKind.DECODE,
-            )
-        render(pixels, plan, self.spec.patch_size, config.interpolation, [view.values for view in views])
+        return Picture(self, data, header, plan, self._items(plan, is_black=False))
 
     def measure(self, size: Size, rng: Draws | None = None, num_images: int = 1) -> tuple[MediaItem, ...]:
         """The views that an image of this size gives, with black pixels that take no memory.
@@ -315,12 +291,14 @@ class ImageTransform:
         """
         if size[0] < 1 or size[1] < 1:
             raise SampleError("the index holds no size of this image: its header is damaged", kind=FaultKind.DECODE)
-        return self._items(self.plan(size, rng, num_images), _black)
+        return self._items(self.plan(size, rng, num_images), is_black=True)
 
-    def _items(self, plan: ImagePlan, empty: Empty) -> tuple[MediaItem, ...]:
-        patch_dim, items = self.spec.patch_dim, []
+    def _items(self, plan: ImagePlan, is_black: bool) -> tuple[MediaItem, ...]:
+        """Views with values that are not written yet, or with black ones that take no memory."""
+        items = []
         for view in plan.views:
-            values = empty(math.prod(view.grid), patch_dim)
+            shape = (math.prod(view.grid), self.spec.patch_dim)
+            values = np.broadcast_to(_BLACK, shape) if is_black else np.empty(shape, np.uint8)
             items.append(MediaItem(values, view.grid, view.embedded, view.kept, view.place, view.coverage, view.tiles))
         return tuple(items)
 
@@ -420,5 +398,44 @@ class ImageTransform:
         return Canvas((side, side), (side, side))
 
 
-def _black(rows: int, columns: int) -> npt.NDArray[np.uint8]:
-    return np.broadcast_to(_BLACK, (rows, columns))
+@dataclass(frozen=True)
+class Picture:
+    """An image that is planned and not decoded.
+
+    Attributes:
+        transform: What planned it.
+        data: The encoded image.
+        header: Its header.
+        plan: What becomes of it.
+        views: Its views; ``draw`` writes their values.
+    """
+
+    transform: ImageTransform
+    data: bytes
+    header: ImageSize
+    plan: ImagePlan
+    views: tuple[MediaItem, ...]
+
+    def draw(self) -> None:
+        """Decodes the image and writes the values of its views. Any thread may call it, once.
+
+        Raises:
+            SampleError: the image cannot be decoded, or its pixels are not as many as its header says.
+        """
+        config, header, plan = self.transform.config, self.header, self.plan
+        pixels = decode_image(
+            self.data,
+            mode=config.decode,
+            max_pixels=config.max_image_pixels,
+            min_side=plan.needed_size if config.decode is DecodeMode.FAST else None,
+            header=header,
+            scratch=self.transform.scratch,
+        )
+        if pixels.shape[:2] != plan.size and config.decode is not DecodeMode.FAST:
+            height, width = pixels.shape[:2]
+            raise SampleError(
+                f"its header says {header.width}x{header.height} pixels, the decoder gave {width}x{height}",
+                kind=FaultKind.DECODE,
+            )
+        values = [view.values for view in self.views]
+        render(pixels, plan, self.transform.spec.patch_size, config.interpolation, values)

@@ -9,7 +9,7 @@ Not for: several documents together (``packer``, ``collate``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.images.image_tokens import Anchor, Features, ImageLayout, Run, Text
-from data_pipeline.images.transforms import ImageTransform, TilesTransform, TransformConfig
+from data_pipeline.images.transforms import ImageTransform, Picture, TilesTransform, TransformConfig
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.randomness import Draws
 from data_pipeline.sample import ImagePart, Provenance, Sample
@@ -159,11 +159,11 @@ class Outline:
 
     Attributes:
         document: All of it else; the values of its items are not written yet.
-        pictures: What writes them, image after image.
+        pictures: Its images, which write them.
     """
 
     document: Document
-    pictures: tuple[Callable[[], None], ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     def __call__(self) -> Document:
         """The document with its pixels.
@@ -173,7 +173,7 @@ class Outline:
         """
         try:
             for picture in self.pictures:
-                picture()
+                picture.draw()
         except SampleError as error:
             origin = self.document.provenance
             raise error if origin is None else error.located(origin.shard, origin.key) from error
@@ -299,7 +299,7 @@ class DocumentBuilder:
 
     def _assemble(self, pieces: list[Piece], sample: Sample, rng: Draws | None, pixels: bool) -> Outline:
         spec, tokenizer, draft = self.spec, self.tokenizer, _Draft(self.spec)
-        pictures = list[Callable[[], None]]()
+        pictures = list[Picture]()
         if tokenizer.bos_id is not None:
             draft.add_tokens((tokenizer.bos_id,), 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
@@ -313,8 +313,8 @@ class DocumentBuilder:
                 if self._transform is None:
                     raise SampleError(f"image {piece.name}, but the model has no image tower")
                 if pixels:
-                    views, picture = self._transform.outline(piece.data, rng, piece.size, num_images)
-                    pictures.append(picture)
+                    pictures.append(self._transform.outline(piece.data, rng, piece.size, num_images))
+                    views = pictures[-1].views
                 else:
                     views = self._transform.measure(piece.size or _shown_size(piece.data), rng, num_images)
                 draft.add_image(views, tokenizer.image_id, self._layout)
