@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from pickletools import genops
+from pickletools import genops, markobject
 from typing import Any
 
 import torch
@@ -66,45 +66,22 @@ _ALLOWED = frozenset(
         *_STAND_INS,
     }
 )
-# The operations of ``torch.save``, which pickles with protocol 2.
-_VALUES = frozenset(
+# What ``torch.save`` writes, which pickles with protocol 2.
+_OPERATIONS = frozenset(
     {
-        *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "GLOBAL"),
-        *("BINUNICODE", "SHORT_BINSTRING", "BINSTRING", "EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT", "EMPTY_SET"),
+        *("PROTO", "STOP", "MARK", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE"),
+        *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "GLOBAL", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING"),
+        *("EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_DICT", "EMPTY_SET", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "REDUCE"),
+        *("NEWOBJ", "BINPERSID", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"),
     }
 )
-_TAKES = {
-    "TUPLE": None,
-    "TUPLE1": 1,
-    "TUPLE2": 2,
-    "TUPLE3": 3,
-    "REDUCE": 2,
-    "NEWOBJ": 2,
-    "BINPERSID": 1,
-    "APPEND": 1,
-    "APPENDS": None,
-    "SETITEM": 2,
-    "SETITEMS": None,
-    "BUILD": 1,
-}
-"""Slots of the stack that an operation takes; None: all above the last mark."""
-_FILLS = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"})
-"""Those of them that put what they take into the object below."""
-_OPERATIONS = frozenset({"PROTO", "STOP", "MARK", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", *_VALUES, *_TAKES})
 _MOST_PICKLE_BYTES = 1 << 28
 _MOST_OPERATIONS = 5_000_000
 """Of a pickle, and values that it holds; about 100 for each tensor; 15 seconds in all."""
 _MOST_DEPTH = 100
 _DAMAGE = (
-    RuntimeError,
-    UnpicklingError,
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
+    *(RuntimeError, UnpicklingError, OSError, EOFError, ValueError, TypeError, LookupError),
+    *(AttributeError, AssertionError),
 )
 
 
@@ -209,7 +186,7 @@ def _scan(path: Path, text: bytes) -> set[str]:
     marks: list[int] = []
     memo: dict[Any, int] = {}
     for number, (opcode, argument, _) in enumerate(genops(text)):
-        name = opcode.name
+        name, before, after = opcode.name, opcode.stack_before, opcode.stack_after
         if name not in _OPERATIONS:
             raise CheckpointError(f"{path} uses the pickle operation {name}; torch.save writes none")
         if number >= _MOST_OPERATIONS:
@@ -222,18 +199,20 @@ def _scan(path: Path, text: bytes) -> set[str]:
             memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
-        elif name in _VALUES:
-            stack.append(1)
-        elif name in _TAKES:
-            start = marks.pop() if _TAKES[name] is None else len(stack) - int(_TAKES[name] or 0)
+        elif before or after:
+            below = before.index(markobject) if markobject in before else len(before)  # Operands under the mark.
+            start = (marks.pop() if markobject in before else len(stack)) - below
             if start < 0:
                 raise ValueError(f"{name} takes more than there is")
             taken = stack[start:]
             del stack[start:]
-            fills = name in _FILLS
-            stack.append(max([stack.pop() if fills else 1, *(1 + levels for levels in taken)]))
-            if stack[-1] > _MOST_DEPTH:
-                raise CheckpointError(f"{path}: its pickle nests deeper than {_MOST_DEPTH} levels")
+            if after:
+                # An operation that leaves a value of its first operand's type, such as APPEND, fills that operand. So
+                # does REDUCE by this rule: the level of its function is 1, which is no more than that of a new value.
+                fills = before[:1] == after
+                stack.append(max([taken.pop(0) if fills else 1, *(1 + levels for levels in taken)]))
+                if stack[-1] > _MOST_DEPTH:
+                    raise CheckpointError(f"{path}: its pickle nests deeper than {_MOST_DEPTH} levels")
     return found
 
 

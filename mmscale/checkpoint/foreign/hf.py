@@ -15,8 +15,14 @@ from typing import Any
 
 import torch
 
-from mmscale.checkpoint.foreign.match import first
-from mmscale.checkpoint.foreign.write import IMPORTED, manifest_of_weights, new_share, precision_of, write_checkpoint
+from mmscale.checkpoint.foreign.write import (
+    IMPORTED,
+    first,
+    manifest_of_weights,
+    new_share,
+    precision_of,
+    write_checkpoint,
+)
 from mmscale.checkpoint.save import tied_names
 from mmscale.checkpoint.share import Piece
 from mmscale.engine.partition import parameter_table

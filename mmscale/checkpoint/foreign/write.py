@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.checkpoint.contents import count_non_finite
-from mmscale.checkpoint.foreign.match import first
 from mmscale.checkpoint.manifest import FORMAT, MANIFEST, FileEntry, Manifest, folder_name, seal
 from mmscale.checkpoint.reshard import verify
 from mmscale.checkpoint.save import model_config_values, tied_names
@@ -23,6 +22,7 @@ from mmscale.io.files import new_folder, write_file, write_share
 IMPORTED = "imported"
 """Stage of a checkpoint that was imported without a configuration."""
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_SHOWN = 10
 
 
 def new_share(rank: int, pieces: list[Piece], source: Path) -> RankShare:
@@ -78,6 +78,12 @@ def manifest_of_weights(model: nn.Module, precision: str, stage: str, extra: dic
             "versions": {"torch": torch.__version__},
         }
     )
+
+
+def first(names: Sequence[str], separator: str = ", ") -> str:
+    """The first few of ``names`` and how many more there are."""
+    more = len(names) - _SHOWN
+    return separator.join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def write_checkpoint(directory: Path, manifest: Manifest, shares: Iterable[RankShare]) -> Path:
