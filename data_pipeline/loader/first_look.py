@@ -17,7 +17,6 @@ from data_pipeline.packing.packer import Budget
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
-from data_pipeline.text.templates import TextTemplate
 
 _NUM_LOOKED_AT = 32
 
@@ -47,7 +46,7 @@ def look_at(dataset: DatasetConfig, builder: DocumentBuilder, budget: Budget) ->
         DataConfigError: it holds no samples.
     """
     reader = SampleReader(Manifest.open(dataset.indexed), dataset.name)
-    takes_images = not isinstance(dataset.template, TextTemplate)
+    takes_images = dataset.template.takes_images
     num_samples = reader.manifest.num_samples
     if not num_samples:
         raise DataConfigError(f"data set {dataset.name}: {dataset.manifest} holds no samples")

@@ -23,12 +23,7 @@ from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder, null_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
-from data_pipeline.text.templates import (
-    LITERAL,
-    AnnotationsTemplate,
-    CaptionTemplate,
-    DialogueTemplate,
-)
+from data_pipeline.text.templates import LITERAL, CaptionTemplate
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError
@@ -130,7 +125,7 @@ def _question(
     """A sample of these images, and how it is put to the model."""
     if images and spec.placement is Placement.NONE:
         raise ConfigError("this model has no vision tower: it cannot look at an image; leave out --image")
-    template = dataset.template.each if isinstance(dataset.template, AnnotationsTemplate) else dataset.template
+    template = dataset.template.branch_template
     sample = _sample_of(images)
     if prompt is None and images and not template.takes_images:
         prompt = ""  # Its prompt is empty and would leave the images out.
@@ -149,10 +144,11 @@ def _question(
             f"the prompt has a place for image number {asked}, and --image gives {len(images)}; add --image FILE, or "
             "write the prompt without that place"
         )
-    if not isinstance(template, DialogueTemplate):
+    if (fields := template.question(prompt)) is None:
         template = LITERAL if prompt else CaptionTemplate()
-    if isinstance(template, DialogueTemplate):
-        sample = replace(sample, fields=template.question(prompt))
+        fields = template.question(prompt)
+    if fields is not None:
+        sample = replace(sample, fields=fields)
     return dataset.model_copy(update={"template": template}), sample
 
 

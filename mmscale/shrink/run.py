@@ -121,11 +121,7 @@ def _data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -> DataC
 
 
 def _dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetConfig:
-    seeing = new.placement is not Placement.NONE
-    asked = dataset.template
-    if new.placement is Placement.PAIR and isinstance(asked, InterleavedTemplate | DialogueTemplate):
-        asked = CaptionTemplate()  # The bundled pages and dialogues have several images each.
-    manifest, template = _bundled(asked) if seeing else _bundled_text(asked)
+    manifest, template = _bundled(dataset.template, new.placement)
     weight = dataset.weight
     if isinstance(weight, tuple):
         weight = tuple(WeightFrom(from_step=n, weight=each.weight) for n, each in enumerate(weight))
@@ -139,11 +135,18 @@ def _dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetC
     )
 
 
-def _bundled(template: TemplateConfig) -> tuple[Path, TemplateConfig]:
+def _bundled(template: TemplateConfig, placement: Placement) -> tuple[Path, TemplateConfig]:
     """Bundled shards, and a template of the same kind for them."""
     match template:
+        case DialogueTemplate() if placement is Placement.NONE:
+            return _TALKS, _dialogue(template)
+        case _ if placement is Placement.NONE:
+            return _emoji("text"), TextTemplate()
         case TextTemplate():
             return _emoji("text"), template
+        case InterleavedTemplate() | DialogueTemplate() if placement is Placement.PAIR:
+            # The bundled pages and dialogues have several images each.
+            return _bundled(CaptionTemplate(), placement)
         case InterleavedTemplate():
             return _emoji("interleaved"), template
         case DialogueTemplate():
@@ -157,13 +160,6 @@ def _bundled(template: TemplateConfig) -> tuple[Path, TemplateConfig]:
         case _:  # Captions, and kinds for which no shards are bundled.
             captions = {"prompts": ("", "group:"), "answers": ("{name}", " {group}")}
             return _emoji("quick"), CaptionTemplate(**captions, loss_weight=template.loss_weight)
-
-
-def _bundled_text(template: TemplateConfig) -> tuple[Path, TemplateConfig]:
-    """The same for a model that takes no pictures."""
-    if isinstance(template, DialogueTemplate):
-        return _TALKS, _dialogue(template)
-    return _emoji("text"), TextTemplate()
 
 
 def _emoji(name: str) -> Path:

@@ -64,6 +64,10 @@ class AnnotationsTemplate(TemplateBase):
         return self.each.closing
 
     @property
+    def branch_template(self) -> CaptionTemplate | DialogueTemplate:
+        return self.each
+
+    @property
     def loss_weight(self) -> LossWeight:
         """Of each branch."""
         return self.each.loss_weight

@@ -114,6 +114,15 @@ class TemplateBase(StrictConfig, ABC):
         """Names of tokens that end an answer, besides the tokenizer's end token."""
         return ()
 
+    @property
+    def branch_template(self) -> TemplateBase:
+        """The template that words one text of a document: another one where a document has branches."""
+        return self
+
+    def question(self, words: str) -> dict[str, Any] | None:
+        """Return fields of a sample whose prompt asks ``words``; None: this kind has no place for a question."""
+        return None
+
 
 class LearnedText(TemplateBase):
     """Base of templates whose tokens weigh by one rule."""
