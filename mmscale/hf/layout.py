@@ -27,7 +27,8 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
-from mmscale.models.connector_config import ContrastiveConnectorConfig, MlpProjectorConfig
+from mmscale.models.connector_config import MlpProjectorConfig
+from mmscale.models.connectors.connector import FeatureConnectorBase
 from mmscale.models.decoder_config import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
 
@@ -341,20 +342,17 @@ def computed(config: AnyModelConfig) -> dict[str, Any]:
     decoder, block = config.decoder, values["decoder"]
     block["vocab_size"] = decoder.num_ids
     _fill_attention(block, decoder)
-    pair = isinstance(config.connector, ContrastiveConnectorConfig)  # No id has a logit.
-    if pair or decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:  # Else ids are read that have no logit.
+    # Otherwise ids are read that have no logit; in a contrastive model no id has one.
+    if not config.predicts_tokens or decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:
         del block["extra_tokens"]
     del block["dropout"], block["dropout_rows"], block["init_std"]  # Of training, and of its beginning.
-    if isinstance(config.connector, ContrastiveConnectorConfig):
-        for name in ("scale_init", "max_scale", "bias_init"):
-            del values["connector"][name]
-    elif config.connector is not None:
-        projector = values["connector"]["projector"]
-        if isinstance(config.connector.projector, MlpProjectorConfig):
-            projector["hidden_dim"] = config.connector.projector.hidden_dim or decoder.hidden_dim
-        values["connector"].pop("gate_init", None)
-        # Weights go with either; transformers has one of them only.
-        values["connector"].pop("unseen_text", None)
+    if config.connector is not None:
+        # Weights go with either value of ``unseen_text``; transformers has one of them only.
+        for name in (*config.connector.training_fields, "unseen_text"):
+            values["connector"].pop(name, None)
+    projector = config.connector.projector if isinstance(config.connector, FeatureConnectorBase) else None
+    if isinstance(projector, MlpProjectorConfig):
+        values["connector"]["projector"]["hidden_dim"] = projector.hidden_dim or decoder.hidden_dim
     return values
 
 

@@ -33,7 +33,6 @@ from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.ledger import LedgerConfig
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
-from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.optim.stages import ALL, StageConfig
 
 
@@ -63,7 +62,7 @@ class RunConfig(StrictConfig):
             raise ValueError(f"stages need names of their own, got {names}")
         for number, stage in enumerate(self.stages):
             model = self.stage_model(number)  # Raises where an override of the block is not legal.
-            if isinstance(model.connector, ContrastiveConnectorConfig):
+            if not model.predicts_tokens:
                 for key, value in (("z_loss", stage.z_loss), ("distill", stage.distill)):
                     if value:
                         place = f"stages.{number} ({stage.name}).{key}={value}"

@@ -39,7 +39,6 @@ from mmscale.engine.precision import choose_precision
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.models.build import build_model, build_weights, media_spec
 from mmscale.models.config import ModelConfig
-from mmscale.models.connector_config import ContrastiveConnectorConfig
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.objectives.teacher import Teacher
 from mmscale.optim.stages import DistillConfig
@@ -160,7 +159,7 @@ def _configuration(manifest: Manifest, path: Path) -> ModelConfig:
         CheckpointError: the checkpoint does not say, or is of a tower.
     """
     model = model_config_of(manifest, path)
-    if not isinstance(model, ModelConfig) or isinstance(model.connector, ContrastiveConnectorConfig):
+    if not isinstance(model, ModelConfig) or not model.predicts_tokens:
         raise CheckpointError(f"{path} holds towers; it expects no tokens, so it cannot teach")
     return model
 

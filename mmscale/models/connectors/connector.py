@@ -30,6 +30,8 @@ class ConnectorBase(StrictConfig, ABC):
     """Where the features of an image go."""
     predicts_tokens: ClassVar[bool] = True
     """Whether the model has a head for tokens. If not, it compares images with texts (``models/contrastive.py``)."""
+    training_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that decide how training begins or is limited, and nothing that trained weights compute."""
 
     @abstractmethod
     def build(self, vision: AnyVisionConfig, decoder: DecoderConfig, backend: Backend) -> nn.Module:

@@ -29,6 +29,7 @@ class ContrastiveConnectorConfig(ConnectorBase):
 
     placement: ClassVar[Placement] = Placement.PAIR
     predicts_tokens: ClassVar[bool] = False
+    training_fields: ClassVar[tuple[str, ...]] = ("scale_init", "max_scale", "bias_init")
     kind: Literal["contrastive"]
     dim: Width
     """Channels of the two vectors."""

@@ -46,6 +46,7 @@ def insertion_layers(num_layers: int, every: int) -> list[int]:
 class AttendedConnectorBase(FeatureConnectorBase):
     """Cross-attention blocks of the connector read the features."""
 
+    training_fields: ClassVar[tuple[str, ...]] = ("gate_init",)
     projector: ProjectorConfig = LinearProjectorConfig()
     """From tower features to the decoder's width."""
     every: Annotated[Layers, ShrunkTo(2)] = 4
