@@ -5,6 +5,10 @@
 One file is written for each rank that saved (one for all at stage 0 and for the universal format of stages 1 and 2),
 tensor by tensor from the mapped source, so no more than one tensor is in memory. What such files cannot tell (the
 position in the data, random state) stays unset, and the report says so.
+
+DeepSpeed's own converters are not used. Both call ``torch.load(weights_only=False)``, so a file can run code.
+``zero_to_fp32`` returns weights without moments and step counts, and reads neither stage 0 nor the universal format.
+``ds_to_universal`` omits frozen parameters of stage 3.
 """
 
 from __future__ import annotations
