@@ -2,9 +2,10 @@
 
     tasks 0 1 2 3 4 ...  --task i to process i mod N-->  pieces  --read process by process-->  0 1 2 3 4 ...
 
-For: ingest, reshard and export, whose results must not depend on the number of processes. A process works ahead until
-``_AHEAD_BYTES`` of its pieces wait to be fetched, so memory is bounded whatever the tasks hold. Processes end when
-their pipe closes, hence also when the caller was killed. Not for: the loader's workers.
+For: every offline command that works in several processes (ingest, export, verify, stats, dedup); its results must not
+depend on their number. A process works ahead until ``_AHEAD_BYTES`` of its pieces wait to be fetched, so memory is
+bounded whatever the tasks hold. Processes end when their pipe closes, hence also when the caller was killed.
+``concurrent.futures`` would keep every result whole until the caller asks for it. Not for: the loader's workers.
 """
 
 from __future__ import annotations
