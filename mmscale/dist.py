@@ -297,11 +297,6 @@ def is_peer_lost(error: RuntimeError) -> bool:
     return isinstance(error, torch_dist.DistError) or "gloo" in str(error)
 
 
-def barrier(world: World) -> None:
-    """Waits for all ranks, at most ``world.timeout_seconds``. All ranks must call; never in an exception path."""
-    _reduce(world, [0.0], torch_dist.ReduceOp.SUM)
-
-
 def first_complaint(world: World, complaint: str | None) -> str | None:
     """The complaint of the lowest rank that has one, known to all ranks afterwards. All ranks must call.
 

@@ -28,7 +28,6 @@ META = ".nv-meta"
 _CRUDE = "CrudeWebdataset"
 _MAX_TARS = 1_000_000
 _ACCESS = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])*)")
-_IMAGES = "jpg,jpeg,png,webp"
 Access = tuple[tuple[str, ...], ...]
 """Alternatives, each a member's extension and then keys into its JSON."""
 

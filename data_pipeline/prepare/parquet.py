@@ -29,7 +29,6 @@ except ImportError as error:
 
 _IMAGE_COLUMNS = ("image", "images", "jpg", "jpeg", "png", "webp")
 _BATCH_ROWS = 64
-_MAGIC = b"PAR1"
 
 
 class ParquetSource:

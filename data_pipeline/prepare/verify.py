@@ -80,17 +80,6 @@ def verify(jobs: Iterable[Job], *, max_pixels: int = DEFAULT_MAX_PIXELS, workers
     return in_order(_Verify(max_pixels), jobs, workers)
 
 
-def verify_manifest(
-    path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS, workers: int = 0
-) -> Iterator[ShardReport]:
-    """Reports shard after shard of a manifest.
-
-    Raises:
-        ManifestError: the manifest itself cannot be read.
-    """
-    return verify(jobs_of(path)[1], max_pixels=max_pixels, workers=workers)
-
-
 def check_manifest(path: str | Path) -> list[Damage]:
     """Whether the content of a manifest is what its fingerprint was computed of.
 

@@ -28,8 +28,6 @@ from data_pipeline.shards.tar_members import BLOCK_BYTES, split_name
 _EXTENSION = re.compile(r"[^./\\\0\s]+(\.[^./\\\0\s]+)*")
 _MAX_SHARDS = 100_000
 _END_BYTES = tarfile.RECORDSIZE
-_MAX_SHORT_NAME_BYTES = 100
-"""A longer name takes a header of its own."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,6 @@ def padded(num_bytes: int) -> int:
 def end_of_tar(num_bytes: int) -> bytes:
     """What ends a tar of so many bytes: the end mark, then zeros to a whole record, as Python's tarfile does."""
     return bytes(2 * BLOCK_BYTES + -(num_bytes + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE)
-
-
-def header_bytes(name_bytes: int) -> int:
-    """Bytes of the headers of a member whose name has so many bytes."""
-    return BLOCK_BYTES + (0 if name_bytes <= _MAX_SHORT_NAME_BYTES else BLOCK_BYTES + padded(name_bytes + 1))
 
 
 class ShardWriter:

@@ -9,11 +9,10 @@ for good values; every variant is trained as it is written.
 from mmscale.compare.config import Comparison, check_comparison, read_comparison
 from mmscale.compare.page import write_comparison
 from mmscale.compare.plan import Trial, plan_trials
-from mmscale.compare.runs import Failure, Stopped, prepare, run_trials
+from mmscale.compare.runs import Stopped, prepare, run_trials
 
 __all__ = [
     "Comparison",
-    "Failure",
     "Stopped",
     "Trial",
     "check_comparison",

@@ -18,9 +18,7 @@ from mmscale.evaluate.config import (
     CaptionsConfig,
     ChoiceSet,
     EvaluationConfig,
-    EvaluationSet,
     HeldOutSet,
-    Normalise,
     PerplexitySet,
 )
 from mmscale.evaluate.heldout import not_asked
@@ -30,9 +28,7 @@ __all__ = [
     "CaptionsConfig",
     "ChoiceSet",
     "EvaluationConfig",
-    "EvaluationSet",
     "HeldOutSet",
-    "Normalise",
     "PerplexitySet",
     "check_sets",
     "evaluate",

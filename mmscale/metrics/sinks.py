@@ -18,7 +18,6 @@ from mmscale.errors import MMScaleError
 if TYPE_CHECKING:
     from mmscale.metrics.sample_images import CaptionedImage
 
-Scalar = float | int | str | bool | None
 _MOST_LINE_BYTES = 1 << 20
 
 

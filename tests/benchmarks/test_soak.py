@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.soak import Delivery, resident_bytes, slope
 from benchmarks.soak_data import write_damaged_set
-from data_pipeline.prepare.verify import verify_manifest
+from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.shards.damage import Problem
 
 BAD = np.array([False, True, False])
@@ -85,7 +85,7 @@ def test_resident_memory_counts_children() -> None:
 
 def test_the_damaged_set_is_damaged_where_it_says(tmp_path: Path) -> None:
     damaged = write_damaged_set(tmp_path, 600, seed=3)
-    found = [damage for report in verify_manifest(damaged.manifest) for damage in report.damages]
+    found = [damage for report in verify(jobs_of(damaged.manifest)[1]) for damage in report.damages]
     keys = {int(damage.key) for damage in found}
     assert damaged.bad.sum() == 30
     assert keys <= set(np.flatnonzero(damaged.bad).tolist())

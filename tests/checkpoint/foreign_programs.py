@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from data_pipeline.loader.loader import Loader
 from mmscale.checkpoint import TrainState, resume, save
 from mmscale.config import load
-from mmscale.dist import World, barrier, start_deepspeed
+from mmscale.dist import World, start_deepspeed
 from mmscale.engine.engine import Engine
 from mmscale.objectives.next_token import NextToken
 from mmscale.run.config import RunConfig
 from mmscale.run.train import build
 from tests.checkpoint.programs import train_on
 from tests.engine.programs import make_engine
+from tests.engine.ranks import barrier
 from tests.engine.toy import initialise_
 
 Case = dict[str, Any]

@@ -29,11 +29,12 @@ from mmscale.checkpoint import (
 )
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.share import persistent_buffers
-from mmscale.dist import World, barrier
+from mmscale.dist import World
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError
 from tests.checkpoint.dying_writer import sitecustomize
 from tests.engine.programs import lanes_of, make_engine
+from tests.engine.ranks import barrier
 
 Case = dict[str, Any]
 _NOT_ENGINE = ("folder", "steps", "path", "stepped", "background")

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from mmscale.checkpoint import resume, save, verify
-from mmscale.dist import World, barrier
+from mmscale.dist import World
 from mmscale.errors import CheckpointError
 from tests.checkpoint.made import drop, rewrite
 from tests.checkpoint.programs import digest, state_of, train_on
 from tests.engine.programs import make_engine
+from tests.engine.ranks import barrier
 
 
 def refused(world: World, folder: str) -> dict[str, Any]:

@@ -16,9 +16,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mmscale.dist import World, all_reduce_sum_list
 from tests.engine.nursery import Child, nursery
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks, at most ``world.timeout_seconds``. All ranks must call."""
+    all_reduce_sum_list(world, [0.0])
 
 
 def free_port() -> int:

@@ -6,9 +6,10 @@ from pathlib import Path
 from unittest import mock
 
 from mmscale.config import load
-from mmscale.dist import World, barrier
+from mmscale.dist import World
 from mmscale.run.config import RunConfig
 from mmscale.run.train import train
+from tests.engine.ranks import barrier
 
 
 def train_all(world: World, files: list[str]) -> None:

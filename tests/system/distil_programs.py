@@ -10,10 +10,11 @@ from unittest import mock
 
 from mmscale.checkpoint import list_checkpoints
 from mmscale.config import load
-from mmscale.dist import World, barrier
+from mmscale.dist import World
 from mmscale.errors import ConfigError
 from mmscale.run.config import RunConfig
 from mmscale.run.train import train
+from tests.engine.ranks import barrier
 from tests.system.distil_engines import train_engines
 
 CONFIG = Path(__file__).with_name("distil.yaml")

@@ -11,10 +11,11 @@ from unittest import mock
 
 from mmscale.checkpoint import list_checkpoints
 from mmscale.config import Loaded, load
-from mmscale.dist import World, barrier
+from mmscale.dist import World
 from mmscale.run.config import RunConfig
 from mmscale.run.train import train
 from mmscale.shrink.run import shrink_run
+from tests.engine.ranks import barrier
 
 Lines = list[dict[str, Any]]
 Told = tuple[list[tuple[str, bool]], Lines, Lines]

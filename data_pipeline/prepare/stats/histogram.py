@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 QUANTILES = {"p05": 0.05, "median": 0.5, "p95": 0.95, "p99": 0.99}
-RELATIVE_ERROR = 1 / 256
 _BITS = 7
 _HALF = 1 << _BITS
 _EXACT = 2 * _HALF

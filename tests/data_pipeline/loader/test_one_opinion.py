@@ -15,7 +15,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import FaultKind
 from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.prepare.verify import verify_manifest, verify_shard
+from data_pipeline.prepare.verify import jobs_of, verify, verify_shard
 from data_pipeline.shards.damage import Problem
 from data_pipeline.text.templates import DialogueTemplate
 from mmscale.cli.main import main
@@ -121,7 +121,7 @@ def test_what_verify_lists_is_what_the_loader_skips(
 @pytest.mark.fault
 def test_a_damaged_image_does_not_hide_a_damaged_weight(write_set: WriteSet) -> None:
     members = {"0.png": b"no picture", **text({"parts": [{"image": "0.png"}, {"text": "a", "weight": -1}]})}
-    (report,) = verify_manifest(write_set("only", [members]))
+    (report,) = verify(jobs_of(write_set("only", [members]))[1])
     assert {damage.problem for damage in report.damages} == {Problem.EXTENSION, Problem.TEXT}
 
 

@@ -23,7 +23,7 @@ from data_pipeline.prepare import foreign_members as layouts
 from data_pipeline.prepare.choices import OnError, Reader
 from data_pipeline.prepare.export import export
 from data_pipeline.prepare.ingest import ingest
-from data_pipeline.prepare.verify import verify_manifest
+from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.sample import ImagePart
 from data_pipeline.shards.index import build_index
 from data_pipeline.shards.manifest import write_manifest
@@ -76,7 +76,7 @@ def test_what_webdataset_writes_is_indexed_read_and_verified(tmp_path: Path) -> 
         assert isinstance(image, ImagePart)
         assert (image.data, image.size, text.text) == (other["png"], (5, 6), other["txt"].decode())  # type: ignore[union-attr]
         assert sample.fields == {**json.loads(other["json"]), "caption": other["txt"].decode()}
-    assert all(shard.damages == [] for shard in verify_manifest(manifest))
+    assert all(shard.damages == [] for shard in verify(jobs_of(manifest)[1]))
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

@@ -18,7 +18,7 @@ from data_pipeline.io.atomic import partial_path
 from data_pipeline.prepare.choices import OnError
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.skipped import SkippedRow, SkippedRows, read_skipped
-from data_pipeline.prepare.verify import verify_manifest
+from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.shards.manifest import Manifest
 
 
@@ -37,7 +37,7 @@ def stored(manifest_path: Path) -> dict[str, dict[str, bytes]]:
         for i in range(len(index)):
             row = index.row(i)
             samples[row.key] = {m.ext: data[m.offset : m.offset + m.size] for m in row.members}
-    assert all(report.damages == [] for report in verify_manifest(manifest_path))
+    assert all(report.damages == [] for report in verify(jobs_of(manifest_path)[1]))
     return samples
 
 

@@ -20,7 +20,7 @@ from data_pipeline.prepare.export import export
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.reshard import ManifestSource, NamedManifest, Selection
 from data_pipeline.prepare.skipped import read_skipped
-from data_pipeline.prepare.verify import verify_manifest
+from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.writer import ShardWriter
 
@@ -76,7 +76,7 @@ def test_sets_are_joined_filtered_and_shuffled(tmp_path: Path) -> None:
     report = ingest(plain, tmp_path / "plain", "set", max_samples=10)
     assert (plain.count(), report.num_samples, report.num_shards) == (53, 53, 6)
     assert read(report.manifest) == left
-    assert all(shard.damages == [] for shard in verify_manifest(report.manifest))
+    assert all(shard.damages == [] for shard in verify(jobs_of(report.manifest)[1]))
 
     orders = []
     for seed, workers in ((1, 0), (1, 2), (2, 0)):

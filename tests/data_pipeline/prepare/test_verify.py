@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_pipeline.errors import ManifestError
 from data_pipeline.prepare import contents
-from data_pipeline.prepare.verify import check_manifest, jobs_of, verify_manifest, verify_shard
+from data_pipeline.prepare.verify import check_manifest, jobs_of, verify, verify_shard
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.index import ShardIndex, build_index, index_path
 from data_pipeline.shards.manifest import write_manifest
@@ -191,14 +191,14 @@ def test_an_index_that_is_damaged_itself_is_told_from_a_damaged_tar(tmp_path: Pa
 def test_a_manifest_that_lists_another_tar(tmp_path: Path) -> None:
     shard = good(tmp_path)
     manifest = write_manifest(tmp_path / "x.manifest", [shard])
-    assert [report.damages for report in verify_manifest(manifest.path)] == [[]]
+    assert [report.damages for report in verify(jobs_of(manifest.path)[1])] == [[]]
     shard.unlink()
     shard_of(tmp_path, a={"txt": b"other"})
     build_index(shard)
-    (report,) = verify_manifest(manifest.path)
+    (report,) = verify(jobs_of(manifest.path)[1])
     assert {damage.problem for damage in report.damages} == {Problem.MANIFEST}
     shard.unlink()
-    (report,) = verify_manifest(manifest.path)
+    (report,) = verify(jobs_of(manifest.path)[1])
     assert {damage.problem for damage in report.damages} == {Problem.SHARD, Problem.MANIFEST}
 
 
@@ -216,9 +216,9 @@ def test_several_processes_report_the_same_in_the_same_order(tmp_path: Path) -> 
         for number in range(5):
             writer.write(f"{number}", {"txt": b"fine" if number % 2 else b"\xff"})
     manifest = write_manifest(tmp_path / "x.manifest", writer.shards)
-    alone = list(verify_manifest(manifest.path))
+    alone = list(verify(jobs_of(manifest.path)[1]))
     assert [len(report.damages) for report in alone] == [1, 0, 1, 0, 1]
-    assert list(verify_manifest(manifest.path, workers=2)) == alone
+    assert list(verify(jobs_of(manifest.path)[1], workers=2)) == alone
 
 
 def test_a_member_without_extension(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from data_pipeline.errors import FaultKind
 from data_pipeline.history.digest import step_digest
 from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec
-from data_pipeline.prepare.verify import verify_manifest
+from data_pipeline.prepare.verify import jobs_of, verify
 from tests.data_pipeline.conftest import Members, WriteSet, captioned
 from tests.data_pipeline.loader.test_damaged_data import (
     DAMAGES,
@@ -99,7 +99,7 @@ def test_verify_finds_the_same_samples_before_a_run_as_a_run_leaves_out(
     write_set("only", damaged)
     rotten = rot(config, [i for i in range(NUM_SAMPLES) if i % 11 == 0 and i not in wrong])
     found: set[int] = set()
-    for report in verify_manifest(config.datasets[0].manifest):
+    for report in verify(jobs_of(config.datasets[0].manifest)[1]):
         found |= {int(damage.key) for damage in report.damages}
     _, left_out = sequences(config, hybrid_spec)
     by_run = {sample: kind for _, _, sample, kind in left_out}

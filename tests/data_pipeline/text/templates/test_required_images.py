@@ -16,7 +16,7 @@ from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_policy import Skipped
 from data_pipeline.order.state import fingerprint_of
-from data_pipeline.prepare.verify import verify_manifest
+from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.orphans import Orphans, orphans_of
@@ -103,7 +103,7 @@ def test_orphans_are_counted_from_the_index_and_by_verify(write_set: WriteSet) -
     manifest = Manifest.open(write_set("only", mixed))
     index = ShardIndex.open(manifest.shard_path(0))
     assert orphans_of(index) == Orphans(samples=12, no_image=2, no_text=1)
-    assert [report.orphans for report in verify_manifest(manifest.file)] == [Orphans(12, 2, 1)]
+    assert [report.orphans for report in verify(jobs_of(manifest.file)[1])] == [Orphans(12, 2, 1)]
     said = list(Orphans(12, 2, 1).warnings())
     assert said[0].startswith("1 of 12 samples have an image and no text")
     assert said[1].startswith("2 of 12 samples have a text and no image")
