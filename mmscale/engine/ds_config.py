@@ -5,7 +5,7 @@ partitions, communicates and steps.
 
 What stage 3 costs, in CPU time of a step and rank (least of 13 steps; quickstart model, 2 gloo ranks, one thread each,
 on a 2-core AMD EPYC Zen 3, AVX2): torch without DeepSpeed 496 ms, stage 2 540 ms, stage 3 612 ms. With DeepSpeed's
-defaults stage 3 takes 897 ms; gathering whole blocks (``engine/units.py``) saves 190 of them, and keeping no matrix
+defaults stage 3 takes 897 ms; gathering whole blocks (``engine/graph.py``) saves 190 of them, and keeping no matrix
 whole on every rank (each is sent in a message of its own after the step) most of the rest. Bucket sizes are within
 noise at this size.
 """

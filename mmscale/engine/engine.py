@@ -4,7 +4,7 @@
     _forward_backward   microbatch --LossGraph--> loss sum --x W / global weight--> backward     (once per microbatch)
     _global_means       loss, metrics and the components' gradient norms of the whole step
     _update             norm of the whole gradient --> a rank refuses: nothing changes | clip, optimizer's step
-    _rebalance          moves the biases of routers of experts
+    _rebalance          moves the biases of routers of experts, if the model has any
 
 The objective gives sums; the global weight divides them once. DeepSpeed's reduction divides by W, so W multiplies: the
 gradient is that of the mean over all weighted tokens of the step, at any number of ranks and microbatches.
@@ -25,23 +25,21 @@ from mmscale.dist import World, all_reduce_sum, all_reduce_sum_list, any_rank, i
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.gradient_norms import square_sums
-from mmscale.engine.graph import LossGraph, ObjectiveLike, SeesWholeStep
+from mmscale.engine.graph import LossGraph, ObjectiveLike, SavedWeights, SeesWholeStep, Undo, gather_whole, recompute
 from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
 from mmscale.engine.optimizers.build import KnowsShards, build_optimizer
 from mmscale.engine.partition import Partition
 from mmscale.engine.precision import Precision, choose_precision
-from mmscale.engine.saved_weights import SavedWeights
 from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
-from mmscale.engine.units import Undo, gather_whole, recompute
 from mmscale.errors import EngineError
 from mmscale.nn.moe import biased_routers
 from mmscale.optim.schedule import (
     Clips,
     Components,
+    LearningRates,
     component_of_parameters,
     freeze,
     full_shape,
-    learning_rates,
     parameter_groups,
     trained_components,
 )
@@ -126,6 +124,7 @@ class Engine:
         components: Components = model.components()  # type: ignore[operator]
         freeze(model, components, stage)
         self.trained_components = trained_components(components, stage)
+        self._learning_rates = LearningRates(stage, self.trained_components)
         clips = {name: stage.component_clip(name) for name in self.trained_components}
         self._clips = {name: clip for name, clip in clips.items() if clip}
         self._owner = component_of_parameters(model, components)
@@ -199,7 +198,7 @@ class Engine:
         Raises:
             EngineError: ranks disagree about the number of microbatches, or a peer is lost.
         """
-        rates = learning_rates(self.stage, self.trained_components, self.stage_step)
+        rates = self._learning_rates.at(self.stage_step)
         self.stage_step += 1
         weight = self._global_weight(microbatches)
         if weight == 0:
@@ -221,7 +220,8 @@ class Engine:
             raise
         finite = bool(self._deepspeed.was_step_applied())
         applied = finite and not refused
-        self._rebalance(applied)
+        if self._routers:
+            self._rebalance(applied)
         if applied and self.stage.ema and self.partition.optimizer_steps() % self.stage.ema.every_steps == 0:
             self.partition.update_average(self.stage.ema.decay)
         return StepReport(
@@ -292,8 +292,6 @@ class Engine:
 
     def _rebalance(self, applied: bool) -> None:
         """Moves the biases of routers by the loads of all microbatches and ranks; forgets these for a refused step."""
-        if not self._routers:
-            return
         loads = torch.stack([router.load for router in self._routers])
         with self.clock.communicating():
             whole = all_reduce_sum_list(self.world, loads.flatten().tolist())

@@ -6,11 +6,16 @@ Phases follow one another. Communication runs inside them (ZeRO gathers weights 
 is no phase of its own but a share *of which*. On a CPU a span is wall time. On CUDA it is the time between two events
 on the compute stream: a collective counts with what the stream waits for it, a hidden one with nothing, and nothing
 here makes the host wait for the device.
+
+The kernel and the CUDA allocator keep one high-water mark of memory each. Measuring a phase resets them, so
+``peak_memory`` remembers what they showed before.
 """
 
 from __future__ import annotations
 
 import functools
+import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,8 +25,6 @@ from typing import Any
 
 import torch
 from torch.profiler import record_function
-
-from mmscale.engine.peak_memory import peak_since_reset, reset_peak
 
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 BETWEEN = "agreement"
@@ -51,6 +54,14 @@ class StepSpans:
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class PeakMemory:
+    """High-water marks of this process. ``device_bytes`` is None without an accelerator."""
+
+    rss_bytes: int
+    device_bytes: int | None
+
+
 class StepClock:
     """Measures the phases of steps.
 
@@ -60,7 +71,7 @@ class StepClock:
 
     Attributes:
         memory: Whether to take the memory marks of phases too; at first not. It resets the process's own mark, which
-            ``engine.peak_memory.peak_memory`` makes up for and others may not, and costs 0.2 ms a phase on a CPU.
+            ``peak_memory`` makes up for and others may not, and costs 0.2 ms a phase on a CPU.
         on_phase: Told the name of each phase as it is entered, and ``BETWEEN`` as it is left.
     """
 
@@ -177,3 +188,50 @@ class _TimedWork:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
+
+
+_before_reset = {"rss": 0, "device": 0}
+"""Largest marks that a reset has wiped out. The marks belong to the process, and so does this."""
+
+
+def peak_memory() -> PeakMemory:
+    """The most memory this process has held since it started."""
+    marks = _before_reset
+    marks["rss"] = max(marks["rss"], _rss_mark())
+    if not torch.cuda.is_available():
+        return PeakMemory(marks["rss"], None)
+    marks["device"] = max(marks["device"], torch.cuda.max_memory_allocated())
+    return PeakMemory(marks["rss"], marks["device"])
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Starts the mark of ``device`` again from what is held now; False where the system has no such thing."""
+    peak_memory()  # Remembers the marks.
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        # proc(5): 5 resets the peak resident set size. Linux only, and some containers mount /proc read-only.
+        with open("/proc/self/clear_refs", "wb") as file:
+            file.write(b"5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_since_reset(device: torch.device) -> int:
+    """The most that was held since ``reset_peak``: of the device on CUDA, else of the process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _rss_mark()
+
+
+def _rss_mark() -> int:
+    """Peak resident set size in bytes. Not getrusage on Linux: a child starts there with its parent's mark."""
+    try:
+        with open("/proc/self/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes.

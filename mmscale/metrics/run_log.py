@@ -21,7 +21,7 @@ from rich.console import Console
 from torch.profiler import record_function
 
 from mmscale.engine.engine import StepReport
-from mmscale.engine.peak_memory import peak_memory
+from mmscale.engine.step_clock import peak_memory
 from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.goodput import Spent, WallTime
 from mmscale.metrics.progress import ProgressLine, StepMeter

@@ -139,9 +139,21 @@ def schedule(stage: StageConfig, step: int, warmup: int) -> float:
     return stage.min_learning_rate + (1 - stage.min_learning_rate) * fall
 
 
-def learning_rates(stage: StageConfig, components: Iterable[str], step: int) -> dict[str, float]:
-    """Learning rate of each of the trained ``components`` at ``step`` of the stage."""
-    return {name: stage.peak_learning_rate(name) * schedule(stage, step, stage.warmup(name)) for name in components}
+class LearningRates:
+    """Learning rates of the trained components of a stage.
+
+    Args:
+        stage: The schedule, and peak and warm-up of each component.
+        components: Those that the stage trains.
+    """
+
+    def __init__(self, stage: StageConfig, components: Iterable[str]) -> None:
+        self._stage = stage
+        self._peaks = {name: (stage.peak_learning_rate(name), stage.warmup(name)) for name in components}
+
+    def at(self, step: int) -> dict[str, float]:
+        """Return the learning rate of each component at ``step`` of the stage, from 0."""
+        return {name: peak * schedule(self._stage, step, warmup) for name, (peak, warmup) in self._peaks.items()}
 
 
 class Clips:

@@ -15,7 +15,7 @@ from data_pipeline.media_spec import Placement
 from mmscale.checkpoint import TrainState
 from mmscale.dist import World, gather_numbers
 from mmscale.engine.engine import Engine
-from mmscale.engine.peak_memory import peak_memory
+from mmscale.engine.step_clock import peak_memory
 from mmscale.evaluate import evaluate, not_asked
 from mmscale.evaluate.answers import caption_images
 from mmscale.evaluate.result import Efficiency, HeldOutResult, Memory, Params, RunResult, write_result

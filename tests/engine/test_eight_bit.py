@@ -18,7 +18,7 @@ from mmscale.engine.optimizers import eight_bit
 from mmscale.engine.optimizers.build import build_optimizer
 from mmscale.engine.optimizers.eight_bit import BLOCK, Blocks, QuantisedRange, codec, dynamic_levels, zero_moment
 from mmscale.engine.optimizers.shards import FlatMaster, Piece
-from mmscale.optim.schedule import freeze, learning_rates, parameter_groups, trained_components
+from mmscale.optim.schedule import LearningRates, freeze, parameter_groups, trained_components
 from tests.engine.programs import LANES, gathered, lanes_of, make_engine, stage
 from tests.engine.ranks import run_ranks
 from tests.engine.toy import ToyObjective, toy_batch, toy_model
@@ -261,7 +261,7 @@ def reference(ranges: dict[str, set[tuple[int, int]]], stage_changes: dict[str, 
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), plan.whole_clip)
         losses.append(loss.item())
-        rates = learning_rates(plan, names, step)
+        rates = LearningRates(plan, names).at(step)
         for group in parameter_groups(model, model.components(), plan):
             rate, decay = rates[group["component"]], group["weight_decay"]
             for parameter in group["params"]:

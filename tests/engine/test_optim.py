@@ -17,10 +17,10 @@ from mmscale.engine.optimizers.build import ClippedAdamW
 from mmscale.errors import ConfigError
 from mmscale.optim.config import AdamWConfig
 from mmscale.optim.schedule import (
+    LearningRates,
     component_of_parameters,
     decays,
     freeze,
-    learning_rates,
     parameter_groups,
     schedule,
 )
@@ -66,7 +66,7 @@ def test_a_schedule_never_leaves_its_bounds_and_never_rises_after_warmup(
 
 def test_learning_rates_by_component() -> None:
     stage = COSINE.model_copy(update={"learning_rate": {"default": 1.0, "vision": 0.5}})
-    assert learning_rates(stage, ("vision", "decoder"), 4) == pytest.approx({"vision": 0.25, "decoder": 0.5})
+    assert LearningRates(stage, ("vision", "decoder")).at(4) == pytest.approx({"vision": 0.25, "decoder": 0.5})
 
 
 def test_each_component_warms_up_by_itself() -> None:
@@ -79,11 +79,11 @@ def test_each_component_warms_up_by_itself() -> None:
     }
     whole = {name: COSINE.model_copy(update={"warmup_steps": stage.warmup(name)}) for name in ("vision", "decoder")}
     for step in (0, 9, 10, 30, 59, 60, 109):
-        rates = learning_rates(stage, ("vision", "connector", "decoder"), step)
+        rates = LearningRates(stage, ("vision", "connector", "decoder")).at(step)
         assert {name: rates[name] for name in whole} == pytest.approx(
-            {name: learning_rates(each, (name,), step)[name] for name, each in whole.items()}
+            {name: LearningRates(each, (name,)).at(step)[name] for name, each in whole.items()}
         )
-    assert learning_rates(stage, ("connector",), 0)["connector"] == pytest.approx(2.0, rel=1e-3)
+    assert LearningRates(stage, ("connector",)).at(0)["connector"] == pytest.approx(2.0, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mmscale.engine.optimizers.build import build_optimizer
 from mmscale.engine.optimizers.shards import FlatMaster, Piece
 from mmscale.models.head import LanguageHead
 from mmscale.optim.config import AdafactorConfig, AdamWConfig, MuonConfig
-from mmscale.optim.schedule import MUON_MOMENTS, freeze, learning_rates, parameter_groups, tables, trained_components
+from mmscale.optim.schedule import MUON_MOMENTS, LearningRates, freeze, parameter_groups, tables, trained_components
 from mmscale.optim.stages import StageConfig
 from tests.engine.flat import RATE, Stack, gradient, steps_on_shards
 from tests.engine.programs import LANES, stage
@@ -58,7 +58,7 @@ def reference(stage_changes: dict[str, Any]) -> dict[str, Any]:
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), plan.whole_clip)
-        rates = learning_rates(plan, names, step)
+        rates = LearningRates(plan, names).at(step)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rates[group["component"]]

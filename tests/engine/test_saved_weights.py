@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mmscale.engine.saved_weights import SavedWeights
+from mmscale.engine.graph import SavedWeights
 
 
 class Part(nn.Module):

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from mmscale.dist import World
-from mmscale.engine.peak_memory import peak_memory, peak_since_reset, reset_peak
-from mmscale.engine.step_clock import StepClock
+from mmscale.engine.step_clock import StepClock, peak_memory, peak_since_reset, reset_peak
 from tests.engine.programs import LANES, lanes_of, make_engine
 from tests.engine.ranks import run_ranks
 

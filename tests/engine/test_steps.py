@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.optim.config import AdamWConfig
-from mmscale.optim.schedule import freeze, learning_rates, parameter_groups, trained_components
+from mmscale.optim.schedule import LearningRates, freeze, parameter_groups, trained_components
 from mmscale.optim.stages import StageConfig
 from tests.engine.programs import LANES, stage
 from tests.engine.ranks import run_ranks
@@ -72,7 +72,7 @@ def reference(stage_changes: dict[str, Any] | None = None) -> dict[str, Any]:
         optimizer.zero_grad()
         loss.backward()
         norm = clip_(model, plan)
-        rates = learning_rates(plan, names, step)
+        rates = LearningRates(plan, names).at(step)
         for group in optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         optimizer.step()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mmscale.engine.peak_memory import peak_memory
+from mmscale.engine.step_clock import peak_memory
 from mmscale.metrics.progress import MovingAverage, ProgressLine, Rates, StepMeter, format_count, format_seconds
 
 

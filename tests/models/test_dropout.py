@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.packing.collate import concatenate
-from mmscale.engine.units import recompute
+from mmscale.engine.graph import recompute
 from mmscale.models.build import media_spec
 from mmscale.models.generation import generate
 from mmscale.models.multimodal import MultimodalModel

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.io.strict import StrictConfig
-from mmscale.engine.units import recompute
+from mmscale.engine.graph import recompute
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.connectors.connector import ConnectorBase
 from mmscale.models.connectors.projector import ProjectorBase

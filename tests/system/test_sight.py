@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmscale.engine.peak_memory import reset_peak
+from mmscale.engine.step_clock import reset_peak
 from tests.system.conftest import MakeRun, kill_group
 
 
