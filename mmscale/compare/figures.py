@@ -17,7 +17,7 @@ from mmscale.compare.interval import Interval, mean_interval
 from mmscale.compare.plan import Trial
 from mmscale.errors import MMScaleError
 from mmscale.evaluate.result import binomial_error, read_result
-from mmscale.metrics.sinks import read_metrics
+from mmscale.metrics.metrics_file import read_metrics
 from mmscale.report.curves import finite
 from mmscale.run.folder import is_finished
 

@@ -10,7 +10,7 @@ from mmscale.compare.figures import VariantFigures
 from mmscale.compare.interval import t_quantile
 from mmscale.compare.plan import Trial
 from mmscale.compare.runs import Failure
-from mmscale.metrics.progress import format_count
+from mmscale.metrics.format import format_count
 
 _FEW_SEEDS = 5
 _MISSED = 0.01

@@ -22,7 +22,7 @@ from mmscale.compare.limits import limits
 from mmscale.compare.plan import Trial
 from mmscale.compare.runs import Failure
 from mmscale.compare.start import alike
-from mmscale.metrics.progress import format_count, format_seconds
+from mmscale.metrics.format import format_count, format_seconds
 from mmscale.report.charts import Bar, Chart, Line
 from mmscale.report.curves import smooth
 from mmscale.report.page import render_page

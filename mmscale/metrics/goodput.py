@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from data_pipeline.io.untrusted import UntrustedError, append_regular, parse_json, read_lines
 from mmscale.errors import MMScaleError
-from mmscale.metrics.sinks import read_metrics
+from mmscale.metrics.metrics_file import read_metrics
 
 GOODPUT_FILE = "goodput.jsonl"
 _MOST_LINE_BYTES = 1 << 16
@@ -107,7 +107,7 @@ class WallTime:
             self._note(_REPEATED, sum(r["seconds"] for r in vain), start_step, at=self._since)
         notes = _read(self._path)
         self._first = min(note["time"] - note["seconds"] for note in notes if note["kind"] == _STARTED)
-        self._training = sum(_useful(r) for r in records if r["step"] <= start_step and "time" in r)
+        self._training = _training_seconds([r for r in records if r["step"] <= start_step and "time" in r])
 
     def spent(self, kind: Spent, step: int) -> float:
         """Notes that the time since the last step, or since the last call, went into ``kind``; returns it."""
@@ -163,8 +163,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return notes
 
 
-def _useful(record: Mapping[str, Any]) -> float:
-    return float(record["seconds"]) - float(record["data_wait_seconds"])
+def _training_seconds(records: Sequence[Mapping[str, Any]]) -> float:
+    return sum(float(record["seconds"]) - float(record["data_wait_seconds"]) for record in records)
 
 
 def _last_sign(records: Sequence[Mapping[str, Any]], notes: Sequence[Mapping[str, Any]]) -> float | None:
@@ -181,7 +181,7 @@ def _account(records: Sequence[Mapping[str, Any]], notes: Sequence[Mapping[str, 
     for note in notes:
         spent[note["kind"]] += note["seconds"]
     counted = [record for record in records if "time" in record]
-    training = sum(_useful(record) for record in counted)
+    training = _training_seconds(counted)
     data = sum(float(record["data_wait_seconds"]) for record in counted)
     named = {kind: spent[kind] for kind in ("repeated", "setup", "checkpoint", "evaluation", "down")}
     wall = last - min(starts)

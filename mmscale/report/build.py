@@ -22,9 +22,9 @@ from data_pipeline.io.atomic import as_utf8, write_whole
 from data_pipeline.io.untrusted import read_bytes
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.evaluate.result import binomial_error, read_result
+from mmscale.metrics.format import format_count, format_seconds
 from mmscale.metrics.goodput import Goodput, read_goodput
-from mmscale.metrics.progress import format_count, format_seconds
-from mmscale.metrics.sinks import read_metrics
+from mmscale.metrics.metrics_file import read_metrics
 from mmscale.report.captions import CaptionRecord, read_captions
 from mmscale.report.charts import Bar, Chart, Line, stage_names
 from mmscale.report.configuration import Setting, read_configuration

@@ -16,7 +16,7 @@ from data_pipeline.prepare.stats.count import Counted
 from data_pipeline.prepare.stats.gallery import Shown, gallery
 from data_pipeline.prepare.stats.histogram import Histogram
 from data_pipeline.shards.manifest import Manifest
-from mmscale.metrics.progress import format_count
+from mmscale.metrics.format import format_count
 from mmscale.report.charts import Chart, histogram_chart
 from mmscale.report.page import render_page
 

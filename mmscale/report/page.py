@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from mmscale.metrics.progress import format_count, format_seconds
+from mmscale.metrics.format import format_count, format_seconds
 
 _FOLDER = Path(__file__).parent
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mmscale.metrics.format import format_count
 from mmscale.metrics.goodput import Goodput
-from mmscale.metrics.progress import format_count
 from mmscale.report.charts import Chart, Line, stage_names
 from mmscale.report.curves import Record, StageMark, column, quotient, series, smooth, thin, total
 

@@ -20,9 +20,9 @@ from mmscale.evaluate import evaluate, not_asked
 from mmscale.evaluate.answers import caption_images
 from mmscale.evaluate.result import Efficiency, HeldOutResult, Memory, Params, RunResult, write_result
 from mmscale.metrics.goodput import read_goodput
+from mmscale.metrics.metrics_file import read_metrics
 from mmscale.metrics.peaks import peak_of
 from mmscale.metrics.run_log import NullLog, RunLog
-from mmscale.metrics.sinks import read_metrics
 from mmscale.models.build import AnyModel, count_parameters
 from mmscale.report.build import build_report
 from mmscale.report.captions import save_captions

@@ -9,7 +9,7 @@ import pytest
 
 from mmscale.errors import MMScaleError
 from mmscale.metrics.goodput import GOODPUT_FILE, WallTime, read_goodput
-from mmscale.metrics.sinks import JsonlSink
+from mmscale.metrics.run_log import JsonlSink
 
 
 class Start:

@@ -17,7 +17,7 @@ from mmscale.engine.watchdog import Watchdog, WatchdogConfig
 from mmscale.errors import MMScaleError
 from mmscale.metrics.faults import FaultList
 from mmscale.metrics.goodput import WallTime
-from mmscale.metrics.sinks import JsonlSink
+from mmscale.metrics.run_log import JsonlSink
 from mmscale.run.folder import hold_folder
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

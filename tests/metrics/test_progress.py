@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mmscale.engine.step_clock import peak_memory
-from mmscale.metrics.progress import MovingAverage, ProgressLine, Rates, StepMeter, format_count, format_seconds
+from mmscale.metrics.format import format_count, format_seconds
+from mmscale.metrics.run_log import ProgressLine, Rates, StepMeter
 
 
 class Clock:
@@ -23,12 +24,14 @@ class Clock:
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.floats(0, 0.99))
 def test_moving_average_equals_its_closed_form(values: list[float], smoothing: float) -> None:
-    average = MovingAverage(smoothing)
+    clock = Clock()
+    meter = StepMeter(0, len(values), smoothing, clock)
     for value in values:
-        average.add(value)
+        clock.now += 1.0  # Steps of one second each: tokens per second are the average of the tokens.
+        meter.finish_step(value, 0)
     weights = [smoothing ** (len(values) - 1 - i) for i in range(len(values))]
     expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
-    assert average.value == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert meter.rates().tokens_per_second == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_a_step_is_split_into_waiting_and_the_rest() -> None:
@@ -106,7 +109,8 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then_and_at_the_end() 
     rates = Rates(12_300, 45, 0.031, 187)
     for step in range(1, 6):
         clock.now += 4
-        line.update(step, 2.5, rates, "align")
+        if line.is_due(step):
+            line.update(step, 2.5, rates, "align")
     line.close()
     lines = out.getvalue().splitlines()
     assert [text.split(" · ")[1] for text in lines] == ["step 1/5", "step 4/5", "step 5/5"]
@@ -116,6 +120,7 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then_and_at_the_end() 
 def test_a_terminal_gets_a_bar_with_the_same_figures() -> None:
     out = io.StringIO()
     line = ProgressLine(Console(file=out, force_terminal=True, width=140), 2, 5, plain_line_seconds=10)
+    assert line.is_due(3)
     line.update(3, 2.5, Rates(12_300, 45, 0.031, 187), "align")
     line.note("[saved] step-00000003")
     line.close()

@@ -12,9 +12,9 @@ from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.media_spec import MediaSpec, Placement
 from mmscale.engine.engine import StepReport
 from mmscale.metrics.config import MetricsConfig
+from mmscale.metrics.metrics_file import read_metrics
 from mmscale.metrics.run_log import UNSEEN_STEPS, LoggedStage, NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import CaptionedImage, batch_images, join_patches, with_caption
-from mmscale.metrics.sinks import read_metrics
 
 
 def report(loss: float = 2.0) -> StepReport:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mmscale.metrics.sinks import JsonlSink, cut_back, read_metrics
+from mmscale.metrics.metrics_file import cut_back, read_metrics
+from mmscale.metrics.run_log import JsonlSink
 
 
 def _write(path: Path, steps: list[int], tail: bytes = b"") -> None:

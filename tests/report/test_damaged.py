@@ -15,7 +15,7 @@ import pytest
 from mmscale.errors import MMScaleError
 from mmscale.evaluate.result import Memory, Params, PerplexityResult, RunResult, SetResult, read_result, write_result
 from mmscale.metrics.goodput import read_goodput
-from mmscale.metrics.sinks import cut_back, read_metrics
+from mmscale.metrics.metrics_file import cut_back, read_metrics
 from mmscale.report.build import build_report, render
 from mmscale.report.captions import CaptionRecord, read_captions, save_captions
 from mmscale.report.configuration import save_origins
