@@ -1,6 +1,6 @@
 """What every step was fed, kept in the run folder and read back in milliseconds.
 
-    StepBatch --Recorder, on every rank--> segment of its lanes --merge--> steps-A-B.ledger --Ledger--> rows of a step
+    StepBatch --on every rank--> segment of its lanes --merge--> steps-A-B.ledger --Ledger--> rows of a step
 
 A segment is a file of a few hundred steps, whole or absent. It holds a row for each document (lane, data set, epoch,
 sample, part, tokens, loss), the samples that were skipped, and the loader's integers after its last step: a snapshot to
@@ -21,18 +21,16 @@ import json
 import re
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from data_pipeline.errors import LedgerError, StateError
 from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.columns import Column
 from data_pipeline.io.untrusted import UntrustedError, open_regular, parse_json, read_bytes
-from data_pipeline.loader.loader import StepBatch
 from data_pipeline.order.state import LoaderState
 
 _MAGIC = b"mmscale-ledger-1\n"
@@ -228,69 +226,6 @@ def _inflate(data: bytes, size: int, crc32: int, name: str) -> bytes:
     if len(plain) != size or not inflater.eof:
         raise ValueError(f"{name} does not have the {size} bytes that it should")
     return plain
-
-
-@dataclass
-class Recorder:
-    """Rows of one rank, held until they are taken as a segment.
-
-    Args:
-        step: Steps done before.
-        stage: Index of the stage.
-        losses: Whether losses are kept.
-    """
-
-    step: int
-    stage: int
-    losses: bool = True
-    _rows: list[tuple[float, ...]] = field(default_factory=list, init=False)
-    _skipped: list[dict[str, Any]] = field(default_factory=list, init=False)
-    _first: int = field(default=0, init=False)
-    _state: LoaderState | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        self._first = self.step + 1
-
-    @property
-    def num_steps(self) -> int:
-        """Steps that are held."""
-        return self.step + 1 - self._first
-
-    def add(self, batch: StepBatch, losses: Sequence[Sequence[float]] = ()) -> None:
-        """Takes down the next step.
-
-        Args:
-            batch: What this rank was fed.
-            losses: Weighted loss sum of each document of each microbatch; empty if there are none.
-        """
-        self.step += 1
-        places = [(lane, drawn) for lane, pack in batch.drawn.items() for drawn in pack]
-        for (lane, drawn), (tokens, loss) in zip(places, _measures(batch, losses), strict=True):
-            self._rows.append((self.step - self._first, lane, *drawn, tokens, loss if self.losses else np.nan))
-        self._skipped += [{"step": self.step, **skip.record()} for skip in batch.skipped]
-        self._state = batch.state
-
-    def take(self) -> Segment:
-        """The steps since the last call; there must be one."""
-        assert self._state is not None, "no step was added"
-        columns = list(zip(*self._rows, strict=True)) or [()] * len(COLUMNS)
-        rows = {name: np.array(c, kind) for c, (name, kind) in zip(columns, COLUMNS.items(), strict=True)}
-        segment = Segment(self._first, self.step, self.stage, self._state, rows, tuple(self._skipped))
-        self._first, self._rows, self._skipped, self._state = self.step + 1, [], [], None
-        return segment
-
-
-def _measures(batch: StepBatch, losses: Sequence[Sequence[float]]) -> list[tuple[int, float]]:
-    """Tokens and mean loss of each document, null documents left out."""
-    measures = []
-    for number, microbatch in enumerate(batch.microbatches):
-        segments = microbatch.segments
-        weights = torch.segment_reduce(microbatch.loss_weights, "sum", offsets=segments.cu.long()).tolist()
-        for i, origin in enumerate(microbatch.provenance):
-            if origin is not None:
-                loss = losses[number][i] / weights[i] if losses and weights[i] else float("nan")
-                measures.append((segments.bounds[i + 1] - segments.bounds[i], loss))
-    return measures
 
 
 class Ledger:

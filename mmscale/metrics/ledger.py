@@ -8,14 +8,20 @@ for: the file itself (``data_pipeline.history.sample_log``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from pydantic import Field
 
-from data_pipeline.history.sample_log import Recorder, Segment, cut_back, write_segment
+from data_pipeline.history.sample_log import COLUMNS, Segment, cut_back, write_segment
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.loader.loader import StepBatch
+from data_pipeline.order.state import LoaderState
 from mmscale.dist import World, gather_bytes, raise_on_any_rank
 from mmscale.errors import MMScaleError
 
@@ -28,6 +34,65 @@ class LedgerConfig(StrictConfig):
     loader's integers; a sample's future step is replayed from there."""
     losses: bool = True
     """Keep the loss of every document: four bytes each."""
+
+
+@dataclass
+class Recorder:
+    """Rows of one rank, held until they are taken as a segment.
+
+    Args:
+        step: Steps done before.
+        stage: Index of the stage.
+        losses: Whether losses are kept.
+
+    Attributes:
+        num_steps: Steps that are held.
+    """
+
+    step: int
+    stage: int
+    losses: bool = True
+    num_steps: int = field(default=0, init=False)
+    _rows: list[tuple[float, ...]] = field(default_factory=list, init=False)
+    _skipped: list[dict[str, Any]] = field(default_factory=list, init=False)
+    _first: int = field(default=0, init=False)
+    _state: LoaderState | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._first = self.step + 1
+
+    def add(self, batch: StepBatch, losses: Sequence[Sequence[float]] = ()) -> None:
+        """Takes down the next step.
+
+        Args:
+            batch: What this rank was fed.
+            losses: Weighted loss sum of each document of each microbatch; empty if there are none.
+        """
+        self.step += 1
+        self.num_steps += 1
+        measures: list[tuple[int, float]] = []  # Tokens and mean loss of each document, null documents left out.
+        for number, microbatch in enumerate(batch.microbatches):
+            segments = microbatch.segments
+            weights = torch.segment_reduce(microbatch.loss_weights, "sum", offsets=segments.cu.long()).tolist()
+            for i, origin in enumerate(microbatch.provenance):
+                if origin is not None:
+                    loss = losses[number][i] / weights[i] if self.losses and losses and weights[i] else math.nan
+                    measures.append((segments.bounds[i + 1] - segments.bounds[i], loss))
+        places = [(lane, drawn) for lane, pack in batch.drawn.items() for drawn in pack]
+        for (lane, drawn), (tokens, loss) in zip(places, measures, strict=True):
+            self._rows.append((self.step - self._first, lane, *drawn, tokens, loss))
+        self._skipped += [{"step": self.step, **skip.record()} for skip in batch.skipped]
+        self._state = batch.state
+
+    def take(self) -> Segment:
+        """The steps since the last call; there must be one."""
+        assert self._state is not None, "no step was added"
+        columns = list(zip(*self._rows, strict=True)) or [()] * len(COLUMNS)
+        rows = {name: np.array(c, kind) for c, (name, kind) in zip(columns, COLUMNS.items(), strict=True)}
+        segment = Segment(self._first, self.step, self.stage, self._state, rows, tuple(self._skipped))
+        self._first, self.num_steps = self.step + 1, 0
+        self._rows, self._skipped, self._state = [], [], None
+        return segment
 
 
 class RunLedger:

@@ -13,6 +13,7 @@ import torch
 from data_pipeline.errors import FaultKind
 from data_pipeline.loader.loader import StepBatch
 from mmscale.engine.engine import Engine, StepReport
+from mmscale.models.flops import TrainingFlops
 
 _DATASET_COUNTS = ("loss_sum", "loss_weight", "samples", "tokens", "skipped")
 
@@ -64,12 +65,13 @@ def step_flops(engine: Engine, microbatches: Sequence[Any]) -> dict[str, float]:
     """
     model: Any = engine.model
     recompute = engine.config.activation_checkpointing
-    counts = [model.training_flops(part, engine.trained_components, recompute=recompute) for part in microbatches]
+    counts: list[TrainingFlops] = [
+        model.training_flops(part, engine.trained_components, recompute=recompute) for part in microbatches
+    ]
     counts += [teacher.flops(part) for teacher in engine.teachers for part in microbatches]
-    return {
-        "model_flops": float(sum(count.model for count in counts)),
-        "hardware_flops": float(sum(count.hardware for count in counts)),
-    }
+    model_flops = sum(count.forward + count.backward for count in counts)
+    again = sum(count.recomputed for count in counts)
+    return {"model_flops": float(model_flops), "hardware_flops": float(model_flops + again)}
 
 
 def step_metrics(report: StepReport, sums: Mapping[str, float], datasets: Sequence[str]) -> dict[str, float | int]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataConfig
-from data_pipeline.history.sample_log import Recorder
 from data_pipeline.loader.loader import Loader, StepBatch
 from mmscale.config import dump, load
+from mmscale.metrics.ledger import Recorder
 from mmscale.optim.stages import StageConfig
 from mmscale.run.config import RunConfig
 from tests.data_pipeline.conftest import (  # noqa: F401 - fixtures

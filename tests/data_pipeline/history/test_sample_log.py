@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import LedgerError, ManifestError, StateError
 from data_pipeline.history.replay import Replay
-from data_pipeline.history.sample_log import Ledger, Recorder, Segment, cut_back, write_segment
+from data_pipeline.history.sample_log import Ledger, Segment, cut_back, write_segment
 from data_pipeline.io.atomic import partial_path
 from data_pipeline.loader.loader import Loader, StepBatch
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.state import Drawn, LoaderState
+from mmscale.metrics.ledger import Recorder
 from tests.data_pipeline.conftest import WriteSet, captioned, picture
 
 STEPS = 24
