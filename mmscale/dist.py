@@ -245,7 +245,7 @@ def all_reduce_sum(world: World, values: Mapping[str, float]) -> dict[str, float
     Raises:
         EngineError: a peer did not answer in time.
     """
-    return dict(zip(values, all_reduce_sum_list(world, list(values.values())), strict=True))
+    return dict(zip(values, _reduce(world, [*values.values()], torch_dist.ReduceOp.SUM), strict=True))
 
 
 def all_reduce_sum_list(world: World, values: Sequence[float]) -> list[float]:
@@ -272,7 +272,7 @@ def any_rank(world: World, flag: bool) -> bool:
     Raises:
         EngineError: a peer did not answer in time.
     """
-    return all_reduce_max(world, float(flag)) > 0
+    return _reduce(world, [float(flag)], torch_dist.ReduceOp.MAX)[0] > 0
 
 
 def _reduce(world: World, values: Sequence[float], operation: Any) -> list[float]:

@@ -1,7 +1,7 @@
 """The bad steps of a run: how many there were, their samples in a file, and where a roll back goes.
 
-    detector.reason --before the update--> judge --> write_samples: RUN/bad_steps/step-N.json
-                                                 --> add_roll_back: RUN/bad_steps/roll_backs.json
+    detector.reason --before the update--> detector.record --> write_samples: RUN/bad_steps/step-N.json
+                                                           --> add_roll_back: RUN/bad_steps/roll_backs.json
 
 Not for: which steps are bad (``detector``), what the list of roll backs means (``roll_back``), or the choice between
 skipping, halting and rolling back (``mmscale.run.train``).
@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.io.atomic import as_utf8, write_whole
 from data_pipeline.loader.loader import StepBatch
 from data_pipeline.order.state import LoaderState
-from mmscale.bad_steps.detector import BadStepsConfig, SpikeDetector
+from mmscale.bad_steps.detector import BadStep, BadStepsConfig, SpikeDetector
 from mmscale.bad_steps.roll_back import (
     NUM_ROLL_BACKS,
     RollBack,
@@ -38,14 +37,6 @@ from mmscale.errors import CheckpointError, EngineError
 _KEY = "bad_steps"
 
 
-@dataclass(frozen=True)
-class BadStep:
-    """Why a step is bad, and the thresholds that it was compared with."""
-
-    reason: str
-    thresholds: Mapping[str, float | None]
-
-
 class BadSteps:
     """The bad steps of a run, from one start to the end or the next roll back. All ranks must make one.
 
@@ -61,6 +52,7 @@ class BadSteps:
         state: The state to resume from.
         position: Where the data resume if not where ``state`` says: after the data that a roll back leaves out.
         detector: Says which steps are bad.
+        num_roll_backs: How often the run has gone back so far.
 
     Raises:
         CheckpointError: the checkpoint that the run rolled back to is gone, or the list of roll backs cannot be
@@ -81,6 +73,7 @@ class BadSteps:
         entry = pending(state, roll_backs)
         self.position: LoaderState | None = None if entry is None else entry.position
         self._roll_backs, self.state = settled(state, roll_backs)
+        self.num_roll_backs = len(self._roll_backs)
         complaint = None
         if self._roll_backs and world.is_main:
             try:
@@ -92,24 +85,9 @@ class BadSteps:
             raise_on_any_rank(world, complaint, CheckpointError)
         self.detector = SpikeDetector(config, self.state.extra.get(_KEY))
 
-    def judge(self, report: StepReport) -> BadStep | None:
-        """Add a step to the detector's window. Return why it was bad, or None.
-
-        A step without weight, or whose fp16 gradient did not fit its scale, says nothing about its data.
-        """
-        thresholds = self.detector.thresholds()
-        if not report.weight or report.overflow:
-            return None
-        reason = self.detector.record(report.loss, report.grad_norm, report.applied)
-        return None if reason is None else BadStep(reason, thresholds)
-
     def extra_state(self) -> dict[str, Any]:
         """Return the entries of ``TrainState.extra`` that a resume needs to judge the next step alike."""
-        return {_KEY: self.detector.state(), NUM_ROLL_BACKS: len(self._roll_backs)}
-
-    def counters(self) -> dict[str, int]:
-        """Return, for the metrics, the number of refused and skipped steps and of roll backs so far."""
-        return {"bad_steps": self.detector.num_bad, "roll_backs": len(self._roll_backs)}
+        return {_KEY: self.detector.state(), NUM_ROLL_BACKS: self.num_roll_backs}
 
     def write_samples(self, step: int, bad: BadStep, batch: StepBatch, report: StepReport) -> Path:
         """Write the documents of a bad step, of all ranks, the worst first. All ranks must call.
@@ -118,7 +96,7 @@ class BadSteps:
             CheckpointError: the file cannot be written; every rank raises.
         """
         parts = gather_bytes(self._world, json.dumps(list(_documents(batch, report))).encode())
-        after = f"-after-roll-back-{len(self._roll_backs)}" if self._roll_backs else ""
+        after = f"-after-roll-back-{self.num_roll_backs}" if self._roll_backs else ""
         path, complaint = self._folder / f"step-{step:08d}{after}.json", None
         if self._world.is_main:
             record = {

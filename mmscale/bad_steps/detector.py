@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from statistics import median
 from typing import Any
@@ -72,6 +73,14 @@ class BadStepsConfig(StrictConfig):
         return self
 
 
+@dataclass(frozen=True)
+class BadStep:
+    """Why a step is bad, and the thresholds that it was compared with."""
+
+    reason: str
+    thresholds: Mapping[str, float | None]
+
+
 def threshold(values: Iterable[float], deviations: float) -> float:
     """The largest value that is no spike beside ``values``, all positive."""
     logs = [math.log(value) for value in values]
@@ -95,6 +104,7 @@ class SpikeDetector:
     def __init__(self, config: BadStepsConfig, state: Mapping[str, Any] | None = None) -> None:
         state = state or {}
         self._config = config
+        self._has_limits = config.loss_deviations is not None or config.norm_deviations is not None
         self._losses: deque[float] = deque(state.get("losses", ()), config.window_steps)
         self._norms: deque[float] = deque(state.get("norms", ()), config.window_steps)
         self.num_bad = int(state.get("num_bad", 0))
@@ -128,20 +138,23 @@ class SpikeDetector:
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 return f"the {name} is not finite"
+        if not self._has_limits:
+            return None
         limits = self.thresholds()
         for name, value, limit in (("loss", loss, limits["loss"]), ("gradient norm", norm, limits["grad_norm"])):
             if limit is not None and value > limit:
                 return f"the {name} of {value:.4g} is a spike: above {limit:.4g}"
         return None
 
-    def record(self, loss: float, norm: float, applied: bool) -> str | None:
+    def record(self, loss: float, norm: float, applied: bool) -> BadStep | None:
         """Add a step that had weight to the window. Return why it was bad, or None."""
         reason = self.reason(loss, norm)
         if reason is None and not applied:
             reason = "another rank found it bad"  # Only where ranks of different hardware round the norm differently.
+        bad = None if reason is None else BadStep(reason, self.thresholds())
         for values, value in ((self._losses, loss), (self._norms, norm)):
             if math.isfinite(value) and value > 0:
                 values.append(value)
-        self.num_bad += reason is not None
-        self.in_row = self.in_row + 1 if reason is not None else 0
-        return reason
+        self.num_bad += bad is not None
+        self.in_row = self.in_row + 1 if bad is not None else 0
+        return bad

@@ -37,7 +37,7 @@ _SPARE = 1.02
 
 
 @dataclass
-class _InFlight:
+class InFlight:
     """A save between ``save`` and the ``poll`` that ends it; the same on all ranks but for ``answer``."""
 
     place: Place
@@ -55,6 +55,10 @@ class Saver:
         directory: ``checkpoints`` folder of the run, seen by all ranks.
         config: When to wait, what to keep.
         note: Told of every save that was left out.
+
+    Attributes:
+        in_flight: The save that is not on the disk yet; None if there is none. The same on all ranks: they must call
+            ``poll`` at each step while there is one.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class Saver:
         self._note = note
         self._writer: Writer | None = None
         self._pinned: Tensor | None = None
-        self._in_flight: _InFlight | None = None
+        self.in_flight: InFlight | None = None
 
     def save(self, engine: Engine, state: TrainState, *, last: bool = False) -> None:
         """Begins to write ``step-N``. All ranks must call.
@@ -79,8 +83,8 @@ class Saver:
         Raises:
             CheckpointError: this save could not begin, or the one before could not be written.
         """
-        if self._in_flight is not None and self._config.when_busy == "skip" and not last:
-            self._note(f"step {state.step} is not saved: {self._in_flight.place.final.name} is still being written")
+        if self.in_flight is not None and self._config.when_busy == "skip" and not last:
+            self._note(f"step {state.step} is not saved: {self.in_flight.place.final.name} is still being written")
             return
         self.wait()
         if not self._config.background:
@@ -90,7 +94,7 @@ class Saver:
         if place is None:
             return
         together(self._world, place, lambda: self._hand_over(place, share_of(engine, state)))
-        self._in_flight = _InFlight(place)
+        self.in_flight = InFlight(place)
         if last:
             self.wait()
 
@@ -134,13 +138,29 @@ class Saver:
         except WriteError as error:
             raise OSError(str(error)) from error
 
-    def poll(self) -> None:
-        """Looks how far the save is; costs nothing when there is none. All ranks must call, at each step.
+    def poll(self, patience_seconds: float = 0.0) -> None:
+        """Looks how far the save is, and takes the next step of it if all ranks can. All ranks must call.
+
+        Args:
+            patience_seconds: How long to wait for this rank's writer.
 
         Raises:
             CheckpointError: a rank could not write.
         """
-        self._advance(0.0)
+        flight = self.in_flight
+        if flight is None:
+            return
+        complaint = self._look(flight, patience_seconds)
+        vote = _FAILED if complaint is not None else _BUSY if flight.answer is None else _DONE
+        vote = all_reduce_max(self._world, vote)
+        if vote == _FAILED:
+            self.in_flight = None
+            self._close_writer()
+            give_up_if(self._world, flight.place, complaint)
+        elif vote == _DONE and not flight.closing:
+            self._close(flight)
+        elif vote == _DONE:
+            self.in_flight = None
 
     def wait(self) -> None:
         """Waits until nothing is left to write. All ranks must call.
@@ -148,26 +168,10 @@ class Saver:
         Raises:
             CheckpointError: a rank could not write.
         """
-        while self._in_flight is not None:
-            self._advance(_POLL_SECONDS)
+        while self.in_flight is not None:
+            self.poll(_POLL_SECONDS)
 
-    def _advance(self, patience_seconds: float) -> None:
-        flight = self._in_flight
-        if flight is None:
-            return
-        complaint = self._look(flight, patience_seconds)
-        vote = _FAILED if complaint is not None else _BUSY if flight.answer is None else _DONE
-        vote = all_reduce_max(self._world, vote)
-        if vote == _FAILED:
-            self._in_flight = None
-            self._close_writer()
-            give_up_if(self._world, flight.place, complaint)
-        elif vote == _DONE and not flight.closing:
-            self._close(flight)
-        elif vote == _DONE:
-            self._in_flight = None
-
-    def _look(self, flight: _InFlight, patience_seconds: float) -> str | None:
+    def _look(self, flight: InFlight, patience_seconds: float) -> str | None:
         """Takes the writer's answer if it has one; what it complains of."""
         if flight.answer is None:
             assert self._writer is not None
@@ -177,7 +181,7 @@ class Saver:
                 return str(error)
         return None
 
-    def _close(self, flight: _InFlight) -> None:
+    def _close(self, flight: InFlight) -> None:
         """All ranks' files are on the disk: rank 0's writer adds the manifest and gives the folder its name."""
         files = gather_files(self._world, [Written(*numbers) for numbers in flight.answer])
         flight.closing = True
@@ -192,12 +196,12 @@ class Saver:
         try:
             together(self._world, place, order, only_main=True)
         except CheckpointError:
-            self._in_flight = None
+            self.in_flight = None
             raise
 
     def close(self) -> None:
         """Ends the writer. What it has not finished is left half-written, for the next save to sweep away."""
-        self._in_flight = None
+        self.in_flight = None
         self._close_writer()
 
     def _close_writer(self) -> None:

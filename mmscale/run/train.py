@@ -30,8 +30,8 @@ from data_pipeline.media_spec import Placement
 from data_pipeline.order.state import LoaderState
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale import checkpoint
-from mmscale.bad_steps.bad_steps import BadStep, BadSteps
-from mmscale.bad_steps.detector import Policy
+from mmscale.bad_steps.bad_steps import BadSteps
+from mmscale.bad_steps.detector import BadStep, Policy
 from mmscale.bad_steps.roll_back import is_abandoned, read_roll_backs
 from mmscale.checkpoint import TrainState
 from mmscale.checkpoint.manifest import folder_name
@@ -253,7 +253,7 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
 
     Closes the loader. Returns the state after the last step, which is saved unless the run goes back.
     """
-    config, world, log = run.config, run.world, run.log
+    config, world, log, detector = run.config, run.world, run.log, run.bad_steps.detector
     last = min(state.step + config.stages[state.stage_index].steps - state.stage_step, config.total_steps)
     stage = _logged_stage(config, engine, state.stage_index)
     spec = config.stage_media(state.stage_index)
@@ -272,7 +272,7 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
             engine.clock.memory = due(config.metrics.memory_every, step)
             report = engine.train_step(
                 [replace(microbatch, dropout_key=dropout_key) for microbatch in batch.microbatches],
-                why_refuse=run.bad_steps.detector.reason,
+                why_refuse=detector.reason,
                 component_norms=due(config.metrics.grad_norms_every, step),
             )
             counts = count_step(batch, report.document_losses, stage.datasets)
@@ -282,7 +282,9 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
                     f"every data set gave all its epochs before step {step} (data.datasets.*.max_epochs): "
                     "plan fewer steps, or more epochs"
                 )
-            bad = run.bad_steps.judge(report)
+            bad = None
+            if report.weight and not report.overflow:  # Otherwise the step says nothing about its data.
+                bad = detector.record(report.loss, report.grad_norm, report.applied)
             state = replace(
                 state,
                 step=step,
@@ -290,18 +292,19 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
                 tokens=state.tokens + int(sums["tokens"]),
                 samples=state.samples + int(sums["samples"]),
                 loader=batch.state,
-                extra={**state.extra, **run.bad_steps.extra_state()},
             )
             run.ledger.step(batch, report.document_losses)
-            log.step(step, report, sums, run.bad_steps.counters())
+            log.step(step, report, sums, {"bad_steps": detector.num_bad, "roll_backs": run.bad_steps.num_roll_backs})
             if bad is not None and _goes_back(run, state, batch, report, bad):
                 return state, _StageEnd.ROLLED_BACK
             log.images(step, functools.partial(batch_images, batch.microbatches[0], spec, decode))
             if run.profiler is not None:
                 run.profiler.step()
-            run.saver.poll()
+            if run.saver.in_flight is not None:
+                run.saver.poll()
             stopped = run.stop.should_stop(world)
             if stopped or step == last or due(config.checkpoint.every_steps, step):
+                state = replace(state, extra={**state.extra, **run.bad_steps.extra_state()})
                 with run.watchdog.during("checkpoint"):
                     run.ledger.write()
                     run.saver.save(engine, state, last=stopped or step == last)
