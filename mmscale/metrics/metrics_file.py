@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +25,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in _records(path)]
 
 
-def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Lines and what they hold; lines that are torn or damaged are left out."""
+    records: list[tuple[bytes, dict[str, Any]]] = []
     if not path.is_file():
-        return
+        return records
     try:
         for line in read_lines(path, most_bytes=_MOST_LINE_BYTES):
-            record = _parse(line)
-            if record is not None:
-                yield line, record
+            try:
+                record = parse_json(line) if line.endswith(b"\n") else None
+            except UntrustedError:  # A page that never reached the disk reads as zeros after a power cut.
+                continue
+            if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**53:
+                continue
+            timed = ("time", "seconds", "data_wait_seconds")  # A line with a time has all three.
+            held = [record.get(key) for key in timed if key in record or "time" in record]
+            if all(isinstance(value, int | float) and 0 <= value < 2**53 for value in held):
+                records.append((line, record))
     except UntrustedError as error:
         raise MMScaleError(f"{path} is damaged: {error}") from error
     except OSError as error:
         raise MMScaleError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = parse_json(line)
-    except UntrustedError:  # A page that never reached the disk reads as zeros after a power cut.
-        return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**53:
-        return None
-    timed = ("time", "seconds", "data_wait_seconds")  # A line with a time has all three.
-    held = [record.get(key) for key in timed if key in record or "time" in record]
-    return record if all(isinstance(value, int | float) and 0 <= value < 2**53 for value in held) else None
+    return records
 
 
 def cut_back(path: Path, last_step: int) -> int:

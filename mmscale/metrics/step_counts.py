@@ -13,7 +13,7 @@ import torch
 from data_pipeline.errors import FaultKind
 from data_pipeline.loader.loader import StepBatch
 from mmscale.engine.engine import Engine, StepReport
-from mmscale.models.flops import TrainingFlops
+from mmscale.models.flops import training_flops
 
 _DATASET_COUNTS = ("loss_sum", "loss_weight", "samples", "tokens", "skipped")
 
@@ -64,10 +64,8 @@ def step_flops(engine: Engine, microbatches: Sequence[Any]) -> dict[str, float]:
     Teachers are included. ``hardware_flops`` also contains operations that are computed again in the backward pass.
     """
     model: Any = engine.model
-    recompute = engine.config.activation_checkpointing
-    counts: list[TrainingFlops] = [
-        model.training_flops(part, engine.trained_components, recompute=recompute) for part in microbatches
-    ]
+    trained, recompute = engine.trained_components, engine.config.activation_checkpointing
+    counts = [training_flops(model.config, part, trained, recompute=recompute) for part in microbatches]
     counts += [teacher.flops(part) for teacher in engine.teachers for part in microbatches]
     model_flops = sum(count.forward + count.backward for count in counts)
     again = sum(count.recomputed for count in counts)

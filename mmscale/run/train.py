@@ -283,7 +283,8 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
                     "plan fewer steps, or more epochs"
                 )
             bad = None
-            if report.weight and not report.overflow:  # Otherwise the step says nothing about its data.
+            # A step without weight, or one whose fp16 gradient overflowed, is no evidence about its data.
+            if report.weight and not report.overflow:
                 bad = detector.record(report.loss, report.grad_norm, report.applied)
             state = replace(
                 state,
