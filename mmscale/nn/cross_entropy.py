@@ -144,13 +144,10 @@ class _Asked:
     coefficient: float
     soft: tuple[SoftTarget, ...]
 
-    @property
-    def hard_share(self) -> float:
-        return max(0.0, 1.0 - math.fsum(target.share for target in self.soft))
-
     def add(self, total: Tensor, logits: Tensor, part: slice, *, sloped: bool) -> Tensor | None:
         """Adds the loss of a chunk to ``total``; its derivative by the logits, whose memory it takes, if asked for."""
-        target, scale, hard = self.labels[part].unsqueeze(1), self.loss_weights[part], self.hard_share
+        target, scale = self.labels[part].unsqueeze(1), self.loss_weights[part]
+        hard = max(0.0, 1.0 - math.fsum(each.share for each in self.soft))  # What teachers leave to the cross-entropy.
         pulls = [each.pull(logits, self.rows[part], scale) for each in self.soft]
         peak, right = logits.amax(-1, keepdim=True), logits.gather(1, target)
         slope = logits.sub_(peak).exp_()  # In the logits' own memory.
@@ -199,8 +196,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for slope, weight in zip(slopes[1:], weights[1:], strict=True):
                     hidden_grad[part] += slope @ weight
             for grad, slope in zip(grads, slopes, strict=True):
-                if grad is not None:
-                    _add_product(grad, slope, rows)
+                if grad is None:
+                    continue
+                if slope.dtype is torch.float32:
+                    grad.addmm_(slope.t(), rows)
+                else:  # addmm_ takes one dtype, and the sum over chunks is float32.
+                    grad.add_(slope.t() @ rows)
         ctx.grads = (hidden_grad, grads)
         ctx.dtype = hidden.dtype
         return total
@@ -222,11 +223,3 @@ def _logits(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """float32 ``(rows, V)``."""
     parts = [rows @ weight.t() for weight in weights]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).float()
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left.T @ right`` with a float32 total, whatever the factors' dtype."""
-    if left.dtype is torch.float32:
-        total.addmm_(left.t(), right)
-    else:
-        total.add_(left.t() @ right)

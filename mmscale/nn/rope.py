@@ -1,7 +1,7 @@
 """Rotary positions: plain, scaled (linear, Llama 3, YaRN), partial, on three axes for text, on two axes for images.
 
-Angles are computed once per forward in float32 and handed to every block as a ``Rotation``. Nothing is cached in
-buffers: a buffer would be cast by the engine's precision, or lost on the meta device.
+Frequencies are computed once per device. Angles are computed once per forward in float32 and handed to every block as a
+``Rotation``. No module has a buffer of them: the engine's precision would cast it, and the meta device would lose it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import torch
@@ -164,8 +165,10 @@ def rotate(heads: Float[Tensor, "T H K"], rotation: Rotation) -> Float[Tensor, "
     return torch.cat(turned if rest.shape[-1] == 0 else (*turned, rest), dim=-1)
 
 
+@lru_cache
+@torch.inference_mode(False)
 def _series(num: int, width: int, theta: float, device: torch.device) -> Float[Tensor, " num"]:
-    """``theta ** (-2 i / width)`` for i below ``num``."""
+    """``theta ** (-2 i / width)`` for i below ``num``; a cached tensor that training and generation share."""
     exponents = torch.arange(num, device=device, dtype=torch.float32) * (2.0 / width)
     return 1.0 / (theta**exponents)
 
@@ -196,23 +199,19 @@ def _yarn(theta: float, width: int, scaling: YarnScaling, device: torch.device) 
     return frequencies / scaling.factor * (1 - kept) + frequencies * kept
 
 
-def _frequencies(width: int, config: RopeConfig, device: torch.device) -> Float[Tensor, " R2"]:
-    """Frequencies of ``width`` rotated channels, scaled."""
-    scaling = config.scaling
+@lru_cache
+@torch.inference_mode(False)
+def _text_frequencies(config: RopeConfig, head_dim: int, device: torch.device) -> tuple[Float[Tensor, " R2"], float]:
+    """Scaled frequencies of a head, cached as ``_series``, and the factor of cosines and sines: 1 except for YaRN."""
+    width, scaling = rotated_width(head_dim, config), config.scaling
     if isinstance(scaling, YarnScaling):
-        return _yarn(config.theta, width, scaling, device)
+        factor = scaling.attention_factor
+        frequencies = _yarn(config.theta, width, scaling, device)
+        return frequencies, 0.1 * math.log(scaling.factor) + 1.0 if factor is None else factor
     frequencies = _series(width // 2, width, config.theta, device)
     if isinstance(scaling, Llama3Scaling):
-        return _stretch(frequencies, scaling)
-    return frequencies if scaling is None else frequencies / scaling.factor
-
-
-def _attention_factor(config: RopeConfig) -> float:
-    """Factor of cosines and sines; other than 1 for YaRN only."""
-    scaling = config.scaling
-    if not isinstance(scaling, YarnScaling):
-        return 1.0
-    return 0.1 * math.log(scaling.factor) + 1.0 if scaling.attention_factor is None else scaling.attention_factor
+        return _stretch(frequencies, scaling), 1.0
+    return frequencies if scaling is None else frequencies / scaling.factor, 1.0
 
 
 def text_rotation(
@@ -228,14 +227,13 @@ def text_rotation(
 
     Source: Su et al. 2021; Qwen2-VL (arXiv 2409.12191, section 2.1) for the sections.
     """
-    width = rotated_width(head_dim, config)
-    frequencies = _frequencies(width, config, position_ids.device)
+    frequencies, factor = _text_frequencies(config, head_dim, position_ids.device)
     if config.sections is None:
         positions = position_ids[:, None]
     else:
         axes = zip(position_ids.unbind(1), config.sections, strict=True)
         positions = torch.cat([axis[:, None].expand(-1, count) for axis, count in axes], dim=1)
-    return Rotation.from_angles(positions.float() * frequencies, dtype, _attention_factor(config))
+    return Rotation.from_angles(positions.float() * frequencies, dtype, factor)
 
 
 def rotated_width(head_dim: int, config: RopeConfig) -> int:

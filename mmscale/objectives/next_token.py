@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from data_pipeline.batch import MultimodalBatch, Segments
+from data_pipeline.batch import MultimodalBatch
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn.cross_entropy import ZLoss
 from mmscale.objectives.outputs import ObjectiveOutput
@@ -56,9 +55,6 @@ class NextToken:
             scaled = aux.value * batch.weight
             loss = loss + aux.coefficient * scaled
             metrics[name] = scaled.detach()
-        return ObjectiveOutput(loss, metrics, _segment_sums(rows, batch.segments))
-
-
-def _segment_sums(rows: Tensor, segments: Segments) -> Tensor:
-    """Sum of each segment's rows, in float32 and in a fixed order."""
-    return torch.segment_reduce(rows, "sum", offsets=segments.cu.long())
+        # Sums of each segment's rows, in float32 and in a fixed order.
+        segment_losses = torch.segment_reduce(rows, "sum", offsets=batch.segments.cu.long())
+        return ObjectiveOutput(loss, metrics, segment_losses)
