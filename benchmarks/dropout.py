@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.figures import Case, best_seconds, main
-from mmscale.nn.dropout import Branch, Dropout, drop, step_key
+from mmscale.nn.dropout import Branch, Dropout, step_key
 
 ROWS, DIM, RATE, LANES = 4096, 1024, 0.1, 4
 
@@ -17,7 +17,7 @@ ROWS, DIM, RATE, LANES = 4096, 1024, 0.1, 4
 def ours(values: Tensor) -> Tensor:
     """Masks by hash."""
     dropout = Dropout.of(RATE, step_key(1, 0), range(LANES), [len(values) // LANES] * LANES, values.device)
-    return drop(values, dropout, Branch.ATTENTION)
+    return dropout(values, Branch.ATTENTION)
 
 
 def generator_per_lane(values: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
 from mmscale.models.connector_config import MlpProjectorConfig
 from mmscale.models.connectors.connector import FeatureConnectorBase
-from mmscale.models.decoder_config import DecoderConfig
+from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
 
 _SHOWN = 3

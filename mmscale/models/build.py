@@ -14,8 +14,8 @@ from mmscale.models.connectors.contrastive import ContrastiveConnector
 from mmscale.models.contrastive import ContrastiveModel
 from mmscale.models.decoder import Decoder
 from mmscale.models.flops import cost_per_patch
-from mmscale.models.head import LanguageHead
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn.attention_backends import AttentionChoice, Backend, resolve_backend
 from mmscale.nn.init import initialise_
 from mmscale.nn.moe import Experts

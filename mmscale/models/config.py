@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from data_pipeline.io.strict import StrictConfig
 from mmscale.models.connector_config import ConnectorConfig
-from mmscale.models.decoder_config import DecoderConfig
+from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import AnyVisionConfig, VisionConfig
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Segments
-from mmscale.nn.attention import LayerCache
+from mmscale.nn.block import LayerCache
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.connector import Connector
 from mmscale.models.decoder import CrossAttended, Decoder
 from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
-from mmscale.models.head import LanguageHead
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.outputs import AuxLoss, ModelOutput
 from mmscale.models.vision_kind import Tower
+from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn.dropout import Dropout
 from mmscale.nn.moe import MoeConfig
 

@@ -15,13 +15,10 @@ from torch.nn import functional as F
 from data_pipeline.batch import AttentionSegments, MediaBlock, Segments
 from mmscale.models.tiles import TileRows, TilesConfig, on_device
 from mmscale.models.vision_kind import Tower, TowerBase
-from mmscale.nn.attention import AttentionConfig
-from mmscale.nn.attention_backends import Backend
-from mmscale.nn.block import TransformerBlock, block_products
-from mmscale.nn.flops import Product, linear, num_pairs
+from mmscale.nn.attention_backends import Backend, num_pairs
+from mmscale.nn.block import AttentionConfig, DenseMlpConfig, NormConfig, TransformerBlock, block_products, build_norm
+from mmscale.nn.flops import Product, linear
 from mmscale.nn.init import set_init_scale
-from mmscale.nn.mlp import DenseMlpConfig
-from mmscale.nn.norms import NormConfig, build_norm
 from mmscale.nn.patch_embed import LearnedPositions, PatchEmbed
 from mmscale.nn.rope import LearnedPositionsConfig, Rotary2dConfig, Rotation, image_rotation
 from mmscale.nn.sizes import Channels, Layers, Width

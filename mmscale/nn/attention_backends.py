@@ -1,6 +1,6 @@
 """Attention over packed segments: one signature, three kernels.
 
-Not for: projections, positions, caches (``attention.py``).
+Not for: projections, positions, caches (``block.py``).
 
     sdpa          anywhere; segments of like length are stacked into one call each
     flash         flash-attn's ``flash_attn_varlen_func`` on CUDA
@@ -98,6 +98,11 @@ def varlen_attention(
     return _torch_varlen(q, k, v, query_segments, key_segments, causal)
 
 
+def num_pairs(queries: Segments, keys: Segments) -> int:
+    """Pairs of a query and a key: the full rectangle of each segment, so that figures compare with published ones."""
+    return int(np.dot(np.diff(queries.bounds).astype(np.int64), np.diff(keys.bounds).astype(np.int64)))
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool) -> Tensor:
     kernel: Any = importlib.import_module("flash_attn").flash_attn_varlen_func
     return kernel(q, k, v, queries.cu, keys.cu, queries.longest, keys.longest, causal=causal)
@@ -145,99 +150,85 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, ca
     plan = _plan(queries.bounds, keys.bounds, causal, q.device)
     if not plan.groups:  # Sums over no rows: zeros that keep q, k and v in the graph.
         return torch.zeros_like(q) + (q[:0].sum() + k[:0].sum() + v[:0].sum())
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = k.shape[1]
+    if plan.query_rows is not None:
+        q = q.index_select(0, plan.query_rows)
+    if plan.key_rows is not None:
+        k, v = k.index_select(0, plan.key_rows), v.index_select(0, plan.key_rows)
+    # One gather and one split: slicing piece by piece would make a gradient of all rows for every piece.
     query_sizes = [group.num * group.queries for group in plan.groups]
     key_sizes = [group.num * group.keys for group in plan.groups]
-    # One gather and one split: slicing piece by piece would make a gradient of all rows for every piece.
-    parts = zip(
-        plan.groups,
-        _ordered(q, plan.query_rows).split(query_sizes),
-        _ordered(k, plan.key_rows).split(key_sizes),
-        _ordered(v, plan.key_rows).split(key_sizes),
-        strict=True,
-    )
+    parts = zip(plan.groups, q.split(query_sizes), k.split(key_sizes), v.split(key_sizes), strict=True)
     outputs = []
     for group, query, key, value in parts:
         stacked = F.scaled_dot_product_attention(
-            query.view(group.num, group.queries, *q.shape[1:]).transpose(1, 2),
-            key.view(group.num, group.keys, *k.shape[1:]).transpose(1, 2),
-            value.view(group.num, group.keys, *v.shape[1:]).transpose(1, 2),
+            query.view(group.num, group.queries, num_heads, head_dim).transpose(1, 2),
+            key.view(group.num, group.keys, num_kv_heads, head_dim).transpose(1, 2),
+            value.view(group.num, group.keys, num_kv_heads, head_dim).transpose(1, 2),
             attn_mask=group.mask,
             is_causal=group.is_causal,
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=num_heads != num_kv_heads,
         )
         outputs.append(stacked.transpose(1, 2).flatten(0, 1))  # (num * queries, H, K)
     if plan.has_keyless:
-        outputs.append(q.new_zeros(1, *q.shape[1:]))
+        outputs.append(q.new_zeros(1, num_heads, head_dim))
     result = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _ordered(result, plan.restore)
-
-
-def _ordered(rows: Tensor, index: Tensor | None) -> Tensor:
-    return rows if index is None else rows.index_select(0, index)
+    return result if plan.restore is None else result.index_select(0, plan.restore)
 
 
 @lru_cache(maxsize=64)
 def _plan(query_bounds: tuple[int, ...], key_bounds: tuple[int, ...], causal: bool, device: torch.device) -> _Plan:
     """Groups segments; cached, because every block of a forward and backward asks for the same."""
     query_lengths, key_lengths = np.diff(query_bounds), np.diff(key_bounds)
-    alive = np.flatnonzero((query_lengths > 0) & (key_lengths > 0))
-    keyless = bool(((query_lengths > 0) & (key_lengths == 0)).any())
-    groups = []
-    query_rows: list[np.ndarray] = []
-    key_rows: list[np.ndarray] = []
+    sides = (np.array(query_bounds), query_lengths), (np.array(key_bounds), key_lengths)
+    groups: list[_Group] = []
+    gathered: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     restore = np.full(query_bounds[-1], -1, dtype=np.int64)
     done = 0
     with torch.inference_mode(False):  # Cached index tensors must be usable by autograd later on.
-        for members in _partition(alive, query_lengths, key_lengths, causal):
+        for members in _partition(query_lengths, key_lengths, causal):
             group = _group(query_lengths[members], key_lengths[members], causal, device)
             groups.append(group)
-            query_rows.append(_padded_rows(members, query_bounds, group.queries))
-            key_rows.append(_padded_rows(members, key_bounds, group.keys))
+            # Rows of each member, then its last row again up to the longest member's length.
+            for (bounds, lengths), rows, longest in zip(sides, gathered, (group.queries, group.keys), strict=True):
+                places = np.minimum(np.arange(longest)[None, :], lengths[members][:, None] - 1)
+                rows.append((bounds[members][:, None] + places).reshape(-1))
             for segment in members:
                 first, end = query_bounds[segment : segment + 2]
                 restore[first:end] = np.arange(done, done + end - first)
                 done += group.queries
         restore[restore < 0] = done
-        return _Plan(
-            tuple(groups),
-            _index(query_rows, query_bounds[-1], device),
-            _index(key_rows, key_bounds[-1], device),
-            _index([restore], done, device),
-            keyless,
-        )
+        indices: list[Tensor | None] = []
+        for pieces, num_rows in ((gathered[0], query_bounds[-1]), (gathered[1], key_bounds[-1]), ([restore], done)):
+            index = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+            # An index that leaves all rows as they are is None.
+            moves = len(index) != num_rows or bool((index != np.arange(num_rows)).any())
+            indices.append(torch.from_numpy(index).to(device) if moves else None)
+    has_keyless = bool(((query_lengths > 0) & (key_lengths == 0)).any())
+    return _Plan(tuple(groups), indices[0], indices[1], indices[2], has_keyless)
 
 
-def _index(pieces: list[np.ndarray], num_rows: int, device: torch.device) -> Tensor | None:
-    """The pieces as one index, or None if it would leave ``num_rows`` rows as they are."""
-    rows = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-    if len(rows) == num_rows and bool((rows == np.arange(num_rows)).all()):
-        return None
-    return torch.from_numpy(rows).to(device)
-
-
-def _partition(alive: np.ndarray, query_lengths: np.ndarray, key_lengths: np.ndarray, causal: bool) -> list[list[int]]:
-    """Segments that share a call, each list ascending; long ones only with their like.
+def _partition(query_lengths: np.ndarray, key_lengths: np.ndarray, causal: bool) -> list[list[int]]:
+    """Segments that share a call, each list ascending; long ones only with their like, those without keys in none.
 
     Under a causal mask those with more keys than queries need a mask in memory; they never slow down the others.
     """
     masked = causal & (query_lengths != key_lengths)
+    alive = np.flatnonzero((query_lengths > 0) & (key_lengths > 0))
     order = alive[np.lexsort((query_lengths[alive], key_lengths[alive], masked[alive]))[::-1]]
     parts: list[list[int]] = []
-    limit = (0, 0)
+    most, least = [0.0, 0.0], [0.0, 0.0]
     for segment in order.tolist():
-        size = (int(query_lengths[segment]), int(key_lengths[segment]))
-        fits = all(size[i] <= limit[i] and size[i] >= limit[i] * _fill(limit[i]) for i in (0, 1))
+        size = [float(query_lengths[segment]), float(key_lengths[segment])]
+        fits = all(least[side] <= size[side] <= most[side] for side in (0, 1))
         if parts and fits and masked[segment] == masked[parts[-1][0]]:
             parts[-1].append(segment)
         else:
             parts.append([segment])
-            limit = size
+            most = size
+            least = [longest * _FILL if longest <= _SHORT else longest for longest in size]
     return sorted(sorted(part) for part in parts)
-
-
-def _fill(longest: int) -> float:
-    """Least share of the longest that a segment must have to share its call."""
-    return _FILL if longest <= _SHORT else 1.0
 
 
 def _group(query_lengths: np.ndarray, key_lengths: np.ndarray, causal: bool, device: torch.device) -> _Group:
@@ -256,10 +247,3 @@ def _group(query_lengths: np.ndarray, key_lengths: np.ndarray, causal: bool, dev
     # Rows that see nothing have no softmax: padded ones, dropped later, see the first key instead.
     visible = visible | ((key == 0) & (np.arange(queries)[None, :, None] >= query_lengths[:, None, None]))
     return _Group(num, queries, keys, is_causal=False, mask=torch.from_numpy(visible[:, None].copy()).to(device))
-
-
-def _padded_rows(members: list[int], bounds: tuple[int, ...], length: int) -> np.ndarray:
-    """Rows of each member, then its last row again up to ``length``."""
-    starts = np.array([bounds[segment] for segment in members], dtype=np.int64)
-    ends = np.array([bounds[segment + 1] for segment in members], dtype=np.int64)
-    return np.minimum(starts[:, None] + np.arange(length)[None, :], ends[:, None] - 1).reshape(-1)

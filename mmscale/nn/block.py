@@ -1,22 +1,333 @@
-"""One transformer block: attention and feed-forward on a residual stream. Text and image towers share it."""
+"""A transformer block and its parts: norms, self- and cross-attention, feed-forward. Text and image towers share it.
+
+Kernels are in ``attention_backends.py``, experts in ``moe.py``.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from data_pipeline.batch import AttentionSegments
-from mmscale.nn.attention import AttentionConfig, LayerCache, SelfAttention
-from mmscale.nn.attention_backends import Backend
-from mmscale.nn.dropout import Branch, Dropout, drop
+from data_pipeline.batch import AttentionSegments, BranchedSegments, Segments
+from data_pipeline.io.strict import StrictConfig
+from mmscale.nn.attention_backends import Backend, varlen_attention
+from mmscale.nn.dropout import Branch, Dropout
 from mmscale.nn.flops import Product, attention_of, linear
-from mmscale.nn.mlp import DenseMlpConfig
-from mmscale.nn.moe import MoeConfig
-from mmscale.nn.norms import NormConfig, build_norm
-from mmscale.nn.rope import Rotation
+from mmscale.nn.rope import Rotation, rotate
+from mmscale.nn.sizes import Epsilon, Heads, Width
+
+
+class NormKind(str, Enum):
+    """Which normalisation."""
+
+    RMS = "rmsnorm"
+    LAYER = "layernorm"
+
+
+class NormConfig(StrictConfig):
+    """A normalisation over the last dimension."""
+
+    kind: NormKind = NormKind.RMS
+    """``rmsnorm`` (Llama, Qwen, Mistral) or ``layernorm`` (CLIP, SigLIP, Persimmon)."""
+    eps: Epsilon = 1e-5
+    """Added to the mean square (or the variance) before the root."""
+
+
+def build_norm(config: NormConfig, dim: int) -> nn.Module:
+    """A norm of ``dim`` channels.
+
+    Source: Zhang and Sennrich 2019, "Root mean square layer normalization"; Ba et al. 2016, "Layer normalization".
+    """
+    return (nn.RMSNorm if config.kind is NormKind.RMS else nn.LayerNorm)(dim, eps=config.eps)
+
+
+class QkNorm(str, Enum):
+    """Normalisation of queries and keys before the dot product."""
+
+    NONE = "none"
+    HEAD = "head"
+    """Over each head's channels (Llama 3.2 Vision's cross-attention, Qwen3)."""
+    FULL = "full"
+    """Over all heads' channels at once (OLMoE, OLMo 2, InternViT)."""
+
+
+class AttentionConfig(StrictConfig):
+    """Shape of an attention layer; its width comes from the block around it."""
+
+    num_heads: Heads
+    """H, query heads."""
+    num_kv_heads: Heads | None = None
+    """G, key and value heads; must divide ``num_heads``. Null: as many as query heads."""
+    head_dim: Heads | None = None
+    """K, channels of a head. Null: width divided by ``num_heads``."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
+    out_bias: bool = False
+    """Bias on the output projection."""
+    qk_norm: QkNorm = QkNorm.NONE
+    """Normalise queries and keys: ``none``, per ``head``, or over the ``full`` projection."""
+    qk_norm_config: NormConfig | None = None
+    """Kind and epsilon of that norm. Null: as the norms of the block."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> AttentionConfig:
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads}: must divide num_heads={self.num_heads}")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    def resolved_head_dim(self, dim: int) -> int:
+        """K in a block of width ``dim``.
+
+        Raises:
+            ValueError: ``num_heads`` does not divide ``dim`` and no ``head_dim`` is set.
+        """
+        if self.head_dim is None and dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads}: must divide the width {dim}, or set head_dim")
+        return self.head_dim or dim // self.num_heads
+
+    def flops_per_row(self, dim: int) -> int:
+        """Forward operations of the four projections of one row of self-attention."""
+        return 4 * dim * self.resolved_head_dim(dim) * (self.num_heads + self.kv_heads)
+
+    def flops_per_pair(self, dim: int) -> int:
+        """Forward operations of scores and mixing for one query and one key."""
+        return 4 * self.num_heads * self.resolved_head_dim(dim)
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one layer for S sequences, ``(S, capacity, G, K)``; filled in place.
+
+    ``rows`` are the buffer rows (over ``S * capacity``) of the tokens being written now, ``visible`` those of all
+    tokens so far, sequence after sequence, and ``segments`` partitions ``visible`` into sequences.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    visible: Tensor
+    segments: Segments
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the new rows; returns keys and values of all rows so far, packed."""
+        stores = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+        stores[0].index_copy_(0, self.rows, k)
+        stores[1].index_copy_(0, self.rows, v)
+        return stores[0].index_select(0, self.visible), stores[1].index_select(0, self.visible)
+
+
+class _Projections(nn.Module):
+    """What both kinds of attention share: four projections and two norms. Has no forward of its own."""
+
+    def __init__(self, dim: int, source_dim: int, config: AttentionConfig, norm: NormConfig, backend: Backend) -> None:
+        super().__init__()
+        self.head_dim = config.resolved_head_dim(dim)
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
+        query_dim, key_dim = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(dim, query_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(source_dim, key_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(source_dim, key_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query_dim, dim, bias=config.out_bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm is not QkNorm.NONE:
+            full = config.qk_norm is QkNorm.FULL
+            norm = config.qk_norm_config or norm
+            self.q_norm = build_norm(norm, query_dim if full else self.head_dim)
+            self.k_norm = build_norm(norm, key_dim if full else self.head_dim)
+        self.backend: Backend = backend
+
+    def queries(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T H K"]:
+        rows = self.q_proj(hidden)
+        if self.qk_norm is QkNorm.FULL:
+            rows = self.q_norm(rows)
+        heads = rows.view(-1, self.num_heads, self.head_dim)
+        return self.q_norm(heads) if self.qk_norm is QkNorm.HEAD else heads
+
+    def keys_and_values(self, source: Float[Tensor, "A Ds"]) -> tuple[Float[Tensor, "A G K"], Float[Tensor, "A G K"]]:
+        rows = self.k_proj(source)
+        if self.qk_norm is QkNorm.FULL:
+            rows = self.k_norm(rows)
+        keys = rows.view(-1, self.num_kv_heads, self.head_dim)
+        if self.qk_norm is QkNorm.HEAD:
+            keys = self.k_norm(keys)
+        return keys, self.v_proj(source).view(-1, self.num_kv_heads, self.head_dim)
+
+
+class SelfAttention(_Projections):
+    """Grouped-query attention within segments, or within the branches of documents.
+
+    Keys and values of what branches share are computed once, and gathered in front of every branch.
+
+    Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA); Molmo (arXiv 2409.17146, section 3) for branches.
+    """
+
+    def __init__(self, dim: int, config: AttentionConfig, norm: NormConfig, backend: Backend, causal: bool) -> None:
+        super().__init__(dim, dim, config, norm, backend)
+        self.causal = causal
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "T D"],
+        rotation: Rotation | None,
+        segments: AttentionSegments,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "T D"]:
+        """``cache`` is extended in place by the keys and values of these rows."""
+        q = self.queries(hidden)
+        k, v = self.keys_and_values(hidden)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        if isinstance(segments, BranchedSegments):
+            queries, keys = segments.queries, segments.keys
+            k, v = k.index_select(0, segments.rows), v.index_select(0, segments.rows)
+        else:
+            queries = keys = segments
+        if cache is not None:
+            k, v = cache.extend(k, v)
+            keys = cache.segments
+        mixed = varlen_attention(q, k, v, queries, keys, self.causal, self.backend)
+        return self.o_proj(mixed.flatten(1))
+
+
+class CrossAttention(_Projections):
+    """Queries from text, keys and values from image features; no positions.
+
+    The caller computes keys and values first (``keys_and_values``), so that it can cache them while decoding.
+
+    Source: Llama 3 (arXiv 2407.21783, section 7.1).
+    """
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "T D"],
+        keys: Float[Tensor, "A G K"],
+        values: Float[Tensor, "A G K"],
+        span_tokens: Segments,
+        span_keys: Segments,
+    ) -> Float[Tensor, "T D"]:
+        """Rows of a span without keys get ``o_proj`` of zeros."""
+        q = self.queries(hidden)
+        mixed = varlen_attention(q, keys, values, span_tokens, span_keys, causal=False, backend=self.backend)
+        return self.o_proj(mixed.flatten(1))
+
+
+class Activation(str, Enum):
+    """Elementwise non-linearity."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    QUICK_GELU = "quick_gelu"
+    RELU_SQUARED = "relu_squared"
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * (1.702 * x).sigmoid()
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SILU: F.silu,
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: _gelu_tanh,
+    Activation.QUICK_GELU: _quick_gelu,
+    Activation.RELU_SQUARED: _relu_squared,
+}
+
+
+class MlpBase(StrictConfig, ABC):
+    """A kind of feed-forward: ``DenseMlpConfig``, or ``MoeConfig`` in ``moe.py``. A kind has the field ``kind``."""
+
+    has_experts: ClassVar[bool] = False
+    """Whether the module takes ``(rows, valid)`` and returns its output with the router's losses."""
+
+    @abstractmethod
+    def of_block(self, number: int) -> MlpBase:
+        """Return the feed-forward of the 0-based block ``number``."""
+
+    @abstractmethod
+    def build(self, dim: int) -> nn.Module:
+        """Return the module for a stream of width ``dim``."""
+
+    @abstractmethod
+    def flops_per_row(self, dim: int) -> int:
+        """Forward operations of one row."""
+
+    @abstractmethod
+    def last_product(self, dim: int) -> int:
+        """Forward operations of one row in the last product, if no backward pass needs its output; else 0."""
+
+
+class DenseMlpConfig(MlpBase):
+    """Feed-forward block without experts."""
+
+    kind: Literal["dense"] = "dense"
+    hidden_dim: Width
+    """F, channels between the two projections."""
+    activation: Activation = Activation.SILU
+    """Non-linearity between the projections."""
+    gated: bool = True
+    """Multiply the activation by a second projection (SwiGLU and its kin)."""
+    bias: bool = False
+    """Biases on all projections."""
+
+    def of_block(self, number: int) -> DenseMlpConfig:
+        return self
+
+    def build(self, dim: int) -> nn.Module:
+        return Mlp(dim, self)
+
+    def flops_per_row(self, dim: int) -> int:
+        return 2 * dim * self.hidden_dim * (3 if self.gated else 2)
+
+    def last_product(self, dim: int) -> int:
+        return 2 * dim * self.hidden_dim
+
+
+class Mlp(nn.Module):
+    """``down(act(gate(x)) * up(x))`` if gated, else ``down(act(up(x)))``.
+
+    Args:
+        dim: Channels that come in.
+        config: Shape.
+        out_dim: Channels that go out; None: as many.
+
+    Source: Shazeer 2020, "GLU variants improve transformer".
+    """
+
+    def __init__(self, dim: int, config: DenseMlpConfig, out_dim: int | None = None) -> None:
+        super().__init__()
+        if config.gated:
+            self.gate_proj = nn.Linear(dim, config.hidden_dim, bias=config.bias)
+        self.up_proj = nn.Linear(dim, config.hidden_dim, bias=config.bias)
+        self.down_proj = nn.Linear(config.hidden_dim, out_dim or dim, bias=config.bias)
+        self.activate = ACTIVATIONS[config.activation]
+        self.gated = config.gated
+
+    def forward(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... out_dim"]:
+        if self.gated:
+            return self.down_proj(self.activate(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(self.activate(self.up_proj(hidden)))
 
 
 class NormPlacement(str, Enum):
@@ -77,7 +388,7 @@ class TransformerBlock(nn.Module):
         self,
         dim: int,
         attention: AttentionConfig,
-        mlp: DenseMlpConfig | MoeConfig,
+        mlp: MlpBase,
         norm: NormConfig,
         backend: Backend,
         *,
@@ -91,7 +402,7 @@ class TransformerBlock(nn.Module):
         self.self_attn = SelfAttention(dim, attention, norm, backend, causal)
         self.post_attention_layernorm = build_norm(norm, dim)
         self.mlp = mlp.build(dim)
-        self.has_experts = isinstance(mlp, MoeConfig)
+        self.has_experts = mlp.has_experts
         self.placement = placement
         self.attention_scale = _scale(dim, layer_scale, gate)
         self.mlp_scale = _scale(dim, layer_scale, gate)
@@ -110,7 +421,7 @@ class TransformerBlock(nn.Module):
         branch = self.input_layernorm(hidden) if pre else hidden
         branch = self.self_attn(branch, rotation, segments, cache)
         branch = self.attention_scale(branch if pre else self.input_layernorm(branch))
-        hidden = hidden + drop(branch, dropout, Branch.ATTENTION)
+        hidden = hidden + (branch if dropout is None else dropout(branch, Branch.ATTENTION))
         branch = self.post_attention_layernorm(hidden) if pre else hidden
         router_losses = None
         if self.has_experts:
@@ -118,13 +429,13 @@ class TransformerBlock(nn.Module):
         else:
             branch = self.mlp(branch)
         branch = self.mlp_scale(branch if pre else self.post_attention_layernorm(branch))
-        return hidden + drop(branch, dropout, Branch.FEED_FORWARD), router_losses
+        return hidden + (branch if dropout is None else dropout(branch, Branch.FEED_FORWARD)), router_losses
 
 
 def block_products(
     dim: int,
     attention: AttentionConfig,
-    mlp: DenseMlpConfig | MoeConfig,
+    mlp: MlpBase,
     stream: str,
     *,
     learns: bool,

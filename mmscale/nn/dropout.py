@@ -103,11 +103,6 @@ class Dropout:
         return min(max(round(self.rate * _LEVELS), 1), _LEVELS - 1)
 
 
-def drop(values: Float[Tensor, "T D"], dropout: Dropout | None, branch: Branch) -> Float[Tensor, "T D"]:
-    """What ``branch`` adds to the residual stream: ``values`` themselves without dropout."""
-    return values if dropout is None else dropout(values, branch)
-
-
 def _row_keys(start: int, count: int) -> Int[Tensor, " T"]:
     signed = start - (start >> (_WORD_BITS - 1) << _WORD_BITS)
     return _mix(torch.arange(count) * _STRIDE + signed)

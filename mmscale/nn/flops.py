@@ -14,10 +14,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
-from data_pipeline.batch import Segments
-
 
 class Work(NamedTuple):
     """Operations of a part's forward pass.
@@ -75,8 +71,3 @@ def attention_of(per: str, flops: int, *, gradients: int, again: int = 0) -> Pro
     """
     backward = flops * gradients // 2
     return Product(per, flops, backward, again if backward else 0)
-
-
-def num_pairs(queries: Segments, keys: Segments) -> int:
-    """Pairs of a query and a key: the full rectangle of each segment, so that figures compare with published ones."""
-    return int(np.dot(np.diff(queries.bounds).astype(np.int64), np.diff(keys.bounds).astype(np.int64)))

@@ -99,4 +99,4 @@ def _constant(module: nn.Module, name: str) -> float | None:
         return constants[name]
     if name == "bias":
         return 0.0
-    return 1.0 if isinstance(module, nn.LayerNorm) else None
+    return 1.0 if isinstance(module, nn.LayerNorm | nn.RMSNorm) else None

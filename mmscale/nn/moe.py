@@ -8,7 +8,7 @@ Experts are one parameter per matrix, so a rank with no row for an expert still 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,8 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_pipeline.io.strict import StrictConfig
-from mmscale.nn.mlp import ACTIVATIONS, Activation, DenseMlpConfig, Mlp
+from mmscale.nn.block import ACTIVATIONS, Activation, DenseMlpConfig, Mlp, MlpBase
 from mmscale.nn.sizes import Layers, NumExperts, ShrunkTo, Width
 
 
@@ -30,9 +29,10 @@ class RouterOrder(str, Enum):
     """Aria, Mixtral."""
 
 
-class MoeConfig(StrictConfig):
+class MoeConfig(MlpBase):
     """Feed-forward block with routed experts."""
 
+    has_experts: ClassVar[bool] = True
     kind: Literal["moe"] = "moe"
     num_experts: NumExperts
     """E, routed experts."""
@@ -79,7 +79,6 @@ class MoeConfig(StrictConfig):
         return self if self.dense is None or (number + 1) % self.every == 0 else self.dense
 
     def build(self, dim: int) -> nn.Module:
-        """Return the module for a stream of width ``dim``."""
         return MoeMlp(dim, self)
 
     def flops_per_row(self, dim: int) -> int:
@@ -89,7 +88,6 @@ class MoeConfig(StrictConfig):
         return routed + shared + 2 * dim * self.num_experts
 
     def last_product(self, dim: int) -> int:
-        """Forward operations of one row in the last product, if no backward pass needs its output; else 0."""
         return 2 * dim * self.shared_dim if self.shared_dim and not self.shared_gate else 0
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import MultimodalBatch
 from mmscale.models.flops import TrainingFlops
-from mmscale.models.head import LanguageHead
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn.cross_entropy import SoftTarget
 
 

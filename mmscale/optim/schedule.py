@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.errors import ConfigError
-from mmscale.models.head import LanguageHead
+from mmscale.models.vocabulary import LanguageHead
 from mmscale.optim.config import AdafactorConfig, AdamWConfig, MuonConfig
 from mmscale.optim.stages import ALL, StageConfig
 

@@ -28,9 +28,7 @@ from data_pipeline.batch import MultimodalBatch
 from mmscale.errors import ConfigError
 from mmscale.models.decoder import Decoder
 from mmscale.models.multimodal import MultimodalModel
-from mmscale.nn.attention import QkNorm, SelfAttention
-from mmscale.nn.block import TransformerBlock
-from mmscale.nn.mlp import Mlp
+from mmscale.nn.block import Mlp, QkNorm, SelfAttention, TransformerBlock
 from mmscale.prune.scores import BlockScores, Scores
 
 

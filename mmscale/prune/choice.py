@@ -16,9 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmscale.models.decoder_config import DecoderConfig
-from mmscale.nn.attention import QkNorm
-from mmscale.nn.mlp import DenseMlpConfig
+from mmscale.models.decoder import DecoderConfig
+from mmscale.nn.block import DenseMlpConfig, QkNorm
 from mmscale.nn.rope import rotated_width
 from mmscale.prune.scores import BlockScores, Scores
 

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mmscale.models.config import ModelConfig
-from mmscale.models.decoder_config import DecoderConfig
-from mmscale.nn.attention import QkNorm
-from mmscale.nn.mlp import DenseMlpConfig
-from mmscale.nn.norms import NormKind
+from mmscale.models.decoder import DecoderConfig
+from mmscale.nn.block import DenseMlpConfig, NormKind, QkNorm
 from mmscale.nn.rope import YarnScaling, rotated_width
 
 _KIND = (

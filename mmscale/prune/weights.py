@@ -18,9 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmscale.models.decoder_config import DecoderConfig
-from mmscale.nn.attention import QkNorm
-from mmscale.nn.block import NormPlacement
+from mmscale.models.decoder import DecoderConfig
+from mmscale.nn.block import NormPlacement, QkNorm
 from mmscale.prune.scores import BlockScores, Scores
 
 Read = Callable[[str], Tensor]

@@ -121,6 +121,7 @@ _WITHOUT_NUMBERS |= {
     "FeatureConnectorBase",
     "AttendedConnectorBase",
     "TowerBase",
+    "MlpBase",
 }
 """Bases of others, and classes whose numbers all lie in other classes."""
 _RECORDS = {"Holder", "Manifest", "RankNotes", "RollBack", "SavedState", "StartRecord"}

@@ -14,7 +14,7 @@ from mmscale.engine.config import EngineConfig
 from mmscale.engine.optimizers.adafactor import Adafactor
 from mmscale.engine.optimizers.build import build_optimizer
 from mmscale.engine.optimizers.shards import FlatMaster, Piece
-from mmscale.models.head import LanguageHead
+from mmscale.models.vocabulary import LanguageHead
 from mmscale.optim.config import AdafactorConfig, AdamWConfig, MuonConfig
 from mmscale.optim.schedule import MUON_MOMENTS, LearningRates, freeze, parameter_groups, tables, trained_components
 from mmscale.optim.stages import StageConfig

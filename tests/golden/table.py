@@ -15,7 +15,7 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import LAYOUTS
 from mmscale.models.config import AnyModelConfig, ModelConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig, EmbeddingConnectorConfig
-from mmscale.models.decoder_config import DecoderConfig
+from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.moe import MoeConfig
 from tests.configs.files import CONFIGS, MODELS, REPO, RUNS, bases_of, model_of, name_of

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmscale.models.build import build_model, count_parameters, media_spec
-from mmscale.models.embedding import TokenEmbedding
 from mmscale.models.generation import generate
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.models.vocabulary import TokenEmbedding
 from mmscale.nn.cross_entropy import linear_cross_entropy
 from mmscale.optim.schedule import component_of_parameters, tables
 from tests.models.packs import image_document, pack

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_pipeline.batch import BranchedSegments, Segments
-from mmscale.nn.attention import AttentionConfig, SelfAttention
 from mmscale.nn.attention_backends import _plan, varlen_attention
-from mmscale.nn.norms import NormConfig
+from mmscale.nn.block import AttentionConfig, NormConfig, SelfAttention
 from mmscale.nn.rope import Rotation
 
 Shape = tuple[int, list[int]]

@@ -9,12 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from data_pipeline.batch import Segments
-from mmscale.nn.attention import AttentionConfig
 from mmscale.nn.attention_backends import resolve_backend
-from mmscale.nn.block import NormPlacement, TransformerBlock
-from mmscale.nn.dropout import Branch, Dropout, drop, step_key
-from mmscale.nn.mlp import DenseMlpConfig
-from mmscale.nn.norms import NormConfig
+from mmscale.nn.block import AttentionConfig, DenseMlpConfig, NormConfig, NormPlacement, TransformerBlock
+from mmscale.nn.dropout import Branch, Dropout, step_key
 
 CPU = torch.device("cpu")
 WORD = 2**64 - 1
@@ -56,7 +53,7 @@ def test_masks_are_the_published_hash(block: int, branch: Branch) -> None:
 def test_share_scale_and_gradient(rate: float) -> None:
     values = torch.randn(512, 256, dtype=torch.float64, requires_grad=True)
     dropout = masks(rate=rate, rows=512)
-    out = drop(values, dropout, Branch.ATTENTION)
+    out = dropout(values, Branch.ATTENTION)
     dropped = dropout.dropped(Branch.ATTENTION, 256)
     count = dropped.numel()
     assert abs(dropped.double().mean().item() - rate) < 5 * (rate * (1 - rate) / count) ** 0.5 + 2**-17
@@ -72,7 +69,7 @@ def test_share_scale_and_gradient(rate: float) -> None:
 def test_the_mean_over_steps_is_the_value_itself() -> None:
     values = torch.randn(8, 32)
     steps = 4000
-    total = sum(drop(values, masks(step=step, rate=0.25, rows=8), Branch.ATTENTION) for step in range(steps))
+    total = sum(masks(step=step, rate=0.25, rows=8)(values, Branch.ATTENTION) for step in range(steps))
     error = (total / steps - values) / values  # Of one draw: sqrt(rate / (1 - rate)) = 0.58.
     assert error.abs().max() < 5 * 0.58 / steps**0.5
     assert error.std() == pytest.approx(0.577 / steps**0.5, rel=0.2)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmscale.nn.mlp import ACTIVATIONS
+from mmscale.nn.block import ACTIVATIONS
 from mmscale.nn.moe import Experts, MoeConfig, MoeMlp, Router, biased_routers
 
 DIM, ROWS = 6, 23

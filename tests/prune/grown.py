@@ -16,7 +16,7 @@ from torch import Tensor
 from mmscale.models.build import build_model
 from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
-from mmscale.nn.attention import QkNorm
+from mmscale.nn.block import QkNorm
 
 
 @dataclass

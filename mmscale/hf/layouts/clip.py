@@ -25,9 +25,9 @@ from mmscale.hf.layouts import clip_vision, pixels, vit
 from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import ContrastiveConnectorConfig
-from mmscale.models.decoder_config import DecoderConfig
+from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
-from mmscale.nn.mlp import DenseMlpConfig
+from mmscale.nn.block import DenseMlpConfig
 
 _MAX_SCALE = 100.0
 _IDS, _END = 49408, 49407

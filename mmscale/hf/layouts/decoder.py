@@ -12,7 +12,7 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.keys import REQUIRED, Keys
 from mmscale.hf.layout import rows
 from mmscale.models.config import ModelConfig
-from mmscale.nn.mlp import DenseMlpConfig
+from mmscale.nn.block import DenseMlpConfig
 from mmscale.nn.rope import RopeConfig
 
 ROWS = rows(

@@ -13,7 +13,7 @@ from mmscale.hf.layout import Layout, Row, Rows, rows
 from mmscale.hf.layouts import internvl_vision, pixels, vit
 from mmscale.models.config import TowerConfig
 from mmscale.models.vision_config import VisionConfig
-from mmscale.nn.attention import QkNorm
+from mmscale.nn.block import QkNorm
 
 _LAYER = "encoder.layers.{n}."
 

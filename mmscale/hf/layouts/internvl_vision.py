@@ -10,8 +10,7 @@ from mmscale.hf.layout import Layout, Row, Rows, rows
 from mmscale.hf.layouts import pixels, vit
 from mmscale.models.config import TowerConfig
 from mmscale.models.vision_config import VisionConfig
-from mmscale.nn.attention import QkNorm
-from mmscale.nn.norms import NormKind
+from mmscale.nn.block import NormKind, QkNorm
 
 NORMS = {"rms_norm": "rmsnorm", "layer_norm": "layernorm"}
 _QK_EPS = 1e-6

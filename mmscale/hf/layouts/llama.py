@@ -9,7 +9,7 @@ from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout
 from mmscale.hf.layouts import decoder
 from mmscale.models.config import ModelConfig
-from mmscale.nn.mlp import DenseMlpConfig
+from mmscale.nn.block import DenseMlpConfig
 
 
 def _to_model(keys: Keys) -> ModelConfig:

@@ -16,7 +16,7 @@ from mmscale.hf.layouts import pixels
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig
 from mmscale.models.vision_config import VisionConfig
-from mmscale.nn.mlp import DenseMlpConfig
+from mmscale.nn.block import DenseMlpConfig
 from mmscale.nn.rope import LearnedPositionsConfig, RopeConfig
 
 _BLOCK = (

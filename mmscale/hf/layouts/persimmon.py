@@ -12,8 +12,7 @@ from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Layout, Row, Rows, rows
 from mmscale.hf.layouts import decoder
 from mmscale.models.config import ModelConfig
-from mmscale.nn.attention import QkNorm
-from mmscale.nn.mlp import DenseMlpConfig
+from mmscale.nn.block import DenseMlpConfig, QkNorm
 from mmscale.nn.rope import RopeConfig
 
 _LAYER = "decoder.layers.{n}."

@@ -10,9 +10,9 @@ from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Row, Rows, rows
 from mmscale.hf.layouts import pixels
 from mmscale.models.config import AnyModelConfig, TowerConfig
-from mmscale.models.decoder_config import DecoderConfig
+from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
-from mmscale.nn.mlp import Activation, DenseMlpConfig
+from mmscale.nn.block import Activation, DenseMlpConfig
 from mmscale.nn.rope import LearnedPositionsConfig
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}

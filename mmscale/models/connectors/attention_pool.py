@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmscale.models.connectors.projector import ProjectorBase, merge_order
+from mmscale.nn.block import DenseMlpConfig, Mlp
 from mmscale.nn.flops import Work
-from mmscale.nn.mlp import DenseMlpConfig, Mlp
 from mmscale.nn.sizes import Heads, Side
 
 

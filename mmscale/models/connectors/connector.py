@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Placement
-from mmscale.models.decoder import CrossAttended
-from mmscale.models.decoder_config import DecoderConfig
+from mmscale.models.decoder import CrossAttended, DecoderConfig
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.projector_config import ProjectorConfig, check_projector, projector_products, typical_view
 from mmscale.models.vision_config import AnyVisionConfig

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.media_spec import Placement
 from mmscale.models.connectors.connector import ConnectorBase
-from mmscale.models.decoder_config import DecoderConfig
+from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import AnyVisionConfig
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.flops import Product, linear

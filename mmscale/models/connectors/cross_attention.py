@@ -22,19 +22,16 @@ from mmscale.models.connectors.connector import Connector, FeatureConnectorBase
 from mmscale.models.connectors.embedding import write_features
 from mmscale.models.connectors.projector import LinearProjectorConfig
 from mmscale.models.connectors.unseen_text import num_absent_rows, rows_of_views, with_unseen_text
-from mmscale.models.decoder import CrossAttended
-from mmscale.models.decoder_config import DecoderConfig
+from mmscale.models.decoder import CrossAttended, DecoderConfig
 from mmscale.models.kv_cache import CrossCache, KVCache
 from mmscale.models.projector_config import ProjectorConfig
 from mmscale.models.vision_config import AnyVisionConfig
-from mmscale.nn.attention import AttentionConfig, CrossAttention, QkNorm
-from mmscale.nn.attention_backends import Backend
-from mmscale.nn.dropout import Branch, Dropout, drop
-from mmscale.nn.flops import Product, attention_of, linear, num_pairs
+from mmscale.nn.attention_backends import Backend, num_pairs
+from mmscale.nn.block import AttentionConfig, CrossAttention, DenseMlpConfig, Mlp, QkNorm, build_norm
+from mmscale.nn.dropout import Branch, Dropout
+from mmscale.nn.flops import Product, attention_of, linear
 from mmscale.nn.init import set_init_scale
-from mmscale.nn.mlp import DenseMlpConfig, Mlp
 from mmscale.nn.moe import MoeConfig
-from mmscale.nn.norms import build_norm
 from mmscale.nn.sizes import Layers, ShrunkTo
 
 
@@ -208,15 +205,16 @@ class CrossAttentionBlock(nn.Module):
         if isinstance(source, CrossCache):
             keys, values = source.keys, source.values
         else:
-            keys, values = self.cross_attn.project_source(source)
+            keys, values = self.cross_attn.keys_and_values(source)
         mask = visible.unsqueeze(1).to(hidden.dtype)
         attended = self.cross_attn(self.input_layernorm(hidden), keys, values, span_tokens, span_keys)
-        hidden = hidden + drop(self.cross_attn_attn_gate.tanh() * mask * attended, dropout, Branch.ATTENTION)
+        branch = self.cross_attn_attn_gate.tanh() * mask * attended
+        hidden = hidden + (branch if dropout is None else dropout(branch, Branch.ATTENTION))
         changed = self.mlp(self.post_attention_layernorm(hidden))
         if unseen is not None:
             mask = mask * ~unseen.unsqueeze(1)
-        hidden = hidden + drop(self.cross_attn_mlp_gate.tanh() * mask * changed, dropout, Branch.FEED_FORWARD)
-        return hidden, keys, values
+        branch = self.cross_attn_mlp_gate.tanh() * mask * changed
+        return hidden + (branch if dropout is None else dropout(branch, Branch.FEED_FORWARD)), keys, values
 
 
 class CrossAttentionConnector(Connector):

@@ -12,8 +12,7 @@ from data_pipeline.media_spec import Placement
 from mmscale.models.connectors.connector import Connector, FeatureConnectorBase
 from mmscale.models.connectors.padding import PaddingEmbedding
 from mmscale.models.connectors.projector import MlpProjectorConfig
-from mmscale.models.decoder import CrossAttended
-from mmscale.models.decoder_config import DecoderConfig
+from mmscale.models.decoder import CrossAttended, DecoderConfig
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.projector_config import ProjectorConfig
 from mmscale.models.vision_config import AnyVisionConfig

@@ -15,9 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data_pipeline.io.strict import StrictConfig
+from mmscale.nn.block import ACTIVATIONS, Activation, NormConfig, NormKind, build_norm
 from mmscale.nn.flops import Work
-from mmscale.nn.mlp import ACTIVATIONS, Activation
-from mmscale.nn.norms import NormConfig, NormKind, build_norm
 from mmscale.nn.sizes import Epsilon, Side, Width
 
 
