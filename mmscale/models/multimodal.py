@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data_pipeline.batch import MultimodalBatch
 from mmscale.models.config import ModelConfig
@@ -55,7 +55,14 @@ class MultimodalModel(nn.Module):
         if cache is not None and batch.branched is not None:
             raise ValueError("a document with branches has several ends, so no cache can go on from it")
         resumed = cache is not None and cache.started
-        hidden, tags = self._embed(batch)
+        media, num_tokens = batch.media.get("image"), len(batch.token_ids)
+        # One call embeds the tokens and the tags of tiles: all ranks make equally many.
+        hidden = self.decoder.embed_tokens(
+            batch.token_ids if media is None else torch.cat([batch.token_ids, media.tag_ids])
+        )
+        tags = hidden[num_tokens:]
+        if media is not None:
+            hidden = hidden[:num_tokens]
         if cache is not None:
             cache.advance(batch.segments, self.config.decoder.attention.kv_heads, self.decoder.head_dim, hidden)
         attended: CrossAttended | None = None
@@ -66,9 +73,8 @@ class MultimodalModel(nn.Module):
                 media = batch.media["image"]
                 features = self.vision(media).to(hidden.dtype)
                 hidden, attended = self.connector.connect(hidden, features, tags, media, batch.segments, cache)
-        hidden, router = self.decoder(
-            hidden, batch.position_ids, batch.attended, batch.valid, attended, cache, self._dropout(batch)
-        )
+        dropout = self._dropout(batch) if self.training and self.config.decoder.dropout else None
+        hidden, router = self.decoder(hidden, batch.position_ids, batch.attended, batch.valid, attended, cache, dropout)
         aux = {}
         mlp = self.config.decoder.mlp
         if router is not None and isinstance(mlp, MoeConfig):
@@ -76,19 +82,8 @@ class MultimodalModel(nn.Module):
             aux["router_z"] = AuxLoss(router[1], mlp.z_coefficient)
         return ModelOutput(hidden, aux)
 
-    def _embed(self, batch: MultimodalBatch) -> tuple[Tensor, Tensor]:
-        """Rows of the tokens, and of the tags of tiles, by one call: all ranks make equally many."""
-        media = batch.media.get("image")
-        if media is None:
-            hidden = self.decoder.embed_tokens(batch.token_ids)
-            return hidden, hidden[:0]
-        rows = self.decoder.embed_tokens(torch.cat([batch.token_ids, media.tag_ids]))
-        return rows[: len(batch.token_ids)], rows[len(batch.token_ids) :]
-
-    def _dropout(self, batch: MultimodalBatch) -> Dropout | None:
+    def _dropout(self, batch: MultimodalBatch) -> Dropout:
         rate = self.config.decoder.dropout
-        if not (self.training and rate):
-            return None
         if batch.dropout_key is None or sum(batch.lane_tokens) != batch.segments.total:
             raise ValueError(
                 f"decoder.dropout={rate}: a batch to train on needs dropout_key (mmscale.nn.dropout.step_key) and "

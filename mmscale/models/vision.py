@@ -27,27 +27,11 @@ from mmscale.nn.tile_embed import TileEmbedding, TilePositions
 Grids = Sequence[tuple[int, int, int]]
 
 
-def frame_lengths(grids: Grids, extra: int = 0) -> list[int]:
-    """Rows of each frame; frames of a video are views of their own. ``extra`` rows are added to each."""
-    return [height * width + extra for time, height, width in grids for _ in range(time)]
-
-
 def grid_places(grids: Grids) -> tuple[np.ndarray, np.ndarray]:
     """Row and column of every packed patch, int64 ``(P,)`` each."""
     rows = [np.tile(np.repeat(np.arange(height), width), time) for time, height, width in grids]
     columns = [np.tile(np.arange(width), time * height) for time, height, width in grids]
     return np.concatenate(rows), np.concatenate(columns)
-
-
-def tile_rows(config: VisionConfig, media: MediaBlock) -> TileRows | None:
-    """The stream of a tower that sees the tiles of an image together; None of any other."""
-    if config.tiles is None:
-        return None
-    assert isinstance(config.positions, LearnedPositionsConfig)
-    assert len(media.places) == len(media.grids), "collate says where each view belongs"
-    height, width = config.positions.grid
-    rows = height * width + config.class_token
-    return TileRows.of(media.places, rows, config.tiles.max_tiles, config.tiles.attend_absent)
 
 
 class _Idle(torch.autograd.Function):
@@ -147,17 +131,28 @@ class VisionConfig(TowerBase):
             )
         return found
 
+    def frames(self, media: MediaBlock) -> Segments:
+        """Rows of each frame, class token included: views do not see each other, nor do the frames of a video."""
+        if not self.class_token and all(time == 1 for time, _, _ in media.grids):
+            return media.items
+        extra = int(self.class_token)
+        frames = Segments.from_lengths(
+            [height * width + extra for time, height, width in media.grids for _ in range(time)]
+        )
+        return Segments(frames.cu.to(media.items.cu.device), frames.bounds)
+
+    def tile_rows(self, media: MediaBlock) -> TileRows:
+        """The stream of a tower with ``tiles``, which sees the tiles of an image together."""
+        assert self.tiles is not None
+        assert isinstance(self.positions, LearnedPositionsConfig)
+        assert len(media.places) == len(media.grids), "collate says where each view belongs"
+        height, width = self.positions.grid
+        rows = height * width + self.class_token
+        return TileRows.of(media.places, rows, self.tiles.max_tiles, self.tiles.attend_absent)
+
     def counts(self, media: MediaBlock) -> dict[str, int]:
-        rows = tile_rows(self, media)
-        if rows is None:
-            lengths = frame_lengths(media.grids, extra=int(self.class_token))
-            return {
-                "patches": media.items.total,
-                "tower_rows": sum(lengths),
-                "tower_pairs": sum(length**2 for length in lengths),
-            }
-        seen = rows.attended
-        queries, keys = (seen, seen) if isinstance(seen, Segments) else (seen.queries, seen.keys)
+        attended = self.frames(media) if self.tiles is None else self.tile_rows(media).attended
+        queries, keys = (attended, attended) if isinstance(attended, Segments) else (attended.queries, attended.keys)
         return {
             "patches": media.items.total,
             "tower_rows": queries.total,
@@ -267,73 +262,62 @@ class VisionTower(Tower):
 
         Views do not see each other, nor do frames; with ``tiles`` those of an image do.
         """
-        tiles = tile_rows(self.config, media)
+        config, positions = self.config, self.config.positions
+        tiles = None if config.tiles is None else config.tile_rows(media)
+        segments: AttentionSegments = (
+            config.frames(media) if tiles is None else on_device(tiles.attended, media.values.device)
+        )
+        rotation: Rotation | None = None
         hidden = self.patch_embed(media.values)
         if tiles is not None:
-            return self._features_of_tiles(hidden, tiles)
-        if isinstance(self.config.positions, LearnedPositionsConfig):
-            hidden = self.positions(hidden)
-        hidden = self.pre_norm(hidden)
-        hidden, kept = self._through_layers(hidden, self._frames(media, hidden.device), self._rotation(media, hidden))
-        return self._kept_rows(self._joined(self.post_norm(hidden), kept))
+            hidden = self._enter_tiles(hidden, tiles)
+        elif isinstance(positions, Rotary2dConfig):
+            rows, columns = (torch.from_numpy(places).to(hidden.device) for places in grid_places(media.grids))
+            rotation = image_rotation(rows, columns, self.head_dim, positions, hidden.dtype)
+            hidden = self.pre_norm(hidden)
+        else:
+            hidden = self.pre_norm(self.positions(hidden))
+        outputs = {}
+        for number, layer in enumerate(self.layers):
+            hidden, _ = layer(hidden, rotation, segments)
+            if number in config.feature_layers:
+                outputs[number] = hidden
+        last, kept = self.post_norm(hidden), [outputs[number] for number in config.feature_layers]
+        if tiles is not None:
+            last, *kept = self._leave_tiles(last, kept, tiles, segments)
+        parts = [last] if config.last_output else []
+        if kept and config.feature_order == "channels":
+            parts.append(torch.stack(kept, dim=-1).flatten(-2))
+        else:
+            parts += kept
+        features = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if config.idle_layers:
+            features = _Idle.apply(features, last)
+        if config.class_token and not config.class_feature:
+            assert isinstance(positions, LearnedPositionsConfig)
+            height, width = positions.grid
+            features = features.view(-1, height * width + 1, features.shape[-1])[:, 1:].flatten(0, 1)
+        return features
 
-    def _features_of_tiles(self, patches: Tensor, rows: TileRows) -> Tensor:
-        tiles, row_tiles = (torch.from_numpy(each).to(patches.device) for each in (rows.tiles, rows.row_tiles))
-        attended = on_device(rows.attended, patches.device)
+    def _enter_tiles(self, patches: Tensor, rows: TileRows) -> Tensor:
+        """Add absent tiles, positions and fillers to patch rows: the stream that enters the first block."""
+        tiles = torch.from_numpy(rows.tiles).to(patches.device)
         places = len(patches) // (len(tiles) - rows.num_absent)
         hidden = F.pad(patches, (0, 0, 0, rows.num_absent * places))
         hidden = self.pre_tiles(hidden, tiles.repeat_interleave(places, output_size=len(hidden)))
         hidden = self.pre_norm(self.positions(hidden, tiles))
         if rows.order is not None:
             hidden = F.pad(hidden, (0, 0, 0, 1)).index_select(0, torch.from_numpy(rows.order).to(hidden.device))
-        hidden, kept = self._through_layers(hidden, attended, None)
-        hidden = self.post_tiles(self.post_norm(hidden), row_tiles)
+        return hidden
+
+    def _leave_tiles(
+        self, hidden: Tensor, kept: list[Tensor], rows: TileRows, attended: AttentionSegments
+    ) -> list[Tensor]:
+        """Run the global blocks. Return their output and the ``kept`` ones, without rows that are no features."""
+        hidden = self.post_tiles(hidden, torch.from_numpy(rows.row_tiles).to(hidden.device))
         for layer in self.global_layers:
             hidden, _ = layer(hidden, None, attended)
-        if self.absent_features:
-            wanted = torch.from_numpy(np.concatenate([np.arange(rows.num_real), rows.absent])).to(hidden.device)
-            hidden, *kept = (output.index_select(0, wanted) for output in (hidden, *kept))
-        else:
-            hidden, *kept = (output[: rows.num_real] for output in (hidden, *kept))
-        return self._kept_rows(self._joined(hidden, kept))
-
-    def _through_layers(
-        self, hidden: Tensor, segments: AttentionSegments, rotation: Rotation | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The last output and those of ``feature_layers``."""
-        kept = {}
-        for number, layer in enumerate(self.layers):
-            hidden, _ = layer(hidden, rotation, segments)
-            if number in self.config.feature_layers:
-                kept[number] = hidden
-        return hidden, [kept[number] for number in self.config.feature_layers]
-
-    def _joined(self, last: Tensor, kept: list[Tensor]) -> Tensor:
-        outputs = [last] if self.config.last_output else []
-        if kept and self.config.feature_order == "channels":
-            outputs.append(torch.stack(kept, dim=-1).flatten(-2))
-        else:
-            outputs += kept
-        features = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        return _Idle.apply(features, last) if self.config.idle_layers else features
-
-    def _frames(self, media: MediaBlock, device: torch.device) -> Segments:
-        if not self.config.class_token and all(grid[0] == 1 for grid in media.grids):
-            return media.items
-        frames = Segments.from_lengths(frame_lengths(media.grids, extra=int(self.config.class_token)))
-        return Segments(frames.cu.to(device), frames.bounds)
-
-    def _rotation(self, media: MediaBlock, hidden: Tensor) -> Rotation | None:
-        positions = self.config.positions
-        if not isinstance(positions, Rotary2dConfig):
-            return None
-        rows, columns = (torch.from_numpy(places).to(hidden.device) for places in grid_places(media.grids))
-        return image_rotation(rows, columns, self.head_dim, positions, hidden.dtype)
-
-    def _kept_rows(self, features: Tensor) -> Tensor:
-        """Drops the class rows, unless they are features."""
-        if not self.config.class_token or self.config.class_feature:
-            return features
-        assert isinstance(self.config.positions, LearnedPositionsConfig)
-        height, width = self.config.positions.grid
-        return features.view(-1, height * width + 1, features.shape[-1])[:, 1:].flatten(0, 1)
+        if not self.absent_features:
+            return [output[: rows.num_real] for output in (hidden, *kept)]
+        wanted = torch.from_numpy(np.concatenate([np.arange(rows.num_real), rows.absent])).to(hidden.device)
+        return [output.index_select(0, wanted) for output in (hidden, *kept)]

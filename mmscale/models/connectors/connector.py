@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Placement
+from mmscale.models.connectors.unseen_text import num_absent_rows
 from mmscale.models.decoder import CrossAttended, DecoderConfig
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.projector_config import ProjectorConfig, check_projector, projector_products, typical_view
@@ -109,13 +110,17 @@ class FeatureConnectorBase(ConnectorBase):
         )
 
     def counts(self, vision: AnyVisionConfig, batch: MultimodalBatch) -> dict[str, int]:
-        media = batch.media["image"]
+        media, merge = batch.media["image"], self.projector.merge
         frames = sum(time for time, _, _ in media.grids)
-        return self._feature_counts(media.items.total + int(vision.class_feature) * frames, frames)
-
-    def _feature_counts(self, patches: int, frames: int) -> dict[str, int]:
-        features = patches // self.projector.merge**2
-        return {"feature_patches": patches, "pooled_pairs": patches, "features": features, "frames": frames}
+        patches = media.items.total + int(vision.class_feature) * frames
+        if self.looks_ahead:
+            patches += sum(num_absent_rows(media, vision, merge))
+        return {
+            "feature_patches": patches,
+            "pooled_pairs": patches,
+            "features": patches // merge**2,
+            "frames": frames,
+        }
 
     def typical_view(self, vision: AnyVisionConfig) -> dict[str, int]:
         patches, features = typical_view(self.projector, vision.fixed_grid)

@@ -21,7 +21,7 @@ from data_pipeline.media_spec import Placement
 from mmscale.models.connectors.connector import Connector, FeatureConnectorBase
 from mmscale.models.connectors.embedding import write_features
 from mmscale.models.connectors.projector import LinearProjectorConfig
-from mmscale.models.connectors.unseen_text import num_absent_rows, rows_of_views, with_unseen_text
+from mmscale.models.connectors.unseen_text import rows_of_views, with_unseen_text
 from mmscale.models.decoder import CrossAttended, DecoderConfig
 from mmscale.models.kv_cache import CrossCache, KVCache
 from mmscale.models.projector_config import ProjectorConfig
@@ -82,11 +82,14 @@ class AttendedConnectorBase(FeatureConnectorBase):
 
     def counts(self, vision: AnyVisionConfig, batch: MultimodalBatch) -> dict[str, int]:
         media = batch.media["image"]
-        attended = {
-            "attended_rows": media.span_keys.total,
-            "cross_pairs": num_pairs(media.span_tokens, media.span_keys),
+        span_keys = media.span_keys
+        if self.looks_ahead:
+            _, span_keys = with_unseen_text(media, batch.segments, vision, self.projector.merge)
+        return {
+            **super().counts(vision, batch),
+            "attended_rows": span_keys.total,
+            "cross_pairs": num_pairs(media.span_tokens, span_keys),
         }
-        return {**super().counts(vision, batch), **attended}
 
     def block_products(self, decoder: DecoderConfig, trained: Collection[str], flows: bool) -> list[Product]:
         attention, mlp = self.shapes(decoder)
@@ -131,16 +134,6 @@ class CrossAttentionConnectorConfig(AttendedConnectorBase):
     @property
     def takes_class_feature(self) -> bool:
         return self.projector.merge == 1
-
-    def counts(self, vision: AnyVisionConfig, batch: MultimodalBatch) -> dict[str, int]:
-        found, media = super().counts(vision, batch), batch.media["image"]
-        if not self.looks_ahead:
-            return found
-        merge = self.projector.merge
-        _, span_keys = with_unseen_text(media, batch.segments, vision, merge)
-        patches = found["feature_patches"] + sum(num_absent_rows(media, vision, merge))
-        attended = {"attended_rows": span_keys.total, "cross_pairs": num_pairs(media.span_tokens, span_keys)}
-        return {**self._feature_counts(patches, found["frames"]), **attended}
 
 
 class HybridConnectorConfig(AttendedConnectorBase):
