@@ -7,6 +7,8 @@ CODE := data_pipeline mmscale launchers benchmarks tests examples
 
 # Several ranks share the cores of one machine; more threads than cores would slow all of them down.
 export OMP_NUM_THREADS ?= 1
+# Cache compiled modules, even where the shell forbids it: each rank, worker and test process imports them anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart quick test-near test test-slow test-all lint format golden bench clean
