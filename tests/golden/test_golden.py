@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.configs.files import model_of, name_of
+from tests.configs.files import CONFIGS, model_of, name_of
 from tests.golden.describe import COMMAND, FOLDER, describe, files
 from tests.golden.table import README, written
 
-FILES = files()
+RECORDED = {CONFIGS / file.relative_to(FOLDER).with_suffix(".yaml"): file for file in sorted(FOLDER.rglob("*.txt"))}
+"""By configuration. ``files()`` would read every configuration of the project before any test can start."""
 
 
 def compare(file: Path, now: str) -> None:
@@ -21,14 +22,14 @@ def compare(file: Path, now: str) -> None:
         pytest.fail("\n".join([*changes, f"if this is wanted: {COMMAND}"]), pytrace=False)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+@pytest.mark.parametrize("path", RECORDED, ids=name_of)
 def test_as_recorded(path: Path) -> None:
-    compare(FILES[path], describe(model_of(path)))
+    compare(RECORDED[path], describe(model_of(path)))
 
 
 def test_the_table_of_configurations() -> None:
     compare(README, written())
 
 
-def test_no_golden_file_is_left_over() -> None:
-    assert set(FOLDER.rglob("*.txt")) == set(FILES.values())
+def test_no_golden_file_is_missing_or_left_over() -> None:
+    assert files() == RECORDED
