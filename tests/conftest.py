@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 # Before torch is imported: two cores are shared by all ranks that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +33,20 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     """Modules and collected tests live to the end: the garbage collector need not go over them again and again."""
     gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile``, but each block of the pages is a unit: as one file they would outlast all other tests."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileOrBlock(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "docs/test_commands.py::test_block" in nodeid else super()._split_scope(nodeid)
+
+    return ByFileOrBlock(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
