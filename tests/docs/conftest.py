@@ -6,10 +6,12 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+
+from tests.engine.nursery import Commands
 
 REPO = Path(__file__).resolve().parents[2]
 ACTIVATE = "source .venv/bin/activate"
@@ -29,6 +31,23 @@ def checkout(tmp_path: Path) -> Path:
     activate.parent.mkdir(parents=True)
     activate.write_text(f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    process = Commands(tmp_path_factory.mktemp("commands"))
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def quick_checkout(checkout: Path, commands: Commands) -> Path:
+    """The same with an ``mmscale`` that is forked from a process which has imported everything."""
+    scripts = checkout / ".venv/bin"
+    commands.write_client(scripts / "mmscale")
+    with (scripts / "activate").open("a") as file:
+        file.write(f"export PATH={shlex.quote(str(scripts))}:$PATH\n")
+    return checkout
 
 
 def paste(block: str, checkout: Path, environment: Mapping[str, str] | None = None) -> None:

@@ -1,13 +1,13 @@
 """Every ``bash`` block of the README and of docs/ works as pasted: from the repository's root, on bundled data.
 
 The README's block starts from what ``make quickstart`` leaves, the pages' blocks from what the README leaves: an
-activated environment. Blocks for a cluster, a GPU or long runs are fenced as ``console`` and are not run.
+activated environment. One process forks the ``mmscale`` of all pages; the README's block starts the installed script.
+Blocks for a cluster, a GPU or long runs are fenced as ``console`` and are not run.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -30,8 +30,8 @@ def blocks() -> list[object]:
 
 
 @pytest.mark.parametrize("block", blocks())
-def test_block(block: str, checkout: Path) -> None:
-    paste(block, checkout)
+def test_block(block: str, request: pytest.FixtureRequest) -> None:
+    paste(block, request.getfixturevalue("checkout" if ACTIVATE in block else "quick_checkout"))
 
 
 def test_the_readme_activates_the_environment_itself() -> None:

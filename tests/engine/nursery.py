@@ -4,7 +4,10 @@
 
 Each rank of its own would spend three seconds of a core on importing torch and DeepSpeed. Two nurseries take turns, so
 that neighbours hash strings differently, as interpreters do that were started apart: what depends on the order of a set
-is not the same on all ranks. Whole runs (tests/system) start every rank as a user does.
+is not the same on all ranks. Whole runs (tests/system) are forked too if they ask for it: a rank that a user starts
+spends half of a short run on imports.
+
+``Commands`` forks ``mmscale`` in the same way, for a shell that runs many short commands.
 """
 
 from __future__ import annotations
@@ -16,14 +19,19 @@ import gc
 import json
 import os
 import selectors
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +42,7 @@ class Child:
 
     nursery: Nursery
     pid: int
+    log: Path
     returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -60,6 +69,11 @@ class Child:
         code = self.poll()
         assert code is not None
         return code
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Waits for the end; returns what was printed."""
+        self.wait(timeout)
+        return self.log.read_text(), None
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -97,13 +111,149 @@ class Nursery:
     def fork(self, call: str, arguments: list[Any], environment: dict[str, str], log: Path) -> Child:
         """Runs ``package.module:function(*arguments)`` in a new process of that environment; it prints to a log."""
         order = {"call": call, "arguments": arguments, "environment": environment, "log": str(log)}
-        return Child(self, self.ask(order))
+        return Child(self, self.ask(order), log)
 
 
 @functools.cache
 def nursery(number: int) -> Nursery:
     """One of this test process's nurseries, started when it is first asked for."""
     return Nursery()
+
+
+class ForkedRank(subprocess.Popen[bytes]):
+    """``python -m mmscale.cli.main WORDS`` without a new interpreter.
+
+    It is a child of the launcher with the session, files and variables that the launcher asks for.
+    """
+
+    def _execute_child(
+        self,
+        args: list[str],
+        executable: None,
+        preexec_fn: Callable[[], None],
+        close_fds: bool,
+        pass_fds: tuple[int, ...],
+        cwd: None,
+        env: dict[str, str],
+        *rest: Any,
+    ) -> None:
+        ends = rest[3:9]  # What the child and this process hold of standard input, output and error.
+        files = [inherited if end < 0 else end for inherited, end in enumerate((ends[0], ends[3], ends[5]))]
+        self.pid = os.fork()
+        if self.pid:
+            self._child_created = True
+            self._close_pipe_fds(*ends)
+            return
+        try:
+            os.setsid()
+            preexec_fn()
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _become(env, *files, keep=pass_fds)
+            _enter(args[3:])
+        finally:
+            os._exit(1)
+
+
+def run_command(words: list[str]) -> None:
+    """Runs ``mmscale WORDS`` in a session of its own, and forks the ranks that it launches."""
+    from launchers import local
+
+    os.setsid()
+    forking = SimpleNamespace(Popen=ForkedRank, DEVNULL=subprocess.DEVNULL)
+    with mock.patch.object(local, "subprocess", forking):
+        _enter(words)
+
+
+def _enter(words: list[str]) -> NoReturn:
+    from mmscale.cli.main import entry
+
+    sys.argv = ["mmscale", *words]
+    entry()
+
+
+_CLIENT = """\
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as commands:
+    commands.connect(sys.argv[1])
+    socket.send_fds(commands, [b"files"], [0, 1, 2])
+    commands.sendall(json.dumps([sys.argv[2:], os.getcwd(), dict(os.environ)]).encode())
+    commands.shutdown(socket.SHUT_WR)
+    code = int(commands.recv(16) or 1)
+sys.exit(128 - code if code < 0 else code)
+"""
+
+
+class Commands:
+    """A process that forks ``mmscale`` for each call of a client script.
+
+    The command gets the client's words, folder, environment and standard files, and the client its exit code. The
+    modules are imported already, so a command takes milliseconds to start instead of two seconds of a core.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Starts the process.
+
+        Args:
+            folder: New empty folder for the socket.
+        """
+        self._address = folder / "socket"
+        self._process = subprocess.Popen([sys.executable, __file__, str(self._address)], stdout=subprocess.PIPE)
+        assert self._process.stdout
+        assert self._process.stdout.readline() == b"ready\n"
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def write_client(self, path: Path) -> None:
+        """Writes the executable that stands for the script ``mmscale``."""
+        command = [sys.executable, "-SEc", _CLIENT, str(self._address)]
+        path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        path.chmod(0o755)
+
+
+def _serve_commands(address: str) -> None:
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    # The paths of the installed script: not those of this file.
+    sys.path[0] = str(Path(sys.executable).parent)
+    _import_all()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        os.write(answers, b"ready\n")
+        os.close(answers)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # The kernel reaps the processes that answer.
+        while True:
+            client, _ = listener.accept()
+            if not os.fork():
+                listener.close()
+                _answer(client)
+            client.close()
+
+
+def _answer(client: socket.socket) -> NoReturn:
+    """Runs one command in a child of its own and sends its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _, files, _, _ = socket.recv_fds(client, len(b"files"), 3)
+    words, folder, environment = json.loads(b"".join(iter(lambda: client.recv(1 << 16), b"")))
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            _become(environment, *files)
+            os.chdir(folder)
+            _enter(words)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    for file in (0, 1, 2, *files):  # A pipe of the client ends with its command.
+        os.close(file)
+    client.sendall(b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    os._exit(0)
 
 
 def _serve() -> None:
@@ -123,6 +273,9 @@ def _import_all() -> None:
     for name in (
         "mmscale.run.train",
         "mmscale.cli.main",
+        "mmscale.cli.launch",
+        "mmscale.cli.train",
+        "launchers.local",
         "deepspeed.comm",
         "deepspeed.ops",
         "torch._dynamo",
@@ -144,7 +297,9 @@ def _fork(order: dict[str, Any]) -> int:
         return pid
     code = 1
     try:
-        _become(order["environment"], order["log"])
+        null = os.open(os.devnull, os.O_RDONLY)
+        written = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        _become(order["environment"], null, written, written)
         module, _, name = order["call"].partition(":")
         getattr(import_module(module), name)(*order["arguments"])
         code = 0
@@ -157,17 +312,17 @@ def _fork(order: dict[str, Any]) -> int:
         os._exit(code)
 
 
-def _become(environment: dict[str, str], log: str) -> None:
+def _become(environment: dict[str, str], *files: int, keep: tuple[int, ...] = ()) -> None:
     """Leaves behind what belongs to the nursery: its pipes, its environment."""
     os.environ.clear()
     os.environ.update(environment)
-    null = os.open(os.devnull, os.O_RDONLY)
-    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    for old, new in ((null, 0), (written, 1), (written, 2)):
-        os.dup2(old, new)
-    os.closerange(3, 256)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    for file in {*range(3, 256)} - {*keep}:
+        with contextlib.suppress(OSError):
+            os.close(file)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve_commands(sys.argv[1]) if len(sys.argv) > 1 else _serve()
