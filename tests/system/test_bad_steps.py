@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def spikes(norms: list[float]) -> list[bool]:
 @pytest.mark.resume
 @pytest.mark.dist
 @pytest.mark.slow
-def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(make_run: MakeRun) -> None:
+def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(fork_run: MakeRun) -> None:
     words = (f"max_steps={STEPS}", f"bad_steps={{{STRICT}}}")
-    run = make_run("whole", 2, *words)
+    run = fork_run("whole", 2, *words)
     run.finish()
     lines = run.metrics()
     refused = [not line["applied"] for line in lines]
@@ -71,7 +72,7 @@ def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(make_run:
         losses = [document["loss"] for document in record["documents"]]
         assert losses == sorted(losses, reverse=True)
     # What the guard knows is in the checkpoint: killed in between, the same steps are refused.
-    killed = make_run("killed", 2, *words)
+    killed = fork_run("killed", 2, *words)
     process = killed.start()
     killed.wait_for_step(process, 17)
     kill_group(process)
@@ -82,11 +83,11 @@ def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(make_run:
 @pytest.mark.resume
 @pytest.mark.dist
 @pytest.mark.slow
-def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(make_run: MakeRun) -> None:
+def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(fork_run: MakeRun) -> None:
     strict = STRICT.replace("norm_deviations: 1,", "norm_deviations: 1.6,")
     bad_steps = f"bad_steps={{policy: roll_back, {strict}}}"
     words = (f"max_steps={STEPS}", bad_steps, "ledger.every_steps=4", "model.decoder.dropout=0.1")
-    run = make_run("whole", 2, *words)
+    run = fork_run("whole", 2, *words)
     assert "going back to step" in run.finish()
     roll_backs = read_roll_backs(run.folder / "bad_steps")
     assert roll_backs
@@ -96,13 +97,13 @@ def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(make_run: MakeRun) 
     assert all(line["applied"] for line in lines), "every step of the last line of checkpoints is a good one"
     assert lines[-1]["roll_backs"] == len(roll_backs)
 
-    killed = make_run("killed", 2, *words)
+    killed = fork_run("killed", 2, *words)
     listed = killed.folder / "bad_steps" / "roll_backs.json"
     seen = 0
     while seen < len(roll_backs):  # Killed as soon as a roll back is written down, before anything follows from it.
         process = killed.start()
         while process.poll() is None and count(listed) <= seen:
-            pass
+            time.sleep(0.001)
         kill_group(process)
         assert count(listed) > seen
         seen = count(listed)
@@ -139,8 +140,8 @@ def check_ledger(run: Run, first: int, last: int) -> None:
 
 
 @pytest.mark.fault
-def test_halting_names_the_step_and_too_many_in_a_row_end_the_run(make_run: MakeRun) -> None:
-    halted = make_run("halted", 1, f"max_steps={STEPS}", f"bad_steps={{policy: halt, {STRICT}}}")
+def test_halting_names_the_step_and_too_many_in_a_row_end_the_run(fork_run: MakeRun) -> None:
+    halted = fork_run("halted", 1, f"max_steps={STEPS}", f"bad_steps={{policy: halt, {STRICT}}}")
     output = halted.finish(code=1)
     last = halted.metrics()[-1]
     assert not last["applied"]
@@ -150,7 +151,7 @@ def test_halting_names_the_step_and_too_many_in_a_row_end_the_run(make_run: Make
     assert (halted.folder / "bad_steps" / f"step-{last['step']:08d}.json").exists()
 
     # A learning rate that breaks the model: no batch is finite any more.
-    broken = make_run("broken", 1, "max_steps=12", "bad_steps.max_in_row=3", "stages.0.learning_rate={default: 1e30}")
+    broken = fork_run("broken", 1, "max_steps=12", "bad_steps.max_in_row=3", "stages.0.learning_rate={default: 1e30}")
     output = broken.finish(code=1)
     assert "bad step 4 in a row (bad_steps.max_in_row=3)" in output
     lines = broken.metrics()

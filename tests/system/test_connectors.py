@@ -26,8 +26,8 @@ MOE = [
     ],
     ids=["embedding", "hybrid", "moe"],
 )
-def test_trains_thirty_steps(make_run: MakeRun, overrides: list[str]) -> None:
-    run = make_run("run", 2, "max_steps=30", "stages.0.learning_rate.default=3e-3", *overrides)
+def test_trains_thirty_steps(fork_run: MakeRun, overrides: list[str]) -> None:
+    run = fork_run("run", 2, "max_steps=30", "stages.0.learning_rate.default=3e-3", *overrides)
     run.finish()
     losses = [line["loss"] for line in run.metrics()]
     assert len(losses) == 30

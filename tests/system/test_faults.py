@@ -86,9 +86,9 @@ def loader_workers(process: int, command: bytes = b"") -> list[int]:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_run_over_damaged_data_survives_the_death_of_a_worker_of_a_rank_and_of_everything(
-    make_run: MakeRun, damaged: Path
+    make_run: MakeRun, fork_run: MakeRun, damaged: Path
 ) -> None:
-    whole = make_run("whole", 2, f"max_steps={STEPS}", config=damaged)
+    whole = fork_run("whole", 2, f"max_steps={STEPS}", config=damaged)
     whole.finish()
     faults = listed(whole)
     assert {line["kind"] for line in faults} == {"checksum"}

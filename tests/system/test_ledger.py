@@ -17,10 +17,10 @@ KILLED = 8
 
 @pytest.mark.resume
 @pytest.mark.dist
-def test_a_killed_run_has_the_ledger_of_an_undisturbed_one(make_run: MakeRun) -> None:
+def test_a_killed_run_has_the_ledger_of_an_undisturbed_one(fork_run: MakeRun) -> None:
     mixed = REPO / "tests/system/mixed.yaml"
     words = ("ledger.every_steps=3", "data.packing.look_ahead=4")
-    run = make_run("run", 2, f"max_steps={STEPS}", *words, config=mixed)
+    run = fork_run("run", 2, f"max_steps={STEPS}", *words, config=mixed)
     process = run.start()
     run.wait_for_step(process, KILLED)
     kill_group(process)
@@ -49,7 +49,7 @@ def test_a_killed_run_has_the_ledger_of_an_undisturbed_one(make_run: MakeRun) ->
     before = check(1, KILLED + 4)  # What was lost with the kill, and what is to come, is replayed.
     assert before[4] is Source.LEDGER
     assert before[-1] is Source.REPLAY
-    moved = make_run("run", 1, f"max_steps={STEPS}", *words, config=mixed)
+    moved = fork_run("run", 1, f"max_steps={STEPS}", *words, config=mixed)
     moved.finish()
     assert check(1, STEPS) == [Source.LEDGER] * STEPS
     assert RunTrace(run.folder).ledger.spans[:3] == [(1, 3), (4, 5), (6, 8)]

@@ -37,10 +37,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_continues_bit_for_bit(
-    make_run: MakeRun, whole: list[tuple[Any, ...]]
+    fork_run: MakeRun, whole: list[tuple[Any, ...]]
 ) -> None:
     assert [row[0] for row in whole] == list(range(1, STEPS + 1))
-    run = make_run("killed", 2, *WORDS)
+    run = fork_run("killed", 2, *WORDS)
     kills = sorted(random.Random(0).sample(range(2, STEPS - 3), 3))
     assert kills[0] < EVERY < kills[1] < 2 * EVERY < kills[2], "before a checkpoint, behind the first, behind another"
     for kill_at in kills:
@@ -54,11 +54,11 @@ def test_a_run_that_is_killed_again_and_again_continues_bit_for_bit(
 
 
 @pytest.mark.resume
-def test_a_signal_saves_and_the_next_start_goes_on(make_run: MakeRun) -> None:
+def test_a_signal_saves_and_the_next_start_goes_on(fork_run: MakeRun) -> None:
     words = (f"max_steps={STEPS}", "checkpoint.every_steps=1000")
-    undisturbed = make_run("undisturbed", 1, *words)
+    undisturbed = fork_run("undisturbed", 1, *words)
     undisturbed.finish()
-    run = make_run("stopped", 1, *words)
+    run = fork_run("stopped", 1, *words)
     stopped_at = 0
     for stop in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         process = run.start()
@@ -88,9 +88,9 @@ def test_a_signal_during_set_up_stops_after_the_first_step(make_run: MakeRun) ->
 
 @pytest.mark.resume
 @pytest.mark.dist
-def test_goes_on_with_another_number_of_ranks(make_run: MakeRun, whole: list[tuple[Any, ...]]) -> None:
-    make_run("moved", 2, *WORDS, "max_steps=7").finish()
-    moved = make_run("moved", 1, *WORDS, "engine.micro_lanes=2")
+def test_goes_on_with_another_number_of_ranks(fork_run: MakeRun, whole: list[tuple[Any, ...]]) -> None:
+    fork_run("moved", 2, *WORDS, "max_steps=7").finish()
+    moved = fork_run("moved", 1, *WORDS, "engine.micro_lanes=2")
     moved.finish()
     for mine, theirs in zip(curve(moved), whole, strict=True):
         assert mine[0] == theirs[0]

@@ -38,7 +38,7 @@ NEW = {"decoder.embed_tokens.extra_weight", "head.extra_weight"}
 
 def start(folder: Path, ranks: int, *words: str) -> Run:
     first = ["train", str(CHANGES)] if ranks == 1 else ["launch", "local", str(CHANGES), "--ranks", str(ranks)]
-    return Run(folder, [*first, f"run_dir={folder}", *words])
+    return Run(folder, [*first, f"run_dir={folder}", *words], forked=True)
 
 
 @pytest.fixture(scope="module")

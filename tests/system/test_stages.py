@@ -25,8 +25,8 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.dist
 @pytest.mark.resume
-def test_stage_program_freezes_hands_on_and_resumes(make_run: MakeRun) -> None:
-    whole = make_run("whole", 2, config=STAGES)
+def test_stage_program_freezes_hands_on_and_resumes(fork_run: MakeRun) -> None:
+    whole = fork_run("whole", 2, config=STAGES)
     whole.finish()
     lines = whole.metrics()
     assert [line["stage"] for line in lines] == ["read"] * 6 + ["align"] * 6 + ["everything"] * 6
@@ -39,7 +39,7 @@ def test_stage_program_freezes_hands_on_and_resumes(make_run: MakeRun) -> None:
         assert torch.equal(value, after_align[name]) == is_decoder, name
         assert not torch.equal(after_align[name], after_all[name]), name
 
-    killed = make_run("killed", 2, "checkpoint.every_steps=2", config=STAGES)
+    killed = fork_run("killed", 2, "checkpoint.every_steps=2", config=STAGES)
     process = killed.start()
     killed.wait_for_step(process, 9)
     kill_group(process)

@@ -32,8 +32,8 @@ def test_two_kills_on_one_and_two_ranks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.resume
-def test_a_difference_of_two_runs_is_found(make_run: MakeRun) -> None:
-    one, other = (make_run(name, 1, "max_steps=2", f"seed={seed}") for name, seed in (("one", 1), ("other", 2)))
+def test_a_difference_of_two_runs_is_found(fork_run: MakeRun) -> None:
+    one, other = (fork_run(name, 1, "max_steps=2", f"seed={seed}") for name, seed in (("one", 1), ("other", 2)))
     for run in (one, other):
         run.finish()
     assert differences(one.folder, one.folder) == (0.0, 0.0)

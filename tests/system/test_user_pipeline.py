@@ -15,12 +15,12 @@ WORDS = (
 
 
 @pytest.mark.resume
-def test_a_resume_continues_bit_for_bit(make_run: MakeRun) -> None:
-    whole = make_run("whole", 1, *WORDS, "max_steps=6")
+def test_a_resume_continues_bit_for_bit(fork_run: MakeRun) -> None:
+    whole = fork_run("whole", 1, *WORDS, "max_steps=6")
     whole.finish()
-    halves = make_run("halves", 1, *WORDS, "max_steps=3")
+    halves = fork_run("halves", 1, *WORDS, "max_steps=3")
     halves.finish()
     assert len(curve(halves)) == 3
-    again = make_run("halves", 1, *WORDS, "max_steps=6")
+    again = fork_run("halves", 1, *WORDS, "max_steps=6")
     assert "going on from" in again.finish()
     assert curve(again) == curve(whole)

@@ -40,10 +40,10 @@ def test_the_mixture_has_steps_in_which_one_rank_has_no_image() -> None:
 
 
 @pytest.mark.dist
-def test_loss_curve_is_the_same_at_one_two_and_four_ranks(make_run: MakeRun) -> None:
+def test_loss_curve_is_the_same_at_one_two_and_four_ranks(fork_run: MakeRun) -> None:
     curves = {}
     for ranks in (1, 2, 4):
-        run = make_run(f"world-{ranks}", ranks, f"max_steps={STEPS}", config=MIXED)
+        run = fork_run(f"world-{ranks}", ranks, f"max_steps={STEPS}", config=MIXED)
         run.finish()
         curves[ranks] = run.metrics()
     assert len(curves[1]) == STEPS
@@ -54,10 +54,10 @@ def test_loss_curve_is_the_same_at_one_two_and_four_ranks(make_run: MakeRun) -> 
             assert many["tokens"] == one["tokens"]
 
 
-def test_each_step_has_the_masks_of_its_number(make_run: MakeRun) -> None:
+def test_each_step_has_the_masks_of_its_number(fork_run: MakeRun) -> None:
     """The losses of a run that learns nothing are those of its first model with the masks of steps 0, 1, 2."""
     words = ("max_steps=3", "stages.0.learning_rate={default: 1e-30}", "model.decoder.dropout=0.3")
-    run = make_run("still", 1, *words, config=MIXED)
+    run = fork_run("still", 1, *words, config=MIXED)
     run.finish()
     config = load(run.folder / "config.yaml", [], RunConfig).value
     model, objective = build_model(config.model, seed=config.seed), NextToken()
@@ -69,8 +69,8 @@ def test_each_step_has_the_masks_of_its_number(make_run: MakeRun) -> None:
 
 
 @pytest.mark.dist
-def test_a_world_that_does_not_fit_is_refused(make_run: MakeRun) -> None:
-    run = make_run("unfit", 2, "data.lanes=1", config=TINY)
+def test_a_world_that_does_not_fit_is_refused(fork_run: MakeRun) -> None:
+    run = fork_run("unfit", 2, "data.lanes=1", config=TINY)
     output = run.finish(code=2)
     assert "world size 2 does not fit data.lanes=1" in output
     assert not run.folder.joinpath("checkpoints").exists()
