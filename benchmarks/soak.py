@@ -117,7 +117,12 @@ class Slope:
 
 
 def slope(seconds: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> Slope:
-    """Least squares; neighbours resemble each other, so their number is reduced by the lag-1 correlation (Bartlett)."""
+    """Least squares; neighbours resemble each other, so their number is reduced by the lag-1 correlation (Bartlett).
+
+    A single reading, all that a short soak on a busy machine has, gives 0.
+    """
+    if len(values) < 2:
+        return Slope(0.0, 0.0)
     centred = seconds - seconds.mean()
     spread = float((centred**2).sum())
     value = float((centred * values).sum()) / spread

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.soak import Delivery, resident_bytes, slope
+from benchmarks.soak import Delivery, Slope, resident_bytes, slope
 from benchmarks.soak_data import write_damaged_set
 from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.shards.damage import Problem
@@ -60,6 +60,10 @@ def test_the_slope_is_that_of_numpy_and_its_interval_holds_the_truth_nineteen_ti
         assert line.value == pytest.approx(np.polyfit(seconds, values, 1)[0])
         hits += abs(line.value - 0.05) <= line.half_width
     assert 0.9 <= hits / 400 <= 0.99
+
+
+def test_a_single_reading_has_no_slope() -> None:
+    assert slope(np.array([12.0]), np.array([1193.0])) == Slope(0.0, 0.0)
 
 
 def test_a_slope_of_a_random_walk_is_hardly_certain() -> None:
