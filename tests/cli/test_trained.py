@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mmscale.cli.main import main
+from tests.system.conftest import REPO, Run
 
-REPO = Path(__file__).resolve().parents[2]
 CONFIG = "tests/system/tiny.yaml"
 SETS = (
     "evaluation.sets=[{name: both, manifest: examples/emoji/shards/heldout-both.manifest, field: group, "
@@ -24,16 +21,7 @@ SETS = (
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "first"
     words = ["train", CONFIG, f"run_dir={folder}", "max_steps=2", SETS, "evaluation.captions={num_images: 2}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "mmscale.cli.main", *words],
-        cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    Run(folder, words, forked=True).finish()
     return folder
 
 

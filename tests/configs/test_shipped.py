@@ -45,6 +45,7 @@ def test_run_dir_and_max_steps_are_overrides_of_every_run(path: Path, monkeypatc
     assert value.stages == load(path, [], RunConfig).value.stages
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", RUNS, ids=name_of)
 def test_every_run_has_a_twin_that_can_start(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)

@@ -54,7 +54,7 @@ def train_and_export(
 ) -> Path:
     """The folder that ``transformers`` can go on with: ``prepare``, a run of two ranks, ``export``."""
     file = prepare(source, work, dataset, **settings)
-    Run(work / "run", ["launch", "local", str(file), "--ranks", "2"]).finish()
+    Run(work / "run", ["launch", "local", str(file), "--ranks", "2"], forked=True).finish()
     return export(source, work, idle=idle)
 
 
