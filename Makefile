@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quick test-near test test-slow test-ci test-all lint format golden bench clean
+.PHONY: help setup quickstart quick test-near test test-slow test-all lint format golden bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#' 2>/dev/null || true
@@ -40,9 +40,6 @@ test: setup ## Run the tests that need neither a GPU, a cluster nor patience
 
 test-slow: setup ## Run the tests that take minutes each: long runs, every page of docs/, every size of a recipe
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu and not slurm"
-
-test-ci: setup ## Run the tests of both at once, as CI does: test processes start and import everything only once
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slurm"
 
 test-all: setup ## Run every test this machine can run
 	$(BIN)/python -m pytest -q
