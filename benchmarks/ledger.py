@@ -23,8 +23,8 @@ from data_pipeline.history.sample_log import COLUMNS, Ledger, Segment
 from data_pipeline.history.sample_steps import Whereabouts
 from data_pipeline.io.columns import Column
 from data_pipeline.loader.sample_source import dataset_seed
-from data_pipeline.order.lanes import Cursor, LaneOrder
-from data_pipeline.order.state import LaneState, LoaderState, StreamPosition
+from data_pipeline.order.lanes import LaneOrder
+from data_pipeline.order.state import Cursor, LaneState, LoaderState, StreamPosition
 
 EVERY = 256
 STEPS = 10**6

@@ -25,7 +25,8 @@ import numpy as np
 
 from benchmarks.figures import Case, main
 from data_pipeline.io.columns import pack_strings, write_columns
-from data_pipeline.order.lanes import Cursor, LaneOrder
+from data_pipeline.order.lanes import LaneOrder
+from data_pipeline.order.state import Cursor
 from data_pipeline.shards.index import index_path
 from data_pipeline.shards.manifest import MANIFEST_FORMAT, Manifest, write_manifest
 from data_pipeline.shards.writer import ShardWriter

@@ -90,6 +90,7 @@ class _Source:
     def __init__(self, draw: Draw, lane: int) -> None:
         self._draw, self._lane, self._number = draw, lane, 0
 
+    @property
     def position(self) -> StreamPosition:
         return StreamPosition.start(1)
 

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.figures import Case, main
-from data_pipeline.order.lanes import Cursor, LaneOrder
+from data_pipeline.order.lanes import LaneOrder
+from data_pipeline.order.state import Cursor
 
 SAMPLES = 2**18
 LANES, DRAWS = 64, 16

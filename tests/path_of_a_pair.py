@@ -4,7 +4,7 @@
     python -m tests.path_of_a_pair --json
 
 Two runs are profiled that differ by one step. A function is on the path if it is called more often in the longer run.
-Functions are listed in the order of their first call. Comprehensions belong to the function that contains them.
+What follows the last step (the save, the result) is not counted. Functions are listed in the order of their first call. Comprehensions belong to the function that contains them.
 """
 
 from __future__ import annotations
@@ -51,15 +51,19 @@ def path_of_a_pair() -> list[str]:
 
 
 def _profile(steps: int, output: Path) -> None:
+    from mmscale.checkpoint.background import Saver
     from mmscale.config import load
     from mmscale.run.config import RunConfig
     from mmscale.run.train import train
 
     calls: dict[CodeType, int] = {}
+    save = Saver.save.__code__
 
     def record(frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
             calls[frame.f_code] = calls.get(frame.f_code, 0) + 1
+            if frame.f_code is save:  # After the last step. The end of a run is not a part of a step.
+                sys.setprofile(None)
 
     def record_decoding(frame: FrameType, event: str, argument: Any) -> None:
         # Other threads beat by the clock, so the number of their calls says nothing about a step.

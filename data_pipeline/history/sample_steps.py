@@ -16,8 +16,8 @@ from data_pipeline.config import DataConfig
 from data_pipeline.history.sample_log import Ledger, Row, Segment
 from data_pipeline.loader.fingerprint import schedule_of
 from data_pipeline.loader.sample_source import dataset_seed
-from data_pipeline.order.lanes import Cursor, LaneOrder
-from data_pipeline.order.state import LaneState, LoaderState
+from data_pipeline.order.lanes import LaneOrder
+from data_pipeline.order.state import Cursor, LaneState, LoaderState
 
 
 class Past(NamedTuple):

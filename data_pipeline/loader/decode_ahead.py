@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from data_pipeline.document import Document
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.loader.sample_source import LaneSource, OpenDataset
-from data_pipeline.order.mixture import LaneSequence
+from data_pipeline.order.lanes import LaneSequence
 from data_pipeline.order.state import Drawn, StreamPosition
 from data_pipeline.packing.document_builder import Outline
 

@@ -9,7 +9,7 @@ from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_lists import exclusions_digest
-from data_pipeline.order.mixture import Schedule
+from data_pipeline.order.lanes import Schedule
 from data_pipeline.order.state import fingerprint_of
 
 

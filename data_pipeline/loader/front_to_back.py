@@ -30,9 +30,8 @@ from data_pipeline.errors import (
 )
 from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault
-from data_pipeline.order.lanes import Cursor, Place
 from data_pipeline.order.randomness import Permutation
-from data_pipeline.order.state import Drawn
+from data_pipeline.order.state import Cursor, Drawn, Place
 from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES, assemble
 from data_pipeline.shards.tar_stream import PIPE, Members, samples_of

@@ -21,7 +21,7 @@ from data_pipeline.loader.sample_source import MeasuredDataset, OpenDataset, Ski
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault, FaultPolicy, Skipped
-from data_pipeline.order.mixture import LaneSequence, Schedule
+from data_pipeline.order.lanes import LaneSequence, Schedule
 from data_pipeline.order.state import Drawn, LaneState, StreamPosition
 from data_pipeline.packing.document_builder import null_document
 from data_pipeline.packing.packer import Budget, Made, Pack, Packer
@@ -46,7 +46,10 @@ class LaneStream:
 
     Attributes:
         step: The step whose pack is being made, for the schedule; the caller sets it.
+        position: Where the next document is drawn from.
         ahead: Makes documents before their turn.
+        policy: Counts bad samples.
+        skipped: Bad samples that were left out; the caller takes them away.
     """
 
     def __init__(
@@ -64,18 +67,10 @@ class LaneStream:
         self._sources = [dataset.source.lane(lane, config.lanes) for dataset in datasets]
         sequence = LaneSequence(self._sources, [each.config.max_epochs for each in datasets], schedule, lane)
         self.ahead = DecodeAhead(sequence, datasets, self._sources, threads)
-        self._position, self._waiting = state.position, state.waiting
-        self._policy = FaultPolicy(config.faults, state.faults)
-        self._skipped: list[Skipped] = []
+        self.position, self._waiting = state.position, state.waiting
+        self.policy = FaultPolicy(config.faults, state.faults)
+        self.skipped: list[Skipped] = []
         self._remade: tuple[Drawn, list[Document]] | None = None
-
-    def position(self) -> StreamPosition:
-        """Where the next document is drawn from."""
-        return self._position
-
-    def faults(self) -> tuple[int, ...]:
-        """Counters of the fault policy."""
-        return self._policy.state()
 
     def make(self) -> list[Made] | None:
         """Draws the next sample: its documents, none if it was skipped; None when every data set is used up.
@@ -84,7 +79,7 @@ class LaneStream:
             TooManyFaultsError: too many bad samples.
             DataPipelineError: a shard is missing, stale or damaged; or a bad sample under ``fail``.
         """
-        self._position, turn = self.ahead.next(self._position, self.step)
+        self.position, turn = self.ahead.next(self.position, self.step)
         if turn is None:
             return None
         documents = self._attempt(turn.drawn, turn.document)
@@ -108,13 +103,8 @@ class LaneStream:
 
     def prepare(self) -> None:
         """Starts to fetch what the first reads need, so that lanes do not wait one after the other."""
-        for number, (source, cursor) in enumerate(zip(self._sources, self._position.cursors, strict=True)):
+        for number, (source, cursor) in enumerate(zip(self._sources, self.position.cursors, strict=True)):
             source.prepare(cursor, [drawn for drawn in self._waiting if drawn.dataset == number])
-
-    def take_skipped(self) -> tuple[Skipped, ...]:
-        """Samples skipped since the last call."""
-        skipped, self._skipped = tuple(self._skipped), []
-        return skipped
 
     def _read(self, drawn: Drawn) -> Document:
         return self._datasets[drawn.dataset].outline(self._sources[drawn.dataset], drawn)()
@@ -122,10 +112,10 @@ class LaneStream:
     def _attempt(self, drawn: Drawn, make: Callable[[], Document]) -> list[Document]:
         """The documents of a sample; none if it is skipped, which is noted."""
         known = self._sources[drawn.dataset].faults
-        result = self._policy.attempt(lambda: self._budget.admit(make()), known, drawn.sample)
+        result = self.policy.attempt(lambda: self._budget.admit(make()), known, drawn.sample)
         if isinstance(result, Fault):
             origin = (self._datasets[drawn.dataset].config.name, drawn.epoch, drawn.sample, self._lane)
-            self._skipped.append(self._policy.skipped(result, *origin, known.offset(drawn.sample)))
+            self.skipped.append(self.policy.skipped(result, *origin, known.offset(drawn.sample)))
             return []
         return result
 
@@ -210,12 +200,16 @@ class LanePacks:
     def states(self) -> dict[int, LaneState]:
         """Where each lane stands behind its last pack."""
         return {
-            lane: LaneState(*packer.state(), self._streams[lane].faults()) for lane, packer in self._packers.items()
+            lane: LaneState(*packer.state(), self._streams[lane].policy.state())
+            for lane, packer in self._packers.items()
         }
 
     def take_skipped(self) -> tuple[Skipped, ...]:
         """Samples that were left out since the last call."""
-        return tuple(skip for stream in self._streams.values() for skip in stream.take_skipped())
+        skipped = tuple(skip for stream in self._streams.values() for skip in stream.skipped)
+        for stream in self._streams.values():
+            stream.skipped.clear()
+        return skipped
 
     @property
     def exhausted(self) -> bool:
@@ -229,7 +223,8 @@ class LanePacks:
             ShardError, ManifestError, StorageError: its shard is missing, stale or damaged.
         """
         stream = self._stream(0, LaneState(StreamPosition.start(len(self._datasets))))
-        return stream.remake(drawn), stream.take_skipped()
+        document = stream.remake(drawn)
+        return document, tuple(stream.skipped)
 
     def close(self) -> None:
         """Ends what is under way."""

@@ -29,8 +29,7 @@ from data_pipeline.loader.front_to_back import StreamedSet
 from data_pipeline.loader.user_code import Epoch
 from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault, ShardAction
-from data_pipeline.order.lanes import Cursor, Place
-from data_pipeline.order.state import Drawn
+from data_pipeline.order.state import Cursor, Drawn, Place
 from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.sample_reader import assemble
 

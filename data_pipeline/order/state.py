@@ -16,11 +16,25 @@ from typing import Any, NamedTuple
 
 from data_pipeline.errors import StateError
 from data_pipeline.io.untrusted import UntrustedError, parse_json
-from data_pipeline.order.lanes import Cursor
 
 
 def _is_counts(values: Sequence[object]) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
+
+
+class Cursor(NamedTuple):
+    """A place in one lane of one data set."""
+
+    epoch: int = 0
+    window: int = 0
+    offset: int = 0
+
+
+class Place(NamedTuple):
+    """What a cursor points at."""
+
+    sample: int
+    epoch: int
 
 
 class StreamPosition(NamedTuple):

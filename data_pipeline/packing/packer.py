@@ -168,6 +168,7 @@ class Made(NamedTuple):
 class Source(Protocol):
     """A stream of documents whose place is a value."""
 
+    @property
     def position(self) -> StreamPosition:
         """Where the next document is drawn from."""
 
@@ -240,7 +241,7 @@ class Packer:
 
     def state(self) -> tuple[StreamPosition, tuple[Drawn, ...]]:
         """Where the source stands, and the places of the documents that wait, the oldest first."""
-        return self._source.position(), tuple(waiting.drawn for waiting in self._waiting)
+        return self._source.position, tuple(waiting.drawn for waiting in self._waiting)
 
     def _choose(self, load: Load) -> tuple[_Waiting, Load] | None:
         """The document to add to a pack, and the load of the pack with it; None if no document fits.

@@ -124,7 +124,7 @@ def png_chunks(data: Buffer) -> Iterator[tuple[bytes, int, int]]:
 
 def _png(start: bytes, data: Buffer) -> tuple[int, int, bytes]:
     """Width and height as stored, and the EXIF block if there is one."""
-    if len(start) < 24 or start[8:16] != b"\0\0\0\x0dIHDR":
+    if len(start) < 29 or start[8:16] != b"\0\0\0\x0dIHDR":
         raise SampleError("a PNG without its header chunk", kind=FaultKind.DECODE)
     width, height = int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big")
     exif = next((bytes(data[at : at + length]) for kind, at, length in png_chunks(data) if kind == b"eXIf"), b"")

@@ -16,8 +16,7 @@ from data_pipeline.errors import LedgerError, StateError
 from data_pipeline.history.sample_steps import Whereabouts
 from data_pipeline.loader.loader import Loader, StepBatch
 from data_pipeline.order.config import OrderConfig
-from data_pipeline.order.lanes import Cursor
-from data_pipeline.order.state import LaneState, LoaderState, StreamPosition
+from data_pipeline.order.state import Cursor, LaneState, LoaderState, StreamPosition
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.storage.config import CacheConfig, StorageConfig
 from mmscale.cli.main import main

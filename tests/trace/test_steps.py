@@ -11,8 +11,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import LedgerError
 from data_pipeline.history.sample_log import Ledger, Segment
 from data_pipeline.loader.loader import Loader, StepBatch
-from data_pipeline.order.lanes import Cursor
-from data_pipeline.order.state import Drawn, LaneState, LoaderState, StreamPosition
+from data_pipeline.order.state import Cursor, Drawn, LaneState, LoaderState, StreamPosition
 from mmscale.metrics.ledger import Recorder
 from mmscale.optim.stages import StageConfig
 from mmscale.run.config import RunConfig

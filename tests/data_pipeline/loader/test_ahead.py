@@ -16,7 +16,7 @@ from data_pipeline.loader.lane_packs import LaneStream
 from data_pipeline.loader.sample_source import OpenDataset
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_lists import RunFaults
-from data_pipeline.order.mixture import LaneSequence, Schedule
+from data_pipeline.order.lanes import LaneSequence, Schedule
 from data_pipeline.order.state import Drawn, LaneState, StreamPosition
 from data_pipeline.packing.document_builder import null_document
 from data_pipeline.packing.packer import Budget
@@ -82,7 +82,8 @@ def record(config: DataConfig, spec: MediaSpec, ahead: int, threads: int) -> lis
             made = stream.make()
             assert made is not None
             seen.append([(each.drawn, digest(each.document)) for each in made])
-            seen.append((stream.position(), stream.faults(), [each.record() for each in stream.take_skipped()]))
+            seen.append((stream.position, stream.policy.state(), [each.record() for each in stream.skipped]))
+            stream.skipped.clear()
     return seen
 
 
@@ -113,6 +114,6 @@ def test_an_error_of_the_order_itself_comes_when_it_is_its_turn(
         stream.ahead.depth = ahead
         for turn in range(last):
             assert stream.make() is not None
-            assert sum(stream.position().draws) == turn + 1
+            assert sum(stream.position.draws) == turn + 1
         with pytest.raises(StorageError, match="gone"):
             stream.make()

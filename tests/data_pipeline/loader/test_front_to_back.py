@@ -14,7 +14,7 @@ from data_pipeline.errors import DataConfigError, ShardError, TooManyFaultsError
 from data_pipeline.loader.front_to_back import StreamedSet, expand_shards
 from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault, FaultConfig, FaultPolicy, ShardAction
-from data_pipeline.order.lanes import Cursor
+from data_pipeline.order.state import Cursor
 from data_pipeline.storage.storage import Storage
 
 

@@ -16,7 +16,8 @@ from data_pipeline.errors import DataConfigError, SampleError, StateError
 from data_pipeline.loader.sample_source import dataset_seed
 from data_pipeline.order.config import OrderConfig
 from data_pipeline.order.fault_policy import FaultConfig
-from data_pipeline.order.lanes import Cursor, LaneOrder
+from data_pipeline.order.lanes import LaneOrder
+from data_pipeline.order.state import Cursor
 from data_pipeline.sample import Sample
 
 NUM_SAMPLES, LANES = 41, 5

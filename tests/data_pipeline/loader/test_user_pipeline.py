@@ -27,7 +27,7 @@ from data_pipeline.loader.user_code import members_of
 from data_pipeline.loader.user_pipeline import PipelineSet
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_lists import RunFaults
-from data_pipeline.order.lanes import Cursor
+from data_pipeline.order.state import Cursor
 
 STEPS = range(8)
 _NUMBERS = itertools.count()

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataConfigError
-from data_pipeline.order.lanes import Cursor, LaneOrder, Place
+from data_pipeline.order.lanes import LaneOrder
+from data_pipeline.order.state import Cursor, Place
 
 SEEDS = st.integers(0, 2**64 - 1)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataConfigError
-from data_pipeline.order.mixture import Mixture, Schedule
+from data_pipeline.order.lanes import Mixture, Schedule
 
 
 def _run(mixture: Mixture, num_datasets: int, steps: int) -> list[int]:

@@ -15,8 +15,8 @@ from data_pipeline.errors import StateError
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.loader.fingerprint import _without_later_defaults, fingerprint, schedule_of
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.order.lanes import Cursor
 from data_pipeline.order.state import (
+    Cursor,
     Drawn,
     LaneState,
     LoaderState,

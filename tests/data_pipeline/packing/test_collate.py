@@ -20,7 +20,7 @@ from data_pipeline.loader.sample_source import OpenDataset
 from data_pipeline.loader.shared_buffers import Inbox, Outbox
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.fault_lists import RunFaults
-from data_pipeline.order.mixture import Schedule
+from data_pipeline.order.lanes import Schedule
 from data_pipeline.order.state import LaneState, StreamPosition
 from data_pipeline.packing.collate import collate, concatenate
 from data_pipeline.packing.document_builder import null_document

@@ -15,8 +15,7 @@ from benchmarks.packing import Workload, emoji, long_tail, pack
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.order.lanes import Cursor
-from data_pipeline.order.state import Drawn, StreamPosition
+from data_pipeline.order.state import Cursor, Drawn, StreamPosition
 from data_pipeline.packing.config import PackingConfig
 from data_pipeline.packing.document_builder import null_document
 from data_pipeline.packing.packer import Budget, Load, Made, Pack, Packer
@@ -60,6 +59,7 @@ class ListSource:
     at: int = 0
     split_by: Budget | None = None
 
+    @property
     def position(self) -> StreamPosition:
         return StreamPosition((self.at,), (Cursor(0, 0, self.at),))
 

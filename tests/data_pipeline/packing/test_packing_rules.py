@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.order.lanes import Cursor
-from data_pipeline.order.state import Drawn, StreamPosition
+from data_pipeline.order.state import Cursor, Drawn, StreamPosition
 from data_pipeline.packing.config import PackingConfig
 from data_pipeline.packing.document_builder import null_document
 from data_pipeline.packing.packer import Budget, Made, Pack, Packer
@@ -55,6 +54,7 @@ class FiniteSource:
     documents: list[Document | None]
     at: int = 0
 
+    @property
     def position(self) -> StreamPosition:
         return StreamPosition((self.at,), (Cursor(0, 0, self.at),))
 
