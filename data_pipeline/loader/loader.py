@@ -236,29 +236,24 @@ class Loader:
         batches = {lane: batch for made, own in taken for lane, batch in zip(own.lanes, made, strict=True)}
         states = {lane: state for own in notes for lane, state in zip(own.lanes, own.states, strict=True)}
         drawn = {lane: places for own in notes for lane, places in zip(own.lanes, own.drawn, strict=True)}
-        microbatches = self._microbatches([batches[lane] for lane in self.lanes])
+        size, rows = self._micro_lanes, [batches[lane] for lane in self.lanes]
+        microbatches = [concatenate(rows[i : i + size], self._spec) for i in range(0, len(rows), size)]
+        while len(microbatches) < self._num_microbatches:
+            microbatches.append(collate([self._null_pack], self._spec))
         self._step += 1
         if self._step - 1 in self._schedule.starts:  # A phase has begun: from now on it is a part of the past.
             self.fingerprint = self._fingerprint(self._step)
         return StepBatch(
             step=self._step - 1,
-            microbatches=microbatches,
+            microbatches=tuple(microbatches),
             skipped=tuple(sorted((skip for own in notes for skip in own.skipped), key=lambda skip: skip.lane)),
             state=LoaderState(self.fingerprint, self._step, states, self._names),
-            num_samples=sum(batch.num_samples for batch in microbatches),
+            num_samples=sum(map(len, drawn.values())),
             num_tokens=sum(batch.num_tokens for batch in microbatches),
             num_cut=sum(own.num_cut for own in notes),
             drawn={lane: drawn[lane] for lane in self.lanes},
             exhausted=all(own.exhausted for own in notes),
         )
-
-    def _microbatches(self, batches: Sequence[MultimodalBatch]) -> tuple[MultimodalBatch, ...]:
-        size = self._micro_lanes
-        groups = [batches[i : i + size] for i in range(0, len(batches), size)]
-        full = [concatenate(group, self._spec) for group in groups]
-        while len(full) < self._num_microbatches:
-            full.append(collate([self._null_pack], self._spec))
-        return tuple(full)
 
     def _take(self) -> list[tuple[_Batches, _Notes]]:
         """The next step of each worker."""

@@ -4,7 +4,7 @@
 
 A pack starts with the document that waits longest, so none waits for ever; then the strategy adds waiting documents
 that still fit until none does. The state is the source's position and the places of the documents that wait: integers.
-Not for: the order of documents (``lanes``, ``mixture``), how a document is cut (``truncation``).
+Not for: the order of documents (``lanes``), how a document is cut (``truncation``).
 """
 
 from __future__ import annotations
