@@ -19,12 +19,20 @@ FAMILIES = list({re.sub(r"-?\d+(\.\d+)?b(-[do])?", "", path.stem): path for path
 FURTHER = [path for path in RUNS if path not in FAMILIES]
 
 
+def train_all(paths: list[Path], folder: Path) -> dict[str, Any]:
+    """Return what rank 0 reports of each run, by its path. One pair of ranks trains all of them."""
+    arguments = {"paths": [str(path) for path in paths], "folder": str(folder)}
+    return run_ranks("tests.system.recipe_programs:train_recipes", 2, arguments, timeout=550)[0]
+
+
 @pytest.fixture(scope="module")
-def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what rank 0 reports of each run, by its path. The parameter is the list of runs."""
-    arguments = {"paths": [str(path) for path in request.param], "folder": str(tmp_path_factory.mktemp("runs"))}
-    program = "tests.system.recipe_programs:train_recipes"
-    return run_ranks(program, 2, arguments, timeout=550)[0]
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train_all(FAMILIES, tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="module")
+def further(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return train_all(FURTHER, tmp_path_factory.mktemp("further"))
 
 
 def facts(line: dict[str, Any]) -> list[Any]:
@@ -33,17 +41,19 @@ def facts(line: dict[str, Any]) -> list[Any]:
     return [line["step"], line["stage"], line["loss"], line["grad_norm"], line["tokens"], line["samples"], rates]
 
 
-@pytest.mark.parametrize(
-    ("told", "path"),
-    [
-        *(pytest.param(FAMILIES, path, id=name_of(path)) for path in FAMILIES),
-        *(pytest.param(FURTHER, path, id=name_of(path), marks=pytest.mark.slow) for path in FURTHER),
-    ],
-    indirect=["told"],
-)
-def test_all_stages_and_a_resume_in_each(path: Path, told: dict[str, Any]) -> None:
-    stages, whole, resumed = told[str(path)]
+def check(stages: list[Any], whole: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
     seen = [[line["stage"], "metric/softmax_z" in line] for line in whole]
     assert seen == [stage for stage in stages for _ in range(2)]
     assert all(line["applied"] and line["samples"] for line in whole)
     assert {line["step"]: facts(line) for line in resumed} == {line["step"]: facts(line) for line in whole[1::2]}
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=name_of)
+def test_all_stages_and_a_resume_in_each(path: Path, families: dict[str, Any]) -> None:
+    check(*families[str(path)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FURTHER, ids=name_of)
+def test_all_stages_and_a_resume_in_each_of_further_sizes(path: Path, further: dict[str, Any]) -> None:
+    check(*further[str(path)])
