@@ -7,7 +7,7 @@ device never searches for placeholders and never waits for the host.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -20,14 +20,14 @@ _MOST_SHOWN = 3
 """Longer tuples are counted in a ``repr``."""
 
 
-def _to(value: Any, device: torch.device, non_blocking: bool) -> Any:
-    """``value``, a batch or a value in one, with every tensor on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=non_blocking)
+def map_batch(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """``value``, a batch or a value in one, with every instance of ``kind`` changed."""
+    if isinstance(value, kind):
+        return change(value)
     if isinstance(value, dict):
-        return {key: _to(item, device, non_blocking) for key, item in value.items()}
+        return {key: map_batch(item, kind, change) for key, item in value.items()}
     if isinstance(value, MultimodalBatch | MediaBlock | Segments | BranchedSegments):
-        return replace(value, **{f.name: _to(getattr(value, f.name), device, non_blocking) for f in fields(value)})
+        return replace(value, **{f.name: map_batch(getattr(value, f.name), kind, change) for f in fields(value)})
     return value
 
 
@@ -217,7 +217,7 @@ class MultimodalBatch(_Brief):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultimodalBatch:
         """The same batch with every tensor on ``device``."""
-        moved: MultimodalBatch = _to(self, torch.device(device), non_blocking)
+        moved: MultimodalBatch = map_batch(self, Tensor, lambda each: each.to(device, non_blocking=non_blocking))
         return moved
 
     @property

@@ -101,16 +101,14 @@ class DecodeAhead:
                 break
             source = self._sources[drawn.dataset]
             fault = source.faults.recall(drawn.sample)
-            if fault is not None:
-                begun.append((drawn, position, fault.error))
-                self._may_draw = source.random_access
-                continue
+            self._may_draw = source.random_access
+            outline: Outline | Exception
             try:
-                begun.append((drawn, position, self._datasets[drawn.dataset].outline(source, drawn)))
-                self._may_draw = source.random_access
+                outline = self._datasets[drawn.dataset].outline(source, drawn) if fault is None else fault.error
             except Exception as error:  # Its turn comes when the samples before it were counted.
-                begun.append((drawn, position, error))
+                outline = error
                 self._may_draw = False  # It may have cost its whole shard.
+            begun.append((drawn, position, outline))
         for drawn, after, outline in begun:
             self._queue.append(Turn(drawn, after, self._decoded(outline)))
         return position
@@ -121,8 +119,9 @@ class DecodeAhead:
         document: Future[Document] = Future()
         try:
             if isinstance(outline, Exception):
-                raise outline
-            document.set_result(outline())
+                document.set_exception(outline)
+            else:
+                document.set_result(outline())
         except Exception as error:
             document.set_exception(error)
         return document

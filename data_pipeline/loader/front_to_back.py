@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from braceexpand import braceexpand
-from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import (
     DataConfigError,
@@ -263,21 +262,7 @@ class StreamedFaults:
     def recall(self, sample: int) -> Fault | None:
         """The fault of a sample that need not be tried."""
         run, dataset = self.shared.faults, self.shared.dataset
-        excluded = run.exclusions.get(dataset)
-        if excluded is not None and (at := excluded.position(sample)) is not None:
-            return self._exclude(sample, int(excluded.key_crc32[at]))
-        error = run.quarantined.get((dataset, sample)) if run.quarantined else None
-        return None if error is None else Fault(error, again=True)
-
-    def _exclude(self, sample: int, key_crc32: int) -> Fault:
-        source, key = self.lane.where(sample)
-        if key != "?" and crc32(key.encode()) != key_crc32:
-            raise DataConfigError(
-                f"data.faults.exclude: sample {sample} of data set {self.shared.dataset} is {source}/{key}, "
-                "the list names another key: it was made for other shards"
-            )
-        error = SampleError("named by data.faults.exclude", kind=FaultKind.EXCLUDED, shard=source, key=key)
-        return Fault(error, counts=False)
+        return run.excluded(dataset, sample, self, "other shards") or run.recall(dataset, sample)
 
     def locate(self, sample: int) -> tuple[str, str]:
         """Shard and key."""

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from zlib_ng.zlib_ng import crc32
-
 from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.errors import (
     DataConfigError,
@@ -166,39 +164,23 @@ class IndexedFaults:
 
     def __init__(self, run: RunFaults, reader: SampleReader) -> None:
         self._run, self._reader = run, reader
-        self._excluded = run.exclusions.get(reader.dataset)
         self._lost: dict[int, SampleError] = {}
         self._lost_samples = 0
         self._failed_reads: dict[int, int] = {}
-        if self._excluded is not None and len(self._excluded.indices) >= reader.manifest.num_samples:
+        excluded = run.exclusions.get(reader.dataset)
+        if excluded is not None and len(excluded.indices) >= reader.manifest.num_samples:
             raise DataConfigError(f"data set {reader.dataset}: data.faults.exclude names every sample of it")
 
     def recall(self, sample: int) -> Fault | None:
         """The fault of a sample that need not be tried."""
-        if self._excluded is not None and (at := self._excluded.position(sample)) is not None:
-            return self._exclude(sample, int(self._excluded.key_crc32[at]))
+        fault = self._run.excluded(self._reader.dataset, sample, self, "another manifest")
+        if fault is not None:
+            return fault
         if self._lost:
             error = self._lost.get(self._reader.manifest.locate(sample)[0])
             if error is not None:
                 return Fault(error, counts=False, again=True)
-        if self._run.quarantined:
-            error = self._run.quarantined.get((self._reader.dataset, sample))
-            if error is not None:
-                return Fault(error, again=True)
-        return None
-
-    def _exclude(self, sample: int, key_crc32: int) -> Fault:
-        try:
-            shard, key = self._reader.where(sample)
-        except (ShardError, ManifestError):  # Its shard is lost; left out it is all the same.
-            shard, key = self._shard_name(sample), "?"
-        if key != "?" and crc32(key.encode()) != key_crc32:
-            raise DataConfigError(
-                f"data.faults.exclude: sample {sample} of data set {self._reader.dataset} is {shard}/{key}, "
-                "the list names another key: it was made for another manifest"
-            )
-        reason = "named by data.faults.exclude"
-        return Fault(SampleError(reason, kind=FaultKind.EXCLUDED, shard=shard, key=key), counts=False)
+        return self._run.recall(self._reader.dataset, sample)
 
     def locate(self, sample: int) -> tuple[str, str]:
         """Shard and key, the key unknown if the shard is lost."""
@@ -304,11 +286,8 @@ class OpenDataset:
             ManifestError: the manifest is missing or damaged.
             DataConfigError: it is empty or wholly excluded, or the transforms do not fit the model.
         """
-        builder, order, own_seed = (
-            DocumentBuilder(dataset, tokenizer, spec),
-            config.order,
-            dataset_seed(seed, dataset.name),
-        )
+        builder, order = DocumentBuilder(dataset, tokenizer, spec), config.order
+        own_seed = dataset_seed(seed, dataset.name)
         if dataset.manifest is not None:
             manifest = Manifest.open(dataset.manifest, storage)
             if manifest.num_samples == 0:

@@ -15,8 +15,8 @@ import ctypes
 import math
 import os
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
+from data_pipeline.batch import MultimodalBatch, map_batch
 from data_pipeline.errors import WorkerError
 
 _ALIGNMENT = 64  # Views need their element size; a cache line suits every vector load.
@@ -113,7 +113,7 @@ class Outbox:
                 np.copyto(place.within(self._buffers[place.buffer]), values)
             return place
 
-        emptied = tuple(_map(batch, Tensor, store) for batch in batches)
+        emptied = tuple(map_batch(batch, Tensor, store) for batch in batches)
         new = {number: self._tensors[number] for number in self._new}
         parcel = Parcel(emptied, tuple(self._used), new, tuple(self._gone))
         self._usual, self._filled = self._filled, 0
@@ -196,7 +196,10 @@ class Inbox:
         for number in parcel.gone:
             self._buffers.pop(number, None)
         return tuple(
-            cast(MultimodalBatch, _map(batch, _Place, lambda place: torch.from_numpy(place.within(lent[place.buffer]))))
+            cast(
+                MultimodalBatch,
+                map_batch(batch, _Place, lambda place: torch.from_numpy(place.within(lent[place.buffer]))),
+            )
             for batch in parcel.batches
         )
 
@@ -214,14 +217,3 @@ def _lend(buffer: npt.NDArray[np.uint8]) -> Any:
 def _release(buffer: npt.NDArray[np.uint8], owner: int) -> None:
     if os.getpid() == owner:  # A fork ends its copies of the tensors, not the batch.
         buffer[0] = 0
-
-
-def _map(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """``value``, a batch or what stands in one, with every instance of ``kind`` changed."""
-    if isinstance(value, kind):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map(item, kind, change) for key, item in value.items()}
-    if isinstance(value, MultimodalBatch | MediaBlock | Segments | BranchedSegments):
-        return replace(value, **{f.name: _map(getattr(value, f.name), kind, change) for f in fields(value)})
-    return value

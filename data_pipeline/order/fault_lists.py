@@ -21,7 +21,7 @@ from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.io.untrusted import UntrustedError, parse_json, read_lines
-from data_pipeline.order.fault_policy import FaultConfig
+from data_pipeline.order.fault_policy import Fault, FaultConfig, KnownFaults
 
 _MAX_HELD = 16384
 
@@ -132,6 +132,36 @@ class RunFaults:
                 if config.quarantines(error.kind):
                     held[dataset, index] = error
         return cls(config, read_exclusions(config), held)
+
+    def excluded(self, dataset: str, sample: int, known: KnownFaults, made_for: str) -> Fault | None:
+        """The fault of a sample that ``data.faults.exclude`` names; None if it does not.
+
+        Args:
+            dataset: Its data set.
+            sample: Its number.
+            known: Finds its shard and key.
+            made_for: What a list with another key was made for, for the message.
+
+        Raises:
+            DataConfigError: the list names another key.
+        """
+        excluded = self.exclusions.get(dataset)
+        at = None if excluded is None else excluded.position(sample)
+        if excluded is None or at is None:
+            return None
+        shard, key = known.locate(sample)
+        if key != "?" and crc32(key.encode()) != int(excluded.key_crc32[at]):
+            raise DataConfigError(
+                f"data.faults.exclude: sample {sample} of data set {dataset} is {shard}/{key}, "
+                f"the list names another key: it was made for {made_for}"
+            )
+        error = SampleError("named by data.faults.exclude", kind=FaultKind.EXCLUDED, shard=shard, key=key)
+        return Fault(error, counts=False)
+
+    def recall(self, dataset: str, sample: int) -> Fault | None:
+        """The fault of a sample that is held as quarantined; None if it is not."""
+        error = self.quarantined.get((dataset, sample)) if self.quarantined else None
+        return None if error is None else Fault(error, again=True)
 
     def hold(self, dataset: str, sample: int, error: SampleError) -> None:
         """Holds a quarantined sample, while there is room."""

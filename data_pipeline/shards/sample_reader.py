@@ -21,7 +21,8 @@ from typing import Any, Protocol
 from zlib_ng.zlib_ng import crc32
 
 from data_pipeline.errors import AbsentError, FaultKind, ReplacedError, SampleError, ShardError, StaleError
-from data_pipeline.io.untrusted import UntrustedError, parse_json, regular_descriptor
+from data_pipeline.io.json_member import parse_member
+from data_pipeline.io.untrusted import regular_descriptor
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import Member, ShardIndex, extent, is_packed
@@ -278,7 +279,7 @@ def assemble(
         raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key)
     sizes = sizes or {}
     try:
-        fields: Any = parse_json(members["json"]) if "json" in members else {}
+        fields: Any = parse_member(members["json"]) if "json" in members else {}
         if not isinstance(fields, dict):
             held = type(fields).__name__
             raise SampleError(f"the JSON member holds a {held}, expected an object", kind=FaultKind.TEXT)
@@ -287,9 +288,6 @@ def assemble(
             if fields.get("caption") is None:
                 fields["caption"] = text
         parts = None if PAGE_FIELDS.isdisjoint(fields) else take_parts(fields, members, sizes, origin.key)
-    except UntrustedError as error:
-        reason = f"damaged JSON: {error}"
-        raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key) from error
     except UnicodeDecodeError as error:
         reason = f"malformed text: {error}"
         raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key) from error
