@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from data_pipeline.history.sample_log import COLUMNS, Segment, cut_back, write_segment
@@ -24,6 +23,7 @@ from data_pipeline.loader.loader import StepBatch
 from data_pipeline.order.state import LoaderState
 from mmscale.dist import World, gather_bytes, raise_on_any_rank
 from mmscale.errors import MMScaleError
+from mmscale.metrics.step_counts import measured_documents
 
 
 class LedgerConfig(StrictConfig):
@@ -71,13 +71,9 @@ class Recorder:
         self.step += 1
         self.num_steps += 1
         measures: list[tuple[int, float]] = []  # Tokens and mean loss of each document, null documents left out.
-        for number, microbatch in enumerate(batch.microbatches):
-            segments = microbatch.segments
-            weights = torch.segment_reduce(microbatch.loss_weights, "sum", offsets=segments.cu.long()).tolist()
-            for i, origin in enumerate(microbatch.provenance):
-                if origin is not None:
-                    loss = losses[number][i] / weights[i] if self.losses and losses and weights[i] else math.nan
-                    measures.append((segments.bounds[i + 1] - segments.bounds[i], loss))
+        for document in measured_documents(batch, losses if self.losses else ()):
+            loss = math.nan if document.loss_sum is None or not document.weight else document.loss_sum / document.weight
+            measures.append((document.tokens, loss))
         places = [(lane, drawn) for lane, pack in batch.drawn.items() for drawn in pack]
         for (lane, drawn), (tokens, loss) in zip(places, measures, strict=True):
             self._rows.append((self.step - self._first, lane, *drawn, tokens, loss))

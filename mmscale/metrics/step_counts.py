@@ -5,8 +5,8 @@ step_flops | count_step   --dist.all_reduce_sum-->   step_metrics   -->   the st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,31 @@ from mmscale.engine.engine import Engine, StepReport
 from mmscale.models.flops import training_flops
 
 _DATASET_COUNTS = ("loss_sum", "loss_weight", "samples", "tokens", "skipped")
+
+
+class MeasuredDocument(NamedTuple):
+    """A document of a step: its data set, tokens and loss weight, and its weighted loss sum if there is one."""
+
+    dataset: str
+    tokens: int
+    weight: float
+    loss_sum: float | None
+
+
+def measured_documents(batch: StepBatch, losses: Sequence[Sequence[float]]) -> Iterator[MeasuredDocument]:
+    """Yield each document of a step in the order of the microbatches, null documents left out.
+
+    Args:
+        batch: The step.
+        losses: ``StepReport.document_losses``; empty if nothing was trained.
+    """
+    for number, microbatch in enumerate(batch.microbatches):
+        bounds = microbatch.segments.bounds
+        weights = torch.segment_reduce(microbatch.loss_weights, "sum", offsets=microbatch.segments.cu.long()).tolist()
+        for segment, origin in enumerate(microbatch.provenance):
+            if origin is not None:
+                tokens, loss = bounds[segment + 1] - bounds[segment], losses[number][segment] if losses else None
+                yield MeasuredDocument(origin.dataset, tokens, weights[segment], loss)
 
 
 def count_step(
@@ -42,16 +67,11 @@ def count_step(
     }
     counts |= {f"faults/{kind.value}": 0 for kind in FaultKind}
     counts |= {f"dataset/{name}/{count}": 0 for name in datasets for count in _DATASET_COUNTS}
-    for number, microbatch in enumerate(batch.microbatches):
-        bounds = microbatch.segments.bounds
-        weights = torch.segment_reduce(microbatch.loss_weights, "sum", offsets=microbatch.segments.cu.long()).tolist()
-        for segment, origin in enumerate(microbatch.provenance):
-            if origin is None:
-                continue
-            counts[f"dataset/{origin.dataset}/loss_sum"] += document_losses[number][segment] if document_losses else 0.0
-            counts[f"dataset/{origin.dataset}/loss_weight"] += weights[segment]
-            counts[f"dataset/{origin.dataset}/samples"] += 1
-            counts[f"dataset/{origin.dataset}/tokens"] += bounds[segment + 1] - bounds[segment]
+    for document in measured_documents(batch, document_losses):
+        counts[f"dataset/{document.dataset}/loss_sum"] += document.loss_sum or 0.0
+        counts[f"dataset/{document.dataset}/loss_weight"] += document.weight
+        counts[f"dataset/{document.dataset}/samples"] += 1
+        counts[f"dataset/{document.dataset}/tokens"] += document.tokens
     for skip in batch.skipped:
         counts[f"faults/{skip.kind.value}"] += 1
         counts[f"dataset/{skip.dataset}/skipped"] += 1
