@@ -72,10 +72,7 @@ def _write(folder: Path) -> None:
                 for _ in range(DOCUMENTS):
                     place, cursors[lane] = orders[lane].resolve(cursors[lane])
                     rows.append((step, lane, 0, place.epoch, place.sample, 0, 100, 2.0))
-        lanes = {
-            lane: LaneState(StreamPosition((last * DOCUMENTS,), (cursor,))).to_integers()
-            for lane, cursor in enumerate(cursors)
-        }
+        lanes = {lane: LaneState(StreamPosition((last * DOCUMENTS,), (cursor,))) for lane, cursor in enumerate(cursors)}
         segment = Segment(first, last, 0, LoaderState("", last, lanes, ("one",)), _columns(rows))
         (folder / segment.name()).write_bytes(segment.to_bytes())
 

@@ -81,7 +81,7 @@ class Whereabouts:
         return any(drawn[:3] == place for drawn in self._lane(state, lane).waiting)
 
     def _lane(self, state: LoaderState, lane: int) -> LaneState:
-        return LaneState.from_integers(state.lanes[lane]).among(state.datasets, self._names)
+        return state.lanes[lane].among(state.datasets, self._names)
 
     def past(self, ledger: Ledger, numbers: range) -> Iterator[Past]:
         """What the segments ``numbers`` of a ledger say, for each epoch in which the sample was drawn.

@@ -74,7 +74,7 @@ class _Notes:
     """What is known of one step of the lanes of one worker, beside their batches."""
 
     lanes: tuple[int, ...]
-    states: tuple[list[int], ...]
+    states: tuple[LaneState, ...]
     skipped: tuple[Skipped, ...]
     num_cut: int
     drawn: tuple[tuple[Drawn, ...], ...]
@@ -116,7 +116,7 @@ class _Plan:
         batches = tuple(collate([pack], self.spec, join) for pack in packs)
         return batches, _Notes(
             lanes=lanes,
-            states=tuple(state.to_integers() for state in made.states().values()),
+            states=tuple(made.states().values()),
             skipped=made.take_skipped(),
             num_cut=sum(document.is_cut for pack in packs for document in pack.documents),
             drawn=tuple(pack.drawn for pack in packs),

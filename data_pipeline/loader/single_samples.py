@@ -241,8 +241,7 @@ class OrderedSamples(IterableDataset[T]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank stands: plain values, some integers a lane."""
-        lanes = {lane: state.to_integers() for lane, state in self._states.items()}
-        return LoaderState(self.fingerprint, self._taken, lanes, (self._plan.name,)).to_dict()
+        return LoaderState(self.fingerprint, self._taken, self._states, (self._plan.name,)).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Goes on from a state at the next iteration.

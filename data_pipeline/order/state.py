@@ -1,9 +1,10 @@
-"""Where a loader stands: a fingerprint of what decides the order, and a few integers per lane.
+"""The position of a loader: a fingerprint of the settings that determine the order, and a small state per lane.
 
-A lane's integers: the number d of data sets, for each of them draws and cursor, the mixture's phase and which data sets
-are used up, the number of waiting documents and for each its place, then the counters of the fault policy. Ranks and
-workers do not occur, so a state re-deals to any number of either; nothing is a list of what was seen, so it is as small
-at sample 10^10 as at the start.
+In JSON a lane is a list of integers: the number of data sets; the draws and cursor of each; the mixture's phase; a bit
+mask of the exhausted data sets; the number of waiting documents; the location of each; the fault policy's counters.
+
+A state contains neither ranks nor workers, so it can be loaded with any number of either. It contains no list of the
+samples that were read, so its size does not grow during a run.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class LaneState(NamedTuple):
     faults: tuple[int, ...] = ()
 
     def to_integers(self) -> list[int]:
-        """The layout that the module describes."""
+        """Return the integers of the JSON form, in the layout of the module's docstring."""
         position = self.position
         flat = [len(position.draws)]
         for draws, cursor in zip(position.draws, position.cursors, strict=True):
@@ -83,10 +84,10 @@ class LaneState(NamedTuple):
 
     @classmethod
     def from_integers(cls, integers: Sequence[int]) -> LaneState:
-        """Reads the layout back.
+        """Read what ``to_integers`` returned.
 
         Raises:
-            StateError: too few integers, or not integers, or negative ones.
+            StateError: the list is too short, or contains a value that is not an integer >= 0.
         """
         if not integers or not _is_counts(integers):
             raise StateError(f"a lane's state must be integers from 0 up, got {list(integers)[:8]}")
@@ -127,38 +128,43 @@ class LoaderState:
     Attributes:
         fingerprint: What decides the order, ``part:hash`` joined by spaces.
         step: Steps done; the next batch has this number.
-        lanes: Integers of each lane.
-        datasets: Names of the data sets, in the order that the lanes' integers follow.
+        lanes: State of each lane.
+        datasets: Names of the data sets, in the order of the lanes' draws and cursors.
     """
 
     fingerprint: str
     step: int
-    lanes: dict[int, list[int]]
+    lanes: dict[int, LaneState]
     datasets: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; ``from_dict`` reads them back."""
-        lanes = {str(lane): self.lanes[lane] for lane in sorted(self.lanes)}
+        """Return plain values for JSON; ``from_dict`` reads them."""
+        lanes = {str(lane): self.lanes[lane].to_integers() for lane in sorted(self.lanes)}
         head = {"fingerprint": self.fingerprint, "step": self.step, "datasets": list(self.datasets)}
         return {**head, "lanes": lanes}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> LoaderState:
-        """Reads ``to_dict``.
+        """Read what ``to_dict`` returned.
 
         Raises:
-            StateError: the record is no loader state.
+            StateError: the record is not a loader state.
         """
         try:
             fingerprint, step, names = record["fingerprint"], record["step"], record["datasets"]
-            lanes = {int(lane): list(integers) for lane, integers in record["lanes"].items()}
-            if type(fingerprint) is not str or not _is_counts([step, *lanes]):
+            integers = {int(lane): list(values) for lane, values in record["lanes"].items()}
+            if type(fingerprint) is not str or not _is_counts([step, *integers]):
                 raise TypeError("the fingerprint must be a text, step and lanes integers from 0 up")
             if type(names) is not list or not all(type(name) is str for name in names):
                 raise TypeError("datasets must be a list of names")
-            for lane, integers in lanes.items():
-                if not _is_counts(integers):
-                    raise TypeError(f"lane {lane} must hold integers from 0 up, got {integers[:8]}")
+            lanes: dict[int, LaneState] = {}
+            for lane, values in integers.items():
+                try:
+                    lanes[lane] = LaneState.from_integers(values)
+                except StateError as error:
+                    raise StateError(f"no loader state: lane {lane}: {error}") from error
+                if len(lanes[lane].position.draws) != len(names):
+                    raise TypeError(f"lane {lane} holds {values[0]} data sets, but {len(names)} are named")
             return cls(fingerprint, step, lanes, tuple(names))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise StateError(f"no loader state: {error!r:.200}") from error
@@ -189,7 +195,7 @@ class LoaderState:
         """
         if not states:
             raise StateError("no loader state to merge")
-        lanes: dict[int, list[int]] = {}
+        lanes: dict[int, LaneState] = {}
         for state in states:
             if state.head != states[0].head:
                 raise StateError(f"ranks disagree: step {state.step} and step {states[0].step}, or other data")
@@ -205,8 +211,8 @@ class LoaderState:
         return self.fingerprint, self.step, self.datasets
 
     def lane_states(self, lanes: Sequence[int], datasets: Sequence[str]) -> dict[int, LaneState]:
-        """The states of ``lanes`` for a loader with the data sets ``datasets``; ``check`` comes first."""
-        return {lane: LaneState.from_integers(self.lanes[lane]).among(self.datasets, datasets) for lane in lanes}
+        """Return the states of ``lanes`` for a loader with the data sets ``datasets``. Call ``check`` first."""
+        return {lane: self.lanes[lane].among(self.datasets, datasets) for lane in lanes}
 
     def check(self, fingerprint: str, lanes: Sequence[int]) -> None:
         """Refuses a state that belongs to another order.

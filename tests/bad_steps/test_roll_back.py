@@ -31,6 +31,7 @@ from mmscale.checkpoint import TrainState, list_checkpoints
 from mmscale.checkpoint.manifest import SavedState
 from mmscale.errors import CheckpointError
 from tests.checkpoint.written import whole_pieces, write_checkpoint
+from tests.data_pipeline.lane_states import toy_lane
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 
@@ -38,7 +39,7 @@ WEIGHTS = {"w": torch.arange(4.0)}
 
 
 def loader(step: int) -> LoaderState:
-    return LoaderState("toy:1", step, {0: [step]})
+    return LoaderState("toy:1", step, {0: toy_lane(step)})
 
 
 def entry(at_step: int, to_step: int, **changes: Any) -> RollBack:

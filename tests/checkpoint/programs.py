@@ -33,6 +33,7 @@ from mmscale.dist import World
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError
 from tests.checkpoint.dying_writer import sitecustomize
+from tests.data_pipeline.lane_states import toy_lane
 from tests.engine.programs import lanes_of, make_engine
 from tests.engine.ranks import barrier
 
@@ -41,7 +42,7 @@ _NOT_ENGINE = ("folder", "steps", "path", "stepped", "background")
 
 
 def state_of(world: World, step: int) -> TrainState:
-    lanes = {lane: [step, lane] for lane in range(world.rank, 4, world.world_size)}
+    lanes = {lane: toy_lane(step, lane) for lane in range(world.rank, 4, world.world_size)}
     return TrainState(step, 0, step, 10 * step, step, LoaderState("toy:1", step, lanes), {"note": "x"})
 
 
@@ -109,7 +110,7 @@ def resume_cases(world: World, cases: list[Case]) -> list[Any]:
         state = resume(engine, Path(case["path"]))
         restored = digest(engine, world)
         after = train_on(engine, world, state.step, state.step + 2)
-        lanes = {} if state.loader is None else {str(k): v for k, v in state.loader.lanes.items()}
+        lanes = {} if state.loader is None else {str(lane): each.faults for lane, each in state.loader.lanes.items()}
         answers.append({"restored": restored, "after": after, "end": digest(engine, world), "lanes": lanes})
         engine.close()
     return answers

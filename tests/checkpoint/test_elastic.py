@@ -13,6 +13,7 @@ from safetensors import safe_open
 from mmscale.checkpoint import find_latest, load_weights, read_manifest, read_state, verify
 from mmscale.cli.main import main
 from mmscale.errors import CheckpointError
+from tests.data_pipeline.lane_states import toy_lane
 from tests.engine.ranks import run_ranks
 from tests.engine.toy import ToyModel, toy_batch, toy_model
 
@@ -178,7 +179,7 @@ def test_state_of_all_lanes_is_merged(saved: dict[str, Any]) -> None:
     state = read_state(Path(saved["zero1"]["path"]))
     assert (state.step, state.stage_step, state.tokens, state.samples) == (3, 3, 30, 3)
     assert state.loader is not None
-    assert state.loader.lanes == {lane: [3, lane] for lane in range(4)}
+    assert state.loader.lanes == {lane: toy_lane(3, lane) for lane in range(4)}
 
 
 def test_another_model_and_another_stage_are_refused(saved: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from mmscale.checkpoint.share import Piece
 from mmscale.dist import World
 from mmscale.errors import CheckpointError
 from tests.checkpoint.written import whole_pieces, write_checkpoint
+from tests.data_pipeline.lane_states import toy_lane
 from tests.engine.toy import ToyModel, toy_model
 from tests.models.tiny import config
 
@@ -297,7 +298,7 @@ def test_the_checksum_of_a_manifest_stands_for_all_of_it(tmp_path: Path) -> None
 def test_the_state_holds_the_lanes_of_all_ranks(tmp_path: Path) -> None:
     model = toy_model(1)
     saved = SavedState(step=3, stage_index=1, stage_step=2, tokens=30, samples=8, extra={"note": [1]})
-    lanes = [{0: [3, 0], 2: [3, 2]}, {1: [3, 1]}]
+    lanes = [{0: toy_lane(3, 0), 2: toy_lane(3, 2)}, {1: toy_lane(3, 1)}]
     texts = [LoaderState("toy:1", 3, each).to_json() for each in lanes]
     path = toy_checkpoint(tmp_path / "a", model, state=saved, loaders=texts)
     assert read_state(path) == TrainState(

@@ -20,11 +20,12 @@ from mmscale.errors import CheckpointError
 from tests.checkpoint.made import NOTES, TENSORS, Change, rewrite
 from tests.checkpoint.plain_engine import plain_engine
 from tests.checkpoint.test_read_back import reseal
+from tests.data_pipeline.lane_states import toy_lane
 from tests.engine.toy import toy_model
 
 pytestmark = pytest.mark.fault
 
-STATE = TrainState(7, 0, 7, 70, 9, LoaderState("toy:1", 7, {0: [7]}))
+STATE = TrainState(7, 0, 7, 70, 9, LoaderState("toy:1", 7, {0: toy_lane(7)}))
 WEIGHT = "decoder.blocks.0.up.weight"
 
 
@@ -86,8 +87,19 @@ FORGERIES: dict[str, tuple[dict[str, Change], str]] = {
     "no position": ({"notes": lambda notes: notes.update(loader=None)}, f"{NOTES}: loader: .*: null, expected the pos"),
     "position of a list": ({"notes": lambda notes: notes.update(loader="[7]")}, f"{NOTES}: loader: .*no loader state"),
     "step of a fraction": ({"notes": position(step=7.5)}, f"{NOTES}: loader: .*step and lanes integers from 0"),
-    "lane of letters": ({"notes": position(lanes={"0": "7"})}, f"{NOTES}: loader: .*lane 0 must hold integers"),
-    "negative lane": ({"notes": position(lanes={"0": [-7]})}, f"{NOTES}: loader: .*lane 0 must hold integers"),
+    "lane of letters": (
+        {"notes": position(lanes={"0": "7"})},
+        f"{NOTES}: loader: .*lane 0: a lane's state must be",
+    ),
+    "short lane": ({"notes": position(lanes={"0": [1, 2]})}, f"{NOTES}: loader: .*is cut short: 2 integers"),
+    "lane of other data sets": (
+        {"notes": position(datasets=["a"])},
+        f"{NOTES}: loader: .*lane 0 holds 0 data sets, but 1 are named",
+    ),
+    "negative lane": (
+        {"notes": position(lanes={"0": [-7]})},
+        f"{NOTES}: loader: .*lane 0: a lane's state must be",
+    ),
     "name in place of names": ({"notes": position(datasets="set")}, f"{NOTES}: loader: .*datasets must be a list"),
     "number in place of a fingerprint": ({"notes": position(fingerprint=3)}, f"{NOTES}: loader: .*fingerprint must be"),
 }

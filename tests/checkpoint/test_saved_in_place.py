@@ -24,11 +24,12 @@ from mmscale.engine.optimizers.eight_bit import Blocks, QuantisedRange
 from mmscale.errors import CheckpointError
 from mmscale.io.files import Written
 from tests.checkpoint.plain_engine import plain_engine
+from tests.data_pipeline.lane_states import toy_lane
 from tests.engine.toy import toy_model
 from tests.models.tiny import config
 
 saving = sys.modules[_save_function.__module__]  # The package has a function of this name.
-STATE = TrainState(7, 1, 3, 70, 9, LoaderState("toy:1", 7, {0: [7]}), {"note": 1})
+STATE = TrainState(7, 1, 3, 70, 9, LoaderState("toy:1", 7, {0: toy_lane(7)}), {"note": 1})
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +181,7 @@ def test_notes_and_manifest_are_plain_json(tmp_path: Path) -> None:
     path = save(engine_of(1), STATE, tmp_path)
     notes = json.loads((path / "rank-00000.json").read_text())
     assert notes["rank"] == 0
-    assert json.loads(notes["loader"])["lanes"] == {"0": [7]}
+    assert json.loads(notes["loader"])["lanes"] == {"0": [0, 0, 0, 0, 7]}
     kinds = {key.rpartition("|")[2] for key in notes["tensors"]}
     assert kinds == {"master", "frozen", "exp_avg", "exp_avg_sq", "ema", "buffer", "exp_avg_sq_row"}
     whole = {key for key, entry in notes["tensors"].items() if entry["whole"]}

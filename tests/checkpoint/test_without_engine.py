@@ -25,6 +25,7 @@ from mmscale.optim.config import AdamWConfig
 from tests.checkpoint.plain_engine import plain_engine
 from tests.checkpoint.warm_programs import settings
 from tests.checkpoint.written import write_checkpoint
+from tests.data_pipeline.lane_states import toy_lane
 from tests.engine.toy import toy_model
 from tests.models.tiny import MOE, config
 
@@ -50,7 +51,7 @@ def saved_by(folder: Path, model: nn.Module, ranks: int, **manifest: Any) -> Pat
     pieces[0].append(Piece(ROW, 0, torch.tensor([7.0, 8.0, 9.0]), whole=True))
     values = {
         "state": SavedState(step=9, stage_index=1, stage_step=4, tokens=90, samples=5, extra={"note": 1}),
-        "loaders": [LoaderState("toy:1", 9, {rank: [9]}).to_json() for rank in range(ranks)],
+        "loaders": [LoaderState("toy:1", 9, {rank: toy_lane(9)}).to_json() for rank in range(ranks)],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "buffers": {name: tuple(each.shape) for name, each in buffers.items()},
         "optimizer_steps": 6,
@@ -82,7 +83,7 @@ def test_every_value_comes_back_however_it_is_cut(tmp_path: Path, saved: int, re
         assert engine.partition.calls == ["published"]
         assert (state.step, state.stage_index, state.stage_step, state.tokens, state.samples) == (9, 1, 4, 90, 5)
         assert state.extra == {"note": 1}
-        assert state.loader == LoaderState("toy:1", 9, {rank: [9] for rank in range(saved)})
+        assert state.loader == LoaderState("toy:1", 9, {rank: toy_lane(9) for rank in range(saved)})
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), source.parameters(), strict=True))
     assert model.counts.tolist() == [4.0, 5.0, 6.0]
 

@@ -192,7 +192,7 @@ def test_an_estimate_follows_weights_that_change(data: DataConfig) -> None:
     one = data.model_copy(update={"datasets": (pausing, other), "lanes": 1})
     sizes = {"captions": 41, "text": 17}
     where = Whereabouts(one, 1, "captions", 3, sizes)
-    state = LoaderState("", 10, {0: LaneState(StreamPosition.start(2)).to_integers()}, ("captions", "text"))
+    state = LoaderState("", 10, {0: LaneState(StreamPosition.start(2))}, ("captions", "text"))
 
     def after(draws: int) -> int | None:
         return where.estimate(state, 0, Cursor(0, 0, draws), draws_per_step=2.0)

@@ -119,7 +119,7 @@ def far_state(config: RunConfig, state: LoaderState, step: int) -> LoaderState:
     for lane in range(config.data.lanes):
         cursors = tuple(Cursor(epoch=40_000 + 7 * i) for i in range(len(names)))
         waiting = (Drawn(0, 39_999, lane), Drawn(1, 39_999, 5))
-        lanes[lane] = LaneState(StreamPosition((step, step, 0), cursors), waiting).to_integers()
+        lanes[lane] = LaneState(StreamPosition((step, step, 0), cursors), waiting)
     return LoaderState(state.fingerprint, step, lanes, names)
 
 

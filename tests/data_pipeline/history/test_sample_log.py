@@ -24,6 +24,7 @@ from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.state import Drawn, LoaderState
 from mmscale.metrics.ledger import Recorder
 from tests.data_pipeline.conftest import WriteSet, captioned, picture
+from tests.data_pipeline.lane_states import toy_lane
 
 STEPS = 24
 EVERY = 5
@@ -266,7 +267,7 @@ rows_strategy = st.lists(
     ),
     max_size=30,
 )
-STATE = LoaderState("a:b", 10, {0: [1, 2]}, ("x", "y", "z"))
+STATE = LoaderState("a:b", 10, {0: toy_lane(1, 2, datasets=3)}, ("x", "y", "z"))
 
 
 @given(rows=rows_strategy)

@@ -26,6 +26,7 @@ from data_pipeline.prepare.energon_source import EnergonFolder
 from data_pipeline.prepare.skipped import read_skipped, row_of_stored
 from data_pipeline.prepare.stats.fertility import TextTokenizer, texts_of_file
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
+from tests.data_pipeline.lane_states import toy_lane
 
 Read = Callable[[Path], Any]
 _DEEP = b"[" * 100_000
@@ -93,7 +94,7 @@ def test_any_value_in_any_place_of_our_own_files(tmp_path: Path) -> None:
         (tmp_path / "x.jsonl").write_text(json.dumps(changed) + "\n")
         for name in ("exclusions", "quarantine", "skipped", "rows"):
             _attempt(lambda name=name: _READERS[name](tmp_path / "x.jsonl"))
-    state = LoaderState("f", 3, {0: [1, 2]}, ("a",))
+    state = LoaderState("f", 3, {0: toy_lane(1, 2, datasets=1)}, ("a",))
     for changed in _changed(json.loads(state.to_json()), odd):
         _attempt(lambda changed=changed: LoaderState.from_json(json.dumps(changed)))
     write_columns(tmp_path / "columns", {"a": np.arange(3)}, {"format": "f"})
@@ -108,7 +109,7 @@ def test_any_value_in_any_place_of_our_own_files(tmp_path: Path) -> None:
 def test_any_value_in_any_place_of_a_ledger(tmp_path: Path) -> None:
     odd = itertools.cycle(_ODD)
     rows = {name: np.zeros(1, kind) for name, kind in COLUMNS.items()}
-    state = LoaderState("f", 1, {0: [1, 2]}, ("a",))
+    state = LoaderState("f", 1, {0: toy_lane(1, 2, datasets=1)}, ("a",))
     path = write_segment(tmp_path, Segment(1, 1, 0, state, rows, ({"key": "k"},)))
     magic, header, rest = path.read_bytes().split(b"\n", 2)
     sections = json.loads(header)["sections"]

@@ -127,7 +127,7 @@ def test_states_survive_json_and_merge_over_ranks(mixture_config: DataConfig, hy
     parts = [_steps(Loader(mixture_config, hybrid_spec, seed=1, rank=r, world_size=2), 4)[-1].state for r in range(2)]
     merged = LoaderState.merge([LoaderState.from_json(part.to_json()) for part in parts])
     assert merged == whole
-    assert all(LaneState.from_integers(lane).waiting for lane in whole.lanes.values()), "look-ahead holds documents"
+    assert all(lane.waiting for lane in whole.lanes.values()), "look-ahead holds documents"
     with pytest.raises(StateError, match="two ranks hold lane 0"):
         LoaderState.merge([whole, parts[0]])
     with pytest.raises(StateError, match="lacks lane 1"):

@@ -23,6 +23,7 @@ from data_pipeline.order.state import (
     StreamPosition,
     fingerprint_of,
 )
+from tests.data_pipeline.lane_states import toy_lane
 
 COUNTS = st.integers(0, 10**12)
 
@@ -90,24 +91,25 @@ def test_a_data_set_that_is_gone_leaves_the_others_alone() -> None:
     assert moved == LaneState(StreamPosition((7, 5), (cursors[2], cursors[0]), 1, 0b01), (Drawn(0, 1, 4),), (9,))
 
 
-def loader_state(lanes: dict[int, list[int]], **changes: Any) -> LoaderState:
+def loader_state(lanes: dict[int, LaneState], **changes: Any) -> LoaderState:
     values = {"fingerprint": fingerprint_of({"seed": 1, "a.manifest": "x"}), "step": 4, "datasets": ("a", "b")}
     return LoaderState(lanes=lanes, **{**values, **changes})
 
 
 def test_the_states_of_ranks_are_merged_if_they_are_of_one_moment() -> None:
-    one, two = loader_state({0: [1], 2: [3]}), loader_state({1: [2]})
+    lanes = [toy_lane(number, datasets=2) for number in range(3)]
+    one, two = loader_state({0: lanes[0], 2: lanes[2]}), loader_state({1: lanes[1]})
     merged = LoaderState.merge([one, two])
-    assert merged == loader_state({0: [1], 1: [2], 2: [3]})
+    assert merged == loader_state(dict(enumerate(lanes)))
     assert list(json.loads(merged.to_json())["lanes"]) == ["0", "1", "2"]
     assert LoaderState.from_json(LoaderState.merge([two, one]).to_json()) == merged
     assert LoaderState.merge([one]) == one
     assert LoaderState.from_json(one.to_json()).datasets == ("a", "b")
     for change in ({"step": 5}, {"fingerprint": "seed:0"}, {"datasets": ("b", "a")}):
         with pytest.raises(StateError, match="ranks disagree"):
-            LoaderState.merge([one, loader_state({1: [2]}, **change)])
+            LoaderState.merge([one, loader_state({1: lanes[1]}, **change)])
     with pytest.raises(StateError, match="two ranks hold lane 2"):
-        LoaderState.merge([one, loader_state({3: [1], 2: [3]})])
+        LoaderState.merge([one, loader_state({3: lanes[0], 2: lanes[2]})])
     with pytest.raises(StateError, match="no loader state to merge"):
         LoaderState.merge([])
 
@@ -122,7 +124,7 @@ def test_the_lanes_of_a_loader_are_read_in_the_order_of_its_data_sets() -> None:
     start = StreamPosition.start(2)
     assert start == ((0, 0), (Cursor(0, 0, 0), Cursor(0, 0, 0)), 0, 0)
     lanes = [LaneState(StreamPosition((n, 9), start.cursors), (Drawn(1, 0, n),), (4,)) for n in range(3)]
-    state = loader_state({number: lane.to_integers() for number, lane in enumerate(lanes)})
+    state = loader_state(dict(enumerate(lanes)))
     assert state.lane_states([2, 0], ["a", "b"]) == {0: lanes[0], 2: lanes[2]}
     turned = LaneState(StreamPosition((9, 1), start.cursors), (Drawn(0, 0, 1),), (4,))
     assert state.lane_states([1], ["b", "a"]) == {1: turned}
