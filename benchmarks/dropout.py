@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.figures import Case, best_seconds, main
-from mmscale.nn.dropout import Branch, Dropout, step_key
+from data_pipeline.order.randomness import mix
+from mmscale.nn.dropout import Branch, Dropout
 
 ROWS, DIM, RATE, LANES = 4096, 1024, 0.1, 4
 
 
 def ours(values: Tensor) -> Tensor:
     """Masks by hash."""
-    dropout = Dropout.of(RATE, step_key(1, 0), range(LANES), [len(values) // LANES] * LANES, values.device)
+    dropout = Dropout.of(RATE, (1, 0), range(LANES), [len(values) // LANES] * LANES, values.device)
     return dropout(values, Branch.ATTENTION)
 
 
@@ -25,7 +26,7 @@ def generator_per_lane(values: Tensor) -> Tensor:
     generator = torch.Generator(values.device)
     kept = torch.empty_like(values, dtype=torch.bool)
     for lane, rows in enumerate(kept.chunk(LANES)):
-        rows.bernoulli_(1 - RATE, generator=generator.manual_seed(step_key(1, lane)))
+        rows.bernoulli_(1 - RATE, generator=generator.manual_seed(mix(lane)))
     return values.masked_fill(~kept, 0.0) * (1 / (1 - RATE))
 
 

@@ -196,7 +196,7 @@ class MultimodalBatch(_Brief):
         provenance: Origin of each segment; None for null documents.
         weight: Sum of ``loss_weights``, on the host.
         num_tokens: Valid tokens, on the host.
-        dropout_key: Of the training step, for the masks of dropout; None: not in training.
+        dropout_key: Seed and step of the run, for the masks of dropout. None outside of training.
     """
 
     token_ids: Tensor
@@ -213,7 +213,7 @@ class MultimodalBatch(_Brief):
     weight: float = 0.0
     num_tokens: int = 0
     branched: BranchedSegments | None = None
-    dropout_key: int | None = None
+    dropout_key: tuple[int, int] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultimodalBatch:
         """The same batch with every tensor on ``device``."""

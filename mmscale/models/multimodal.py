@@ -86,7 +86,7 @@ class MultimodalModel(nn.Module):
         rate = self.config.decoder.dropout
         if batch.dropout_key is None or sum(batch.lane_tokens) != batch.segments.total:
             raise ValueError(
-                f"decoder.dropout={rate}: a batch to train on needs dropout_key (mmscale.nn.dropout.step_key) and "
+                f"decoder.dropout={rate}: a batch to train on needs dropout_key (seed and step of the run) and "
                 "lane_tokens; outside of training call model.eval()"
             )
         chosen = batch.loss_weights > 0 if self.config.decoder.dropout_rows == "learned" else None

@@ -1,6 +1,6 @@
 """Dropout whose masks follow from where a value stands, and from nothing that a process has drawn before.
 
-    (seed, step) --step_key--> key --lane, place in the lane--> key of a row --block, branch, channel--> dropped or not
+    (seed, step) --lane, place in the lane--> key of a row --block, branch, channel--> dropped or not
 
 So a mask is the same on any rank, in any microbatch, on CPU and CUDA, when a block is computed again in the backward
 pass, and after a resume, and nobody keeps the state of a generator. Not for: attention probabilities, which kernels
@@ -35,16 +35,6 @@ class Branch(IntEnum):
     FEED_FORWARD = 1
 
 
-def step_key(seed: int, step: int) -> int:
-    """Key of one training step.
-
-    Args:
-        seed: Of the run.
-        step: Of the run, over all stages.
-    """
-    return mix(mix(seed) ^ step)
-
-
 @dataclass(frozen=True)
 class Dropout:
     """The masks of one microbatch.
@@ -70,14 +60,19 @@ class Dropout:
     def of(
         cls,
         rate: float,
-        key: int,
+        key: tuple[int, int],
         lanes: Sequence[int],
         lane_tokens: Sequence[int],
         device: torch.device,
         chosen: Bool[Tensor, " T"] | None = None,
     ) -> Dropout:
-        """The masks of a microbatch that holds ``lane_tokens`` rows of each of ``lanes``, in this order."""
-        rows = [_row_keys(mix(key ^ mix(lane)), count) for lane, count in zip(lanes, lane_tokens, strict=True)]
+        """Return the masks of a microbatch that holds ``lane_tokens`` rows of each of ``lanes``, in this order.
+
+        ``key`` is the seed and the step of the run.
+        """
+        seed, step = key
+        hashed = mix(mix(seed) ^ step)
+        rows = [_row_keys(mix(hashed ^ mix(lane)), count) for lane, count in zip(lanes, lane_tokens, strict=True)]
         return cls(rate, torch.cat(rows).to(device), chosen=chosen)
 
     def of_block(self, number: int) -> Dropout:

@@ -52,7 +52,6 @@ from mmscale.metrics.run_log import LoggedStage, NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import batch_images
 from mmscale.metrics.step_counts import count_step, step_flops
 from mmscale.models.build import AnyModel, build_model
-from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.choice import Objective, choose_objective
 from mmscale.run.config import RunConfig, check_files, check_world
@@ -268,10 +267,9 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
             step = state.step + 1
             run.watchdog.begin_step(step)
             batch = _next_batch(run, batches, step)
-            dropout_key = step_key(config.seed, state.step)
             engine.clock.memory = due(config.metrics.memory_every, step)
             report = engine.train_step(
-                [replace(microbatch, dropout_key=dropout_key) for microbatch in batch.microbatches],
+                [replace(microbatch, dropout_key=(config.seed, state.step)) for microbatch in batch.microbatches],
                 why_refuse=detector.reason,
                 component_norms=due(config.metrics.grad_norms_every, step),
             )

@@ -12,7 +12,6 @@ from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.models.build import build_model, media_spec
-from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.optim.stages import StageConfig
@@ -80,6 +79,6 @@ def _step(engine: Engine, world: World, name: str, step: int) -> list[float]:
             text_document(seed, 5 + lane, VOCAB),
             image_document(spec, seed, 4, [(2, 2), (4, 2)], VOCAB, null=null),
         ]
-        packs.append(in_lane(pack(documents, spec), lane, step_key(3, step)))
+        packs.append(in_lane(pack(documents, spec), lane, (3, step)))
     report = engine.train_step(packs)
     return [report.loss, report.grad_norm]

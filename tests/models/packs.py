@@ -58,7 +58,7 @@ def text_document(seed: int, text: int, vocab: int) -> Doc:
     return Doc(torch.randint(4, vocab, (text,), generator=generator).tolist(), spans=[(0, [])])
 
 
-def in_lane(batch: MultimodalBatch, lane: int, dropout_key: int | None) -> MultimodalBatch:
+def in_lane(batch: MultimodalBatch, lane: int, dropout_key: tuple[int, int] | None) -> MultimodalBatch:
     """The batch as the only pack of a lane."""
     return replace(batch, lanes=(lane,), lane_tokens=(batch.segments.total,), dropout_key=dropout_key)
 

@@ -11,7 +11,6 @@ from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.generation import generate
-from mmscale.nn.dropout import step_key
 from mmscale.nn.init import initialise_
 from mmscale.objectives.next_token import NextToken
 from mmscale.optim.stages import StageConfig
@@ -42,7 +41,7 @@ def _run(world: World, kind: str, steps: int) -> dict[str, Any]:
         docs = [text_document(step * LANES + number, 5 + 3 * number, VOCAB)]
         null = number == 1
         docs.append(image_document(spec, step * LANES + number, 4, sizes, VOCAB, null=null))
-        return in_lane(pack(docs, spec), number, step_key(3, step))
+        return in_lane(pack(docs, spec), number, (3, step))
 
     engine_config = EngineConfig(
         zero_stage=3,

@@ -159,7 +159,7 @@ def test_dropout_of_learned_rows_alone() -> None:
     """The rows whose label carries loss have the masks that they would have anyway, the others none."""
     config = settings(dropout=0.5, dropout_rows="learned")
     everywhere = settings(dropout=0.5)
-    batch = in_lane(pack(docs(config), media_spec(config)), 3, 77)
+    batch = in_lane(pack(docs(config), media_spec(config)), 3, (7, 7))
     weights = batch.loss_weights.clone()
     weights[::3] = 0
     batch = replace(batch, loss_weights=weights)

@@ -16,16 +16,15 @@ from mmscale.models.build import media_spec
 from mmscale.models.generation import generate
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.nn import dropout
-from mmscale.nn.dropout import step_key
 from mmscale.objectives.next_token import NextToken
 from tests.models.packs import image_document, in_lane, pack, text_document
 from tests.models.tiny import CONNECTORS, MOE, VOCAB, model
 
 KINDS = [None, *CONNECTORS]
-KEY = step_key(1, 6)
+KEY = (1, 6)
 
 
-def lane(net: MultimodalModel, number: int, key: int | None = KEY) -> MultimodalBatch:
+def lane(net: MultimodalModel, number: int, key: tuple[int, int] | None = KEY) -> MultimodalBatch:
     """A pack of a text and, with a tower, an image; lanes differ in length."""
     spec = media_spec(net.config)
     docs = [text_document(number, 3 + 2 * number, VOCAB)]
@@ -113,7 +112,7 @@ def test_evaluation_and_a_rate_of_zero_draw_no_mask(kind: str | None, monkeypatc
 
 def test_a_step_has_masks_of_its_own() -> None:
     net = model(None, dropout=0.3)
-    outputs = [net(lane(net, 2, step_key(seed, step))).hidden for seed, step in ((1, 6), (1, 7), (2, 6), (1, 6))]
+    outputs = [net(lane(net, 2, (seed, step))).hidden for seed, step in ((1, 6), (1, 7), (2, 6), (1, 6))]
     assert torch.equal(outputs[0], outputs[3])
     assert not torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from data_pipeline.batch import Segments
 from mmscale.nn.attention_backends import resolve_backend
 from mmscale.nn.block import AttentionConfig, DenseMlpConfig, NormConfig, NormPlacement, TransformerBlock
-from mmscale.nn.dropout import Branch, Dropout, step_key
+from mmscale.nn.dropout import Branch, Dropout
 
 CPU = torch.device("cpu")
 WORD = 2**64 - 1
@@ -26,13 +26,13 @@ def splitmix(state: int) -> int:
 
 
 def masks(seed: int = 1, step: int = 0, lane: int = 0, rate: float = 0.5, rows: int = 64) -> Dropout:
-    return Dropout.of(rate, step_key(seed, step), [lane], [rows], CPU)
+    return Dropout.of(rate, (seed, step), [lane], [rows], CPU)
 
 
 @pytest.mark.parametrize(("block", "branch"), [(0, Branch.ATTENTION), (5, Branch.FEED_FORWARD), (-2, Branch.ATTENTION)])
 def test_masks_are_the_published_hash(block: int, branch: Branch) -> None:
     rate, dim, lanes, counts = 0.3, 10, (3, -1, 7), (4, 1, 3)
-    found = Dropout.of(rate, step_key(11, 2), lanes, counts, CPU).of_block(block).dropped(branch, dim)
+    found = Dropout.of(rate, (11, 2), lanes, counts, CPU).of_block(block).dropped(branch, dim)
     increment = 0x9E3779B97F4A7C15
     expected = []
     for lane, count in zip(lanes, counts, strict=True):
@@ -104,7 +104,7 @@ def test_no_generator_is_drawn_from() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_masks_are_the_same_on_cuda() -> None:
-    arguments = (0.3, step_key(1, 2), (4, 0), (100, 37))
+    arguments = (0.3, (1, 2), (4, 0), (100, 37))
     here, there = (Dropout.of(*arguments, torch.device(kind)).of_block(3) for kind in ("cpu", "cuda"))
     for branch in Branch:
         assert torch.equal(here.dropped(branch, 70), there.dropped(branch, 70).cpu())

@@ -11,7 +11,6 @@ import torch
 from data_pipeline.loader.loader import Loader
 from mmscale.config import load
 from mmscale.models.build import build_model
-from mmscale.nn.dropout import step_key
 from mmscale.objectives.next_token import NextToken
 from mmscale.run.config import RunConfig
 from tests.system.conftest import TINY, MakeRun
@@ -63,7 +62,7 @@ def test_each_step_has_the_masks_of_its_number(fork_run: MakeRun) -> None:
     model, objective = build_model(config.model, seed=config.seed), NextToken()
     with Loader(config.data, config.media_spec, seed=config.seed) as loader, torch.no_grad():
         for line, step in zip(run.metrics(), loader, strict=False):
-            batches = [replace(b, dropout_key=step_key(config.seed, step.step)) for b in step.microbatches]
+            batches = [replace(b, dropout_key=(config.seed, step.step)) for b in step.microbatches]
             loss = sum(objective(model, batch).loss_sum.item() for batch in batches) / sum(b.weight for b in batches)
             assert line["loss"] == pytest.approx(loss, rel=1e-5), step.step
 
