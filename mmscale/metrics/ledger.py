@@ -23,7 +23,7 @@ from data_pipeline.loader.loader import StepBatch
 from data_pipeline.order.state import LoaderState
 from mmscale.dist import World, gather_bytes, raise_on_any_rank
 from mmscale.errors import MMScaleError
-from mmscale.metrics.step_counts import measured_documents
+from mmscale.metrics.step_counts import MeasuredDocument
 
 
 class LedgerConfig(StrictConfig):
@@ -61,22 +61,21 @@ class Recorder:
     def __post_init__(self) -> None:
         self._first = self.step + 1
 
-    def add(self, batch: StepBatch, losses: Sequence[Sequence[float]] = ()) -> None:
-        """Takes down the next step.
+    def add(self, batch: StepBatch, documents: Sequence[MeasuredDocument]) -> None:
+        """Record the next step.
 
         Args:
-            batch: What this rank was fed.
-            losses: Weighted loss sum of each document of each microbatch; empty if there are none.
+            batch: This rank's part of the step.
+            documents: ``measured_documents`` of it.
         """
         self.step += 1
         self.num_steps += 1
-        measures: list[tuple[int, float]] = []  # Tokens and mean loss of each document, null documents left out.
-        for document in measured_documents(batch, losses if self.losses else ()):
-            loss = math.nan if document.loss_sum is None or not document.weight else document.loss_sum / document.weight
-            measures.append((document.tokens, loss))
         places = [(lane, drawn) for lane, pack in batch.drawn.items() for drawn in pack]
-        for (lane, drawn), (tokens, loss) in zip(places, measures, strict=True):
-            self._rows.append((self.step - self._first, lane, *drawn, tokens, loss))
+        for (lane, drawn), document in zip(places, documents, strict=True):
+            loss = math.nan
+            if self.losses and document.loss_sum is not None and document.weight:
+                loss = document.loss_sum / document.weight
+            self._rows.append((self.step - self._first, lane, *drawn, document.tokens, loss))
         self._skipped += [{"step": self.step, **skip.record()} for skip in batch.skipped]
         self._state = batch.state
 
@@ -114,17 +113,17 @@ class RunLedger:
         assert not self._recorder.num_steps, "a stage ends with a checkpoint"
         self._recorder = Recorder(step, stage, self._config.losses)
 
-    def step(self, batch: StepBatch, losses: tuple[tuple[float, ...], ...]) -> None:
-        """Takes down a step, and writes when it is time. All ranks must call.
+    def step(self, batch: StepBatch, documents: Sequence[MeasuredDocument]) -> None:
+        """Record a step. Every ``every_steps`` steps also write. All ranks must call.
 
         Args:
-            batch: What this rank was fed.
-            losses: ``StepReport.document_losses``.
+            batch: This rank's part of the step.
+            documents: ``measured_documents`` of it.
 
         Raises:
             MMScaleError: rank 0 cannot write; every rank raises.
         """
-        self._recorder.add(batch, losses)
+        self._recorder.add(batch, documents)
         if self._recorder.num_steps >= self._config.every_steps:
             self.write()
 

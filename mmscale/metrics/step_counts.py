@@ -1,11 +1,11 @@
 """Counts of one step by name. Each rank counts its own, the loop sums them over ranks, metrics follow from the sums.
 
-step_flops | count_step   --dist.all_reduce_sum-->   step_metrics   -->   the step's line in ``metrics.jsonl``
+step_flops | measured_documents --> count_step   --dist.all_reduce_sum-->   step_metrics   -->   ``metrics.jsonl``
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,30 +27,30 @@ class MeasuredDocument(NamedTuple):
     loss_sum: float | None
 
 
-def measured_documents(batch: StepBatch, losses: Sequence[Sequence[float]]) -> Iterator[MeasuredDocument]:
-    """Yield each document of a step in the order of the microbatches, null documents left out.
+def measured_documents(batch: StepBatch, losses: Sequence[Sequence[float]]) -> list[MeasuredDocument]:
+    """Return the documents of a step in the order of the microbatches, without dummy documents.
 
     Args:
         batch: The step.
         losses: ``StepReport.document_losses``; empty if nothing was trained.
     """
+    documents: list[MeasuredDocument] = []
     for number, microbatch in enumerate(batch.microbatches):
         bounds = microbatch.segments.bounds
         weights = torch.segment_reduce(microbatch.loss_weights, "sum", offsets=microbatch.segments.cu.long()).tolist()
         for segment, origin in enumerate(microbatch.provenance):
             if origin is not None:
                 tokens, loss = bounds[segment + 1] - bounds[segment], losses[number][segment] if losses else None
-                yield MeasuredDocument(origin.dataset, tokens, weights[segment], loss)
+                documents.append(MeasuredDocument(origin.dataset, tokens, weights[segment], loss))
+    return documents
 
 
-def count_step(
-    batch: StepBatch, document_losses: Sequence[Sequence[float]], datasets: Sequence[str]
-) -> dict[str, float]:
+def count_step(batch: StepBatch, documents: Sequence[MeasuredDocument], datasets: Sequence[str]) -> dict[str, float]:
     """Count what this rank was fed in a step.
 
     Args:
         batch: The step.
-        document_losses: ``StepReport.document_losses``; empty if nothing was trained.
+        documents: ``measured_documents`` of the step.
         datasets: Names of the data sets, the same on every rank.
 
     Returns:
@@ -67,7 +67,7 @@ def count_step(
     }
     counts |= {f"faults/{kind.value}": 0 for kind in FaultKind}
     counts |= {f"dataset/{name}/{count}": 0 for name in datasets for count in _DATASET_COUNTS}
-    for document in measured_documents(batch, document_losses):
+    for document in documents:
         counts[f"dataset/{document.dataset}/loss_sum"] += document.loss_sum or 0.0
         counts[f"dataset/{document.dataset}/loss_weight"] += document.weight
         counts[f"dataset/{document.dataset}/samples"] += 1

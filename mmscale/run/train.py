@@ -50,7 +50,7 @@ from mmscale.metrics.peaks import peak_of
 from mmscale.metrics.profiler import profile_steps
 from mmscale.metrics.run_log import LoggedStage, NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import batch_images
-from mmscale.metrics.step_counts import count_step, step_flops
+from mmscale.metrics.step_counts import count_step, measured_documents, step_flops
 from mmscale.models.build import AnyModel, build_model
 from mmscale.nn.init import initialise_
 from mmscale.objectives.choice import Objective, choose_objective
@@ -273,7 +273,8 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
                 why_refuse=detector.reason,
                 component_norms=due(config.metrics.grad_norms_every, step),
             )
-            counts = count_step(batch, report.document_losses, stage.datasets)
+            documents = measured_documents(batch, report.document_losses)
+            counts = count_step(batch, documents, stage.datasets)
             sums = all_reduce_sum(world, step_flops(engine, batch.microbatches) | counts)
             if not sums["samples"]:
                 raise DataConfigError(
@@ -292,7 +293,7 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
                 samples=state.samples + int(sums["samples"]),
                 loader=batch.state,
             )
-            run.ledger.step(batch, report.document_losses)
+            run.ledger.step(batch, documents)
             log.step(step, report, sums, {"bad_steps": detector.num_bad, "roll_backs": run.bad_steps.num_roll_backs})
             if bad is not None and _goes_back(run, state, batch, report, bad):
                 return state, _StageEnd.ROLLED_BACK

@@ -11,6 +11,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.loader.loader import Loader, StepBatch
 from mmscale.config import dump, load
 from mmscale.metrics.ledger import Recorder
+from mmscale.metrics.step_counts import measured_documents
 from mmscale.optim.stages import StageConfig
 from mmscale.run.config import RunConfig
 from tests.data_pipeline.conftest import (  # noqa: F401 - fixtures
@@ -80,7 +81,8 @@ def write(config: RunConfig, steps: list[tuple[int, StepBatch]], every: int = EV
     for number, (stage, batch) in enumerate(steps, 1):
         if stage != recorder.stage:
             recorder = Recorder(number - 1, stage)
-        recorder.add(batch, [[1.0] * micro.segments.num for micro in batch.microbatches])
+        losses = [[1.0] * micro.segments.num for micro in batch.microbatches]
+        recorder.add(batch, measured_documents(batch, losses))
         last_of_stage = number < len(steps) and steps[number][0] != stage
         if recorder.num_steps == every or last_of_stage:
             segment = recorder.take()

@@ -137,7 +137,7 @@ def test_step_ten_to_the_six_costs_what_step_one_costs(
         batches = [next(loader) for _ in range(6)]
     run = write(config, [(0, first)], every=1)
     recorder = Recorder(million - 1, 0)
-    recorder.add(StepBatch(million - 1, (), (), state, 0, 0, drawn={}))
+    recorder.add(StepBatch(million - 1, (), (), state, 0, 0, drawn={}), [])
     segment = recorder.take()
     (run / "ledger" / segment.name()).write_bytes(segment.to_bytes())
     for number in range(2, 4000):  # Names are enough for those that must not be read.

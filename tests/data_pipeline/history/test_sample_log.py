@@ -23,6 +23,7 @@ from data_pipeline.loader.loader import Loader, StepBatch
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.state import Drawn, LoaderState
 from mmscale.metrics.ledger import Recorder
+from mmscale.metrics.step_counts import measured_documents
 from tests.data_pipeline.conftest import WriteSet, captioned, picture
 from tests.data_pipeline.lane_states import toy_lane
 
@@ -64,7 +65,7 @@ def record(folder: Path, steps: Steps, done: int = 0, every: int = EVERY) -> Non
     recorders = [Recorder(done, stage=0) for _ in steps[0]]
     for number, ranks in enumerate(steps, done + 1):
         for rank, (recorder, batch) in enumerate(zip(recorders, ranks, strict=True)):
-            recorder.add(batch, losses_of(batch, rank))
+            recorder.add(batch, measured_documents(batch, losses_of(batch, rank)))
         if number % every == 0:
             write_segment(folder, Segment.merge([recorder.take() for recorder in recorders]))
 
