@@ -13,7 +13,6 @@ The kernel and the CUDA allocator keep one high-water mark of memory each. Measu
 
 from __future__ import annotations
 
-import functools
 import resource
 import sys
 import time
@@ -158,21 +157,23 @@ def watch_deepspeed() -> None:
         return
     for name in _COLLECTIVES:
         if hasattr(backend, name):
-            setattr(backend, name, _timed(getattr(backend, name)))
+            setattr(backend, name, _TimedCollective(getattr(backend, name)))
     backend.watched_by_mmscale = True
 
 
-def _timed(collective: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(collective)
-    def timed(*args: Any, **kwargs: Any) -> Any:
+@dataclass(frozen=True)
+class _TimedCollective:
+    """A collective whose calls inside a phase count as communication."""
+
+    collective: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not _running:
-            return collective(*args, **kwargs)
+            return self.collective(*args, **kwargs)
         clock = _running[-1]
         with clock.communicating():
-            work = collective(*args, **kwargs)
+            work = self.collective(*args, **kwargs)
         return _TimedWork(work, clock) if hasattr(work, "wait") else work
-
-    return timed
 
 
 class _TimedWork:
