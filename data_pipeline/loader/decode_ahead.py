@@ -28,20 +28,13 @@ class Turn:
 
     Attributes:
         drawn: The sample.
-        after: The position behind it.
+        after: The position after it.
+        document: Its document. ``result()`` waits for it and raises the error of reading, planning or decoding.
     """
 
     drawn: Drawn
     after: StreamPosition
-    _document: Future[Document]
-
-    def document(self) -> Document:
-        """The document; waits for it.
-
-        Raises:
-            Exception: whatever reading, planning or decoding raised.
-        """
-        return self._document.result()
+    document: Future[Document]
 
 
 class DecodeAhead:

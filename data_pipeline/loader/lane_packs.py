@@ -82,7 +82,7 @@ class LaneStream:
         self.position, turn = self.ahead.next(self.position, self.step)
         if turn is None:
             return None
-        documents = self._attempt(turn.drawn, turn.document)
+        documents = self._attempt(turn.drawn, turn.document.result)
         return [Made(turn.drawn._replace(part=part), each) for part, each in enumerate(documents)]
 
     def remake(self, drawn: Drawn) -> Document | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -183,27 +183,25 @@ class Draws(Protocol):
         """The numbers below ``x`` in random order."""
 
 
+@dataclass
 class SampleDraws:
-    """Draws of one sample in one epoch. Most samples draw nothing, so the generator is made when it is asked for.
+    """Random numbers of one sample in one epoch. Most samples draw none, so the generator is created at the first draw.
 
-    Args:
+    Attributes:
         seed: ``sample_source.dataset_seed``.
         sample: Number of the sample.
         epoch: Its epoch.
     """
 
-    __slots__ = ("_generator", "_place")
+    seed: int
+    sample: int
+    epoch: int
 
-    def __init__(self, seed: int, sample: int, epoch: int) -> None:
-        self._place = (seed, sample, epoch)
-        self._generator: np.random.Generator | None = None
-
-    @property
+    @cached_property
     def generator(self) -> np.random.Generator:
         """The generator of all draws."""
-        if self._generator is None:
-            self._generator = np.random.Generator(np.random.PCG64(_Words(*self._place)))  # type: ignore[arg-type]  # Stubs lack the interface.
-        return self._generator
+        words = _Words(mix(mix(mix(self.seed) ^ self.sample) ^ self.epoch))
+        return np.random.Generator(np.random.PCG64(words))  # type: ignore[arg-type]  # Stubs lack the interface.
 
     @overload
     def random(self) -> float: ...
@@ -220,12 +218,12 @@ class SampleDraws:
         return self.generator.permutation(x)
 
 
+@dataclass(frozen=True)
 class _Words(ISeedSequence):
     """The 256 bits that start a PCG64. ``SeedSequence`` would ask the system for entropy each time, a slow call."""
 
-    def __init__(self, seed: int, sample: int, epoch: int) -> None:
-        self._start = mix(mix(mix(seed) ^ sample) ^ epoch)
+    start: int
 
     def generate_state(self, n_words: int, dtype: Any = np.uint32) -> npt.NDArray[Any]:
-        """Words of a counter through the hash."""
-        return np.array([mix((self._start + i) & _WORD) for i in range(n_words)], dtype=np.uint64).astype(dtype)
+        """Return the hashes of ``start``, ``start + 1``, ..."""
+        return np.array([mix((self.start + i) & _WORD) for i in range(n_words)], dtype=np.uint64).astype(dtype)
