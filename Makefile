@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-CODE := data_pipeline mmscale launchers benchmarks tests examples
+CODE := data_pipeline mmscale launchers benchmarks tests examples docs/site
 
 # Several ranks share the cores of one machine; more threads than cores would slow all of them down.
 export OMP_NUM_THREADS ?= 1
@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quick test-near test test-slow test-all lint format golden bench clean
+.PHONY: help setup quickstart docs quick test-near test test-slow test-all lint format golden bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#' 2>/dev/null || true
@@ -21,12 +21,17 @@ setup: $(STAMP) ## Make .venv with everything in it (again only when pyproject.t
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev,hf]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,docs,hf]'
 	touch $@
 
 quickstart: setup ## Train a small vision-language model on bundled data: two ranks, about ten minutes
 	$(BIN)/mmscale launch local configs/quickstart.yaml --ranks 2
 	@echo "Done. Open runs/quickstart/report.html"
+
+# Without --quiet, which would also silence strict mode.
+docs: setup ## Build the documentation, with a search and a reference of the API, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "Done. Open site/index.html"
 
 quick: lint ## Lint, and the tests of single parts: no ranks, kills, reference models or whole commands
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not (dist or resume or fault or parity or long or slow or gpu or slurm)" \
@@ -58,10 +63,10 @@ golden: setup ## Write down anew what each model is: tests/golden and the table 
 	$(BIN)/python -m tests.golden
 
 bench: setup ## Measure against peers, side by side
-	@for name in attention checkpoint dropout ledger loader loss_memory order_scale packing remote shuffle train_step zero_memory; do \
+	@for name in attention checkpoint dropout sample_log loader loss_memory order_scale packing remote shuffle train_step zero_memory; do \
 		echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 
 clean: ## Remove runs, caches and .venv
-	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

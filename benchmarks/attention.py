@@ -1,7 +1,7 @@
-"""Packed attention on this machine beside other ways to pack: ``python -m benchmarks.attention --json``.
+"""Compare packed attention with other ways to batch segments: ``python -m benchmarks.attention --json``.
 
-Forward and backward of one layer's attention, without projections. *Hugging Face* is what its models call, on what its
-collator hands them: segments padded to the longest, with the mask that its models make of them once a batch.
+Measures forward and backward of one layer's attention, without projections. *Hugging Face* is the attention function of
+its models on the output of its collator: segments padded to the longest, with the mask that its models build per batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.figures import Case, best_seconds, main
+from benchmarks.report import Case, best_seconds, main
 from data_pipeline.batch import Segments
 from mmscale.nn.attention_backends import Backend, resolve_backend, varlen_attention
 
@@ -23,7 +23,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Segments, bool], Tensor]
 
 
 def per_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
-    """One call a segment."""
+    """One call per segment."""
     lengths = [b - a for a, b in zip(segments.bounds, segments.bounds[1:], strict=False)]
     pieces = []
     for parts in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
@@ -56,7 +56,7 @@ def dense_mask(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool
 
 
 def hugging_face(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
-    """transformers' ``sdpa`` on padded segments; it gets no mask where none is needed."""
+    """transformers' ``sdpa`` on padded segments, without a mask if none is needed."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     lengths = [b - a for a, b in zip(segments.bounds, segments.bounds[1:], strict=False)]
@@ -87,7 +87,7 @@ PEERS: dict[str, Attend] = {
 
 
 def cases() -> dict[str, tuple[list[int], bool, tuple[int, int, int]]]:
-    """Segment lengths, causality, and (query heads, key heads, head channels)."""
+    """Return segment lengths, causality, and (query heads, key heads, head channels)."""
     generator = torch.Generator().manual_seed(0)
     captions = torch.randint(5, 31, (64,), generator=generator).tolist()
     return {
@@ -113,7 +113,7 @@ def _seconds(attend: Attend, tensors: list[Tensor], segments: Segments, causal: 
 
 
 def measure() -> list[Case]:
-    """Milliseconds, the fastest of seven."""
+    """Return milliseconds, the fastest of seven runs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     backend: Backend = resolve_backend("auto", dtype)

@@ -1,9 +1,9 @@
-"""What a checkpoint costs a run, beside torch.distributed.checkpoint: ``python -m benchmarks.checkpoint --json``.
+"""Time of a checkpoint compared with torch.distributed.checkpoint: ``python -m benchmarks.checkpoint --json``.
 
-The same tensors (masters, both moments) of one rank, saved in turn by each way, every file synced by each:
+Each method saves the same tensors of one rank (masters, both moments) in turn and syncs every file:
 
-    stall    how long training stands still
-    durable  from the start of the save until it is whole on the disk, training idle meanwhile
+    stall    time during which training is blocked
+    durable  time from the start of the save until it is complete on the disk, without training meanwhile
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from benchmarks.figures import Case, main
+from benchmarks.report import Case, main
 from mmscale.checkpoint import Saver, TrainState
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.share import share_of
@@ -36,11 +36,11 @@ LAYERS, DIM, VOCAB = 8, 512, 16384
 REPEATS = 5
 
 Times = tuple[float, float]
-"""Stall and durable, in seconds."""
+"""``stall`` and ``durable``, in seconds."""
 
 
 def model() -> nn.Module:
-    """A dense decoder of some 40 million parameters."""
+    """Return a dense decoder of about 50 million parameters."""
     decoder = {
         "num_layers": LAYERS,
         "hidden_dim": DIM,
@@ -89,7 +89,7 @@ def measure() -> list[Case]:
 
 def _cases(engine: Engine, world: World, folder: Path) -> list[Case]:
     share = share_of(engine, TrainState())
-    state = dict(zip(share.notes["tensors"], share.values, strict=True))
+    state = dict(zip(share.metadata["tensors"], share.values, strict=True))
     keep = CheckpointConfig(keep_last=1)
     background = Saver(world, folder / "background", keep)
     waiting = Saver(world, folder / "waiting", keep.model_copy(update={"background": False}))
@@ -105,16 +105,18 @@ def _cases(engine: Engine, world: World, folder: Path) -> list[Case]:
     times: dict[str, list[Times]] = {name: [] for name in ways}
     for number in range(1, REPEATS + 2):
         for turn in range(len(ways)):
-            name, run = list(ways.items())[(turn + number) % len(ways)]  # A disk may be faster after a rest.
-            os.sync()  # Nobody pays for what another one left in the cache.
-            taken = run(number)
-            if number > 1:  # The first starts processes and takes fresh memory.
-                times[name].append(taken)
+            name, run = list(ways.items())[
+                (turn + number) % len(ways)
+            ]  # Rotate the order: a disk may be faster after a pause.
+            os.sync()  # Write back the cache, so that no method pays for another one.
+            seconds = run(number)
+            if number > 1:  # The first turn starts processes and allocates memory.
+                times[name].append(seconds)
     background.close()
     size = f"{sum(share.lengths) / 1e6:.0f} MB of fp32 masters and moments, one rank"
     cases = []
     for index, what in enumerate(("stall", "durable")):
-        medians = {name: statistics.median(taken[index] for taken in all_) for name, all_ in times.items()}
+        medians = {name: statistics.median(seconds[index] for seconds in all_) for name, all_ in times.items()}
         peers = {name: seconds for name, seconds in medians.items() if name != "ours"}
         cases.append(Case(f"{what}, {size}", medians["ours"], peers, "s"))
     return cases

@@ -1,8 +1,8 @@
-"""Decoding and resizing of one JPEG, without a loader around it: ``python -m benchmarks.decode --json``.
+"""Decoding and resizing of one JPEG without a loader: ``python -m benchmarks.decode --json``.
 
-Photographs of 512 px become 224 px, antialiased bicubic, on one thread: images per core-second in both decode modes,
-beside Pillow and torchvision, and how far the result is from Pillow's. Pillow's ``draft`` is its own way of scaling
-while decoding. Not for: reading, packing, workers (``benchmarks.loader``).
+Photographs of 512 px are resized to 224 px, antialiased bicubic, on one thread. The benchmark measures images per
+core-second of both decode modes, of Pillow and of torchvision, and the difference from Pillow's result. Pillow's
+``draft`` is its method of scaling while decoding. Reading, packing and workers: ``benchmarks.loader``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from benchmarks.figures import Case, main
 from benchmarks.peers.job import photo
+from benchmarks.report import Case, main
 from data_pipeline.images.crops import resize
 from data_pipeline.images.decode import DecodeMode, decode_image
 
@@ -56,13 +56,13 @@ def torchvision(data: bytes) -> Pixels:
 
 
 def decibels(ours: Pixels, reference: Pixels) -> float:
-    """Peak signal to noise ratio."""
+    """Return the peak signal-to-noise ratio."""
     error = float(((ours.astype(np.float64) - reference) ** 2).mean())
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def _speeds(photos: list[bytes]) -> dict[str, float]:
-    """Images per second of processor time; all take turns, the fastest turn counts."""
+    """Return images per second of CPU time; all take turns, and the fastest turn counts."""
     runners: dict[str, Decode] = {
         "exact": exact,
         "fast": fast,
@@ -81,7 +81,7 @@ def _speeds(photos: list[bytes]) -> dict[str, float]:
 
 
 def measure() -> list[Case]:
-    """Speed and distance of both modes."""
+    """Return speed and difference from Pillow of both modes."""
     torch.set_num_threads(1)
     photos = [photo(number, SOURCE, SOURCE) for number in range(PHOTOS)]
 

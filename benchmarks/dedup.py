@@ -2,13 +2,15 @@
 
     python -m benchmarks.dedup --json
 
-Copies are the emoji of the quickstart at half their size and as JPEGs of quality 50: icons, with much of one colour,
-are the hard case. Seconds are of CPU, on one core. Hashing is of a 512-pixel JPEG, against the ImageHash package. Near
-pairs are of random 64-bit hashes, a tenth of them with copies that differ in a few bits, against comparing all with all
-(numpy, the same count of bits; for many hashes worked out from the rate of few). The whole search runs in a fresh
-process over hashes that are already there, 10,000 a shard, all random: memory is what it takes at most for itself,
-without mapped files, on top of interpreter and imports. There a million hashes are sorted at once, so that what grows
-with the set is seen.
+Copies are the emoji of the quickstart at half their size and as JPEGs of quality 50. Icons with large areas of one
+colour are the hard case. Seconds are CPU seconds on one core.
+
+    hashing       a 512-pixel JPEG, compared with the ImageHash package
+    near pairs    random 64-bit hashes; a tenth have copies that differ in a few bits. The peer compares all pairs with
+                  numpy; for many hashes its time is extrapolated from few.
+    whole search  a fresh process over stored random hashes, 10,000 per shard. Memory is the process's peak without
+                  mapped files, minus interpreter and imports. The search sorts a million hashes at a time, so that the
+                  growth with the set is visible.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.figures import Case, main
+from benchmarks.report import Case, main
 from data_pipeline.images.decode import decode_image
 from data_pipeline.io.columns import pack_strings, write_columns
 from data_pipeline.prepare.dedup import search as near
-from data_pipeline.prepare.dedup.find import NamedSet, Question, Search
+from data_pipeline.prepare.dedup.find import DedupOptions, NamedSet, Search
 from data_pipeline.prepare.dedup.phash import perceptual_hash
-from data_pipeline.prepare.dedup.search import NearWork, Plan
+from data_pipeline.prepare.dedup.search import BlockPlan, NearWork
 from data_pipeline.prepare.dedup.signatures import SIGNATURE_FORMAT, Criterion, State, signature, signature_path
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.manifest import MANIFEST_FORMAT, Manifest
@@ -46,11 +48,11 @@ DISTANCE = 4
 SAMPLES_PER_SHARD = 10_000
 SEARCHED = (10**6, 10**7)
 _BYTES_LIMIT = 64.0
-"""A node with 64 GB searches 10^9 samples."""
+"""Limit in bytes per sample: a node with 64 GB can then search 10^9 samples."""
 
 
 def cpu_seconds(run: Callable[[], object], repeats: int) -> float:
-    """The least of ``repeats`` runs after one to warm up."""
+    """Return the least CPU time of ``repeats`` runs after one warm-up run."""
     run()
     times = []
     for _ in range(repeats):
@@ -61,7 +63,7 @@ def cpu_seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def hashing() -> Case:
-    """Images hashed in a second."""
+    """Return images hashed per second."""
     small = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(small).resize((512, 512), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
@@ -83,7 +85,7 @@ def hashing() -> Case:
 
 
 def copies() -> list[Case]:
-    """Share of altered emoji that are found, and pairs of emoji that are as near without being altered."""
+    """Return the share of altered emoji that are found, and the pairs of distinct emoji that are equally near."""
     import imagehash
 
     found: dict[str, tuple[list[int], list[int]]] = {"ours": ([], []), "ImageHash": ([], [])}
@@ -117,7 +119,7 @@ def copies() -> list[Case]:
 
 
 def hashes(num: int) -> npt.NDArray[np.uint64]:
-    """Distinct random hashes; every tenth is a copy of another with one to four bits changed."""
+    """Return distinct random hashes in random order; a tenth are copies of others with one to four bits changed."""
     draw = np.random.default_rng(num)
     values = draw.integers(0, 2**64, num, np.uint64)
     copies = num // 10
@@ -127,10 +129,10 @@ def hashes(num: int) -> npt.NDArray[np.uint64]:
 
 
 def near_pairs(num: int, folder: Path, all_with_all: float) -> Case:
-    """Seconds to find all pairs. ``all_with_all``: seconds of comparing two hashes."""
+    """Return seconds to find all near pairs. ``all_with_all`` is the seconds that one comparison takes."""
     values = hashes(num)
     np.save(folder / "values.npy", values)
-    work = NearWork(folder / "values.npy", Plan.of(len(values), DISTANCE), DISTANCE)
+    work = NearWork(folder / "values.npy", BlockPlan.of(len(values), DISTANCE), DISTANCE)
     start = time.process_time()
     found = sum(len(piece.pairs) for task in work.tasks(len(values)) for piece in work(task))
     seconds = time.process_time() - start
@@ -141,7 +143,7 @@ def near_pairs(num: int, folder: Path, all_with_all: float) -> Case:
 
 
 def seconds_of_comparing() -> float:
-    """Seconds that one comparison takes when all are compared with all."""
+    """Return seconds per comparison when all pairs are compared."""
     values = hashes(COMPARED_ALL)
 
     def run() -> None:
@@ -152,7 +154,7 @@ def seconds_of_comparing() -> float:
 
 
 def write_hashed_set(folder: Path, num_samples: int) -> None:
-    """A manifest of shards that do not exist, and the signatures of their samples, all of them random."""
+    """Write a manifest of shards that do not exist, and random signatures of their samples."""
     num_shards = num_samples // SAMPLES_PER_SHARD
     path_bytes, cu_path_bytes = pack_strings(f"part-{number:07d}.tar" for number in range(num_shards))
     digests = np.random.default_rng(0).integers(0, 256, (num_shards, 32), np.uint8)
@@ -179,13 +181,13 @@ def write_hashed_set(folder: Path, num_samples: int) -> None:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs."""
+    """Return the anonymous memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
 def search(folder: Path) -> None:
-    """Runs in a process of its own and prints seconds and bytes."""
+    """Search and print seconds and bytes; runs in a separate process."""
     near.ROWS_AT_ONCE = 10**6
     before, most = anonymous_bytes(), [0]
     done = threading.Event()
@@ -199,8 +201,8 @@ def search(folder: Path) -> None:
     start = time.process_time()
     sets = [NamedSet("x", Manifest.open(folder / "x.manifest"))]
     (folder / "search").mkdir()
-    whole = Search(sets, 0, Question(), folder / "signatures", folder / "search", workers=0)
-    for criterion in Question().criteria:
+    whole = Search(sets, 0, DedupOptions(), folder / "signatures", folder / "search", workers=0)
+    for criterion in DedupOptions().criteria:
         whole.run(criterion)
     seconds = time.process_time() - start
     done.set()
@@ -209,21 +211,21 @@ def search(folder: Path) -> None:
 
 
 def whole_search(num_samples: int) -> list[Case]:
-    """Time and memory for each sample."""
+    """Return the time of a search and, for the largest set, the memory per sample."""
     with tempfile.TemporaryDirectory() as folder:
         write_hashed_set(Path(folder), num_samples)
         command = [sys.executable, "-m", "benchmarks.dedup", "--search", folder]
         figures = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     name = f"search of {num_samples:,} samples"
     cases = [Case(f"{name}, time", round(figures["seconds"], 1), {"limit": num_samples / 50_000}, "s")]
-    if num_samples == max(SEARCHED):  # Of fewer samples, most is what does not grow with them.
+    if num_samples == max(SEARCHED):  # For fewer samples, constant memory dominates.
         each = round(figures["bytes"] / num_samples, 1)
         cases.append(Case(f"{name}, memory", each, {"limit": _BYTES_LIMIT}, "bytes a sample"))
     return cases
 
 
 def measure() -> list[Case]:
-    """All cases."""
+    """Return all cases."""
     cases = [hashing(), *copies()]
     comparing = seconds_of_comparing()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Dropout by hash beside dropout by generator, forward and backward: ``python -m benchmarks.dropout --json``."""
+"""Dropout with hashed masks compared with generators, forward and backward: ``python -m benchmarks.dropout --json``."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.figures import Case, best_seconds, main
+from benchmarks.report import Case, best_seconds, main
 from data_pipeline.order.randomness import mix
-from mmscale.nn.dropout import Branch, Dropout
+from mmscale.nn.dropout import Dropout, SubLayer
 
 ROWS, DIM, RATE, LANES = 4096, 1024, 0.1, 4
 
 
 def ours(values: Tensor) -> Tensor:
-    """Masks by hash."""
-    dropout = Dropout.of(RATE, (1, 0), range(LANES), [len(values) // LANES] * LANES, values.device)
-    return dropout(values, Branch.ATTENTION)
+    """Masks from a hash."""
+    dropout = Dropout.for_microbatch(RATE, (1, 0), range(LANES), [len(values) // LANES] * LANES, values.device)
+    return dropout(values, SubLayer.ATTENTION)
 
 
 def generator_per_lane(values: Tensor) -> Tensor:
-    """Masks as reproducible as ours, on one kind of device: a seeded generator for each lane, block and branch."""
+    """Masks that are as reproducible as ours on one kind of device: a seeded generator per lane, block and branch."""
     generator = torch.Generator(values.device)
     kept = torch.empty_like(values, dtype=torch.bool)
     for lane, rows in enumerate(kept.chunk(LANES)):
@@ -31,7 +31,7 @@ def generator_per_lane(values: Tensor) -> Tensor:
 
 
 def plain_torch(values: Tensor) -> Tensor:
-    """Masks from the process's generator, which depend on all that it drew before."""
+    """Masks from the process's generator; they depend on all earlier random numbers."""
     return F.dropout(values, RATE)
 
 
@@ -48,7 +48,7 @@ def _milliseconds(function: Callable[[Tensor], Tensor], values: Tensor) -> float
 
 
 def measure() -> list[Case]:
-    """Milliseconds, the fastest of seven."""
+    """Return milliseconds, the fastest of seven runs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     values = torch.randn(ROWS, DIM, device=device, requires_grad=True)
     peers = {name: _milliseconds(peer, values) for name, peer in PEERS.items()}

@@ -1,11 +1,11 @@
-"""Every family beside its twin of transformers: ``python -m benchmarks.forward [--families F ...] [--json]``.
+"""Compare each family with transformers: ``python -m benchmarks.forward [--families F ...] [--json]``.
 
-    forward   without gradients, to the logits of every token (of a tower: to the features of every patch)
-    training  forward, cross-entropy of every token, backward (of a tower: backward from a fixed slope)
+    forward   without gradients, to the logits of every token (for a tower: to the features of every patch)
+    training  forward, cross-entropy of every output row, backward
 
-Both sides have the same weights, by way of the importer, and the same pages, and take turns; figures are medians. Ours
-packs pages as the loader does, transformers pads them as its processors do, with its ``sdpa`` attention. The outputs of
-both are compared before anything is timed. A family without a class in transformers (Molmo, NVLM, MM1.5) is not here.
+Both sides have the same weights (by the importer) and the same pages, and take turns; values are medians. Ours packs
+pages as the loader does. transformers pads them as its processors do and uses its ``sdpa`` attention. The outputs are
+compared before the timing. Families without a class in transformers (Molmo, NVLM, MM1.5) are not included.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.families import seeing, texts, towers
-from benchmarks.families.pair import Pair
-from benchmarks.figures import Case, show
+from benchmarks.families import multimodal, texts, towers
+from benchmarks.families.pair import ModelPair
+from benchmarks.report import Case, show
 
 TOLERANCE = 1e-4
-"""Largest difference of the outputs over the largest value: the sides compute the same function."""
+"""Largest difference of the outputs relative to the largest value. Larger differences raise an error."""
 
 
 @dataclass(frozen=True)
-class Row:
+class ForwardRow:
     """One comparison.
 
     Attributes:
         case: Family and inputs.
         kind: ``forward`` or ``training``.
-        ms: By side, median.
+        ms: Milliseconds by side, median.
         ratio: Median over turns of transformers' time over ours; above 1 when ours is faster.
         padding: Share of rows that are padding, by side.
-        difference: Of the outputs, relative.
+        difference: Largest difference of the outputs over the largest value.
     """
 
     case: str
@@ -57,29 +57,29 @@ class Row:
         return f"{self.case}, {self.kind}: ms {times}; padding {padding}; {differ}; ratio {self.ratio:.2f}"
 
     def cases(self) -> list[Case]:
-        """Return the figures for programs."""
+        """Return the values for programs."""
         name = f"{self.case}, {self.kind}"
         return [
-            Case.beside(f"{name}: time", self.ms, "ms", paired=self.ratio),
-            Case.beside(f"{name}: padding", self.padding, "share of rows"),
+            Case.from_sides(f"{name}: time", self.ms, "ms", paired=self.ratio),
+            Case.from_sides(f"{name}: padding", self.padding, "share of rows"),
             Case(f"{name}: difference of the outputs", self.difference, {"limit": TOLERANCE}, "of the largest value"),
         ]
 
 
-def families() -> dict[str, list[Callable[[], Pair]]]:
-    """All of them."""
-    found: dict[str, list[Callable[[], Pair]]] = {}
-    for module in (texts, towers, seeing):
+def families() -> dict[str, list[Callable[[], ModelPair]]]:
+    """Return the builders of all pairs by family."""
+    found: dict[str, list[Callable[[], ModelPair]]] = {}
+    for module in (texts, towers, multimodal):
         for family, build in module.pairs():
             found.setdefault(family, []).append(build)
     return found
 
 
-def measure(pair: Pair, turns: int) -> Iterator[Row]:
-    """Both kinds.
+def measure(pair: ModelPair, turns: int) -> Iterator[ForwardRow]:
+    """Yield the rows of both kinds.
 
     Raises:
-        RuntimeError: the sides do not compute the same.
+        RuntimeError: the outputs of the sides differ.
     """
     with torch.no_grad():
         ours, theirs = pair.run_ours()[: len(pair.run_theirs())], pair.run_theirs()
@@ -96,34 +96,34 @@ def measure(pair: Pair, turns: int) -> Iterator[Row]:
             for run, times in zip(sides, seconds, strict=True):
                 start = time.perf_counter()
                 run()
-                if turn:  # The first warms up.
+                if turn:  # The first turn warms up.
                     times.append(time.perf_counter() - start)
         ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
         ms = {
             name: 1000 * statistics.median(times) for name, times in zip(("ours", "transformers"), seconds, strict=True)
         }
-        yield Row(pair.name, kind, ms, ratio, pair.padding, difference)
+        yield ForwardRow(pair.name, kind, ms, ratio, pair.padding, difference)
 
 
 def _train(model: torch.nn.Module, run: Callable[[], Tensor]) -> None:
-    """One pass back from the same loss: rows of logits guess class 5; their number is the same on both sides."""
+    """Forward and backward: the loss is the cross-entropy with class 5 of each output row, equal on both sides."""
     out = run()
     F.cross_entropy(out, torch.full((len(out),), 5)).backward()
     model.zero_grad(set_to_none=True)
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--families", nargs="+", default=list(families()), choices=list(families()))
-    parser.add_argument("--turns", type=int, default=7, help="turns that count")
+    parser.add_argument("--turns", type=int, default=7, help="measured turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
     return parser.parse_args(words)
 
 
-def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """Measure every pair that was asked for."""
+def rows(options: argparse.Namespace) -> Iterator[ForwardRow]:
+    """Yield the rows of the requested families."""
     torch.set_num_threads(options.threads)
     for family in options.families:
         for build in families()[family]:

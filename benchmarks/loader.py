@@ -1,16 +1,17 @@
-"""Samples per second of the loader beside its peers, on the same samples with the same decoder.
+"""Samples per second of the loader and its peers, on the same samples with the same decoder.
 
     python -m benchmarks.loader
     python -m benchmarks.loader --json --peers-env ~/.cache/mmscale/peers-env
 
-    scenario    raw (bytes and text) | exact | fast (224 px and token ids) | resume (first sample, at 90 % of an epoch)
-    workers     0 (all in the process that iterates) and 2
-    figure      samples a second, and samples per core-second: CPU time of the process and all its children
+    scenario    raw (bytes and text) | exact | fast (224 px and token ids) | resume (at 90 % of an epoch, until the
+                first sample, or the first batch for loaders of batches)
+    workers     0 (all work in the iterating process) and 2
+    values      samples per second, and samples per core-second (CPU time of the process and all its children)
 
-Each figure is the median of the repeats, which take turns, each in a process of its own and after a warm-up; the files
-are in the page cache. ``bare`` is no loader: the decoder over bytes in memory, in as many processes as workers. Peers
-that need other versions than this project's live in an environment of their own, which ``--peers-env`` names and the
-first run makes. Not for: packing (``benchmarks.packing``), order at scale (``benchmarks.order_scale``).
+Each value is the median of repeats that take turns, each in a separate process after a warm-up. The files are in the
+page cache. ``bare`` has no loader: it runs the decoder over bytes in memory, in as many processes as workers. The first
+run installs peers that need other package versions than this project in a separate environment at ``--peers-env``.
+Packing: ``benchmarks.packing``; order at scale: ``benchmarks.order_scale``.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.figures import Case, show
 from benchmarks.peers.job import Job, Scenario, write_photos
+from benchmarks.report import Case, show
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OURS, BARE = "ours", "bare"
@@ -40,18 +41,18 @@ PEERS = {
     "litdata_chunks": "litdata",
 }
 APART = {"mosaic": "mosaicml-streaming", "litdata_chunks": "litdata"}
-"""Peers of the other environment, and the packages that they come in."""
+"""Peers of the separate environment, and their packages."""
 WORKERS = (0, 2)
 
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One scenario with one number of workers: figures of each runner.
+class LoaderRow:
+    """Values of each runner in one scenario with one number of workers.
 
     Attributes:
-        unit: ``samples/s``, ``samples/core-s``, or ``s`` where less is better.
+        unit: ``samples/s``, ``samples/core-s``, or ``s`` (lower is better).
     """
 
     scenario: Scenario
@@ -61,12 +62,12 @@ class Row:
 
     @property
     def beside_peers(self) -> Case:
-        """Our figure beside those of the peers that were measured."""
+        """Return our value and those of the measured peers."""
         return self._case("", PEERS)
 
     @property
     def beside_bare(self) -> Case:
-        """Our figure beside the decoder without a loader, if that was measured."""
+        """Return our value and that of the decoder without a loader, if it was measured."""
         return self._case(", beside no loader", (BARE,))
 
     def _case(self, beside: str, names: Iterable[str]) -> Case:
@@ -77,9 +78,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows, and a sentence for each peer that is left out."""
+    """All rows, and the reason for each peer that is left out."""
 
-    rows: Sequence[Row]
+    rows: Sequence[LoaderRow]
     left_out: Sequence[str]
 
     def line(self) -> str:
@@ -97,13 +98,13 @@ class Table:
 
 
 class PeersMissingError(Exception):
-    """The environment of the peers cannot be made."""
+    """The environment of the peers cannot be created."""
 
 
 def peers_python(folder: Path) -> Path:
-    """Python of the peers' environment, which is made if it is not there.
+    """Return the Python of the peers' environment; create the environment if it is missing.
 
-    It sees the packages of this environment behind its own, so that torch and the decoders are the same.
+    The new environment also imports packages of this one, so that torch and the decoders are the same.
 
     Raises:
         PeersMissingError: pip cannot install the peers.
@@ -125,7 +126,7 @@ def peers_python(folder: Path) -> Path:
 
 
 class Runner:
-    """A process of ``benchmarks.peers.run``."""
+    """A process that runs ``benchmarks.peers.run``."""
 
     def __init__(self, name: str, python: Path) -> None:
         self._name = name
@@ -141,7 +142,7 @@ class Runner:
         )
 
     def do(self, **task: object) -> Figures:
-        """One task; ends the benchmark if it fails."""
+        """Run one task; exit the benchmark if it fails."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -156,25 +157,25 @@ class Runner:
         return answer
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.communicate()
         self._noise.close()
 
 
-def rows_of(runners: dict[str, Runner], job: Job, seconds: float, repeats: int) -> list[Row]:
-    """Figures of all runners, as medians of repeats that take turns."""
+def rows_of(runners: dict[str, Runner], job: Job, seconds: float, repeats: int) -> list[LoaderRow]:
+    """Return the rows of all runners: medians of repeats that take turns."""
     names = [name for name in runners if name != BARE or job.is_decoded]
     found: dict[str, list[Figures]] = {name: [] for name in names}
     for _ in range(repeats):
         for name in names:
             found[name].append(runners[name].do(measure=job.dump(), seconds=seconds))
     if job.scenario is Scenario.RESUME:
-        return [Row(job.scenario, job.workers, "s", _median(found, lambda f: f["seconds"]))]
+        return [LoaderRow(job.scenario, job.workers, "s", _median(found, lambda f: f["seconds"]))]
     per_second = _median(found, lambda f: f["samples"] / f["seconds"])
     per_core = _median(found, lambda f: f["samples"] / f["cpu_seconds"])
     return [
-        Row(job.scenario, job.workers, "samples/s", per_second),
-        Row(job.scenario, job.workers, "samples/core-s", per_core),
+        LoaderRow(job.scenario, job.workers, "samples/s", per_second),
+        LoaderRow(job.scenario, job.workers, "samples/core-s", per_core),
     ]
 
 
@@ -183,7 +184,7 @@ def _median(found: dict[str, list[Figures]], figure: Callable[[Figures], float])
 
 
 def measure(options: argparse.Namespace) -> Iterator[Table]:
-    """Yield the table of everything that was asked for."""
+    """Yield the table of all requested scenarios."""
     pythons = dict.fromkeys((OURS, BARE), Path(sys.executable))
     left_out = []
     chosen = [name.strip() for name in options.peers.split(",") if name.strip()]
@@ -212,8 +213,8 @@ def measure(options: argparse.Namespace) -> Iterator[Table]:
     yield Table(rows, left_out)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Rows for people, in Markdown."""
+def table(rows: Sequence[LoaderRow]) -> str:
+    """Return the rows as a Markdown table."""
     names = [name for name in (OURS, *PEERS, BARE) if any(name in row.figures for row in rows)]
     lines = ["| scenario | workers | unit | " + " | ".join(names) + " | to best peer | to bare |"]
     lines.append("|---|--:|---|" + "--:|" * (len(names) + 2))
@@ -233,24 +234,24 @@ def _figure(value: float | None, unit: str) -> str:
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmscale"
-    parser = argparse.ArgumentParser(description="Benchmark the loader beside its peers.")
+    parser = argparse.ArgumentParser(description="Compare the loader with its peers.")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--data", type=Path, default=cache / "benchmarks", help="folder of the samples (%(default)s)")
     parser.add_argument(
         "--peers-env",
         type=Path,
         default=cache / "peers-env",
-        help="environment of the peers that need their own (%(default)s)",
+        help="environment for peers that need other package versions (%(default)s)",
     )
     parser.add_argument("--peers", default=",".join(PEERS), help="peers to measure (%(default)s)")
     parser.add_argument(
-        "--scenarios", default=",".join(s.value for s in Scenario), help="what to measure (%(default)s)"
+        "--scenarios", default=",".join(s.value for s in Scenario), help="scenarios to measure (%(default)s)"
     )
-    parser.add_argument("--samples", type=int, default=2000, help="samples of an epoch, 100 kB each (%(default)s)")
+    parser.add_argument("--samples", type=int, default=2000, help="samples per epoch, 100 kB each (%(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds of one measurement (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each figure (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each value (%(default)s)")
     return parser.parse_args(arguments)
 
 

@@ -1,9 +1,9 @@
-"""Peak memory and time of the chunked loss beside torch's and Hugging Face's, at V = 131072.
+"""Peak memory and time of the chunked loss compared with torch's and Hugging Face's, at V = 131072.
 
     python -m benchmarks.loss_memory --json
 
-Memory is what a process's peak resident size grows by between having its inputs and having its gradients; each figure
-comes from a process of its own, so no allocator's cache flatters the second.
+Memory is the growth of a process's peak resident size from the inputs to the gradients. Each value comes from a fresh
+process, so that memory cached by the allocator does not hide growth.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.figures import Case, main
+from benchmarks.report import Case, main
 from mmscale.nn.cross_entropy import linear_cross_entropy
 
 ROWS, DIM, VOCAB = 2048, 64, 131072
@@ -31,7 +31,7 @@ def torch_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def hugging_face(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The loss of its causal models: logits of all rows, in float32."""
+    """Loss of transformers' causal models: logits of all rows in float32."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     logits = hidden @ weight.t()
@@ -39,7 +39,7 @@ def hugging_face(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def checkpointed_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Chunks of 128 rows whose logits are made again in the backward pass."""
+    """Chunks of 128 rows whose logits are recomputed in the backward pass."""
     parts = zip(hidden.split(128), labels.split(128), strict=True)
     return torch.stack([checkpoint(torch_loss, h, weight, y, use_reentrant=False) for h, y in parts]).sum()
 
@@ -49,7 +49,7 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 LOSSES = {"ours": ours, "torch": torch_loss, "hugging face": hugging_face, "checkpointed chunks": checkpointed_chunks}
-"""By name; all give the sum of the rows' losses."""
+"""Losses by name; each returns the sum over the rows."""
 
 
 def _peak_mib() -> float:
@@ -60,14 +60,14 @@ def _peak_mib() -> float:
 
 
 def _measure_here(name: str) -> tuple[float, float]:
-    """(MiB, seconds) of one loss and its gradients, in this process."""
+    """Return (MiB, seconds) of one loss and its gradients, measured in this process."""
     loss = LOSSES[name]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(ROWS, DIM, generator=generator, requires_grad=True)
     weight = torch.randn(VOCAB, DIM, generator=generator, requires_grad=True)
     labels = torch.randint(0, VOCAB, (ROWS,), generator=generator)
     small = [t.detach()[:8].clone().requires_grad_() for t in (hidden, weight)]
-    loss(small[0], small[1], labels[:8] % 8).backward()  # Loads kernels, which count for neither.
+    loss(small[0], small[1], labels[:8] % 8).backward()  # Load kernels outside the measurement.
     before, start = _peak_mib(), time.perf_counter()
     loss(hidden, weight, labels).backward()
     seconds = time.perf_counter() - start
@@ -75,7 +75,7 @@ def _measure_here(name: str) -> tuple[float, float]:
 
 
 def measure() -> list[Case]:
-    """One process a figure."""
+    """Return the cases; each value comes from a separate process."""
     figures = {}
     for name in ("ours", *PEERS):
         command = [sys.executable, "-m", "benchmarks.loss_memory", "--one", name]

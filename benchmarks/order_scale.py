@@ -1,14 +1,17 @@
-"""Start, memory and look-ups of the order on manifests of a thousand to a million shards.
+"""Start-up, memory and look-ups of the sample order for manifests of a thousand to a million shards.
 
     python -m benchmarks.order_scale --json
 
-The manifests are synthetic: columns without tars, 10,000 samples a shard. A start opens the manifest, makes the orders
-of the 64 lanes of a rank and finds the first shard of each. A look-up takes a sample number to its shard and row; a
-resume makes an order anew, far inside of an epoch, and finds the sample that is next; ``find`` goes from a sample to
-its lane and cursor. Memory is what a fresh process takes on top of interpreter and imports: private to it, resident,
-and later, after all look-ups. Peers: webdataset's lists of shards, numpy's permutation of all samples where that fits
-into a gibibyte, or a stated limit. Microseconds are CPU time. Writing a manifest is measured on links to one
-real shard.
+The manifests are synthetic: columns without tars, 10,000 samples per shard.
+
+    start     open the manifest, create the orders of the 64 lanes of a rank and find the first shard of each
+    look-up   from a sample number to its shard and row
+    resume    create an order far inside an epoch and find the next sample
+    ``find``  from a sample to its lane and cursor
+    memory    memory of a fresh process without interpreter and imports: private, resident, and after all look-ups
+
+Peers: webdataset's lists of shards, numpy's permutation of all samples if it fits into a gibibyte, or a stated limit.
+Microseconds are CPU time, except those for writing a manifest: wall time per shard, with links to one real shard.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.figures import Case, main
+from benchmarks.report import Case, main
 from data_pipeline.io.columns import pack_strings, write_columns
 from data_pipeline.order.lanes import LaneOrder
 from data_pipeline.order.state import Cursor
@@ -44,7 +47,7 @@ Figures = dict[str, float]
 
 
 def write_synthetic(path: Path, num_shards: int) -> None:
-    """A manifest of shards that do not exist."""
+    """Write a manifest of shards that do not exist."""
     path_bytes, cu_path_bytes = pack_strings(f"shards/part-{number:07d}.tar" for number in range(num_shards))
     arrays = {
         "cu_samples": np.arange(num_shards + 1, dtype=np.int64) * SAMPLES_PER_SHARD,
@@ -57,7 +60,7 @@ def write_synthetic(path: Path, num_shards: int) -> None:
 
 
 def memory_mib() -> Figures:
-    """Resident memory of this process: all of it, and what no other process shares."""
+    """Return the resident memory of this process: in total, and not shared with other processes."""
     found = {"Rss": 0, "Private_Clean": 0, "Private_Dirty": 0}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, kibibytes = line.split()[:2]
@@ -67,14 +70,14 @@ def memory_mib() -> Figures:
 
 
 def _microseconds(run: Callable[[int], object], repeats: int) -> float:
-    start = time.process_time()  # Other work on the machine disturbs that least.
+    start = time.process_time()  # CPU time is least affected by other load.
     for number in range(repeats):
         run(number)
     return (time.process_time() - start) / repeats * 1e6
 
 
 def _ours(path: Path) -> Figures:
-    """Start, look-ups and memory before and after; runs in a process of its own."""
+    """Measure start, look-ups, and memory before and after; runs in a separate process."""
     before, start = memory_mib(), time.perf_counter()
     manifest = Manifest.open(path)
     lanes = range(0, LANES, RANKS)
@@ -88,7 +91,9 @@ def _ours(path: Path) -> Figures:
     samples = np.random.default_rng(1).integers(0, manifest.num_samples, LOOKUPS).tolist()
     figures["look-up"] = _microseconds(lambda i: manifest.shard_path(manifest.locate(samples[i])[0]), LOOKUPS)
     lane = orders[-1]
-    deep = manifest.num_samples // BLOCK_SIZE // LANES // WINDOW_BLOCKS * 9 // 10  # Windows of 90 % of an epoch.
+    deep = (
+        manifest.num_samples // BLOCK_SIZE // LANES // WINDOW_BLOCKS * 9 // 10
+    )  # Number of windows in 90 % of an epoch.
 
     def resume(number: int) -> tuple[int, int]:
         order = LaneOrder(manifest.num_samples, BLOCK_SIZE, WINDOW_BLOCKS, 1, number % LANES, LANES)
@@ -108,7 +113,7 @@ def _ours(path: Path) -> Figures:
 
 
 def hold(path: str) -> None:
-    """A worker that has read the column which finds shards; prints how much of that it shares, while others live."""
+    """Read the column that finds shards, and print how much of it is shared while other workers run."""
     manifest = Manifest.open(path)
     int(manifest.cu_samples.sum())
     print("ready", flush=True)
@@ -146,7 +151,7 @@ def _permutation(path: Path) -> Figures:
 
 
 def _written(folder: Path, num_shards: int) -> Figures:
-    """A manifest of links to one shard, opened one after the other like any."""
+    """Measure writing a manifest whose shards are links to one shard."""
     shards = (folder / f"part-{number:07d}.tar" for number in range(num_shards))
     before, start = memory_mib(), time.perf_counter()
     assert write_manifest(folder / "all.manifest", shards).num_shards == num_shards
@@ -155,7 +160,7 @@ def _written(folder: Path, num_shards: int) -> Figures:
 
 
 def child(what: str, path: str, *arguments: str) -> None:
-    """Prints the figures of one measurement, as JSON: what a fresh process runs."""
+    """Run one measurement in a fresh process and print its values as JSON."""
     measured: dict[str, Callable[[], Figures]] = {
         "ours": lambda: _ours(Path(path)),
         "webdataset": lambda: _webdataset(Path(path), arguments[0]),
@@ -204,10 +209,10 @@ def _sharing_cases(path: Path) -> list[Case]:
         for _ in range(WORKERS)
     ]
     for worker in workers:
-        _line(worker)  # All hold their pages.
+        _line(worker)  # Now all workers hold their pages.
     found = [json.loads(_line(worker, "measure\n")) for worker in workers]
     for worker in workers:
-        worker.communicate()  # One that ended would no longer share.
+        worker.communicate()  # End the workers last: an ended one would no longer share pages.
     least = min(found, key=lambda figures: figures["shared"])
     case = f"{WORKERS} workers that map one manifest, shared of a worker's pages"
     peers = {"mapped": round(least["mapped"], 2)}
@@ -241,7 +246,7 @@ def _writing_cases(folder: Path) -> list[Case]:
 
 
 def measure() -> list[Case]:
-    """All cases."""
+    """Return all cases."""
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         for num_shards in SHARDS:

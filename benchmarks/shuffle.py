@@ -1,17 +1,18 @@
-"""Quality of the order against a full permutation, and what it asks of the disk or the server.
+"""Quality of the sample order compared with a full permutation.
 
     python -m benchmarks.shuffle --json
 
-No data are read: the order is a function of integers. A set of 2^18 samples in equal shards is drawn by 64 lanes for an
-epoch, 16 samples a lane and step. For each block size, window and number of shards:
+No data are read: the order is a function of integers. 64 lanes draw a set of 2^18 samples in equal shards for an epoch,
+16 samples per lane and step. For each block size, window and number of shards:
 
-    rank correlation     Spearman's, between place on the disk and place in the epoch: what is left of the stored order
-    same block, batch    samples of a global batch that share their block with another one of it
-    same shard, batch    the same for shards: with fewer shards than samples in a batch nearly all do, however shuffled
-    same shard, lane     draws of a lane in the same shard as the draw before
+    rank correlation     Spearman's, between position on the disk and position in the epoch; 0 for a perfect shuffle
+    same block, batch    share of samples of a global batch whose block has another sample of the batch
+    same shard, batch    the same for shards. With fewer shards than samples in a batch it is near 1 for any order.
+    same shard, lane     share of a lane's draws from the same shard as the draw before
 
-The peer is numpy's permutation of all samples, dealt to the same lanes, measured in the same way. A read fetches a
-whole block, ``block_size`` neighbours on the disk; for the permutation it is one sample. Figures depend on no machine.
+The peer is numpy's permutation of all samples, distributed to the same lanes. Reads are not measured: our
+order reads whole blocks of ``block_size`` neighbours on the disk, the permutation single samples. The values do not
+depend on the machine.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.figures import Case, main
+from benchmarks.report import Case, main
 from data_pipeline.order.lanes import LaneOrder
 from data_pipeline.order.state import Cursor
 
@@ -33,11 +34,11 @@ WINDOWS = (1, 8, 64)
 SEED = 3
 
 Drawn = npt.NDArray[np.int64]
-"""(steps, lanes): the sample that a lane draws in a step; -1 where a lane has ended its epoch."""
+"""(steps, lanes): the sample that a lane draws in a step; -1 after the lane has finished its epoch."""
 
 
 def ours(block_size: int, window_blocks: int) -> Drawn:
-    """An epoch of all lanes."""
+    """Return an epoch of all lanes."""
     lanes = [list(_epoch(LaneOrder(SAMPLES, block_size, window_blocks, SEED, lane, LANES))) for lane in range(LANES)]
     drawn = np.full((max(map(len, lanes)), LANES), -1, np.int64)
     for lane, samples in enumerate(lanes):
@@ -55,18 +56,18 @@ def _epoch(order: LaneOrder) -> list[int]:
 
 
 def permuted() -> Drawn:
-    """A full permutation, dealt to the lanes."""
+    """Return a full permutation, distributed to the lanes."""
     return np.random.default_rng(SEED).permutation(SAMPLES).reshape(-1, LANES)
 
 
 def rank_correlation(drawn: Drawn) -> float:
-    """Spearman's: both places are ranks already, so it is the plain correlation of them."""
+    """Return Spearman's rank correlation. Both positions are ranks, so it is their plain correlation."""
     samples = drawn[drawn >= 0]
     return float(np.corrcoef(np.arange(len(samples)), samples)[0, 1])
 
 
 def share_together(drawn: Drawn, size: int) -> float:
-    """Samples of a batch that share their group of ``size`` neighbours on the disk with another one of the batch."""
+    """Return the share of samples whose group of ``size`` neighbours on the disk has another sample of the batch."""
     shared = 0
     for first in range(0, len(drawn), DRAWS):
         batch = drawn[first : first + DRAWS]
@@ -76,13 +77,13 @@ def share_together(drawn: Drawn, size: int) -> float:
 
 
 def share_again(drawn: Drawn, size: int) -> float:
-    """Draws of a lane in the same group of ``size`` neighbours as the draw before."""
+    """Return the share of a lane's draws in the same group of ``size`` neighbours as the draw before."""
     both = (drawn[1:] >= 0) & (drawn[:-1] >= 0)
     return float((drawn[1:] // size == drawn[:-1] // size)[both].mean())
 
 
 def figures(drawn: Drawn, block_size: int, shards: int) -> dict[str, float]:
-    """All measures; shares of 0 are given as one sample in the set."""
+    """Return all measures. Values below one sample of the set (1 / ``SAMPLES``) are raised to it."""
     per_shard = SAMPLES // shards
     found = {
         "rank correlation": abs(rank_correlation(drawn)),
@@ -94,7 +95,7 @@ def figures(drawn: Drawn, block_size: int, shards: int) -> dict[str, float]:
 
 
 def measure() -> list[Case]:
-    """All cases."""
+    """Return all cases."""
     full, cases = permuted(), []
     for block_size, window in product(BLOCK_SIZES, WINDOWS):
         drawn = ours(block_size, window)

@@ -1,9 +1,9 @@
-"""A relay on this machine that makes every HTTP request wait, as one to a far server does, and counts what passes.
+"""A relay that delays each GET, HEAD and PUT like a distant server and counts requests and bytes.
 
     python -m benchmarks.slow_link PORT MILLISECONDS
 
-Prints its own port, and answers each line on stdin with the counts. It is a process of its own, so that it takes no
-time from the reader that is measured.
+It prints its port and answers each line on stdin with the counts since the line before. It runs in a separate process,
+so that it takes no CPU time from the measured reader.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Relay:
         from_server, to_server = await asyncio.open_connection("127.0.0.1", self._port)
         try:
             await asyncio.gather(self._up(reader, to_server), self._down(from_server, writer))
-        except ConnectionError:  # The client has what it wanted.
+        except ConnectionError:  # The client has closed the connection.
             pass
         finally:
             writer.close()
@@ -63,7 +63,7 @@ async def _main(port: int, seconds: float) -> None:
 
 
 class SlowLink:
-    """A relay that runs. ``port`` is where clients connect."""
+    """A running relay. Clients connect to ``port``."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -74,7 +74,7 @@ class SlowLink:
         return self._process.stdout.readline()
 
     def counts(self) -> tuple[int, int]:
-        """Requests, and bytes that came from the server, since the last call."""
+        """Return the numbers of requests and of bytes from the server since the last call."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -84,7 +84,7 @@ class SlowLink:
 
 @contextmanager
 def slow_link(port: int, milliseconds: float) -> Iterator[SlowLink]:
-    """A relay to a port of this machine."""
+    """Run a relay to a port of this machine."""
     command = [sys.executable, "-m", "benchmarks.slow_link", str(port), str(milliseconds)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

@@ -1,14 +1,15 @@
-"""Half an hour of loading from a flaky S3 with damaged samples: does memory grow, does every good sample arrive once?
+"""Soak test: load from a faulty S3 server with damaged samples; check memory growth and that each good sample arrives.
 
     python -m benchmarks.soak --minutes 30 --json
 
-A process of its own runs a real S3 server (SeaweedFS) behind a proxy that spoils one answer in twenty: 500, 503, 429,
-resets, truncations, slow bodies, flipped bits. The data set is synthetic; one sample in twenty is damaged, in every
-way that the fault policy knows, and the disk cache holds a third of the data, so the network is used all the time.
-Every document that arrives is ticked off in a bitmap of its epoch. Memory is the resident size of the loader's process
-and its workers; its slope comes from least squares, once over the time after the first fifth and once over the second
-half: what rises because an allocator and connection pools still fill levels off, what leaks does not. Exit code 1 if a
-check fails.
+A separate process runs an S3 server (SeaweedFS) behind a proxy that spoils one response in twenty: 500, 503, 429,
+resets, truncations, slow bodies, flipped bits. The data set is synthetic; one sample in twenty has a damaged image,
+text, document or checksum. The disk cache holds a third of the data, so the network is in use all the time.
+
+Every document is marked in a bitmap of its epoch; each good sample must arrive exactly once per epoch. Memory is the
+resident size of the loader's process and its workers. Its slope is a least-squares fit, over the time after the first
+fifth and over the second half. Growth of allocators and connection pools levels off; a leak does not. The exit code is
+1 if a check fails.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.figures import Case, show
+from benchmarks.report import Case, show
 from benchmarks.servers import KEY, SECRET, flaky_s3
 from benchmarks.soak_data import write_damaged_set
 from data_pipeline.config import DataConfig
@@ -53,11 +54,11 @@ UNITS = {
     "epochs_complete": "epochs",
     "stored_mib": "MiB",
 }
-"""Units of the figures that are single numbers."""
+"""Units of the values that are single numbers."""
 
 
 class Delivery:
-    """Which samples of which epoch arrived or were left out; every sample must do exactly one of the two, once.
+    """Records, by epoch, which samples arrived or were skipped. Every sample must do exactly one of the two, once.
 
     Args:
         bad: True for each damaged sample.
@@ -71,23 +72,23 @@ class Delivery:
         self.newest = -1
 
     def arrived(self, epoch: int, sample: int) -> None:
-        """A document of a sample was handed out."""
+        """Record that a sample arrived in a document."""
         if self.bad[sample]:
             self._complain(f"sample {sample}, which is damaged, was delivered in epoch {epoch}")
         self._tick(epoch, sample)
 
     def skipped(self, epoch: int, sample: int, kind: str) -> None:
-        """A sample was left out."""
+        """Record that a sample was skipped."""
         if not self.bad[sample]:
             self._complain(f"sample {sample}, which is sound, was left out in epoch {epoch}: {kind}")
         self._tick(epoch, sample)
 
     def missing(self, epoch: int) -> int:
-        """Samples of a begun epoch that neither arrived nor were left out."""
+        """Return the number of samples of a started epoch that neither arrived nor were skipped."""
         return 0 if epoch in self.complete else int((~self._open[epoch]).sum())
 
     def is_complete(self, through: int) -> bool:
-        """Whether nothing is missing of the epochs to ``through``."""
+        """Return whether the epochs up to ``through`` are complete."""
         return all(epoch in self.complete for epoch in range(through + 1))
 
     def _tick(self, epoch: int, sample: int) -> None:
@@ -110,16 +111,17 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Slope:
-    """Of a line by least squares: ``value`` per second, and half of its 95 % confidence interval."""
+    """Slope of a least-squares line: ``value`` per second, and half the width of its 95 % confidence interval."""
 
     value: float
     half_width: float
 
 
 def slope(seconds: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> Slope:
-    """Least squares; neighbours resemble each other, so their number is reduced by the lag-1 correlation (Bartlett).
+    """Fit a line by least squares.
 
-    A single reading, all that a short soak on a busy machine has, gives 0.
+    The lag-1 correlation of the residuals reduces the effective number of readings (Bartlett).
+    A single reading, as in a short soak on a busy machine, gives 0.
     """
     if len(values) < 2:
         return Slope(0.0, 0.0)
@@ -135,7 +137,7 @@ def slope(seconds: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> 
 
 
 def resident_bytes(pid: int, without: int | None = None) -> int:
-    """Resident memory of a process and all that descend from it, but not from ``without``; Linux only."""
+    """Return the resident memory of a process and its descendants, without the tree of ``without``; Linux only."""
     total, children = 0, [pid]
     while children:
         pid = children.pop()
@@ -145,14 +147,14 @@ def resident_bytes(pid: int, without: int | None = None) -> int:
             total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
             for thread in os.scandir(f"/proc/{pid}/task"):
                 children += map(int, Path(thread.path, "children").read_text().split())
-        except (FileNotFoundError, ProcessLookupError):  # It ended meanwhile.
+        except (FileNotFoundError, ProcessLookupError):  # The process ended meanwhile.
             continue
     return total
 
 
 @dataclass
 class Watch:
-    """What is noted while the loader runs."""
+    """Records deliveries and memory while the loader runs."""
 
     server_pid: int
     start: float = field(default_factory=time.monotonic)
@@ -167,7 +169,7 @@ class Watch:
         return time.monotonic() - self.start
 
     def step(self, step: StepBatch, delivery: Delivery) -> None:
-        """Ticks off what a step brought, and looks at the memory now and then."""
+        """Record the samples of a step and, at intervals, the memory."""
         for microbatch in step.microbatches:
             for origin in microbatch.provenance:
                 if origin is not None:
@@ -182,7 +184,7 @@ class Watch:
             self.resident.append(resident_bytes(os.getpid(), without=self.server_pid) / 2**20)
 
     def memory(self) -> dict[str, float]:
-        """Figures in MiB and MiB per hour, without the first fifth, and the slope of the second half too."""
+        """Return memory in MiB and MiB per hour: without the first fifth of the time, and in the second half."""
         seconds, resident = np.array(self.seconds), np.array(self.resident)
         late, half = (seconds >= share * seconds[-1] for share in (WARM_UP_SHARE, 0.5))
         line, last = (slope(seconds[part], resident[part]) for part in (late, half))
@@ -200,20 +202,20 @@ class Watch:
 
 @dataclass(frozen=True)
 class Soaked:
-    """The outcome of a soak.
+    """Result of a soak.
 
     Attributes:
-        figures: Figures and complaints by name.
+        figures: Values and failed checks by name.
     """
 
     figures: Mapping[str, Any]
 
     def line(self) -> str:
-        """Return the figures for people, one a line."""
+        """Return the values for people, one per line."""
         return "\n".join(f"{key:<20}  {json.dumps(value)}" for key, value in self.figures.items())
 
     def cases(self) -> list[Case]:
-        """Return the figures for programs; the sentences of the complaints are on the standard error output."""
+        """Return the values for programs. Failed checks are printed to stderr."""
         memory = self.figures["memory"]
         cases = [Case(key.replace("_", " "), self.figures[key], {}, unit) for key, unit in UNITS.items()]
         cases += [Case(f"left out: {kind}", count, {}, "samples") for kind, count in self.figures["left_out"].items()]
@@ -225,7 +227,7 @@ class Soaked:
 
 
 def soak(minutes: float, num_samples: int, workers: int, seed: int) -> Iterator[Soaked]:
-    """Load for a while, then to the end of every epoch that had begun; yield all figures and complaints."""
+    """Load for the given time, then to the end of every started epoch; yield all values and failed checks."""
     with tempfile.TemporaryDirectory(prefix="soak-") as name, account(), flaky_s3(one_in=20, seed=seed) as server:
         folder = Path(name)
         damaged = write_damaged_set(folder / "set", num_samples, seed)
@@ -265,13 +267,13 @@ def soak(minutes: float, num_samples: int, workers: int, seed: int) -> Iterator[
 
 @contextmanager
 def account() -> Iterator[None]:
-    """The credentials of the server's only account in the environment, where the storage looks for them."""
+    """Set the credentials of the server's account in the environment, where the storage reads them."""
     os.environ.update(AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_REGION="us-east-1")
     yield
 
 
 def upload(folder: Path, endpoint: str) -> None:
-    """Puts every file of a folder into the bucket ``soak``."""
+    """Upload every file of a folder to the bucket ``soak``."""
     with Storage(StorageConfig(endpoint=endpoint, allow_http=True)) as storage:
         for path in sorted(folder.iterdir()):
             url = Url(f"s3://soak/set/{path.name}")
@@ -279,7 +281,7 @@ def upload(folder: Path, endpoint: str) -> None:
 
 
 def config_of(endpoint: str, cache: Path, cache_bytes: int, workers: int) -> DataConfig:
-    """Four lanes over the bucket, every fault quarantined or skipped."""
+    """Return the config: four lanes over the bucket, every fault quarantined or skipped."""
     dataset = {
         "name": "soak",
         "manifest": "s3://soak/set/set.manifest",
@@ -305,10 +307,10 @@ def config_of(endpoint: str, cache: Path, cache_bytes: int, workers: int) -> Dat
 
 
 def main() -> None:
-    """The command line."""
+    """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=30.0, help="how long to load, before the last epoch ends")
-    parser.add_argument("--samples", type=int, default=8000, help="samples of an epoch")
+    parser.add_argument("--minutes", type=float, default=30.0, help="minutes of loading, then the epochs are finished")
+    parser.add_argument("--samples", type=int, default=8000, help="samples per epoch")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of the loader")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object")

@@ -1,4 +1,4 @@
-"""A synthetic data set of which one sample in twenty is damaged, in every way that a sample can be."""
+"""A synthetic data set: one sample in twenty has a damaged image, text, document or checksum."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVERY = 20
 
 
 def sound_sample(number: int) -> Members:
-    """A noisy JPEG and a caption of uneven length."""
+    """Return a noisy JPEG and a caption of varying length."""
     pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     caption = " ".join(["a picture of nothing in particular"] * (1 + number % 5))
     return {"jpg": simplejpeg.encode_jpeg(pixels, quality=90), "json": json.dumps({"captions": [caption]}).encode()}
@@ -36,7 +36,7 @@ def _captions(text: object) -> bytes:
 
 
 def _bomb(members: Members) -> Members:
-    """A PNG that claims 65,535 x 65,535 pixels; a JPEG of that size would be refused for its few bytes."""
+    """Return a PNG whose header has 65,535 x 65,535 pixels. A JPEG file this short would fail for another reason."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -57,7 +57,7 @@ DAMAGES: tuple[Callable[[Members], Members], ...] = (
     lambda members: {"json": _captions("")},
     lambda members: {"json": _captions("far too long for any pack " * 500)},
     lambda members: {"json": b'{"captions": ["\\ud800"]}'},
-    lambda members: {},  # Sound when it is written; its bytes change behind the back of the index.
+    lambda members: {},  # Written undamaged; its bytes change after the index was written.
     lambda members: {},
 )
 _ROTTING = (len(DAMAGES) - 2, len(DAMAGES) - 1)
@@ -65,14 +65,14 @@ _ROTTING = (len(DAMAGES) - 2, len(DAMAGES) - 1)
 
 @dataclass(frozen=True)
 class DamagedSet:
-    """A data set and the truth about it: ``bad`` is True for each damaged sample."""
+    """A data set; ``bad`` is True for each damaged sample."""
 
     manifest: Path
     bad: npt.NDArray[np.bool_]
 
 
 def write_damaged_set(folder: Path, num_samples: int, seed: int) -> DamagedSet:
-    """Writes shards, indexes and ``set.manifest``; which samples are damaged follows from ``seed``."""
+    """Write shards, indexes and ``set.manifest``. ``seed`` determines the damaged samples."""
     rng = np.random.default_rng(seed)
     bad = np.zeros(num_samples, np.bool_)
     bad[rng.choice(num_samples, num_samples // EVERY, replace=False)] = True
@@ -103,4 +103,4 @@ def _flip_a_bit(manifest: Manifest, sample: int, rng: np.random.Generator) -> No
         (byte,) = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1 << int(rng.integers(8))]))
-    os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))  # A disk that rots changes no time.
+    os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))  # Bit rot does not change the modification time.

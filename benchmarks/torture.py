@@ -1,10 +1,11 @@
-"""A run that is killed over and over beside one that is left alone: ``python -m benchmarks.torture --kills 50``.
+"""Kill a run repeatedly and compare it with an undisturbed run: ``python -m benchmarks.torture --kills 50``.
 
-    life 1: start, train, KILL   life 2: start on another number of ranks, go on, KILL   ...   last life: to the end
+    life 1: start, train, KILL   life 2: resume (number of ranks may change), KILL   ...   last life: run to the end
 
-Kills come at random steps and at random moments of a step, a third of them while a checkpoint is being written: SIGKILL
-of everything, of one rank, of a checkpoint writer, and SIGTERM of everything. After each, the newest checkpoint must
-verify and be no older than the one before. At the end the losses of all steps and the final weights are compared.
+Kills happen at random steps and times: SIGKILL of all processes, of one rank or of a checkpoint writer, and SIGTERM of
+the launcher. Kills of a writer and a third of the others wait until a checkpoint is being written. After each kill the
+newest checkpoint must verify and must not be older than the one before. At the end the losses of all steps and the
+final weights are compared.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.figures import Case, show
+from benchmarks.report import Case, show
 from mmscale.checkpoint import find_latest, verify
 from mmscale.checkpoint.reshard import CheckpointReader, whole_parameter
 
@@ -36,7 +37,7 @@ _SAVING_SHARE = 1 / 3
 
 @dataclass
 class Tally:
-    """What the kills did."""
+    """Counts of the kills and their effects."""
 
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(WAYS, 0))
     while_saving: int = 0
@@ -46,16 +47,16 @@ class Tally:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Figures and complaints by name."""
+    """Values and failed checks by name."""
 
     figures: Mapping[str, Any]
 
     def line(self) -> str:
-        """Return the figures for people, one a line."""
+        """Return the values for people, one per line."""
         return "\n".join(f"{key}: {value}" for key, value in self.figures.items())
 
     def cases(self) -> list[Case]:
-        """Return the figures for programs; the tortured run stands beside one that was left alone."""
+        """Return the values for programs: those of the killed run, with the undisturbed run as peer."""
         figures = self.figures
         cases = [Case(f"kills: {way}", count, {}, "kills") for way, count in figures["kills"].items()]
         cases.append(Case("kills while saving", figures["while_saving"], {}, "kills"))
@@ -80,7 +81,7 @@ def start(config: Path, folder: Path, ranks: int, overrides: list[str]) -> subpr
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:
-    """Step and loss of every whole line of the metrics."""
+    """Return step and loss of every complete line of the metrics file."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -88,7 +89,7 @@ def curve(folder: Path) -> list[tuple[int, float]]:
 
 
 def torture(config: Path, folder: Path, kills: int, steps: int, worlds: list[int], overrides: list[str]) -> Tally:
-    """Runs until the end, killed ``kills`` times on the way."""
+    """Run to the end with ``kills`` kills on the way."""
     draw, tally = random.Random(0), Tally()
     stops = sorted(draw.sample(range(2, steps - 1), kills))
     newest = -1
@@ -116,7 +117,7 @@ def torture(config: Path, folder: Path, kills: int, steps: int, worlds: list[int
 
 
 def _wait(process: subprocess.Popen[bytes], folder: Path, stop: int, draw: random.Random, *, saving: bool) -> bool:
-    """Returns at a random moment of the step after ``stop``, or in the middle of the next save; whether in a save."""
+    """Wait until a random time up to 0.5 s after step ``stop``, or in the next save. Return whether it is in a save."""
     while process.poll() is None and not any(step >= stop for step, _ in curve(folder)[-1:]):
         time.sleep(0.01)
     deadline = time.monotonic() + 20
@@ -150,7 +151,7 @@ def _kill(process: subprocess.Popen[bytes], way: str, draw: random.Random, tally
 
 
 def _family(launcher: int) -> tuple[list[int], list[int]]:
-    """Ranks and checkpoint writers of a launched run."""
+    """Return the process ids of ranks and checkpoint writers of a launched run."""
     ranks = _children(launcher)
     below = [number for rank in ranks for number in _children(rank)]
     return ranks, [number for number in below if b"mmscale.io.writer_process" in _command(number)]
@@ -170,7 +171,7 @@ def _command(process: int) -> bytes:
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Of any weight of two checkpoints; 0 where they are the same bit for bit."""
+    """Return the largest difference of any weight of two checkpoints; 0 if they are bit-identical."""
     worst = 0.0
     with CheckpointReader(one) as a, CheckpointReader(other) as b:
         for name in a.manifest.parameters:
@@ -181,7 +182,7 @@ def largest_difference(one: Path, other: Path) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[Outcome]:
-    """Yield the outcome of the torture."""
+    """Yield the outcome."""
     overrides = [
         f"max_steps={arguments.steps}",
         f"checkpoint.every_steps={arguments.save_every}",
@@ -195,7 +196,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Outcome]:
     with tempfile.TemporaryDirectory() as name:
         whole = {ranks: Path(name) / f"whole-{ranks}" for ranks in worlds}
         torn = Path(name) / "torn"
-        seconds = [leave_alone(arguments.config, whole[ranks], ranks, overrides) for ranks in worlds]
+        seconds = [run_undisturbed(arguments.config, whole[ranks], ranks, overrides) for ranks in worlds]
         began = time.monotonic()
         tally = torture(arguments.config, torn, arguments.kills, arguments.steps, worlds, overrides)
         tortured_seconds = time.monotonic() - began
@@ -205,7 +206,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[Outcome]:
         if tally.complaints:
             print((Path(name) / "torn.log").read_text()[-3000:], file=sys.stderr)
         tortured = differences(first, torn)
-        # How far rounding alone carries a run from another: sums over other numbers of ranks.
+        # The difference that rounding alone causes: sums over other numbers of ranks.
         undisturbed = [differences(first, whole[ranks]) for ranks in worlds[1:]]
     for complaint in tally.complaints:
         print(complaint, file=sys.stderr)
@@ -226,8 +227,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Outcome]:
     yield Outcome(figures)
 
 
-def leave_alone(config: Path, folder: Path, ranks: int, overrides: list[str]) -> float:
-    """Seconds of an undisturbed run."""
+def run_undisturbed(config: Path, folder: Path, ranks: int, overrides: list[str]) -> float:
+    """Run without kills and return its seconds."""
     began = time.monotonic()
     if start(config, folder, ranks, overrides).wait() != 0:
         raise SystemExit((folder.parent / f"{folder.name}.log").read_text()[-2000:])
@@ -235,7 +236,7 @@ def leave_alone(config: Path, folder: Path, ranks: int, overrides: list[str]) ->
 
 
 def differences(one: Path, other: Path) -> tuple[float, float]:
-    """Largest difference of the losses of two runs, and of any of their last weights."""
+    """Return the largest difference of the losses of two runs, and of their final weights."""
     losses = [abs(a - b) for (_, a), (_, b) in zip(curve(one), curve(other), strict=False)]
     ends = [find_latest(folder / "checkpoints") for folder in (one, other)]
     if ends[0] is None or ends[1] is None:
@@ -250,7 +251,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--save-every", type=int, default=5)
     parser.add_argument(
-        "--ranks", default="2", help="numbers of ranks to draw from; left alone with each, compared with the first"
+        "--ranks", default="2", help="numbers of ranks to choose from; each also gets an undisturbed run"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("overrides", nargs="*", help="key=value of the configuration")

@@ -1,13 +1,13 @@
-"""A training step beside Hugging Face's: ``python -m benchmarks.train_step [--json]``.
+"""Compare a training step with Hugging Face's: ``python -m benchmarks.train_step [--json]``.
 
     ours           mmscale.engine.Engine on packed batches of data_pipeline.loader.loader
     hugging face   transformers' model and the DeepSpeed engine that its Trainer builds, on batches padded as its
                    collator and image processor pad them
-    flattened      the same on batches of its DataCollatorWithFlattening (dense only; its mask is a square)
+    flattened      the same on batches of its DataCollatorWithFlattening (dense only; the mask is tokens x tokens)
 
-Both sides get the same weights, the same documents in the same steps, the same optimizer, precision, ZeRO stage and
-number of threads; both live through the whole run, in processes of their own, and take turns step by step. Figures are
-medians over the steps; the first step warms up and is left out. A token is useful if it belongs to a document.
+Both sides have the same weights, documents per step, optimizer, precision, ZeRO stage and number of threads. Each side
+has its own processes for the whole benchmark, and the sides take turns step by step. Values are medians over the steps
+without the first one (warm-up). A token is useful if it belongs to a document.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.figures import Case, show
+from benchmarks.report import Case, show
 from benchmarks.steps.batches import DATA
 from benchmarks.steps.ranks import SIDES, Side
-from benchmarks.steps.twins import MODELS
+from benchmarks.steps.reference_models import MODELS
 
 FLATTENED = "flattened"
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainStepRow:
     """One comparison.
 
     Attributes:
         model: ``mllama`` or ``dense``.
         data: ``mixed`` or ``equal``.
         world_size: Ranks.
-        zero_stage: Of both sides.
-        tokens: Useful tokens of a step, all ranks together, median.
-        tokens_per_second: Useful ones by side, median over steps.
-        step_ms: By side, median.
-        cpu_ms: CPU time of a rank in a step, median: what other work on the machine changes least.
-        padding: Share of rows that are padding, by side; of views for the tower likewise.
+        zero_stage: ZeRO stage of both sides.
+        tokens: Useful tokens per step over all ranks, median.
+        tokens_per_second: Useful tokens per second by side, median over steps.
+        step_ms: Milliseconds per step by side, median.
+        cpu_ms: CPU time of a rank per step, median. Other load on the machine affects it least.
+        padding: Share of padding in token rows and in crops for the tower, by side.
         ratio: Median over steps of their time divided by ours on the same documents, by peer.
-        loss_difference: Largest difference of the two sides' losses of a step, relative. The learning rate is too small
-            to move a weight: zero but for rounding where the twins compute the same function.
+        loss_difference: Largest relative difference of the two sides' losses in a step. The learning rate is too small
+            to change a weight, so only rounding differs if both models compute the same function.
     """
 
     model: str
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What was compared."""
+        """Name of the comparison."""
         return f"{self.model}, {self.data}, {self.world_size} ranks, ZeRO {self.zero_stage}"
 
     def line(self) -> str:
@@ -76,24 +76,24 @@ class Row:
         )
 
     def cases(self) -> list[Case]:
-        """Return the figures for programs."""
+        """Return the values for programs."""
         best = min(self.ratio.values())
         speed = f"{self.name}: speed at {self.tokens:.0f} useful tokens a step"
         return [
-            Case.beside(speed, self.tokens_per_second, "useful tokens/s", lower_is_better=False, paired=best),
-            Case.beside(f"{self.name}: step", self.step_ms, "ms", paired=best),
-            Case.beside(f"{self.name}: CPU time of a rank", self.cpu_ms, "ms"),
+            Case.from_sides(speed, self.tokens_per_second, "useful tokens/s", lower_is_better=False, paired=best),
+            Case.from_sides(f"{self.name}: step", self.step_ms, "ms", paired=best),
+            Case.from_sides(f"{self.name}: CPU time of a rank", self.cpu_ms, "ms"),
             *(self._padding(of) for of in ("", ", images") if f"ours{of}" in self.padding),
             Case(f"{self.name}: difference of the losses", self.loss_difference, {}, "relative"),
         ]
 
     def _padding(self, of: str) -> Case:
         shares = {name: self.padding[f"{name}{of}"] for name in SIDES}
-        return Case.beside(f"{self.name}: padding{of}", shares, "share of rows")
+        return Case.from_sides(f"{self.name}: padding{of}", shares, "share of rows")
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield all rows that were asked for."""
+def measure(args: argparse.Namespace) -> Iterator[TrainStepRow]:
+    """Yield all requested rows."""
     for world_size in args.ranks:
         with ExitStack() as stack:
             sides = {name: stack.enter_context(closing(Side(name, world_size, args.threads))) for name in SIDES}
@@ -105,18 +105,18 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                             sides, "data", model=model, data=data, steps=args.steps + 1, max_tokens=args.tokens
                         )
                         compared = compare(sides, model, found["ours"], args.steps)
-                        yield Row(model, data, world_size, zero_stage, **compared)
+                        yield TrainStepRow(model, data, world_size, zero_stage, **compared)
 
 
 def both(sides: dict[str, Side], name: str, **arguments: Any) -> dict[str, Any]:
-    """An order to both sides at once: nothing that is timed."""
+    """Run a command on both sides at the same time; not for timed commands."""
     for side in sides.values():
         side.begin(name, **arguments)
     return {side: ranks.end() for side, ranks in sides.items()}
 
 
 def compare(sides: dict[str, Side], model: str, data: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Steps in turn; the figures of a row."""
+    """Run the steps of all sides in turn and return the values of a row."""
     turns: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in SIDES}
     if model == "dense":
         turns[FLATTENED] = (SIDES[1], {"flat": True})
@@ -150,7 +150,7 @@ def compare(sides: dict[str, Side], model: str, data: dict[str, Any], steps: int
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="world sizes")
@@ -159,8 +159,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stages", type=int, nargs="+", default=[3, 0], help="ZeRO stages")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each rank")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a pack, one pack a rank and step")
-    parser.add_argument("--steps", type=int, default=5, help="steps that count")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens per pack; one pack per rank and step")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps")
     return parser.parse_args(words)
 
 

@@ -1,27 +1,27 @@
-"""Memory of weights, gradients and optimizer state on each rank, beside the formula.
+"""Memory of weights, gradients and optimizer state on each rank, compared with the formula.
 
     python -m benchmarks.zero_memory [--json] [--state-bits 8]
 
-Source of the formula: Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054), section 3 and figure 1. Of N values that
-are trained, W ranks, weights of w bytes, gradients of g bytes and K bytes of optimizer state a value, a rank holds
+Source of the formula: Rajbhandari et al. 2020, "ZeRO" (arXiv 1910.02054), section 3 and figure 1. With N trained
+values, W ranks, and per value w bytes of weights, g bytes of gradients and K bytes of optimizer state, a rank holds
 
     stage 0    (w + g + K) N
     stage 1    (w + g) N + K N / W
     stage 2    w N + (g + K) N / W
     stage 3    (w + g + K) N / W
 
-K is 8 for AdamW's two float32 moments (in 8 bits, with a float32 scale for every 256 values, 2 + 2 * 4 / 256), and 4
-more for float32 masters. The paper's masters exist for 16-bit weights only; DeepSpeed keeps them for float32 weights
-too from stage 1 on (in stage 0 the weights are the masters).
+K is 8 for AdamW's two float32 moments (2 + 2 * 4 / 256 for 8-bit moments with a float32 scale per 256 values), plus 4
+for float32 masters. In the paper only 16-bit weights have masters. DeepSpeed keeps masters for float32 weights too from
+stage 1 on; in stage 0 the weights are the masters.
 
     formula    the lines above
-    held       weights and optimizer state between two steps: the storages of their tensors, counted once each. Exact.
-               Beside the formula's ``w N`` and ``K N`` it shows what padding to equal shards and alignment add
-    start      what the process's resident memory grows by, at its highest, from before the model to a ready engine
-    steps      the same over three steps, from the same beginning. It holds gradients, activations and messages too, and
-               what the allocator keeps; the error of both is a few MiB
+    held       weights and optimizer state between two steps: the storages of their tensors, each counted once. Exact.
+               The difference from ``w N`` and ``K N`` is the padding for equal shards and alignment.
+    start      peak growth of the process's resident memory, from before the model to a ready engine
+    steps      the same over three steps, from the same start. It includes gradients, activations, communication
+               buffers and cached memory of the allocator. The error of both is a few MiB.
 
-Gradients live between backward pass and step only, so they are in the formula and in ``steps`` only.
+Gradients exist only between backward pass and step, so they are in the formula and in ``steps``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.figures import Case, show
+from benchmarks.report import Case, show
 from benchmarks.steps.batches import make_batches
 from benchmarks.steps.ranks import Side, stage
 from mmscale.dist import World, all_reduce_sum_list
@@ -55,7 +55,7 @@ _M_MMAP_THRESHOLD = -3
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of one rank, by what they are for."""
+    """Bytes of one rank by purpose."""
 
     weights: float
     gradients: float
@@ -63,13 +63,13 @@ class Bytes:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Memory of the rank that has most, in bytes; attributes as in the module's text.
+class MemoryRow:
+    """Memory in bytes; each measured value is the largest of the ranks. The module docstring defines the terms.
 
     Attributes:
         values: N.
-        formula: Weights, gradients and optimizer state, by the formula.
-        held: Weights and optimizer state, counted.
+        formula: Weights, gradients and optimizer state by the formula.
+        held: Measured weights and optimizer state.
         start_peak: Growth of resident memory until the engine is ready.
         steps_peak: Growth of resident memory over the steps.
     """
@@ -85,7 +85,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What was measured."""
+        """Name of the measurement."""
         where = f"{self.world_size} ranks, ZeRO {self.zero_stage}, {self.precision}"
         return f"{where}, {self.values / 1e6:.1f} M values"
 
@@ -101,7 +101,7 @@ class Row:
         )
 
     def cases(self) -> list[Case]:
-        """Return the figures for programs."""
+        """Return the values for programs."""
         by = self.formula
         held = by.weights + by.optimizer
         pairs = [
@@ -114,14 +114,14 @@ class Row:
 
 
 def formula(values: int, world_size: int, zero_stage: int, precision: str, state_bits: int = 32) -> Bytes:
-    """Bytes on each rank by the paper, with the formats that the engine chooses.
+    """Return the bytes on each rank by the formula, with the number formats of the engine.
 
     Args:
         values: N.
         world_size: W.
         zero_stage: 0-3.
-        precision: ``fp32`` or ``bf16``: of the weights. Gradients are added up in float32 from stage 1 on.
-        state_bits: Of AdamW's moments, 8 or 32.
+        precision: Number format of the weights, ``fp32`` or ``bf16``. From stage 1 on gradients are summed in float32.
+        state_bits: Bits of AdamW's moments, 8 or 32.
     """
     weight = 2 if precision == "bf16" else 4
     gradient = weight if zero_stage == 0 else 4
@@ -135,7 +135,7 @@ def formula(values: int, world_size: int, zero_stage: int, precision: str, state
 
 
 def storage_bytes(tensors: Iterable[Tensor], counted: set[int] | None = None) -> int:
-    """Bytes behind ``tensors``, each storage once; those in ``counted`` not at all, the others are added to it."""
+    """Return the bytes of the storages of ``tensors`` that are not in ``counted``, and add these storages to it."""
     seen = set() if counted is None else counted
     total = 0
     for tensor in tensors:
@@ -147,14 +147,14 @@ def storage_bytes(tensors: Iterable[Tensor], counted: set[int] | None = None) ->
 
 
 def held_bytes(engine: Engine) -> dict[str, float]:
-    """Weights and optimizer state of this rank, counted."""
+    """Measure weights and optimizer state of this rank."""
     counted: set[int] = set()
     weights = storage_bytes((getattr(p, "ds_tensor", p) for p in engine.model.parameters()), counted)
     masters = [master.values for master in engine.partition.masters]
     state = engine.partition.basic_optimizer.state
     kept = [state[master][key] for master in masters for key in ADAM_MOMENTS]
     moments = [part for moment in kept for part in _tensors_of(moment)]
-    # At stage 0 in float32 the masters are the weights, and count as such.
+    # At stage 0 in float32 the masters are the weights and count as weights.
     return {"weights": weights, "optimizer": storage_bytes([*masters, *moments], counted)}
 
 
@@ -165,7 +165,7 @@ def _tensors_of(moment: Any) -> list[Tensor]:
 
 
 def text_model(width: int, vocab: int) -> ModelConfig:
-    """A dense decoder of eight blocks: 19 M values at 384 channels and 8192 tokens."""
+    """Return a dense decoder of eight blocks: 20 M values at 384 channels and 8192 tokens."""
     return ModelConfig.model_validate(
         {
             "decoder": {
@@ -180,19 +180,19 @@ def text_model(width: int, vocab: int) -> ModelConfig:
 
 
 class MemoryRank:
-    """One process that builds, trains and forgets engines."""
+    """One process that builds, trains and discards engines."""
 
     def __init__(self, side: str, world: World) -> None:
         del side
         self.world = world
         self._libc = ctypes.CDLL(None)
-        # A fixed threshold, or freed tensors would stay with the allocator and count for the next engine.
+        # With a dynamic threshold the allocator would keep freed tensors, which would count for the next engine.
         self._libc.mallopt(_M_MMAP_THRESHOLD, 65536)
 
     def measure(
         self, zero_stage: int, precision: str, state_bits: int, width: int, vocab: int, live: int
     ) -> dict[str, Any]:
-        """What ``Row`` needs of one engine after three steps."""
+        """Build an engine, train three steps and return the measured fields of ``MemoryRow``. All ranks must call."""
         import functools
 
         from mmscale.engine.construct import construct
@@ -236,7 +236,7 @@ class MemoryRank:
         return all_reduce_sum_list(self.world, [value if i == self.world.rank else 0.0 for i in range(size)])
 
     def _restart(self) -> int:
-        """Gives back what is free and forgets the last peak; resident bytes now."""
+        """Release free memory, reset the peak, and return the resident bytes."""
         gc.collect()
         self._libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -250,8 +250,8 @@ def _status_bytes(key: str) -> int:
     raise KeyError(key)
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """Yield all rows that were asked for."""
+def measure(args: argparse.Namespace) -> Iterator[MemoryRow]:
+    """Yield all requested rows."""
     for world_size in args.ranks:
         with closing(Side("memory", world_size, 1, MemoryRank)) as ranks:
             for precision in args.precisions:
@@ -266,17 +266,17 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                     }
                     found = ranks.order("measure", **options)
                     by_formula = formula(found["values"], world_size, zero_stage, precision, args.state_bits)
-                    yield Row(world_size, zero_stage, precision, formula=by_formula, **found)
+                    yield MemoryRow(world_size, zero_stage, precision, formula=by_formula, **found)
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zero_memory", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="world sizes")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
-    parser.add_argument("--state-bits", type=int, default=32, choices=(8, 32), help="of AdamW's moments")
+    parser.add_argument("--state-bits", type=int, default=32, choices=(8, 32), help="bits of AdamW's moments")
     parser.add_argument("--width", type=int, default=384, help="channels, a multiple of 6")
     parser.add_argument("--vocab", type=int, default=8192, help="rows of the embedding and of the head, 2048 or more")
     parser.add_argument("--live", type=int, default=0, help="engine.live_parameter_elements, for stage 3")

@@ -1,8 +1,8 @@
 """From tars of image-text samples to packed batches, in an order that is a pure function of the step.
 
-Knows no model, no training engine and no process group: rank and world size are integers. What it must know of the
-model arrives as one value, :class:`data_pipeline.media_spec.MediaSpec`. ``open_loader`` is the door for people who want
-the loader alone, ``open_samples`` for those who want samples and no packs.
+The package imports no model, no training engine and no process group: rank and world size are integers, and
+:class:`data_pipeline.media_spec.MediaSpec` describes the model's inputs. To use it without mmscale, call
+``open_loader`` for packed batches or ``open_samples`` for single samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["OrderedSamples", "PackedBatches", "open_loader", "open_samples"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs torch only when it is asked for."""
+    """Import the public names on first access, so that importing the package does not import torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from data_pipeline.loader import iterable, single_samples

@@ -1,7 +1,8 @@
-"""The batch contract: the only thing that crosses from data to model.
+"""The batch contract: the data that the loader passes to the model.
 
-Everything is packed: there is no batch dimension and no padding. Index arrays are made here, on the host, so that the
-device never searches for placeholders and never waits for the host.
+Everything is packed: there is no batch dimension, and there are no padding tokens. The loader computes all index arrays
+on the host, so the model never searches for placeholder tokens on the device and needs no device-to-host
+synchronisation for them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from data_pipeline.sample import Provenance
 
-_MOST_SHOWN = 3
-"""Longer tuples are counted in a ``repr``."""
+_MAX_REPR_ITEMS = 3
+"""``repr`` gives the length of a longer tuple instead of its items."""
 
 
 def map_batch(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """``value``, a batch or a value in one, with every instance of ``kind`` changed."""
+    """Return a copy of ``value`` in which ``change`` was applied to every instance of ``kind``.
+
+    Descends into dicts and the dataclasses of this module, not into tuples or lists.
+    """
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):
@@ -35,14 +39,14 @@ class _Brief:
     """A dataclass whose ``repr`` gives shapes and counts instead of thousands of numbers."""
 
     def __repr__(self) -> str:
-        shown = (f"{f.name}={_brief(getattr(self, f.name))}" for f in fields(self))  # type: ignore[arg-type]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        items = (f"{f.name}={_brief(getattr(self, f.name))}" for f in fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(items)})"
 
 
 def _brief(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
-    if isinstance(value, tuple) and len(value) > _MOST_SHOWN:
+    if isinstance(value, tuple) and len(value) > _MAX_REPR_ITEMS:
         return f"<{len(value)} of {type(value[0]).__name__}>"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {_brief(item)}" for key, item in value.items()) + "}"
@@ -51,11 +55,11 @@ def _brief(value: Any) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Segments(_Brief):
-    """A partition of packed rows into consecutive pieces.
+    """A partition of packed rows into S consecutive segments; segment i has the rows ``bounds[i]:bounds[i + 1]``.
 
     Attributes:
-        cu: int32 ``(S + 1,)`` prefix sums, on the device of the batch.
-        bounds: The same numbers on the host, for backends that loop.
+        cu: int32 ``(S + 1,)`` prefix sums of the segments' lengths, on the device of the batch.
+        bounds: The same numbers on the host, for attention backends that loop over segments.
     """
 
     cu: Tensor
@@ -82,7 +86,7 @@ class Segments(_Brief):
 
 @dataclass(frozen=True, repr=False)
 class BranchedSegments(_Brief):
-    """What each token attends where documents have branches: several texts, one beginning, blind to each other.
+    """Attention segments of documents with branches: texts that share a prefix and do not attend each other.
 
     ::
 
@@ -90,43 +94,48 @@ class BranchedSegments(_Brief):
         queries    [prefix] [branch a]          [branch b]
         keys       [prefix] [prefix | branch a] [prefix | branch b]
 
-    A document without branches is one piece of both. Causal attention of a piece is aligned at its end, so a branch
-    sees all of the prefix.
+    Segment i of ``queries`` attends segment i of ``keys``. A document without branches is one segment of both. The
+    causal mask is aligned at the last query and the last key, so a branch attends the whole prefix.
 
     Attributes:
         queries: Partition of the T tokens.
-        keys: Partition of ``rows`` into as many pieces.
-        rows: int64 ``(R,)`` the token whose key and value stand in each row of ``keys``.
+        keys: Partition of ``key_tokens`` into the same number of segments.
+        key_tokens: int64 ``(R,)`` the token whose key and value each row of ``keys`` uses.
     """
 
     queries: Segments
     keys: Segments
-    rows: Tensor
+    key_tokens: Tensor
 
     @classmethod
-    def of(cls, documents: Iterable[tuple[int, tuple[int, ...]]]) -> BranchedSegments:
-        """From the length of each document and where its branches start, counted from its own first token."""
-        queries, keys, rows = [], [], []
+    def from_branches(cls, documents: Iterable[tuple[int, tuple[int, ...]]]) -> BranchedSegments:
+        """Return the segments of packed documents.
+
+        Args:
+            documents: For each document its length and the first token of each branch, counted from the document's
+                first token.
+        """
+        queries, keys, key_tokens = [], [], []
         first = 0
         for length, branches in documents:
             prefix = branches[0] if branches else 0
             starts = [0, *branches]
             for start, end in zip(starts, [*branches, length], strict=True):
-                seen = prefix if start else 0
+                attended = prefix if start else 0
                 queries.append(end - start)
-                keys.append(seen + end - start)
-                rows += [torch.arange(first, first + seen), torch.arange(first + start, first + end)]
+                keys.append(attended + end - start)
+                key_tokens += [torch.arange(first, first + attended), torch.arange(first + start, first + end)]
             first += length
-        return cls(Segments.from_lengths(queries), Segments.from_lengths(keys), torch.cat(rows))
+        return cls(Segments.from_lengths(queries), Segments.from_lengths(keys), torch.cat(key_tokens))
 
 
-class ViewPlace(NamedTuple):
-    """Where an item belongs.
+class CropLocation(NamedTuple):
+    """The document, the image and the tile that an item of a media block was made from.
 
     Attributes:
-        segment: The document that it is a part of.
-        image: Number of its image in the batch; items of one image stand together, in reading order.
-        tiles: Rows and columns of tiles that its image is cut into; (1, 1) if it is in one piece.
+        segment: Number of its document in the batch.
+        image: Number of its image in the batch; the items of one image are consecutive, in reading order.
+        tiles: Rows and columns of tiles that its image is cut into; (1, 1) if the image is not tiled.
         tile: Row and column of this tile; None if the item shows the whole image.
     """
 
@@ -138,43 +147,43 @@ class ViewPlace(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class MediaBlock(_Brief):
-    """All views of one modality in a batch, packed.
+    """All crops of one modality in a batch, packed. An item is one crop.
 
-    "Feature" is a row of what tower and projector hand to the decoder: item after item, ``num_features`` of each.
+    The feature rows are the output of tower and projector: for each item in order, its ``MediaSpec.num_features`` rows.
 
     Attributes:
         values: uint8 ``(P, patch_dim)`` patches.
         grid: int32 ``(N, 3)`` patches along (time, height, width) of each item.
         grids: The same on the host.
         items: Partition of the P patches into N items.
-        source: int64 ``(M,)`` feature rows that are written into token slots.
-        dest: int64 ``(M,)`` the token slot of each.
-        keys: int64 ``(A,)`` feature rows that are attended, span after span; a row may occur more than once. Numbers
-            behind those of all features are embeddings of ``tag_ids``.
+        gather_index: int64 ``(M,)`` the feature rows that are written into token slots.
+        scatter_index: int64 ``(M,)`` the token slot of each row of ``gather_index``.
+        attended_index: int64 ``(A,)`` the feature rows that are attended, span by span; a row may occur more than once.
+            With F feature rows in the block, the number F + i is the embedding of ``tag_ids[i]``.
         span_tokens: Partition of the T tokens into X spans.
-        span_keys: Partition of ``keys`` into the same X spans; a span of text before any image has no keys.
-        coverage: int32 ``(N, 8)``, of each item the patches that the image touches and those that it fills: top, left,
-            height and width of both. None: no item has padding, or the model does not want to know.
-        places: Of each item its document, image and tile, on the host.
-        tag_ids: int64 ``(G,)`` tokens whose embeddings are attended as if they were features (NVLM-H's tags of tiles).
+        span_keys: Partition of ``attended_index`` into the same X spans; a span of text before any image has no keys.
+        content_area: int32 ``(N, 8)``: for each item top, left, height and width of the patches that contain any image
+            pixel, then of the patches without padding. None unless ``MediaSpec.padding`` is set.
+        locations: Document, image and tile of each item, on the host.
+        tag_ids: int64 ``(G,)`` tokens whose embeddings are attended as if they were features (tile tags of NVLM-H).
     """
 
     values: Tensor
     grid: Tensor
     grids: tuple[tuple[int, int, int], ...]
     items: Segments
-    source: Tensor
-    dest: Tensor
-    keys: Tensor
+    gather_index: Tensor
+    scatter_index: Tensor
+    attended_index: Tensor
     span_tokens: Segments
     span_keys: Segments
-    coverage: Tensor | None = None
-    places: tuple[ViewPlace, ...] = ()
+    content_area: Tensor | None = None
+    locations: tuple[CropLocation, ...] = ()
     tag_ids: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 AttentionSegments = Segments | BranchedSegments
-"""Which keys belong to which queries."""
+"""The keys that each query of self-attention may attend, before the causal mask."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -187,16 +196,18 @@ class MultimodalBatch(_Brief):
         loss_weights: float32 ``(T,)``.
         position_ids: int64 ``(T,)`` or ``(T, 3)``.
         segments: Partition of the T tokens into S documents.
-        branched: What each token attends if a document has branches; None: its document up to itself.
-        valid: bool ``(T,)``; False in null documents (kept out of router statistics).
+        branched: Attention segments if any document has branches; None: each token attends its document up to itself.
+        valid: bool ``(T,)``; False in dummy documents, whose tokens router statistics leave out.
         media: Blocks by modality, ``{"image": MediaBlock}``; empty for a text model.
-        pairs: int64 ``(K, 2)`` (item, segment) of each document that has exactly one image.
-        lanes: Rows of the global batch in this microbatch, in order; -1 for a null pack.
-        lane_tokens: How many of the T tokens belong to each of ``lanes``.
-        provenance: Origin of each segment; None for null documents.
+        pairs: int64 ``(K, 2)`` (item, segment) of each document with exactly one image, dummy documents excluded. The
+            item is the image's overview, or its first crop if it has none.
+        lanes: Rows of the global batch in this microbatch, in order; -1 for a dummy pack.
+        lane_tokens: Number of tokens of each of ``lanes``, dummy documents included.
+        provenance: Origin of each segment; None for dummy documents.
         weight: Sum of ``loss_weights``, on the host.
-        num_tokens: Valid tokens, on the host.
-        dropout_key: Seed and step of the run, for the masks of dropout. None outside of training.
+        num_tokens: Number of valid tokens, on the host.
+        dropout_key: Seed and step of the run, from which dropout masks are computed; the training loop sets it. None
+            outside of training.
     """
 
     token_ids: Tensor
@@ -216,22 +227,22 @@ class MultimodalBatch(_Brief):
     dropout_key: tuple[int, int] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MultimodalBatch:
-        """The same batch with every tensor on ``device``."""
+        """Return the batch with every tensor on ``device``."""
         moved: MultimodalBatch = map_batch(self, Tensor, lambda each: each.to(device, non_blocking=non_blocking))
         return moved
 
     @property
     def attended(self) -> AttentionSegments:
-        """What self-attention goes by."""
+        """The segments for self-attention: ``branched`` if a document has branches, else ``segments``."""
         return self.segments if self.branched is None else self.branched
 
     @property
     def num_samples(self) -> int:
-        """Documents that are no null documents."""
+        """Number of documents, without dummy documents."""
         return sum(origin is not None for origin in self.provenance)
 
     @property
     def num_images(self) -> int:
-        """Whole images of documents that are not null documents."""
-        places = [place for block in self.media.values() for place in block.places]
-        return len({place.image for place in places if self.provenance[place.segment] is not None})
+        """Number of images, without those of dummy documents; an image counts once, however many crops it has."""
+        locations = [location for block in self.media.values() for location in block.locations]
+        return len({location.image for location in locations if self.provenance[location.segment] is not None})

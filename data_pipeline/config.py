@@ -1,4 +1,4 @@
-"""The ``data`` block of a run: composes the configurations of the parts of the data side."""
+"""The ``data`` block of a run's configuration."""
 
 from __future__ import annotations
 
@@ -25,44 +25,47 @@ ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*(\
 
 
 class WeightFrom(StrictConfig):
-    """A weight that holds from a step on."""
+    """A weight of a data set that applies from a step on."""
 
     from_step: int = Field(ge=0)
-    """First step of it, counted from where this data block is first used."""
+    """First step with this weight, from 0. Steps count from the first step that uses this data block."""
     weight: float = Field(ge=0)
-    """Share of the draws, relative to the other data sets; 0 draws nothing."""
+    """Share of the drawn samples, relative to the weights of the other data sets; 0 draws nothing."""
 
 
 class DatasetConfig(StrictConfig):
     """One data set of the mixture."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    """Unique name of letters, digits, ``_.-``; a part of the seed of its order and its augmentation."""
+    """Unique name of letters, digits and ``_.-``. The name is part of the seed of the order and the augmentation."""
     manifest: Location | None = None
     """Manifest written by ``mmscale data ingest`` or ``index``: a path, relative to the working directory, or a URL
-    (``s3://``, ``gs://``, ``az://``, ``http://``, ``https://``). Shards and indexes lie where it lies."""
+    (``s3://``, ``gs://``, ``az://``, ``http://``, ``https://``). Paths of shards and indexes are relative to its
+    folder. Give exactly one of ``manifest``, ``shards`` and ``pipeline``."""
     shards: tuple[str, ...] = ()
-    """Instead of a manifest: tars to stream from front to back, paths, URLs or ``pipe:`` and a shell command, with
-    braces (``part-{000..099}.tar``)."""
+    """Tars without a manifest, each read from front to back: paths, URLs, or ``pipe:`` and a shell command. Braces are
+    expanded (``part-{000..099}.tar``)."""
     pipeline: ImportPath | None = None
-    """Instead of a manifest or shards: ``module:attr``, a webdataset pipeline, a list of its stages, another iterable
-    of samples, or a function that returns one of these."""
+    """``module:attr`` of Python code that yields the samples: a webdataset pipeline, a list of its stages, another
+    iterable of samples, or a function that returns one of these."""
     stages: tuple[ImportPath, ...] = ()
-    """``module:attr`` of webdataset stages that the samples of ``shards`` or ``pipeline`` go through, in order."""
+    """``module:attr`` of webdataset stages that process the samples of ``shards`` or ``pipeline``, in order. Not
+    allowed with ``manifest``."""
     weight: Annotated[float, Field(gt=0)] | tuple[WeightFrom, ...] | None = None
-    """Share of the draws, relative to the other data sets; or a list of weights, each from a step on (before the first
-    it is 0). Null: 1, or what ``repeats`` says."""
+    """Share of the drawn samples, relative to the weights of the other data sets. A list gives weights from a step on;
+    before its first step the weight is 0. Null: 1, or the weight that follows from ``repeats``."""
     repeats: float | None = Field(default=None, gt=0)
-    """Instead of ``weight``: a weight of the number of samples times this, so that data sets with ``repeats`` 1 end
-    their epochs together."""
+    """Instead of ``weight``, with a manifest only: the weight is this factor times the number of samples. Data sets
+    with equal ``repeats`` end their epochs together. Null: use ``weight``."""
     max_epochs: int | None = Field(default=None, ge=1)
-    """Epochs after which the data set is left out of the mixture; null repeats it for ever."""
+    """Number of epochs after which the mixture drops the data set; null repeats it without end."""
     max_text_bytes: int = Field(default=MAX_TEXT_BYTES, ge=1)
-    """Largest ``txt`` or ``json`` member, bytes. A larger one is a bad sample (fault kind ``text``)."""
+    """Largest size of a ``txt`` or ``json`` member, in bytes. A larger member makes a bad sample (fault kind
+    ``text``)."""
     template: TemplateConfig = CaptionTemplate()
-    """Which text is read and which is learned."""
+    """How the texts and images of a sample form a document, and which of its text is learned."""
     transforms: TransformConfig = FixedTransform()
-    """How an image becomes views."""
+    """How an image is resized, cropped and split into patches."""
 
     @model_validator(mode="after")
     def _check_source(self) -> DatasetConfig:
@@ -91,22 +94,22 @@ class DatasetConfig(StrictConfig):
 
     @property
     def indexed(self) -> Path | Url:
-        """The manifest, for what cannot do without.
+        """The manifest, for callers that need one.
 
         Raises:
-            DataConfigError: its shards are streamed without one.
+            DataConfigError: the data set has shards or a pipeline instead.
         """
         if self.pipeline is not None:
-            raise DataConfigError(f"data set {self.name}: a pipeline has no index, which this needs")
+            raise DataConfigError(f"data set {self.name}: this needs a manifest, and a pipeline has none")
         if self.manifest is None:
             raise DataConfigError(
-                f"data set {self.name}: its shards have no index, which this needs; "
+                f"data set {self.name}: this needs a manifest, and the data set names its shards without one; "
                 "make one with: mmscale data index SHARDS --manifest FILE"
             )
         return self.manifest
 
     def weight_changes(self, num_samples: int) -> list[tuple[int, float]]:
-        """(first step, weight), ascending; ``num_samples`` are those of the data set."""
+        """Return (first step, weight) pairs, ascending. ``num_samples`` turns ``repeats`` into a weight."""
         if isinstance(self.weight, tuple):
             return [(change.from_step, change.weight) for change in self.weight]
         if self.repeats is not None:
@@ -115,37 +118,38 @@ class DatasetConfig(StrictConfig):
 
 
 class DataConfig(StrictConfig):
-    """Everything that decides what the model is fed."""
+    """The training data: tokenizer, data sets, packing, order, and how they are read."""
 
     tokenizer: TokenizerConfig
-    """Text to ids."""
+    """The tokenizer."""
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
-    """The mixture."""
+    """The data sets of the mixture."""
     lanes: int = Field(ge=1, le=1 << 20)
-    """Rows of the global batch: each holds one pack a step, whatever the number of ranks."""
+    """Rows of the global batch. Each row holds one pack per step, whatever the number of ranks; at least one row per
+    rank."""
     packing: PackingConfig
-    """Budgets of a pack."""
+    """How documents are packed."""
     order: OrderConfig = OrderConfig()
-    """Shuffling."""
+    """How samples are shuffled."""
     workers: int = Field(default=0, ge=0, le=1024)
-    """Worker processes of each rank, never more than its lanes; 0 loads between steps, images in two threads. Never
-    changes the order."""
+    """Worker processes of each rank; at most one per lane of the rank is started. With 0 the training process loads the
+    data between steps and decodes images in two threads. Does not change the order."""
     prefetch: int = Field(default=2, ge=1, le=1024)
-    """Steps that each worker is ahead. Never changes the order."""
+    """Steps that each worker prepares ahead. Does not change the order."""
     storage: StorageConfig = StorageConfig()
-    """How remote data are read. Never changes the order."""
+    """How remote data are read. Does not change the order."""
     cache: CacheConfig = CacheConfig()
-    """The disk cache of remote data. Never changes the order."""
+    """The disk cache of remote data. Does not change the order."""
     faults: FaultConfig = FaultConfig()
-    """What happens to bad samples."""
+    """How bad samples and lost shards are treated."""
 
     @model_validator(mode="after")
     def _check_names(self) -> DataConfig:
         names = [dataset.name for dataset in self.datasets]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"data set names must differ; used twice: {', '.join(twice)}")
-        schedule = Schedule.of([dataset.weight_changes(num_samples=1) for dataset in self.datasets])
+            raise ValueError(f"data set names must be unique; used more than once: {', '.join(twice)}")
+        schedule = Schedule.from_changes([dataset.weight_changes(num_samples=1) for dataset in self.datasets])
         for start, weights in zip(schedule.starts, schedule.weights, strict=True):
             if not any(weights):
                 raise ValueError(f"no data set has a weight above 0 from step {start} on")

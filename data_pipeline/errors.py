@@ -1,19 +1,19 @@
-"""Errors of the data side.
+"""Errors of the data pipeline.
 
 DataPipelineError
-├── DataConfigError   a value that was asked for cannot work; nothing was read yet
-├── ManifestError     a manifest or an index is missing, stale or damaged
-├── ShardError        a tar is damaged or hostile
-│   └── ReplacedError a remote tar is another one than was indexed
-├── StorageError      an object of a remote store cannot be read: absent, refused, or the store failed for too long
-│   ├── AbsentError   there is no such object, or it ends too early
-│   └── StaleError    it is not the object that was indexed, or was replaced while it was read
-├── SampleError       one sample is bad; the fault policy decides what follows
-├── TooManyFaultsError   the fault policy gave up
-├── PipelineError     a user's webdataset pipeline failed
-├── WorkerError       a process of a loader, an ingest, a reshard or an export died
-├── LedgerError       a step is not in the ledger of a run, or a part of the ledger is damaged
-└── StateError        a resume state does not fit this data set, seed or configuration
+├── DataConfigError      a configured value cannot work
+├── ManifestError        a manifest or an index is missing, stale or damaged
+├── ShardError           a tar is damaged, truncated or hostile
+│   └── ReplacedError    a remote tar differs from the one that was indexed
+├── StorageError         a remote object cannot be read: absent, access denied, or too many failed attempts
+│   ├── AbsentError      the object does not exist or is too short
+│   └── StaleError       the object was replaced since it was indexed or first read
+├── SampleError          one sample is bad; the fault policy skips it or stops the run
+├── TooManyFaultsError   more samples or shards are bad than the fault policy allows
+├── PipelineError        a user's webdataset pipeline failed
+├── WorkerError          a process of a loader, an ingest, a reshard or an export failed or died
+├── SampleLogError       a step is not in the sample log of a run, or a part of the sample log is damaged
+└── StateError           a resume state does not fit this data set, seed or configuration
 """
 
 from __future__ import annotations
@@ -24,35 +24,36 @@ from typing import Any
 
 
 class FaultKind(str, Enum):
-    """What is wrong with a sample; the fault policy (``data.faults``) has a line for each but the last."""
+    """The kind of a sample's fault. ``data.faults`` has a key for each kind except the last."""
 
     CHECKSUM = "checksum"
-    """Its bytes are not those that were indexed."""
+    """The bytes of the sample differ from those that were indexed."""
     DECODE = "decode"
-    """An image that cannot be decoded, or is refused for its size."""
+    """An image cannot be decoded or is too large."""
     TEXT = "text"
-    """No UTF-8, malformed JSON, a field that the template needs is missing, or nothing to learn."""
+    """Text is not UTF-8, JSON is malformed, a field that the template needs is missing, or no text is learned."""
     NO_IMAGE = "no_image"
-    """It has no image, and its template requires one (``template.images``)."""
+    """The sample has no image, and its template (``template.images``) or a contrastive model requires one."""
     DOCUMENT = "document"
-    """It makes no document: placeholders and features differ, it fits into no pack, no tower sees its image."""
+    """The sample gives no valid document: image tokens and features differ in number, no pack can hold the document, or
+    the model has no tower for its image."""
     UNEXPECTED = "unexpected"
-    """A library raised what nobody foresaw."""
+    """An exception that is no error of this package, for example from a library."""
     SHARD = "shard"
-    """Its shard or that one's index is missing, stale, truncated or cannot be read."""
+    """The shard of the sample or its index is missing, stale, truncated or unreadable."""
     EXCLUDED = "excluded"
-    """Nothing is wrong that this run saw: a list in ``data.faults.exclude`` names it."""
+    """A list in ``data.faults.exclude`` names the sample; the run does not read it."""
 
 
-_MAX_REASON = 500
+_MAX_REASON_LENGTH = 500
 
 
 _ALLOCATION_FAILED = ("you tried to allocate", "cannot allocate memory", "out of memory", "_alloc_failed")
-"""Parts of the messages of torch, CUDA and cuBLAS, whose errors of this kind share no class but RuntimeError."""
+"""Parts of the messages of torch, CUDA and cuBLAS. These errors have no common class below RuntimeError."""
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """Return the first line of an error that says that an allocation failed; None for any other error."""
+    """Return the first line of the message if a failed allocation caused the error; None for any other error."""
     text = str(error).strip().partition("\n")[0]
     failed = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if not failed and isinstance(error, RuntimeError):
@@ -61,7 +62,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 class DataPipelineError(Exception):
-    """Root: whatever a user, a file or the network can cause on the data side."""
+    """Base class of the errors that a user, a file or the network can cause in the data pipeline."""
 
 
 class DataConfigError(DataPipelineError):
@@ -77,33 +78,33 @@ class ShardError(DataPipelineError):
 
 
 class ReplacedError(ShardError):
-    """A remote tar of the right size holds other bytes than were indexed; the message names its URL."""
+    """A remote tar has the indexed size but other bytes; the message names the URL."""
 
 
 class StorageError(DataPipelineError):
-    """A remote object cannot be read; the message names its URL and what to check."""
+    """A remote object cannot be read; the message names the URL and what to check."""
 
 
 class AbsentError(StorageError):
-    """There is no such object, or it ends before the bytes that were asked for; the message names its URL."""
+    """A remote object does not exist, or it ends before the requested bytes; the message names the URL."""
 
 
 class StaleError(StorageError):
-    """A remote object was replaced since it was indexed or first read; the message names its URL."""
+    """A remote object was replaced since it was indexed or first read; the message names the URL."""
 
 
 class SampleError(DataPipelineError):
     """One sample cannot be used.
 
     Args:
-        reason: What was seen and what was expected; cut where it quotes more of the data than anybody reads.
-        kind: What the fault policy goes by.
-        shard: Path of the tar, when known.
-        key: Key of the sample inside the tar, when known.
+        reason: What was found and what was expected; cut to 500 characters, because it may quote the data.
+        kind: The kind of fault, for the fault policy.
+        shard: Path of the tar; ``?`` if unknown.
+        key: Key of the sample inside the tar; ``?`` if unknown.
     """
 
     def __init__(self, reason: str, *, kind: FaultKind = FaultKind.DOCUMENT, shard: str = "?", key: str = "?") -> None:
-        reason = reason if len(reason) <= _MAX_REASON else f"{reason[: _MAX_REASON - 3]}..."
+        reason = reason if len(reason) <= _MAX_REASON_LENGTH else f"{reason[: _MAX_REASON_LENGTH - 3]}..."
         super().__init__(f"{shard}/{key}: {reason}")
         self.reason = reason
         self.kind = kind
@@ -111,7 +112,7 @@ class SampleError(DataPipelineError):
         self.key = key
 
     def located(self, shard: str, key: str) -> SampleError:
-        """The same complaint with its place filled in."""
+        """Return a copy of the error with this shard and key."""
         return SampleError(self.reason, kind=self.kind, shard=shard, key=key)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -123,25 +124,25 @@ def _rebuild_sample_error(reason: str, kind: FaultKind, shard: str, key: str) ->
 
 
 class TooManyFaultsError(DataPipelineError):
-    """More samples were bad, in a row or of the last ones, than the fault policy allows.
+    """More samples or shards are bad than the fault policy allows (``max_consecutive``, ``max_share``).
 
     Attributes:
-        skipped: What was left out of the step that this ended (``faults.Skipped``), but for the one in the message.
+        skipped: The samples skipped in the unfinished step (``fault_policy.Skipped``), without the one in the message.
     """
 
     skipped: tuple[Any, ...] = ()
 
 
 class PipelineError(DataPipelineError):
-    """Code of the user's own, a webdataset pipeline or a stage, failed; the message names data set, code and sample."""
+    """A user's webdataset pipeline or stage failed; the message names the data set, the code and the sample."""
 
 
 class WorkerError(DataPipelineError):
-    """A process that helps a loader, an ingest, a reshard or an export failed or died; what is finished stays."""
+    """A process of a loader, an ingest, a reshard or an export failed or died; finished shards are kept."""
 
 
-class LedgerError(DataPipelineError):
-    """The ledger of a run does not hold what was asked for, or is damaged; the message names the file or the steps."""
+class SampleLogError(DataPipelineError):
+    """The sample log of a run lacks the requested steps or is damaged; the message names the file or the steps."""
 
 
 class StateError(DataPipelineError):

@@ -1,4 +1,4 @@
-"""What the data side must know of the model, and nothing more."""
+"""The properties of the model that the data pipeline needs."""
 
 from __future__ import annotations
 
@@ -13,42 +13,46 @@ Grid = tuple[int, int, int]
 
 
 class Placement(str, Enum):
-    """Where the features of an image go."""
+    """How the decoder uses the features of an image."""
 
     NONE = "none"
-    """The model has no image tower: samples with images are refused."""
+    """The model has no image tower; a sample whose template uses its image is a bad sample."""
     EMBEDDING = "embedding"
-    """Every view is written into token slots of the decoder."""
+    """The features of every crop are written into token slots of the decoder."""
     CROSS_ATTENTION = "cross_attention"
-    """Every view is attended by cross-attention blocks; one anchor token marks its place."""
+    """The features of every crop are attended by cross-attention; one anchor token marks the position of an image."""
     HYBRID = "hybrid"
-    """The overview is written into token slots, the tiles are attended (NVLM-H)."""
+    """The features of the overview are written into token slots, those of the tiles are attended (NVLM-H)."""
     PAIR = "pair"
-    """No text sees it: image and text of a document are compared (CLIP). A document has exactly one image."""
+    """No token attends them: the image and the text of a document are compared (CLIP). A document has exactly one
+    image."""
 
 
 @dataclass(frozen=True)
 class MediaSpec:
-    """The whole coupling between data and model.
+    """The model's inputs, as far as the data pipeline must know them. The pipeline knows nothing else of the model.
 
     Args:
-        placement: Where image features go.
+        placement: How the decoder uses image features.
         patch_size: Side of a square patch, pixels.
         merge: Side of the square of patches that becomes one feature; grids must be multiples of it.
         channels: Colour channels of a patch.
         cost_per_patch: Time of one patch in the tower relative to one token in the decoder (alpha).
-        fixed_grid: Patches (height, width) of every view, for towers with a fixed position
-            table; None at native resolution.
-        class_features: Features of a view (of each of its frames) before those of its patches: 1 where the class token
-            is kept.
-        max_tiles: Tiles of an image that the tower sees together, and has no view of the whole beside them; None if
-            every view is by itself.
-        computes_absent: Whether an image costs ``max_tiles`` tiles, however many it has.
+        fixed_grid: Patches (height, width) of every crop, for towers with a fixed position table; None at native
+            resolution.
+        class_features: Features of each frame of a crop before those of its patches: 1 if the class token is kept.
+        max_tiles: Largest number of tiles of an image, for towers that process all tiles of an image together and take
+            no overview; None if the tower processes each crop alone.
+        computes_absent: Whether the tower computes ``max_tiles`` tiles for every image, however many tiles it has.
         position_axes: 1 for plain positions, 3 for (time, height, width) positions (Qwen2-VL).
-        max_document_tokens: Positions that the decoder knows; None: any number.
-        padding: Whether the model wants to know which patches show padding (Molmo).
-        pooled_side: Side of the square of features that each view becomes whatever its grid (MM1.5); None: one feature
-            for each merged square.
+        max_document_tokens: Number of positions that the decoder supports; None: any number.
+        padding: Whether the model needs to know which patches are padding (Molmo).
+        pooled_side: Side of the square of features that each crop is pooled to, whatever its grid (MM1.5); None: one
+            feature for each merged square.
+
+    Raises:
+        DataConfigError: ``patch_size``, ``merge`` or ``channels`` is below 1, ``position_axes`` is neither 1 nor 3, or
+            ``class_features`` is set and the features are neither attended nor compared. Other values are not checked.
     """
 
     placement: Placement = Placement.NONE
@@ -75,12 +79,12 @@ class MediaSpec:
 
     @cached_property
     def patch_dim(self) -> int:
-        """Values of one flattened patch, order (channel, row, column)."""
+        """Number of values of one flattened patch, in order (channel, row, column)."""
         return self.channels * self.patch_size**2
 
     @cached_property
     def size_multiple(self) -> int:
-        """Image sides must be multiples of this many pixels."""
+        """Number of pixels of which both sides of a crop must be a multiple."""
         return self.patch_size * self.merge
 
     @property
@@ -90,17 +94,17 @@ class MediaSpec:
 
     @property
     def needs_attended(self) -> bool:
-        """Whether each batch must hold an item that is attended."""
+        """Whether each batch must hold an item that cross-attention attends."""
         return self.placement in (Placement.CROSS_ATTENTION, Placement.HYBRID)
 
     @property
-    def needs_apart(self) -> bool:
-        """Whether each batch must hold an item that has no token slots: it is attended, or compared."""
+    def needs_unembedded(self) -> bool:
+        """Whether each batch must hold an item without token slots, which is attended or compared with a text."""
         return self.needs_attended or self.placement is Placement.PAIR
 
     @cached_property
     def patches_per_image(self) -> int | None:
-        """Patches that the tower computes for any image; None: those that its views have."""
+        """Number of patches that the tower computes for any image; None if it computes only those of its crops."""
         if self.max_tiles is None or not self.computes_absent:
             return None
         _, height, width = self.minimal_grid
@@ -108,27 +112,27 @@ class MediaSpec:
 
     @property
     def minimal_grid(self) -> Grid:
-        """The smallest legal view: what a null document carries."""
+        """Grid of the smallest valid crop, which a dummy document uses."""
         height, width = self.fixed_grid or (self.merge, self.merge)
         return (1, height, width)
 
     def feature_grid(self, grid: Grid) -> Grid:
-        """Features along (time, height, width) of one view of ``grid`` patches.
+        """Return the features along (time, height, width) of one crop of ``grid`` patches, without class features.
 
         Raises:
             SampleError: the grid does not fit ``merge`` or ``fixed_grid``.
         """
         time, height, width = grid
         if height % self.merge or width % self.merge or min(grid) < 1:
-            raise SampleError(f"a view of {height}x{width} patches cannot be merged by {self.merge}x{self.merge}")
+            raise SampleError(f"a crop of {height}x{width} patches cannot be merged by {self.merge}x{self.merge}")
         if self.fixed_grid is not None and (height, width) != self.fixed_grid:
-            raise SampleError(f"a view of {height}x{width} patches; the vision tower takes {self.fixed_grid} only")
+            raise SampleError(f"a crop of {height}x{width} patches; the vision tower takes {self.fixed_grid} only")
         if self.pooled_side is not None:
             return time, self.pooled_side, self.pooled_side
         return time, height // self.merge, width // self.merge
 
     def num_features(self, grid: Grid) -> int:
-        """Features that one view of ``grid`` patches hands to the decoder.
+        """Return the number of features that tower and projector make of one crop of ``grid`` patches.
 
         Raises:
             SampleError: as ``feature_grid``.

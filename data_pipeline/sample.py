@@ -1,4 +1,4 @@
-"""A sample as it lies in a shard: text and images in reading order, with its origin."""
+"""A sample as it is stored in a shard: text and images in reading order, with its origin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from data_pipeline.io.json_member import spoken_texts
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a sample came from. ``index`` is its place in the manifest, ``epoch`` how often it was met before."""
+    """Origin of a sample.
+
+    Attributes:
+        dataset: Name of its data set.
+        shard: Path or URL of its tar.
+        key: Its key in the tar.
+        index: Its number in the data set, from 0; in a manifest the order of the shards and their samples.
+        epoch: Epoch of the data set in which it was read, from 0.
+    """
 
     dataset: str
     shard: str
@@ -21,7 +29,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class TextPart:
-    """A stretch of text; where it is learned, with this loss weight."""
+    """A piece of text. ``weight`` is the loss weight of its tokens where the template learns it."""
 
     text: str
     weight: float = 1.0
@@ -32,9 +40,9 @@ class ImagePart:
     """An encoded image (JPEG, PNG or WebP bytes), as stored.
 
     Attributes:
-        data: The bytes; empty if the sample was read to be measured only.
+        data: The encoded bytes; empty if the sample was read without images, for a dry run.
         name: Extension part of the member's name, ``jpg`` or ``0.png``.
-        size: Height and width as shown, from the shard's index; None if there was no index to ask.
+        size: Height and width after the EXIF rotation, from the shard's index; None if no index gives it.
     """
 
     data: bytes
@@ -58,7 +66,7 @@ class Sample:
 
     @property
     def texts(self) -> list[str]:
-        """Every text that a template may show, once: the text parts, further captions, dialogues and annotations."""
+        """Every distinct text that a template may use: text parts, further captions, dialogues and annotations."""
         captions = self.fields.get("captions")
         further = [text for text in captions if isinstance(text, str)] if isinstance(captions, list) else []
         further += [text for text in spoken_texts(self.fields) if isinstance(text, str)]

@@ -1,13 +1,14 @@
-"""Starts ``mmscale`` on several ranks: on this machine as child processes, on a cluster through SLURM.
+"""Start ``mmscale`` on several ranks: on this machine as child processes, or on a cluster through SLURM.
 
-Knows the command line it runs, its exit codes and the files of a run folder; no model, no data, no engine.
+The launchers depend on the command line, its exit codes and the files of a run folder, but not on models, data or the
+engine.
 """
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: saved on a signal or at the deadline and left; the same command goes on from there."""
+"""The run saved and stopped, on a signal or before the deadline. The same command resumes it. (EX_TEMPFAIL.)"""
 EXIT_HUNG = 76
-"""The watchdog of a rank ended a run in which nothing moved any more."""
+"""The watchdog of a rank ended a run that hung."""
 
 RESULT_FILE = "result.json"
-"""Written last into a run folder; a run that ended with exit code 0 has one."""
+"""The result file of a run folder. A run that ended with exit code 0 has one."""

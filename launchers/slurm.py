@@ -1,7 +1,7 @@
-"""A run on a SLURM cluster: renders a batch script a person can read, and submits it.
+"""Render a readable batch script for a run on a SLURM cluster, and submit it.
 
-The script (``job.sbatch.jinja``) needs nothing but bash, ``srun`` and ``scontrol``: resuming is the run's own habit, so
-requeueing is submitting again.
+The script (``job.sbatch.jinja``) needs only bash, ``srun`` and ``scontrol``. A run resumes by itself, so the script
+only has to start the same command again after a requeue.
 """
 
 from __future__ import annotations
@@ -25,37 +25,41 @@ from mmscale.errors import LaunchError, RequestError
 
 _TEMPLATE = "job.sbatch.jinja"
 _OWN_MARGIN_SECONDS = 120
-"""A run stops by itself this long before SLURM's end of the job."""
+"""A run stops by itself this long before SLURM ends the job."""
 _UNLIMITED = ("infinite", "unlimited", "-1")
 _DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+))?(?::(\d+))?")
 _MINUTES = re.compile(r"(?:(\d+):(?=\d+:))?(\d+)(?::(\d+))?")
 _TIME_OPTION = re.compile(r"(?:--ti(?:m|me|me-|me-m|me-mi|me-min)?(?:=|$)|-t=?)(.*)", re.DOTALL)
-"""sbatch reads abbreviations too; ``--t`` alone could be another option."""
+"""sbatch accepts abbreviations of ``--time``. ``--t`` alone is ambiguous."""
 _EXECUTABLE = (sys.executable, "-m", "mmscale.cli.main")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to ask SLURM for.
+    """The options of a SLURM job.
 
     Attributes:
-        words: The command line of each rank, without ``mmscale``.
+        arguments: The command line of each rank, without ``mmscale``.
         run_dir: Run folder, on a file system that all nodes share.
         nodes: Number of machines.
-        gpus_per_node: GPUs of each machine, one rank each; 0 for ranks on CPUs.
-        ranks_per_node: Ranks of each machine when there are no GPUs.
-        cpus_per_task: CPU cores a rank; None for the cluster's default.
-        time: Limit of one start, in SLURM's notation (``4:00:00``); None for the partition's default.
+        gpus_per_node: GPUs on each machine, one for each rank; 0 for ranks on CPUs.
+        ranks_per_node: Ranks on each machine without GPUs. With GPUs it must be 1 or ``gpus_per_node``.
+        cpus_per_task: CPU cores for each rank; None for the cluster's default.
+        time: Time limit of each start, in SLURM's notation (``4:00:00``); None for the partition's default.
         partition: SLURM partition; None for the default one.
         account: SLURM account to charge; None for the user's default.
-        requeue: Whether the job goes back into the queue after a stop, a preemption or a node failure.
-        save_seconds: How long before the time limit the ranks are told to save.
+        requeue: Whether to requeue the job after a preemption, a node failure, or a stop that left a newer checkpoint.
+        save_seconds: Seconds before the time limit at which SLURM sends the ranks the signal to save.
         extra: More sbatch options, for example ``--constraint=h100``.
         setup: Shell lines that run on the first node before the ranks start, for example ``module load cuda``.
-        executable: How each rank calls the command line.
+        executable: The command of each rank before ``arguments``.
+
+    Raises:
+        RequestError: a number is out of range, a text is not allowed in a batch script, or a time limit leaves no time
+            for a step.
     """
 
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     run_dir: Path
     nodes: int = 1
     gpus_per_node: int = 0
@@ -77,7 +81,7 @@ class Job:
                 f"--save-seconds {self.save_seconds}: nodes, ranks and seconds start at 1, GPUs at 0"
             )
         if self.gpus_per_node and self.ranks_per_node not in (1, self.gpus_per_node):
-            raise RequestError("--ranks-per-node is for CPU runs; with GPUs there is one rank a GPU")
+            raise RequestError("--ranks-per-node is for CPU runs; with GPUs each GPU has one rank")
         self._check_lines()
         if self.time is not None:
             self._check_time(f"--time {self.time}", self.time)
@@ -86,13 +90,15 @@ class Job:
                 self._check_time(f"--sbatch={option}", time)
 
     def _check_lines(self) -> None:
-        """Refuses text that would end a line of the script: what follows would be read as another option or command."""
+        """Reject text that would end a line of the script. The rest would become another option or command."""
         texts = [("run_dir", str(self.run_dir.resolve())), ("the current folder", str(Path.cwd()))]
         texts += [("--time", self.time or ""), ("--partition", self.partition or ""), ("--account", self.account or "")]
         texts += [("--sbatch", option) for option in self.extra] + [("--setup", line) for line in self.setup]
         for name, text in texts:
             if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in text):
-                raise RequestError(f"{name} {text!r}: a line break or control character cannot stand in a batch script")
+                raise RequestError(
+                    f"{name} {text!r}: a line break or control character is not allowed in a batch script"
+                )
         if "\\" in texts[0][1]:
             raise RequestError(
                 f"run_dir {texts[0][1]}: SLURM removes a backslash from the path of a log; rename the folder"
@@ -112,12 +118,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """One name a run folder: ``--dependency=singleton`` then keeps two jobs of one run from running at once."""
+        """A name that is unique for the run folder. With ``--dependency=singleton``, jobs of one run never overlap."""
         folder = str(self.run_dir.resolve())
         return f"mmscale-{self.run_dir.name}-{zlib.crc32(folder.encode()):08x}"
 
     def directives(self) -> list[str]:
-        """Options of sbatch, one a line of the script."""
+        """Return the options of sbatch, one for each line of the script."""
         options = {
             "job-name": self.name,
             "nodes": self.nodes,
@@ -138,7 +144,7 @@ class Job:
 
 
 def _times_of(option: str) -> Iterator[str]:
-    """The time limits in a line of sbatch options, which holds one option or several."""
+    """Yield the time limits in a line with one or more sbatch options."""
     try:
         words = shlex.split(option)
     except ValueError as error:
@@ -152,10 +158,10 @@ def seconds_of(time: str) -> int | None:
     """Return the seconds of a time limit in SLURM's notation, rounded up to whole minutes; None if it is unlimited.
 
     The forms are ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours``, ``days-hours:minutes``,
-    ``days-hours:minutes:seconds``, ``infinite`` and ``unlimited``. Zero means no limit.
+    ``days-hours:minutes:seconds``, ``infinite``, ``unlimited`` and ``-1``. Zero means no limit.
 
     Raises:
-        RequestError: it has another form.
+        RequestError: the text has another form.
     """
     if time.lower() in _UNLIMITED:
         return None
@@ -172,7 +178,7 @@ def seconds_of(time: str) -> int | None:
 
 
 def render(job: Job) -> str:
-    """The batch script."""
+    """Return the batch script."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("launchers", "."),
         undefined=jinja2.StrictUndefined,
@@ -181,10 +187,10 @@ def render(job: Job) -> str:
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     return environment.get_template(_TEMPLATE).render(
-        title="".join(letter if letter.isprintable() else " " for letter in f"mmscale {shlex.join(job.words)}"),
+        title="".join(letter if letter.isprintable() else " " for letter in f"mmscale {shlex.join(job.arguments)}"),
         directives=job.directives(),
         run_dir=job.run_dir.resolve(),
-        command=shlex.join([*job.executable, *job.words]),
+        command=shlex.join([*job.executable, *job.arguments]),
         result_file=RESULT_FILE,
         setup=job.setup,
         requeue=job.requeue,
@@ -193,19 +199,19 @@ def render(job: Job) -> str:
 
 
 def submit(job: Job) -> tuple[str, Path]:
-    """Hands the script to ``sbatch``.
+    """Write the script to the run folder and submit it with ``sbatch``.
 
     Returns:
-        The job's number and the script's path in the run folder.
+        The job id, and the path of the script.
 
     Raises:
-        LaunchError: there is no ``sbatch`` here, or it refused.
+        LaunchError: there is no ``sbatch``, it rejected the script, or the log folder cannot be written.
     """
     if shutil.which("sbatch") is None:
-        raise LaunchError("no sbatch here: submit from a machine of the cluster, or look at the script with --dry-run")
+        raise LaunchError("no sbatch here: submit from a machine of the cluster, or print the script with --dry-run")
     logs = job.run_dir.resolve() / "logs"
     try:
-        logs.mkdir(parents=True, exist_ok=True)  # SLURM drops a job silently whose log folder is missing.
+        logs.mkdir(parents=True, exist_ok=True)  # SLURM drops a job without a message if its log folder is missing.
         script = logs / "job.sbatch"
         script.write_text(render(job), encoding="utf-8", errors="surrogateescape")
     except OSError as error:
@@ -217,5 +223,5 @@ def submit(job: Job) -> tuple[str, Path]:
 def _call(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise LaunchError(f"{command[0]} refused: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        raise LaunchError(f"{command[0]} failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout

@@ -1,9 +1,10 @@
-"""Processes: who am I, who are the others, and the few small words exchanged between us.
+"""Join the ranks of a run, and exchange small values between them.
 
-For: joining a run started by a launcher, by ``srun``, or by nothing at all; sums, votes and complaints that every rank
-must agree on. Not for: gradients and weights (DeepSpeed moves those).
+The run may be started by a launcher, by ``srun``, or as a single process. The collectives are for sums, flags and error
+messages that all ranks need. Not for: gradients and weights, which DeepSpeed communicates.
 
-Words travel over gloo on the host even when the weights travel over NCCL, so a vote never waits for the device.
+Small values are sent by gloo on the host, also if weights use NCCL. So these collectives never wait for the device. The
+exception is ``gather_rows``, which uses the backend of the device.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from torch import Tensor
 from mmscale.errors import EngineError, LaunchError
 
 LISTENER_VARIABLE = "MMSCALE_LISTENER"
-"""Number of an inherited socket that listens at MASTER_PORT; rank 0 serves the store on it."""
+"""Environment variable with the descriptor of an inherited socket that listens at MASTER_PORT, for rank 0's store."""
 
-_COMPLAINT_BYTES = 1024
+_ERROR_BYTES = 1024
 _LOOPBACK = "127.0.0.1"
 
 
 class DistributedSettings(Protocol):
-    """What ``init_distributed`` needs to be told."""
+    """The settings of ``init_distributed``."""
 
     @property
     def timeout_seconds(self) -> float: ...
@@ -44,15 +45,15 @@ class DistributedSettings(Protocol):
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers.
+    """This process as one of the ranks of a run.
 
     Attributes:
         rank: 0 .. ``world_size`` - 1.
-        world_size: Processes of the run.
+        world_size: Number of processes of the run.
         local_rank: Number of this process on its machine.
-        device: Where its share of the model lives.
-        timeout_seconds: How long a word from a peer may take before the peer counts as lost.
-        group: Process group of the words; None is torch's default group.
+        device: Device of its part of the model.
+        timeout_seconds: Timeout of a collective. After it a rank that did not answer counts as lost.
+        group: gloo group for collectives on the host; None is torch's default group.
     """
 
     rank: int
@@ -64,25 +65,26 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is rank 0, which writes the files of the run."""
         return self.rank == 0
 
 
 def init_distributed(settings: DistributedSettings) -> World:
-    """Joins the run. Reads a launcher's variables or SLURM's; without either the run is this process alone.
+    """Join the run. Reads the variables of a launcher or of SLURM. Without them the run has one rank.
 
-    If all ranks are on this machine, this process listens on the loopback interface only.
-    Sets one torch thread per rank where several CPU ranks share a machine, unless ``OMP_NUM_THREADS`` says otherwise.
+    If all ranks are on this machine, this process listens on the loopback interface only. If several CPU ranks share a
+    machine and ``OMP_NUM_THREADS`` is not set, torch uses one thread in each rank.
 
     Raises:
-        LaunchError: the variables of a launcher are incomplete, or CUDA was asked for and is not there.
+        LaunchError: variables of the launcher are missing or out of range, CUDA is configured but not available, or
+            this rank cannot join.
     """
     device_type = _device_type(settings.device)
     _prepare_deepspeed(device_type)
     launched = _map_launcher_variables()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
-    # Without it DeepSpeed's stage 3 starts the program ``numactl`` for every bucket of gradients on a CPU.
+    # Without LOCAL_SIZE, DeepSpeed's stage 3 starts the program ``numactl`` for every bucket of gradients on a CPU.
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     if not 0 <= rank < world_size:
         raise LaunchError(f"RANK={rank} with WORLD_SIZE={world_size}: the rank must be below the world size")
@@ -90,7 +92,7 @@ def init_distributed(settings: DistributedSettings) -> World:
     if device_type == "cuda":
         torch.cuda.set_device(device)
     elif int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # Two ranks with two threads each on two cores take 2.8 s a step, with one thread 1.0 s.
+        # On two cores, two ranks with two threads each take 2.8 s a step; with one thread each they take 1.0 s.
         torch.set_num_threads(1)
     timeout = timedelta(seconds=settings.timeout_seconds)
     if not torch_dist.is_initialized():
@@ -110,7 +112,7 @@ def _device_type(wanted: str) -> str:
 
 
 def _prepare_deepspeed(device_type: str) -> None:
-    """What must be said before DeepSpeed is imported or started."""
+    """Set the environment variables that DeepSpeed reads when it is imported."""
     if device_type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # 4.3 s -> 2.5 s for the first engine; nothing is compiled.
@@ -118,10 +120,10 @@ def _prepare_deepspeed(device_type: str) -> None:
 
 
 def start_deepspeed(world: World) -> None:
-    """Imports DeepSpeed and lets it join the process group that exists; it may be called again.
+    """Import DeepSpeed and let it use the existing process group. It may be called more than once.
 
-    Silences its narration, and keeps it from compiling a C++ extension (``shm_comm``) on a CPU, which takes 80 s the
-    first time and crashes where no compiler is installed.
+    Only DeepSpeed's errors are logged. On a CPU, DeepSpeed does not compile its C++ extension ``shm_comm``: that takes
+    80 s the first time, and fails without a compiler.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\..*|torch\.distributed.*")
     import deepspeed
@@ -137,7 +139,7 @@ def start_deepspeed(world: World) -> None:
 
 
 def _map_launcher_variables() -> bool:
-    """Fills in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; True when a launcher started this process."""
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Return whether the run has several ranks."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
@@ -147,7 +149,7 @@ def _map_launcher_variables() -> bool:
                 f"RANK is set but {' and '.join(missing)} is not; start with torchrun or `mmscale launch`"
             )
         return int(env["WORLD_SIZE"]) > 1
-    # A batch script and a shell inside an allocation see SLURM_PROCID too; only `srun` counts tasks of the step.
+    # A batch script and a shell inside an allocation have SLURM_PROCID too. Only ``srun`` sets SLURM_STEP_NUM_TASKS.
     if "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
         tasks = int(env["SLURM_STEP_NUM_TASKS"])
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=str(tasks), LOCAL_RANK=env.get("SLURM_LOCALID", "0"))
@@ -170,7 +172,7 @@ def _join(
         options["device_id"] = device
     backend = "nccl" if device_type == "cuda" else "gloo"
     os.environ.setdefault("MASTER_ADDR", _LOOPBACK)
-    os.environ.setdefault("MASTER_PORT", "29500")  # Read by DeepSpeed; no port is opened for a run of one process.
+    os.environ.setdefault("MASTER_PORT", "29500")  # DeepSpeed reads it. A run with one rank opens no port.
     one_machine = _is_one_machine()
     if one_machine:
         _stay_on_loopback()
@@ -179,7 +181,7 @@ def _join(
         return
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        # torchrun serves a store itself; across machines torch's own store listens on all interfaces.
+        # torchrun serves a store itself. Across machines, use torch's store, which listens on all interfaces.
         if one_machine and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
             store: torch_dist.Store = _loopback_store(rank, world_size, timeout)
         else:
@@ -191,7 +193,7 @@ def _join(
 
 
 def _is_one_machine() -> bool:
-    """Whether all ranks are on this machine, as far as the launcher's variables say."""
+    """Return whether all ranks are on this machine, by the launcher's variables."""
     env = os.environ
     if env["WORLD_SIZE"] == "1":
         return True
@@ -201,13 +203,13 @@ def _is_one_machine() -> bool:
 
 
 def _stay_on_loopback() -> None:
-    """Makes gloo and NCCL listen on loopback, also where the shell names the interface for runs across machines."""
+    """Let gloo and NCCL use loopback, even if the environment sets another interface for runs across machines."""
     loopback = "lo" if sys.platform == "linux" else "lo0"
     os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=f"={loopback}")
 
 
 def _loopback_store(rank: int, world_size: int, timeout: timedelta) -> torch_dist.TCPStore:
-    """A store on loopback. torch's ``env://`` cannot make it: its server listens on all interfaces."""
+    """Return a store on loopback. The server of torch's ``env://`` would listen on all interfaces."""
     port = int(os.environ["MASTER_PORT"])
     listener = None
     if rank == 0:
@@ -217,7 +219,9 @@ def _loopback_store(rank: int, world_size: int, timeout: timedelta) -> torch_dis
 
 
 def check_device_types(store: torch_dist.Store, rank: int, world_size: int, device_type: str) -> None:
-    """Compares the device types of all ranks before the process group is made: with two backends it would hang.
+    """Check that all ranks have the same device type. All ranks must call, before the process group is created.
+
+    With different types the ranks would use different backends and hang.
 
     Raises:
         LaunchError: two ranks differ; every rank raises.
@@ -230,7 +234,7 @@ def check_device_types(store: torch_dist.Store, rank: int, world_size: int, devi
         store.set("mmscale/device", f"-{verdict}")
     if verdict := store.get("mmscale/device").decode()[1:]:
         store.set(f"mmscale/device/{rank}/read", "")
-        if rank == 0:  # The store may live in this process: it has to outlast the others' reads.
+        if rank == 0:  # This process may serve the store, so wait until all ranks have read it.
             store.wait([f"mmscale/device/{other}/read" for other in range(world_size)])
         raise LaunchError(
             f"{verdict}: check the driver on the machine of the rank without CUDA (nvidia-smi), or set engine.device"
@@ -243,16 +247,16 @@ def all_reduce_sum(world: World, values: Mapping[str, float]) -> dict[str, float
     All ranks must call, with the same names in the same order.
 
     Raises:
-        EngineError: a peer did not answer in time.
+        EngineError: another rank is lost or did not answer in time.
     """
     return dict(zip(values, _reduce(world, [*values.values()], torch_dist.ReduceOp.SUM), strict=True))
 
 
 def all_reduce_sum_list(world: World, values: Sequence[float]) -> list[float]:
-    """Sum an array of equal length on each rank over all ranks in float64. All ranks must call.
+    """Sum the arrays of all ranks, element by element, in float64. All ranks must call, with arrays of equal length.
 
     Raises:
-        EngineError: a peer did not answer in time.
+        EngineError: another rank is lost or did not answer in time.
     """
     return _reduce(world, values, torch_dist.ReduceOp.SUM)
 
@@ -261,7 +265,7 @@ def all_reduce_max(world: World, value: float) -> float:
     """Return the largest value of any rank. All ranks must call.
 
     Raises:
-        EngineError: a peer did not answer in time.
+        EngineError: another rank is lost or did not answer in time.
     """
     return _reduce(world, [value], torch_dist.ReduceOp.MAX)[0]
 
@@ -270,7 +274,7 @@ def any_rank(world: World, flag: bool) -> bool:
     """Return whether ``flag`` is true on any rank. All ranks must call.
 
     Raises:
-        EngineError: a peer did not answer in time.
+        EngineError: another rank is lost or did not answer in time.
     """
     return _reduce(world, [float(flag)], torch_dist.ReduceOp.MAX)[0] > 0
 
@@ -287,25 +291,29 @@ def _reduce(world: World, values: Sequence[float], operation: Any) -> list[float
 
 
 def peer_lost(world: World, error: RuntimeError) -> EngineError:
-    """What to raise when a collective failed."""
+    """Return the error to raise for a failed collective."""
     reason = str(error).strip().partition("\n")[0]
-    return EngineError(f"rank {world.rank}: a peer is lost ({reason}); start the same command again, it resumes")
+    return EngineError(f"rank {world.rank}: a peer is lost ({reason}); start the same command again to resume")
 
 
 def is_peer_lost(error: RuntimeError) -> bool:
-    """Whether ``error`` came out of a collective; gloo has no error class of its own."""
+    """Return whether a collective raised ``error``. gloo raises a plain RuntimeError."""
     return isinstance(error, torch_dist.DistError) or "gloo" in str(error)
 
 
-def first_complaint(world: World, complaint: str | None) -> str | None:
-    """The complaint of the lowest rank that has one, known to all ranks afterwards. All ranks must call.
+def lowest_rank_error(world: World, message: str | None) -> str | None:
+    """Return the error message of the lowest rank that has one, else None. All ranks must call.
 
-    Lets every rank fail together with the same sentence, instead of one that fails and others that wait for it.
+    The result is the same on all ranks, so that all can raise the same error. Otherwise one rank would fail while the
+    others wait for it. With several ranks, the message is cut to 1,024 bytes and begins with its rank.
+
+    Raises:
+        EngineError: another rank is lost or did not answer in time.
     """
     if world.world_size == 1:
-        return complaint
-    text = (complaint or "").encode()[:_COMPLAINT_BYTES]
-    mine = torch.zeros(_COMPLAINT_BYTES, dtype=torch.uint8)
+        return message
+    text = (message or "").encode()[:_ERROR_BYTES]
+    mine = torch.zeros(_ERROR_BYTES, dtype=torch.uint8)
     mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
     theirs = [torch.empty_like(mine) for _ in range(world.world_size)]
     try:
@@ -313,27 +321,29 @@ def first_complaint(world: World, complaint: str | None) -> str | None:
     except RuntimeError as error:
         raise peer_lost(world, error) from error
     for rank, buffer in enumerate(theirs):
-        said = bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
-        if said:
-            return said if world.world_size == 1 else f"rank {rank}: {said}"
+        found = bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
+        if found:
+            return f"rank {rank}: {found}"
     return None
 
 
-def raise_on_any_rank(world: World, complaint: str | None, kind: type[Exception]) -> None:
-    """Raise ``kind`` on all ranks if any rank has a complaint: that of the lowest such rank. All ranks must call.
+def raise_on_any_rank(world: World, message: str | None, kind: type[Exception]) -> None:
+    """Raise ``kind`` on all ranks if any rank has an error message. All ranks must call.
+
+    The error has the message of the lowest such rank.
 
     Raises:
-        EngineError: a peer did not answer in time.
+        EngineError: another rank is lost or did not answer in time.
     """
-    if (heard := first_complaint(world, complaint)) is not None:
-        raise kind(heard)
+    if (found := lowest_rank_error(world, message)) is not None:
+        raise kind(found)
 
 
 def gather_numbers(world: World, value: float) -> list[float]:
-    """A number of every rank, in rank order. All ranks must call.
+    """Return the values of all ranks, in rank order, on every rank. All ranks must call.
 
     Raises:
-        EngineError: a peer did not answer in time.
+        EngineError: another rank is lost or did not answer in time.
     """
     values = [0.0] * world.world_size
     values[world.rank] = value
@@ -341,22 +351,22 @@ def gather_numbers(world: World, value: float) -> list[float]:
 
 
 def all_equal(world: World, digest: bytes) -> bool:
-    """Whether all ranks have the same digest, by one all-reduce. All ranks must call, with equal lengths.
+    """Return whether all ranks have the same digest. All ranks must call, with digests of the same length.
 
     Raises:
-        EngineError: a peer did not answer in time.
+        EngineError: another rank is lost or did not answer in time.
     """
     parts = [float(int.from_bytes(digest[start : start + 6], "big")) for start in range(0, len(digest), 6)]
-    # Six bytes are exact in float64. All values are equal if the largest is also the smallest.
+    # A float64 represents six bytes exactly. One all-reduce gives the maximum and the negated minimum.
     largest = _reduce(world, [*parts, *(-part for part in parts)], torch_dist.ReduceOp.MAX)
     return all(high == -low for high, low in zip(largest[: len(parts)], largest[len(parts) :], strict=True))
 
 
 def broadcast_bytes(world: World, data: bytes) -> bytes:
-    """The bytes of rank 0, on all ranks. All ranks must call; ``data`` of the other ranks is ignored.
+    """Return rank 0's ``data`` on all ranks. All ranks must call; ``data`` of the other ranks is ignored.
 
     Raises:
-        EngineError: a peer did not answer in time.
+        EngineError: another rank is lost or did not answer in time.
     """
     if world.world_size == 1:
         return data
@@ -372,12 +382,12 @@ def broadcast_bytes(world: World, data: bytes) -> bytes:
 
 
 def gather_rows(world: World, rows: Tensor) -> list[Tensor]:
-    """The rows of every rank, in rank order, on the device where its own are. All ranks must call.
+    """Return the rows of all ranks, in rank order, on the device of ``rows``. All ranks must call.
 
-    Ranks may have different numbers of rows, or none. These are no words: they travel as the weights do.
+    Ranks may have different numbers of rows, or none. The rows are sent by the backend of the device (NCCL on CUDA).
 
     Raises:
-        EngineError: a peer did not answer in time.
+        EngineError: another rank is lost or did not answer in time.
     """
     if world.world_size == 1:
         return [rows]
@@ -393,10 +403,10 @@ def gather_rows(world: World, rows: Tensor) -> list[Tensor]:
 
 
 def gather_bytes(world: World, data: bytes) -> list[bytes]:
-    """What every rank says, in rank order, on rank 0; an empty list elsewhere. All ranks must call.
+    """Return the ``data`` of all ranks, in rank order, on rank 0. Return an empty list elsewhere. All ranks must call.
 
     Raises:
-        EngineError: a peer did not answer in time.
+        EngineError: another rank is lost or did not answer in time.
     """
     if world.world_size == 1:
         return [data]
@@ -412,7 +422,7 @@ def gather_bytes(world: World, data: bytes) -> list[bytes]:
 
 
 def shutdown(world: World, *, patience_seconds: float = 5.0) -> None:
-    """Leaves the run. Never waits longer than ``patience_seconds``, whatever state the peers are in."""
+    """Leave the process group. Waits at most ``patience_seconds``, whatever the state of the other ranks."""
     if not torch_dist.is_initialized():
         return
     leaving = threading.Thread(target=torch_dist.destroy_process_group, daemon=True)

@@ -1,16 +1,16 @@
 """Errors of mmscale.
 
 MMScaleError
-├── ConfigError        a configuration value is unknown, wrong or contradicts another; names file and line
-├── UnsupportedError   the request is legal but this machine or build cannot do it; says what to install or change
+├── ConfigError        a configuration value is unknown, wrong or contradicts another
+├── UnsupportedError   this machine or build cannot do what the configuration requests; names the remedy
 ├── CheckpointError    a checkpoint is missing, damaged, or of another model
-│   └── DamagedError   its files are there and can be read, but they are not what was written
-├── EngineError        training cannot go on (non-finite loss, world size that does not fit, lost peer)
+│   └── DamagedError   the files of a checkpoint can be read, but differ from what was written
+├── EngineError        training cannot continue (bad steps, out of memory, lost rank)
 └── LaunchError        a run could not be started or submitted
-    └── RequestError   the launcher's options cannot work
+    └── RequestError   the launcher's options are wrong
 
-Whatever a user, a file or another process can cause is one of these and reaches the command line as one sentence and an
-exit code: 1 the thing failed, 2 wrong use. The data side has its own tree (``data_pipeline.errors``).
+An error that a user, a file or another process can cause is one of these. The command line prints it as one sentence
+and exits with code 1 for a failure, or 2 for wrong use. ``data_pipeline.errors`` has the errors of the data pipeline.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class MMScaleError(Exception):
 
 
 class ConfigError(MMScaleError):
-    """A configuration is wrong: file, line, key, what was seen, what would be right."""
+    """A configuration is wrong. A validation error has file, line, key, the value found and the value expected."""
 
     exit_code = 2
 
 
 class UnsupportedError(MMScaleError):
-    """A legal request that this machine or build cannot serve; the message says what to do."""
+    """This machine or build cannot do what the configuration requests. The message names the remedy."""
 
     exit_code = 2
 
@@ -39,11 +39,11 @@ class CheckpointError(MMScaleError):
 
 
 class DamagedError(CheckpointError):
-    """The files of a checkpoint are not what was written; an older checkpoint may do."""
+    """The files of a checkpoint differ from what was written. An older checkpoint may be usable."""
 
 
 class EngineError(MMScaleError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class LaunchError(MMScaleError):
@@ -51,6 +51,6 @@ class LaunchError(MMScaleError):
 
 
 class RequestError(LaunchError):
-    """The options of a launcher are wrong: which one, what was seen, what would be right."""
+    """An option of a launcher is wrong. The message has the option, the value found and the value expected."""
 
     exit_code = 2

@@ -1,11 +1,11 @@
-"""A pytest plugin: worst errors against references, by family, printed at the end and written on request.
+"""A pytest plugin that collects the worst errors against reference implementations, by family.
 
     python -m pytest -m parity                     # prints the table
-    python -m pytest -m parity --write-parity      # writes docs/parity.json and the table of docs/parity.md
+    python -m pytest -m parity --write-parity      # writes tests/parity.json and the table of docs/benchmarks.md
 
 A test marked ``parity`` takes the fixture ``parity`` and calls ``parity(family, quantity, error, bound)``, which fails
-at or above the bound. Records travel in a test's ``user_properties``, so processes of xdist hand them to the one that
-prints.
+at or above the bound. The fixture stores records in a test's ``user_properties``, which xdist sends to the process that
+prints the table.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 
 Recorder = Callable[[str, str, float, float], None]
 PROPERTY = "parity"
+JSON, PAGE = Path("tests/parity.json"), Path("docs/benchmarks.md")
 BEGIN, END = "<!-- table: python -m pytest -m parity --write-parity -->", "<!-- end of the table -->"
 
 
@@ -30,9 +31,9 @@ class Worst:
     Attributes:
         family: Hugging Face's ``model_type``, or the name of a reference.
         quantity: "logits", "loss", "gradients", ...
-        error: Largest that was seen.
-        bound: That the test with this error demanded.
-        comparisons: How many there were.
+        error: Largest error of all comparisons.
+        bound: Bound of the test with this error.
+        comparisons: Number of comparisons.
     """
 
     family: str
@@ -43,7 +44,7 @@ class Worst:
 
 
 def worst_of(records: Iterable[tuple[str, str, float, float]]) -> list[Worst]:
-    """One row for each family and quantity, sorted."""
+    """Return one row for each family and quantity, sorted."""
     groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for family, quantity, error, bound in records:
         groups.setdefault((family, quantity), []).append((error, bound))
@@ -51,16 +52,16 @@ def worst_of(records: Iterable[tuple[str, str, float, float]]) -> list[Worst]:
 
 
 def markdown(rows: list[Worst]) -> str:
-    """The table of docs/parity.md."""
+    """Return the table of docs/benchmarks.md."""
     lines = ["| family | quantity | worst error | bound | comparisons |", "|---|---|---:|---:|---:|"]
     lines += [f"| `{r.family}` | {r.quantity} | {r.error:.1e} | {r.bound:.1e} | {r.comparisons:,} |" for r in rows]
     return "\n".join(lines)
 
 
-def write(rows: list[Worst], docs: Path) -> None:
-    """Replaces ``parity.json``, and the lines between the two marks of ``parity.md``."""
-    (docs / "parity.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    page = docs / "parity.md"
+def write(rows: list[Worst], root: Path) -> None:
+    """Replace ``tests/parity.json``, and the lines of ``docs/benchmarks.md`` between the two markers."""
+    (root / JSON).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    page = root / PAGE
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     page.write_text(f"{before}{BEGIN}\n{markdown(rows)}\n{END}{after}", encoding="utf-8")
@@ -68,7 +69,7 @@ def write(rows: list[Worst], docs: Path) -> None:
 
 @pytest.fixture
 def parity(request: pytest.FixtureRequest) -> Recorder:
-    """``parity(family, quantity, error, bound)``: records an error, and fails unless it is below the bound."""
+    """Return ``parity(family, quantity, error, bound)``. It records an error and fails unless it is below the bound."""
     node = request.node
     assert node.get_closest_marker("parity"), "the fixture parity is for tests marked `parity`"
 
@@ -81,12 +82,12 @@ def parity(request: pytest.FixtureRequest) -> Recorder:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--write-parity", action="store_true", help="write the errors of `-m parity` to docs/parity.json and parity.md"
+        "--write-parity", action="store_true", help=f"write the errors of `-m parity` to {JSON} and {PAGE}"
     )
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):  # A process of xdist, which knows its own tests alone.
+    if hasattr(config, "workerinput"):  # A worker of xdist has the results of its own tests only.
         return
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
     rows = worst_of(value for report in reports for name, value in report.user_properties if name == PROPERTY)
@@ -100,6 +101,6 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
             )
     if config.getoption("--write-parity"):
         if exitstatus or not rows:
-            terminalreporter.write_line("docs/parity.* stay as they are: a test failed, or nothing was compared")
+            terminalreporter.write_line(f"{JSON} and {PAGE} are unchanged: a test failed, or nothing was compared")
         else:
-            write(rows, config.rootpath / "docs")
+            write(rows, config.rootpath)

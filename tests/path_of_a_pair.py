@@ -4,8 +4,8 @@
     python -m tests.path_of_a_pair --json
 
 Two runs are profiled that differ by one step. A function is on the path if it is called more often in the longer run.
-What follows the last step (the save, the result) is not counted. Functions are listed in the order of their first call.
-Comprehensions belong to the function that contains them.
+Code that runs after the last step (the save, the result) is not counted. Functions are listed in the order of their
+first call. Comprehensions belong to the function that contains them.
 """
 
 from __future__ import annotations

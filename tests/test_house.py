@@ -33,7 +33,7 @@ def test_no_file_is_longer_than_the_wall() -> None:
 def test_no_function_is_longer_than_the_wall() -> None:
     long = [
         f"{path.relative_to(REPO)}:{node.lineno} {node.name}"
-        for path in CODE  # Not tests: a twin's configuration and ours, side by side, may be long.
+        for path in CODE  # Not tests: a reference model's configuration and ours, side by side, may be long.
         for node in functions(path)
         if node.end_lineno is not None and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
     ]

@@ -1,1 +1,1 @@
-"""One model of each family twice, with the same weights: transformers' and ours, imported from its folder."""
+"""Models of each family: one of transformers, and ours with the same weights, imported from its folder."""

@@ -1,4 +1,4 @@
-"""Pages of text and pictures: as documents of ours, and as rows padded to the longest, for transformers."""
+"""Pages of text and pictures: packed documents for mmscale, and rows padded to the longest for transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, load_tokenizer
@@ -34,9 +34,9 @@ _NAMES = (PAD, BOS, EOS, IMAGE)
 
 
 def tokenizer(special: Sequence[str] = (), bos: str | None = BOS) -> Tokenizer:
-    """A token for each byte; 0 to 3 are padding, beginning, end and image, then come ``special``.
+    """Return a tokenizer with a token per byte. Ids 0 to 3 are padding, beginning, end and image; ``special`` follow.
 
-    Documents open with ``bos``; None: with no token.
+    Documents begin with ``bos``, or with no special token if it is None.
     """
     names = [*_NAMES, *special]
     vocabulary = {token: number for number, token in enumerate(names + sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -50,13 +50,13 @@ def tokenizer(special: Sequence[str] = (), bos: str | None = BOS) -> Tokenizer:
 
 
 def text_pages(lengths: Sequence[int], seed: int = 0) -> list[Page]:
-    """So many letters each."""
+    """Return pages of text with these numbers of letters."""
     rng = np.random.default_rng(seed)
     return [["".join(chr(97 + letter) for letter in rng.integers(0, 26, length))] for length in lengths]
 
 
 def picture_pages(count: int, sides: tuple[int, int], words: tuple[int, int], seed: int = 0) -> list[Page]:
-    """Captions, and every fourth page with two or three pictures and text between them."""
+    """Return pages of one picture and its caption; every fourth page has two or three pictures with captions."""
     rng = np.random.default_rng(seed)
     pages: list[Page] = []
     for number in range(count):
@@ -75,12 +75,12 @@ def pictures(page: Page) -> list[Image.Image]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The same pages for both.
+    """The same pages as inputs of both implementations.
 
     Attributes:
-        packed: Ours.
-        padded: Ids and mask for transformers, and ``labels`` of the place itself.
-        real: bool ``(rows, longest)``: which places are tokens of a page.
+        packed: Our batch.
+        padded: ``input_ids`` and ``attention_mask`` for transformers, padded at the end.
+        real: bool ``(rows, longest)``: which positions are tokens of a page.
     """
 
     packed: MultimodalBatch
@@ -89,13 +89,13 @@ class Inputs:
 
     @property
     def padding(self) -> dict[str, float]:
-        """Share of rows of the decoder, of ours and of theirs, that belong to no page."""
+        """Share of the decoder's rows that are padding, for ours and theirs."""
         tokens = float(self.real.sum())
         return {"ours": 1 - tokens / self.packed.segments.total, "transformers": 1 - tokens / self.real.numel()}
 
 
 def inputs(pages: Sequence[Page], words: Tokenizer, spec: MediaSpec, transforms: dict[str, Any] | None) -> Inputs:
-    """Documents of ours, packed; their ids, padded at the end."""
+    """Return our packed documents, and their ids padded at the end."""
     block: dict[str, Any] = {"name": "x", "manifest": "x", "template": {"kind": "interleaved"}}
     if transforms is not None:
         block["transforms"] = transforms
@@ -125,7 +125,7 @@ def _sample(page: Page) -> Sample:
 
 
 def _packed(documents: list[Document], spec: MediaSpec, pad_id: int) -> MultimodalBatch:
-    """As the loader packs: a null document comes along where no page has a picture."""
+    """Pack as the loader does, with a dummy document if no page has a picture."""
     if spec.placement is not Placement.NONE and not any(document.num_images for document in documents):
-        documents = [*documents, null_document(spec, pad_id)]
+        documents = [*documents, dummy_document(spec, pad_id)]
     return collate([Pack(tuple(documents), 0)], spec)

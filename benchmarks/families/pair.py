@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.checkpoint import load_weights
-from mmscale.checkpoint.foreign import import_folder
+from mmscale.checkpoint.imports import import_folder
 from mmscale.models.build import build_unset
 from mmscale.models.config import read_model_config
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What is compared.
+class ModelPair:
+    """Both models with their inputs.
 
     Attributes:
         name: Family and inputs.
         ours, theirs: The models.
-        run_ours, run_theirs: Forward passes to the same rows of values: those of real tokens or patches, in order.
-        padding: Share of rows that are padding, of ours and of theirs; of patches where the model has a tower.
+        run_ours, run_theirs: Forward passes that return the rows of real tokens or patches, in the same order.
+        padding: Share of rows that are padding, for ours and theirs: rows of the decoder, or of a tower alone.
     """
 
     name: str
@@ -36,8 +36,8 @@ class Pair:
     padding: dict[str, float]
 
 
-def our_twin(theirs: Any) -> Any:
-    """Ours of the same weights, by way of its folder."""
+def our_model(theirs: Any) -> Any:
+    """Return our model with the same weights, imported from the folder of ``theirs``."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -51,7 +51,7 @@ def our_twin(theirs: Any) -> Any:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Gates open, norms and biases away from 1 and 0: a part that is left out would show."""
+    """Set random parameters: gates open, norms not 1 and biases not 0, so that a missing part changes the outputs."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.families.pages import inputs, text_pages, tokenizer
-from benchmarks.families.pair import Pair, our_twin, randomise
+from benchmarks.families.pair import ModelPair, our_model, randomise
 from mmscale.models.build import media_spec
 
 SIZES: dict[str, Any] = {
@@ -33,15 +33,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LENGTHS = {"mixed": (30, 700, 80, 210, 45, 400, 120, 60), "equal": (205,) * 8}
 
 
-def decoder(family: str, inputs_kind: str) -> Pair:
-    """One family on documents of mixed or equal lengths."""
+def decoder(family: str, inputs_kind: str) -> ModelPair:
+    """Return the pair of a family on documents of mixed or equal lengths."""
     import transformers
 
     theirs = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
     )
     randomise(theirs)
-    ours = our_twin(theirs)
+    ours = our_model(theirs)
     made = inputs(text_pages(LENGTHS[inputs_kind]), tokenizer(), media_spec(ours.config), None)
 
     def run_ours() -> torch.Tensor:
@@ -50,11 +50,11 @@ def decoder(family: str, inputs_kind: str) -> Pair:
     def run_theirs() -> torch.Tensor:
         return theirs(**made.padded, use_cache=False).logits[made.real]
 
-    return Pair(f"{family}, {inputs_kind} lengths", ours, theirs, run_ours, run_theirs, made.padding)
+    return ModelPair(f"{family}, {inputs_kind} lengths", ours, theirs, run_ours, run_theirs, made.padding)
 
 
 def pairs() -> Iterator[tuple[str, Any]]:
-    """Names, and what builds each."""
+    """Yield (family, builder of a pair)."""
     for family in FAMILIES:
         for kind in LENGTHS:
             yield family, lambda family=family, kind=kind: decoder(family, kind)

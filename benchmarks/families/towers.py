@@ -1,4 +1,4 @@
-"""Vision towers of one size alone: nothing to pad, on either side."""
+"""Vision towers with a fixed image size, without padding on either side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.families.pair import Pair, our_twin, randomise
+from benchmarks.families.pair import ModelPair, our_model, randomise
 from data_pipeline.batch import MediaBlock, Segments
 
 SIDE, PATCH, IMAGES = 168, 14, 8
@@ -27,14 +27,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tower(family: str) -> Pair:
-    """One family on equal images."""
+def tower(family: str) -> ModelPair:
+    """Return one family on images of equal size."""
     import transformers
 
     kind, keys = FAMILIES[family]
     theirs = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**SIZES, **keys))
     randomise(theirs)
-    ours = our_twin(theirs)
+    ours = our_model(theirs)
     pixels = torch.randint(0, 256, (IMAGES, 3, SIDE, SIDE), dtype=torch.uint8)
     media = _media(pixels)
     vision = ours.config.vision
@@ -48,7 +48,7 @@ def tower(family: str) -> Pair:
         return (rows if family == "siglip" else rows[:, 1:]).flatten(0, 1)
 
     name = f"{family}, {IMAGES} images of {(SIDE // PATCH) ** 2} patches"
-    return Pair(name, ours, theirs, lambda: ours.vision(media), run_theirs, {"ours": 0.0, "transformers": 0.0})
+    return ModelPair(name, ours, theirs, lambda: ours.vision(media), run_theirs, {"ours": 0.0, "transformers": 0.0})
 
 
 def _media(pixels: torch.Tensor) -> MediaBlock:
@@ -62,6 +62,6 @@ def _media(pixels: torch.Tensor) -> MediaBlock:
 
 
 def pairs() -> Iterator[tuple[str, Any]]:
-    """Names, and what builds each."""
+    """Yield (family, builder of a pair)."""
     for family in FAMILIES:
         yield family, lambda family=family: tower(family)

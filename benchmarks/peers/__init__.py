@@ -1,11 +1,11 @@
-"""One runner a loader for ``benchmarks.loader``: each in a process, and if need be an environment, of its own.
+"""Runners for ``benchmarks.loader``, one per loader. Each runs in a separate process, some in another environment.
 
-A runner is a module with three functions:
+A runner is a module with these functions (``bare`` has ``batches`` only):
 
-    prepare(folder)           writes what it reads besides the tars, if anything (left out if there is nothing)
-    batches(job)              batches without end, each given as its number of samples
-    at(job, num_samples)      the state after so many samples
-    resumed(job, state)       builds everything anew and returns after the first sample behind the state
+    prepare(folder)           write the files that the loader needs besides the tars (optional).
+    batches(job)              yield the number of samples of each batch, without end.
+    at(job, num_samples)      return the state after ``num_samples`` samples.
+    resumed(job, state)       build a new loader from the state and return after its first sample or batch.
 
-``run`` is the command line that calls them. Not for: tests, or being imported by anything but ``run``.
+``run`` is the command line that calls them; no other module imports them.
 """

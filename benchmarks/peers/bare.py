@@ -1,6 +1,6 @@
-"""No loader: the shared decoder over encoded bytes in memory, in as many processes as there are workers.
+"""No loader: the shared decoder over encoded bytes in memory, in as many processes as workers.
 
-What no loader can beat. Raw samples and a resume have no such limit.
+It is the upper limit for every loader of decoded samples. Raw samples and a resume have no such limit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _count(job: Job, images: list[bytes], done: multiprocessing.SimpleQueue[int]
 
 
 def batches(job: Job) -> Iterator[int]:
-    """Images decoded."""
+    """Yield numbers of decoded images."""
     images = _images(job)
     if not job.workers:
         yield from _decode(job, images)

@@ -1,4 +1,4 @@
-"""Megatron-Energon over the same tars, with its own index beside them and the shared decoder."""
+"""Megatron-Energon over the same tars, with its own index and the shared decoder."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from benchmarks.peers.job import BATCH, SHUFFLE_BUFFER, Job
 
 
 @edataclass
-class Pair(Sample):
-    """An image and its text, encoded or not."""
+class EnergonPair(Sample):
+    """An image and its text, raw or decoded."""
 
     image: Any
     text: Any
 
 
 @stateless
-def _cook(sample: dict[str, Any]) -> Pair:
-    return Pair(**basic_sample_keys(sample), image=sample["jpg"], text=sample["txt"])
+def _cook(sample: dict[str, Any]) -> EnergonPair:
+    return EnergonPair(**basic_sample_keys(sample), image=sample["jpg"], text=sample["txt"])
 
 
 class _Encoder(DefaultTaskEncoder[Any, Any, Any, Any]):
@@ -46,12 +46,12 @@ class _Encoder(DefaultTaskEncoder[Any, Any, Any, Any]):
         self._job = job
 
     @stateless
-    def encode_sample(self, sample: Pair) -> Pair:
+    def encode_sample(self, sample: EnergonPair) -> EnergonPair:
         sample.image, sample.text = self._job.encode(sample.image, sample.text)
         return sample
 
     @stateless
-    def batch(self, samples: list[Pair]) -> Any:
+    def batch(self, samples: list[EnergonPair]) -> Any:
         return self._job.stack([(sample.image, sample.text) for sample in samples])
 
     @stateless
@@ -60,7 +60,7 @@ class _Encoder(DefaultTaskEncoder[Any, Any, Any, Any]):
 
 
 def prepare(folder: Path) -> None:
-    """What ``energon prepare`` writes: ``.nv-meta`` and an index of each tar."""
+    """Write the files of ``energon prepare``: ``.nv-meta`` and an index of each tar."""
     if (folder / ".nv-meta" / "dataset.yaml").exists():
         return
     tars = [path.name for path in sorted(folder.glob("*.tar"))]
@@ -80,13 +80,13 @@ def _dataset(job: Job) -> Any:
 
 
 def batches(job: Job) -> Iterator[int]:
-    """Samples of each batch."""
+    """Yield the number of samples of each batch."""
     for images, _ in get_loader(_dataset(job)):
         yield len(images)
 
 
 def at(job: Job, num_samples: int) -> Any:
-    """The state that its savable loader gives."""
+    """Return the state of its savable loader."""
     loader = get_savable_loader(_dataset(job))
     stream, seen = iter(loader), 0
     while seen < num_samples:
@@ -96,7 +96,7 @@ def at(job: Job, num_samples: int) -> Any:
 
 
 def resumed(job: Job, state: Any) -> None:
-    """The first batch behind the state."""
+    """Resume and read the first batch after the state."""
     loader = get_savable_loader(_dataset(job))
     loader.restore_state_rank(state)
     next(iter(loader))

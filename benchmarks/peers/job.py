@@ -1,4 +1,4 @@
-"""What all runners share: the samples, the decoder, the form of a batch."""
+"""Code shared by all runners: samples, decoder, and format of a batch."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ TOKENIZER = SentencePieceTokenizerConfig(path=Path(__file__).resolve().parents[2
 SIDE = 224
 BATCH = 32
 SHUFFLE_BUFFER = 1000
-"""Samples that peers which shuffle in a buffer hold."""
+"""Size of the shuffle buffer of peers that have one, samples."""
 _MAX_PIXELS = 1 << 26
 _WORDS = ("a", "the", "red", "old", "tall", "house", "river", "dog", "child", "street", "light", "under", "with", "two")
 
 
 class Scenario(str, Enum):
-    """What is measured."""
+    """Measured scenarios."""
 
     RAW = "raw"
     """Encoded bytes and text."""
     EXACT = "exact"
-    """Pixels of 224 x 224, every stored pixel decoded, and token ids."""
+    """Pixels of 224 x 224 from a full decode, and token ids."""
     FAST = "fast"
-    """The same, JPEGs scaled while they are decoded."""
+    """As ``exact``, with JPEGs scaled while they are decoded."""
     RESUME = "resume"
-    """The first raw sample after a resume at 90 % of an epoch."""
+    """Time to the first raw sample (first batch for loaders of batches) after a resume at 90 % of an epoch."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement: the folder of the samples, what to do with them, and in how many worker processes."""
+    """One measurement: folder of the samples, scenario, and number of worker processes."""
 
     folder: Path
     scenario: Scenario
@@ -51,12 +51,12 @@ class Job:
 
     @classmethod
     def parse(cls, text: str) -> Job:
-        """Reads ``dump``."""
+        """Return the job from the output of ``dump``."""
         record = json.loads(text)
         return cls(Path(record["folder"]), Scenario(record["scenario"]), record["workers"])
 
     def dump(self) -> str:
-        """One line of JSON."""
+        """Return the job as one line of JSON."""
         return json.dumps({"folder": str(self.folder), "scenario": self.scenario.value, "workers": self.workers})
 
     @property
@@ -80,24 +80,24 @@ class Job:
         return load_tokenizer(TOKENIZER)
 
     def pixels(self, data: bytes) -> np.ndarray:
-        """The decoder of all runners: uint8 ``(3, 224, 224)``, antialiased bicubic."""
+        """Decode with the decoder of all runners: uint8 ``(3, 224, 224)``, antialiased bicubic."""
         if self.scenario is Scenario.FAST:
             header = image_size(data)
             wanted = (min(SIDE, header.height), min(SIDE, header.width))
             image = decode_image(data, mode=DecodeMode.FAST, max_pixels=_MAX_PIXELS, min_side=wanted)
         else:
             image = decode_image(data, max_pixels=_MAX_PIXELS)
-        return np.ascontiguousarray(resize(image, (SIDE, SIDE)).transpose(2, 0, 1))  # As it lies in memory.
+        return np.ascontiguousarray(resize(image, (SIDE, SIDE)).transpose(2, 0, 1))  # Contiguous, as a batch needs it.
 
     def encode(self, image: bytes, text: str | bytes) -> tuple[Any, Any]:
-        """What a peer makes of one sample."""
+        """Return a sample as a peer yields it: raw, or decoded with token ids."""
         text = text if isinstance(text, str) else text.decode()
         if not self.is_decoded:
             return image, text
         return self.pixels(image), self.tokenizer.encode(text)
 
     def stack(self, pairs: list[tuple[Any, Any]]) -> tuple[Any, Any]:
-        """What a peer makes of a batch: lists of bytes and texts, or tensors of pixels and padded ids."""
+        """Return a batch as a peer yields it: lists of bytes and texts, or tensors of pixels and padded ids."""
         images, texts = [image for image, _ in pairs], [text for _, text in pairs]
         if not self.is_decoded:
             return images, texts
@@ -112,7 +112,7 @@ def manifest_path(folder: Path) -> Path:
 
 
 def photo(number: int, height: int = 480, width: int = 640) -> bytes:
-    """A JPEG about as compressible as a photograph: smooth colours with some noise."""
+    """Return a JPEG of smooth colours with noise, about as compressible as a photograph."""
     import simplejpeg
 
     rng = np.random.default_rng(number)
@@ -123,13 +123,13 @@ def photo(number: int, height: int = 480, width: int = 640) -> bytes:
 
 
 def caption(number: int) -> str:
-    """Five to twenty words."""
+    """Return a text of five to twenty words."""
     rng = np.random.default_rng((number, 1))
     return " ".join(rng.choice(_WORDS, rng.integers(5, 21)))
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """Tars of 100 samples, indexes and a manifest, the same on every machine; nothing if they are there."""
+    """Write tars of 100 samples, indexes and a manifest, the same on every machine; skip if they exist."""
     if manifest_path(folder).exists():
         return
     with ShardWriter(folder, "photos", max_samples=100) as writer:

@@ -21,11 +21,13 @@ class _Photos(StreamingDataset):
 
     def __getitem__(self, index: Any) -> Any:
         image, text = super().__getitem__(index)
-        return self._job.encode(bytes(image), text)  # It hands out views of its files, which no process can send.
+        return self._job.encode(
+            bytes(image), text
+        )  # litdata returns views of its files, which cannot be sent between processes.
 
 
 class _Read:
-    """Samples by number, in the processes that write the chunks."""
+    """Reads samples by number in the processes that write the chunks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +38,7 @@ class _Read:
 
 
 def prepare(folder: Path) -> None:
-    """Chunks."""
+    """Write the chunks."""
     if (folder / "litdata" / "index.json").exists():
         return
     numbers = range(Manifest.open(manifest_path(folder)).num_samples)
@@ -52,15 +54,15 @@ def _loader(job: Job) -> Any:
 
 
 def batches(job: Job) -> Iterator[int]:
-    """Samples of each batch."""
+    """Yield the number of samples of each batch."""
     return stateful.batches(_loader(job))
 
 
 def at(job: Job, num_samples: int) -> Any:
-    """The state that its loader gives."""
+    """Return the state of its loader."""
     return stateful.state_at(_loader(job), num_samples)
 
 
 def resumed(job: Job, state: Any) -> None:
-    """The first batch behind the state."""
+    """Resume and read the first batch after the state."""
     stateful.resume(_loader(job), state)

@@ -24,7 +24,7 @@ class _Photos(StreamingDataset):
 
 
 def prepare(folder: Path) -> None:
-    """MDS files."""
+    """Write the MDS files."""
     if (folder / "mds" / "index.json").exists():
         return
     with MDSWriter(out=str(folder / "mds"), columns={"jpg": "bytes", "txt": "str"}) as writer:
@@ -38,15 +38,15 @@ def _loader(job: Job) -> Any:
 
 
 def batches(job: Job) -> Iterator[int]:
-    """Samples of each batch."""
+    """Yield the number of samples of each batch."""
     return stateful.batches(_loader(job))
 
 
 def at(job: Job, num_samples: int) -> Any:
-    """The state that its loader gives."""
+    """Return the state of its loader."""
     return stateful.state_at(_loader(job), num_samples)
 
 
 def resumed(job: Job, state: Any) -> None:
-    """The first batch behind the state."""
+    """Resume and read the first batch after the state."""
     stateful.resume(_loader(job), state)

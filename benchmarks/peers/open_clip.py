@@ -1,6 +1,6 @@
 """A webdataset pipeline as open_clip builds it, with a smaller shuffle buffer and the shared decoder.
 
-It has no state: a resume reads on to where the run stood, without decoding.
+It has no state: a resume reads and skips the samples before the position, without decoding them.
 Source: open_clip, ``src/open_clip_train/data.py``, ``get_wds_dataset``.
 """
 
@@ -46,16 +46,16 @@ def _pipeline(job: Job, skip: int = 0) -> Any:
 
 
 def batches(job: Job) -> Iterator[int]:
-    """Samples of each batch."""
+    """Yield the number of samples of each batch."""
     for images, _ in _pipeline(job):
         yield len(images)
 
 
 def at(job: Job, num_samples: int) -> int:
-    """How many samples to pass over."""
+    """Return the number of samples to skip."""
     return num_samples
 
 
 def resumed(job: Job, state: int) -> None:
-    """Reads up to the first batch behind the state."""
+    """Read up to the first batch after the skipped samples."""
     next(iter(_pipeline(job, skip=state)))

@@ -1,6 +1,6 @@
 """This project: ``open_samples`` for raw samples, the loader of a training run for decoded ones.
 
-A decoded batch is a pack: tokens, positions, patches, segments and the resume state, as the model takes them.
+A decoded batch is a pack for the model: tokens, positions, patches, segments, and the resume state.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _raw(job: Job) -> Any:
 
 
 def batches(job: Job) -> Iterator[int]:
-    """Samples of each batch."""
+    """Yield the number of samples of each batch."""
     if job.scenario is Scenario.RAW:
         stream = iter(_raw(job))
         while True:
@@ -48,7 +48,7 @@ def batches(job: Job) -> Iterator[int]:
 
 
 def at(job: Job, num_samples: int) -> Any:
-    """The state after so many samples."""
+    """Return the state after ``num_samples`` samples."""
     samples = _raw(job)
     for _ in islice(samples, num_samples):
         pass
@@ -56,7 +56,7 @@ def at(job: Job, num_samples: int) -> Any:
 
 
 def resumed(job: Job, state: Any) -> None:
-    """The first sample behind the state."""
+    """Resume and read the first sample after the state."""
     samples = _raw(job)
     samples.load_state_dict(state)
     next(iter(samples))

@@ -1,10 +1,10 @@
-"""Runs one runner: a task a line on stdin, what was measured as a line of JSON on stdout.
+"""Run one runner: read one task per line from stdin, write one line of JSON per result to stdout.
 
     python -m benchmarks.peers.run NAME
     {"prepare": FOLDER}                              ->  {}
     {"measure": JOB, "seconds": S}                   ->  {"samples": n, "seconds": s, "cpu_seconds": c}
 
-Each task runs in a fork of this process: it starts with nothing but the imports, and leaves nothing behind.
+Each task runs in a fork of this process, so it starts with the imports only and does not affect later tasks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ import torch
 from benchmarks.peers.job import Job, Scenario
 
 WARM_UP_SHARE = 0.3
-"""Of the measured time, spent before it: shuffle buffers fill, files are opened, workers start."""
+"""Shortest warm-up as a fraction of the measured time; it also takes at least a quarter of an epoch.
+
+Workers start and shuffle buffers fill in this time."""
 RESUME_AT = 0.9
 _PATIENCE_SECONDS = 300
 
@@ -33,18 +35,18 @@ Figures = dict[str, float]
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its children, those that ended too."""
+    """Return the CPU time of this process and its children, ended ones included."""
     total = 0.0
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         try:
-            total += sum(process.cpu_times()[:4])  # User, system, and both of children that ended.
-        except psutil.NoSuchProcess:  # It ended meanwhile; its time has gone to its parent.
+            total += sum(process.cpu_times()[:4])  # User and system time, and both of ended children.
+        except psutil.NoSuchProcess:  # It ended meanwhile; its parent counts its time.
             continue
     return total
 
 
 def throughput(runner: Any, job: Job, seconds: float) -> Figures:
-    """Samples, seconds and CPU-seconds of a stretch in the middle of a run."""
+    """Return samples, seconds and CPU seconds of an interval in the middle of a run."""
     batches = runner.batches(job)
     end = time.perf_counter() + seconds * WARM_UP_SHARE
     warm = max(2 * job.workers, job.num_samples // 4 // max(1, next(batches)))
@@ -58,7 +60,7 @@ def throughput(runner: Any, job: Job, seconds: float) -> Figures:
 
 
 def resume(runner: Any, job: Job) -> Figures:
-    """Seconds from the first call to the first sample behind 90 % of an epoch."""
+    """Return the seconds of ``runner.resumed`` at 90 % of an epoch: a new loader until its first sample or batch."""
     state = runner.at(job, int(job.num_samples * RESUME_AT))
     cpu, start = cpu_seconds(), time.perf_counter()
     runner.resumed(job, state)
@@ -67,7 +69,7 @@ def resume(runner: Any, job: Job) -> Figures:
 
 
 def do(runner: Any, task: dict[str, Any]) -> Figures:
-    """One task."""
+    """Run one task."""
     if "prepare" in task:
         if hasattr(runner, "prepare"):
             runner.prepare(Path(task["prepare"]))
@@ -77,7 +79,7 @@ def do(runner: Any, task: dict[str, Any]) -> Figures:
 
 
 def _in_child(runner: Any, task: dict[str, Any], out: int) -> None:
-    """Answers and ends this process and all that it started, whatever happens."""
+    """Run one task, print its result, and end this process and its children in any case."""
     status = 1
     try:
         signal.alarm(_PATIENCE_SECONDS)
@@ -88,14 +90,14 @@ def _in_child(runner: Any, task: dict[str, Any], out: int) -> None:
         traceback.print_exc()
     finally:
         for process in psutil.Process().children(recursive=True):
-            process.kill()  # Workers of peers may take long to leave; nothing of them is needed any more.
+            process.kill()  # Workers of peers may take long to exit, and no result of them is needed.
         os._exit(status)
 
 
 def main(name: str) -> None:
-    """Does tasks until there are no more."""
+    """Run tasks until stdin ends."""
     out = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Some peers print.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Some peers print to stdout.
     torch.set_num_threads(1)
     runner = importlib.import_module(f"benchmarks.peers.{name}")
     for line in sys.stdin:

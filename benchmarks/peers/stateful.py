@@ -1,4 +1,4 @@
-"""Runners whose loaders end after each epoch and keep a state as torchdata's StatefulDataLoader does."""
+"""Shared code of loaders that end after each epoch and have the state API of torchdata's StatefulDataLoader."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def batches(loader: Any) -> Iterator[int]:
-    """Samples of each batch."""
+    """Yield the number of samples of each batch."""
     while True:
         for images, _ in loader:
             yield len(images)
 
 
 def state_at(loader: Any, num_samples: int) -> Any:
-    """The state that it gives after so many samples."""
+    """Return the state after ``num_samples`` samples."""
     seen = 0
     for images, _ in loader:
         seen += len(images)
@@ -24,6 +24,6 @@ def state_at(loader: Any, num_samples: int) -> Any:
 
 
 def resume(loader: Any, state: Any) -> None:
-    """The first batch behind the state."""
+    """Resume and read the first batch after the state."""
     loader.load_state_dict(state)
     next(iter(loader))

@@ -1,1 +1,1 @@
-"""What ``benchmarks.train_step`` runs: twins, batches, engines, and the ranks that hold them."""
+"""Code of ``benchmarks.train_step``: reference models, batches, engines, and the ranks that run them."""

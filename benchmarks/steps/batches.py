@@ -1,9 +1,9 @@
-"""The same documents twice: packed as our loader packs them, and padded as Hugging Face's collator pads them.
+"""The same documents in two formats: packed by our loader, and padded as by Hugging Face's collator.
 
     mixed   dense: pages of text, 30 to 700 tokens; mllama: captioned pictures, and pages of two to four pictures
-    equal   the same tokens and pictures, cut so that every document is as long as every other: no padding at all
+    equal   the same tokens and pictures, cut into documents of equal length: no padding
 
-Not for: timing the loader (``benchmarks.loader``); batches are made before the clock starts.
+Batches are built before the timing starts. ``benchmarks.loader`` times the loader.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.steps.twins import PATCH, SIDE, our_config
+from benchmarks.steps.reference_models import PATCH, SIDE, our_config
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.config import DataConfig
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
@@ -33,20 +33,20 @@ from mmscale.models.build import media_spec
 SHARDS = Path("examples/emoji/shards")
 DATA = ("mixed", "equal")
 EQUAL = {"dense": 256, "mllama": 32}
-"""Tokens of a document of ``equal``."""
+"""Tokens per document of ``equal``."""
 _KEYS = SIDE * SIDE
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One microbatch of one rank, both ways.
+class BatchPair:
+    """One microbatch of one rank in both formats.
 
     Attributes:
-        packed: Ours.
-        padded: Theirs: arguments of a Hugging Face model, without ``num_items_in_batch``.
-        tokens: Tokens of the documents: useful ones.
-        weight: Tokens that are learned.
-        padding: Share of rows of tokens, and of views for the tower, that are padding: of ours and of theirs.
+        packed: Our batch.
+        padded: Arguments of a Hugging Face model, without ``num_items_in_batch``.
+        tokens: Useful tokens, that is, tokens of the documents.
+        weight: Number of learned tokens.
+        padding: Share of padding in token rows and in crops for the tower, for ours and theirs.
     """
 
     packed: MultimodalBatch
@@ -57,7 +57,7 @@ class Pair:
 
 
 def data_config(model: str, lanes: int, max_tokens: int) -> DataConfig:
-    """The loader's configuration of ``mixed``."""
+    """Return the loader's configuration of ``mixed``."""
     images = {"transforms": {"kind": "fixed", "size": PATCH * SIDE}}
     sets: dict[str, list[dict[str, Any]]] = {
         "dense": [{"name": "text", "manifest": SHARDS / "train-text.manifest", "template": {"kind": "text"}}],
@@ -82,8 +82,8 @@ def data_config(model: str, lanes: int, max_tokens: int) -> DataConfig:
     )
 
 
-def make_batches(model: str, data: str, rank: int, world_size: int, steps: int, max_tokens: int) -> list[Pair]:
-    """``steps`` microbatches of ``rank``, of at most ``max_tokens`` tokens each."""
+def make_batches(model: str, data: str, rank: int, world_size: int, steps: int, max_tokens: int) -> list[BatchPair]:
+    """Return ``steps`` microbatches of ``rank``, each of at most ``max_tokens`` tokens."""
     spec = media_spec(our_config(model))
     config = data_config(model, world_size, max_tokens)
     with closing(Loader(config, spec, seed=1, rank=rank, world_size=world_size)) as loader:
@@ -93,21 +93,21 @@ def make_batches(model: str, data: str, rank: int, world_size: int, steps: int, 
         return [_pair(next(packed)) for _ in range(steps)]
 
 
-def _pair(packed: MultimodalBatch) -> Pair:
+def _pair(packed: MultimodalBatch) -> BatchPair:
     padded = pad(packed)
     weight, tokens = packed.weight, packed.num_tokens
     padding = {"ours": 1 - tokens / packed.segments.total, "hugging face": 1 - tokens / padded["input_ids"].numel()}
     if packed.media:
-        shown = sum(len(views) for views, _ in _images(packed))
+        shown = sum(len(crops) for crops, _ in _images(packed))
         padding["ours, images"] = 1 - shown / packed.media[IMAGE].items.num
         padding["hugging face, images"] = 1 - shown / padded["aspect_ratio_ids"].numel()
-    return Pair(packed, padded, tokens, weight, padding)
+    return BatchPair(packed, padded, tokens, weight, padding)
 
 
 def _cut_equal(
     packed: Iterator[MultimodalBatch], spec: MediaSpec, length: int, max_tokens: int
 ) -> Iterator[MultimodalBatch]:
-    """The stream of tokens cut into documents of ``length``, each with the next picture before its second token."""
+    """Cut the stream of tokens into documents of ``length``, with a picture before the second token for ``mllama``."""
     tokens: list[int] = []
     pictures: list[np.ndarray] = []
     while True:
@@ -140,14 +140,14 @@ def _document(ids: np.ndarray, picture: np.ndarray | None) -> Document:
 
 
 def pad(packed: MultimodalBatch) -> dict[str, Tensor]:
-    """The documents as rows, padded to the longest at the end, and to the most images.
+    """Return the documents as rows, padded at the end to the longest document and to the most images.
 
     Source: transformers' ``DataCollatorForSeq2Seq`` (labels too) and ``MllamaImageProcessor`` (images and masks).
     """
     bounds = packed.segments.bounds
     real = [number for number, origin in enumerate(packed.provenance) if origin is not None]
     rows = [packed.token_ids[bounds[i] : bounds[i + 1]] for i in real]
-    # Theirs are labels of the place itself, and are shifted by the model.
+    # Their labels are unshifted; the model shifts them.
     learned = [packed.labels[bounds[i] : bounds[i + 1]].masked_fill(~_learned(packed, i), IGNORE) for i in real]
     labels = [torch.cat([row.new_full((1,), IGNORE), row[:-1]]) for row in learned]
     batch = {
@@ -159,7 +159,7 @@ def pad(packed: MultimodalBatch) -> dict[str, Tensor]:
 
 
 def flatten(packed: MultimodalBatch) -> dict[str, Tensor]:
-    """The documents one behind the other in a single row, told apart by their positions.
+    """Concatenate the documents in a single row; positions that restart at 0 separate them.
 
     Source: transformers' ``DataCollatorWithFlattening``.
     """
@@ -179,10 +179,10 @@ def _learned(packed: MultimodalBatch, segment: int) -> Tensor:
 
 
 def _images(packed: MultimodalBatch) -> list[tuple[list[int], list[tuple[int, list[int]]]]]:
-    """Of each real document: its views, and (first token, views attended) of its spans."""
+    """Return, for each real document, its crops and (first token, attended crops) of its spans."""
     media, bounds = packed.media[IMAGE], packed.segments.bounds
     documents: list[tuple[list[int], list[tuple[int, list[int]]]]] = [([], []) for _ in range(packed.segments.num)]
-    features = (media.keys // _KEYS).tolist()
+    features = (media.attended_index // _KEYS).tolist()
     for span, start in enumerate(media.span_tokens.bounds[:-1]):
         segment = int(np.searchsorted(bounds, start, side="right")) - 1
         seen = sorted(set(features[media.span_keys.bounds[span] : media.span_keys.bounds[span + 1]]))
@@ -193,7 +193,7 @@ def _images(packed: MultimodalBatch) -> list[tuple[list[int], list[tuple[int, li
 
 def _padded_images(packed: MultimodalBatch, longest: int) -> dict[str, Tensor]:
     media, documents = packed.media[IMAGE], _images(packed)
-    most = max(1, *(len(views) for views, _ in documents))
+    most = max(1, *(len(crops) for crops, _ in documents))
     side = PATCH * SIDE
     pictures = media.values.view(-1, SIDE, SIDE, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, side, side)
     pixels = torch.zeros(len(documents), most, 1, 3, side, side)
@@ -201,12 +201,12 @@ def _padded_images(packed: MultimodalBatch, longest: int) -> dict[str, Tensor]:
     mask = torch.zeros(len(documents), longest, most, 1, dtype=torch.int64)
     lengths = [b - a for a, b in zip(packed.segments.bounds, packed.segments.bounds[1:], strict=False)]
     real = [n for n, origin in zip(lengths, packed.provenance, strict=True) if origin is not None]
-    for row, ((views, spans), length) in enumerate(zip(documents, real, strict=True)):
-        pixels[row, : len(views), 0] = (pictures[views].float() / 255 - 0.5) / 0.5
-        ids[row, : len(views)] = 1
+    for row, ((crops, spans), length) in enumerate(zip(documents, real, strict=True)):
+        pixels[row, : len(crops), 0] = (pictures[crops].float() / 255 - 0.5) / 0.5
+        ids[row, : len(crops)] = 1
         ends = [start for start, _ in spans[1:]] + [length]
         for (start, seen), end in zip(spans, ends, strict=True):
-            mask[row, start:end, [views.index(item) for item in seen]] = 1
+            mask[row, start:end, [crops.index(item) for item in seen]] = 1
     return {
         "pixel_values": pixels,
         "aspect_ratio_ids": ids,

@@ -1,9 +1,9 @@
-"""Ranks that wait for orders: each side has its own processes, and the sides take turns at the processors.
+"""Worker ranks of each side: every side has its own processes, and the sides take turns on the CPU.
 
-    driver --order--> every rank of one side --answer--> driver
+    driver --command--> every rank of one side --result--> driver
 
-A side apart, because DeepSpeed's settings reach beyond one engine: the Trainer's replace ``torch.nn.functional.linear``
-for the whole process.
+The sides need separate processes, because DeepSpeed's settings affect a whole process: those of the Trainer replace
+``torch.nn.functional.linear``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.steps.batches import Pair, flatten, make_batches
+from benchmarks.steps.batches import BatchPair, flatten, make_batches
+from benchmarks.steps.reference_models import fill_from, our_config, their_model, weights_for_ours
 from benchmarks.steps.theirs import LEARNING_RATE, TheirEngine
-from benchmarks.steps.twins import fill_from, our_config, their_model, weights_for_ours
 from mmscale.dist import World, all_reduce_sum_list, init_distributed, shutdown
 from mmscale.engine.config import EngineConfig
 from mmscale.optim.config import AdamWConfig
@@ -31,7 +31,7 @@ SIDES = ("ours", "hugging face")
 
 
 def stage() -> StageConfig:
-    """Our side's optimizer; ``theirs.py`` has the same numbers."""
+    """Return our side's stage; ``theirs.py`` has the same optimizer settings."""
     rates = {"default": LEARNING_RATE}
     optimizer = AdamWConfig(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
     return StageConfig(
@@ -45,12 +45,12 @@ class Rank:
     def __init__(self, side: str, world: World) -> None:
         self.side, self.world = side, world
         self._engine: Any = None
-        self._pairs: list[Pair] = []
+        self._pairs: list[BatchPair] = []
         self._weights: list[float] = []
         self._theirs: dict[bool, list[Any]] = {}
 
     def build(self, model: str, zero_stage: int, precision: str) -> None:
-        """Makes model and engine anew; weights are those of Hugging Face's twin, on both sides."""
+        """Build model and engine. Both sides get the weights of the Hugging Face model."""
         from mmscale.engine.construct import construct
         from mmscale.engine.engine import Engine
         from mmscale.models.build import build_model
@@ -68,7 +68,7 @@ class Rank:
         self._engine = Engine(ours, NextToken(), stage(), config, self.world)
 
     def data(self, model: str, data: str, steps: int, max_tokens: int) -> dict[str, Any]:
-        """Makes the batches of ``steps`` steps; tokens of each step over all ranks, and shares of padding."""
+        """Build the batches of ``steps`` steps; return tokens of each step over all ranks, and shares of padding."""
         world = self.world
         self._pairs = make_batches(model, data, world.rank, world.world_size, steps, max_tokens)
         self._weights = all_reduce_sum_list(world, [pair.weight for pair in self._pairs])
@@ -82,7 +82,7 @@ class Rank:
         }
 
     def step(self, index: int, flat: bool = False) -> dict[str, float]:
-        """Seconds and loss of one step, from all ranks ready to all ranks done; CPU time of this rank's threads."""
+        """Run one step; return its loss, its seconds between two barriers, and the CPU time of this rank's threads."""
         all_reduce_sum_list(self.world, [0.0])
         start, cpu_start = time.perf_counter(), time.process_time()
         if self.side == "ours":
@@ -96,14 +96,14 @@ class Rank:
 
 
 Make = Callable[[str, World], Any]
-"""Makes what a process orders about: from the name of its side and its place."""
+"""Called with (name of the side, world): return the object whose methods the rank runs."""
 
 
 def serve(pipe: Connection, make: Make, side: str, rank: int, world_size: int, port: int, threads: int) -> None:
-    """Runs orders until the pipe closes."""
+    """Run commands until the pipe closes."""
     import torch
 
-    sys.stdout = sys.stderr  # DeepSpeed narrates; the driver's output is for the figures.
+    sys.stdout = sys.stderr  # DeepSpeed logs to stdout, which is reserved for the results.
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -128,7 +128,7 @@ def serve(pipe: Connection, make: Make, side: str, rank: int, world_size: int, p
 
 
 class Side:
-    """The processes of one side, seen from the driver."""
+    """The driver's handle of the processes of one side."""
 
     def __init__(self, side: str, world_size: int, threads: int, make: Make = Rank) -> None:
         context = multiprocessing.get_context("spawn")
@@ -148,21 +148,21 @@ class Side:
             self._processes.append(process)
 
     def order(self, name: str, **arguments: Any) -> Any:
-        """Has every rank call ``name``; the answer of rank 0, as of ``end``.
+        """Run ``name`` on every rank and return the result of rank 0.
 
         Raises:
-            RuntimeError: a rank failed; its traceback.
+            RuntimeError: a rank failed; the message has its traceback.
         """
         self.begin(name, **arguments)
         return self.end()
 
     def begin(self, name: str, **arguments: Any) -> None:
-        """Starts an order; ``end`` waits for it."""
+        """Start a command; ``end`` waits for it."""
         for pipe in self._pipes:
             pipe.send((name, arguments))
 
     def end(self) -> Any:
-        """The answer of rank 0 to the last order."""
+        """Wait for the last command and return the result of rank 0."""
         answers = [pipe.recv() for pipe in self._pipes]
         for answer in answers:
             if isinstance(answer, Exception):
@@ -170,7 +170,7 @@ class Side:
         return answers[0]
 
     def close(self) -> None:
-        """Ends the processes."""
+        """End the processes."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:

@@ -1,9 +1,9 @@
-"""The step that Hugging Face's Trainer takes under DeepSpeed, without the Trainer.
+"""The training step of Hugging Face's Trainer under DeepSpeed, without the Trainer.
 
-The dictionary is the one of transformers' DeepSpeed page for ZeRO-3, its ``auto`` values filled in by transformers' own
-code; ``zero_allow_untested_optimizer`` and ``steps_per_print`` are accelerate's. The optimizer is the Trainer's default
-(torch's fused AdamW) in the Trainer's two groups. Clock, loss and the order of calls follow ``Trainer.training_step``
-and ``accelerate.utils.DeepSpeedEngineWrapper``.
+The DeepSpeed config is the ZeRO-3 example of transformers' documentation; transformers' own code fills in its ``auto``
+values. ``zero_allow_untested_optimizer`` and ``steps_per_print`` are accelerate's. The optimizer is the Trainer's
+default (torch's fused AdamW) with the Trainer's two parameter groups. Loss and order of calls follow
+``Trainer.training_step`` and ``accelerate.utils.DeepSpeedEngineWrapper``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmscale.dist import World, start_deepspeed
 
 LEARNING_RATE = 1e-12
-"""So small that float32 weights stay what they are: then the losses of any step can be compared."""
+"""Too small to change float32 weights, so that the losses of any step can be compared."""
 DOCUMENTED: dict[str, Any] = {
     "bf16": {"enabled": "auto"},
     "zero_optimization": {
@@ -42,14 +42,14 @@ DOCUMENTED: dict[str, Any] = {
 
 
 def trainer_config(model: Any, zero_stage: int, precision: str, world_size: int) -> dict[str, Any]:
-    """What the Trainer hands to ``deepspeed.initialize``.
+    """Return the config that the Trainer passes to ``deepspeed.initialize``.
 
-    At stage 0 the block ``zero_optimization`` holds the stage alone.
+    At stage 0 ``zero_optimization`` contains the stage only.
     """
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     class Filled(HfTrainerDeepSpeedConfig):
-        """Without accelerate, which is not needed here and would supply these look-ups."""
+        """Config look-ups that accelerate would supply; this benchmark does not need accelerate."""
 
         def __init__(self, config: dict[str, Any]) -> None:
             self.config, self._dtype, self.mismatches = config, None, []
@@ -98,7 +98,7 @@ def trainer_config(model: Any, zero_stage: int, precision: str, world_size: int)
 
 
 class TheirEngine:
-    """A Hugging Face model behind the DeepSpeed engine of its Trainer. All ranks must make the same calls."""
+    """A Hugging Face model in the DeepSpeed engine of its Trainer. All ranks must make the same calls."""
 
     def __init__(self, model: Any, zero_stage: int, precision: str, world: World) -> None:
         start_deepspeed(world)
@@ -116,19 +116,19 @@ class TheirEngine:
         self.engine.train()
 
     def train_step(self, batch: dict[str, Tensor], global_weight: float) -> float:
-        """One step on one microbatch; the share of this rank in the mean loss of all."""
+        """Run one step on one microbatch; return this rank's part of the mean loss over all ranks."""
         loss = self.engine(**batch, num_items_in_batch=torch.tensor(global_weight)).loss
         self.engine.set_gradient_accumulation_boundary(is_boundary=True)
-        # Trainer: the sum is divided by the tokens of all ranks, and DeepSpeed divides by the ranks once more.
+        # As in the Trainer: the sum is divided by the tokens of all ranks, and DeepSpeed divides by the ranks again.
         self.engine.backward(loss * self.world.world_size, scale_wrt_gas=False)
         self.engine.step()
         return float(loss.detach())
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks off the model."""
+        """Remove DeepSpeed's hooks from the model."""
         self.engine.destroy()
 
 
 def parameters_of(model: nn.Module) -> int:
-    """Values, tied ones once."""
+    """Count the values of a model; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

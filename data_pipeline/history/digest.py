@@ -1,4 +1,4 @@
-"""A checksum of the global batch of each step, to show that ranks, workers and a resume change nothing."""
+"""A checksum of the global batch of each step, to show that it does not depend on ranks, workers and resumes."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ def digest(
     resume_at: int | None = None,
     resume_world_size: int | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """(step, sha256) of each global batch: for every lane in order its number, token ids, labels and pixel bytes.
+    """Yield (step, sha256) of each global batch.
 
-    The loss weights of a lane follow where they are not the default: 1 for each learned token, or 1 for each pair.
+    The hash covers, for every lane in order, its number, token ids, labels and pixel bytes. It covers the loss weights
+    of a lane only if they are not the default: 1 for each learned token, or 1 for each pair.
 
     Args:
         config: The data block.
-        spec: What the model takes.
+        spec: The model's inputs.
         seed: Seed of the run.
-        steps: Steps to report; the steps before are loaded too, since a pack depends on those before it.
-        world_size: Ranks to play, one after the other in this process.
-        workers: Worker processes of each rank.
-        resume_at: Save the state before this step, build every loader anew from it, and go on.
-        resume_world_size: Ranks from there on; None: as before.
+        steps: Steps to report. All earlier steps are loaded too, because a pack depends on them.
+        world_size: Number of ranks to simulate, one after the other in this process.
+        workers: Number of worker processes of each rank.
+        resume_at: Before this step, save the state and continue with new loaders; None: no resume.
+        resume_world_size: Number of ranks after the resume; None: ``world_size``.
 
     Raises:
-        DataConfigError: ``steps`` is no forward range of step 1.
+        DataConfigError: ``steps`` has a negative start or a step other than 1.
     """
     if steps.step != 1 or steps.start < 0:
         raise DataConfigError(f"steps {steps}: expected A:B with 0 <= A <= B")
@@ -74,7 +75,7 @@ def _reopen(
     seed: int,
     world_size: int,
 ) -> list[Loader]:
-    """New loaders from the merged state, through its stored form."""
+    """Return new loaders from the merged state, after a round trip through its JSON form."""
     for loader in loaders:
         loader.close()
     saved = LoaderState.merge([LoaderState.from_json(state.to_json()) for state in states]) if states else None
@@ -82,7 +83,7 @@ def _reopen(
 
 
 def step_digest(microbatches: list[MultimodalBatch]) -> str:
-    """sha256 over microbatches of one lane each, in order of lanes; null packs are left out."""
+    """Return the sha256 of microbatches of one lane each, in any order; dummy packs are ignored."""
     total = hashlib.sha256()
     for batch in sorted((batch for batch in microbatches if batch.lanes != (-1,)), key=lambda batch: batch.lanes):
         total.update(str(batch.lanes).encode())
@@ -95,7 +96,7 @@ def step_digest(microbatches: list[MultimodalBatch]) -> str:
 
 
 def _has_default_weights(batch: MultimodalBatch) -> bool:
-    """Whether labels and segments already tell the weights, so that the digest is that of earlier versions."""
+    """Return whether labels and segments determine the weights, so that the digest can omit them."""
     if torch.equal(batch.loss_weights, (batch.labels != IGNORE).to(batch.loss_weights.dtype)):
         return True
     of_pairs = torch.zeros_like(batch.loss_weights)

@@ -1,10 +1,10 @@
-"""Steps of a loader again, without pixels: which documents each pack holds, from a state on.
+"""Replay of a loader's steps without pixels: the samples of each pack, from a state on.
 
-    state --the loader's own stream and packer, documents measured instead of decoded--> packs' places, step by step
+    state --streams and packers of the loader, dry run instead of decoding--> the samples of each pack, step by step
 
-Text is read from the shards, since only the tokenizer knows how long it is; sizes of images come from the index. What
-only decoding finds out, a damaged image, must be told (``skipped``): the ledger lists it. For: steps that no ledger
-holds yet, and tests of the ledger. Not for: steps that it holds (``sample_log`` reads them).
+A replay reads text from the shards, because packing needs its number of tokens, and image sizes from the index. It
+cannot find damaged images: pass the samples that a sample log lists as skipped (``skipped``). For: steps that no sample
+log contains yet, and tests of the sample log. Not for: logged steps (``sample_log``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data_pipeline.errors import SampleError
 from data_pipeline.io.strict import LARGEST_INT
 from data_pipeline.loader.lane_packs import LanePacks
 from data_pipeline.loader.loader import Loader
-from data_pipeline.loader.sample_source import Skips
+from data_pipeline.loader.sample_source import SkipReasons
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_policy import Action, FaultConfig, Skipped
 from data_pipeline.order.state import Drawn, LaneState, LoaderState, StreamPosition
@@ -25,17 +25,17 @@ from data_pipeline.packing.packer import Pack
 
 
 class Replay:
-    """The packs of some lanes, step after step.
+    """The packs of some lanes, step by step, without pixels.
 
     Args:
         config: The data block.
-        spec: What the model takes.
+        spec: The model's inputs.
         seed: Seed of the run.
-        state: Where to begin; None at the first step.
-        lanes: Lanes to play; None for all. Lanes do not depend on one another.
-        skipped: What the run left out of these steps.
-        give_up: Give up on bad samples where the run would, as far as they show without decoding. For replays from the
-            first step: what a run met before ``state`` is not known here.
+        state: The state to start from; None: the first step.
+        lanes: Lanes to replay; None for all. Lanes do not depend on each other.
+        skipped: Samples that the run skipped in these steps, with the reason.
+        give_up: Apply the run's fault policy with its limits, as far as faults are found without decoding. Use it only
+            without ``state``: fault counters of a state are ignored. False skips every bad sample.
 
     Raises:
         StateError: ``state`` belongs to other data or another order.
@@ -49,39 +49,40 @@ class Replay:
         seed: int,
         state: LoaderState | None = None,
         lanes: Collection[int] | None = None,
-        skipped: Skips | None = None,
+        skipped: SkipReasons | None = None,
         give_up: bool = False,
     ) -> None:
-        Loader(config.model_copy(update={"workers": 0}), spec, seed=seed, state=state).close()  # Its checks.
+        # Check the configuration and the state.
+        Loader(config.model_copy(update={"workers": 0}), spec, seed=seed, state=state).close()
         faults = config.faults
         if not give_up:
-            # How often a run gives up depends on what it met before; here every fault is left out, wherever it comes.
+            # The limits depend on faults of earlier steps, which a replay does not know, so skip every bad sample.
             faults = FaultConfig(on_error=Action.SKIP, max_consecutive=LARGEST_INT, max_share=1, exclude=faults.exclude)
             config = config.model_copy(update={"faults": faults})
         names = [dataset.name for dataset in config.datasets]
-        played = sorted(range(config.lanes) if lanes is None else lanes)
-        fresh = LaneState(StreamPosition.start(len(names)))
-        states = dict.fromkeys(played, fresh) if state is None else state.lane_states(played, names)
-        unfaulted = {lane: each._replace(faults=()) for lane, each in states.items()}
+        replayed = sorted(range(config.lanes) if lanes is None else lanes)
+        start = LaneState(StreamPosition.start(len(names)))
+        states = dict.fromkeys(replayed, start) if state is None else state.lane_states(replayed, names)
+        without_faults = {lane: each._replace(faults=()) for lane, each in states.items()}
         first = 0 if state is None else state.step
-        self._lanes = LanePacks(config, spec, seed, first, unfaulted, measured=skipped or {})
+        self._lanes = LanePacks(config, spec, seed, first, without_faults, dry_run=skipped or {})
 
     @property
     def step(self) -> int:
-        """Steps done, as ``LoaderState.step`` counts them."""
+        """Number of steps done, as in ``LoaderState.step``."""
         return self._lanes.step
 
     def __iter__(self) -> Iterator[dict[int, tuple[Drawn, ...]]]:
-        """For each step, of each lane the places of its documents; endless.
+        """Yield, for each step, the samples of the documents of each lane. Endless.
 
         Raises:
-            ShardError, ManifestError: a shard is missing or damaged, so nobody can say how long its documents are.
+            ShardError, ManifestError, StorageError: a shard cannot be read, so its documents' lengths are unknown.
         """
         while True:
             yield self.next_step()
 
     def next_step(self) -> dict[int, tuple[Drawn, ...]]:
-        """Of each lane the places of the documents of the next step.
+        """Return the samples of the documents of each lane in the next step.
 
         Raises:
             As iterating.
@@ -89,28 +90,28 @@ class Replay:
         return {lane: pack.drawn for lane, pack in self.next_packs().items()}
 
     def next_packs(self) -> dict[int, Pack]:
-        """Of each lane the pack of the next step, without pixels.
+        """Return the pack of each lane in the next step, without pixels.
 
         Raises:
             As iterating; with ``give_up`` also TooManyFaultsError.
         """
         return self._lanes.next_packs()
 
-    def take_skipped(self) -> tuple[Skipped, ...]:
-        """Samples that were left out since the last call, as far as that shows without decoding."""
-        return self._lanes.take_skipped()
+    def pop_skipped(self) -> tuple[Skipped, ...]:
+        """Return the samples that were skipped since the last call. Damaged images are not found."""
+        return self._lanes.pop_skipped()
 
     @property
     def exhausted(self) -> bool:
-        """Whether no lane has anything left."""
+        """Whether no lane has a sample or a waiting document left."""
         return self._lanes.exhausted
 
     def document(self, drawn: Drawn) -> Document:
-        """A document as it was packed, without pixels.
+        """Return a document as it was packed, without pixels.
 
         Raises:
-            SampleError: its sample does not give it.
-            ShardError, ManifestError, StorageError: its shard is missing, stale or damaged.
+            SampleError: the sample is bad, or no longer has this part.
+            ShardError, ManifestError, StorageError: the shard is missing, stale or damaged.
         """
         document, skipped = self._lanes.remake(drawn)
         if document is None:

@@ -1,17 +1,17 @@
-"""What every step was fed, kept in the run folder and read back in milliseconds.
+"""The sample log of a run: the samples of every step, in the run folder.
 
-    StepBatch --on every rank--> segment of its lanes --merge--> steps-A-B.ledger --Ledger--> rows of a step
+    StepBatch --on every rank--> segment of its lanes --merge--> steps-A-B.samples --SampleLog--> rows of a step
 
-A segment is a file of a few hundred steps, whole or absent. It holds a row for each document (lane, data set, epoch,
-sample, part, tokens, loss), the samples that were skipped, and the loader's integers after its last step: a snapshot to
-replay from (``replay``) and to find a sample's step by (``sample_steps``). Steps are numbered as in ``metrics.jsonl``,
-from 1, and a folder of a million of them is searched by file name. Not for: the content of a sample
-(``sample_lookup``).
+A segment is a file of a few hundred steps, written atomically. It contains a row for each document (lane, data set,
+epoch, sample, part, tokens, loss), the samples that were skipped, and the state of the loader after its last step (a
+snapshot). A replay starts from a snapshot (``replay``), and ``sample_steps`` uses snapshots to find the steps of a
+sample. Steps are numbered from 1, as in ``metrics.jsonl``; the segment of a step is found by file name. Reading takes
+milliseconds. Not for: the content of a sample (``sample_lookup``).
 
     magic | header: one line of JSON | sections, each deflated: state, skipped, one for each column of the rows
 
-Columns are stored byte plane by byte plane, so that high bytes, which hardly change, take no room: five bytes
-a document of a set of billions, and three more for its loss.
+A column is stored as byte planes: first the lowest bytes of all values, then the next ones. High bytes hardly change
+and compress well: even in a data set of billions of samples, a row takes five bytes, and its loss three more.
 """
 
 from __future__ import annotations
@@ -27,40 +27,44 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline.errors import LedgerError, StateError
+from data_pipeline.errors import SampleLogError, StateError
 from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.columns import Column
 from data_pipeline.io.untrusted import UntrustedError, open_regular, parse_json, read_bytes
 from data_pipeline.order.state import LoaderState
 
-_MAGIC = b"mmscale-ledger-1\n"
-_NAME = re.compile(r"steps-(\d{10,})-(\d{10,})\.ledger")
+_MAGIC = b"mmscale-sample log-1\n"
+_NAME = re.compile(r"steps-(\d{10,})-(\d{10,})\.samples")
 _MAX_HEADER_BYTES = 1 << 16
 _MAX_SECTION_BYTES = 1 << 31
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, zlib.error, StateError)
-_HELD_SEGMENTS, _HELD_STATES = 8, 64
+_CACHED_SEGMENTS, _CACHED_STATES = 8, 64
 COLUMNS: dict[str, np.dtype[Any]] = {
-    "step": np.dtype("<u4"),  # From the segment's first.
+    "step": np.dtype("<u4"),  # Counted from the segment's first step.
     "lane": np.dtype("<u4"),
     "dataset": np.dtype("<u2"),
     "epoch": np.dtype("<u4"),
     "sample": np.dtype("<i8"),
     "part": np.dtype("<u4"),
     "tokens": np.dtype("<u4"),
-    "loss": np.dtype("<f4"),  # NaN: not logged, or nothing was learned.
+    "loss": np.dtype("<f4"),  # NaN: not logged, or no token was learned.
 }
-"""What a row holds, in this order."""
+"""Columns of the rows, in the order of the file."""
 
 
-class Row(NamedTuple):
-    """One document of one step.
+class LogRow(NamedTuple):
+    """One document of one step, as logged.
 
     Attributes:
-        place: Its number in the pack, from 0; null documents, which close a pack, have no row.
+        step: Number of the step, from 1.
+        lane: Lane of the pack.
+        place: Position of the document in its pack, from 0. Dummy documents have no row.
         dataset: Name of the data set.
-        sample: Its place in the manifest.
-        part: Which part of its sample, if that was split.
-        loss: Weighted mean over its tokens; None if it was not logged or nothing of it is learned.
+        epoch: Epoch of the data set, from 0.
+        sample: Number of the sample in the data set.
+        part: Number of the part if the sample was split, else 0.
+        tokens: Number of tokens.
+        loss: Weighted mean loss over its tokens; None if it was not logged or no token is learned.
     """
 
     step: int
@@ -75,15 +79,15 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Consecutive steps of some or all lanes.
+class LogSegment:
+    """A segment of the sample log: consecutive steps of some or all lanes.
 
     Attributes:
-        first, last: Steps, both included.
-        stage: Index of the stage they belong to.
-        state: Of the loader after ``last``.
-        rows: Columns, by step, lane and place.
-        skipped: ``Skipped.record()`` of each sample that was left out, and its ``step``.
+        first, last: First and last step, both included.
+        stage: Index of the training stage.
+        state: State of the loader after ``last``.
+        rows: Columns (``COLUMNS``) of the rows, sorted by step, lane and position in the pack.
+        skipped: ``Skipped.record()`` of each skipped sample, with the ``step`` in which it was skipped.
     """
 
     first: int
@@ -94,16 +98,16 @@ class Segment:
     skipped: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
-    def merge(cls, parts: Sequence[Segment]) -> Segment:
-        """The segments of all ranks as one.
+    def merge(cls, parts: Sequence[LogSegment]) -> LogSegment:
+        """Merge the segments of all ranks.
 
         Raises:
-            StateError: they are of different steps, or two hold one lane.
+            StateError: the segments differ in steps, stage or fingerprint, or two of them contain the same lane.
         """
         if len({(part.first, part.last, part.stage) for part in parts}) != 1:
-            raise StateError("ranks disagree about the steps of the ledger")
+            raise StateError("the ranks' segments of the sample log have different steps")
         rows = {name: np.concatenate([part.rows[name] for part in parts]) for name in COLUMNS}
-        order = np.lexsort((rows["lane"], rows["step"]))  # Stable: places of a pack stay in order.
+        order = np.lexsort((rows["lane"], rows["step"]))  # Stable: keeps the order of the documents in a pack.
         skipped = [record for part in parts for record in part.skipped]
         return cls(
             parts[0].first,
@@ -114,27 +118,27 @@ class Segment:
             tuple(sorted(skipped, key=lambda record: (record["step"], record["lane"]))),
         )
 
-    def of_step(self, step: int, lanes: Collection[int] | None = None) -> list[Row]:
-        """The rows of a step, by lane and place; of ``lanes`` only, if given."""
-        at = np.searchsorted(self.rows["step"], [step - self.first, step - self.first + 1])
-        rows: list[Row] = []
+    def rows_of_step(self, step: int, lanes: Collection[int] | None = None) -> list[LogRow]:
+        """Return the rows of a step, sorted by lane and position; only those of ``lanes`` if given."""
+        bounds = np.searchsorted(self.rows["step"], [step - self.first, step - self.first + 1])
+        rows: list[LogRow] = []
         lane, place = -1, 0
-        for number in range(*at.tolist()):
+        for number in range(*bounds.tolist()):
             place = place + 1 if self.rows["lane"][number] == lane else 0
             lane = int(self.rows["lane"][number])
             if lanes is None or lane in lanes:
                 rows.append(self._row(number, place))
         return rows
 
-    def of_sample(self, dataset: str, sample: int, epoch: int | None = None) -> list[Row]:
-        """The rows of a sample, in one epoch or in any: one an epoch, or one of each part."""
+    def rows_of_sample(self, dataset: str, sample: int, epoch: int | None = None) -> list[LogRow]:
+        """Return the rows of a sample in one epoch, or in all epochs: one row per epoch and part."""
         if dataset not in self.state.datasets:
             return []
         rows, number = self.rows, self.state.datasets.index(dataset)
         found = np.flatnonzero(
             (rows["sample"] == sample) & (rows["dataset"] == number) & ((epoch is None) | (rows["epoch"] == epoch))
         )
-        return [self._row(at, self._place(at)) for at in found.tolist()]
+        return [self._row(number, self._place(number)) for number in found.tolist()]
 
     def _place(self, number: int) -> int:
         step, lane = self.rows["step"], self.rows["lane"]
@@ -143,14 +147,14 @@ class Segment:
             first -= 1
         return number - first
 
-    def _row(self, number: int, place: int) -> Row:
+    def _row(self, number: int, place: int) -> LogRow:
         step, lane, dataset, epoch, sample, part, tokens = (int(self.rows[n][number]) for n in list(COLUMNS)[:-1])
         loss = float(self.rows["loss"][number])
         name = self.state.datasets[dataset]
-        return Row(self.first + step, lane, place, name, epoch, sample, part, tokens, None if loss != loss else loss)
+        return LogRow(self.first + step, lane, place, name, epoch, sample, part, tokens, None if loss != loss else loss)
 
     def to_bytes(self) -> bytes:
-        """The file; equal segments give equal bytes."""
+        """Return the content of the file. Equal segments give equal bytes."""
         sections = {
             "state": self.state.to_json().encode(),
             "skipped": json.dumps([dict(record) for record in self.skipped]).encode(),
@@ -167,20 +171,20 @@ class Segment:
         return b"".join([_MAGIC, json.dumps(header).encode(), b"\n", *deflated.values()])
 
     @classmethod
-    def from_bytes(cls, data: bytes, what: str = "the segment") -> Segment:
-        """Reads ``to_bytes``.
+    def from_bytes(cls, data: bytes, what: str = "the segment") -> LogSegment:
+        """Parse what ``to_bytes`` returned. ``what`` names the segment in messages.
 
         Raises:
-            LedgerError: it is damaged.
+            SampleLogError: the segment is damaged.
         """
         try:
             return _parse(data)
         except _DAMAGE as error:
-            raise LedgerError(f"{what}: damaged: {error}; the other segments of the folder can be read") from error
+            raise SampleLogError(f"{what}: damaged: {error}; other segments of the folder can still be read") from error
 
     def name(self) -> str:
-        """What the file is called."""
-        return f"steps-{self.first:010d}-{self.last:010d}.ledger"
+        """Return the name of the file."""
+        return f"steps-{self.first:010d}-{self.last:010d}.samples"
 
 
 def _planes(column: Column) -> bytes:
@@ -192,94 +196,96 @@ def _from_planes(data: bytes, kind: np.dtype[Any], count: int) -> Column:
     return np.ascontiguousarray(planes.T).view(kind).reshape(count)
 
 
-def _parse(data: bytes) -> Segment:
+def _parse(data: bytes) -> LogSegment:
     if not data.startswith(_MAGIC):
-        raise ValueError("it does not begin like a segment")
+        raise ValueError("it does not begin like a segment of a sample log")
     end = data.find(b"\n", len(_MAGIC), len(_MAGIC) + _MAX_HEADER_BYTES)
     if end < 0:
-        raise ValueError("its header has no end")
+        raise ValueError("its header is not terminated")
     header = parse_json(bytes(data[len(_MAGIC) : end]))
     sections, start = {}, end + 1
     for name, size, deflated_bytes, crc32 in header["sections"]:
         sections[name] = _inflate(data[start : start + deflated_bytes], size, crc32, name)
         start += deflated_bytes
     if start != len(data):
-        raise ValueError(f"{len(data) - start} bytes stand behind the last section")
+        raise ValueError(f"it has {len(data) - start} bytes after the last section")
     state = LoaderState.from_dict(parse_json(sections["state"]))
     rows = {name: _from_planes(sections[name], kind, header["rows"]) for name, kind in COLUMNS.items()}
     first, last, stage = (int(header[name]) for name in ("first", "last", "stage"))
-    places = rows["step"].astype(np.int64)
-    if not 0 < first <= last or np.any(places[1:] < places[:-1]) or np.any(places > last - first):
+    steps = rows["step"].astype(np.int64)
+    if not 0 < first <= last or np.any(steps[1:] < steps[:-1]) or np.any(steps > last - first):
         raise ValueError(f"rows of other steps than {first} to {last}, or out of order")
     if np.any(rows["dataset"] >= len(state.datasets)):
-        raise ValueError("a row of a data set that the state does not name")
-    return Segment(first, last, stage, state, rows, tuple(parse_json(sections["skipped"])))
+        raise ValueError("a row has a data set that the state does not name")
+    return LogSegment(first, last, stage, state, rows, tuple(parse_json(sections["skipped"])))
 
 
 def _inflate(data: bytes, size: int, crc32: int, name: str) -> bytes:
     if zlib.crc32(data) != crc32:
-        raise ValueError(f"the checksum of {name} is another one")
+        raise ValueError(f"the checksum of {name} does not match")
     if not 0 <= size <= _MAX_SECTION_BYTES:
-        raise ValueError(f"{name} of {size} bytes")
+        raise ValueError(f"{name} has {size} bytes, expected at most {_MAX_SECTION_BYTES}")
     inflater = zlib.decompressobj()
     plain = inflater.decompress(data, max(1, size))
     if len(plain) != size or not inflater.eof:
-        raise ValueError(f"{name} does not have the {size} bytes that it should")
+        raise ValueError(f"{name} does not have the expected {size} bytes")
     return plain
 
 
-class Ledger:
-    """The segments of a run folder.
+class SampleLog:
+    """The segments of the sample log of a run.
 
     Args:
-        folder: ``RUN/ledger``.
+        folder: ``RUN/sample_log``; a missing folder is an empty log.
 
     Attributes:
-        spans: First and last step of each segment, ascending.
+        step_ranges: First and last step of each segment, ascending.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         names = (_NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else iter(())
-        self.spans = sorted((int(name[1]), int(name[2])) for name in names if name is not None)
-        self._held: dict[int, Segment] = {}
+        self.step_ranges = sorted((int(name[1]), int(name[2])) for name in names if name is not None)
+        self._segments: dict[int, LogSegment] = {}
         self._states: dict[int, LoaderState] = {}
 
     @property
     def last_step(self) -> int:
-        """The last step that is written down; 0 if there is none."""
-        return self.spans[-1][1] if self.spans else 0
+        """The last logged step; 0 if there is none."""
+        return self.step_ranges[-1][1] if self.step_ranges else 0
 
-    def segment(self, number: int) -> Segment:
-        """Reads a segment; the last few are held.
+    def segment(self, number: int) -> LogSegment:
+        """Read a segment by its number in ``step_ranges``. The last few segments are cached.
 
         Raises:
-            LedgerError: it is damaged.
+            SampleLogError: the segment is damaged or cannot be read.
         """
-        if number not in self._held:
-            first, last = self.spans[number]
+        if number not in self._segments:
+            first, last = self.step_ranges[number]
             path = self._path(number)
             try:
-                segment = Segment.from_bytes(read_bytes(path, most_bytes=_MAX_SECTION_BYTES), str(path))
+                segment = LogSegment.from_bytes(read_bytes(path, most_bytes=_MAX_SECTION_BYTES), str(path))
             except UntrustedError as error:
-                raise LedgerError(f"{path}: {error}") from error
+                raise SampleLogError(f"{path}: {error}") from error
             except OSError as error:
-                raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
+                raise SampleLogError(f"{path}: cannot be read: {error.strerror}") from error
             if (segment.first, segment.last) != (first, last):
-                raise LedgerError(f"{path}: holds the steps {segment.first} to {segment.last}")
-            self._held = dict([*self._held.items()][1 - _HELD_SEGMENTS :])
-            self._held[number] = segment
-        return self._held[number]
+                raise SampleLogError(
+                    f"{path}: contains the steps {segment.first} to {segment.last}, unlike its name; was it renamed?"
+                )
+            self._segments = dict([*self._segments.items()][1 - _CACHED_SEGMENTS :])
+            self._segments[number] = segment
+        return self._segments[number]
 
     def state(self, number: int) -> LoaderState:
-        """The snapshot of a segment, without its rows.
+        """Read the snapshot of a segment, without its rows.
 
         Raises:
-            LedgerError: it is damaged.
+            SampleLogError: the segment is damaged or cannot be read.
         """
         if number not in self._states:
-            self._states = dict([*self._states.items()][1 - _HELD_STATES :])
-            self._states[number] = self.segment(number).state if number in self._held else self._read_state(number)
+            self._states = dict([*self._states.items()][1 - _CACHED_STATES :])
+            self._states[number] = self.segment(number).state if number in self._segments else self._read_state(number)
         return self._states[number]
 
     def _read_state(self, number: int) -> LoaderState:
@@ -287,35 +293,35 @@ class Ledger:
         try:
             with open_regular(path) as file:
                 if file.read(len(_MAGIC)) != _MAGIC:
-                    raise ValueError("it does not begin like a segment")
+                    raise ValueError("it does not begin like a segment of a sample log")
                 name, size, deflated_bytes, crc32 = parse_json(file.readline(_MAX_HEADER_BYTES))["sections"][0]
                 plain = _inflate(file.read(min(deflated_bytes, _MAX_SECTION_BYTES)), size, crc32, name)
             return LoaderState.from_json(plain.decode())
         except OSError as error:
-            raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
+            raise SampleLogError(f"{path}: cannot be read: {error.strerror}") from error
         except _DAMAGE as error:
-            raise LedgerError(f"{path}: damaged: {error}") from error
+            raise SampleLogError(f"{path}: damaged: {error}") from error
 
     def _path(self, number: int) -> Path:
-        first, last = self.spans[number]
-        return self.folder / f"steps-{first:010d}-{last:010d}.ledger"
+        first, last = self.step_ranges[number]
+        return self.folder / f"steps-{first:010d}-{last:010d}.samples"
 
     def number_of(self, step: int) -> int | None:
-        """Which segment holds a step; None if none does."""
-        number = bisect.bisect_right(self.spans, (step, 2**63)) - 1
-        return number if number >= 0 and step <= self.spans[number][1] else None
+        """Return the number of the segment that contains a step; None if no segment does."""
+        number = bisect.bisect_right(self.step_ranges, (step, 2**63)) - 1
+        return number if number >= 0 and step <= self.step_ranges[number][1] else None
 
-    def snapshot(self, step: int) -> Segment | None:
-        """The last segment that ends at ``step`` or before."""
-        number = bisect.bisect_right([last for _, last in self.spans], step) - 1
+    def snapshot(self, step: int) -> LogSegment | None:
+        """Return the last segment that ends at ``step`` or earlier; None if there is none."""
+        number = bisect.bisect_right([last for _, last in self.step_ranges], step) - 1
         return self.segment(number) if number >= 0 else None
 
 
-def write_segment(folder: Path, segment: Segment) -> Path:
-    """Writes a segment, whole or not at all.
+def write_segment(folder: Path, segment: LogSegment) -> Path:
+    """Write a segment atomically, and return its path. Creates the folder.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / segment.name()
@@ -324,14 +330,13 @@ def write_segment(folder: Path, segment: Segment) -> Path:
 
 
 def cut_back(folder: Path, step: int) -> None:
-    """Removes what lies behind ``step``: those steps are done again. A segment that reaches over it goes wholly.
+    """Remove incomplete files and the segments with steps after ``step``, because the run repeats these steps.
 
-    What a killed process was writing goes too.
-
-    Checkpoints are made where segments end, so one reaches over only if somebody moved a checkpoint from elsewhere.
+    A segment that contains ``step`` and later steps is removed as a whole. Checkpoints are saved where segments end, so
+    this only happens if a checkpoint was copied from another run.
     """
-    for first, last in Ledger(folder).spans:
+    for first, last in SampleLog(folder).step_ranges:
         if last > step:
-            (folder / f"steps-{first:010d}-{last:010d}.ledger").unlink()
+            (folder / f"steps-{first:010d}-{last:010d}.samples").unlink()
     for partial in folder.glob(".steps-*.partial"):
         partial.unlink()

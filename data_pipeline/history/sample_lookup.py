@@ -1,9 +1,10 @@
-"""What the rows of a ledger stand for: shard, key, text and pictures of samples.
+"""The samples of the rows of a sample log: shard, key, text and thumbnails.
 
-    Row --manifest, index--> shard and key --shard, if it is there--> text as the model read it, thumbnails
+    LogRow --manifest, index--> shard and key --shard, if available--> text as the model reads it, thumbnails
 
-Shard and key need the manifest and the sidecar index alone. A shard is opened only for the samples that are shown; if
-it is gone, its rows say so. Not for: which rows a step has (``sample_log``, ``replay``).
+Shard and key of a sample are found in the manifest and the index of its shard. The shard itself is opened only to
+describe a sample; if it is missing, the description has a note. Not for: the rows of a step (``sample_log``,
+``replay``).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from itertools import chain
 from braceexpand import braceexpand
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import DataPipelineError, LedgerError
+from data_pipeline.errors import DataPipelineError, SampleLogError
 from data_pipeline.history.replay import Replay
-from data_pipeline.history.sample_log import Row
-from data_pipeline.history.text_spans import Stretch, stretches
+from data_pipeline.history.sample_log import LogRow
+from data_pipeline.history.text_spans import TextSpan, text_spans
 from data_pipeline.images.thumbnail import thumbnail
 from data_pipeline.loader.front_to_back import sample_number, source_of
 from data_pipeline.media_spec import MediaSpec
@@ -32,55 +33,58 @@ from data_pipeline.shards.tar_stream import PIPE
 from data_pipeline.storage.storage import Storage
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 
-_SIDE = 144
-"""Pixels of the longer side of a thumbnail."""
-_MAX_HELD = 16
+_THUMBNAIL_SIDE = 144
+"""Length of the longer side of a thumbnail, in pixels."""
+_MAX_INDEXES = 16
+"""Most indexes of shards that are cached."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A row and what it stands for.
+class SampleDescription:
+    """A row of a sample log and the sample that it refers to.
 
     Attributes:
-        row: The ledger's row.
-        shard: Where the sample's shard lies; empty if nobody can say.
-        key: Key inside the shard; empty without its index.
-        stretches: The document as the model read it; None if it could not be read.
-        thumbnails: Small pictures of the sample's images, as JPEG.
-        notes: What could not be shown, and why.
+        row: The row.
+        shard: Path or URL of the sample's shard; empty if unknown.
+        key: Key of the sample in the shard; empty if unknown.
+        text_spans: The document as the model reads it; None if it could not be made.
+        thumbnails: Thumbnails of the sample's images, as JPEG.
+        notes: Reasons why something is missing, and differences from the row.
     """
 
-    row: Row
+    row: LogRow
     shard: str = ""
     key: str = ""
-    stretches: tuple[Stretch, ...] | None = None
+    text_spans: tuple[TextSpan, ...] | None = None
     thumbnails: tuple[bytes, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """The stretches in one line, images as ``[image]``."""
-        words = ("[image]" if one.kind == "image" else one.text for one in self.stretches or ())
-        return " ".join("".join(words).split())
+        """The text of the document in one line, with ``[image]`` for each image."""
+        texts = ("[image]" if span.kind == "image" else span.text for span in self.text_spans or ())
+        return " ".join("".join(texts).split())
 
 
-class Samples:
-    """The samples of a data block.
+class SampleCatalog:
+    """Finds and describes the samples of a data block.
 
     Args:
         config: The data block.
-        spec: What the model takes.
+        spec: The model's inputs.
         seed: Seed of the run.
-        state: Of the loader when the rows were written: a manifest that is another one now names other samples.
+        state: State of the loader when the rows were written; methods raise SampleLogError for a data set whose
+            manifest has changed since. None: no such check.
 
-    What is missing, a manifest, an index, a shard, the tokenizer, is missed when it is asked for, and not before.
+    Manifests, indexes, shards and the tokenizer are opened at first use, so a missing one affects only the methods that
+    need it.
     """
 
     def __init__(self, config: DataConfig, spec: MediaSpec, seed: int, state: LoaderState | None = None) -> None:
         self._config, self._spec, self._seed, self._state = config, spec, seed, state
         self._names = [dataset.name for dataset in config.datasets]
         self._indexed = {d.name: d.indexed for d in config.datasets if d.manifest is not None}
-        # Their files need not be there.
+        # ``expand_shards`` would raise for missing files.
         self._streamed = {
             d.name: [*chain(*map(braceexpand, d.shards))] for d in config.datasets if d.shards and not d.code
         }
@@ -91,8 +95,10 @@ class Samples:
 
     @cached_property
     def _replay(self) -> Replay:
-        if self._code:  # The configuration may have come with a run folder.
-            raise LedgerError(f"a trace runs no Python code, and the data set {min(self._code)} is such code")
+        if self._code:  # A run folder, with its configuration, may come from somebody else.
+            raise SampleLogError(
+                f"not shown: a trace runs no Python code, and the data set {min(self._code)} needs its own code"
+            )
         return Replay(self._config, self._spec, self._seed, lanes=())
 
     @cached_property
@@ -103,39 +109,46 @@ class Samples:
         if dataset not in self._readers:
             manifest = Manifest.open(self._indexed[dataset], self._storage)
             if self._state is not None and self._state.changed({f"{dataset}.manifest": manifest.fingerprint}):
-                raise LedgerError(f"{manifest.path} changed since this was written down: it names other samples now")
+                raise SampleLogError(
+                    f"{manifest.path} changed since this step was logged: its numbers mean other samples now"
+                )
             self._readers[dataset] = SampleReader(manifest, dataset)
         return self._readers[dataset]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Samples of each data set with a manifest.
+        """Number of samples of each data set with a manifest.
 
         Raises:
-            ManifestError, StorageError: one is missing or damaged.
+            ManifestError, StorageError: a manifest is missing or damaged.
+            SampleLogError: a manifest has changed since the rows were written.
         """
         return {name: self._reader(name).manifest.num_samples for name in self._indexed}
 
     def where(self, dataset: str, sample: int) -> tuple[str, str]:
-        """Shard and key, from manifest and index; the tar itself may be gone. Of a streamed sample its number in the
-        shard stands for the key.
+        """Return shard and key of a sample, from manifest and index; the tar is not needed.
+
+        Without an index the key is the sample's row in its shard, for example ``#17``. For a data set with the user's
+        code the result is the code's import path and the number of the sample.
 
         Raises:
-            LedgerError: the configuration has no such data set, or its manifest is another one now.
-            ManifestError: the index is missing, damaged, or another one than the manifest knows.
+            SampleLogError: the configuration has no such data set or sample, or the manifest has changed.
+            DataConfigError: a data set of plain tars has fewer shards than the sample's number requires.
+            ManifestError, StorageError: the manifest is missing or damaged; or the index is missing, damaged, or not
+                the one that the manifest names.
         """
         if dataset in self._code:
             return self._code[dataset], f"#{sample}"
-        if dataset in self._streamed:  # Its key takes reading the shard up to it.
+        if dataset in self._streamed:  # The key is unknown until the shard is read up to the sample.
             return source_of(self._streamed[dataset], sample)
         number, row = self._manifest(dataset, sample).locate(sample)
         return self.shard(dataset, sample), self._index(dataset, number).row(row).key
 
     def shard(self, dataset: str, sample: int) -> str:
-        """The shard alone, from the manifest.
+        """Return the shard of a sample, from the manifest; the index is not needed.
 
         Raises:
-            LedgerError: as ``where``.
+            SampleLogError: as ``where``.
         """
         if dataset in self._code or dataset in self._streamed:
             return self.where(dataset, sample)[0]
@@ -143,10 +156,15 @@ class Samples:
         return str(manifest.shard_location(manifest.locate(sample)[0]))
 
     def find(self, shard: str, key: str) -> Iterator[tuple[str, int]]:
-        """Data set and number of the samples with this key in a shard of this name or path.
+        """Yield data set and number of the samples with a key in the shards with a name or path.
+
+        Args:
+            shard: Name, full path or URL of the shard, or the end of its path.
+            key: Key of the sample.
 
         Raises:
-            ManifestError: the index of such a shard is missing or damaged.
+            ManifestError, StorageError: a manifest, or the index of such a shard, is missing or damaged.
+            SampleLogError: a manifest has changed.
         """
         for dataset in self._indexed:
             manifest = self._reader(dataset).manifest
@@ -158,61 +176,62 @@ class Samples:
                     yield from ((dataset, int(manifest.cu_samples[number]) + row) for row in rows)
 
     def find_streamed(self, shard: str, key: str) -> Iterator[tuple[str, int]]:
-        """The same of data sets without an index, whose samples are named by their place: ``#17`` for a key.
+        """As ``find``, for shards without an index; the key is the sample's row in the shard, for example ``#17``.
 
         Raises:
-            LedgerError: such a shard is there, and the key is no place.
+            SampleLogError: there is such a shard, and the key is not of this form.
         """
         for dataset, sources in self._streamed.items():
             for number, source in enumerate(sources):
                 if source == shard or source.endswith(f"/{shard}"):
                     if not (key.startswith("#") and key[1:].isdecimal()):
-                        raise LedgerError(
-                            f"{source} has no index: name its samples by their place, {source}/#0 the first"
+                        raise SampleLogError(
+                            f"{source} has no index: give the number of the sample in the shard, such as {source}/#0 "
+                            "for the first"
                         )
                     yield dataset, sample_number(number, int(key[1:]))
 
-    def show(self, row: Row, max_thumbnails: int = 0) -> Shown:
-        """Whatever can be said of a row; never fails for what is missing."""
+    def describe(self, row: LogRow, max_thumbnails: int = 0) -> SampleDescription:
+        """Describe the sample of a row, as far as possible. A ``DataPipelineError`` becomes a note."""
         shard, key, notes = "", "", list[str]()
         try:
             shard = self.shard(row.dataset, row.sample)
             shard, key = self.where(row.dataset, row.sample)
             if shard.startswith(PIPE):
-                raise LedgerError("it comes out of a command, and a trace runs none")
+                raise SampleLogError("not shown: its shard comes from a shell command, and a trace runs no commands")
             document = self._replay.document(Drawn(self._names.index(row.dataset), row.epoch, row.sample, row.part))
             if row.dataset in self._streamed and document.provenance is not None:
                 key = document.provenance.key
             if row.tokens and document.num_tokens != row.tokens:
-                notes.append(f"it had {row.tokens} tokens then and has {document.num_tokens} now")
-            words = tuple(stretches(document, self._tokenizer, self._spec))
-            pictures = self._thumbnails(row, max_thumbnails) if max_thumbnails and document.num_images else []
+                notes.append(f"it had {row.tokens} tokens in this step and has {document.num_tokens} now")
+            spans = tuple(text_spans(document, self._tokenizer, self._spec))
+            thumbnails = self._thumbnails(row, max_thumbnails) if max_thumbnails and document.num_images else []
         except DataPipelineError as error:
-            return Shown(row, shard, key, notes=(str(error),))
-        return Shown(row, shard, key, words, tuple(pictures), tuple(notes))
+            return SampleDescription(row, shard, key, notes=(str(error),))
+        return SampleDescription(row, shard, key, spans, tuple(thumbnails), tuple(notes))
 
-    def _thumbnails(self, row: Row, limit: int) -> list[bytes]:
+    def _thumbnails(self, row: LogRow, limit: int) -> list[bytes]:
         if row.dataset in self._streamed:
-            return []  # That would be another pass over the shard.
+            return []  # They would require another pass over the shard.
         sample = self._reader(row.dataset).read(row.sample, row.epoch)
         images = [part for part in sample.parts if isinstance(part, ImagePart)]
-        return [thumbnail(part.data, _SIDE) for part in images[:limit]]
+        return [thumbnail(part.data, _THUMBNAIL_SIDE) for part in images[:limit]]
 
     def _manifest(self, dataset: str, sample: int) -> Manifest:
         if dataset not in self._indexed:
-            raise LedgerError(f"the run's config.yaml has no data set {dataset} (it had one when this step was done)")
+            raise SampleLogError(f"this step used a data set {dataset}, which the run's config.yaml no longer has")
         manifest = self._reader(dataset).manifest
         if sample >= manifest.num_samples:
-            raise LedgerError(f"{manifest.path} has {manifest.num_samples} samples, and no sample {sample}")
+            raise SampleLogError(f"{manifest.path} has no sample {sample}: it has {manifest.num_samples} samples")
         return manifest
 
     def _index(self, dataset: str, number: int) -> ShardIndex:
         if (dataset, number) not in self._indexes:
-            self._indexes = dict(list(self._indexes.items())[1 - _MAX_HELD :])
+            self._indexes = dict(list(self._indexes.items())[1 - _MAX_INDEXES :])
             self._indexes[dataset, number] = self._reader(dataset).manifest.read_index(number)
         return self._indexes[dataset, number]
 
     def close(self) -> None:
-        """Closes every shard."""
+        """Close all shards."""
         for reader in self._readers.values():
             reader.close()

@@ -1,6 +1,6 @@
-"""A document in the words of a person: which tokens are read, which are learned and how much, where images stand.
+"""A readable form of a document: its text and images in spans, with the loss weight of each span.
 
-Not for: the page of a data set (``stats``), what a step was fed (``mmscale data trace``).
+Not for: statistics of a data set (``prepare/stats``).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from data_pipeline.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Neighbouring tokens of one kind.
+class TextSpan:
+    """Consecutive tokens of one kind, weight and branch.
 
     Attributes:
-        kind: ``read``, ``learned``, or ``image``.
-        num_tokens: How many.
-        weight: Loss weight of each of them; 0 unless they are learned.
-        text: What they say, special tokens by their names; of an image its views.
-        branch: Number of its branch from 1; 0 for what all branches share, and for documents without any.
+        kind: ``read`` (without loss), ``learned``, or ``image``.
+        num_tokens: Number of tokens.
+        weight: Loss weight of each token; 0 unless they are learned.
+        text: Text of the tokens, with the names of special tokens; for an image a description of its crops.
+        branch: Number of the branch, from 1; 0 for the shared prefix and for documents without branches.
     """
 
     kind: Literal["read", "learned", "image"]
@@ -37,41 +37,41 @@ class Stretch:
     branch: int = 0
 
 
-def stretches(document: Document, tokenizer: Tokenizer, spec: MediaSpec) -> list[Stretch]:
-    """The document from its first token to its last."""
+def text_spans(document: Document, tokenizer: Tokenizer, spec: MediaSpec) -> list[TextSpan]:
+    """Return the spans of a document in order; together they cover all tokens."""
     weights = _weights(document)
     images = iter(_images(document, spec))
-    found: list[Stretch] = []
+    found: list[TextSpan] = []
     for start, stop, number in _pieces(document):
         is_image = any(image.start == start and image.stop == stop for image in document.images)
         if is_image:
-            found.append(Stretch("image", stop - start, 0.0, next(images), number))
+            found.append(TextSpan("image", stop - start, 0.0, next(images), number))
             continue
-        for weight, run in itertools.groupby(range(start, stop), key=lambda token: float(weights[token])):
-            tokens = list(run)
-            text = spell(document.token_ids[tokens].tolist(), tokenizer)
-            found.append(Stretch("learned" if weight else "read", len(tokens), weight, text, number))
+        for weight, group in itertools.groupby(range(start, stop), key=lambda token: float(weights[token])):
+            tokens = list(group)
+            text = decode_with_names(document.token_ids[tokens].tolist(), tokenizer)
+            found.append(TextSpan("learned" if weight else "read", len(tokens), weight, text, number))
     return found
 
 
-def spell(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The text of tokens; those that are no text by their names."""
-    said = [bool(tokenizer.decode([token_id])) for token_id in ids]
-    words = []
-    for is_text, run in itertools.groupby(range(len(ids)), key=said.__getitem__):
-        of_run = [ids[i] for i in run]
-        words.append(tokenizer.decode(of_run) if is_text else "".join(map(tokenizer.name_of, of_run)))
-    return "".join(words)
+def decode_with_names(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Return the text of tokens, with the names of tokens that decode to no text."""
+    has_text = [bool(tokenizer.decode([token_id])) for token_id in ids]
+    parts = []
+    for is_text, group in itertools.groupby(range(len(ids)), key=has_text.__getitem__):
+        group_ids = [ids[i] for i in group]
+        parts.append(tokenizer.decode(group_ids) if is_text else "".join(map(tokenizer.name_of, group_ids)))
+    return "".join(parts)
 
 
 def _weights(document: Document) -> npt.NDArray[np.float32]:
-    """How much each token weighs where it is predicted, at the token before it."""
+    """Return the loss weight of each token as a label; the document stores it one position earlier."""
     learned = np.where(document.labels != IGNORE, document.loss_weights, 0)
     return np.concatenate([np.zeros(1, np.float32), learned[:-1]]).astype(np.float32)
 
 
 def _pieces(document: Document) -> Iterator[tuple[int, int, int]]:
-    """(first token, token behind the last, number of its branch) of every image and of the text between."""
+    """Yield (start, stop, number of the branch) of every image and of the text between images and branches."""
     edges = {0, document.num_tokens, *document.branches}
     for image in document.images:
         edges |= {image.start, image.stop}
@@ -82,12 +82,12 @@ def _pieces(document: Document) -> Iterator[tuple[int, int, int]]:
 def _images(document: Document, spec: MediaSpec) -> Iterator[str]:
     firsts = [*(image.first_item for image in document.images), len(document.items)]
     for number, (first, stop) in enumerate(itertools.pairwise(firsts), start=1):
-        views = [_view(item, spec) for item in document.items[first:stop]]
-        counts = [(view, len(list(run))) for view, run in itertools.groupby(views)]
-        yield f"image {number}: " + "; ".join(f"{count} x {view}" if count > 1 else view for view, count in counts)
+        crops = [_describe_crop(item, spec) for item in document.items[first:stop]]
+        counts = [(crop, len(list(group))) for crop, group in itertools.groupby(crops)]
+        yield f"image {number}: " + "; ".join(f"{count} x {crop}" if count > 1 else crop for crop, count in counts)
 
 
-def _view(item: MediaItem, spec: MediaSpec) -> str:
+def _describe_crop(item: MediaItem, spec: MediaSpec) -> str:
     _, height, width = item.grid
     role = "embedded" if item.embedded else "attended"
     return f"{height}x{width} patches, {item.num_features(spec)} features {role}"

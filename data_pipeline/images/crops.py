@@ -1,12 +1,12 @@
-"""What becomes of one image, decided from its size alone: a plan, and the pixels that carry it out.
+"""Plan the crops of an image from its size, and render the plan to patches.
 
-    size, draws --ImageTransform.plan--> ImagePlan --render(pixels)--> patches of each view
+    size, sample RNG --ImageTransform.plan--> ImagePlan --render(pixels)--> patches of each crop
 
-A plan knows every grid, so a document can be measured without decoding anything. In training a plan may hold random
-changes: one crop (shift and scale at once), a flip, one colour matrix. They are cheap: the crop is a slice, the resize
-that follows also scales, and brightness, contrast and saturation are one 3 x 3 matrix, applied at the final size.
+A plan determines the grid of every crop, so a dry run of a document needs no decoding. A training plan may include
+random changes: a box (shift and scale), a flip and a colour matrix. They cost little: the box is a slice, the existing
+resize does the scaling, and brightness, contrast and saturation are one 3 x 3 matrix, applied at the final size.
 
-Not for: which plan an image gets (``transforms``), decoding (``decode``).
+``transforms`` chooses the plan of an image, and ``decode`` decodes it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 
-from data_pipeline.document import Coverage, Region
+from data_pipeline.document import ContentArea, Region
 from data_pipeline.images.decode import Pixels
 from data_pipeline.images.native_sizes import Size
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Grid
-from data_pipeline.order.randomness import Draws
+from data_pipeline.order.randomness import Rng
 
 Box = tuple[int, int, int, int]
-"""Top, left, height, width in pixels of the source; may reach beyond it."""
+"""(top, left, height, width) in pixels of the decoded image; may extend beyond the image."""
 
 _IDENTITY = np.eye(3, dtype=np.float32)
-# Maps a row of (red, green, blue) to its gray in all three places. Weights: ITU-R BT.601.
+# Maps a row (red, green, blue) to three copies of its gray value. Weights: ITU-R BT.601.
 _TO_GRAY = np.repeat(np.array([[0.299], [0.587], [0.114]], dtype=np.float32), 3, axis=1)
 
 
 @dataclass(frozen=True)
 class ColorChange:
-    """A matrix and an offset on the colours of each pixel."""
+    """An affine change of each pixel's colour: ``pixel @ matrix + offset``, clipped to 0-255."""
 
     matrix: npt.NDArray[np.float32]
     offset: np.float32
@@ -50,20 +50,21 @@ class ColorChange:
 
 
 class AugmentConfig(StrictConfig):
-    """Strength of each change; 0 (or 1 for ``scale``) switches it off."""
+    """Random changes of training images. The default of each key disables it."""
 
     shift: float = Field(default=0.0, ge=0, le=0.5)
-    """Largest shift of the crop, as a share of the image's side."""
+    """Largest shift of the visible box from the centre, as a share of the image's side; 0 to 0.5."""
     scale: tuple[float, float] = (1.0, 1.0)
-    """Side of the crop as a share of the image's side, drawn between the two; above 1 zooms out on white."""
+    """Range [low, high] of the visible box's side as a share of the image's side, within 0.05 to 4. Values below 1 zoom
+    in; values above 1 zoom out and add white borders."""
     flip: float = Field(default=0.0, ge=0, le=1)
-    """Probability of a left-right mirror; leave 0 where text or direction matters."""
+    """Probability of a left-right flip, 0 to 1. Use 0 if text or direction matters."""
     brightness: float = Field(default=0.0, ge=0, lt=1)
-    """Factor drawn from 1 - b to 1 + b."""
+    """Brightness factor is drawn from 1 - b to 1 + b; b is 0 to below 1."""
     contrast: float = Field(default=0.0, ge=0, lt=1)
-    """Factor drawn from 1 - c to 1 + c, around mid gray."""
+    """Contrast factor around mid gray is drawn from 1 - c to 1 + c; c is 0 to below 1."""
     saturation: float = Field(default=0.0, ge=0, lt=1)
-    """Factor drawn from 1 - s to 1 + s, around the pixel's own gray."""
+    """Saturation factor around each pixel's gray value is drawn from 1 - s to 1 + s; s is 0 to below 1."""
 
     @model_validator(mode="after")
     def _check_scale(self) -> AugmentConfig:
@@ -72,10 +73,10 @@ class AugmentConfig(StrictConfig):
             raise ValueError(f"scale={list(self.scale)}: expected [low, high] with 0.05 <= low <= high <= 4")
         return self
 
-    def draw(self, size: Size, rng: Draws) -> tuple[Box, bool, ColorChange | None]:
-        """Draw the changes of an image of ``size``: the crop, whether it is flipped, and its change of colours if any.
+    def draw(self, size: Size, rng: Rng) -> tuple[Box, bool, ColorChange | None]:
+        """Draw the box, the flip and the colour change (None if disabled) of an image of ``size``.
 
-        The crop is centred up to the shift. The change of colours is the same for every view of the image.
+        The box is centred before the shift. All crops of the image get the same colour change.
         """
         height, width = size
         scale, down, right = rng.random(3).tolist()
@@ -92,30 +93,32 @@ class AugmentConfig(StrictConfig):
             1 + (2 * draw - 1) * strength for draw, strength in zip(rng.random(3).tolist(), strengths, strict=True)
         )
         matrix = brightness * contrast * (saturation * _IDENTITY + (1 - saturation) * _TO_GRAY)
-        return box, flip, ColorChange(matrix, np.float32(127.5 * (1 - contrast) + 0.5))  # The half rounds.
+        # 0.5: the conversion to uint8 truncates.
+        return box, flip, ColorChange(matrix, np.float32(127.5 * (1 - contrast) + 0.5))
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """The image resized to ``content`` and laid on a plane of ``size``, its top left corner at ``at``."""
+    """The image resized to ``content`` and pasted at ``at`` (top, left) onto a background of ``size``."""
 
     content: Size
     size: Size
     at: tuple[int, int] = (0, 0)
     fill: int = 255
-    """Value of all channels where the image does not reach."""
+    """Value of all channels outside the image, 0 to 255."""
 
 
 @dataclass(frozen=True)
-class View:
-    """A rectangle of a canvas, handed to the tower.
+class Crop:
+    """A rectangle of a canvas: one input of the tower.
 
     Attributes:
         canvas: Index into ``ImagePlan.canvases``.
-        top, left: Its corner on the canvas, pixels.
+        top, left: Its corner on the canvas, in pixels.
         grid: Patches along (time, height, width).
         embedded: Written into token slots (True) or attended (False).
-        kept, place, coverage, tiles: As in ``MediaItem``.
+        cell: Row and column of a tile in the tiling; None if the crop shows the whole image (``MediaItem.cell``).
+        kept_region, content_area, tiles: As in ``MediaItem``.
     """
 
     canvas: int
@@ -123,52 +126,59 @@ class View:
     left: int
     grid: Grid
     embedded: bool
-    kept: Region | None = None
-    place: tuple[int, int] | None = None
-    coverage: Coverage | None = None
+    kept_region: Region | None = None
+    cell: tuple[int, int] | None = None
+    content_area: ContentArea | None = None
     tiles: tuple[int, int] = (1, 1)
 
 
-def coverage(canvas: Canvas, top: int, left: int, rows: int, columns: int, patch_size: int) -> Coverage:
-    """What of a view of so many patches, its corner at (top, left) of the canvas, the image covers."""
-    spans = []
+def content_area(canvas: Canvas, top: int, left: int, rows: int, columns: int, patch_size: int) -> ContentArea:
+    """Return the patches of a crop that contain image pixels, and those that contain no padding.
+
+    Args:
+        canvas: The canvas of the crop.
+        top, left: Corner of the crop on the canvas, in pixels.
+        rows, columns: Size of the crop in patches.
+        patch_size: Side of a patch in pixels.
+    """
+    ranges = []  # Per axis: the touched patches, then the filled ones.
     for corner, at, length, patches in zip((top, left), canvas.at, canvas.content, (rows, columns), strict=True):
-        first, stop = at - corner, at - corner + length  # Pixels of the view.
-        outer = _clipped(first // patch_size, -(-stop // patch_size), patches)
-        spans.append((outer, _clipped(-(-first // patch_size), stop // patch_size, patches)))
-    regions = [Region(down[0], across[0], down[1], across[1]) for down, across in zip(*spans, strict=True)]
-    return Coverage(regions[0], regions[1])
+        first, stop = at - corner, at - corner + length  # In pixels of the crop.
+        touched = _clipped(first // patch_size, -(-stop // patch_size), patches)
+        ranges.append((touched, _clipped(-(-first // patch_size), stop // patch_size, patches)))
+    regions = [Region(down[0], across[0], down[1], across[1]) for down, across in zip(*ranges, strict=True)]
+    return ContentArea(regions[0], regions[1])
 
 
 def _clipped(first: int, stop: int, patches: int) -> tuple[int, int]:
-    """First and number of those between the two that there are."""
+    """Clip the range [first, stop) to ``range(patches)``; return its first index and its length."""
     first, stop = max(first, 0), min(stop, patches)
     return first, max(stop - first, 0)
 
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """All that happens to one image.
+    """All steps from one decoded image to its crops.
 
     Attributes:
-        size: The image as shown; boxes are in its pixels.
-        canvases: Resized renderings; views are cut from them.
-        views: In reading order.
-        box: Part of the image that is kept, white where it reaches beyond; None keeps the image as it is.
-        flip: Whether left and right are exchanged, after ``box``.
-        color: Change of colours, at the final size, where pixels are fewest.
+        size: Size of the image after the EXIF rotation; ``box`` is in its pixels.
+        canvases: Resized renderings of the image, from which the crops are cut.
+        crops: Crops in reading order.
+        box: Part of the image to use; white outside the image. None uses the whole image.
+        flip: Whether left and right are swapped, after ``box``.
+        color: Colour change, applied to the canvases.
     """
 
     size: Size
     canvases: tuple[Canvas, ...]
-    views: tuple[View, ...]
+    crops: tuple[Crop, ...]
     box: Box | None = None
     flip: bool = False
     color: ColorChange | None = None
 
     @functools.cached_property
     def needed_size(self) -> Size:
-        """Height and width of the decoded image below which a canvas would be enlarged for want of pixels."""
+        """Smallest (height, width) at which the image can be decoded without enlarging it for a canvas."""
         kept = self.size if self.box is None else self.box[2:]
         # Rounded up: -(-a // b).
         height, width = (
@@ -180,22 +190,22 @@ class ImagePlan:
 def render(
     pixels: Pixels, plan: ImagePlan, patch_size: int, interpolation: str, out: Sequence[npt.NDArray[np.uint8]]
 ) -> None:
-    """Writes the patches of every view.
+    """Render the plan, and write the patches of each crop to ``out``.
 
     Args:
-        pixels: The decoded image, of ``plan.size`` or, from a decoder that scales, smaller.
-        plan: What to do.
-        patch_size: Side of a patch, pixels.
+        pixels: The decoded image, of ``plan.size``, or smaller if the decoder scaled it.
+        plan: The plan of this image.
+        patch_size: Side of a patch in pixels.
         interpolation: Resize filter.
-        out: Where they go, uint8 ``(P, patch_dim)`` for each view.
+        out: One writable uint8 array ``(P, patch_dim)`` per crop.
     """
     if plan.box is not None:
         top, left, height, width = plan.box
-        if pixels.shape[:2] != plan.size:  # From a decoder that scales.
+        if pixels.shape[:2] != plan.size:  # The decoder scaled the image.
             down, right = pixels.shape[0] / plan.size[0], pixels.shape[1] / plan.size[1]
             top, left = round(top * down), round(left * right)
             height, width = max(1, round(height * down)), max(1, round(width * right))
-        pixels = cut(pixels, (top, left, height, width))
+        pixels = crop_to_box(pixels, (top, left, height, width))
     if plan.flip:
         pixels = pixels[:, ::-1].copy()  # ascontiguousarray keeps the negative stride of a single column.
     canvases = []
@@ -207,15 +217,15 @@ def render(
             plane[top : top + canvas.content[0], left : left + canvas.content[1]] = drawn
             drawn = plane
         canvases.append(drawn if plan.color is None else plan.color(drawn))
-    for view, patches in zip(plan.views, out, strict=True):
-        height, width = view.grid[1] * patch_size, view.grid[2] * patch_size
+    for crop, patches in zip(plan.crops, out, strict=True):
+        height, width = crop.grid[1] * patch_size, crop.grid[2] * patch_size
         patchify(
-            canvases[view.canvas][view.top : view.top + height, view.left : view.left + width], patch_size, patches
+            canvases[crop.canvas][crop.top : crop.top + height, crop.left : crop.left + width], patch_size, patches
         )
 
 
-def cut(pixels: Pixels, box: Box) -> Pixels:
-    """The box of the image, white where it reaches beyond."""
+def crop_to_box(pixels: Pixels, box: Box) -> Pixels:
+    """Return the part of the image inside ``box``, filled with white outside the image; a view if it is all inside."""
     top, left, height, width = box
     inside = pixels[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
     if inside.shape[:2] == (height, width):
@@ -227,17 +237,18 @@ def cut(pixels: Pixels, box: Box) -> Pixels:
 
 
 def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels:
-    """Antialiased resize; ``pixels`` itself if it already fits, else a view of planes, ready to be cut into patches.
+    """Resize with antialiasing. Returns ``pixels`` itself if the size is right, else a view of memory in planes.
 
-    Widths first, then heights, rounded to bytes in between: byte for byte torchvision's. From Pillow's it differs by
-    one step in about one value of 400: 74 dB, of 300 random sizes 67 to 98. (From version 13 on Pillow takes the
-    heights of tall images first, which leaves 55 dB; neither order is nearer to the unrounded result.)
+    The width is resized first, then the height, with a rounding to bytes in between. The result is byte-identical to
+    torchvision's. Compared with Pillow's, about one value in 400 differs by 1, which is a PSNR of 74 dB. Over 300
+    random sizes, the PSNR is 67 to 98 dB. From version 13 on, Pillow resizes the height of tall images first, and the
+    PSNR is 55 dB. Neither order is closer to the result without rounding.
 
-    ``bilinear_float`` is torchvision's of float32 images: rounded to bytes once, at the end.
+    ``bilinear_float`` is torchvision's bilinear resize of float32 images, which rounds to bytes only at the end.
     """
     if pixels.shape[:2] == size:
         return pixels
-    # Channels last: the SIMD path. The views are numpy's, torch's take several times as long.
+    # Memory in channels-last order selects the SIMD kernel. The transposes use numpy, because torch's are slower.
     planes = torch.from_numpy(np.ascontiguousarray(pixels).transpose(2, 0, 1)[None])
     if interpolation == "bilinear_float":
         out = _bilinear_float(planes, size)
@@ -247,22 +258,26 @@ def resize(pixels: Pixels, size: Size, interpolation: str = "bicubic") -> Pixels
 
 
 def _bilinear_float(planes: torch.Tensor, size: Size) -> torch.Tensor:
-    """By torchvision, since ``interpolate`` itself gives wrong values of float images that become one pixel wide."""
+    """Resize with torchvision, because ``interpolate`` is wrong for float images that become one pixel wide."""
     from torchvision.transforms.v2.functional import InterpolationMode, resize_image
 
-    whole = resize_image(planes.float(), list(size), InterpolationMode.BILINEAR, antialias=True)
-    return whole.round().to(torch.uint8)
+    resized = resize_image(planes.float(), list(size), InterpolationMode.BILINEAR, antialias=True)
+    return resized.round().to(torch.uint8)
 
 
 def patchify(pixels: Pixels, patch_size: int, out: npt.NDArray[np.uint8]) -> None:
-    """``(H, W, C)`` to ``(P, C * patch_size**2)``: patches row-major, each in order (channel, row, column)."""
+    """Write ``pixels`` ``(H, W, C)`` to ``out`` ``(P, C * patch_size**2)``.
+
+    Patches are in row-major order; the values of a patch are in the order (channel, row, column). H and W must be
+    multiples of ``patch_size``.
+    """
     height, width, channels = pixels.shape
     rows, columns = height // patch_size, width // patch_size
     patches = out.reshape(rows, columns, channels, patch_size, patch_size)
-    if pixels.strides[1] == 1:  # Planes, as ``resize`` gives them: a row of a patch is one piece of memory.
-        piece = np.dtype((np.void, patch_size))
-        planes = pixels.transpose(2, 0, 1).view(piece).reshape(channels, rows, patch_size, columns)
-        np.copyto(patches.view(piece)[..., 0], planes.transpose(1, 3, 0, 2))
+    if pixels.strides[1] == 1:  # Planes from ``resize``: each row of a patch is contiguous.
+        patch_row = np.dtype((np.void, patch_size))
+        planes = pixels.transpose(2, 0, 1).view(patch_row).reshape(channels, rows, patch_size, columns)
+        np.copyto(patches.view(patch_row)[..., 0], planes.transpose(1, 3, 0, 2))
     else:
         parts = pixels.reshape(rows, patch_size, columns, patch_size, channels)
         np.copyto(patches, parts.transpose(0, 2, 4, 1, 3))

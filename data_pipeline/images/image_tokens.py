@@ -1,9 +1,10 @@
-"""Which tokens an image puts into the text, and in which order: features, and the tokens that lay them out.
+"""The order of the tokens of an image in the text: placeholders of its features, and layout tokens around them.
 
-    start | tags of attended tiles | tag, view_start, rows of features, view_end | ... | anchor | end
+    start | tags of attended tiles | tag, crop_start, rows of features, crop_end | ... | anchor | end
 
-A pure function of the views. An embedded view stands with its features; of attended views only tags stand in the text,
-and one anchor if nothing of the image is embedded. Not for: positions, labels and slots (``document_builder``).
+The layout is a pure function of the crops. An embedded crop contributes its features. An attended crop contributes at
+most its tag (``attended_tags``). An image without any embedded crop gets one anchor token. ``document_builder``
+computes positions, labels and token slots.
 """
 
 from __future__ import annotations
@@ -24,91 +25,96 @@ from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.text.tokenizer import Tokenizer
 
 Ids = tuple[int, ...]
-_NAMES = ("start", "end", "view_start", "view_end", "row_end", "row_break")
-"""Fields that name one token each; ``tile`` and ``overview`` may name one for each tile and image."""
-_NUMBERS = {"tile": ("n", "row", "column", "image"), "overview": ("image",)}
-"""What may stand in braces in a tag."""
+_NAMES = ("start", "end", "crop_start", "crop_end", "row_end", "row_break")
+"""Fields that name one token. ``tile`` and ``overview`` may name a different token for each tile or image."""
+_PLACEHOLDERS = {"tile": ("n", "row", "column", "image"), "overview": ("image",)}
+"""Names that are allowed in braces in a tag."""
 
 
 class ImageLayoutConfig(StrictConfig):
-    """Names of the tokens; each must be a token of the tokenizer, and none of them is learned."""
+    """Names of the layout tokens, which the model reads and does not learn.
+
+    Each must be a token of the tokenizer, unless ``spell`` is true.
+    """
 
     start: str | None = None
-    """Opens every image: ``<|vision_start|>`` (Qwen2-VL), ``<img>`` (InternVL)."""
+    """Token before each image: ``<|vision_start|>`` (Qwen2-VL), ``<img>`` (InternVL). null for none."""
     end: str | None = None
-    """Closes every image: ``<|vision_end|>``, ``</img>``, ``[IMG_END]`` (Pixtral)."""
-    view_start: str | None = None
-    """Opens every embedded view, or all tiles together if they are joined: ``<im_start>`` (Molmo)."""
-    view_end: str | None = None
-    """Closes what ``view_start`` opens: ``<im_end>``."""
+    """Token after each image: ``<|vision_end|>``, ``</img>``, ``[IMG_END]`` (Pixtral). null for none."""
+    crop_start: str | None = None
+    """Token before each embedded crop, or before all tiles if ``join_tiles``: ``<im_start>`` (Molmo). null for none."""
+    crop_end: str | None = None
+    """Token that closes ``crop_start``: ``<im_end>``. null for none."""
     row_end: str | None = None
-    """Closes every row of features: ``|NEWLINE|`` (Fuyu), ``<im_col>`` (Molmo)."""
+    """Token after each row of features: ``|NEWLINE|`` (Fuyu), ``<im_col>`` (Molmo). null for none."""
     row_break: str | None = None
-    """Stands between two rows of features: ``[IMG_BREAK]`` (Pixtral)."""
+    """Token between two rows of features: ``[IMG_BREAK]`` (Pixtral). null for none."""
     tile: str | None = None
-    """Stands before each tile: ``<tile_{n}>`` (NVLM). ``{n}`` is its number, ``{row}`` and ``{column}`` its place among
-    the tiles, ``{image}`` the number of its image in the sample, all from 1; ``{image}`` needs ``spell``. Of an
-    attended tile only this tag stands in the text, and attends that tile alone."""
+    """Tag before each tile: ``<tile_{n}>`` (NVLM). ``{n}`` is the number of the tile, ``{row}`` and ``{column}`` its
+    cell in the tiling, and ``{image}`` the number of its image in the sample, all from 1. ``{image}`` needs ``spell``.
+    An attended tile has nothing but its tag in the text, and the tag attends that tile alone. null for none."""
     overview: str | None = None
-    """The same for a view of the whole image, with ``{image}`` alone: ``<tile_global_thumbnail>``."""
+    """Tag before an overview, which may contain ``{image}``: ``<tile_global_thumbnail>``. null for none."""
     attended_tags: Literal["text", "keys"] = "text"
-    """Where the tags of attended views stand: ``text`` (NVLM-X), or as embeddings among the ``keys``, in front of the
-    view's features (NVLM-H)."""
+    """Location of the tags of attended crops: in the ``text`` (NVLM-X), or among the attention ``keys``, as embeddings
+    before the features of the crop (NVLM-H)."""
     join_tiles: bool = False
-    """Rows of features run through all tiles side by side, as in the whole image (Molmo)."""
+    """Order features by rows of the whole image, across all tiles side by side (Molmo), instead of tile by tile."""
     spell: bool = False
-    """Write the names as ordinary text, of several tokens if need be (NVLM), instead of as tokens of their own."""
+    """Encode the names as ordinary text of one or more tokens (NVLM), instead of as one special token each."""
 
     @model_validator(mode="after")
     def _check_tags(self) -> ImageLayoutConfig:
-        for name, known in _NUMBERS.items():
+        for name, known in _PLACEHOLDERS.items():
             tag = getattr(self, name) or ""
             if "{" in re.sub(rf"{{(?:{'|'.join(known)})}}", "", tag):
                 words = ", ".join(f"{{{word}}}" for word in known)
-                raise ValueError(f"{name}={tag!r}: only {words} may stand in braces")
+                raise ValueError(f"{name}={tag!r}: only {words} is allowed in braces")
             if "{image}" in tag and not self.spell:
                 raise ValueError(
-                    f"{name}={tag!r}: a sample may have any number of images, so {{image}} names no tokens of "
-                    "their own; write tags as text (spell: true)"
+                    f"{name}={tag!r}: a sample may have any number of images, so {{image}} cannot name special "
+                    "tokens; write tags as text (spell: true)"
                 )
         if self.tile is not None and self.join_tiles:
-            raise ValueError("tile and join_tiles exclude each other: joined tiles have no place for a tag each")
+            raise ValueError("tile and join_tiles exclude each other: joined tiles cannot have a tag each")
         return self
 
     def tags(self, max_tiles: int) -> list[str]:
-        """All tags that tiles of the first image of a sample can have, so many at most."""
+        """Return all tags that tiles of a sample's first image can have, in tilings of at most ``max_tiles`` tiles."""
         if self.tile is None:
             return []
         grids = [(rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)]
-        places = [(index, divmod(index, columns)) for rows, columns in grids for index in range(rows * columns)]
-        return list(dict.fromkeys(_tag(self.tile, 0, index, place) for index, place in places))
+        cells = [(index, divmod(index, columns)) for rows, columns in grids for index in range(rows * columns)]
+        return list(dict.fromkeys(_tag(self.tile, 0, index, cell) for index, cell in cells))
 
     def tokens(self, max_tiles: int) -> list[str]:
-        """Names of all tokens that are of its own; none if it spells them."""
+        """Return the names of all special tokens of the layout; none if they are spelled as text."""
         named = [getattr(self, name) for name in (*_NAMES, "overview")]
         return [] if self.spell else [*(name for name in named if name is not None), *self.tags(max_tiles)]
 
     def check(self, spec: MediaSpec, max_tiles: int) -> None:
-        """Refuses what the model or the transform gives no meaning to.
+        """Check that the model and the transform support all keys that are set.
 
         Raises:
-            DataConfigError: the message names the field.
+            DataConfigError: they do not. The message names the key.
         """
         if spec.placement is Placement.PAIR:
             raise DataConfigError(
-                "transforms.layout: the model compares image and text, nothing of an image stands in the text"
+                "transforms.layout: the model compares image and text, so the text contains no image tokens"
             )
-        rows = [name for name in ("row_end", "row_break", "view_start", "view_end") if getattr(self, name) is not None]
+        rows = [name for name in ("row_end", "row_break", "crop_start", "crop_end") if getattr(self, name) is not None]
         if rows and spec.placement is Placement.CROSS_ATTENTION:
-            raise DataConfigError(f"transforms.layout.{rows[0]}: the model attends all views, none stands in the text")
+            raise DataConfigError(
+                f"transforms.layout.{rows[0]}: the model attends all crops, so the text contains none"
+            )
         if self.join_tiles and spec.placement is not Placement.EMBEDDING:
             raise DataConfigError(
-                "transforms.layout.join_tiles: the model attends tiles, they do not stand in the text"
+                "transforms.layout.join_tiles: the model attends tiles, so the text does not contain them"
             )
         if spec.position_axes == 3 and (self.join_tiles or self.row_end is not None or self.row_break is not None):
             raise DataConfigError(
-                "transforms.layout: row_end, row_break and join_tiles have no place among positions on three axes, "
-                "which the model uses (decoder.rope.sections)"
+                "transforms.layout: row_end, row_break and join_tiles cannot be used with positions on three axes, "
+                "which the model has (decoder.rope.sections)"
             )
         if self.attended_tags == "keys" and (self.tile is None or not spec.needs_attended):
             raise DataConfigError(
@@ -120,33 +126,33 @@ class ImageLayoutConfig(StrictConfig):
 
 
 @dataclass(frozen=True)
-class Text:
-    """Tokens; ``view`` is the attended view that they are the tag of."""
+class LayoutTokens:
+    """Tokens of the layout. ``crop`` is the index of an attended crop if they are its tag."""
 
     ids: Ids
-    view: int | None = None
+    crop: int | None = None
 
 
 @dataclass(frozen=True)
-class Features:
-    """``count`` of the features that a view hands on, from ``first`` on."""
+class LayoutFeatures:
+    """A range of the features of an embedded crop: ``count`` features, starting with number ``first``."""
 
-    view: int
+    crop: int
     first: int
     count: int
 
 
 @dataclass(frozen=True)
-class Anchor:
-    """The place of an image of which nothing is embedded."""
+class LayoutAnchor:
+    """One token that marks the position of an image without embedded crops."""
 
 
-Run = Text | Features | Anchor
+LayoutElement = LayoutTokens | LayoutFeatures | LayoutAnchor
 
 
-def _tag(pattern: str, image: int, index: int, place: tuple[int, int]) -> str:
-    """The tag of a tile; everything is counted from 0 here, and from 1 in tags."""
-    for word, number in (("n", index), ("row", place[0]), ("column", place[1]), ("image", image)):
+def _tag(pattern: str, image: int, index: int, cell: tuple[int, int]) -> str:
+    """Return the tag of a tile. Arguments count from 0, and numbers in tags from 1."""
+    for word, number in (("n", index), ("row", cell[0]), ("column", cell[1]), ("image", image)):
         pattern = pattern.replace(f"{{{word}}}", str(number + 1))
     return pattern
 
@@ -157,12 +163,15 @@ def _no_ids(_: str) -> Ids:
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Ids instead of names; no ids where nothing is to stand. Tags get theirs once the place of a view is known."""
+    """An ``ImageLayoutConfig`` with token ids instead of names; an unused field has no ids.
+
+    Tags are stored as text, because their ids depend on the crop; ``ids_of_tag`` encodes them.
+    """
 
     start: Ids = ()
     end: Ids = ()
-    view_start: Ids = ()
-    view_end: Ids = ()
+    crop_start: Ids = ()
+    crop_end: Ids = ()
     row_end: Ids = ()
     row_break: Ids = ()
     tile: str = ""
@@ -173,16 +182,16 @@ class ImageLayout:
 
     @classmethod
     def resolve(cls, config: ImageLayoutConfig, tokenizer: Tokenizer, spec: MediaSpec, max_tiles: int) -> ImageLayout:
-        """Looks the names up.
+        """Look up the token ids of a configuration.
 
         Args:
             config: Names of the tokens.
-            tokenizer: Whose tokens they are.
-            spec: What the model takes.
-            max_tiles: Tiles that an image has at most; 0 for transforms without tiles.
+            tokenizer: Supplies the ids.
+            spec: Requirements of the model.
+            max_tiles: Largest number of tiles of an image; 0 for transforms without tiles.
 
         Raises:
-            DataConfigError: a token is missing or is the image token, or a name has no use with this model.
+            DataConfigError: a token is missing or is the image token, or the model does not support a key.
         """
         config.check(spec, max_tiles)
 
@@ -190,14 +199,14 @@ class ImageLayout:
         def ids(text: str | None, name: str) -> Ids:
             if text is None:
                 return ()
-            place = f"transforms.layout.{name}"
-            found = tuple(tokenizer.encode(text)) if config.spell else (tokenizer.special_id(text, place),)
+            key = f"transforms.layout.{name}"
+            found = tuple(tokenizer.encode(text)) if config.spell else (tokenizer.special_id(text, key),)
             if tokenizer.image_id in found:
-                raise DataConfigError(f"{place}={text!r}: is the image token, which stands for features alone")
+                raise DataConfigError(f"{key}={text!r}: is the image token, which is reserved for features")
             return found
 
         for tag in config.tags(max_tiles):
-            ids(tag, "tile")  # What is missing is missed now.
+            ids(tag, "tile")  # Raises now, rather than in training, if a tag is not a token.
         ids(config.overview, "overview")
         return cls(
             **{name: ids(getattr(config, name), name) for name in _NAMES},
@@ -208,53 +217,53 @@ class ImageLayout:
             tags_among_keys=config.attended_tags == "keys",
         )
 
-    def tagged(self, views: Sequence[MediaItem], image: int) -> tuple[MediaItem, ...]:
-        """The views of image ``image`` of a sample; attended ones with their tags, if these stand among the keys."""
+    def tagged(self, crops: Sequence[MediaItem], image: int) -> tuple[MediaItem, ...]:
+        """Return the crops of image number ``image`` of a sample, with their tags if these are among the keys."""
         if not self.tags_among_keys:
-            return tuple(views)
-        pairs = zip(views, self._tags(views, image), strict=True)
-        return tuple(view if view.embedded else replace(view, tag=tag) for view, tag in pairs)
+            return tuple(crops)
+        pairs = zip(crops, self._tags(crops, image), strict=True)
+        return tuple(crop if crop.embedded else replace(crop, tag=tag) for crop, tag in pairs)
 
-    def runs(self, views: Sequence[MediaItem], image: int, spec: MediaSpec) -> Iterator[Run]:
-        """The tokens of image ``image`` of a sample in order.
+    def elements(self, crops: Sequence[MediaItem], image: int, spec: MediaSpec) -> Iterator[LayoutElement]:
+        """Yield the layout of image number ``image`` of a sample, from 0, in order.
 
         Raises:
-            SampleError: a view does not fit the model.
+            SampleError: the grid of a crop does not fit the model.
         """
-        tags = self._tags(views, image)
-        embedded = [number for number, view in enumerate(views) if view.embedded]
-        yield from _text(self.start)
-        for number, view in enumerate(views):
-            if not view.embedded and not self.tags_among_keys:
-                yield from _text(tags[number], number)
-        for block in self._blocks(views, embedded):
-            yield from _text(tags[block[0]] + self.view_start)
-            for number, row in enumerate(_rows(views, block, spec, self._has_rows)):
-                yield from _text(self.row_break if number else ())
+        tags = self._tags(crops, image)
+        embedded = [number for number, crop in enumerate(crops) if crop.embedded]
+        yield from _tokens(self.start)
+        for number, crop in enumerate(crops):
+            if not crop.embedded and not self.tags_among_keys:
+                yield from _tokens(tags[number], number)
+        for block in self._blocks(crops, embedded):
+            yield from _tokens(tags[block[0]] + self.crop_start)
+            for number, row in enumerate(_rows(crops, block, spec, self._has_rows)):
+                yield from _tokens(self.row_break if number else ())
                 yield from row
-                yield from _text(self.row_end)
-            yield from _text(self.view_end)
+                yield from _tokens(self.row_end)
+            yield from _tokens(self.crop_end)
         if not embedded:
-            yield Anchor()
-        yield from _text(self.end)
+            yield LayoutAnchor()
+        yield from _tokens(self.end)
 
-    def _tags(self, views: Sequence[MediaItem], image: int) -> list[Ids]:
-        """The tag of each view; tiles are numbered in their order."""
+    def _tags(self, crops: Sequence[MediaItem], image: int) -> list[Ids]:
+        """Return the tag ids of each crop, empty without a tag. Tiles are numbered in their order."""
         numbers = itertools.count()
         names = [
             _tag(self.overview, image, 0, (0, 0))
-            if view.place is None
-            else _tag(self.tile, image, next(numbers), view.place)
-            for view in views
+            if crop.cell is None
+            else _tag(self.tile, image, next(numbers), crop.cell)
+            for crop in crops
         ]
         return [self.ids_of_tag(name) if name else () for name in names]
 
-    def _blocks(self, views: Sequence[MediaItem], embedded: list[int]) -> Iterator[list[int]]:
-        """Views that stand together: each by itself, or all tiles if they are joined."""
+    def _blocks(self, crops: Sequence[MediaItem], embedded: list[int]) -> Iterator[list[int]]:
+        """Yield the groups of crops to lay out together: each crop alone, or all tiles if ``join_tiles``."""
         if not self.join_tiles:
             yield from ([number] for number in embedded)
             return
-        for _, group in itertools.groupby(embedded, key=lambda number: views[number].place is None):
+        for _, group in itertools.groupby(embedded, key=lambda number: crops[number].cell is None):
             yield list(group)
 
     @property
@@ -262,20 +271,23 @@ class ImageLayout:
         return bool(self.row_end or self.row_break or self.join_tiles)
 
 
-def _text(ids: Ids, view: int | None = None) -> tuple[Text, ...]:
-    return (Text(ids, view),) if ids else ()
+def _tokens(ids: Ids, crop: int | None = None) -> tuple[LayoutTokens, ...]:
+    return (LayoutTokens(ids, crop),) if ids else ()
 
 
-def _rows(views: Sequence[MediaItem], block: list[int], spec: MediaSpec, apart: bool) -> Iterator[list[Features]]:
-    """Rows of features of a block, the whole of it as one row where nothing stands between them."""
-    if not apart:
-        yield [Features(number, 0, views[number].num_features(spec)) for number in block]
+def _rows(
+    crops: Sequence[MediaItem], block: list[int], spec: MediaSpec, split_rows: bool
+) -> Iterator[list[LayoutFeatures]]:
+    """Yield the rows of features of a group of crops; a single row of all features unless ``split_rows``."""
+    if not split_rows:
+        yield [LayoutFeatures(number, 0, crops[number].num_features(spec)) for number in block]
         return
-    for _, group in itertools.groupby(block, key=lambda number: (views[number].place or (0, 0))[0]):
-        abreast = [(number, views[number].num_features(spec), _width(views[number], spec)) for number in group]
-        for row in range(abreast[0][1] // abreast[0][2]):
-            yield [Features(number, row * width, width) for number, _, width in abreast]
+    for _, group in itertools.groupby(block, key=lambda number: (crops[number].cell or (0, 0))[0]):
+        side_by_side = [(number, crops[number].num_features(spec), _width(crops[number], spec)) for number in group]
+        for row in range(side_by_side[0][1] // side_by_side[0][2]):
+            yield [LayoutFeatures(number, row * width, width) for number, _, width in side_by_side]
 
 
-def _width(view: MediaItem, spec: MediaSpec) -> int:
-    return spec.feature_grid(view.grid)[2] if view.kept is None else view.kept.width
+def _width(crop: MediaItem, spec: MediaSpec) -> int:
+    """Return the number of columns of features that a crop keeps."""
+    return spec.feature_grid(crop.grid)[2] if crop.kept_region is None else crop.kept_region.width

@@ -1,4 +1,4 @@
-"""A small JPEG of an image, for pages that people look at. Not for training."""
+"""Thumbnails for HTML reports."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _QUALITY = 85
 
 
 def thumbnail(data: bytes, side: int, max_pixels: int = 1 << 26) -> bytes:
-    """The image as a JPEG whose longer side is at most ``side`` pixels; smaller images keep their size.
+    """Return the image as a JPEG whose longer side is at most ``side`` pixels; smaller images keep their size.
 
     Raises:
-        SampleError: it cannot be decoded, or has more than ``max_pixels`` pixels.
+        SampleError: the image cannot be decoded, or has more than ``max_pixels`` pixels.
     """
     pixels = decode_image(data, mode=DecodeMode.FAST, max_pixels=max_pixels, min_side=(side, side))
     image = Image.fromarray(pixels)

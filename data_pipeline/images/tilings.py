@@ -1,4 +1,4 @@
-"""How an image is cut into tiles: the published rules as pure functions of its size, and the choice among them.
+"""Published rules for splitting an image into tiles, as pure functions of its size.
 
     size --grid--> rows x columns --plan--> canvases (resized renderings) and the tiles cut from them, in reading order
 
@@ -7,7 +7,7 @@
     molmo      the same rule, crops overlap; overview first             Molmo
     mm1_5      grid that pads least, aspect kept; overview last         MM1.5
 
-Not for: which tiles are embedded and which attended (``transforms``), pixels (``crops``).
+``transforms`` decides which tiles are embedded and which attended; ``crops`` renders the pixels.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_pipeline.document import Coverage, Region
+from data_pipeline.document import ContentArea, Region
 from data_pipeline.errors import DataConfigError
-from data_pipeline.images.crops import Canvas, View
+from data_pipeline.images.crops import Canvas, Crop
 from data_pipeline.images.native_sizes import Size, fitted
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import MediaSpec
@@ -31,46 +31,53 @@ Tiles = tuple[int, int]
 """Rows and columns of tiles."""
 
 _BLACK = 0
-"""Fill of Llama's, Molmo's and (for want of a published value) MM1.5's canvases."""
+"""Background of the canvases of Llama, Molmo and MM1.5. The MM1.5 paper does not state it."""
 MaxTiles = Annotated[int, Field(ge=1, le=256)]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A square of a canvas; ``place`` is its row and column among the tiles, None for the overview."""
+    """A square part of a canvas.
+
+    Attributes:
+        canvas: Index into ``Tiled.canvases``.
+        top, left: Its corner on the canvas, in pixels.
+        cell: Row and column of the tile in the tiling; None for the overview.
+        kept_region: As in ``MediaItem``.
+    """
 
     canvas: int
     top: int
     left: int
-    place: Tiles | None
-    kept: Region | None = None
+    cell: Tiles | None
+    kept_region: Region | None = None
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """An image cut up: canvases, and tiles in reading order, the overview first or last if there is one."""
+    """A split image: its canvases, and its tiles in reading order. The overview, if there is one, is first or last."""
 
     canvases: tuple[Canvas, ...]
     tiles: tuple[Tile, ...]
 
     @property
     def grid(self) -> Tiles:
-        """Rows and columns of the tiles; (1, 1) without any."""
-        rows, columns = zip(*(tile.place or (0, 0) for tile in self.tiles), strict=True)
+        """Rows and columns of the tiling; (1, 1) if there is only an overview."""
+        rows, columns = zip(*(tile.cell or (0, 0) for tile in self.tiles), strict=True)
         return max(rows) + 1, max(columns) + 1
 
 
 @functools.lru_cache
 def grids(min_tiles: int, max_tiles: int) -> tuple[Tiles, ...]:
-    """All grids of so many tiles, fewest tiles first, of equally many the one with fewer rows."""
+    """Return all grids with ``min_tiles`` to ``max_tiles`` tiles, sorted by number of tiles, then by rows."""
     found = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1) if r * c >= min_tiles]
     return tuple(sorted(found, key=lambda grid: (grid[0] * grid[1], grid[0])))
 
 
 def internvl_grid(size: Size, side: int, min_tiles: int = 1, max_tiles: int = 12) -> Tiles:
-    """The grid whose width over height is nearest to the image's.
+    """Return the grid whose aspect (width / height) is nearest to the image's.
 
-    Of equally near grids the larger one, if the image has more pixels than half of it.
+    Between equally near grids, the larger one is used if the image has more than half of its pixels.
     Source: InternVL 1.5 (arXiv 2404.16821), section 3.2, dynamic aspect ratio matching, and its code.
     """
     height, width = size
@@ -84,11 +91,14 @@ def internvl_grid(size: Size, side: int, min_tiles: int = 1, max_tiles: int = 12
 
 
 def covering_grid(size: Size, side: int, max_tiles: int, real: type[np.floating[Any]] = np.float64) -> Tiles:
-    """The grid that the image fills with the least enlargement, else with the least reduction; aspect kept.
+    """Return the grid that the image fills with the least enlargement, else with the least reduction; aspect kept.
 
-    Of grids that are equally good in the number format ``real`` that with the fewest tiles. Source: Llama 3.2 Vision
-    (arXiv 2407.21783, section 7.1) and its code; Molmo (arXiv 2409.17146, section 2) and its code, whose ``size`` and
-    ``side`` leave the margins out. There a size can be zero or less: it asks for one tile.
+    Scales are compared in the float type ``real``. Among equal scales, the grid with the fewest tiles is used. An image
+    with a negative side gets one tile, and an image side of 0 fits any grid. Molmo produces such sides, because its
+    ``size`` and ``side`` exclude the margins.
+
+    Source: Llama 3.2 Vision (arXiv 2407.21783, section 7.1) and its code; Molmo (arXiv 2409.17146, section 2) and its
+    code.
     """
     height, width = size
     if min(size) < 0:
@@ -103,7 +113,7 @@ def covering_grid(size: Size, side: int, max_tiles: int, real: type[np.floating[
 
 
 def llama_content(size: Size, canvas: Size, side: int) -> Size:
-    """What an image becomes on its canvas: never enlarged beyond one tile, never larger than the canvas.
+    """Return the size of an image on its canvas. The aspect is kept; an image is enlarged to one tile at most.
 
     Source: ``get_image_size_fit_to_canvas`` of Llama 3.2 Vision in transformers.
     """
@@ -116,8 +126,10 @@ def llama_content(size: Size, canvas: Size, side: int) -> Size:
 
 
 def mm1_5_grid(size: Size, side: int, min_tiles: int = 4, max_tiles: int = 9) -> Tiles:
-    """Of the grids that hold the image at its own size, the one that the enlarged image pads least; if none does, the
-    one that reduces it least. Of equals that with the fewest tiles.
+    """Return the grid with the least padding among those that are at least as large as the image.
+
+    The padding is that of the image enlarged to the grid. If no grid is large enough, the one that reduces the image
+    least is used. Among equal grids, the one with the fewest tiles is used.
 
     Source: MM1.5 (arXiv 2409.20566), section 3.1, dynamic image splitting.
     """
@@ -130,6 +142,7 @@ def mm1_5_grid(size: Size, side: int, min_tiles: int = 4, max_tiles: int = 9) ->
 
 
 def _padding(size: Size, grid: Tiles, side: int) -> int:
+    """Return the pixels of a grid that the image, enlarged to fit, leaves empty."""
     height, width = fitted(size, (grid[0] * side, grid[1] * side))
     return grid[0] * grid[1] * side * side - height * width
 
@@ -138,22 +151,18 @@ class _Tiling(StrictConfig):
     has_overview: ClassVar[bool] = True
 
     def check(self, side: int, spec: MediaSpec) -> None:
-        """Refuses what does not fit tiles of ``side`` pixels; most tilings fit any.
+        """Raise ``DataConfigError`` if the tiling cannot use tiles of ``side`` pixels with this model."""
 
-        Raises:
-            DataConfigError: the message says what does not fit.
-        """
-
-    def padded(self, views: tuple[View, ...]) -> tuple[View, ...]:
-        """The views with the padding that the model is told of, mostly their own."""
-        return views
+    def with_reported_padding(self, crops: tuple[Crop, ...]) -> tuple[Crop, ...]:
+        """Return the crops with the ``content_area`` that the model receives; by default each crop's own."""
+        return crops
 
 
 class _LimitedTiling(_Tiling):
     min_tiles: int = Field(default=1, ge=1)
-    """Tiles at least, without the overview."""
+    """Smallest number of tiles of an image, without the overview; at least 1."""
     max_tiles: MaxTiles = 12
-    """Tiles at most, without the overview."""
+    """Largest number of tiles of an image, without the overview; 1 to 256."""
 
     @model_validator(mode="after")
     def _check_order(self) -> _LimitedTiling:
@@ -163,7 +172,7 @@ class _LimitedTiling(_Tiling):
 
 
 class InternvlTiling(_LimitedTiling):
-    """The grid of nearest aspect, the image stretched to it, then an overview; of one tile, that tile alone.
+    """The grid of the nearest aspect, to which the image is stretched, then an overview. One tile has no overview.
 
     Source: InternVL 1.5 (arXiv 2404.16821), section 3.2; NVLM (arXiv 2409.11402), section 4.1, with 6 tiles.
     """
@@ -171,7 +180,7 @@ class InternvlTiling(_LimitedTiling):
     kind: Literal["internvl"] = "internvl"
 
     def plan(self, size: Size, side: int, spec: MediaSpec) -> Tiled:
-        """Canvases and tiles of an image of ``size``."""
+        """Return canvases and tiles of an image of ``size``; ``side`` is the side of a tile in pixels."""
         grid = internvl_grid(size, side, self.min_tiles, self.max_tiles)
         whole = Canvas((side, side), (side, side))
         if grid == (1, 1):
@@ -181,50 +190,53 @@ class InternvlTiling(_LimitedTiling):
 
 
 class LlamaTiling(_Tiling):
-    """The grid that enlarges the image least, the image in its top left corner on black; no overview.
+    """The grid that enlarges the image least, with the image in its top left corner on black. No overview.
 
     Source: Llama 3.2 Vision (arXiv 2407.21783, section 7.1) and its image processor.
     """
 
     kind: Literal["llama"] = "llama"
     max_tiles: MaxTiles = 4
-    """Tiles at most."""
+    """Largest number of tiles of an image; 1 to 256."""
 
     has_overview: ClassVar[bool] = False
 
     def plan(self, size: Size, side: int, spec: MediaSpec) -> Tiled:
-        """Canvases and tiles of an image of ``size``."""
+        """Return canvases and tiles of an image of ``size``; ``side`` is the side of a tile in pixels."""
         grid = covering_grid(size, side, self.max_tiles)
         canvas = (grid[0] * side, grid[1] * side)
         return Tiled((Canvas(llama_content(size, canvas, side), canvas, fill=_BLACK),), _adjacent(grid, side))
 
 
 class MolmoTiling(_Tiling):
-    """An overview, then overlapping crops; of what two crops see, each hands on the half that is nearer to it.
+    """An overview, then overlapping crops.
 
-    Aspect is kept, the image centred on black. Source: Molmo (arXiv 2409.17146), section 2 and its code.
+    In the overlap of two crops, each crop keeps the features of the half that is nearer to its centre. The aspect is
+    kept, and the image is centred on black. Source: Molmo (arXiv 2409.17146), section 2 and its code.
     """
 
     kind: Literal["molmo"] = "molmo"
     max_tiles: MaxTiles = 12
-    """Crops at most, without the overview."""
+    """Largest number of crops of an image, without the overview; 1 to 256."""
     margin: int = Field(default=4, ge=1)
-    """Patches on each side of a crop that are handed on only where no neighbour has them."""
-    padding_of: Literal["view", "next_view"] = "view"
-    """Whose padding a model with embeddings of padding is told of: the view's own, or, as the published weights were
-    trained, that of the view behind it; of the last view then, that all patches show some."""
+    """Margin of a crop in patches. The features of a margin are kept only at the border of the image, where no
+    neighbouring crop has them. At least 1, a multiple of the model's merge, and below half of a crop."""
+    padding_of: Literal["crop", "next_crop"] = "crop"
+    """Padding that a model with padding embeddings receives for a crop. ``crop``: its own. ``next_crop``: that of the
+    next crop, as in the training of the published weights; all patches of the last crop then count as partly
+    padded."""
 
     def check(self, side: int, spec: MediaSpec) -> None:
-        """Refuses margins that do not fit the crops.
+        """Check the margin.
 
         Raises:
-            DataConfigError: they leave nothing of a crop, cut through a merged feature, or the model pools crops, whose
-                features have no place then.
+            DataConfigError: the margins cover the whole crop or split a merged feature, or the model pools each crop,
+                so that no margin can be removed from its features.
         """
         if spec.pooled_side is not None:
             raise DataConfigError(
-                "transforms.tiling.kind=molmo: crops overlap, and the model pools each of them whole (projector.kind="
-                "c_abstractor); take another tiling"
+                "transforms.tiling.kind=molmo: crops overlap, and the model pools each crop as a whole "
+                "(projector.kind=c_abstractor); use another tiling"
             )
         patches = side // spec.patch_size
         if 2 * self.margin >= patches or self.margin % spec.merge:
@@ -234,7 +246,7 @@ class MolmoTiling(_Tiling):
             )
 
     def plan(self, size: Size, side: int, spec: MediaSpec) -> Tiled:
-        """Canvases and tiles of an image of ``size``."""
+        """Return canvases and tiles of an image of ``size``; ``side`` is the side of a tile in pixels."""
         margins = 2 * self.margin * spec.patch_size
         window = side - margins
         grid = covering_grid((size[0] - margins, size[1] - margins), window, self.max_tiles, np.float32)
@@ -247,41 +259,42 @@ class MolmoTiling(_Tiling):
         canvases = (_centred_on(canvas, _molmo_content(size, canvas)) for canvas in ((side, side), canvas))
         return Tiled(tuple(canvases), (Tile(0, 0, 0, None), *crops))
 
-    def padded(self, views: tuple[View, ...]) -> tuple[View, ...]:
-        """Their own padding, or each that of the next.
+    def with_reported_padding(self, crops: tuple[Crop, ...]) -> tuple[Crop, ...]:
+        """Return the crops with their own content area, or with that of the next crop (``padding_of``).
 
-        Source: Molmo's code, olmo/data/model_preprocessor.py, which puts the mask of the overview last and the overview
-        first.
+        Source: Molmo's code, olmo/data/model_preprocessor.py, which appends the overview's mask but prepends the
+        overview, so the masks are off by one.
         """
-        if self.padding_of == "view":
-            return views
-        _, rows, columns = views[-1].grid
-        last = Coverage(Region(0, 0, rows, columns), Region(0, 0, 0, 0))
-        told = [*(view.coverage for view in views[1:]), last]
-        return tuple(replace(view, coverage=coverage) for view, coverage in zip(views, told, strict=True))
+        if self.padding_of == "crop":
+            return crops
+        _, rows, columns = crops[-1].grid
+        last = ContentArea(Region(0, 0, rows, columns), Region(0, 0, 0, 0))
+        reported = [*(crop.content_area for crop in crops[1:]), last]
+        return tuple(replace(crop, content_area=area) for crop, area in zip(crops, reported, strict=True))
 
-    def _kept(self, place: Tiles, grid: Tiles, side: int, spec: MediaSpec) -> Region:
+    def _kept(self, cell: Tiles, grid: Tiles, side: int, spec: MediaSpec) -> Region:
+        """Return the features that the crop at ``cell`` keeps."""
         margin, whole = self.margin // spec.merge, side // spec.size_multiple
-        # A crop keeps its margin only at the rim of the image.
-        first = [0 if at == 0 else margin for at in place]
-        stop = [whole if at == count - 1 else whole - margin for at, count in zip(place, grid, strict=True)]
+        # A crop keeps its margin only at the border of the image.
+        first = [0 if at == 0 else margin for at in cell]
+        stop = [whole if at == count - 1 else whole - margin for at, count in zip(cell, grid, strict=True)]
         return Region(first[0], first[1], stop[0] - first[0], stop[1] - first[1])
 
 
 class Mm15Tiling(_LimitedTiling):
-    """The grid that the image pads least, the image centred on black, then an overview.
+    """The grid with the least padding, with the image centred on black, then an overview. One tile has no overview.
 
     Source: MM1.5 (arXiv 2409.20566), section 3.1: 4 to 9 tiles in training, up to 16 in inference.
     """
 
     kind: Literal["mm1_5"] = "mm1_5"
     min_tiles: int = Field(default=4, ge=1)
-    """Tiles at least, without the overview."""
+    """Smallest number of tiles of an image, without the overview; at least 1."""
     max_tiles: MaxTiles = 9
-    """Tiles at most, without the overview."""
+    """Largest number of tiles of an image, without the overview; 1 to 256."""
 
     def plan(self, size: Size, side: int, spec: MediaSpec) -> Tiled:
-        """Canvases and tiles of an image of ``size``."""
+        """Return canvases and tiles of an image of ``size``; ``side`` is the side of a tile in pixels."""
         grid = mm1_5_grid(size, side, self.min_tiles, self.max_tiles)
         whole = _centred(size, (side, side))
         if grid == (1, 1):
@@ -295,20 +308,22 @@ TilingConfig = Annotated[Tiling, Field(discriminator="kind")]
 
 
 def single_tile(tiling: Tiling) -> Tiling:
-    """The same rule with one tile at most."""
+    """Return the same tiling with at most one tile."""
     limits: dict[str, int] = {name: 1 for name in ("min_tiles", "max_tiles") if name in type(tiling).model_fields}
     return tiling.model_copy(update=limits)
 
 
 def _adjacent(grid: Tiles, side: int) -> tuple[Tile, ...]:
-    """Tiles of canvas 0, row by row."""
+    """Return the tiles of canvas 0, row by row."""
     return tuple(
         Tile(0, row * side, column * side, (row, column)) for row in range(grid[0]) for column in range(grid[1])
     )
 
 
 def _molmo_content(size: Size, canvas: Size) -> Size:
-    """The image's largest size of its aspect within the canvas, in single precision, which rarely takes a pixel off.
+    """Return the largest size of the image's aspect within the canvas.
+
+    It is computed in float32, as in the source, so a side is sometimes one pixel smaller than the exact result.
 
     Source: Molmo's code, olmo/data/model_preprocessor.py.
     """

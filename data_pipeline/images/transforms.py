@@ -1,11 +1,11 @@
-"""Image to views: decode, augment, resize, cut into patches.
+"""Convert an encoded image to crops: decode, augment, resize, and cut into patches.
 
-    fixed                            one view of a fixed size
-    native, longest_side, padded     one view at the image's own aspect, in whole patches (``native_sizes``)
+    fixed                            one crop of a fixed size
+    native, longest_side, padded     one crop at the image's own aspect, in whole patches (``native_sizes``)
     tiles                            tiles of one size by a published rule, most with an overview (``tilings``)
 
-Which views are embedded and which are attended follows from ``MediaSpec.placement``. Randomness comes from one
-generator that the caller keys by sample, so a view is a pure function. Not for: text (``template``).
+``MediaSpec.placement`` determines which crops are embedded and which are attended. All randomness comes from the sample
+RNG that the caller passes, so crops are a pure function of the image, the configuration and that generator.
 """
 
 from __future__ import annotations
@@ -20,106 +20,106 @@ from pydantic import Field, model_validator
 
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.images.crops import AugmentConfig, Canvas, ImagePlan, View, coverage, render
+from data_pipeline.images.crops import AugmentConfig, Canvas, Crop, ImagePlan, content_area, render
 from data_pipeline.images.decode import DecodeMode, Scratch, decode_image, too_many_pixels
 from data_pipeline.images.image_tokens import ImageLayoutConfig
-from data_pipeline.images.native_sizes import Size, area_size, lifted, longest_side_size, shrunk_size
+from data_pipeline.images.native_sizes import Size, area_size, longest_side_size, round_up, shrunk_size
 from data_pipeline.images.tilings import InternvlTiling, Tile, Tiled, TilingConfig, single_tile
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.order.randomness import Draws
+from data_pipeline.order.randomness import Rng
 from data_pipeline.shards.image_header import ImageSize, image_size
 
 _BLACK = np.uint8(0)
-_PLANS_KEPT = 1024
-"""Most images come in few sizes."""
+_MAX_CACHED_PLANS = 1024
+"""Plans without randomness, cached by size: most data sets have few image sizes."""
 
 
 class _TransformConfig(StrictConfig):
-    """What every transform has."""
+    """Keys that all transforms share."""
 
     decode: DecodeMode = DecodeMode.EXACT
-    """``exact`` decodes every pixel with torchvision; ``fast`` lets JPEGs be scaled while decoding."""
+    """``exact`` decodes every pixel, byte-identical to Pillow; ``fast`` may decode large JPEGs at a reduced size."""
     interpolation: Literal["bicubic", "bilinear", "bilinear_float"] = "bicubic"
-    """Resize filter, always antialiased. Bytes are resized with a rounding between widths and heights; with
-    ``bilinear_float`` (Molmo) they are rounded once, behind both."""
+    """Resize filter, always antialiased. Values are rounded to bytes after the resize of the width and again after that
+    of the height. ``bilinear_float`` (Molmo) rounds only once, at the end."""
     max_image_pixels: int = Field(default=1 << 26, ge=1)
-    """Refuse larger stored images by their header (decompression bombs); pixels."""
+    """Largest number of pixels of a stored image. A larger one is a bad sample, found by its header before decoding."""
     augment: AugmentConfig | None = None
-    """Random changes in training; evaluation never applies them."""
+    """Random changes of training images. null for none; evaluation does not apply them."""
     layout: ImageLayoutConfig | None = None
-    """Tokens that stand around, between and before the features of an image; null for none."""
+    """Tokens around, between and before the features of an image; null for none."""
 
 
 class FixedTransform(_TransformConfig):
-    """One view of ``size x size`` pixels."""
+    """One crop of ``size x size`` pixels."""
 
     kind: Literal["fixed"] = "fixed"
     size: int | None = Field(default=None, ge=1)
-    """Side, pixels; a multiple of patch size times merge. None takes the vision tower's fixed size."""
+    """Side in pixels, a multiple of patch size times merge. null uses the vision tower's fixed size."""
     keep_aspect: bool = False
     """Pad the shorter side with white instead of stretching the image to a square."""
     crop: Literal["center", "random"] | None = None
-    """Takes a square of the image, its shorter side resized to ``size`` (CLIP): ``center`` the middle, ``random`` any
-    in training and else the middle; null keeps the image whole."""
+    """Resize the shorter side to ``size`` and crop a square (CLIP). ``center``: from the middle. ``random``: from a
+    random position in training, else from the middle. null uses the whole image."""
 
     @model_validator(mode="after")
     def _one_way(self) -> FixedTransform:
         if self.keep_aspect and self.crop is not None:
-            raise ValueError("keep_aspect pads and crop cuts; set one of them")
+            raise ValueError("keep_aspect pads the image and crop cuts it; set only one of them")
         return self
 
 
 class NativeTransform(_TransformConfig):
-    """One view at the image's aspect, at native resolution where the limits on its area allow it.
+    """One crop at the image's aspect, at native resolution if its area is within the limits.
 
     Source: Qwen2-VL (arXiv 2409.12191), section 2.1, naive dynamic resolution.
     """
 
     kind: Literal["native"] = "native"
     min_pixels: int = Field(default=56 * 56, ge=1)
-    """Smaller images are enlarged to at least this many pixels."""
+    """Images with fewer pixels are enlarged to at least this many; at least 1."""
     max_pixels: int = Field(default=1280 * 28 * 28, ge=1)
-    """Larger images are reduced to at most this many pixels."""
+    """Images with more pixels are reduced to at most this many. At least ``min_pixels`` and one merged patch."""
     max_aspect: float = Field(default=200.0, ge=1)
-    """Longer side over shorter side; beyond it a sample is refused."""
+    """Largest ratio of the longer side to the shorter side, at least 1. A sample above it is a bad sample."""
 
 
 class LongestSideTransform(_TransformConfig):
-    """One view at native resolution, its longer side within a limit; stretched a little to whole patches.
+    """One crop at native resolution, with its longer side within a limit, slightly stretched to whole patches.
 
     Source: Pixtral (arXiv 2410.07073), section 2.
     """
 
     kind: Literal["longest_side"] = "longest_side"
     longest: int = Field(default=1024, ge=1)
-    """Larger images are reduced until no side is longer; pixels, a multiple of patch size times merge."""
+    """Longest side in pixels, a multiple of patch size times merge. Larger images are reduced to it."""
 
 
 class PaddedTransform(_TransformConfig):
-    """One view at native resolution within a frame, padded at the right and the bottom to whole patches.
+    """One crop at native resolution within a largest size, padded at the right and the bottom to whole patches.
 
     Source: Fuyu-8B's model card and its image processor.
     """
 
     kind: Literal["padded"] = "padded"
     max_height: int = Field(default=1080, ge=1)
-    """Larger images are reduced until they fit; pixels, a multiple of patch size times merge."""
+    """Largest height in pixels, a multiple of patch size times merge. Larger images are reduced, with aspect kept."""
     max_width: int = Field(default=1920, ge=1)
-    """The same for the other side."""
+    """Largest width in pixels, a multiple of patch size times merge."""
 
 
 class TilesTransform(_TransformConfig):
-    """Tiles of ``size x size`` pixels, by one of the published rules, most of them with an overview."""
+    """Tiles of ``size x size`` pixels by a published rule, most with an overview."""
 
     kind: Literal["tiles"] = "tiles"
     size: int | None = Field(default=None, ge=1)
-    """Side of a tile, pixels. None takes the vision tower's fixed size."""
+    """Side of a tile in pixels, a multiple of patch size times merge. null uses the vision tower's fixed size."""
     tiling: TilingConfig = InternvlTiling()
-    """The rule: ``internvl`` (NVLM too), ``llama``, ``molmo`` or ``mm1_5``."""
+    """Tiling rule: ``internvl`` (also NVLM), ``llama``, ``molmo`` or ``mm1_5``."""
     split_up_to: int | None = Field(default=None, ge=1)
-    """Images of a sample up to which they are split; with more of them each has one tile at most (MM1.5: 2). Null
-    splits all."""
+    """Largest number of images in a sample whose images are split, at least 1 (MM1.5: 2). In a sample with more images,
+    each has at most one tile. null splits all images."""
 
 
 _NATIVE = (NativeTransform, LongestSideTransform, PaddedTransform)
@@ -128,20 +128,20 @@ TransformConfig = Annotated[
     FixedTransform | NativeTransform | LongestSideTransform | PaddedTransform | TilesTransform,
     Field(discriminator="kind"),
 ]
-_Layout = tuple[tuple[Canvas, ...], tuple[View, ...]]
-"""Canvases, and the views that are cut from them."""
-_FUYU_FILL = 1  # Its processor pads with 1 before it divides by 255.
+_Layout = tuple[tuple[Canvas, ...], tuple[Crop, ...]]
+"""Canvases, and the crops that are cut from them."""
+_FUYU_FILL = 1  # Fuyu's image processor pads with 1 before it divides by 255.
 
 
 class ImageTransform:
-    """Encoded image to the views of one data set.
+    """Converts the encoded images of one data set to crops.
 
     Args:
         config: Transform of the data set.
-        spec: What the model takes.
+        spec: Requirements of the model.
 
     Raises:
-        DataConfigError: the transform cannot give views that the model takes.
+        DataConfigError: the model cannot use the crops of this transform.
     """
 
     def __init__(self, config: TransformConfig, spec: MediaSpec) -> None:
@@ -150,9 +150,9 @@ class ImageTransform:
         self.config = config
         self.spec = spec
         self.scratch = Scratch()
-        self._plain = functools.lru_cache(maxsize=_PLANS_KEPT)(self._plain_plan)
+        self._cached_plan = functools.lru_cache(maxsize=_MAX_CACHED_PLANS)(self._fixed_plan)
         self._size = 0
-        self._stretched: _Layout | None = None  # The one layout of a transform that stretches every image to a square.
+        self._stretched: _Layout | None = None  # Layout of all images, if the transform stretches them to one square.
         if isinstance(config, _NATIVE):
             self._check_native(config)
             return
@@ -165,14 +165,14 @@ class ImageTransform:
             if spec.placement is Placement.HYBRID and not config.tiling.has_overview:
                 raise DataConfigError(
                     f"transforms.tiling.kind={config.tiling.kind}: has no overview, and the model (connector.kind="
-                    "hybrid) writes overviews into token slots; take another tiling or connector"
+                    "hybrid) writes overviews into token slots; use another tiling or connector"
                 )
 
     @staticmethod
     def _check_tiles(config: TilesTransform, spec: MediaSpec) -> None:
         if spec.placement is Placement.PAIR:
             raise DataConfigError(
-                "transforms.kind=tiles: the model (connector.kind=contrastive) compares one view of an image with its "
+                "transforms.kind=tiles: the model (connector.kind=contrastive) compares one crop of an image with its "
                 "text; use fixed, or native where the tower takes any size"
             )
         if spec.max_tiles is None:
@@ -180,11 +180,11 @@ class ImageTransform:
         if config.tiling.has_overview:
             raise DataConfigError(
                 f"transforms.tiling.kind={config.tiling.kind}: has an overview, but the vision tower (vision.tiles) "
-                "knows tiles alone; use kind: llama"
+                "accepts only tiles; use kind: llama"
             )
         if config.tiling.max_tiles > spec.max_tiles:
             raise DataConfigError(
-                f"transforms.tiling.max_tiles={config.tiling.max_tiles}: the vision tower knows at most "
+                f"transforms.tiling.max_tiles={config.tiling.max_tiles}: the vision tower accepts at most "
                 f"{spec.max_tiles} (vision.tiles.max_tiles)"
             )
 
@@ -234,133 +234,153 @@ class ImageTransform:
         return config.size
 
     def __call__(
-        self, data: bytes, rng: Draws | None = None, expected: Size | None = None, num_images: int = 1
+        self, data: bytes, rng: Rng | None = None, expected: Size | None = None, num_images: int = 1
     ) -> tuple[MediaItem, ...]:
-        """Views of one encoded image, in reading order.
+        """Return the crops of one encoded image, in reading order.
 
         Args:
             data: The encoded image.
-            rng: Draws the augmentation; None applies none.
-            expected: Height and width that the shard's index promised, if it did.
-            num_images: Images of its sample, itself included.
+            rng: Sample RNG for random changes; None makes none.
+            expected: (height, width) from the shard's index, if known.
+            num_images: Number of images in the sample, including this one.
 
         Raises:
-            SampleError: the image cannot be decoded, is refused, or is not what the index says.
+            SampleError: the image cannot be decoded, is too large or too elongated, or does not have the size in the
+                index.
         """
-        picture = self.outline(data, rng, expected, num_images)
-        picture.draw()
-        return picture.views
+        task = self.decode_task(data, rng, expected, num_images)
+        task.decode()
+        return task.crops
 
-    def outline(
+    def decode_task(
         self,
         data: bytes,
-        rng: Draws | None = None,
+        rng: Rng | None = None,
         expected: Size | None = None,
         num_images: int = 1,
-    ) -> Picture:
-        """The views before they have pixels.
+    ) -> DecodeTask:
+        """Plan an image, and return a task that decodes it later.
 
         Args:
-            data, rng, expected, num_images: As for the views.
+            data, rng, expected, num_images: As in ``__call__``.
 
         Raises:
-            SampleError: the image is refused by its header or is not what the index says.
+            SampleError: the header is damaged, or the image is too large, too elongated or does not have the size in
+                the index.
         """
         header = image_size(data)
         size = (header.height, header.width)
         if expected is not None and expected != size:
             raise SampleError(
-                f"an image of {size[1]}x{size[0]} pixels, the index says {expected[1]}x{expected[0]}: an older index? "
-                "Build it again with: mmscale data index",
+                f"an image of {size[1]}x{size[0]} pixels, the index says {expected[1]}x{expected[0]}; if the index "
+                "is old, build it again with: mmscale data index",
                 kind=FaultKind.DECODE,
             )
         plan = self.plan(size, rng, num_images)
-        return Picture(self, data, header, plan, self._items(plan, is_black=False))
+        return DecodeTask(self, data, header, plan, self._items(plan, is_black=False))
 
-    def measure(self, size: Size, rng: Draws | None = None, num_images: int = 1) -> tuple[MediaItem, ...]:
-        """The views that an image of this size gives, with black pixels that take no memory.
+    def dry_run(self, size: Size, rng: Rng | None = None, num_images: int = 1) -> tuple[MediaItem, ...]:
+        """Return the crops of an image of this size with black pixels, which take no memory.
 
-        Draws from ``rng`` exactly as the image itself would.
+        Advances ``rng`` exactly as ``decode_task`` does.
 
         Args:
-            size: Height and width as shown, as ``image_header.image_size`` and the shard's index give them.
-            rng, num_images: As for the image.
+            size: (height, width) after the EXIF rotation, as from ``image_header.image_size`` and the shard's index.
+            rng, num_images: As in ``__call__``.
 
         Raises:
-            SampleError: the image is refused by its size.
+            SampleError: the size is unknown (0), or the image is too large or too elongated.
         """
         if size[0] < 1 or size[1] < 1:
-            raise SampleError("the index holds no size of this image: its header is damaged", kind=FaultKind.DECODE)
+            raise SampleError(
+                "the index has no size for this image, because its header is damaged", kind=FaultKind.DECODE
+            )
         return self._items(self.plan(size, rng, num_images), is_black=True)
 
     def _items(self, plan: ImagePlan, is_black: bool) -> tuple[MediaItem, ...]:
-        """Views with values that are not written yet, or with black ones that take no memory."""
+        """Return the crops of a plan, with uninitialised values, or with black ones that take no memory."""
         items = []
-        for view in plan.views:
-            shape = (math.prod(view.grid), self.spec.patch_dim)
+        for crop in plan.crops:
+            shape = (math.prod(crop.grid), self.spec.patch_dim)
             values = np.broadcast_to(_BLACK, shape) if is_black else np.empty(shape, np.uint8)
-            items.append(MediaItem(values, view.grid, view.embedded, view.kept, view.place, view.coverage, view.tiles))
+            items.append(
+                MediaItem(values, crop.grid, crop.embedded, crop.kept_region, crop.cell, crop.content_area, crop.tiles)
+            )
         return tuple(items)
 
-    def plan(self, size: Size, rng: Draws | None = None, num_images: int = 1) -> ImagePlan:
-        """What becomes of an image of ``size`` in a sample of so many: a pure function of these and of the draws.
+    def plan(self, size: Size, rng: Rng | None = None, num_images: int = 1) -> ImagePlan:
+        """Return the plan of an image of ``size`` in a sample of ``num_images`` images.
+
+        The plan is a pure function of the arguments; ``rng`` is advanced. With ``rng`` None, nothing is random.
 
         Raises:
-            SampleError: the image is refused by its size.
+            SampleError: the image is too large or too elongated.
         """
         if size[0] * size[1] > self.config.max_image_pixels:
             raise too_many_pixels(size[1], size[0], self.config.max_image_pixels)
         augment = self.config.augment
-        wanders = isinstance(self.config, FixedTransform) and self.config.crop == "random"
-        if rng is None or (augment is None and not wanders):
-            return self._plain(size, num_images)
-        at = rng.random() if wanders else None
+        is_random_crop = isinstance(self.config, FixedTransform) and self.config.crop == "random"
+        if rng is None or (augment is None and not is_random_crop):
+            return self._cached_plan(size, num_images)
+        at = rng.random() if is_random_crop else None
         if augment is None:
             return ImagePlan(size, *self._layout(size, num_images, at))
         box, flip, color = augment.draw(size, rng)
         return ImagePlan(size, *(self._stretched or self._layout(box[2:], num_images, at)), box, flip, color)
 
-    def _plain_plan(self, size: Size, num_images: int) -> ImagePlan:
+    def _fixed_plan(self, size: Size, num_images: int) -> ImagePlan:
         return ImagePlan(size, *self._layout(size, num_images))
 
     def _layout(self, size: Size, num_images: int, at: float | None = None) -> _Layout:
-        """Canvases and views of what is left after augmentation; ``at`` as for ``_square``."""
+        """Return canvases and crops for ``size``, that of the image or of its box; ``at`` as in ``_square_crop``."""
         config, placement = self.config, self.spec.placement
         if isinstance(config, TilesTransform):
             split = config.split_up_to is None or num_images <= config.split_up_to
             tiling = config.tiling if split else single_tile(config.tiling)
             tiled = tiling.plan(size, self._size, self.spec)
         elif isinstance(config, FixedTransform) and config.crop is not None:
-            tiled = self._square(size, at)
+            tiled = self._square_crop(size, at)
         else:
             tiled = Tiled((self._whole(size),), (Tile(0, 0, 0, None),))
         tiles = tiled.tiles
-        if placement is Placement.HYBRID and len(tiles) == 1:  # The one view is overview and tile.
-            tiles = (tiles[0], replace(tiles[0], place=(0, 0)))
+        if placement is Placement.HYBRID and len(tiles) == 1:  # The single crop is used as overview and as tile.
+            tiles = (tiles[0], replace(tiles[0], cell=(0, 0)))
             roles = [True, False]
         else:
             roles = [
-                placement is Placement.EMBEDDING or (placement is Placement.HYBRID and tile.place is None)
+                placement is Placement.EMBEDDING or (placement is Placement.HYBRID and tile.cell is None)
                 for tile in tiles
             ]
-        cut_up, views = tiled.grid, []
+        tiling_grid, crops = tiled.grid, []
         for tile, embedded in zip(tiles, roles, strict=True):
             canvas, patch = tiled.canvases[tile.canvas], self.spec.patch_size
             height, width = canvas.size if isinstance(config, _NATIVE) else (self._size, self._size)
             rows, columns = height // patch, width // patch
-            covered = coverage(canvas, tile.top, tile.left, rows, columns, patch) if self.spec.padding else None
+            area = content_area(canvas, tile.top, tile.left, rows, columns, patch) if self.spec.padding else None
             grid = (1, rows, columns)
-            views.append(View(tile.canvas, tile.top, tile.left, grid, embedded, tile.kept, tile.place, covered, cut_up))
+            crops.append(
+                Crop(
+                    tile.canvas,
+                    tile.top,
+                    tile.left,
+                    grid,
+                    embedded,
+                    tile.kept_region,
+                    tile.cell,
+                    area,
+                    tiling_grid,
+                )
+            )
         if self.spec.padding and isinstance(config, TilesTransform):
-            return tiled.canvases, config.tiling.padded(tuple(views))
-        return tiled.canvases, tuple(views)
+            return tiled.canvases, config.tiling.with_reported_padding(tuple(crops))
+        return tiled.canvases, tuple(crops)
 
-    def _square(self, size: Size, at: float | None) -> Tiled:
-        """A square of the image, its shorter side resized to that of the view.
+    def _square_crop(self, size: Size, at: float | None) -> Tiled:
+        """Return a square crop of the image, whose shorter side is resized to the side of the crop.
 
         Args:
-            size: Of the image.
-            at: Where along the longer side it lies, from 0 to below 1; None for the middle.
+            size: Size of the image.
+            at: Position of the crop along the longer side, from 0 to below 1; None for the middle.
 
         Source: the image processor of CLIP in transformers.
         """
@@ -369,17 +389,17 @@ class ImageTransform:
         if content[0] * content[1] > self.config.max_image_pixels:
             raise too_many_pixels(content[1], content[0], self.config.max_image_pixels)
         canvas = Canvas(content, content)
-        spare = (content[0] - side, content[1] - side)
-        top, left = (each // 2 if at is None else int(at * (each + 1)) for each in spare)
+        excess = (content[0] - side, content[1] - side)
+        top, left = (each // 2 if at is None else int(at * (each + 1)) for each in excess)
         return Tiled((canvas,), (Tile(0, top, left, None),))
 
     def _whole(self, size: Size) -> Canvas:
-        """The canvas of the whole image."""
+        """Return the canvas of the whole image."""
         config, (height, width), multiple = self.config, size, self.spec.size_multiple
         if isinstance(config, NativeTransform):
             if max(height, width) > config.max_aspect * min(height, width):
                 raise SampleError(
-                    f"an image of {width}x{height} pixels, the longest aspect taken is {config.max_aspect:g}",
+                    f"an image of {width}x{height} pixels, the largest aspect is {config.max_aspect:g} (max_aspect)",
                     kind=FaultKind.DECODE,
                 )
             area = area_size(height, width, multiple, config.min_pixels, config.max_pixels)
@@ -389,7 +409,7 @@ class ImageTransform:
             return Canvas(longest, longest)
         if isinstance(config, PaddedTransform):
             content = shrunk_size(height, width, (config.max_height, config.max_width))
-            return Canvas(content, (lifted(content[0], multiple), lifted(content[1], multiple)), fill=_FUYU_FILL)
+            return Canvas(content, (round_up(content[0], multiple), round_up(content[1], multiple)), fill=_FUYU_FILL)
         side = self._size
         if isinstance(config, FixedTransform) and config.keep_aspect and height != width:
             longer = max(height, width)
@@ -399,28 +419,28 @@ class ImageTransform:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image that is planned and not decoded.
+class DecodeTask:
+    """A planned image that is not decoded yet.
 
     Attributes:
-        transform: What planned it.
+        transform: The transform that planned it.
         data: The encoded image.
-        header: Its header.
-        plan: What becomes of it.
-        views: Its views; ``draw`` writes their values.
+        header: Format and size from its header.
+        plan: Its plan.
+        crops: Its crops, with uninitialised values until ``decode`` has run.
     """
 
     transform: ImageTransform
     data: bytes
     header: ImageSize
     plan: ImagePlan
-    views: tuple[MediaItem, ...]
+    crops: tuple[MediaItem, ...]
 
-    def draw(self) -> None:
-        """Decodes the image and writes the values of its views. Any thread may call it, once.
+    def decode(self) -> None:
+        """Decode the image and write the values of its crops. Call it once, from any thread.
 
         Raises:
-            SampleError: the image cannot be decoded, or its pixels are not as many as its header says.
+            SampleError: the image cannot be decoded, or does not have the size in its header.
         """
         config, header, plan = self.transform.config, self.header, self.plan
         pixels = decode_image(
@@ -434,8 +454,8 @@ class Picture:
         if pixels.shape[:2] != plan.size and config.decode is not DecodeMode.FAST:
             height, width = pixels.shape[:2]
             raise SampleError(
-                f"its header says {header.width}x{header.height} pixels, the decoder gave {width}x{height}",
+                f"its header says {header.width}x{header.height} pixels, the decoder returned {width}x{height}",
                 kind=FaultKind.DECODE,
             )
-        values = [view.values for view in self.views]
+        values = [crop.values for crop in self.crops]
         render(pixels, plan, self.transform.spec.patch_size, config.interpolation, values)

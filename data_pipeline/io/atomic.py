@@ -1,6 +1,6 @@
 """Write files and folders that are complete or absent, also after a crash.
 
-    write .NAME.partial  -->  sync it  -->  rename it to NAME  -->  sync the folder: the new name is durable
+    write .NAME.partial  -->  sync it  -->  rename it to NAME  -->  sync the folder: the new name survives a crash
 
 Not for reading; see ``untrusted`` and ``checksums``. The process that writes checkpoints imports this module, so it
 imports no numpy.
@@ -21,12 +21,12 @@ def partial_path(path: Path) -> Path:
 
 
 def open_partial(path: Path) -> IO[bytes]:
-    """Create ``partial_path(path)`` for writing and remove what a killed process left there.
+    """Create ``partial_path(path)`` for writing; replace a leftover of a killed process.
 
-    Nothing that exists under the hidden name is opened: a FIFO would block, and a link would redirect the bytes.
+    An existing file of the hidden name is deleted, not opened: a FIFO would block, and a link would redirect the bytes.
 
     Raises:
-        OSError: the system refuses.
+        OSError: a system call fails.
     """
     partial = partial_path(path)
     partial.unlink(missing_ok=True)
@@ -34,13 +34,13 @@ def open_partial(path: Path) -> IO[bytes]:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Sync a file or folder, rename it to ``path``, and make the new name durable.
+    """Sync a file or folder, rename it to ``path``, and sync the folder that contains it.
 
-    A file replaces an older one. The files inside a folder must be synced already. After a crash the old state or the
-    new one is there.
+    An older file of that name is replaced. The caller must have synced the files inside a folder. After a crash,
+    ``path`` is in either the old or the new state.
 
     Raises:
-        OSError: the system refuses.
+        OSError: a system call fails.
     """
     sync(partial)
     os.replace(partial, path)
@@ -52,7 +52,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a hidden file that replaces ``path`` when the block ends; remove it if the block raises.
 
     Raises:
-        OSError: the disk is full or the folder is not writable; ``path`` is unchanged and nothing is left behind.
+        OSError: the disk is full or the folder is not writable. ``path`` is unchanged, unless only the last
+            step, syncing the folder, failed. The hidden file is removed.
     """
     try:
         with open_partial(path) as file:
@@ -82,15 +83,15 @@ def write_whole(path: Path, data: bytes, *, parents: bool = False) -> None:
 
 
 def as_utf8(text: str) -> bytes:
-    r"""UTF-8 of any string. Half a pair of UTF-16 has no bytes there and becomes ``\ud800``, its escape in JSON."""
+    r"""Encode any string as UTF-8. A lone surrogate, which UTF-8 cannot encode, becomes its JSON escape ``\ud800``."""
     return text.encode(errors="backslashreplace")
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, durable.
+    """Flush the content of a file, or the names in a folder, to disk (``fsync``).
 
     Raises:
-        OSError: the system refuses.
+        OSError: a system call fails.
     """
     handle = os.open(path, os.O_RDONLY)
     try:

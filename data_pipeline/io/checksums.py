@@ -13,7 +13,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def holds(path: Path, data: bytes) -> bool:
-    """Whether a regular file has exactly this content.
+    """Return whether a regular file has exactly this content.
 
     Raises:
         OSError: it cannot be read.

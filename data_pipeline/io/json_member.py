@@ -1,6 +1,6 @@
-"""What the JSON member of a sample says: its object, and every text in it.
+"""Parse the JSON member of a sample, and find the texts in it.
 
-Not for: the parts of a page with their images (``pages``), what a template makes of them.
+``shards.pages`` parses the parts of a page with their images, and ``text.templates`` turns samples into documents.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from data_pipeline.io.untrusted import UntrustedError, parse_json
 
 
 def parse_member(content: bytes) -> Any:
-    """A JSON member, in UTF-8, as ``untrusted.parse_json`` reads it.
+    """Parse the JSON member of a sample with ``untrusted.parse_json``.
 
     Raises:
-        SampleError: it is no UTF-8 or no JSON.
+        SampleError: it is not valid UTF-8 or JSON, or exceeds the bounds of ``parse_json``.
     """
     try:
         return parse_json(content)
@@ -24,10 +24,12 @@ def parse_member(content: bytes) -> Any:
 
 
 def all_texts(fields: Any) -> list[str]:
-    """Every text of a JSON member that a template may show: of pages, dialogues and annotations, caption and captions.
+    """Return the texts of a page, or else ``captions`` and ``caption``; then those of dialogues and annotations.
+
+    Texts in other fields, which ``template.field`` or ``template.answers`` may name, are not included.
 
     Raises:
-        SampleError: the JSON is no object, or a text is no string.
+        SampleError: the JSON is not an object, or a list or text in it has the wrong type.
     """
     if not isinstance(fields, dict):
         raise SampleError(f"the JSON holds a {type(fields).__name__}, expected an object", kind=FaultKind.TEXT)
@@ -45,16 +47,16 @@ def all_texts(fields: Any) -> list[str]:
         found = [*captions, *([fields["caption"]] if fields.get("caption") is not None else [])]
     found = [*found, *spoken_texts(fields)]
     if not all(isinstance(text, str) for text in found):
-        raise SampleError("a caption or a text part is no string", kind=FaultKind.TEXT)
+        raise SampleError("a caption or a text part is not a string", kind=FaultKind.TEXT)
     return found
 
 
 _PAGES = (("texts", "images"), ("text_list", "image_info"))
-"""Fields of the pages of OBELICS and MMC4."""
+"""(texts, images) fields of a page in the OBELICS and MMC4 formats."""
 
 
 def page_texts(fields: dict[str, Any]) -> list[Any] | None:
-    """The texts of a page as they are, strings or not; None if this is no page."""
+    """Return the texts of a page without checking their types; None if the sample is not a page."""
     parts = fields.get("parts")
     if isinstance(parts, list):
         return [part["text"] for part in parts if isinstance(part, dict) and "text" in part]
@@ -65,7 +67,7 @@ def page_texts(fields: dict[str, Any]) -> list[Any] | None:
 
 
 def spoken_texts(fields: dict[str, Any]) -> list[Any]:
-    """What is said in a dialogue or in annotations."""
+    """Return the texts of a dialogue and of annotations, without checking their types."""
     found = _turns(fields)
     annotations = fields.get("annotations")
     for entry in annotations if isinstance(annotations, list) else ():
@@ -91,7 +93,11 @@ def _values(entry: Any) -> list[str]:
 
 
 def text_bytes_of(texts: dict[str, bytes]) -> int:
-    """Bytes of text of a sample from its ``txt`` and ``json`` members; damaged JSON counts as empty."""
+    """Count the UTF-8 bytes of a sample's text, in its ``txt`` and ``json`` members; damaged JSON counts as empty.
+
+    A page counts its texts only. Other samples count ``txt``, dialogues, annotations, and the longest of ``captions``,
+    else ``caption``.
+    """
     total = len(texts.get("txt", b""))
     if "json" not in texts:
         return total

@@ -1,11 +1,11 @@
-"""Work on tasks in several processes, results in the order of the tasks.
+"""Process tasks in several worker processes; yield their results in the order of the tasks.
 
-    tasks 0 1 2 3 4 ...  --task i to process i mod N-->  pieces  --read process by process-->  0 1 2 3 4 ...
+    tasks 0 1 2 3 4 ...  --task i to process i mod N-->  results  --read in the order of tasks-->  0 1 2 3 4 ...
 
-For: every offline command that works in several processes (ingest, export, verify, stats, dedup); its results must not
-depend on their number. A process works ahead until ``_AHEAD_BYTES`` of its pieces wait to be fetched, so memory is
-bounded whatever the tasks hold. Processes end when their pipe closes, hence also when the caller was killed.
-``concurrent.futures`` would keep every result whole until the caller asks for it. Not for: the loader's workers.
+All offline commands that use several processes (ingest, export, verify, stats, dedup) use this pool, because their
+output must not depend on the number of processes. A task yields any number of results. A worker process works ahead
+until ``_MAX_QUEUED_BYTES`` of its results wait to be read, so memory use is bounded. ``concurrent.futures`` would hold
+all results of a task in memory. Worker processes exit when their pipe closes, even if the caller was killed.
 """
 
 from __future__ import annotations
@@ -28,34 +28,36 @@ from data_pipeline.errors import DataConfigError, DataPipelineError, WorkerError
 from data_pipeline.io.processes import ending, without_script
 
 Task = TypeVar("Task")
-Piece = TypeVar("Piece")
+Result = TypeVar("Result")
 
-_AHEAD_BYTES = 64 << 20
-_AHEAD_TASKS = 2
-"""Tasks that a process has at most: one that it works on, one that waits."""
+_MAX_QUEUED_BYTES = 64 << 20
+_TASKS_PER_WORKER = 2
+"""Largest number of tasks sent to one worker process: one in progress, one waiting."""
 _JOIN_SECONDS = 5.0
 
 
 class _Message(NamedTuple):
-    """From a process: a piece, the end of its task (neither), or an error."""
+    """Message of a worker process: a result, the end of a task, or an error."""
 
-    piece: Any = None
+    result: Any = None
     error: BaseException | None = None
     is_end: bool = False
 
 
-def in_order(work: Callable[[Task], Iterator[Piece]], tasks: Iterable[Task], workers: int) -> Iterator[Piece]:
-    """Pieces of all tasks, in the order of tasks, whatever ``workers`` is.
+def in_order(work: Callable[[Task], Iterator[Result]], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """Yield the results of all tasks, in the order of the tasks, for any number of ``workers``.
 
     Args:
-        work: Gives the pieces of a task. With workers it and the tasks are sent to other processes: a dataclass with
-            ``__call__``, not a lambda.
-        tasks: Taken one by one, a few ahead.
-        workers: Processes; 0 works in this one.
+        work: Yields the results of a task. With ``workers`` above 0, it is pickled, as are tasks and results: use a
+            dataclass with ``__call__`` instead of a lambda.
+        tasks: Consumed lazily, up to two tasks per process ahead.
+        workers: Number of worker processes; 0 works in this process.
 
     Raises:
-        WorkerError: a process died, or failed in a way of its own; the message holds its traceback.
-        DataPipelineError, OSError: what ``work`` raised.
+        DataConfigError: ``workers`` is negative.
+        DataPipelineError, OSError: raised by ``work``.
+        WorkerError: a worker process died, or ``work`` raised any other exception there; the message contains its
+            traceback. With ``workers`` 0, such an exception passes through.
     """
     if workers < 0:
         raise DataConfigError(f"workers={workers}: must be 0 (this process) or more")
@@ -63,32 +65,32 @@ def in_order(work: Callable[[Task], Iterator[Piece]], tasks: Iterable[Task], wor
         for task in tasks:
             yield from work(task)
         return
-    crew = [_Worker(work) for _ in range(workers)]
+    pool = [_Worker(work) for _ in range(workers)]
     try:
         waiting: collections.deque[_Worker] = collections.deque()
         for number, task in enumerate(tasks):
-            if len(waiting) == _AHEAD_TASKS * workers:
-                yield from waiting.popleft().pieces()
-            worker = crew[number % workers]
+            if len(waiting) == _TASKS_PER_WORKER * workers:
+                yield from waiting.popleft().task_results()
+            worker = pool[number % workers]
             worker.send(task)
             waiting.append(worker)
         while waiting:
-            yield from waiting.popleft().pieces()
+            yield from waiting.popleft().task_results()
     finally:
-        for worker in crew:
+        for worker in pool:
             worker.close()
 
 
 class _Worker:
-    """One process, seen from the caller."""
+    """The caller's handle of one worker process."""
 
     def __init__(self, work: Callable[[Any], Iterator[Any]]) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process: SpawnProcess = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        self._pipe, worker_end = context.Pipe()
+        self._process: SpawnProcess = context.Process(target=_serve, args=(worker_end, work), daemon=True)
         with without_script():
             self._process.start()
-        theirs.close()  # Else its end would not be noticed here.
+        worker_end.close()  # Otherwise this process would not notice that the worker process ended.
 
     def send(self, task: Any) -> None:
         try:
@@ -96,8 +98,8 @@ class _Worker:
         except OSError as error:
             raise self._died() from error
 
-    def pieces(self) -> Iterator[Any]:
-        """The pieces of the oldest task that was sent and not fetched."""
+    def task_results(self) -> Iterator[Any]:
+        """Yield the results of the oldest task whose results were not read yet."""
         while True:
             try:
                 message: _Message = self._pipe.recv()
@@ -107,7 +109,7 @@ class _Worker:
                 raise message.error
             if message.is_end:
                 return
-            yield message.piece
+            yield message.result
 
     def close(self) -> None:
         self._pipe.close()
@@ -120,42 +122,42 @@ class _Worker:
         self._process.join(_JOIN_SECONDS)
         return WorkerError(
             f"a worker process exited without an error message ({ending(self._process)}): out of memory? "
-            "What is finished stays: the same command goes on from there"
+            "Finished work is kept: run the same command again to continue"
         )
 
 
 def _serve(pipe: Connection, work: Callable[[Any], Iterator[Any]]) -> None:
-    """The life of a worker process: one thread takes tasks, one sends results, this one works."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the caller decides.
-    inbox: queue.Queue[Any] = queue.Queue()
-    outbox = _Outbox(pipe)
-    threading.Thread(target=_receive, args=(pipe, inbox), daemon=True).start()
-    threading.Thread(target=outbox.run, daemon=True).start()
+    """Run a worker process: one thread receives tasks, one sends results, and this thread works."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; only the caller handles it.
+    tasks: queue.Queue[Any] = queue.Queue()
+    sender = _Sender(pipe)
+    threading.Thread(target=_receive, args=(pipe, tasks), daemon=True).start()
+    threading.Thread(target=sender.run, daemon=True).start()
     while True:
-        task = inbox.get()
+        task = tasks.get()
         try:
-            for piece in work(task):
-                outbox.put(_Message(piece))
+            for result in work(task):
+                sender.put(_Message(result))
         except (DataPipelineError, OSError) as error:
-            outbox.put(_Message(error=error))
+            sender.put(_Message(error=error))
         except BaseException as error:
-            # A defect is shown where the caller is, with this process's traceback; a lack of memory is none.
+            # A bug is reported to the caller with this process's traceback. Lack of memory is no bug, so it has none.
             reason = out_of_memory(error)
             text = traceback.format_exc() if reason is None else f"out of memory ({reason}): use fewer processes"
-            outbox.put(_Message(error=WorkerError(f"a worker process failed:\n{text}")))
+            sender.put(_Message(error=WorkerError(f"a worker process failed:\n{text}")))
         else:
-            outbox.put(_Message(is_end=True))
+            sender.put(_Message(is_end=True))
 
 
-def _receive(pipe: Connection, inbox: queue.Queue[Any]) -> None:
+def _receive(pipe: Connection, tasks: queue.Queue[Any]) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
-            inbox.put(pipe.recv())
-    os._exit(0)  # Nobody is left to work for: do not finish what is in hand.
+            tasks.put(pipe.recv())
+    os._exit(0)  # The caller closed the pipe or died, so its results are not needed.
 
 
-class _Outbox:
-    """Messages on their way, at most ``_AHEAD_BYTES`` of them or a single larger one."""
+class _Sender:
+    """Sends messages from a queue of at most ``_MAX_QUEUED_BYTES``, or one larger message."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
@@ -164,14 +166,16 @@ class _Outbox:
         self._changed = threading.Condition()
 
     def put(self, message: _Message) -> None:
+        """Queue a message; block while the queue is full."""
         data = ForkingPickler.dumps(message)
         with self._changed:
-            self._changed.wait_for(lambda: not self._messages or self._num_bytes + len(data) <= _AHEAD_BYTES)
+            self._changed.wait_for(lambda: not self._messages or self._num_bytes + len(data) <= _MAX_QUEUED_BYTES)
             self._messages.append(data)
             self._num_bytes += len(data)
             self._changed.notify_all()
 
     def run(self) -> None:
+        """Send queued messages until the pipe closes, then end the process."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._messages))

@@ -1,7 +1,7 @@
 """Start a process, end it with its parent, and describe how it ended.
 
-Not for: what the processes do (``loader.workers``, ``ordered_pool``, ``mmscale.io.writer_process``). The process that
-writes checkpoints imports this module, so it imports no numpy.
+``loader.workers``, ``ordered_pool`` and ``mmscale.io.writer_process`` use it. The process that writes checkpoints
+imports this module, so it imports no numpy.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from multiprocessing.process import BaseProcess
 
 @contextlib.contextmanager
 def without_script() -> Iterator[None]:
-    """A process that starts within does not run the caller's script again.
+    """Context manager: a process that starts within it does not import the caller's script.
 
     ``multiprocessing`` imports the script into each process that is not forked. A script without
-    ``if __name__ == "__main__"`` would then start processes of its own in there, which ends in an error. Our processes
-    need nothing of the script: what they call lies in modules.
+    ``if __name__ == "__main__"`` would then start further processes there, which raises an error. Our processes do not
+    need the script, because the functions that they call are in modules.
     """
     script = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -35,9 +35,9 @@ def without_script() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Block the signals that ask a process group to stop, in this thread.
+    """Context manager: block the signals that ask a process group to stop, in this thread.
 
-    A process that starts within inherits the mask and keeps it, so no signal reaches it before its Python code runs.
+    A process that starts within it inherits the mask and keeps it, so no signal reaches it before its Python code runs.
     This process receives a blocked signal when the context ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP))
@@ -59,9 +59,9 @@ def own_sentinel() -> int | None:
 
 
 def end_with(sentinel: int) -> None:
-    """End this process as soon as another process has ended, in whatever way. Returns at once.
+    """Make this process exit with code 1 as soon as another process has ended. Returns immediately.
 
-    A thread waits for the sentinel, also while the main thread writes or decodes. The end of a pipe from the parent
+    A thread waits for the sentinel, so this works while the main thread is busy. The end of a pipe from the parent
     does not suffice, because other children of the parent may hold copies of it. The kernel's parent-death signal does
     not either: the parent of a process from a fork server is the fork server.
 
@@ -80,7 +80,7 @@ def _exit_after(sentinel: int) -> None:
 
 
 def ending(process: BaseProcess) -> str:
-    """How a process ended: ``signal 9 (SIGKILL)`` or ``exit code 1``."""
+    """Describe how a process ended: ``signal 9 (SIGKILL)`` or ``exit code 1``."""
     code = process.exitcode
     if code is None or code >= 0:
         return f"exit code {code}"

@@ -1,4 +1,4 @@
-"""Base classes of everything that pydantic validates: frozen, unknown keys refused, every number finite."""
+"""Base classes of all pydantic models: frozen, without unknown keys, with finite numbers."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 LARGEST_INT = 2**53
-"""Larger integers are not exact in float64, and no setting needs one."""
+"""Largest absolute value of an integer setting. Larger integers are not exact in float64."""
 LARGEST_FLOAT = 1e38
-"""Larger values are infinite in float32."""
+"""Largest absolute value of a float setting. Values above 3.4e38 are infinite in float32."""
 
 
 class StrictRecord(BaseModel):
-    """A record of a file. Unknown keys are errors; values never change after validation; floats are finite."""
+    """A validated record of a file. Unknown keys and non-finite floats are errors; instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class StrictConfig(StrictRecord):
-    """A configuration block: a record whose numbers are bounded too, also those in free mappings.
+    """A configuration block: a record whose numbers are within ``LARGEST_INT`` and ``LARGEST_FLOAT``, also in mappings.
 
-    A field's documentation is the string under it: meaning, unit, legal range.
+    The string under a field is its documentation: meaning, unit, legal range.
     """
 
     @field_validator("*", mode="after")
     @classmethod
     def _check_numbers(cls, value: Any) -> Any:
         waiting = [value]
-        while waiting:  # The last one is next, so children go in reversed: the first number out of bounds is reported.
+        while waiting:  # Children are pushed in reverse, so the first number out of bounds is reported.
             item = waiting.pop()
             if isinstance(item, int | float):
                 largest = LARGEST_INT if isinstance(item, int) else LARGEST_FLOAT
-                if not abs(item) <= largest:  # NaN is not.
-                    raise ValueError(f"{item:.6g} is no finite number within ±{largest:.6g}")
+                if not abs(item) <= largest:  # Also true for NaN.
+                    raise ValueError(f"{item:.6g}: expected a finite number within ±{largest:.6g}")
             elif isinstance(item, dict):
                 waiting.extend(reversed(item.values()))
             elif isinstance(item, list | tuple):
@@ -62,11 +62,11 @@ _REASONS = {
     **dict.fromkeys(("model_type", "model_attributes_type", "dataclass_type"), "expected a block of keys"),
     "path_type": "expected a path",
 }
-"""pydantic's own sentences speak of Python's types, which are not those of a configuration file."""
+"""Replacements for pydantic's messages, which name Python types instead of those of a configuration file."""
 
 
 def reason_of(detail: Mapping[str, Any]) -> str:
-    """Return why a value was refused, in words of configuration files, from an item of ``ValidationError.errors()``."""
+    """Return the reason for an item of ``ValidationError.errors()``, in the terms of configuration files."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
@@ -79,24 +79,24 @@ def reason_of(detail: Mapping[str, Any]) -> str:
 
 
 def first_fault(error: ValidationError, value: Any = None) -> str:
-    """Return place and reason of the first complaint; see ``faults_of``."""
+    """Return path and reason of the first error; see ``faults_of``."""
     return faults_of(error, value)[0]
 
 
-def faults_of(error: ValidationError, value: Any = None, place: str = "") -> list[str]:
-    """Return place and reason of each complaint: ``heldout.a.score: expected a number``.
+def faults_of(error: ValidationError, value: Any = None, prefix: str = "") -> list[str]:
+    """Return path and reason of each error: ``heldout.a.score: expected a number``.
 
     Args:
         error: The exception of pydantic.
-        value: The value that was validated. Its keys separate the path from names of union members that pydantic
-            inserts. None: the path is pydantic's.
-        place: Path of ``value`` itself, put in front of each path.
+        value: The validated value. It is used to remove from each path the names of union members that pydantic
+            inserts. None keeps pydantic's path.
+        prefix: Path of ``value`` itself, prepended to each path.
     """
-    return [_sentence(detail, value, place) for detail in error.errors(include_url=False)]
+    return [_sentence(detail, value, prefix) for detail in error.errors(include_url=False)]
 
 
-def _sentence(detail: Mapping[str, Any], value: Any, place: str) -> str:
-    path = [place]
+def _sentence(detail: Mapping[str, Any], value: Any, prefix: str) -> str:
+    path = [prefix]
     known_value = value is not None
     for word in detail["loc"]:
         known = word in value if isinstance(value, dict) else isinstance(value, list | tuple) and isinstance(word, int)

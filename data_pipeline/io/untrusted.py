@@ -1,10 +1,10 @@
 """Read JSON and YAML that this project did not write, within bounds.
 
-    file --a regular file of few bytes--> text --few levels, few nodes--> plain values
+    file --check type and size--> text --check levels and nodes--> plain values
 
 A parser without bounds lets a small file run for minutes, fill the memory or exhaust the stack: a pipe never ends,
-``[[[[...`` nests a million levels, and nine YAML aliases of nine aliases each expand to a billion values. Every reader
-here raises :class:`UntrustedError` instead, whose message does not name the file: the caller adds it.
+``[[[[...`` nests a million levels, and nine levels of ten YAML aliases each expand to a billion values. Every reader
+here raises ``UntrustedError`` instead, whose message does not name the file: the caller adds it.
 
 A parsed number may still be NaN, infinite or very large, and any value may have the wrong type: the caller checks both.
 """
@@ -42,7 +42,10 @@ class UntrustedError(ValueError):
 
 
 class IrregularFileError(OSError, UntrustedError):
-    """A path names a folder, a FIFO, a socket or a device; the code for damaged and for unreadable files catches it."""
+    """A path names a folder, a FIFO, a socket or a device.
+
+    Handlers of ``OSError`` (unreadable files) and of ``UntrustedError`` (damaged files) both catch it.
+    """
 
     def __str__(self) -> str:
         return str(self.strerror)
@@ -53,7 +56,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
     Raises:
         IrregularFileError: the path names something that is not a regular file.
-        OSError: the system refuses.
+        OSError: a system call fails.
     """
     return os.fdopen(regular_descriptor(path, os.O_RDONLY), "rb")
 
@@ -63,7 +66,7 @@ def append_regular(path: Path) -> IO[bytes]:
 
     Raises:
         IrregularFileError: the path names something that is not a regular file.
-        OSError: the system refuses.
+        OSError: a system call fails.
     """
     return os.fdopen(regular_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
@@ -73,7 +76,7 @@ def regular_descriptor(path: Path, flags: int) -> int:
 
     Raises:
         IrregularFileError: the path names something that is not a regular file.
-        OSError: the system refuses.
+        OSError: a system call fails.
     """
     # Without O_NONBLOCK, open() waits for the other end if the path is a FIFO. Regular files ignore the flag.
     try:
@@ -99,7 +102,7 @@ def read_bytes(path: Path, *, most_bytes: int = MOST_BYTES) -> bytes:
 
     Raises:
         UntrustedError: the path names no regular file, or one of more than ``most_bytes``.
-        OSError: the system refuses.
+        OSError: a system call fails.
     """
     with open_regular(path) as file:
         content = file.read(most_bytes + 1)
@@ -113,7 +116,7 @@ def read_lines(path: Path, *, most_bytes: int = MOST_BYTES) -> Iterator[bytes]:
 
     Raises:
         UntrustedError: the path names no regular file, or a line has more than ``most_bytes``.
-        OSError: the system refuses.
+        OSError: a system call fails.
     """
     with open_regular(path) as file:
         while line := file.readline(most_bytes + 1):
@@ -126,8 +129,8 @@ def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> Any:
     """Return the value of a JSON file; see ``parse_json``.
 
     Raises:
-        UntrustedError: it is no regular file, too large, or no JSON.
-        OSError: the system refuses.
+        UntrustedError: it is not a regular file, is too large, or is not valid JSON.
+        OSError: a system call fails.
     """
     return parse_json(read_bytes(path, most_bytes=most_bytes))
 
@@ -135,11 +138,11 @@ def read_json(path: Path, *, most_bytes: int = MOST_BYTES) -> Any:
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text.
 
-    Bytes are UTF-8, with or without a byte order mark. Of a key that is written twice the last value counts, as in
-    every common JSON library. ``NaN`` and ``Infinity`` are read, as Python's own writer emits them.
+    Bytes are UTF-8, with or without a byte order mark. If a key occurs twice, the last value counts, as in common JSON
+    libraries. ``NaN`` and ``Infinity`` are accepted, because Python's own writer emits them.
 
     Raises:
-        UntrustedError: it is no JSON, nests deeper than ``MOST_DEPTH``, or holds an integer of over 4300 digits.
+        UntrustedError: it is not valid JSON, nests deeper than ``MOST_DEPTH``, or holds an integer of over 4300 digits.
     """
     try:
         if isinstance(text, bytes):
@@ -150,11 +153,11 @@ def parse_json(text: str | bytes) -> Any:
     except UntrustedError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UntrustedError(f"no JSON: {error}") from error
+        raise UntrustedError(f"not valid JSON: {error}") from error
 
 
 def _depth(text: str) -> int:
-    """Levels of nesting, in time linear in the text; of a text that is no JSON any number."""
+    """Return the levels of nesting, in linear time. The number is arbitrary if the text is not valid JSON."""
     brackets = _ONLY_BRACKETS.sub("", _QUOTED.sub("", _ESCAPED.sub("", text)))
     marks = np.frombuffer(brackets.encode("ascii"), np.uint8)
     opening = (marks == ord("[")) | (marks == ord("{"))
@@ -162,28 +165,28 @@ def _depth(text: str) -> int:
 
 
 class YamlBoundsError(ComposerError):
-    """A YAML text may be valid, and is not read: too deep, too many values, or an alias that contains itself."""
+    """A YAML text that nests too deep, has too many values, or a value that contains itself. It may be valid YAML."""
 
 
 class BoundedYamlLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which raises on texts that nest too deep or expand to too many values.
 
-    An alias counts as all that it stands for. Beyond the bounds it raises ``YamlBoundsError``, with the line.
+    An alias counts as all values that it expands to. Beyond the bounds, the loader raises ``YamlBoundsError``, with the
+    line.
     """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._depth = self._num_composed = 0
-        self._expanded: dict[
-            int, tuple[int, int]
-        ] = {}  # By id of a finished node: values and levels, aliases expanded.
+        # By id of a finished node: its number of values and its levels, with aliases expanded.
+        self._expanded: dict[int, tuple[int, int]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         """Compose one value; PyYAML calls this for each value, key and alias."""
         mark = self.peek_event().start_mark
         self._depth += 1
         self._num_composed += 1
-        # The first check keeps PyYAML's recursion within bounds.
+        # This check bounds PyYAML's recursion.
         if self._depth <= MOST_DEPTH and self._num_composed <= MOST_YAML_NODES:
             node = super().compose_node(parent, index)
             assert node is not None, "PyYAML calls this where there is a node"
@@ -213,8 +216,9 @@ def read_yaml(path: Path, *, most_bytes: int = MOST_YAML_BYTES) -> Any:
     """Return the value of a YAML file of one document, by YAML 1.1 as PyYAML reads it.
 
     Raises:
-        UntrustedError: it is no regular file, too large, or no YAML within the bounds of ``BoundedYamlLoader``.
-        OSError: the system refuses.
+        UntrustedError: it is not a regular file, is too large, or is not valid YAML within the bounds of
+            ``BoundedYamlLoader``.
+        OSError: a system call fails.
     """
     return parse_yaml(read_bytes(path, most_bytes=most_bytes), BoundedYamlLoader)
 
@@ -223,7 +227,7 @@ def parse_yaml(text: bytes, loader: type[BoundedYamlLoader]) -> Any:
     """Return the value of a YAML text of one document.
 
     Raises:
-        UntrustedError: it is no UTF-8, or no YAML within the bounds of ``BoundedYamlLoader``.
+        UntrustedError: it is not valid UTF-8, or not valid YAML within the bounds of ``BoundedYamlLoader``.
     """
     try:
         return yaml.load(text.decode("utf-8-sig"), Loader=loader)
@@ -231,6 +235,6 @@ def parse_yaml(text: bytes, loader: type[BoundedYamlLoader]) -> Any:
         line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
         what = "YAML that is not read" if isinstance(error, YamlBoundsError) else "not valid YAML"
         raise UntrustedError(f"{what}{line}: {error.problem or error.context}") from error
-    # Constructors of explicit tags index and match their text without a check: !!timestamp x, !!bool x, !!int "".
+    # PyYAML's constructors of explicit tags do not check their text: !!timestamp x, !!bool x, !!int "".
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UntrustedError(f"not valid YAML: {error}") from error

@@ -1,4 +1,4 @@
-"""The fingerprint of a data configuration: a hash of everything that decides which sample is where before a step."""
+"""The fingerprint of a data configuration: hashes of everything that decides the samples of the steps so far."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from data_pipeline.order.state import fingerprint_of
 
 
 def schedule_of(config: DataConfig, num_samples: Mapping[str, int]) -> Schedule:
-    """Weights over steps; ``num_samples`` of data sets with a manifest turn ``repeats`` into weights."""
-    return Schedule.of([dataset.weight_changes(num_samples.get(dataset.name, 0)) for dataset in config.datasets])
+    """Return the weights over steps. ``num_samples``, needed for data sets with ``repeats``, is the size by name."""
+    return Schedule.from_changes(
+        [dataset.weight_changes(num_samples.get(dataset.name, 0)) for dataset in config.datasets]
+    )
 
 
 def fingerprint(
@@ -27,23 +29,23 @@ def fingerprint(
     schedule: Schedule,
     step: int,
 ) -> str:
-    """Hash of everything that decided which sample sits where before ``step``.
+    """Return the fingerprint of everything that decided the samples of the steps before ``step``.
 
-    Ranks, workers and prefetch are not in it; nor is what has its first effect later: a data set that is drawn from
-    ``step`` on, or weights that change then, may be added to a running mixture.
+    The number of ranks, workers and prefetched steps has no effect on it. Settings that take effect only from ``step``
+    on are left out, so a data set or new weights that start later can be added to a running mixture.
 
     Args:
         config: The data block.
-        spec: The model's side: patch counts decide what fits into a pack.
+        spec: The model's inputs: patch counts decide which documents fit into a pack.
         seed: Seed of the run.
-        manifests: Fingerprint of the manifest of each data set that has one; of others the shards' names count.
+        manifests: Fingerprint of the manifest of each data set that has one, by name.
         tokenizer: Fingerprint of the tokenizer.
         schedule: Weights over steps.
-        step: Steps done.
+        step: Number of steps done.
     """
     phases = [i for i, start in enumerate(schedule.starts) if start < max(step, 1)]
-    kept = [i for i in range(len(config.datasets)) if any(schedule.weights[phase][i] for phase in phases)]
-    drawn = [config.datasets[i] for i in kept]
+    used = [i for i in range(len(config.datasets)) if any(schedule.weights[phase][i] for phase in phases)]
+    datasets = [config.datasets[i] for i in used]
     parts: dict[str, object] = {
         "seed": seed,
         "lanes": config.lanes,
@@ -51,34 +53,45 @@ def fingerprint(
         "packing": config.packing.model_dump(mode="json"),
         "tokenizer": tokenizer,
         "model.media": repr(spec),
-        "datasets": [dataset.name for dataset in drawn],
-        "weights": [(schedule.starts[phase], [schedule.weights[phase][i] for i in kept]) for phase in phases],
+        "datasets": [dataset.name for dataset in datasets],
+        "weights": [(schedule.starts[phase], [schedule.weights[phase][i] for i in used]) for phase in phases],
     }
     if config.faults.exclude:
         parts["faults.exclude"] = exclusions_digest(config.faults)
-    for dataset in drawn:
+    for dataset in datasets:
         parts |= _dataset_parts(dataset, manifests.get(dataset.name))
     return fingerprint_of(parts)
 
 
 _LATER_KEYS = frozenset({"max_text_bytes", "pipeline", "stages", "template.images", "template.each.images"})
-"""Keys of a data set that the first checkpoints lack. At their default they leave a fingerprint as it was."""
+"""Keys that older checkpoints lack. At their default a fingerprint leaves them out, so that such checkpoints resume."""
+
+_ORIGINAL_NAMES = {"crop_start": "view_start", "crop_end": "view_end"}
+"""Original names of renamed keys. A fingerprint uses the original names, so that older checkpoints resume."""
 
 
-def _without_later_defaults(config: StrictConfig, dumped: dict[str, Any], block: str = "") -> dict[str, Any]:
-    """Return ``dumped`` without those ``_LATER_KEYS`` that have their default; ``block`` is its path and a dot."""
-    kept: dict[str, Any] = {}
+def _original_dump(config: StrictConfig, dumped: dict[str, Any], block: str = "") -> dict[str, Any]:
+    """Return ``dumped`` with the original key names, and without ``_LATER_KEYS`` that have their default.
+
+    Args:
+        config: The block.
+        dumped: Its JSON values.
+        block: Path of the block with a trailing dot; empty for the data set itself.
+    """
+    original: dict[str, Any] = {}
     for name, value in dumped.items():
         own = getattr(config, name)
         if block + name in _LATER_KEYS and own == type(config).model_fields[name].default:
             continue
-        kept[name] = _without_later_defaults(own, value, f"{block}{name}.") if isinstance(own, StrictConfig) else value
-    return kept
+        if name == "padding_of":
+            value = value.replace("crop", "view")
+        nested = isinstance(own, StrictConfig)
+        original[_ORIGINAL_NAMES.get(name, name)] = _original_dump(own, value, f"{block}{name}.") if nested else value
+    return original
 
 
 def _dataset_parts(dataset: DatasetConfig, manifest: str | None) -> dict[str, object]:
-    """Whatever a data set's configuration says, but for its name, its weight and where it lies."""
-    dumped = _without_later_defaults(
-        dataset, dataset.model_dump(mode="json", exclude={"name", "weight", "repeats", "manifest"})
-    )
+    """Return the manifest's hash and the configuration of a data set, without its name, weights and manifest path."""
+    dumped = dataset.model_dump(mode="json", exclude={"name", "weight", "repeats", "manifest"})
+    dumped = _original_dump(dataset, dumped)
     return {f"{dataset.name}.manifest": manifest, **{f"{dataset.name}.{key}": value for key, value in dumped.items()}}

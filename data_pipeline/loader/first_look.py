@@ -1,6 +1,6 @@
-"""Look at a few samples of a data set before a run starts: do they fit into a pack, and do they hold images?
+"""A check of a few samples of a data set before a run starts: do they fit into a pack, and do they have images?
 
-Only text and the sizes in the index are read, as ``SampleReader.read_outline`` does, so a look takes milliseconds.
+The check reads text and the image sizes of the index (``SampleReader.read_without_images``), so it takes milliseconds.
 Not for: finding every bad sample (``mmscale data verify``).
 """
 
@@ -18,18 +18,18 @@ from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
 
-_NUM_LOOKED_AT = 32
+_NUM_CHECKED = 32
 
 
 @dataclass(frozen=True)
 class FirstLook:
-    """What a look found.
+    """Result of the check.
 
     Attributes:
-        looked_at: Samples that were read.
-        unusable: How many of them make no document, or one that no pack can hold (``packing.too_long``).
-        reason: Of the first of these, with its shard and key.
-        holds_images: Whether any document has an image, or any shard that was looked at, where the template takes them.
+        looked_at: Number of samples that were read.
+        unusable: Number of them that give no document, or one that no pack can hold (``packing.too_long``).
+        reason: The error of the first unusable sample, with its shard and key; empty if there is none.
+        holds_images: Whether the template uses images, and a checked sample has one or its shard contains image files.
     """
 
     looked_at: int
@@ -39,25 +39,25 @@ class FirstLook:
 
 
 def look_at(dataset: DatasetConfig, builder: DocumentBuilder, budget: Budget) -> FirstLook:
-    """Make documents, without pixels, of samples spread evenly over an indexed data set on this machine.
+    """Build documents without pixels from samples that are spread evenly over a data set with a local manifest.
 
     Raises:
         ManifestError: the manifest is damaged.
-        DataConfigError: it holds no samples.
+        DataConfigError: the data set has no samples.
     """
     reader = SampleReader(Manifest.open(dataset.indexed), dataset.name)
     takes_images = dataset.template.takes_images
     num_samples = reader.manifest.num_samples
     if not num_samples:
         raise DataConfigError(f"data set {dataset.name}: {dataset.manifest} holds no samples")
-    numbers = np.unique(np.linspace(0, num_samples - 1, _NUM_LOOKED_AT).astype(np.int64)).tolist()
+    numbers = np.unique(np.linspace(0, num_samples - 1, _NUM_CHECKED).astype(np.int64)).tolist()
     reasons, holds_images = [], False
     try:
         for number in numbers:
             try:
-                sample = reader.read_outline(number)
+                sample = reader.read_without_images(number)
                 holds_images |= takes_images and any(map(is_image, reader.extensions(number)))
-                document = builder.measure(sample)
+                document = builder.dry_run(sample)
                 holds_images |= bool(document.items)
                 budget.admit(document)
             except (SampleError, ShardError, ManifestError) as error:

@@ -1,12 +1,13 @@
-"""One lane of a data set of plain tars: shards without an index, each read once from front to back.
+"""The samples of one lane from plain tars: shards without an index, each read from front to back.
 
     epoch    shard 2, shard 0, shard 1, ...           a Feistel permutation of the shards
-    lane l   places l, l + L, l + 2L, ... of the endless sequence of shards
+    lane l   positions l, l + L, l + 2L, ... of the endless sequence of shards
     window   consecutive samples of a shard, which are permuted among themselves
 
-The order is a pure function of the list of shards and the seed, as with an index (``lanes``); only what lies where in a
-shard is found out by reading it. A cursor is (turn, window, offset): the lane's turn-th shard. A sample's number is its
-shard's times 2^32, plus its row. A resume reads a shard again up to the window it stood in.
+The order is a pure function of the list of shards and the seed, as with an index (``lanes``). The number of samples in
+a shard is unknown until the shard was read. A cursor is (turn, window, offset), where turn counts the shards of the
+lane. The number of a sample is the number of its shard times 2^32, plus its row in the shard. A resumed run reads the
+current shard again, up to the current window.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from data_pipeline.errors import (
 from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault
 from data_pipeline.order.randomness import Permutation
-from data_pipeline.order.state import Cursor, Drawn, Place
+from data_pipeline.order.state import Cursor, Drawn, SamplePosition
 from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES, assemble
 from data_pipeline.shards.tar_stream import PIPE, Members, samples_of
@@ -44,13 +45,13 @@ Entry = tuple[str, Members | SampleError | ShardError]
 
 
 def commands(patterns: Sequence[str]) -> list[str]:
-    """The shell commands among the sources of ``data.datasets.*.shards``, braces expanded."""
+    """Return the shell commands among the sources of ``data.datasets.*.shards``, braces expanded."""
     sources = (source for pattern in patterns for source in braceexpand(pattern))
     return [source.removeprefix(PIPE) for source in sources if source.startswith(PIPE)]
 
 
 def expand_shards(patterns: Sequence[str]) -> tuple[str, ...]:
-    """Sources of ``data.datasets.*.shards``, braces expanded: ``part-{000..099}.tar`` stands for a hundred.
+    """Return the sources of ``data.datasets.*.shards``, braces expanded: ``part-{000..099}.tar`` gives 100 sources.
 
     Raises:
         DataConfigError: a URL is malformed, a file is missing, or a source is named twice.
@@ -68,40 +69,40 @@ def expand_shards(patterns: Sequence[str]) -> tuple[str, ...]:
 
 
 def source_of(sources: Sequence[str], sample: int) -> tuple[str, str]:
-    """Source of a sample, and its place in it as ``#17``.
+    """Return the source of a sample and its row in the source, for example ``#17``; the inverse of ``sample_number``.
 
     Raises:
-        DataConfigError: the sources are fewer than they were.
+        DataConfigError: there are fewer sources than the number of the sample requires.
     """
     shard, row = sample >> _ROW_BITS, sample & ((1 << _ROW_BITS) - 1)
     if shard >= len(sources):
-        raise DataConfigError(f"shards: there is no shard number {shard}; the configuration names {len(sources)}")
+        raise DataConfigError(f"shards: no shard number {shard}: the configuration names {len(sources)} shards")
     return sources[shard], f"#{row}"
 
 
 def sample_number(source: int, row: int) -> int:
-    """The sample that lies in a place of a source: the inverse of ``source_of``."""
+    """Return the number of the sample in a row of the source with this number."""
     return source << _ROW_BITS | row
 
 
 def any_remote(sources: Sequence[str]) -> bool:
-    """Whether a source is on a server."""
+    """Return whether any source is a URL."""
     return any(not source.startswith(PIPE) and isinstance(parse_location(source), Url) for source in sources)
 
 
 @dataclass(frozen=True)
 class StreamedSet:
-    """What the lanes of a process share of a data set of plain tars.
+    """A data set of plain tars; the lanes of a process share it.
 
     Attributes:
-        dataset: Its name.
+        dataset: Name of the data set.
         sources: Paths, URLs or ``pipe:`` commands, in the order of the configuration.
-        seed: Of the order.
-        window_size: Samples that are held and mixed.
+        seed: Seed of the order.
+        window_size: Number of samples of a window; a lane holds one window in memory.
         storage: Reads URLs.
-        faults: What the process knows of bad samples.
-        max_text_bytes: A larger ``txt`` or ``json`` member is a bad sample.
-        lost: Shards that could not be read to their end.
+        faults: The bad samples that this process knows.
+        max_text_bytes: Largest ``txt`` or ``json`` member; a larger one makes a bad sample.
+        lost: Numbers of the shards that could not be read to their end.
     """
 
     dataset: str
@@ -115,17 +116,17 @@ class StreamedSet:
 
     @property
     def num_samples(self) -> int:
-        """Nobody counted them."""
+        """0: unknown without an index."""
         return 0
 
     def lane(self, lane: int, num_lanes: int) -> StreamedLane:
-        """The samples of one lane."""
+        """Return the samples of one lane."""
         return StreamedLane(self, lane, num_lanes)
 
 
 @dataclass
 class _Window:
-    """Samples of a shard in stored order; one that could not be read is its error."""
+    """Consecutive samples of a shard in stored order; an entry may be the error of reading its sample."""
 
     shard: int
     number: int
@@ -133,12 +134,12 @@ class _Window:
 
 
 class StreamedLane:
-    """Places and samples of one lane. Holds one window and one open shard.
+    """The samples of one lane: a ``LaneSource``. It holds one window in memory and one shard open.
 
     Args:
         shared: The data set.
-        lane: This lane.
-        num_lanes: All lanes; over them each sample occurs once an epoch.
+        lane: Number of this lane.
+        num_lanes: Number of lanes. Each sample occurs in one lane per epoch.
     """
 
     random_access = False
@@ -150,8 +151,8 @@ class StreamedLane:
         self._window = _Window(-1, -1, [])
         self._open: tuple[int, int, Iterator[Entry]] | None = None
 
-    def resolve(self, cursor: Cursor) -> tuple[Place, Cursor]:
-        """The sample at ``cursor`` and the cursor after it; reads on where the window at hand does not reach.
+    def resolve(self, cursor: Cursor) -> tuple[SamplePosition, Cursor]:
+        """Return the sample at ``cursor`` and the cursor after it. Reads another window if ``cursor`` is outside.
 
         Raises:
             DataConfigError: no shard holds a sample.
@@ -172,14 +173,14 @@ class StreamedLane:
             turn, number, offset = turn + 1, 0, 0
         order = Permutation(len(entries), self._set.seed, epoch, stream=(shard << _ROW_BITS) + number + 1)
         row = number * self._set.window_size + order[offset]
-        return Place(sample_number(shard, row), epoch), Cursor(turn, number, offset + 1)
+        return SamplePosition(sample_number(shard, row), epoch), Cursor(turn, number, offset + 1)
 
     def read(self, sample: int, epoch: int = 0) -> Sample:
-        """The sample with its members in reading order.
+        """Return a sample with its members in reading order.
 
         Raises:
-            ShardError, StorageError: the shard is damaged there, or cannot be read.
-            SampleError: its JSON or text is malformed.
+            ShardError, StorageError: the shard is damaged at this sample, or cannot be read.
+            SampleError: the JSON or text of the sample is malformed, or the shard no longer contains the sample.
         """
         key, found = self._entry(sample)
         source = self._set.sources[sample >> _ROW_BITS]
@@ -188,15 +189,15 @@ class StreamedLane:
         origin = Provenance(self._set.dataset, source, key, sample, epoch)
         return assemble(found, origin, max_text_bytes=self._set.max_text_bytes)
 
-    def read_outline(self, sample: int, epoch: int = 0) -> Sample:
-        """The same: what is streamed is there anyway."""
+    def read_without_images(self, sample: int, epoch: int = 0) -> Sample:
+        """Return the sample with its images: streaming reads them in any case."""
         return self.read(sample, epoch)
 
     def prepare(self, cursor: Cursor, waiting: Sequence[Drawn]) -> None:
-        """Nothing is fetched before it is read."""
+        """Do nothing: streamed shards are not prefetched."""
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Place, str, str, Members | SampleError | ShardError]]:
-        """Yield place, shard, key and members of each sample of an epoch.
+    def epoch(self, epoch: int) -> Iterator[tuple[SamplePosition, str, str, Members | SampleError | ShardError]]:
+        """Yield position, shard, key and members of each sample of the lane in an epoch.
 
         Raises:
             DataConfigError: no shard holds a sample.
@@ -204,40 +205,40 @@ class StreamedLane:
         first = epoch * len(self._set.sources)
         cursor = Cursor(max(0, -(-(first - self._lane) // self._num_lanes)))
         while self._shard(cursor[0])[0] == epoch:
-            place, cursor = self.resolve(cursor)
-            if place.epoch != epoch:
+            position, cursor = self.resolve(cursor)
+            if position.epoch != epoch:
                 return
-            yield (place, self._set.sources[place.sample >> _ROW_BITS], *self._entry(place.sample))
+            yield (position, self._set.sources[position.sample >> _ROW_BITS], *self._entry(position.sample))
 
     def where(self, sample: int) -> tuple[str, str]:
-        """Shard and key of a sample."""
+        """Return shard and key of a sample; reads the shard up to the sample if its window is not in memory."""
         return self._set.sources[sample >> _ROW_BITS], self._entry(sample)[0]
 
     def _shard(self, turn: int) -> tuple[int, int]:
-        """Epoch and shard of the lane's turn."""
+        """Return the epoch and the number of the shard that the lane reads at a turn."""
         count = len(self._set.sources)
-        epoch, at = divmod(turn * self._num_lanes + self._lane, count)
-        return epoch, Permutation(count, self._set.seed, epoch)[at]
+        epoch, position = divmod(turn * self._num_lanes + self._lane, count)
+        return epoch, Permutation(count, self._set.seed, epoch)[position]
 
     def _entry(self, sample: int) -> Entry:
         shard, row = sample >> _ROW_BITS, sample & ((1 << _ROW_BITS) - 1)
-        number, at = divmod(row, self._set.window_size)
+        number, offset = divmod(row, self._set.window_size)
         entries = self._load(shard, number)
-        if at >= len(entries):
+        if offset >= len(entries):
             source = self._set.sources[shard]
             return "?", SampleError(f"{source} has no sample {row} any more", kind=FaultKind.SHARD, shard=source)
-        return entries[at]
+        return entries[offset]
 
     def _load(self, shard: int, number: int) -> list[Entry]:
-        """The entries of a window; fewer than its size at the shard's end, none behind it."""
+        """Return the entries of a window; fewer than the window size at the end of the shard, none after its end."""
         window = self._window
         if (window.shard, window.number) != (shard, number):
             size = self._set.window_size
             if self._open is None or self._open[0] != shard or self._open[1] > number:
                 self.close()
                 self._open = (shard, 0, samples_of(self._set.sources[shard], self._set.storage))
-            _, at, samples = self._open
-            for _ in itertools.islice(samples, (number - at) * size):
+            _, next_number, samples = self._open
+            for _ in itertools.islice(samples, (number - next_number) * size):
                 pass
             entries = list(itertools.islice(samples, size))
             self._open = (shard, number + 1, samples)
@@ -245,37 +246,37 @@ class StreamedLane:
         return window.entries
 
     def close(self) -> None:
-        """Closes the shard at hand."""
+        """Close the open shard."""
         if self._open is not None:
             samples = self._open[2]
             self._open = None
-            samples.close()  # type: ignore[attr-defined] # A generator.
+            samples.close()  # type: ignore[attr-defined] # ``samples_of`` is a generator.
 
 
 @dataclass(frozen=True)
 class StreamedFaults:
-    """Bad samples and lost shards of a streamed data set: a ``KnownFaults``."""
+    """The known bad samples and lost shards of a streamed data set: a ``KnownFaults``."""
 
     lane: StreamedLane
     shared: StreamedSet
 
     def recall(self, sample: int) -> Fault | None:
-        """The fault of a sample that need not be tried."""
+        """Return the fault of a sample that need not be tried; None if the sample must be tried."""
         run, dataset = self.shared.faults, self.shared.dataset
         return run.excluded(dataset, sample, self, "other shards") or run.recall(dataset, sample)
 
     def locate(self, sample: int) -> tuple[str, str]:
-        """Shard and key."""
+        """Return shard and key of a sample."""
         return self.lane.where(sample)
 
     def offset(self, sample: int) -> None:
-        """Nobody knows: a pipe has no places."""
+        """Return None: offsets are not recorded for streamed shards."""
 
-    def shard_failed(self, sample: int, error: ShardError | ManifestError) -> Fault:
-        """The rest of the shard is lost.
+    def record_shard_failure(self, sample: int, error: ShardError | ManifestError) -> Fault:
+        """Record the shard as lost from this sample on.
 
         Raises:
-            TooManyFaultsError: more than ``max_share`` of the shards are.
+            TooManyFaultsError: more than ``max_share`` of the shards are lost, or all of them.
         """
         source, key = self.lane.where(sample)
         shared, shard = self.shared, sample >> _ROW_BITS
@@ -286,12 +287,12 @@ class StreamedFaults:
                 f"{len(shared.lost)} of the {count} shards of data set {shared.dataset} could not be read to their "
                 f"end (data.faults.max_share={config.max_share:g}); the last: {error}"
             )
-        reason = f"{error}; what follows in the shard is lost"
+        reason = f"{error}; the samples after it in the shard are lost"
         return Fault(SampleError(reason, kind=FaultKind.SHARD, shard=source, key=key), counts=False)
 
-    def keep(self, sample: int, error: SampleError) -> None:
-        """Holds a quarantined sample."""
-        self.shared.faults.hold(self.shared.dataset, sample, error)
+    def remember(self, sample: int, error: SampleError) -> None:
+        """Remember the fault of a quarantined sample."""
+        self.shared.faults.remember(self.shared.dataset, sample, error)
 
-    def succeeded(self, sample: int) -> None:
-        """Nothing is counted."""
+    def record_success(self, sample: int) -> None:
+        """Do nothing: only lost shards are counted."""

@@ -1,4 +1,4 @@
-"""The loader alone, as a ``torch.utils.data`` iterable: for a training loop that is not ours.
+"""The loader as a ``torch.utils.data`` iterable, for training loops outside of mmscale.
 
 for batch in open_loader("data.yaml", MediaSpec(Placement.EMBEDDING, patch_size=14), seed=1): ...
 """
@@ -23,17 +23,18 @@ from data_pipeline.order.state import LoaderState
 
 
 class PackedBatches(IterableDataset[MultimodalBatch]):
-    """Batches of one rank, one a step; iterating goes on behind the last batch that was taken.
+    """The batches of one rank, one per step. Create it with ``open_loader``.
 
-    The iteration ends when every data set gave its ``max_epochs``, else never. Worker processes come from
-    ``data.workers``: do not wrap it in a ``DataLoader`` with workers. Made by ``open_loader``.
+    A new iteration continues after the last batch that was yielded. An iteration ends when every data set with a weight
+    above 0 has reached its ``max_epochs``; without ``max_epochs`` it never ends. ``data.workers`` sets the worker
+    processes: do not wrap the object in a ``DataLoader`` with workers.
     """
 
     def __init__(self, config: DataConfig, spec: MediaSpec, seed: int, rank: int, world_size: int) -> None:
         self._config, self._spec, self._seed = config, spec, seed
         self._rank, self._world_size = rank, world_size
         self._state: LoaderState | None = None
-        self._open().close()  # Whatever cannot work fails here, not in the first step.
+        self._open().close()  # Raise errors of the configuration here, not in the first step.
 
     def _open(self) -> Loader:
         lanes = -(-self._config.lanes // self._world_size)
@@ -48,14 +49,16 @@ class PackedBatches(IterableDataset[MultimodalBatch]):
         )
 
     def __iter__(self) -> Iterator[MultimodalBatch]:
-        """The batches behind the last one taken.
+        """Yield the batches after the last one that was yielded.
 
         Raises:
             DataConfigError: called in a worker process of a ``DataLoader``.
-            DataPipelineError: what the fault policy does not forgive.
+            DataPipelineError: data cannot be read, or the fault policy stops the iteration.
         """
         if get_worker_info() is not None:
-            raise DataConfigError("this loader has workers of its own: set data.workers, and num_workers=0 around it")
+            raise DataConfigError(
+                "this loader has workers of its own: set data.workers, and num_workers=0 of the DataLoader around it"
+            )
         with self._open() as loader:
             for step in loader:
                 if not step.num_samples and step.exhausted:
@@ -65,15 +68,15 @@ class PackedBatches(IterableDataset[MultimodalBatch]):
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this rank stands: plain values, some integers a lane. Empty before the first batch."""
+        """Return the position of this rank: plain values, a few integers per lane. Empty before the first batch."""
         return {} if self._state is None else self._state.to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Goes on from a state at the next iteration.
+        """Let the next iteration continue from a state.
 
         Args:
-            state: What ``state_dict`` gave on this rank; or the list of what it gave on all ranks, which suits any
-                number of ranks and workers.
+            state: The ``state_dict`` of this rank for the same number of ranks; or the list of the ``state_dict`` of
+                all ranks, which fits any number of ranks and workers.
 
         Raises:
             StateError: the state belongs to other data or another order, or lacks a lane of this rank.
@@ -84,7 +87,7 @@ class PackedBatches(IterableDataset[MultimodalBatch]):
             self._state = None
             return
         if not all(parts):
-            raise StateError("some ranks have a state and others have none: take all of them after the same step")
+            raise StateError("some ranks have a state and others have none: save the state of all ranks after one step")
         self._state = LoaderState.merge([LoaderState.from_dict(part) for part in parts])
         try:
             self._open().close()
@@ -101,18 +104,19 @@ def open_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> PackedBatches:
-    """The batches of one rank.
+    """Return the batches of one rank.
 
     Args:
-        config: A data block: as an object, as a mapping, or a YAML file that holds one (or a run with one, ``data:``).
-        spec: What the model takes of an image.
+        config: A data block as an object, a mapping, or a YAML file. The file contains the block itself, or a run's
+            configuration with the block under ``data:``.
+        spec: The model's inputs.
         seed: Seed of order, augmentation and drawn captions.
-        rank: This rank.
-        world_size: All ranks; it changes no batch, only who gets which lanes of it.
+        rank: This rank, from 0.
+        world_size: Number of ranks. It decides which lanes of the global batch this rank gets, not their content.
 
     Raises:
-        DataConfigError: the configuration is wrong or cannot work; names the field.
-        ManifestError: a manifest is missing or damaged.
+        DataConfigError: the configuration is wrong or cannot work; the message names the field.
+        ManifestError, StorageError: a manifest is missing, damaged, or cannot be read from its URL.
     """
     if isinstance(config, str | Path):
         config = _read(Path(config))

@@ -1,9 +1,10 @@
-"""The loader: what one rank is fed, step after step, for ever.
+"""The loader: the batches of one rank, step by step.
 
-    lanes of this rank --dealt to--> workers --one item a step--> microbatches --> StepBatch
+    lanes of this rank --divided among--> workers --one item per step--> microbatches --> StepBatch
 
-Workers own lanes and ranks own lanes; neither changes what a lane holds, so the global batch is the same for every
-number of both. Not for: evaluation, which reads in stored order (``sample_reader.read_samples``).
+Lanes are divided among ranks, and the lanes of a rank among its workers. The content of a lane depends on neither, so
+the global batch is the same for any number of ranks and workers. Not for: evaluation, which reads samples in stored
+order (``sample_reader.read_samples``).
 """
 
 from __future__ import annotations
@@ -22,40 +23,41 @@ from data_pipeline.errors import DataConfigError, DataPipelineError
 from data_pipeline.loader.fingerprint import fingerprint, schedule_of
 from data_pipeline.loader.front_to_back import any_remote, expand_shards
 from data_pipeline.loader.lane_packs import LanePacks
-from data_pipeline.loader.shared_buffers import Inbox, Outbox, Parcel
+from data_pipeline.loader.shared_buffers import BatchMessage, BatchReceiver, BatchSender
 from data_pipeline.loader.user_code import load as load_code
 from data_pipeline.loader.workers import Workers
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_policy import Skipped
 from data_pipeline.order.state import Drawn, LaneState, LoaderState, StreamPosition
 from data_pipeline.packing.collate import Join, collate, concatenate, join_copies
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Budget, Pack
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.storage.storage import Storage
 from data_pipeline.text.tokenizer import load_tokenizer
 
-__all__ = ["DocumentBuilder", "Loader", "LoaderState", "StepBatch", "null_document", "read_samples"]
+__all__ = ["DocumentBuilder", "Loader", "LoaderState", "StepBatch", "dummy_document", "read_samples"]
 
 _DECODE_THREADS = 2
-"""Without workers. While one waits for Python's lock, the other decodes."""
+"""Decode threads of a loader without workers. While one waits for Python's lock, the other decodes."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one rank trains on in one step.
+    """The batch of one rank in one step.
 
     Attributes:
         step: Number of the step, from 0.
-        microbatches: Equally many on every rank.
-        skipped: Bad samples that were met on the way, by lane.
-        state: This rank's lanes after the step; ``state.step`` is ``step + 1``.
-        num_samples: Documents of this rank, null documents left out.
-        num_tokens: Tokens of them.
-        num_cut: Documents of them that are only a part of their sample (``packing.too_long``).
-        drawn: Of each lane the places of its documents, null documents left out, in the order of the microbatches.
-        exhausted: Whether every data set gave all its epochs and this rank's lanes have nothing left after this step.
+        microbatches: The microbatches; every rank has the same number of them.
+        skipped: Bad samples that were skipped while the step was made, sorted by lane.
+        state: State of this rank's lanes after the step; ``state.step`` is ``step + 1``.
+        num_samples: Number of this rank's documents, without dummy documents.
+        num_tokens: Number of their tokens.
+        num_cut: Number of documents that are only a part of their sample (``packing.too_long``).
+        drawn: For each lane the samples of its documents, without dummy documents, in the order of the microbatches.
+        exhausted: Whether this rank's lanes have no document left: every data set with a weight above 0 has reached its
+            ``max_epochs``.
     """
 
     step: int
@@ -70,8 +72,8 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
-class _Notes:
-    """What is known of one step of the lanes of one worker, beside their batches."""
+class _StepInfo:
+    """One step of the lanes of one worker, without the batches. Tuples have one item per lane, except ``skipped``."""
 
     lanes: tuple[int, ...]
     states: tuple[LaneState, ...]
@@ -85,8 +87,8 @@ _Batches = tuple[MultimodalBatch, ...]
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What any process needs to make batches."""
+class _StepProducer:
+    """Makes the steps of some lanes, in this process or in a worker; it can be pickled."""
 
     config: DataConfig
     spec: MediaSpec
@@ -97,61 +99,61 @@ class _Plan:
 
     def steps(
         self, lanes: Sequence[int], join: Join, decode_threads: int
-    ) -> Generator[tuple[_Batches, _Notes], None, None]:
-        """Endless steps of some lanes: of each a batch of one pack.
+    ) -> Generator[tuple[_Batches, _StepInfo], None, None]:
+        """Yield the steps of some lanes without end: for each lane a batch of one pack.
 
         Raises:
             DataPipelineError: as ``Loader``.
         """
         states = {lane: self.lanes[lane] for lane in lanes}
-        place = (self.config, self.spec, self.seed, self.first_step, states)
-        made = LanePacks(*place, quarantine=self.quarantine, decode_threads=decode_threads)
-        with contextlib.closing(made):
+        start = (self.config, self.spec, self.seed, self.first_step, states)
+        lane_packs = LanePacks(*start, quarantine=self.quarantine, decode_threads=decode_threads)
+        with contextlib.closing(lane_packs):
             while True:
-                yield self._step(made, tuple(lanes), join)
+                yield self._step(lane_packs, tuple(lanes), join)
 
-    def _step(self, made: LanePacks, lanes: tuple[int, ...], join: Join) -> tuple[_Batches, _Notes]:
-        """One step. Its documents are gone when it returns, so that they do not wait beside their batch."""
-        packs = list(made.next_packs().values())
+    def _step(self, lane_packs: LanePacks, lanes: tuple[int, ...], join: Join) -> tuple[_Batches, _StepInfo]:
+        """Make one step. A method of its own, so that the documents are freed before the batches are yielded."""
+        packs = list(lane_packs.next_packs().values())
         batches = tuple(collate([pack], self.spec, join) for pack in packs)
-        return batches, _Notes(
+        return batches, _StepInfo(
             lanes=lanes,
-            states=tuple(made.states().values()),
-            skipped=made.take_skipped(),
+            states=tuple(lane_packs.states().values()),
+            skipped=lane_packs.pop_skipped(),
             num_cut=sum(document.is_cut for pack in packs for document in pack.documents),
             drawn=tuple(pack.drawn for pack in packs),
-            exhausted=made.exhausted,
+            exhausted=lane_packs.exhausted,
         )
 
-    def parcels(
+    def messages(
         self, num_workers: int, worker: int
-    ) -> Generator[tuple[Parcel, _Notes] | DataPipelineError, None, None]:
-        """The steps of a worker's share of the lanes, in memory that processes share; an error is the last item."""
-        outbox = Outbox()
+    ) -> Generator[tuple[BatchMessage, _StepInfo] | DataPipelineError, None, None]:
+        """Yield the steps of a worker's lanes, the batches in shared memory. An error is yielded as the last item."""
+        sender = BatchSender()
         try:
-            for batches, notes in self.steps(list(self.lanes)[worker::num_workers], outbox.join, decode_threads=0):
-                yield outbox.wrap(batches), notes
+            for batches, info in self.steps(list(self.lanes)[worker::num_workers], sender.join, decode_threads=0):
+                yield sender.encode(batches), info
         except DataPipelineError as error:
             yield error
 
 
 class Loader:
-    """Iterates over the steps of one rank. A single pass: a new loader starts again from ``state``.
+    """An iterator over the steps of one rank, without end. Close it, or use it as a context manager.
 
     Args:
         config: The data block.
-        spec: What the model takes.
+        spec: The model's inputs.
         seed: Seed of the run.
-        rank: This rank; it owns the lanes ``rank, rank + world_size, ...``.
-        world_size: All ranks.
-        micro_lanes: Lanes of a microbatch.
-        state: Go on from here; it may hold the lanes of other ranks too.
-        quarantine: Lists that this run wrote over these data: what they name need not be tried. No batch depends on
-            them (``fault_policy``).
+        rank: This rank, from 0; it owns the lanes ``rank, rank + world_size, ...``.
+        world_size: Number of ranks.
+        micro_lanes: Number of lanes of a microbatch.
+        state: The state to continue from; it may contain the lanes of other ranks too. None starts at step 0.
+        quarantine: Quarantine lists that this run wrote about these data. The loader does not try their samples again;
+            no batch depends on the lists (``fault_policy``).
 
     Raises:
         DataConfigError: more ranks than lanes, or a setting that cannot work.
-        ManifestError: a manifest is missing or damaged.
+        ManifestError, StorageError: a manifest is missing, damaged, or cannot be read from its URL.
         StateError: ``state`` belongs to other data, another seed or another order.
     """
 
@@ -174,7 +176,7 @@ class Loader:
         most_lanes = -(-config.lanes // world_size)
         self._num_microbatches = -(-most_lanes // micro_lanes)
         tokenizer = load_tokenizer(config.tokenizer)
-        self._null_pack = Pack((null_document(spec, tokenizer.pad_id),), lane=-1)
+        self._dummy_pack = Pack((dummy_document(spec, tokenizer.pad_id),), lane=-1)
         self._step = state.step if state is not None else 0
         with Storage(config.storage, config.cache) as storage:
             manifests = {d.name: Manifest.open(d.manifest, storage) for d in config.datasets if d.manifest is not None}
@@ -185,28 +187,28 @@ class Loader:
         self._names = tuple(dataset.name for dataset in config.datasets)
         self.fingerprint = self._fingerprint(self._step)
         lane_states = self._lane_states(state)
-        # Building the rows here too would open every shard twice; a builder alone finds a wrong transform at once.
+        # Raise errors of templates, transforms, user code and shard names here, before any worker starts.
         for dataset in config.datasets:
             DocumentBuilder(dataset, tokenizer, spec)
             for path in dataset.code:
                 load_code(path, dataset.name)
         streamed = [source for dataset in config.datasets for source in expand_shards(dataset.shards)]
         is_remote = any_remote(streamed) or any(manifest.is_remote for manifest in manifests.values())
-        Budget(config.packing, spec, self._null_pack.documents[0])
+        Budget(config.packing, spec, self._dummy_pack.documents[0])
         self._num_workers = min(config.workers, len(self.lanes))
-        plan = _Plan(config, spec, seed, self._step, lane_states, tuple(quarantine))
-        self._steps = plan.steps(self.lanes, join_copies, _DECODE_THREADS)
-        # Remote access has threads, which a fork would lose. Decoding imports torchvision, which takes a second.
-        self._start = functools.partial(
+        producer = _StepProducer(config, spec, seed, self._step, lane_states, tuple(quarantine))
+        self._steps = producer.steps(self.lanes, join_copies, _DECODE_THREADS)
+        # Remote storage uses threads, which a fork would lose. Decoding imports torchvision, which takes a second.
+        self._start_workers = functools.partial(
             Workers,
-            functools.partial(plan.parcels, self._num_workers),
+            functools.partial(producer.messages, self._num_workers),
             self._num_workers,
             config.prefetch,
             clean=is_remote,
             preload=(__name__, "torchvision.io"),
         )
-        self._inboxes = [Inbox() for _ in range(self._num_workers)]
-        self._workers: Workers[tuple[Parcel, _Notes] | DataPipelineError] | None = None
+        self._receivers = [BatchReceiver() for _ in range(self._num_workers)]
+        self._workers: Workers[tuple[BatchMessage, _StepInfo] | DataPipelineError] | None = None
         self._closed = False
         _OPEN.add(self)
 
@@ -220,56 +222,57 @@ class Loader:
         return self
 
     def __next__(self) -> StepBatch:
-        """The next step; waits for the workers if they are behind.
+        """Return the next step; waits until every worker has made it.
 
         Raises:
-            DataPipelineError: what a worker met, or that a worker died.
+            DataPipelineError: the loader is closed, a worker died, or the data pipeline raised an error. The loader is
+                closed then.
         """
         if self._closed:
             raise DataPipelineError("this loader is closed; make a new one from its last state")
         try:
-            taken = self._take() if self._num_workers else [next(self._steps)]
+            received = self._receive_step() if self._num_workers else [next(self._steps)]
         except DataPipelineError:
             self.close()
             raise
-        notes = [each for _, each in taken]
-        batches = {lane: batch for made, own in taken for lane, batch in zip(own.lanes, made, strict=True)}
-        states = {lane: state for own in notes for lane, state in zip(own.lanes, own.states, strict=True)}
-        drawn = {lane: places for own in notes for lane, places in zip(own.lanes, own.drawn, strict=True)}
+        infos = [info for _, info in received]
+        batches = {lane: batch for made, info in received for lane, batch in zip(info.lanes, made, strict=True)}
+        states = {lane: state for info in infos for lane, state in zip(info.lanes, info.states, strict=True)}
+        drawn = {lane: samples for info in infos for lane, samples in zip(info.lanes, info.drawn, strict=True)}
         size, rows = self._micro_lanes, [batches[lane] for lane in self.lanes]
         microbatches = [concatenate(rows[i : i + size], self._spec) for i in range(0, len(rows), size)]
         while len(microbatches) < self._num_microbatches:
-            microbatches.append(collate([self._null_pack], self._spec))
+            microbatches.append(collate([self._dummy_pack], self._spec))
         self._step += 1
-        if self._step - 1 in self._schedule.starts:  # A phase has begun: from now on it is a part of the past.
+        if self._step - 1 in self._schedule.starts:  # The first step of a phase of the mixture is done.
             self.fingerprint = self._fingerprint(self._step)
         return StepBatch(
             step=self._step - 1,
             microbatches=tuple(microbatches),
-            skipped=tuple(sorted((skip for own in notes for skip in own.skipped), key=lambda skip: skip.lane)),
+            skipped=tuple(sorted((skip for info in infos for skip in info.skipped), key=lambda skip: skip.lane)),
             state=LoaderState(self.fingerprint, self._step, states, self._names),
             num_samples=sum(map(len, drawn.values())),
             num_tokens=sum(batch.num_tokens for batch in microbatches),
-            num_cut=sum(own.num_cut for own in notes),
+            num_cut=sum(info.num_cut for info in infos),
             drawn={lane: drawn[lane] for lane in self.lanes},
-            exhausted=all(own.exhausted for own in notes),
+            exhausted=all(info.exhausted for info in infos),
         )
 
-    def _take(self) -> list[tuple[_Batches, _Notes]]:
-        """The next step of each worker."""
+    def _receive_step(self) -> list[tuple[_Batches, _StepInfo]]:
+        """Return the next step of each worker; starts the workers at the first call."""
         if self._workers is None:
-            self._workers = self._start()
-        taken = []
-        for worker, inbox in enumerate(self._inboxes):
-            item = self._workers.take(worker)
+            self._workers = self._start_workers()
+        received = []
+        for worker, receiver in enumerate(self._receivers):
+            item = self._workers.next_item(worker)
             if isinstance(item, DataPipelineError):
                 raise item
-            parcel, notes = item
-            taken.append((inbox.open(parcel), notes))
-        return taken
+            message, info = item
+            received.append((receiver.decode(message), info))
+        return received
 
     def close(self) -> None:
-        """Stops the workers; the loader yields nothing more."""
+        """Stop the workers; after that ``next`` raises DataPipelineError. Idempotent."""
         self._closed = True
         if self._workers is not None:
             self._workers.close()
@@ -287,14 +290,14 @@ _OPEN: weakref.WeakSet[Loader] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Closes loaders that are still open when the interpreter ends: later, their generators would find no modules."""
+    """Close open loaders when the interpreter exits; later their generators could not import modules."""
     for loader in list(_OPEN):
         loader.close()
 
 
 def _check_world(config: DataConfig, rank: int, world_size: int, micro_lanes: int) -> None:
     if not 0 <= rank < world_size:
-        raise DataConfigError(f"rank {rank} of {world_size} ranks")
+        raise DataConfigError(f"rank {rank} of {world_size} ranks: expected 0 <= rank < {world_size}")
     if world_size > config.lanes:
         raise DataConfigError(
             f"{world_size} ranks for data.lanes={config.lanes}: every rank needs a lane; use fewer ranks or more lanes"

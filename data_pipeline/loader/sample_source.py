@@ -1,9 +1,9 @@
-"""Where the samples of a lane come from, behind one interface: indexed shards here, other sources in their own files.
+"""The sources of a lane's samples: one interface, and its implementation for indexed shards.
 
-    DatasetConfig --OpenDataset.open--> Source --lane--> LaneSource: resolve, read, faults
-        indexed shards (``IndexedSet``) | plain tars (``front_to_back``) | a pipeline of the user (``user_pipeline``)
+    DatasetConfig --OpenDataset.open--> SampleSource --lane--> LaneSource: resolve, read, faults
+        indexed shards (``IndexedSet``) | plain tars (``front_to_back``) | a user's pipeline (``user_pipeline``)
 
-Not for: which data set is next (``order/lanes``), reading ahead (``decode_ahead``).
+Not for: the choice of the next data set (``order/lanes``), reading ahead (``decode_ahead``).
 """
 
 from __future__ import annotations
@@ -29,68 +29,72 @@ from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.config import OrderConfig
 from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.fault_policy import Fault, KnownFaults
-from data_pipeline.order.lanes import LaneOrder, Ordered
-from data_pipeline.order.randomness import SampleDraws
-from data_pipeline.order.state import Cursor, Drawn, Place
-from data_pipeline.packing.document_builder import DocumentBuilder, Outline
+from data_pipeline.order.lanes import LaneOrder, SampleOrder
+from data_pipeline.order.randomness import SampleRng
+from data_pipeline.order.state import Cursor, Drawn, SamplePosition
+from data_pipeline.packing.document_builder import DocumentBuilder, DocumentPlan
 from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.storage.storage import Storage
 from data_pipeline.text.tokenizer import Tokenizer
 
-Skips = Mapping[tuple[str, int, int], str]
-"""(data set, epoch, sample) of samples that a run left out, and why."""
+SkipReasons = Mapping[tuple[str, int, int], str]
+"""(data set, epoch, sample) of samples that a run skipped, and the reason."""
 
-_FAILED_READS = 3
+_MAX_FAILED_READS = 3
+"""A shard counts as lost after this many failed reads without a success between them."""
 
 
 def dataset_seed(seed: int, name: str) -> int:
-    """64 bits of a run's seed and a data set's name, so that data sets are shuffled independently."""
+    """Hash a run's seed and a data set's name to 64 bits, so that data sets are shuffled independently."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
 
 
-class LaneSource(Ordered, Protocol):
+class LaneSource(SampleOrder, Protocol):
     """Order and samples of one lane of a data set."""
 
     @property
     def random_access(self) -> bool:
-        """Whether samples can be read in any order. A pipe gives each sample once."""
+        """Whether samples can be read in any order. If not, read them in the order of the cursors."""
 
     @property
     def faults(self) -> KnownFaults:
-        """What the process knows of bad samples."""
+        """The bad samples that the process knows."""
 
     def prepare(self, cursor: Cursor, waiting: Sequence[Drawn]) -> None:
-        """Prepare to read from a position: ``waiting`` are read again, then the samples from ``cursor`` on."""
+        """Prepare to read the samples ``waiting`` again, then those from ``cursor`` on.
+
+        Call it once, before the first read. It may be omitted: it only saves waiting time and memory.
+        """
 
     def read(self, sample: int, epoch: int = 0) -> Sample:
-        """The sample with its members in reading order."""
+        """Return a sample with its members in reading order."""
 
-    def read_outline(self, sample: int, epoch: int = 0) -> Sample:
-        """The sample, its images perhaps without their bytes."""
+    def read_without_images(self, sample: int, epoch: int = 0) -> Sample:
+        """Return a sample for a dry run; the bytes of its images may be missing."""
 
 
-class Source(Protocol):
-    """What the lanes of a process share of a data set."""
+class SampleSource(Protocol):
+    """The samples of a data set; the lanes of a process share it."""
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch; 0 if nobody counted them."""
+        """Number of samples of an epoch; 0 if unknown."""
 
     def lane(self, lane: int, num_lanes: int) -> LaneSource:
-        """The samples of one lane."""
+        """Return the samples of one lane."""
 
 
 @dataclass(frozen=True)
 class IndexedSet:
-    """What the lanes of a process share of an indexed data set.
+    """A data set with a manifest: a ``SampleSource``.
 
     Attributes:
-        reader: Reads its samples.
-        seed: Of the order.
-        order: How it is shuffled.
-        faults: What the process knows of its bad samples.
+        reader: Reads the samples.
+        seed: Seed of the order.
+        order: How the samples are shuffled.
+        faults: The bad samples that this process knows.
     """
 
     reader: SampleReader
@@ -103,17 +107,17 @@ class IndexedSet:
         return self.reader.manifest.num_samples
 
     def lane(self, lane: int, num_lanes: int) -> IndexedLane:
-        """The samples of one lane."""
+        """Return the samples of one lane."""
         return IndexedLane(self, lane, num_lanes)
 
 
 class IndexedLane:
-    """Places and samples of one lane.
+    """The samples of one lane of a data set with a manifest: a ``LaneSource``.
 
     Args:
         shared: The data set.
-        lane: This lane.
-        num_lanes: All lanes; over them each sample occurs once an epoch.
+        lane: Number of this lane.
+        num_lanes: Number of lanes. Each sample occurs in one lane per epoch.
     """
 
     random_access = True
@@ -122,44 +126,45 @@ class IndexedLane:
         self._reader, self._lane, self.faults = shared.reader, lane, shared.faults
         order = shared.order
         self._order = LaneOrder(shared.num_samples, order.block_size, order.window_blocks, shared.seed, lane, num_lanes)
-        self._at: Cursor | None = None
-        self._expected: tuple[int, int] | None = None
+        self._cursor: Cursor | None = None
+        self._prefetched_window: tuple[int, int] | None = None
 
-    def resolve(self, cursor: Cursor) -> tuple[Place, Cursor]:
-        """The sample at ``cursor`` and the cursor after it."""
-        place, self._at = self._order.resolve(cursor)
-        return place, self._at
+    def resolve(self, cursor: Cursor) -> tuple[SamplePosition, Cursor]:
+        """Return the sample at ``cursor`` and the cursor after it."""
+        position, self._cursor = self._order.resolve(cursor)
+        return position, self._cursor
 
     def prepare(self, cursor: Cursor, waiting: Sequence[Drawn]) -> None:
-        """Starts to fetch what is needed from ``cursor`` on, if the data set is remote."""
+        """Start to prefetch the window of ``cursor`` and the next one, if the data set is remote."""
         if self._reader.manifest.is_remote:
-            self._expect(self._order.resolve(cursor)[1])
+            self._prefetch(self._order.resolve(cursor)[1])
 
     def read(self, sample: int, epoch: int = 0) -> Sample:
-        """As ``SampleReader.read``; says once a window what is needed in this window and the next."""
-        if self._at is not None and self._reader.manifest.is_remote:
-            self._expect(self._at)
+        """As ``SampleReader.read``; at the first read of a remote window, prefetch this window and the next."""
+        if self._cursor is not None and self._reader.manifest.is_remote:
+            self._prefetch(self._cursor)
         return self._reader.read(sample, epoch, self._lane)
 
-    def _expect(self, at: Cursor) -> None:
-        if self._expected != at[:2]:
-            self._expected = at[:2]
-            self._reader.expect(self._lane, self._order.blocks(at))
+    def _prefetch(self, cursor: Cursor) -> None:
+        window = cursor[:2]
+        if self._prefetched_window != window:
+            self._prefetched_window = window
+            self._reader.prefetch(self._lane, self._order.blocks(cursor))
 
-    def read_outline(self, sample: int, epoch: int = 0) -> Sample:
-        """As ``SampleReader.read_outline``."""
-        return self._reader.read_outline(sample, epoch)
+    def read_without_images(self, sample: int, epoch: int = 0) -> Sample:
+        """As ``SampleReader.read_without_images``."""
+        return self._reader.read_without_images(sample, epoch)
 
 
 class IndexedFaults:
-    """Bad samples and lost shards of one data set, as far as this process knows: its ``KnownFaults``.
+    """The bad samples and lost shards of one data set that this process knows: a ``KnownFaults``.
 
     Args:
-        run: What the data sets share.
-        reader: Of this data set.
+        run: The faults of all data sets.
+        reader: The reader of this data set.
 
     Raises:
-        DataConfigError: every sample of the data set is excluded.
+        DataConfigError: ``data.faults.exclude`` names every sample of the data set.
     """
 
     def __init__(self, run: RunFaults, reader: SampleReader) -> None:
@@ -172,25 +177,25 @@ class IndexedFaults:
             raise DataConfigError(f"data set {reader.dataset}: data.faults.exclude names every sample of it")
 
     def recall(self, sample: int) -> Fault | None:
-        """The fault of a sample that need not be tried."""
+        """Return the fault of a sample that need not be tried; None if the sample must be tried."""
         fault = self._run.excluded(self._reader.dataset, sample, self, "another manifest")
         if fault is not None:
             return fault
         if self._lost:
             error = self._lost.get(self._reader.manifest.locate(sample)[0])
             if error is not None:
-                return Fault(error, counts=False, again=True)
+                return Fault(error, counts=False, recalled=True)
         return self._run.recall(self._reader.dataset, sample)
 
     def locate(self, sample: int) -> tuple[str, str]:
-        """Shard and key, the key unknown if the shard is lost."""
+        """Return shard and key of a sample; the key is ``?`` if the index of its shard cannot be read."""
         try:
             return self._reader.where(sample)
         except (ShardError, ManifestError):
             return self._shard_name(sample), "?"
 
     def offset(self, sample: int) -> int | None:
-        """First byte of a sample in its shard; None if the shard is lost, which is not opened again for this."""
+        """Return the byte offset of a sample in its shard; None if the shard is lost or its index cannot be read."""
         if self._lost and self._reader.manifest.locate(sample)[0] in self._lost:
             return None
         try:
@@ -202,11 +207,14 @@ class IndexedFaults:
         manifest = self._reader.manifest
         return str(manifest.shard_location(manifest.locate(sample)[0]))
 
-    def shard_failed(self, sample: int, error: ShardError | ManifestError) -> Fault:
-        """A shard that cannot be opened anew, was replaced, or fails three reads in a row, is lost; else one sample is.
+    def record_shard_failure(self, sample: int, error: ShardError | ManifestError) -> Fault:
+        """Record that a sample could not be read. Return the fault of the sample alone, or of its whole shard.
+
+        The shard is lost if its index cannot be opened again, it was replaced, or three reads failed without a success
+        between them. All its samples are then skipped, and their faults do not count.
 
         Raises:
-            TooManyFaultsError: lost shards hold more than ``max_share`` of the data set.
+            TooManyFaultsError: lost shards contain more than ``max_share`` of the data set's samples, or all of them.
         """
         number = self._reader.manifest.locate(sample)[0]
         self._reader.forget(number)
@@ -214,7 +222,7 @@ class IndexedFaults:
         try:
             key = self._reader.where(sample)[1]
             self._failed_reads[number] = self._failed_reads.get(number, 0) + 1
-            lost = isinstance(error, ReplacedError) or self._failed_reads[number] >= _FAILED_READS
+            lost = isinstance(error, ReplacedError) or self._failed_reads[number] >= _MAX_FAILED_READS
         except (ShardError, ManifestError):
             lost = True
         fault = SampleError(str(error), kind=FaultKind.SHARD, shard=self._shard_name(sample), key=key)
@@ -234,30 +242,30 @@ class IndexedFaults:
                 f"the last: {fault}"
             )
 
-    def keep(self, sample: int, error: SampleError) -> None:
-        """Holds a quarantined sample, while there is room."""
-        self._run.hold(self._reader.dataset, sample, error)
+    def remember(self, sample: int, error: SampleError) -> None:
+        """Remember the fault of a quarantined sample."""
+        self._run.remember(self._reader.dataset, sample, error)
 
-    def succeeded(self, sample: int) -> None:
-        """Ends the row of failed reads of the sample's shard."""
+    def record_success(self, sample: int) -> None:
+        """Reset the count of failed reads of the sample's shard."""
         if self._failed_reads:
             self._failed_reads.pop(self._reader.manifest.locate(sample)[0], None)
 
 
 @dataclass(frozen=True)
 class OpenDataset:
-    """One data set of the mixture, open in this process; lanes share it.
+    """An open data set of the mixture; the lanes of a process share it.
 
     Attributes:
-        config: Its configuration.
-        seed: Its seed, ``dataset_seed``.
+        config: Configuration of the data set.
+        seed: Seed of the data set, from ``dataset_seed``.
         source: Its samples.
-        builder: Makes documents of them.
+        builder: Builds documents from samples.
     """
 
     config: DatasetConfig
     seed: int
-    source: Source
+    source: SampleSource
     builder: DocumentBuilder
 
     @classmethod
@@ -271,20 +279,22 @@ class OpenDataset:
         faults: RunFaults,
         storage: Storage,
     ) -> OpenDataset:
-        """Opens source and builder.
+        """Open a data set.
 
         Args:
-            config: The data block; its order holds for every data set.
+            config: The data block, for the order.
             dataset: The data set.
             seed: Seed of the run.
             tokenizer: Encodes texts.
-            spec: What the model takes.
-            faults: What this process knows of bad samples.
+            spec: The model's inputs.
+            faults: The bad samples that this process knows, of all data sets.
             storage: Reads remote shards.
 
         Raises:
-            ManifestError: the manifest is missing or damaged.
-            DataConfigError: it is empty or wholly excluded, or the transforms do not fit the model.
+            ManifestError, StorageError: the manifest is missing, damaged, or cannot be read from its URL.
+            DataConfigError: the data set is empty or excluded as a whole, or its template, transforms or code do not
+                work with this model.
+            PipelineError: the user's factory of a pipeline failed.
         """
         builder, order = DocumentBuilder(dataset, tokenizer, spec), config.order
         own_seed = dataset_seed(seed, dataset.name)
@@ -304,34 +314,34 @@ class OpenDataset:
                 return cls(dataset, own_seed, streamed, builder)
         return cls(dataset, own_seed, PipelineSet.open(dataset, own_seed, faults, streamed), builder)
 
-    def outline(self, lane: LaneSource, drawn: Drawn) -> Outline:
-        """Reads a sample and plans its document; its images are decoded later.
+    def plan(self, lane: LaneSource, drawn: Drawn) -> DocumentPlan:
+        """Read a sample and plan its document. Calling the plan decodes the images.
 
         Raises:
-            SampleError, ShardError, ManifestError: it cannot be read, or makes no document.
+            SampleError, ShardError, ManifestError: the sample cannot be read, or gives no valid document.
         """
         sample = lane.read(drawn.sample, drawn.epoch)
-        return self.builder.outline(sample, SampleDraws(self.seed, drawn.sample, drawn.epoch))
+        return self.builder.plan(sample, SampleRng(self.seed, drawn.sample, drawn.epoch))
 
 
 @dataclass(frozen=True)
-class MeasuredDataset(OpenDataset):
-    """The same without pixels: text and sizes only. It finds bad the samples that a run left out.
+class DryRunDataset(OpenDataset):
+    """A data set whose documents are made without pixels, from text and image sizes.
 
     Attributes:
-        skipped: These samples.
+        skipped: Samples that count as bad, with the reason. A dry run cannot find damaged pixels itself.
     """
 
-    skipped: Skips
+    skipped: SkipReasons
 
     @classmethod
-    def of(cls, opened: OpenDataset, skipped: Skips) -> MeasuredDataset:
-        """An open data set, measured from now on."""
+    def from_open(cls, opened: OpenDataset, skipped: SkipReasons) -> DryRunDataset:
+        """Return the dry-run form of an open data set."""
         return cls(opened.config, opened.seed, opened.source, opened.builder, skipped)
 
-    def outline(self, lane: LaneSource, drawn: Drawn) -> Outline:
+    def plan(self, lane: LaneSource, drawn: Drawn) -> DocumentPlan:
         reason = self.skipped.get((self.config.name, drawn.epoch, drawn.sample))
         if reason is not None:
             raise SampleError(reason)
-        sample = lane.read_outline(drawn.sample, drawn.epoch)
-        return self.builder.outline(sample, SampleDraws(self.seed, drawn.sample, drawn.epoch), pixels=False)
+        sample = lane.read_without_images(drawn.sample, drawn.epoch)
+        return self.builder.plan(sample, SampleRng(self.seed, drawn.sample, drawn.epoch), pixels=False)

@@ -1,10 +1,10 @@
-"""Samples one by one, in the loader's order: for people who pack, batch or decode themselves.
+"""Single samples in the loader's order, for programs that decode, batch or pack themselves.
 
-    lanes of this rank --dealt to--> threads that read ahead --one sample of each lane in turn--> whoever iterates
+    lanes of this rank --divided among--> read-ahead threads --one sample of each lane in turn--> iterator
 
-Threads, not processes: reading, checksums and image decoders let go of Python's lock, and nothing has to be copied from
-one process to another. Neither ranks nor threads change the order: the n-th sample of a lane is a pure function of
-(manifest, seed, lanes, order). Not for: mixtures, templates and packs (``iterable.open_loader``).
+Threads, not processes: reading, checksums and image decoders release Python's lock, and no data are copied between
+processes. The order depends on neither ranks nor threads: the n-th sample of a lane is a pure function of (manifest,
+name, seed, lanes, order). Not for: mixtures, templates and packs (``iterable.open_loader``).
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from data_pipeline.storage.storage import Storage
 T = TypeVar("T")
 
 _CHUNK = 32
-"""Samples that a thread hands over at once; it is two such stretches ahead."""
-_AHEAD = 2
-_PATIENCE_SECONDS = 0.2
+"""Number of samples that a thread puts into its queue at once."""
+_MAX_CHUNKS = 2
+"""Capacity of the queue, in chunks."""
+_PUT_TIMEOUT_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What decides which sample comes when, and what becomes of it."""
+class _Settings:
+    """The arguments of ``open_samples`` that all lanes need."""
 
     manifest: str | Path
     name: str
@@ -53,7 +54,7 @@ class _Plan:
 
 
 class _Step(NamedTuple):
-    """One turn of a lane: what it gave, and where it stands behind that. ``done`` if it has nothing more."""
+    """One result of a lane, and the lane's state after it. If ``done``, the lane has ended and ``result`` is None."""
 
     result: Any
     cursor: Cursor
@@ -63,73 +64,78 @@ class _Step(NamedTuple):
 
 
 class _Lane:
-    """One lane of one reader."""
+    """The samples of one lane."""
 
-    def __init__(self, plan: _Plan, lane: int, source: IndexedLane, state: LaneState) -> None:
-        self._plan, self._lane, self._source = plan, lane, source
+    def __init__(self, settings: _Settings, lane: int, source: IndexedLane, state: LaneState) -> None:
+        self._settings, self._lane, self._source = settings, lane, source
         self._cursor = state.position.cursors[0]
-        self._policy = FaultPolicy(plan.faults, state.faults)
+        self._policy = FaultPolicy(settings.faults, state.faults)
 
     def step(self) -> _Step:
-        """The next good sample.
+        """Read samples up to the next good one, and return it with the skipped ones.
 
         Raises:
             As ``FaultPolicy.attempt``.
         """
-        plan, skipped = self._plan, list[Skipped]()
+        settings, skipped = self._settings, list[Skipped]()
         while True:
-            place, after = self._source.resolve(self._cursor)
-            if plan.max_epochs is not None and place.epoch >= plan.max_epochs:
+            at, after = self._source.resolve(self._cursor)
+            if settings.max_epochs is not None and at.epoch >= settings.max_epochs:
                 return _Step(None, self._cursor, self._policy.state(), tuple(skipped), done=True)
             self._cursor = after
             known = self._source.faults
-            result = self._policy.attempt(lambda: self._make(*place), known, place.sample)  # noqa: B023 - called at once.
+            result = self._policy.attempt(lambda: self._make(*at), known, at.sample)  # noqa: B023 - called at once.
             if not isinstance(result, Fault):
                 return _Step(result, after, self._policy.state(), tuple(skipped))
-            origin = (plan.name, place.epoch, place.sample, self._lane)
-            skipped.append(self._policy.skipped(result, *origin, known.offset(place.sample)))
+            origin = (settings.name, at.epoch, at.sample, self._lane)
+            skipped.append(self._policy.skipped(result, *origin, known.offset(at.sample)))
 
     def _make(self, index: int, epoch: int) -> Any:
         sample = self._source.read(index, epoch)
-        return sample if self._plan.apply is None else self._plan.apply(sample)
+        return sample if self._settings.apply is None else self._settings.apply(sample)
 
 
-class _Reading:
-    """Steps of some lanes, each when it is asked for."""
+class _Reader:
+    """Reads the samples of some lanes on demand, in the caller's thread."""
 
-    def __init__(self, plan: _Plan, states: Mapping[int, LaneState]) -> None:
+    def __init__(self, settings: _Settings, states: Mapping[int, LaneState]) -> None:
         self._storage = Storage()
-        self._reader = SampleReader(Manifest.open(plan.manifest, self._storage), plan.name)
-        known = IndexedFaults(RunFaults.load(plan.faults), self._reader)
-        opened = IndexedSet(self._reader, dataset_seed(plan.seed, plan.name), plan.order, known)
-        self._lanes = {lane: _Lane(plan, lane, opened.lane(lane, plan.lanes), state) for lane, state in states.items()}
+        self._reader = SampleReader(Manifest.open(settings.manifest, self._storage), settings.name)
+        known = IndexedFaults(RunFaults.load(settings.faults), self._reader)
+        opened = IndexedSet(self._reader, dataset_seed(settings.seed, settings.name), settings.order, known)
+        self._lanes = {
+            lane: _Lane(settings, lane, opened.lane(lane, settings.lanes), state) for lane, state in states.items()
+        }
 
     def steps(self, turns: Iterator[int]) -> Iterator[_Step]:
-        """A step of each lane that ``turns`` names."""
+        """Yield a step of each lane in ``turns``, in that order. Call it once."""
         return (self._lanes[lane].step() for lane in turns)
 
     def close(self) -> None:
-        """Closes the shards and ends what is under way."""
+        """Close the shards and the storage."""
         self._reader.close()
         self._storage.close()
 
 
-class _ReadingAhead:
-    """The same in a thread of its own, some chunks ahead."""
+class _ThreadedReader:
+    """A ``_Reader`` in a thread of its own, which reads some chunks ahead."""
 
-    def __init__(self, plan: _Plan, states: Mapping[int, LaneState]) -> None:
-        self._plan, self._states = plan, states
-        self._chunks: queue.Queue[list[_Step] | BaseException] = queue.Queue(_AHEAD)
+    def __init__(self, settings: _Settings, states: Mapping[int, LaneState]) -> None:
+        self._settings, self._states = settings, states
+        self._chunks: queue.Queue[list[_Step] | BaseException] = queue.Queue(_MAX_CHUNKS)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def steps(self, turns: Iterator[int]) -> Iterator[_Step]:
-        """A step of each lane that ``turns`` names."""
+        """Yield a step of each lane in ``turns``, in that order. Call it once.
+
+        The iterator raises the errors of the thread.
+        """
         self._thread = threading.Thread(target=self._run, args=(turns,), name="samples", daemon=True)
         self._thread.start()
-        return self._taken()
+        return self._received()
 
-    def _taken(self) -> Iterator[_Step]:
+    def _received(self) -> Iterator[_Step]:
         while True:
             chunk = self._chunks.get()
             if isinstance(chunk, BaseException):
@@ -138,88 +144,93 @@ class _ReadingAhead:
 
     def _run(self, turns: Iterator[int]) -> None:
         try:
-            reading = _Reading(self._plan, self._states)
+            reader = _Reader(self._settings, self._states)
             try:
-                steps = reading.steps(turns)
-                self._put(list(islice(steps, 1)))  # The first sample need not wait for others.
+                steps = reader.steps(turns)
+                self._put(list(islice(steps, 1)))  # The first sample need not wait for a whole chunk.
                 while not self._stop.is_set():
                     self._put(list(islice(steps, _CHUNK)))
             finally:
-                reading.close()
-        except BaseException as error:  # Whoever iterates gets it.
+                reader.close()
+        except BaseException as error:  # ``_received`` raises it in the consumer's thread.
             self._put(error)
 
     def _put(self, chunk: list[_Step] | BaseException) -> None:
         while not self._stop.is_set():
             try:
-                self._chunks.put(chunk, timeout=_PATIENCE_SECONDS)
+                self._chunks.put(chunk, timeout=_PUT_TIMEOUT_SECONDS)
             except queue.Full:
                 continue
             return
 
     def close(self) -> None:
-        """Ends the thread; what it has read ahead is dropped."""
+        """Stop the thread and drop the samples that it has read ahead."""
         self._stop.set()
-        while not self._chunks.empty():  # Room, so that the thread notices at once.
+        while not self._chunks.empty():  # Unblock the thread at once.
             self._chunks.get_nowait()
         if self._thread is not None:
             self._thread.join()
 
 
 class OrderedSamples(IterableDataset[T]):
-    """Samples of one rank; iterating goes on behind the last one that was taken. Made by ``open_samples``."""
+    """The samples of one rank. Create it with ``open_samples``.
 
-    def __init__(self, plan: _Plan, manifest: Manifest, rank: int, world_size: int, workers: int) -> None:
-        self._plan, self._workers = plan, workers
+    A new iteration continues after the last sample that was yielded.
+    """
+
+    def __init__(self, settings: _Settings, manifest: Manifest, rank: int, world_size: int, workers: int) -> None:
+        self._settings, self._workers = settings, workers
         parts: dict[str, object] = {
-            "seed": plan.seed,
-            "lanes": plan.lanes,
-            "order": plan.order.model_dump(mode="json"),
-            "max_epochs": plan.max_epochs,
-            f"{plan.name}.manifest": manifest.fingerprint,
+            "seed": settings.seed,
+            "lanes": settings.lanes,
+            "order": settings.order.model_dump(mode="json"),
+            "max_epochs": settings.max_epochs,
+            f"{settings.name}.manifest": manifest.fingerprint,
         }
-        if plan.faults.exclude:
-            parts["faults.exclude"] = exclusions_digest(plan.faults)
+        if settings.faults.exclude:
+            parts["faults.exclude"] = exclusions_digest(settings.faults)
         self.fingerprint = fingerprint_of(parts)
-        self._lanes = tuple(range(rank, plan.lanes, world_size))
+        self._lanes = tuple(range(rank, settings.lanes, world_size))
         self._states = self._start()
-        self._taken = 0
+        self._num_yielded = 0
         self._skipped: list[Skipped] = []
 
     def _start(self) -> dict[int, LaneState]:
         return dict.fromkeys(self._lanes, LaneState(StreamPosition.start(1)))
 
     def __iter__(self) -> Iterator[T]:
-        """The samples behind the last one taken.
+        """Yield the samples after the last one that was yielded.
 
         Raises:
             DataConfigError: called in a worker process of a ``DataLoader``.
-            DataPipelineError: what the fault policy does not forgive.
+            DataPipelineError: data cannot be read, or the fault policy stops the iteration.
         """
         if get_worker_info() is not None:
-            raise DataConfigError("samples are read by threads: set workers, and num_workers=0 of a DataLoader around")
+            raise DataConfigError(
+                "these samples are read by threads: set workers, and num_workers=0 of the DataLoader around them"
+            )
         count = max(1, min(self._workers, len(self._lanes)))
-        kind = _ReadingAhead if self._workers else _Reading
+        kind = _ThreadedReader if self._workers else _Reader
         shares = [self._lanes[first::count] for first in range(count)]
-        readings = [kind(self._plan, {lane: self._states[lane] for lane in share}) for share in shares]
-        late = self._late()
+        readers = [kind(self._settings, {lane: self._states[lane] for lane in share}) for share in shares]
+        late = self._late_lanes()
         try:
             sources: dict[int, Iterator[_Step]] = {}
-            for share, reading in zip(shares, readings, strict=True):
+            for share, reader in zip(shares, readers, strict=True):
                 turns = chain([lane for lane in late if lane in share], cycle(share))
-                sources |= dict.fromkeys(share, reading.steps(turns))
-            yield from self._follow(chain(late, cycle(self._lanes)), sources)
+                sources |= dict.fromkeys(share, reader.steps(turns))
+            yield from self._merge(chain(late, cycle(self._lanes)), sources)
         finally:
-            for reading in readings:
-                reading.close()
+            for reader in readers:
+                reader.close()
 
-    def _late(self) -> list[int]:
-        """Lanes that are a turn behind: a state may lie in the middle of a row."""
+    def _late_lanes(self) -> list[int]:
+        """Return the lanes that gave one sample less than the others, if the state was saved between two rounds."""
         turns = {lane: state.position.draws[0] for lane, state in self._states.items()}
         return [lane for lane in self._lanes if turns[lane] < max(turns.values())]
 
-    def _follow(self, turns: Iterator[int], sources: Mapping[int, Iterator[_Step]]) -> Iterator[T]:
-        """Takes a step of each lane in turn and notes where the lanes stand."""
+    def _merge(self, turns: Iterator[int], sources: Mapping[int, Iterator[_Step]]) -> Iterator[T]:
+        """Yield the results of the lanes in the order of ``turns``, and update the lanes' states."""
         done = set[int]()
         for lane in turns:
             step = next(sources[lane])
@@ -227,28 +238,28 @@ class OrderedSamples(IterableDataset[T]):
             drawn = self._states[lane].position.draws[0] + (not step.done)
             self._states[lane] = LaneState(StreamPosition((drawn,), (step.cursor,)), (), step.faults)
             if not step.done:
-                self._taken += 1
+                self._num_yielded += 1
                 yield cast(T, step.result)
                 continue
             done.add(lane)
             if len(done) == len(self._lanes):
                 return
 
-    def take_skipped(self) -> tuple[Skipped, ...]:
-        """Bad samples that were left out since the last call."""
+    def pop_skipped(self) -> tuple[Skipped, ...]:
+        """Return the bad samples that were skipped since the last call, and forget them."""
         skipped, self._skipped = tuple(self._skipped), []
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this rank stands: plain values, some integers a lane."""
-        return LoaderState(self.fingerprint, self._taken, self._states, (self._plan.name,)).to_dict()
+        """Return the position of this rank: plain values, a few integers per lane."""
+        return LoaderState(self.fingerprint, self._num_yielded, self._states, (self._settings.name,)).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Goes on from a state at the next iteration.
+        """Let the next iteration continue from a state.
 
         Args:
-            state: What ``state_dict`` gave on this rank; or the list of what it gave on all ranks after equally many
-                samples, which suits any number of ranks.
+            state: The ``state_dict`` of this rank for the same number of ranks; or the list of the ``state_dict`` of
+                all ranks after the same number of samples each, which fits any number of ranks.
 
         Raises:
             StateError: the state belongs to other data or another order, or lacks a lane of this rank.
@@ -256,8 +267,8 @@ class OrderedSamples(IterableDataset[T]):
         parts = [state] if isinstance(state, Mapping) else list(state)
         merged = LoaderState.merge([LoaderState.from_dict(part) for part in parts])
         merged.check(self.fingerprint, self._lanes)
-        self._states = merged.lane_states(self._lanes, (self._plan.name,))
-        self._taken = merged.step
+        self._states = merged.lane_states(self._lanes, (self._settings.name,))
+        self._num_yielded = merged.step
 
 
 @overload
@@ -307,25 +318,25 @@ def open_samples(
     faults: FaultConfig | None = None,
     name: str = "samples",
 ) -> OrderedSamples[Any]:
-    """The samples of one rank in an order that ranks and workers do not change.
+    """Return the samples of one rank, in an order that does not depend on the number of ranks and workers.
 
     Args:
-        manifest: The data set: a path, or a URL that is read as the environment says.
+        manifest: Path or URL of the data set's manifest. Access to a URL is configured by environment variables.
         seed: Seed of the order.
-        apply: Makes something else of each sample, for instance pixels; it runs in the threads, and a ``SampleError``
-            that it raises makes the sample a bad one.
-        rank: This rank; it owns the lanes ``rank, rank + world_size, ...``.
-        world_size: All ranks.
-        workers: Threads that read ahead; 0 reads when asked.
-        lanes: Rows of the global order, at least as many as ranks; a part of the order.
-        order: Shuffling.
-        max_epochs: Epochs after which the iteration ends; None goes on for ever.
-        faults: What happens to bad samples.
-        name: Name of the data set, a part of its seed.
+        apply: Converts each sample, for example to pixels; its result is yielded instead of the sample. With workers it
+            runs in their threads. A ``SampleError`` that it raises marks the sample as bad.
+        rank: This rank, from 0; it owns the lanes ``rank, rank + world_size, ...``.
+        world_size: Number of ranks.
+        workers: Number of threads that read ahead, at most one per lane; 0 reads in the thread of the iterator.
+        lanes: Number of lanes of the global order, at least ``world_size``. The order depends on it.
+        order: How samples are shuffled; None: the defaults.
+        max_epochs: Number of epochs after which the iteration ends; None iterates without end.
+        faults: How bad samples are treated; None: the defaults.
+        name: Name of the data set. The seed of the order depends on it.
 
     Raises:
-        DataConfigError: more ranks than lanes, no samples, or a number that cannot be.
-        ManifestError: the manifest is missing or damaged.
+        DataConfigError: there are more ranks than lanes, the data set is empty, or a number is out of range.
+        ManifestError, StorageError: the manifest is missing, damaged, or cannot be read from its URL.
     """
     if not 0 <= rank < world_size <= lanes or workers < 0 or (max_epochs is not None and max_epochs < 1):
         raise DataConfigError(
@@ -335,5 +346,6 @@ def open_samples(
     opened = Manifest.open(manifest)
     if not opened.num_samples:
         raise DataConfigError(f"{manifest} holds no samples")
-    plan = _Plan(Path(manifest), name, seed, order or OrderConfig(), lanes, max_epochs, faults or FaultConfig(), apply)
-    return OrderedSamples(plan, opened, rank, world_size, workers)
+    order, faults = order or OrderConfig(), faults or FaultConfig()
+    settings = _Settings(Path(manifest), name, seed, order, lanes, max_epochs, faults, apply)
+    return OrderedSamples(settings, opened, rank, world_size, workers)

@@ -1,4 +1,4 @@
-"""Python code that a configuration names: webdataset pipelines and stages of the user's own.
+"""The user's Python code that a configuration names: webdataset pipelines and stages.
 
     module:attr --load--> pipeline, stages, iterable or factory --one_epoch--> samples --members_of--> bytes
 
@@ -30,11 +30,11 @@ _TEXT_EXTENSIONS = ("txt", "json")
 
 
 @dataclass(frozen=True)
-class Epoch:
+class LaneEpoch:
     """One epoch of one lane.
 
-    A factory is called with those of these fields that its signature names. With ``lane`` or ``num_lanes`` among them
-    it builds the pipeline of that lane only.
+    A factory is called with the fields that its signature names. If it names ``lane`` or ``num_lanes``, it must build
+    the pipeline of that lane only.
     """
 
     epoch: int
@@ -44,16 +44,17 @@ class Epoch:
 
 
 def load(path: str, dataset: str) -> Any:
-    """Import ``module:attr``; modules of the working directory are found too.
+    """Import ``module:attr``. Appends the working directory to ``sys.path``.
 
-    From then on webdataset takes this process for the only one.
+    Also patches webdataset for the whole process, so that it does not split shards by rank and worker.
 
     Raises:
-        DataConfigError: there is no such module or attribute, the module raises, or the object can be read only once.
+        DataConfigError: the module or attribute does not exist, the import raises, or the object is an iterator or
+            something else that is no pipeline.
     """
     from webdataset import utils
 
-    # webdataset's own splits by rank and worker would change the order with the number of ranks and workers.
+    # Splits by rank and worker would make the order depend on the number of ranks and workers.
     utils.pytorch_worker_info = _one_process
     module, _, attribute = path.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -76,35 +77,40 @@ def load(path: str, dataset: str) -> Any:
 
 
 def _one_process(group: object = None) -> tuple[int, int, int, int]:
-    """Rank, ranks, worker and workers."""
+    """Return (rank, number of ranks, worker, number of workers) of a single process."""
     return 0, 1, 0, 1
 
 
 def is_split(target: Any) -> bool:
-    """Whether the pipeline deals samples to lanes itself: its factory takes a lane, or it has ``wds.split_by_node``."""
+    """Return whether the pipeline selects the samples of a lane itself.
+
+    It does if its factory takes ``lane`` or ``num_lanes``, or if it contains ``wds.split_by_node``.
+    """
     if _is_factory(target):
         if {"lane", "num_lanes"} & set(inspect.signature(target).parameters):
             return True
-        target = _call(target, Epoch(0, 0, 1, 0))
+        target = _call(target, LaneEpoch(0, 0, 1, 0))
     return _splits(target)
 
 
-def one_epoch(target: Any, stages: Sequence[Any], at: Epoch, skip: Callable[[SampleError], None]) -> Iterator[Any]:
-    """Begin the samples of an epoch.
+def one_epoch(
+    target: Any, stages: Sequence[Any], lane_epoch: LaneEpoch, skip: Callable[[SampleError], None]
+) -> Iterator[Any]:
+    """Return an iterator over the samples of an epoch.
 
     Args:
         target: A webdataset pipeline, a list of its stages, another iterable, or a factory of one of these.
-        stages: Stages that follow it, or lists of stages.
-        at: The epoch. ``wds.split_by_node`` deals shards to lanes.
-        skip: Called with the error of a sample that a stage such as ``map`` or ``decode`` raised.
+        stages: Further stages, or lists of stages.
+        lane_epoch: The epoch and lane. ``wds.split_by_node`` selects the shards of the lane.
+        skip: Called with the error if a per-sample stage (``map``, ``decode``, ...) fails on a sample.
     """
     from webdataset.pipeline import DataPipeline
 
     made = _is_factory(target)
-    pipeline = _as_pipeline(_call(target, at) if made else target)
-    samples = iter(_adapted(pipeline, at, skip, copies=not made))
+    pipeline = _as_pipeline(_call(target, lane_epoch) if made else target)
+    samples = iter(_adapted(pipeline, lane_epoch, skip, copies=not made))
     for stage in itertools.chain.from_iterable(each if isinstance(each, list) else [each] for each in stages):
-        samples = iter(DataPipeline().invoke(_adapted(stage, at, skip, copies=True), samples))
+        samples = iter(DataPipeline().invoke(_adapted(stage, lane_epoch, skip, copies=True), samples))
     return samples
 
 
@@ -112,13 +118,13 @@ def _is_factory(target: Any) -> bool:
     return callable(target) and not isinstance(target, Iterable)
 
 
-def _call(factory: Any, at: Epoch) -> Any:
+def _call(factory: Any, lane_epoch: LaneEpoch) -> Any:
     names = inspect.signature(factory).parameters
-    return factory(**{name: value for name, value in asdict(at).items() if name in names})
+    return factory(**{name: value for name, value in asdict(lane_epoch).items() if name in names})
 
 
 def _as_pipeline(target: Any) -> Any:
-    """The target; a list of stages as a pipeline, a list of samples as it is."""
+    """Return a list of stages as a pipeline; return anything else, also a list of samples, unchanged."""
     from webdataset.pipeline import DataPipeline
 
     is_stages = isinstance(target, list) and not any(isinstance(item, Mapping) for item in target)
@@ -139,15 +145,15 @@ def _splits(target: Any) -> bool:
     return getattr(target, "f", target) is split_by_node
 
 
-def _adapted(stage: Any, at: Epoch, skip: Callable[[SampleError], None], *, copies: bool) -> Any:
-    """A stage for one lane.
+def _adapted(stage: Any, lane_epoch: LaneEpoch, skip: Callable[[SampleError], None], *, copies: bool) -> Any:
+    """Return a stage for one lane: the lane's part of ``split_by_node``, and errors of single samples to ``skip``.
 
     Args:
         stage: A stage, or a pipeline of stages.
-        at: As in ``one_epoch``.
+        lane_epoch: As in ``one_epoch``.
         skip: As in ``one_epoch``.
-        copies: Copy webdataset's own stages, since some count epochs or hold a random generator: a resumed run would
-            find other counts.
+        copies: Copy webdataset's own stages. Some count epochs or hold a random generator, so reuse would give a
+            resumed run other samples.
     """
     from webdataset.filters import FilterFunction, _decode, _map, _map_dict, _rename, _xdecode, reraise_exception
     from webdataset.pipeline import DataPipeline
@@ -155,11 +161,11 @@ def _adapted(stage: Any, at: Epoch, skip: Callable[[SampleError], None], *, copi
 
     if isinstance(stage, DataPipeline):
         adapted = copy.copy(stage)
-        adapted.pipeline = [_adapted(each, at, skip, copies=copies) for each in stage.pipeline]
+        adapted.pipeline = [_adapted(each, lane_epoch, skip, copies=copies) for each in stage.pipeline]
         return adapted
     function = getattr(stage, "f", stage)
     if function is split_by_node:
-        return _Share(at.lane, at.num_lanes)
+        return _EveryNth(lane_epoch.lane, lane_epoch.num_lanes)
     if copies and _is_of_webdataset(stage):
         try:
             stage = copy.deepcopy(stage)
@@ -175,19 +181,19 @@ def _adapted(stage: Any, at: Epoch, skip: Callable[[SampleError], None], *, copi
 
 
 @dataclass(frozen=True)
-class _Share:
-    """A stage that passes every ``num_shares``-th item."""
+class _EveryNth:
+    """A stage that passes every ``step``-th item, from item ``first`` on."""
 
-    share: int
-    num_shares: int
+    first: int
+    step: int
 
     def __call__(self, items: Iterable[Any]) -> Iterator[Any]:
-        return itertools.islice(items, self.share, None, self.num_shares)
+        return itertools.islice(items, self.first, None, self.step)
 
 
 @dataclass(frozen=True)
 class _SampleBySample:
-    """A stage without memory, applied to one sample at a time: its error concerns that sample alone."""
+    """A stateless stage, applied to one sample at a time, so that an error makes only that sample a bad one."""
 
     stage: Callable[[Iterator[Any]], Iterable[Any]]
     skip: Callable[[SampleError], None]
@@ -199,27 +205,28 @@ class _SampleBySample:
             except Exception as error:
                 if out_of_memory(error) is not None:
                     raise
-                key, shard = place_of(sample, number)
+                key, shard = key_and_shard(sample, number)
                 reason = f"{type(error).__name__}: {error}"
                 self.skip(SampleError(reason, kind=FaultKind.UNEXPECTED, shard=shard, key=key))
                 continue
             yield from made
 
 
-def place_of(sample: Any, number: int) -> tuple[str, str]:
-    """Key and shard of a webdataset sample; ``number`` stands for a missing key."""
+def key_and_shard(sample: Any, number: int) -> tuple[str, str]:
+    """Return key and shard of a webdataset sample; the key is ``#number`` if the sample has none."""
     if not isinstance(sample, Mapping):
         return f"#{number}", "?"
     return str(sample.get("__key__", f"#{number}")), str(sample.get("__url__", "?"))
 
 
 def members_of(sample: Mapping[str, Any]) -> dict[str, bytes]:
-    """The members that a tar would hold: encoded bytes of images, ``txt`` and ``json`` by extension.
+    """Return the members of a sample as a tar would contain them: encoded bytes by extension.
 
-    Decoded images are encoded as PNG, which loses nothing. Members of other extensions are left out.
+    Decoded images are encoded as PNG, which is lossless; text and JSON are encoded too. Keeps images, ``txt``, ``json``
+    and compressed members; other members are dropped.
 
     Raises:
-        SampleError: the value of a member is none that its extension can have.
+        SampleError: a value has a type that does not fit its extension.
     """
     members: dict[str, bytes] = {}
     for name, value in sample.items():
@@ -248,9 +255,9 @@ def _json(value: Any, ext: str) -> bytes:
 
 
 def _png(value: Any, ext: str) -> bytes:
-    """A PNG of a PIL image, of an array (height, width[, channels]), or of a tensor (channels, height, width).
+    """Encode a PIL image, an array (height, width[, channels]) or a tensor (channels, height, width) as PNG.
 
-    Floating-point pixels range from 0 to 1.
+    Floating-point pixels must be in [0, 1].
     """
     try:
         image = value if isinstance(value, Image.Image) else Image.fromarray(_pixels(value))
@@ -278,6 +285,13 @@ def _pixels(value: Any) -> Any:
 
 
 def user_error(dataset: str, path: str, progress: str, error: Exception) -> PipelineError:
-    """The error that stops a run because a pipeline raised it."""
+    """Return the error that stops a run because the user's code raised ``error``.
+
+    Args:
+        dataset: Name of the data set.
+        path: Import paths of the code.
+        progress: Where it failed, for example ``after sample 'x'``.
+        error: The exception of the user's code.
+    """
     reason = f"{type(error).__name__}: {error}"
     return PipelineError(f"data set {dataset}: the pipeline {path} failed {progress}: {reason}")

@@ -1,11 +1,11 @@
-"""Processes that make items ahead of the one that takes them.
+"""Worker processes that make items ahead of their consumer.
 
-    worker w: item, item, ... --its pipe--> take(w)
-                    ^--- room for another ---'
+    worker w: item, item, ... --its pipe--> next_item(w)
+                    ^--- semaphore ---------'
 
-A worker writes into its own pipe, from the thread that makes the items, and is told by nothing but a semaphore that
-there is room: no thread stands between, and a worker that dies closes its pipe. ``DataLoader`` takes two queues, three
-threads and a tenth of a millisecond more for each item. Not for: work that is dealt out task by task
+Each worker writes to its own pipe, from the thread that makes the items. A semaphore limits how far the worker is
+ahead. There are no helper threads, and a worker that dies closes its pipe, so the consumer notices at once. Torch's
+``DataLoader`` uses two queues and three threads, and takes 0.1 ms more per item. Not for: distributing single tasks
 (``ordered_pool``).
 """
 
@@ -37,18 +37,18 @@ from data_pipeline.io.processes import end_with, ending, without_script
 T = TypeVar("T")
 
 Make = Callable[[int], Generator[T, None, None]]
-"""The items of a worker, by its number; called in its process."""
+"""Returns the generator of a worker's items, given the worker's number; called in the worker's process."""
 
 _JOIN_SECONDS = 5.0
 _M_ARENA_MAX = -8
-"""Of glibc's malloc.h."""
+"""The constant of glibc's malloc.h."""
 
 
 @dataclass(frozen=True)
 class _Failed:
-    """What a worker sends when it failed in a way that nobody foresaw."""
+    """The item that a worker sends when its generator raised an exception."""
 
-    trace: str
+    report: str
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,19 @@ class _Worker:
 
 
 class Workers(Generic[T]):
-    """Running workers.
+    """Running worker processes.
 
     Args:
-        make: Their items. After the last one, a worker waits until it is closed, for what it shares may still be used.
-        count: Workers.
-        ahead: Items that a worker makes before the first of them is taken, at least 1.
-        clean: Start them from a clean process, not as Python does it here: a fork loses this process's threads.
-        preload: Modules that are imported once for all of them, by the clean process or by this one.
+        make: Makes the generator of a worker's items. After its last item a worker waits for ``close``, because the
+            consumer may still use memory that the worker shares.
+        count: Number of workers.
+        ahead: Most items that a worker makes before the consumer receives them, at least 1.
+        clean: Start the workers from a fork server instead of Python's default method: a fork of this process would
+            lose its threads.
+        preload: Modules to import once before the workers start, in the fork server or else in this process.
+
+    Raises:
+        WorkerError: a process could not be started.
     """
 
     def __init__(self, make: Make[T], count: int, ahead: int, *, clean: bool, preload: tuple[str, ...] = ()) -> None:
@@ -77,9 +82,9 @@ class Workers(Generic[T]):
             for module in preload:
                 importlib.import_module(module)
         self._workers: list[_Worker] = []
-        stopped = context.RawValue("b", 0)  # Without a lock: a killed worker leaves none behind that it held.
+        stopped = context.RawValue("b", 0)  # Without a lock: a killed worker could hold it for ever.
         self._stop = weakref.finalize(self, _stop, self._workers, stopped, os.getpid())
-        # Workers ignore SIGTERM, so they must be told to leave before multiprocessing terminates and joins them.
+        # Workers ignore SIGTERM, so they must be stopped before multiprocessing terminates and joins them at exit.
         atexit.register(self._stop)
         try:
             for number in range(count):
@@ -88,21 +93,21 @@ class Workers(Generic[T]):
             started = len(self._workers)
             self.close()
             raise WorkerError(
-                f"{started} of {count} loader workers started, the next could not: {error.strerror or error}. Each "
-                "needs 4 KiB of /dev/shm (docker run --shm-size=64m), three file handles and a process; raise what is "
-                "short, or lower data.workers"
+                f"{started} of {count} loader workers started, the next one failed: {error.strerror or error}. Each "
+                "needs 4 KiB of /dev/shm (docker run --shm-size=64m), three file handles and a process; raise the "
+                "limit that was reached, or lower data.workers"
             ) from error
 
     @property
     def processes(self) -> list[BaseProcess]:
-        """Those that run, by number."""
+        """The processes of the running workers, by number."""
         return [worker.process for worker in self._workers]
 
-    def take(self, number: int) -> T:
-        """The next item of a worker; waits for it.
+    def next_item(self, number: int) -> T:
+        """Return the next item of a worker; waits for it. Do not call it after the worker's last item.
 
         Raises:
-            WorkerError: it died, or failed in a way that its items do not tell of.
+            WorkerError: the worker died, or its generator raised an exception.
         """
         worker = self._workers[number]
         try:
@@ -114,34 +119,34 @@ class Workers(Generic[T]):
                 "Resume with fewer data.workers or a smaller data.prefetch"
             ) from error
         if isinstance(item, _Failed):
-            raise WorkerError(f"loader worker {number} failed:\n{item.trace}")
+            raise WorkerError(f"loader worker {number} failed:\n{item.report}")
         worker.room.release()
         return cast(T, item)
 
     def close(self) -> None:
-        """Ends the workers. Idempotent."""
+        """Stop the workers. Idempotent."""
         self._stop()
         atexit.unregister(self._stop)
 
 
 def _start(context: BaseContext, make: Make[T], number: int, ahead: int, stopped: Any) -> _Worker:
-    pipe, there = context.Pipe(duplex=False)
+    pipe, worker_end = context.Pipe(duplex=False)
     room = context.Semaphore(ahead)
     process = cast(Any, context).Process(
         target=_work,
-        args=(make, number, there, room, stopped, dict(os.environ)),
+        args=(make, number, worker_end, room, stopped, dict(os.environ)),
         name=f"loader-{number}",
         daemon=True,
     )
     with contextlib.nullcontext() if context.get_start_method() == "fork" else without_script():
         process.start()
-    there.close()  # Before the next fork: the pipe ends when its worker does.
+    worker_end.close()  # Before the next fork, or the next worker would keep this pipe open after this worker's death.
     return _Worker(process, pipe, room)
 
 
 def _stop(workers: list[_Worker], stopped: Any, owner: int) -> None:
-    """Ends the workers, those that do not end soon by force."""
-    if os.getpid() != owner:  # A fork has copies of the handles, not the workers.
+    """Stop the workers; kill those that do not exit within ``_JOIN_SECONDS``, all together."""
+    if os.getpid() != owner:  # A forked process has copies of the handles, but the workers are not its children.
         return
     stopped.value = 1
     for worker in workers:
@@ -158,7 +163,7 @@ def _stop(workers: list[_Worker], stopped: Any, owner: int) -> None:
 
 
 def _drain(worker: _Worker, deadline: float) -> None:
-    """Takes what the worker still sends, which it may wait to get rid of."""
+    """Discard the items that the worker still sends: a full pipe would block it."""
     with contextlib.suppress(EOFError, OSError):
         while (left := deadline - time.monotonic()) > 0:
             if worker.pipe not in wait([worker.pipe, worker.process.sentinel], left):
@@ -169,8 +174,8 @@ def _drain(worker: _Worker, deadline: float) -> None:
 def _work(
     make: Make[T], number: int, pipe: Connection, room: Semaphore, stopped: Any, environment: Mapping[str, str]
 ) -> None:
-    """The process of a worker."""
-    _settle(environment)
+    """The main function of a worker process."""
+    _set_up_process(environment)
     room.acquire()
     try:
         with contextlib.closing(make(number)) as items:
@@ -181,18 +186,18 @@ def _work(
                     return
     except Exception as error:
         reason = out_of_memory(error)
-        spare = "use fewer data.workers, a smaller data.prefetch or a lower data.packing.max_tokens"
-        pipe.send(_Failed(traceback.format_exc() if reason is None else f"out of memory ({reason}): {spare}"))
+        remedy = "use fewer data.workers, a smaller data.prefetch or a lower data.packing.max_tokens"
+        pipe.send(_Failed(traceback.format_exc() if reason is None else f"out of memory ({reason}): {remedy}"))
     while not stopped.value:
         room.acquire()
 
 
-def _settle(environment: Mapping[str, str]) -> None:
-    """Makes a worker of this process.
+def _set_up_process(environment: Mapping[str, str]) -> None:
+    """Set up environment, threads, memory and signals of a worker process.
 
-    The parent decides when to stop: a signal to the whole process group must not tear workers from under it.
+    Workers ignore signals that stop a whole process group: the parent stops the workers itself when it is done.
     """
-    os.environ.update(environment)  # One that is not forked from the parent may lack its credentials.
+    os.environ.update(environment)  # A child of the fork server may lack the parent's variables, such as credentials.
     torch.set_num_threads(1)
     _limit_arenas()
     parent = multiprocessing.parent_process()
@@ -203,10 +208,10 @@ def _settle(environment: Mapping[str, str]) -> None:
 
 
 def _limit_arenas() -> None:
-    """Bounds what glibc keeps for reuse where remote data are read.
+    """Limit glibc to two memory arenas.
 
-    It gives the threads of the object store's client up to eight arenas a core, hundreds on a large machine, and each
-    keeps the most that it ever held. Two are as fast; on two cores they keep a tenth less.
+    The object store's client has many threads. By default glibc gives them up to eight arenas per core, and an arena
+    keeps the memory of its peak. Two arenas are as fast; on two cores they keep a tenth less memory.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # Only glibc has it.
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""Configuration of the order of samples: ``data.order``."""
+"""Configuration of the sample order: ``data.order``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from data_pipeline.io.strict import StrictConfig
 
 
 class OrderConfig(StrictConfig):
-    """Shuffling: blocks are permuted, and samples inside a window of blocks."""
+    """Shuffling in two stages: blocks of samples are permuted, then the samples of a window of blocks."""
 
     block_size: int = Field(default=16, ge=1, le=1 << 20)
-    """Consecutive samples of a block: larger reads more sequentially, smaller shuffles better."""
+    """Number of consecutive samples in a block. Larger blocks are read more sequentially; smaller blocks shuffle
+    better."""
     window_blocks: int = Field(default=8, ge=1, le=1 << 20)
-    """Blocks of a lane whose samples are mixed."""
+    """Number of consecutive blocks of a lane that form a window, inside which samples are permuted."""

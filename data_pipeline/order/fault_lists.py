@@ -1,10 +1,10 @@
-"""Lists of bad samples on disk: those that a run leaves out from its first step on, and those that it found itself.
+"""Lists of bad samples on disk: samples that a run excludes from its first step on, and samples that it found bad.
 
     data.faults.exclude   lists of earlier runs or of dedup  --> Exclusions
     RUN/faults            the run's own quarantine list      --> RunFaults
 
-Memory is bounded: of quarantined samples a few thousand are held, and one that is not held is tried again, which ends
-alike (``fault_policy``).
+A process remembers a limited number of quarantined samples, to bound its memory. The others are tried again, with the
+same result (``fault_policy``).
 """
 
 from __future__ import annotations
@@ -23,37 +23,39 @@ from data_pipeline.errors import DataConfigError, FaultKind, SampleError
 from data_pipeline.io.untrusted import UntrustedError, parse_json, read_lines
 from data_pipeline.order.fault_policy import Fault, FaultConfig, KnownFaults
 
-_MAX_HELD = 16384
+_MAX_QUARANTINED = 16384
+"""Most quarantined samples that a process remembers."""
 
 
 @dataclass(frozen=True)
 class Exclusions:
-    """Samples of one data set to leave out: ``indices`` ascending, and the crc32 of each one's key."""
+    """Excluded samples of one data set: their numbers, ascending, and the crc32 of the key of each."""
 
     indices: npt.NDArray[np.int64]
     key_crc32: npt.NDArray[np.uint32]
 
     def position(self, index: int) -> int | None:
-        """Where ``index`` stands in the list; None if it does not."""
-        at = int(np.searchsorted(self.indices, index))
-        return at if at < len(self.indices) and self.indices[at] == index else None
+        """Return the position of sample ``index`` in ``indices``; None if it is not excluded."""
+        found = int(np.searchsorted(self.indices, index))
+        return found if found < len(self.indices) and self.indices[found] == index else None
 
 
 def read_exclusions(config: FaultConfig) -> dict[str, Exclusions]:
-    """The samples that the lists of ``config.exclude`` name, by data set; raises as ``read_lists``."""
+    """Read the lists of ``config.exclude``; returns and raises as ``read_lists``."""
     return read_lists(config.exclude, "data.faults.exclude")
 
 
 def read_lists(paths: Sequence[Path], asked_by: str) -> dict[str, Exclusions]:
-    """The samples that lists name, by data set.
+    """Return the samples that the lists name, by data set.
 
     Args:
         paths: Files of JSON lines with ``dataset``, ``index`` and ``key``, as runs and dedup write them, or folders of
-            such ``*.jsonl`` files (``RUN/faults``). Lines about a lost shard are passed over: it may be back.
-        asked_by: The option that names them, for messages.
+            such ``*.jsonl`` files (``RUN/faults``). Lines about a lost shard are ignored: the shard may be available
+            again.
+        asked_by: The option that names the paths, for messages.
 
     Raises:
-        DataConfigError: a list is missing, or a line of it is no line of a quarantine list.
+        DataConfigError: a list is missing or has a malformed line.
     """
     found: dict[str, dict[int, int]] = {}
     for path in _files(paths, asked_by):
@@ -64,7 +66,10 @@ def read_lists(paths: Sequence[Path], asked_by: str) -> dict[str, Exclusions]:
                 if not 0 <= index < 2**63:
                     raise ValueError(f"index {index}")
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-                raise DataConfigError(f"{asked_by}: {path}:{number} is no line of a quarantine list") from error
+                raise DataConfigError(
+                    f"{asked_by}: {path}:{number} is no line of a quarantine list: expected a JSON object with "
+                    "dataset, index and key"
+                ) from error
             if record.get("kind") == FaultKind.SHARD.value:
                 continue
             found.setdefault(dataset, {})[index] = crc32(key.encode())
@@ -81,7 +86,7 @@ def _files(paths: Sequence[Path], asked_by: str) -> Iterator[Path]:
         if path.is_dir():
             files = sorted(path.glob("*.jsonl"))
             if not files:
-                raise DataConfigError(f"{asked_by}: {path} holds no list (*.jsonl)")
+                raise DataConfigError(f"{asked_by}: {path} contains no list (*.jsonl)")
             yield from files
         else:
             yield path
@@ -95,7 +100,7 @@ def _lines(path: Path, asked_by: str) -> Iterator[bytes]:
 
 
 def exclusions_digest(config: FaultConfig) -> str:
-    """Hash of what ``config.exclude`` names, for the fingerprint of a run."""
+    """Return a hash of the samples that ``config.exclude`` names, for the fingerprint of a run."""
     digest = hashlib.sha256()
     for dataset, exclusions in read_exclusions(config).items():
         digest.update(f"{dataset}:{len(exclusions.indices)};".encode())
@@ -105,12 +110,12 @@ def exclusions_digest(config: FaultConfig) -> str:
 
 @dataclass
 class RunFaults:
-    """What all data sets of a process share.
+    """The excluded and quarantined samples of all data sets, as far as this process knows.
 
     Attributes:
         config: The policy.
-        exclusions: By data set, from ``config.exclude``.
-        quarantined: By data set and sample, the fault that put it there.
+        exclusions: Samples of ``config.exclude``, by data set.
+        quarantined: The fault of each remembered quarantined sample, by data set and sample.
     """
 
     config: FaultConfig
@@ -119,58 +124,63 @@ class RunFaults:
 
     @classmethod
     def load(cls, config: FaultConfig, quarantine: Sequence[Path] = ()) -> RunFaults:
-        """Reads ``config.exclude`` and the quarantine lists that this run wrote.
+        """Read ``config.exclude`` and the quarantine lists that this run wrote.
 
         Raises:
-            DataConfigError: a list of ``config.exclude`` cannot be read.
+            DataConfigError: a list of ``config.exclude`` is missing or malformed, or a quarantine list is not a regular
+                file or contains a line that is too long.
+            OSError: a quarantine list cannot be read.
         """
-        held: dict[tuple[str, int], SampleError] = {}
+        remembered: dict[tuple[str, int], SampleError] = {}
         for path in quarantine:
             for dataset, index, error in _quarantined(path):
-                if len(held) >= _MAX_HELD:
+                if len(remembered) >= _MAX_QUARANTINED:
                     break
                 if config.quarantines(error.kind):
-                    held[dataset, index] = error
-        return cls(config, read_exclusions(config), held)
+                    remembered[dataset, index] = error
+        return cls(config, read_exclusions(config), remembered)
 
     def excluded(self, dataset: str, sample: int, known: KnownFaults, made_for: str) -> Fault | None:
-        """The fault of a sample that ``data.faults.exclude`` names; None if it does not.
+        """Return the fault of a sample that ``data.faults.exclude`` names; None if it does not name the sample.
 
         Args:
-            dataset: Its data set.
-            sample: Its number.
-            known: Finds its shard and key.
-            made_for: What a list with another key was made for, for the message.
+            dataset: Name of the data set.
+            sample: Number of the sample.
+            known: Finds shard and key of the sample.
+            made_for: What a list with another key was made for, such as another manifest; for the message.
 
         Raises:
-            DataConfigError: the list names another key.
+            DataConfigError: the list names this number with another key.
         """
         excluded = self.exclusions.get(dataset)
-        at = None if excluded is None else excluded.position(sample)
-        if excluded is None or at is None:
+        position = None if excluded is None else excluded.position(sample)
+        if excluded is None or position is None:
             return None
         shard, key = known.locate(sample)
-        if key != "?" and crc32(key.encode()) != int(excluded.key_crc32[at]):
+        if key != "?" and crc32(key.encode()) != int(excluded.key_crc32[position]):
             raise DataConfigError(
                 f"data.faults.exclude: sample {sample} of data set {dataset} is {shard}/{key}, "
-                f"the list names another key: it was made for {made_for}"
+                f"but the list names another key: it was made for {made_for}"
             )
         error = SampleError("named by data.faults.exclude", kind=FaultKind.EXCLUDED, shard=shard, key=key)
         return Fault(error, counts=False)
 
     def recall(self, dataset: str, sample: int) -> Fault | None:
-        """The fault of a sample that is held as quarantined; None if it is not."""
+        """Return the remembered fault of a quarantined sample; None if there is none."""
         error = self.quarantined.get((dataset, sample)) if self.quarantined else None
-        return None if error is None else Fault(error, again=True)
+        return None if error is None else Fault(error, recalled=True)
 
-    def hold(self, dataset: str, sample: int, error: SampleError) -> None:
-        """Holds a quarantined sample, while there is room."""
-        if len(self.quarantined) < _MAX_HELD:
+    def remember(self, dataset: str, sample: int, error: SampleError) -> None:
+        """Remember the fault of a quarantined sample, unless ``_MAX_QUARANTINED`` are remembered already."""
+        if len(self.quarantined) < _MAX_QUARANTINED:
             self.quarantined[dataset, sample] = error
 
 
 def _quarantined(path: Path) -> Iterator[tuple[str, int, SampleError]]:
-    """Whole lines of a list that a run writes; a torn one was never finished."""
+    """Yield data set, number and fault of each sample of a run's own list. Malformed lines are ignored.
+
+    A killed process may have left an incomplete line.
+    """
     try:
         for line in read_lines(path):
             try:
@@ -181,4 +191,6 @@ def _quarantined(path: Path) -> Iterator[tuple[str, int, SampleError]]:
             except (ValueError, KeyError, TypeError, OverflowError):
                 continue
     except UntrustedError as error:
-        raise DataConfigError(f"{path}: {error}; remove it: it only spares trying bad samples again") from error
+        raise DataConfigError(
+            f"{path}: {error}; remove the file: it only saves the time to try bad samples again"
+        ) from error

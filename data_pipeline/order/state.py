@@ -1,7 +1,9 @@
 """The position of a loader: a fingerprint of the settings that determine the order, and a small state per lane.
 
-In JSON a lane is a list of integers: the number of data sets; the draws and cursor of each; the mixture's phase; a bit
-mask of the exhausted data sets; the number of waiting documents; the location of each; the fault policy's counters.
+In JSON a lane is a list of integers:
+
+    number of data sets | draws and cursor of each (4 integers) | phase of the mixture | bit mask of exhausted data sets
+    | number of waiting documents | each as ``Drawn`` (4 integers) | counters of the fault policy
 
 A state contains neither ranks nor workers, so it can be loaded with any number of either. It contains no list of the
 samples that were read, so its size does not grow during a run.
@@ -24,24 +26,31 @@ def _is_counts(values: Sequence[object]) -> bool:
 
 
 class Cursor(NamedTuple):
-    """A place in one lane of one data set."""
+    """A position in one lane of one data set. Later positions are greater.
+
+    The meaning of the fields depends on the source (``lanes``, ``front_to_back``, ``user_pipeline``).
+    """
 
     epoch: int = 0
     window: int = 0
     offset: int = 0
 
 
-class Place(NamedTuple):
-    """What a cursor points at."""
+class SamplePosition(NamedTuple):
+    """The sample at a cursor, and its epoch."""
 
     sample: int
     epoch: int
 
 
 class StreamPosition(NamedTuple):
-    """Where the next sample of a lane comes from.
+    """The position of a lane in the mixture.
 
-    ``draws`` counts those of the phase; bit i of ``exhausted`` says that data set i gave all its epochs.
+    Attributes:
+        draws: Number of samples drawn from each data set in this phase of the mixture.
+        cursors: Position in each data set.
+        phase: Number of the phase of the schedule.
+        exhausted: Bit mask; bit i is set if data set i has reached its ``max_epochs``.
     """
 
     draws: tuple[int, ...]
@@ -51,12 +60,12 @@ class StreamPosition(NamedTuple):
 
     @classmethod
     def start(cls, num_datasets: int) -> StreamPosition:
-        """Before the first sample."""
+        """Return the position before the first sample."""
         return cls((0,) * num_datasets, (Cursor(),) * num_datasets)
 
 
 class Drawn(NamedTuple):
-    """A document that was drawn: data set, epoch, sample, and which part of a sample that was split."""
+    """A drawn document: data set, epoch, sample, and the number of its part if the sample was split."""
 
     dataset: int
     epoch: int
@@ -65,7 +74,13 @@ class Drawn(NamedTuple):
 
 
 class LaneState(NamedTuple):
-    """A lane between two packs: where it draws next, what it drew and did not pack yet, and its fault counters."""
+    """A lane between two packs.
+
+    Attributes:
+        position: Position of the next sample.
+        waiting: Documents that were drawn but not packed yet, oldest first.
+        faults: Counters of ``FaultPolicy.state``.
+    """
 
     position: StreamPosition
     waiting: tuple[Drawn, ...] = ()
@@ -87,7 +102,8 @@ class LaneState(NamedTuple):
         """Read what ``to_integers`` returned.
 
         Raises:
-            StateError: the list is too short, or contains a value that is not an integer >= 0.
+            StateError: the list is too short, contains a value that is not an integer >= 0, or contains a waiting
+                document of a data set that the lane does not have.
         """
         if not integers or not _is_counts(integers):
             raise StateError(f"a lane's state must be integers from 0 up, got {list(integers)[:8]}")
@@ -102,32 +118,38 @@ class LaneState(NamedTuple):
         rest = rest[4 * count + 3 :]
         waiting = tuple(Drawn(*rest[4 * i : 4 * i + 4]) for i in range(num_waiting))
         if any(drawn.dataset >= count for drawn in waiting):
-            raise StateError(f"a lane's state of {count} data sets holds a document of number {waiting[0].dataset}")
+            largest = max(drawn.dataset for drawn in waiting)
+            raise StateError(f"a lane's state of {count} data sets contains a document of data set number {largest}")
         return cls(position, waiting, tuple(rest[4 * num_waiting :]))
 
-    def among(self, old: Sequence[str], new: Sequence[str]) -> LaneState:
-        """The same state where the data sets ``old`` have become ``new``: those added start at their beginning."""
+    def for_datasets(self, old: Sequence[str], new: Sequence[str]) -> LaneState:
+        """Return the state for another list of data sets. A data set that is not in ``old`` starts at its beginning.
+
+        Args:
+            old: Names of the data sets of this state, in order.
+            new: Names of the data sets of the result, in order. It must contain the data sets of waiting documents.
+        """
         if tuple(old) == tuple(new):
             return self
         position = self.position
-        at = {name: i for i, name in enumerate(old)}
-        place = {at[name]: i for i, name in enumerate(new) if name in at}
+        old_number = {name: i for i, name in enumerate(old)}
+        new_number = {old_number[name]: i for i, name in enumerate(new) if name in old_number}
         moved = StreamPosition(
-            tuple(position.draws[at[name]] if name in at else 0 for name in new),
-            tuple(position.cursors[at[name]] if name in at else Cursor() for name in new),
+            tuple(position.draws[old_number[name]] if name in old_number else 0 for name in new),
+            tuple(position.cursors[old_number[name]] if name in old_number else Cursor() for name in new),
             position.phase,
-            sum(1 << place[i] for i in place if position.exhausted >> i & 1),
+            sum(1 << new_number[i] for i in new_number if position.exhausted >> i & 1),
         )
-        return LaneState(moved, tuple(d._replace(dataset=place[d.dataset]) for d in self.waiting), self.faults)
+        return LaneState(moved, tuple(d._replace(dataset=new_number[d.dataset]) for d in self.waiting), self.faults)
 
 
 @dataclass(frozen=True)
 class LoaderState:
-    """State of some or all lanes after a step.
+    """The state of some or all lanes after a step.
 
     Attributes:
-        fingerprint: What decides the order, ``part:hash`` joined by spaces.
-        step: Steps done; the next batch has this number.
+        fingerprint: Hashes of the settings that determine the order: ``name:hash`` pairs joined by spaces.
+        step: Number of steps done; the next batch has this number.
         lanes: State of each lane.
         datasets: Names of the data sets, in the order of the lanes' draws and cursors.
     """
@@ -170,15 +192,15 @@ class LoaderState:
             raise StateError(f"no loader state: {error!r:.200}") from error
 
     def to_json(self) -> str:
-        """One line; ``from_json`` reads it back."""
+        """Return one line of JSON; ``from_json`` reads it."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> LoaderState:
-        """Reads ``to_json``.
+        """Read what ``to_json`` returned.
 
         Raises:
-            StateError: the text is no loader state.
+            StateError: the text is not a loader state.
         """
         try:
             record = parse_json(text)
@@ -188,10 +210,10 @@ class LoaderState:
 
     @classmethod
     def merge(cls, states: Sequence[LoaderState]) -> LoaderState:
-        """The lanes of several ranks in one state.
+        """Return one state with the lanes of all ranks.
 
         Raises:
-            StateError: the states are of different steps or data, two hold one lane, or there is none.
+            StateError: there is no state, the states differ in step or fingerprint, or two contain the same lane.
         """
         if not states:
             raise StateError("no loader state to merge")
@@ -207,18 +229,18 @@ class LoaderState:
 
     @property
     def head(self) -> tuple[str, int, tuple[str, ...]]:
-        """What the states of all ranks after one step have in common."""
+        """Fingerprint, step and data sets, which are equal on all ranks after a step."""
         return self.fingerprint, self.step, self.datasets
 
     def lane_states(self, lanes: Sequence[int], datasets: Sequence[str]) -> dict[int, LaneState]:
         """Return the states of ``lanes`` for a loader with the data sets ``datasets``. Call ``check`` first."""
-        return {lane: self.lanes[lane].among(self.datasets, datasets) for lane in lanes}
+        return {lane: self.lanes[lane].for_datasets(self.datasets, datasets) for lane in lanes}
 
     def check(self, fingerprint: str, lanes: Sequence[int]) -> None:
-        """Refuses a state that belongs to another order.
+        """Check that the state fits a loader with this fingerprint and these lanes.
 
         Raises:
-            StateError: names each part that differs, or a lane that is missing.
+            StateError: the message names each part of the fingerprint that differs, or a missing lane.
         """
         mine, theirs = _parts(fingerprint), _parts(self.fingerprint)
         changed = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
@@ -233,7 +255,10 @@ class LoaderState:
             raise StateError(f"the saved data position lacks lane {missing[0]}: was a rank's part of it lost?")
 
     def changed(self, parts: Mapping[str, object]) -> list[str]:
-        """Names of those parts of the fingerprint that this state knows with another value."""
+        """Return the names of ``parts`` whose hash in this state's fingerprint differs.
+
+        Parts that the fingerprint does not contain are ignored.
+        """
         theirs = _parts(self.fingerprint)
         mine = _parts(fingerprint_of(parts))
         return sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name])
@@ -248,5 +273,5 @@ def _hash(value: object) -> str:
 
 
 def fingerprint_of(parts: Mapping[str, object]) -> str:
-    """One string of named hashes, so that what changed can be named."""
+    """Return a string of named hashes, so that an error message can name the parts that changed."""
     return " ".join(f"{name}:{_hash(value)}" for name, value in parts.items())

@@ -1,4 +1,4 @@
-"""Packs to one batch: concatenation, with every index shifted to where its target now stands."""
+"""Concatenation of packs to a batch, and of batches; index arrays are shifted to the new positions of their targets."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments, ViewPlace
-from data_pipeline.document import Coverage, Document, Run
+from data_pipeline.batch import BranchedSegments, CropLocation, MediaBlock, MultimodalBatch, Segments
+from data_pipeline.document import ContentArea, Document, IndexRange
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.packer import Pack
 
@@ -19,39 +19,39 @@ IMAGE = "image"
 """Key of the image block in ``MultimodalBatch.media``."""
 
 Join = Callable[[Sequence[npt.NDArray[np.uint8]]], Tensor]
-"""Arrays of equally many columns to one tensor, row behind row."""
+"""Concatenates the rows of arrays with the same number of columns to one tensor."""
 
 
 def join_copies(arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-    """The arrays, copied into memory of their own."""
+    """Concatenate the rows of the arrays in new memory."""
     return torch.from_numpy(np.concatenate(arrays))
 
 
 def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) -> MultimodalBatch:
-    """One microbatch of the packs' documents, in order.
+    """Return a microbatch of the packs' documents, in order. Each document becomes a segment.
 
     Args:
-        packs: Their documents become segments.
-        spec: What the model takes.
-        join: Joins the patches, nearly all of a batch's bytes.
+        packs: The packs.
+        spec: The model's inputs.
+        join: Concatenates the patches, which are nearly all bytes of a batch.
 
     Raises:
-        ValueError: there is no document at all.
+        ValueError: the packs contain no document.
     """
     documents = [document for pack in packs for document in pack.documents]
     if not documents:
         raise ValueError("a batch needs at least one document")
     loss_weights = np.concatenate([document.loss_weights for document in documents])
     lengths = [document.num_tokens for document in documents]
-    valid = np.repeat([not document.is_null for document in documents], lengths)
+    valid = np.repeat([not document.is_dummy for document in documents], lengths)
     branched = None
     if any(document.branches for document in documents):
-        branched = BranchedSegments.of((document.num_tokens, document.branches) for document in documents)
-    # A document with exactly one image gives a pair: its first whole view (or its first view), and its segment.
+        branched = BranchedSegments.from_branches((document.num_tokens, document.branches) for document in documents)
+    # A document with exactly one image gives a pair: its overview (or its first crop), and its segment.
     pairs, first_item = list[tuple[int, int]](), 0
     for segment, document in enumerate(documents):
-        if document.num_images == 1 and not document.is_null:  # A null document pairs nothing.
-            whole = [number for number, item in enumerate(document.items) if item.place is None]
+        if document.num_images == 1 and not document.is_dummy:
+            whole = [number for number, item in enumerate(document.items) if item.cell is None]
             pairs.append((first_item + (whole[0] if whole else 0), segment))
         first_item += len(document.items)
     token_ids = np.concatenate([document.token_ids for document in documents], dtype=np.int64)
@@ -77,66 +77,69 @@ def collate(packs: Sequence[Pack], spec: MediaSpec, join: Join = join_copies) ->
 
 def _media(documents: Sequence[Document], spec: MediaSpec, join: Join) -> MediaBlock:
     items = [item for document in documents for item in document.items]
-    # The tower makes rows of all features, item after item; each item hands on its kept ones. The embeddings of tags
-    # follow the features of all items.
-    made = [spec.num_features(item.grid) for item in items]
-    starts = itertools.accumulate(made, initial=0)
+    # Feature rows: the features of all items, item by item, then the embeddings of all tags. The index arrays use only
+    # the kept features.
+    num_features = [spec.num_features(item.grid) for item in items]
+    starts = itertools.accumulate(num_features, initial=0)
     kept = [item.kept_features(spec, start) for start, item in zip(starts, items, strict=False)]
-    source = [run for runs, item in zip(kept, items, strict=True) if item.embedded for run in runs]
-    attended, tag = list[list[Run]](), sum(made)
-    for item, runs in zip(items, kept, strict=True):
-        attended.append([(tag, len(item.tag)), *runs] if item.tag else runs)
-        tag += len(item.tag)
-    dest, keys, span_tokens, span_keys = list[npt.NDArray[np.int64]](), list[Run](), list[int](), list[int]()
-    places, image, last = list[ViewPlace](), -1, None
+    gathered = [each for ranges, item in zip(kept, items, strict=True) if item.embedded for each in ranges]
+    attended, tag_row = list[list[IndexRange]](), sum(num_features)
+    for item, ranges in zip(items, kept, strict=True):
+        attended.append([(tag_row, len(item.tag)), *ranges] if item.tag else ranges)
+        tag_row += len(item.tag)
+    slots, keys, span_tokens, span_keys = list[npt.NDArray[np.int64]](), list[IndexRange](), list[int](), list[int]()
+    locations, image, last = list[CropLocation](), -1, None
     first_token = first_item = 0
     for segment, document in enumerate(documents):
-        dest.append(document.dest.astype(np.int64) + first_token)
+        slots.append(document.scatter_index.astype(np.int64) + first_token)
         ends = [*(span.start for span in document.spans[1:]), document.num_tokens]
         for span, end in zip(document.spans, ends, strict=True):
-            seen = [run for item_number in span.items for run in attended[first_item + item_number]]
-            keys += seen
+            own_keys = [each for item_number in span.items for each in attended[first_item + item_number]]
+            keys += own_keys
             span_tokens.append(end - span.start)
-            span_keys.append(sum(count for _, count in seen))
+            span_keys.append(sum(count for _, count in own_keys))
         for item in document.items:
             image += (segment, item.image) != last
             last = segment, item.image
-            places.append(ViewPlace(segment, image, item.tiles, item.place))
+            locations.append(CropLocation(segment, image, item.tiles, item.cell))
         first_token += document.num_tokens
         first_item += len(document.items)
-    covered = None
+    content_area = None
     if spec.padding:
-        regions = [item.coverage or Coverage.whole(*item.grid[1:]) for item in items]
-        rows = [[*each.touched, *each.filled] for each in regions]
-        covered = torch.tensor(rows, dtype=torch.int32).reshape(-1, 8)
+        areas = [item.content_area or ContentArea.whole(*item.grid[1:]) for item in items]
+        rows = [[*each.touched, *each.filled] for each in areas]
+        content_area = torch.tensor(rows, dtype=torch.int32).reshape(-1, 8)
     grids = tuple(item.grid for item in items)
     return MediaBlock(
         values=join([item.values for item in items] or [np.empty((0, spec.patch_dim), dtype=np.uint8)]),
         grid=torch.tensor(grids, dtype=torch.int32).reshape(-1, 3),
         grids=grids,
         items=Segments.from_lengths([len(item.values) for item in items]),
-        source=_expand(source),
-        dest=torch.from_numpy(np.concatenate(dest)),
-        keys=_expand(keys),
+        gather_index=_expand(gathered),
+        scatter_index=torch.from_numpy(np.concatenate(slots)),
+        attended_index=_expand(keys),
         span_tokens=Segments.from_lengths(span_tokens),
         span_keys=Segments.from_lengths(span_keys),
-        coverage=covered,
-        places=tuple(places),
+        content_area=content_area,
+        locations=tuple(locations),
         tag_ids=torch.tensor([token for item in items for token in item.tag], dtype=torch.int64),
     )
 
 
-def _expand(runs: Sequence[Run]) -> Tensor:
-    """Every number of the runs, int64."""
-    first, count = np.array(runs, dtype=np.int64).reshape(-1, 2).T
+def _expand(ranges: Sequence[IndexRange]) -> Tensor:
+    """Return all indices of the ranges in order, int64."""
+    first, count = np.array(ranges, dtype=np.int64).reshape(-1, 2).T
     end = count.cumsum()
-    numbers = np.arange(end[-1] if runs else 0)
-    numbers += np.repeat(first - (end - count), count)
-    return torch.from_numpy(numbers)
+    indices = np.arange(end[-1] if ranges else 0)
+    indices += np.repeat(first - (end - count), count)
+    return torch.from_numpy(indices)
 
 
 def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> MultimodalBatch:
-    """One batch of several, as if their packs had been collated together."""
+    """Return one batch of several, equal to the batch that ``collate`` makes of all their packs.
+
+    A single batch is returned as it is, not copied.
+    """
     if len(batches) == 1:
         return batches[0]
     pairs, first_item, first_segment = list[Tensor](), 0, 0
@@ -164,53 +167,54 @@ def concatenate(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> Multimod
 
 def _concatenate_media(batches: Sequence[MultimodalBatch], spec: MediaSpec) -> MediaBlock:
     blocks = [batch.media[IMAGE] for batch in batches]
-    made = [sum(map(spec.num_features, block.grids)) for block in blocks]
-    source, dest, keys, places = list[Tensor](), list[Tensor](), list[Tensor](), list[ViewPlace]()
+    num_features = [sum(map(spec.num_features, block.grids)) for block in blocks]
+    gather, scatter, attended, locations = list[Tensor](), list[Tensor](), list[Tensor](), list[CropLocation]()
     first_token = first_feature = first_tag = first_segment = first_image = 0
-    for batch, block, own in zip(batches, blocks, made, strict=True):
-        source.append(block.source + first_feature)
-        dest.append(block.dest + first_token)
-        # Rows of tags come after the features of all blocks.
-        keys.append(block.keys + torch.where(block.keys < own, first_feature, sum(made) - own + first_tag))
-        for place in block.places:
-            segment, image = place.segment + first_segment, place.image + first_image
-            places.append(place._replace(segment=segment, image=image))
+    for batch, block, count in zip(batches, blocks, num_features, strict=True):
+        gather.append(block.gather_index + first_feature)
+        scatter.append(block.scatter_index + first_token)
+        # The rows of all tags come after the features of all blocks.
+        tag_shift = sum(num_features) - count + first_tag
+        attended.append(block.attended_index + torch.where(block.attended_index < count, first_feature, tag_shift))
+        for location in block.locations:
+            segment, image = location.segment + first_segment, location.image + first_image
+            locations.append(location._replace(segment=segment, image=image))
         first_token += batch.segments.total
-        first_feature += own
+        first_feature += count
         first_tag += len(block.tag_ids)
         first_segment += batch.segments.num
-        first_image += block.places[-1].image + 1 if block.places else 0
-    coverage = [block.coverage for block in blocks if block.coverage is not None]
+        first_image += block.locations[-1].image + 1 if block.locations else 0
+    content_area = [block.content_area for block in blocks if block.content_area is not None]
     return MediaBlock(
         values=torch.cat([block.values for block in blocks]),
         grid=torch.cat([block.grid for block in blocks]),
         grids=tuple(grid for block in blocks for grid in block.grids),
         items=_join([block.items for block in blocks]),
-        source=torch.cat(source),
-        dest=torch.cat(dest),
-        keys=torch.cat(keys),
+        gather_index=torch.cat(gather),
+        scatter_index=torch.cat(scatter),
+        attended_index=torch.cat(attended),
         span_tokens=_join([block.span_tokens for block in blocks]),
         span_keys=_join([block.span_keys for block in blocks]),
-        coverage=torch.cat(coverage) if spec.padding else None,
-        places=tuple(places),
+        content_area=torch.cat(content_area) if spec.padding else None,
+        locations=tuple(locations),
         tag_ids=torch.cat([block.tag_ids for block in blocks]),
     )
 
 
 def _concatenate_branched(batches: Sequence[MultimodalBatch]) -> BranchedSegments:
-    pieces = [
-        batch.branched or BranchedSegments.of((int(length), ()) for length in np.diff(batch.segments.bounds))
+    parts = [
+        batch.branched or BranchedSegments.from_branches((int(length), ()) for length in np.diff(batch.segments.bounds))
         for batch in batches
     ]
     first_tokens = itertools.accumulate((batch.segments.total for batch in batches), initial=0)
     return BranchedSegments(
-        _join([piece.queries for piece in pieces]),
-        _join([piece.keys for piece in pieces]),
-        torch.cat([piece.rows + first for piece, first in zip(pieces, first_tokens, strict=False)]),
+        _join([part.queries for part in parts]),
+        _join([part.keys for part in parts]),
+        torch.cat([part.key_tokens + first for part, first in zip(parts, first_tokens, strict=False)]),
     )
 
 
-def _join(pieces: Sequence[Segments]) -> Segments:
-    """The pieces of several partitions, one partition after the other."""
-    lengths = [b - a for piece in pieces for a, b in itertools.pairwise(piece.bounds)]
+def _join(partitions: Sequence[Segments]) -> Segments:
+    """Return the segments of all partitions in order."""
+    lengths = [b - a for partition in partitions for a, b in itertools.pairwise(partition.bounds)]
     return Segments.from_lengths(lengths)

@@ -1,7 +1,7 @@
-"""Sample to document: pieces, views and tokens become ids, labels, positions, slots and spans.
+"""Builds the document of a sample: token ids, labels, positions, token slots of features, and attention spans.
 
-    bos | image: one placeholder a feature (embedded) or one anchor (attended), and its layout | text | ... | eos
-    bos | text | eos    beside its one image, where the two are compared
+    bos | image: one placeholder per feature (embedded) or one anchor (attended), and its layout | text | ... | eos
+    bos | text | eos    and one image without tokens, if the model compares image and text
 
 Not for: several documents together (``packer``, ``collate``).
 """
@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from data_pipeline.document import IGNORE, Document, ImageExtent, MediaItem, Span
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
-from data_pipeline.images.image_tokens import Anchor, Features, ImageLayout, Run, Text
-from data_pipeline.images.transforms import ImageTransform, Picture, TilesTransform, TransformConfig
+from data_pipeline.images.image_tokens import ImageLayout, LayoutAnchor, LayoutElement, LayoutFeatures, LayoutTokens
+from data_pipeline.images.transforms import DecodeTask, ImageTransform, TilesTransform, TransformConfig
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.order.randomness import Draws
+from data_pipeline.order.randomness import Rng
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.shards.image_header import image_size
 from data_pipeline.text.templates import BranchPiece, EndPiece, Piece, TemplateConfig, TextPiece, TokenPiece
@@ -33,30 +33,30 @@ _NO_SLOTS = np.empty(0, dtype=np.int32)
 
 @dataclass
 class _Draft:
-    """A document under construction: columns that grow by one token at a time.
+    """A document under construction.
 
-    They are lists up to the end: a call of numpy takes longer than the few tokens of a caption.
+    The columns are Python lists until the end: for the few tokens of a caption they are faster than numpy.
     """
 
     spec: MediaSpec
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    """Of each token itself, not of the one before it as in the document."""
+    """Each token's own id or ``IGNORE``; not yet shifted by one as in ``Document.labels``."""
     weights: list[float] = field(default_factory=list)
     positions: list[npt.NDArray[np.int32]] = field(default_factory=list)
     next_position: int = 0
     items: list[MediaItem] = field(default_factory=list)
     images: list[ImageExtent] = field(default_factory=list)
-    dest: list[npt.NDArray[np.int32]] = field(default_factory=list)
+    scatter_index: list[npt.NDArray[np.int32]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     attended: tuple[int, ...] = ()
-    """Attended items of the last image and of those just before it, without text between them."""
+    """Attended items of the last image and of the images directly before it, without text between them."""
     branches: list[int] = field(default_factory=list)
     fork: int = 0
-    """Position of the first token of every branch."""
+    """Position at which every branch starts."""
 
     def add_tokens(self, ids: Sequence[int], weight: float) -> None:
-        """Appends tokens of one loss weight; those of weight 0 are read only."""
+        """Append tokens with the same loss weight; tokens of weight 0 get no label."""
         if self.spec.position_axes == 3:
             steps = np.arange(self.next_position, self.next_position + len(ids), dtype=np.int32)
             self.positions.append(np.repeat(steps[:, None], 3, axis=1))
@@ -66,61 +66,64 @@ class _Draft:
         self.next_position += len(ids)
 
     def begin_branch(self) -> None:
-        """Begins a branch: its positions go on from where the first one began."""
+        """Begin a branch. Its positions start where those of the first branch start."""
         if not self.branches:
             self.fork = self.next_position
         self.branches.append(len(self.ids))
         self.next_position = self.fork
 
-    def add_image(self, views: tuple[MediaItem, ...], image_id: int, layout: ImageLayout | None) -> None:
-        """Appends the tokens of an image as it is laid out; none of them is learned, and of a pair there is none.
+    def add_image(self, crops: tuple[MediaItem, ...], image_id: int, layout: ImageLayout | None) -> None:
+        """Append an image: its crops, and its tokens according to the layout. No token of an image is learned.
 
-        Without a layout, an image is its features alone, or one anchor if none of them is embedded.
+        Without a layout, the tokens are one placeholder per feature, or one anchor if no crop is embedded. An image of
+        a pair has no tokens.
 
         Raises:
-            SampleError: a view does not fit the model.
+            SampleError: a crop does not fit the model.
         """
         assert not self.branches, "an image in a branch would be attended by the branches after it"
         start, first_item, number = len(self.ids), len(self.items), len(self.images)
-        counts = [view.num_features(self.spec) for view in views]  # Refuses attended grids too.
+        counts = [crop.num_features(self.spec) for crop in crops]  # Raises for attended crops too.
         if self.spec.placement is Placement.PAIR:
-            self.items.extend(views)
+            self.items.extend(crops)
             self.images.append(ImageExtent(start, first_item, start))
             return
-        tagged = views if layout is None else layout.tagged(views, number)
-        self.items.extend(replace(view, image=number) for view in tagged)
-        if self.images and self.images[-1].stop < start:  # Text stands between the last image and this one.
+        tagged = crops if layout is None else layout.tagged(crops, number)
+        self.items.extend(replace(crop, image=number) for crop in tagged)
+        if self.images and self.images[-1].stop < start:  # There is text between the last image and this one.
             self.attended = ()
-        self.attended += tuple(first_item + i for i, view in enumerate(views) if not view.embedded)
-        slots = {i: np.empty(counts[i], dtype=np.int32) for i, view in enumerate(views) if view.embedded}
-        runs: Iterable[Run]
+        self.attended += tuple(first_item + i for i, crop in enumerate(crops) if not crop.embedded)
+        slots = {i: np.empty(counts[i], dtype=np.int32) for i, crop in enumerate(crops) if crop.embedded}
+        elements: Iterable[LayoutElement]
         if layout is None:
-            runs = [Features(i, 0, counts[i]) for i in slots] or [Anchor()]
+            elements = [LayoutFeatures(i, 0, counts[i]) for i in slots] or [LayoutAnchor()]
         else:
-            runs = layout.runs(views, number, self.spec)
-        for run in runs:
+            elements = layout.elements(crops, number, self.spec)
+        for element in elements:
             at = len(self.ids)
-            # The tag of an attended view attends that view alone.
-            attended = self.attended if not isinstance(run, Text) or run.view is None else (first_item + run.view,)
+            # The tag of an attended crop attends that crop alone.
+            tag_of = element.crop if isinstance(element, LayoutTokens) else None
+            attended = self.attended if tag_of is None else (first_item + tag_of,)
             if attended and (not self.spans or self.spans[-1].items != attended):
                 self.spans.append(Span(at, attended))
-            if isinstance(run, Features):
-                slots[run.view][run.first : run.first + run.count] = np.arange(at, at + run.count)
-            if isinstance(run, Features) and self.spec.position_axes == 3:
-                self._add_features_on_three_axes(views[run.view], run.count, image_id)
-            elif isinstance(run, Features):
-                self.add_tokens((image_id,) * run.count, 0.0)
+            if isinstance(element, LayoutFeatures):
+                stop = element.first + element.count
+                slots[element.crop][element.first : stop] = np.arange(at, at + element.count)
+            if isinstance(element, LayoutFeatures) and self.spec.position_axes == 3:
+                self._add_features_on_three_axes(crops[element.crop], element.count, image_id)
+            elif isinstance(element, LayoutFeatures):
+                self.add_tokens((image_id,) * element.count, 0.0)
             else:
-                self.add_tokens(run.ids if isinstance(run, Text) else (image_id,), 0.0)
-        self.dest.extend(slots.values())
+                self.add_tokens(element.ids if isinstance(element, LayoutTokens) else (image_id,), 0.0)
+        self.scatter_index.extend(slots.values())
         self.images.append(ImageExtent(start, first_item, len(self.ids)))
 
-    def _add_features_on_three_axes(self, view: MediaItem, count: int, image_id: int) -> None:
-        # Each feature stands at its own (time, row, column); text goes on after the largest of them. Layouts do not
-        # part the rows of a view on three axes, so ``count`` is all that it hands on.
+    def _add_features_on_three_axes(self, crop: MediaItem, count: int, image_id: int) -> None:
+        # The position of a feature is its (time, row, column); the next token follows the largest coordinate. Layouts
+        # do not separate the rows of a crop on three axes, so ``count`` is the number of all kept features of the crop.
         # Source: Qwen2-VL (arXiv 2409.12191), section 2.1, multimodal rotary position embedding.
-        kept = view.kept
-        sides = self.spec.feature_grid(view.grid) if kept is None else (view.grid[0], kept.height, kept.width)
+        kept = crop.kept_region
+        sides = self.spec.feature_grid(crop.grid) if kept is None else (crop.grid[0], kept.height, kept.width)
         coordinates = np.indices(sides).reshape(3, -1).T.astype(np.int32)
         self.positions.append(coordinates + np.int32(self.next_position))
         self.next_position += max(sides)
@@ -129,11 +132,11 @@ class _Draft:
         self.weights.extend([0.0] * count)
 
     def finish(self, origin: Provenance | None) -> Document:
-        """The columns as arrays; labels are the ids one ahead."""
+        """Return the document. Position i gets the label and the weight of token i + 1, which it predicts."""
         length = len(self.ids)
-        weights = [*self.weights[1:], 0.0]  # Of the token that is predicted.
+        weights = [*self.weights[1:], 0.0]
         counted: Iterable[int] = ()
-        if self.spec.position_axes == 1:  # Positions on one axis count, in every branch from the fork.
+        if self.spec.position_axes == 1:  # Positions are consecutive, in every branch from ``fork`` on.
             starts = [*self.branches, length]
             counts = [range(self.fork, self.fork + end - start) for start, end in itertools.pairwise(starts)]
             counted = itertools.chain(range(starts[0]), *counts)
@@ -145,7 +148,9 @@ class _Draft:
             loss_weights=np.fromiter(weights, np.float32, length),
             position_ids=columns[2 * length :] if self.spec.position_axes == 1 else np.concatenate(self.positions),
             items=tuple(self.items),
-            dest=np.concatenate(self.dest) if len(self.dest) > 1 else (*self.dest, _NO_SLOTS)[0],
+            scatter_index=np.concatenate(self.scatter_index)
+            if len(self.scatter_index) > 1
+            else (*self.scatter_index, _NO_SLOTS)[0],
             spans=tuple(spans),
             provenance=origin,
             images=tuple(self.images),
@@ -154,26 +159,26 @@ class _Draft:
 
 
 @dataclass(frozen=True)
-class Outline:
-    """A document that lacks its pixels.
+class DocumentPlan:
+    """A document whose images are not decoded yet.
 
     Attributes:
-        document: All of it else; the values of its items are not written yet.
-        pictures: Its images, which write them.
+        document: The document; the values of its items are not written yet.
+        decode_tasks: The tasks that decode the images and write the values.
     """
 
     document: Document
-    pictures: tuple[Picture, ...] = ()
+    decode_tasks: tuple[DecodeTask, ...] = ()
 
     def __call__(self) -> Document:
-        """The document with its pixels.
+        """Decode the images and return the document. Call it once.
 
         Raises:
             SampleError: an image cannot be decoded.
         """
         try:
-            for picture in self.pictures:
-                picture.draw()
+            for task in self.decode_tasks:
+                task.decode()
         except SampleError as error:
             origin = self.document.provenance
             raise error if origin is None else error.located(origin.shard, origin.key) from error
@@ -181,11 +186,11 @@ class Outline:
 
 
 class DocumentConfig(Protocol):
-    """The part of a data set's configuration that decides what its documents hold."""
+    """The part of a data set's configuration that determines its documents."""
 
     @property
     def template(self) -> TemplateConfig:
-        """Which text is read and which is learned."""
+        """How the texts and images of a sample form a document."""
 
     @property
     def transforms(self) -> TransformConfig:
@@ -193,23 +198,23 @@ class DocumentConfig(Protocol):
 
 
 class DocumentBuilder:
-    """Turns samples of one data set into documents.
+    """Builds documents from the samples of one data set.
 
     Args:
         dataset: Template and transforms of the data set.
-        tokenizer: Text to ids.
-        spec: What the model takes.
+        tokenizer: The tokenizer.
+        spec: The model's inputs.
 
     Raises:
-        DataConfigError: the transform or the layout does not fit the model, or the tokenizer lacks a token of the
-            layout or the template.
+        DataConfigError: the template, the transform or the layout does not fit the model, or the tokenizer lacks a
+            token of the layout or the template.
     """
 
     def __init__(self, dataset: DocumentConfig, tokenizer: Tokenizer, spec: MediaSpec) -> None:
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.spec = spec
-        # Texts alone have no image, so their transform need not fit the model.
+        # A template without images uses no transform, so the transform need not fit the model.
         takes_images = spec.placement is not Placement.NONE and dataset.template.takes_images
         transforms = dataset.transforms
         if spec.placement is Placement.PAIR and dataset.template.no_pair is not None:
@@ -232,54 +237,59 @@ class DocumentBuilder:
         names = dataset.template.named_tokens
         self._special = {name: tokenizer.special_id(name, "template.special_tokens") for name in names}
         if tokenizer.image_id in self._special.values():
-            raise DataConfigError("template.special_tokens: the image token is placed by images, never by a template")
+            raise DataConfigError("template.special_tokens: the image token marks images; a template cannot use it")
         laid_out = layout.tokens(max_tiles) if layout is not None else []
         self._reserved = self._special | {name: tokenizer.special_id(name, "transforms.layout") for name in laid_out}
 
-    def __call__(self, sample: Sample, rng: Draws | None = None) -> Document:
-        """The whole document; ``rng`` draws answers and augmentation, None takes first answers and plain images.
-
-        Raises:
-            SampleError: the sample lacks what the template needs, an image is bad, or image tokens and features differ.
-        """
-        return self.outline(sample, rng)()
-
-    def measure(self, sample: Sample, rng: Draws | None = None) -> Document:
-        """The same document in everything but pixels, which are black and take no memory; nothing is decoded.
-
-        Sizes come from ``ImagePart.size``, or from the header where that is None. What only decoding finds, damaged
-        pixels, is not noticed here.
-
-        Raises:
-            SampleError: as the document itself would, save for damaged pixels.
-        """
-        return self.outline(sample, rng, pixels=False).document
-
-    def build_prompt(self, sample: Sample) -> Document:
-        """The document up to where the answer begins, without augmentation; nothing in it is learned.
-
-        Raises:
-            SampleError: as the document itself.
-        """
-        return self.outline(sample, prompt=True)()
-
-    def measure_prompt(self, sample: Sample) -> Document:
-        """The same in everything but pixels, as ``measure``."""
-        return self.outline(sample, pixels=False, prompt=True).document
-
-    def outline(
-        self, sample: Sample, rng: Draws | None = None, *, pixels: bool = True, prompt: bool = False
-    ) -> Outline:
-        """The document before its images are decoded.
+    def __call__(self, sample: Sample, rng: Rng | None = None) -> Document:
+        """Build a document with its pixels.
 
         Args:
             sample: The sample.
-            rng: Draws answers and augmentation; None takes first answers and plain images.
-            pixels: False measures only, see ``measure``.
+            rng: Draws captions, answers and augmentation; None uses the first ones and no augmentation.
+
+        Raises:
+            SampleError: the sample does not fit its template, an image is bad, or image tokens and features differ in
+                number.
+        """
+        return self.plan(sample, rng)()
+
+    def dry_run(self, sample: Sample, rng: Rng | None = None) -> Document:
+        """Build a document without decoding its images. Only the pixels differ: they are black and take no memory.
+
+        Image sizes come from ``ImagePart.size``, or from the image's header if that is None. Pass the same ``rng`` to
+        get the same draws.
+
+        Raises:
+            SampleError: as for the document with pixels, except for damaged pixels, which only decoding finds.
+        """
+        return self.plan(sample, rng, pixels=False).document
+
+    def build_prompt(self, sample: Sample) -> Document:
+        """Build the document up to the start of the answer, without augmentation. None of its tokens is learned.
+
+        Raises:
+            SampleError: as for the whole document.
+        """
+        return self.plan(sample, prompt=True)()
+
+    def dry_run_prompt(self, sample: Sample) -> Document:
+        """As ``build_prompt``, without decoding images; see ``dry_run``."""
+        return self.plan(sample, pixels=False, prompt=True).document
+
+    def plan(
+        self, sample: Sample, rng: Rng | None = None, *, pixels: bool = True, prompt: bool = False
+    ) -> DocumentPlan:
+        """Build everything of a document except its pixels; calling the plan decodes them.
+
+        Args:
+            sample: The sample.
+            rng: Draws captions, answers and augmentation; None uses the first ones and no augmentation.
+            pixels: False makes a dry run, see ``dry_run``.
             prompt: True stops where the answer begins, see ``build_prompt``.
 
         Raises:
-            SampleError: as the document itself, save for damaged pixels.
+            SampleError: as for the document with pixels, except for damaged pixels.
         """
         template = self.dataset.template
         try:
@@ -297,9 +307,9 @@ class DocumentBuilder:
         except SampleError as error:
             raise error.located(sample.provenance.shard, sample.provenance.key) from error
 
-    def _assemble(self, pieces: list[Piece], sample: Sample, rng: Draws | None, pixels: bool) -> Outline:
+    def _assemble(self, pieces: list[Piece], sample: Sample, rng: Rng | None, pixels: bool) -> DocumentPlan:
         spec, tokenizer, draft = self.spec, self.tokenizer, _Draft(self.spec)
-        pictures = list[Picture]()
+        decode_tasks = list[DecodeTask]()
         if tokenizer.bos_id is not None:
             draft.add_tokens((tokenizer.bos_id,), 0.0)
         num_images = sum(isinstance(piece, ImagePart) for piece in pieces)
@@ -313,11 +323,11 @@ class DocumentBuilder:
                 if self._transform is None:
                     raise SampleError(f"image {piece.name}, but the model has no image tower")
                 if pixels:
-                    pictures.append(self._transform.outline(piece.data, rng, piece.size, num_images))
-                    views = pictures[-1].views
+                    decode_tasks.append(self._transform.decode_task(piece.data, rng, piece.size, num_images))
+                    crops = decode_tasks[-1].crops
                 else:
-                    views = self._transform.measure(piece.size or _shown_size(piece.data), rng, num_images)
-                draft.add_image(views, tokenizer.image_id, self._layout)
+                    crops = self._transform.dry_run(piece.size or _size_of(piece.data), rng, num_images)
+                draft.add_image(crops, tokenizer.image_id, self._layout)
             elif isinstance(piece, BranchPiece):
                 draft.begin_branch()
             elif isinstance(piece, EndPiece):
@@ -332,39 +342,43 @@ class DocumentBuilder:
             draft.weights = share_weights(draft.weights, draft.branches, rule).tolist()
         if spec.placement is Placement.PAIR:  # A pair counts once, whatever the length of its text.
             draft.weights = [0.0] * (len(draft.ids) - 1) + [1.0]
-        return Outline(draft.finish(sample.provenance), tuple(pictures))
+        return DocumentPlan(draft.finish(sample.provenance), tuple(decode_tasks))
 
     def _encode(self, text: str) -> list[int]:
-        """Ids of a text; none of them opens or closes a turn, or lays out an image."""
+        """Return the ids of a text.
+
+        Raises:
+            SampleError: the text is not valid Unicode, or contains a special token of the template or the layout.
+        """
         check_unicode(text)
         ids = self.tokenizer.encode(text)
         forged = [name for name, token_id in self._reserved.items() if token_id in ids]
         if forged:
             raise SampleError(
-                f"the text spells {forged[0]}, which this tokenizer takes for the token; make it a special token of "
-                "the tokenizer, which is spelled out in text, or remove it from the text",
+                f"the text spells {forged[0]}, which this tokenizer encodes as that token; make it a special token of "
+                "the tokenizer, so that text cannot produce it, or remove it from the text",
                 kind=FaultKind.TEXT,
             )
         return ids
 
     def _check(self, draft: _Draft) -> None:
-        """Refuses a document that the model could not learn from.
+        """Check that the model can use the document.
 
         Raises:
-            SampleError: it has no token, its image tokens and features differ in number, or a branch begins with
-                learned text.
+            SampleError: the document has no token, its image tokens and features differ in number, or a branch is empty
+                or begins with learned text.
         """
         if not draft.ids:
-            raise SampleError("it has no token: nothing is in it, and the tokenizer has none to open a document with")
-        # No token stands for the image of a pair, and CLIP's vocabulary has none that could.
+            raise SampleError("it has no token: the sample is empty, and the tokenizer has no bos token")
+        # The image of a pair has no token.
         if self.spec.placement is not Placement.PAIR:
-            # Each embedded feature has its token; an image without embedded views has one anchor.
-            expected = sum(map(len, draft.dest)) or len(draft.images)
+            # Each embedded feature has its token; an image without embedded crops has one anchor.
+            expected = sum(map(len, draft.scatter_index)) or len(draft.images)
             found = draft.ids.count(self.tokenizer.image_id)
             if found != expected:
                 raise SampleError(
                     f"{found} image tokens, but its {len(draft.images)} images give {expected}: "
-                    "does the text spell the image token?"
+                    "does the text contain the image token?"
                 )
         for start, end in itertools.pairwise([*draft.branches, len(draft.ids)]):
             if start == end or draft.weights[start] > 0:
@@ -375,23 +389,24 @@ class DocumentBuilder:
                 )
 
 
-def _shown_size(data: bytes) -> tuple[int, int]:
+def _size_of(data: bytes) -> tuple[int, int]:
+    """Return height and width of an encoded image, from its header."""
     header = image_size(data)
     return header.height, header.width
 
 
-def null_document(spec: MediaSpec, pad_id: int) -> Document:
-    """The smallest document that uses every module that ``spec`` has: no label, no weight, never counted.
+def dummy_document(spec: MediaSpec, pad_id: int) -> Document:
+    """Return the smallest document that uses every module of the model. It has no labels, loss weights or provenance.
 
-    ZeRO-3 gathers parameters module by module on all ranks together, so a rank without images must still run its tower.
+    ZeRO-3 gathers the parameters of a module on all ranks together, so a rank without images must still run its tower.
     """
     height, width = spec.minimal_grid[1:]
     values = np.zeros((height * width, spec.patch_dim), dtype=np.uint8)
     draft = _Draft(spec)
-    roles = [True] * spec.needs_embedded + [False] * spec.needs_apart
+    roles = [True] * spec.needs_embedded + [False] * spec.needs_unembedded
     if roles:
-        views = tuple(MediaItem(values, spec.minimal_grid, embedded) for embedded in roles)
-        draft.add_image(views, pad_id, None)
+        crops = tuple(MediaItem(values, spec.minimal_grid, embedded) for embedded in roles)
+        draft.add_image(crops, pad_id, None)
     if not draft.ids:
         draft.add_tokens((pad_id,), 0.0)
     return draft.finish(None)

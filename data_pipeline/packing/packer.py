@@ -1,10 +1,10 @@
-"""Documents to packs: what one lane feeds in one step.
+"""Packs the documents of one lane; a pack is the lane's part of one step.
 
-    source --documents in order--> at most ``look_ahead`` waiting --strategy--> pack, within two budgets
+    source --documents in order--> at least ``look_ahead`` waiting --strategy--> pack, within the budgets
 
-A pack starts with the document that waits longest, so none waits for ever; then the strategy adds waiting documents
-that still fit until none does. The state is the source's position and the places of the documents that wait: integers.
-Not for: the order of documents (``lanes``), how a document is cut (``truncation``).
+A pack starts with the document that waits longest, so no document waits without end. Then the strategy adds waiting
+documents that fit, until none fits or the pack has ``max_documents``. The state is the position of the source and the
+samples of the waiting documents. Not for: the order of documents (``lanes``), cutting documents (``truncation``).
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.state import Drawn, StreamPosition
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.truncation import closed, longest_part, split
+from data_pipeline.packing.truncation import longest_part, split, with_end_token
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Documents of one lane and step; ``lane`` is -1 if it holds null documents only.
+    """The documents of one lane in one step.
 
-    ``drawn`` are the places of the documents, in order; a null document at the end has none.
+    Attributes:
+        documents: The documents; the last one may be a dummy document.
+        lane: Number of the lane; -1 if there is only a dummy document.
+        drawn: The samples of the documents in order, without the dummy document.
     """
 
     documents: tuple[Document, ...]
@@ -33,77 +36,77 @@ class Pack:
     drawn: tuple[Drawn, ...] = ()
 
 
-class Load(NamedTuple):
-    """What a pack, or a document alone, holds."""
+class PackUsage(NamedTuple):
+    """The part of the budgets that a pack or a single document uses, and whether it has embedded and other items."""
 
     documents: int = 0
     tokens: int = 0
     cost: float = 0.0
     embedded: bool = False
-    attended: bool = False
+    unembedded: bool = False
 
     @classmethod
-    def of(cls, document: Document, spec: MediaSpec) -> Load:
-        """The load of one document."""
-        embedded = attended = False
+    def of_document(cls, document: Document, spec: MediaSpec) -> PackUsage:
+        """Return the usage of one document."""
+        embedded = unembedded = False
         for item in document.items:
-            embedded, attended = embedded or item.embedded, attended or not item.embedded
-        return cls(1, document.num_tokens, document.cost(spec), embedded, attended)
+            embedded, unembedded = embedded or item.embedded, unembedded or not item.embedded
+        return cls(1, document.num_tokens, document.cost(spec), embedded, unembedded)
 
 
 class Budget:
-    """What fits into a pack, with room kept for the null document that the pack would need.
+    """The limits of a pack. Room is reserved for the dummy document that the pack would need.
 
     Args:
-        config: The budgets.
-        spec: Prices of patches, and which roles each pack needs.
-        null: The null document of ``spec``.
+        config: The limits.
+        spec: The model's inputs: the cost of patches, and the kinds of items that each batch needs.
+        dummy: The dummy document of ``spec``.
 
     Raises:
-        DataConfigError: not even a null document and one token fit.
+        DataConfigError: a dummy document and one token do not fit, or ``too_long`` is ``split`` for pairs.
     """
 
-    def __init__(self, config: PackingConfig, spec: MediaSpec, null: Document) -> None:
+    def __init__(self, config: PackingConfig, spec: MediaSpec, dummy: Document) -> None:
         self.config = config
         self.spec = spec
-        self.null = null
-        self._null_load = Load.of(null, spec)
-        self._needs = (spec.needs_embedded, spec.needs_apart)
+        self.dummy = dummy
+        self._dummy_usage = PackUsage.of_document(dummy, spec)
+        self._needs = (spec.needs_embedded, spec.needs_unembedded)
         self._pairs = spec.placement is Placement.PAIR
         if self._pairs and config.too_long == "split":
             raise DataConfigError(
-                "packing.too_long=split: the later parts of a text would have no image to be compared with; use "
+                "packing.too_long=split: the later parts of a text would have no image to compare with; use "
                 "truncate, which keeps the end token, or error"
             )
-        least = null.num_tokens + 1
+        least = dummy.num_tokens + 1
         if config.max_tokens < least:
             raise DataConfigError(
-                f"packing.max_tokens={config.max_tokens}: a text with its null document takes at least {least}"
+                f"packing.max_tokens={config.max_tokens}: a text with its dummy document takes at least {least} tokens"
             )
-        if config.max_cost is not None and config.max_cost < null.cost(spec) + 1:
+        if config.max_cost is not None and config.max_cost < dummy.cost(spec) + 1:
             raise DataConfigError(
-                f"packing.max_cost={config.max_cost:g}: a text with its null document costs at least "
-                f"{null.cost(spec) + 1:g}"
+                f"packing.max_cost={config.max_cost:g}: a text with its dummy document costs at least "
+                f"{dummy.cost(spec) + 1:g}"
             )
 
-    def lacks_role(self, load: Load) -> bool:
-        """Whether a pack needs the null document."""
-        embedded, attended = self._needs
-        return (embedded and not load.embedded) or (attended and not load.attended)
+    def needs_dummy(self, usage: PackUsage) -> bool:
+        """Return whether a pack lacks a kind of item that the model needs, so that it needs the dummy document."""
+        embedded, unembedded = self._needs
+        return (embedded and not usage.embedded) or (unembedded and not usage.unembedded)
 
-    def join(self, load: Load, more: Load) -> Load | None:
-        """The load of a pack with one document more; None if a pack may not hold both."""
+    def join(self, usage: PackUsage, more: PackUsage) -> PackUsage | None:
+        """Return the usage of both together, without a dummy document; None if a pack may not hold both."""
         config = self.config
-        both = Load(
-            load.documents + more.documents,
-            load.tokens + more.tokens,
-            load.cost + more.cost,
-            load.embedded or more.embedded,
-            load.attended or more.attended,
+        both = PackUsage(
+            usage.documents + more.documents,
+            usage.tokens + more.tokens,
+            usage.cost + more.cost,
+            usage.embedded or more.embedded,
+            usage.unembedded or more.unembedded,
         )
         tokens, cost = both.tokens, both.cost
-        if self.lacks_role(both):  # The null document takes tokens and cost, but it is no sample: no load counts it.
-            tokens, cost = tokens + self._null_load.tokens, cost + self._null_load.cost
+        if self.needs_dummy(both):
+            tokens, cost = tokens + self._dummy_usage.tokens, cost + self._dummy_usage.cost
         if (
             tokens > config.max_tokens
             or (config.max_cost is not None and cost > config.max_cost)
@@ -113,22 +116,22 @@ class Budget:
         return both
 
     def admit(self, document: Document) -> list[Document]:
-        """The document as packs can hold it: itself, or what ``too_long`` makes of it.
+        """Return the document if a pack can hold it, otherwise its parts according to ``too_long``.
 
         Raises:
-            SampleError: no pack can hold it and it may not be cut, or nothing to learn is left of it; it names the
-                sample that the document was made of.
+            SampleError: no pack can hold the document and ``too_long`` is ``error``, or no part has learned tokens. The
+                error names the document's sample.
         """
-        if self._alone(document):
+        if self._fits(document):
             return [document]
         parts: list[Document] = []
         if self.config.too_long == "split":
-            parts = list(split(document, self._alone))
+            parts = list(split(document, self._fits))
         elif self.config.too_long == "truncate":
-            first = longest_part(document, self._alone)
+            first = longest_part(document, self._fits)
             parts = [] if first is None else [first]
-            if self._pairs:  # The last token stands for the text.
-                parts = [closed(part, document) for part in parts if part.images and part.num_tokens > 1]
+            if self._pairs:  # The text embedding is that of the last token, so the part must end with the end token.
+                parts = [with_end_token(part, document) for part in parts if part.images and part.num_tokens > 1]
         parts = [part for part in parts if part.loss_weights.any()]
         if parts:
             return parts
@@ -139,99 +142,103 @@ class Budget:
         origin = document.provenance
         raise error if origin is None else error.located(origin.shard, origin.key)
 
-    def _alone(self, document: Document) -> bool:
-        most = self.spec.max_document_tokens  # Branches go on from the same position, so tokens do not tell.
-        has_positions = most is None or int(document.position_ids.max()) < most
-        return has_positions and self.join(Load(), Load.of(document, self.spec)) is not None
+    def _fits(self, document: Document) -> bool:
+        """Return whether a pack can hold the document, and the model has enough positions."""
+        limit = self.spec.max_document_tokens
+        # Positions, not tokens: all branches start at the same position.
+        has_positions = limit is None or int(document.position_ids.max()) < limit
+        return has_positions and self.join(PackUsage(), PackUsage.of_document(document, self.spec)) is not None
 
     def _room(self) -> str:
         room = f"a pack holds {self.config.max_tokens} tokens"
         if self.config.max_cost is not None:
             room += f" and a cost of {self.config.max_cost:g}"
-        room += ", null documents included"
+        room += ", dummy documents included"
         most = self.spec.max_document_tokens
         return room if most is None else f"{room}, and the model has positions for {most} tokens of a document"
 
     def _remedy(self) -> str:
         if self.config.too_long != "error":
-            return "nothing that is learned is left of it when it is cut"
+            return "no learned token is left when it is cut"
         return "raise packing.max_tokens or max_cost, or set packing.too_long to truncate or split"
 
 
-class Made(NamedTuple):
-    """A document and the place to make it again from."""
+class DrawnDocument(NamedTuple):
+    """A document, and the drawn sample to make it again from."""
 
     drawn: Drawn
     document: Document
 
 
-class Source(Protocol):
-    """A stream of documents whose place is a value."""
+class DocumentSource(Protocol):
+    """A stream of documents that can be resumed from a position."""
 
     @property
     def position(self) -> StreamPosition:
-        """Where the next document is drawn from."""
+        """Position of the next sample."""
 
-    def make(self) -> list[Made] | None:
-        """Draws the next sample: its documents, none if it was skipped; None if there are no more samples."""
+    def make(self) -> list[DrawnDocument] | None:
+        """Draw the next sample and return its documents: none if it was skipped. None if there are no more samples."""
 
     def remake(self, drawn: Drawn) -> Document | None:
-        """A document that was drawn before, again; None if its sample went bad meanwhile."""
+        """Return a document that was drawn before; None if its sample has become bad."""
 
 
 class _Waiting(NamedTuple):
-    """A document that was drawn and not packed yet, weighed once."""
+    """A drawn document that is not packed yet, and its usage of the budgets."""
 
     drawn: Drawn
     document: Document
-    load: Load
+    usage: PackUsage
 
 
 class Packer:
-    """Packs of one lane.
+    """Makes the packs of one lane.
 
     Args:
-        source: Documents in order.
-        budget: What fits.
-        lane: Written on each pack.
-        waiting: Documents that were drawn and not packed when the state was taken.
+        source: The documents in order.
+        budget: The limits of a pack.
+        lane: Number of the lane.
+        waiting: The waiting documents of the state to resume from. Those whose samples have become bad are dropped.
     """
 
-    def __init__(self, source: Source, budget: Budget, lane: int, waiting: Sequence[Drawn] = ()) -> None:
+    def __init__(self, source: DocumentSource, budget: Budget, lane: int, waiting: Sequence[Drawn] = ()) -> None:
         self._source = source
         self._budget = budget
         self._lane = lane
         self._more = True
         made = ((drawn, source.remake(drawn)) for drawn in waiting)
         self._waiting = [
-            _Waiting(drawn, document, Load.of(document, budget.spec))
+            _Waiting(drawn, document, PackUsage.of_document(document, budget.spec))
             for drawn, document in made
             if document is not None
         ]
 
     def next_pack(self) -> Pack:
-        """The next pack, with the null document if it lacks a role; a null pack once there are no more samples."""
+        """Return the next pack, with the dummy document if the pack needs it; a dummy pack if no document is left."""
         documents: list[Document] = []
         drawn: list[Drawn] = []
-        load, budget = Load(), self._budget
-        while load.documents != budget.config.max_documents:
+        usage, budget = PackUsage(), self._budget
+        while usage.documents != budget.config.max_documents:
             while self._more and len(self._waiting) < budget.config.look_ahead:
                 made = self._source.make()
                 if made is None:
                     self._more = False
                 else:
-                    self._waiting += [_Waiting(*each, Load.of(each.document, budget.spec)) for each in made]
-            choice = self._choose(load)
+                    self._waiting += [
+                        _Waiting(*each, PackUsage.of_document(each.document, budget.spec)) for each in made
+                    ]
+            choice = self._choose(usage)
             if choice is None:
                 break
-            chosen, load = choice
+            chosen, usage = choice
             self._waiting = [waiting for waiting in self._waiting if waiting is not chosen]
             documents.append(chosen.document)
             drawn.append(chosen.drawn)
         if not documents:
-            return Pack((budget.null,), lane=-1)
-        if budget.lacks_role(load):
-            documents.append(budget.null)
+            return Pack((budget.dummy,), lane=-1)
+        if budget.needs_dummy(usage):
+            documents.append(budget.dummy)
         return Pack(tuple(documents), self._lane, tuple(drawn))
 
     @property
@@ -240,27 +247,27 @@ class Packer:
         return not self._more and not self._waiting
 
     def state(self) -> tuple[StreamPosition, tuple[Drawn, ...]]:
-        """Where the source stands, and the places of the documents that wait, the oldest first."""
+        """Return the position of the source, and the samples of the waiting documents, oldest first."""
         return self._source.position, tuple(waiting.drawn for waiting in self._waiting)
 
-    def _choose(self, load: Load) -> tuple[_Waiting, Load] | None:
-        """The document to add to a pack, and the load of the pack with it; None if no document fits.
+    def _choose(self, usage: PackUsage) -> tuple[_Waiting, PackUsage] | None:
+        """Return the document to add to a pack, and the usage of the pack with it; None if no document fits.
 
-        An empty pack takes the oldest document, another one what the strategy takes of those that fit. Of equal
-        documents it is the oldest.
+        For an empty pack it is the oldest document, otherwise the choice of the strategy among those that fit. Among
+        equal documents it is the oldest.
         """
         budget, config = self._budget, self._budget.config
         choice, largest = None, 0.0
         for waiting in self._waiting:
-            if load.documents == 0:
-                return waiting, waiting.load
-            # Packs of a step should be full alike by cost, if there is a budget of it.
-            size = waiting.load.tokens if config.max_cost is None else waiting.load.cost
+            if usage.documents == 0:
+                return waiting, waiting.usage
+            # With a limit of the cost, compare costs: the packs of a step should take about the same time.
+            size = waiting.usage.tokens if config.max_cost is None else waiting.usage.cost
             if choice is not None and size <= largest:
                 continue
-            joined = budget.join(load, waiting.load)
+            joined = budget.join(usage, waiting.usage)
             if joined is not None:
                 choice, largest = (waiting, joined), size
-                if config.strategy != "best_fit":  # Greedy holds one document, so the first is the only one.
+                if config.strategy != "best_fit":  # With ``greedy`` one document waits, or parts of one sample.
                     break
         return choice

@@ -1,10 +1,10 @@
-"""Documents that no pack can hold: cut to pieces that one can hold, images whole.
+"""Cutting of documents that no pack can hold into parts; images are not cut.
 
-A part is a document of its own: its tokens, the images among them, and the images of earlier parts that its text still
-attends. Positions start again at 0. A document with branches is cut between them, and every part has what they share;
-only a branch that does not fit alone is cut itself. Time and memory are linear in the document: a part is
-found by looking at stretches of about its own length, and the places of images and spans are looked up by bisection.
-Not for: whether a document may be cut at all (``packing.too_long``).
+A part is a document with its tokens, the images among them, and the images of earlier parts that its text attends.
+Its positions start at 0. A document with branches is cut between branches, and every part contains the shared prefix.
+If a branch does not fit together with the prefix, both are cut like plain text, so later parts lack the prefix. A part
+of n tokens takes O(n log n) time: the search for it tries parts of up to 2n tokens, and finds images and spans by
+bisection. Not for: the decision whether a document may be cut (``packing.too_long``).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 from data_pipeline.document import Document, ImageExtent, Span
 
 Fits = Callable[[Document], bool]
-"""Whether a pack can hold a document; true of a part if it is true of a longer one."""
+"""Returns whether a pack can hold a document. If a part fits, every shorter part with the same start must fit too."""
 
 
 class Cutter:
-    """Cuts parts out of one document without branches.
+    """Cuts parts out of one document.
 
     Args:
-        document: The whole document.
+        document: The whole document. It must have no branches.
     """
 
     def __init__(self, document: Document) -> None:
@@ -34,16 +34,16 @@ class Cutter:
         self._image_starts = [image.start for image in images]
         self._item_ends = [*(image.first_item for image in images[1:]), len(document.items)]
         self._span_starts = [span.start for span in document.spans]
-        self._slots = np.sort(document.dest)  # Slots of one image are neighbours in ``dest``, in any order.
+        self._slots = np.sort(document.scatter_index)  # An image's slots may be in any order.
         may_end = np.ones(document.num_tokens + 1, bool)
         for image in images:
             may_end[image.start + 1 : image.stop] = False
         self._stops = np.flatnonzero(may_end)
 
     def cut(self, start: int, stop: int) -> Document:
-        """The tokens from ``start`` up to ``stop``, neither of which may lie inside an image.
+        """Return the part with the tokens ``start:stop``. Neither may be inside an image; this is not checked.
 
-        The label of the last token is the token that follows it in the whole document, so no prediction is lost.
+        The last label is the token that follows in the whole document, so no prediction is lost.
         """
         document = self._document
         spans = self._spans(start, stop)
@@ -52,7 +52,7 @@ class Cutter:
         kept = {item for span in spans for item in span.items}
         if images:
             kept.update(range(images[0].first_item, self._item_ends[last - 1]))
-        place = {item: i for i, item in enumerate(sorted(kept))}
+        new_index = {item: i for i, item in enumerate(sorted(kept))}
         positions = document.position_ids[start:stop]
         slots = slice(*np.searchsorted(self._slots, (start, stop)))
         return replace(
@@ -62,32 +62,32 @@ class Cutter:
             loss_weights=document.loss_weights[start:stop],
             position_ids=positions - positions.min(axis=0) if start and len(positions) else positions,
             items=tuple(document.items[item] for item in sorted(kept)),
-            dest=document.dest[slots] - np.int32(start),
-            spans=tuple(Span(span.start, tuple(place[item] for item in span.items)) for span in spans),
+            scatter_index=document.scatter_index[slots] - np.int32(start),
+            spans=tuple(Span(span.start, tuple(new_index[item] for item in span.items)) for span in spans),
             images=tuple(
-                ImageExtent(image.start - start, place[image.first_item], image.stop - start) for image in images
+                ImageExtent(image.start - start, new_index[image.first_item], image.stop - start) for image in images
             ),
             is_cut=True,
         )
 
     def _spans(self, start: int, stop: int) -> list[Span]:
-        """The spans of a part, their starts counted from its own first token, their items as in the document."""
+        """Return the spans of a part: starts count from its first token, items are indices of the whole document."""
         first = max(bisect.bisect_right(self._span_starts, start) - 1, 0)
         last = bisect.bisect_left(self._span_starts, stop)
         return [Span(max(span.start - start, 0), span.items) for span in self._document.spans[first:last]]
 
     def longest_part(self, start: int, fits: Fits) -> Document | None:
-        """The longest part from ``start`` on that fits; None if not even the next token or image does."""
+        """Return the longest part from ``start`` on that fits; None if the next token or image does not fit."""
         first = int(np.searchsorted(self._stops, start, side="right"))
         stops = self._stops[first:]
-        number = _most(len(stops), lambda count: fits(self.cut(start, int(stops[count - 1]))))
+        number = _largest_count(len(stops), lambda count: fits(self.cut(start, int(stops[count - 1]))))
         return self.cut(start, int(stops[number - 1])) if number else None
 
 
-def _most(total: int, fits: Callable[[int], bool]) -> int:
-    """The largest count up to ``total`` that fits, if every smaller one does too.
+def _largest_count(total: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest count up to ``total`` that fits, 0 if none does. Every smaller count must fit too.
 
-    The count is doubled until it is too large, so that no count above twice the result is looked at.
+    The search doubles the count until it is too large, so it tries no count above twice the result (at least 1).
     """
     count = 1
     while count < total and fits(count):
@@ -96,22 +96,22 @@ def _most(total: int, fits: Callable[[int], bool]) -> int:
     return count // 2 + bisect.bisect_left(counts, True, key=lambda n: not fits(n))
 
 
-def closed(part: Document, end: Document) -> Document:
-    """A part of two tokens or more whose last one is that of ``end``, the whole document.
+def with_end_token(part: Document, whole: Document) -> Document:
+    """Return ``part``, of at least two tokens, with its last token replaced by the last token of ``whole``.
 
-    Source: CLIP's tokenizer, which puts the end token in the last place of a text that it cuts.
+    Source: CLIP's tokenizer, which replaces the last token of a text that it cuts by the end token.
     """
     tokens, labels, weights = part.token_ids.copy(), part.labels.copy(), part.loss_weights.copy()
-    tokens[-1] = end.token_ids[-1]
-    labels[-2:] = end.labels[-2:]
-    weights[-2:] = end.loss_weights[-2:]
+    tokens[-1] = whole.token_ids[-1]
+    labels[-2:] = whole.labels[-2:]
+    weights[-2:] = whole.loss_weights[-2:]
     return replace(part, token_ids=tokens, labels=labels, loss_weights=weights)
 
 
 def some_branches(document: Document, first: int, stop: int) -> Document:
-    """What the branches share, and those from number ``first`` up to ``stop``; one alone is no branch any more.
+    """Return the part with the shared prefix and the branches ``first:stop``.
 
-    Images all stand in what is shared. The weights stay those of the whole document.
+    A single branch becomes plain text after the prefix. All images are in the prefix. Loss weights are not changed.
     """
     branches = document.branches
     shared, begin = branches[0], branches[first]
@@ -129,25 +129,28 @@ def some_branches(document: Document, first: int, stop: int) -> Document:
 
 
 def _most_branches(document: Document, first: int, fits: Fits) -> int:
-    """The last number up to which the branches from ``first`` on fit; ``first`` if not even one does."""
+    """Return the largest ``stop`` for which the branches ``first:stop`` fit; ``first`` if not even one fits."""
     left = len(document.branches) - first
-    return first + _most(left, lambda count: fits(some_branches(document, first, first + count)))
+    return first + _largest_count(left, lambda count: fits(some_branches(document, first, first + count)))
 
 
 def longest_part(document: Document, fits: Fits) -> Document | None:
-    """The longest beginning that fits; None if not even the first token or image does.
+    """Return the longest part from the start that fits; None if the first token or image does not fit.
 
-    Of a document with branches as many of the first as fit.
+    For a document with branches, the part has all whole branches that fit, or else a part of the first branch.
     """
     if document.branches:
         stop = _most_branches(document, 0, fits)
-        whole = some_branches(document, 0, max(stop, 1))
-        return whole if stop else longest_part(whole, fits)
+        part = some_branches(document, 0, max(stop, 1))
+        return part if stop else longest_part(part, fits)
     return Cutter(document).longest_part(0, fits)
 
 
 def split(document: Document, fits: Fits) -> Iterator[Document]:
-    """Consecutive parts that fit, each as long as can be; an image that fits nowhere is left out with its tokens."""
+    """Yield consecutive parts that fit, each as long as possible.
+
+    An image or a token that fits into no pack is left out.
+    """
     if document.branches:
         first = 0
         while first < len(document.branches):

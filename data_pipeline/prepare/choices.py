@@ -1,4 +1,4 @@
-"""Choices of the offline tools. The command line offers the same values, so this module imports no library."""
+"""Enumerations of the offline tools. The command line imports them for its help, so this module loads no library."""
 
 from __future__ import annotations
 
@@ -6,83 +6,83 @@ from enum import Enum
 
 
 class SourceKind(str, Enum):
-    """What a source is."""
+    """The format of a source."""
 
     AUTO = "auto"
-    """Told by its name and what lies in it."""
+    """Detected from file names and, for tars, from the first sample."""
     FOLDER = "folder"
-    """Images with same-stem .txt or .json."""
+    """Images with .txt or .json files of the same stem."""
     CLASSES = "classes"
-    """A folder of images for each class, whose name becomes the caption."""
+    """One folder of images per class. The folder's name becomes the caption."""
     CSV = "csv"
     """Columns path and caption."""
     TSV = "tsv"
-    """The same, separated by tabs."""
+    """The same columns, separated by tabs."""
     JSONL = "jsonl"
-    """An object a line: path, caption, captions, parts, or a document of OBELICS or MMC4."""
+    """One JSON object per line: path, caption, captions, parts, or an OBELICS or MMC4 document."""
     PARQUET = "parquet"
-    """The same in Parquet, images inside or beside."""
+    """Parquet with the same columns; images in the file or in files next to it."""
     WEBDATASET = "webdataset"
-    """Tars, their members as they are."""
+    """Tars whose members are stored unchanged."""
     IMG2DATASET = "img2dataset"
     """Tars of img2dataset (LAION, DataComp): .jpg, .txt and a .json with a status."""
     ENERGON = "energon"
-    """A folder with .nv-meta."""
+    """A folder with .nv-meta (Megatron-Energon)."""
     OBELICS = "obelics"
-    """Tars with numbered images and a .json with images and texts, or Parquet and JSONL with such columns."""
+    """Tars with numbered images and a .json with images and texts, or Parquet or JSONL with these columns."""
     MMC4 = "mmc4"
-    """Tars with a .json with text_list and image_info, images beside or inside it; or Parquet and JSONL."""
+    """Tars with text_list and image_info in a .json, images in it or in members; or Parquet or JSONL."""
 
 
 class OnError(str, Enum):
-    """What a row that cannot be used does."""
+    """How an ingest treats an unusable row."""
 
     FAIL = "fail"
-    """It ends the ingest; finished shards stay."""
+    """End the ingest with an error; finished shards stay."""
     SKIP = "skip"
-    """It is left out and noted in ``NAME.skipped.jsonl``."""
+    """Skip the row and record it in ``NAME.skipped.jsonl``."""
 
 
-class Keys(str, Enum):
-    """What samples are called in the new shards."""
+class SampleKeys(str, Enum):
+    """Keys of the samples in the new shards."""
 
     KEEP = "keep"
-    """As they were; two of one name in one shard are an error."""
+    """The old keys. Two equal keys in one shard are an error."""
     ORIGIN = "origin"
-    """The name of their shard, and of their set if there are several, before it: ``photos/train-00003/cat``."""
+    """Old shard name and old key, after the data set's name if there are several: ``photos/train-00003/cat``."""
     NUMBER = "number"
-    """Their number in the new order, from 1: ``000000001``."""
+    """The sample's number in the new order, from 1: ``000000001``."""
 
 
-class Naming(str, Enum):
-    """What tars, samples and members are called."""
+class TarNaming(str, Enum):
+    """Names of exported tars, samples and members."""
 
     KEEP = "keep"
-    """As they were: tars are copied byte for byte."""
+    """The old names: tars are copied byte for byte."""
     IMG2DATASET = "img2dataset"
-    """``00012.tar`` with ``000120345.jpg``, ``.txt`` and ``.json``, one image and one caption each."""
+    """``00012.tar`` with ``000120345.jpg``, ``.txt`` and ``.json``: one image and one caption per sample."""
 
 
-class Reader(str, Enum):
-    """Who is going to read the tars."""
+class ExportTarget(str, Enum):
+    """The program that will read the exported tars."""
 
     WEBDATASET = "webdataset"
-    """Anything that reads tars."""
+    """Any reader of tars."""
     ENERGON = "energon"
-    """Megatron-Energon, which wants files beside them."""
+    """Megatron-Energon, which needs metadata files next to the tars."""
 
 
-class Keep(str, Enum):
-    """Which of several duplicates stays."""
+class KeepRule(str, Enum):
+    """Which of several duplicates to keep."""
 
     FIRST = "first"
-    """The first in the order of sets and samples."""
+    """The first in the order of data sets and samples."""
     LARGEST = "largest"
-    """The one with the most pixels; of equal ones the first."""
+    """The one with the most pixels; the first of them on a tie."""
 
 
 class Split(str, Enum):
-    """Splits of Megatron-Energon."""
+    """Split names of Megatron-Energon."""
 
     TRAIN = "train"
     VAL = "val"

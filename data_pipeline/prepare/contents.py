@@ -1,7 +1,7 @@
-"""Whether the bytes of a member are what its extension says: images decode, texts are UTF-8, JSON has the right form.
+"""Check that a member's bytes match its extension: images decode, texts are UTF-8, JSON has the expected fields.
 
-Nothing is decoded or parsed without a bound: an image by the size in its header, a text by its length. Not for: whether
-the bytes are those that were indexed (``verify``).
+Every decode is bounded: for an image by the size in its header, for a text by its length. Not for: comparing the bytes
+with the index (``verify``).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from data_pipeline.io.json_member import all_texts, page_texts, parse_member, sp
 from data_pipeline.sample import Provenance, Sample
 from data_pipeline.shards.damage import Problem
 from data_pipeline.shards.image_header import FORMAT_OF_EXTENSION, image_size, is_image, known_format
-from data_pipeline.shards.index import is_packed
+from data_pipeline.shards.index import is_compressed
 from data_pipeline.shards.page_images import image_member
-from data_pipeline.shards.pages import take_parts, weight_of
+from data_pipeline.shards.pages import pop_page_parts, weight_of
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES, assemble
 from data_pipeline.text.templates import CaptionTemplate, DialogueTemplate, Role
 from data_pipeline.text.templates.caption import check_answer
 
 _BYTES_PER_PIXEL = 8
-"""Of the largest pixel that PNG has; an encoded image of more than its pixels is no image."""
+"""Bytes of the largest PNG pixel: four channels of 16 bits. No real image file exceeds its raw pixels by much."""
 _MOST_METADATA_BYTES = 1 << 24
 _DEFAULT = DialogueTemplate()
 
@@ -35,14 +35,14 @@ Finding = tuple[Problem, str]
 def check_member(
     ext: str, content: memoryview, siblings: Collection[str], max_pixels: int, key: str
 ) -> Iterator[Finding]:
-    """What is wrong with the bytes of a member.
+    """Yield every problem of one member's bytes.
 
     Args:
-        ext: Its extension, lower case.
-        content: Its bytes, copied only if they are few enough.
-        siblings: Extensions of the sample.
-        max_pixels: Larger images are not decoded.
-        key: Of the sample, by which a page may name its images.
+        ext: The member's extension, lower case.
+        content: The member's bytes. They are copied only after their size is checked.
+        siblings: Extensions of all members of the sample.
+        max_pixels: An image with more pixels is a problem and is not decoded.
+        key: The sample's key; an interleaved document may name its images by it.
     """
     if is_image(ext):
         yield from _check_image(ext, content, max_pixels)
@@ -53,17 +53,17 @@ def check_member(
 
 
 def check_sample(texts: Mapping[str, bytes], siblings: Collection[str], key: str) -> Iterator[Finding]:
-    """What the loader would refuse of a whole sample, found by its own code.
+    """Yield the problem for which the loader would skip the whole sample, found by the loader's own code.
 
-    Roles, prompts and field names of a run are not known here. Roles of the default template have their weight there;
-    any other role that a dialogue names counts as learned.
+    A run's roles, prompts and field names are unknown here. A role of the default template gets its default weight; any
+    other role of a dialogue counts as learned (weight 1).
 
     Args:
-        texts: Bytes of its ``txt`` and ``json``, which ``check_member`` found good.
-        siblings: Extensions of the sample.
-        key: Of the sample.
+        texts: Bytes of the sample's ``txt`` and ``json``; ``check_member`` must have found no problem in them.
+        siblings: Extensions of all members of the sample.
+        key: The sample's key.
     """
-    packed = next(filter(is_packed, siblings), None)
+    packed = next(filter(is_compressed, siblings), None)
     try:
         sample = assemble({**dict.fromkeys(siblings, b""), **texts}, Provenance("", "", key, 0))
         _check_fields(sample)
@@ -72,11 +72,11 @@ def check_sample(texts: Mapping[str, bytes], siblings: Collection[str], key: str
 
 
 def _check_fields(sample: Sample) -> None:
-    """Plans what of the sample does not depend on a run.
+    """Run the checks of document building that do not depend on a run's configuration.
 
     Raises:
         SampleError: a caption is null or empty and there is no other text, a turn is malformed, a dialogue has no
-            learned turn, or a loss weight is none.
+            learned turn, or a loss weight is invalid.
     """
     fields = sample.fields
     if {"caption", "captions"} & fields.keys() and page_texts(fields) is None and not spoken_texts(fields):
@@ -105,8 +105,8 @@ def _roles(turns: Any) -> Iterator[str]:
 def _dialogue_of(roles: frozenset[str], field: str) -> DialogueTemplate:
     weights = {name: role.weight for name, role in _DEFAULT.roles.items()}
     weights |= {alias: weights[name] for alias, name in _DEFAULT.aliases.items()}
-    read = {name: Role(weight=weights.get(name, 1.0)) for name in sorted(roles | weights.keys())}
-    return DialogueTemplate(roles=read, aliases={}, field=field, end="none")
+    all_roles = {name: Role(weight=weights.get(name, 1.0)) for name in sorted(roles | weights.keys())}
+    return DialogueTemplate(roles=all_roles, aliases={}, field=field, end="none")
 
 
 def _check_image(ext: str, content: memoryview, max_pixels: int) -> Iterator[Finding]:
@@ -154,7 +154,7 @@ def _check_json(ext: str, content: memoryview, siblings: Collection[str], key: s
     except SampleError as error:
         yield Problem.TEXT, f".{ext}: {error.reason}"
         return
-    except UnicodeEncodeError as error:  # Half a pair of UTF-16, written \\ud800.
+    except UnicodeEncodeError as error:  # A lone UTF-16 surrogate, written \\ud800.
         yield Problem.TEXT, f".{ext}: {error}"
         return
     members = dict.fromkeys(siblings, b"")
@@ -166,6 +166,6 @@ def _check_json(ext: str, content: memoryview, siblings: Collection[str], key: s
             yield Problem.TEXT, f"a part with neither text nor image: {part!r:.80}"
     if fields.get("parts") is None:
         try:
-            take_parts(fields, members, {}, key)
-        except SampleError as error:  # A page of OBELICS or MMC4.
+            pop_page_parts(fields, members, {}, key)
+        except SampleError as error:  # An OBELICS or MMC4 document whose images are missing.
             yield Problem.PARTNER, f".{ext}: {error.reason}"

@@ -1,11 +1,11 @@
-"""What Megatron-Energon wants beside tars before it opens them, as ``energon prepare`` would write it.
+"""Write the metadata that Megatron-Energon needs before it opens tars, as ``energon prepare`` would write it.
 
     .nv-meta/.info.json    samples of each shard
     .nv-meta/split.yaml    shards of train, val, test
-    .nv-meta/dataset.yaml  type of sample, and which member or JSON field is which of its fields
-    X.tar.idx              where each sample starts (uint64), and where the last one ends
+    .nv-meta/dataset.yaml  type of sample, and the member or JSON field of each of its fields
+    X.tar.idx              byte offset of each sample, then the end of the last one (uint64)
 
-Not for: ``index.sqlite``, which Energon reads when it joins data sets by key; ``energon prepare`` adds it.
+Not for: ``index.sqlite``, which Energon reads to join data sets by key; ``energon prepare`` writes it.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from data_pipeline.shards.writer import padded
 
 _MAX_IMAGE_NAMES = 16
 _CAPTION = "json[caption],txt,json[captions][0]"
-"""In the order in which ``sample_reader.assemble`` looks for a caption."""
+"""Alternatives in the order in which ``sample_reader.assemble`` looks for a caption."""
 
 
 class SampleType(str, Enum):
-    """Energon's class for samples."""
+    """Name of Energon's sample class."""
 
     CAPTIONING = "CaptioningSample"
     """One image and a caption."""
     TEXT = "TextSample"
     """A text."""
     CRUDE = "CrudeWebdataset"
-    """Anything else: members as they are, made to samples by the user's ``Cooker``."""
+    """Any other members, unchanged; the user's ``Cooker`` converts them to samples."""
 
 
 @dataclass(frozen=True)
 class EnergonShard:
-    """What Energon needs to know of a tar.
+    """Metadata of one tar.
 
     Attributes:
-        num_samples: Samples in it.
-        kind: The type that fits all of them.
-        image_names: Extensions of their images, as written.
+        num_samples: Number of samples in the tar.
+        kind: The type that fits all of its samples.
+        image_names: Extensions of their images in the original case.
     """
 
     num_samples: int
@@ -62,10 +62,10 @@ class EnergonShard:
 
 
 def index_for_energon(tar: Path) -> EnergonShard:
-    """Writes ``X.tar.idx`` beside a tar that is known to be sound.
+    """Write ``X.tar.idx`` next to a tar and return the tar's metadata. Contents of images are not checked.
 
     Raises:
-        ShardError: the tar is damaged.
+        ShardError: the tar is damaged or holds no sample.
     """
     starts, end, kinds, names = list[int](), 0, set[SampleType](), set[str]()
     try:
@@ -84,7 +84,7 @@ def index_for_energon(tar: Path) -> EnergonShard:
 
 
 def _samples(file: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
-    """Members by extension, as written: Energon does not turn it into lower case."""
+    """Yield each sample's members by extension. The case is kept, because Energon does not lower it."""
     named = ((split_name(info.name.removeprefix("./")), info) for info in file if info.isfile())
     for key, group in itertools.groupby(((name[0], info) for name, info in named if name), key=lambda each: each[0]):
         yield {info.name.removeprefix("./")[len(key) + 1 :]: info for _, info in group}
@@ -98,7 +98,7 @@ def _kind_of(file: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo]) -> S
 
 
 def _has_caption(file: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo]) -> bool:
-    """Whether the sample is an image or nothing, then one caption that ``_CAPTION`` finds."""
+    """Whether ``_CAPTION`` finds a caption and the sample has no ``parts``."""
     fields: object = {}
     if "json" in members:
         content = file.extractfile(members["json"])
@@ -115,15 +115,15 @@ def _has_caption(file: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo]) 
 
 
 def write_energon_meta(folder: Path, shards: Mapping[str, EnergonShard], split: str) -> SampleType:
-    """Writes ``.nv-meta``: all shards in one split.
+    """Write ``.nv-meta`` with all shards in one split.
 
     Args:
-        folder: Where the tars lie.
-        shards: By their names relative to it, in order.
+        folder: Folder of the tars.
+        shards: Metadata of each tar, by its path relative to ``folder``, in order.
         split: ``train``, ``val`` or ``test``.
 
     Returns:
-        The type of the samples.
+        The type that fits the samples of all shards.
     """
     kind = _common(list(shards.values()))
     dataset: dict[str, object] = {"sample_type": {"__module__": "megatron.energon", "__class__": kind.value}}

@@ -1,9 +1,9 @@
-"""Folders of Megatron-Energon as a source: what ``.nv-meta`` says of them.
+"""Read the metadata of a Megatron-Energon folder, so that ingest can use its tars.
 
     .nv-meta/split.yaml    shards of train, val, test
-    .nv-meta/dataset.yaml  type of sample, and which member or JSON field is which of its fields
+    .nv-meta/dataset.yaml  type of sample, and the member or JSON field of each of its fields
 
-Not for: writing them (``energon_export``).
+Not for: writing these files (``energon_export``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from braceexpand import braceexpand
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.untrusted import UntrustedError, read_yaml
-from data_pipeline.prepare.records import check_utf8, checked, dump_json
+from data_pipeline.prepare.records import check_utf8, dump_json, validated_members
 from data_pipeline.prepare.rows import Members
 from data_pipeline.shards.image_header import is_image
 
@@ -29,17 +29,17 @@ _CRUDE = "CrudeWebdataset"
 _MAX_TARS = 1_000_000
 _ACCESS = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])*)")
 Access = tuple[tuple[str, ...], ...]
-"""Alternatives, each a member's extension and then keys into its JSON."""
+"""Alternatives in order. Each is a member's extension, followed by keys into that member's JSON."""
 
 
 @dataclass(frozen=True)
 class FieldMap:
-    """``field_map`` of a dataset.yaml: members to an image, a caption and other fields."""
+    """``field_map`` of a dataset.yaml: the member or JSON field of each field of a sample."""
 
     fields: tuple[tuple[str, Access], ...]
 
     def __call__(self, members: Members) -> Members:
-        """Members as training reads them: the mapped image, and a JSON of everything else that is mapped.
+        """Return members as training reads them: the mapped images, and a JSON of all other mapped fields.
 
         Raises:
             SampleError: a mapped member or field is absent or damaged.
@@ -50,13 +50,13 @@ class FieldMap:
             ext, value = _access(members, access, name)
             if is_image(ext):
                 result[ext] = members[ext]
-            elif name == "text" and isinstance(value, str):  # TextSample and OCRSample: the text that is learned.
+            elif name == "text" and isinstance(value, str):  # TextSample and OCRSample: this text is learned.
                 fields["caption"] = value
             else:
                 fields[name] = value
         if fields:
             result["json"] = dump_json(fields)
-        return checked(result)
+        return validated_members(result)
 
 
 def _access(members: Members, access: Access, name: str) -> tuple[str, Any]:
@@ -70,8 +70,8 @@ def _access(members: Members, access: Access, name: str) -> tuple[str, Any]:
         except (KeyError, IndexError, ValueError, TypeError):
             continue
         return ext, value
-    shown = ",".join(ext + "".join(f"[{key}]" for key in keys) for ext, *keys in access)
-    raise SampleError(f"field_map: {name} is {shown}, which the sample does not have: {sorted(members)}")
+    wanted = ",".join(ext + "".join(f"[{key}]" for key in keys) for ext, *keys in access)
+    raise SampleError(f"field_map: {name} is {wanted}, which the sample does not have: {sorted(members)}")
 
 
 def _decoded(ext: str, content: bytes) -> Any:
@@ -84,7 +84,13 @@ def _decoded(ext: str, content: bytes) -> Any:
 
 @dataclass(frozen=True)
 class EnergonFolder:
-    """What a folder with ``.nv-meta`` says of one split."""
+    """One split of a folder with ``.nv-meta``.
+
+    Attributes:
+        tars: The split's tars, in order.
+        convert: Converts a sample's members to members as training reads them.
+        description: Split, sample type and field map in a few words.
+    """
 
     tars: tuple[Path, ...]
     convert: Any
@@ -92,10 +98,11 @@ class EnergonFolder:
 
     @classmethod
     def open(cls, folder: Path, split: str) -> EnergonFolder:
-        """Reads split.yaml and dataset.yaml.
+        """Read split.yaml and dataset.yaml.
 
         Raises:
-            DataConfigError: one of them is missing, damaged, or asks for code to be run.
+            DataConfigError: one of them is missing or damaged, the split has no shard or an absent one, or the sample
+                type needs code to be run.
         """
         meta = folder / META
         stored = _load(meta, "split")
@@ -107,17 +114,18 @@ class EnergonFolder:
         inner = sorted(name for name in excluded if "/" in name and name.rpartition("/")[2].isdecimal())
         if inner:
             raise DataConfigError(
-                f"{meta}: excludes single samples ({inner[0]}), which ingest does not know; remove it"
+                f"{meta}: excludes single samples ({inner[0]}), which ingest does not support; remove the entry"
             )
         names = [name for name in _expand(splits[split]) if name not in excluded]
         tars = tuple(_inside(folder, name) for name in names)
         absent = [str(tar) for tar in tars if not tar.is_file()]
         if absent or not tars:
-            raise DataConfigError(f"{meta}: the split {split!r} names {absent[0] if absent else 'no shard'}: not there")
-        convert, what = _conversion(meta)
+            problem = f"names {absent[0]}, which does not exist" if absent else "has no shard"
+            raise DataConfigError(f"{meta}: the split {split!r} {problem}")
+        convert, sample_type = _conversion(meta)
         others = sorted(name for name in splits if name != split and splits[name])
-        left = f"; not the splits {', '.join(others)}" if others else ""
-        return cls(tars, convert, f"split {split} of {len(tars)} tars, {what}{left}")
+        left_out = f"; not the splits {', '.join(others)}" if others else ""
+        return cls(tars, convert, f"split {split} of {len(tars)} tars, {sample_type}{left_out}")
 
 
 def _conversion(meta: Path) -> tuple[Any, str]:
@@ -130,10 +138,10 @@ def _conversion(meta: Path) -> tuple[Any, str]:
         pairs = tuple((str(key), _parse_access(str(value), meta)) for key, value in sorted(field_map.items()))
         return FieldMap(pairs), f"{name} with {', '.join(f'{k}={v}' for k, v in sorted(field_map.items()))}"
     if name == _CRUDE:
-        return checked, f"{name}, members as they are"
+        return validated_members, f"{name}, members unchanged"
     raise DataConfigError(
-        f"{meta / 'dataset.yaml'}: {name} has no field_map (a sample_loader is code, which is not run); "
-        "take the members as they are with --from webdataset"
+        f"{meta / 'dataset.yaml'}: {name} has no field_map (a sample_loader is code, which ingest does not run); "
+        "ingest the members unchanged with --from webdataset"
     )
 
 
@@ -157,7 +165,9 @@ def _load(meta: Path, stem: str) -> Mapping[str, Any]:
             if not isinstance(loaded, dict):
                 raise DataConfigError(f"{path}: expected a mapping")
             return loaded
-    raise DataConfigError(f"{meta / stem}.yaml: no such file; make it with `energon prepare`, or use --from webdataset")
+    raise DataConfigError(
+        f"{meta / stem}.yaml: no such file; create it with `energon prepare`, or use --from webdataset"
+    )
 
 
 def _expand(names: Any) -> list[str]:
@@ -174,5 +184,5 @@ def _expand(names: Any) -> list[str]:
 def _inside(folder: Path, name: str) -> Path:
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or "\0" in name:
-        raise DataConfigError(f"{folder / META}: the shard {name!r} lies outside of the folder")
+        raise DataConfigError(f"{folder / META}: the shard {name!r} is outside of the folder")
     return folder / relative

@@ -1,9 +1,10 @@
-"""A data set to tars for other tools: no index, no manifest; named as they were or as img2dataset names them.
+"""Write a data set as plain tars for other tools, without index and manifest, under the old or img2dataset's names.
 
-    manifest --shard by shard, in several processes--> FOLDER/X.tar ...  [+ what Energon wants]
+    manifest --shard by shard, in several processes--> FOLDER/X.tar ...  [+ Energon's metadata]
 
-Every shard is a task of its own, so neither the number of processes nor a kill changes a byte: a tar that has its name
-is whole, and the same command goes on with those that are missing. Other sizes or orders: ``reshard`` first.
+Every shard is one task, so neither the number of processes nor a kill changes a byte of the result. Tars are written
+atomically: a tar under its final name is complete, and the same command writes the missing ones. For other shard sizes
+or another order run ``reshard`` first.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from data_pipeline.io.atomic import replacing, write_whole
 from data_pipeline.io.checksums import holds
 from data_pipeline.io.ordered_pool import in_order
 from data_pipeline.io.untrusted import open_regular
-from data_pipeline.prepare.choices import Naming, Reader, Split
+from data_pipeline.prepare.choices import ExportTarget, Split, TarNaming
 from data_pipeline.prepare.energon_export import EnergonShard, index_for_energon, write_energon_meta
 from data_pipeline.prepare.energon_source import META
 from data_pipeline.prepare.records import CAPTION, dump_json
-from data_pipeline.prepare.reshard import ManifestReader, NamedManifest
-from data_pipeline.prepare.rows import Members, Row
+from data_pipeline.prepare.reshard import NamedManifest, StoredSampleReader
+from data_pipeline.prepare.rows import Members, SourceRow
 from data_pipeline.sample import ImagePart, Provenance, TextPart
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.interleaved import PARTS
@@ -37,50 +38,58 @@ _PLAN = ".mmscale-export.json"
 _COPIED_AT_ONCE = 8 << 20
 _SHARD_DIGITS = 5
 _MIN_SAMPLE_DIGITS = 4
-"""What img2dataset takes for its default of 10,000 samples a shard."""
+"""img2dataset's number of digits at its default of 10,000 samples per shard."""
 _ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class ExportReport:
-    """What an export did. ``num_resumed`` counts the tars that an earlier, interrupted one had stored."""
+class TarExportReport:
+    """Counts of an export.
+
+    Attributes:
+        num_shards: Tars of the data set.
+        num_samples: Samples in them.
+        num_resumed: Tars that an earlier, interrupted export had already written.
+        sample_type: Energon's type of the samples; None for other readers.
+    """
 
     num_shards: int
     num_samples: int
     num_resumed: int
     sample_type: str | None
-    """Energon's type of the samples; None for other readers."""
 
 
 def export(
     manifest_path: str | Path,
     output: str | Path,
     *,
-    naming: Naming = Naming.KEEP,
-    reader: Reader = Reader.WEBDATASET,
+    naming: TarNaming = TarNaming.KEEP,
+    reader: ExportTarget = ExportTarget.WEBDATASET,
     split: Split = Split.TRAIN,
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> ExportReport:
-    """Writes the tars of a data set into a folder.
+) -> TarExportReport:
+    """Write the tars of a data set into a folder.
 
     Args:
-        manifest_path: The data set.
-        output: Folder for the tars; made if missing.
-        naming: What they are called.
-        reader: Whether Energon's files are written too.
-        split: Energon's name for the set.
-        workers: Processes; 0: this one. The result does not depend on it.
+        manifest_path: The data set's manifest, a local file.
+        output: Folder for the tars; created if missing.
+        naming: Names of tars, samples and members.
+        reader: Program that will read the tars; for Energon its metadata is written too.
+        split: Energon's split for the data set.
+        workers: Number of processes; 0 works in this one. The result does not depend on it.
         progress: Called with the number of samples stored since the last call.
 
     Raises:
-        DataConfigError: there are tars that no unfinished export of this set and these options left.
-        SampleError: a sample does not match its checksum, or cannot be named as asked.
-        ShardError: a tar is not the one that the manifest knows.
+        DataConfigError: ``output`` holds a finished export, or an unfinished one of another data set or naming; or the
+            manifest is remote.
+        SampleError: a sample does not match its checksum, or does not fit ``naming``.
+        ShardError: a tar's bytes are not those that the manifest recorded.
+        WorkerError: a process died; finished tars stay.
         OSError: the disk is full; finished tars stay.
     """
     output, manifest = local_path(output, "export writes"), Manifest.open(manifest_path)
-    source = manifest.file  # Refuses a data set on a server.
+    source = manifest.file  # Raises for a remote manifest.
     targets = [_target(manifest, number, naming) for number in range(manifest.num_shards)]
     plan = {"manifest": manifest.fingerprint, "naming": naming.value}
     _resume(output, targets, json.dumps(plan, indent=1) + "\n")
@@ -90,20 +99,20 @@ def export(
         progress(sum(counts[number] for number in done))
     left = [number for number in range(manifest.num_shards) if number not in done]
     digits = max(_MIN_SAMPLE_DIGITS, len(str(max(counts, default=1) - 1)))
-    for number in in_order(_Export(source, output, naming, digits), left, workers):
+    for number in in_order(_ShardExporter(source, output, naming, digits), left, workers):
         if progress is not None:
             progress(counts[number])
     kind = None
-    if reader is Reader.ENERGON:
+    if reader is ExportTarget.ENERGON:
         indexed = in_order(_index_for_energon, [output / target for target in targets], workers)
         kind = write_energon_meta(output, dict(zip(targets, indexed, strict=True)), split.value).value
     (output / _PLAN).unlink()
-    return ExportReport(manifest.num_shards, manifest.num_samples, len(done), kind)
+    return TarExportReport(manifest.num_shards, manifest.num_samples, len(done), kind)
 
 
-def _target(manifest: Manifest, number: int, naming: Naming) -> str:
-    """Name of a tar below the output folder."""
-    if naming is Naming.IMG2DATASET:
+def _target(manifest: Manifest, number: int, naming: TarNaming) -> str:
+    """Return the path of a tar relative to the output folder."""
+    if naming is TarNaming.IMG2DATASET:
         return f"{number:0{_SHARD_DIGITS}d}.tar"
     return manifest.shard_path(number).relative_to(manifest.file.parent).as_posix()
 
@@ -113,8 +122,8 @@ def _resume(output: Path, targets: list[str], wanted: str) -> None:
     if plan.exists():
         if not holds(plan, wanted.encode()) and any(output.rglob("*.tar")):
             raise DataConfigError(
-                f"{output}: holds an unfinished export of other data or with other names; finish that one, or choose "
-                "another folder"
+                f"{output}: holds an unfinished export of other data or with other names; finish that export, or "
+                "choose another folder"
             )
     else:
         found = next((name for name in (*targets, META) if (output / name).exists()), None)
@@ -129,12 +138,12 @@ def _index_for_energon(tar: Path) -> Iterator[EnergonShard]:
 
 
 @dataclass(frozen=True)
-class _Export:
-    """What a process does with a shard; gives its number back when it is stored."""
+class _ShardExporter:
+    """Task of a worker process: write one shard, then yield its number."""
 
     manifest: Path
     output: Path
-    naming: Naming
+    naming: TarNaming
     digits: int
 
     def __call__(self, number: int) -> Iterator[int]:
@@ -142,7 +151,7 @@ class _Export:
         target = self.output / _target(manifest, number, self.naming)
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as file:
-            file.writelines((self._copied if self.naming is Naming.KEEP else self._renamed)(manifest, number))
+            file.writelines((self._copied if self.naming is TarNaming.KEEP else self._renamed)(manifest, number))
         yield number
 
     def _copied(self, manifest: Manifest, number: int) -> Iterator[bytes]:
@@ -156,34 +165,41 @@ class _Export:
                 digest.update(piece)
                 yield piece
         if digest.hexdigest() != manifest.shard_sha256(number):
-            raise ShardError(f"{tar}: not the bytes that {self.manifest} knows; mmscale data verify says where")
+            raise ShardError(
+                f"{tar}: its sha256 differs from that in {self.manifest}; find the damage with mmscale data verify"
+            )
 
     def _renamed(self, manifest: Manifest, number: int) -> Iterator[bytes]:
         index = manifest.open_index(number)
-        start, reader = int(manifest.cu_samples[number]), ManifestReader((NamedManifest("", self.manifest),))
+        start, reader = int(manifest.cu_samples[number]), StoredSampleReader((NamedManifest("", self.manifest),))
         size = 0
         for first in range(0, len(index), _ROWS_AT_ONCE):
-            places = range(first, min(len(index), first + _ROWS_AT_ONCE))
-            rows = [Row(place, index.row(place).key, (0, start + place)) for place in places]
+            numbers = range(first, min(len(index), first + _ROWS_AT_ONCE))
+            rows = [SourceRow(n, index.row(n).key, (0, start + n)) for n in numbers]
             for row, members in zip(rows, reader.read(rows), strict=True):
-                place = {"shard": str(index.tar_path), "key": row.key}
+                origin = {"shard": str(index.tar_path), "key": row.key}
                 if isinstance(members, SampleError):
-                    raise members.located(**place)
+                    raise members.located(**origin)
                 key = f"{number:0{_SHARD_DIGITS}d}{row.number:0{self.digits}d}"
                 try:
                     data = encode_sample(key, to_img2dataset(members, key, row.key)).data
                 except SampleError as error:
-                    raise error.located(**place) from error
+                    raise error.located(**origin) from error
                 size += len(data)
                 yield data
         yield end_of_tar(size)
 
 
 def to_img2dataset(members: Members, key: str, source_key: str) -> Members:
-    """One image, its caption as ``txt``, and a ``json`` with the fields, key and status that img2dataset writes.
+    """Return members as img2dataset writes them: the image, its caption as ``txt``, and a ``json`` with key and status.
+
+    Args:
+        members: Members of a sample of one image and one caption after it.
+        key: The sample's new key.
+        source_key: Its old key; stored as ``source_key`` if it differs and the JSON has no such field.
 
     Raises:
-        SampleError: it is not one image and a caption.
+        SampleError: the sample is not one image with one caption after it.
     """
     sample = assemble(members, Provenance("", "", "", 0))
     match sample.parts:
@@ -193,7 +209,7 @@ def to_img2dataset(members: Members, key: str, source_key: str) -> Members:
             images = sum(isinstance(part, ImagePart) for part in sample.parts)
             raise SampleError(
                 f"{images} images and {len(sample.parts) - images} texts: the names of img2dataset are for one image "
-                "with one caption behind it; use --naming keep"
+                "followed by one caption; use --naming keep"
             )
     fields = {field: value for field, value in sample.fields.items() if field != PARTS}
     record = {**fields, CAPTION: caption, "key": key, "status": "success", "error_message": None}

@@ -1,7 +1,7 @@
-"""A folder of files as a source: files with one stem are one sample.
+"""Read a folder of files as a source: files with one stem form one sample.
 
 cats/1.jpg cats/1.txt     an image and its caption; the key is cats/1
-cats/1.jpg dogs/1.jpg     no text at all: the first folder names the class, which becomes the caption
+cats/1.jpg dogs/1.jpg     no text at all: the first folder names the class, and the class becomes the caption
 """
 
 from __future__ import annotations
@@ -13,62 +13,65 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.prepare.records import CAPTION, checked, dump_json, read_file
-from data_pipeline.prepare.rows import Members, Row, read_each, spans_of
+from data_pipeline.prepare.records import CAPTION, dump_json, read_file, validated_members
+from data_pipeline.prepare.rows import Members, SourceRow, chunks_of, read_rows
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.tar_members import split_name
 
 CLASS = "class"
-"""Field of the JSON that holds the name of the class."""
+"""JSON field for the name of the class."""
 
 
 def walk_folder(folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """(relative path with a slash at its end or "", folder, sorted file names) of a folder and those below, in order.
+    """Yield (prefix, path, sorted file names) for a folder and each folder below it, in sorted order.
 
-    Hidden files and folders are left alone, links to folders are not followed.
+    The prefix is the path relative to ``folder`` with a final slash, or "" for ``folder`` itself. Hidden files and
+    folders are skipped, and links to folders are not followed.
     """
-    for place, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = os.path.relpath(place, folder).replace(os.sep, "/")
-        shown = sorted(name for name in files if not name.startswith("."))
-        yield "" if relative == "." else f"{relative}/", Path(place), shown
+        relative = os.path.relpath(path, folder).replace(os.sep, "/")
+        visible = sorted(name for name in files if not name.startswith("."))
+        yield "" if relative == "." else f"{relative}/", Path(path), visible
 
 
 class FolderSource:
-    """Images and same-stem ``.txt`` or ``.json`` files below a folder; the stem is the key, the order is by name.
+    """Images and ``.txt`` or ``.json`` files of the same stem below a folder, sorted by name; the stem is the key.
 
     Args:
         folder: The folder.
-        classes: Whether its folders are classes; None: they are if there is no text at all and no image beside them.
+        classes: Whether the first folder of a file is its class. None decides: yes if there is no text at all and
+            every file is in a subfolder.
 
     Raises:
-        DataConfigError: there are no files, or classes were asked for and a file lies beside them.
+        DataConfigError: there are no files, two files would be one member, or ``classes`` is true and a file is in no
+            subfolder.
     """
 
     def __init__(self, folder: Path, classes: bool | None = False) -> None:
         self._folder = folder
-        digest, self._count, names, texts, beside = hashlib.sha256(), 0, set[str](), False, None
+        digest, self._count, names, texts, unclassed = hashlib.sha256(), 0, set[str](), False, None
         for row in self._rows():
             self._count += 1
             texts = texts or any(not is_image(ext) for ext, _ in row.reference)
             name, slash, _ = row.key.partition("/")
             names.add(name)
-            beside = beside if slash else row.reference[0][1]
+            unclassed = unclassed if slash else row.reference[0][1]
             sizes = [(name.name, name.stat().st_size if name.exists() else -1) for _, name in row.reference]
             digest.update(f"{row.key!a} {sizes!a}\n".encode())
         if not self._count:
             raise DataConfigError(f"{folder}: no files to ingest")
-        if classes and beside is not None:
-            raise DataConfigError(f"{beside}: lies beside the folders of the classes, so it has none; move it into one")
-        by_class = classes or (classes is None and not texts and beside is None)
+        if classes and unclassed is not None:
+            raise DataConfigError(f"{unclassed}: is in no class folder; move it into one of them")
+        by_class = classes or (classes is None and not texts and unclassed is None)
         self.reader = _FileReader(folder if by_class else None)
         digest.update(str(by_class).encode())
         self._digest = digest.hexdigest()
-        what = f" in {len(names)} classes, the class becomes the caption" if by_class else ""
-        self.description = f"a folder of {self._count:,} samples{what} (files with one stem are one sample)"
+        by_name = f" in {len(names)} classes, the class becomes the caption" if by_class else ""
+        self.description = f"a folder of {self._count:,} samples{by_name} (files with one stem are one sample)"
 
-    def spans(self) -> Iterator[Sequence[Row]]:
-        return spans_of(self._rows())
+    def chunks(self) -> Iterator[Sequence[SourceRow]]:
+        return chunks_of(self._rows())
 
     def count(self) -> int:
         return self._count
@@ -76,9 +79,9 @@ class FolderSource:
     def digest(self) -> str:
         return self._digest
 
-    def _rows(self) -> Iterator[Row]:
+    def _rows(self) -> Iterator[SourceRow]:
         number = 0
-        for place, folder, names in walk_folder(self._folder):
+        for prefix, folder, names in walk_folder(self._folder):
             samples: dict[str, dict[str, Path]] = {}
             for name in names:
                 key, ext = split_name(name) or (name, "")
@@ -90,16 +93,16 @@ class FolderSource:
                 files[ext] = folder / name
             for key, files in sorted(samples.items()):
                 number += 1
-                yield Row(number, place + key, tuple(sorted(files.items())))
+                yield SourceRow(number, prefix + key, tuple(sorted(files.items())))
 
 
 @dataclass(frozen=True)
 class _FileReader:
     classes_below: Path | None
-    """The folder whose folders are classes; None without classes."""
+    """The folder whose subfolders are classes; None without classes."""
 
-    def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
-        return read_each(rows, self._read)
+    def read(self, rows: Sequence[SourceRow]) -> Iterator[Members | SampleError]:
+        return read_rows(rows, self._read)
 
     def _read(self, files: tuple[tuple[str, Path], ...]) -> Members:
         for ext, path in files:
@@ -109,4 +112,4 @@ class _FileReader:
         if self.classes_below is not None and "json" not in members:
             name = files[0][1].relative_to(self.classes_below).parts[0]
             members["json"] = dump_json({CLASS: name} if "txt" in members else {CLASS: name, CAPTION: name})
-        return checked(members)
+        return validated_members(members)

@@ -1,16 +1,19 @@
-"""A source to shards, indexes and a manifest, in several processes; killed and started again, it goes on.
+"""Convert a source to shards, indexes and a manifest, in several processes; an interrupted ingest can be resumed.
 
-    source --runs of rows--> readers and encoders --samples in order--> ShardWriter --> NAME-00000.tar + .index ...
-                                                   \\--rows left out--> NAME.skipped.jsonl       --> NAME.manifest
+    source --chunks of rows--> readers and encoders --samples in order--> ShardWriter --> NAME-00000.tar + .index ...
+                                                     \\--skipped rows--> NAME.skipped.jsonl        --> NAME.manifest
 
-Processes read, check and encode; this one cuts, and since it gets samples in the order of the source, neither their
-number nor an interruption changes a byte of the result. A shard counts as done once it has its index. The samples in
-finished shards and the rows noted as skipped before them say which row comes next. While it runs, ``NAME.ingest.json``
-remembers which source and which options the shards belong to.
+Worker processes read, check and encode the rows; this process writes the shards. It gets the samples in the order of
+the source, so neither the number of workers nor an interruption changes a byte of the result.
+
+A shard is finished once it has its index. A resumed ingest counts the samples of the finished shards and the skipped
+rows before them, and continues with the next row. ``NAME.ingest.json`` records the source and the options until the
+ingest is complete.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -23,8 +26,8 @@ from data_pipeline.io.atomic import write_whole
 from data_pipeline.io.checksums import holds
 from data_pipeline.io.ordered_pool import in_order
 from data_pipeline.prepare.choices import OnError
-from data_pipeline.prepare.rows import Row, RowReader, Source
-from data_pipeline.prepare.skipped import SkippedRow, SkippedRows, read_skipped, row_of_stored
+from data_pipeline.prepare.rows import RowReader, RowSource, SourceRow
+from data_pipeline.prepare.skipped import SkippedRow, SkippedRowLog, last_stored_row, read_skipped
 from data_pipeline.prepare.sources import open_source
 from data_pipeline.shards.index import ShardIndex
 from data_pipeline.shards.manifest import write_manifest
@@ -32,21 +35,21 @@ from data_pipeline.shards.orphans import Orphans, orphans_of
 from data_pipeline.shards.writer import EncodedSample, ShardWriter, encode_sample, shard_name
 from data_pipeline.storage.location import local_path
 
-_PIECE_BYTES = 8 << 20
-"""Samples are handed over in pieces of about this size."""
+_BATCH_BYTES = 8 << 20
+"""A worker returns its samples in batches of about this size."""
 
 
 @dataclass
 class IngestReport:
-    """What an ingest did.
+    """Result of an ingest.
 
     Attributes:
-        manifest: The file that was written.
-        num_samples: Samples in it.
-        num_shards: Shards in it.
+        manifest: The manifest that was written.
+        num_samples: Samples in the manifest.
+        num_shards: Shards in the manifest.
         num_resumed: Samples that an earlier, interrupted ingest had already stored.
-        num_skipped: Rows left out.
-        skipped: File that names each of them, with the reason; None if there are none.
+        num_skipped: Skipped rows.
+        skipped: File with each skipped row and the reason; None if no row was skipped.
         orphans: Samples without an image or without a text.
     """
 
@@ -60,7 +63,7 @@ class IngestReport:
 
 
 def ingest(
-    source: str | Path | Source,
+    source: str | Path | RowSource,
     output: str | Path,
     name: str,
     *,
@@ -71,23 +74,24 @@ def ingest(
     on_error: OnError = OnError.FAIL,
     progress: Callable[[int], None] | None = None,
 ) -> IngestReport:
-    """Stores a source as shards ``output/NAME-*.tar`` and writes ``output/NAME.manifest``.
+    """Store a source as shards ``output/NAME-*.tar`` and write ``output/NAME.manifest``.
 
     Args:
-        source: A path, read as ``open_source`` does by itself, or an opened source.
-        output: Folder for the shards; made if missing.
+        source: An opened source, or a path, which is opened with ``open_source`` and its default options.
+        output: Folder for the shards; created if missing.
         name: Prefix of the shards and name of the manifest.
-        max_bytes: Largest shard, bytes.
-        max_samples: Most samples in a shard.
-        max_side: Images with a longer side, in pixels, are scaled down to it and encoded again; None keeps all bytes.
-        workers: Processes that read, check and encode; 0: this one. The result does not depend on it.
-        on_error: What an unusable row does.
+        max_bytes: Largest size of a shard, bytes. A larger sample gets a shard of its own.
+        max_samples: Largest number of samples in a shard.
+        max_side: Largest side of an image, pixels; larger images are scaled down and encoded again. None changes none.
+        workers: Number of processes that read, check and encode; 0 works in this one. The result does not depend on it.
+        on_error: Whether an unusable row ends the ingest or is skipped.
         progress: Called with the number of rows done since the last call.
 
     Raises:
-        DataConfigError: the source cannot be read, the manifest exists already, or unfinished shards belong to another
-            source or other options.
-        SampleError: a row cannot be used and ``on_error`` is ``fail``; names the row.
+        DataConfigError: the source cannot be read, no row is usable, the manifest exists already, or unfinished shards
+            belong to another source or other options.
+        SampleError: a row is unusable and ``on_error`` is ``fail``; the error names the row.
+        ShardError: two samples of one shard have the same key, or there are no shard numbers left.
         WorkerError: a process died; finished shards stay.
         OSError: the disk is full; finished shards stay, the unfinished one is removed.
     """
@@ -99,19 +103,19 @@ def ingest(
     plan = output / f"{name}.ingest.json"
     options = {"source": rows.digest(), "max_bytes": max_bytes, "max_samples": max_samples, "max_side": max_side}
     done = resume(plan, output, name, options)
-    list_of_skipped = output / f"{name}.skipped.jsonl"
-    spans, last_row = _rows_left(rows, done, list_of_skipped, report)
+    skipped_path = output / f"{name}.skipped.jsonl"
+    chunks, last_row = _remaining_chunks(rows, done, skipped_path, report)
     if progress is not None:
         progress(last_row)
     with ExitStack() as stack:
-        skipped = stack.enter_context(SkippedRows(list_of_skipped, last_row))
+        skipped = stack.enter_context(SkippedRowLog(skipped_path, last_row))
         writer = stack.enter_context(
             ShardWriter(output, name, max_bytes=max_bytes, max_samples=max_samples, first_shard=len(done))
         )
-        for outcome in _outcomes(_Encoder(rows.reader, max_side), spans, workers):
+        for outcome in _row_outcomes(_Encoder(rows.reader, max_side), chunks, workers):
             if isinstance(outcome.sample, EncodedSample):
                 if writer.is_full_for(outcome.sample):
-                    skipped.sync()  # What lies before a finished shard is never looked at again.
+                    skipped.sync()  # A resumed ingest does not read the rows before a finished shard again.
                 writer.add(outcome.sample)
             elif on_error is OnError.FAIL:
                 raise SampleError(outcome.sample, shard=rows.description, key=f"row {outcome.row.number}")
@@ -123,8 +127,8 @@ def ingest(
     shards = [*done, *writer.shards]
     if not shards:
         first = next(read_skipped(skipped.publish()), None)
-        why = f", row {first.row} for: {first.reason}" if first else ""
-        raise DataConfigError(f"{rows.description}: not one usable row; {skipped.count} were skipped{why}")
+        example = f", row {first.row} because: {first.reason}" if first else ""
+        raise DataConfigError(f"{rows.description}: not one usable row; {skipped.count} were skipped{example}")
     manifest = write_manifest(report.manifest, shards)
     for shard in shards:
         report.orphans = report.orphans.plus(orphans_of(ShardIndex.open(shard)))
@@ -134,56 +138,62 @@ def ingest(
     return report
 
 
-class _Outcome(NamedTuple):
-    row: Row
+class _RowOutcome(NamedTuple):
+    row: SourceRow
     sample: EncodedSample | str
-    """The sample, or why there is none."""
+    """The encoded sample, or the reason why the row is unusable."""
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """What a process does with a run of rows."""
+    """Task of a worker process: read, check and encode a chunk of rows, and yield the outcomes in batches."""
 
     reader: RowReader
     max_side: int | None
 
-    def __call__(self, rows: Sequence[Row]) -> Iterator[list[_Outcome]]:
-        piece, size = list[_Outcome](), 0
+    def __call__(self, rows: Sequence[SourceRow]) -> Iterator[list[_RowOutcome]]:
+        batch, size = list[_RowOutcome](), 0
         for row, members in zip(rows, self.reader.read(rows), strict=True):
-            # The reference may hold a whole record; it has served.
-            outcome = _Outcome(Row(row.number, row.key, None), self._encoded(row, members))
-            piece.append(outcome)
+            # Drop the reference: it may hold a whole record, and the main process does not need it.
+            outcome = _RowOutcome(SourceRow(row.number, row.key, None), self._encoded(row, members))
+            batch.append(outcome)
             size += len(outcome.sample.data) if isinstance(outcome.sample, EncodedSample) else 0
-            if size >= _PIECE_BYTES:
-                yield piece
-                piece, size = [], 0
-        yield piece
+            if size >= _BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+        yield batch
 
-    def _encoded(self, row: Row, members: dict[str, bytes] | SampleError) -> EncodedSample | str:
+    def _encoded(self, row: SourceRow, members: dict[str, bytes] | SampleError) -> EncodedSample | str:
         if isinstance(members, SampleError):
             return members.reason
         try:
             if self.max_side is not None:
-                from data_pipeline.prepare.shrink_images import shrink  # torch takes a second to load.
+                from data_pipeline.prepare.shrink_images import shrink  # Importing torch takes a second.
 
                 members = shrink(members, self.max_side)
             return encode_sample(row.key, members)
         except SampleError as error:
             return error.reason
-        except ShardError as error:  # A name that no tar may hold.
+        except ShardError as error:  # The key or an extension cannot be a name in a tar.
             return str(error)
 
 
-def _outcomes(work: _Encoder, spans: Iterator[Sequence[Row]], workers: int) -> Iterator[_Outcome]:
-    for piece in in_order(work, spans, workers):
-        yield from piece
+def _row_outcomes(work: _Encoder, chunks: Iterator[Sequence[SourceRow]], workers: int) -> Iterator[_RowOutcome]:
+    for batch in in_order(work, chunks, workers):
+        yield from batch
 
 
 def resume(plan: Path, output: Path, name: str, options: dict[str, object]) -> list[Path]:
-    """Shards that an interrupted run with the same options finished; notes the options for the next time.
+    """Return the shards that an interrupted ingest with the same options finished, and write ``plan``.
+
+    Args:
+        plan: File that records the options of an unfinished ingest.
+        output: Folder of the shards; created if missing.
+        name: Prefix of the shards.
+        options: Digest of the source, and options that change the shards. They must equal those in ``plan``.
 
     Raises:
-        DataConfigError: there are shards that belong to another run, or to none.
+        DataConfigError: the shards in ``output`` belong to another ingest, or to no unfinished one.
     """
     wanted = json.dumps(options, indent=1) + "\n"
     done = list(_finished(output, name))
@@ -192,7 +202,7 @@ def resume(plan: Path, output: Path, name: str, options: dict[str, object]) -> l
     if done and not holds(plan, wanted.encode()):
         raise DataConfigError(
             f"{plan}: an unfinished ingest of another source or with other sizes; "
-            f"finish that one, or remove {name}-*.tar, or choose another name"
+            f"finish that ingest, or remove {name}-*.tar, or choose another name"
         )
     output.mkdir(parents=True, exist_ok=True)
     write_whole(plan, wanted.encode())
@@ -204,36 +214,37 @@ def _finished(output: Path, name: str) -> Iterator[Path]:
     while (shard := output / shard_name(name, number)).exists():
         try:
             ShardIndex.open(shard)
-        except ManifestError:  # Named but not yet indexed when the ingest died: it is written again.
+        except ManifestError:  # The ingest died before it wrote the index; the shard is written again.
             return
         yield shard
         number += 1
 
 
-def _rows_left(
-    source: Source, done: list[Path], list_of_skipped: Path, report: IngestReport
-) -> tuple[Iterator[Sequence[Row]], int]:
-    """Runs of rows behind the stored ones, and the number of the last stored row. Lists rows, reads none."""
-    spans = source.spans()
+def _remaining_chunks(
+    source: RowSource, done: list[Path], skipped_path: Path, report: IngestReport
+) -> tuple[Iterator[Sequence[SourceRow]], int]:
+    """Return the chunks of rows after the stored ones, and the number of the last stored row (0 for none).
+
+    Rows are listed, not read.
+
+    Raises:
+        DataConfigError: the last stored sample does not have the key of its row: the source has changed.
+    """
+    chunks = source.chunks()
     if not done:
-        return spans, 0
+        return chunks, 0
     report.num_resumed = sum(len(ShardIndex.open(shard)) for shard in done)
-    last_row = row_of_stored(list_of_skipped, report.num_resumed)
+    last_row = last_stored_row(skipped_path, report.num_resumed)
     last = ShardIndex.open(done[-1])
     last_key = last.row(len(last) - 1).key
-    for span in spans:
-        place = last_row - span[0].number
-        if place < len(span):
-            if span[place].key != last_key:
+    for chunk in chunks:
+        position = last_row - chunk[0].number
+        if position < len(chunk):
+            if chunk[position].key != last_key:
                 break
-            return _chained(span[place + 1 :], spans), last_row
+            rest = chunk[position + 1 :]
+            return itertools.chain([rest] if rest else [], chunks), last_row
     raise DataConfigError(
         f"{done[-1]}: ends with the key {last_key!r}, row {last_row} of the source has another: "
         "remove the unfinished shards and start again"
     )
-
-
-def _chained(first: Sequence[Row], rest: Iterator[Sequence[Row]]) -> Iterator[Sequence[Row]]:
-    if first:
-        yield first
-    yield from rest

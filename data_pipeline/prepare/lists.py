@@ -1,4 +1,4 @@
-"""CSV, TSV and JSONL as a source: a row a sample, images beside the list or inside it."""
+"""Read CSV, TSV and JSONL as a source: one sample per row, with images in files or in the row itself."""
 
 from __future__ import annotations
 
@@ -14,31 +14,38 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.io.checksums import sha256_of
 from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.untrusted import UntrustedError, read_lines
-from data_pipeline.prepare.recognised import METADATA, MOST_LINE_BYTES, new_names, told, with_file_name, with_text
-from data_pipeline.prepare.records import CAPTION, CAPTIONS, PATH, SPOKEN, FieldNames, FileLoader, members_of
-from data_pipeline.prepare.rows import Members, Row, read_each, spans_of
+from data_pipeline.prepare.column_names import (
+    METADATA,
+    MOST_LINE_BYTES,
+    describe_guesses,
+    guess_path_column,
+    guess_text_column,
+    renamed_columns,
+)
+from data_pipeline.prepare.records import CAPTION, CAPTIONS, PATH, SPOKEN, FieldNames, FileLoader, members_from_record
+from data_pipeline.prepare.rows import Members, SourceRow, chunks_of, read_rows
 from data_pipeline.shards.interleaved import IMAGE_BASE64, IMAGES, PARTS, TEXT_LIST, TEXTS
 
 KEY_DIGITS = 9
 _DIALECTS = {"csv": "excel", "tsv": "excel-tab"}
 _LIKELY_IMAGES = ("image", "images", "image_path", "img", "file_name", "filename", "filepath", "file", "url")
-"""What other tools call the path of the image."""
+"""Names that other tools use for the column of the image's path."""
 
 
 class ListSource:
-    """Rows with ``path`` or ``image_base64``, and ``caption``, ``captions`` or ``parts``; any other column is kept.
+    """Rows with ``path`` or ``image_base64``, and ``caption``, ``captions`` or ``parts``. Other columns are kept.
 
-    The number of the row is the key.
+    The key is the row's number.
 
     Args:
         path: The list.
         kind: ``csv``, ``tsv`` or ``jsonl``.
-        names: New names for its columns.
-        load: Reads the images that it names.
-        lenient: Whether a document may lose images that cannot be read.
+        names: Columns to rename or drop.
+        load: Loads the images that the rows name.
+        lenient: Leave unreadable images out of documents instead of failing the document.
 
     Raises:
-        DataConfigError: no column is an image or a text.
+        DataConfigError: the list cannot be read, or no column is an image or a text.
     """
 
     def __init__(self, path: Path, kind: str, names: FieldNames, load: FileLoader, lenient: bool = False) -> None:
@@ -46,20 +53,20 @@ class ListSource:
         is_table = kind in _DIALECTS
         first = dict.fromkeys(_csv_columns(path, kind), "") if is_table else _first_record(path)
         found = list(first)
-        names = with_file_name(names, found) if path.name in METADATA else names
+        names = guess_path_column(names, found) if path.name in METADATA else names
         could_be_text = {
             name: isinstance(value, list) for name, value in first.items() if isinstance(value, str | list)
         }
-        names = with_text(names, found, could_be_text, str(path))
+        names = guess_text_column(names, found, could_be_text, str(path))
         if is_table:
             names.check(found, str(path))
-        check_columns(path, new_names(names, found), is_table)
+        check_columns(path, renamed_columns(names, found), is_table)
         self.reader = ListReader(load, names, lenient)
         self._count = sum(1 for _ in self._records())
-        self.description = f"a {kind} list of {self._count:,} rows{told(names)}"
+        self.description = f"a {kind} list of {self._count:,} rows{describe_guesses(names)}"
 
-    def spans(self) -> Iterator[Sequence[Row]]:
-        return spans_of(Row(n, f"{n:0{KEY_DIGITS}d}", record) for n, record in enumerate(self._records(), 1))
+    def chunks(self) -> Iterator[Sequence[SourceRow]]:
+        return chunks_of(SourceRow(n, f"{n:0{KEY_DIGITS}d}", record) for n, record in enumerate(self._records(), 1))
 
     def count(self) -> int:
         return self._count
@@ -68,7 +75,7 @@ class ListSource:
         return hashlib.sha256(f"{self.reader!r} {sha256_of(self._path)}".encode()).hexdigest()
 
     def images(self) -> Iterator[Path]:
-        """Files that the rows name as their images, whether or not they exist; unreadable rows name none."""
+        """Yield the path of every image file that a readable row names, whether or not the file exists."""
         for record in self._records():
             try:
                 fields = self.reader.fields_of(record)
@@ -86,21 +93,21 @@ class ListSource:
 
 @dataclass(frozen=True)
 class ListReader:
-    """Reads records: a line of JSON, or a record that is parsed already."""
+    """Reads records: the bytes of a JSON line, or an already parsed record."""
 
     load: FileLoader
     names: FieldNames
     lenient: bool
 
-    def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
-        return read_each(rows, self.read_record)
+    def read(self, rows: Sequence[SourceRow]) -> Iterator[Members | SampleError]:
+        return read_rows(rows, self.read_record)
 
     def read_record(self, record: bytes | Mapping[Any, Any]) -> Members:
-        """The members of one record."""
-        return members_of(self.fields_of(record), self.load, self.lenient)
+        """Return the members of one record; raise ``SampleError`` if it is unusable."""
+        return members_from_record(self.fields_of(record), self.load, self.lenient)
 
     def fields_of(self, record: bytes | Mapping[Any, Any] | SampleError) -> dict[str, Any]:
-        """The fields of one record, under their new names."""
+        """Return the fields of one record under their new names; raise ``SampleError`` if it cannot be parsed."""
         if isinstance(record, SampleError):
             raise record
         parsed = parse_member(record) if isinstance(record, bytes) else record
@@ -110,28 +117,34 @@ class ListReader:
 
 
 def check_columns(path: Path, columns: Sequence[str], is_table: bool) -> None:
-    """No row may become a text without its image only because the column has another name.
+    """Check that an image column is not overlooked, which would store every row as text only.
+
+    Args:
+        path: The file, for messages.
+        columns: Column names after renaming.
+        is_table: Whether the columns are complete, as in CSV or Parquet; a line of JSONL may have other fields.
 
     Raises:
-        DataConfigError: a column seems to be the image and is not called so, or a table has neither image nor text.
+        DataConfigError: a column's name suggests an image but no column has the image's name, or a table has neither
+            image nor text.
     """
     if {PATH, IMAGE_BASE64, PARTS, TEXTS, TEXT_LIST} & set(columns):
         return
     likely = [name for name in columns if name.lower() in _LIKELY_IMAGES]
     if likely:
         raise DataConfigError(
-            f"{path}: has no column {PATH}, but {likely[0]}; if that is the image, say --column {PATH}={likely[0]}, "
+            f"{path}: has no column {PATH}, but {likely[0]}; if that is the image, use --column {PATH}={likely[0]}, "
             f"else --drop {likely[0]}; it has {', '.join(columns)}"
         )
     if is_table and not ({CAPTION, CAPTIONS} | SPOKEN) & set(columns):
         raise DataConfigError(
             f"{path}: needs a column {PATH} or {CAPTION}, found {', '.join(columns)}; "
-            f"say which one it is, for example --column {CAPTION}={columns[-1] if columns else 'text'}"
+            f"choose one, for example --column {CAPTION}={columns[-1] if columns else 'text'}"
         )
 
 
 def _first_record(path: Path) -> dict[str, Any]:
-    """The first readable line of a JSONL, empty if there is none; the rows' own errors tell of the others."""
+    """Return the first line of a JSONL that is an object, or an empty dict. Other lines fail later, as rows."""
     for line in _jsonl_rows(path):
         try:
             first = parse_member(line)
@@ -157,7 +170,7 @@ def _csv_rows(path: Path, kind: str) -> Iterator[dict[Any, Any] | SampleError]:
         try:
             for record in reader:
                 if None in record or None in record.values():
-                    yield SampleError("the row has not as many fields as the first line has names")
+                    yield SampleError("the number of fields differs from the number of columns in the first line")
                 else:
                     yield record
         except (csv.Error, UnicodeDecodeError) as error:

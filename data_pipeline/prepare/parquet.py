@@ -1,6 +1,7 @@
-"""Parquet files as a source: images inside (bytes, or the struct of bytes and path that Hugging Face writes) or beside.
+"""Read Parquet files as a source. Images are bytes, Hugging Face's struct of bytes and path, or paths of files.
 
-A process reads whole row groups, since there is no way into one but from its start. Needs pyarrow (extra ``parquet``).
+A process reads whole row groups, because a row group can be decoded only from its start. Needs pyarrow (extra
+``parquet``).
 """
 
 from __future__ import annotations
@@ -14,11 +15,18 @@ from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.io.untrusted import open_regular
+from data_pipeline.prepare.column_names import (
+    class_names,
+    describe_guesses,
+    guess_text_column,
+    has_text_column,
+    hf_features,
+    image_columns,
+)
 from data_pipeline.prepare.folders import walk_folder
 from data_pipeline.prepare.lists import KEY_DIGITS, check_columns
-from data_pipeline.prepare.recognised import class_names, has_text, hf_features, image_columns, told, with_text
-from data_pipeline.prepare.records import CAPTION, PATH, FieldNames, FileLoader, members_of
-from data_pipeline.prepare.rows import Members, Row
+from data_pipeline.prepare.records import CAPTION, PATH, FieldNames, FileLoader, members_from_record
+from data_pipeline.prepare.rows import Members, SourceRow
 from data_pipeline.shards.interleaved import IMAGE_INFO, TEXT_LIST, TEXTS
 
 try:
@@ -32,43 +40,53 @@ _BATCH_ROWS = 64
 
 
 class ParquetSource:
-    """One file or a folder of files with one schema; the number of the row over all files is the key.
+    """One Parquet file, or a folder of files; the columns of the first file are read from all.
+
+    The key is the row's number, counted over all files.
 
     Args:
         path: The file or the folder.
-        names: New names for its columns.
-        images: Folder of the images that it names; None: the folder of the file.
-        lenient: Whether a document may lose images that cannot be read.
+        names: Columns to rename or drop.
+        images: Folder of the images that the rows name; None means the folder of the file.
+        lenient: Leave unreadable images out of documents instead of failing the document.
+
+    Raises:
+        DataConfigError: a file cannot be read, or the image or text column is missing or ambiguous.
     """
 
     def __init__(self, path: Path, names: FieldNames, images: Path | None = None, lenient: bool = False) -> None:
         self._root = path
         self._files = [path] if path.is_file() else _files_below(path)
         if not self._files:
-            raise DataConfigError(f"{path}: no .parquet below it")
+            raise DataConfigError(f"{path}: contains no .parquet")
         self._groups = [_group_rows(file) for file in self._files]
         schema = pq.read_schema(self._files[0])
         features = hf_features(schema.metadata)
         names = _with_image(names, schema, image_columns(features), str(self._files[0]))
         texts = {field.name: _is_list(field.type) for field in schema if _holds_text(field.type)}
-        names = with_text(names, schema.names, texts, str(self._files[0]))
+        names = guess_text_column(names, schema.names, texts, str(self._files[0]))
         classes = {name: classes for name, classes in class_names(features).items() if name in schema.names}
         labels = [name for name in classes if name not in names.dropped]
-        caption_of = labels[0] if len(labels) == 1 and not has_text(names, schema.names) else None
+        caption_of = labels[0] if len(labels) == 1 and not has_text_column(names, schema.names) else None
         columns = names.check(schema.names, str(self._files[0]))
         check_columns(self._files[0], [*columns, CAPTION] if caption_of else columns, is_table=True)
         kept = tuple(name for name in schema.names if name not in names.dropped)
         self.reader = ParquetReader(tuple(self._files), kept, names, images, lenient, classes, caption_of)
         image = next((old for new, old in names.renamed if new == PATH), PATH)
         where = f"images in column {image}" if PATH in columns else "documents or texts"
-        said = told(names) + (f", the name of the class in column {caption_of} as {CAPTION}" if caption_of else "")
-        self.description = f"{len(self._files)} Parquet files of {self.count():,} rows, {where}{said}"
+        guesses = describe_guesses(names)
+        if caption_of:
+            guesses += f", the name of the class in column {caption_of} as {CAPTION}"
+        self.description = f"{len(self._files)} Parquet files of {self.count():,} rows, {where}{guesses}"
 
-    def spans(self) -> Iterator[Sequence[Row]]:
+    def chunks(self) -> Iterator[Sequence[SourceRow]]:
         number = 0
-        for which, groups in enumerate(self._groups):
+        for file_number, groups in enumerate(self._groups):
             for group, num_rows in enumerate(groups):
-                yield [Row(n, f"{n:0{KEY_DIGITS}d}", (which, group)) for n in range(number + 1, number + num_rows + 1)]
+                yield [
+                    SourceRow(n, f"{n:0{KEY_DIGITS}d}", (file_number, group))
+                    for n in range(number + 1, number + num_rows + 1)
+                ]
                 number += num_rows
 
     def count(self) -> int:
@@ -76,8 +94,8 @@ class ParquetSource:
 
     def digest(self) -> str:
         reader = self.reader
-        said = (reader.names, reader.images, reader.lenient, reader.classes, reader.caption_of)
-        digest = hashlib.sha256(repr(said).encode())
+        options = (reader.names, reader.images, reader.lenient, reader.classes, reader.caption_of)
+        digest = hashlib.sha256(repr(options).encode())
         for file in self._files:
             name = os.path.relpath(file, self._root)
             digest.update(f"{name!a} {file.stat().st_size}\n".encode() + _footer(file))
@@ -85,20 +103,20 @@ class ParquetSource:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    return [place / n for _, place, names in walk_folder(folder) for n in names if n.lower().endswith(".parquet")]
+    return [parent / n for _, parent, names in walk_folder(folder) for n in names if n.lower().endswith(".parquet")]
 
 
 def _group_rows(file: Path) -> list[int]:
     try:
-        open_regular(file).close()  # The library blocks on a FIFO.
+        open_regular(file).close()  # Raises for a FIFO, on which pyarrow would block.
         metadata = pq.read_metadata(file)
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
-        raise DataConfigError(f"{file}: no readable Parquet: {error}") from error
+        raise DataConfigError(f"{file}: not a readable Parquet file: {error}") from error
 
 
 def _footer(file: Path) -> bytes:
-    """The metadata at the end of the file: sizes and statistics of every column chunk."""
+    """Return the metadata at the end of the file: sizes and statistics of every column chunk."""
     with open_regular(file) as opened:
         opened.seek(-8, os.SEEK_END)
         end = opened.read(8)
@@ -106,10 +124,19 @@ def _footer(file: Path) -> bytes:
         return opened.read()
 
 
-def _with_image(names: FieldNames, schema: pa.Schema, known: Sequence[str], place: str) -> FieldNames:
-    """``path`` for the image column, where there is just one and nobody said otherwise; ``known`` are images for sure.
+def _with_image(names: FieldNames, schema: pa.Schema, known: Sequence[str], location: str) -> FieldNames:
+    """Return ``names``, with the only image column renamed to ``path`` unless the user renamed one.
 
-    ``images`` beside ``texts`` and ``image_info`` are parts of a document and keep their names.
+    A schema with ``texts``, ``text_list`` or ``image_info`` holds documents, whose columns keep their names.
+
+    Args:
+        names: The user's renames and drops.
+        schema: Schema of the first file.
+        known: Columns that Hugging Face's metadata declares as images.
+        location: Beginning of an error message.
+
+    Raises:
+        DataConfigError: several columns may be the image.
     """
     taken = {PATH, *names.dropped, *(old for _, old in names.renamed)}
     if PATH in (new for new, _ in names.renamed) or {TEXTS, TEXT_LIST, IMAGE_INFO} & set(schema.names):
@@ -121,8 +148,8 @@ def _with_image(names: FieldNames, schema: pa.Schema, known: Sequence[str], plac
         found.append(PATH)
     if len(found) > 1:
         raise DataConfigError(
-            f"{place}: the columns {', '.join(found)} may all be the image; "
-            f"say which with --column {PATH}=NAME, and --drop the others"
+            f"{location}: the columns {', '.join(found)} may all be the image; "
+            f"choose one with --column {PATH}=NAME, and --drop the others"
         )
     return names if found in ([], [PATH]) else FieldNames((*names.renamed, (PATH, found[0])), names.dropped)
 
@@ -147,7 +174,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 @dataclass
 class ParquetReader:
-    """Reads the rows of one row group from its start. One per process; keeps the last file open."""
+    """Reads the rows of one row group and keeps the last file open. Every process has its own copy."""
 
     files: tuple[Path, ...]
     columns: tuple[str, ...]
@@ -155,19 +182,19 @@ class ParquetReader:
     images: Path | None
     lenient: bool
     classes: dict[str, tuple[str, ...]]
-    """Names of classes by the column that holds their numbers."""
+    """Class names of each column of class numbers; the names replace the numbers."""
     caption_of: str | None
-    """The column of those whose name is the caption too."""
-    _which: int = -1
+    """The class column whose names also become the caption; None for none."""
+    _open_number: int = -1
     _file: Any = None
 
-    def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
-        """Members of the last ``len(rows)`` rows of a row group: a resumed ingest leaves out the first."""
-        which, group = rows[0].reference
-        load, given = FileLoader(self.images or self.files[which].parent, holds_urls=self.images is not None), 0
+    def read(self, rows: Sequence[SourceRow]) -> Iterator[Members | SampleError]:
+        """Yield the members of the last ``len(rows)`` rows of a row group; a resumed ingest omits its first rows."""
+        file_number, group = rows[0].reference
+        load, given = FileLoader(self.images or self.files[file_number].parent, holds_urls=self.images is not None), 0
         try:
-            if which != self._which:
-                self._which, self._file = which, pq.ParquetFile(self.files[which])
+            if file_number != self._open_number:
+                self._open_number, self._file = file_number, pq.ParquetFile(self.files[file_number])
             skip = self._file.metadata.row_group(group).num_rows - len(rows)
             for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(self.columns)):
                 kept = batch.slice(min(skip, len(batch)))
@@ -176,7 +203,7 @@ class ParquetReader:
                     yield self._members(record, load)
                     given += 1
         except (pa.ArrowException, OSError, ValueError) as error:
-            damage = SampleError(f"{self.files[which]}, row group {group}: cannot be read: {error}")
+            damage = SampleError(f"{self.files[file_number]}, row group {group}: cannot be read: {error}")
             for _ in rows[given:]:
                 yield damage
 
@@ -187,19 +214,19 @@ class ParquetReader:
                     record[name] = _class_name(record[name], classes, name)
             if self.caption_of is not None:
                 record[CAPTION] = record[self.caption_of]
-            return members_of(self.names.apply(record), load, self.lenient)
+            return members_from_record(self.names.apply(record), load, self.lenient)
         except SampleError as error:
             return error
 
 
 def _class_name(value: Any, names: Sequence[str], column: str) -> str | None:
-    """The name of a class number; ``datasets`` writes -1 for an unknown class.
+    """Return the name of a class number; None for None and for -1, which ``datasets`` writes for an unknown class.
 
     Raises:
-        SampleError: there is no such class.
+        SampleError: the number has no name.
     """
     if value is None or value == -1:
         return None
     if not isinstance(value, int) or not 0 <= value < len(names):
-        raise SampleError(f"column {column} holds the class {value!r:.80}, and {len(names)} classes have names")
+        raise SampleError(f"column {column} holds the class {value!r:.80}, but only {len(names)} classes have names")
     return names[value]

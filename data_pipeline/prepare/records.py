@@ -1,14 +1,14 @@
-"""One record (a JSON object, a line of CSV, a row of Parquet) and its images to the members of a sample.
+"""Convert one record (a JSON object, a line of CSV, a row of Parquet) and its images to the members of a sample.
 
     path, caption, captions, other fields       images, then the caption
-    image_base64, caption, ...                  the same, the image in the record
+    image_base64, caption, ...                  the same, with the image in the record
     parts                                       text and images in reading order
-    images, texts          (OBELICS)            one of the two in each place, in reading order
-    messages or conversations (LLaVA), image    images, and the turns as they are
+    images, texts          (OBELICS)            two lists in reading order; at each position one of them is null
+    messages or conversations (LLaVA), image    images, and the turns unchanged
     text_list, image_info  (MMC4)               each image before the text that it was matched with
 
-Whatever comes in, what goes out is one form: ``0.jpg``, ``1.png``, ... and ``json`` with ``caption``, ``captions`` or
-``parts``. Images are told by their content, never by a name.
+The result has one form: an image member ``jpg``, or ``0.jpg``, ``1.png``, ... for several, and a ``json`` with
+``caption``, ``captions``, ``parts`` or the turns. An image's extension follows its content, not its name.
 """
 
 from __future__ import annotations
@@ -51,34 +51,40 @@ _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class FieldNames:
-    """How the columns of a source are called here.
+    """Renames and drops of a source's columns.
 
     Attributes:
-        renamed: (new name, name in the source) pairs.
-        dropped: Columns that are left out.
-        guessed: As ``renamed``, but recognised and not asked for: a row may lack the column, or have the new name.
+        renamed: (new name, name in the source) pairs that the user asked for. The column must exist.
+        dropped: Columns to leave out.
+        guessed: Pairs as in ``renamed``, detected by ``column_names``. Rows without the column, or with a column of
+            the new name, are left as they are.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
     dropped: tuple[str, ...] = ()
     guessed: tuple[tuple[str, str], ...] = ()
 
-    def check(self, columns: Sequence[str], place: str) -> list[str]:
-        """The columns under their new names.
+    def check(self, columns: Sequence[str], location: str) -> list[str]:
+        """Return the columns under their new names.
+
+        Args:
+            columns: Column names of the source.
+            location: Beginning of an error message.
 
         Raises:
-            DataConfigError: a column that is to be renamed or dropped does not exist, or two would have one name.
+            DataConfigError: a column to rename or drop does not exist, or two columns would have one name.
         """
         absent = [name for name in (*(old for _, old in self.renamed), *self.dropped) if name not in columns]
         if absent:
-            raise DataConfigError(f"{place}: has no column {absent[0]!r}; it has {', '.join(columns)}")
-        return list(self.apply(dict.fromkeys(columns), place))
+            raise DataConfigError(f"{location}: has no column {absent[0]!r}; it has {', '.join(columns)}")
+        return list(self.apply(dict.fromkeys(columns), location))
 
-    def apply(self, record: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-        """The record under new names.
+    def apply(self, record: Mapping[str, Any], location: str = "") -> dict[str, Any]:
+        """Return the record under its new names.
 
         Raises:
-            SampleError: a renamed field is missing, or two would have one name. (DataConfigError with ``place``.)
+            SampleError: a field to rename is missing, or two fields would have one name.
+            DataConfigError: the same, if ``location`` is given.
         """
         result = {name: value for name, value in record.items() if name not in self.dropped}
         for new, old in self.renamed:
@@ -86,9 +92,9 @@ class FieldNames:
             if old not in result:
                 problem = f"has no field {old!r}"
             elif new in result and new != old:
-                problem = f"has both {new!r} and {old!r}, which is to be called {new!r}: drop one of them"
+                problem = f"has both {new!r} and {old!r}, which is to be renamed {new!r}: drop one of them"
             if problem is not None:
-                raise DataConfigError(f"{place}: {problem}") if place else SampleError(f"the row {problem}")
+                raise DataConfigError(f"{location}: {problem}") if location else SampleError(f"the row {problem}")
             result[new] = result.pop(old)
         for new, old in self.guessed:
             if old in result and new not in result:
@@ -96,28 +102,28 @@ class FieldNames:
         return result
 
 
-def members_of(record: Mapping[str, Any], load: Callable[[Any], bytes], lenient: bool = False) -> Members:
-    """The members of a sample.
+def members_from_record(record: Mapping[str, Any], load: Callable[[Any], bytes], lenient: bool = False) -> Members:
+    """Return the members of the sample that a record describes.
 
     Args:
-        record: Its fields; None, NaN and empty strings count as absent, but for an empty caption.
-        load: Content of an image from what the record says of it: a path, bytes, a dict of both.
-        lenient: Leave out images of a document that cannot be read, and count them in its ``dropped_images``.
+        record: The record's fields. None, NaN and empty strings count as absent, except an empty ``caption``.
+        load: Returns an image's bytes, given the record's reference to it: a path, bytes, or a dict of both.
+        lenient: Leave unreadable images out of ``parts`` and store their count in the field ``dropped_images``.
 
     Raises:
-        SampleError: an image or a text is missing or damaged, or the record holds neither.
+        SampleError: an image or a text is missing or damaged, the record has neither, or several fields name images.
     """
     fields = {key: value for key, value in record.items() if not _is_absent(value) or (key == CAPTION and value == "")}
     fields = interleaved(fields)
-    paths = _take_images(fields)
+    paths = _pop_images(fields)
     if IMAGE_BASE64 in fields:
         if paths is not None:
-            raise SampleError(f"a row has either {PATH} or {IMAGE_BASE64}")
+            raise SampleError(f"the row has both {PATH} and {IMAGE_BASE64}: drop one of them")
         paths = from_base64(fields.pop(IMAGE_BASE64))
     members: Members = {}
     if PARTS in fields:
         if paths is not None:
-            raise SampleError("a row has either path or parts")
+            raise SampleError("the row has both an image and parts: drop one of them")
         listed = list_of_objects(fields[PARTS])
         fields[PARTS] = _readable_parts(listed, members, load) if lenient else _parts(listed, members, load)
         if len(fields[PARTS]) < len(listed):
@@ -125,7 +131,7 @@ def members_of(record: Mapping[str, Any], load: Callable[[Any], bytes], lenient:
     else:
         images = paths if isinstance(paths, list | tuple) else [] if paths is None else [paths]
         for number, path in enumerate(images):
-            ext, content = image_of(path, load)
+            ext, content = load_image(path, load)
             members[ext if len(images) == 1 and not isinstance(paths, list | tuple) else f"{number}.{ext}"] = content
     if isinstance(fields.get(CAPTIONS), str) and fields[CAPTIONS].lstrip().startswith("["):
         fields[CAPTIONS] = parse_member(fields[CAPTIONS].encode())
@@ -135,12 +141,12 @@ def members_of(record: Mapping[str, Any], load: Callable[[Any], bytes], lenient:
     return members
 
 
-def _take_images(fields: dict[str, Any]) -> Any:
-    """What the record says of its images, taken out of it: ``path``; a dialogue may say ``image`` or ``images``."""
+def _pop_images(fields: dict[str, Any]) -> Any:
+    """Remove and return the reference to the images: ``path``, or in a dialogue also ``image`` or ``images``."""
     names = (PATH, "image", IMAGES) if SPOKEN & fields.keys() else (PATH,)
     given = [name for name in names if name in fields]
     if len(given) > 1:
-        raise SampleError(f"a row names its images in {' and in '.join(given)}; keep one (--drop {given[-1]})")
+        raise SampleError(f"the row names its images in {' and in '.join(given)}; keep one (--drop {given[-1]})")
     return fields.pop(given[0]) if given else None
 
 
@@ -167,31 +173,35 @@ def _part(part: Mapping[str, Any], members: Members, load: Callable[[Any], bytes
         return {**given, "text": text_of(given["text"], "text")}
     if set(given) != {"image"}:
         raise SampleError(
-            f"a part with the fields {sorted(given)}; it must have just one, text (and its weight) or image"
+            f"a part has the fields {sorted(given)}; expected text (and maybe its weight), or image alone"
         )
-    ext, content = image_of(given["image"], load)
+    ext, content = load_image(given["image"], load)
     name = f"{len(members)}.{ext}"
     members[name] = content
     return {"image": name}
 
 
-def image_of(reference: Any, load: Callable[[Any], bytes]) -> tuple[str, bytes]:
-    """(extension by content, bytes) of an image."""
+def load_image(reference: Any, load: Callable[[Any], bytes]) -> tuple[str, bytes]:
+    """Return (extension, bytes) of an image; the extension follows the content.
+
+    Raises:
+        SampleError: the image cannot be loaded, or its header is damaged or of another format.
+    """
     content = load(reference)
     try:
         return EXTENSION_OF_FORMAT[image_size(content).format], content
     except SampleError as error:
-        place = f"{reference}: " if isinstance(reference, str) else ""
-        raise SampleError(f"{place}{error.reason}") from error
+        location = f"{reference}: " if isinstance(reference, str) else ""
+        raise SampleError(f"{location}{error.reason}") from error
 
 
 @dataclass(frozen=True)
 class FileLoader:
-    """Images that a record names: files in one folder, or bytes in the record itself. Nothing is downloaded.
+    """Load the images that a record names: files in one folder, or bytes in the record. Nothing is downloaded.
 
     Attributes:
-        folder: Paths are relative to it and must not leave it.
-        holds_urls: Whether files of URLs lie there, under the URL without its scheme: what ``wget -x`` makes.
+        folder: Folder of relative paths. A path that leads outside is a ``SampleError``.
+        holds_urls: Read a URL from the file ``folder``/URL-without-scheme, the layout that ``wget -x`` writes.
     """
 
     folder: Path
@@ -202,7 +212,7 @@ class FileLoader:
             return reference
         if isinstance(reference, Mapping) and set(reference) <= {"bytes", "path"}:
             content = reference.get("bytes")
-            if isinstance(content, str):  # JSON holds no bytes.
+            if isinstance(content, str):  # JSON cannot hold bytes, so they are in base64.
                 return from_base64(content)
             return content if isinstance(content, bytes) else self(reference.get("path"))
         path = text_of(reference, "an image's path")
@@ -211,21 +221,21 @@ class FileLoader:
         if _URL.match(path):
             if not self.holds_urls:
                 raise SampleError(
-                    f"{path}: a URL; ingest downloads nothing: fetch with img2dataset and ingest its tars, or name the "
+                    f"{path}: a URL; ingest downloads nothing: fetch with img2dataset and ingest its tars, or give the "
                     "folder of files that wget -x made with --images"
                 )
             path = path.partition("://")[2]
         root = os.path.abspath(self.folder)
         if os.path.commonpath([root, os.path.abspath(self.folder / path)]) != root:
-            raise SampleError(f"{path}: lies outside of {self.folder}; name the folder of the images with --images")
+            raise SampleError(f"{path}: outside of {self.folder}; give the folder of the images with --images")
         return read_file(self.folder / path)
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a regular file.
+    """Return the content of a regular file.
 
     Raises:
-        SampleError: there is none, or it cannot be read.
+        SampleError: the file is missing, cannot be read, or is larger than 2 GiB.
     """
     try:
         return read_bytes(path, most_bytes=_MOST_FILE_BYTES)
@@ -235,16 +245,17 @@ def read_file(path: Path) -> bytes:
         raise SampleError(f"{path}: cannot be read: {error}") from error
 
 
-def checked(members: Members) -> Members:
-    """Members as they were found, once they are known to be usable; images get the extension of their content.
+def validated_members(members: Members) -> Members:
+    """Check members and return them; an image whose content differs from its extension is renamed.
 
     Raises:
-        SampleError: a damaged image, text or JSON; ``parts`` that name an absent image; neither image nor text.
+        SampleError: an image header, text or JSON is damaged, ``parts`` name an absent image, two images would have one
+            name, or there is neither an image nor a ``.txt`` or ``.json``. A JSON without a text does not raise.
     """
     names = {ext: _name_by_content(ext, content) for ext, content in members.items() if is_image(ext)}
     result = {names.get(ext, ext): content for ext, content in members.items()}
     if len(result) < len(members):
-        raise SampleError(f"two of the members {sorted(members)} hold one format and would have one name")
+        raise SampleError(f"two of the members {sorted(members)} hold the same format and would have one name")
     if "txt" in members:
         check_utf8(members["txt"])
     if "json" in members:
@@ -267,7 +278,7 @@ def _name_by_content(ext: str, content: bytes) -> str:
 
 
 def _rename_parts(fields: dict[str, Any], names: Mapping[str, str]) -> bool:
-    """Whether a part names an image by another name than it now has; it is corrected in place."""
+    """Correct, in place, the parts that name an image by its old extension; return whether one was changed."""
     changed = False
     for part in fields.get(PARTS) or ():
         if "image" not in part:
@@ -281,26 +292,26 @@ def _rename_parts(fields: dict[str, Any], names: Mapping[str, str]) -> bool:
 
 
 def check_utf8(content: bytes) -> str:
-    """The text of a ``txt`` member.
+    """Return the text of a ``txt`` member.
 
     Raises:
-        SampleError: it is no UTF-8.
+        SampleError: the bytes are not UTF-8.
     """
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise SampleError(f"the text is no UTF-8: {error}") from error
+        raise SampleError(f"the text is not UTF-8: {error}") from error
 
 
 def dump_json(fields: Mapping[str, Any]) -> bytes:
-    """A JSON member. Dates become ISO strings, decimals strings, NaN and infinities null.
+    """Return a JSON member. Dates become ISO strings, decimals strings, and NaN and infinities null.
 
     Raises:
-        SampleError: a field holds what JSON cannot, bytes for instance.
+        SampleError: a field holds a value that JSON cannot hold, such as bytes.
     """
     try:
         return _dumps(fields)
-    except (TypeError, ValueError):  # Rare, so the field at fault is looked for only now.
+    except (TypeError, ValueError):  # Rare, so the search for the field at fault may be slow.
         fields = _without_nan(fields)
     for name, value in fields.items():
         try:

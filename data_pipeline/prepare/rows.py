@@ -1,8 +1,9 @@
-"""What a source of samples is: rows in a fixed order, and a reader that any process can use.
+"""Interfaces of a source of samples: rows in a fixed order, and a reader that any process can use.
 
-    Source.spans() --runs of rows--> [process 0, 1, ...] RowReader.read(rows) --members or a reason--> the writer
+    RowSource.chunks() --rows--> [process 0, 1, ...] RowReader.read(rows) --members or SampleError--> the writer
 
-Rows are cheap to list (a path, a line, an offset) and dear to read, so one process lists them and several read them.
+Listing a row is cheap (a path, a line, an offset); reading it is expensive. So one process lists the rows and several
+processes read them.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from typing import Any, Protocol
 from data_pipeline.errors import SampleError
 
 Members = dict[str, bytes]
-"""Content of a sample by extension."""
+"""Bytes of a sample's members, by extension."""
 
-SPAN_ROWS = 32
-"""Rows that a process takes at a time."""
+CHUNK_ROWS = 32
+"""Rows that a process reads at a time."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One sample to be.
+class SourceRow:
+    """One row of a source; it becomes one sample.
 
     Attributes:
-        number: Place in the source, from 1.
-        key: Key of its sample; no other row has it.
-        reference: Where it is, for the reader; or the ``SampleError`` that listing it has met.
+        number: Position in the source, from 1.
+        key: Key of the sample. ``ingest`` raises if two samples of one new shard have the same key.
+        reference: Whatever the source's own reader needs to read the row; or the ``SampleError`` of listing it.
     """
 
     number: int
@@ -37,49 +38,49 @@ class Row:
 
 
 class RowReader(Protocol):
-    """Reads rows; small enough to be sent to other processes."""
+    """Reads rows. Every worker process gets a pickled copy, so keep it small."""
 
-    def read(self, rows: Sequence[Row]) -> Iterator[Members | SampleError]:
-        """For each row its members, or why it has none."""
+    def read(self, rows: Sequence[SourceRow]) -> Iterator[Members | SampleError]:
+        """Yield, for each row in order, its members or the error that makes it unusable."""
         ...
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """Rows in a fixed order.
 
     Attributes:
-        description: What it was taken for, in a few words.
+        description: The detected format and size in a few words, for the user.
     """
 
     description: str
 
     @property
     def reader(self) -> RowReader:
-        """Reads its rows."""
+        """The reader of these rows."""
         ...
 
-    def spans(self) -> Iterator[Sequence[Row]]:
-        """All rows, in runs that one process should read."""
+    def chunks(self) -> Iterator[Sequence[SourceRow]]:
+        """Yield all rows in chunks that one process reads. Every call must yield the same rows in the same order."""
         ...
 
     def count(self) -> int | None:
-        """Number of rows, if it can be told without reading them."""
+        """Return the number of rows, or None if only reading the source would give it."""
         ...
 
     def digest(self) -> str:
-        """Changes when the rows do; hexadecimal."""
+        """Return a hexadecimal digest that changes when the rows change. A resumed ingest compares it."""
         ...
 
 
-def spans_of(rows: Iterable[Row]) -> Iterator[Sequence[Row]]:
-    """Runs of ``SPAN_ROWS``."""
+def chunks_of(rows: Iterable[SourceRow]) -> Iterator[Sequence[SourceRow]]:
+    """Yield chunks of ``CHUNK_ROWS`` rows; the last one may be shorter."""
     rows = iter(rows)
-    while span := list(itertools.islice(rows, SPAN_ROWS)):
+    while span := list(itertools.islice(rows, CHUNK_ROWS)):
         yield span
 
 
-def read_each(rows: Sequence[Row], read: Callable[[Any], Members]) -> Iterator[Members | SampleError]:
-    """Applies ``read`` to each row's reference; what it refuses becomes that row's reason."""
+def read_rows(rows: Sequence[SourceRow], read: Callable[[Any], Members]) -> Iterator[Members | SampleError]:
+    """Yield ``read(row.reference)`` for each row, or the ``SampleError`` that it raises or that listing the row met."""
     for row in rows:
         if isinstance(row.reference, SampleError):
             yield row.reference

@@ -1,7 +1,7 @@
-"""Images with a long side, scaled down and encoded again before they are stored.
+"""Scale down images with a long side and encode them again before they are stored.
 
-What comes out is the picture as training decodes it: EXIF rotation applied, transparency on white, gray as RGB. JPEG
-and WebP become JPEG, PNG stays PNG. Images that are small enough keep their bytes. Loads torch.
+A scaled image has the pixels that training decodes: EXIF rotation applied, transparency on white, gray as RGB. JPEG
+and WebP become JPEG, PNG stays PNG. Images that are small enough keep their bytes. Imports torch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from data_pipeline.shards.image_header import ImageFormat, image_size, is_image
 from data_pipeline.shards.interleaved import PARTS
 
 _MAX_PIXELS = 1 << 28
-"""Larger images are refused: 768 MiB of RGB."""
+"""Limit for decoding: 768 MiB of RGB. A larger image raises ``SampleError``."""
 _JPEG_QUALITY = 92
 
 
 def shrink(members: Members, max_side: int) -> Members:
-    """Members whose images have no side longer than ``max_side`` pixels.
+    """Return members whose images have no side longer than ``max_side`` pixels. ``parts`` get the new image names.
 
     Raises:
-        SampleError: an image that would be scaled cannot be decoded, or is larger than any photo.
+        SampleError: an image to scale cannot be decoded or has more than 2^28 pixels, or two members would have one
+            name.
     """
     renamed: dict[str, str] = {}
     result: Members = {}
@@ -37,7 +38,7 @@ def shrink(members: Members, max_side: int) -> Members:
             stem, dot, _ = ext.rpartition(".")
             renamed[ext] = ext if data is content else f"{stem}{dot}{EXTENSION_OF_FORMAT[kind]}"
             if renamed[ext] in result or (renamed[ext] != ext and renamed[ext] in members):
-                raise SampleError(f"scaled, two of the members {sorted(members)} would be .{renamed[ext]}")
+                raise SampleError(f"after scaling, two of the members {sorted(members)} would be .{renamed[ext]}")
             result[renamed[ext]] = data
         else:
             result[ext] = content
@@ -51,12 +52,12 @@ def shrink(members: Members, max_side: int) -> Members:
 
 
 def shrink_image(content: bytes, max_side: int) -> tuple[ImageFormat, bytes]:
-    """(format, bytes) of an image whose longer side is at most ``max_side``; the same object if it was before."""
+    """Return (format, bytes) of an image scaled to at most ``max_side``; a small image returns ``content`` itself."""
     size = image_size(content)
     longer = max(size.width, size.height)
     if longer <= max_side:
         return size.format, content
-    torch.set_num_threads(1)  # Several processes do this at once.
+    torch.set_num_threads(1)  # Several worker processes scale images at the same time.
     pixels = torch.from_numpy(decode_image(content, mode=DecodeMode.EXACT, max_pixels=_MAX_PIXELS)).permute(2, 0, 1)
     height, width = pixels.shape[1:]
     target = [max(1, round(side * max_side / longer)) for side in (height, width)]

@@ -1,7 +1,7 @@
-"""Where ingest finds its samples: which kind of source a path is.
+"""Open a path as a source of samples for ingest, and detect its format.
 
-A new format is one file with its source, a member of ``choices.SourceKind`` and its line in ``FORMATS``.
-Folders are in ``folders``, CSV, TSV and JSONL in ``lists``, Parquet in ``parquet``, tars of other tools in ``tars``.
+A new format needs a file with its source, a member of ``choices.SourceKind`` and an entry in ``FORMATS``. The existing
+sources are in ``folders``, ``lists`` (CSV, TSV, JSONL), ``parquet`` and ``tars``.
 """
 
 from __future__ import annotations
@@ -13,30 +13,28 @@ from pathlib import Path
 
 from data_pipeline.errors import DataConfigError
 from data_pipeline.prepare.choices import SourceKind
+from data_pipeline.prepare.column_names import metadata_file
 from data_pipeline.prepare.folders import FolderSource, walk_folder
 from data_pipeline.prepare.lists import ListSource
-from data_pipeline.prepare.recognised import metadata_file
 from data_pipeline.prepare.records import FieldNames, FileLoader
-from data_pipeline.prepare.rows import Source
+from data_pipeline.prepare.rows import RowSource
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.storage.location import local_path
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-
-
 _DOCUMENTS = (SourceKind.OBELICS, SourceKind.MMC4, SourceKind.IMG2DATASET)
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How a source is read.
+    """Options for opening a source.
 
     Attributes:
-        kind: What it is.
-        names: New names for columns, and columns to leave out; for lists and Parquet.
-        split: Which split of an Energon folder.
-        images: Folder of the images that a list or Parquet names; None: the folder of the list.
-        drop_images: Leave unreadable images out of documents (``parts``) instead of refusing the whole document.
+        kind: Format of the source.
+        names: Columns to rename or drop; for lists and Parquet only.
+        split: Split of an Energon folder to read.
+        images: Folder of the images that a list or Parquet names; None means the folder of the list.
+        drop_images: Leave unreadable images out of a document (``parts``) instead of failing the whole document.
     """
 
     kind: SourceKind = SourceKind.AUTO
@@ -48,36 +46,37 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """How ingest recognises and opens sources of one kind.
+    """Detection and opening of sources of one kind.
 
     Attributes:
-        open: From the path, the kind and the options to the source.
-        suffixes: Suffixes, in lower case, of files that are of this kind unless the options say otherwise.
-        is_list: Whether it names files and has columns: the options ``names``, ``images`` and ``drop_images`` apply.
+        open: Opens the source, given its path, kind and options.
+        suffixes: Lower-case suffixes of files that have this kind by default.
+        is_list: Whether the source has columns and names image files, so that the options ``names``, ``images`` and
+            ``drop_images`` apply.
     """
 
-    open: Callable[[Path, SourceKind, SourceOptions], Source]
+    open: Callable[[Path, SourceKind, SourceOptions], RowSource]
     suffixes: tuple[str, ...] = ()
     is_list: bool = False
 
 
-def _open_folder(path: Path, kind: SourceKind, options: SourceOptions) -> Source:
+def _open_folder(path: Path, kind: SourceKind, options: SourceOptions) -> RowSource:
     return FolderSource(path, None if options.kind is SourceKind.AUTO else kind is SourceKind.CLASSES)
 
 
-def _open_list(path: Path, kind: SourceKind, options: SourceOptions) -> Source:
+def _open_list(path: Path, kind: SourceKind, options: SourceOptions) -> RowSource:
     images = options.images
     load = FileLoader(path.parent) if images is None else FileLoader(images, holds_urls=True)
     return ListSource(path, kind.value, options.names, load, options.drop_images)
 
 
-def _open_parquet(path: Path, kind: SourceKind, options: SourceOptions) -> Source:
-    from data_pipeline.prepare.parquet import ParquetSource  # pyarrow is an extra.
+def _open_parquet(path: Path, kind: SourceKind, options: SourceOptions) -> RowSource:
+    from data_pipeline.prepare.parquet import ParquetSource  # Needs pyarrow, an optional dependency.
 
     return ParquetSource(path, options.names, options.images, options.drop_images)
 
 
-def _open_tars(path: Path, kind: SourceKind, options: SourceOptions) -> Source:
+def _open_tars(path: Path, kind: SourceKind, options: SourceOptions) -> RowSource:
     from data_pipeline.prepare.tars import open_tars
 
     return open_tars(path, kind, guess=options.kind is SourceKind.AUTO, split=options.split)
@@ -96,14 +95,15 @@ FORMATS = {
     SourceKind.OBELICS: SourceFormat(_open_tars),
     SourceKind.MMC4: SourceFormat(_open_tars),
 }
-"""All kinds but ``auto``."""
+"""All kinds except ``auto``."""
 
 
-def open_source(path: str | Path, options: SourceOptions | None = None) -> Source:
-    """The source at ``path``.
+def open_source(path: str | Path, options: SourceOptions | None = None) -> RowSource:
+    """Open the source at ``path``, a local file or folder.
 
     Raises:
-        DataConfigError: nothing is there, it is of another kind than asked for, or an option does not apply to it.
+        DataConfigError: the path does not exist, has another kind than ``options.kind``, or an option does not apply
+            to its kind.
     """
     path, options = local_path(path, "ingest reads"), options or SourceOptions()
     if not path.is_dir() and not path.is_file():
@@ -114,25 +114,27 @@ def open_source(path: str | Path, options: SourceOptions | None = None) -> Sourc
     if kind is SourceKind.AUTO or (kind in _DOCUMENTS and FORMATS[_kind_of(path)].is_list):
         kind = _kind_of(path)
     if not FORMATS[kind].is_list:
-        _refuse_list_options(path, kind, options)
+        _check_no_list_options(path, kind, options)
     return FORMATS[kind].open(path, kind, options)
 
 
-def warnings(path: str | Path, source: Source) -> Iterator[str]:
-    """A sentence if ``path`` is a folder that is read by its list, and the list leaves out images of the folder."""
+def warnings(path: str | Path, source: RowSource) -> Iterator[str]:
+    """Yield a warning if ``path`` is a folder that is read by its list and the list does not name all of its images."""
     folder = local_path(path, "ingest reads")
     if not folder.is_dir() or not isinstance(source, ListSource):
         return
     named = set(source.images())
-    found = (place / name for _, place, names in walk_folder(folder) for name in names if is_image(name.lower()))
-    left = [image for image in map(os.path.normpath, found) if Path(image) not in named]
-    if left:
+    found = (parent / name for _, parent, names in walk_folder(folder) for name in names if is_image(name.lower()))
+    unnamed = [image for image in map(os.path.normpath, found) if Path(image) not in named]
+    if unnamed:
         yield (
-            f"{len(left):,} images of {folder} are left out, since no row of its list names them; the first: {left[0]}"
+            f"{len(unnamed):,} images of {folder} are left out, since no row of its list names them; the first: "
+            f"{unnamed[0]}"
         )
 
 
-def _refuse_list_options(path: Path, kind: SourceKind, options: SourceOptions) -> None:
+def _check_no_list_options(path: Path, kind: SourceKind, options: SourceOptions) -> None:
+    """Raise DataConfigError if an option is set that applies to lists and Parquet only."""
     if options.names != FieldNames():
         raise DataConfigError(
             f"{path}: columns can be renamed or dropped in csv, tsv, jsonl and parquet, this is {kind.value}"
@@ -144,7 +146,7 @@ def _refuse_list_options(path: Path, kind: SourceKind, options: SourceOptions) -
 
 
 def _kind_of(path: Path) -> SourceKind:
-    """Told from names alone; which layout tars have is told later, from the first sample."""
+    """Return the kind that file names suggest. The layout of tars is guessed later, from their first sample."""
     if path.is_file():
         for kind, known in FORMATS.items():
             if path.suffix.lower() in known.suffixes:
@@ -152,23 +154,24 @@ def _kind_of(path: Path) -> SourceKind:
         if is_tar(path.name):
             return SourceKind.WEBDATASET
         raise DataConfigError(
-            f"{path}: ingest takes a folder, a .csv, .tsv, .jsonl, .parquet or .tar; name its kind with --from"
+            f"{path}: ingest reads a folder, a .csv, .tsv, .jsonl, .parquet or .tar; for another file name give its "
+            "kind with --from"
         )
     if (path / ".nv-meta").is_dir():
         return SourceKind.ENERGON
     names = [name for _, _, files in walk_folder(path) for name in files]
-    # img2dataset leaves Parquet files with its statistics beside its tars: tars come first.
+    # Look for tars first: img2dataset leaves Parquet files with statistics next to its tars.
     if any(is_tar(name) for name in names):
         return SourceKind.WEBDATASET
     return SourceKind.PARQUET if any(name.lower().endswith(".parquet") for name in names) else SourceKind.FOLDER
 
 
 def _imagefolder(folder: Path) -> Path | None:
-    """The list of a folder of images that ``datasets`` reads as an imagefolder."""
+    """Return the metadata list of a ``datasets`` imagefolder; None for any other folder."""
     is_other = (folder / ".nv-meta").is_dir() or any(is_tar(n) for _, _, names in walk_folder(folder) for n in names)
     return None if is_other else metadata_file(folder)
 
 
 def is_tar(name: str) -> bool:
-    """Whether a file's name is that of a tar, compressed or not."""
+    """Whether a file name is that of a tar, compressed or not."""
     return name.lower().endswith(_TARS)

@@ -35,20 +35,21 @@ def train_sentencepiece(
     special_tokens: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> SentencePieceTokenizer:
-    """Trains a SentencePiece model on all text of the shards; equal shards give equal bytes.
+    """Train a SentencePiece model on the text of the shards; equal shards give equal bytes.
 
-    Text survives encoding and decoding exactly: bytes stand in for rare characters, spaces are kept, nothing is
-    normalised. Pieces 0 to 4 are pad, bos, eos, unk and ``<image>``; then come the special ones that were asked for.
+    Encoding and decoding preserve a text: rare characters become bytes, spaces are kept, and nothing is normalised. The
+    exception is U+2581, SentencePiece's own mark of a space, which decodes to a space. Pieces 0 to 4 are pad, bos, eos,
+    unk and ``<image>``, followed by ``special_tokens``.
 
     Args:
-        manifests: Whose text to read.
-        output: The ``.model`` file, written whole or not at all.
-        vocab_size: Pieces, at least 5 special ones and 256 bytes.
+        manifests: Manifests of the data sets whose text to read.
+        output: The ``.model`` file, written atomically.
+        vocab_size: Number of pieces, including pieces 0 to 4, ``special_tokens`` and 256 bytes.
         model_type: Algorithm.
-        character_coverage: Share of characters that get a piece of their own; the rest is spelled in bytes.
-        max_samples: From larger data sets every n-th sample is taken.
-        special_tokens: Further pieces that no text gives, such as those of an image's layout.
-        progress: Called with (samples read, samples to read).
+        character_coverage: Share of characters that get a piece of their own; the others are encoded as bytes.
+        max_samples: With more samples than this, only every n-th is used.
+        special_tokens: Further special pieces, such as those of an image's layout. Text never encodes to them.
+        progress: Called with (samples read, samples in all) after each sample.
 
     Raises:
         DataConfigError: ``vocab_size`` does not fit the text, or there is no text.
@@ -58,7 +59,7 @@ def train_sentencepiece(
     total = sum(manifest.num_samples for manifest in opened)
     stride = max(1, -(-total // max_samples))
     model = io.BytesIO()
-    lines = _Caught(_lines(opened, stride, total, progress))
+    lines = _RecordedError(_lines(opened, stride, total, progress))
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
@@ -77,7 +78,7 @@ def train_sentencepiece(
             pad_piece="<pad>",
             control_symbols=[IMAGE_TOKEN, *special_tokens],
             max_sentence_length=4 * _MAX_LINE_BYTES,
-            num_threads=1,  # More threads add up in another order.
+            num_threads=1,  # Several threads add in varying order, which changes the bytes of the model.
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -91,8 +92,8 @@ def train_sentencepiece(
     return SentencePieceTokenizer(SentencePieceTokenizerConfig(path=Path(output)))
 
 
-class _Caught:
-    """Lines for the trainer. It makes a text of its own of an exception, so the exception is kept in ``error``."""
+class _RecordedError:
+    """Lines for the trainer. The trainer replaces an exception by its own, so the original is kept in ``error``."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
@@ -106,7 +107,7 @@ class _Caught:
             return next(self._lines)
         except StopIteration:
             raise
-        except BaseException as error:  # An interrupt too.
+        except BaseException as error:  # Includes KeyboardInterrupt.
             self.error = error
             raise
 
@@ -114,7 +115,7 @@ class _Caught:
 def _lines(
     manifests: list[Manifest], stride: int, total: int, progress: Callable[[int, int], None] | None
 ) -> Iterator[str]:
-    """Lines short enough for the trainer, which passes over long ones in silence."""
+    """Yield lines short enough for the trainer, which silently skips longer ones."""
     number = 0
     for manifest in manifests:
         for texts in iterate_texts(manifest):
@@ -127,13 +128,13 @@ def _lines(
 
 
 def iterate_texts(manifest: Manifest) -> Iterator[list[str]]:
-    """The texts of each sample in order; reads the text members only.
+    """Yield the texts of each sample in order. Only the text members are read.
 
     Raises:
         ManifestError: a shard is missing or stale.
         ShardError: a shard is shorter than its index says.
-        StorageError: a remote one cannot be read.
-        SampleError: a text is no UTF-8 or a JSON is damaged; names shard and key.
+        StorageError: a remote shard cannot be read.
+        SampleError: a text is not UTF-8 or a JSON is damaged; the error names shard and key.
     """
     for number in range(manifest.num_shards):
         shard = open_shard(manifest, number)
@@ -159,6 +160,6 @@ def _decoded(ext: str, content: bytes, shard: str, key: str) -> list[str]:
             return texts
         return [content.decode()]
     except UnicodeDecodeError as error:
-        raise SampleError(f"the text is no UTF-8: {error}", shard=shard, key=key, kind=FaultKind.TEXT) from error
+        raise SampleError(f"the text is not UTF-8: {error}", shard=shard, key=key, kind=FaultKind.TEXT) from error
     except SampleError as error:
         raise error.located(shard, key) from error

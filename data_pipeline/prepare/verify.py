@@ -1,9 +1,9 @@
-"""Reads shards whole and lists every damage: where, which sample, what.
+"""Read whole shards and list every damage, with its position, its sample and its kind.
 
-    tar --survey--> members, damages of the tar --index--> bytes as indexed? --contents--> what the extension says?
+    tar --survey--> members, damages of the tar --index--> bytes as indexed? --contents--> bytes match the extension?
 
-For: finding out before a training run, not in its middle. Goes on behind a damage: with an index every other sample is
-still found, without one all that the tar itself tells. Follows no link, writes nothing. Not for: repairing.
+Use it before a training run. Reading continues after a damage: with an index every other sample is found; without one,
+only the samples that can be recovered from the tar alone. Links in a tar are reported, not followed. Not for: repairs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from data_pipeline.shards.damage import Damage, Problem, ShardReport
 from data_pipeline.shards.image_header import is_image
 from data_pipeline.shards.index import Member, ShardIndex, describe_member, index_path, open_tar
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.mistaken import refuse_no_manifest
+from data_pipeline.shards.manifest_check import reject_non_manifest
 from data_pipeline.shards.orphans import Orphans
 from data_pipeline.shards.sample_reader import MAX_TEXT_BYTES
 from data_pipeline.shards.tar_members import BLOCK_BYTES, TarError, TarFault, TarMember, split_name, survey
@@ -34,14 +34,18 @@ from data_pipeline.storage.location import Url, parse_location
 from data_pipeline.storage.storage import Storage
 
 DEFAULT_MAX_PIXELS = 89_478_485
-"""Pillow's own limit: a quarter gibibyte of RGB."""
+"""Pillow's own limit, about 256 MiB of RGB."""
 _CHUNK_BYTES = 1 << 24
-_PLACED = frozenset(Problem(fault.value) for fault in TarFault) | {Problem.MISSING, Problem.CHECKSUM, Problem.INDEX}
-"""Damage that explains why a tar is not the one that was indexed."""
+_EXPLAINS_DIGEST = frozenset(Problem(fault.value) for fault in TarFault) | {
+    Problem.MISSING,
+    Problem.CHECKSUM,
+    Problem.INDEX,
+}
+"""Damage that already explains why the tar's length or digest differs from the index."""
 
 
-class Job(NamedTuple):
-    """One shard to read, and what a manifest says of it."""
+class VerifyJob(NamedTuple):
+    """One shard to read, and its digest and number of samples in a manifest, if there is one."""
 
     tar_path: Path | Url
     manifest: Path | Url | None = None
@@ -49,30 +53,40 @@ class Job(NamedTuple):
     num_samples: int | None = None
 
 
-def jobs_of(path: str | Path) -> tuple[int, Iterator[Job]]:
-    """The shards of a manifest, or a single tar: how many, and each.
+def jobs_of(path: str | Path) -> tuple[int, Iterator[VerifyJob]]:
+    """Return the number of shards to verify and an iterator over them.
+
+    Args:
+        path: A manifest, all of whose shards are verified, or a tar; a file or a URL.
 
     Raises:
         ManifestError: the manifest itself cannot be read.
     """
     path = parse_location(path)
     if isinstance(path, Path) and (path.is_dir() or (path.is_file() and ".tar" not in path.suffixes)):
-        refuse_no_manifest(path, str(path), takes_tar=True)
+        reject_non_manifest(path, str(path), takes_tar=True)
     if path.suffix != ".manifest":
-        return 1, iter([Job(path)])
+        return 1, iter([VerifyJob(path)])
     manifest = Manifest.open(path)
     cu_samples = manifest.cu_samples
 
-    def jobs() -> Iterator[Job]:
+    def jobs() -> Iterator[VerifyJob]:
         for number in range(manifest.num_shards):
             count = int(cu_samples[number + 1] - cu_samples[number])
-            yield Job(manifest.shard_location(number), path, manifest.shard_sha256(number), count)
+            yield VerifyJob(manifest.shard_location(number), path, manifest.shard_sha256(number), count)
 
     return manifest.num_shards, jobs()
 
 
-def verify(jobs: Iterable[Job], *, max_pixels: int = DEFAULT_MAX_PIXELS, workers: int = 0) -> Iterator[ShardReport]:
-    """Reports of shards in their order, read by ``workers`` processes; 0 reads in this one.
+def verify(
+    jobs: Iterable[VerifyJob], *, max_pixels: int = DEFAULT_MAX_PIXELS, workers: int = 0
+) -> Iterator[ShardReport]:
+    """Yield the reports of shards in order.
+
+    Args:
+        jobs: The shards.
+        max_pixels: An image with more pixels is a damage and is not decoded.
+        workers: Number of processes; 0 reads in this one.
 
     Raises:
         WorkerError: a process died.
@@ -81,10 +95,10 @@ def verify(jobs: Iterable[Job], *, max_pixels: int = DEFAULT_MAX_PIXELS, workers
 
 
 def check_manifest(path: str | Path) -> list[Damage]:
-    """Whether the content of a manifest is what its fingerprint was computed of.
+    """Return a damage if a manifest's fingerprint does not match its content, else an empty list.
 
     Raises:
-        ManifestError: it cannot be read.
+        ManifestError: the manifest cannot be read.
     """
     manifest = Manifest.open(path)
     if manifest.computed_fingerprint() == manifest.fingerprint:
@@ -94,23 +108,23 @@ def check_manifest(path: str | Path) -> list[Damage]:
 
 @dataclass(frozen=True)
 class _Verify:
-    """The work of a process."""
+    """Verifies one shard; run by worker processes (``in_order``)."""
 
     max_pixels: int
 
-    def __call__(self, job: Job) -> Iterator[ShardReport]:
+    def __call__(self, job: VerifyJob) -> Iterator[ShardReport]:
         report = self._report(job)
         if job.num_samples not in (None, report.num_samples):
             report.add(Problem.MANIFEST, f"{report.num_samples} samples, {job.manifest} says {job.num_samples}")
         yield report
 
-    def _report(self, job: Job) -> ShardReport:
+    def _report(self, job: VerifyJob) -> ShardReport:
         tar = job.tar_path
         if not isinstance(tar, Url):
             return verify_shard(tar, max_pixels=self.max_pixels, sha256=job.sha256)
         try:
             with local_copy(tar, Storage.of_process()) as file:
-                return verify_shard(file, max_pixels=self.max_pixels, sha256=job.sha256, shown=str(tar))
+                return verify_shard(file, max_pixels=self.max_pixels, sha256=job.sha256, display_name=str(tar))
         except AbsentError as error:
             report = ShardReport(str(tar))
             report.add(Problem.SHARD, str(error))
@@ -118,18 +132,18 @@ class _Verify:
 
 
 def verify_shard(
-    tar_path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS, sha256: str | None = None, shown: str = ""
+    tar_path: str | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS, sha256: str | None = None, display_name: str = ""
 ) -> ShardReport:
-    """Reads one shard whole and decodes every image.
+    """Read one whole shard and decode every image. Damage is reported, not raised.
 
     Args:
-        tar_path: The tar; its index is checked if there is one, and missed if not.
-        max_pixels: Larger images count as damage and are not decoded.
-        sha256: Digest that a manifest gives for this tar, hexadecimal.
-        shown: What the report calls it, if it is a copy of another.
+        tar_path: The tar. Its index is checked; a missing index is a damage.
+        max_pixels: An image with more pixels is a damage and is not decoded.
+        sha256: The tar's digest in a manifest, hexadecimal; None without a manifest.
+        display_name: Name of the tar in the report, if the file is a downloaded copy.
     """
     tar_path = Path(tar_path)
-    report = ShardReport(shown or str(tar_path))
+    report = ShardReport(display_name or str(tar_path))
     try:
         with open_tar(tar_path) as data:
             report.num_bytes = len(data)
@@ -161,10 +175,10 @@ def _sha256(data: memoryview) -> str:
 
 
 def _check_whole(report: ShardReport, index: ShardIndex | None, digest: str, sha256: str | None) -> None:
-    """Length and digest, where no damage explains them already."""
+    """Report a wrong length or digest, unless another damage already explains it."""
     found = {damage.problem for damage in report.damages}
     is_indexed = index is not None and index.tar_sha256 == digest
-    if index is not None and not is_indexed and not found & _PLACED:
+    if index is not None and not is_indexed and not found & _EXPLAINS_DIGEST:
         if report.num_bytes < index.tar_bytes:
             detail = f"ends at byte {report.num_bytes}, its index says {index.tar_bytes}"
             report.add(Problem.TRUNCATED, detail, offset=report.num_bytes)
@@ -177,41 +191,42 @@ def _check_whole(report: ShardReport, index: ShardIndex | None, digest: str, sha
                 "the sha256 of the tar is not the one in its index, though every member is as indexed: "
                 "attributes or headers were rewritten, or the index is damaged",
             )
-    if sha256 not in (None, digest) and (is_indexed or not found & (_PLACED - {Problem.INDEX})):
+    if sha256 not in (None, digest) and (is_indexed or not found & (_EXPLAINS_DIGEST - {Problem.INDEX})):
         report.add(Problem.MANIFEST, "the tar is not the one that the manifest lists (sha256 differs)")
 
 
 class _Expected:
-    """What an index says, by name and by place; forgets what was found."""
+    """Content of an index, by name and by offset. ``_Walk`` removes the entries of ``members`` that it has found."""
 
     def __init__(self, index: ShardIndex) -> None:
         rows = [index.row(i) for i in range(len(index))]
         self.samples = {row.key: (len(row.members), row.text_bytes) for row in rows}
         self.members = {(row.key, member.ext): member for row in rows for member in row.members}
         self._names = list(self.members)
-        self._spans = [(member.offset, member.size) for member in self.members.values()]
+        self._extents = [(member.offset, member.size) for member in self.members.values()]
 
     def after(self, at: int) -> TarMember | None:
-        """The first member whose content starts behind a byte."""
-        return self._member(self._place(at))
+        """Return the first member whose content starts after a byte."""
+        return self._member(self._num_until(at))
 
     def at(self, offset: int) -> TarMember | None:
-        """The member whose content starts at a byte."""
-        member = self._member(self._place(offset) - 1)
+        """Return the member whose content starts at a byte."""
+        member = self._member(self._num_until(offset) - 1)
         return member if member is not None and member.offset == offset else None
 
-    def _place(self, at: int) -> int:
-        return bisect.bisect_right(self._spans, at, key=lambda span: span[0])
+    def _num_until(self, at: int) -> int:
+        """Return the number of members whose content starts at or before a byte."""
+        return bisect.bisect_right(self._extents, at, key=lambda extent: extent[0])
 
-    def _member(self, place: int) -> TarMember | None:
-        if not 0 <= place < len(self._names):
+    def _member(self, number: int) -> TarMember | None:
+        if not 0 <= number < len(self._names):
             return None
-        (key, ext), (offset, size) = self._names[place], self._spans[place]
+        (key, ext), (offset, size) = self._names[number], self._extents[number]
         return TarMember(f"{key}.{ext}", offset - BLOCK_BYTES, offset, size)
 
 
 class _Walk:
-    """The state of reading one tar: keys met so far and what the index expects."""
+    """The state of reading one tar: the keys read so far, the current sample, and the expected members."""
 
     def __init__(self, report: ShardReport, expected: _Expected | None, is_indexed: bool, max_pixels: int) -> None:
         self._report, self._expected, self._max_pixels = report, expected, max_pixels
@@ -224,7 +239,7 @@ class _Walk:
         self._lost_from: int | None = None
 
     def run(self, data: memoryview) -> None:
-        """Checks every sample and every byte between them."""
+        """Check every sample and every byte between the samples."""
         after = self._expected.after if self._expected is not None else lambda at: None
         for found in survey(data, self._report.shard, after):
             if isinstance(found, TarError):
@@ -235,12 +250,12 @@ class _Walk:
         self._missing()
         if self._num_moved:
             key, offset = self._moved
-            detail = f"{self._num_moved} members lie elsewhere than the index says, this one first"
+            detail = f"{self._num_moved} members have another offset than in the index, this one first"
             self._report.add(Problem.INDEX, detail, key, offset)
 
     def _damaged(self, error: TarError) -> None:
         known: TarMember | None = None
-        is_nameless = error.fault is TarFault.SLACK and not error.name  # In a block of attributes.
+        is_nameless = error.fault is TarFault.SLACK and not error.name  # The padding of a block of attributes.
         if self._expected is not None and (is_nameless or error.fault in (TarFault.HEADER, TarFault.TRUNCATED)):
             known = self._expected.after(error.offset)
         named = split_name(known.name if known is not None else error.name)
@@ -266,16 +281,16 @@ class _Walk:
         self._members[ext] = member
 
     def _named(self, member: TarMember) -> tuple[str, str] | None:
-        """Key and extension; by its place in the index where the name is damaged."""
+        """Return key and extension of a member; those of the index at its offset if the name is damaged."""
         named = split_name(member.name)
         known = self._expected.at(member.offset) if self._expected is not None else None
         indexed = split_name(known.name) if known is not None else None
         if self._expected is None or indexed in (None, named):
             return named
-        if self._header_lost:  # It may have held a part of the name.
+        if self._header_lost:  # The lost header may have contained a part of the name.
             return indexed
         if named is not None and named[0] not in self._expected.samples and named[1] == indexed[1]:
-            detail = f"its name is {member.name!r}, its key in the index {indexed[0]!r}"
+            detail = f"its name is {member.name!r}, but its key in the index is {indexed[0]!r}"
             self._report.add(Problem.INDEX, detail, indexed[0], member.header_offset)
             return indexed
         return named
@@ -283,7 +298,7 @@ class _Walk:
     def _open(self, key: str, member: TarMember) -> None:
         self._key, self._members, self._is_twice = key, {}, key in self._seen
         if self._is_twice:
-            self._report.add(Problem.DUPLICATE, "the key comes a second time", key, member.header_offset)
+            self._report.add(Problem.DUPLICATE, "the key occurs a second time", key, member.header_offset)
         self._seen.add(key)
 
     def _sample(self, data: memoryview) -> None:
@@ -302,15 +317,15 @@ class _Walk:
                 is_readable &= ext not in ("txt", "json")
                 self._report.add(problem, detail, self._key, member.offset)
         if is_readable and texts.keys() == {"txt", "json"} & self._members.keys():
-            place = self._members.get("json") or next(iter(self._members.values()))
+            member = self._members.get("json") or next(iter(self._members.values()))
             for problem, detail in check_sample(texts, self._members, self._key):
-                self._report.add(problem, detail, self._key, place.offset)
+                self._report.add(problem, detail, self._key, member.offset)
         self._count_orphan(texts)
         if self._expected is not None and as_indexed and not self._is_twice:
             num_members, length = self._expected.samples[self._key]
             is_whole = num_members == len(self._members) and set(texts) == {"txt", "json"} & self._members.keys()
             if is_whole and length != text_bytes_of(texts):
-                detail = f"the index says {length} bytes of text, there are {text_bytes_of(texts)}"
+                detail = f"{text_bytes_of(texts)} bytes of text, the index says {length}"
                 self._report.add(Problem.INDEX, detail, self._key, next(iter(self._members.values())).offset)
 
     def _count_orphan(self, texts: dict[str, bytes]) -> None:
@@ -319,7 +334,7 @@ class _Walk:
         self._report.orphans = self._report.orphans.plus(found)
 
     def _check_index(self, expected: _Expected, ext: str, member: TarMember, content: memoryview) -> bool:
-        """Whether the index says the same of a member."""
+        """Report differences between a member and its index entry; return False if its bytes may have changed."""
         old = expected.members.pop((self._key, ext), None)
         if old is None:
             self._report.add(Problem.INDEX, f".{ext} is not in the index", self._key, member.offset)
@@ -338,7 +353,7 @@ class _Walk:
         return True
 
     def _missing(self) -> None:
-        """What the index lists and the walk did not meet; one line for all that a truncation took."""
+        """Report the members that are in the index but not in the tar; one damage for all that a truncation lost."""
         left = self._expected.members if self._expected is not None else {}
         cut: dict[tuple[str, str], Member] = {}
         for (key, ext), member in left.items():

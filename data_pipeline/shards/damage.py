@@ -1,6 +1,6 @@
-"""What can be wrong with a shard, and how it is told.
+"""Kinds of damage in a shard, and the report that collects them.
 
-Not for: finding it (``verify``, ``contents``).
+The checks themselves are in ``prepare.verify`` and ``prepare.contents``.
 """
 
 from __future__ import annotations
@@ -21,54 +21,55 @@ class Problem(str, Enum):
     INDEX = "index"
     """The index is missing, damaged, or made for another tar."""
     TRUNCATED = "truncated"
-    """The tar ends too early; what lay behind is lost."""
+    """The tar ends before its end mark, so the data after that point is lost."""
     HEADER = "header"
-    """A tar header that does not fit its checksum, or is none."""
+    """A tar header whose checksum does not match, or a block that is no header at all."""
     PATH = "path"
-    """A member whose name leaves the shard (``../x``, ``/x``), or is no UTF-8."""
+    """A member whose name points outside the shard (``../x``, ``/x``), or is not valid UTF-8."""
     LINK = "link"
-    """A link, a device, a pipe or a sparse file in the tar; never followed."""
+    """A link, a device, a pipe or a sparse file in the tar. Readers do not follow it."""
     TAIL = "tail"
-    """Data behind the end mark of the tar."""
+    """Data after the end mark of the tar."""
     SLACK = "slack"
-    """A byte between members that should be zero: nothing is lost, but this disk or transfer changes bytes."""
+    """A padding byte that is not zero, or an unusual form of a header checksum. No content is lost, but the disk or the
+    transfer may alter bytes."""
     NAME = "name"
-    """A member without an extension: webdataset passes over it."""
+    """A member without an extension. webdataset skips it."""
     DUPLICATE = "duplicate"
-    """A key comes twice, or an extension twice in a sample."""
+    """A key that occurs twice in the shard, or an extension that occurs twice in a sample."""
     MISSING = "missing"
-    """A member that the index lists is not in the tar."""
+    """A member that the index lists and the tar lacks."""
     CHECKSUM = "checksum"
-    """Bytes differ from those that were indexed."""
+    """Bytes that differ from those that were indexed."""
     TEXT = "text"
-    """No UTF-8, no JSON, or JSON of the wrong form."""
+    """Text that is not UTF-8 or not JSON, is structured wrongly, or exceeds a bound of the JSON reader."""
     PARTNER = "partner"
-    """The JSON names a member that is absent."""
+    """The JSON names an image that is not a member of the sample."""
     EXTENSION = "extension"
-    """The bytes of an image are of no known format, or a member is compressed."""
+    """An image in an unknown format, or a compressed member."""
     RENAMED = "renamed"
-    """An image of another format than its extension says: a run decodes it all the same, so this is a warning."""
+    """An image whose format differs from its extension. Training decodes it anyway, so this is only a warning."""
     IMAGE = "image"
     """An image that cannot be decoded."""
     BOMB = "bomb"
-    """An image or a text that would take too much memory; refused by its header or its size."""
+    """An image or a text that would take too much memory. It is rejected by its header or size, before decoding."""
 
     @property
     def is_warning(self) -> bool:
-        """Whether a run trains on such a sample, so that ``verify`` does not fail."""
+        """Whether training accepts such a sample. ``verify`` does not fail on a warning."""
         return self is Problem.RENAMED
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is wrong.
+    """One defect of a shard or a manifest.
 
     Attributes:
         shard: Path of the tar, or of the manifest.
-        key: The sample; empty if it is about no sample, or nobody can tell.
-        offset: Byte inside the tar: of a member's first byte, or of a header; None if it is about the whole file.
-        problem: Its kind.
-        detail: What was seen, for people.
+        key: Key of the sample; empty if the defect concerns no sample, or the sample is unknown.
+        offset: Byte offset inside the tar, of a member's content or of a header. None if the whole file is concerned.
+        problem: Kind of the defect.
+        detail: Human-readable description of what was seen.
     """
 
     shard: str
@@ -80,7 +81,7 @@ class Damage:
 
 @dataclass
 class ShardReport:
-    """What reading a shard found."""
+    """Counts and defects that one pass over a shard found."""
 
     shard: str
     num_samples: int = 0
@@ -90,5 +91,5 @@ class ShardReport:
     damages: list[Damage] = field(default_factory=list)
 
     def add(self, problem: Problem, detail: str, key: str = "", offset: int | None = None) -> None:
-        """Notes a damage of this shard."""
+        """Record a defect of this shard."""
         self.damages.append(Damage(self.shard, key, offset, problem, detail))

@@ -1,6 +1,6 @@
-"""Format, size and orientation of an encoded image, read from its header without decoding a pixel.
+"""Read format, size and orientation of an encoded image from its header, without decoding pixels.
 
-For: indexing a shard, and refusing a decompression bomb before memory is spent on it. Not for: decoding.
+The indexer stores the size. The decoder uses it to reject decompression bombs before it allocates memory.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN = 0xDA
 _APP1 = 0xE1
-# Markers that a length follows: frames, tables (DHT, DAC, DQT, DRI), DNL, scans, applications, comments.
+# Markers followed by a length field: frames, tables (DHT, DAC, DQT, DRI), DNL, scans, applications, comments.
 _WITH_LENGTH = _START_OF_FRAME | {0xC4, 0xCC, 0xDB, 0xDC, 0xDD, _START_OF_SCAN, *range(0xE0, 0xF0), 0xFE}
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})
 _FILL = 0xFF
 _KNOWN_MARKERS = _WITH_LENGTH | _STANDALONE | {_FILL}
 _FRAME = struct.Struct(">BHHB")
-# Each block of 64 values takes a Huffman code for DC, and in a sequential frame one more for the end of the block.
+# Each block of 64 values needs a Huffman code for DC. A sequential frame needs one more code for the end of the block.
 _LEAST_BITS_PER_BLOCK = {0xC0: 2, 0xC1: 2, 0xC2: 1}
-# Each scan of a progressive JPEG passes over the whole image for as little as 12 bytes. Encoders write about ten scans.
+# A scan of a progressive JPEG can be as short as 12 bytes and still makes the decoder process the whole image.
+# Encoders write about ten scans.
 _PROGRESSIVE = frozenset({0xC2, 0xCA})
 _MOST_SCANS = 100
 _AFTER_PIXELS = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
@@ -36,11 +37,11 @@ _END_OF_IMAGE = 0xD9
 _EXIF_PREFIX = b"Exif\0\0"
 _WEBP_HAS_EXIF = 0x08  # A flag of the VP8X chunk.
 _ORIENTATION = 0x0112  # The EXIF tag.
-_EXIF_LONG = 4  # The number of a type: 32 bits. The standard wants 16 bits for the orientation; some writers differ.
+_EXIF_LONG = 4  # A 32-bit integer. The standard prescribes 16 bits for the orientation; some writers use 32.
 
 
 class ImageFormat(str, Enum):
-    """Encodings that shards may hold."""
+    """Image encodings that shards may contain."""
 
     JPEG = "jpeg"
     PNG = "png"
@@ -53,16 +54,16 @@ FORMAT_OF_EXTENSION = {
     "png": ImageFormat.PNG,
     "webp": ImageFormat.WEBP,
 }
-"""Last part of a member's extension (``0.png`` -> ``png``) to what the bytes must be."""
+"""Expected format by the last part of a member's extension (``0.png`` -> ``png``)."""
 
 
 class ImageSize(NamedTuple):
-    """What the header says.
+    """Format, size and orientation from an image header.
 
     Attributes:
         format: Encoding.
-        width, height: Pixels of the image as it is shown and decoded: a rotation that EXIF asks for is applied.
-        orientation: EXIF orientation, 1 to 8; 1 is as stored, 5 to 8 exchange width and height.
+        width, height: Size in pixels after the EXIF rotation, as the decoder returns the image.
+        orientation: EXIF orientation, 1 to 8. 1 means as stored; 5 to 8 swap width and height.
     """
 
     format: ImageFormat
@@ -72,12 +73,12 @@ class ImageSize(NamedTuple):
 
 
 def is_image(ext: str) -> bool:
-    """Whether a member's extension names an image (``jpg``, ``0.png``)."""
+    """Return whether a member's extension is that of an image (``jpg``, ``0.png``)."""
     return ext.rpartition(".")[2] in FORMAT_OF_EXTENSION
 
 
 def known_format(data: Buffer) -> ImageFormat | None:
-    """What the first bytes say it is; None if it is no JPEG, PNG or WebP."""
+    """Return the image format that the first bytes indicate; None if they are not JPEG, PNG or WebP."""
     start = bytes(data[:12])
     if start.startswith(_PNG_MAGIC):
         return ImageFormat.PNG
@@ -87,11 +88,11 @@ def known_format(data: Buffer) -> ImageFormat | None:
 
 
 def image_size(data: Buffer) -> ImageSize:
-    """Format, width and height of a JPEG, PNG or WebP.
+    """Return format, size and orientation of a JPEG, PNG or WebP.
 
     Raises:
-        SampleError: the bytes are none of these, end before the size is known, are too few for a JPEG of that size, or
-            a side is 0.
+        SampleError: the bytes are not a JPEG, PNG or WebP, the header is incomplete or damaged, or a side is 0. A JPEG
+            also raises if it has an invalid marker, too many scans, or too few bytes for its size.
     """
     start = bytes(data[:32])
     found = known_format(data)
@@ -114,7 +115,7 @@ def image_size(data: Buffer) -> ImageSize:
 
 
 def png_chunks(data: Buffer) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, first byte and length of the content of each chunk of a PNG; a last one may reach beyond the data."""
+    """Yield (type, content offset, content length) of each PNG chunk. The last chunk may extend past the data."""
     at = len(_PNG_MAGIC)
     while at + 8 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
@@ -123,7 +124,7 @@ def png_chunks(data: Buffer) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _png(start: bytes, data: Buffer) -> tuple[int, int, bytes]:
-    """Width and height as stored, and the EXIF block if there is one."""
+    """Return width and height as stored, and the EXIF block (empty if absent)."""
     if len(start) < 29 or start[8:16] != b"\0\0\0\x0dIHDR":
         raise SampleError("a PNG without its header chunk", kind=FaultKind.DECODE)
     width, height = int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big")
@@ -132,13 +133,13 @@ def _png(start: bytes, data: Buffer) -> tuple[int, int, bytes]:
 
 
 def _jpeg(data: Buffer) -> tuple[int, int, bytes]:
-    """Width and height as stored, and the EXIF block if there is one.
+    """Return width and height as stored, and the EXIF block (empty if absent).
 
-    Reads the segments up to the first scan as libjpeg reads them.
+    Reads the segments up to the first scan in the same way as libjpeg.
 
     Raises:
-        SampleError: bytes that libjpeg would search for the next marker, or a marker that it refuses: a decoder that
-            searches may find another frame than this function. A second frame and too many scans raise the same.
+        SampleError: an unknown marker, or bytes between segments. libjpeg would scan for the next marker there, and a
+            decoder could find another frame than this function. A second frame and too many scans raise as well.
     """
     frame, exif, at = None, b"", 2
     while at + 4 <= len(data):
@@ -176,7 +177,7 @@ def _jpeg(data: Buffer) -> tuple[int, int, bytes]:
 
 
 def _check_scans(data: Buffer, at: int) -> None:
-    """Counts the scans up to the end of the image, from behind the header of the first one."""
+    """Raise ``SampleError`` if a progressive JPEG has too many scans. ``at``: offset after the first scan's header."""
     num_scans = 1
     while (found := _AFTER_PIXELS.search(data, at)) is not None:
         marker, at = data[found.end() - 1], found.end()
@@ -192,20 +193,21 @@ def _check_scans(data: Buffer, at: int) -> None:
 
 
 def _least_jpeg_bytes(marker: int, height: int, width: int, components: bytes) -> int:
-    """Bytes that no JPEG of this frame can do without; 0 where the coding has no such bound (arithmetic).
+    """Return a lower bound on the size of a JPEG with this frame; 0 for arithmetic coding, which has no such bound.
 
-    A file that ends earlier would be filled up with gray by the decoder: 828 bytes of 9000x9900 pixels take 8 seconds.
+    The decoder fills a file that ends early with gray. Without this check, 828 bytes that claim 9000x9900 pixels take
+    8 seconds to decode.
     """
     sampling = [(value >> 4, value & 15) for value in components[1::3]]
     most_x, most_y = (max((factor[i] for factor in sampling), default=0) for i in (0, 1))
     if not most_x or not most_y:
-        return 0  # The decoder refuses it.
+        return 0  # The decoder rejects this frame.
     blocks = sum(-(-width * x // (8 * most_x)) * -(-height * y // (8 * most_y)) for x, y in sampling)
     return blocks * _LEAST_BITS_PER_BLOCK.get(marker, 0) // 8
 
 
 def exif_orientation(exif: bytes) -> int:
-    """Orientation, 1 to 8, of a TIFF block: the first such entry of its first directory; 1 if there is no valid one."""
+    """Return the first orientation (1 to 8) in the first directory of a TIFF block; 1 if it has no valid one."""
     order: Literal["big", "little"] = "big" if exif[:2] == b"MM" else "little"
 
     def number(at: int, size: int) -> int:
@@ -226,7 +228,7 @@ def exif_orientation(exif: bytes) -> int:
 
 
 def _webp(start: bytes, data: Buffer) -> tuple[int, int, bytes]:
-    """Width and height as stored, and the EXIF block if there is one."""
+    """Return width and height as stored, and the EXIF block (empty if absent)."""
     if len(start) < 30:
         raise SampleError("a WebP that ends before its size is known", kind=FaultKind.DECODE)
     kind, exif = start[12:16], b""

@@ -1,9 +1,9 @@
-"""The sidecar index of a shard: where each member lies, without reading the tar.
+"""The sidecar index of a shard: byte offset, size and checksum of each member, known without reading the tar.
 
-    train-00000.tar  --build_index-->  train-00000.tar.index  --ShardIndex.open-->  spans for pread
+    train-00000.tar  --build_index-->  train-00000.tar.index  --ShardIndex.open-->  byte ranges for pread
 
-The tar stays a plain webdataset tar. The index is a column file (``columns``) that is mapped, holds no timestamp (equal
-tars give equal bytes) and knows size and sha256 of its tar, so that a stale one is noticed.
+The tar stays a plain webdataset tar. The index is a memory-mapped column file (``columns``). It contains no timestamp,
+so equal tars give byte-identical indexes. It records size and SHA-256 of its tar, so that a stale index is detected.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _COLUMNS = {
     "height": ("<u4", 1),
 }
 _CHECKSUM = "row_crc32"
-"""CRC-32 of all that the index says of a sample. Indexes of earlier versions lack it and are read unchecked."""
+"""CRC-32 of a sample's entries in the index. Indexes of earlier versions lack this column and are read unchecked."""
 _MEMBER = struct.Struct("<qqIII")
 _TEXT_BYTES = struct.Struct("<q")
 _MAX_EXTENSIONS = 1 << 16
@@ -58,12 +58,12 @@ class Member(NamedTuple):
     """One file of a sample.
 
     Attributes:
-        ext: Extension, lower case, as after the key: ``jpg``, ``0.png``, ``json``.
-        offset: First byte inside the tar.
-        size: Bytes.
-        crc32: CRC-32 of those bytes, as ``zlib`` has it.
-        width, height: Pixels of an image as shown (EXIF rotation applied), from its header; 0 for anything else and for
-            a damaged header.
+        ext: Extension in lower case, the part of the name after the key: ``jpg``, ``0.png``, ``json``.
+        offset: Offset of its first content byte in the tar.
+        size: Content bytes.
+        crc32: CRC-32 of the content, as computed by ``zlib``.
+        width, height: Image size in pixels after the EXIF rotation, from the header. 0 if the member is no image or
+            its header is damaged.
     """
 
     ext: str
@@ -75,12 +75,12 @@ class Member(NamedTuple):
 
 
 class IndexedSample(NamedTuple):
-    """What an index says of one sample.
+    """The index entry of one sample.
 
     Attributes:
         key: Its name in the tar.
-        members: Its files in the order of the tar; they lie inside of it one after the other, at least one.
-        text_bytes: UTF-8 bytes of text that it shows: its page, or dialogue and caption (the longest of several).
+        members: Its files in the order of the tar, at least one.
+        text_bytes: UTF-8 bytes of its text, as counted by ``text_bytes_of``.
     """
 
     key: str
@@ -89,32 +89,32 @@ class IndexedSample(NamedTuple):
 
 
 def index_path(tar_path: Path) -> Path:
-    """The sidecar of a tar: ``X.tar.index``."""
+    """Return the path of a tar's index: ``X.tar.index``."""
     return tar_path.with_name(tar_path.name + _SUFFIX)
 
 
 def index_url(tar: Url) -> Url:
-    """The sidecar of a remote tar."""
+    """Return the URL of a remote tar's index."""
     return Url(f"{tar}{_SUFFIX}")
 
 
 def extent(members: Sequence[Member]) -> tuple[int, int]:
-    """Bytes [first, end) of the tar that hold all members of a sample, in the order of the tar."""
+    """Return the byte range [first, end) of the tar that contains ``members``, given in the order of the tar."""
     return members[0].offset, members[-1].offset + members[-1].size
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a shard holds. Opened with ``ShardIndex.open``; memory is shared between processes by the system.
+    """The mapped index of one shard, created by ``open``, ``read`` or ``map``. Processes share its memory pages.
 
-    Opening touches a page or two, since an order may take a handful of samples out of each of a million shards: a row
-    is compared with its own checksum when it is asked for, and ``check`` looks at all of them.
+    Opening reads only a few memory pages, because a shuffled order may need a few samples from each of a million
+    shards. ``row`` compares the requested row with its checksum; ``check`` verifies all rows.
 
     Attributes:
-        tar_path: The shard; a URL if it is remote.
-        tar_bytes: Its size.
-        tar_sha256: Its digest when the index was built, hexadecimal.
-        extensions: Extensions that occur.
+        tar_path: The shard's path or URL.
+        tar_bytes: Size of the tar when the index was built.
+        tar_sha256: SHA-256 of the tar when the index was built, hexadecimal.
+        extensions: All member extensions in the shard.
     """
 
     tar_path: Path | Url
@@ -125,13 +125,14 @@ class ShardIndex:
 
     @classmethod
     def open(cls, tar_path: str | Path) -> ShardIndex:
-        """Maps the index of ``tar_path`` and checks that it still describes the tar.
+        """Map the index of ``tar_path`` and check that it still describes the tar.
 
-        A tar of another size is refused. If the tar is newer than its index (a copy or a checkout does that too), the
-        digest decides; where it is equal the index's own time is renewed, so the next opening is quick.
+        A tar of another size raises. If the tar is newer than its index, which a copy or a checkout can cause too, the
+        digests are compared. If they are equal, the index's modification time is updated, so the next call is fast.
 
         Raises:
-            ManifestError: index or tar is missing, or the index is damaged or stale. Names the shard and the remedy.
+            ManifestError: the index or the tar is missing or unreadable, or the index is damaged or stale. The message
+                names the shard and the remedy.
         """
         tar_path = Path(tar_path)
         path = index_path(tar_path)
@@ -161,7 +162,7 @@ class ShardIndex:
 
     @classmethod
     def read(cls, tar_path: Path) -> ShardIndex:
-        """Maps the index of ``tar_path`` without a look at the tar: for a caller that reads the whole tar anyway.
+        """Map the index of ``tar_path`` without checking the tar, for callers that read all of it, or none of it.
 
         Raises:
             ManifestError: the index is missing or damaged.
@@ -169,13 +170,13 @@ class ShardIndex:
         return cls.map(index_path(tar_path), tar_path)
 
     @classmethod
-    def map(cls, file: Path, tar_path: Path | Url, shown: str = "") -> ShardIndex:
-        """Maps an index that lies in ``file``, a copy of the one of a remote tar for instance.
+    def map(cls, file: Path, tar_path: Path | Url, display_name: str = "") -> ShardIndex:
+        """Map the index stored in ``file``, for example the cached index of a remote tar.
 
         Raises:
-            ManifestError: it is missing or damaged.
+            ManifestError: it is missing or damaged. The message names ``display_name``, else the index of ``tar_path``.
         """
-        path = shown or f"{tar_path}{_SUFFIX}"
+        path = display_name or f"{tar_path}{_SUFFIX}"
         columns = read_columns(file, _COLUMNS, INDEX_FORMAT, path, optional=(_CHECKSUM,))
         record, arrays = columns.record, columns.arrays
         try:
@@ -190,57 +191,61 @@ class ShardIndex:
         return index
 
     @property
-    def shown(self) -> str:
-        """What messages call the index."""
+    def display_name(self) -> str:
+        """The index's name in messages."""
         return f"{self.tar_path}{_SUFFIX}"
 
     def __len__(self) -> int:
         return len(self._arrays["cu_members"]) - 1
 
     def row(self, i: int) -> IndexedSample:
-        """All that the index says of sample ``i``, compared with the checksum of the row.
+        """Return the entry of sample ``i`` after verifying the row's checksum, if the index has checksums.
+
+        Args:
+            i: Number of the sample in the shard, from 0. Negative numbers are not supported.
 
         Raises:
             ManifestError: the row is damaged.
+            IndexError: ``i`` is not below the number of samples.
         """
         views = self._views
         rows, tar_bytes = range(views["cu_members"][i], views["cu_members"][i + 1]), self.tar_bytes
         exts, offsets, sizes = views["ext"], views["offset"], views["size"]
         crc32s, widths, heights = views["crc32"], views["width"], views["height"]
-        found, behind = [], 0
+        found, previous_end = [], 0
         try:
             for row in rows:
                 offset, size = offsets[row], sizes[row]
-                if offset < behind or size < 0:
+                if offset < previous_end or size < 0:
                     break
-                behind = offset + size
+                previous_end = offset + size
                 ext = self.extensions[exts[row]]
                 found.append(Member(ext, offset, size, crc32s[row], widths[row], heights[row]))
         except IndexError as error:
             raise self._damaged(f"sample {i} has the members {rows.start}:{rows.stop}: {error}") from error
-        if len(found) < len(rows) or not found or rows.start < 0 or behind > tar_bytes:
-            raise self._damaged(f"a member of sample {i} lies outside the {tar_bytes} bytes of the tar, or none does")
+        if len(found) < len(rows) or not found or rows.start < 0 or previous_end > tar_bytes:
+            raise self._damaged(f"sample {i} has no member, or one outside the {tar_bytes} bytes of the tar")
         first, end, num_bytes = views["cu_key_bytes"][i], views["cu_key_bytes"][i + 1], len(views["key_bytes"])
         if not 0 <= first <= end <= num_bytes:
-            raise self._damaged(f"the key of sample {i} lies at bytes {first}:{end} of {num_bytes}")
+            raise self._damaged(f"the key of sample {i} is at bytes {first}:{end} of {num_bytes}")
         key, text_bytes = views["key_bytes"][first:end], views["text_bytes"][i]
         if _CHECKSUM in views and views[_CHECKSUM][i] != _row_crc32(key, text_bytes, found):
-            raise self._damaged(f"what it says of sample {i} does not fit the row's checksum")
+            raise self._damaged(f"the row of sample {i} does not match its checksum")
         return IndexedSample(str(key, "utf-8", "replace"), found, text_bytes)
 
     def check(self) -> None:
-        """Looks at every row.
+        """Verify every row.
 
         Raises:
-            ManifestError: one points outside the tar or the columns.
+            ManifestError: a row points outside the tar or the columns, or does not match its checksum.
         """
-        _check_rows(self.shown, self._arrays, self.tar_bytes, len(self.extensions))
+        _check_rows(self.display_name, self._arrays, self.tar_bytes, len(self.extensions))
         for i in range(len(self)):
             self.row(i)
 
     @cached_property
     def _views(self) -> dict[str, memoryview]:
-        """The columns for single numbers: a memoryview gives a Python integer in a third of numpy's time."""
+        """The columns as memoryviews, which return a Python integer in a third of numpy's time."""
         return {name: array.data for name, array in self._arrays.items()}
 
     @cached_property
@@ -249,10 +254,13 @@ class ShardIndex:
         return self._arrays
 
     def _damaged(self, what: str) -> ManifestError:
-        return ManifestError(f"{self.shown}: damaged index: {what}; build it with: mmscale data index")
+        return ManifestError(f"{self.display_name}: damaged index: {what}; build it with: mmscale data index")
 
     def column(self, name: str) -> Column:
-        """A whole column, read-only: ``ext offset size crc32 width height`` per member, ``text_bytes`` per sample.
+        """Return a whole read-only column; the first call runs ``check``.
+
+        Members have the columns ``ext offset size crc32 width height``. ``ext`` indexes ``extensions``. Samples have
+        ``text_bytes``, and ``cu_members``: the number of members before each sample, then the total.
 
         Raises:
             ManifestError: any row of the index is damaged.
@@ -269,7 +277,7 @@ def _check_lengths(path: str, arrays: dict[str, Column]) -> None:
 
 
 def _check_rows(path: str, arrays: dict[str, Column], tar_bytes: int, num_extensions: int) -> None:
-    """Nothing in the file may point outside the tar or the columns."""
+    """Raise if an offset points outside the tar or the columns, or if members overlap or are out of order."""
     check_offsets(arrays["cu_members"], len(arrays["offset"]), f"{path}: cu_members")
     check_offsets(arrays["cu_key_bytes"], len(arrays["key_bytes"]), f"{path}: cu_key_bytes")
     offset, size = arrays["offset"], arrays["size"]
@@ -277,7 +285,7 @@ def _check_rows(path: str, arrays: dict[str, Column], tar_bytes: int, num_extens
     inside = (offset >= 0) & (size >= 0) & (offset <= tar_bytes) & (size <= tar_bytes - offset)
     ordered = np.all(offset[1:] >= offset[:-1] + size[:-1]) if inside.all() else False
     if not inside.all() or not ordered:
-        raise ManifestError(f"{path}: damaged index: a member lies outside the {tar_bytes} bytes of the tar")
+        raise ManifestError(f"{path}: damaged index: members overlap or exceed the {tar_bytes} bytes of the tar")
     if np.any(arrays["ext"] >= num_extensions) or np.any(arrays["cu_members"][1:] == arrays["cu_members"][:-1]):
         raise ManifestError(f"{path}: damaged index: an unknown extension or a sample without members")
 
@@ -290,7 +298,7 @@ def _row_crc32(key: Buffer, text_bytes: int, members: Iterable[Member]) -> int:
 
 
 def _has_end_mark(tar_path: Path, size: int) -> bool:
-    """Whether a tar ends as a whole one does, in two blocks of zeros: then it is another tar, not a part of one."""
+    """Return whether the file ends with the end mark of a tar, two zero blocks. A truncated tar rarely does."""
     try:
         with open_regular(tar_path) as file:
             file.seek(max(0, size - _END_MARK_BYTES))
@@ -301,24 +309,32 @@ def _has_end_mark(tar_path: Path, size: int) -> bool:
 
 @lru_cache(maxsize=1 << 14)
 def _digest(tar_path: Path, size: int, mtime_ns: int) -> str:
-    """Digest of a tar, once a process while size and time stay: on a read-only data set no index can be renewed."""
+    """Return the digest of a tar, cached per process by size and modification time.
+
+    On a read-only data set ``_renew`` fails, so without this cache each ``open`` would read the whole tar again.
+    """
     return sha256_of(tar_path)
 
 
 def _renew(path: Path) -> None:
     try:
         os.utime(path)
-    except OSError:  # A read-only data set: the next process computes the digest again.
+    except OSError:  # The data set is read-only, so the next process computes the digest again.
         return
 
 
 def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
-    """Groups the members of a tar into samples by webdataset's rule: neighbours with one key.
+    """Yield the samples of a tar, grouped by webdataset's rule: consecutive members with equal keys form a sample.
 
-    Members without an extension are passed over, as webdataset does.
+    Members without an extension are skipped, as in webdataset.
+
+    Args:
+        data: The whole tar.
+        shard: Its name in messages.
 
     Raises:
-        ShardError: the tar is damaged or hostile, a key comes back later, or an extension occurs twice in a sample.
+        ShardError: the tar is damaged or hostile, a key occurs again later, an extension occurs twice in a sample, or a
+            member is compressed.
     """
     seen: set[str] = set()
     key, members, texts = "", list[Member](), dict[str, bytes]()
@@ -331,13 +347,13 @@ def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
                 yield IndexedSample(key, members, text_bytes_of(texts))
             key, members, texts = name[0], [], {}
             if key in seen:
-                raise ShardError(f"{shard}: the key {key!r} comes twice (byte {member.header_offset})")
+                raise ShardError(f"{shard}: the key {key!r} occurs twice (byte {member.header_offset})")
             seen.add(key)
         ext = name[1]
-        if is_packed(ext):
+        if is_compressed(ext):
             raise ShardError(
-                f"{shard}: {member.name!r} at byte {member.header_offset} is compressed, and training unpacks nothing; "
-                "mmscale data ingest stores it unpacked"
+                f"{shard}: {member.name!r} at byte {member.header_offset} is compressed, and training reads no "
+                "compressed members; mmscale data ingest stores it uncompressed"
             )
         if any(ext == other.ext for other in members):
             raise ShardError(f"{shard}: sample {key!r} has two members .{ext} (byte {member.header_offset})")
@@ -349,15 +365,15 @@ def scan_samples(data: memoryview, shard: str) -> Iterator[IndexedSample]:
         yield IndexedSample(key, members, text_bytes_of(texts))
 
 
-@lru_cache(maxsize=1024)  # Asked for every member of every sample.
-def is_packed(ext: str) -> bool:
-    """Whether a member is a compressed image, text or JSON: training unpacks nothing."""
-    unpacked = ext.removesuffix(".gz")
-    return unpacked != ext and (is_image(unpacked) or unpacked in ("txt", "json"))
+@lru_cache(maxsize=1024)  # Called for every member of every sample.
+def is_compressed(ext: str) -> bool:
+    """Return whether an extension is that of a gzipped image, text or JSON, which training does not read."""
+    inner = ext.removesuffix(".gz")
+    return inner != ext and (is_image(inner) or inner in ("txt", "json"))
 
 
 def describe_member(ext: str, offset: int, content: bytes | memoryview) -> Member:
-    """What the index says of a member: checksum, and the size of an image from its header."""
+    """Return the index entry of a member, with its checksum and, for an image, the size from its header."""
     width, height = _size_or_zero(content) if is_image(ext) else (0, 0)
     return Member(ext, offset, len(content), crc32(content), width, height)
 
@@ -366,19 +382,19 @@ def _size_or_zero(content: bytes | memoryview) -> tuple[int, int]:
     try:
         size = image_size(content)
         return size.width, size.height
-    except SampleError:  # The index records what is there; verify and the fault policy deal with it.
+    except SampleError:  # Index damaged images too; ``verify`` and the fault policy handle them.
         return 0, 0
 
 
-def build_index(tar_path: str | Path, shown: str = "") -> ShardIndex:
-    """Reads a tar once and writes its sidecar, whole or not at all.
+def build_index(tar_path: str | Path, display_name: str = "") -> ShardIndex:
+    """Read a tar and write its index atomically.
 
     Args:
         tar_path: The tar.
-        shown: What messages call it, if it is a copy of another.
+        display_name: Its name in messages, if it is a local copy.
 
     Raises:
-        ShardError: the tar is missing, damaged or hostile; no index is written.
+        ShardError: the tar is missing, damaged or hostile. No index is written.
     """
     tar_path = Path(tar_path)
     digest, samples, size = hashlib.sha256(), list[IndexedSample](), 0
@@ -386,13 +402,17 @@ def build_index(tar_path: str | Path, shown: str = "") -> ShardIndex:
         size = len(data)
         for start in range(0, size, _CHUNK_BYTES):
             digest.update(data[start : start + _CHUNK_BYTES])
-        samples.extend(scan_samples(data, shown or str(tar_path)))
+        samples.extend(scan_samples(data, display_name or str(tar_path)))
     write_index(tar_path, samples, size, digest.hexdigest())
     return ShardIndex.read(tar_path)
 
 
 def write_index(tar_path: Path, samples: list[IndexedSample], tar_bytes: int, tar_sha256: str) -> None:
-    """Writes the sidecar of a tar whose content is known, whole or not at all; equal tars give equal bytes."""
+    """Write the index of a tar atomically, from known samples. Equal tars give byte-identical indexes.
+
+    Raises:
+        ShardError: the members have more different extensions than the format can number.
+    """
     arrays, extensions = _arrays_of(samples, str(tar_path))
     record = {
         "format": INDEX_FORMAT,
@@ -403,11 +423,11 @@ def write_index(tar_path: Path, samples: list[IndexedSample], tar_bytes: int, ta
     write_columns(index_path(tar_path), arrays, record)
 
 
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class open_tar:  # noqa: N801 - reads like open()
-    """Maps a tar for reading: ``with open_tar(path) as data: memoryview``.
+    """Map a tar for reading: ``with open_tar(path) as data``, where ``data`` is a ``memoryview``.
 
     Raises:
         ShardError: the file is missing, unreadable, empty or compressed.
@@ -420,13 +440,13 @@ class open_tar:  # noqa: N801 - reads like open()
         try:
             with open_regular(self._path) as file:
                 if os.fstat(file.fileno()).st_size == 0:
-                    raise ShardError(f"{self._path}: an empty file, no tar")
-                start = os.pread(file.fileno(), max(map(len, _PACKED)), 0)
-                packed = next((name for magic, name in _PACKED.items() if start.startswith(magic)), None)
-                if packed is not None:
+                    raise ShardError(f"{self._path}: this is an empty file, expected a tar")
+                start = os.pread(file.fileno(), max(map(len, _COMPRESSIONS)), 0)
+                compression = next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), None)
+                if compression is not None:
                     raise ShardError(
-                        f"{self._path}: compressed with {packed}, so no sample can be read by itself: unpack it, or "
-                        "store it as shards with: mmscale data ingest"
+                        f"{self._path}: compressed with {compression}, so samples cannot be read one by one: "
+                        "decompress it, or store it as shards with: mmscale data ingest"
                     )
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
@@ -435,7 +455,7 @@ class open_tar:  # noqa: N801 - reads like open()
         return self._view
 
     def __exit__(self, *exc: Any) -> None:
-        # Slices that an exception still holds keep the map alive; it goes with the last of them.
+        # Slices that an exception still references keep the map open until they are freed.
         self._view.release()
 
 
@@ -443,7 +463,10 @@ def _arrays_of(samples: list[IndexedSample], shard: str) -> tuple[dict[str, Colu
     members = [member for sample in samples for member in sample.members]
     extensions = sorted({member.ext for member in members})
     if len(extensions) >= _MAX_EXTENSIONS:
-        raise ShardError(f"{shard}: {len(extensions)} different extensions; are the names right?")
+        raise ShardError(
+            f"{shard}: {len(extensions)} different extensions, the limit is {_MAX_EXTENSIONS - 1}; "
+            "check the names of the members"
+        )
     number = {ext: i for i, ext in enumerate(extensions)}
     key_bytes, cu_key_bytes = pack_strings([sample.key for sample in samples])
     arrays: dict[str, Column] = {

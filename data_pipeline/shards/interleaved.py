@@ -1,4 +1,4 @@
-"""Documents of text and images in turn, in the forms of OBELICS and MMC4, brought into one form: a list of parts."""
+"""Convert interleaved documents in the OBELICS or MMC4 format to one format: a list of text and image parts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ IMAGE_BASE64 = "image_base64"
 
 
 def interleaved(fields: dict[str, Any]) -> dict[str, Any]:
-    """Documents in the form of OBELICS or MMC4 get ``parts``; their images stay what the record says of them.
+    """Return ``fields`` with the lists of OBELICS or MMC4 replaced by ``parts``.
+
+    Image references are kept as they are stored, except that the base64 content of an MMC4 image is decoded. Other
+    records are returned unchanged, as the same object. A ``parts`` string is parsed as JSON.
 
     Raises:
-        SampleError: the lists do not fit each other.
+        SampleError: the lists do not match each other, or a ``parts`` string or a base64 content is invalid.
     """
     if isinstance(fields.get(PARTS), str):
         return {**fields, PARTS: parse_member(fields[PARTS].encode())}
@@ -36,13 +39,13 @@ def interleaved(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _obelics_parts(images: Any, texts: Any) -> list[dict[str, Any]]:
-    """Source: Laurencon et al. 2023, "OBELICS", data card: two lists of one length, one of each place is null."""
+    """Source: Laurencon et al. 2023, "OBELICS", data card: at each index, one of the lists is null."""
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
-        raise SampleError("images and texts must be lists of one length, with one of the two null in each place")
+        raise SampleError("images and texts must be lists of equal length, with one of the two null at each index")
     parts: list[dict[str, Any]] = []
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
         if (image is None) == (text is None):
-            raise SampleError(f"place {number} of images and texts holds {'neither' if text is None else 'both'}")
+            raise SampleError(f"index {number} of images and texts holds {'neither' if text is None else 'both'}")
         parts.append({"image": image} if text is None else {"text": text})
     return parts
 
@@ -69,21 +72,22 @@ def _mmc4_image(image: Mapping[str, Any]) -> Any:
 
 
 def from_base64(encoded: Any) -> bytes:
+    """Decode base64; raise ``SampleError`` if ``encoded`` is not valid base64 text."""
     try:
         return base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
-        raise SampleError(f"an image in the row is no base64: {error}") from error
+        raise SampleError(f"an image in the row is not valid base64: {error}") from error
 
 
 def list_of_objects(parts: Any, name: str = PARTS) -> list[dict[str, Any]]:
-    """``parts``, checked for its type."""
+    """Return ``parts``; raise ``SampleError`` if it is not a list of objects."""
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise SampleError(f"{name} must be a list of objects")
     return parts
 
 
 def text_of(value: Any, name: str) -> str:
-    """``value``, checked for its type."""
+    """Return ``value``; raise ``SampleError`` if it is not a string."""
     if not isinstance(value, str):
         raise SampleError(f"{name} must be a string, got {value!r:.60}")
     return value

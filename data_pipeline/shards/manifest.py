@@ -1,10 +1,10 @@
-"""The manifest of a data set: its shards in order, as mapped columns.
+"""The manifest of a data set: its shards in order, as memory-mapped columns.
 
     NAME.manifest:  cu_samples (N+1) | path bytes and offsets | tar bytes | tar sha256
 
-Opening it costs milliseconds and no memory at a million shards, because nothing is turned into Python objects before it
-is asked for. Paths are relative to the manifest's folder and never leave it, so a data set moves as a folder, to a
-server too: of a remote data set manifest and indexes are mapped from the local cache.
+Opening a manifest of a million shards takes milliseconds and almost no memory, because rows become Python objects only
+when they are read. Shard paths are relative to the manifest's folder and must stay inside it, so you can move or upload
+the whole folder. The manifest and the indexes of a remote data set are mapped from the local cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from data_pipeline.errors import AbsentError, DataConfigError, ManifestError
 from data_pipeline.io.columns import Column, Columns, check_offsets, pack_strings, read_columns, write_columns
 from data_pipeline.shards.index import ShardIndex, index_url
-from data_pipeline.shards.mistaken import refuse_no_manifest
+from data_pipeline.shards.manifest_check import reject_non_manifest
 from data_pipeline.storage.location import Url, parse_location
 from data_pipeline.storage.storage import Storage
 
@@ -36,18 +36,19 @@ _COLUMNS = {
     "tar_sha256": ("u1", 2),
 }
 _SHA256_BYTES = 32
-# A look at a row maps much around each of its columns; with a million shards that would add up to 80 MiB.
+# Reading a row maps surrounding memory pages of each column: 80 MiB in all with a million shards. Release them every
+# few shards.
 _RELEASE_EVERY = 4
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """An ordered set of shards. Opened with ``Manifest.open``.
+    """An ordered list of shards, created by ``Manifest.open``.
 
     Attributes:
-        path: The file, or its URL.
-        fingerprint: sha256 over the columns, hexadecimal: equal for equal data under equal names.
-        cu_samples: int64 (num_shards + 1,): samples before each shard.
+        path: Path or URL of the manifest.
+        fingerprint: SHA-256 of the columns, hexadecimal. Equal data with equal shard names give equal fingerprints.
+        cu_samples: int64 (num_shards + 1,): number of samples before each shard, then the total.
     """
 
     path: Path | Url
@@ -58,25 +59,25 @@ class Manifest:
 
     @classmethod
     def open(cls, path: str | Path, storage: Storage | None = None) -> Manifest:
-        """Maps a manifest.
+        """Map a manifest.
 
         Args:
-            path: Its place: a file or a URL.
-            storage: How a URL is read; None reads it as the environment says.
+            path: Path or URL.
+            storage: Reads a URL. None uses ``Storage.of_process()``, configured by environment variables.
 
         Raises:
-            ManifestError: it is missing or damaged.
-            StorageError: a remote one cannot be read.
+            ManifestError: the manifest is missing or damaged, or the file is no manifest.
+            StorageError: a remote manifest cannot be read.
         """
         location = parse_location(path)
         if isinstance(location, Url):
             storage = storage if storage is not None else Storage.of_process()
-            return storage.background.run(storage.mapped(location, lambda file: cls._map(file, location, storage)))
+            return storage.background.run(storage.map_cached(location, lambda file: cls._map(file, location, storage)))
         return cls._map(location, location, None)
 
     @classmethod
     def _map(cls, file: Path, path: Path | Url, storage: Storage | None) -> Manifest:
-        refuse_no_manifest(file, str(path))
+        reject_non_manifest(file, str(path))
         columns = read_columns(file, _COLUMNS, MANIFEST_FORMAT, str(path))
         arrays, record = columns.arrays, columns.record
         num_shards = len(arrays["cu_samples"]) - 1
@@ -98,7 +99,7 @@ class Manifest:
         return self._starts[-1]
 
     def locate(self, sample_index: int) -> tuple[int, int]:
-        """(shard number, index inside that shard) of a sample.
+        """Return (shard number, index inside that shard) of a sample.
 
         Raises:
             IndexError: ``sample_index`` is not in ``range(num_samples)``.
@@ -110,50 +111,50 @@ class Manifest:
 
     @cached_property
     def _starts(self) -> memoryview:
-        """``cu_samples`` for single numbers: a memoryview gives a Python integer in a third of numpy's time."""
+        """``cu_samples`` as a memoryview, which returns a Python integer in a third of numpy's time."""
         return self.cu_samples.data
 
     @cached_property
     def is_remote(self) -> bool:
-        """Whether the data set lies on a server."""
+        """Whether the manifest was opened by URL."""
         return self._storage is not None
 
     @property
     def storage(self) -> Storage:
-        """What reads the remote objects of this data set."""
+        """The storage that reads the objects of a remote data set. Must not be called for a local one."""
         assert self._storage is not None, "a local data set has no storage"
         return self._storage
 
     @property
     def file(self) -> Path:
-        """The manifest, for a caller that needs its data set on this machine.
+        """Path of the manifest, for callers that need a local data set.
 
         Raises:
-            DataConfigError: it lies on a server.
+            DataConfigError: the manifest is remote.
         """
         if isinstance(self.path, Url):
-            raise DataConfigError(f"{self.path}: this needs a data set on this machine; copy it to a disk first")
+            raise DataConfigError(f"{self.path}: this operation needs a local data set; copy it to a disk first")
         return self.path
 
     def shard_path(self, shard_number: int) -> Path:
-        """Path of a shard, for a caller that needs a file.
+        """Return the path of a shard, for callers that need a local file.
 
         Raises:
-            ManifestError: the stored path would leave the manifest's folder.
-            DataConfigError: the shards lie on a server.
+            ManifestError: the stored path is outside the manifest's folder.
+            DataConfigError: the shards are remote.
         """
         location = self.shard_location(shard_number)
         if isinstance(location, Url):
-            raise DataConfigError(f"{location}: this needs the shard as a file; copy the data set to a disk first")
+            raise DataConfigError(f"{location}: this operation needs a local shard; copy the data set to a disk first")
         return location
 
     def shard_location(self, shard_number: int) -> Path | Url:
-        """Path of a shard, or its URL.
+        """Return the path or URL of a shard.
 
         Raises:
-            ManifestError: the stored path would leave the manifest's folder.
+            ManifestError: the stored path is outside the manifest's folder.
         """
-        if shard_number % _RELEASE_EVERY == 0:  # Orders visit shards at random: about once in so many calls.
+        if shard_number % _RELEASE_EVERY == 0:  # Shards are visited in random order, so this spreads over the calls.
             self._columns.release_pages()
         arrays = self._columns.arrays
         first, end = arrays["cu_path_bytes"][shard_number : shard_number + 2]
@@ -166,7 +167,7 @@ class Manifest:
         return self.path.parent.child(name) if isinstance(self.path, Url) else self.path.parent / relative
 
     def find_shards(self, name: str) -> list[int]:
-        """Numbers of the shards whose last part of the path is ``name``; no path is made into an object."""
+        """Return the numbers of the shards whose file name is ``name``, found without decoding all paths."""
         arrays = self._columns.arrays
         ends = arrays["cu_path_bytes"][1:]
         found = []
@@ -181,18 +182,22 @@ class Manifest:
         return found
 
     def shard_bytes(self, shard_number: int) -> int:
-        """Size of a shard's tar."""
+        """Return the size of a shard's tar, as recorded in the manifest."""
         return int(self._columns.arrays["tar_bytes"][shard_number])
 
     def shard_sha256(self, shard_number: int) -> str:
-        """Digest of a shard's tar, hexadecimal."""
+        """Return the SHA-256 of a shard's tar, as recorded in the manifest, hexadecimal."""
         return bytes(self._columns.arrays["tar_sha256"][shard_number]).hex()
 
     def open_index(self, shard_number: int) -> ShardIndex:
-        """Opens a shard's index and checks that both speak of the same tar.
+        """Open a shard's index and check that it and the manifest describe the same tar.
+
+        The size and the modification time of a local tar are checked too (``ShardIndex.open``); a remote tar is not.
 
         Raises:
-            ManifestError: shard or index is missing or stale, or the tar is not the one that the manifest knows.
+            ManifestError: the shard or its index is missing, the index is damaged or stale, or the manifest describes
+                another tar.
+            StorageError: a remote index cannot be read.
         """
         location = self.shard_location(shard_number)
         if isinstance(location, Url):
@@ -202,56 +207,56 @@ class Manifest:
         return index
 
     async def fetch_index(self, shard_number: int) -> ShardIndex:
-        """``open_index`` of a remote data set, for coroutines; from the cache if it was fetched before.
+        """Coroutine form of ``open_index`` for a remote data set; reads the index from the cache if possible.
 
         Raises:
-            ManifestError: the index is missing, damaged or of another tar.
-            StorageError: it cannot be read.
+            ManifestError: the index is missing or damaged, or describes another tar.
+            StorageError: the index cannot be read.
         """
         location, storage = self.shard_location(shard_number), self.storage
-        assert isinstance(location, Url), "shards lie where their manifest lies"
+        assert isinstance(location, Url), "the shards of a remote manifest are remote"
         url, identity = index_url(location), f"of {self.shard_sha256(shard_number)}"
 
-        def use(file: Path) -> ShardIndex:
+        def open_file(file: Path) -> ShardIndex:
             index = ShardIndex.map(file, location)
             self._check(index, shard_number)
             return index
 
         try:
-            return await storage.mapped(url, use, identity)
+            return await storage.map_cached(url, open_file, identity)
         except AbsentError as error:
             raise ManifestError(
-                f"shard {location} has no index beside it; build it with: mmscale data index --manifest {self.path}"
+                f"shard {location} has no index; build it with: mmscale data index --manifest {self.path}"
             ) from error
         except ManifestError:
-            storage.forget(url, identity)  # It may be replaced by a good one.
+            storage.forget(url, identity)  # A later call fetches it again, in case the server has a good one by then.
             raise
 
     def _check(self, index: ShardIndex, shard_number: int) -> None:
         num_samples = int(self.cu_samples[shard_number + 1] - self.cu_samples[shard_number])
         if len(index) != num_samples or index.tar_sha256 != self.shard_sha256(shard_number):
             raise ManifestError(
-                f"shard {index.tar_path} changed since {self.path} was made "
+                f"shard {index.tar_path} changed since {self.path} was written "
                 f"({len(index)} samples, {num_samples} expected); "
-                f"renew it with: mmscale data index --manifest {self.path}"
+                f"update it with: mmscale data index --manifest {self.path}"
             )
 
     def read_index(self, shard_number: int) -> ShardIndex:
-        """A shard's index without a look at the tar, which may be gone.
+        """Return a shard's index without accessing the tar, which may be missing.
 
         Raises:
-            ManifestError: the index is missing or damaged, or speaks of another tar than the manifest.
-            StorageError: it lies on a server and cannot be read.
+            ManifestError: the index is missing or damaged, or describes another tar than the manifest.
+            StorageError: a remote index cannot be read.
         """
         location = self.shard_location(shard_number)
         if isinstance(location, Url):
-            return self.open_index(shard_number)  # It does not look at the tar either.
+            return self.open_index(shard_number)  # For a remote data set, ``open_index`` does not access the tar.
         index = ShardIndex.read(location)
         self._check(index, shard_number)
         return index
 
     def computed_fingerprint(self) -> str:
-        """The fingerprint computed again from the columns; differs from ``fingerprint`` in a damaged file."""
+        """Return the fingerprint recomputed from the columns. In a damaged file it differs from ``fingerprint``."""
         return _fingerprint(self._columns.arrays)
 
 
@@ -264,25 +269,25 @@ def _fingerprint(arrays: dict[str, Column]) -> str:
 
 
 def write_manifest(path: str | Path, shards: Iterable[str | Path]) -> Manifest:
-    """Writes a manifest of indexed shards, whole or not at all; equal shards give equal bytes.
+    """Write a manifest of indexed shards atomically. Equal shards with equal names give byte-identical manifests.
 
-    One index is open at a time, and a shard costs a few hundred bytes of memory.
+    Memory use is a few hundred bytes a shard, because only one index is open at a time.
 
     Args:
-        path: The manifest; shards must lie in its folder or below.
-        shards: Tars in the order that sample numbers follow.
+        path: Path of the manifest.
+        shards: Tars in the manifest's folder or below it. Samples are numbered in this order.
 
     Raises:
-        DataConfigError: a shard lies outside the manifest's folder, or is named twice.
-        ManifestError: a shard or its index is missing or stale.
+        DataConfigError: a shard is outside the manifest's folder, or is listed twice.
+        ManifestError: a shard or its index is missing, or the index is damaged or stale.
     """
     path = Path(path)
     write_entries(path, (_entry(Path(shard), path) for shard in shards))
     return Manifest.open(path)
 
 
-class Entry(NamedTuple):
-    """What a manifest says of a shard; the name is relative to the manifest's folder."""
+class ShardEntry(NamedTuple):
+    """The manifest entry of a shard; ``name`` is its path relative to the manifest's folder."""
 
     name: str
     num_samples: int
@@ -290,22 +295,22 @@ class Entry(NamedTuple):
     tar_sha256: str
 
 
-def _entry(shard: Path, manifest: Path) -> Entry:
+def _entry(shard: Path, manifest: Path) -> ShardEntry:
     name, index = _relative(shard, manifest), ShardIndex.open(shard)
-    return Entry(name, len(index), index.tar_bytes, index.tar_sha256)
+    return ShardEntry(name, len(index), index.tar_bytes, index.tar_sha256)
 
 
-def write_entries(path: Path, entries: Iterable[Entry]) -> None:
-    """Writes a manifest of shards of which all is known, whole or not at all.
+def write_entries(path: Path, entries: Iterable[ShardEntry]) -> None:
+    """Write a manifest atomically from entries, without reading the shards.
 
     Raises:
-        DataConfigError: a shard is named twice.
+        DataConfigError: a shard is listed twice.
     """
     names: dict[str, None] = {}
     counts, tar_bytes, digests = array("q", [0]), array("q"), bytearray()
     for entry in entries:
         if entry.name in names:
-            raise DataConfigError(f"{path}: the shard {entry.name} is named twice")
+            raise DataConfigError(f"{path}: the shard {entry.name} is listed twice")
         names[entry.name] = None
         counts.append(entry.num_samples)
         tar_bytes.append(entry.tar_bytes)
@@ -322,13 +327,11 @@ def write_entries(path: Path, entries: Iterable[Entry]) -> None:
 
 
 def _relative(shard: Path, manifest: Path) -> str:
-    # absolute(), not resolve(): a shard may be a link to another disk, its name is what counts.
+    # absolute(), not resolve(): if a shard is a symbolic link to another disk, the manifest stores the link's name.
     try:
         relative = shard.absolute().relative_to(manifest.parent.absolute())
     except ValueError as error:
-        raise DataConfigError(
-            f"{shard} does not lie below {manifest.parent.absolute()}, the manifest's folder"
-        ) from error
+        raise DataConfigError(f"{shard} is not below {manifest.parent.absolute()}, the manifest's folder") from error
     if ".." in relative.parts:
-        raise DataConfigError(f"{shard}: write the path without '..'")
+        raise DataConfigError(f"{shard}: expected a path without '..'")
     return relative.as_posix()

@@ -1,8 +1,8 @@
-"""Samples that lack one half of a pair: a text without an image, or an image without a text.
+"""Count orphans: samples with a text and no image, or with an image and no text.
 
-Neither is damage: a set of texts or of pages may hold both. But in a set of captions an orphan is often what is left of
-a damaged or misnamed pair, so ``ingest``, ``index`` and ``verify`` count them. Not for: whether a run trains on such a
-sample (``template.images``).
+An orphan is no damage: data sets of texts or pages may contain both kinds. In a data set of captions, an orphan often
+comes from a damaged or misnamed pair, so ``ingest``, ``index`` and ``verify`` count them. ``template.images`` decides
+whether a run trains on samples without an image.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from data_pipeline.shards.index import ShardIndex
 
 
 class Orphans(NamedTuple):
-    """Counts of samples.
+    """Sample counts of a shard or data set.
 
     Attributes:
-        samples: All samples.
-        no_image: Those with text and no image member.
-        no_text: Those with an image member and no text: no ``txt``, caption, page, dialogue or annotation.
+        samples: Number of samples.
+        no_image: Samples with text and no image member.
+        no_text: Samples with an image member and no text: no ``txt``, caption, page, dialogue or annotation.
     """
 
     samples: int = 0
@@ -30,18 +30,18 @@ class Orphans(NamedTuple):
     no_text: int = 0
 
     def plus(self, other: Orphans) -> Orphans:
-        """The counts of both."""
+        """Return the sum of both counts."""
         return Orphans(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
-    def figures(self) -> dict[str, int]:
-        """For the output of a command."""
+    def counts(self) -> dict[str, int]:
+        """Return the two orphan counts, as commands print them."""
         return {"without_image": self.no_image, "without_text": self.no_text}
 
     def warnings(self) -> Iterator[str]:
-        """A sentence for each half that some samples lack; none about a set of texts alone."""
+        """Yield a warning for each missing half; none if all samples have a text and no image."""
         if self.no_text == self.samples > 0:
             yield (
-                f"not one of {self.samples:,} samples has a text (no .txt, caption, captions, parts, messages or "
+                f"none of the {self.samples:,} samples has a text (no .txt, caption, captions, parts, messages or "
                 "annotations): if they have captions, name the column with mmscale data ingest --column caption=NAME, "
                 "or the field with template.field"
             )
@@ -59,14 +59,14 @@ class Orphans(NamedTuple):
 
 
 def orphans_of(index: ShardIndex) -> Orphans:
-    """The orphans of an indexed shard; no sample is read.
+    """Count the orphans of a shard from its index, without reading samples.
 
     Raises:
         ManifestError: a row of the index is damaged.
     """
     if not len(index):
         return Orphans()
-    shown = np.array([is_image(ext) for ext in index.extensions], bool)[index.column("ext")]
-    has_image = np.logical_or.reduceat(shown, index.column("cu_members")[:-1])
+    member_is_image = np.array([is_image(ext) for ext in index.extensions], bool)[index.column("ext")]
+    has_image = np.logical_or.reduceat(member_is_image, index.column("cu_members")[:-1])
     has_text = index.column("text_bytes") > 0
     return Orphans(len(index), int((has_text & ~has_image).sum()), int((has_image & ~has_text).sum()))

@@ -1,4 +1,4 @@
-"""Which image member of a sample each image of a page is."""
+"""Match each image reference of a page to an image member of the sample."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from data_pipeline.shards.image_header import is_image
 
 
 def image_order(ext: str) -> tuple[int, str]:
-    """Sort key of image members: numbered ones by number (2.png before 10.png), after the others by name."""
+    """Return a sort key for image members: named images first, then numbered ones by number (2.png before 10.png)."""
     stem = ext.rpartition(".")[0]
     return (int(stem), ext) if stem.isdecimal() else (-1, ext)
 
 
 def image_member(name: str, members: Collection[str], key: str = "") -> str | None:
-    """The image member that ``name`` means, if there is one; a URL means none, whatever it ends in.
+    """Return the extension of the image member that ``name`` refers to; None if there is none. A URL never matches.
 
     Args:
-        name: As the member is called (``0.png``), or with the key of the sample before it, or any folder before that.
-        members: Extensions of the sample.
-        key: Of the sample.
+        name: The member's extension (``0.png``), or ``KEY.0.png``, optionally with a folder in front. Case is ignored.
+        members: Extensions of the sample's members.
+        key: Key of the sample.
     """
     if "://" in name:
         return None
@@ -34,24 +34,25 @@ def image_member(name: str, members: Collection[str], key: str = "") -> str | No
 
 
 def page_images(
-    references: Sequence[Any], places: Sequence[int], members: Collection[str], key: str = ""
+    references: Sequence[Any], positions: Sequence[int], members: Collection[str], key: str = ""
 ) -> list[str | bytes]:
-    """What stands for each image of a page that may name its images by URLs: a member, or bytes of the page itself.
+    """Return the member extension, or the embedded bytes, of each image of a page that may refer to images by URL.
 
-    By name if all of them are members' names. Else by number: members are numbered from 0 or 1, or by the places of the
-    images on the page. An only image needs neither.
+    If every reference names a member, or is the image's bytes, images are matched by name. If none does, images are
+    matched in order: the image members must be numbered from 0, from 1, or by the images' positions on the page. A
+    single image also matches a single image member of any name.
 
     Args:
-        references: What the page says of each image.
-        places: Its place among all parts of the page.
-        members: Extensions of the sample.
-        key: Of the sample.
+        references: The page's reference to each image: a name, a URL, or the image's bytes.
+        positions: Index of each image among all parts of the page.
+        members: Extensions of the sample's members.
+        key: Key of the sample.
 
     Raises:
-        SampleError: some images are named as members and others not, or members and images differ in number.
+        SampleError: only some references name a member, or the members' number or numbering does not match the images.
     """
-    named = [one if isinstance(one, bytes) else _named(one, members, key) for one in references]
-    found = [one for one in named if one is not None]
+    named = [reference if isinstance(reference, bytes) else _named(reference, members, key) for reference in references]
+    found = [image for image in named if image is not None]
     if len(found) == len(references):
         return found
     if found:
@@ -61,10 +62,10 @@ def page_images(
     images = sorted(filter(is_image, members), key=image_order)
     numbers = [image_order(ext)[0] for ext in images]
     count = len(references)
-    if numbers in ([*range(count)], [*range(1, count + 1)], [*places]) or len(images) == count == 1:
+    if numbers in ([*range(count)], [*range(1, count + 1)], [*positions]) or len(images) == count == 1:
         return list(images)
     raise SampleError(
-        f"the page names {count} images, none of them as a member is called, and the sample holds {len(images)} "
+        f"the page names {count} images, none of them by a member's name, and the sample has {len(images)} "
         f"({', '.join(images) or 'none'}); expected one each, named as in the JSON or by number (0.jpg, 1.jpg, ...)",
         kind=FaultKind.TEXT,
     )

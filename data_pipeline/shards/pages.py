@@ -1,11 +1,10 @@
-"""Pages of text and images as a tar sample holds them: which text, which image member, in which order.
+"""Read the interleaved texts and images of a page from the JSON member of a tar sample, in order.
 
     parts                   [{"text": ...}, {"image": "0.png"}, ...]
-    images, texts           (OBELICS) one of the two in each place, the other null
-    text_list, image_info   (MMC4) each image before the text of its matched_text_index
+    images, texts           (OBELICS) exactly one of the two is non-null at each index
+    text_list, image_info   (MMC4) each image precedes the text of its matched_text_index
 
-Images are members of the same sample. Not for: which of the text is learned (``templates``), making shards
-(``shards.records``).
+Images are members of the same sample, or base64 in ``image_info``. ``text.templates`` decides which text is learned.
 """
 
 from __future__ import annotations
@@ -21,29 +20,29 @@ from data_pipeline.shards.interleaved import interleaved
 from data_pipeline.shards.page_images import image_member, image_order, page_images
 
 Sizes = Mapping[str, tuple[int, int]]
-"""Height and width of image members, as far as an index knows them."""
+"""(height, width) by extension of image members. A member of unknown size is absent, or (0, 0) in a dry run."""
 
 PAGE_FIELDS = frozenset(("parts", "images", "image_info"))
-"""A sample whose JSON member has none of these is no page."""
+"""Fields of a page. A JSON member without any of them is not a page."""
 
 MAX_WEIGHT = 1_000_000
-"""Largest loss weight of a stretch of text."""
+"""Largest loss weight of a text."""
 
 
-def take_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[Part] | None:
-    """The parts of a page, whose fields are taken out of ``fields``; None if the sample is no page.
+def pop_page_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[Part] | None:
+    """Remove the page's fields from ``fields`` and return its parts; return None if the sample is not a page.
 
-    An image is named as its member is: ``0.png``, or with the key of the sample before it, whatever folder stands
-    before that. In the form of OBELICS and MMC4 a page may name its images otherwise (URLs): see ``page_images``.
+    ``image_member`` describes how a part of ``parts`` names its image. A page in the OBELICS or MMC4 format may also
+    refer to images by URL (``page_images``).
 
     Args:
-        fields: Of the JSON member.
-        members: Bytes by extension.
-        sizes: By extension.
-        key: Of the sample.
+        fields: Content of the JSON member. Changed.
+        members: Bytes of each member, by extension.
+        sizes: Known image sizes.
+        key: Key of the sample.
 
     Raises:
-        SampleError: the lists do not fit each other, or an image is not among the members.
+        SampleError: the lists do not match each other, a part has a wrong form, or an image is no member.
     """
     listed = fields.pop("parts", None)
     if listed is not None:
@@ -57,20 +56,20 @@ def take_parts(fields: dict[str, Any], members: Mapping[str, bytes], sizes: Size
     listed = page.pop("parts")
     fields.clear()
     fields.update(page)
-    return _foreign(listed, members, sizes, key)
+    return _converted_parts(listed, members, sizes, key)
 
 
-@functools.lru_cache(maxsize=1024)  # Most samples have the same few members.
-def images_among(extensions: tuple[str, ...]) -> tuple[str, ...]:
-    """The image members among these, in their order."""
+@functools.lru_cache(maxsize=1024)  # Most samples have the same few extensions.
+def image_extensions(extensions: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the extensions of images, sorted by ``image_order``."""
     return tuple(sorted(filter(is_image, extensions), key=image_order))
 
 
 def weight_of(item: Mapping[str, Any]) -> float:
-    """The loss weight that a stretch of text asks for; 1 if it asks for none.
+    """Return the loss weight of a text, ``item["weight"]``; 1 by default.
 
     Raises:
-        SampleError: it is no number from 0 to a million.
+        SampleError: the weight is not a number from 0 to ``MAX_WEIGHT``.
     """
     weight = item.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= MAX_WEIGHT:
@@ -100,18 +99,18 @@ def _part(item: Any, members: Mapping[str, bytes], sizes: Sizes, key: str) -> Pa
             raise SampleError(reason, kind=FaultKind.TEXT)
 
 
-def _foreign(listed: list[dict[str, Any]], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[Part]:
-    """Parts whose images may go by names that are none here."""
-    places = [place for place, item in enumerate(listed) if "image" in item]
-    found = page_images([listed[place]["image"] for place in places], places, members, key)
+def _converted_parts(listed: list[dict[str, Any]], members: Mapping[str, bytes], sizes: Sizes, key: str) -> list[Part]:
+    """Return the parts of a page converted from OBELICS or MMC4, whose images may be named by URL or embedded."""
+    positions = [position for position, item in enumerate(listed) if "image" in item]
+    found = page_images([listed[position]["image"] for position in positions], positions, members, key)
     images = {
-        place: ImagePart(one, "image_base64") if isinstance(one, bytes) else _image(one, members, sizes)
-        for place, one in zip(places, found, strict=True)
+        position: ImagePart(image, "image_base64") if isinstance(image, bytes) else _image(image, members, sizes)
+        for position, image in zip(positions, found, strict=True)
     }
     parts: list[Part] = []
-    for place, item in enumerate(listed):
-        if place in images:
-            parts.append(images[place])
+    for position, item in enumerate(listed):
+        if position in images:
+            parts.append(images[position])
         elif isinstance(item["text"], str):
             parts.append(TextPart(item["text"]))
         else:

@@ -1,11 +1,11 @@
-"""One sample by number: index lookup, positional reads, checksums, parts in reading order.
+"""Read one sample by number: look up its index entry, read its members, verify checksums, order its parts.
 
     SampleReader --LocalShard or RemoteShard--> bytes of each member --assemble--> Sample
 
-A shard is a tar that is open for reading. Of a remote data set a lane names the blocks that it needs soon (``expect``);
-each is fetched in the background by a request or two, and its samples are taken from memory.
+For a remote data set, a lane announces the blocks that it needs soon (``prefetch``). The storage fetches each block in
+the background with a few requests, and ``read`` returns its samples from memory.
 
-Not for: order (``lanes``), pages (``pages``), pixels (``decode``), remote access itself (``storage``).
+``lanes`` decides the order, ``pages`` parses pages, ``decode`` decodes images, and ``storage`` reads remote objects.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.untrusted import regular_descriptor
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
 from data_pipeline.shards.image_header import is_image
-from data_pipeline.shards.index import Member, ShardIndex, extent, is_packed
+from data_pipeline.shards.index import Member, ShardIndex, extent, is_compressed
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.pages import PAGE_FIELDS, images_among, take_parts
+from data_pipeline.shards.pages import PAGE_FIELDS, image_extensions, pop_page_parts
 from data_pipeline.storage.background import Background
 from data_pipeline.storage.location import Url
 from data_pipeline.storage.objects import RemoteObject
 from data_pipeline.storage.ranges import Range
-from data_pipeline.storage.read_ahead import Stretch
+from data_pipeline.storage.read_ahead import PrefetchedRange
 
 _TEXT_EXTENSIONS = ("txt", "json")
 
 MAX_TEXT_BYTES = 1 << 26
-"""Default bound of a ``txt`` or ``json`` member: parsed, JSON takes up to thirty times its length."""
+"""Default largest ``txt`` or ``json`` member in bytes. Parsed JSON can take thirty times its length in memory."""
 
 
 class SampleReader:
     """Reads samples of one manifest in any order.
 
-    Keeps the last ``max_open`` shards open. One per process: descriptors are not shared between workers.
+    Keeps the ``max_open`` most recently used shards open. Create one reader in each process: descriptors must not be
+    shared between workers.
 
     Args:
         manifest: The data set.
-        dataset: Its name, for provenance.
-        max_open: Shards kept open, at least 1.
-        max_text_bytes: A larger ``txt`` or ``json`` member is a bad sample, and is not read.
+        dataset: Its name, stored in each sample's provenance.
+        max_open: Largest number of open shards, at least 1. Not checked.
+        max_text_bytes: Size limit of a ``txt`` or ``json`` member. A larger one is not read; ``read`` raises.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class SampleReader:
         self._max_open = max_open
         self._max_text_bytes = max_text_bytes
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-        self._ahead: dict[int, list[tuple[range, Stretch]]] = {}
-        self._genuine: set[int] = set()
+        self._prefetched: dict[int, list[tuple[range, PrefetchedRange]]] = {}
+        self._confirmed: set[int] = set()
+        """Remote shards of which one sample was found to match its checksums."""
 
     def _shard(self, number: int) -> OpenShard:
         if number in self._open:
@@ -74,94 +76,107 @@ class SampleReader:
         return shard
 
     def where(self, sample_index: int) -> tuple[str, str]:
-        """Shard and key of a sample, without reading it."""
+        """Return shard and key of a sample, without reading it."""
         number, row = self.manifest.locate(sample_index)
         index = self._shard(number).index
         return str(index.tar_path), index.row(row).key
 
     def offset(self, sample_index: int) -> int:
-        """First byte of a sample in its shard, without reading it."""
+        """Return the offset in its shard of a sample's first content byte, without reading the sample."""
         number, row = self.manifest.locate(sample_index)
         return self._shard(number).index.row(row).members[0].offset
 
     def extensions(self, sample_index: int) -> tuple[str, ...]:
-        """Extensions of all files in a sample's shard, without reading it."""
+        """Return all member extensions of the shard that contains a sample, without reading the shard."""
         return self._shard(self.manifest.locate(sample_index)[0]).index.extensions
 
-    def expect(self, lane: int, blocks: Sequence[range]) -> None:
-        """Names all samples that a lane needs now and next, in order: remote ones are fetched in the background.
+    def prefetch(self, lane: int, blocks: Sequence[range]) -> None:
+        """Fetch in the background all samples that a lane needs now and next; does nothing for a local data set.
 
-        What an earlier call named and this one does not is let go. Local samples need no such care.
+        Each call replaces the lane's earlier list: blocks that are missing from ``blocks`` are dropped from memory.
+
+        Args:
+            lane: The lane; ``read`` must be called with the same number.
+            blocks: Ranges of sample numbers, in the order of use.
         """
         if self.manifest.is_remote:
-            wanted = [(rows, self._stretch(number, rows)) for block in blocks for number, rows in self._by_shard(block)]
+            ranges = [part for block in blocks for part in self._by_shard(block)]
+            wanted = [(samples, self._to_fetch(number, samples)) for number, samples in ranges]
             owner = (self.dataset, lane)
-            ready = self.manifest.storage.read_ahead.expect(owner, [stretch for _, stretch in wanted])
-            self._ahead[lane] = [(rows, stretch) for (rows, _), stretch in zip(wanted, ready, strict=True)]
+            active = self.manifest.storage.read_ahead.prefetch(owner, [fetch for _, fetch in wanted])
+            self._prefetched[lane] = [(samples, fetch) for (samples, _), fetch in zip(wanted, active, strict=True)]
 
     def _by_shard(self, samples: range) -> Iterator[tuple[int, range]]:
-        """Consecutive samples, cut where a shard ends."""
+        """Split a range of sample numbers at shard boundaries; yield (shard number, samples)."""
         while samples:
             number = self.manifest.locate(samples.start)[0]
             end = min(samples.stop, int(self.manifest.cu_samples[number + 1]))
             yield number, range(samples.start, end)
             samples = range(end, samples.stop)
 
-    def _stretch(self, number: int, samples: range) -> Stretch:
-        return Stretch((number, samples.start, samples.stop), functools.partial(self._find, number, samples))
+    def _to_fetch(self, number: int, samples: range) -> PrefetchedRange:
+        key = (number, samples.start, samples.stop)
+        return PrefetchedRange(key, functools.partial(self._locate, number, samples))
 
-    async def _find(self, number: int, samples: range) -> tuple[RemoteObject, Range]:
-        """The bytes of neighbours in one shard; runs beside ``read``, so it shares nothing with it."""
+    async def _locate(self, number: int, samples: range) -> tuple[RemoteObject, Range]:
+        """Return the byte range of consecutive samples of one shard.
+
+        Runs in the storage's thread, concurrently with ``read``, so it must not use the reader's open shards.
+        """
         shard, start = await open_remote(self.manifest, number), int(self.manifest.cu_samples[number])
         first, last = (shard.index.row(sample - start).members for sample in (samples.start, samples.stop - 1))
         return shard.remote, Range(extent(first)[0], extent(last)[1])
 
     def read(self, sample_index: int, epoch: int = 0, lane: int = -1) -> Sample:
-        """The sample with its members in reading order.
+        """Return the sample with its parts in reading order.
+
+        If a member does not match its checksum, all members are read once more, without the cache, before this raises.
 
         Args:
-            sample_index: Number of the sample.
-            epoch: Epoch, for provenance.
-            lane: Whose expectations may hold it.
+            sample_index: Number of the sample in the manifest.
+            epoch: Stored in the sample's provenance.
+            lane: The lane whose prefetched blocks may contain the sample.
 
         Raises:
-            ManifestError: the shard's index is missing or stale.
+            IndexError: the manifest has no such sample.
+            ManifestError: the shard's index is missing, damaged or stale.
             ShardError: the shard is missing, unreadable or shorter than its index says.
-            StorageError: a server refused, or failed for too long.
-            SampleError: a member does not match its checksum, or its JSON or text is malformed.
-            ReplacedError: no member of a remote shard does.
+            StorageError: a server rejected the request, or failed for too long.
+            SampleError: a member does not match its checksum, its JSON or text is malformed, or it is too large.
+            ReplacedError: none of several samples of a remote shard matches its checksums.
         """
         number, row = self.manifest.locate(sample_index)
         shard = self._shard(number)
         key, listed, _ = shard.index.row(row)
         origin = Provenance(self.dataset, str(shard.index.tar_path), key, sample_index, epoch)
         check_text_sizes({member.ext: member.size for member in listed}, origin, self._max_text_bytes)
-        members = self._fetched(sample_index, lane, listed) if self._ahead else None
+        members = self._prefetched_members(sample_index, lane, listed) if self._prefetched else None
         if members is None:
             members = shard.read(listed)
         for member in listed:
             if crc32(members[member.ext]) != member.crc32:
-                members = shard.read(listed, fresh=True)  # It may have happened on the way.
-                for again in listed:
+                members = shard.read(listed, fresh=True)  # The bytes may have been damaged in transfer or in the cache.
+                for reread in listed:
                     try:
-                        _check(again, members[again.ext], origin)
+                        _check(reread, members[reread.ext], origin)
                     except SampleError:
-                        self._check_genuine(number, row)
+                        self._raise_if_replaced(number, row)
                         raise
                 break
         sizes = {member.ext: (member.height, member.width) for member in listed if member.width}
         return assemble(members, origin, sizes, self._max_text_bytes)
 
-    def _check_genuine(self, number: int, row: int) -> None:
-        """Tells a damaged sample of a remote shard from a shard that was replaced, once while the shard is open.
+    def _raise_if_replaced(self, number: int, row: int) -> None:
+        """Raise if a remote shard was replaced, rather than one of its samples damaged.
 
-        Looks at up to three other samples. A version that the server names would not do: data sets are often indexed on
-        a disk, before there is a version.
+        Compares up to three other samples with their checksums, until one matches. A shard of one sample never raises.
+        The server's version of the object (etag) cannot decide it: data sets are often indexed on a disk, before the
+        upload.
 
         Raises:
-            ReplacedError: not one of them has its checksums.
+            ReplacedError: none of the other samples matches its checksums.
         """
-        if not self.manifest.is_remote or number in self._genuine:
+        if not self.manifest.is_remote or number in self._confirmed:
             return
         shard = self._shard(number)
         rows = {0, len(shard.index) // 2, len(shard.index) - 1} - {row}
@@ -169,29 +184,30 @@ class SampleReader:
             listed = shard.index.row(other).members
             members = shard.read(listed, fresh=True)
             if all(crc32(members[member.ext]) == member.crc32 for member in listed):
-                self._genuine.add(number)
+                self._confirmed.add(number)
                 return
         if rows:
             raise ReplacedError(
-                f"shard {shard.index.tar_path}: its index is stale: the tar was replaced by another of equal size (not "
-                f"one of {len(rows) + 1} samples has its checksums); put the old tar back, or renew index and manifest "
-                "with: mmscale data index"
+                f"shard {shard.index.tar_path}: its index is stale: the tar was replaced by another of equal size "
+                f"(none of {len(rows) + 1} samples matches its checksums); put the old tar back, or update index and "
+                "manifest with: mmscale data index"
             )
 
-    def _fetched(self, sample_index: int, lane: int, members: Sequence[Member]) -> dict[str, bytes] | None:
-        """Bytes of a sample, by extension, that were fetched ahead; None if they were not."""
-        for samples, stretch in self._ahead.get(lane, ()):
+    def _prefetched_members(self, sample_index: int, lane: int, members: Sequence[Member]) -> dict[str, bytes] | None:
+        """Return a sample's prefetched bytes by extension; None if the caller must read them. May block on a fetch."""
+        for samples, fetch in self._prefetched.get(lane, ()):
             if sample_index in samples:
                 with shard_errors():
-                    data = stretch.get(*extent(members))
+                    data = fetch.get(*extent(members))
                 return None if data is None else cut_members(members, data)
         return None
 
-    def read_outline(self, sample_index: int, epoch: int = 0) -> Sample:
-        """The sample without the bytes of its images, for ``DocumentBuilder.measure``; only text is read.
+    def read_without_images(self, sample_index: int, epoch: int = 0) -> Sample:
+        """Return the sample with empty images, for ``DocumentBuilder.dry_run``; only text members are read.
 
         Raises:
-            As ``read``; the bytes of the images are not checked.
+            As ``read``, except that images are not verified, a damaged text member is not read a second time, and
+            ``ReplacedError`` is not raised.
         """
         number, row = self.manifest.locate(sample_index)
         shard = self._shard(number)
@@ -211,14 +227,14 @@ class SampleReader:
         return assemble(members, origin, sizes, self._max_text_bytes)
 
     def forget(self, shard_number: int) -> None:
-        """Closes a shard, so that the next read opens it anew; nothing if it is not open."""
-        self._genuine.discard(shard_number)
+        """Close a shard so that the next read reopens it. Does nothing if it is not open."""
+        self._confirmed.discard(shard_number)
         shard = self._open.pop(shard_number, None)
         if shard is not None:
             shard.close()
 
     def close(self) -> None:
-        """Closes every descriptor; the reader opens them again when needed."""
+        """Close all shards. The reader can still be used: it reopens shards on demand."""
         while self._open:
             self._open.popitem()[1].close()
 
@@ -235,15 +251,15 @@ def _check(member: Member, payload: bytes, origin: Provenance) -> None:
 
 
 def check_text_sizes(sizes: Mapping[str, int], origin: Provenance, max_bytes: int) -> None:
-    """Refuses a sample whose text would take too much memory.
+    """Raise if a text member would take too much memory.
 
     Args:
-        sizes: Bytes of its members by extension.
-        origin: For the message.
-        max_bytes: Of a ``txt`` or ``json`` member.
+        sizes: Member sizes in bytes, by extension.
+        origin: The sample, for the message.
+        max_bytes: Largest accepted ``txt`` or ``json`` member.
 
     Raises:
-        SampleError: a text member is larger.
+        SampleError: a ``txt`` or ``json`` member is larger than ``max_bytes``.
     """
     for ext in _TEXT_EXTENSIONS:
         if sizes.get(ext, 0) > max_bytes:
@@ -257,25 +273,30 @@ def assemble(
     sizes: Mapping[str, tuple[int, int]] | None = None,
     max_text_bytes: int = MAX_TEXT_BYTES,
 ) -> Sample:
-    """Parts and fields of one sample from its members by extension.
+    """Build one sample from its members.
 
-    The JSON member of a page gives the order (``pages``); without, the images come in order of extension, then the
-    caption (``txt``, or ``caption``, or the first of ``captions``). A ``txt`` member is the field ``caption`` too.
+    The JSON member of a page determines the parts (``pages``). Without a page, the parts are the images in the order of
+    ``image_order``, then the caption. The caption is the JSON field ``caption``, else the ``txt`` member, else the
+    first of ``captions``. A caption that is empty or not a string gives no part. A ``txt`` member also sets the field
+    ``caption`` if the JSON has none.
 
     Args:
-        members: Bytes by extension.
-        origin: Where they come from.
-        sizes: Height and width of images by extension, as far as the index knows them.
-        max_text_bytes: A larger ``txt`` or ``json`` member is refused.
+        members: Content of each member, by extension.
+        origin: Provenance of the sample.
+        sizes: (height, width) of images by extension. An image of unknown size is absent or (0, 0).
+        max_text_bytes: Size limit of a ``txt`` or ``json`` member.
 
     Raises:
-        SampleError: malformed JSON or text, a text that is too long, an image of a page that is no member, or nothing
-            at all.
+        SampleError: the JSON or text is malformed or too large, a member is compressed, an image of the page is no
+            member, or the sample has neither parts nor fields.
     """
     check_text_sizes({ext: len(content) for ext, content in members.items()}, origin, max_text_bytes)
-    packed = next(filter(is_packed, members), None)
-    if packed is not None:
-        reason = f".{packed} is compressed, and training unpacks nothing; mmscale data ingest stores it unpacked"
+    compressed = next(filter(is_compressed, members), None)
+    if compressed is not None:
+        reason = (
+            f".{compressed} is compressed, and training reads no compressed members; "
+            "mmscale data ingest stores it uncompressed"
+        )
         raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key)
     sizes = sizes or {}
     try:
@@ -287,14 +308,14 @@ def assemble(
             text = members["txt"].decode("utf-8")
             if fields.get("caption") is None:
                 fields["caption"] = text
-        parts = None if PAGE_FIELDS.isdisjoint(fields) else take_parts(fields, members, sizes, origin.key)
+        parts = None if PAGE_FIELDS.isdisjoint(fields) else pop_page_parts(fields, members, sizes, origin.key)
     except UnicodeDecodeError as error:
         reason = f"malformed text: {error}"
         raise SampleError(reason, kind=FaultKind.TEXT, shard=origin.shard, key=origin.key) from error
     except SampleError as error:
         raise error.located(origin.shard, origin.key) from error
     if parts is None:
-        parts = [ImagePart(members[ext], ext, sizes.get(ext)) for ext in images_among(tuple(members))]
+        parts = [ImagePart(members[ext], ext, sizes.get(ext)) for ext in image_extensions(tuple(members))]
         caption = fields.get("caption")
         if caption is None:
             captions = fields.get("captions")
@@ -307,45 +328,46 @@ def assemble(
     return Sample(tuple(parts), fields, origin)
 
 
-def read_samples(manifest_path: Path | str, dataset: str = "evaluation", *, outlines: bool = False) -> Iterator[Sample]:
-    """Every sample of a manifest, in stored order, once; with ``outlines`` without the bytes of images.
+def read_samples(manifest_path: Path | str, dataset: str = "evaluation", *, images: bool = True) -> Iterator[Sample]:
+    """Yield every sample of a manifest in stored order; with ``images=False``, images are empty.
 
     Raises:
-        As ``SampleReader.read``; a bad sample ends the iteration, since an evaluation must not skip silently.
+        As ``SampleReader.read``. A bad sample raises instead of being skipped, because an evaluation must not skip
+            samples silently.
     """
     reader = SampleReader(Manifest.open(manifest_path), dataset)
     try:
         for index in range(reader.manifest.num_samples):
-            yield reader.read_outline(index) if outlines else reader.read(index)
+            yield reader.read_without_images(index) if not images else reader.read(index)
     finally:
         reader.close()
 
 
 class OpenShard(Protocol):
-    """Bytes and index of one shard."""
+    """An open shard: its index, and access to its bytes."""
 
     index: ShardIndex
 
     def read(self, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
-        """Bytes of neighbouring members, by extension.
+        """Return the content of members, by extension.
 
         Args:
             members: Members of one sample, in the order of the tar.
-            fresh: Passes by copies of them, for a caller who found them wrong.
+            fresh: Ignore cached bytes, for a caller whose checksum did not match.
 
         Raises:
             ShardError: the tar is missing, unreadable, replaced or too short.
-            StorageError: the server refused, or failed for too long: no fault of this shard.
+            StorageError: the server rejected the request, or failed for too long.
         """
         ...
 
     def close(self) -> None:
-        """Ends it."""
+        """Release the shard's descriptor, if it has one."""
         ...
 
 
 class LocalShard:
-    """A file descriptor and the index of one shard."""
+    """A shard in a local file."""
 
     def __init__(self, path: Path, index: ShardIndex) -> None:
         self.path = path
@@ -356,7 +378,7 @@ class LocalShard:
             raise ShardError(f"{path}: cannot be opened: {error.strerror}") from error
 
     def read(self, members: Sequence[Member], *, fresh: bool = False) -> dict[str, bytes]:
-        """As ``OpenShard.read``. A call for each member costs less than to copy an image out of the whole."""
+        """As ``OpenShard.read``. One ``pread`` per member is faster than one large read, because slices copy."""
         found = {}
         for member in members:
             first, end = member.offset, member.offset + member.size
@@ -366,8 +388,8 @@ class LocalShard:
                     more = os.pread(self._descriptor, end - first - len(data), first + len(data))
                     if not more:
                         raise ShardError(
-                            f"{self.path}: ends at byte {first + len(data)}, a sample reaches to {end}: the shard was "
-                            "truncated; restore it, or index it again"
+                            f"{self.path}: ends at byte {first + len(data)}, a sample extends to byte {end}: the shard "
+                            "was truncated; restore it, or index it again"
                         )
                     data += more
             except OSError as error:
@@ -376,12 +398,12 @@ class LocalShard:
         return found
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         os.close(self._descriptor)
 
 
 class RemoteShard:
-    """A remote tar and its index."""
+    """A shard on a server."""
 
     def __init__(self, remote: RemoteObject, index: ShardIndex, background: Background) -> None:
         self.remote = remote
@@ -395,20 +417,20 @@ class RemoteShard:
         return cut_members(members, data)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: a remote shard has no descriptor."""
 
 
 def cut_members(members: Sequence[Member], data: bytes) -> dict[str, bytes]:
-    """Bytes of each member, by extension, out of those from the first to the last."""
+    """Return the content of each member, by extension. ``data`` is the byte range ``extent(members)`` of the tar."""
     first = members[0].offset
     return {member.ext: data[member.offset - first : member.offset - first + member.size] for member in members}
 
 
 @contextlib.contextmanager
 def shard_errors() -> Iterator[None]:
-    """Says of a remote object that is gone or another one what is said of such a file: the shard is at fault.
+    """Convert ``AbsentError`` and ``StaleError`` of a remote object to ``ShardError``, as for a local file.
 
-    A server that refuses or fails is another matter: whatever it holds, the run ends and can be resumed.
+    Other storage errors pass through. They mean that the server failed, so the run ends and can be resumed.
     """
     try:
         yield
@@ -417,12 +439,12 @@ def shard_errors() -> Iterator[None]:
 
 
 def open_shard(manifest: Manifest, number: int) -> OpenShard:
-    """Opens a shard of a manifest, wherever it lies.
+    """Open a local or remote shard of a manifest.
 
     Raises:
-        ManifestError: its index is missing, stale or damaged.
-        ShardError: it is missing or cannot be read.
-        StorageError: the server refused, or failed for too long.
+        ManifestError: the shard's index is missing, stale or damaged, or a local shard is missing.
+        ShardError: a local shard cannot be opened.
+        StorageError: the server rejected the request, or failed for too long.
     """
     location = manifest.shard_location(number)
     if isinstance(location, Url):
@@ -432,13 +454,13 @@ def open_shard(manifest: Manifest, number: int) -> OpenShard:
 
 
 async def open_remote(manifest: Manifest, number: int) -> RemoteShard:
-    """``open_shard`` of a remote manifest, for coroutines.
+    """Coroutine form of ``open_shard`` for a remote manifest. Fetches the index if it is not cached.
 
     Raises:
         ManifestError, StorageError: as ``Manifest.fetch_index``.
     """
     location, storage = manifest.shard_location(number), manifest.storage
-    assert isinstance(location, Url), "shards lie where their manifest lies"
+    assert isinstance(location, Url), "the shards of a remote manifest are remote"
     index = await manifest.fetch_index(number)
     remote = storage.remote_object(location, manifest.shard_bytes(number), manifest.shard_sha256(number))
     return RemoteShard(remote, index, storage.background)

@@ -1,9 +1,9 @@
-"""Walks the headers of a tar and says exactly where it is damaged.
+"""Parse the headers of a tar and report the byte offset of each defect.
 
-For: building an index, verifying a shard, and reading a stream. Python's ``tarfile`` takes a damaged header for the end
-of the archive and stops, so a half-lost shard would pass; it recurses into extended headers without a bound; and it
-raises whatever a damaged attribute leads to. ``walk`` raises a ``TarError`` instead, and ``survey`` continues after the
-damage. Not for: extracting files.
+The index builder, ``verify`` and ``tar_stream`` use this parser instead of Python's ``tarfile``. ``tarfile`` treats a
+damaged header as the end of the archive, so a shard that lost half of its samples would pass. It also recurses into
+extended headers without a limit, and raises arbitrary exceptions on damaged attributes. ``walk`` raises ``TarError`` at
+the first defect; ``survey`` yields each defect and continues.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK_BYTES = 512
 _ZEROS = bytes(BLOCK_BYTES)
 _MAX_NAME_BYTES = 1 << 16
 _GNU_LONG_NAME, _PAX, _PAX_GLOBAL = tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE
-_REFUSED = {
+_REJECTED = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.CHRTYPE: "a device",
@@ -33,40 +33,41 @@ _REFUSED = {
 _WITHOUT_CONTENT = frozenset(
     {tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE}
 )
-"""Whatever size they claim: so POSIX has it, and so does Python's ``tarfile``."""
-# Six digits as tar, Python, libarchive and Go write them, or as node-tar does; or seven, as Rust does.
+"""Types whose size field is ignored, as in POSIX and Python's ``tarfile``."""
+# Forms of the checksum field: six octal digits (GNU tar, Python, libarchive, Go and, with another end, node-tar), or
+# seven (Rust).
 _CHECKSUM_FORM = re.compile(rb"[0-7]{6}(\0 | \0)|[0-7]{7}[\0 ]")
-_OF_WEBDATASET = re.compile(r"__[^/]*__($|/)")
+_WEBDATASET_METADATA = re.compile(r"__[^/]*__($|/)")
 # webdataset's rule: the key ends at the first dot of the base name.
 _KEY_AND_EXT = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
 
 class TarFault(str, Enum):
-    """What is wrong with a tar."""
+    """Kinds of defects in a tar."""
 
     TRUNCATED = "truncated"
-    """It ends before its end mark, or inside a member."""
+    """The tar ends before its end mark, or inside a member."""
     HEADER = "header"
-    """A header or a block of attributes that does not fit its checksum, or is none."""
+    """A damaged header, one of an unknown type, or a damaged block of attributes."""
     PATH = "path"
-    """A name that leaves the shard, or is no UTF-8."""
+    """A name that points outside the shard, or is not valid UTF-8."""
     LINK = "link"
-    """A link, a device, a pipe, a sparse file: anything but a plain file or a folder."""
+    """A link, a device, a pipe or a sparse file."""
     TAIL = "tail"
-    """Data behind the end mark."""
+    """Data after the end mark."""
     SLACK = "slack"
-    """A byte that means nothing, and differs from what every tool writes there; ``walk`` passes over it."""
+    """A byte without meaning that differs from what tar writers store there. ``walk`` ignores it."""
 
 
 class TarError(ShardError):
     """A damaged or hostile tar.
 
     Args:
-        message: What was seen; names file and offset.
-        offset: Byte of the header at fault.
-        fault: What is wrong.
-        following: Where the next header is due all the same; None if nobody can know.
-        name: Of the member, as far as it can be read.
+        message: Description of the defect, with file and offset.
+        offset: Offset of the defective header or byte.
+        fault: Kind of the defect.
+        following: Offset of the next header; None if it is unknown.
+        name: Name of the member, as far as it can be read.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class TarError(ShardError):
 
 @dataclass(frozen=True)
 class TarMember:
-    """A regular file inside a tar; offsets in bytes from the start of the tar."""
+    """A regular file inside a tar. ``offset`` is that of its content; both offsets count from the start of the tar."""
 
     name: str
     header_offset: int
@@ -95,24 +96,24 @@ class TarMember:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension in lower case) of a member's name; None if it has no extension or is a note of webdataset's.
+    """Split a member's name into (key, extension in lower case), as webdataset does.
 
-    ``a/000.0.PNG`` -> ``("a/000", "0.png")``, as webdataset does.
+    ``a/000.0.PNG`` gives ``("a/000", "0.png")``. Returns None if the name has no extension, or is one of webdataset's
+    metadata files (``__NAME__``).
     """
-    match = None if _OF_WEBDATASET.match(name) else _KEY_AND_EXT.fullmatch(name)
+    match = None if _WEBDATASET_METADATA.match(name) else _KEY_AND_EXT.fullmatch(name)
     return None if match is None else (match[1], match[2].lower())
 
 
 def walk(data: memoryview, shard: str) -> Iterator[TarMember]:
-    """Regular files of a tar in order; folders are passed over.
+    """Yield the regular files of a tar in order; skip folders.
 
     Args:
         data: The whole tar, usually mapped.
-        shard: Its name, for messages.
+        shard: Its name in messages.
 
     Raises:
-        TarError: the tar is truncated, a header is damaged, a member is a link, a device or sparse, or a name
-            would leave the folder. Names file and offset.
+        TarError: at the first defect of any kind but ``SLACK``. The message names file and offset.
     """
     for found in survey(data, shard):
         if isinstance(found, TarMember):
@@ -121,64 +122,72 @@ def walk(data: memoryview, shard: str) -> Iterator[TarMember]:
             raise found
 
 
-Indexed = Callable[[int], TarMember | None]
-"""Offset to the first member, as an index knows it, whose content starts behind it."""
+NextIndexedMember = Callable[[int], TarMember | None]
+"""Returns the first member in the index whose content starts after an offset; None if there is none."""
 
 
-def survey(data: memoryview, shard: str, indexed: Indexed = lambda at: None) -> Iterator[TarMember | TarError]:
-    """What ``walk`` yields, and every damage in its place: goes on behind it where that is possible.
+def survey(
+    data: memoryview, shard: str, indexed: NextIndexedMember = lambda at: None
+) -> Iterator[TarMember | TarError]:
+    """Yield the members of ``walk`` and, in between, each defect; continue after a defect if possible.
 
-    Behind a damaged header the walk is taken up at the next block that is a sound one, or at the next member of the
-    index if that comes first; so a member whose header is lost is found by its index.
+    After a damaged header, the parser resumes at the next valid header, or at the next member of the index if that
+    comes first. The index thereby recovers a member whose header is lost. After a truncation, the iteration ends.
 
     Args:
         data: The whole tar.
-        shard: Its name, for messages.
-        indexed: The index, if there is one.
+        shard: Its name in messages.
+        indexed: Looks up members in the index, if there is one.
     """
     at: int | None = 0
     attributes = Attributes()
     while at is not None:
         try:
-            entry = _entry(data, at, shard, attributes)
+            header = _parse_at(data, at, shard, attributes)
         except TarError as error:
             yield error
             if error.fault is TarFault.TRUNCATED:
                 return
-            at, member = (error.following, None) if error.following else _regain(data, at, indexed)
+            at, member = (error.following, None) if error.following else _resume(data, at, indexed)
             attributes = Attributes()
         else:
-            if entry is None:
+            if header is None:
                 stray = _first_nonzero(data, at)
                 if stray is None:
                     return
-                end_mark, (at, member) = at, _regain(data, at, indexed)
-                yield _behind_end_mark(shard, end_mark, stray, is_header_lost=at is not None)
+                end_mark, (at, member) = at, _resume(data, at, indexed)
+                yield _data_after_end_mark(shard, end_mark, stray, is_header_lost=at is not None)
             else:
-                yield from _slack(data, at, entry, shard)
-                at, member = entry.following, entry.member
+                yield from _slack(data, at, header, shard)
+                at, member = header.following, header.member
         if member is not None:
             yield member
 
 
 @dataclass
 class Attributes:
-    """What extended headers say of the member behind them."""
+    """Name and attributes from extended headers, which apply to the next member."""
 
     long_name: str = ""
     pax: dict[str, str] = field(default_factory=dict)
 
 
-class Entry(NamedTuple):
-    """One header with its content; ``member`` is None for folders and attributes."""
+class ParsedHeader(NamedTuple):
+    """Extent and member of one header.
+
+    Attributes:
+        content_end: End offset of the content.
+        following: Offset of the next header.
+        member: None for folders and extended headers.
+    """
 
     content_end: int
     following: int
     member: TarMember | None
 
 
-def _entry(data: memoryview, at: int, shard: str, attributes: Attributes) -> Entry | None:
-    """The header at a byte, None at the end mark; changes ``attributes``."""
+def _parse_at(data: memoryview, at: int, shard: str, attributes: Attributes) -> ParsedHeader | None:
+    """Parse the header at an offset; return None at the end mark. Changes ``attributes``."""
     start = at + BLOCK_BYTES
     if start > len(data):
         message = f"{shard}: truncated: ends at byte {len(data)} without an end mark (header due at {at})"
@@ -187,27 +196,27 @@ def _entry(data: memoryview, at: int, shard: str, attributes: Attributes) -> Ent
     def content(size: int) -> bytes:
         return bytes(data[start : start + size])
 
-    return parse_entry(bytes(data[at:start]), content, at, shard, attributes, most_bytes=len(data) - start)
+    return parse_header(bytes(data[at:start]), content, at, shard, attributes, most_bytes=len(data) - start)
 
 
-def parse_entry(
+def parse_header(
     block: bytes, content: Callable[[int], bytes], at: int, shard: str, attributes: Attributes, most_bytes: int
-) -> Entry | None:
-    """One header.
+) -> ParsedHeader | None:
+    """Parse one header; return None if it is a block of the end mark.
 
     Args:
-        block: Its 512 bytes.
-        content: Gives the first bytes behind the header; called for names and attributes, whose size is bounded.
-        at: Where the header starts.
-        shard: The tar's name, for messages.
-        attributes: Of the extended headers before it. Changed: filled by an extended header, emptied by any other.
-        most_bytes: The most that the content can have.
-
-    Returns:
-        None at the end mark.
+        block: The 512 bytes of the header.
+        content: Returns the given number of bytes after the header. Called for extended headers only, with a bounded
+            number.
+        at: Offset of the header.
+        shard: The tar's name in messages.
+        attributes: Attributes for this header. An extended header fills them in place, a global one is ignored, and
+            any other header clears them.
+        most_bytes: Upper bound on the size of the content.
 
     Raises:
-        TarError: the header is damaged, hostile, or no plain file or folder.
+        TarError: the header is damaged or hostile, its content is larger than ``most_bytes``, or it belongs to anything
+            but a regular file or folder.
     """
     if block == _ZEROS:
         return None
@@ -223,12 +232,12 @@ def parse_entry(
     following = _block_end(start + size)
     if header.type in (_GNU_LONG_NAME, _PAX, _PAX_GLOBAL):
         _read_attributes(header.type, size, content, attributes, shard, at, following)
-        return Entry(start + size, following, None)
+        return ParsedHeader(start + size, following, None)
     _check_kind(header, name, shard, at, following)
     attributes.long_name, attributes.pax = "", {}
     if header.is_folder:
-        return Entry(start + size, following, None)
-    return Entry(start + size, following, TarMember(_safe_name(name, shard, at, following), at, start, size))
+        return ParsedHeader(start + size, following, None)
+    return ParsedHeader(start + size, following, TarMember(_safe_name(name, shard, at, following), at, start, size))
 
 
 def _read_attributes(
@@ -250,8 +259,11 @@ def _block_end(offset: int) -> int:
     return -(-offset // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def _regain(data: memoryview, at: int, indexed: Indexed) -> tuple[int | None, TarMember | None]:
-    """Behind a lost header: the next header, or the next member of the index with what follows it."""
+def _resume(data: memoryview, at: int, indexed: NextIndexedMember) -> tuple[int | None, TarMember | None]:
+    """Return where to resume after a lost header: (offset of the next header, recovered member).
+
+    The member is None if a valid header comes before the next indexed member. (None, None) if there is neither.
+    """
     member = indexed(at)
     end = len(data) if member is None else min(member.offset, len(data))
     for candidate in range(at + BLOCK_BYTES, end - BLOCK_BYTES + 1, BLOCK_BYTES):
@@ -270,22 +282,22 @@ def _is_header(data: memoryview, at: int) -> bool:
     return True
 
 
-def _behind_end_mark(shard: str, at: int, stray: int, is_header_lost: bool) -> TarError:
+def _data_after_end_mark(shard: str, at: int, stray: int, is_header_lost: bool) -> TarError:
     if is_header_lost:
-        return TarError(f"{shard}: an end mark at byte {at} and members behind the end mark: damaged or joined", at)
-    message = f"{shard}: data behind the end mark at byte {stray}: the tar was damaged or joined"
+        return TarError(f"{shard}: an end mark at byte {at} and members after it: the tar was damaged or joined", at)
+    message = f"{shard}: data after the end mark at byte {stray}: the tar was damaged or joined"
     return TarError(message, stray, TarFault.TAIL)
 
 
-def _slack(data: memoryview, at: int, entry: Entry, shard: str) -> Iterator[TarError]:
-    name = entry.member.name if entry.member is not None else ""
+def _slack(data: memoryview, at: int, header: ParsedHeader, shard: str) -> Iterator[TarError]:
+    name = header.member.name if header.member is not None else ""
     stored = bytes(data[at + 148 : at + 156])
     if data[at + 257 : at + 262] == b"ustar" and _CHECKSUM_FORM.fullmatch(stored) is None:
         message = f"{shard}: the checksum of the header at byte {at} is written {stored!r}"
         yield TarError(message, at, TarFault.SLACK, name=name)
-    padding = bytes(data[entry.content_end : min(entry.following, len(data))])
+    padding = bytes(data[header.content_end : min(header.following, len(data))])
     if padding.count(0) != len(padding):
-        offset = entry.following - len(padding.lstrip(b"\0"))
+        offset = header.following - len(padding.lstrip(b"\0"))
         message = f"{shard}: byte {offset} between two members is not zero"
         yield TarError(message, offset, TarFault.SLACK, name=name)
 
@@ -301,7 +313,7 @@ class _Header(NamedTuple):
 
 
 def _header(block: bytes, shard: str, at: int) -> _Header:
-    """The few fields that matter; ``tarfile.TarInfo.frombuf`` parses all and takes five times as long."""
+    """Parse name, size and type. ``tarfile.TarInfo.frombuf`` parses all fields and takes five times as long."""
     try:
         stored = _number(block[148:156])
         size = _number(block[124:136])
@@ -317,12 +329,12 @@ def _header(block: bytes, shard: str, at: int) -> _Header:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or base 256 behind a mark (GNU, for files of 8 GiB and more)."""
+    """Parse octal digits, or base 256 after a marker bit (GNU, for files of 8 GiB and more)."""
     if field[0] & 0x80:
         return int.from_bytes(field, "big", signed=True) if field[0] == 0xFF else int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip()
     if not digits.isdigit() and digits:
-        raise ValueError(f"no number: {field!r}")
+        raise ValueError(f"expected an octal number, got {field!r}")
     return int(digits or b"0", 8)
 
 
@@ -331,8 +343,8 @@ def _until_zero(field: bytes) -> str:
 
 
 def _check_kind(header: _Header, name: str, shard: str, at: int, following: int) -> None:
-    if header.type in _REFUSED:
-        message = f"{shard}: {name!r} at byte {at} is {_REFUSED[header.type]}; shards hold plain files only"
+    if header.type in _REJECTED:
+        message = f"{shard}: {name!r} at byte {at} is {_REJECTED[header.type]}; shards hold plain files only"
         raise TarError(message, at, TarFault.LINK, following, name)
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
         message = f"{shard}: {name!r} at byte {at} has the unknown type {header.type!r}"
@@ -343,17 +355,17 @@ def _safe_name(name: str, shard: str, at: int, following: int) -> str:
     try:
         name.encode()
     except UnicodeEncodeError as error:
-        message = f"{shard}: the name at byte {at} is no UTF-8: {name!a}"
+        message = f"{shard}: the name at byte {at} is not valid UTF-8: {name!a}"
         raise TarError(message, at, TarFault.PATH, following) from error
     name = name.removeprefix("./")
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
-        message = f"{shard}: the name {name!r} at byte {at} leaves the shard"
+        message = f"{shard}: the name {name!r} at byte {at} points outside the shard"
         raise TarError(message, at, TarFault.PATH, following, name)
     return name
 
 
 def _pax_fields(payload: bytes, shard: str, at: int, following: int) -> dict[str, str]:
-    """Records ``length key=value newline``; only ``path`` and ``size`` matter here."""
+    """Parse the records ``length key=value newline`` of a pax header. Callers use ``path`` and ``size`` only."""
     fields: dict[str, str] = {}
     while payload:
         digits, _, _ = payload.partition(b" ")
@@ -371,7 +383,7 @@ def _pax_fields(payload: bytes, shard: str, at: int, following: int) -> dict[str
 
 def _first_nonzero(data: memoryview, at: int) -> int | None:
     for start in range(at, len(data), 1 << 20):
-        piece = bytes(data[start : start + (1 << 20)])
-        if piece.count(0) != len(piece):
-            return start + len(piece) - len(piece.lstrip(b"\0"))
+        chunk = bytes(data[start : start + (1 << 20)])
+        if chunk.count(0) != len(chunk):
+            return start + len(chunk) - len(chunk.lstrip(b"\0"))
     return None

@@ -1,10 +1,10 @@
-"""Writes webdataset tars that are equal byte for byte whenever their samples are.
+"""Write webdataset tars and their indexes; equal samples give byte-identical tars.
 
     write(key, members) ... --> PREFIX-00000.tar + .index, PREFIX-00001.tar + .index, ...
 
-A shard gets its name when it is whole, and its index after that: a tar that has an index is finished. The bytes of a
-sample do not depend on its place in the tar, so other processes may prepare them (``encode_sample``) and one process
-string them together (``add``), which costs it hardly more than copying.
+A shard is renamed to its final name when it is complete, and its index is written after that. A tar with an index is
+therefore finished. The bytes of a sample do not depend on its position in the tar. Several processes can encode samples
+(``encode_sample``), while one process appends them (``add``) at little more than the cost of a copy.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _END_BYTES = tarfile.RECORDSIZE
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as it will lie in a tar.
+    """The tar blocks of a sample and its index entry.
 
     Attributes:
         key: Its key.
-        data: Headers and content of its members, whole blocks.
-        members: What the index says of them; offsets count from the start of ``data``.
-        text_bytes: Bytes of text that it shows.
+        data: Headers and content of its members, padded to whole blocks.
+        members: Index entries of the members; offsets count from the start of ``data``.
+        text_bytes: As in ``IndexedSample``.
     """
 
     key: str
@@ -48,10 +48,10 @@ class EncodedSample:
 
 
 def encode_sample(key: str, members: Mapping[str, bytes]) -> EncodedSample:
-    """The tar blocks of a sample, members in the order of their extensions.
+    """Encode a sample as tar blocks, with its members sorted by extension.
 
     Raises:
-        ShardError: the key or an extension would not survive webdataset's naming rule, or there is no member.
+        ShardError: as ``check_sample``.
     """
     check_sample(key, members)
     blocks, described, at = list[bytes](), list[Member](), 0
@@ -68,26 +68,32 @@ def encode_sample(key: str, members: Mapping[str, bytes]) -> EncodedSample:
 
 
 def padded(num_bytes: int) -> int:
-    """Bytes that content takes in a tar: whole blocks."""
+    """Return the size of a content of ``num_bytes`` in a tar, which is rounded up to whole blocks."""
     return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def end_of_tar(num_bytes: int) -> bytes:
-    """What ends a tar of so many bytes: the end mark, then zeros to a whole record, as Python's tarfile does."""
+    """Return the end of a tar whose members take ``num_bytes``: the end mark, then zeros up to a whole record."""
     return bytes(2 * BLOCK_BYTES + -(num_bytes + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE)
 
 
 class ShardWriter:
-    """Cuts a stream of samples into shards.
+    """Writes samples into consecutive shards of bounded size.
+
+    Use it as a context manager: it finishes the last shard at the end. After an exception it deletes the unfinished
+    shard and keeps the finished ones.
 
     Args:
-        folder: Where shards go; made if missing.
+        folder: Output folder; created if missing.
         prefix: Shards are named ``PREFIX-00000.tar`` and so on.
-        max_bytes: A shard is closed before a sample would make it larger; a single larger sample gets its own.
-        max_samples: The same for the number of samples.
-        first_shard: Number of the first shard (a resumed ingest goes on behind the finished ones).
+        max_bytes: Largest size of a shard; a sample that would exceed it starts a new shard. A larger sample gets a
+            shard of its own. At least 1.
+        max_samples: Largest number of samples in a shard, at least 1.
+        first_shard: Number of the first shard. A resumed ingest continues after the finished shards.
 
-    Use it as a context manager: leaving it by an exception drops the unfinished shard, finished ones stay.
+    Raises:
+        DataConfigError: a limit is below 1, or the prefix is not a plain file name.
+        OSError: the folder cannot be created.
     """
 
     def __init__(
@@ -102,7 +108,7 @@ class ShardWriter:
         if max_bytes < 1 or max_samples < 1:
             raise DataConfigError(f"max_bytes={max_bytes} and max_samples={max_samples} must be at least 1")
         if not prefix or "/" in prefix or prefix.startswith("."):
-            raise DataConfigError(f"prefix {prefix!r}: must be a plain file name")
+            raise DataConfigError(f"prefix {prefix!r}: expected a plain file name, without a folder or a leading dot")
         self._folder, self._prefix = Path(folder), prefix
         self._max_bytes, self._max_samples = max_bytes, max_samples
         self._next_shard = first_shard
@@ -114,23 +120,22 @@ class ShardWriter:
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Adds a sample. Members are stored in the order of their extensions.
+        """Add a sample, with its members sorted by extension.
 
         Raises:
-            ShardError: the key or an extension would not survive webdataset's naming rule, the key is already in this
-                shard, or there is no member.
+            ShardError: as ``check_sample`` and ``add``.
             OSError: the disk is full.
         """
         self.add(encode_sample(key, members))
 
     def add(self, sample: EncodedSample) -> bool:
-        """Adds a sample that is encoded already.
+        """Append an encoded sample.
 
         Returns:
-            Whether a shard was finished before it.
+            Whether the open shard was finished first, because the sample did not fit.
 
         Raises:
-            ShardError: the key is already in this shard.
+            ShardError: the key is already in the open shard, or the prefix has no shard numbers left.
             OSError: the disk is full.
         """
         finishes = self._file is not None and self.is_full_for(sample)
@@ -138,7 +143,7 @@ class ShardWriter:
             self._finish()
         if sample.key in self._keys:
             raise ShardError(
-                f"{self._path()}: the key {sample.key!r} comes twice; when resharding, --keys origin makes them differ"
+                f"{self._path()}: the key {sample.key!r} occurs twice; when resharding, --keys origin makes keys unique"
             )
         file = self._file or self._start()
         members = [member._replace(offset=self._bytes + member.offset) for member in sample.members]
@@ -148,20 +153,20 @@ class ShardWriter:
         return finishes
 
     def is_full_for(self, sample: EncodedSample) -> bool:
-        """Whether the open shard, if any, would be finished before ``sample``."""
+        """Return whether ``add`` would finish the open shard before it adds ``sample``."""
         too_large = self._bytes + len(sample.data) + _END_BYTES > self._max_bytes
         return bool(self._samples) and (too_large or len(self._samples) >= self._max_samples)
 
     def close(self) -> list[Path]:
-        """Finishes the last shard; all finished shards."""
+        """Finish the last shard; return all finished shards."""
         if self._file is not None:
             self._finish()
         return self.shards
 
     def discard(self) -> None:
-        """Drops the unfinished shard."""
+        """Delete the unfinished shard, if there is one."""
         if self._file is not None:
-            # Closing may try to flush to the very disk that is full.
+            # Closing flushes, which fails if the disk is full.
             with contextlib.suppress(OSError):
                 self._file.close()
             with contextlib.suppress(OSError):
@@ -192,7 +197,7 @@ class ShardWriter:
 
     def _start(self) -> IO[bytes]:
         if self._next_shard >= _MAX_SHARDS:
-            raise ShardError(f"{self._path()}: more than {_MAX_SHARDS} shards; use larger ones")
+            raise ShardError(f"{self._path()}: more than {_MAX_SHARDS} shards; raise the size of a shard")
         self._file = open_partial(self._path())
         return self._file
 
@@ -214,29 +219,29 @@ class ShardWriter:
 
 
 def shard_name(prefix: str, number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"{prefix}-{number:05d}.tar"
 
 
 def check_sample(key: str, members: Mapping[str, bytes]) -> None:
-    """Checks names by webdataset's rule.
+    """Check that webdataset's naming rule would recover the key and the extensions of a sample.
 
     Raises:
-        ShardError: the key or an extension would not survive it, or there is no member.
+        ShardError: it would not, the key points outside the shard or is not valid UTF-8, or there is no member.
     """
     if not members:
         raise ShardError(f"sample {key!r} has no members")
     for ext in members:
         if _EXTENSION.fullmatch(ext) is None or split_name(f"{key}.{ext}") != (key, ext):
             raise ShardError(
-                f"sample {key!r}, extension {ext!r}: no dot in the key's last part; extension in lower case, without "
-                "spaces"
+                f"sample {key!r}, extension {ext!r}: expected no dot in the key's last part, and an extension in lower "
+                "case without spaces"
             )
     parts = key.split("/")
     if key.startswith("/") or "\\" in key or "\0" in key or ".." in parts or "." in parts or "" in parts:
-        raise ShardError(f"sample {key!r}: the key leaves the shard")
+        raise ShardError(f"sample {key!r}: the key points outside the shard")
     if not key.isascii():
         try:
             key.encode()
         except UnicodeEncodeError as error:
-            raise ShardError(f"sample {key!a}: the key is no UTF-8") from error
+            raise ShardError(f"sample {key!a}: the key is not valid UTF-8") from error

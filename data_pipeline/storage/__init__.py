@@ -1,7 +1,7 @@
-"""Where shards lie: local files, HTTP servers and object stores behind one small interface.
+"""Access to local files, HTTP servers and object stores through one interface.
 
     location.Location --> remote.RemoteStore (retries, conditional ranges) --> cache.Cache (bounded, on disk)
                                              --> objects.RemoteObject (pages) --> read_ahead.ReadAhead --> SampleReader
 
-Local shards of a manifest never pass through here: the reader opens them by itself.
+``SampleReader`` opens the local shards of a manifest directly, without this package.
 """

@@ -1,7 +1,7 @@
-"""An event loop in a thread: requests overlap, and closing ends them at once.
+"""An event loop in a background thread, in which remote requests overlap. Closing it cancels them.
 
-One per process. ``obstore`` keeps threads that a forked child does not have; a child would wait for them for ever, so a
-use on the other side of a fork is refused.
+``obstore`` uses threads that a forked child process lacks. If the parent had used ``obstore`` before the fork, a
+request in the child would hang forever, so every use in the child raises instead.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from data_pipeline.errors import StorageError
 R = TypeVar("R")
 
 _first_user: int | None = None
-"""Process that started ``obstore``'s threads; they are lost in its forked children."""
+"""Id of the process that started ``obstore``'s threads. Its forked children lack these threads."""
 
 
 def check_process() -> None:
-    """Refuses what would hang.
+    """Raise if a request in this process would hang.
 
     Raises:
-        StorageError: an ancestor of this process has used ``obstore`` before it forked.
+        StorageError: this process was forked from one that had used ``obstore``.
     """
     global _first_user
     if _first_user is None:
@@ -40,7 +40,7 @@ def check_process() -> None:
 
 
 class Background:
-    """Runs coroutines in a thread of its own, from the first one on."""
+    """Runs coroutines in its own thread, which starts with the first coroutine."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -49,14 +49,18 @@ class Background:
         self._closed = False
 
     def start(self, coroutine: Coroutine[Any, Any, R]) -> Future[R]:
-        """Starts a coroutine; its result comes later."""
+        """Start a coroutine; return a future of its result.
+
+        Raises:
+            StorageError: this object is closed, or the process was forked (``check_process``).
+        """
         return asyncio.run_coroutine_threadsafe(coroutine, self._running())
 
     def run(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        """The result of a coroutine.
+        """Run a coroutine and return its result. Blocks; must not be called in the background thread.
 
         Raises:
-            StorageError: closed while it ran.
+            StorageError: as ``start``, or this object was closed meanwhile.
         """
         future = self.start(coroutine)
         try:
@@ -64,11 +68,11 @@ class Background:
         except CancelledError as error:
             raise StorageError("the storage was closed during a read") from error
         except BaseException:
-            future.cancel()  # An interrupt of the caller; the request is not needed any more.
+            future.cancel()  # The caller was interrupted, or the coroutine failed.
             raise
 
     def call(self, function: Any, *arguments: Any) -> None:
-        """Calls a function in the thread, soon."""
+        """Schedule a function call in the background thread; return immediately."""
         self._running().call_soon_threadsafe(function, *arguments)
 
     def _running(self) -> asyncio.AbstractEventLoop:
@@ -80,12 +84,12 @@ class Background:
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=self._loop.run_forever, name="storage", daemon=True)
                 self._thread.start()
-                # The interpreter must not end while the thread is in a call of obstore.
+                # Join the thread before the interpreter exits, because it may be inside a call of obstore.
                 atexit.register(_close, weakref.ref(self))
             return self._loop
 
     def close(self) -> None:
-        """Cancels what runs and ends the thread. Idempotent."""
+        """Cancel all coroutines and end the thread. Idempotent."""
         with self._lock:
             loop, thread, self._closed = self._loop, self._thread, True
             self._loop = None

@@ -1,12 +1,14 @@
-"""A folder of bounded size that holds pieces of remote objects, shared by all processes of a machine.
+"""A disk cache of bounded size for parts of remote objects, shared by all processes of a machine.
 
-    FOLDER/v1/tmp/...          entries that are being written; locked by their writer, so leftovers are told from work
-    FOLDER/v1/ab/cdef...       entry: content, then 16 bytes: magic, crc32, size
-    FOLDER/v1/lock, usage      guards the count of bytes; the count
+    FOLDER/v1/tmp/...          entries being written; each is locked by its writer, so that leftovers are recognised
+    FOLDER/v1/ab/cdef...       entries: content, then a trailer of 16 bytes: magic, CRC-32, size
+    FOLDER/v1/usage, lock      the byte count; the lock for storing and removing entries
+    FOLDER/v1/claim-ab         locked by the task that fetches an entry of ab/
 
-A name is a hash of (URL, version of the object, place inside it), so an entry is never out of date. An entry appears by
-rename, and is checked whenever it is read: a damaged one is dropped and counts as absent. Nothing is synced: after a
-power cut the checksum decides. Any process may die at any moment; the lock goes with it.
+The file name is a hash of a key that contains the object's URL and version, so an entry cannot become stale. An entry
+is published by a rename and verified at each read. A damaged entry is deleted and treated as absent. Entries are not
+synced to disk: the checksum detects one that a power failure damaged. Any process may die at any time, because the
+system then releases its locks.
 """
 
 from __future__ import annotations
@@ -29,16 +31,24 @@ from data_pipeline.errors import StorageError
 from data_pipeline.io.untrusted import open_regular, read_bytes, regular_descriptor
 from data_pipeline.storage.config import CacheConfig
 
-_LAYOUT = "v1"  # Another layout gets another folder; old ones may be deleted by hand.
+_LAYOUT = "v1"  # A new layout uses a new folder; users may delete old ones.
 _TRAILER = struct.Struct("<4sIQ")
 _MAGIC = b"mmsc"
-_KEEP_SHARE = 0.9  # Freeing a tenth at once: the folder is listed once per tenth that is written.
+# Evict down to this share, so that the folder is listed only once for each tenth of its size written.
+_KEEP_SHARE = 0.9
 _CHUNK_BYTES = 1 << 20
 _USAGE_DIGITS = 20
 
 
-class Entry:
-    """An entry that is being written."""
+class EntryWriter:
+    """Writes one cache entry, piece by piece.
+
+    Attributes:
+        size: Content bytes so far.
+        descriptor: The temporary file; None if the cache cannot be written.
+        error: The first failed write.
+        is_stored: Whether the complete entry is in the cache; set after the ``with`` block of ``Cache.entry``.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.size = 0
@@ -48,15 +58,15 @@ class Entry:
         self._max_bytes = max_bytes
         self._crc32 = 0
 
-    def write(self, piece: bytes) -> None:
-        """Adds to the content. A disk that fails is noted, not raised: whoever has the bytes needs no cache."""
-        self.size += len(piece)
-        self._crc32 = crc32(piece, self._crc32)
+    def write(self, chunk: bytes) -> None:
+        """Append to the content. A disk error sets ``error`` and does not raise, because the caller can continue."""
+        self.size += len(chunk)
+        self._crc32 = crc32(chunk, self._crc32)
         if self.descriptor is not None and self.error is None and self.size <= self._max_bytes:
-            self._write(piece)
+            self._write(chunk)
 
     def seal(self) -> bool:
-        """Writes the trailer; False if the entry is larger than the cache."""
+        """Write the trailer; return False if the entry is larger than the cache. Raises ``error`` if it is set."""
         if self.size > self._max_bytes:
             return False
         self._write(_TRAILER.pack(_MAGIC, self._crc32, self.size))
@@ -64,9 +74,9 @@ class Entry:
             raise self.error
         return True
 
-    def _write(self, piece: bytes) -> None:
-        assert self.descriptor is not None, "written only between opening and closing"
-        view = memoryview(piece)
+    def _write(self, chunk: bytes) -> None:
+        assert self.descriptor is not None, "only called while the temporary file is open"
+        view = memoryview(chunk)
         try:
             while view:
                 view = view[os.write(self.descriptor, view) :]
@@ -75,51 +85,54 @@ class Entry:
 
 
 class Cache:
-    """Entries by key. Any number of processes and threads may use one folder.
+    """Cache entries by key. Any number of processes and threads may share one folder.
 
     Args:
-        config: Folder and size.
+        config: Folder and size limit.
+
+    Raises:
+        StorageError: the folder cannot be created or locked.
     """
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
-        self.folder = config.place / _LAYOUT
+        self.folder = config.resolved_folder / _LAYOUT
         self._tmp = self.folder / "tmp"
         self._can_write = True
         try:
-            # A data set may be private; so is what is kept of it.
+            # The data set may be private, so only this user may read the folder.
             self._tmp.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._locked():
                 self._drop_leftovers()
         except OSError as error:
             raise StorageError(
-                f"{self.folder}: cannot be used as a cache: {_cause(error)}; name a folder on a local disk "
-                "by data.cache.folder or MMSCALE_CACHE"
+                f"{self.folder}: cannot be used as a cache: {_cause(error)}; set data.cache.folder or "
+                "MMSCALE_CACHE to a folder on a local disk"
             ) from error
 
     def path(self, key: str) -> Path:
-        """Where the entry of a key lies if it is there. Its content starts at byte 0."""
+        """Return the path that the entry of a key has if it exists. Its content starts at byte 0."""
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         return self.folder / name[:2] / name[2:]
 
     def get(self, key: str) -> bytes | None:
-        """The content; None if it is absent or damaged. Renews its place in the order of last use."""
+        """Return the content of an entry, and mark it as just used; None if it is absent or damaged."""
         path = self.path(key)
         try:
             with open_regular(path) as file:
                 content = file.read(max(0, os.fstat(file.fileno()).st_size - _TRAILER.size))
-                sound = _fits(file.read(), crc32(content), len(content))
+                is_valid = _matches(file.read(), crc32(content), len(content))
                 os.utime(file.fileno())
         except OSError:
             return None
-        if not sound:
+        if not is_valid:
             self.drop(key)
-        return content if sound else None
+        return content if is_valid else None
 
     def check(self, key: str) -> Path | None:
-        """The file of a whole and sound entry, to be mapped; None if there is none. Reads it once, in small steps.
+        """Return the path of a valid entry, for mapping; None if there is none. Reads the whole entry to verify it.
 
-        A file that is evicted while it is mapped stays readable.
+        Another process may evict the file before the caller opens it. A file evicted after that stays readable.
         """
         path, checksum, size = self.path(key), 0, 0
         try:
@@ -127,27 +140,27 @@ class Cache:
                 total = os.fstat(file.fileno()).st_size - _TRAILER.size
                 while size < total and (chunk := file.read(min(_CHUNK_BYTES, total - size))):
                     checksum, size = crc32(chunk, checksum), size + len(chunk)
-                sound = _fits(file.read(), checksum, size)
+                is_valid = _matches(file.read(), checksum, size)
                 os.utime(file.fileno())
         except OSError:
             return None
-        if not sound:
+        if not is_valid:
             self.drop(key)
-        return path if sound else None
+        return path if is_valid else None
 
     def put(self, key: str, content: bytes) -> bool:
-        """Stores an entry, whole or not at all. False if it is larger than the cache, or the disk refuses."""
+        """Store an entry atomically; return False if it is larger than the cache or cannot be written."""
         with self.entry(key) as entry:
             entry.write(content)
         return entry.is_stored
 
     @contextlib.contextmanager
-    def entry(self, key: str) -> Iterator[Entry]:
-        """An entry in pieces: stored at the end of the block, unless an exception leaves it.
+    def entry(self, key: str) -> Iterator[EntryWriter]:
+        """Write an entry piece by piece. The end of the block stores it, unless the block raises.
 
-        A disk that refuses is said once; then this process goes on without writing.
+        If the disk cannot be written, this process warns once and then stops writing to the cache.
         """
-        entry = Entry(self.config.max_bytes)
+        entry = EntryWriter(self.config.max_bytes)
         with contextlib.ExitStack() as stack:
             name = ""
             if self._can_write:
@@ -170,23 +183,23 @@ class Cache:
     def _stop_writing(self, error: OSError) -> None:
         self._can_write = False
         warnings.warn(
-            f"the cache {self.folder} cannot be written ({_cause(error)}); this process goes on without it",
+            f"the cache {self.folder} cannot be written ({_cause(error)}); this process continues without it",
             stacklevel=4,
         )
 
     def drop(self, key: str) -> None:
-        """Removes an entry; nothing happens if it is absent."""
+        """Remove an entry, if it exists."""
         path = self.path(key)
         with contextlib.suppress(OSError), self._locked():
             size = path.stat().st_size
             path.unlink()
             self._set_usage(max(0, self.usage() - size))
 
-    def try_single(self, key: str) -> BinaryIO | None:
-        """A claim to fetch an entry, held until it is closed; None while another process or task has it.
+    def try_claim(self, key: str) -> BinaryIO | None:
+        """Claim the right to fetch an entry until the returned file is closed; None while another task holds the claim.
 
-        Other entries share it, so hold none while waiting for one. A claim only saves a second fetch: if its file
-        cannot be used, every caller gets a claim.
+        Several keys share a claim, so do not hold one while waiting for another. A claim only avoids duplicate fetches:
+        if its lock file cannot be used, every caller gets a claim.
         """
         try:
             file = self._open(f"claim-{self.path(key).parent.name}")
@@ -200,7 +213,7 @@ class Cache:
         return file
 
     def usage(self) -> int:
-        """Bytes of all entries, as counted; what a crash left over is found when the folder is next full."""
+        """Return the recorded size of all entries in bytes. A crash can make it too high until the next eviction."""
         try:
             return int(read_bytes(self.folder / "usage", most_bytes=_USAGE_DIGITS))
         except (OSError, ValueError):
@@ -208,34 +221,37 @@ class Cache:
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[tuple[int, str]]:
-        with self._locked():  # Or it would be taken for a leftover before it is locked.
+        with self._locked():  # Otherwise ``_drop_leftovers`` could delete the file before it is locked.
             descriptor, name = tempfile.mkstemp(dir=self._tmp)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
             yield descriptor, name
         finally:
             with contextlib.suppress(OSError):
-                os.unlink(name)  # Gone already if it was published.
-            with contextlib.suppress(OSError):  # A file server may refuse here; then the checksum does not fit.
+                os.unlink(name)  # It no longer exists if it was published.
+            with contextlib.suppress(OSError):  # A network file system may fail here; the checksum detects it.
                 os.close(descriptor)
 
     def _publish(self, name: str, path: Path, size: int) -> None:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with self._locked():
             usage = self.usage() + size
-            with contextlib.suppress(FileNotFoundError):  # Another process may have stored the same meanwhile.
+            with contextlib.suppress(FileNotFoundError):  # Another process may have stored the same entry.
                 known = path.stat().st_size
                 path.unlink()
                 usage = max(size, usage - known)
-            # Counted before it is there: a crash between the two makes the count too high, and the next full
-            # folder is counted anew.
+            # Update the count before the rename. A crash in between leaves it too high, and the next eviction
+            # recounts the folder.
             self._set_usage(usage)
             if usage > self.config.max_bytes:
                 self._evict(size)
             os.replace(name, path)
 
     def _evict(self, incoming: int) -> None:
-        """Removes what was used longest ago, until the folder has room. Called with the lock."""
+        """Remove the least recently used entries until all, with ``incoming`` bytes, take ``_KEEP_SHARE`` of the limit.
+
+        Also recounts the bytes of all entries. The caller holds the lock.
+        """
         self._drop_leftovers()
         entries = sorted(self._entries())
         usage = sum(size for _, size, _ in entries) + incoming
@@ -248,7 +264,7 @@ class Cache:
         self._set_usage(usage)
 
     def _entries(self) -> Iterator[tuple[int, int, Path]]:
-        """(time of last use, bytes, path) of each entry."""
+        """Yield (time of last use in ns, bytes, path) of each entry."""
         for group in os.scandir(self.folder):
             if len(group.name) == 2 and group.is_dir():
                 for entry in os.scandir(group.path):
@@ -257,7 +273,7 @@ class Cache:
                         yield stat.st_mtime_ns, stat.st_size, Path(entry.path)
 
     def _drop_leftovers(self) -> None:
-        """Removes temporary files whose writers are dead: nobody holds their lock. Called with the lock."""
+        """Remove unlocked temporary files, whose writers are dead. The caller holds the folder's lock."""
         for entry in os.scandir(self._tmp):
             with contextlib.suppress(OSError), open_regular(Path(entry.path)) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -270,11 +286,11 @@ class Cache:
             yield
 
     def _open(self, name: str) -> BinaryIO:
-        """A file of the folder that is made if absent and written in place."""
+        """Open a file of the folder for writing in place; create it if it is absent."""
         return os.fdopen(regular_descriptor(self.folder / name, os.O_WRONLY | os.O_CREAT), "wb", buffering=0)
 
     def _set_usage(self, usage: int) -> None:
-        # Too short to be torn by a kill: one write of a few bytes, always 20 of them.
+        # Always one write of 20 bytes, which a kill cannot split.
         with self._open("usage") as file:
             file.write(b"%0*d" % (_USAGE_DIGITS, usage))
 
@@ -283,5 +299,5 @@ def _cause(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
 
 
-def _fits(trailer: bytes, crc32: int, size: int) -> bool:
+def _matches(trailer: bytes, crc32: int, size: int) -> bool:
     return trailer == _TRAILER.pack(_MAGIC, crc32, size)

@@ -1,4 +1,4 @@
-"""Configuration of remote data: ``data.storage`` and ``data.cache``. Credentials never stand here."""
+"""Configuration of remote data: ``data.storage`` and ``data.cache``. It contains no credentials."""
 
 from __future__ import annotations
 
@@ -14,57 +14,59 @@ CACHE_VARIABLE = "MMSCALE_CACHE"
 
 
 class StorageConfig(StrictConfig):
-    """How remote objects are read. Nothing here changes what a step contains.
+    """How remote objects are read. No key changes the content of a batch.
 
-    Credentials come from the environment or the machine: ``AWS_ACCESS_KEY_ID`` and so on, web identity, instance roles.
+    Credentials come from environment variables (``AWS_ACCESS_KEY_ID`` and others), web identity or instance roles.
     """
 
     endpoint: str | None = Field(default=None, pattern=r"^https?://[^/@]+(/.*)?$")
-    """URL of an S3-compatible server; None asks ``AWS_ENDPOINT_URL``, then Amazon itself."""
+    """URL of an S3-compatible server. null uses ``AWS_ENDPOINT_URL``, else Amazon S3."""
     region: str | None = None
-    """Region of the buckets; None asks ``AWS_REGION``."""
+    """Region of the S3 buckets. null uses ``AWS_REGION``."""
     allow_http: bool = False
-    """Talk to an S3 endpoint without encryption, where its URL starts with http; so does ``AWS_ALLOW_HTTP=true``."""
+    """Allow an unencrypted S3 endpoint, whose URL starts with http. ``AWS_ALLOW_HTTP=true`` allows it too."""
     timeout_seconds: float = Field(default=30.0, gt=0, le=1e9)
-    """A request that is not answered in full within this time is given up and tried again."""
+    """Time limit of one request in seconds, above 0. A request that exceeds it is cancelled and retried."""
     retry_seconds: float = Field(default=300.0, ge=0, le=1e9)
-    """One read is tried again for this long: refused, broken and slow answers, 429 and 5xx."""
+    """Total time for the retries of one request in seconds; 0 disables retries. Connection errors, timeouts, incomplete
+    responses and the statuses 408, 425, 429 and 5xx are retried."""
     max_concurrency: int = Field(default=16, ge=1, le=1024)
-    """Requests of one process at the same time."""
+    """Largest number of simultaneous requests of one process, 1 to 1024."""
     gap_bytes: int = Field(default=256 * 2**10, ge=0)
-    """Ranges this close are read as one."""
+    """Byte ranges that are at most this many bytes apart are read in one request."""
     request_bytes: int = Field(default=8 * 2**20, ge=4096)
-    """Bytes of one request at most; longer ranges are read in pieces, at the same time."""
+    """Largest size of one request in bytes, at least 4096. Longer ranges are split into parallel requests.
+    Sequential reads of whole tars use requests of 8 MiB instead."""
     read_ahead_bytes: int = Field(default=256 * 2**20, ge=0)
-    """Memory of one process for what its lanes need next; 0 reads each sample when it is its turn."""
+    """Memory of one process for prefetched samples of its lanes, in bytes. 0 disables prefetching."""
 
 
 class Keep(str, Enum):
-    """What the cache keeps."""
+    """Kinds of objects that the cache stores."""
 
     ALL = "all"
-    """Pages of shards as well as indexes and manifests."""
+    """Indexes, manifests and pages of shards."""
     INDEXES = "indexes"
-    """Indexes and manifests only: for one pass over more data than the disk holds."""
+    """Indexes and manifests only, for one pass over more data than fits on the disk."""
 
 
 def default_folder() -> Path:
-    """``$MMSCALE_CACHE``, else ``~/.cache/mmscale``."""
+    """Return ``$MMSCALE_CACHE``, else ``~/.cache/mmscale``."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen) if chosen else Path.home() / ".cache" / "mmscale"
 
 
 class CacheConfig(StrictConfig):
-    """The disk cache of remote data, shared by all processes of a machine."""
+    """Disk cache of remote data, shared by all processes of a machine."""
 
     folder: Path | None = None
-    """On a local disk; None takes ``$MMSCALE_CACHE``, else ``~/.cache/mmscale``."""
+    """Cache folder, on a local disk. null uses ``$MMSCALE_CACHE``, else ``~/.cache/mmscale``."""
     max_bytes: int = Field(default=16 * 2**30, ge=1)
-    """Size of the folder; what was used longest ago goes first."""
+    """Size limit of the folder in bytes, at least 1. The least recently used entries are removed first."""
     keep: Keep = Keep.ALL
-    """``all`` or ``indexes``."""
+    """``all`` caches pages of shards too; ``indexes`` caches indexes and manifests only."""
 
     @property
-    def place(self) -> Path:
-        """The folder, resolved."""
+    def resolved_folder(self) -> Path:
+        """``folder``, or its default."""
         return self.folder if self.folder is not None else default_folder()

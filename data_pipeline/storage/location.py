@@ -1,4 +1,4 @@
-"""Places of data: a path of this machine or a URL."""
+"""Parse the location of data: a local path or a URL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
 class Url(str):
-    """A place on a server: ``scheme://host-or-bucket/path``. Unlike ``Path`` it keeps its two slashes."""
+    """The URL of an object or folder: ``scheme://host-or-bucket/path``. ``Path`` would merge the two slashes."""
 
     @property
     def scheme(self) -> str:
@@ -27,17 +27,17 @@ class Url(str):
 
     @property
     def root(self) -> str:
-        """Scheme and host or bucket: what one store serves."""
+        """Scheme and host or bucket. One store serves all URLs of a root."""
         return "/".join(self.split("/", 3)[:3])
 
     @property
     def path(self) -> str:
-        """What follows the host or bucket, without a slash in front."""
+        """The part after the host or bucket, without the leading slash."""
         return "".join(self.split("/", 3)[3:])
 
     @property
     def key(self) -> str:
-        """The name of the object on its server; web addresses spell some letters as %XX, buckets do not."""
+        """Name of the object on the server. HTTP URLs are percent-decoded; bucket URLs are used as they are."""
         return unquote(self.path) if self.scheme in _WEB else self.path
 
     @property
@@ -47,17 +47,17 @@ class Url(str):
 
     @property
     def suffix(self) -> str:
-        """``.tar`` of ``.../x.tar``; empty without a dot."""
+        """The extension, as ``.tar`` for ``.../x.tar``; empty if the name has none."""
         stem, dot, end = self.name.rpartition(".")
         return dot + end if stem else ""
 
     @property
     def parent(self) -> Url:
-        """The folder."""
+        """The folder that contains this object."""
         return Url(self.rpartition("/")[0])
 
     def child(self, relative: str) -> Url:
-        """A place below this folder."""
+        """Return the URL of ``relative`` below this folder."""
         return Url(f"{self}/{quote(relative) if self.scheme in _WEB else relative}")
 
     @classmethod
@@ -66,10 +66,13 @@ class Url(str):
 
 
 def parse_location(value: Any) -> Path | Url:
-    """A path, or a URL of a known scheme; also one that went through ``Path``, which makes one slash of two.
+    """Return ``value`` as a ``Path`` or a ``Url``. ``file://`` URLs become paths.
+
+    A URL that was converted to a ``Path``, which merges its slashes, is recognised too.
 
     Raises:
-        DataConfigError: the scheme is unknown, the URL names no object, or it carries a query or a password.
+        DataConfigError: ``value`` has another type, the scheme is unknown, the URL has no host or path, or it contains
+            a user name, a password, a query, a fragment, ``..`` or an empty part.
     """
     if isinstance(value, Url):
         return value
@@ -95,26 +98,26 @@ def parse_location(value: Any) -> Path | Url:
         )
     if "@" in host:
         raise DataConfigError(
-            f"{scheme}://{host.rpartition('@')[2]}/...: no name or password in a URL; see docs/sources.md"
+            f"{scheme}://{host.rpartition('@')[2]}/...: a URL must contain no name or password; see docs/data.md"
         )
     if "?" in url or "#" in url or ".." in url.path.split("/") or "//" in url.path:
-        raise DataConfigError(f"{value}: a plain path is expected, without ?, #, '..' or an empty part")
+        raise DataConfigError(f"{value}: expected a plain path, without ?, #, '..' or an empty part")
     return url
 
 
 def local_path(value: Any, use: str) -> Path:
-    """A path of this machine.
+    """Return ``value`` as a local path.
 
     Args:
         value: As for ``parse_location``.
-        use: What happens there, for the message: ``ingest reads``.
+        use: The operation, for the message: ``ingest reads``.
 
     Raises:
-        DataConfigError: it is a URL.
+        DataConfigError: it is a URL, or as ``parse_location``.
     """
     location = parse_location(value)
     if isinstance(location, Url):
-        raise DataConfigError(f"{location}: {use} files of this machine only; see docs/sources.md for what takes URLs")
+        raise DataConfigError(f"{location}: {use} local files only; docs/data.md lists the commands that take URLs")
     return location
 
 
@@ -126,4 +129,4 @@ def _validate(value: Any) -> Path | Url:
 
 
 Location = Annotated[Path | Url, PlainValidator(_validate), PlainSerializer(str, when_used="json")]
-"""A configured place: a path, or a URL of ``SCHEMES``."""
+"""A location in a configuration: a path, or a URL with one of ``SCHEMES``."""

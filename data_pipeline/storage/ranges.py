@@ -1,4 +1,4 @@
-"""Byte ranges: neighbours become one request, long ones several."""
+"""Merge nearby byte ranges into one request, and split long ones into several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Range(NamedTuple):
-    """Bytes ``start`` to ``end``, ``end`` left out."""
+    """The bytes from ``start`` up to, but not including, ``end``."""
 
     start: int
     end: int
@@ -19,10 +19,10 @@ class Range(NamedTuple):
 
 
 def coalesce(ranges: Sequence[Range], gap_bytes: int, max_bytes: int) -> list[Range]:
-    """Few ranges that cover all ``ranges``, in rising order.
+    """Return sorted disjoint ranges that cover all ``ranges``; empty ranges are dropped.
 
-    Neighbours that are at most ``gap_bytes`` apart are joined while the whole has at most ``max_bytes``. A longer
-    one stays whole (``pieces`` cuts it). Empty ranges are covered by nothing.
+    Ranges at most ``gap_bytes`` apart are merged if the result has at most ``max_bytes``. Overlapping ranges are always
+    merged. A range that is longer than ``max_bytes`` is kept whole; ``split`` divides it.
     """
     joined: list[Range] = []
     for start, end in sorted(ranges):
@@ -39,15 +39,15 @@ def coalesce(ranges: Sequence[Range], gap_bytes: int, max_bytes: int) -> list[Ra
     return joined
 
 
-def pieces(whole: Range, max_bytes: int) -> list[Range]:
-    """``whole`` cut into parts of equal size, one byte more or less, of at most ``max_bytes``."""
+def split(whole: Range, max_bytes: int) -> list[Range]:
+    """Split a range into as few parts as ``max_bytes`` allows, of equal size up to one byte; an empty one into none."""
     count = -(-whole.size // max_bytes)
     cuts = [whole.start + whole.size * i // count for i in range(count + 1)]
     return [Range(a, b) for a, b in pairwise(cuts)]
 
 
-def cut(blocks: Sequence[tuple[Range, bytes]], wanted: Range) -> bytes:
-    """The bytes of ``wanted`` out of the one of ``blocks`` that covers it; empty for an empty range."""
+def extract(blocks: Sequence[tuple[Range, bytes]], wanted: Range) -> bytes:
+    """Return the bytes of ``wanted`` from the block that covers it, which must exist unless ``wanted`` is empty."""
     if wanted.start == wanted.end:
         return b""
     for (start, end), data in blocks:

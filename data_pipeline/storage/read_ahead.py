@@ -1,8 +1,8 @@
-"""Fetching what is needed next, in the background, within a budget of memory.
+"""Prefetch byte ranges in the background, within a memory budget.
 
-Each owner (a lane) names the stretches that it needs now and next. A stretch is fetched by as few requests as its size
-takes, whatever the number of samples in it, and stays in memory until its owner names others. A stretch that finds no
-room waits; a reader that needs it meanwhile reads for itself.
+Each owner, such as a lane, lists the ranges that it needs now and next. A range is fetched with as few requests as its
+size allows, and stays in memory until its owner drops it from the list. If the budget has no room for a range, the
+range waits. A reader that needs it meanwhile must fetch the bytes itself.
 """
 
 from __future__ import annotations
@@ -19,118 +19,124 @@ from data_pipeline.storage.ranges import Range
 Locate = Callable[[], Awaitable[tuple[RemoteObject, Range]]]
 
 
-class Stretch:
-    """Neighbouring bytes of one object, on their way or in memory.
+class PrefetchedRange:
+    """A byte range of one object that is being fetched, waits for room, or is in memory.
 
     Args:
-        key: What it is; equal keys of one owner are fetched once.
-        locate: Tells the object and its bytes, when it is time to ask.
+        key: Identifies the range. Ranges of one owner with equal keys are fetched once.
+        locate: Coroutine function that returns the object and the byte range, called when the fetch starts.
     """
 
     def __init__(self, key: Hashable, locate: Locate) -> None:
         self.key = key
         self.locate = locate
-        self.span: Range | None = None
+        self.byte_range: Range | None = None
         self.data: bytes | None = None
         self.reserved = 0
-        """Bytes of the budget that it holds."""
+        """Bytes of the budget that this range occupies."""
         self.settled = threading.Event()
-        """Set when it is in memory, failed, dropped, or waits for room: a reader need not wait any longer."""
+        """Set when ``get`` must not block any more: the fetch ended or failed, or the range was dropped or waits."""
         self.error: BaseException | None = None
         self.task: Future[None] | None = None
 
     def get(self, first: int, end: int) -> bytes | None:
-        """Bytes of the object; waits while they are on their way, None if the reader must see to it itself.
+        """Return the bytes [first, end) of the object; None if the caller must fetch them itself.
+
+        Blocks while the range is being fetched.
 
         Raises:
-            StorageError, ManifestError: fetching failed.
+            StorageError, ManifestError: the fetch failed.
         """
         self.settled.wait()
         if self.error is not None:
             raise self.error
-        data, span = self.data, self.span
-        if data is None or span is None or first < span.start or end > span.end:
+        data, fetched = self.data, self.byte_range
+        if data is None or fetched is None or first < fetched.start or end > fetched.end:
             return None
-        return data[first - span.start : end - span.start]
+        return data[first - fetched.start : end - fetched.start]
 
 
 class ReadAhead:
-    """Stretches of all readers of a process.
+    """Prefetched ranges of all readers of a process.
 
     Args:
-        background: Where fetches run.
-        budget_bytes: Memory for stretches, all owners together; a single larger stretch is fetched alone.
+        background: Runs the fetches.
+        budget_bytes: Memory for the ranges of all owners. 0 disables prefetching. A range that is larger than the
+            budget is fetched when no other is in memory.
     """
 
     def __init__(self, background: Background, budget_bytes: int) -> None:
         self._background = background
         self._budget = budget_bytes
         self._used = 0
-        self._wanted: dict[Hashable, dict[Hashable, Stretch]] = {}
-        self._turn: asyncio.Lock = asyncio.Lock()
-        self._in_line = 0
-        """Fetches that have the turn or wait for it. The lock alone does not tell: while it is handed on it is free."""
-        self._room: asyncio.Event = asyncio.Event()
+        self._wanted: dict[Hashable, dict[Hashable, PrefetchedRange]] = {}
+        self._reserving: asyncio.Lock = asyncio.Lock()
+        self._num_reserving = 0
+        """Fetches that hold the lock or wait for it. ``Lock.locked`` is briefly False between two of them."""
+        self._freed: asyncio.Event = asyncio.Event()
 
-    def expect(self, owner: Hashable, stretches: Sequence[Stretch]) -> list[Stretch]:
-        """Names all that ``owner`` needs, in order; what it does not name any more is let go.
+    def prefetch(self, owner: Hashable, ranges: Sequence[PrefetchedRange]) -> list[PrefetchedRange]:
+        """Replace the list of ranges that ``owner`` needs, and start fetching the new ones in order.
+
+        Ranges of the owner's earlier list that are missing from ``ranges`` are cancelled or freed.
 
         Returns:
-            For each the one that will answer: that of before where the key is the same.
+            The range to call ``get`` on for each of ``ranges``: the earlier object where the key is equal.
         """
         before = self._wanted.get(owner, {})
-        now = {stretch.key: before.get(stretch.key, stretch) for stretch in stretches}
-        for key, stretch in before.items():
+        now = {one.key: before.get(one.key, one) for one in ranges}
+        for key, one in before.items():
             if key not in now:
-                self._let_go(stretch)
+                self._drop(one)
         self._wanted[owner] = now
-        for stretch in now.values():
+        for one in now.values():
             if not self._budget:
-                stretch.settled.set()  # Nobody fetches it: a reader must not wait.
-            elif stretch.task is None:
-                stretch.task = self._background.start(self._fetch(stretch))
-        return [now[stretch.key] for stretch in stretches]
+                one.settled.set()  # It is never fetched, so ``get`` must not block.
+            elif one.task is None:
+                one.task = self._background.start(self._fetch(one))
+        return [now[one.key] for one in ranges]
 
-    def _let_go(self, stretch: Stretch) -> None:
-        stretch.settled.set()
-        if stretch.task is not None:
-            stretch.task.cancel()
-            self._background.call(self._free, stretch)
+    def _drop(self, dropped: PrefetchedRange) -> None:
+        dropped.settled.set()
+        if dropped.task is not None:
+            dropped.task.cancel()
+            self._background.call(self._free, dropped)
 
-    async def _fetch(self, stretch: Stretch) -> None:
+    async def _fetch(self, target: PrefetchedRange) -> None:
         try:
-            remote, span = await stretch.locate()
-            await self._reserve(stretch, span.size)
-            stretch.span = span
-            (stretch.data,) = await remote.read([span])
+            remote, byte_range = await target.locate()
+            await self._reserve(target, byte_range.size)
+            target.byte_range = byte_range
+            (target.data,) = await remote.read([byte_range])
         except asyncio.CancelledError:
-            self._free(stretch)
+            self._free(target)
             raise
-        except Exception as error:  # Whoever needs these bytes gets it.
-            self._free(stretch)
-            stretch.error = error
+        except Exception as error:  # ``get`` raises it.
+            self._free(target)
+            target.error = error
         finally:
-            stretch.settled.set()
+            target.settled.set()
 
-    async def _reserve(self, stretch: Stretch, size: int) -> None:
-        if self._in_line or not self._fits(size):
-            stretch.settled.set()
-        self._in_line += 1
+    async def _reserve(self, target: PrefetchedRange, size: int) -> None:
+        """Wait until the budget has room for ``size`` bytes. Fetches get room in the order of their calls."""
+        if self._num_reserving or not self._fits(size):
+            target.settled.set()
+        self._num_reserving += 1
         try:
-            async with self._turn:  # First come, first served.
+            async with self._reserving:  # asyncio.Lock is fair.
                 while not self._fits(size):
-                    self._room.clear()
-                    await self._room.wait()
+                    self._freed.clear()
+                    await self._freed.wait()
                 self._used += size
-                stretch.reserved = size
+                target.reserved = size
         finally:
-            self._in_line -= 1
+            self._num_reserving -= 1
 
     def _fits(self, size: int) -> bool:
         return self._used == 0 or self._used + size <= self._budget
 
-    def _free(self, stretch: Stretch) -> None:
-        """Called in the thread of the loop."""
-        self._used -= stretch.reserved
-        stretch.reserved, stretch.data = 0, None
-        self._room.set()
+    def _free(self, target: PrefetchedRange) -> None:
+        """Release the memory of a range. Runs in the background thread. Idempotent."""
+        self._used -= target.reserved
+        target.reserved, target.data = 0, None
+        self._freed.set()

@@ -1,6 +1,6 @@
-"""Trying again: exponential back-off with full jitter, within a bounded time.
+"""Retry with exponential backoff and full jitter, within a bounded time.
 
-The jitter comes from the system's generator, so it touches no seed: data do not depend on how often a read failed.
+The jitter comes from the system's random generator, so retries do not change the seeded order of the data.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ Sleep = Callable[[float], Awaitable[None]]
 
 _FIRST_SECONDS = 0.1
 _LONGEST_SECONDS = 20.0
-_LOUD_AFTER = 3  # One reset is everyday weather; from here on a person may want to know.
+_WARN_AFTER = 3  # One or two failures are normal, so do not log them.
 _LOG = logging.getLogger("data_pipeline.storage")
 
 
 class TransientError(Exception):
-    """An attempt failed in a way that may pass: a 5xx, 429, a reset, a slow or a short answer."""
+    """A failure worth a retry: status 408, 425, 429 or 5xx, a connection error, a timeout or an incomplete response."""
 
 
 class Retry:
-    """Runs attempts until one succeeds or the time is over.
+    """Repeats an operation until it succeeds or the time is over.
 
     Args:
-        total_seconds: No attempt starts later than this after the first one.
-        sleep: For tests.
-        clock: For tests.
+        total_seconds: No attempt starts later than this many seconds after the first one.
+        sleep: Replaced in tests.
+        clock: Replaced in tests.
 
     Source: Brooker 2015, "Exponential Backoff And Jitter" (full jitter).
     """
@@ -47,14 +47,14 @@ class Retry:
         self._random = random.SystemRandom()
 
     async def run(self, attempt: Callable[[], Awaitable[R]], what: str) -> R:
-        """The result of the first attempt that works.
+        """Return the result of the first successful attempt.
 
         Args:
-            attempt: Raises ``TransientError`` if it is worth another try; everything else passes through.
-            what: Names the object in messages.
+            attempt: Raises ``TransientError`` to be retried. Other exceptions pass through.
+            what: Name of the object in messages.
 
         Raises:
-            StorageError: the time is over; names the last reason.
+            StorageError: the time is over. The message contains the last failure.
         """
         start, count = self._clock(), 0
         while True:
@@ -67,8 +67,8 @@ class Retry:
                 if elapsed + pause > self._total:
                     raise StorageError(
                         f"{what}: {count} attempts in {elapsed:.0f} s failed (data.storage.retry_seconds="
-                        f"{self._total:g}); the last: {error}"
+                        f"{self._total:g}); the last failure: {error}"
                     ) from error
-                if count >= _LOUD_AFTER:
-                    _LOG.warning("%s: attempt %d failed, next in %.1f s: %s", what, count, pause, error)
+                if count >= _WARN_AFTER:
+                    _LOG.warning("%s: attempt %d failed, retrying in %.1f s: %s", what, count, pause, error)
                 await self._sleep(pause)

@@ -1,4 +1,4 @@
-"""All remote access of one process: a store for each bucket or host, one cache, one budget of requests and memory."""
+"""Remote access of one process: a store per bucket or host, one cache, and shared limits on requests and memory."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _of_process: Storage | None = None
 
 
 class Storage:
-    """Opens objects by their location. Costs nothing before the first remote one.
+    """Opens objects by their location. Connections, thread and cache are created at the first remote access.
 
-    One per process, never shared through a fork. Close it, or leave that to the end of the process.
+    Use one instance per process, and do not use it in a forked child. ``close`` is optional at the end of the process.
 
     Args:
         config: ``data.storage``.
@@ -47,7 +47,7 @@ class Storage:
 
     @classmethod
     def of_process(cls) -> Storage:
-        """The one of this process that only the environment configures; for tools without a configuration file."""
+        """Return this process's shared instance with default settings, for tools without a configuration file."""
         global _of_process
         if _of_process is None:
             _of_process = cls()
@@ -55,15 +55,15 @@ class Storage:
 
     @property
     def background(self) -> Background:
-        """Where this process's requests run."""
+        """The event loop thread that runs this instance's requests."""
         return self._background
 
     @property
     def cache(self) -> Cache:
-        """The cache folder, made at the first use.
+        """The disk cache; its folder is created at the first access.
 
         Raises:
-            StorageError: it cannot be used.
+            StorageError: the folder cannot be used.
         """
         if self._cache is None:
             self._cache = Cache(self._cache_config)
@@ -71,15 +71,15 @@ class Storage:
 
     @property
     def num_requests(self) -> int:
-        """Requests sent so far, repeated ones included."""
+        """Requests sent so far, including retries."""
         return sum(store.num_requests for store in self._stores.values())
 
     def store(self, location: Path | Url) -> Store:
-        """The store that serves a location.
+        """Return the store that serves a location.
 
         Raises:
             DataConfigError: the extra ``remote`` is not installed.
-            StorageError: a setting or a credential of the environment cannot work.
+            StorageError: ``obstore`` rejects the settings or the credentials.
         """
         return self._remote(location) if isinstance(location, Url) else LocalStore()
 
@@ -89,25 +89,25 @@ class Storage:
         return self._stores[url.root]
 
     def remote_object(self, url: Url, size: int, identity: str) -> RemoteObject:
-        """An object to be read in parts.
+        """Return an object for reading byte ranges. Pages are cached if ``data.cache.keep`` is ``all``.
 
         Args:
-            url: Its place.
-            size: Bytes that it must have.
+            url: URL of the object.
+            size: Expected size in bytes.
             identity: Digest of its content.
         """
         cache = self.cache if self._cache_config.keep is Keep.ALL else None
         return RemoteObject(self._remote(url), url, size, identity, cache)
 
-    async def whole(self, url: Url, identity: str | None = None) -> Path:
-        """A whole object as a file of the cache, to be mapped.
+    async def cached_file(self, url: Url, identity: str | None = None) -> Path:
+        """Return the path of a whole object in the cache, which is fetched first if it is absent.
 
         Args:
             url: The object.
-            identity: What tells this version from others; None asks the server for its version.
+            identity: A string that is unique to the expected version. None asks the server for the current version.
 
         Raises:
-            StorageError: it cannot be read, or the cache has no room for it.
+            StorageError: the object cannot be read, or does not fit into the cache.
         """
         store = self._remote(url)
         info: ObjectInfo | None = None
@@ -116,9 +116,9 @@ class Storage:
             identity = f"{info.etag} {info.size}"
         key = f"{url} {identity} whole"
         while (path := self.cache.check(key)) is None:
-            claim = self.cache.try_single(key)
+            claim = self.cache.try_claim(key)
             if claim is None:
-                await asyncio.sleep(_CLAIM_SECONDS)  # Another process fetches it.
+                await asyncio.sleep(_CLAIM_SECONDS)  # Another process or task is fetching it.
                 continue
             with claim:
                 if (path := self.cache.check(key)) is not None:
@@ -126,34 +126,34 @@ class Storage:
                 await self._fetch_whole(store, url, info, key)
         return path
 
-    async def mapped(self, url: Url, use: Callable[[Path], R], identity: str | None = None) -> R:
-        """What ``use`` makes of ``whole``, fetched again if it left the cache before ``use`` had opened it.
+    async def map_cached(self, url: Url, open_file: Callable[[Path], R], identity: str | None = None) -> R:
+        """Return ``open_file(path)`` for the ``cached_file``. Retry if the file is evicted before it is opened.
 
         Args:
             url: The object.
-            use: Opens and maps the file; a file that is open stays readable whatever becomes of the cache.
-            identity: As for ``whole``.
+            open_file: Opens and maps the file. A mapped file stays readable after its eviction.
+            identity: As for ``cached_file``.
 
         Raises:
-            StorageError: as ``whole``, or the cache is far too small for all that share it.
-            DataPipelineError: what ``use`` raises of a file that is there.
+            StorageError: as ``cached_file``, or the cache is too small for the processes that share it.
+            DataPipelineError: raised by ``open_file`` although the file exists.
         """
         for _ in range(_MAP_ATTEMPTS):
-            path = await self.whole(url, identity)
+            path = await self.cached_file(url, identity)
             try:
-                return use(path)
+                return open_file(path)
             except DataPipelineError:
                 if path.exists():
                     raise
         raise StorageError(
-            f"{url}: other processes pushed it out of the cache {self.cache.folder} {_MAP_ATTEMPTS} times before it "
-            f"was opened; raise data.cache.max_bytes ({self.cache.config.max_bytes})"
+            f"{url}: it was evicted from the cache {self.cache.folder} {_MAP_ATTEMPTS} times before it was opened; "
+            f"raise data.cache.max_bytes ({self.cache.config.max_bytes})"
         )
 
     async def _fetch_whole(self, store: RemoteStore, url: Url, info: ObjectInfo | None, key: str) -> None:
         with self.cache.entry(key) as entry:
-            async for piece in store.chunks(url, info):
-                entry.write(piece)
+            async for chunk in store.chunks(url, info):
+                entry.write(chunk)
         if not entry.is_stored:
             raise StorageError(
                 f"{url}: its {entry.size} bytes do not fit into the cache {self.cache.folder} "
@@ -161,15 +161,15 @@ class Storage:
             )
 
     def forget(self, url: Url, identity: str) -> None:
-        """Drops a whole object from the cache, since its content is of no use."""
+        """Delete a whole object from the cache, because its content is unusable."""
         self.cache.drop(f"{url} {identity} whole")
 
     @contextlib.contextmanager
     def downloaded(self, url: Url) -> Iterator[Path]:
-        """A whole object as a file that lasts as long as the block, outside of the cache's budget.
+        """Download a whole object to a temporary file outside the cache, which is deleted at the end of the block.
 
         Raises:
-            StorageError: it cannot be read, or the disk is full.
+            StorageError: the object cannot be read, or the disk is full.
         """
         with tempfile.TemporaryDirectory(prefix="mmscale-") as folder:
             path = Path(folder) / url.name
@@ -179,12 +179,12 @@ class Storage:
                         file.write(chunk)
             except OSError as error:
                 raise StorageError(
-                    f"{url}: cannot be stored in {folder} ({error.strerror}); TMPDIR names another disk"
+                    f"{url}: cannot be stored in {folder} ({error.strerror}); set TMPDIR to a folder on another disk"
                 ) from error
             yield path
 
     def close(self) -> None:
-        """Ends what is under way. Idempotent."""
+        """Cancel running requests. Idempotent."""
         self._background.close()
 
     def __enter__(self) -> Storage:

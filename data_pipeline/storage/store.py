@@ -1,6 +1,6 @@
-"""What a place of objects can do, and the one of local files.
+"""The interface of a store of objects, and its implementation for local files.
 
-Objects are named by ``Location``. A store is asked from any thread of the process that made it.
+Objects are named by ``Location``. All threads of the process that created a store may use it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ STREAM_CHUNK_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What tells one version of an object from another.
+    """Size and version of an object. Unequal values mean that the object was replaced.
+
+    A replacement of equal size is not noticed if the server reports neither an identifier nor a modification time.
 
     Attributes:
         size: Bytes.
-        etag: The server's name of this version; where it has none, the time of its last change; empty without either.
+        etag: The server's version identifier; without one, the modification time in seconds; else empty. For a local
+            file, modification time and inode.
     """
 
     size: int
@@ -32,46 +35,46 @@ class ObjectInfo:
 
 
 class Store(Protocol):
-    """Reads objects of one place."""
+    """Reads and writes objects of one bucket, one host or the local disk."""
 
     def stat(self, location: Path | Url) -> ObjectInfo:
-        """Size and version of an object.
+        """Return size and version of an object.
 
         Raises:
-            StorageError: it is absent or refused, or the store failed for too long.
+            StorageError: the object is absent, access is denied, or the store failed for too long.
         """
         ...
 
     def stream(self, location: Path | Url, expected: ObjectInfo | None = None) -> Iterator[bytes]:
-        """A whole object from front to back, in chunks of some MiB; the version must not change on the way.
+        """Yield a whole object sequentially, in chunks of ``STREAM_CHUNK_BYTES`` or less.
+
+        Chunks that were yielded before an error are valid.
 
         Raises:
-            StaleError: the object is not (or no longer) the expected one.
-            StorageError: it is absent, refused or shorter, or the store failed for too long.
-
-        An error is raised between chunks, so the chunks before it are good.
+            StaleError: the object does not have the expected version; remote stores also raise if it changes meanwhile.
+            StorageError: the object is absent or too short, access is denied, or the store failed for too long.
         """
         ...
 
     def names(self, folder: Path | Url) -> Iterator[Path | Url]:
-        """All objects below a folder, in order of their names.
+        """Yield all objects below a folder, sorted by name.
 
         Raises:
-            StorageError: the store cannot list, or failed.
+            StorageError: the store cannot list objects, or failed.
         """
         ...
 
     def write(self, location: Path | Url, data: bytes) -> None:
-        """Writes a small object, whole or not at all.
+        """Write a small object atomically; it may replace an older one.
 
         Raises:
-            StorageError: refused, or the store failed for too long.
+            StorageError: the store rejects the object, or failed for too long.
         """
         ...
 
 
 class LocalStore:
-    """Files of this machine."""
+    """The files of this machine."""
 
     def stat(self, location: Path | Url) -> ObjectInfo:
         """As ``Store.stat``."""
@@ -82,7 +85,7 @@ class LocalStore:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
 
     def stream(self, location: Path | Url, expected: ObjectInfo | None = None) -> Iterator[bytes]:
-        """As ``Store.stream``; pipes and devices work too."""
+        """As ``Store.stream``; also reads pipes and devices."""
         path = _local(location)
         try:
             with path.open("rb", buffering=0) as file:
@@ -107,7 +110,7 @@ class LocalStore:
 
 def _local(location: Path | Url) -> Path:
     if isinstance(location, Url):
-        raise DataConfigError(f"{location}: a URL was given to the store of local files")
+        raise DataConfigError(f"{location}: expected a local path, got a URL")
     return location
 
 
@@ -117,4 +120,4 @@ def _info(stat: os.stat_result) -> ObjectInfo:
 
 def _check_same(path: Path, found: ObjectInfo, expected: ObjectInfo | None) -> None:
     if expected is not None and found != expected:
-        raise StaleError(f"{path}: was replaced: {expected} was expected, {found} is there")
+        raise StaleError(f"{path}: was replaced: expected {expected}, found {found}")

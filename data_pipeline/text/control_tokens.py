@@ -1,9 +1,8 @@
-"""Which tokens of a vocabulary steer a model and must never come out of a text.
+"""Find the control tokens of a vocabulary, which user text must not produce.
 
-A tokenizer matches its added tokens (``tokenizers``) and user-defined pieces (SentencePiece) in any text. Tokens that
-are marked as special can be switched off there; others cannot, and published files leave many of a chat format's
-tokens unmarked. A caption that says ``<|im_start|>`` would then open a turn. Not for: spelling them out
-(``tokenizer``).
+A tokenizer matches its added tokens (``tokenizers``) and user-defined pieces (SentencePiece) in any text. This matching
+can be disabled only for tokens that are marked as special, and published files leave many tokens of a chat format
+unmarked. A caption that contains ``<|im_start|>`` would then open a turn. ``tokenizer`` spells out control tokens.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ _HTML = re.compile(
     r"</?(?:a|b|blockquote|br|caption|code|div|em|h[1-6]|hr|i|img|li|ol|p|pre|s|span|strong|sub|sup|table|tbody|td|tfoot"
     r"|th|thead|tr|u|ul)>"
 )
-"""Gemma's vocabulary has such tokens for the text of web pages."""
+"""HTML tags. Gemma's vocabulary has tokens for them, which occur in the text of web pages."""
 _USER_DEFINED = 4
 _VARINT, _LENGTH_DELIMITED = 0, 2
 _FIXED_BYTES = {1: 8, 5: 4}
 
 
 def is_control(name: str) -> bool:
-    """Whether a token that text can match looks like a mark of a format, and not like a word or a tag of HTML."""
+    """Return whether a token name looks like a format marker (``<...>`` or ``[...]``), and not like an HTML tag."""
     return _MARKUP.fullmatch(name) is not None and _HTML.fullmatch(name) is None
 
 
 def control_tokens(matched: dict[int, str], text_tokens: Sequence[str], tokenizer: object) -> dict[int, str]:
-    """The tokens to keep out of texts: id to name.
+    """Return the tokens that user text must not produce: name by id.
 
     Args:
-        matched: Tokens that the tokenizer matches in texts, without those that are marked as special.
-        text_tokens: Names that texts may give all the same; ``*`` stands for any letters.
-        tokenizer: Its file, for messages.
+        matched: Tokens that the tokenizer matches in text, without those that are marked as special.
+        text_tokens: Names that user text may produce; ``*`` matches any characters.
+        tokenizer: Path of the tokenizer, for messages.
 
     Raises:
-        DataConfigError: one of ``text_tokens`` names none of them.
+        DataConfigError: one of ``text_tokens`` matches no control token.
     """
     found = {token_id: name for token_id, name in matched.items() if is_control(name)}
     allowed: set[int] = set()
@@ -46,25 +45,25 @@ def control_tokens(matched: dict[int, str], text_tokens: Sequence[str], tokenize
         wanted = re.compile(re.escape(pattern).replace(r"\*", ".*"))
         named = {token_id for token_id, name in found.items() if wanted.fullmatch(name)}
         if not named:
-            shown = ", ".join(list(found.values())[:8]) or "none"
+            names = ", ".join(list(found.values())[:8]) or "none"
             raise DataConfigError(
-                f"text_tokens: {pattern!r} names no token that tokenizer {tokenizer} keeps out of texts; "
-                f"those are: {shown}"
+                f"text_tokens: {pattern!r} matches no control token of tokenizer {tokenizer}; "
+                f"its control tokens are: {names}"
             )
         allowed |= named
     return {token_id: name for token_id, name in found.items() if token_id not in allowed}
 
 
 def any_of(names: Collection[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of the names in a text; None without names."""
+    """Return a pattern that matches any of the names, the longest first; None without names."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
 
 
 def user_defined_pieces(model: bytes) -> dict[int, str]:
-    """The pieces of a SentencePiece model that it matches in any text: id to name.
+    """Return the user-defined pieces of a SentencePiece model, which it matches in any text: name by id.
 
     Args:
-        model: The file's bytes, which SentencePiece has loaded.
+        model: Content of the model file. SentencePiece must have loaded it without an error.
 
     Source: sentencepiece_model.proto: ``ModelProto.pieces`` is field 1, its ``piece`` 1 and ``type`` 3.
     """
@@ -79,7 +78,7 @@ def user_defined_pieces(model: bytes) -> dict[int, str]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message; a damaged rest is left out."""
+    """Yield (field number, value) of a protobuf message; stop at damaged data."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -99,7 +98,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and the byte after it."""
+    """Decode a varint (7 bits per byte, lowest first); return it and the offset after it."""
     value = shift = 0
     while at < len(message) and shift < 64:
         byte = message[at]

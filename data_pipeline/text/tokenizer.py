@@ -2,9 +2,8 @@
 
     config --load_tokenizer--> Tokenizer
 
-User text never yields a special id or a control token (``control_tokens``): a caption that contains ``<image>``,
-``</s>`` or ``<|im_start|>`` is spelled out like any other text. Otherwise whoever writes a caption could place images
-and open turns.
+User text never yields a special id or a control token (``control_tokens``): ``<image>``, ``</s>`` or ``<|im_start|>``
+in a caption is encoded as ordinary text. Otherwise the author of a caption could insert images and open turns.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from data_pipeline.text.control_tokens import any_of, control_tokens, user_defin
 
 IMAGE_TOKEN = "<image>"
 _MAX_FILE_BYTES = 1 << 28
-"""Size of a tokenizer's file; the largest published ones have 40 MB."""
+"""Largest size of a tokenizer file; the largest published ones have 40 MB."""
 
 
 class SentencePieceTokenizerConfig(StrictConfig):
@@ -35,37 +34,38 @@ class SentencePieceTokenizerConfig(StrictConfig):
     path: Path
     """The ``.model`` file."""
     image_token: str = IMAGE_TOKEN
-    """Piece whose id marks an image."""
+    """Piece that is the placeholder of an image feature."""
     text_tokens: tuple[str, ...] = ()
-    """User-defined pieces in ``<...>`` or ``[...]`` that texts may give; ``*`` stands for any letters (``<loc_*>``).
-    All others are spelled out where a text names them."""
+    """User-defined pieces of the form ``<...>`` or ``[...]`` that user text may produce; ``*`` matches any characters
+    (``<loc_*>``). Other such pieces in a text are spelled out."""
 
 
 class HuggingFaceTokenizerConfig(StrictConfig):
-    """A ``tokenizer.json`` as the ``tokenizers`` library writes it."""
+    """A ``tokenizer.json`` of the ``tokenizers`` library."""
 
     kind: Literal["tokenizers"] = "tokenizers"
     path: Path
     """The ``tokenizer.json``."""
     image_token: str = IMAGE_TOKEN
-    """Token whose id marks an image. A model of pairs marks none, so any token serves (CLIP: ``<|endoftext|>``)."""
+    """Token that is the placeholder of an image feature. A contrastive model uses none, so name any token (CLIP:
+    ``<|endoftext|>``)."""
     bos_token: str | None = "<s>"
-    """Token that opens a document; null for none, and the first token of a text is not predicted then."""
+    """Token at the beginning of a document. null for none; then the first token of a text is not predicted."""
     eos_token: str = "</s>"
-    """Token that closes a document."""
+    """Token at the end of a document."""
     pad_token: str = "<pad>"
-    """Token of null documents."""
+    """Padding token, used in dummy documents."""
     text_tokens: tuple[str, ...] = ()
-    """Added tokens in ``<...>`` or ``[...]``, not marked as special, that texts may give; ``*`` stands for any letters
-    (``<loc_*>``). All others are spelled out where a text names them."""
+    """Added tokens of the form ``<...>`` or ``[...]``, not marked as special, that user text may produce; ``*`` matches
+    any characters (``<loc_*>``). Other such tokens in a text are spelled out."""
 
 
 TokenizerConfig = Annotated[SentencePieceTokenizerConfig | HuggingFaceTokenizerConfig, Field(discriminator="kind")]
-"""Which tokenizer; ``kind`` picks the member."""
+"""A tokenizer; ``kind`` selects its type."""
 
 
 class Tokenizer(Protocol):
-    """What the loader, evaluation and generation need of a tokenizer."""
+    """The interface of a tokenizer for the loader, evaluation and generation."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -79,53 +79,56 @@ class Tokenizer(Protocol):
     def image_id(self) -> int: ...
     @property
     def fingerprint(self) -> str:
-        """sha256 over everything that decides which ids a text gets."""
+        """SHA-256 of everything that determines the ids of a text."""
 
     def names_token(self, text: str) -> bool:
-        """Whether a text contains the name of a token that ``encode`` spells out."""
+        """Return whether a text contains the name of a token that ``encode`` spells out."""
 
     def special_id(self, name: str, field: str) -> int:
-        """Id of the token of exactly this name.
+        """Return the id of the token with exactly this name, special or not.
 
         Args:
-            name: A token, of any sort, of the vocabulary.
-            field: What asks for it, for the message.
+            name: Name of the token in the vocabulary.
+            field: Configuration key that names the token, for the message.
 
         Raises:
-            DataConfigError: there is none; the message says how to add it.
+            DataConfigError: the vocabulary has no such token. The message explains how to add it.
         """
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` without bos and eos; never a special id or a control token.
+        """Return the ids of ``text`` without bos and eos. They contain no special id and no control token.
+
+        The text must be valid Unicode (``check_unicode``).
 
         Raises:
             SampleError: the text contains a special token that this tokenizer cannot spell out.
         """
 
     def name_of(self, token_id: int) -> str:
-        """How the vocabulary calls a token."""
+        """Return the name of a token in the vocabulary."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; special ids add nothing, damaged UTF-8 gives U+FFFD."""
+        """Return the text of ``ids``. Special ids are skipped; invalid UTF-8 becomes U+FFFD."""
 
 
 def check_unicode(text: str) -> None:
-    """Refuses half a pair of UTF-16, which JSON can write as ``\\ud800``: no tokenizer takes it, no file can hold it.
+    """Raise if ``text`` contains a lone surrogate, such as ``\\ud800`` from JSON, which UTF-8 cannot encode.
 
     Raises:
-        SampleError: the text holds one.
+        SampleError: it contains one.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise SampleError(f"the text is no Unicode: {error}", kind=FaultKind.TEXT) from error
+        raise SampleError(f"the text is not valid Unicode: {error}", kind=FaultKind.TEXT) from error
 
 
 def load_tokenizer(config: SentencePieceTokenizerConfig | HuggingFaceTokenizerConfig) -> Tokenizer:
-    """Loads a tokenizer.
+    """Load a tokenizer.
 
     Raises:
-        DataConfigError: the file is missing or no such model, or a special token is not in its vocabulary.
+        DataConfigError: the file is missing or of another format, the vocabulary lacks a special token, or
+            ``text_tokens`` matches no control token.
     """
     if isinstance(config, SentencePieceTokenizerConfig):
         return SentencePieceTokenizer(config)
@@ -133,7 +136,7 @@ def load_tokenizer(config: SentencePieceTokenizerConfig | HuggingFaceTokenizerCo
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model behind the ``Tokenizer`` protocol."""
+    """``Tokenizer`` of a SentencePiece model."""
 
     def __init__(self, config: SentencePieceTokenizerConfig) -> None:
         self._config = config
@@ -142,15 +145,16 @@ class SentencePieceTokenizer:
         try:
             self._model.LoadFromSerializedProto(content)
         except RuntimeError as error:
-            raise DataConfigError(f"tokenizer {config.path}: no SentencePiece model") from error
+            raise DataConfigError(f"tokenizer {config.path}: not a SentencePiece model") from error
         self.vocab_size: int = self._model.vocab_size()
         self.bos_id: int | None = self._special("bos", self._model.bos_id())
         self.eos_id = self._special("eos", self._model.eos_id())
-        # Llama's models have no pad piece; what null documents hold is never looked at, so eos serves.
+        # Llama's models have no pad piece. The tokens of dummy documents have no effect, so use eos.
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
         image_id = self._model.piece_to_id(config.image_token)
         self.image_id = self._special(config.image_token, -1 if image_id == self._model.unk_id() else image_id)
-        # A user-defined piece, as in foreign models, is matched in text; ours are control pieces and never are.
+        # Published models have user-defined pieces, which match in text. Models that ``mmscale data tokenizer`` trains
+        # have control pieces instead, which do not match.
         matched = {i: name for i, name in user_defined_pieces(content).items() if i != self.image_id}
         control = control_tokens(matched, config.text_tokens, config.path)
         self._spelled_out = {**control, self.image_id: config.image_token}
@@ -192,7 +196,7 @@ class SentencePieceTokenizer:
         return (load_tokenizer, (self._config,))
 
     def _spelled(self, token: str) -> list[int]:
-        """The token letter by letter, in bytes where a letter has no piece."""
+        """Encode the name of a token letter by letter, and a letter without a piece as bytes."""
         ids: list[int] = []
         for letter in token:
             names = [letter]
@@ -209,21 +213,21 @@ class SentencePieceTokenizer:
     def _special(self, name: str, piece_id: int) -> int:
         if piece_id < 0:
             raise DataConfigError(
-                f"tokenizer {self._config.path}: has no piece {name}; train one with: mmscale data tokenizer"
+                f"tokenizer {self._config.path}: has no piece {name}; train a tokenizer with: mmscale data tokenizer"
             )
         return piece_id
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json`` behind the ``Tokenizer`` protocol."""
+    """``Tokenizer`` of a ``tokenizer.json``."""
 
     def __init__(self, config: HuggingFaceTokenizerConfig) -> None:
         self._config = config
         content = _read(config.path)
         try:
             self._model = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # The library raises the bare class.
-            raise DataConfigError(f"tokenizer {config.path}: no tokenizer.json: {error}") from error
+        except Exception as error:  # The library raises ``Exception`` itself.
+            raise DataConfigError(f"tokenizer {config.path}: not a valid tokenizer.json: {error}") from error
         self._model.encode_special_tokens = True
         self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=True)
         bos = config.bos_token
@@ -240,7 +244,7 @@ class HuggingFaceTokenizer:
         added = self._model.get_added_tokens_decoder()
         unmarked = {i: token.content for i, token in added.items() if not token.special and i not in self._reserved}
         control = control_tokens(unmarked, config.text_tokens, config.path)
-        self._kept_out = self._reserved | control.keys()
+        self._forbidden = self._reserved | control.keys()
         self._names = sorted({name for name in (*names, *control.values()) if name})
         self._spelled_names = any_of({*self._names, *(token.content for token in added.values() if token.special)})
 
@@ -257,9 +261,9 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """See ``Tokenizer.encode``."""
         ids = self._raw(text)
-        if self._kept_out.isdisjoint(ids):
+        if self._forbidden.isdisjoint(ids):
             return ids
-        return _encode_around(text, self._names, self._kept_out, self._raw)
+        return _encode_split(text, self._names, self._forbidden, self._raw)
 
     def names_token(self, text: str) -> bool:
         """See ``Tokenizer.names_token``."""
@@ -272,7 +276,8 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
         text: str = self._model.decode([int(i) for i in ids if i not in self._reserved], skip_special_tokens=True)
-        return text.replace(self._word_end, " ").rstrip() if self._word_end else text  # As in CLIP's vocabulary.
+        # CLIP's vocabulary marks the ends of words.
+        return text.replace(self._word_end, " ").rstrip() if self._word_end else text
 
     def __reduce__(self) -> tuple[object, ...]:
         return (load_tokenizer, (self._config,))
@@ -292,22 +297,27 @@ def _read(path: Path) -> bytes:
 
 
 def _fingerprint(content: bytes, names: Sequence[str], text_tokens: Sequence[str]) -> str:
-    """sha256 of the file and of what the configuration says of it."""
-    allowed = ["", *text_tokens] if text_tokens else []  # Without any the fingerprint is that of earlier versions.
+    """Return the SHA-256 of the file and of its configuration."""
+    # Without ``text_tokens``, the fingerprint equals that of earlier versions.
+    allowed = ["", *text_tokens] if text_tokens else []
     return hashlib.sha256(content + "\0".join([*names, *allowed]).encode()).hexdigest()
 
 
-def _encode_around(
+def _encode_split(
     text: str,
     names: list[str],
     reserved: set[int],
     encode: Callable[[str], list[int]],
 ) -> list[int]:
-    """Cuts every special name in two, so that neither half is matched."""
-    pieces = [text]
+    """Encode a text whose special names are each split in two, so that the tokenizer does not match them.
+
+    Raises:
+        SampleError: the ids still contain a reserved id.
+    """
+    parts = [text]
     for name in names:
-        pieces = [half for piece in pieces for half in _halves(piece, name)]
-    ids = [i for piece in pieces for i in encode(piece)]
+        parts = [half for part in parts for half in _halves(part, name)]
+    ids = [i for part in parts for i in encode(part)]
     if not reserved.isdisjoint(ids):
         found = ", ".join(name for name in names if name in text) or "a special token"
         raise SampleError(
@@ -318,9 +328,10 @@ def _encode_around(
 
 
 def _halves(text: str, name: str) -> list[str]:
-    first, *rest = text.split(name)
-    pieces = [first]
-    for piece in rest:
-        pieces[-1] += name[:1]
-        pieces.append(name[1:] + piece)
-    return pieces
+    """Split a text after the first character of each occurrence of ``name``."""
+    first, *others = text.split(name)
+    parts = [first]
+    for part in others:
+        parts[-1] += name[:1]
+        parts.append(name[1:] + part)
+    return parts

@@ -1,10 +1,10 @@
-"""Builds the bundled data set: emoji pictures in five styles as webdataset shards.
+"""Build the bundled data set: emoji images in five styles as webdataset shards.
 
     python examples/emoji/build.py --packages examples/emoji/.npm --output examples/emoji/shards
     python examples/emoji/build.py --packages examples/emoji/.npm --check      compares with SHA256SUMS, writes nothing
 
-Equal packages and equal encoder versions give equal bytes. README.md beside this file says where the packages come from
-and what is in which shard.
+Equal packages and equal encoder versions give equal bytes. README.md in this folder describes how to get the packages
+and the content of each shard.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SUMS = HERE / "SHA256SUMS"
 
 TRAIN_STYLES = ("twitter", "fluent-3d", "fluent-flat", "openmoji")
 HELDOUT_STYLE = "google"
-# fluent-flat redraws fluent-3d; beyond the quickstart its bytes buy the least.
+# Leave out fluent-flat beyond the quickstart: it redraws fluent-3d, so it adds the least for its size.
 REST_STYLES = ("twitter", "fluent-3d", "openmoji")
 
 SAMPLES_PER_SHARD = 512
 PAGE_CONCEPTS = 8
 NUM_DIALOGUES = 40
 VOCAB_SIZE = 2048
-# Rare Chinese and Japanese characters would take the pieces that English words need; they are spelled in bytes.
+# Encode rare Chinese and Japanese characters as bytes; otherwise they would take pieces that English words need.
 CHARACTER_COVERAGE = 0.99
 
 MANIFESTS = {
@@ -54,13 +54,13 @@ MANIFESTS = {
     "heldout-concept": ("heldout-concept",),
     "heldout-both": ("heldout-both",),
 }
-"""Name of each manifest and the shard prefixes it lists."""
+"""Shard prefixes of each manifest, by the manifest's name."""
 
 Samples = Iterable[tuple[str, dict[str, bytes]]]
 
 
 def build(packages: Path, output: Path, tokenizer: Path, num_quick: int, vocab_size: int = VOCAB_SIZE) -> None:
-    """Writes shards, indexes, manifests and the tokenizer."""
+    """Write shards, indexes, manifests and the tokenizer."""
     concepts = load_concepts(packages)
     quick = quick_codes(concepts, num_quick)
     seen = [concept for concept in concepts if not concept.is_unseen]
@@ -93,7 +93,7 @@ def build(packages: Path, output: Path, tokenizer: Path, num_quick: int, vocab_s
 
 
 def pictures(concepts: list[Concept], styles: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """A sample per concept and style, shuffled once and for all by hash."""
+    """Yield a sample for each concept and style, in an order that is fixed by hash."""
     pairs = [(concept, style) for concept in concepts for style in styles]
     for concept, style in sorted(pairs, key=lambda pair: share(f"order:{pair[0].code}:{pair[1]}")):
         image = encode_picture(style, concept.pictures[style])
@@ -101,37 +101,38 @@ def pictures(concepts: list[Concept], styles: tuple[str, ...]) -> Iterator[tuple
 
 
 def pages(concepts: list[Concept]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Text-only samples: up to eight concepts of a subgroup on a page."""
+    """Yield text-only samples: pages of up to eight concepts of a subgroup."""
     sheets = list(chunks(concepts, lambda _: PAGE_CONCEPTS))
     for sheet in sorted(sheets, key=lambda sheet: share("page:" + sheet[0].code)):
         yield f"page-{sheet[0].code.lower()}", {"txt": page(sheet).encode()}
 
 
 def series(concepts: list[Concept]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Samples with two to four pictures of a subgroup and text between them, in one style each."""
+    """Yield samples with two to four images of a subgroup in one style, with text between them."""
     rows = [row for row in chunks(concepts, lambda code: 2 + int(3 * share("row:" + code))) if len(row) > 1]
     for row in sorted(rows, key=lambda row: share("series:" + row[0].code)):
         style = TRAIN_STYLES[int(len(TRAIN_STYLES) * share("style:" + row[0].code))]
-        images = shown(row, style)
+        images = numbered_images(row, style)
         yield f"series-{row[0].code.lower()}", {**images, "json": as_json(interleaved(row, list(images)))}
 
 
 def dialogues(concepts: list[Concept]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Questions and answers about one or two pictures of a subgroup, in one style each."""
+    """Yield questions and answers about one or two images of a subgroup in one style."""
     rows = chunks(concepts, lambda code: 1 + int(2 * share("talk:" + code)))
     for row in sorted(rows, key=lambda row: share("dialogue:" + row[0].code))[:NUM_DIALOGUES]:
         style = TRAIN_STYLES[int(len(TRAIN_STYLES) * share("painted:" + row[0].code))]
-        yield f"dialogue-{row[0].code.lower()}-{style}", {**shown(row, style), "json": as_json(dialogue(row, style))}
+        members = {**numbered_images(row, style), "json": as_json(dialogue(row, style))}
+        yield f"dialogue-{row[0].code.lower()}-{style}", members
 
 
-def shown(concepts: list[Concept], style: str) -> dict[str, bytes]:
-    """Their pictures as numbered members."""
+def numbered_images(concepts: list[Concept], style: str) -> dict[str, bytes]:
+    """Return the encoded images of concepts as members ``0.png``, ``1.png``, ..."""
     names = [f"{number}.{EXTENSION[style]}" for number in range(len(concepts))]
     return {name: encode_picture(style, concept.pictures[style]) for name, concept in zip(names, concepts, strict=True)}
 
 
 def chunks(concepts: list[Concept], length: Callable[[str], int]) -> Iterator[list[Concept]]:
-    """Runs of one subgroup; ``length`` of the first code says how long a run may be."""
+    """Yield chunks of concepts of one subgroup; ``length`` returns a chunk's size, given its first concept's code."""
     by_subgroup: dict[str, list[Concept]] = {}
     for concept in sorted(concepts, key=lambda concept: share("chunk:" + concept.code)):
         by_subgroup.setdefault(concept.subgroup, []).append(concept)
@@ -144,18 +145,18 @@ def chunks(concepts: list[Concept], length: Callable[[str], int]) -> Iterator[li
 
 
 def as_json(fields: dict[str, object]) -> bytes:
-    """Compact UTF-8."""
+    """Return compact JSON in UTF-8."""
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def sums(output: Path, tokenizer: Path) -> str:
-    """Lines of ``sha256sum``, paths relative to this folder's layout."""
+    """Return lines as of ``sha256sum``, with paths relative to this folder."""
     lines = [f"{sha256_of(path)}  shards/{path.name}" for path in sorted(output.iterdir())]
     return "\n".join([*lines, f"{sha256_of(tokenizer)}  tokenizer.model"]) + "\n"
 
 
 def check(packages: Path) -> int:
-    """Builds into a scratch folder and compares; 0 if every file is equal."""
+    """Build into a temporary folder and compare with SHA256SUMS; return 0 if every file is equal, else 1."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         build(packages, folder / "shards", folder / "tokenizer.model", num_quick=256)
@@ -170,8 +171,8 @@ def check(packages: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder with the unpacked npm packages")
-    parser.add_argument("--output", type=Path, default=HERE / "shards", help="where shards go")
-    parser.add_argument("--check", action="store_true", help="build in a scratch folder, compare with SHA256SUMS")
+    parser.add_argument("--output", type=Path, default=HERE / "shards", help="folder for the shards")
+    parser.add_argument("--check", action="store_true", help="build in a temporary folder, compare with SHA256SUMS")
     options = parser.parse_args()
     if options.check:
         return check(options.packages)

@@ -1,7 +1,7 @@
-"""Which concepts there are, what they are called, and which are for training.
+"""Load the concepts, with their names and images, and split them into training and held-out concepts.
 
-A concept is an emoji's base code (``unified``, "1F34E"); skin-tone variants belong to their base. Its place in the
-split is decided by the sha256 of that code alone, so it falls on the same side in every style and every language.
+A concept is an emoji's base code (``unified``, "1F34E"); skin-tone variants belong to their base. The sha256 of the
+code decides whether a concept is held out, so it is held out in every style and every language.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PACKAGES = {
     "fluent-flat": "lobehub-fluent-emoji-flat-1.1.0",
     "openmoji": "openmoji-17.0.0",
 }
-"""Folder of each unpacked package; ``npm pack`` names its archives so."""
+"""Folder of each unpacked package, named as the archive that ``npm pack`` writes."""
 
 PICTURES = {
     "twitter": ("img/twitter/64", "png"),
@@ -30,7 +30,7 @@ PICTURES = {
     "fluent-flat": ("assets", "svg"),
     "openmoji": ("color/svg", "svg"),
 }
-"""Where each style keeps its pictures."""
+"""Folder and extension of the images of each style."""
 
 LANGUAGES = ("de", "es", "fr", "it", "ja", "pt", "ru", "zh")
 UNSEEN_SHARE = 0.1
@@ -38,18 +38,18 @@ NAMED_SHARE = 0.2
 NUM_QUICK = 256
 MAX_TAGS = 8
 
-# A seventh of all pictures, and many differ by a shade or by the order of their stripes.
+# Flags are a seventh of all images, and many differ only by a shade or by the order of their stripes.
 LEFT_OUT_GROUP = "flags"
 
 QUICK_GROUPS = frozenset({"animals & nature", "food & drink", "travel & places", "activities", "objects"})
 QUICK_SUBGROUPS = frozenset({"costumed & creatures", "body parts"})
-# Pictures that differ in a detail only: clock faces, phases of the moon, four mailboxes.
+# Images that differ only in a detail: clock faces, phases of the moon, four mailboxes.
 NOT_QUICK = re.compile(r"o.clock|-thirty|moon|mailbox")
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji with its texts and the picture file of every style."""
+    """One emoji with its texts and its image file in every style."""
 
     code: str
     name: str
@@ -61,28 +61,28 @@ class Concept:
 
     @property
     def is_unseen(self) -> bool:
-        """Never trained on, in no style and no language."""
+        """Whether the concept is held out from training, in every style and language."""
         return share(self.code) < UNSEEN_SHARE
 
     @property
     def may_be_quick(self) -> bool:
-        """Single and distinct enough for the quickstart: no sign, letter, face or person in a role."""
+        """Whether the quickstart may use the concept: a distinct object, not a sign, letter, face or role."""
         fits = self.group in QUICK_GROUPS or self.subgroup in QUICK_SUBGROUPS
         return fits and NOT_QUICK.search(self.name) is None
 
 
 def share(text: str) -> float:
-    """A number in [0, 1) that only depends on ``text``: the first 8 bytes of its sha256."""
+    """Return a number in [0, 1) that depends only on ``text``: the first 8 bytes of its sha256."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def normal(code: str) -> str:
-    """Codes with and without variation selectors name the same picture."""
+    """Return a code without variation selectors, which do not change the image."""
     return "-".join(part for part in code.upper().split("-") if part != "FE0F")
 
 
 def load_concepts(packages: Path) -> list[Concept]:
-    """Every concept but the flags that has a label and a picture in all five styles, in the order of its code."""
+    """Return all concepts, except flags, with a label and an image in all five styles, sorted by code."""
     listing = json.loads((packages / PACKAGES["twitter"] / "emoji.json").read_text())
     labels_folder = packages / PACKAGES["labels"]
     labels = _labels(labels_folder / "en" / "data.json")
@@ -119,12 +119,12 @@ def load_concepts(packages: Path) -> list[Concept]:
 
 
 def quick_codes(concepts: list[Concept], count: int = NUM_QUICK) -> frozenset[str]:
-    """The quickstart's concepts: of those that may be, the ``count`` trained ones with the lowest hash."""
-    able = sorted(
+    """Return the codes of the quickstart: the ``count`` eligible training concepts with the lowest hash."""
+    eligible = sorted(
         (concept.code for concept in concepts if concept.may_be_quick and not concept.is_unseen),
         key=share,
     )
-    return frozenset(able[:count])
+    return frozenset(eligible[:count])
 
 
 def _labels(path: Path) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _labels(path: Path) -> dict[str, Any]:
 
 
 def _check_names(concepts: list[Concept]) -> None:
-    """A score that picks the right name among others needs names that are not shared."""
+    """Raise ValueError if two concepts have one name: the evaluation chooses the right name among others."""
     owner: dict[str, str] = {}
     for concept in concepts:
         other = owner.setdefault(concept.name, concept.code)

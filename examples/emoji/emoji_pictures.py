@@ -1,7 +1,7 @@
-"""One picture of a style to bytes: flattened on white, 64 pixels, in the encoding of its style.
+"""Encode an image of a style: on white, 64 pixels wide and high, in the format of its style.
 
-64 pixels is what two of the packages deliver. The encodings cover every image path of the loader and were chosen by
-size; the bytes depend on the pinned versions of Pillow and resvg-py (the extra ``emoji``).
+Two of the packages have images of 64 pixels. The formats cover every decoder of the loader, and their settings were
+chosen for size. The bytes depend on the pinned versions of Pillow and resvg-py (the extra ``emoji``).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from PIL import Image
 
 SIDE = 64
 EXTENSION = {"twitter": "webp", "google": "webp", "fluent-3d": "jpg", "fluent-flat": "png", "openmoji": "png"}
-_PALETTE = 64  # Flat art: antialiased edges survive, and a file takes two thirds of lossless WebP's bytes.
+_PALETTE = 64  # Colours. Enough for antialiased edges of flat art; a file is two thirds of the size of lossless WebP.
 
 
 def encode_picture(style: str, path: Path) -> bytes:
-    """Encoded picture of ``SIDE`` pixels."""
+    """Return the encoded image with sides of ``SIDE`` pixels."""
     image = _flattened(path)
     buffer = io.BytesIO()
     match EXTENSION[style]:

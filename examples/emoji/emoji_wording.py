@@ -1,4 +1,4 @@
-"""What is said about a concept: captions, text-only documents, text between pictures, and dialogues."""
+"""Write the texts about concepts: captions, text-only documents, text between images, and dialogues."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NUMBERS = {2: "Two", 3: "Three", 4: "Four"}
 
 
 def with_article(concept: Concept) -> str:
-    """``a red apple``, ``an owl``, but ``grapes`` and ``information`` as they are."""
+    """Return the name with its article, ``a red apple`` or ``an owl``; plurals and symbols have none."""
     name = concept.name
     last = name.split()[-1]
     plural = last.endswith("s") and not last.endswith(("ss", "us"))
@@ -20,7 +20,7 @@ def with_article(concept: Concept) -> str:
 
 
 def captions(concept: Concept) -> list[str]:
-    """The same fact in several wordings, the plain name first; other languages last."""
+    """Return captions of a concept in several wordings: the plain name first, other languages last."""
     name = concept.name
     worded = [name, with_article(concept), f"{concept.group}: {name}", f"{concept.subgroup}: {name}"]
     hints = sorted((tag for tag in concept.tags if tag not in name), key=lambda tag: share(concept.code + tag))[:3]
@@ -31,7 +31,7 @@ def captions(concept: Concept) -> list[str]:
 
 
 def record(concept: Concept, style: str) -> dict[str, Any]:
-    """The JSON member of a picture."""
+    """Return the fields of an image's JSON member."""
     fields: dict[str, Any] = {
         "concept": concept.code,
         "name": concept.name,
@@ -47,7 +47,7 @@ def record(concept: Concept, style: str) -> dict[str, Any]:
 
 
 def definition(concept: Concept) -> str:
-    """A line about a concept in a text-only document."""
+    """Return the line about a concept in a text-only document."""
     line = f"{with_article(concept)}: {', '.join(concept.tags) or concept.subgroup}."
     if concept.names:
         line += " " + "; ".join(f"{language}: {text}" for language, text in concept.names.items()) + "."
@@ -55,14 +55,14 @@ def definition(concept: Concept) -> str:
 
 
 def page(concepts: list[Concept]) -> str:
-    """A text-only document: concepts of one subgroup, a line each."""
+    """Return a text-only document: one line for each concept of a subgroup."""
     first = concepts[0]
     lines = [f"{first.subgroup} ({first.group})", *(definition(concept) for concept in concepts)]
     return "\n".join(lines)
 
 
 def interleaved(concepts: list[Concept], members: list[str]) -> dict[str, Any]:
-    """JSON of a document that shows several pictures of one subgroup with text between them."""
+    """Return the JSON of a document of several images of one subgroup with text between them."""
     parts: list[dict[str, str]] = [{"text": f"{_NUMBERS[len(concepts)]} of {concepts[0].subgroup}:\n"}]
     for concept, member in zip(concepts, members, strict=True):
         parts += [{"image": member}, {"text": f"{with_article(concept)}\n"}]
@@ -70,7 +70,7 @@ def interleaved(concepts: list[Concept], members: list[str]) -> dict[str, Any]:
 
 
 def dialogue(concepts: list[Concept], style: str) -> dict[str, Any]:
-    """JSON of a dialogue that asks about each picture, and of dialogues of one question about all of them."""
+    """Return the JSON of a dialogue about each image, and of dialogues of one question about all of them."""
     asked = []
     for number, concept in enumerate(concepts):
         asked.append(("<image>\nAnd this?" if number else "<image>\nWhat is this?", with_article(concept)))
@@ -86,5 +86,5 @@ def dialogue(concepts: list[Concept], style: str) -> dict[str, Any]:
 
 
 def turns(question: str, answer: str) -> list[dict[str, str]]:
-    """A question of the user and what the assistant answers."""
+    """Return a question of the user and the answer of the assistant as turns."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

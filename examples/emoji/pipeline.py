@@ -1,4 +1,4 @@
-"""The emoji shards as a webdataset pipeline of one's own: see docs/loader.md, "A pipeline of your own"."""
+"""A custom webdataset pipeline that reads the emoji shards: see docs/loader.md, "A pipeline of your own"."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SHARDS = "examples/emoji/shards/train-quick-{00000..00001}.tar"
 
 
 def shout(sample: dict[str, Any]) -> dict[str, Any]:
-    """A stage for one sample: return it changed, or None to leave it out."""
+    """Change one sample in a stage of the pipeline. A stage may return None to skip the sample."""
     sample["json"]["name"] = sample["json"]["name"].upper()
     return sample
 
 
 def train(epoch: int) -> wds.WebDataset:
-    """One epoch; the order follows from its number."""
+    """Return the data set of one epoch; the epoch's number decides the order."""
     dataset = wds.WebDataset(SHARDS, shardshuffle=False, empty_check=False)
     return dataset.decode(only=["json"]).map(shout).shuffle(100, rng=random.Random(epoch))

@@ -1,8 +1,8 @@
-"""Builds the bundled text data: dialogues and questions about what the emoji data set says in words.
+"""Build the bundled text data: dialogues, questions and pages from the texts of the emoji data set.
 
     python examples/text/build.py --output examples/text
 
-Equal shards of examples/emoji give equal bytes. README.md beside this file says what is in which set.
+Equal shards of examples/emoji give equal bytes. README.md in this folder describes the data sets.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ Fields = dict[str, Any]
 
 
 def share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Return a number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def concepts(name: str) -> list[Fields]:
-    """The concepts of an emoji manifest, each once, shuffled by hash."""
+    """Return the concepts of an emoji manifest, each once, in an order that is fixed by hash."""
     found = {sample.fields["concept"]: sample.fields for sample in read_samples(EMOJI / f"{name}.manifest")}
     return sorted(found.values(), key=lambda fields: share(f"text:{fields['concept']}"))
 
 
 def group_question(fields: Fields) -> str:
-    """The question whose answer is the group."""
+    """Return the question whose answer is the concept's group."""
     return f"Which group is {fields['name']} in?"
 
 
 def turns(fields: Fields) -> Iterator[tuple[str, str]]:
-    """Questions about a concept with their answers."""
+    """Yield (question, answer) pairs about a concept."""
     yield group_question(fields), fields["group"]
     yield f"What kind of thing is {fields['name']}?", fields["subgroup"]
     if fields["tags"]:
@@ -55,7 +55,7 @@ def turns(fields: Fields) -> Iterator[tuple[str, str]]:
 
 
 def talks(listed: Sequence[Fields]) -> Iterator[tuple[str, Fields]]:
-    """Dialogues about some concepts each, their questions mixed."""
+    """Yield dialogues about three concepts each, with their questions mixed; the last one may have fewer concepts."""
     for start in range(0, len(listed), CONCEPTS_PER_TALK):
         several = listed[start : start + CONCEPTS_PER_TALK]
         asked = sorted((turn for fields in several for turn in turns(fields)), key=lambda turn: share(turn[0]))
@@ -68,7 +68,7 @@ def talks(listed: Sequence[Fields]) -> Iterator[tuple[str, Fields]]:
 
 
 def questions(listed: Sequence[Fields], groups: Sequence[str]) -> Iterator[tuple[str, Fields]]:
-    """The question for the group, and some groups to choose from."""
+    """Yield the question for each concept's group, with four groups to choose from."""
     for fields in listed:
         key, right = fields["concept"], fields["group"]
         others = sorted((group for group in groups if group != right), key=lambda group: share(f"{key}:{group}"))
@@ -77,7 +77,7 @@ def questions(listed: Sequence[Fields], groups: Sequence[str]) -> Iterator[tuple
 
 
 def pages(listed: Sequence[Fields]) -> Iterator[tuple[str, Fields]]:
-    """A page for each subgroup, worded as those of the emoji data."""
+    """Yield a page for each subgroup, in the form of the emoji data's pages."""
     for subgroup in sorted({fields["subgroup"] for fields in listed}):
         own = [fields for fields in listed if fields["subgroup"] == subgroup]
         lines = [f"{fields['name']}: {', '.join(fields['tags']) or subgroup}." for fields in own]
@@ -85,7 +85,7 @@ def pages(listed: Sequence[Fields]) -> Iterator[tuple[str, Fields]]:
 
 
 def write(folder: Path, name: str, rows: Iterable[tuple[str, Fields]]) -> Path:
-    """One set; its manifest."""
+    """Write one data set and return the path of its manifest."""
     with ShardWriter(folder, name, max_samples=1024) as writer:
         for key, fields in rows:
             writer.write(key, {"json": json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()})
@@ -94,7 +94,7 @@ def write(folder: Path, name: str, rows: Iterable[tuple[str, Fields]]) -> Path:
 
 
 def build(output: Path) -> list[Path]:
-    """Writes shards, indexes and manifests; the manifests that a tokenizer is trained on."""
+    """Write shards, indexes and manifests; return the manifests for training the tokenizer."""
     seen, unseen = concepts("train"), concepts("heldout-concept")
     groups = sorted({fields["group"] for fields in seen})
     asked = [fields for fields in seen if share(f"held-out:{fields['concept']}") < HELD_OUT_SHARE]

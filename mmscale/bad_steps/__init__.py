@@ -1,8 +1,8 @@
-"""Steps whose update is refused, and what follows.
+"""Bad steps: steps whose update is rejected, because the loss or the gradient norm is not finite or a spike.
 
-    detector.py     which steps are bad
-    bad_steps.py    their samples, in RUN/bad_steps/step-N.json; where a roll back goes
-    roll_back.py    the list of roll backs on the disk, and which checkpoints it leaves behind
+    detector.py     decide which steps are bad.
+    bad_steps.py    write their samples to RUN/bad_steps/step-N.json; choose the checkpoint of a roll back.
+    roll_back.py    the list of roll backs on the disk, and the checkpoints that a roll back abandons.
 
-The training loop asks the detector before each update and applies the policy: skip, halt or roll back.
+The training loop calls the detector before each update. For a bad step it applies the policy: skip, halt or roll back.
 """

@@ -1,15 +1,17 @@
-"""Which steps are bad: not finite, or far above what the steps before were like.
+"""Detect bad steps: loss or gradient norm is not finite, or far above the values of the previous steps.
 
     x = log(loss), or log(gradient norm)                   both are positive and vary by factors
     threshold = exp(median(x) + k * max(1.4826 * MAD(x), 0.05))   over the last steps
 
-Median and MAD (the median distance from the median) hold until half of the window is bad, while a mean and a
-standard deviation are carried away by the first spike and hide the second. 1.4826 makes the MAD the standard deviation
-where x is normal, so ``k`` counts standard deviations. The floor of 0.05 (five percent) is for windows that hardly
-vary: without it the MAD of a flat curve would call any movement a spike. Refused values enter the window too: where the
-level has moved for good (other data), the threshold follows, or the run has halted after ``max_in_row`` steps.
+Median and MAD (the median distance from the median) are robust until half of the window is bad. A mean and a standard
+deviation would be shifted by the first spike and miss the second. The factor 1.4826 makes the MAD equal to the standard
+deviation for normal x, so ``k`` counts standard deviations. It is ``loss_deviations`` or ``norm_deviations``. The floor
+of 0.05 (five percent) is for windows with little variation, in which any change would count as a spike.
 
-For: the decision, which is the same on all ranks since loss and norm are. Not for: what follows from it
+Values of rejected steps enter the window too. If the level has changed permanently (other data), the threshold follows,
+unless the run halts first after ``max_in_row`` bad steps.
+
+The decision is the same on all ranks, since loss and norm are. Not for: the consequence of a bad step
 (``mmscale.run.train``).
 
 Source: Leys et al. 2013, "Detecting outliers: Do not use standard deviation around the mean, use absolute deviation
@@ -36,35 +38,36 @@ _FLOOR = 0.05
 
 
 class Policy(str, Enum):
-    """What a bad step does."""
+    """The consequence of a bad step."""
 
     SKIP = "skip"
-    """Its update is left out; the run goes on with the next batch."""
+    """Skip the update and continue with the next batch."""
     HALT = "halt"
-    """It ends the run with a sentence and exit code 1."""
+    """End the run with an error message and exit code 1."""
     ROLL_BACK = "roll_back"
-    """The run goes back to a checkpoint, and the data since are left out."""
+    """Restart from an earlier checkpoint, and skip the data since then."""
 
 
 class BadStepsConfig(StrictConfig):
-    """Steps whose update is refused, on all ranks together, before it is made."""
+    """The ``bad_steps`` block of a run: which updates are rejected, on all ranks, and what happens then."""
 
     policy: Policy = Policy.SKIP
-    """``skip`` the update, ``halt`` the run, or ``roll_back`` to a checkpoint and leave out the data since."""
+    """``skip`` the update, ``halt`` the run, or ``roll_back`` to a checkpoint and skip the data since then."""
     loss_deviations: float | None = Field(default=None, gt=0)
-    """A loss that lies this many robust standard deviations above the median of the window, in logarithms, is a spike;
-    null: only a loss that is not finite is bad."""
+    """A loss is a spike if its logarithm is more than this many robust standard deviations above the median of the
+    window; above 0. null: only a loss that is not finite is bad."""
     norm_deviations: float | None = Field(default=None, gt=0)
-    """The same for the gradient's norm before clipping."""
+    """The same for the gradient norm before clipping."""
     window_steps: int = Field(default=128, ge=8, le=4096)
-    """Steps that the median is taken over; a stage begins with an empty window."""
+    """Number of steps in the window, 8 to 4096. A stage begins with an empty window."""
     min_steps: int = Field(default=32, ge=4)
-    """Steps in the window before anything counts as a spike; at most ``window_steps``."""
+    """Steps in the window before a step can count as a spike; 4 to ``window_steps``."""
     roll_back_steps: int = Field(default=10, ge=1)
-    """``roll_back`` goes to the newest checkpoint at least this many steps before the bad one, within the stage."""
+    """``roll_back`` uses the newest checkpoint of the stage that is at least this many steps before the bad step; at
+    least 1. If there is none, it uses the oldest checkpoint of the stage."""
     max_in_row: int = Field(default=10, ge=1)
-    """Bad steps in a row that ``skip`` bears, or roll backs without getting further than ever before; one more ends the
-    run: then it is not the data."""
+    """Largest number of bad steps in a row with ``skip``, or of roll backs in a row without passing the furthest bad
+    step; at least 1. One more ends the run, since the data are then unlikely to be the cause."""
 
     @model_validator(mode="after")
     def _check(self) -> BadStepsConfig:
@@ -75,14 +78,14 @@ class BadStepsConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class BadStep:
-    """Why a step is bad, and the thresholds that it was compared with."""
+    """Why a step is bad, and the thresholds for loss and gradient norm."""
 
     reason: str
     thresholds: Mapping[str, float | None]
 
 
 def threshold(values: Iterable[float], deviations: float) -> float:
-    """The largest value that is no spike beside ``values``, all positive."""
+    """Return the largest value that is no spike compared with ``values``, which must be positive."""
     logs = [math.log(value) for value in values]
     center = median(logs)
     spread = _NORMAL * median(abs(x - center) for x in logs)
@@ -94,11 +97,11 @@ class SpikeDetector:
 
     Args:
         config: The ``bad_steps`` block.
-        state: What ``state`` gave; empty at the beginning.
+        state: The values that the method ``state`` returned; None at the beginning.
 
     Attributes:
-        num_bad: Steps that were refused, in this run and line of checkpoints.
-        in_row: Of them the last ones without a good step between.
+        num_bad: Bad steps so far. After a roll back, those up to its checkpoint.
+        in_row: Number of bad steps since the last good step.
     """
 
     def __init__(self, config: BadStepsConfig, state: Mapping[str, Any] | None = None) -> None:
@@ -111,7 +114,7 @@ class SpikeDetector:
         self.in_row = int(state.get("in_row", 0))
 
     def state(self) -> dict[str, Any]:
-        """JSON values to go on from, exactly."""
+        """Return the state as JSON values, for an exact resume."""
         return {
             "losses": list(self._losses),
             "norms": list(self._norms),
@@ -120,12 +123,15 @@ class SpikeDetector:
         }
 
     def begin_stage(self) -> None:
-        """Forgets the window: losses and norms of another stage are no measure."""
+        """Empty the window: values of another stage are not comparable."""
         self._losses.clear()
         self._norms.clear()
 
     def thresholds(self) -> dict[str, float | None]:
-        """``loss`` and ``grad_norm`` above which the next step is a spike; None where there is no limit (yet)."""
+        """Return the ``loss`` and ``grad_norm`` above which the next step is a spike; None without a limit.
+
+        There is no limit if it is not configured, or before ``min_steps`` steps.
+        """
         limits = (self._losses, self._config.loss_deviations), (self._norms, self._config.norm_deviations)
         loss, norm = (
             threshold(values, deviations) if deviations is not None and len(values) >= self._config.min_steps else None
@@ -150,7 +156,7 @@ class SpikeDetector:
         """Add a step that had weight to the window. Return why it was bad, or None."""
         reason = self.reason(loss, norm)
         if reason is None and not applied:
-            reason = "another rank found it bad"  # Only where ranks of different hardware round the norm differently.
+            reason = "another rank rejected it"  # Possible if ranks with different hardware round the norm differently.
         bad = None if reason is None else BadStep(reason, self.thresholds())
         for values, value in ((self._losses, loss), (self._norms, norm)):
             if math.isfinite(value) and value > 0:

@@ -1,12 +1,13 @@
-"""Going back to a checkpoint and on with later data, in a way that outlives the process.
+"""Roll a run back to a checkpoint and continue with later data, also if the process is killed in between.
 
     step      1 .. to_step .. at_step (bad)          to_step + 1 ..
-    data      1 .. to_step .. at_step (left out)     at_step + 1 ..       a step's data are not those of its number
+    data      1 .. to_step .. at_step (skipped)      at_step + 1 ..       steps and their data now have other numbers
 
-A roll back is an entry of ``RUN/bad_steps/roll_backs.json``, written whole before anything else happens, with the
-loader's integers after the bad step. Every checkpoint says how many roll backs it has gone through
-(``TrainState.extra``). So whoever starts the run, the same process or one after a kill, sees which checkpoints were
-abandoned (they lie behind a point that was gone back from, and do not know of it) and from where the data go on.
+A roll back is an entry of ``RUN/bad_steps/roll_backs.json`` with the loader's state after the bad step. The entry is
+written atomically before anything else changes. Every checkpoint records how many roll backs happened before it
+(``TrainState.extra``). From both, any later start derives which checkpoints are abandoned and where the data continue.
+
+A checkpoint is abandoned if its step is after the ``to_step`` of a roll back that it does not count.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ class RollBack(StrictConfig):
 
     Attributes:
         at_step: The bad step.
-        to_step: Step of the checkpoint that the run went back to; 0 is its beginning.
-        stage_begin: Steps that were done before the stage; a roll back stays within it.
-        in_row: This one and those before it since the run last got further than ever before.
+        to_step: Step of the checkpoint that the run restarts from; 0 is the beginning of the run.
+        stage_begin: Number of steps before the stage. A roll back does not leave the stage.
+        in_row: Number of roll backs, including this one, without passing the furthest bad step.
         reason: Why the step was bad.
-        loader: The loader's state of all lanes after the bad step.
+        loader: State of all lanes after the bad step, as JSON.
     """
 
     at_step: int = Field(ge=1)
@@ -58,12 +59,12 @@ class RollBack(StrictConfig):
 
     @property
     def position(self) -> LoaderState:
-        """Where the data go on."""
+        """The state from which the loader continues."""
         return LoaderState.from_json(self.loader)
 
 
 def read_roll_backs(folder: Path) -> list[RollBack]:
-    """The roll backs of a run, in order.
+    """Return the roll backs of a run, in order; none if the list does not exist.
 
     Raises:
         CheckpointError: the list is damaged.
@@ -76,22 +77,22 @@ def read_roll_backs(folder: Path) -> list[RollBack]:
     except (OSError, ValueError, TypeError) as error:
         said = first_fault(error) if isinstance(error, ValidationError) else error
         raise CheckpointError(
-            f"{path} is damaged ({said}): without it the run does not know which data it left out"
+            f"{path} is damaged ({said}): without it the run does not know which data it skipped"
         ) from error
 
 
 def write_roll_backs(folder: Path, roll_backs: Sequence[RollBack]) -> None:
-    """Writes the list, whole or not at all.
+    """Write the list atomically.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the list cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / FILE, json.dumps([entry.model_dump() for entry in roll_backs], indent=1).encode())
 
 
-def in_force(roll_backs: Sequence[RollBack]) -> list[RollBack]:
-    """Those that shaped the steps as they are now: a later one to the same or an earlier step replaces them."""
+def effective_roll_backs(roll_backs: Sequence[RollBack]) -> list[RollBack]:
+    """Return the roll backs that are still in effect: a later one to the same or an earlier step replaces them."""
     return [
         entry
         for number, entry in enumerate(roll_backs)
@@ -99,23 +100,24 @@ def in_force(roll_backs: Sequence[RollBack]) -> list[RollBack]:
     ]
 
 
-def plan(
+def plan_roll_back(
     checkpoints: Path, before: Sequence[RollBack], state: TrainState, steps: int, reason: str, loader: LoaderState
 ) -> RollBack:
-    """A roll back from the step after ``state``, to the newest checkpoint of its stage at least ``steps`` back.
+    """Return a roll back from the step after ``state`` to the newest checkpoint at least ``steps`` steps before it.
 
-    Where the stage is younger, or retention has removed what is that old, it goes to the oldest there is.
+    Only checkpoints of the current stage are used; the beginning of the run counts as one. If none is old enough, the
+    oldest is used.
 
     Args:
         checkpoints: Folder of the run's checkpoints.
         before: Earlier roll backs.
-        state: Before the bad step.
-        steps: How far to go back at least.
+        state: State before the bad step.
+        steps: Smallest number of steps to roll back.
         reason: Why the step is bad.
         loader: State of all lanes after the bad step.
 
     Raises:
-        CheckpointError: there is no checkpoint of the stage to go back to.
+        CheckpointError: there is no checkpoint of the stage.
     """
     begin, at_step = state.step - state.stage_step, state.step + 1
     paths = [path for path in list_checkpoints(checkpoints) if is_whole(path) and not is_abandoned(path, before)]
@@ -134,16 +136,16 @@ def plan(
     )
 
 
-def state_behind(path: Path | None, roll_backs: Sequence[RollBack]) -> TrainState:
-    """The state to go on from after a checkpoint, or from the beginning.
+def resume_state(path: Path | None, roll_backs: Sequence[RollBack]) -> TrainState:
+    """Return the state in a checkpoint, or the state at the beginning of the run if ``path`` is None.
 
-    Where the checkpoint lies before a roll back, the data go on from ``pending``'s position.
+    If ``pending_roll_back`` returns a roll back for this state, the data continue from its position instead.
 
     Raises:
-        CheckpointError: the checkpoint that a run rolled back to is gone, with all others of its stage.
+        CheckpointError: a roll back is pending, and no checkpoint of its stage is left.
     """
     state = TrainState() if path is None else read_state(path)
-    entry = pending(state, roll_backs)
+    entry = pending_roll_back(state, roll_backs)
     if entry is not None and state.step < entry.stage_begin:
         raise CheckpointError(
             f"the run was rolled back from step {entry.at_step} to {entry.to_step}, and no checkpoint of that stage is "
@@ -152,13 +154,13 @@ def state_behind(path: Path | None, roll_backs: Sequence[RollBack]) -> TrainStat
     return state
 
 
-def pending(state: TrainState, roll_backs: Sequence[RollBack]) -> RollBack | None:
-    """The roll back that a checkpoint's state lies before, if any; its ``position`` is where the data go on."""
+def pending_roll_back(state: TrainState, roll_backs: Sequence[RollBack]) -> RollBack | None:
+    """Return the last roll back if the state does not count it yet, else None."""
     return roll_backs[-1] if roll_backs and int(state.extra.get(NUM_ROLL_BACKS, 0)) < len(roll_backs) else None
 
 
 def is_abandoned(path: Path, roll_backs: Sequence[RollBack]) -> bool:
-    """Whether a checkpoint lies behind a point that was gone back from; False for a damaged one."""
+    """Return whether a roll back has abandoned a checkpoint; False for a damaged checkpoint."""
     try:
         state = read_manifest(path).state
     except CheckpointError:
@@ -168,22 +170,23 @@ def is_abandoned(path: Path, roll_backs: Sequence[RollBack]) -> bool:
 
 
 def remove_abandoned(checkpoints: Path, roll_backs: Sequence[RollBack]) -> None:
-    """Removes the checkpoints that a roll back has left behind; call on one rank.
+    """Remove the abandoned checkpoints. Call it on one rank.
 
     Raises:
-        OSError: one cannot be removed.
+        OSError: a checkpoint cannot be removed.
     """
     for path in list_checkpoints(checkpoints):
         if is_abandoned(path, roll_backs):
             remove_folder(path)
 
 
-def settled(state: TrainState, roll_backs: Sequence[RollBack]) -> tuple[list[RollBack], TrainState]:
-    """List and state once the run goes on from ``state``: the last entry tells the step it really went back to.
+def apply_pending(state: TrainState, roll_backs: Sequence[RollBack]) -> tuple[list[RollBack], TrainState]:
+    """Return the list and the state with which the run resumes from ``state``.
 
-    They differ where the checkpoint that was chosen has been damaged since, and an older one serves.
+    If the last roll back is pending, the new state counts it, and its ``to_step`` becomes the step of ``state``. That
+    step is earlier than planned if the chosen checkpoint was damaged since.
     """
-    entry = pending(state, roll_backs)
+    entry = pending_roll_back(state, roll_backs)
     if entry is None:
         return list(roll_backs), state
     moved = entry.model_copy(update={"to_step": min(entry.to_step, state.step)})

@@ -1,6 +1,7 @@
-"""Elastic checkpoints: whole or absent, resumed at any number of ranks and any ZeRO stage.
+"""Elastic checkpoints: saved atomically, and resumed at any number of ranks and any ZeRO stage.
 
-``resume`` is exact and within a stage; ``warm_start`` takes the weights that fit; ``load_weights`` needs no engine.
+``resume`` restores the exact state within a stage. ``warm_start`` copies only the weights that fit. ``load_weights``
+fills a plain module and needs no engine.
 """
 
 from mmscale.checkpoint.background import Saver

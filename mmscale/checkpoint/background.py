@@ -1,12 +1,12 @@
-"""Saving while training goes on.
+"""Save checkpoints while training continues.
 
-    step N     save:  every rank copies its share into the writer's memory     the only wait
-    N+1, ...   poll:  are all writers done?                                    a vote of one number a step
-    N+m        poll:  yes: rank 0's writer closes the manifest and renames
-    N+m+1      poll:  the checkpoint is there
+    step N     save:  every rank copies its share into its writer's memory    training waits only here
+    N+1, ...   poll:  are all writers done?                                   one all-reduce of one number
+    N+m        poll:  yes: rank 0's writer writes the manifest and renames the folder
+    later      poll:  rank 0's writer is done: the checkpoint is complete
 
-What training does to the weights after ``save`` does not reach the copy. A write that fails is heard by all ranks at
-the next step and ends the run there. A crash at any moment leaves a half-written folder, which never looks whole.
+Later changes of the weights do not affect the copy. If a write fails, the next ``poll`` raises on all ranks. A crash at
+any moment leaves either ``step-N.partial`` or a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -21,44 +21,52 @@ from torch import Tensor
 
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.manifest import MANIFEST, TrainState
-from mmscale.checkpoint.save import Place, begin, gather_files, give_up_if, save, to_remove, together
+from mmscale.checkpoint.save import (
+    SaveTarget,
+    abort_on_any_rank,
+    begin,
+    gather_files,
+    run_or_abort,
+    save,
+    stale_checkpoints,
+)
 from mmscale.checkpoint.share import RankShare, flat_bytes, share_of
 from mmscale.dist import World, all_reduce_max
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError
-from mmscale.io.files import Written
+from mmscale.io.files import WrittenFile
 from mmscale.io.writer_process import WriteError, Writer
 
 _DONE, _BUSY, _FAILED = 0.0, 1.0, 2.0
-"""Votes; the largest decides."""
+"""State of a rank's writer. ``poll`` acts on the maximum over all ranks."""
 _POLL_SECONDS = 0.02
 _SPARE = 1.02
-"""The memory is larger than the first share by this: the notes of later ones may be a little longer."""
+"""Factor between the writer's memory and the share that it was made for: a later header may be slightly longer."""
 
 
 @dataclass
 class InFlight:
-    """A save between ``save`` and the ``poll`` that ends it; the same on all ranks but for ``answer``."""
+    """A save that ``save`` has started and no ``poll`` has completed. All ranks agree on all fields but ``result``."""
 
-    place: Place
-    closing: bool = False
-    """Whether all ranks' files are written and rank 0 closes the checkpoint."""
-    answer: Any = None
-    """What this rank's writer said of its order; None while it is at work."""
+    target: SaveTarget
+    publishing: bool = False
+    """Whether all ranks' files are written and rank 0's writer publishes the checkpoint."""
+    result: Any = None
+    """Result of this rank's writer for its current command; None while the writer is busy."""
 
 
 class Saver:
-    """Writes the checkpoints of a run. All ranks must make one and call its methods alike.
+    """Writes the checkpoints of a run. All ranks must make one and call ``save``, ``poll`` and ``wait`` together.
 
     Args:
         world: This rank.
-        directory: ``checkpoints`` folder of the run, seen by all ranks.
-        config: When to wait, what to keep.
-        note: Told of every save that was left out.
+        directory: ``checkpoints`` folder of the run, shared by all ranks.
+        config: Its retention settings, ``background`` and ``when_busy`` apply.
+        note: Called with one line for each skipped save.
 
     Attributes:
-        in_flight: The save that is not on the disk yet; None if there is none. The same on all ranks: they must call
-            ``poll`` at each step while there is one.
+        in_flight: The save that is not complete yet; None if there is none. It is set on all ranks or on none. While it
+            is set, all ranks must call ``poll`` once per step.
     """
 
     def __init__(
@@ -73,134 +81,144 @@ class Saver:
         self.in_flight: InFlight | None = None
 
     def save(self, engine: Engine, state: TrainState, *, last: bool = False) -> None:
-        """Begins to write ``step-N``. All ranks must call.
+        """Start to write ``step-N``. All ranks must call.
+
+        If the previous save is still being written, this one waits for it or is skipped (``when_busy``). With
+        ``background=false`` this method writes the whole checkpoint before it returns.
 
         Args:
-            engine: Weights, moments and schedule position.
-            state: Counters, and this rank's lanes of the loader.
-            last: Wait until it is on the disk; never left out.
+            engine: Source of the weights, the optimizer state and the step counts.
+            state: Progress of the run, with the loader state of this rank's lanes.
+            last: Never skip this save, and return only when the checkpoint is complete.
 
         Raises:
-            CheckpointError: this save could not begin, or the one before could not be written.
+            CheckpointError: this save could not start, or the previous one failed. With ``last`` or
+                ``background=false`` also: this save could not be written. All ranks raise.
         """
         if self.in_flight is not None and self._config.when_busy == "skip" and not last:
-            self._note(f"step {state.step} is not saved: {self.in_flight.place.final.name} is still being written")
+            self._note(f"step {state.step} is not saved: {self.in_flight.target.final.name} is still being written")
             return
         self.wait()
         if not self._config.background:
             save(engine, state, self._directory, self._config)
             return
-        place = begin(engine, state, self._directory)
-        if place is None:
+        target = begin(engine, state, self._directory)
+        if target is None:
             return
-        together(self._world, place, lambda: self._hand_over(place, share_of(engine, state)))
-        self.in_flight = InFlight(place)
+        run_or_abort(self._world, target, lambda: self._start_write(target, share_of(engine, state)))
+        self.in_flight = InFlight(target)
         if last:
             self.wait()
 
-    def _hand_over(self, place: Place, share: RankShare) -> None:
-        """Copies the share and tells the writer to write it."""
+    def _start_write(self, target: SaveTarget, share: RankShare) -> None:
+        """Copy the share into the writer's memory and start to write it."""
         size = len(share.header) + sum(share.lengths)
-        target = self._memory(size)
-        target[: len(share.header)] = torch.frombuffer(bytearray(share.header), dtype=torch.uint8)
+        memory = self._memory(size)
+        memory[: len(share.header)] = torch.frombuffer(bytearray(share.header), dtype=torch.uint8)
         start = len(share.header)
         for values in share.values:
             if values.nbytes:
-                target[start : start + values.nbytes].copy_(flat_bytes(values), non_blocking=True)
+                memory[start : start + values.nbytes].copy_(flat_bytes(values), non_blocking=True)
                 start += values.nbytes
         if self._world.device.type == "cuda":
             torch.cuda.synchronize(self._world.device)
-        self._order(
+        self._send(
             "share",
-            folder=str(place.partial),
+            folder=str(target.partial),
             names=share.names,
             header_bytes=len(share.header),
             lengths=share.lengths,
-            notes=share.notes,
+            metadata=share.metadata,
         )
 
     def _memory(self, size: int) -> Tensor:
-        """The writer's memory, ``(at least size,)`` bytes; a new writer where the old one's does not suffice."""
+        """Return the writer's memory: at least ``size`` bytes, uint8. Starts a new writer if the old one has less."""
         if self._writer is None or len(self._writer.memory) < size:
             self._close_writer()
             self._writer = Writer(int(size * _SPARE) + 1)
-            target = torch.frombuffer(self._writer.memory, dtype=torch.uint8)
+            memory = torch.frombuffer(self._writer.memory, dtype=torch.uint8)
             if self._world.device.type == "cuda":  # A device copies into pinned pages several times as fast.
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(target.data_ptr(), target.nbytes, 0))
-                self._pinned = target
-            return target
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+                self._pinned = memory
+            return memory
         return torch.frombuffer(self._writer.memory, dtype=torch.uint8)
 
-    def _order(self, what: str, **arguments: object) -> None:
+    def _send(self, command: str, **arguments: object) -> None:
         assert self._writer is not None
         try:
-            self._writer.order(what, **arguments)
+            self._writer.send(command, **arguments)
         except WriteError as error:
             raise OSError(str(error)) from error
 
-    def poll(self, patience_seconds: float = 0.0) -> None:
-        """Looks how far the save is, and takes the next step of it if all ranks can. All ranks must call.
+    def poll(self, wait_seconds: float = 0.0) -> None:
+        """Check the save in flight. All ranks must call.
+
+        When the writers of all ranks are done with their shares, this method starts to publish the checkpoint. When
+        rank 0's writer has published it, ``in_flight`` becomes None. Otherwise nothing changes.
 
         Args:
-            patience_seconds: How long to wait for this rank's writer.
+            wait_seconds: Longest time to wait for this rank's writer.
 
         Raises:
-            CheckpointError: a rank could not write.
+            CheckpointError: a rank could not write. All ranks raise.
         """
         flight = self.in_flight
         if flight is None:
             return
-        complaint = self._look(flight, patience_seconds)
-        vote = _FAILED if complaint is not None else _BUSY if flight.answer is None else _DONE
+        complaint = self._read_result(flight, wait_seconds)
+        vote = _FAILED if complaint is not None else _BUSY if flight.result is None else _DONE
         vote = all_reduce_max(self._world, vote)
         if vote == _FAILED:
             self.in_flight = None
             self._close_writer()
-            give_up_if(self._world, flight.place, complaint)
-        elif vote == _DONE and not flight.closing:
-            self._close(flight)
+            abort_on_any_rank(self._world, flight.target, complaint)
+        elif vote == _DONE and not flight.publishing:
+            self._publish(flight)
         elif vote == _DONE:
             self.in_flight = None
 
     def wait(self) -> None:
-        """Waits until nothing is left to write. All ranks must call.
+        """Block until no save is in flight. All ranks must call.
 
         Raises:
-            CheckpointError: a rank could not write.
+            CheckpointError: a rank could not write. All ranks raise.
         """
         while self.in_flight is not None:
             self.poll(_POLL_SECONDS)
 
-    def _look(self, flight: InFlight, patience_seconds: float) -> str | None:
-        """Takes the writer's answer if it has one; what it complains of."""
-        if flight.answer is None:
+    def _read_result(self, flight: InFlight, wait_seconds: float) -> str | None:
+        """Store the writer's result in ``flight`` if there is one. Return its error message, or None."""
+        if flight.result is None:
             assert self._writer is not None
             try:
-                flight.answer = self._writer.answer(patience_seconds)
+                flight.result = self._writer.result(wait_seconds)
             except WriteError as error:
                 return str(error)
         return None
 
-    def _close(self, flight: InFlight) -> None:
-        """All ranks' files are on the disk: rank 0's writer adds the manifest and gives the folder its name."""
-        files = gather_files(self._world, [Written(*numbers) for numbers in flight.answer])
-        flight.closing = True
-        flight.answer = None if self._world.is_main else True
-        place = flight.place
+    def _publish(self, flight: InFlight) -> None:
+        """Start to publish the checkpoint: rank 0's writer writes the manifest and renames the folder.
 
-        def order() -> None:
-            doomed = [str(path) for path in to_remove(place.final, self._config)]
-            names = {"partial": str(place.partial), "final": str(place.final), "name": MANIFEST}
-            self._order("publish", **names, text=place.close(files), doomed=doomed)
+        All ranks must call, after the files of all ranks are written and synced.
+        """
+        files = gather_files(self._world, [WrittenFile(*numbers) for numbers in flight.result])
+        flight.publishing = True
+        flight.result = None if self._world.is_main else True
+        target = flight.target
+
+        def send() -> None:
+            stale = [str(path) for path in stale_checkpoints(target.final, self._config)]
+            names = {"partial": str(target.partial), "final": str(target.final), "name": MANIFEST}
+            self._send("publish", **names, text=target.manifest_text(files), stale=stale)
 
         try:
-            together(self._world, place, order, only_main=True)
+            run_or_abort(self._world, target, send, only_main=True)
         except CheckpointError:
             self.in_flight = None
             raise
 
     def close(self) -> None:
-        """Ends the writer. What it has not finished is left half-written, for the next save to sweep away."""
+        """End this rank's writer. An unfinished checkpoint remains as ``step-N.partial``; the next save removes it."""
         self.in_flight = None
         self._close_writer()
 

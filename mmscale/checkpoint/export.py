@@ -1,7 +1,7 @@
-"""Weights of a checkpoint, whole, for other programs: under our names, or as a family of Hugging Face stores them.
+"""Export the weights of a checkpoint for other programs, under mmscale's names or in a Hugging Face layout.
 
-Values are read range by range and written on, so neither a model nor a large matrix is ever in memory, save one whose
-axes a family exchanges. Tied parameters are stored once.
+The exporter reads and writes values in small ranges, so memory never holds the model or a large matrix. A matrix whose
+axes a layout exchanges is the exception. Tied parameters are stored once.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from mmscale.checkpoint.manifest import Manifest, model_config_of
 from mmscale.checkpoint.reshard import CheckpointReader, verify
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Stored
+from mmscale.hf.layout import HfTensor
 from mmscale.hf.layouts import layout_for, layout_of, pixels
-from mmscale.hf.read import PREPROCESSOR, beside, read_config
-from mmscale.hf.write import SHARD_BYTES, Outgoing, require_new, write_folder
+from mmscale.hf.read import PREPROCESSOR, companion_files, read_config
+from mmscale.hf.write import SHARD_BYTES, OutputTensor, require_new, write_folder
 from mmscale.models.config import AnyModelConfig
 
 Weights = Literal["master", "ema"]
@@ -32,11 +32,14 @@ _CHUNK_VALUES = 4 << 20
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """To write a folder that ``transformers`` loads.
+    """Target of an export: a folder in the layout of a Hugging Face family.
+
+    If ``like`` is None, families that ``transformers`` can load are tried first.
 
     Attributes:
-        like: A folder of the same family: its tokenizer's files go along, and what ``config.json`` says of token ids
-            and context length. None: the first family that has words for the model, and neither.
+        like: A Hugging Face folder of the target family. The export copies its tokenizer and processor files, and the
+            keys of its ``config.json`` that do not change the computation, such as token ids and context length. None
+            chooses the first family that can express the model, and copies neither files nor keys.
     """
 
     like: Path | None = None
@@ -44,7 +47,7 @@ class HuggingFace:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor to be written; ``kind`` says where its values lie in the checkpoint."""
+    """A tensor to write; ``kind`` is the kind of its values in the checkpoint."""
 
     name: str
     kind: str
@@ -54,21 +57,21 @@ class _Entry:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What ``export_weights`` wrote.
+    """Result of ``export_weights``.
 
     Attributes:
-        folder: Where.
-        checkpoint: What was read.
+        folder: Folder that was written.
+        checkpoint: Checkpoint that was read.
         step: Step of the run.
         weights: ``master`` or ``ema``.
         format: Number format of the parameters; buffers keep theirs.
-        tensors: Their number, buffers included.
-        tied: Second name -> the name under which the values lie.
-        bytes: Of all tensors.
+        tensors: Number of tensors in the folder, buffers included.
+        tied: Further name of a tied parameter -> the name under which it is stored in the checkpoint.
+        bytes: Bytes of all tensors.
         files: Names of the safetensors files.
-        configured: Whether the checkpoint knew the model's configuration.
-        family: ``model_type`` of the folder; None if it has our names.
-        beside: Names of files that went along.
+        configured: Whether the checkpoint stores the model's configuration.
+        family: ``model_type`` of the folder; None if the tensors have mmscale's names.
+        beside: Names of the files that were copied from ``like``.
     """
 
     folder: str
@@ -94,20 +97,20 @@ def export_weights(
     shard_bytes: int = SHARD_BYTES,
     to: HuggingFace | None = None,
 ) -> ExportReport:
-    """Writes the weights of ``checkpoint`` into the new folder ``folder``: all of it or nothing.
+    """Write the weights of ``checkpoint`` into the new folder ``folder``, atomically.
 
     Args:
-        checkpoint: Read in full and checked first.
-        folder: Must not exist.
-        weights: The trained weights, or their exponential moving average where the run kept one. Frozen parameters are
-            the same in both.
-        number_format: Of the parameters. ``fp32`` is exact.
-        shard_bytes: Largest file, unless one tensor alone is larger.
-        to: Names and configuration of a family of Hugging Face; None keeps ours.
+        checkpoint: Checkpoint folder. Every byte is verified first.
+        folder: Path that must not exist.
+        weights: The trained weights (``master``), or their exponential moving average (``ema``) if the run kept one.
+            Frozen parameters are the same in both.
+        number_format: Number format of the parameters. ``fp32`` is exact; buffers keep their own.
+        shard_bytes: Largest size of a file, unless one tensor alone is larger.
+        to: Write a Hugging Face layout; None keeps mmscale's names.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or holds no such weights, no family has words for the model, or
-            ``folder`` exists or cannot be written.
+        CheckpointError: the checkpoint is damaged or lacks these weights, no family can express the model, the
+            processor of ``to.like`` normalises pixels differently, or ``folder`` exists or cannot be written.
     """
     require_new(folder)
     if problems := verify(checkpoint):
@@ -117,15 +120,17 @@ def export_weights(
         entries = {entry.name: entry for entry in _entries(reader, weights, _DTYPES[number_format])}
         if to is None:
             config, tied = manifest.model_config_values, manifest.tied
-            tensors = [_outgoing(reader, Stored.alone(entry.name, entry.shape), entries) for entry in entries.values()]
+            tensors = [
+                _outgoing(reader, HfTensor.single(entry.name, entry.shape), entries) for entry in entries.values()
+            ]
         else:
             config, stored = _as_family(manifest, checkpoint, entries, number_format, to)
             tied = {}
             tensors = [_outgoing(reader, tensor, entries) for tensor in stored.values()]
-        copied = [] if to is None or to.like is None else beside(to.like)
+        copied = [] if to is None or to.like is None else companion_files(to.like)
         preprocessor = None if to is None or config is None else config.pop(PREPROCESSOR, None)
         names = write_folder(
-            folder, tensors, config, preprocessor=preprocessor, tied=tied, shard_bytes=shard_bytes, beside=copied
+            folder, tensors, config, preprocessor=preprocessor, tied=tied, shard_bytes=shard_bytes, companions=copied
         )
         return ExportReport(
             folder=str(folder),
@@ -145,33 +150,37 @@ def export_weights(
 
 def _as_family(
     manifest: Manifest, checkpoint: Path, entries: Mapping[str, _Entry], number_format: Format, to: HuggingFace
-) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """``config.json``, and the family's tensors by name."""
+) -> tuple[dict[str, Any], dict[str, HfTensor]]:
+    """Return the values of ``config.json``, and the tensors of the Hugging Face layout by name."""
     config = model_config_of(manifest, checkpoint)
     like = {} if to.like is None else read_config(to.like)
     layout = layout_of(like["model_type"]) if like else layout_for(config)
-    values = layout.like(layout.config_values(config), like)
+    values = layout.with_keys_of(layout.config_values(config), like)
     values["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[number_format]
-    if PREPROCESSOR in like:  # Its file is copied with the others.
+    if PREPROCESSOR in like:  # The processor's file is copied from ``like``.
         values.pop(PREPROCESSOR, None)
         _check_pixels(config, like, str(to.like))
-    return values, layout.stored(config, {name: entry.shape for name, entry in entries.items()})
+    return values, layout.hf_tensors(config, {name: entry.shape for name, entry in entries.items()})
 
 
 def _check_pixels(config: AnyModelConfig, like: Mapping[str, Any], where: str) -> None:
-    """Require that a processor, which goes along, normalises pixels as the model does."""
+    """Require that the processor to be copied normalises pixels as the model was trained with.
+
+    Raises:
+        CheckpointError: mean or standard deviation differ.
+    """
     if config.vision is None:
         return
-    mine = {"mean": list(config.vision.mean), "std": list(config.vision.std)}
-    theirs = pixels.to_model(Keys(like, where), (config.vision.mean, config.vision.std))
-    if any(abs(a - b) > 1e-6 for name in mine for a, b in zip(mine[name], theirs[name], strict=True)):
+    trained = {"mean": list(config.vision.mean), "std": list(config.vision.std)}
+    copied = pixels.to_model(Keys(like, where), (config.vision.mean, config.vision.std))
+    if any(abs(a - b) > 1e-6 for name in trained for a, b in zip(trained[name], copied[name], strict=True)):
         raise CheckpointError(
-            f"{where}: its image processor normalises pixels otherwise ({theirs}) than the model was trained with "
-            f"({mine}); take another folder for --like, or none"
+            f"{where}: its image processor normalises pixels with {copied}, but the model was trained with {trained}; "
+            "give another folder to --like, or omit it"
         )
 
 
-def _outgoing(reader: CheckpointReader, tensor: Stored, entries: Mapping[str, _Entry]) -> Outgoing:
+def _outgoing(reader: CheckpointReader, tensor: HfTensor, entries: Mapping[str, _Entry]) -> OutputTensor:
     dtype = entries[tensor.parts[0].name].dtype
 
     def values() -> Iterator[Tensor]:
@@ -181,11 +190,15 @@ def _outgoing(reader: CheckpointReader, tensor: Stored, entries: Mapping[str, _E
             if part.zeros:
                 yield torch.zeros(part.zeros, dtype=dtype)
 
-    return Outgoing(tensor.name, dtype, tensor.shape, values)
+    return OutputTensor(tensor.name, dtype, tensor.shape, values)
 
 
 def _entries(reader: CheckpointReader, weights: Weights, dtype: torch.dtype) -> Iterator[_Entry]:
-    """Every parameter and buffer, in the model's order."""
+    """Yield every parameter, then every buffer, in the order of the manifest.
+
+    Raises:
+        CheckpointError: ``weights`` is ``ema``, and a trained parameter has no average.
+    """
     manifest = reader.manifest
     if weights == "ema":
         _require_averages(reader)
@@ -197,18 +210,19 @@ def _entries(reader: CheckpointReader, weights: Weights, dtype: torch.dtype) -> 
 
 
 def _require_averages(reader: CheckpointReader) -> None:
-    averaged = {key.removesuffix("|ema") for notes in reader.notes for key in notes.tensors if key.endswith("|ema")}
-    lacking = [name for name, entry in reader.manifest.parameters.items() if entry.trained and name not in averaged]
+    keys = (key for metadata in reader.metadata for key in metadata.tensors)
+    averaged = {key.removesuffix("|ema") for key in keys if key.endswith("|ema")}
+    missing = [name for name, entry in reader.manifest.parameters.items() if entry.trained and name not in averaged]
     if not averaged:
         raise CheckpointError(
             f"{reader.path} holds no averaged weights (EMA): the run kept none; export the master weights instead"
         )
-    if lacking:
-        raise CheckpointError(f"{reader.path} holds averaged weights, but none of {', '.join(lacking[:5])}")
+    if missing:
+        raise CheckpointError(f"{reader.path} holds averaged weights, but none of {', '.join(missing[:5])}")
 
 
 def _values(reader: CheckpointReader, entry: _Entry, start: int, stop: int) -> Iterator[Tensor]:
-    """A range of the flattened tensor in chunks."""
+    """Yield the values ``start:stop`` of the flattened tensor in chunks. A buffer is always yielded whole."""
     if entry.kind == "buffer":
         yield from [values] if (values := reader.buffer(entry.name).reshape(-1)).numel() else []
         return

@@ -1,7 +1,7 @@
-"""Reading checkpoints back: exactly (``resume``), or the weights alone, into a plain module (``load_weights``) or into
-one that will not learn and may be in shards (``fill_frozen``).
+"""Choose, verify and load checkpoints.
 
-The world size and the ZeRO stage may differ from those that saved.
+``resume`` restores the exact state of an engine. ``load_weights`` fills a plain module, and ``fill_frozen`` a frozen
+model that may be sharded. World size and ZeRO stage may differ from those of the save.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mmscale.checkpoint.manifest import (
     TrainState,
     folder_name,
     list_checkpoints,
-    misnamed,
     read_state,
     step_of,
+    wrong_name,
 )
 from mmscale.checkpoint.reshard import CheckpointReader, verify, verify_together, whole_parameter
 from mmscale.checkpoint.save import model_config_values, tied_names
@@ -33,7 +33,7 @@ from mmscale.engine.partition import frozen_ranges, parameter_table
 from mmscale.errors import CheckpointError, DamagedError
 from mmscale.io.files import set_aside
 
-_SHOWN = 3
+_MAX_LISTED = 3
 
 
 def choose(
@@ -43,49 +43,57 @@ def choose(
     note: Callable[[str], None] = lambda text: None,
     passes: Callable[[Path], bool] = lambda path: True,
 ) -> Path | None:
-    """The newest checkpoint, every byte of it checked; None if there is none. All ranks must call.
+    """Return the newest good checkpoint, after verifying every byte of it. All ranks must call.
 
     With ``on_damage=previous`` rank 0 renames each damaged checkpoint to ``step-N.damaged``. Its step can then be saved
     again, and retention no longer counts it.
 
     Args:
         world: This rank.
-        directory: ``checkpoints`` folder of the run, seen by all ranks. Rank 0 lists it for all.
-        config: Whether to stop at a damaged checkpoint or to try the one before it.
-        note: Receives a line about each checkpoint that is not taken.
+        directory: ``checkpoints`` folder of the run, shared by all ranks. Only rank 0 lists it.
+        config: ``on_damage`` decides whether to stop at a damaged checkpoint or to try the one before it.
+        note: Called with a line for each skipped checkpoint. Some lines appear on rank 0 only.
         passes: Called on rank 0; checkpoints for which it returns False are ignored.
 
+    Returns:
+        None if no checkpoint passes, or if all that pass were damaged and renamed.
+
     Raises:
-        CheckpointError: the newest checkpoint is damaged and ``on_damage`` is ``stop``; one cannot be read; or all
-            folders there hold another step than their name says.
+        DamagedError: a checkpoint is damaged and ``on_damage`` is ``stop``.
+        CheckpointError: a checkpoint cannot be read or renamed, or no checkpoint is good and a folder holds another
+            step than its name gives. All ranks raise.
     """
     candidates, strays = _candidates(world, directory, passes)
     for stray in strays:
-        note(f"passed over: {stray}")
+        note(f"skipped: {stray}")
     for path in candidates:
         try:
             verify_together(world, path)
         except DamagedError as error:
             if config.on_damage == "stop":
                 raise DamagedError(
-                    f"{error}; to go on from the checkpoint before it, set checkpoint.on_damage=previous"
+                    f"{error}; to resume from the checkpoint before it, set checkpoint.on_damage=previous"
                 ) from error
-            note(f"passed over: {error}")
+            note(f"skipped: {error}")
             _set_aside(world, path, note)
             continue
         return path
     raise_on_any_rank(world, next(iter(strays), None), CheckpointError)
     if candidates:
-        note(f"no checkpoint is left in {directory}: the run begins again at its first step")
+        note(f"no usable checkpoint is left in {directory}: the run starts again at its first step")
     return None
 
 
 def _candidates(world: World, directory: Path, passes: Callable[[Path], bool]) -> tuple[list[Path], list[str]]:
-    """Rank 0's checkpoints, newest first, for all ranks; on rank 0 also sentences about folders with a wrong name."""
+    """List the checkpoints that rank 0 sees, newest first. All ranks must call.
+
+    Returns:
+        The checkpoints, equal on all ranks, and on rank 0 a sentence for each folder with a wrong name.
+    """
     steps: list[float] = []
     strays = []
     for path in filter(passes, reversed(list_checkpoints(directory)) if world.is_main else ()):
-        if (problem := misnamed(path)) is not None:
+        if (problem := wrong_name(path)) is not None:
             strays.append(problem)
         else:
             steps.append(float(step_of(path)))
@@ -95,7 +103,7 @@ def _candidates(world: World, directory: Path, passes: Callable[[Path], bool]) -
 
 
 def _set_aside(world: World, path: Path, note: Callable[[str], None]) -> None:
-    """Renames a damaged checkpoint on rank 0. All ranks must call."""
+    """Rename a damaged checkpoint on rank 0. All ranks must call, and all raise if that fails."""
     complaint = None
     if world.is_main:
         try:
@@ -106,31 +114,30 @@ def _set_aside(world: World, path: Path, note: Callable[[str], None]) -> None:
 
 
 def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
-    """Puts the engine where it was: masters, moments, step counts, buffers, random state. All ranks must call.
+    """Restore the exact state of an engine. All ranks must call.
 
-    Nothing is changed before every byte is found to be what was written, and before all ranks agree that the
-    checkpoint holds everything that this engine keeps.
-
-    At the world size that saved, training goes on bit for bit as if it had not stopped; at another one sums are
+    Restores weights, optimizer state, the average of the weights, step counts, buffers, loss scaler and random state.
+    The engine changes only after all bytes are verified and all ranks agree that the checkpoint holds everything that
+    the engine needs. With the world size of the save, training continues bit-identically. With another one, sums are
     rounded in another order.
 
     Args:
-        engine: At its first step or any other.
+        engine: Mutated; at any step.
         path: Checkpoint folder.
-        verified: ``choose`` has read it already.
+        verified: True if ``choose`` has just verified the checkpoint: skip that here.
 
     Returns:
-        The train state, with the loader's state of all lanes.
+        The progress of the run, with the loader state of all lanes.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, of another model, or of another stage.
+        CheckpointError: the checkpoint is damaged, incomplete, of another model or of another stage. All ranks raise.
     """
     if not verified:
         verify_together(engine.world, path)
     complaint = None
     try:
         with CheckpointReader(path) as reader:
-            complaint = _why_not(engine, reader)
+            complaint = _resume_problem(engine, reader)
             random_state = _random_state(engine.world, reader)
         state = read_state(path)
     except CheckpointError as error:
@@ -141,7 +148,7 @@ def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
             name = owned.name
             reader.fill(owned.master, name, reader.weights_kind(name), owned.start)
             for kind, kept in owned.moments.items():
-                values = kept.float()  # Itself, but a copy of what is kept in 8 bits.
+                values = kept.float()  # The tensor itself, or a dequantised copy of 8-bit state.
                 reader.fill(values, name, kind, owned.start)
                 kept.copy_(values)
         for key, values in engine.partition.whole_state().items():
@@ -158,8 +165,8 @@ def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
     return state
 
 
-def _why_not(engine: Engine, reader: CheckpointReader) -> str | None:
-    """Why this rank cannot resume from the checkpoint; None if it can."""
+def _resume_problem(engine: Engine, reader: CheckpointReader) -> str | None:
+    """Return the reason why this rank cannot resume from the checkpoint; None if it can."""
     path, manifest = reader.path, reader.manifest
     differences = list(_differences(manifest, engine.model))
     if differences:
@@ -172,21 +179,21 @@ def _why_not(engine: Engine, reader: CheckpointReader) -> str | None:
             f"{'other' if other else 'the same'} parameters; between stages use weights only (warm start)"
         )
     saved, here = (
-        _beside(manifest.optimizer, manifest.ema),
-        _beside(engine.stage.optimizer.state_name, bool(engine.stage.ema)),
+        _describe_state(manifest.optimizer, manifest.ema),
+        _describe_state(engine.stage.optimizer.state_name, bool(engine.stage.ema)),
     )
     if saved != here:
         return (
-            f"{path} was saved with {saved}, stage {engine.stage.name!r} now has {here}; put stages.*.optimizer "
-            "and stages.*.ema back, or begin a new stage with the change (it takes weights only)"
+            f"{path} was saved with {saved}, stage {engine.stage.name!r} now has {here}; restore stages.*.optimizer "
+            "and stages.*.ema, or begin a new stage with the change (a new stage loads only weights)"
         )
-    if lacking := list(_lacking(engine, reader)):
-        return f"{path} does not hold everything that stage {manifest.stage!r} needs to go on: {_first(lacking)}"
+    if missing := list(_missing_state(engine, reader)):
+        return f"{path} does not hold everything that stage {manifest.stage!r} needs to resume: {_first(missing)}"
     return None
 
 
-def _lacking(engine: Engine, reader: CheckpointReader) -> Iterator[str]:
-    """What the engine keeps on this rank and the checkpoint does not hold in that form."""
+def _missing_state(engine: Engine, reader: CheckpointReader) -> Iterator[str]:
+    """Yield a sentence for each tensor of this rank's engine that the checkpoint lacks or holds in another shape."""
     for owned in engine.partition.owned(whole=True):
         for kind in (reader.weights_kind(owned.name), *owned.moments):
             if not reader.holds(owned.name, kind):
@@ -199,20 +206,20 @@ def _lacking(engine: Engine, reader: CheckpointReader) -> Iterator[str]:
         yield f"the state of the loss scaler has {sorted(saved)}, expected {sorted(scaler)}"
 
 
-def _beside(optimizer: str, ema: bool) -> str:
+def _describe_state(optimizer: str, ema: bool) -> str:
     return f"the state of {optimizer} and {'an' if ema else 'no'} average of the weights"
 
 
 def load_weights(model: nn.Module, path: Path, *, ema: bool = False) -> None:
-    """Loads weights and buffers into a plain module, in one process, without DeepSpeed.
+    """Load weights and buffers into a plain module, in one process, without DeepSpeed.
 
     Args:
         model: Mutated.
-        path: Checkpoint folder.
-        ema: Take the averages of the trained weights instead of the weights.
+        path: Checkpoint folder. Every byte is verified first.
+        ema: Load the exponential moving average of the trained weights instead of the weights.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, of another model, or has no averages.
+        CheckpointError: the checkpoint is damaged, of another model, or has no average.
     """
     if problems := verify(path):
         raise CheckpointError(f"{path} is damaged: {problems[0]}")
@@ -231,17 +238,19 @@ def load_weights(model: nn.Module, path: Path, *, ema: bool = False) -> None:
 def fill_frozen(
     model: nn.Module, *, gather: object, path: Path, zero_stage: int, world: World, ema: bool = False
 ) -> None:
-    """Loads weights and buffers into a model that will not learn: an ``initialise`` for ``construct``.
+    """Load weights and buffers into a frozen model.
 
-    Each rank reads what it keeps: at stage 3 its shards, so no rank ever holds the whole model.
+    Bind all arguments but ``model`` and ``gather`` with ``functools.partial``, and pass the result to
+    ``mmscale.engine.construct.construct`` as ``initialise``. Each rank reads only the values that it keeps: at ZeRO
+    stage 3 its shards, so no rank holds the whole model.
 
     Args:
         model: Mutated.
-        gather: Unused, since nothing has to be whole.
-        path: Checkpoint folder of this very model, found whole by ``verify_together``.
-        zero_stage: That the model is constructed for.
+        gather: Unused: this function fills shards in place.
+        path: Checkpoint folder of the same model. The caller has verified it with ``verify_together``.
+        zero_stage: ZeRO stage that the model is constructed for.
         world: This rank.
-        ema: Take the averages of the trained weights instead of the weights.
+        ema: Load the exponential moving average of the trained weights instead of the weights.
     """
     del gather
     with CheckpointReader(path) as reader, torch.no_grad():
@@ -258,27 +267,30 @@ def _load_buffers(model: nn.Module, reader: CheckpointReader) -> None:
 
 
 def _random_state(world: World, reader: CheckpointReader) -> dict[str, Tensor]:
-    """States of this rank's generators by device type; none for a rank that did not exist when it was saved.
+    """Read the states of this rank's generators, by device type; empty if the save had fewer ranks.
 
     Raises:
-        CheckpointError: torch does not accept one of them.
+        CheckpointError: a state is missing, or torch does not accept it.
     """
-    if world.rank >= len(reader.notes):
-        return {}  # This rank keeps the seed that it was started with.
-    saved, states = reader.notes[world.rank].random_state, {}
+    if world.rank >= len(reader.metadata):
+        return {}  # This rank keeps its initial seed.
+    saved, states = reader.metadata[world.rank].random_state, {}
     for device in ("cpu", "cuda") if world.device.type == "cuda" and "cuda" in saved else ("cpu",):
         try:
             states[device] = torch.tensor(list(bytes.fromhex(saved[device])), dtype=torch.uint8)
             torch.Generator(device).set_state(states[device])
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"{reader.path}: the random state of rank {world.rank} ({device}) is not one of torch's: {error!r}"
+                f"{reader.path}: torch does not accept the random state of rank {world.rank} ({device}): {error!r}"
             ) from error
     return states
 
 
 def _differences(manifest: Manifest, model: nn.Module) -> Iterator[str]:
-    """Sentences about what model and checkpoint do not share, parameters first."""
+    """Yield a sentence for each difference between model and checkpoint.
+
+    Compares names and shapes of parameters and buffers, ties, and the configuration values that both have.
+    """
     table = parameter_table(model)
     for name in table.keys() | manifest.parameters.keys():
         if name not in manifest.parameters:
@@ -311,6 +323,6 @@ def _config_differences(path: str, saved: Any, here: Any) -> Iterator[str]:
 
 
 def _first(differences: list[str]) -> str:
-    shown = "; ".join(sorted(differences)[:_SHOWN])
-    more = len(differences) - _SHOWN
-    return f"{shown}; and {more} more differences" if more > 0 else shown
+    listed = "; ".join(sorted(differences)[:_MAX_LISTED])
+    more = len(differences) - _MAX_LISTED
+    return f"{listed}; and {more} more differences" if more > 0 else listed

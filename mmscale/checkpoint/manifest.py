@@ -1,14 +1,14 @@
-"""What a checkpoint folder says about itself.
+"""The manifest and the rank metadata of a checkpoint folder: their format, and functions that read and list them.
 
     checkpoints/step-00000123/
-        rank-00000.safetensors   this rank's ranges: NAME|master, |frozen, the optimizer's (|exp_avg, ...), |ema;
-                                 of rank 0 also what is kept whole: |buffer, Adafactor's |exp_avg_sq_row, ...
-        rank-00000.json          of each of them range, format, place and CRC-32; the loader's lanes, random state
-        manifest.json            written last: everything that is true of the whole, and the CRC-32 of every file
+        rank-00000.safetensors   the rank's ranges of: NAME|master, |frozen, the optimizer's (|exp_avg, ...), |ema
+                                 rank 0 also stores unsharded tensors: |buffer, Adafactor's |exp_avg_sq_row, ...
+        rank-00000.json          range, dtype, offset and CRC-32 of each tensor; the rank's loader and random state
+        manifest.json            written last: everything about the whole checkpoint, and the CRC-32 of every file
 
-A folder with this name is whole. While it is being written it is called ``step-00000123.partial``; a checkpoint that
-was refused is renamed to ``step-00000123.damaged``. The manifest begins with its own CRC-32, so every byte of a
-checkpoint is covered by one.
+The folder is called ``step-00000123.partial`` until its last file is synced, so ``step-00000123`` is complete. A
+checkpoint that ``load.choose`` found damaged is renamed to ``step-00000123.damaged``. The manifest begins with its own
+CRC-32, so a checksum covers every byte of a checkpoint.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ DAMAGED = ".damaged"
 _FOLDER = re.compile(r"step-([0-9]{8,})")
 _SET_ASIDE = re.compile(rf"step-[0-9]{{8,}}{re.escape(DAMAGED)}(-[0-9]+)?")
 _SEAL = re.compile(rb'\{"crc32":"([0-9a-f]{8})",\n')
-_MOST_JSON_BYTES = 1 << 30
-"""A larger file of JSON is not read; a million parameters take a tenth of it."""
+_MAX_JSON_BYTES = 1 << 30
+"""Largest JSON file that is read. A million parameters need a tenth of it."""
 
 
 def folder_name(step: int) -> str:
@@ -46,27 +46,27 @@ def folder_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """The step that the name of a checkpoint's folder says."""
+    """Return the step in the name of a checkpoint folder."""
     return int(path.name.partition("-")[2])
 
 
 def rank_files(rank: int) -> tuple[str, str]:
-    """Names of the tensors and of the notes of one rank."""
+    """Return the names of one rank's tensor file and metadata file."""
     return f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.json"
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands, apart from weights and optimizer.
+    """The progress of a run, without weights and optimizer state.
 
     Attributes:
         step: Optimizer steps of the run so far, over all stages.
         stage_index: Index of the stage in the configuration.
-        stage_step: Steps taken within that stage.
-        tokens: Valid tokens seen.
-        samples: Samples seen.
-        loader: State of the data after ``step``: of this rank's lanes when saving, of all lanes after loading.
-        extra: Whatever else the run wants back; JSON values, equal on all ranks.
+        stage_step: Optimizer steps within that stage.
+        tokens: Valid tokens that the run has trained on.
+        samples: Samples that the run has trained on.
+        loader: Loader state after ``step``. Pass this rank's lanes when saving; ``read_state`` returns all lanes.
+        extra: Further values of the run as JSON values, equal on all ranks.
     """
 
     step: int = 0
@@ -89,26 +89,26 @@ class SavedState(StrictConfig):
     extra: dict[str, Any]
 
 
-Side = Annotated[int, Field(ge=0, lt=2**63)]
-"""One number of a shape."""
+Dimension = Annotated[int, Field(ge=0, lt=2**63)]
+"""One dimension of a shape."""
 
 
 class FileEntry(StrictRecord):
-    """A file beside the manifest."""
+    """Size and checksum of one file in the checkpoint folder."""
 
     bytes: int = Field(ge=0)
     crc32: int = Field(ge=0)
 
 
 class ParameterEntry(StrictRecord):
-    """A parameter of the model."""
+    """Shape of one parameter of the model, and whether the stage trains it."""
 
-    shape: tuple[Side, ...]
+    shape: tuple[Dimension, ...]
     trained: bool
 
 
 class Manifest(StrictConfig):
-    """Everything that is true of the whole checkpoint."""
+    """Everything about a checkpoint that does not belong to one rank."""
 
     format: int
     state: SavedState
@@ -117,62 +117,63 @@ class Manifest(StrictConfig):
     zero_stage: int
     precision: str
     optimizer: str = "adamw"
-    """Kind of the optimizer, and of how many bits; it decides what is kept beside each master."""
+    """Kind of the optimizer and bits of its state. It determines which tensors are stored with each master."""
     ema: bool = False
-    """Whether the average of the trained weights is kept too, as ``NAME|ema``."""
+    """Whether the exponential moving average of the trained weights is stored, as ``NAME|ema``."""
     loss_scaler: dict[str, float] | None = None
-    """fp16: the scale of the loss and what its next change depends on."""
+    """State of the fp16 loss scaler: the scale and the counters that change it."""
     optimizer_steps: int = Field(ge=0)
     parameters: dict[str, ParameterEntry]
-    buffers: dict[str, tuple[Side, ...]]
+    buffers: dict[str, tuple[Dimension, ...]]
     tied: dict[str, str]
-    """Second name of a parameter -> the name under which it is stored."""
+    """Further name of a tied parameter -> the name under which it is stored."""
     model_config_values: dict[str, Any] | None
-    """The model's configuration, if it has one."""
+    """The model's configuration as JSON values; None if the model has none."""
     files: dict[str, FileEntry]
     versions: dict[str, str]
 
     def stored_name(self, name: str) -> str | None:
-        """The name under which a parameter is stored: its own, or that of the one it is tied to; None if absent."""
+        """Return the name under which a parameter is stored: its own or its tied owner's; None if it is not stored."""
         owner = self.tied.get(name, name)
         return owner if owner in self.parameters else None
 
 
 class TensorEntry(StrictRecord):
-    """A tensor in the file of one rank."""
+    """One tensor in the safetensors file of one rank."""
 
     start: int = Field(ge=0)
-    """First value, in the flattened parameter."""
+    """Index of its first value in the flattened parameter."""
     stop: int = Field(ge=0)
-    """One past the last."""
+    """Index after its last value."""
     whole: bool = False
-    """No range of a parameter, but a tensor that rank 0 keeps for all."""
+    """True for an unsharded tensor, which only rank 0 stores; false for a range of a parameter."""
     dtype: str
-    """As safetensors calls it."""
+    """Number format, as safetensors spells it."""
     offset: int = Field(ge=0)
-    """First byte, in the file."""
+    """Offset of its first byte in the file."""
     crc32: int = Field(ge=0)
 
 
-class RankNotes(StrictConfig):
-    """What one rank says about its file of tensors."""
+class RankMetadata(StrictConfig):
+    """The metadata of one rank: an index of its safetensors file, its loader state and its random state."""
 
     rank: int = Field(ge=0)
     tensors: dict[str, TensorEntry]
-    """By ``NAME|kind``."""
+    """Entries by ``NAME|kind``, in the order of the file."""
     loader: str | None
+    """State of the rank's lanes as JSON text; None in an imported checkpoint and in a run without a loader."""
     random_state: dict[str, str]
-    """State of torch's generators, hexadecimal, by device type."""
+    """Hexadecimal state of torch's generators, by device type."""
 
 
 def seal(manifest: Manifest) -> str:
-    """The text of a manifest, its own checksum first."""
-    rest = manifest.model_dump_json(indent=1).removeprefix("{\n")
-    return f'{{"crc32":"{crc32(rest.encode()):08x}",\n{rest}'
+    """Return the JSON text of a manifest, which begins with its own checksum."""
+    body = manifest.model_dump_json(indent=1).removeprefix("{\n")
+    return f'{{"crc32":"{crc32(body.encode()):08x}",\n{body}'
 
 
 def _unseal(text: bytes) -> bytes | None:
-    """The JSON under the seal; None if the checksum is not that of the text."""
+    """Return the JSON text without its checksum; None if the checksum is missing or does not match."""
     seal = _SEAL.match(text)
     if seal is None or int(seal[1], 16) != crc32(text[seal.end() :]):
         return None
@@ -180,32 +181,35 @@ def _unseal(text: bytes) -> bytes | None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Reads and checks the manifest of the checkpoint folder ``path``.
+    """Read and check the manifest of the checkpoint folder ``path``.
 
     Raises:
-        CheckpointError: there is none, it is damaged, another format wrote it, or the folder has the name of another
+        CheckpointError: the manifest is missing, damaged or of another format, or the folder has the name of another
             step.
     """
     manifest = _read_manifest(path)
-    if (problem := _misnamed(path, manifest)) is not None:
+    if (problem := _wrong_name(path, manifest)) is not None:
         raise CheckpointError(problem)
     return manifest
 
 
-def misnamed(path: Path) -> str | None:
-    """Why ``path`` does not count as the checkpoint that its name says, although its manifest is good; else None."""
+def wrong_name(path: Path) -> str | None:
+    """Return a sentence if the folder's name has another step than its manifest.
+
+    Returns None if the steps are equal, if the name has no step, or if the manifest cannot be read.
+    """
     try:
-        return _misnamed(path, _read_manifest(path))
+        return _wrong_name(path, _read_manifest(path))
     except CheckpointError:
         return None
 
 
-def _misnamed(path: Path, manifest: Manifest) -> str | None:
+def _wrong_name(path: Path, manifest: Manifest) -> str | None:
     step = manifest.state.step
     if _FOLDER.fullmatch(path.name) is None or step_of(path) == step:
-        return None  # A folder with a name of the user's own may hold any step.
+        return None  # A folder that the user named freely may hold any step.
     return (
-        f"{path} holds the checkpoint of step {step}: the folder was copied or renamed, and it does not count as a "
+        f"{path} holds the checkpoint of step {step}: the folder was copied or renamed, so it is not used as a "
         f"checkpoint of this run; remove it, or name it {folder_name(step)} if there is no such folder"
     )
 
@@ -219,11 +223,11 @@ def _read_manifest(path: Path) -> Manifest:
     found = re.search(rb'"format"\s*:\s*(\d{1,9})', text)
     if found and int(found[1]) != FORMAT:
         raise CheckpointError(f"{path} has format {int(found[1])}, this version reads {FORMAT}")
-    inside = _unseal(text)
-    if inside is None:
-        raise CheckpointError(f"{file} is damaged: its checksum is not that of its text")
+    body = _unseal(text)
+    if body is None:
+        raise CheckpointError(f"{file} is damaged: its checksum does not match its text")
     try:
-        manifest = Manifest.model_validate_json(inside)
+        manifest = Manifest.model_validate_json(body)
     except ValidationError as error:
         raise CheckpointError(f"{file} is damaged: {first_fault(error)}") from error
     count = manifest.world_size
@@ -233,24 +237,26 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def model_config_of(manifest: Manifest, path: Path) -> AnyModelConfig:
-    """What to build for the weights of the checkpoint at ``path``.
+    """Return the configuration of the model whose weights the checkpoint at ``path`` holds.
 
     Raises:
-        CheckpointError: the checkpoint does not say, or says what is not legal.
+        CheckpointError: the checkpoint stores no configuration, or an invalid one.
     """
     if manifest.model_config_values is None:
-        raise CheckpointError(f"{path} does not know its model's configuration; save it from a run of mmscale")
+        raise CheckpointError(f"{path} does not store its model's configuration; save it from a run of mmscale")
     try:
         return read_model_config(manifest.model_config_values)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: its model's configuration is not legal: {first_fault(error)}") from error
+        raise CheckpointError(f"{path}: its model's configuration is not valid: {first_fault(error)}") from error
 
 
 def manifest_checksum(path: Path) -> str:
-    """The manifest's own checksum, which stands for every byte of the checkpoint: it covers those of all files.
+    """Return the manifest's own checksum, 8 hexadecimal digits. Reads the stored value and does not verify it.
+
+    It identifies the whole checkpoint, because the manifest contains the checksums of all other files.
 
     Raises:
-        CheckpointError: there is no manifest, or none with a checksum.
+        CheckpointError: the manifest is missing or does not begin with a checksum.
     """
     try:
         seal = _SEAL.match(_read_json(path / MANIFEST))
@@ -261,15 +267,15 @@ def manifest_checksum(path: Path) -> str:
     return seal[1].decode()
 
 
-def read_notes(path: Path, rank: int) -> RankNotes:
-    """Reads the notes of one rank.
+def read_rank_metadata(path: Path, rank: int) -> RankMetadata:
+    """Read the metadata of one rank, without verifying the checksum of its file.
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: the file is missing, or its JSON is not valid metadata.
     """
     file = path / rank_files(rank)[1]
     try:
-        return RankNotes.model_validate_json(_read_json(file))
+        return RankMetadata.model_validate_json(_read_json(file))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except ValidationError as error:
@@ -278,35 +284,35 @@ def read_notes(path: Path, rank: int) -> RankNotes:
 
 def _read_json(file: Path) -> bytes:
     try:
-        return read_bytes(file, most_bytes=_MOST_JSON_BYTES)
+        return read_bytes(file, most_bytes=_MAX_JSON_BYTES)
     except UntrustedError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def missing_or_cut(path: Path, manifest: Manifest) -> str | None:
-    """The first file that is missing or has another size than the manifest says; None if all are there."""
+def missing_or_truncated(path: Path, manifest: Manifest) -> str | None:
+    """Return a sentence about the first file that is missing or has the wrong size; None if all sizes are right."""
     for name, entry in manifest.files.items():
         try:
             size = (path / name).stat().st_size
         except OSError:
             return f"{name} is missing"
         if size != entry.bytes:
-            return f"{name} has {size} bytes, {entry.bytes} were written"
+            return f"{name} has {size} bytes, expected {entry.bytes}"
     return None
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the manifest reads and every file has its size."""
+    """Whether the manifest is valid and every file has the right size. Does not verify the checksums of those files."""
     try:
-        return missing_or_cut(path, read_manifest(path)) is None
+        return missing_or_truncated(path, read_manifest(path)) is None
     except CheckpointError:
         return False
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Folders that are named like checkpoints, oldest step first.
+    """Return the folders that are named like checkpoints, oldest step first, complete or not.
 
-    Half-written folders and those that were set aside have other names.
+    Folders ``step-N.partial`` and ``step-N.damaged`` are not included.
     """
     if not directory.is_dir():
         return []
@@ -315,22 +321,30 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def list_set_aside(directory: Path) -> list[Path]:
-    """Folders of refused checkpoints that were set aside, by name."""
+    """Return the folders of damaged checkpoints that were renamed to ``step-N.damaged[-K]``, sorted by name."""
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if _SET_ASIDE.fullmatch(path.name) and path.is_dir())
 
 
 def find_latest(directory: Path) -> Path | None:
-    """The newest whole checkpoint below ``directory``; a damaged one is passed over (see ``load.choose``)."""
+    """Return the newest checkpoint in ``directory`` for which ``is_whole`` holds; None if there is none.
+
+    ``load.choose`` also verifies every byte.
+    """
     return next((path for path in reversed(list_checkpoints(directory)) if is_whole(path)), None)
 
 
 def checkpoints_of(path: Path) -> list[Path]:
-    """The checkpoints that ``path`` means, a run folder, its ``checkpoints`` or one of them; whole or not.
+    """Return the checkpoints at ``path``, oldest first, complete or not.
+
+    A path that contains a manifest, or whose name begins with ``step-``, is returned alone, without a check.
+
+    Args:
+        path: One checkpoint, a run folder, or the ``checkpoints`` folder of a run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     if (path / MANIFEST).exists() or path.name.startswith("step-"):
         return [path]
@@ -340,35 +354,35 @@ def checkpoints_of(path: Path) -> list[Path]:
         require_no_folder(path, f"make a checkpoint of it with: mmscale checkpoint import {path} RUN --from hf")
         raise CheckpointError(
             f"{path} has no checkpoints; give a run folder, its checkpoints folder, or one checkpoint"
-            + (f" (damaged ones were set aside: {', '.join(folder.name for folder in damaged)})" if damaged else "")
+            + (f" (renamed because damaged: {', '.join(folder.name for folder in damaged)})" if damaged else "")
         )
     return found
 
 
 def newest_of(path: Path) -> Path:
-    """The checkpoint that ``path`` names, or the newest whole one below it.
+    """Return the checkpoint at ``path``, or the newest complete one if ``path`` is a run or ``checkpoints`` folder.
 
     Raises:
-        CheckpointError: none is whole.
+        CheckpointError: there is no checkpoint, or none is complete. A checkpoint that ``path`` names is not checked.
     """
     folders = checkpoints_of(path)
     if folders == [path]:
         return path
     newest = find_latest(folders[0].parent)
     if newest is None:
-        raise CheckpointError(f"{path}: no checkpoint is whole; `mmscale checkpoint list {path}` says why")
+        raise CheckpointError(f"{path}: no checkpoint is complete; `mmscale checkpoint list {path}` shows the reasons")
     return newest
 
 
 def read_state(path: Path) -> TrainState:
-    """Where the run stood, with the loader's state of all lanes merged. Reads no tensors.
+    """Read the progress of the run. Merges the loader states of all ranks; reads no tensors.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or lacks a rank's position although the run has seen samples.
+        CheckpointError: the checkpoint is damaged, or lacks a rank's loader state although the run has seen samples.
     """
     manifest = read_manifest(path)
     saved, states, loader = manifest.state, list[LoaderState](), None
-    texts = [read_notes(path, rank).loader for rank in range(manifest.world_size)]
+    texts = [read_rank_metadata(path, rank).loader for rank in range(manifest.world_size)]
     file = path
     try:
         if saved.samples or texts != [None] * len(texts):  # An imported checkpoint has seen no data.

@@ -1,8 +1,8 @@
-"""Reading any range of any parameter out of the files of however many ranks wrote them.
+"""Read any range of any parameter from a checkpoint of any number of ranks, and verify checkpoints.
 
 wanted            |-------------------)
 rank 0  |--------------)
-rank 1                 |--------------)      -> the overlaps are copied, a gap is an error
+rank 1                 |--------------)      -> copy the overlaps; raise if a value is missing
 """
 
 from __future__ import annotations
@@ -21,37 +21,44 @@ from torch import Tensor
 from data_pipeline.io.checksums import crc32_of
 from data_pipeline.io.untrusted import open_regular
 from mmscale.checkpoint.contents import content_problems
-from mmscale.checkpoint.manifest import Manifest, missing_or_cut, rank_files, read_manifest, read_notes, read_state
-from mmscale.dist import World, all_reduce_max, first_complaint
+from mmscale.checkpoint.manifest import (
+    Manifest,
+    missing_or_truncated,
+    rank_files,
+    read_manifest,
+    read_rank_metadata,
+    read_state,
+)
+from mmscale.dist import World, all_reduce_max, lowest_rank_error
 from mmscale.errors import CheckpointError, DamagedError
 from mmscale.hf.tensor_file import FORMAT_NAMES
 from mmscale.io.files import checksum_of
 
-_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
-"""Errors of a file that is missing or no regular file. Others (no permission, an error of the disk) may pass."""
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL)
+"""Errors of a missing or irregular file, which mean damage. Others (no permission, disk error) may be temporary."""
 _GOOD, _UNREADABLE, _DAMAGED = 0.0, 1.0, 2.0
-"""Verdicts of the ranks; the largest decides."""
+"""Verdict of a rank. The maximum over all ranks decides."""
 
 
 class CheckpointReader:
-    """An open checkpoint. Use as a context manager.
+    """An open checkpoint. Use it as a context manager.
 
     Args:
-        path: Checkpoint folder.
+        path: Checkpoint folder. The reader checks the sizes of its files; the caller verifies their checksums.
 
     Raises:
-        CheckpointError: it is not whole.
+        CheckpointError: the manifest or a rank's metadata is damaged, or a file is missing or has the wrong size.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
-        if (problem := missing_or_cut(path, self.manifest)) is not None:
-            raise CheckpointError(f"{path} is damaged: {problem}; `mmscale checkpoint verify` lists what is left")
-        self.notes = [read_notes(path, rank) for rank in range(self.manifest.world_size)]
+        if (problem := missing_or_truncated(path, self.manifest)) is not None:
+            raise CheckpointError(f"{path} is damaged: {problem}; `mmscale checkpoint verify` lists all problems")
+        self.metadata = [read_rank_metadata(path, rank) for rank in range(self.manifest.world_size)]
         self._ranges: dict[str, list[tuple[int, int, int]]] = {}
-        for rank, notes in enumerate(self.notes):
-            for key, entry in notes.tensors.items():
+        for rank, metadata in enumerate(self.metadata):
+            for key, entry in metadata.tensors.items():
                 if entry.whole:
                     continue
                 self._ranges.setdefault(key, []).append((entry.start, entry.stop, rank))
@@ -64,37 +71,39 @@ class CheckpointReader:
         self._files.clear()
 
     def weights_kind(self, name: str, *, ema: bool = False) -> str:
-        """``master`` or ``frozen``: how the weights of a stored parameter are kept; ``ema`` for their average.
+        """Return the kind under which the weights of a stored parameter are saved: ``master``, ``frozen`` or ``ema``.
 
-        A frozen parameter's average is its weights.
+        Args:
+            name: Stored name of a parameter.
+            ema: Return ``ema`` for a trained parameter. A frozen one has no average of its own.
         """
         if not self.manifest.parameters[name].trained:
             return "frozen"
         return "ema" if ema else "master"
 
     def dtype(self, name: str, kind: str) -> torch.dtype:
-        """Number format in which the values of a stored parameter are kept.
+        """Return the number format in which values of this kind are saved.
 
         Raises:
-            CheckpointError: there are none.
+            CheckpointError: the checkpoint holds no such values.
         """
         key = f"{name}|{kind}"
         if key not in self._ranges:
-            raise CheckpointError(f"{self.path}: {key} is not in it; the checkpoint is damaged")
-        stored = self.notes[self._ranges[key][0][2]].tensors[key].dtype
+            raise CheckpointError(f"{self.path} does not hold {key}; the checkpoint is damaged")
+        stored = self.metadata[self._ranges[key][0][2]].tensors[key].dtype
         return next(dtype for dtype, spelled in FORMAT_NAMES.items() if spelled == stored)
 
     def fill(self, target: Tensor, name: str, kind: str, start: int) -> None:
-        """Fills the flat ``target`` with the values from ``start`` on, converting to its number format.
+        """Fill ``target`` with consecutive values of a parameter, converted to the dtype of ``target``.
 
         Args:
             target: ``(n,)``, mutated.
             name: Stored name of a parameter.
-            kind: ``master``, ``frozen``, ``ema`` or one of the optimizer's, as ``exp_avg``.
-            start: Index of the first wanted value in the flattened parameter.
+            kind: ``master``, ``frozen``, ``ema`` or a kind of optimizer state such as ``exp_avg``.
+            start: Index of the first value in the flattened parameter.
 
         Raises:
-            CheckpointError: values are missing or a file is damaged.
+            CheckpointError: values are missing, or a file cannot be read.
         """
         stop, filled = start + target.numel(), 0
         key = f"{name}|{kind}"
@@ -107,35 +116,35 @@ class CheckpointReader:
             filled += last - first
         if filled != stop - start:
             raise CheckpointError(
-                f"{self.path}: {key} has {filled} of the values {start}:{stop}; the checkpoint is damaged"
+                f"{self.path}: {key} has only {filled} of the values {start}:{stop}; the checkpoint is damaged"
             )
 
     def holds(self, name: str, kind: str) -> bool:
-        """Whether any values of a stored parameter are kept in this kind; ``gaps`` finds those that are missing."""
+        """Whether the checkpoint holds any values of this kind. ``gaps`` finds incomplete ones."""
         return f"{name}|{kind}" in self._ranges
 
     def whole_shape(self, key: str) -> tuple[int, ...] | None:
-        """Shape of a tensor that rank 0 wrote whole; None if there is none.
+        """Return the shape of an unsharded tensor, which rank 0 stores; None if there is none. Reads the tensor.
 
         Raises:
-            CheckpointError: the file is damaged.
+            CheckpointError: the file cannot be read.
         """
-        entry = self.notes[0].tensors.get(key)
+        entry = self.metadata[0].tensors.get(key)
         return None if entry is None or not entry.whole else tuple(self._read(0, key, None, None).shape)
 
     def buffer(self, name: str) -> Tensor:
-        """A buffer, whole.
+        """Read a buffer.
 
         Raises:
-            CheckpointError: it is missing or damaged.
+            CheckpointError: the buffer is missing or cannot be read.
         """
         return self.whole(f"{name}|buffer")
 
     def whole(self, key: str) -> Tensor:
-        """A tensor that rank 0 wrote whole.
+        """Read an unsharded tensor, which rank 0 stores.
 
         Raises:
-            CheckpointError: it is missing or damaged.
+            CheckpointError: the tensor is missing or cannot be read.
         """
         return self._read(0, key, None, None)
 
@@ -151,7 +160,7 @@ class CheckpointReader:
             raise CheckpointError(f"{file}: {key} cannot be read: {error}") from error
 
     def gaps(self) -> Iterator[str]:
-        """Complaints about parameters whose ranges do not cover them exactly once, of every kind they are kept in."""
+        """Yield a sentence for each kind of a parameter whose ranges do not cover all its values exactly once."""
         kinds: dict[str, list[str]] = {}
         for key in self._ranges:
             name, _, kind = key.rpartition("|")
@@ -167,10 +176,11 @@ class CheckpointReader:
 
 
 def verify(path: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint; an empty list means it is good.
+    """Return the problems of a checkpoint; an empty list if it is good.
 
-    Checks sizes, checksums, that headers, notes and manifest agree, that all values are finite, ranges, and that the
-    position in the data can be read.
+    Checks sizes and checksums, that headers, metadata and manifest agree, that all values are finite, that the ranges
+    cover each parameter exactly once, and that the loader state can be read. Later checks run only if the earlier ones
+    find no problem, so the list may be incomplete. If a file exists but cannot be read, the list has only that problem.
     """
     try:
         manifest = read_manifest(path)
@@ -186,7 +196,11 @@ def verify(path: Path) -> list[str]:
 
 
 def rank_problems(path: Path, manifest: Manifest, rank: int) -> Iterator[str]:
-    """What is wrong with the two files of one rank, both read in full: first their bytes, then what they say."""
+    """Yield the problems of one rank's two files. Reads both in full; checks the content only if the checksums match.
+
+    Raises:
+        CheckpointError: a file exists but cannot be read.
+    """
     problems = [problem for name in rank_files(rank) if (problem := file_problem(path, manifest, name)) is not None]
     yield from problems
     if problems:
@@ -198,54 +212,52 @@ def rank_problems(path: Path, manifest: Manifest, rank: int) -> Iterator[str]:
 
 
 def file_problem(path: Path, manifest: Manifest, name: str) -> str | None:
-    """What is wrong with the bytes of one file, and of which tensors; None if nothing is. Reads all of it.
+    """Check size and checksum of one file, and name the damaged tensors. Reads all of it; returns None if it is good.
 
     Raises:
-        CheckpointError: the file is there, but it cannot be read (no permission, an error of the disk).
+        CheckpointError: the file exists but cannot be read (no permission, disk error).
     """
     entry = manifest.files[name]
     try:
         open_regular(path / name).close()
         size = (path / name).stat().st_size
         if size != entry.bytes:
-            return f"{name}: {size} bytes, {entry.bytes} were written"
+            return f"{name}: has {size} bytes, expected {entry.bytes}"
         checksum = crc32_of(path / name)
     except OSError as error:
-        if error.errno not in _GONE:
+        if error.errno not in _MISSING:
             raise CheckpointError(f"{path / name} cannot be read: {error.strerror}") from error
         return f"{name}: {error.strerror}"
     if checksum == entry.crc32:
         return None
     damaged = ", ".join(_damaged_tensors(path, manifest, name))
-    return f"{name}: checksum {checksum:08x}, {entry.crc32:08x} was written; damaged: {damaged or 'not a tensor'}"
+    return f"{name}: has checksum {checksum:08x}, expected {entry.crc32:08x}; damaged: {damaged or 'not a tensor'}"
 
 
 def _damaged_tensors(path: Path, manifest: Manifest, name: str) -> Iterator[str]:
-    """The tensors in a damaged file whose own checksum is wrong."""
+    """Yield the keys of the tensors in a damaged file whose own checksum is wrong."""
     rank = next((r for r in range(manifest.world_size) if rank_files(r)[0] == name), None)
     if rank is None:
         return
     try:
-        notes = read_notes(path, rank)
+        metadata = read_rank_metadata(path, rank)
     except CheckpointError:
         return
-    if not notes.tensors or not manifest.files[name].bytes:
+    if not metadata.tensors or not manifest.files[name].bytes:
         return
-    ends = [*[entry.offset for entry in notes.tensors.values()][1:], manifest.files[name].bytes]
+    ends = [*[entry.offset for entry in metadata.tensors.values()][1:], manifest.files[name].bytes]
     data = np.memmap(path / name, np.uint8, "r")
-    for (key, entry), end in zip(notes.tensors.items(), ends, strict=True):
+    for (key, entry), end in zip(metadata.tensors.items(), ends, strict=True):
         if checksum_of(data[entry.offset : end].data) != entry.crc32:
             yield key
 
 
 def verify_together(world: World, path: Path) -> None:
-    """Reads every byte of a checkpoint, each rank some files, before anything is taken from it. All ranks must call.
-
-    Finds what ``verify`` finds.
+    """Make the checks of ``verify``, with the files divided among the ranks. All ranks must call.
 
     Raises:
-        DamagedError: something is wrong with it; on every rank, with the same words.
-        CheckpointError: it cannot be read, by all ranks or by some of them; likewise.
+        DamagedError: a rank found damage. All ranks raise the same message, which has one problem.
+        CheckpointError: some or all ranks cannot read a file, and no rank found damage. All ranks raise.
     """
     complaint, verdict = None, _GOOD
     try:
@@ -261,15 +273,16 @@ def verify_together(world: World, path: Path) -> None:
             complaint, verdict = f"{path} is damaged: {complaint}", _DAMAGED
     except CheckpointError as error:
         complaint, verdict = str(error), _DAMAGED
-        if isinstance(cause := error.__cause__, OSError) and not (world.is_main and cause.errno in _GONE):
-            verdict = _UNREADABLE  # A file that only another rank does not see is not gone.
-    heard = first_complaint(world, complaint)
-    if heard is not None:
-        raise DamagedError(heard) if all_reduce_max(world, verdict) == _DAMAGED else CheckpointError(heard)
+        if isinstance(cause := error.__cause__, OSError) and not (world.is_main and cause.errno in _MISSING):
+            # Only rank 0 decides that the manifest is missing: the folder may be unavailable on another rank's machine.
+            verdict = _UNREADABLE
+    first = lowest_rank_error(world, complaint)
+    if first is not None:
+        raise DamagedError(first) if all_reduce_max(world, verdict) == _DAMAGED else CheckpointError(first)
 
 
 def whole_parameter(reader: CheckpointReader, name: str, *, ema: bool = False) -> Tensor:
-    """Weights of one stored parameter, float32, in its shape; with ``ema`` their average if it was trained."""
+    """Read the weights of one stored parameter as float32 in its shape; with ``ema`` the average of a trained one."""
     shape = reader.manifest.parameters[name].shape
     values = torch.empty(math.prod(shape), dtype=torch.float32)
     reader.fill(values, name, reader.weights_kind(name, ema=ema), 0)

@@ -1,11 +1,11 @@
-"""Writing a checkpoint so that it is whole or absent.
+"""Write a checkpoint atomically: the folder ``step-N`` exists only if it is complete.
 
     rank 0: make step-N.partial      every rank: write, sync      rank 0: check, write the manifest,
     all agree  --------------------> all agree  --------------->  sync, rename to step-N, sync
                                                                   all agree
 
-At each "agree" every rank learns the first complaint of any, and all raise it together. ``save`` waits for all of it;
-``background.py`` goes the same way while training goes on.
+At each "all agree" the ranks exchange errors. If any rank failed, all ranks raise the same error. ``save`` blocks until
+the checkpoint is complete; ``background.py`` takes the same steps while training continues.
 """
 
 from __future__ import annotations
@@ -32,100 +32,114 @@ from mmscale.checkpoint.manifest import (
     folder_name,
     is_whole,
     list_checkpoints,
-    missing_or_cut,
+    missing_or_truncated,
     rank_files,
     read_manifest,
     seal,
     step_of,
 )
 from mmscale.checkpoint.share import persistent_buffers, share_of
-from mmscale.dist import World, all_reduce_sum_list, first_complaint
+from mmscale.dist import World, all_reduce_sum_list, lowest_rank_error
 from mmscale.engine.engine import Engine
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
-from mmscale.io.files import Written, complete, set_aside, write_share
+from mmscale.io.files import WrittenFile, finalize, set_aside, write_share
 
 
 def save(engine: Engine, state: TrainState, directory: Path, keep: CheckpointConfig | None = None) -> Path:
-    """Writes ``directory/step-N`` and removes what ``keep`` does not keep. All ranks must call.
+    """Write ``directory/step-N``, then remove the checkpoints that ``keep`` does not keep. All ranks must call.
 
-    A whole checkpoint of the same step and stage that is already there is left as it is.
+    Writes nothing if ``directory`` already has a complete checkpoint of the same step and stage.
 
     Args:
-        engine: Weights, moments and schedule position.
-        state: Counters, and this rank's lanes of the loader.
-        directory: ``checkpoints`` folder of the run, seen by all ranks.
-        keep: Retention; None keeps everything.
+        engine: Source of the weights, the optimizer state and the step counts.
+        state: Progress of the run, with the loader state of this rank's lanes.
+        directory: ``checkpoints`` folder of the run, shared by all ranks.
+        keep: Retention settings; None removes nothing.
 
     Raises:
-        CheckpointError: a rank could not write (disk full, no permission, folder not shared); nothing is left behind
-            under the final name, older checkpoints are untouched.
+        CheckpointError: a rank could not write (disk full, no permission, folder not shared), or ``directory`` has a
+            checkpoint of another stage at this step. All ranks raise. ``step-N`` is never left incomplete, and no older
+            checkpoint is removed before ``step-N`` is complete.
     """
-    place = begin(engine, state, directory)
-    if place is None:
+    target = begin(engine, state, directory)
+    if target is None:
         return directory / folder_name(state.step)
-    written: list[Written] = []
+    written: list[WrittenFile] = []
 
     def write() -> None:
         share = share_of(engine, state)
-        written.extend(write_share(place.partial, share.names, share.header, share.notes, share.bytes_of()))
+        written.extend(write_share(target.partial, share.names, share.header, share.metadata, share.bytes_of()))
 
-    together(engine.world, place, write)
+    run_or_abort(engine.world, target, write)
     files = gather_files(engine.world, written)
 
-    def finish() -> None:
-        complete(place.partial, place.final, (MANIFEST, place.close(files)), to_remove(place.final, keep))
+    def publish() -> None:
+        finalize(
+            target.partial, target.final, (MANIFEST, target.manifest_text(files)), stale_checkpoints(target.final, keep)
+        )
 
-    together(engine.world, place, finish, only_main=True)
-    return place.final
+    run_or_abort(engine.world, target, publish, only_main=True)
+    return target.final
 
 
 @dataclass(frozen=True)
-class Place:
+class SaveTarget:
     """A checkpoint that is being written.
 
     Attributes:
-        partial: Its folder.
-        final: The name that the folder gets.
-        manifest: All of the manifest but the files, as JSON values, true of the moment that is saved.
+        partial: Folder that the ranks write into.
+        final: Path of the folder when it is complete.
+        manifest: The manifest as JSON values, without ``files``. It describes the state at the time of ``begin``.
     """
 
     partial: Path
     final: Path
     manifest: dict[str, Any]
 
-    def close(self, files: dict[str, FileEntry]) -> str:
-        """The manifest's text, now that the files are known.
+    def manifest_text(self, files: dict[str, FileEntry]) -> str:
+        """Return the text of the manifest with its list of files.
 
         Raises:
-            CheckpointError: one of them is not there.
+            CheckpointError: a file is missing from ``partial`` or has another size.
         """
         listed = {name: entry.model_dump() for name, entry in files.items()}
         manifest = Manifest.model_validate({**self.manifest, "files": listed})
-        if (problem := missing_or_cut(self.partial, manifest)) is not None:
+        if (problem := missing_or_truncated(self.partial, manifest)) is not None:
             raise CheckpointError(f"{problem}; do all ranks see the same folder?")
         return seal(manifest)
 
 
-def begin(engine: Engine, state: TrainState, directory: Path) -> Place | None:
-    """Makes the folder to write into; None if that checkpoint is there already. All ranks must call.
+def begin(engine: Engine, state: TrainState, directory: Path) -> SaveTarget | None:
+    """Make the folder to write into. All ranks must call.
+
+    Rank 0 removes the folders of interrupted saves, and renames an incomplete ``step-N`` to ``step-N.damaged``.
+
+    Returns:
+        None if a complete checkpoint of this step and stage already exists.
 
     Raises:
-        CheckpointError: it cannot be made.
+        CheckpointError: the folder cannot be made, or a checkpoint of another stage has this step.
     """
     final = directory / folder_name(state.step)
-    if _already_there(engine.world, final, state):
+    if _already_saved(engine.world, final, state):
         return None
-    place = Place(directory / (final.name + PARTIAL), final, _manifest(engine, state))
-    together(engine.world, place, lambda: _prepare(place), only_main=True)
-    return place
+    target = SaveTarget(directory / (final.name + PARTIAL), final, _manifest(engine, state))
+    run_or_abort(engine.world, target, lambda: _prepare(target), only_main=True)
+    return target
 
 
-def together(world: World, place: Place, work: Callable[[], object], *, only_main: bool = False) -> None:
-    """Does ``work`` and lets all ranks fail together; the half-written folder is removed.
+def run_or_abort(world: World, target: SaveTarget, work: Callable[[], object], *, only_main: bool = False) -> None:
+    """Call ``work``; if it fails on any rank, remove the partial folder and raise on all ranks. All ranks must call.
+
+    Args:
+        world: This rank.
+        target: Checkpoint that is being written.
+        work: Its OSError and CheckpointError count as failures.
+        only_main: Call ``work`` on rank 0 only.
 
     Raises:
-        CheckpointError: a rank could not do it.
+        CheckpointError: ``work`` failed on a rank.
     """
     complaint = None
     if world.is_main or not only_main:
@@ -133,51 +147,58 @@ def together(world: World, place: Place, work: Callable[[], object], *, only_mai
             work()
         except (OSError, CheckpointError) as error:
             complaint = str(error)
-    give_up_if(world, place, complaint)
+    abort_on_any_rank(world, target, complaint)
 
 
-def give_up_if(world: World, place: Place, complaint: str | None) -> None:
-    """Raises the first complaint of any rank on all of them; the half-written folder is removed.
+def abort_on_any_rank(world: World, target: SaveTarget, complaint: str | None) -> None:
+    """If any rank passes a complaint, remove the partial folder and raise on all ranks. All ranks must call.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: the complaint of the first rank that has one.
     """
     if complaint is not None:
-        complaint = f"cannot write {place.final.name} into {place.final.parent}: {complaint}"
-    heard = first_complaint(world, complaint)
-    if heard is not None:
+        complaint = f"cannot write {target.final.name} into {target.final.parent}: {complaint}"
+    first = lowest_rank_error(world, complaint)
+    if first is not None:
         if world.is_main:
-            shutil.rmtree(place.partial, ignore_errors=True)
-        raise CheckpointError(heard)
+            shutil.rmtree(target.partial, ignore_errors=True)
+        raise CheckpointError(first)
 
 
-def _already_there(world: World, final: Path, state: TrainState) -> bool:
-    """Decided by rank 0 for all."""
+def _already_saved(world: World, final: Path, state: TrainState) -> bool:
+    """Whether ``final`` is a complete checkpoint of this step and stage, as rank 0 sees it. All ranks must call."""
     answer = 0.0
     if world.is_main and is_whole(final):
-        answer = 1.0 if _moment(read_manifest(final).state) == _moment(state) else 2.0
+        answer = 1.0 if _position(read_manifest(final).state) == _position(state) else 2.0
     answer = all_reduce_sum_list(world, [answer])[0]
     if answer == 2.0:
         raise CheckpointError(f"{final} is a checkpoint of another stage at the same step; use another run_dir")
     return answer == 1.0
 
 
-def _moment(state: TrainState | SavedState) -> tuple[int, int, int]:
+def _position(state: TrainState | SavedState) -> tuple[int, int, int]:
     return state.step, state.stage_index, state.stage_step
 
 
-def _prepare(place: Place) -> None:
-    directory = place.final.parent
+def _prepare(target: SaveTarget) -> None:
+    directory = target.final.parent
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"step-*{PARTIAL}"):
         shutil.rmtree(leftover)
-    if place.final.exists():  # Not whole, or of another step; it may hold something that its owner needs.
-        set_aside(place.final, DAMAGED)
-    place.partial.mkdir()
+    if target.final.exists():  # Incomplete, or of another step. Keep it: its owner may still need it.
+        set_aside(target.final, DAMAGED)
+    target.partial.mkdir()
 
 
-def gather_files(world: World, mine: Sequence[Written]) -> dict[str, FileEntry]:
-    """Sizes and checksums of all ranks' files; below 2**53, so a sum of float64 carries them exactly."""
+def gather_files(world: World, mine: Sequence[WrittenFile]) -> dict[str, FileEntry]:
+    """Return sizes and checksums of all ranks' files. All ranks must call.
+
+    The numbers are below 2**53, so a float64 sum is exact.
+
+    Args:
+        world: This rank.
+        mine: This rank's tensor file and metadata file.
+    """
     width = 4
     values = [0.0] * (width * world.world_size)
     flat = [float(number) for written in mine for number in written]
@@ -214,13 +235,13 @@ def _manifest(engine: Engine, state: TrainState) -> dict[str, Any]:
 
 
 def model_config_values(model: torch.nn.Module) -> dict[str, Any] | None:
-    """The model's configuration as JSON values, if it has one."""
+    """Return the model's configuration as JSON values; None if it has none."""
     config: Any = getattr(model, "config", None)
     return config.model_dump(mode="json") if isinstance(config, StrictConfig) else None
 
 
 def tied_names(model: torch.nn.Module) -> dict[str, str]:
-    """Further names of parameters that have several -> the first name."""
+    """Map each further name of a tied parameter to its first name."""
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -230,10 +251,15 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
     return tied
 
 
-def to_remove(newest: Path, keep: CheckpointConfig | None) -> list[Path]:
-    """Checkpoints beside ``newest`` that ``keep`` does not keep once that one is whole; None keeps all.
+def stale_checkpoints(newest: Path, keep: CheckpointConfig | None) -> list[Path]:
+    """Return the checkpoints to remove when ``newest`` is complete; none if ``keep`` is None.
 
-    Only whole ones count as kept, and ``newest`` is about to be one: a damaged checkpoint never pushes out a good one.
+    Only complete checkpoints count towards ``keep_last``, so an incomplete one never displaces a complete one.
+    Checkpoints of later steps than the oldest kept one are never returned.
+
+    Args:
+        newest: Checkpoint that is about to be complete; it counts towards ``keep_last``.
+        keep: Retention settings.
     """
     if keep is None:
         return []

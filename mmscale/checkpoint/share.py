@@ -1,10 +1,10 @@
-"""What one rank gives to a checkpoint: its tensors, and the notes about them.
+"""The share of one rank in a checkpoint: its tensors and their metadata.
 
-    safetensors file: header length (8 bytes) | header (JSON) | values of tensor 0 | of tensor 1 | ...
-    notes:            tensor -> range in the parameter, format, first byte, CRC-32 (filled in by whoever writes)
+    safetensors file: header length (8 bytes) | header (JSON) | values of tensor 0 | values of tensor 1 | ...
+    metadata:         tensor -> range in the parameter, dtype, offset, CRC-32 (filled in by ``write_share``)
 
-The values stay where they are; ``bytes_of`` views them one after the other for a writer, so no second copy of a rank's
-share need exist. What is kept in 8 bits is dequantised then, and what is cut out of another model read, one at a time.
+A share holds views, not copies. ``bytes_of`` yields the bytes of one tensor at a time, so memory never holds a second
+copy of the share. It dequantises 8-bit state and materialises lazy tensors at that moment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmscale.checkpoint.manifest import RankNotes, TensorEntry, TrainState, rank_files
+from mmscale.checkpoint.manifest import RankMetadata, TensorEntry, TrainState, rank_files
 from mmscale.dist import World
 from mmscale.engine.engine import Engine
 from mmscale.engine.optimizers.eight_bit import QuantisedRange
@@ -25,13 +25,13 @@ from mmscale.hf.tensor_file import FORMAT_NAMES, file_header
 
 
 @dataclass(frozen=True)
-class Deferred:
-    """Values that nobody has yet; to who saves them like a tensor that is made when asked for.
+class LazyTensor:
+    """A tensor that is computed when it is written.
 
     Attributes:
-        shape: Of the tensor.
-        dtype: Its number format.
-        make: Gives it.
+        shape: Shape of the tensor.
+        dtype: Number format of the tensor.
+        make: Returns the tensor. Each call computes it again.
     """
 
     shape: tuple[int, ...]
@@ -48,19 +48,20 @@ class Deferred:
         return self.numel() * self.dtype.itemsize
 
 
-Values = Tensor | QuantisedRange | Deferred
+Values = Tensor | QuantisedRange | LazyTensor
 
 
-class Piece(NamedTuple):
-    """Values of a parameter or a buffer, from ``start`` on in its flattened form."""
+class TensorPiece(NamedTuple):
+    """A range of a parameter's values, or one unsharded tensor."""
 
     key: str
     """``NAME|kind``."""
     start: int
+    """Index of the first value in the flattened parameter; 0 for an unsharded tensor."""
     values: Values
-    """In the shape that the file is to say, which of a parameter's range is flat, whatever view of it this is."""
+    """The file stores the range of a parameter flat, and an unsharded tensor in this shape."""
     whole: bool = False
-    """Of a tensor that rank 0 keeps for all: it is no range of a parameter's values."""
+    """True for an unsharded tensor, which only rank 0 stores: a buffer or factored optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,20 @@ class RankShare:
     """Everything that one rank writes.
 
     Attributes:
-        names: Of the file of tensors and of the notes.
-        header: First bytes of the file of tensors.
-        values: The tensors, in the order of the notes.
-        notes: As JSON values; each tensor's ``crc32`` is still 0.
+        names: Names of the tensor file and of the metadata file.
+        header: Header of the tensor file, with its length.
+        values: The tensors, in the order of the metadata.
+        metadata: A ``RankMetadata`` as JSON values. Each tensor's ``crc32`` is 0 until ``write_share`` sets it.
     """
 
     names: tuple[str, str]
     header: bytes
     values: list[Values]
-    notes: dict[str, Any]
+    metadata: dict[str, Any]
 
     @classmethod
-    def of(cls, rank: int, pieces: list[Piece], loader: str | None, random_state: dict[str, str]) -> RankShare:
-        """Lays out ``pieces`` in a file."""
+    def of(cls, rank: int, pieces: list[TensorPiece], loader: str | None, random_state: dict[str, str]) -> RankShare:
+        """Assign each tensor its offset in the file, and build header and metadata."""
         header = file_header(
             (key, values.dtype, values.shape if whole else (values.numel(),)) for key, _, values, whole in pieces
         )
@@ -90,44 +91,44 @@ class RankShare:
             stop, dtype = start + values.numel(), FORMAT_NAMES[values.dtype]
             tensors[key] = TensorEntry(start=start, stop=stop, whole=whole, dtype=dtype, offset=offset, crc32=0)
             offset += values.nbytes
-        notes = RankNotes(rank=rank, tensors=tensors, loader=loader, random_state=random_state)
-        return cls(rank_files(rank), header, [piece.values for piece in pieces], notes.model_dump())
+        metadata = RankMetadata(rank=rank, tensors=tensors, loader=loader, random_state=random_state)
+        return cls(rank_files(rank), header, [piece.values for piece in pieces], metadata.model_dump())
 
     @property
     def lengths(self) -> list[int]:
-        """Bytes of each tensor."""
+        """Number of bytes of each tensor."""
         return [values.nbytes for values in self.values]
 
     def bytes_of(self) -> Iterator[memoryview]:
-        """The bytes of each tensor; from a device, one tensor at a time is copied to the host."""
+        """Yield the bytes of each tensor in order. Copies tensors of a device to the host, one at a time."""
         for values in self.values:
             yield flat_bytes(values).cpu().numpy().data
 
 
 def flat_bytes(values: Values) -> Tensor:
-    """The values as bytes, ``(nbytes,)``, a view where they are contiguous and lie there as they are saved."""
-    if isinstance(values, Deferred):
+    """Return the values as ``(nbytes,)`` uint8 on their device: a view of a contiguous tensor, else a copy."""
+    if isinstance(values, LazyTensor):
         values = values.make()
     values = values.float() if isinstance(values, QuantisedRange) else values
     return values.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def share_of(engine: Engine, state: TrainState) -> RankShare:
-    """This rank's share: views of masters, moments and frozen weights; rank 0 has what is kept whole too."""
-    pieces: list[Piece] = []
+    """Return this rank's share: views of masters, moments and frozen weights; on rank 0 also the unsharded tensors."""
+    pieces: list[TensorPiece] = []
     for owned in engine.partition.owned():
         kinds = {"master" if owned.trained else "frozen": owned.master, **owned.moments}
-        pieces.extend(Piece(f"{owned.name}|{kind}", owned.start, values) for kind, values in kinds.items())
+        pieces.extend(TensorPiece(f"{owned.name}|{kind}", owned.start, values) for kind, values in kinds.items())
     if engine.world.is_main:
         whole = {f"{name}|buffer": values for name, values in persistent_buffers(engine.model).items()}
         whole |= engine.partition.whole_state()
-        pieces.extend(Piece(key, 0, values, whole=True) for key, values in whole.items())
+        pieces.extend(TensorPiece(key, 0, values, whole=True) for key, values in whole.items())
     loader = None if state.loader is None else state.loader.to_json()
     return RankShare.of(engine.world.rank, pieces, loader, _random_state(engine.world))
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the model's state, by name."""
+    """Return the buffers in the model's ``state_dict``, by name."""
     found = {}
     for path, module in model.named_modules():
         for name, values in module.named_buffers(recurse=False):

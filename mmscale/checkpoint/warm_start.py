@@ -1,11 +1,11 @@
-"""Taking over weights and nothing else, as far as they fit, and saying exactly what was taken.
+"""Load the weights that fit from a checkpoint into a model, and report every parameter that was or was not loaded.
 
-    same name, same shape              -> taken
-    table of tokens, other row count   -> the rows that both have; new ones keep their values
-    position table of another grid     -> resampled to this model's
-    anything else                      -> left as it is, and named in the report
+    same name, same shape                       -> copied
+    token embeddings, other number of rows      -> copy the rows that both have; new rows keep their values
+    position embeddings of another grid         -> resampled to the model's grid
+    anything else                               -> unchanged, and listed in the report
 
-Not for: going on within a stage, which takes everything or fails (``load.resume``).
+Optimizer state, counters and data position are not loaded. To continue within a stage use ``load.resume``.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ _Grid = tuple[int, int]
 
 
 class Resized(NamedTuple):
-    """A table of tokens of which the first rows were taken."""
+    """A token embedding table with another number of rows than in the checkpoint."""
 
     name: str
     taken: int
+    """Number of rows that were copied: the first ones."""
     before: int
     """Rows in the checkpoint."""
     now: int
-    """Rows in the model; those behind ``taken`` keep their values."""
+    """Rows in the model. Rows from ``taken`` on keep their values."""
 
 
 class Resampled(NamedTuple):
-    """A position table that was resampled: patches (rows, columns) of a view."""
+    """A position embedding table that was resampled; grids are (rows, columns)."""
 
     name: str
     before: _Grid
@@ -54,19 +55,19 @@ class Resampled(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What ``warm_start`` did, by name; each parameter of model and checkpoint is in exactly one list.
+    """Result of ``warm_start``, by parameter name. Each parameter of model and checkpoint is in exactly one list.
 
-    Persistent buffers (the biases of routers) are listed only if they were not copied: under ``missing``, ``unused`` or
+    Persistent buffers (router biases) are listed only if they were not copied: in ``missing``, ``unused`` or
     ``mismatched``.
 
     Attributes:
-        loaded: Taken from the checkpoint as they are.
-        missing: Of the model but not in the checkpoint: they keep their values.
-        unused: In the checkpoint but not of the model.
-        mismatched: In both with different shapes; they keep their values.
-        resized: Tables of tokens with another number of rows.
-        resampled: Position tables of another grid.
-        left: In both, but of components that were not asked for.
+        loaded: Copied from the checkpoint unchanged.
+        missing: Only in the model; they keep their values.
+        unused: Only in the checkpoint.
+        mismatched: In both with different shapes; the model's keep their values.
+        resized: Token embedding tables with another number of rows.
+        resampled: Position embedding tables of another grid.
+        left: In both, but in components that were not requested; the model's keep their values.
     """
 
     loaded: tuple[str, ...]
@@ -79,34 +80,34 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether model and checkpoint hold the same parameters and buffers, and all were taken as they are."""
+        """Whether model and checkpoint have the same parameters and buffers, and all were copied unchanged."""
         return not (self.missing or self.unused or self.mismatched or self.resized or self.resampled or self.left)
 
     @property
     def taken(self) -> tuple[str, ...]:
-        """Parameters that now hold values of the checkpoint, in whole or in part."""
+        """Names of all parameters that got values from the checkpoint, at least in part."""
         return (*self.loaded, *(table.name for table in self.resized), *(table.name for table in self.resampled))
 
     def __str__(self) -> str:
-        """One line; ``decoder.* (37)`` stands for all 37 parameters of that name, be they of model or checkpoint."""
+        """Return one line. ``decoder.* (37)`` means all 37 parameters of model or checkpoint whose names begin so."""
         lists = {
-            "took": self.loaded,
+            "loaded": self.loaded,
             "not in the checkpoint, unchanged": self.missing,
             "another shape, unchanged": self.mismatched,
             "not asked for, unchanged": self.left,
             "only in the checkpoint, not used": self.unused,
         }
         if self.complete:
-            return f"took all {len(self.loaded)} parameters"
+            return f"loaded all {len(self.loaded)} parameters"
         every = {*self.taken, *(name for names in lists.values() for name in names)}
         parts = [f"{what}: {_grouped(names, every)}" for what, names in lists.items() if names]
         parts += [
-            f"{t.name}: took {t.taken} of the checkpoint's {t.before} rows"
+            f"{t.name}: loaded {t.taken} of the checkpoint's {t.before} rows"
             + (f", {t.now - t.taken} new rows unchanged" if t.now > t.taken else "")
             for t in self.resized
         ]
         parts += [
-            f"{t.name}: resampled from {t.before[0]}x{t.before[1]} to {t.now[0]}x{t.now[1]} places"
+            f"{t.name}: resampled from {t.before[0]}x{t.before[1]} to {t.now[0]}x{t.now[1]} positions"
             for t in self.resampled
         ]
         return "; ".join(parts)
@@ -115,27 +116,30 @@ class LoadReport:
 def warm_start(
     engine: Engine, path: Path, components: Collection[str] | None = None, *, ema: bool = False
 ) -> LoadReport:
-    """Takes over the weights that fit, and nothing else: moments and schedule start anew. All ranks must call.
+    """Load the weights and buffers that fit; optimizer state and schedule start anew. All ranks must call.
+
+    The model changes only after every byte of the checkpoint is verified.
 
     Args:
-        engine: Before its first step.
+        engine: Engine before its first step; mutated.
         path: Checkpoint folder.
-        components: Take these alone, with their buffers; None takes all.
-        ema: Take the averages of the weights that were trained there instead of the weights.
+        components: Names of the components to load, with their buffers; None loads all.
+        ema: Load the exponential moving average of the trained weights instead of the weights.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, keeps no averages, or has nothing that fits.
+        CheckpointError: the checkpoint is damaged, has no average, or holds no parameter that fits; or the model lacks
+            one of ``components``. All ranks raise.
     """
     verify_together(engine.world, path)
     try:
         with CheckpointReader(path) as reader:
-            complaint = cannot_give(reader.manifest, path, engine.model, components, ema=ema)
+            complaint = warm_start_problem(reader.manifest, path, engine.model, components, ema=ema)
             report = match(engine.model, reader.manifest, components)
     except CheckpointError as error:
         complaint = str(error)
     raise_on_any_rank(engine.world, complaint, CheckpointError)
     with CheckpointReader(path) as reader:
-        _take(engine, reader, report, ema)
+        _copy_weights(engine, reader, report, ema)
         for name, values in _buffers(engine.model, components).items():
             if reader.manifest.buffers.get(name) == tuple(values.shape):
                 values.copy_(reader.buffer(name))
@@ -144,21 +148,27 @@ def warm_start(
     return report
 
 
-def cannot_give(
+def warm_start_problem(
     manifest: Manifest, path: Path, model: nn.Module, components: Collection[str] | None = None, *, ema: bool = False
 ) -> str | None:
-    """Why ``warm_start`` from this checkpoint would fail; None if it would not. ``model`` may be on the meta device."""
+    """Return the reason why ``warm_start`` from an undamaged checkpoint would fail; None if it would not.
+
+    Reads no weights and verifies no file. ``model`` may be on the meta device.
+
+    Raises:
+        CheckpointError: the model lacks one of ``components``.
+    """
     if ema and not manifest.ema:
         return f"{path} holds no average of the weights: it was saved without stages.*.ema"
     report = match(model, manifest, components)
     if report.taken:
         return None
     what = "the model" if components is None else " and ".join(components)
-    return f"{path}: no parameter of {what} is in it in a shape that fits"
+    return f"{path} holds no parameter of {what} in a shape that fits"
 
 
 def match(model: nn.Module, manifest: Manifest, components: Collection[str] | None = None) -> LoadReport:
-    """What ``warm_start`` would do. Reads no weights.
+    """Return the report that ``warm_start`` would return. Reads no weights.
 
     Raises:
         CheckpointError: the model lacks one of ``components``.
@@ -180,7 +190,7 @@ def match(model: nn.Module, manifest: Manifest, components: Collection[str] | No
         grid, before = grids.get(name), _saved_grid(name, manifest)
         if components is not None and owner[name] not in components:
             found["left"].append(name)
-        elif grid is not None and before not in (None, grid):  # Even where both have as many places.
+        elif grid is not None and before not in (None, grid):  # Also if both grids have equally many positions.
             same = (*here[:-2], here[-1]) == (*there[:-2], there[-1])
             fits = same and here[-2] - math.prod(grid) == there[-2] - math.prod(before) in (0, 1)
             found["resampled" if fits else "mismatched"].append(Resampled(name, before, grid) if fits else name)
@@ -200,11 +210,11 @@ def match(model: nn.Module, manifest: Manifest, components: Collection[str] | No
     return LoadReport(**{name: tuple(names) for name, names in found.items()})
 
 
-def _take(engine: Engine, reader: CheckpointReader, report: LoadReport, ema: bool) -> None:
-    """Fills this rank's ranges of what the report says."""
+def _copy_weights(engine: Engine, reader: CheckpointReader, report: LoadReport, ema: bool) -> None:
+    """Fill this rank's ranges of the parameters that the report lists as loaded, resized or resampled."""
     loaded = set(report.loaded)
     rows = {table.name: table.taken for table in report.resized}
-    # Each rank reads these small tables whole and computes the same bits, so none has to be sent.
+    # Each rank reads these small tables whole and computes the same values, so no communication is needed.
     resampled = {table.name: _resampled(reader, table, ema) for table in report.resampled}
     for owned in engine.partition.owned(whole=True):
         name, stored = owned.name, reader.manifest.stored_name(owned.name)
@@ -222,14 +232,14 @@ def _resampled(reader: CheckpointReader, table: Resampled, ema: bool) -> Tensor:
     stored = reader.manifest.stored_name(table.name)
     assert stored is not None
     values = whole_parameter(reader, stored, ema=ema)
-    # Of tiles there is a table for each place in each grid of tiles.
+    # A tile embedding has one table for each tile position of each tiling, so there may be leading axes.
     tables = values.view(-1, *values.shape[-2:])
     found = torch.stack([resample_positions(one, table.before, table.now) for one in tables])
     return found.view(*values.shape[:-2], *found.shape[1:])
 
 
 def _grids(model: nn.Module) -> dict[str, _Grid]:
-    """Position tables of the model, by parameter name."""
+    """Return the patch grid of each position embedding table of the model, by parameter name."""
     return {
         f"{path}.{name}": module.grid
         for path, module in model.named_modules()
@@ -240,9 +250,10 @@ def _grids(model: nn.Module) -> dict[str, _Grid]:
 
 
 def _saved_grid(name: str, manifest: Manifest) -> _Grid | None:
-    """The grid of a position table in the checkpoint, by its model's configuration; None if that does not say.
+    """Return the grid of a saved position table, from the checkpoint's model configuration; None if it has no grid.
 
-    A tower's table is called as its block of the configuration: ``vision.positions.position_embedding``.
+    The path of the table is the path of its block in the configuration: ``vision.positions.position_embedding`` has the
+    block ``vision.positions``.
     """
     block: Any = manifest.model_config_values
     for key in name.split(".")[:-1]:
@@ -254,7 +265,7 @@ def _saved_grid(name: str, manifest: Manifest) -> _Grid | None:
 
 
 def _buffers(model: nn.Module, components: Collection[str] | None) -> dict[str, Tensor]:
-    """Persistent buffers; with ``components`` those of modules that hold a parameter of one."""
+    """Return the persistent buffers; with ``components`` only those of modules that hold a parameter of one of them."""
     if components is None:
         return persistent_buffers(model)
     owner = component_of_parameters(model, model.components())  # type: ignore[operator]
@@ -263,7 +274,7 @@ def _buffers(model: nn.Module, components: Collection[str] | None) -> dict[str, 
 
 
 def _grouped(names: Iterable[str], every: Collection[str]) -> str:
-    """The names, where all of ``every`` below a prefix are among them the prefix alone: ``decoder.* (37)``."""
+    """Join ``names``. If they include all names of a prefix, list only the prefix: ``decoder.* (37)``."""
     names = set(names)
     others = set(every) - names
     counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""``mmscale checkpoint``: which checkpoints a run has, whether they are good, and how they come and go."""
+"""``mmscale checkpoint``: list, verify, export, import and prune checkpoints."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import typer
 from mmscale.cli.console import console, emit
 
 if TYPE_CHECKING:
-    from mmscale.checkpoint.foreign import Recipient
+    from mmscale.checkpoint.imports import ImportTarget
     from mmscale.prune import PruneReport
 
 app = typer.Typer()
 
 _FOLDER = typer.Argument(help="A run folder, its checkpoints folder, or one checkpoint.", metavar="PATH")
-_JSON = typer.Option(False, "--json", help="One JSON object.")
+_JSON = typer.Option(False, "--json", help="Print one JSON object.")
 
 
 class Weights(str, Enum):
@@ -29,21 +29,21 @@ class Weights(str, Enum):
     ema = "ema"
 
 
-class Format(str, Enum):
+class NumberFormat(str, Enum):
     """Values of ``--format``."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
-class Origin(str, Enum):
+class ImportFormat(str, Enum):
     """Values of ``--from``."""
 
     deepspeed = "deepspeed"
     hf = "hf"
 
 
-class Names(str, Enum):
+class ExportFormat(str, Enum):
     """Values of ``--to``."""
 
     mmscale = "mmscale"
@@ -52,15 +52,16 @@ class Names(str, Enum):
 
 @app.command("list", epilog="Example: mmscale checkpoint list runs/quickstart")
 def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
-    """List checkpoints, oldest first: step, stage, ranks, size, age, and whether all files are there.
+    """List checkpoints, oldest first: step, stage, ranks, size, age, and whether all files are complete.
 
-    A run continues from the newest whole one. Damaged checkpoints that a run has set aside (step-N.damaged) come last.
+    A run resumes from the newest complete one ("newest_whole"). Damaged checkpoints that a run has set aside
+    (step-N.damaged) come last.
     """
     from mmscale.checkpoint.manifest import (
         MANIFEST,
         checkpoints_of,
         list_set_aside,
-        missing_or_cut,
+        missing_or_truncated,
         read_manifest,
     )
     from mmscale.errors import CheckpointError
@@ -73,7 +74,7 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
         except CheckpointError as error:
             rows.append({"name": folder.name, "whole": False, "problem": str(error)})
             continue
-        problem = missing_or_cut(folder, manifest)
+        problem = missing_or_truncated(folder, manifest)
         row = {
             "name": folder.name,
             "step": manifest.state.step,
@@ -96,7 +97,7 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
                 "name": folder.name,
                 "whole": False,
                 "set_aside": True,
-                "problem": f"refused by a run; `mmscale checkpoint verify {folder}` says why",
+                "problem": f"rejected by a run; find the reason with `mmscale checkpoint verify {folder}`",
             }
             for folder in list_set_aside(folders[0].parent)
         ]
@@ -109,10 +110,10 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
 
 @app.command(epilog="Example: mmscale checkpoint verify runs/quickstart")
 def verify(path: Path = _FOLDER, json: bool = _JSON) -> None:
-    """Read every byte and check it. Exit code 1 if a checkpoint is not good.
+    """Verify every byte of checkpoints. Exit code 1 if one is damaged.
 
     Checks sizes and checksums, that headers and manifest agree, that no value is NaN or infinite, and that the ranks'
-    ranges cover each parameter. Checkpoints that were set aside are read only if PATH names one.
+    shards cover each parameter. A checkpoint that was set aside is read only if PATH names it.
     """
     from mmscale.checkpoint.manifest import checkpoints_of
     from mmscale.checkpoint.reshard import verify as find_problems
@@ -137,25 +138,30 @@ def verify(path: Path = _FOLDER, json: bool = _JSON) -> None:
 @app.command(epilog="Example: mmscale checkpoint export runs/quickstart exported")
 def export(
     path: Path = _FOLDER,
-    folder: Path = typer.Argument(help="Folder to be made.", metavar="FOLDER"),
+    folder: Path = typer.Argument(help="New folder for the files.", metavar="FOLDER"),
     weights: Weights = typer.Option(Weights.master, help="The trained weights, or their moving average (EMA)."),
-    number_format: Format = typer.Option(Format.fp32, "--format", help="Number format of the parameters."),
-    shard_bytes: int = typer.Option(5_000_000_000, min=1, help="Largest size of a file."),
-    to: Names = typer.Option(Names.mmscale, help="Our names and configuration, or those that transformers loads (hf)."),
+    number_format: NumberFormat = typer.Option(
+        NumberFormat.fp32, "--format", help="Number format of the parameters; fp32 is exact."
+    ),
+    shard_bytes: int = typer.Option(5_000_000_000, min=1, help="Largest size of a file, bytes."),
+    to: ExportFormat = typer.Option(
+        ExportFormat.mmscale,
+        help="Parameter names and configuration of mmscale, or those that transformers loads (hf).",
+    ),
     like: Path | None = typer.Option(
-        None, help="With --to hf: a Hugging Face folder whose family, tokenizer and token ids the new one gets."
+        None, help="With --to hf: a Hugging Face folder that gives model family, tokenizer and token ids."
     ),
     json: bool = _JSON,
 ) -> None:
-    """Write the weights, whole, as safetensors files with an index that Hugging Face's tools read.
+    """Export the unsharded weights as safetensors files with an index that Hugging Face's tools read.
 
-    Takes the newest whole checkpoint of PATH, or the one that PATH names. Every byte is checked first. fp32 is exact.
+    Exports the newest complete checkpoint of PATH, or the one that PATH names, after verifying every byte.
     """
     from mmscale.checkpoint.export import HuggingFace, export_weights
     from mmscale.checkpoint.manifest import newest_of
     from mmscale.errors import ConfigError
 
-    if like is not None and to is not Names.hf:
+    if like is not None and to is not ExportFormat.hf:
         raise ConfigError("--like goes with --to hf")
     report = export_weights(
         newest_of(path),
@@ -163,7 +169,7 @@ def export(
         weights=weights.value,
         number_format=number_format.value,
         shard_bytes=shard_bytes,
-        to=HuggingFace(like) if to is Names.hf else None,
+        to=HuggingFace(like) if to is ExportFormat.hf else None,
     )
     emit(asdict(report), json=json)
 
@@ -173,54 +179,56 @@ def import_(
     source: Path = typer.Argument(
         help="A DeepSpeed checkpoint (ZeRO stage 0-3, or universal), or a Hugging Face folder.", metavar="SOURCE"
     ),
-    run: Path = typer.Argument(help="A run folder; the checkpoint is written into its checkpoints.", metavar="RUN"),
-    origin: Origin = typer.Option(Origin.deepspeed, "--from", help="What SOURCE is."),
-    config: Path | None = typer.Option(None, help="YAML file of the run that goes on: checks names, shapes, stage."),
+    run: Path = typer.Argument(help="A run folder; the checkpoint is added to its checkpoints.", metavar="RUN"),
+    source_format: ImportFormat = typer.Option(ImportFormat.deepspeed, "--from", help="Format of SOURCE."),
+    config: Path | None = typer.Option(
+        None, help="YAML file of the run that will resume; names, shapes and stage are checked against it."
+    ),
     stage: str | None = typer.Option(None, help="Name of the stage, if several of CONFIG train the same parameters."),
     rename: list[str] = typer.Option(
         [],
-        help="OLD=NEW: names that begin with OLD begin with NEW here. May be given several times.",
+        help="Replace the prefix OLD of parameter names by NEW; repeatable.",
         metavar="OLD=NEW",
     ),
     json: bool = _JSON,
 ) -> None:
-    """Turn a checkpoint of another program into one of ours.
+    """Import a DeepSpeed or Hugging Face checkpoint as a checkpoint of mmscale.
 
-    DeepSpeed's: weights, moments, step counts, frozen weights, buffers. What such files do not hold (the position in
-    the data, random state), or what is not taken over, is listed. With --config the run can resume from the
-    checkpoint; without it only its weights can be used.
+    From DeepSpeed: weights, moments, step counts, frozen weights and buffers. The output lists the values that the
+    files do not contain (the position in the data, random state) or that are not imported. With --config the run can
+    resume from the checkpoint; without it only its weights can be used.
 
-    Hugging Face's (--from hf): the weights, for a stage to begin with (stages.N.weights), and the model's
+    From Hugging Face (--from hf): the weights, as initial weights of a stage (stages.N.weights), and the model's
     configuration, which is printed.
     """
-    from mmscale.checkpoint.foreign import import_checkpoint, import_folder
+    from mmscale.checkpoint.imports import import_checkpoint, import_folder
     from mmscale.errors import ConfigError
     from mmscale.run.folder import CHECKPOINTS, hold_folder
 
-    if origin is Origin.hf:
+    if source_format is ImportFormat.hf:
         if config is not None or stage is not None or rename:
-            raise ConfigError("--config, --stage and --rename go with DeepSpeed's checkpoints, not with --from hf")
+            raise ConfigError("--config, --stage and --rename are for DeepSpeed's checkpoints, not for --from hf")
         with hold_folder(run):
             emit(asdict(import_folder(source, run / CHECKPOINTS)), json=json)
         return
     if wrong := [rule for rule in rename if "=" not in rule]:
         raise ConfigError(f"--rename {wrong[0]}: expected OLD=NEW, for example --rename net.=")
     renames = dict(rule.split("=", 1) for rule in rename)
-    recipient = None if config is None else _recipient(config, stage)
+    target = None if config is None else _import_target(config, stage)
     with hold_folder(run):
-        report = import_checkpoint(source, run / CHECKPOINTS, recipient, renames=renames or None, stage=stage)
+        report = import_checkpoint(source, run / CHECKPOINTS, target, renames=renames or None, stage=stage)
     emit(asdict(report), json=json)
 
 
-def _recipient(config: Path, stage: str | None) -> Recipient:
-    """The run of ``config``: its model, without memory, and its stages.
+def _import_target(config: Path, stage: str | None) -> ImportTarget:
+    """Return the run that the checkpoint is for: its model, on the meta device, and its stages.
 
     Raises:
-        ConfigError: its stages have different models, and none of them is named.
+        ConfigError: ``stage`` is None and the stages have different models. An unknown name is not checked here.
     """
     import torch
 
-    from mmscale.checkpoint.foreign import Recipient
+    from mmscale.checkpoint.imports import ImportTarget
     from mmscale.config import load
     from mmscale.errors import ConfigError
     from mmscale.models.build import build_model
@@ -229,10 +237,10 @@ def _recipient(config: Path, stage: str | None) -> Recipient:
     run = load(config, [], RunConfig).value
     models = [run.stage_model(number) for number, each in enumerate(run.stages) if stage in (None, each.name)]
     if any(model != models[0] for model in models):
-        raise ConfigError(f"{config}: its stages change the model; name the one that goes on with --stage")
+        raise ConfigError(f"{config}: its stages have different models; choose the stage that resumes with --stage")
     with torch.device("meta"):
         model = build_model(models[0] if models else run.model, attention="sdpa")
-    return Recipient(model, run.stages)
+    return ImportTarget(model, run.stages)
 
 
 @app.command(
@@ -241,17 +249,21 @@ def _recipient(config: Path, stage: str | None) -> Recipient:
 def prune(
     source: Path = typer.Argument(help="A run folder, or one checkpoint.", metavar="SOURCE"),
     model: Path = typer.Argument(help="YAML file of the smaller model (decoder:), or of a run of it.", metavar="MODEL"),
-    run: Path = typer.Argument(help="A run folder; the checkpoint is written into its checkpoints.", metavar="RUN"),
+    run: Path = typer.Argument(help="A run folder; the checkpoint is added to its checkpoints.", metavar="RUN"),
     data: Path | None = typer.Option(
-        None, help="YAML file of a run: its data calibrate, its held-out sets of documents are scored before and after."
+        None,
+        help="YAML file of a run. Importance is measured on its data; its held-out document sets are scored before and "
+        "after.",
     ),
-    batches: int = typer.Option(64, min=1, help="With --data: batches of calibration, each a pack of one lane."),
+    batches: int = typer.Option(
+        64, min=1, help="With --data: number of calibration batches, each one pack of one lane."
+    ),
     json: bool = _JSON,
 ) -> None:
-    """Cut a smaller decoder out of a larger one: fewer blocks, channels, heads, neurons.
+    """Prune a decoder to a smaller one: fewer blocks, channels, heads, neurons.
 
-    What stays is what matters most: by the activations on --data, or else by the weights alone. The result has weights
-    only, for a stage to begin with (stages.N.weights).
+    The most important parts are kept. Importance is measured by activations with --data, else by the weights alone. The
+    result has weights only, for use as initial weights of a stage (stages.N.weights).
     """
     from mmscale.cli.run_file import load_run
     from mmscale.config import load_tree
@@ -261,18 +273,18 @@ def prune(
     from mmscale.run.folder import CHECKPOINTS, hold_folder
 
     root = read_layers(model)
-    target = load_tree(root.child("model") or root, ModelConfig, str(model))  # A run's file holds it under one key.
+    target = load_tree(root.child("model") or root, ModelConfig, str(model))  # A run's file has it under "model".
     calibration = None if data is None else Calibration(load_run(data, []).value, batches)
     with hold_folder(run):
         report = prune_checkpoint(source, target, run / CHECKPOINTS, calibration)
     if json:
         emit(asdict(report), json=True)
     else:
-        _print_cut(report)
+        _print_prune_report(report)
 
 
-def _print_cut(report: PruneReport) -> None:
-    """A table of the axes, then the rest."""
+def _print_prune_report(report: PruneReport) -> None:
+    """Print a table of sizes and losses, then the other values."""
     from rich.console import Console
     from rich.table import Table
 
@@ -283,5 +295,5 @@ def _print_cut(report: PruneReport) -> None:
     for name, loss in report.losses_before.items():
         table.add_row(f"loss on {name}", f"{loss:.3f}", f"{report.losses_after[name]:.3f}")
     Console().print(table)
-    shown = ("checkpoint", "source", "importance", "tokens", "blocks", "left_out")
-    emit({name: getattr(report, name) for name in shown})
+    others = ("checkpoint", "source", "importance", "tokens", "blocks", "left_out")
+    emit({name: getattr(report, name) for name in others})

@@ -1,4 +1,4 @@
-"""``mmscale compare``: variants of one run, trained from one start on equal terms, and one page about them."""
+"""``mmscale compare``: train variants of one run under equal conditions, and write a page that compares them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mmscale.cli.console import console, emit
 app = typer.Typer()
 
 _STDERR = 2
-"""Where the runs' words go: what is printed here is figures."""
+"""File descriptor for the runs' output, because stdout is for the results."""
 
 _CONFIG = typer.Argument(help="A run's YAML file with a `compare` block: seeds and variants.", metavar="CONFIG")
 _OVERRIDES = typer.Argument(
-    None, help="Values that win over the file's, for example compare.seeds=[1].", metavar="[KEY=VALUE]..."
+    None, help="Values that override the file's, for example compare.seeds=[1].", metavar="[KEY=VALUE]..."
 )
 
 
@@ -24,17 +24,18 @@ def compare(
     config: Path = _CONFIG,
     overrides: list[str] = _OVERRIDES,
     ranks: int = typer.Option(
-        1, min=1, help="Processes of each run, on this machine. The runs come one after the other."
+        1, min=1, help="Ranks of each run, on this machine. The runs are trained one after the other."
     ),
     plan: bool = typer.Option(
-        False, "--plan", help="Say what would be trained and write the file of each run; train nothing."
+        False, "--plan", help="Print the planned runs and write the configuration of each; train nothing."
     ),
-    json: bool = typer.Option(False, "--json", help="Print the figures (comparison.json) as one JSON object."),
+    json: bool = typer.Option(False, "--json", help="Print the results (comparison.json) as one JSON object."),
 ) -> None:
-    """Train variants of a run from one start on equal terms, over several seeds, and write one page about them.
+    """Train variants of a run under equal conditions, over several seeds, and write one page that compares them.
 
-    The page is RUN_DIR/comparison.html, written again after every run. The same command goes on after any end: finished
-    runs are not repeated. Exit code 0: all runs are finished. 1: a run failed; the others went on. 75: asked to stop.
+    The page is RUN_DIR/comparison.html, written again after every run. Run the same command again to continue: finished
+    runs are not repeated. Exit code 0: all runs are finished. 1: a run failed; the others were trained. 75: stopped by
+    a signal.
     """
     from launchers.local import launch
     from mmscale.cli.run_file import check_commands
@@ -62,13 +63,13 @@ def compare(
             comparison,
             trials,
             start=lambda path, run_dir: launch(["train", str(path)], ranks, run_dir, stdout=_STDERR),
-            note=console.print,
-            done=lambda failures: write_comparison(comparison, trials, failures),
+            log=console.print,
+            on_run_end=lambda failures: write_comparison(comparison, trials, failures),
         )
-        figures = write_comparison(comparison, trials, failures)
+        results = write_comparison(comparison, trials, failures)
     if json:
-        emit(figures, json=True)
+        emit(results, json=True)
     else:
-        print(comparison.page)
+        print(comparison.page_path)
     if failures:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""``mmscale config``: where each value comes from, and whether the whole is legal."""
+"""``mmscale config``: show the origin of each value, validate a configuration, shrink a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ app = typer.Typer()
 
 _CONFIG = typer.Argument(help="A run's YAML file.", metavar="CONFIG")
 _OVERRIDES = typer.Argument(
-    None, help="Values that win over the file's, for example stages.0.steps=50.", metavar="[KEY=VALUE]..."
+    None, help="Values that override the file's, for example stages.0.steps=50.", metavar="[KEY=VALUE]..."
 )
 
 
@@ -25,9 +25,9 @@ _OVERRIDES = typer.Argument(
 def show(
     config: Path = _CONFIG,
     overrides: list[str] = _OVERRIDES,
-    json: bool = typer.Option(False, "--json", help="One JSON object: values, origins, notes."),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object: values, origins, notes."),
 ) -> None:
-    """Print every value and where it came from: default, file and line, or override."""
+    """Print every value and its origin: default, file and line, or override."""
     from mmscale.config import leaves, load
     from mmscale.run.config import RunConfig
 
@@ -37,7 +37,7 @@ def show(
         origins = {path: str(origin) for path, origin in loaded.origins.items()}
         emit({"values": values, "origins": origins, "notes": list(loaded.notes)}, json=True)
         return
-    rows = [(f"{path} = {_shown(value)}", loaded.origins[path]) for path, value in values.items()]
+    rows = [(f"{path} = {_to_json(value)}", loaded.origins[path]) for path, value in values.items()]
     width = min(max(len(text) for text, _ in rows), 72)
     for text, origin in rows:
         print(f"{text:<{width}}  # {origin}")
@@ -45,7 +45,7 @@ def show(
         print(f"# {note}")
 
 
-def _shown(value: object) -> str:
+def _to_json(value: object) -> str:
     import json
 
     return json.dumps(value, ensure_ascii=False)
@@ -53,7 +53,7 @@ def _shown(value: object) -> str:
 
 @app.command(epilog="Example: mmscale config validate configs/quickstart.yaml run_dir=runs/other")
 def validate(config: Path = _CONFIG, overrides: list[str] = _OVERRIDES) -> None:
-    """Check all of a configuration that can be known without starting: values, files, data, held-out sets."""
+    """Check everything in a configuration that can be checked without training: values, files, data, held-out sets."""
     from mmscale.config import load
     from mmscale.run.config import RunConfig, check_files
 
@@ -67,10 +67,10 @@ def validate(config: Path = _CONFIG, overrides: list[str] = _OVERRIDES) -> None:
 
 
 def _check_sources(run: RunConfig) -> None:
-    """Checks the checkpoints that stages take weights from or learn from."""
+    """Check the checkpoints of initial weights and of teachers."""
     if not any(stage.weights or stage.distill for stage in run.stages):
         return
-    import torch  # With these modules comes the engine, which few configurations need.
+    import torch  # These modules import the engine, so import them only if they are needed.
 
     from mmscale.checkpoint import TrainState, find_latest, read_state
     from mmscale.dist import World
@@ -89,15 +89,15 @@ def _check_sources(run: RunConfig) -> None:
 def shrink(
     config: Path = _CONFIG,
     overrides: list[str] = _OVERRIDES,
-    steps: int = typer.Option(4, help="Steps of each stage, at most.", min=1),
-    lanes: int = typer.Option(2, help="Rows of the global batch, at most.", min=1),
+    steps: int = typer.Option(4, help="Largest number of steps of each stage.", min=1),
+    lanes: int = typer.Option(2, help="Largest number of rows of the global batch.", min=1),
 ) -> None:
-    """Print a run of seconds with the same stages: a tiny twin of the model, on the bundled data."""
+    """Print a smoke test of the run as YAML: the same stages, with a tiny model and bundled data, in seconds."""
     from mmscale.config import dump, load
     from mmscale.run.config import RunConfig
-    from mmscale.shrink.run import left_out, shrink_run
+    from mmscale.shrink.run import dropped_settings, shrink_run
 
     run = load(config, overrides or [], RunConfig).value
-    for line in left_out(run):
+    for line in dropped_settings(run):
         print(f"# left out: {line}")
     print(dump(shrink_run(run, steps=steps, lanes=lanes)), end="")

@@ -1,6 +1,6 @@
-"""What every verb shares: the terminal, figures as text or JSON, progress, and the door through which errors leave.
+"""Output and error handling of every command: the terminal, results as text or JSON, progress, and exit codes.
 
-Figures go to stdout (``emit``), everything meant for a person's eyes (``console``, progress, errors) to stderr, so that
+Results go to stdout (``emit``). Messages for a person (``console``, progress, errors) go to stderr, so that
 ``mmscale VERB --json | jq`` always works.
 """
 
@@ -25,20 +25,23 @@ from mmscale.errors import MMScaleError
 T = TypeVar("T")
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-"""For people: stderr, colours only on a terminal."""
+"""Messages for a person: stderr, with colours only on a terminal."""
 
 COMPLAINT_VARIABLE = "MMSCALE_COMPLAINT"
-"""Number of an inherited file that gets a copy of the error's sentence; ``mmscale launch local`` sets it."""
+"""Environment variable with an inherited file descriptor that gets a copy of an error's message.
+
+``mmscale launch local`` sets it.
+"""
 _PLAIN_INTERVAL_SECONDS = 10.0
-"""A log file gets a progress line this often; a terminal gets a moving bar."""
+"""Interval between progress lines when stderr is not a terminal."""
 
 
 def emit(data: Mapping[str, Any], json: bool = False) -> None:
-    """Prints figures to stdout: one JSON object, or one aligned ``key  value`` line a leaf.
+    """Print results to stdout: one JSON object, or one aligned ``key  value`` line per value.
 
     Args:
-        data: Possibly nested; nested keys are joined by dots in text form.
-        json: The JSON form.
+        data: The results. The text form joins nested keys by dots.
+        json: Whether to print JSON.
     """
     if json:
         print(json_module.dumps(data, indent=2, ensure_ascii=False, default=str), flush=True)
@@ -71,34 +74,38 @@ def _text(value: Any) -> str:
 
 
 def warn(sentences: Iterable[str]) -> None:
-    """Prints each sentence as a warning."""
+    """Print each sentence as a warning to stderr."""
     for sentence in sentences:
         console.print(f"warning: {printable(sentence)}", style="yellow", markup=False)
 
 
 def printable(text: str) -> str:
-    """Text that comes from data, without what could steer a terminal."""
+    """Replace the unprintable characters of a text from data, which could control the terminal."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 class Meter:
-    """Progress of one long piece of work; made by :func:`progress`."""
+    """Progress of one long task; created by :func:`progress`."""
 
     def __init__(self, update: Callable[[int, str], None]) -> None:
         self._update = update
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """``count`` more units are done; ``note`` (a file name, say) replaces the one shown."""
+        """Add ``count`` finished units.
+
+        A terminal displays a ``note``, such as a file name, until the next one. Otherwise the note is printed only if a
+        progress line is due.
+        """
         self._update(count, note)
 
 
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Meter]:
-    """A moving bar on a terminal, else a plain line every ten seconds and one at the end.
+    """Display progress: a bar on a terminal, else a plain line at most every ten seconds and one at the end.
 
     Args:
-        description: What is being done, in a few words.
-        total: Units of work; None if unknown.
+        description: Name of the task in a few words.
+        total: Number of units; None if unknown.
     """
     if console.is_terminal:
         with _bar(description, total) as meter:
@@ -151,7 +158,7 @@ def _bar(description: str, total: int | None) -> Iterator[Meter]:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yields ``items`` under a progress bar; ``total`` defaults to their length where they have one."""
+    """Yield ``items`` and display progress; ``total`` defaults to their length if they have one."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with progress(description, total) as meter:
@@ -160,66 +167,65 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
             meter.advance()
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the process with ``code``, without Python's finalisation.
+def exit_process(code: int) -> NoReturn:
+    """Exit the process with ``code`` after the exit handlers, but without Python's finalisation.
 
-    After a run on several ranks threads of gloo may still drop their last tensors. One that asks for the interpreter
-    while it is taken down is ended inside of C++, which aborts the process: a run that went well would now and then
-    end with SIGABRT.
+    After a run on several ranks, gloo threads may still release their last tensors. A thread that requests the
+    interpreter lock during finalisation is terminated inside C++ code, which aborts the process. A successful run would
+    then sometimes exit with SIGABRT.
+
+    If stdout or stderr cannot be flushed, exit code 0 becomes 1, except if the reader closed the pipe.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BrokenPipeError:
-            pass  # The reader has seen enough.
-        except OSError:  # What was printed is not all there.
+            pass  # The reader closed the pipe on purpose, as ``head`` does.
+        except OSError:  # The output is incomplete.
             code = code or 1
     os._exit(code)
 
 
-def door(run: Callable[[], None]) -> int:
-    """Runs a verb and turns whatever leaves it into an exit code.
+def exit_code_of(run: Callable[[], None]) -> int:
+    """Run a command, print its error if it fails, and return the exit code.
 
-    A user's mistake is one sentence on stderr and exit code 1 (the thing failed) or 2 (wrong use). Ctrl-C is 130.
-    A failed allocation is a sentence too, with exit code 1. Anything else is a defect of ours: the traceback stays
-    visible and the exit code is 1.
+    An expected error prints one message without a traceback; the exit code is 1 (the command failed) or 2 (wrong use).
+    An ``OSError`` is expected if it names a file or the disk is full. Ctrl-C is 130. Out of memory prints a message,
+    with exit code 1. Any other exception is a defect of mmscale: the traceback is printed, with exit code 1.
 
     Args:
-        run: Ends by returning (0) or by ``SystemExit``.
-
-    Returns:
-        The exit code; never raises.
+        run: The command. It returns (exit code 0) or raises ``SystemExit`` or an error.
     """
     try:
         run()
-    except SystemExit as leave:
-        return _exit_code(leave)
+    except SystemExit as exit_request:
+        return _exit_code(exit_request)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+        return _print_error("interrupted", 130)
     except MMScaleError as error:
-        return _complain(error, error.exit_code)
+        return _print_error(error, error.exit_code)
     except DataConfigError as error:
-        return _complain(error, 2)
+        return _print_error(error, 2)
     except DataPipelineError as error:
-        return _complain(error, 1)
+        return _print_error(error, 1)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
-            return _bug(error)
-        return _complain(f"{error.filename or 'disk'}: {error.strerror}", 1)
+            return _print_defect(error)
+        return _print_error(f"{error.filename or 'disk'}: {error.strerror}", 1)
     except Exception as error:
-        return _bug(error)
+        return _print_defect(error)
     return 0
 
 
-def _exit_code(leave: SystemExit) -> int:
-    if leave.code is None or isinstance(leave.code, int):
-        return leave.code or 0
-    return _complain(leave.code, 1)
+def _exit_code(exit_request: SystemExit) -> int:
+    if exit_request.code is None or isinstance(exit_request.code, int):
+        return exit_request.code or 0
+    return _print_error(exit_request.code, 1)
 
 
-def _complain(what: object, code: int) -> int:
-    text = f"mmscale: {what}\n"
+def _print_error(message: object, code: int) -> int:
+    text = f"mmscale: {message}\n"
     sys.stderr.write(text)
     sys.stderr.flush()
     copy = os.environ.get(COMPLAINT_VARIABLE)
@@ -229,8 +235,10 @@ def _complain(what: object, code: int) -> int:
     return code
 
 
-def _bug(error: Exception) -> int:
+def _print_defect(error: Exception) -> int:
     if (reason := out_of_memory(error)) is not None:
-        return _complain(f"out of memory ({reason}): free memory on this machine, or give the command less at once", 1)
+        return _print_error(
+            f"out of memory ({reason}): free memory on this machine, or reduce what the command processes at once", 1
+        )
     traceback.print_exc()
-    return _complain("this is a defect of mmscale, not of your input; please report the lines above", 1)
+    return _print_error("this is a defect of mmscale, not of your input; please report the lines above", 1)

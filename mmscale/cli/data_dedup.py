@@ -1,4 +1,4 @@
-"""``mmscale data dedup``: which samples are duplicates, in data sets and among them."""
+"""``mmscale data dedup``: list duplicate samples within and across data sets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from data_pipeline.prepare.choices import Keep
+from data_pipeline.prepare.choices import KeepRule
 from mmscale.cli.console import emit, progress
 
 if TYPE_CHECKING:
@@ -20,30 +20,42 @@ app = typer.Typer()
 @app.command(epilog="Example: mmscale data dedup examples/emoji/shards/train.manifest --out duplicates.jsonl")
 def dedup(
     manifests: list[str] = typer.Argument(
-        help="Manifests to search, with the name that data.datasets gives them (without: the file's).",
+        help="Manifests to search. NAME is the data set's name in data.datasets; by default the file's stem.",
         metavar="[NAME=]MANIFEST...",
     ),
-    out: Path = typer.Option(..., "--out", help="The list to write: one JSON line for each sample that goes."),
-    by: str = typer.Option("exact,perceptual", "--by", help="Any of exact, text, pair, perceptual; in this order."),
-    distance: int = typer.Option(4, "--distance", min=0, max=16, help="Bits of 64 in which perceptual hashes differ."),
-    keep: Keep = typer.Option("first", "--keep", help="Which of several duplicates stays."),
+    out: Path = typer.Option(..., "--out", help="List to write: one JSON line for each sample to leave out."),
+    by: str = typer.Option(
+        "exact,perceptual", "--by", help="Criteria, applied in the given order: exact, text, pair, perceptual."
+    ),
+    distance: int = typer.Option(
+        4, "--distance", min=0, max=16, help="Largest number of differing bits, of 64, between perceptual hashes."
+    ),
+    keep: KeepRule = typer.Option("first", "--keep", help="Which of several duplicates to keep."),
     against: list[str] = typer.Option(
-        [], "--against", help="Evaluation sets: samples like theirs go.", metavar="[NAME=]MANIFEST"
+        [],
+        "--against",
+        help="Evaluation set, kept whole: list samples that duplicate its samples; repeatable.",
+        metavar="[NAME=]MANIFEST",
     ),
     signatures: Path | None = typer.Option(
-        None, "--signatures", help="Folder for hashes, kept for the next search; default OUT.signatures."
+        None, "--signatures", help="Folder for hashes, which later searches reuse; by default OUT.signatures."
     ),
-    max_pixels: int = typer.Option(89_478_485, "--max-pixels", min=1, help="Larger images are not decoded."),
+    max_pixels: int = typer.Option(
+        89_478_485, "--max-pixels", min=1, help="Images with more pixels are not decoded and not compared."
+    ),
     workers: int = typer.Option(
         0, "--workers", "--jobs", min=0, help="Processes; 0 works in this one. The result is the same."
     ),
-    json: bool = typer.Option(False, "--json", help="One JSON object instead of lines."),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object instead of lines."),
 ) -> None:
-    """List duplicates for data.faults.exclude or reshard. Interrupted, the same command goes on."""
+    """List duplicate samples for data.faults.exclude or reshard.
+
+    After an interruption, run the same command to continue.
+    """
     from dataclasses import asdict
 
     from data_pipeline.errors import DataConfigError
-    from data_pipeline.prepare.dedup.find import Question, find_duplicates
+    from data_pipeline.prepare.dedup.find import DedupOptions, find_duplicates
     from data_pipeline.prepare.dedup.signatures import Criterion
 
     try:
@@ -56,14 +68,14 @@ def dedup(
         report = find_duplicates(
             sets,
             out,
-            Question(criteria, distance, keep, max_pixels),
+            DedupOptions(criteria, distance, keep, max_pixels),
             against=held_out,
             signatures=signatures or out.with_name(out.name + ".signatures"),
             workers=workers,
             progress=meter.advance,
             searching=lambda done, of: meter.advance(0, f"searching: {done} of {of}"),
         )
-    figures = {
+    results = {
         "list": str(report.output),
         "samples": report.num_samples,
         "against": report.num_against,
@@ -72,7 +84,7 @@ def dedup(
         "left_out": report.num_left_out,
         "stay": report.num_samples - report.num_left_out,
     }
-    emit(figures, json=json)
+    emit(results, json=json)
 
 
 def _named(text: str) -> NamedSet:
@@ -80,5 +92,5 @@ def _named(text: str) -> NamedSet:
     from data_pipeline.shards.manifest import Manifest
 
     named = re.fullmatch(r"([A-Za-z0-9_.-]+)=(.+)", text)
-    place = named[2] if named else text
-    return NamedSet(named[1] if named else PurePosixPath(place).stem, Manifest.open(place))
+    location = named[2] if named else text
+    return NamedSet(named[1] if named else PurePosixPath(location).stem, Manifest.open(location))

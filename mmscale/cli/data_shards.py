@@ -1,4 +1,4 @@
-"""``mmscale data ingest``, ``reshard`` and ``export``: samples into shards, other shards, and out again."""
+"""``mmscale data ingest``, ``reshard`` and ``export``: write shards from other data, new shards, and plain tars."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from data_pipeline.prepare.choices import Keys, Naming, OnError, Reader, SourceKind, Split
+from data_pipeline.prepare.choices import ExportTarget, OnError, SampleKeys, SourceKind, Split, TarNaming
 from mmscale.cli.console import console, emit, progress, warn
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_JSON = typer.Option(False, "--json", help="One JSON object instead of lines.")
-_SHOWN = 20
+_JSON = typer.Option(False, "--json", help="Print one JSON object instead of lines.")
+_MAX_PRINTED_ROWS = 20
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", re.IGNORECASE)
 
@@ -31,9 +31,11 @@ def _bytes_of(text: str) -> int:
 
 
 _DEFAULT_BYTES, _DEFAULT_SAMPLES, _UNLIMITED = 256 << 20, 10_000, 1 << 62
-_JOBS = typer.Option(1, "--jobs", "-j", min=1, help="Processes; the result is the same for any number.")
-_SHARD_SIZE = typer.Option("256M", "--shard-size", parser=_bytes_of, metavar="SIZE", help="Largest shard: 256M, 1G.")
-_SHARD_SAMPLES = typer.Option(_DEFAULT_SAMPLES, "--shard-samples", min=1, help="Most samples in a shard.")
+_JOBS = typer.Option(1, "--jobs", "-j", min=1, help="Number of processes. The result does not depend on it.")
+_SHARD_SIZE = typer.Option(
+    "256M", "--shard-size", parser=_bytes_of, metavar="SIZE", help="Largest size of a shard: 256M, 1G, or bytes."
+)
+_SHARD_SAMPLES = typer.Option(_DEFAULT_SAMPLES, "--shard-samples", min=1, help="Largest number of samples in a shard.")
 
 
 @app.command(epilog="Example: mmscale data ingest pairs.csv --output shards --name pairs --jobs 8")
@@ -41,26 +43,40 @@ def ingest(
     source: Path = typer.Argument(help="A folder of images and texts, a .csv, .tsv, .jsonl or .parquet, or tars."),
     output: Path = typer.Option(..., "--output", help="Folder for shards, indexes and manifest."),
     name: str = typer.Option("data", "--name", help="Prefix of the shards and name of the manifest."),
-    kind: SourceKind = typer.Option("auto", "--from", help="What the source is; auto looks and says so."),
-    columns: list[str] = typer.Option([], "--column", help="Call column OLD NEW.", metavar="NEW=OLD"),
-    drop: list[str] = typer.Option([], "--drop", help="Leave a column out.", metavar="COLUMN"),
+    kind: SourceKind = typer.Option(
+        "auto", "--from", help="Format of the source; auto detects it. The detected format is printed."
+    ),
+    columns: list[str] = typer.Option([], "--column", help="Rename column OLD to NEW; repeatable.", metavar="NEW=OLD"),
+    drop: list[str] = typer.Option([], "--drop", help="Leave a column out; repeatable.", metavar="COLUMN"),
     images: Path | None = typer.Option(
-        None, "--images", file_okay=False, exists=True, help="Folder of the images that a list or Parquet names."
+        None,
+        "--images",
+        file_okay=False,
+        exists=True,
+        help="Folder of the images that a list or Parquet names; by default the folder of the list.",
     ),
     drop_images: bool = typer.Option(
-        False, "--drop-images", help="Documents lose images that cannot be read, and say how many."
+        False, "--drop-images", help="Leave unreadable images out of documents and store their number in the document."
     ),
-    split: str = typer.Option("train", "--split", help="Which split of an Energon folder."),
+    split: str = typer.Option("train", "--split", help="Split of an Energon folder to read."),
     shard_size: int = _SHARD_SIZE,
     shard_samples: int = _SHARD_SAMPLES,
     max_side: int | None = typer.Option(
-        None, "--max-side", min=1, help="Scale images with a longer side down to it, pixels; bytes are kept without."
+        None,
+        "--max-side",
+        min=1,
+        help="Scale larger images down to this side, pixels; by default images are unchanged.",
     ),
     jobs: int = _JOBS,
-    on_error: OnError = typer.Option("fail", "--on-error", help="What a row that cannot be used does."),
+    on_error: OnError = typer.Option(
+        "fail", "--on-error", help="Whether an unusable row ends the ingest, or is skipped and recorded."
+    ),
     json: bool = _JSON,
 ) -> None:
-    """Store a folder, a list, Parquet or foreign tars as shards. Interrupted, the same command goes on."""
+    """Store a folder, a list, Parquet or other tars as shards.
+
+    After an interruption, run the same command to continue.
+    """
     from data_pipeline.prepare.ingest import ingest as run
     from data_pipeline.prepare.records import FieldNames
     from data_pipeline.prepare.sources import SourceOptions, open_source, warnings
@@ -87,36 +103,54 @@ def ingest(
 @app.command(epilog="Example: mmscale data reshard a.manifest b.manifest --output shards --shard-size 1G --shuffle 1")
 def reshard(
     manifests: list[str] = typer.Argument(
-        help="Data sets to join, in order, with the names that lists call them by (without: the file's).",
+        help="Data sets to join, in order. NAME is the data set's name in lists; by default the file's stem.",
         metavar="[NAME=]MANIFEST...",
     ),
     output: Path = typer.Option(..., "--output", help="Folder for shards, indexes and manifest."),
     name: str = typer.Option("data", "--name", help="Prefix of the shards and name of the manifest."),
     shard_size: int | None = typer.Option(
-        None, "--shard-size", parser=_bytes_of, metavar="SIZE", help="Largest shard: 256M, 1G.  [default: 256M]"
+        None,
+        "--shard-size",
+        parser=_bytes_of,
+        metavar="SIZE",
+        help="Largest size of a shard: 256M, 1G, or bytes.  [default: 256M]",
     ),
     shard_samples: int | None = typer.Option(
-        None, "--shard-samples", min=1, help="Most samples in a shard.  [default: 10000]"
+        None, "--shard-samples", min=1, help="Largest number of samples in a shard.  [default: 10000]"
     ),
-    shards: int | None = typer.Option(None, "--shards", min=1, help="Instead: so many shards, equal in samples."),
+    shards: int | None = typer.Option(
+        None,
+        "--shards",
+        min=1,
+        help="Divide into this many shards of equally many samples (tiny sets: fewer), instead of a shard size.",
+    ),
     shuffle: int | None = typer.Option(None, "--shuffle", help="Permute all samples with this seed.", metavar="SEED"),
-    exclude: list[Path] = typer.Option([], "--exclude", help="Leave out what a list of dedup or a quarantine names."),
-    keep: list[Path] = typer.Option([], "--keep", help="Take only what such a list names."),
-    keys: Keys = typer.Option("keep", "--keys", help="Keys: as they were, with their shard, or numbers."),
+    exclude: list[Path] = typer.Option(
+        [], "--exclude", help="Leave out the samples in this list of dedup or of a quarantine; repeatable."
+    ),
+    keep: list[Path] = typer.Option([], "--keep", help="Store only the samples in such a list; repeatable."),
+    keys: SampleKeys = typer.Option(
+        "keep", "--keys", help="Keys of the new samples: unchanged, prefixed by their shard, or numbers."
+    ),
     jobs: int = _JOBS,
-    on_error: OnError = typer.Option("fail", "--on-error", help="What a damaged sample does."),
+    on_error: OnError = typer.Option(
+        "fail", "--on-error", help="Whether a damaged sample ends the command, or is skipped and recorded."
+    ),
     json: bool = _JSON,
 ) -> None:
-    """Store data sets as other shards: resized, joined, filtered, shuffled. Interrupted, the same command goes on."""
+    """Resize, join, filter or shuffle data sets into new shards.
+
+    After an interruption, run the same command to continue.
+    """
     from data_pipeline.errors import DataConfigError
     from data_pipeline.prepare.ingest import ingest
-    from data_pipeline.prepare.reshard import ManifestSource, NamedManifest, Selection
+    from data_pipeline.prepare.reshard import NamedManifest, ReshardSource, Selection
 
     if shards is not None and (shard_size is not None or shard_samples is not None):
-        raise DataConfigError("--shards decides the size of the shards: leave out --shard-size and --shard-samples")
+        raise DataConfigError("--shards sets the size of the shards: leave out --shard-size and --shard-samples")
     pairs = [text.partition("=") if "=" in text else (Path(text).stem, "", text) for text in manifests]
     sets = [NamedManifest(called, Path(path)) for called, _, path in pairs]
-    source = ManifestSource(sets, Selection(tuple(exclude), tuple(keep), shuffle, keys))
+    source = ReshardSource(sets, Selection(tuple(exclude), tuple(keep), shuffle, keys))
     console.print(source.description, markup=False)
     with progress("reshard", source.count()) as meter:
         report = ingest(
@@ -136,15 +170,20 @@ def reshard(
 def export(
     manifest: Path = typer.Argument(help="A manifest."),
     output: Path = typer.Option(..., "--output", help="Folder for the tars."),
-    reader: Reader = typer.Option("webdataset", "--for", help="Who reads them; Energon wants files beside."),
-    naming: Naming = typer.Option(
-        "keep", "--naming", help="Names as they are, or 00012.tar with 000120345.jpg, .txt and .json."
+    reader: ExportTarget = typer.Option(
+        "webdataset", "--for", help="Program that will read the tars; energon adds the metadata that Energon needs."
     ),
-    split: Split = typer.Option("train", "--split", help="Energon's name for the set."),
+    naming: TarNaming = typer.Option(
+        "keep", "--naming", help="Unchanged names, or 00012.tar with 000120345.jpg, .txt and .json."
+    ),
+    split: Split = typer.Option("train", "--split", help="Energon's split for the data set; for --for energon."),
     jobs: int = _JOBS,
     json: bool = _JSON,
 ) -> None:
-    """Write a data set as plain tars, without index and manifest. Interrupted, the same command goes on."""
+    """Write a data set as plain tars, without index and manifest.
+
+    After an interruption, run the same command to continue.
+    """
     from data_pipeline.prepare.export import export as run
     from data_pipeline.shards.manifest import Manifest
 
@@ -158,33 +197,33 @@ def export(
             workers=jobs if jobs > 1 else 0,
             progress=meter.advance,
         )
-    figures = {
+    results = {
         "folder": str(output),
         "samples": report.num_samples,
         "shards": report.num_shards,
         "resumed_shards": report.num_resumed,
     }
-    emit(figures | ({"sample_type": report.sample_type} if report.sample_type else {}), json=json)
+    emit(results | ({"sample_type": report.sample_type} if report.sample_type else {}), json=json)
 
 
 def _show(description: str, report: IngestReport, json: bool) -> None:
     from data_pipeline.prepare.skipped import read_skipped
 
-    for row in itertools.islice(read_skipped(report.skipped), _SHOWN):
+    for row in itertools.islice(read_skipped(report.skipped), _MAX_PRINTED_ROWS):
         console.print(f"skipped row {row.row}: {row.reason}", markup=False)
-    if report.num_skipped > _SHOWN:
-        console.print(f"... and {report.num_skipped - _SHOWN} rows more, all of them in {report.skipped}")
+    if report.num_skipped > _MAX_PRINTED_ROWS:
+        console.print(f"... and {report.num_skipped - _MAX_PRINTED_ROWS} more rows; {report.skipped} lists all of them")
     warn(report.orphans.warnings())
-    figures = {
+    results = {
         "source": description,
         "manifest": str(report.manifest),
         "samples": report.num_samples,
         "shards": report.num_shards,
         "resumed_samples": report.num_resumed,
         "skipped": report.num_skipped,
-        **report.orphans.figures(),
+        **report.orphans.counts(),
     }
-    emit(figures | ({"skipped_rows": str(report.skipped)} if report.skipped else {}), json=json)
+    emit(results | ({"skipped_rows": str(report.skipped)} if report.skipped else {}), json=json)
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""``mmscale data show``: what becomes of single samples."""
+"""``mmscale data show``: print the documents that training builds from single samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmscale.cli.console import emit
 
 if TYPE_CHECKING:
     from data_pipeline.config import DatasetConfig
-    from data_pipeline.history.text_spans import Stretch
+    from data_pipeline.history.text_spans import TextSpan
     from mmscale.run.config import RunConfig
 
 app = typer.Typer()
@@ -22,13 +22,18 @@ _WIDTH = 100
 @app.command(epilog="Example: mmscale data show configs/quickstart.yaml --samples 0:2")
 def show(
     config: Path = typer.Argument(help="A run's YAML file."),
-    overrides: list[str] = typer.Argument(None, help="Values that win over the file's.", metavar="[KEY=VALUE]..."),
-    dataset: str | None = typer.Option(None, "--dataset", help="Name of a data set; the first if not given."),
-    samples: str = typer.Option("0:3", "--samples", help="Samples A to B of its manifest, B left out.", metavar="A:B"),
-    epoch: int = typer.Option(0, "--epoch", min=0, help="Epoch whose drawn texts and augmentation to show."),
-    json: bool = typer.Option(False, "--json", help="One JSON object instead of lines."),
+    overrides: list[str] = typer.Argument(None, help="Values that override the file's.", metavar="[KEY=VALUE]..."),
+    dataset: str | None = typer.Option(None, "--dataset", help="Name of the data set; by default the first."),
+    samples: str = typer.Option(
+        "0:3", "--samples", help="Samples of its manifest, from A up to, but not including, B.", metavar="A:B"
+    ),
+    epoch: int = typer.Option(0, "--epoch", min=0, help="Epoch that decides the sampled texts and augmentations."),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object instead of lines."),
 ) -> None:
-    """Show the documents of samples: which text is read, which is learned and with what weight, where images stand."""
+    """Print the documents that training builds from samples.
+
+    Shows context text, learned text with its loss weight, and the positions of images.
+    """
     from dataclasses import asdict
 
     from mmscale.cli.data import parse_range
@@ -39,24 +44,24 @@ def show(
     chosen = _chosen(run, dataset)
     found = list(_documents(run, chosen, parse_range(samples, "--samples"), epoch))
     if json:
-        plain = [{**one, "stretches": [asdict(part) for part in one["stretches"]]} for one in found]
+        plain = [{**one, "text_spans": [asdict(part) for part in one["text_spans"]]} for one in found]
         emit({"dataset": chosen.name, "samples": plain}, json=True)
         return
     for sample in found:
-        weight = sum(one.weight * one.num_tokens for one in sample["stretches"])
+        weight = sum(one.weight * one.num_tokens for one in sample["text_spans"])
         print(
             f"sample {sample['sample']}  {sample['shard']}/{sample['key']}  {sample['tokens']} tokens, "
             f"{sample['patches']} patches, weight {weight:g}"
         )
         branch = 0
-        for one in sample["stretches"]:
+        for one in sample["text_spans"]:
             if one.branch != branch:
                 branch = one.branch
                 print(f"  branch {branch}")
             print(_line(one))
 
 
-def _line(one: Stretch) -> str:
+def _line(one: TextSpan) -> str:
     words = one.text if one.kind == "image" else repr(one.text)
     if len(words) > _WIDTH:
         words = f"{words[: _WIDTH // 2]} ... {words[-_WIDTH // 2 :]}"
@@ -76,9 +81,9 @@ def _chosen(run: RunConfig, name: str | None) -> DatasetConfig:
 
 def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: int) -> Any:
     from data_pipeline.errors import DataConfigError
-    from data_pipeline.history.text_spans import stretches
+    from data_pipeline.history.text_spans import text_spans
     from data_pipeline.loader.sample_source import dataset_seed
-    from data_pipeline.order.randomness import SampleDraws
+    from data_pipeline.order.randomness import SampleRng
     from data_pipeline.packing.document_builder import DocumentBuilder
     from data_pipeline.shards.manifest import Manifest
     from data_pipeline.shards.sample_reader import SampleReader
@@ -92,7 +97,7 @@ def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: in
     reader, seed = SampleReader(manifest, dataset.name), dataset_seed(run.seed, dataset.name)
     for number in samples:
         sample = reader.read(number, epoch)
-        document = build(sample, SampleDraws(seed, number, epoch))
+        document = build(sample, SampleRng(seed, number, epoch))
         yield {
             "sample": number,
             "shard": sample.provenance.shard,
@@ -100,5 +105,5 @@ def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: in
             "tokens": document.num_tokens,
             "patches": document.num_patches,
             "branches": len(document.branches),
-            "stretches": stretches(document, tokenizer, spec),
+            "text_spans": text_spans(document, tokenizer, spec),
         }

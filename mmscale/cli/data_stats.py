@@ -1,4 +1,4 @@
-"""``mmscale data stats``: what a data set holds, as a table, as JSON and as a page."""
+"""``mmscale data stats``: statistics of a data set as a table, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from mmscale.cli.console import console, emit, printable, progress
 
 if TYPE_CHECKING:
-    from data_pipeline.prepare.stats.count import Place, Training
+    from data_pipeline.prepare.stats.count import ManifestLocation, Training
     from data_pipeline.text.tokenizer import TokenizerConfig
 
 app = typer.Typer()
@@ -24,26 +24,32 @@ _SHOWN_NAMES = 12
 @app.command(epilog="Example: mmscale data stats configs/quickstart.yaml --html stats.html")
 def stats(
     target: str = typer.Argument(help="A manifest (a file or a URL), or a run's YAML file.", metavar="MANIFEST|CONFIG"),
-    overrides: list[str] = typer.Argument(None, help="Values that win over the file's.", metavar="[KEY=VALUE]..."),
+    overrides: list[str] = typer.Argument(None, help="Values that override the file's.", metavar="[KEY=VALUE]..."),
     tokenizer: Path | None = typer.Option(
-        None, "--tokenizer", help="A .model or tokenizer.json: counts tokens; a CONFIG names its own."
+        None, "--tokenizer", help="A .model or tokenizer.json for counting tokens; only with a MANIFEST."
     ),
-    sample: int | None = typer.Option(None, "--sample", min=1, help="Look at so many samples of each set only."),
+    sample: int | None = typer.Option(
+        None, "--sample", min=1, help="Count only this many samples of each data set, spread evenly; by default all."
+    ),
     html: Path | None = typer.Option(None, "--html", help="Write a page with histograms and samples."),
     workers: int = typer.Option(
         0, "--workers", "--jobs", min=0, help="Processes; 0 works in this one. The result is the same."
     ),
-    json: bool = typer.Option(False, "--json", help="One JSON object instead of a table."),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object instead of a table."),
 ) -> None:
-    """Count lengths, sizes, aspect ratios, languages, copies and, with a CONFIG, tokens and cost. Decodes nothing."""
+    """Compute statistics of a data set.
+
+    Counts lengths, sizes, aspect ratios, languages, copies and, with a CONFIG, tokens and cost of documents. Reads the
+    indexes and the texts; no image is decoded.
+    """
     from data_pipeline.prepare.stats.count import count
 
     subjects = _subjects(target, overrides or [], tokenizer)
-    found = {}
+    statistics = {}
     for subject in subjects:
-        with progress(f"stats {subject.name}", _total(subject.place, sample)) as meter:
-            found[subject.name] = count(
-                subject.place,
+        with progress(f"stats {subject.name}", _total(subject.manifest, sample)) as meter:
+            statistics[subject.name] = count(
+                subject.manifest,
                 tokenizer=subject.tokenizer,
                 training=subject.training,
                 sample=sample,
@@ -53,14 +59,14 @@ def stats(
     if html is not None:
         from mmscale.report.data_page import write_page
 
-        write_page(html, target, [(subject.name, subject.place.open(), found[subject.name]) for subject in subjects])
+        write_page(html, target, [(each.name, each.manifest.open(), statistics[each.name]) for each in subjects])
         console.print(f"wrote {html}", markup=False)
-    figures = {s.name: {"manifest": str(s.place.location), **found[s.name].figures} for s in subjects}
+    summary = {s.name: {"manifest": str(s.manifest.location), **statistics[s.name].summary} for s in subjects}
     if json:
-        of_config = {"config": target, "datasets": figures}
-        emit(of_config if _is_config(target) else figures[subjects[0].name], json=True)
+        of_config = {"config": target, "datasets": summary}
+        emit(of_config if _is_config(target) else summary[subjects[0].name], json=True)
         return
-    for name, each in figures.items():
+    for name, each in summary.items():
         print("\n".join(table(name, each)))
 
 
@@ -69,7 +75,7 @@ class _Subject:
     """One data set to count."""
 
     name: str
-    place: Place
+    manifest: ManifestLocation
     tokenizer: TokenizerConfig | None
     training: Training | None = None
 
@@ -80,16 +86,20 @@ def _is_config(target: str) -> bool:
 
 def _subjects(target: str, overrides: list[str], tokenizer: Path | None) -> list[_Subject]:
     from data_pipeline.errors import DataConfigError
-    from data_pipeline.prepare.stats.count import Place, Training
+    from data_pipeline.prepare.stats.count import ManifestLocation, Training
     from data_pipeline.storage.location import Url, parse_location
 
     if not _is_config(target):
         if overrides:
             raise DataConfigError(f"{overrides[0]}: a manifest has no values to override; name a .yaml file for that")
         name = PurePosixPath(target).stem
-        return [_Subject(name, Place(parse_location(target)), None if tokenizer is None else _tokenizer(tokenizer))]
+        return [
+            _Subject(
+                name, ManifestLocation(parse_location(target)), None if tokenizer is None else _tokenizer(tokenizer)
+            )
+        ]
     if tokenizer is not None:
-        raise DataConfigError(f"{target} names its tokenizer: say data.tokenizer.path={tokenizer} instead")
+        raise DataConfigError(f"{target}: names its tokenizer; use data.tokenizer.path={tokenizer} instead")
     from mmscale.config import load
     from mmscale.run.config import RunConfig
 
@@ -98,7 +108,9 @@ def _subjects(target: str, overrides: list[str], tokenizer: Path | None) -> list
     return [
         _Subject(
             each.name,
-            Place(each.indexed, data.storage, data.cache) if isinstance(each.indexed, Url) else Place(each.indexed),
+            ManifestLocation(each.indexed, data.storage, data.cache)
+            if isinstance(each.indexed, Url)
+            else ManifestLocation(each.indexed),
             data.tokenizer,
             Training(each, value.media_spec, data.packing.max_tokens),
         )
@@ -112,48 +124,48 @@ def _tokenizer(path: Path) -> TokenizerConfig:
     return HuggingFaceTokenizerConfig(path=path) if path.suffix == ".json" else SentencePieceTokenizerConfig(path=path)
 
 
-def _total(place: Place, sample: int | None) -> int:
-    num_samples = place.open().num_samples
+def _total(manifest: ManifestLocation, sample: int | None) -> int:
+    num_samples = manifest.open().num_samples
     return num_samples if sample is None else min(sample, num_samples)
 
 
-def table(name: str, figures: Mapping[str, Any]) -> list[str]:
-    """Lines for people: distributions a row each, then what is counted by name."""
+def table(name: str, summary: Mapping[str, Any]) -> list[str]:
+    """Format the statistics as lines of text: totals, one row per distribution, then the counts by name."""
     lines = [
-        f"{name}: {figures['samples']:,} samples in {figures['shards']:,} shards, {figures['bytes'] / 1e6:,.1f} MB"
+        f"{name}: {summary['samples']:,} samples in {summary['shards']:,} shards, {summary['bytes'] / 1e6:,.1f} MB"
     ]
-    if figures["share_error_95"]:
+    if summary["share_error_95"]:
         lines.append(
-            f"looked at {figures['looked_at']:,} of them: shares and ranks of quantiles are right to "
-            f"{figures['share_error_95']:.1%} with 95 % certainty"
+            f"looked at {summary['looked_at']:,} of them: shares and ranks of quantiles are right to "
+            f"{summary['share_error_95']:.1%} with 95 % certainty"
         )
-    rows = [(title, [_number(each.get(column)) for column in _COLUMNS]) for title, each in _distributions(figures)]
+    rows = [(title, [_number(each.get(column)) for column in _COLUMNS]) for title, each in _distributions(summary)]
     widths = [max([len(column), *(len(cells[i]) for _, cells in rows)]) for i, column in enumerate(_COLUMNS)]
     first = max((len(title) for title, _ in rows), default=0)
     lines.append(f"{'':<{first}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(_COLUMNS, widths, strict=True)))
     for title, cells in rows:
         lines.append(f"{title:<{first}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
-    lines += _named_counts(figures)
+    lines += _named_counts(summary)
     return [line.rstrip() for line in lines]
 
 
-def _distributions(figures: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float]]]:
-    images = figures["images"]
-    found = {
-        "samples per shard": figures["samples_per_shard"],
+def _distributions(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float]]]:
+    images = summary["images"]
+    statistics = {
+        "samples per shard": summary["samples_per_shard"],
         "images per sample": images["per_sample"],
         "width, pixels": images.get("width"),
         "height, pixels": images.get("height"),
         "megapixels": images.get("pixels"),
         "width / height": images.get("aspect_ratio"),
         "bytes per image": images.get("bytes"),
-        "characters per text": figures.get("text_characters"),
-        "tokens per text": figures.get("text_tokens"),
-        "tokens per document": figures.get("documents", {}).get("tokens"),
-        "patches per document": figures.get("documents", {}).get("patches"),
-        "cost per document": figures.get("documents", {}).get("cost"),
+        "characters per text": summary.get("text_characters"),
+        "tokens per text": summary.get("text_tokens"),
+        "tokens per document": summary.get("documents", {}).get("tokens"),
+        "patches per document": summary.get("documents", {}).get("patches"),
+        "cost per document": summary.get("documents", {}).get("cost"),
     }
-    for title, each in found.items():
+    for title, each in statistics.items():
         if each and each["count"]:
             million = title == "megapixels"
             yield title, {k: v / 1e6 if million and k != "count" else v for k, v in each.items()}
@@ -165,24 +177,24 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _named_counts(figures: Mapping[str, Any]) -> Iterator[str]:
+def _named_counts(summary: Mapping[str, Any]) -> Iterator[str]:
     for title, counts in (
-        ("made of", figures["kinds"]),
-        ("languages", figures["languages"]),
-        ("odd", figures["odd"]),
-        ("refused", figures["refused"]),
+        ("made of", summary["kinds"]),
+        ("languages", summary["languages"]),
+        ("odd", summary["odd"]),
+        ("refused", summary["refused"]),
     ):
         if counts:
             shown = [f"{printable(name)} {number:,}" for name, number in list(counts.items())[:_SHOWN_NAMES]]
             more = len(counts) - len(shown)
             yield f"{title:<10}  " + "   ".join(shown) + (f"   and {more} more" if more else "")
-    yield from (f"            {printable(example)}" for example in figures.get("refused_examples", ()))
-    if figures["languages"] and not figures["languages_of_one_script_told_apart"]:
-        yield "            languages of one script are not told apart without: pip install 'mmscale[stats]'"
-    too_long = figures.get("documents", {}).get("longer_than_a_pack")
+    yield from (f"            {printable(example)}" for example in summary.get("refused_examples", ()))
+    if summary["languages"] and not summary["languages_of_one_script_told_apart"]:
+        yield "            languages of one script are not distinguished; for that: pip install 'mmscale[stats]'"
+    too_long = summary.get("documents", {}).get("longer_than_a_pack")
     if too_long:
         yield f"too long    {too_long:,} documents are longer than data.packing.max_tokens"
-    copies = figures.get("copies")
+    copies = summary.get("copies")
     if copies is None:
         yield "copies      not counted in a sample; mmscale data dedup finds them"
     else:

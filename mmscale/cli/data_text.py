@@ -1,4 +1,4 @@
-"""``mmscale data tokenizer`` and ``fertility``: what text becomes."""
+"""``mmscale data tokenizer`` and ``fertility``: train a tokenizer, and compare tokenizers by language."""
 
 from __future__ import annotations
 
@@ -13,19 +13,27 @@ from mmscale.cli.console import console, emit, printable, progress
 
 app = typer.Typer()
 
-_JSON = typer.Option(False, "--json", help="One JSON object instead of lines.")
+_JSON = typer.Option(False, "--json", help="Print one JSON object instead of lines.")
 
 
 @app.command(epilog="Example: mmscale data tokenizer shards/train.manifest --output tokenizer.model --vocab-size 8000")
 def tokenizer(
-    manifests: list[Path] = typer.Argument(help="Manifests whose text to read."),
-    output: Path = typer.Option(..., "--output", help="The SentencePiece model to write."),
-    vocab_size: int = typer.Option(32_000, "--vocab-size", min=262, help="Pieces, with 5 special ones and 256 bytes."),
+    manifests: list[Path] = typer.Argument(help="Manifests of the data sets whose text to read."),
+    output: Path = typer.Option(..., "--output", help="SentencePiece model file to write."),
+    vocab_size: int = typer.Option(
+        32_000, "--vocab-size", min=262, help="Number of pieces, including 5 special ones and 256 bytes."
+    ),
     model_type: ModelType = typer.Option("bpe", "--model-type", help="Algorithm."),
     character_coverage: float = typer.Option(
-        0.9995, "--character-coverage", min=0.98, max=1.0, help="Share of characters with a piece; others are bytes."
+        0.9995,
+        "--character-coverage",
+        min=0.98,
+        max=1.0,
+        help="Share of characters that get a piece of their own; the others are encoded as bytes.",
     ),
-    max_samples: int = typer.Option(1_000_000, "--max-samples", min=1, help="Of larger sets every n-th is read."),
+    max_samples: int = typer.Option(
+        1_000_000, "--max-samples", min=1, help="With more samples than this, only every n-th is used."
+    ),
     special: list[str] = typer.Option([], "--special", help="A further special piece, such as '<tile_1>'; repeatable."),
     json: bool = _JSON,
 ) -> None:
@@ -45,23 +53,36 @@ def tokenizer(
             special_tokens=special,
             progress=lambda done, of: meter.advance(1),
         )
-    figures = {"tokenizer": str(output), "vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint}
-    emit(figures, json=json)
+    results = {"tokenizer": str(output), "vocab_size": trained.vocab_size, "fingerprint": trained.fingerprint}
+    emit(results, json=json)
 
 
 @app.command(epilog="Example: mmscale data fertility a.model b/tokenizer.json shards/train.manifest --field names")
 def fertility(
     paths: list[Path] = typer.Argument(
-        help="Tokenizers (.model or tokenizer.json), then manifests whose text to count.",
+        help="Tokenizers (.model or tokenizer.json), then manifests of the data sets whose text to count.",
         metavar="TOKENIZER... [MANIFEST]...",
     ),
-    texts: list[Path] = typer.Option([], "--texts", help='A text a line, or .jsonl of {"text": ..., "lang": ...}.'),
-    field: str = typer.Option("", "--field", help="Field to read: texts, or texts by language such as names."),
-    language_field: str = typer.Option("", "--language-field", help="Field with the language; else it is detected."),
-    max_texts: int = typer.Option(1_000_000, "--max-texts", min=1, help="Stop after so many texts."),
+    texts: list[Path] = typer.Option(
+        [],
+        "--texts",
+        help='Also count this file: one text per line, or a .jsonl of {"text": ..., "lang": ...}; repeatable.',
+    ),
+    field: str = typer.Option(
+        "",
+        "--field",
+        help="Field of a sample with its texts, or with an object of texts by language; by default captions.",
+    ),
+    language_field: str = typer.Option(
+        "", "--language-field", help="Field of a sample with its language; by default the language is detected."
+    ),
+    max_texts: int = typer.Option(1_000_000, "--max-texts", min=1, help="Stop after this many texts."),
     json: bool = _JSON,
 ) -> None:
-    """Compare what tokenizers make of each language: tokens per word and character, spelled-out bytes."""
+    """Compare tokenizers by language.
+
+    Prints tokens per word and per character, bytes per token, and the share of tokens that are single bytes.
+    """
     from itertools import islice
 
     from data_pipeline.errors import DataConfigError
@@ -71,7 +92,7 @@ def fertility(
     files = [path for path in paths if path.suffix != ".manifest"]
     manifests = [path for path in paths if path.suffix == ".manifest"]
     if not files or not (manifests or texts):
-        raise DataConfigError("name at least one tokenizer, and a manifest or --texts FILE to count")
+        raise DataConfigError("give at least one tokenizer, and a manifest or --texts FILE to count")
     stems = [path.stem for path in files]
     compared = [
         counting.TextTokenizer.open(path, path.stem if stems.count(path.stem) == 1 else str(path)) for path in files
@@ -90,11 +111,13 @@ def fertility(
     for line in fertility_table(rows):
         print(line)
     if not has_identifier() and any(language.startswith("und-") for language in rows):
-        console.print("languages of one script are not told apart without: pip install 'mmscale[stats]'", markup=False)
+        console.print(
+            "languages of one script are not distinguished; for that: pip install 'mmscale[stats]'", markup=False
+        )
 
 
 def fertility_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines for people: a row a language, a group of four columns a tokenizer."""
+    """Format the result of ``fertility`` (at least one language): one line per language, four columns per tokenizer."""
     names = list(next(iter(rows.values()))["tokenizers"])
     columns = (
         ("tok/word", "per_word", "{:.2f}"),

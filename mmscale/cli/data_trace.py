@@ -1,4 +1,4 @@
-"""``mmscale data trace``: which samples a step had, and which steps a sample had."""
+"""``mmscale data trace``: the samples of a step, and the steps of a sample."""
 
 from __future__ import annotations
 
@@ -11,70 +11,86 @@ import typer
 from mmscale.cli.console import emit, progress
 
 if TYPE_CHECKING:
-    from data_pipeline.history.sample_lookup import Shown
-    from mmscale.run.sample_lookup import RunTrace, Sighting, StepTrace
+    from data_pipeline.history.sample_lookup import SampleDescription
+    from mmscale.run.sample_lookup import Occurrence, SampleLookup, StepSamples
 
 app = typer.Typer()
 
-_SHOWN_TEXT = 100
-_MAX_ROWS_WITH_PICTURES = 400
-_MAX_PICTURES_OF_A_ROW = 12
+_MAX_TEXT_LENGTH = 100
+_MAX_SAMPLES_WITH_IMAGES = 400
+_MAX_IMAGES_PER_SAMPLE = 12
 
 
 @app.command(epilog="Example: mmscale data trace runs/quickstart --step 100 --html step.html")
 def trace(
-    run: Path = typer.Argument(help="A run folder, finished or not.", metavar="RUN"),
-    step: int | None = typer.Option(None, "--step", min=1, help="List the samples of this step, as in metrics.jsonl."),
-    lane: list[int] = typer.Option([], "--lane", min=0, help="Only this lane; may be repeated."),
-    html: Path | None = typer.Option(None, "--html", help="Write a page with pictures and texts."),
-    sample: str | None = typer.Option(None, "--sample", help="List the steps of this sample.", metavar="SHARD/KEY"),
-    until: int | None = typer.Option(None, "--until", min=1, help="With --sample: find its steps up to this one."),
-    json: bool = typer.Option(False, "--json", help="One JSON object instead of lines."),
+    run: Path = typer.Argument(help="Run folder; the run may still be in progress.", metavar="RUN"),
+    step: int | None = typer.Option(
+        None, "--step", min=1, help="List the samples of this step (numbered as in metrics.jsonl)."
+    ),
+    lane: list[int] = typer.Option([], "--lane", min=0, help="With --step: list only this lane; may be repeated."),
+    html: Path | None = typer.Option(
+        None, "--html", help="With --step: also write an HTML page with images and texts to this file."
+    ),
+    sample: str | None = typer.Option(
+        None,
+        "--sample",
+        help="List the steps of this sample, and an estimate of its next step.",
+        metavar="SHARD/KEY",
+    ),
+    until: int | None = typer.Option(
+        None,
+        "--until",
+        min=1,
+        help="With --sample: find the future steps up to this one exactly, by a replay, instead of an estimate.",
+    ),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object instead of lines of text."),
 ) -> None:
     """List the samples of a step, or the steps of a sample, from the run folder and the manifests."""
-    from mmscale.run.sample_lookup import RunTrace
+    from mmscale.run.sample_lookup import SampleLookup
 
     if (step is None) == (sample is None):
         raise typer.BadParameter("give either --step N or --sample SHARD/KEY", param_hint="--step")
     if step is None and (lane or html is not None):
-        raise typer.BadParameter("--lane and --html go with --step", param_hint="--sample")
+        raise typer.BadParameter("--lane and --html need --step", param_hint="--sample")
     if step is not None and until is not None:
-        raise typer.BadParameter("--until goes with --sample", param_hint="--until")
-    opened = RunTrace(run)
+        raise typer.BadParameter("--until needs --sample", param_hint="--until")
+    lookup = SampleLookup(run)
     if step is not None:
-        _print_step(opened, run, step, lane or None, html, json)
+        _print_step(lookup, run, step, lane or None, html, json)
     else:
-        _print_sample(opened, str(sample), until, json)
+        _print_sample(lookup, str(sample), until, json)
 
 
-def _print_step(opened: RunTrace, run: Path, step: int, lanes: list[int] | None, html: Path | None, json: bool) -> None:
-    found = _with_progress("replay", lambda advance: opened.step(step, lanes, advance))
-    samples = opened.samples(opened.frame(step))
-    limit = _MAX_PICTURES_OF_A_ROW if html is not None else 0
-    shown = []
+def _print_step(
+    lookup: SampleLookup, run: Path, step: int, lanes: list[int] | None, html: Path | None, json: bool
+) -> None:
+    found = _with_progress("replay", lambda advance: lookup.samples_of(step, lanes, advance))
+    catalog = lookup.catalog(lookup.loader_of(step))
+    limit = _MAX_IMAGES_PER_SAMPLE if html is not None else 0
+    samples = []
     with progress("read", len(found.rows)) as meter:
         for number, row in enumerate(found.rows):
-            shown.append(samples.show(row, limit if number < _MAX_ROWS_WITH_PICTURES else 0))
+            samples.append(catalog.describe(row, limit if number < _MAX_SAMPLES_WITH_IMAGES else 0))
             meter.advance()
-    samples.close()
+    catalog.close()
     if html is not None:
-        _write_page(html, run, found, shown)
+        _write_page(html, run, found, samples)
     if json:
-        rows = [_record(entry) for entry in shown]
+        rows = [_row_record(sample) for sample in samples]
         head = {"step": step, "stage": found.stage, "source": found.source.value, "replayed_from": found.replayed_from}
         emit({**head, "rows": rows, "skipped": [dict(record) for record in found.skipped]}, json=True)
         return
     print(_headline(found))
-    for entry in shown:
-        print(_line(entry))
+    for sample in samples:
+        print(_line(sample))
     for record in found.skipped:
-        print(f"left out: lane {record['lane']} {record['shard']}/{record['key']}: {record['reason']}")
+        print(f"skipped: lane {record['lane']} {record['shard']}/{record['key']}: {record['reason']}")
     if html is not None:
         print(html)
 
 
 def _with_progress(what: str, work: Callable[[Callable[[int], object]], Any]) -> Any:
-    """Runs ``work`` with a bar that shows from the first step on that is replayed."""
+    """Run ``work`` with a progress bar, which appears when the first step is replayed."""
     from contextlib import ExitStack
 
     with ExitStack() as stack:
@@ -88,65 +104,71 @@ def _with_progress(what: str, work: Callable[[Callable[[int], object]], Any]) ->
         return work(advance)
 
 
-def _headline(found: StepTrace) -> str:
+def _headline(found: StepSamples) -> str:
     lanes = len({row.lane for row in found.rows})
     text = f"step {found.step} ({found.stage}): documents {len(found.rows)}, lanes {lanes}; "
     if found.replayed_from is None:
-        return text + "as written down when it was done"
-    return text + f"replayed from the snapshot of step {found.replayed_from}: true unless an image proves damaged"
+        return text + "from the sample log"
+    return text + f"replayed from the snapshot of step {found.replayed_from}; correct unless an image is damaged"
 
 
-def _line(entry: Shown) -> str:
-    row = entry.row
+def _line(sample: SampleDescription) -> str:
+    row = sample.row
     loss = "" if row.loss is None else f"  loss {row.loss:.3f}"
     part = f" part {row.part}" if row.part else ""
-    text = entry.text if len(entry.text) <= _SHOWN_TEXT else entry.text[: _SHOWN_TEXT - 1] + "…"
-    where = f"{entry.shard or '?'}/{entry.key or f'? (sample {row.sample})'}"
+    text = sample.text if len(sample.text) <= _MAX_TEXT_LENGTH else sample.text[: _MAX_TEXT_LENGTH - 1] + "…"
+    name = f"{sample.shard or '?'}/{sample.key or f'? (sample {row.sample})'}"
     about = f"lane {row.lane} place {row.place}  {row.dataset} epoch {row.epoch}{part}  {row.tokens} tokens{loss}"
-    return "  ".join([about, where, *([text] if entry.stretches is not None else []), *(f"({n})" for n in entry.notes)])
+    texts = [text] if sample.text_spans is not None else []
+    return "  ".join([about, name, *texts, *(f"({note})" for note in sample.notes)])
 
 
-def _record(entry: Shown) -> dict[str, Any]:
-    text = None if entry.stretches is None else entry.text
-    return {**entry.row._asdict(), "shard": entry.shard, "key": entry.key, "text": text, "notes": list(entry.notes)}
+def _row_record(sample: SampleDescription) -> dict[str, Any]:
+    text = None if sample.text_spans is None else sample.text
+    return {**sample.row._asdict(), "shard": sample.shard, "key": sample.key, "text": text, "notes": list(sample.notes)}
 
 
-def _write_page(path: Path, run: Path, found: StepTrace, shown: list[Shown]) -> None:
-    from mmscale.report.trace_page import TracePage, write_trace_page
+def _write_page(path: Path, run: Path, found: StepSamples, samples: list[SampleDescription]) -> None:
+    from mmscale.report.step_page import StepPage, write_step_page
 
-    losses = [entry.row.loss for entry in shown if entry.row.loss is not None]
+    losses = [sample.row.loss for sample in samples if sample.row.loss is not None]
     facts = [
         ("stage", found.stage),
-        ("lanes", f"{len({entry.row.lane for entry in shown}):,}"),
-        ("documents", f"{len(shown):,}"),
-        ("tokens", f"{sum(entry.row.tokens for entry in shown):,}"),
+        ("lanes", f"{len({sample.row.lane for sample in samples}):,}"),
+        ("documents", f"{len(samples):,}"),
+        ("tokens", f"{sum(sample.row.tokens for sample in samples):,}"),
         ("losses", f"{min(losses):.3f} to {max(losses):.3f}" if losses else "not logged"),
-        ("known", "written down" if found.replayed_from is None else f"replayed from step {found.replayed_from}"),
+        ("source", "sample log" if found.replayed_from is None else f"replay from step {found.replayed_from}"),
     ]
     notes = []
-    if len(shown) > _MAX_ROWS_WITH_PICTURES:
-        notes.append(f"Pictures of the first {_MAX_ROWS_WITH_PICTURES} documents only; --lane shows those of a lane.")
-    write_trace_page(path, TracePage(str(run), found.step, facts, shown, found.skipped, notes))
+    if len(samples) > _MAX_SAMPLES_WITH_IMAGES:
+        notes.append(f"Only the first {_MAX_SAMPLES_WITH_IMAGES} documents have images here; use --lane to see others.")
+    write_step_page(path, StepPage(str(run), found.step, facts, samples, found.skipped, notes))
 
 
-def _print_sample(opened: RunTrace, name: str, until: int | None, json: bool) -> None:
+def _print_sample(lookup: SampleLookup, name: str, until: int | None, json: bool) -> None:
     shard, key = _parse_sample(name)
-    found: list[Sighting] = _with_progress("replay", lambda advance: list(opened.sample(shard, key, until, advance)))
+    found: list[Occurrence] = _with_progress(
+        "replay", lambda advance: list(lookup.steps_of(shard, key, until, advance))
+    )
     if json:
-        emit(
-            {"sample": name, "steps": [_sighting(one) for one in found], "ledger_until": opened.ledger.last_step},
-            json=True,
-        )
+        steps = [_occurrence_record(occurrence) for occurrence in found]
+        emit({"sample": name, "steps": steps, "log_until": lookup.sample_log.last_step}, json=True)
         return
-    for one in found:
-        row = one.row
-        place = "" if row is None else f" place {row.place}" + (f" part {row.part}" if row.part else "")
-        loss = "" if row is None or row.loss is None else f"  loss {row.loss:.3f}"
-        about = f"{one.dataset} epoch {one.epoch} lane {one.lane}{place}{loss}"
-        step = f"about {one.step}" if one.source.value == "estimate" else str(one.step)
-        print(f"step {step}  {about}  {one.source.value}" + (f"  left out: {one.skipped}" if one.skipped else ""))
+    for occurrence in found:
+        print(_occurrence_line(occurrence))
     if not found:
-        print(f"in no step up to {max(opened.ledger.last_step, until or 0)}")
+        print(f"in no step up to {max(lookup.sample_log.last_step, until or 0)}")
+
+
+def _occurrence_line(occurrence: Occurrence) -> str:
+    row = occurrence.row
+    place = "" if row is None else f" place {row.place}" + (f" part {row.part}" if row.part else "")
+    loss = "" if row is None or row.loss is None else f"  loss {row.loss:.3f}"
+    about = f"{occurrence.dataset} epoch {occurrence.epoch} lane {occurrence.lane}{place}{loss}"
+    source = occurrence.source.value
+    step = f"about {occurrence.step}" if source == "estimate" else str(occurrence.step)
+    return f"step {step}  {about}  {source}" + (f"  skipped: {occurrence.skipped}" if occurrence.skipped else "")
 
 
 def _parse_sample(name: str) -> tuple[str, str]:
@@ -158,11 +180,14 @@ def _parse_sample(name: str) -> tuple[str, str]:
     return f"{shard}.tar", key
 
 
-def _sighting(one: Sighting) -> dict[str, Any]:
-    place = (
-        {}
-        if one.row is None
-        else {"place": one.row.place, "part": one.row.part, "tokens": one.row.tokens, "loss": one.row.loss}
-    )
-    head = {"step": one.step, "dataset": one.dataset, "epoch": one.epoch, "lane": one.lane, "source": one.source.value}
-    return {**head, **place, **({"skipped": one.skipped} if one.skipped else {})}
+def _occurrence_record(occurrence: Occurrence) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "step": occurrence.step,
+        "dataset": occurrence.dataset,
+        "epoch": occurrence.epoch,
+        "lane": occurrence.lane,
+        "source": occurrence.source.value,
+    }
+    if (row := occurrence.row) is not None:
+        record |= {"place": row.place, "part": row.part, "tokens": row.tokens, "loss": row.loss}
+    return {**record, **({"skipped": occurrence.skipped} if occurrence.skipped else {})}

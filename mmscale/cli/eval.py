@@ -11,26 +11,26 @@ from mmscale.cli.console import console, emit
 app = typer.Typer()
 
 _CONFIG = typer.Argument(help="A run's YAML file; its run_dir holds the checkpoints.", metavar="CONFIG")
-_OVERRIDES = typer.Argument(None, help="Values that win over the file's.", metavar="[KEY=VALUE]...")
+_OVERRIDES = typer.Argument(None, help="Values that override the file's.", metavar="[KEY=VALUE]...")
 
 
 @app.command("eval", epilog="Example: mmscale eval configs/quickstart.yaml run_dir=runs/first")
 def evaluate_run(
     config: Path = _CONFIG,
     overrides: list[str] = _OVERRIDES,
-    json: bool = typer.Option(False, "--json", help="One JSON object: the scores by set."),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object: checkpoint, and scores by held-out set."),
 ) -> None:
     """Score a trained model on held-out samples.
 
-    Takes the newest checkpoint of CONFIG's run_dir and scores the sets of its evaluation block: answers to images with
-    their control (images permuted among the samples), multiple-choice questions, perplexity of documents.
+    Loads the newest checkpoint of CONFIG's run_dir and scores the sets of its evaluation block: answers to images with
+    a control (images permuted among the samples), multiple-choice questions, perplexity of documents.
     """
     from dataclasses import asdict
 
     from mmscale.cli.trained import load_trained
     from mmscale.config import load
     from mmscale.errors import ConfigError
-    from mmscale.evaluate import evaluate, not_asked
+    from mmscale.evaluate import evaluate, unanswerable_sets
     from mmscale.run.config import RunConfig
 
     run = load(config, overrides or [], RunConfig).value
@@ -39,7 +39,7 @@ def evaluate_run(
     trained = load_trained(run)
     console.print(f"scoring {trained.checkpoint}")
     data, spec = run.evaluation_data(trained.stage), run.stage_media(trained.stage)
-    if left_out := not_asked(run.evaluation, spec):
-        console.print(f"not scored, as the model cannot answer them: {', '.join(held.name for held in left_out)}")
+    if left_out := unanswerable_sets(run.evaluation, spec):
+        console.print(f"not scored, because the model cannot answer them: {', '.join(held.name for held in left_out)}")
     results = evaluate(trained.model, run.evaluation, data, spec, trained.world)
     emit({"checkpoint": str(trained.checkpoint), "heldout": {k: asdict(v) for k, v in results.items()}}, json=json)

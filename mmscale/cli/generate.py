@@ -1,4 +1,4 @@
-"""``mmscale generate``: a trained model answers a prompt, with images or without."""
+"""``mmscale generate``: answer a prompt with a trained model, with or without images."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from mmscale.cli.console import emit
 app = typer.Typer()
 
 _RUN = typer.Argument(help="A run folder, or one checkpoint of it (RUN/checkpoints/step-N).", metavar="RUN")
-_IMAGES = typer.Option(None, "--image", help="A JPEG, PNG or WebP file; may be given several times.")
+_IMAGES = typer.Option(None, "--image", help="A JPEG, PNG or WebP file; repeatable.")
 _PROMPT = typer.Option(
     None,
     "--prompt",
-    help="What is asked; by default the first prompt of training. Images stand where it says <image> (the next one) "
-    "or <image-2> (the second), else before it.",
+    help="The prompt; by default the first prompt of training. <image> inserts the next image, <image-2> the second "
+    "one; images without a mark precede the prompt.",
 )
-_TEMPERATURE = typer.Option(0.0, min=0.0, help="0 takes the likeliest token each time; above 0 draws.")
-_TOP_K = typer.Option(None, min=1, help="Draw from so many tokens, the likeliest.")
-_TOP_P = typer.Option(0.9, min=0.0, max=1.0, help="Draw from the fewest tokens of this joint probability.")
-_MIN_P = typer.Option(0.0, min=0.0, max=1.0, help="Draw from tokens at least so likely, relative to the likeliest.")
-_PENALTY = typer.Option(1.0, help="Above 1 makes tokens less likely that were said before; 1 does nothing.")
-_STOP = typer.Option(None, "--stop", help="A text that ends an answer; may be given several times.")
+_TEMPERATURE = typer.Option(0.0, min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
+_TOP_K = typer.Option(None, min=1, help="Sample from this many of the most likely tokens; by default from all.")
+_TOP_P = typer.Option(0.9, min=0.0, max=1.0, help="Sample from the fewest tokens with this total probability.")
+_MIN_P = typer.Option(
+    0.0, min=0.0, max=1.0, help="Sample from tokens with at least this fraction of the highest probability."
+)
+_PENALTY = typer.Option(1.0, help="Repetition penalty: above 1 makes earlier tokens less likely; 1 changes nothing.")
+_STOP = typer.Option(None, "--stop", help="A text that ends an answer; repeatable.")
 
 
 @app.command(epilog='Example: mmscale generate runs/quickstart --image photo.jpg --prompt "name:"')
@@ -32,19 +34,21 @@ def generate(
     run: Path = _RUN,
     image: list[Path] = _IMAGES,
     prompt: str = _PROMPT,
-    num: int = typer.Option(1, "--num", min=1, help="Answers, each drawn anew."),
-    max_new_tokens: int = typer.Option(32, "--max-new-tokens", min=1, help="Longest answer, tokens."),
+    num: int = typer.Option(1, "--num", min=1, help="Number of answers, each sampled independently."),
+    max_new_tokens: int = typer.Option(32, "--max-new-tokens", min=1, help="Largest length of an answer, tokens."),
     temperature: float = _TEMPERATURE,
     top_k: int = _TOP_K,
     top_p: float = _TOP_P,
     min_p: float = _MIN_P,
     repetition_penalty: float = _PENALTY,
-    seed: int = typer.Option(0, "--seed", help="Of the draws."),
+    seed: int = typer.Option(0, "--seed", help="Seed of the sampling."),
     stop: list[str] = _STOP,
-    stream: bool = typer.Option(False, "--stream", help="Print the answer while it grows."),
-    json: bool = typer.Option(False, "--json", help="One JSON object: text (the first), texts, images, checkpoint."),
+    stream: bool = typer.Option(False, "--stream", help="Print the answer token by token."),
+    json: bool = typer.Option(
+        False, "--json", help="Print one JSON object: text (the first answer), texts, images, checkpoint."
+    ),
 ) -> None:
-    """Ask a trained model: about images, or about nothing but text."""
+    """Answer a prompt with a trained model, with or without images."""
     from mmscale.cli.trained import open_trained
     from mmscale.errors import ConfigError
     from mmscale.evaluate.answers import respond
@@ -53,7 +57,7 @@ def generate(
     if top_p == 0 or repetition_penalty <= 0:
         raise ConfigError(
             f"--top-p {top_p:g} --repetition-penalty {repetition_penalty:g}: both must be above 0; "
-            "--temperature 0 takes the likeliest token"
+            "--temperature 0 takes the most likely token"
         )
     if num > 1 and not temperature:
         raise ConfigError(f"--num {num}: all answers would be the same; give a --temperature above 0")
@@ -90,13 +94,16 @@ def generate(
 
 
 class _Printer:
-    """Prints what is new of a text that grows."""
+    """Prints the new part of a growing text."""
 
     def __init__(self) -> None:
         self._printed = ""
 
     def show(self, text: str) -> None:
-        """Prints whole letters only: of a letter of several bytes the first ones decode to U+FFFD."""
+        """Print the new characters of ``text``, except a final U+FFFD: an incomplete character decodes to it.
+
+        Prints nothing if ``text`` does not begin with the printed text.
+        """
         text = text.lstrip().rstrip("\ufffd")
         if text.startswith(self._printed):
             sys.stdout.write(text[len(self._printed) :])
@@ -104,6 +111,6 @@ class _Printer:
             self._printed = text
 
     def end(self, text: str) -> None:
-        """Prints the rest."""
+        """Print the remaining characters of the complete answer, as ``show`` does, and a newline."""
         self.show(text)
         print()

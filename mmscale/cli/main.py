@@ -1,9 +1,8 @@
-"""The command ``mmscale``: one table of verbs, each loaded only when it is called.
+"""The command ``mmscale``: a table of verbs, each imported only when it is called.
 
-A verb is a file in this folder with ``app = typer.Typer()``. A file of one verb has one ``@app.command(epilog=...)``; a
-family (``mmscale data index``) has one command for each. The epilog is an example, and heavy imports (torch, DeepSpeed)
-stand inside the functions, so that help is instant. Errors are not caught here: they leave through
-:func:`mmscale.cli.console.door`.
+A verb is a file in this folder with ``app = typer.Typer()``. The file has one ``@app.command(epilog=...)``, or several
+for a family such as ``mmscale data index``. The epilog is an example. Import heavy modules (torch, DeepSpeed) inside
+the functions, so that help is instant. :func:`mmscale.cli.console.exit_code_of` handles the errors of all commands.
 """
 
 from __future__ import annotations
@@ -17,45 +16,48 @@ from typing import NoReturn, TextIO
 
 import typer
 
-from mmscale.cli.console import door, leave
+from mmscale.cli.console import exit_code_of, exit_process
 from mmscale.cli.run_file import ALLOW_COMMANDS, allow_commands
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One row of ``mmscale --help``; ``mmscale/cli/NAME.py`` holds it."""
+    """One row of ``mmscale --help``; its commands are in ``mmscale/cli/NAME.py``."""
 
     name: str
     help: str
     family: bool = False
-    """Whether the file holds several commands, called as ``mmscale NAME COMMAND``."""
+    """Whether the file has several commands, called as ``mmscale NAME COMMAND``."""
 
     def load(self) -> typer.Typer:
-        """Imports the verb's file, and no other's."""
+        """Import the verb's file."""
         app: typer.Typer = import_module(f"mmscale.cli.{self.name}").app
         return app
 
 
 VERBS = (
-    Verb("train", "Train a model as CONFIG says, or go on where the run folder left off."),
+    Verb("train", "Train the model of CONFIG, resuming from the run folder's checkpoint if it has one."),
     Verb("launch", "Start training on several ranks: on this machine or through SLURM.", family=True),
-    Verb("compare", "Train variants of a run from one start on equal terms, and write one page about them."),
+    Verb("compare", "Train variants of a run under equal conditions and write one page that compares them."),
     Verb("eval", "Score a trained model on held-out samples."),
-    Verb("generate", "Describe an image with a trained model."),
-    Verb("params", "Count the parameters of a model, in all and in use for one token."),
+    Verb("generate", "Answer a prompt with a trained model, with or without images."),
+    Verb("params", "Count the parameters of a model: in total, and active for one token."),
     Verb("report", "Write report.html of a run: curves, samples, configuration."),
-    Verb("config", "Show where each value of a configuration comes from, or check it.", family=True),
-    Verb("data", "Make, index, check and describe the shards that training reads.", family=True),
+    Verb("config", "Show where each value of a configuration comes from, check it, or shrink the run.", family=True),
+    Verb("data", "Create, index, verify and describe the shards that training reads.", family=True),
     Verb("checkpoint", "List, verify, export, import and prune checkpoints.", family=True),
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command line; returns the exit code (0 done, 1 it failed, 2 wrong use, 130 interrupted)."""
+    """Run one command line and return the exit code.
+
+    0 is success, 1 a failure, 2 wrong use, 130 an interrupt. ``launch``, ``train`` and ``compare`` document others.
+    """
     words = sys.argv[1:] if arguments is None else arguments
-    with warnings.catch_warnings():  # Restores what the next line replaces.
+    with warnings.catch_warnings():  # Restores warnings.showwarning on exit.
         warnings.showwarning = _show_warning
-        return door(lambda: _run(words))
+        return exit_code_of(lambda: _run(words))
 
 
 def _show_warning(
@@ -66,7 +68,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Our own warnings are sentences for a user, without the place in our code that gave them."""
+    """Print warnings of mmscale as messages for the user, without the line of code that raised them."""
     ours = category.__module__.partition(".")[0] in ("mmscale", "data_pipeline")
     text = (
         f"mmscale: warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
@@ -81,14 +83,14 @@ def _run(words: list[str]) -> None:
 
 
 def build_app(called: str | None) -> typer.Typer:
-    """The command tree with the verb ``called`` loaded and the others as rows of the help only."""
+    """Build the command tree. Only the verb ``called`` is imported; the others are just rows of the help."""
     app = typer.Typer(
         name="mmscale",
         help="Train multimodal LLMs: from image-text shards to a resumable run on a laptop or a cluster.",
         epilog="Example: mmscale launch local configs/quickstart.yaml --ranks 2",
         no_args_is_help=True,
         add_completion=False,
-        rich_markup_mode=None,  # Plain help: no rich import, and [key=value] is no markup.
+        rich_markup_mode=None,  # Plain help: rich is not imported, and [KEY=VALUE] is not read as markup.
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )
     app.callback()(_root)
@@ -113,11 +115,11 @@ def _add(app: typer.Typer, verb: Verb) -> None:
 
 
 def _row() -> None:
-    """Stands for a verb that was not called."""
+    """Placeholder for a verb that was not called."""
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"mmscale {version('mmscale')}")
         raise typer.Exit
 
@@ -130,8 +132,8 @@ def _root(version_: bool = _VERSION, allowed: bool = ALLOW_COMMANDS) -> None:
 
 
 def entry() -> NoReturn:
-    """The command ``mmscale``."""
-    leave(main())
+    """Run the command ``mmscale`` and exit the process."""
+    exit_process(main())
 
 
 if __name__ == "__main__":

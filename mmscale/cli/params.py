@@ -1,4 +1,4 @@
-"""``mmscale params``: how many parameters a model has, before any memory is spent on it."""
+"""``mmscale params``: count the parameters of a model without allocating it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ app = typer.Typer()
 _CONFIG = typer.Argument(
     help="A YAML file of a model (decoder:, vision:, connector:), of a tower (vision:) or of a run.", metavar="CONFIG"
 )
-_OVERRIDES = typer.Argument(None, help="Values that win over the file's.", metavar="[KEY=VALUE]...")
+_OVERRIDES = typer.Argument(None, help="Values that override the file's.", metavar="[KEY=VALUE]...")
 
 
 @app.command(epilog="Example: mmscale params configs/models/tiny.yaml")
 def params(
     config: Path = _CONFIG,
     overrides: list[str] = _OVERRIDES,
-    json: bool = typer.Option(False, "--json", help="One JSON object: total, active, components."),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object: total, active, components."),
 ) -> None:
-    """Count the parameters of a model, in all and in use for one token."""
+    """Count the parameters of a model: in total, and active for one token."""
     from dataclasses import asdict
 
     from mmscale.config.layers import apply_overrides, read_layers
@@ -31,10 +31,10 @@ def params(
     from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
 
     root = apply_overrides(read_layers(config), overrides or [])
-    block = root.child("model") or root  # A run's file holds the model under one key.
-    alone = block.child("decoder") is None and block.child("vision") is not None
+    block = root.child("model") or root  # A run's file has the model under the key "model".
+    is_tower = block.child("decoder") is None and block.child("vision") is not None
     value: AnyModelConfig
-    if alone:
+    if is_tower:
         value, _ = validate(block, TowerConfig, str(config))
     else:
         value, _ = validate(block, ModelConfig, str(config))

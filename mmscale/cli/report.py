@@ -1,4 +1,4 @@
-"""``mmscale report``: the page of a run, made again from its folder."""
+"""``mmscale report``: write the report of a run again, from its folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RUN = typer.Argument(help="A run folder, finished or not.", metavar="RUN")
 @app.command(epilog="Example: mmscale report runs/quickstart")
 def report(
     run: Path = _RUN,
-    json: bool = typer.Option(False, "--json", help="One JSON object: path and bytes of the report."),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object: path and bytes of the report."),
 ) -> None:
     """Write report.html of a run: curves, samples, configuration."""
     from mmscale.report.build import build_report

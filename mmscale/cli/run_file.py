@@ -1,4 +1,4 @@
-"""The configuration of a run whose data a verb is about to read."""
+"""Load a run's configuration for a command that reads its data, without running code from a run folder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 FLAG = "--allow-commands"
 ALLOW_COMMANDS = typer.Option(
-    False, FLAG, help="Run the shell commands and Python code of a configuration that came with a run folder."
+    False, FLAG, help="Allow the shell commands and Python code of a configuration that came with a run folder."
 )
 allow_commands: ContextVar[bool] = ContextVar("allow_commands", default=False)
 """Whether ``--allow-commands`` is on the command line; ``mmscale.cli.main`` sets it."""
-_TRACES = (
+_RUN_OUTPUTS = (
     "checkpoints",
     "faults",
     "goodput.jsonl",
     "heartbeats",
-    "ledger",
+    "sample_log",
     "lock",
     "logs",
     "metrics.jsonl",
@@ -35,10 +35,10 @@ _TRACES = (
 
 
 def load_run(path: Path, overrides: list[str]) -> Loaded[RunConfig]:
-    """Load the configuration of a run whose data the verb will read.
+    """Load the configuration of a run, for a command that reads the run's data.
 
     Raises:
-        ConfigError: it is wrong, or it would run a shell command or Python code that came with a run folder.
+        ConfigError: the configuration is invalid, or fails ``check_commands``.
     """
     from mmscale.config import load
     from mmscale.run.config import RunConfig
@@ -49,13 +49,13 @@ def load_run(path: Path, overrides: list[str]) -> Loaded[RunConfig]:
 
 
 def check_commands(loaded: Loaded[Any]) -> None:
-    """Refuse shell commands and Python code that came with a run folder, unless ``--allow-commands`` is given.
+    """Reject shell commands and Python code that came with a run folder, unless ``--allow-commands`` is given.
 
-    A run folder is data that people pass on; its files, and the ``base`` files that they name, must not run code on the
-    reader's machine. Code in other files and in overrides are the user's own.
+    People share run folders, so files in a run folder, and the ``base`` files that they name, must not run code on the
+    reader's machine. Code in other files, or given as an override, is the user's own.
 
     Raises:
-        ConfigError: names the first such code and its place.
+        ConfigError: a value in a run folder's file would run code; the error names the value and the file.
     """
     from mmscale.config import leaves
     from mmscale.errors import ConfigError
@@ -70,13 +70,13 @@ def check_commands(loaded: Loaded[Any]) -> None:
         if folder is not None:
             raise ConfigError(
                 f"{origin} {name}: this configuration came with the run folder {folder} and would run the "
-                f"{found[0]}. If you trust it, call `mmscale {FLAG} ...`, or name a copy of the file that "
-                "lies elsewhere"
+                f"{found[0]}. If you trust it, call `mmscale {FLAG} ...`, or use a copy of the file outside of "
+                "the run folder"
             )
 
 
 def _code_in(key: tuple[str, ...], value: Any) -> list[str]:
-    """The shell commands and the Python code that a value of a data set names, as messages call them."""
+    """Return a description of each shell command and each piece of Python code that a value would run."""
     from data_pipeline.loader.front_to_back import commands
 
     if "shards" in key and isinstance(value, list):
@@ -87,13 +87,13 @@ def _code_in(key: tuple[str, ...], value: Any) -> list[str]:
 
 
 def _run_folder_of(file: Path) -> Path | None:
-    """The run folder that holds the file, itself or in a folder of its own such as ``starts/``."""
+    """Return the run folder that contains the file, directly or in a subfolder such as ``starts/``; None if none."""
     from mmscale.report.starts import STARTS_FILE
     from mmscale.run.folder import CONFIG
 
-    for place in (file.parent.resolve(), file.resolve().parent):  # A link stands in the one and leads to the other.
-        for folder in (place, place.parent):
-            has_trace = any((folder / name).exists() for name in _TRACES)
-            if (folder / STARTS_FILE).exists() or ((folder / CONFIG).exists() and has_trace):
+    for parent in (file.parent.resolve(), file.resolve().parent):  # The folder of a link, and that of its target.
+        for folder in (parent, parent.parent):
+            has_output = any((folder / name).exists() for name in _RUN_OUTPUTS)
+            if (folder / STARTS_FILE).exists() or ((folder / CONFIG).exists() and has_output):
                 return folder
     return None

@@ -1,4 +1,4 @@
-"""``mmscale train``: one rank of a run, or the whole of it."""
+"""``mmscale train``: one rank of a run, or a whole run in one process."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import typer
 app = typer.Typer()
 
 STOPPED = 75
-"""Exit code of a run that was asked to stop, has saved, and wants to be started again (EX_TEMPFAIL)."""
+"""Exit code of a run that saved and stopped, on a signal or before the deadline. The same command resumes it."""
 
 
 @app.command(epilog="Example: mmscale train configs/quickstart.yaml run_dir=runs/first max_steps=20")
 def train(
     config: Path = typer.Argument(help="A run's YAML file.", metavar="CONFIG"),
     overrides: list[str] = typer.Argument(
-        None, help="Values that win over the file's, for example max_steps=20.", metavar="[KEY=VALUE]..."
+        None, help="Values that override the file's, for example max_steps=20.", metavar="[KEY=VALUE]..."
     ),
     profile: bool = typer.Option(
         False, "--profile", help="Record a few steps (metrics.profile_steps) as a trace in RUN/profile."
     ),
 ) -> None:
-    """Train a model as CONFIG says, or go on where the run folder left off.
+    """Train the model of CONFIG, resuming from the run folder's checkpoint if it has one.
 
-    One process trains alone; under torchrun or srun each process is one rank. Exit code 0: finished, the report is
-    written. 75: asked to stop (SIGTERM, SIGUSR1, Ctrl-C, end of the SLURM job) and saved; the same command goes on.
-    76: the watchdog ended a run in which nothing moved any more.
+    One process trains alone; under torchrun or srun each process is one rank. Exit code 0: finished, and the report is
+    written. 75: stopped by SIGTERM, SIGUSR1, Ctrl-C or the end of the SLURM job, and saved; the same command resumes.
+    76: the watchdog ended the run because it made no progress.
     """
     from mmscale.cli.run_file import load_run
     from mmscale.run.train import Outcome

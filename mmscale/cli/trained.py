@@ -1,4 +1,4 @@
-"""A trained model in one process: the newest checkpoint of a run, without DeepSpeed; for ``eval`` and ``generate``."""
+"""Load a trained model into one process, without DeepSpeed; for ``eval`` and ``generate``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ class Trained:
     """A model with the weights of ``checkpoint``, in evaluation mode on ``world.device``.
 
     Attributes:
-        stage: Number of the stage whose model it is.
+        config: The run.
+        stage: Number of the stage whose model configuration is used.
+        model: The model.
+        world: A world of one rank.
+        checkpoint: The checkpoint that was loaded.
     """
 
     config: RunConfig
@@ -30,10 +34,14 @@ class Trained:
 
 
 def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
-    """Builds the model of a run and loads a checkpoint, the newest of the run by default; its average if it has one.
+    """Build the model of a run and load a checkpoint: its averaged weights (EMA) if it has them, else the trained ones.
+
+    Args:
+        config: The run.
+        checkpoint: The checkpoint; None loads the newest one of the run.
 
     Raises:
-        CheckpointError: there is none, or it is of another model.
+        CheckpointError: there is no checkpoint, or it has another model.
     """
     import torch
 
@@ -50,7 +58,7 @@ def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     manifest = read_manifest(path)
-    # A configuration with fewer stages may still have the model; if not, the weights are refused.
+    # A configuration with fewer stages may still have the same model. If it does not, load_weights raises.
     stage = min(manifest.state.stage_index, len(config.stages) - 1)
     model = build_model(config.stage_model(stage), attention=config.engine.attention, seed=None)
     load_weights(model, path, ema=manifest.ema)
@@ -58,11 +66,11 @@ def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
 
 
 def open_trained(path: Path) -> Trained:
-    """The trained model of a run folder or of one checkpoint in it, configured by the run's own ``config.yaml``.
+    """Load the trained model of a run folder, or of one checkpoint in it, with the run's own ``config.yaml``.
 
     Raises:
-        ConfigError: the path is neither.
-        CheckpointError: it is a Hugging Face folder.
+        ConfigError: the path is neither of the two.
+        CheckpointError: the path is a Hugging Face folder, or the run has no usable checkpoint.
     """
     from mmscale.config import load
     from mmscale.hf.read import require_no_folder

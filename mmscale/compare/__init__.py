@@ -1,9 +1,9 @@
-"""Variants of one run trained from one start, on the same data, on equal terms: ``mmscale compare``.
+"""Compare variants of one run that get the same data and the same budget: ``mmscale compare``.
 
-    config --> plan --> runs --> figures, limits --> page
+    config --> plan --> runs --> summary, limits --> page
 
-For: which connector (or any other choice) does better for the same tokens or the same operations. Not for: searching
-for good values; every variant is trained as it is written.
+Use it to see which connector (or any other choice) does better for the same tokens or the same operations. It does not
+search for good values: every variant is trained exactly as configured.
 """
 
 from mmscale.compare.config import Comparison, check_comparison, read_comparison

@@ -1,12 +1,12 @@
-"""What is compared: the file of a run with one more block.
+"""The configuration of a comparison: the file of a run with an additional ``compare`` block.
 
-    base: ../quickstart.yaml      everything that all variants share
-    compare:                      what differs, from which seeds, and what is equal
+    base: ../quickstart.yaml      configuration that all variants share
+    compare:                      variants, seeds, and the budget that is equal
 
-    file --without ``compare``--> tree --overrides of each variant--> one ``RunConfig`` a variant
+    file --without ``compare``--> tree --overrides of each variant--> one ``RunConfig`` per variant
 
-A variant says what differs by ``key=value``, as a command line does. All variants are read before anything is done with
-one of them, and every mistake of every variant is told at once.
+A variant is a list of ``key=value`` overrides, as on a command line. All variants are read before any of them is used,
+and one error message lists the mistakes of all variants.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from data_pipeline.errors import DataPipelineError
 from data_pipeline.io.strict import StrictConfig
 from mmscale.config import Loaded, load_tree
 from mmscale.config.layers import apply_overrides, read_layers
-from mmscale.config.tree import Entry
+from mmscale.config.tree import ConfigNode
 from mmscale.config.validate import validate
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.models.build import count_parameters
@@ -33,38 +33,40 @@ from mmscale.run.config import RunConfig, check_files, check_world
 BLOCK = "compare"
 
 
-class Equal(str, Enum):
-    """What every variant gets as much of as the first one, stage by stage."""
+class EqualBudget(str, Enum):
+    """Budget of a stage that is the same for every variant; the first variant sets it."""
 
     TOKENS = "tokens"
-    """Learned tokens: tokens of text that carry loss. The tokens of images count for nothing, wherever they stand."""
+    """Learned tokens: text tokens with a loss. Image tokens do not count."""
     FLOPS = "flops"
-    """Operations of forward and backward (``models.flops``); what activation checkpointing repeats is left out."""
+    """Operations of forward and backward passes (``models.flops``), without recomputed activations."""
 
 
 class VariantConfig(StrictConfig):
-    """One thing that is compared."""
+    """One variant."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    """Name on the page and of its folder."""
+    """Name on the page, and name of the variant's folder."""
     overrides: tuple[str, ...] = ()
-    """What differs from the file: ``key=value`` words, as on a command line."""
+    """``key=value`` overrides of the file, as on a command line."""
 
 
 class CompareConfig(StrictConfig):
     """The ``compare`` block."""
 
-    equal: Equal = Equal.TOKENS
-    """``tokens`` or ``flops``. The first variant trains the steps that its stages say, and the others' steps follow."""
+    equal: EqualBudget = EqualBudget.TOKENS
+    """Budget that all variants share: ``tokens`` or ``flops``. The first variant trains the configured steps of each
+    stage. The steps of the others follow from its budget."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(min_length=1)
-    """Each variant is trained once from each; they take the place of ``seed``. Intervals need two or more."""
+    """Each variant is trained once per seed, which replaces ``seed``. 0 to 2**32 - 1; they must differ. Confidence
+    intervals need at least two."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
-    """Of the intervals over seeds."""
+    """Confidence level of the intervals over seeds, between 0 and 1."""
     plan_steps: int = Field(default=256, ge=1)
-    """First steps of a stage that are measured, before anything is trained, to find the steps of each run; those behind
-    them are taken to hold as much."""
+    """Largest number of steps per stage that are measured before training to plan the steps of each run. Later steps
+    are assumed to hold as much as these on average."""
     variants: tuple[VariantConfig, ...] = Field(min_length=2)
-    """What is compared; differences are taken from the first."""
+    """Variants, at least two with different names. Differences are computed against the first."""
 
     @model_validator(mode="after")
     def _check_names(self) -> CompareConfig:
@@ -80,7 +82,7 @@ class _File(StrictConfig):
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant as a run; its ``run_dir``, ``seed`` and steps are still those of the file."""
+    """One variant as a run config; ``run_dir``, ``seed`` and steps are still those of the file."""
 
     name: str
     overrides: tuple[str, ...]
@@ -94,7 +96,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison that was read and checked as far as that needs no disk."""
+    """A comparison that was read and validated; ``check_comparison`` checks its files."""
 
     path: Path
     settings: CompareConfig
@@ -106,32 +108,32 @@ class Comparison:
         return self.variants[0].run.run_dir
 
     @property
-    def page(self) -> Path:
-        """The page."""
+    def page_path(self) -> Path:
+        """The HTML page."""
         return self.run_dir / "comparison.html"
 
     @property
-    def figures(self) -> Path:
-        """The figures of the page, for programs."""
+    def json_path(self) -> Path:
+        """The values of the page as JSON."""
         return self.run_dir / "comparison.json"
 
 
 def read_comparison(path: Path, overrides: list[str]) -> Comparison:
-    """Reads the file and every variant.
+    """Read a comparison with all its variants.
 
     Args:
-        path: A YAML file of a run with a ``compare`` block.
-        overrides: ``key=value`` words for the file; those of a variant win over them.
+        path: YAML file of a run with a ``compare`` block.
+        overrides: ``key=value`` overrides of the file. The overrides of a variant take precedence over them.
 
     Raises:
-        ConfigError: all mistakes of the file or of all its variants.
+        ConfigError: the file or a variant is invalid; the message lists the mistakes of all variants.
     """
     root = apply_overrides(read_layers(path), overrides)
     assert isinstance(root.value, dict)
     block = root.value.pop(BLOCK, None)
     if block is None:
-        raise ConfigError(f"{path}: no `{BLOCK}` block, which names seeds and variants; see docs/compare.md")
-    settings = validate(Entry({BLOCK: block}, root.origin), _File, str(path))[0].compare
+        raise ConfigError(f"{path}: no `{BLOCK}` block, which lists seeds and variants; see docs/evaluation.md")
+    settings = validate(ConfigNode({BLOCK: block}, root.origin), _File, str(path))[0].compare
     variants: list[Variant] = []
     complaints: list[str] = []
     for each in settings.variants:
@@ -140,32 +142,32 @@ def read_comparison(path: Path, overrides: list[str]) -> Comparison:
             variants.append(Variant(each.name, each.overrides, load_tree(tree, RunConfig, str(path))))
         except ConfigError as error:
             complaints.append(f"variant {each.name}: {error}")
-    complaints = complaints or list(filter(None, (_unlike(variants[0], each) for each in variants)))
+    complaints = complaints or list(filter(None, (_mismatch(variants[0], each) for each in variants)))
     if complaints:
         raise ConfigError("\n".join(complaints))
     return Comparison(path, settings, tuple(variants))
 
 
-def _unlike(first: Variant, other: Variant) -> str | None:
-    """Why a variant cannot stand beside the first one."""
+def _mismatch(first: Variant, other: Variant) -> str | None:
+    """Return why a variant cannot be compared with the first one; None if it can."""
     a, b = first.run, other.run
     name = f"variant {other.name}"
     if b.max_steps is not None:
-        return f"{name}: max_steps={b.max_steps}: a comparison plans steps; set stages.*.steps of the first variant"
+        return f"{name}: max_steps={b.max_steps}: a comparison plans the steps; set stages.*.steps of the first variant"
     if a.run_dir != b.run_dir:
-        return f"{name}: run_dir={b.run_dir}: variants have folders of their own in the comparison's ({a.run_dir})"
+        return f"{name}: run_dir={b.run_dir}: must not be overridden: each variant gets a folder in {a.run_dir}"
     if a.evaluation != b.evaluation:
-        return f"{name}: asks other questions than {first.name} (evaluation), so their scores do not compare"
+        return f"{name}: its evaluation block differs from that of {first.name}; the scores cannot be compared"
     if [stage.name for stage in a.stages] != [stage.name for stage in b.stages]:
-        return f"{name}: has other stages than {first.name}; what is equal is equal stage by stage"
+        return f"{name}: has other stages than {first.name}; the budget is equal stage by stage"
     return None
 
 
 def check_comparison(comparison: Comparison, ranks: int) -> None:
-    """Checks what validation cannot know without the disk, for all variants. Nothing large is read.
+    """Check files, world size, weights and models of all variants. Reads texts of samples, but no weights or pixels.
 
     Raises:
-        ConfigError: all complaints, each with the name of its variant.
+        ConfigError: a variant fails a check; the message lists the problem of each failing variant.
     """
     complaints = []
     for variant in comparison.variants:
@@ -186,8 +188,8 @@ def _check_weights(run: RunConfig) -> None:
         return
     from mmscale.checkpoint import TrainState
     from mmscale.dist import World
-    from mmscale.run.stage_weights import (
-        check_stage_weights,
-    )  # With it comes the engine: seconds that few comparisons need.
+
+    # This import loads the engine and takes seconds, so only comparisons that start from weights pay for it.
+    from mmscale.run.stage_weights import check_stage_weights
 
     check_stage_weights(run, World(0, 1, 0, torch.device("cpu")), TrainState())

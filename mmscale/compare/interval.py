@@ -1,8 +1,8 @@
-"""Means over seeds and how far they can be trusted: Student's t, since seeds are few.
+"""Means over seeds with confidence intervals by Student's t, because there are few seeds.
 
-What an interval covers is the draw of the seed: first values, order of the data, augmentation. It says nothing about
-other data. Differences between two variants are taken seed by seed first: both began alike and saw the same samples, so
-what a seed does to both falls out.
+An interval covers the variation by seed: initial values, order of the data, augmentation. It does not cover other data.
+For two variants, compute the differences seed by seed first. With one seed both start alike and see the same samples,
+so effects that the seed has on both cancel.
 
 Source: Student 1908, "The probable error of a mean"; Abramowitz and Stegun 1964, 26.7.3 and 26.7.4 (distribution).
 """
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean of ``n`` values.
+    """Mean of ``n`` values with a confidence interval.
 
     Attributes:
-        low, high: Confidence interval of the mean; None of one value, which shows no spread.
+        low, high: Bounds of the interval; None for a single value.
     """
 
     mean: float
@@ -30,12 +30,12 @@ class Interval:
 
     @property
     def half(self) -> float | None:
-        """Half the width."""
+        """Half the width of the interval."""
         return None if self.high is None else self.high - self.mean
 
 
 def mean_interval(values: Sequence[float], confidence: float) -> Interval:
-    """Mean of at least one value with its t interval."""
+    """Return the mean of at least one value with its t interval. ``confidence`` is in (0, 1)."""
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return Interval(mean, None, None, n)
@@ -44,7 +44,7 @@ def mean_interval(values: Sequence[float], confidence: float) -> Interval:
 
 
 def t_quantile(confidence: float, degrees: int) -> float:
-    """The t with ``P(|T| <= t) = confidence``.
+    """Return the t with ``P(|T| <= t) = confidence``.
 
     Args:
         confidence: In (0, 1).
@@ -53,14 +53,14 @@ def t_quantile(confidence: float, degrees: int) -> float:
     low, high = 0.0, 1.0
     while t_share(high, degrees) < confidence:
         high *= 2
-    for _ in range(200):  # Halves down to the last bit.
+    for _ in range(200):  # Enough bisections for full float precision.
         middle = (low + high) / 2
         low, high = (middle, high) if t_share(middle, degrees) < confidence else (low, middle)
     return high
 
 
 def t_share(t: float, degrees: int) -> float:
-    """``P(|T| <= t)``: for whole degrees of freedom a finite sum."""
+    """Return ``P(|T| <= t)``. For integer degrees of freedom it is a finite sum."""
     angle = math.atan(t / math.sqrt(degrees))
     odd = degrees % 2
     term = math.cos(angle) if odd else 1.0

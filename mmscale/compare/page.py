@@ -1,7 +1,7 @@
-"""``comparison.html`` and ``comparison.json``: one page and one file of figures, made from the run folders.
+"""Write ``comparison.html`` and ``comparison.json`` from the run folders.
 
-Everything is inlined, as in a run's report. Curves of the seeds are laid onto common places, and drawn as their mean
-and the band from the lowest to the highest seed.
+The page needs no other file. Training curves of the seeds are interpolated to common points; the page shows their mean
+and a band from the lowest to the highest seed.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import numpy as np
 
 from data_pipeline.io.atomic import as_utf8, write_whole
 from mmscale.compare.config import Comparison
-from mmscale.compare.figures import Curve, Figure, RunFigures, VariantFigures, read_variants, variant_json
 from mmscale.compare.limits import limits
 from mmscale.compare.plan import Trial
 from mmscale.compare.runs import Failure
-from mmscale.compare.start import alike
+from mmscale.compare.start import same_initial_values
+from mmscale.compare.summary import Estimate, LossCurve, RunSummary, VariantSummary, read_variants, variant_json
 from mmscale.metrics.format import format_count, format_seconds
 from mmscale.report.charts import Bar, Chart, Line
 from mmscale.report.curves import smooth
 from mmscale.report.page import render_page
 
-_PLACES = 200
-_COLOURS = 5
+_CURVE_POINTS = 200
+_NUM_COLOURS = 5
 
 
 @dataclass(frozen=True)
-class Row:
-    """One variant in a table: its name, colour and cells; each cell has a figure and what stands small below it."""
+class TableRow:
+    """One variant in a table. Each cell is (value, smaller text below it)."""
 
     name: str
     colour: int
@@ -41,13 +41,13 @@ class Row:
 
 
 def write_comparison(comparison: Comparison, trials: Sequence[Trial], failures: Sequence[Failure]) -> dict[str, Any]:
-    """Writes both files from whatever is finished.
+    """Write both files from the runs that are finished. Each file is written atomically.
 
     Returns:
-        What ``comparison.json`` holds.
+        The contents of ``comparison.json``.
     """
     variants = read_variants(comparison, trials)
-    start = alike(comparison)
+    start = same_initial_values(comparison)
     sentences = limits(comparison, trials, variants, start, failures)
     settings = comparison.settings
     figures = {
@@ -61,14 +61,14 @@ def write_comparison(comparison: Comparison, trials: Sequence[Trial], failures: 
         "limits": sentences,
     }
     text = json.dumps(_plain(figures), indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(comparison.figures, as_utf8(f"{text}\n"), parents=True)
-    write_whole(comparison.page, as_utf8(_render(comparison, trials, variants, sentences)), parents=True)
+    write_whole(comparison.json_path, as_utf8(f"{text}\n"), parents=True)
+    write_whole(comparison.page_path, as_utf8(_render(comparison, trials, variants, sentences)), parents=True)
     plain: dict[str, Any] = json.loads(text)
     return plain
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN: the loss of a run that diverged becomes null."""
+    """Replace NaN and infinity by None, because JSON lacks them (the loss of a run that diverged)."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -77,9 +77,9 @@ def _plain(value: Any) -> Any:
 
 
 def _render(
-    comparison: Comparison, trials: Sequence[Trial], variants: Sequence[VariantFigures], sentences: Sequence[str]
+    comparison: Comparison, trials: Sequence[Trial], variants: Sequence[VariantSummary], sentences: Sequence[str]
 ) -> str:
-    colours = {each.name: number % _COLOURS + 1 for number, each in enumerate(comparison.variants)}
+    colours = {each.name: number % _NUM_COLOURS + 1 for number, each in enumerate(comparison.variants)}
     done = sum(len(each.runs) for each in variants)
     return render_page(
         Path(__file__).with_name("comparison.html.jinja"),
@@ -97,7 +97,7 @@ def _render(
     )
 
 
-def _facts(comparison: Comparison, variants: Sequence[VariantFigures]) -> list[tuple[str, str]]:
+def _facts(comparison: Comparison, variants: Sequence[VariantSummary]) -> list[tuple[str, str]]:
     settings = comparison.settings
     facts = [
         ("equal", "learned tokens" if settings.equal.value == "tokens" else "operations"),
@@ -108,23 +108,23 @@ def _facts(comparison: Comparison, variants: Sequence[VariantFigures]) -> list[t
     return [*facts, ("machine", "; ".join(machines))] if machines else facts
 
 
-def _result_heads(variants: Sequence[VariantFigures]) -> list[str]:
-    """Of each set its loss and its score, as far as it has them."""
+def _result_heads(variants: Sequence[VariantSummary]) -> list[str]:
+    """Return the column titles: the training loss, then loss and score of each set that has them."""
     heads = ["training loss, last tenth"]
     for name, held in variants[0].heldout.items() if variants else ():
-        heads += [f"{name}: loss of what is right"] if held.loss else []
-        heads += [f"{name}: right choices"] if held.score else []
+        heads += [f"{name}: loss"] if held.loss else []
+        heads += [f"{name}: accuracy"] if held.score else []
     return heads
 
 
-def _result_row(figures: VariantFigures, colour: int) -> Row:
-    cells = [_cell(figures.train_loss, _nats)]
-    for held in figures.heldout.values():
+def _result_row(variant: VariantSummary, colour: int) -> TableRow:
+    cells = [_cell(variant.train_loss, _nats)]
+    for held in variant.heldout.values():
         cells += [_cell(held.loss, _nats)] if held.loss else []
         if held.score:
             permuted = [] if held.control is None else [f"images permuted {_percent(held.control)}"]
             cells.append(_cell(held.score, _percent, permuted))
-    return Row(figures.name, colour, cells)
+    return TableRow(variant.name, colour, cells)
 
 
 def _nats(value: float) -> str:
@@ -135,58 +135,58 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
-def _cell(figure: Figure, text: Callable[[float], str], more: Sequence[str] = ()) -> tuple[str, str]:
-    """The mean; small below it the interval, the difference from the first variant, and the error of what was asked."""
-    mean, difference, below = figure.mean, figure.difference, []
+def _cell(estimate: Estimate, text: Callable[[float], str], more: Sequence[str] = ()) -> tuple[str, str]:
+    """Return the mean, and below it interval, difference from the first variant and error over questions."""
+    mean, difference, below = estimate.mean, estimate.difference, []
     if mean.low is not None and mean.high is not None:
         below.append(f"{text(mean.low)} to {text(mean.high)}")
     if difference is not None:
         sign = "+" if difference.mean >= 0 else "−"
         spread = "" if difference.half is None else f" ± {text(difference.half)}"
         below.append(f"difference {sign}{text(abs(difference.mean))}{spread}")
-    if figure.asked_error is not None:
-        below.append(f"of what was asked ± {text(figure.asked_error)}")
+    if estimate.asked_error is not None:
+        below.append(f"standard error over questions {text(estimate.asked_error)}")
     return text(mean.mean), "\n".join([*below, *more])
 
 
-def _cost_row(figures: VariantFigures, colour: int) -> Row:
-    params = figures.runs[0].params
+def _cost_row(variant: VariantSummary, colour: int) -> TableRow:
+    params = variant.runs[0].params
     parts = " · ".join(f"{name} {format_count(count)}" for name, count in params["components"].items())
     active = f"active {format_count(params['active'])}\n" if params["active"] != params["total"] else ""
 
-    def middle(figure: Callable[[RunFigures], float], text: Callable[[float], str] = format_count) -> str:
-        return text(figures.median(figure))
+    def median(value: Callable[[RunSummary], float], text: Callable[[float], str] = format_count) -> str:
+        return text(variant.median(value))
 
-    return Row(
-        figures.name,
+    return TableRow(
+        variant.name,
         colour,
         [
             (format_count(params["total"]), active + parts),
-            (middle(lambda run: run.steps), f"{middle(lambda run: run.samples)} samples"),
+            (median(lambda run: run.steps), f"{median(lambda run: run.samples)} samples"),
             (
-                middle(lambda run: run.learned_tokens),
-                f"of {middle(lambda run: run.tokens)} tokens in the decoder",
+                median(lambda run: run.learned_tokens),
+                f"of {median(lambda run: run.tokens)} tokens in the decoder",
             ),
-            (middle(lambda run: run.flops), "forward and backward"),
+            (median(lambda run: run.flops), "forward and backward"),
             (
-                f"{middle(lambda run: run.timing.learned_tokens_per_second)}/s",
-                f"{middle(lambda run: run.timing.samples_per_second)} samples/s\n"
-                f"{middle(lambda run: run.timing.tokens_per_second)} decoder tokens/s",
+                f"{median(lambda run: run.timing.learned_tokens_per_second)}/s",
+                f"{median(lambda run: run.timing.samples_per_second)} samples/s\n"
+                f"{median(lambda run: run.timing.tokens_per_second)} decoder tokens/s",
             ),
             (
-                middle(lambda run: run.timing.step_seconds, lambda value: f"{value:.3g} s"),
-                f"{middle(lambda run: run.timing.train_seconds, format_seconds)} a run",
+                median(lambda run: run.timing.step_seconds, lambda value: f"{value:.3g} s"),
+                f"{median(lambda run: run.timing.train_seconds, format_seconds)} per run",
             ),
-            (middle(lambda run: run.timing.memory_bytes, lambda value: f"{value / 2**20:,.0f} MiB"), "of a rank"),
+            (median(lambda run: run.timing.memory_bytes, lambda value: f"{value / 2**20:,.0f} MiB"), "per rank"),
         ],
     )
 
 
-def _scores(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> list[tuple[str, str, list[Bar]]]:
-    """(set, note, bars) of each set with a score: the scores with their intervals over seeds, and a blind guess."""
+def _scores(variants: Sequence[VariantSummary], colours: Mapping[str, int]) -> list[tuple[str, str, list[Bar]]]:
+    """Return (set, note, bars) of each set with a score: scores with intervals over seeds, and a random guess."""
     found = []
     for name, held in variants[0].heldout.items() if variants else ():
-        scores = {each.name: figure for each in variants if (figure := each.heldout[name].score) is not None}
+        scores = {each.name: score for each in variants if (score := each.heldout[name].score) is not None}
         if held.chance is None or not scores:
             continue
         bars = [
@@ -197,7 +197,7 @@ def _scores(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> l
     return found
 
 
-def _charts(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> list[Chart]:
+def _charts(variants: Sequence[VariantSummary], colours: Mapping[str, int]) -> list[Chart]:
     if not any(run.curve.loss for each in variants for run in each.runs):
         return []
     note = "smoothed; mean over seeds, band from the lowest to the highest"
@@ -208,9 +208,9 @@ def _charts(variants: Sequence[VariantFigures], colours: Mapping[str, int]) -> l
 
 
 def _loss_chart(
-    variants: Sequence[VariantFigures],
+    variants: Sequence[VariantSummary],
     colours: Mapping[str, int],
-    over: Callable[[Curve], Sequence[float]],
+    over: Callable[[LossCurve], Sequence[float]],
     name: str,
     note: str,
 ) -> Chart:
@@ -226,7 +226,7 @@ def _loss_chart(
 
 
 def _unit(largest: float) -> tuple[str, float]:
-    """A unit in which the largest place is a number of three digits or more, so that marks are whole."""
+    """Return name and size of a unit in which ``largest`` is at least 100, so that axis marks are whole numbers."""
     names = {1.0: "", 1e3: "thousand", 1e6: "million", 1e9: "billion", 1e12: "trillion"}
     powers = [size for size in (*names, 1e15, 1e18, 1e21) if largest >= 100 * size] or [1.0]
     size = powers[-1]
@@ -234,12 +234,12 @@ def _unit(largest: float) -> tuple[str, float]:
 
 
 def _spread(
-    curves: Sequence[Curve], over: Callable[[Curve], Sequence[float]], size: float
+    curves: Sequence[LossCurve], over: Callable[[LossCurve], Sequence[float]], size: float
 ) -> list[tuple[float, float, float, float]]:
-    """(place, lowest, mean, highest) of smoothed curves, where all of them are."""
+    """Return (x, lowest, mean, highest) of the smoothed curves, over the range of x that all of them cover."""
     smoothed = [smooth(list(zip(over(curve), curve.loss, strict=True))) for curve in curves]
     low, high = max(points[0][0] for points in smoothed), min(points[-1][0] for points in smoothed)
-    places = np.linspace(low, high, min(_PLACES, len(smoothed[0]))) if high > low else np.array([low])
-    values = np.array([np.interp(places, [x for x, _ in points], [y for _, y in points]) for points in smoothed])
-    columns = (places / size, values.min(0), values.mean(0), values.max(0))
+    common_x = np.linspace(low, high, min(_CURVE_POINTS, len(smoothed[0]))) if high > low else np.array([low])
+    values = np.array([np.interp(common_x, [x for x, _ in points], [y for _, y in points]) for points in smoothed])
+    columns = (common_x / size, values.min(0), values.mean(0), values.max(0))
     return list(zip(*(column.tolist() for column in columns), strict=True))

@@ -1,15 +1,15 @@
-"""From a budget to steps, before anything is trained: what each run will be fed is measured, without a pixel.
+"""Plan the steps of each run from the budget before training: replay the data order without decoding images.
 
     order of the data (a function of manifest, seed and lanes) --the loader's packer--> packs of each step
         --> learned tokens and operations of the step --until the budget is met--> steps of each stage
 
-So each run of a comparison is an ordinary run that knows its last step from its first: its learning rates fall over
-its own length, and it can be stopped and go on like any other. (Ending a longer schedule early would hold the variant
-with the fewest steps to rates that are too high.)
+Every run therefore knows its number of steps from the start. Its learning rates decay over its own length, and it can
+be stopped and resumed like any other run. (Ending a longer schedule early would leave the variant with the fewest steps
+at learning rates that are too high.)
 
-The order of the samples is the same for all variants. How many of them a step holds is the same too as long as
-``packing.max_documents`` closes every pack; where ``max_tokens`` does, variants whose images take more tokens have
-smaller batches. Which of the two it is, is found out here and told.
+The order of the samples is the same for all variants. The number of samples per step is the same too if
+``packing.max_documents`` limits every pack. If ``max_tokens`` limits packs, variants with more tokens per image have
+smaller batches. ``Trial.parts_after`` reports from which step on batches differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from data_pipeline.loader.loader import Loader
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.collate import collate
 from data_pipeline.packing.packer import Pack
-from mmscale.compare.config import Comparison, Equal, Variant
+from mmscale.compare.config import Comparison, EqualBudget, Variant
 from mmscale.config import dump
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.models.config import ModelConfig
@@ -48,19 +48,19 @@ from mmscale.run.stage_teachers import teacher_models
 
 PLAN_FILE = "plan.json"
 _VERSION = "1"
-"""Of what is measured, and of the file."""
-_Computed = tuple[ModelConfig, Sequence[str]]
-"""A model that a step runs, and what of it learns: nothing of a teacher."""
+"""Version of the measurement and of the file's format."""
+_StepModel = tuple[ModelConfig, Sequence[str]]
+"""A model that a step runs, and its trained components (none for a teacher)."""
 
 
 class StepLoad(NamedTuple):
-    """What one step holds, over all lanes.
+    """Contents of one step, over all lanes.
 
     Attributes:
-        samples: Documents, null documents left out.
-        learned_tokens: Tokens that carry loss.
-        flops: Of forward and backward.
-        batch: Hash of the places of the samples, lane by lane.
+        samples: Number of documents without dummy documents.
+        learned_tokens: Number of tokens with a loss.
+        flops: Operations of forward and backward passes.
+        batch: Hash of the positions of the samples, lane by lane. Compare it within one process only.
     """
 
     samples: int
@@ -68,19 +68,20 @@ class StepLoad(NamedTuple):
     flops: int
     batch: int
 
-    def amount(self, equal: Equal) -> int:
-        """As much of the budget as the step takes."""
-        return self.learned_tokens if equal is Equal.TOKENS else self.flops
+    def amount(self, equal: EqualBudget) -> int:
+        """Return the part of the budget that the step uses."""
+        return self.learned_tokens if equal is EqualBudget.TOKENS else self.flops
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage as it is to be.
+    """The plan of one stage.
 
     Attributes:
-        steps: Its steps.
-        samples, learned_tokens, flops: Of all of them; behind the steps that were measured as many a step as in these.
-        measured_steps: Steps that were measured, the first ones.
+        steps: Number of steps.
+        samples, learned_tokens, flops: Totals of the stage. Steps that were not measured count as the mean of the
+            measured ones.
+        measured_steps: Number of measured steps; these are the first ones.
     """
 
     steps: int
@@ -90,14 +91,14 @@ class StagePlan:
     measured_steps: int
 
     @classmethod
-    def of(cls, loads: Sequence[StepLoad], steps: int) -> StagePlan:
-        """The plan of ``steps`` steps that begin with ``loads``."""
+    def from_loads(cls, loads: Sequence[StepLoad], steps: int) -> StagePlan:
+        """Return the plan of a stage of ``steps`` steps whose first ones are ``loads``."""
         samples, learned, flops = (round(sum(load[field] for load in loads) * steps / len(loads)) for field in range(3))
         return cls(steps, samples, learned, flops, len(loads))
 
-    def amount(self, equal: Equal) -> int:
-        """As much of the budget as the stage takes."""
-        return self.learned_tokens if equal is Equal.TOKENS else self.flops
+    def amount(self, equal: EqualBudget) -> int:
+        """Return the part of the budget that the stage uses."""
+        return self.learned_tokens if equal is EqualBudget.TOKENS else self.flops
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,10 @@ class Trial:
     """One run of the comparison.
 
     Attributes:
-        config: The whole run: folder, seed and steps are its own.
-        stages: What it will be fed.
-        parts_after: Measured steps after which its batches part from those of the first variant; None if each step
-            holds the same samples.
+        config: Config of this run, with its own folder, seed and steps.
+        stages: Plan of each stage.
+        parts_after: Number of measured steps before the first batch that differs from the first variant's; None if
+            all measured batches contain the same samples.
     """
 
     variant: str
@@ -119,11 +120,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """As in messages."""
+        """Name in messages."""
         return f"{self.variant}, seed {self.seed}"
 
     def summary(self) -> dict[str, Any]:
-        """The plan in figures."""
+        """Return the plan as a JSON object."""
         stages = zip(self.config.stages, self.stages, strict=True)
         return {
             "run_dir": str(self.config.run_dir),
@@ -132,32 +133,32 @@ class Trial:
         }
 
 
-def plan_trials(comparison: Comparison, measured: Callable[[str], object] = lambda name: None) -> list[Trial]:
-    """All runs, seed by seed, so that whatever is done at any time compares like with like.
+def plan_trials(comparison: Comparison, on_measured: Callable[[str], object] = lambda name: None) -> list[Trial]:
+    """Plan all runs. They are ordered by seed: a partial comparison then has nearly the same seeds for all variants.
 
-    The plan is kept in the comparison's folder, so a second call measures nothing while configuration and data stay.
+    The plan is cached in ``plan.json`` of the comparison's folder until configuration or data change.
 
     Args:
-        comparison: What is compared.
-        measured: Told of each run that was measured.
+        comparison: The comparison.
+        on_measured: Called with the name of each run after it was measured; not called for a cached plan.
 
     Raises:
-        ConfigError: the data cannot serve a variant; the message has its name.
+        ConfigError: the data do not fit a variant or end before the budget; the message names the variant.
     """
     key = _key(comparison)
     path = comparison.run_dir / PLAN_FILE
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # Else it is made again.
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # Measure again.
         known = read_json(path)
         if known["key"] == key:
-            return [_recalled(comparison, record) for record in known["runs"]]
+            return [_trial_from_record(comparison, record) for record in known["runs"]]
     trials: list[Trial] = []
     for seed in comparison.settings.seeds:
-        first: _Measured | None = None
+        first: _MeasuredVariant | None = None
         for variant in comparison.variants:
-            own = _measure(comparison, variant, seed, first)
-            trials.append(_trial(comparison, variant, seed, own.stages, own.parts_after(first or own)))
+            own = _measure_variant(comparison, variant, seed, first)
+            trials.append(_make_trial(comparison, variant, seed, own.stages, own.parts_after(first or own)))
             first = first or own
-            measured(trials[-1].name)
+            on_measured(trials[-1].name)
     runs = [
         {"variant": t.variant, "seed": t.seed, "stages": [asdict(s) for s in t.stages], "parts_after": t.parts_after}
         for t in trials
@@ -167,7 +168,7 @@ def plan_trials(comparison: Comparison, measured: Callable[[str], object] = lamb
 
 
 def _key(comparison: Comparison) -> str:
-    """Hash of everything that a plan follows from, the manifests and the tokenizer too."""
+    """Return a hash of everything that determines the plan, manifests and tokenizer included."""
     seed = comparison.settings.seeds[0]
     parts = [_VERSION, comparison.settings.model_dump_json()]
     for variant in comparison.variants:
@@ -184,60 +185,62 @@ def _key(comparison: Comparison) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _recalled(comparison: Comparison, record: dict[str, object]) -> Trial:
+def _trial_from_record(comparison: Comparison, record: dict[str, object]) -> Trial:
     (variant,) = (each for each in comparison.variants if each.name == record["variant"])
     stages = tuple(StagePlan(**stage) for stage in record["stages"])  # type: ignore[attr-defined]
-    return _trial(comparison, variant, record["seed"], stages, record["parts_after"])  # type: ignore[arg-type]
+    return _make_trial(comparison, variant, record["seed"], stages, record["parts_after"])  # type: ignore[arg-type]
 
 
-def _trial(
+def _make_trial(
     comparison: Comparison, variant: Variant, seed: int, stages: tuple[StagePlan, ...], parts_after: int | None
 ) -> Trial:
     config = variant.run.model_copy(
         update={
             "seed": seed,
             "run_dir": comparison.run_dir / variant.name / f"seed-{seed}",
-            "stages": tuple(a.stretched(b.steps) for a, b in zip(variant.run.stages, stages, strict=True)),
+            "stages": tuple(a.with_steps(b.steps) for a, b in zip(variant.run.stages, stages, strict=True)),
         }
     )
     return Trial(variant.name, seed, config, stages, parts_after)
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """A variant's stages, and the batches of the steps that were measured."""
+class _MeasuredVariant:
+    """A variant's stages, and ``StepLoad.batch`` of each measured step."""
 
     stages: tuple[StagePlan, ...]
     batches: tuple[int, ...]
 
-    def parts_after(self, first: _Measured) -> int | None:
+    def parts_after(self, first: _MeasuredVariant) -> int | None:
         pairs = list(zip(self.batches, first.batches, strict=False))
-        alike = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        return None if alike == len(pairs) else alike
+        num_equal = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        return None if num_equal == len(pairs) else num_equal
 
 
-def _measure(comparison: Comparison, variant: Variant, seed: int, first: _Measured | None) -> _Measured:
+def _measure_variant(
+    comparison: Comparison, variant: Variant, seed: int, first: _MeasuredVariant | None
+) -> _MeasuredVariant:
     config = variant.run.model_copy(update={"seed": seed})
     equal, most = comparison.settings.equal, comparison.settings.plan_steps
     plan, batches = list[StagePlan](), list[int]()
     try:
-        for number, steps in enumerate(_stages(config)):
+        for number, steps in enumerate(_stage_steps(config)):
             if first is None:
                 planned = config.stages[number].steps
                 loads = list(islice(steps, min(planned, most)))
             else:
                 budget = first.stages[number].amount(equal)
-                loads = list(_until(steps, budget, equal, most))
+                loads = list(_until_budget(steps, budget, equal, most))
                 planned = max(len(loads), math.ceil(budget * len(loads) / sum(load.amount(equal) for load in loads)))
-            plan.append(StagePlan.of(loads, planned))
+            plan.append(StagePlan.from_loads(loads, planned))
             batches += [load.batch for load in loads]
     except (MMScaleError, DataPipelineError) as error:
         raise ConfigError(f"variant {variant.name}, seed {seed}: {error}") from error
-    return _Measured(tuple(plan), tuple(batches))
+    return _MeasuredVariant(tuple(plan), tuple(batches))
 
 
-def _until(steps: Iterator[StepLoad], budget: int, equal: Equal, most: int) -> Iterator[StepLoad]:
-    """The steps up to the first with which the budget is met, ``most`` of them at most."""
+def _until_budget(steps: Iterator[StepLoad], budget: int, equal: EqualBudget, most: int) -> Iterator[StepLoad]:
+    """Yield steps until their sum reaches the budget, at most ``most`` steps."""
     spent = 0
     for load in islice(steps, most):
         yield load
@@ -246,8 +249,11 @@ def _until(steps: Iterator[StepLoad], budget: int, equal: Equal, most: int) -> I
             return
 
 
-def _stages(config: RunConfig) -> Iterator[Iterator[StepLoad]]:
-    """Of each stage its endless steps; a stage that goes on with the data of the one before begins where that ended."""
+def _stage_steps(config: RunConfig) -> Iterator[Iterator[StepLoad]]:
+    """Yield, for each stage, an endless iterator over its steps. Consume the iterators in order.
+
+    A stage that continues the previous stage's data starts where the caller stopped reading that iterator.
+    """
     replay: Replay | None = None
     for number, stage in enumerate(config.stages):
         spec = config.stage_media(number)
@@ -258,9 +264,9 @@ def _stages(config: RunConfig) -> Iterator[Iterator[StepLoad]]:
         yield _steps(replay, [learning, *((each, ()) for each in teacher_models(config, number))], spec, stage)
 
 
-def _steps(replay: Replay, models: Sequence[_Computed], spec: MediaSpec, stage: StageConfig) -> Iterator[StepLoad]:
+def _steps(replay: Replay, models: Sequence[_StepModel], spec: MediaSpec, stage: StageConfig) -> Iterator[StepLoad]:
     while True:
-        load = _measured(replay.next_packs(), models, spec)
+        load = _measure_step(replay.next_packs(), models, spec)
         if not load.samples:
             raise DataConfigError(
                 f"stage {stage.name}: every data set gave all its epochs after {replay.step - 1} steps "
@@ -271,15 +277,15 @@ def _steps(replay: Replay, models: Sequence[_Computed], spec: MediaSpec, stage: 
         yield load
 
 
-def _measured(packs: dict[int, Pack], models: Sequence[_Computed], spec: MediaSpec) -> StepLoad:
-    """Lane by lane: whatever is counted here is a sum over documents and spans, which microbatches do not change."""
+def _measure_step(packs: dict[int, Pack], models: Sequence[_StepModel], spec: MediaSpec) -> StepLoad:
+    """Measure one step lane by lane. All counts are sums over documents and spans, so microbatches do not matter."""
     learned = flops = 0
     for pack in packs.values():
         batch = collate([pack], spec, _without_pixels)
         learned += int(batch.loss_weights.count_nonzero())
         flops += sum(training_flops(model, batch, trained).model for model, trained in models)
-    places = tuple((lane, pack.drawn) for lane, pack in packs.items())
-    return StepLoad(sum(len(pack.drawn) for pack in packs.values()), learned, flops, hash(places))
+    positions = tuple((lane, pack.drawn) for lane, pack in packs.items())
+    return StepLoad(sum(len(pack.drawn) for pack in packs.values()), learned, flops, hash(positions))
 
 
 def _without_pixels(arrays: Sequence[npt.NDArray[np.uint8]]) -> Tensor:

@@ -1,12 +1,12 @@
-"""The runs of a comparison, one after the other, each by the command that trains any run.
+"""Train the runs of a comparison one after the other, each with ``mmscale train``.
 
-    configs/embedding-seed-1.yaml   the whole configuration of a run, which ``mmscale train`` takes too
-    embedding/seed-1/               its run folder, like any other
+    configs/embedding-seed-1.yaml   full configuration of a run, usable with ``mmscale train``
+    embedding/seed-1/               run folder
     plan.json                       steps of each run
-    comparison.html, .json          what came out so far, written again after every run
+    comparison.html, .json          results so far, rewritten after every run
 
-All memory is in these folders: a comparison that is called again leaves out what is finished, goes on with what was
-begun and tries again what failed.
+All state is in these folders. When the same comparison is started again, it skips finished runs, resumes interrupted
+ones and retries failed ones.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from mmscale.run.config import RunConfig
 from mmscale.run.folder import CONFIG, is_finished
 from mmscale.run.starts import describe, differences
 
-Start = Callable[[Path, Path], int]
-"""Trains the run of a file in its run folder and gives the exit code of ``mmscale train``."""
+StartRun = Callable[[Path, Path], int]
+"""Called with (config file, run folder): train the run and return the exit code of ``mmscale train``."""
 
-_STOPPED = (75, 130)
-_SIGNALLED = 128
+_STOP_EXIT_CODES = (75, 130)
+"""Exit codes of a run that was asked to stop (75) or interrupted from the keyboard (130)."""
+_SIGNAL_EXIT_CODES = 128
+"""Larger exit codes mean that a signal ended the process."""
 
 
-class Stopped(MMScaleError):  # noqa: N818 - no error: the same command goes on.
-    """A run was asked to stop, and so the comparison is. The same command goes on."""
+class Stopped(MMScaleError):  # noqa: N818 - not an error: the same command resumes.
+    """Raised when a run was asked to stop or a signal ended it. The comparison ends; the same command resumes it."""
 
     def __init__(self, code: int) -> None:
-        super().__init__("stopped; the same command goes on from here")
+        super().__init__("stopped; run the same command to resume")
         self.exit_code = code
 
 
@@ -49,52 +51,56 @@ class Failure:
 
 
 def config_path(comparison: Comparison, trial: Trial) -> Path:
-    """The file of one run."""
+    """Return the config file of one run."""
     return comparison.run_dir / "configs" / f"{trial.variant}-seed-{trial.seed}.yaml"
 
 
 def run_trials(
     comparison: Comparison,
     trials: Sequence[Trial],
-    start: Start,
-    note: Callable[[str], object],
-    done: Callable[[list[Failure]], object],
+    start: StartRun,
+    log: Callable[[str], object],
+    on_run_end: Callable[[list[Failure]], object],
 ) -> list[Failure]:
-    """Trains what is not finished. A run that fails is told and left behind; the others go on.
+    """Train the runs that are not finished. After a failure the next run starts.
 
     Args:
-        comparison: What is compared.
+        comparison: The comparison.
         trials: Its runs, in order.
-        start: Trains one.
-        note: Told what begins and what failed, in a sentence.
-        done: Called after each run that was started, with the failures so far.
+        start: Trains one run.
+        log: Called with a sentence when a run starts or fails.
+        on_run_end: Called after each run that was started, with the failures so far.
+
+    Returns:
+        Runs that failed in this call.
 
     Raises:
-        ConfigError: a run folder holds a run of another configuration. Nothing was trained.
-        Stopped: a run was asked to stop.
+        ConfigError: a run folder holds a run of another configuration. No run was started.
+        Stopped: a run was asked to stop, or a signal ended it. Later runs are not started.
     """
     prepare(comparison, trials)
     failures: list[Failure] = []
     for number, trial in enumerate(trials, start=1):
         if is_finished(trial.config):
             continue
-        note(f"run {number} of {len(trials)}: {trial.name}, {trial.config.total_steps} steps")
+        log(f"run {number} of {len(trials)}: {trial.name}, {trial.config.total_steps} steps")
         code = start(config_path(comparison, trial), trial.config.run_dir)
-        if code in _STOPPED or code > _SIGNALLED:
-            done(failures)
+        if code in _STOP_EXIT_CODES or code > _SIGNAL_EXIT_CODES:
+            on_run_end(failures)
             raise Stopped(code)
         if code or not is_finished(trial.config):
             failures.append(Failure(trial.variant, trial.seed, code))
-            note(f"{trial.name} failed (exit code {code}); the others go on, and the same command tries it again")
-        done(failures)
+            log(f"{trial.name} failed (exit code {code}); the next run starts, and the same command retries this one")
+        on_run_end(failures)
     return failures
 
 
 def prepare(comparison: Comparison, trials: Sequence[Trial]) -> None:
-    """Writes the file of every run, unless a folder holds a run that was begun under another configuration.
+    """Write the config file of every run.
 
     Raises:
-        ConfigError: names the folder and the keys that differ; nothing was written.
+        ConfigError: a run folder holds a run of another configuration; the message lists the keys that differ. No file
+            was written.
     """
     _check_folders(trials)
     for trial in trials:

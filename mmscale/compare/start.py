@@ -1,7 +1,8 @@
-"""Whether variants begin alike: a proof by rules, without a weight.
+"""Find out which components of the variants have the same initial values, without creating weights.
 
-First values are a function of seed, name, shape and rule (``nn.init``). So two models whose component has the same
-names, shapes and rules begin with the same bits in it from every seed, and that can be seen on the meta device.
+Initial values are a function of seed, parameter name, shape and rule (``nn.init``). If a component has the same names,
+shapes and rules in two models, its initial values are the same bits for every seed. A model on the meta device is
+enough to compare them.
 """
 
 from __future__ import annotations
@@ -14,36 +15,36 @@ from mmscale.nn.init import value_rule
 from mmscale.optim.schedule import component_of_parameters
 from mmscale.run.config import RunConfig
 
-Rules = dict[str, dict[str, tuple[tuple[int, ...], tuple[float, float]]]]
-"""By component and name of the parameter: its shape and its rule."""
+InitRules = dict[str, dict[str, tuple[tuple[int, ...], tuple[float, float]]]]
+"""Component -> parameter name -> (shape, rule)."""
 
 
-def alike(comparison: Comparison) -> dict[str, dict[str, bool]]:
-    """By variant and component: whether it begins with the values that the first variant begins with.
+def same_initial_values(comparison: Comparison) -> dict[str, dict[str, bool]]:
+    """Return, by variant and component, whether its initial values are those of the first variant.
 
-    Where a first stage takes weights from elsewhere, all that is alike takes the same; variants that take other
-    weights than the first are alike in nothing.
+    If the first stage loads weights, components with equal rules load the same ones. A variant whose ``weights`` differ
+    from the first variant's counts as different in all components.
     """
     first = comparison.variants[0].run
-    expected = first_rules(first)
+    expected = init_rules(first)
     found = {}
     for variant in comparison.variants:
-        rules = first_rules(variant.run)
+        rules = init_rules(variant.run)
         same_source = variant.run.stages[0].weights == first.stages[0].weights
         found[variant.name] = {name: same_source and own == expected.get(name) for name, own in rules.items()}
     return found
 
 
-def first_rules(run: RunConfig) -> Rules:
-    """What the first values of the first stage's model follow from, besides the seed."""
+def init_rules(run: RunConfig) -> InitRules:
+    """Return what determines the initial values of the first stage's model, besides the seed."""
     with torch.device("meta"):
         model = build_model(run.stage_model(0), attention="sdpa")
     owner = component_of_parameters(model, model.components())
-    rules: Rules = {}
+    rules: InitRules = {}
     seen = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter in seen:  # Tied: it has the values of its first name.
+            if parameter in seen:  # A tied parameter has the values of its first name.
                 continue
             seen.add(parameter)
             full_name = f"{path}.{name}" if path else name

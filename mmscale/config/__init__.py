@@ -1,7 +1,7 @@
-"""Configuration machinery: YAML with line numbers, layers, overrides, validation, origins.
+"""Load configurations: YAML with line numbers, layers, overrides, validation, origins.
 
-Knows no key of any configuration: each part declares its own class beside its code, ``mmscale.run.config`` composes
-them.
+Each part of mmscale declares its own configuration class, and ``mmscale.run.config`` composes them. This package
+itself knows only the keys ``base`` and ``kind``, and the new names of renamed keys.
 """
 
 from mmscale.config.load import DroppedKeyWarning, Loaded, dump, leaves, load, load_tree

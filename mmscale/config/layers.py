@@ -1,4 +1,4 @@
-"""Stacks the layers of a configuration: base files, the file, then the overrides of the command line."""
+"""Merge the layers of a configuration: base files, the file, then the overrides of the command line."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mmscale.config.tree import BASE_KEY, Entry, Origin, checked_text, parse, read_file, shown
+from mmscale.config.tree import BASE_KEY, ConfigNode, Origin, checked_text, display, parse, read_file
 from mmscale.errors import ConfigError
 
 Keys = tuple[str, ...]
 
 
-def read_layers(path: Path) -> Entry:
-    """A file merged over the file that its ``base:`` key names (relative to the file itself), and so on down.
+def read_layers(path: Path) -> ConfigNode:
+    """Read a file and merge it over its base files, recursively.
 
-    A block may have a base of its own, whose content it then begins with. Mappings are merged key by key; lists and
-    scalars of the upper file replace those of the lower one.
+    The key ``base`` of the file, or of a block in it, names the base file, relative to the file itself. Mappings are
+    merged key by key. Lists and scalars of a file replace those of its base.
 
     Raises:
-        ConfigError: a file is missing or broken, or the chain of bases is a circle.
+        ConfigError: a file is missing or invalid, or the chain of base files is circular.
     """
     return _read(path, (path,))[0]
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Entry, int]:
-    """The merged file, and its layer: above those of all its bases."""
+def _read(path: Path, chain: tuple[Path, ...]) -> tuple[ConfigNode, int]:
+    """Return the merged file, and its layer number, which is higher than those of all its bases."""
     lower = {}
     layer = 0
     for keys, base in _bases(read_file(path, 0, chain), ()):
         file = _base_path(path, base)
         if any(_same(file, earlier) for earlier in chain):
             raise ConfigError(f"{chain[0]}: its chain of '{BASE_KEY}:' files leads back to {file}")
-        lower[keys], below = _read(file, (*chain, file))
-        layer = max(layer, below + 1)
-    return _over(lower, read_file(path, layer, chain), ()), layer
+        lower[keys], base_layer = _read(file, (*chain, file))
+        layer = max(layer, base_layer + 1)
+    return _merge_bases(lower, read_file(path, layer, chain), ()), layer
 
 
-def _bases(entry: Entry, keys: Keys) -> Iterator[tuple[Keys, Entry]]:
-    """The ``base`` of the file and of the blocks in it; deeper down a key of this name may be the block's own."""
+def _bases(entry: ConfigNode, keys: Keys) -> Iterator[tuple[Keys, ConfigNode]]:
+    """Yield each ``base`` of the file and its blocks. In a block, only a string is a base file."""
     base = entry.child(BASE_KEY)
     if base is not None and (not keys or isinstance(base.value, str)):
         yield keys, base
@@ -47,20 +47,20 @@ def _bases(entry: Entry, keys: Keys) -> Iterator[tuple[Keys, Entry]]:
         yield from _bases(child, (*keys, key))
 
 
-def _over(lower: dict[Keys, Entry], entry: Entry, keys: Keys) -> Entry:
-    """``entry`` with each of its blocks merged over the base of that block."""
-    below = {key: _over(lower, child, (*keys, key)) for key, child in _children(entry)}
+def _merge_bases(lower: dict[Keys, ConfigNode], entry: ConfigNode, keys: Keys) -> ConfigNode:
+    """Merge ``entry`` and each block in it over the base of that block. ``lower`` holds the bases by path."""
+    merged = {key: _merge_bases(lower, child, (*keys, key)) for key, child in _children(entry)}
     if isinstance(entry.value, list):
-        return replace(entry, value=list(below.values()))
+        return replace(entry, value=list(merged.values()))
     if not isinstance(entry.value, dict):
         return entry
     if keys not in lower:
-        return replace(entry, value=below)
-    del below[BASE_KEY]
-    return merge(lower[keys], replace(entry, value=below))
+        return replace(entry, value=merged)
+    del merged[BASE_KEY]
+    return merge(lower[keys], replace(entry, value=merged))
 
 
-def _children(entry: Entry) -> Iterable[tuple[str, Entry]]:
+def _children(entry: ConfigNode) -> Iterable[tuple[str, ConfigNode]]:
     if isinstance(entry.value, dict):
         return entry.value.items()
     return [(str(number), item) for number, item in enumerate(entry.value)] if isinstance(entry.value, list) else ()
@@ -70,7 +70,7 @@ def _same(a: Path, b: Path) -> bool:
     return a.resolve() == b.resolve()
 
 
-def _base_path(file: Path, base: Entry) -> Path:
+def _base_path(file: Path, base: ConfigNode) -> Path:
     if not isinstance(base.value, str):
         raise ConfigError(f"{base.origin} {BASE_KEY}: must be the path of a YAML file")
     path = file.parent / base.value
@@ -81,41 +81,45 @@ def _base_path(file: Path, base: Entry) -> Path:
     return path
 
 
-def merge(lower: Entry, upper: Entry) -> Entry:
-    """``upper`` wins; mappings are merged key by key."""
+def merge(lower: ConfigNode, upper: ConfigNode) -> ConfigNode:
+    """Merge two trees. Mappings are merged key by key; otherwise ``upper`` replaces ``lower``."""
     if isinstance(lower.value, dict) and isinstance(upper.value, dict):
         value = dict(lower.value)
         for key, entry in upper.value.items():
             value[key] = merge(value[key], entry) if key in value else entry
-        return Entry(value, upper.origin)
-    return _replacing(lower, upper)
+        return ConfigNode(value, upper.origin)
+    return _replace(lower, upper)
 
 
-def _replacing(old: Entry, new: Entry) -> Entry:
+def _replace(old: ConfigNode, new: ConfigNode) -> ConfigNode:
     if isinstance(old.value, dict | list) or old.value == new.value:
         return new
     return replace(new, replaced=old.value)
 
 
-def apply_overrides(root: Entry, overrides: list[str]) -> Entry:
-    """Writes ``key=value`` words into the tree, in order.
+def apply_overrides(root: ConfigNode, overrides: list[str]) -> ConfigNode:
+    """Apply ``key=value`` words to the tree, in order.
 
-    A key is a dotted path with list indices (``stages.0.steps``). A value is read as YAML and replaces what stood
-    there; blocks on the way that are missing or null are created.
+    A key is a dotted path with list indices (``stages.0.steps``). A value is parsed as YAML and replaces the old one.
+    Missing or null blocks on the path are created.
+
+    Returns:
+        The new tree; ``root`` is unchanged.
 
     Raises:
-        ConfigError: no ``=``, an unreadable key or value, or a path through a scalar or past a list's end.
+        ConfigError: a word has no ``=``, its key or value is invalid, or its path leads through a scalar, beyond the
+            end of a list, or into a list that is missing or null.
     """
     first_layer = max((leaf.origin.layer for leaf in root.leaves()), default=0) + 1
     for number, word in enumerate(overrides, start=1):
         key, equals, text = word.partition("=")
-        name = f"override {number} ({shown(word)})"
+        name = f"override {number} ({display(word)})"
         origin = Origin("override", name, first_layer + number)
         if not equals or not key or any(not part for part in key.split(".")):
             raise ConfigError(f"{name}: expected key=value, for example stages.0.steps=50")
         checked_text(key, origin)
         value = parse(text, partial(_constant, origin), name)
-        root = _written(root, key.split("."), value, name)
+        root = _with_value(root, key.split("."), value, name)
     return root
 
 
@@ -123,21 +127,25 @@ def _constant(origin: Origin, _line: int) -> Origin:
     return origin
 
 
-def _written(node: Entry, path: list[str], value: Entry, name: str) -> Entry:
+def _with_value(node: ConfigNode, path: list[str], value: ConfigNode, name: str) -> ConfigNode:
     if not path:
-        return _replacing(node, value)
-    key, rest = path[0], path[1:]
+        return _replace(node, value)
+    key, remaining = path[0], path[1:]
     if isinstance(node.value, list):
         items = list(node.value)
         if not key.isdigit() or int(key) >= len(items):
-            raise ConfigError(f"{name}: '{shown(key)}' is no item of a list of {len(items)} (numbered from 0)")
-        items[int(key)] = _written(items[int(key)], rest, value, name)
+            raise ConfigError(
+                f"{name}: '{display(key)}' is not an index of this list of {len(items)} items (numbered from 0)"
+            )
+        items[int(key)] = _with_value(items[int(key)], remaining, value, name)
         return replace(node, value=items)
     if node.value is not None and not isinstance(node.value, dict):
-        raise ConfigError(f"{name}: '{shown(key)}' lies below {node.value!r:.80} ({node.origin}), not a block")
+        raise ConfigError(
+            f"{name}: '{display(key)}' is a key below {node.value!r:.80} ({node.origin}), which is not a block"
+        )
     if key.isdigit() and node.value is None:
-        raise ConfigError(f"{name}: no list is written here; give the list whole, as [...]")
+        raise ConfigError(f"{name}: the files have no list at this key; give the complete list, as [...]")
     entries = dict(node.value or {})
-    below = entries.get(key, Entry(None, value.origin))
-    entries[key] = _written(below, rest, value, name) if rest or key in entries else value
+    child = entries.get(key, ConfigNode(None, value.origin))
+    entries[key] = _with_value(child, remaining, value, name) if remaining or key in entries else value
     return replace(node, value=entries)

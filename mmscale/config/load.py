@@ -1,4 +1,4 @@
-"""The one way from a YAML file to a validated configuration, and back."""
+"""Load a YAML file as a validated configuration, and dump a configuration as YAML."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import yaml
 from pydantic import BaseModel
 
 from mmscale.config.layers import apply_overrides, read_layers
-from mmscale.config.tree import DEFAULT, ConfigDumper, Entry, Origin
+from mmscale.config.tree import DEFAULT, ConfigDumper, ConfigNode, Origin
 from mmscale.config.validate import validate
 
 S = TypeVar("S", bound=BaseModel)
 
 
 class DroppedKeyWarning(UserWarning):
-    """A switched ``kind`` left keys of the file without a meaning."""
+    """Keys of a file were dropped, because a later layer changed the ``kind`` of their block."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Loaded(Generic[S]):
 
     Attributes:
         value: The configuration object.
-        origins: Origin of every leaf by dotted path, in the order of the schema.
-        notes: A sentence for each key that a switched ``kind`` dropped.
+        origins: Origin of each leaf by dotted path, in the order of the schema.
+        notes: A sentence for each key that was dropped because a later layer changed the ``kind`` of its block.
     """
 
     value: S
@@ -39,29 +39,30 @@ class Loaded(Generic[S]):
 
 
 def load(path: str | Path, overrides: list[str], schema: type[S]) -> Loaded[S]:
-    """Reads, merges, overrides and validates.
+    """Read a file and its bases, apply overrides, and validate. Warns with ``DroppedKeyWarning`` for each dropped key.
 
     Args:
-        path: A YAML file; its ``base:`` key may name another one to start from.
+        path: A YAML file; its ``base:`` key may name another file to merge over.
         overrides: ``key=value`` words, as on the command line.
         schema: Class of the whole configuration.
 
     Raises:
-        ConfigError: every error found, each with file, line, key and value.
+        ConfigError: a file or an override cannot be read; otherwise lists all validation errors, each with file, line,
+            key and value.
     """
     return load_tree(apply_overrides(read_layers(Path(path)), overrides), schema, str(path))
 
 
-def load_tree(root: Entry, schema: type[S], name: str) -> Loaded[S]:
-    """Validates a tree that is merged already; what a switched ``kind`` orphans is removed from it.
+def load_tree(root: ConfigNode, schema: type[S], name: str) -> Loaded[S]:
+    """Validate a merged tree. Warns with ``DroppedKeyWarning`` for each dropped key.
 
     Args:
-        root: The merged tree.
+        root: The merged tree, mutated: dropped keys are removed.
         schema: Class of the whole configuration.
-        name: How the file is called in messages.
+        name: Name of the file in messages.
 
     Raises:
-        ConfigError: every error found, each with file, line, key and value.
+        ConfigError: lists all validation errors, each with file, line, key and value.
     """
     value, notes = validate(root, schema, name)
     for note in notes:
@@ -71,12 +72,12 @@ def load_tree(root: Entry, schema: type[S], name: str) -> Loaded[S]:
 
 
 def leaves(value: BaseModel) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every scalar, list of scalars and empty block of a configuration, with its path."""
+    """Yield the path and value of every scalar, list of scalars and empty block of a configuration."""
     yield from _leaves((), _plain(value.model_dump()))
 
 
 def _plain(value: Any) -> Any:
-    # Not pydantic's mode="json": it turns an infinity in a free mapping into null.
+    # pydantic's mode="json" would convert an infinity in a free mapping to null.
     if isinstance(value, dict):
         return {str(_plain(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -97,12 +98,12 @@ def _leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...]
         yield path, value
 
 
-def _origin(root: Entry, path: tuple[str, ...]) -> Origin:
+def _origin(root: ConfigNode, path: tuple[str, ...]) -> Origin:
     entry = root
     for key in path:
         child = entry.child(key)
         if child is None:
-            # Below a scalar or a list the schema itself spread the value (a shorthand); below a block it filled in.
+            # Below a scalar or list, the schema expanded a shorthand value. Below a block, it filled in a default.
             return DEFAULT if isinstance(entry.value, dict) else entry.origin
         entry = child
     origins = [leaf.origin for leaf in entry.leaves()] or [entry.origin]
@@ -111,7 +112,7 @@ def _origin(root: Entry, path: tuple[str, ...]) -> Origin:
 
 
 def dump(value: BaseModel) -> str:
-    """A configuration as YAML, every default written out, that loads to an equal value."""
+    """Return a configuration as YAML with all defaults. It loads to an equal value."""
     return yaml.dump(_plain(value.model_dump()), Dumper=_BlockDumper, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -128,10 +129,10 @@ def _represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    # Outside double quotes PyYAML writes NEL and other line separators bare, and reading folds them into blanks.
+    # Without double quotes PyYAML writes NEL and other line separators unescaped, and reads them back as blanks.
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
 _BlockDumper.add_representer(list, _represent_list)
 _BlockDumper.add_representer(str, _represent_text)
-_BlockDumper.add_multi_representer(str, _represent_text)  # A URL is a string of a class of its own.
+_BlockDumper.add_multi_representer(str, _represent_text)  # URLs are instances of a subclass of str.

@@ -1,4 +1,4 @@
-"""Questions about pydantic classes that pydantic's error messages leave open: which keys are legal at a path?"""
+"""Find the pydantic class that governs a path of a configuration. Error messages need it to list the legal keys."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 TAG = "kind"
-"""Discriminator of every union in our configurations."""
+"""Discriminator key of all tagged unions in mmscale's configurations."""
 
 
 def model_at(schema: type[BaseModel], data: Any, path: tuple[str, ...]) -> type[BaseModel] | None:
-    """The configuration class that governs the block at ``path``; None where there is none.
+    """Return the configuration class of the block at ``path``; None if there is none.
 
     Args:
         schema: Class of the root.
-        data: The plain configuration; its ``kind`` keys choose among the members of a union.
+        data: The configuration as plain values; its ``kind`` keys select the members of unions.
         path: Keys and list indices.
     """
     annotation: Any = schema
     for key in path:
-        annotation = _step(annotation, data, key)
-        data = _down(data, key)
+        annotation = _child_annotation(annotation, data, key)
+        data = _child_value(data, key)
         if annotation is None:
             return None
     return _model(annotation, data)
 
 
-def _step(annotation: Any, data: Any, key: str) -> Any:
+def _child_annotation(annotation: Any, data: Any, key: str) -> Any:
     model = _model(annotation, data)
     if model is not None:
         info = model.model_fields.get(key)
@@ -43,7 +43,7 @@ def _step(annotation: Any, data: Any, key: str) -> Any:
     return None
 
 
-def _down(data: Any, key: str) -> Any:
+def _child_value(data: Any, key: str) -> Any:
     if isinstance(data, dict):
         return data.get(key)
     if isinstance(data, list) and key.isdigit() and int(key) < len(data):
@@ -52,7 +52,7 @@ def _down(data: Any, key: str) -> Any:
 
 
 def _options(annotation: Any) -> Iterator[Any]:
-    """Members of a (nested, annotated) union, or the annotation itself."""
+    """Yield the members of a nested or annotated union, or the annotation itself."""
     if get_origin(annotation) is Annotated:
         yield from _options(get_args(annotation)[0])
     elif get_origin(annotation) in (list, tuple, dict, Literal) or not get_args(annotation):
@@ -66,10 +66,11 @@ def _model(annotation: Any, data: Any) -> type[BaseModel] | None:
     models = [option for option in _options(annotation) if isinstance(option, type) and issubclass(option, BaseModel)]
     if len(models) <= 1:
         return models[0] if models else None
-    if isinstance(data, dict) and TAG not in data:  # Then a member may be meant whose tag can be left out.
+    # Unions with a callable discriminator choose their first member if the tag is missing. All others require the tag.
+    if isinstance(data, dict) and TAG not in data:
         return models[0]
     tag = data.get(TAG) if isinstance(data, dict) else None
-    if tag is None:  # A union may have one member that needs no tag.
+    if tag is None:  # One member of a union may have a default tag.
         untagged = [model for model in models if (info := model.model_fields.get(TAG)) and not info.is_required()]
         return untagged[0] if len(untagged) == 1 else None
     return next((model for model in models if tag in _tags(model)), None)
@@ -79,5 +80,5 @@ def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
     info = model.model_fields.get(TAG)
     if info is None:
         return ()
-    # An enum member or a Literal's words; both compare equal to the word in the file.
+    # An enum member or the values of a Literal; both compare equal to the string in the file.
     return get_args(info.annotation) or (info.default,)

@@ -1,9 +1,9 @@
-"""A configuration before validation: plain values that remember where each was written.
+"""A configuration before validation: a tree of plain values with the origin (file and line) of each.
 
-    files --read--> Entry tree --merge, overrides--> Entry tree --plain--> dict for pydantic
+    files --read--> ConfigNode --merge, overrides--> ConfigNode --plain--> dict for pydantic
 
-Scalars follow YAML 1.2: ``1e-3`` is a number and ``no`` is a word, neither of which holds in the YAML 1.1 that PyYAML
-reads by default.
+Scalars follow YAML 1.2: ``1e-3`` is a number and ``no`` is a string. PyYAML's default, YAML 1.1, reads ``1e-3`` as a
+string and ``no`` as false.
 """
 
 from __future__ import annotations
@@ -21,56 +21,56 @@ from mmscale.errors import ConfigError
 
 Scalar = str | int | float | bool | None
 BASE_KEY = "base"
-"""Top-level key that names another file to start from."""
+"""Key of a file or block that names another file to merge over."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from.
+    """The source of a value.
 
     Attributes:
         kind: ``default``, ``file`` or ``override``.
-        place: ``configs/x.yaml:14``, ``override 3 (key=value)``, or ``default``.
-        layer: Later layers win: base files first, then the file, then each override.
-        files: The file, after those whose ``base`` led to it; none for another kind.
+        location: ``configs/x.yaml:14``, ``override 3 (key=value)``, or ``default``.
+        layer: Number of the layer. Higher layers replace lower ones: base files, then the file, then each override.
+        files: The chain of ``base`` files that led to the file, ending with the file; empty for other kinds.
     """
 
     kind: str
-    place: str
+    location: str
     layer: int
     files: tuple[Path, ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
-        return self.place
+        return self.location
 
 
 DEFAULT = Origin("default", "default", -1)
 
 
 @dataclass
-class Entry:
+class ConfigNode:
     """One node of the tree.
 
     Attributes:
         value: Mapping, list or scalar.
-        origin: Where it was written; for a mapping, where its key stands.
-        replaced: What an earlier layer had here, where a scalar was replaced by a different one.
+        origin: Origin of the value; for a mapping, the line of its key.
+        replaced: The scalar of a lower layer, if this layer replaced it by a different value.
     """
 
-    value: dict[str, Entry] | list[Entry] | Scalar
+    value: dict[str, ConfigNode] | list[ConfigNode] | Scalar
     origin: Origin
     replaced: Scalar = field(default=None)
 
-    def child(self, key: str) -> Entry | None:
-        """The entry under a key or a list index; None if there is none."""
+    def child(self, key: str) -> ConfigNode | None:
+        """Return the entry at a key or list index; None if there is none."""
         if isinstance(self.value, dict):
             return self.value.get(key)
         if isinstance(self.value, list) and key.isdigit() and int(key) < len(self.value):
             return self.value[int(key)]
         return None
 
-    def leaves(self) -> Iterator[Entry]:
-        """This entry if it is a scalar, else all scalars below."""
+    def leaves(self) -> Iterator[ConfigNode]:
+        """Yield this entry if it is a scalar, else all scalars below it."""
         children = list(self.value.values()) if isinstance(self.value, dict) else self.value
         if not isinstance(children, list):
             yield self
@@ -79,8 +79,8 @@ class Entry:
             yield from child.leaves()
 
 
-def plain(entry: Entry) -> Any:
-    """The tree as dicts, lists and scalars."""
+def plain(entry: ConfigNode) -> Any:
+    """Return the tree as dicts, lists and scalars."""
     if isinstance(entry.value, dict):
         return {key: plain(child) for key, child in entry.value.items()}
     if isinstance(entry.value, list):
@@ -89,13 +89,13 @@ def plain(entry: Entry) -> Any:
 
 
 class ConfigLoader(BoundedYamlLoader):
-    """PyYAML's safe loader within bounds, with the scalars of YAML 1.2."""
+    """PyYAML's safe loader with bounds on size and nesting, and with the scalars of YAML 1.2."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  PyYAML's own protocol
 
 
 class ConfigDumper(yaml.SafeDumper):
-    """Its counterpart: quotes exactly the strings that :class:`ConfigLoader` would read as something else."""
+    """The counterpart of :class:`ConfigLoader`: quotes the strings that the loader would read as another type."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  PyYAML's own protocol
 
@@ -131,30 +131,35 @@ def _scalar(node: yaml.Node, origin: Origin) -> Scalar:
         return float(word.replace(".inf", "inf").replace(".nan", "nan"))
     if tag == "str":
         return checked_text(text, origin)
-    raise ConfigError(f"{origin}: tag {node.tag} is not understood; write plain YAML values")
+    raise ConfigError(f"{origin}: the tag {node.tag} is not supported; write plain YAML values")
 
 
-def checked_text(text: str, place: object) -> str:
-    """Return the text. Refuse one that neither a path nor a UTF-8 file can hold.
+def checked_text(text: str, location: object) -> str:
+    """Return the text if a path and a UTF-8 file can contain it.
 
     Raises:
-        ConfigError: it holds NUL or a lone surrogate.
+        ConfigError: it contains NUL or a lone surrogate.
     """
     found = _UNSTORABLE.search(text)
     if found is not None:
-        shown = f"{place}: {text[:60]!a}"
+        beginning = f"{location}: {text[:60]!a}"
         raise ConfigError(
-            f"{shown.encode(errors='backslashreplace').decode()}: character {found.start() + 1} is "
-            f"U+{ord(found[0]):04X}, which no path and no UTF-8 text holds; expected text without NUL and surrogates"
+            f"{beginning.encode(errors='backslashreplace').decode()}: character {found.start() + 1} is "
+            f"U+{ord(found[0]):04X}, which no path and no UTF-8 text can contain; remove NUL and surrogates"
         )
     return text
 
 
-def read_file(path: Path, layer: int, chain: tuple[Path, ...]) -> Entry:
-    """One YAML file, without following ``base``; ``chain`` ends with it, after the files whose ``base`` led to it.
+def read_file(path: Path, layer: int, chain: tuple[Path, ...]) -> ConfigNode:
+    """Read one YAML file as a tree, without its base files.
+
+    Args:
+        path: The file.
+        layer: Layer number for the origins.
+        chain: The files whose ``base`` led to this file, ending with this file.
 
     Raises:
-        ConfigError: no such file, broken YAML, a key written twice, or no mapping at the top.
+        ConfigError: the file is missing or not valid YAML, repeats a key, or is not a mapping.
     """
     try:
         text = read_bytes(path, most_bytes=MOST_YAML_BYTES).decode("utf-8-sig")
@@ -172,64 +177,70 @@ def read_file(path: Path, layer: int, chain: tuple[Path, ...]) -> Entry:
     return entry
 
 
-def _kind(entry: Entry) -> str:
+def _kind(entry: ConfigNode) -> str:
     if entry.value is None:
         return "an empty file"
     return "a list" if isinstance(entry.value, list) else f"the single value {entry.value!r}"
 
 
-def shown(value: Any) -> str:
-    """A scalar as a file writes it, cut where it is longer than a message should be."""
+def display(value: Any) -> str:
+    """Return a scalar as a YAML file spells it, shortened for a message."""
     return shorten("null" if value is None else str(value).lower() if isinstance(value, bool) else str(value))
 
 
 def shorten(text: str, most_letters: int = 80) -> str:
-    """A text for a message, cut with ``...`` if it has more than ``most_letters``."""
+    """Return the first ``most_letters`` characters of a text, followed by ``...`` if it has more."""
     return text if len(text) <= most_letters else f"{text[:most_letters]}..."
 
 
-def parse(text: str, origin_of_line: Callable[[int], Origin], name: str) -> Entry:
-    """YAML text as a tree; ``origin_of_line(line)`` gives each entry its origin, lines from 1."""
+def parse(text: str, origin_of_line: Callable[[int], Origin], name: str) -> ConfigNode:
+    """Parse YAML text as a tree. ``origin_of_line(line)`` returns the origin of an entry; lines count from 1.
+
+    Raises:
+        ConfigError: the text is not valid YAML or exceeds a bound, or a key or scalar is not supported.
+    """
     loader = ConfigLoader(text)
     try:
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f"{name}:{mark.line + 1}" if mark is not None else name
+        location = f"{name}:{mark.line + 1}" if mark is not None else name
         what = "" if isinstance(error, YamlBoundsError) else "not valid YAML: "
-        raise ConfigError(f"{place}: {what}{error.problem or error.context}") from None
+        raise ConfigError(f"{location}: {what}{error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
     finally:
         loader.dispose()
     if node is None:
-        return Entry(None, origin_of_line(1))
+        return ConfigNode(None, origin_of_line(1))
     return _convert(node, node.start_mark.line + 1, origin_of_line)
 
 
-def _convert(node: yaml.Node, line: int, origin_of_line: Callable[[int], Origin]) -> Entry:
+def _convert(node: yaml.Node, line: int, origin_of_line: Callable[[int], Origin]) -> ConfigNode:
     origin = origin_of_line(line)
     if isinstance(node, yaml.SequenceNode):
         items = [_convert(item, item.start_mark.line + 1, origin_of_line) for item in node.value]
-        return Entry(items, origin)
+        return ConfigNode(items, origin)
     if isinstance(node, yaml.MappingNode):
-        return Entry(_mapping(node, origin_of_line), origin)
+        return ConfigNode(_mapping(node, origin_of_line), origin)
     try:
-        return Entry(_scalar(node, origin), origin)
-    except ValueError:  # The tag was written by hand (!!int x), or the number has over 4300 digits.
+        return ConfigNode(_scalar(node, origin), origin)
+    except ValueError:  # The file has an explicit tag (!!int x), or the number has over 4300 digits.
         kind = node.tag.rpartition(":")[2]
         raise ConfigError(f"{origin}: {node.value[:60]!r} is not a number that can be read as {kind}") from None
 
 
-def _mapping(node: yaml.MappingNode, origin_of_line: Callable[[int], Origin]) -> dict[str, Entry]:
-    entries: dict[str, Entry] = {}
+def _mapping(node: yaml.MappingNode, origin_of_line: Callable[[int], Origin]) -> dict[str, ConfigNode]:
+    entries: dict[str, ConfigNode] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{origin_of_line(line)}: a key must be a word")
+            raise ConfigError(f"{origin_of_line(line)}: a key must be a single word, not a list or mapping")
         key = checked_text(key_node.value, origin_of_line(line))
         if key == "<<":
-            raise ConfigError(f"{origin_of_line(line)}: YAML merge keys are not read; use a '{BASE_KEY}:' file instead")
+            raise ConfigError(
+                f"{origin_of_line(line)}: YAML merge keys are not supported; use a '{BASE_KEY}:' file instead"
+            )
         if key in entries:
             raise ConfigError(f"{origin_of_line(line)} {key}: written twice, first at {entries[key].origin}")
         entries[key] = _convert(value_node, line, origin_of_line)

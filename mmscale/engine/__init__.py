@@ -1,1 +1,1 @@
-"""Training steps: DeepSpeed behind a small surface."""
+"""Training steps on DeepSpeed: the engine, its optimizers, memory, timing and the watchdog."""

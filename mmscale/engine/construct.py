@@ -1,8 +1,8 @@
-"""Building a model so that no rank ever holds all of it.
+"""Build a model for the engine. Under ZeRO-3 no rank ever holds the whole model.
 
-Under ZeRO-3 each parameter is cut into shards as soon as its module is constructed. Initial values come afterwards, one
-module at a time, and depend on the seed and the parameter's name alone: every rank computes the whole of one module,
-keeps its own range, and has nothing to send. The weights are the same at any world size.
+DeepSpeed shards each parameter as soon as its module is constructed. Initial values follow, one module at a time. They
+depend only on the seed and the parameter's name, so each rank computes a whole module, keeps its own range, and sends
+nothing. The weights are equal at any world size.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
 
 
 class Initialise(Protocol):
-    """Writes first values, entering ``gather`` with the parameters of one module at a time."""
+    """Write initial values. Enter ``gather`` with the parameters of one module at a time."""
 
     def __call__(self, model: Any, *, gather: Gather) -> object: ...
 
 
 def construct(build: Callable[[], M], config: EngineConfig, world: World, initialise: Initialise) -> M:
-    """Builds a model for ``Engine``. All ranks must call.
+    """Build a model for ``Engine``. All ranks must call.
 
     Args:
-        build: Constructs the bare model without first values, on the host.
-        config: Stage 3 shards from the start; below, every rank builds the whole model.
+        build: Constructs the bare model without initial values, on the host.
+        config: Stage 3 shards the model from the start. Below stage 3 every rank builds the whole model.
         world: This rank.
-        initialise: Writes the same values on every rank: ``mmscale.nn.init.initialise_`` with its seed bound.
+        initialise: Writes the same values on every rank, for example ``mmscale.nn.init.initialise_`` with a seed.
     """
     if config.zero_stage < 3:
         model = build()
@@ -47,7 +47,7 @@ def construct(build: Callable[[], M], config: EngineConfig, world: World, initia
 
     precision = choose_precision(config, world.device)
     dictionary = deepspeed_config(config, precision, clip=0.0, device_type=world.device.type)
-    # The format comes from the dictionary: a ``dtype`` argument is replaced by bf16 on a CPU (operator precedence).
+    # Set the format in the dictionary: on a CPU DeepSpeed replaces a ``dtype`` argument by bf16 (operator precedence).
     with deepspeed.zero.Init(config_dict_or_path=dictionary):
         model = build()
     initialise(model, gather=_own_range_only)
@@ -56,7 +56,7 @@ def construct(build: Callable[[], M], config: EngineConfig, world: World, initia
 
 @contextmanager
 def _own_range_only(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Makes sharded parameters whole, unset and writable, then keeps each rank's own range. No communication."""
+    """Replace sharded parameters by whole, uninitialised ones. On exit keep this rank's range. Sends nothing."""
     sharded: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_tensor")]
     placeholders = [parameter.data for parameter in sharded]
     for parameter in sharded:

@@ -1,13 +1,13 @@
-"""The dictionary that tells DeepSpeed what this project has decided.
+"""The configuration dictionary for DeepSpeed.
 
-Everything that DeepSpeed could also do (schedules, optimizers, batch arithmetic, checkpoints) stays off; it
-partitions, communicates and steps.
+DeepSpeed partitions, communicates and steps the optimizer. Its other features (schedules, optimizers, batch arithmetic,
+checkpoints) are not used.
 
-What stage 3 costs, in CPU time of a step and rank (least of 13 steps; quickstart model, 2 gloo ranks, one thread each,
-on a 2-core AMD EPYC Zen 3, AVX2): torch without DeepSpeed 496 ms, stage 2 540 ms, stage 3 612 ms. With DeepSpeed's
-defaults stage 3 takes 897 ms; gathering whole blocks (``engine/graph.py``) saves 190 of them, and keeping no matrix
-whole on every rank (each is sent in a message of its own after the step) most of the rest. Bucket sizes are within
-noise at this size.
+Measured CPU time of a step on one rank: torch without DeepSpeed 496 ms, stage 2 540 ms, stage 3 612 ms. It is the
+minimum of 13 steps (quickstart model, 2 gloo ranks with one thread each, 2-core AMD EPYC Zen 3, AVX2). With DeepSpeed's
+defaults stage 3 takes 897 ms. Gathering whole blocks (``engine/graph.py``) saves 190 ms. Keeping no parameter whole on
+every rank saves most of the remaining difference, since each of them needs its own message after the step. Bucket sizes
+make no measurable difference at this size.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mmscale.engine.precision import Precision
 
 
 def deepspeed_config(config: EngineConfig, precision: Precision, *, clip: float, device_type: str) -> dict[str, Any]:
-    """Arguments of ``deepspeed.initialize``.
+    """Return the ``config`` argument of ``deepspeed.initialize``.
 
     Args:
         config: The run's engine block.
-        precision: The format that was chosen.
-        clip: Largest norm of the whole gradient, 0 for none. At stage 0 in fp32 the optimizer clips by itself.
+        precision: The chosen number format.
+        clip: Largest norm of the whole gradient, 0 for no clipping. Ignored where ``optimizer_clips``.
         device_type: ``cpu`` or ``cuda``.
     """
     clips_itself = optimizer_clips(config, precision)
@@ -38,19 +38,19 @@ def deepspeed_config(config: EngineConfig, precision: Precision, *, clip: float,
         "zero_optimization": _zero(config, device_type),
     }
     if config.offload != "none":
-        # torch's fused AdamW serves on the host too; DeepSpeed's own needs a compiler on every machine of a run.
+        # Use torch's fused AdamW on the host too: DeepSpeed's own needs a compiler on every machine of a run.
         dictionary["zero_force_ds_cpu_optimizer"] = False
     if precision.name != "fp32":
         dictionary[precision.name] = {"enabled": True}
-        # Otherwise bf16 gradients are added up and averaged in bf16: at 4 ranks the sum loses two of its eight bits.
+        # Otherwise bf16 gradients are summed and averaged in bf16: with 4 ranks the sum loses two of its eight bits.
         dictionary["communication_data_type"] = "fp32"
-        if config.zero_stage > 0:  # Stage 0 refuses it: it accumulates in the format of the weights.
+        if config.zero_stage > 0:  # Stage 0 rejects the key: it accumulates in the format of the weights.
             dictionary["data_types"] = {"grad_accum_dtype": "fp32"}
     return dictionary
 
 
 def optimizer_clips(config: EngineConfig, precision: Precision) -> bool:
-    """Whether clipping and the non-finite check are the optimizer's own (DeepSpeed leaves it unwrapped)."""
+    """Return whether the optimizer must clip and check for non-finite gradients, because DeepSpeed does not wrap it."""
     return config.zero_stage == 0 and precision.name == "fp32"
 
 
@@ -72,10 +72,10 @@ def _zero(config: EngineConfig, device_type: str) -> dict[str, Any]:
         block |= {
             "stage3_prefetch_bucket_size": config.gather_bucket_elements,
             "stage3_param_persistence_threshold": config.persistent_parameter_elements,
-            # On, it would replace torch.nn.functional.linear for the whole process by a slower Python function.
+            # If enabled, it replaces torch.nn.functional.linear in the whole process by a slower Python function.
             "memory_efficient_linear": False,
             "stage3_max_live_parameters": config.live_parameter_elements,
-            # How far ahead the next use of a weight may lie for it to stay.
+            # A gathered weight is kept if its next use is at most this many values ahead.
             "stage3_max_reuse_distance": config.live_parameter_elements,
         }
     return block

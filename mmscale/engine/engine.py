@@ -3,11 +3,12 @@
     _global_weight      loss weights, summed over microbatches and ranks
     _forward_backward   microbatch --LossGraph--> loss sum --x W / global weight--> backward     (once per microbatch)
     _global_means       loss, metrics and the components' gradient norms of the whole step
-    _update             norm of the whole gradient --> a rank refuses: nothing changes | clip, optimizer's step
-    _rebalance          moves the biases of routers of experts, if the model has any
+    _update             norm of the whole gradient --> a rank rejects: nothing changes | clip, optimizer's step
+    _rebalance          updates the biases of the experts' routers, if the model has any
 
-The objective gives sums; the global weight divides them once. DeepSpeed's reduction divides by W, so W multiplies: the
-gradient is that of the mean over all weighted tokens of the step, at any number of ranks and microbatches.
+The objective returns sums, and the engine divides once by the global weight. DeepSpeed's reduction divides by the world
+size W, so the engine multiplies by W. The gradient is then that of the mean over all weighted tokens of the step, for
+any number of ranks and microbatches.
 """
 
 from __future__ import annotations
@@ -25,16 +26,24 @@ from mmscale.dist import World, all_reduce_sum, all_reduce_sum_list, any_rank, i
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.gradient_norms import square_sums
-from mmscale.engine.graph import LossGraph, ObjectiveLike, SavedWeights, SeesWholeStep, Undo, gather_whole, recompute
+from mmscale.engine.graph import (
+    LossGraph,
+    ObjectiveLike,
+    SavedWeights,
+    Undo,
+    WholeStepObjective,
+    gather_whole,
+    recompute,
+)
 from mmscale.engine.loss_scaler import loss_scaler_state, set_loss_scaler_state
-from mmscale.engine.optimizers.build import KnowsShards, build_optimizer
+from mmscale.engine.optimizers.build import ShardAwareOptimizer, build_optimizer
 from mmscale.engine.partition import Partition
 from mmscale.engine.precision import Precision, choose_precision
 from mmscale.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, StepClock, StepSpans, watch_deepspeed
 from mmscale.errors import EngineError
 from mmscale.nn.moe import biased_routers
 from mmscale.optim.schedule import (
-    Clips,
+    ClippingMixin,
     Components,
     LearningRates,
     component_of_parameters,
@@ -48,19 +57,20 @@ from mmscale.optim.stages import StageConfig
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did; equal on all ranks but for ``document_losses`` and ``spans``.
+    """The result of one optimizer step; equal on all ranks except ``document_losses`` and ``spans``.
 
     Attributes:
-        loss: Weighted mean over all tokens of the step on all ranks; NaN or infinite if the step failed.
-        weight: Sum of the loss weights of the step.
+        loss: Weighted mean over all tokens of the step on all ranks; NaN or infinite if a loss was not finite.
+        weight: Sum of the loss weights of the step over all ranks.
         grad_norm: L2 norm of the whole gradient before clipping; infinite if it was not finite.
-        learning_rates: By trained component.
-        applied: Whether weights changed. False for a gradient that is not finite, for a step that was refused, and for
-            one without any weight.
+        learning_rates: Learning rate of each trained component.
+        applied: Whether weights changed. False if the gradient was not finite, the update was rejected, or the step had
+            no loss weight.
         metrics: Weighted means of the objective's metrics.
-        document_losses: Of each microbatch of this rank: the weighted loss sum of each document.
-        component_grad_norms: As ``grad_norm``, by trained component; empty unless it was asked for.
-        overflow: fp16: the scaled gradient did not fit. The scale falls; the step says nothing about its data.
+        document_losses: Weighted loss sum of each document, for each microbatch of this rank.
+        component_grad_norms: As ``grad_norm``, by trained component; empty unless requested.
+        overflow: Whether the scaled gradient overflowed in fp16 although the loss was finite. The loss scale is then
+            lowered, and the step is no sign of bad data.
         spans: Time and memory of the phases on this rank.
     """
 
@@ -78,7 +88,7 @@ class StepReport:
 
 @dataclass(frozen=True)
 class ComponentParameters:
-    """Numbers of values: ``total`` and, of them, ``trained``."""
+    """Number of parameter values of a component: all, and the trained ones."""
 
     total: int
     trained: int
@@ -88,23 +98,24 @@ class Engine:
     """A model being trained through one stage.
 
     Args:
-        model: Bare model with ``components()`` and ``checkpoint_units()``, the same weights on every rank; whole, or
-            sharded by ``mmscale.engine.construct``.
-        objective: Gives loss sum, weight and metrics.
-        stage: What is trained and how.
-        config: How the machines are used.
+        model: Bare model with ``components()`` and ``checkpoint_units()``, built by ``mmscale.engine.construct``, with
+            the same weights on every rank.
+        objective: Returns loss sum, weight and metrics.
+        stage: The trained components and their schedule.
+        config: The ``engine`` block.
         world: This rank.
 
     Attributes:
-        model: Usable under ``inference()`` for forward passes and generation, all ranks in lock-step.
-        precision: The number format that was chosen, with the reason.
-        stage_step: Steps of the stage that were taken, applied or not; the schedules' clock. ``resume`` sets it.
-        clock: Measures the phases of steps, and tells who wants to know which one is entered.
-        teachers: Frozen models that the objective runs; they are in no checkpoint and no count of parameters.
+        model: For forward passes and generation under ``inference()``. All ranks must make the same calls.
+        precision: The chosen number format, with the reason.
+        stage_step: Steps taken in this stage, applied or not. The schedules depend on it. ``checkpoint.resume`` sets
+            it.
+        clock: Measures the phases of steps.
+        teachers: Frozen models that the objective runs. Checkpoints and parameter counts do not include them.
 
     Raises:
         ConfigError: the stage trains a component that the model lacks.
-        UnsupportedError: the precision cannot be computed here.
+        UnsupportedError: this machine cannot compute in the configured precision, or this torch lacks the optimizer.
     """
 
     def __init__(
@@ -142,14 +153,14 @@ class Engine:
 
     def _arrange(self, units: list[nn.Module]) -> list[Undo]:
         undo = [recompute(units)] if self.config.activation_checkpointing else []
-        together = [*units, *(unit for teacher in self.teachers for unit in teacher.units())]
-        return [*undo, gather_whole(together)] if self.config.zero_stage == 3 else undo
+        gathered = [*units, *(unit for teacher in self.teachers for unit in teacher.units())]
+        return [*undo, gather_whole(gathered)] if self.config.zero_stage == 3 else undo
 
     def _prepare_optimizer(self) -> None:
         optimizer = self._deepspeed.basic_optimizer
-        # DeepSpeed may have stepped with zero gradients to allocate its state; the step count must start at 0.
+        # DeepSpeed may have stepped with zero gradients to allocate the state. The step count must start at 0.
         optimizer.state.clear()
-        if isinstance(optimizer, KnowsShards):
+        if isinstance(optimizer, ShardAwareOptimizer):
             optimizer.attach(self.partition.masters, self.world)
         self.partition.ensure_state()
 
@@ -181,45 +192,45 @@ class Engine:
     def train_step(
         self,
         microbatches: Sequence[Any],
-        why_refuse: Callable[[float, float], str | None] | None = None,
+        rejection_reason: Callable[[float, float], str | None] | None = None,
         *,
         component_norms: bool = False,
     ) -> StepReport:
-        """Run forward, backward and the optimizer's step over ``microbatches``. All ranks must call, with equally many.
+        """Run forward, backward and the optimizer's step. All ranks must call, with the same number of microbatches.
 
         Args:
             microbatches: This rank's part of the step.
-            why_refuse: Called with loss and gradient norm of the whole step before the update. If it returns a reason
-                on any rank, weights, moments and step counts of all ranks stay as they are. It is not called if the
-                norm is not finite: DeepSpeed refuses such a step by itself.
-            component_norms: Also report the gradient norm of each component, for one more pass over the gradient, which
-                a stage that clips each component makes anyway. The same on all ranks.
+            rejection_reason: Called with loss and gradient norm of the whole step before the update. If it returns a
+                reason on any rank, no rank changes weights, moments or step counts. Pass it on all ranks or on none.
+                It is not called if the norm is not finite: such an update is always skipped.
+            component_norms: Whether to report the gradient norm of each component; must be equal on all ranks. This
+                costs a pass over the gradient, except in a stage that clips each component and makes this pass anyway.
 
         Raises:
-            EngineError: ranks disagree about the number of microbatches, or a peer is lost.
+            EngineError: ranks have different numbers of microbatches, or another rank is lost.
         """
         rates = self._learning_rates.at(self.stage_step)
         self.stage_step += 1
         weight = self._global_weight(microbatches)
         if weight == 0:
-            # Null packs only: there is nothing to learn, and decay alone must not move the weights.
+            # All packs are dummy packs or carry no loss. Skip the update: weight decay alone must not change weights.
             return StepReport(0.0, 0.0, 0.0, rates, applied=False, spans=self.clock.pop_spans())
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = rates[group["component"]]
         try:
-            if isinstance(self._objective, SeesWholeStep):
+            if isinstance(self._objective, WholeStepObjective):
                 with self.clock.phase(FORWARD), self.inference() as model:
                     microbatches = self._objective.prepare(model, microbatches)
             sums, losses = self._forward_backward(microbatches, self.world.world_size / weight)
             squares = self._square_sums() if component_norms or self._clips else {}
             loss, metrics, norms = self._global_means(sums, weight, squares)
-            refused = self._update(loss, norms, why_refuse)
+            rejected = self._update(loss, norms, rejection_reason)
         except RuntimeError as error:
             if is_peer_lost(error):
                 raise peer_lost(self.world, error) from error
             raise
         finite = bool(self._deepspeed.was_step_applied())
-        applied = finite and not refused
+        applied = finite and not rejected
         if self._routers:
             self._rebalance(applied)
         if applied and self.stage.ema and self.partition.optimizer_steps() % self.stage.ema.every_steps == 0:
@@ -238,34 +249,35 @@ class Engine:
         )
 
     def _update(
-        self, loss: float, norms: dict[str, float], why_refuse: Callable[[float, float], str | None] | None
+        self, loss: float, norms: dict[str, float], rejection_reason: Callable[[float, float], str | None] | None
     ) -> bool:
-        """Let DeepSpeed make the optimizer's step. Return whether a rank refused it.
+        """Let DeepSpeed make the optimizer's step. Return whether a rank rejected the update.
 
-        DeepSpeed computes the norm of the whole gradient inside its own ``step`` and calls the client optimizer right
-        after, once for each group of parameters (at stage 3 for each sub-group). So ``may_update`` runs in front of the
-        client optimizer. If the optimizer does nothing, masters, moments and step counts stay as they are, and rounding
-        the masters and gathering the weights afterwards gives the same weights again. At stage 0 in fp32 DeepSpeed has
-        no wrapper; there the optimizer computes the norm (``optim.schedule.Clips``) and calls ``may_update`` itself.
+        DeepSpeed computes the norm of the whole gradient inside its ``step``. It then calls the client optimizer once
+        for each group of parameters, and at stage 3 for each sub-group. All wrappers of DeepSpeed 0.19 set
+        ``_global_grad_norm`` before that call, to the same value on all ranks. So this method temporarily replaces the
+        client optimizer's ``step`` by one that calls ``may_update`` first.
 
-        Components are clipped here too: at every stage, format and place of the optimizer's state, ``grad`` of what is
-        in the client optimizer's groups now is the averaged fp32 gradient without loss scale. It is read once and
-        dropped, and each group belongs to one component.
+        If the optimizer does nothing, masters, moments and step counts are unchanged. DeepSpeed then rounds the
+        unchanged masters and gathers the same weights again. At stage 0 in fp32 DeepSpeed has no wrapper: the optimizer
+        computes the norm (``optim.schedule.ClippingMixin``) and calls ``may_update`` itself.
 
-        All wrappers of DeepSpeed 0.19 set ``_global_grad_norm``, the same on all ranks, before they step the optimizer.
+        ``may_update`` also clips each component. At every stage, format and offload setting, ``grad`` of the parameters
+        in the client optimizer's groups is at that point the averaged fp32 gradient without loss scale. The optimizer
+        reads it once, and each group belongs to one component.
         """
         optimizer = self._deepspeed.basic_optimizer
         update = optimizer.step
-        refused: bool | None = None
+        rejected: bool | None = None
 
         def may_update(norm: float) -> bool:
-            nonlocal refused
-            if refused is None:
-                refused = False
-                if why_refuse is not None:
+            nonlocal rejected
+            if rejected is None:
+                rejected = False
+                if rejection_reason is not None:
                     with self.clock.communicating():
-                        refused = any_rank(self.world, why_refuse(loss, norm) is not None)
-            if refused:
+                        rejected = any_rank(self.world, rejection_reason(loss, norm) is not None)
+            if rejected:
                 return False
             for group in optimizer.param_groups:
                 gradients = [values.grad for values in group["params"] if values.grad is not None]
@@ -280,7 +292,7 @@ class Engine:
                 return update(*arguments, **options)
             return None
 
-        name, hook = ("may_update", may_update) if isinstance(optimizer, Clips) else ("step", update_if_allowed)
+        name, hook = ("may_update", may_update) if isinstance(optimizer, ClippingMixin) else ("step", update_if_allowed)
         before = getattr(optimizer, name)
         setattr(optimizer, name, hook)
         try:
@@ -288,10 +300,13 @@ class Engine:
                 self._deepspeed.step()
         finally:
             setattr(optimizer, name, before)
-        return bool(refused)
+        return bool(rejected)
 
     def _rebalance(self, applied: bool) -> None:
-        """Moves the biases of routers by the loads of all microbatches and ranks; forgets these for a refused step."""
+        """Update the routers' biases by the loads of all microbatches and ranks. Then reset the loads.
+
+        If the step was not applied, only reset the loads.
+        """
         loads = torch.stack([router.load for router in self._routers])
         with self.clock.communicating():
             whole = all_reduce_sum_list(self.world, loads.flatten().tolist())
@@ -305,9 +320,9 @@ class Engine:
     ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
         """Run forward and backward. The gradient is complete and reduced after the last microbatch.
 
-        The loss is multiplied by ``scale``. A loss that is not finite is multiplied by NaN instead: then the gradient
-        is NaN, its norm is NaN on every rank, and all ranks refuse the step without a message and without waiting for
-        the device.
+        The loss is multiplied by ``scale``. A loss that is not finite is multiplied by NaN instead. The gradient norm
+        is then NaN on every rank, and all ranks skip the update, without a further message or synchronisation with the
+        device.
 
         Returns:
             For each microbatch the sums of loss and metrics, and the losses of its documents.
@@ -324,11 +339,11 @@ class Engine:
                 factor = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan).to(loss_sum.dtype)
                 self._deepspeed.backward(loss_sum * factor, scale_wrt_gas=False)
             if index < len(microbatches) - 1:
-                self._deepspeed.step()  # Not at the boundary: it only counts.
+                self._deepspeed.step()  # Before the accumulation boundary DeepSpeed only counts the call.
         return sums, documents
 
     def _square_sums(self) -> dict[str, float]:
-        """This rank's share of the components' squared gradient norms."""
+        """Return this rank's part of the components' squared gradient norms."""
         names, stage = self.trained_components, self.config.zero_stage
         with self.clock.phase(OPTIMIZER):
             return square_sums(self.model, self._owner, names, self._deepspeed.optimizer, stage, self.world)
@@ -338,11 +353,11 @@ class Engine:
         mine = math.fsum(self._objective.weight(microbatch) for microbatch in microbatches)
         with self.clock.communicating():
             sums = all_reduce_sum(self.world, {"weight": mine, "count": count, "count_squared": count * count})
-        # Counts are equal exactly where Cauchy-Schwarz holds with equality; no second message needed.
+        # By Cauchy-Schwarz, sum(n)^2 = W * sum(n^2) only if all counts n are equal. This needs no second message.
         if sums["count"] ** 2 != self.world.world_size * sums["count_squared"] or not count:
             raise EngineError(
                 f"rank {self.world.rank} has {count} microbatches, all {self.world.world_size} ranks "
-                f"{int(sums['count'])}: every rank needs the same number, at least one; null packs fill up"
+                f"{int(sums['count'])}: every rank needs the same number, at least one; dummy packs fill up"
             )
         return sums["weight"]
 
@@ -352,8 +367,8 @@ class Engine:
         """Reduce the sums of all microbatches and ranks in one message.
 
         Returns:
-            Loss and metrics as weighted means, and the gradient norm of each component in ``squares``, infinite where
-            a gradient was not finite.
+            The loss and the metrics as weighted means, and the gradient norm of each component in ``squares``, infinite
+            if the component's gradient was not finite.
         """
         names = sorted(sums[0])
         local = torch.stack([torch.stack([part[name].double() for name in names]) for part in sums]).sum(0).tolist()
@@ -367,15 +382,15 @@ class Engine:
 
     @contextmanager
     def inference(self, *, ema: bool = False) -> Iterator[nn.Module]:
-        """The model in evaluation mode without gradients; training goes on undisturbed afterwards.
+        """Yield the model in evaluation mode without gradients. Restore training mode at the end.
 
-        All ranks must run the same module calls in lock-step: under ZeRO-3 each call gathers weights.
+        All ranks must make the same module calls in the same order: under ZeRO-3 each call gathers weights.
 
         Args:
-            ema: Compute with the averaged weights.
+            ema: Whether to compute with the averaged weights.
 
         Raises:
-            EngineError: the stage keeps no average.
+            EngineError: ``ema`` is true and the stage keeps no average.
         """
         if ema and self.stage.ema is None:
             raise EngineError(f"stage {self.stage.name} keeps no average of its weights; set stages.*.ema")
@@ -391,15 +406,15 @@ class Engine:
             self.model.train()
 
     def loss_scaler_state(self) -> dict[str, float] | None:
-        """fp16: the scale of the loss and what its next change depends on; None in other formats."""
+        """Return the state of fp16's dynamic loss scale; None in other formats."""
         return loss_scaler_state(self._deepspeed.optimizer)
 
     def set_loss_scaler_state(self, state: dict[str, float] | None) -> None:
-        """Puts back what ``loss_scaler_state`` gave."""
+        """Restore what ``loss_scaler_state`` returned."""
         set_loss_scaler_state(self._deepspeed.optimizer, state)
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks off the model and frees the moments. The next stage builds a model of its own."""
+        """Remove DeepSpeed's hooks from the model and free the moments. The engine is unusable afterwards."""
         for undo in reversed(self._undo):
             undo()
         self._deepspeed.destroy()

@@ -1,13 +1,14 @@
-"""The gradient of each component after backward and before the step, from what each rank holds of it.
+"""Gradient norms of each component, between the backward pass and the optimizer's step.
 
     this rank's part of the averaged gradient --squares by component--> (sum over ranks) --root--> norm before clipping
 
-For: one pass over gradients, on the steps that ask for it, and on all where each component is clipped by its own norm
-(``Engine._update`` scales). Not for: clipping by the norm of the whole gradient, which DeepSpeed computes and applies.
+This takes one pass over the gradient. It runs on the steps that report these norms, and on all steps if each component
+is clipped by its own norm (``Engine._update`` scales). Not for: clipping by the norm of the whole gradient, which
+DeepSpeed computes and applies, except at stage 0 in fp32 (``optim.schedule.ClippingMixin``).
 
-DeepSpeed offers a gathered gradient of one parameter at a time, a message each. What it holds between backward and step
-was read in version 0.19: stages 1 to 3 a list of tensors for each optimizer group, with an offloaded optimizer (and at
-stage 1 in bf16) one flat tensor a group, stage 0 the parameters' own ``grad``.
+DeepSpeed's public interface gathers the gradient of one parameter at a time, in one message each. This module reads the
+private attributes of DeepSpeed 0.19. Stages 1 to 3 hold a list of tensors for each optimizer group. With an offloaded
+optimizer, and at stage 1 in bf16, they hold one flat tensor for each group. Stage 0 holds the parameters' ``grad``.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from mmscale.dist import World
 def square_sums(
     model: nn.Module, owner: Mapping[str, str], components: Iterable[str], optimizer: Any, zero_stage: int, world: World
 ) -> dict[str, float]:
-    """This rank's share of the squared norms; their sums over the ranks are those of the whole gradient.
+    """Return this rank's part of each component's squared gradient norm. The sum over ranks is the squared norm.
 
     Args:
         model: The bare model.
         owner: Component of each parameter, by parameter name.
-        components: The trained ones; each gets an entry on every rank, in this order.
-        optimizer: What DeepSpeed made of the optimizer.
+        components: The trained components; each gets an entry on every rank, in this order.
+        optimizer: DeepSpeed's wrapper of the optimizer, or at stage 0 in fp32 the optimizer.
         zero_stage: 0-3.
         world: This rank.
     """
@@ -45,7 +46,7 @@ def square_sums(
 
 
 def _replicated(model: nn.Module, owner: Mapping[str, str], world: World) -> Iterator[tuple[str, list[Tensor]]]:
-    """Stage 0: every rank holds all of it, so one rank counts."""
+    """Yield the gradients at stage 0. Every rank holds the whole gradient, so only rank 0 counts it."""
     if not world.is_main:
         return
     for name, parameter in model.named_parameters():
@@ -55,7 +56,7 @@ def _replicated(model: nn.Module, owner: Mapping[str, str], world: World) -> Ite
 
 def _partitioned(optimizer: Any, zero_stage: int) -> Iterator[tuple[str, list[Tensor]]]:
     groups = optimizer.optimizer.param_groups
-    if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # Stage 1 in bf16 has an optimizer of its own.
+    if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # Stage 1 in bf16 has its own wrapper class.
         for group, part in zip(groups, optimizer.fp32_groups_gradient_flat_partition, strict=True):
             yield group["component"], [part]
         return

@@ -1,12 +1,12 @@
-"""The graph of a loss: the module that DeepSpeed wraps, its blocks as units, and what autograd saves.
+"""The module that DeepSpeed wraps, its units, and what autograd saves of gathered weights.
 
-    LossGraph      model and objective in one forward pass
-    recompute      a unit's activations are computed again in the backward pass
-    gather_whole   ZeRO-3 gathers a unit in one message and reduces its gradients together
-    SavedWeights   autograd saves which weight it needs, and not the gathered values
+    LossGraph      model and objective in one forward pass.
+    recompute      recompute a unit's activations in the backward pass.
+    gather_whole   let ZeRO-3 gather a unit in one message and reduce its gradients together.
+    SavedWeights   let autograd save a reference to a weight instead of its gathered values.
 
-A unit is a block of the model. ZeRO-3 by itself gathers each linear layer and norm in hooks of its own: in the
-quickstart 4,000 hooked calls and 0.4 s of Python a step. One gather per block is a third of the calls; ``ds_config.py``
+A unit is a block of the model. By default ZeRO-3 gathers each linear layer and each norm in its own hooks: 4,000 hooked
+calls and 0.4 s of Python a step in the quickstart. One gather per block takes a third of the calls. ``ds_config.py``
 has the measurements.
 """
 
@@ -25,54 +25,56 @@ Undo = Callable[[], None]
 
 
 class TeacherLike(Protocol):
-    """A frozen module that an objective runs beside the model."""
+    """A frozen module that an objective runs in addition to the model."""
 
     def units(self) -> Sequence[nn.Module]:
-        """Blocks that ZeRO-3 should gather as one."""
+        """Return the blocks that ZeRO-3 should gather in one message each."""
         ...
 
     def flops(self, batch: Any) -> Any:
-        """``model`` and ``hardware``: operations of its part in one microbatch."""
+        """Return the operations of one microbatch as ``forward``, ``backward`` and ``recomputed``."""
         ...
 
 
 class ObjectiveLike(Protocol):
-    """What the engine needs of an objective."""
+    """The interface of an objective."""
 
     @property
     def teachers(self) -> Sequence[Any]:
-        """Modules that are ``TeacherLike``; built with ``construct``, all parameters frozen."""
+        """``TeacherLike`` modules, built with ``construct``, all parameters frozen."""
         ...
 
     def weight(self, batch: Any) -> float:
-        """Weight of the microbatch, known on the host before the forward pass."""
+        """Return the loss weight of the microbatch. Called on the host before the forward pass."""
         ...
 
     def __call__(self, model: Any, batch: Any) -> Any:
-        """``loss_sum`` (scalar with graph), ``metrics`` (sums) and ``document_losses``, both without graph."""
+        """Return ``loss_sum`` (a scalar with its graph), ``metrics`` (sums) and ``document_losses``."""
         ...
 
 
 @runtime_checkable
-class SeesWholeStep(Protocol):
+class WholeStepObjective(Protocol):
     """An objective whose loss of one microbatch depends on all others of the step."""
 
     def prepare(self, model: Any, microbatches: Sequence[Any]) -> Sequence[Any]:
-        """Microbatches as the objective takes them, told what it must know of the others. All ranks must call.
+        """Return the microbatches with the information about the whole step that the objective needs.
+
+        All ranks must call.
 
         Args:
-            model: In evaluation mode and without gradients; all ranks must make the same calls.
+            model: In evaluation mode and without gradients. All ranks must make the same calls.
             microbatches: This rank's part of the step.
         """
         ...
 
 
 class LossGraph(nn.Module):
-    """Calls every sub-module of a training step inside one ``forward``.
+    """Call every sub-module of a training step inside one ``forward``.
 
-    ZeRO-3 gathers and frees weights in hooks of module calls and learns their order from this module's forward; a head
-    that were called outside of it would upset that order. Teachers are registered here and not with the model, so they
-    are sharded and gathered with it and are no part of it.
+    ZeRO-3 gathers and frees weights in hooks of module calls, and records their order in this module's forward. A head
+    called outside of it would break that order. Teachers are registered here and not in the model. So ZeRO-3 shards and
+    gathers them, and the model's parameters do not include them.
     """
 
     def __init__(self, model: nn.Module, objective: ObjectiveLike) -> None:
@@ -82,17 +84,17 @@ class LossGraph(nn.Module):
         self.teachers = nn.ModuleList(objective.teachers)
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Loss summed over the microbatch, its metric sums, and the losses of its documents."""
+        """Return the loss sum of the microbatch, its metric sums, and the losses of its documents."""
         output = self.objective(self.model, batch)
         metrics = {name: value.detach() for name, value in output.metrics.items()}
         return output.loss_sum, metrics, output.document_losses.detach()
 
 
 def recompute(units: list[nn.Module]) -> Undo:
-    """Makes each unit forget its activations and compute them again in the backward pass; returns what undoes it."""
+    """Discard each unit's activations and recompute them in the backward pass. Return an undo function."""
     for unit in units:
-        # An instance attribute shadows the method; hooks of ``__call__``, which gather weights, run as before.
-        # No unit draws from a generator (masks of dropout are computed from keys), so there is no state to keep.
+        # An instance attribute shadows the method. The hooks of ``__call__``, which gather weights, still run.
+        # No unit draws from a generator (dropout masks are hashes), so there is no random state to preserve.
         unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False, preserve_rng_state=False)
 
     def undo() -> None:
@@ -103,11 +105,11 @@ def recompute(units: list[nn.Module]) -> Undo:
 
 
 def gather_whole(units: list[nn.Module]) -> Undo:
-    """Tells ZeRO-3 to gather each unit in one message and to reduce its gradients together; returns what undoes it.
+    """Let ZeRO-3 gather each unit in one message and reduce its gradients together. Return an undo function.
 
-    DeepSpeed reduces a unit's gradients when the gradients of its *inputs* are there. A unit that learns behind frozen
-    ones may have no input with a gradient, and would be reduced before its own gradients exist; so such an input is
-    made to want one.
+    DeepSpeed reduces a unit's gradients as soon as the gradients of its *inputs* exist. A trained unit after frozen
+    ones may have no input that requires a gradient, and would be reduced before its own gradients exist. A hook
+    therefore makes one of its inputs require a gradient.
     """
     from deepspeed.utils import set_z3_leaf_module
 
@@ -115,7 +117,7 @@ def gather_whole(units: list[nn.Module]) -> Undo:
     for unit in units:
         set_z3_leaf_module(unit, True)
         if any(parameter.requires_grad for parameter in unit.parameters()):
-            handles.append(unit.register_forward_pre_hook(_want_input_gradient))
+            handles.append(unit.register_forward_pre_hook(_require_input_gradient))
 
     def undo() -> None:
         for handle in handles:
@@ -128,7 +130,7 @@ def gather_whole(units: list[nn.Module]) -> Undo:
     return undo
 
 
-def _want_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _require_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     del module
     if not torch.is_grad_enabled() or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         return None
@@ -138,7 +140,7 @@ def _want_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[An
     return None
 
 
-class _View(NamedTuple):
+class _WeightView(NamedTuple):
     """A view of a parameter, without its values."""
 
     parameter: nn.Parameter
@@ -152,14 +154,14 @@ class SavedWeights:
 
     ZeRO-3 frees a gathered weight after its module's forward pass and gathers it again for the backward pass. But a
     linear layer saves ``weight.t()``, a view, and a view keeps the values of its storage alive. Without these hooks all
-    blocks' weights would be whole at the end of the forward pass, however few stage 3 is told to leave alive.
-    DeepSpeed's own answer (``memory_efficient_linear``) replaces ``torch.nn.functional.linear`` for the whole process.
+    blocks' weights stay in memory until the backward pass, whatever ``live_parameter_elements`` is. DeepSpeed's
+    solution (``memory_efficient_linear``) replaces ``torch.nn.functional.linear`` in the whole process.
 
-    Make it after ZeRO-3 has put its own hooks on the model, so that weights are whole when these run.
+    Create it after ZeRO-3 has added its hooks to the model: then weights are gathered when these hooks run.
 
     Args:
-        model: Sharded by ZeRO-3.
-        units: Modules that are gathered as one.
+        model: A model that ZeRO-3 shards.
+        units: Modules that ZeRO-3 gathers in one message.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[nn.Module]) -> None:
@@ -171,37 +173,37 @@ class SavedWeights:
         self._handles = [module.register_forward_pre_hook(self._remember) for module in self._parameters]
 
     def _remember(self, module: nn.Module, inputs: Any) -> None:
-        """Forward pre-hook: record where the gathered weights of ``module`` are."""
+        """Record the storage of the gathered weights of ``module``. A forward pre-hook."""
         del inputs
         for parameter in self._parameters[module]:
             self._by_storage[parameter.untyped_storage().data_ptr()] = parameter
 
     def __call__(self) -> AbstractContextManager[Any]:
-        """In its ``with`` block, of one forward pass, saved views of gathered weights do not keep them alive."""
-        self._by_storage.clear()  # Weights seldom come back to the same address.
+        """Return a context for one forward pass in which autograd saves references to gathered weights."""
+        self._by_storage.clear()  # A gathered weight rarely gets the same address again.
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
-    def _pack(self, saved: Tensor) -> Tensor | _View:
+    def _pack(self, saved: Tensor) -> Tensor | _WeightView:
         storage = saved.untyped_storage()
         parameter = self._by_storage.get(storage.data_ptr())
         if parameter is None:
             return saved
-        # An address outlives its parameter's values, and one storage may serve several parameters.
+        # The address may be reused after the weight was freed, and one storage may hold several parameters.
         own = parameter.untyped_storage()
         if own.data_ptr() != storage.data_ptr() or own.nbytes() != parameter.nbytes:
             return saved
         if saved.dtype != parameter.dtype:
             return saved
-        return _View(parameter, saved.size(), saved.stride(), int(saved.storage_offset()))
+        return _WeightView(parameter, saved.size(), saved.stride(), int(saved.storage_offset()))
 
     def close(self) -> None:
-        """Takes the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._by_storage.clear()
 
 
-def _unpack(saved: Tensor | _View) -> Tensor:
+def _unpack(saved: Tensor | _WeightView) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
     return saved.parameter.detach().as_strided(saved.size, saved.stride, saved.offset)

@@ -8,7 +8,7 @@ _FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def loss_scaler_state(optimizer: Any) -> dict[str, float] | None:
-    """Scale and counters of a DeepSpeed optimizer wrapper; None where the loss is not scaled."""
+    """Return scale and counters of a DeepSpeed optimizer wrapper; None if the loss is not scaled dynamically."""
     scaler = getattr(optimizer, "loss_scaler", None)
     if scaler is None or not scaler.dynamic:
         return None
@@ -16,7 +16,7 @@ def loss_scaler_state(optimizer: Any) -> dict[str, float] | None:
 
 
 def set_loss_scaler_state(optimizer: Any, state: dict[str, float] | None) -> None:
-    """Puts back what ``loss_scaler_state`` gave; does nothing without a state, or where nothing scales."""
+    """Restore what ``loss_scaler_state`` returned. Does nothing without a state or without dynamic scaling."""
     if state is None or loss_scaler_state(optimizer) is None:
         return
     for name in _FIELDS:

@@ -1,4 +1,4 @@
-"""The sentence about a step that ran out of memory: what was being done, and which keys take less."""
+"""The error message for a failed allocation: the phase in which it failed, and the keys that reduce memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
 from mmscale.errors import EngineError
 
-_DOING = {
+_PHASES = {
     "start": "while it set up the engine",
     "data": "while it waited for the data of step {step}",
     "agreement": "between the phases of step {step}",
@@ -22,20 +22,20 @@ _DOING = {
 def explain_memory(
     error: BaseException, engine: EngineConfig, world: World, max_tokens: int, phase: str, step: int
 ) -> EngineError | None:
-    """Return what to raise if an allocation failed; None for any other error.
+    """Return the error to raise if an allocation failed; None for any other error.
 
     Args:
-        error: What was raised.
-        engine: How the run uses its machines.
+        error: The exception.
+        engine: The ``engine`` block.
         world: This rank.
         max_tokens: Budget of a pack (``data.packing.max_tokens``).
-        phase: Phase of the step, as the watchdog calls it.
+        phase: Current phase, as in ``Watchdog.current_phase``.
         step: Step of the run; 0 before the first.
     """
     reason = out_of_memory(error)
     if reason is None:
         return None
-    doing = _DOING.get(phase, "in {phase} of step {step}").format(phase=phase, step=step)
+    doing = _PHASES.get(phase, "in {phase} of step {step}").format(phase=phase, step=step)
     held = f", with microbatches of up to {engine.micro_lanes} x {max_tokens} tokens" if phase != "start" else ""
     return EngineError(
         f"rank {world.rank} ran out of memory {doing}{held} ({reason}). "
@@ -44,9 +44,9 @@ def explain_memory(
 
 
 def _remedies(engine: EngineConfig, world: World, max_tokens: int, phase: str) -> list[str]:
-    """Only what would change something in this run; what resumes the run first."""
+    """Return the remedies that have an effect in this run. Those that allow a resume come first."""
     found = []
-    holds_batch = phase != "start"  # The set-up of the engine allocates weights and optimizer state alone.
+    holds_batch = phase != "start"  # The set-up of the engine allocates only weights and optimizer state.
     if engine.micro_lanes > 1 and holds_batch:
         found.append(f"lower engine.micro_lanes ({engine.micro_lanes})")
     if not engine.activation_checkpointing and holds_batch:

@@ -1,13 +1,12 @@
-"""Which values of which parameter this rank owns, whatever the ZeRO stage.
+"""The values of each parameter that this rank owns, at any ZeRO stage.
 
     parameter (flattened)   0 ........ start [ master | exp_avg | exp_avg_sq | ema ) stop ........ numel
 
-For: checkpoints, which save and load ranges and never need to know the stage or the optimizer; optimizers that look at
-whole matrices; the average of the weights. All views are writable; after writing masters, ``Partition.publish`` carries
-them into the weights that the model computes with.
+Used by checkpoints, which save and load ranges independently of the ZeRO stage and the optimizer, by optimizers that
+need whole matrices, and for the average of the weights. All views are writable. After writing masters, call
+``Partition.publish``: it copies them into the weights that the model computes with.
 
-DeepSpeed offers no public way to do this at every stage; the attributes it is done with were read in version 0.19 and
-are all in this file.
+DeepSpeed has no public interface for this at every stage. This file reads private attributes of DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from mmscale.dist import World
 from mmscale.engine.optimizers.eight_bit import QuantisedRange, zero_moment
-from mmscale.engine.optimizers.shards import FlatMaster, Piece
+from mmscale.engine.optimizers.shards import FlatMaster, ParameterShard
 from mmscale.optim.schedule import full_shape
 
 EMA = "ema"
@@ -33,12 +32,12 @@ class OwnedRange:
 
     Attributes:
         name: Name of the parameter in the model.
-        start: First value, in the flattened parameter.
-        stop: One past the last.
+        start: Index of the first value in the flattened parameter.
+        stop: Index after the last value.
         master: float32 view ``(stop - start,)``; for a frozen parameter its weights in the compute format.
-        moments: Views of the same length of what is kept beside the master, by kind: the optimizer's own (AdamW's
-            ``exp_avg`` and ``exp_avg_sq``), and ``ema``. Empty for a frozen parameter. Whatever keeps the values,
-            ``float()`` reads and ``copy_`` writes them.
+        moments: Views of the same length on the optimizer's state, by kind (AdamW: ``exp_avg`` and ``exp_avg_sq``), and
+            on the average (``ema``). Empty for a frozen parameter. ``float()`` reads the values and ``copy_`` writes
+            them, also in 8-bit state.
         trained: Whether the stage trains the parameter.
     """
 
@@ -50,24 +49,24 @@ class OwnedRange:
     trained: bool
 
 
-def share(numel: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The range of ``rank`` when ``numel`` values are dealt in equal pieces; maybe empty for high ranks."""
-    piece = -(-numel // world_size)
-    return min(rank * piece, numel), min((rank + 1) * piece, numel)
+def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Return the range of ``rank`` if ``numel`` values are cut into equal shards; the last ranks' may be empty."""
+    length = -(-numel // world_size)
+    return min(rank * length, numel), min((rank + 1) * length, numel)
 
 
 class Partition:
     """Views into a DeepSpeed engine's weights and optimizer state.
 
     Args:
-        model: The bare model (no LossGraph): its parameter names are the names of record.
-        deepspeed_engine: What ``deepspeed.initialize`` returned.
+        model: The bare model (no LossGraph), whose parameter names checkpoints use.
+        deepspeed_engine: The engine that ``deepspeed.initialize`` returned.
         zero_stage: 0-3.
         world: This rank.
-        averaged: Whether an average of the masters is kept beside them.
+        averaged: Whether to keep an average of the masters.
 
     Attributes:
-        masters: The tensors that the optimizer steps, and which parts of which parameters they hold.
+        masters: The tensors that the optimizer steps, with the parts of parameters that they hold.
     """
 
     def __init__(
@@ -81,10 +80,10 @@ class Partition:
         self._extra_kinds = (EMA,) if averaged else ()
         self._replicas = self._find_replicas()
         self.masters = self._find_masters()
-        self._places = {piece.name: (master, piece) for master in self.masters for piece in master.pieces}
+        self._shards = {shard.name: (master, shard) for master in self.masters for shard in master.shards}
 
     def _find_replicas(self) -> dict[int, Tensor]:
-        """Stage 0: the fp32 tensor that is optimized for each parameter (the parameter itself in fp32)."""
+        """Return the fp32 tensor that stage 0 optimizes for each parameter (in fp32 the parameter itself)."""
         if self.zero_stage:
             return {}
         if not hasattr(self.optimizer, "fp32_groups"):
@@ -103,7 +102,7 @@ class Partition:
                 for i, (flat, parameters) in dealt
             ]
         if self.zero_stage:
-            # Stage 1 in bf16 has a wrapper of its own, with another name for the same list.
+            # Stage 1 in bf16 has its own wrapper class, with another name for the same list.
             wrapper = self.optimizer
             dealt_groups = wrapper.bit16_groups if hasattr(wrapper, "bit16_groups") else wrapper.bf16_groups
             return [
@@ -112,30 +111,30 @@ class Partition:
             ]
         whole = {id(master): names[low] for low, master in self._replicas.items()}
         return [
-            FlatMaster(p, group, (Piece(whole[id(p)], tuple(p.shape), 0, 0, p.numel()),), False)
+            FlatMaster(p, group, (ParameterShard(whole[id(p)], tuple(p.shape), 0, 0, p.numel()),), False)
             for group in groups
             for p in group["params"]
         ]
 
-    def _part(self, name: str, parameter: nn.Parameter) -> Piece:
-        """Stage 3: equal pieces of every parameter; the tail of a shard beyond the parameter's end is padding."""
+    def _part(self, name: str, parameter: nn.Parameter) -> ParameterShard:
+        """Return a parameter's shard at stage 3, which cuts every parameter into equal shards and pads the last one."""
         _, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        start, stop = share(int(parameter.ds_numel), self.world.rank, self.world.world_size)  # type: ignore[attr-defined]
-        return Piece(name, full_shape(parameter), int(offset), start, stop)
+        start, stop = shard_range(int(parameter.ds_numel), self.world.rank, self.world.world_size)  # type: ignore[attr-defined]
+        return ParameterShard(name, full_shape(parameter), int(offset), start, stop)
 
     def kinds(self, name: str) -> tuple[str, ...]:
-        """What is kept beside the master of a trained parameter, whichever rank holds it."""
-        return self._kinds(self._places[name][0])
+        """Return the kinds of optimizer state of a trained parameter, equal on all ranks."""
+        return self._kinds(self._shards[name][0])
 
     def _kinds(self, master: FlatMaster) -> tuple[str, ...]:
         return (*master.group["state_kinds"], *self._extra_kinds)
 
     def ensure_state(self) -> None:
-        """Creates the state of an optimizer that has not stepped yet: zeros, and as average the masters."""
+        """Create missing optimizer state: zero moments, step 0, and the masters as average."""
         for master in self.masters:
             values, state = master.values, self.basic_optimizer.state[master.values]
             if not state:
-                # Fused and capturable steps want the count on the device of the values.
+                # Fused and capturable steps need the count on the device of the values.
                 state["step"] = torch.zeros((), dtype=torch.float32, device=values.device)
                 for kind in master.group["state_kinds"]:
                     state[kind] = zero_moment(master, kind)
@@ -143,38 +142,38 @@ class Partition:
                     state[EMA] = values.detach().clone()
 
     def optimizer_steps(self) -> int:
-        """Steps that the optimizer has taken; equal for all parameters, since all are stepped together."""
+        """Return the number of optimizer steps, which is equal for all parameters; 0 without trained parameters."""
         self.ensure_state()
         return int(self.basic_optimizer.state[self.masters[0].values]["step"]) if self.masters else 0
 
     def set_optimizer_steps(self, steps: int) -> None:
-        """Writes the optimizer's step count, on which bias corrections and decay rates depend."""
+        """Set the optimizer's step count, on which bias corrections and decay rates depend."""
         self.ensure_state()
         for master in self.masters:
             self.basic_optimizer.state[master.values]["step"].fill_(steps)
 
     def whole_state(self) -> dict[str, Tensor]:
-        """Small optimizer state that every rank holds whole, ``parameter|kind`` to a writable tensor."""
+        """Return the optimizer state that every rank holds whole: ``parameter|kind`` to a writable tensor."""
         found: dict[str, Tensor] = getattr(self.basic_optimizer, "whole_state", dict)()
         return found
 
     def begin_average(self) -> None:
-        """Sets the average of the weights, if there is one, to the masters."""
+        """Set the average of the weights, if the stage keeps one, to the masters."""
         self.ensure_state()
         for master, average in self._averages():
             average.copy_(master)
 
     def update_average(self, decay: float) -> None:
-        """Moves the average towards the masters: ``average * decay + master * (1 - decay)``."""
+        """Update the average: ``average * decay + master * (1 - decay)``."""
         for master, average in self._averages():
             average.lerp_(master, 1 - decay)
 
     def swap_average(self) -> None:
-        """Exchanges masters and average, and publishes. All ranks must call, twice."""
+        """Exchange masters and average, then publish. All ranks must call; a second call restores the masters."""
         for master, average in self._averages():
-            kept = master.clone()
+            saved = master.clone()
             master.copy_(average)
-            average.copy_(kept)
+            average.copy_(saved)
         self.publish()
 
     def _averages(self) -> list[tuple[Tensor, Tensor]]:
@@ -184,11 +183,14 @@ class Partition:
         return [(master.values.data, state[master.values][EMA]) for master in self.masters]
 
     def owned(self, *, whole: bool = False) -> Iterator[OwnedRange]:
-        """This rank's range of every parameter; together the ranks' ranges cover each parameter exactly once.
+        """Yield this rank's range of each parameter, and create missing optimizer state first.
+
+        A parameter without values on this rank is left out. Without ``whole``, the ranges of all ranks cover each
+        parameter exactly once.
 
         Args:
-            whole: Where weights are replicated (stage 0, and frozen parameters below stage 3), give the whole
-                parameter instead of this rank's share: what must be filled when loading.
+            whole: For loading: yield replicated parameters (stage 0, and frozen ones below stage 3) whole, instead of
+                this rank's range.
         """
         self.ensure_state()
         for name, parameter in self.model.named_parameters():
@@ -198,17 +200,17 @@ class Partition:
                 yield from _frozen(name, parameter, self.zero_stage, self.world, whole)
 
     def _trained(self, name: str, whole: bool) -> Iterator[OwnedRange]:
-        master, piece = self._places[name]
-        start, stop = piece.start, piece.stop
-        if not master.shared_out and not whole:
-            start, stop = share(stop, self.world.rank, self.world.world_size)
+        master, shard = self._shards[name]
+        start, stop = shard.start, shard.stop
+        if not master.is_sharded and not whole:
+            start, stop = shard_range(stop, self.world.rank, self.world.world_size)
         if start < stop:
             state = self.basic_optimizer.state[master.values]
-            moments = {kind: _range_of(state[kind], piece, start, stop) for kind in self._kinds(master)}
-            yield OwnedRange(name, start, stop, piece.of(master.values.data, start, stop), moments, True)
+            moments = {kind: _range_of(state[kind], shard, start, stop) for kind in self._kinds(master)}
+            yield OwnedRange(name, start, stop, shard.view_of(master.values.data, start, stop), moments, True)
 
     def publish(self) -> None:
-        """Carries the masters into the weights the model computes with. All ranks must call after writing masters."""
+        """Copy the masters into the weights that the model computes with. All ranks must call after writing masters."""
         if self.zero_stage == 3:
             self._publish_sharded()
         elif hasattr(self.optimizer, "update_lp_params"):
@@ -225,16 +227,16 @@ class Partition:
                 shard.data.view(-1)[: owned.stop - owned.start].copy_(owned.master)
         persistent = self.optimizer.persistent_parameters
         if persistent:
-            persistent[0].partition(persistent)  # Drops the stale whole copies ...
-            persistent[0].all_gather(persistent)  # ... and makes fresh ones from the shards.
+            persistent[0].partition(persistent)  # Drop the outdated whole copies.
+            persistent[0].all_gather(persistent)  # Gather new ones from the shards.
 
 
 def frozen_ranges(model: nn.Module, zero_stage: int, world: World) -> Iterator[OwnedRange]:
-    """What this rank must fill of a model in which nothing learns: its shards at stage 3, else every parameter.
+    """Yield the ranges to fill on this rank when loading a frozen model: its shards at stage 3, else whole parameters.
 
     Args:
-        model: From ``construct``; no engine need exist.
-        zero_stage: It was constructed for.
+        model: A model that ``construct`` built. It needs no engine.
+        zero_stage: The stage that the model was built for.
         world: This rank.
     """
     for name, parameter in model.named_parameters():
@@ -244,33 +246,33 @@ def frozen_ranges(model: nn.Module, zero_stage: int, world: World) -> Iterator[O
 def _frozen(name: str, parameter: nn.Parameter, zero_stage: int, world: World, whole: bool) -> Iterator[OwnedRange]:
     numel = parameter.numel() if zero_stage < 3 else int(parameter.ds_numel)  # type: ignore[attr-defined]
     whole &= zero_stage < 3
-    start, stop = (0, numel) if whole else share(numel, world.rank, world.world_size)
+    start, stop = (0, numel) if whole else shard_range(numel, world.rank, world.world_size)
     if start < stop:
         if zero_stage == 3:
-            # The tail of a shard beyond the parameter's end is padding; it is never written.
+            # A shard may end with padding, which is not part of the range.
             values = parameter.ds_tensor.data.view(-1)[: stop - start]  # type: ignore[attr-defined]
         else:
             values = parameter.data.view(-1)[start:stop]
         yield OwnedRange(name, start, stop, values, {}, False)
 
 
-def _range_of(kept: Any, piece: Piece, start: int, stop: int) -> Tensor | QuantisedRange:
+def _range_of(kept: Any, shard: ParameterShard, start: int, stop: int) -> Tensor | QuantisedRange:
     if isinstance(kept, Tensor):
-        return piece.of(kept, start, stop)
-    return QuantisedRange(kept[piece], start - piece.start, stop - piece.start)
+        return shard.view_of(kept, start, stop)
+    return QuantisedRange(kept[shard], start - shard.start, stop - shard.start)
 
 
-def _fragment(name: str, parameter: nn.Parameter) -> Piece:
-    """Stages 1 and 2 deal the concatenation of a group, so a rank's part of a parameter starts anywhere."""
+def _fragment(name: str, parameter: nn.Parameter) -> ParameterShard:
+    """Return a parameter's shard at stages 1 and 2, which cut the concatenation of a group into equal shards."""
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
-        return Piece(name, tuple(parameter.shape), 0, 0, 0)
+        return ParameterShard(name, tuple(parameter.shape), 0, 0, 0)
     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Piece(name, tuple(parameter.shape), high.start, low.start, low.start + low.numel)
+    return ParameterShard(name, tuple(parameter.shape), high.start, low.start, low.start + low.numel)
 
 
 def parameter_table(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Shape and whether it is trained, of every parameter by name; tied parameters once."""
+    """Return ``shape`` and ``trained`` of each parameter by name; tied parameters occur once."""
     return {
         name: {"shape": list(full_shape(parameter)), "trained": parameter.requires_grad}
         for name, parameter in model.named_parameters()

@@ -1,4 +1,4 @@
-"""Which number format to compute in, and why."""
+"""The choice of the number format of weights and activations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Precision:
 
     Attributes:
         name: ``fp32``, ``bf16`` or ``fp16``.
-        reason: Why, in words for the log.
+        reason: Why it was chosen, for the log.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Precision:
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Instruction set flags of this machine's processor; empty where the system does not tell."""
+    """Return the instruction set flags of this machine's processor; empty if the system does not report them."""
     try:
         for line in cpuinfo.read_text().splitlines():
             if line.startswith(("flags", "Features")):
@@ -42,13 +42,13 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def choose_precision(config: EngineConfig, device: torch.device, flags: frozenset[str] | None = None) -> Precision:
-    """Resolves ``config.precision`` for ``device``.
+    """Resolve ``config.precision`` for ``device``.
 
-    bf16 trains 1.7 to 1.9 times faster than fp32 on a CPU with AVX512-BF16 and, emulated, seven times slower on one
-    with AVX2 alone; so a CPU must show the flag before ``auto`` takes it.
+    bf16 trains 1.7 to 1.9 times faster than fp32 on a CPU with AVX512-BF16. On a CPU with only AVX2, bf16 is emulated
+    and seven times slower. So ``auto`` chooses bf16 on a CPU only if ``flags`` (by default this CPU's) list support.
 
     Raises:
-        UnsupportedError: bf16 was named for a CUDA device that cannot compute it, or fp16 for a CPU.
+        UnsupportedError: ``bf16`` is configured for a CUDA device without bf16, or ``fp16`` for a CPU.
     """
     if config.precision == "fp16" and device.type != "cuda":
         raise UnsupportedError(

@@ -1,14 +1,14 @@
-"""Where the time of a step goes, and how much memory each part of it needs.
+"""Time and peak memory of the phases of a step.
 
     with clock.phase("forward"): ...      with clock.communicating(): ...      clock.pop_spans() -> StepSpans
 
-Phases follow one another. Communication runs inside them (ZeRO gathers weights in hooks of forward and backward), so it
-is no phase of its own but a share *of which*. On a CPU a span is wall time. On CUDA it is the time between two events
-on the compute stream: a collective counts with what the stream waits for it, a hidden one with nothing, and nothing
-here makes the host wait for the device.
+Phases follow one another. Communication happens inside phases (ZeRO gathers weights in hooks of forward and backward)
+and between them, so its time is measured separately and is not a phase. On a CPU a span is wall time. On CUDA it is the
+time between two events on the compute stream: a collective counts only while that stream waits for it. The clock never
+makes the host wait for the device.
 
 The kernel and the CUDA allocator keep one high-water mark of memory each. Measuring a phase resets them, so
-``peak_memory`` remembers what they showed before.
+``peak_memory`` keeps the largest value from before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.profiler import record_function
 
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 BETWEEN = "agreement"
-"""What a step does outside of phases: words between ranks."""
+"""The phase name for the work outside of the three phases: small collectives between ranks."""
 COMMUNICATION = "communication"
 
 _COLLECTIVES = (
@@ -40,13 +40,13 @@ _COLLECTIVES = (
 
 @dataclass(frozen=True)
 class StepSpans:
-    """What one step took on this rank.
+    """Time and memory of one step on this rank.
 
     Attributes:
-        seconds: By phase, and under ``communication`` the part of all phases that was spent in or waiting for
-            collectives.
-        peak_bytes: By phase the most memory held during it: of the device on CUDA, else of the process. Empty where
-            it was not asked for, or the system cannot tell.
+        seconds: Seconds by phase. ``communication`` is the time in collectives or waiting for them, inside phases and
+            between them.
+        peak_bytes: Peak memory by phase: of the device on CUDA, else of the process. Empty if it was not requested or
+            the system cannot measure it.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -66,12 +66,13 @@ class StepClock:
 
     Args:
         device: Where the step runs.
-        now: Seconds, monotonic; replaced in tests.
+        now: Monotonic clock in seconds; replaced in tests.
 
     Attributes:
-        memory: Whether to take the memory marks of phases too; at first not. It resets the process's own mark, which
-            ``peak_memory`` makes up for and others may not, and costs 0.2 ms a phase on a CPU.
-        on_phase: Told the name of each phase as it is entered, and ``BETWEEN`` as it is left.
+        memory: Whether to measure the peak memory of phases too; False at first. Each measurement resets the high-water
+            mark of the process, which other tools may read, and costs 0.2 ms a phase on a CPU.
+        on_phase: Called with the name of each phase when it begins, and with ``BETWEEN`` when it ends without an
+            error.
     """
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
@@ -86,7 +87,7 @@ class StepClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the enclosed work under ``name``, here and as a range in a trace."""
+        """Measure the enclosed work as phase ``name``, which is also a range in a profiler trace."""
         measured = self.memory and reset_peak(self._device)
         self.on_phase(name)
         _running.append(self)
@@ -101,7 +102,7 @@ class StepClock:
 
     @contextmanager
     def communicating(self) -> Iterator[None]:
-        """Counts the enclosed work as communication; inside another such block it counts once."""
+        """Measure the enclosed work as communication. A nested block is counted once."""
         if self._inside_collective:
             yield
             return
@@ -128,9 +129,9 @@ class StepClock:
             self._seconds[name] += self._now() - begin
 
     def pop_spans(self) -> StepSpans:
-        """Return the spans since the last call. On CUDA call it once the step's metrics have reached the host."""
+        """Return the spans since the last call. On CUDA call it after the step's metrics have reached the host."""
         if self._events:
-            self._events[-1][2].synchronize()  # It has passed already: the metrics came after it in the stream.
+            self._events[-1][2].synchronize()  # Returns at once: the metrics followed this event in the stream.
         for name, start, end in self._events:
             self._seconds[name] += start.elapsed_time(end) / 1e3
         self._events.clear()
@@ -141,14 +142,14 @@ class StepClock:
 
 
 _running: list[StepClock] = []
-"""Clocks inside a phase: at most one, unless phases are nested."""
+"""Clocks of the active phases, the innermost last. Collectives count for the last one."""
 
 
 def watch_deepspeed() -> None:
-    """Lets collectives of DeepSpeed, and waits for those it starts early, count for the clock whose phase they are in.
+    """Measure DeepSpeed's collectives, and the waits for asynchronous ones, in the clock of the active phase.
 
-    Its own log of communication waits for the device after every call, which would change what it measures. So the
-    methods of its backend object are shadowed, once a process, by attributes of the same names.
+    DeepSpeed's own communication log waits for the device after every call, which would change the measurement. So
+    attributes of the same names shadow the methods of DeepSpeed's backend object. A second call does nothing.
     """
     from deepspeed.comm import comm
 
@@ -177,7 +178,7 @@ class _TimedCollective:
 
 
 class _TimedWork:
-    """A handle of a collective that was started; waiting for it is communication."""
+    """The handle of an asynchronous collective. Waiting for it counts as communication."""
 
     def __init__(self, work: Any, clock: StepClock) -> None:
         self._work = work
@@ -192,11 +193,11 @@ class _TimedWork:
 
 
 _before_reset = {"rss": 0, "device": 0}
-"""Largest marks that a reset has wiped out. The marks belong to the process, and so does this."""
+"""Largest high-water marks of this process before their resets, in bytes."""
 
 
 def peak_memory() -> PeakMemory:
-    """The most memory this process has held since it started."""
+    """Return the peak memory of this process since it started."""
     marks = _before_reset
     marks["rss"] = max(marks["rss"], _rss_mark())
     if not torch.cuda.is_available():
@@ -206,8 +207,8 @@ def peak_memory() -> PeakMemory:
 
 
 def reset_peak(device: torch.device) -> bool:
-    """Starts the mark of ``device`` again from what is held now; False where the system has no such thing."""
-    peak_memory()  # Remembers the marks.
+    """Reset the high-water mark of ``device`` to the memory held now. Return False if the system cannot do that."""
+    peak_memory()  # Saves the marks before the reset.
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -221,12 +222,15 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def peak_since_reset(device: torch.device) -> int:
-    """The most that was held since ``reset_peak``: of the device on CUDA, else of the process."""
+    """Return the peak memory since ``reset_peak``: of the device on CUDA, else of the process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _rss_mark()
 
 
 def _rss_mark() -> int:
-    """Peak resident set size in bytes. Not getrusage on Linux: a child starts there with its parent's mark."""
+    """Return the peak resident set size in bytes.
+
+    On Linux getrusage is only the fallback: there a child process starts with its parent's mark.
+    """
     try:
         with open("/proc/self/status", "rb") as file:
             for line in file:

@@ -1,7 +1,8 @@
-"""Stopping between two steps: signals and the deadline of a SLURM job.
+"""Stop a run between two steps, on a signal or before the deadline of a SLURM job.
 
-A handler only sets a flag; ``StopRequest.should_stop`` asks all ranks at a step boundary, so that they save together. A
-signal can also mean that a peer has died: then the vote does not come back and raises EngineError in bounded time.
+The signal handler only sets a flag. ``StopRequest.should_stop`` combines the flags of all ranks at a step boundary, so
+that all ranks save the same step. If the signal arrived because another rank died, that collective fails: it raises
+EngineError within ``engine.timeout_seconds``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ _GRACEFUL = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether this process was asked to stop.
+    """The stop request of this process, if any.
 
     Args:
-        margin_seconds: How long before SLURM's end of the job (``SLURM_JOB_END_TIME``) to stop by ourselves; enough to
-            finish a step and save.
+        margin_seconds: The run stops by itself this long before SLURM ends the job (``SLURM_JOB_END_TIME``). It must
+            suffice to finish a step and save.
+
+    Attributes:
+        reason: Why to stop; None without a request.
     """
 
     def __init__(self, margin_seconds: float = 120.0) -> None:
@@ -31,32 +35,32 @@ class StopRequest:
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         self._deadline = float(end) - margin_seconds if end.isdigit() else None
 
-    def note(self, number: int, frame: FrameType | None = None) -> None:
-        """Signal handler: remembers the request. A second Ctrl-C raises KeyboardInterrupt at once."""
+    def handle_signal(self, number: int, frame: FrameType | None = None) -> None:
+        """Record the request. A Ctrl-C after an earlier request raises KeyboardInterrupt at once."""
         del frame
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
         self.reason = self.reason or f"signal {signal.Signals(number).name}"
 
     def should_stop(self, world: World) -> bool:
-        """Whether any rank was asked to stop. All ranks must call, at the same step.
+        """Return whether any rank has a stop request. All ranks must call, at the same step.
 
         Raises:
-            EngineError: a peer did not answer in time.
+            EngineError: another rank is lost or did not answer in time.
         """
         if self.reason is None and self._deadline is not None and time.time() >= self._deadline:
             self.reason = "the end of the SLURM job is near"
         stop = any_rank(world, self.reason is not None)
         if stop and self.reason is None:
-            self.reason = "another rank was asked to stop"
+            self.reason = "another rank has a stop request"
         return stop
 
 
 @contextmanager
 def listen_for_stop(margin_seconds: float = 120.0) -> Iterator[StopRequest]:
-    """Handles SIGTERM, SIGUSR1 and SIGINT (main thread only), and puts the old handlers back at the end."""
+    """Handle SIGTERM, SIGUSR1 and SIGINT, and restore the previous handlers at the end. Main thread only."""
     request = StopRequest(margin_seconds)
-    before = {number: signal.signal(number, request.note) for number in _GRACEFUL}
+    before = {number: signal.signal(number, request.handle_signal) for number in _GRACEFUL}
     try:
         yield request
     finally:

@@ -1,16 +1,16 @@
-"""Notices that nothing moves any more, says who stands where, and ends the run.
+"""Detect a run that hangs, name the rank that causes it, and end the run.
 
-    main thread:  watchdog.enter("forward") ...          where it is, and since when
-    watchdog:     RUN/heartbeats/rank-00001              written every second or so, also while the main thread waits
-                  own phase longer than its limit? --> read everybody's, name the rank, dump stacks, exit code 76
+    main thread:      watchdog.enter("forward")      records the phase and its start
+    watchdog thread:  RUN/heartbeats/rank-00001      written every 5 s or more often, also while the main thread waits
+                      phase longer than its limit?   read all heartbeats, name the rank, dump stacks, exit with code 76
 
-A rank that stops makes all others wait for it in the next collective, so every rank has its own reason to look. Which
-one is to blame shows in the files: one that is not written any more (the process is stopped, or its machine is gone),
-or whose main thread waits for no other rank. Where the main thread stands is read off its stack, so no collective need
-be wrapped. The files go through the run folder, as checkpoints do, and not through torch's store: that lives in rank 0,
-which may be the one that stopped. Seconds are counted by each machine's own clock; no two clocks are compared.
+If one rank hangs, all others wait for it in the next collective, so every rank exceeds its limit. The heartbeats show
+the cause: a rank whose file is no longer updated (the process is stopped, or its machine is down), or a rank whose main
+thread waits in no collective. The watchdog reads the collective from the stack of the main thread, so no collective
+needs a wrapper. Heartbeats are files in the run folder. torch's store would not do: rank 0 serves it, and rank 0 may be
+the rank that hangs. Each rank measures seconds by its own clock; clocks of two machines are never compared.
 
-Not for: a rank that dies. Its peers see the connection close and end at once.
+Not for: a rank that dies. The other ranks then see the connection close and end at once.
 """
 
 from __future__ import annotations
@@ -38,50 +38,53 @@ EXIT_HUNG = 76
 """Exit code of a run that its watchdog ended."""
 HEARTBEATS = "heartbeats"
 _VERDICT = "verdict.json"
+"""Written by each rank that reports the hang. The other ranks then report it too, unless they make progress."""
 _MOST_BEAT_BYTES = 1 << 16
 _TORCH, _DEEPSPEED = "/torch/distributed/distributed_c10d.py", "/deepspeed/comm/"
 _ZERO = "/deepspeed/runtime/zero/partition_parameters.py"
-"""Its handles wait for weights that are gathered ahead of time."""
+"""The file with the handles that wait for prefetched weights."""
 _PHASES = ("start", "data", "agreement", "forward", "backward", "optimizer")
 _MEASURES = "/engine/step_clock.py"
-"""It stands around every collective and every phase, and is never the place that somebody looks for."""
+"""A file of ours that wraps every collective and phase. Its lines are not reported as a location."""
 _OURS = ("/mmscale/", "/data_pipeline/", "/tests/", "/benchmarks/")
 
 
 class WatchdogConfig(StrictConfig):
-    """How long nothing may move before a run counts as hung. Each limit holds for one phase of one step."""
+    """The time limits after which a run counts as hung. Each limit holds for one phase at a time."""
 
     step_seconds: Annotated[float, Field(gt=0, le=1e9)] | Literal["auto"] | None = "auto"
-    """Longest wait for data, forward, backward or the optimizer; null switches the watchdog off. It must be less than
-    ``engine.timeout_seconds``, after which a collective fails without telling who was missing; ``auto`` is half."""
+    """Longest time in seconds for a phase of a step: wait for data, forward, backward, optimizer, or the small
+    collectives between them. It must be less than ``engine.timeout_seconds``, after which a collective fails without
+    naming the missing rank. ``auto``: half of ``engine.timeout_seconds``; null: no watchdog."""
     other_seconds: float = Field(default=3600.0, gt=0, le=1e9)
-    """The same for what is no step: set-up until the end of the first step, a checkpoint, an evaluation."""
+    """Longest time in seconds for any other phase: a set-up, each phase of the first step after it, a checkpoint, an
+    evaluation; above 0."""
 
     def limits(self, timeout_seconds: float) -> Limits:
-        """In numbers, where a collective may take ``timeout_seconds``."""
+        """Return the limits in seconds. ``timeout_seconds`` is the timeout of a collective."""
         step = timeout_seconds / 2 if self.step_seconds == "auto" else self.step_seconds
         return Limits(step, self.other_seconds)
 
 
 class Limits(NamedTuple):
-    """Seconds; ``step`` None: no watchdog."""
+    """Limits of a phase in seconds, inside steps and elsewhere. ``step`` None: no watchdog."""
 
     step: float | None
     other: float
 
 
 @dataclass(frozen=True)
-class Beat:
-    """What a rank says about itself.
+class Heartbeat:
+    """The state of a rank, as written to its heartbeat file.
 
     Attributes:
-        count: Rises with every beat: a rank whose count stands still does not run.
-        step: The step it is in.
+        count: Number of the heartbeat. If it does not increase, the rank's process does not run.
+        step: Current step; 0 during set-up.
         phase: ``start``, ``data``, ``agreement``, ``forward``, ``backward``, ``optimizer``, ``checkpoint`` or
             ``evaluation``.
-        seconds: For how long.
-        collective: Name of the collective that its main thread waits in; empty if it is in none.
-        place: Where in our code it is.
+        seconds: Seconds in this phase.
+        collective: Name of the collective that the main thread waits in; empty for none.
+        place: File, line and function of the innermost frame in the code of this project; empty for none.
     """
 
     count: int
@@ -93,13 +96,15 @@ class Beat:
 
 
 class Watchdog:
-    """Watches this rank and, when it does not get on, all others. A daemon thread between ``start`` and ``close``.
+    """The watchdog of this rank. A daemon thread runs between ``start`` and ``close``.
+
+    If a phase exceeds its limit, the thread reads the heartbeats of all ranks, prints the cause and ends the process.
 
     Args:
-        run_dir: The run folder, seen by all ranks.
-        limits: How long nothing may move.
+        run_dir: The run folder, on a file system that all ranks share.
+        limits: Time limits of the phases.
         rank: This rank.
-        world_size: All.
+        world_size: Number of ranks.
     """
 
     def __init__(self, run_dir: Path, limits: Limits, rank: int, world_size: int) -> None:
@@ -110,11 +115,11 @@ class Watchdog:
         self._main = threading.get_ident()
         self._where, self._step, self._count = ("start", time.monotonic()), 0, 0
         self._warm = False
-        self._closed, self._has_spoken = threading.Event(), threading.Event()
+        self._closed, self._reported = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begins to watch. Rank 0 clears what an earlier process left; the others' first beats come after theirs."""
+        """Start the thread, unless the watchdog is off. Remove the verdict of an earlier process first."""
         if self._limits.step is None:
             return
         with contextlib.suppress(OSError):
@@ -124,38 +129,41 @@ class Watchdog:
         self._thread.start()
 
     def close(self) -> None:
-        """Stops watching; also if it was never started. Ends the process where the watchdog is about to.
+        """Stop the thread, if it was started. If the watchdog has reported a hang, end the process with exit code 76.
 
-        The main thread comes here with an error if another rank has left a little earlier: the run hung all the same.
+        When another rank exits first, the main thread gets an error and calls this method. The run has still hung.
         """
-        if self._has_spoken.is_set():
-            _leave()
+        if self._reported.is_set():
+            _exit_process()
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(2 * self._every)
 
     @property
-    def moment(self) -> tuple[str, int]:
-        """The phase and the step that the main thread is in."""
+    def current_phase(self) -> tuple[str, int]:
+        """The current phase of the main thread, and its step."""
         return self._where[0], self._step
 
     def enter(self, phase: str) -> None:
-        """The main thread begins ``phase``; the one before is over."""
+        """Record that the main thread begins ``phase``."""
         self._where = (phase, time.monotonic())
 
     def begin_step(self, step: int) -> None:
-        """The main thread begins a step with the wait for its data. The first step is still a part of the start."""
+        """Record that the main thread begins a step and waits for its data.
+
+        In the first step after ``begin_start``, ``other_seconds`` limits each phase.
+        """
         self._warm, self._step = self._step > 0, step
         self.enter("data")
 
     def begin_start(self) -> None:
-        """The main thread sets up an engine: until the end of its first step everything may take longer."""
+        """Record that the main thread sets up an engine. ``other_seconds`` limits each phase until the second step."""
         self._warm, self._step = False, 0
         self.enter("start")
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """The main thread is in ``phase`` meanwhile, for example ``checkpoint``."""
+        """Record that the main thread is in ``phase`` during the enclosed work, for example ``checkpoint``."""
         self.enter(phase)
         yield
         self.enter("agreement")
@@ -169,7 +177,7 @@ class Watchdog:
         while not self._closed.wait(self._every):
             now = time.monotonic()
             if now - before > 3 * self._every:
-                # This process was stopped, or starved: nothing of that time is the main thread's fault.
+                # The whole process was stopped or got no CPU time. Do not count that time for the main thread.
                 phase, since = self._where
                 self._where = (phase, since + now - before)
             before = now
@@ -177,33 +185,34 @@ class Watchdog:
             if beat.seconds > self._limit(beat.phase) or (self._folder / _VERDICT).exists():
                 self._end(beat)
 
-    def _beat(self) -> Beat:
-        """Writes down where this rank stands."""
+    def _beat(self) -> Heartbeat:
+        """Write the heartbeat file and return its content. A file that cannot be written is ignored."""
         self._count += 1
         phase, since = self._where
-        collective, place = _stand(sys._current_frames().get(self._main))
-        beat = Beat(self._count, self._step, phase, time.monotonic() - since, collective, place)
+        collective, place = _innermost_call(sys._current_frames().get(self._main))
+        beat = Heartbeat(self._count, self._step, phase, time.monotonic() - since, collective, place)
         with contextlib.suppress(OSError):
             self._write(self._folder / f"rank-{self._rank:05d}", asdict(beat))
         return beat
 
-    def _go_on_beating(self, times: int) -> Beat:
+    def _repeat_beat(self, times: int) -> Heartbeat:
+        """Write ``times`` more heartbeats at the usual interval and return the last one."""
         for _ in range(times):
             self._closed.wait(self._every)
             beat = self._beat()
         return beat
 
     def _write(self, path: Path, values: object) -> None:
-        beside = path.with_name(f".{path.name}.{self._rank}")
-        with append_regular(beside) as file:
+        temporary = path.with_name(f".{path.name}.{self._rank}")
+        with append_regular(temporary) as file:
             file.truncate(0)
             file.write(json.dumps(values).encode())
-        beside.replace(path)
+        temporary.replace(path)
 
-    def _end(self, mine: Beat) -> None:
-        """Tells what is known and ends the process, unless the main thread goes on meanwhile."""
+    def _end(self, mine: Heartbeat) -> None:
+        """Report the hang and end the process, unless the main thread makes progress in the meantime."""
         first = self._read_all()
-        now = self._go_on_beating(3)  # Who does not, meanwhile, does not run.
+        now = self._repeat_beat(3)  # A rank whose heartbeat does not change in this time does not run.
         if self._closed.is_set() or (now.phase, now.step) != (mine.phase, mine.step) or now.seconds < mine.seconds:
             return
         beats = self._read_all()
@@ -214,18 +223,18 @@ class Watchdog:
             self._write(self._folder / _VERDICT, {"rank": self._rank})
         print(f"mmscale: rank {self._rank}: {explain(beats, silent)}", file=sys.stderr, flush=True)
         self._dump_stacks()
-        self._has_spoken.set()
-        self._go_on_beating(6)  # The others say theirs before our connections close.
+        self._reported.set()
+        self._repeat_beat(6)  # Let the other ranks report before this rank's connections close.
         if not self._closed.is_set():
-            _leave()
+            _exit_process()
 
-    def _read_all(self) -> list[Beat | None]:
+    def _read_all(self) -> list[Heartbeat | None]:
         return [self._read(self._folder / f"rank-{rank:05d}") for rank in range(self._world_size)]
 
     @staticmethod
-    def _read(path: Path) -> Beat | None:
+    def _read(path: Path) -> Heartbeat | None:
         try:
-            return Beat(**read_json(path, most_bytes=_MOST_BEAT_BYTES))
+            return Heartbeat(**read_json(path, most_bytes=_MOST_BEAT_BYTES))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -241,13 +250,13 @@ class Watchdog:
             print(f"mmscale: rank {self._rank}: the stacks are in {path}", file=sys.stderr, flush=True)
 
 
-def _leave() -> None:
-    """Ends the process from a thread: the main one cannot be interrupted while it waits in a collective."""
+def _exit_process() -> None:
+    """End the process from any thread. The main thread cannot be interrupted while it waits in a collective."""
     os._exit(EXIT_HUNG)
 
 
-def _stand(frame: FrameType | None) -> tuple[str, str]:
-    """The collective that a stack waits in, and the innermost line of our own code in it."""
+def _innermost_call(frame: FrameType | None) -> tuple[str, str]:
+    """Return the collective that a stack waits in, and the innermost location in the code of this project."""
     collective = ""
     while frame is not None:
         path, name = frame.f_code.co_filename.replace(os.sep, "/"), frame.f_code.co_name
@@ -264,19 +273,20 @@ def _stand(frame: FrameType | None) -> tuple[str, str]:
     return collective, ""
 
 
-def explain(beats: Sequence[Beat | None], silent: Sequence[int]) -> str:
-    """One sentence about a run that hangs: who is waited for, and by whom.
+def explain(beats: Sequence[Heartbeat | None], silent: Sequence[int]) -> str:
+    """Return a sentence about a run that hangs: the ranks that cause it, and the ranks that wait for them.
 
     Args:
-        beats: The last word of each rank; None if it never said any.
+        beats: The last heartbeat of each rank; None if there is none that can be read.
         silent: Ranks whose process does not run.
     """
     known = {rank: beat for rank, beat in enumerate(beats) if beat is not None}
     blamed = list(silent) or [rank for rank, beat in known.items() if not beat.collective]
     if not blamed or len(blamed) == len(beats):
-        # All wait for others, or none seems to (a device's queue shows no collective): who is furthest behind?
-        behind = min(_progress(beat) for beat in known.values())
-        blamed = [rank for rank, beat in known.items() if _progress(beat) == behind]
+        # All ranks or none wait in a collective (one queued on a device is not on the stack). Name the ranks with the
+        # least progress.
+        least = min(_progress(beat) for beat in known.values())
+        blamed = [rank for rank, beat in known.items() if _progress(beat) == least]
     waiting = [rank for rank in known if rank not in blamed]
     sentence = "; ".join(_describe(rank, known.get(rank), rank in silent) for rank in blamed)
     if not waiting:
@@ -287,17 +297,17 @@ def explain(beats: Sequence[Beat | None], silent: Sequence[int]) -> str:
     return f"{sentence} while {ranks} for it in {' and '.join(places)} ({', '.join(phases)})"
 
 
-def _describe(rank: int, beat: Beat | None, is_silent: bool) -> str:
+def _describe(rank: int, beat: Heartbeat | None, is_silent: bool) -> str:
     if beat is None:
-        return f"rank {rank} has never given a sign of life"
+        return f"rank {rank} has never written a heartbeat"
     where = f"{beat.phase} of step {beat.step}" if beat.step else beat.phase
     if is_silent:
         return (
             f"rank {rank} does not run any more (stopped, swapped out, or its machine is gone): it was last in {where}"
         )
     waits = f", in {beat.collective}" if beat.collective else ""
-    return f"rank {rank} has been in {where} for {beat.seconds:.0f} s{waits} (at {beat.place or 'no line of ours'})"
+    return f"rank {rank} has been in {where} for {beat.seconds:.0f} s{waits} (at {beat.place or 'no line of mmscale'})"
 
 
-def _progress(beat: Beat) -> tuple[int, int]:
+def _progress(beat: Heartbeat) -> tuple[int, int]:
     return beat.step, _PHASES.index(beat.phase) if beat.phase in _PHASES else len(_PHASES)

@@ -1,16 +1,17 @@
-"""Held-out scores: does the model choose the right answer, does it look at the image to do so, and what surprises it?
+"""Scores on held-out sets: choice of the right answer, use of the image, and perplexity.
 
-config      which sets, which question
-heldout     samples, right answers, prompts as documents
-questions   sample -> candidates, and which image stands in for which in the control
-branch      prompts and candidates -> one packed batch in which candidates share their image
-likelihood  batch -> log-likelihood of each learned token, of each candidate
-pairs       (prompt, candidate) pairs -> log-likelihoods, over all ranks
-similarity  (sample, candidate) pairs -> how near image and text are, of a model that compares them
-choice      multiple-choice questions -> ChoiceResult
-perplexity  documents -> PerplexityResult
-score       all of it -> a result for each set
-check       all of it that can be known before a run
+config         the ``evaluation`` block: sets and their questions
+heldout        samples, right answers, prompts as documents
+questions      samples -> blocks with common candidates, and the image that each sample gets in the control
+continuations  prompts and answers -> one packed batch in which answers share the image of their prompt
+likelihood     batch -> log-likelihood of each label, of each segment
+pairs          (prompt, answer) pairs -> log-likelihoods, over all ranks
+similarity     (sample, candidate) pairs -> cosine of image and text, for contrastive models
+choice         multiple-choice questions -> ChoiceResult
+perplexity     documents -> PerplexityResult
+score          every set -> its result
+check          checks of the sets before a run starts
+answers        generated answers and captions
 """
 
 from mmscale.evaluate.check import check_sets
@@ -21,7 +22,7 @@ from mmscale.evaluate.config import (
     HeldOutSet,
     PerplexitySet,
 )
-from mmscale.evaluate.heldout import not_asked
+from mmscale.evaluate.heldout import unanswerable_sets
 from mmscale.evaluate.score import evaluate
 
 __all__ = [
@@ -32,5 +33,5 @@ __all__ = [
     "PerplexitySet",
     "check_sets",
     "evaluate",
-    "not_asked",
+    "unanswerable_sets",
 ]

@@ -1,6 +1,6 @@
-"""A trained model answers: to a person with a prompt and files, and about held-out images for the report of a run.
+"""Generate text: answers to a user's prompt and images, and captions of held-out images for the report.
 
-prompt, image files --as in training--> generate, with a cache --> text
+prompt, image files --document as in training--> generate with a key-value cache --> text
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data_pipeline.images.decode import Pixels, decode_image
 from data_pipeline.io.untrusted import UntrustedError, read_bytes
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.text.templates import LITERAL, CaptionTemplate
@@ -28,18 +28,19 @@ from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.evaluate import CaptionsConfig, EvaluationConfig, HeldOutSet
-from mmscale.evaluate.heldout import PromptBuilder, Questions
+from mmscale.evaluate.heldout import ImageQuestions, PromptBuilder
 from mmscale.models.generation import generate
 from mmscale.models.sampling import SamplingConfig
 
 _MOST_IMAGE_BYTES = 1 << 28
-_IMAGE_PLACE = re.compile(r"<image(?:-(\d+))?>")
-_PICTURE_PIXELS = 256
-"""Longest side of an image in the report."""
+_IMAGE_MARK = re.compile(r"<image(?:-(\d+))?>")
+"""Marks an image position in a prompt: the next image, or the image with this number (from 1)."""
+_THUMBNAIL_PIXELS = 256
+"""Longest side of an image in the report, pixels."""
 
 
-class Captioned(NamedTuple):
-    """A held-out image with what is true of it and what the model says; ``save_captions`` takes a list of these."""
+class CaptionedImage(NamedTuple):
+    """A held-out image with its right answer and the generated caption, for ``save_captions``."""
 
     set: str
     pixels: Pixels
@@ -60,43 +61,47 @@ def respond(
     stop: Sequence[str] = (),
     show: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """What a whole model, in this process, says to a prompt with images or without.
+    """Generate answers to a prompt, with or without images. The model must be unsharded.
 
     Args:
-        model: In evaluation mode, on the CPU or a CUDA device.
-        data: Tokenizer, and template and transform of the first data set.
-        spec: What the model takes.
+        model: Model in evaluation mode, on the CPU or a CUDA device.
+        data: Gives the tokenizer, and template and transform of the first data set.
+        spec: Media that the model accepts.
         images: JPEG, PNG or WebP files.
-        prompt: Text before the answer, of a dialogue what the user says. Images stand where it says ``<image>`` (the
-            next one) or ``<image-2>`` (the second); where it says neither, before it. None takes the first prompt of
-            the template.
-        num: Answers, each drawn anew.
+        prompt: Text before the answer; in a dialogue the user's turn. ``<image>`` in it marks the position of the next
+            image and ``<image-2>`` that of the second. Without marks the images come first. None for the first prompt
+            of the template.
+        num: Number of answers, sampled independently.
         max_new_tokens: Longest answer, tokens.
-        sampling: How tokens are chosen.
-        stop: Texts that end an answer and are no part of it.
-        show: Called with the first answer as it grows, after each token.
+        sampling: How tokens are sampled.
+        stop: An answer ends before the first of these texts.
+        show: Called after each token with the first answer so far.
+
+    Returns:
+        The answers without surrounding white space.
 
     Raises:
-        ConfigError: the model has no image tower or writes no text, or the prompt of the template needs what is not
-            given.
-        SampleError: a file is no such image, or images and places for them differ.
+        ConfigError: the model has no vision tower or cannot generate text, the template needs an image or a prompt
+            that is missing, or the prompt marks more images than ``images`` has.
+        SampleError: a file is not such an image, or an image has no position in the prompt.
+        MMScaleError: a file cannot be read.
     """
     if spec.placement is Placement.PAIR:
         raise ConfigError(
-            "this model compares images with texts (connector.kind=contrastive) and writes none; `mmscale eval` tells "
-            "which text it finds nearest to an image"
+            "this model compares images with texts (connector.kind=contrastive) and cannot generate text; "
+            "`mmscale eval` scores which text is nearest to an image"
         )
     tokenizer = load_tokenizer(data.tokenizer)
-    dataset, sample = _question(data.datasets[0], images, prompt, spec)
+    dataset, sample = _prompt_sample(data.datasets[0], images, prompt, spec)
     document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
-    null = null_document(spec, tokenizer.pad_id)
+    dummy = dummy_document(spec, tokenizer.pad_id)
     device = next(model.parameters()).device
-    batch = collate([Pack((*[document] * num, null), lane=-1)], spec).to(device)
+    batch = collate([Pack((*[document] * num, dummy), lane=-1)], spec).to(device)
 
     def watch(number: int, tokens: list[int]) -> bool:
         text = tokenizer.decode(tokens)
         if show is not None and number == 0:
-            show(_until(text, stop))
+            show(_before_stop(text, stop))
         return any(end in text for end in stop)
 
     stop_ids = [tokenizer.special_id(name, "template.special_tokens") for name in dataset.template.closing]
@@ -110,39 +115,38 @@ def respond(
         stop_ids=stop_ids,
         watch=watched,
     )
-    return [_until(tokenizer.decode(tokens), stop).strip() for tokens in answers]
+    return [_before_stop(tokenizer.decode(tokens), stop).strip() for tokens in answers]
 
 
-def _until(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first of the stop texts in it."""
-    places = [place for end in stop if (place := text.find(end)) >= 0]
-    return text[: min(places)] if places else text
+def _before_stop(text: str, stop: Sequence[str]) -> str:
+    """Return the text before the first stop text in it."""
+    positions = [position for end in stop if (position := text.find(end)) >= 0]
+    return text[: min(positions)] if positions else text
 
 
-def _question(
+def _prompt_sample(
     dataset: DatasetConfig, images: Sequence[Path], prompt: str | None, spec: MediaSpec
 ) -> tuple[DatasetConfig, Sample]:
-    """A sample of these images, and how it is put to the model."""
+    """Return a sample with these images, and the data set whose template turns it into the prompt."""
     if images and spec.placement is Placement.NONE:
-        raise ConfigError("this model has no vision tower: it cannot look at an image; leave out --image")
+        raise ConfigError("this model has no vision tower, so it cannot read images; leave out --image")
     template = dataset.template.branch_template
-    sample = _sample_of(images)
+    sample = _sample_from_files(images)
     if prompt is None and images and not template.takes_images:
-        prompt = ""  # Its prompt is empty and would leave the images out.
+        prompt = ""  # The template's own prompt would drop the images.
     if prompt is None:
         _check_prompt(dataset, sample)
         return dataset, sample
-    if not images and (place := _IMAGE_PLACE.search(prompt)):
+    if not images and (mark := _IMAGE_MARK.search(prompt)):
         raise ConfigError(
-            f"the prompt has a place for an image, {place[0]}, and no image is given; add --image FILE, or write the "
-            "prompt without it"
+            f"the prompt contains {mark[0]}, and no image is given; add --image FILE, or write the prompt without it"
         )
-    places = [place[1] for place in _IMAGE_PLACE.finditer(prompt)]
-    asked = max([places.count(None), *(int(number) for number in places if number)])
-    if asked > len(images):
+    numbers = [mark[1] for mark in _IMAGE_MARK.finditer(prompt)]
+    needed = max([numbers.count(None), *(int(number) for number in numbers if number)])
+    if needed > len(images):
         raise ConfigError(
-            f"the prompt has a place for image number {asked}, and --image gives {len(images)}; add --image FILE, or "
-            "write the prompt without that place"
+            f"the prompt refers to image number {needed}, and --image gives {len(images)}; add --image FILE, or "
+            "write the prompt without that mark"
         )
     if (fields := template.question(prompt)) is None:
         template = LITERAL if prompt else CaptionTemplate()
@@ -153,19 +157,22 @@ def _question(
 
 
 def _check_prompt(dataset: DatasetConfig, sample: Sample) -> None:
-    """Refuses to begin where training has a prompt, or an image, and nothing was given."""
+    """Require an image or a prompt where the template of the training data has one."""
     if not sample.parts and dataset.template.takes_images:
-        raise ConfigError(f"data set {dataset.name} begins with an image or a question; give an image or a prompt")
+        raise ConfigError(
+            f"documents of data set {dataset.name} begin with an image or a question; give an image or a prompt"
+        )
     try:
         dataset.template.prompt(sample)
     except SampleError as error:
         raise ConfigError(
-            f"the prompt of data set {dataset.name} cannot be made for a bare image ({error.reason}); give a prompt"
+            f"the prompt of data set {dataset.name} cannot be made for an image without fields ({error.reason}); give "
+            "a prompt"
         ) from error
 
 
-def _sample_of(images: Sequence[Path]) -> Sample:
-    """The files as a sample without fields; members are called as in a tar, by number and extension."""
+def _sample_from_files(images: Sequence[Path]) -> Sample:
+    """Return a sample without fields whose images are these files, named by number and extension as in a tar."""
     parts = []
     for number, path in enumerate(images):
         try:
@@ -176,19 +183,20 @@ def _sample_of(images: Sequence[Path]) -> Sample:
             raise MMScaleError(f"{path}: {error.strerror}") from error
         extension = path.suffix.lstrip(".").lower()
         parts.append(ImagePart(data, extension if len(images) == 1 else f"{number}.{extension}"))
-    shown = images[0] if images else Path("prompt")
-    return Sample(tuple(parts), {}, Provenance("file", str(shown.parent), ", ".join(path.name for path in images), 0))
+    first = images[0] if images else Path("prompt")
+    return Sample(tuple(parts), {}, Provenance("file", str(first.parent), ", ".join(path.name for path in images), 0))
 
 
 def caption_images(
     model: nn.Module, config: EvaluationConfig, data: DataConfig, spec: MediaSpec, world: World
-) -> list[Captioned]:
-    """Captions some images of each held-out set, for the report. All ranks must call.
+) -> list[CaptionedImage]:
+    """Generate captions of some images of each held-out set, for the report. All ranks must call.
 
-    Every rank does the same work in lock-step: a few dozen images are not worth an exchange of texts.
+    Every rank generates all captions in lock-step: for a few dozen images, sharing the work would not pay off.
 
     Returns:
-        The same on every rank; empty where ``config.captions`` is null or the model has no image tower or no head.
+        The same list on every rank. Empty if ``config.captions`` is null, if the model has no vision tower, or if it is
+        contrastive.
     """
     captions = config.captions
     if captions is None or spec.placement in (Placement.NONE, Placement.PAIR):
@@ -199,9 +207,9 @@ def caption_images(
 
 def _caption_set(
     model: nn.Module, held: HeldOutSet, captions: CaptionsConfig, data: DataConfig, spec: MediaSpec, world: World
-) -> list[Captioned]:
+) -> list[CaptionedImage]:
     tokenizer = load_tokenizer(data.tokenizer)
-    questions = Questions.read(held, limit=captions.num_images)
+    questions = ImageQuestions.read(held, limit=captions.num_images)
     prompts = PromptBuilder.of_images(held, data, tokenizer, spec, captions.prompt)(questions.samples).to(world.device)
     answers = generate(
         model,  # type: ignore[arg-type]
@@ -212,16 +220,16 @@ def _caption_set(
         lockstep=world.world_size > 1,
     )
     return [
-        Captioned(held.name, _picture(sample), expected, tokenizer.decode(tokens).strip())
+        CaptionedImage(held.name, _thumbnail(sample), expected, tokenizer.decode(tokens).strip())
         for sample, expected, tokens in zip(questions.samples, questions.answers, answers, strict=True)
     ]
 
 
-def _picture(sample: Sample) -> Pixels:
-    """The sample's first image as a person should see it: as stored, at most 256 pixels wide and high."""
+def _thumbnail(sample: Sample) -> Pixels:
+    """Return the sample's first image without transforms, at most 256 pixels wide and high."""
     from PIL import Image
 
     image = next(part for part in sample.parts if isinstance(part, ImagePart))
-    picture = Image.fromarray(decode_image(image.data, max_pixels=1 << 26))
-    picture.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
-    return np.asarray(picture, dtype=np.uint8)
+    thumbnail = Image.fromarray(decode_image(image.data, max_pixels=1 << 26))
+    thumbnail.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+    return np.asarray(thumbnail, dtype=np.uint8)

@@ -1,6 +1,6 @@
-"""Multiple choice: which of a sample's own choices does the model find likeliest behind its question?
+"""Score multiple-choice questions: the model chooses the answer with the highest log-likelihood after the question.
 
-sample --fields--> question, choices, right one --pairs--> log-likelihoods --compared in four ways--> shares
+sample --fields--> question, choices, right choice --pairs--> log-likelihoods --four normalisations--> accuracies
 """
 
 from __future__ import annotations
@@ -19,19 +19,26 @@ from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.text.templates.base import fill, look_up
 from data_pipeline.text.tokenizer import Tokenizer
 from mmscale.evaluate.config import ChoiceSet
-from mmscale.evaluate.heldout import Asked, PromptBuilder, document_builder, draw, template_of, together
+from mmscale.evaluate.heldout import (
+    EvaluationContext,
+    PromptBuilder,
+    call_on_all_ranks,
+    document_builder,
+    draw_samples,
+    template_of,
+)
 from mmscale.evaluate.pairs import Pair, PairScorer
 from mmscale.evaluate.result import ChoiceResult, binomial_error
 
 
 @dataclass(frozen=True)
-class Question:
-    """One sample of a set.
+class ChoiceQuestion:
+    """One multiple-choice question.
 
     Attributes:
-        sample: As the set's template takes it.
-        choices: What there is to choose from.
-        right: The number of the right one.
+        sample: Sample with the fields that the set's template expects.
+        choices: Texts to choose from.
+        right: Index of the right choice.
     """
 
     sample: Sample
@@ -39,44 +46,45 @@ class Question:
     right: int
 
 
-def score_choices(asked: Asked, held: ChoiceSet) -> ChoiceResult:
-    """Scores a set. All ranks must call.
+def score_choices(context: EvaluationContext, held: ChoiceSet) -> ChoiceResult:
+    """Score one set. All ranks must call.
 
     Raises:
-        DataPipelineError: a sample is damaged, or lacks what the set needs; every rank raises.
+        DataPipelineError: the set is empty, or a sample is damaged or lacks a field that the set needs. Every rank
+            raises.
     """
-    questions = together(asked.world, held, lambda: read_questions(held))
+    questions = call_on_all_ranks(context.world, held, lambda: read_questions(held))
     pairs = [
-        Pair(number, answer_ids(held, choice, asked.tokenizer))
+        Pair(number, answer_ids(held, choice, context.tokenizer))
         for number, question in enumerate(questions)
         for choice in question.choices
     ]
-    prompts = PromptBuilder(document_builder(held, template_of(held), asked.data, asked.tokenizer, asked.spec))
-    values = PairScorer(asked, held, [question.sample for question in questions], prompts).run(pairs)
+    prompts = PromptBuilder(document_builder(held, template_of(held), context.data, context.tokenizer, context.spec))
+    values = PairScorer(context, held, [question.sample for question in questions], prompts).run(pairs)
     ends = np.cumsum([len(question.choices) for question in questions])[:-1]
     tokens = np.split(np.array([len(pair.answer) for pair in pairs]), ends)
     return _result(held, questions, np.split(values, ends), tokens)
 
 
-def read_questions(held: ChoiceSet) -> list[Question]:
-    """The chosen samples of a set.
+def read_questions(held: ChoiceSet) -> list[ChoiceQuestion]:
+    """Read the questions of a set, at most ``held.limit`` of them.
 
     Raises:
         ConfigError: the set is empty.
-        ManifestError, ShardError, SampleError: a file is missing or damaged, or a sample lacks what the set needs.
+        ManifestError, ShardError, SampleError: a file is missing or damaged, or a sample lacks a field.
     """
     reader = SampleReader(Manifest.open(held.manifest), held.name)
     try:
-        return [question_of(reader.read(number), held) for number in draw(held, reader.manifest.num_samples)]
+        return [make_question(reader.read(number), held) for number in draw_samples(held, reader.manifest.num_samples)]
     finally:
         reader.close()
 
 
-def question_of(sample: Sample, held: ChoiceSet) -> Question:
-    """What a sample asks.
+def make_question(sample: Sample, held: ChoiceSet) -> ChoiceQuestion:
+    """Convert a sample to a question.
 
     Raises:
-        SampleError: it lacks a field, or a field is not what the set expects.
+        SampleError: the sample lacks a field, or a field has a value that the set does not expect.
     """
     try:
         choices = _choices(sample, held)
@@ -84,7 +92,7 @@ def question_of(sample: Sample, held: ChoiceSet) -> Question:
         if held.dialogue is not None:
             words = fill(held.prompt, sample.fields)
             sample = replace(sample, fields=held.dialogue.question(words))
-        return Question(sample, choices, right)
+        return ChoiceQuestion(sample, choices, right)
     except SampleError as error:
         raise error.located(sample.provenance.shard, sample.provenance.key) from error
 
@@ -93,31 +101,31 @@ def _choices(sample: Sample, held: ChoiceSet) -> tuple[str, ...]:
     listed = look_up(held.choices, sample.fields) if isinstance(held.choices, str) else list(held.choices)
     texts = isinstance(listed, list) and all(isinstance(one, str) and one.strip() for one in listed)
     if not texts or len(listed) < 2:
-        reason = f"field {held.choices!r} is {listed!r:.80}, expected a list of two texts at least"
+        reason = f"field {held.choices!r} is {listed!r:.80}, expected a list of at least two texts"
         raise SampleError(reason, kind=FaultKind.TEXT)
     return tuple(listed)
 
 
 def _right(sample: Sample, held: ChoiceSet, choices: Sequence[str]) -> int:
-    said = look_up(held.answer, sample.fields)
-    place: object = said
+    value = look_up(held.answer, sample.fields)
+    index: object = value
     if held.answer_as == "letter":
         letters = string.ascii_uppercase[: len(choices)]
-        place = letters.find(said.upper()) if isinstance(said, str) and len(said) == 1 else None
+        index = letters.find(value.upper()) if isinstance(value, str) and len(value) == 1 else None
     elif held.answer_as == "text":
-        place = choices.index(said) if choices.count(said) == 1 else None
-    if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < len(choices):
+        index = choices.index(value) if choices.count(value) == 1 else None
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
         expected = {
             "index": f"a number from 0 to {len(choices) - 1}",
             "letter": f"a letter from A to {string.ascii_uppercase[min(len(choices), 26) - 1]}",
-            "text": "one of the choices, which stands among them once",
+            "text": "the text of exactly one choice",
         }[held.answer_as]
-        raise SampleError(f"field {held.answer!r} is {said!r:.80}, expected {expected}", kind=FaultKind.TEXT)
-    return place
+        raise SampleError(f"field {held.answer!r} is {value!r:.80}, expected {expected}", kind=FaultKind.TEXT)
+    return index
 
 
 def answer_ids(held: ChoiceSet, choice: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Token ids that are scored for a choice."""
+    """Return the token ids that are scored for a choice, with the closing tokens if ``held.ends``."""
     ids = tokenizer.encode(held.template.format(value=choice))
     if held.ends:
         closing = held.dialogue.closing if held.dialogue is not None else ()
@@ -127,18 +135,18 @@ def answer_ids(held: ChoiceSet, choice: str, tokenizer: Tokenizer) -> tuple[int,
 
 def _result(
     held: ChoiceSet,
-    questions: Sequence[Question],
+    questions: Sequence[ChoiceQuestion],
     values: Sequence[npt.NDArray[np.float64]],
     tokens: Sequence[npt.NDArray[np.int64]],
 ) -> ChoiceResult:
     n = len(questions)
     shares: dict[str, float] = dict.fromkeys(("none", "tokens", "characters", "bytes"), 0.0)
     for question, likelihoods, counts in zip(questions, values, tokens, strict=True):
-        for how, compared in compared_by(likelihoods, counts, question.choices).items():
+        for how, compared in normalised_likelihoods(likelihoods, counts, question.choices).items():
             shares[how] += credit(compared, question.right) / n
     sizes = sorted({len(question.choices) for question in questions})
     among = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    score = min(shares[held.normalise], 1.0)  # Sums of 1 / n may pass it by a rounding.
+    score = min(shares[held.normalise], 1.0)  # A sum of 1 / n may exceed 1 by rounding.
     return ChoiceResult(
         score=score,
         chance=sum(1 / len(question.choices) for question in questions) / n,
@@ -149,10 +157,10 @@ def _result(
     )
 
 
-def compared_by(
+def normalised_likelihoods(
     likelihoods: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64], choices: Sequence[str]
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """What the choices of a question are compared by, in each of the ways.
+    """Return the values that choices are compared by, for each normalisation.
 
     Source: lm-evaluation-harness, where ``none`` is called acc and ``characters`` acc_norm.
     """
@@ -165,6 +173,6 @@ def compared_by(
 
 
 def credit(values: npt.NDArray[np.float64], right: int) -> float:
-    """1 for the right choice; where several are equally likely, the share that a blind pick among them would get."""
+    """Return 1 if the right answer has the largest value, 1 / k if it shares it with k - 1 others, else 0."""
     best = values == values.max()
     return float(best[right]) / int(best.sum())

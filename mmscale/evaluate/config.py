@@ -1,4 +1,4 @@
-"""Which held-out sets are scored, and which of their images are captioned for the report."""
+"""The ``evaluation`` block: held-out sets to score, and captions for the report."""
 
 from __future__ import annotations
 
@@ -17,38 +17,40 @@ from mmscale.models.sampling import SamplingConfig
 
 
 class Normalise(str, Enum):
-    """What a candidate's log-likelihood is compared by."""
+    """How the log-likelihoods of candidates are normalised before they are compared."""
 
     NONE = "none"
-    """The sum over its tokens: log P(answer | image). The right rule where training gave all answers equal chances."""
+    """Sum over the candidate's tokens: log P(answer | image). Use it if training saw all answers equally often."""
     TOKENS = "tokens"
-    """The mean over its tokens: long answers are not held against themselves."""
+    """Mean over the candidate's tokens, so that long answers are not penalised."""
     PRIOR = "prior"
-    """The sum, less the candidate's mean over the other images that were asked about it: an estimate of the pointwise
-    mutual information of image and answer, for answers that training saw unequally often. It lets the set's other
-    images take part in a score, and is noisy where few images share a candidate."""
+    """Sum over the candidate's tokens, minus the candidate's mean sum over the other images scored with it.
+
+    This estimates the pointwise mutual information of image and answer. Use it if answers were not equally frequent in
+    training. Scores then depend on the set's other images and are noisy if few images share a candidate."""
 
 
 class _HeldOut(StrictConfig):
-    """What sets of every kind have."""
+    """Fields of sets of every kind."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    """Key of the result."""
+    """Name of the set, and its key in the result; unique among the sets."""
     manifest: Path
-    """Manifest of the set; relative to the working directory."""
+    """Manifest of the set. A relative path is relative to the working directory."""
     seed: int = Field(default=0, ge=0)
-    """Of every draw."""
+    """Seed of every random choice in this set: samples, blocks and candidates."""
     limit: int | None = Field(default=None, ge=2)
-    """Take so many samples at most, drawn at random; null for all."""
+    """Largest number of samples to score, chosen at random; at least 2. Null scores all samples."""
     transforms: TransformConfig | None = None
-    """How an image becomes views; null for the transform of the first data set, without augmentation."""
+    """How an image becomes crops, without augmentation. Null uses the transform of the first data set."""
 
 
 class _Answered(_HeldOut):
-    """What sets with candidate answers have."""
+    """Fields of sets with candidate answers."""
 
     template: str = "{value}"
-    """What an answer looks like; ``{value}`` is its text. Begin it as the training template does (a blank, say)."""
+    """Format string of an answer; it contains ``{value}`` exactly once. Begin it as training answers begin, for example
+    with a space."""
 
     @field_validator("template")
     @classmethod
@@ -60,58 +62,59 @@ class _Answered(_HeldOut):
 
 
 class HeldOutSet(_Answered):
-    """One set of samples and the question asked about each: which of these candidates names the image?"""
+    """Samples with one image each; the model chooses the candidate that names the image."""
 
     kind: Literal["images"] = "images"
     field: str
-    """Field of a sample that holds the right answer, a string; ``a.b`` reads b of the object a."""
+    """Field of a sample that holds the right answer, a text; ``a.b`` reads b of the object a."""
     prompt: str = ""
-    """Format string over the sample's fields that stands between image and answer, as in the training template."""
+    """Format string over the sample's fields for the text between image and answer, as in the training template."""
     ends: bool = True
-    """Whether the end-of-text token is part of the answer; false where training goes on after it."""
+    """Whether the end-of-text token is scored as part of the answer; false if training text continues after answers."""
     choices: int | None = Field(default=50, ge=2)
-    """Candidates of a question, the right one among them; null for every value that occurs."""
+    """Number of candidates per question, the right one included; at least 2. Null uses every value that occurs."""
     candidates_from: Path | None = None
-    """Manifest whose values of ``field`` are candidates; null for the values of the set itself."""
+    """Manifest whose values of ``field`` are candidates. Null uses the values of the set itself."""
     normalise: Normalise = Normalise.NONE
-    """How candidates are compared."""
+    """How log-likelihoods are normalised before candidates are compared: ``none``, ``tokens`` or ``prior``."""
 
 
 class PerplexitySet(_HeldOut):
-    """Documents of any template: how well does the model predict what is learned of them?"""
+    """Documents of any template; the score is the model's mean loss on their learned tokens."""
 
     kind: Literal["perplexity"]
     template: TemplateConfig
-    """Which text is read and which is scored, as in training; its weights count here too."""
+    """Template of the documents, as in training. Tokens with a loss weight are scored, with that weight."""
     max_tokens: int | None = Field(default=None, ge=2)
-    """Longer documents are cut, and each part is read from its own beginning; null: ``data.packing.max_tokens``,
-    or the positions that the model has if those are fewer."""
+    """Longest document in tokens, at least 2. Longer ones are cut, and each part is scored without the parts before it.
+    Null uses ``data.packing.max_tokens``. The model's number of positions also limits the length."""
 
 
-Compared = Literal["none", "tokens", "characters", "bytes"]
-"""What the log-likelihood of an answer is divided by."""
+ChoiceNormalise = Literal["none", "tokens", "characters", "bytes"]
+"""Divisor of a choice's log-likelihood: 1, or its number of tokens, characters or bytes."""
 
 
 class ChoiceSet(_Answered):
-    """Questions with their choices in the samples; images, if there are any, stand before the question."""
+    """Multiple-choice questions. Images of a sample come before its question."""
 
     kind: Literal["choice"]
     prompt: str = "{question}"
-    """Format string over the sample's fields: all that is read before an answer."""
+    """Format string over the sample's fields for the text before an answer."""
     choices: str | tuple[str, ...] = "choices"
-    """Field of a sample that lists the texts to choose from (``a.b`` reads b of the object a), or the texts themselves,
-    the same for every sample."""
+    """Field of a sample that lists the choices (``a.b`` reads b of the object a), or a list of at least two different
+    texts that are the choices of every sample."""
     answer: str = "answer"
-    """Field of a sample that says which choice is right."""
+    """Field of a sample that identifies the right choice."""
     answer_as: Literal["index", "letter", "text"] = "index"
-    """How it says so: a number from 0, a letter from A (either case), or the text of the choice."""
+    """Form of ``answer``: ``index`` (from 0), ``letter`` (from A, either case), or ``text`` (of one choice)."""
     dialogue: DialogueTemplate | None = None
-    """Ask in this chat format: the prompt is what the user says. Null: the prompt as it stands."""
+    """Chat format; the prompt becomes the user's turn. Null uses the prompt without a chat format."""
     ends: bool = False
-    """Whether what closes an answer (of a dialogue the end of the turn, else the end-of-text token) is part of it."""
-    normalise: Compared = "none"
-    """How choices are compared for ``score``: by log-likelihood, or by that a token, a character or a byte of the text.
-    ``none`` is the ``acc`` of lm-evaluation-harness, ``characters`` its ``acc_norm``. The result has all four."""
+    """Whether the closing tokens (end of turn in a dialogue, else end of text) are scored as part of an answer."""
+    normalise: ChoiceNormalise = "none"
+    """Divisor of the log-likelihoods that ``score`` compares: 1 (``none``), or the choice's ``tokens``, ``characters``
+    or ``bytes``. ``none`` is ``acc`` of lm-evaluation-harness, ``characters`` its ``acc_norm``. The result lists all
+    four."""
 
     @field_validator("prompt")
     @classmethod
@@ -128,35 +131,36 @@ class ChoiceSet(_Answered):
 
 
 EvaluationSet = Annotated[HeldOutSet | PerplexitySet | ChoiceSet, Field(discriminator="kind")]
-"""Which question; ``kind`` picks the member, ``images`` where it is left out."""
+"""A held-out set; ``kind`` selects its type and defaults to ``images``."""
 
 
 class CaptionsConfig(StrictConfig):
-    """Captions for the report."""
+    """Captions of held-out images in the report."""
 
     num_images: int = Field(default=12, ge=1)
-    """Images of each set."""
+    """Number of images per set."""
     sets: tuple[str, ...] | None = None
-    """Names of sets of the kind ``images``; null for all of these."""
+    """Names of sets of kind ``images``. Null uses all sets of this kind."""
     prompt: str | None = None
-    """Prompt in place of the one of the set."""
+    """Format string of the prompt. Null uses the prompt of the set."""
     max_new_tokens: int = Field(default=24, ge=1)
     """Longest caption, tokens."""
     sampling: SamplingConfig = SamplingConfig()
-    """How tokens are chosen."""
+    """How tokens are sampled."""
 
 
 class EvaluationConfig(StrictConfig):
     """The ``evaluation`` block of a run."""
 
     sets: tuple[EvaluationSet, ...] = ()
-    """Sets scored at the end of the run."""
+    """Sets that are scored at the end of the run and by ``mmscale eval``."""
     captions: CaptionsConfig | None = CaptionsConfig()
-    """Captions of held-out images for the report; null for none."""
+    """Captions of held-out images for the report. Null generates none."""
     tokens_per_forward: int = Field(default=8192, ge=1)
-    """Tokens of one forward at most, for perplexity with its patches (memory)."""
+    """Largest number of tokens in one forward pass; limits memory. Image patches count too for sets of
+    kind ``perplexity`` and for contrastive models. A single document may exceed the limit."""
     rows_per_head: int = Field(default=1024, ge=1)
-    """Rows that meet the vocabulary at a time: rows times vocabulary float32 are held at once."""
+    """Token rows per call of the output head; limits memory. A call needs a few float32 tensors rows x vocabulary."""
 
     @field_validator("sets", mode="before")
     @classmethod
@@ -169,15 +173,15 @@ class EvaluationConfig(StrictConfig):
     def _check_names(self) -> EvaluationConfig:
         names = [held.name for held in self.sets]
         if len(set(names)) != len(names):
-            raise ValueError(f"sets need names of their own, got {names}")
+            raise ValueError(f"names of sets must differ, got {names}")
         of_images = [held.name for held in self.image_sets]
         wanted = self.captions.sets if self.captions is not None else None
         unknown = sorted(set(wanted or ()) - set(of_images))
         if unknown:
-            raise ValueError(f"captions.sets names {unknown}; the sets of images are {of_images}")
+            raise ValueError(f"captions.sets names {unknown}; the sets of kind images are {of_images}")
         return self
 
     @property
     def image_sets(self) -> tuple[HeldOutSet, ...]:
-        """The sets that ask about images alone."""
+        """Sets of kind ``images``."""
         return tuple(held for held in self.sets if isinstance(held, HeldOutSet))

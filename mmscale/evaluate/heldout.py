@@ -1,4 +1,4 @@
-"""The samples of a held-out set, the right answers of those that show images, and prompts as documents."""
+"""Read held-out sets and turn their samples into prompts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.errors import DataPipelineError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Sample
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.text.templates import CaptionTemplate, TemplateConfig
 from data_pipeline.text.tokenizer import Tokenizer
-from mmscale.dist import World, first_complaint
+from mmscale.dist import World, lowest_rank_error
 from mmscale.errors import ConfigError
 from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, EvaluationSet, HeldOutSet, PerplexitySet
 from mmscale.evaluate.likelihood import ScoredModel
@@ -28,16 +28,16 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Who is asked, and by what: the same for all sets.
+class EvaluationContext:
+    """Model, settings and ranks of an evaluation; the same for all sets.
 
     Attributes:
-        model: As ``ScoredModel``; where ``spec`` says so a ``ContrastiveModel`` in its place.
-        config: Budgets.
-        data: Gives the default transform and the length of documents.
-        tokenizer: Text to ids.
-        spec: What the model takes.
-        world: The ranks that take part.
+        model: Model to score. If ``spec.placement`` is ``PAIR``, it is a ``ContrastiveModel``.
+        config: Gives ``tokens_per_forward`` and ``rows_per_head``.
+        data: Gives the default transform and the default length of documents.
+        tokenizer: Tokenizer of the model.
+        spec: Media that the model accepts.
+        world: Ranks that share the work.
     """
 
     model: ScoredModel
@@ -49,14 +49,14 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Questions:
-    """A set, read.
+class ImageQuestions:
+    """The questions of one set of kind ``images``.
 
     Attributes:
-        config: What is asked.
-        samples: The chosen samples.
-        answers: The right answer of each.
-        pool: Values that may be candidates.
+        config: The set.
+        samples: Samples that are scored.
+        answers: Right answer of each sample.
+        pool: Values that may be candidates, with repetitions.
     """
 
     config: HeldOutSet
@@ -65,28 +65,28 @@ class Questions:
     pool: list[str]
 
     @classmethod
-    def read(cls, config: HeldOutSet, limit: int | None = None) -> Questions:
-        """Reads the manifests; at most ``limit`` samples if given, else ``config.limit``.
+    def read(cls, config: HeldOutSet, limit: int | None = None) -> ImageQuestions:
+        """Read a set with all its images, then choose at most ``limit`` samples, or ``config.limit`` if None.
 
         Raises:
-            ConfigError: the set is empty, or a sample lacks the field.
+            ConfigError: the set is empty, or a sample lacks the field ``config.field``.
             ManifestError, ShardError, SampleError: a file is missing or damaged.
         """
         samples = list(read_samples(config.manifest, config.name))
-        values = [answer_of(sample, config) for sample in samples]
+        values = [right_answer(sample, config) for sample in samples]
         pool = values
         if config.candidates_from is not None:
-            others = read_samples(config.candidates_from, config.name, outlines=True)
-            pool = [answer_of(sample, config) for sample in others]
-        chosen = draw(config, len(samples), limit)
+            others = read_samples(config.candidates_from, config.name, images=False)
+            pool = [right_answer(sample, config) for sample in others]
+        chosen = draw_samples(config, len(samples), limit)
         return cls(config, [samples[i] for i in chosen], [values[i] for i in chosen], pool)
 
 
 def candidate_ids(held: HeldOutSet, value: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Token ids of a candidate, with the end token if the set asks for it.
+    """Return the token ids of a candidate, with the end-of-text token if ``held.ends``.
 
     Raises:
-        ConfigError: the tokenizer makes nothing of it.
+        ConfigError: the candidate has no tokens.
     """
     ids = tokenizer.encode(held.template.format(value=value))
     if held.ends:
@@ -96,11 +96,11 @@ def candidate_ids(held: HeldOutSet, value: str, tokenizer: Tokenizer) -> tuple[i
     return tuple(ids)
 
 
-def answer_of(sample: Sample, config: HeldOutSet) -> str:
+def right_answer(sample: Sample, config: HeldOutSet) -> str:
     """Return the right answer of a sample.
 
     Raises:
-        ConfigError: the field is missing or no text.
+        ConfigError: the field is missing, empty or not a text.
     """
     value: Any = sample.fields
     for name in config.field.split("."):
@@ -115,53 +115,55 @@ def answer_of(sample: Sample, config: HeldOutSet) -> str:
 
 
 class PromptBuilder:
-    """Makes prompts as the training data's documents are made.
+    """Builds prompts in the same way as the documents of training.
 
     Args:
-        builder: Of the set's documents.
-        needs_images: Whether a prompt without an image is refused.
+        builder: Builder of the set's documents.
+        needs_images: Whether a prompt without an image raises.
     """
 
     def __init__(self, builder: DocumentBuilder, *, needs_images: bool = False) -> None:
         self._builder = builder
         self._needs_images = needs_images
-        self._null = null_document(builder.spec, builder.tokenizer.pad_id)
+        self._dummy = dummy_document(builder.spec, builder.tokenizer.pad_id)
 
     @classmethod
     def of_images(
         cls, held: HeldOutSet, data: DataConfig, tokenizer: Tokenizer, spec: MediaSpec, prompt: str | None = None
     ) -> PromptBuilder:
-        """For a set that asks about images, with ``prompt`` in place of its own if given."""
+        """Return the builder for a set of kind ``images``; ``prompt`` replaces the set's prompt if given."""
         template = template_of(held) if prompt is None else CaptionTemplate(prompts=(prompt,))
         return cls(document_builder(held, template, data, tokenizer, spec), needs_images=True)
 
     def num_tokens(self, sample: Sample) -> int:
-        """Tokens of the prompt; nothing is decoded.
+        """Return the number of tokens of the prompt without decoding images.
 
         Raises:
-            SampleError: as a call would, save for damaged pixels.
+            SampleError: the sample does not fit the template or the model.
         """
-        return self._builder.measure_prompt(sample).num_tokens
+        return self._builder.dry_run_prompt(sample).num_tokens
 
     def __call__(self, samples: Sequence[Sample]) -> MultimodalBatch:
-        """The prompts of the samples, in order, then one null document, so that every module of the model runs.
+        """Return one batch with the prompts of the samples, in order, and a dummy document at the end.
+
+        The dummy document makes every module of the model run.
 
         Raises:
-            SampleError: an image is damaged or does not fit the model.
+            SampleError: an image is missing, damaged or does not fit the model.
         """
         documents = [self._builder.build_prompt(sample) for sample in samples]
         for document in documents:
             if self._needs_images and not document.items:
                 origin = document.provenance
-                place = ("?", "?") if origin is None else (origin.shard, origin.key)
-                raise SampleError("no image: there is nothing to ask about", shard=place[0], key=place[1])
-        return collate([Pack((*documents, self._null), lane=-1)], self._builder.spec)
+                shard, key = ("?", "?") if origin is None else (origin.shard, origin.key)
+                raise SampleError("no image: a set of kind images asks about images", shard=shard, key=key)
+        return collate([Pack((*documents, self._dummy), lane=-1)], self._builder.spec)
 
 
 def document_builder(
     held: EvaluationSet, template: TemplateConfig, data: DataConfig, tokenizer: Tokenizer, spec: MediaSpec
 ) -> DocumentBuilder:
-    """Makes documents of a held-out set by a template, with the set's transforms or those of the first data set.
+    """Return the builder of a held-out set's documents, with the set's transforms or those of the first data set.
 
     Raises:
         DataConfigError: the transforms do not fit the model, or the tokenizer lacks a token of the template.
@@ -172,7 +174,7 @@ def document_builder(
 
 
 def template_of(held: EvaluationSet) -> TemplateConfig:
-    """How the documents of a set, or the prompts of its questions, are made."""
+    """Return the template of a set's documents, or of the prompts of its questions."""
     if isinstance(held, PerplexitySet):
         return held.template
     if isinstance(held, ChoiceSet) and held.dialogue is not None:
@@ -180,39 +182,44 @@ def template_of(held: EvaluationSet) -> TemplateConfig:
     return CaptionTemplate(prompts=(held.prompt,))
 
 
-def not_asked(config: EvaluationConfig, spec: MediaSpec) -> tuple[EvaluationSet, ...]:
-    """Sets that a model cannot answer: of images without a tower, of anything else if it compares images with texts."""
+def unanswerable_sets(config: EvaluationConfig, spec: MediaSpec) -> tuple[EvaluationSet, ...]:
+    """Return the sets that a model cannot answer.
+
+    A model without a vision tower cannot answer sets of kind ``images``; a contrastive model answers only these.
+    """
     if spec.placement is Placement.NONE:
         return config.image_sets
     return tuple(held for held in config.sets if spec.placement is Placement.PAIR and held not in config.image_sets)
 
 
-def draw(held: EvaluationSet, num_samples: int, limit: int | None = None) -> list[int]:
-    """Numbers of the samples that take part: at most ``limit`` if given, else the set's own.
+def draw_samples(held: EvaluationSet, num_samples: int, limit: int | None = None) -> list[int]:
+    """Choose the samples of a set to score and return their numbers: ``limit``, else ``held.limit``, else all.
+
+    A smaller limit gives a prefix of a larger one.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the set is empty.
     """
     if not num_samples:
-        raise ConfigError(f"evaluation set {held.name}: {held.manifest} holds no samples")
+        raise ConfigError(f"evaluation set {held.name}: {held.manifest} has no samples")
     order: list[int] = np.random.default_rng([held.seed, num_samples]).permutation(num_samples).tolist()
     return order[: limit or held.limit or num_samples]
 
 
-def together(world: World, held: EvaluationSet, make: Callable[[], T]) -> T:
-    """What ``make`` gives, or an error on all ranks: one that left alone would leave the others waiting in a forward.
+def call_on_all_ranks(world: World, held: EvaluationSet, make: Callable[[], T]) -> T:
+    """Return ``make()``, or raise on every rank if it fails on any rank. All ranks must call.
 
-    All ranks must call.
+    If one rank raised alone, the others would block in the next forward pass.
 
     Raises:
-        DataPipelineError: ``make`` raised it or a ``ConfigError`` on some rank.
+        DataPipelineError: ``make`` raised a ``DataPipelineError`` or ``ConfigError`` on some rank.
     """
     complaint, made = None, list[T]()
     try:
         made.append(make())
     except (DataPipelineError, ConfigError) as error:
         complaint = str(error)
-    complaint = first_complaint(world, complaint)
+    complaint = lowest_rank_error(world, complaint)
     if complaint is not None or not made:
         raise DataPipelineError(f"evaluation set {held.name}: {complaint}")
     return made[0]

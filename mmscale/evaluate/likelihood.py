@@ -1,4 +1,4 @@
-"""Log-likelihood of a batch's learned tokens, without logits of the whole batch."""
+"""Log-likelihood of a batch's labels, without computing logits for the whole batch at once."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.document import IGNORE
 
-Rows = npt.NDArray[np.int64]
+RowIndices = npt.NDArray[np.int64]
 
 
 class HasHidden(Protocol):
-    """What the model returns."""
+    """Output of a ``ScoredModel``."""
 
     @property
     def hidden(self) -> Tensor: ...
 
 
 class ScoredModel(Protocol):
-    """What scoring needs of a model; ``MultimodalModel`` has it, sharded or not."""
+    """Interface of a model that can be scored; ``MultimodalModel`` has it, sharded or not."""
 
     def __call__(self, batch: MultimodalBatch) -> HasHidden: ...
     @property
@@ -33,7 +33,7 @@ class ScoredModel(Protocol):
 def log_likelihoods(
     model: ScoredModel, batch: MultimodalBatch, *, rows_per_head: int, head_calls: int
 ) -> npt.NDArray[np.float64]:
-    """Sum of log P(label) over the labels of each segment, natural logarithm; arguments as ``label_likelihoods``.
+    """Return the sum of log P(label) over the labels of each segment, in nats. Arguments as ``label_likelihoods``.
 
     Returns:
         float64 ``(S,)``; 0 for a segment without labels.
@@ -42,8 +42,14 @@ def log_likelihoods(
     return by_segment(batch, rows, found)
 
 
-def by_segment(batch: MultimodalBatch, rows: Rows, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Sums of values, one for each of these rows of a batch, over the rows of each segment; float64 ``(S,)``."""
+def by_segment(batch: MultimodalBatch, rows: RowIndices, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the sum of ``values`` over the rows of each segment, float64 ``(S,)``.
+
+    Args:
+        batch: The batch.
+        rows: Row of each value.
+        values: One value per row in ``rows``.
+    """
     owner = np.searchsorted(np.array(batch.segments.bounds), rows, side="right") - 1
     sums = np.zeros(batch.segments.num)
     np.add.at(sums, owner, values)
@@ -53,14 +59,14 @@ def by_segment(batch: MultimodalBatch, rows: Rows, values: npt.NDArray[np.float6
 @torch.no_grad()
 def label_likelihoods(
     model: ScoredModel, batch: MultimodalBatch, *, rows_per_head: int, head_calls: int
-) -> tuple[Rows, npt.NDArray[np.float64]]:
-    """The rows that have a label, and log P(label) of each, natural logarithm.
+) -> tuple[RowIndices, npt.NDArray[np.float64]]:
+    """Return the rows that have a label, and log P(label) of each in nats.
 
     Args:
         model: Called once; its head is called exactly ``head_calls`` times. Under ZeRO-3 all ranks must call together.
-        batch: On the model's device.
-        rows_per_head: Rows that are multiplied with the vocabulary at a time.
-        head_calls: At least labels / ``rows_per_head``; the same on all ranks, whatever their batches hold.
+        batch: Batch on the model's device.
+        rows_per_head: Rows per call of the head; bounds the memory of the logits.
+        head_calls: At least labels / ``rows_per_head``. Must be the same on all ranks.
     """
     hidden = model(batch).hidden
     rows = torch.nonzero(batch.labels != IGNORE).squeeze(1)
@@ -71,6 +77,7 @@ def label_likelihoods(
         logits = model.head(hidden[part if len(part) else slice(0, 1)]).float()
         if len(part):
             chosen = logits.gather(1, batch.labels[part, None]).squeeze(1)
-            peak = logits.amax(1, keepdim=True)  # First: near a loss of zero it equals the chosen logit.
+            # Subtract the maximum before logsumexp: near a loss of zero the difference would otherwise lose precision.
+            peak = logits.amax(1, keepdim=True)
             found.append(((chosen - peak.squeeze(1)) - (logits - peak).logsumexp(1)).double())
     return rows.cpu().numpy(), torch.cat(found).cpu().numpy() if found else np.empty(0)

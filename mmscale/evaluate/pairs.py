@@ -1,9 +1,9 @@
-"""Log-likelihoods of answers to prompts, the work dealt over the ranks.
+"""Log-likelihoods of answers to prompts, computed in parallel by all ranks.
 
-    (sample, answer) pairs --chunks of about the token budget--> ranks --log-likelihoods--> one value a pair
+    (sample, answer) pairs --chunks within the token budget--> ranks --log-likelihoods--> one value per pair
 
-The chunks do not depend on the number of ranks, so neither do the values. All ranks make the same number of forward
-and head calls, as a ZeRO-3 model needs: a rank with nothing left repeats a chunk and forgets the outcome.
+The chunks do not depend on the number of ranks, and neither do the values. All ranks make the same number of forward
+and head calls, as ZeRO-3 requires: a rank without a chunk of its own repeats the last chunk and discards the result.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy.typing as npt
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.sample import Sample
 from mmscale.dist import World, all_reduce_sum_list
-from mmscale.evaluate.branch import Branch, branch
 from mmscale.evaluate.config import EvaluationSet
-from mmscale.evaluate.heldout import Asked, PromptBuilder, together
+from mmscale.evaluate.continuations import Continuation, continue_prompts
+from mmscale.evaluate.heldout import EvaluationContext, PromptBuilder, call_on_all_ranks
 from mmscale.evaluate.likelihood import log_likelihoods
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A sample's prompt, by number, with one answer's token ids."""
+    """The number of a sample, and an answer to its prompt as token ids."""
 
     sample: int
     answer: tuple[int, ...]
@@ -33,61 +33,61 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairScorer:
-    """Log-likelihoods of the answers of pairs, over all ranks.
+    """Computes the log-likelihoods of answers on all ranks.
 
     Attributes:
-        asked: Who is asked.
+        context: Model, settings and ranks.
         held: The set, for messages.
-        samples: What pairs number.
-        prompts: How a sample is asked about.
+        samples: Samples that ``Pair.sample`` indexes.
+        prompts: Builds the prompts of samples.
     """
 
-    asked: Asked
+    context: EvaluationContext
     held: EvaluationSet
     samples: Sequence[Sample]
     prompts: PromptBuilder
 
     def run(self, pairs: Sequence[Pair]) -> npt.NDArray[np.float64]:
-        """One value a pair, the same on every rank. All ranks must call.
+        """Return one log-likelihood per pair in nats, the same on every rank. All ranks must call.
 
         Raises:
-            DataPipelineError: a sample is damaged; every rank raises.
+            DataPipelineError: a sample is damaged. Every rank raises.
         """
         chunks = list(self._chunks(pairs))
         rows = max(sum(len(pair.answer) for pair in pairs[start:end]) for start, end in chunks)
-        head_calls = -(-rows // self.asked.config.rows_per_head)
+        head_calls = -(-rows // self.context.config.rows_per_head)
         values = np.zeros(len(pairs))
-        for mine, (start, end) in dealt(chunks, self.asked.world):
+        for is_own, (start, end) in chunks_of_rank(chunks, self.context.world):
             batch = self._batch(pairs[start:end])
             found = log_likelihoods(
-                self.asked.model, batch, rows_per_head=self.asked.config.rows_per_head, head_calls=head_calls
+                self.context.model, batch, rows_per_head=self.context.config.rows_per_head, head_calls=head_calls
             )
-            if mine:
+            if is_own:
                 values[start:end] = found[: end - start]
-        return np.array(all_reduce_sum_list(self.asked.world, values.tolist()))
+        return np.array(all_reduce_sum_list(self.context.world, values.tolist()))
 
     def _chunks(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, int]]:
-        """Stretches of pairs of the token budget at most, or of one pair; each has its prompt's tokens for itself."""
+        """Yield ranges of pairs within the token budget. Each pair counts its prompt's tokens and its answer's."""
         samples = dict.fromkeys(pair.sample for pair in pairs)
-        prompts = together(
-            self.asked.world, self.held, lambda: {one: self.prompts.num_tokens(self.samples[one]) for one in samples}
+        prompts = call_on_all_ranks(
+            self.context.world, self.held, lambda: {one: self.prompts.num_tokens(self.samples[one]) for one in samples}
         )
-        return stretches(
-            [prompts[pair.sample] + len(pair.answer) for pair in pairs], self.asked.config.tokens_per_forward
+        return chunk_ranges(
+            [prompts[pair.sample] + len(pair.answer) for pair in pairs], self.context.config.tokens_per_forward
         )
 
     def _batch(self, pairs: Sequence[Pair]) -> MultimodalBatch:
         samples = list(dict.fromkeys(pair.sample for pair in pairs))
         segment = {sample: number for number, sample in enumerate(samples)}
-        prompts = together(
-            self.asked.world, self.held, lambda: self.prompts([self.samples[sample] for sample in samples])
+        prompts = call_on_all_ranks(
+            self.context.world, self.held, lambda: self.prompts([self.samples[sample] for sample in samples])
         )
-        branches = [Branch(segment[pair.sample], pair.answer) for pair in pairs]
-        return branch(prompts, branches).to(self.asked.world.device)
+        continuations = [Continuation(segment[pair.sample], pair.answer) for pair in pairs]
+        return continue_prompts(prompts, continuations).to(self.context.world.device)
 
 
-def stretches(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Start and end of consecutive stretches whose sizes sum to the budget at most; larger ones stand alone."""
+def chunk_ranges(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of consecutive ranges whose sizes sum to at most ``budget``. A larger item is alone in one."""
     start = total = 0
     for number, size in enumerate(sizes):
         if number > start and total + size > budget:
@@ -98,8 +98,8 @@ def stretches(sizes: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:
         yield start, len(sizes)
 
 
-def dealt(chunks: Sequence[tuple[int, int]], world: World) -> Iterator[tuple[bool, tuple[int, int]]]:
-    """This rank's chunks, equally many on every rank; the flag is False where one only fills up."""
+def chunks_of_rank(chunks: Sequence[tuple[int, int]], world: World) -> Iterator[tuple[bool, tuple[int, int]]]:
+    """Yield (flag, chunk), equally often on every rank. The flag is False for a filler whose result is discarded."""
     for first in range(0, len(chunks), world.world_size):
-        mine = first + world.rank
-        yield mine < len(chunks), chunks[min(mine, len(chunks) - 1)]
+        own = first + world.rank
+        yield own < len(chunks), chunks[min(own, len(chunks) - 1)]

@@ -1,11 +1,11 @@
-"""What each sample is asked, and whose image stands in for its own in the control.
+"""Group samples into blocks with common candidates, and permute their images for the control.
 
-The samples are dealt into blocks in which no right answer occurs twice, and all samples of a block get the same
-candidates: their right answers, filled up at random. So one matrix of log-likelihoods (images x candidates) answers
-both the questions and, with its rows exchanged, the control, and the control costs nothing.
+In a block every sample has a different right answer. The candidates of a block are these answers and random others. One
+matrix of log-likelihoods (images x candidates) therefore gives the score and, with its rows permuted, the control: the
+control needs no further forward pass.
 
-Blocks are as few as the candidates and the most common answer allow, and of equal size to within one. A block of one
-sample, whose image nobody could take, appears only where no exchange of images exists at all.
+The number of blocks is the smallest that the number of candidates and the most common answer allow. Block sizes differ
+by at most one, and every block has at least two samples.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from mmscale.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Block:
-    """Samples that are asked the same question.
+class QuestionBlock:
+    """Samples with the same candidates.
 
     Attributes:
         samples: Indices of the samples.
-        candidates: The answers to choose from.
-        right: For each sample, the place of its answer among the candidates.
-        stand_in: For each sample, the place (in ``samples``) of the sample whose image replaces its own in the
-            control; nobody keeps an image with its own answer.
+        candidates: Answers to choose from, sorted.
+        right: For each sample, the index of its right answer in ``candidates``.
+        control_sample: For each sample, the index in ``samples`` of the sample whose image replaces its own in the
+            control. No sample keeps its image, so no image in the control shows the right answer.
     """
 
     samples: tuple[int, ...]
     candidates: tuple[str, ...]
     right: tuple[int, ...]
-    stand_in: tuple[int, ...]
+    control_sample: tuple[int, ...]
 
 
-def deal(answers: Sequence[str], pool: Sequence[str], choices: int | None, seed: int) -> list[Block]:
-    """Blocks that cover every sample once.
+def make_blocks(answers: Sequence[str], pool: Sequence[str], choices: int | None, seed: int) -> list[QuestionBlock]:
+    """Return blocks that contain every sample exactly once.
 
     Args:
-        answers: The right answer of each sample.
-        pool: Candidates; the answers are added to them.
-        choices: Candidates of a question; None for all.
-        seed: Of every draw.
+        answers: Right answer of each sample.
+        pool: Further candidates; may repeat values.
+        choices: Number of candidates per question; None for all values.
+        seed: Seed of the random choices: samples of each block, further candidates, and control.
 
     Raises:
-        ConfigError: fewer candidates than ``choices``, fewer than two, or no way to exchange the images.
+        ConfigError: there are fewer values than ``choices`` or fewer than two, or a block would have one sample.
     """
     values = sorted(set(pool) | set(answers))
     choices = len(values) if choices is None else choices
@@ -69,28 +69,28 @@ def _deal_samples(answers: Sequence[str], choices: int, rng: np.random.Generator
     if len(answers) < 2 * num_blocks:
         raise ConfigError(
             f"{counts[most_common]} of {len(answers)} samples have the answer {most_common!r} and choices={choices}: "
-            f"the control must give every sample an image with another answer; raise choices or score a more even set"
+            f"the control must give every sample an image with another answer; raise choices or use a more balanced set"
         )
-    place = {answer: rank for rank, answer in enumerate(rng.permutation(sorted(counts)).tolist())}
-    order = sorted(rng.permutation(len(answers)).tolist(), key=lambda sample: place[answers[sample]])
-    # Equal answers are neighbours and no more than there are blocks, so dealing in turn parts them.
+    rank = {answer: number for number, answer in enumerate(rng.permutation(sorted(counts)).tolist())}
+    order = sorted(rng.permutation(len(answers)).tolist(), key=lambda sample: rank[answers[sample]])
+    # Equal answers are adjacent, and no answer is more frequent than there are blocks: round-robin separates them.
     return [order[first::num_blocks] for first in range(num_blocks)]
 
 
 def _block(
     samples: list[int], answers: Sequence[str], values: Sequence[str], choices: int, rng: np.random.Generator
-) -> Block:
+) -> QuestionBlock:
     own = [answers[sample] for sample in samples]
-    taken = set(own)
-    others = [value for value in values if value not in taken]
+    right_answers = set(own)
+    others = [value for value in values if value not in right_answers]
     fill = rng.permutation(len(others))[: choices - len(own)].tolist()
     candidates = sorted([*own, *(others[number] for number in fill)])
     cycle = rng.permutation(len(samples))
-    stand_in = np.empty(len(samples), dtype=np.int64)
-    stand_in[cycle] = np.roll(cycle, 1)  # One cycle through all: nobody keeps its own.
-    return Block(
+    control_sample = np.empty(len(samples), dtype=np.int64)
+    control_sample[cycle] = np.roll(cycle, 1)  # A single cycle has no fixed point.
+    return QuestionBlock(
         samples=tuple(samples),
         candidates=tuple(candidates),
         right=tuple(candidates.index(answer) for answer in own),
-        stand_in=tuple(stand_in.tolist()),
+        control_sample=tuple(control_sample.tolist()),
     )

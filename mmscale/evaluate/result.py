@@ -1,4 +1,4 @@
-"""``result.json``: the figures of a finished run, for programs. Its shape is a promise; keys may be added."""
+"""``result.json``: the results of a run, for programs. Keys may be added; existing keys keep name and type."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ RESULT_FILE = "result.json"
 
 @dataclass(frozen=True)
 class SetResult:
-    """How the model did on one held-out set.
+    """Result of a set of kind ``images``.
 
     Attributes:
-        score: Share of right choices, in [0, 1].
-        control: The same with the images permuted among the samples: what the text alone gives away.
-        chance: Share of right choices of a blind guess.
-        n: Samples.
-        metric: The task in words, ``name among 50``.
+        score: Accuracy, in [0, 1].
+        control: Accuracy with the images permuted among the samples, that is, without information from the image.
+        chance: Accuracy of a random guess.
+        n: Number of samples.
+        metric: Description of the task, such as ``name among 50``.
         error: Binomial standard error of ``score``.
         control_error: Binomial standard error of ``control``.
-        loss: Negative log-likelihood of the right answers, mean over their tokens (nats); None of a model that
-            compares images with texts, and in older files.
+        loss: Mean negative log-likelihood of the right answers per token, nats. None for a contrastive model and in
+            older files.
     """
 
     score: float
@@ -57,15 +57,15 @@ class SetResult:
 
 @dataclass(frozen=True)
 class ChoiceResult:
-    """How the model did on one set of multiple-choice questions.
+    """Result of a set of multiple-choice questions.
 
     Attributes:
-        score: Share of right choices, in [0, 1], compared as configured.
-        chance: Share of right choices of a blind guess.
-        n: Questions.
-        metric: The task in words, ``right choice among 4``.
+        score: Accuracy, in [0, 1], with the normalisation of the set.
+        chance: Accuracy of a random guess.
+        n: Number of questions.
+        metric: Description of the task, such as ``right choice among 4``.
         error: Binomial standard error of ``score``.
-        scores: Share by way of comparing: ``none``, ``tokens``, ``characters``, ``bytes``.
+        scores: Accuracy by normalisation: ``none``, ``tokens``, ``characters``, ``bytes``.
     """
 
     score: float
@@ -84,17 +84,17 @@ class ChoiceResult:
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """How well the model predicts one set of documents.
+    """Result of a set of kind ``perplexity``.
 
     Attributes:
-        loss: Mean negative log-likelihood of a learned token by weight, natural logarithm.
+        loss: Negative log-likelihood per learned token, nats; mean weighted by loss weight.
         error: Standard error of ``loss`` over documents.
         perplexity: ``exp(loss)``.
-        bits_per_byte: Bits of all learned tokens, each counted once, over the bytes (UTF-8) of the learned text; the
-            tokens that end it cost bits and have no bytes. None where no text is learned.
-        tokens: Learned tokens.
-        bytes: Of the learned text.
-        n: Documents.
+        bits_per_byte: Unweighted bits of all learned tokens over the UTF-8 bytes of the learned text. Closing tokens
+            add bits but no bytes. None if there is no learned text.
+        tokens: Number of learned tokens.
+        bytes: UTF-8 bytes of the learned text.
+        n: Number of samples; a document that was cut counts once.
     """
 
     loss: float
@@ -118,17 +118,17 @@ class PerplexityResult:
 
 
 HeldOutResult = SetResult | ChoiceResult | PerplexityResult
-"""Of a set; ``kind`` says which."""
+"""Result of one held-out set; the field ``kind`` identifies the type."""
 
 
 def binomial_error(share: float, n: int) -> float:
-    """Standard error of a share of ``n`` independent yes/no outcomes; 0 for no outcomes."""
+    """Return the standard error of a share of ``n`` independent yes/no outcomes; 0 for no outcomes."""
     return math.sqrt(share * (1 - share) / n) if n else 0.0
 
 
 @dataclass(frozen=True)
 class Params:
-    """Parameters of the model: all, those in use for one token, and all by component."""
+    """Number of parameters: in total, active for one token, and in total by component."""
 
     total: int
     active: int
@@ -137,7 +137,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak memory of each rank, in rank order. ``device_bytes`` is None without accelerators."""
+    """Peak memory of each rank in bytes, in rank order. ``device_bytes`` is None without accelerators."""
 
     rss_bytes: tuple[int, ...]
     device_bytes: tuple[int, ...] | None = None
@@ -145,13 +145,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What was computed, and how well the devices were used.
+    """Floating point operations of the model, and utilisation of the devices.
 
     Attributes:
-        mfu: Model operations of the steps over what the devices could have done in their time; None without a peak.
-        peak_flops: Operations a second of one rank's device; None where no figure is known.
-        peak_source: Where the peak comes from, or why there is none.
-        model_flops: Operations of all steps, over all ranks.
+        mfu: Model FLOPs utilisation: operations of the steps over the peak of the devices in that time. None if the
+            peak is unknown.
+        peak_flops: Peak operations per second of one rank's device; None if unknown.
+        peak_source: Source of ``peak_flops``, or the reason why it is unknown.
+        model_flops: Operations of all steps on all ranks.
     """
 
     mfu: float | None
@@ -162,23 +163,23 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Everything ``result.json`` holds.
+    """Contents of ``result.json``.
 
     Attributes:
-        world_size: Ranks.
+        world_size: Number of ranks.
         zero_stage: ZeRO stage, 0 to 3.
-        precision: ``fp32`` or ``bf16``, as chosen.
+        precision: ``fp32`` or ``bf16``.
         steps: Optimizer steps over all stages.
-        train_seconds: Wall time of training over all starts of the run, without set-up and evaluation.
-        params: Parameter counts.
+        train_seconds: Wall time of training steps over all starts of the run, without set-up and evaluation.
+        params: Numbers of parameters.
         heldout: Results by set name.
-        precision_reason: Why this precision was chosen, one sentence.
+        precision_reason: Reason for this precision, one sentence.
         tokens: Tokens trained on.
         samples: Samples trained on.
         memory: Peak memory.
-        machine: What the run ran on, in words.
-        efficiency: Operations and their share of the devices' peak.
-        goodput: ``metrics.goodput.Goodput`` as a mapping: where the wall time of all starts went.
+        machine: Description of the device and the number of ranks.
+        efficiency: Operations, and their share of the devices' peak.
+        goodput: ``metrics.goodput.Goodput`` as a mapping: the wall time of all starts by activity.
         finished: False if the run stopped before its last step.
     """
 
@@ -199,12 +200,12 @@ class RunResult:
     finished: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """The plain mapping that is written."""
+        """Return the JSON object that ``write_result`` writes."""
         return asdict(self) | {"heldout": {name: asdict(result) for name, result in self.heldout.items()}}
 
 
 def write_result(run_dir: Path, result: RunResult) -> Path:
-    """Writes ``result.json``, whole or not at all. Rank 0 only.
+    """Write ``result.json`` atomically. Call it on rank 0 only.
 
     Returns:
         The path of the file.
@@ -249,7 +250,7 @@ def _kind(held: Any) -> str:
     return "perplexity" if isinstance(held, dict) and held.get("kind") == "perplexity" else "scored"
 
 
-# By its kind, so that a damaged set is told what its own kind lacks.
+# Discriminate by kind, so that the error for a damaged set lists the keys of its own kind.
 _Set = Annotated[Annotated[_Perplexity, Tag("perplexity")] | Annotated[_Scored, Tag("scored")], Discriminator(_kind)]
 
 
@@ -285,7 +286,9 @@ _RESULT = TypeAdapter(_Result)
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
-    """Return ``result.json`` as a mapping; empty if there is none. Keys that are there have the types of ``RunResult``.
+    """Return ``result.json`` as a mapping, empty if the file is missing.
+
+    The keys of ``_Result`` are validated if they are present. Other keys are returned as they are.
 
     Raises:
         MMScaleError: the file cannot be read, or is damaged.

@@ -1,7 +1,7 @@
-"""Scores of the held-out sets, over all ranks.
+"""Score the held-out sets on all ranks.
 
-images       read -> deal questions -> (image, candidate) pairs -> log-likelihoods, or similarities -> shares
-choice       read -> (question, choice) pairs -> log-likelihoods -> shares      (``choice``)
+images       read -> blocks -> (image, candidate) pairs -> log-likelihoods or similarities -> accuracy
+choice       read -> (question, choice) pairs -> log-likelihoods -> accuracy    (``choice``)
 perplexity   documents -> log-likelihoods -> mean                               (``perplexity``)
 """
 
@@ -19,17 +19,17 @@ from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.evaluate.choice import credit, score_choices
 from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, HeldOutSet, Normalise, PerplexitySet
-from mmscale.evaluate.heldout import Asked, PromptBuilder, Questions, candidate_ids, not_asked
+from mmscale.evaluate.heldout import EvaluationContext, ImageQuestions, PromptBuilder, candidate_ids, unanswerable_sets
 from mmscale.evaluate.likelihood import ScoredModel
 from mmscale.evaluate.pairs import Pair, PairScorer
 from mmscale.evaluate.perplexity import score_perplexity
-from mmscale.evaluate.questions import Block, deal
+from mmscale.evaluate.questions import QuestionBlock, make_blocks
 from mmscale.evaluate.result import HeldOutResult, SetResult, binomial_error
 from mmscale.evaluate.similarity import similarities
 from mmscale.models.contrastive import ContrastiveModel
 
 Table = npt.NDArray[np.float64]
-"""``(samples, candidates)`` of one block."""
+"""Values of one block, ``(samples, candidates)``."""
 
 
 def evaluate(
@@ -39,42 +39,45 @@ def evaluate(
     spec: MediaSpec,
     world: World,
 ) -> dict[str, HeldOutResult]:
-    """Scores every held-out set that the model can answer. All ranks must call; all get the same result.
+    """Score every held-out set that the model can answer. All ranks must call; all get the same result.
+
+    Sets of ``unanswerable_sets`` are left out of the result.
 
     Args:
-        model: ``MultimodalModel``, ``ContrastiveModel`` or an engine's ``model``, in evaluation mode already if that
-            matters.
-        config: The sets.
-        data_config: Tokenizer, and the transform of the first data set.
-        spec: What the model takes.
-        world: The ranks that take part.
+        model: ``MultimodalModel``, ``ContrastiveModel`` or an engine's ``model``. The caller sets evaluation mode.
+        config: Gives the sets and the memory limits.
+        data_config: Gives the tokenizer, the transform of the first data set and the length of documents.
+        spec: Media that the model accepts.
+        world: Ranks that share the work.
 
     Raises:
-        ConfigError: a set cannot be asked as configured.
-        DataPipelineError: a file is missing or damaged; every rank raises.
+        ConfigError: a set is empty, or its samples cannot give ``choices`` or the control.
+        DataPipelineError: a file is missing or damaged.
     """
-    asked = Asked(cast(ScoredModel, model), config, data_config, load_tokenizer(data_config.tokenizer), spec, world)
-    left_out = not_asked(config, spec)
-    return {held.name: _score(asked, held) for held in config.sets if held not in left_out}
+    context = EvaluationContext(
+        cast(ScoredModel, model), config, data_config, load_tokenizer(data_config.tokenizer), spec, world
+    )
+    left_out = unanswerable_sets(config, spec)
+    return {held.name: _score(context, held) for held in config.sets if held not in left_out}
 
 
-def _score(asked: Asked, held: HeldOutSet | PerplexitySet | ChoiceSet) -> HeldOutResult:
+def _score(context: EvaluationContext, held: HeldOutSet | PerplexitySet | ChoiceSet) -> HeldOutResult:
     if isinstance(held, PerplexitySet):
-        return score_perplexity(asked, held)
-    return score_choices(asked, held) if isinstance(held, ChoiceSet) else _score_images(asked, held)
+        return score_perplexity(context, held)
+    return score_choices(context, held) if isinstance(held, ChoiceSet) else _score_images(context, held)
 
 
-def _score_images(asked: Asked, held: HeldOutSet) -> SetResult:
-    questions = Questions.read(held)
-    blocks = deal(questions.answers, questions.pool, held.choices, held.seed)
-    if asked.spec.placement is Placement.PAIR:
+def _score_images(context: EvaluationContext, held: HeldOutSet) -> SetResult:
+    questions = ImageQuestions.read(held)
+    blocks = make_blocks(questions.answers, questions.pool, held.choices, held.seed)
+    if context.spec.placement is Placement.PAIR:
         asks = [(sample, value) for block in blocks for sample in block.samples for value in block.candidates]
-        tables = list(_tables(similarities(asked, held, questions.samples, asks), blocks))
+        tables = list(_tables(similarities(context, held, questions.samples, asks), blocks))
         return _result(_normalised(tables, blocks, [], held.normalise), blocks, questions, None)
-    ids = {value: candidate_ids(held, value, asked.tokenizer) for block in blocks for value in block.candidates}
+    ids = {value: candidate_ids(held, value, context.tokenizer) for block in blocks for value in block.candidates}
     pairs = [Pair(sample, ids[value]) for block in blocks for sample in block.samples for value in block.candidates]
-    prompts = PromptBuilder.of_images(held, asked.data, asked.tokenizer, asked.spec)
-    values = PairScorer(asked, held, questions.samples, prompts).run(pairs)
+    prompts = PromptBuilder.of_images(held, context.data, context.tokenizer, context.spec)
+    values = PairScorer(context, held, questions.samples, prompts).run(pairs)
     tables = list(_tables(values, blocks))
     lengths = [np.array([len(ids[value]) for value in block.candidates]) for block in blocks]
     loss = _loss(tables, lengths, blocks)
@@ -82,7 +85,7 @@ def _score_images(asked: Asked, held: HeldOutSet) -> SetResult:
     return _result(tables, blocks, questions, loss)
 
 
-def _tables(values: Table, blocks: Sequence[Block]) -> Iterator[Table]:
+def _tables(values: Table, blocks: Sequence[QuestionBlock]) -> Iterator[Table]:
     start = 0
     for block in blocks:
         shape = (len(block.samples), len(block.candidates))
@@ -91,7 +94,7 @@ def _tables(values: Table, blocks: Sequence[Block]) -> Iterator[Table]:
 
 
 def _normalised(
-    tables: list[Table], blocks: Sequence[Block], lengths: list[npt.NDArray[np.int64]], how: Normalise
+    tables: list[Table], blocks: Sequence[QuestionBlock], lengths: list[npt.NDArray[np.int64]], how: Normalise
 ) -> list[Table]:
     if how is Normalise.TOKENS:
         return [table / length for table, length in zip(tables, lengths, strict=True)]
@@ -100,8 +103,8 @@ def _normalised(
     return tables
 
 
-def _without_prior(tables: list[Table], blocks: Sequence[Block]) -> list[Table]:
-    """Subtracts from each value the mean of its candidate over all *other* images that were asked about it."""
+def _without_prior(tables: list[Table], blocks: Sequence[QuestionBlock]) -> list[Table]:
+    """Subtract from each value the mean of its candidate over all *other* images scored with that candidate."""
     total: dict[str, float] = {}
     count: dict[str, int] = {}
     for table, block in zip(tables, blocks, strict=True):
@@ -116,8 +119,8 @@ def _without_prior(tables: list[Table], blocks: Sequence[Block]) -> list[Table]:
     return shifted
 
 
-def _loss(tables: Sequence[Table], lengths: Sequence[npt.NDArray[np.int64]], blocks: Sequence[Block]) -> float:
-    """Mean over all tokens of the right answers, as training's loss is one over tokens."""
+def _loss(tables: Sequence[Table], lengths: Sequence[npt.NDArray[np.int64]], blocks: Sequence[QuestionBlock]) -> float:
+    """Return the mean loss over all tokens of the right answers, nats."""
     whole, tokens = 0.0, 0
     for table, length, block in zip(tables, lengths, blocks, strict=True):
         for row, right in enumerate(block.right):
@@ -126,13 +129,15 @@ def _loss(tables: Sequence[Table], lengths: Sequence[npt.NDArray[np.int64]], blo
     return whole / tokens
 
 
-def _result(tables: Sequence[Table], blocks: Sequence[Block], questions: Questions, loss: float | None) -> SetResult:
+def _result(
+    tables: Sequence[Table], blocks: Sequence[QuestionBlock], questions: ImageQuestions, loss: float | None
+) -> SetResult:
     n, choices = len(questions.samples), len(blocks[0].candidates)
     score = control = 0.0
     for table, block in zip(tables, blocks, strict=True):
         for row, right in enumerate(block.right):
             score += credit(table[row], right)
-            control += credit(table[block.stand_in[row]], right)
+            control += credit(table[block.control_sample[row]], right)
     return SetResult(
         score=score / n,
         control=control / n,

@@ -1,8 +1,8 @@
-"""How near images and candidate texts are, of a model that compares them; the work dealt over the ranks.
+"""Cosine similarity of images and candidate texts for contrastive models, computed in parallel by all ranks.
 
-    images, texts --side by side, one of each a document--> vectors of both --(sample, candidate) pairs--> dot products
+    images, texts --one of each per document--> vectors of both --(sample, candidate) pairs--> dot products
 
-Each image and each text is computed once, whatever the number of questions about it.
+Each image and each text is encoded once, however many pairs contain it.
 
 Source: CLIP (arXiv 2103.00020), section 3.1.2 (zero-shot classification).
 """
@@ -18,63 +18,70 @@ import numpy.typing as npt
 import torch
 
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Sample
 from data_pipeline.text.templates import CaptionTemplate
 from data_pipeline.text.templates.base import fill
 from mmscale.dist import all_reduce_sum_list
 from mmscale.evaluate.config import HeldOutSet
-from mmscale.evaluate.heldout import Asked, document_builder, together
-from mmscale.evaluate.pairs import dealt, stretches
+from mmscale.evaluate.heldout import EvaluationContext, call_on_all_ranks, document_builder
+from mmscale.evaluate.pairs import chunk_ranges, chunks_of_rank
 from mmscale.models.contrastive import ContrastiveModel
 
 _TEMPLATE = CaptionTemplate(prompts=("{prompt}",), answers=("{answer}",))
-"""Of texts that are filled in already: in training prompt and answer are tokenised apart."""
-Rows = npt.NDArray[np.float64]
+"""Template for texts that are already formatted. Prompt and answer are separate: training tokenises them separately."""
+Vectors = npt.NDArray[np.float64]
 
 
-def similarities(asked: Asked, held: HeldOutSet, samples: Sequence[Sample], asks: Sequence[tuple[int, str]]) -> Rows:
-    """Cosine of image and text of each ask, the same on every rank. All ranks must call.
+def similarities(
+    context: EvaluationContext, held: HeldOutSet, samples: Sequence[Sample], requests: Sequence[tuple[int, str]]
+) -> Vectors:
+    """Return the cosine of image and text of each request, the same on every rank. All ranks must call.
 
     Args:
-        asked: The model and the ranks.
-        held: How a candidate is worded.
-        samples: What ``asks`` numbers; each has one image.
-        asks: Sample and candidate.
+        context: Model, settings and ranks.
+        held: Gives the prompt and the format of a candidate.
+        samples: Samples that ``requests`` indexes; each has one image.
+        requests: (index of the sample, candidate).
 
     Raises:
-        DataPipelineError: a sample is damaged or has not exactly one image; every rank raises.
+        DataPipelineError: a sample is damaged or does not have exactly one image. Every rank raises.
     """
     prompts = [fill(held.prompt, sample.fields) for sample in samples]
-    worded = [(prompts[sample], held.template.format(value=candidate)) for sample, candidate in asks]
-    places = {text: number for number, text in enumerate(dict.fromkeys(worded))}
-    fields = [{"prompt": prompt, "answer": answer} for prompt, answer in places]
-    # The shorter of both lists is filled up; what fills it up is not looked at.
+    texts = [(prompts[sample], held.template.format(value=candidate)) for sample, candidate in requests]
+    number_of = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    fields = [{"prompt": prompt, "answer": answer} for prompt, answer in number_of]
+    # A document needs an image and a text: repeat the last item of the shorter list and ignore its vectors.
     documents = [
         replace(samples[min(number, len(samples) - 1)], fields=fields[min(number, len(fields) - 1)])
         for number in range(max(len(samples), len(fields)))
     ]
-    images, texts = _vectors(asked, held, documents)
-    return np.array([images[sample] @ texts[places[text]] for (sample, _), text in zip(asks, worded, strict=True)])
+    image_vectors, text_vectors = _vectors(context, held, documents)
+    return np.array(
+        [
+            image_vectors[sample] @ text_vectors[number_of[text]]
+            for (sample, _), text in zip(requests, texts, strict=True)
+        ]
+    )
 
 
-def _vectors(asked: Asked, held: HeldOutSet, samples: Sequence[Sample]) -> tuple[Rows, Rows]:
-    """Of the image and of the text of each sample."""
-    model, world = cast(ContrastiveModel, asked.model), asked.world
-    builder = document_builder(held, _TEMPLATE, asked.data, asked.tokenizer, asked.spec)
-    sizes = together(world, held, lambda: [_size(builder, sample) for sample in samples])
-    chunks = list(stretches(sizes, asked.config.tokens_per_forward))
+def _vectors(context: EvaluationContext, held: HeldOutSet, samples: Sequence[Sample]) -> tuple[Vectors, Vectors]:
+    """Return the vectors of the image and of the text of each sample, both ``(samples, dim)``."""
+    model, world = cast(ContrastiveModel, context.model), context.world
+    builder = document_builder(held, _TEMPLATE, context.data, context.tokenizer, context.spec)
+    sizes = call_on_all_ranks(world, held, lambda: [_size(builder, sample) for sample in samples])
+    chunks = list(chunk_ranges(sizes, context.config.tokens_per_forward))
     width = model.connector.dim
     values = np.zeros((2, len(samples), width))
-    for mine, (start, end) in dealt(chunks, world):
+    for is_own, (start, end) in chunks_of_rank(chunks, world):
         chosen = samples[start:end]
-        documents = together(world, held, lambda: [builder(sample) for sample in chosen])  # noqa: B023  called at once
-        null = null_document(asked.spec, asked.tokenizer.pad_id)
-        batch = collate([Pack((*documents, null), lane=-1)], asked.spec).to(world.device)
+        documents = call_on_all_ranks(world, held, lambda: [builder(sample) for sample in chosen])  # noqa: B023  called at once
+        dummy = dummy_document(context.spec, context.tokenizer.pad_id)
+        batch = collate([Pack((*documents, dummy), lane=-1)], context.spec).to(world.device)
         with torch.no_grad():
             vectors = model(batch)
-        if mine:
+        if is_own:
             values[0, start:end] = vectors.images.double().cpu().numpy()
             values[1, start:end] = vectors.texts.double().cpu().numpy()
     images, texts = np.array(all_reduce_sum_list(world, values.ravel().tolist())).reshape(values.shape)
@@ -82,5 +89,5 @@ def _vectors(asked: Asked, held: HeldOutSet, samples: Sequence[Sample]) -> tuple
 
 
 def _size(builder: DocumentBuilder, sample: Sample) -> int:
-    document = builder.measure(sample)
+    document = builder.dry_run(sample)
     return document.num_tokens + document.num_patches

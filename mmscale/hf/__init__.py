@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: read as they lie on the disk, and written so that its libraries load them.
+"""Read and write model folders in Hugging Face's format.
 
-``layouts/`` has a file for each family. Nothing here needs ``transformers``.
+``layouts/`` has one module per model family. No module here imports ``transformers``.
 """

@@ -1,10 +1,10 @@
-"""Values that each family's configuration class takes for keys that a folder leaves out.
+"""Defaults of each family's configuration class, for keys that a folder leaves out.
 
-``transformers`` leaves out of nested blocks every key that has its class default, so such folders are common. Every
-reader in ``layouts`` fills a block from this table first, and has no default of its own for these keys.
+In nested objects ``transformers`` omits every key that has its class default, so folders with missing keys are common.
+``Keys`` fills missing keys from this table before a layout reads them.
 
-A key whose default differs between versions of ``transformers`` is not in the table: a folder must then state it. That
-is Persimmon's ``rope_theta``, 25,000 in version 4 and 10,000 in version 5.
+A key whose default differs between versions of ``transformers`` is not in the table, so a folder must state it. The
+only such key is Persimmon's ``rope_theta``: 25,000 in version 4 and 10,000 in version 5.
 
 Source: the configuration classes of transformers 5.24, with which those of 4.46 agree; for ``intern_vit_6b`` the
 published ``configuration_intern_vit.py``.
@@ -234,4 +234,4 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "initializer_factor": 0.1,
     },
 }
-"""``model_type`` -> key -> value. ``rope_theta`` is here also where version 5 nests it in ``rope_parameters``."""
+"""``model_type`` -> key -> value. ``rope_theta`` is listed even where version 5 nests it in ``rope_parameters``."""

@@ -1,4 +1,7 @@
-"""A foreign configuration of which every key must be accounted for: a key that nobody reads may change the model."""
+"""Read a Hugging Face configuration and reject keys that were not read.
+
+A key that the importer ignores may change the model.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.class_defaults import CLASS_DEFAULTS
 
 REQUIRED: Any = object()
-_HARMLESS = {
+_IGNORED = {
     *("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"),
     *("use_cache", "transformers_version"),
     *("image_token_id", "image_token_index", "image_seq_length", "video_token_id"),
@@ -18,53 +21,59 @@ _HARMLESS = {
     *("model_type", "architectures", "dtype", "torch_dtype", "task_specific_params", "problem_type"),
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "is_encoder_decoder"),
     *("id2label", "label2id", "pretraining_tp", "name_or_path", "sep_token_id", "decoder_start_token_id"),
-    # How to sample text, which files of 2022 say of towers, too.
+    # Sampling options. Files from 2022 have them in vision towers, too.
     *("temperature", "top_k", "top_p", "typical_p", "num_beams", "num_beam_groups", "num_return_sequences"),
     *("min_length", "max_length", "length_penalty", "repetition_penalty", "diversity_penalty"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
 }
-"""Keys of every family that say nothing about what the weights compute."""
+"""Keys that do not change the forward computation in any family."""
 
 
 class Keys:
-    """The keys of one JSON object.
+    """The keys of one JSON object; it records which keys were read.
 
     Args:
         values: The object.
-        where: File, and place in it, for messages.
-        family: ``model_type`` whose class defaults stand for the keys that the object leaves out; None for none. A
-            key that is null stays null.
+        where: File and position in the file, for messages.
+        family: ``model_type`` whose class defaults replace missing keys; None for no defaults. A key that is null
+            stays null.
 
     Attributes:
-        given: The object.
+        given: The object without defaults.
         values: The object with the class defaults.
-        read: Keys that somebody asked for.
+        read_keys: Keys that were read; ``raise_on_unread`` accepts them.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, family: str | None = None) -> None:
         self.given, self.where = values, where
         self.values = {**CLASS_DEFAULTS.get(family or "", {}), **values}
-        self.read: set[str] = set()
+        self.read_keys: set[str] = set()
 
-    def filled(self, family: str) -> Keys:
-        """The same object with the class defaults of ``family``; a key that is read there is read here."""
-        again = Keys(self.given, self.where, family)
-        again.read = self.read
-        return again
+    def with_defaults(self, family: str) -> Keys:
+        """Return the same object with the class defaults of ``family``. Both share one set of read keys."""
+        filled = Keys(self.given, self.where, family)
+        filled.read_keys = self.read_keys
+        return filled
 
-    def take(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """The value of a key; null is as if it were absent.
+    def read(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
+        """Return the value of a key and mark the key as read. A null counts as missing.
+
+        Args:
+            key: Key to read.
+            kind: Expected type. With ``float`` an int is accepted and converted.
+            default: Returned when the key is missing; without it the key is required.
 
         Raises:
-            CheckpointError: it is missing and has no default, or is not a ``kind``; an int serves as a float.
+            CheckpointError: the key is missing and has no default, the value is not a ``kind``, or a number is not
+                finite or above ``LARGEST_INT`` in magnitude.
         """
-        self.read.add(key)
+        self.read_keys.add(key)
         value = self.values.get(key)
         if value is None:
             if default is REQUIRED:
                 raise CheckpointError(f"{self.where}: {key} is missing")
             return default
-        if type(value) in (int, float) and not abs(value) <= LARGEST_INT:  # NaN is not.
+        if type(value) in (int, float) and not abs(value) <= LARGEST_INT:  # Also true for NaN.
             raise CheckpointError(f"{self.where}: {key}={value!r:.40} is no finite number within ±{LARGEST_INT:g}")
         if kind is float and type(value) is int:
             return float(value)
@@ -72,60 +81,64 @@ class Keys:
             raise CheckpointError(f"{self.where}: {key}={value!r:.80} must be of type {kind.__name__}")
         return value
 
-    def size(self, key: str, most: int = LARGEST_INT, default: Any = REQUIRED) -> int:
-        """A number of things. Take it so before dividing by it or counting up to it.
+    def positive_int(self, key: str, most: int = LARGEST_INT, default: Any = REQUIRED) -> int:
+        """Return an integer from 1 to ``most``. Use it for values that become divisors or loop bounds.
 
         Raises:
-            CheckpointError: as ``take``, or it is below 1 or above ``most``.
+            CheckpointError: as ``read``, or the value is out of range.
         """
-        value: int = self.take(key, int, default)
+        value: int = self.read(key, int, default)
         if not 1 <= value <= most:
             bound = "at least 1" if most == LARGEST_INT else f"between 1 and {most}"
-            raise CheckpointError(f"{self.said(key)} must be {bound}")
+            raise CheckpointError(f"{self.describe(key)} must be {bound}")
         return value
 
-    def block(self, key: str, family: str | None = None) -> Keys | None:
-        """The object under a key, with the class defaults of ``family``."""
-        return None if self.take(key, dict, None) is None else self.needed(key, family)
+    def optional_object(self, key: str, family: str | None = None) -> Keys | None:
+        """Return the object under a key with the class defaults of ``family``; None if the key is missing."""
+        return None if self.read(key, dict, None) is None else self.required_object(key, family)
 
-    def needed(self, key: str, family: str | None = None) -> Keys:
-        """The object under a key that must be there, with the class defaults of ``family``.
+    def required_object(self, key: str, family: str | None = None) -> Keys:
+        """Return the object under a required key with the class defaults of ``family``.
 
         Raises:
-            CheckpointError: it is missing.
+            CheckpointError: the key is missing or is not an object.
         """
-        return Keys(self.take(key, dict), f"{self.where}: {key}", family)
+        return Keys(self.read(key, dict), f"{self.where}: {key}", family)
 
     def must_be(self, key: str, *allowed: object) -> None:
-        """Refuses other values than those that the model can have; null and absence are allowed.
+        """Mark a key as read and require one of the ``allowed`` values.
+
+        A null passes, and so does a missing key without a class default.
 
         Raises:
-            CheckpointError: it has another one.
+            CheckpointError: the key has another value; the message names the first allowed one.
         """
-        self.read.add(key)
+        self.read_keys.add(key)
         value = self.values.get(key)
         if value is not None and value not in allowed:
-            raise CheckpointError(f"{self.said(key)} is not supported, only {allowed[0]!r}")
+            raise CheckpointError(f"{self.describe(key)} is not supported, only {allowed[0]!r}")
 
-    def said(self, key: str) -> str:
-        """Place and value of a key, for messages."""
+    def describe(self, key: str) -> str:
+        """Return position and value of a key, for messages."""
         default = "" if key in self.given else " (the class default, since the key is missing)"
         return f"{self.where}: {key}={self.values.get(key)!r:.80}{default}"
 
-    def finish(self) -> None:
-        """Complains of keys that nobody asked for.
+    def raise_on_unread(self) -> None:
+        """Require that every key of the file was read.
+
+        Keys in ``_IGNORED``, keys with a leading ``_`` and the values null, false, 0, ``[]`` and ``{}`` pass.
 
         Raises:
-            CheckpointError: there are some.
+            CheckpointError: a key was not read; the message names the first one.
         """
-        ignored = self.read | _HARMLESS
-        odd = [
+        ignored = self.read_keys | _IGNORED
+        unread = [
             k
             for k, v in self.given.items()
             if k not in ignored and not k.startswith("_") and v not in (None, False, [], {})
         ]
-        if odd:
+        if unread:
             raise CheckpointError(
-                f"{self.where}: {odd[0]}={self.given[odd[0]]!r:.80} is not known for this family; if it does not "
+                f"{self.where}: {unread[0]}={self.given[unread[0]]!r:.80} is not known for this family; if it does not "
                 "change what the model computes, remove it"
             )

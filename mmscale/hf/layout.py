@@ -1,13 +1,16 @@
-"""What a family's file says: how its configuration and its tensors become ours, and back.
+"""Convert a family's configuration and tensor names to mmscale's and back.
 
     config.json --to_model--> ModelConfig or TowerConfig --to_keys--> config.json
-    decoder.layers.3.mlp.up_proj.weight  <--rows-->  model.layers.3.mlp.up_proj.weight
+    decoder.layers.3.mlp.up_proj.weight  <--rules-->  model.layers.3.mlp.up_proj.weight
 
-A family is one ``Layout``. Names are rewritten from the front by the first row that matches. Parameters of ours that
-get the same foreign name are stored there one after another along the first dimension, or dealt in blocks of rows; that
-is how a table of new tokens, or projections that others fuse, become one matrix, and how it is cut again.
+A family is one ``FamilyLayout``. The first ``NameRule`` whose prefix matches rewrites a parameter's name. Several
+parameters may get the same Hugging Face name, for example fused projections or a table of new tokens. Their values are
+then concatenated along the first dimension, or interleaved in blocks of rows.
 
-A layout cannot lie about a configuration: what ``to_keys`` writes is read back by ``to_model`` and compared.
+``config_values`` checks each export: ``to_model`` reads the output of ``to_keys``. The result must equal the exported
+config in every value that changes the forward computation.
+
+In this package "ours" is mmscale's name, shape or key, and "theirs" is the one in the Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -32,47 +35,48 @@ from mmscale.models.connectors.connector import FeatureConnectorBase
 from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import VisionConfig
 
-_SHOWN = 3
+_MOST_DIFFERENCES = 3
+"""Largest number of differences that an error message lists."""
 
 
 @dataclass(frozen=True)
 class Axes:
-    """The same values in another order.
+    """A permutation of axes between the two formats.
 
     Attributes:
-        sizes: Theirs, of a view of the tensor, or of the part that a row takes of it; one may be -1.
-        order: Which of their axes each of ours is.
+        sizes: Shape that their values are viewed as before the permutation; one size may be -1.
+        order: For each of our axes, the index of their axis.
     """
 
     sizes: tuple[int, ...]
     order: tuple[int, ...]
 
     def to_ours(self, values: Tensor) -> Tensor:
-        """A view of their values in the order of ours."""
+        """Return a view of their values with our order of axes."""
         return values.reshape(self.sizes).permute(self.order)
 
     def to_theirs(self, values: Tensor) -> Tensor:
-        """Our values, flat, in their order: ``(n,)``, a copy."""
+        """Return our flat values in their order: ``(n,)``, a copy."""
         ours = values.view([self.sizes[axis] for axis in self.order])
         return ours.permute([self.order.index(axis) for axis in range(len(self.order))]).reshape(-1)
 
 
 @dataclass(frozen=True)
-class Row:
-    """Where parameters of ours lie among theirs.
+class NameRule:
+    """Map parameters with one prefix to tensors of the Hugging Face folder.
 
     Attributes:
-        ours: Beginning of our name; ``{n}`` is any number, the same on both sides.
-        theirs: Beginning of their name, which the rest of ours follows.
-        shape: Of their tensor, where it has another one for the same values in the same order (a convolution over
-            patches, an axis of length 1); a dimension may be -1.
-        block: Rows of a block, where several parameters share a tensor in turn: a block of the first, a block of the
-            second, ..., and again (queries, keys and values head by head). None: one after another.
-        part: Order among the parameters that share a tensor; equal ones are in the model's order.
-        axes: Of their values, where those are ordered otherwise (pixels of a patch channel by channel, or with the
-            channels innermost). Not together with ``block``.
-        zeros: Values behind each turn of the parameter that their tensor has and ours lacks: all zero (heads without
-            effect, that make their number divisible). ``shape`` counts them.
+        ours: Prefix of our name; ``{n}`` matches any number and is the same on both sides.
+        theirs: Prefix of their name. The rest of our name is appended.
+        shape: Shape of their tensor where it differs for the same values in the same order (a convolution over
+            patches, an axis of length 1). One dimension may be -1.
+        block: Rows per block where parameters that share a tensor are interleaved: a block of the first, a block of
+            the second, ..., then the first again (queries, keys and values head by head). None to concatenate them.
+        part: Position among the parameters that share a tensor; equal ones keep the model's order.
+        axes: Permutation where their values have another order (pixels of a patch with channels innermost). Must not
+            be combined with ``block`` (not checked).
+        zeros: Number of zero values that follow each block (or the whole parameter) in their tensor and that ours
+            lacks, such as dummy heads. ``shape`` must include them.
     """
 
     ours: str
@@ -84,29 +88,35 @@ class Row:
     zeros: int = 0
 
 
-Rows = tuple[Row, ...]
+NameRules = tuple[NameRule, ...]
 
 
-def rows(*pairs: tuple[str, str]) -> Rows:
-    """Rows that only rename."""
-    return tuple(Row(ours, theirs) for ours, theirs in pairs)
+def renames(*pairs: tuple[str, str]) -> NameRules:
+    """Return rules that only rename: one for each ``(ours, theirs)`` pair of prefixes."""
+    return tuple(NameRule(ours, theirs) for ours, theirs in pairs)
 
 
-def under(table: Rows, *, ours: tuple[str, str] = ("", ""), theirs: tuple[str, str] = ("", "")) -> Rows:
-    """The rows of a part of a model in a larger one: ``(old, new)`` beginning on each side."""
+def with_prefix(rules: NameRules, *, ours: tuple[str, str] = ("", ""), theirs: tuple[str, str] = ("", "")) -> NameRules:
+    """Return a component's rules for a larger model: replace the prefix ``old`` by ``new`` in each name.
+
+    Args:
+        rules: Rules of the component.
+        ours: ``(old, new)`` prefix of our names. ``new`` is also added to a name without ``old``.
+        theirs: The same for their names.
+    """
     return tuple(
         replace(
-            row,
-            ours=ours[1] + row.ours.removeprefix(ours[0]),
-            theirs=theirs[1] + row.theirs.removeprefix(theirs[0]),
+            rule,
+            ours=ours[1] + rule.ours.removeprefix(ours[0]),
+            theirs=theirs[1] + rule.theirs.removeprefix(theirs[0]),
         )
-        for row in table
+        for rule in rules
     )
 
 
 @dataclass(frozen=True)
-class Part:
-    """A parameter of ours in a tensor of theirs."""
+class TensorPart:
+    """One of our parameters in an ``HfTensor``; fields as in ``NameRule``."""
 
     name: str
     shape: tuple[int, ...]
@@ -116,220 +126,239 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor of theirs, and what of ours lies in it.
+class HfTensor:
+    """A tensor of the Hugging Face folder and the parameters stored in it.
 
     Attributes:
-        name: Theirs.
-        shape: Theirs.
-        parts: In order.
+        name: Name in the folder.
+        shape: Shape in the folder, ``zeros`` included.
+        parts: Our parameters in storage order.
     """
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
 
     @classmethod
-    def alone(cls, name: str, shape: tuple[int, ...]) -> Stored:
-        """A parameter under its own name."""
-        return cls(name, shape, (Part(name, shape),))
+    def single(cls, name: str, shape: tuple[int, ...]) -> HfTensor:
+        """Return the tensor of one parameter with our name and shape."""
+        return cls(name, shape, (TensorPart(name, shape),))
 
     @property
-    def rounds(self) -> int:
-        """How often the parts take turns."""
+    def num_turns(self) -> int:
+        """Number of times that the parts alternate; 1 when they are concatenated."""
         first = self.parts[0]
         return 1 if first.block is None else first.shape[0] // first.block
 
-    def cut(self, values: Tensor) -> Iterator[tuple[str | None, Tensor]]:
-        """Views of ``values``: of each parameter flat, rounds by values of a block, or with its axes exchanged; of its
-        zeros, under None."""
-        turns = values.reshape(self.rounds, -1)
+    def split(self, values: Tensor) -> Iterator[tuple[str | None, Tensor]]:
+        """Yield (parameter name, view of ``values``) for each part, and (None, view) for its padding of zeros.
+
+        The view of a part is flat for a single turn and ``(num_turns, values of a block)`` for several. With ``axes``
+        it has our order of axes. The view of a padding is always ``(num_turns, zeros)``.
+        """
+        turns = values.reshape(self.num_turns, -1)
         start = 0
         for part in self.parts:
-            size = math.prod(part.shape) // self.rounds
-            own = turns[0, start : start + size] if self.rounds == 1 else turns[:, start : start + size]
+            size = math.prod(part.shape) // self.num_turns
+            own = turns[0, start : start + size] if self.num_turns == 1 else turns[:, start : start + size]
             yield part.name, own if part.axes is None else part.axes.to_ours(own)
             start += size
             if part.zeros:
                 yield None, turns[:, start : start + part.zeros]
                 start += part.zeros
 
-    def ranges(self) -> Iterator[tuple[Part, int, int]]:
-        """(part, first value of ours, behind the last) in the order of their values, ``axes`` and ``zeros`` apart."""
-        for turn in range(self.rounds):
+    def ranges(self) -> Iterator[tuple[TensorPart, int, int]]:
+        """Yield (part, start, stop) in storage order: the range of the parameter's flat values that comes next.
+
+        The caller applies ``axes`` and adds ``zeros``.
+        """
+        for turn in range(self.num_turns):
             for part in self.parts:
-                size = math.prod(part.shape) // self.rounds
+                size = math.prod(part.shape) // self.num_turns
                 yield part, turn * size, (turn + 1) * size
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A family of models of Hugging Face's transformers.
+class FamilyLayout:
+    """A model family in Hugging Face's format.
 
     Attributes:
-        model_type: By which its ``config.json`` is recognised.
-        architecture: Class that the exported folder asks for.
-        rows: Of a configuration of ours: where each parameter lies.
-        to_model: Our configuration; must read every key that matters.
-        to_keys: The keys of theirs, ``model_type`` and ``architectures`` apart.
-        unused: Names (regular expressions) of tensors that old files hold and nobody needs.
-        spellings: (regular expression, replacement): names of other versions to those of ``rows``.
-        kind: Whether it holds models or towers alone.
-        auto_class: Class of transformers that opens what is exported; None if it has none for this family.
+        model_type: ``model_type`` of the family's ``config.json``.
+        architecture: Value that an export writes to ``architectures``.
+        rules: Returns the name rules for one of our configs.
+        to_model: Converts their keys to our config. It must read every key that changes the computation.
+        to_keys: Converts our config to their keys, without ``model_type`` and ``architectures``. It may put the image
+            processor's keys under ``preprocessor_config``.
+        unused: Regular expressions of tensor names that an import may drop; each must match the whole name.
+        aliases: (regular expression, replacement) from names in other versions of transformers to those in ``rules``.
+        kind: ``ModelConfig`` for whole models, ``TowerConfig`` for vision towers alone.
+        auto_class: Class of transformers that opens an export; None if transformers has none for this family.
     """
 
     model_type: str
     architecture: str
-    rows: Callable[[Any], Rows]
+    rules: Callable[[Any], NameRules]
     to_model: Callable[[Keys], AnyModelConfig]
     to_keys: Callable[[Any], dict[str, Any]]
     unused: tuple[str, ...] = ()
-    spellings: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
     kind: type[ModelConfig] | type[TowerConfig] = ModelConfig
     auto_class: str | None = "AutoModelForCausalLM"
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
-        """Our configuration of a ``config.json``, which may hold ``preprocessor_config``.
+        """Convert the values of a ``config.json`` to our config.
+
+        Args:
+            values: As ``read_config`` returns them, with the image processor under ``preprocessor_config``.
+            where: File, for messages.
 
         Raises:
-            CheckpointError: it asks for something that our models do not compute.
+            CheckpointError: a key is missing, wrong or unknown, or needs a computation that our models lack.
         """
         keys = Keys(values, where, self.model_type)
         try:
             config = self.to_model(keys)
         except ValidationError as error:
             raise CheckpointError(f"{where}: {first_fault(error)}") from error
-        # A size of 0 that others are divided by, a list where each item has to be a number, and the like.
+        # Hostile values raise these: a size of 0 that is a divisor, a list where a number is expected, and so on.
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(
                 f"{where}: a key has a value that no {self.model_type} has ({type(error).__name__}: {error!s:.200})"
             ) from error
-        keys.finish()
+        keys.raise_on_unread()
         return config
 
     def config_values(self, config: AnyModelConfig) -> dict[str, Any]:
-        """A ``config.json`` of our configuration, and under ``preprocessor_config`` what the file of that name says.
+        """Convert our config to the values of ``config.json``, with the image processor under ``preprocessor_config``.
 
         Raises:
-            CheckpointError: the family has no words for it; names the first differences.
+            CheckpointError: the family cannot express the config; the message names the first differences.
         """
         if not isinstance(config, self.kind):
             held = "models" if self.kind is ModelConfig else "vision towers alone"
             raise CheckpointError(f"{self.model_type} holds {held}")
         values = {"model_type": self.model_type, "architectures": [self.architecture], **self.to_keys(config)}
         again = self.model_config(values, f"{self.model_type} configuration")
-        if different := list(_differences("model", computed(config), computed(again))):
-            raise CheckpointError(f"{self.model_type} has no words for {'; '.join(different[:_SHOWN])}")
+        if different := list(_differences("model", forward_config(config), forward_config(again))):
+            raise CheckpointError(f"{self.model_type} cannot express {'; '.join(different[:_MOST_DIFFERENCES])}")
         return values
 
-    def like(self, values: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-        """``values`` with each key of another ``config.json`` of the family that leaves the model as it is.
+    def with_keys_of(self, values: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+        """Return ``values`` with each key of another ``config.json`` that does not change the computation.
 
-        These are token ids, the length of the context, and what is read the same in several forms: an image size that
-        is no multiple of the patch, a window that hides nothing.
+        The other file's value replaces that in ``values``. Keys in ``_NEVER_COPIED`` and keys with a leading ``_`` are
+        not copied.
+
+        Examples are token ids, the context length, an image size that is no multiple of the patch size, and a sliding
+        window that is longer than the context.
 
         Args:
-            values: As ``config_values`` gives them.
-            other: The other file.
+            values: As ``config_values`` returns them.
+            other: Values of a ``config.json`` of the same family.
         """
-        expected = computed(self.model_config(values, "exported configuration"))
+        expected = forward_config(self.model_config(values, "exported configuration"))
 
         def same(candidate: dict[str, Any]) -> bool:
             try:
-                return computed(self.model_config(candidate, "exported configuration")) == expected
+                return forward_config(self.model_config(candidate, "exported configuration")) == expected
             except CheckpointError:
                 return False
 
         inner = values.get("text_config", {})
-        if inner and "text_config" not in other:  # Files of version 4 may have its keys beside the others.
-            beside = {key: value for key, value in other.items() if not isinstance(value, Mapping)}
-            values = _taken(values, {"text_config": beside}, same)
+        if inner and "text_config" not in other:  # Files of version 4 may have the decoder's keys at the top level.
+            top_level = {key: value for key, value in other.items() if not isinstance(value, Mapping)}
+            values = _copy_neutral_keys(values, {"text_config": top_level}, same)
             other = {key: value for key, value in other.items() if key in values or key not in inner}
-        return _taken(values, other, same)
+        return _copy_neutral_keys(values, other, same)
 
-    def stored(self, config: AnyModelConfig, shapes: Mapping[str, Sequence[int]]) -> dict[str, Stored]:
-        """Their tensors, by their names.
+    def hf_tensors(self, config: AnyModelConfig, shapes: Mapping[str, Sequence[int]]) -> dict[str, HfTensor]:
+        """Return the tensors of the Hugging Face folder by their names.
 
         Args:
-            config: Of the model.
-            shapes: Of its parameters, by our names, in the model's order.
+            config: Config of the model.
+            shapes: Shapes of its parameters by our names, in the model's order.
 
         Raises:
-            CheckpointError: a parameter has no place.
+            CheckpointError: no rule matches a parameter.
         """
-        table = self.rows(config)
-        found: dict[str, list[tuple[Row, Part]]] = {}
+        rules = self.rules(config)
+        found: dict[str, list[tuple[NameRule, TensorPart]]] = {}
         for name, shape in shapes.items():
-            row, theirs = self._place(table, name)
-            part = Part(name, tuple(shape), row.block, row.axes, row.zeros)
-            found.setdefault(theirs, []).append((row, part))
-        return {theirs: _stored(theirs, places) for theirs, places in found.items()}
+            rule, theirs = self._match(rules, name)
+            part = TensorPart(name, tuple(shape), rule.block, rule.axes, rule.zeros)
+            found.setdefault(theirs, []).append((rule, part))
+        return {theirs: _hf_tensor(theirs, parts) for theirs, parts in found.items()}
 
-    def stored_name(self, config: AnyModelConfig, name: str) -> str:
-        """Their name of a parameter of ours.
+    def hf_name(self, config: AnyModelConfig, name: str) -> str:
+        """Return the Hugging Face name of the tensor that stores a parameter.
 
         Raises:
-            CheckpointError: it has no place.
+            CheckpointError: no rule matches the parameter.
         """
-        return self._place(self.rows(config), name)[1]
+        return self._match(self.rules(config), name)[1]
 
-    def _place(self, table: Rows, name: str) -> tuple[Row, str]:
-        for row in table:
-            if match := re.match(re.escape(row.ours).replace(r"\{n\}", r"(?P<n>\d+)"), name):
-                return row, row.theirs.format(**match.groupdict()) + name[match.end() :]
-        raise CheckpointError(f"{name}: the layout of {self.model_type} has no place for it")
+    def _match(self, rules: NameRules, name: str) -> tuple[NameRule, str]:
+        for rule in rules:
+            if match := re.match(re.escape(rule.ours).replace(r"\{n\}", r"(?P<n>\d+)"), name):
+                return rule, rule.theirs.format(**match.groupdict()) + name[match.end() :]
+        raise CheckpointError(f"{name}: no name rule of {self.model_type} matches this parameter")
 
-    def spelled(self, name: str) -> str:
-        """A name of theirs as ``rows`` has it."""
-        for pattern, replacement in self.spellings:
+    def current_name(self, name: str) -> str:
+        """Return the name that ``rules`` uses for a tensor name of any version. The first matching alias applies."""
+        for pattern, replacement in self.aliases:
             name, changed = re.subn(pattern, replacement, name)
             if changed:
                 break
         return name
 
     def is_unused(self, name: str) -> bool:
-        """Whether a tensor of theirs is known to be of no use."""
+        """Return whether an import may drop this tensor of the folder."""
         return any(re.fullmatch(pattern, name) for pattern in self.unused)
 
 
-_KEPT = {
+_NEVER_COPIED = {
     *("model_type", "architectures", "dtype", "torch_dtype", "name_or_path", PREPROCESSOR),
-    # One of them may hide another one from this reader and not from others.
+    # With two of them in a file, readers differ in the one that they use.
     *("rope_theta", "rope_scaling", "rope_parameters"),
-    "vision_use_head",  # SigLIP's pooling head is not exported, whatever the other folder holds.
+    "vision_use_head",  # SigLIP's pooling head is not exported.
 }
-"""Keys that an export never takes from a folder like it."""
+"""Keys that ``with_keys_of`` does not copy."""
 
 
-def _taken(values: dict[str, Any], other: Mapping[str, Any], same: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """``values`` with the keys of ``other``, one by one and block by block, with which it is the ``same``."""
+def _copy_neutral_keys(
+    values: dict[str, Any], other: Mapping[str, Any], same: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """Return ``values`` with each key of ``other`` for which ``same`` returns true; nested objects key by key."""
     found = dict(values)
 
     def fits(key: str, value: Any) -> bool:
         return same({**found, key: value})
 
-    for key in [key for key in other if key not in _KEPT and not key.startswith("_")]:
+    for key in [key for key in other if key not in _NEVER_COPIED and not key.startswith("_")]:
         mine, theirs = found.get(key), other[key]
         if isinstance(mine, dict) and isinstance(theirs, Mapping):
-            found[key] = _taken(mine, theirs, partial(fits, key))
+            found[key] = _copy_neutral_keys(mine, theirs, partial(fits, key))
         elif (key not in found or (theirs is not None and mine != theirs)) and fits(key, theirs):
             found[key] = theirs
     return found
 
 
-def _stored(name: str, places: list[tuple[Row, Part]]) -> Stored:
-    places = sorted(places, key=lambda place: place[0].part)
-    parts = tuple(part for _, part in places)
+def _hf_tensor(name: str, matches: list[tuple[NameRule, TensorPart]]) -> HfTensor:
+    matches = sorted(matches, key=lambda match: match[0].part)
+    parts = tuple(part for _, part in matches)
     first = parts[0].shape
     shape = first if len(parts) == 1 else (sum(part.shape[0] for part in parts), *first[1:])
-    if (wanted := places[0][0].shape) is not None:
+    if (wanted := matches[0][0].shape) is not None:
         open_size = math.prod(shape) // abs(math.prod(wanted))
         shape = tuple(open_size if size == -1 else size for size in wanted)
-    return Stored(name, shape, parts)
+    return HfTensor(name, shape, parts)
 
 
-def computed(config: AnyModelConfig) -> dict[str, Any]:
-    """What of a configuration decides what its weights compute, with defaults filled in and all tokens in one table."""
+def forward_config(config: AnyModelConfig) -> dict[str, Any]:
+    """Return the config values that change the forward computation.
+
+    Defaults are filled in, and the tokens of all tables are counted in ``decoder.vocab_size``.
+    """
     values = config.model_dump(mode="json")
     if isinstance(config.vision, VisionConfig):
         _fill_attention(values["vision"], config.vision)
@@ -342,12 +371,12 @@ def computed(config: AnyModelConfig) -> dict[str, Any]:
     decoder, block = config.decoder, values["decoder"]
     block["vocab_size"] = decoder.num_ids
     _fill_attention(block, decoder)
-    # Otherwise ids are read that have no logit; in a contrastive model no id has one.
+    # ``extra_tokens`` matters only if the model predicts tokens and cannot predict some of the extra ids.
     if not config.predicts_tokens or decoder.predicted_rows == decoder.num_ids - decoder.vocab_size:
         del block["extra_tokens"]
-    del block["dropout"], block["dropout_rows"], block["init_std"]  # Of training, and of its beginning.
+    del block["dropout"], block["dropout_rows"], block["init_std"]  # Used in training or for initial values only.
     if config.connector is not None:
-        # Weights go with either value of ``unseen_text``; transformers has one of them only.
+        # The weights fit both values of ``unseen_text``, and transformers implements one of them.
         for name in (*config.connector.training_fields, "unseen_text"):
             values["connector"].pop(name, None)
     projector = config.connector.projector if isinstance(config.connector, FeatureConnectorBase) else None

@@ -1,11 +1,11 @@
-"""A folder of Hugging Face: its configuration, and its tensors, which stay on the disk.
+"""Read the configuration and tensors of a Hugging Face folder.
 
     FOLDER/config.json
     FOLDER/model.safetensors, or model.safetensors.index.json and the files that it names
 
-Nothing is trusted: files are safetensors only, whose library checks every range against the file's size, and the index
-must name what is there. A tensor is a view of a mapped file, so reading a model takes no memory beyond what the reader
-keeps of it.
+The folder is untrusted input. Only safetensors files are read; their library checks every range against the size of
+the file. The index must list exactly the tensors of the files. A tensor is a view of a memory-mapped file, so reading a
+model needs no memory beyond the tensors that the caller copies.
 """
 
 from __future__ import annotations
@@ -24,57 +24,57 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 _MOST_JSON_BYTES = 256 << 20
-BESIDE = (
+COMPANION_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 )
-"""Files that go with the weights: the tokenizer's, the image processor's, and how to sample."""
+"""Files that belong to the weights: tokenizer, image processor and sampling options."""
 PREPROCESSOR = "preprocessor_config"
-"""Key of a folder's configuration under which its image processor stands, whichever file describes it."""
+"""Key that ``read_config`` adds for the image processor's values, from whichever file holds them."""
 _PROCESSOR, _NESTED = "processor_config.json", "image_processor"
 
 
 class HfFolder:
-    """An open folder.
+    """An open Hugging Face folder.
 
     Args:
         path: The folder, not one of its files.
-        spelled: From the names in the files to those by which they are asked for.
+        current_name: Maps a tensor name in the files to the name that ``tensor`` expects.
 
     Raises:
-        CheckpointError: it is none, or its files are damaged or do not belong together.
+        CheckpointError: the path is not such a folder, a file is damaged, or index and files disagree.
     """
 
-    def __init__(self, path: Path, spelled: Callable[[str], str] = str) -> None:
+    def __init__(self, path: Path, current_name: Callable[[str], str] = str) -> None:
         self.path = path
         self._files: dict[str, tuple[Any, str]] = {}
         for file, listed in _listing(path).items():
             opened = _open(path / file)
-            there = set(opened.keys())
-            if listed is not None and listed != there:
-                odd = sorted(listed ^ there)
-                raise CheckpointError(f"{path / file}: {odd[0]} is not both in {INDEX} and in the file")
-            for name in sorted(there):
-                if spelled(name) in self._files:
+            held = set(opened.keys())
+            if listed is not None and listed != held:
+                differing = sorted(listed ^ held)
+                raise CheckpointError(f"{path / file}: {differing[0]} is not both in {INDEX} and in the file")
+            for name in sorted(held):
+                if current_name(name) in self._files:
                     raise CheckpointError(f"{path}: {name} is in two files")
-                self._files[spelled(name)] = (opened, name)
+                self._files[current_name(name)] = (opened, name)
 
     @property
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """Names of all tensors, as ``current_name`` returns them."""
         return set(self._files)
 
     @property
-    def beside(self) -> list[Path]:
-        """The tokenizer's files and the like, those that there are."""
-        return beside(self.path)
+    def companion_files(self) -> list[Path]:
+        """Files of ``COMPANION_FILES`` that exist in the folder."""
+        return companion_files(self.path)
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the file, in its shape and number format.
+        """Return a tensor as a view of the mapped file, with the file's shape and dtype.
 
         Raises:
-            CheckpointError: it cannot be read.
+            CheckpointError: the file cannot be read.
         """
         try:
             file, stored = self._files[name]
@@ -84,13 +84,13 @@ class HfFolder:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a folder, and under ``preprocessor_config`` its image processor, if there is one.
+    """Return ``config.json`` of a folder, with the image processor's values under ``preprocessor_config`` if any.
 
-    Version 5 of transformers nests the image processor in ``processor_config.json``. As there, it then counts before
-    ``preprocessor_config.json``.
+    Version 5 of transformers nests the image processor in ``processor_config.json``. These nested values take
+    precedence over ``preprocessor_config.json``, as in transformers.
 
     Raises:
-        CheckpointError: there is none, or it is none.
+        CheckpointError: ``config.json`` is missing or has no ``model_type``, or a file is damaged.
     """
     values = _read_json(path / CONFIG)
     if not isinstance(values.get("model_type"), str):
@@ -106,14 +106,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def require_no_folder(path: Path, remedy: str) -> None:
-    """Refuse a Hugging Face folder where something else is expected.
+    """Raise if the user gave a Hugging Face folder where another kind of path is expected.
 
     Args:
-        path: What was given; it may not exist.
-        remedy: What to do instead.
+        path: Path that the user gave; it may not exist.
+        remedy: End of the message: what the user should do instead.
 
     Raises:
-        CheckpointError: ``path`` holds a ``config.json`` of transformers.
+        CheckpointError: ``path`` holds a ``config.json`` with a ``model_type``.
     """
     try:
         family = read_config(path)["model_type"]
@@ -122,13 +122,13 @@ def require_no_folder(path: Path, remedy: str) -> None:
     raise CheckpointError(f"{path} is a Hugging Face folder (model_type={family!r} in its {CONFIG}); {remedy}")
 
 
-def beside(path: Path) -> list[Path]:
-    """The files of ``BESIDE`` that a folder has."""
-    return [path / name for name in BESIDE if (path / name).is_file()]
+def companion_files(path: Path) -> list[Path]:
+    """Return the files of ``COMPANION_FILES`` that exist in a folder."""
+    return [path / name for name in COMPANION_FILES if (path / name).is_file()]
 
 
 def _listing(path: Path) -> dict[str, set[str] | None]:
-    """File -> the tensors that the index says are in it; None without an index."""
+    """Return file name -> tensor names by the index; None in place of the names if there is no index."""
     if (path / INDEX).is_file():
         table = _read_json(path / INDEX).get("weight_map")
         if not isinstance(table, dict) or not table:
@@ -136,7 +136,7 @@ def _listing(path: Path) -> dict[str, set[str] | None]:
         found: dict[str, set[str] | None] = {}
         for name, file in table.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(f"{path / INDEX}: {name} lies in {file!r}, which is no file of this folder")
+                raise CheckpointError(f"{path / INDEX}: {name} is listed in {file!r}, which is not a plain file name")
             names = found.setdefault(file, set())
             assert names is not None
             names.add(name)
@@ -149,7 +149,7 @@ def _listing(path: Path) -> dict[str, set[str] | None]:
 
 def _open(file: Path) -> Any:
     try:
-        open_regular(file).close()  # The library blocks on a FIFO.
+        open_regular(file).close()  # Reject a FIFO first: safe_open would block on it.
         return safe_open(file, "pt")
     except (SafetensorError, UntrustedError, OSError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, written and read.
+"""Write and read the header of a safetensors file.
 
 header length (8 bytes) | header (JSON) | values of tensor 0 | of tensor 1 | ...
 """
@@ -16,7 +16,7 @@ import torch
 from data_pipeline.io.untrusted import open_regular, parse_json
 
 _MOST_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""Limit of the format."""
 
 FORMAT_NAMES = {
     torch.float64: "F64",
@@ -33,7 +33,7 @@ FORMAT_NAMES = {
 def file_header(
     tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: dict[str, str] | None = None
 ) -> bytes:
-    """First bytes of a safetensors file whose tensors, by name, number format and shape, follow one another."""
+    """Return the header of a safetensors file with these (name, dtype, shape), stored without gaps in this order."""
     entries: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     offset = 0
     for key, dtype, shape in tensors:
@@ -46,22 +46,24 @@ def file_header(
 
 
 class HeaderEntry(NamedTuple):
-    """A tensor as the header of its file describes it."""
+    """Header entry of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """First byte, in the file."""
+    """Offset of the first byte in the file."""
     stop: int
-    """One past the last."""
+    """Offset after the last byte."""
 
 
 def read_header(path: Path) -> dict[str, HeaderEntry]:
-    """The tensors that the header of a safetensors file lists, by name. Reads no values.
+    """Return the header entries of a safetensors file by tensor name. Reads no values.
+
+    The byte ranges are not checked against the size of the file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it does not begin with such a header.
+        ValueError: the header is damaged or too large.
     """
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
@@ -74,7 +76,7 @@ def read_header(path: Path) -> dict[str, HeaderEntry]:
             key: HeaderEntry(
                 str(entry["dtype"]),
                 tuple(int(size) for size in entry["shape"]),
-                *(8 + length + int(place) for place in entry["data_offsets"]),
+                *(8 + length + int(offset) for offset in entry["data_offsets"]),
             )
             for key, entry in listed.items()
         }

@@ -1,10 +1,10 @@
-"""Writing a folder of safetensors files with an index and a configuration, as Hugging Face's libraries read it.
+"""Write a folder of safetensors files with index and configuration in Hugging Face's format.
 
     FOLDER/model-00001-of-00002.safetensors   model-00002-of-00002.safetensors   whole tensors, by name
-    FOLDER/model.safetensors.index.json       which tensor lies in which file
-    FOLDER/config.json                        where a configuration is known
+    FOLDER/model.safetensors.index.json       tensor name -> file name
+    FOLDER/config.json                        if the caller gives a configuration
 
-Values come piece by piece and are written on. All of the folder appears, or nothing.
+Values are streamed, so a tensor need not fit in memory. The write is atomic: the whole folder appears or nothing does.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class Outgoing:
-    """A tensor to be written.
+class OutputTensor:
+    """A tensor that ``write_folder`` writes.
 
     Attributes:
-        name: In the file.
-        dtype: In the file.
-        shape: In the file.
-        values: Its values in that format, flattened, in pieces that follow one another.
+        name: Name in the file.
+        dtype: Dtype in the file.
+        shape: Shape in the file.
+        values: Called once; returns consecutive pieces of the flattened values, in ``dtype`` and on the CPU.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Outgoing:
 
 
 def require_new(folder: Path) -> None:
-    """For those who have much to read before they write.
+    """Raise if the output folder exists. Call it before expensive work; ``write_folder`` checks it too.
 
     Raises:
         CheckpointError: ``folder`` exists.
@@ -61,30 +61,31 @@ def require_new(folder: Path) -> None:
 
 def write_folder(
     folder: Path,
-    tensors: Sequence[Outgoing],
+    tensors: Sequence[OutputTensor],
     config: Mapping[str, object] | None,
     *,
     preprocessor: Mapping[str, object] | None = None,
     tied: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
-    beside: Iterable[Path] = (),
+    companions: Iterable[Path] = (),
 ) -> tuple[str, ...]:
-    """Writes the new folder ``folder``.
+    """Write the new folder ``folder`` atomically.
 
     Args:
         folder: Must not exist.
-        tensors: In order.
+        tensors: Tensors in file order.
         config: JSON values of ``config.json``; None for no such file.
-        preprocessor: The same of ``preprocessor_config.json``, unless it is among those ``beside``.
-        tied: Second name of a tensor -> its first; the index says so under ``metadata.tied``.
-        shard_bytes: Largest file, unless one tensor alone is larger.
-        beside: Files to copy along.
+        preprocessor: JSON values of ``preprocessor_config.json``; None for no such file. A companion file of that name
+            overwrites it.
+        tied: Second name of a tied tensor -> its first name, written to the index under ``metadata.tied``.
+        shard_bytes: Largest size of a file's tensors, bytes. A larger tensor gets a file of its own.
+        companions: Files to copy into the folder.
 
     Returns:
         Names of the safetensors files.
 
     Raises:
-        CheckpointError: it exists or cannot be written.
+        CheckpointError: the folder exists or cannot be written.
     """
     require_new(folder)
     shards = _shards(tensors, shard_bytes)
@@ -96,22 +97,22 @@ def write_folder(
             metadata: dict[str, object] = {"total_size": sum(tensor.num_bytes for tensor in tensors)}
             if tied is not None:
                 metadata["tied"] = dict(tied)
-            places = {tensor.name: name for name, held in zip(names, shards, strict=True) for tensor in held}
-            _write_json(partial / INDEX, {"metadata": metadata, "weight_map": places})
+            file_of = {tensor.name: name for name, held in zip(names, shards, strict=True) for tensor in held}
+            _write_json(partial / INDEX, {"metadata": metadata, "weight_map": file_of})
             if config is not None:
                 _write_json(partial / CONFIG, config)
             if preprocessor is not None:
                 _write_json(partial / f"{PREPROCESSOR}.json", preprocessor)
-            for file in beside:
+            for file in companions:
                 write_file(partial / file.name, _read(file))
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error}") from error
     return names
 
 
-def _shards(tensors: Sequence[Outgoing], shard_bytes: int) -> list[list[Outgoing]]:
-    """In order, a new file where the next tensor would make one larger than ``shard_bytes``."""
-    shards: list[list[Outgoing]] = [[]]
+def _shards(tensors: Sequence[OutputTensor], shard_bytes: int) -> list[list[OutputTensor]]:
+    """Group the tensors in order; start a new file when the next tensor would exceed ``shard_bytes``."""
+    shards: list[list[OutputTensor]] = [[]]
     filled = 0
     for tensor in tensors:
         if shards[-1] and filled + tensor.num_bytes > shard_bytes:
@@ -122,8 +123,8 @@ def _shards(tensors: Sequence[Outgoing], shard_bytes: int) -> list[list[Outgoing
     return shards
 
 
-def _stream(tensors: Sequence[Outgoing]) -> Iterator[memoryview]:
-    """A safetensors file, piece by piece."""
+def _stream(tensors: Sequence[OutputTensor]) -> Iterator[memoryview]:
+    """Yield the bytes of a safetensors file: the header, then the values."""
     yield memoryview(file_header(((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors), {"format": "pt"}))
     for tensor in tensors:
         for values in tensor.values():

@@ -1,4 +1,4 @@
-"""Write the files of a checkpoint with their checksums, and complete, remove or rename its folder.
+"""Write the files of a checkpoint with their checksums, and publish, remove or rename its folder.
 
 The process that writes checkpoints imports this module, so it imports neither torch nor numpy.
 """
@@ -20,18 +20,18 @@ from data_pipeline.io.atomic import publish, sync
 _CHUNK_BYTES = 16 << 20
 
 
-class Written(NamedTuple):
-    """A file that was written: its size and CRC-32."""
+class WrittenFile(NamedTuple):
+    """Size and CRC-32 of a file that was written."""
 
     bytes: int
     crc32: int
 
 
-def write_file(path: Path, pieces: Iterable[memoryview]) -> Written:
-    """Writes a new file piece by piece and syncs it.
+def write_file(path: Path, pieces: Iterable[memoryview]) -> WrittenFile:
+    """Write a new file piece by piece, and sync it.
 
     Raises:
-        OSError: the disk is full, the file exists, or the like.
+        OSError: the file already exists, or cannot be written.
     """
     size = checksum = 0
     with path.open("xb", buffering=0) as file:
@@ -42,23 +42,26 @@ def write_file(path: Path, pieces: Iterable[memoryview]) -> Written:
                 while chunk:  # A raw write may take only a part, on a disk that is about to be full.
                     chunk = chunk[file.write(chunk) :]
         os.fsync(file.fileno())
-    return Written(size, checksum)
+    return WrittenFile(size, checksum)
 
 
 def write_share(
-    folder: Path, names: tuple[str, str], header: bytes, notes: dict[str, Any], values: Iterable[memoryview]
-) -> list[Written]:
-    """Writes what one rank gives to a checkpoint: a safetensors file and the notes about it.
+    folder: Path, names: tuple[str, str], header: bytes, metadata: dict[str, Any], values: Iterable[memoryview]
+) -> list[WrittenFile]:
+    """Write the two files of one rank, and sync them: a safetensors file and its metadata.
 
     Args:
         folder: The checkpoint that is being written.
-        names: Of the two files.
-        header: First bytes of the safetensors file.
-        notes: ``tensors`` says something about each tensor; its ``crc32`` is filled in.
-        values: Bytes of the tensors, in that order.
+        names: Names of the two files.
+        header: Header of the safetensors file, with its length.
+        metadata: Metadata as JSON values, mutated: sets ``crc32`` of each entry of ``tensors``.
+        values: Bytes of the tensors, in the order of ``metadata["tensors"]``.
+
+    Returns:
+        Size and checksum of the safetensors file and of the metadata file.
 
     Raises:
-        OSError: the disk is full, a file exists, or the like.
+        OSError: a file already exists, or cannot be written.
     """
     checksums: list[int] = []
 
@@ -69,39 +72,40 @@ def write_share(
             yield value
 
     tensors = write_file(folder / names[0], stream())
-    for entry, checksum in zip(notes["tensors"].values(), checksums, strict=True):
+    for entry, checksum in zip(metadata["tensors"].values(), checksums, strict=True):
         entry["crc32"] = checksum
-    text = json.dumps(notes, separators=(",", ":")).encode()
+    text = json.dumps(metadata, separators=(",", ":")).encode()
     return [tensors, write_file(folder / names[1], [memoryview(text)])]
 
 
-def complete(partial: Path, final: Path, last: tuple[str, str], doomed: Iterable[Path]) -> None:
-    """Write the last file of a folder, rename the folder, and remove folders that are no longer wanted.
+def finalize(partial: Path, final: Path, last: tuple[str, str], stale: Iterable[Path]) -> None:
+    """Write the last file of a folder, rename the folder, then remove stale folders.
 
     Args:
-        partial: The folder, with every other file in it, synced.
-        final: Its name once it is complete.
+        partial: The folder. All its other files are written and synced.
+        final: New path of the folder.
         last: Name and text of the last file.
-        doomed: Folders to remove.
+        stale: Folders to remove.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: a folder or file cannot be written, renamed or removed. ``final`` may be complete if only the removal
+            failed.
     """
     name, text = last
     write_file(partial / name, [memoryview(text.encode())])
     publish(partial, final)
-    for path in doomed:
+    for path in stale:
         remove_folder(path)
 
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yield an empty folder ``NAME.partial`` that is renamed to ``final`` when the block ends; remove it if it raises.
+    """Yield an empty folder ``NAME.partial``, and rename it to ``final`` when the block ends; remove it if it raises.
 
-    The files in it must be synced by the block.
+    The block must sync the files that it writes.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: the folder cannot be made or renamed.
     """
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -114,10 +118,10 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder that looks whole. It is renamed first: one that is half removed must not look so.
+    """Remove a folder. Rename it to ``NAME.partial`` first, so an interrupted removal leaves no incomplete ``NAME``.
 
     Raises:
-        OSError: it cannot be removed.
+        OSError: the folder cannot be renamed or removed.
     """
     leftover = path.with_name(path.name + ".partial")
     path.rename(leftover)
@@ -125,13 +129,13 @@ def remove_folder(path: Path) -> None:
 
 
 def set_aside(path: Path, suffix: str) -> Path:
-    """Renames a folder to the first free name of ``NAMEsuffix``, ``NAMEsuffix-2``, ``NAMEsuffix-3``, ...
+    """Rename a folder to the first free name of ``NAMEsuffix``, ``NAMEsuffix-2``, ``NAMEsuffix-3``, ...
 
     Returns:
-        The new path. No earlier folder is replaced.
+        The new path. An existing folder is never replaced.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: the folder cannot be renamed.
     """
     number, new = 1, path.with_name(path.name + suffix)
     while os.path.lexists(new):
@@ -143,7 +147,7 @@ def set_aside(path: Path, suffix: str) -> Path:
 
 
 def checksum_of(value: memoryview) -> int:
-    """CRC-32 of bytes in memory."""
+    """Return the CRC-32 of bytes in memory."""
     checksum = 0
     for chunk in _chunks(value):
         checksum = crc32(chunk, checksum)

@@ -1,17 +1,18 @@
-"""A lock on a folder: one process at a time writes there, also where several machines share the folder.
+"""A lock on a folder: only one process at a time writes there, even if several machines share the folder.
 
-    FOLDER/lock/kernel            a POSIX lock: the kernel releases it when the holder's process ends
+    FOLDER/lock/kernel            a POSIX lock; the kernel releases it when the holder's process ends
     FOLDER/lock/claim-00000003    the record of the holder, which renews its modification time every 2 seconds
 
-The newest claim belongs to the holder. A process takes the lock by creating the next claim; the file system lets only
-one process do so. It tries this only if there is no claim, or if one of these proves that the last holder is dead:
+The newest claim belongs to the holder. A process acquires the lock by creating the next claim; the file system lets
+only one process create it. A process tries this only if there is no claim, or if the last holder is known to be dead:
 
 * The holder ran on this machine, and the kernel has released its lock.
 * The holder was an earlier start of the same SLURM job; SLURM runs one instance of a job at a time.
-* The claim was not renewed for 60 seconds while this process watched it. No two clocks are compared, and nothing
-  depends on whether the file system passes locks from one machine to another.
+* The claim was not renewed for 60 seconds while this process watched it. This rule compares no clocks of two machines,
+  and does not need a file system that shares locks between machines.
 
-A holder that was suspended for longer than that finds a newer claim, or its own claim missing, and ends its process.
+A holder that was suspended for more than 60 seconds may find a newer claim, or its own claim missing. It then ends its
+process.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ from mmscale.errors import LaunchError
 
 BEAT_SECONDS = 2.0
 EXPIRY_SECONDS = 60.0
-"""A claim of another machine that was not renewed for this long belongs to a dead process."""
+"""A claim that is not renewed for this long belongs to a dead process. This does not apply to a claim of this machine
+while another process holds the POSIX lock."""
 DYING_SECONDS = 10.0
-"""Time for a killed process of this machine to end: the kernel first frees its memory."""
+"""Longest time that a killed process of this machine needs to end: the kernel first frees its memory."""
 POLL_SECONDS = 0.25
 _CLAIM = re.compile(r"claim-(\d{8})")
-_MOST_BYTES = 1 << 16
+_MAX_BYTES = 1 << 16
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of a file system without POSIX locks, for example Lustre mounted without ``flock``."""
 _held: set[Path] = set()
@@ -54,8 +56,8 @@ class Holder(StrictConfig):
     """The record of a claim.
 
     Attributes:
-        machine: Boot id of the kernel; containers of one machine have the same.
-        kernel_lock: Whether the holder also had the kernel's lock.
+        machine: Boot id of the kernel; all containers of one machine have the same one.
+        kernel_lock: Whether the holder also held the POSIX lock.
         slurm_job: Cluster and job id; empty outside SLURM.
         slurm_restart: Number of this start of the job, from 0.
     """
@@ -71,7 +73,7 @@ class Holder(StrictConfig):
 
     @classmethod
     def of_this_process(cls, kernel_lock: bool) -> Holder:
-        """The record that this process writes."""
+        """Return the record of this process."""
         job, restart = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
         return cls(
             host=socket.gethostname(),
@@ -86,7 +88,7 @@ class Holder(StrictConfig):
 
     @classmethod
     def parse(cls, text: bytes) -> Holder | None:
-        """The record of a claim file; None if it is damaged, or not written yet."""
+        """Parse the text of a claim file; return None if it is damaged or not written yet."""
         try:
             return cls.model_validate_json(text)
         except ValidationError:
@@ -106,7 +108,8 @@ class FolderLock:
     """The lock of one folder. Call ``attempt`` until it returns None, and ``release`` in any case.
 
     Args:
-        folder: Made by ``attempt`` if absent, and removed by ``release`` if nothing but the lock is in it then.
+        folder: Folder to lock; ``attempt`` creates it if it is missing. ``release`` removes a folder that did not exist
+            before, if it contains only the lock and the file system has POSIX locks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -119,17 +122,17 @@ class FolderLock:
         self._thread = threading.Thread(target=self._beat, name="folder-lock", daemon=True)
 
     def attempt(self) -> str | None:
-        """Takes the lock if it is free. Call it again after ``POLL_SECONDS`` while it returns a sentence.
+        """Acquire the lock if it is free. While it returns a sentence, call it again after ``POLL_SECONDS``.
 
         Returns:
             None if this process now holds the lock. Otherwise a sentence about the holder, which may be dead.
 
         Raises:
-            LaunchError: a running process holds the lock.
+            LaunchError: a running process holds the lock, or this process already holds it.
             OSError: the folder cannot be written.
         """
         if self._folder.resolve() in _held:
-            raise LaunchError(f"{self._folder}: this process holds the lock of the folder already")
+            raise LaunchError(f"{self._folder}: this process already holds the lock of the folder")
         kernel = self._lock_kernel()
         claim = self._newest()
         is_free = not claim.number and kernel is not False
@@ -139,16 +142,16 @@ class FolderLock:
         seconds = time.monotonic() - since
         is_here = kernel is False and (claim.holder is None or claim.holder.machine == _boot_id())
         if (claim.number and claim[:2] != watched[:2]) or (is_here and seconds > DYING_SECONDS):
-            raise LaunchError(_refusal(self._folder, claim.holder))
+            raise LaunchError(_in_use(self._folder, claim.holder))
         if not is_here and seconds > EXPIRY_SECONDS and self._create(claim.number + 1, kernel):
             return None
         return (
-            f"{self._folder}: waiting up to {EXPIRY_SECONDS:.0f} s for a sign of life of {_describe(claim.holder)}, "
+            f"{self._folder}: waiting up to {EXPIRY_SECONDS:.0f} s for a heartbeat of {_describe(claim.holder)}, "
             "which holds the lock of this folder or ended without releasing it"
         )
 
     def release(self) -> None:
-        """Gives the lock back; also if it was not taken, and a second time."""
+        """Release the lock. Idempotent, and allowed if the lock was never acquired."""
         self._released.set()
         if self._number:
             self._thread.join(BEAT_SECONDS)
@@ -166,7 +169,7 @@ class FolderLock:
             self._handle = None
 
     def _lock_kernel(self) -> bool | None:
-        """Whether this process has the kernel's lock; None if the file system has no such locks."""
+        """Try to acquire the POSIX lock. Return whether this process holds it; None if the file system has none."""
         path = self._lock / "kernel"
         while True:
             self._lock.mkdir(parents=True, exist_ok=True)
@@ -176,7 +179,7 @@ class FolderLock:
                     return has_lock
                 if os.path.samestat(os.fstat(self._handle), path.stat()):
                     return True
-            except FileNotFoundError:  # The last holder removed the folder, which was new and empty.
+            except FileNotFoundError:  # The last holder removed its new, empty folder.
                 pass
             if self._handle is not None:
                 os.close(self._handle)
@@ -188,14 +191,14 @@ class FolderLock:
             number = max((int(match[1]) for name in names if (match := _CLAIM.fullmatch(name))), default=0)
             if not number:
                 return _NO_CLAIM
-            # Opening a file makes NFS ask the server for its attributes; stat alone may be answered from a cache.
+            # Open the file: NFS then fetches its attributes from the server. stat alone may return cached ones.
             with open_regular(self._path(number)) as file:
-                return _Claim(number, os.fstat(file.fileno()).st_mtime_ns, Holder.parse(file.read(_MOST_BYTES)))
-        except FileNotFoundError:  # Released meanwhile.
+                return _Claim(number, os.fstat(file.fileno()).st_mtime_ns, Holder.parse(file.read(_MAX_BYTES)))
+        except FileNotFoundError:  # The holder has just released the lock.
             return _NO_CLAIM
 
     def _create(self, number: int, kernel: bool | None) -> bool:
-        """Creates a claim; False if another process was quicker."""
+        """Create a claim and start to renew it. Return False if another process was faster."""
         path, record = self._path(number), Holder.of_this_process(kernel is True).model_dump_json(indent=1).encode()
         try:
             with path.open("xb") as file:
@@ -229,12 +232,12 @@ class FolderLock:
                     os.utime(path)
             except FileNotFoundError:
                 is_lost = True
-            except OSError:  # A file server that is away for a moment.
+            except OSError:  # The file server may be unavailable for a moment.
                 continue
             if is_lost and not self._released.is_set():
                 print(
-                    f"mmscale: {self._folder}: the lock of this folder was taken over or removed while this process "
-                    "held it; the process ends now and writes nothing more",
+                    f"mmscale: {self._folder}: another process acquired or removed the lock of this folder while this "
+                    "process held it; this process ends now and writes nothing more",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -242,7 +245,7 @@ class FolderLock:
 
 
 def _lock_file(handle: int) -> bool | None:
-    """Takes the POSIX lock of a file: False if another process has it, None if the file system has no such locks."""
+    """Acquire the POSIX lock of a file. Return False if another process has it, None if the file system has none."""
     try:
         # Not flock: forked children inherit it, so a worker that outlives a killed holder would keep the lock.
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -256,7 +259,12 @@ def _lock_file(handle: int) -> bool | None:
 
 
 def _is_dead(holder: Holder | None, kernel: bool | None) -> bool:
-    """Whether the process of a claim is known to be dead; ``kernel`` tells who has the kernel's lock."""
+    """Whether the process of a claim is known to be dead.
+
+    Args:
+        holder: Record of the claim; None if it cannot be read.
+        kernel: Whether this process holds the POSIX lock; None if the file system has none.
+    """
     if holder is None:
         return False
     if kernel and holder.kernel_lock and holder.machine == _boot_id():
@@ -273,7 +281,7 @@ def _describe(holder: Holder | None) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _refusal(folder: Path, holder: Holder | None) -> str:
+def _in_use(folder: Path, holder: Holder | None) -> str:
     stop = f" (kill {holder.pid} there)" if holder else ""
     return (
         f"{folder}: in use by {_describe(holder)}. Wait until that process ends, or stop it{stop}, or give another "
@@ -282,7 +290,7 @@ def _refusal(folder: Path, holder: Holder | None) -> str:
 
 
 def _boot_id() -> str:
-    """Names the running kernel; the host's name where the kernel has no boot id."""
+    """Return the boot id of the running kernel, or the host name if the kernel has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""The software of this process: versions of packages, digests of our source files, the git commit."""
+"""The software of this process: versions of packages, digests of mmscale's source files, the git commit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 from data_pipeline.io.checksums import sha256_of
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The folder that holds our packages: a checkout, or ``site-packages``."""
+"""Folder of the packages in ``PACKAGES``: a checkout, or ``site-packages``."""
 PACKAGES = ("data_pipeline", "mmscale")
 _LIBRARIES = ("deepspeed", "numpy", "sentencepiece", "tokenizers", "torch", "torchvision")
-"""Libraries whose version may change numbers, token ids, or what is sent between ranks."""
+"""Libraries whose version may change numbers, token ids or communication."""
 _GIT_SECONDS = 10.0
 
 
 def versions() -> dict[str, str]:
-    """Versions of mmscale, Python and the libraries that a training step depends on; ``none`` where not installed."""
+    """Return the versions of mmscale, Python and ``_LIBRARIES``; ``none`` for a library that is not installed."""
     python = ".".join(map(str, sys.version_info[:3]))
     return {"mmscale": _version("mmscale"), "python": python, **{name: _version(name) for name in _LIBRARIES}}
 
@@ -33,21 +33,21 @@ def _version(name: str) -> str:
 
 
 def source_files() -> dict[str, str]:
-    """The sha256 of each Python file of our packages, by its path below ``ROOT``. 500 files take about 20 ms."""
+    """Return the sha256 of each Python file in ``PACKAGES``, by its path below ``ROOT``. 500 files take about 20 ms."""
     paths = (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
     return {path.relative_to(ROOT).as_posix(): sha256_of(path) for path in paths}
 
 
 def source_digest() -> str:
-    """One sha256 over names and contents of all our Python files."""
+    """Return one sha256 over names and contents of all Python files in ``PACKAGES``."""
     return hashlib.sha256(repr(sorted(source_files().items())).encode()).hexdigest()
 
 
 def git_commit() -> tuple[str, bool] | None:
-    """The commit that our packages were checked out from, and whether tracked files of them were changed since.
+    """Return the git commit of the packages in ``PACKAGES``, and whether their tracked files differ from it.
 
     Returns:
-        None if git does not track our packages, or is not installed.
+        None if git does not track the packages, or is not installed.
     """
     if _git("ls-files", "--error-unmatch", "mmscale/__init__.py") is None:
         return None
@@ -56,7 +56,7 @@ def git_commit() -> tuple[str, bool] | None:
 
 
 def _git(*words: str) -> str | None:
-    """What git prints in ``ROOT``; None if it fails."""
+    """Return the output of a git command in ``ROOT``, without white space at the ends; None if it fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(

@@ -1,12 +1,12 @@
-"""A process that writes while another one trains.
+"""A process that writes files while the training process continues.
 
     trainer   Writer.memory <- a copy of the rank's share
-              Writer.order("share" | "publish", ...)  --a line of JSON-->  writer   reads the memory, writes, syncs
-              Writer.answer()                         <--a line of JSON--
+              Writer.send("share" | "publish", ...)  --a line of JSON-->  writer   reads the memory, writes, syncs
+              Writer.result()                        <--a line of JSON--
 
-Both see the same memory; nothing else is handed over. The writer is started from a clean interpreter without torch and
-takes some 20 MB beside that memory. It ends with the trainer, however that one ends. From its first instruction on it
-has the signals blocked that ask a process group to stop: the trainer decides when to stop.
+The two processes share the memory of ``Writer.memory``. The writer runs in a new interpreter without torch, and needs
+about 20 MB besides that memory. It ends when the trainer ends, even if the trainer is killed. It starts with SIGINT,
+SIGTERM, SIGUSR1 and SIGHUP blocked, because the trainer decides when a run stops.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.io.processes import end_with, own_sentinel, stop_signals_blocked
-from mmscale.io.files import complete, write_share
+from mmscale.io.files import finalize, write_share
 
 _START = (
     "import sys; sys.path[:] = {path!r}; from mmscale.io.writer_process import main; main({memory}, {size}, {trainer})"
@@ -33,17 +33,17 @@ _JOIN_SECONDS = 5.0
 
 
 class WriteError(Exception):
-    """The writer could not do what it was told, or died."""
+    """A command of the writer failed, or the writer process has ended."""
 
 
 class Writer:
-    """A writing process and the memory it writes from.
+    """A writer process and the memory that it shares with this process.
 
     Args:
-        capacity_bytes: Of the memory. Pages that nobody touches take no memory.
+        capacity_bytes: Size of the shared memory. Pages that are never written use no physical memory.
 
     Attributes:
-        memory: Shared with the process; to be left alone between ``order`` and ``answer``.
+        memory: Memory that the writer reads. Do not change it between ``send`` and the ``result`` of that command.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -62,54 +62,54 @@ class Writer:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id of the writer."""
         return self._process.pid
 
-    def order(self, what: str, **arguments: Any) -> None:
-        """Tells the process to do something; ask ``answer`` before the next order.
+    def send(self, command: str, **arguments: Any) -> None:
+        """Send a command to the writer. Call it again only after ``result`` has returned a value.
 
         Raises:
-            WriteError: it is dead.
+            WriteError: the process has ended.
         """
-        line = json.dumps({"do": what, **arguments}).encode() + b"\n"
+        line = json.dumps({"do": command, **arguments}).encode() + b"\n"
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(line)
             self._process.stdin.flush()
         except OSError as error:
-            raise self._dead() from error
+            raise self._ended() from error
 
-    def answer(self, wait_seconds: float | None = 0.0) -> Any:
-        """What it has to say about its order; None while it is at work.
+    def result(self, wait_seconds: float | None = 0.0) -> Any:
+        """Return the result of the last command; None if the writer is still busy after ``wait_seconds``.
 
         Args:
-            wait_seconds: How long to wait for it; None waits until it is done.
+            wait_seconds: Longest time to wait; None waits without limit.
 
         Raises:
-            WriteError: it failed, or is dead.
+            WriteError: the command failed, or the process has ended.
         """
         assert self._process.stdout is not None
-        mouth = select.poll()  # ``select`` itself knows no handle above 1023.
-        mouth.register(self._process.stdout, select.POLLIN)
-        if not mouth.poll(None if wait_seconds is None else wait_seconds * 1000):
+        poller = select.poll()  # select.select() does not support descriptors above 1023.
+        poller.register(self._process.stdout, select.POLLIN)
+        if not poller.poll(None if wait_seconds is None else wait_seconds * 1000):
             return None
         line = self._process.stdout.readline()
         if not line.endswith(b"\n"):
-            raise self._dead()
-        said = json.loads(line)
-        if "failed" in said:
-            raise WriteError(said["failed"])
-        return said["done"]
+            raise self._ended()
+        reply = json.loads(line)
+        if "failed" in reply:
+            raise WriteError(reply["failed"])
+        return reply["done"]
 
-    def _dead(self) -> WriteError:
+    def _ended(self) -> WriteError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_JOIN_SECONDS)
         code = self._process.returncode
         guess = ": out of memory?" if code == -signal.SIGKILL else ""  # The kernel's signal when memory runs out.
-        return WriteError(f"the process that writes died (exit code {code}){guess}")
+        return WriteError(f"the writer process ended unexpectedly (exit code {code}){guess}")
 
     def close(self) -> None:
-        """Ends the process, by force if it does not end soon. Idempotent. The memory goes with its last view."""
+        """End the process; kill it after 5 seconds. Idempotent. ``memory`` stays mapped while a view of it exists."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(OSError):
@@ -123,7 +123,10 @@ class Writer:
 
 
 def _anonymous_file(size: int) -> tuple[int, Any]:
-    """Memory with a handle: of no file system, so that a small /dev/shm does not limit it."""
+    """Return the descriptor and file object of anonymous memory, which a small /dev/shm does not limit.
+
+    A system without ``memfd_create`` gets a temporary file instead.
+    """
     if hasattr(os, "memfd_create"):
         file: Any = os.fdopen(os.memfd_create("mmscale-checkpoint"), "r+b")
     else:
@@ -133,36 +136,37 @@ def _anonymous_file(size: int) -> tuple[int, Any]:
 
 
 def main(handle: int, size: int, trainer: int | None) -> None:
-    """Execute one order per line until the input ends.
+    """Execute one command per line of standard input until the input ends. Write one line of JSON for each result.
 
     Args:
         handle: Descriptor of the shared memory.
-        size: Its bytes.
-        trainer: Sentinel of the trainer. This process ends with it even during a write, because a restarted run may
-            write the same folder. None where the system has no such descriptors: the process then ends after the write.
+        size: Size of that memory in bytes.
+        trainer: Sentinel descriptor of the trainer. This process ends with the trainer even during a write, because a
+            restarted run may write the same folder. None where the system has no such descriptors: the process then
+            ends after the write.
     """
     if trainer is not None:
         end_with(trainer)
     memory = memoryview(mmap.mmap(handle, size, access=mmap.ACCESS_READ))
     for line in sys.stdin.buffer:
         try:
-            said = {"done": _obey(memory, json.loads(line))}
+            reply = {"done": _execute(memory, json.loads(line))}
         except OSError as error:
-            said = {"failed": str(error)}
-        sys.stdout.buffer.write(json.dumps(said).encode() + b"\n")
+            reply = {"failed": str(error)}
+        sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
-def _obey(memory: memoryview, order: dict[str, Any]) -> Any:
-    if order["do"] == "publish":
-        doomed = [Path(path) for path in order["doomed"]]
-        complete(Path(order["partial"]), Path(order["final"]), (order["name"], order["text"]), doomed)
+def _execute(memory: memoryview, command: dict[str, Any]) -> Any:
+    if command["do"] == "publish":
+        stale = [Path(path) for path in command["stale"]]
+        finalize(Path(command["partial"]), Path(command["final"]), (command["name"], command["text"]), stale)
         return True
-    start = order["header_bytes"]
+    start = command["header_bytes"]
     values = []
-    for length in order["lengths"]:
+    for length in command["lengths"]:
         values.append(memory[start : start + length])
         start += length
-    header = memory[: order["header_bytes"]].tobytes()
-    first, second = order["names"]
-    return write_share(Path(order["folder"]), (first, second), header, order["notes"], values)
+    header = memory[: command["header_bytes"]].tobytes()
+    first, second = command["names"]
+    return write_share(Path(command["folder"]), (first, second), header, command["metadata"], values)

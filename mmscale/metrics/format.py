@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def format_count(value: float) -> str:
-    """A rate or count in three digits: ``950``, ``12.3k``, ``4.56M``."""
+    """Return a rate or count with three digits: ``950``, ``12.3k``, ``4.56M``."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= 0.9995 * size:
             return f"{value / size:.3g}{unit}"
@@ -12,7 +12,7 @@ def format_count(value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration: ``42s``, ``3m07s``, ``2h05m``, ``3d04h``."""
+    """Return a duration: ``42s``, ``3m07s``, ``2h05m``, ``3d04h``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

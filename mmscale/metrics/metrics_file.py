@@ -1,4 +1,4 @@
-"""Read ``metrics.jsonl``, and cut it back to a step. ``run_log`` writes it."""
+"""Read ``metrics.jsonl``, and remove the lines after a step. ``run_log`` writes it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _MOST_LINE_BYTES = 1 << 20
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a ``metrics.jsonl``; a torn last line (the writer was killed) is left out.
+    """Return the valid lines of a ``metrics.jsonl``. Incomplete and damaged lines are left out.
 
     Returns:
-        One mapping a step, in file order; empty if there is no such file. ``step``, and ``time``, ``seconds`` and
-        ``data_wait_seconds`` where they are there, are numbers; other values are checked by who reads them.
+        One mapping for each step, in file order; empty if the file does not exist. ``step`` is an integer >= 0.
+        ``time``, ``seconds`` and ``data_wait_seconds``, if present, are numbers >= 0. Other values are not checked.
 
     Raises:
-        MMScaleError: the file cannot be read, or a line is far longer than any step's.
+        MMScaleError: the file cannot be read, or a line is longer than 1 MiB.
     """
     return [record for _, record in _records(path)]
 
 
 def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Lines and what they hold; lines that are torn or damaged are left out."""
+    """Return the valid lines, as bytes and parsed."""
     records: list[tuple[bytes, dict[str, Any]]] = []
     if not path.is_file():
         return records
@@ -34,11 +34,11 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         for line in read_lines(path, most_bytes=_MOST_LINE_BYTES):
             try:
                 record = parse_json(line) if line.endswith(b"\n") else None
-            except UntrustedError:  # A page that never reached the disk reads as zeros after a power cut.
+            except UntrustedError:  # After a power cut, a page that was not written reads as zeros.
                 continue
             if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**53:
                 continue
-            timed = ("time", "seconds", "data_wait_seconds")  # A line with a time has all three.
+            timed = ("time", "seconds", "data_wait_seconds")  # A line with a time must have all three.
             held = [record.get(key) for key in timed if key in record or "time" in record]
             if all(isinstance(value, int | float) and 0 <= value < 2**53 for value in held):
                 records.append((line, record))
@@ -50,12 +50,16 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def cut_back(path: Path, last_step: int) -> int:
-    """Rewrites a ``metrics.jsonl`` to the steps up to ``last_step``, byte for byte.
+    """Remove the lines after ``last_step`` and damaged lines from a ``metrics.jsonl``, atomically.
 
-    The new file is written beside the old one and then takes its name, so a kill at any time leaves one of the two.
+    Other lines keep their bytes.
 
     Returns:
-        Lines kept.
+        Number of lines kept.
+
+    Raises:
+        MMScaleError: as for ``read_metrics``.
+        OSError: the file cannot be written.
     """
     if not path.is_file():
         return 0

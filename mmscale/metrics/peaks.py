@@ -1,7 +1,7 @@
-"""How many operations a second a device could do: what MFU is a share of.
+"""Peak floating-point operations per second of a device, the reference for MFU.
 
-A GPU's figure is the published one for dense matrices. A CPU has none that would hold for the threads a rank has, so
-torch's own product of large matrices is measured there. A device that is not in the table has no peak, and no MFU.
+For a GPU this is the published value for dense matrices. No published value of a CPU fits the number of threads of a
+rank, so a large matrix product is measured there. A GPU that is not in the table has no peak, and the run has no MFU.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 
 @dataclass(frozen=True)
 class Peak:
-    """Operations a second of one rank's device, and where the figure comes from.
+    """Peak operations per second of one rank's device, and their source.
 
-    ``flops`` is None where nothing is known; ``source`` then says why.
+    ``flops`` is None if the device is unknown. ``source`` is then the reason.
     """
 
     flops: float | None
@@ -26,7 +26,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class _Published:
-    """Dense teraflops a second with float32 accumulation, without structured sparsity."""
+    """Dense teraflops per second with float32 accumulation, without structured sparsity."""
 
     name: tuple[str, ...]
     bf16: float
@@ -50,18 +50,18 @@ _TABLE = (
     _Published(("L40S",), 362, 183, 91.6, "NVIDIA L40S datasheet"),
     _Published(("L4",), 121, 60, 30.3, "NVIDIA L4 datasheet, half of the figure with sparsity"),
 )
-"""The first row whose words all occur in the device's name holds."""
+"""The first row whose words all occur in the device's name is used."""
 
 _SIDE, _TRIES = 768, 6
 
 
 def peak_of(device: torch.device, dtype: torch.dtype, override: float | None = None) -> Peak:
-    """The peak of ``device`` for products of ``dtype``.
+    """Return the peak of ``device`` for matrix products of ``dtype``.
 
     Args:
-        device: Where a rank computes.
+        device: Device of the rank.
         dtype: float32 or bfloat16.
-        override: Operations a second that the configuration states; wins.
+        override: The value of ``metrics.peak_flops``. If given, it is returned.
     """
     if override is not None:
         return Peak(override, "metrics.peak_flops")
@@ -71,7 +71,7 @@ def peak_of(device: torch.device, dtype: torch.dtype, override: float | None = N
 
 
 def published(name: str, dtype: torch.dtype) -> Peak:
-    """The peak of the GPU that torch calls ``name``, such as ``NVIDIA H100 80GB HBM3``."""
+    """Return the published peak of a GPU by its name in torch, such as ``NVIDIA H100 80GB HBM3``."""
     words = set(name.replace("-", " ").split())
     for row in _TABLE:
         if words.issuperset(row.name):
@@ -81,13 +81,13 @@ def published(name: str, dtype: torch.dtype) -> Peak:
 
 
 def _exact_float32() -> bool:
-    """Whether float32 products are computed as such, not as TF32."""
+    """Return whether float32 products are computed in float32 and not in TF32."""
     return torch.get_float32_matmul_precision() == "highest"
 
 
 @functools.cache
 def _measured(dtype: torch.dtype) -> Peak:
-    """The best of a few products on the CPU. Ranks of one machine measure at once and share it, as in training."""
+    """Measure matrix products on the CPU and return the best. Ranks of one machine measure at the same time."""
     left = torch.full((_SIDE, _SIDE), 0.5, dtype=dtype)
     right, result = left.clone(), left.clone()
     best = float("inf")

@@ -25,25 +25,32 @@ PROFILE = "profile"
 
 @contextmanager
 def profile_steps(
-    run_dir: Path, config: MetricsConfig, rank: int, start_step: int, note: Callable[[str], None], *, wanted: bool
+    run_dir: Path,
+    config: MetricsConfig,
+    rank: int,
+    start_step: int,
+    print_line: Callable[[str], None],
+    *,
+    enabled: bool,
 ) -> Iterator[profiler.profile | None]:
-    """Record the steps that ``config`` names, on this rank, if ``wanted``; else give None.
+    """Record the steps that ``config`` names on this rank. Yield the profiler, or None unless ``enabled``.
 
     Args:
         run_dir: The run folder.
-        config: ``profile_after_steps`` steps of this start pass first, the last of them warms the profiler up.
-        rank: Of this process; each rank writes a file of its own.
-        start_step: Steps done before.
-        note: Prints a line on the terminal.
-        wanted: Whether anything is recorded at all.
+        config: The ``metrics`` block. Recording begins after ``profile_after_steps`` steps of this start; the profiler
+            warms up in the last of them.
+        rank: This rank. Each rank writes its own file.
+        start_step: Finished steps.
+        print_line: Prints a line on the terminal.
+        enabled: Whether to record.
 
     Raises:
         MMScaleError: the trace cannot be written.
     """
-    if not wanted:
+    if not enabled:
         yield None
         return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # Or it prints lines of its own at start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # Otherwise Kineto prints lines at start and stop.
     first = start_step + config.profile_after_steps + 1
     written: list[Path] = []
 
@@ -51,13 +58,13 @@ def profile_steps(
         last = start_step + recorded.step_num
         if last >= first:
             written.append(_export(recorded, run_dir / PROFILE, f"rank-{rank:05d}-steps-{first}-{last}.json"))
-            note(f"wrote the trace of steps {first} to {last}: {written[0]} (open it in https://ui.perfetto.dev)")
+            print_line(f"wrote the trace of steps {first} to {last}: {written[0]} (open it in https://ui.perfetto.dev)")
 
     schedule = profiler.schedule(wait=config.profile_after_steps - 1, warmup=1, active=config.profile_steps, repeat=1)
     with profiler.profile(activities=_activities(), schedule=schedule, on_trace_ready=write) as recorded:
         yield recorded
     if not written:
-        note(f"no trace was written: the run ended before step {first} (metrics.profile_after_steps)")
+        print_line(f"no trace was written: the run ended before step {first} (metrics.profile_after_steps)")
 
 
 def _activities() -> list[Any]:
@@ -66,12 +73,12 @@ def _activities() -> list[Any]:
 
 
 def _export(recorded: profiler.profile, folder: Path, name: str) -> Path:
-    """Written beside and renamed: a trace that has its name is whole."""
-    path, beside = folder / name, folder / f".{name}"
+    """Write the trace under a temporary name, then rename it: a file with the final name is complete."""
+    path, temporary = folder / name, folder / f".{name}"
     try:
         folder.mkdir(exist_ok=True)
-        recorded.export_chrome_trace(str(beside))
-        os.replace(beside, path)
+        recorded.export_chrome_trace(str(temporary))
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         raise MMScaleError(f"the trace cannot be written: {path}: {error}") from error
     return path

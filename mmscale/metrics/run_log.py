@@ -1,4 +1,4 @@
-"""Measure how long steps take, and write each step: ``metrics.jsonl``, TensorBoard and the progress line.
+"""Measure the time of steps, and write each step to ``metrics.jsonl``, TensorBoard and the progress line.
 
     log = open_run_log(run_dir, config, start_step, total_steps, rank)
     log.begin_stage("align", ...)
@@ -6,8 +6,8 @@
     ...
     log.step(step, report, sums, counters)
 
-Rank 0 writes; every other rank holds a ``NullLog`` with the same methods, so the loop has no rank in it. A terminal
-gets a live bar, a log file a plain line now and then.
+Rank 0 writes. Every other rank has a ``NullLog`` with the same methods, so the loop needs no condition on the rank. A
+terminal shows a live bar; other output gets a plain line every ``metrics.plain_line_seconds``.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from mmscale.metrics.sample_images import CaptionedImage, with_caption
 from mmscale.metrics.step_counts import step_metrics
 
 UNSEEN_STEPS = 20
-"""Steps of a stage without any image before the warning; a mixture with few images has one by then."""
+"""Steps of a stage without any image before the warning. By then a mixture with few images should contain one."""
 
 
 @dataclass(frozen=True)
 class LoggedStage:
-    """The facts about a stage that its steps' lines need.
+    """The data about a stage that the lines of its steps need.
 
     Attributes:
-        name: Of the stage.
+        name: Name of the stage.
         datasets: Names of its data sets.
-        peak_flops: Operations a second of all devices; None where that is not known.
-        expects_images: Whether its model has a vision tower. If so, and the first ``UNSEEN_STEPS`` steps hold no image,
-            a warning is printed. ``check_files`` finds that before a run starts, but reads no streamed and remote data.
+        peak_flops: Peak operations per second of all devices; None if unknown.
+        expects_images: Whether the model has a vision tower. If so, and the first ``UNSEEN_STEPS`` steps contain no
+            image, a warning is printed. ``check_files`` checks this before a run, but not for streamed and remote data.
     """
 
     name: str
@@ -62,11 +62,11 @@ class RunLog:
     """Writes ``metrics.jsonl``, TensorBoard and the progress line of a run.
 
     Args:
-        run_dir: The run folder; made if absent.
+        run_dir: The run folder; created if absent.
         config: The ``metrics`` block.
-        start_step: Steps done before this process; later lines of an interrupted process are removed.
-        total_steps: Step count at which the run ends.
-        console: Where the progress line goes; standard error by default.
+        start_step: Finished steps. Lines of later steps are removed.
+        total_steps: Steps of the whole run.
+        console: Where to print; standard error by default.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._config = config
         self._meter = StepMeter(start_step, total_steps, config.smoothing)
-        self._wall_time = WallTime(run_dir, start_step)  # Before the next line, which forgets steps.
+        self._wall_time = WallTime(run_dir, start_step)  # Before JsonlSink removes lost steps.
         self._step, self._checkpoint_seconds = start_step, 0.0
         self._stage, self._unseen_steps_left = LoggedStage(""), 0
         self._jsonl = JsonlSink(run_dir / "metrics.jsonl", start_step)
@@ -85,18 +85,18 @@ class RunLog:
         )
 
     def begin_stage(self, stage: LoggedStage) -> None:
-        """Call before the first step of a start and of each stage."""
+        """Set the stage. Call it before the first step of a start and of each stage."""
         self._stage = stage
         self._unseen_steps_left = UNSEEN_STEPS if stage.expects_images else 0
 
     def waiting_for_data(self) -> AbstractContextManager[None]:
-        """Counts the enclosed time as data wait of the present step."""
+        """Count the enclosed time as data wait of the current step."""
         return self._meter.waiting_for_data()
 
     def pause(self, spent: Spent = "other") -> None:
-        """Call after work that is no step: its time counts for none, and in the goodput as ``spent``."""
+        """Count the time since the last step or pause as ``spent`` in the goodput, and not as time of the next step."""
         self._meter.pause()
-        seconds = self._wall_time.spent(spent, self._step)
+        seconds = self._wall_time.record_pause(spent, self._step)
         if spent == "checkpoint":
             self._checkpoint_seconds += seconds
 
@@ -105,12 +105,14 @@ class RunLog:
     ) -> None:
         """Write a finished step.
 
+        ``lr`` of the line is the largest learning rate of any component. ``mfu`` is the time that the model's
+        operations would take at the devices' peak, divided by the time of the step.
+
         Args:
-            step: Number of steps done, from 1.
-            report: Loss, norm and learning rates; ``lr`` of the line is the largest learning rate of any component.
-            sums: ``count_step`` and ``step_flops`` of the step, summed over all ranks. ``mfu`` is the time that the
-                model's operations would take at the devices' peak, over the time of the step.
-            counters: Further numbers of the run so far, by name.
+            step: Number of the step, from 1.
+            report: Report of the step on this rank.
+            sums: ``count_step`` and ``step_flops`` of the step, summed over all ranks.
+            counters: Further values of the run so far, by name.
         """
         num_tokens, num_samples = int(sums["tokens"]), int(sums["samples"])
         timing = self._meter.finish_step(num_tokens, num_samples)
@@ -145,28 +147,28 @@ class RunLog:
         if self._unseen_steps_left:
             self._unseen_steps_left = 0 if sums["images"] else self._unseen_steps_left - 1
             if not self._unseen_steps_left and not sums["images"]:
-                self.note(
-                    f"warning: stage {self._stage.name}: the model has a vision tower, and its first {UNSEEN_STEPS} "
-                    "steps held no image, so the tower and the connector learn nothing; check the data sets, or set "
-                    "model.vision and model.connector to null"
+                self.print_line(
+                    f"warning: stage {self._stage.name}: the model has a vision tower, but the first {UNSEEN_STEPS} "
+                    "steps contained no image, so the tower and the connector learn nothing; check the data sets, or "
+                    "set model.vision and model.connector to null"
                 )
 
     def wants_images(self, step: int) -> bool:
-        """Whether ``images`` should be called for this step."""
+        """Return whether this step writes sample images."""
         every = self._config.images_every
         return self._tensorboard is not None and every is not None and (step == 1 or step % every == 0)
 
     def images(self, step: int, make: Callable[[int], Sequence[CaptionedImage]]) -> None:
-        """Writes sample images; ``make(limit)`` is called here, only where and when they are written."""
+        """Write sample images if this step writes any. Only then ``make(limit)`` is called."""
         if self._tensorboard is not None and self.wants_images(step):
             self._tensorboard.images(step, make(self._config.num_images))
 
-    def note(self, text: str) -> None:
-        """Prints one line beside the progress line."""
-        self._progress.note(text)
+    def print_line(self, text: str) -> None:
+        """Print a line in addition to the progress line."""
+        self._progress.print_line(text)
 
     def close(self) -> None:
-        """Closes every file and gives the terminal back."""
+        """Close every file and stop the progress bar."""
         self._progress.close()
         self._jsonl.close()
         if self._tensorboard is not None:
@@ -174,7 +176,10 @@ class RunLog:
 
 
 class NullLog:
-    """The same methods, doing nothing: the log of every rank but 0."""
+    """The log of every rank other than 0: the methods of ``RunLog`` without output.
+
+    ``waiting_for_data`` still marks its range in a profiler trace.
+    """
 
     def begin_stage(self, stage: LoggedStage) -> None:
         return None
@@ -196,7 +201,7 @@ class NullLog:
     def images(self, step: int, make: Callable[[int], Sequence[CaptionedImage]]) -> None:
         return None
 
-    def note(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         return None
 
     def close(self) -> None:
@@ -206,17 +211,17 @@ class NullLog:
 def open_run_log(
     run_dir: Path, config: MetricsConfig, start_step: int, total_steps: int, rank: int
 ) -> RunLog | NullLog:
-    """The log of this rank: a ``RunLog`` on rank 0, else a ``NullLog``."""
+    """Return a ``RunLog`` on rank 0, and a ``NullLog`` on other ranks."""
     return RunLog(run_dir, config, start_step, total_steps) if rank == 0 else NullLog()
 
 
 @dataclass(frozen=True)
 class StepTiming:
-    """What one step took.
+    """The time of one step.
 
     Attributes:
-        seconds: Wall time since the end of the step before (or since the meter was made).
-        data_wait_seconds: The part of it spent waiting for the loader.
+        seconds: Wall time since the end of the previous step or pause, or since the meter was created.
+        data_wait_seconds: The part of ``seconds`` spent waiting for the loader.
     """
 
     seconds: float
@@ -225,7 +230,7 @@ class StepTiming:
 
 @dataclass(frozen=True)
 class Rates:
-    """Moving averages. ``data_wait_share`` lies in [0, 1]; ``eta_seconds`` is 0 when the last step is done."""
+    """Moving averages. ``data_wait_share`` is in [0, 1]; ``eta_seconds`` is 0 after the last step."""
 
     tokens_per_second: float
     samples_per_second: float
@@ -236,14 +241,14 @@ class Rates:
 class StepMeter:
     """Measures the steps of one process.
 
-    Rates are ratios of averages (tokens over seconds), not averages of ratios: a short step must not count as much
-    as a long one. The averages are exponential, without the pull towards their start at 0.
+    Rates are ratios of averages (tokens over seconds), not averages of ratios: a short step must not count as much as a
+    long one. The averages are exponential, with a correction of the bias towards their initial value 0.
 
     Args:
-        start_step: Steps done before this process started.
-        total_steps: Step count at which the run ends.
+        start_step: Finished steps.
+        total_steps: Steps of the whole run.
         smoothing: Weight of the past in [0, 1).
-        clock: Seconds, monotonic; replaced in tests.
+        clock: Monotonic clock in seconds; replaced in tests.
 
     Source: Kingma and Ba 2015, "Adam", section 3 (initialisation bias correction).
     """
@@ -262,11 +267,11 @@ class StepMeter:
         self._last_end = clock()
         self._data_wait = 0.0
         self._totals, self._weight = [0.0] * 4, 0.0
-        """Weighted sums of seconds, seconds of waiting, tokens and samples of the steps, and the sum of the weights."""
+        """Weighted sums over steps of seconds, waiting seconds, tokens and samples, and the sum of the weights."""
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Counts the enclosed time as data wait of the present step."""
+        """Count the enclosed time as data wait of the current step."""
         start = self._clock()
         try:
             with record_function("data"):
@@ -275,12 +280,12 @@ class StepMeter:
             self._data_wait += self._clock() - start
 
     def pause(self) -> None:
-        """Starts the present step's clock again: time since the last step (a checkpoint, a stage) counts for none."""
+        """Restart the clock of the current step. The time since the last step then counts for no step."""
         self._last_end = self._clock()
         self._data_wait = 0.0
 
     def finish_step(self, num_tokens: float, num_samples: float) -> StepTiming:
-        """Ends the present step, which handled so many tokens and samples over all ranks."""
+        """End the current step and return its time. Tokens and samples are those of all ranks."""
         now = self._clock()
         timing = StepTiming(now - self._last_end, self._data_wait)
         self._last_end = now
@@ -293,7 +298,7 @@ class StepMeter:
         return timing
 
     def rates(self) -> Rates:
-        """The moving averages after the last finished step."""
+        """Return the moving averages after the last finished step."""
         seconds, waited, tokens, samples = (total / self._weight if self._weight else 0.0 for total in self._totals)
         per_second = 1 / seconds if seconds > 0 else 0.0
         return Rates(
@@ -305,14 +310,14 @@ class StepMeter:
 
 
 class ProgressLine:
-    """Shows where the run is.
+    """Shows the progress of the run: a live bar on a terminal, else plain lines.
 
     Args:
-        console: Where to print; a terminal gets a live bar.
-        start_step: Steps done before.
-        total_steps: Step count at the end.
-        plain_line_seconds: Seconds between two lines where there is no terminal.
-        clock: Seconds, monotonic; replaced in tests.
+        console: Where to print.
+        start_step: Finished steps.
+        total_steps: Steps of the whole run.
+        plain_line_seconds: Seconds between two plain lines.
+        clock: Monotonic clock in seconds; replaced in tests.
     """
 
     def __init__(
@@ -335,47 +340,49 @@ class ProgressLine:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[rates]}"),
             )
             self._bar = Progress(*columns, console=console, refresh_per_second=4)
-            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, figures="")
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, rates="")
             self._bar.start()
 
     def is_due(self, step: int) -> bool:
-        """Return whether a finished step is shown: each step on a terminal, else now and then and the last step."""
+        """Return whether to show a finished step: every step on a terminal; else at intervals, and the last step."""
         if self._bar is not None or self._last_line is None or step == self._total_steps:
             return True
         return self._clock() - self._last_line >= self._every
 
     def update(self, step: int, loss: float, rates: Rates, stage: str) -> None:
-        """Shows a finished step."""
-        figures = (
+        """Show a finished step."""
+        rates_text = (
             f"loss {loss:.4f} · {format_count(rates.tokens_per_second)} tokens/s · "
             f"{format_count(rates.samples_per_second)} samples/s · wait {100 * rates.data_wait_share:.0f}% · "
             f"ETA {format_seconds(rates.eta_seconds)}"
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=stage, figures=figures)
+            self._bar.update(self._task, completed=step, description=stage, rates=rates_text)
         else:
             self._last_line = self._clock()
-            self.note(f"{stage} · step {step}/{self._total_steps} · {figures}")
+            self.print_line(f"{stage} · step {step}/{self._total_steps} · {rates_text}")
 
-    def note(self, text: str) -> None:
-        """Prints one line of its own, above the bar if there is one."""
+    def print_line(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands and gives the terminal back."""
+        """Stop the bar."""
         if self._bar is not None:
             self._bar.stop()
 
 
 class JsonlSink:
-    """Writes ``metrics.jsonl``: one line a step, flushed at once. On construction it is cut back to ``start_step``.
+    """Writes ``metrics.jsonl``: one line for each step, flushed at once.
+
+    The constructor removes the lines after ``start_step`` and damaged lines.
 
     Args:
         path: The file; its folder must exist.
-        start_step: Steps that are done and stay; 0 for a new run.
+        start_step: Finished steps; 0 for a new run.
 
     Raises:
         MMScaleError: the file cannot be read or written.
@@ -389,7 +396,7 @@ class JsonlSink:
             raise MMScaleError(f"{path}: cannot be written: {error.strerror}") from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one line."""
+        """Append one line. NaN and infinity become null."""
         try:
             line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         except ValueError:  # JSON has no NaN or infinity.
@@ -398,12 +405,12 @@ class JsonlSink:
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file; a second call does nothing."""
+        """Close the file. A second call does nothing."""
         self._file.close()
 
 
 def _without_nan(value: Any) -> Any:
-    """Replace NaN and infinity by null, so that the line stays readable by every parser."""
+    """Return the value with null for NaN and infinity, which JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -412,36 +419,36 @@ def _without_nan(value: Any) -> Any:
 
 
 class TensorBoardSink:
-    """Scalars and captioned images as TensorBoard event files.
+    """Writes scalars and captioned images as TensorBoard event files.
 
     Args:
         folder: ``RUN/tensorboard``.
-        start_step: Events of later steps, left by a killed process, are hidden by TensorBoard from now on.
+        start_step: Finished steps. TensorBoard then hides earlier events of later steps.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # Slow to import: only when asked for.
+        from torch.utils.tensorboard import SummaryWriter  # Slow to import.
 
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one point to each named curve."""
+        """Add one point to each named curve."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def images(self, step: int, images: Sequence[CaptionedImage]) -> None:
-        """Adds the images, each with its caption drawn under it, and a table of the captions in full."""
+        """Add the images with their captions drawn below, and a table with the full captions."""
         for number, image in enumerate(images):
             self._writer.add_image(f"samples/{number}", with_caption(image), step, dataformats="HWC")
         rows = [f"| {number} | {_cell(image.caption)} |" for number, image in enumerate(images)]
         self._writer.add_text("samples/captions", "\n".join(["| image | caption |", "|---|---|", *rows]), step)
 
     def close(self) -> None:
-        """Writes what is queued and closes the file."""
+        """Write queued events and close the file."""
         self._writer.close()
 
 
 def _cell(text: str) -> str:
-    """Text as the content of a Markdown table cell."""
+    """Return text escaped for a cell of a Markdown table."""
     escaped = "".join(f"\\{mark}" if mark in "\\`*_{}[]()#+-.!|<>~" else mark for mark in text)
     return " ".join(escaped.split())

@@ -1,4 +1,4 @@
-"""The images of a batch as a person sees them: patches put back together, with the text that goes with them."""
+"""The images of a batch as pixels again, with their captions."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """Pixels uint8 ``(height, width, 3)`` and the text that the model should say about them."""
+    """Pixels uint8 ``(height, width, 3)`` and the text that the model learns for them."""
 
     pixels: Pixels
     caption: str
 
 
 def join_patches(values: npt.NDArray[np.uint8], grid: tuple[int, int, int], spec: MediaSpec) -> Pixels:
-    """The picture whose patches these are; of a stack of frames the first.
+    """Return the image that consists of these patches; for several frames the first frame.
 
     Args:
         values: ``(P, patch_dim)``, patches row-major, each in order (channel, row, column).
         grid: Patches along (time, height, width).
-        spec: Gives patch size and channels; one channel becomes three equal ones.
+        spec: Patch size and channels. A single channel is repeated three times.
     """
     _, height, width = grid
     side = spec.patch_size
@@ -45,13 +45,13 @@ def join_patches(values: npt.NDArray[np.uint8], grid: tuple[int, int, int], spec
 def batch_images(
     batch: MultimodalBatch, spec: MediaSpec, decode: Callable[[list[int]], str], limit: int
 ) -> list[CaptionedImage]:
-    """Up to ``limit`` images of documents that have exactly one, with the text that carries their loss.
+    """Return up to ``limit`` images of documents with exactly one image, with the text that carries loss.
 
     Args:
-        batch: On any device; only the chosen rows are copied.
-        spec: The patch geometry.
-        decode: Token ids to text, ``Tokenizer.decode``.
-        limit: At most so many.
+        batch: A batch on any device. Only the chosen rows are copied.
+        spec: Patch size and channels.
+        decode: ``Tokenizer.decode``.
+        limit: Largest number of images.
     """
     block = batch.media.get("image")
     if block is None:
@@ -71,9 +71,10 @@ def _answer_ids(batch: MultimodalBatch, segment: int) -> list[int]:
 
 
 def with_caption(image: CaptionedImage, min_side: int = 192) -> Pixels:
-    """The image, enlarged to at least ``min_side`` pixels, with its caption printed on a strip below.
+    """Return the image with its caption on a strip below.
 
-    The font that comes with Pillow knows Latin letters; others show as boxes here and in full in TensorBoard's text.
+    A small image is enlarged until its shorter side has at least ``min_side`` pixels.
+    Pillow's built-in font contains Latin letters. Other letters become boxes; TensorBoard's text has the full caption.
     """
     from PIL import Image, ImageDraw, ImageFont
 

@@ -1,6 +1,8 @@
-"""Counts of one step by name. Each rank counts its own, the loop sums them over ranks, metrics follow from the sums.
+"""Counts of one step by name. Each rank counts its own part. The loop sums the counts over ranks for the metrics.
 
-step_flops | measured_documents --> count_step   --dist.all_reduce_sum-->   step_metrics   -->   ``metrics.jsonl``
+document_stats --> count_step --+
+                                +--dist.all_reduce_sum--> step_metrics --> metrics.jsonl
+step_flops ---------------------+
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from mmscale.models.flops import training_flops
 _DATASET_COUNTS = ("loss_sum", "loss_weight", "samples", "tokens", "skipped")
 
 
-class MeasuredDocument(NamedTuple):
-    """A document of a step: its data set, tokens and loss weight, and its weighted loss sum if there is one."""
+class DocumentStats(NamedTuple):
+    """A document of a step: data set, tokens, loss weight, and weighted loss sum (None if it was not computed)."""
 
     dataset: str
     tokens: int
@@ -27,30 +29,30 @@ class MeasuredDocument(NamedTuple):
     loss_sum: float | None
 
 
-def measured_documents(batch: StepBatch, losses: Sequence[Sequence[float]]) -> list[MeasuredDocument]:
+def document_stats(batch: StepBatch, losses: Sequence[Sequence[float]]) -> list[DocumentStats]:
     """Return the documents of a step in the order of the microbatches, without dummy documents.
 
     Args:
         batch: The step.
-        losses: ``StepReport.document_losses``; empty if nothing was trained.
+        losses: ``StepReport.document_losses``; empty for a step without loss weight.
     """
-    documents: list[MeasuredDocument] = []
+    documents: list[DocumentStats] = []
     for number, microbatch in enumerate(batch.microbatches):
         bounds = microbatch.segments.bounds
         weights = torch.segment_reduce(microbatch.loss_weights, "sum", offsets=microbatch.segments.cu.long()).tolist()
         for segment, origin in enumerate(microbatch.provenance):
             if origin is not None:
                 tokens, loss = bounds[segment + 1] - bounds[segment], losses[number][segment] if losses else None
-                documents.append(MeasuredDocument(origin.dataset, tokens, weights[segment], loss))
+                documents.append(DocumentStats(origin.dataset, tokens, weights[segment], loss))
     return documents
 
 
-def count_step(batch: StepBatch, documents: Sequence[MeasuredDocument], datasets: Sequence[str]) -> dict[str, float]:
-    """Count what this rank was fed in a step.
+def count_step(batch: StepBatch, documents: Sequence[DocumentStats], datasets: Sequence[str]) -> dict[str, float]:
+    """Count the documents, tokens, images and faults of this rank in a step.
 
     Args:
         batch: The step.
-        documents: ``measured_documents`` of the step.
+        documents: ``document_stats`` of the step.
         datasets: Names of the data sets, the same on every rank.
 
     Returns:
@@ -79,9 +81,9 @@ def count_step(batch: StepBatch, documents: Sequence[MeasuredDocument], datasets
 
 
 def step_flops(engine: Engine, microbatches: Sequence[Any]) -> dict[str, float]:
-    """Count ``model_flops`` and ``hardware_flops`` of this rank's microbatches, which are still on the host.
+    """Return ``model_flops`` and ``hardware_flops`` of this rank's microbatches, which must be on the host.
 
-    Teachers are included. ``hardware_flops`` also contains operations that are computed again in the backward pass.
+    Both include teachers. ``hardware_flops`` also includes the operations that activation checkpointing repeats.
     """
     model: Any = engine.model
     trained, recompute = engine.trained_components, engine.config.activation_checkpointing
@@ -93,14 +95,14 @@ def step_flops(engine: Engine, microbatches: Sequence[Any]) -> dict[str, float]:
 
 
 def step_metrics(report: StepReport, sums: Mapping[str, float], datasets: Sequence[str]) -> dict[str, float | int]:
-    """Return the metrics of a step that follow from its counts, and from rank 0's clock.
+    """Return the metrics of a step that follow from its counts and from its report.
 
-    A data set's loss is the mean weighted by its tokens, absent without weight. A kind of fault is absent if its count
-    is 0. ``report`` gives seconds and peak bytes of the phases, and the components' gradient norms if they were asked
-    for.
+    A data set's loss is the mean over its tokens, weighted by their loss weights, and absent without weight. A kind of
+    fault is absent if its count is 0. Seconds and peak bytes of the phases, and the components' gradient norms, come
+    from ``report``.
 
     Args:
-        report: The step on this rank.
+        report: Report of the step on this rank.
         sums: ``count_step`` and ``step_flops``, summed over all ranks.
         datasets: Names of the data sets.
     """

@@ -1,1 +1,1 @@
-"""Models, composed of one decoder family, towers and connectors."""
+"""Models, composed of a decoder, vision towers and connectors."""

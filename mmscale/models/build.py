@@ -1,4 +1,4 @@
-"""From a configuration to a model, its parameter count and its media needs."""
+"""Builds a model from its configuration, counts its parameters, and derives its ``MediaSpec``."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class ParameterCount:
     """Numbers of parameters.
 
     Attributes:
-        total: All, tied ones once.
-        active: Those that one token uses: of E routed experts only A count.
-        components: Totals of "vision", "connector", "decoder" and "extra_tokens", those that there are.
+        total: All parameters; tied ones count once.
+        active: Parameters that one token uses: A of the E routed experts count.
+        components: Number per component of the model: "vision", "connector", "decoder", "extra_tokens".
     """
 
     total: int
@@ -45,14 +45,15 @@ def build_model(
     seed: int | None = 0,
     dtype: torch.dtype | None = None,
 ) -> AnyModel:
-    """Builds a model on the current default device.
+    """Return a model on torch's current default device.
 
     Args:
-        config: What to build.
-        attention: Kernel; a named one that is missing raises.
-        seed: Of the first values, which depend on it and on each parameter's name alone. None leaves them unset, for
-            a caller that loads weights or calls ``mmscale.nn.init.initialise_`` later. Unused on the meta device.
-        dtype: Compute dtype, if known, for the choice of kernel by ``auto``; parameters keep torch's default dtype.
+        config: Architecture.
+        attention: Attention kernel, or ``auto``.
+        seed: Seed of the initial values, which depend only on the seed and on each parameter's name. None: the caller
+            loads weights or calls ``mmscale.nn.init.initialise_``. Ignored on the meta device.
+        dtype: Compute dtype, or None if it is not known; only used by ``attention="auto"``. Parameters have torch's
+            default dtype.
 
     Raises:
         UnsupportedError: this machine lacks the kernel named by ``attention``.
@@ -78,7 +79,7 @@ def build_model(
 
 
 class TowerAlone(nn.Module):
-    """A vision tower whose parameters have the names that they have in a model."""
+    """A vision tower without a decoder. Its parameters have the same names as in a whole model."""
 
     def __init__(self, config: TowerConfig, backend: Backend) -> None:
         super().__init__()
@@ -86,17 +87,19 @@ class TowerAlone(nn.Module):
         self.vision = config.vision.build(backend)
 
     def components(self) -> dict[str, list[nn.Parameter]]:
-        """One component."""
+        """Return the parameters of the one component, ``vision``."""
         return {"vision": list(self.vision.parameters())}
 
 
 def build_unset(
     config: AnyModelConfig, *, attention: AttentionChoice = "auto", dtype: torch.dtype | None = None
 ) -> AnyModel | TowerAlone:
-    """A model or a tower on the current default device, for a caller that loads weights.
+    """Return a model or a tower on torch's current default device, without calling ``initialise_``.
+
+    The caller must load weights into it: until then its values are meaningless.
 
     Args:
-        config: What to build.
+        config: Architecture.
         attention: As for ``build_model``.
         dtype: As for ``build_model``.
 
@@ -109,13 +112,13 @@ def build_unset(
 
 
 def build_weights(config: AnyModelConfig) -> AnyModel | TowerAlone:
-    """On the meta device: names and shapes, no values."""
+    """Return a model or a tower on the meta device: parameter names and shapes without values."""
     with torch.device("meta"):
         return build_unset(config, attention="sdpa")
 
 
 def media_spec(config: ModelConfig) -> MediaSpec:
-    """What the data side must know of a model."""
+    """Return the properties of a model that the data pipeline needs."""
     if config.vision is None or config.connector is None:
         return MediaSpec(**config.decoder.media_needs())
     return MediaSpec(
@@ -127,7 +130,7 @@ def media_spec(config: ModelConfig) -> MediaSpec:
 
 
 def count_parameters(config: AnyModelConfig) -> ParameterCount:
-    """Counts on the meta device: no memory, any size."""
+    """Count the parameters of a model or a tower. Builds it on the meta device, without memory for its values."""
     model = build_weights(config)
     total = _unique(model)
     idle = 0

@@ -1,4 +1,4 @@
-"""Configuration of a model: a decoder, and with it a vision tower and a connector, or neither."""
+"""Configuration of a model: a decoder, with or without a vision tower and a connector."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmscale.models.vision_config import AnyVisionConfig, VisionConfig
 
 
 class TowerConfig(StrictConfig):
-    """A vision tower by itself: its weights can be counted, imported, exported, and taken into a model."""
+    """A vision tower without a decoder. Its weights can be counted, imported, exported, and loaded into a model."""
 
     vision: VisionConfig
     """The tower."""
@@ -26,20 +26,21 @@ class ModelConfig(StrictConfig):
     decoder: DecoderConfig
     """The text decoder."""
     vision: AnyVisionConfig | None = None
-    """The image tower: a ``transformer`` (the default kind), or ``patches`` as they are; null for a text model."""
+    """The image tower: ``kind: transformer`` (the default), or ``kind: patches`` to pass the normalised pixels of each
+    patch to the connector. Null for a text model."""
     connector: ConnectorConfig | None = None
-    """How image features reach the decoder; null for a text model."""
+    """How image features reach the decoder. Null for a text model: set ``vision`` and ``connector`` together."""
 
     @property
     def components(self) -> tuple[str, ...]:
-        """What a stage can freeze and train by name: the keys of ``MultimodalModel.components()``."""
+        """Names of the components that a stage can train or freeze: the keys of the model's ``components()``."""
         tower = ("vision",) if self.vision is not None and self.vision.learns else ()
         towers = (*tower, "connector") if self.vision is not None else ()
         return (*towers, "decoder", *(("extra_tokens",) if self.decoder.extra_tokens else ()))
 
     @property
     def predicts_tokens(self) -> bool:
-        """Whether the model has logits of tokens; a contrastive model has none."""
+        """Whether the model computes token logits; a contrastive model does not."""
         return self.connector is None or self.connector.predicts_tokens
 
     @model_validator(mode="after")
@@ -55,9 +56,9 @@ AnyModelConfig = ModelConfig | TowerConfig
 
 
 def read_model_config(values: Mapping[str, Any]) -> AnyModelConfig:
-    """Of JSON values: a model where they have a decoder, else a tower.
+    """Return the model that JSON values describe, or the tower if they have no ``decoder``.
 
     Raises:
-        ValidationError: they are neither.
+        ValidationError: the values are not a valid model or tower.
     """
     return (ModelConfig if "decoder" in values else TowerConfig).model_validate(values)

@@ -1,6 +1,6 @@
-"""The kinds of connectors. A new kind is one file in ``connectors/`` and one name in the union below.
+"""The kinds of connectors. To add a kind, add a file in ``connectors/`` and a name in the union below.
 
-The kinds of projectors, which connectors are made of, are listed in ``projector_config.py``.
+``projector_config.py`` lists the kinds of projectors, which connectors use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A tower of images and one of texts, whose outputs are compared. It contains no word about engines."""
+"""The contrastive model: an image tower and a text tower whose outputs are compared. Independent of the engine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mmscale.models.vision_kind import Tower
 
 
 class ContrastiveModel(nn.Module):
-    """Pairs of an image and a text to two vectors each, images and texts blind to each other.
+    """Computes a vector of each image and of each text of a batch's pairs, independently of each other.
 
-    The decoder is the text's tower. Every batch runs every module: packs without an image carry a null document, and a
-    batch without pairs gives no vectors and gradients of zero.
+    The decoder is the text tower. Every batch runs every module, because sharded ranks must run the same modules: packs
+    without an image carry a dummy document. A batch without pairs yields no vectors, and its gradients are zero.
 
     Source: CLIP (arXiv 2103.00020), section 2.4.
     """
@@ -31,7 +31,7 @@ class ContrastiveModel(nn.Module):
         self.decoder = decoder
 
     def forward(self, batch: MultimodalBatch) -> PairVectors:
-        """Vectors of ``batch.pairs``, in their order."""
+        """Return the vectors of ``batch.pairs``, in the order of the pairs."""
         media = batch.media["image"]
         features = self.vision(media)
         hidden = self.decoder.embed_tokens(batch.token_ids)
@@ -40,7 +40,7 @@ class ContrastiveModel(nn.Module):
         return vectors
 
     def components(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by component; every parameter belongs to exactly one."""
+        """Return the parameters of each component; every parameter belongs to exactly one."""
         extra = self.decoder.embed_tokens.extra_weight
         parts = {
             "vision": list(self.vision.parameters()),
@@ -50,15 +50,15 @@ class ContrastiveModel(nn.Module):
         return parts if extra is None else {**parts, "extra_tokens": [extra]}
 
     def checkpoint_units(self) -> list[nn.Module]:
-        """Blocks worth recomputing in the backward pass."""
+        """Return the blocks that activation checkpointing recomputes in the backward pass."""
         return [*self.vision.blocks(), *self.decoder.layers]
 
     def flops(self, batch: MultimodalBatch) -> int:
-        """Floating-point operations of one forward; see ``models/flops.py``."""
+        """Return the floating-point operations of one forward pass; see ``models/flops.py``."""
         return forward_flops(self.config, batch)
 
     def training_flops(
         self, batch: MultimodalBatch, trained: Collection[str], *, recompute: bool = False
     ) -> TrainingFlops:
-        """Operations of a forward and backward in which the components ``trained`` learn."""
+        """Return the operations of a forward and backward pass that trains the components ``trained``."""
         return training_flops(self.config, batch, trained, recompute=recompute)

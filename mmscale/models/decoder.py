@@ -1,4 +1,7 @@
-"""The text decoder. It knows nothing of images: a connector replaces rows of its input and runs before some blocks."""
+"""The text decoder. It does not handle images.
+
+A connector changes rows of the decoder's input, or runs cross-attention blocks between the decoder's blocks.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from mmscale.nn.block import (
     build_norm,
 )
 from mmscale.nn.dropout import Dropout
-from mmscale.nn.flops import Product, linear
+from mmscale.nn.flops import Product, linear_product
 from mmscale.nn.init import set_init_scale
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.rope import RopeConfig, rotated_width, text_rotation
@@ -35,28 +38,30 @@ MlpConfig = Annotated[DenseMlpConfig | MoeConfig, Field(discriminator="kind")]
 
 
 class ExtraTokensConfig(StrictConfig):
-    """Rows for ids behind the vocabulary, parameters of their own: the component ``extra_tokens``."""
+    """Embedding rows for ids after the vocabulary. They are separate parameters: the component ``extra_tokens``."""
 
     rows: Annotated[Vocabulary, ShrunkTo(8)]
-    """New ids: ``vocab_size``, ``vocab_size + 1``, ..."""
+    """Number of extra ids: ``vocab_size``, ``vocab_size + 1``, ..."""
     predicted: bool = True
-    """Whether the language head has rows for them too. False for ids that are only read, as image placeholders
-    (Llama 3.2 Vision, Molmo): none of them may be a label that carries loss."""
+    """Whether the language head has rows for them too. False for ids that occur only in the input, such as image
+    placeholders (Llama 3.2 Vision, Molmo). Such an id must not be a label with loss; this is not checked, and the loss
+    would read a logit that does not exist."""
 
 
 class DecoderConfig(StrictConfig):
     """A causal text decoder."""
 
     vocab_size: Vocabulary
-    """V, rows of the embedding; with ``extra_tokens`` at least the tokenizer's vocabulary."""
+    """V, rows of the embedding. ``vocab_size + extra_tokens.rows`` must be at least the size of the tokenizer's
+    vocabulary."""
     extra_tokens: ExtraTokensConfig | None = None
-    """New tokens beside the table, so that they can learn while its rows are frozen; null for none."""
+    """Tokens with separate embedding parameters, which can be trained while the table is frozen; null for none."""
     hidden_dim: Width
     """D, width of the residual stream."""
     num_layers: Layers
-    """Blocks with self-attention; cross-attention blocks come on top."""
+    """Number of blocks with self-attention. The connector's cross-attention blocks are additional."""
     attention: AttentionConfig
-    """Heads, biases, per-head norms."""
+    """Heads, biases, query/key norms."""
     mlp: MlpConfig
     """Feed-forward of the blocks: ``dense`` or ``moe``."""
     norm: NormConfig = NormConfig()
@@ -66,45 +71,46 @@ class DecoderConfig(StrictConfig):
     rope: RopeConfig | None = RopeConfig()
     """Rotary positions; null for none."""
     learned_positions: Vocabulary | None = None
-    """Rows of a table with a learned vector for each position, added to what enters the first block (CLIP's text tower,
-    GPT-2): no document may be longer. Instead of ``rope``; null for none."""
+    """Number of learned position vectors, added to the input of the first block (CLIP's text tower, GPT-2). No document
+    may have more tokens. Requires ``rope: null``. Null for no learned positions."""
     tie_embeddings: bool = False
-    """Use the embedding as the output projection."""
+    """Use the embedding matrix as the output projection."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of what each sub-layer adds to the residual stream that is zeroed in training, cross-attention included."""
+    """Dropout rate in training on the output of each sub-layer, those of cross-attention blocks included."""
     dropout_rows: Literal["all", "learned"] = "all"
-    """Which rows that befalls: all, or only those whose label carries loss (Molmo's captioner)."""
+    """Rows that dropout applies to: ``all``, or ``learned`` for those whose label carries loss (Molmo's captioner)."""
     init_std: float | None = Field(default=None, gt=0)
-    """Standard deviation of the first weights; null: ``1 / sqrt(fan-in)``."""
+    """Standard deviation of the initial weights; null: ``1 / sqrt(last dimension)``, the fan-in of projections. Divided
+    by ``sqrt(2 * num_layers)`` for projections that write to the residual stream."""
 
     @property
     def num_ids(self) -> int:
-        """Token ids that can be read."""
+        """Number of ids with an embedding."""
         return self.vocab_size + (self.extra_tokens.rows if self.extra_tokens else 0)
 
     @property
     def predicted_rows(self) -> int:
-        """Extra ids that have a logit."""
+        """Number of extra ids with a logit."""
         return self.extra_tokens.rows if self.extra_tokens and self.extra_tokens.predicted else 0
 
     def block_mlps(self) -> list[DenseMlpConfig | MoeConfig]:
-        """The feed-forward of each block."""
-        return [self.mlp.of_block(number) for number in range(self.num_layers)]
+        """Return the feed-forward of each block."""
+        return [self.mlp.for_block(number) for number in range(self.num_layers)]
 
     def media_needs(self) -> dict[str, Any]:
-        """Fields of ``MediaSpec`` that follow from the decoder."""
+        """Return the fields of ``MediaSpec`` that depend on the decoder."""
         axes = 1 if self.rope is None or self.rope.sections is None else 3
         return {"position_axes": axes, "max_document_tokens": self.learned_positions}
 
     def counts(self, batch: MultimodalBatch) -> dict[str, int]:
-        """What the decoder's operations over ``batch`` are proportional to."""
+        """Return the counts of ``batch`` that the decoder's operations are proportional to."""
         queries, keys = batch.segments, batch.segments
         if batch.branched is not None:
             queries, keys = batch.branched.queries, batch.branched.keys
         return {"token_rows": batch.segments.total, "token_pairs": num_pairs(queries, keys)}
 
     def block_products(self, mlp: DenseMlpConfig | MoeConfig, *, learns: bool, flows: bool) -> list[Product]:
-        """Operations of a block with the feed-forward ``mlp``; see ``mmscale.nn.block.block_products``."""
+        """Return the operations of a block with the feed-forward ``mlp``; see ``mmscale.nn.block.block_products``."""
         return block_products(
             self.hidden_dim,
             self.attention,
@@ -116,17 +122,20 @@ class DecoderConfig(StrictConfig):
         )
 
     def head_products(self, *, learns: bool, extra_learns: bool, flows: bool) -> list[Product]:
-        """Operations of the head for each row that has logits, those of new tokens last."""
+        """Return the head's operations per row with logits: those of the vocabulary, then those of extra tokens."""
+        known, extra = 2 * self.hidden_dim * self.vocab_size, 2 * self.hidden_dim * self.predicted_rows
         return [
-            linear("logit_rows", 2 * self.hidden_dim * self.vocab_size, weights=learns, inputs=flows),
-            linear("new_logit_rows", 2 * self.hidden_dim * self.predicted_rows, weights=extra_learns, inputs=flows),
+            linear_product("logit_rows", known, weights=learns, inputs=flows),
+            linear_product("new_logit_rows", extra, weights=extra_learns, inputs=flows),
         ]
 
     @model_validator(mode="after")
     def _consistent(self) -> DecoderConfig:
         head_dim = self.attention.resolved_head_dim(self.hidden_dim)
         if self.rope is not None and self.learned_positions is not None:
-            raise ValueError(f"learned_positions={self.learned_positions}: positions come once; set rope=null")
+            raise ValueError(
+                f"learned_positions={self.learned_positions}: a decoder has one kind of positions; set rope=null"
+            )
         if self.rope is not None:
             width = rotated_width(head_dim, self.rope)
             if width < 2 or width % 2:
@@ -141,19 +150,19 @@ class DecoderConfig(StrictConfig):
 
 
 @runtime_checkable
-class CrossAttended(Protocol):
-    """Cross-attention of one forward pass: blocks of the connector and the rows that they attend."""
+class CrossAttentionHooks(Protocol):
+    """Cross-attention of one forward pass: blocks that run before decoder blocks, and the rows that they attend to."""
 
     @property
     def layers(self) -> Container[int]:
-        """0-based numbers of the decoder blocks that a cross-attention block precedes."""
+        """0-based numbers of the decoder blocks with a cross-attention block before them."""
 
     def before_block(self, layer: int, hidden: Float[Tensor, "T D"], dropout: Dropout | None) -> Float[Tensor, "T D"]:
-        """Return the residual stream after the cross-attention block that precedes decoder block ``layer``."""
+        """Run the cross-attention block before decoder block ``layer``; return the residual stream after it."""
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, last norm.
+    """Token embedding, blocks, final norm. ``forward`` starts from embedded tokens; the caller uses ``embed_tokens``.
 
     Source: Llama (arXiv 2302.13971, section 2.2) and its successors, GPT-2 (Radford et al. 2019) for learned positions;
     the options are named in ``DecoderConfig``.
@@ -189,26 +198,26 @@ class Decoder(nn.Module):
         position_ids: Int[Tensor, "T ..."],
         segments: AttentionSegments,
         valid: Bool[Tensor, " T"],
-        attended: CrossAttended | None,
+        cross_attention: CrossAttentionHooks | None,
         cache: KVCache | None = None,
         dropout: Dropout | None = None,
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"] | None]:
-        """Runs the blocks.
+        """Run the blocks and the final norm.
 
         Args:
-            hidden: Embedded tokens, with rows replaced as the connector wants.
+            hidden: Embedded tokens, with the connector's features in their rows.
             position_ids: ``(T,)`` or ``(T, 3)``.
             segments: Documents, and their branches.
-            valid: Rows that count in router statistics.
-            attended: Cross-attention that runs before some blocks; None for none.
-            cache: Keys and values of earlier rows; extended in place.
-            dropout: Of this microbatch; None for none.
+            valid: Rows that count in the router losses.
+            cross_attention: Cross-attention blocks to run before some decoder blocks; None for none.
+            cache: Keys and values of earlier rows; extended in place. The caller must have called ``cache.advance``.
+            dropout: Masks of this microbatch; None for no dropout.
 
         Returns:
-            The normalised stream, and the mean (balance, z) of the blocks with experts, if there are any.
+            The normalised stream, and the mean (balance, z) over the blocks with experts, or None without experts.
 
         Raises:
-            ValueError: a document, or what ``cache`` has room for, is longer than the table of positions.
+            ValueError: a document, or the capacity of ``cache``, is longer than ``learned_positions``.
         """
         if self.embed_positions is not None:
             self._check_length(segments, cache)
@@ -217,21 +226,21 @@ class Decoder(nn.Module):
         rotation = None if rope is None else text_rotation(position_ids, self.head_dim, rope, hidden.dtype)
         losses = []
         for number, layer in enumerate(self.layers):
-            if attended is not None and number in attended.layers:
-                # Dropout counts cross-attention blocks below 0, where no decoder block is.
-                cross_dropout = None if dropout is None else dropout.of_block(-1 - number)
-                hidden = attended.before_block(number, hidden, cross_dropout)
+            if cross_attention is not None and number in cross_attention.layers:
+                # Negative block numbers give cross-attention blocks masks of their own.
+                cross_dropout = None if dropout is None else dropout.for_block(-1 - number)
+                hidden = cross_attention.before_block(number, hidden, cross_dropout)
             layer_cache = None if cache is None else cache.layer(number)
-            layer_dropout = None if dropout is None else dropout.of_block(number)
+            layer_dropout = None if dropout is None else dropout.for_block(number)
             hidden, router_losses = layer(hidden, rotation, segments, valid, layer_cache, layer_dropout)
             if router_losses is not None:
                 losses.append(router_losses)
         return self.norm(hidden), torch.stack(losses).mean(0) if losses else None
 
     def _check_length(self, segments: AttentionSegments, cache: KVCache | None) -> None:
-        """On the host, where lengths are known: a lookup behind the table would be an error of the device."""
+        """Raise ``ValueError`` if positions exceed the table. An out-of-range lookup would fail on the device."""
         whole = segments.keys if isinstance(segments, BranchedSegments) else segments
         longest = whole.longest if cache is None else cache.capacity
         if longest > (rows := self.config.learned_positions or 0):
-            what = "a document" if cache is None else "a prompt with the tokens to come"
-            raise ValueError(f"{what} of {longest} tokens: decoder.learned_positions={rows} has no more positions")
+            sequence = "a document" if cache is None else "a prompt with its new tokens"
+            raise ValueError(f"{sequence} of {longest} tokens exceeds decoder.learned_positions={rows}")

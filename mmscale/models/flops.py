@@ -1,7 +1,7 @@
-"""Floating-point operations of a model: of a forward, of a training step, and of a patch relative to a token.
+"""Floating-point operations of a model: of a forward pass, of a training step, and of a patch relative to a token.
 
-Matrix products alone count, as in torch's ``FlopCounterMode``. Each part states its own products and counts
-(``mmscale/nn/flops.py``); this module joins them along the path of the gradient and adds them up.
+Only matrix products count, as in torch's ``FlopCounterMode``. Each module reports its own products and counts
+(``mmscale/nn/flops.py``). This module determines which gradients the products need and adds up the operations.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mmscale.nn.flops import Product
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """Operations of a forward and backward.
+    """Operations of a forward and backward pass.
 
     Attributes:
-        forward: Of the forward pass; logits only for rows that carry loss.
-        backward: Of the gradients that the trained components want.
-        recomputed: Done a second time by activation checkpointing. They advance nothing, so they are no model's.
+        forward: Operations of the forward pass, with logits only for rows that carry loss.
+        backward: Operations of the gradients that the trained components need.
+        recomputed: Operations that activation checkpointing repeats. They count as hardware FLOPs, not model FLOPs.
     """
 
     forward: int
@@ -32,34 +32,38 @@ class TrainingFlops:
 
     @property
     def model(self) -> int:
-        """What the model needs, however it is computed: the numerator of MFU."""
+        """Operations without recomputation: the numerator of MFU."""
         return self.forward + self.backward
 
     @property
     def hardware(self) -> int:
-        """What is really computed."""
+        """Operations with recomputation: the numerator of HFU."""
         return self.model + self.recomputed
 
 
 def cost_per_patch(config: ModelConfig) -> float:
-    """Time of one patch relative to one token, from the products that do not grow with length.
+    """Return the estimated cost of one patch relative to one token: the ratio of forward operations.
 
-    Logits of new tokens are left out: a few new tokens must not change which documents share a pack.
+    Counts only products whose operations per row do not grow with the length of a sequence. Leaves out the logits of
+    extra tokens, because adding a few tokens must not change which documents share a pack. Returns 0 for a text model.
     """
     if config.vision is None or config.connector is None:
         return 0.0
-    view = config.connector.typical_view(config.vision)
-    token, patch, of_view = {"token_rows": 1, "logit_rows": 1}, {"patches": 1, "tower_rows": 1}, 0
-    per_token = per_patch = 0
+    crop = config.connector.typical_crop(config.vision)
+    token, patch = {"token_rows": 1, "logit_rows": 1}, {"patches": 1, "tower_rows": 1}
+    per_token = per_patch = per_crop = 0
     for product in model_products(config, frozenset()):
         per_token += product.forward * token.get(product.per, 0)
         per_patch += product.forward * patch.get(product.per, 0)
-        of_view += product.forward * view.get(product.per, 0)
-    return (per_patch + of_view / view["feature_patches"]) / per_token
+        per_crop += product.forward * crop.get(product.per, 0)
+    return (per_patch + per_crop / crop["feature_patches"]) / per_token
 
 
 def forward_flops(config: ModelConfig, batch: MultimodalBatch) -> int:
-    """Operations of one forward over ``batch`` with logits for every token; of a contrastive model without any."""
+    """Return the operations of one forward pass over ``batch``, with logits for every token.
+
+    A contrastive model computes no logits.
+    """
     counts = batch_counts(config, batch, batch.segments.total)
     return sum(product.forward * counts[product.per] for product in model_products(config, frozenset()))
 
@@ -67,13 +71,13 @@ def forward_flops(config: ModelConfig, batch: MultimodalBatch) -> int:
 def training_flops(
     config: ModelConfig, batch: MultimodalBatch, trained: Collection[str], *, recompute: bool = False
 ) -> TrainingFlops:
-    """Operations of one training step over ``batch``; the optimizer has no products worth counting.
+    """Return the operations of a forward and backward pass over ``batch``, without those of the optimizer.
 
     Args:
         config: The model.
-        batch: On the host: which rows carry loss is looked up.
-        trained: Components that learn.
-        recompute: Whether ``checkpoint_units()`` are computed again in the backward pass.
+        batch: Should be on the host: the function reads ``loss_weights``.
+        trained: Components that are trained.
+        recompute: Whether activation checkpointing recomputes the model's ``checkpoint_units()``.
     """
     counts = batch_counts(config, batch, int(batch.loss_weights.count_nonzero()))
     forward = backward = recomputed = 0
@@ -86,7 +90,10 @@ def training_flops(
 
 
 def batch_counts(config: ModelConfig, batch: MultimodalBatch, logit_rows: int) -> dict[str, int]:
-    """What the operations of the model over ``batch`` are proportional to, with logits of ``logit_rows`` rows."""
+    """Return the counts that the model's operations over ``batch`` are proportional to.
+
+    ``logit_rows`` is the number of rows with logits.
+    """
     counts = {**config.decoder.counts(batch), "logit_rows": logit_rows, "new_logit_rows": logit_rows}
     if config.vision is not None and config.connector is not None:
         counts |= config.vision.counts(batch.media["image"]) | config.connector.counts(config.vision, batch)
@@ -95,7 +102,7 @@ def batch_counts(config: ModelConfig, batch: MultimodalBatch, logit_rows: int) -
 
 @lru_cache(maxsize=64)
 def model_products(config: ModelConfig, trained: frozenset[str]) -> tuple[Product, ...]:
-    """Everything that a forward multiplies, with the gradients that the components ``trained`` need."""
+    """Return all products of a forward pass, with the gradients that the components ``trained`` need."""
     decoder, connector = config.decoder, config.connector
     found = list[Product]()
     if config.vision is not None and connector is not None:
@@ -103,11 +110,12 @@ def model_products(config: ModelConfig, trained: frozenset[str]) -> tuple[Produc
         found += connector.products(config.vision, decoder, trained)
     learned_features = connector is not None and not {"vision", "connector"}.isdisjoint(trained)
     embeds = connector is not None and connector.placement in (Placement.EMBEDDING, Placement.HYBRID)
-    # A gradient flows through the decoder from where learned values enter it: its input, or where it first attends.
+    # The backward pass reaches down to where trained values enter the decoder: at its input, or at the first
+    # cross-attention block.
     flows = not {"decoder", "extra_tokens"}.isdisjoint(trained) or (learned_features and embeds)
-    attends = [] if connector is None else connector.block_layers(decoder)
+    cross_attention_blocks = [] if connector is None else connector.block_layers(decoder)
     for number, mlp in enumerate(decoder.block_mlps()):
-        if connector is not None and number in attends:
+        if connector is not None and number in cross_attention_blocks:
             found += connector.block_products(decoder, trained, flows)
             flows = flows or learned_features
         found += decoder.block_products(mlp, learns="decoder" in trained, flows=flows)

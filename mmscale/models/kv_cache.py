@@ -1,4 +1,4 @@
-"""Keys and values of sequences under generation, of any lengths, and those of the images they attend."""
+"""Cached keys and values for generation: of the sequences so far, and of the images that they attend to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmscale.nn.block import LayerCache
 
 @dataclass(frozen=True)
 class CrossCache:
-    """Keys and values ``(A, G, K)`` of one cross-attention block, and each sequence's share of them."""
+    """Keys and values ``(A, G, K)`` of one cross-attention block; ``segments`` partitions their rows by sequence."""
 
     keys: Tensor
     values: Tensor
@@ -23,11 +23,11 @@ class CrossCache:
 
 @dataclass
 class KVCache:
-    """Filled by one forward over whole prompts, then by forwards over one token a sequence.
+    """Keys and values of all layers. The first forward pass fills it with whole prompts, later ones with new tokens.
 
     Attributes:
-        capacity: Rows per sequence: the longest prompt plus the tokens to come.
-        cross: Image keys and values by the number of the decoder block they stand before.
+        capacity: Most rows per sequence: the longest prompt plus the number of new tokens.
+        cross: Keys and values of each cross-attention block, by the number of the decoder block after it.
     """
 
     capacity: int
@@ -42,20 +42,20 @@ class KVCache:
 
     @property
     def started(self) -> bool:
-        """Whether prompts were read."""
+        """Whether the prompts are in the cache."""
         return len(self._lengths) > 0
 
     def advance(self, segments: Segments, num_kv_heads: int, head_dim: int, like: Tensor) -> None:
-        """Makes room for the rows of ``segments``, one piece a sequence; call once per forward, before the blocks.
+        """Reserve buffer rows for new tokens. Call it once per forward pass, before the blocks.
 
         Args:
-            segments: New rows of every sequence.
+            segments: New rows, one segment per sequence, in the same order in each call.
             num_kv_heads: G.
             head_dim: K.
-            like: A tensor on the device and of the dtype to store.
+            like: A tensor with the device and dtype of the buffers.
 
         Raises:
-            ValueError: a sequence outgrows ``capacity``, or the number of sequences changed.
+            ValueError: a sequence exceeds ``capacity``, or the number of sequences changed.
         """
         new = np.diff(segments.bounds)
         if not self.started:
@@ -75,7 +75,7 @@ class KVCache:
         self._shape, self._dtype = (num_kv_heads, head_dim), like.dtype
 
     def layer(self, number: int) -> LayerCache:
-        """The store of a decoder block for this forward."""
+        """Return the cache of decoder block ``number`` for this forward pass. Requires ``advance``."""
         assert self._rows is not None, "advance() comes first"
         assert self._visible is not None
         assert self._segments is not None
@@ -88,6 +88,6 @@ class KVCache:
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> Tensor:
-    """The numbers ``start .. start + length`` of every pair, one after the other."""
+    """Return ``range(start, start + length)`` of each pair, concatenated."""
     pieces = [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     return torch.from_numpy(np.concatenate(pieces))

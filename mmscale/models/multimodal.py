@@ -1,4 +1,4 @@
-"""The composed model: tower, connector, decoder, head. It contains no word about engines."""
+"""The multimodal model: tower, connector, decoder, head. Independent of the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from data_pipeline.batch import MultimodalBatch
 from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.connector import Connector
-from mmscale.models.decoder import CrossAttended, Decoder
+from mmscale.models.decoder import CrossAttentionHooks, Decoder
 from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.outputs import AuxLoss, ModelOutput
@@ -21,9 +21,10 @@ from mmscale.nn.moe import MoeConfig
 
 
 class MultimodalModel(nn.Module):
-    """Text and, with a tower, images to hidden rows.
+    """Computes hidden rows from text and, with a tower, from images.
 
-    Every batch runs every module: packs without an image carry a null document.
+    Every batch runs every module, because sharded ranks must run the same modules: packs without an image carry a dummy
+    document.
     """
 
     def __init__(
@@ -42,21 +43,23 @@ class MultimodalModel(nn.Module):
         self.head = head
 
     def forward(self, batch: MultimodalBatch, cache: KVCache | None = None) -> ModelOutput:
-        """Hidden rows of a batch; with a cache that was started, of one more token a sequence.
+        """Return the hidden rows of a batch, with auxiliary losses.
 
         Args:
-            batch: Packed documents. With a started ``cache``: one row per sequence, in the same order, and no media.
-            cache: Extended in place.
+            batch: Packed documents. If ``cache`` holds prompts already: one new row per sequence, in the same order,
+                without media.
+            cache: Keys and values of earlier rows; extended in place.
 
         Raises:
-            ValueError: a cache for a batch whose documents have branches; training with dropout on a batch that does
-                not say of which step and lanes it is.
+            ValueError: ``cache`` is set and documents have branches; or the model trains with dropout, and the batch
+                has no ``dropout_key`` or its ``lane_tokens`` do not cover all rows. Errors of ``KVCache.advance`` and
+                ``Decoder.forward`` also reach the caller.
         """
         if cache is not None and batch.branched is not None:
-            raise ValueError("a document with branches has several ends, so no cache can go on from it")
+            raise ValueError("a document with branches has several ends, so a cache cannot continue it")
         resumed = cache is not None and cache.started
         media, num_tokens = batch.media.get("image"), len(batch.token_ids)
-        # One call embeds the tokens and the tags of tiles: all ranks make equally many.
+        # Embed tokens and tile tags in one call, so that all ranks gather the table the same number of times.
         hidden = self.decoder.embed_tokens(
             batch.token_ids if media is None else torch.cat([batch.token_ids, media.tag_ids])
         )
@@ -65,16 +68,18 @@ class MultimodalModel(nn.Module):
             hidden = hidden[:num_tokens]
         if cache is not None:
             cache.advance(batch.segments, self.config.decoder.attention.kv_heads, self.decoder.head_dim, hidden)
-        attended: CrossAttended | None = None
+        cross_attention: CrossAttentionHooks | None = None
         if self.vision is not None and self.connector is not None:
             if cache is not None and resumed:
-                attended = self.connector.resume(cache, batch.segments)
+                cross_attention = self.connector.resume(cache, batch.segments)
             else:
                 media = batch.media["image"]
                 features = self.vision(media).to(hidden.dtype)
-                hidden, attended = self.connector.connect(hidden, features, tags, media, batch.segments, cache)
+                hidden, cross_attention = self.connector.connect(hidden, features, tags, media, batch.segments, cache)
         dropout = self._dropout(batch) if self.training and self.config.decoder.dropout else None
-        hidden, router = self.decoder(hidden, batch.position_ids, batch.attended, batch.valid, attended, cache, dropout)
+        hidden, router = self.decoder(
+            hidden, batch.position_ids, batch.attended, batch.valid, cross_attention, cache, dropout
+        )
         aux = {}
         mlp = self.config.decoder.mlp
         if router is not None and isinstance(mlp, MoeConfig):
@@ -86,14 +91,15 @@ class MultimodalModel(nn.Module):
         rate = self.config.decoder.dropout
         if batch.dropout_key is None or sum(batch.lane_tokens) != batch.segments.total:
             raise ValueError(
-                f"decoder.dropout={rate}: a batch to train on needs dropout_key (seed and step of the run) and "
-                "lane_tokens; outside of training call model.eval()"
+                f"decoder.dropout={rate}: a training batch needs dropout_key (seed and step of the run) and "
+                "lane_tokens (rows of each lane); outside of training call model.eval()"
             )
         chosen = batch.loss_weights > 0 if self.config.decoder.dropout_rows == "learned" else None
-        return Dropout.of(rate, batch.dropout_key, batch.lanes, batch.lane_tokens, batch.token_ids.device, chosen)
+        device = batch.token_ids.device
+        return Dropout.for_microbatch(rate, batch.dropout_key, batch.lanes, batch.lane_tokens, device, chosen)
 
     def components(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by component, tied ones once; every parameter belongs to exactly one."""
+        """Return the parameters of each component, tied ones once; every parameter belongs to exactly one."""
         parts: dict[str, list[nn.Parameter]] = {}
         if self.vision is not None and (learned := list(self.vision.parameters())):
             parts["vision"] = learned
@@ -107,17 +113,17 @@ class MultimodalModel(nn.Module):
         return parts
 
     def checkpoint_units(self) -> list[nn.Module]:
-        """Blocks worth recomputing in the backward pass."""
+        """Return the blocks that activation checkpointing recomputes in the backward pass."""
         units: list[nn.Module] = self.vision.blocks() if self.vision is not None else []
         units += self.connector.blocks_to_recompute() if self.connector is not None else []
         return units + list(self.decoder.layers)
 
     def flops(self, batch: MultimodalBatch) -> int:
-        """Floating-point operations of one forward with logits for every token; see ``models/flops.py``."""
+        """Return the operations of one forward pass with logits for every token; see ``models/flops.py``."""
         return forward_flops(self.config, batch)
 
     def training_flops(
         self, batch: MultimodalBatch, trained: Collection[str], *, recompute: bool = False
     ) -> TrainingFlops:
-        """Operations of a forward and backward in which the components ``trained`` learn."""
+        """Return the operations of a forward and backward pass that trains the components ``trained``."""
         return training_flops(self.config, batch, trained, recompute=recompute)

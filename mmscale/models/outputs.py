@@ -1,4 +1,4 @@
-"""What models return."""
+"""Results of a model's forward pass."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AuxLoss:
-    """A loss beside the main one, averaged over the valid tokens of the batch.
+    """An auxiliary loss, averaged over the valid tokens of the batch.
 
-    A main loss is a weighted sum over tokens, so an objective adds ``coefficient * value * batch.weight``: divided by
-    the global weight that is the weighted mean over microbatches, the same however they are dealt to ranks.
+    The main loss is a weighted sum over tokens, so an objective adds ``coefficient * value * batch.weight``. Divided by
+    the global weight, this is the weighted mean over all microbatches, whichever ranks process them.
 
     Attributes:
-        value: Scalar, in the graph.
-        coefficient: From the configuration.
+        value: Scalar with gradient.
+        coefficient: Weight of the loss, from the configuration.
     """
 
     value: Tensor
@@ -25,10 +25,10 @@ class AuxLoss:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """Result of a forward.
+    """Result of a forward pass.
 
     Attributes:
-        hidden: ``(T, D)``, after the last norm; ``model.head`` makes logits or a loss of it.
+        hidden: ``(T, D)``, after the final norm. ``model.head`` computes logits or the loss from it.
         aux: Auxiliary losses by name.
     """
 

@@ -1,4 +1,4 @@
-"""Patches in the place of a vision tower."""
+"""Vision without a tower: the features of a patch are its normalised pixels (Fuyu)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_pipeline.batch import MediaBlock
 from mmscale.models.vision_kind import Tower, TowerBase
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.flops import Product
-from mmscale.nn.patch_embed import normalised
+from mmscale.nn.patch_embed import normalise_pixels
 
 
 class PatchesConfig(TowerBase):
@@ -25,7 +25,7 @@ class PatchesConfig(TowerBase):
 
     @property
     def feature_dim(self) -> int:
-        """Channels of a patch's features."""
+        """Channels of a feature: the values of a patch."""
         return self.channels * self.patch_size**2
 
     def build(self, backend: Backend, *, absent_features: bool = False) -> PixelPatches:
@@ -39,9 +39,9 @@ class PatchesConfig(TowerBase):
 
 
 class PixelPatches(Tower):
-    """In the place of a tower: patches as they are, for a connector that projects pixels.
+    """Returns normalised pixels, for a connector that projects them.
 
-    Normalised in float32 whatever the weights are, so that a pixel is rounded to their format once.
+    The result is float32 whatever the dtype of the weights, so that a pixel is rounded to that dtype only once.
 
     Source: Fuyu-8B's model card.
     """
@@ -51,6 +51,6 @@ class PixelPatches(Tower):
         self.config = config
 
     def forward(self, media: MediaBlock) -> Float[Tensor, "P patch_dim"]:
-        """Pixels of every patch, each laid out (channel, row, column)."""
+        """Return the normalised pixels of every patch, each laid out (channel, row, column)."""
         config = self.config
-        return normalised(media.values, config.channels, config.mean, config.std, torch.float32)
+        return normalise_pixels(media.values, config.channels, config.mean, config.std, torch.float32)

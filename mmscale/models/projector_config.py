@@ -1,4 +1,4 @@
-"""The kinds of projectors. A new kind is one file beside ``connectors/projector.py`` and one name in this list."""
+"""The kinds of projectors. To add a kind, add a file in ``connectors/`` and a name in the union below."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 from mmscale.models.connectors.attention_pool import AttentionPoolConfig
 from mmscale.models.connectors.c_abstractor import CAbstractorConfig
 from mmscale.models.connectors.projector import LinearProjectorConfig, MlpProjectorConfig
-from mmscale.nn.flops import Product, attention_of, linear
+from mmscale.nn.flops import Product, attention_product, linear_product
 
 ProjectorConfig = Annotated[
     LinearProjectorConfig | MlpProjectorConfig | AttentionPoolConfig | CAbstractorConfig, Field(discriminator="kind")
@@ -18,7 +18,7 @@ ProjectorConfig = Annotated[
 
 
 def check_projector(projector: ProjectorConfig, fixed_grid: tuple[int, int] | None) -> None:
-    """Raise ``ValueError`` if the projector cannot follow a tower whose views have this grid (None: any)."""
+    """Raise ``ValueError`` if the projector does not fit a tower whose crops have this grid (None: any grid)."""
     if any(side % projector.merge for side in fixed_grid or ()):
         raise ValueError(
             f"connector.projector.merge={projector.merge}: must divide both sides of vision.positions.grid"
@@ -26,10 +26,12 @@ def check_projector(projector: ProjectorConfig, fixed_grid: tuple[int, int] | No
     projector.check(fixed_grid)
 
 
-def typical_view(projector: ProjectorConfig, fixed_grid: tuple[int, int] | None) -> tuple[int, int]:
-    """Patches and features of a view of the tower's one size, or else of the smallest that the projector takes.
+def typical_crop(projector: ProjectorConfig, fixed_grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the numbers of patches and features of a typical crop, for estimates of the cost per patch.
 
-    The cost of a projector that pools views of any size is therefore its highest.
+    A projector that merges squares has the same ratio for every crop; the result is one square and one feature. With a
+    projector that pools each crop to ``pooled_side**2`` features, the crop has the tower's fixed grid. Without a fixed
+    grid, the estimate assumes a crop with one patch per feature. Larger crops then cost less per patch.
     """
     side = projector.pooled_side
     if side is None:
@@ -40,14 +42,14 @@ def typical_view(projector: ProjectorConfig, fixed_grid: tuple[int, int] | None)
 def projector_products(
     projector: ProjectorConfig, feature_dim: int, dim: int, *, learns: bool, tower_learns: bool, learns_before: bool
 ) -> list[Product]:
-    """Operations of a projector.
+    """Return the operations of a projector.
 
     Args:
         projector: Its configuration.
         feature_dim: Channels of the tower's features.
         dim: Width of the decoder.
-        learns: Whether the connector learns.
-        tower_learns: Whether the tower does.
+        learns: Whether the connector is trained.
+        tower_learns: Whether the tower is trained.
         learns_before: Whether the connector has parameters before the projector.
     """
     flows = learns or tower_learns
@@ -55,8 +57,8 @@ def projector_products(
     found = []
     for each in projector.work(feature_dim, dim):
         if each.attends:
-            found.append(attention_of(each.per, each.flops, gradients=4 * flows))
+            found.append(attention_product(each.per, each.flops, gradients=4 * flows))
         else:
-            found.append(linear(each.per, each.flops, weights=learns, inputs=enters))
+            found.append(linear_product(each.per, each.flops, weights=learns, inputs=enters))
             enters = flows
     return found

@@ -1,4 +1,4 @@
-"""The vision transformer: packed patches of any number of images to packed features, in one call."""
+"""The vision transformer: computes packed features from the packed patches of any number of images, in one call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmscale.models.tiles import TileRows, TilesConfig, on_device
 from mmscale.models.vision_kind import Tower, TowerBase
 from mmscale.nn.attention_backends import Backend, num_pairs
 from mmscale.nn.block import AttentionConfig, DenseMlpConfig, NormConfig, TransformerBlock, block_products, build_norm
-from mmscale.nn.flops import Product, linear
+from mmscale.nn.flops import Product, linear_product
 from mmscale.nn.init import set_init_scale
 from mmscale.nn.patch_embed import LearnedPositions, PatchEmbed
 from mmscale.nn.rope import LearnedPositionsConfig, Rotary2dConfig, Rotation, image_rotation
@@ -27,17 +27,17 @@ from mmscale.nn.tile_embed import TileEmbedding, TilePositions
 Grids = Sequence[tuple[int, int, int]]
 
 
-def grid_places(grids: Grids) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of every packed patch, int64 ``(P,)`` each."""
+def patch_coordinates(grids: Grids) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row and the column of every packed patch, int64 ``(P,)`` each."""
     rows = [np.tile(np.repeat(np.arange(height), width), time) for time, height, width in grids]
     columns = [np.tile(np.arange(width), time * height) for time, height, width in grids]
     return np.concatenate(rows), np.concatenate(columns)
 
 
-class _Idle(torch.autograd.Function):
-    """Keeps rows in the graph on which nothing depends: their gradient is zero, where there would be none.
+class _KeepInGraph(torch.autograd.Function):
+    """Returns ``features`` and keeps ``idle`` in the graph, with a gradient of zero instead of none.
 
-    ZeRO waits for a gradient of every parameter that was gathered.
+    The parameters of idle layers then receive gradients of zero. ZeRO waits for a gradient of every gathered parameter.
     """
 
     @staticmethod
@@ -61,53 +61,57 @@ class VisionConfig(TowerBase):
     hidden_dim: Width
     """Width of the tower."""
     num_layers: Layers
-    """Blocks."""
+    """Number of blocks, without those of ``tiles.global_layers``."""
     attention: AttentionConfig
-    """Heads, biases, per-head norms."""
+    """Heads, biases, query/key norms."""
     mlp: DenseMlpConfig
     """Feed-forward of the blocks."""
     norm: NormConfig = NormConfig()
     """Kind and epsilon of all norms."""
     positions: PositionsConfig
-    """``learned`` for views of one fixed size, ``rotary_2d`` for native resolution."""
+    """``learned`` for crops of one fixed size, ``rotary_2d`` for native resolution."""
     class_token: bool = False
-    """Put a learned token first in every view (CLIP); it is dropped from the features. ``learned`` positions only."""
+    """Put a learned class token first in every crop (CLIP). Features do not contain it unless ``class_feature`` is set.
+    Requires ``learned`` positions."""
     class_feature: bool = False
-    """Keep it: a view's first feature is its class token's (Llama 3.2 Vision). For cross-attention, and
-    for ``connector.pool=class``."""
+    """Return the class token's feature before those of the crop's patches (Llama 3.2 Vision). Requires ``class_token``,
+    and ``connector.pool=class`` or ``connector.kind=cross_attention`` with ``projector.merge=1``."""
     tiles: TilesConfig | None = None
-    """Tiles of an image are computed together (Llama 3.2 Vision); null: every view is by itself."""
+    """Attention between the tiles of an image (Llama 3.2 Vision); null: every crop is computed separately."""
     patch_bias: bool = False
     """Bias on the patch projection."""
     temporal_patch: Channels = 1
-    """Frames that the patch projection has weights for; a still image counts as so many equal ones (Qwen2-VL: 2)."""
+    """Frames that a patch of the projection spans (Qwen2-VL: 2). A still image counts as this many identical frames."""
     pre_norm: bool = False
     """A norm before the first block (CLIP, Pixtral)."""
     post_norm: bool = True
     """A norm after the last block."""
     layer_scale: float | None = None
-    """Start of learned per-channel factors on the branches (InternViT: 0.1); null for none."""
+    """Initial value of learned per-channel factors on the residual branches (InternViT: 0.1); null for no factors."""
     feature_layers: tuple[int, ...] = ()
-    """0-based blocks whose outputs, not normalised, are concatenated behind the last one's (Llama 3.2 Vision)."""
+    """0-based blocks whose outputs are concatenated after the last output, without ``post_norm`` (Llama 3.2 Vision)."""
     feature_order: Literal["layers", "channels"] = "layers"
-    """How those of ``feature_layers`` lie: one block's channels after the other's, or the first channel of all blocks,
-    then the second, ... (Llama 3.2 Vision)."""
+    """Order of the channels of ``feature_layers``. ``layers``: all channels of one block, then those of the next.
+    ``channels``: the first channel of each block, then the second, ... (Llama 3.2 Vision)."""
     last_output: bool = True
-    """Whether features hold the last block's output, normalised; if not, ``feature_layers`` alone (Molmo)."""
+    """Whether features contain the output of the last block, after ``post_norm``. False: only ``feature_layers``
+    (Molmo)."""
     idle_layers: int = Field(default=0, ge=0, le=1 << 12)
-    """Blocks behind the last of ``feature_layers``, kept because published weights hold them (Molmo: 1). They are
-    computed and learn nothing."""
+    """Number of blocks after the last of ``feature_layers`` without effect on the features; only with
+    ``last_output=false``. They exist because published weights contain them (Molmo: 1). They are computed, and their
+    gradients are zero."""
     init_std: float | None = Field(default=None, gt=0)
-    """Standard deviation of the first weights; null: ``1 / sqrt(fan-in)``."""
+    """Standard deviation of the initial weights; null: ``1 / sqrt(last dimension)``, the fan-in of projections. Divided
+    by ``sqrt(2 * number of blocks)`` for projections that write to the residual stream."""
 
     @property
     def feature_dim(self) -> int:
-        """Channels of a patch's features."""
+        """Channels of a feature: the outputs of all concatenated blocks."""
         return self.hidden_dim * (len(self.feature_layers) + self.last_output)
 
     @property
     def fixed_grid(self) -> tuple[int, int] | None:
-        """Patches (rows, columns) of every view; None for any size."""
+        """Patches (rows, columns) of every crop; None if crops may have any size."""
         return self.positions.grid if isinstance(self.positions, LearnedPositionsConfig) else None
 
     def build(self, backend: Backend, *, absent_features: bool = False) -> VisionTower:
@@ -117,8 +121,8 @@ class VisionConfig(TowerBase):
     def products(self, *, learns: bool) -> list[Product]:
         embed = 2 * self.channels * self.patch_size**2 * self.hidden_dim
         num_global = 0 if self.tiles is None else self.tiles.global_layers
-        found = [linear("patches", embed, weights=learns, inputs=False)]
-        # The factors of layer_scale and the gates of global blocks need the output of their branch.
+        found = [linear_product("patches", embed, weights=learns, inputs=False)]
+        # The gradients of layer_scale's factors and of the global blocks' gates need the output of their branch.
         for number, ends_in_product in ((self.num_layers, self.layer_scale is None), (num_global, False)):
             found += number * block_products(
                 self.hidden_dim,
@@ -132,7 +136,7 @@ class VisionConfig(TowerBase):
         return found
 
     def frames(self, media: MediaBlock) -> Segments:
-        """Rows of each frame, class token included: views do not see each other, nor do the frames of a video."""
+        """Return segments of the rows of each frame, class tokens included. Rows attend only within their frame."""
         if not self.class_token and all(time == 1 for time, _, _ in media.grids):
             return media.items
         extra = int(self.class_token)
@@ -142,13 +146,13 @@ class VisionConfig(TowerBase):
         return Segments(frames.cu.to(media.items.cu.device), frames.bounds)
 
     def tile_rows(self, media: MediaBlock) -> TileRows:
-        """The stream of a tower with ``tiles``, which sees the tiles of an image together."""
+        """Return the row sequence of a tower with ``tiles``, in which the tiles of an image attend to each other."""
         assert self.tiles is not None
         assert isinstance(self.positions, LearnedPositionsConfig)
-        assert len(media.places) == len(media.grids), "collate says where each view belongs"
+        assert len(media.locations) == len(media.grids), "collate sets the location of each crop"
         height, width = self.positions.grid
         rows = height * width + self.class_token
-        return TileRows.of(media.places, rows, self.tiles.max_tiles, self.tiles.attend_absent)
+        return TileRows.from_locations(media.locations, rows, self.tiles.max_tiles, self.tiles.attend_absent)
 
     def counts(self, media: MediaBlock) -> dict[str, int]:
         attended = self.frames(media) if self.tiles is None else self.tile_rows(media).attended
@@ -166,7 +170,7 @@ class VisionConfig(TowerBase):
             if head_dim % 4:
                 raise ValueError(f"positions.kind=rotary_2d needs heads of a multiple of 4 channels, got {head_dim}")
             if self.class_token:
-                raise ValueError("class_token: has no place in the grid of rotary_2d positions; use learned positions")
+                raise ValueError("class_token: has no position in the grid of rotary_2d; use positions.kind=learned")
         if any(not 0 <= layer < self.num_layers for layer in self.feature_layers):
             raise ValueError(
                 f"feature_layers={list(self.feature_layers)}: blocks are numbered 0..{self.num_layers - 1}"
@@ -189,9 +193,9 @@ class VisionConfig(TowerBase):
 
     def _check_tiles(self, tiles: TilesConfig) -> None:
         if isinstance(self.positions, Rotary2dConfig):
-            raise ValueError("tiles: are of one size each; use positions.kind=learned, not rotary_2d")
+            raise ValueError("tiles: all have the same size; use positions.kind=learned, not rotary_2d")
         if not self.last_output:
-            raise ValueError("last_output=false: what tiles do behind the last block would be unused")
+            raise ValueError("last_output=false: the blocks of tiles.global_layers would be unused; set it to true")
         if tiles.attend_absent and self.patch_bias:
             raise ValueError("tiles.attend_absent: an absent tile has no patches to project; set patch_bias=false")
 
@@ -200,9 +204,10 @@ class VisionTower(Tower):
     """A vision transformer.
 
     Args:
-        config: What to build.
+        config: Architecture.
         backend: Attention kernel.
-        absent_features: Hand on the features of absent tiles as well, behind all others, image after image.
+        absent_features: Also return the features of absent tiles, image after image, after all other features. Requires
+            ``config.tiles.attend_absent``.
 
     Source: Dosovitskiy et al. 2021; options as in CLIP, Qwen2-VL, Pixtral and Llama 3.2 Vision.
     """
@@ -254,13 +259,14 @@ class VisionTower(Tower):
         )
 
     def blocks(self) -> list[nn.Module]:
-        """All blocks, in order."""
+        """Return all blocks, in order."""
         return [*self.layers, *self.global_layers]
 
     def forward(self, media: MediaBlock) -> Float[Tensor, "F_rows feature_dim"]:
-        """Features of every patch, in the order of ``media.values``, with ``class_feature`` a view's class token first.
+        """Return the features of every patch, in the order of ``media.values``.
 
-        Views do not see each other, nor do frames; with ``tiles`` those of an image do.
+        With ``class_feature``, the class token's feature comes first in each crop. Patches attend only within their
+        frame or, with ``tiles``, within their image.
         """
         config, positions = self.config, self.config.positions
         tiles = None if config.tiles is None else config.tile_rows(media)
@@ -270,9 +276,9 @@ class VisionTower(Tower):
         rotation: Rotation | None = None
         hidden = self.patch_embed(media.values)
         if tiles is not None:
-            hidden = self._enter_tiles(hidden, tiles)
+            hidden = self._tile_inputs(hidden, tiles)
         elif isinstance(positions, Rotary2dConfig):
-            rows, columns = (torch.from_numpy(places).to(hidden.device) for places in grid_places(media.grids))
+            rows, columns = (torch.from_numpy(axis).to(hidden.device) for axis in patch_coordinates(media.grids))
             rotation = image_rotation(rows, columns, self.head_dim, positions, hidden.dtype)
             hidden = self.pre_norm(hidden)
         else:
@@ -282,42 +288,45 @@ class VisionTower(Tower):
             hidden, _ = layer(hidden, rotation, segments)
             if number in config.feature_layers:
                 outputs[number] = hidden
-        last, kept = self.post_norm(hidden), [outputs[number] for number in config.feature_layers]
+        last, inner = self.post_norm(hidden), [outputs[number] for number in config.feature_layers]
         if tiles is not None:
-            last, *kept = self._leave_tiles(last, kept, tiles, segments)
+            last, *inner = self._tile_outputs(last, inner, tiles, segments)
         parts = [last] if config.last_output else []
-        if kept and config.feature_order == "channels":
-            parts.append(torch.stack(kept, dim=-1).flatten(-2))
+        if inner and config.feature_order == "channels":
+            parts.append(torch.stack(inner, dim=-1).flatten(-2))
         else:
-            parts += kept
+            parts += inner
         features = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         if config.idle_layers:
-            features = _Idle.apply(features, last)
+            features = _KeepInGraph.apply(features, last)
         if config.class_token and not config.class_feature:
             assert isinstance(positions, LearnedPositionsConfig)
             height, width = positions.grid
             features = features.view(-1, height * width + 1, features.shape[-1])[:, 1:].flatten(0, 1)
         return features
 
-    def _enter_tiles(self, patches: Tensor, rows: TileRows) -> Tensor:
-        """Add absent tiles, positions and fillers to patch rows: the stream that enters the first block."""
+    def _tile_inputs(self, patches: Tensor, rows: TileRows) -> Tensor:
+        """Return the input of the first block: patch rows with absent tiles, positions and fillers added."""
         tiles = torch.from_numpy(rows.tiles).to(patches.device)
-        places = len(patches) // (len(tiles) - rows.num_absent)
-        hidden = F.pad(patches, (0, 0, 0, rows.num_absent * places))
-        hidden = self.pre_tiles(hidden, tiles.repeat_interleave(places, output_size=len(hidden)))
+        num_patches = len(patches) // (len(tiles) - rows.num_absent)
+        hidden = F.pad(patches, (0, 0, 0, rows.num_absent * num_patches))
+        hidden = self.pre_tiles(hidden, tiles.repeat_interleave(num_patches, output_size=len(hidden)))
         hidden = self.pre_norm(self.positions(hidden, tiles))
         if rows.order is not None:
             hidden = F.pad(hidden, (0, 0, 0, 1)).index_select(0, torch.from_numpy(rows.order).to(hidden.device))
         return hidden
 
-    def _leave_tiles(
-        self, hidden: Tensor, kept: list[Tensor], rows: TileRows, attended: AttentionSegments
+    def _tile_outputs(
+        self, hidden: Tensor, inner: list[Tensor], rows: TileRows, attended: AttentionSegments
     ) -> list[Tensor]:
-        """Run the global blocks. Return their output and the ``kept`` ones, without rows that are no features."""
+        """Run the global blocks. Return their output and the ``inner`` outputs, without fillers.
+
+        Rows of absent tiles are left out too, unless ``absent_features`` is set.
+        """
         hidden = self.post_tiles(hidden, torch.from_numpy(rows.row_tiles).to(hidden.device))
         for layer in self.global_layers:
             hidden, _ = layer(hidden, None, attended)
         if not self.absent_features:
-            return [output[: rows.num_real] for output in (hidden, *kept)]
+            return [output[: rows.num_real] for output in (hidden, *inner)]
         wanted = torch.from_numpy(np.concatenate([np.arange(rows.num_real), rows.absent])).to(hidden.device)
-        return [output.index_select(0, wanted) for output in (hidden, *kept)]
+        return [output.index_select(0, wanted) for output in (hidden, *inner)]

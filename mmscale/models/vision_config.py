@@ -1,4 +1,4 @@
-"""The kinds of vision towers. A new kind is one file beside ``vision.py`` and one name in the union below."""
+"""The kinds of vision towers. To add a kind, add a file in this folder and a name in the union below."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["AnyVisionConfig", "PatchesConfig", "TilesConfig", "VisionConfig"]
 
 
 def _vision_kind(value: Any) -> Any:
-    """A block without ``kind`` is a transformer."""
+    """Return the kind of a vision block; without ``kind`` it is ``transformer``."""
     if isinstance(value, Mapping):
         return value.get("kind", "transformer")
     return getattr(value, "kind", None)

@@ -1,4 +1,4 @@
-"""What every kind of vision tower states about itself.
+"""Base classes of the kinds of vision towers.
 
 A kind is a configuration class and a module in one file. ``vision_config.py`` lists the kinds.
 """
@@ -21,22 +21,27 @@ from mmscale.nn.sizes import Channels, ShrunkTo, Side
 
 
 class Tower(nn.Module, ABC):
-    """The module of a tower."""
+    """Base class of a tower's module."""
 
     @abstractmethod
     def forward(self, media: MediaBlock) -> Float[Tensor, "F_rows feature_dim"]:
-        """Return the features of every patch, in the order of ``media.values``."""
+        """Return the features of every patch, in the order of ``media.values``.
+
+        With ``class_feature``, the feature of the class token comes before those of each crop's patches. With
+        ``absent_features``, the features of absent tiles come after all others.
+        """
 
     def blocks(self) -> list[nn.Module]:
-        """Blocks worth recomputing in the backward pass, in order."""
+        """Return the blocks that activation checkpointing recomputes in the backward pass, in order."""
         return []
 
 
 class TowerBase(StrictConfig, ABC):
-    """A kind of tower. A kind has the field ``kind``, and ``class_feature`` and ``tiles`` as fields or class variables.
+    """Base class of a tower's configuration.
 
-    Its operations are proportional to the counts ``patches`` and ``tower_rows``, which grow by one with each patch, and
-    to counts that depend on more than the number of patches, such as ``tower_pairs``.
+    A subclass has the field ``kind``, and ``class_feature`` and ``tiles`` as fields or class variables. The cost of a
+    patch (``cost_per_patch``) includes its operations per ``patches`` and ``tower_rows``, each counted once per patch.
+    It leaves out operations per other counts, such as ``tower_pairs``, which grow faster than the number of patches.
     """
 
     if TYPE_CHECKING:
@@ -45,22 +50,22 @@ class TowerBase(StrictConfig, ABC):
         def kind(self) -> str: ...
         @property
         def class_feature(self) -> bool:
-            """Whether the first feature of a view is that of its class token."""
+            """Whether the first feature of each crop is that of its class token."""
 
         @property
         def tiles(self) -> TilesConfig | None:
-            """How the tiles of an image are computed together; None: each view by itself."""
+            """Settings for attention between the tiles of an image; None: each crop is computed separately."""
 
     learns: ClassVar[bool] = True
-    """Whether the tower has parameters: the component ``vision``."""
+    """Whether the tower has parameters, which form the component ``vision``."""
     patch_size: Annotated[Side, ShrunkTo(4)]
     """Side of a square patch, pixels."""
     channels: Channels = 3
     """Colour channels."""
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    """Subtracted from pixels scaled to 0..1, per channel."""
+    """Per channel; subtracted from pixels scaled to 0..1."""
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5, 0.5, 0.5)
-    """Divides after that, per channel."""
+    """Per channel; divides the pixels after ``mean`` is subtracted."""
 
     @model_validator(mode="after")
     def _one_per_channel(self) -> TowerBase:
@@ -70,15 +75,15 @@ class TowerBase(StrictConfig, ABC):
 
     @abstractmethod
     def build(self, backend: Backend, *, absent_features: bool = False) -> Tower:
-        """Return the module; ``absent_features``: it also returns features of absent tiles, if there are any."""
+        """Return the module. With ``absent_features``, its output includes the features of absent tiles, if any."""
 
     @abstractmethod
     def products(self, *, learns: bool) -> list[Product]:
-        """Operations of the tower while it learns or not."""
+        """Return the operations of the tower; ``learns``: whether it is trained."""
 
     @abstractmethod
     def counts(self, media: MediaBlock) -> dict[str, int]:
-        """What the tower's operations over ``media`` are proportional to."""
+        """Return the counts of ``media`` that the tower's operations are proportional to."""
 
     @property
     @abstractmethod
@@ -87,11 +92,11 @@ class TowerBase(StrictConfig, ABC):
 
     @property
     def fixed_grid(self) -> tuple[int, int] | None:
-        """Patches (rows, columns) of every view; None for any size."""
+        """Patches (rows, columns) of every crop; None if crops may have any size."""
         return None
 
     def media_needs(self) -> dict[str, Any]:
-        """Fields of ``MediaSpec`` that follow from the tower."""
+        """Return the fields of ``MediaSpec`` that depend on the tower."""
         return {
             "patch_size": self.patch_size,
             "channels": self.channels,

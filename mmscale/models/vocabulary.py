@@ -1,6 +1,6 @@
-"""Rows of the vocabulary at both ends of a decoder: the token embedding, and the head with its loss.
+"""The token embedding and the language head with its loss.
 
-Both hold the rows of new tokens as a parameter of their own, and a tied head holds the embedding's parameters.
+Both keep the rows of extra tokens in a separate parameter. A tied head shares the embedding's parameters.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from mmscale.nn.cross_entropy import SoftTarget, ZLoss, linear_cross_entropy
 
 
 class TokenEmbedding(nn.Embedding):
-    """A row for every token id; rows of new tokens are a parameter of their own and learn while the table is frozen.
+    """Token embedding with the rows of extra tokens in a separate parameter, trainable while the table is frozen.
 
-    A mask over the gradient of one table would do for that but not for weight decay, moments and their memory.
+    Masking the gradient of one table would not be enough: weight decay would still change the frozen rows, and the
+    optimizer would still allocate their moments.
 
     Args:
         vocab_size: V, rows of ``weight``.
         dim: D.
-        extra_rows: Rows of ``extra_weight``, of the ids from V on.
+        extra_rows: Rows of ``extra_weight``, for ids V, V + 1, ...
     """
 
     extra_weight: nn.Parameter | None
@@ -34,7 +35,10 @@ class TokenEmbedding(nn.Embedding):
         self.register_parameter("extra_weight", extra)
 
     def forward(self, ids: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
-        """Bit for bit the rows of both tables joined; both are read whatever the ids are, as ZeRO-3 needs."""
+        """Return the row of each id, as from one concatenated table.
+
+        Always reads both tables, because under ZeRO-3 all ranks must gather the same parameters.
+        """
         if self.extra_weight is None:
             return super().forward(ids)
         new = ids >= self.num_embeddings
@@ -44,13 +48,13 @@ class TokenEmbedding(nn.Embedding):
 
 
 class LanguageHead(nn.Module):
-    """From hidden rows to the vocabulary.
+    """Computes logits or the loss from hidden rows.
 
     Args:
         vocab_size: V, rows of ``weight``.
         dim: D.
-        tied: The embedding whose parameters to share, or None for some of its own.
-        extra_rows: Rows of ``extra_weight``, of the ids from V on; those of the embedding, or 0.
+        tied: The embedding whose parameters the head shares; None: the head has its own.
+        extra_rows: Rows of ``extra_weight``, for ids V, V + 1, ...; 0, or the number of the embedding's extra rows.
     """
 
     extra_weight: nn.Parameter | None
@@ -75,9 +79,10 @@ class LanguageHead(nn.Module):
         z_loss: ZLoss | None = None,
         soft_targets: Sequence[SoftTarget] = (),
     ) -> Tensor:
-        """Logits ``(T, V)``, extra rows included; with labels and weights the float32 sum of weighted cross-entropies.
+        """Return logits; with ``labels`` and ``loss_weights``, return the loss instead.
 
-        ``row_losses`` (zeros) receives the terms of that sum; ``z_loss`` is added to it; ``soft_targets`` take shares.
+        Logits are ``(T, V)``, with further columns for extra rows. The loss is the float32 sum over rows that
+        ``linear_cross_entropy`` computes; that function documents the arguments.
         """
         if labels is None or loss_weights is None:
             logits = F.linear(hidden, self.weight)

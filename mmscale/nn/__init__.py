@@ -1,1 +1,1 @@
-"""Layers. They know tensors and segments, no batch, no model, no engine."""
+"""Layers on tensors and segments, independent of batches, models and the engine."""

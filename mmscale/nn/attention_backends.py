@@ -1,8 +1,8 @@
 """Attention over packed segments: one signature, three kernels.
 
-Not for: projections, positions, caches (``block.py``).
+Projections, rotary positions and caches are in ``block.py``.
 
-    sdpa          anywhere; segments of like length are stacked into one call each
+    sdpa          any device; one call for each group of segments of similar length
     flash         flash-attn's ``flash_attn_varlen_func`` on CUDA
     torch_varlen  ``torch.nn.attention.varlen`` on CUDA, built into torch
 """
@@ -25,27 +25,29 @@ from data_pipeline.batch import Segments
 from mmscale.errors import UnsupportedError
 
 Backend = Literal["sdpa", "flash", "torch_varlen"]
-"""A kernel that is known to exist here."""
+"""A kernel that this machine has, as returned by ``resolve_backend``."""
 
 AttentionChoice = Literal["auto", "sdpa", "flash", "torch_varlen"]
-"""What a configuration may ask for."""
+"""Value of ``engine.attention``: a kernel, or ``auto`` to choose one."""
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-# Segments up to _SHORT rows share a call if the shortest fills _FILL of the longest: there a call costs more than
-# padding (64 captions of 5-30 tokens: 6-8 ms against 11-12 for a call each; no gain from 30 rows on. EPYC, 1 thread).
+# Segments of up to _SHORT rows share a call if the shortest has at least _FILL times the rows of the longest: at this
+# length a call costs more than padding. 64 captions of 5-30 tokens take 6-8 ms instead of 11-12 with a call each; from
+# 30 rows on there is no gain (EPYC, 1 thread).
 _SHORT, _FILL = 32, 0.7
 
 
 def resolve_backend(choice: AttentionChoice, dtype: torch.dtype | None = None) -> Backend:
-    """Picks the kernel once, when a model is built.
+    """Return the kernel to use. Called once, when a model is built.
 
     Args:
-        choice: A kernel's name, or ``auto``: on CUDA flash-attn if installed, else torch's varlen kernel if this torch
-            has one, else sdpa; on other devices sdpa.
-        dtype: Compute dtype if known; ``auto`` avoids the CUDA kernels for float32, which they do not take.
+        choice: A kernel's name, or ``auto``. With CUDA, ``auto`` returns flash-attn if it is installed, else torch's
+            varlen kernel if this torch has one, else sdpa. Without CUDA it returns sdpa.
+        dtype: Compute dtype, or None if it is not known. For dtypes other than bfloat16 and float16 ``auto`` returns
+            sdpa, because the other kernels do not support them.
 
     Raises:
-        UnsupportedError: a kernel was named that this machine lacks.
+        UnsupportedError: this machine lacks the kernel named by ``choice``.
     """
     cuda = torch.cuda.is_available()
     flash = importlib.util.find_spec("flash_attn") is not None
@@ -72,20 +74,21 @@ def varlen_attention(
     causal: bool,
     backend: Backend,
 ) -> Float[Tensor, "Tq H K"]:
-    """Softmax attention of each query segment to the key segment of the same number; scale ``1 / sqrt(K)``.
+    """Return softmax attention of each query segment over the key segment with the same index; scale ``1 / sqrt(K)``.
 
     Args:
         q: Queries.
-        k: Keys; G divides H, each key head serves ``H / G`` consecutive query heads.
+        k: Keys. G must divide H; each key head serves ``H / G`` consecutive query heads.
         v: Values.
         query_segments: Partition of the Tq rows.
-        key_segments: Partition of the Tk rows into equally many pieces; a piece may be empty, its queries yield zeros.
-        causal: Query i of a segment sees keys up to ``i + (keys - queries)``: equal pieces give the usual triangle,
-            shorter query pieces are the last rows of their key piece (decoding with a cache).
+        key_segments: Partition of the Tk rows into the same number of segments. For an empty key segment the result is
+            zeros.
+        causal: Query i of a segment attends to keys up to ``i + (num_keys - num_queries)``. If a segment has fewer
+            queries than keys, its queries are the last rows (decoding with a cache).
         backend: From ``resolve_backend``.
 
     Raises:
-        UnsupportedError: a CUDA kernel was handed float32.
+        UnsupportedError: a CUDA kernel was called with a dtype other than bfloat16 or float16.
     """
     if backend == "sdpa":
         return _sdpa(q, k, v, query_segments, key_segments, causal)
@@ -99,7 +102,10 @@ def varlen_attention(
 
 
 def num_pairs(queries: Segments, keys: Segments) -> int:
-    """Pairs of a query and a key: the full rectangle of each segment, so that figures compare with published ones."""
+    """Return the number of query-key pairs.
+
+    Causal attention counts its full rectangle too, so that FLOPs and MFU are comparable with published ones.
+    """
     return int(np.dot(np.diff(queries.bounds).astype(np.int64), np.diff(keys.bounds).astype(np.int64)))
 
 
@@ -111,7 +117,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, c
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool) -> Tensor:
     kernel: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:  # Its enable_gqa exists from torch 2.13 on only.
+    if repeats > 1:  # The kernel supports enable_gqa only from torch 2.13 on.
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     window = (-1, 0) if causal else (-1, -1)
     return kernel(q, k, v, queries.cu, keys.cu, queries.longest, keys.longest, window_size=window)
@@ -119,9 +125,9 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segm
 
 @dataclass(frozen=True)
 class _Group:
-    """Segments that share one call, padded to ``queries`` and ``keys`` rows each.
+    """``num`` segments that share one call, each padded to ``queries`` and ``keys`` rows.
 
-    ``mask`` is ``(num, 1, queries, keys)``, True where visible.
+    ``mask`` is ``(num, 1, queries, keys)``, True where a query may attend to a key; None for no mask.
     """
 
     num: int
@@ -132,11 +138,12 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _KernelPlan:
     """All calls for one pair of partitions.
 
-    ``query_rows`` and ``key_rows`` bring packed rows into the order of the groups, padding included; None where they
-    lie so already. ``restore`` brings results back; it points one row past them for queries without keys.
+    ``query_rows`` and ``key_rows`` are the indices that gather packed rows into the order of the groups, padding
+    included; None if they are in this order already. ``restore`` gathers the results back into packed order; None if
+    that changes nothing. For queries without keys, it points to a row of zeros after all results.
     """
 
     groups: tuple[_Group, ...]
@@ -147,8 +154,8 @@ class _Plan:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool) -> Tensor:
-    plan = _plan(queries.bounds, keys.bounds, causal, q.device)
-    if not plan.groups:  # Sums over no rows: zeros that keep q, k and v in the graph.
+    plan = _kernel_plan(queries.bounds, keys.bounds, causal, q.device)
+    if not plan.groups:  # The sums over no rows are zeros that keep q, k and v in the graph.
         return torch.zeros_like(q) + (q[:0].sum() + k[:0].sum() + v[:0].sum())
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k.shape[1]
@@ -156,7 +163,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, ca
         q = q.index_select(0, plan.query_rows)
     if plan.key_rows is not None:
         k, v = k.index_select(0, plan.key_rows), v.index_select(0, plan.key_rows)
-    # One gather and one split: slicing piece by piece would make a gradient of all rows for every piece.
+    # One gather and one split: slicing each segment would allocate a gradient of all rows for every segment.
     query_sizes = [group.num * group.queries for group in plan.groups]
     key_sizes = [group.num * group.keys for group in plan.groups]
     parts = zip(plan.groups, q.split(query_sizes), k.split(key_sizes), v.split(key_sizes), strict=True)
@@ -178,22 +185,24 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, ca
 
 
 @lru_cache(maxsize=64)
-def _plan(query_bounds: tuple[int, ...], key_bounds: tuple[int, ...], causal: bool, device: torch.device) -> _Plan:
-    """Groups segments; cached, because every block of a forward and backward asks for the same."""
+def _kernel_plan(
+    query_bounds: tuple[int, ...], key_bounds: tuple[int, ...], causal: bool, device: torch.device
+) -> _KernelPlan:
+    """Group the segments. Cached, because every block of a forward and backward pass needs the same plan."""
     query_lengths, key_lengths = np.diff(query_bounds), np.diff(key_bounds)
     sides = (np.array(query_bounds), query_lengths), (np.array(key_bounds), key_lengths)
     groups: list[_Group] = []
     gathered: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     restore = np.full(query_bounds[-1], -1, dtype=np.int64)
     done = 0
-    with torch.inference_mode(False):  # Cached index tensors must be usable by autograd later on.
+    with torch.inference_mode(False):  # Otherwise autograd could not use the cached tensors later.
         for members in _partition(query_lengths, key_lengths, causal):
             group = _group(query_lengths[members], key_lengths[members], causal, device)
             groups.append(group)
-            # Rows of each member, then its last row again up to the longest member's length.
+            # Pad each member to the longest by repeating its last row.
             for (bounds, lengths), rows, longest in zip(sides, gathered, (group.queries, group.keys), strict=True):
-                places = np.minimum(np.arange(longest)[None, :], lengths[members][:, None] - 1)
-                rows.append((bounds[members][:, None] + places).reshape(-1))
+                offsets = np.minimum(np.arange(longest)[None, :], lengths[members][:, None] - 1)
+                rows.append((bounds[members][:, None] + offsets).reshape(-1))
             for segment in members:
                 first, end = query_bounds[segment : segment + 2]
                 restore[first:end] = np.arange(done, done + end - first)
@@ -202,17 +211,18 @@ def _plan(query_bounds: tuple[int, ...], key_bounds: tuple[int, ...], causal: bo
         indices: list[Tensor | None] = []
         for pieces, num_rows in ((gathered[0], query_bounds[-1]), (gathered[1], key_bounds[-1]), ([restore], done)):
             index = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-            # An index that leaves all rows as they are is None.
-            moves = len(index) != num_rows or bool((index != np.arange(num_rows)).any())
-            indices.append(torch.from_numpy(index).to(device) if moves else None)
+            is_identity = len(index) == num_rows and bool((index == np.arange(num_rows)).all())
+            indices.append(None if is_identity else torch.from_numpy(index).to(device))
     has_keyless = bool(((query_lengths > 0) & (key_lengths == 0)).any())
-    return _Plan(tuple(groups), indices[0], indices[1], indices[2], has_keyless)
+    return _KernelPlan(tuple(groups), indices[0], indices[1], indices[2], has_keyless)
 
 
 def _partition(query_lengths: np.ndarray, key_lengths: np.ndarray, causal: bool) -> list[list[int]]:
-    """Segments that share a call, each list ascending; long ones only with their like, those without keys in none.
+    """Return the segments that share each call, as ascending lists of their indices.
 
-    Under a causal mask those with more keys than queries need a mask in memory; they never slow down the others.
+    Segments longer than ``_SHORT`` share a call only if their lengths are equal. Segments without queries or keys are
+    left out. With ``causal``, segments with different numbers of queries and keys need a mask in memory. They share no
+    call with the others, so these can use the faster maskless kernel.
     """
     masked = causal & (query_lengths != key_lengths)
     alive = np.flatnonzero((query_lengths > 0) & (key_lengths > 0))
@@ -233,7 +243,7 @@ def _partition(query_lengths: np.ndarray, key_lengths: np.ndarray, causal: bool)
 
 def _group(query_lengths: np.ndarray, key_lengths: np.ndarray, causal: bool, device: torch.device) -> _Group:
     num, queries, keys = len(query_lengths), int(query_lengths.max()), int(key_lengths.max())
-    # Padding sits after a segment's rows, so the triangle alone hides padded keys from every real query.
+    # Padding comes after a segment's rows, so the causal mask alone hides padded keys from every real query.
     if causal and bool((query_lengths == key_lengths).all()):
         return _Group(num, queries, keys, is_causal=True, mask=None)
     ragged = bool((key_lengths != keys).any())
@@ -244,6 +254,6 @@ def _group(query_lengths: np.ndarray, key_lengths: np.ndarray, causal: bool, dev
     if causal:
         last = np.arange(queries)[None, :] + (key_lengths - query_lengths)[:, None]
         visible = visible & (key <= last[:, :, None])
-    # Rows that see nothing have no softmax: padded ones, dropped later, see the first key instead.
+    # A row that attends to nothing has no softmax. Let padded queries attend to the first key; ``restore`` drops them.
     visible = visible | ((key == 0) & (np.arange(queries)[None, :, None] >= query_lengths[:, None, None]))
     return _Group(num, queries, keys, is_causal=False, mask=torch.from_numpy(visible[:, None].copy()).to(device))

@@ -20,14 +20,14 @@ from torch.nn import functional as F
 from data_pipeline.batch import AttentionSegments, BranchedSegments, Segments
 from data_pipeline.io.strict import StrictConfig
 from mmscale.nn.attention_backends import Backend, varlen_attention
-from mmscale.nn.dropout import Branch, Dropout
-from mmscale.nn.flops import Product, attention_of, linear
+from mmscale.nn.dropout import Dropout, SubLayer
+from mmscale.nn.flops import Product, attention_product, linear_product
 from mmscale.nn.rope import Rotation, rotate
 from mmscale.nn.sizes import Epsilon, Heads, Width
 
 
 class NormKind(str, Enum):
-    """Which normalisation."""
+    """Kind of normalisation."""
 
     RMS = "rmsnorm"
     LAYER = "layernorm"
@@ -39,11 +39,11 @@ class NormConfig(StrictConfig):
     kind: NormKind = NormKind.RMS
     """``rmsnorm`` (Llama, Qwen, Mistral) or ``layernorm`` (CLIP, SigLIP, Persimmon)."""
     eps: Epsilon = 1e-5
-    """Added to the mean square (or the variance) before the root."""
+    """Added to the mean square (``rmsnorm``) or the variance (``layernorm``) before the square root."""
 
 
 def build_norm(config: NormConfig, dim: int) -> nn.Module:
-    """A norm of ``dim`` channels.
+    """Return a norm over ``dim`` channels.
 
     Source: Zhang and Sennrich 2019, "Root mean square layer normalization"; Ba et al. 2016, "Layer normalization".
     """
@@ -55,9 +55,9 @@ class QkNorm(str, Enum):
 
     NONE = "none"
     HEAD = "head"
-    """Over each head's channels (Llama 3.2 Vision's cross-attention, Qwen3)."""
+    """Over the channels of each head (Llama 3.2 Vision's cross-attention, Qwen3)."""
     FULL = "full"
-    """Over all heads' channels at once (OLMoE, OLMo 2, InternViT)."""
+    """Over the channels of all heads together (OLMoE, OLMo 2, InternViT)."""
 
 
 class AttentionConfig(StrictConfig):
@@ -66,17 +66,17 @@ class AttentionConfig(StrictConfig):
     num_heads: Heads
     """H, query heads."""
     num_kv_heads: Heads | None = None
-    """G, key and value heads; must divide ``num_heads``. Null: as many as query heads."""
+    """G, key and value heads; must divide ``num_heads``. Null: ``num_heads``."""
     head_dim: Heads | None = None
-    """K, channels of a head. Null: width divided by ``num_heads``."""
+    """K, channels of a head. Null: width / ``num_heads``, which must then divide the width."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
     out_bias: bool = False
     """Bias on the output projection."""
     qk_norm: QkNorm = QkNorm.NONE
-    """Normalise queries and keys: ``none``, per ``head``, or over the ``full`` projection."""
+    """Norm of queries and keys: ``none``, per ``head``, or over the ``full`` projection."""
     qk_norm_config: NormConfig | None = None
-    """Kind and epsilon of that norm. Null: as the norms of the block."""
+    """Kind and epsilon of the ``qk_norm``. Null: those of the block's norms."""
 
     @model_validator(mode="after")
     def _divisible(self) -> AttentionConfig:
@@ -89,7 +89,7 @@ class AttentionConfig(StrictConfig):
         return self.num_kv_heads or self.num_heads
 
     def resolved_head_dim(self, dim: int) -> int:
-        """K in a block of width ``dim``.
+        """Return K in a block of width ``dim``.
 
         Raises:
             ValueError: ``num_heads`` does not divide ``dim`` and no ``head_dim`` is set.
@@ -99,20 +99,24 @@ class AttentionConfig(StrictConfig):
         return self.head_dim or dim // self.num_heads
 
     def flops_per_row(self, dim: int) -> int:
-        """Forward operations of the four projections of one row of self-attention."""
+        """Return the forward operations of the four projections for one row of self-attention."""
         return 4 * dim * self.resolved_head_dim(dim) * (self.num_heads + self.kv_heads)
 
     def flops_per_pair(self, dim: int) -> int:
-        """Forward operations of scores and mixing for one query and one key."""
+        """Return the forward operations of scores and mixing for one query and one key."""
         return 4 * self.num_heads * self.resolved_head_dim(dim)
 
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer for S sequences, ``(S, capacity, G, K)``; filled in place.
+    """Buffers for keys and values of one layer and S sequences, for one forward pass.
 
-    ``rows`` are the buffer rows (over ``S * capacity``) of the tokens being written now, ``visible`` those of all
-    tokens so far, sequence after sequence, and ``segments`` partitions ``visible`` into sequences.
+    Attributes:
+        keys: ``(S, capacity, G, K)``, written in place.
+        values: ``(S, capacity, G, K)``, written in place.
+        rows: Indices of the new tokens in the ``S * capacity`` buffer rows.
+        visible: Indices of all tokens so far, the new ones included, sequence after sequence.
+        segments: Partition of ``visible`` into sequences.
     """
 
     keys: Tensor
@@ -122,7 +126,7 @@ class LayerCache:
     segments: Segments
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new rows; returns keys and values of all rows so far, packed."""
+        """Write the keys and values of the new tokens. Return those of all tokens so far, packed."""
         stores = self.keys.flatten(0, 1), self.values.flatten(0, 1)
         stores[0].index_copy_(0, self.rows, k)
         stores[1].index_copy_(0, self.rows, v)
@@ -130,7 +134,7 @@ class LayerCache:
 
 
 class _Projections(nn.Module):
-    """What both kinds of attention share: four projections and two norms. Has no forward of its own."""
+    """Projections and query/key norms of self- and cross-attention. Has no ``forward``."""
 
     def __init__(self, dim: int, source_dim: int, config: AttentionConfig, norm: NormConfig, backend: Backend) -> None:
         super().__init__()
@@ -169,7 +173,7 @@ class _Projections(nn.Module):
 class SelfAttention(_Projections):
     """Grouped-query attention within segments, or within the branches of documents.
 
-    Keys and values of what branches share are computed once, and gathered in front of every branch.
+    Keys and values of the rows that branches share are computed once and gathered for every branch.
 
     Source: Vaswani et al. 2017; Ainslie et al. 2023 (GQA); Molmo (arXiv 2409.17146, section 3) for branches.
     """
@@ -185,14 +189,14 @@ class SelfAttention(_Projections):
         segments: AttentionSegments,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "T D"]:
-        """``cache`` is extended in place by the keys and values of these rows."""
+        """Return the output rows. Extends ``cache`` in place by the keys and values of these rows."""
         q = self.queries(hidden)
         k, v = self.keys_and_values(hidden)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if isinstance(segments, BranchedSegments):
             queries, keys = segments.queries, segments.keys
-            k, v = k.index_select(0, segments.rows), v.index_select(0, segments.rows)
+            k, v = k.index_select(0, segments.key_tokens), v.index_select(0, segments.key_tokens)
         else:
             queries = keys = segments
         if cache is not None:
@@ -203,11 +207,11 @@ class SelfAttention(_Projections):
 
 
 class CrossAttention(_Projections):
-    """Queries from text, keys and values from image features; no positions.
+    """Attention with queries from text, keys and values from image features, and no positions.
 
-    The caller computes keys and values first (``keys_and_values``), so that it can cache them while decoding.
+    The caller computes the keys and values (``keys_and_values``), so that it can cache them during generation.
 
-    Source: Llama 3 (arXiv 2407.21783, section 7.1).
+    Source: Llama 3 (arXiv 2407.21783, section 7).
     """
 
     def forward(
@@ -218,7 +222,7 @@ class CrossAttention(_Projections):
         span_tokens: Segments,
         span_keys: Segments,
     ) -> Float[Tensor, "T D"]:
-        """Rows of a span without keys get ``o_proj`` of zeros."""
+        """Return the output rows; for a span without keys they are ``o_proj`` of zeros."""
         q = self.queries(hidden)
         mixed = varlen_attention(q, keys, values, span_tokens, span_keys, causal=False, backend=self.backend)
         return self.o_proj(mixed.flatten(1))
@@ -259,10 +263,10 @@ class MlpBase(StrictConfig, ABC):
     """A kind of feed-forward: ``DenseMlpConfig``, or ``MoeConfig`` in ``moe.py``. A kind has the field ``kind``."""
 
     has_experts: ClassVar[bool] = False
-    """Whether the module takes ``(rows, valid)`` and returns its output with the router's losses."""
+    """Whether the module is called with ``(rows, valid)`` and returns ``(output, router losses)``."""
 
     @abstractmethod
-    def of_block(self, number: int) -> MlpBase:
+    def for_block(self, number: int) -> MlpBase:
         """Return the feed-forward of the 0-based block ``number``."""
 
     @abstractmethod
@@ -271,15 +275,15 @@ class MlpBase(StrictConfig, ABC):
 
     @abstractmethod
     def flops_per_row(self, dim: int) -> int:
-        """Forward operations of one row."""
+        """Return the forward operations of one row."""
 
     @abstractmethod
     def last_product(self, dim: int) -> int:
-        """Forward operations of one row in the last product, if no backward pass needs its output; else 0."""
+        """Return the forward operations of one row in the last product; 0 if the backward pass needs its output."""
 
 
 class DenseMlpConfig(MlpBase):
-    """Feed-forward block without experts."""
+    """Feed-forward without experts."""
 
     kind: Literal["dense"] = "dense"
     hidden_dim: Width
@@ -287,11 +291,11 @@ class DenseMlpConfig(MlpBase):
     activation: Activation = Activation.SILU
     """Non-linearity between the projections."""
     gated: bool = True
-    """Multiply the activation by a second projection (SwiGLU and its kin)."""
+    """Multiply the activation by a second projection (SwiGLU and its variants)."""
     bias: bool = False
     """Biases on all projections."""
 
-    def of_block(self, number: int) -> DenseMlpConfig:
+    def for_block(self, number: int) -> DenseMlpConfig:
         return self
 
     def build(self, dim: int) -> nn.Module:
@@ -308,9 +312,9 @@ class Mlp(nn.Module):
     """``down(act(gate(x)) * up(x))`` if gated, else ``down(act(up(x)))``.
 
     Args:
-        dim: Channels that come in.
-        config: Shape.
-        out_dim: Channels that go out; None: as many.
+        dim: Input channels.
+        config: Hidden channels, activation, gating and biases.
+        out_dim: Output channels; None: ``dim``.
 
     Source: Shazeer 2020, "GLU variants improve transformer".
     """
@@ -331,7 +335,7 @@ class Mlp(nn.Module):
 
 
 class NormPlacement(str, Enum):
-    """Which side of a sub-layer is normalised."""
+    """Whether norms are applied to the input or to the output of a sub-layer."""
 
     PRE = "pre"
     """``x + f(norm(x))`` (Llama, CLIP)."""
@@ -340,7 +344,7 @@ class NormPlacement(str, Enum):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel on a residual branch.
+    """Multiplies a residual branch by a learned factor per channel.
 
     Source: Touvron et al. 2021, "Going deeper with image transformers", section 2.
     """
@@ -355,7 +359,7 @@ class LayerScale(nn.Module):
 
 
 class TanhGate(nn.Module):
-    """One learned number on a residual branch, through tanh.
+    """Multiplies a residual branch by the tanh of one learned number.
 
     Source: Flamingo (arXiv 2204.14198), section 2.2.
     """
@@ -374,14 +378,14 @@ class TransformerBlock(nn.Module):
 
     Args:
         dim: Width of the residual stream.
-        attention: Heads, biases, per-head norms.
-        mlp: Dense or with experts.
-        norm: Kind of the two norms.
+        attention: Heads, biases, query/key norms.
+        mlp: Feed-forward, dense or with experts.
+        norm: Kind and epsilon of the two norms.
         backend: Attention kernel.
-        causal: Rows see earlier rows only.
+        causal: Whether a row attends only to itself and earlier rows.
         placement: Norms before or after the sub-layers.
-        layer_scale: Start of the per-channel factors on both branches; None for none.
-        gate: Start of tanh gates on both branches, in the place of ``layer_scale``; None for none.
+        layer_scale: Initial value of the per-channel factors on both branches; None for no factors.
+        gate: Initial value of a tanh gate on each branch, instead of ``layer_scale``; None for no gates.
     """
 
     def __init__(
@@ -416,12 +420,21 @@ class TransformerBlock(nn.Module):
         cache: LayerCache | None = None,
         dropout: Dropout | None = None,
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"] | None]:
-        """Returns the stream and, with experts, (balance loss, router z loss) over ``valid`` rows."""
+        """Return the residual stream and, with experts, (balance loss, router z loss) over ``valid`` rows.
+
+        Args:
+            hidden: Residual stream.
+            rotation: Rotary positions; None for none.
+            segments: Rows that attend to each other.
+            valid: Rows that count in the router losses; None for all. Used only with experts.
+            cache: Keys and values of earlier rows; extended in place.
+            dropout: Masks of this block; None for none.
+        """
         pre = self.placement is NormPlacement.PRE
         branch = self.input_layernorm(hidden) if pre else hidden
         branch = self.self_attn(branch, rotation, segments, cache)
         branch = self.attention_scale(branch if pre else self.input_layernorm(branch))
-        hidden = hidden + (branch if dropout is None else dropout(branch, Branch.ATTENTION))
+        hidden = hidden + (branch if dropout is None else dropout(branch, SubLayer.ATTENTION))
         branch = self.post_attention_layernorm(hidden) if pre else hidden
         router_losses = None
         if self.has_experts:
@@ -429,7 +442,7 @@ class TransformerBlock(nn.Module):
         else:
             branch = self.mlp(branch)
         branch = self.mlp_scale(branch if pre else self.post_attention_layernorm(branch))
-        return hidden + (branch if dropout is None else dropout(branch, Branch.FEED_FORWARD)), router_losses
+        return hidden + (branch if dropout is None else dropout(branch, SubLayer.FEED_FORWARD)), router_losses
 
 
 def block_products(
@@ -442,24 +455,24 @@ def block_products(
     flows: bool,
     ends_in_product: bool,
 ) -> list[Product]:
-    """The operations of one block.
+    """Return the operations of one block.
 
     Args:
         dim: Width of the residual stream.
         attention: As for ``TransformerBlock``.
         mlp: As for ``TransformerBlock``.
-        stream: The counts ``{stream}_rows`` and ``{stream}_pairs`` of the batch are those of the block.
-        learns: Whether the block's weights learn.
-        flows: Whether a gradient flows through the block into what is before it.
-        ends_in_product: Whether the last product's output is only added to the stream. Activation checkpointing then
-            does not compute it again.
+        stream: Prefix of the counts: the operations are per ``{stream}_rows`` and ``{stream}_pairs``.
+        learns: Whether the block's weights are trained.
+        flows: Whether the backward pass computes the gradient of the block's input.
+        ends_in_product: Whether the output of the last product is only added to the stream. Activation checkpointing
+            then does not recompute it.
     """
     row, pair = attention.flops_per_row(dim) + mlp.flops_per_row(dim), attention.flops_per_pair(dim)
     again = row - (mlp.last_product(dim) if ends_in_product else 0)
     gradients = 4 * (learns or flows)
     return [
-        linear(f"{stream}_rows", row, weights=learns, inputs=flows, again=again),
-        attention_of(f"{stream}_pairs", pair, gradients=gradients, again=pair),
+        linear_product(f"{stream}_rows", row, weights=learns, inputs=flows, again=again),
+        attention_product(f"{stream}_pairs", pair, gradients=gradients, again=pair),
     ]
 
 

@@ -1,10 +1,10 @@
-"""Dropout whose masks follow from where a value stands, and from nothing that a process has drawn before.
+"""Dropout with stateless masks: each mask bit is a hash of its position, not a draw from a generator.
 
-    (seed, step) --lane, place in the lane--> key of a row --block, branch, channel--> dropped or not
+    (seed, step) --lane, offset in the lane--> key of a row --block, sub-layer, channel--> dropped or not
 
-So a mask is the same on any rank, in any microbatch, on CPU and CUDA, when a block is computed again in the backward
-pass, and after a resume, and nobody keeps the state of a generator. Not for: attention probabilities, which kernels
-keep to themselves.
+A mask therefore does not depend on the rank, the microbatch or the device. It is the same when activation
+checkpointing recomputes a block and after a resume, and no generator state has to be saved. Not for attention
+probabilities: the attention kernels do not expose them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ _WORD_BITS = 64
 _STRIDE, _FIRST, _SECOND = (
     constant - (1 << _WORD_BITS) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
-"""Of SplitMix64, as the signed numbers that torch has."""
+"""Constants of SplitMix64 as signed 64-bit integers, which torch computes with."""
 _LEVELS = 1 << 16
-"""16 bits decide one channel, so that a word serves four: hashing is nearly all of the time."""
+"""Number of values of the 16 bits that decide one channel. One 64-bit hash serves four channels: hashing takes nearly
+all of the time."""
 
 
-class Branch(IntEnum):
-    """What a block adds to the residual stream."""
+class SubLayer(IntEnum):
+    """A sub-layer whose output a block adds to the residual stream."""
 
     ATTENTION = 0
     FEED_FORWARD = 1
@@ -40,15 +41,15 @@ class Dropout:
     """The masks of one microbatch.
 
     Attributes:
-        rate: Share of values to drop, above 0 and below 1; taken as the nearest multiple of 2^-16.
-        rows: int64 ``(T,)`` a hash of step, lane and place in the lane.
-        block: Number of the block that asks; masks of different blocks are independent.
-        chosen: bool ``(T,)`` the rows that it befalls; None for all. Masks of a row do not depend on it.
+        rate: Share of values to drop, above 0 and below 1; rounded to a multiple of 2^-16 in that range.
+        rows: int64 ``(T,)``, hash of seed, step, lane and offset in the lane of each row.
+        block: Number of the block; different blocks have independent masks.
+        chosen: bool ``(T,)``, rows that dropout applies to; None for all. The mask of a row does not depend on it.
 
-    Source: Srivastava et al. 2014, "Dropout" (here what is kept grows by ``1 / (1 - rate)``, and evaluation needs no
-    change); Vaswani et al. 2017, "Attention is all you need", section 5.4 (where it stands); Steele, Lea, Flood 2014,
-    "Fast splittable pseudorandom number generators" (each row has a SplitMix64 stream, each branch of each block a
-    stretch of it).
+    Source: Srivastava et al. 2014, "Dropout" (here in the inverted form: kept values are multiplied by
+    ``1 / (1 - rate)`` in training, and evaluation changes nothing); Vaswani et al. 2017, "Attention is all you need",
+    section 5.4 (on the output of each sub-layer); Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
+    generators" (each row has a SplitMix64 stream; each sub-layer of each block uses its own range of it).
     """
 
     rate: float
@@ -57,7 +58,7 @@ class Dropout:
     chosen: Bool[Tensor, " T"] | None = None
 
     @classmethod
-    def of(
+    def for_microbatch(
         cls,
         rate: float,
         key: tuple[int, int],
@@ -66,30 +67,36 @@ class Dropout:
         device: torch.device,
         chosen: Bool[Tensor, " T"] | None = None,
     ) -> Dropout:
-        """Return the masks of a microbatch that holds ``lane_tokens`` rows of each of ``lanes``, in this order.
+        """Return the masks of a microbatch.
 
-        ``key`` is the seed and the step of the run.
+        Args:
+            rate: Share of values to drop.
+            key: Seed and step of the run.
+            lanes: Lanes whose rows the microbatch contains, in order.
+            lane_tokens: Number of rows of each of ``lanes``.
+            device: Device of the masks.
+            chosen: Rows that dropout applies to; None for all.
         """
         seed, step = key
         hashed = mix(mix(seed) ^ step)
         rows = [_row_keys(mix(hashed ^ mix(lane)), count) for lane, count in zip(lanes, lane_tokens, strict=True)]
         return cls(rate, torch.cat(rows).to(device), chosen=chosen)
 
-    def of_block(self, number: int) -> Dropout:
-        """The masks of block ``number``, of either sign."""
+    def for_block(self, number: int) -> Dropout:
+        """Return the masks of block ``number``, which may be negative."""
         return replace(self, block=number)
 
-    def dropped(self, branch: Branch, dim: int) -> Bool[Tensor, "T D"]:
-        """Which of the ``dim`` channels of each row are dropped."""
+    def dropped(self, sub_layer: SubLayer, dim: int) -> Bool[Tensor, "T D"]:
+        """Return a mask over ``dim`` channels of each row, True where a value is dropped; ignores ``chosen``."""
         words = -(-dim // (_WORD_BITS // 16))
-        first = (self.block * len(Branch) + branch) * words
-        places = torch.arange(first, first + words, device=self.rows.device)
-        bits = _mix(self.rows.unsqueeze(1) + places * _STRIDE).view(torch.int16)[:, :dim]
+        first = (self.block * len(SubLayer) + sub_layer) * words
+        offsets = torch.arange(first, first + words, device=self.rows.device)
+        bits = _mix(self.rows.unsqueeze(1) + offsets * _STRIDE).view(torch.int16)[:, :dim]
         return bits < self._threshold - _LEVELS // 2  # int16 begins at -2^15.
 
-    def __call__(self, values: Float[Tensor, "T D"], branch: Branch) -> Float[Tensor, "T D"]:
-        """``values`` with some of them zeroed and the others grown."""
-        kept = values.masked_fill(self.dropped(branch, values.shape[1]), 0.0)
+    def __call__(self, values: Float[Tensor, "T D"], sub_layer: SubLayer) -> Float[Tensor, "T D"]:
+        """Return ``values`` with dropped ones set to 0 and the others scaled up, in the chosen rows."""
+        kept = values.masked_fill(self.dropped(sub_layer, values.shape[1]), 0.0)
         kept = kept.mul_(_LEVELS / (_LEVELS - self._threshold))
         return kept if self.chosen is None else torch.where(self.chosen.unsqueeze(1), kept, values)
 
@@ -104,7 +111,7 @@ def _row_keys(start: int, count: int) -> Int[Tensor, " T"]:
 
 
 def _mix(words: Tensor) -> Tensor:
-    """``data_pipeline.order.randomness.mix`` of each int64, in place: torch's sums and products wrap around too."""
+    """Apply ``data_pipeline.order.randomness.mix`` to each int64, in place. torch's integer arithmetic wraps around."""
     words = words.add_(_STRIDE)
     words = words.bitwise_xor_(_shifted(words, 30)).mul_(_FIRST)
     words = words.bitwise_xor_(_shifted(words, 27)).mul_(_SECOND)
@@ -112,5 +119,5 @@ def _mix(words: Tensor) -> Tensor:
 
 
 def _shifted(words: Tensor, bits: int) -> Tensor:
-    """Shifted to the right with zeros; torch's own shift repeats the sign."""
+    """Shift right and fill with zeros; torch's ``>>`` fills with the sign bit."""
     return (words >> bits).bitwise_and_((1 << (_WORD_BITS - bits)) - 1)

@@ -1,11 +1,11 @@
-"""Operations of matrix products, as each part of a model states them for itself; ``models/flops.py`` adds them up.
+"""Floating-point operations of matrix products. Each module reports its own; ``models/flops.py`` adds them up.
 
-A multiply-add counts as two operations. A part states its operations per unit of a named *count* of the batch, such as
-``tokens`` or ``tower_pairs``, so the sum over a batch is a dot product of a few integers.
+A multiply-add counts as two operations. A module reports its operations per unit of a named *count* of the batch, such
+as ``token_rows`` or ``tower_pairs``. The operations of a batch are therefore a dot product of a few integers.
 
-A product of the forward pass costs as much again for the gradient of its weights, and once more for the gradient of its
-inputs, each only where it is wanted. A frozen tower has neither; a frozen decoder behind a trained connector has the
-second.
+The gradient of a product's weights costs as much as its forward pass, and so does the gradient of its inputs. Each is
+counted only if it is computed. A frozen tower computes neither; a frozen decoder after a trained connector computes
+the second.
 
 Source: Kaplan et al. 2020 (arXiv 2001.08361), table 1; PaLM (arXiv 2204.02311), appendix B.
 """
@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 
 class Work(NamedTuple):
-    """Operations of a part's forward pass.
+    """Forward operations of one part of a projector.
 
     Attributes:
-        per: Name of the count of the batch that they are proportional to.
+        per: Name of the count that the operations are proportional to.
         flops: Operations per unit of that count.
-        attends: Whether they are scores and mixing of an attention rather than products with a weight.
+        attends: True for the two products of attention (scores, and mixing of values); False for a product with a
+            weight.
     """
 
     per: str
@@ -30,13 +31,13 @@ class Work(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Operations of forward and backward per unit of the count ``per``.
+    """Forward and backward operations per unit of the count ``per``.
 
     Attributes:
         per: Name of a count of the batch.
-        forward: Of the forward pass.
-        backward: Of the gradients that are wanted.
-        recomputed: Operations that activation checkpointing computes a second time.
+        forward: Operations of the forward pass.
+        backward: Operations of the gradients that are computed.
+        recomputed: Operations that activation checkpointing repeats.
     """
 
     per: str
@@ -45,29 +46,29 @@ class Product(NamedTuple):
     recomputed: int
 
 
-def linear(per: str, flops: int, *, weights: bool, inputs: bool, again: int = 0) -> Product:
-    """A product with a weight.
+def linear_product(per: str, flops: int, *, weights: bool, inputs: bool, again: int = 0) -> Product:
+    """Return the operations of a product with a weight.
 
     Args:
         per: Name of a count of the batch.
-        flops: Forward operations per unit of it.
-        weights: Whether the weight learns.
-        inputs: Whether a gradient of the inputs is wanted.
-        again: What activation checkpointing computes again if there is a backward pass. Recomputation stops at the last
-            value that the backward pass needs, so the last product of a block is often left out.
+        flops: Forward operations per unit of ``per``.
+        weights: Whether the weight is trained.
+        inputs: Whether the backward pass computes the gradient of the inputs.
+        again: Operations that activation checkpointing repeats if there is a backward pass. Recomputation stops at the
+            last value that the backward pass needs, so it often skips a block's last product.
     """
     backward = flops * (weights + inputs)
     return Product(per, flops, backward, again if backward else 0)
 
 
-def attention_of(per: str, flops: int, *, gradients: int, again: int = 0) -> Product:
-    """Scores and mixing, two products of equal size.
+def attention_product(per: str, flops: int, *, gradients: int, again: int = 0) -> Product:
+    """Return the operations of attention's two equally large products: scores, and mixing of values.
 
     Args:
-        per: Name of a count of pairs of a query and a key.
-        flops: Forward operations per unit of it.
-        gradients: How many of the four factors want a gradient: queries, keys, probabilities, values.
-        again: As for ``linear``.
+        per: Name of a count of query-key pairs.
+        flops: Forward operations of both products per pair.
+        gradients: Number of the four factors (queries, keys, probabilities, values) that need a gradient.
+        again: As for ``linear_product``.
     """
     backward = flops * gradients // 2
     return Product(per, flops, backward, again if backward else 0)

@@ -1,9 +1,9 @@
-"""First values of every parameter: a pure function of the seed and the parameter's name.
+"""Initial values of every parameter, as a pure function of the seed and the parameter's full name.
 
-Neither the order of construction, nor the number of ranks, nor a frozen or absent sibling changes what a parameter
-gets. One rule for every matrix: normal with standard deviation ``1 / sqrt(last dimension)``, which is fan-in for
-projections, stacked experts, embeddings and position tables alike; a tower may fix the deviation instead. Projections
-that write to a residual stream of L blocks are divided by ``sqrt(2 L)``.
+Neither the order of construction, nor the number of ranks, nor other parameters change the values of a parameter.
+Random parameters are normal with standard deviation ``1 / sqrt(last dimension)``: the fan-in of projections and stacked
+experts. A tower may set a fixed deviation instead. Projections that write to a residual stream of L blocks are divided
+by ``sqrt(2 L)``.
 
 Source: LeCun et al. 1998, "Efficient backprop" (fan-in); Radford et al. 2019 (GPT-2), section 2.3 (residual outputs).
 """
@@ -18,36 +18,37 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-Gather = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
-"""Makes parameters whole and writable for the length of a ``with`` block (ZeRO-3); keeps what was written."""
+GatherParameters = Callable[[list[nn.Parameter]], AbstractContextManager[object]]
+"""Returns a context in which sharded parameters (ZeRO-3) are whole and writable; on exit it keeps the new values."""
 
 _RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
 
 
-def _at_hand(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
+def _already_whole(parameters: list[nn.Parameter]) -> AbstractContextManager[object]:
     return nullcontext()
 
 
 def set_init_scale(tower: nn.Module, num_layers: int, std: float | None) -> None:
-    """Notes on each module of a tower how ``initialise_`` shall scale it.
+    """Set the scale that ``initialise_`` uses for each module of a tower, as attributes of the modules.
 
     Args:
-        tower: Blocks and whatever shares their residual stream.
-        num_layers: L, blocks on that stream.
-        std: Fixed standard deviation, or None for fan-in.
+        tower: The blocks and all modules that share their residual stream. Mutated.
+        num_layers: L, number of blocks on that stream.
+        std: Fixed standard deviation, or None for ``1 / sqrt(fan-in)``.
     """
     for module in tower.modules():
         module.init_std = std  # type: ignore[assignment]
         module.init_residual_gain = 1 / math.sqrt(2 * num_layers)  # type: ignore[assignment]
 
 
-def initialise_(model: nn.Module, seed: int, gather: Gather = _at_hand) -> None:
-    """Overwrites every parameter of ``model`` with its first values.
+def initialise_(model: nn.Module, seed: int, gather: GatherParameters = _already_whole) -> None:
+    """Overwrite every parameter of ``model`` with its initial values.
 
     Args:
-        model: Materialised; parameters may be sharded if ``gather`` can make them whole.
-        seed: Of the run.
-        gather: Called with the parameters of one module at a time. All ranks must call together if it is collective.
+        model: Must not be on the meta device. Parameters may be sharded if ``gather`` can make them whole.
+        seed: Seed of the run.
+        gather: Called with the parameters of one module at a time. If it is collective, all ranks must call this
+            function.
     """
     seen: set[nn.Parameter] = set()
     for path, module in model.named_modules():
@@ -57,19 +58,19 @@ def initialise_(model: nn.Module, seed: int, gather: Gather = _at_hand) -> None:
         seen.update(own.values())
         with gather(list(own.values())), torch.no_grad():
             for name, parameter in own.items():
-                if parameter.numel():  # A rank that gathers nothing writes nothing.
+                if parameter.numel():  # Empty on ranks where ``gather`` did not make it whole.
                     full_name = f"{path}.{name}" if path else name
                     parameter.copy_(first_values(module, full_name, parameter.shape, seed))
 
 
 def first_values(module: nn.Module, full_name: str, shape: Iterable[int], seed: int) -> Tensor:
-    """First values of one parameter, float32 on the host: for callers that fill shards themselves.
+    """Return the initial values of one parameter, float32 on the CPU.
 
     Args:
-        module: Owner of the parameter; its notes from ``set_init_scale`` and ``constant_init`` count.
+        module: Owner of the parameter. Its attributes from ``set_init_scale`` and its ``constant_init`` apply.
         full_name: Name of the parameter in the whole model.
-        shape: Of the whole parameter.
-        seed: Of the run.
+        shape: Shape of the whole parameter, not of a shard.
+        seed: Seed of the run.
     """
     mean, std = value_rule(module, full_name, tuple(shape))
     values = torch.empty(tuple(shape), dtype=torch.float32)
@@ -81,7 +82,7 @@ def first_values(module: nn.Module, full_name: str, shape: Iterable[int], seed: 
 
 
 def value_rule(module: nn.Module, full_name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """What ``first_values`` draws from: mean and standard deviation; all values are the mean where that is 0."""
+    """Return mean and standard deviation of a parameter's initial values; a deviation of 0 means a constant."""
     path = full_name.split(".")
     constant = _constant(module, path[-1])
     if constant is not None:
@@ -93,7 +94,7 @@ def value_rule(module: nn.Module, full_name: str, shape: tuple[int, ...]) -> tup
 
 
 def _constant(module: nn.Module, name: str) -> float | None:
-    """The value that all entries start from, or None for a random parameter."""
+    """Return the constant initial value of a parameter, or None if its initial values are random."""
     constants: dict[str, float] = getattr(module, "constant_init", {})
     if name in constants:
         return constants[name]

@@ -1,8 +1,9 @@
-"""Mixture of experts: a router and stacked expert weights, without capacity and without dropped tokens.
+"""Mixture of experts: a router and stacked expert weights, without a capacity limit and without dropped tokens.
 
     rows --router--> A experts each --sort by expert--> per-expert projections --un-sort, weigh, sum--> rows
 
-Experts are one parameter per matrix, so a rank with no row for an expert still runs the same modules as every other.
+All experts share one parameter per matrix. A rank without rows for an expert therefore still runs the same modules as
+the other ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mmscale.nn.sizes import Layers, NumExperts, ShrunkTo, Width
 
 
 class RouterOrder(str, Enum):
-    """Whether probabilities are taken over all experts or over the chosen ones."""
+    """Whether the softmax runs over all experts or over the chosen ones."""
 
     SOFTMAX_THEN_TOPK = "softmax_then_topk"
     """OLMoE, Qwen-MoE, Switch."""
@@ -43,24 +44,26 @@ class MoeConfig(MlpBase):
     activation: Activation = Activation.SILU
     """Non-linearity of the gated experts."""
     router: RouterOrder = RouterOrder.SOFTMAX_THEN_TOPK
-    """Softmax over all experts and then the choice, or the choice and then softmax over the chosen."""
+    """``softmax_then_topk``: softmax over all experts, then the choice. ``topk_then_softmax``: the choice, then softmax
+    over the chosen experts."""
     renormalise: bool = False
-    """Make the weights of the chosen experts sum to 1 (``softmax_then_topk`` only)."""
+    """Scale the weights of the chosen experts to sum to 1; only with ``router=softmax_then_topk``."""
     shared_dim: int = Field(default=0, ge=0, le=1 << 20)
-    """F of the expert that every token uses besides; 0 for none."""
+    """F of the shared expert, which every token uses in addition; 0 for none."""
     shared_gate: bool = False
-    """Weigh the shared expert by a sigmoid gate per token (Qwen-MoE)."""
+    """Multiply the shared expert's output by a sigmoid gate per token (Qwen-MoE)."""
     balance_coefficient: float = Field(default=0.01, ge=0)
-    """Weight of the load-balance loss, whose value is 1 at perfect balance."""
+    """Weight of the load-balance loss. The loss is 1 at perfect balance."""
     z_coefficient: float = Field(default=0.001, ge=0)
-    """Weight of the router z loss, the mean square of the log-sum-exp of the logits."""
+    """Weight of the router z loss: the mean square of the logsumexp of the router's logits."""
     bias_rate: float = Field(default=0.0, ge=0)
-    """How far each expert's bias in the choice (not in the weights) moves after a step towards equal load, for balance
-    without a loss (DeepSeek-V3: 0.001, with small coefficients); 0: no bias."""
+    """Step size of the expert biases that balance the load without a loss (DeepSeek-V3: 0.001); 0 for no biases. After
+    each step, each expert's bias moves by this much towards equal load. Biases affect the choice of experts, not
+    their weights."""
     every: Annotated[Layers, ShrunkTo(2)] = 1
-    """Every n-th block has experts: blocks n-1, 2n-1, ...; the others use ``dense``."""
+    """Every n-th block has experts: blocks n-1, 2n-1, ... (0-based); the others use ``dense``."""
     dense: DenseMlpConfig | None = None
-    """Feed-forward of the blocks without experts; needed if ``every`` is above 1."""
+    """Feed-forward of the blocks without experts. Required if ``every`` is above 1, otherwise null."""
 
     @model_validator(mode="after")
     def _consistent(self) -> MoeConfig:
@@ -74,15 +77,15 @@ class MoeConfig(MlpBase):
             raise ValueError(f"every={self.every}: dense must be set if and only if every is above 1")
         return self
 
-    def of_block(self, number: int) -> MoeConfig | DenseMlpConfig:
-        """The feed-forward of the 0-based block ``number``: blocks ``every - 1``, ``2 every - 1``, ... have experts."""
+    def for_block(self, number: int) -> MoeConfig | DenseMlpConfig:
+        """Return the feed-forward of the 0-based block ``number``: ``self``, or ``dense`` in blocks without experts."""
         return self if self.dense is None or (number + 1) % self.every == 0 else self.dense
 
     def build(self, dim: int) -> nn.Module:
         return MoeMlp(dim, self)
 
     def flops_per_row(self, dim: int) -> int:
-        """Forward operations of one row: its experts, the shared expert, and the router."""
+        """Return the forward operations of one row: its experts, the shared expert, and the router."""
         routed = 6 * dim * self.expert_dim * self.experts_per_token
         shared = 6 * dim * self.shared_dim + (2 * dim if self.shared_gate else 0)
         return routed + shared + 2 * dim * self.num_experts
@@ -92,17 +95,18 @@ class MoeConfig(MlpBase):
 
 
 class Router(nn.Module):
-    """Scores and picks experts; computes its two auxiliary losses.
+    """Scores and chooses experts; computes the two auxiliary losses.
 
     Attributes:
-        bias_steps: int64 ``(E,)`` the bias in units of ``bias_rate``: whole numbers, which no engine rounds, and which
-            any number of ranks adds up to the same. Only with a rate.
-        load: int64 ``(E,)`` valid tokens that chose each expert since the last ``rebalance``. With recomputation twice
-            as many, which changes no sign.
+        bias_steps: int64 ``(E,)``, bias of each expert in units of ``bias_rate``. Exists only if ``bias_rate`` is above
+            0. Integers, so that no mixed-precision engine rounds them.
+        load: int64 ``(E,)``, number of times a valid token chose each expert in training since the caller last cleared
+            it. Exists with ``bias_steps``. Activation checkpointing counts each token twice, which does not change the
+            sign that ``rebalance`` uses.
 
-    Source: Fedus et al. 2022, "Switch Transformers", section 2.2 (balance, here for A experts a token, 1 at perfect
-    balance); Zoph et al. 2022, "ST-MoE", section 3.3 (z loss); Wang et al. 2024, "Auxiliary-loss-free load balancing",
-    algorithm 1 (bias).
+    Source: Fedus et al. 2022, "Switch Transformers", section 2.2 (balance; here for A experts per token, and 1 at
+    perfect balance); Zoph et al. 2022, "ST-MoE", section 3.3 (z loss); Wang et al. 2024, "Auxiliary-loss-free load
+    balancing", algorithm 1 (bias).
     """
 
     bias_steps: Tensor
@@ -120,7 +124,10 @@ class Router(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "T D"], valid: Bool[Tensor, " T"]
     ) -> tuple[Float[Tensor, "T A"], Int[Tensor, "T A"], Float[Tensor, "2"]]:
-        """Weights and numbers of the chosen experts, and (balance, z) averaged over ``valid`` rows."""
+        """Return weights and indices of the chosen experts, and (balance, z) averaged over ``valid`` rows.
+
+        In training with ``bias_rate``, adds the choices of valid rows to ``load``, unless the router is frozen.
+        """
         config = self.config
         logits = F.linear(hidden, self.weight).float()  # (T, E)
         probabilities = logits.softmax(-1)
@@ -134,7 +141,7 @@ class Router(nn.Module):
         return weights.to(hidden.dtype), chosen, self._losses(logits, probabilities, chosen, valid)
 
     def _choose(self, scores: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores and numbers of each row's best experts, with the bias in the choice alone."""
+        """Return scores and indices of each row's best experts; the bias affects the choice, not the scores."""
         copies = self.config.experts_per_token
         if not self.config.bias_rate:
             return scores.topk(copies, dim=-1)
@@ -144,12 +151,18 @@ class Router(nn.Module):
         return scores.gather(1, chosen), chosen
 
     def rebalance(self, load: Int[Tensor, " E"]) -> None:
-        """Raises the bias of each expert with less than the mean load by one rate, and lowers that of one with more."""
+        """Raise the bias of each expert with less than the mean load by ``bias_rate``, and lower that of the others.
+
+        A bias whose expert has exactly the mean load is unchanged.
+
+        Args:
+            load: Number of tokens that chose each expert, summed over microbatches and ranks.
+        """
         self.bias_steps += (load.sum() - load * len(load)).sign()
 
     def _losses(self, logits: Tensor, probabilities: Tensor, chosen: Tensor, valid: Tensor) -> Tensor:
         mask = valid.float()
-        share = mask / mask.sum().clamp(min=1.0)  # A batch of null documents alone has losses 0, not 0 / 0.
+        share = mask / mask.sum().clamp(min=1.0)  # Without valid rows the losses are 0, not 0 / 0.
         counts = torch.zeros_like(probabilities).scatter_(1, chosen, 1.0)
         load = share @ counts / self.config.experts_per_token  # (E,), sums to 1
         importance = share @ probabilities
@@ -159,7 +172,7 @@ class Router(nn.Module):
 
 
 def biased_routers(model: nn.Module) -> list[Router]:
-    """The routers of a model that have a bias and learn."""
+    """Return the routers of a model that have biases and are trained."""
     routers = (module for module in model.modules() if isinstance(module, Router))
     return [router for router in routers if router.config.bias_rate and router.weight.requires_grad]
 
@@ -181,7 +194,7 @@ class Experts(nn.Module):
         self.experts_per_token = config.experts_per_token
 
     def forward(self, rows: Float[Tensor, "R D"], experts: Int[Tensor, " R"]) -> Float[Tensor, "R D"]:
-        """Rows sorted by expert, with the expert of each."""
+        """Return the output of each row's expert. ``rows`` must be sorted by ``experts``, the expert of each row."""
         counts = torch.bincount(experts, minlength=self.num_experts)
         if rows.is_cuda and rows.dtype is torch.bfloat16 and hasattr(F, "grouped_mm"):
             return self._grouped(rows, counts)
@@ -193,7 +206,7 @@ class Experts(nn.Module):
         return F.grouped_mm(self.activate(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
 
     def _split(self, rows: Tensor, counts: list[int]) -> Tensor:
-        # unbind, not W[e]: indexing in a loop makes a gradient of the whole stack per expert, 5x to 70x slower.
+        # unbind, not W[e]: indexing in a loop allocates a gradient of the whole stack per expert, 5x to 70x slower.
         outputs = []
         stacks = zip(rows.split(counts), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
         for part, gate_up, down in stacks:
@@ -222,13 +235,16 @@ class MoeMlp(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "T D"], valid: Bool[Tensor, " T"] | None
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "2"]]:
-        """The mixture and (balance, z); rows that are not ``valid`` are computed but leave both losses alone."""
+        """Return the output rows and the losses (balance, z).
+
+        Rows that are not ``valid`` have an output but do not count in the losses. None: all rows are valid.
+        """
         if valid is None:
             valid = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
         weights, chosen, losses = self.gate(hidden, valid)
         copies = self.config.experts_per_token
         experts, order = chosen.flatten().sort(stable=True)
-        # Repeat, then permute: both have deterministic gradients, a gather of repeated rows has not (CUDA atomics).
+        # Repeat, then permute: both have deterministic gradients. Gathering repeated rows has not (CUDA atomics).
         rows = hidden.repeat_interleave(copies, 0).index_select(0, order)
         outputs = self.experts(rows, experts).index_select(0, order.argsort())  # back in (T, A) order
         mixed = (outputs.view(-1, copies, hidden.shape[-1]) * weights.unsqueeze(-1)).sum(1)

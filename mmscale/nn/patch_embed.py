@@ -1,4 +1,4 @@
-"""From stored pixels to patch rows, with or without a class token and learned positions."""
+"""Patch embedding: uint8 patches to rows of a tower, with an optional class token and learned positions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch.nn import functional as F
 
 
 class StillProjection(nn.Linear):
-    """A projection of patches that span several frames, applied to still images: each frame shows the same pixels.
+    """A video patch projection applied to still images, which count as ``frames`` identical frames.
 
-    The weight is that of the convolution over video, ``(D, channels * frames * patch**2)``. Adding up its frames gives
-    what repeated pixels would, for half the products; the gradient of the sum goes to every frame alike.
+    The weight is that of the convolution over video, ``(D, channels * frames * patch**2)``. Summing the weight over its
+    frames gives the result for repeated pixels at ``1 / frames`` of the cost. Each frame's weight receives the same
+    gradient.
 
     Args:
         channels: Colour channels.
         frames: Frames that a patch spans.
-        pixels: Of one channel of one frame.
+        pixels: Pixels of one channel of one frame of a patch.
         dim: D.
-        bias: Whether there is one.
+        bias: Whether the projection has a bias.
 
     Source: Qwen2-VL (arXiv 2409.12191), section 2.1: an image counts as two identical frames.
     """
@@ -35,25 +36,25 @@ class StillProjection(nn.Linear):
         return F.linear(values, weight, self.bias)
 
 
-def normalised(
+def normalise_pixels(
     values: UInt8[Tensor, "P patch_dim"],
     channels: int,
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Float[Tensor, "P patch_dim"]:
-    """Pixels as numbers about 0.
+    """Return ``(values / 255 - mean) / std`` per channel.
 
     Args:
         values: Patches, each laid out (channel, row, column).
         channels: Colour channels.
-        mean: Per channel, in units of full scale (0 to 1).
-        std: Likewise.
-        dtype: Of the result. The arithmetic is float32 at least: near the mean, two roundings to bfloat16 would leave
-            few right bits of the difference.
+        mean: Per channel, for pixels scaled to 0..1.
+        std: Per channel, for pixels scaled to 0..1.
+        dtype: Dtype of the result. The arithmetic is at least float32: close to the mean, a difference of two bfloat16
+            numbers would keep few correct bits.
     """
     pixels = values.to(torch.promote_types(dtype, torch.float32), copy=True).view(values.shape[0], channels, -1)
-    # Channel by channel with Python numbers: no constant has to travel to the device.
+    # Loop over channels with Python numbers, so that no constant is copied to the device.
     for channel, (middle, width) in enumerate(zip(mean, std, strict=True)):
         pixels[:, channel].mul_(1 / (255 * width)).sub_(middle / width)
     return pixels.flatten(1).to(dtype)
@@ -67,12 +68,13 @@ class PatchEmbed(nn.Module):
 
     Args:
         channels: Colour channels; a patch is laid out (channel, row, column).
-        patch_size: Side, pixels.
+        patch_size: Side of a patch, pixels.
         dim: D.
-        mean: Per channel, in units of full scale (0 to 1).
-        std: Likewise.
-        bias: Whether the projection has one.
-        frames: Frames that a patch of the convolution spans; its weight is ``(D, channels, frames, patch, patch)``.
+        mean: Per channel, for pixels scaled to 0..1.
+        std: Per channel, for pixels scaled to 0..1.
+        bias: Whether the projection has a bias.
+        frames: Frames that a patch of the published convolution spans; above 1, its weight is
+            ``(D, channels, frames, patch, patch)`` (see ``StillProjection``).
 
     Source: Dosovitskiy et al. 2021, "An image is worth 16x16 words", section 3.1.
     """
@@ -97,16 +99,17 @@ class PatchEmbed(nn.Module):
         self.std = std
 
     def forward(self, values: UInt8[Tensor, "P patch_dim"]) -> Float[Tensor, "P D"]:
-        return self.projection(normalised(values, self.channels, self.mean, self.std, self.projection.weight.dtype))
+        dtype = self.projection.weight.dtype
+        return self.projection(normalise_pixels(values, self.channels, self.mean, self.std, dtype))
 
 
 class LearnedPositions(nn.Module):
-    """Adds a learned vector per grid place; optionally puts a class token first in every view.
+    """Adds a learned vector per grid position; optionally puts a class token first in every crop.
 
     Args:
-        grid: Patches (rows, columns) of every view.
+        grid: Patches (rows, columns) of every crop.
         dim: D.
-        class_token: Whether there is one; its row of the table is the first.
+        class_token: Whether to add a class token; its row of the table is the first.
 
     Source: Dosovitskiy et al. 2021, section 3.1.
     """
@@ -114,35 +117,34 @@ class LearnedPositions(nn.Module):
     def __init__(self, grid: tuple[int, int], dim: int, class_token: bool) -> None:
         super().__init__()
         self.grid = grid
-        places = grid[0] * grid[1]
-        self.position_embedding = nn.Parameter(torch.zeros(places + class_token, dim))
+        self.num_patches = grid[0] * grid[1]
+        self.position_embedding = nn.Parameter(torch.zeros(self.num_patches + class_token, dim))
         if class_token:
             self.class_embedding = nn.Parameter(torch.zeros(dim))
         self.class_token = class_token
-        self.places = places
 
     def forward(self, patches: Float[Tensor, "P D"]) -> Float[Tensor, "P_with_class D"]:
-        """Packed views of ``places`` patches each."""
-        views = patches.view(-1, self.places, patches.shape[-1])
+        """Return the rows of all crops, class tokens included. ``patches`` are packed crops of ``num_patches`` rows."""
+        crops = patches.view(-1, self.num_patches, patches.shape[-1])
         if self.class_token:
-            first = self.class_embedding.expand(views.shape[0], 1, -1)
-            views = torch.cat([first, views], dim=1)
-        return (views + self.position_embedding).flatten(0, 1)
+            first = self.class_embedding.expand(crops.shape[0], 1, -1)
+            crops = torch.cat([first, crops], dim=1)
+        return (crops + self.position_embedding).flatten(0, 1)
 
 
 def resample_positions(
-    table: Float[Tensor, "places D"], old: tuple[int, int], new: tuple[int, int]
-) -> Float[Tensor, "new_places D"]:
-    """A position table for views of another size: bicubic in the plane of the grid; a class token's row stays.
+    table: Float[Tensor, "rows D"], old: tuple[int, int], new: tuple[int, int]
+) -> Float[Tensor, "new_rows D"]:
+    """Return a position table for another grid, by bicubic interpolation; a class token's row is copied.
 
     Args:
-        table: ``old[0] * old[1]`` rows in row-major order, or one more in front of them.
-        old: Patches (rows, columns) that it was learned on.
-        new: Patches that it is wanted for.
+        table: ``old[0] * old[1]`` rows in row-major order, with the row of a class token before them if there is one.
+        old: Grid (rows, columns) of ``table``.
+        new: Grid (rows, columns) of the result.
 
     Source: Dosovitskiy et al. 2021, section 3.2.
     """
-    first, places = table.split([table.shape[0] - old[0] * old[1], old[0] * old[1]])
-    plane = places.view(1, *old, -1).permute(0, 3, 1, 2)
+    class_row, patch_rows = table.split([table.shape[0] - old[0] * old[1], old[0] * old[1]])
+    plane = patch_rows.view(1, *old, -1).permute(0, 3, 1, 2)
     resampled = F.interpolate(plane, size=new, mode="bicubic", align_corners=False)
-    return torch.cat([first, resampled.permute(0, 2, 3, 1).flatten(0, 2)])
+    return torch.cat([class_row, resampled.permute(0, 2, 3, 1).flatten(0, 2)])

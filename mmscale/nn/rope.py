@@ -1,7 +1,8 @@
 """Rotary positions: plain, scaled (linear, Llama 3, YaRN), partial, on three axes for text, on two axes for images.
 
-Frequencies are computed once per device. Angles are computed once per forward in float32 and handed to every block as a
-``Rotation``. No module has a buffer of them: the engine's precision would cast it, and the meta device would lose it.
+Frequencies are cached per device. Angles are computed once per forward in float32 and passed to every block as a
+``Rotation``. They are not module buffers: a mixed-precision engine would cast a buffer, and a model built on the meta
+device would lose its values.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ from mmscale.nn.sizes import Side
 
 
 class Llama3Scaling(StrictConfig):
-    """Stretches the slow frequencies for a longer context.
+    """Divides the low frequencies for a longer context.
 
     Source: Llama 3.1 reference code, ``apply_scaling``.
     """
 
     kind: Literal["llama3"] = "llama3"
     factor: float = Field(default=8.0, gt=0)
-    """Divides the frequencies whose wavelength exceeds the original context. 8 in Llama 3.1, 32 in Llama 3.2."""
+    """Divisor of the low frequencies: 8 in Llama 3.1, 32 in Llama 3.2."""
     low_freq_factor: float = Field(default=1.0, gt=0)
-    """Wavelengths above ``original_context / low_freq_factor`` are divided in full."""
+    """Frequencies with a wavelength above ``original_context / low_freq_factor`` tokens are divided by ``factor``."""
     high_freq_factor: float = Field(default=4.0, gt=0)
-    """Wavelengths below ``original_context / high_freq_factor`` stay as they are; between the two: a blend."""
+    """Frequencies with a wavelength below ``original_context / high_freq_factor`` tokens are unchanged. Between the two
+    limits, the divided and the unchanged frequency are interpolated. Must be above ``low_freq_factor``."""
     original_context: int = Field(default=8192, gt=0)
-    """Context length of the first pre-training, tokens."""
+    """Context length before the extension, tokens."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Llama3Scaling:
@@ -48,35 +50,37 @@ class Llama3Scaling(StrictConfig):
 
 
 class LinearScaling(StrictConfig):
-    """Divides every frequency.
+    """Divides every frequency by one factor.
 
     Source: Chen et al. 2023, "Position Interpolation" (arXiv 2306.15595).
     """
 
     kind: Literal["linear"]
     factor: float = Field(ge=1)
-    """Divides the frequencies: the longer context over that of the first pre-training."""
+    """Divisor of the frequencies: extended context length / original context length."""
 
 
 class YarnScaling(StrictConfig):
-    """Divides the slow frequencies, keeps the fast ones, and sharpens attention.
+    """Divides the low frequencies, keeps the high ones, and scales the attention scores up.
 
     Source: YaRN (arXiv 2309.00071), section 3; defaults as in transformers.
     """
 
     kind: Literal["yarn"]
     factor: float = Field(ge=1)
-    """Divides the slow frequencies: the longer context over that of the first pre-training."""
+    """Divisor of the low frequencies: extended context length / original context length."""
     original_context: int = Field(ge=1)
-    """Context length of the first pre-training, tokens."""
+    """Context length before the extension, tokens."""
     attention_factor: float | None = Field(default=None, gt=0)
-    """Factor of cosines and sines; null for ``0.1 ln(factor) + 1``."""
+    """Factor of cosines and sines; null for ``0.1 * ln(factor) + 1``."""
     beta_fast: float = Field(default=32.0, gt=0)
-    """Frequencies that turn at least this many times within the original context stay as they are."""
+    """Frequencies with at least this many turns within the original context are unchanged. Must be above
+    ``beta_slow``."""
     beta_slow: float = Field(default=1.0, gt=0)
-    """Frequencies that turn at most this many times are divided in full; between the two: a blend."""
+    """Frequencies with at most this many turns within the original context are divided by ``factor``. Between the two
+    limits, the divided and the unchanged frequency are interpolated."""
     truncate: bool = True
-    """Whether the ends of the blend are rounded outwards to whole frequencies."""
+    """Round the limits of the interpolation outwards to whole indices of frequencies."""
 
     @model_validator(mode="after")
     def _ordered(self) -> YarnScaling:
@@ -86,7 +90,7 @@ class YarnScaling(StrictConfig):
 
 
 def _scaling_kind(value: Any) -> Any:
-    """Kind of a scaling; a block without ``kind`` is Llama 3's."""
+    """Return the kind of a scaling block; without ``kind`` it is ``llama3``."""
     return value.get("kind", "llama3") if isinstance(value, Mapping) else getattr(value, "kind", None)
 
 
@@ -104,21 +108,21 @@ class RopeConfig(StrictConfig):
     theta: float = Field(default=500_000.0, gt=1)
     """Base of the geometric series of frequencies."""
     fraction: float = Field(default=1.0, gt=0, le=1)
-    """Share of each head that is rotated; 0.5 in Persimmon."""
+    """Share of each head's channels that is rotated; 0.5 in Persimmon. The number of rotated channels must be even."""
     scaling: ScalingConfig | None = None
     """Context extension: ``kind: llama3`` (the default kind), ``linear`` or ``yarn``; null for none."""
     sections: tuple[int, int, int] | None = None
-    """Frequencies given to (time, height, width) positions, summing to half the rotated width; null for plain
-    positions. ``[16, 24, 24]`` in Qwen2-VL."""
+    """Number of frequencies for the time, height and width positions (``[16, 24, 24]`` in Qwen2-VL). The sum must be
+    half the rotated channels. Null: one position per token."""
 
 
 class FrequencyLayout(str, Enum):
     """How two image axes share the frequencies of a head."""
 
     SHARED = "shared"
-    """Each axis gets the same series of a quarter of the head (Qwen2-VL)."""
+    """Both axes use the same series of ``head_dim / 4`` frequencies (Qwen2-VL)."""
     ALTERNATING = "alternating"
-    """One series of half the head, even members for rows, odd ones for columns (Pixtral)."""
+    """One series of ``head_dim / 2`` frequencies: even indices for rows, odd ones for columns (Pixtral)."""
 
 
 class Rotary2dConfig(StrictConfig):
@@ -132,69 +136,72 @@ class Rotary2dConfig(StrictConfig):
 
 
 class LearnedPositionsConfig(StrictConfig):
-    """A learned vector for each place of a fixed grid; every view has this size."""
+    """A learned vector for each position of a fixed grid; every crop has this size."""
 
     kind: Literal["learned"] = "learned"
     grid: tuple[Side, Side]
-    """Patches (rows, columns) of every view."""
+    """Patches (rows, columns) of every crop."""
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines of every row's angles, ``(T, R / 2)`` for R rotated channels a head."""
+    """Cosines and sines of every row's angles, ``(T, R / 2)`` for R rotated channels per head."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
     def from_angles(cls, angles: Float[Tensor, "T R2"], dtype: torch.dtype, factor: float = 1.0) -> Rotation:
-        """Cosines and sines of ``angles``, times ``factor``."""
+        """Return cosines and sines of ``angles``, multiplied by ``factor``."""
         cos, sin = angles.cos(), angles.sin()
         return cls((cos * factor).to(dtype), (sin * factor).to(dtype))
 
 
 def rotate(heads: Float[Tensor, "T H K"], rotation: Rotation) -> Float[Tensor, "T H K"]:
-    """Turns channel pairs ``(i, i + R/2)`` of each head; channels from R on stay.
+    """Rotate the channel pairs ``(i, i + R/2)`` of each head; channels from R on are unchanged.
 
-    Source: Su et al. 2021, "RoFormer"; the half-split pairing of GPT-NeoX and Hugging Face.
+    Source: Su et al. 2021, "RoFormer"; the half-split pairing is that of GPT-NeoX and Hugging Face.
     """
     cos, sin = rotation.cos.unsqueeze(1), rotation.sin.unsqueeze(1)
     half = cos.shape[-1]
-    first, second, rest = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat(turned if rest.shape[-1] == 0 else (*turned, rest), dim=-1)
+    first, second, unrotated = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(rotated if unrotated.shape[-1] == 0 else (*rotated, unrotated), dim=-1)
 
 
 @lru_cache
 @torch.inference_mode(False)
 def _series(num: int, width: int, theta: float, device: torch.device) -> Float[Tensor, " num"]:
-    """``theta ** (-2 i / width)`` for i below ``num``; a cached tensor that training and generation share."""
+    """Return ``theta ** (-2 i / width)`` for i in ``range(num)``.
+
+    Cached. Inference mode is off, so that training can use a tensor that generation computed first.
+    """
     exponents = torch.arange(num, device=device, dtype=torch.float32) * (2.0 / width)
     return 1.0 / (theta**exponents)
 
 
-def _stretch(frequencies: Float[Tensor, " R2"], scaling: Llama3Scaling) -> Float[Tensor, " R2"]:
+def _llama3_frequencies(frequencies: Float[Tensor, " R2"], scaling: Llama3Scaling) -> Float[Tensor, " R2"]:
     wavelengths = 2 * math.pi / frequencies
     blend = (scaling.original_context / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
-    blend = blend.clamp(0.0, 1.0)  # 0: divide in full; 1: leave alone. Equal to the reference's three cases.
+    blend = blend.clamp(0.0, 1.0)  # 0: divided; 1: unchanged. Equal to the three cases of the reference.
     return frequencies * (blend + (1 - blend) / scaling.factor)
 
 
-def _yarn(theta: float, width: int, scaling: YarnScaling, device: torch.device) -> Float[Tensor, " R2"]:
-    """Frequencies of a head of which ``width`` channels are rotated."""
+def _yarn_frequencies(theta: float, width: int, scaling: YarnScaling, device: torch.device) -> Float[Tensor, " R2"]:
+    """Return the frequencies of a head with ``width`` rotated channels."""
 
-    def place(turns: float) -> float:
-        """Index of the frequency that turns this many times within the original context; not a whole number."""
+    def index(turns: float) -> float:
+        """Return the fractional index of the frequency with this many turns within the original context."""
         return width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = place(scaling.beta_fast), place(scaling.beta_slow)
+    first, last = index(scaling.beta_fast), index(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
     ramp = (torch.arange(width // 2, device=device, dtype=torch.float32) - first) / ((last - first) or 0.001)
-    kept = 1 - ramp.clamp(0.0, 1.0)  # 1: leave alone. 0: divide in full.
+    kept = 1 - ramp.clamp(0.0, 1.0)  # 1: unchanged; 0: divided.
     frequencies = _series(width // 2, width, theta, device)
     return frequencies / scaling.factor * (1 - kept) + frequencies * kept
 
@@ -202,28 +209,31 @@ def _yarn(theta: float, width: int, scaling: YarnScaling, device: torch.device) 
 @lru_cache
 @torch.inference_mode(False)
 def _text_frequencies(config: RopeConfig, head_dim: int, device: torch.device) -> tuple[Float[Tensor, " R2"], float]:
-    """Scaled frequencies of a head, cached as ``_series``, and the factor of cosines and sines: 1 except for YaRN."""
+    """Return the scaled frequencies of a head and the factor of cosines and sines, which is 1 except for YaRN.
+
+    Cached like ``_series``.
+    """
     width, scaling = rotated_width(head_dim, config), config.scaling
     if isinstance(scaling, YarnScaling):
         factor = scaling.attention_factor
-        frequencies = _yarn(config.theta, width, scaling, device)
+        frequencies = _yarn_frequencies(config.theta, width, scaling, device)
         return frequencies, 0.1 * math.log(scaling.factor) + 1.0 if factor is None else factor
     frequencies = _series(width // 2, width, config.theta, device)
     if isinstance(scaling, Llama3Scaling):
-        return _stretch(frequencies, scaling), 1.0
+        return _llama3_frequencies(frequencies, scaling), 1.0
     return frequencies if scaling is None else frequencies / scaling.factor, 1.0
 
 
 def text_rotation(
     position_ids: Int[Tensor, "T ..."], head_dim: int, config: RopeConfig, dtype: torch.dtype
 ) -> Rotation:
-    """Rotation of decoder rows.
+    """Return the rotation of decoder rows.
 
     Args:
         position_ids: ``(T,)``, or ``(T, 3)`` with ``config.sections``.
         head_dim: K.
-        config: Series and scaling.
-        dtype: Of the result; angles are float32.
+        config: Frequencies and scaling.
+        dtype: Dtype of the result; angles are computed in float32.
 
     Source: Su et al. 2021; Qwen2-VL (arXiv 2409.12191, section 2.1) for the sections.
     """
@@ -237,14 +247,14 @@ def text_rotation(
 
 
 def rotated_width(head_dim: int, config: RopeConfig) -> int:
-    """Channels of a head that are rotated."""
+    """Return the number of rotated channels of a head."""
     return int(head_dim * config.fraction)
 
 
 def image_rotation(
     rows: Int[Tensor, " P"], columns: Int[Tensor, " P"], head_dim: int, config: Rotary2dConfig, dtype: torch.dtype
 ) -> Rotation:
-    """Rotation of patches by their row and column.
+    """Return the rotation of patches by their row and column.
 
     Source: Qwen2-VL (arXiv 2409.12191, section 2.1) and Pixtral (arXiv 2410.07073, section 2.2).
     """

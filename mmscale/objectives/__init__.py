@@ -1,1 +1,1 @@
-"""Objectives: from a model's output and a batch to a loss sum and a weight."""
+"""Objectives: compute the loss of a microbatch, and the weight that the loss is divided by."""

@@ -1,10 +1,11 @@
-"""Which text belongs to an image, among all pairs of a step on all ranks.
+"""Contrastive losses over all pairs of a step on all ranks: match each image with its text.
 
-    vectors of own pairs --gathered, without gradient--> vectors of all N pairs
-    own rows of the N x N similarities --in closed form--> loss and its slope at each own vector --> autograd
+    vectors of this rank's pairs --gathered, without gradient--> vectors of all N pairs
+    this rank's rows of the N x N similarities --closed form--> loss and gradient of each own vector --> autograd
 
-A step of several microbatches runs them twice: first without gradients, to have the vectors of all pairs. So the loss
-is the same however the pairs are dealt to microbatches and ranks, and only one microbatch's activations are held.
+A step with several microbatches runs the model on them twice, first without gradients to compute the vectors of all
+pairs. The loss therefore does not depend on how the pairs are divided among microbatches and ranks, and only one
+microbatch's activations are in memory.
 
 Source: CLIP (arXiv 2103.00020), figure 3; SigLIP (arXiv 2303.15343), algorithm 1; for the two runs GradCache (Gao et
 al. 2021, arXiv 2101.06983), section 3.
@@ -28,15 +29,15 @@ from mmscale.models.connectors.contrastive import PairVectors
 from mmscale.models.contrastive import ContrastiveModel
 from mmscale.objectives.outputs import ObjectiveOutput
 
-Gather = Callable[[Tensor], list[Tensor]]
-"""From rows of this rank to those of all ranks, in their order; they may have different numbers of rows."""
+GatherRows = Callable[[Tensor], list[Tensor]]
+"""Returns the rows of every rank, by rank. Ranks may have different numbers of rows. All ranks must call."""
 _ROWS = 1024
-"""Rows of the similarities that are held at a time."""
+"""Rows of the similarities that are in memory at a time."""
 
 
 @runtime_checkable
-class Place(Protocol):
-    """Which of the ranks that share a step this is, and where its model lives: ``mmscale.dist.World``."""
+class WorldInfo(Protocol):
+    """The ranks that share a step, and the device of this rank's model. ``mmscale.dist.World`` implements it."""
 
     @property
     def rank(self) -> int: ...
@@ -46,21 +47,21 @@ class Place(Protocol):
     def device(self) -> torch.device: ...
 
 
-def _alone(rows: Tensor) -> list[Tensor]:
+def _gather_one_rank(rows: Tensor) -> list[Tensor]:
     return [rows]
 
 
-class Norms(NamedTuple):
-    """Log-normalisers of rows of logits in two parts, ``peak + excess``, and what follows from them.
+class LogNormalisers(NamedTuple):
+    """``logsumexp`` of each row of logits as a sum of two parts, ``peak + excess``, and the row's loss.
 
-    Near a loss of zero the largest logit of a row is that of the pair itself. The loss is then the excess alone, whose
-    error is relative to itself; the error of the sum is relative to the logits, which are up to 100.
+    When a loss is near 0, the row's largest logit is that of the matching pair, and the loss equals the excess. The
+    excess keeps its relative precision. A plain logsumexp is rounded relative to the logits, which reach ``max_scale``.
 
     Attributes:
-        peaks: float32 ``(N,)``, the largest logit of a row.
-        excess: float32 ``(N,)``, log of the sum of the row's exponentials after the peak is subtracted; at least 0.
-        losses: float32 ``(N,)``, the cross-entropy of a row. Kept, since the logits of other chunks are rounded
-            otherwise.
+        peaks: float32 ``(N,)``, the largest logit of each row.
+        excess: float32 ``(N,)``, ``log(sum(exp(logits - peak)))`` of each row; at least 0.
+        losses: float32 ``(N,)``, cross-entropy of each row. Stored, because logits that are computed again in other
+            chunks may be rounded differently.
     """
 
     peaks: Tensor
@@ -69,29 +70,29 @@ class Norms(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AllPairs:
-    """What a loss must know of all N pairs of a step; nothing of it has a gradient.
+class StepPairs:
+    """All N pairs of a step, without gradients.
 
     Attributes:
-        images: float32 ``(N, C)``.
-        texts: float32 ``(N, C)``.
-        scale: float32 ``()``, at most ``max_scale``.
-        bias: float32 ``()``; 0 of a softmax.
-        image_norms: Of an image over all texts; empty of sigmoids.
-        text_norms: Of a text over all images.
-        scale_learns: Whether the scale is below its limit, or on its way back.
+        images: float32 ``(N, C)``, vectors of the images.
+        texts: float32 ``(N, C)``, vectors of the texts.
+        scale: float32 ``()``, factor on similarities, clamped to ``max_scale``.
+        bias: float32 ``()``, bias on similarities; 0 with ``loss=softmax``.
+        image_norms: Normalisers of each image over all texts; empty with ``loss=sigmoid``.
+        text_norms: Normalisers of each text over all images; empty with ``loss=sigmoid``.
+        scale_learns: Whether the scale receives its gradient: it is not above its limit, or the gradient lowers it.
     """
 
     images: Tensor
     texts: Tensor
     scale: Tensor
     bias: Tensor
-    image_norms: Norms
-    text_norms: Norms
+    image_norms: LogNormalisers
+    text_norms: LogNormalisers
     scale_learns: bool = True
 
-    def turned(self) -> AllPairs:
-        """Images as texts and texts as images."""
+    def swapped(self) -> StepPairs:
+        """Return the pairs with images and texts exchanged."""
         return replace(
             self,
             images=self.texts,
@@ -103,179 +104,199 @@ class AllPairs:
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """A microbatch of a step of several.
+    """A microbatch of a step with several microbatches.
 
     Attributes:
         batch: The microbatch.
-        others: All pairs of the step, its own among them.
-        first: Number of its first pair.
+        pairs: All pairs of the step, those of this microbatch included.
+        first: Index in ``pairs`` of the microbatch's first pair.
     """
 
     batch: MultimodalBatch
-    others: AllPairs
+    pairs: StepPairs
     first: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreparedBatch:
-        """The same with the microbatch on ``device``; the vectors are there."""
+        """Return a copy with the microbatch on ``device``. The pairs stay on the device of the model."""
         return replace(self, batch=self.batch.to(device, non_blocking))
 
 
-class _Slopes(NamedTuple):
-    """Of some images and all texts: ``(rows, C)`` slopes of the sum of losses, ``(rows,)`` losses and hits."""
+class _RowGradients(NamedTuple):
+    """Losses and gradients of n images over all texts.
+
+    Attributes:
+        vectors: ``(n, C)``, gradient of the step's loss with respect to the vectors of the images.
+        losses: ``(n,)``, loss of each image.
+        correct: ``(n,)``, 1 if the image's own text has its largest logit, else 0.
+        bias: ``()``, share of these images in the gradient with respect to the bias.
+    """
 
     vectors: Tensor
     losses: Tensor
-    hits: Tensor
+    correct: Tensor
     bias: Tensor
 
 
 class Contrastive:
-    """The mean over all pairs of a step of a symmetric cross-entropy, or of a sum of binary ones.
+    """Loss of each pair of a step: the mean of the losses of its image and of its text.
+
+    ``softmax``: the loss of an image is its cross-entropy over all texts of the step. ``sigmoid``: the loss of an image
+    is the sum of its binary cross-entropies with all texts. The loss of a text is the same over all images.
 
     Args:
         config: Kind of loss and limit of the scale.
-        place: This rank.
-        gather: ``mmscale.dist.gather_rows`` of its world; a process alone needs none.
+        world: The ranks that share a step.
+        gather: Gathers rows from all ranks (``mmscale.dist.gather_rows``); may be None with one rank.
+
+    Raises:
+        ValueError: there are several ranks, but no ``gather``.
     """
 
     teachers = ()
 
-    def __init__(self, config: ContrastiveConnectorConfig, place: Place, gather: Gather | None = None) -> None:
-        if gather is None and place.world_size > 1:
-            raise ValueError(f"{place.world_size} ranks share a step: give a way to gather their rows")
+    def __init__(self, config: ContrastiveConnectorConfig, world: WorldInfo, gather: GatherRows | None = None) -> None:
+        if gather is None and world.world_size > 1:
+            raise ValueError(f"{world.world_size} ranks share a step: pass gather, a function that gathers their rows")
         self._softmax = config.loss == "softmax"
         self._limit = math.log(config.max_scale)
-        self._place, self._gather_rows = place, gather or _alone
+        self._world, self._gather_rows = world, gather or _gather_one_rank
 
     def weight(self, batch: MultimodalBatch) -> float:
-        """Pairs; known on the host before any forward."""
+        """Return the number of pairs: the divisor of ``loss_sum``. Does not run the model."""
         return float(len(batch.pairs))
 
     def prepare(
         self, model: ContrastiveModel, microbatches: Sequence[MultimodalBatch]
     ) -> Sequence[MultimodalBatch | PreparedBatch]:
-        """One microbatch as it is; several with the vectors of all. All ranks must call, without gradients."""
+        """Return the microbatches of a step in the form that ``__call__`` needs.
+
+        With several microbatches, runs the model on each and adds the vectors of all pairs of the step. A single
+        microbatch is returned unchanged. All ranks must call, with gradients disabled and with the same number of
+        microbatches.
+        """
         if len(microbatches) == 1:
             return microbatches
-        own = [model(batch.to(self._place.device, non_blocking=True)) for batch in microbatches]
-        others, first = self._gather(own)
+        own = [model(batch.to(self._world.device, non_blocking=True)) for batch in microbatches]
+        pairs, first = self._gather(own)
         starts = itertools.accumulate((len(vectors.images) for vectors in own), initial=first)
-        return [PreparedBatch(batch, others, start) for batch, start in zip(microbatches, starts, strict=False)]
+        return [PreparedBatch(batch, pairs, start) for batch, start in zip(microbatches, starts, strict=False)]
 
     def __call__(self, model: ContrastiveModel, batch: MultimodalBatch | PreparedBatch) -> ObjectiveOutput:
-        """Runs the model on one microbatch. All ranks must call."""
+        """Run the model on one microbatch and return the loss. All ranks must call."""
         plain = batch.batch if isinstance(batch, PreparedBatch) else batch
         vectors = model(plain)
-        others, first = (batch.others, batch.first) if isinstance(batch, PreparedBatch) else self._gather([vectors])
+        pairs, first = (batch.pairs, batch.first) if isinstance(batch, PreparedBatch) else self._gather([vectors])
         count = len(vectors.images)
         with torch.no_grad():
-            images = self._slopes(others, first, count)
-            texts = self._slopes(others.turned(), first, count)
+            images = self._row_gradients(pairs, first, count)
+            texts = self._row_gradients(pairs.swapped(), first, count)
         losses = (images.losses + texts.losses) / 2
         total = losses.sum()
-        scale = (images.vectors * others.images[first : first + count]).sum()
-        known = [images.vectors, texts.vectors, scale * others.scale_learns]
-        live = [vectors.images, vectors.texts, vectors.log_scale]
+        scale = (images.vectors * pairs.images[first : first + count]).sum()
+        gradients = [images.vectors, texts.vectors, scale * pairs.scale_learns]
+        inputs = [vectors.images, vectors.texts, vectors.log_scale]
         metrics = {
-            "image_to_text_accuracy": images.hits.sum(),
-            "text_to_image_accuracy": texts.hits.sum(),
-            "similarity_scale": others.scale * count,
+            "image_to_text_accuracy": images.correct.sum(),
+            "text_to_image_accuracy": texts.correct.sum(),
+            "similarity_scale": pairs.scale * count,
         }
         if vectors.bias is not None:
-            known.append(images.bias)
-            live.append(vectors.bias)
-            metrics["similarity_bias"] = others.bias * count
+            gradients.append(images.bias)
+            inputs.append(vectors.bias)
+            metrics["similarity_bias"] = pairs.bias * count
         documents = total.new_zeros(plain.segments.num).index_copy(0, plain.pairs[:, 1], losses)
-        return ObjectiveOutput(_WithSlopes.apply(total, *known, *live), metrics, documents)
+        return ObjectiveOutput(_WithGradients.apply(total, *gradients, *inputs), metrics, documents)
 
     @torch.no_grad()
-    def _gather(self, own: Sequence[PairVectors]) -> tuple[AllPairs, int]:
-        """All pairs of the step, and the number of this rank's first."""
+    def _gather(self, own: Sequence[PairVectors]) -> tuple[StepPairs, int]:
+        """Return all pairs of the step, and the index of this rank's first pair. All ranks must call."""
         mine = torch.cat([torch.cat([each.images, each.texts], dim=1) for each in own])
-        theirs = self._gather_rows(mine)
-        first = sum(len(rows) for rows in theirs[: self._place.rank])
-        images, texts = torch.cat(theirs).chunk(2, dim=1)
+        by_rank = self._gather_rows(mine)
+        first = sum(len(rows) for rows in by_rank[: self._world.rank])
+        images, texts = torch.cat(by_rank).chunk(2, dim=1)
         log_scale, bias = own[0].log_scale.detach(), own[0].bias
         scale = log_scale.clamp(max=self._limit).exp()
-        none = Norms(*(images.new_empty(0) for _ in Norms._fields))
-        pairs = AllPairs(images, texts, scale, images.new_zeros(()) if bias is None else bias.detach(), none, none)
+        empty = LogNormalisers(*(images.new_empty(0) for _ in LogNormalisers._fields))
+        pairs = StepPairs(images, texts, scale, images.new_zeros(()) if bias is None else bias.detach(), empty, empty)
         if self._softmax:
-            norms = [*self._norms(pairs, first, len(mine)), *self._norms(pairs.turned(), first, len(mine))]
+            norms = [*self._normalisers(pairs, first, len(mine)), *self._normalisers(pairs.swapped(), first, len(mine))]
             parts = torch.cat(self._gather_rows(torch.stack(norms, dim=1))).unbind(1)
-            half = len(Norms._fields)
-            pairs = replace(pairs, image_norms=Norms(*parts[:half]), text_norms=Norms(*parts[half:]))
+            half = len(LogNormalisers._fields)
+            pairs = replace(pairs, image_norms=LogNormalisers(*parts[:half]), text_norms=LogNormalisers(*parts[half:]))
         if float(log_scale) > self._limit:
-            pairs = replace(pairs, scale_learns=self._falls(pairs, first, len(mine)))
+            pairs = replace(pairs, scale_learns=self._gradient_lowers_scale(pairs, first, len(mine)))
         return pairs, first
 
-    def _falls(self, pairs: AllPairs, first: int, count: int) -> bool:
-        """Whether a smaller scale would lower the loss of the step."""
-        slope = (self._slopes(pairs, first, count).vectors * pairs.images[first : first + count]).sum()
-        return float(torch.cat(self._gather_rows(slope.view(1))).sum()) > 0
+    def _gradient_lowers_scale(self, pairs: StepPairs, first: int, count: int) -> bool:
+        """Return whether a smaller scale would lower the loss of the step. All ranks must call."""
+        gradient = (self._row_gradients(pairs, first, count).vectors * pairs.images[first : first + count]).sum()
+        return float(torch.cat(self._gather_rows(gradient.view(1))).sum()) > 0
 
     @staticmethod
-    def _norms(pairs: AllPairs, first: int, count: int) -> Norms:
-        """Log-normalisers of this rank's images."""
-        found = [pairs.images.new_empty(0, len(Norms._fields))]
-        for rows in _stretches(first, count):
+    def _normalisers(pairs: StepPairs, first: int, count: int) -> LogNormalisers:
+        """Return the normalisers of this rank's images over all texts."""
+        found = [pairs.images.new_empty(0, len(LogNormalisers._fields))]
+        for rows in _chunks(first, count):
             logits = _logits(pairs, rows)
             own = torch.arange(rows.start, rows.stop, device=logits.device).unsqueeze(1)
-            peak, place = logits.max(dim=1, keepdim=True)
-            excess = (logits - peak).exp().scatter(1, place, 0.0).sum(dim=1, keepdim=True).log1p()
+            peak, peak_index = logits.max(dim=1, keepdim=True)
+            excess = (logits - peak).exp().scatter(1, peak_index, 0.0).sum(dim=1, keepdim=True).log1p()
             found.append(torch.cat([peak, excess, (peak - logits.gather(1, own)) + excess], dim=1))
-        return Norms(*torch.cat(found).unbind(1))
+        return LogNormalisers(*torch.cat(found).unbind(1))
 
-    def _slopes(self, pairs: AllPairs, first: int, count: int) -> _Slopes:
-        """Of the images from number ``first`` on, over all texts."""
+    def _row_gradients(self, pairs: StepPairs, first: int, count: int) -> _RowGradients:
+        """Return losses and gradients of the ``count`` images from index ``first`` on, over all texts."""
         vectors = [pairs.images[:0]]
         losses = [pairs.scale.new_empty(0)]
-        hits = [pairs.scale.new_empty(0)]
+        correct = [pairs.scale.new_empty(0)]
         bias = pairs.scale.new_zeros(())
-        for rows in _stretches(first, count):
+        for rows in _chunks(first, count):
             logits = _logits(pairs, rows)
             own = torch.arange(rows.start, rows.stop, device=logits.device)
-            hits.append((logits.argmax(dim=1) == own).float())
-            slopes, loss = (self._softmax_rows if self._softmax else self._sigmoid_rows)(logits, own, pairs, rows)
-            vectors.append(pairs.scale * (slopes @ pairs.texts))
+            correct.append((logits.argmax(dim=1) == own).float())
+            gradients, loss = (self._softmax_rows if self._softmax else self._sigmoid_rows)(logits, own, pairs, rows)
+            vectors.append(pairs.scale * (gradients @ pairs.texts))
             losses.append(loss)
-            bias += slopes.sum()
-        return _Slopes(torch.cat(vectors), torch.cat(losses), torch.cat(hits), bias)
+            bias += gradients.sum()
+        return _RowGradients(torch.cat(vectors), torch.cat(losses), torch.cat(correct), bias)
 
     @staticmethod
-    def _softmax_rows(logits: Tensor, own: Tensor, pairs: AllPairs, rows: slice) -> tuple[Tensor, Tensor]:
-        """Slopes of half the sum of both cross-entropies by the logits, and each image's cross-entropy."""
+    def _softmax_rows(logits: Tensor, own: Tensor, pairs: StepPairs, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the gradient of the mean of both cross-entropies with respect to the logits, and each image's loss."""
         images, texts = pairs.image_norms, pairs.text_norms
-        of_images = ((logits - images.peaks[rows, None]) - images.excess[rows, None]).exp()
-        of_texts = ((logits - texts.peaks) - texts.excess).exp()
-        right = (torch.expm1(-images.losses[rows]) + torch.expm1(-texts.losses[rows])) / 2
-        return ((of_images + of_texts) / 2).scatter(1, own[:, None], right[:, None]), images.losses[rows]
+        over_texts = ((logits - images.peaks[rows, None]) - images.excess[rows, None]).exp()
+        over_images = ((logits - texts.peaks) - texts.excess).exp()
+        # The matching pair's probability minus 1. Computed from the losses, it is precise even near probability 1.
+        own_gradient = (torch.expm1(-images.losses[rows]) + torch.expm1(-texts.losses[rows])) / 2
+        gradients = ((over_texts + over_images) / 2).scatter(1, own[:, None], own_gradient[:, None])
+        return gradients, images.losses[rows]
 
     @staticmethod
-    def _sigmoid_rows(logits: Tensor, own: Tensor, pairs: AllPairs, rows: slice) -> tuple[Tensor, Tensor]:
-        """Slopes of the sum of binary cross-entropies by the logits, and each image's part of it."""
+    def _sigmoid_rows(logits: Tensor, own: Tensor, pairs: StepPairs, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the gradient of the summed binary cross-entropies with respect to the logits, and each image's sum."""
         signs = torch.full_like(logits, -1.0).scatter_(1, own.unsqueeze(1), 1.0)
         return -signs * (-signs * logits).sigmoid(), F.softplus(-signs * logits).sum(dim=1)
 
 
-def _logits(pairs: AllPairs, rows: slice) -> Tensor:
-    """``(rows, N)``."""
+def _logits(pairs: StepPairs, rows: slice) -> Tensor:
+    """Return scaled similarities of the images ``rows`` and all texts, ``(rows, N)``."""
     return pairs.scale * (pairs.images[rows] @ pairs.texts.T) + pairs.bias
 
 
-def _stretches(first: int, count: int) -> Iterator[slice]:
+def _chunks(first: int, count: int) -> Iterator[slice]:
     for start in range(first, first + count, _ROWS):
         yield slice(start, min(start + _ROWS, first + count))
 
 
-class _WithSlopes(torch.autograd.Function):
-    """A value whose slopes at some tensors are known: ``apply(value, *slopes, *tensors)``."""
+class _WithGradients(torch.autograd.Function):
+    """Returns ``value`` with given gradients with respect to tensors: ``apply(value, *gradients, *tensors)``."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, *slopes_and_tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*slopes_and_tensors[: len(slopes_and_tensors) // 2])
+    def forward(ctx: Any, value: Tensor, *gradients_and_tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients_and_tensors[: len(gradients_and_tensors) // 2])
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        slopes = ctx.saved_tensors
-        return None, *(None for _ in slopes), *(gradient * slope for slope in slopes)
+    def backward(ctx: Any, value_grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        return None, *(None for _ in gradients), *(value_grad * gradient for gradient in gradients)

@@ -1,4 +1,4 @@
-"""Next-token prediction: of the data's token, and of what teachers expect in its place."""
+"""Next-token prediction, with optional distillation from teachers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from mmscale.objectives.teacher import Teacher
 class NextToken:
     """Weighted cross-entropy of each next token, plus the model's auxiliary losses.
 
-    With teachers, the divergence from what they expect takes a share of it (``SoftTarget``).
+    Each teacher replaces a share of the cross-entropy by the divergence from its prediction (``SoftTarget``).
 
     Args:
-        z_coefficient: Of the z loss on the logits (``ZLoss``); 0 for none.
-        teachers: Read the same batches; their shares are 1 at most together.
+        z_coefficient: Coefficient of the z loss on the logits (``ZLoss``); 0 for none.
+        teachers: Frozen models that run on the same batches. The sum of their shares must be at most 1; not checked
+            here.
     """
 
     def __init__(self, z_coefficient: float = 0.0, teachers: Sequence[Teacher] = ()) -> None:
@@ -28,19 +29,19 @@ class NextToken:
         self.teachers = tuple(teachers)
 
     def weight(self, batch: MultimodalBatch) -> float:
-        """What ``loss_sum`` is to be divided by, known on the host before any forward."""
+        """Return the divisor of ``loss_sum``: the sum of the loss weights. Does not run the model."""
         return batch.weight
 
     def __call__(self, model: MultimodalModel, batch: MultimodalBatch) -> ObjectiveOutput:
-        """Runs the teachers, then the model, on one microbatch."""
-        # Teachers first: what they need for a moment is gone before the student's activations have to be kept.
-        expected = [teacher(batch) for teacher in self.teachers]
+        """Run the teachers, then the model, on one microbatch and return the loss."""
+        # Run the teachers first: their activations are freed before the student's are stored for its backward pass.
+        teacher_hidden = [teacher(batch) for teacher in self.teachers]
         output = model(batch)
         rows = torch.zeros_like(batch.loss_weights)
         z_loss = ZLoss(self.z_coefficient, torch.zeros_like(rows)) if self.z_coefficient else None
         soft = [
             teacher.soft_target(hidden, torch.zeros_like(rows))
-            for teacher, hidden in zip(self.teachers, expected, strict=True)
+            for teacher, hidden in zip(self.teachers, teacher_hidden, strict=True)
         ]
         loss = model.head(
             output.hidden, batch.labels, batch.loss_weights, row_losses=rows, z_loss=z_loss, soft_targets=soft
@@ -55,6 +56,6 @@ class NextToken:
             scaled = aux.value * batch.weight
             loss = loss + aux.coefficient * scaled
             metrics[name] = scaled.detach()
-        # Sums of each segment's rows, in float32 and in a fixed order.
+        # Sum of each segment's rows, in float32 and in a fixed order.
         segment_losses = torch.segment_reduce(rows, "sum", offsets=batch.segments.cu.long())
         return ObjectiveOutput(loss, metrics, segment_losses)

@@ -1,4 +1,4 @@
-"""What an objective hands to the engine."""
+"""The result that an objective returns to the engine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """What came of one microbatch.
+    """Loss and metrics of one microbatch.
 
     Attributes:
-        loss_sum: float32 scalar in the graph; the engine divides by the global weight.
-        metrics: Detached sums by name, to be divided by the same weight.
-        document_losses: float32 ``(S,)``, detached: the weighted cross-entropy of each document, whatever else is in
-            the sum; of pairs what each adds to it.
+        loss_sum: float32 scalar with gradient. The engine divides it by the weight of the whole step.
+        metrics: Detached sums by name. The engine divides them by the same weight.
+        document_losses: float32 ``(S,)``, detached. The next-token objective gives the weighted cross-entropy of each
+            document, without auxiliary losses, z loss or teachers. The contrastive objective gives each pair's term of
+            ``loss_sum``, at the pair's text segment.
     """
 
     loss_sum: Tensor

@@ -1,10 +1,11 @@
-"""A frozen model whose predictions a student follows, token by token.
+"""A frozen teacher for distillation: the student learns to predict the teacher's distribution of each token.
 
-    batch --teacher's body--> rows ----------------------> SoftTarget --> the student's head: loss, a chunk at a time
-            teacher's head ---> its matrices, for a moment -^
+    batch --teacher's body--> rows -----------> SoftTarget --> the student's head computes the loss chunk by chunk
+            teacher's head --> its matrices ----^
 
-It is no part of the student: it has no component, no optimizer state, and is in no checkpoint. Whoever runs the student
-registers it with a module of its own (``engine/graph.py``), so ZeRO-3 shards it and gathers it block by block.
+The teacher is not part of the student: it has no component and no optimizer state, and no checkpoint contains it. The
+engine registers it in the module that it runs (``engine/graph.py``), so that ZeRO-3 shards it and gathers it block by
+block.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from mmscale.nn.cross_entropy import SoftTarget
 
 
 class HeadMatrices(nn.Module):
-    """Gives a head's matrices away, whole under ZeRO-3 too.
+    """Returns the matrices of a head, whole even under ZeRO-3.
 
-    There a parameter is whole inside its module's forward only. Then it loses its values, but a view keeps them. So
-    both heads are whole while the loss is computed, and each was gathered once, however many chunks there are.
+    ZeRO-3 makes a parameter whole only during the forward pass of its module and frees it afterwards. A view returned
+    from that forward pass keeps the values. Each matrix is therefore gathered once for all chunks of the loss.
     """
 
     extra_weight: nn.Parameter | None
@@ -36,18 +37,21 @@ class HeadMatrices(nn.Module):
         self.register_parameter("extra_weight", head.extra_weight)
 
     def forward(self) -> tuple[Tensor, ...]:
-        """``(V, D)`` and, where the head has extra rows, those. They take memory until the last reference is gone."""
+        """Return the matrix ``(V, D)`` and that of the extra rows, if any.
+
+        Under ZeRO-3, the memory of the whole matrices is in use until the caller drops the tensors.
+        """
         matrices = (self.weight, self.extra_weight)
         return tuple(matrix.detach() for matrix in matrices if matrix is not None)
 
 
 class Teacher(nn.Module):
-    """A frozen model beside the student, always in evaluation mode.
+    """A frozen model that is always in evaluation mode.
 
     Args:
-        model: Reads the student's batches; mutated: nothing of it learns.
-        share: Of the loss.
-        temperature: Of both distributions.
+        model: Runs on the student's batches. Mutated: none of its parameters requires a gradient afterwards.
+        share: Share of the loss.
+        temperature: Divides the logits of teacher and student.
 
     Source: Hinton et al. 2015 (arXiv 1503.02531), section 2.
     """
@@ -61,24 +65,27 @@ class Teacher(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in evaluation mode, whatever becomes of the modules around it."""
+        """Keep evaluation mode, whatever ``mode`` is: a parent module may switch to training mode."""
         del mode
         return super().train(mode=False)
 
     @torch.no_grad()
     def forward(self, batch: MultimodalBatch) -> Tensor:
-        """The rows before the head, ``(T, D of the teacher)``."""
+        """Return the rows before the head, ``(T, D of the teacher)``."""
         return self.model(batch).hidden
 
     @torch.no_grad()
     def soft_target(self, hidden: Tensor, row_losses: Tensor) -> SoftTarget:
-        """What the student's head needs of rows that ``forward`` gave. Call it right before that head."""
+        """Return the target for the student's head, from the result of ``forward``.
+
+        Call it right before that head: the target holds the teacher's whole head matrices.
+        """
         return SoftTarget(hidden, self.matrices(), self.share, self.temperature, row_losses)
 
     def units(self) -> Sequence[nn.Module]:
-        """Blocks that ZeRO-3 should gather as one."""
+        """Return the blocks whose parameters ZeRO-3 should gather together."""
         return self.model.checkpoint_units()
 
     def flops(self, batch: MultimodalBatch) -> TrainingFlops:
-        """Operations of its forward pass, with logits for the rows that carry loss."""
+        """Return the operations of the teacher's forward pass, with logits for the rows that carry loss."""
         return self.model.training_flops(batch, ())

@@ -1,8 +1,8 @@
-"""Optimizer groups, schedules, and clipping where nobody else clips.
+"""Parameter groups, learning rate schedules, and gradient clipping for the case without a DeepSpeed wrapper.
 
-Groups are known by name, ``component/decay``, ``component/no_decay`` and for Muon ``component/matrices``, never by
-index: DeepSpeed drops empty groups and shifts the indices of the rest. A schedule is a pure function of the step within
-the stage; it has no state to save.
+Groups are identified by name (``component/decay``, ``component/no_decay`` and for Muon ``component/matrices``), not by
+index, because DeepSpeed drops empty groups and shifts the indices. A schedule is a pure function of the step within the
+stage and has no state to save.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _TABLE_ENDING = "embedding"
 
 
 Components = Mapping[str, Sequence[nn.Parameter]]
-"""Parameters by the name of their component: what a model's ``components()`` gives."""
+"""Parameters by the name of their component, as a model's ``components()`` returns them."""
 
 
 def component_of_parameters(model: nn.Module, components: Components) -> dict[str, str]:
-    """The component of every parameter, by parameter name.
+    """Return the component of every parameter, by parameter name.
 
     Raises:
         ConfigError: a parameter belongs to no component, or to two.
@@ -47,7 +47,7 @@ def component_of_parameters(model: nn.Module, components: Components) -> dict[st
 
 
 def trained_components(components: Iterable[str], stage: StageConfig) -> tuple[str, ...]:
-    """The components that ``stage`` trains, of those that the model has.
+    """Return the components that ``stage`` trains.
 
     Raises:
         ConfigError: the stage names a component that the model lacks.
@@ -61,10 +61,11 @@ def trained_components(components: Iterable[str], stage: StageConfig) -> tuple[s
 
 
 def freeze(model: nn.Module, components: Components, stage: StageConfig) -> None:
-    """Lets exactly the components of ``stage`` learn. Mutates ``requires_grad``.
+    """Set ``requires_grad`` of every parameter: True for the components that ``stage`` trains, False for the others.
 
     Raises:
-        ConfigError: the stage names a component that the model lacks.
+        ConfigError: the stage names a component that the model lacks, or a parameter does not belong to exactly one
+            component.
     """
     names = trained_components(components, stage)
     owner = component_of_parameters(model, components)
@@ -73,78 +74,86 @@ def freeze(model: nn.Module, components: Components, stage: StageConfig) -> None
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter, also where ZeRO-3 has left an empty placeholder."""
+    """Return the shape of the whole parameter, even if ZeRO-3 has replaced it by an empty placeholder."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def decays(name: str, shape: Sequence[int]) -> bool:
-    """Whether weight decay applies: to matrices, not to norms, biases and gates (stacked expert biases are 2-D)."""
+    """Return whether weight decay applies: to matrices, but not to norms, biases and gates.
+
+    The name decides too, because the stacked biases of experts have two dimensions.
+    """
     return len(shape) >= 2 and not name.rsplit(".", 1)[-1].endswith(_NO_DECAY_ENDINGS)
 
 
 def token_tables(model: nn.Module) -> set[int]:
-    """Ids of parameters with a row for every token, or for every position of one: those of ``nn.Embedding`` and of the
-    language head."""
+    """Return the ``id()`` of each parameter with one row per token or per position.
+
+    They are the parameters of ``nn.Embedding`` and of ``LanguageHead``.
+    """
     owners = (module for module in model.modules() if isinstance(module, nn.Embedding | LanguageHead))
     return {id(parameter) for module in owners for parameter in module.parameters()}
 
 
 def tables(model: nn.Module) -> set[int]:
-    """Ids of parameters whose rows are looked up or scored one by one, and which are no linear maps to Muon.
+    """Return the ``id()`` of each parameter that is a table of vectors, which Muon must not treat as a linear map.
 
-    They are the ``token_tables`` and those named ``*embedding``.
+    They are the ``token_tables`` and the parameters whose names end in ``embedding``.
     """
     named = (parameter for name, parameter in model.named_parameters() if name.endswith(_TABLE_ENDING))
     return token_tables(model) | {id(parameter) for parameter in named}
 
 
 def parameter_groups(model: nn.Module, components: Components, stage: StageConfig) -> list[dict[str, Any]]:
-    """Groups of the trained parameters, in a fixed order.
+    """Return the groups of the trained parameters in a fixed order, without empty ones.
 
-    Each has a ``name``, its ``component``, ``state_kinds``: the names of what the optimizer keeps beside each master,
-    value by value, and ``state_bits``: of each of those values.
+    Besides torch's keys, each group has a ``name``, its ``component``, ``state_kinds`` (names of the optimizer's state
+    tensors with one value per parameter value) and ``state_bits`` (bits of each of these values).
 
-    The learning rate starts at 0: it is written before every step, and an optimizer that is stepped by somebody else
-    during construction (DeepSpeed does at stage 0 in bf16) must not move a weight.
+    The learning rate is 0 at first and must be set before every step. DeepSpeed steps the optimizer while it is being
+    constructed (at stage 0 in bf16), which must not change a weight.
     """
     owner = component_of_parameters(model, components)
     muon = isinstance(stage.optimizer, MuonConfig)
-    beside = () if isinstance(stage.optimizer, AdafactorConfig) else ADAM_MOMENTS
+    moments = () if isinstance(stage.optimizer, AdafactorConfig) else ADAM_MOMENTS
     bits = stage.optimizer.state_bits if isinstance(stage.optimizer, AdamWConfig) else 32
     decay = stage.optimizer.weight_decay
-    roles = {"matrices": (decay, MUON_MOMENTS), "decay": (decay, beside), "no_decay": (0.0, beside)}
+    roles = {"matrices": (decay, MUON_MOMENTS), "decay": (decay, moments), "no_decay": (0.0, moments)}
     groups: dict[str, dict[str, Any]] = {}
     for component in sorted(set(owner.values())):
         for role, (weight_decay, kinds) in roles.items():
             name = f"{component}/{role}"
             groups[name] = {"params": [], "name": name, "component": component, "weight_decay": weight_decay, "lr": 0.0}
             groups[name] |= {"state_kinds": kinds, "state_bits": bits}
-    no_matrices = tables(model)
+    table_ids = tables(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             role = "decay" if decays(name, full_shape(parameter)) else "no_decay"
-            role = "matrices" if muon and role == "decay" and id(parameter) not in no_matrices else role
+            role = "matrices" if muon and role == "decay" and id(parameter) not in table_ids else role
             groups[f"{owner[name]}/{role}"]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 
 def schedule(stage: StageConfig, step: int, warmup: int) -> float:
-    """Learning rate of optimizer step ``step`` (from 0) of the stage after ``warmup`` steps, as a share of the peak."""
+    """Return the learning rate of 0-based optimizer step ``step`` of the stage, as a share of the peak.
+
+    It rises linearly for ``warmup`` steps and then follows ``stage.schedule``.
+    """
     if step < warmup:
         return (step + 1) / warmup
     if stage.schedule == "constant":
         return 1.0
     progress = min(1.0, (step + 1 - warmup) / max(1, stage.steps - warmup))
-    fall = 0.5 * (1 + math.cos(math.pi * progress)) if stage.schedule == "cosine" else 1 - progress
-    return stage.min_learning_rate + (1 - stage.min_learning_rate) * fall
+    decay = 0.5 * (1 + math.cos(math.pi * progress)) if stage.schedule == "cosine" else 1 - progress
+    return stage.min_learning_rate + (1 - stage.min_learning_rate) * decay
 
 
 class LearningRates:
     """Learning rates of the trained components of a stage.
 
     Args:
-        stage: The schedule, and peak and warm-up of each component.
-        components: Those that the stage trains.
+        stage: Schedule, and peak and warm-up of each component.
+        components: Components that the stage trains.
     """
 
     def __init__(self, stage: StageConfig, components: Iterable[str]) -> None:
@@ -152,19 +161,21 @@ class LearningRates:
         self._peaks = {name: (stage.peak_learning_rate(name), stage.warmup(name)) for name in components}
 
     def at(self, step: int) -> dict[str, float]:
-        """Return the learning rate of each component at ``step`` of the stage, from 0."""
+        """Return the learning rate of each component at the 0-based ``step`` of the stage."""
         return {name: peak * schedule(self._stage, step, warmup) for name, (peak, warmup) in self._peaks.items()}
 
 
-class Clips:
-    """In front of an optimizer class: clips by the global norm and refuses a step whose norm is not finite.
+class ClippingMixin:
+    """Clips gradients by their global norm, and skips a step whose norm is not finite.
 
-    DeepSpeed's own wrappers do both from stage 1 on; at stage 0 in fp32 it would step with NaN gradients. The two
-    public names without a meaning of their own are those under which DeepSpeed's engine looks for them.
+    A subclass lists this mixin before the optimizer class. DeepSpeed's own wrappers do both from stage 1 on. At stage 0
+    in fp32 there is no wrapper, and DeepSpeed would step with NaN gradients. DeepSpeed's engine reads ``overflow`` and
+    ``_global_grad_norm`` of an optimizer.
 
     Attributes:
-        clip: Largest norm; 0 for none.
-        may_update: Called with the norm if it is finite; returns whether to step. It may scale the gradient.
+        clip: Largest global norm; 0 for no clipping.
+        overflow: Whether the last step was skipped because its norm was not finite.
+        may_update: Called with the norm if it is finite; returns whether to step. It may scale the gradient in place.
     """
 
     clip = 0.0
@@ -175,7 +186,7 @@ class Clips:
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Clips, then steps."""
+        """Clip, then step; leave the weights alone if the norm is not finite or ``may_update`` returns False."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = global_norm(gradients)
         self.overflow = not math.isfinite(norm)
@@ -188,13 +199,13 @@ class Clips:
 
 
 def global_norm(tensors: list[Tensor]) -> float:
-    """L2 norm of all values together."""
+    """Return the L2 norm of all values of ``tensors`` together."""
     if not tensors:
         return 0.0
     return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)), dtype=torch.float64))
 
 
 def can_fuse(groups: list[dict[str, Any]]) -> bool:
-    """Whether torch has one kernel for the whole step of these parameters."""
+    """Return whether torch's fused optimizer step supports these parameters."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)

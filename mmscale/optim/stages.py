@@ -1,7 +1,9 @@
-"""The stage program: what is trained, for how long, and how fast.
+"""Configuration of the stages of a run: which components to train, for how many steps, at which learning rates.
 
-A run is a list of stages. Each stage trains some components of the model and freezes the others; between two stages
-only weights are handed on (new optimizer state, new schedule), and model and data may change.
+A run is a list of stages. Each stage trains some components of the model and freezes the others. A stage begins with
+the weights of the previous one, but its optimizer state, schedule and moving average start anew. A stage may change
+the model and the data. If the data block and the model's ``MediaSpec`` are unchanged, the stage continues the data
+where the previous one stopped; otherwise, it starts at the beginning of its data.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from data_pipeline.io.strict import StrictConfig
 from mmscale.optim.config import AdamWConfig, EmaConfig, OptimizerConfig
 
 ALL = "all"
-"""Stands for every component of the model."""
+"""Name for every component of the model."""
 DEFAULT = "default"
-"""Key of the value of components that are not named."""
+"""Key of the value for components without a key of their own."""
 
 
 Steps = Annotated[int, Field(ge=0)]
@@ -35,18 +37,19 @@ def _check_names(names: tuple[str, ...], key: str) -> None:
     if len(set(names)) != len(names):
         raise ValueError(f"{key}={list(names)} names a component twice")
     if ALL in names and len(names) > 1:
-        raise ValueError(f"{key}={list(names)}: `{ALL}` stands alone")
+        raise ValueError(f"{key}={list(names)}: `{ALL}` must be the only name")
 
 
 class WeightsConfig(StrictConfig):
-    """Weights from elsewhere, as far as they fit."""
+    """Weights to load from another checkpoint, as far as they fit the model."""
 
     checkpoint: Path
-    """A checkpoint folder (``RUN/checkpoints/step-N``), or a run folder: then its newest whole one."""
+    """A checkpoint folder (``RUN/checkpoints/step-N``), or a run folder for its newest complete checkpoint."""
     components: tuple[str, ...] = Field(default=(ALL,), min_length=1)
-    """Components that are taken; the others keep what they have. ``all`` alone takes every one."""
+    """Components to load; the others keep their weights. ``[all]`` loads every component."""
     ema: bool = False
-    """Take the averages of the weights, where the checkpoint keeps them, instead of the weights."""
+    """Load the moving averages instead of the weights, for parameters with an average in the checkpoint. The checkpoint
+    must contain averages."""
 
     @model_validator(mode="after")
     def _check(self) -> WeightsConfig:
@@ -55,18 +58,20 @@ class WeightsConfig(StrictConfig):
 
 
 class DistillConfig(StrictConfig):
-    """A teacher: a frozen model whose predictions the stage's model follows (Hinton et al. 2015)."""
+    """A teacher: a frozen model whose predictions the stage's model learns (Hinton et al. 2015)."""
 
     checkpoint: Path
-    """A checkpoint folder (``RUN/checkpoints/step-N``), or a run folder: then its newest whole one. Its vocabulary must
-    be the student's, and it must take images as the student does."""
+    """A checkpoint folder (``RUN/checkpoints/step-N``), or a run folder for its newest complete checkpoint. The teacher
+    must have the student's number of logits and the student's image inputs. The run does not check that an id is the
+    same token for both."""
     weight: float = Field(default=1.0, gt=0, le=1)
-    """Share of the loss that is the divergence from this teacher; what the weights of all teachers leave of 1 is the
-    cross-entropy's."""
+    """Share of the loss for the divergence from this teacher. The cross-entropy has the remaining share: 1 minus the
+    weights of all teachers, which may sum to at most 1."""
     temperature: float = Field(default=1.0, gt=0)
-    """By which the logits of both are divided before the softmax; the loss is multiplied with its square."""
+    """Divides the logits of teacher and student before the softmax. The divergence is multiplied by its square."""
     ema: bool = False
-    """Take the averages of its weights, where the checkpoint keeps them, instead of the weights."""
+    """Load the moving averages instead of the weights, for parameters with an average in the checkpoint. The checkpoint
+    must contain averages."""
 
 
 class StageConfig(StrictConfig):
@@ -75,44 +80,46 @@ class StageConfig(StrictConfig):
     name: str = Field(min_length=1)
     """Name in logs and checkpoints."""
     steps: int = Field(ge=1)
-    """Optimizer steps; the schedules are stretched over them."""
+    """Number of optimizer steps; the learning rate schedule ends with the last one."""
     train: tuple[str, ...] = Field(default=(ALL,), min_length=1)
-    """Components that learn, of ``vision``, ``connector``, ``decoder``, ``extra_tokens``; or ``all`` alone. The rest is
-    frozen."""
+    """Components to train: any of ``vision``, ``connector``, ``decoder``, ``extra_tokens``, or ``[all]``. The others
+    are frozen."""
     learning_rate: dict[str, Annotated[float, Field(gt=0)]] = Field(default={DEFAULT: 1e-3})
-    """Peak learning rate of each trained component; ``default`` serves those that are not named."""
+    """Peak learning rate of each trained component. ``default`` applies to components without a key."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls from its peak after the warm-up."""
+    """Shape of the learning rate after the warm-up: decay to ``min_learning_rate``, or ``constant``."""
     warmup_steps: Steps | dict[str, Steps] = 0
-    """Steps of linear rise to the peak, at most ``steps``: of all components, or of each; ``default`` serves those that
-    are not named. The fall begins where a component's own rise ends."""
+    """Steps of linear warm-up, at most ``steps``: one number, or a number per component with ``default`` for components
+    without a key. The decay of a component begins when its own warm-up ends."""
     min_learning_rate: float = Field(default=0.1, ge=0, le=1)
-    """Learning rate of the last step as a share of the peak. Unused by ``constant``."""
+    """Learning rate of the last step as a share of the peak. Ignored with ``schedule: constant``."""
     optimizer: OptimizerConfig = AdamWConfig()
-    """How gradients become steps: ``adamw``, ``adafactor`` or ``muon``, each with its own fields."""
+    """Optimizer: ``kind`` is ``adamw``, ``adafactor`` or ``muon``, each with its own fields."""
     ema: EmaConfig | None = None
-    """Average of the trained weights beside them, from the weights that the stage begins with; None keeps none."""
+    """Moving average of the trained weights, started from the weights at the beginning of the stage; null for none."""
     z_loss: float = Field(default=0.0, ge=0)
-    """Weight of the square of the logits' log-normaliser, added to each token's loss (PaLM, OLMo, Molmo: 1e-4); 0 for
-    none."""
+    """Coefficient of the z loss: each token adds its loss weight * ``z_loss`` * ``logsumexp(logits) ** 2`` to the loss
+    (PaLM, OLMo, Molmo: 1e-4). 0 for none."""
     clip: Norm | dict[str, Norm] = 1.0
-    """Largest gradient norm; larger gradients are scaled down to it, 0 switches that off. A number limits the norm of
-    the whole gradient; names limit that of each component by itself, ``default`` that of those not named."""
+    """Largest gradient norm; larger gradients are scaled down to it. 0 for no clipping. A number limits the norm of the
+    whole gradient. A mapping limits the norm of each component separately, with ``default`` for components without a
+    key."""
     data: dict[str, Any] | None = None
-    """Overrides of the ``data`` block during this stage, for example another mixture; None keeps it."""
+    """Overrides of the ``data`` block during this stage, for example another mixture; null for none."""
     model: dict[str, Any] | None = None
-    """Overrides of the ``model`` block from this stage on: unlike ``data``, a model that was changed stays so."""
+    """Overrides of the ``model`` block from this stage on; null for none. Unlike ``data``, they also apply to the later
+    stages."""
     weights: tuple[WeightsConfig, ...] = ()
-    """Taken in this order at the beginning of the stage, after the weights of the stage before."""
+    """Weights to load at the beginning of the stage, in this order, over the weights of the previous stage."""
     distill: tuple[DistillConfig, ...] = ()
-    """Teachers whose predictions are targets beside the data's tokens; none for the data alone."""
+    """Teachers whose predictions are targets in addition to the tokens of the data; empty for none."""
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
         _check_names(self.train, "train")
         shares = [teacher.weight for teacher in self.distill]
         if math.fsum(shares) > 1 + 1e-9:
-            raise ValueError(f"distill: the weights {shares} are shares of one loss, so they may sum to 1 at most")
+            raise ValueError(f"distill: the weights {shares} are shares of one loss and must sum to at most 1")
         warmups = _by_component(self.warmup_steps)
         if max(warmups.values(), default=0) > self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is longer than the stage (steps={self.steps})")
@@ -132,33 +139,33 @@ class StageConfig(StrictConfig):
 
     @property
     def named_components(self) -> set[str]:
-        """Components that have a learning rate, a warm-up or a clipping norm of their own."""
+        """Components with a key in ``learning_rate``, ``warmup_steps`` or ``clip``."""
         return {*self.learning_rate, *_by_component(self.warmup_steps), *_by_component(self.clip)} - {DEFAULT}
 
     @property
     def whole_clip(self) -> float:
-        """Largest norm of the whole gradient; 0 for none, and where each component has its own."""
+        """Largest norm of the whole gradient; 0 for no limit, or if ``clip`` is per component."""
         return 0.0 if isinstance(self.clip, dict) else self.clip
 
     def component_clip(self, component: str) -> float:
-        """Largest norm of the gradient of ``component`` by itself; 0 for none, and where the whole gradient has one."""
+        """Return the largest norm of the gradient of ``component``; 0 for no limit, or if ``clip`` is one number."""
         return self.clip.get(component, self.clip.get(DEFAULT, 0.0)) if isinstance(self.clip, dict) else 0.0
 
     def peak_learning_rate(self, component: str) -> float:
-        """Peak learning rate of ``component``."""
+        """Return the peak learning rate of ``component``."""
         return self.learning_rate.get(component, self.learning_rate.get(DEFAULT, 0.0))
 
-    def stretched(self, steps: int) -> StageConfig:
-        """The stage over another number of steps: warm-ups in proportion, so that the schedules keep their shape."""
+    def with_steps(self, steps: int) -> StageConfig:
+        """Return the stage with another number of steps, and with warm-ups scaled in proportion and rounded up."""
 
-        def part(warmup: int) -> int:
+        def scaled(warmup: int) -> int:
             return -(-warmup * steps // self.steps)
 
         old = self.warmup_steps
-        new = part(old) if isinstance(old, int) else {name: part(warmup) for name, warmup in old.items()}
+        new = scaled(old) if isinstance(old, int) else {name: scaled(warmup) for name, warmup in old.items()}
         return self.model_copy(update={"steps": steps, "warmup_steps": new})
 
     def warmup(self, component: str) -> int:
-        """Warm-up of ``component``, steps."""
+        """Return the number of warm-up steps of ``component``."""
         warmups = _by_component(self.warmup_steps)
         return warmups.get(component, warmups.get(DEFAULT, 0))

@@ -1,12 +1,12 @@
-"""Structured pruning of a decoder: a smaller model out of the weights of a larger one, in a single cut.
+"""Structured pruning of a decoder: make a smaller model from the weights of a larger one, in one step.
 
-    limits                 may this model be cut out of that one?
-    weights | activations  what each removable unit is worth      -> Scores
-    choice                 which of them stay, axis by axis        -> Choice
-    cut                    where each tensor of the smaller model lies in the larger one's, and by what it is scaled
-    write                  all of it: a checkpoint whose weights a stage takes
+    limits                 check that the smaller model can be cut out of the larger one
+    weights | activations  score each removable unit                                      -> Scores
+    choice                 choose the units to keep, axis by axis                         -> UnitChoice
+    cut                    rows, columns and scale of each tensor of the smaller model    -> Cut
+    write                  write a checkpoint whose weights a stage can load
 
-What stays keeps its order. Not for: winning back what the cut cost, which is training.
+Kept units keep their order. Pruning raises the loss; train the smaller model afterwards.
 
 Source: Muralidharan et al. 2024, "Compact language models via pruning and knowledge distillation" (arXiv 2407.14679).
 """

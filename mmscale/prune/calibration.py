@@ -1,6 +1,6 @@
-"""The larger model on calibration data: what its units are worth there, and what it loses on held-out documents.
+"""Score the units of the larger model on calibration data, and measure the loss of a model on held-out documents.
 
-One process, on the GPU if there is one; batches go through the model one at a time.
+Runs in one process, on the GPU if there is one, one batch at a time.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from mmscale.run.config import RunConfig
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the larger model is watched on.
+    """Calibration data.
 
     Attributes:
-        run: Its ``data`` gives the batches, those of its first steps; its held-out sets of the kind ``perplexity`` are
-            scored before and after. Its model and its stages do not count.
-        batches: Number of batches, each a pack of one lane.
+        run: Run whose ``data`` block gives the batches, from its first step. Its held-out sets of kind ``perplexity``
+            are scored before and after pruning. Its model and stages are not used.
+        batches: Number of calibration batches. Each batch is a pack of one lane.
     """
 
     run: RunConfig
     batches: int
 
     def check(self, config: ModelConfig) -> None:
-        """Checks that a model can read these data.
+        """Check that the tokenizer of the data fits a model.
 
         Raises:
             ConfigError: the tokenizer has more ids than the model.
@@ -50,23 +50,23 @@ class Calibration:
         tokens = load_tokenizer(self.run.data.tokenizer).vocab_size
         if tokens > config.decoder.num_ids:
             raise ConfigError(
-                f"the calibration data's tokenizer has {tokens} ids, the source {config.decoder.num_ids}: "
+                f"the calibration data's tokenizer has {tokens} ids, but the source has only {config.decoder.num_ids}: "
                 "give the tokenizer that the source was trained with (data.tokenizer)"
             )
 
     def scores(self, model: MultimodalModel) -> tuple[Scores, int]:
-        """Of every unit of the decoder, and the tokens that they are means over.
+        """Score every unit of the decoder. Return the scores and the number of tokens over which they are means.
 
         Raises:
-            ConfigError: the data hold no token.
-            DataPipelineError: they are missing or damaged.
+            ConfigError: the data have no valid token.
+            DataPipelineError: the data are missing or damaged.
         """
         device = next(model.parameters()).device
         batches = islice(_batches(self.run, model.config), self.batches)
         return scores_of_activations(model, (batch.to(device) for batch in batches))
 
     def losses(self, model: MultimodalModel) -> dict[str, float]:
-        """Mean loss on each held-out set of documents; none of a model that sees, whose decoder alone is pruned.
+        """Return the mean loss on each held-out set; empty for a model with vision, because only its decoder is pruned.
 
         Raises:
             ConfigError: a set cannot be scored as configured.
@@ -82,27 +82,29 @@ class Calibration:
 
 
 def load_model(path: Path, config: ModelConfig) -> MultimodalModel:
-    """The model of a checkpoint in the precision of its run, its average if it keeps one.
+    """Load the model of a checkpoint in evaluation mode, bf16 if its run was, else fp32; the EMA weights if it has any.
 
     Raises:
-        CheckpointError: it is damaged, of another model, or of one that predicts no tokens.
+        CheckpointError: the checkpoint is damaged, of another model, or of a contrastive model.
     """
     manifest = read_manifest(path)
     dtype, usual = torch.bfloat16 if manifest.precision == "bf16" else torch.float32, torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # A model that is built first and cast then would be there twice.
+    torch.set_default_dtype(dtype)  # Building the model first and casting it later would hold it in memory twice.
     try:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = build_model(config, seed=None, dtype=dtype)
     finally:
         torch.set_default_dtype(usual)
     if not isinstance(model, MultimodalModel):
-        raise CheckpointError(f"{path} holds a contrastive model, which predicts no tokens; prune it by its weights")
+        raise CheckpointError(
+            f"{path} holds a contrastive model, which predicts no tokens; prune it by its weights (without --data)"
+        )
     load_weights(model, path, ema=manifest.ema)
     return model.eval()
 
 
 def _batches(run: RunConfig, config: ModelConfig) -> Iterator[MultimodalBatch]:
-    data = run.data.model_copy(update={"workers": 0})  # Few batches: no process is worth its start.
+    data = run.data.model_copy(update={"workers": 0})  # A worker process costs more than it saves for few batches.
     with Loader(data, media_spec(config), seed=run.seed) as loader:
         for step in loader:
             if not step.num_samples and step.exhausted:

@@ -1,9 +1,11 @@
-"""From scores to what stays: indices on every axis, in their old order.
+"""Choose the units to keep from their scores: indices on every axis, in their old order.
 
-heads    q0 q1 | q2 q3 | q4 q5      key heads first, each by its best query heads, then these within it
-         k0    | k1    | k2         -> queries never meet other keys than their own
+heads    q0 q1 | q2 q3 | q4 q5      choose key heads by the scores of their best query heads, then query heads in them
+         k0    | k1    | k2         -> each query head keeps its own key head
 rotated  pairs (i, i + R/2) of frequency theta^(-2i/R)
-         every (R/R')-th pair stays: theta^(-2 (i R/R') / R) = theta^(-2i/R'), the frequencies of the smaller model
+         keep every (R/R')-th pair: theta^(-2 (i R/R') / R) = theta^(-2i/R'), the frequencies of the smaller model
+
+R and R' are the numbers of rotated channels of a head in the larger and in the smaller model.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ Indices = Int[Tensor, " kept"]
 
 
 class NormCut(NamedTuple):
-    """What stays of a norm's scale, and by what it is multiplied.
+    """The kept channels of a norm, and the factor of its scale.
 
-    A norm over D channels that becomes one over D' divides by another root mean square. If those that stay hold the
-    share s of the energy, ``sqrt(s D / D')`` gives them the values that they had; 1 if the others were ordinary, and
-    ``sqrt(D / D')`` if they held nothing.
+    A norm over D channels that is cut to D' channels divides by another root mean square. If the kept channels have the
+    share s of the energy, the factor ``sqrt(s D / D')`` preserves their normalised values. The factor is 1 if the
+    removed channels had average energy, and ``sqrt(D / D')`` if they had none.
     """
 
     channels: Indices
@@ -38,21 +40,21 @@ class NormCut(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockChoice:
-    """What stays of a block.
+    """The kept units of one block.
 
     Attributes:
-        number: Of the block in the source.
-        neurons: Channels of the feed-forward.
-        queries: Rows of ``q_proj``: head * K + channel.
-        keys: Rows of ``k_proj``.
-        values: Rows of ``v_proj``.
-        outputs: Columns of ``o_proj``.
-        query_scale: Of queries, on the norm if there is one, else on ``q_proj``. Dot products are divided by the root
-            of their width, so ``sqrt(K' / K)``: what remains of one enters the softmax as before.
-        attention_norm: Of ``input_layernorm``.
-        mlp_norm: Of ``post_attention_layernorm``.
-        query_norm: Of ``q_norm``, if there is one.
-        key_norm: Of ``k_norm``, likewise.
+        number: Number of the block in the source.
+        neurons: Kept channels of the feed-forward.
+        queries: Kept rows of ``q_proj``: head * K + channel.
+        keys: Kept rows of ``k_proj``.
+        values: Kept rows of ``v_proj``.
+        outputs: Kept columns of ``o_proj``.
+        query_scale: Factor of the queries, applied to ``q_norm`` if there is one, else to ``q_proj``. It is
+            ``sqrt(K' / K)``, because attention divides dot products by the root of the head width.
+        attention_norm: Cut of ``input_layernorm``.
+        mlp_norm: Cut of ``post_attention_layernorm``.
+        query_norm: Cut of ``q_norm``; None without one.
+        key_norm: Cut of ``k_norm``; None without one.
     """
 
     number: int
@@ -69,72 +71,75 @@ class BlockChoice:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What stays of a decoder.
+class UnitChoice:
+    """The kept units of a decoder.
 
     Attributes:
-        norm: Of the last norm; its channels are those of the residual stream, the same in every block.
-        blocks: Those that stay.
+        norm: Cut of the last norm. Its channels are the kept channels of the residual stream in every block.
+        blocks: The kept blocks, in order.
     """
 
     norm: NormCut
     blocks: tuple[BlockChoice, ...]
 
 
-def choose(source: DecoderConfig, target: DecoderConfig, scores: Scores) -> Choice:
-    """Keeps the best units of every axis; among equals the first.
+def choose_units(source: DecoderConfig, target: DecoderConfig, scores: Scores) -> UnitChoice:
+    """Choose the units with the highest scores on every axis; among equal scores the first.
 
     Args:
         source: The larger decoder.
-        target: The smaller one; ``limits.refusals`` has nothing against it.
-        scores: Of the larger one.
+        target: The smaller decoder. ``limits.conflicts`` must be empty for it.
+        scores: Scores of the larger decoder.
     """
     channels = best(scores.channels, target.hidden_dim)
     numbers = kept_blocks(source.num_layers, target.num_layers, scores.influence)
-    blocks = tuple(_block(source, target, number, scores.blocks[number], channels) for number in numbers)
-    return Choice(norm_cut(scores.energy, channels), blocks)
+    blocks = tuple(_choose_block(source, target, number, scores.blocks[number], channels) for number in numbers)
+    return UnitChoice(norm_cut(scores.energy, channels), blocks)
 
 
 def best(scores: Float[Tensor, " units"], count: int) -> Indices:
-    """The ``count`` units of the highest scores, in their old order."""
+    """Return the indices of the ``count`` highest scores, in ascending order."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def kept_blocks(before: int, after: int, influence: Float[Tensor, " L"] | None) -> list[int]:
-    """Those that change the stream most; where that is not known the first, the last, and even steps between."""
+    """Return the numbers of the blocks to keep: those with the highest influence; evenly spaced ones if it is None.
+
+    Evenly spaced blocks include the first and the last block. A single block is the first.
+    """
     if influence is not None:
         return best(influence, after).tolist()
     return [round(n * (before - 1) / max(after - 1, 1)) for n in range(after)]
 
 
 def norm_cut(energy: Float[Tensor, " D"], kept: Indices) -> NormCut:
-    """The cut of a norm over all of D channels."""
+    """Return the cut of a norm over all D channels."""
     return NormCut(kept, math.sqrt(float(energy[kept].sum()) * len(energy) / len(kept)))
 
 
-def _block(
+def _choose_block(
     source: DecoderConfig, target: DecoderConfig, number: int, scores: BlockScores, channels: Indices
 ) -> BlockChoice:
     assert isinstance(target.mlp, DenseMlpConfig)
     width = source.attention.resolved_head_dim(source.hidden_dim)
     kept_width = target.attention.resolved_head_dim(target.hidden_dim)
-    groups, heads = _heads(scores.heads.view(source.attention.kv_heads, -1), target)
-    # A key head's channels are worth what they are to those of its query heads that stay.
+    groups, heads = _choose_heads(scores.heads.view(source.attention.kv_heads, -1), target)
+    # Score the channels of a key head by its kept query heads only.
     query_key, value_scores = (
         each[heads].view(len(groups), -1, width).sum(1) for each in (scores.query_key, scores.value)
     )
     inner = _query_key_channels(source, target, query_key)
     value = torch.stack([best(row, kept_width) for row in value_scores])
     each = len(heads) // len(groups)
-    queries, keys = _flat(heads, inner.repeat_interleave(each, 0), width), _flat(groups, inner, width)
+    queries, keys = _rows(heads, inner.repeat_interleave(each, 0), width), _rows(groups, inner, width)
     per_head = inner[0] if source.attention.qk_norm is QkNorm.HEAD else None
     return BlockChoice(
         number=number,
         neurons=best(scores.neurons, target.mlp.hidden_dim),
         queries=queries,
         keys=keys,
-        values=_flat(groups, value, width),
-        outputs=_flat(heads, value.repeat_interleave(each, 0), width),
+        values=_rows(groups, value, width),
+        outputs=_rows(heads, value.repeat_interleave(each, 0), width),
         query_scale=math.sqrt(kept_width / width),
         attention_norm=norm_cut(scores.attention_energy, channels),
         mlp_norm=norm_cut(scores.mlp_energy, channels),
@@ -143,8 +148,8 @@ def _block(
     )
 
 
-def _heads(scores: Float[Tensor, "G heads"], target: DecoderConfig) -> tuple[Indices, Indices]:
-    """Key heads, and query heads (numbered through) of each of them in turn."""
+def _choose_heads(scores: Float[Tensor, "G heads"], target: DecoderConfig) -> tuple[Indices, Indices]:
+    """Choose key heads, and the query heads of each. Query heads are numbered over all key heads."""
     each = target.attention.num_heads // target.attention.kv_heads
     groups = best(scores.topk(each, dim=1).values.sum(1), target.attention.kv_heads)
     heads = [group * scores.shape[1] + best(scores[group], each) for group in groups.tolist()]
@@ -154,28 +159,37 @@ def _heads(scores: Float[Tensor, "G heads"], target: DecoderConfig) -> tuple[Ind
 def _query_key_channels(
     source: DecoderConfig, target: DecoderConfig, scores: Float[Tensor, "G K"]
 ) -> Int[Tensor, "G kept"]:
-    """Channels of each key head and its query heads: rotated ones by their frequencies, others by their scores."""
+    """Choose the channels of each key head and its query heads: rotated ones by frequency, others by score."""
     kept_width = target.attention.resolved_head_dim(target.hidden_dim)
     rotated = kept_rotated = 0
     if source.rope is not None and target.rope is not None:
         rotated, kept_rotated = rotated_width(scores.shape[1], source.rope), rotated_width(kept_width, target.rope)
     first = torch.arange(0, rotated // 2, rotated // max(kept_rotated, 1) or 1)
-    turned = torch.cat([first, first + rotated // 2])
-    rest = scores[:, rotated:]
+    rotated_channels = torch.cat([first, first + rotated // 2])
+    others = scores[:, rotated:]
     if source.attention.qk_norm is QkNorm.HEAD:
-        rest = rest.sum(0, keepdim=True).expand_as(rest)  # The norm has one weight for all heads.
-    return torch.stack([torch.cat([turned, rotated + best(row, kept_width - kept_rotated)]) for row in rest])
+        others = others.sum(0, keepdim=True).expand_as(others)  # One norm weight serves all heads.
+    return torch.stack(
+        [torch.cat([rotated_channels, rotated + best(row, kept_width - kept_rotated)]) for row in others]
+    )
 
 
-def _flat(heads: Indices, channels: Int[Tensor, "heads kept"], width: int) -> Indices:
-    """Rows of a projection: of each head those of its channels."""
+def _rows(heads: Indices, channels: Int[Tensor, "heads kept"], width: int) -> Indices:
+    """Return the rows of a projection that belong to the given channels of each head."""
     return (heads[:, None] * width + channels).flatten()
 
 
 def _head_norm(
     energy: Float[Tensor, "heads K"] | None, heads: Indices, rows: Indices, per_head: Indices | None
 ) -> NormCut | None:
-    """Of a norm over the channels of each head, which stay the same in all, or over those of all heads."""
+    """Return the cut of ``q_norm`` or ``k_norm``; None if there is no norm.
+
+    Args:
+        energy: Energy shares of the norm's input.
+        heads: Kept heads.
+        rows: Kept rows of the projection, for a norm over all heads.
+        per_head: Kept channels of every head, for a norm over the channels of each head; else None.
+    """
     if energy is None:
         return None
     return norm_cut(energy.flatten(), rows) if per_head is None else norm_cut(energy[heads].mean(0), per_head)

@@ -1,4 +1,4 @@
-"""Where each parameter of the smaller decoder lies in the larger one's, and by what it is multiplied."""
+"""Map each parameter of the smaller decoder to rows, columns and a scale of a parameter of the larger one."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from mmscale.prune.choice import BlockChoice, Choice, Indices, NormCut
+from mmscale.prune.choice import BlockChoice, Indices, NormCut, UnitChoice
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Rows and columns of a parameter of the source.
+    """Rows, columns and scale of a parameter of the source.
 
     Attributes:
-        name: Of the parameter in the source.
-        rows: Along the first dimension; None for all.
-        columns: Along the second; None for all, or where there is none.
-        scale: Of the values.
+        name: Name of the parameter in the source.
+        rows: Kept indices of the first dimension; None keeps all.
+        columns: Kept indices of the second dimension; None keeps all, or there is no second dimension.
+        scale: Factor of the kept values.
     """
 
     name: str
@@ -27,47 +27,47 @@ class Cut:
     columns: Indices | None = None
     scale: float = 1.0
 
-    def of(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The values that stay, of the whole parameter."""
+    def apply(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return the kept values of the complete parameter, scaled."""
         values = values if self.rows is None else values[self.rows]
         values = values if self.columns is None else values[:, self.columns]
         return values if self.scale == 1.0 else values * self.scale
 
 
-def cut_of(name: str, choice: Choice, second: Mapping[str, str]) -> Cut:
-    """The cut that gives the parameter ``name`` of the smaller decoder.
+def cut_of(name: str, choice: UnitChoice, second: Mapping[str, str]) -> Cut:
+    """Return the cut that gives the parameter ``name`` of the smaller decoder.
 
-    A smaller model with one table for embedding and head, cut out of one with two, gets the head: a table that is
-    trained in both roles comes to resemble it (Press and Wolf 2017, arXiv 1608.05859), and training from it is ahead
-    from the first steps on (``docs/pruning.md``).
+    If the smaller model ties embedding and head but the source does not, the tied table comes from the head. A tied
+    table learns to resemble the head (Press and Wolf 2017, arXiv 1608.05859). Before training, the head's table and the
+    embedding's give about the same loss; after 25 steps the head's gives a much lower one (``docs/benchmarks.md``).
 
     Args:
-        name: Of the parameter; of a tied one the embedding's.
-        choice: What stays.
-        second: Of each tied parameter the head's name for it.
+        name: Name of the parameter in the smaller model; the embedding's name for a tied one.
+        choice: The kept units.
+        second: Name of each table that the smaller model ties to the head -> its name in the head.
     """
     path, _, leaf = name.rpartition(".")
     if path == "decoder.norm":
-        return _of_norm(name, choice.norm)
+        return _norm_cut(name, choice.norm)
     if not path.startswith("decoder.layers."):  # Embedding and head: a row for each token.
         return Cut(second.get(name, name), columns=choice.norm.channels)
     number, _, inner = path.removeprefix("decoder.layers.").partition(".")
     block = choice.blocks[int(number)]
     source = f"decoder.layers.{block.number}.{inner}.{leaf}"
     part = inner.rpartition(".")[2]
-    if (norm := _norm(part, block)) is not None:
-        return _of_norm(source, norm, block.query_scale if part == "q_norm" else 1.0)
+    if (norm := _kept_norm(part, block)) is not None:
+        return _norm_cut(source, norm, block.query_scale if part == "q_norm" else 1.0)
     rows, columns = _projection(part, block, choice.norm.channels)
     scale = block.query_scale if part == "q_proj" and block.query_norm is None else 1.0
     return Cut(source, rows, columns if leaf == "weight" else None, scale)
 
 
-def _of_norm(name: str, norm: NormCut, scale: float = 1.0) -> Cut:
-    """Of its scale, or of its bias, which no root mean square divides."""
+def _norm_cut(name: str, norm: NormCut, scale: float = 1.0) -> Cut:
+    """Return the cut of a norm's weight, or of its bias, which needs no factor."""
     return Cut(name, rows=norm.channels, scale=norm.factor * scale if name.endswith(".weight") else 1.0)
 
 
-def _norm(part: str, block: BlockChoice) -> NormCut | None:
+def _kept_norm(part: str, block: BlockChoice) -> NormCut | None:
     return {
         "input_layernorm": block.attention_norm,
         "post_attention_layernorm": block.mlp_norm,
@@ -77,7 +77,7 @@ def _norm(part: str, block: BlockChoice) -> NormCut | None:
 
 
 def _projection(part: str, block: BlockChoice, channels: Indices) -> tuple[Indices, Indices]:
-    """Rows and columns."""
+    """Return the kept rows and columns of a projection."""
     return {
         "q_proj": (block.queries, channels),
         "k_proj": (block.keys, channels),

@@ -1,4 +1,4 @@
-"""Whether a model can be cut out of another one; every reason why not."""
+"""Check whether a model can be cut out of a larger one, and list the conflicts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmscale.models.decoder import DecoderConfig
 from mmscale.nn.block import DenseMlpConfig, NormKind, QkNorm
 from mmscale.nn.rope import YarnScaling, rotated_width
 
-_KIND = (
+_FIXED_FIELDS = (
     "norm.kind",
     "norm_placement",
     "rope.theta",
@@ -22,53 +22,57 @@ _KIND = (
     "mlp.gated",
     "mlp.bias",
 )
-"""What no cut can change. Stretched rotations may differ: they are no weights, and the smaller model is trained on."""
+"""Fields that must be equal in both models. ``rope.scaling`` may differ: it has no weights, and training adapts."""
 
-_TOWER = (
+_TOWER_REASON = (
     "only decoders are pruned: leave out vision and connector here, and a stage puts the result under them "
     "(stages.N.weights with components: [decoder])"
 )
 
 
-class Refusal(NamedTuple):
-    """Why the smaller model cannot be had."""
+class Conflict(NamedTuple):
+    """A reason why the smaller model cannot be cut out of the source."""
 
     path: str
-    """The field at fault, from the top of the model's file."""
+    """Dotted path of the field in the configuration of the smaller model."""
     reason: str
 
 
-def refusals(source: ModelConfig, target: ModelConfig) -> list[Refusal]:
-    """Everything that stands in the way of cutting ``target`` out of ``source``; an empty list if nothing does."""
+def conflicts(source: ModelConfig, target: ModelConfig) -> list[Conflict]:
+    """Return the conflicts that prevent cutting ``target`` out of ``source``; an empty list if there are none.
+
+    A vision block in ``target``, experts and axes larger than the source's each end the check, so later conflicts may
+    be missing in the list.
+    """
     if target.vision is not None:
-        return [Refusal("vision", _TOWER)]
-    return [Refusal(f"decoder.{path}", reason) for path, reason in _of_decoders(source.decoder, target.decoder)]
+        return [Conflict("vision", _TOWER_REASON)]
+    return [Conflict(f"decoder.{path}", reason) for path, reason in _decoder_conflicts(source.decoder, target.decoder)]
 
 
-def _of_decoders(source: DecoderConfig, target: DecoderConfig) -> Iterator[Refusal]:
+def _decoder_conflicts(source: DecoderConfig, target: DecoderConfig) -> Iterator[Conflict]:
     if not (isinstance(source.mlp, DenseMlpConfig) and isinstance(target.mlp, DenseMlpConfig)):
-        yield Refusal("mlp.kind", "experts are not pruned, only dense feed-forwards")
+        yield Conflict("mlp.kind", "experts are not pruned, only dense feed-forwards")
         return
     for path in ("vocab_size", "extra_tokens"):
         if _value(source, path) != _value(target, path):
-            yield Refusal(path, f"{_shown(source, path)} in the source; the vocabulary stays as it is")
-    for path in _KIND:
+            yield Conflict(path, f"{_format(source, path)} in the source; pruning keeps the vocabulary")
+    for path in _FIXED_FIELDS:
         if _value(source, path) != _value(target, path):
-            yield Refusal(path, f"{_shown(source, path)} in the source, and no cut can change it")
+            yield Conflict(path, f"{_format(source, path)} in the source, and no cut can change it")
     sizes, wanted = axes(source), axes(target)
     larger = [axis for axis in sizes if wanted[axis] > sizes[axis]]
     for axis in larger:
-        yield Refusal(axis, f"{wanted[axis]} is more than the source's {sizes[axis]}; pruning only takes away")
+        yield Conflict(axis, f"{wanted[axis]} is more than the source's {sizes[axis]}; pruning only removes units")
     if larger:
         return
     if wanted == sizes and source.tie_embeddings == target.tie_embeddings:
-        yield Refusal("hidden_dim", "the model is as large as the source in every axis: there is nothing to prune")
-    yield from _of_heads(source, target)
-    yield from _of_norms(source, target)
+        yield Conflict("hidden_dim", "the model is as large as the source on every axis: there is nothing to prune")
+    yield from _head_conflicts(source, target)
+    yield from _norm_conflicts(source, target)
 
 
 def axes(decoder: DecoderConfig) -> dict[str, int]:
-    """What can be made smaller: sizes by field."""
+    """Return the sizes that pruning can reduce, by field."""
     assert isinstance(decoder.mlp, DenseMlpConfig)
     return {
         "num_layers": decoder.num_layers,
@@ -80,13 +84,13 @@ def axes(decoder: DecoderConfig) -> dict[str, int]:
     }
 
 
-def _of_heads(source: DecoderConfig, target: DecoderConfig) -> Iterator[Refusal]:
+def _head_conflicts(source: DecoderConfig, target: DecoderConfig) -> Iterator[Conflict]:
     mine, theirs = (each.attention.num_heads // each.attention.kv_heads for each in (target, source))
     if mine > theirs:
-        yield Refusal(
+        yield Conflict(
             "attention.num_kv_heads",
-            f"{mine} query heads would share a key head, {theirs} do in the source; queries do not change their keys, "
-            f"so keep at least {-(-target.attention.num_heads // theirs)} key heads or fewer query heads",
+            f"{mine} query heads would share a key head, but {theirs} do in the source; each query head keeps its key "
+            f"head, so keep at least {-(-target.attention.num_heads // theirs)} key heads, or fewer query heads",
         )
     if source.rope is None or target.rope is None:
         return
@@ -94,34 +98,36 @@ def _of_heads(source: DecoderConfig, target: DecoderConfig) -> Iterator[Refusal]
     before, after = rotated_width(large, source.rope), rotated_width(small, target.rope)
     if before % after or small - after > large - before:
         fitting = [2 * half for half in range(1, before // 2 + 1) if before % (2 * half) == 0]
-        yield Refusal(
+        yield Conflict(
             "attention.head_dim",
-            f"{after} rotated channels cannot have the frequencies of {before}; possible are {fitting}",
+            f"{after} rotated channels cannot have the frequencies of {before}; expected one of {fitting}",
         )
     if source.rope.sections != target.rope.sections and large == small:
-        yield Refusal("rope.sections", f"{_shown(source, 'rope.sections')} in the source, and no cut can change it")
+        yield Conflict("rope.sections", f"{_format(source, 'rope.sections')} in the source, and no cut can change it")
     if large != small and (source.rope.sections or target.rope.sections):
-        yield Refusal("attention.head_dim", "heads whose frequencies are shared among axes (rope.sections) stay whole")
+        yield Conflict("attention.head_dim", "heads with RoPE sections (rope.sections) cannot be made narrower")
     if large != small and isinstance(source.rope.scaling, YarnScaling):
-        yield Refusal("attention.head_dim", "the frequencies of rope.scaling.kind=yarn follow from a head's width")
+        yield Conflict(
+            "attention.head_dim", "heads cannot be made narrower: rope.scaling.kind=yarn depends on their width"
+        )
 
 
-def _of_norms(source: DecoderConfig, target: DecoderConfig) -> Iterator[Refusal]:
-    """A layer norm subtracts the mean over all channels, which those that stay do not know."""
+def _norm_conflicts(source: DecoderConfig, target: DecoderConfig) -> Iterator[Conflict]:
+    """Yield the conflicts of norms. A layer norm subtracts the mean of all channels, so its channels cannot be cut."""
     sizes, wanted = axes(source), axes(target)
     if source.norm.kind is NormKind.LAYER and sizes["hidden_dim"] != wanted["hidden_dim"]:
-        yield Refusal("hidden_dim", f"a stream of layer norms keeps its width, {sizes['hidden_dim']}")
+        yield Conflict("hidden_dim", f"a residual stream with layer norms must keep its width, {sizes['hidden_dim']}")
     how = source.attention.qk_norm
     kinds = [(each.attention.qk_norm_config or each.norm).kind for each in (source, target)]
     if how is QkNorm.NONE:
         return
     if kinds[0] is not kinds[1]:
-        yield Refusal("attention.qk_norm_config", f"{kinds[0].value} in the source, and no cut can change it")
+        yield Conflict("attention.qk_norm_config", f"{kinds[0].value} in the source, and no cut can change it")
     names = ["attention.head_dim"]
     names += ["attention.num_heads", "attention.num_kv_heads"] if how is QkNorm.FULL else []
     for name in names if kinds[0] is NormKind.LAYER else ():
         if sizes[name] != wanted[name]:
-            yield Refusal(name, f"queries and keys under a layer norm keep the source's {sizes[name]}")
+            yield Conflict(name, f"queries and keys with a layer norm must keep the source's {sizes[name]}")
 
 
 def _value(decoder: DecoderConfig, path: str) -> Any:
@@ -131,6 +137,6 @@ def _value(decoder: DecoderConfig, path: str) -> Any:
     return value
 
 
-def _shown(decoder: DecoderConfig, path: str) -> str:
+def _format(decoder: DecoderConfig, path: str) -> str:
     value = _value(decoder, path)
     return "null" if value is None else str(getattr(value, "value", value))

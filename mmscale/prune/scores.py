@@ -1,4 +1,4 @@
-"""What each unit that can be removed is worth, whoever measured it."""
+"""Importance scores of removable units, from activations or from weights."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockScores:
-    """Of one block. Scores compare units of one axis of one block, and have no unit of measure.
+    """Scores of one block. Compare them only within one axis of one block; they have no unit of measure.
 
     Attributes:
-        heads: Of query heads.
-        neurons: Of the feed-forward's channels.
-        query_key: Of the channels of each query head's queries and of the keys that they meet.
-        value: Of the channels of the values that each query head mixes.
-        attention_energy: Share of each channel in the square of what ``input_layernorm`` reads; sums to 1.
+        heads: Scores of the query heads.
+        neurons: Scores of the feed-forward channels.
+        query_key: Scores of the channels of each query head's queries, together with those of its keys.
+        value: Scores of the channels of the values that each query head mixes.
+        attention_energy: Share of each channel in the squared input of ``input_layernorm``; sums to 1.
         mlp_energy: The same for ``post_attention_layernorm``.
-        query_energy: Of what ``q_norm`` reads; sums to 1 over a head, or over all where the norm spans them. None
+        query_energy: The same for ``q_norm``; sums to 1 over each head, or over all heads if the norm spans them. None
             without such a norm.
-        key_energy: Of what ``k_norm`` reads.
+        key_energy: The same for ``k_norm``.
     """
 
     heads: Float[Tensor, " H"]
@@ -36,13 +36,13 @@ class BlockScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of a decoder.
+    """Scores of a decoder.
 
     Attributes:
-        channels: Of the residual stream's channels.
-        energy: Share of each in the square of what the last norm reads; sums to 1.
-        blocks: First to last.
-        influence: What each block changes of the stream; None if nobody knows.
+        channels: Scores of the channels of the residual stream.
+        energy: Share of each channel in the squared input of the last norm; sums to 1.
+        blocks: Scores of the blocks, first to last.
+        influence: How much each block changes the residual stream; None if it was not measured.
     """
 
     channels: Float[Tensor, " D"]

@@ -1,7 +1,7 @@
-"""Pruning, whole: a checkpoint and the configuration of a smaller model become a checkpoint of that model.
+"""Prune a checkpoint to a smaller model, and write the result as a checkpoint.
 
-Tensors are read, cut and written one after the other; only calibration ever holds a model in memory, and one at a time.
-Values keep their number format; they are written as frozen ones are, since no optimizer has seen them.
+Tensors are read, cut and written one at a time. Only calibration loads a model into memory, one at a time. Values keep
+their number format. They are stored as frozen parameters, because there is no optimizer state.
 """
 
 from __future__ import annotations
@@ -13,44 +13,44 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmscale.checkpoint.foreign.write import manifest_of_weights, new_share, precision_of, write_checkpoint
+from mmscale.checkpoint.imports.write import manifest_of_weights, new_share, precision_of, write_checkpoint
 from mmscale.checkpoint.manifest import model_config_of, newest_of
 from mmscale.checkpoint.reshard import CheckpointReader, verify, whole_parameter
 from mmscale.checkpoint.save import tied_names
-from mmscale.checkpoint.share import Deferred, Piece
+from mmscale.checkpoint.share import LazyTensor, TensorPiece
 from mmscale.config import Loaded, Origin
 from mmscale.config.tree import DEFAULT
 from mmscale.errors import CheckpointError, ConfigError
 from mmscale.models.build import build_weights, count_parameters
 from mmscale.models.config import ModelConfig
 from mmscale.prune.calibration import Calibration, load_model
-from mmscale.prune.choice import Choice, choose
+from mmscale.prune.choice import UnitChoice, choose_units
 from mmscale.prune.cut import Cut, cut_of
-from mmscale.prune.limits import axes, refusals
+from mmscale.prune.limits import axes, conflicts
 from mmscale.prune.scores import Scores
 from mmscale.prune.weights import scores_of_weights
 
 PRUNED = "pruned"
-"""Stage of a checkpoint that was cut out of another one."""
+"""Stage name of a pruned checkpoint."""
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What ``prune_checkpoint`` did.
+    """Result of ``prune_checkpoint``.
 
     Attributes:
         checkpoint: Folder that was written.
         source: Checkpoint that was read.
-        importance: ``activations`` or ``weights``: what units were judged by.
-        tokens: Of calibration; 0 without.
-        blocks: Numbers of the blocks that stay, from 0.
-        before: Sizes of the source by axis.
-        after: Sizes of the result.
-        parameters_before: Of the source, its tower and connector included.
-        parameters_after: Of the result.
-        left_out: Components of the source that are not the decoder's.
-        losses_before: Of the source, by held-out set.
-        losses_after: Of the result.
+        importance: Basis of the scores: ``activations`` or ``weights``.
+        tokens: Number of calibration tokens; 0 without calibration.
+        blocks: Numbers of the kept blocks in the source, from 0.
+        before: Sizes of the source, by axis.
+        after: Sizes of the result, by axis.
+        parameters_before: Number of parameters of the source, with tower and connector.
+        parameters_after: Number of parameters of the result.
+        left_out: Components of the source that the result lacks: ``vision``, ``connector``.
+        losses_before: Loss of the source, by held-out set; empty without calibration.
+        losses_after: Loss of the result, by held-out set.
     """
 
     checkpoint: str
@@ -70,18 +70,18 @@ class PruneReport:
 def prune_checkpoint(
     source: Path, target: Loaded[ModelConfig], directory: Path, calibration: Calibration | None = None
 ) -> PruneReport:
-    """Writes ``directory/step-00000000``, whole or not at all.
+    """Write ``directory/step-00000000`` atomically, in one process.
 
     Args:
-        source: A checkpoint or a run folder, of which the newest checkpoint is taken; its average of the weights if it
-            keeps one.
-        target: The smaller model.
+        source: A checkpoint, or a run folder, whose newest checkpoint is used. Its exponential moving average is pruned
+            if it has one, else its weights.
+        target: Configuration of the smaller model.
         directory: ``checkpoints`` folder of a run.
-        calibration: What importance is measured on; None judges by the weights alone.
+        calibration: Calibration data; None scores units by the weights alone.
 
     Raises:
-        CheckpointError: the source is missing or damaged, or the result is already there or cannot be written.
-        ConfigError: the smaller model cannot be cut out of the source.
+        CheckpointError: the source is missing or damaged, or the result already exists or cannot be written.
+        ConfigError: the smaller model cannot be cut out of the source, or the calibration data do not fit it.
         DataPipelineError: the calibration data are missing or damaged.
     """
     path = newest_of(source)
@@ -90,8 +90,8 @@ def prune_checkpoint(
     with CheckpointReader(path) as reader:
         config = _source_config(reader)
         _check(config, target, path)
-        scores, tokens, losses_before = _judged(reader, config, calibration)
-        choice = choose(config.decoder, target.value.decoder, scores)
+        scores, tokens, losses_before = _score_source(reader, config, calibration)
+        choice = choose_units(config.decoder, target.value.decoder, scores)
         written = _write(reader, build_weights(target.value), choice, directory)
     small = target.value.decoder
     return PruneReport(
@@ -113,55 +113,59 @@ def prune_checkpoint(
 def _source_config(reader: CheckpointReader) -> ModelConfig:
     config = model_config_of(reader.manifest, reader.path)
     if not isinstance(config, ModelConfig):
-        raise CheckpointError(f"{reader.path} holds a vision tower alone; only decoders are pruned")
+        raise CheckpointError(f"{reader.path} holds only a vision tower; only decoders can be pruned")
     return config
 
 
 def _check(config: ModelConfig, target: Loaded[ModelConfig], source: Path) -> None:
-    """Refuses what cannot be cut, every reason with the line that asks for it."""
-    if found := refusals(config, target.value):
+    """Require that ``target`` can be cut out of the source.
+
+    Raises:
+        ConfigError: lists the conflicts, each with its line in the file of ``target``.
+    """
+    if found := conflicts(config, target.value):
         reasons = [f"{_origin(target, path)} {path}: {reason}" for path, reason in found]
         raise ConfigError(f"{source} cannot be pruned to this model: " + "\n".join(reasons))
 
 
 def _origin(target: Loaded[ModelConfig], path: str) -> Origin:
-    """Where a field, or the first field of a block, was written."""
+    """Return the origin of a field, or of the first field of a block."""
     return next((at for key, at in target.origins.items() if f"{key}.".startswith(f"{path}.")), DEFAULT)
 
 
-def _judged(
+def _score_source(
     reader: CheckpointReader, config: ModelConfig, calibration: Calibration | None
 ) -> tuple[Scores, int, dict[str, float]]:
-    """Scores, the tokens behind them, and the held-out losses of the source."""
+    """Return the scores of the source, the number of calibration tokens, and the held-out losses."""
     if calibration is None:
-        return scores_of_weights(config.decoder, functools.partial(_whole, reader)), 0, {}
+        return scores_of_weights(config.decoder, functools.partial(_read_parameter, reader)), 0, {}
     calibration.check(config)
     model = load_model(reader.path, config)
     return *calibration.scores(model), calibration.losses(model)
 
 
-def _whole(reader: CheckpointReader, name: str) -> Tensor:
-    """A parameter of the source, float32."""
+def _read_parameter(reader: CheckpointReader, name: str) -> Tensor:
+    """Read a parameter of the source, unsharded, float32."""
     stored = reader.manifest.stored_name(name)
     if stored is None:
-        raise CheckpointError(f"{reader.path} does not hold {name}, which its model's configuration has")
+        raise CheckpointError(f"{reader.path} does not hold {name}, which its model's configuration requires")
     return whole_parameter(reader, stored, ema=reader.manifest.ema)
 
 
-def _write(reader: CheckpointReader, model: nn.Module, choice: Choice, directory: Path) -> Path:
-    """Writes the parameters of the smaller ``model``, which is on the meta device."""
+def _write(reader: CheckpointReader, model: nn.Module, choice: UnitChoice, directory: Path) -> Path:
+    """Write a checkpoint of the smaller ``model``, which is on the meta device."""
     pieces, second = [], {owner: name for name, owner in tied_names(model).items()}
     for name, parameter in model.named_parameters():
         cut = cut_of(name, choice, second)
         stored = reader.manifest.stored_name(cut.name) or cut.name
         dtype = reader.dtype(stored, reader.weights_kind(stored, ema=reader.manifest.ema))
         make = functools.partial(_cut, reader, cut, tuple(parameter.shape), dtype)
-        pieces.append(Piece(f"{name}|frozen", 0, Deferred(tuple(parameter.shape), dtype, make)))
+        pieces.append(TensorPiece(f"{name}|frozen", 0, LazyTensor(tuple(parameter.shape), dtype, make)))
     manifest = manifest_of_weights(model, precision_of(pieces), PRUNED, {"pruned": str(reader.path)})
     return write_checkpoint(directory, manifest, iter([new_share(0, pieces, reader.path)]))
 
 
 def _cut(reader: CheckpointReader, cut: Cut, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    values = cut.of(_whole(reader, cut.name))
+    values = cut.apply(_read_parameter(reader, cut.name))
     assert tuple(values.shape) == shape, (cut.name, values.shape, shape)
     return values.to(dtype)

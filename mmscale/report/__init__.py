@@ -1,1 +1,1 @@
-"""What a person looks at when a run is over, or still going: ``report.html`` from the run folder."""
+"""Pages for a person: ``report.html`` of a finished or running run, a step's samples, statistics of data sets."""

@@ -1,8 +1,9 @@
-"""``report.html``: one file that shows a run, made from its folder alone and at any time.
+"""Build ``report.html``, one file that shows a run, from the files in its folder. This works at any time of a run.
 
-    config.yaml  metrics.jsonl  result.json  captions.json  report/images/*.png  -->  report.html
+    config.yaml  report/origins.json  starts/starts.jsonl  metrics.jsonl  goodput.jsonl  result.json
+    captions.json  report/images/*.png                                            -->  report.html
 
-Everything is inlined (styles, charts, images), so the file can be mailed and opened without a network.
+Styles, charts and images are inlined, so the file can be mailed and opened without a network.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ _MOST_IMAGE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class Card:
-    """One held-out set: the headline figure, a line about it, and bars where it is a share."""
+class HeldoutCard:
+    """The score of one held-out set, a line of details, and bars if the score is a share."""
 
     name: str
     metric: str
@@ -62,8 +63,8 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A component's part of the parameters."""
+class ShareBar:
+    """One part of a whole: a component's parameters, or a use of wall time in seconds (``count``)."""
 
     name: str
     count: int
@@ -72,8 +73,8 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One captioned image. ``image`` is a data URL, or empty if the file is gone."""
+class CaptionedImage:
+    """One captioned image. ``image`` is a data URL, or empty if the file cannot be read."""
 
     image: str
     expected: str
@@ -82,41 +83,42 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Gallery:
+class CaptionGallery:
     """The captioned images of one held-out set."""
 
     name: str
     right: int
-    tiles: list[Tile]
+    tiles: list[CaptionedImage]
 
 
 T = TypeVar("T")
 
 
 def build_report(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> Path:
-    """Writes ``report.html`` from whatever the run folder holds so far.
+    """Write ``report.html`` from the files that the run folder has so far.
 
-    The page leaves out a damaged file and names it.
+    The report leaves out a damaged file, and the page names it. Damaged lines of ``starts.jsonl`` and unreadable images
+    are left out without a message.
 
     Args:
         run_dir: The run folder.
-        note: Gets a sentence for each damaged file.
+        note: Called with a message for each damaged file.
 
     Returns:
         The path of the report.
 
     Raises:
-        ConfigError: the folder holds neither a ``config.yaml`` nor a ``metrics.jsonl``: it is no run.
+        ConfigError: the folder has neither a ``config.yaml`` nor a ``metrics.jsonl``, so it is not a run folder.
     """
     if not any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
-        raise ConfigError(f"{run_dir}: no run folder (neither config.yaml nor metrics.jsonl in it)")
+        raise ConfigError(f"{run_dir}: not a run folder (it has neither config.yaml nor metrics.jsonl)")
     path = run_dir / REPORT_FILE
     write_whole(path, as_utf8(render(run_dir, note)), parents=True)
     return path
 
 
 def _read(part: Callable[[], T], empty: T, damage: list[str]) -> T:
-    """A part of the run folder; ``empty``, and a sentence added to ``damage``, if its file is damaged."""
+    """Return ``part()``. If its file is damaged, return ``empty`` and append a message to ``damage``."""
     try:
         return part()
     except MMScaleError as error:
@@ -125,14 +127,14 @@ def _read(part: Callable[[], T], empty: T, damage: list[str]) -> T:
 
 
 def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> str:
-    """The page as text; ``note`` as in ``build_report``."""
+    """Return the page as text; ``note`` as in ``build_report``."""
     damage: list[str] = []
     records: list[dict[str, Any]] = _read(lambda: read_metrics(run_dir / "metrics.jsonl"), [], damage)
     result: dict[str, Any] = _read(lambda: read_result(run_dir), {}, damage)
     captions: list[CaptionRecord] = _read(lambda: read_captions(run_dir), [], damage)
     configuration: dict[str, list[Setting]] = _read(lambda: read_configuration(run_dir), {}, damage)
     goodput = _read(lambda: read_goodput(run_dir), None, damage)
-    damage = list(dict.fromkeys(damage))  # Two parts may read one file.
+    damage = list(dict.fromkeys(damage))  # Two parts may read the same damaged file.
     for line in damage:
         note(line)
     return render_page(
@@ -159,7 +161,7 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
 
 
 def _precision(result: Mapping[str, Any]) -> str:
-    """Which precision and why, where the reason is known; the reason may name the precision itself."""
+    """Return the precision with the reason for its choice; empty if no reason is recorded."""
     name, reason = result.get("precision", ""), result.get("precision_reason", "")
     if not reason:
         return ""
@@ -167,12 +169,12 @@ def _precision(result: Mapping[str, Any]) -> str:
 
 
 def _facts(records: Sequence[Record], result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The line of figures under the title; what is not known yet is left out."""
+    """Return the facts under the title, without those that are not known yet."""
     facts = []
     if "params" in result:
-        every, active = result["params"]["total"], result["params"]["active"]
-        facts.append(("parameters", format_count(every)))
-        if active != every:
+        total_params, active = result["params"]["total"], result["params"]["active"]
+        facts.append(("parameters", format_count(total_params)))
+        if active != total_params:
             facts.append(("active per token", format_count(active)))
     if {"world_size", "zero_stage", "precision"} <= result.keys():
         ranks = f"{result['world_size']} rank" + ("s" if result["world_size"] > 1 else "")
@@ -188,35 +190,36 @@ def _facts(records: Sequence[Record], result: Mapping[str, Any]) -> list[tuple[s
     return facts
 
 
-def _cards(result: Mapping[str, Any]) -> list[Card]:
-    return [_card(name, held) for name, held in result.get("heldout", {}).items()]
+def _cards(result: Mapping[str, Any]) -> list[HeldoutCard]:
+    return [_card(name, score_record) for name, score_record in result.get("heldout", {}).items()]
 
 
-def _card(name: str, held: Mapping[str, Any]) -> Card:
-    if held.get("kind") == "perplexity":
-        per_byte = held["bits_per_byte"]
-        about = f"loss {held['loss']:.4f} ± {held['error']:.4f}"
+def _card(name: str, score_record: Mapping[str, Any]) -> HeldoutCard:
+    if score_record.get("kind") == "perplexity":
+        per_byte = score_record["bits_per_byte"]
+        about = f"loss {score_record['loss']:.4f} ± {score_record['error']:.4f}"
         about += f" · {per_byte:.3f} bits per byte" if per_byte is not None else ""
-        samples = f"{held['n']:,} documents, {held['tokens']:,} tokens"
-        return Card(name, held["metric"], samples, f"{held['perplexity']:.4g}", "", about, [])
-    score, n = held["score"], held["n"]
-    bars = [Bar("model", score, held.get("error", binomial_error(score, n)), 1)]
-    about = f"{score / held['chance']:.1f}× chance"
-    if "control" in held:
-        control = held["control"]
-        bars.append(Bar("permuted", control, held.get("control_error", binomial_error(control, n)), 3))
+        samples = f"{score_record['n']:,} documents, {score_record['tokens']:,} tokens"
+        return HeldoutCard(name, score_record["metric"], samples, f"{score_record['perplexity']:.4g}", "", about, [])
+    score, n = score_record["score"], score_record["n"]
+    bars = [Bar("model", score, score_record.get("error", binomial_error(score, n)), 1)]
+    about = f"{score / score_record['chance']:.1f}× chance"
+    if "control" in score_record:
+        control = score_record["control"]
+        bars.append(Bar("permuted", control, score_record.get("control_error", binomial_error(control, n)), 3))
         about = f"{score / control:.1f}× its control" if control else "control: none right"
-    bars.append(Bar("chance", held["chance"], 0.0, 0))
-    return Card(name, held["metric"], f"{n:,} samples", f"{100 * score:.1f}", "%", about, bars)
+    bars.append(Bar("chance", score_record["chance"], 0.0, 0))
+    return HeldoutCard(name, score_record["metric"], f"{n:,} samples", f"{100 * score:.1f}", "%", about, bars)
 
 
-def _galleries(run_dir: Path, records: Sequence[CaptionRecord]) -> list[Gallery]:
+def _galleries(run_dir: Path, records: Sequence[CaptionRecord]) -> list[CaptionGallery]:
     galleries = []
     for name, group in groupby(records, key=lambda record: record.set):
         tiles = [
-            Tile(_data_url(run_dir, record.image), record.expected, record.generated, record.right) for record in group
+            CaptionedImage(_data_url(run_dir, record.image), record.expected, record.generated, record.right)
+            for record in group
         ]
-        galleries.append(Gallery(name, sum(tile.right for tile in tiles), tiles))
+        galleries.append(CaptionGallery(name, sum(tile.right for tile in tiles), tiles))
     return galleries
 
 
@@ -231,10 +234,10 @@ def _data_url(run_dir: Path, image: str) -> str:
 
 
 def _loss_unit(records: Sequence[Record]) -> str:
-    """What the loss is a mean over: contrastive stages, and they alone, have a scale of similarities."""
-    of_pairs = ["metric/similarity_scale" in record for record in records]
-    if any(of_pairs):
-        return "mean per pair" if all(of_pairs) else "mean per token, in contrastive stages per pair"
+    """Return the unit of the mean loss. Only records of contrastive stages have a similarity scale."""
+    is_per_pair = ["metric/similarity_scale" in record for record in records]
+    if any(is_per_pair):
+        return "mean per pair" if all(is_per_pair) else "mean per token, in contrastive stages per pair"
     return "mean per token"
 
 
@@ -263,7 +266,7 @@ def _smoothed(points: Sequence[Point], colour: int) -> list[Line]:
 
 
 def _learning_rates(records: Sequence[Record]) -> list[Line]:
-    """One line for each component; components that share a curve share a line, or all but the last would be hidden."""
+    """Return one line per component. Components with equal curves share a line; otherwise one would hide the others."""
     names: dict[tuple[Point, ...], list[str]] = {}
     for key in [key for key in records[-1] if key.startswith("lr/")] or ["lr"]:
         names.setdefault(tuple(thin(series(records, key))), []).append(key.removeprefix("lr/"))
@@ -282,7 +285,7 @@ def _join(*notes: str) -> str:
 
 
 def _throughput(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Overall figures; medians, so that the first steps of a process do not count for more than they are."""
+    """Return overall rates. The time of a step is a median, because the first steps of a process are slow."""
     known = column(records, "seconds")
     seconds = known[known > 0].tolist()
     if not seconds:
@@ -299,7 +302,7 @@ def _throughput(records: Sequence[Record]) -> list[tuple[str, str]]:
 
 
 def _faults(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Samples that were left out, by kind, and their share of all that were tried; nothing if none was."""
+    """Return the number of skipped samples by kind, and their share of all samples read; empty if there are none."""
     kinds = sorted({key for record in records for key in record if key.startswith("faults/")})
     totals = {kind.removeprefix("faults/"): int(total(records, kind)) for kind in kinds}
     left_out = sum(totals.values())
@@ -331,18 +334,18 @@ def _bytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def _wall_time(goodput: Goodput | None) -> list[Share]:
+def _wall_time(goodput: Goodput | None) -> list[ShareBar]:
     return [
-        Share(name, round(seconds), 100 * share, number % 5 + 1)
+        ShareBar(name, round(seconds), 100 * share, number % 5 + 1)
         for number, (name, seconds, share) in enumerate(goodput_shares(goodput))
     ]
 
 
-def _shares(result: Mapping[str, Any]) -> list[Share]:
+def _shares(result: Mapping[str, Any]) -> list[ShareBar]:
     components = result.get("params", {}).get("components") or {}
-    every = sum(components.values())
+    total_params = sum(components.values())
     return [
-        Share(name, count, 100 * count / every, number % 5 + 1)
+        ShareBar(name, count, 100 * count / total_params, number % 5 + 1)
         for number, (name, count) in enumerate(sorted(components.items(), key=lambda item: -item[1]))
-        if every
+        if total_params
     ]

@@ -1,4 +1,4 @@
-"""``captions.json`` and its images: held-out images with what is true of them and what the model says."""
+"""Write and read ``captions.json`` and its images: held-out images with expected and generated captions."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class CaptionRecord:
     Attributes:
         set: Name of the held-out set.
         image: Path of a PNG, relative to the run folder.
-        expected: The field that a right caption names.
-        generated: What the model said.
+        expected: The text that a right caption contains.
+        generated: The model's caption.
         right: Whether ``generated`` names ``expected``.
     """
 
@@ -41,15 +41,18 @@ class CaptionRecord:
     right: bool
 
 
-class _File(TypedDict):
+class _CaptionsFile(TypedDict):
     captions: list[CaptionRecord]
 
 
-_FILE = TypeAdapter(_File)
+_FILE = TypeAdapter(_CaptionsFile)
 
 
 def names(generated: str, expected: str) -> bool:
-    """Whether a caption contains an expression as whole words; case, width and punctuation do not matter."""
+    """Whether a caption contains the expected text as whole words.
+
+    Ignores case, punctuation, and differences that Unicode NFKC removes, such as full-width letters.
+    """
     return f" {_words(expected)} " in f" {_words(generated)} "
 
 
@@ -59,7 +62,7 @@ def _words(text: str) -> str:
 
 
 def save_captions(run_dir: Path, items: Sequence[tuple[str, Pixels, str, str]]) -> Path:
-    """Writes ``captions.json`` and one PNG an item, each whole or not at all. Rank 0 only.
+    """Write ``captions.json`` and one PNG per item, each atomically. Call it on rank 0 only.
 
     Args:
         run_dir: The run folder.
@@ -80,7 +83,7 @@ def save_captions(run_dir: Path, items: Sequence[tuple[str, Pixels, str, str]]) 
 
 
 def read_captions(run_dir: Path) -> list[CaptionRecord]:
-    """Return the records of ``captions.json``; none if there is no such file.
+    """Return the records of ``captions.json``; an empty list if there is no such file.
 
     Raises:
         MMScaleError: the file cannot be read, or is damaged.
@@ -99,7 +102,7 @@ def read_captions(run_dir: Path) -> list[CaptionRecord]:
 
 
 def encode_png(pixels: Pixels) -> bytes:
-    """PNG bytes of uint8 ``(height, width, 3)``."""
+    """Return the PNG bytes of uint8 ``(height, width, 3)``."""
     import io
 
     from PIL import Image

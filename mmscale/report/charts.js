@@ -1,4 +1,4 @@
-// Draws every ".chart" of the page with uPlot from the JSON inside it, which mmscale/report/charts.py makes.
+// Draws every ".chart" of the page with uPlot, from the JSON inside it that mmscale/report/charts.py writes.
 (() => {
   const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
   const css = (name, alpha = "") =>
@@ -17,7 +17,7 @@
     };
   }
 
-  // Dashed lines with names. A name is cut to the room before the next line; the last one moves left instead.
+  // Dashed lines with names. A name is cut to the space before the next line; the last one moves left instead.
   function drawMarks(u, marks) {
     const { ctx, bbox } = u, ratio = devicePixelRatio, right = bbox.left + bbox.width;
     const places = [...marks.map(([x]) => u.valToPos(x, "x", true)), right];

@@ -1,9 +1,9 @@
-"""Charts as data: pages draw them with uPlot, and show a table of them where scripts are off.
+"""Charts as data: pages draw them with uPlot. If scripts are disabled, pages show a table of values of each curve.
 
     Chart --data()--> JSON in the page --charts.js--> uPlot (``uplot/``, MIT, inlined)
     Bar   --the macro ``bars``--> HTML
 
-Not for: reading metrics (``curves``). Colours are numbers of the page's colours (1 to 5), so a chart follows the
+Not for: reading metrics (``curves``). A colour is a number (1 to 5) of the page's palette, so a chart follows the
 reader's light or dark setting.
 """
 
@@ -22,7 +22,11 @@ from mmscale.report.curves import Point, StageMark
 
 _NUM_BARS = 44
 _LOG_FROM = 20
-"""Largest number over the median from which a histogram has a logarithmic axis."""
+"""A histogram gets a logarithmic axis if its largest number exceeds this many times the median.
+
+It also gets one if the largest number exceeds 50 times the smallest, which is not 0, and 8 times the median. With up to
+``_NUM_BARS`` possible numbers the axis is linear.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Line:
         points: (x, y), finite, with ascending x.
         colour: Number of a page colour.
         faint: Whether the line is the background of another one.
-        spread: (low, high) at each point: a band behind the lines. Empty for none.
+        spread: (low, high) at each point, drawn as a band under the lines. Empty for none.
     """
 
     label: str
@@ -52,13 +56,13 @@ class Chart:
         title: Heading.
         note: A sentence about the chart.
         lines: Drawn in order, later ones on top.
-        axis: Name of the x axis. Charts of one axis show the values of the same place together.
+        axis: Name of the x axis. The cursors of charts with the same axis move together.
         unit: Written after each value.
         from_zero: Whether the y axis must show 0.
         stacked: Whether each line is drawn on top of the one before; all have the same x, together at most 100.
         marks: (x, name) of vertical lines.
-        ranges: Text of each bar of a histogram; empty for curves. The line then holds the left edge and height of each
-            bar, and the right edge of the last.
+        ranges: Text of each bar of a histogram; empty for curves. A histogram's line holds the left edge and height
+            of each bar, then the right edge and height of the last bar.
         is_log: Whether the x axis is logarithmic.
     """
 
@@ -104,7 +108,10 @@ class Chart:
         }
 
     def table(self) -> list[tuple[str, list[str]]]:
-        """Return the first, last, lowest and highest value of each curve, for readers without scripts."""
+        """Return the first, last, lowest and highest value of each curve, for readers without scripts.
+
+        Empty for a histogram.
+        """
         rows = []
         for line in self.lines:
             values = [y for _, y in line.points]
@@ -116,7 +123,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Bar:
-    """A share in [0, 1] with its standard error, or half the width of its interval.
+    """A share in [0, 1] with its standard error, or half the width of its confidence interval.
 
     Attributes:
         colour: Number of a page colour; 0 for the soft colour of a reference.
@@ -129,7 +136,7 @@ class Bar:
 
 
 def stage_names(stages: Sequence[StageMark]) -> list[tuple[float, str]]:
-    """Return the marks of several stages; a single stage needs none."""
+    """Return (first step, name) of each stage as marks of a chart; empty for a single stage."""
     return [(mark.first, mark.name) for mark in stages] if len(stages) > 1 else []
 
 
@@ -144,27 +151,27 @@ def histogram_chart(title: str, note: str, histogram: Histogram, text: Callable[
     """
     edges, is_log = _edges(histogram)
     counts = histogram.bars(edges)
-    if is_log:  # Zeros have no logarithm: the first bar counts them.
+    if is_log:  # Zeros have no logarithm, so the first bar counts them.
         counts[0] += histogram.count - counts.sum()
     bars = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-    whole = histogram.largest - histogram.smallest < _NUM_BARS  # Each number has a bar, centred on it.
-    places = edges - 0.5 / histogram.per_unit if whole else edges
+    is_exact = histogram.largest - histogram.smallest < _NUM_BARS  # Each number has a bar, centred on it.
+    left_edges = edges - 0.5 / histogram.per_unit if is_exact else edges
     marks = [(name, histogram.quantile(share) / histogram.per_unit) for name, share in (("median", 0.5), ("p95", 0.95))]
     heights = [*counts.tolist(), float(counts[-1])]
     return Chart(
         title,
         note,
-        [Line("samples", list(zip(places.tolist(), heights, strict=True)))],
+        [Line("samples", list(zip(left_edges.tolist(), heights, strict=True)))],
         axis="value",
         from_zero=True,
         marks=[(value, f"{name} {text(value)}") for name, value in marks],
-        ranges=[text(low) if whole else f"{text(low)} to {text(high)}" for low, high in bars],
+        ranges=[text(low) if is_exact else f"{text(low)} to {text(high)}" for low, high in bars],
         is_log=is_log,
     )
 
 
 def _edges(histogram: Histogram) -> tuple[npt.NDArray[np.floating[Any]], bool]:
-    """Edges of the bars, in units, and whether they are equally wide on a logarithmic axis."""
+    """Return the edges of the bars, in units, and whether the bars are equally wide on a logarithmic axis."""
     unit = 1 / histogram.per_unit
     low, high = histogram.smallest * unit, histogram.largest * unit
     steps = histogram.largest - histogram.smallest + 1

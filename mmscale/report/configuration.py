@@ -1,4 +1,4 @@
-"""The configuration as a table: every value of a run with the place it came from."""
+"""The configuration as a table: every value of a run with its origin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmscale.config.tree import ConfigLoader
 from mmscale.errors import MMScaleError
 
 ORIGINS_FILE = "report/origins.json"
-"""The origin of each value of ``config.yaml`` by its dotted key."""
+"""File with the origin of each value of ``config.yaml``, by dotted key."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Setting:
 
     @property
     def chosen(self) -> bool:
-        """Whether somebody wrote it, rather than the code's default."""
+        """Whether the value has a known origin other than the code's default."""
         return self.origin not in ("", "default")
 
 
 def save_origins(run_dir: Path, origins: Mapping[str, Any]) -> Path:
-    """Keeps where each value of ``config.yaml`` came from (``Loaded.origins``). Rank 0 only.
+    """Write the origin of each value of ``config.yaml`` (``Loaded.origins``). Call it on rank 0 only.
 
     Returns:
         The path of the file.
@@ -45,6 +45,8 @@ def save_origins(run_dir: Path, origins: Mapping[str, Any]) -> Path:
 
 def read_configuration(run_dir: Path) -> dict[str, list[Setting]]:
     """Return the settings of ``config.yaml`` by top-level key; empty if there is no such file.
+
+    Top-level values without nested keys are under ``run``, which is first.
 
     Raises:
         MMScaleError: ``config.yaml`` or the file of origins cannot be read, or is damaged.
@@ -60,9 +62,9 @@ def read_configuration(run_dir: Path) -> dict[str, list[Setting]]:
         origins = read_json(origins_path) if origins_path.exists() else {}
     except (OSError, ValueError) as error:
         raise MMScaleError(f"{origins_path} is damaged: {error}") from error
-    for file, held in ((path, {} if config is None else config), (origins_path, origins)):
-        if not isinstance(held, dict):
-            raise MMScaleError(f"{file} is damaged: it holds a {type(held).__name__}, expected a mapping")
+    for file, content in ((path, {} if config is None else config), (origins_path, origins)):
+        if not isinstance(content, dict):
+            raise MMScaleError(f"{file} is damaged: it holds a {type(content).__name__}, expected a mapping")
     blocks: dict[str, list[Setting]] = {}
     for key, value in _leaves(config or {}, ()):
         text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""From the lines of ``metrics.jsonl`` to curves that can be drawn: cleaned, smoothed, thinned."""
+"""Convert the lines of ``metrics.jsonl`` to curves for drawing: finite, smoothed, thinned."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Column = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class StageMark:
-    """The steps from ``first`` to ``last`` (both included) belong to a stage."""
+    """The steps of one stage, from ``first`` to ``last`` (both included)."""
 
     name: str
     first: int
@@ -27,24 +27,24 @@ class StageMark:
 
 
 def stage_marks(records: Sequence[Record]) -> list[StageMark]:
-    """The stages in the order they ran; records without one belong to a stage without a name."""
-    runs: list[tuple[str, int, int]] = []
+    """Return the stages in the order of training; records without a stage form one with an empty name."""
+    stages: list[tuple[str, int, int]] = []
     for record in records:
         name, step = str(record.get("stage") or ""), int(record["step"])
-        if runs and runs[-1][0] == name:
-            runs[-1] = (name, runs[-1][1], step)
+        if stages and stages[-1][0] == name:
+            stages[-1] = (name, stages[-1][1], step)
         else:
-            runs.append((name, step, step))
-    return [StageMark(*run) for run in runs]
+            stages.append((name, step, step))
+    return [StageMark(*stage) for stage in stages]
 
 
 def series(records: Sequence[Record], key: str) -> list[Point]:
-    """(step, value) wherever a record has a finite number under ``key``."""
+    """Return (step, value) of each record with a finite number under ``key``."""
     return _points(records, column(records, key))
 
 
 def column(records: Sequence[Record], key: str) -> Column:
-    """Return the value of each record under ``key``; NaN where that is no finite number."""
+    """Return the value of each record under ``key``; NaN for a missing value or one that is not a finite number."""
     values = [record.get(key) for record in records]
     numbers = [
         float(value) if type(value) is float or (type(value) is int and abs(value) <= _LARGEST) else math.nan
@@ -66,7 +66,7 @@ def _points(records: Sequence[Record], values: Column) -> list[Point]:
 
 
 def finite(value: Any) -> float | None:
-    """The value as a finite float, or None."""
+    """Return the value as a float, or None unless it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -77,9 +77,11 @@ def finite(value: Any) -> float | None:
 
 
 def smooth(points: Sequence[Point], window: float | None = None) -> list[Point]:
-    """Mean with weights that fall off on both sides, by half within about ``window / 3`` points.
+    """Return an exponentially weighted mean over points on both sides, so that it does not lag a falling curve.
 
-    Looking back alone would lag behind a falling curve. By default the window is a sixtieth of the curve, at least 4.
+    Args:
+        points: The curve.
+        window: Points after which a weight has fallen to 1/e, about; by default 1/60 of the curve, at least 4.
     """
     decay = 1 - 1 / (window or max(4.0, len(points) / 60))
     values = [value for _, value in points]
@@ -89,7 +91,7 @@ def smooth(points: Sequence[Point], window: float | None = None) -> list[Point]:
 
 
 def _two_sided(values: Sequence[float], decay: float) -> list[float]:
-    """Sum over j of ``decay ** |i - j| * values[j]``, for every i."""
+    """Return the sum over j of ``decay ** |i - j| * values[j]``, for every i."""
     forwards, backwards = _decayed(values, decay), _decayed(values[::-1], decay)[::-1]
     return [a + b - value for a, b, value in zip(forwards, backwards, values, strict=True)]
 
@@ -103,7 +105,7 @@ def _decayed(values: Sequence[float], decay: float) -> list[float]:
 
 
 def thin(points: Sequence[Point], limit: int = 600) -> list[Point]:
-    """At most ``limit`` points that keep every spike: the lowest and the highest of each bucket, in order."""
+    """Return at most ``limit`` points that keep every spike: the lowest and the highest of each bucket, in order."""
     if len(points) <= limit:
         return list(points)
     values = np.array([value for _, value in points])
@@ -116,17 +118,17 @@ def thin(points: Sequence[Point], limit: int = 600) -> list[Point]:
 
 
 def rate(records: Sequence[Record], count_key: str) -> list[Point]:
-    """Count per second of each step."""
+    """Return (step, count per second) of each step with both values."""
     return _points(records, quotient(records, count_key, "seconds"))
 
 
 def data_wait_percent(records: Sequence[Record]) -> list[Point]:
-    """Share of each step spent waiting for data, in percent."""
+    """Return (step, percentage of its time spent waiting for data), at most 100."""
     return _points(records, np.minimum(100.0, 100 * quotient(records, "data_wait_seconds", "seconds")))
 
 
 def quotient(records: Sequence[Record], above: str, below: str) -> Column:
-    """Return one value over another in each record; NaN where one is missing or the lower one is 0."""
+    """Return the quotient of two values of each record; NaN if one is missing or the divisor is 0."""
     divisor = column(records, below)
     divisor[divisor == 0] = np.nan
     return column(records, above) / divisor

@@ -1,7 +1,8 @@
 """The page of ``mmscale data stats --html``: histograms, counts and samples of data sets in one file.
 
-Texts, keys and file names come from anywhere: the template escapes all of them, pictures are encoded anew, and the page
-forbids itself the network and every script but its own. Not for: counting (``data_pipeline.prepare.stats``).
+Texts, keys and file names are untrusted. The template escapes all of them, images are decoded and encoded again, and
+the page's content security policy allows only its own script and no network. Not for: counting
+(``data_pipeline.prepare.stats``).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.io.atomic import as_utf8, write_whole
-from data_pipeline.prepare.stats.count import Counted
-from data_pipeline.prepare.stats.gallery import Shown, gallery
+from data_pipeline.prepare.stats.count import DatasetStatistics
+from data_pipeline.prepare.stats.gallery import GallerySample, gallery
 from data_pipeline.prepare.stats.histogram import Histogram
 from data_pipeline.shards.manifest import Manifest
 from mmscale.metrics.format import format_count
@@ -26,7 +27,13 @@ _NUM_NAMES = 14
 
 @dataclass(frozen=True)
 class Counts:
-    """Things by name, most frequent first: (name, number, share of the largest in percent)."""
+    """Counts by name, most frequent first.
+
+    Attributes:
+        title: Heading.
+        rows: (name, number, percentage of the largest number).
+        more: Number of names that are left out.
+    """
 
     title: str
     rows: list[tuple[str, str, float]]
@@ -35,7 +42,19 @@ class Counts:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the page shows of one data set."""
+    """The part of the page about one data set.
+
+    Attributes:
+        name: Name of the data set.
+        manifest: Path or URL of its manifest.
+        facts: (label, value) pairs under the title.
+        sampled: A sentence about the accuracy if only a part was counted; else empty.
+        charts: Histograms.
+        constants: (title, value) of distributions with a single value.
+        counts: Counts by name.
+        examples: Messages of the first unusable samples.
+        samples: Samples to display.
+    """
 
     name: str
     manifest: str
@@ -45,46 +64,46 @@ class DataSet:
     constants: list[tuple[str, str]]
     counts: list[Counts]
     examples: list[str]
-    samples: list[Shown]
+    samples: list[GallerySample]
 
 
-def write_page(path: Path, title: str, sets: Sequence[tuple[str, Manifest, Counted]]) -> None:
-    """Writes the page, whole or not at all.
+def write_page(path: Path, title: str, sets: Sequence[tuple[str, Manifest, DatasetStatistics]]) -> None:
+    """Write the page atomically.
 
     Args:
         path: The file.
-        title: What was counted.
-        sets: Name, manifest and figures of each data set.
+        title: Title of the page.
+        sets: Name, manifest and statistics of each data set.
 
     Raises:
         ManifestError, ShardError, StorageError: a shard cannot be read.
         OSError: the page cannot be written.
     """
-    shown = [_data_set(name, manifest, counted) for name, manifest, counted in sets]
+    data_sets = [_data_set(name, manifest, statistics) for name, manifest, statistics in sets]
     template = Path(__file__).with_name("data.html.jinja")
-    write_whole(path, as_utf8(render_page(template, title=title, sets=shown)), parents=True)
+    write_whole(path, as_utf8(render_page(template, title=title, sets=data_sets)), parents=True)
 
 
-def _data_set(name: str, manifest: Manifest, counted: Counted) -> DataSet:
-    figures, error = counted.figures, counted.figures["share_error_95"]
+def _data_set(name: str, manifest: Manifest, statistics: DatasetStatistics) -> DataSet:
+    summary, error = statistics.summary, statistics.summary["share_error_95"]
     sampled = ""
     if error:
         sampled = (
-            f"Counted in {figures['looked_at']:,} of {figures['samples']:,} samples, spread evenly: shares and ranks "
-            f"of quantiles are right to {100 * error:.2g} percentage points with 95 % certainty."
+            f"Counted in {summary['looked_at']:,} of {summary['samples']:,} samples, spread evenly: shares and ranks "
+            f"of quantiles are accurate to {100 * error:.2g} percentage points with 95 % certainty."
         )
-    distributions = [row for row in _distributions(counted) if row[1].count and row[1].largest]
+    distributions = [row for row in _distributions(statistics) if row[1].count and row[1].largest]
     counts = [
-        _counts("Made of", figures["kinds"]),
-        _counts("Languages of texts", figures["languages"]),
-        _counts("Odd", {name.replace("_", " "): number for name, number in figures["odd"].items()}),
-        _counts("Cannot be read or makes no document", figures["refused"]),
-        _counts("Files by extension", figures["members"]),
+        _counts("Made of", summary["kinds"]),
+        _counts("Languages of texts", summary["languages"]),
+        _counts("Odd", {name.replace("_", " "): number for name, number in summary["odd"].items()}),
+        _counts("Cannot be read or makes no document", summary["refused"]),
+        _counts("Files by extension", summary["members"]),
     ]
     return DataSet(
         name=name,
         manifest=str(manifest.path),
-        facts=_facts(figures),
+        facts=_facts(summary),
         sampled=sampled,
         charts=[
             histogram_chart(title, _note(histogram, text), histogram, text)
@@ -97,24 +116,24 @@ def _data_set(name: str, manifest: Manifest, counted: Counted) -> DataSet:
             if histogram.smallest == histogram.largest
         ],
         counts=[each for each in counts if each.rows],
-        examples=list(figures.get("refused_examples", ())),
+        examples=list(summary.get("refused_examples", ())),
         samples=list(gallery(manifest, _NUM_SAMPLES)),
     )
 
 
-def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    documents, copies = figures.get("documents"), figures.get("copies")
+def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    documents, copies = summary.get("documents"), summary.get("copies")
     facts = [
-        ("samples", f"{figures['samples']:,}"),
-        ("shards", f"{figures['shards']:,}"),
-        ("size", _bytes(figures["bytes"])),
+        ("samples", f"{summary['samples']:,}"),
+        ("shards", f"{summary['shards']:,}"),
+        ("size", _bytes(summary["bytes"])),
     ]
-    if figures["images"]["count"]:
-        facts.append(("images", f"{figures['images']['count']:,}"))
-    if "text_characters" in figures:
-        facts.append(("texts", f"{figures['text_characters']['count']:,}"))
-    if "text_tokens" in figures:
-        facts.append(("tokens of text", format_count(figures["text_tokens"]["sum"])))
+    if summary["images"]["count"]:
+        facts.append(("images", f"{summary['images']['count']:,}"))
+    if "text_characters" in summary:
+        facts.append(("texts", f"{summary['text_characters']['count']:,}"))
+    if "text_tokens" in summary:
+        facts.append(("tokens of text", format_count(summary["text_tokens"]["sum"])))
     if documents is not None:
         facts.append(("tokens of an epoch", format_count(documents["tokens"]["sum"])))
         facts.append(("longer than a pack", f"{documents['longer_than_a_pack']:,}"))
@@ -123,8 +142,8 @@ def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _distributions(counted: Counted) -> list[tuple[str, Histogram, Callable[[float], str]]]:
-    tally = counted.tally
+def _distributions(statistics: DatasetStatistics) -> list[tuple[str, Histogram, Callable[[float], str]]]:
+    tally = statistics.tally
     return [
         ("Tokens of a document", tally.documents["tokens"], format_count),
         ("Patches of a document", tally.documents["patches"], format_count),
@@ -137,7 +156,7 @@ def _distributions(counted: Counted) -> list[tuple[str, Histogram, Callable[[flo
         ("Pixels of an image", tally.images["pixels"], format_count),
         ("Width / height", tally.images["aspect_ratio"], _plain),
         ("Bytes of an image", tally.images["bytes"], format_count),
-        ("Samples of a shard", counted.shards, format_count),
+        ("Samples of a shard", statistics.shards, format_count),
     ]
 
 

@@ -1,6 +1,6 @@
-"""Pages that are one file each: templates, styles, charts and scripts inlined.
+"""Render a page as one file, with styles, charts and scripts inlined.
 
-A page may run the inlined script alone: the content security policy names its hash, so no text of a page ever runs.
+The content security policy allows only the inlined script, by its hash, so text on the page cannot run as a script.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def render_page(template: Path, **values: Any) -> str:
     """Return a page as text.
 
     Args:
-        template: A file of this package, or of one that includes templates of this one.
-        values: Variables of the template. All text is escaped.
+        template: A template file of this package, or of a package whose templates include those of this one.
+        values: Variables of the template. All text is escaped. A missing variable raises ``UndefinedError``.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, _FOLDER]),
@@ -44,5 +44,5 @@ def render_page(template: Path, **values: Any) -> str:
     )
 
 
-def _jpeg_url(picture: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+def _jpeg_url(content: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode()

@@ -1,4 +1,4 @@
-"""``starts/starts.jsonl``: one line for each start of a run, for the report and for whoever asks what was changed."""
+"""Write and read ``starts/starts.jsonl``: one line per start of a run, with the changes since the start before."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from data_pipeline.io.strict import StrictConfig
 
 STARTS_FILE = "starts/starts.jsonl"
 _MOST_BYTES = 1 << 26
-"""A larger file is not read; ten thousand starts take 10 MB."""
+"""A larger file is ignored. Ten thousand starts take 10 MB."""
 
 
 class StartRecord(StrictConfig):
-    """One start of a run: a process, or the processes of all ranks, from the command to its end.
+    """One start of a run: the processes of all ranks, from the command to its end.
 
     Attributes:
         start: Number of the start, from 1.
-        time: When it began to train, UTC.
-        step: Steps of the run that were done before.
-        world_size: Ranks.
+        time: Time at which training began, UTC.
+        step: Number of steps that the run had completed before.
+        world_size: Number of ranks.
         config: File of the configuration, relative to the run folder. Starts with equal values share a file.
         changed: Old and new value, as text, of each key that differs from the start before.
-        versions: Of mmscale, Python and libraries.
-        code: sha256 over our source files.
+        versions: Versions of mmscale, Python and libraries.
+        code: sha256 of the source files of mmscale.
         commit: Git commit of the code; null if git does not track it.
         commit_changed: Whether tracked files differed from that commit; null without a commit.
         host: Machine of rank 0.
@@ -48,7 +48,7 @@ class StartRecord(StrictConfig):
 
     @property
     def code_name(self) -> str:
-        """Version and commit, for people."""
+        """Version and commit (or code digest) as text for a person."""
         version = self.versions.get("mmscale", "")
         if self.commit is None:
             return f"{version}, code {self.code[:10]}"
@@ -56,7 +56,7 @@ class StartRecord(StrictConfig):
 
 
 def read_starts(run_dir: Path) -> list[StartRecord]:
-    """The starts of a run, oldest first; damaged lines are left out. Empty if there is no such file."""
+    """Return the starts of a run, oldest first, without damaged lines; empty if the file is absent or too large."""
     path = run_dir / STARTS_FILE
     if not path.is_file() or path.stat().st_size > _MOST_BYTES:
         return []
@@ -70,10 +70,13 @@ def read_starts(run_dir: Path) -> list[StartRecord]:
 
 
 def add_start(run_dir: Path, record: StartRecord) -> None:
-    """Appends a start; the file is replaced, so a kill leaves the old one or the new one.
+    """Append a start. The file is replaced atomically.
+
+    The new file has the starts that ``read_starts`` returns, and ``record``. Damaged lines are dropped, and so is the
+    content of a file that is too large.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     lines = [json.dumps(each.model_dump(mode="json"), ensure_ascii=False) for each in [*read_starts(run_dir), record]]
     write_whole(run_dir / STARTS_FILE, "".join(f"{line}\n" for line in lines).encode(), parents=True)

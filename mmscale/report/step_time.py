@@ -1,4 +1,4 @@
-"""Where a step's time and a run's wall time went, from the lines of ``metrics.jsonl`` and the account of goodput."""
+"""Shares of a step's time and of a run's wall time, from ``metrics.jsonl`` and the goodput record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from mmscale.report.charts import Chart, Line, stage_names
 from mmscale.report.curves import Record, StageMark, column, quotient, series, smooth, thin, total
 
 _PHASES = (("forward", 1), ("backward", 2), ("optimizer", 3), ("data", 4))
-"""From the bottom up, with page colours; data has that of its own curve. What is left is ``other``, in colour 5."""
+"""(phase, page colour), from the bottom of the stacked chart to the top.
+
+``data`` has the colour of the chart "Data wait". ``step_layers`` adds the remaining time as ``other``, with colour 5.
+"""
 _POINTS = 300
 
 _WALL = (
@@ -20,7 +23,7 @@ _WALL = (
     ("data", "waiting for data"),
     ("checkpoint", "checkpoints"),
     ("setup", "start-up"),
-    ("repeated", "steps done again"),
+    ("repeated", "repeated steps"),
     ("evaluation", "evaluation"),
     ("down", "between starts"),
     ("other", "other"),
@@ -28,7 +31,7 @@ _WALL = (
 
 
 def step_charts(records: Sequence[Record], stages: Sequence[StageMark]) -> list[Chart]:
-    """Return what the records hold of: shares of a step, MFU, gradient norms of components."""
+    """Return charts of the shares of a step, MFU and gradient norms of components; without those not recorded."""
     marks, charts = stage_names(stages), []
     layers = step_layers(records)
     if layers:
@@ -50,7 +53,7 @@ def step_charts(records: Sequence[Record], stages: Sequence[StageMark]) -> list[
 
 
 def step_layers(records: Sequence[Record]) -> list[Line]:
-    """Smoothed percentages of the phases of each step; empty without a measured step. Together they are the step."""
+    """Return the smoothed percentage of each phase of a step; empty if no step was measured. The sum is about 100."""
     seconds = np.nan_to_num(column(records, "seconds"))
     measured = [
         record
@@ -71,7 +74,7 @@ def step_layers(records: Sequence[Record]) -> list[Line]:
 
 
 def step_rows(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Overall shares of the phases and of communication, MFU, and operations a second."""
+    """Return the overall shares of the phases and of communication, MFU, and operations per second."""
     known = ~np.isnan(column(records, "forward_seconds"))
     measured = [record for record, is_known in zip(records, known, strict=True) if is_known]
     spent = total(measured, "seconds")
@@ -91,7 +94,7 @@ def step_rows(records: Sequence[Record]) -> list[tuple[str, str]]:
 
 
 def goodput_shares(goodput: Goodput | None) -> list[tuple[str, float, float]]:
-    """(name, seconds, share) of each use of a run's wall time that took any."""
+    """Return (name, seconds, share) of each use of a run's wall time that took more than 0 seconds."""
     if goodput is None or not goodput.wall:
         return []
     spent = [(words, float(getattr(goodput, name))) for name, words in _WALL]
@@ -99,7 +102,7 @@ def goodput_shares(goodput: Goodput | None) -> list[tuple[str, float, float]]:
 
 
 def goodput_rows(goodput: Goodput | None) -> list[tuple[str, str]]:
-    """The headline, and over how many starts."""
+    """Return the rows of goodput and the number of starts; empty if goodput is unknown."""
     if goodput is None:
         return []
     return [("goodput", f"{100 * goodput.share:.1f}%"), ("starts", str(goodput.starts))]

@@ -1,6 +1,6 @@
-"""One run, whole: composes every part's configuration and checks the rules between them.
+"""The configuration of a run: the blocks of all packages, and the checks that need more than one block or the disk.
 
-Rules inside a part live in that part's class. Here are only those that need two parts, and those that need the disk.
+A check of a single block is a validator of that block's class.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from data_pipeline.loader.first_look import FirstLook, look_at
 from data_pipeline.loader.front_to_back import expand_shards
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Budget
-from data_pipeline.shards.mistaken import refuse_no_manifest
+from data_pipeline.shards.manifest_check import reject_non_manifest
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.bad_steps.detector import BadStepsConfig, Policy
 from mmscale.checkpoint.config import CheckpointConfig
@@ -30,21 +30,22 @@ from mmscale.engine.config import EngineConfig
 from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig, check_sets
 from mmscale.metrics.config import MetricsConfig
-from mmscale.metrics.ledger import LedgerConfig
+from mmscale.metrics.sample_log import SampleLogConfig
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.optim.stages import ALL, StageConfig
 
 
 class RunConfig(StrictConfig):
-    """Everything that decides what a run does."""
+    """The configuration of a run."""
 
     run_dir: Path
-    """Folder of the run: metrics, checkpoints, report. A run that finds its folder goes on where it stopped."""
+    """Folder of the run: metrics, checkpoints, report. A run whose folder holds a checkpoint resumes from it."""
     seed: int = Field(default=1, ge=0, lt=2**32)
-    """Seeds weights, data order and augmentation."""
+    """Seed of initial weights, data order, augmentation and dropout; from 0 to 2^32 - 1."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Stop after this many steps over all stages. Schedules stay as if the run were whole. None runs every stage."""
+    """End the run after this many steps over all stages; at least 1, null runs every stage. Learning rate schedules
+    still follow ``stages.*.steps``."""
     data: DataConfig
     model: ModelConfig
     stages: tuple[StageConfig, ...] = Field(min_length=1)
@@ -52,16 +53,16 @@ class RunConfig(StrictConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     bad_steps: BadStepsConfig = BadStepsConfig()
     metrics: MetricsConfig = MetricsConfig()
-    ledger: LedgerConfig = LedgerConfig()
+    sample_log: SampleLogConfig = SampleLogConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _check_stages(self) -> RunConfig:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
-            raise ValueError(f"stages need names of their own, got {names}")
+            raise ValueError(f"stages.*.name: each stage needs a different name, got {names}")
         for number, stage in enumerate(self.stages):
-            model = self.stage_model(number)  # Raises where an override of the block is not legal.
+            model = self.stage_model(number)  # Raises if an override is not valid.
             if not model.predicts_tokens:
                 for key, value in (("z_loss", stage.z_loss), ("distill", stage.distill)):
                     if value:
@@ -77,7 +78,7 @@ class RunConfig(StrictConfig):
                 raise ValueError(
                     f"stages.{number} ({stage.name}) names {sorted(unknown)}; this model has {sorted(components)}"
                 )
-            self.stage_data(number)  # As above.
+            self.stage_data(number)  # Raises if an override is not valid.
         return self
 
     @model_validator(mode="after")
@@ -87,18 +88,18 @@ class RunConfig(StrictConfig):
             most = (keep.keep_last - 1) * keep.every_steps + 1
             if steps > most:
                 raise ValueError(
-                    f"bad_steps.roll_back_steps={steps} goes further back than checkpoints are kept: at most {most} "
-                    f"with checkpoint.every_steps={keep.every_steps} and keep_last={keep.keep_last}; keep more of them"
+                    f"bad_steps.roll_back_steps={steps}: the run keeps checkpoints of at most {most} steps back, with "
+                    f"checkpoint.every_steps={keep.every_steps} and keep_last={keep.keep_last}; raise one of these two"
                 )
         return self
 
     @property
     def total_steps(self) -> int:
-        """Steps until the run ends: all stages, or ``max_steps`` if that is less."""
+        """Steps of the whole run: the sum over all stages, at most ``max_steps``."""
         return min(sum(stage.steps for stage in self.stages), self.max_steps or 2**62)
 
     def stages_from(self, first: int) -> Iterator[tuple[int, StageConfig]]:
-        """Number and stage of those from ``first`` on that begin before the run ends."""
+        """Yield number and stage of each stage from ``first`` on that begins before the run ends."""
         begin = 0
         for number, stage in enumerate(self.stages):
             if number >= first and begin < self.total_steps:
@@ -107,24 +108,34 @@ class RunConfig(StrictConfig):
 
     @property
     def media_spec(self) -> MediaSpec:
-        """What the data side must know of the ``model`` block; of a stage's model: ``stage_media``."""
+        """The media specification of the ``model`` block without the overrides of stages; see ``stage_media``."""
         return media_spec(self.model)
 
     def stage_data(self, number: int) -> DataConfig:
-        """The data block of stage ``number``: its overrides merged into ``data``; lists are replaced, not merged."""
+        """Return the data block of stage ``number``: ``data`` with the stage's overrides.
+
+        Mappings are merged, unless the override changes ``kind``. Lists are replaced.
+
+        Raises:
+            ValueError: the merged block is not valid.
+        """
         return _overridden(self.data, [self.stages[number].data], f"{self._place(number)}.data")
 
     def stage_model(self, number: int) -> ModelConfig:
-        """The model of stage ``number``: the overrides of all stages up to it merged into ``model``, in order."""
+        """Return the model of stage ``number``: ``model`` with the overrides of all stages up to this one, in order.
+
+        Raises:
+            ValueError: the merged block is not valid.
+        """
         overrides = [stage.model for stage in self.stages[: number + 1]]
         return _overridden(self.model, overrides, f"{self._place(number)}.model")
 
     def stage_media(self, number: int) -> MediaSpec:
-        """What the data side must know of the model of stage ``number``."""
+        """Return the media specification of the model of stage ``number``."""
         return media_spec(self.stage_model(number))
 
     def continues(self, number: int) -> bool:
-        """Whether stage ``number`` goes on with the stream of batches of the one before it: same data, same images."""
+        """Return whether stage ``number`` continues the previous stage's batches: same data block, same crops."""
         before = number - 1
         return (
             number > 0
@@ -133,7 +144,7 @@ class RunConfig(StrictConfig):
         )
 
     def evaluation_data(self, number: int) -> DataConfig:
-        """The data block by which a model of stage ``number`` is asked: that of the last stage with the same model."""
+        """Return the data block to evaluate a model of stage ``number``: that of the last stage with an equal model."""
         model = self.stage_model(number)
         return self.stage_data(max(n for n in range(len(self.stages)) if self.stage_model(n) == model))
 
@@ -158,7 +169,7 @@ def _overridden(block: C, overrides: list[dict[str, Any] | None], place: str) ->
 
 def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     if overrides.get("kind", base.get("kind")) != base.get("kind"):
-        return overrides  # Another variant: the keys of this one mean nothing to it.
+        return overrides  # Another variant, which does not have the keys of this one.
     merged = dict(base)
     for key, value in overrides.items():
         old = merged.get(key)
@@ -167,17 +178,18 @@ def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_files(config: RunConfig) -> list[str]:
-    """Checks what validation cannot know without the disk. Cheap: texts of some samples are read, and no image.
+    """Check the configuration against the files that it names. Reads the text of some samples, and decodes no image.
 
     Returns:
-        Warnings: a sentence for each stage whose model has a tower that its data never use.
+        Warnings: one sentence for each stage whose model has a vision tower and whose samples have no image.
 
     Raises:
-        ConfigError: ``run_dir`` cannot be made; a manifest is missing; the tokenizer has more ids than the model has
-            embeddings; a stage that trains the tower or the connector has no image; or a held-out set cannot be asked
-            as configured.
-        DataConfigError: a shard to be streamed is missing, the tokenizer cannot be loaded, images are not cut as a
-            stage's model takes them, or a data set has no usable sample.
+        ConfigError: ``run_dir`` cannot be created, or a manifest is missing.
+        ConfigError: the tokenizer has more ids than the model has embeddings.
+        ConfigError: a stage that trains the tower or the connector has no image, or a held-out set does not fit its
+            configuration.
+        DataConfigError: a streamed shard is missing, the tokenizer cannot be loaded, the transforms do not fit the
+            model of a stage, or a data set has no usable sample.
         DataPipelineError: a manifest or a held-out sample is damaged.
     """
     _check_run_dir(config.run_dir)
@@ -192,7 +204,7 @@ def check_files(config: RunConfig) -> list[str]:
                         f"data.datasets.{index}.manifest={dataset.manifest}: no such file; "
                         f"make it with `mmscale data ingest` or `mmscale data index`"
                     )
-                refuse_no_manifest(dataset.manifest, str(dataset.manifest), f"data.datasets.{index}.manifest")
+                reject_non_manifest(dataset.manifest, str(dataset.manifest), f"data.datasets.{index}.manifest")
         tokenizer = load_tokenizer(data.tokenizer)
         tokens, rows = tokenizer.vocab_size, model.decoder.num_ids
         if tokens > rows:
@@ -200,7 +212,7 @@ def check_files(config: RunConfig) -> list[str]:
             read = f"{rows}" if extra is None else f"{rows - extra.rows}, extra_tokens.rows={extra.rows}"
             raise ConfigError(
                 f"model.decoder.vocab_size={read}: the tokenizer of stage {stage.name} has {tokens} ids; "
-                f"have rows for {tokens} or more"
+                f"set at least {tokens} rows"
             )
         looks = [_look_at(dataset, data.packing, tokenizer, model, stage) for dataset in data.datasets]
         if model.vision is not None and not any(look is None or look.holds_images for look in looks):
@@ -211,29 +223,29 @@ def check_files(config: RunConfig) -> list[str]:
 
 
 def _check_run_dir(run_dir: Path) -> None:
-    """Makes and removes a folder in the nearest existing parent of ``run_dir``: mode bits alone do not tell all."""
+    """Create and remove a folder in the nearest existing parent of ``run_dir``: mode bits alone are not sufficient."""
     path = Path(os.path.abspath(run_dir))
     parent = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not os.path.isdir(parent):
-        raise ConfigError(f"run_dir={run_dir}: {parent} is no folder; give the run a folder of its own")
+        raise ConfigError(f"run_dir={run_dir}: {parent} is not a folder; set a folder that no other run uses")
     try:
         with tempfile.TemporaryDirectory(prefix=".mmscale-", dir=parent):
             pass
     except OSError as error:
         raise ConfigError(
-            f"run_dir={run_dir}: no folder can be made in {parent} ({error.strerror}); choose a folder that you can "
-            "write to"
+            f"run_dir={run_dir}: cannot create a folder in {parent} ({error.strerror}); choose a folder with write "
+            "permission"
         ) from error
 
 
 def _look_at(
     dataset: DatasetConfig, packing: PackingConfig, tokenizer: Tokenizer, model: ModelConfig, stage: StageConfig
 ) -> FirstLook | None:
-    """Some samples of a data set; None where it is streamed or on a server, since that takes more than a look."""
+    """Inspect some samples of a data set. Return None for a streamed or remote one, which takes longer to read."""
     try:
         spec = media_spec(model)
         builder = DocumentBuilder(dataset, tokenizer, spec)
-        budget = Budget(packing, spec, null_document(spec, tokenizer.pad_id))
+        budget = Budget(packing, spec, dummy_document(spec, tokenizer.pad_id))
         if not isinstance(dataset.manifest, Path):
             return None
         look = look_at(dataset, builder, budget)
@@ -241,7 +253,7 @@ def _look_at(
         raise DataConfigError(f"stage {stage.name}, data set {dataset.name}: {error}") from error
     if look.unusable == look.looked_at:
         raise DataConfigError(
-            f"stage {stage.name}, data set {dataset.name}: none of the {look.looked_at} samples looked at can be used; "
+            f"stage {stage.name}, data set {dataset.name}: none of the {look.looked_at} inspected samples can be used; "
             f"the first: {look.reason}"
         )
     return look
@@ -254,22 +266,22 @@ def _without_images(config: RunConfig, number: int) -> str:
     trained = [name for name in ("vision", "connector") if name in stage.train or ALL in stage.train]
     if trained:
         raise ConfigError(
-            f"{what}, so {' and '.join(trained)} would learn nothing; give it images, "
-            "or leave both out of stages.*.train, or set model.vision and model.connector to null"
+            f"{what}, so {' and '.join(trained)} would learn nothing; add data with images, "
+            "or remove both from stages.*.train, or set model.vision and model.connector to null"
         )
     return what
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
-    """Checks that the run can be dealt to ``world_size`` ranks.
+    """Check that every one of ``world_size`` ranks gets a lane in every stage.
 
     Raises:
-        ConfigError: some rank would never see a sample.
+        ConfigError: a rank would get no sample.
     """
     for number in range(len(config.stages)):
         lanes = config.stage_data(number).lanes
         if world_size > lanes:
             raise ConfigError(
-                f"world size {world_size} does not fit data.lanes={lanes}: {world_size - lanes} ranks would never see "
-                f"a sample; start at most {lanes} ranks or set data.lanes to {world_size} or more"
+                f"world size {world_size} does not fit data.lanes={lanes}: {world_size - lanes} ranks would get "
+                f"no sample; start at most {lanes} ranks or set data.lanes to {world_size} or more"
             )

@@ -1,14 +1,15 @@
-"""What lies where in a run folder.
+"""The layout of a run folder, its lock, and whether it holds a finished run.
 
-config.yaml            every value of the run        report/origins.json   where each came from
-metrics.jsonl          one line a step               tensorboard/          the same, and sample images
-checkpoints/step-N/    whole checkpoints             logs/                 output of ranks above 0, stacks of a hang
-ledger/                which samples each step had   faults/             samples that were left out, and why
-bad_steps/             samples of steps that were refused, roll backs
-starts/                each start: code, configuration, what changed since the start before
-lock/                  which process works in the folder
-profile/               traces of a few steps         goodput.jsonl         time that was spent outside of steps
-captions.json report/  held-out images described     report.html result.json
+config.yaml            every value of the run          report/origins.json   origin of each value
+metrics.jsonl          one line a step                 tensorboard/          the same, and sample images
+checkpoints/step-N/    whole checkpoints               logs/                 output of ranks above 0, stacks of a hang
+sample_log/            the samples of each step        faults/               skipped samples with the reason
+bad_steps/             samples of bad steps, roll backs
+starts/                each start: code, configuration, changes since the previous start
+lock/                  the process that works in the folder
+heartbeats/            state of each rank, for the watchdog
+profile/               traces of a few steps           goodput.jsonl         time spent outside of steps
+captions.json report/  captions of held-out images     report.html result.json
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from mmscale.run.config import RunConfig
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-LEDGER = "ledger"
+SAMPLE_LOG = "sample_log"
 FAULTS = "faults"
 BAD_STEPS = "bad_steps"
 
 
 @contextmanager
 def hold_folder(folder: Path, world: World | None = None) -> Iterator[None]:
-    """Holds the lock of a run folder, which is made if absent. All ranks must call; rank 0 takes the lock.
+    """Hold the lock of a run folder, which is created if absent. All ranks must call; rank 0 takes the lock.
 
-    Everything that changes a run's files or checkpoints takes the lock first. ``mmscale report`` does not: it replaces
-    ``report.html`` and reads the rest.
+    Every command that changes a run's files or checkpoints takes the lock first. ``mmscale report`` does not: it
+    replaces ``report.html`` and only reads the other files.
 
     Args:
         folder: The run folder.
@@ -51,46 +52,48 @@ def hold_folder(folder: Path, world: World | None = None) -> Iterator[None]:
     """
     world = world or World(0, 1, 0, torch.device("cpu"))
     lock = FolderLock(folder)
-    has_told = False
+    is_reported = False
     try:
-        while _waits(lock, folder, world, has_told):
-            has_told = True
+        while not _try_lock(lock, folder, world, is_reported):
+            is_reported = True
             time.sleep(POLL_SECONDS)
         yield
     finally:
         lock.release()
 
 
-def _waits(lock: FolderLock, folder: Path, world: World, has_told: bool) -> bool:
-    """One attempt to take the lock; whether all ranks have to wait for another one."""
-    waiting = complaint = None
+def _try_lock(lock: FolderLock, folder: Path, world: World, is_reported: bool) -> bool:
+    """Try once to take the lock. Return False on all ranks if they must wait and try again."""
+    waiting = message = None
     if world.is_main:
         try:
             waiting = lock.attempt()
         except LaunchError as error:
-            complaint = str(error)
+            message = str(error)
         except OSError as error:
-            complaint = f"run_dir={folder}: {error.filename or folder}: {error.strerror}"
-    raise_on_any_rank(world, complaint, LaunchError)
-    if waiting is not None and not has_told:
+            message = f"run_dir={folder}: {error.filename or folder}: {error.strerror}"
+    raise_on_any_rank(world, message, LaunchError)
+    if waiting is not None and not is_reported:
         print(f"mmscale: {waiting}", file=sys.stderr, flush=True)
-    return any_rank(world, waiting is not None)
+    return not any_rank(world, waiting is not None)
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run folder holds the result of a run of at least this many steps.
+    """Return whether the run folder holds the result of a run of at least ``config.total_steps`` steps.
 
     Raises:
-        MMScaleError: ``result.json`` is there but cannot be read.
+        MMScaleError: ``result.json`` exists but is damaged or cannot be read.
     """
     return finished_steps(config) is not None
 
 
 def finished_steps(config: RunConfig) -> int | None:
-    """Return the steps of the finished run in the run folder; None if there is none, or one of fewer steps than asked.
+    """Return the steps of the finished run in the run folder.
+
+    Return None if there is no result, or one of fewer steps than ``config.total_steps``.
 
     Raises:
-        MMScaleError: ``result.json`` is there but cannot be read.
+        MMScaleError: ``result.json`` exists but is damaged or cannot be read.
     """
     try:
         result = read_result(config.run_dir)
@@ -98,17 +101,17 @@ def finished_steps(config: RunConfig) -> int | None:
         raise MMScaleError(f"{error}; remove it to let the run finish again") from error
     if result and "steps" not in result:
         path = config.run_dir / RESULT_FILE
-        raise MMScaleError(f"{path} is damaged: it has no steps; remove it to let the run finish again")
+        raise MMScaleError(f"{path} is damaged: its key steps is missing; remove it to let the run finish again")
     steps = int(result["steps"]) if result else None
     return None if steps is None or steps < config.total_steps else steps
 
 
 def check_position(config: RunConfig, state: TrainState, path: Path) -> None:
-    """Checks that the stages of the configuration lead to the place where a checkpoint was saved.
+    """Check that the configuration's stages contain the step of a checkpoint.
 
     Args:
-        config: Of the run that is to go on.
-        state: Of the checkpoint.
+        config: The run that is to be resumed.
+        state: The state in the checkpoint.
         path: The checkpoint, for messages.
 
     Raises:
@@ -118,8 +121,8 @@ def check_position(config: RunConfig, state: TrainState, path: Path) -> None:
     if index >= len(names):
         raise ConfigError(
             f"{path} was saved in stage {index} ({read_manifest(path).stage!r}), but the configuration has "
-            f"{len(names)} stage{'s' * (len(names) != 1)}: {names}; put stages.{index} back to go on, or give another "
-            f"run_dir and take the weights with stages.0.weights=[{{checkpoint: {path}}}]"
+            f"{len(names)} stage{'s' * (len(names) != 1)}: {names}; put stages.{index} back to resume, or set another "
+            f"run_dir and load the weights with stages.0.weights=[{{checkpoint: {path}}}]"
         )
     begin, now = state.step - state.stage_step, sum(stage.steps for stage in config.stages[:index])
     if begin != now:

@@ -1,9 +1,9 @@
-"""Checks before anything is built that all ranks run the same configuration, code and data.
+"""Check that all ranks have the same configuration, code and data, before any rank builds a model.
 
-each rank: values, files, code, versions --sha256--> one all-reduce of 96 bytes --equal--> go on
+each rank: values, files, code, versions --sha256--> one all-reduce of 96 bytes --equal--> continue
                                                      |
-                                                     +--different--> rank 0's values to all, each rank names
-                                                                     what differs, all ranks raise
+                                                     +--different--> broadcast rank 0's values, each rank lists the
+                                                                     differences, all ranks raise
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from typing import Any
 
 from data_pipeline.io.checksums import sha256_of
 from mmscale.config import leaves, shorten
-from mmscale.dist import World, all_equal, broadcast_bytes, first_complaint
+from mmscale.dist import World, all_equal, broadcast_bytes, lowest_rank_error
 from mmscale.errors import ConfigError
 from mmscale.io.software import ROOT, source_files, versions
 from mmscale.run.config import RunConfig
 
 _OWN_KEYS = re.compile(r"(?:stages\.\d+\.)?data\.(?:workers|prefetch|storage|cache)(?:\.|$)")
-"""Keys that each machine may have its own values of: they change neither the order of the data nor a number."""
+"""Keys that may differ between ranks: they change neither the order of the data nor a computed value."""
 _NULL = "null"
-_SHOWN = 4
-_SHOWN_LETTERS = 40
-"""So that a sentence fits into ``first_complaint``."""
+_MOST_NAMED = 4
+_MOST_CHARACTERS = 40
+"""Limits that keep the message within the bytes that ``lowest_rank_error`` sends."""
 
 
 def check_ranks(config: RunConfig, world: World) -> None:
-    """Compares what decides a run on this rank with the other ranks. All ranks must call, before any other collective.
+    """Compare this rank's configuration, files and code with rank 0's. All ranks must call, before other collectives.
 
-    Compared are the values of the configuration, the bytes of the local files that it names (manifests, tokenizers,
-    lists of samples), our source files, and versions of libraries. Two paths whose files are equal count as equal.
+    The check covers the values of the configuration, the bytes of the local files that it names (manifests, tokenizers,
+    lists of samples), the source files of this project, and the versions of libraries. Two paths count as equal if
+    their files are equal.
 
     Raises:
-        ConfigError: two ranks differ; every rank raises and names what differs.
+        ConfigError: two ranks differ; every rank raises, with the differences of the lowest rank that differs.
     """
     if world.world_size == 1:
         return
@@ -46,18 +47,18 @@ def check_ranks(config: RunConfig, world: World) -> None:
     if all_equal(world, hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()):
         return
     first = json.loads(broadcast_bytes(world, text))
-    complaint = first_complaint(world, _complaint(mine, first["values"], first["root"]))
-    raise ConfigError(f"the ranks of this run differ: {complaint}")
+    difference = lowest_rank_error(world, _difference(mine, first["values"], first["root"]))
+    raise ConfigError(f"the ranks of this run differ: {difference}")
 
 
 def compared_values(config: RunConfig) -> dict[str, str]:
-    """Everything that must be the same on all ranks, as text by a name that a user knows."""
+    """Return all values that must be equal on all ranks, as text, by a name for messages."""
     values = {
         key: json.dumps(value, default=str)
         for path, value in leaves(config)
         if value is not None and not _OWN_KEYS.match(key := ".".join(path))
     }
-    # Overrides of a stage are plain values; its data block knows which of them are files.
+    # A stage's overrides are plain values. Only its merged data block has typed paths.
     blocks = {"": config.model_dump()} | {
         f"stages.{number}.": {"data": config.stage_data(number).model_dump()}
         for number, stage in enumerate(config.stages)
@@ -71,7 +72,7 @@ def compared_values(config: RunConfig) -> dict[str, str]:
 
 
 def _files(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Path]]:
-    """The existing files that a configuration names, with their keys."""
+    """Yield the key and path of each existing file that a configuration names."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _files(item, (*path, str(key)))
@@ -82,20 +83,20 @@ def _files(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
         yield path, value
 
 
-def _complaint(mine: dict[str, str], first: dict[str, str], root: str) -> str | None:
-    """How this rank differs from rank 0; None if it does not."""
+def _difference(mine: dict[str, str], first: dict[str, str], root: str) -> str | None:
+    """Return a sentence with the differences of this rank from rank 0, or None."""
     names = [name for name in {**first, **mine} if mine.get(name, _NULL) != first.get(name, _NULL)]
     if not names:
         return None
-    shown = "; ".join(
-        f"{name} is {shorten(mine.get(name, _NULL), _SHOWN_LETTERS)} here and "
-        f"{shorten(first.get(name, _NULL), _SHOWN_LETTERS)} on rank 0"
-        for name in names[:_SHOWN]
+    listed = "; ".join(
+        f"{name} is {shorten(mine.get(name, _NULL), _MOST_CHARACTERS)} here and "
+        f"{shorten(first.get(name, _NULL), _MOST_CHARACTERS)} on rank 0"
+        for name in names[:_MOST_NAMED]
     )
-    more = f"; and {len(names) - _SHOWN} more differences" if len(names) > _SHOWN else ""
+    more = f"; and {len(names) - _MOST_NAMED} more differences" if len(names) > _MOST_NAMED else ""
     roots = (
         f"; the code is in {ROOT} here and in {root} on rank 0"
         if any(name.startswith("source file ") for name in names)
         else ""
     )
-    return f"{shown}{more}{roots}. Start all ranks with the same command, code and files"
+    return f"{listed}{more}{roots}. Start all ranks with the same command, code and files"

@@ -1,11 +1,12 @@
-"""Which samples a step of a run had, and which steps a sample had: from the run folder and the manifests.
+"""Lookup of the samples of a step and of the steps of a sample, from the run folder and the manifests.
 
-    step   --ledger--> rows;  not written down (yet): replayed from the nearest snapshot
-    sample --order's inverse--> lane and cursor of each epoch --search of the snapshots--> segment --> rows
-                                                              --replay until a step, or estimate--> future
+    step   --sample log--> rows;  not logged (yet): replay from the last snapshot before the step
+    sample --inverse of the order--> lane and cursor of each epoch --binary search of the snapshots--> segment --> rows
+                                                                   --replay, or estimate--> future steps
 
-Nothing here depends on how many steps a run has, but for the future: a step that lies k steps behind the last snapshot
-costs k steps of measuring. Not for: what the samples look like (``data_pipeline.history.sample_lookup``).
+A logged step is found by file name, and the logged steps of a sample by one binary search per epoch; without a
+manifest, by reading all segments. A step k steps after the last snapshot requires a replay of k steps. Not for: the
+content of samples (``data_pipeline.history.sample_lookup``).
 """
 
 from __future__ import annotations
@@ -19,76 +20,89 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import LedgerError
+from data_pipeline.errors import SampleLogError
 from data_pipeline.history.replay import Replay
-from data_pipeline.history.sample_log import Ledger, Row
-from data_pipeline.history.sample_lookup import Samples
-from data_pipeline.history.sample_steps import Whereabouts, draws_per_step
+from data_pipeline.history.sample_log import LogRow, SampleLog
+from data_pipeline.history.sample_lookup import SampleCatalog
+from data_pipeline.history.sample_steps import SampleSteps, draws_per_step
 from data_pipeline.loader.front_to_back import commands
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_policy import Skipped
 from data_pipeline.order.state import Drawn
-from mmscale.bad_steps.roll_back import RollBack, in_force, read_roll_backs
+from mmscale.bad_steps.roll_back import RollBack, effective_roll_backs, read_roll_backs
 from mmscale.config import load
 from mmscale.errors import ConfigError
 from mmscale.run.config import RunConfig
-from mmscale.run.folder import BAD_STEPS, CONFIG, LEDGER
+from mmscale.run.folder import BAD_STEPS, CONFIG, SAMPLE_LOG
 
 Advance = Callable[[int], object]
-"""Told of each replayed step."""
+"""Called with the number of newly replayed steps, for a progress bar."""
 
 
-class Source(str, Enum):
-    """How it is known."""
+class Evidence(str, Enum):
+    """How a step of a sample is known."""
 
-    LEDGER = "ledger"
-    """Written down when the step was done."""
+    SAMPLE_LOG = "sample_log"
+    """Logged when the step was done."""
     REPLAY = "replay"
-    """Computed again from a snapshot, or ahead of time: true unless an image turns out to be damaged."""
+    """Computed by a replay. It is correct unless an image is damaged, which a replay cannot find."""
     ESTIMATE = "estimate"
-    """From the number of samples that come before it and the pace of the last steps."""
+    """Estimated from the number of samples before it and the pace of the latest segment."""
 
 
 @dataclass(frozen=True)
-class StepTrace:
-    """One step.
+class StepSamples:
+    """The samples of one step.
 
     Attributes:
-        stage: Its stage's name.
-        source: ``ledger`` or ``replay``.
-        replayed_from: Step of the snapshot that a replay began at.
-        skipped: What was left out while the step was made.
+        step: Number of the step, from 1.
+        stage: Name of its stage.
+        source: ``sample_log`` or ``replay``.
+        rows: The documents, by lane and position in the pack.
+        skipped: Records of the samples that were skipped while the step was made.
+        replayed_from: The step after which the replay started (as ``SampleLookup.replay``); None if the step is logged.
     """
 
     step: int
     stage: str
-    source: Source
-    rows: tuple[Row, ...]
+    source: Evidence
+    rows: tuple[LogRow, ...]
     skipped: tuple[Mapping[str, Any], ...] = ()
     replayed_from: int | None = None
 
 
 @dataclass(frozen=True)
-class Sighting:
-    """A step that a sample was or will be in; ``row`` is None where only step and lane are known."""
+class Occurrence:
+    """A step in which a sample occurs, was skipped, or will occur.
+
+    Attributes:
+        step: Number of the step, from 1.
+        dataset: Name of the data set.
+        epoch: Epoch of the data set.
+        lane: The lane that draws the sample.
+        source: How the step is known.
+        row: The document; None for an estimate or a skipped sample.
+        skipped: The reason if the sample was skipped.
+    """
 
     step: int
     dataset: str
     epoch: int
     lane: int
-    source: Source
-    row: Row | None = None
+    source: Evidence
+    row: LogRow | None = None
     skipped: str | None = None
 
 
 @dataclass(frozen=True)
-class Frame:
-    """Steps that are fed by one loader.
+class LoaderSteps:
+    """The steps of a run that one loader makes.
 
     Attributes:
-        begin: Steps of the run that were done before its first.
-        end: Its last step, as the configuration plans it.
-        spec: What the model of these steps takes.
+        begin: Number of steps of the run before the first of these.
+        end: The last of these steps, according to the configuration.
+        data: The data block.
+        spec: Inputs of the model in these steps.
     """
 
     begin: int
@@ -97,298 +111,311 @@ class Frame:
     spec: MediaSpec
 
 
-def frames(config: RunConfig) -> list[Frame]:
-    """The loaders of a run, one after the other: stages may share one (``RunConfig.continues``)."""
-    found: list[Frame] = []
+def loaders_of(config: RunConfig) -> list[LoaderSteps]:
+    """Return the steps of each loader of a run, in order. Stages may share a loader (``RunConfig.continues``)."""
+    found: list[LoaderSteps] = []
     done = 0
     for number, stage in enumerate(config.stages):
         begin = found.pop().begin if config.continues(number) else done
         done += stage.steps
-        found.append(Frame(begin, done, config.stage_data(number), config.stage_media(number)))
+        found.append(LoaderSteps(begin, done, config.stage_data(number), config.stage_media(number)))
     return found
 
 
-class RunTrace:
-    """The ledger of a run with the configuration that it was written under.
+class SampleLookup:
+    """Looks up samples and steps of a run.
 
     Args:
-        run: A run folder.
+        run: The run folder.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: ``run`` is not a run folder.
     """
 
     def __init__(self, run: Path) -> None:
         if not (run / CONFIG).is_file():
-            raise ConfigError(f"{run}: no run folder, it holds no {CONFIG}")
+            raise ConfigError(f"{run}: no run folder: it contains no {CONFIG}")
         self.config = load(run / CONFIG, [], RunConfig).value
-        self.ledger = Ledger(run / LEDGER)
-        self.frames = frames(self.config)
-        self._roll_backs = in_force(read_roll_backs(run / BAD_STEPS))
-        self._forget_undone()
+        self.sample_log = SampleLog(run / SAMPLE_LOG)
+        self.loaders = loaders_of(self.config)
+        self._roll_backs = effective_roll_backs(read_roll_backs(run / BAD_STEPS))
+        self._drop_rolled_back()
 
-    def _forget_undone(self) -> None:
-        """Leaves out segments of steps that were rolled back, if the run was killed before it removed them."""
-        ledger, last = self.ledger, self._roll_back(self.ledger.last_step)
-        if last is None or last.to_step == ledger.last_step:
+    def _drop_rolled_back(self) -> None:
+        """Ignore segments of steps that were rolled back: a killed run may not have removed their files."""
+        sample_log, last = self.sample_log, self._roll_back(self.sample_log.last_step)
+        if last is None or last.to_step == sample_log.last_step:
             return
-        if ledger.state(len(ledger.spans) - 1).step <= last.position.step:
-            ledger.spans = [span for span in ledger.spans if span[1] <= last.to_step]
+        if sample_log.state(len(sample_log.step_ranges) - 1).step <= last.position.step:
+            sample_log.step_ranges = [steps for steps in sample_log.step_ranges if steps[1] <= last.to_step]
 
     def _roll_back(self, step: int) -> RollBack | None:
-        """The last roll back to ``step`` or before."""
+        """Return the last roll-back to ``step`` or earlier; None if there is none."""
         return next((entry for entry in reversed(self._roll_backs) if entry.to_step <= step), None)
 
-    def frame(self, step: int) -> Frame:
-        """The frame of a step.
+    def loader_of(self, step: int) -> LoaderSteps:
+        """Return the loader of a step.
 
         Raises:
-            LedgerError: the run has no such step.
+            SampleLogError: the run has no such step.
         """
-        found = [frame for frame in self.frames if frame.begin < step <= frame.end]
+        found = [loader for loader in self.loaders if loader.begin < step <= loader.end]
         if not found:
-            raise LedgerError(f"no step {step}: the run has the steps 1 to {self.frames[-1].end}")
+            raise SampleLogError(f"no step {step}: the run has the steps 1 to {self.loaders[-1].end}")
         return found[0]
 
-    def samples(self, frame: Frame) -> Samples:
-        """The samples of a frame's data sets, as the ledger's last state of it knows them."""
-        numbers = self.segments(frame)
-        state = self.ledger.state(numbers[-1]) if numbers else None
-        return Samples(frame.data, frame.spec, self.config.seed, state)
+    def catalog(self, loader: LoaderSteps) -> SampleCatalog:
+        """Return the catalog of a loader's data sets, which checks them against the last logged state of the loader."""
+        numbers = self.segments(loader)
+        state = self.sample_log.state(numbers[-1]) if numbers else None
+        return SampleCatalog(loader.data, loader.spec, self.config.seed, state)
 
-    def _check_order(self, frame: Frame) -> None:
-        """Whether the order that the frame's steps were done in is that of the configuration.
+    def _check_order(self, loader: LoaderSteps) -> None:
+        """Check that the configuration gives the order in which the loader's steps were done.
 
         Raises:
-            LedgerError: it is not.
+            SampleLogError: seed, lanes, order or data sets were changed.
         """
-        numbers = self.segments(frame)
-        parts = {"seed": self.config.seed, "lanes": frame.data.lanes, "order": frame.data.order.model_dump(mode="json")}
-        state = self.ledger.state(numbers[-1]) if numbers else None
+        numbers = self.segments(loader)
+        order = loader.data.order.model_dump(mode="json")
+        parts = {"seed": self.config.seed, "lanes": loader.data.lanes, "order": order}
+        state = self.sample_log.state(numbers[-1]) if numbers else None
         changed = [] if state is None else state.changed(parts)
-        names = [dataset.name for dataset in frame.data.datasets]
+        names = [dataset.name for dataset in loader.data.datasets]
         changed += [f"no data set {name}" for name in (state.datasets if state else ()) if name not in names]
         if changed:
-            raise LedgerError(f"config.yaml has other values than these steps were done with: {', '.join(changed)}")
+            raise SampleLogError(f"config.yaml was changed since these steps were done: {', '.join(changed)}")
 
     def stage_name(self, step: int) -> str:
-        """Name of the stage of a step, by the configuration."""
+        """Return the name of the stage of a step, according to the configuration."""
         for stage in self.config.stages:
             if step <= stage.steps:
                 return stage.name
             step -= stage.steps
         return self.config.stages[-1].name
 
-    def step(self, step: int, lanes: Collection[int] | None = None, advance: Advance = lambda count: None) -> StepTrace:
-        """The rows of a step.
+    def samples_of(
+        self, step: int, lanes: Collection[int] | None = None, advance: Advance = lambda count: None
+    ) -> StepSamples:
+        """Return the samples of a step: from the sample log, or by a replay if the step is not logged.
 
         Args:
-            step: From 1, as in ``metrics.jsonl``.
-            lanes: Only these; None for all.
-            advance: Told of each step that is replayed.
+            step: Number of the step, from 1, as in ``metrics.jsonl``.
+            lanes: Lanes to return; None for all.
+            advance: Called after each replayed step.
 
         Raises:
-            LedgerError: the run has no such step or lane, or the segment is damaged.
-            DataPipelineError: a replay lacks a shard, or the data block was changed since.
+            SampleLogError: the run has no such step or lane, the segment is damaged, or a replay would have to run the
+                user's code.
+            DataPipelineError: a replay needs a shard that is missing, or the data block was changed since the snapshot.
         """
-        frame = self.frame(step)
-        outside = [lane for lane in lanes or () if not 0 <= lane < frame.data.lanes]
+        loader = self.loader_of(step)
+        outside = [lane for lane in lanes or () if not 0 <= lane < loader.data.lanes]
         if outside:
-            raise LedgerError(f"no lane {outside[0]}: step {step} has the lanes 0 to {frame.data.lanes - 1}")
-        number = self.ledger.number_of(step)
+            raise SampleLogError(f"no lane {outside[0]}: step {step} has the lanes 0 to {loader.data.lanes - 1}")
+        number = self.sample_log.number_of(step)
         if number is None:
-            return self._replayed(frame, step, lanes, advance)
-        segment = self.ledger.segment(number)
+            return self._replayed(loader, step, lanes, advance)
+        segment = self.sample_log.segment(number)
         skipped = (record for record in segment.skipped if record["step"] == step)
-        return StepTrace(
+        return StepSamples(
             step,
             self.stage_name(step),
-            Source.LEDGER,
-            tuple(segment.of_step(step, lanes)),
+            Evidence.SAMPLE_LOG,
+            tuple(segment.rows_of_step(step, lanes)),
             tuple(record for record in skipped if lanes is None or record["lane"] in lanes),
         )
 
-    def _replayed(self, frame: Frame, step: int, lanes: Collection[int] | None, advance: Advance) -> StepTrace:
-        start, replay = self.replay(frame, step - 1, lanes)
+    def _replayed(self, loader: LoaderSteps, step: int, lanes: Collection[int] | None, advance: Advance) -> StepSamples:
+        start, replay = self.replay(loader, step - 1, lanes)
         packs: dict[int, tuple[Drawn, ...]] = {}
         skipped: tuple[Skipped, ...] = ()
         for _ in range(start, step):
-            packs, skipped = replay.next_step(), replay.take_skipped()
+            packs, skipped = replay.next_step(), replay.pop_skipped()
             advance(1)
-        names = [dataset.name for dataset in frame.data.datasets]
+        names = [dataset.name for dataset in loader.data.datasets]
         rows = [
             _row(replay, names, step, lane, place, drawn)
             for lane, pack in packs.items()
             for place, drawn in enumerate(pack)
         ]
         records = tuple({"step": step, **skip.record()} for skip in skipped)
-        return StepTrace(step, self.stage_name(step), Source.REPLAY, tuple(rows), records, start)
+        return StepSamples(step, self.stage_name(step), Evidence.REPLAY, tuple(rows), records, start)
 
-    def replay(self, frame: Frame, step: int, lanes: Collection[int] | None) -> tuple[int, Replay]:
-        """A replay from the last snapshot of a frame at ``step`` or before, and the step of that snapshot.
+    def replay(self, loader: LoaderSteps, step: int, lanes: Collection[int] | None) -> tuple[int, Replay]:
+        """Return the step of a loader's last snapshot at ``step`` or earlier, and a replay that starts after it.
 
-        Behind a roll back the data are not those of the steps' numbers; it is a snapshot too.
+        Without a snapshot, the replay starts at the loader's first step. A roll-back counts as a snapshot: it records
+        the position in the data. After a roll-back the step of the run and the step of the loader differ.
+
+        Raises:
+            SampleLogError: the replay would run the user's code, or config.yaml does not fit the snapshot.
+            DataPipelineError: as ``Replay``.
         """
-        piped = [dataset.name for dataset in frame.data.datasets if dataset.code or commands(dataset.shards)]
-        if piped:
-            raise LedgerError(f"not written down, and a trace does not run the code that {piped[0]} comes from")
-        snapshot = self.ledger.snapshot(step)
-        spec, seed = frame.spec, self.config.seed
+        with_code = [dataset.name for dataset in loader.data.datasets if dataset.code or commands(dataset.shards)]
+        if with_code:
+            raise SampleLogError(
+                f"the step is not logged, and a trace does not run the code of data set {with_code[0]}"
+            )
+        snapshot = self.sample_log.snapshot(step)
+        spec, seed = loader.spec, self.config.seed
         entry = self._roll_back(step)
-        if entry is not None and entry.stage_begin < frame.begin:
+        if entry is not None and entry.stage_begin < loader.begin:
             entry = None
         if entry is not None and (snapshot is None or snapshot.last <= entry.to_step):
-            return entry.to_step, Replay(frame.data, spec, seed, entry.position, lanes)
-        if snapshot is None or snapshot.last <= frame.begin:
-            return frame.begin, Replay(frame.data, spec, seed, None, lanes)
-        left_out = 0 if entry is None else entry.position.step - (entry.to_step - frame.begin)
-        if snapshot.state.step != snapshot.last - frame.begin + left_out:
-            raise LedgerError(
-                f"the stages in config.yaml were changed since step {snapshot.last}: by them its data began at step "
-                f"{frame.begin}, by the ledger at {snapshot.last - snapshot.state.step}"
+            return entry.to_step, Replay(loader.data, spec, seed, entry.position, lanes)
+        if snapshot is None or snapshot.last <= loader.begin:
+            return loader.begin, Replay(loader.data, spec, seed, None, lanes)
+        skipped_steps = 0 if entry is None else entry.position.step - (entry.to_step - loader.begin)
+        if snapshot.state.step != snapshot.last - loader.begin + skipped_steps:
+            raise SampleLogError(
+                f"the stages in config.yaml were changed since step {snapshot.last}: according to them its data began "
+                f"at step {loader.begin}, according to the sample log at {snapshot.last - snapshot.state.step}"
             )
-        return snapshot.last, Replay(frame.data, spec, seed, snapshot.state, lanes)
+        return snapshot.last, Replay(loader.data, spec, seed, snapshot.state, lanes)
 
-    def sample(
+    def steps_of(
         self, shard: str, key: str, until: int | None = None, advance: Advance = lambda count: None
-    ) -> Iterator[Sighting]:
-        """The steps of a sample: those that are written down, then those to come.
+    ) -> Iterator[Occurrence]:
+        """Yield the steps of a sample: for each loader the logged ones, then future ones.
 
         Args:
             shard: Path or name of the tar.
-            key: Key of the sample in it.
-            until: Replay up to this step and tell the steps exactly; None estimates the next one.
-            advance: Told of each step that is replayed.
+            key: Key of the sample in the tar; the row of the sample, such as ``#17``, for a tar without an index.
+            until: Find future steps up to this one by replays. None estimates the next one.
+            advance: Called after each replayed step.
 
         Raises:
-            LedgerError: no data set of the run has this sample.
-            DataPipelineError: as ``step``.
+            SampleLogError: no data set of the run has this sample, or config.yaml was changed since.
+            DataPipelineError: as ``samples_of``.
         """
-        seen = False
-        for frame in self.frames:
-            self._check_order(frame)
-            samples = self.samples(frame)
-            for dataset, sample in samples.find(shard, key):
-                seen = True
-                where = Whereabouts(frame.data, self.config.seed, dataset, sample, samples.sizes)
-                sought = _Sought(self, frame, where)
-                yield from sought.past()
-                yield from sought.next() if until is None else sought.until(until, advance)
-            for dataset, sample in samples.find_streamed(shard, key):
-                seen = True
+        is_found = False
+        for loader in self.loaders:
+            self._check_order(loader)
+            catalog = self.catalog(loader)
+            for dataset, sample in catalog.find(shard, key):
+                is_found = True
+                steps = SampleSteps(loader.data, self.config.seed, dataset, sample, catalog.sizes)
+                search = _SampleSearch(self, loader, steps)
+                yield from search.logged()
+                yield from search.estimated() if until is None else search.replayed(until, advance)
+            for dataset, sample in catalog.find_streamed(shard, key):
+                is_found = True
                 if until is not None:
-                    raise LedgerError(
-                        f"{dataset} is streamed without an index: its coming steps are unknown; no --until"
+                    raise SampleLogError(
+                        f"{dataset} is streamed without an index, so its future steps are unknown; omit --until"
                     )
-                yield from self._scan(frame, dataset, sample)
-        if not seen:
-            raise LedgerError(f"no data set of this run has a shard {shard} with the key {key}")
+                yield from self._scan(loader, dataset, sample)
+        if not is_found:
+            raise SampleLogError(f"no data set of this run has a shard {shard} with the key {key}")
 
-    def segments(self, frame: Frame) -> range:
-        """Numbers of the ledger's segments that belong to a frame."""
-        spans = self.ledger.spans
-        first = bisect.bisect_left(spans, (frame.begin + 1, 0))
-        return range(first, bisect.bisect_right(spans, (frame.end, frame.end)))
+    def segments(self, loader: LoaderSteps) -> range:
+        """Return the numbers of the segments of the sample log that belong to a loader."""
+        step_ranges = self.sample_log.step_ranges
+        first = bisect.bisect_left(step_ranges, (loader.begin + 1, 0))
+        return range(first, bisect.bisect_right(step_ranges, (loader.end, loader.end)))
 
-    def _scan(self, frame: Frame, dataset: str, sample: int) -> Iterator[Sighting]:
-        """Every step that is written down, by a look at each: a set without an index has no inverse of its order."""
-        for number in self.segments(frame):
-            segment = self.ledger.segment(number)
+    def _scan(self, loader: LoaderSteps, dataset: str, sample: int) -> Iterator[Occurrence]:
+        """Yield the logged steps of a sample by reading all segments: without an index the order has no inverse."""
+        for number in self.segments(loader):
+            segment = self.sample_log.segment(number)
             for record in segment.skipped:
                 if (record["dataset"], record["index"]) == (dataset, sample):
-                    place = (record["step"], dataset, record["epoch"], record["lane"])
-                    yield Sighting(*place, Source.LEDGER, skipped=record["reason"])
-            for row in segment.of_sample(dataset, sample):
-                yield Sighting(row.step, dataset, row.epoch, row.lane, Source.LEDGER, row)
+                    origin = (record["step"], dataset, record["epoch"], record["lane"])
+                    yield Occurrence(*origin, Evidence.SAMPLE_LOG, skipped=record["reason"])
+            for row in segment.rows_of_sample(dataset, sample):
+                yield Occurrence(row.step, dataset, row.epoch, row.lane, Evidence.SAMPLE_LOG, row)
 
 
-class _Sought:
-    """A sample in one frame: what is written down, then what is to come."""
+class _SampleSearch:
+    """The search for the steps of one sample of one loader. Call ``logged`` first, and consume it."""
 
-    def __init__(self, trace: RunTrace, frame: Frame, where: Whereabouts) -> None:
-        self._trace, self._frame, self._where = trace, frame, where
-        self._numbers = trace.segments(frame)
+    def __init__(self, lookup: SampleLookup, loader: LoaderSteps, steps: SampleSteps) -> None:
+        self._lookup, self._loader, self._steps = lookup, loader, steps
+        self._numbers = lookup.segments(loader)
         self._done: set[int] = set()
-        """Epochs of which nothing is to come."""
+        """Epochs without future occurrences."""
 
-    def past(self) -> Iterator[Sighting]:
-        """What the ledger holds."""
-        for found in self._where.past(self._trace.ledger, self._numbers):
+    def logged(self) -> Iterator[Occurrence]:
+        """Yield the logged steps."""
+        for found in self._steps.logged(self._lookup.sample_log, self._numbers):
             if not found.waits:
                 self._done.add(found.epoch)
             for record in found.skipped:
-                yield self._sighting(record["step"], found.epoch, found.lane, Source.LEDGER, skipped=record["reason"])
+                yield self._occurrence(
+                    record["step"], found.epoch, found.lane, Evidence.SAMPLE_LOG, skipped=record["reason"]
+                )
             for row in found.rows:
-                yield self._sighting(row.step, found.epoch, found.lane, Source.LEDGER, row)
+                yield self._occurrence(row.step, found.epoch, found.lane, Evidence.SAMPLE_LOG, row)
 
-    def _sighting(
-        self, step: int, epoch: int, lane: int, source: Source, row: Row | None = None, skipped: str | None = None
-    ) -> Sighting:
-        return Sighting(step, self._where.dataset, epoch, lane, source, row, skipped)
+    def _occurrence(
+        self, step: int, epoch: int, lane: int, source: Evidence, row: LogRow | None = None, skipped: str | None = None
+    ) -> Occurrence:
+        return Occurrence(step, self._steps.dataset, epoch, lane, source, row, skipped)
 
     def _epochs(self) -> Iterator[int]:
-        """Epochs that are to come, for ever or until the data set is used up."""
+        """Yield the epochs with future occurrences; endless without ``max_epochs``."""
         for epoch in itertools.count():
-            if not self._where.has_epoch(epoch):
+            if not self._steps.has_epoch(epoch):
                 return
             if epoch not in self._done:
                 yield epoch
 
-    def next(self) -> Iterator[Sighting]:
-        """About when the sample is next, if the ledger has a pace to go by."""
-        ledger, where, frame = self._trace.ledger, self._where, self._frame
-        if not self._numbers or frame.end <= ledger.spans[self._numbers[-1]][1]:
+    def estimated(self) -> Iterator[Occurrence]:
+        """Yield an estimate of the next step, or nothing if no step is logged or all steps of the loader are."""
+        sample_log, steps, loader = self._lookup.sample_log, self._steps, self._loader
+        if not self._numbers or loader.end <= sample_log.step_ranges[self._numbers[-1]][1]:
             return
-        latest = ledger.segment(self._numbers[-1])
+        latest = sample_log.segment(self._numbers[-1])
         pace = draws_per_step(latest)
         estimates = []
-        for epoch in itertools.islice(self._epochs(), where.drift):
-            lane, cursor = where.find(epoch)
-            fed = where.estimate(latest.state, lane, cursor, pace) if pace else None
-            step = None if fed is None else latest.last + fed - latest.state.step
-            if step is not None and step <= frame.end:
-                estimates.append(self._sighting(step, epoch, lane, Source.ESTIMATE))
-        yield from sorted(estimates, key=lambda sighting: sighting.step)[:1]
+        for epoch in itertools.islice(self._epochs(), steps.lookahead_epochs):
+            lane, cursor = steps.find(epoch)
+            loader_step = steps.estimate(latest.state, lane, cursor, pace) if pace else None
+            step = None if loader_step is None else latest.last + loader_step - latest.state.step
+            if step is not None and step <= loader.end:
+                estimates.append(self._occurrence(step, epoch, lane, Evidence.ESTIMATE))
+        yield from sorted(estimates, key=lambda occurrence: occurrence.step)[:1]
 
-    def until(self, step: int, advance: Advance) -> Iterator[Sighting]:
-        """Every step up to ``step`` that is not written down yet, found by playing the lanes that draw the sample."""
-        last = min(step, self._frame.end)
-        written = self._trace.ledger.spans[self._numbers[-1]][1] if self._numbers else self._frame.begin
-        if last <= written:
+    def replayed(self, until: int, advance: Advance) -> Iterator[Occurrence]:
+        """Yield the steps up to ``until`` that are not logged, by replays of the lanes that draw the sample."""
+        last = min(until, self._loader.end)
+        logged = self._lookup.sample_log.step_ranges[self._numbers[-1]][1] if self._numbers else self._loader.begin
+        if last <= logged:
             return
-        played: dict[int, tuple[list[Sighting], int]] = {}
-        reached = self._where.latest_epoch(self._trace.ledger.state(self._numbers[-1])) if self._numbers else 0
+        replayed: dict[int, tuple[list[Occurrence], int]] = {}
+        latest = self._steps.latest_epoch(self._lookup.sample_log.state(self._numbers[-1])) if self._numbers else 0
         for epoch in self._epochs():
-            if epoch > reached + self._where.drift:
+            if epoch > latest + self._steps.lookahead_epochs:
                 return
-            lane, _ = self._where.find(epoch)
-            if lane not in played:
-                played[lane] = self._play(lane, last, advance)
-            sightings, at = played[lane]
-            reached = max(reached, at)
-            yield from (sighting for sighting in sightings if sighting.epoch == epoch)
+            lane, _ = self._steps.find(epoch)
+            if lane not in replayed:
+                replayed[lane] = self._replay_lane(lane, last, advance)
+            occurrences, lane_epoch = replayed[lane]
+            latest = max(latest, lane_epoch)
+            yield from (occurrence for occurrence in occurrences if occurrence.epoch == epoch)
 
-    def _play(self, lane: int, last: int, advance: Advance) -> tuple[list[Sighting], int]:
-        """Where one lane has the sample up to the step ``last``, and the epoch it is in then."""
-        frame, where = self._frame, self._where
-        start, replay = self._trace.replay(frame, last, [lane])
-        names = [dataset.name for dataset in frame.data.datasets]
+    def _replay_lane(self, lane: int, last: int, advance: Advance) -> tuple[list[Occurrence], int]:
+        """Replay one lane up to ``last``. Return the occurrences, and the lane's latest epoch of the data set."""
+        loader, steps = self._loader, self._steps
+        start, replay = self._lookup.replay(loader, last, [lane])
+        names = [dataset.name for dataset in loader.data.datasets]
         found, epoch = [], 0
         for step in range(start + 1, last + 1):
             (pack,) = replay.next_step().values()
             advance(1)
-            for skip in replay.take_skipped():
-                if (skip.dataset, skip.index) == (where.dataset, where.sample):
-                    found.append(self._sighting(step, skip.epoch, lane, Source.REPLAY, skipped=skip.reason))
+            for skip in replay.pop_skipped():
+                if (skip.dataset, skip.index) == (steps.dataset, steps.sample):
+                    found.append(self._occurrence(step, skip.epoch, lane, Evidence.REPLAY, skipped=skip.reason))
             for place, drawn in enumerate(pack):
-                if names[drawn.dataset] == where.dataset:
+                if names[drawn.dataset] == steps.dataset:
                     epoch = max(epoch, drawn.epoch)
-                    if drawn.sample == where.sample:
+                    if drawn.sample == steps.sample:
                         row = _row(replay, names, step, lane, place, drawn)
-                        found.append(self._sighting(step, drawn.epoch, lane, Source.REPLAY, row))
+                        found.append(self._occurrence(step, drawn.epoch, lane, Evidence.REPLAY, row))
         return found, epoch
 
 
-def _row(replay: Replay, names: Sequence[str], step: int, lane: int, place: int, drawn: Drawn) -> Row:
+def _row(replay: Replay, names: Sequence[str], step: int, lane: int, place: int, drawn: Drawn) -> LogRow:
     tokens = replay.document(drawn).num_tokens
-    return Row(step, lane, place, names[drawn.dataset], drawn.epoch, drawn.sample, drawn.part, tokens, None)
+    return LogRow(step, lane, place, names[drawn.dataset], drawn.epoch, drawn.sample, drawn.part, tokens, None)

@@ -1,11 +1,11 @@
-"""The teachers of a stage: found, checked before the first step, and opened without any rank holding a whole one.
+"""Find, check and open the teachers of a stage.
 
-    stages.*.distill --newest checkpoint, remembered in the run's checkpoints--> manifest: configuration, vocabulary
-                     --each rank its own ranges--> Teacher
+    stages.*.distill --newest checkpoint, recorded in TrainState.extra--> manifest: configuration, vocabulary
+                     --each rank loads its own ranges--> Teacher
 
-Unlike weights that a stage takes once (``stage_weights``), a teacher is needed as long as its stage lasts. So a run
-that goes on wants the very checkpoint that the stage began with, known by its manifest's checksum, also where the run
-that made it has newer ones by now.
+A stage loads other weights once, at its beginning (``stage_weights``), but needs its teachers until its end. So a run
+that resumes inside a stage requires the same teacher checkpoint, identified by the checksum of its manifest, even if
+the teacher's run has written newer ones since.
 
 Source: the setting is that of Llama 3.2 1B and 3B, with the logits of 8B and 70B (Meta 2024, model card).
 """
@@ -26,7 +26,7 @@ from mmscale.checkpoint.manifest import (
     checkpoints_of,
     is_whole,
     manifest_checksum,
-    missing_or_cut,
+    missing_or_truncated,
     model_config_of,
     newest_of,
     read_manifest,
@@ -43,69 +43,73 @@ from mmscale.models.multimodal import MultimodalModel
 from mmscale.objectives.teacher import Teacher
 from mmscale.optim.stages import DistillConfig
 from mmscale.run.config import RunConfig
-from mmscale.run.stage_weights import agreed_newest
+from mmscale.run.stage_weights import newest_on_rank_0
 
 _KEY = "teachers"
-"""Of ``TrainState.extra``: configured path -> (checkpoint, checksum of its manifest), of the state's stage."""
+"""Key of ``TrainState.extra``. Its value maps a configured path to (checkpoint, checksum of its manifest)."""
 
-_Known = Mapping[str, tuple[str, str]]
+_Recorded = Mapping[str, tuple[str, str]]
 
 
 def check_teachers(config: RunConfig, world: World, state: TrainState) -> None:
-    """Checks the teachers of the state's stage and of those to come, cheaply: no weights are read. All ranks must call.
+    """Check the teachers of the current and of all later stages. Reads no weights. All ranks must call.
 
     Args:
         config: The run.
         world: This rank.
-        state: Where the run goes on.
+        state: The state that the run resumes from.
 
     Raises:
-        ConfigError: a teacher is missing or not whole, is not the one that the stage began with, or does not fit the
+        ConfigError: a teacher is missing or incomplete, is not the one that the stage began with, or does not fit the
             stage's model; every rank raises.
     """
-    raise_on_any_rank(world, next(_complaints(config, state), None), ConfigError)
+    raise_on_any_rank(world, next(_problems(config, state), None), ConfigError)
 
 
-def _complaints(config: RunConfig, state: TrainState) -> Iterator[str]:
+def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
     is_over = state.stage_step == config.stages[state.stage_index].steps
     for number, stage in config.stages_from(state.stage_index + is_over):
         for index, source in enumerate(stage.distill):
             try:
-                path = _find(source, _known(state) if number == state.stage_index else {})
+                path = _find(source, _recorded(state) if number == state.stage_index else {})
                 manifest = read_manifest(path)
-                reason = missing_or_cut(path, manifest) or _unfit(manifest, path, config.stage_model(number), source)
+                reason = missing_or_truncated(path, manifest) or _unfit(
+                    manifest, path, config.stage_model(number), source
+                )
             except CheckpointError as error:
                 reason = str(error)
             if reason is not None:
                 yield f"stages.{number}.distill.{index}.checkpoint={source.checkpoint}: {reason}"
 
 
-def note_teachers(config: RunConfig, world: World, state: TrainState) -> TrainState:
-    """The state with its stage's teachers by checkpoint, so that whoever goes on takes the same. All ranks must call.
+def record_teachers(config: RunConfig, world: World, state: TrainState) -> TrainState:
+    """Return the state with the checkpoints of its stage's teachers in ``extra``. All ranks must call.
+
+    A resumed run then uses the same teachers.
 
     Raises:
-        CheckpointError: one is not there.
+        CheckpointError: a teacher is missing.
     """
     chosen = {}
     for source in config.stages[state.stage_index].distill:
         key = str(source.checkpoint)
-        known = _known(state)
-        path = _find(source, known) if key in known else agreed_newest(world, source.checkpoint)
+        recorded = _recorded(state)
+        path = _find(source, recorded) if key in recorded else newest_on_rank_0(world, source.checkpoint)
         chosen[key] = (str(path), manifest_checksum(path))
     extra = {key: value for key, value in state.extra.items() if key != _KEY}
     return replace(state, extra={**extra, _KEY: chosen} if chosen else extra)
 
 
 def open_teachers(config: RunConfig, world: World, state: TrainState) -> list[Teacher]:
-    """The teachers of the state's stage, with their weights. All ranks must call.
+    """Build the teachers of the state's stage and load their weights. All ranks must call.
 
     Args:
         config: The run.
         world: This rank.
-        state: From ``note_teachers``.
+        state: The state that ``record_teachers`` returned.
 
     Raises:
-        CheckpointError: one is damaged; every rank raises.
+        CheckpointError: a teacher is damaged; every rank raises.
     """
     teachers = []
     for source in config.stages[state.stage_index].distill:
@@ -119,30 +123,31 @@ def _open(config: RunConfig, world: World, source: DistillConfig, path: Path) ->
     model, precision = _configuration(read_manifest(path), path), choose_precision(config.engine, world.device)
     build = partial(build_model, model, attention=config.engine.attention, seed=None, dtype=precision.dtype)
     fill = partial(fill_frozen, path=path, zero_stage=config.engine.zero_stage, world=world, ema=source.ema)
-    # Below stage 3 DeepSpeed would convert it; here it need not be read into twice the memory.
+    # Convert before loading. Below stage 3 DeepSpeed would convert the loaded weights, at twice the memory.
     whole = construct(lambda: build().to(precision.dtype), config.engine, world, fill)
     return Teacher(cast(MultimodalModel, whole), source.weight, source.temperature)
 
 
 def teacher_models(config: RunConfig, number: int) -> list[ModelConfig]:
-    """Configurations of the teachers of stage ``number``.
+    """Return the model configurations of the teachers of stage ``number``.
 
     Raises:
-        CheckpointError: one is not there.
+        CheckpointError: a teacher is missing, or cannot teach.
     """
     paths = [newest_of(source.checkpoint) for source in config.stages[number].distill]
     return [_configuration(read_manifest(path), path) for path in paths]
 
 
-def _known(state: TrainState) -> _Known:
+def _recorded(state: TrainState) -> _Recorded:
+    """Return the teachers that the stage began with; none at the beginning of a stage."""
     return state.extra.get(_KEY, {}) if state.stage_step else {}
 
 
-def _find(source: DistillConfig, known: _Known) -> Path:
-    """The checkpoint that the stage began with; of a teacher that it did not know then, the newest."""
-    if str(source.checkpoint) not in known:
+def _find(source: DistillConfig, recorded: _Recorded) -> Path:
+    """Return the checkpoint that the stage began with, or the newest one if the teacher is not recorded."""
+    if str(source.checkpoint) not in recorded:
         return newest_of(source.checkpoint)
-    begun, checksum = known[str(source.checkpoint)]
+    begun, checksum = recorded[str(source.checkpoint)]
     for path in checkpoints_of(source.checkpoint):
         if is_whole(path) and manifest_checksum(path) == checksum:
             return path
@@ -153,33 +158,33 @@ def _find(source: DistillConfig, known: _Known) -> Path:
 
 
 def _configuration(manifest: Manifest, path: Path) -> ModelConfig:
-    """What to build for a teacher's weights.
+    """Return the model configuration in a teacher's checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint does not say, or is of a tower.
+        CheckpointError: the checkpoint records no configuration, or its model predicts no tokens.
     """
     model = model_config_of(manifest, path)
     if not isinstance(model, ModelConfig) or not model.predicts_tokens:
-        raise CheckpointError(f"{path} holds towers; it expects no tokens, so it cannot teach")
+        raise CheckpointError(f"{path} holds towers, which predict no tokens, so it cannot be a teacher")
     return model
 
 
 def _unfit(manifest: Manifest, path: Path, student: ModelConfig, source: DistillConfig) -> str | None:
-    """Why the checkpoint cannot teach ``student``."""
+    """Return why the checkpoint cannot teach ``student``, or None."""
     teacher = _configuration(manifest, path)
     if source.ema and not manifest.ema:
         return f"{path} holds no average of the weights: it was saved without stages.*.ema"
     if not (report := match(build_weights(teacher), manifest)).complete:
-        return f"{path} is not a checkpoint of the model that it says: {report}"
+        return f"{path} does not hold the weights of its own model configuration: {report}"
     theirs, mine = (model.decoder.vocab_size + model.decoder.predicted_rows for model in (teacher, student))
     if theirs != mine:
         return (
-            f"the teacher has logits for {theirs} token ids and the student for {mine}; token by token they can only "
-            "be compared over one vocabulary"
+            f"the teacher has logits for {theirs} token ids and the student for {mine}; distillation needs one "
+            "vocabulary for both"
         )
     if teacher.decoder.num_ids < student.decoder.num_ids:
         return (
-            f"the teacher reads {teacher.decoder.num_ids} token ids, the student's data have {student.decoder.num_ids}"
+            f"the teacher embeds {teacher.decoder.num_ids} token ids, the student's data have {student.decoder.num_ids}"
         )
     differences = list(_differences(media_spec(teacher), media_spec(student)))
     if differences:
@@ -190,5 +195,5 @@ def _unfit(manifest: Manifest, path: Path, student: ModelConfig, source: Distill
 def _differences(theirs: MediaSpec, mine: MediaSpec) -> Iterator[str]:
     for field in fields(MediaSpec):
         there, here = getattr(theirs, field.name), getattr(mine, field.name)
-        if there != here and field.name != "cost_per_patch":  # That decides what is packed, by the student.
+        if there != here and field.name != "cost_per_patch":  # Only packing uses it, with the student's value.
             yield f"{field.name} is {there} of the teacher, {here} of the student"

@@ -1,10 +1,10 @@
-"""Weights that a stage takes from other checkpoints at its beginning, over those of the stage before.
+"""Load weights of other checkpoints at the beginning of a stage. They replace those of the previous stage.
 
-For: a decoder swap (train tower and connector on a base decoder, then put the instruct decoder in its place), and for
-beginning from pretrained parts. Nothing of it is remembered: a run that is killed before the first checkpoint of the
-stage does it again.
+Uses: start from pretrained parts, or swap the decoder (train tower and connector on a base decoder, then continue with
+the instruct decoder). The run does not record these loads: if it is killed before the first checkpoint of the stage, it
+loads them again.
 
-Source: the swap as in Llama 3.2 Vision, whose decoder was frozen meanwhile (Meta 2024, model card).
+Source: Llama 3.2 Vision (Meta 2024, model card) for the swap, with a frozen decoder.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from mmscale.checkpoint import LoadReport, TrainState, warm_start
-from mmscale.checkpoint.manifest import folder_name, missing_or_cut, newest_of, read_manifest, step_of
-from mmscale.checkpoint.warm_start import cannot_give
+from mmscale.checkpoint.manifest import folder_name, missing_or_truncated, newest_of, read_manifest, step_of
+from mmscale.checkpoint.warm_start import warm_start_problem
 from mmscale.dist import World, all_reduce_sum_list, raise_on_any_rank
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError, ConfigError
@@ -26,20 +26,20 @@ from mmscale.run.config import RunConfig
 
 
 def check_stage_weights(config: RunConfig, world: World, state: TrainState) -> None:
-    """Checks the sources of all stages that are still to begin, cheaply: no weights are read. All ranks must call.
+    """Check the sources of all stages that have not begun. Reads no weights. All ranks must call.
 
     Args:
         config: The run.
         world: This rank.
-        state: Where the run goes on. A stage that has taken its weights does not need the source any more.
+        state: The state that the run resumes from. A stage that has begun no longer needs its sources.
 
     Raises:
-        ConfigError: a source is missing or not whole, or has nothing that fits; every rank raises.
+        ConfigError: a source is missing or incomplete, or has no weights that fit; every rank raises.
     """
-    raise_on_any_rank(world, next(_complaints(config, state), None), ConfigError)
+    raise_on_any_rank(world, next(_problems(config, state), None), ConfigError)
 
 
-def _complaints(config: RunConfig, state: TrainState) -> Iterator[str]:
+def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
     for number, stage in config.stages_from(state.stage_index + (state.stage_step > 0)):
         if not stage.weights:
             continue
@@ -50,39 +50,40 @@ def _complaints(config: RunConfig, state: TrainState) -> Iterator[str]:
             try:
                 path = newest_of(source.checkpoint)
                 manifest = read_manifest(path)
-                reason = missing_or_cut(path, manifest)
-                reason = reason or cannot_give(manifest, path, model, _components(source), ema=source.ema)
+                reason = missing_or_truncated(path, manifest)
+                reason = reason or warm_start_problem(manifest, path, model, _components(source), ema=source.ema)
             except CheckpointError as error:
                 reason = str(error)
             if reason is not None:
                 yield f"{place}: {reason}"
 
 
-def take_stage_weights(engine: Engine, source: WeightsConfig) -> tuple[Path, LoadReport]:
-    """Takes one source's weights into the engine of a stage that begins. All ranks must call.
+def load_stage_weights(engine: Engine, source: WeightsConfig) -> tuple[Path, LoadReport]:
+    """Load the weights of one source into the engine of a stage that begins. All ranks must call.
 
     Returns:
-        The checkpoint that was taken, and what of it.
+        The checkpoint, and which of its weights were loaded.
 
     Raises:
-        CheckpointError: it is missing or damaged; nothing of it was taken.
+        CheckpointError: the checkpoint is missing or damaged, or holds no parameter that fits; every rank raises. The
+            engine's weights are then unchanged.
     """
-    path = agreed_newest(engine.world, source.checkpoint)
+    path = newest_on_rank_0(engine.world, source.checkpoint)
     return path, warm_start(engine, path, _components(source), ema=source.ema)
 
 
-def agreed_newest(world: World, source: Path) -> Path:
-    """Rank 0's newest checkpoint: another run may be writing into the folder at this moment. All ranks must call.
+def newest_on_rank_0(world: World, source: Path) -> Path:
+    """Return the newest checkpoint that rank 0 finds: another run may be saving in that folder. All ranks must call.
 
     Raises:
-        CheckpointError: none is whole; every rank raises.
+        CheckpointError: no checkpoint is whole; every rank raises.
     """
-    newest, complaint = source, None
+    newest, message = source, None
     try:
         newest = newest_of(source)
     except CheckpointError as error:
-        complaint = str(error)
-    raise_on_any_rank(world, complaint, CheckpointError)
+        message = str(error)
+    raise_on_any_rank(world, message, CheckpointError)
     if newest == source:
         return source
     step = all_reduce_sum_list(world, [float(step_of(newest)) if world.is_main else 0.0])[0]

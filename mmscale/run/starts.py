@@ -1,8 +1,8 @@
-"""What a start of a run changes: compares the configuration with that of the start before, and records both.
+"""Compare the configuration of a start with that of the previous start, and record each start.
 
-RUN/config.yaml (start before)  --differences-->  said at a resume; refused where the run is finished
-RUN/starts/starts.jsonl         one line for each start: time, step, code, what changed
-RUN/starts/config-0001.yaml     the configuration of start 1, and of those after it with equal values
+RUN/config.yaml                 the previous configuration; differences are printed, or rejected for a finished run
+RUN/starts/starts.jsonl         one line for each start: time, step, code, changed values
+RUN/starts/config-0001.yaml     the configuration of start 1, and of the next starts if their values are equal
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from mmscale.report.starts import StartRecord, add_start, read_starts
 from mmscale.run.config import RunConfig
 from mmscale.run.folder import CONFIG, finished_steps
 
-_SHOWN = 12
+_MOST_LISTED = 12
 _WITHOUT_EFFECT = (
     "max_steps",
     "engine",
     "checkpoint",
     "metrics",
-    "ledger",
+    "sample_log",
     "data.workers",
     "data.prefetch",
     "data.storage",
     "data.cache",
 )
-"""Keys that say how, where and until when a run trains. Another value changes no step that was made, up to rounding."""
+"""Keys that set how, where and how long a run trains. A change affects no finished step, except by rounding."""
 
 Changes = dict[str, tuple[Any, Any]]
 """Old and new value by dotted key."""
 
 
 def differences(old: BaseModel, new: BaseModel) -> Changes:
-    """The values that two configurations of runs do not share; an absent key counts as null.
+    """Return the values that differ between two run configurations. A missing key counts as null.
 
-    ``run_dir`` is left out: one folder has many paths.
+    ``run_dir`` is not compared: one folder has many paths.
     """
     before, after = dict(leaves(old)), dict(leaves(new))
     return {
@@ -62,9 +62,10 @@ def differences(old: BaseModel, new: BaseModel) -> Changes:
 
 
 def describe(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """``key: old -> new`` for the first changes, and how many more there are."""
-    shown = "; ".join(f"{key}: {_text(old)} -> {_text(new)}" for key, (old, new) in list(changes.items())[:_SHOWN])
-    return shown + (f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else "")
+    """Return ``key: old -> new`` for the first changes, and the number of further ones."""
+    first = list(changes.items())[:_MOST_LISTED]
+    listed = "; ".join(f"{key}: {_text(old)} -> {_text(new)}" for key, (old, new) in first)
+    return listed + (f"; and {len(changes) - _MOST_LISTED} more" if len(changes) > _MOST_LISTED else "")
 
 
 def _text(value: Any) -> str:
@@ -72,10 +73,10 @@ def _text(value: Any) -> str:
 
 
 def recorded_config(run_dir: Path) -> RunConfig | None:
-    """The configuration of the newest start; None if there was none.
+    """Return the configuration of the newest recorded start, or None.
 
     Raises:
-        ConfigError: ``config.yaml`` is damaged, or of a version with other keys.
+        ConfigError: ``config.yaml`` is damaged, or was written by a version with other keys.
     """
     path = run_dir / CONFIG
     if not path.is_file():
@@ -85,29 +86,30 @@ def recorded_config(run_dir: Path) -> RunConfig | None:
         return load(path, [], RunConfig).value
 
 
-def refuse_or_report_finished(config: RunConfig, world: World) -> bool:
-    """Whether the run folder holds a finished run, which is said then. All ranks must call.
+def reject_or_report_finished(config: RunConfig, world: World) -> bool:
+    """Return whether the run folder holds a finished run, and print that. All ranks must call.
 
     Raises:
-        ConfigError: it does, and the configuration asks for another result; every rank raises. The message has the keys
-            with both values and the ways to go on.
-        MMScaleError: ``result.json`` is damaged.
+        ConfigError: the configuration differs from that of the finished run in a key that changes the result, or the
+            old configuration cannot be read; every rank raises. The message lists the keys with both values, and what
+            the user can do.
+        MMScaleError: ``result.json`` is damaged; every rank raises.
     """
-    steps = complaint = refusal = None
+    steps = message = rejection = None
     if world.is_main:
         try:
             steps = finished_steps(config)
         except MMScaleError as error:
-            complaint = str(error)
-    raise_on_any_rank(world, complaint, MMScaleError)
+            message = str(error)
+    raise_on_any_rank(world, message, MMScaleError)
     if steps is not None:
-        refusal = _judge_finished(config, steps)
-    raise_on_any_rank(world, refusal, ConfigError)
+        rejection = _judge_finished(config, steps)
+    raise_on_any_rank(world, rejection, ConfigError)
     return any_rank(world, steps is not None)
 
 
 def _judge_finished(config: RunConfig, steps: int) -> str | None:
-    """Why a start of a finished run is refused; None after printing that there is nothing to do."""
+    """Return why a start of a finished run is rejected. Otherwise print that there is nothing to do and return None."""
     where = f"run_dir={config.run_dir} holds a finished run of {steps} steps"
     anew = "To train anew, give another run_dir or remove the folder"
     longer = "To train this run longer, raise max_steps or stages.*.steps"
@@ -116,13 +118,13 @@ def _judge_finished(config: RunConfig, steps: int) -> str | None:
     except ConfigError as error:
         return f"{where}, but its configuration cannot be compared. {anew}. ({error})"
     changes = {} if old is None else differences(old, config)
-    refused = {key: values for key, values in changes.items() if not _keeps_the_result(key)}
-    if refused:
-        is_scored = any(key.startswith("evaluation.") for key in refused)
+    rejected = {key: values for key, values in changes.items() if not _keeps_the_result(key)}
+    if rejected:
+        is_scored = any(key.startswith("evaluation.") for key in rejected)
         scores = " To score the trained model in another way, use `mmscale eval`." if is_scored else ""
         return (
             f"{where} that had another configuration; nothing was changed. {anew}. {longer} and put the other values "
-            f"back.{scores} Different: {describe(refused)}"
+            f"back.{scores} Different: {describe(rejected)}"
         )
     unused = f" Changed values without effect: {describe(changes)}." if changes else ""
     report = config.run_dir / REPORT_FILE
@@ -135,22 +137,23 @@ def _judge_finished(config: RunConfig, steps: int) -> str | None:
 
 
 def _keeps_the_result(key: str) -> bool:
-    """Whether a finished run may ignore another value: ``max_steps`` ends a run and changes no step before."""
+    """Return whether a changed value leaves the result of a finished run as it is."""
     if key.startswith("stages.") and ".data." in key:
         key = "data." + key.partition(".data.")[2]
     return key != "engine.precision" and any(key == block or key.startswith(f"{block}.") for block in _WITHOUT_EFFECT)
 
 
 class Start:
-    """This start of a run, on one rank.
+    """The current start of a run, on one rank.
 
     Args:
-        loaded: The run.
+        loaded: The configuration, and the origin of each value.
         world: This rank.
 
     Attributes:
         config: The configuration.
-        note: A sentence about what this start changes, on rank 0; None if it changes nothing or is the first.
+        message: On rank 0 a sentence with the changes since the previous start, or with the reason why the previous
+            configuration cannot be read. None on other ranks, at the first start, and without changes.
     """
 
     def __init__(self, loaded: Loaded[RunConfig], world: World) -> None:
@@ -158,26 +161,27 @@ class Start:
         self._loaded, self._world = loaded, world
         self._changes: Changes = {}
         self._is_recorded = self._is_same = False
-        self.note: str | None = None
+        self.message: str | None = None
         if not world.is_main:
             return
         try:
             old = recorded_config(self.config.run_dir)
         except ConfigError as error:
-            self.note = f"the configuration of the start before cannot be compared: {error}"
+            self.message = f"the configuration of the previous start cannot be compared: {error}"
             return
         self._changes = {} if old is None else differences(old, self.config)
         self._is_same = old is not None and not self._changes
         if self._changes:
-            self.note = f"changed since the last start: {describe(self._changes)}"
+            self.message = f"changed since the last start: {describe(self._changes)}"
 
     def record(self, step: int) -> None:
-        """Records this start and makes its configuration that of the folder; the second call does nothing.
+        """Record this start and write its configuration to ``RUN/config.yaml``. A second call does nothing.
 
-        Call it once the run has accepted the configuration, for example resumed its model. All ranks must call.
+        Call it after the model is resumed: a start that fails earlier must not replace ``config.yaml``. All ranks must
+        call.
 
         Args:
-            step: Steps of the run that are done.
+            step: Finished steps of the run.
 
         Raises:
             MMScaleError: the folder cannot be written; every rank raises.
@@ -185,13 +189,13 @@ class Start:
         if self._is_recorded:
             return
         self._is_recorded = True
-        complaint = None
+        message = None
         if self._world.is_main:
             try:
                 self._write(step)
             except OSError as error:
-                complaint = f"run_dir={self.config.run_dir}: {error.strerror}"
-        raise_on_any_rank(self._world, complaint, MMScaleError)
+                message = f"run_dir={self.config.run_dir}: {error.strerror}"
+        raise_on_any_rank(self._world, message, MMScaleError)
 
     def _write(self, step: int) -> None:
         folder = self.config.run_dir

@@ -2,14 +2,14 @@
 
     choose the newest usable checkpoint
     for each stage:  model -> engine -> (resume | warm start)
-        for each step:  batch -> engine.train_step -> log -> refused? -> save when due -> stop when asked
+        for each step:  batch -> engine.train_step -> log -> rejected? -> save when due -> stop if requested
     evaluate -> captions -> result.json -> report.html
 
-A refused step is skipped, ends the run, or sends it back to an earlier checkpoint; then everything is opened again, as
-after a kill.
+The update of a bad step is rejected. Depending on ``bad_steps.policy``, the run then continues with the next step,
+ends, or rolls back to an earlier checkpoint. After a roll back the loop opens everything again, as after a kill.
 
-A run folder is all the memory there is: started again with the same configuration, the loop finds the newest whole
-checkpoint and goes on from it, whatever ended the last attempt.
+The run folder holds all state of a run. A restart with the same configuration resumes from the newest whole checkpoint,
+whatever ended the previous process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mmscale.bad_steps.roll_back import is_abandoned, read_roll_backs
 from mmscale.checkpoint import TrainState
 from mmscale.checkpoint.manifest import folder_name
 from mmscale.config import Loaded
-from mmscale.dist import World, all_reduce_sum, first_complaint, gather_rows, init_distributed, shutdown
+from mmscale.dist import World, all_reduce_sum, gather_rows, init_distributed, lowest_rank_error, shutdown
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine, StepReport
 from mmscale.engine.memory import explain_memory
@@ -44,23 +44,23 @@ from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.engine.watchdog import Watchdog
 from mmscale.errors import ConfigError, EngineError
-from mmscale.metrics.faults import FaultList, known_lists
-from mmscale.metrics.ledger import RunLedger
+from mmscale.metrics.faults import FaultList, quarantine_lists
 from mmscale.metrics.peaks import peak_of
 from mmscale.metrics.profiler import profile_steps
 from mmscale.metrics.run_log import LoggedStage, NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import batch_images
-from mmscale.metrics.step_counts import count_step, measured_documents, step_flops
+from mmscale.metrics.sample_log import RunSampleLog
+from mmscale.metrics.step_counts import count_step, document_stats, step_flops
 from mmscale.models.build import AnyModel, build_model
 from mmscale.nn.init import initialise_
 from mmscale.objectives.choice import Objective, choose_objective
 from mmscale.run.config import RunConfig, check_files, check_world
-from mmscale.run.finish import finish
-from mmscale.run.folder import BAD_STEPS, CHECKPOINTS, FAULTS, LEDGER, check_position, hold_folder
+from mmscale.run.finalize import finalize_run
+from mmscale.run.folder import BAD_STEPS, CHECKPOINTS, FAULTS, SAMPLE_LOG, check_position, hold_folder
 from mmscale.run.rank_check import check_ranks
-from mmscale.run.stage_teachers import check_teachers, note_teachers, open_teachers
-from mmscale.run.stage_weights import check_stage_weights, take_stage_weights
-from mmscale.run.starts import Start, refuse_or_report_finished
+from mmscale.run.stage_teachers import check_teachers, open_teachers, record_teachers
+from mmscale.run.stage_weights import check_stage_weights, load_stage_weights
+from mmscale.run.starts import Start, reject_or_report_finished
 
 Log = RunLog | NullLog
 
@@ -71,28 +71,28 @@ class Outcome(str, Enum):
     FINISHED = "finished"
     """Every step is done and the report is written."""
     STOPPED = "stopped"
-    """Asked to stop; a checkpoint of the last step is saved. Run the same command again to go on."""
+    """A stop was requested and a checkpoint of the last step is saved. The same command resumes the run."""
 
 
 class _StageEnd(Enum):
     """How the steps of a stage ended."""
 
     DONE = "done"
-    """Every step of the stage, or of the run, is made and saved."""
+    """Every step of the stage, or of the run, is done and saved."""
     STOPPED = "stopped"
-    """A signal or the end of the job asked to stop; the last step is saved."""
+    """A signal or the end of the SLURM job requested a stop; the last step is saved."""
     ROLLED_BACK = "rolled back"
-    """A step was refused, and the run goes back to an earlier checkpoint."""
+    """An update was rejected, and the run must restart from an earlier checkpoint."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """The objects that every step uses, from one start (or roll back) to the end."""
+    """The objects that every step uses, from a start or a roll back until the next roll back or the end."""
 
     config: RunConfig
     world: World
     log: Log
-    ledger: RunLedger
+    sample_log: RunSampleLog
     faults: FaultList
     bad_steps: BadSteps
     saver: checkpoint.Saver
@@ -102,17 +102,17 @@ class _Run:
 
 
 def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
-    """Trains, or goes on training, as the configuration says. All ranks must call.
+    """Train a run, or resume it if its folder has a checkpoint. All ranks must call.
 
     Args:
-        loaded: The run.
+        loaded: The configuration, and the origin of each value.
         profile: Whether to record a trace of a few steps (``metrics.profile_steps``) into ``RUN/profile``.
 
     Raises:
-        MMScaleError, DataPipelineError: see the trees; nothing half-written is left behind.
+        MMScaleError, DataPipelineError: see ``mmscale.errors`` and ``data_pipeline.errors``.
     """
     config = loaded.value
-    # From the first moment: a signal during set-up must not end the process but stop the run after its next step.
+    # Handle signals before set-up: a signal during set-up must stop the run after its next step, not kill the process.
     with listen_for_stop() as stop:
         notes = check_files(config)
         world = init_distributed(config.engine)
@@ -123,22 +123,22 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
             check_world(config, world.world_size)
             for line in notes if world.is_main else ():
                 print(f"mmscale: warning: {line}", file=sys.stderr, flush=True)
-            if refuse_or_report_finished(config, world):
+            if reject_or_report_finished(config, world):
                 if profile:
                     raise ConfigError(
-                        f"--profile: {config.run_dir} is finished; give it another run_dir, or more steps"
+                        f"--profile: the run in {config.run_dir} is finished; set another run_dir, or more steps"
                     )
                 return Outcome.FINISHED
             with hold_folder(config.run_dir, world), closing(watchdog):
                 watchdog.start()
                 start = Start(loaded, world)
-                while True:  # Once more after each roll back.
+                while True:  # Restart after each roll back.
                     try:
                         if (outcome := _run(start, world, stop, watchdog, profile)) is not None:
                             return outcome
                     except (MemoryError, RuntimeError, OSError) as error:
                         max_tokens = max(config.stage_data(n).packing.max_tokens for n in range(len(config.stages)))
-                        explained = explain_memory(error, config.engine, world, max_tokens, *watchdog.moment)
+                        explained = explain_memory(error, config.engine, world, max_tokens, *watchdog.current_phase)
                         if explained is not None:
                             raise explained from None
                         raise
@@ -147,7 +147,7 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
 
 
 def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, profile: bool) -> Outcome | None:
-    """Train from the newest usable checkpoint to the end. Return None after a roll back: then call it again."""
+    """Train from the newest usable checkpoint to the end. Return None after a roll back: the caller must call again."""
     config = start.config
     folder, checkpoints = config.run_dir / BAD_STEPS, config.run_dir / CHECKPOINTS
     roll_backs = read_roll_backs(folder)
@@ -164,25 +164,25 @@ def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, prof
         check_position(config, state, latest)
     check_stage_weights(config, world, state)
     check_teachers(config, world, state)
-    ledger = RunLedger(config.run_dir / LEDGER, config.ledger, world, state.step)
+    sample_log = RunSampleLog(config.run_dir / SAMPLE_LOG, config.sample_log, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
-    saver = checkpoint.Saver(world, checkpoints, config.checkpoint, log.note)
-    profiling = profile_steps(config.run_dir, config.metrics, world.rank, state.step, log.note, wanted=profile)
+    saver = checkpoint.Saver(world, checkpoints, config.checkpoint, log.print_line)
+    profiling = profile_steps(config.run_dir, config.metrics, world.rank, state.step, log.print_line, enabled=profile)
     with closing(log), closing(saver), profiling as recorded:
-        faults = FaultList(config.run_dir / FAULTS, world, state.step, log.note)
-        run = _Run(config, world, log, ledger, faults, bad_steps, saver, stop, watchdog, recorded)
+        faults = FaultList(config.run_dir / FAULTS, world, state.step, log.print_line)
+        run = _Run(config, world, log, sample_log, faults, bad_steps, saver, stop, watchdog, recorded)
         if latest:
-            log.note(f"going on from {latest} (step {state.step} of {config.total_steps})")
-        if start.note:
-            log.note(start.note)
+            log.print_line(f"resuming from {latest} (step {state.step} of {config.total_steps})")
+        if start.message:
+            log.print_line(start.message)
         while True:
             if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
                 state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
             watchdog.begin_start()
-            state = note_teachers(config, world, state)
+            state = record_teachers(config, world, state)
             if state.stage_step == 0:
                 bad_steps.detector.begin_stage()
-            # The data position is checked before the engine takes the time and memory of the model.
+            # Open the loader before the engine: an unusable data position then raises before the model is built.
             loader = _open_loader(run, state, position)
             position = None
             with _stage_engine(run, state, latest) as engine:
@@ -192,16 +192,20 @@ def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, prof
                     return None
                 if end is _StageEnd.STOPPED:
                     return Outcome.STOPPED
-                latest = checkpoints / folder_name(state.step)  # Saved just now, or resumed from.
+                latest = checkpoints / folder_name(state.step)  # Just saved, or the checkpoint of this start.
                 if state.step >= config.total_steps:
                     with watchdog.during("evaluation"):
-                        finish(config, engine, state, log)
+                        finalize_run(config, engine, state, log)
                     return Outcome.FINISHED
 
 
 @contextmanager
 def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator[Engine]:
-    """Open the engine of the state's stage: resumed exactly inside a stage, with weights only at its beginning."""
+    """Open the engine of the state's stage.
+
+    Inside a stage the engine resumes weights, optimizer and random state. At the beginning of a stage it loads weights
+    only.
+    """
     stage = run.config.stages[state.stage_index]
     model = build(run.config, run.world, state.stage_index)
     engine = Engine(model, _objective(run, state), stage, run.config.engine, run.world)
@@ -212,7 +216,7 @@ def _stage_engine(run: _Run, state: TrainState, latest: Path | None) -> Iterator
         else:
             _begin_stage(run, engine, latest)
         if not state.step:
-            run.log.note(f"precision {engine.precision.name}: {engine.precision.reason}")
+            run.log.print_line(f"precision {engine.precision.name}: {engine.precision.reason}")
         yield engine
     finally:
         engine.close()
@@ -226,17 +230,17 @@ def _objective(run: _Run, state: TrainState) -> Objective:
 
 
 def _begin_stage(run: _Run, engine: Engine, latest: Path | None) -> None:
-    """Load the weights of the stage before, if there is one, then those that the stage takes from other checkpoints."""
+    """Load the weights of the previous stage, if any, then the weights that ``stages.*.weights`` names."""
     name = engine.stage.name
     if latest:
-        run.log.note(f"stage {name}, weights of the stage before: {checkpoint.warm_start(engine, latest)}")
+        run.log.print_line(f"stage {name}, weights of the previous stage: {checkpoint.warm_start(engine, latest)}")
     for source in engine.stage.weights:
-        path, report = take_stage_weights(engine, source)
-        run.log.note(f"stage {name}, weights of {path}: {report}")
+        path, report = load_stage_weights(engine, source)
+        run.log.print_line(f"stage {name}, weights of {path}: {report}")
 
 
 def build(config: RunConfig, world: World, stage: int) -> AnyModel:
-    """Build the model of a stage with its initial values, the same at every world size. All ranks must call."""
+    """Build the model of a stage with initial values that do not depend on the world size. All ranks must call."""
     precision = choose_precision(config.engine, world.device)
     model = config.stage_model(stage)
     return construct(
@@ -248,9 +252,9 @@ def build(config: RunConfig, world: World, stage: int) -> AnyModel:
 
 
 def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -> tuple[TrainState, _StageEnd]:
-    """Make steps until the stage or the run ends, a stop is requested, or a refused step sends the run back.
+    """Run steps until the stage or the run ends, a stop is requested, or a bad step triggers a roll back.
 
-    Closes the loader. Returns the state after the last step, which is saved unless the run goes back.
+    Close the loader. Return the state after the last step, which is saved except after a roll back.
     """
     config, world, log, detector = run.config, run.world, run.log, run.bad_steps.detector
     last = min(state.step + config.stages[state.stage_index].steps - state.stage_step, config.total_steps)
@@ -259,7 +263,7 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
     decode = load_tokenizer(config.stage_data(state.stage_index).tokenizer).decode
     log.begin_stage(stage)
     log.pause("setup")
-    run.ledger.begin_stage(state.step, state.stage_index)
+    run.sample_log.begin_stage(state.step, state.stage_index)
     stopped = False
     with loader:
         batches = iter(loader)
@@ -270,19 +274,19 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
             engine.clock.memory = due(config.metrics.memory_every, step)
             report = engine.train_step(
                 [replace(microbatch, dropout_key=(config.seed, state.step)) for microbatch in batch.microbatches],
-                why_refuse=detector.reason,
+                rejection_reason=detector.reason,
                 component_norms=due(config.metrics.grad_norms_every, step),
             )
-            documents = measured_documents(batch, report.document_losses)
+            documents = document_stats(batch, report.document_losses)
             counts = count_step(batch, documents, stage.datasets)
             sums = all_reduce_sum(world, step_flops(engine, batch.microbatches) | counts)
             if not sums["samples"]:
                 raise DataConfigError(
                     f"every data set gave all its epochs before step {step} (data.datasets.*.max_epochs): "
-                    "plan fewer steps, or more epochs"
+                    "set fewer steps, or more epochs"
                 )
             bad = None
-            # A step without weight, or one whose fp16 gradient overflowed, is no evidence about its data.
+            # Ignore a step without loss weight, and one whose fp16 gradient overflowed: neither is a sign of bad data.
             if report.weight and not report.overflow:
                 bad = detector.record(report.loss, report.grad_norm, report.applied)
             state = replace(
@@ -293,9 +297,9 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
                 samples=state.samples + int(sums["samples"]),
                 loader=batch.state,
             )
-            run.ledger.step(batch, documents)
+            run.sample_log.step(batch, documents)
             log.step(step, report, sums, {"bad_steps": detector.num_bad, "roll_backs": run.bad_steps.num_roll_backs})
-            if bad is not None and _goes_back(run, state, batch, report, bad):
+            if bad is not None and _handle_bad_step(run, state, batch, report, bad):
                 return state, _StageEnd.ROLLED_BACK
             log.images(step, functools.partial(batch_images, batch.microbatches[0], spec, decode))
             if run.profiler is not None:
@@ -306,11 +310,13 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
             if stopped or step == last or due(config.checkpoint.every_steps, step):
                 state = replace(state, extra={**state.extra, **run.bad_steps.extra_state()})
                 with run.watchdog.during("checkpoint"):
-                    run.ledger.write()
+                    run.sample_log.write()
                     run.saver.save(engine, state, last=stopped or step == last)
                 log.pause("checkpoint")
     if stopped:
-        log.note(f"stopped at step {state.step} ({run.stop.reason}) and saved; the same command goes on from here")
+        log.print_line(
+            f"stopped at step {state.step} ({run.stop.reason}) and saved; the same command resumes from here"
+        )
     return state, _StageEnd.STOPPED if stopped else _StageEnd.DONE
 
 
@@ -325,12 +331,12 @@ def _logged_stage(config: RunConfig, engine: Engine, index: int) -> LoggedStage:
 
 
 def due(every: int | None, step: int) -> bool:
-    """Return whether ``step``, counted from 1, is one of every ``every`` steps; never if that is None."""
+    """Return whether ``step``, counted from 1, is a multiple of ``every``; False if ``every`` is None."""
     return every is not None and step % every == 0
 
 
 def _next_batch(run: _Run, batches: Iterator[StepBatch], step: int) -> StepBatch:
-    """Wait for the batch of a step. Write the samples that it left out, also if the fault policy gives up on it."""
+    """Return the batch of a step. Record its skipped samples, also if the fault policy ends the run."""
     with run.log.waiting_for_data():
         try:
             batch = next(batches)
@@ -342,14 +348,14 @@ def _next_batch(run: _Run, batches: Iterator[StepBatch], step: int) -> StepBatch
     return batch
 
 
-def _goes_back(run: _Run, state: TrainState, batch: StepBatch, report: StepReport, bad: BadStep) -> bool:
-    """Write the samples of a refused step, then apply the policy: skip it, end the run, or go back to a checkpoint.
+def _handle_bad_step(run: _Run, state: TrainState, batch: StepBatch, report: StepReport, bad: BadStep) -> bool:
+    """Write the samples of a bad step, then apply ``bad_steps.policy``. Return whether the run must roll back.
 
-    All ranks must call. ``state`` is the one after the step.
+    All ranks must call. ``state`` is the state after the step.
 
     Raises:
-        EngineError: the policy is to halt, or there were too many bad steps or roll backs in a row.
-        CheckpointError: a file cannot be written, or there is no checkpoint to go back to.
+        EngineError: the policy is ``halt``, or there were too many bad steps or roll backs in a row.
+        CheckpointError: a file cannot be written, or there is no checkpoint to roll back to.
     """
     config = run.config.bad_steps
     path = run.bad_steps.write_samples(state.step, bad, batch, report)
@@ -358,30 +364,32 @@ def _goes_back(run: _Run, state: TrainState, batch: StepBatch, report: StepRepor
         before = replace(state, step=state.step - 1, stage_step=state.stage_step - 1)
         entry = run.bad_steps.add_roll_back(before, batch.state, bad.reason, what)
         if entry is not None:
-            run.log.note(f"{what}; going back to step {entry.to_step} and on behind the data of step {entry.at_step}")
+            run.log.print_line(
+                f"{what}; going back to step {entry.to_step}, then continuing with the data after step {entry.at_step}"
+            )
         return True
     if config.policy is Policy.HALT:
         raise EngineError(
-            f"{what}. The update was not made (bad_steps.policy=halt); to go on from the last checkpoint leave the "
-            "samples out (data.faults.exclude) or set bad_steps.policy=skip"
+            f"{what}. The update was not applied (bad_steps.policy=halt). To resume from the last checkpoint, exclude "
+            "the samples (data.faults.exclude) or set bad_steps.policy=skip"
         )
     if run.bad_steps.detector.in_row > config.max_in_row:
         raise EngineError(
             f"{what}. It is bad step {run.bad_steps.detector.in_row} in a row (bad_steps.max_in_row="
-            f"{config.max_in_row}): lower the learning rate, or look at the data"
+            f"{config.max_in_row}): lower the learning rate, or check the data"
         )
-    run.log.note(f"{what}; the update was skipped")
+    run.log.print_line(f"{what}; the update was skipped")
     return False
 
 
 def _open_loader(run: _Run, state: TrainState, position: LoaderState | None) -> Loader:
-    """Open the stage's stream of batches. All ranks must call.
+    """Open the loader of the state's stage. All ranks must call.
 
-    It begins at ``position``, else at the data's beginning if the stage has data or images of its own, else at the
-    position in ``state``.
+    The loader starts at ``position`` if given. Otherwise a stage that begins, and whose data or crops differ from those
+    of the previous stage, starts at the beginning of its data. All others start at the position in ``state``.
 
     Raises:
-        DataPipelineError: the data cannot be opened, or the saved position does not fit them; every rank raises.
+        DataPipelineError: the data cannot be opened, or the saved position does not fit the data; every rank raises.
     """
     config, world = run.config, run.world
     data = config.stage_data(state.stage_index)
@@ -396,10 +404,10 @@ def _open_loader(run: _Run, state: TrainState, position: LoaderState | None) -> 
             world_size=world.world_size,
             micro_lanes=config.engine.micro_lanes,
             state=position or (None if fresh else state.loader),
-            quarantine=known_lists(config.run_dir / FAULTS, data.faults),
+            quarantine=quarantine_lists(config.run_dir / FAULTS, data.faults),
         )
     except DataPipelineError as error:
         mine = error
-    if (complaint := first_complaint(world, None if mine is None else str(mine))) is not None:
-        raise mine or DataPipelineError(complaint)
+    if (message := lowest_rank_error(world, None if mine is None else str(mine))) is not None:
+        raise mine or DataPipelineError(message)
     return loader

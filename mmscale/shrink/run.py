@@ -1,16 +1,16 @@
-"""A run of seconds on bundled data with the same stages as a large one.
+"""Make a smoke-test run from any run: the same stages with a tiny model on bundled data, which take seconds.
 
-    model        its tiny twin, in every stage (``models.shrink``)
-    pictures     as many times smaller as the twin's
-    data sets    the bundled shards that fit the kind of template; tokens of a layout or a chat format spelled in
-                 ordinary ones
-    stages       a few steps each, warm-ups in proportion; weights from elsewhere are not taken, and there is no teacher
-    lanes        few, with packs of few documents
+    model        the smoke-test model of every stage (``mmscale.shrink.model``).
+    images       smaller, in proportion to the grid of that model.
+    data sets    the bundled shards that fit the kind of template; special tokens of a layout or chat format are
+                 replaced by ordinary tokens.
+    stages       a few steps each, with warm-ups in proportion; no weights of other checkpoints, and no teacher.
+    lanes        few, with packs of few documents.
 
-What it shows of a recipe: that its stages, components, optimizers, data overrides and changes of the model go together
-and resume. Not: how its rates or its mixture do, nor distillation, since a twin of the teacher would have learned
-nothing. Needs the bundled shards of examples/emoji and, for dialogues of a text model, of examples/text, relative to
-the working directory.
+A smoke-test run shows that the stages, components, optimizers, data overrides and model changes of a recipe work
+together and resume. It does not show whether learning rates and mixtures are good. It omits distillation, because a
+smoke-test teacher would have learned nothing. It needs the shards and the tokenizer of examples/emoji and, for
+dialogues of a text model, the shards of examples/text, relative to the working directory.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ _MAX_TILES = 4
 
 
 def shrink_run(config: RunConfig, *, steps: int = 4, lanes: int = 2) -> RunConfig:
-    """The twin of a run.
+    """Return the smoke-test configuration of a run.
 
     Args:
         config: The run.
-        steps: Of each stage, at most.
-        lanes: Of the global batch, at most.
+        steps: Largest number of steps of each stage.
+        lanes: Largest number of lanes of the global batch.
     """
-    stages = [_stage(config, number, steps, lanes) for number in range(len(config.stages))]
+    stages = [_shrink_stage(config, number, steps, lanes) for number in range(len(config.stages))]
     half = max(1, steps // 2)
     return RunConfig.model_validate(
         {
             **config.model_dump(),
             "max_steps": None,
-            "data": _data(config.data, config.media_spec, media_spec(shrink(config.model)), lanes),
+            "data": _shrink_data(config.data, config.media_spec, media_spec(shrink(config.model)), lanes),
             "model": shrink(config.model),
             "stages": stages,
             "engine": config.engine.model_copy(
@@ -70,42 +70,45 @@ def shrink_run(config: RunConfig, *, steps: int = 4, lanes: int = 2) -> RunConfi
     )
 
 
-def left_out(config: RunConfig) -> list[str]:
-    """Of each key of ``config`` whose values the twin does without: the key, and what it says."""
+def dropped_settings(config: RunConfig) -> list[str]:
+    """Return a line for each weight source and teacher that the smoke-test run omits, and one for its evaluation sets.
+
+    Each line has the key and the value. Other settings that the smoke-test run changes are not listed.
+    """
     weights = [
-        f"stages.{number}.weights.{place}: {source.checkpoint} ({', '.join(source.components)})"
+        f"stages.{number}.weights.{index}: {source.checkpoint} ({', '.join(source.components)})"
         for number, stage in enumerate(config.stages)
-        for place, source in enumerate(stage.weights)
+        for index, source in enumerate(stage.weights)
     ]
     teachers = [
-        f"stages.{number}.distill.{place}: {teacher.checkpoint}"
+        f"stages.{number}.distill.{index}: {teacher.checkpoint}"
         for number, stage in enumerate(config.stages)
-        for place, teacher in enumerate(stage.distill)
+        for index, teacher in enumerate(stage.distill)
     ]
     sets = ", ".join(held.name for held in config.evaluation.sets)
     return [*weights, *teachers, *([f"evaluation.sets: {sets}"] if sets else [])]
 
 
-def _stage(config: RunConfig, number: int, steps: int, lanes: int) -> dict[str, Any]:
-    """A stage with its whole data and model, where it changes them."""
+def _shrink_stage(config: RunConfig, number: int, steps: int, lanes: int) -> dict[str, Any]:
+    """Return a stage, with its complete data and model blocks where it changes them."""
     stage = config.stages[number]
     model = shrink(config.stage_model(number))
-    data = _data(config.stage_data(number), config.stage_media(number), media_spec(model), lanes)
+    data = _shrink_data(config.stage_data(number), config.stage_media(number), media_spec(model), lanes)
     return {
-        **stage.stretched(min(stage.steps, steps)).model_dump(),
+        **stage.with_steps(min(stage.steps, steps)).model_dump(),
         "weights": (),
         "distill": (),
-        "data": data.model_dump(mode="json") if _changes(stage, config, number) else None,
+        "data": data.model_dump(mode="json") if _changes_data(stage, config, number) else None,
         "model": None if stage.model is None else model.model_dump(mode="json"),
     }
 
 
-def _changes(stage: StageConfig, config: RunConfig, number: int) -> bool:
-    """Whether data or pictures of a stage are not those of the blocks ``data`` and ``model``."""
+def _changes_data(stage: StageConfig, config: RunConfig, number: int) -> bool:
+    """Whether a stage changes the data block, or the image sizes of the model."""
     return stage.data is not None or config.stage_media(number) != config.media_spec
 
 
-def _data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -> DataConfig:
+def _shrink_data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -> DataConfig:
     packing = data.packing.model_copy(
         update={"max_tokens": 4096, "max_cost": None, "max_documents": 2, "look_ahead": min(data.packing.look_ahead, 4)}
     )
@@ -113,14 +116,14 @@ def _data(data: DataConfig, old: MediaSpec, new: MediaSpec, lanes: int) -> DataC
         {
             **data.model_dump(include={"order", "prefetch"}),
             "tokenizer": {"kind": "sentencepiece", "path": _EMOJI / "tokenizer.model"},
-            "datasets": [_dataset(dataset, old, new) for dataset in data.datasets],
+            "datasets": [_shrink_dataset(dataset, old, new) for dataset in data.datasets],
             "lanes": min(data.lanes, lanes),
             "packing": packing,
         }
     )
 
 
-def _dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetConfig:
+def _shrink_dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetConfig:
     manifest, template = _bundled(dataset.template, new.placement)
     weight = dataset.weight
     if isinstance(weight, tuple):
@@ -131,12 +134,12 @@ def _dataset(dataset: DatasetConfig, old: MediaSpec, new: MediaSpec) -> DatasetC
         weight=weight,
         repeats=dataset.repeats,
         template=template,
-        transforms=_transforms(dataset.transforms, old, new),
+        transforms=_shrink_transforms(dataset.transforms, old, new),
     )
 
 
 def _bundled(template: TemplateConfig, placement: Placement) -> tuple[Path, TemplateConfig]:
-    """Bundled shards, and a template of the same kind for them."""
+    """Return bundled shards, and a template of the same kind that fits them."""
     match template:
         case DialogueTemplate() if placement is Placement.NONE:
             return _TALKS, _dialogue(template)
@@ -157,7 +160,7 @@ def _bundled(template: TemplateConfig, placement: Placement) -> tuple[Path, Temp
         case AnnotationsTemplate():
             each = CaptionTemplate(prompts=("Say: ",), answers=("{caption}",), loss_weight=template.loss_weight)
             return _emoji("quick"), template.model_copy(update={"field": "captions", "each": each})
-        case _:  # Captions, and kinds for which no shards are bundled.
+        case _:  # Captions, and kinds without bundled shards.
             captions = {"prompts": ("", "group:"), "answers": ("{name}", " {group}")}
             return _emoji("quick"), CaptionTemplate(**captions, loss_weight=template.loss_weight)
 
@@ -167,17 +170,17 @@ def _emoji(name: str) -> Path:
 
 
 def _dialogue(template: DialogueTemplate) -> DialogueTemplate:
-    """The same format, whatever it calls its roles, for turns of ``user`` and ``assistant``."""
+    """Return the same format for the bundled turns of ``user`` and ``assistant``, which it maps to its own roles."""
     learned = [name for name, role in template.roles.items() if role.weight]
-    read = [name for name in template.roles if name not in (*learned, SYSTEM)]
-    answers = "assistant" if "assistant" in learned else learned[0]
-    asks = USER if USER in read else (read or learned)[0]
-    changes = {"field": None, "special_tokens": (), "aliases": {USER: asks, "assistant": answers}}
+    others = [name for name in template.roles if name not in (*learned, SYSTEM)]
+    assistant = "assistant" if "assistant" in learned else learned[0]
+    user = USER if USER in others else (others or learned)[0]
+    changes = {"field": None, "special_tokens": (), "aliases": {USER: user, "assistant": assistant}}
     return template.model_copy(update=changes)
 
 
-def _transforms(transforms: TransformConfig, old: MediaSpec, new: MediaSpec) -> TransformConfig:
-    """The same rule for pictures whose sides are as many times smaller as the grid of the twin."""
+def _shrink_transforms(transforms: TransformConfig, old: MediaSpec, new: MediaSpec) -> TransformConfig:
+    """Return the same transforms with image sizes scaled in proportion to the grid of the smoke-test model."""
 
     def side(pixels: int) -> int:
         return shrunk_side(pixels // old.patch_size, new.merge) * new.patch_size
@@ -191,13 +194,13 @@ def _transforms(transforms: TransformConfig, old: MediaSpec, new: MediaSpec) -> 
         if value is not None:
             changes[name] = area(value) if name.endswith("pixels") else side(value)
     if isinstance(transforms, TilesTransform):
-        changes["tiling"] = _tiling(transforms.tiling, new)
+        changes["tiling"] = _shrink_tiling(transforms.tiling, new)
     if transforms.layout is not None:
         changes["layout"] = transforms.layout.model_copy(update={"spell": True})
     return transforms.model_copy(update=changes)
 
 
-def _tiling(tiling: Tiling, new: MediaSpec) -> Tiling:
+def _shrink_tiling(tiling: Tiling, new: MediaSpec) -> Tiling:
     sizes = {name: min(getattr(tiling, name, _MAX_TILES), _MAX_TILES) for name in ("min_tiles", "max_tiles")}
     sizes["margin"] = new.merge * math.ceil(getattr(tiling, "margin", 1) / (4 * new.merge))
     return tiling.model_copy(update={name: size for name, size in sizes.items() if name in type(tiling).model_fields})

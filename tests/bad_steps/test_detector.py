@@ -1,4 +1,4 @@
-"""The threshold against numpy, what it bears, and a state that goes on exactly."""
+"""The threshold against numpy, its robustness, and an exact resume of its state."""
 
 from __future__ import annotations
 

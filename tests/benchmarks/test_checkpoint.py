@@ -1,4 +1,4 @@
-"""The checkpoint benchmark at a size that takes no time: every way is measured, and ours is no copy of a peer's."""
+"""The checkpoint benchmark with a tiny model: every method is measured, and our values are not a peer's."""
 
 from __future__ import annotations
 

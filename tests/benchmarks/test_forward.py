@@ -1,4 +1,4 @@
-"""The benchmark of forward passes: every family is built, and both sides compute the same before they are timed."""
+"""The benchmark of forward passes builds every family, and both sides have equal outputs before the timing."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import forward
-from benchmarks.families import seeing, texts, towers
+from benchmarks.families import multimodal, texts, towers
 
-SEEING = [name for name, _ in seeing.pairs() if name != "mllama"]
+SEEING = [name for name, _ in multimodal.pairs() if name != "mllama"]
 SMALL = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
 
 
@@ -32,6 +32,6 @@ def test_both_sides_compute_the_same(family: str, small: None, monkeypatch: pyte
     assert 0 < first.difference < forward.TOLERANCE
     pair = build()
     with torch.no_grad():
-        list(pair.ours.parameters())[-1].mul_(1.5)  # Of the first ones a norm may undo it.
+        list(pair.ours.parameters())[-1].mul_(1.5)  # A norm may undo a change of the first parameters.
     with pytest.raises(RuntimeError, match="outputs differ"):
         next(forward.measure(pair, turns=1))

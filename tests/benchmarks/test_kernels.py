@@ -1,4 +1,4 @@
-"""The benchmarks of attention, loss and dropout compare like with like: every peer computes the same."""
+"""In the benchmarks of attention, loss and dropout every peer computes the same function."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def test_attention_of_every_peer_is_ours(peer: str, lengths: list[int], causal: 
     generator = torch.Generator().manual_seed(0)
     segments = Segments.from_lengths(lengths)
     q, k, v = (torch.randn(sum(lengths), heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2))
-    slope = torch.randn(q.shape, generator=generator)
+    upstream = torch.randn(q.shape, generator=generator)
     theirs = attention.PEERS[peer](q, k, v, segments, causal)
     ours = varlen_attention(q, k, v, segments, segments, causal, "sdpa")
     torch.testing.assert_close(theirs, ours)
     for mine, other in zip(
-        torch.autograd.grad(ours, [q, k, v], slope), torch.autograd.grad(theirs, [q, k, v], slope), strict=True
+        torch.autograd.grad(ours, [q, k, v], upstream), torch.autograd.grad(theirs, [q, k, v], upstream), strict=True
     ):
         torch.testing.assert_close(mine, other)
 

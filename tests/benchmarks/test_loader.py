@@ -1,4 +1,4 @@
-"""The benchmark of the loader runs, on few samples and with the peers that this environment holds."""
+"""The loader benchmark runs on few samples and with the peers of this environment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.loader import PeersMissingError, Row, peers_python, table
+from benchmarks.loader import LoaderRow, PeersMissingError, peers_python, table
 from benchmarks.peers.job import Job, Scenario, photo, write_photos
 from data_pipeline.sample import ImagePart, TextPart
 from data_pipeline.shards.sample_reader import read_samples
@@ -73,9 +73,9 @@ def test_the_samples_are_the_same_on_every_machine_and_their_decoder_is_shared(t
 
 
 def test_ratios_are_above_one_where_ours_is_better() -> None:
-    fast = Row(Scenario.RAW, 0, "samples/s", {"ours": 200.0, "open_clip": 100.0, "energon": 160.0, "bare": 250.0})
+    fast = LoaderRow(Scenario.RAW, 0, "samples/s", {"ours": 200.0, "open_clip": 100.0, "energon": 160.0, "bare": 250.0})
     assert (fast.beside_peers.ratio, fast.beside_bare.ratio) == (1.25, 0.8)
-    slow = Row(Scenario.RESUME, 0, "s", {"ours": 2.0, "open_clip": 1.0, "energon": 3.0})
+    slow = LoaderRow(Scenario.RESUME, 0, "s", {"ours": 2.0, "open_clip": 1.0, "energon": 3.0})
     assert (slow.beside_peers.ratio, slow.beside_bare.ratio) == (0.5, None)
     assert table([fast, slow]).splitlines()[2:] == [
         "| raw | 0 | samples/s | 200 | 100 | 160 | 250 | 1.25 | 0.80 |",

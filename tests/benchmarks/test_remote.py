@@ -1,4 +1,4 @@
-"""The benchmark of remote reading, on few samples: both readers give all of them, and the relay counts."""
+"""The remote benchmark on few samples: both readers yield all of them, and the relay counts requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_both_readers_are_measured_behind_the_slow_link(monkeypatch: pytest.Monk
     monkeypatch.setattr(remote, "PER_SHARD", 16)
     monkeypatch.setattr(remote, "MILLISECONDS", 1)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
-        monkeypatch.setenv(name, "")  # Put back what the benchmark sets.
+        monkeypatch.setenv(name, "")  # Restore the variables that the benchmark sets.
     with remote.served() as place:
         streamed = remote.peer(place)
         cold, warm = remote.ours(place, tmp_path, 8), remote.ours(place, tmp_path, 8)

@@ -1,4 +1,4 @@
-"""The measures of the order benchmark, against counting by hand."""
+"""The measures of the order benchmark equal straightforward counts."""
 
 from __future__ import annotations
 

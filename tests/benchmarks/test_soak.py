@@ -1,4 +1,4 @@
-"""What the soak concludes from what it sees: deliveries ticked off, and the slope of a line with its uncertainty."""
+"""The evaluation of a soak: recorded deliveries, and a slope with its uncertainty."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BAD = np.array([False, True, False])
 
 
 def delivered(*events: tuple[int, int, bool]) -> Delivery:
-    """After (epoch, sample, whether it was skipped)."""
+    """Return the record after these (epoch, sample, whether it was skipped)."""
     delivery = Delivery(BAD)
     for epoch, sample, is_skipped in events:
         if is_skipped:

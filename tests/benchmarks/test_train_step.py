@@ -1,4 +1,4 @@
-"""The step benchmark: the twins are twins, padding loses nothing, and a tiny run gives every figure."""
+"""The step benchmark: both models are equal, padding keeps all data, and a tiny run gives every value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import train_step
-from benchmarks.steps import twins
+from benchmarks.steps import reference_models
 from benchmarks.steps.batches import make_batches
 from benchmarks.steps.theirs import trainer_config
 from mmscale.models.build import build_model
@@ -19,9 +19,9 @@ from mmscale.objectives.next_token import NextToken
 @pytest.mark.parametrize("data", ["mixed", "equal"])
 def test_both_sides_learn_the_same_from_the_same_documents(model: str, data: str, tolerance: float) -> None:
     pair = make_batches(model, data, rank=0, world_size=1, steps=1, max_tokens=512)[0]
-    theirs = twins.their_model(model)
-    ours = build_model(twins.our_config(model), seed=None)
-    twins.fill_from(twins.weights_for_ours(theirs))(ours, gather=lambda _: torch.no_grad())
+    theirs = reference_models.their_model(model)
+    ours = build_model(reference_models.our_config(model), seed=None)
+    reference_models.fill_from(reference_models.weights_for_ours(theirs))(ours, gather=lambda _: torch.no_grad())
     with torch.no_grad():
         mine = NextToken()(ours, pair.packed).loss_sum / pair.weight
         loss = theirs(**pair.padded, num_items_in_batch=torch.tensor(pair.weight)).loss
@@ -59,10 +59,10 @@ def test_equal_documents_are_equally_long() -> None:
 
 
 def test_automatic_values_are_those_that_transformers_documents() -> None:
-    model = twins.their_model("dense")
+    model = reference_models.their_model("dense")
     config = trainer_config(model, 3, "bf16", world_size=2)
     zero = config["zero_optimization"]
-    width = twins.WIDTH
+    width = reference_models.WIDTH
     assert zero["reduce_bucket_size"] == width * width
     assert zero["stage3_prefetch_bucket_size"] == int(0.9 * width * width)
     assert zero["stage3_param_persistence_threshold"] == 10 * width

@@ -1,4 +1,4 @@
-"""The memory benchmark: what is counted on real ranks equals the formula, shard padding worked out by hand."""
+"""The memory benchmark: measured bytes on real ranks equal the formula plus the padding of shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmscale.models.build import build_model
 
 
 def test_the_formula_gives_the_papers_figures() -> None:
-    """Figure 1 of the paper: 7.5 billion values on 64 ranks, in GB; its gradients are of 2 bytes, ours of 4."""
+    """Figure 1 of the paper: 7.5 billion values on 64 ranks, in GB. Its gradients have 2 bytes, ours 4."""
     per_stage = [formula(7_500_000_000, 64, stage, "bf16") for stage in range(4)]
     totals = [
         (part.weights + part.gradients / (2 if n else 1) + part.optimizer) / 1e9 for n, part in enumerate(per_stage)
@@ -35,10 +35,10 @@ def test_what_is_held_equals_the_formula() -> None:
         assert row.values == sum(shapes)
         assert row.start_peak > 0
         assert row.steps_peak > 0
-        if row.zero_stage == 3:  # Every parameter is dealt by itself.
+        if row.zero_stage == 3:  # Every parameter is sharded on its own.
             shard = sum(-(-numel // 2) for numel in shapes)
             assert (row.held["weights"], row.held["optimizer"]) == (2 * shard, 12 * shard)
-        else:  # Two groups are dealt; each is padded to a multiple of two values a rank, at most.
+        else:  # Two groups are sharded; each is padded by at most a multiple of two values per rank.
             assert 0 <= row.held["weights"] - row.formula.weights <= 2 * 2 * 4
             assert 0 <= row.held["optimizer"] - row.formula.optimizer <= 2 * 12 * 4
 
@@ -46,7 +46,7 @@ def test_what_is_held_equals_the_formula() -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_what_is_held_in_8_bits_is_whole_blocks() -> None:
-    """A byte a value and four a block, for two moments; each rank's part of a parameter cut at every 256th value."""
+    """Two moments of one byte per value and four bytes per block; each rank's part has blocks of 256 values."""
     words = ["--ranks", "2", "--precisions", "fp32", "--stages", "0", "3", "--width", "24", "--vocab", "2048"]
     plain, sharded = zero_memory.measure(zero_memory.arguments([*words, "--state-bits", "8", "--json"]))
     shapes = [parameter.numel() for parameter in build_model(text_model(24, 2048), seed=None).parameters()]

@@ -1,4 +1,4 @@
-"""What the ranks of ``test_matrix.py`` run: multimodal models with dropout, dense and of experts."""
+"""Programs that the ranks of ``test_matrix.py`` run: multimodal models with dropout, dense and with experts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.models.packs import image_document, in_lane, pack, text_document
 from tests.models.tiny import DENSE, MOE, VOCAB, config
 
 LANES = 12
-"""As many for each of 1 to 4 ranks."""
+"""Divisible by 1 to 4 ranks."""
 CASES = {
     f"{mlp}-{trained}-{precision}": (mlp, trained, precision)
     for mlp in ("dense", "moe")
@@ -30,7 +30,7 @@ CASES = {
 
 
 def save_all(world: World, folder: str) -> dict[str, Any]:
-    """Every case trained two steps, saved, and trained one more: state and loss by case."""
+    """Train each case for two steps, save it, and train one more step. Return state and loss by case."""
     answers = {}
     for name in CASES:
         engine = _engine(world, name)
@@ -43,7 +43,7 @@ def save_all(world: World, folder: str) -> dict[str, Any]:
 
 
 def resume_all(world: World, folders: list[str]) -> list[dict[str, Any]]:
-    """Of each folder every case resumed and trained one more step."""
+    """Resume every case in each folder, and train one more step."""
     return [{name: _resume(world, Path(folder), name) for name in CASES} for folder in folders]
 
 
@@ -74,10 +74,10 @@ def _step(engine: Engine, world: World, name: str, step: int) -> list[float]:
     packs = []
     for lane in range(world.rank, LANES, world.world_size):
         seed = step * LANES + lane
-        null = lane % 3 == 1
+        dummy = lane % 3 == 1
         documents = [
             text_document(seed, 5 + lane, VOCAB),
-            image_document(spec, seed, 4, [(2, 2), (4, 2)], VOCAB, null=null),
+            image_document(spec, seed, 4, [(2, 2), (4, 2)], VOCAB, dummy=dummy),
         ]
         packs.append(in_lane(pack(documents, spec), lane, (3, step)))
     report = engine.train_step(packs)

@@ -1,4 +1,4 @@
-"""What a checkpoint needs of an engine, in plain tensors: the ranges of one rank of any number of ranks."""
+"""A stand-in for an engine that has the interface which checkpoints use, with plain tensors and any world size."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from mmscale.dist import World
-from mmscale.engine.partition import OwnedRange, share
+from mmscale.engine.partition import OwnedRange, shard_range
 from mmscale.optim.config import AdamWConfig
 
 
 class PlainPartition:
-    """Rank ``rank`` of ``world_size`` holds an equal piece of every parameter, and its moments and average."""
+    """The partition of one rank: an equal part of every parameter, with its moments and average."""
 
     def __init__(self, model: nn.Module, rank: int, world_size: int) -> None:
         self._model = model
-        self._ranges = {name: share(p.numel(), rank, world_size) for name, p in model.named_parameters()}
+        self._ranges = {name: shard_range(p.numel(), rank, world_size) for name, p in model.named_parameters()}
         self.moments: dict[str, dict[str, Tensor]] = {
             name: {kind: torch.full((self._length(name),), -9.0) for kind in ("exp_avg", "exp_avg_sq", "ema")}
             for name, parameter in model.named_parameters()
@@ -34,7 +34,7 @@ class PlainPartition:
         return stop - start
 
     def owned(self, *, whole: bool = False) -> Iterator[OwnedRange]:
-        del whole  # Nothing is held twice.
+        del whole  # No value is stored on two ranks.
         for name, parameter in self._model.named_parameters():
             start, stop = self._ranges[name]
             if start < stop:
@@ -58,7 +58,7 @@ class PlainPartition:
 
 
 def plain_engine(model: nn.Module, rank: int = 0, world_size: int = 1) -> Any:
-    """An engine as far as ``save``, ``resume`` and ``warm_start`` go. Each rank sees a world of one."""
+    """Return a stand-in engine for ``save``, ``resume`` and ``warm_start``. Each rank has a world of size 1."""
     engine = SimpleNamespace(
         model=model,
         world=World(0, 1, 0, torch.device("cpu")),

@@ -1,7 +1,7 @@
-"""A disk that loses power: of what was written, only what was synced is sure to be there afterwards.
+"""Simulate a power cut: only synced data is sure to survive.
 
-content of a file     there once the file was synced
-names in a folder     there once the folder was synced; the names in the watched folder itself maybe earlier
+content of a file     survives if the file was synced
+names in a folder     survive if the folder was synced; names in the watched folder itself may survive without a sync
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import pytest
 
 
 class Disk:
-    """Follows what is durable below a folder that exists, and shows what a power cut would leave.
+    """Tracks the durable state of a folder, and reproduces the states that a power cut could leave.
 
     Args:
-        folder: Everything in it counts as durable at first.
+        folder: Existing folder. All its content counts as durable at first.
         scratch: Empty folder for the copies.
     """
 
@@ -40,7 +40,7 @@ class Disk:
             self._files[inode] = path.read_bytes()
 
     def watch(self, patch: pytest.MonkeyPatch, check: Callable[[Path], None]) -> None:
-        """From now on ``check`` gets each possible state after a power cut at each sync and each renaming."""
+        """Call ``check`` with each possible state after a power cut, at each later sync and rename."""
         fsync, rename, replace = os.fsync, Path.rename, os.replace
 
         def synced(handle: int) -> None:
@@ -65,7 +65,7 @@ class Disk:
         patch.setattr(os, "replace", replaced)
 
     def check_all(self, check: Callable[[Path], None]) -> None:
-        """Shows ``check`` the possible states after a power cut now."""
+        """Call ``check`` with each possible state after a power cut at this moment."""
         for names in (self._names[self._folder.stat().st_ino], _names_in(self._folder)):
             self._copies += 1
             copy = self._scratch / str(self._copies)

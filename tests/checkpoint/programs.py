@@ -1,4 +1,4 @@
-"""What the ranks of the checkpoint tests run."""
+"""Programs that the ranks of the checkpoint tests run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def state_of(world: World, step: int) -> TrainState:
 
 
 def digest(engine: Engine, world: World) -> str:
-    """Hash over masters, what is kept beside them, and frozen weights, from all ranks; and the step count."""
+    """Return one hash of masters, optimizer state, frozen weights, buffers and step count. All ranks must call."""
     total = hashlib.sha256(str(engine.partition.optimizer_steps()).encode())
     whole: dict[str, torch.Tensor] = {}
     for name, parameter in engine.model.named_parameters():
@@ -77,7 +77,7 @@ def _engine(world: World, case: Case) -> Engine:
 
 
 def save_cases(world: World, cases: list[Case]) -> list[Any]:
-    """Trains ``steps``, saves, trains two more; what a run without interruption looks like."""
+    """Train ``steps``, save, and train two more steps: the reference, a run without interruption."""
     answers = []
     for case in cases:
         engine = _engine(world, case)
@@ -101,7 +101,7 @@ def save_cases(world: World, cases: list[Case]) -> list[Any]:
 
 
 def resume_cases(world: World, cases: list[Case]) -> list[Any]:
-    """Resumes each case and trains the same two steps."""
+    """Resume each case, and train the same two steps."""
     answers = []
     for case in cases:
         engine = _engine(world, case)
@@ -117,7 +117,7 @@ def resume_cases(world: World, cases: list[Case]) -> list[Any]:
 
 
 def warm_start_case(world: World, case: Case, path: str) -> Any:
-    """Weights only into a new engine."""
+    """Load only the weights into a new engine, and train one step."""
     engine = _engine(world, case)
     report = warm_start(engine, Path(path))
     weights = {}
@@ -136,7 +136,7 @@ def warm_start_case(world: World, case: Case, path: str) -> Any:
 
 
 def complaints(world: World, case: Case, path: str, action: str, directory: str = "") -> Any:
-    """The sentence that ``action`` fails with."""
+    """Return the error message of ``action``; None if it succeeds."""
     engine = _engine(world, case)
     try:
         if action == "resume":
@@ -151,9 +151,9 @@ def complaints(world: World, case: Case, path: str, action: str, directory: str 
 
 
 def killed_at_every_event(world: World, directory: str) -> Any:
-    """Saves step 4 after step 3 in forked writers; the n-th dies at its n-th touch of the disk, until one lives.
+    """Save step 3, then step 4 in forks. The n-th fork dies at its n-th file operation, until one succeeds.
 
-    Returns, for each death, the step that is found afterwards and what is wrong with it.
+    Returns, for each process, the newest checkpoint afterwards and its problems.
     """
     folder = Path(directory)
     engine = _engine(world, {"zero": 3})
@@ -178,9 +178,9 @@ def killed_at_every_event(world: World, directory: str) -> Any:
 
 
 def writers_killed_at_every_event(world: World, directory: str) -> Any:
-    """Saves step 4 after step 3 in the background; the n-th writer dies at its n-th touch of the disk, until one lives.
+    """Save step 3, then step 4 in the background. The n-th writer dies at its n-th file operation, until one succeeds.
 
-    Returns, for each death, the step that is found afterwards, what is wrong with it, and what the run says.
+    Returns, for each writer, the newest checkpoint afterwards, its problems, and the error message of the run.
     """
     folder = Path(directory)
     engine = make_engine(world, zero=3)
@@ -191,24 +191,24 @@ def writers_killed_at_every_event(world: World, directory: str) -> Any:
     for number in range(1, 200):
         os.environ["DIE_AT_EVENT"] = str(number)
         saver = Saver(world, folder, CheckpointConfig(keep_last=2))
-        said = None
+        message = None
         try:
             saver.save(engine, state_of(world, 4))
             saver.wait()
         except CheckpointError as error:
-            said = str(error)
+            message = str(error)
         saver.close()
         latest = find_latest(folder)
         assert latest is not None
-        found.append([latest.name, verify(latest), said])
-        if said is None:
+        found.append([latest.name, verify(latest), message])
+        if message is None:
             break
         shutil.rmtree(folder / "step-00000004", ignore_errors=True)
     return {"found": found, "names": sorted(path.name for path in folder.iterdir())}
 
 
 def busy(world: World, directory: str, when_busy: str) -> Any:
-    """Saves step 4 while the writer of step 3 stands still."""
+    """Save step 4 while the writer of step 3 is stopped by a signal."""
     folder = Path(directory)
     engine = make_engine(world, zero=3)
     notes: list[str] = []
@@ -241,7 +241,7 @@ def busy(world: World, directory: str, when_busy: str) -> Any:
 
 
 def fuzz(world: World, directory: str, count: int) -> Any:
-    """Damages a checkpoint in ``count`` ways, one at a time; which of them were not noticed, or too late."""
+    """Damage a checkpoint in ``count`` ways, one at a time. Return those that ``resume`` noticed late or never."""
     folder = Path(directory)
     engine = make_engine(world, zero=3)
     train_on(engine, world, 0, 1)
@@ -269,7 +269,7 @@ def fuzz(world: World, directory: str, count: int) -> Any:
 
 
 def damage(path: Path, draw: random.Random) -> tuple[str, Callable[[], object]]:
-    """Does one random thing to one file of a checkpoint; what, and how to undo it."""
+    """Damage one random file of a checkpoint. Return a description, and a function that restores the file."""
     file = draw.choice(sorted(path.iterdir()))
     good = file.read_bytes()
     place = draw.randrange(len(good))
@@ -291,7 +291,7 @@ def damage(path: Path, draw: random.Random) -> tuple[str, Callable[[], object]]:
     elif kind == "digit":
         digits = [index for index, byte in enumerate(good) if 48 <= byte < 57]
         bad[draw.choice(digits)] += 1
-    if bad == good and kind != "lost":  # Equal bytes swapped, zeros over zeros.
+    if bad == good and kind != "lost":  # The damage had no effect, for example zeros over zeros.
         bad[place] ^= 1
     file.unlink()
     if kind != "lost":
@@ -300,7 +300,7 @@ def damage(path: Path, draw: random.Random) -> tuple[str, Callable[[], object]]:
 
 
 def chosen(world: World, directory: str, on_damage: str) -> Any:
-    """Which checkpoint ``choose`` takes when the newest one is damaged."""
+    """Return the choice of ``choose`` when the newest checkpoint is damaged."""
     folder = Path(directory)
     engine = make_engine(world, zero=3)
     for step in (3, 4):
@@ -322,13 +322,13 @@ def chosen(world: World, directory: str, on_damage: str) -> Any:
 def disk_full(
     world: World, directory: str, limit_bytes: int | None, limited_rank: int, background: bool = False
 ) -> Any:
-    """Saves step 3, then fails to save step 4 (a file size limit on one rank, or a full disk below ``directory``)."""
+    """Save step 3, then fail to save step 4 (a file size limit on one rank, or a full disk below ``directory``)."""
     folder = Path(directory)
     engine = _engine(world, {"zero": 3})
     train_on(engine, world, 0, 1)
     save(engine, state_of(world, 3), folder)
     good = digest(engine, world)
-    said = []
+    messages = []
     if world.rank == limited_rank and limit_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
     try:
@@ -339,11 +339,11 @@ def disk_full(
                 train_on(engine, world, 1, 2)
         save(engine, state_of(world, 4), folder)
     except CheckpointError as error:
-        said.append(str(error))
+        messages.append(str(error))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     names = sorted(path.name for path in folder.iterdir())
     latest = find_latest(folder)
     assert latest is not None
     fresh = _engine(world, {"zero": 3})
     resume(fresh, latest)
-    return {"said": said, "names": names, "problems": verify(latest), "same": digest(fresh, world) == good}
+    return {"messages": messages, "names": names, "problems": verify(latest), "same": digest(fresh, world) == good}

@@ -1,4 +1,4 @@
-"""What the ranks of ``test_restored_state.py`` run."""
+"""Programs that the ranks of ``test_restored_state.py`` run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.models.tiny import MOE, config
 
 
 def save_and_resume(world: World, folder: str, other: str | None = None) -> dict[str, Any]:
-    """Saves an engine whose buffers and generator are not those of a new one, and resumes it in a new one.
+    """Save an engine with changed buffers and random state, and resume it in a new engine.
 
-    With ``other``, also resumes that checkpoint of another number of ranks.
+    With ``other``, also resume that checkpoint, which another number of ranks saved.
     """
     engine = _engine(world)
     buffers = persistent_buffers(engine.model)

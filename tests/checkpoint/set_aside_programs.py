@@ -1,4 +1,4 @@
-"""What the ranks of ``test_set_aside.py`` run."""
+"""Programs that the ranks of ``test_set_aside.py`` run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmscale.dist import World
 from mmscale.errors import MMScaleError
 from mmscale.run.config import RunConfig
 from mmscale.run.train import train
-from tests.checkpoint.made import flip
+from tests.checkpoint.toy_checkpoint import flip_byte
 
 CONFIG = Path(__file__).parents[1] / "system" / "tiny.yaml"
 QUICK = [
@@ -32,7 +32,7 @@ ONE_STAGE = "stages=[{name: one, steps: 2, train: [connector]}]"
 
 
 def run(world: World, folder: str) -> dict[str, Any]:
-    """The state of the run folder after each story, and what the last start of it said."""
+    """Return the state of the run folder after each story, and the error message of its last start."""
     del world
     stories = {
         # Name: words, steps of the first start, steps of the second start.
@@ -43,13 +43,17 @@ def run(world: World, folder: str) -> dict[str, Any]:
     }
     answers = {}
     # As in ``tests/system/distil_programs.py``: the next run needs the process group.
-    with mock.patch("mmscale.run.train.shutdown"), mock.patch("mmscale.run.train.finish"), mock.patch("gc.collect"):
+    with (
+        mock.patch("mmscale.run.train.shutdown"),
+        mock.patch("mmscale.run.train.finalize_run"),
+        mock.patch("gc.collect"),
+    ):
         for name, (words, first, second) in stories.items():
             run_dir = Path(folder) / name
-            assert (said := _train(run_dir, *words, f"max_steps={first}")) is None, said
-            flip(list_checkpoints(run_dir / "checkpoints")[-1])
-            answers[name] = {"said": _train(run_dir, *words, f"max_steps={second}"), **_state(run_dir)}
-        answers["fewer stages"] = {"said": _train(Path(folder) / "boundary", ONE_STAGE)}
+            assert (message := _train(run_dir, *words, f"max_steps={first}")) is None, message
+            flip_byte(list_checkpoints(run_dir / "checkpoints")[-1])
+            answers[name] = {"message": _train(run_dir, *words, f"max_steps={second}"), **_state(run_dir)}
+        answers["fewer stages"] = {"message": _train(Path(folder) / "boundary", ONE_STAGE)}
     return answers
 
 
@@ -73,7 +77,7 @@ def _state(run_dir: Path) -> dict[str, Any]:
 
 
 def choose_late(world: World, directory: str) -> dict[str, Any]:
-    """What ``choose`` takes and notes while rank 1 finds an empty folder."""
+    """Return the choice and the notes of ``choose`` while rank 1 sees an empty folder."""
     notes: list[str] = []
     config = CheckpointConfig(on_damage="previous")
     with mock.patch("mmscale.checkpoint.load.list_checkpoints", list_checkpoints if world.is_main else lambda _: []):

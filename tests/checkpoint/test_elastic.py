@@ -1,4 +1,4 @@
-"""Saved on some ranks, resumed on others: values bit for bit, curves as if nothing had happened."""
+"""Resume with the same and with another world size: bit-identical state, and the losses of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ CASES: dict[str, dict[str, Any]] = {
     "background-zero2-bf16-frozen": {"zero": 2, "precision": "bf16", "background": True, **FROZEN},
     "background-zero0": {"zero": 0, "background": True},
 }
-# Another stage reads what one stage wrote.
+# With one rank, each case is resumed with another ZeRO stage.
 FOUR_RANKS = ("zero3", "zero3-frozen-persistent", "zero1", "zero0-frozen", "zero3-bf16-frozen", "zero1-bf16")
 OTHER_STAGE = {0: 3, 1: 2, 2: 1, 3: 0}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every case saved by two ranks, and how training went on."""
+    """Save every case with two ranks; return its state and the losses of the following steps."""
     folder = tmp_path_factory.mktemp("saved")
     cases = [{"folder": str(folder / name), **case} for name, case in CASES.items()]
     answers = run_ranks("tests.checkpoint.programs:save_cases", 2, {"cases": cases})[0]
@@ -57,7 +57,7 @@ def resumed(saved: dict[str, Any], world_size: int, cases: dict[str, dict[str, A
     return dict(zip(cases, answers, strict=True))
 
 
-def test_the_same_number_of_ranks_goes_on_bit_for_bit(saved: dict[str, Any]) -> None:
+def test_the_same_number_of_ranks_continues_bit_for_bit(saved: dict[str, Any]) -> None:
     for name, answer in resumed(saved, 2, CASES).items():
         assert answer["restored"] == saved[name]["saved"], name
         assert answer["after"] == saved[name]["after"], name
@@ -74,7 +74,7 @@ def test_another_number_of_ranks_and_another_stage(saved: dict[str, Any], world_
     }
     for name, answer in resumed(saved, world_size, cases).items():
         assert answer["restored"] == saved[name]["saved"], name
-        # Sums are rounded in another order; in bf16 that is a matter of the third digit.
+        # Another number of ranks rounds sums in another order, which changes the third digit in bf16.
         tolerance = 5e-3 if "bf16" in name else 2e-6
         for mine, theirs in zip(answer["after"], saved[name]["after"], strict=True):
             assert mine == pytest.approx(theirs, rel=tolerance), name
@@ -106,7 +106,7 @@ def test_weights_load_into_a_plain_module(saved: dict[str, Any]) -> None:
     assert torch.equal(model.decoder.blocks[1].up.weight, first.decoder.blocks[1].up.weight)
     assert not torch.equal(model.vision.weight, first.vision.weight)
     assert model.head.weight is model.decoder.embed.weight
-    # What another stage wrote of the same steps is the same model.
+    # A checkpoint of another ZeRO stage after the same steps holds the same model.
     other = ToyModel()
     load_weights(other, Path(saved["zero0-frozen"]["path"]))
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -187,9 +187,9 @@ def test_another_model_and_another_stage_are_refused(saved: dict[str, Any]) -> N
     with pytest.raises(CheckpointError, match=r"another model: decoder\.blocks\.2\.down\.weight is only in the model"):
         load_weights(ToyModel(blocks=3), Path(path))
     arguments = {"case": {"zero": 3, **FROZEN}, "path": path, "action": "resume"}
-    said = run_ranks("tests.checkpoint.programs:complaints", 2, arguments)
-    assert said[0] == said[1]
-    assert "warm start" in said[0]
+    message = run_ranks("tests.checkpoint.programs:complaints", 2, arguments)
+    assert message[0] == message[1]
+    assert "warm start" in message[0]
 
 
 def test_warm_start_takes_weights_only(saved: dict[str, Any]) -> None:

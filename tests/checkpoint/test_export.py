@@ -1,4 +1,4 @@
-"""``mmscale checkpoint import`` and ``export`` on a real run, saved by two ranks in both formats at once."""
+"""``mmscale checkpoint import`` and ``export`` on a real run that two ranks saved with DeepSpeed and with mmscale."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mmscale.checkpoint import list_checkpoints, load_weights
 from mmscale.checkpoint.export import export_weights
-from mmscale.checkpoint.foreign.layouts import MOMENTS
+from mmscale.checkpoint.imports.layouts import MOMENTS
 from mmscale.checkpoint.manifest import FORMAT, MANIFEST, Manifest, seal
 from mmscale.checkpoint.reshard import CheckpointReader
-from mmscale.checkpoint.share import Piece, RankShare
+from mmscale.checkpoint.share import RankShare, TensorPiece
 from mmscale.cli.main import main
 from mmscale.config import load
 from mmscale.errors import CheckpointError
@@ -25,7 +25,7 @@ from mmscale.hf.read import INDEX
 from mmscale.io.files import write_share
 from mmscale.models.build import build_model
 from mmscale.run.config import RunConfig
-from tests.checkpoint.made import rewrite
+from tests.checkpoint.toy_checkpoint import rewrite
 from tests.engine.ranks import ROOT, run_ranks
 
 CONFIG = "tests/system/tiny.yaml"
@@ -33,9 +33,9 @@ CONFIG = "tests/system/tiny.yaml"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``ours/step-2`` and ``theirs/global_step2`` of one engine."""
+    """Save one engine as ``ours/step-2`` (mmscale) and ``theirs/global_step2`` (DeepSpeed)."""
     path = tmp_path_factory.mktemp("both")
-    run_ranks("tests.checkpoint.foreign_programs:save_both", 2, {"config": CONFIG, "folder": str(path)})
+    run_ranks("tests.checkpoint.import_programs:save_both", 2, {"config": CONFIG, "folder": str(path)})
     return path
 
 
@@ -45,13 +45,13 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def command(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
-    """What a command prints with --json."""
+    """Run a command with --json, and return its parsed output."""
     assert main(["checkpoint", *map(str, words), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 def all_values(path: Path) -> dict[str, Tensor]:
-    """Every master and moment, whole."""
+    """Read every master and moment, unsharded."""
     found = {}
     with CheckpointReader(path) as reader:
         for name, entry in reader.manifest.parameters.items():
@@ -87,7 +87,7 @@ def test_a_run_imported_by_command_equals_our_own_checkpoint(
     assert (second["bytes"], second["whole"]) == (sum(f.stat().st_size for f in path.glob("rank-*")), True)
     assert 0 <= second["age_seconds"] < 600
     assert third["problem"] == "rank-00001.json is missing"
-    # Without a name of its own the newest whole one is exported.
+    # A run folder exports its newest complete checkpoint.
     exported = command(capsys, "export", run, tmp_path / "weights", "--shard-bytes", 100_000, "--format", "bf16")
     assert (exported["step"], exported["configured"], exported["checkpoint"]) == (2, True, str(path))
 
@@ -96,7 +96,7 @@ def test_a_run_imported_by_command_equals_our_own_checkpoint(
 def test_wrong_words_are_sentences(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = folder / "theirs" / "global_step2"
     (own,) = list_checkpoints(folder / "ours")
-    for words, code, said in (
+    for words, code, message in (
         (["import", source, tmp_path / "run", "--rename", "x"], 2, "--rename x: expected OLD=NEW"),
         (["import", source, tmp_path / "run", "--stage", "none", "--config", CONFIG], 1, "no stage 'none'"),
         (["import", own, tmp_path / "run"], 1, "give the folder of one DeepSpeed checkpoint"),
@@ -104,7 +104,7 @@ def test_wrong_words_are_sentences(folder: Path, tmp_path: Path, capsys: pytest.
         (["export", own, tmp_path / "new", "--weights", "ema"], 1, "holds no averaged weights (EMA)"),
     ):
         assert main(["checkpoint", *map(str, words)]) == code
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -156,16 +156,16 @@ def saved_by_two(path: Path, averaged: bool) -> Path:
     weights, average = torch.arange(6.0), 100 + torch.arange(6.0)
     files = {}
     for rank, (start, stop) in enumerate(((0, 4), (4, 6))):
-        pieces = [Piece("w|master", start, weights[start:stop])]
+        pieces = [TensorPiece("w|master", start, weights[start:stop])]
         if averaged:
-            pieces.append(Piece("w|ema", start, average[start:stop]))
+            pieces.append(TensorPiece("w|ema", start, average[start:stop]))
         elif rank == 0:
-            pieces += [Piece("x|master", 0, average), Piece("x|ema", 0, average)]
+            pieces += [TensorPiece("x|master", 0, average), TensorPiece("x|ema", 0, average)]
         if rank == 0:
-            pieces.append(Piece("still|frozen", 0, torch.ones(3).bfloat16()))
-            pieces.append(Piece("count|buffer", 0, torch.tensor([7]), whole=True))
+            pieces.append(TensorPiece("still|frozen", 0, torch.ones(3).bfloat16()))
+            pieces.append(TensorPiece("count|buffer", 0, torch.tensor([7]), whole=True))
         share = RankShare.of(rank, pieces, None, {"cpu": bytes(torch.get_rng_state().tolist()).hex()})
-        written = write_share(path, share.names, share.header, share.notes, share.bytes_of())
+        written = write_share(path, share.names, share.header, share.metadata, share.bytes_of())
         files |= {name: file._asdict() for name, file in zip(share.names, written, strict=True)}
     parameters: dict[str, Any] = {"w": {"shape": [2, 3], "trained": True}, "still": {"shape": [3], "trained": False}}
     if not averaged:

@@ -1,4 +1,4 @@
-"""Saved on 1 to 4 ranks, loaded on 1 to 4: the state bit for bit, the next loss the same."""
+"""Save on 1 to 4 ranks and load on 1 to 4: the state is bit-identical, and the next loss is equal within rounding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.resume, pytest.mark.slow, pytest.mar
 
 WORLDS = (1, 2, 3, 4)
 TOLERANCE = {"fp32": 2e-6, "bf16": 5e-3}
-"""Sums are rounded in another order; in bf16 that is a matter of the third digit."""
+"""Another number of ranks rounds sums in another order, which changes the third digit in bf16."""
 
 
 def test_every_number_of_ranks_reads_what_every_number_wrote(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every optimizer's state and the average of the weights: bit for bit at the same ranks, right at others."""
+"""Optimizer state and weight averages: bit-identical with the same world size, equal within rounding with another."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ OTHER: dict[int, Case] = {1: {"zero": 2}, 2: {"zero": 3}, 3: {"zero": 1, "offloa
 
 
 def save_all(world: World, cases: list[Case]) -> Any:
-    """Every case saved; and the averages of one, as an evaluation sees them."""
+    """Save every case. Also return the averaged weights of one, as an evaluation uses them."""
     answers = save_cases(world, cases)
     engine = make_engine(world, **CASES["zero3-ema"])
     train_on(engine, world, 0, 3)
@@ -59,8 +59,8 @@ def save_all(world: World, cases: list[Case]) -> Any:
     return answers, averages
 
 
-def go_on(world: World, cases: list[Case], other: Case, path: str) -> Any:
-    """Every case resumed; what is said to another optimizer; a warm start with an average."""
+def resume_all(world: World, cases: list[Case], other: Case, path: str) -> Any:
+    """Resume every case. Also return the error of a resume with another optimizer, and a warm start with averages."""
     return resume_cases(world, cases), complaints(world, other, path, "resume"), warm_start_case(world, other, path)
 
 
@@ -73,14 +73,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_training_goes_on(saved: dict[str, Any], world_size: int) -> None:
+def test_training_continues(saved: dict[str, Any], world_size: int) -> None:
     same = world_size == 2
     names = list(CASES) if same else FOUR_RANKS
     cases = [
         CASES[name] | ({} if same else OTHER[CASES[name]["zero"]]) | {"path": saved[name]["path"]} for name in names
     ]
     arguments = {"cases": cases, "other": CASES["zero2-muon-ema"], "path": saved["zero3-adafactor"]["path"]}
-    answers, said, warm = run_ranks(f"{__name__}:go_on", world_size, arguments, timeout=240)[0]
+    answers, message, warm = run_ranks(f"{__name__}:resume_all", world_size, arguments, timeout=240)[0]
     for name, answer in zip(names, answers, strict=True):
         assert answer["restored"] == saved[name]["saved"], name
         if same:
@@ -88,13 +88,13 @@ def test_training_goes_on(saved: dict[str, Any], world_size: int) -> None:
         tolerance = 5e-3 if "bf16" in name else 1e-4 if "muon" in name else 2e-6
         for mine, theirs in zip(answer["after"], saved[name]["after"], strict=True):
             assert mine == pytest.approx(theirs, rel=tolerance), name
-    assert "state of adafactor and no average" in said
-    assert "now has the state of muon and an average" in said
+    assert "state of adafactor and no average" in message
+    assert "now has the state of muon and an average" in message
     assert warm["steps"] == 0
 
 
 def moments_after(world: World, path: str, zero: int, bits_32: Case | None = None) -> Any:
-    """What is kept in 8 bits after a resume, whole; losses of two more steps; what is said where bits differ."""
+    """Resume a case with 8-bit moments. Return the moments, the losses of two more steps, and error messages."""
     case: Case = {"zero": zero, "stage_changes": EIGHT}
     (answer,) = resume_cases(world, [case | {"path": path}])
     engine = make_engine(world, **case)
@@ -111,7 +111,7 @@ def moments_after(world: World, path: str, zero: int, bits_32: Case | None = Non
     for values in whole.values():
         torch.distributed.all_reduce(values)
     engine.close()
-    said = (
+    messages = (
         None
         if bits_32 is None
         else [
@@ -119,7 +119,7 @@ def moments_after(world: World, path: str, zero: int, bits_32: Case | None = Non
             complaints(world, case, bits_32["path"], "resume"),
         ]
     )
-    return {key: values.tolist() for key, values in whole.items()}, answer["after"], said
+    return {key: values.tolist() for key, values in whole.items()}, answer["after"], messages
 
 
 @pytest.mark.parametrize(("world_size", "zero"), [(1, 2), (4, 1)])
@@ -128,7 +128,7 @@ def test_moments_in_8_bits_are_rounded_once_more_at_other_ranks(
 ) -> None:
     path = Path(saved["zero3-8bit"]["path"])
     arguments = {"path": str(path), "zero": zero, "bits_32": saved["zero3-ema"] if world_size == 1 else None}
-    found, after, said = run_ranks(f"{__name__}:moments_after", world_size, arguments, timeout=240)[0]
+    found, after, messages = run_ranks(f"{__name__}:moments_after", world_size, arguments, timeout=240)[0]
     with CheckpointReader(path) as reader:
         for key, values in found.items():
             name, kind = key.split("|")
@@ -140,10 +140,10 @@ def test_moments_in_8_bits_are_rounded_once_more_at_other_ranks(
                 assert float(error[low : low + 256].max()) <= share * float(stored[low : low + 256].abs().max()), key
     for mine, theirs in zip(after, saved["zero3-8bit"]["after"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
-    if said is not None:
-        assert "saved with the state of adamw in 8 bits and no average" in said[0]
-        assert "now has the state of adamw and no average" in said[0]
-        assert "now has the state of adamw in 8 bits and no average" in said[1]
+    if messages is not None:
+        assert "saved with the state of adamw in 8 bits and no average" in messages[0]
+        assert "now has the state of adamw and no average" in messages[0]
+        assert "now has the state of adamw in 8 bits and no average" in messages[1]
 
 
 def test_the_average_is_exported_as_evaluation_sees_it(saved: dict[str, Any]) -> None:

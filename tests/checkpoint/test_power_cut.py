@@ -1,4 +1,4 @@
-"""A power cut at any moment of a publication: the old state or the new one is on the disk, and nothing else."""
+"""A power cut at any moment of a publication leaves either the old state or the new one on the disk."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from data_pipeline.io.atomic import write_whole
 from mmscale.checkpoint import list_checkpoints, verify
+from tests.checkpoint.hand_made import whole_pieces, write_checkpoint
 from tests.checkpoint.power_cut import Disk
-from tests.checkpoint.written import whole_pieces, write_checkpoint
 
 pytestmark = pytest.mark.fault
 
@@ -35,7 +35,7 @@ def test_a_published_checkpoint_is_durable_before_an_older_one_goes(
     disk = Disk(folder, scratch)
     with monkeypatch.context() as patch:
         disk.watch(patch, check)
-        new = write_checkpoint(folder, pieces, SHAPES, step=4, doomed=[old])
+        new = write_checkpoint(folder, pieces, SHAPES, step=4, stale=[old])
     before, both, after = [old.name], [old.name, new.name], [new.name]
     assert all(state in (before, both, after) for state in found), "one of them is there at every moment"
     assert {before[0], both[-1]} <= {name for state in found for name in state}

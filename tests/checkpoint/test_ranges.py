@@ -1,4 +1,4 @@
-"""Ranges of parameters in hand-made checkpoints, against a plain list of values."""
+"""Compare ranges of parameters in hand-made checkpoints with a plain list of values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from mmscale.checkpoint import verify
 from mmscale.checkpoint.reshard import CheckpointReader
-from mmscale.checkpoint.share import Piece
+from mmscale.checkpoint.share import TensorPiece
 from mmscale.errors import CheckpointError
-from tests.checkpoint.written import write_checkpoint
+from tests.checkpoint.hand_made import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_sync")
 
@@ -23,7 +23,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 def cut(draw: Any, size: int) -> list[tuple[int, int] | None]:
-    """A range for each of three ranks that together hold every value once; None for a rank that holds none."""
+    """Draw a range for each of three ranks, which cover every value once; None for a rank without values."""
     ends = sorted(draw(st.lists(st.integers(0, size), min_size=2, max_size=2)))
     ranges = [*zip([0, *ends], [*ends, size], strict=True)]
     return [(low, high) if low < high else None for low, high in draw(st.permutations(ranges))]
@@ -31,7 +31,7 @@ def cut(draw: Any, size: int) -> list[tuple[int, int] | None]:
 
 @st.composite
 def kept(draw: Any) -> tuple[int, dict[str, list[tuple[int, int] | None]]]:
-    """A number of values, and the ranges of each kind by rank; some of one kind are wrong in half of the cases."""
+    """Draw a number of values, and the ranges of each kind by rank. In half of the cases, one range is wrong."""
     size = draw(st.integers(1, 9))
     ranges = {kind: cut(draw, size) for kind in KINDS}
     if draw(st.booleans()):
@@ -43,11 +43,11 @@ def kept(draw: Any) -> tuple[int, dict[str, list[tuple[int, int] | None]]]:
 
 def write(folder: Path, size: int, ranges: dict[str, list[tuple[int, int] | None]]) -> Path:
     values = {kind: torch.arange(float(size)) + 100 * number for number, kind in enumerate(KINDS)}
-    pieces: list[list[Piece]] = [[], [], []]
+    pieces: list[list[TensorPiece]] = [[], [], []]
     for kind, by_rank in ranges.items():
         for rank, part in enumerate(by_rank):
             if part is not None:
-                pieces[rank].append(Piece(f"w|{kind}", part[0], values[kind][part[0] : part[1]]))
+                pieces[rank].append(TensorPiece(f"w|{kind}", part[0], values[kind][part[0] : part[1]]))
     return write_checkpoint(folder, pieces, {"w": (size,), "none": (0, 4)}, ema=True)
 
 
@@ -80,5 +80,5 @@ def test_any_range_of_any_kind_is_read_from_any_cut(data: Any) -> None:
             reader.fill(target, "w", kind, start)
             assert target.tolist() == [100.0 * number + i for i in range(start, stop)]
         past = torch.full((2,), -1.0)
-        with pytest.raises(CheckpointError, match=r"w\|ema has 1 of the values"):
+        with pytest.raises(CheckpointError, match=r"w\|ema has only 1 of the values"):
             reader.fill(past, "w", "ema", size - 1)

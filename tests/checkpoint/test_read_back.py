@@ -1,4 +1,4 @@
-"""Hand-made checkpoints read back without an engine: what is found, what is refused, what is taken."""
+"""Read hand-made checkpoints without an engine: listing, verification, errors and loaded values."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from mmscale.checkpoint.manifest import (
     newest_of,
 )
 from mmscale.checkpoint.reshard import CheckpointReader, verify_together
-from mmscale.checkpoint.save import to_remove
-from mmscale.checkpoint.share import Piece
+from mmscale.checkpoint.save import stale_checkpoints
+from mmscale.checkpoint.share import TensorPiece
 from mmscale.dist import World
 from mmscale.errors import CheckpointError
-from tests.checkpoint.written import whole_pieces, write_checkpoint
+from tests.checkpoint.hand_made import whole_pieces, write_checkpoint
 from tests.data_pipeline.lane_states import toy_lane
 from tests.engine.toy import ToyModel, toy_model
 from tests.models.tiny import config
@@ -41,9 +41,9 @@ TIED = {"head.weight": "decoder.embed.weight"}
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
-def flip(file: Path, place: int) -> None:
+def flip_bit(file: Path, index: int) -> None:
     data = bytearray(file.read_bytes())
-    data[place] ^= 1
+    data[index] ^= 1
     file.write_bytes(data)
 
 
@@ -56,9 +56,9 @@ def toy_checkpoint(
     instead: dict[str, Tensor | None] | None = None,
     **manifest: Any,
 ) -> Path:
-    """All of a toy model by two ranks, its tower frozen; averages are the weights plus 3.
+    """Write a checkpoint of a toy model as two ranks, with a frozen tower. Averages are the weights plus 3.
 
-    ``instead`` holds other values of parameters, or None for a parameter that is left out.
+    ``instead`` replaces values of parameters; None omits a parameter.
     """
     named = {name: values.detach() for name, values in model.named_parameters()} | (instead or {})
     parameters = {name: values for name, values in named.items() if values is not None}
@@ -68,7 +68,7 @@ def toy_checkpoint(
     second = {name: values for name, values in trained.items() if name not in first}
     ranks = [whole_pieces(first, kinds), whole_pieces(second, kinds)]
     ranks[1] += whole_pieces({name: parameters[name] for name in frozen}, ("frozen",))
-    ranks[0].append(Piece("counts|buffer", 0, model.counts, whole=True))
+    ranks[0].append(TensorPiece("counts|buffer", 0, model.counts, whole=True))
     values = {
         "buffers": {"counts": tuple(model.counts.shape)},
         "tied": TIED,
@@ -80,12 +80,12 @@ def toy_checkpoint(
 
 
 def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes a manifest and its checksum."""
+    """Change a manifest, and update its checksum."""
     record = json.loads((path / MANIFEST).read_text())
     del record["crc32"]
     change(record)
-    rest = json.dumps(record).removeprefix("{")
-    (path / MANIFEST).write_text(f'{{"crc32":"{crc32(rest.encode()):08x}",\n{rest}')
+    body = json.dumps(record).removeprefix("{")
+    (path / MANIFEST).write_text(f'{{"crc32":"{crc32(body.encode()):08x}",\n{body}')
 
 
 @pytest.mark.parametrize("ema", [False, True])
@@ -105,10 +105,10 @@ def test_weights_averages_and_buffers_are_loaded(tmp_path: Path, ema: bool) -> N
 
 
 def test_ranges_are_checked_before_anything_is_read(tmp_path: Path) -> None:
-    part = [Piece("w|master", 0, torch.ones(3)), Piece("w|exp_avg", 0, torch.ones(4))]
+    part = [TensorPiece("w|master", 0, torch.ones(3)), TensorPiece("w|exp_avg", 0, torch.ones(4))]
     path = write_checkpoint(tmp_path, [part], {"w": (4,)})
-    said = f"{path} is damaged: w|master: the ranks' ranges do not cover its 4 values exactly once"
-    with pytest.raises(CheckpointError, match=re.escape(said)):
+    message = f"{path} is damaged: w|master: the ranks' ranges do not cover its 4 values exactly once"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         verify_together(ALONE, path)
     (path / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="is no checkpoint"):
@@ -117,7 +117,7 @@ def test_ranges_are_checked_before_anything_is_read(tmp_path: Path) -> None:
 
 
 def test_a_buffer_of_one_value_has_no_dimension(tmp_path: Path) -> None:
-    scale = Piece("scale|buffer", 0, torch.tensor(2.5), whole=True)
+    scale = TensorPiece("scale|buffer", 0, torch.tensor(2.5), whole=True)
     path = write_checkpoint(
         tmp_path, [[*whole_pieces({"w": torch.ones(4)}), scale]], {"w": (4,)}, buffers={"scale": ()}
     )
@@ -135,7 +135,7 @@ def test_a_buffer_of_another_shape_is_refused(tmp_path: Path) -> None:
     assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
 
 
-def test_what_differs_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_differences_are_reported_before_anything_is_loaded(tmp_path: Path) -> None:
     model, old = toy_model(2), torch.ones(2)
 
     def refused(name: str, ema: bool = False, **changes: Any) -> str:
@@ -143,19 +143,19 @@ def test_what_differs_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
             load_weights(model, toy_checkpoint(tmp_path / name, toy_model(1), **changes), ema=ema)
         return str(caught.value)
 
-    said = refused("shape", instead={"connector.gate": torch.ones(2)})
-    assert said.endswith("is a checkpoint of another model: connector.gate is [2] in the checkpoint, [1] here")
-    said = refused("less", instead={"connector.gate": None})
-    assert said.endswith("of another model: connector.gate is only in the model")
+    message = refused("shape", instead={"connector.gate": torch.ones(2)})
+    assert message.endswith("is a checkpoint of another model: connector.gate is [2] in the checkpoint, [1] here")
+    message = refused("less", instead={"connector.gate": None})
+    assert message.endswith("of another model: connector.gate is only in the model")
     assert "tied parameters are {} in the checkpoint" in refused("tied", tied={})
     assert "holds no average of the weights" in refused("average", ema=True, kinds=KINDS[:-1])
     for count, words in ((5, "; and 2 more differences"), (4, "; and 1 more differences"), (3, "")):
-        said = refused(str(count), instead={f"old.{number}": old for number in range(count)})
-        assert said.endswith("; ".join(f"old.{number} is only in the checkpoint" for number in range(3)) + words)
+        message = refused(str(count), instead={f"old.{number}": old for number in range(count)})
+        assert message.endswith("; ".join(f"old.{number} is only in the checkpoint" for number in range(3)) + words)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), toy_model(2).parameters(), strict=True))
 
 
-def test_configurations_of_the_model_are_compared_where_both_say_something(tmp_path: Path) -> None:
+def test_configurations_of_the_model_are_compared_where_both_have_a_value(tmp_path: Path) -> None:
     model = toy_model(1)
     settings = config("embedding")
     model.config = settings  # type: ignore[assignment]
@@ -177,33 +177,33 @@ def test_configurations_of_the_model_are_compared_where_both_say_something(tmp_p
     with pytest.raises(CheckpointError, match=r"model\.vision is None in the checkpoint, \{.*\} here"):
         load_weights(model, bare)
     assert model_config_of(read_manifest(tmp_path / "same" / "step-00000003"), path) == settings
-    with pytest.raises(CheckpointError, match="does not know its model's configuration"):
+    with pytest.raises(CheckpointError, match="does not store its model's configuration"):
         model_config_of(read_manifest(tmp_path / "none" / "step-00000003"), path)
-    with pytest.raises(CheckpointError, match="its model's configuration is not legal"):
+    with pytest.raises(CheckpointError, match="its model's configuration is not valid"):
         model_config_of(read_manifest(path).model_copy(update={"model_config_values": {"decoder": 3}}), path)
 
 
-def test_damage_of_a_byte_is_placed(tmp_path: Path) -> None:
+def test_a_damaged_byte_is_attributed_to_its_tensor(tmp_path: Path) -> None:
     path = toy_checkpoint(tmp_path, toy_model(1))
     with CheckpointReader(path) as reader:
-        entries = reader.notes[1].tensors
+        entries = reader.metadata[1].tensors
     keys = list(entries)
     file = path / "rank-00001.safetensors"
     for key in (keys[0], keys[5], keys[-1]):
-        for place in {entries[key].offset, entries[key].offset + 3}:
-            flip(file, place)
+        for index in {entries[key].offset, entries[key].offset + 3}:
+            flip_bit(file, index)
             (problem,) = verify(path)
             assert re.fullmatch(
-                rf"rank-00001.safetensors: checksum \w{{8}}, \w{{8}} was written; damaged: {re.escape(key)}", problem
+                rf"rank-00001.safetensors: has checksum \w{{8}}, expected \w{{8}}; damaged: {re.escape(key)}", problem
             )
             with pytest.raises(CheckpointError, match="is damaged: rank-00001"):
                 verify_together(ALONE, path)
-            flip(file, place)
-    flip(file, 20)
+            flip_bit(file, index)
+    flip_bit(file, 20)
     assert verify(path)[0].endswith("damaged: not a tensor")
-    flip(path / "rank-00001.json", 20)
+    flip_bit(path / "rank-00001.json", 20)
     assert len(verify(path)) == 2
-    flip(file, 20)
+    flip_bit(file, 20)
     assert verify(path)[0].endswith("damaged: not a tensor")
     (path / "rank-00001.json").write_bytes(b"x")
     assert "1 bytes," in verify(path)[0]
@@ -231,14 +231,14 @@ def test_the_newest_whole_checkpoint_is_found_and_the_newest_of_all_is_checked(t
     assert newest_of(alone.parent) == alone
     assert checkpoints_of(paths[0]) == [paths[0]]
     assert newest_of(paths[0]) == paths[0]
-    flip(paths[2] / "rank-00000.safetensors", -1)  # Of the right size: only its checksum is wrong.
+    flip_bit(paths[2] / "rank-00000.safetensors", -1)  # The size is right; only the checksum is wrong.
     assert find_latest(folder) == paths[2]
     notes: list[str] = []
     with pytest.raises(CheckpointError, match=r"step-100000000 is damaged: .*set checkpoint.on_damage=previous"):
         choose(ALONE, folder, stop, notes.append)
     assert notes == []
     assert choose(ALONE, folder, previous, notes.append) == paths[1]
-    assert [note.partition(":")[0] for note in notes[:1]] == ["passed over"]
+    assert [note.partition(":")[0] for note in notes[:1]] == ["skipped"]
     assert len(notes) == 2
     assert "step-100000000 is set aside as step-100000000.damaged" in notes[1]
     assert newest_of(folder) == find_latest(folder) == paths[1]
@@ -246,9 +246,9 @@ def test_the_newest_whole_checkpoint_is_found_and_the_newest_of_all_is_checked(t
     assert newest_of(folder) == paths[0]
     (paths[0] / MANIFEST).unlink()
     assert find_latest(folder) is None
-    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="no checkpoint is complete"):
         newest_of(tmp_path)
-    assert newest_of(paths[0]) == paths[0], "what was asked for by name is read, and its damage said"
+    assert newest_of(paths[0]) == paths[0], "a checkpoint that is given by name is returned unchecked"
     with pytest.raises(CheckpointError, match="has no checkpoints"):
         checkpoints_of(tmp_path / "none")
 
@@ -277,13 +277,13 @@ def test_a_manifest_that_contradicts_itself_is_refused(
     assert find_latest(tmp_path) is None
 
 
-def test_the_checksum_of_a_manifest_stands_for_all_of_it(tmp_path: Path) -> None:
+def test_the_checksum_of_a_manifest_covers_all_of_it(tmp_path: Path) -> None:
     path = toy_checkpoint(tmp_path, toy_model(1))
     text = (path / MANIFEST).read_bytes()
     assert manifest_checksum(path) == text[10:18].decode()
     assert crc32(text[text.index(b"\n") + 1 :]) == int(manifest_checksum(path), 16)
-    for place in range(0, len(text), 7):
-        flip(path / MANIFEST, place)
+    for index in range(0, len(text), 7):
+        flip_bit(path / MANIFEST, index)
         with pytest.raises(CheckpointError):
             read_manifest(path)
         (path / MANIFEST).write_bytes(text)
@@ -314,7 +314,7 @@ def test_the_state_holds_the_lanes_of_all_ranks(tmp_path: Path) -> None:
         read_state(path)
 
 
-def test_a_range_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_values_are_named(tmp_path: Path) -> None:
     model = toy_model(1)
     model.vision.bfloat16()
     path = toy_checkpoint(tmp_path, model)
@@ -324,7 +324,7 @@ def test_a_range_that_is_not_there_is_named(tmp_path: Path) -> None:
         assert reader.weights_kind("connector.gate", ema=True) == "ema"
         assert reader.dtype("connector.gate", "ema") is torch.float32
         assert reader.dtype("vision.weight", "frozen") is torch.bfloat16
-        with pytest.raises(CheckpointError, match=r"connector.gate\|old is not in it"):
+        with pytest.raises(CheckpointError, match=r"does not hold connector.gate\|old"):
             reader.dtype("connector.gate", "old")
         with pytest.raises(CheckpointError, match=r"rank-00000.safetensors: other\|buffer cannot be read"):
             reader.buffer("other")
@@ -336,14 +336,16 @@ def test_a_checkpoint_kept_for_its_step_does_not_count_as_one_of_the_newest(tmp_
     newest = tmp_path / "step-00000010"
 
     def removed(**keep: int) -> list[int]:
-        return [int(path.name[5:]) for path in to_remove(newest, CheckpointConfig(**keep))]  # type: ignore[arg-type]
+        return [int(path.name[5:]) for path in stale_checkpoints(newest, CheckpointConfig(**keep))]  # type: ignore[arg-type]
 
-    assert to_remove(newest, None) == []
+    assert stale_checkpoints(newest, None) == []
     assert removed(keep_last=1) == [4, 6, 8, 9]
     assert removed(keep_last=2) == [4, 6, 8]
     assert removed(keep_last=2, keep_every=4) == [6]
     assert removed(keep_last=4) == [4]
     assert removed(keep_last=5) == removed(keep_last=99) == []
-    assert to_remove(paths[3], CheckpointConfig(keep_last=1)) == paths[:3], "the newest is there already"
+    assert stale_checkpoints(paths[3], CheckpointConfig(keep_last=1)) == paths[:3], "the newest is there already"
     later = toy_checkpoint(tmp_path, toy_model(1), step=12)
-    assert later not in to_remove(newest, CheckpointConfig(keep_last=1)), "a run went back: what comes after stays"
+    assert later not in stale_checkpoints(newest, CheckpointConfig(keep_last=1)), (
+        "a later step is kept: the run resumed earlier"
+    )

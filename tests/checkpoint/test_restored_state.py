@@ -1,4 +1,4 @@
-"""Beside weights and moments a resume brings back buffers and each rank's generator."""
+"""A resume also restores buffers and each rank's random state."""
 
 from __future__ import annotations
 

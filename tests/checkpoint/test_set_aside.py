@@ -1,4 +1,4 @@
-"""A damaged checkpoint is set aside under another name, so that its step can be saved again."""
+"""A damaged checkpoint is renamed, so that its step can be saved again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from mmscale.checkpoint import choose, find_latest, list_checkpoints, verify
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.checkpoint.manifest import list_set_aside
-from mmscale.checkpoint.save import to_remove
+from mmscale.checkpoint.save import stale_checkpoints
 from mmscale.cli.main import main
 from mmscale.errors import CheckpointError, DamagedError
-from tests.checkpoint.made import ALONE, flip, make
+from tests.checkpoint.toy_checkpoint import ALONE, flip_byte, make_checkpoint
 from tests.engine.ranks import run_ranks
 
 pytestmark = pytest.mark.fault
@@ -35,20 +35,20 @@ def test_a_run_repairs_a_checkpoint_that_was_damaged_without_a_change_of_size(tm
     }
     for name, (names, end) in expected.items():
         story = stories[name]
-        assert story["said"] is None, name
+        assert story["message"] is None, name
         assert story["names"] == names, name
         assert story["end"] == end, name
         assert not any(story["problems"].values()), (name, story["problems"])
-    assert "was saved in stage 1 ('two'), but the configuration has 1 stage" in stories["fewer stages"]["said"]
+    assert "was saved in stage 1 ('two'), but the configuration has 1 stage" in stories["fewer stages"]["message"]
 
 
 @pytest.mark.dist
-def test_the_ranks_take_one_list_and_rename_once(tmp_path: Path) -> None:
-    """Rank 1 sees the folder late: without a common list it would wait for another checkpoint than rank 0."""
+def test_the_ranks_use_one_list_and_rename_once(tmp_path: Path) -> None:
+    """Rank 1 sees an empty folder. Without a common list it would verify another checkpoint than rank 0 and hang."""
     for step in (2, 4, 6):
-        make(tmp_path, step)
+        make_checkpoint(tmp_path, step)
     for step in (4, 6):
-        flip(tmp_path / f"step-{step:08d}")
+        flip_byte(tmp_path / f"step-{step:08d}")
     (tmp_path / "step-00000006.damaged").mkdir()
     answers = run_ranks("tests.checkpoint.set_aside_programs:choose_late", 2, {"directory": str(tmp_path)})
     assert [answer["path"] for answer in answers] == ["step-00000002"] * 2
@@ -62,11 +62,11 @@ def test_the_ranks_take_one_list_and_rename_once(tmp_path: Path) -> None:
     assert [len(answer["notes"]) for answer in answers] == [4, 2]
 
 
-def test_what_was_set_aside_counts_no_more_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_set_aside_does_not_count_and_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "checkpoints"
     for step in (4, 8):
-        make(folder, step)
-    flip(folder / "step-00000008")
+        make_checkpoint(folder, step)
+    flip_byte(folder / "step-00000008")
     with pytest.raises(DamagedError, match=r"checkpoint\.on_damage=previous"):
         choose(ALONE, folder, CheckpointConfig())
     assert list_set_aside(folder) == []
@@ -75,7 +75,7 @@ def test_what_was_set_aside_counts_no_more_and_is_shown(tmp_path: Path, capsys: 
     assert "checksum" in notes[0]
     (aside,) = list_set_aside(folder)
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000004"]
-    assert to_remove(folder / "step-00000012", CheckpointConfig(keep_last=2)) == []
+    assert stale_checkpoints(folder / "step-00000012", CheckpointConfig(keep_last=2)) == []
     assert main(["checkpoint", "list", str(tmp_path), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["checkpoints"]
     assert [(row["name"], row["whole"], row.get("set_aside", False)) for row in rows] == [
@@ -89,16 +89,16 @@ def test_what_was_set_aside_counts_no_more_and_is_shown(tmp_path: Path, capsys: 
     shutil.rmtree(folder / "step-00000004")
     capsys.readouterr()
     assert main(["checkpoint", "list", str(tmp_path)]) == 1
-    assert "set aside: step-00000008.damaged" in " ".join(capsys.readouterr().err.split())
+    assert "renamed because damaged: step-00000008.damaged" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the disk or a missing permission may pass: nothing is renamed and the run does not begin again."""
+    """A disk error or missing permission may be temporary: nothing is renamed, and the run does not start again."""
 
     def fail(path: Path) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    make(tmp_path, 4)
+    make_checkpoint(tmp_path, 4)
     monkeypatch.setattr("mmscale.checkpoint.reshard.crc32_of", fail)
     with pytest.raises(CheckpointError, match="cannot be read: Input/output error") as raised:
         choose(ALONE, tmp_path, PREVIOUS)
@@ -108,30 +108,30 @@ def test_a_checkpoint_that_cannot_be_read_is_not_damaged(tmp_path: Path, monkeyp
 
 def test_a_copy_under_another_step_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (4, 6):
-        make(tmp_path, step)
+        make_checkpoint(tmp_path, step)
     copy = shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000009")
     assert find_latest(tmp_path) == tmp_path / "step-00000006"
     notes: list[str] = []
     assert choose(ALONE, tmp_path, CheckpointConfig(), notes.append) == tmp_path / "step-00000006"
     assert "step-00000009 holds the checkpoint of step 4" in notes[0]
     assert "remove it, or name it step-00000004" in notes[0]
-    assert to_remove(tmp_path / "step-00000012", CheckpointConfig(keep_last=2)) == [tmp_path / "step-00000004"]
+    assert stale_checkpoints(tmp_path / "step-00000012", CheckpointConfig(keep_last=2)) == [tmp_path / "step-00000004"]
     assert "holds the checkpoint of step 4" in verify(copy)[0]
     assert main(["checkpoint", "list", str(tmp_path), "--json"]) == 0
     *_, last = json.loads(capsys.readouterr().out)["checkpoints"]
     assert (last["name"], last["whole"]) == ("step-00000009", False)
     assert "name it step-00000004" in last["problem"]
-    # A renamed folder is not left out in silence where it is all there is: the run would begin again.
+    # If the only folder has a wrong name, the run stops with an error instead of starting again.
     for step in (4, 6):
         shutil.rmtree(tmp_path / f"step-{step:08d}")
     with pytest.raises(CheckpointError, match="name it step-00000004"):
         choose(ALONE, tmp_path, PREVIOUS)
     assert copy.is_dir()
-    assert verify(copy.rename(tmp_path / "kept")) == [], "a name of the user's own says no step"
+    assert verify(copy.rename(tmp_path / "kept")) == [], "a folder without a step in its name may hold any step"
 
 
-def test_a_folder_whose_name_is_not_ours_is_no_checkpoint(tmp_path: Path) -> None:
-    shutil.move(make(tmp_path, 4), tmp_path / "step-000000004")
+def test_a_folder_with_another_name_format_is_no_checkpoint(tmp_path: Path) -> None:
+    shutil.move(make_checkpoint(tmp_path, 4), tmp_path / "step-000000004")
     assert list_checkpoints(tmp_path) == []
 
 
@@ -139,9 +139,9 @@ def test_a_damaged_checkpoint_that_cannot_be_renamed_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (2, 4):
-        make(tmp_path, step)
+        make_checkpoint(tmp_path, step)
     damaged = tmp_path / "step-00000004"
-    flip(damaged)
+    flip_byte(damaged)
 
     def refuse(path: Path, suffix: str) -> Path:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{path}{suffix}")
@@ -152,14 +152,14 @@ def test_a_damaged_checkpoint_that_cannot_be_renamed_stops_the_run(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
 
 
-def test_a_run_that_has_no_whole_checkpoint_says_that_it_begins_again(tmp_path: Path) -> None:
+def test_a_run_that_has_no_whole_checkpoint_says_that_it_starts_again(tmp_path: Path) -> None:
     notes: list[str] = []
     assert choose(ALONE, tmp_path, PREVIOUS, notes.append) is None
     assert notes == []
-    make(tmp_path, 2)
-    flip(tmp_path / "step-00000002")
+    make_checkpoint(tmp_path, 2)
+    flip_byte(tmp_path / "step-00000002")
     assert choose(ALONE, tmp_path, PREVIOUS, notes.append) is None
     assert notes[1:] == [
         f"{tmp_path / 'step-00000002'} is set aside as step-00000002.damaged; remove it when you no longer need it",
-        f"no checkpoint is left in {tmp_path}: the run begins again at its first step",
+        f"no usable checkpoint is left in {tmp_path}: the run starts again at its first step",
     ]

@@ -1,4 +1,4 @@
-"""The stages of a configuration must lead to the checkpoint that a run continues from."""
+"""The stages of a configuration must be consistent with the position of the checkpoint that a run resumes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mmscale.config import load
 from mmscale.errors import ConfigError
 from mmscale.run.config import RunConfig
 from mmscale.run.folder import check_position
-from tests.checkpoint.made import make
+from tests.checkpoint.toy_checkpoint import make_checkpoint
 from tests.engine.ranks import ROOT
 
 
 @pytest.mark.parametrize(
-    ("words", "place", "said"),
+    ("words", "position", "message"),
     [
         (
             ["stages=[{name: read, steps: 6}]"],
@@ -30,14 +30,18 @@ from tests.engine.ranks import ROOT
         (["max_steps=2"], (9, 1, 3), None),
     ],
 )
-def test_stages_must_lead_to_the_place_of_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], place: tuple[int, int, int], said: str | None
+def test_stages_must_match_the_position_of_the_checkpoint(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    position: tuple[int, int, int],
+    message: str | None,
 ) -> None:
     monkeypatch.chdir(ROOT)
     config = load("tests/system/stages.yaml", [f"run_dir={tmp_path}", *words], RunConfig).value
-    path = make(tmp_path)
-    if said is None:
-        check_position(config, TrainState(*place), path)
+    path = make_checkpoint(tmp_path)
+    if message is None:
+        check_position(config, TrainState(*position), path)
         return
-    with pytest.raises(ConfigError, match=said):
-        check_position(config, TrainState(*place), path)
+    with pytest.raises(ConfigError, match=message):
+        check_position(config, TrainState(*position), path)

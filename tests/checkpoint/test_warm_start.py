@@ -1,4 +1,4 @@
-"""Weights that fit in part: what is taken, what is not, and that the report says which; at one rank and at two."""
+"""Warm starts in which only part of the weights fit: the loaded values and the report, on one rank and on two."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ CASES: dict[str, dict[str, Any]] = {
     "same": {},
     "grid": {"model": {"grid": [3, 6]}},
     "grid-frozen": {"model": {"grid": [3, 6]}, "zero": 2, "stage": FROZEN},
-    "turned": {"model": {"grid": [4, 2]}},  # As many places, in another order.
+    "turned": {"model": {"grid": [4, 2]}},  # Equally many positions in another order.
     "classless": {"model": {"class_token": False}},
-    "classless-equal": {"model": {"grid": [3, 3], "class_token": False}},  # Nine rows here and there.
+    "classless-equal": {"model": {"grid": [3, 3], "class_token": False}},  # Both tables have nine rows.
     "tiles": {"model": {"grid": [3, 6], "tiles": {"max_tiles": 2, "global_layers": 1}}},
     "more": {"model": {"vocab_size": VOCAB + 10}},
     "more-frozen": {"model": {"vocab_size": VOCAB + 10}, "zero": 1, "stage": FROZEN},
@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def taken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint of two ranks, and each case by two ranks and by one."""
+    """Return the checkpoint of two ranks, and the answers of each case on two ranks and on one."""
     folder, cases = str(tmp_path_factory.mktemp("warm")), list(CASES.values())
     (path, two), again = run_ranks(
         "tests.checkpoint.warm_programs:save_and_take", 2, {"folder": folder, "cases": cases}
@@ -72,7 +72,7 @@ def weights(answer: dict[str, Any], like: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def check(case: str, taken: tuple[Path, dict[str, Any]], expected: dict[str, Tensor]) -> LoadReport:
-    """All weights are first values, those saved, or ``expected``, as the report says."""
+    """Require that each weight has its initial, its saved or its ``expected`` value, in agreement with the report."""
     path, answers = taken
     report = LoadReport(**{name: tuple(names) for name, names in answers[case]["report"].items()})
     old, new = saved(path, ema=CASES[case].get("ema", False)), first(case)
@@ -88,7 +88,7 @@ def check(case: str, taken: tuple[Path, dict[str, Any]], expected: dict[str, Ten
 def test_the_same_model_takes_all(taken: tuple[Path, dict[str, Any]]) -> None:
     report = check("same", taken, {})
     assert report.complete
-    assert taken[1]["same"]["text"] == f"took all {len(report.loaded)} parameters"
+    assert taken[1]["same"]["text"] == f"loaded all {len(report.loaded)} parameters"
 
 
 TABLE = "vision.positions.position_embedding"
@@ -103,7 +103,7 @@ def test_a_position_table_is_resampled(taken: tuple[Path, dict[str, Any]], case:
     found = weights(taken[1][case], first(case))[TABLE]
     torch.testing.assert_close(found, torch.cat([table[:1], resampled]), rtol=1e-6, atol=1e-7)
     assert not report.mismatched + report.missing + report.unused + report.resized + report.left
-    assert f"{TABLE}: resampled from 2x4 to {grid[0]}x{grid[1]} places" in taken[1][case]["text"]
+    assert f"{TABLE}: resampled from 2x4 to {grid[0]}x{grid[1]} positions" in taken[1][case]["text"]
 
 
 def test_a_tower_of_views_becomes_one_of_tiles(taken: tuple[Path, dict[str, Any]]) -> None:
@@ -147,7 +147,7 @@ def test_rows_that_both_have_are_taken(taken: tuple[Path, dict[str, Any]], case:
     assert [tuple(table) for table in report.resized] == [(name, both, VOCAB, rows) for name in names]
     assert report.unused == (() if len(names) == 2 else ("head.weight",))
     end = ", 10 new rows unchanged" if rows > VOCAB else ""
-    assert f"{names[0]}: took {both} of the checkpoint's {VOCAB} rows{end}" in taken[1][case]["text"]
+    assert f"{names[0]}: loaded {both} of the checkpoint's {VOCAB} rows{end}" in taken[1][case]["text"]
 
 
 def test_rows_of_new_tokens_keep_their_first_values(taken: tuple[Path, dict[str, Any]]) -> None:
@@ -165,7 +165,7 @@ def test_one_component_alone(taken: tuple[Path, dict[str, Any]]) -> None:
         assert not report.missing + report.unused + report.mismatched
     text = taken[1]["decoder"]["text"]
     count = sum(name.startswith("decoder.") for name in first("decoder"))
-    assert text.startswith(f"took: decoder.* ({count}), head.* (1); not asked for, unchanged: connector.* (")
+    assert text.startswith(f"loaded: decoder.* ({count}), head.* (1); not asked for, unchanged: connector.* (")
 
 
 def test_the_averages(taken: tuple[Path, dict[str, Any]]) -> None:
@@ -176,7 +176,7 @@ def test_the_averages(taken: tuple[Path, dict[str, Any]]) -> None:
 def test_what_cannot_be_taken_is_refused(taken: tuple[Path, dict[str, Any]]) -> None:
     path, answers = taken
     assert "no component ['audio']; it has ['connector', 'decoder', 'vision']" in answers["unknown"]["error"]
-    assert answers["nothing fits"]["error"] == f"{path}: no parameter of decoder is in it in a shape that fits"
+    assert answers["nothing fits"]["error"] == f"{path} holds no parameter of decoder in a shape that fits"
 
 
 def test_a_manifest_that_says_nothing_sensible_of_the_grid(taken: tuple[Path, dict[str, Any]]) -> None:
@@ -200,18 +200,18 @@ def test_the_report_names_every_parameter_once() -> None:
         ("connector.x", "connector.y"),
     )
     assert str(report).split("; ") == [
-        "took: decoder.a, decoder.b.x, head.* (1)",
+        "loaded: decoder.a, decoder.b.x, head.* (1)",
         "not in the checkpoint, unchanged: decoder.b.y",
         "another shape, unchanged: vision.t",
         "not asked for, unchanged: connector.* (2)",
         "only in the checkpoint, not used: old.* (2)",
-        "decoder.e: took 5 of the checkpoint's 5 rows, 2 new rows unchanged",
-        "vision.p: resampled from 1x2 to 3x4 places",
+        "decoder.e: loaded 5 of the checkpoint's 5 rows, 2 new rows unchanged",
+        "vision.p: resampled from 1x2 to 3x4 positions",
     ]
 
 
 def test_a_text_model_gives_its_decoder_to_a_multimodal_one(taken: tuple[Path, dict[str, Any]]) -> None:
-    """Of a checkpoint without a tower: what the model has beside it is missing there."""
+    """The checkpoint has no tower and no connector, so the report lists them as missing."""
     manifest = read_manifest(taken[0])
     parameters = {name: e for name, e in manifest.parameters.items() if name.startswith(("decoder.", "head."))}
     text = manifest.model_copy(update={"parameters": parameters, "model_config_values": config(None).model_dump()})

@@ -1,4 +1,4 @@
-"""Resume and warm start by hand-made checkpoints and plain tensors, however both are cut."""
+"""Resume and warm start from hand-made checkpoints into plain tensors, with any two world sizes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from data_pipeline.order.state import LoaderState
 from mmscale.checkpoint import read_manifest, resume, warm_start
 from mmscale.checkpoint.manifest import SavedState
-from mmscale.checkpoint.share import Piece, persistent_buffers
+from mmscale.checkpoint.share import TensorPiece, persistent_buffers
 from mmscale.checkpoint.warm_start import LoadReport, Resampled, Resized, match
 from mmscale.dist import World
-from mmscale.engine.partition import share
+from mmscale.engine.partition import shard_range
 from mmscale.errors import CheckpointError
 from mmscale.models.build import build_model
 from mmscale.nn.patch_embed import resample_positions
 from mmscale.optim.config import AdamWConfig
+from tests.checkpoint.hand_made import write_checkpoint
 from tests.checkpoint.plain_engine import plain_engine
 from tests.checkpoint.warm_programs import settings
-from tests.checkpoint.written import write_checkpoint
 from tests.data_pipeline.lane_states import toy_lane
 from tests.engine.toy import toy_model
 from tests.models.tiny import MOE, config
@@ -35,20 +35,20 @@ TIED = {"head.weight": "decoder.embed.weight"}
 
 
 def saved_by(folder: Path, model: nn.Module, ranks: int, **manifest: Any) -> Path:
-    """What ``ranks`` ranks write of a model; moments and average are the weights plus a number of their kind."""
-    pieces: list[list[Piece]] = []
+    """Write a checkpoint of a model as ``ranks`` ranks. Moments and average are the weights plus a number per kind."""
+    pieces: list[list[TensorPiece]] = []
     for rank in range(ranks):
         pieces.append([])
         for name, parameter in model.named_parameters():
-            start, stop = share(parameter.numel(), rank, ranks)
+            start, stop = shard_range(parameter.numel(), rank, ranks)
             values = parameter.detach().view(-1)[start:stop]
             kinds = {"master": 0.0, **KINDS} if parameter.requires_grad else {"frozen": 0.0}
             pieces[-1] += [
-                Piece(f"{name}|{kind}", start, values + more) for kind, more in kinds.items() if start < stop
+                TensorPiece(f"{name}|{kind}", start, values + more) for kind, more in kinds.items() if start < stop
             ]
     buffers = persistent_buffers(model)
-    pieces[0] += [Piece(f"{name}|buffer", 0, values, whole=True) for name, values in buffers.items()]
-    pieces[0].append(Piece(ROW, 0, torch.tensor([7.0, 8.0, 9.0]), whole=True))
+    pieces[0] += [TensorPiece(f"{name}|buffer", 0, values, whole=True) for name, values in buffers.items()]
+    pieces[0].append(TensorPiece(ROW, 0, torch.tensor([7.0, 8.0, 9.0]), whole=True))
     values = {
         "state": SavedState(step=9, stage_index=1, stage_step=4, tokens=90, samples=5, extra={"note": 1}),
         "loaders": [LoaderState("toy:1", 9, {rank: toy_lane(9)}).to_json() for rank in range(ranks)],
@@ -90,7 +90,7 @@ def test_every_value_comes_back_however_it_is_cut(tmp_path: Path, saved: int, re
 
 def test_the_generator_of_a_device_is_restored_on_that_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, model = saved_by(tmp_path, toy_model(1), 1, tied=TIED, random_state={"cuda": "00ff10ff" * 4}), toy_model(2)
-    # A build of torch without CUDA has no generator that could check the state before it is restored.
+    # torch without CUDA has no CUDA generator to check the state before it is restored.
     plain, checked = torch.Generator, SimpleNamespace(set_state=lambda state: None)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": checked if device == "cuda" else plain(device))
     given: list[tuple[list[int], torch.dtype, str]] = []
@@ -136,8 +136,8 @@ def test_a_resume_that_does_not_fit_is_refused_before_anything_changes(tmp_path:
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
     damaged.write_bytes(data)
-    assert "rank-00001.safetensors: checksum" in refused(plain_engine(model))
-    resume(plain_engine(model), path, verified=True)  # Whoever has read every byte says so.
+    assert "rank-00001.safetensors: has checksum" in refused(plain_engine(model))
+    resume(plain_engine(model), path, verified=True)  # Skips the checksums.
     damaged.write_bytes(data[:-1])
     assert "rank-00001.safetensors has" in refused(plain_engine(model), verified=True)
 
@@ -152,7 +152,7 @@ def test_a_resume_names_what_the_checkpoint_does_not_hold(tmp_path: Path) -> Non
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
         return str(caught.value)
 
-    needs = f"{saved} does not hold everything that stage 'all' needs to go on: "
+    needs = f"{saved} does not hold everything that stage 'all' needs to resume: "
     engine = plain_engine(model)
     engine.partition.moments["connector.gate"]["other"] = torch.zeros(1)
     assert refused(engine, saved) == f"{needs}connector.gate|other is missing"
@@ -165,7 +165,7 @@ def test_a_resume_names_what_the_checkpoint_does_not_hold(tmp_path: Path) -> Non
     assert refused(engine, saved) == f"{needs}the state of the loss scaler has ['scale'], expected ['scale', 'steps']"
     for number, state in enumerate(("zz", "00")):
         path = saved_by(tmp_path / str(number), toy_model(1), 1, tied=TIED, random_state={"cpu": state})
-        expected = f"{path} is damaged: rank-00000.json: random_state.cpu is not the state of a generator of torch: "
+        expected = f"{path} is damaged: rank-00000.json: random_state.cpu is not the state of a torch generator: "
         assert refused(plain_engine(model), path).startswith(expected)
 
 
@@ -174,7 +174,7 @@ def moe(**decoder: Any) -> nn.Module:
 
 
 def drawn_anew(model: nn.Module) -> dict[str, Tensor]:
-    """Values that no checkpoint of these tests has."""
+    """Fill the model with values that no checkpoint of these tests has; return a copy."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(-5.0)
@@ -243,7 +243,7 @@ def test_a_warm_start_that_can_take_nothing_is_refused(tmp_path: Path) -> None:
     decoder = {name for name, _ in wide.named_parameters() if name.startswith(("decoder.", "head."))}
     assert decoder <= set(report.mismatched)
     assert {*report.mismatched, *report.loaded} == {name for name, _ in wide.named_parameters()}
-    with pytest.raises(CheckpointError, match=r"no parameter of decoder is in it in a shape that fits"):
+    with pytest.raises(CheckpointError, match=r"holds no parameter of decoder in a shape that fits"):
         warm_start(plain_engine(wide), path, ["decoder"])
     bare = saved_by(tmp_path / "bare", source, 1, ema=False)
     with pytest.raises(CheckpointError, match="holds no average of the weights"):
@@ -335,12 +335,12 @@ def test_buffers_that_were_not_copied_are_named(tmp_path: Path) -> None:
 def test_a_report_is_complete_if_nothing_but_whole_parameters_was_taken() -> None:
     plain = LoadReport(("a", "b"), (), (), ())
     assert plain.complete
-    assert str(plain) == "took all 2 parameters"
+    assert str(plain) == "loaded all 2 parameters"
     for name in ("missing", "unused", "mismatched", "left"):
         report = replace(plain, **{name: ("x.y",)})
         assert not report.complete
-        assert str(report).startswith("took: a, b; ")
+        assert str(report).startswith("loaded: a, b; ")
     table, grid = Resized("t", 3, 5, 3), Resampled("p", (1, 2), (3, 4))
-    assert str(replace(plain, resized=(table,))).endswith("; t: took 3 of the checkpoint's 5 rows")
-    assert str(replace(plain, resampled=(grid,))).endswith("; p: resampled from 1x2 to 3x4 places")
+    assert str(replace(plain, resized=(table,))).endswith("; t: loaded 3 of the checkpoint's 5 rows")
+    assert str(replace(plain, resampled=(grid,))).endswith("; p: resampled from 1x2 to 3x4 positions")
     assert replace(plain, resized=(table,), resampled=(grid,)).taken == ("a", "b", "t", "p")

@@ -1,4 +1,4 @@
-"""Signals to the process that writes checkpoints, from its first moment."""
+"""Signals to the writer process, from its start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.data_pipeline.io.test_ordered_pool import is_alive
 
 
 def share(folder: str) -> dict[str, object]:
-    return {"folder": folder, "names": ["a", "b"], "header_bytes": 0, "lengths": [], "notes": {"tensors": {}}}
+    return {"folder": folder, "names": ["a", "b"], "header_bytes": 0, "lengths": [], "metadata": {"tensors": {}}}
 
 
 def test_a_signal_to_the_group_does_not_end_a_writer_that_is_starting(tmp_path: os.PathLike[str]) -> None:
@@ -24,14 +24,14 @@ def test_a_signal_to_the_group_does_not_end_a_writer_that_is_starting(tmp_path: 
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             os.kill(writer.pid, number)  # The interpreter needs far longer to start than these calls.
-        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before, "the trainer hears the signals again"
-        writer.order("share", **share(str(tmp_path)))
-        assert writer.answer(None)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before, "the trainer receives the signals again"
+        writer.send("share", **share(str(tmp_path)))
+        assert writer.result(None)
         assert sorted(os.listdir(tmp_path)) == ["a", "b"]
         os.kill(writer.pid, signal.SIGTERM)
-        writer.order("share", **share(str(tmp_path)))
+        writer.send("share", **share(str(tmp_path)))
         with pytest.raises(WriteError, match="File exists"):
-            writer.answer(None)
+            writer.result(None)
     finally:
         writer.close()
 
@@ -42,8 +42,8 @@ def test_only_the_signal_of_the_kernel_is_taken_for_a_lack_of_memory(number: sig
     try:
         os.kill(writer.pid, number)
         with pytest.raises(WriteError) as raised:
-            writer.answer(None)
-        assert str(raised.value) == f"the process that writes died (exit code {-number}){guess}"
+            writer.result(None)
+        assert str(raised.value) == f"the writer process ended unexpectedly (exit code {-number}){guess}"
     finally:
         writer.close()
 

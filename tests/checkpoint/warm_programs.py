@@ -1,4 +1,4 @@
-"""What the ranks of ``test_warm_start.py`` run: a small multimodal model is saved, others take what fits."""
+"""Programs that the ranks of ``test_warm_start.py`` run: save a small multimodal model, and load it into others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _engine(world: World, model: dict[str, Any], zero: int, seed: int, **stage: 
 
 
 def save_one(world: World, folder: str) -> str:
-    """Two steps with an average of the weights, then a checkpoint."""
+    """Train two steps with an average of the weights, and save a checkpoint."""
     engine = _engine(world, {}, 3, 1, ema={"decay": 0.5})
     spec = media_spec(settings())
     for step in range(2):
@@ -54,7 +54,7 @@ def save_one(world: World, folder: str) -> str:
 
 
 def take_cases(world: World, path: str, cases: list[dict[str, Any]]) -> list[Any]:
-    """What each case reports and holds afterwards, or the sentence that it fails with."""
+    """Return report and weights of each case, or its error message."""
     answers = []
     for case in cases:
         engine = _engine(world, case.get("model", {}), case.get("zero", 3), 2, **case.get("stage", {}))

@@ -91,9 +91,9 @@ def test_shrink_prints_a_run_that_loads(capsys: pytest.CaptureFixture[str], tmp_
     assert (
         main(["config", "shrink", "configs/recipes/emoji-stages.yaml", "seed=7", "--steps", "3", "--lanes", "1"]) == 0
     )
-    twin = tmp_path / "twin.yaml"
-    twin.write_text(capsys.readouterr().out)
-    assert main(["config", "show", str(twin), "--json"]) == 0
+    small = tmp_path / "small.yaml"
+    small.write_text(capsys.readouterr().out)
+    assert main(["config", "show", str(small), "--json"]) == 0
     values = json.loads(capsys.readouterr().out)["values"]
     assert [values[f"stages.{n}.steps"] for n in range(3)] == [3, 3, 3]
     assert [values[f"stages.{n}.warmup_steps"] for n in range(3)] == [1, 1, 1]

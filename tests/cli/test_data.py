@@ -1,4 +1,4 @@
-"""The verbs of ``mmscale data`` as a user calls them: output, exit code, nothing half-written."""
+"""The commands of ``mmscale data`` as a user calls them: output, exit code, no partial files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_reshard_cuts_filters_and_names(tmp_path: Path, capsys: pytest.CaptureFi
     found = figures(capsys, *words, "--shuffle", "1", "--jobs", "2")
     assert (found["samples"], found["shards"], found["skipped"]) == (whole - 1, 3, 0)
     assert "exists already" in complaint(capsys, *words, code=2)
-    assert "--shards decides" in complaint(capsys, *words, "--shard-size", "1M", code=2)
+    assert "--shards sets" in complaint(capsys, *words, "--shard-size", "1M", code=2)
     assert main(["data", "reshard", str(manifest), "--output", str(tmp_path), "--shard-size", "many"]) == 2
 
 
@@ -93,7 +93,7 @@ def test_verify_names_damage_and_fails(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.fault
-def test_verify_reads_several_shards_at_once_and_says_the_same(
+def test_verify_reads_several_shards_at_once_and_reports_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -133,8 +133,8 @@ def test_a_tokenizer_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert counted["text_tokens"]["count"] == counted["samples"] == 218
 
 
-def test_the_bundled_tokenizer_comes_of_the_command(tmp_path: Path) -> None:
-    """Piece for piece, with the options that examples/emoji/build.py uses."""
+def test_the_command_reproduces_the_bundled_tokenizer(tmp_path: Path) -> None:
+    """The pieces are equal when trained with the options of examples/emoji/build.py."""
     manifests = [str(SHARDS / f"{name}.manifest") for name in ("train", "train-text")]
     words = ["--vocab-size", "2048", "--model-type", "unigram", "--character-coverage", "0.99"]
     assert main(["data", "tokenizer", *manifests, "--output", str(tmp_path / "t.model"), *words]) == 0
@@ -174,15 +174,15 @@ def test_dedup_lists_what_a_run_leaves_out(tmp_path: Path, capsys: pytest.Captur
     assert "--by hash" in complaint(capsys, "dedup", train, "--by", "hash", "--out", str(out), code=2)
 
 
-def test_views_of_an_image_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_crops_of_an_image_size(capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "configs" / "quickstart.yaml")
     tiles = "data.datasets.0.transforms={kind: tiles, tiling: {kind: internvl, max_tiles: 6}}"
-    found = figures(capsys, "views", config, tiles, "model.connector.kind=embedding", "--size", "2000x1000")
-    assert [view["view"] for view in found["views"]] == ["tile 1,1", "tile 1,2", "whole"]
+    found = figures(capsys, "crops", config, tiles, "model.connector.kind=embedding", "--size", "2000x1000")
+    assert [crop["crop"] for crop in found["crops"]] == ["tile 1,1", "tile 1,2", "whole"]
     assert (found["tokens"], found["patches"]) == (48, 48)
-    assert main(["data", "views", config, "--size", "90x90", "--dataset", "emoji"]) == 0
+    assert main(["data", "crops", config, "--size", "90x90", "--dataset", "emoji"]) == 0
     assert "attended" in capsys.readouterr().out
-    assert "WIDTHxHEIGHT" in complaint(capsys, "views", config, "--size", "12", code=2)
-    assert "has emoji" in complaint(capsys, "views", config, "--size", "9x9", "--dataset", "x", code=2)
+    assert "WIDTHxHEIGHT" in complaint(capsys, "crops", config, "--size", "12", code=2)
+    assert "has emoji" in complaint(capsys, "crops", config, "--size", "9x9", "--dataset", "x", code=2)
     text = ("model.vision=null", "model.connector=null", "stages.0.train=[decoder]")
-    assert "no image tower" in complaint(capsys, "views", config, *text, "--size", "9x9", code=2)
+    assert "no image tower" in complaint(capsys, "crops", config, *text, "--size", "9x9", code=2)

@@ -18,7 +18,7 @@ def test_samples_of_a_run_are_shown_as_they_train(capsys: pytest.CaptureFixture[
     assert found["dataset"] == "emoji"
     assert [sample["sample"] for sample in found["samples"]] == [0, 1]
     for sample in found["samples"]:
-        parts = sample["stretches"]
+        parts = sample["text_spans"]
         assert sum(part["num_tokens"] for part in parts) == sample["tokens"]
         assert [part["kind"] for part in parts][-1] == "learned"
         assert parts[-1]["text"].endswith("</s>")

@@ -1,4 +1,4 @@
-"""What ``mmscale launch`` refuses before it starts or submits anything."""
+"""``mmscale launch`` rejects wrong requests before it starts or submits anything."""
 
 from __future__ import annotations
 

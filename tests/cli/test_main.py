@@ -1,4 +1,4 @@
-"""The shell of the command line: help, lazy verbs, the door, figures."""
+"""The command line as a whole: help, lazily imported verbs, exit codes, output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import DataConfigError, SampleError
-from mmscale.cli.console import console, door, emit, progress, track
+from mmscale.cli.console import console, emit, exit_code_of, progress, track
 from mmscale.cli.main import VERBS, main
 from mmscale.errors import ConfigError, MMScaleError
 
@@ -90,18 +90,18 @@ def test_the_installed_command_carries_the_exit_code(tmp_path: Path) -> None:
         (SystemExit(None), 0, ""),
     ],
 )
-def test_door(error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_code_of(error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     def run() -> None:
         raise error
 
-    assert door(run) == code
+    assert exit_code_of(run) == code
     err = capsys.readouterr().err
     assert err.startswith(said)
     assert "Traceback" not in err
 
 
 def test_a_defect_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert door(lambda: [][1]) == 1  # type: ignore[func-returns-value]
+    assert exit_code_of(lambda: [][1]) == 1  # type: ignore[func-returns-value]
     err = capsys.readouterr().err
     assert "IndexError" in err
     assert err.endswith("mmscale: this is a defect of mmscale, not of your input; please report the lines above\n")

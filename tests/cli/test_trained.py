@@ -37,7 +37,7 @@ def test_eval_gives_the_score_that_the_run_ended_with(run: Path, capsys: pytest.
     assert printed["checkpoint"].endswith("step-00000002")
 
 
-def test_generate_says_what_the_report_shows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_gives_the_captions_of_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads((run / "captions.json").read_text())["captions"][0]
     words = ["--image", str(run / record["image"]), "--prompt", "", "--max-new-tokens", "24"]
     assert main(["generate", str(run), *words]) == 0
@@ -86,7 +86,7 @@ def test_report_is_made_again(run: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["generate", "{run}", "--prompt", "a", "--top-p", "0"], 2, "must be above 0"),
         (["generate", "{run}", "--prompt", "a", "--stream", "--json"], 2, "one answer as it grows"),
         (["generate", "{run}", "--prompt", "<image>"], 2, "add --image FILE"),
-        (["report", "{empty}"], 2, "no run folder"),
+        (["report", "{empty}"], 2, "not a run folder"),
     ],
 )
 def test_mistakes_end_in_one_sentence(

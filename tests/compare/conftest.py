@@ -1,4 +1,4 @@
-"""A comparison of tiny models, read from the repository's root, since its manifests are relative to that."""
+"""A comparison of tiny models. Tests run in the repository's root, because manifests are relative to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    """``read(*words)``: the tiny comparison in a folder of the test's own."""
+    """Return ``read(*words)``, which reads the tiny comparison with overrides and a run_dir in ``tmp_path``."""
 
     def tiny(*words: str) -> Comparison:
         return read_comparison(TINY, [f"run_dir={tmp_path / 'runs'}", *words])

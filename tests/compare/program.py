@@ -1,6 +1,6 @@
-"""A comparison undisturbed, and one that is killed and begun again: all in forks of one process that imports once.
+"""Run a comparison undisturbed, and again with a kill and a restart, in forks of one process that imports once.
 
-``program.py FOLDER WORD...``: leaves ``FOLDER/undisturbed`` and ``FOLDER/killed``.
+``program.py FOLDER WORD...`` writes ``FOLDER/undisturbed`` and ``FOLDER/killed``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TINY = Path(__file__).with_name("tiny.yaml")
 
 
 def fork(work: Callable[[], bool]) -> int:
-    """A child that ends with 0 if ``work`` says that it went well."""
+    """Fork a child that exits with 0 if ``work`` returns true; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -37,13 +37,13 @@ def fork(work: Callable[[], bool]) -> int:
 
 
 def start(path: Path, run_dir: Path) -> int:
-    """Trains in a process of its own, as the launcher does: DeepSpeed remembers the last run of a process."""
+    """Train in a separate process, as the launcher does: DeepSpeed keeps state of the last run in a process."""
     child = fork(lambda: train(load(path, [], RunConfig)) is Outcome.FINISHED)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def compare(folder: Path, words: list[str]) -> bool:
-    """The whole comparison, at the head of a process group."""
+    """Run the whole comparison as leader of a process group."""
     os.setpgid(0, 0)
     comparison = read_comparison(TINY, [f"run_dir={folder}", *words])
     trials = plan_trials(comparison)
@@ -53,15 +53,15 @@ def compare(folder: Path, words: list[str]) -> bool:
 
 
 def finish(child: int) -> None:
-    """Waits for a good end."""
+    """Wait for a child and assert that it succeeded."""
     assert os.waitpid(child, 0)[1] == 0
 
 
 def kill_in_the_middle(child: int, run: Path, step: int) -> None:
-    """kill -9 of the group once ``run`` has done ``step``."""
+    """Send SIGKILL to the group after ``run`` has finished ``step``."""
     metrics = run / "metrics.jsonl"
     while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= step):
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it was over before it could be killed"
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the comparison ended before it could be killed"
         time.sleep(0.002)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -76,4 +76,4 @@ if __name__ == "__main__":
     first = killed / "embedding" / "seed-1" / "result.json"
     before = first.stat().st_mtime_ns
     finish(fork(lambda: compare(killed, words)))
-    assert first.stat().st_mtime_ns == before, "it was trained twice"
+    assert first.stat().st_mtime_ns == before, "the finished run was trained again"

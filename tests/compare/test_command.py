@@ -1,4 +1,4 @@
-"""The command as a user calls it, on two ranks, with a variant that cannot be trained."""
+"""The command on two ranks, with a variant that cannot be trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_two_ranks_and_a_variant_that_this_machine_cannot_compute(tmp_path: Path
     command = [sys.executable, "-m", "mmscale.cli.main", *words]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 1, done.stderr
-    found = json.loads(done.stdout)  # Whatever the ranks print goes to stderr.
+    found = json.loads(done.stdout)  # The output of the ranks is on stderr.
     (fine,) = found["variants"]
     assert (fine["name"], fine["runs"][0]["world_size"], fine["runs"][0]["steps"]) == ("fine", 2, 3)
     assert [(each["variant"], each["exit_code"]) for each in found["failed"]] == [("broken", 2)]

@@ -1,4 +1,4 @@
-"""A comparison is read whole or refused whole, with the name of the variant that is wrong."""
+"""A comparison is valid as a whole, or an error names each wrong variant."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_variant_wins_over_the_command_line(read: Read) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("words", "message"),
     [
         (["compare.variants.1.overrides=[modle.x=1]", f"{THIRD}=[engine.zero_stage=4]"], r"variant cross: .*'model'\?"),
         (
@@ -57,8 +57,11 @@ def test_a_variant_wins_over_the_command_line(read: Read) -> None:
             r"variant hybrid: .*zero_stage=4",
         ),
         ([f"{THIRD}=[run_dir=elsewhere]"], r"variant hybrid: run_dir=elsewhere"),
-        (["max_steps=3"], r"variant embedding: max_steps=3: a comparison plans steps"),
-        ([f"{THIRD}=[evaluation.sets.0.choices=3]"], r"variant hybrid: asks other questions than embedding"),
+        (["max_steps=3"], r"variant embedding: max_steps=3: a comparison plans the steps"),
+        (
+            [f"{THIRD}=[evaluation.sets.0.choices=3]"],
+            r"variant hybrid: its evaluation block differs from that of embedding",
+        ),
         ([f"{THIRD}=[stages.0.name=other]"], r"variant hybrid: has other stages than embedding"),
         (["compare.seeds=[1, 1]"], r"compare: seeds must differ"),
         (["compare.seeds=[]"], r"compare.seeds"),
@@ -69,10 +72,10 @@ def test_a_variant_wins_over_the_command_line(read: Read) -> None:
         (["compare.budget=3"], r"compare.budget=3: unknown key"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_done(read: Read, words: list[str], complaint: str) -> None:
+def test_mistakes_are_reported_before_anything_is_done(read: Read, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read(*words)
-    assert re.search(complaint, str(caught.value)), str(caught.value)
+    assert re.search(message, str(caught.value)), str(caught.value)
 
 
 def test_a_run_without_the_block_is_no_comparison() -> None:
@@ -81,7 +84,7 @@ def test_a_run_without_the_block_is_no_comparison() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "ranks", "complaint"),
+    ("words", "ranks", "message"),
     [
         ([f"{THIRD}=[data.datasets.0.manifest=gone.manifest]"], 1, r"variant hybrid: .*gone.manifest: no such file"),
         ([f"{THIRD}=[model.decoder.vocab_size=7]"], 1, r"variant hybrid: model.decoder.vocab_size=7"),
@@ -90,12 +93,12 @@ def test_a_run_without_the_block_is_no_comparison() -> None:
         ([THIRD + "=['stages=[{name: all, steps: 6, weights: [{checkpoint: gone}]}]']"], 1, r"variant hybrid: .*gone"),
     ],
 )
-def test_what_the_disk_lacks_is_told_before_anything_is_done(
-    read: Read, words: list[str], ranks: int, complaint: str
+def test_missing_files_are_reported_before_anything_is_done(
+    read: Read, words: list[str], ranks: int, message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         check_comparison(read(*words), ranks)
-    assert re.search(complaint, str(caught.value)), str(caught.value)
+    assert re.search(message, str(caught.value)), str(caught.value)
 
 
 def test_the_block_is_unknown_to_a_run() -> None:

@@ -1,4 +1,4 @@
-"""Against the density of Student's t, integrated, and against printed tables."""
+"""Intervals agree with the integrated density of Student's t and with printed tables."""
 
 from __future__ import annotations
 

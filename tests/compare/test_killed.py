@@ -1,4 +1,4 @@
-"""A comparison that is killed in the middle of a run ends as if nothing had happened."""
+"""A comparison that is killed during a run and restarted gives the results of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ VARIANTS = """compare.variants=[
     {name: cross, overrides: ["model.connector.gate_init=1"]}]"""
 
 
-def figures(folder: Path) -> Any:
-    """Everything but what depends on the clock and on the folder's name."""
+def results(folder: Path) -> Any:
+    """Return ``comparison.json`` without times and folder names."""
     found = json.loads((folder / "comparison.json").read_text())
     for variant in found["variants"]:
         for run in variant["runs"]:
@@ -29,14 +29,14 @@ def figures(folder: Path) -> Any:
 
 @pytest.mark.resume
 @pytest.mark.slow
-def test_a_comparison_that_is_killed_goes_on_and_gives_the_same_figures(tmp_path: Path) -> None:
+def test_a_killed_comparison_resumes_and_gives_the_same_results(tmp_path: Path) -> None:
     words = ["stages.0.steps=12", "compare.equal=flops", VARIANTS]
     command = [sys.executable, str(Path(__file__).with_name("program.py")), str(tmp_path), *words]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    expected = figures(tmp_path / "undisturbed")
-    assert figures(tmp_path / "killed") == expected
-    assert "going on from" in done.stderr
+    expected = results(tmp_path / "undisturbed")
+    assert results(tmp_path / "killed") == expected
+    assert "resuming from" in done.stderr
     first, cross = (variant["runs"][0] for variant in expected["variants"])
     step = cross["flops"] / cross["steps"]
     assert first["flops"] <= cross["flops"] < first["flops"] + 1.5 * step

@@ -1,4 +1,4 @@
-"""Steps of a plan against counting: the loader's real batches, pixels and all, until the budget is met."""
+"""Planned steps equal those counted from the loader's real batches until the budget is met."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mmscale.run.config import RunConfig
 from tests.compare.conftest import Read
 
 Counted = tuple[int, int, int, dict[int, object]]
-"""Samples, learned tokens, operations and the places of the samples of one step."""
+"""Samples, learned tokens, operations and positions of the samples of one step."""
 
 
 def counted(config: RunConfig, seed: int, number: int, steps: int, skip: int = 0) -> list[Counted]:
-    """The first steps of a stage as training would see them."""
+    """Count the first steps of a stage from the batches of training."""
     model, data = config.stage_model(number), config.stage_data(number)
     trained = trained_components(model.components, config.stages[number])
     found: list[Counted] = []
@@ -69,7 +69,7 @@ def test_a_variant_stops_at_the_step_that_meets_the_budget(read: Read, equal: st
         assert len(set(steps.values())) > 1, "the budget must bind somewhere, or nothing was tested"
 
 
-def test_a_stage_goes_on_with_the_data_of_the_one_before(read: Read) -> None:
+def test_a_stage_continues_the_data_of_the_previous_stage(read: Read) -> None:
     stages = "stages=[{name: align, steps: 2, train: [vision, connector]}, {name: all, steps: 3}]"
     comparison = read("compare.equal=flops", stages, "data.datasets.0.template.answers=['{name}, {group}']")
     trials = by_variant(plan_trials(comparison), 1)
@@ -139,7 +139,7 @@ def test_a_plan_is_forgotten_when_the_data_change(read: Read, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("words", "message"),
     [
         (["data.datasets.0.max_epochs=1", "stages.0.steps=30"], r"variant embedding, seed 1: .*gave all its epochs"),
         (
@@ -156,6 +156,6 @@ def test_a_plan_is_forgotten_when_the_data_change(read: Read, monkeypatch: pytes
         ),
     ],
 )
-def test_data_that_cannot_serve_a_variant_are_told_with_its_name(read: Read, words: list[str], complaint: str) -> None:
-    with pytest.raises(ConfigError, match=complaint):
+def test_data_that_do_not_fit_a_variant_are_reported_with_its_name(read: Read, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         plan_trials(read(*words))

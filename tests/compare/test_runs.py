@@ -1,4 +1,4 @@
-"""Which runs are started, and what follows from how they end; and what is read from their folders."""
+"""Which runs are started, the effect of their exit codes, and the summary of their folders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCORES = {"embedding": (0.50, 0.60, 0.70), "cross": (0.40, 0.45, 0.65), "hybrid"
 
 
 def pretend(config: RunConfig, score: float = 0.5, more: Mapping[str, HeldOutResult] | None = None) -> None:
-    """Leaves behind what a finished run does."""
+    """Write the files of a finished run."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(dump(config))
     lines = [
@@ -73,7 +73,7 @@ def planned(read: Read, *words: str) -> tuple[Comparison, list[Trial]]:
 
 
 class Starts:
-    """Stands for the training command: writes down what is started and ends as it is told."""
+    """Fake of the training command: it records the started runs and returns the given exit codes."""
 
     def __init__(self, codes: dict[str, int] | None = None) -> None:
         self.codes = codes or {}
@@ -90,24 +90,24 @@ class Starts:
         return code
 
 
-def test_a_run_that_fails_is_told_and_the_others_go_on(read: Read) -> None:
+def test_after_a_failed_run_the_next_one_starts(read: Read) -> None:
     comparison, trials = planned(read, "compare.seeds=[1, 2]")
-    told: list[str] = []
+    logged: list[str] = []
     pages: list[int] = []
     starts = Starts({"cross-1": 1, "hybrid-2": 76})
-    failures = run_trials(comparison, trials, starts, told.append, lambda failures: pages.append(len(failures)))
+    failures = run_trials(comparison, trials, starts, logged.append, lambda failures: pages.append(len(failures)))
     assert starts.started == ["embedding-1", "cross-1", "hybrid-1", "embedding-2", "cross-2", "hybrid-2"]
     assert [(f.variant, f.seed, f.exit_code) for f in failures] == [("cross", 1, 1), ("hybrid", 2, 76)]
     assert pages == [0, 1, 1, 1, 1, 2]
-    assert any("cross, seed 1 failed (exit code 1)" in line for line in told)
+    assert any("cross, seed 1 failed (exit code 1)" in line for line in logged)
     figures = write_comparison(comparison, trials, failures)
     assert figures["failed"][0] == {"variant": "cross", "seed": 1, "exit_code": 1}
     assert [[run["seed"] for run in v["runs"]] for v in figures["variants"]] == [[1, 2], [2], [1]]
-    text = Page(comparison.page.read_text()).text
-    assert "cross, seed 1, failed (exit code 1) and is in no figure." in text
+    text = Page(comparison.page_path.read_text()).text
+    assert "cross, seed 1, failed (exit code 1) and is not included." in text
     assert "4 of 6 runs" in text
     again = Starts()
-    assert run_trials(comparison, trials, again, told.append, lambda failures: None) == []
+    assert run_trials(comparison, trials, again, logged.append, lambda failures: None) == []
     assert again.started == ["cross-1", "hybrid-2"]
 
 
@@ -156,7 +156,7 @@ def figures(read: Read) -> tuple[Comparison, dict[str, Any]]:
 
 def test_figures_are_means_over_seeds_and_differences_seed_by_seed(figures: tuple[Comparison, dict[str, Any]]) -> None:
     comparison, found = figures
-    assert json.loads(comparison.figures.read_text()) == found
+    assert json.loads(comparison.json_path.read_text()) == found
     first, cross, _ = found["variants"]
     held = cross["heldout"]["both"]
     own, other = SCORES["cross"], SCORES["embedding"]
@@ -171,7 +171,7 @@ def test_figures_are_means_over_seeds_and_differences_seed_by_seed(figures: tupl
     assert first["heldout"]["both"]["score"]["difference"] is None
     (run, *_) = first["runs"]
     assert (run["steps"], run["learned_tokens"], run["flops"]) == (6, 30 * 6 + 21, 30_000_000_000)
-    assert run["train_loss"] == pytest.approx(4 / 6)  # A tenth of six steps is the last one.
+    assert run["train_loss"] == pytest.approx(4 / 6)  # The last tenth of six steps is the last step.
     assert run["timing"]["step_seconds"] == pytest.approx(1.75)
     assert run["timing"]["tokens_per_second"] == pytest.approx(statistics.median(900 / (0.5 * s) for s in range(1, 7)))
     assert run["timing"]["memory_bytes"] == 3 << 20
@@ -179,7 +179,7 @@ def test_figures_are_means_over_seeds_and_differences_seed_by_seed(figures: tupl
 
 def test_the_page_shows_every_variant_and_needs_no_network(figures: tuple[Comparison, dict[str, Any]]) -> None:
     comparison, found = figures
-    text = comparison.page.read_text()
+    text = comparison.page_path.read_text()
     page = Page(text)
     tables = {attributes["id"] for tag, attributes in page.tags if tag == "table" and "id" in attributes}
     assert tables == {"result-table", "cost-table"}
@@ -188,7 +188,7 @@ def test_the_page_shows_every_variant_and_needs_no_network(figures: tuple[Compar
         assert all(word in page.text for word in variant.overrides)
     assert "50.0%" in page.text
     assert "difference −10.0% ± 12.4%" in page.text
-    assert "of what was asked ± 5.0%" in page.text
+    assert "standard error over questions 5.0%" in page.text
     assert all(sentence in page.text for sentence in found["limits"])
     assert [chart["axis"] for chart in page.charts] == ["learned tokens", "million operations"]
     lines = [line for chart in page.charts for line in chart["lines"]]
@@ -208,9 +208,9 @@ def test_the_limits_follow_from_what_was_run(figures: tuple[Comparison, dict[str
     for words in (
         "trained on emoji for 201 learned tokens",
         "95% Student t intervals of the mean over 3 seeds (2.48 standard deviations",
-        "vision and decoder begin with the same bits in every variant; connector differs",
+        "vision and decoder start with the same bits in every variant; connector differs",
         "same samples in the same order, cut into the same batches",
-        "tuned for none of them",
+        "not tuned for any of them",
         "a machine, fp32",
     ):
         assert words in limits
@@ -229,8 +229,8 @@ def test_sets_of_documents_and_of_choices_have_what_they_have(read: Read) -> Non
     assert cross["documents"]["loss"]["asked_error"] == pytest.approx(0.3)
     assert (cross["choices"]["loss"], cross["choices"]["control"]) == (None, None)
     assert cross["choices"]["score"]["asked_error"] == pytest.approx(0.05)
-    text = Page(comparison.page.read_text()).text
-    assert "documents: loss of what is right choices: right choices" in text
+    text = Page(comparison.page_path.read_text()).text
+    assert "documents: loss choices: accuracy" in text
     assert "right choice among 4 · 100 samples" in text
 
 
@@ -241,21 +241,21 @@ def test_the_limits_of_one_seed_and_of_unlike_batches(read: Read) -> None:
         pretend(trial.config)
     limits = " ".join(write_comparison(comparison, trials, [])["limits"])
     assert "One seed: there are no intervals" in limits
-    assert "Batches are not the same: those of cross, hybrid part" in limits
+    assert "Batches are not the same: those of cross, hybrid differ" in limits
     assert "Learning rates or optimizers differ" in limits
 
 
 def test_a_comparison_that_has_just_begun_has_a_page(read: Read) -> None:
     comparison, trials = planned(read)
     write_comparison(comparison, trials, [])
-    assert "No run is finished yet" in Page(comparison.page.read_text()).text
+    assert "No run is finished yet" in Page(comparison.page_path.read_text()).text
 
 
 def test_hostile_overrides_stay_text(read: Read) -> None:
     word = json.dumps(f"data.datasets.0.template.prompts=[{json.dumps(HOSTILE.replace('{', '').replace('}', ''))}]")
     comparison, trials = planned(read, f"compare.variants.0.overrides=[{word}]")
     write_comparison(comparison, trials, [])
-    page = Page(comparison.page.read_text())
+    page = Page(comparison.page_path.read_text())
     assert page.runs_its_own_script_alone()
     assert "<script>alert(1)</script>" in page.text
 

@@ -1,4 +1,4 @@
-"""All variants begin with the same bits where they are said to, and only there."""
+"""``same_initial_values`` is true for exactly the components whose initial values are equal."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from mmscale.compare import Comparison, read_comparison
-from mmscale.compare.start import alike
+from mmscale.compare.start import same_initial_values
 from mmscale.models.build import build_model
 from tests.compare.conftest import TINY
 
 
 def first_values(comparison: Comparison, seed: int) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """Of each variant the first values, built for real, by component and name."""
+    """Build the models; return the initial values of each variant by component and name."""
     found = []
     for variant in comparison.variants:
         model = build_model(variant.run.stage_model(0), seed=seed)
@@ -34,25 +34,25 @@ def first_values(comparison: Comparison, seed: int) -> list[dict[str, dict[str, 
         ["compare.variants.1.overrides=[model.decoder.num_layers=4]"],
     ],
 )
-def test_what_is_said_to_begin_alike_does_bit_for_bit_and_nothing_else(words: list[str], seed: int) -> None:
+def test_components_with_equal_initial_values_are_found(words: list[str], seed: int) -> None:
     comparison = read_comparison(TINY, words)
-    said = alike(comparison)
+    found_equal = same_initial_values(comparison)
     first, *_ = built = first_values(comparison, seed)
     for variant, values in zip(comparison.variants, built, strict=True):
         for component, own in values.items():
             other = first[component]
             same = own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
-            assert said[variant.name][component] == same, (variant.name, component)
+            assert found_equal[variant.name][component] == same, (variant.name, component)
 
 
 def test_connectors_share_decoder_and_tower() -> None:
-    said = alike(read_comparison(TINY, []))
+    found_equal = same_initial_values(read_comparison(TINY, []))
     expected = {"vision": True, "decoder": True, "connector": False}
-    assert said == {"embedding": {**expected, "connector": True}, "cross": expected, "hybrid": expected}
+    assert found_equal == {"embedding": {**expected, "connector": True}, "cross": expected, "hybrid": expected}
 
 
 def test_other_weights_are_another_start(tmp_path: Path) -> None:
     weights = f"stages=[{{name: all, steps: 6, weights: [{{checkpoint: {tmp_path}}}]}}]"
-    assert alike(read_comparison(TINY, [weights]))["hybrid"]["decoder"]
+    assert same_initial_values(read_comparison(TINY, [weights]))["hybrid"]["decoder"]
     comparison = read_comparison(TINY, ['compare.variants.2.overrides=["' + weights.replace('"', "'") + '"]'])
-    assert not any(alike(comparison)["hybrid"].values())
+    assert not any(same_initial_values(comparison)["hybrid"].values())

@@ -1,4 +1,4 @@
-"""``dump`` writes what ``load`` reads back, whatever the strings and numbers are."""
+"""``load`` reads the output of ``dump`` as an equal value, for any strings and numbers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Root(StrictConfig):
     sides: list[Annotated[Left | Right, Field(discriminator="kind")]] = []
 
 
-# Text that a configuration may hold: neither lone surrogates nor NUL. Other control characters are escaped.
+# Text that a configuration may contain: no lone surrogates and no NUL. Other control characters are escaped.
 words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")) | st.sampled_from(
     [
         "1e-3",
@@ -102,12 +102,12 @@ def test_dump_is_readable() -> None:
     )
 
 
-class _Placed(StrictConfig):
-    place: Location
+class _WithLocation(StrictConfig):
+    location: Location
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/a b/x.manifest", "https://host/x.manifest", "folder/x.manifest"])
-def test_places_survive(tmp_path: Path, place: str) -> None:
-    value = _Placed.model_validate({"place": place})
+@pytest.mark.parametrize("location", ["s3://bucket/a b/x.manifest", "https://host/x.manifest", "folder/x.manifest"])
+def test_locations_survive(tmp_path: Path, location: str) -> None:
+    value = _WithLocation.model_validate({"location": location})
     (tmp_path / "x.yaml").write_text(dump(value))
-    assert load(tmp_path / "x.yaml", [], _Placed).value == value
+    assert load(tmp_path / "x.yaml", [], _WithLocation).value == value

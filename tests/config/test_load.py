@@ -96,16 +96,16 @@ def test_values_and_origins(write) -> None:
     assert loaded.value.rate == 0.001
     assert loaded.value.stages[1] == Stage(name="all", steps=5, betas=(0.5, 0.6))
     assert loaded.value.tower.mlp == Dense(width=32)
-    places = {key: str(origin) for key, origin in loaded.origins.items()}
-    assert places["rate"] == f"{path}:2"
-    assert places["tower.depth"] == f"{path}:4"
-    assert places["stages.0.steps"] == f"{path}:10"
-    assert places["stages.1.name"] == f"{path}:11"
-    assert places["stages.1.betas"] == f"{path}:11"
-    assert places["stages.0.betas"] == "default"
-    assert places["stages.1.steps"] == "override 1 (stages.1.steps=5)"
-    assert places["tower.mlp.width"] == "override 2 (tower.mlp.width=32)"
-    assert places["precision"] == "default"
+    origins = {key: str(origin) for key, origin in loaded.origins.items()}
+    assert origins["rate"] == f"{path}:2"
+    assert origins["tower.depth"] == f"{path}:4"
+    assert origins["stages.0.steps"] == f"{path}:10"
+    assert origins["stages.1.name"] == f"{path}:11"
+    assert origins["stages.1.betas"] == f"{path}:11"
+    assert origins["stages.0.betas"] == "default"
+    assert origins["stages.1.steps"] == "override 1 (stages.1.steps=5)"
+    assert origins["tower.mlp.width"] == "override 2 (tower.mlp.width=32)"
+    assert origins["precision"] == "default"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_numbers_of_overrides(write, text: str, value: float) -> None:
         assert load(write("run_dir: x\n"), [override], Whole).value.rate == value
 
 
-def test_words_that_yaml_1_1_misreads(write) -> None:
+def test_strings_that_yaml_1_1_reads_as_other_types(write) -> None:
     stages = "stages: [{name: no, steps: 010}, {name: 12:30:00, steps: 1}, {name: 2024-01-01, steps: 1}]\n"
     value = load(write(stages), [], Whole).value
     assert [stage.name for stage in value.stages] == ["no", "12:30:00", "2024-01-01"]
@@ -135,10 +135,10 @@ def test_base_files_are_merged_in_depth_and_lists_replaced(write) -> None:
     loaded = load(path, [], Whole)
     assert (loaded.value.rate, loaded.value.tower.depth, loaded.value.tower.mlp.width) == (2.0, 7, 16)
     assert [stage.name for stage in loaded.value.stages] == ["one"]
-    places = {key: str(origin) for key, origin in loaded.origins.items()}
-    assert places["tower.mlp.width"] == f"{base}:7"
-    assert places["rate"] == f"{middle}:2"
-    assert places["tower.depth"] == f"{path}:2"
+    origins = {key: str(origin) for key, origin in loaded.origins.items()}
+    assert origins["tower.mlp.width"] == f"{base}:7"
+    assert origins["rate"] == f"{middle}:2"
+    assert origins["tower.depth"] == f"{path}:2"
 
 
 def test_a_block_has_a_base_of_its_own(write) -> None:
@@ -156,14 +156,14 @@ def test_a_block_has_a_base_of_its_own(write) -> None:
         load(write(FULL.replace("tower:\n", "tower:\n  base: lib/none.yaml\n")), [], Whole)
 
 
-def test_switched_kind_drops_keys_of_the_file_with_a_note(write) -> None:
+def test_switched_kind_drops_keys_of_the_file_with_a_warning(write) -> None:
     path = write("tower:\n  mlp:\n    kind: experts\n    count: 16\n    width: 8\n")
     with pytest.warns(DroppedKeyWarning, match="count"):
         loaded = load(path, ["tower.mlp.kind=dense"], Whole)
-    assert loaded.value.tower.mlp == Dense(width=8)  # a key both members have is kept
+    assert loaded.value.tower.mlp == Dense(width=8)  # A key of both variants stays.
     assert loaded.notes == (
-        f"{path}:4 tower.mlp.count: dropped, kind=dense (override 1 (tower.mlp.kind=dense)) has no such key, "
-        "kind=experts had",
+        f"{path}:4 tower.mlp.count: dropped, kind=dense (override 1 (tower.mlp.kind=dense)) has no such key; "
+        "it belongs to kind=experts",
     )
     assert "tower.mlp.count" not in loaded.origins
 
@@ -193,6 +193,7 @@ def test_a_key_asked_for_is_never_dropped(write, text: str, overrides: list[str]
     ("text", "overrides", "message"),
     [
         ("rats: 1\n", [], "FILE:1 rats=1: unknown key; did you mean 'rate'?"),
+        ("rate: 1\nledger: {every_steps: 3}\n", [], "FILE:2 ledger: renamed: write 'sample_log'"),
         ("\ntower:\n  dept: 1\n", [], "FILE:3 tower.dept=1: unknown key; did you mean 'depth'?"),
         (
             "tower: {mlp: {kind: dense, qqq: 1}}",
@@ -200,7 +201,7 @@ def test_a_key_asked_for_is_never_dropped(write, text: str, overrides: list[str]
             "FILE:1 tower.mlp.qqq=1: unknown key; known here: kind, width",
         ),
         ("tower: {mlp: {kind: dens}}", [], "FILE:1 tower.mlp.kind=dens: unknown variant; did you mean 'dense'?"),
-        ("tower: {mlp: {width: 1}}", [], "FILE:1 tower.mlp.kind: required, and missing: it says which variant"),
+        ("tower: {mlp: {width: 1}}", [], "FILE:1 tower.mlp.kind: required, and missing: it selects the variant"),
         ("mlps: [{kind: experts, count: 0}]", [], "FILE:1 mlps.0.count=0: must be at least 1"),
         ("mlps: [{kind: experts, cout: 1}]", [], "FILE:1 mlps.0.cout=1: unknown key; did you mean 'count'?"),
         ("rate: [1]", [], "FILE:1 rate: expected a number"),
@@ -229,18 +230,18 @@ def test_a_key_asked_for_is_never_dropped(write, text: str, overrides: list[str]
         ("", ["rate"], "override 1 (rate): expected key=value"),
         ("", ["a..b=1"], "override 1 (a..b=1): expected key=value"),
         ("", ["rate.x=1"], "override 1 (rate.x=1) rate"),
-        ("rate: 1", ["rate.x=1"], "override 1 (rate.x=1): 'x' lies below 1 (FILE:1), not a block"),
-        ("stages: []", ["stages.0.steps=1"], "'0' is no item of a list of 0"),
-        ("", ["stages.0.steps=1"], "no list is written here; give the list whole"),
+        ("rate: 1", ["rate.x=1"], "override 1 (rate.x=1): 'x' is a key below 1 (FILE:1), which is not a block"),
+        ("stages: []", ["stages.0.steps=1"], "'0' is not an index of this list of 0 items"),
+        ("", ["stages.0.steps=1"], "the files have no list at this key; give the complete list"),
         ("", ["rate=[1"], "override 1 (rate=[1):1: not valid YAML"),
         ("limit: many", [], "FILE:1 limit=many: "),
         ("", ["rate=" + "x" * 3000], f"override 1 (rate={'x' * 75}...) rate={'x' * 80}...: expected a number"),
         ("", ["x" * 3000], f"override 1 ({'x' * 80}...): expected key=value"),
         ("", ["x" * 3000 + "=1"], f"override 1 ({'x' * 80}...) {'x' * 80}...=1: unknown key"),
-        ("rate: " + "1" * 3000, ["rate.x=1"], "override 1 (rate.x=1): 'x' lies below"),
+        ("rate: " + "1" * 3000, ["rate.x=1"], "override 1 (rate.x=1): 'x' is a key below"),
     ],
 )
-def test_complaints(write, text: str, overrides: list[str], message: str) -> None:
+def test_error_messages(write, text: str, overrides: list[str], message: str) -> None:
     path = write(text or "run_dir: x\n")
     with pytest.raises(ConfigError, match=re.escape(message.replace("FILE", str(path)))) as caught:
         load(path, overrides, Whole)

@@ -1,4 +1,4 @@
-"""Every number of every configuration class: NaN, infinities, -1, 0 and 1e18 are refused, or listed here as legal."""
+"""Every number of every configuration class rejects NaN, infinities, -1, 0 and 1e18, or is listed here as legal."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def _instances(value: Any) -> Iterator[BaseModel]:
             yield from _instances(item)
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of the numbers in a plain value, the first item of a list for all."""
+def _paths_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the paths of the numbers in a plain value; of a list only the first item."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield path
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _places(item, (*path, key))
+            yield from _paths_of(item, (*path, key))
     elif isinstance(value, list | tuple) and value:
-        yield from _places(value[0], (*path, 0))
+        yield from _paths_of(value[0], (*path, 0))
 
 
 def _with(value: Any, path: tuple[Any, ...], new: Any) -> Any:
@@ -112,26 +112,26 @@ _MORE: dict[str, dict[str, Any]] = {
     "YarnScaling": {"kind": "yarn", "factor": 2.0, "original_context": 64},
     "WeightFrom": {"from_step": 1, "weight": 1.0},
 }
-"""Classes that no shipped configuration uses."""
+"""Example values of classes that no shipped configuration uses."""
 _WITHOUT_NUMBERS = {"LearnedText", "DroppableText", "TowerConfig", "VariantConfig"}
 _WITHOUT_NUMBERS |= {
     "TemplateBase",
     "ProjectorBase",
     "ConnectorBase",
     "FeatureConnectorBase",
-    "AttendedConnectorBase",
+    "CrossAttentionConnectorBase",
     "TowerBase",
     "MlpBase",
 }
-"""Bases of others, and classes whose numbers all lie in other classes."""
-_RECORDS = {"Holder", "Manifest", "RankNotes", "RollBack", "SavedState", "StartRecord"}
-"""Records of files that a run writes and checks."""
+"""Base classes, and classes without numbers of their own."""
+_RECORDS = {"Holder", "Manifest", "RankMetadata", "RollBack", "SavedState", "StartRecord"}
+"""Classes of files that a run writes and validates."""
 _FREE = {"StageConfig.data", "StageConfig.model"}
-"""Overrides: checked where they are merged into their block."""
+"""Overrides of other blocks, which are validated after the merge."""
 
 
 def _examples() -> dict[str, BaseModel]:
-    """Of each class the instance with the most numbers."""
+    """Return, for each class, the instance with the most numbers in the shipped configurations."""
     files = [*sorted((ROOT / "configs/recipes").glob("*.yaml")), *sorted((ROOT / "tests/system").glob("*.yaml"))]
     found: dict[str, BaseModel] = {}
     for file in files:
@@ -140,13 +140,13 @@ def _examples() -> dict[str, BaseModel]:
         run = load(file, [], RunConfig).value
         for each in _instances([run, *(run.stage_model(number) for number in range(len(run.stages)))]):
             known = found.get(type(each).__name__)
-            if known is None or len(list(_places(each.model_dump()))) > len(list(_places(known.model_dump()))):
+            if known is None or len(list(_paths_of(each.model_dump()))) > len(list(_paths_of(known.model_dump()))):
                 found[type(each).__name__] = each
     return found
 
 
 def _fields(example: BaseModel) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
-    """Its own fields that hold numbers, or may, with the places of these."""
+    """Yield each field of ``example`` that has or may have numbers, with the paths of these numbers."""
     plain = example.model_dump()
     for name, field in type(example).model_fields.items():
         value = getattr(example, name)
@@ -154,9 +154,9 @@ def _fields(example: BaseModel) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
         if inner and isinstance(inner[0], BaseModel):
             continue
         may = value is None and any(word in str(field.annotation) for word in ("int", "float"))
-        places = [()] if may else list(_places(plain[name]))
-        if places and f"{type(example).__name__}.{name}" not in _FREE:
-            yield name, places
+        paths = [()] if may else list(_paths_of(plain[name]))
+        if paths and f"{type(example).__name__}.{name}" not in _FREE:
+            yield name, paths
 
 
 @pytest.mark.long
@@ -167,22 +167,22 @@ def test_every_number_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert classes.keys() - examples.keys() == _WITHOUT_NUMBERS | _RECORDS, "give an example of a new class here"
     accepted: dict[Any, set[str]] = {0: set(), -1: set(), 10**18: set()}
     for name, example in examples.items():
-        for field, places in _fields(example):
-            for place in places:
+        for field, paths in _fields(example):
+            for path in paths:
                 for bad in _BAD:
-                    changed = _with(example.model_dump(), (field, *place), bad)
+                    changed = _with(example.model_dump(), (field, *path), bad)
                     try:
                         type(example).model_validate(changed)
                     except ValidationError:
                         continue
-                    assert bad in accepted, f"{name}.{field} takes {bad}"
+                    assert bad in accepted, f"{name}.{field} accepts {bad}"
                     accepted[bad].add(f"{name}.{field}")
     for bad, legal in _LEGAL.items():
         assert accepted[bad] == legal
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("model.decoder.rope.theta=.nan", "finite number"),
         ("model.decoder.num_layers=1000000000", "must be at most 4096"),
@@ -198,16 +198,16 @@ def test_every_number_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
         ("stages.0.train=[]", "give at least one"),
     ],
 )
-def test_a_complaint_names_its_own_key(override: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_names_its_own_key(override: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=re.escape(override)) as caught:
         load("configs/quickstart.yaml", [override], RunConfig)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_complaint_about_a_line_names_the_override_that_it_contradicts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_file_names_the_override_that_it_contradicts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError) as caught:
         load("configs/quickstart.yaml", ["model.decoder.hidden_dim=1048575"], RunConfig)
-    said = "must divide the width 1048575, or set head_dim; 1048575 comes from override 1 (model.decoder.hidden_dim="
-    assert said in str(caught.value)
+    message = "must divide the width 1048575, or set head_dim; 1048575 comes from override 1 (model.decoder.hidden_dim="
+    assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""What configs/ holds, found by itself."""
+"""Find all files in configs/, so that tests cover new ones automatically."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = REPO / "configs"
 FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "compare")
-"""All models and runs; a comparison is several runs in one file."""
+"""All models and runs. Comparisons are not included: each has several runs in one file."""
 MODELS = [path for path in FILES if path.parent.name == "models"]
 RUNS = [path for path in FILES if path.parent.name != "models"]
 RECIPES = [path for path in FILES if path.parent.name == "recipes"]
 
 
 def bases_of(path: Path) -> list[Path]:
-    """Files that this one or blocks in it begin with, one level deep."""
+    """Return the base files of a file and of its blocks, one level deep."""
     named = re.findall(r"\bbase: ([^\s}]+)", path.read_text(encoding="utf-8"))
     return [(path.parent / base).resolve() for base in named]
 
 
 def name_of(path: Path) -> str:
-    """``models/tiny``: how tests call a file."""
+    """Return the name of a file in tests, such as ``models/tiny``."""
     return str(path.relative_to(CONFIGS).with_suffix(""))
 
 
 @cache
 def model_of(path: Path) -> AnyModelConfig:
-    """The model of a file: all of it, or the ``model`` block of a run."""
+    """Return the model of a file: the whole file, or the ``model`` block of a run."""
     root = read_layers(path)
     block = root.child("model") or root
     if block.child("decoder") is None:

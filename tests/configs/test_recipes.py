@@ -1,4 +1,4 @@
-"""Recipes of published systems say of each value whether it was published."""
+"""Recipes of published systems state for each value whether it was published."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _VALUE = re.compile(rf"^\s*(?:- )?(?:{_KEYS}|{_STAGE})\b.*", re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=name_of)
-def test_every_value_says_where_it_is_from(path: Path) -> None:
+def test_every_value_has_a_comment_on_its_origin(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    silent = [line for line in _VALUE.findall(text) if not re.search(r"# .*(?:published|verified)", line)]
-    assert not silent
-    assert "base: " in text.split("model:")[0] or '"published"' in text  # The head says whose word it is.
+    unexplained = [line for line in _VALUE.findall(text) if not re.search(r"# .*(?:published|verified)", line)]
+    assert not unexplained
+    assert "base: " in text.split("model:")[0] or '"published"' in text  # The header explains the word.

@@ -1,6 +1,6 @@
-"""Every YAML under configs/ is legal, and is written back as it was read.
+"""Every YAML file in configs/ is valid, and ``dump`` writes it back unchanged in meaning.
 
-Comparisons are several runs in one file: ``tests/compare/test_config.py`` reads those.
+Comparisons have several runs in one file; ``tests/compare/test_config.py`` reads those.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def test_run_dir_and_max_steps_are_overrides_of_every_run(path: Path, monkeypatc
 def test_every_run_has_a_twin_that_can_start(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO)
     config = load(path, [], RunConfig).value
-    twin = shrink_run(config, steps=3)
-    check_files(twin)
-    check_world(twin, 2)
-    dumped = tmp_path / "twin.yaml"
-    dumped.write_text(dump(twin), encoding="utf-8")
-    assert dump(load(dumped, [], RunConfig).value) == dump(twin)
+    small = shrink_run(config, steps=3)
+    check_files(small)
+    check_world(small, 2)
+    dumped = tmp_path / "small.yaml"
+    dumped.write_text(dump(small), encoding="utf-8")
+    assert dump(load(dumped, [], RunConfig).value) == dump(small)
     same = ("name", "train", "learning_rate", "schedule", "optimizer", "ema", "clip")
-    for number, (mine, theirs) in enumerate(zip(twin.stages, config.stages, strict=True)):
+    for number, (mine, theirs) in enumerate(zip(small.stages, config.stages, strict=True)):
         assert all(getattr(mine, name) == getattr(theirs, name) for name in same)
-        assert twin.continues(number) == config.continues(number)
-        grids = [(run.stage_media(number).placement, run.stage_media(number).merge) for run in (twin, config)]
+        assert small.continues(number) == config.continues(number)
+        grids = [(run.stage_media(number).placement, run.stage_media(number).merge) for run in (small, config)]
         assert grids[0] == grids[1]

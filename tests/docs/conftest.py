@@ -1,4 +1,4 @@
-"""A folder as `make quickstart` leaves it, and a shell into which blocks of the pages are pasted."""
+"""A folder in the state after `make quickstart`, and a shell that runs blocks of the pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.nursery import Commands
+from tests.engine.fork_server import Commands
 
 REPO = Path(__file__).resolve().parents[2]
 ACTIVATE = "source .venv/bin/activate"
@@ -20,7 +20,7 @@ _NOT_LINKED = {".git", ".venv", "runs"}
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The repository under a name with blanks and umlauts, with an empty ``runs`` and this Python as ``.venv``."""
+    """Return the repository in a path with blanks and umlauts, with an empty ``runs`` and this Python as ``.venv``."""
     folder = tmp_path / "my models, größer"
     for path in REPO.iterdir():
         if path.name not in _NOT_LINKED:
@@ -42,7 +42,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 @pytest.fixture
 def quick_checkout(checkout: Path, commands: Commands) -> Path:
-    """The same with an ``mmscale`` that is forked from a process which has imported everything."""
+    """Return the same with an ``mmscale`` that forks from a process with all imports done."""
     scripts = checkout / ".venv/bin"
     commands.write_client(scripts / "mmscale")
     with (scripts / "activate").open("a") as file:
@@ -51,7 +51,7 @@ def quick_checkout(checkout: Path, commands: Commands) -> Path:
 
 
 def paste(block: str, checkout: Path, environment: Mapping[str, str] | None = None) -> None:
-    """Runs a block in a new shell in ``checkout``: ``mmscale`` is not on its PATH and ``RUN`` is not set.
+    """Run a block in a new shell in ``checkout``: ``mmscale`` is not on its PATH and ``RUN`` is not set.
 
     Raises:
         AssertionError: a command of the block failed.

@@ -1,8 +1,8 @@
-"""Every ``bash`` block of the README and of docs/ works as pasted: from the repository's root, on bundled data.
+"""Every ``bash`` block of the README and of docs/ works when pasted in the repository's root, on bundled data.
 
-The README's block starts from what ``make quickstart`` leaves, the pages' blocks from what the README leaves: an
-activated environment. One process forks the ``mmscale`` of all pages; the README's block starts the installed script.
-Blocks for a cluster, a GPU or long runs are fenced as ``console`` and are not run.
+The README's block starts after ``make quickstart``, the pages' blocks in an activated environment, as after the README.
+On pages, ``mmscale`` forks from one process; the README's block starts the installed script. Blocks for a cluster, a
+GPU or long runs are fenced as ``console`` and are not run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def blocks() -> list[object]:
         text = page.read_text() if page.exists() else ""
         for match in _BLOCK.finditer(text):
             line = text.count("\n", 0, match.start()) + 2
-            marks = [pytest.mark.slow] if page.parent.name == "docs" else []  # All pages take ten minutes.
+            marks = [pytest.mark.slow] if page.parent.name == "docs" else []  # All pages together take ten minutes.
             found.append(pytest.param(match[1], id=f"{page.relative_to(REPO)}:{line}", marks=marks))
     return found
 
@@ -35,14 +35,14 @@ def test_block(block: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_the_readme_activates_the_environment_itself() -> None:
-    """A reader has only called make: the first block must not need what no block did."""
+    """Before the first block the reader has only run make, so the block must activate the environment."""
     first = _BLOCK.search((REPO / "README.md").read_text())
     assert first is not None
     assert first[1].startswith(f"{ACTIVATE}\n")
 
 
 def test_pages_name_no_missing_page() -> None:
-    """Links between pages and to files of the repository lead somewhere."""
+    """Links between pages and to files of the repository have existing targets."""
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.relative_to(REPO)} links to {target}"

@@ -1,4 +1,4 @@
-"""The pages of docs/extending, each followed in a copy of the code: the files that the page names, and nothing else."""
+"""docs/extending.md: each section is followed in a copy of the code, with the files that it names and no others."""
 
 from __future__ import annotations
 
@@ -12,26 +12,33 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-PAGES = sorted((REPO / "docs" / "extending").glob("*.md"))
 PACKAGES = ("mmscale", "data_pipeline")
-_FILE = re.compile(r"^`([^`\n]+\.py)`, (new|changed):\n", re.MULTILINE)
-_BLOCK = re.compile(r"^```(python|diff)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_COMMAND = re.compile(r"\A# [^\n]+\n\n```console\n\$ python ([^\n]+)\n([^\n]+)\n```\n")
+SECTIONS = dict(
+    re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", (REPO / "docs/extending.md").read_text(), re.MULTILINE | re.DOTALL)
+)
+PARTS = ("Projector", "Connector", "Vision tower", "Objective", "Template", "Source format")
+SLOW = ("Objective",)
+"""Parts whose test trains a step of a run."""
+MODEL = "Published model"
+MODEL_YAML, LAYOUT = "configs/models/internvl3-1b.yaml", "mmscale/hf/layouts/internvl.py"
+
+_FILE = re.compile(r"^`([^`\n]+)`, (new|changed):\n", re.MULTILINE)
+_BLOCK = re.compile(r"^```(python|yaml|diff)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def follow(page: str, copy: Path) -> list[str]:
-    """Write and change the files of a page; return their names.
+def follow(section: str, copy: Path) -> list[str]:
+    """Write and change the files of a section; return their names.
 
     Raises:
         AssertionError: a new file exists already, or a change does not fit its file.
     """
-    found = list(_FILE.finditer(page))
-    ends = [match.start() for match in found[1:]] + [len(page)]
+    found = list(_FILE.finditer(section))
+    ends = [match.start() for match in found[1:]] + [len(section)]
     for match, end in zip(found, ends, strict=True):
-        path, blocks = copy / match[1], _BLOCK.findall(page, match.end(), end)
+        path, blocks = copy / match[1], _BLOCK.findall(section, match.end(), end)
         if match[2] == "new":
             ((language, code),) = blocks
-            assert language == "python"
+            assert language != "diff"
             assert not (REPO / match[1]).exists()
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(code)
@@ -43,51 +50,103 @@ def follow(page: str, copy: Path) -> list[str]:
             before = "".join(line[1:] for line in lines if line[0] != "+")
             after = "".join(line[1:] for line in lines if line[0] != "-")
             text = path.read_text()
-            assert text.count(before) == 1, f"{match[1]} has not once:\n{before}"
+            assert text.count(before) == 1, f"{match[1]} must contain this exactly once:\n{before}"
             path.write_text(text.replace(before, after))
     return [match[1] for match in found]
 
 
-_SLOW = {"objective"}
-"""Pages whose command trains a step of a run."""
-
-
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in _SLOW else []) for path in PAGES],
-)
-def test_the_page_works_in_at_most_three_files(path: Path, tmp_path: Path) -> None:
-    page = path.read_text()
-    for package in PACKAGES:
-        shutil.copytree(REPO / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for folder in ("configs", "examples"):
-        (tmp_path / folder).symlink_to(REPO / folder)
-    names = follow(page, tmp_path)
-    production = [name for name in names if name.startswith(PACKAGES)]
-    assert 1 <= len(production) <= 3
-    assert len(names) == len(production) + 1
-    command = _COMMAND.match(page)
-    assert command is not None, "a page begins with the command that shows the result"
+def run(copy: Path, *words: str) -> str:
+    """Run Python in the copy and return its output. Modules of the copy hide those of the repository."""
     done = subprocess.run(
-        [sys.executable, *command[1].split(), "-p", "no:cacheprovider"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPO)]), "OMP_NUM_THREADS": "1"},
+        [sys.executable, *words],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(copy), str(REPO)]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert command[2] in done.stdout
+    return done.stdout
+
+
+def lint(copy: Path, *files: str) -> None:
     first_party = 'lint.isort.known-first-party = ["data_pipeline", "mmscale", "tests"]'
     for words in (["check"], ["format", "--check"]):
-        ruff = [sys.executable, "-m", "ruff", *words, "--config", str(REPO / "pyproject.toml"), "--config", first_party]
-        ruff += names
-        checked = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert checked.returncode == 0, checked.stdout
+        run(copy, "-m", "ruff", *words, "--config", str(REPO / "pyproject.toml"), "--config", first_party, *files)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", path.read_text()):
-        assert (path.parent / target).exists(), target
+def test_every_section_with_code_is_followed() -> None:
+    with_code = {name for name, section in SECTIONS.items() if _FILE.search(section) or _BLOCK.search(section)}
+    assert with_code == {*PARTS, MODEL}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PARTS]
+)
+def test_the_section_works_in_at_most_three_files(name: str, tmp_path: Path) -> None:
+    for package in PACKAGES:
+        shutil.copytree(REPO / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("configs", "examples"):
+        (tmp_path / folder).symlink_to(REPO / folder)
+    *production, test = follow(SECTIONS[name], tmp_path)
+    assert all(file.startswith(PACKAGES) for file in production)
+    assert 1 <= len(production) <= 3
+    assert test.startswith("tests/")
+    assert " passed" in run(tmp_path, "-m", "pytest", "-q", test, "-p", "no:cacheprovider")
+    lint(tmp_path, *production, test)
+
+
+def printed(command: str) -> str:
+    """The output that the section of the published model shows for a command."""
+    (console,) = re.findall(rf"^\$ {re.escape(command)}\n((?:[^$`].*\n)*)", SECTIONS[MODEL], re.MULTILINE)
+    return str(console)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The code with the files of the published model."""
+    folder = tmp_path_factory.mktemp("added")
+    shutil.copytree(REPO / "mmscale", folder / "mmscale", ignore=shutil.ignore_patterns("__pycache__"))
+    assert follow(SECTIONS[MODEL], folder) == [MODEL_YAML, LAYOUT, "prove.py"]
+    return folder
+
+
+@pytest.mark.parity
+def test_the_parameter_count_is_that_of_the_page_and_of_the_reference(copy: Path) -> None:
+    import torch
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+
+    shown = printed(f"mmscale params {MODEL_YAML}")
+    assert run(copy, "-m", "mmscale.cli.main", "params", MODEL_YAML) == shown
+    text = Qwen2Config(
+        vocab_size=151674,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+    )
+    with torch.device("meta"):  # InternVLVisionConfig's defaults are InternViT-300M's, except for biases.
+        vision = InternVLVisionConfig(attention_bias=True)
+        config = InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+        reference = InternVLForConditionalGeneration(config)
+    assert f"{sum(parameter.numel() for parameter in reference.parameters()):,}" in shown
+
+
+@pytest.mark.parity
+def test_the_weights_are_imported_and_exported(copy: Path, tmp_path: Path) -> None:
+    """The proof prints the page's lines, except for the rounding error; then the page's two commands work."""
+    output = run(copy, "prove.py", str(tmp_path))
+    expected = printed("PYTHONPATH=. python prove.py runs/add-a-model")
+    number = r"logits \S+"
+    assert re.sub(number, "", output) == re.sub(number, "", expected)
+    for command in re.findall(r"^\$ mmscale (checkpoint .*)$", SECTIONS[MODEL], re.MULTILINE):
+        words = command.replace("$THEIRS", str(tmp_path / "theirs")).replace("runs/add-a-model", str(tmp_path)).split()
+        run(copy, "-m", "mmscale.cli.main", *words)
+    assert (tmp_path / "exported" / "config.json").exists()
+
+
+@pytest.mark.parity
+def test_the_layout_passes_the_linter(copy: Path) -> None:
+    lint(copy, LAYOUT)

@@ -1,6 +1,6 @@
-"""Every ``bash s3`` block of docs/sources.md runs as it stands, against a real S3 server on this machine.
+"""Every ``bash s3`` block of docs/data.md runs as it stands, against a real S3 server on this machine.
 
-The bucket ``my-bucket`` holds the tars that the page speaks of.
+The bucket ``my-bucket`` holds the tars that the page names.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from data_pipeline.storage.storage import Storage
 from tests.docs.conftest import paste
 
 REPO = Path(__file__).resolve().parents[2]
-BLOCKS = re.findall(r"^```bash s3\n(.*?)^```", (REPO / "docs" / "sources.md").read_text(), re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```bash s3\n(.*?)^```", (REPO / "docs" / "data.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    """What a shell on the page's machine has set; the bucket is filled."""
+    """Fill the bucket and yield the environment variables of a shell that can read it."""
     with s3_server() as port, pytest.MonkeyPatch.context() as patch:
         settings = {
             "AWS_ACCESS_KEY_ID": KEY,

@@ -1,4 +1,4 @@
-"""The table on the page of statistics is what the command prints."""
+"""The table of statistics in docs/data.md is what the command prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_table_is_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    lines = (ROOT / "docs" / "statistics.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "data.md").read_text().splitlines()
     command = next(i for i, line in enumerate(lines) if line.startswith("$ mmscale data stats"))
     capsys.readouterr()
     assert main(lines[command].split()[2:]) == 0

@@ -1,4 +1,4 @@
-"""An optimizer over hand-made shards: parameters one after the other, cut anywhere between ranks. No DeepSpeed."""
+"""An optimizer on shards without DeepSpeed: concatenated parameters, cut at arbitrary places between ranks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mmscale.dist import World
 from mmscale.engine.optimizers.build import build_optimizer
-from mmscale.engine.optimizers.shards import FlatMaster, Piece
-from mmscale.engine.partition import share
+from mmscale.engine.optimizers.shards import FlatMaster, ParameterShard
+from mmscale.engine.partition import shard_range
 from mmscale.optim.schedule import parameter_groups
 from tests.engine.programs import stage
 
@@ -34,7 +34,7 @@ def gradient(step: int) -> dict[str, Tensor]:
 
 
 def steps_on_shards(world: World, optimizers: list[dict[str, Any]], steps: int) -> list[dict[str, list[float]]]:
-    """The parameters after ``steps`` steps of each optimizer, put together from the ranks' shards."""
+    """Return the whole parameters after ``steps`` steps of each optimizer, gathered from the ranks' shards."""
     return [_steps(world, optimizer, steps) for optimizer in optimizers]
 
 
@@ -42,13 +42,13 @@ def _steps(world: World, optimizer: dict[str, Any], steps: int) -> dict[str, lis
     plan, model = stage(optimizer=optimizer), Stack()
     (group,) = parameter_groups(model, {"all": [*model.parameters()]}, plan)
     whole = torch.cat([parameter.detach().view(-1) for parameter in group["params"]])
-    low, high = share(whole.numel(), world.rank, world.world_size)
+    low, high = shard_range(whole.numel(), world.rank, world.world_size)
     padded = -(-whole.numel() // world.world_size) + 1
-    flat = nn.Parameter(torch.full((padded,), float("nan")))  # What is left of it is padding: nobody may look at it.
+    flat = nn.Parameter(torch.full((padded,), float("nan")))  # NaN padding: no optimizer may read it.
     flat.data[: high - low] = whole[low:high]
     group |= {"params": [flat], "lr": RATE}
     made: Any = build_optimizer([group], plan, clip_here=False)
-    made.attach([FlatMaster(flat, group, _pieces(low, high), True)], world)
+    made.attach([FlatMaster(flat, group, _shards(low, high), True)], world)
     made.state[flat].update({kind: torch.zeros_like(flat.data) for kind in group["state_kinds"]}, step=torch.zeros(()))
     for step in range(steps):
         flat.grad = torch.full_like(flat.data, float("nan"))
@@ -62,14 +62,14 @@ def _steps(world: World, optimizer: dict[str, Any], steps: int) -> dict[str, lis
     return {name: part.tolist() for name, part in zip(SHAPES, parts, strict=True)}
 
 
-def _pieces(low: int, high: int) -> tuple[Piece, ...]:
-    pieces, offset = [], 0
+def _shards(low: int, high: int) -> tuple[ParameterShard, ...]:
+    shards, offset = [], 0
     for name, shape in SHAPES.items():
         numel = int(torch.Size(shape).numel())
         start, stop = max(low, offset), min(high, offset + numel)
         if start < stop:
-            pieces.append(Piece(name, shape, start - low, start - offset, stop - offset))
+            shards.append(ParameterShard(name, shape, start - low, start - offset, stop - offset))
         else:
-            pieces.append(Piece(name, shape, 0, 0, 0))
+            shards.append(ParameterShard(name, shape, 0, 0, 0))
         offset += numel
-    return tuple(pieces)
+    return tuple(shards)

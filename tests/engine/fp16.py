@@ -1,4 +1,4 @@
-"""fp16 on gloo ranks, which the configuration refuses: slow on a CPU, but the wrappers are those of a CUDA device."""
+"""fp16 on gloo ranks, which the configuration rejects. It is slow, but uses the same wrappers as a CUDA device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOO_LARGE = 2.0**40
 
 @contextmanager
 def forced(world: World) -> Iterator[None]:
-    """Engines that are made inside train in fp16, whatever their configuration says."""
+    """Let engines that are created inside train in fp16, whatever their configuration is."""
     from deepspeed.accelerator import get_accelerator
 
     start_deepspeed(world)
@@ -33,7 +33,7 @@ def forced(world: World) -> Iterator[None]:
 
 
 def scaled_cases(world: World, zeros: list[int], directory: str) -> list[Any]:
-    """One good step, two that overflow, saved, resumed, two more; for each ZeRO stage."""
+    """For each ZeRO stage: one good step, two that overflow, save, resume, two more steps."""
     with forced(world):
         return [_case(world, zero, Path(directory) / str(zero)) for zero in zeros]
 

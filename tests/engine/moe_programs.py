@@ -1,4 +1,4 @@
-"""What the ranks of ``test_moe_bias.py`` run."""
+"""Functions that the ranks of ``test_moe_bias.py`` run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LANES, STEPS, REFUSED = 4, 4, 2
 
 
 def balance(world: World, engine_values: dict[str, Any], train: list[str]) -> dict[str, Any]:
-    """Loads of each step by expert, counted from outside, and the biases after it, by router."""
+    """Return the loads of each step by expert, counted by hooks, and each router's biases after the step."""
     settings = config("embedding", mlp={**MOE, "bias_rate": 0.02})
     engine_config = EngineConfig.model_validate({"device": "cpu", "precision": "bf16", **engine_values})
     model = construct(partial(build_model, settings, seed=None), engine_config, world, partial(initialise_, seed=3))
@@ -47,7 +47,7 @@ def balance(world: World, engine_values: dict[str, Any], train: list[str]) -> di
         packs = []
         for lane in range(world.rank, LANES, world.world_size):
             seed = 7 * step + lane
-            image = image_document(spec, seed, 6, [(2, 2)], VOCAB, null=lane % 2 == 0)
+            image = image_document(spec, seed, 6, [(2, 2)], VOCAB, dummy=lane % 2 == 0)
             packs.append(pack([text_document(seed, 5 + lane, VOCAB), image], spec))
         engine.train_step(packs, None if step != REFUSED else lambda loss, norm: True)
         answer["loads"].append(loads.tolist())

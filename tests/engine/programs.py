@@ -1,4 +1,4 @@
-"""What the ranks of the engine tests run."""
+"""Functions that the ranks of the engine tests run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stage(**changes: Any) -> StageConfig:
 
 
 def make_engine(world: World, zero: int = 3, stage_changes: dict[str, Any] | None = None, **config: Any) -> Engine:
-    config = {"precision": "fp32", **config}  # Not auto: the figures must not depend on this machine's processor.
+    config = {"precision": "fp32", **config}  # Not auto: the numbers must not depend on this machine's processor.
     engine_config = EngineConfig(zero_stage=zero, device="cpu", timeout_seconds=60, **config)  # type: ignore[arg-type]
     model = construct(ToyModel, engine_config, world, initialise_)
     return Engine(model, ToyObjective(), stage(**(stage_changes or {})), engine_config, world)
@@ -42,7 +42,7 @@ def lanes_of(world: World, step: int, *, empty_lane: int | None = None) -> list[
 
 
 def train_cases(world: World, cases: list[dict[str, Any]]) -> list[Any]:
-    """Several engines one after the other in one set of processes: starting ranks takes longer than training."""
+    """Run several engines in the same ranks, since starting ranks takes longer than training."""
     return [train(world, **case) for case in cases]
 
 
@@ -85,7 +85,7 @@ def train(
 
 
 def guarded(world: World, cases: list[dict[str, Any]]) -> list[Any]:
-    """Several engines that are asked before each update."""
+    """Run several engines whose updates a hook may reject."""
     return [_guarded(world, **case) for case in cases]
 
 
@@ -98,17 +98,17 @@ def _guarded(
     state_bits: int = 32,
     clip: Any = 0.5,
 ) -> Any:
-    """Trains over the batches ``order``; the one at place ``refused`` is refused by the last rank alone."""
+    """Train on the batches ``order``. The last rank alone rejects the update at index ``refused``."""
     optimizer = {"kind": "adamw", "state_bits": state_bits}
     changes = {"schedule": "constant", "warmup_steps": 0, "optimizer": optimizer, "clip": clip}
     engine = make_engine(world, zero, changes, precision=precision)
     asked: list[tuple[float, float]] = []
 
-    def why_refuse(loss: float, norm: float) -> str | None:
+    def rejection_reason(loss: float, norm: float) -> str | None:
         asked.append((loss, norm))
         return "chosen" if len(asked) - 1 == refused and world.rank == world.world_size - 1 else None
 
-    reports = [engine.train_step(lanes_of(world, step), why_refuse) for step in order]
+    reports = [engine.train_step(lanes_of(world, step), rejection_reason) for step in order]
     state = [
         [
             owned.name,
@@ -129,7 +129,7 @@ def _guarded(
 
 
 def lonely(world: World, where: str) -> str:
-    """Rank 1 dies before or inside the second step; what rank 0 says."""
+    """Let rank 1 die before or inside the second step. Return rank 0's error."""
     engine = make_engine(world)
     engine.train_step(lanes_of(world, 0))
     if world.rank == 1 and where == "between":
@@ -144,7 +144,7 @@ def lonely(world: World, where: str) -> str:
 
 
 def uneven(world: World) -> str:
-    """Rank 1 brings one microbatch too many."""
+    """Give rank 1 one microbatch too many."""
     engine = make_engine(world)
     try:
         engine.train_step([toy_batch(0, lane) for lane in range(1 + world.rank)])
@@ -154,7 +154,7 @@ def uneven(world: World) -> str:
 
 
 def average_cases(world: World, cases: list[dict[str, Any]]) -> Any:
-    """The cases, and what is said to who asks for an average that nobody keeps."""
+    """Run the cases. Also return the error for an average that the stage does not keep."""
     answers = train_cases(world, cases)
     engine = make_engine(world)
     try:
@@ -165,7 +165,7 @@ def average_cases(world: World, cases: list[dict[str, Any]]) -> Any:
 
 
 def gathered(engine: Engine, world: World) -> dict[str, list[float]]:
-    """All masters, put together from the ranks' ranges."""
+    """Return all masters, gathered from the ranks' ranges."""
     whole = {}
     for name, entry in ((n, p) for n, p in engine.model.named_parameters()):
         shape = tuple(getattr(entry, "ds_shape", entry.shape))

@@ -1,7 +1,7 @@
-"""Runs a function of a test module on real gloo ranks, each a process of its own, and gives back what each returned.
+"""Run a function of a test module on real gloo ranks, one process each, and return all results.
 
-A function takes ``(world, **arguments)`` and returns something JSON can hold. Ranks that outlive ``timeout`` are killed
-and the test fails with what they wrote.
+The function takes ``(world, **arguments)`` and returns a JSON value. After ``timeout`` the ranks are killed, and the
+test fails with their output.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.dist import World, all_reduce_sum_list
-from tests.engine.nursery import Child, nursery
+from tests.engine.fork_server import Child, fork_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +36,7 @@ def free_port() -> int:
 def start_ranks(
     function: str, world_size: int, arguments: dict[str, Any], folder: Path, environment: dict[str, str] | None = None
 ) -> list[Child]:
-    """Starts ``package.module:function`` on ``world_size`` ranks; results appear as ``folder/result-R.json``."""
+    """Start ``package.module:function`` on ``world_size`` ranks, with results in ``folder/result-R.json``."""
     port = free_port()
     processes = []
     for rank in range(world_size):
@@ -52,7 +52,7 @@ def start_ranks(
             **(environment or {}),
         }
         words = [function, arguments, str(folder / f"result-{rank}.json")]
-        processes.append(nursery(rank % 2).fork("tests.engine.ranks:serve", words, env, folder / f"log-{rank}.txt"))
+        processes.append(fork_server(rank % 2).fork("tests.engine.ranks:serve", words, env, folder / f"log-{rank}.txt"))
     return processes
 
 
@@ -64,7 +64,7 @@ def run_ranks(
     timeout: float = 120.0,
     environment: dict[str, str] | None = None,
 ) -> list[Any]:
-    """Results of all ranks, by rank (None of one that left early); AssertionError with the logs if one fails."""
+    """Return the results in rank order (None for a rank without one). Raise AssertionError if a rank fails."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = start_ranks(function, world_size, arguments or {}, folder, environment)
@@ -85,8 +85,8 @@ def run_ranks(
 
 
 def serve(function: str, arguments: dict[str, Any], result: str) -> None:
-    """What a rank does, in its own process."""
-    from mmscale.cli.console import leave
+    """Run the function on one rank, in its own process."""
+    from mmscale.cli.console import exit_process
     from mmscale.dist import init_distributed, shutdown
     from mmscale.engine.config import EngineConfig
 
@@ -95,4 +95,4 @@ def serve(function: str, arguments: dict[str, Any], result: str) -> None:
     answer = getattr(importlib.import_module(module), name)(world, **arguments)
     Path(result).write_text(json.dumps(answer))
     shutdown(world)
-    leave(0)
+    exit_process(0)

@@ -1,8 +1,8 @@
-"""The gradient norm of each component against plain torch, and each clipped by its own, whatever wrapper DeepSpeed has.
+"""Gradient norms and clipping of each component against plain torch, with every DeepSpeed wrapper.
 
-What the optimizer saw is read from its state: AdamW and Muon begin with moments of zero, so after one step a first
-moment is the gradient times a constant, and Adafactor's mean squares are those of the gradient. Updates would not tell:
-they hardly depend on its scale. That weights follow plain torch is in ``test_steps.py``.
+The tests read the optimizer's gradient from its state after one step. With AdamW and Muon the first moment is then the
+gradient times a constant. With Adafactor the mean squares are those of the gradient. Updates are no evidence, since
+they hardly depend on the gradient's scale. ``test_steps.py`` compares the weights with plain torch.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ CASES: list[dict[str, Any]] = [
     *({"zero": zero, "stage_changes": {"optimizer": chosen}} for zero in (0, 3) for chosen in OPTIMIZERS),
 ]
 SHARES = {"exp_avg": 0.1, "momentum_buffer": 0.05}
-"""Of the first gradient in a moment: 1 - 0.9 and 1 - 0.95."""
+"""Weight of the first gradient in a moment: 1 - 0.9 and 1 - 0.95."""
 
 
 def true_norms(stage_changes: dict[str, Any] | None = None) -> dict[str, float]:
-    """Of the first step: one process, plain torch."""
+    """Return the reference norms of the first step: one process, plain torch."""
     model, objective = toy_model(), ToyObjective()
     freeze(model, model.components(), stage(**(stage_changes or {})))
     batches = [toy_batch(0, lane) for lane in range(LANES)]
@@ -63,7 +63,7 @@ def true_norms(stage_changes: dict[str, Any] | None = None) -> dict[str, float]:
 
 
 def seen_by_optimizer(engine: Engine, world: World) -> dict[str, float]:
-    """By component, the norm of the gradient that the first step was made with."""
+    """Return the norm of the gradient in the optimizer's first step, by component."""
     owner = component_of_parameters(engine.model, engine.model.components())  # type: ignore[operator]
     squares = dict.fromkeys(engine.trained_components, 0.0)
     for owned in engine.partition.owned():
@@ -72,14 +72,14 @@ def seen_by_optimizer(engine: Engine, world: World) -> dict[str, float]:
                 squares[owner[owned.name]] += float((moment.float().double() / SHARES[kind]).square().sum())
     for key, statistic in engine.partition.whole_state().items():
         name, kind = key.split("|")
-        if kind != "exp_avg_sq_col" and world.is_main:  # A matrix has means of rows and of columns; every rank has all.
+        if kind != "exp_avg_sq_col" and world.is_main:  # A matrix has means of rows and columns, equal on all ranks.
             columns = full_shape(engine.model.get_parameter(name))[-1] if kind == "exp_avg_sq_row" else 1
             squares[owner[name]] += float(statistic.double().sum()) * columns
     return {name: math.sqrt(total) for name, total in all_reduce_sum(world, squares).items()}
 
 
 def norms_of(world: World, cases: list[dict[str, Any]]) -> list[Any]:
-    """Of each case: component norms, the global norm and what was stepped with in a first step; what others say."""
+    """Return the norms of three steps of each case: with component norms, without them, and with a gradient of NaN."""
     answers = []
     for case in cases:
         half = case.get("precision") == "fp16"

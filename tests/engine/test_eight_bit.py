@@ -16,8 +16,15 @@ from torch import nn
 from mmscale.dist import World
 from mmscale.engine.optimizers import eight_bit
 from mmscale.engine.optimizers.build import build_optimizer
-from mmscale.engine.optimizers.eight_bit import BLOCK, Blocks, QuantisedRange, codec, dynamic_levels, zero_moment
-from mmscale.engine.optimizers.shards import FlatMaster, Piece
+from mmscale.engine.optimizers.eight_bit import (
+    BLOCK,
+    QuantisedMoment,
+    QuantisedRange,
+    codec,
+    dynamic_levels,
+    zero_moment,
+)
+from mmscale.engine.optimizers.shards import FlatMaster, ParameterShard
 from mmscale.optim.schedule import LearningRates, freeze, parameter_groups, trained_components
 from tests.engine.programs import LANES, gathered, lanes_of, make_engine, stage
 from tests.engine.ranks import run_ranks
@@ -36,7 +43,7 @@ def levels_of(signed: bool) -> np.ndarray:
 
 
 def nearest(values: np.ndarray, signed: bool) -> np.ndarray:
-    """One block, quantised and back, by looking at every level; float64."""
+    """Quantise and dequantise one block in float64, by comparison with every level."""
     scale = np.abs(values).max(initial=0.0)
     if not scale:
         return np.zeros_like(values)
@@ -45,13 +52,13 @@ def nearest(values: np.ndarray, signed: bool) -> np.ndarray:
 
 
 def blocks_of(start: int, stop: int) -> list[slice]:
-    """A part of a parameter cut into blocks, as slices of the part."""
+    """Return the blocks of a shard as slices of the shard."""
     borders = [start, *range(start // BLOCK * BLOCK + BLOCK, stop, BLOCK), stop]
     return [slice(low - start, high - start) for low, high in itertools.pairwise(borders)]
 
 
 def test_the_levels_are_the_published_ones_but_for_the_ends() -> None:
-    """Figures of ``bitsandbytes.functional.create_dynamic_map`` 0.50.2, where the ends are -0.993 and 0.993, and 0."""
+    """Values of ``bitsandbytes.functional.create_dynamic_map`` 0.50.2, where the ends are -0.993 and 0.993, and 0."""
     signed, unsigned = dynamic_levels(signed=True).tolist(), dynamic_levels(signed=False).tolist()
     assert signed[:9] == pytest.approx(
         [0, 5.5e-7, 3.25e-6, 7.75e-6, 2.125e-5, 4.375e-5, 6.625e-5, 8.875e-5, 1.5625e-4], rel=1e-6
@@ -67,7 +74,7 @@ def test_the_levels_are_the_published_ones_but_for_the_ends() -> None:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_nearest_of_all_levels_is_taken(signed: bool) -> None:
-    """Also beside each border and on each level, where the table of cells could be one off."""
+    """Also next to each border and on each level, where the lookup table could be off by one."""
     levels = torch.from_numpy(levels_of(signed)).float()
     borders = (levels[1:] + levels[:-1]) / 2
     inf = torch.tensor(torch.inf)
@@ -75,7 +82,7 @@ def test_the_nearest_of_all_levels_is_taken(signed: bool) -> None:
     values = torch.cat([levels, borders, borders.nextafter(inf), borders.nextafter(-inf), draws, -draws * signed])
     for scale in (1.0, 3e-7, 1.7e19):
         rest = nn.functional.pad(scale * values, (0, -len(values) % (BLOCK - 1))).view(-1, BLOCK - 1)
-        whole = nn.functional.pad(rest, (1, 0), value=scale)  # Of each block the first is the largest.
+        whole = nn.functional.pad(rest, (1, 0), value=scale)  # The first value of each block is the largest.
         table = codec(signed, CPU)
         found = table.dequantise(*table.quantise(whole)).double().numpy()
         for row, block in zip(found, whole.double().numpy(), strict=True):
@@ -96,15 +103,15 @@ def test_the_nearest_of_all_levels_is_taken(signed: bool) -> None:
 def test_quantising_again_changes_no_bit(
     values: list[float], exponent: int, start: int, signed: bool, equal: bool
 ) -> None:
-    """Any magnitude, denormal ones and zeros too; a block whose largest value is negative; any cut."""
+    """Any magnitude, with denormals and zeros; blocks whose largest value is negative; any cut between shards."""
     given_values = (torch.tensor(values, dtype=torch.float64) * 2.0**exponent).float()
     given_values = given_values if signed else given_values.abs()
     if equal:
         given_values = given_values[:1].expand(len(values)).clone()
-    first = QuantisedRange(Blocks(start, start + len(values), signed=signed, device=CPU), 0, len(values))
+    first = QuantisedRange(QuantisedMoment(start, start + len(values), signed=signed, device=CPU), 0, len(values))
     first.copy_(given_values)
-    second = QuantisedRange(Blocks(start, start + len(values), signed=signed, device=CPU), 0, len(values))
-    second.copy_(torch.full_like(given_values, 3e38))  # What was there before does not matter.
+    second = QuantisedRange(QuantisedMoment(start, start + len(values), signed=signed, device=CPU), 0, len(values))
+    second.copy_(torch.full_like(given_values, 3e38))  # The previous values must not matter.
     second.copy_(first.float())
     assert first.float().numpy().tobytes() == second.float().numpy().tobytes()
     for part in blocks_of(start, start + len(values)):
@@ -115,7 +122,7 @@ def test_quantising_again_changes_no_bit(
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_products_that_float32_rounds_are_found_again(signed: bool) -> None:
-    """Every level times each of the smallest numbers, where neighbouring levels are the same float32."""
+    """Every level times each of the smallest floats, for which neighbouring levels are the same float32."""
     table = codec(signed, CPU)
     smallest = torch.arange(1, 5001, dtype=torch.int32).view(torch.float32)
     once = table.dequantise(*table.quantise(table.values[None, :] * smallest[:, None]))
@@ -124,7 +131,7 @@ def test_products_that_float32_rounds_are_found_again(signed: bool) -> None:
 
 
 def test_no_second_moment_is_rounded_to_nothing() -> None:
-    moment = QuantisedRange(Blocks(0, 3, signed=False, device=CPU), 0, 3)
+    moment = QuantisedRange(QuantisedMoment(0, 3, signed=False, device=CPU), 0, 3)
     moment.copy_(torch.tensor([1.0, 1e-12, 0.0]))
     assert moment.float().tolist() == pytest.approx([1, 1e-7, 1e-7])
     moment.copy_(torch.zeros(3))
@@ -134,7 +141,7 @@ def test_no_second_moment_is_rounded_to_nothing() -> None:
 def test_a_range_is_read_and_written_within_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(eight_bit._CHUNK_BLOCKS, "cpu", 2)
     start, length = 100, 2000
-    whole = Blocks(start, start + length, signed=True, device=CPU)
+    whole = QuantisedMoment(start, start + length, signed=True, device=CPU)
     values = torch.randn(length, generator=torch.Generator().manual_seed(1))
     QuantisedRange(whole, 0, length).copy_(values)
     before = QuantisedRange(whole, 0, length).float()
@@ -156,7 +163,7 @@ def test_blocks_that_no_cut_touches_keep_every_bit_at_other_ranks() -> None:
     def after(values: torch.Tensor, cuts: list[int]) -> torch.Tensor:
         parts = []
         for start, stop in itertools.pairwise([0, *cuts, numel]):
-            part = QuantisedRange(Blocks(start, stop, signed=True, device=CPU), 0, stop - start)
+            part = QuantisedRange(QuantisedMoment(start, stop, signed=True, device=CPU), 0, stop - start)
             part.copy_(values[start:stop])
             parts.append(part.float())
         return torch.cat(parts)
@@ -174,17 +181,17 @@ def test_blocks_that_no_cut_touches_keep_every_bit_at_other_ranks() -> None:
 
 
 def hand_made(lengths: list[tuple[int, int]]) -> tuple[FlatMaster, Any]:
-    """A flat master of parts ``[start, stop)``, each followed by padding that nobody may look at; its optimizer."""
-    pieces, offset = [], 0
+    """Return a flat master of shards ``[start, stop)``, each followed by NaN padding, and its optimizer."""
+    shards, offset = [], 0
     for number, (start, stop) in enumerate(lengths):
-        pieces.append(Piece(f"p{number}", (5000,), offset, start, stop))
+        shards.append(ParameterShard(f"p{number}", (5000,), offset, start, stop))
         offset += stop - start + 3
     flat = nn.Parameter(torch.full((offset,), torch.nan))
     generator = torch.Generator().manual_seed(2)
-    for piece in pieces:
-        piece.of(flat.data).copy_(torch.randn(piece.stop - piece.start, generator=generator))
+    for shard in shards:
+        shard.view_of(flat.data).copy_(torch.randn(shard.stop - shard.start, generator=generator))
     group = {"params": [flat], "lr": 1e-2, "weight_decay": DECAY, "state_bits": 8}
-    master = FlatMaster(flat, group, tuple(pieces), True)
+    master = FlatMaster(flat, group, tuple(shards), True)
     optimizer = build_optimizer([group], stage(**EIGHT), clip_here=False)
     optimizer.state[flat].update({kind: zero_moment(master, kind) for kind in ("exp_avg", "exp_avg_sq")})
     optimizer.state[flat]["step"] = torch.zeros(())
@@ -193,47 +200,47 @@ def hand_made(lengths: list[tuple[int, int]]) -> tuple[FlatMaster, Any]:
 
 def moments(master: FlatMaster, optimizer: Any, kind: str) -> list[np.ndarray]:
     kept = optimizer.state[master.values][kind]
-    return [QuantisedRange(kept[p], 0, p.stop - p.start).float().double().numpy() for p in master.pieces]
+    return [QuantisedRange(kept[p], 0, p.stop - p.start).float().double().numpy() for p in master.shards]
 
 
 def test_each_step_is_adamw_on_the_dequantised_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the formula in float64, from the optimizer's own moments before each step."""
+    """Against the formula in float64, with the optimizer's moments before each step."""
     monkeypatch.setitem(eight_bit._CHUNK_BLOCKS, "cpu", 2)
     master, optimizer = hand_made([(0, 12), (300, 1800), (7, 7), (255, 257), (1024, 1536)])
     flat, generator = master.values, torch.Generator().manual_seed(3)
     for step in range(1, 7):
-        before = [p.of(flat.data).double().numpy().copy() for p in master.pieces]
+        before = [p.view_of(flat.data).double().numpy().copy() for p in master.shards]
         m, v = moments(master, optimizer, "exp_avg"), moments(master, optimizer, "exp_avg_sq")
         flat.grad = torch.full_like(flat, torch.nan)
-        for piece in master.pieces:
-            size = 10.0 ** (-4 * torch.rand(piece.stop - piece.start, generator=generator))
-            piece.of(flat.grad).copy_(torch.randn(piece.stop - piece.start, generator=generator) * size)
+        for shard in master.shards:
+            size = 10.0 ** (-4 * torch.rand(shard.stop - shard.start, generator=generator))
+            shard.view_of(flat.grad).copy_(torch.randn(shard.stop - shard.start, generator=generator) * size)
         optimizer.step()
         new_m, new_v = moments(master, optimizer, "exp_avg"), moments(master, optimizer, "exp_avg_sq")
-        for i, piece in enumerate(master.pieces):
-            g = piece.of(flat.grad).double().numpy()
+        for i, shard in enumerate(master.shards):
+            g = shard.view_of(flat.grad).double().numpy()
             m[i], v[i] = BETA1 * m[i] + (1 - BETA1) * g, BETA2 * v[i] + (1 - BETA2) * g * g
             update = m[i] / (1 - BETA1**step) / (np.sqrt(v[i] / (1 - BETA2**step)) + EPS)
             expected = before[i] * (1 - 1e-2 * DECAY) - 1e-2 * update
-            assert piece.of(flat.data).double().numpy() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            assert shard.view_of(flat.data).double().numpy() == pytest.approx(expected, rel=1e-5, abs=1e-6)
             for exact, kept, signed in ((m[i], new_m[i], True), (v[i], new_v[i], False)):
-                for part in blocks_of(piece.start, piece.stop):
+                for part in blocks_of(shard.start, shard.stop):
                     best = np.abs(nearest(exact[part], signed) - exact[part])
                     slack = 1e-5 * np.abs(exact[part]).max(initial=0.0)
                     assert (np.abs(kept[part] - exact[part]) <= best + slack).all()
-    assert flat.isnan().sum() == 3 * len(master.pieces)
+    assert flat.isnan().sum() == 3 * len(master.shards)
 
 
 def test_two_bytes_a_value_and_a_scale_a_block() -> None:
     master, optimizer = hand_made([(0, 100 * BLOCK), (BLOCK, 50 * BLOCK)])
     kept = [blocks for kind in ("exp_avg", "exp_avg_sq") for blocks in optimizer.state[master.values][kind].values()]
-    count = sum(piece.stop - piece.start for piece in master.pieces)
+    count = sum(shard.stop - shard.start for shard in master.shards)
     found = sum(tensor.nbytes for blocks in kept for tensor in (blocks.codes, blocks.scales))
     assert found / count == 2 + 2 * 4 / 256
 
 
 def trained(world: World, cases: list[dict[str, Any]]) -> list[Any]:
-    """Losses, weights, and the ranges that this rank steps."""
+    """Return losses, weights, and the ranges that this rank steps."""
     answers = []
     for case in cases:
         engine = make_engine(world, case["zero"], EIGHT | case.get("stage_changes", {}), **case.get("config", {}))
@@ -246,7 +253,7 @@ def trained(world: World, cases: list[dict[str, Any]]) -> list[Any]:
 
 
 def reference(ranges: dict[str, set[tuple[int, int]]], stage_changes: dict[str, Any], steps: int) -> dict[str, Any]:
-    """All lanes in one process, whole parameters, blocks cut where the ranks' ranges end; no code of the optimizer."""
+    """Return the reference: all lanes in one process, whole parameters, blocks cut at the ends of the ranks' ranges."""
     model, objective, plan = toy_model(), ToyObjective(), stage(**stage_changes)
     freeze(model, model.components(), plan)
     names = trained_components(model.components(), plan)
@@ -302,7 +309,7 @@ def test_every_stage_steps_as_the_formula(world_size: int) -> None:
                 ranges.setdefault(name, set()).add((start, stop))
         truth = reference(ranges, EIGHT | case.get("stage_changes", {}), 5)
         found = answers[0][number]
-        # Measured: losses 4e-7, weights 2e-7; a value that lies between two levels may fall to the other one.
+        # Measured: losses 4e-7, weights 2e-7. A value halfway between two levels may be rounded to either.
         assert found["losses"] == pytest.approx(truth["losses"], rel=1e-5), case
         for name, values in truth["weights"].items():
             assert found["weights"][name] == pytest.approx(values.tolist(), abs=1e-4), (case, name)
@@ -310,7 +317,7 @@ def test_every_stage_steps_as_the_formula(world_size: int) -> None:
 
 @pytest.mark.dist
 def test_the_losses_stay_close_to_those_of_32_bits() -> None:
-    """Over 60 steps on five batches, which the model learns by heart."""
+    """Over 60 steps on five batches, which the model memorises."""
     cases: list[dict[str, Any]] = [
         {"zero": 3, "steps": 60, "stage_changes": {"schedule": "constant", "steps": 60, **optimizer}}
         for optimizer in (EIGHT, {"optimizer": {"kind": "adamw"}})
@@ -328,7 +335,9 @@ def test_a_gpu_gives_the_same_codes(signed: bool) -> None:
     numel, generator = 10_000_001, torch.Generator().manual_seed(5)
     values = torch.randn(numel, generator=generator) * 10.0 ** torch.linspace(-9, 3, numel)
     values = values if signed else values.square()
-    host, device = (Blocks(77, 77 + numel, signed=signed, device=torch.device(where)) for where in ("cpu", "cuda:0"))
+    host, device = (
+        QuantisedMoment(77, 77 + numel, signed=signed, device=torch.device(where)) for where in ("cpu", "cuda:0")
+    )
     for blocks in (host, device):
         QuantisedRange(blocks, 0, numel).copy_(values.to(blocks.scales.device))
     assert torch.equal(device.codes.cpu(), host.codes)

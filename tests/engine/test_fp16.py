@@ -1,4 +1,4 @@
-"""fp16: refused on a CPU; where it is forced, the loss scale falls at an overflow and comes back from a checkpoint."""
+"""fp16: rejected on a CPU; if forced, an overflow lowers the loss scale, and a checkpoint restores it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_scale_falls_and_resumes(tmp_path: Path) -> None:
     for zero, answer in zip(zeros, answers, strict=True):
         assert answer["first"][0][0] == pytest.approx(total / sum(batch.weight for batch in batches), rel=2e-3)
         assert answer["refused"] == [False, False]
-        # DeepSpeed forgives the first overflow and halves the scale at the second.
+        # DeepSpeed tolerates the first overflow and halves the scale at the second.
         expected = {"cur_scale": TOO_LARGE / 2, "cur_iter": 3, "last_overflow_iter": 2, "cur_hysteresis": 1}
         assert answer["scaler"] == expected, zero
         assert (answer["restored"], answer["restored_scaler"]) == (answer["saved"], answer["scaler"])

@@ -1,4 +1,4 @@
-"""Out of memory is a sentence: what was done, and the keys that take less. The allocations fail for real."""
+"""The message for running out of memory: the phase, and the keys that reduce memory. The allocations really fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import out_of_memory
-from mmscale.cli.console import door
+from mmscale.cli.console import exit_code_of
 from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.memory import explain_memory
@@ -44,7 +44,7 @@ def test_a_failed_allocation_is_a_sentence(error: Exception, capsys: pytest.Capt
     def run() -> None:
         raise error
 
-    assert door(run) == 1
+    assert exit_code_of(run) == 1
     said = capsys.readouterr().err
     assert said.startswith("mmscale: out of memory (")
     assert said.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The bias of routers: what it changes, and that all ranks move it by the load of the whole step."""
+"""The bias of routers: its effect, and its update by the load of the whole step on all ranks."""
 
 from __future__ import annotations
 

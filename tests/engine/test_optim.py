@@ -94,7 +94,7 @@ def test_each_component_warms_up_by_itself() -> None:
         ({"train": ["vision"], "warmup_steps": {"decoder": 2, "default": 1}}, "warmup_steps names"),
         ({"train": ["vision", "decoder"], "warmup_steps": {"vision": 2}}, "warmup_steps has no value for"),
         ({"train": ["vision", "vision"]}, "twice"),
-        ({"train": ["all", "vision"]}, "stands alone"),
+        ({"train": ["all", "vision"]}, "must be the only name"),
         ({"train": ["vision"], "learning_rate": {"decoder": 1e-3}}, "does not train"),
         ({"train": ["vision", "decoder"], "learning_rate": {"vision": 1e-3}}, "no value for"),
         ({"learning_rate": {"default": 0.0}}, "greater than 0"),

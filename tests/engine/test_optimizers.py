@@ -13,7 +13,7 @@ from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.optimizers.adafactor import Adafactor
 from mmscale.engine.optimizers.build import build_optimizer
-from mmscale.engine.optimizers.shards import FlatMaster, Piece
+from mmscale.engine.optimizers.shards import FlatMaster, ParameterShard
 from mmscale.models.vocabulary import LanguageHead
 from mmscale.optim.config import AdafactorConfig, AdamWConfig, MuonConfig
 from mmscale.optim.schedule import MUON_MOMENTS, LearningRates, freeze, parameter_groups, tables, trained_components
@@ -32,7 +32,7 @@ needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.
 
 
 def torch_optimizers(groups: list[dict[str, Any]], plan: StageConfig) -> list[torch.optim.Optimizer]:
-    """torch's own classes over whole parameters; groups that are stepped share their dictionaries with ``groups``."""
+    """Return torch's optimizers on whole parameters. Their groups share dictionaries with ``groups``."""
     config = plan.optimizer
     if isinstance(config, AdafactorConfig):
         return [torch.optim.Adafactor(groups, lr=0.0)]
@@ -44,7 +44,7 @@ def torch_optimizers(groups: list[dict[str, Any]], plan: StageConfig) -> list[to
 
 
 def reference(stage_changes: dict[str, Any]) -> dict[str, Any]:
-    """All lanes in one process: no engine, no DeepSpeed, no shards."""
+    """Return the reference: all lanes in one process, without engine, DeepSpeed or shards."""
     model, objective, plan = toy_model(), ToyObjective(), stage(**stage_changes)
     freeze(model, model.components(), plan)
     names = trained_components(model.components(), plan)
@@ -84,8 +84,8 @@ def test_steps_equal_torch_at_every_stage() -> None:
     for case, found in zip(cases, answers[0], strict=True):
         truth = reference(case["stage_changes"])
         losses = [report[0] for report in found["reports"]]
-        # Measured: losses 1e-7, weights 1.2e-7. Only Muon iterates in bfloat16, where a sum that is rounded otherwise
-        # can flip the last digit of an update; once seen: losses 2e-5, weights 7e-4.
+        # Measured: losses 1e-7, weights 1.2e-7. Only Muon iterates in bfloat16, where a sum with another rounding
+        # can change the last digit of an update. Seen once: losses 2e-5, weights 7e-4.
         muon = case["stage_changes"]["optimizer"]["kind"] == "muon"
         assert losses == pytest.approx(truth["losses"], rel=1e-4 if muon else 1e-6), case
         assert worst(found["weights"], truth["weights"]) < (3e-3 if muon else 1e-6), case
@@ -96,7 +96,7 @@ def test_steps_equal_torch_at_every_stage() -> None:
 @needs_muon
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_shards_that_cut_rows_and_experts_step_as_whole_matrices(world_size: int) -> None:
-    """Muon deals six matrices to four ranks: two ranks have none in the second round."""
+    """Muon gives six matrices to four ranks: two ranks have none in the second round."""
     optimizers: list[dict[str, Any]] = [{"kind": "adafactor"}, {"kind": "muon"}]
     if world_size == 1:
         found = steps_on_shards(World(0, 1, 0, torch.device("cpu")), optimizers, 4)
@@ -153,13 +153,13 @@ def test_adafactor_caps_updates_and_rates_as_torch_does(rate: float, config: dic
     group = {"params": [*values.values()], "lr": rate, "weight_decay": chosen.weight_decay}
     ours = Adafactor([group], chosen)
     group = ours.param_groups[0]
-    pieces = {name: Piece(name, tuple(p.shape), 0, 0, p.numel()) for name, p in values.items()}
-    ours.attach([FlatMaster(values[name], group, (piece,), False) for name, piece in pieces.items()], world)
+    shards = {name: ParameterShard(name, tuple(p.shape), 0, 0, p.numel()) for name, p in values.items()}
+    ours.attach([FlatMaster(values[name], group, (shard,), False) for name, shard in shards.items()], world)
     for parameter in values.values():
         ours.state[parameter]["step"] = torch.zeros(())
     generator = torch.Generator().manual_seed(1)
     for step in range(5):
-        size = (1e-3, 1e-3, 1.0, 1e-4, 10.0)[step]  # A jump makes the update large: the cap is active at steps 2 and 4.
+        size = (1e-3, 1e-3, 1.0, 1e-4, 10.0)[step]  # The jumps make clipping active at steps 2 and 4.
         for name, parameter in values.items():
             parameter.grad = size * torch.randn(parameter.shape, generator=generator) * (name != "quiet")
             copies[name].grad = parameter.grad.clone()
@@ -189,7 +189,7 @@ def test_the_average_follows_its_formula_at_every_stage() -> None:
         assert [report[3] for report in answer["reports"]] == [True, True, True, False, True, True]
         for name, values in answer["weights"].items():
             masters = [torch.tensor(moment[name]).double() for moment in history]
-            # Step 3 was refused: of the five that were applied the second and fourth count, masters 2 and 5.
+            # Step 3 was rejected. The average is updated at the second and fourth applied step: masters 2 and 5.
             expected = 0.36 * masters[0] + 0.4 * (0.6 * masters[2] + masters[5])
             found = torch.tensor(answer["averages"][name]).double()
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, msg=lambda m, c=case: f"{c}: {m}")
@@ -203,11 +203,11 @@ def test_muon_steps_no_matrix_without_a_gradient_or_without_knowing_its_shards()
     model = nn.ParameterDict({"matrix": matrix})
     plan = stage(**MUON)
     (group,) = parameter_groups(model, {"all": [matrix]}, plan)
-    piece = Piece("matrix", (2, 3), 0, 0, 6)
+    shard = ParameterShard("matrix", (2, 3), 0, 0, 6)
     for attached, has_gradient in ((False, True), (True, False), (True, True)):
         optimizer: Any = build_optimizer([{**group, "params": [matrix], "lr": RATE}], plan, clip_here=False)
         if attached:
-            master = FlatMaster(matrix, optimizer.param_groups[0], (piece,), False)
+            master = FlatMaster(matrix, optimizer.param_groups[0], (shard,), False)
             optimizer.attach([master], World(0, 1, 0, torch.device("cpu")))
         optimizer.state[matrix].update(momentum_buffer=torch.zeros(2, 3), step=torch.zeros(()))
         matrix.grad = torch.eye(2, 3) if has_gradient else None

@@ -1,4 +1,4 @@
-"""Ranges of parameters that need no engine."""
+"""Ranges of parameters without an engine."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import nn
 from mmscale.checkpoint.save import tied_names
 from mmscale.checkpoint.share import persistent_buffers
 from mmscale.dist import World
-from mmscale.engine.partition import frozen_ranges, parameter_table, share
+from mmscale.engine.partition import frozen_ranges, parameter_table, shard_range
 from tests.engine.toy import toy_model
 
 
 @given(st.integers(0, 200), st.integers(1, 17))
 def test_equal_pieces_follow_one_another_and_only_the_last_ones_are_short(numel: int, world_size: int) -> None:
-    pieces = [share(numel, rank, world_size) for rank in range(world_size)]
+    pieces = [shard_range(numel, rank, world_size) for rank in range(world_size)]
     assert [value for low, high in pieces for value in range(low, high)] == list(range(numel))
     lengths = [high - low for low, high in pieces]
     assert lengths[0] == math.ceil(numel / world_size)
@@ -42,7 +42,7 @@ def test_a_model_that_does_not_learn_is_filled_whole_below_stage_3() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_model_that_does_not_learn_is_filled_by_shards_at_stage_3(world_size: int) -> None:
-    """ZeRO-3 empties a parameter and keeps the rank's shard, padded to the length of the first rank's."""
+    """ZeRO-3 empties a parameter and keeps the rank's shard, padded to the length of rank 0's shard."""
     numel = 5
     for rank in range(world_size):
         shard_length = math.ceil(numel / world_size)

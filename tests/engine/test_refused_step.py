@@ -1,4 +1,4 @@
-"""A refused step moves nothing at any ZeRO stage, and training goes on as if its batch had not been there."""
+"""A rejected update changes nothing at any ZeRO stage, and training continues as without its batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_step_that_one_rank_refuses_is_left_out_by_all() -> None:
             assert refused["reports"][:2] + refused["reports"][3:] == plain["reports"]
             assert refused["state"] == plain["state"], "masters and moments, bit for bit"
             assert refused["steps"] == plain["steps"] == 3
-            # Asked once a step, with what the step then reports.
+            # Called once a step, with the values that the step reports.
             assert refused["asked"] == [report[:2] for report in refused["reports"]]
             assert all(0 < norm < 1e9 for _, norm in refused["asked"])
     assert [a["asked"] for a in ranks[0]] == [a["asked"] for a in ranks[1]]

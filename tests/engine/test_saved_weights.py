@@ -1,4 +1,4 @@
-"""Weights that are freed after the forward pass and come back for the backward pass, as ZeRO-3 does with them."""
+"""Weights that are freed after the forward pass and gathered again for the backward pass, as with ZeRO-3."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmscale.engine.graph import SavedWeights
 
 
 class Part(nn.Module):
-    """Saves a transposed weight, a slice of one, and one as it is."""
+    """Saves a transposed weight, a slice of a weight, and a whole weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Part(nn.Module):
 
 
 def gathered_for_a_moment(part: Part, seen: list[StorageWeakRef]) -> None:
-    """Hooks that make weights whole before a pass, and empty after it."""
+    """Hooks that gather weights before a pass and free them after it."""
     kept = {p: p.detach().clone() for p in part.parameters()}
 
     def gather(*_: Any) -> None:
@@ -46,7 +46,7 @@ def gathered_for_a_moment(part: Part, seen: list[StorageWeakRef]) -> None:
 
 
 def passes(whole: bool, saving: Callable[[nn.Module], AbstractContextManager[Any]]) -> tuple[list[bool], list[Tensor]]:
-    """Which gathered storages are gone after the forward pass, and the gradients."""
+    """Return which gathered storages are freed after the forward pass, and the gradients."""
     torch.manual_seed(1)
     part, rows, seen = Part(), torch.randn(5, 6, requires_grad=True), []
     if not whole:
@@ -76,8 +76,8 @@ def test_an_address_that_serves_again_is_not_taken_for_the_weight() -> None:
     saved = SavedWeights(part, [part])
     values = part.scale.detach()
     with saved():
-        part(torch.zeros(1, 6))  # Notes the addresses.
+        part(torch.zeros(1, 6))  # Records the addresses.
         part.scale.data = torch.empty(0)
-        factor = values.requires_grad_()  # An activation in the memory that was the weight's.
+        factor = values.requires_grad_()  # An activation in the memory of a freed weight.
         out = factor * factor.detach()
     assert torch.equal(torch.autograd.grad(out.sum(), factor)[0], factor.detach())

@@ -1,4 +1,4 @@
-"""What a step says about itself: time and memory of its phases."""
+"""Time and memory of the phases of a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def timed_step(world: World) -> list[Any]:
-    """A step under a clock that stands still but for told amounts: 1 s in a block's forward, 1,000 s a collective."""
+    """Run a step with a fake clock: 1 s for the forward of a block, 1,000 s for each collective, else 0."""
     from deepspeed.comm import comm
 
     from mmscale.dist import start_deepspeed
@@ -104,7 +104,7 @@ def test_a_phase_knows_its_own_memory_and_the_process_keeps_its_mark() -> None:
     with clock.phase("forward"):
         held = torch.ones(size // 4)
     del held
-    between = torch.ones(2 * size // 4)  # Within no phase.
+    between = torch.ones(2 * size // 4)  # Outside of phases.
     del between
     with clock.phase("backward"):
         pass

@@ -1,4 +1,4 @@
-"""Joining a run: which launcher's variables count; choosing a precision."""
+"""Join a run with the variables of each launcher, and choose a precision."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mmscale.dist import (
     _map_launcher_variables,
     all_reduce_sum,
     all_reduce_sum_list,
-    first_complaint,
+    lowest_rank_error,
 )
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.ds_config import deepspeed_config
-from mmscale.engine.partition import share
+from mmscale.engine.partition import shard_range
 from mmscale.engine.precision import Precision, choose_precision, cpu_flags
 from mmscale.errors import LaunchError
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A dictionary that stands for ``os.environ``, without any launcher's variables."""
+    """Replace ``os.environ`` by a dictionary without variables of a launcher."""
     stand_in: dict[str, str] = {}
     monkeypatch.setattr("mmscale.dist.os.environ", stand_in)
     return stand_in
@@ -89,8 +89,8 @@ def test_words_of_a_lonely_rank() -> None:
     alone = World(0, 1, 0, CPU)
     assert all_reduce_sum_list(alone, [1, 2.5]) == [1.0, 2.5]
     assert all_reduce_sum(alone, {"b": 1, "a": 2.5}) == {"b": 1.0, "a": 2.5}
-    assert first_complaint(alone, None) is None
-    assert first_complaint(alone, "full") == "full"
+    assert lowest_rank_error(alone, None) is None
+    assert lowest_rank_error(alone, "full") == "full"
 
 
 @pytest.mark.parametrize(
@@ -131,5 +131,5 @@ def test_somebody_clips_exactly_once(stage: int, name: str) -> None:
 @pytest.mark.parametrize("numel", [1, 2, 3, 10, 12, 13])
 @pytest.mark.parametrize("world_size", [1, 2, 4, 7])
 def test_shares_tile_a_parameter(numel: int, world_size: int) -> None:
-    values = [i for rank in range(world_size) for i in range(*share(numel, rank, world_size))]
+    values = [i for rank in range(world_size) for i in range(*shard_range(numel, rank, world_size))]
     assert values == list(range(numel))

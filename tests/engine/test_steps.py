@@ -18,9 +18,10 @@ from tests.engine.toy import ToyModel, ToyObjective, toy_batch, toy_model
 
 STEPS = 6
 FROZEN = {"stage_changes": {"train": ["vision", "connector"]}}
-# The blocks learn behind a frozen embedding and a frozen tower: nothing that enters them has a gradient.
+# The blocks are trained after a frozen embedding and a frozen tower: none of their inputs has a gradient.
 LATE = {"stage_changes": {"train": ["decoder"], "learning_rate": {"default": 1e-2}}}
-# One component far above its limit, one far below, one without; a large eps, since AdamW's steps hardly know the scale.
+# One component far above its limit, one far below, one without a limit. A large eps makes AdamW's steps depend on the
+# scale of the gradient.
 BY_COMPONENT = {
     "stage_changes": {
         "clip": {"vision": 0.01, "connector": 100.0, "embedding": 0.0, "default": 0.2},
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.dist
 
 
 def clip_(model: ToyModel, plan: StageConfig) -> Tensor:
-    """Clips as torch does; the norm of the whole gradient before that."""
+    """Clip with torch. Return the norm of the whole gradient before clipping."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), plan.clip if isinstance(plan.clip, float) else math.inf)
     limits = plan.clip if isinstance(plan.clip, dict) else {}
     for component, parameters in model.components().items():
@@ -56,7 +57,7 @@ def clip_(model: ToyModel, plan: StageConfig) -> Tensor:
 
 
 def reference(stage_changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """All lanes in one process, no engine, no DeepSpeed."""
+    """Return the reference: all lanes in one process, without engine or DeepSpeed."""
     model, objective, plan = toy_model(), ToyObjective(), stage(**(stage_changes or {}))
     freeze(model, model.components(), plan)
     names = trained_components(model.components(), plan)
@@ -85,7 +86,7 @@ def check(found: dict[str, Any], truth: dict[str, Any]) -> None:
     for mine, theirs in zip(found["reports"], truth["reports"], strict=True):
         assert mine == pytest.approx(theirs, rel=2e-6)
     for name, values in truth["weights"].items():
-        # AdamW's first steps divide a gradient by its own size: rounding of tiny gradients shows in the weights.
+        # AdamW's first steps divide a gradient by its own magnitude, so rounding of tiny gradients changes the weights.
         torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(values), rtol=1e-4, atol=3e-6)
     assert found["steps"] == STEPS
 
@@ -95,7 +96,7 @@ def test_steps_equal_plain_torch_at_any_world_size(world_size: int) -> None:
     chosen = {1: (0, 1, 3, 8, 9, 11, 14), 2: range(len(CASES)), 4: (0, 1, 3, 8, 9)}
     cases = [CASES[index] for index in chosen[world_size]]
     ranks = run_ranks("tests.engine.programs:train_cases", world_size, {"cases": cases})
-    assert all(rank == ranks[0] for rank in ranks), "ranks report different figures"
+    assert all(rank == ranks[0] for rank in ranks), "ranks report different values"
     for case, found in zip(cases, ranks[0], strict=True):
         check(found, reference(case.get("stage_changes")))
 
@@ -104,7 +105,7 @@ def test_bad_and_empty_steps_change_nothing_on_any_rank() -> None:
     plain = [{"zero": zero, "steps": 2} for zero in (0, 1, 2, 3)]
     bad = [{"zero": zero, "steps": 3, "bad_step": 2} for zero in (0, 1, 2, 3)]
     empty = [{"zero": zero, "steps": 3, "null_step": 2} for zero in (0, 3)]
-    # In bf16 every stage has another optimizer wrapper in DeepSpeed; each must refuse too.
+    # In bf16 DeepSpeed has another optimizer wrapper at every stage. Each must skip the update too.
     half = [{"zero": zero, "steps": 3, "bad_step": 2, "precision": "bf16"} for zero in (0, 1, 2, 3)]
     answers = run_ranks("tests.engine.programs:train_cases", 2, {"cases": plain + bad + empty + half})[0]
     for case, answer in zip(bad + empty, answers[4:10], strict=True):

@@ -1,4 +1,4 @@
-"""Requests to stop: signals set a flag, the deadline is the job's, a second Ctrl-C does not wait."""
+"""Stop requests: signals set a flag, SLURM sets the deadline, and a second Ctrl-C stops at once."""
 
 from __future__ import annotations
 

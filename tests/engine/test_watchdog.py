@@ -1,4 +1,4 @@
-"""A hang on real ranks: a bounded end, a sentence that names who, where and which collective, and an exit code."""
+"""A hang on real ranks: the run ends in bounded time, with an exit code, and names rank, line and collective."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 
 from mmscale.dist import World
 from mmscale.engine.config import EngineConfig
-from mmscale.engine.watchdog import EXIT_HUNG, Beat, Limits, Watchdog, explain
+from mmscale.engine.watchdog import EXIT_HUNG, Heartbeat, Limits, Watchdog, explain
 from tests.engine.programs import lanes_of, make_engine
 from tests.engine.ranks import start_ranks
 
 LIMIT = 4.0
 
 
-def beat(step: int, phase: str, seconds: float, collective: str = "", place: str = "a.py:1 in f") -> Beat:
-    return Beat(1, step, phase, seconds, collective, place)
+def beat(step: int, phase: str, seconds: float, collective: str = "", place: str = "a.py:1 in f") -> Heartbeat:
+    return Heartbeat(1, step, phase, seconds, collective, place)
 
 
 def test_the_limit_of_a_step_lies_below_that_of_a_collective() -> None:
@@ -41,7 +41,7 @@ def test_the_sentence_blames_who_does_not_wait() -> None:
 def test_the_sentence_blames_first_who_does_not_run() -> None:
     beats = [beat(7, "forward", 60, "all_gather"), None, beat(7, "data", 2)]
     said = explain(beats, [1, 2])
-    assert said.startswith("rank 1 has never given a sign of life; rank 2 does not run any more")
+    assert said.startswith("rank 1 has never written a heartbeat; rank 2 does not run any more")
     assert "last in data of step 7" in said
     assert said.endswith("while rank 0 waits for it in all_gather of step 7 (forward)")
 
@@ -56,7 +56,7 @@ def test_alone_it_says_where_it_stands() -> None:
 
 
 def slow_then_stuck(world: World, folder: str) -> Any:
-    """Steps that take longer than the limit in all, a long checkpoint, then rank 1 sleeps in a forward."""
+    """Run steps that exceed the limit only in sum, a long checkpoint, then let rank 1 sleep in a forward pass."""
     limits = Limits(step=LIMIT, other=60)
     watchdog = Watchdog(Path(folder), limits, world.rank, world.world_size)
     watchdog.start()
@@ -65,7 +65,7 @@ def slow_then_stuck(world: World, folder: str) -> Any:
     nap = [0.0]
     engine.model.decoder.norm.register_forward_hook(lambda *_: time.sleep(nap[0]))
     for step in range(3):
-        nap[0] = 0.45 * LIMIT * (step == 1)  # Two microbatches, so twice a step.
+        nap[0] = 0.45 * LIMIT * (step == 1)  # Twice a step, since there are two microbatches.
         watchdog.begin_step(step + 1)
         time.sleep(0.5 * LIMIT * (step == 1))
         engine.train_step(lanes_of(world, step))

@@ -1,4 +1,4 @@
-"""A stand-in for the multimodal model: the engine's whole interface, with tied weights, a gate and a buffer."""
+"""A small replacement of the multimodal model with the engine's whole interface, tied weights, a gate and a buffer."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class ToyObjective:
 
 
 def initialise_(model: nn.Module, gather: Gather, seed: int = 0) -> None:
-    """Values by name, whatever else the model holds."""
+    """Return the values by name."""
     for name, parameter in model.named_parameters():
         with gather([parameter]), torch.no_grad():
             generator = torch.Generator().manual_seed(seed + sum(name.encode()) * 7919)
@@ -124,7 +124,7 @@ def toy_model(seed: int = 0, blocks: int = 2) -> ToyModel:
 
 
 def toy_batch(step: int, lane: int, *, empty: bool = False) -> ToyBatch:
-    """Lane ``lane`` of the global batch at ``step``: unequal token counts; ``empty`` gives a null pack."""
+    """Return lane ``lane`` of the global batch at ``step``, with a length of its own; a dummy pack if ``empty``."""
     generator = torch.Generator().manual_seed(1000 * step + lane)
     tokens = 1 + int(torch.randint(3, 19, (1,), generator=generator))
     ids = torch.randint(0, VOCABULARY, (tokens + 1,), generator=generator)

@@ -14,7 +14,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart
 from data_pipeline.text.templates import CaptionTemplate, InterleavedTemplate, TemplateConfig
@@ -27,10 +27,10 @@ from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.models.sampling import SamplingConfig
-from tests.evaluate.asked import ALONE, data_config, evaluation, tiny_model
+from tests.evaluate.emoji_models import ALONE, data_config, evaluation, tiny_model
 
 
-def _picture(seed: int = 0) -> Pixels:
+def _image(seed: int = 0) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 
 
@@ -46,7 +46,7 @@ def _file(folder: Path, format_name: str, pixels: Pixels) -> Path:
 
 
 def _greedy(model: MultimodalModel, data: DataConfig, image: bytes, prompt: str, steps: int) -> str:
-    """One whole forward for each token, without a cache."""
+    """Generate with a whole forward pass per token, without a cache."""
     parts = (ImagePart(image, "png"),)
     return _continued(model, data, CaptionTemplate(prompts=(prompt,), answers=("x",)), parts, steps)
 
@@ -55,13 +55,13 @@ def _continued(
     model: MultimodalModel, data: DataConfig, template: TemplateConfig, parts: tuple[Part, ...], steps: int
 ) -> str:
     tokenizer, spec = load_tokenizer(data.tokenizer), media_spec(model.config)
-    said: list[int] = []
+    tokens: list[int] = []
     sample = Sample(parts, {}, Provenance("t", "t", "t", 0))
     transforms = data.datasets[0].transforms.model_copy(update={"augment": None})
-    while len(said) < steps:
+    while len(tokens) < steps:
         dataset = data.datasets[0].model_copy(update={"template": template, "transforms": transforms})
         document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
-        ids = np.concatenate([document.token_ids, np.array(said, dtype=np.int32)])
+        ids = np.concatenate([document.token_ids, np.array(tokens, dtype=np.int32)])
         positions = np.arange(len(ids), dtype=np.int32)
         longer = type(document)(
             token_ids=ids,
@@ -69,24 +69,24 @@ def _continued(
             loss_weights=np.zeros(len(ids), dtype=np.float32),
             position_ids=positions,
             items=document.items,
-            dest=document.dest,
+            scatter_index=document.scatter_index,
             spans=document.spans,
             provenance=document.provenance,
             images=document.images,
         )
-        batch = collate([Pack((longer, null_document(spec, tokenizer.pad_id)), lane=0)], spec)
+        batch = collate([Pack((longer, dummy_document(spec, tokenizer.pad_id)), lane=0)], spec)
         with torch.no_grad():
             token = int(model.head(model(batch).hidden[len(ids) - 1 : len(ids)]).argmax())
         if token == tokenizer.eos_id:
             break
-        said.append(token)
-    return tokenizer.decode(said).strip()
+        tokens.append(token)
+    return tokenizer.decode(tokens).strip()
 
 
 @pytest.mark.parametrize("kind", ["cross_attention", "embedding"])
 def test_a_description_is_what_greedy_decoding_by_hand_gives(kind: str, tmp_path: Path) -> None:
     model, data = tiny_model(kind), data_config()
-    path = _file(tmp_path, "png", _picture())
+    path = _file(tmp_path, "png", _image())
     text = describe_image(model, path, data, media_spec(model.config), max_new_tokens=6)
     assert text == _greedy(model, data, path.read_bytes(), "name:", 6)
     other = describe_image(model, path, data, media_spec(model.config), prompt="a {b}", max_new_tokens=6)
@@ -96,35 +96,35 @@ def test_a_description_is_what_greedy_decoding_by_hand_gives(kind: str, tmp_path
 @pytest.mark.parametrize("kind", ["dialogue", "annotations"])
 def test_a_question_to_a_model_of_dialogues_is_asked_in_their_format(kind: str, tmp_path: Path) -> None:
     model, data = tiny_model("embedding"), data_config()
-    path, spec = _file(tmp_path, "png", _picture()), media_spec(model.config)
+    path, spec = _file(tmp_path, "png", _image()), media_spec(model.config)
     template = {"kind": "dialogue"} if kind == "dialogue" else {"kind": kind, "each": {"kind": "dialogue"}}
     (dataset,) = data.model_dump()["datasets"]
     chatty = DataConfig.model_validate(data.model_dump() | {"datasets": [{**dataset, "template": template}]})
-    said = describe_image(model, path, chatty, spec, prompt="a {b}?", max_new_tokens=6)
+    answer = describe_image(model, path, chatty, spec, prompt="a {b}?", max_new_tokens=6)
     words = [TextPart(text) for text in ("USER: ", "a {b}?", " ", "ASSISTANT: ", "the answer")]
     parts = (words[0], ImagePart(path.read_bytes(), "png"), *words[1:])
-    assert said == _continued(model, data, InterleavedTemplate(), parts, 6)
-    with pytest.raises(ConfigError, match="cannot be made for a bare image"):
+    assert answer == _continued(model, data, InterleavedTemplate(), parts, 6)
+    with pytest.raises(ConfigError, match="cannot be made for an image without fields"):
         describe_image(model, path, chatty, spec)
 
 
 def test_lossless_formats_are_described_alike_and_jpeg_is_read(tmp_path: Path) -> None:
     model, data = tiny_model(), data_config()
     spec = media_spec(model.config)
-    png, webp, jpeg = (_file(tmp_path, name, _picture()) for name in ("png", "webp", "jpeg"))
+    png, webp, jpeg = (_file(tmp_path, name, _image()) for name in ("png", "webp", "jpeg"))
     assert describe_image(model, png, data, spec) == describe_image(model, webp, data, spec) != ""
     assert describe_image(model, jpeg, data, spec)
 
 
 def test_draws_are_repeatable_and_follow_the_seed(tmp_path: Path) -> None:
     model, data = tiny_model(), data_config()
-    path, spec = _file(tmp_path, "png", _picture()), media_spec(model.config)
+    path, spec = _file(tmp_path, "png", _image()), media_spec(model.config)
 
-    def said(seed: int) -> str:
+    def answer(seed: int) -> str:
         sampling = SamplingConfig(temperature=5.0, top_p=1.0, seed=seed)
         return describe_image(model, path, data, spec, sampling=sampling, max_new_tokens=8)
 
-    assert said(1) == said(1) != said(2)
+    assert answer(1) == answer(1) != answer(2)
 
 
 def test_captions_of_a_set_are_those_of_its_single_images(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SampleError, match=r"text\.png: no JPEG, PNG or WebP"):
         describe_image(model, text, data, spec)
     buffer = io.BytesIO()
-    Image.fromarray(_picture()).save(buffer, "PNG")
+    Image.fromarray(_image()).save(buffer, "PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[:200])
     with pytest.raises(SampleError, match="damaged png"):
         describe_image(model, tmp_path / "cut.png", data, spec)
@@ -170,7 +170,7 @@ def test_a_prompt_that_needs_fields_asks_for_one(tmp_path: Path) -> None:
     dataset = data.datasets[0].model_copy(update={"template": template})
     data = data.model_copy(update={"datasets": (dataset,)})
     with pytest.raises(ConfigError, match=r"'group' is missing.*give a prompt"):
-        describe_image(model, _file(tmp_path, "png", _picture()), data, media_spec(model.config))
+        describe_image(model, _file(tmp_path, "png", _image()), data, media_spec(model.config))
 
 
 def _text_model() -> MultimodalModel:
@@ -201,20 +201,20 @@ def test_a_text_model_goes_on_with_a_text_from_its_beginning_or_from_where_it_is
     with pytest.raises(ConfigError, match="give an image or a prompt"):
         respond(model, data_config(), spec)
     for place in ("<image>", "<image-2>"):
-        with pytest.raises(ConfigError, match=f"place for an image, {place}, and no image is given; add --image FILE"):
+        with pytest.raises(ConfigError, match=f"prompt contains {place}, and no image is given; add --image FILE"):
             respond(model, data, spec, prompt=f"{place} is")
 
 
 def test_an_image_model_answers_a_prompt_without_an_image() -> None:
     model, data = tiny_model("embedding"), data_config()
     parts = (TextPart("a rose is"), TextPart("x"))
-    said = respond(model, data, media_spec(model.config), prompt="a rose is", max_new_tokens=6)
-    assert said == [_continued(model, data, InterleavedTemplate(), parts, 6)]
+    answer = respond(model, data, media_spec(model.config), prompt="a rose is", max_new_tokens=6)
+    assert answer == [_continued(model, data, InterleavedTemplate(), parts, 6)]
 
 
 def test_an_image_is_not_left_out_where_training_begins_with_texts(tmp_path: Path) -> None:
     model, data = tiny_model("embedding"), _taught({"kind": "text"})
-    path, spec = _file(tmp_path, "png", _picture()), media_spec(model.config)
+    path, spec = _file(tmp_path, "png", _image()), media_spec(model.config)
     parts = (ImagePart(path.read_bytes(), "png"),)
     expected = _continued(model, data, CaptionTemplate(prompts=("",), answers=("x",)), parts, 6)
     assert describe_image(model, path, data, spec, max_new_tokens=6) == expected
@@ -231,17 +231,17 @@ def test_several_images_stand_where_the_prompt_says(kind: str, prompt: str, orde
     paths = []
     for number in range(2):
         (tmp_path / str(number)).mkdir()
-        paths.append(_file(tmp_path / str(number), "png", _picture(number)))
+        paths.append(_file(tmp_path / str(number), "png", _image(number)))
     images = {str(number): ImagePart(path.read_bytes(), f"{number}.png") for number, path in enumerate(paths)}
     parts: list[Part] = [
         images[piece] if piece in images else TextPart(piece) for piece in re.split("([01])", order) if piece
     ]
     if kind == "dialogue":
         parts = [TextPart("USER: "), *parts, TextPart(" "), TextPart("ASSISTANT: ")]
-    said = respond(model, data, spec, images=paths, prompt=prompt, max_new_tokens=6)
-    assert said == [_continued(model, data, InterleavedTemplate(), (*parts, TextPart("x")), 6)]
+    answer = respond(model, data, spec, images=paths, prompt=prompt, max_new_tokens=6)
+    assert answer == [_continued(model, data, InterleavedTemplate(), (*parts, TextPart("x")), 6)]
     other = respond(model, data, spec, images=paths[::-1], prompt=prompt, max_new_tokens=6)
-    assert other != said  # It matters which is where.
+    assert other != answer  # The order of the images matters.
 
 
 @pytest.mark.parametrize("tags", ["text", "keys"])
@@ -250,25 +250,23 @@ def test_tiles_and_their_tags_are_attended_to_the_end_of_an_answer(kind: str, ta
     layout = {"tile": "<{n}>", "overview": "<all>", "attended_tags": tags, "spell": True}
     tiles = {"kind": "tiles", "size": 16, "tiling": {"kind": "internvl", "max_tiles": 4}, "layout": layout}
     model, data = tiny_model(kind), data_config(tiles)
-    pictures = [_picture(0), _picture(1)[:, :24]]
+    pictures = [_image(0), _image(1)[:, :24]]
     parts: list[Part] = [TextPart("a ")]
     for number, (pixels, text) in enumerate(zip(pictures, (" b ", " c"), strict=True)):
         path = _file(tmp_path, "png", pixels).rename(tmp_path / f"{number}.png")
         parts += [ImagePart(path.read_bytes(), "png"), TextPart(text)]
     paths = [tmp_path / "0.png", tmp_path / "1.png"]
     spec = media_spec(model.config)
-    said = respond(model, data, spec, images=paths, prompt="a <image> b <image> c", max_new_tokens=6)
-    assert said == [_continued(model, data, InterleavedTemplate(), (*parts, TextPart("x")), 6)]
-    assert said != respond(model, data, spec, images=paths[::-1], prompt="a <image> b <image> c", max_new_tokens=6)
+    answer = respond(model, data, spec, images=paths, prompt="a <image> b <image> c", max_new_tokens=6)
+    assert answer == [_continued(model, data, InterleavedTemplate(), (*parts, TextPart("x")), 6)]
+    assert answer != respond(model, data, spec, images=paths[::-1], prompt="a <image> b <image> c", max_new_tokens=6)
 
 
 def test_images_and_places_must_agree(tmp_path: Path) -> None:
     model, data = tiny_model(), data_config()
-    path, spec = _file(tmp_path, "png", _picture()), media_spec(model.config)
+    path, spec = _file(tmp_path, "png", _image()), media_spec(model.config)
     for prompt in ("<image> and <image>", "<image-2>"):
-        with pytest.raises(
-            ConfigError, match="prompt has a place for image number 2, and --image gives 1; add --image"
-        ):
+        with pytest.raises(ConfigError, match="prompt refers to image number 2, and --image gives 1; add --image"):
             respond(model, data, spec, images=[path], prompt=prompt)
     with pytest.raises(SampleError, match="shows 1 of 2 images"):
         respond(model, data, spec, images=[path, path], prompt="<image> only")
@@ -299,14 +297,14 @@ def test_what_closes_a_turn_ends_an_answer() -> None:
     assert free == [_continued(model, data, InterleavedTemplate(), parts, 8)]
     grown: list[str] = []
     assert respond(model, data, spec, prompt="who?", max_new_tokens=8, show=grown.append) == free
-    name = grown[3][len(grown[2]) :].replace(" ", "▁")  # The fourth token, as its piece is called.
+    name = grown[3][len(grown[2]) :].replace(" ", "▁")  # Piece of the fourth token.
     closed = {**turns, "assistant": {"prefix": "A", "suffix": name, "weight": 1}}
     data = _taught({"kind": "dialogue", "roles": closed, "special_tokens": [name], "end": "none"})
-    (said,) = respond(model, data, spec, prompt="who?", max_new_tokens=8)
-    assert said == grown[2].strip() != free[0]
+    (answer,) = respond(model, data, spec, prompt="who?", max_new_tokens=8)
+    assert answer == grown[2].strip() != free[0]
 
 
 def test_a_text_model_cannot_look(tmp_path: Path) -> None:
     model = _text_model()
     with pytest.raises(ConfigError, match="no vision tower"):
-        describe_image(model, _file(tmp_path, "png", _picture()), data_config(), media_spec(model.config))
+        describe_image(model, _file(tmp_path, "png", _image()), data_config(), media_spec(model.config))

@@ -1,4 +1,4 @@
-"""Multiple choice against brute force: every choice a document of its own, its tokens summed one by one."""
+"""Multiple choice equals brute force: one document per choice, with its tokens summed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pydantic import ValidationError
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Sample
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.evaluate import evaluate
-from mmscale.evaluate.choice import compared_by
+from mmscale.evaluate.choice import normalised_likelihoods
 from mmscale.models.build import media_spec
 from mmscale.models.multimodal import MultimodalModel
 from tests.engine.ranks import run_ranks
-from tests.evaluate.asked import ALONE, EMOJI, tiny_model
+from tests.evaluate.emoji_models import ALONE, EMOJI, tiny_model
 from tests.evaluate.texts import evaluation, score, text_data, text_model, write_set
 
 WORDS = ("cat", "a red apple", "fire engine", "ネコ", "ぶどうとメロンと桃", "消防車")
@@ -32,7 +32,7 @@ CHAT = {"kind": "choice", "dialogue": {"kind": "dialogue"}}
 
 
 def rows(count: int = 14) -> list[dict[str, Any]]:
-    """Questions with two to five choices."""
+    """Return questions with two to five choices."""
     rng = np.random.default_rng(4)
     found = []
     for number in range(count):
@@ -45,11 +45,11 @@ def rows(count: int = 14) -> list[dict[str, Any]]:
 
 
 def _document(model: MultimodalModel, sample: Sample, template: dict[str, Any]) -> tuple[list[float], list[int]]:
-    """Log-likelihood of each learned token of a document that stands alone, and the tokens."""
+    """Return the log-likelihood of each learned token of a single document, and the tokens."""
     tokenizer, spec = load_tokenizer(text_data().tokenizer), media_spec(model.config)
     dataset = {"name": "x", "manifest": "x", "template": template, "transforms": {"kind": "fixed", "size": 16}}
     document = DocumentBuilder(DatasetConfig.model_validate(dataset), tokenizer, spec)(sample)
-    batch = collate([Pack((document, null_document(spec, tokenizer.pad_id)), lane=0)], spec)
+    batch = collate([Pack((document, dummy_document(spec, tokenizer.pad_id)), lane=0)], spec)
     with torch.no_grad():
         table = model.head(model(batch).hidden).double().log_softmax(-1)
     learned = [row for row, label in enumerate(batch.labels.tolist()) if label >= 0]
@@ -57,7 +57,7 @@ def _document(model: MultimodalModel, sample: Sample, template: dict[str, Any]) 
 
 
 def _shares(model: MultimodalModel, samples: list[Sample], held: dict[str, Any], *, ends: bool) -> dict[str, float]:
-    """Shares of right choices by way of comparing."""
+    """Return the accuracy by normalisation."""
     right: dict[str, list[bool]] = {"none": [], "tokens": [], "characters": [], "bytes": []}
     for sample in samples:
         fields, likelihoods = sample.fields, []
@@ -65,12 +65,12 @@ def _shares(model: MultimodalModel, samples: list[Sample], held: dict[str, Any],
         for choice in choices:
             if "dialogue" in held:
                 turns = [{"role": "user", "content": fields["question"]}, {"role": "assistant", "content": choice}]
-                asked = Sample(sample.parts, {"messages": turns}, sample.provenance)
-                losses, ids = _document(model, asked, held["dialogue"])
+                document = Sample(sample.parts, {"messages": turns}, sample.provenance)
+                losses, ids = _document(model, document, held["dialogue"])
             else:
                 template = {"kind": "caption", "prompts": [held["prompt"]], "field": "choice"}
-                asked = Sample(sample.parts, {**fields, "choice": f" {choice}"}, sample.provenance)
-                losses, ids = _document(model, asked, template)
+                document = Sample(sample.parts, {**fields, "choice": f" {choice}"}, sample.provenance)
+                losses, ids = _document(model, document, template)
             assert ids[-1] == 2
             likelihoods.append(losses if ends else losses[:-1])
         sums = np.array([sum(losses) for losses in likelihoods])
@@ -92,7 +92,7 @@ def test_shares_are_those_of_one_choice_at_a_time(held: dict[str, Any], ends: bo
     model, manifest = text_model(), write_set(tmp_path, rows())
     samples = list(read_samples(manifest))
     expected = _shares(model, samples, held, ends=ends)
-    assert len(set(expected.values())) > 1  # The ways of comparing differ, so a mix-up would be seen.
+    assert len(set(expected.values())) > 1  # The normalisations give different results, so a mix-up would fail.
     how = "none" if ends else "characters"
     found = score(ALONE, {**held, "manifest": manifest, "ends": ends, "normalise": how})
     assert found["scores"] == pytest.approx(expected)
@@ -104,7 +104,7 @@ def test_shares_are_those_of_one_choice_at_a_time(held: dict[str, Any], ends: bo
 
 
 def test_choices_are_compared_by_what_each_way_says() -> None:
-    found = compared_by(np.array([-6.0, -4.0, -9.0]), np.array([2, 1, 9]), ["ab", "é", "ネコ!"])
+    found = normalised_likelihoods(np.array([-6.0, -4.0, -9.0]), np.array([2, 1, 9]), ["ab", "é", "ネコ!"])
     expected = {"none": [-6, -4, -9], "tokens": [-3, -4, -1], "characters": [-3, -4, -3], "bytes": [-3, -2, -9 / 7]}
     assert {how: values.tolist() for how, values in found.items()} == expected
 
@@ -116,7 +116,7 @@ def test_questions_about_images_see_them(tmp_path: Path) -> None:
         "kind": "choice", "manifest": manifest, "prompt": "of {name}:", "template": " {value}", "choices": groups,
         "answer": "group", "answer_as": "text", "transforms": {"kind": "fixed", "size": 16},
     }  # fmt: skip
-    with pytest.raises(DataPipelineError, match=r"field 'group' is .*expected one of the choices"):
+    with pytest.raises(DataPipelineError, match=r"field 'group' is .*expected the text of exactly one choice"):
         evaluate(model, evaluation(held), text_data(), media_spec(model.config), ALONE)
     every = sorted({sample.fields["group"] for sample in read_samples(manifest)})
     config = evaluation({**held, "choices": every, "limit": 6}, tokens_per_forward=300)
@@ -160,7 +160,7 @@ def test_equal_likelihoods_count_as_a_blind_pick(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 def test_two_ranks_give_the_values_of_one(tmp_path: Path) -> None:
-    """Of this kind, and of perplexity, in one start of the ranks."""
+    """Scores this kind and perplexity in one launch of the ranks."""
     pages = {"kind": "perplexity", "manifest": str(EMOJI / "shards" / "train-text.manifest"), "limit": 5}
     sets = [{**PLAIN, "manifest": str(write_set(tmp_path, rows()))}, {**pages, "template": {"kind": "text"}}]
     alone = [score(ALONE, held) for held in sets]
@@ -176,10 +176,10 @@ def test_two_ranks_give_the_values_of_one(tmp_path: Path) -> None:
         ({"answer": True}, {}, "expected a number"),
         ({"answer": "C"}, {"answer_as": "letter"}, "expected a letter from A to B"),
         ({"answer": ""}, {"answer_as": "letter"}, "expected a letter from A to B"),
-        ({"answer": "z"}, {"answer_as": "text"}, "expected one of the choices"),
-        ({"answer": 0, "choices": ["x"]}, {}, "expected a list of two texts at least"),
-        ({"answer": 0, "choices": "xy"}, {}, "expected a list of two texts at least"),
-        ({"answer": 0, "choices": ["x", " "]}, {}, "expected a list of two texts at least"),
+        ({"answer": "z"}, {"answer_as": "text"}, "expected the text of exactly one choice"),
+        ({"answer": 0, "choices": ["x"]}, {}, "expected a list of at least two texts"),
+        ({"answer": 0, "choices": "xy"}, {}, "expected a list of at least two texts"),
+        ({"answer": 0, "choices": ["x", " "]}, {}, "expected a list of at least two texts"),
         ({"answer": 0}, {"prompt": "{context}"}, "'context' is missing"),
         ({"answer": 0}, {"answer": "key"}, "'key' is missing"),
     ],
@@ -197,7 +197,7 @@ def test_a_question_that_cannot_be_asked_is_named(
     [
         ({"choices": ["a"]}, "at least two different texts"),
         ({"choices": ["a", "a"]}, "at least two different texts"),
-        ({"prompt": "{a!r}"}, "expected {name}"),
+        ({"prompt": "{a!r}"}, r"only \{name\} and"),
         ({"template": "value"}, "with {value} in it"),
         ({"normalise": "prior"}, "characters"),
         ({"kind": "chioce"}, "'images', 'perplexity', 'choice'"),

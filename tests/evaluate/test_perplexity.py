@@ -1,4 +1,4 @@
-"""Perplexity against transformers' loss on the same ids, and against whole forwards of single documents."""
+"""Perplexity equals transformers' loss on the same ids, and whole forward passes of single documents."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 from data_pipeline.config import DatasetConfig
 from data_pipeline.errors import DataPipelineError
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Sample
 from data_pipeline.shards.sample_reader import read_samples
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.evaluate import evaluate
-from mmscale.evaluate.heldout import draw
+from mmscale.evaluate.heldout import draw_samples
 from mmscale.models.build import media_spec
 from mmscale.models.multimodal import MultimodalModel
-from tests.evaluate.asked import ALONE, EMOJI, tiny_model
+from tests.evaluate.emoji_models import ALONE, EMOJI, tiny_model
 from tests.evaluate.texts import evaluation, score, text_data, text_model, write_set
 from tests.hf.test_decoders import imported
-from tests.models.twins import randomise
+from tests.models.reference_models import randomise
 
 PAGES = {"kind": "perplexity", "manifest": EMOJI / "shards" / "train-text.manifest", "template": {"kind": "text"}}
 WEIGHTED = [
@@ -41,7 +41,7 @@ TALKS = [
 
 @pytest.mark.parity
 def test_the_loss_is_that_of_transformers_on_the_same_ids(tmp_path: Path) -> None:
-    """Measured: 2.5e-8 of the loss; the bound leaves room for another order of sums in float32."""
+    """Measured difference: 2.5e-8 of the loss; the bound allows for another order of float32 sums."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -56,13 +56,15 @@ def test_the_loss_is_that_of_transformers_on_the_same_ids(tmp_path: Path) -> Non
 
     tokenizer = load_tokenizer(text_data().tokenizer)
     texts = [sample.fields["caption"] for sample in read_samples(PAGES["manifest"])]  # type: ignore[arg-type]
-    taken = []
+    sums = []
     for text in texts:
         ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]])
         with torch.no_grad():
             loss = float(theirs(input_ids=ids, labels=ids).loss)
-        taken.append((loss * (ids.shape[1] - 1), ids.shape[1] - 1, len(text.encode())))
-    losses, tokens, num_bytes = (sum(taken[i][column] for i in draw(held.sets[0], len(texts))) for column in range(3))
+        sums.append((loss * (ids.shape[1] - 1), ids.shape[1] - 1, len(text.encode())))
+    losses, tokens, num_bytes = (
+        sum(sums[i][column] for i in draw_samples(held.sets[0], len(texts))) for column in range(3)
+    )
     print(f"loss differs by {abs(result.loss / (losses / tokens) - 1):.1e} of it")
     assert result.n == 5
     assert (result.tokens, result.bytes) == (tokens, num_bytes)
@@ -74,13 +76,13 @@ def test_the_loss_is_that_of_transformers_on_the_same_ids(tmp_path: Path) -> Non
 def _alone(
     model: MultimodalModel, samples: list[Sample], template: dict[str, Any]
 ) -> list[tuple[float, float, float, int]]:
-    """Of each document: weighted and plain negative log-likelihood, weight, learned tokens."""
+    """Return, for each document, weighted and unweighted negative log-likelihood, weight, and learned tokens."""
     tokenizer, spec = load_tokenizer(text_data().tokenizer), media_spec(model.config)
     dataset = {"name": "x", "manifest": "x", "template": template, "transforms": {"kind": "fixed", "size": 16}}
     builder = DocumentBuilder(DatasetConfig.model_validate(dataset), tokenizer, spec)
     found = []
     for sample in samples:
-        batch = collate([Pack((builder(sample), null_document(spec, tokenizer.pad_id)), lane=0)], spec)
+        batch = collate([Pack((builder(sample), dummy_document(spec, tokenizer.pad_id)), lane=0)], spec)
         with torch.no_grad():
             table = model.head(model(batch).hidden).double().log_softmax(-1)
         rows = [row for row, label in enumerate(batch.labels.tolist()) if label >= 0]
@@ -117,7 +119,7 @@ def test_weights_count_and_documents_do_not_know_each_other(
     }
     config = evaluation({**held, "limit": 9}, tokens_per_forward=200 if rows is None else 40)
     samples = list(read_samples(manifest))
-    found = _alone(model, [samples[i] for i in draw(config.sets[0], len(samples))], template)
+    found = _alone(model, [samples[i] for i in draw_samples(config.sets[0], len(samples))], template)
     result = evaluate(model, config, text_data(), media_spec(model.config), ALONE)["held"]
     weighted, plain, weights, tokens = (sum(column) for column in zip(*found, strict=True))
     assert (result.n, result.tokens) == (len(found), tokens)
@@ -140,7 +142,7 @@ def test_long_documents_are_cut_and_no_token_is_lost() -> None:
     whole = score(ALONE, {**PAGES, "limit": 4, "max_tokens": 4096})
     cut = score(ALONE, {**PAGES, "limit": 4})
     assert {key: cut[key] for key in ("n", "tokens", "bytes")} == {key: whole[key] for key in ("n", "tokens", "bytes")}
-    assert cut["loss"] != pytest.approx(whole["loss"], rel=1e-3)  # It reads less before most tokens.
+    assert cut["loss"] != pytest.approx(whole["loss"], rel=1e-3)  # Most tokens have less context.
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -152,4 +154,6 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}]
     manifest = write_set(tmp_path, rows)
     config = json.loads(json.dumps({"kind": "perplexity", "manifest": str(manifest), "template": {"kind": "dialogue"}}))
-    assert score(ALONE, {**config, "max_tokens": 8})["tokens"] == 2  # Cut, and all that is learned is in a part.
+    assert (
+        score(ALONE, {**config, "max_tokens": 8})["tokens"] == 2
+    )  # The document is cut, and one part has all learned tokens.

@@ -1,4 +1,4 @@
-"""Held-out texts, and a text model that is asked about them."""
+"""Held-out texts, and a text model that is scored on them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mmscale.evaluate import EvaluationConfig, evaluate
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
-from tests.evaluate.asked import data_config, tiny_model
+from tests.evaluate.emoji_models import data_config, tiny_model
 
 
 def write_set(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """Samples of a JSON member each; the manifest."""
+    """Write samples with one JSON member each; return the manifest."""
     with ShardWriter(folder, "part", max_samples=3) as writer:
         for number, fields in enumerate(rows):
             writer.write(f"{number:04d}", {"json": json.dumps(fields).encode()})
@@ -31,7 +31,7 @@ def write_set(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def text_model() -> MultimodalModel:
-    """A random model that is sure of itself, so that its choices differ."""
+    """Return a random model with peaked distributions, so that its choices differ."""
     model = build_model(ModelConfig(decoder=tiny_model().config.decoder), seed=3).eval()
     with torch.no_grad():
         model.head.weight.mul_(20)
@@ -48,11 +48,11 @@ def evaluation(held: dict[str, Any], **changes: Any) -> EvaluationConfig:
 
 
 def score(world: World, held: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """The result of one set, as plain values."""
+    """Return the result of one set as plain values."""
     model, config = text_model(), evaluation(held, **changes)
     return asdict(evaluate(model, config, text_data(), media_spec(model.config), world)["held"])
 
 
 def score_all(world: World, sets: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For ranks: the result of each set."""
+    """Return the result of each set. Runs on every rank."""
     return [score(world, held) for held in sets]

@@ -1,4 +1,4 @@
-"""The bundled data set: its build gives equal bytes twice, and its hold-outs hold out."""
+"""The bundled data set: two builds give equal bytes, and held-out concepts and styles are not in training data."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ LANGUAGES = ("de", "es", "fr", "it", "ja", "pt", "ru", "zh")
 
 
 def unseen(code: str) -> bool:
-    """The rule as the README words it."""
+    """Apply the hold-out rule of the README."""
     return int(hashlib.sha256(code.encode()).hexdigest()[:16], 16) < 0.1 * 2**64
 
 
 def records(name: str) -> list[tuple[str, dict[str, Any]]]:
-    """(key, JSON) of each sample; text-only samples have an empty one."""
+    """Return (key, JSON) of each sample; the JSON of a text-only sample is empty."""
     manifest, found = Manifest.open(SHARDS / f"{name}.manifest"), []
     for number in range(manifest.num_shards):
         index = manifest.open_index(number)
@@ -123,7 +123,7 @@ def test_licences_are_whole() -> None:
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
-    """Forty made-up emoji in the layout of the six npm packages."""
+    """Write forty invented emoji in the layout of the six npm packages."""
     root, codes = tmp_path / "packages", [f"1F{i:03X}" for i in range(40)] + ["26F0-FE0F"]
     labels = {
         code: {

@@ -1,4 +1,4 @@
-"""The bundled text data are what their script builds, and hold out what they say."""
+"""The bundled text data equal the output of their script, and held-out concepts are not in training data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_files_are_what_the_script_builds(tmp_path: Path) -> None:
         assert (TEXT / name).read_bytes() == content, name
 
 
-def test_nothing_that_is_asked_was_taught() -> None:
+def test_held_out_concepts_are_in_no_training_dialogue() -> None:
     def said(name: str) -> str:
         samples = read_samples(TEXT / "shards" / f"{name}.manifest")
         return "\n".join(text for sample in samples for text in sample.texts)
@@ -34,7 +34,9 @@ def test_nothing_that_is_asked_was_taught() -> None:
     assert not any(fields["question"] in taught for fields in questions)
     assert all(fields["question"] in said_later for said_later in [said("talks-heldout")] for fields in questions)
     places = [fields["answer"] for fields in questions]
-    assert all(places.count(place) > 50 for place in range(4))  # No place is right much more often than others.
+    assert all(
+        places.count(place) > 50 for place in range(4)
+    )  # The right answer is not much more often at one position than at others.
 
 
 def test_the_tokenizer_has_the_tokens_of_chatml() -> None:

@@ -1,4 +1,4 @@
-"""``python -m tests.golden``: writes anew the golden file of every shipped model and the table of configs/README.md."""
+"""``python -m tests.golden`` rewrites the golden file of every shipped model and the table of configs/README.md."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A model as text: every parameter with its shape and first values, and what the whole costs.
+"""Describe a model as text: every parameter with its shape and initialisation, parameter counts, FLOPs and memory.
 
-    configs/models/tiny.yaml --on the meta device--> parameters, folded over equal blocks --> golden/models/tiny.txt
+    configs/models/tiny.yaml --on the meta device--> parameters, equal blocks merged --> golden/models/tiny.txt
 
-A change of a shape, a name, a default or a first value of any shipped model shows up as a changed line.
+A change of a shape, a name, a default or an initialisation of any shipped model appears as a changed line.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ FOLDER = Path(__file__).parent
 COMMAND = "make golden"
 TOKENS = 4096
 SIDE = 32
-"""Patches a side of the view whose cost is told, where a tower takes any."""
+"""Side of the crop whose FLOPs are counted, in patches, for towers without a fixed grid."""
 BYTES = {"weights (bf16)": 2, "gradients (fp32)": 4, "masters (fp32)": 4, "two moments (fp32)": 8}
 RANKS = (1, 8, 64, 512)
 
 
 def files() -> dict[Path, Path]:
-    """The golden file of each configuration that has a model of its own."""
+    """Return the golden file of each configuration that defines its own model."""
     shared = [model_of(path) for path in MODELS]
     own = [path for path in RUNS if model_of(path) not in shared]
     return {path: FOLDER / f"{name_of(path)}.txt" for path in (*MODELS, *own)}
@@ -41,12 +41,12 @@ def files() -> dict[Path, Path]:
 
 @functools.cache
 def counted(config: AnyModelConfig) -> ParameterCount:
-    """Parameters of a model."""
+    """Return the parameter counts of a model."""
     return count_parameters(config)
 
 
 def describe(config: AnyModelConfig) -> str:
-    """The text."""
+    """Return the text of a golden file."""
     parts = [_counts(config), _flops(config), _memory(config), _parameters(build_weights(config))]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -58,7 +58,7 @@ def _counts(config: AnyModelConfig) -> list[str]:
 
 
 def _flops(config: AnyModelConfig) -> list[str]:
-    """Of one forward with logits for every token."""
+    """Return the FLOPs of one forward pass with logits for every token."""
     if not isinstance(config, ModelConfig):
         return []
     spec, vocab = media_spec(config), config.decoder.vocab_size
@@ -68,7 +68,7 @@ def _flops(config: AnyModelConfig) -> list[str]:
     else:
         grid = spec.fixed_grid or (SIDE // spec.merge * spec.merge,) * 2
         views = (1,) if spec.placement is Placement.PAIR else (1, 2)
-        documents = {n: _seen(spec, grid, n, vocab, tokens) for n in views}
+        documents = {n: _document(spec, grid, n, vocab, tokens) for n in views}
         view = f"view of {grid[0]} x {grid[1]} patches"
         cases = {f"{n} x {view}": pack([document], spec) for n, document in documents.items()}
     return [
@@ -77,14 +77,14 @@ def _flops(config: AnyModelConfig) -> list[str]:
     ]
 
 
-def _seen(spec: MediaSpec, grid: tuple[int, int], views: int, vocab: int, tokens: int) -> Doc:
-    """A document of so many views and tokens, those that images take included."""
-    taken = len(image_document(spec, 1, 0, [grid] * views, vocab).tokens)
-    return image_document(spec, 1, tokens - taken, [grid] * views, vocab)
+def _document(spec: MediaSpec, grid: tuple[int, int], crops: int, vocab: int, tokens: int) -> Doc:
+    """Return a document with ``crops`` crops and ``tokens`` tokens, image tokens included."""
+    image_tokens = len(image_document(spec, 1, 0, [grid] * crops, vocab).tokens)
+    return image_document(spec, 1, tokens - image_tokens, [grid] * crops, vocab)
 
 
 def _memory(config: AnyModelConfig) -> list[str]:
-    """What AdamW in bf16 keeps of all parameters at ZeRO stage 3; activations and buffers come on top."""
+    """Return the memory of weights, gradients and AdamW state per rank: bf16, ZeRO stage 3, without activations."""
     total = counted(config).total
     header = f"GiB a rank, all trained, ZeRO-3{'':9}" + "".join(
         f"{ranks:>10} rank{'s' * (ranks > 1)}" for ranks in RANKS
@@ -98,7 +98,7 @@ def _memory(config: AnyModelConfig) -> list[str]:
 
 
 def _parameters(model: nn.Module) -> list[str]:
-    """A line for each parameter, equal ones of several blocks in one; then the buffers that a checkpoint holds."""
+    """Return a line for each parameter and persistent buffer. Equal ones of several blocks share a line."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for name, rest in _described(model):
         template = re.sub(r"\.(\d+)\.", ".{}.", name, count=1)

@@ -1,7 +1,7 @@
-"""The table of configs/README.md: a row for each model, all of it read from files.
+"""Generate the table of configs/README.md: a row for each model. Its columns come from these files:
 
-YAML: counted, described, its line "# unknown: ..."    recipes: those that begin with it
-layouts: the family that holds its weights             docs/parity.json: the worst errors of that family
+YAML: sizes, and its line "# unknown: ..."              recipes: those whose base is the model
+layouts: the family that can hold its weights           tests/parity.json: the worst errors of that family
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ README = CONFIGS / "README.md"
 BEGIN, END = "<!-- table: make golden -->", "<!-- end of the table -->"
 HEADER = ("model", "parameters", "decoder", "tower", "connector", "family", "worst errors", "recipes", "unknown")
 COMPOSED = {"nvlm-x": "nvlm_x", "nvlm-h": "nvlm_h", "mm1.5": "c_abstractor"}
-"""Family in docs/parity.json of models that transformers has no class for, by the beginning of their names."""
+"""Family in tests/parity.json of models without a class in transformers, by the prefix of their names."""
 _UNKNOWN = re.compile(r"^# unknown: (.*(?:\n# [^:\n]*$)*)", re.MULTILINE)
 _UNKNOWN_HERE = re.compile(r"^\s*(\w+):.*[#;] unknown: (?!not published)(.*)$", re.MULTILINE)
 
 
 def written() -> str:
-    """README.md with the table as it ought to be."""
+    """Return the text of README.md with an up-to-date table."""
     text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
+    before, after = text.split(BEGIN)
     rows = [HEADER, ("---", "---:", *["---"] * (len(HEADER) - 2)), *(row(path) for path in MODELS)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{table}\n{END}{after.split(END)[1]}"
 
 
 def row(path: Path) -> tuple[str, ...]:
-    """The cells of a model."""
+    """Return the cells of a model."""
     config = model_of(path)
     decoder, tower, connector = _parts(config)
     count = counted(config)
@@ -89,7 +89,7 @@ def _tower(vision: object) -> str:
 
 
 def _families(config: AnyModelConfig) -> list[str]:
-    """Whose folders hold its weights."""
+    """Return the Hugging Face families whose layout can hold the model's weights."""
     found = []
     for layout in LAYOUTS:
         with contextlib.suppress(CheckpointError):
@@ -99,15 +99,15 @@ def _families(config: AnyModelConfig) -> list[str]:
 
 
 def _errors(families: list[str]) -> str:
-    """The worst of outputs, and of gradients."""
-    rows = [each for each in json.loads((REPO / "docs/parity.json").read_text()) if each["family"] in families]
+    """Return the worst error of outputs and of gradients."""
+    rows = [each for each in json.loads((REPO / "tests/parity.json").read_text()) if each["family"] in families]
     gradients = [each["error"] for each in rows if each["quantity"] == "gradients"]
     outputs = [each["error"] for each in rows if each["quantity"] in ("logits", "features", "hidden rows")]
     return " / ".join(f"{max(errors):.1e}" for errors in (outputs, gradients) if errors)
 
 
 def _unknown(path: Path) -> str:
-    """The first sentence behind ``# unknown:``, and what is said of single keys."""
+    """Return the first sentence after ``# unknown:``, and the ``unknown`` comments of single keys."""
     text = path.read_text(encoding="utf-8")
-    told = [" ".join(each.replace("\n#", " ").split()).split(". ")[0].rstrip(".") for each in _UNKNOWN.findall(text)]
-    return "; ".join([*told, *(f"`{key}`: {each}" for key, each in _UNKNOWN_HERE.findall(text))])
+    first = [" ".join(each.replace("\n#", " ").split()).split(". ")[0].rstrip(".") for each in _UNKNOWN.findall(text)]
+    return "; ".join([*first, *(f"`{key}`: {each}" for key, each in _UNKNOWN_HERE.findall(text))])

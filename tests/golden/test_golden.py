@@ -1,4 +1,4 @@
-"""Every shipped model is, parameter by parameter, what its golden file says, and so is the table in configs/."""
+"""Every shipped model matches its golden file, and the table in configs/README.md is current."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.golden.describe import COMMAND, FOLDER, describe, files
 from tests.golden.table import README, written
 
 RECORDED = {CONFIGS / file.relative_to(FOLDER).with_suffix(".yaml"): file for file in sorted(FOLDER.rglob("*.txt"))}
-"""By configuration. ``files()`` would read every configuration of the project before any test can start."""
+"""Golden files by configuration. ``files()`` would read every configuration during collection."""
 
 
 def compare(file: Path, now: str) -> None:
     old = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     changes = list(difflib.unified_diff(old, now.splitlines(), str(file), "now", lineterm="", n=0))
     if changes:
-        pytest.fail("\n".join([*changes, f"if this is wanted: {COMMAND}"]), pytrace=False)
+        pytest.fail("\n".join([*changes, f"if this change is intended, run: {COMMAND}"]), pytrace=False)
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=name_of)

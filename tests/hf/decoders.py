@@ -1,11 +1,11 @@
-"""Tiny random text decoders of Hugging Face, one for each thing that a family can differ in."""
+"""Tiny random text decoders of transformers, one for each property in which families differ."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from tests.models.twins import randomise
+from tests.models.reference_models import randomise
 
 SIZES: dict[str, Any] = {
     "vocab_size": 120,
@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {
 STRETCHED = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
-    "original_max_position_embeddings": 16,  # Documents of the tests are longer.
+    "original_max_position_embeddings": 16,  # Shorter than the documents of the tests.
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -55,8 +55,8 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def twin(name: str, seed: int = 0, **sizes: Any) -> Any:
-    """One of ``DECODERS`` with other ``SIZES``, norms and biases away from 1 and 0."""
+def reference_model(name: str, seed: int = 0, **sizes: Any) -> Any:
+    """Return one of ``DECODERS`` with changed ``SIZES``. Norms are not 1 and biases not 0, to hide no error."""
     import transformers
 
     family, keys = DECODERS[name]
@@ -66,8 +66,8 @@ def twin(name: str, seed: int = 0, **sizes: Any) -> Any:
     return model
 
 
-def saved_twin(name: str, folder: Path, **kwargs: Any) -> Any:
-    """The same, with its folder as transformers writes it."""
-    model = twin(name)
+def saved_reference(name: str, folder: Path, **kwargs: Any) -> Any:
+    """Return the model after transformers has saved it to ``folder``."""
+    model = reference_model(name)
     model.save_pretrained(folder, **kwargs)
     return model

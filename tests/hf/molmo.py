@@ -1,7 +1,7 @@
-"""A tiny Molmo in plain torch: decoder and tower of transformers, all between them written out, image by image.
+"""A tiny Molmo in plain torch: decoder and tower of transformers, and the code between them image by image.
 
-After allenai/molmo, olmo/model.py (``MolmoVisionBackbone.forward``, ``Molmo.forward``) and olmo/image_vit.py: a batch
-dimension, dense masks, loops. Its weights go out under the names and in the shapes of the published folders.
+It follows allenai/molmo, olmo/model.py (``MolmoVisionBackbone.forward``, ``Molmo.forward``) and olmo/image_vit.py, with
+a batch dimension, dense masks and loops. ``save`` writes weights with the names and shapes of the published folders.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.data_pipeline.images.molmo_reference import Prepared, Sizes
-from tests.models.twins import randomise
+from tests.models.reference_models import randomise
 
 SIZES = Sizes(crop=24, patch=4, margin=2, most=4)
 VOCAB, NEW = 90, 6
-"""Rows of the table, which the ids 90 ... 95 follow."""
+"""Rows of the embedding table; the ids 90 to 95 come after them."""
 VIT = {"width": 16, "heads": 2, "layers": 4, "mlp": 40}
 PICKED = (-2, -3)
 FAMILIES = ("qwen2", "olmo2")
@@ -34,13 +34,13 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @dataclass(frozen=True)
 class Example:
-    """A document as their collator takes it.
+    """A document in the form that their collator expects.
 
     Attributes:
-        ids: ``(T,)``.
-        images: Of each image its crops, and where their features go, counted from the beginning of the document.
-        subsegments: ``(T,)``: a token sees earlier ones whose number is not below its own.
-        positions: ``(T,)``.
+        ids: Token ids, ``(T,)``.
+        images: For each image its crops, and the positions of their features in the document.
+        subsegments: ``(T,)``. A token attends to earlier tokens whose number is not below its own.
+        positions: Position ids, ``(T,)``.
     """
 
     ids: Tensor
@@ -50,7 +50,7 @@ class Example:
 
 
 class Molmo(nn.Module):
-    """``family`` is that of the decoder, ``vocab`` the rows of its table."""
+    """``family`` is the family of the decoder, ``vocab`` the number of rows of its table."""
 
     def __init__(self, family: str, vocab: int = VOCAB) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Molmo(nn.Module):
         randomise(self)
 
     def forward(self, examples: Sequence[Example]) -> list[Tensor]:
-        """Logits of every document."""
+        """Return the logits of every document."""
         length = max(len(example.ids) for example in examples)
         ids, positions, numbers = (
             torch.stack([F.pad(getattr(one, name), (0, length - len(one.ids))) for one in examples])
@@ -110,7 +110,7 @@ class Molmo(nn.Module):
         return [logits[row, : len(example.ids)] for row, example in enumerate(examples)]
 
     def connected(self, image: Prepared) -> Tensor:
-        """``(crops, features, D)``."""
+        """Return the projected features, ``(crops, features, D)``."""
         out = []
         for crop, mask in zip(image.crops, image.masks, strict=True):
             features = self.seen(torch.from_numpy(crop).to(self.pad_embed.dtype))
@@ -126,17 +126,17 @@ class Molmo(nn.Module):
         return torch.stack(out)
 
     def seen(self, crop: Tensor) -> Tensor:
-        """Outputs of two blocks for each patch of a crop, side by side."""
+        """Return the outputs of two blocks for each patch of a crop, concatenated."""
         side = SIZES.crop // SIZES.patch
         squares = crop.view(side, side, SIZES.patch, SIZES.patch, 3).permute(4, 0, 2, 1, 3)
         pixels = squares.reshape(3, SIZES.crop, SIZES.crop)
         mean, std = (torch.tensor(values, dtype=crop.dtype).view(3, 1, 1) for values in (MEAN, STD))
         out = self.tower(pixel_values=((pixels - mean) / std)[None], output_hidden_states=True)
-        outputs = out.hidden_states[1:]  # The first is what enters the first block.
+        outputs = out.hidden_states[1:]  # The first hidden state is the input of the first block.
         return torch.cat([outputs[layer][0, 1:] for layer in PICKED], dim=-1)
 
     def pooled(self, square: Tensor) -> Tensor:
-        """The mean of four patches attends them."""
+        """Pool four patches: their mean is the query that attends to them."""
         heads = VIT["heads"]
         q, k, v = self.wq(square.mean(0, keepdim=True)), self.wk(square), self.wv(square)
         q, k, v = (rows.view(len(rows), heads, -1).transpose(0, 1) for rows in (q, k, v))
@@ -144,9 +144,9 @@ class Molmo(nn.Module):
         return self.wo((weights @ v).transpose(0, 1).reshape(-1))
 
 
-def published(twin: Molmo, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-    """Tensors under the published names; ``of`` a parameter, its values or its gradient."""
-    ours = {name: of(parameter) for name, parameter in twin.named_parameters()}
+def published(reference: Molmo, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
+    """Return tensors by published name; ``of`` maps a parameter to its values or its gradient."""
+    ours = {name: of(parameter) for name, parameter in reference.named_parameters()}
     out = {
         "model.transformer.wte.embedding": ours["decoder.embed_tokens.weight"],
         "model.transformer.wte.new_embedding": ours["new_embedding"],
@@ -198,9 +198,9 @@ def _tower(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def save(twin: Molmo, folder: Path, of: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
-    """A folder as published, with the sizes of the tower, which there are constants of the code."""
-    decoder = twin.decoder.config
+def save(reference: Molmo, folder: Path, of: Callable[[Tensor], Tensor] = Tensor.detach) -> None:
+    """Write a folder as published, plus the sizes of the tower, which are constants of the published code."""
+    decoder = reference.decoder.config
     post = decoder.model_type == "olmo2"
     config = {
         "model_type": "molmo",
@@ -241,31 +241,32 @@ def save(twin: Molmo, folder: Path, of: Callable[[Tensor], Tensor] = Tensor.deta
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: values.contiguous() for name, values in published(twin, of).items()}, folder / "model.safetensors")
+    tensors = {name: values.contiguous() for name, values in published(reference, of).items()}
+    save_file(tensors, folder / "model.safetensors")
 
 
-def fill(twin: Molmo, tensors: dict[str, Tensor]) -> None:
-    """Gives a twin the tensors of a folder: ``published`` the other way round, by places instead of by names."""
+def fill(reference: Molmo, tensors: dict[str, Tensor]) -> None:
+    """Copy the tensors of a folder into the model: the inverse of ``published``."""
     count = 0
     marked = {}
-    for name, parameter in twin.named_parameters():
+    for name, parameter in reference.named_parameters():
         marked[name] = torch.arange(count, count + parameter.numel(), dtype=torch.float64).view(parameter.shape)
         count += parameter.numel()
     values = torch.full((count,), float("nan"), dtype=torch.float64)
     numbered = iter(marked.values())
-    places = published(twin, lambda parameter: next(numbered))
+    places = published(reference, lambda parameter: next(numbered))
     assert places.keys() == tensors.keys()
     for name, place in places.items():
         values[place.long().flatten()] = tensors[name].double().flatten()
     with torch.no_grad():
-        for name, parameter in twin.named_parameters():
+        for name, parameter in reference.named_parameters():
             found = values[marked[name].long()]
-            # The last norm of CLIP's tower is no part of Molmo.
+            # Molmo does not use the last norm of CLIP's tower.
             parameter.copy_(torch.where(found.isnan(), parameter, found))
 
 
 def example(ids: Sequence[int], images: Sequence[tuple[int, Prepared]], branches: Sequence[int]) -> Example:
-    """Theirs of a document: its images with their first tokens, and where its branches begin."""
+    """Return a document in their form from its images with their first tokens, and the starts of its branches."""
     numbers = np.full(len(ids), 10_000 if branches else 1)
     for number, start in enumerate(branches):
         numbers[start:] = number + 1

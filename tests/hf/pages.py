@@ -1,6 +1,6 @@
-"""Documents of text and pictures, for both sides: ours come from the data path, theirs from their processors.
+"""Documents of text and pictures: ours come from the data pipeline, theirs from the processors of transformers.
 
-A page lists texts and sizes (height, width) of pictures. ``Seen`` holds what both sides make of some pages.
+A page lists texts and sizes (height, width) of pictures. ``Seen`` holds the inputs that both sides build from pages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, load_tokenizer
@@ -32,8 +32,8 @@ from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.patch_embed import PatchEmbed
-from tests.hf.twins import imported, loaded, tensors_of, their_gradients
-from tests.models.twins import distance, rounding_ratio
+from tests.hf.reference_models import imported, loaded, tensors_of, their_gradients
+from tests.models.reference_models import distance, rounding_ratio
 from tests.parity_table import Recorder
 
 Page = Sequence[str | tuple[int, int]]
@@ -49,7 +49,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
 def save_tokenizer(path: Path, special: Sequence[str]) -> Path:
-    """A ``tokenizer.json`` of single bytes and special tokens; 0, 1, 2 are padding, beginning and end."""
+    """Write a ``tokenizer.json`` of single bytes and special tokens; 0, 1, 2 are padding, beginning and end."""
     names = [PAD, BOS, EOS, *special]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(names + alphabet)}, merges=[]))
@@ -62,21 +62,21 @@ def save_tokenizer(path: Path, special: Sequence[str]) -> Path:
 
 
 def picture(size: tuple[int, int]) -> Image.Image:
-    """Smooth colours that differ by size."""
+    """Return an image with smooth colours that depend on its size."""
     rng = np.random.default_rng(size)
     coarse = Image.fromarray(rng.integers(0, 256, (7, 5, 3), dtype=np.uint8))
     return coarse.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
 def stored(image: Image.Image) -> bytes:
-    """As a shard holds it."""
+    """Return the image as a shard stores it."""
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()
 
 
 def builder(tokenizer: Tokenizer, spec: MediaSpec, transforms: dict[str, Any]) -> DocumentBuilder:
-    """Of pages, all of whose text is learned."""
+    """Return a builder of pages whose text is learned completely."""
     block = {"name": "x", "manifest": "x", "template": {"kind": "interleaved"}, "transforms": transforms}
     return DocumentBuilder(DatasetConfig.model_validate(block), tokenizer, spec)
 
@@ -87,7 +87,7 @@ def document(build: DocumentBuilder, page: Page) -> Document:
 
 
 def written(page: Page, image: str) -> tuple[str, list[Image.Image]]:
-    """A page as their processors take it: a text with ``image`` for each picture, and the pictures."""
+    """Return a page for their processors: a text with ``image`` for each picture, and the pictures."""
     text = "".join(part if isinstance(part, str) else image for part in page)
     return f"{BOS}{text}{EOS}", [picture(part) for part in page if not isinstance(part, str)]
 
@@ -98,12 +98,12 @@ def load(path: Path, image_token: str) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Seen:
-    """Pages on both sides.
+    """Pages as inputs of both implementations.
 
     Attributes:
-        documents: Ours.
+        documents: Our documents.
         inputs: Arguments of their model, page by page.
-        spec: What our model takes.
+        spec: Media that our model accepts.
     """
 
     documents: list[Document]
@@ -112,7 +112,7 @@ class Seen:
 
     @classmethod
     def of(cls, build: DocumentBuilder, process: Callable[[Page], dict[str, Tensor]], pages: Sequence[Page]) -> Seen:
-        """Of some pages; both sides must give the same ids."""
+        """Build the inputs of pages; asserts that both sides give the same token ids."""
         documents = [document(build, page) for page in pages]
         inputs = [process(page) for page in pages]
         for ours, theirs in zip(documents, inputs, strict=True):
@@ -120,33 +120,33 @@ class Seen:
         return cls(documents, inputs, build.spec)
 
     def batch(self, number: int | None = None) -> MultimodalBatch:
-        """All in one pack, or one alone; a text alone comes with a null document."""
+        """Return all documents in one pack, or a single one. A text without images gets a dummy document."""
         documents = self.documents if number is None else [self.documents[number]]
         if not any(document.num_images for document in documents):
-            documents = [*documents, null_document(self.spec, pad_id=0)]
+            documents = [*documents, dummy_document(self.spec, pad_id=0)]
         return collate([Pack(tuple(documents), 0)], self.spec)
 
     def ours(self, model: MultimodalModel) -> Tensor:
-        """Our logits."""
+        """Return our logits."""
         return model.head(model(self.batch()).hidden)
 
     def theirs(self, model: Any) -> Tensor:
-        """Their logits, one call a page."""
+        """Return their logits, with one call per page."""
         return torch.cat([model(**inputs).logits[0] for inputs in self.inputs])
 
 
 def compare(
     ours: MultimodalModel, theirs: Any, seen: Seen, folder: Path, parity: Recorder, bounds: tuple[float, float]
 ) -> None:
-    """Logits, loss, the gradient of every parameter, and a packed document against it alone.
+    """Compare logits, loss, the gradient of every parameter, and a packed document with the same document alone.
 
     Args:
-        ours: Imported from ``theirs``.
-        theirs: Of transformers.
-        seen: On what.
-        folder: For files in between.
+        ours: Our model, imported from ``theirs``.
+        theirs: Model of transformers.
+        seen: Inputs.
+        folder: Folder for temporary files.
         parity: Records the errors.
-        bounds: Of values, and of gradients.
+        bounds: Bounds of the errors of values and of gradients.
     """
     family = theirs.config.model_type
     batch = seen.batch()
@@ -163,7 +163,7 @@ def compare(
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, parameter in ours.named_parameters():
         gradient = gradients.pop(name)
-        # That of a key's bias nearly cancels: without rotations it would be zero.
+        # The gradient of a key's bias nearly cancels: without RoPE it would be zero.
         scale = max(float(gradient.abs().max()), 1e-3 * largest)
         error = float((parameter.grad - gradient).abs().max()) / scale
         print(f"{error:.2e} {name}")
@@ -175,12 +175,12 @@ def compare(
 
 
 def _rounded(source: Path, ours: MultimodalModel, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits in bfloat16, ours and theirs, and in float32.
+    """Return our and their logits in bfloat16, and the logits in float32.
 
     Args:
-        source: Weights in bfloat16.
-        ours: The same, imported; becomes bfloat16.
-        seen: On what.
+        source: Folder with weights in bfloat16.
+        ours: Our model with the same weights; it is converted to bfloat16.
+        seen: Inputs.
     """
     import transformers
 
@@ -192,32 +192,32 @@ def _rounded(source: Path, ours: MultimodalModel, seen: Seen) -> tuple[Tensor, T
 
 
 def bfloat16_ratio(
-    twin: Callable[[int], Any], seen: Callable[[Path, MultimodalModel, list[Page]], Seen], folder: Path
+    make_reference: Callable[[int], Any], seen: Callable[[Path, MultimodalModel, list[Page]], Seen], folder: Path
 ) -> float:
-    """Our errors of bfloat16 over theirs, summed over four twins.
+    """Return the ratio of our errors in bfloat16 to theirs, summed over four models.
 
     Args:
-        twin: A model of transformers, by seed.
-        seen: Pages as both sides see them.
-        folder: For files in between.
+        make_reference: Returns a model of transformers for a seed.
+        seen: Returns the inputs of both sides.
+        folder: Folder for temporary files.
     """
 
     def one(seed: int) -> tuple[Tensor, Tensor, Tensor]:
         place = folder / str(seed)
-        twin(seed).bfloat16().save_pretrained(place / "theirs")
+        make_reference(seed).bfloat16().save_pretrained(place / "theirs")
         ours, _ = imported(place / "theirs", place / "run")
         return _rounded(place / "theirs", ours, seen(place, ours, [PAGES["several"], PAGES["picture first"]]))
 
     return rounding_ratio(one(seed) for seed in range(4))
 
 
-def assert_back_as_it_came(theirs: Any, seen: Callable[[MultimodalModel], Seen], folder: Path) -> None:
-    """Bit for bit through import and export, like the folder and without one; transformers finds each key.
+def assert_round_trip(theirs: Any, seen: Callable[[MultimodalModel], Seen], folder: Path) -> None:
+    """Assert that import and export, with and without ``--like``, give back the same bits and load in transformers.
 
     Args:
-        theirs: Of transformers.
-        seen: What to compute on.
-        folder: For what is written.
+        theirs: Model of transformers.
+        seen: Returns the inputs.
+        folder: Folder for temporary files.
     """
     theirs.save_pretrained(folder / "theirs", max_shard_size="50KB")
     ours, checkpoint = imported(folder / "theirs", folder / "run")
@@ -234,7 +234,7 @@ def assert_back_as_it_came(theirs: Any, seen: Callable[[MultimodalModel], Seen],
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
         again = loaded(folder / name, AUTO)
-        if like.like is None:  # Token ids are those of the published model.
+        if like.like is None:  # Without --like the token ids are those of the published model.
             again.config.image_token_id = theirs.config.image_token_id
         else:
             assert again.config.to_dict() == {**source.config.to_dict(), "_name_or_path": str(folder / name)}
@@ -244,7 +244,7 @@ def assert_back_as_it_came(theirs: Any, seen: Callable[[MultimodalModel], Seen],
 
 
 def normalised(vision: VisionConfig, patches: Tensor) -> Tensor:
-    """The pixels that the tower multiplies: its patch projection, with the identity for weights of the first frame."""
+    """Return the normalised pixels: the output of a patch projection that is the identity for the first frame."""
     embed = PatchEmbed(
         vision.channels,
         vision.patch_size,
@@ -263,7 +263,7 @@ def normalised(vision: VisionConfig, patches: Tensor) -> Tensor:
 
 
 def odd_pages(count: int, smallest: int, largest: int) -> list[Page]:
-    """Pages of one to four pictures of random sizes, so many pictures in all, with text between most of them."""
+    """Return pages of one to four pictures of random sizes, ``count`` in all, with text between most of them."""
     rng = np.random.default_rng(0)
     pages: list[Page] = []
     while count > 0:

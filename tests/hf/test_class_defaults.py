@@ -1,4 +1,4 @@
-"""Keys that a folder leaves out: their values are the class defaults of transformers, family by family."""
+"""Missing keys of a ``config.json`` get the class defaults of transformers, in every family."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.class_defaults import CLASS_DEFAULTS
-from mmscale.hf.layout import computed
+from mmscale.hf.layout import forward_config
 from mmscale.hf.layouts import LAYOUTS, layout_of
 
 pytestmark = pytest.mark.parity
@@ -73,7 +73,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def _paths(values: dict[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every key, those of nested blocks too."""
+    """Yield the path of every key, nested objects included."""
     for key, value in values.items():
         if key not in ("model_type", "architectures", "transformers_version"):
             yield (*before, key)
@@ -82,9 +82,9 @@ def _paths(values: dict[str, Any], before: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def _read(values: dict[str, Any]) -> Any:
-    """Our reading, or None where it is refused."""
+    """Return the imported configuration, or None if the import rejects the values."""
     try:
-        return computed(layout_of(values["model_type"]).model_config(values, "config.json"))
+        return forward_config(layout_of(values["model_type"]).model_config(values, "config.json"))
     except CheckpointError:
         return None
 
@@ -95,15 +95,15 @@ def test_the_table_is_that_of_the_classes(family: str) -> None:
     theirs["rope_theta"] = (theirs.get("rope_parameters") or {}).get("rope_theta")
     theirs["partial_rotary_factor"] = (theirs.get("rope_parameters") or {}).get("partial_rotary_factor")
     if family == "llama":
-        theirs["head_dim"] = None  # Filled by the class from other keys.
+        theirs["head_dim"] = None  # The class computes it from other keys.
     for key, value in CLASS_DEFAULTS[family].items():
         found = theirs[key]
         if key in ("image_size", "patch_size") and not isinstance(found, int):
             found = found[0]
         if key in ("num_key_value_heads", "head_dim") and value is None:
-            continue  # Follows from other keys: compared below.
+            continue  # Computed from other keys; compared below.
         if key == "sliding_window" and "use_sliding_window" in CLASS_DEFAULTS[family]:
-            continue  # The class drops a window that is not in use.
+            continue  # The class drops an unused window.
         assert found == value, key
 
 
@@ -113,27 +113,27 @@ def test_every_family_has_a_small_configuration() -> None:
 
 
 def _completed(values: dict[str, Any]) -> dict[str, Any] | None:
-    """A ``config.json`` with every key, by the class; None where the class refuses it."""
+    """Return a ``config.json`` that the class has completed; None if the class rejects it."""
     try:
         return transformers.AutoConfig.for_model(**copy.deepcopy(values)).to_dict()
-    except Exception:  # Of several kinds.
+    except Exception:  # The classes raise several types.
         return None
 
 
 MUST_BE_THERE = {
-    "persimmon": {"rope_parameters", "rope_parameters.rope_theta"},  # Versions differ in its default.
+    "persimmon": {"rope_parameters", "rope_parameters.rope_theta"},  # Its default differs between versions.
     "fuyu": {"text_config", "text_config.rope_parameters", "text_config.rope_parameters.rope_theta"},
     "mllama": {"text_config", "vision_config"},
     "llava": {"text_config"},
     "clip": {"text_config", "vision_config"},
     "siglip": {"vision_config"},
 }
-"""Keys that a folder must have; without others it is refused only where transformers' values contradict each other."""
+"""Keys that a folder must have. A missing key of another name is an error only if the completed values contradict."""
 
 
 @pytest.mark.parametrize("family", TINY)
 def test_a_key_left_out_is_the_class_default(family: str) -> None:
-    """The reduced file read by us, and the same completed by transformers and then read by us: equal, or refused."""
+    """Importing a file without a key equals importing the file that transformers has completed, or both fail."""
     whole = _completed({"model_type": family, **TINY[family]})
     assert whole is not None
     assert _read(whole) is not None
@@ -154,7 +154,7 @@ def test_a_key_left_out_is_the_class_default(family: str) -> None:
 
 
 def test_internvit_by_its_authors_differs_from_that_of_transformers() -> None:
-    """Defaults of the published ``configuration_intern_vit.py``, of which transformers has no class."""
+    """The defaults are those of the published ``configuration_intern_vit.py``; transformers has no class for it."""
     vision = (
         layout_of("intern_vit_6b").model_config({"model_type": "intern_vit_6b"}, "config.json").model_dump()["vision"]
     )

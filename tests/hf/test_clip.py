@@ -1,7 +1,7 @@
-"""A whole folder of CLIP is a contrastive model: the same similarities, loss and gradients, and back bit for bit.
+"""A CLIP folder with both towers: the same similarities, loss and gradients, and a bit-exact export.
 
-Distances are the largest difference over the largest value. Measured worst cases: vectors 2.5e-7, logits 4.3e-7, the
-loss to the bit, gradients 3.9e-6 (of a norm's bias, of which both are 3e-6 away from the same gradient in float64).
+Distances are the largest difference over the largest value. Measured worst cases: vectors 2.5e-7, logits 4.3e-7, loss
+bit-exact, gradients 3.9e-6 (bias of a norm; both implementations are 3e-6 away from the gradient in float64).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from data_pipeline.batch import MultimodalBatch, Segments
 from data_pipeline.config import DatasetConfig
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Budget
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
 from mmscale.checkpoint.export import HuggingFace, export_weights
-from mmscale.checkpoint.foreign import import_folder
+from mmscale.checkpoint.imports import import_folder
 from mmscale.checkpoint.manifest import newest_of, read_manifest
 from mmscale.checkpoint.warm_start import match
 from mmscale.dist import World
@@ -34,9 +34,9 @@ from mmscale.models.build import build_weights, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.objectives.contrastive import Contrastive
 from tests.configs.files import CONFIGS, model_of
+from tests.hf.reference_models import imported, loaded, tensors_of, their_gradients
 from tests.hf.towers import SIZES, images, normalised, ours_of
-from tests.hf.twins import imported, loaded, tensors_of, their_gradients
-from tests.models.twins import distance, randomise, rounding_ratio
+from tests.models.reference_models import distance, randomise, rounding_ratio
 from tests.parity_table import Recorder
 
 BOUND, GRADIENT_BOUND = 2e-6, 8e-6
@@ -56,8 +56,8 @@ TEXT: dict[str, Any] = {
 }
 
 
-def twin(seed: int = 0, **text: Any) -> Any:
-    """A CLIP whose towers have other widths, nothing at 0 or 1."""
+def reference_model(seed: int = 0, **text: Any) -> Any:
+    """Return a CLIP whose towers have different widths, without parameters at 0 or 1."""
     from transformers import CLIPConfig, CLIPModel
 
     dim = {"projection_dim": 24}
@@ -69,14 +69,14 @@ def twin(seed: int = 0, **text: Any) -> Any:
 
 
 def texts() -> list[Tensor]:
-    """Ids from begin to end; of the first, two end tokens' ids apart."""
+    """Return the token ids of each text, from the begin to the end token."""
     generator = torch.Generator().manual_seed(4)
     inner = (torch.randint(3, BOS, (length - 2,), generator=generator) for length in LENGTHS)
     return [torch.tensor([BOS, *ids.tolist(), EOS]) for ids in inner]
 
 
 def theirs_of(model: Any, pixels: Tensor) -> Any:
-    """Of padded texts and as many images."""
+    """Return their output for padded texts and the same number of images."""
     ids = torch.full((len(LENGTHS), max(LENGTHS)), EOS)
     for row, text in zip(ids, texts(), strict=True):
         row[: len(text)] = text
@@ -84,7 +84,7 @@ def theirs_of(model: Any, pixels: Tensor) -> Any:
 
 
 def batch_of(pixels: Tensor) -> MultimodalBatch:
-    """The same pairs, packed."""
+    """Return the same pairs as a packed batch."""
     ids = torch.cat(texts())
     ones = torch.ones(len(ids))
     return MultimodalBatch(
@@ -103,7 +103,7 @@ def batch_of(pixels: Tensor) -> MultimodalBatch:
 @pytest.mark.parity
 @pytest.mark.parametrize("text", [{}, {"hidden_act": "gelu", "eos_token_id": 2}], ids=["clip", "gelu, largest id"])
 def test_the_same_similarities_loss_and_gradients(text: dict[str, Any], tmp_path: Path, parity: Recorder) -> None:
-    theirs = twin(**text)
+    theirs = reference_model(**text)
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     pixels = images(SIDE, len(LENGTHS))
@@ -123,7 +123,9 @@ def test_the_same_similarities_loss_and_gradients(text: dict[str, Any], tmp_path
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None, name
-        scale = max(float(gradients[name].abs().max()), 1e-2 * largest)  # Of a key's bias: rounding alone.
+        scale = max(
+            float(gradients[name].abs().max()), 1e-2 * largest
+        )  # A key's bias has a gradient of rounding errors only.
         error = float((parameter.grad - gradients.pop(name)).abs().max()) / scale
         parity("clip", "gradients", error, GRADIENT_BOUND)
     assert not gradients
@@ -131,11 +133,11 @@ def test_the_same_similarities_loss_and_gradients(text: dict[str, Any], tmp_path
 
 @pytest.mark.parity
 def test_in_bfloat16_no_farther_from_the_truth(tmp_path: Path, parity: Recorder) -> None:
-    """Vectors of images and texts. Measured: 0.89; ours are brought to length 1 in float32."""
+    """Compare vectors of images and texts. Measured ratio: 0.89, because we normalise vectors in float32."""
 
     @torch.no_grad()
     def one(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        theirs, folder, pixels = twin(seed).bfloat16(), tmp_path / str(seed), images(SIDE, len(LENGTHS))
+        theirs, folder, pixels = reference_model(seed).bfloat16(), tmp_path / str(seed), images(SIDE, len(LENGTHS))
         theirs.save_pretrained(folder / "theirs")
         ours, _ = imported(folder / "theirs", folder / "run")
         vectors, other = ours.bfloat16()(batch_of(pixels)), theirs_of(theirs, pixels)
@@ -146,11 +148,11 @@ def test_in_bfloat16_no_farther_from_the_truth(tmp_path: Path, parity: Recorder)
     parity("clip", "error of bfloat16, over theirs", rounding_ratio(one(seed) for seed in range(4)), 1.02)
 
 
-def test_back_as_it_came(tmp_path: Path) -> None:
-    """Whole, and the tower alone out of the same folder."""
+def test_export_restores_the_folder(tmp_path: Path) -> None:
+    """Export the whole model, and the vision tower alone from the same folder."""
     from transformers import CLIPVisionModel
 
-    theirs = twin()
+    theirs = reference_model()
     theirs.save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
     _, checkpoint = imported(tmp_path / "theirs", tmp_path / "run")
@@ -174,8 +176,8 @@ def test_back_as_it_came(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_like_it_no_end_token_is_known(tmp_path: Path) -> None:
-    """Nothing is guessed: transformers fails until it is told."""
-    theirs = twin()
+    """An export does not guess the end token: transformers fails until the user sets it."""
+    theirs = reference_model()
     theirs.save_pretrained(tmp_path / "theirs")
     _, checkpoint = imported(tmp_path / "theirs", tmp_path / "run")
     assert export_weights(checkpoint, tmp_path / "back", to=HuggingFace()).family == "clip"
@@ -194,9 +196,9 @@ def test_of_the_published_configuration_it_is_known() -> None:
 
 
 def test_longer_texts_than_those_of_the_folder_like_it(tmp_path: Path) -> None:
-    """Its own number of positions is written, though every other family takes the context length over."""
+    """An export writes the model's own number of positions, though other families copy the context length."""
     for length in (12, 20):
-        twin(max_position_embeddings=length).save_pretrained(tmp_path / f"of {length}")
+        reference_model(max_position_embeddings=length).save_pretrained(tmp_path / f"of {length}")
     _, checkpoint = imported(tmp_path / "of 20", tmp_path / "run")
     export_weights(checkpoint, tmp_path / "back", to=HuggingFace(tmp_path / "of 12"))
     again = loaded(tmp_path / "back", "AutoModel")
@@ -205,17 +207,17 @@ def test_longer_texts_than_those_of_the_folder_like_it(tmp_path: Path) -> None:
 
 
 def test_its_tower_goes_into_a_model_that_sees(tmp_path: Path) -> None:
-    """The class row is no feature there, and the parameters have the same names."""
-    twin().save_pretrained(tmp_path / "theirs")
+    """There the class row is not a feature; the parameter names are the same."""
+    reference_model().save_pretrained(tmp_path / "theirs")
     report = import_folder(tmp_path / "theirs", tmp_path / "run" / "checkpoints")
     decoder = {**report.model["decoder"], "hidden_dim": 16, "attention": {"num_heads": 2}}
     vision = {**report.model["vision"], "class_feature": False}
     block = {"decoder": decoder, "vision": vision, "connector": {"kind": "embedding"}}
     model = build_weights(ModelConfig.model_validate(block))
-    taken = match(model, read_manifest(newest_of(tmp_path / "run")), ["vision"])
-    assert set(taken.loaded) == {name for name, _ in model.named_parameters() if name.startswith("vision.")}
-    assert not taken.resampled + taken.mismatched
-    assert {name.split(".")[0] for name in taken.unused} == {"connector", "decoder"}
+    loaded_part = match(model, read_manifest(newest_of(tmp_path / "run")), ["vision"])
+    assert set(loaded_part.loaded) == {name for name, _ in model.named_parameters() if name.startswith("vision.")}
+    assert not loaded_part.resampled + loaded_part.mismatched
+    assert {name.split(".")[0] for name in loaded_part.unused} == {"connector", "decoder"}
 
 
 def changed(folder: Path, block: str | None, **keys: Any) -> None:
@@ -226,7 +228,7 @@ def changed(folder: Path, block: str | None, **keys: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "keys", "said"),
+    ("block", "keys", "message"),
     [
         ("text_config", {"hidden_act": "relu"}, "text_config: hidden_act='relu' is not supported"),
         ("text_config", {"attention_dropout": 0.1}, r"attention_dropout=0\.1 is not supported"),
@@ -237,10 +239,10 @@ def changed(folder: Path, block: str | None, **keys: Any) -> None:
         ("text_config", {"max_position_embeddings": 9}, r"position_embedding\.weight is \[12, 32\]"),
     ],
 )
-def test_what_is_not_ours_is_refused(block: str | None, keys: dict[str, Any], said: str, tmp_path: Path) -> None:
-    twin().save_pretrained(tmp_path / "theirs")
+def test_unsupported_values_are_rejected(block: str | None, keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    reference_model().save_pretrained(tmp_path / "theirs")
     changed(tmp_path / "theirs", block, **keys)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         import_folder(tmp_path / "theirs", tmp_path / "run")
 
 
@@ -252,20 +254,23 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rotations": ({"decoder": {"learned_positions": None, "rope": {}}}, r"decoder\.learned_positions"),
     "a gate": ({"decoder": {"mlp": {"kind": "dense", "hidden_dim": 48}}}, r"model\.decoder\.mlp\.gated=True"),
-    "positions": ({"vision": {"positions": {"kind": "learned", "grid": [4, 3]}}}, "learned on a square"),
+    "positions": (
+        {"vision": {"positions": {"kind": "learned", "grid": [4, 3]}}},
+        "need learned vision.positions on a square grid",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_what_it_has_no_words_for_is_refused(case: str, tmp_path: Path) -> None:
-    changes, said = OTHERS[case]
-    twin().save_pretrained(tmp_path / "theirs")
+def test_models_that_clip_cannot_express_are_rejected(case: str, tmp_path: Path) -> None:
+    changes, message = OTHERS[case]
+    reference_model().save_pretrained(tmp_path / "theirs")
     model = import_folder(tmp_path / "theirs", tmp_path / "run").model
     assert layout_for(ModelConfig.model_validate(model)).model_type == "clip"
     config = ModelConfig.model_validate({key: {**block, **changes.get(key, {})} for key, block in model.items()})
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         layout_of("clip").config_values(config)
-    with pytest.raises(CheckpointError, match="no family can hold this model"):
+    with pytest.raises(CheckpointError, match="no Hugging Face family can express this model"):
         layout_for(config)
 
 
@@ -273,7 +278,7 @@ WORDS = ["red</w>", "apple</w>", "photo</w>", "of</w>", "a</w>", "the</w>"]
 
 
 def tokenizer(folder: Path) -> Any:
-    """CLIP's, with all bytes, bytes at the end of a word, a few words, and the two tokens at the end."""
+    """Return CLIP's tokenizer with all bytes, bytes at the end of a word, a few words, and two special tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
@@ -294,14 +299,15 @@ def tokenizer(folder: Path) -> Any:
 
 
 def test_its_tokenizer_gives_the_same_ids_and_cuts_them_alike(tmp_path: Path) -> None:
-    """Through a document of a pair, whose text has no more tokens than the model has positions."""
+    """Texts of a pair are truncated to the model's number of positions."""
     theirs = tokenizer(tmp_path)
     names = {"bos_token": "<|startoftext|>"} | dict.fromkeys(("eos_token", "pad_token", "image_token"), "<|endoftext|>")
     ours = load_tokenizer(HuggingFaceTokenizerConfig(path=tmp_path / "tokenizer.json", **names))
-    spec = media_spec(layout_of("clip").model_config(twin(vocab_size=ours.vocab_size).config.to_dict(), "its"))
+    values = reference_model(vocab_size=ours.vocab_size).config.to_dict()
+    spec = media_spec(layout_of("clip").model_config(values, "its"))
     dataset = {"name": "d", "manifest": "m", "template": {"kind": "caption", "prompts": [""], "answers": ["{text}"]}}
     builder = DocumentBuilder(DatasetConfig.model_validate(dataset), ours, spec)
-    budget = Budget(PackingConfig(max_tokens=99, too_long="truncate"), spec, null_document(spec, ours.pad_id))
+    budget = Budget(PackingConfig(max_tokens=99, too_long="truncate"), spec, dummy_document(spec, ours.pad_id))
     picture = io.BytesIO()
     Image.new("RGB", (SIDE, SIDE)).save(picture, "PNG")
     for text in ["A photo of a red apple", "the  APPLE's\n42", "Äpfel 🍎 été", "red", "of " * 30]:

@@ -1,8 +1,8 @@
-"""Text decoders out of a folder of Hugging Face compute what the reference computes, and go back bit for bit.
+"""Imported text decoders give the results of transformers, and an export restores the folder bit for bit.
 
-Measured worst cases in float32 (docs/parity.md): 4.4e-7 in logits and losses; 3.8e-6 in gradients (of a norm over all
-queries, a sum of 60 tokens that nearly cancels: there both are 5e-6 away from the same gradient in float64), 1.9e-6 in
-those of models without such norms.
+Measured worst cases in float32 (tests/parity.json): 4.4e-7 in logits and losses; 1.9e-6 in gradients of models without
+QK norms over the full width. With such norms gradients differ by 3.8e-6: a sum over 60 tokens nearly cancels, and both
+implementations are 5e-6 away from the gradient in float64.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.checkpoint.manifest import read_manifest
 from mmscale.hf.read import INDEX
-from tests.hf.decoders import DECODERS, saved_twin, twin
-from tests.hf.twins import imported, loaded, tensors_of, their_gradients
+from tests.hf.decoders import DECODERS, reference_model, saved_reference
+from tests.hf.reference_models import imported, loaded, tensors_of, their_gradients
+from tests.models.reference_models import distance, rounding_ratio
 from tests.models.test_parity import LENGTHS, text_batch
-from tests.models.twins import distance, rounding_ratio
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
@@ -31,7 +31,7 @@ AUTO = "AutoModelForCausalLM"
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_the_same_logits_loss_and_gradients(name: str, tmp_path: Path, parity: Recorder) -> None:
-    theirs = saved_twin(name, tmp_path / "theirs")
+    theirs = saved_reference(name, tmp_path / "theirs")
     family = theirs.config.model_type
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     batch = text_batch(120)
@@ -52,7 +52,7 @@ def test_the_same_logits_loss_and_gradients(name: str, tmp_path: Path, parity: R
         assert parameter.grad is not None, name
         parity(family, "gradients", distance(parameter.grad, gradients.pop(name)), GRADIENT_BOUND)
     assert not gradients
-    # Packed, as one by one.
+    # Packed documents give the same results as single ones.
     start = 0
     for length in LENGTHS:
         alone = text_batch(120, lengths=[length])
@@ -64,13 +64,13 @@ def test_the_same_logits_loss_and_gradients(name: str, tmp_path: Path, parity: R
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_in_bfloat16_no_farther_from_the_truth(name: str, tmp_path: Path, parity: Recorder) -> None:
-    """Measured over six seeds: 0.88 to 1.014, where norms of whole rows of queries leave the same roundings to both."""
+    """Measured over six seeds: 0.88 to 1.014. QK norms over the full width round alike in both implementations."""
     batch = text_batch(120)
     documents = batch.token_ids.split(LENGTHS)
 
     @torch.no_grad()
     def one(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        theirs, folder = twin(name, seed).bfloat16().eval(), tmp_path / str(seed)
+        theirs, folder = reference_model(name, seed).bfloat16().eval(), tmp_path / str(seed)
         theirs.save_pretrained(folder / "theirs")
         ours, _ = imported(folder / "theirs", folder / "run")
         ours.bfloat16()
@@ -80,12 +80,12 @@ def test_in_bfloat16_no_farther_from_the_truth(name: str, tmp_path: Path, parity
         return ours.head(ours(batch).hidden), rounded, exact
 
     ratio = rounding_ratio(one(seed) for seed in range(4))
-    parity(twin(name).config.model_type, "error of bfloat16, over theirs", ratio, 1.05)
+    parity(reference_model(name).config.model_type, "error of bfloat16, over theirs", ratio, 1.05)
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_back_as_it_came(name: str, tmp_path: Path) -> None:
-    theirs = saved_twin(name, tmp_path / "theirs", max_shard_size="50KB")
+def test_export_restores_the_folder(name: str, tmp_path: Path) -> None:
+    theirs = saved_reference(name, tmp_path / "theirs", max_shard_size="50KB")
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
     _, checkpoint = imported(tmp_path / "theirs", tmp_path / "run")
     like = HuggingFace(tmp_path / "theirs")
@@ -104,17 +104,19 @@ def test_back_as_it_came(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_without_a_folder_like_it_a_family_is_found(name: str, tmp_path: Path) -> None:
-    theirs = saved_twin(name, tmp_path / "theirs")
+    theirs = saved_reference(name, tmp_path / "theirs")
     _, checkpoint = imported(tmp_path / "theirs", tmp_path / "run")
     report = export_weights(checkpoint, tmp_path / "back", to=HuggingFace())
-    assert report.family == theirs.config.model_type.replace("mistral", "llama")  # The same model in other words.
+    assert report.family == theirs.config.model_type.replace(
+        "mistral", "llama"
+    )  # Both families describe the same model.
     again = loaded(tmp_path / "back", AUTO)
     ids = text_batch(120).token_ids[None]
     assert torch.equal(again(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
 
 
 def test_bfloat16_stays_as_it_is(tmp_path: Path) -> None:
-    saved_twin("qwen2, tied", tmp_path / "float32").bfloat16().save_pretrained(tmp_path / "theirs")
+    saved_reference("qwen2, tied", tmp_path / "float32").bfloat16().save_pretrained(tmp_path / "theirs")
     _, checkpoint = imported(tmp_path / "theirs", tmp_path / "run")
     assert read_manifest(checkpoint).precision == "bf16"
     export_weights(checkpoint, tmp_path / "back", to=HuggingFace(tmp_path / "theirs"), number_format="bf16")

@@ -1,4 +1,4 @@
-"""Folders that are damaged, of another model, or of one that is not ours: a sentence, and nothing is left behind."""
+"""A damaged or unsupported folder raises an error with a reason, and leaves no files."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmscale.checkpoint.export import HuggingFace, export_weights
-from mmscale.checkpoint.foreign import import_folder
-from mmscale.checkpoint.foreign.write import new_share, write_checkpoint
+from mmscale.checkpoint.imports import import_folder
+from mmscale.checkpoint.imports.write import new_share, write_checkpoint
 from mmscale.checkpoint.manifest import FORMAT, Manifest
 from mmscale.checkpoint.reshard import verify
-from mmscale.checkpoint.share import Piece
+from mmscale.checkpoint.share import TensorPiece
 from mmscale.cli.main import main
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_for, layout_of
 from mmscale.hf.read import CONFIG, INDEX, HfFolder
 from mmscale.models.build import build_model
 from mmscale.models.config import ModelConfig
+from tests.models.reference_models import distance
 from tests.models.tiny import config
-from tests.models.twins import distance
 from tests.parity_table import Recorder
 
 KEYS: dict[str, Any] = {
@@ -41,7 +41,7 @@ FILE = "model.safetensors"
 
 
 def tensors(tied: bool = False) -> dict[str, torch.Tensor]:
-    """Of ``KEYS``, by the names that Llama's code has."""
+    """Return the tensors of ``KEYS`` by the names of Llama's code."""
     shapes = {
         "model.embed_tokens.weight": (12, 8),
         "model.layers.0.input_layernorm.weight": (8,),
@@ -78,9 +78,9 @@ def test_a_whole_folder_becomes_a_checkpoint(tmp_path: Path, capsys: pytest.Capt
     assert verify(Path(report["checkpoint"])) == []
     again = ["checkpoint", "import", str(source), str(tmp_path / "run"), "--from", "hf"]
     assert main(again) == 1
-    assert "is already there" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main([*again, "--stage", "x"]) == 2
-    assert "not with --from hf" in capsys.readouterr().err
+    assert "not for --from hf" in capsys.readouterr().err
     assert main(["checkpoint", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--like", str(source)]) == 2
     assert "--like goes with --to hf" in capsys.readouterr().err
     words = ["checkpoint", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "hf", "--like", str(source)]
@@ -108,8 +108,10 @@ def test_a_folder_of_hugging_face_elsewhere(
 ) -> None:
     source = folder(tmp_path / "source")
     assert main([word.format(source) for word in words]) == 1
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"{source} is a Hugging Face folder (model_type='llama' in its config.json); {remedy.format(source)}" in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"{source} is a Hugging Face folder (model_type='llama' in its config.json); {remedy.format(source)}" in message
+    )
 
 
 def without(name: str) -> dict[str, torch.Tensor]:
@@ -117,13 +119,13 @@ def without(name: str) -> dict[str, torch.Tensor]:
 
 
 REFUSED: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
-    "unknown family": (None, {"model_type": "mamba"}, "model_type='mamba' is not known"),
+    "unknown family": (None, {"model_type": "mamba"}, "model_type='mamba' is not supported"),
     "no family": (None, {"model_type": None}, "no model_type"),
     "a tensor is missing": (without("model.norm.weight"), {}, "does not hold model.norm.weight"),
-    "a tensor too many": ({**tensors(), "score.weight": torch.ones(1)}, {}, "score.weight has no place"),
+    "a tensor too many": ({**tensors(), "score.weight": torch.ones(1)}, {}, "score.weight is not a tensor of a"),
     "another width": (None, {"vocab_size": 13}, r"is \[12, 8\], by config.json it should be \[13, 8\]"),
-    "another head": (tensors(), {"tie_word_embeddings": True}, "config.json says that it is tied"),
-    "an odd format": ({**tensors(), "model.norm.weight": torch.ones(8).to(torch.float8_e5m2)}, {}, "number formats"),
+    "another head": (tensors(), {"tie_word_embeddings": True}, "config.json declares the two tied"),
+    "an odd format": ({**tensors(), "model.norm.weight": torch.ones(8).to(torch.float8_e5m2)}, {}, "number format"),
     "a key is missing": (None, {"rms_norm_eps": None}, "rms_norm_eps is missing"),
     "a key of another type": (None, {"hidden_size": "8"}, "hidden_size='8' must be of type int"),
     "contradiction": (None, {"num_attention_heads": 3}, "num_heads=3"),
@@ -146,16 +148,16 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] =
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_ours_is_refused(case: str, tmp_path: Path) -> None:
-    values, keys, said = REFUSED[case]
+def test_unsupported_values_are_rejected(case: str, tmp_path: Path) -> None:
+    values, keys, message = REFUSED[case]
     source = folder(tmp_path / "source", values, **keys)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         import_folder(source, tmp_path / "run")
     assert not list(tmp_path.glob("run/*"))
 
 
 def split(path: Path, change: Callable[[dict[str, str]], None]) -> None:
-    """The folder as two files with an index, ``change``d."""
+    """Store the folder as two files with an index, and apply ``change``."""
     values = load_file(path / FILE)
     (path / FILE).unlink()
     names = sorted(values)
@@ -179,7 +181,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (cut, "missing or damaged"),
     "pickled": (pickled, "pickled weights, which are not read"),
     "no configuration": (lambda path: (path / CONFIG).unlink(), "config.json cannot be read"),
-    "no JSON": (lambda path: (path / CONFIG).write_text("{"), "is no JSON"),
+    "no JSON": (lambda path: (path / CONFIG).write_text("{"), "is not valid JSON"),
     "a list": (lambda path: (path / CONFIG).write_text("[]"), "is no JSON object"),
     "no map": (lambda path: (path / INDEX).write_text("{}"), "no weight_map"),
     "a file is missing": (
@@ -188,7 +190,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a file elsewhere": (
         lambda path: split(path, lambda places: places.update({"x": "../source/a.safetensors"})),
-        "is no file of this folder",
+        "is not a plain file name",
     ),
     "not in the index": (
         lambda path: split(path, lambda places: places.pop("model.norm.weight")),
@@ -199,9 +201,9 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damage_is_named(case: str, tmp_path: Path) -> None:
-    damage, said = DAMAGED[case]
+    damage, message = DAMAGED[case]
     damage(folder(tmp_path / "source"))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         import_folder(tmp_path / "source", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -218,16 +220,16 @@ def test_files_with_an_index_a_tied_head_twice_and_old_frequencies(tmp_path: Pat
 
 
 def test_tensors_stay_on_the_disk(tmp_path: Path) -> None:
-    """Read twice, a tensor lies at the same place: that of the mapped file."""
+    """A tensor that is read twice has the same address: that of the mapped file."""
     source = HfFolder(folder(tmp_path / "source"))
     first, second = source.tensor("lm_head.weight"), source.tensor("lm_head.weight")
     assert first.data_ptr() == second.data_ptr()
 
 
 def saved(path: Path, settings: ModelConfig) -> tuple[Any, Path]:
-    """A model, and a checkpoint of it."""
+    """Return a model and a checkpoint of it."""
     model = build_model(settings, attention="sdpa", seed=1)
-    pieces = [Piece(f"{name}|frozen", 0, values.detach().flatten()) for name, values in model.named_parameters()]
+    pieces = [TensorPiece(f"{name}|frozen", 0, values.detach().flatten()) for name, values in model.named_parameters()]
     manifest = {
         "format": FORMAT,
         "state": {"step": 3, "stage_index": 0, "stage_step": 3, "tokens": 0, "samples": 0, "extra": {}},
@@ -257,7 +259,7 @@ def text_config(**decoder: Any) -> ModelConfig:
 def test_new_tokens_are_rows_of_the_table(
     tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: Recorder
 ) -> None:
-    """Both parameters go into one matrix, in pieces; transformers computes what we do, for new ids too."""
+    """An export concatenates both parameters; transformers computes the same, for new ids too."""
     from transformers import AutoModelForCausalLM
 
     from tests.models.test_parity import text_batch
@@ -276,7 +278,7 @@ def test_new_tokens_are_rows_of_the_table(
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (text_config(extra_tokens={"rows": 5, "predicted": False}), "model.decoder.extra_tokens="),
         (text_config(rope=None), "model.decoder.rope=None"),
@@ -288,16 +290,16 @@ def test_new_tokens_are_rows_of_the_table(
         (text_config(attention={"num_heads": 2, "qk_norm": "head"}), "model.decoder.attention.qk_norm='head'"),
         (
             text_config(mlp={"kind": "moe", "num_experts": 4, "experts_per_token": 2, "expert_dim": 8}),
-            "no words for experts",
+            "cannot express experts",
         ),
-        (config("embedding"), "no words for a vision tower"),
+        (config("embedding"), "cannot express a vision tower"),
     ],
 )
-def test_a_model_that_no_family_has_words_for(settings: ModelConfig, said: str, tmp_path: Path) -> None:
+def test_a_model_that_no_family_can_express(settings: ModelConfig, message: str, tmp_path: Path) -> None:
     _, path = saved(tmp_path / "run", settings)
     with pytest.raises(CheckpointError) as error:
         export_weights(path, tmp_path / "out", to=HuggingFace())
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

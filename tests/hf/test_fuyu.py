@@ -1,7 +1,7 @@
-"""Fuyu out of a folder of Hugging Face: pixels in token slots, packed, beside transformers one document at a time.
+"""Imported Fuyu: packed documents with image patches compared with transformers, one document at a time.
 
-Measured worst cases in float32: 6.7e-7 in logits and losses, 1.9e-6 in gradients, of sums of up to 60 terms in another
-order.
+Measured worst cases in float32: 6.7e-7 in logits and losses, 1.9e-6 in gradients (sums of up to 60 terms in another
+order).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from data_pipeline.media_spec import MediaSpec
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.models.build import media_spec
 from tests.hf.decoders import HALVES, SIZES
+from tests.hf.reference_models import imported, loaded, tensors_of, their_gradients
 from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
-from tests.hf.twins import imported, loaded, tensors_of, their_gradients
 from tests.models.packs import IMAGE_ID, Doc, pack
-from tests.models.twins import distance, randomise
+from tests.models.reference_models import distance, randomise
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
@@ -31,7 +31,7 @@ BOUND, GRADIENT_BOUND = 2e-6, 4e-6
 SIDE, NEWLINE, VOCAB = 6, 9, 120
 AUTO_CLASS = "AutoModelForImageTextToText"
 Grid = tuple[int, int]
-DOCUMENTS: dict[str, list[int | Grid]] = {  # Numbers of text tokens, and images.
+DOCUMENTS: dict[str, list[int | Grid]] = {  # Numbers of text tokens, and grids of images.
     "image first": [(3, 2), 11],
     "in the middle": [5, (1, 7), 6],
     "last": [9, (5, 3)],
@@ -40,7 +40,7 @@ DOCUMENTS: dict[str, list[int | Grid]] = {  # Numbers of text tokens, and images
 }
 
 
-def twin(seed: int = 0, vocabulary: int = VOCAB, image_token: int = IMAGE_ID) -> Any:
+def reference_model(seed: int = 0, vocabulary: int = VOCAB, image_token: int = IMAGE_ID) -> Any:
     from transformers import FuyuConfig, FuyuForCausalLM, PersimmonConfig
 
     text = PersimmonConfig(**{**SIZES, "vocab_size": vocabulary}, rope_parameters=HALVES)
@@ -50,14 +50,14 @@ def twin(seed: int = 0, vocabulary: int = VOCAB, image_token: int = IMAGE_ID) ->
     return model
 
 
-def saved_twin(folder: Path, **kwargs: Any) -> Any:
-    model = twin()
+def saved_reference(folder: Path, **kwargs: Any) -> Any:
+    model = reference_model()
     model.save_pretrained(folder, **kwargs)
     return model
 
 
 def document(spec: MediaSpec, parts: list[int | Grid], seed: int) -> Doc:
-    """Text and images, each row of an image closed by a newline token."""
+    """Return a document of text and images; a newline token ends each row of an image."""
     generator = torch.Generator().manual_seed(seed)
     doc = Doc([], spans=[(0, [])])
     for part in parts:
@@ -66,9 +66,9 @@ def document(spec: MediaSpec, parts: list[int | Grid], seed: int) -> Doc:
             continue
         height, width = part
         pixels = torch.randint(0, 256, (height * width, spec.patch_dim), dtype=torch.uint8, generator=generator)
-        doc.views.append(((1, height, width), True, pixels))
+        doc.crops.append(((1, height, width), True, pixels))
         for _ in range(height):
-            doc.dest += range(len(doc.tokens), len(doc.tokens) + width)
+            doc.scatter_index += range(len(doc.tokens), len(doc.tokens) + width)
             doc.tokens += [IMAGE_ID] * width + [NEWLINE]
     return doc
 
@@ -78,10 +78,10 @@ def documents(spec: MediaSpec) -> list[Doc]:
 
 
 def their_logits(theirs: Any, doc: Doc) -> Tensor:
-    """Of one document, its pixels as their processor would give them: row by row, the channels innermost."""
+    """Return their logits of one document, with pixels in their processor's order: channels innermost."""
     inputs: dict[str, Tensor] = {"input_ids": torch.tensor(doc.tokens)[None]}
-    if doc.views:
-        pixels = torch.cat([pixels for _, _, pixels in doc.views]).view(-1, 3, SIDE, SIDE).permute(0, 2, 3, 1)
+    if doc.crops:
+        pixels = torch.cat([pixels for _, _, pixels in doc.crops]).view(-1, 3, SIDE, SIDE).permute(0, 2, 3, 1)
         inputs["pixel_values"] = ((pixels.flatten(1) / 255 - 0.5) / 0.5).to(theirs.dtype)[None]
     return theirs(**inputs).logits[0]
 
@@ -91,7 +91,7 @@ def our_logits(ours: Any, batch: MultimodalBatch) -> Tensor:
 
 
 def test_the_same_logits_loss_and_gradients(tmp_path: Path, parity: Recorder) -> None:
-    theirs = saved_twin(tmp_path / "theirs")
+    theirs = saved_reference(tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     spec = media_spec(ours.config)
     docs = documents(spec)
@@ -111,19 +111,19 @@ def test_the_same_logits_loss_and_gradients(tmp_path: Path, parity: Recorder) ->
         parity("fuyu", "gradients", distance(parameter.grad, gradients.pop(name)), GRADIENT_BOUND)
     assert not gradients
     for doc, own in zip(docs, logits.split([len(doc.tokens) for doc in docs]), strict=True):
-        filler = [] if doc.views else [docs[0]]
+        filler = [] if doc.crops else [docs[0]]
         alone = our_logits(ours, pack([doc, *filler], spec))[: len(doc.tokens)]
         parity("fuyu", "a packed document against it alone", distance(alone, own), BOUND)
 
 
 def test_in_bfloat16_no_farther_from_the_truth(tmp_path: Path, parity: Recorder) -> None:
-    """Mean square distances to float32 of the same weights, over six models: ours beside that of transformers.
+    """Compare mean square distances to float32 for the same weights, over six models.
 
-    Both round as often, in another order: 0.984 to 1.016 of theirs for one model, 0.998 for all.
+    Both round equally often, in another order: the ratio is 0.984 to 1.016 for one model, 0.998 for all.
     """
     errors = []
     for seed in range(6):
-        truth, folder = twin(seed).bfloat16(), tmp_path / str(seed)
+        truth, folder = reference_model(seed).bfloat16(), tmp_path / str(seed)
         truth.save_pretrained(folder / "theirs")
         ours, _ = imported(folder / "theirs", folder / "run")
         ours.bfloat16()
@@ -137,28 +137,28 @@ def test_in_bfloat16_no_farther_from_the_truth(tmp_path: Path, parity: Recorder)
     parity("fuyu", "logits in bfloat16, error over that of transformers", mine / theirs, 1.01)
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_back_as_it_came(alike: bool, tmp_path: Path) -> None:
-    theirs = saved_twin(tmp_path / "theirs", max_shard_size="50KB").eval()
+@pytest.mark.parametrize("with_like", [True, False])
+def test_export_restores_the_folder(with_like: bool, tmp_path: Path) -> None:
+    theirs = saved_reference(tmp_path / "theirs", max_shard_size="50KB").eval()
     _, checkpoint = imported(tmp_path / "theirs", tmp_path / "run")
-    to = HuggingFace(tmp_path / "theirs" if alike else None)
+    to = HuggingFace(tmp_path / "theirs" if with_like else None)
     report = export_weights(checkpoint, tmp_path / "back", to=to, shard_bytes=100_000)
     assert report.family == "fuyu"
     before, after = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     again = loaded(tmp_path / "back", AUTO_CLASS)
-    if alike:
+    if with_like:
         first = loaded(tmp_path / "theirs", AUTO_CLASS)
         assert again.config.to_dict() == {**first.config.to_dict(), "_name_or_path": str(tmp_path / "back")}
-    again.config.image_token_id = IMAGE_ID  # Which no weights say.
+    again.config.image_token_id = IMAGE_ID  # The checkpoint does not store this id.
     for doc in documents(MediaSpec(patch_size=SIDE)):
         assert torch.equal(their_logits(again.eval(), doc), their_logits(theirs, doc))
 
 
 def test_names_of_version_5_are_those_of_its_files(tmp_path: Path) -> None:
-    """In memory a model has other names than in a folder; both are read."""
-    theirs = saved_twin(tmp_path / "theirs")
+    """Version 5 uses other names in memory than in files; an import reads both."""
+    theirs = saved_reference(tmp_path / "theirs")
     assert "model.language_model.embed_tokens.weight" in theirs.state_dict()
     save_file(theirs.state_dict(), tmp_path / "theirs" / "model.safetensors")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
@@ -166,8 +166,8 @@ def test_names_of_version_5_are_those_of_its_files(tmp_path: Path) -> None:
 
 
 def test_trained_by_two_ranks_it_generates_in_transformers(tmp_path: Path) -> None:
-    image_token = 4  # Of the emoji tokenizer.
-    twin(vocabulary=VOCABULARY, image_token=image_token).save_pretrained(tmp_path / "theirs")
+    image_token = 4  # Id in the emoji tokenizer.
+    reference_model(vocabulary=VOCABULARY, image_token=image_token).save_pretrained(tmp_path / "theirs")
     emoji = captions({"kind": "padded", "max_height": 30, "max_width": 30, "interpolation": "bilinear"})
     again = loaded(train_and_export(tmp_path / "theirs", tmp_path, emoji), AUTO_CLASS)
     ids = torch.tensor([[1, *[image_token] * 25]])

@@ -1,7 +1,7 @@
-"""Images and texts as Fuyu's processor makes them: sizes, padding, order of patches, newlines, ids.
+"""Documents equal those of Fuyu's processor: sizes, padding, order of patches, newlines, ids.
 
-Its order is image, ``<s>``, text, ``<0x04>``: no token opens the document, and ``<s>`` closes the image. Images are
-resized by the same code of torchvision, there and here, and no value differs.
+The processor's order is image, ``<s>``, text, ``<0x04>``: no token starts the document, and ``<s>`` ends the image.
+Both sides resize with torchvision, so no value differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIZES = [(int(h), int(w)) for h, w in np.random.default_rng(5).integers(8, 400, 
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Letters and whole names, and a mark in front of each text, as SentencePiece puts there."""
+    """Return a tokenizer of letters and whole names that prefixes each text with SentencePiece's space mark."""
     pieces = [
         ("<unk>", 0.0),
         *((letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz.?"),
@@ -90,7 +90,7 @@ def sample(size: tuple[int, int], words: str) -> tuple[Image.Image, Sample]:
 
 
 def steps_apart(document: Document, theirs: torch.Tensor) -> float:
-    """Largest difference of a value, in steps of 255."""
+    """Return the largest difference of a value, in steps of 1 / 255."""
     (item,) = document.items
     ours = torch.from_numpy(item.values.copy()).view(-1, 3, 30, 30).permute(0, 2, 3, 1).flatten(1)
     assert ours.shape == theirs.shape
@@ -101,19 +101,19 @@ def test_a_hundred_sizes(tokenizer_file: Path, parity: Recorder) -> None:
     processor, build = their_processor(tokenizer_file, FRAME), our_builder(tokenizer_file, FRAME)
     for number, size in enumerate(SIZES):
         words = "what is this?" * (number % 3 + 1)
-        image, asked = sample(size, words)
+        image, prompt = sample(size, words)
         theirs = processor(images=image, text=words, return_legacy_image_output=False)
-        ours = build.build_prompt(asked)
+        ours = build.build_prompt(prompt)
         assert ours.token_ids.tolist() == theirs["input_ids"][0].tolist(), size
-        assert ours.dest.tolist() == np.flatnonzero(ours.token_ids == build.tokenizer.image_id).tolist()
+        assert ours.scatter_index.tolist() == np.flatnonzero(ours.token_ids == build.tokenizer.image_id).tolist()
         parity("fuyu", "pixels, in steps of 255", steps_apart(ours, theirs["pixel_values"]), 0.5)
 
 
 def test_the_published_frame(tokenizer_file: Path, parity: Recorder) -> None:
-    """1080 x 1920, of which larger images are reduced: by both in the same way."""
+    """Both sides shrink images larger than 1080 x 1920 in the same way."""
     frame = (1080, 1920)
-    image, asked = sample((1400, 1300), "what")
+    image, prompt = sample((1400, 1300), "what")
     theirs = their_processor(tokenizer_file, frame)(images=image, text="what", return_legacy_image_output=False)
-    ours = our_builder(tokenizer_file, frame).build_prompt(asked)
+    ours = our_builder(tokenizer_file, frame).build_prompt(prompt)
     assert ours.token_ids.tolist() == theirs["input_ids"][0].tolist()
     parity("fuyu", "pixels, in steps of 255", steps_apart(ours, theirs["pixel_values"]), 0.5)

@@ -1,4 +1,4 @@
-"""A stranger's ``config.json``: any value in any place is imported or refused, quickly, by one type of error."""
+"""An untrusted ``config.json``: any value of any key is imported or raises ``CheckpointError``, without delay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ODD: list[Any] = [math.nan, math.inf, 10**9, 10**18, 10**400, 0, -1, 0.5, "x", 
 
 
 def _changed(held: Any, odd: Iterator[Any]) -> Iterator[Any]:
-    """Copies of a tree, each with one node replaced by another value."""
+    """Yield copies of a tree, each with one node replaced by another value."""
     if isinstance(held, dict):
         for key, child in held.items():
             yield from ({**held, key: inner} for inner in _changed(child, odd))
@@ -71,10 +71,10 @@ def _with(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "path", "value"),
     [
-        # Sizes that a layout counts up to, before its result is validated.
+        # Sizes that a layout uses as loop bounds before its result is validated.
         ("llama3.2-11b-vision", "vision_config.max_num_tiles", 10**6),
         ("llama3.2-11b-vision", "text_config.num_hidden_layers", 10**12),
-        # Sizes that others are divided by.
+        # Sizes that are divisors.
         ("llama3.2-11b-vision", "vision_config.patch_size", 0),
         ("siglip-so400m", "patch_size", 0),
         ("pixtral-12b", "vision_config.num_attention_heads", 0),

@@ -1,12 +1,12 @@
-"""Llama 3.2 Vision out of a folder of Hugging Face, packed, beside transformers one document at a time.
+"""Imported Llama 3.2 Vision: packed documents compared with transformers, one document at a time.
 
-All gates are open. Images stand first, in the middle, last, in a row and not at all, with 1 to 4 tiles of several
-grids; rotations are stretched, and documents are longer than the first context.
+All gates are open. Images come first, in the middle, last, in sequence or not at all, with 1 to 4 tiles of several
+grids. RoPE is scaled, and documents are longer than the original context.
 
-Measured worst cases in float32, of a tensor's largest value: 1.0e-6 in logits and losses, 2.3e-6 in gradients. Those of
-gates are single numbers in which sums over all rows nearly cancel: up to 5.0e-6 apart, while each is up to 6.0e-6 away
-from the same gradient in float64, where the other is 3.4e-6 away, so they are compared with that. In bfloat16 the error
-is 0.77 of that of transformers.
+Measured worst cases in float32, relative to a tensor's largest value: 1.0e-6 in logits and losses, 2.3e-6 in gradients.
+The gradient of a gate is one number in which sums over all rows nearly cancel. Ours and theirs differ by up to 5.0e-6,
+but each is up to 6.0e-6 away from the gradient in float64, so gates are compared with float64. In bfloat16 our error is
+0.77 of that of transformers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,25 @@ from torch.nn import functional as F
 from data_pipeline.batch import MultimodalBatch
 from mmscale.checkpoint.export import HuggingFace, export_weights
 from mmscale.config import load
-from mmscale.hf.layout import computed
+from mmscale.hf.layout import forward_config
 from mmscale.hf.layouts import layout_of
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.generation import generate
 from mmscale.models.multimodal import MultimodalModel
-from tests.hf.mllama_twin import DOCUMENTS, IMAGE, MAX_TILES, Picture, document, our_batch, their_inputs, twin
+from tests.hf.mllama_reference import (
+    DOCUMENTS,
+    IMAGE,
+    MAX_TILES,
+    Picture,
+    document,
+    our_batch,
+    reference_model,
+    their_inputs,
+)
+from tests.hf.reference_models import imported, loaded, tensors_of, their_gradients
 from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
-from tests.hf.twins import imported, loaded, tensors_of, their_gradients
-from tests.models.twins import distance, rounding_ratio
+from tests.models.reference_models import distance, rounding_ratio
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
@@ -46,7 +55,7 @@ BOUND, GRADIENT_BOUND, GATE_BOUND = 2e-6, 4e-6, 1e-5
 
 
 def changed(model: MultimodalModel, **blocks: dict[str, Any]) -> MultimodalModel:
-    """The same weights in a model with another configuration, ``{"connector": {...}}``, one level deep."""
+    """Return a model with the same weights and a changed configuration, ``{"connector": {...}}``, one level deep."""
     values = model.config.model_dump(mode="json")
     for name, changes in blocks.items():
         values[name] |= changes
@@ -60,7 +69,7 @@ def as_transformers(model: MultimodalModel) -> MultimodalModel:
 
 
 def logits_of(model: MultimodalModel, names: list[str]) -> dict[str, Tensor]:
-    """Of documents in one pack."""
+    """Return our logits of documents in one pack."""
     order = list(DOCUMENTS)
     documents = [document(DOCUMENTS[name], order.index(name)) for name in names]
     logits = model.head(model(our_batch(documents, media_spec(model.config))).hidden)
@@ -68,7 +77,7 @@ def logits_of(model: MultimodalModel, names: list[str]) -> dict[str, Tensor]:
 
 
 def their_logits(theirs: Any) -> dict[str, Tensor]:
-    """One by one."""
+    """Return their logits, one document per call."""
     return {name: theirs(**their_inputs(parts, seed)).logits[0] for seed, (name, parts) in enumerate(DOCUMENTS.items())}
 
 
@@ -78,7 +87,7 @@ def joined(logits: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_the_same_logits_loss_and_gradients(kv_heads: int, tmp_path: Path, parity: Recorder) -> None:
-    theirs = twin(kv_heads=kv_heads)
+    theirs = reference_model(kv_heads=kv_heads)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = as_transformers(imported(tmp_path / "theirs", tmp_path / "run")[0])
     batch = our_batch([document(parts, n) for n, parts in enumerate(DOCUMENTS.values())], media_spec(ours.config))
@@ -109,7 +118,7 @@ def their_loss(theirs: Any, batch: MultimodalBatch) -> tuple[Tensor, Tensor]:
 
 
 def true_gradients(theirs: Any, batch: MultimodalBatch, folder: Path) -> dict[str, Tensor]:
-    """Of transformers in float64, rounded to float32, by our names."""
+    """Return the gradients of transformers in float64, rounded to float32, by our names."""
     exact, carrier = copy.deepcopy(theirs).double(), copy.deepcopy(theirs)
     exact.zero_grad()
     their_loss(exact, batch)[1].backward()
@@ -119,8 +128,8 @@ def true_gradients(theirs: Any, batch: MultimodalBatch, folder: Path) -> dict[st
 
 
 def test_packed_as_one_by_one(tmp_path: Path, parity: Recorder) -> None:
-    """A document without an image needs one beside it, as packs always have."""
-    twin().save_pretrained(tmp_path / "theirs")
+    """A pack needs an image: a document without one is packed with a dummy document."""
+    reference_model().save_pretrained(tmp_path / "theirs")
     ours = as_transformers(imported(tmp_path / "theirs", tmp_path / "run")[0])
     together = logits_of(ours, list(DOCUMENTS))
     for name in DOCUMENTS:
@@ -130,7 +139,7 @@ def test_packed_as_one_by_one(tmp_path: Path, parity: Recorder) -> None:
 
 @contextmanager
 def meta_rule(theirs: Any) -> Iterator[None]:
-    """Masks what transformers lets through: the attention of text before the first image."""
+    """Mask the attention of text before the first image, which transformers does not mask."""
     seen: dict[str, Tensor] = {}
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -150,7 +159,7 @@ def meta_rule(theirs: Any) -> Iterator[None]:
 
 
 def test_text_before_the_first_image_is_silent_or_looks_ahead(tmp_path: Path, parity: Recorder) -> None:
-    theirs = twin()
+    theirs = reference_model()
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     quirk = their_logits(theirs)
@@ -163,21 +172,21 @@ def test_text_before_the_first_image_is_silent_or_looks_ahead(tmp_path: Path, pa
         if isinstance(first, Picture) or name == "no image":
             torch.testing.assert_close(expected[name], quirk[name])
             continue
-        # What stands before the image is what it would be without any.
+        # Text before the image has the same logits as without an image.
         text = theirs(input_ids=their_inputs(parts, list(DOCUMENTS).index(name))["input_ids"][:, :first]).logits[0]
         parity(FAMILY, "logits, unseen text silent", distance(found[name][:first], text), BOUND)
         assert distance(text, quirk[name][:first]) > 1e-3
 
 
 def test_without_absent_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: Recorder) -> None:
-    """transformers with a mask that hides absent tiles and fillers from everything."""
+    """Compare with transformers under a mask that hides absent tiles and padding rows from all queries."""
     from transformers.models.mllama import modeling_mllama
 
     def mask(aspect_ratio_mask: Tensor, num_patches: int, target_length: int, dtype: torch.dtype) -> Tensor:
         shown = aspect_ratio_mask[:, :, None] * (torch.arange(target_length) < num_patches)
         return ((1 - shown.to(dtype)) * torch.finfo(dtype).min).flatten(1)[:, None, None]
 
-    theirs = twin()
+    theirs = reference_model()
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     published = their_logits(theirs)
@@ -191,7 +200,7 @@ def test_without_absent_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
 
 
 def test_bfloat16_is_no_further_from_the_truth(tmp_path: Path, parity: Recorder) -> None:
-    theirs = twin().bfloat16()
+    theirs = reference_model().bfloat16()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = as_transformers(imported(tmp_path / "theirs", tmp_path / "run")[0])
     truth = joined(their_logits(theirs.float()))
@@ -201,8 +210,8 @@ def test_bfloat16_is_no_further_from_the_truth(tmp_path: Path, parity: Recorder)
     parity(FAMILY, "bfloat16, error over theirs", ratio, 1.0)
 
 
-def test_back_as_it_came(tmp_path: Path) -> None:
-    theirs = twin()
+def test_export_restores_the_folder(tmp_path: Path) -> None:
+    theirs = reference_model()
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="200KB")
     for name in ("chat_template.jinja", "tokenizer.json"):
         (tmp_path / "theirs" / name).write_text("{}")
@@ -218,7 +227,7 @@ def test_back_as_it_came(tmp_path: Path) -> None:
     assert torch.equal(joined(their_logits(again)), joined(their_logits(theirs)))
     assert all((tmp_path / "back" / name).exists() for name in ("chat_template.jinja", "tokenizer.json"))
 
-    # Without a folder like it, the family is found; the processor's file is written, and is one of transformers'.
+    # Without --like the family is found, and the processor's file is one that transformers reads.
     from transformers import AutoImageProcessor
 
     report = export_weights(checkpoint, tmp_path / "plain", to=HuggingFace())
@@ -229,7 +238,7 @@ def test_back_as_it_came(tmp_path: Path) -> None:
 
 
 def test_names_of_modules_are_read_as_well_as_those_of_files(tmp_path: Path) -> None:
-    theirs = twin()
+    theirs = reference_model()
     theirs.save_pretrained(tmp_path / "theirs")
     values = {name: parameter.detach().contiguous() for name, parameter in theirs.named_parameters()}
     assert not values.keys() & tensors_of(tmp_path / "theirs").keys()
@@ -243,7 +252,9 @@ def test_names_of_modules_are_read_as_well_as_those_of_files(tmp_path: Path) -> 
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "models"
 STRETCHED = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
-PUBLISHED: dict[str, Any] = {  # In the form of version 4 of transformers, whose blocks hold how to sample as well.
+PUBLISHED: dict[
+    str, Any
+] = {  # In the format of version 4 of transformers, whose nested objects contain sampling options too.
     "architectures": ["MllamaForConditionalGeneration"],
     "image_token_index": 128256,
     "model_type": "mllama",
@@ -301,7 +312,7 @@ def shipped(name: str) -> ModelConfig:
 
 def test_the_published_configuration_is_the_shipped_one() -> None:
     imported_config = layout_of(FAMILY).model_config(PUBLISHED, "config.json")
-    assert computed(imported_config) == computed(shipped("llama3.2-11b-vision"))
+    assert forward_config(imported_config) == forward_config(shipped("llama3.2-11b-vision"))
 
 
 @pytest.mark.parametrize("name", ["llama3.2-11b-vision", "llama3.2-90b-vision-448"])
@@ -313,14 +324,17 @@ def test_names_and_shapes_at_full_size(name: str) -> None:
     with torch.device("meta"):
         theirs = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**values))
         ours = build_model(config, attention="sdpa")
-    expected = {layout.spelled(key): tuple(each.shape) for key, each in theirs.named_parameters()}
-    stored = layout.stored(config, {key: each.shape for key, each in ours.named_parameters()})
+    expected = {layout.current_name(key): tuple(each.shape) for key, each in theirs.named_parameters()}
+    stored = layout.hf_tensors(config, {key: each.shape for key, each in ours.named_parameters()})
     assert {key: tensor.shape for key, tensor in stored.items()} == expected
 
 
 REFUSED = {
     "blocks elsewhere": ({"text_config": {"cross_attention_layers": [3, 9]}}, r"cross_attention_layers=\[3, 9\]"),
-    "no blocks": ({"text_config": {"cross_attention_layers": []}}, r"only one before every n-th block"),
+    "no blocks": (
+        {"text_config": {"cross_attention_layers": []}},
+        "a cross-attention block before every n-th",
+    ),
     "other grids": ({"vision_config": {"supported_aspect_ratios": [[1, 1]]}}, "supported_aspect_ratios"),
     "another width": ({"vision_config": {"vision_output_dim": 1280}}, "vision_output_dim=1280"),
     "another norm": ({"vision_config": {"norm_eps": 1e-6}}, "norm_eps=1e-06"),
@@ -330,12 +344,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_ours_is_refused(case: str) -> None:
+def test_unsupported_values_are_rejected(case: str) -> None:
     from mmscale.errors import CheckpointError
 
-    changes, said = REFUSED[case]
+    changes, message = REFUSED[case]
     values = {**PUBLISHED, **{name: {**PUBLISHED[name], **block} for name, block in changes.items()}}
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         layout_of(FAMILY).model_config(values, "config.json")
 
 
@@ -350,8 +364,8 @@ def test_a_model_of_other_tiles_is_not_exported() -> None:
 
 @pytest.mark.dist
 def test_training_on_and_generating_in_transformers(tmp_path: Path) -> None:
-    image_id = 4  # Of the emoji tokenizer.
-    theirs = twin(vocab=VOCABULARY, image=image_id)
+    image_id = 4  # Id in the emoji tokenizer.
+    theirs = reference_model(vocab=VOCABULARY, image=image_id)
     theirs.save_pretrained(tmp_path / "theirs")
     exported = train_and_export(
         tmp_path / "theirs",
@@ -362,7 +376,7 @@ def test_training_on_and_generating_in_transformers(tmp_path: Path) -> None:
     parts = (2, Picture((2, 2), 1), 1)
     inputs = {name: values.clone() for name, values in their_inputs(parts).items()}
     inputs["input_ids"][inputs["input_ids"] == IMAGE] = image_id
-    end = VOCABULARY - 1  # Unlikely, so that both go on.
+    end = VOCABULARY - 1  # An unlikely token, so that neither generation ends early.
     texts = loaded(exported, AUTO_CLASS).generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=end)
     ours = as_transformers(imported(exported, tmp_path / "again")[0])
     batch = our_batch([document(parts)], media_spec(ours.config))

@@ -1,7 +1,7 @@
-"""Images and texts as the processor of Llama 3.2 Vision makes them: tiles, padding, grids, pixels, ids, and masks.
+"""Documents equal those of Llama 3.2 Vision's processor: tiles, padding, grids, pixels, ids and masks.
 
-Both resize with the same code of torchvision, so pixels are the same bytes; what is left, 5e-7 of a value's range at
-most, is the order of scaling and normalising.
+Both sides resize with torchvision and get the same bytes. The order of scaling and normalising leaves a difference of
+at most 5e-7 of a value's range.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
 from mmscale.hf.layouts.pixels import CLIP
-from mmscale.nn.patch_embed import normalised
+from mmscale.nn.patch_embed import normalise_pixels
 from mmscale.nn.tile_embed import tile_grids
 from tests.parity_table import Recorder
 
@@ -88,7 +88,7 @@ def encoded(image: Image.Image) -> ImagePart:
 
 
 def pages() -> Iterator[list[Image.Image | str]]:
-    """One to three images each: first, behind text, in a row, apart."""
+    """Yield pages of one to three images: first, after text, in sequence, apart."""
     images = map(picture, SIZES)
     while len(group := [image for _, image in zip(range(4), images, strict=False)]) == 4:
         a, b, c, d = group
@@ -97,20 +97,20 @@ def pages() -> Iterator[list[Image.Image | str]]:
 
 
 def tiles_of(media: MediaBlock, side: int) -> torch.Tensor:
-    """Normalised pixels ``(tiles, 3, side, side)``, by the tower's own arithmetic."""
+    """Return normalised pixels ``(tiles, 3, side, side)``, computed as the tower does."""
     count = side // PATCH
-    values = normalised(media.values, 3, *CLIP, torch.float32).view(-1, count, count, 3, PATCH, PATCH)
+    values = normalise_pixels(media.values, 3, *CLIP, torch.float32).view(-1, count, count, 3, PATCH, PATCH)
     return values.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, side, side)
 
 
 def mask_of(batch: MultimodalBatch, rows: int) -> npt.NDArray[np.int64]:
-    """``(T, images, MAX_TILES)``: whether a token attends the features of a tile, all of them or none."""
+    """Return ``(T, images, MAX_TILES)``: whether a token attends to the features of a tile (all of them or none)."""
     media = batch.media["image"]
-    tiles = [(place.image, number) for place, number in zip(media.places, _numbers(media), strict=True)]
-    mask = np.zeros((batch.segments.total, media.places[-1].image + 1, MAX_TILES), dtype=np.int64)
+    tiles = [(place.image, number) for place, number in zip(media.locations, _numbers(media), strict=True)]
+    mask = np.zeros((batch.segments.total, media.locations[-1].image + 1, MAX_TILES), dtype=np.int64)
     spans, keys = media.span_tokens.bounds, media.span_keys.bounds
     for span in range(media.span_tokens.num):
-        views, counts = np.unique(media.keys[keys[span] : keys[span + 1]].numpy() // rows, return_counts=True)
+        views, counts = np.unique(media.attended_index[keys[span] : keys[span + 1]].numpy() // rows, return_counts=True)
         assert (counts == rows).all()
         for view in views:
             mask[spans[span] : spans[span + 1], tiles[view][0], tiles[view][1]] = 1
@@ -118,12 +118,12 @@ def mask_of(batch: MultimodalBatch, rows: int) -> npt.NDArray[np.int64]:
 
 
 def _numbers(media: MediaBlock) -> Iterator[int]:
-    for _, places in groupby(media.places, key=lambda place: place.image):
+    for _, places in groupby(media.locations, key=lambda place: place.image):
         yield from range(len(list(places)))
 
 
 def compare(page: list[Image.Image | str], processor: Any, build: DocumentBuilder, side: int) -> float:
-    """The largest difference of a normalised value; all else must be equal."""
+    """Return the largest difference of normalised values; assert that everything else is equal."""
     text = "".join(part if isinstance(part, str) else "<|image|>" for part in page)
     theirs = processor(
         images=[part for part in page if isinstance(part, Image.Image)],
@@ -135,13 +135,13 @@ def compare(page: list[Image.Image | str], processor: Any, build: DocumentBuilde
     batch = collate([Pack((document,), 0)], build.spec)
     media = batch.media["image"]
     assert batch.token_ids.tolist() == theirs["input_ids"][0].tolist()
-    images = [list(places) for _, places in groupby(media.places, key=lambda place: place.image)]
+    images = [list(places) for _, places in groupby(media.locations, key=lambda place: place.image)]
     ids = [tile_grids(MAX_TILES).index(places[0].tiles) + 1 for places in images]
     assert ids == theirs["aspect_ratio_ids"][0].tolist()
     assert [len(places) for places in images] == theirs["aspect_ratio_mask"][0].sum(-1).tolist()
     np.testing.assert_array_equal(mask_of(batch, (side // PATCH) ** 2 + 1), theirs["cross_attention_mask"][0].numpy())
     there = theirs["aspect_ratio_mask"][0].bool()
-    assert not theirs["pixel_values"][0][~there].any()  # Absent tiles are zeros, as the tower takes them.
+    assert not theirs["pixel_values"][0][~there].any()  # Absent tiles are zeros in both implementations.
     return float((tiles_of(media, side) - theirs["pixel_values"][0][there]).abs().max())
 
 

@@ -1,7 +1,7 @@
-"""Molmo out of a folder as published computes what its code computes, and goes back bit for bit.
+"""Imported Molmo gives the results of its published code, and an export restores the folder bit for bit.
 
-There is no Molmo of the first generation in transformers; the reference is ``tests/hf/molmo.py``. Differences are the
-largest in a tensor over the largest value in it, float32.
+transformers has no first-generation Molmo; the reference is ``tests/hf/molmo.py``. Differences are the largest in a
+tensor over its largest value, in float32.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from tests.data_pipeline.images.molmo_reference import COLUMN, END, START, prepa
 from tests.data_pipeline.images.molmo_reference import PATCH as PLACE
 from tests.data_pipeline.images.test_molmo_crops import LAYOUT, picture, png
 from tests.hf.molmo import FAMILIES, MEAN, NEW, SIZES, STD, VOCAB, Example, Molmo, example, fill, save
+from tests.hf.reference_models import imported, tensors_of
 from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
-from tests.hf.twins import imported, tensors_of
-from tests.models.twins import distance, gradient_distance, randomise, rounding_ratio
+from tests.models.reference_models import distance, gradient_distance, randomise, rounding_ratio
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
 BOUND, GRADIENT_BOUND = 2e-6, 4e-6
 PAIRS = [("what?", "a cat"), ("how many?", "3"), ("x", "yes, two of them")]
-DOCUMENTS: list[tuple[list[tuple[int, int]], int]] = [  # Sizes of images, and how many annotations.
+DOCUMENTS: list[tuple[list[tuple[int, int]], int]] = [  # Sizes of images, and number of annotations.
     ([(37, 23)], 1),
     ([], 1),
     ([(9, 41), (64, 31)], 1),
@@ -53,7 +53,7 @@ DOCUMENTS: list[tuple[list[tuple[int, int]], int]] = [  # Sizes of images, and h
 
 
 class Letters:
-    """A tokenizer of letters, whose image tokens are the model's new rows."""
+    """A tokenizer of letters whose image tokens are the model's new rows."""
 
     bos_id, eos_id, pad_id, fingerprint = 1, 2, 0, "letters"
 
@@ -77,18 +77,18 @@ LETTERS = Letters(VOCAB)
 def document(
     config: ModelConfig, sizes: list[tuple[int, int]], annotations: int, letters: Letters = LETTERS
 ) -> Document:
-    """By our data side."""
-    rule = {"kind": "molmo", "max_tiles": SIZES.most, "margin": SIZES.margin, "padding_of": "next_view"}
+    """Build a document with our data pipeline."""
+    rule = {"kind": "molmo", "max_tiles": SIZES.most, "margin": SIZES.margin, "padding_of": "next_crop"}
     transforms = {"kind": "tiles", "tiling": rule, "interpolation": "bilinear", "layout": LAYOUT}
     dataset = {"name": "d", "manifest": "m", "template": {"kind": "annotations"}, "transforms": transforms}
-    fields = {"annotations": [{"question": asked, "answer": said} for asked, said in PAIRS[-annotations:]]}
+    fields = {"annotations": [{"question": question, "answer": answer} for question, answer in PAIRS[-annotations:]]}
     parts = tuple(ImagePart(png(picture(*size)), "png") for size in sizes)
     builder = DocumentBuilder(DatasetConfig.model_validate(dataset), letters, media_spec(config))  # type: ignore[arg-type]
     return builder(Sample(parts, fields, Provenance("d", "s", "k", 0)))
 
 
 def theirs_of(document: Document, sizes: list[tuple[int, int]], letters: Letters = LETTERS) -> Example:
-    """By theirs: images from their pixels on, with our resizing, which rounds to bytes; text is the same."""
+    """Build their inputs: images from resized pixels on, with our resizing (rounded to bytes), and the same text."""
     images, ids = [], [letters.bos_id]
     for size in sizes:
         image = prepare(picture(*size), SIZES, lambda pixels, to: resize(pixels, to, "bilinear") / np.float32(255))
@@ -111,7 +111,7 @@ def batch_of(documents: list[Document], config: ModelConfig) -> MultimodalBatch:
 
 
 def gradients(theirs: Molmo, folder: Path) -> dict[str, Tensor]:
-    """By our names: saved as if they were weights, and imported. None counts as zeros (the block that nothing uses)."""
+    """Return gradients by our names: save them as weights and import them. None becomes zeros (the unused block)."""
     save(theirs, folder / "gradients", lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
     model, _ = imported(folder / "gradients", folder / "of gradients")
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -127,7 +127,7 @@ def test_the_same_logits_loss_and_gradients(family: str, tmp_path: Path, parity:
     documents = [document(ours.config, *one) for one in DOCUMENTS]
     batch = batch_of(documents, ours.config)
     assert batch.branched is not None
-    kinds = {item.coverage for one in documents for item in one.items}
+    kinds = {item.content_area for one in documents for item in one.items}
     assert len(kinds) > 4
     expected = theirs([theirs_of(one, sizes) for one, (sizes, _) in zip(documents, DOCUMENTS, strict=True)])
     hidden = ours(batch).hidden
@@ -145,7 +145,7 @@ def test_the_same_logits_loss_and_gradients(family: str, tmp_path: Path, parity:
     idle = [name for name in wanted if name.startswith("vision.layers.3.")]
     assert idle
     assert not any(wanted[name].any() or ours.get_parameter(name).grad.any() for name in idle)
-    # Packed, as one by one.
+    # Packed documents give the same results as single ones.
     for one, (sizes, _), rows in zip(
         documents, DOCUMENTS, logits.split([one.num_tokens for one in documents]), strict=True
     ):
@@ -173,12 +173,12 @@ def test_in_bfloat16_no_farther_from_the_truth(tmp_path: Path, parity: Recorder)
         return logits, torch.cat(theirs(examples)), torch.cat(theirs.float()(examples))
 
     ratio = rounding_ratio(one(seed) for seed in range(4))
-    parity("molmo", "error of bfloat16, over the twin's", ratio, 1.1)
+    parity("molmo", "error of bfloat16, over the reference's", ratio, 1.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("number_format", ["fp32", "bf16"])
-def test_back_as_it_came(family: str, number_format: Any, tmp_path: Path) -> None:
+def test_export_restores_the_folder(family: str, number_format: Any, tmp_path: Path) -> None:
     theirs = Molmo(family)
     theirs = theirs.bfloat16() if number_format == "bf16" else theirs
     save(theirs, tmp_path / "theirs")
@@ -200,13 +200,13 @@ def test_back_as_it_came(family: str, number_format: Any, tmp_path: Path) -> Non
 
 @pytest.mark.dist
 def test_trained_and_exported(tmp_path: Path) -> None:
-    """The twin goes on with what two ranks have trained: the same logits, and the same tokens from its own loop.
+    """After training on two ranks and export, the reference gives the same logits and generates the same tokens.
 
-    Two parts learn nothing: the last block of the tower, and new tokens, which the emoji tokenizer has not.
+    Two parts are not trained: the last block of the tower, and new tokens, which the emoji tokenizer lacks.
     """
     theirs = Molmo("qwen2", VOCABULARY)
     save(theirs, tmp_path / "theirs")
-    tiling = {"kind": "molmo", "max_tiles": 2, "margin": 2, "padding_of": "next_view"}
+    tiling = {"kind": "molmo", "max_tiles": 2, "margin": 2, "padding_of": "next_crop"}
     transforms = {"kind": "tiles", "tiling": tiling, "interpolation": "bilinear"}
     out = train_and_export(
         tmp_path / "theirs", tmp_path, captions(transforms), idle=r"new_embedding$|resblocks\.3\.", max_tokens=160
@@ -226,18 +226,18 @@ def test_trained_and_exported(tmp_path: Path) -> None:
     known = theirs_of(prompt, [(40, 25)], letters)
     with torch.no_grad():
         assert distance(ours.head(ours(batch).hidden), again([known])[0]) < BOUND
-    # Twenty steps teach it to end every caption at once; a penalty on what was said makes it say more.
+    # After twenty steps it would end every caption at once; a penalty on repeated tokens makes captions longer.
     for penalty in (1.0, 50.0):
-        (said,) = generate(ours, batch, 8, -1, SamplingConfig(repetition_penalty=penalty))
-        assert said == greedy(again, known, 8, penalty)
-    assert len(set(said)) == 8
+        (generated,) = generate(ours, batch, 8, -1, SamplingConfig(repetition_penalty=penalty))
+        assert generated == greedy(again, known, 8, penalty)
+    assert len(set(generated)) == 8
 
 
-def greedy(twin: Molmo, known: Example, count: int, penalty: float) -> list[int]:
-    """By computing everything again for each token; CTRL's penalty on tokens that are there."""
+def greedy(reference: Molmo, known: Example, count: int, penalty: float) -> list[int]:
+    """Generate greedily with a full forward pass per token, and CTRL's repetition penalty."""
     for _ in range(count):
         with torch.no_grad():
-            logits = twin([known])[0][-1]
+            logits = reference([known])[0][-1]
         for old in {old for old in known.ids.tolist() if old < VOCABULARY}:
             logits[old] = logits[old] / penalty if logits[old] > 0 else logits[old] * penalty
         token = logits.argmax()

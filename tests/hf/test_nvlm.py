@@ -1,6 +1,7 @@
-"""NVLM-D in the form of its published folder, with 7 heads of zeros a block of the tower; NVLM-H from its parts.
+"""NVLM-D in the format of its published folder, with 7 zero heads per block of the tower; NVLM-H from its parts.
 
-The folder is made of transformers' parts (``tests.models.nvlm``), its names by another table than the one under test.
+The folder is built from parts of transformers (``tests.models.nvlm``) with a table of names that is independent of the
+one under test.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from data_pipeline.packing.packer import Pack
 from data_pipeline.text.tokenizer import SentencePieceTokenizerConfig, load_tokenizer
 from mmscale.checkpoint import load_weights
 from mmscale.checkpoint.export import HuggingFace, export_weights
-from mmscale.checkpoint.foreign import import_folder
+from mmscale.checkpoint.imports import import_folder
 from mmscale.checkpoint.manifest import newest_of
 from mmscale.cli.main import main
 from mmscale.errors import CheckpointError
-from mmscale.hf.layout import computed
+from mmscale.hf.layout import forward_config
 from mmscale.hf.layouts import layout_for, layout_of
 from mmscale.models.build import build_model, build_weights
+from tests.hf.reference_models import imported, tensors_of
 from tests.hf.test_published import shipped
 from tests.hf.towers import published_places
 from tests.hf.train_and_export import captions, train_and_export
-from tests.hf.twins import imported, tensors_of
 from tests.models.nvlm import HEADS, SAMPLES, SIDE, TEXT, VISION, Nvlm, page_of
-from tests.models.test_nvlm import TOKENIZER, by_our_names, documents, settings, tiles_of, twins
-from tests.models.twins import distance
+from tests.models.reference_models import distance
+from tests.models.test_nvlm import TOKENIZER, both_models, by_our_names, documents, settings, tiles_of
 from tests.parity_table import Recorder
 from tests.system.conftest import Run
 
@@ -55,7 +56,7 @@ TILES = {
 
 
 def with_dummy_heads(name: str, values: Tensor) -> Tensor:
-    """As published: zeros behind the heads of queries, of keys and of values."""
+    """Append the published zeros after the heads of queries, keys and values."""
     if name.endswith("attn.qkv.weight"):
         parts = [torch.cat([part, torch.zeros(7 * HEAD, WIDTH)]) for part in values.chunk(3)]
         return torch.cat(parts)
@@ -67,7 +68,7 @@ def with_dummy_heads(name: str, values: Tensor) -> Tensor:
 
 
 def without_dummy_heads(name: str, values: Tensor) -> Tensor:
-    """The other way round."""
+    """Remove the dummy heads."""
     if name.endswith("attn.qkv.weight"):
         return torch.cat([part[:WIDTH] for part in values.chunk(3)])
     if name.endswith("attn.proj.weight"):
@@ -76,7 +77,7 @@ def without_dummy_heads(name: str, values: Tensor) -> Tensor:
 
 
 def configuration() -> dict[str, Any]:
-    """Keys of the published file, sizes of the twin."""
+    """Return the keys of the published file with the sizes of the reference model."""
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     text = {key: value for key, value in TEXT.items() if key != "rope_parameters"}
     return {
@@ -133,7 +134,7 @@ def configuration() -> dict[str, Any]:
 
 
 def places(theirs: Nvlm) -> dict[str, list[nn.Parameter]]:
-    """Parameters of the composition by their published names."""
+    """Return parameters of the composition by their published names."""
     tower = published_places(theirs.vision_model)
     others = {"mlp1": theirs.mlp1, "language_model": theirs.language_model}
     return {
@@ -143,7 +144,7 @@ def places(theirs: Nvlm) -> dict[str, list[nn.Parameter]]:
 
 
 def published(theirs: Nvlm, folder: Path, **keys: Any) -> dict[str, Tensor]:
-    """The composition as a folder."""
+    """Write the composition as a folder."""
     tensors = {name: with_dummy_heads(name, torch.cat(parts).detach()) for name, parts in places(theirs).items()}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**configuration(), **keys}))
@@ -152,7 +153,7 @@ def published(theirs: Nvlm, folder: Path, **keys: Any) -> dict[str, Tensor]:
 
 
 def load_back(theirs: Nvlm, folder: Path) -> None:
-    """Puts the tensors of a folder into the composition; none is missing or left over."""
+    """Load the tensors of a folder into the composition; assert that none is missing or unexpected."""
     tensors = tensors_of(folder)
     for name, parts in places(theirs).items():
         values = without_dummy_heads(name, tensors.pop(name))
@@ -162,10 +163,10 @@ def load_back(theirs: Nvlm, folder: Path) -> None:
 
 
 def test_in_and_out_bit_for_bit(tmp_path: Path) -> None:
-    ours, theirs = twins("d")
+    ours, theirs = both_models("d")
     tensors = published(theirs, tmp_path / "published")
     again, checkpoint = imported(tmp_path / "published", tmp_path / "run")
-    assert computed(again.config) == computed(ours.config)
+    assert forward_config(again.config) == forward_config(ours.config)
     mine = dict(ours.named_parameters())
     assert all(torch.equal(values, mine[name]) for name, values in again.named_parameters())
     for number, like in enumerate((HuggingFace(), HuggingFace(tmp_path / "published"))):
@@ -197,10 +198,10 @@ def test_the_published_configuration_is_the_shipped_one() -> None:
     values = configuration()
     values |= {name: {**values[name], **block} for name, block in sizes.items()} | {"force_image_size": 448}
     config = layout_of("NVLM_D").model_config(values, "config.json")
-    assert computed(config) == computed(shipped("nvlm-d-72b"))
+    assert forward_config(config) == forward_config(shipped("nvlm-d-72b"))
     shapes = {name: tuple(p.shape) for name, p in build_weights(config).named_parameters()}
-    stored = layout_of("NVLM_D").stored(config, shapes)
-    # As hubs list the published files.
+    stored = layout_of("NVLM_D").hf_tensors(config, shapes)
+    # Number of values in the published files, as listed on the hub.
     assert sum(math.prod(tensor.shape) for tensor in stored.values()) == 79_379_593_344
 
 
@@ -214,32 +215,32 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_ours_is_refused(case: str, tmp_path: Path) -> None:
-    keys, said = REFUSED[case]
-    published(twins("d")[1], tmp_path / "published", **keys)
-    with pytest.raises(CheckpointError, match=said):
+def test_unsupported_values_are_rejected(case: str, tmp_path: Path) -> None:
+    keys, message = REFUSED[case]
+    published(both_models("d")[1], tmp_path / "published", **keys)
+    with pytest.raises(CheckpointError, match=message):
         import_folder(tmp_path / "published", tmp_path / "run")
 
 
 def test_dummy_heads_with_values_are_refused(tmp_path: Path) -> None:
-    tensors = published(twins("d")[1], tmp_path / "published")
+    tensors = published(both_models("d")[1], tmp_path / "published")
     tensors["vision_model.encoder.layers.1.attn.proj.weight"][3, -1] = 1e-3
     save_file(tensors, tmp_path / "published" / "model.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"layers\.1\.attn\.proj\.weight holds values where this family has zeros"
+        CheckpointError, match=r"layers\.1\.attn\.proj\.weight has nonzero values where this family has zeros"
     ):
         import_folder(tmp_path / "published", tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["x", "h"])
 def test_models_with_cross_attention_have_no_folder(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="of NVLM-X and NVLM-H, with cross-attention, no folder was published"):
+    with pytest.raises(CheckpointError, match="NVIDIA published no folder of NVLM-X and NVLM-H"):
         layout_for(settings(kind))
 
 
 def test_a_run_begins_from_internvit_and_qwen2(tmp_path: Path) -> None:
-    """By the commands of docs/import_export.md, as NVLM-H, whose tags stand among the keys."""
-    _, theirs = twins("h")
+    """Run the commands of docs/import_export.md for NVLM-H, whose tags are among the cross-attention keys."""
+    _, theirs = both_models("h")
     for part, name in ((theirs.vision_model, "internvit"), (theirs.language_model, "qwen2")):
         part.save_pretrained(tmp_path / name)  # type: ignore[operator]
         assert main(["checkpoint", "import", str(tmp_path / name), str(tmp_path / f"run-{name}"), "--from", "hf"]) == 0
@@ -261,7 +262,7 @@ def test_a_run_begins_from_internvit_and_qwen2(tmp_path: Path) -> None:
         "data.workers": 0,
     }
     words = ["train", "configs/quickstart.yaml", *(f"{key}={value}" for key, value in overrides.items())]
-    took = [line for line in Run(tmp_path / "run", words, forked=True).finish().splitlines() if "took: " in line]
+    took = [line for line in Run(tmp_path / "run", words, forked=True).finish().splitlines() if "loaded: " in line]
     assert ["vision.*" in took[0], "decoder.*" in took[1]] == [True, True]
     checkpoint = newest_of(tmp_path / "run")
     ours = build_model(settings("h"), attention="sdpa", seed=None)
@@ -273,8 +274,8 @@ def test_a_run_begins_from_internvit_and_qwen2(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 def test_trained_by_two_ranks_and_given_back(tmp_path: Path, parity: Recorder) -> None:
-    """The composition with the exported tensors computes what our model with the trained weights does."""
-    _, theirs = twins("d")
+    """The composition with the exported tensors gives the outputs of our trained model."""
+    _, theirs = both_models("d")
     published(theirs, tmp_path / "published")
     exported = train_and_export(tmp_path / "published", tmp_path, captions(TILES), max_tokens=96)
     load_back(theirs, exported)

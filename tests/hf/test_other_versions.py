@@ -1,4 +1,4 @@
-"""Forms of ``config.json`` that versions of transformers have written: defaults left out, keys twice, idle windows."""
+"""Forms of ``config.json`` from several versions of transformers: missing defaults, repeated keys, unused windows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from mmscale.errors import CheckpointError
-from mmscale.hf.layout import computed
+from mmscale.hf.layout import forward_config
 from mmscale.hf.layouts import layout_of
 from tests.hf.test_class_defaults import TINY
 from tests.hf.test_nvlm import configuration
@@ -19,16 +19,16 @@ pytestmark = pytest.mark.parity
 
 
 def read(values: dict[str, Any]) -> dict[str, Any]:
-    return computed(layout_of(values["model_type"]).model_config(values, "config.json"))
+    return forward_config(layout_of(values["model_type"]).model_config(values, "config.json"))
 
 
 def whole(family: str, **keys: Any) -> dict[str, Any]:
-    """A small configuration with every key, as version 5 writes it."""
+    """Return a small configuration with every key, as version 5 writes it."""
     return transformers.AutoConfig.for_model(family, **copy.deepcopy({**TINY[family], **keys})).to_dict()
 
 
 def test_a_tower_of_class_defaults_alone() -> None:
-    """Version 4.46 wrote this of the tower of Qwen2-VL 7B."""
+    """Version 4.46 wrote these keys for the tower of Qwen2-VL 7B."""
     values = copy.deepcopy(PUBLISHED["qwen2-vl-7b"])
     values["vision_config"] = {"in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14}
     assert read(values) == read(PUBLISHED["qwen2-vl-7b"])
@@ -76,7 +76,7 @@ def test_decoder_keys_twice(case: str) -> None:
 
 
 CONTRADICTIONS = {
-    "a width": ("qwen2_vl", {"hidden_size": 128}, "hidden_size=128 contradicts text_config, which says 64"),
+    "a width": ("qwen2_vl", {"hidden_size": 128}, "hidden_size=128 contradicts text_config, which has 64"),
     "a base": ("qwen2_vl", {"rope_theta": 1e4}, "rope_theta=10000.0 contradicts"),
     "sections": (
         "qwen2_vl",
@@ -95,20 +95,20 @@ CONTRADICTIONS = {
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_decoder_keys_twice_and_different(case: str) -> None:
-    family, keys, said = CONTRADICTIONS[case]
+    family, keys, message = CONTRADICTIONS[case]
     values = whole(family)
-    rope = values["text_config"].pop("rope_parameters")  # Both at the places of version 4.
+    rope = values["text_config"].pop("rope_parameters")  # Both keys where version 4 has them.
     theta, part = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
     values["text_config"] |= {"rope_theta": theta, "rope_scaling": rope}
     values["text_config"] |= {} if part is None else {"partial_rotary_factor": part}
     values["text_config"].pop("layer_types", None)
     read(values)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         read({**values, **keys})
 
 
 def test_fuyu_states_its_base_beside_the_block_alone() -> None:
-    """Version 4 left it out of the block, as Persimmon's class default."""
+    """Version 4 omitted it in ``text_config``, because it is Persimmon's class default."""
     values = whole("fuyu")
     expected = read(values)
     del values["text_config"]["rope_parameters"]["rope_theta"]
@@ -170,8 +170,8 @@ HIDING: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", HIDING)
 def test_windows_that_hide_something(case: str) -> None:
-    family, keys, said = HIDING[case]
-    with pytest.raises(CheckpointError, match=said):
+    family, keys, message = HIDING[case]
+    with pytest.raises(CheckpointError, match=message):
         read({**whole(family), **keys})
 
 
@@ -207,25 +207,25 @@ def test_an_export_keeps_the_keys_of_a_folder_like_it(case: str) -> None:
     if "vision_config" in given:
         other = {"model_type": family, **given}
     config = layout.model_config(other, "config.json")
-    values = layout.like(layout.config_values(config), other)
+    values = layout.with_keys_of(layout.config_values(config), other)
     for path, expected in kept.items():
         found: Any = values
         for key in path.split("."):
             found = found[key]
         assert found == expected, path
     assert "torch_dtype" not in values
-    assert computed(layout.model_config(values, "again")) == computed(config)
+    assert forward_config(layout.model_config(values, "again")) == forward_config(config)
 
 
 def test_an_export_keeps_no_key_that_would_change_the_model() -> None:
-    """The folder like it is of a model of other sizes; its window would hide tokens, its base is another one."""
+    """The other folder has other sizes, a window that would hide tokens, and another RoPE base."""
     layout = layout_of("qwen2")
     config = layout.model_config(whole("qwen2"), "config.json")
     other = {**whole("qwen2"), "hidden_size": 128, "num_hidden_layers": 3, "rope_theta": 7.0, "rms_norm_eps": 0.1}
     other |= {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0, "eos_token_id": 11}
     other |= {"layer_types": ["full_attention"] * 3}
-    values = layout.like(layout.config_values(config), other)
-    assert computed(layout.model_config(values, "again")) == computed(config)
+    values = layout.with_keys_of(layout.config_values(config), other)
+    assert forward_config(layout.model_config(values, "again")) == forward_config(config)
     assert values["eos_token_id"] == 11
     assert "rope_theta" not in values
     assert "layer_types" not in values
@@ -236,6 +236,6 @@ def test_nvlm_keeps_what_its_file_says_of_biases() -> None:
     published = configuration()
     published["llm_config"] |= {"attention_bias": True, "mlp_bias": False, "max_position_embeddings": 77}
     config = layout.model_config(published, "config.json")
-    values = layout.like(layout.config_values(config), published)
+    values = layout.with_keys_of(layout.config_values(config), published)
     assert values["llm_config"]["attention_bias"] is True
     assert values["llm_config"]["max_position_embeddings"] == 77

@@ -1,7 +1,7 @@
-"""Pixtral, in LLaVA's form: what a folder of Hugging Face holds computes the same here, and goes back bit for bit.
+"""Imported Pixtral (LLaVA's format) gives the results of transformers, and an export restores it bit for bit.
 
-Measured worst cases: 8.9e-7 in logits, 3.0e-6 in gradients. Of the gradients in float64 ours are at most 2.6e-6 away,
-and theirs 3.4e-6. In bfloat16 our logits are 0.91 times as far from float32 as theirs (twelve seeds).
+Measured worst cases: 8.9e-7 in logits, 3.0e-6 in gradients. Our gradients differ from float64 by at most 2.6e-6, theirs
+by 3.4e-6. In bfloat16 our logits are 0.91 times as far from float32 as theirs (twelve seeds).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.hf.pages import (
     PAGES,
     Page,
     Seen,
-    assert_back_as_it_came,
+    assert_round_trip,
     bfloat16_ratio,
     builder,
     compare,
@@ -37,9 +37,9 @@ from tests.hf.pages import (
     save_tokenizer,
     written,
 )
+from tests.hf.reference_models import imported, loaded, tensors_of
 from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
-from tests.hf.twins import imported, loaded, tensors_of
-from tests.models.twins import distance, randomise
+from tests.models.reference_models import distance, randomise
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
@@ -48,7 +48,11 @@ IMAGE, BREAK, END = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
 SPECIAL = [IMAGE, BREAK, END]  # Ids 3 to 5.
 LONGEST = 80
 TRANSFORMS = {"kind": "longest_side", "longest": LONGEST, "layout": {"row_break": BREAK, "end": END}}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}  # Narrower than width / heads, as in 12B.
+HEADS = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+}  # Smaller than width / heads, as in the 12B model.
 TWINS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mistral, two heads a key": ({"model_type": "mistral", "sliding_window": None, **HEADS}, {}),
     "mistral, gelu as in the class": (
@@ -68,8 +72,8 @@ TWINS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def twin(name: str = "mistral, two heads a key", seed: int = 0, vocabulary: int = 272) -> Any:
-    """A tiny random model; the image token is 3, or 4 as in the emoji tokenizer where the vocabulary is that."""
+def reference_model(name: str = "mistral, two heads a key", seed: int = 0, vocabulary: int = 272) -> Any:
+    """Return a tiny random model. The image token is 3, or 4 with the emoji tokenizer's vocabulary."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     text, tower = TWINS[name]
@@ -130,26 +134,26 @@ def seen(folder: Path, model: Any, pages: list[Page]) -> Seen:
 
 @pytest.mark.parametrize("name", TWINS)
 def test_the_same_logits_loss_and_gradients(name: str, tmp_path: Path, parity: Recorder) -> None:
-    theirs = twin(name)
+    theirs = reference_model(name)
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     compare(ours, theirs, seen(tmp_path, ours, list(PAGES.values())), tmp_path, parity, (BOUND, GRADIENT_BOUND))
 
 
 def test_bfloat16_is_no_further_from_float32_than_theirs(tmp_path: Path, parity: Recorder) -> None:
-    ratio = bfloat16_ratio(lambda seed: twin(seed=seed), seen, tmp_path)
+    ratio = bfloat16_ratio(lambda seed: reference_model(seed=seed), seen, tmp_path)
     parity("llava", "error of bfloat16, over theirs", ratio, 1.1)
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_back_as_it_came(name: str, tmp_path: Path) -> None:
+def test_export_restores_the_folder(name: str, tmp_path: Path) -> None:
     pages = [PAGES["several"], PAGES["none"]]
-    assert_back_as_it_came(twin(name), lambda ours: seen(tmp_path, ours, pages), tmp_path)
+    assert_round_trip(reference_model(name), lambda ours: seen(tmp_path, ours, pages), tmp_path)
 
 
 def test_names_of_the_classes_are_understood(tmp_path: Path) -> None:
-    """Versions from 4.52 until 5 wrote them."""
-    theirs = twin()
+    """Versions 4.52 to 5 wrote these names."""
+    theirs = reference_model()
     theirs.save_pretrained(tmp_path / "theirs")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_bytes((tmp_path / "theirs/config.json").read_bytes())
@@ -161,7 +165,7 @@ def test_names_of_the_classes_are_understood(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "change", "said"),
+    ("block", "change", "message"),
     [
         (None, {"vision_feature_layer": -2}, "vision_feature_layer=-2"),
         (None, {"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy='default'"),
@@ -174,18 +178,18 @@ def test_names_of_the_classes_are_understood(tmp_path: Path) -> None:
         ("text_config", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not known"),
     ],
 )
-def test_what_is_not_computed_is_refused(block: str | None, change: dict[str, Any], said: str) -> None:
-    values = json.loads(twin().config.to_json_string(use_diff=False))
+def test_unsupported_values_are_rejected(block: str | None, change: dict[str, Any], message: str) -> None:
+    values = json.loads(reference_model().config.to_json_string(use_diff=False))
     (values if block is None else values[block]).update(change)
-    with pytest.raises(CheckpointError, match=re.escape(said)):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         layout_of("llava").model_config(values, "config.json")
 
 
 def test_a_hundred_pictures_are_cut_and_placed_as_theirs(tmp_path: Path, parity: Recorder) -> None:
-    """Sizes, pixels, and the tokens of rows, breaks and ends, with several pictures and text between."""
-    twin().save_pretrained(tmp_path / "theirs")
+    """Compare sizes, pixels, and tokens of rows, breaks and ends, with several pictures and text between them."""
+    reference_model().save_pretrained(tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
-    pages = seen(tmp_path, ours, odd_pages(100, 4, 150))  # Compares the ids.
+    pages = seen(tmp_path, ours, odd_pages(100, 4, 150))  # Asserts equal token ids.
     for document, inputs in zip(pages.documents, pages.inputs, strict=True):
         sizes = inputs["image_sizes"].tolist()
         assert [list(item.grid) for item in document.items] == [
@@ -203,7 +207,7 @@ def test_a_hundred_pictures_are_cut_and_placed_as_theirs(tmp_path: Path, parity:
 
 
 def test_trained_on_two_ranks_and_generated_from(tmp_path: Path) -> None:
-    twin(vocabulary=VOCABULARY).save_pretrained(tmp_path / "theirs")
+    reference_model(vocabulary=VOCABULARY).save_pretrained(tmp_path / "theirs")
     transforms = {"kind": "longest_side", "longest": 48}
     again = loaded(train_and_export(tmp_path / "theirs", tmp_path, captions(transforms)), AUTO)
     inputs = {

@@ -1,4 +1,4 @@
-"""Image processors of transformers: the statistics that an import reads give the tower the processor's values."""
+"""With the imported mean and std, the tower sees the values of transformers' image processor."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import transformers
 from PIL import Image
 
 from mmscale.checkpoint.export import HuggingFace, export_weights
-from mmscale.checkpoint.foreign import import_folder
+from mmscale.checkpoint.imports import import_folder
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_of, pixels
 from mmscale.hf.read import PREPROCESSOR, read_config
-from tests.hf.towers import images, saved_twin
-from tests.models.twins import distance
+from tests.hf.towers import images, saved_reference
+from tests.models.reference_models import distance
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
@@ -37,25 +37,25 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 
 
 def keys_of(folder: Path) -> dict[str, Any]:
-    """The folder's ``vision``."""
+    """Return ``vision`` of the imported folder."""
     values = read_config(folder)
     config = layout_of(values["model_type"]).model_config(values, str(folder / "config.json"))
     assert config.vision is not None
     return config.vision.model_dump()
 
 
-def shown(vision: dict[str, Any], values: torch.Tensor) -> torch.Tensor:
-    """Pixels as the tower sees them."""
+def normalised_pixels(vision: dict[str, Any], values: torch.Tensor) -> torch.Tensor:
+    """Return pixels normalised as in the tower."""
     mean, std = (torch.tensor(vision[name])[:, None, None] for name in ("mean", "std"))
     return (values / 255 - mean) / std
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of each tower a folder without a processor."""
+    """Return a folder without a processor for each tower."""
     found = {name: tmp_path_factory.mktemp(name) for name in ("clip", "siglip")}
     for name, folder in found.items():
-        saved_twin(name, folder)
+        saved_reference(name, folder)
     return found
 
 
@@ -70,7 +70,7 @@ def test_the_tower_sees_what_the_processor_gives(
     folder = folders[family.lower()]
     for file in folder.glob("*processor_config.json"):
         file.unlink()
-    if nested:  # As version 5 saves it together with a tokenizer.
+    if nested:  # Format of version 5 for a processor with a tokenizer.
         (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.9] * 3, "image_std": [0.9] * 3}))
         whole = {"processor_class": f"{family}Processor", "image_processor": json.loads(processor.to_json_string())}
         (folder / "processor_config.json").write_text(json.dumps(whole))
@@ -78,7 +78,9 @@ def test_the_tower_sees_what_the_processor_gives(
         processor.save_pretrained(folder)
     picture = images(SIDE, count=1)[0]
     expected = processor(Image.fromarray(picture.permute(1, 2, 0).numpy()), return_tensors="pt").pixel_values[0]
-    parity(family.lower(), "pixels of every setting", distance(shown(keys_of(folder), picture), expected), 2e-6)
+    parity(
+        family.lower(), "pixels of every setting", distance(normalised_pixels(keys_of(folder), picture), expected), 2e-6
+    )
     found = pixels.transforms(read_config(folder), "config.json")
     assert found["interpolation"] == ("bilinear" if case == "a filter" else "bicubic")
 
@@ -114,15 +116,15 @@ def test_forms_of_statistics(case: str, folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_processor_says_is_never_ignored(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    values, said = REFUSED[case]
+def test_no_processor_key_is_ignored(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    values, message = REFUSED[case]
     folder = folders["clip"]
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": values}))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         import_folder(folder, tmp_path / "run")
 
 
-def test_transforms_in_our_words() -> None:
+def test_transforms_of_a_processor() -> None:
     def of(processor: Any) -> dict[str, Any]:
         return pixels.transforms({PREPROCESSOR: json.loads(processor.to_json_string())}, "config.json")
 
@@ -134,14 +136,14 @@ def test_transforms_in_our_words() -> None:
     assert of(transformers.Qwen2VLImageProcessor(**limits)) == {"interpolation": "bicubic", **limits}
     assert of(transformers.PixtralImageProcessor()) == {"interpolation": "bicubic"}
     assert of(transformers.FuyuImageProcessor()) == {"interpolation": "bilinear"}
-    first = {"crop_size": 224, "do_center_crop": True, "do_resize": True, "resample": 3, "size": 224}  # Of 2022.
+    first = {"crop_size": 224, "do_center_crop": True, "do_resize": True, "resample": 3, "size": 224}  # As in 2022.
     assert pixels.transforms({PREPROCESSOR: first}, "config.json") == clip
-    published = {"min_pixels": 3136, "max_pixels": 12_845_056, "resample": 3}  # Of 2024.
+    published = {"min_pixels": 3136, "max_pixels": 12_845_056, "resample": 3}  # As in 2024.
     assert pixels.transforms({PREPROCESSOR: published}, "config.json") == {"interpolation": "bicubic", **limits}
 
 
 def test_the_way_back_keeps_one_processor(folders: dict[str, Path], tmp_path: Path) -> None:
-    """A folder like it with ``processor_config.json`` alone: no second processor is written beside it."""
+    """If the folder for ``--like`` has only ``processor_config.json``, an export writes no second processor."""
     folder = folders["siglip"]
     for file in folder.glob("*processor_config.json"):
         file.unlink()
@@ -151,5 +153,5 @@ def test_the_way_back_keeps_one_processor(folders: dict[str, Path], tmp_path: Pa
     assert [file.name for file in (tmp_path / "back").glob("*processor_config.json")] == ["processor_config.json"]
     assert "preprocessor_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": 0, "image_std": 1}}))
-    with pytest.raises(CheckpointError, match="normalises pixels otherwise"):
+    with pytest.raises(CheckpointError, match="its image processor normalises pixels with"):
         export_weights(Path(report.checkpoint), tmp_path / "other", to=HuggingFace(folder))

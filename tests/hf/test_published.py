@@ -1,4 +1,4 @@
-"""Shipped configurations of published models, and the folders that their weights come in."""
+"""Shipped configurations of published models compared with the configurations and names of their folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmscale.config import load
-from mmscale.hf.layout import computed
+from mmscale.hf.layout import forward_config
 from mmscale.hf.layouts import layout_of
 from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.build import build_model
@@ -29,7 +29,7 @@ FAMILIES = {
     "pixtral-12b": "llava",
 }
 COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True}
-PUBLISHED: dict[str, dict[str, Any]] = {  # In the form of version 4 of transformers.
+PUBLISHED: dict[str, dict[str, Any]] = {  # In the format of version 4 of transformers.
     "fuyu-8b": {  # By memory.
         "architectures": ["FuyuForCausalLM"],
         "attention_dropout": 0.0,
@@ -155,7 +155,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # In the form of version 4 of transfor
         "image_token_index": 10,
         "model_type": "llava",
         "projector_hidden_act": "gelu",
-        "text_config": {  # What is missing is the default of its class.
+        "text_config": {  # Missing keys have their class defaults.
             "head_dim": 128,
             "hidden_size": 5120,
             "intermediate_size": 14336,
@@ -194,13 +194,13 @@ def shipped(name: str) -> ModelConfig:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_configuration_is_the_shipped_one(name: str) -> None:
     imported = layout_of(FAMILIES[name]).model_config(PUBLISHED[name], "config.json")
-    assert computed(imported) == computed(shipped(name))
+    assert forward_config(imported) == forward_config(shipped(name))
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", FAMILIES)
 def test_names_and_shapes_are_those_of_the_reference(name: str) -> None:
-    """At full size, on the meta device: what the published files hold has a place here, and nothing here is without."""
+    """At full size on the meta device: our tensors and those of the published files correspond one to one."""
     import transformers
 
     layout, config = layout_of(FAMILIES[name]), shipped(name)
@@ -211,7 +211,7 @@ def test_names_and_shapes_are_those_of_the_reference(name: str) -> None:
         auto = getattr(transformers, layout.auto_class)
         theirs = auto.from_config(transformers.AutoConfig.for_model(**values))
         ours = build_model(config, attention="sdpa")
-    # Their names in memory, as those of their files.
-    expected = {layout.spelled(key): tuple(values.shape) for key, values in theirs.named_parameters()}
-    stored = layout.stored(config, {key: values.shape for key, values in ours.named_parameters()})
+    # Convert names in memory to names in files.
+    expected = {layout.current_name(key): tuple(values.shape) for key, values in theirs.named_parameters()}
+    stored = layout.hf_tensors(config, {key: values.shape for key, values in ours.named_parameters()})
     assert {key: tensor.shape for key, tensor in stored.items()} == expected

@@ -1,7 +1,7 @@
-"""Qwen2-VL out of a folder of Hugging Face computes what the reference computes, and goes back bit for bit.
+"""Imported Qwen2-VL gives the results of transformers, and an export restores the folder bit for bit.
 
-Measured worst cases: 7.0e-7 in logits, 2.6e-6 in gradients. Of the gradients in float64 ours are at most 2.4e-6 away,
-and theirs 1.8e-6. In bfloat16 our logits are 0.92 times as far from float32 as theirs (twelve seeds).
+Measured worst cases: 7.0e-7 in logits, 2.6e-6 in gradients. Our gradients differ from float64 by at most 2.4e-6, theirs
+by 1.8e-6. In bfloat16 our logits are 0.92 times as far from float32 as theirs (twelve seeds).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.hf.pages import (
     PAGES,
     Page,
     Seen,
-    assert_back_as_it_came,
+    assert_round_trip,
     bfloat16_ratio,
     builder,
     compare,
@@ -37,9 +37,9 @@ from tests.hf.pages import (
     save_tokenizer,
     written,
 )
+from tests.hf.reference_models import imported, loaded
 from tests.hf.train_and_export import VOCABULARY, captions, train_and_export
-from tests.hf.twins import imported, loaded
-from tests.models.twins import distance, randomise
+from tests.models.reference_models import distance, randomise
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
@@ -55,8 +55,8 @@ TWINS: dict[str, dict[str, Any]] = {
 }
 
 
-def twin(name: str = "untied, two heads a key", seed: int = 0, vocabulary: int = 272) -> Any:
-    """A tiny random model; the image token is 3, or 4 as in the emoji tokenizer where the vocabulary is that."""
+def reference_model(name: str = "untied, two heads a key", seed: int = 0, vocabulary: int = 272) -> Any:
+    """Return a tiny random model. The image token is 3, or 4 with the emoji tokenizer's vocabulary."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     heads = dict(TWINS[name])
@@ -116,42 +116,42 @@ def seen(folder: Path, model: Any, pages: list[Page]) -> Seen:
 
 @pytest.mark.parametrize("name", TWINS)
 def test_the_same_logits_loss_and_gradients(name: str, tmp_path: Path, parity: Recorder) -> None:
-    theirs = twin(name)
+    theirs = reference_model(name)
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     compare(ours, theirs, seen(tmp_path, ours, list(PAGES.values())), tmp_path, parity, (BOUND, GRADIENT_BOUND))
 
 
 def test_both_frames_learn_what_they_learn_there(tmp_path: Path, parity: Recorder) -> None:
-    """Each half of the weight has its own values, so a sum that went astray would show in the logits above."""
-    theirs = twin()
+    """Each half of the weight has its own values, so a wrong sum would change the logits above."""
+    theirs = reference_model()
     weight = theirs.model.visual.patch_embed.proj.weight
     assert not torch.equal(weight[:, :, 0], weight[:, :, 1])
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     pages = seen(tmp_path, ours, [PAGES["picture first"]])
-    slope = torch.randn(pages.documents[0].num_tokens, 272, generator=torch.Generator().manual_seed(2))
-    pages.ours(ours).backward(slope)
-    pages.theirs(theirs).backward(slope)
+    upstream = torch.randn(pages.documents[0].num_tokens, 272, generator=torch.Generator().manual_seed(2))
+    pages.ours(ours).backward(upstream)
+    pages.theirs(theirs).backward(upstream)
     gradient = ours.vision.patch_embed.projection.weight.grad.view(weight.shape)
     assert torch.equal(gradient[:, :, 0], gradient[:, :, 1])
     parity("qwen2_vl", "gradients", distance(gradient, weight.grad), GRADIENT_BOUND)
 
 
 def test_bfloat16_is_no_further_from_float32_than_theirs(tmp_path: Path, parity: Recorder) -> None:
-    ratio = bfloat16_ratio(lambda seed: twin(seed=seed), seen, tmp_path)
+    ratio = bfloat16_ratio(lambda seed: reference_model(seed=seed), seen, tmp_path)
     parity("qwen2_vl", "error of bfloat16, over theirs", ratio, 1.1)
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_back_as_it_came(name: str, tmp_path: Path) -> None:
+def test_export_restores_the_folder(name: str, tmp_path: Path) -> None:
     pages = [PAGES["several"], PAGES["none"]]
-    assert_back_as_it_came(twin(name), lambda ours: seen(tmp_path, ours, pages), tmp_path)
+    assert_round_trip(reference_model(name), lambda ours: seen(tmp_path, ours, pages), tmp_path)
 
 
 def test_the_first_files_hold_the_same_model(tmp_path: Path) -> None:
-    """Before version 4.52 the text part had no block; later versions wrote the names that the classes have."""
-    theirs = twin("tied, one key head")
+    """Before version 4.52 there was no ``text_config``; later versions wrote the classes' own names."""
+    theirs = reference_model("tied, one key head")
     theirs.save_pretrained(tmp_path / "new")
     values = json.loads((tmp_path / "new/config.json").read_text())
     text = values.pop("text_config")
@@ -175,7 +175,7 @@ def test_the_first_files_hold_the_same_model(tmp_path: Path) -> None:
     old, _ = imported(tmp_path / "old", tmp_path / "of old")
     assert old.config == new.config
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
-    # Exported like the old folder it has the new form, with the old one's ids.
+    # An export with --like the old folder has the new format and the old ids.
     export_weights(checkpoint, tmp_path / "back", to=HuggingFace(tmp_path / "old"))
     again = loaded(tmp_path / "back", AUTO)
     config = again.config
@@ -187,7 +187,7 @@ def test_the_first_files_hold_the_same_model(tmp_path: Path) -> None:
 
 
 def test_mean_and_deviation_are_those_of_the_processor(tmp_path: Path) -> None:
-    twin().save_pretrained(tmp_path / "theirs")
+    reference_model().save_pretrained(tmp_path / "theirs")
     processor(save_tokenizer(tmp_path / "t/tokenizer.json", SPECIAL)).image_processor.save_pretrained(
         tmp_path / "theirs"
     )
@@ -206,11 +206,11 @@ def test_mean_and_deviation_are_those_of_the_processor(tmp_path: Path) -> None:
 
 
 def test_a_hundred_pictures_are_cut_and_placed_as_theirs(tmp_path: Path, parity: Recorder) -> None:
-    """Sizes, pixels, the order of patches, placeholders, and positions with several pictures and text between."""
-    theirs = twin()
+    """Compare sizes, pixels, order of patches, placeholders and positions, with text between several pictures."""
+    theirs = reference_model()
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
-    pages = seen(tmp_path, ours, odd_pages(100, 14, 190))  # Compares the ids.
+    pages = seen(tmp_path, ours, odd_pages(100, 14, 190))  # Asserts equal token ids.
     for document, inputs in zip(pages.documents, pages.inputs, strict=True):
         grids = inputs["image_grid_thw"]
         assert [list(item.grid) for item in document.items] == grids.tolist()
@@ -227,7 +227,7 @@ def test_a_hundred_pictures_are_cut_and_placed_as_theirs(tmp_path: Path, parity:
 
 
 def test_trained_on_two_ranks_and_generated_from(tmp_path: Path) -> None:
-    theirs = twin(vocabulary=VOCABULARY)
+    theirs = reference_model(vocabulary=VOCABULARY)
     theirs.save_pretrained(tmp_path / "theirs")
     transforms = {"kind": "native", "min_pixels": 28 * 28, "max_pixels": 56 * 56}
     again = loaded(train_and_export(tmp_path / "theirs", tmp_path, captions(transforms)), AUTO)

@@ -1,4 +1,4 @@
-"""Scaled rotations are those of transformers: angles, logits of imported folders, and the way back."""
+"""Scaled RoPE equals that of transformers: angles, logits of imported folders, and exports."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_of
 from mmscale.nn.rope import text_rotation
 from tests.hf.decoders import SIZES
-from tests.hf.twins import imported, loaded
+from tests.hf.reference_models import imported, loaded
+from tests.models.reference_models import distance, randomise
 from tests.models.test_parity import text_batch
-from tests.models.twins import distance, randomise
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
@@ -54,7 +54,7 @@ def config_of(rope: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("name", SCALED)
 def test_angles(name: str, parity: Recorder) -> None:
-    """Measured: 0, and 1.2e-7 where a blend has its products in another order."""
+    """Measured differences: 0, and 1.2e-7 where a blend multiplies in another order."""
     theirs = config_of(SCALED[name])
     model = layout_of("llama").model_config({**theirs.to_dict(), "rope_parameters": SCALED[name]}, "config.json")
     rope = model.decoder.rope
@@ -83,9 +83,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_supported_is_refused_by_name(name: str) -> None:
-    rope, said = REFUSED[name]
-    with pytest.raises(CheckpointError, match=said):
+def test_unsupported_scaling_is_rejected_by_name(name: str) -> None:
+    rope, message = REFUSED[name]
+    with pytest.raises(CheckpointError, match=message):
         layout_of("llama").model_config({**config_of(YARN).to_dict(), "rope_parameters": rope}, "config.json")
 
 

@@ -1,4 +1,4 @@
-"""Text decoders of Hugging Face, trained on by two ranks under ZeRO-3 and exported: transformers goes on with them."""
+"""Text decoders that two ranks train under ZeRO-3 and export: transformers loads them and generates the same tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mmscale.checkpoint.manifest import newest_of, read_manifest
 from mmscale.models.build import build_unset
 from mmscale.models.config import read_model_config
 from tests.engine.ranks import run_ranks
-from tests.hf.decoders import twin
+from tests.hf.decoders import reference_model
+from tests.hf.reference_models import loaded
 from tests.hf.train_and_export import VOCABULARY, export, prepare, text
-from tests.hf.twins import loaded
+from tests.models.reference_models import distance
 from tests.models.test_parity import text_batch
-from tests.models.twins import distance
 
 pytestmark = [pytest.mark.parity, pytest.mark.dist]
 FAMILIES = {
@@ -31,11 +31,11 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of each family the folder with all that belongs to it; one pair of ranks trains them all."""
+    """Return the work folder of each family; one pair of ranks trains all of them."""
     folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
     files = []
     for family, folder in folders.items():
-        twin(FAMILIES[family], vocab_size=VOCABULARY).save_pretrained(folder / "theirs")
+        reference_model(FAMILIES[family], vocab_size=VOCABULARY).save_pretrained(folder / "theirs")
         files.append(str(prepare(folder / "theirs", folder, text())))
     run_ranks("tests.hf.text_programs:train_all", 2, {"files": files})
     return folders
@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_on_two_ranks_and_generated_from(family: str, trained: dict[str, Path]) -> None:
-    """Their logits of the exported folder are those of our checkpoint, and their own loop writes what these say."""
+    """transformers gives the logits of our checkpoint, and its generation loop the same tokens."""
     folder = trained[family]
     theirs = loaded(export(folder / "theirs", folder), "AutoModelForCausalLM")
     checkpoint = newest_of(folder / "run")

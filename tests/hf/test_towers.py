@@ -1,4 +1,4 @@
-"""Vision towers out of a folder of Hugging Face compute what the reference computes, and go back bit for bit.
+"""Imported vision towers give the results of transformers, and an export restores the folder bit for bit.
 
 Distances are the largest difference over the largest value. Measured worst cases: features 5.5e-7, gradients 1.3e-6.
 """
@@ -15,16 +15,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmscale.checkpoint.export import HuggingFace, export_weights
-from mmscale.checkpoint.foreign import import_folder
+from mmscale.checkpoint.imports import import_folder
 from mmscale.checkpoint.manifest import newest_of, read_manifest
 from mmscale.checkpoint.warm_start import match
 from mmscale.errors import CheckpointError
 from mmscale.hf.layouts import layout_of
 from mmscale.models.build import build_weights
 from mmscale.models.config import ModelConfig
-from tests.hf.towers import TOWERS, features, images, normalised, ours_of, published_places, saved_twin, twin
-from tests.hf.twins import imported, tensors_of, their_gradients
-from tests.models.twins import distance, randomise, rounding_ratio
+from tests.hf.reference_models import imported, tensors_of, their_gradients
+from tests.hf.towers import (
+    TOWERS,
+    features,
+    images,
+    normalised,
+    ours_of,
+    published_places,
+    reference_model,
+    saved_reference,
+)
+from tests.models.reference_models import distance, randomise, rounding_ratio
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
@@ -32,7 +41,7 @@ BOUND, GRADIENT_BOUND = 2e-6, 8e-6
 
 
 def size_of(theirs: Any) -> tuple[int, int]:
-    """Side of an image without the pixels that no patch holds, and of a patch."""
+    """Return the side of an image that patches cover, and the side of a patch."""
     patch = theirs.config.patch_size
     patch = patch if isinstance(patch, int) else patch[0]
     side = theirs.config.image_size
@@ -42,7 +51,7 @@ def size_of(theirs: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_same_features_and_gradients(name: str, tmp_path: Path, parity: Recorder) -> None:
-    theirs = saved_twin(name, tmp_path / "theirs")
+    theirs = saved_reference(name, tmp_path / "theirs")
     family = theirs.config.model_type
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     side, patch = size_of(theirs)
@@ -50,13 +59,15 @@ def test_the_same_features_and_gradients(name: str, tmp_path: Path, parity: Reco
     values = normalised(pixels, name.partition(",")[0])
     found, expected = ours.vision(ours_of(pixels, patch)), features(theirs, values)
     parity(family, "features", distance(found, expected), BOUND)
-    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)) / 8
-    found.backward(slope)
-    expected.backward(slope)
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(2)) / 8
+    found.backward(upstream)
+    expected.backward(upstream)
     gradients = their_gradients(theirs, tmp_path)
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for key, parameter in ours.named_parameters():
-        scale = max(float(gradients[key].abs().max()), 1e-2 * largest)  # Of a key's bias: rounding alone.
+        scale = max(
+            float(gradients[key].abs().max()), 1e-2 * largest
+        )  # A key's bias has a gradient of rounding errors only.
         error = float((parameter.grad - gradients.pop(key)).abs().max()) / scale
         parity(family, "gradients", error, GRADIENT_BOUND)
     assert not gradients
@@ -68,7 +79,7 @@ def test_in_bfloat16_no_farther_from_the_truth(name: str, tmp_path: Path, parity
 
     @torch.no_grad()
     def one(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        theirs, folder = twin(name, seed).bfloat16(), tmp_path / str(seed)
+        theirs, folder = reference_model(name, seed).bfloat16(), tmp_path / str(seed)
         theirs.save_pretrained(folder / "theirs")
         ours, _ = imported(folder / "theirs", folder / "run")
         side, patch = size_of(theirs)
@@ -78,22 +89,22 @@ def test_in_bfloat16_no_farther_from_the_truth(name: str, tmp_path: Path, parity
         return *rounded, features(theirs.float(), values)
 
     ratio = rounding_ratio(one(seed) for seed in range(4))
-    parity(twin(name).config.model_type, "error of bfloat16, over theirs", ratio, 1.02)
+    parity(reference_model(name).config.model_type, "error of bfloat16, over theirs", ratio, 1.02)
 
 
 def whole(tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """By the names of the layout, without what it knows to be of no use."""
+    """Return the tensors by the names of the layout, without unused ones."""
     layout = layout_of(family)
-    spelled = {layout.spelled(name): values for name, values in tensors.items()}
+    spelled = {layout.current_name(name): values for name, values in tensors.items()}
     return {name: values for name, values in spelled.items() if not layout.is_unused(name)}
 
 
 @pytest.mark.parametrize("name", TOWERS)
 @pytest.mark.parametrize("like", [True, False])
-def test_back_as_it_came(name: str, like: bool, tmp_path: Path) -> None:
+def test_export_restores_the_folder(name: str, like: bool, tmp_path: Path) -> None:
     from transformers import AutoModel
 
-    theirs = saved_twin(name, tmp_path / "theirs")
+    theirs = saved_reference(name, tmp_path / "theirs")
     family = theirs.config.model_type
     _, checkpoint = imported(tmp_path / "theirs", tmp_path / "run")
     report = export_weights(checkpoint, tmp_path / "back", to=HuggingFace(tmp_path / "theirs" if like else None))
@@ -109,7 +120,7 @@ def test_back_as_it_came(name: str, like: bool, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_both_towers_gives_the_vision_tower(tmp_path: Path) -> None:
-    """SigLIP's; that of CLIP is a model (``test_clip.py``)."""
+    """SigLIP only: a CLIP folder with both towers becomes a whole model (``test_clip.py``)."""
     from transformers import SiglipConfig, SiglipModel
 
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -123,12 +134,12 @@ def test_a_folder_of_both_towers_gives_the_vision_tower(tmp_path: Path) -> None:
     assert ours.config == alone.config
     pairs = zip(ours.parameters(), alone.parameters(), strict=True)
     assert all(torch.equal(mine, other) for mine, other in pairs)
-    with pytest.raises(CheckpointError, match="export the tower as siglip_vision_model"):
+    with pytest.raises(CheckpointError, match="export the vision tower as siglip_vision_model"):
         export_weights(checkpoint, tmp_path / "back", to=HuggingFace(tmp_path / "both"))
 
 
 def as_published(theirs: Any, folder: Path) -> dict[str, Tensor]:
-    """A folder in the form of InternViT's authors."""
+    """Write a folder in the format of InternViT's authors."""
     tensors = {name: torch.cat(parts).detach() for name, parts in published_places(theirs).items()}
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
     values = {key: getattr(theirs.config, key) for key in keys} | {
@@ -154,7 +165,7 @@ def as_published(theirs: Any, folder: Path) -> dict[str, Tensor]:
 
 
 def test_internvit_as_its_authors_publish_it(tmp_path: Path) -> None:
-    theirs = saved_twin("internvl", tmp_path / "theirs")
+    theirs = saved_reference("internvl", tmp_path / "theirs")
     published = as_published(theirs, tmp_path / "published")
     (one, _), (other, checkpoint) = (
         imported(tmp_path / form, tmp_path / f"run-{form}") for form in ("theirs", "published")
@@ -180,18 +191,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_ours_is_refused(case: str, tmp_path: Path) -> None:
-    name, keys, said = REFUSED[case]
-    saved_twin(name, tmp_path / "theirs")
+def test_unsupported_values_are_rejected(case: str, tmp_path: Path) -> None:
+    name, keys, message = REFUSED[case]
+    saved_reference(name, tmp_path / "theirs")
     file = tmp_path / "theirs" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         import_folder(tmp_path / "theirs", tmp_path / "run")
 
 
 def test_an_imported_tower_fits_in_part(tmp_path: Path) -> None:
-    """As a stage would take it: its positions resampled, blocks that the model does not have left over."""
-    saved_twin("clip", tmp_path / "clip")
+    """Load it as a stage does: positions are resampled, and blocks that the model lacks are dropped."""
+    saved_reference("clip", tmp_path / "clip")
     import_folder(tmp_path / "clip", tmp_path / "tower" / "checkpoints")
     tower = {
         "patch_size": 7,
@@ -201,7 +212,7 @@ def test_an_imported_tower_fits_in_part(tmp_path: Path) -> None:
         "pre_norm": True,
         "last_output": False,
         "post_norm": False,
-        "feature_layers": [0, 1],  # As Molmo builds it.
+        "feature_layers": [0, 1],  # As in Molmo.
         "attention": {"num_heads": 5, "qkv_bias": True, "out_bias": True},
         "mlp": {"hidden_dim": 64, "gated": False, "activation": "quick_gelu", "bias": True},
         "norm": {"kind": "layernorm"},

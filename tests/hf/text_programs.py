@@ -1,4 +1,4 @@
-"""What two ranks run for the text families: one run after the other in one process group."""
+"""Program of two ranks for the text families: it trains one run after the other in one process group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.engine.ranks import barrier
 
 
 def train_all(world: World, files: list[str]) -> None:
-    """Trains each."""
+    """Train each run."""
     # ``train`` leaves the process group at its end; here the next run needs it. DeepSpeed collects garbage for every
     # engine, which takes longer than to make the engine.
     with mock.patch("mmscale.run.train.shutdown"), mock.patch("gc.collect", return_value=0):

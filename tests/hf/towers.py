@@ -1,4 +1,4 @@
-"""Tiny random vision towers of Hugging Face, one for each thing that a family can differ in."""
+"""Tiny random vision towers of transformers, one for each property in which families differ."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.models.reference_models import randomise
 from tests.models.test_parity import vision_media
-from tests.models.twins import randomise
 
 SIZES: dict[str, Any] = {
     "hidden_size": 40,
@@ -31,15 +31,15 @@ TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"image_size": [28, 28], "patch_size": [7, 7], "attention_bias": True, "use_mean_pooling": False},
     ),
 }
-PIXELS = {  # Of the processor's file; what the layouts take where there is none.
+PIXELS = {  # Mean and std that the layouts use for a folder without a processor.
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "internvl": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
-def twin(name: str, seed: int = 0) -> Any:
-    """One of ``TOWERS``, nothing at 0 or 1."""
+def reference_model(name: str, seed: int = 0) -> Any:
+    """Return one of ``TOWERS`` without parameters at 0 or 1."""
     import transformers
 
     kind, keys = TOWERS[name]
@@ -48,21 +48,21 @@ def twin(name: str, seed: int = 0) -> Any:
     return model
 
 
-def saved_twin(name: str, folder: Path) -> Any:
-    """The same, with its folder as transformers writes it."""
-    model = twin(name)
+def saved_reference(name: str, folder: Path) -> Any:
+    """Return the tower after transformers has saved it to ``folder``."""
+    model = reference_model(name)
     model.save_pretrained(folder)
     return model
 
 
 def images(side: int, count: int = 3) -> Tensor:
-    """Stored pixels, ``(count, 3, side, side)``."""
+    """Return uint8 pixels, ``(count, 3, side, side)``."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
 
 
 def ours_of(pixels: Tensor, patch: int) -> Any:
-    """The media block of whole images."""
+    """Return the media block of whole images."""
     count, channels, side, _ = pixels.shape
     places = side // patch
     cut = pixels.view(count, channels, places, patch, places, patch).permute(0, 2, 4, 1, 3, 5)
@@ -70,13 +70,13 @@ def ours_of(pixels: Tensor, patch: int) -> Any:
 
 
 def normalised(pixels: Tensor, family: str) -> Tensor:
-    """As an image processor hands them on."""
+    """Return the pixels as an image processor normalises them."""
     mean, std = (torch.tensor(values)[:, None, None] for values in PIXELS[family])
     return (pixels / 255 - mean) / std
 
 
 def features(theirs: Any, values: Tensor) -> Tensor:
-    """What the rest of a multimodal model takes, packed: the last output, normalised, without the class row."""
+    """Return the features of a multimodal model, packed: the last output after the norm, without the class row."""
     rows = theirs(pixel_values=values).last_hidden_state
     if theirs.config.model_type == "clip_vision_model":
         rows = theirs.post_layernorm(rows)
@@ -86,9 +86,9 @@ def features(theirs: Any, values: Tensor) -> Tensor:
 
 
 def published_places(tower: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Parameters of an InternViT of transformers by the names of its authors, queries, keys and values together.
+    """Return parameters of an InternViT of transformers by its authors' names, with fused queries, keys and values.
 
-    By another table than the one under test.
+    The table of names is independent of the one under test.
     """
     places: dict[str, list[nn.Parameter]] = {}
     for name, parameter in tower.named_parameters():

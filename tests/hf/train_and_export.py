@@ -1,9 +1,9 @@
-"""A folder of Hugging Face, trained on by two ranks and exported again: what every family must survive.
+"""Import a Hugging Face folder, train it on two ranks and export it: a test that every family must pass.
 
     folder --import--> pretrained --20 steps, ZeRO-3, two gloo ranks, emoji--> run --export--> folder
 
-A family's test makes a tiny twin whose vocabulary holds that of the emoji tokenizer (``VOCABULARY``), says how images
-are cut, and generates with what ``train_and_export`` gives back.
+A family's test builds a tiny reference model with the vocabulary of the emoji tokenizer (``VOCABULARY``), chooses the
+transforms, and generates with the exported folder.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mmscale.checkpoint.export import HuggingFace, export_weights
-from mmscale.checkpoint.foreign import import_folder
+from mmscale.checkpoint.imports import import_folder
 from mmscale.checkpoint.manifest import newest_of
-from tests.hf.twins import tensors_of
+from tests.hf.reference_models import tensors_of
 from tests.system.conftest import REPO, Run
 
 EMOJI = REPO / "examples" / "emoji"
@@ -25,7 +25,7 @@ VOCABULARY = 2048
 
 
 def captions(transforms: dict[str, Any]) -> dict[str, Any]:
-    """A data set of emoji with their names."""
+    """Return a data set of emoji with their names."""
     return {
         "name": "emoji",
         "manifest": str(EMOJI / "shards" / "train-quick.manifest"),
@@ -35,7 +35,7 @@ def captions(transforms: dict[str, Any]) -> dict[str, Any]:
 
 
 def text() -> dict[str, Any]:
-    """A data set of short texts."""
+    """Return a data set of short texts."""
     return {
         "name": "text",
         "manifest": str(EMOJI / "shards" / "train-text.manifest"),
@@ -52,7 +52,7 @@ def train_and_export(
     idle: str = "$^",
     **settings: Any,
 ) -> Path:
-    """The folder that ``transformers`` can go on with: ``prepare``, a run of two ranks, ``export``."""
+    """Return the exported folder: ``prepare``, a run of two ranks, ``export``."""
     file = prepare(source, work, dataset, **settings)
     Run(work / "run", ["launch", "local", str(file), "--ranks", "2"], forked=True).finish()
     return export(source, work, idle=idle)
@@ -67,14 +67,14 @@ def prepare(
     max_tokens: int = 96,
     steps: int = 20,
 ) -> Path:
-    """Imports, and writes the run that two ranks are to train.
+    """Import a folder and write the config of the run that two ranks train.
 
     Args:
-        source: As ``save_pretrained`` wrote it.
-        work: Where the run and its output go; must exist.
+        source: Folder written by ``save_pretrained``.
+        work: Existing folder for the run and its output.
         dataset: ``captions(...)`` or ``text()``.
         model: Changes to the imported ``model`` block, one level deep (``{"decoder": {"dropout": 0.1}}``).
-        max_tokens: Of a pack; two packs a step.
+        max_tokens: Tokens per pack; a step has two packs.
         steps: Optimizer steps.
     """
     imported = import_folder(source, work / "pretrained" / "checkpoints")
@@ -110,17 +110,17 @@ def prepare(
         "metrics": {"tensorboard": False},
         "evaluation": {"sets": [], "captions": None},
     }
-    (work / "run.yaml").write_text(json.dumps(values))  # JSON is YAML.
+    (work / "run.yaml").write_text(json.dumps(values))  # JSON is valid YAML.
     return work / "run.yaml"
 
 
 def export(source: Path, work: Path, *, idle: str = "$^") -> Path:
-    """Exports what the run has trained; asserts that the loss fell and that every tensor moved.
+    """Export the trained weights; assert that the loss fell and that every tensor changed.
 
     Args:
-        source: Of ``prepare``.
-        work: Of ``prepare``.
-        idle: Names (a regular expression) of tensors that no batch of this data set uses; only weight decay moves them.
+        source: As in ``prepare``.
+        work: As in ``prepare``.
+        idle: Regular expression of tensor names that no batch of this data set uses; only weight decay changes them.
     """
     losses = [json.loads(line)["loss"] for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == json.loads((work / "run.yaml").read_text())["stages"][0]["steps"]

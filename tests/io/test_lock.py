@@ -1,4 +1,4 @@
-"""The lock of a run folder: one holder, also after crashes, in races, and on machines that share no kernel locks."""
+"""The lock of a run folder has one holder: after crashes, in races, and on machines that share no kernel locks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ held.release()
 
 
 def start(folder: Path, mode: str = "hold") -> subprocess.Popen[str]:
-    """A process that holds the lock of ``folder`` until its standard input ends."""
+    """Start a process that holds the lock of ``folder`` until its standard input ends."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder), mode],
@@ -79,7 +79,7 @@ def claims(folder: Path) -> list[str]:
 
 
 def try_for(folder: Path, seconds: float) -> str | None:
-    """Attempts until the lock is taken (then it is given back), refused, or the time is over; the last sentence."""
+    """Try to acquire the lock for some seconds, and release it. Return None on success, else the last sentence."""
     lock, deadline = FolderLock(folder), time.monotonic() + seconds
     try:
         while (waiting := lock.attempt()) and time.monotonic() < deadline:
@@ -90,7 +90,7 @@ def try_for(folder: Path, seconds: float) -> str | None:
 
 
 def write_claim(folder: Path, number: int = 1, **values: Any) -> Path:
-    """The claim of a process on another machine."""
+    """Write the claim of a process on another machine."""
     record = Holder.of_this_process(True).model_copy(
         update={"host": "node7", "pid": 4242, "machine": "another boot", **values}
     )
@@ -100,12 +100,12 @@ def write_claim(folder: Path, number: int = 1, **values: Any) -> Path:
     return path
 
 
-def test_a_live_holder_is_named_and_a_dead_one_blocks_nobody(tmp_path: Path) -> None:
+def test_a_live_holder_is_named_and_a_dead_one_does_not_block(tmp_path: Path) -> None:
     first = holding(tmp_path, "fork")
     with pytest.raises(LaunchError, match=rf"process {first.pid} on \S+, started \d{{4}}-.* UTC .*kill {first.pid}"):
         try_for(tmp_path, 5)
     assert claims(tmp_path) == ["claim-00000001"]
-    first.kill()  # Its forked child lives on, as a worker may for a moment.
+    first.kill()  # Its forked child survives, as a worker may for a moment.
     first.wait()
     try:
         assert FolderLock(tmp_path).attempt() is None
@@ -134,7 +134,7 @@ def test_a_folder_that_the_holder_made_and_did_not_fill_is_removed(tmp_path: Pat
     (tmp_path / "there").mkdir()
     with hold_folder(tmp_path / "there"):
         pass
-    assert (tmp_path / "there").is_dir(), "a folder that was there before stays"
+    assert (tmp_path / "there").is_dir(), "a folder that existed before stays"
 
 
 @pytest.mark.parametrize("stale", [False, True])
@@ -157,7 +157,7 @@ def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path: Path, stale: boo
     assert sorted(racer.returncode for racer in racers) == [0, 1, 1, 1, 1]
 
 
-def test_on_another_machine_signs_of_life_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_another_machine_the_heartbeat_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "EXPIRY_SECONDS", 0.4)
     path = write_claim(tmp_path)
     waiting = FolderLock(tmp_path)
@@ -168,10 +168,10 @@ def test_on_another_machine_signs_of_life_decide(tmp_path: Path, monkeypatch: py
     with pytest.raises(LaunchError, match="in use by process 4242 on node7"):
         waiting.attempt()
     waiting.release()
-    assert claims(tmp_path) == ["claim-00000001"], "a refusal changes nothing"
-    assert try_for(tmp_path, 0.2), "without a sign of life it takes as long as the expiry says"
+    assert claims(tmp_path) == ["claim-00000001"], "a failed attempt changes nothing"
+    assert try_for(tmp_path, 0.2), "without a heartbeat the claim expires only after EXPIRY_SECONDS"
     assert try_for(tmp_path, 30) is None
-    path.write_bytes(b'{"host": ["')  # The holder died while it wrote this, or somebody damaged it.
+    path.write_bytes(b'{"host": ["')  # The holder died while it wrote this, or the file was damaged.
     assert "unknown process" in str(try_for(tmp_path, 0))
     assert try_for(tmp_path, 30) is None
 
@@ -187,7 +187,7 @@ def test_a_later_start_of_the_same_job_knows_that_the_earlier_is_dead(
         assert (try_for(tmp_path, 0) is None) == is_dead, (job, mine)
 
 
-def test_without_locks_of_the_kernel_signs_of_life_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kernel_locks_the_heartbeat_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -214,7 +214,7 @@ def test_a_holder_that_lost_its_lock_ends_at_once(tmp_path: Path, loss: str) -> 
         (tmp_path / "lock/claim-00000001").unlink()
     assert process.wait(60) == 1
     assert process.stderr
-    assert "was taken over or removed" in process.stderr.read()
+    assert "another process acquired or removed the lock" in process.stderr.read()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_holder_that_lost_its_lock_ends_at_once(tmp_path: Path, loss: str) -> 
     ],
     ids=["launch", "compare", "import", "import hf", "prune"],
 )
-def test_every_verb_that_writes_into_a_run_folder_takes_the_lock(
+def test_every_command_that_writes_into_a_run_folder_locks_it(
     words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with hold_folder(tmp_path):
@@ -249,7 +249,7 @@ def hold_each(world: World, folders: list[str]) -> list[str]:
 
 
 @pytest.mark.dist
-def test_every_rank_hears_the_refusal(tmp_path: Path) -> None:
+def test_every_rank_raises_the_same_error(tmp_path: Path) -> None:
     process = holding(tmp_path / "used")
     folders = [str(tmp_path / name) for name in ("used", "free")]
     first, second = run_ranks("tests.io.test_lock:hold_each", 2, {"folders": folders})

@@ -1,4 +1,4 @@
-"""Stands in for one rank under ``srun``: saves and stops when signalled, finishes when it finds a checkpoint."""
+"""Replaces one rank under ``srun``: saves and stops on a signal, and finishes if it finds a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ while not stopped:
 if rank == "0" and mode != "stuck":
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
-time.sleep(int(rank) * 2)  # The last one to close takes longer; it must not be killed by the first one's exit.
+time.sleep(int(rank) * 2)  # Rank N takes 2 N seconds to close. The exit of the first rank must not kill the others.
 (folder / f"closed-{start}-rank-{rank}").touch()
 sys.exit(75)

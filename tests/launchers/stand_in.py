@@ -1,4 +1,4 @@
-"""Stands in for the command line in launcher tests: it does what its words say, without torch."""
+"""Replaces the command line in launcher tests. Its arguments set its behaviour; it does not import torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 
-def main(words: list[str]) -> int:
-    folder, rank = Path(words[0]), os.environ["RANK"]
-    what = dict(word.split("=", 1) for word in words[1:])
+def main(arguments: list[str]) -> int:
+    folder, rank = Path(arguments[0]), os.environ["RANK"]
+    what = dict(word.split("=", 1) for word in arguments[1:])
     received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _frame: received.append(number))
@@ -32,7 +32,7 @@ def main(words: list[str]) -> int:
     while "kill" in what and not received:
         time.sleep(0.05)
     if what.get("late") == rank:
-        while not received:  # The launcher has noticed that another rank failed.
+        while not received:  # Until the launcher signals that another rank failed.
             time.sleep(0.05)
     if "complain" in what:
         complain(f"mmscale: {what['complain']}\n")
@@ -40,7 +40,7 @@ def main(words: list[str]) -> int:
 
 
 def complain(text: str) -> None:
-    """As ``mmscale.cli.console`` does."""
+    """Print an error like ``mmscale.cli.console``."""
     sys.stderr.write(text)
     if "MMSCALE_COMPLAINT" in os.environ:
         os.write(int(os.environ["MMSCALE_COMPLAINT"]), text.encode())

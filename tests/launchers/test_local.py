@@ -1,4 +1,4 @@
-"""Real processes, a stand-in for training: exit codes, signals, logs, and nothing left behind."""
+"""The local launcher with real processes that do not train: exit codes, signals, logs, and no remaining process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ sys.exit(launch(sys.argv[1:], 2, folder / "run", module="stand_in"))
 """
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     environment.pop("OMP_NUM_THREADS", None)
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(folder), *words],
+        [sys.executable, "-c", LAUNCH, str(folder), *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -59,7 +59,7 @@ def running(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
-    return state != "Z"  # A zombie waits for its reaper and runs nothing.
+    return state != "Z"  # A zombie has ended; its parent has not read its exit code yet.
 
 
 def test_all_ranks_finish(tmp_path: Path) -> None:

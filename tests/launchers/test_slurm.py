@@ -1,4 +1,4 @@
-"""The batch script as text, and through a real SLURM where there is one."""
+"""The batch script as text, and on a real SLURM cluster if there is one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOLDEN = HERE / "golden.sbatch"
 
 def golden_job(folder: Path, **changes: object) -> Job:
     values: dict[str, object] = {
-        "words": ("train", "configs/a run.yaml", "stages.0.steps=5"),
+        "arguments": ("train", "configs/a run.yaml", "stages.0.steps=5"),
         "run_dir": folder / "my runs" / "first",
         "nodes": 2,
         "gpus_per_node": 4,
@@ -40,7 +40,7 @@ def golden_job(folder: Path, **changes: object) -> Job:
 
 
 def test_script_is_the_golden_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a wanted change: ``UPDATE_GOLDEN=1 pytest tests/launchers/test_slurm.py`` and read the difference."""
+    """To update: run ``UPDATE_GOLDEN=1 pytest tests/launchers/test_slurm.py`` and read the difference."""
     monkeypatch.setattr(slurm.Path, "cwd", lambda: Path("/home/user/mmscale"))
     script = render(golden_job(Path("/scratch")))
     if os.environ.get("UPDATE_GOLDEN"):
@@ -55,14 +55,14 @@ def test_script_is_the_golden_text(monkeypatch: pytest.MonkeyPatch) -> None:
         {"requeue": False},
         {"setup": ()},
         {"gpus_per_node": 0, "ranks_per_node": 3},
-        {"words": ("train", "a'b $(x)")},
+        {"arguments": ("train", "a'b $(x)")},
     ],
 )
 def test_script_is_legal_bash(tmp_path: Path, changes: dict[str, object]) -> None:
     script = render(golden_job(tmp_path, **changes))
     checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stderr
-    words = changes.get("words", golden_job(tmp_path).words)
+    words = changes.get("arguments", golden_job(tmp_path).arguments)
     (line,) = re.findall(r"^command=.*$", script, re.MULTILINE)
     echoed = subprocess.run(["bash", "-c", f'{line}\nprintf "%s\\n" "${{command[@]}}"'], text=True, capture_output=True)
     assert echoed.stdout.splitlines()[3:] == list(words)  # type: ignore[call-overload]
@@ -78,7 +78,7 @@ def test_requests() -> None:
 
 
 def test_one_job_name_a_run_folder(tmp_path: Path) -> None:
-    """``--dependency=singleton`` compares names: a run must not overlap itself, nor wait for another."""
+    """``--dependency=singleton`` compares names: jobs of one run must not overlap, nor wait for other runs."""
     first = golden_job(tmp_path / "a")
     assert first.name == golden_job(tmp_path / "a", nodes=1).name
     assert first.name != golden_job(tmp_path / "b").name
@@ -187,11 +187,11 @@ def run_script(folder: Path, job: Job, *, start: int = 0) -> subprocess.Complete
     [
         ("echo '{}' > result.json", 0, "finished"),
         ("exit 0", 1, "the ranks ended with exit code 0"),
-        ("exit 3", 3, "the job stays down, unless SLURM requeues it after a lost node or a preemption"),
+        ("exit 3", 3, "the job is not requeued, unless SLURM requeues it after a lost node or a preemption"),
         (
             "mkdir -p checkpoints/step-00000002; echo > checkpoints/step-00000002/manifest.json; exit 75",
             75,
-            "saved and stopped; back into the queue",
+            "saved and stopped; requeued",
         ),
         ("exit 75", 1, "stopped without a newer checkpoint"),
     ],
@@ -199,13 +199,13 @@ def run_script(folder: Path, job: Job, *, start: int = 0) -> subprocess.Complete
 def test_the_end_of_the_ranks_decides_also_in_a_folder_that_holds_a_result(
     tmp_path: Path, body: str, code: int, log: str
 ) -> None:
-    """A finished run can be extended: the ranks know whether there are more steps, the script does not."""
+    """A finished run can be extended. Only the ranks know whether there are more steps."""
     folder = tmp_path / "50% of %j"
     folder.mkdir()
     if "exit 0" not in body:
         (folder / "result.json").write_text('{"steps": 1}')
     executable = ("bash", "-c", f'cd "$0" && touch started; {body}')
-    job = golden_job(tmp_path, run_dir=folder, words=(str(folder),), executable=executable, setup=())
+    job = golden_job(tmp_path, run_dir=folder, arguments=(str(folder),), executable=executable, setup=())
     done = run_script(tmp_path, job)
     assert (folder / "started").exists()
     assert done.returncode == code, done.stdout + done.stderr
@@ -216,7 +216,7 @@ def test_the_end_of_the_ranks_decides_also_in_a_folder_that_holds_a_result(
 
 @pytest.mark.parametrize("made", [5, 2, None], ids=["new", "replaced", "none"])
 def test_only_a_checkpoint_that_was_written_last_counts_as_newer(tmp_path: Path, made: int | None) -> None:
-    """Neither a damaged checkpoint nor a copy under a greater number hides the one that the ranks saved."""
+    """The script finds the new checkpoint despite a damaged one and a copy with a larger number."""
     folder = tmp_path / "run"
     for number, name in enumerate(["step-00000002", "step-00000010.damaged", "step-99", "step-00000011.partial"]):
         manifest = folder / "checkpoints" / name / MANIFEST
@@ -226,11 +226,11 @@ def test_only_a_checkpoint_that_was_written_last_counts_as_newer(tmp_path: Path,
     saved = f"checkpoints/step-{made:08d}" if made else "checkpoints/step-00000012.partial"
     executable = ("bash", "-c", f'cd "$0" && mkdir -p {saved} && echo > {saved}/{MANIFEST}; exit 75')
     done = run_script(
-        tmp_path, golden_job(tmp_path, run_dir=folder, words=(str(folder),), executable=executable, setup=())
+        tmp_path, golden_job(tmp_path, run_dir=folder, arguments=(str(folder),), executable=executable, setup=())
     )
     assert done.returncode == (75 if made else 1), done.stdout + done.stderr
     assert f"from {folder}/checkpoints/step-00000002\n" in done.stdout
-    assert ("back into the queue" if made else "stopped without a newer checkpoint") in done.stdout
+    assert ("requeued" if made else "stopped without a newer checkpoint") in done.stdout
 
 
 @pytest.mark.fault
@@ -242,7 +242,7 @@ def test_without_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture(scope="session")
 def cluster() -> None:
-    """Two nodes: the cluster that is up, or the one that ``$SLURM_LOCAL up 2`` starts."""
+    """Use a running cluster, or start one of two nodes with ``$SLURM_LOCAL up 2``."""
     tool = os.environ.get("SLURM_LOCAL")
     if tool is not None:
         exports = subprocess.run([tool, "up", "2"], check=True, capture_output=True, text=True, timeout=120).stdout
@@ -253,7 +253,7 @@ def cluster() -> None:
 
 @pytest.fixture
 def run_dir(cluster: None) -> Iterator[Path]:
-    """A folder that every node sees; nodes may have a private /tmp."""
+    """A folder that all nodes share; nodes may have a private /tmp."""
     folder = Path.home() / ".cache" / "mmscale-test-slurm" / str(time.time_ns())
     folder.mkdir(parents=True)
     yield folder
@@ -262,7 +262,7 @@ def run_dir(cluster: None) -> Iterator[Path]:
 
 def start(run_dir: Path, mode: str, **changes: object) -> str:
     executable = (sys.executable, str(HERE / "slurm_stand_in.py"))
-    return submit(Job(words=(str(run_dir), mode), run_dir=run_dir, nodes=2, executable=executable, **changes))[0]  # type: ignore[arg-type]
+    return submit(Job(arguments=(str(run_dir), mode), run_dir=run_dir, nodes=2, executable=executable, **changes))[0]  # type: ignore[arg-type]
 
 
 def state(number: str) -> dict[str, str]:
@@ -278,7 +278,7 @@ def wait(condition: Callable[[], bool], number: str, seconds: float = 120) -> No
 
 
 def tell(number: str) -> None:
-    """What ``--signal`` does before the time limit: USR1 to every process of every step."""
+    """Send USR1 to every process of every step, as ``--signal`` does before the time limit."""
     subprocess.run(["scancel", "--signal=USR1", number], check=True)
 
 
@@ -326,7 +326,7 @@ def test_a_stop_without_progress_is_not_requeued(run_dir: Path) -> None:
     time.sleep(1)
     tell(number)
     wait(lambda: state(number)["JobState"] == "FAILED", number)
-    assert "it would never end" in (run_dir / "logs" / f"slurm-{number}.log").read_text()
+    assert "it would repeat without end" in (run_dir / "logs" / f"slurm-{number}.log").read_text()
 
 
 @pytest.mark.slurm

@@ -1,4 +1,4 @@
-"""The list of what a run left out: whole at once, cut back at a resume, and read by the loader again."""
+"""The list of skipped samples: written at once, cut back at a resume, and read by the loader."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data_pipeline.loader.loader import StepBatch
 from data_pipeline.order.fault_policy import Action, FaultConfig, Skipped
 from mmscale.dist import World
 from mmscale.errors import MMScaleError
-from mmscale.metrics.faults import FaultList, fault_lists, known_lists
+from mmscale.metrics.faults import FaultList, fault_lists, quarantine_lists
 from mmscale.metrics.run_log import NullLog
 from mmscale.run.train import _next_batch
 
@@ -84,12 +84,12 @@ def test_the_terminal_gets_each_reason_once_and_then_its_count(tmp_path: Path) -
     said.clear()
     words = [chr(97 + number) for number in range(26)]
     book.record(101, [replace(skip(number), reason=f"is {word}") for number, word in enumerate(words)])
-    assert len(said) == 19  # Twenty reasons, two of them before, and a line about the others.
+    assert len(said) == 19  # Twenty reasons, two of them printed before, and a line about further ones.
     assert said[-1].startswith("skipped samples with further reasons are listed in")
 
 
 def gives_up(error: TooManyFaultsError) -> Iterator[StepBatch]:
-    """A loader whose fault policy gives up on the next step."""
+    """A loader whose fault policy ends the run at the next step."""
     yield from ()
     raise error
 
@@ -106,9 +106,9 @@ def test_what_a_run_left_out_before_it_gave_up_is_listed(tmp_path: Path) -> None
 
 def test_lists_are_read_again_only_where_something_is_quarantined(tmp_path: Path) -> None:
     FaultList(tmp_path, world(), 0, print).record(1, [skip(1)])
-    assert known_lists(tmp_path, FaultConfig()) == []
-    assert known_lists(tmp_path, FaultConfig(decode=Action.QUARANTINE)) == fault_lists(tmp_path)
-    assert known_lists(tmp_path, FaultConfig(text=Action.QUARANTINE)) == [], "these are tried again all the same"
+    assert quarantine_lists(tmp_path, FaultConfig()) == []
+    assert quarantine_lists(tmp_path, FaultConfig(decode=Action.QUARANTINE)) == fault_lists(tmp_path)
+    assert quarantine_lists(tmp_path, FaultConfig(text=Action.QUARANTINE)) == [], "these are tried again all the same"
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The account of a run's wall time, against times that the tests make up."""
+"""The wall time of a run by use, with a fake clock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmscale.metrics.run_log import JsonlSink
 
 
 class Start:
-    """One start of a run, which keeps its two files as ``RunLog`` does."""
+    """One start of a run, which writes its two files like ``RunLog``."""
 
     def __init__(self, folder: Path, began: float, step: int) -> None:
         self.now, self.number = began, step
@@ -22,14 +22,14 @@ class Start:
 
     def spend(self, kind: str, seconds: float) -> None:
         self.now += seconds
-        self.account.spent(kind, self.number)  # type: ignore[arg-type]
+        self.account.record_pause(kind, self.number)  # type: ignore[arg-type]
 
     def step(self, seconds: float, wait: float = 0.0) -> float:
         self.now += seconds
         self.number += 1
-        figures = self.account.step(seconds, wait)
-        self.lines.write({"step": self.number, "seconds": seconds, "data_wait_seconds": wait, **figures})
-        return figures["goodput"]
+        metrics = self.account.step(seconds, wait)
+        self.lines.write({"step": self.number, "seconds": seconds, "data_wait_seconds": wait, **metrics})
+        return metrics["goodput"]
 
 
 def test_every_second_of_a_run_that_was_killed_twice_has_its_place(tmp_path: Path) -> None:
@@ -40,11 +40,11 @@ def test_every_second_of_a_run_that_was_killed_twice_has_its_place(tmp_path: Pat
     first.spend("checkpoint", 3)  # At step 2.
     first.step(4)
     assert first.step(4, wait=2) == pytest.approx((4 + 5 + 4 + 2) / 31)
-    # Killed half a second into step 5; the next start comes 20 s after the last line.
+    # Killed half a second into step 5. The next start is 20 s after the last line.
     second = Start(tmp_path, first.now + 20, 2)
     second.spend("setup", 7)
     second.step(6)
-    # Killed; the third start dies before it has removed the line of step 3 that the second has written.
+    # Killed. The third start is killed before it removes the second start's line of step 3.
     WallTime(tmp_path, 2, lambda: second.now + 9, second.now + 8)
     third = Start(tmp_path, second.now + 30, 2)
     third.spend("setup", 11)
@@ -77,7 +77,7 @@ def test_a_torn_line_and_an_old_run_do_no_harm(tmp_path: Path) -> None:
     found = read_goodput(tmp_path)
     assert found is not None
     assert (found.wall, found.setup, found.training, found.starts) == (2, 2, 0, 1)
-    # A new start ends the torn line, so that its own is whole.
+    # A new start ends the incomplete line before it writes its own.
     again = Start(tmp_path, 60.0, 1)
     again.spend("setup", 1)
     found = read_goodput(tmp_path)
@@ -86,5 +86,5 @@ def test_a_torn_line_and_an_old_run_do_no_harm(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    with pytest.raises(MMScaleError, match="account of time"):
+    with pytest.raises(MMScaleError, match="goodput cannot be recorded"):
         WallTime(tmp_path / "missing", 0)

@@ -1,4 +1,4 @@
-"""A FIFO in the place of a file of a run folder is refused with its name; nobody waits for its other end."""
+"""A FIFO instead of a file of a run folder is rejected with its name, without waiting for its other end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import DataPipelineError, FaultKind
-from data_pipeline.history.sample_log import Ledger
+from data_pipeline.history.sample_log import SampleLog
 from data_pipeline.order.fault_policy import Action, Skipped
 from mmscale.dist import World
 from mmscale.engine.watchdog import Watchdog, WatchdogConfig
@@ -43,7 +43,7 @@ def lock(run: Path) -> None:
         ("goodput.jsonl", lambda run: WallTime(run, 0)),
         ("faults/rank-00000.jsonl", lambda run: FaultList(run / "faults", ALONE, 0, print)),
         ("faults/rank-00000.jsonl", list_faults),
-        ("ledger/steps-0000000001-0000000005.ledger", lambda run: Ledger(run / "ledger").state(0)),
+        ("sample_log/steps-0000000001-0000000005.samples", lambda run: SampleLog(run / "sample_log").state(0)),
         ("lock/claim-00000001", lock),
         ("lock/kernel", lock),
     ],

@@ -1,4 +1,4 @@
-"""Traces of real runs, as a viewer would read them."""
+"""Traces of real runs, read as a viewer reads them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def ranges(path: Path, name: str) -> int:
     return sum(event.get("name") == name and event.get("ph") == "X" for event in events)
 
 
-def steps(folder: Path, count: int, wanted: bool = True) -> list[str]:
+def steps(folder: Path, count: int, enabled: bool = True) -> list[str]:
     said: list[str] = []
-    with profile_steps(folder, CONFIG, 1, 10, said.append, wanted=wanted) as profiler:
+    with profile_steps(folder, CONFIG, 1, 10, said.append, enabled=enabled) as profiler:
         for number in range(11, 11 + count):
             with record_function(f"number {number}"):
                 torch.ones(2).sum()
@@ -51,7 +51,7 @@ def test_a_run_that_ends_early_leaves_what_there_is_and_says_so(tmp_path: Path) 
 
 
 def test_unasked_nothing_is_recorded(tmp_path: Path) -> None:
-    assert steps(tmp_path, 8, wanted=False) == []
+    assert steps(tmp_path, 8, enabled=False) == []
     assert not list(tmp_path.iterdir())
 
 

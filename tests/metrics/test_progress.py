@@ -13,7 +13,7 @@ from mmscale.metrics.run_log import ProgressLine, Rates, StepMeter
 
 
 class Clock:
-    """Time that passes only when told."""
+    """A fake clock."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -117,12 +117,12 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then_and_at_the_end() 
     assert lines[0] == "align · step 1/5 · loss 2.5000 · 12.3k tokens/s · 45 samples/s · wait 3% · ETA 3m07s"
 
 
-def test_a_terminal_gets_a_bar_with_the_same_figures() -> None:
+def test_a_terminal_gets_a_bar_with_the_same_values() -> None:
     out = io.StringIO()
     line = ProgressLine(Console(file=out, force_terminal=True, width=140), 2, 5, plain_line_seconds=10)
     assert line.is_due(3)
     line.update(3, 2.5, Rates(12_300, 45, 0.031, 187), "align")
-    line.note("[saved] step-00000003")
+    line.print_line("[saved] step-00000003")
     line.close()
     assert "3/5" in out.getvalue()
     assert "12.3k tokens/s" in out.getvalue()

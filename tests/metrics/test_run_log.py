@@ -92,7 +92,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
         log.step(1, report(), sums())
     assert not log.wants_images(200)
     log.images(200, lambda limit: pytest.fail("made images for nobody"))
-    log.note("nothing")
+    log.print_line("nothing")
     log.pause()
     log.close()
     assert not (tmp_path / "run").exists()
@@ -134,9 +134,9 @@ def test_images_of_a_batch_come_with_the_text_that_carries_loss() -> None:
         grid=torch.tensor([[1, 1, 2]] * 2, dtype=torch.int32),
         grids=((1, 1, 2),) * 2,
         items=Segments.from_lengths([2, 2]),
-        source=empty,
-        dest=empty,
-        keys=empty,
+        gather_index=empty,
+        scatter_index=empty,
+        attended_index=empty,
         span_tokens=Segments.from_lengths([5]),
         span_keys=Segments.from_lengths([0]),
     )

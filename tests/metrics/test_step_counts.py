@@ -10,7 +10,7 @@ from data_pipeline.order.fault_policy import Skipped
 from data_pipeline.order.state import LoaderState
 from data_pipeline.sample import Provenance
 from mmscale.engine.engine import StepReport
-from mmscale.metrics.step_counts import count_step, measured_documents, step_metrics
+from mmscale.metrics.step_counts import count_step, document_stats, step_metrics
 from mmscale.models.build import build_model, media_spec
 from tests.models.packs import pack, text_document
 from tests.models.tiny import VOCAB, config
@@ -26,7 +26,7 @@ def _step(documents: list[tuple[str, int]], skipped: tuple[Skipped, ...] = ()) -
 
 
 def metrics(sums: dict[str, float], names: list[str]) -> dict[str, float | int]:
-    """The metrics of a step that computed nothing."""
+    """Return the metrics of a step without operations."""
     return step_metrics(StepReport(0.0, 0.0, 0.0, {}, False), {"model_flops": 0, "hardware_flops": 0, **sums}, names)
 
 
@@ -35,7 +35,7 @@ def test_ranks_together_give_the_weighted_mean_of_each_data_set() -> None:
     skip = Skipped("c", 0, 7, 0, "shard", "key", FaultKind.DECODE, "no image")
     ranks = [_step([("a", 4), ("b", 9)]), _step([("a", 6)], (skip,))]
     losses = [[[3.0, 8.0]], [[5.0]]]
-    counts = [count_step(rank, measured_documents(rank, loss), names) for rank, loss in zip(ranks, losses, strict=True)]
+    counts = [count_step(rank, document_stats(rank, loss), names) for rank, loss in zip(ranks, losses, strict=True)]
     assert [*counts[0]] == [*counts[1]]
     found = metrics({name: sum(count[name] for count in counts) for name in counts[0]}, names)
     (first,), (second,) = (rank.microbatches for rank in ranks)
@@ -54,10 +54,10 @@ def test_skipped_samples_are_counted_by_kind_and_kinds_that_did_not_occur_are_ab
     kinds = [FaultKind.EXCLUDED, FaultKind.CHECKSUM, FaultKind.EXCLUDED]
     skipped = tuple(Skipped("a", 0, 7, 0, "shard", "key", kind, "no image") for kind in kinds)
     step = _step([("a", 4)], skipped)
-    found = metrics(count_step(step, measured_documents(step, []), ["a"]), ["a"])
+    found = metrics(count_step(step, document_stats(step, []), ["a"]), ["a"])
     counted = {name: value for name, value in found.items() if name.startswith(("faults/", "skipped"))}
     assert counted == {"skipped_samples": 3, "faults/checksum": 1, "faults/excluded": 2}
     step = _step([("a", 4)])
-    found = metrics(count_step(step, measured_documents(step, []), ["a"]), ["a"])
+    found = metrics(count_step(step, document_stats(step, []), ["a"]), ["a"])
     assert [name for name in found if name.startswith("faults/")] == []
     assert (found["skipped_samples"], found["dataset/a/loss"]) == (0, 0.0)

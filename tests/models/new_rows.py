@@ -1,4 +1,4 @@
-"""What the ranks of ``test_new_rows.py`` run: a frozen model whose new tokens learn."""
+"""Code that the ranks of ``test_new_rows.py`` run: training the new tokens of a frozen model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def settings(tied: bool) -> ModelConfig:
 
 
 def lane(model: ModelConfig, step: int, number: int) -> MultimodalBatch:
-    """Lanes differ in length; lane 1 holds no new token."""
+    """Return a pack of lane ``number``. Lanes differ in length; lane 1 contains no new token."""
     spec, seed = media_spec(model), step * LANES + number
     vocab = OLD if number == 1 else VOCAB
     docs = [text_document(seed, 5 + 3 * number, vocab), image_document(spec, seed, 6, [(2, 2)], vocab)]

@@ -1,7 +1,7 @@
-"""NVLM-D, -X and -H composed of transformers' InternViT and Qwen2 layers, one document at a time, masks dense.
+"""Reference models of NVLM-D, -X and -H, composed of transformers' InternViT and Qwen2 layers.
 
-The gated cross-attention is written plainly here; what a token may attend is worked out by a walk over the parts of a
-sample that shares no code with the loader.
+They process one document at a time with dense masks. The gated cross-attention is implemented here. ``page_of``
+computes the attended crops of each token from the parts of a sample, without code of the loader.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data_pipeline.text.tokenizer import Tokenizer
 
 SIDE, PATCH, HEADS = 28, 7, 5
 TILES = {(28, 28): 1, (28, 56): 2, (84, 28): 3}
-"""Tiles of the images in ``SAMPLES``, by height and width: whole multiples of a tile."""
+"""Number of tiles of each image in ``SAMPLES``, by (height, width). Sides are multiples of a tile."""
 Part = str | tuple[int, int]
 SAMPLES: tuple[tuple[Part, ...], ...] = (
     ((28, 56), "red heart"),
@@ -58,7 +58,7 @@ EVERY = 2
 
 
 class GatedCrossAttention(nn.Module):
-    """A row that may attend nothing stays as it is."""
+    """Gated cross-attention and feed-forward. Rows that attend to nothing are unchanged."""
 
     def __init__(self, dim: int, heads: int, kv_heads: int, wide: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class GatedCrossAttention(nn.Module):
 
     def forward(self, hidden: Tensor, source: Tensor, mask: Tensor) -> Tensor:
         """``hidden`` (T, D), ``source`` (A, D), ``mask`` (T, A)."""
-        seen = mask.any(1, keepdim=True)
+        attends = mask.any(1, keepdim=True)
         q = self.q(self.norm(hidden)).view(-1, self.heads, self.head_dim).transpose(0, 1)
         k, v = (
             each(source)
@@ -81,12 +81,12 @@ class GatedCrossAttention(nn.Module):
             .repeat_interleave(self.heads // self.kv_heads, 0)
             for each in (self.k, self.v)
         )
-        scores = (q @ k.transpose(1, 2) / self.head_dim**0.5).masked_fill(~(mask | ~seen), -torch.inf)
+        scores = (q @ k.transpose(1, 2) / self.head_dim**0.5).masked_fill(~(mask | ~attends), -torch.inf)
         mixed = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
-        hidden = hidden + self.attention_gate.tanh() * self.o(mixed).masked_fill(~seen, 0)
+        hidden = hidden + self.attention_gate.tanh() * self.o(mixed).masked_fill(~attends, 0)
         normed = self.mlp_norm(hidden)
         changed = self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
-        return hidden + self.mlp_gate.tanh() * changed.masked_fill(~seen, 0)
+        return hidden + self.mlp_gate.tanh() * changed.masked_fill(~attends, 0)
 
 
 class Nvlm(nn.Module):
@@ -107,31 +107,31 @@ class Nvlm(nn.Module):
         self.cross = nn.ModuleDict({str(layer): GatedCrossAttention(dim, 4, 2, wide) for layer in layers})
 
     def features(self, tiles: Tensor) -> Tensor:
-        """(tiles, features of a tile, D), by the pixel shuffle of NVLM-D's published code (its version 2)."""
+        """Return ``(tiles, features of a tile, D)``, with the pixel shuffle of NVLM-D's published code (version 2)."""
         rows = self.vision_model(tiles).last_hidden_state[:, 1:]
-        count, places, width = rows.shape
-        side = int(places**0.5)
+        count, patches, width = rows.shape
+        side = int(patches**0.5)
         rows = rows.reshape(count, side, side // 2, width * 2).permute(0, 2, 1, 3)
         rows = rows.reshape(count, side // 2, side // 2, width * 4).permute(0, 2, 1, 3)
         return self.mlp1(rows.reshape(count, -1, width * 4))
 
     def forward(self, page: Page, tiles: Tensor) -> Tensor:
-        """Logits of one document, ``(T, V)``; its views in reading order, normalised."""
+        """Return the logits of one document, ``(T, V)``. ``tiles`` are its normalised crops in reading order."""
         model = self.language_model.model
         ids = torch.tensor(page.ids)
         hidden = model.embed_tokens(ids)
         features = self.features(tiles) if len(tiles) else hidden.new_zeros(0, 4, hidden.shape[1])
-        places = [place for place, view in enumerate(page.slots) if view is not None]
-        if places:
-            written = torch.cat([features[view] for view in page.embedded])
-            hidden = hidden.index_copy(0, torch.tensor(places), written)
+        slots = [index for index, crop in enumerate(page.slots) if crop is not None]
+        if slots:
+            written = torch.cat([features[crop] for crop in page.embedded])
+            hidden = hidden.index_copy(0, torch.tensor(slots), written)
         sources = {
-            view: torch.cat([model.embed_tokens(torch.tensor(tag, dtype=torch.int64)), features[view]])
-            for view, tag in page.attended.items()
+            crop: torch.cat([model.embed_tokens(torch.tensor(tag, dtype=torch.int64)), features[crop]])
+            for crop, tag in page.attended.items()
         }
         source = torch.cat([*sources.values(), hidden[:0]])
-        owners = [view for view, rows in sources.items() for _ in rows]
-        mask = torch.tensor([[view in seen for view in owners] for seen in page.seen]).view(len(ids), len(owners))
+        owners = [crop for crop, rows in sources.items() for _ in rows]
+        mask = torch.tensor([[crop in seen for crop in owners] for seen in page.seen]).view(len(ids), len(owners))
         positions = torch.arange(len(ids))[None]
         rotation = model.rotary_emb(hidden[None], positions)
         for number, layer in enumerate(model.layers):
@@ -143,14 +143,14 @@ class Nvlm(nn.Module):
 
 @dataclass
 class Page:
-    """A document by hand.
+    """A document in the form that ``Nvlm`` takes.
 
     Attributes:
         ids: Tokens.
-        slots: Of each token the view whose feature it is.
-        seen: Of each token the views that it attends.
-        embedded: Views in token places, in order.
-        attended: Attended views and the tags in front of their features.
+        slots: For each token, the crop whose feature replaces it; None for text.
+        seen: For each token, the crops that it attends to.
+        embedded: Crops whose features replace tokens, in order.
+        attended: For each attended crop, the tokens of the tag before its features.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -159,15 +159,15 @@ class Page:
     embedded: list[int] = field(default_factory=list)
     attended: dict[int, list[int]] = field(default_factory=dict)
 
-    def put(self, ids: list[int], seen: set[int], view: int | None = None) -> None:
+    def put(self, ids: list[int], seen: set[int], crop: int | None = None) -> None:
         self.ids += ids
-        self.slots += [view] * len(ids)
+        self.slots += [crop] * len(ids)
         self.seen += [frozenset(seen)] * len(ids)
 
 
 def page_of(parts: tuple[Part, ...], kind: str, tokenizer: Tokenizer, image_id: int) -> Page:
-    """The document that ``kind`` makes of a sample."""
-    page, views, run = Page(), 0, set[int]()
+    """Return the document of a sample in NVLM-D, -X or -H."""
+    page, crops, run = Page(), 0, set[int]()
     page.put([tokenizer.bos_id], run)
     after_text = True
     for part in parts:
@@ -181,41 +181,41 @@ def page_of(parts: tuple[Part, ...], kind: str, tokenizer: Tokenizer, image_id: 
         whole = tokenizer.encode("<tile_global_thumbnail>")
         tags = [tokenizer.encode(f"<tile_{number}>") for number in range(1, tiles + 1)]
         if tiles == 1 and kind != "h":
-            tags = []  # The one view is that of the whole image.
+            tags = []  # The only crop is the overview.
         if kind == "d":
             page.put(tokenizer.encode("<Image>"), set())
             for number, tag in enumerate([*tags, whole]):
                 page.put(tag, set())
-                page.put([image_id] * 4, set(), views + number)
-                page.embedded.append(views + number)
+                page.put([image_id] * 4, set(), crops + number)
+                page.embedded.append(crops + number)
             page.put(tokenizer.encode("</Image>"), set())
         elif kind == "x":
             for number, tag in enumerate([*tags, whole]):
-                page.put(tag, {views + number})
-                page.attended[views + number] = []
-                run.add(views + number)
+                page.put(tag, {crops + number})
+                page.attended[crops + number] = []
+                run.add(crops + number)
             page.put([image_id], run)
         else:
             first = 1 if tiles == 1 else 0  # With one tile the overview comes before it.
-            overview = views if tiles == 1 else views + tiles
-            page.attended |= {views + first + number: tag for number, tag in enumerate(tags)}
-            run |= {views + first + number for number in range(tiles)}
+            overview = crops if tiles == 1 else crops + tiles
+            page.attended |= {crops + first + number: tag for number, tag in enumerate(tags)}
+            run |= {crops + first + number for number in range(tiles)}
             page.put(whole, run)
             page.put([image_id] * 4, run, overview)
             page.embedded.append(overview)
-        views += len(tags) + 1
+        crops += len(tags) + 1
     page.put([tokenizer.eos_id], run)
     return page
 
 
 def sample_of(parts: tuple[Part, ...], number: int) -> Sample:
-    """The stored sample, its pictures random."""
+    """Return a sample with random images."""
     stored: list[ImagePart | TextPart] = []
-    for place, part in enumerate(parts):
+    for index, part in enumerate(parts):
         if isinstance(part, str):
             stored.append(TextPart(part))
             continue
-        pixels = np.random.default_rng((number, place)).integers(0, 256, (*part, 3), dtype=np.uint8)
+        pixels = np.random.default_rng((number, index)).integers(0, 256, (*part, 3), dtype=np.uint8)
         out = io.BytesIO()
         Image.fromarray(pixels).save(out, "PNG")
         stored.append(ImagePart(out.getvalue(), "png"))

@@ -1,4 +1,4 @@
-"""Batches made by hand: the models' tests do not lean on the loader."""
+"""Builds batches without the loader, so that the tests of models do not depend on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments, ViewPlace
+from data_pipeline.batch import CropLocation, MediaBlock, MultimodalBatch, Segments
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.sample import Provenance
 
@@ -16,38 +16,38 @@ IMAGE_ID = 3
 
 @dataclass
 class Doc:
-    """A document as lists: ``views`` are (grid, embedded, pixels); ``spans`` are (start, numbers of views)."""
+    """A document as lists: ``crops`` are (grid, embedded, pixels); ``spans`` are (start, indices of attended crops)."""
 
     tokens: list[int]
-    views: list[tuple[tuple[int, int, int], bool, Tensor]] = field(default_factory=list)
-    dest: list[int] = field(default_factory=list)
+    crops: list[tuple[tuple[int, int, int], bool, Tensor]] = field(default_factory=list)
+    scatter_index: list[int] = field(default_factory=list)
     spans: list[tuple[int, list[int]]] = field(default_factory=list)
-    null: bool = False
+    dummy: bool = False
     tiles: tuple[int, int] | None = None
-    """Grid of the one image whose tiles all views are; None: every view is an image."""
+    """Grid of tiles of the one image that all crops belong to; None: every crop is an image."""
 
 
 def image_document(
-    spec: MediaSpec, seed: int, text: int, views: list[tuple[int, int]], vocab: int, null: bool = False
+    spec: MediaSpec, seed: int, text: int, crops: list[tuple[int, int]], vocab: int, dummy: bool = False
 ) -> Doc:
-    """One text token, then image places (of a pair none), then ``text`` tokens.
+    """Return a document of one text token, image placeholders (none for a pair), and ``text`` tokens.
 
-    In a hybrid the first view is the thumbnail.
+    In a hybrid model the first crop is the overview.
     """
     generator = torch.Generator().manual_seed(seed)
-    doc = Doc([int(torch.randint(4, vocab, (1,), generator=generator))], null=null)
+    doc = Doc([int(torch.randint(4, vocab, (1,), generator=generator))], dummy=dummy)
     attended = []
-    for number, (height, width) in enumerate(views):
+    for number, (height, width) in enumerate(crops):
         grid = (1, height, width)
         embedded = spec.placement is Placement.EMBEDDING or (spec.placement is Placement.HYBRID and number == 0)
         pixels = torch.randint(0, 256, (height * width, spec.patch_dim), dtype=torch.uint8, generator=generator)
-        doc.views.append((grid, embedded, pixels))
-        places = spec.num_features(grid) if embedded else int(spec.placement is not Placement.PAIR)
+        doc.crops.append((grid, embedded, pixels))
+        placeholders = spec.num_features(grid) if embedded else int(spec.placement is not Placement.PAIR)
         if embedded:
-            doc.dest += range(len(doc.tokens), len(doc.tokens) + places)
-        elif places:
+            doc.scatter_index += range(len(doc.tokens), len(doc.tokens) + placeholders)
+        elif placeholders:
             attended.append(number)
-        doc.tokens += [IMAGE_ID] * places
+        doc.tokens += [IMAGE_ID] * placeholders
     doc.spans = [(0, []), (1, attended)]
     doc.tokens += torch.randint(4, vocab, (text,), generator=generator).tolist()
     return doc
@@ -59,61 +59,61 @@ def text_document(seed: int, text: int, vocab: int) -> Doc:
 
 
 def in_lane(batch: MultimodalBatch, lane: int, dropout_key: tuple[int, int] | None) -> MultimodalBatch:
-    """The batch as the only pack of a lane."""
+    """Return the batch with dropout position ``lane``, as the only pack of that lane."""
     return replace(batch, lanes=(lane,), lane_tokens=(batch.segments.total,), dropout_key=dropout_key)
 
 
-def _places(doc: Doc, segment: int, image: int) -> list[ViewPlace]:
+def _crop_locations(doc: Doc, segment: int, image: int) -> list[CropLocation]:
     if doc.tiles is None:
-        return [ViewPlace(segment, image + number, (1, 1), None) for number in range(len(doc.views))]
+        return [CropLocation(segment, image + number, (1, 1), None) for number in range(len(doc.crops))]
     rows, columns = doc.tiles
-    return [ViewPlace(segment, image, doc.tiles, (row, column)) for row in range(rows) for column in range(columns)]
+    return [CropLocation(segment, image, doc.tiles, (row, column)) for row in range(rows) for column in range(columns)]
 
 
 def pack(docs: list[Doc], spec: MediaSpec) -> MultimodalBatch:
-    """Row by row, in plain Python."""
+    """Return the batch of one pack, built row by row in plain Python."""
     ids, labels, weights, positions, valid = [], [], [], [], []
-    span_tokens, span_keys, keys, source, dest, views = [], [], [], [], [], []
+    span_tokens, span_keys, attended_index, gather_index, scatter_index, crops = [], [], [], [], [], []
     feature = 0
-    places: list[ViewPlace] = []
+    locations: list[CropLocation] = []
     for segment, doc in enumerate(docs):
-        places += _places(doc, segment, places[-1].image + 1 if places else 0)
+        locations += _crop_locations(doc, segment, locations[-1].image + 1 if locations else 0)
         first, size = len(ids), len(doc.tokens)
         ids += doc.tokens
-        labels += [-100 if doc.null else t for t in doc.tokens[1:]] + [-100]
-        weights += [0.0 if doc.null else 1.0 + (t % 3) / 4 for t in doc.tokens[1:]] + [0.0]
+        labels += [-100 if doc.dummy else t for t in doc.tokens[1:]] + [-100]
+        weights += [0.0 if doc.dummy else 1.0 + (t % 3) / 4 for t in doc.tokens[1:]] + [0.0]
         positions += range(size)
-        valid += [not doc.null] * size
+        valid += [not doc.dummy] * size
         rows = []
-        for grid, embedded, _ in doc.views:
+        for grid, embedded, _ in doc.crops:
             count = spec.num_features(grid)
             rows.append(list(range(feature, feature + count)))
-            source += rows[-1] if embedded else []
+            gather_index += rows[-1] if embedded else []
             feature += count
-        dest += [first + place for place in doc.dest]
+        scatter_index += [first + slot for slot in doc.scatter_index]
         ends = [start for start, _ in doc.spans[1:]] + [size]
         for (start, numbers), end in zip(doc.spans, ends, strict=True):
             span_tokens.append(end - start)
-            seen = [row for number in numbers for row in rows[number]]
-            span_keys.append(len(seen))
-            keys += seen
-        views += doc.views
-    grids = tuple(grid for grid, _, _ in views)
-    firsts = [sum(len(doc.views) for doc in docs[:segment]) for segment in range(len(docs))]
-    pairs = [(firsts[s], s) for s, doc in enumerate(docs) if len(doc.views) == 1 and not doc.null]
+            attended = [row for number in numbers for row in rows[number]]
+            span_keys.append(len(attended))
+            attended_index += attended
+        crops += doc.crops
+    grids = tuple(grid for grid, _, _ in crops)
+    firsts = [sum(len(doc.crops) for doc in docs[:segment]) for segment in range(len(docs))]
+    pairs = [(firsts[s], s) for s, doc in enumerate(docs) if len(doc.crops) == 1 and not doc.dummy]
     media = {}
     if spec.placement is not Placement.NONE:
         media["image"] = MediaBlock(
-            values=torch.cat([pixels for _, _, pixels in views]),
+            values=torch.cat([pixels for _, _, pixels in crops]),
             grid=torch.tensor(grids, dtype=torch.int32),
             grids=grids,
             items=Segments.from_lengths([h * w for _, h, w in grids]),
-            source=torch.tensor(source, dtype=torch.int64),
-            dest=torch.tensor(dest, dtype=torch.int64),
-            keys=torch.tensor(keys, dtype=torch.int64),
+            gather_index=torch.tensor(gather_index, dtype=torch.int64),
+            scatter_index=torch.tensor(scatter_index, dtype=torch.int64),
+            attended_index=torch.tensor(attended_index, dtype=torch.int64),
             span_tokens=Segments.from_lengths(span_tokens),
             span_keys=Segments.from_lengths(span_keys),
-            places=tuple(places),
+            locations=tuple(locations),
         )
     return MultimodalBatch(
         token_ids=torch.tensor(ids),
@@ -124,7 +124,7 @@ def pack(docs: list[Doc], spec: MediaSpec) -> MultimodalBatch:
         valid=torch.tensor(valid),
         media=media,
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
-        provenance=tuple(None if doc.null else Provenance("d", "s", "k", 0) for doc in docs),
+        provenance=tuple(None if doc.dummy else Provenance("d", "s", "k", 0) for doc in docs),
         weight=float(sum(weights)),
         num_tokens=sum(valid),
     )

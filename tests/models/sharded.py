@@ -1,4 +1,4 @@
-"""What the ranks of ``test_sharded.py`` run: each kind of model, trained and then asked, under ZeRO-3."""
+"""Code that the ranks of ``test_sharded.py`` run: training and generation of each kind of model under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LANES = 4
 
 
 def run(world: World, steps: int = 4) -> dict[str, Any]:
-    """Losses and continuations by kind of connector."""
+    """Return losses and generated tokens by kind of connector."""
     assert set(VARIANTS) == set(CONNECTORS)
     return {kind: _run(world, kind, steps) for kind in VARIANTS}
 
@@ -37,10 +37,10 @@ def _run(world: World, kind: str, steps: int) -> dict[str, Any]:
     sizes = [(2, 4), (2, 4)] if spec.fixed_grid else [(2, 2), (4, 2)]
 
     def lane(step: int, number: int) -> Any:
-        """Lane 1 is text alone but for its null document; lanes differ in length."""
+        """Return a pack. Lane 1 has only text and a dummy document; lanes differ in length."""
         docs = [text_document(step * LANES + number, 5 + 3 * number, VOCAB)]
-        null = number == 1
-        docs.append(image_document(spec, step * LANES + number, 4, sizes, VOCAB, null=null))
+        dummy = number == 1
+        docs.append(image_document(spec, step * LANES + number, 4, sizes, VOCAB, dummy=dummy))
         return in_lane(pack(docs, spec), number, (3, step))
 
     engine_config = EngineConfig(
@@ -48,7 +48,7 @@ def _run(world: World, kind: str, steps: int) -> dict[str, Any]:
         device="cpu",
         precision="fp32",
         timeout_seconds=60,
-        persistent_parameter_elements=0,  # Shard even the smallest.
+        persistent_parameter_elements=0,  # Shard even the smallest parameters.
         activation_checkpointing=kind == "hybrid",
     )
     build = partial(build_model, settings, seed=None)

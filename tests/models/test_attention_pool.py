@@ -1,4 +1,4 @@
-"""Molmo's connector and tower among the others: null documents, packing, operations, what nothing uses."""
+"""Molmo's connector and tower: dummy documents, packing, operations, and idle layers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mmscale.models.connector_config import AttentionPoolConfig
 from mmscale.models.connectors.attention_pool import AttentionPool
 from mmscale.models.connectors.padding import PaddingEmbedding, padding_of_patches
 from mmscale.models.flops import cost_per_patch
-from mmscale.nn.dropout import Branch
+from mmscale.nn.dropout import SubLayer
 from tests.models.packs import IMAGE_ID, Doc, image_document, in_lane, pack, text_document
 from tests.models.test_flops import WIDE, _counted_step
-from tests.models.test_multimodal import loss_and_grads, null_document
+from tests.models.test_multimodal import dummy_document, loss_and_grads
 from tests.models.tiny import DECODER, DENSE, LEARNED, VISION, VOCAB
 
 POOL = {"kind": "attention_pool", "merge": 2, "num_heads": 2, "head_dim": 12, "mlp": DENSE}
@@ -46,14 +46,14 @@ def docs(config: ModelConfig) -> list[Doc]:
     ]
 
 
-def told(batch: MultimodalBatch, rectangles: list[list[int]]) -> MultimodalBatch:
-    """The batch with so much of each item covered."""
-    media = replace(batch.media["image"], coverage=torch.tensor(rectangles, dtype=torch.int32))
+def with_content_area(batch: MultimodalBatch, rectangles: list[list[int]]) -> MultimodalBatch:
+    """Return the batch with these content areas of its items."""
+    media = replace(batch.media["image"], content_area=torch.tensor(rectangles, dtype=torch.int32))
     return replace(batch, media={"image": media})
 
 
 def test_one_square_at_a_time() -> None:
-    """Against torch's own multi-head attention."""
+    """Compare with torch's own multi-head attention."""
     torch.manual_seed(1)
     pool = AttentionPool(10, 7, AttentionPoolConfig.model_validate(POOL))
     features = torch.randn(24, 10)
@@ -79,8 +79,8 @@ def test_padding_of_each_patch_is_that_of_its_rectangle() -> None:
     spec = media_spec(config)
     batch = pack([image_document(spec, 1, 3, [(4, 6), (2, 2)], VOCAB)], spec)
     assert not padding_of_patches(batch.media["image"]).any()
-    # Touched are rows 1-3 and columns 0-4, filled are rows 2-3 and columns 1-3; of the second nothing is filled.
-    batch = told(batch, [[1, 0, 3, 5, 2, 1, 2, 3], [0, 0, 2, 2, 0, 0, 0, 0]])
+    # First item: the image touches rows 1-3 and columns 0-4, and fills rows 2-3 and columns 1-3. Second: it fills none.
+    batch = with_content_area(batch, [[1, 0, 3, 5, 2, 1, 2, 3], [0, 0, 2, 2, 0, 0, 0, 0]])
     expected = [[1, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 1], [2, 0, 0, 0, 2, 1], [2, 0, 0, 0, 2, 1], [2, 2, 2, 2]]
     kinds = padding_of_patches(batch.media["image"]).tolist()
     assert kinds == list(itertools.chain.from_iterable(expected))
@@ -91,7 +91,7 @@ def test_padding_of_each_patch_is_that_of_its_rectangle() -> None:
     assert added[:, 1].tolist() == [{0: 0.0, 1: 2.0, 2: 20.0}[kind] for kind in kinds]
 
 
-def test_features_are_added_to_what_the_placeholder_means() -> None:
+def test_features_are_added_to_the_placeholder_embedding() -> None:
     config = settings()
     net, replacing = (
         build_model(config, seed=2),
@@ -102,7 +102,7 @@ def test_features_are_added_to_what_the_placeholder_means() -> None:
     for model in (net, replacing):
         model.decoder.register_forward_hook(lambda module, inputs, output: entering.append(inputs[0]))
         model(batch)
-    dest = batch.media["image"].dest
+    dest = batch.media["image"].scatter_index
     difference = torch.zeros_like(entering[0]).index_add(
         0, dest, net.decoder.embed_tokens.weight[[IMAGE_ID] * len(dest)]
     )
@@ -110,12 +110,12 @@ def test_features_are_added_to_what_the_placeholder_means() -> None:
 
 
 @pytest.mark.parametrize("vision", [LEARNED, VISION], ids=["learned", "rotary"])
-def test_null_documents_and_packing_change_nothing(vision: dict[str, Any]) -> None:
+def test_dummy_documents_and_packing_change_nothing(vision: dict[str, Any]) -> None:
     config = settings(vision)
     net, spec = build_model(config, seed=5), media_spec(config)
     documents = docs(config)
     loss, grads = loss_and_grads(net, pack(documents, spec))
-    with_null = [documents[0], null_document(net), *documents[1:]]
+    with_null = [documents[0], dummy_document(net), *documents[1:]]
     other, others = loss_and_grads(net, pack(with_null, spec))
     torch.testing.assert_close(other, loss, rtol=1e-6, atol=0)
     scale = max(float(grad.abs().max()) for grad in grads.values())
@@ -125,10 +125,10 @@ def test_null_documents_and_packing_change_nothing(vision: dict[str, Any]) -> No
     torch.testing.assert_close(together, net(pack(documents[:1], spec)).hidden, rtol=1e-4, atol=1e-5)
 
 
-def test_a_block_that_nothing_uses_has_gradients_of_zero() -> None:
+def test_an_idle_block_has_zero_gradients() -> None:
     config = settings()
     net = build_model(config, seed=5)
-    _, grads = loss_and_grads(net, pack(docs(config), media_spec(config)))  # Requires one of every parameter.
+    _, grads = loss_and_grads(net, pack(docs(config), media_spec(config)))  # Raises if a parameter has no gradient.
     idle = {name: grad for name, grad in grads.items() if name.startswith("vision.layers.3.")}
     assert idle
     assert not any(grad.any() for grad in idle.values())
@@ -143,8 +143,8 @@ def test_operations_equal_the_counter(padding: bool) -> None:
     config = settings(connector={**CONNECTOR, "padding": padding}, **WIDE)
     net, spec = build_model(config), media_spec(config)
     assert spec.padding is padding
-    views = [(2, 4), (2, 4)]
-    batch = pack([image_document(spec, n, 40, views, VOCAB, null=n == 2) for n in range(3)], spec)
+    crops = [(2, 4), (2, 4)]
+    batch = pack([image_document(spec, n, 40, crops, VOCAB, dummy=n == 2) for n in range(3)], spec)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         net.head(net(batch).hidden)
     assert net.flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.003)
@@ -155,8 +155,8 @@ def test_operations_equal_the_counter(padding: bool) -> None:
     assert cost_per_patch(config) > cost_per_patch(linear)
 
 
-def test_dropout_of_learned_rows_alone() -> None:
-    """The rows whose label carries loss have the masks that they would have anyway, the others none."""
+def test_dropout_of_learned_rows_only() -> None:
+    """Rows whose label carries loss have the same masks as with ``dropout_rows=all``; the others have none."""
     config = settings(dropout=0.5, dropout_rows="learned")
     everywhere = settings(dropout=0.5)
     batch = in_lane(pack(docs(config), media_spec(config)), 3, (7, 7))
@@ -171,14 +171,14 @@ def test_dropout_of_learned_rows_alone() -> None:
         layer.register_forward_hook(lambda module, inputs, output, rows=rows: rows.append((inputs[0], inputs[5])))
         net(batch)
     values = torch.ones(batch.segments.total, 32)
-    chosen, whole = (rows[0][1](values, Branch.ATTENTION) for rows in seen)
+    chosen, whole = (rows[0][1](values, SubLayer.ATTENTION) for rows in seen)
     learned = weights > 0
     assert torch.equal(chosen[learned], whole[learned])
     assert torch.equal(chosen[~learned], values[~learned])
     assert set(whole[~learned].unique().tolist()) == {0.0, 2.0}
 
 
-def test_blocks_that_are_said_to_be_idle_are() -> None:
+def test_idle_layers_do_not_affect_features() -> None:
     with pytest.raises(ValueError, match=r"idle_layers=2: the outputs of the last 1 blocks are unused"):
         ModelConfig.model_validate(
             {"decoder": DECODER, "vision": {**LEARNED, **PICKED, "idle_layers": 2}, "connector": CONNECTOR}

@@ -1,4 +1,4 @@
-"""One document with branches is its annotations apart: the same loss and the same gradients in every kind of model."""
+"""A document with branches equals one document per branch: same loss and gradients in every kind of model."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("embedding", {"mlp": MOE}),
     ("hybrid", {"mlp": MOE}),
     ("embedding", SECTIONS),
-    ("embedding", {"rope": None, "learned_positions": 60}),  # The document has more tokens, none of its branches has.
+    ("embedding", {"rope": None, "learned_positions": 60}),  # The whole document has more tokens, but no branch does.
 ]
 
 
 class Letters:
-    """A tokenizer of letters, as large as the tiny models' vocabulary."""
+    """A tokenizer of single letters with the vocabulary size of the tiny models."""
 
     bos_id, eos_id, pad_id, image_id, vocab_size, fingerprint = 1, 2, 0, 3, VOCAB, "letters"
 
@@ -67,7 +67,7 @@ def batch_of(documents: list[Document], spec: MediaSpec) -> MultimodalBatch:
 
 
 def losses_and_gradients(net: MultimodalModel, batch: MultimodalBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy alone: balance losses count every token, and apart the shared ones occur more often."""
+    """Use only the cross-entropy: shared tokens count more often in balance losses if each branch is a document."""
     net.zero_grad()
     output = net(batch)
     loss = net.head(output.hidden, labels=batch.labels, loss_weights=batch.loss_weights)
@@ -93,10 +93,10 @@ def test_the_layout_of_a_document_with_branches() -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=str)
-def test_branches_train_as_their_annotations_apart(kind: str, options: dict[str, Any]) -> None:
+def test_branches_train_like_separate_documents(kind: str, options: dict[str, Any]) -> None:
     net = model(kind, **options)
     spec = media_spec(net.config)
-    # A second document with other branches, and one without, in the same pack: nothing leaks.
+    # The same pack has a document with other branches and one without branches: they must not affect each other.
     sets = [QUESTIONS, QUESTIONS[1:3], QUESTIONS[3:]]
     together = batch_of([build(spec, questions) for questions in sets], spec)
     apart = [
@@ -108,7 +108,7 @@ def test_branches_train_as_their_annotations_apart(kind: str, options: dict[str,
     assert separate.branched is None
     assert together.branched is not None
     assert together.weight == pytest.approx(separate.weight, rel=1e-6)
-    assert together.segments.total < separate.segments.total  # The image and its tokens stand there once.
+    assert together.segments.total < separate.segments.total  # The image and its tokens occur once.
     assert together.media["image"].items.total < separate.media["image"].items.total
     loss, gradients = losses_and_gradients(net, together)
     expected, wanted = losses_and_gradients(net, separate)
@@ -133,9 +133,7 @@ def test_branches_train_as_their_annotations_apart(kind: str, options: dict[str,
     ),
     kind=st.sampled_from(["embedding", "cross_attention"]),
 )
-def test_any_branches_have_the_loss_of_their_annotations_apart(
-    questions: list[list[tuple[str, str]]], kind: str
-) -> None:
+def test_any_branches_have_the_loss_of_separate_documents(questions: list[list[tuple[str, str]]], kind: str) -> None:
     net = model(kind)
     spec = media_spec(net.config)
     together = batch_of([build(spec, one) for one in questions], spec)
@@ -147,8 +145,8 @@ def test_any_branches_have_the_loss_of_their_annotations_apart(
     torch.testing.assert_close(losses, expected, rtol=2e-5, atol=0)
 
 
-def test_a_branch_hears_nothing_of_the_others() -> None:
-    """Exactly: other answers may say what they like."""
+def test_a_branch_is_independent_of_the_others() -> None:
+    """Changing other answers must not change a result at all."""
     net = model("embedding")
     spec = media_spec(net.config)
     rows = []
@@ -161,7 +159,7 @@ def test_a_branch_hears_nothing_of_the_others() -> None:
 
 @pytest.mark.parametrize("kind", ["embedding", "cross_attention"])
 def test_router_statistics_count_every_token_once(kind: str) -> None:
-    """The statistics are those of the tokens that are there: what is shared counts once, as in a plain document."""
+    """Router losses count each token of the batch once, shared tokens too."""
     net = model(kind, mlp=MOE)
     spec = media_spec(net.config)
     document = build(spec, QUESTIONS)
@@ -177,7 +175,7 @@ def test_router_statistics_count_every_token_once(kind: str) -> None:
 
 
 def test_operations_count_what_is_shared_once() -> None:
-    """The formula against the sum over pieces: projections by token, rectangles by branch."""
+    """Compare the formula with a sum: projections per token, and rectangles of pairs per branch."""
     net = model("embedding")
     spec = media_spec(net.config)
     document = build(spec, QUESTIONS)

@@ -1,4 +1,4 @@
-"""Configurations: what they count to, what they tell the data side, what they refuse."""
+"""Model configurations: parameter counts, ``MediaSpec``, and rejected values."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pydantic import ValidationError
 from data_pipeline.media_spec import Placement
 from mmscale.models.build import build_model, count_parameters, media_spec
 from mmscale.models.config import ModelConfig
-from mmscale.models.connectors.cross_attention import insertion_layers
+from mmscale.models.connectors.cross_attention import cross_attention_layers
 from tests.models.packs import image_document, pack
 from tests.models.tiny import CONNECTORS, DECODER, DENSE, LEARNED, MOE, PATCHES, VISION, config, model
 
 
 def llama(layers: int, dim: int, ffn: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> int:
-    """Parameters of a Llama, by the formula of its paper."""
+    """Return the number of parameters of a Llama model, by formula."""
     head = dim // heads
     block = dim * head * (2 * heads + 2 * kv_heads) + 3 * dim * ffn + 2 * dim
     return layers * block + dim + vocab * dim * (1 if tied else 2)
@@ -50,7 +50,7 @@ def test_counts_of_published_models(published: int, shape: tuple[Any, ...]) -> N
 
 
 def test_counts_of_olmoe() -> None:
-    """7B in all, 1.3B in use for one token (arXiv 2409.02060, table 1)."""
+    """OLMoE has 7B parameters, of which one token uses 1.3B (arXiv 2409.02060, table 1)."""
     settings = ModelConfig.model_validate(
         {
             "decoder": {
@@ -68,7 +68,7 @@ def test_counts_of_olmoe() -> None:
 
 
 def test_counts_of_a_vision_transformer() -> None:
-    """CLIP ViT-H/14 at 224 pixels: 630,766,080 with the biases of a tower that has them all."""
+    """CLIP ViT-H/14 at 224 pixels has 630,766,080 parameters with all biases."""
     vision = {
         "patch_size": 14,
         "hidden_dim": 1280,
@@ -99,9 +99,9 @@ def test_counting_on_meta_equals_counting_weights(kind: str | None, variant: dic
 
 
 def test_cross_attention_stands_before_every_nth_block() -> None:
-    assert insertion_layers(8, 4) == [3, 7]
-    assert insertion_layers(32, 4) == [3, 7, 11, 15, 19, 23, 27, 31]
-    assert insertion_layers(5, 5) == [4]
+    assert cross_attention_layers(8, 4) == [3, 7]
+    assert cross_attention_layers(32, 4) == [3, 7, 11, 15, 19, 23, 27, 31]
+    assert cross_attention_layers(5, 5) == [4]
     net = model("cross_attention")
     assert net.connector is not None
     order: list[str] = []
@@ -115,7 +115,7 @@ def test_cross_attention_stands_before_every_nth_block() -> None:
 
 
 @pytest.mark.parametrize(("kind", "placement"), [(None, "none"), *((kind, kind) for kind in CONNECTORS)])
-def test_what_the_data_side_learns(kind: str | None, placement: str) -> None:
+def test_media_spec(kind: str | None, placement: str) -> None:
     spec = media_spec(config(kind))
     assert spec.placement is Placement(placement)
     assert spec.fixed_grid is None
@@ -152,14 +152,20 @@ def test_patches_are_features_without_parameters(kind: str) -> None:
         ({"decoder": {**DECODER, "mlp": {**MOE, "every": 2}}}, "dense must be set"),
         ({"decoder": {**DECODER, "rope": {"sections": [1, 1, 1]}}}, "must sum to 4"),
         ({"vision": VISION}, "set both, or neither"),
-        ({"vision": {**VISION, "class_token": True}, "connector": CONNECTORS["embedding"]}, "use learned positions"),
+        (
+            {"vision": {**VISION, "class_token": True}, "connector": CONNECTORS["embedding"]},
+            "use positions.kind=learned",
+        ),
         ({"vision": {**VISION, "feature_layers": [2]}, "connector": CONNECTORS["embedding"]}, "numbered 0..1"),
         (
             {"vision": {**VISION, "last_output": False}, "connector": CONNECTORS["embedding"]},
             "last block's output is unused",
         ),
         ({"vision": {**VISION, "mean": [0.5]}, "connector": CONNECTORS["embedding"]}, "need 3 values each"),
-        ({"vision": VISION, "connector": {"kind": "cross_attention", "every": 5}}, "a decoder of 4 blocks gets none"),
+        (
+            {"vision": VISION, "connector": {"kind": "cross_attention", "every": 5}},
+            "gives a decoder of 4 blocks no cross-attention",
+        ),
         (
             {
                 "vision": {**VISION, "positions": {"kind": "learned", "grid": [3, 4]}},

@@ -1,7 +1,7 @@
-"""The C-Abstractor beside a plain twin: image by image, channels first, convolutions as torch has them.
+"""The C-Abstractor against a reference model: one image at a time, channels first, with torch's convolutions.
 
-The twin is written from Honeybee's projectors.py and timm's RegNet, and where timm is installed its blocks are used to
-check the twin. Measured worst cases: 3.6e-7 in features, 9.4e-7 in gradients of the largest value, float32.
+The reference follows Honeybee's projectors.py and timm's RegNet. If timm is installed, its blocks check the reference.
+Measured worst cases in float32, relative to the largest value: 3.6e-7 in features, 9.4e-7 in gradients.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from mmscale.models.connector_config import CAbstractorConfig
 from mmscale.models.connectors.c_abstractor import CAbstractor, by_grid
 from mmscale.nn.init import initialise_
 from tests.models.packs import image_document, pack
+from tests.models.reference_models import distance, randomise, rounding_ratio
 from tests.models.tiny import POOLED, VOCAB, config
-from tests.models.twins import distance, randomise, rounding_ratio
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
 WIDTH, INNER, DIM, SIDE = 24, 32, 40, 3
-GRIDS = [(1, 4, 6), (1, 7, 5), (2, 4, 6), (1, 2, 9), (1, 7, 5)]  # One of a video of two frames.
+GRIDS = [(1, 4, 6), (1, 7, 5), (2, 4, 6), (1, 2, 9), (1, 7, 5)]  # The third is a video of two frames.
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
         return F.silu(self.conv3(branch) + self.downsample(image))
 
 
-class Twin(nn.Module):
+class ReferenceCAbstractor(nn.Module):
     """``CAbstractor`` and ``build_mlp`` of Honeybee."""
 
     def __init__(self, depth: int) -> None:
@@ -97,9 +97,9 @@ def their_name(name: str) -> str:
     return f"{outside}.{number}.{INSIDE[mine]}{inside.removeprefix(mine)}"
 
 
-def pair(depth: int) -> tuple[CAbstractor, Twin]:
+def pair(depth: int) -> tuple[CAbstractor, ReferenceCAbstractor]:
     ours = CAbstractor(WIDTH, DIM, CAbstractorConfig(side=SIDE, hidden_dim=INNER, depth=depth))
-    theirs = Twin(depth)
+    theirs = ReferenceCAbstractor(depth)
     randomise(theirs)
     held = dict(theirs.named_parameters())
     with torch.no_grad():
@@ -114,22 +114,22 @@ def rows(grids: list[tuple[int, int, int]]) -> Tensor:
     return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(2))
 
 
-def one_by_one(theirs: Twin, features: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
+def one_by_one(theirs: ReferenceCAbstractor, features: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
     frames = [(height, width) for time, height, width in grids for _ in range(time)]
     parts = features.split([height * width for height, width in frames])
     return torch.cat([theirs(part.t().reshape(1, -1, *side))[0] for part, side in zip(parts, frames, strict=True)])
 
 
 @pytest.mark.parametrize("grids", [GRIDS, [(1, 6, 6)] * 3, [(1, 1, 1)]], ids=["mixed", "alike", "smallest"])
-def test_packed_views_beside_one_image_at_a_time(grids: list[tuple[int, int, int]], parity: Recorder) -> None:
+def test_packed_crops_equal_one_image_at_a_time(grids: list[tuple[int, int, int]], parity: Recorder) -> None:
     ours, theirs = pair(depth=3)
     mine, reference = rows(grids).requires_grad_(), rows(grids).requires_grad_()
     found, expected = ours(mine, grids), one_by_one(theirs, reference, grids)
     assert found.shape == (sum(time for time, _, _ in grids) * SIDE**2, DIM)
     parity("c_abstractor", "features", distance(found, expected), 2e-6)
-    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
-    found.backward(slope)
-    expected.backward(slope)
+    output_gradient = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
+    found.backward(output_gradient)
+    expected.backward(output_gradient)
     held = dict(theirs.named_parameters())
     pairs = [(mine.grad, reference.grad)]
     pairs += [(p.grad, held[their_name(name)].grad) for name, p in ours.named_parameters()]
@@ -141,28 +141,30 @@ def test_packed_views_beside_one_image_at_a_time(grids: list[tuple[int, int, int
         parity("c_abstractor", "gradients", difference / max(float(their.abs().max()), 1e-3 * largest), 4e-6)
 
 
-def test_in_bfloat16_no_farther_from_the_truth(parity: Recorder) -> None:
-    """Root mean square distance to float32, over that of the twin; the same roundings but of the convolutions."""
+def test_bfloat16_error_is_no_larger_than_that_of_the_reference(parity: Recorder) -> None:
+    """RMS error of bfloat16 against float32, relative to the reference's; only convolutions round differently."""
     ours, theirs = pair(depth=3)
     with torch.no_grad():
         expected = one_by_one(theirs.bfloat16().float(), rows(GRIDS).bfloat16().float(), GRIDS)
         found = ours.bfloat16()(rows(GRIDS).bfloat16(), GRIDS)
         their = one_by_one(theirs.bfloat16(), rows(GRIDS).bfloat16(), GRIDS)
-    parity("c_abstractor", "bfloat16, error over that of the twin", rounding_ratio([(found, their, expected)]), 1.05)
+    parity(
+        "c_abstractor", "bfloat16, error over that of the reference", rounding_ratio([(found, their, expected)]), 1.05
+    )
 
 
-def test_the_twin_is_of_the_blocks_of_timm() -> None:
+def test_the_reference_equals_the_blocks_of_timm() -> None:
     regnet = pytest.importorskip("timm.models.regnet")
     from timm.layers import LayerNorm2d
 
     theirs = regnet.RegStage(3, WIDTH, INNER, stride=1, dilation=1, act_layer=nn.SiLU, norm_layer=LayerNorm2d)
-    twin = Twin(3)
+    reference = ReferenceCAbstractor(3)
     randomise(theirs)
     with torch.no_grad():
-        for mine, other in zip(twin.s1.parameters(), theirs.parameters(), strict=True):
+        for mine, other in zip(reference.s1.parameters(), theirs.parameters(), strict=True):
             mine.copy_(other)
     image = torch.randn(2, WIDTH, 5, 7)
-    torch.testing.assert_close(twin.s1(image), theirs(image), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(reference.s1(image), theirs(image), atol=1e-5, rtol=1e-5)
 
 
 def test_frames_are_sorted_by_grid_and_put_back() -> None:
@@ -173,7 +175,7 @@ def test_frames_are_sorted_by_grid_and_put_back() -> None:
     assert by_grid([(1, 4, 6), (2, 4, 6), (1, 3, 3)]) == ([(3, 4, 6), (1, 3, 3)], None)
 
 
-def test_a_model_hands_on_as_many_features_whatever_the_grid() -> None:
+def test_the_number_of_features_does_not_depend_on_the_grid() -> None:
     net = build_model(config("embedding", projector=POOLED))
     spec = media_spec(net.config)
     assert (spec.merge, spec.pooled_side) == (1, 3)
@@ -197,5 +199,5 @@ def test_the_data_side_refuses_what_overlaps() -> None:
     from data_pipeline.errors import DataConfigError
     from data_pipeline.images.tilings import MolmoTiling
 
-    with pytest.raises(DataConfigError, match="pools each of them whole"):
+    with pytest.raises(DataConfigError, match="pools each crop as a whole"):
         MolmoTiling().check(28, MediaSpec(Placement.EMBEDDING, 2, pooled_side=3))

@@ -1,4 +1,4 @@
-"""A model that compares images with texts: what its vectors depend on, and what its configuration refuses."""
+"""The contrastive model: dependencies of its vectors, and rejected configurations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_vectors_are_of_the_image_and_of_the_last_token(connector: dict[str, Any
     assert (spec.placement, spec.class_features) == (Placement.PAIR, int(connector is SOFTMAX))
     alone = [model(batch_of(spec, [number])) for number in range(4)]
     together = model(batch_of(spec, [0, 1, 2, 3]))
-    for name in ("images", "texts"):  # Whatever stands beside them in the batch.
+    for name in ("images", "texts"):  # Independent of the rest of the batch.
         torch.testing.assert_close(getattr(together, name), torch.cat([getattr(one, name) for one in alone]))
         torch.testing.assert_close(getattr(together, name).norm(dim=1), torch.ones(4))
     batch = batch_of(spec, [0])
@@ -49,8 +49,8 @@ def test_vectors_are_of_the_image_and_of_the_last_token(connector: dict[str, Any
 def test_operations_are_those_that_torch_counts(connector: dict[str, Any]) -> None:
     model = build_model(model_config(connector), attention="sdpa", seed=3)
     spec = media_spec(model.config)
-    # Documents of one length, as the kernel pads nothing then; the fused one is unknown to the counter.
-    batch = pack([image_document(spec, n, 40, [(2, 4)], VOCAB, null=n == 2) for n in range(3)], spec)
+    # Use documents of one length, for which the kernel adds no padding. The counter does not count the fused kernel.
+    batch = pack([image_document(spec, n, 40, [(2, 4)], VOCAB, dummy=n == 2) for n in range(3)], spec)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
             vectors = model(batch)
@@ -67,18 +67,18 @@ def test_operations_are_those_that_torch_counts(connector: dict[str, Any]) -> No
     ("changes", "message"),
     [
         ({"vision": LEARNED}, "pool=class: needs the class token; set vision.class_feature=true"),
-        ({"connector": {**SOFTMAX, "pool": "mean"}}, "takes patches alone; set vision.class_feature=false"),
-        ({"vision": PATCHES}, "has nothing to train by pairs"),
-        ({"vision": TILED}, "a pair has one view of its image"),
+        ({"connector": {**SOFTMAX, "pool": "mean"}}, "takes only patches; set vision.class_feature=false"),
+        ({"vision": PATCHES}, "has no parameters to train on pairs"),
+        ({"vision": TILED}, "a pair has one crop of its image"),
         ({"decoder": {**DECODER, "tie_embeddings": True}}, "tie_embeddings: a contrastive model predicts no token"),
         ({"decoder": {**DECODER, "extra_tokens": {"rows": 2}}}, "extra_tokens.predicted: a contrastive model"),
         ({"decoder": {**DECODER, "dropout": 0.1}}, "dropout=0.1: a contrastive step may compute"),
-        ({"decoder": {**DECODER, "mlp": MOE}}, "no place for those of routers"),
-        ({"connector": {**SOFTMAX, "bias_init": 1.0}}, "a softmax is the same whatever is added"),
+        ({"decoder": {**DECODER, "mlp": MOE}}, "does not include router losses"),
+        ({"connector": {**SOFTMAX, "bias_init": 1.0}}, "has no effect on a softmax"),
         ({"connector": {**SOFTMAX, "max_scale": 3.0}}, "max_scale=3: must be finite and at least scale_init=14.2857"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_configurations_are_rejected(changes: dict[str, Any], message: str) -> None:
     block = {"decoder": DECODER, "vision": {**LEARNED, "class_feature": True}, "connector": SOFTMAX}
     with pytest.raises(ValidationError, match=message):
         ModelConfig.model_validate(block | changes)

@@ -1,4 +1,4 @@
-"""A model with dropout: masks follow lanes wherever they are computed, and evaluation has none."""
+"""A model with dropout: masks depend on the lane, not on where it is computed; evaluation has no masks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEY = (1, 6)
 
 
 def lane(net: MultimodalModel, number: int, key: tuple[int, int] | None = KEY) -> MultimodalBatch:
-    """A pack of a text and, with a tower, an image; lanes differ in length."""
+    """Return a pack with a text and, if there is a tower, an image. Lanes differ in length."""
     spec = media_spec(net.config)
     docs = [text_document(number, 3 + 2 * number, VOCAB)]
     if net.config.connector is not None:
@@ -38,11 +38,11 @@ def together(net: MultimodalModel, batches: list[MultimodalBatch]) -> Multimodal
 
 
 def dropped_rows(net: MultimodalModel, batch: MultimodalBatch, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The masks in the order in which the forward pass asks for them."""
+    """Return the masks in the order in which the forward pass computes them."""
     seen: list[Tensor] = []
     plain = dropout.Dropout.dropped
 
-    def keep(self: dropout.Dropout, branch: dropout.Branch, dim: int) -> Tensor:
+    def keep(self: dropout.Dropout, branch: dropout.SubLayer, dim: int) -> Tensor:
         seen.append(plain(self, branch, dim))
         return seen[-1]
 
@@ -53,7 +53,7 @@ def dropped_rows(net: MultimodalModel, batch: MultimodalBatch, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_lane_has_its_masks_in_any_microbatch(kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_of_a_lane_are_the_same_in_any_microbatch(kind: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     net = model(kind, dropout=0.3)
     blocks = 4 + (2 if kind in ("cross_attention", "hybrid") else 0)
     lanes = {number: lane(net, number) for number in (0, 3, 1)}
@@ -79,7 +79,7 @@ def grads(net: MultimodalModel, batch: MultimodalBatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("options", [{}, {"mlp": MOE}], ids=["dense", "moe"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_that_are_computed_again_have_the_same_masks(kind: str | None, options: dict[str, Any]) -> None:
+def test_recomputed_blocks_have_the_same_masks(kind: str | None, options: dict[str, Any]) -> None:
     net = model(kind, dropout=0.3, **options)
     batch = together(net, [lane(net, 0), lane(net, 1)])
     stored = grads(net, batch)
@@ -101,7 +101,7 @@ def test_evaluation_and_a_rate_of_zero_draw_no_mask(kind: str | None, monkeypatc
     def refuse(*_: Any) -> None:
         raise AssertionError("a mask was made")
 
-    monkeypatch.setattr(dropout.Dropout, "of", refuse)
+    monkeypatch.setattr(dropout.Dropout, "for_microbatch", refuse)
     expected = plain(batch).hidden
     net.eval()
     assert torch.equal(net(batch).hidden, expected)
@@ -118,7 +118,7 @@ def test_a_step_has_masks_of_its_own() -> None:
     assert not torch.equal(outputs[0], outputs[2])
 
 
-def test_a_training_batch_that_does_not_say_where_it_stands_is_refused() -> None:
+def test_a_training_batch_without_lanes_and_step_is_rejected() -> None:
     net = model(None, dropout=0.3)
     for batch in (lane(net, 2, key=None), replace(lane(net, 2), lane_tokens=())):
         with pytest.raises(ValueError, match=r"decoder\.dropout=0\.3: .* needs dropout_key .* call model\.eval\(\)"):

@@ -1,4 +1,4 @@
-"""New rows as parameters of their own: what the model computes is what one whole table computes."""
+"""Extra tokens in separate parameters: the model computes the same as with one table."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from mmscale.models.vocabulary import TokenEmbedding
 from mmscale.nn.cross_entropy import linear_cross_entropy
 from mmscale.optim.schedule import component_of_parameters, tables
 from tests.models.packs import image_document, pack
-from tests.models.test_multimodal import documents, loss_and_grads, null_document
+from tests.models.test_multimodal import documents, dummy_document, loss_and_grads
 from tests.models.tiny import DECODER, VOCAB, config
 
 NEW = 8
 OLD = VOCAB - NEW
 
 
-def twins(kind: str | None, *, predicted: bool = True, **options: Any) -> tuple[MultimodalModel, MultimodalModel]:
-    """A model with one table of ``VOCAB`` rows, and one with the same values in two parameters."""
+def whole_and_split(
+    kind: str | None, *, predicted: bool = True, **options: Any
+) -> tuple[MultimodalModel, MultimodalModel]:
+    """Return a model with one table of ``VOCAB`` rows, and one with the same values in two parameters."""
     whole = build_model(config(kind, **options), seed=5)
     extra = {"rows": NEW, "predicted": predicted}
     split = build_model(config(kind, **options, vocab_size=OLD, extra_tokens=extra), seed=6)
@@ -39,7 +41,7 @@ def twins(kind: str | None, *, predicted: bool = True, **options: Any) -> tuple[
 
 
 def joined(grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gradients under the names of the model with one table."""
+    """Return the gradients under the names of the model with one table."""
     grads = dict(grads)
     for name in [name for name in grads if name.endswith("extra_weight")]:
         base = name.replace("extra_weight", "weight")
@@ -54,10 +56,10 @@ def test_a_lookup_is_bitwise_that_of_one_table() -> None:
         ours.weight.copy_(plain.weight[:OLD])
         ours.extra_weight.copy_(plain.weight[OLD:])  # type: ignore[union-attr]
     for ids in (torch.randint(0, VOCAB, (50,)), torch.randint(0, OLD, (50,)), torch.arange(OLD, VOCAB)):
-        slope = torch.randn(len(ids), 16)
+        output_gradient = torch.randn(len(ids), 16)
         assert torch.equal(ours(ids), plain(ids))
-        found = torch.autograd.grad(ours(ids), [ours.weight, ours.extra_weight], slope)
-        (expected,) = torch.autograd.grad(plain(ids), plain.weight, slope)
+        found = torch.autograd.grad(ours(ids), [ours.weight, ours.extra_weight], output_gradient)
+        (expected,) = torch.autograd.grad(plain(ids), plain.weight, output_gradient)
         assert torch.equal(torch.cat(found), expected)
     with pytest.raises(IndexError):
         ours(torch.tensor([VOCAB]))
@@ -66,8 +68,8 @@ def test_a_lookup_is_bitwise_that_of_one_table() -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", [None, "embedding", "cross_attention"])
 def test_loss_and_gradients_are_those_of_one_table(kind: str | None, tied: bool) -> None:
-    whole, split = twins(kind, tie_embeddings=tied)
-    batch = pack([*documents(whole), null_document(whole)], media_spec(whole.config))
+    whole, split = whole_and_split(kind, tie_embeddings=tied)
+    batch = pack([*documents(whole), dummy_document(whole)], media_spec(whole.config))
     assert (batch.token_ids >= OLD).any()
     assert ((batch.labels >= OLD) & (batch.loss_weights > 0)).any()
     loss, grads = loss_and_grads(whole, batch)
@@ -83,7 +85,7 @@ def test_loss_and_gradients_are_those_of_one_table(kind: str | None, tied: bool)
 
 
 def test_rows_that_are_only_read_have_no_logit() -> None:
-    whole, split = twins("embedding", predicted=False)
+    whole, split = whole_and_split("embedding", predicted=False)
     batch = pack(documents(whole), media_spec(whole.config))
     batch.loss_weights[batch.labels >= OLD] = 0.0
     assert (batch.token_ids >= OLD).any()
@@ -99,10 +101,10 @@ def test_rows_that_are_only_read_have_no_logit() -> None:
 
 
 def test_a_batch_without_a_new_id_runs_the_same_modules_and_moves_no_new_row() -> None:
-    _, split = twins(None, predicted=False)
+    _, split = whole_and_split(None, predicted=False)
     spec = media_spec(split.config)
     batch = pack([image_document(spec, 1, 9, [], OLD)], spec)
-    _, grads = loss_and_grads(split, batch)  # Fails where a parameter is out of the graph.
+    _, grads = loss_and_grads(split, batch)  # Raises if a parameter is not in the graph.
     assert not grads["decoder.embed_tokens.extra_weight"].any()
 
 
@@ -121,7 +123,7 @@ def test_frozen_parts_get_no_gradient() -> None:
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_generated_text_is_that_of_one_table(tied: bool) -> None:
-    whole, split = twins("cross_attention", tie_embeddings=tied)
+    whole, split = whole_and_split("cross_attention", tie_embeddings=tied)
     spec = media_spec(whole.config)
     prompts = pack([image_document(spec, n, 4, [(2, 2)], VOCAB) for n in range(6)], spec)
     answers = [generate(net.eval(), prompts, 12, eos_id=7) for net in (whole, split)]

@@ -1,4 +1,4 @@
-"""The operation formula against torch's counter, which sees every matrix product that really runs."""
+"""The operation formulas against torch's counter, which counts the matrix products that run."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def test_formula_equals_the_counter(kind: str | None, variant: dict[str, Any]) -
     settings = config(kind, **{**WIDE, **variant})
     net, spec = build_model(settings), media_spec(settings)
     grid = (2, 4)
-    # Documents of one length: the kernel then pads nothing, and what it computes is what the formula counts.
-    views = [] if kind is None else [grid, grid]
-    batch = pack([image_document(spec, n, 40, views, VOCAB) for n in range(3)], spec)
-    # The fused CPU kernel is unknown to the counter; the plain one is two matrix products.
+    # Use documents of one length: the kernel then adds no padding and computes exactly the products of the formula.
+    crops = [] if kind is None else [grid, grid]
+    batch = pack([image_document(spec, n, 40, crops, VOCAB) for n in range(3)], spec)
+    # The counter does not count the fused CPU kernel; the math kernel is two matrix products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         net.head(net(batch).hidden)
     assert net.flops(batch) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_cost_of_a_patch_is_its_share_of_the_products() -> None:
-    """From counters alone: the operations that one more patch and one more token add, attention left out."""
+    """Compare with counted operations that one more patch and one more token add, without attention."""
     settings = config("embedding", **WIDE)
     net, spec = build_model(settings), media_spec(settings)
 
@@ -97,11 +97,11 @@ MODELS: list[tuple[str | None, dict[str, Any]]] = [
 @pytest.mark.parametrize(("kind", "variant"), MODELS)
 @pytest.mark.long
 def test_a_training_step_equals_the_counter(kind: str | None, variant: dict[str, Any], checkpointing: bool) -> None:
-    """Whatever is frozen."""
+    """Check each choice of trained components."""
     settings = config(kind, **{**WIDE, **variant})
     spec = media_spec(settings)
-    views = [] if kind is None else [(2, 4), (2, 4)]
-    batch = pack([image_document(spec, n, 40, views, VOCAB, null=n == 2) for n in range(3)], spec)
+    crops = [] if kind is None else [(2, 4), (2, 4)]
+    batch = pack([image_document(spec, n, 40, crops, VOCAB, dummy=n == 2) for n in range(3)], spec)
     choices = TRAINED if kind is not None and not variant else TRAINED[-1:]
     if settings.decoder.extra_tokens:
         choices = [["extra_tokens"], ["extra_tokens", *(["connector"] if kind else [])], [*settings.components]]
@@ -123,7 +123,7 @@ def test_a_training_step_equals_the_counter(kind: str | None, variant: dict[str,
 
 def test_a_training_step_over_branches_equals_the_counter() -> None:
     net = build_model(config("hybrid", **WIDE))
-    # Branches of one length, so that the kernel pads nothing.
+    # Use branches of one length, for which the kernel adds no padding.
     batch = batch_of([build(media_spec(net.config), QUESTIONS[:1] * 3)] * 2, media_spec(net.config))
     assert batch.branched is not None
     counted = _counted_step(net, batch, ["vision", "connector", "decoder"], False)
@@ -131,7 +131,7 @@ def test_a_training_step_over_branches_equals_the_counter() -> None:
 
 
 def _overcounted(batch: MultimodalBatch) -> int:
-    """The counter takes the gradient of a depthwise kernel for that of a full one."""
+    """Return the operations that the counter adds by counting a depthwise kernel's gradient as a full one's."""
     rows = batch.media["image"].items.total + batch.media["image"].items.num * POOLED["side"] ** 2
     return POOLED["depth"] * rows * 18 * POOLED["hidden_dim"] * (POOLED["hidden_dim"] - 1)
 
@@ -147,8 +147,8 @@ def _counted_step(net: MultimodalModel, batch: MultimodalBatch, trained: list[st
 
 
 @pytest.mark.parametrize("kind", [ProjectorBase, ConnectorBase, TowerBase])
-def test_a_kind_that_states_no_count_of_its_operations_is_refused(kind: type[StrictConfig]) -> None:
-    """No formula of another kind may count it in silence."""
+def test_a_kind_without_operation_counts_is_rejected(kind: type[StrictConfig]) -> None:
+    """A new kind must not be counted silently by the formula of another kind."""
     count = "work" if kind is ProjectorBase else "products"
     others = sorted(kind.__abstractmethods__ - {count})  # type: ignore[attr-defined]
     unfinished = type("Unfinished", (kind,), {name: lambda *_: None for name in others})

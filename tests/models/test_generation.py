@@ -1,4 +1,4 @@
-"""Generation with caches against whole forwards from scratch."""
+"""Generation with caches against forward passes over the whole sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmscale.models.build import media_spec
 from mmscale.models.generation import generate
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.multimodal import MultimodalModel
-from mmscale.models.sampling import SamplingConfig, pick
+from mmscale.models.sampling import SamplingConfig, choose_tokens
 from tests.models.packs import Doc, image_document, pack, text_document
 from tests.models.tiny import CONNECTORS, LEARNED, MOE, VOCAB, model
 
@@ -21,14 +21,14 @@ KINDS = [None, *CONNECTORS]
 
 
 def prompts(net: MultimodalModel) -> tuple[list[Doc], MediaSpec]:
-    """Prompts of different lengths, with and without images, a null document among them."""
+    """Return prompts of different lengths, with and without images, and a dummy document."""
     spec = media_spec(net.config)
     docs = [text_document(1, 4, VOCAB), text_document(2, 9, VOCAB)]
     if net.config.connector is not None:
         sizes = [(2, 4)] if spec.fixed_grid else [(2, 2), (4, 4)]
         docs.insert(1, image_document(spec, 3, 0, [sizes[0], sizes[-1]], VOCAB))  # ends on an image
         docs.append(image_document(spec, 4, 2, [sizes[-1], sizes[0]], VOCAB))
-        docs.append(image_document(spec, 9, 1, [sizes[0], sizes[0]], VOCAB, null=True))
+        docs.append(image_document(spec, 9, 1, [sizes[0], sizes[0]], VOCAB, dummy=True))
     return docs, spec
 
 
@@ -52,7 +52,7 @@ def test_greedy_equals_a_full_forward_for_every_token(kind: str | None, variant:
             ends = torch.tensor(batch.segments.bounds[1:]) - 1
             for doc, token in zip(docs, net.head(net(batch).hidden[ends]).argmax(-1).tolist(), strict=True):
                 doc.tokens.append(token)
-    assert generated == [doc.tokens[-6:] for doc in docs if not doc.null]
+    assert generated == [doc.tokens[-6:] for doc in docs if not doc.dummy]
     assert len({tuple(row) for row in generated}) > 1
 
 
@@ -90,7 +90,7 @@ def test_stops_at_the_end_token_and_leaves_it_out() -> None:
     assert generate(net, pack(docs, spec), 8, eos_id=eos, lockstep=True) == stopped
 
 
-def test_further_tokens_and_whoever_watches_end_a_sequence() -> None:
+def test_stop_ids_and_the_callback_end_a_sequence() -> None:
     net = model("hybrid")
     docs, spec = prompts(net)
     free = generate(net, pack(docs, spec), 8, eos_id=-1)
@@ -108,7 +108,7 @@ def test_further_tokens_and_whoever_watches_end_a_sequence() -> None:
     assert watched[1][-1] == free[1]
 
 
-def test_lockstep_makes_the_same_number_of_calls_whatever_is_said() -> None:
+def test_lockstep_makes_the_same_number_of_calls_whatever_is_generated() -> None:
     net = model(None)
     docs, spec = prompts(net)
     first = [row[0] for row in generate(net, pack(docs[:1], spec), 1, eos_id=-1)]
@@ -125,11 +125,14 @@ def test_nucleus_draws_only_from_the_nucleus_with_the_right_odds() -> None:
     probabilities = torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05])
     logits = probabilities.log().expand(20_000, 5)
     generator = torch.Generator().manual_seed(0)
-    counts = torch.bincount(pick(logits, SamplingConfig(temperature=1, top_p=0.85), generator), minlength=5) / 20_000
-    # 0.5 + 0.3 = 0.8 falls short of 0.85, so 0.1 is in and the rest out.
+    counts = (
+        torch.bincount(choose_tokens(logits, SamplingConfig(temperature=1, top_p=0.85), generator), minlength=5)
+        / 20_000
+    )
+    # 0.5 + 0.3 = 0.8 is below 0.85, so the token with 0.1 is kept and the others are dropped.
     torch.testing.assert_close(counts, torch.tensor([1 / 9, 5 / 9, 0, 3 / 9, 0]), atol=0.02, rtol=0)
     sharp = SamplingConfig(temperature=0.01, top_p=1.0)
-    assert torch.equal(pick(logits[:50], sharp, generator), pick(logits[:50], SamplingConfig(), None))
+    assert torch.equal(choose_tokens(logits[:50], sharp, generator), choose_tokens(logits[:50], SamplingConfig(), None))
 
 
 def test_the_same_seed_draws_the_same_text() -> None:

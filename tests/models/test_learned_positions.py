@@ -1,4 +1,4 @@
-"""A table of positions in the decoder: what transformers computes with one, packed; what is too long for it is refused.
+"""Learned positions in the decoder: parity with transformers, and errors for sequences that are too long.
 
 Distances are the largest difference over the largest value. Measured worst cases: hidden rows 3.4e-7, logits 2.1e-7,
 gradients 2.6e-6.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import SampleError
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import null_document
+from data_pipeline.packing.document_builder import dummy_document
 from data_pipeline.packing.packer import Budget
 from mmscale.models.build import build_weights, media_spec
 from mmscale.models.generation import generate
@@ -23,9 +23,9 @@ from mmscale.optim.schedule import decays, tables
 from mmscale.shrink.model import shrink
 from tests.data_pipeline.packing.test_packer import make_document
 from tests.models.packs import pack, text_document
+from tests.models.reference_models import copy_weights, distance, gradient_distance, randomise
 from tests.models.test_parity import LENGTHS, text_batch, text_model
 from tests.models.tiny import VOCAB, config, model
-from tests.models.twins import copy_weights, distance, gradient_distance, randomise
 from tests.parity_table import Recorder
 
 BOUND, GRADIENT_BOUND = 2e-6, 8e-6
@@ -60,15 +60,15 @@ def test_clip_text_tower(parity: Recorder) -> None:
     rows = [theirs(input_ids=ids[None]).last_hidden_state[0] for ids in batch.token_ids.split(LENGTHS)]
     expected = torch.cat(rows)
     parity("clip_text_model", "hidden rows", distance(hidden, expected), BOUND)
-    slope = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)) / 8
-    hidden.backward(slope)
-    expected.backward(slope)
+    output_gradient = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)) / 8
+    hidden.backward(output_gradient)
+    expected.backward(output_gradient)
     assert len(source) == len(list(ours.decoder.parameters()))
     parity("clip_text_model", "gradients", gradient_distance(ours, source), GRADIENT_BOUND)
 
 
 def gpt2_parameters(theirs: nn.Module) -> dict[str, Tensor]:
-    """Values of a GPT-2 by our names: its matrices are transposed, queries, keys and values one of them."""
+    """Return GPT-2's values under our names. Its matrices are transposed; queries, keys and values are one matrix."""
     names = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj"}
     names |= {"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
     out: dict[str, Tensor] = {}
@@ -110,28 +110,28 @@ def test_gpt2(parity: Recorder) -> None:
     logits = ours.head(ours(batch).hidden)
     expected = torch.cat([theirs(input_ids=ids[None]).logits[0] for ids in batch.token_ids.split(LENGTHS)])
     parity("gpt2", "logits", distance(logits, expected), BOUND)
-    slope = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) / 8
-    logits.backward(slope)
-    expected.backward(slope)
+    output_gradient = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) / 8
+    logits.backward(output_gradient)
+    expected.backward(output_gradient)
     for parameter in theirs.parameters():
         parameter.data = parameter.grad
     gradients = gpt2_parameters(theirs)
     largest = max(float(values.abs().max()) for values in gradients.values())
     for name, parameter in ours.named_parameters():
-        scale = max(float(gradients[name].abs().max()), 1e-3 * largest)  # Of a key's bias: rounding alone.
+        scale = max(float(gradients[name].abs().max()), 1e-3 * largest)  # Key biases: rounding only.
         parity("gpt2", "gradients", float((parameter.grad - gradients[name]).abs().max()) / scale, GRADIENT_BOUND)
 
 
-def test_what_is_too_long_is_refused_before_the_lookup() -> None:
+def test_a_sequence_beyond_the_table_is_rejected_before_the_lookup() -> None:
     net = model(None, rope=None, learned_positions=9)
     spec = media_spec(net.config)
     fits, too_long = (pack([text_document(1, length, VOCAB) for length in lengths], spec) for lengths in ([9, 4], [10]))
     net(fits)
-    with pytest.raises(ValueError, match=r"a document of 10 tokens: decoder\.learned_positions=9"):
+    with pytest.raises(ValueError, match=r"a document of 10 tokens exceeds decoder\.learned_positions=9"):
         net(too_long)
     prompt = pack([text_document(1, 6, VOCAB)], spec)
     assert len(generate(net, prompt, 3, eos_id=-1)[0]) == 3
-    with pytest.raises(ValueError, match="a prompt with the tokens to come of 10 tokens"):
+    with pytest.raises(ValueError, match="a prompt with its new tokens of 10 tokens"):
         generate(net, prompt, 4, eos_id=-1)
 
 
@@ -140,7 +140,7 @@ def test_documents_are_cut_to_the_table() -> None:
     assert spec.max_document_tokens == 8
 
     def budget(too_long: str) -> Budget:
-        return Budget(PackingConfig(max_tokens=40, too_long=too_long), spec, null_document(spec, 0))
+        return Budget(PackingConfig(max_tokens=40, too_long=too_long), spec, dummy_document(spec, 0))
 
     document = make_document(0, 19)
     assert [part.num_tokens for part in budget("split").admit(document)] == [8, 8, 4]
@@ -150,14 +150,16 @@ def test_documents_are_cut_to_the_table() -> None:
     assert budget("error").admit(make_document(0, 7))[0].num_tokens == 8
 
 
-def test_either_rotations_or_a_table() -> None:
-    with pytest.raises(ValidationError, match="learned_positions=8: positions come once; set rope=null"):
+def test_rope_and_learned_positions_exclude_each_other() -> None:
+    with pytest.raises(
+        ValidationError, match="learned_positions=8: a decoder has one kind of positions; set rope=null"
+    ):
         config(None, learned_positions=8)
     assert not hasattr(model(None, rope=None).decoder.embed_positions, "weight")
 
 
-def test_the_table_is_a_table() -> None:
-    """It decays as matrices do, Muon leaves it alone, and a twin holds documents of the same length."""
+def test_the_position_table_is_treated_as_a_table() -> None:
+    """It decays like matrices, Muon does not update it, and a smoke-test model takes documents of the same length."""
     settings = config(None, rope=None, learned_positions=77)
     net = build_weights(settings)
     table = net.decoder.embed_positions.weight

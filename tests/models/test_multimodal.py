@@ -1,4 +1,4 @@
-"""The composed model: packing changes nothing, null documents change nothing, every parameter has one owner."""
+"""The multimodal model: packing and dummy documents change nothing, every parameter has one owner."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIANTS: list[dict[str, Any]] = [{}, {"mlp": MOE}, {"vision": LEARNED, "tie_emb
 
 
 def documents(net: MultimodalModel) -> list[Doc]:
-    """Two texts and, with a tower, three documents with images of several sizes."""
+    """Return two texts and, if there is a tower, three documents with images of several sizes."""
     spec = media_spec(net.config)
     docs = [text_document(1, 7, VOCAB), text_document(2, 1, VOCAB)]
     if net.config.connector is None:
@@ -33,15 +33,15 @@ def documents(net: MultimodalModel) -> list[Doc]:
     return docs
 
 
-def null_document(net: MultimodalModel) -> Doc:
+def dummy_document(net: MultimodalModel) -> Doc:
     spec = media_spec(net.config)
     _, height, width = spec.minimal_grid
-    views = (
+    crops = (
         []
         if net.config.connector is None
         else [(height, width)] * (2 if spec.needs_embedded and spec.needs_attended else 1)
     )
-    return image_document(spec, 9, 1, views, VOCAB, null=True)
+    return image_document(spec, 9, 1, crops, VOCAB, dummy=True)
 
 
 def loss_and_grads(net: MultimodalModel, batch: MultimodalBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -57,25 +57,25 @@ def loss_and_grads(net: MultimodalModel, batch: MultimodalBatch) -> tuple[Tensor
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=["dense", "moe", "learned"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_null_document_changes_no_loss_and_no_gradient(kind: str | None, variant: dict[str, Any]) -> None:
+def test_a_dummy_document_changes_no_loss_and_no_gradient(kind: str | None, variant: dict[str, Any]) -> None:
     net = model(kind, **variant)
     docs, spec = documents(net), media_spec(net.config)
     loss, grads = loss_and_grads(net, pack(docs, spec))
     for place in (0, 2, len(docs)):
-        with_null = [*docs[:place], null_document(net), *docs[place:]]
+        with_null = [*docs[:place], dummy_document(net), *docs[place:]]
         other_loss, other_grads = loss_and_grads(net, pack(with_null, spec))
         torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
         scale = max(float(grad.abs().max()) for grad in grads.values())
         for name, grad in grads.items():
-            # Sums run over other chunks of rows: float32 rounding, measured worst 2e-7 of the largest gradient. Some
-            # gradients (key biases) are zero but for rounding, so a tolerance relative to their own size says nothing.
+            # Sums run over other chunks of rows; float32 rounding, measured worst 2e-7 of the largest gradient. Some
+            # gradients (key biases) are zero except for rounding, so a relative tolerance would be meaningless.
             torch.testing.assert_close(other_grads[name], grad, rtol=1e-4, atol=1e-6 * scale, msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_of_a_null_document_get_exactly_no_gradient(kind: str | None) -> None:
+def test_tokens_of_a_dummy_document_get_exactly_no_gradient(kind: str | None) -> None:
     net = model(kind, mlp=MOE)
-    docs = [null_document(net), *documents(net)]
+    docs = [dummy_document(net), *documents(net)]
     batch = pack(docs, media_spec(net.config))
     seen: list[Tensor] = []
 
@@ -94,7 +94,7 @@ def test_tokens_of_a_null_document_get_exactly_no_gradient(kind: str | None) -> 
     if net.vision is not None:
         patches = seen[1].grad
         assert patches is not None
-        assert not patches[: sum(h * w for (_, h, w), _, _ in docs[0].views)].any()
+        assert not patches[: sum(h * w for (_, h, w), _, _ in docs[0].crops)].any()
         assert patches.any()
     for handle in handles:
         handle.remove()
@@ -108,7 +108,7 @@ def test_packed_equals_one_by_one(kind: str | None, variant: dict[str, Any]) -> 
     together = net(pack(docs, spec)).hidden
     first = 0
     for doc in docs:
-        filler = [] if doc.views or kind is None else [null_document(net)]
+        filler = [] if doc.crops or kind is None else [dummy_document(net)]
         alone = net(pack([doc, *filler], spec)).hidden[: len(doc.tokens)]
         torch.testing.assert_close(together[first : first + len(doc.tokens)], alone, rtol=1e-4, atol=1e-5)
         first += len(doc.tokens)
@@ -119,10 +119,10 @@ def test_an_image_changes_what_follows_it_and_nothing_else(kind: str) -> None:
     net = model(kind)
     docs, spec = documents(net), media_spec(net.config)
     before = net(pack(docs, spec)).hidden
-    grid, embedded, pixels = docs[0].views[1]
-    docs[0].views[1] = (grid, embedded, 255 - pixels)
+    grid, embedded, pixels = docs[0].crops[1]
+    docs[0].crops[1] = (grid, embedded, 255 - pixels)
     changed = (net(pack(docs, spec)).hidden - before).abs().amax(1) > 1e-6
-    first = docs[0].dest[-spec.num_features(grid)] if embedded else 1
+    first = docs[0].scatter_index[-spec.num_features(grid)] if embedded else 1
     assert changed[first : len(docs[0].tokens)].all()
     assert not changed[:first].any()
     assert not changed[len(docs[0].tokens) :].any()
@@ -142,12 +142,12 @@ def test_zero_gates_leave_the_decoder_as_it_was() -> None:
 
 
 def test_rows_that_see_no_image_get_nothing_from_open_gates() -> None:
-    """Neither attention nor feed-forward: text, and text before an image, is as the decoder alone has it."""
+    """Text without an image before it equals the decoder's output: no cross-attention, no feed-forward."""
     net, text = model("cross_attention"), model(None)
     docs = documents(net)
     ours = net(pack(docs, media_spec(net.config))).hidden
     alone = text(pack(docs, media_spec(text.config))).hidden
-    blind = torch.cat([torch.arange(len(doc.tokens)) < (1 if doc.views else len(doc.tokens)) for doc in docs])
+    blind = torch.cat([torch.arange(len(doc.tokens)) < (1 if doc.crops else len(doc.tokens)) for doc in docs])
     torch.testing.assert_close(ours[blind], alone[blind], rtol=0, atol=0)
     assert (ours - alone)[~blind].abs().amax(1).min() > 1e-3
 

@@ -1,4 +1,4 @@
-"""New tokens that learn beside a frozen table are those of plain torch: one whole table with a masked gradient."""
+"""New tokens trained with a frozen table equal those of plain torch: one table with a masked gradient."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ CASES = [
 
 
 def whole_table(tied: bool) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
-    """Losses, and the tables at the beginning and at the end: AdamW over whole tables whose old rows get no gradient.
+    """Return losses, and the tables before and after training with AdamW and a gradient mask for the old rows.
 
-    Decay pulls at every row, so the old ones are put back after each step: what a mask alone does not do.
+    Weight decay would still change the old rows, so they are restored after each step.
     """
     split = settings(tied)
     decoder = split.decoder.model_copy(update={"vocab_size": VOCAB, "extra_tokens": None})
@@ -82,6 +82,6 @@ def test_new_rows_learn_as_in_one_table_and_nothing_else_moves() -> None:
                 continue
             base = name.replace("extra_weight", "weight")
             assert found.shape[0] == NEW
-            # Through five steps of AdamW in float32, whose first steps know only a gradient's sign.
+            # Five steps of AdamW in float32: in the first steps the update depends mainly on the gradient's sign.
             torch.testing.assert_close(found, tables[base][OLD:], rtol=1e-4, atol=1e-5)
             assert (found - begun[base][OLD:]).abs().amax(1).min() > 1e-3

@@ -1,6 +1,6 @@
-"""Tiny random Hugging Face twins with the same weights: same outputs, same gradients, in float32.
+"""Tiny random Hugging Face models with the same weights: same outputs, same gradients, in float32.
 
-Differences are the largest in a tensor over the largest value in it. Measured worst cases: 6e-7 in outputs, 3.5e-6 in
+Differences are the largest in a tensor, relative to its largest value. Measured worst cases: 6e-7 in outputs, 3.5e-6 in
 gradients of sums over 60 tokens.
 """
 
@@ -16,8 +16,8 @@ from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from mmscale.models.build import build_model
 from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
-from mmscale.models.vision import grid_places
-from tests.models.twins import copy_weights, distance, gradient_distance, randomise
+from mmscale.models.vision import patch_coordinates
+from tests.models.reference_models import copy_weights, distance, gradient_distance, randomise
 from tests.parity_table import Recorder
 
 pytestmark = pytest.mark.parity
@@ -42,7 +42,7 @@ def text_model(attention: dict[str, Any], mlp: dict[str, Any], **decoder: Any) -
 
 
 def assert_same_text(ours: MultimodalModel, theirs: Any, table: list[tuple[str, str]], parity: Recorder) -> None:
-    """Packed documents of ours against one call of theirs for each."""
+    """Compare our packed documents with one call of their model for each document."""
     family = theirs.config.model_type
     randomise(theirs)
     source = copy_weights(ours, theirs, table)
@@ -51,9 +51,9 @@ def assert_same_text(ours: MultimodalModel, theirs: Any, table: list[tuple[str, 
     documents = batch.token_ids.split(LENGTHS)
     expected = torch.cat([theirs(input_ids=ids[None]).logits[0] for ids in documents])
     parity(family, "logits", distance(logits, expected), BOUND)
-    slope = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) / 8
-    logits.backward(slope)
-    expected.backward(slope)
+    output_gradient = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) / 8
+    logits.backward(output_gradient)
+    expected.backward(output_gradient)
     parity(family, "gradients", gradient_distance(ours, source), GRADIENT_BOUND)
 
 
@@ -112,7 +112,7 @@ def test_qwen2_with_biases(parity: Recorder) -> None:
     assert_same_text(ours, theirs, HEADED, parity)
 
 
-def test_olmo2_with_norms_behind_and_full_qk_norm(parity: Recorder) -> None:
+def test_olmo2_with_norms_after_sub_layers_and_full_qk_norm(parity: Recorder) -> None:
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     theirs = Olmo2ForCausalLM(
@@ -200,11 +200,11 @@ def test_the_load_balance_loss_is_the_published_one_over_experts_per_token(parit
     theirs = load_balancing_loss_func((logits,), num_experts=8, top_k=3)
     parity("olmoe", "router losses", distance(losses[0], theirs / 3), BOUND)
     parity("olmoe", "router losses", distance(losses[1], logits.logsumexp(-1).square().mean()), BOUND)
-    assert losses[0] > 1.01  # Unbalanced on purpose: 1 is the least.
+    assert losses[0] > 1.01  # Deliberately unbalanced: the minimum is 1.
 
 
 def test_mllama_text_with_cross_attention(parity: Recorder) -> None:
-    """The image comes first: Hugging Face's form of rows that see no image differs from Meta's, ours is Meta's."""
+    """The image comes first: for text before an image, Hugging Face differs from Meta's code, which ours follows."""
     from transformers.models.mllama.configuration_mllama import MllamaTextConfig
     from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 
@@ -229,7 +229,7 @@ def test_mllama_text_with_cross_attention(parity: Recorder) -> None:
         ModelConfig.model_validate(
             {
                 "decoder": {
-                    "vocab_size": 128,  # theirs has 8 more rows in the embedding than in the head
+                    "vocab_size": 128,  # Theirs has 8 more rows in the embedding than in the head.
                     "hidden_dim": 64,
                     "num_layers": 4,
                     "attention": {"num_heads": 4, "num_kv_heads": 2},
@@ -277,16 +277,16 @@ def test_mllama_text_with_cross_attention(parity: Recorder) -> None:
             theirs(
                 input_ids=ids[None],
                 cross_attention_states=states[None],
-                # Without a mask its attention would take itself for causal.
+                # Without a mask its attention would be causal.
                 cross_attention_mask=torch.zeros(1, 1, len(ids), len(states)),
             ).logits[0]
             for ids, states in zip(batch.token_ids.split(lengths), features.split(num_keys), strict=True)
         ]
     )
     parity("mllama", "logits", distance(logits, expected), BOUND)
-    slope = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) / 8
-    logits.backward(slope)
-    expected.backward(slope)
+    output_gradient = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) / 8
+    logits.backward(output_gradient)
+    expected.backward(output_gradient)
     parity("mllama", "gradients", gradient_distance(ours, source), GRADIENT_BOUND)
 
 
@@ -323,7 +323,7 @@ BLOCK_NAMES = [
 
 
 def test_clip_vision(parity: Recorder) -> None:
-    """Class token, learned positions, a norm in front, features of two blocks (as Molmo takes them)."""
+    """Class token, learned positions, ``pre_norm``, and features of two blocks (as in Molmo)."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     theirs = CLIPVisionModel(
@@ -367,14 +367,14 @@ def test_clip_vision(parity: Recorder) -> None:
     states = theirs(pixel_values=scaled, output_hidden_states=True).hidden_states
     expected = torch.cat([states[3], states[2]], dim=-1)[:, 1:].flatten(0, 1)
     parity("clip_vision_model", "features", distance(features, expected), BOUND)
-    slope = torch.randn(features.shape, generator=torch.Generator().manual_seed(2)) / 8
-    features.backward(slope)
-    expected.backward(slope)
+    output_gradient = torch.randn(features.shape, generator=torch.Generator().manual_seed(2)) / 8
+    features.backward(output_gradient)
+    expected.backward(output_gradient)
     parity("clip_vision_model", "gradients", gradient_distance(tower, source), GRADIENT_BOUND)
 
 
 class _renamed(torch.nn.Module):  # noqa: N801
-    """A view of a module whose parameters carry other names."""
+    """A module whose parameters have other names."""
 
     def __init__(self, module: torch.nn.Module, *tables: list[tuple[str, str]]) -> None:
         super().__init__()
@@ -445,9 +445,9 @@ def test_pixtral_vision_at_native_resolution(parity: Recorder) -> None:
         ]
     )
     parity("pixtral", "features", distance(features, expected), BOUND)
-    slope = torch.randn(features.shape, generator=generator) / 8
-    features.backward(slope)
-    expected.backward(slope)
+    output_gradient = torch.randn(features.shape, generator=generator) / 8
+    features.backward(output_gradient)
+    expected.backward(output_gradient)
     parity("pixtral", "gradients", gradient_distance(tower, source), GRADIENT_BOUND)
 
 
@@ -461,7 +461,7 @@ def test_qwen2_vl_positions_and_merger(parity: Recorder) -> None:
     from mmscale.nn.rope import Rotary2dConfig, image_rotation
 
     assert Qwen2VLConfig is not None
-    rows, columns = (torch.from_numpy(a) for a in grid_places([(1, 4, 6)]))
+    rows, columns = (torch.from_numpy(a) for a in patch_coordinates([(1, 4, 6)]))
     ours = image_rotation(rows, columns, 16, Rotary2dConfig(), torch.float32)
     inverse = 1.0 / 1e4 ** (torch.arange(0, 8, 2).float() / 8)
     expected = torch.cat([rows[:, None] * inverse, columns[:, None] * inverse], dim=1)

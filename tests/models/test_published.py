@@ -1,4 +1,4 @@
-"""Configurations of published models count what was published, to the last parameter."""
+"""Configurations of published models have exactly the published numbers of parameters."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ COUNTS = {  # Counted in the reference implementations (transformers; Molmo's ow
     "clip-vit-l-14-336": 303_507_456,
     "clip-vit-l-14-336-pair": 427_944_193,
     "clip-vit-h-14": 630_766_080,
-    "siglip-so400m": 412_987_248,  # Without the pooling head of 15,238,352, which features do not pass.
-    "siglip-l-16-384": 303_688_704,  # The same, 12,595,200.
+    "siglip-so400m": 412_987_248,  # Without the pooling head of 15,238,352, which the features do not use.
+    "siglip-l-16-384": 303_688_704,  # Likewise, without 12,595,200.
     "internvit-6b": 5_536_496_000,
     "qwen2-vl-2b": 2_208_985_600,
     "qwen2-vl-7b": 8_291_375_616,
     "qwen2-vl-72b": 73_405_560_320,
     "pixtral-12b": 12_682_739_712,
-    "nvlm-d-72b": 78_863_416_704,  # Without the 7 heads of zeros a block that the published files hold.
+    "nvlm-d-72b": 78_863_416_704,  # Without the 7 zero heads per block in the published files.
 }
-SEEING = {  # Tower, connector.
-    "clip-vit-l-14-336-pair": (303_507_456, 1_376_257),  # 12 blocks of text besides.
-    "qwen2-vl-2b": (665_271_296, None),  # Together: the merger is a part of the tower there.
+TOWERS = {  # Tower, connector.
+    "clip-vit-l-14-336-pair": (303_507_456, 1_376_257),  # Without 12 text blocks.
+    "qwen2-vl-2b": (665_271_296, None),  # The tower includes the merger.
     "qwen2-vl-7b": (675_759_104, None),
     "qwen2-vl-72b": (699_356_672, None),
     "pixtral-12b": (403_489_792, 31_467_520),
 }
-NOMINAL = {  # Their sizes were not published: models of the published form, near the published number.
+NOMINAL = {  # Sizes were not published: models of the published form with about the published number.
     "mm1.5-1b": (997_853_760, 1e9),
     "mm1.5-3b": (2_967_440_448, 3e9),
     "mm1.5-7b": (7_014_788_672, 7e9),
@@ -67,7 +67,7 @@ _CROSS_BLOCK = (
     + 2  # Gates.
 )
 _PARTS = 5_536_496_000 + 72_706_203_648 + 10 * _CROSS_BLOCK  # InternViT, Qwen2 72B.
-FORMULAS = {  # Of systems whose number was not published.
+FORMULAS = {  # Systems whose number was not published.
     "nvlm-x-72b": _PARTS + 12800 * _WIDTH + _WIDTH,
     "nvlm-h-72b": _PARTS + 2 * 12800 + 12800 * _WIDE + _WIDE * _WIDTH,
 }
@@ -81,8 +81,8 @@ def test_the_published_number_of_parameters(name: str, capsys: pytest.CaptureFix
     parts = counted["components"]
     if name in SPLITS:
         assert tuple(parts[part] for part in ("vision", "connector", "decoder", "extra_tokens")) == SPLITS[name]
-    if name in SEEING:
-        tower, connector = SEEING[name]
+    if name in TOWERS:
+        tower, connector = TOWERS[name]
         assert parts["vision"] == tower - (parts["connector"] if connector is None else 0)
         assert connector in (None, parts["connector"])
 
@@ -109,6 +109,6 @@ def test_every_published_configuration_has_a_number() -> None:
 
 @pytest.mark.parametrize("name", [name for name in COUNTS if name.startswith("molmo")])
 def test_the_tower_of_molmo(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """23 blocks of CLIP's 24, of which the last is built and not used."""
+    """The tower has 23 of CLIP's 24 blocks; the last of them is built but not used."""
     assert main(["params", str(FOLDER / f"{name}.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["components"]["vision"] == 290_909_184

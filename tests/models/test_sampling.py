@@ -1,6 +1,6 @@
-"""Settings of sampling mean what they mean in transformers, and greedy text is transformers' greedy text.
+"""Sampling settings have the same meaning as in transformers, and greedy generation gives the same text.
 
-Logits over a temperature are compared as they are, to 1e-5: the same operations on float32, in another order.
+Logits divided by a temperature are compared to 1e-5: the same float32 operations in another order.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from mmscale.models.generation import generate
-from mmscale.models.sampling import SamplingConfig, allowed, pick
-from tests.hf.decoders import saved_twin
+from mmscale.models.sampling import SamplingConfig, choose_tokens, filter_logits
+from tests.hf.decoders import saved_reference
 from tests.hf.test_decoders import imported
 from tests.models.test_parity import text_batch
 
@@ -54,26 +54,26 @@ def test_the_same_tokens_are_allowed_with_the_same_odds(settings: dict[str, Any]
     ):
         if name in settings:
             expected = processor(settings[name])(torch.zeros(len(logits), 1, dtype=torch.long), expected)
-    ours = allowed(logits, SamplingConfig(**{"temperature": 1.0, **settings}))
+    ours = filter_logits(logits, SamplingConfig(**{"temperature": 1.0, **settings}))
     assert torch.equal(ours.isinf(), expected.isinf())
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     assert not ours.isinf().all(1).any()
 
 
-def test_what_was_said_is_penalised_as_there() -> None:
+def test_repetition_is_penalised_as_in_transformers() -> None:
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
     logits, said = _logits(), torch.randint(0, VOCAB, (40, 12), generator=torch.Generator().manual_seed(2))
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, said, True)
     for penalty in (1.3, 0.8):
         expected = RepetitionPenaltyLogitsProcessor(penalty)(said, logits).argmax(-1)
-        assert torch.equal(pick(logits, SamplingConfig(repetition_penalty=penalty), None, seen), expected)
+        assert torch.equal(choose_tokens(logits, SamplingConfig(repetition_penalty=penalty), None, seen), expected)
     assert not torch.equal(expected, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
 def test_greedy_text_of_an_imported_model_is_that_of_transformers(penalty: float, tmp_path: Path) -> None:
-    theirs = saved_twin("llama, tied, grouped, stretched", tmp_path / "theirs").eval()
+    theirs = saved_reference("llama, tied, grouped, stretched", tmp_path / "theirs").eval()
     ours, _ = imported(tmp_path / "theirs", tmp_path / "run")
     lengths = [7, 3, 12]
     prompts = text_batch(120, lengths=lengths)
@@ -86,7 +86,7 @@ def test_greedy_text_of_an_imported_model_is_that_of_transformers(penalty: float
     assert len({tuple(said) for said in found}) == 3
 
 
-def test_configurations_with_a_kind_mean_what_they_meant() -> None:
+def test_the_older_form_with_a_kind_keeps_its_meaning() -> None:
     assert SamplingConfig.model_validate({"kind": "greedy"}) == SamplingConfig()
     nucleus = SamplingConfig.model_validate({"kind": "nucleus", "seed": 3})
     assert nucleus == SamplingConfig(temperature=1.0, top_p=0.9, seed=3)

@@ -1,4 +1,4 @@
-"""Every kind of model under DeepSpeed ZeRO-3: two ranks do what one does."""
+"""Every kind of model under DeepSpeed ZeRO-3: two ranks compute the same as one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_two_ranks_equal_one_in_losses_and_in_generated_text() -> None:
     two = run_ranks("tests.models.sharded:run", 2)
     for kind in VARIANTS:
         for rank in two:
-            # float32 sums in another order, through four optimizer steps: measured worst 2e-6.
+            # float32 sums in another order, over four optimizer steps; measured worst 2e-6.
             assert rank[kind]["losses"] == pytest.approx(one[kind]["losses"], rel=1e-5)
         assert one[kind]["losses"][-1] < one[kind]["losses"][0]
         assert two[0][kind]["texts"] | two[1][kind]["texts"] == one[kind]["texts"]

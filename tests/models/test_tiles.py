@@ -1,4 +1,4 @@
-"""Tiles that a tower sees together: which rows see which, what depends on what, and what is refused."""
+"""Attention between tiles in the tower: the mask, dependencies of results, and rejected configurations."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_pipeline.batch import BranchedSegments, MultimodalBatch, Segments, ViewPlace
-from mmscale.evaluate.branch import Branch, branch
+from data_pipeline.batch import BranchedSegments, CropLocation, MultimodalBatch, Segments
+from mmscale.evaluate.continuations import Continuation, continue_prompts
 from mmscale.models.build import media_spec
 from mmscale.models.config import ModelConfig
-from mmscale.models.connectors.unseen_text import with_unseen_text
+from mmscale.models.connectors.lookahead import lookahead_keys
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.models.tiles import TileRows
 from mmscale.nn.tile_embed import num_grids, tile_grids, tile_row
@@ -34,9 +34,9 @@ def test_grids_of_four_tiles_are_the_published_ones() -> None:
     assert num_grids(4) == 9
 
 
-def places_of(images: list[tuple[int, int]]) -> list[ViewPlace]:
+def locations_of(images: list[tuple[int, int]]) -> list[CropLocation]:
     return [
-        ViewPlace(0, image, (rows, columns), (row, column))
+        CropLocation(0, image, (rows, columns), (row, column))
         for image, (rows, columns) in enumerate(images)
         for row in range(rows)
         for column in range(columns)
@@ -44,9 +44,9 @@ def places_of(images: list[tuple[int, int]]) -> list[ViewPlace]:
 
 
 @given(images=grids, rows=st.integers(1, 17))
-def test_who_sees_whom(images: list[tuple[int, int]], rows: int) -> None:
-    """Against the published mask: of an image's rows, all tiles with their fillers, only useless pairs are hidden."""
-    found = TileRows.of(places_of(images), rows, 4, attend_absent=True)
+def test_the_attention_mask_equals_the_published_one(images: list[tuple[int, int]], rows: int) -> None:
+    """Compare with the published mask: within an image, only pairs of two absent or filler rows are masked."""
+    found = TileRows.from_locations(locations_of(images), rows, 4, attend_absent=True)
     assert isinstance(found.attended, BranchedSegments)
     assert found.order is not None
     total = len(found.order)
@@ -55,9 +55,9 @@ def test_who_sees_whom(images: list[tuple[int, int]], rows: int) -> None:
     sees = np.zeros((total, total), dtype=bool)
     queries, keys = found.attended.queries.bounds, found.attended.keys.bounds
     for piece in range(found.attended.queries.num):
-        there = found.attended.rows[keys[piece] : keys[piece + 1]].numpy()
+        there = found.attended.key_tokens[keys[piece] : keys[piece + 1]].numpy()
         sees[queries[piece] : queries[piece + 1], there] = True
-    # The image and the usefulness of each row, by the table's numbers and by order alone.
+    # Image of each row, and whether it is real, from the order of rows only.
     counts = [r * c for r, c in images]
     slot_image = [i for i, count in enumerate(counts) for _ in range(count)]
     slot_image += [i for i, count in enumerate(counts) for _ in range(4 - count)]
@@ -79,7 +79,7 @@ def test_who_sees_whom(images: list[tuple[int, int]], rows: int) -> None:
 
 @given(images=grids, rows=st.integers(1, 17))
 def test_without_absent_tiles_an_image_is_one_piece(images: list[tuple[int, int]], rows: int) -> None:
-    found = TileRows.of(places_of(images), rows, 4, attend_absent=False)
+    found = TileRows.from_locations(locations_of(images), rows, 4, attend_absent=False)
     assert isinstance(found.attended, Segments)
     assert np.diff(found.attended.bounds).tolist() == [r * c * rows for r, c in images]
     assert (found.order, found.num_absent, found.num_real) == (None, 0, found.attended.total)
@@ -88,17 +88,17 @@ def test_without_absent_tiles_an_image_is_one_piece(images: list[tuple[int, int]
 @pytest.mark.parametrize(
     ("places", "said"),
     [
-        (places_of([(2, 2)]), "an image of 2x2 tiles; the tower knows at most 3"),
-        ([*places_of([(1, 2)]), ViewPlace(0, 0, (1, 2), None)], "3 views of an image of 1x2 tiles"),
+        (locations_of([(2, 2)]), "an image of 2x2 tiles; the tower takes at most 3"),
+        ([*locations_of([(1, 2)]), CropLocation(0, 0, (1, 2), None)], "3 crops of an image of 1x2 tiles"),
     ],
 )
-def test_images_that_the_tower_does_not_know(places: list[ViewPlace], said: str) -> None:
+def test_unsupported_tilings_are_rejected(places: list[CropLocation], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        TileRows.of(places, 5, 3, attend_absent=True)
+        TileRows.from_locations(places, 5, 3, attend_absent=True)
 
 
-def tiled(net: MultimodalModel, seed: int, text: int, grid: tuple[int, int], null: bool = False) -> Doc:
-    doc = image_document(media_spec(net.config), seed, text, [(2, 4)] * (grid[0] * grid[1]), VOCAB, null=null)
+def tiled(net: MultimodalModel, seed: int, text: int, grid: tuple[int, int], dummy: bool = False) -> Doc:
+    doc = image_document(media_spec(net.config), seed, text, [(2, 4)] * (grid[0] * grid[1]), VOCAB, dummy=dummy)
     doc.tiles = grid
     return doc
 
@@ -124,16 +124,16 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "variant"), KINDS)
-def test_packs_and_null_documents_change_nothing(kind: str, variant: dict[str, Any]) -> None:
+def test_packs_and_dummy_documents_change_nothing(kind: str, variant: dict[str, Any]) -> None:
     net = model(kind, **variant)
     spec, several = media_spec(net.config), "tiles" in variant["vision"]
     docs = [tiled(net, 1, 5, (1, 1)), text_document(2, 7, VOCAB)]
     docs += [tiled(net, 3, 4, (3, 1)), tiled(net, 4, 6, (1, 2))] if several else [tiled(net, 3, 4, (1, 1))]
-    null = tiled(net, 9, 1, (1, 1), null=True)
+    dummy = tiled(net, 9, 1, (1, 1), dummy=True)
     expected = loss_and_grads(net, pack(docs, spec))
     largest = max(float(grad.abs().max()) for name, grad in expected.items() if name != "loss")
-    apart = [loss_and_grads(net, pack([doc, null], spec)) for doc in docs]
-    for other in (loss_and_grads(net, pack([null, *docs[:2], null, *docs[2:]], spec)), _sums(apart)):
+    apart = [loss_and_grads(net, pack([doc, dummy], spec)) for doc in docs]
+    for other in (loss_and_grads(net, pack([dummy, *docs[:2], dummy, *docs[2:]], spec)), _sums(apart)):
         for name, values in expected.items():
             # Sums in another order; measured worst 3e-7 of the largest gradient.
             torch.testing.assert_close(other[name], values, rtol=1e-4, atol=2e-6 * largest, msg=name)
@@ -151,15 +151,17 @@ def test_text_that_looks_ahead_has_all_rows_of_its_document(vision: dict[str, An
     grids = [(1, 2), (3, 1)] if "tiles" in vision else [(1, 1), (1, 1)]
     docs = [tiled(net, 1, 4, grids[0]), text_document(2, 3, VOCAB), tiled(net, 3, 2, grids[1])]
     prompts = pack(docs, media_spec(settings))
-    batch = branch(prompts, [Branch(2, (5, 6)), Branch(0, (7,)), Branch(0, (8, 9, 4)), Branch(1, (6,))])
+    batch = continue_prompts(
+        prompts, [Continuation(2, (5, 6)), Continuation(0, (7,)), Continuation(0, (8, 9, 4)), Continuation(1, (6,))]
+    )
     media = batch.media["image"]
     assert settings.vision is not None
-    keys, spans = with_unseen_text(media, batch.segments, settings.vision, merge=1)
+    keys, spans = lookahead_keys(media, batch.segments, settings.vision, merge=1)
     found = [set(keys[a:b].tolist()) for a, b in itertools.pairwise(spans.bounds)]
     assert sum(map(len, found)) == len(keys)
     counts = [r * c for r, c in grids]
     own = [set(range(counts[0] * rows)), set(range(counts[0] * rows, sum(counts) * rows))]
-    # Of three tiles the first image lacks one, whose rows stand behind all others.
+    # The first image has two of three tiles; the rows of its absent tile come after all others.
     lacking = set(range(5 * rows, 6 * rows)) if vision is TILED else set()
     first, second = [own[0] | lacking, own[0]], [own[1], own[1]]
     assert found == [*second, *first, *first, set()]
@@ -173,14 +175,14 @@ def test_a_tile_changes_its_image_and_no_other(vision: dict[str, Any]) -> None:
     docs = [tiled(net, 1, 2, (1, 2)), tiled(net, 2, 2, (3, 1))]
     before = tower(pack(docs, spec).media["image"]).view(5, 9, -1)
     assert before.shape[-1] == net.config.vision.feature_dim  # type: ignore[union-attr]
-    grid, embedded, pixels = docs[0].views[1]
-    docs[0].views[1] = (grid, embedded, 255 - pixels)
+    grid, embedded, pixels = docs[0].crops[1]
+    docs[0].crops[1] = (grid, embedded, 255 - pixels)
     after = tower(pack(docs, spec).media["image"]).view(5, 9, -1)
     differ = (before != after).flatten(1).any(1).tolist()
     assert differ == [True, True, False, False, False]
 
 
-def test_the_grid_of_an_image_matters_by_its_gates_alone() -> None:
+def test_the_grid_of_an_image_matters_only_through_its_gates() -> None:
     shut = {**TILED, "tiles": {**TILED["tiles"], "gate_init": 0.0}}  # type: ignore[dict-item]
     for vision, same in ((TILED, False), (shut, True)):
         net = model("cross_attention", vision=vision)
@@ -207,15 +209,15 @@ def test_channels_lie_block_by_block_or_channel_by_channel() -> None:
     ("vision", "connector", "complaint"),
     [
         ({**LEARNED, "class_token": False, "class_feature": True}, {}, "set class_token=true"),
-        ({**LEARNED, "class_feature": True}, CONNECTORS["embedding"], "no place among embedded"),
+        ({**LEARNED, "class_feature": True}, CONNECTORS["embedding"], "needs connector.kind=cross_attention"),
         ({**LEARNED, "class_feature": True}, {"projector": {"kind": "linear", "merge": 2}}, "projector.merge=1"),
         ({**VISION, "tiles": {}}, {}, "use positions.kind=learned"),
-        ({**TILED, "class_feature": False}, CONNECTORS["hybrid"], "needs a view of the whole image"),
+        ({**TILED, "class_feature": False}, CONNECTORS["hybrid"], "needs an overview of the whole image"),
         ({**TILED, "patch_bias": True}, {}, "set patch_bias=false"),
         (
             {**TILED, "feature_layers": [1], "last_output": False, "post_norm": False},
             {},
-            "what tiles do behind the last block would be unused",
+            "the blocks of tiles.global_layers would be unused; set it to true",
         ),
     ],
 )
@@ -225,7 +227,7 @@ def test_contradictions_are_refused(vision: dict[str, Any], connector: dict[str,
         ModelConfig.model_validate({"decoder": DECODER, "vision": vision, "connector": block})
 
 
-def test_what_the_data_side_learns() -> None:
+def test_media_spec() -> None:
     spec = media_spec(config("cross_attention", vision=TILED))
     assert (spec.class_features, spec.max_tiles, spec.patches_per_image) == (1, 3, 24)
     assert spec.num_features((1, 2, 4)) == 9

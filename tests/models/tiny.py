@@ -1,4 +1,4 @@
-"""Small models of every kind."""
+"""Tiny models with each kind of connector."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def config(
     unseen_text: str | None = None,
     **decoder: Any,
 ) -> ModelConfig:
-    """A model with the connector ``kind``, or a text model."""
+    """Return the configuration of a model with the connector ``kind``, or of a text model if it is None."""
     block = {"decoder": {**DECODER, "mlp": mlp, **decoder}}
     if kind is not None:
         connector = CONNECTORS[kind]

@@ -1,4 +1,4 @@
-"""Packed attention against one dense softmax with a mask, in values and gradients."""
+"""Packed attention against a dense masked softmax: values and gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmscale.nn.attention_backends import resolve_backend, varlen_attention
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool) -> Tensor:
-    """One (Tq, Tk) matrix per head; rows that see nothing are zero."""
+    """Return attention from one (Tq, Tk) matrix per head; rows that attend to nothing are zero."""
     visible = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool)
     for s in range(queries.num):
         first, end = queries.bounds[s : s + 2]
@@ -36,16 +36,16 @@ def compare(query_lengths: list[int], key_lengths: list[int], causal: bool, kv_h
     generator = torch.Generator().manual_seed(sum(query_lengths) + 7 * sum(key_lengths))
     q = torch.randn(queries.total, 2, 8, generator=generator, requires_grad=True)
     k, v = (torch.randn(keys.total, kv_heads, 8, generator=generator, requires_grad=True) for _ in range(2))
-    slope = torch.randn(q.shape, generator=generator)
+    output_gradient = torch.randn(q.shape, generator=generator)
     results = []
     for attend in (
         lambda: varlen_attention(q, k, v, queries, keys, causal, "sdpa"),
         lambda: dense(q, k, v, queries, keys, causal),
     ):
         out = attend()
-        results.append((out, *torch.autograd.grad(out, (q, k, v), slope)))
+        results.append((out, *torch.autograd.grad(out, (q, k, v), output_gradient)))
     for ours, reference in zip(*results, strict=True):
-        # Worst difference over 10,000 random cases: 2e-6, float32 rounding of sums of up to 100 terms.
+        # Worst difference in 10,000 random cases: 2e-6, float32 rounding of sums of up to 100 terms.
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
 
 
@@ -87,11 +87,11 @@ def test_without_any_key_the_result_is_zero_and_still_in_the_graph() -> None:
 
 
 def test_equal_segments_are_a_view() -> None:
-    """Sixty-four images of sixteen patches: one call, nothing gathered."""
-    from mmscale.nn.attention_backends import _plan
+    """64 images of 16 patches need one call and no gather."""
+    from mmscale.nn.attention_backends import _kernel_plan
 
     bounds = tuple(range(0, 65 * 16, 16))
-    plan = _plan(bounds, bounds, False, torch.device("cpu"))
+    plan = _kernel_plan(bounds, bounds, False, torch.device("cpu"))
     (group,) = plan.groups
     assert (group.num, group.queries, group.keys) == (64, 16, 16)
     assert plan.query_rows is None

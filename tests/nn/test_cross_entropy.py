@@ -1,4 +1,4 @@
-"""The chunked loss against torch's cross-entropy: value, gradients, memory."""
+"""The chunked loss against torch's cross-entropy: values, gradients and memory."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_equals_torch_at_any_chunk_size(size: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("sharpness", [0.3, 0.6, 1.0])
 def test_no_farther_from_the_truth_than_torch(sharpness: float) -> None:
-    """Rows that are nearly sure of their label, mean losses of 2e-2, 3e-5 and 4e-8, against float64.
+    """Compare rows with mean losses of 2e-2, 3e-5 and 4e-8 with float64: their labels have a probability near 1.
 
-    Measured, ours over torch's: 0.89, 0.87 and 1.19 in the losses; 0.71, 0.83 and 1.14 in the gradients.
+    Measured errors, ours relative to torch's: 0.89, 0.87 and 1.19 in the losses; 0.71, 0.83 and 1.14 in the gradients.
     """
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(500, 64, generator=generator) * 0.3).requires_grad_()
@@ -132,7 +132,7 @@ def test_under_checkpointing_and_without_gradients() -> None:
         assert not linear_cross_entropy(hidden, weight, labels, scale).requires_grad
 
 
-def test_a_second_backward_is_refused_rather_than_wrong() -> None:
+def test_a_second_backward_raises_rather_than_being_wrong() -> None:
     loss = linear_cross_entropy(*case())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward only"):
@@ -151,7 +151,7 @@ def test_bfloat16_accumulates_in_float32() -> None:
 
 @pytest.mark.long
 def test_peak_memory_is_a_tenth_of_torchs() -> None:
-    """Growth of the peak resident size at V = 131072, each loss in a process of its own."""
+    """Compare the growth of the peak resident size at V = 131072, with each loss in its own process."""
     peaks = {}
     for name in ("ours", "torch"):
         command = [sys.executable, "-m", "benchmarks.loss_memory", "--one", name]

@@ -1,4 +1,4 @@
-"""Teachers in the chunked loss against plain torch in float64: value, gradients, what each row is told to have cost."""
+"""Teachers in the chunked loss against plain torch in float64: values, gradients, and losses per row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS, VOCAB, EXTRA = 50, 40, 5
 
 
 def teacher(seed: int, share: float, temperature: float, dim: int = 20, extra: int = 0) -> SoftTarget:
-    """Of another width than the student, and with its own way of cutting the same ids into matrices."""
+    """Return a teacher with another width than the student, and with another split of the ids into two matrices."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(ROWS, dim, generator=generator)
     matrix = torch.randn(VOCAB, dim, generator=generator)
@@ -28,7 +28,7 @@ def teacher(seed: int, share: float, temperature: float, dim: int = 20, extra: i
 def expected(
     logits: Tensor, labels: Tensor, scale: Tensor, z_coefficient: float, teachers: list[SoftTarget]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same loss of logits in float64, and each teacher's weighted divergences."""
+    """Return the same loss from logits in float64, and each teacher's weighted divergences."""
     hard = 1 - sum(each.share for each in teachers)
     total = hard * (F.cross_entropy(logits, labels, reduction="none", ignore_index=-100) * scale).sum()
     total = total + z_coefficient * (logits.logsumexp(-1).square() * scale).sum()
@@ -52,7 +52,7 @@ def expected(
 def test_equals_torch_in_float64(
     teachers: list[tuple[float, float]], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Worst differences: 1e-7 of the value, 5e-7 of a gradient's largest entry; the loss is float32."""
+    """Worst relative differences: 1e-7 in the loss (float32), 5e-7 of a gradient's largest entry."""
     monkeypatch.setattr(cross_entropy, "chunk_rows", lambda vocab_size, device: size)
     hidden, weight, labels, scale = case()
     body, more = (part.detach().requires_grad_() for part in (weight[:-EXTRA], weight[-EXTRA:]))
@@ -106,7 +106,7 @@ def test_rows_of_weight_zero_cost_nothing_and_the_teacher_learns_nothing() -> No
 @given(heat=st.floats(0.5, 8), share=st.floats(0.05, 1))
 @settings(max_examples=20, deadline=None)
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(heat: float, share: float) -> None:
-    """What is left is the cross-entropy's share, at any temperature."""
+    """Only the cross-entropy with its share remains, at any temperature."""
     hidden, weight, labels, scale = case()
     itself = SoftTarget(hidden.detach(), (weight.detach(),), share, heat, torch.zeros(ROWS))
     plain = linear_cross_entropy(hidden, weight, labels, scale)

@@ -1,4 +1,4 @@
-"""Masks of dropout: the hash in plain integers, shares, independence, and a block written by hand."""
+"""Dropout masks: the hash in plain integers, the rate, independence, and a block written out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from data_pipeline.batch import Segments
 from mmscale.nn.attention_backends import resolve_backend
 from mmscale.nn.block import AttentionConfig, DenseMlpConfig, NormConfig, NormPlacement, TransformerBlock
-from mmscale.nn.dropout import Branch, Dropout
+from mmscale.nn.dropout import Dropout, SubLayer
 
 CPU = torch.device("cpu")
 WORD = 2**64 - 1
 
 
 def splitmix(state: int) -> int:
-    """The next number of a SplitMix64 generator at ``state``, as published."""
+    """Return the next number of a SplitMix64 generator at ``state``, as published."""
     z = (state + 0x9E3779B97F4A7C15) & WORD
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & WORD
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & WORD
@@ -26,13 +26,15 @@ def splitmix(state: int) -> int:
 
 
 def masks(seed: int = 1, step: int = 0, lane: int = 0, rate: float = 0.5, rows: int = 64) -> Dropout:
-    return Dropout.of(rate, (seed, step), [lane], [rows], CPU)
+    return Dropout.for_microbatch(rate, (seed, step), [lane], [rows], CPU)
 
 
-@pytest.mark.parametrize(("block", "branch"), [(0, Branch.ATTENTION), (5, Branch.FEED_FORWARD), (-2, Branch.ATTENTION)])
-def test_masks_are_the_published_hash(block: int, branch: Branch) -> None:
+@pytest.mark.parametrize(
+    ("block", "branch"), [(0, SubLayer.ATTENTION), (5, SubLayer.FEED_FORWARD), (-2, SubLayer.ATTENTION)]
+)
+def test_masks_are_the_published_hash(block: int, branch: SubLayer) -> None:
     rate, dim, lanes, counts = 0.3, 10, (3, -1, 7), (4, 1, 3)
-    found = Dropout.of(rate, (11, 2), lanes, counts, CPU).of_block(block).dropped(branch, dim)
+    found = Dropout.for_microbatch(rate, (11, 2), lanes, counts, CPU).for_block(block).dropped(branch, dim)
     increment = 0x9E3779B97F4A7C15
     expected = []
     for lane, count in zip(lanes, counts, strict=True):
@@ -40,7 +42,7 @@ def test_masks_are_the_published_hash(block: int, branch: Branch) -> None:
         for row in range(count):
             key = splitmix(start + row * increment)
             bits: list[int] = []
-            for word in range(3):  # Four channels a word: ten channels are three words.
+            for word in range(3):  # Four channels per word: ten channels need three words.
                 value = splitmix(key + ((2 * block + branch) * 3 + word) * increment)
                 bits += [
                     int.from_bytes(value.to_bytes(8, "little")[i : i + 2], "little", signed=True) for i in (0, 2, 4, 6)
@@ -53,13 +55,13 @@ def test_masks_are_the_published_hash(block: int, branch: Branch) -> None:
 def test_share_scale_and_gradient(rate: float) -> None:
     values = torch.randn(512, 256, dtype=torch.float64, requires_grad=True)
     dropout = masks(rate=rate, rows=512)
-    out = dropout(values, Branch.ATTENTION)
-    dropped = dropout.dropped(Branch.ATTENTION, 256)
+    out = dropout(values, SubLayer.ATTENTION)
+    dropped = dropout.dropped(SubLayer.ATTENTION, 256)
     count = dropped.numel()
     assert abs(dropped.double().mean().item() - rate) < 5 * (rate * (1 - rate) / count) ** 0.5 + 2**-17
     assert not out[dropped].any()
     torch.testing.assert_close(out[~dropped], values[~dropped] / (1 - rate), rtol=2**-16 / (1 - rate), atol=0)
-    # Over many steps the mean is what comes without dropout; the scale makes up exactly for the share as it is rounded.
+    # Over many steps the mean equals the values without dropout: the scale uses the rounded rate.
     scale = (out[~dropped] / values[~dropped])[0].item()
     assert scale * (1 - round(rate * 2**16) / 2**16) == pytest.approx(1, rel=1e-12)
     out.sum().backward()
@@ -69,35 +71,35 @@ def test_share_scale_and_gradient(rate: float) -> None:
 def test_the_mean_over_steps_is_the_value_itself() -> None:
     values = torch.randn(8, 32)
     steps = 4000
-    total = sum(masks(step=step, rate=0.25, rows=8)(values, Branch.ATTENTION) for step in range(steps))
-    error = (total / steps - values) / values  # Of one draw: sqrt(rate / (1 - rate)) = 0.58.
+    total = sum(masks(step=step, rate=0.25, rows=8)(values, SubLayer.ATTENTION) for step in range(steps))
+    error = (total / steps - values) / values  # Standard deviation of one step: sqrt(rate / (1 - rate)) = 0.58.
     assert error.abs().max() < 5 * 0.58 / steps**0.5
     assert error.std() == pytest.approx(0.577 / steps**0.5, rel=0.2)
 
 
 def test_masks_are_independent_between_blocks_branches_rows_lanes_steps_and_seeds() -> None:
     plain = masks()
-    found = {"plain": plain.dropped(Branch.ATTENTION, 256)}
-    found["branch"] = plain.dropped(Branch.FEED_FORWARD, 256)
-    found |= {f"block {b}": plain.of_block(b).dropped(Branch.ATTENTION, 256) for b in (1, 2, -1, -2)}
-    found |= {f"step {s}": masks(step=s).dropped(Branch.ATTENTION, 256) for s in (1, 2, 1 << 40)}
-    found |= {f"lane {lane}": masks(lane=lane).dropped(Branch.ATTENTION, 256) for lane in (1, 2, -1)}
-    found |= {f"seed {s}": masks(seed=s).dropped(Branch.ATTENTION, 256) for s in (0, 2)}
-    found |= {"other rows": plain.dropped(Branch.ATTENTION, 256).roll(1, 0)}
-    found |= {"other channels": plain.dropped(Branch.ATTENTION, 256).roll(1, 1)}
-    found |= {"other words": plain.dropped(Branch.ATTENTION, 256).roll(4, 1)}
+    found = {"plain": plain.dropped(SubLayer.ATTENTION, 256)}
+    found["branch"] = plain.dropped(SubLayer.FEED_FORWARD, 256)
+    found |= {f"block {b}": plain.for_block(b).dropped(SubLayer.ATTENTION, 256) for b in (1, 2, -1, -2)}
+    found |= {f"step {s}": masks(step=s).dropped(SubLayer.ATTENTION, 256) for s in (1, 2, 1 << 40)}
+    found |= {f"lane {lane}": masks(lane=lane).dropped(SubLayer.ATTENTION, 256) for lane in (1, 2, -1)}
+    found |= {f"seed {s}": masks(seed=s).dropped(SubLayer.ATTENTION, 256) for s in (0, 2)}
+    found |= {"other rows": plain.dropped(SubLayer.ATTENTION, 256).roll(1, 0)}
+    found |= {"other channels": plain.dropped(SubLayer.ATTENTION, 256).roll(1, 1)}
+    found |= {"other words": plain.dropped(SubLayer.ATTENTION, 256).roll(4, 1)}
     signs = {name: mask.double().flatten() * 2 - 1 for name, mask in found.items()}
     for (one, first), (other, second) in itertools.combinations(signs.items(), 2):
         assert abs((first @ second).item()) < 5 * len(first) ** 0.5, (one, other)
-    # Rows and columns have the spread of independent draws too.
-    mask = masks(rows=1024).dropped(Branch.ATTENTION, 256).double()
+    # Sums over rows and columns also have the variance of independent bits.
+    mask = masks(rows=1024).dropped(SubLayer.ATTENTION, 256).double()
     assert mask.mean(0).std().item() == pytest.approx(0.5 / 1024**0.5, rel=0.2)
     assert mask.mean(1).std().item() == pytest.approx(0.5 / 256**0.5, rel=0.2)
 
 
 def test_no_generator_is_drawn_from() -> None:
     before = torch.get_rng_state()
-    masks().dropped(Branch.ATTENTION, 16)
+    masks().dropped(SubLayer.ATTENTION, 16)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -105,8 +107,8 @@ def test_no_generator_is_drawn_from() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_masks_are_the_same_on_cuda() -> None:
     arguments = (0.3, (1, 2), (4, 0), (100, 37))
-    here, there = (Dropout.of(*arguments, torch.device(kind)).of_block(3) for kind in ("cpu", "cuda"))
-    for branch in Branch:
+    here, there = (Dropout.for_microbatch(*arguments, torch.device(kind)).for_block(3) for kind in ("cpu", "cuda"))
+    for branch in SubLayer:
         assert torch.equal(here.dropped(branch, 70), there.dropped(branch, 70).cpu())
 
 
@@ -146,7 +148,7 @@ def test_a_block_with_given_masks_is_the_block_written_by_hand(placement: NormPl
         gate, up = (F.linear(x, getattr(mlp, f"{name}_proj").weight) for name in ("gate", "up"))
         return F.linear(F.silu(gate) * up, mlp.down_proj.weight)  # type: ignore[arg-type, union-attr]
 
-    keep = [~dropout.dropped(branch, 16) / (1 - round(0.4 * 2**16) / 2**16) for branch in Branch]
+    keep = [~dropout.dropped(branch, 16) / (1 - round(0.4 * 2**16) / 2**16) for branch in SubLayer]
     x = hidden
     for sub_layer, mask in zip((attend, feed), keep, strict=True):
         branch = sub_layer(norm(x)) if placement is NormPlacement.PRE else norm(sub_layer(x))

@@ -36,7 +36,7 @@ def mixture(**changes: Any) -> MoeMlp:
 
 
 def expected(layer: MoeMlp, hidden: Tensor, valid: list[bool]) -> tuple[Tensor, Tensor, list[list[int]]]:
-    """The mixture, both losses and the chosen experts, one row and one expert at a time."""
+    """Return the output, both losses and the chosen experts, computed one row and one expert at a time."""
     config = layer.config
     logits = hidden @ layer.gate.weight.T
     bias = layer.gate.bias_steps * config.bias_rate if config.bias_rate else torch.zeros(config.num_experts)
@@ -99,7 +99,7 @@ def test_without_a_mask_every_row_counts_and_without_valid_rows_there_is_no_loss
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch.nn.functional.grouped_mm is new in torch 2.10")
 def test_the_kernel_of_all_experts_at_once_equals_one_expert_after_the_other() -> None:
-    """CUDA takes this way in bfloat16; the processor has the same function."""
+    """CUDA uses this path in bfloat16; ``grouped_mm`` also runs on the CPU."""
     torch.manual_seed(3)
     experts = Experts(16, MoeConfig(num_experts=7, experts_per_token=1, expert_dim=8)).bfloat16()
     for parameter in experts.parameters():
@@ -127,7 +127,7 @@ def test_perfect_balance_costs_one() -> None:
     assert collapsed[0].item() == pytest.approx(4.0)
 
 
-def test_the_load_counts_valid_rows_in_training_alone_and_moves_the_bias_towards_the_mean() -> None:
+def test_the_load_counts_valid_rows_only_in_training_and_moves_the_bias_towards_the_mean() -> None:
     layer = mixture(experts_per_token=2, bias_rate=0.1)
     hidden, valid = torch.randn(ROWS, DIM), torch.arange(ROWS) % 4 > 0
     *_, choices = expected(layer, hidden, valid.tolist())

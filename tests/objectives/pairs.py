@@ -1,4 +1,4 @@
-"""Contrastive models and batches by hand, the loss as the papers write it, and steps on real ranks."""
+"""Contrastive models and batches for tests, a reference loss, and training steps on real ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_pipeline.batch import MultimodalBatch
 from data_pipeline.document import Document, ImageExtent, MediaItem, Span
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.collate import collate
-from data_pipeline.packing.document_builder import null_document
+from data_pipeline.packing.document_builder import dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Provenance
 from mmscale.dist import World, gather_rows
@@ -40,7 +40,7 @@ def model_config(connector: dict[str, Any]) -> ModelConfig:
 
 
 def pair_document(spec: MediaSpec, number: int) -> Document:
-    """One image and a text of some tokens; views of several sizes where the tower takes them."""
+    """Return a document of one image and some text tokens. Crops have several sizes if the tower accepts them."""
     generator = torch.Generator().manual_seed(number)
     length = 3 + number % 4
     ids = torch.randint(4, VOCAB, (length,), generator=generator).int().numpy()
@@ -52,7 +52,7 @@ def pair_document(spec: MediaSpec, number: int) -> Document:
         loss_weights=torch.ones(length).numpy(),
         position_ids=torch.arange(length).int().numpy(),
         items=(MediaItem(values, (1, height, width), embedded=False),),
-        dest=ids[:0],
+        scatter_index=ids[:0],
         spans=(Span(0, ()),),
         provenance=Provenance("d", "s", str(number), number),
         images=(ImageExtent(1, 0, 1),),
@@ -60,13 +60,13 @@ def pair_document(spec: MediaSpec, number: int) -> Document:
 
 
 def batch_of(spec: MediaSpec, numbers: list[int]) -> MultimodalBatch:
-    """These pairs and a null document behind them; alone if there are none."""
+    """Return a batch of these pairs, followed by a dummy document."""
     documents = [pair_document(spec, number) for number in numbers]
-    return collate([Pack((*documents, null_document(spec, 0)), 0)], spec)
+    return collate([Pack((*documents, dummy_document(spec, 0)), 0)], spec)
 
 
 def written_out(config: ModelConfig, vectors: Any) -> tuple[Tensor, Tensor]:
-    """The mean loss of all pairs and each pair's share of the sum, by autograd over the whole of the similarities."""
+    """Return the mean loss of all pairs and each pair's term, from the whole matrix of similarities."""
     scale = vectors.log_scale.clamp(max=torch.tensor(config.connector.max_scale).log()).exp()  # type: ignore[union-attr]
     logits = scale * vectors.images @ vectors.texts.T
     n = len(logits)
@@ -81,7 +81,7 @@ def written_out(config: ModelConfig, vectors: Any) -> tuple[Tensor, Tensor]:
 
 
 def make_engine(world: World, connector: dict[str, Any], zero: int, past: float = 0.0, **config: Any) -> Engine:
-    """One step of plain gradient descent would be told apart by its norm; weights move by AdamW."""
+    """Return an engine that trains by AdamW; ``past`` is added to the initial logarithm of the scale."""
     settings = model_config(connector)
     options = EngineConfig(zero_stage=zero, device="cpu", precision="fp32", timeout_seconds=60, **config)  # type: ignore[arg-type]
 
@@ -96,12 +96,12 @@ def make_engine(world: World, connector: dict[str, Any], zero: int, past: float 
 
 
 def train(world: World, cases: list[dict[str, Any]]) -> list[Any]:
-    """Several engines in one set of processes. Of each the reports of its steps."""
+    """Run several engines in one set of processes; return the step reports of each."""
     return [_train(world, **case) for case in cases]
 
 
 def _train(world: World, steps: list[list[list[list[int]]]], **options: Any) -> Any:
-    """``steps[n][rank]`` are the pairs of each microbatch."""
+    """Train; ``steps[n][rank]`` contains the pairs of each microbatch."""
     engine = make_engine(world, **options)
     spec = media_spec(engine.model.config)  # type: ignore[arg-type]
     reports = []

@@ -1,4 +1,4 @@
-"""The contrastive loss of a step, however its pairs are dealt, against autograd over all similarities at once."""
+"""The contrastive loss of a step, for several divisions of its pairs, against autograd over all similarities."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def test_loss_and_gradients_are_those_of_the_whole_step(
     for name, gradient in expected.items():
         worst, largest = (found[name] - gradient).abs().max(), gradient.abs().max()
         assert worst <= 2e-5 * largest + 1e-7, f"{name}: {worst} of {largest}"
-    # Each document's share, and none of null documents.
+    # Each document has its term; dummy documents have none.
     documents = torch.cat([output.document_losses[:-1] for output in outputs])
     torch.testing.assert_close(documents, shares)
     assert all(output.document_losses[-1] == 0 for output in outputs)
 
 
-def test_softmax_is_the_loss_of_clip_and_counts_what_it_finds() -> None:
+def test_softmax_equals_the_loss_of_clip_and_counts_correct_matches() -> None:
     model, _, _, _ = truth(SOFTMAX)
     batch = batch_of(media_spec(model.config), DEALS[0][0])
     vectors = model(batch)
@@ -89,7 +89,7 @@ def test_softmax_is_the_loss_of_clip_and_counts_what_it_finds() -> None:
 
 
 class GivenVectors(ContrastiveModel):
-    """Gives parts of given vectors, in turn."""
+    """Returns parts of given vectors, one after the other."""
 
     def __init__(self, vectors: PairVectors, parts: Sequence[torch.Tensor]) -> None:
         torch.nn.Module.__init__(self)
@@ -106,9 +106,9 @@ class GivenVectors(ContrastiveModel):
 def test_no_farther_from_the_truth_than_torch(noise: float, parts: int) -> None:
     """Losses of 5e-9, 4e-7, 3e-3 and 0.2 in float32, of one and of several microbatches, against float64.
 
-    Measured, ours over torch's: in the loss 0.01, 0.2, 0.75, 0.9; in the slopes 0.01, 0.3, 0.97, 0.86.
+    Measured errors, ours relative to torch's: in the loss 0.01, 0.2, 0.75, 0.9; in gradients 0.01, 0.3, 0.97, 0.86.
     """
-    worst = {"loss": [0.0, 0.0], "slopes": [0.0, 0.0]}
+    worst = {"loss": [0.0, 0.0], "gradient": [0.0, 0.0]}
     log_scale = torch.tensor(99.0).log()
     scale = log_scale.exp()
     spec = media_spec(model_config(SOFTMAX))
@@ -119,10 +119,10 @@ def test_no_farther_from_the_truth_than_torch(noise: float, parts: int) -> None:
         texts = F.normalize(images + noise * torch.randn(40, 16, generator=generator))
         images.requires_grad_()
         loss = clip_loss((scale * images @ texts.T).T)
-        (slopes,) = torch.autograd.grad(loss, images)
+        (image_gradient,) = torch.autograd.grad(loss, images)
         exact_images = images.detach().double().requires_grad_()
         exact = clip_loss((scale.double() * exact_images @ texts.double().T).T)
-        (exact_slopes,) = torch.autograd.grad(exact, exact_images)
+        (exact_gradient,) = torch.autograd.grad(exact, exact_images)
         config = ContrastiveConnectorConfig.model_validate({"kind": "contrastive", "dim": 16, "max_scale": 100.0})
         rows = torch.arange(40).chunk(parts)
         model = GivenVectors(PairVectors(images, texts, log_scale, None), rows)
@@ -132,7 +132,10 @@ def test_no_farther_from_the_truth_than_torch(noise: float, parts: int) -> None:
         outputs = [objective(model, batch) for batch in prepared]
         total = sum(output.loss_sum for output in outputs) / 40
         (found,) = torch.autograd.grad(total, images)
-        for name, mine, theirs, truth in (("loss", total, loss, exact), ("slopes", found, slopes, exact_slopes)):
+        for name, mine, theirs, truth in (
+            ("loss", total, loss, exact),
+            ("gradient", found, image_gradient, exact_gradient),
+        ):
             for each, value in enumerate((mine, theirs)):
                 worst[name][each] = max(worst[name][each], float((value - truth).detach().abs().max()))
     for name, (mine, theirs) in worst.items():
@@ -145,7 +148,7 @@ def test_no_farther_from_the_truth_than_torch(noise: float, parts: int) -> None:
 def test_a_scale_past_its_limit_learns_to_fall_and_never_to_rise(
     shift: int, past: float, size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each image is like its own text, so a larger scale is better; or like another text, so it is worse."""
+    """If each image is similar to its own text, a larger scale lowers the loss; if to another text, it raises it."""
     model, _, _, _ = truth(CAPPED)
     images, texts = torch.eye(7), size * (0.9 * torch.eye(7).roll(shift, 0) + 0.02)
     log_scale = (torch.tensor(CAPPED["max_scale"]).log() + past).requires_grad_()
@@ -154,19 +157,20 @@ def test_a_scale_past_its_limit_learns_to_fall_and_never_to_rise(
     output.loss_sum.backward()
     free = log_scale.detach().clamp(max=torch.tensor(CAPPED["max_scale"]).log()).requires_grad_()
     loss = 7 * clip_loss((free.exp() * images @ texts.T).T)
-    slope = torch.autograd.grad(loss, free)[0]
-    assert (slope < 0) == (shift == 0)
-    assert size == 1 or 0.01 < slope.abs() < 1
+    output_gradient = torch.autograd.grad(loss, free)[0]
+    assert (output_gradient < 0) == (shift == 0)
+    assert size == 1 or 0.01 < output_gradient.abs() < 1
     torch.testing.assert_close(output.loss_sum, loss)
-    expected = slope if past < 0 else slope.clamp(min=0)
+    expected = output_gradient if past < 0 else output_gradient.clamp(min=0)
     torch.testing.assert_close(log_scale.grad, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("worse", [False, True])
 def test_ranks_decide_together_whether_a_scale_past_its_limit_falls(worse: bool) -> None:
-    """Three ranks, one of them without pairs: the slope of the first rank's pairs has the sign that the sum has not."""
+    """Three ranks, one without pairs: the gradient of the first rank's pairs has the opposite sign of the sum."""
     deal = [[0, 1], [], [2, 3, 4, 5, 6]]
-    partner = torch.tensor([0, 1, 3, 4, 5, 6, 2] if worse else [1, 0, 2, 3, 4, 5, 6])  # Others are like their own text.
+    # The images outside of the first rank are similar to their own text.
+    partner = torch.tensor([0, 1, 3, 4, 5, 6, 2] if worse else [1, 0, 2, 3, 4, 5, 6])
     images, texts = torch.eye(7), 0.1 * torch.eye(7)[partner] + 0.01
     limit = torch.tensor(CAPPED["max_scale"]).log().requires_grad_()
     free_images = images.clone().requires_grad_()
@@ -174,8 +178,8 @@ def test_ranks_decide_together_whether_a_scale_past_its_limit_falls(worse: bool)
     own = torch.arange(7)
     shares = (F.cross_entropy(logits, own, reduction="none") + F.cross_entropy(logits.T, own, reduction="none")) / 2
     (first_slope,) = torch.autograd.grad(shares[deal[0]].sum(), limit, retain_graph=True)
-    slope, image_slopes = torch.autograd.grad(shares.sum(), (limit, free_images))
-    assert (slope > 0) == worse == (first_slope < 0)
+    output_gradient, image_slopes = torch.autograd.grad(shares.sum(), (limit, free_images))
+    assert (output_gradient > 0) == worse == (first_slope < 0)
 
     config = model_config(CAPPED)
     spec, sent, all_there = media_spec(config), [torch.empty(0)] * 3, threading.Barrier(3, timeout=60)
@@ -195,18 +199,18 @@ def test_ranks_decide_together_whether_a_scale_past_its_limit_falls(worse: bool)
         try:
             output = objective(model, batch_of(spec, deal[rank]))
         except BaseException:
-            all_there.abort()  # The other ranks wait for this one.
+            all_there.abort()  # Otherwise the other ranks would wait for this one.
             raise
         return output.loss_sum.detach(), *torch.autograd.grad(output.loss_sum, (past, mine))
 
     with ThreadPoolExecutor(3) as pool:
         losses, of_scale, of_images = map(torch.stack, zip(*pool.map(step, range(3)), strict=True))
     torch.testing.assert_close(losses, torch.stack([shares[pairs].sum() for pairs in deal]).detach())
-    torch.testing.assert_close(of_scale.sum(), slope.clamp(min=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(of_scale.sum(), output_gradient.clamp(min=0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(of_images.sum(0), image_slopes, rtol=1e-4, atol=1e-6)
 
 
-def test_sigmoids_tell_their_bias_and_several_ranks_need_a_way_to_gather() -> None:
+def test_sigmoid_reports_its_bias_and_several_ranks_need_gather() -> None:
     model, _, _, _ = truth(SIGMOID)
     with torch.no_grad():
         model.connector.logit_bias.fill_(-2.5)
@@ -218,7 +222,7 @@ def test_sigmoids_tell_their_bias_and_several_ranks_need_a_way_to_gather() -> No
     Contrastive(model.config.connector, pair, lambda rows: [rows, rows])
 
 
-def test_one_microbatch_needs_no_vectors_of_others_and_several_move_without_them() -> None:
+def test_prepare_adds_vectors_only_to_several_microbatches() -> None:
     model, _, _, _ = truth(SOFTMAX)
     spec, objective = media_spec(model.config), Contrastive(model.config.connector, ALONE)
     batches = [batch_of(spec, numbers) for numbers in ([0, 1], [2])]
@@ -229,16 +233,16 @@ def test_one_microbatch_needs_no_vectors_of_others_and_several_move_without_them
         assert isinstance(each, PreparedBatch)
         moved = each.to("meta")
         assert moved.batch.token_ids.device.type == moved.batch.media["image"].values.device.type == "meta"
-        assert (moved.others, moved.first) == (each.others, first)
+        assert (moved.pairs, moved.first) == (each.pairs, first)
         assert each.batch.token_ids.device.type == "cpu"
 
 
 @pytest.mark.parametrize("worse", [False, True])
 def test_a_scale_past_its_limit_comes_back_and_goes_no_further(worse: bool) -> None:
-    """CLIP sets the scale to its limit after a step; here it is read as that, and learns what brings it back."""
+    """The loss uses the clamped scale; above the limit only a gradient that lowers the scale applies."""
     model, _, _, _ = truth(CAPPED, SCALE_PAST_ITS_LIMIT)
     with torch.no_grad():
-        if not worse:  # Images and texts are alike: a larger scale would be better.
+        if not worse:  # Images and texts are similar: a larger scale would lower the loss.
             model.connector.visual_projection.weight.zero_()[:, 0] = 1
             model.connector.text_projection.weight.zero_()[:, 0] = 1
     batch = batch_of(media_spec(model.config), DEALS[0][0])
@@ -246,15 +250,17 @@ def test_a_scale_past_its_limit_comes_back_and_goes_no_further(worse: bool) -> N
         vectors = model(batch)
     scale = torch.tensor(20.0).requires_grad_()
     logits = scale * vectors.images @ vectors.texts.T
-    slope = torch.autograd.grad(clip_loss(logits.T), scale)[0] * 20
+    output_gradient = torch.autograd.grad(clip_loss(logits.T), scale)[0] * 20
     output = Contrastive(model.config.connector, ALONE)(model, batch)
     (output.loss_sum / 7).backward()
     torch.testing.assert_close(output.loss_sum / 7, clip_loss(logits.T))
-    torch.testing.assert_close(model.connector.logit_scale.grad, slope.clamp(min=0).view(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        model.connector.logit_scale.grad, output_gradient.clamp(min=0).view(1), rtol=1e-4, atol=1e-6
+    )
 
 
-def test_steps_are_the_same_however_pairs_are_dealt_to_ranks() -> None:
-    """Two AdamW steps; one of the ranks has no pair, or microbatches of different sizes, or empty ones."""
+def test_steps_do_not_depend_on_the_division_of_pairs_among_ranks() -> None:
+    """Two AdamW steps; one rank has no pair, or microbatches have different sizes, or some are empty."""
     idle = [[[0, 1, 2, 3, 4, 5, 6]], [[]]]
     uneven = [[[0, 1], [2, 3, 4]], [[5], [6]]]
     empty = [[[], [0]], [[1, 2, 3, 4, 5, 6], []]]

@@ -1,4 +1,4 @@
-"""The objective: a sum that splits over microbatches, and auxiliary losses on the same footing."""
+"""The next-token objective: the loss sum and auxiliary losses are additive over microbatches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_equals_torchs_cross_entropy_of_the_logits() -> None:
     torch.testing.assert_close(output.document_losses, by_document)
 
 
-def test_the_z_loss_joins_and_is_told_by_itself() -> None:
+def test_the_z_loss_is_added_and_reported_separately() -> None:
     net = build_model(config(None))
     batch = pack([text_document(1, 9, VOCAB), text_document(2, 5, VOCAB)], media_spec(net.config))
     plain, output = NextToken()(net, batch), NextToken(z_coefficient=0.5)(net, batch)
@@ -54,7 +54,7 @@ def test_sums_over_microbatches_equal_the_whole() -> None:
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
 
 
-def test_router_losses_join_with_their_coefficients() -> None:
+def test_router_losses_are_added_with_their_coefficients() -> None:
     mlp = {**MOE, "balance_coefficient": 0.5, "z_coefficient": 0.25}
     plain = {**MOE, "balance_coefficient": 0.0, "z_coefficient": 0.0}
     nets = [build_model(config(None, mlp=block)) for block in (mlp, plain)]
@@ -70,7 +70,7 @@ def test_router_losses_join_with_their_coefficients() -> None:
 
 
 def test_a_teacher_stays_frozen_and_in_evaluation_mode() -> None:
-    """Its dropout would ask for the step; its parameters would be trained by whoever walks over the graph's."""
+    """Otherwise dropout would need the step, and an engine that collects parameters would train the teacher's."""
     student, teacher = build_model(config(None)), Teacher(build_model(config(None, dropout=0.5)), 0.5, 1.0)
     assert not any(module.training for module in teacher.modules())
     graph = LossGraph(student, NextToken(teachers=[teacher])).train()
@@ -82,7 +82,7 @@ def test_a_teacher_stays_frozen_and_in_evaluation_mode() -> None:
     assert all(p.grad is not None for p in student.parameters())
 
 
-def test_a_teacher_lends_its_matrices_and_counts_a_forward_pass() -> None:
+def test_a_teacher_returns_its_matrices_and_counts_a_forward_pass() -> None:
     net = build_model(config(None), attention="sdpa")
     teacher = Teacher(net, 0.5, 1.0)
     batch = pack([text_document(1, 9, VOCAB), text_document(2, 9, VOCAB)], media_spec(net.config))
@@ -93,7 +93,7 @@ def test_a_teacher_lends_its_matrices_and_counts_a_forward_pass() -> None:
     told = teacher.flops(batch)
     assert told.forward == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert (told.backward, told.recomputed) == (0, 0)
-    # ZeRO-3 empties a parameter at the end of its module's forward. What the module returned must stay whole.
+    # ZeRO-3 frees a parameter at the end of its module's forward pass. Returned views must keep their values.
     values = net.head.weight.detach().clone()
     teacher.matrices.register_forward_hook(lambda *_: setattr(net.head.weight, "data", torch.empty(0)))
     (matrix,) = teacher.soft_target(hidden, torch.zeros(len(hidden))).weights
@@ -102,7 +102,7 @@ def test_a_teacher_lends_its_matrices_and_counts_a_forward_pass() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_each_teacher_takes_its_share_and_is_told_by_itself(count: int) -> None:
+def test_each_teacher_has_its_share_and_is_reported_separately(count: int) -> None:
     net = build_model(config(None), seed=0)
     spread = [(0.25, 1.0), (0.5, 2.0)][:count]
     teachers = [Teacher(build_model(config(None), seed=i + 1), *values) for i, values in enumerate(spread)]
@@ -131,10 +131,10 @@ def test_each_teacher_takes_its_share_and_is_told_by_itself(count: int) -> None:
         torch.testing.assert_close(mine, truth, rtol=1e-3, atol=1e-4)
 
 
-def test_a_pack_of_null_documents_alone_weighs_nothing() -> None:
+def test_a_pack_of_dummy_documents_has_no_weight() -> None:
     net = build_model(config("hybrid", mlp=MOE))
     spec = media_spec(net.config)
-    batch = pack([image_document(spec, 1, 1, [(2, 2), (2, 2)], VOCAB, null=True)], spec)
+    batch = pack([image_document(spec, 1, 1, [(2, 2), (2, 2)], VOCAB, dummy=True)], spec)
     output = NextToken()(net, batch)
     output.loss_sum.backward()
     assert output.loss_sum.item() == 0

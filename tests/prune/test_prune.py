@@ -1,4 +1,4 @@
-"""Cutting a decoder out of a larger one: exactly where what goes does nothing, better than by chance where it does."""
+"""Pruning a decoder: exact if the removed units contribute nothing, else better than removing random units."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from benchmarks.pruning import by_chance
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.loader.loader import Loader
 from mmscale.checkpoint import load_weights, read_manifest, verify
-from mmscale.checkpoint.foreign.write import manifest_of_weights, new_share, write_checkpoint
-from mmscale.checkpoint.share import Piece
+from mmscale.checkpoint.imports.write import manifest_of_weights, new_share, write_checkpoint
+from mmscale.checkpoint.share import TensorPiece
 from mmscale.checkpoint.warm_start import match
 from mmscale.cli.main import main
 from mmscale.config import dump, load
@@ -29,11 +29,11 @@ from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.prune import Calibration, PruneReport, prune_checkpoint
 from mmscale.prune.activations import scores_of_activations
-from mmscale.prune.limits import refusals
+from mmscale.prune.limits import conflicts
 from mmscale.prune.weights import scores_of_weights
 from mmscale.run.config import RunConfig
 from tests.engine.ranks import ROOT
-from tests.prune.grown import grow
+from tests.prune.larger_model import grow
 
 RUN = "configs/recipes/emoji-text.yaml"
 DATA = ["data.lanes=1", "data.packing.max_tokens=256", "evaluation.sets=[]"]
@@ -41,7 +41,7 @@ HELD_OUT = (
     "evaluation.sets=[{name: pages, kind: perplexity, manifest: examples/text/shards/pages-heldout.manifest, "
     "template: {kind: text}, limit: 16}]"
 )
-TINY_EPS = 1e-10  # Of a narrower norm the same eps is another share of the mean square.
+TINY_EPS = 1e-10  # A narrower norm has another mean square, so a larger eps would change the result.
 SMALL: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_dim": 24,
@@ -81,14 +81,14 @@ def config(base: dict[str, Any], changes: dict[str, Any]) -> ModelConfig:
 
 
 def save(model: MultimodalModel, run: Path) -> Path:
-    """A checkpoint of the model's weights."""
-    pieces = [Piece(f"{name}|frozen", 0, values.detach()) for name, values in model.named_parameters()]
+    """Write a checkpoint of the model's weights."""
+    pieces = [TensorPiece(f"{name}|frozen", 0, values.detach()) for name, values in model.named_parameters()]
     manifest = manifest_of_weights(model, "fp32", "made", {})
     return write_checkpoint(run / "checkpoints", manifest, iter([new_share(0, pieces, run)]))
 
 
 def random_model(config: ModelConfig) -> MultimodalModel:
-    """Biases and norms are random as well."""
+    """Return a model in which biases and norms are random as well."""
     model = build_model(config, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -122,11 +122,11 @@ def run() -> RunConfig:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_does_nothing_is_cut_away_and_nothing_else(family: str, run: RunConfig, tmp_path: Path) -> None:
-    """The logits of the small model come back from the larger one that it was hidden in.
+def test_exactly_the_units_without_effect_are_removed(family: str, run: RunConfig, tmp_path: Path) -> None:
+    """Embed the small model in a larger one; pruning that restores the small model's logits.
 
-    The worst difference of a logit is 2.6e-6 of the largest (float32 sums in another order); a channel, head or factor
-    that is wrong changes the first digit.
+    The largest error of a logit is 2.6e-6 of the largest logit (float32 sums in another order). A wrong channel, head
+    or factor would change the first digit.
     """
     changes = FAMILIES[family]
     small, large = config(SMALL, changes), config(LARGE, changes)
@@ -151,7 +151,7 @@ def test_what_does_nothing_is_cut_away_and_nothing_else(family: str, run: RunCon
             assert {name: list(entry.shape) for name, entry in ours.parameters.items()} == {
                 name: entry["shape"] for name, entry in parameter_table(theirs).items()
             }
-            assert match(theirs, ours).complete  # So a stage takes all of it.
+            assert match(theirs, ours).complete  # A stage can load all weights.
 
 
 TRAINED = {
@@ -172,7 +172,7 @@ CUT = {
 
 @pytest.fixture(scope="module")
 def trained(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder whose model read the bundled pages for some seconds."""
+    """Return a run folder with a model that was trained on the bundled pages for some seconds."""
     model = build_model(config(TRAINED, {}), seed=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     with pytest.MonkeyPatch.context() as patch:
@@ -190,10 +190,10 @@ def trained(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-def test_a_calibrated_cut_costs_less_than_one_by_chance(
+def test_a_calibrated_cut_loses_less_than_random_ones(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On held-out pages, all axes at once; the same factors on norms for both."""
+    """Compare the loss on held-out pages, with all axes cut at once and the same norm factors."""
     calibration = Calibration(load(RUN, [*DATA[:2], HELD_OUT], RunConfig).value, 8)
     report = pruned(trained, config(CUT, {}), tmp_path / "calibrated", calibration)
     before, after = report.losses_before["pages"], report.losses_after["pages"]
@@ -209,8 +209,8 @@ def test_a_calibrated_cut_costs_less_than_one_by_chance(
     assert before < after < min(chances)
 
 
-def test_scores_of_weights_need_both_what_is_written_and_what_is_read() -> None:
-    """Of the weights: a unit that only one of the two touches is worth nothing, whatever the other is."""
+def test_scores_of_weights_need_both_writers_and_readers() -> None:
+    """A unit without weights that write to it, or without weights that read it, has the score 0."""
     model = random_model(config(SMALL, {}))
     block = model.decoder.layers[1]
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_scores_of_weights_need_both_what_is_written_and_what_is_read() -> None:
                 each.weight[:, 5] = 0
             layer.self_attn.o_proj.weight[7] = layer.mlp.down_proj.weight[7] = 0
         model.head.weight[:, 5] = model.decoder.embed_tokens.weight[:, 7] = 0
-        model.head.weight[:, 9] = 0  # Blocks read it.
+        model.head.weight[:, 9] = 0  # Channel 9 keeps its score, because blocks read it.
         block.self_attn.o_proj.weight[:, 16:24] = 0  # Head 2.
         block.self_attn.v_proj.weight[:8] = 0  # Heads 0 and 1.
         block.mlp.down_proj.weight[:, 3] = block.mlp.gate_proj.weight[4] = block.mlp.up_proj.weight[6] = 0
@@ -228,7 +228,7 @@ def test_scores_of_weights_need_both_what_is_written_and_what_is_read() -> None:
     assert torch.nonzero(scores.channels == 0).flatten().tolist() == [5, 7]
     assert torch.nonzero(scores.blocks[1].heads == 0).flatten().tolist() == [0, 1, 2]
     assert torch.nonzero(scores.blocks[1].neurons == 0).flatten().tolist() == [3, 4, 6]
-    # What the second norm of block 1 reads: the embedding, and all that was written before.
+    # The input of the second norm of block 1 is the embedding plus the outputs of all earlier projections.
     first, second = (layer.state_dict() for layer in model.decoder.layers)
     writers = (first["self_attn.o_proj.weight"], first["mlp.down_proj.weight"], second["self_attn.o_proj.weight"])
     energy = values["decoder.embed_tokens.weight"].detach().var(0, correction=0)
@@ -237,11 +237,11 @@ def test_scores_of_weights_need_both_what_is_written_and_what_is_read() -> None:
     assert torch.allclose(scores.blocks[1].mlp_energy, energy / energy.sum(), rtol=1e-4)
 
 
-def test_scores_of_activations_are_lengths_of_what_units_write(run: RunConfig) -> None:
-    """Each head and neuron by itself: the output of a projection whose other inputs are zero."""
+def test_scores_of_activations_are_norms_of_the_contributions_of_units(run: RunConfig) -> None:
+    """Compute the contribution of each head and neuron alone: the output of a projection with zero other inputs."""
     model = random_model(config(SMALL, {"attention": {"out_bias": False}}))
     (batch,) = batches(run, 1)
-    batch = dataclasses.replace(batch, valid=torch.arange(len(batch.valid)) < 200)  # As if null documents followed.
+    batch = dataclasses.replace(batch, valid=torch.arange(len(batch.valid)) < 200)  # As if dummy documents followed.
     seen: dict[str, Tensor] = {}
     block = model.decoder.layers[1]
     for name, module in (("heads", block.self_attn.o_proj), ("neurons", block.mlp.down_proj)):
@@ -263,7 +263,7 @@ def test_scores_of_activations_are_lengths_of_what_units_write(run: RunConfig) -
 
 @pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
 def test_one_table_for_embedding_and_head(before: bool, after: bool, tmp_path: Path) -> None:
-    """Of two tables the head becomes the one; one becomes both."""
+    """If the source has two tables, the tied table comes from the head. If it has one, both tables come from it."""
     model = random_model(config(SMALL, {"tie_embeddings": before}))
     shallow = config(SMALL, {"tie_embeddings": after, "num_layers": 1})
     report = pruned(save(model, tmp_path), shallow, tmp_path / "cut", None)
@@ -273,16 +273,16 @@ def test_one_table_for_embedding_and_head(before: bool, after: bool, tmp_path: P
     assert torch.equal(cut.head.weight, model.head.weight)
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "num_layers": ({"num_layers": 9}, "num_layers: 9 is more than the source's 4; pruning only takes away"),
+CONFLICTS: dict[str, tuple[dict[str, Any], str]] = {
+    "num_layers": ({"num_layers": 9}, "num_layers: 9 is more than the source's 4; pruning only removes units"),
     "hidden_dim": ({"hidden_dim": 80}, "hidden_dim: 80 is more than the source's 64"),
-    "vocab_size": ({"vocab_size": 100}, "decoder.vocab_size: 2048 in the source; the vocabulary stays"),
+    "vocab_size": ({"vocab_size": 100}, "decoder.vocab_size: 2048 in the source; pruning keeps the vocabulary"),
     "extra": ({"extra_tokens": {"rows": 2}}, "decoder.extra_tokens: null in the source"),
     "theta": ({"rope": {"theta": 7}}, "decoder.rope.theta: 100.0 in the source, and no cut can change it"),
     "norm": ({"norm": {"kind": "layernorm"}}, "decoder.norm.kind: rmsnorm in the source"),
     "post": ({"norm_placement": "post"}, "decoder.norm_placement: pre in the source"),
     "bias": ({"attention": {"num_heads": 3, "head_dim": 16, "qkv_bias": True}}, "qkv_bias: False in the source"),
-    "pairs": ({"attention": {"num_heads": 3, "head_dim": 12}}, "12 rotated channels .* possible are \\[2, 4, 8, 16\\]"),
+    "pairs": ({"attention": {"num_heads": 3, "head_dim": 12}}, "12 rotated .* expected one of \\[2, 4, 8, 16\\]"),
     "groups": ({"attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}}, "keep at least 4 key heads"),
     "experts": (
         {"mlp": {"kind": "moe", "num_experts": 4, "experts_per_token": 1, "expert_dim": 8}},
@@ -299,24 +299,24 @@ def test_llama_3_2_can_be_cut_out_of_llama_3_1_8b(size: str) -> None:
     seeing = load("configs/models/llama3.2-11b-vision.yaml", [], ModelConfig).value
     source = ModelConfig(decoder=seeing.decoder.model_copy(update={"extra_tokens": None}))
     assert count_parameters(source).total == 8_030_261_248
-    assert refusals(source, smaller) == []
+    assert conflicts(source, smaller) == []
 
 
-def test_heads_under_yarn_stay_whole() -> None:
+def test_heads_with_yarn_cannot_be_narrower() -> None:
     yarn = {"rope": {"theta": 100.0, "scaling": {"kind": "yarn", "factor": 4, "original_context": 64}}}
     source, heads = config(SMALL, yarn), SMALL["attention"]
     narrow = {**heads, "head_dim": source.decoder.attention.resolved_head_dim(source.decoder.hidden_dim) // 2}
-    found = refusals(source, config(SMALL, {**yarn, "attention": narrow}))
+    found = conflicts(source, config(SMALL, {**yarn, "attention": narrow}))
     assert [each.path for each in found] == ["decoder.attention.head_dim"]
     assert "rope.scaling.kind=yarn" in found[0].reason
-    assert refusals(source, config(SMALL, {**yarn, "num_layers": 1})) == []
+    assert conflicts(source, config(SMALL, {**yarn, "num_layers": 1})) == []
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_cut_is_refused_by_line(
+@pytest.mark.parametrize("name", CONFLICTS)
+def test_conflicts_are_reported_with_their_lines(
     name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes, message = REFUSED[name]
+    changes, message = CONFLICTS[name]
     file = tmp_path / "model.yaml"
     file.write_text(dump(ModelConfig.model_validate({"decoder": {**CUT, **changes}})))
     assert main(["checkpoint", "prune", str(trained), str(file), str(tmp_path / "run")]) == 2
@@ -336,7 +336,7 @@ def test_the_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*words, str(trained), str(file), str(tmp_path / "table")]) == 0
     assert "hidden_dim" in capsys.readouterr().out
     wrong = [
-        ([str(trained), str(file), str(tmp_path / "run")], "already there; give another run folder"),
+        ([str(trained), str(file), str(tmp_path / "run")], "already exists; give another run folder"),
         ([str(tmp_path / "none"), str(file), str(tmp_path / "new")], "has no checkpoints; give a run folder"),
         ([str(trained), "configs/models/tiny.yaml", str(tmp_path / "new")], "leave out vision and connector"),
         ([str(trained), str(file), str(tmp_path / "new"), "--data", str(file)], "run_dir"),

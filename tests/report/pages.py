@@ -1,4 +1,4 @@
-"""Reading pages back, for the tests of everything that writes one."""
+"""Parse HTML pages, for the tests of all code that writes one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Page(HTMLParser):
 
     Attributes:
         charts: The data of each chart, in order.
-        programs: The text of each script that runs.
+        programs: The text of each executable script.
     """
 
     def __init__(self, text: str) -> None:
@@ -60,7 +60,7 @@ class Page(HTMLParser):
         return found
 
     def runs_its_own_script_alone(self) -> bool:
-        """Whether the page has one program, which its policy names by hash and nothing else."""
+        """Whether the page has one script and its policy allows only that script, by hash."""
         (program,) = self.programs
         digest = base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()
         return self.policy == (

@@ -211,7 +211,7 @@ def test_an_image_outside_the_run_is_not_shown(run: Path, tmp_path_factory: pyte
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run folder"):
+    with pytest.raises(ConfigError, match="not a run folder"):
         build_report(tmp_path)
 
 

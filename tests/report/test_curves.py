@@ -69,7 +69,7 @@ def test_a_column_holds_finite_numbers_alone() -> None:
 
 @pytest.fixture
 def draw(tmp_path: Path) -> Callable[..., Page]:
-    """Renders one macro of the charts."""
+    """Return a function that renders one macro of the charts."""
 
     def render(call: str, **values: Any) -> Page:
         template = tmp_path / "one.html.jinja"
@@ -100,7 +100,7 @@ def test_several_stages_are_named_and_parted_and_one_is_not(draw: Callable[..., 
     assert stage_names([StageMark("all", 1, 10)]) == []
 
 
-def test_no_point_is_a_sentence(draw: Callable[..., Page]) -> None:
+def test_an_empty_chart_is_a_sentence(draw: Callable[..., Page]) -> None:
     page = draw("card(chart)", chart=Chart("t", "n", [Line("loss", [])]))
     assert "Nothing recorded" in page.text
     assert page.charts == []

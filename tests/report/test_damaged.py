@@ -1,4 +1,4 @@
-"""Damaged files of a run folder cost the report that part and a sentence, never a traceback."""
+"""A damaged file in a run folder removes its part from the report and adds a message; no exception is raised."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_any_value_in_any_place_of_a_file(tmp_path: Path) -> None:
 
 
 def _changed(held: Any, odd: Iterator[Any]) -> list[Any]:
-    """Copies of a tree, each with one node replaced by another value."""
+    """Return copies of a tree, each with one node replaced by another value."""
     if isinstance(held, dict):
         return [next(odd), *(held | {key: inner} for key, child in held.items() for inner in _changed(child, odd))]
     if isinstance(held, list):

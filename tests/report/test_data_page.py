@@ -1,4 +1,4 @@
-"""The page of a data set: hostile text stays text, and the bars hold every number."""
+"""The page of a data set: hostile text stays text, and the bars count every number."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_every_number_is_in_a_bar(values: list[int], per_unit: int) -> None:
     assert min(heights) >= 0
     if data["log"]:
         assert edges[0] > 0
-    else:  # A bar for each number is centred on it.
+    else:  # Each number has a bar of its own, centred on the number.
         half = 0.5 if histogram.largest - histogram.smallest < 44 else 0
         assert edges[0] * per_unit == pytest.approx(min(values) - half, rel=1e-9, abs=1e-5)
     assert edges[-1] >= max(values) / per_unit * (1 - 1e-6)

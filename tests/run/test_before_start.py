@@ -1,4 +1,4 @@
-"""What would end a run or its evaluation is found before the first step, by ``train`` and ``config validate`` alike."""
+"""``train`` and ``config validate`` find errors of a run and its evaluation before the first step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STYLE = {"name": "style", "manifest": "examples/emoji/shards/heldout-style-quick
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])  # The shards are named from there.
+    monkeypatch.chdir(Path(__file__).parents[2])  # Paths of shards are relative to the repository.
 
 
 def override(key: str, value: Any) -> str:
@@ -28,7 +28,7 @@ def override(key: str, value: Any) -> str:
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What ``config validate`` says; exit code 2 or 1, one sentence."""
+    """Return the error of ``config validate``: one sentence with exit code 2 or 1."""
     assert main(["config", "validate", str(TINY), *words]) in (1, 2)
     out, err = capsys.readouterr()
     assert out == ""
@@ -56,7 +56,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ({"kind": "choice"}, "evaluation set style: .*field 'choices' is missing"),
         (
             {"kind": "choice", "choices": ["a", "b"], "answer": "name", "answer_as": "text"},
-            "expected one of the choices",
+            "expected the text of exactly one choice",
         ),
         ({"kind": "perplexity", "template": {"kind": "dialogue"}}, "evaluation set style: "),
     ],
@@ -84,7 +84,7 @@ def test_questions_about_images_need_images(tmp_path: Path, capsys: pytest.Captu
     held = {"name": "text", "manifest": str(manifest), "field": "name", "choices": 2}
     err = complaint(capsys, override("evaluation.sets", [held]))
     assert "evaluation set text: " in err
-    assert "no image: there is nothing to ask about" in err
+    assert "no image: a set of kind images asks about images" in err
 
 
 def text_only(tmp_path: Path, rows: list[dict[str, Any]], kind: str = "caption") -> str:
@@ -116,7 +116,7 @@ def test_a_warning_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_data_of_which_nothing_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     err = complaint(capsys, text_only(tmp_path, [{"url": "x"}] * 40))
-    assert "data set words: none of the 32 samples looked at can be used; the first: " in err
+    assert "data set words: none of the 32 inspected samples can be used; the first: " in err
     assert "part-00000.tar/0000: no image among its members" in err
 
 
@@ -135,7 +135,7 @@ def test_data_of_which_nothing_can_be_used(tmp_path: Path, capsys: pytest.Captur
 def test_what_validation_finds_on_the_disk(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, key: str, value: Any, said: str
 ) -> None:
-    # A run that has begun needs its weights no more, so the folder must not be that of a quickstart in this checkout.
+    # A started run no longer needs its weights. So use a folder that no quickstart in this checkout has used.
     assert said in complaint(capsys, override("run_dir", str(tmp_path / "run")), override(key, value))
 
 
@@ -146,7 +146,7 @@ def test_a_large_set_is_checked_as_far_as_it_is_read(monkeypatch: pytest.MonkeyP
 
 def test_a_pack_that_holds_no_document(capsys: pytest.CaptureFixture[str]) -> None:
     err = complaint(capsys, "data.packing.max_tokens=2")
-    assert "data set emoji: none of the 32 samples looked at can be used; the first: examples/emoji/shards/" in err
+    assert "data set emoji: none of the 32 inspected samples can be used; the first: examples/emoji/shards/" in err
     assert "a pack holds 2 tokens" in err
     cut = load(TINY, ["data.packing.max_tokens=20", "data.packing.too_long=split"], RunConfig).value
     assert check_files(cut) == []
@@ -157,7 +157,7 @@ def test_a_run_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "dangling").symlink_to(tmp_path / "absent")
     for run_dir, parent in (("file", "file"), ("file/run", "file"), ("dangling/run", "dangling")):
         err = complaint(capsys, f"run_dir={tmp_path / run_dir}")
-        assert f"run_dir={tmp_path / run_dir}: {tmp_path / parent} is no folder" in err
-    assert "run_dir=/proc/x/y: no folder can be made in /proc (" in complaint(capsys, "run_dir=/proc/x/y")
+        assert f"run_dir={tmp_path / run_dir}: {tmp_path / parent} is not a folder" in err
+    assert "run_dir=/proc/x/y: cannot create a folder in /proc (" in complaint(capsys, "run_dir=/proc/x/y")
     assert check_files(load(TINY, [f"run_dir={tmp_path / 'a/b'}"], RunConfig).value) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]

@@ -1,4 +1,4 @@
-"""What a stage changes of data and model: merged, checked at once, and asked for by stage."""
+"""A stage's overrides of data and model: merged, validated when loaded, and read by stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGE = {"model": {"vision": {"positions": {"grid": [6, 6]}}}}
 
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])  # The shards are named from there.
+    monkeypatch.chdir(Path(__file__).parents[2])  # Paths of shards are relative to the repository.
 
 
 def run_of(*stages: dict[str, Any]) -> RunConfig:
@@ -45,7 +45,7 @@ def test_a_changed_model_stays_changed_and_changed_data_do_not() -> None:
 
 
 def test_the_written_configuration_has_the_same_stages(tmp_path: Path) -> None:
-    """Whoever reads a run folder sees every default written out."""
+    """The written configuration contains every default."""
     config = run_of({}, {"model": {"connector": {"kind": "hybrid", "every": 4}}}, rope(20_000.0))
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
@@ -85,7 +85,7 @@ def test_a_stage_trains_and_takes_what_its_own_model_has() -> None:
         run_of({"train": ["extra_tokens"]}, new)
     with pytest.raises(ConfigError, match=r"stages\.1 \(s1\) names \['audio'\]"):
         run_of({}, {"weights": [{"checkpoint": "x", "components": ["audio"]}]})
-    with pytest.raises(ConfigError, match=r"components=\['all', 'decoder'\]: `all` stands alone"):
+    with pytest.raises(ConfigError, match=r"components=\['all', 'decoder'\]: `all` must be the only name"):
         run_of({"weights": [{"checkpoint": "x", "components": ["all", "decoder"]}]})
     config = run_of(new, {"train": ["extra_tokens", "connector"]})
     assert config.stage_model(1).components == ("vision", "connector", "decoder", "extra_tokens")
@@ -115,7 +115,7 @@ def test_an_import_into_a_run_of_several_models_needs_the_stage(
     path.write_text(dump(run_of({}, rope(20_000.0))))
     words = ["checkpoint", "import", str(tmp_path / "absent"), str(tmp_path / "new"), "--config", str(path)]
     assert main(words) == 2
-    assert "name the one that goes on with --stage" in capsys.readouterr().err
+    assert "choose the stage that resumes with --stage" in capsys.readouterr().err
     assert main([*words, "--stage", "s1"]) == 1
     assert "absent" in capsys.readouterr().err
 

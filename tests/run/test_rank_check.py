@@ -1,4 +1,4 @@
-"""Ranks that were started with other values, code or files end before the first step, and each says what differs."""
+"""Ranks with different values, code or files end before the first step, with a message about the differences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = ROOT / "tests/system/tiny.yaml"
 
 
 def check_each(world: World, folder: str, cases: list[list[str]]) -> list[str | None]:
-    """What this rank raises where rank 1 has the words of each case; then the same of ``train``."""
+    """Return this rank's errors if rank 1 has the overrides of each case, then its error of ``train``."""
     answers: list[str | None] = []
     run_dir = f"run_dir={folder}/run"
     for words in cases:

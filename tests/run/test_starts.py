@@ -1,4 +1,4 @@
-"""What a start changes: refused or said at a finished run, said at a resume, and recorded for every start."""
+"""Changes of the configuration at a start: rejected or printed for a finished run, printed and recorded else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TINY = ROOT / "tests/system/tiny.yaml"
 
 
 def commands(world: World, folder: str, starts: list[list[str]]) -> list[tuple[int, str]]:
-    """Exit code and error output of ``mmscale train`` with the words of each start; only the last may train."""
+    """Return exit code and error output of ``mmscale train`` for each start; only the last start may train."""
     answers = []
     for words in starts:
         with contextlib.redirect_stderr(io.StringIO()) as text:
@@ -80,7 +80,7 @@ def test_a_start_says_what_it_changes_and_a_finished_run_refuses_what_it_cannot_
     )
     assert (order[0], both[0]) == (1, 1)
     assert "does not fit this run: changed since: packing; put them back" in order[1]
-    # Found before the engine, which would find the other model.
+    # Found before the engine is built, which would fail on the other model.
     assert "changed since: model.media, packing (model.media follows from the model block); put them back" in both[1]
     assert code == 1
     assert "changed since the last start: max_steps: 4 -> 6; model.decoder.tie_embeddings: false -> true" in text

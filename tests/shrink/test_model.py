@@ -1,4 +1,4 @@
-"""Every shipped model has a tiny twin: the same parameters by name, the same flags, and it learns."""
+"""Every shipped model has a smoke-test model with the same parameter names and flags, and it learns."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LIMIT = 2_000_000
 
 
 def names(config: AnyModelConfig) -> set[str]:
-    """Of all parameters, with n for the number of a block."""
+    """Return the names of all parameters, with n in place of block numbers."""
     return {re.sub(r"\.\d+\.", ".n.", name) for name, _ in build_weights(config).named_parameters()}
 
 
 def flags(config: AnyModelConfig) -> dict[str, Any]:
-    """Everything in a configuration that is no size."""
+    """Return all values of a configuration that are not sizes."""
     return {
         ".".join(path): value
         for path, value in leaves(config)
@@ -47,17 +47,17 @@ def flags(config: AnyModelConfig) -> dict[str, Any]:
 
 
 @SHIPPED
-def test_the_twin_has_the_same_parts_and_is_small(path: Path) -> None:
+def test_the_smoke_test_model_has_the_same_parts_and_is_small(path: Path) -> None:
     config = model_of(path)
-    twin = shrink(config)
-    assert names(twin) == names(config)
-    assert flags(twin) == flags(config)
-    assert count_parameters(twin).total < LIMIT
-    assert shrink(twin) == shrink(shrink(twin))  # Small models stay small.
+    small = shrink(config)
+    assert names(small) == names(config)
+    assert flags(small) == flags(config)
+    assert count_parameters(small).total < LIMIT
+    assert shrink(small) == shrink(shrink(small))  # Small models stay small.
 
 
 def text_and_pictures(config: ModelConfig) -> MultimodalBatch:
-    """One pack of the bundled data, pictures tiled or at native size as the tower takes them."""
+    """Return one pack of the bundled data, with images tiled or at native size as the tower requires."""
     fixed = config.vision is not None and config.vision.fixed_grid is not None
     native = {"kind": "native", "min_pixels": 1, "max_pixels": 1024}
     alone = media_spec(config).max_tiles is not None  # Without an overview.
@@ -100,11 +100,11 @@ def loss_of(config: AnyModelConfig, model: Any) -> Tensor:
 
 
 @SHIPPED
-def test_the_twin_trains_a_step(path: Path) -> None:
+def test_the_smoke_test_model_trains_a_step(path: Path) -> None:
     config = shrink(model_of(path))
     model = build_unset(config, attention="sdpa")
     initialise_(model, seed=1)
-    model.eval()  # Dropout would need to know the step.
+    model.eval()  # Dropout would require the step number.
     torch.manual_seed(0)
     first = loss_of(config, model)
     first.backward()
@@ -142,19 +142,19 @@ def test_ratios_stay() -> None:
     }
     connector = {"kind": "cross_attention", "every": 8, "projector": {"kind": "mlp", "merge": 2, "hidden_dim": 29568}}
     config = ModelConfig.model_validate({"decoder": decoder, "vision": vision, "connector": connector})
-    twin = shrink(config)
-    assert (twin.decoder.attention.num_heads, twin.decoder.attention.kv_heads) == (8, 2)
-    assert twin.decoder.attention.head_dim == 16
-    assert twin.decoder.hidden_dim == 160  # 5 / 4 of the heads' 128.
-    assert twin.decoder.rope is not None
-    assert twin.decoder.rope.sections == (2, 3, 3)
-    assert (twin.decoder.num_layers, twin.decoder.mlp.every) == (4, 2)
-    assert (twin.decoder.mlp.num_experts, twin.decoder.mlp.experts_per_token) == (16, 2)
-    assert twin.vision is not None
-    assert twin.vision.positions.grid == (8, 6)
-    assert (twin.vision.num_layers, twin.vision.feature_layers) == (4, (2, 3, 1))
-    assert twin.decoder.extra_tokens is not None
-    assert twin.decoder.extra_tokens.rows == 8
-    assert names(twin) == names(config)
-    kinds = Counter(type(module).__name__ for module in build_weights(twin).modules())
+    small = shrink(config)
+    assert (small.decoder.attention.num_heads, small.decoder.attention.kv_heads) == (8, 2)
+    assert small.decoder.attention.head_dim == 16
+    assert small.decoder.hidden_dim == 160  # 5 / 4 of the heads' 128.
+    assert small.decoder.rope is not None
+    assert small.decoder.rope.sections == (2, 3, 3)
+    assert (small.decoder.num_layers, small.decoder.mlp.every) == (4, 2)
+    assert (small.decoder.mlp.num_experts, small.decoder.mlp.experts_per_token) == (16, 2)
+    assert small.vision is not None
+    assert small.vision.positions.grid == (8, 6)
+    assert (small.vision.num_layers, small.vision.feature_layers) == (4, (2, 3, 1))
+    assert small.decoder.extra_tokens is not None
+    assert small.decoder.extra_tokens.rows == 8
+    assert names(small) == names(config)
+    kinds = Counter(type(module).__name__ for module in build_weights(small).modules())
     assert kinds["CrossAttentionBlock"] == kinds["Experts"] == 2

@@ -1,4 +1,4 @@
-"""What the twin of a run keeps of its data sets."""
+"""The data sets of a smoke-test run, compared with those of the original run."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from tests.configs.files import REPO, RUNS, name_of
 
 RECIPES = REPO / "configs" / "recipes"
 KEPT = ("roles", "format", "end", "strip", "learn", "system", "loss_weight")
-"""What decides how a dialogue is written and what of it is learned."""
+"""Fields that determine the format of a dialogue and the tokens that have a loss."""
 
 
 def pairs(path: Path) -> list[tuple[DatasetConfig, DatasetConfig]]:
-    """Data sets of all stages with those of the twin."""
+    """Return pairs of each data set of each stage and its counterpart in the smoke-test run."""
     config = load(path, [], RunConfig).value
-    twin = shrink_run(config)
-    both = [(run.stage_data(number).datasets, number) for number in range(len(config.stages)) for run in (config, twin)]
+    small = shrink_run(config)
     return [
-        pair for (old, _), (new, _) in zip(both[::2], both[1::2], strict=True) for pair in zip(old, new, strict=True)
+        pair
+        for number in range(len(config.stages))
+        for pair in zip(config.stage_data(number).datasets, small.stage_data(number).datasets, strict=True)
     ]
 
 
@@ -48,7 +49,7 @@ def test_dialogues_stay_dialogues(path: Path) -> None:
             assert mine.special_tokens == ()
 
 
-def test_a_twin_learns_the_answers_in_the_format_of_its_recipe() -> None:
+def test_a_smoke_test_run_learns_the_answers_in_the_format_of_its_recipe() -> None:
     (_, new) = pairs(RECIPES / "llama3.2-11b-vision.yaml")[-1]
     template = dialogue_of(new)
     assert template is not None
@@ -67,10 +68,10 @@ def own_roles(**values: Any) -> DialogueTemplate:
     config = load(RECIPES / "emoji-text.yaml", [], RunConfig).value
     dataset = config.data.datasets[0].model_copy(update={"template": DialogueTemplate(**values)})
     data = config.data.model_copy(update={"datasets": (dataset,)})
-    (twin,) = shrink_run(config.model_copy(update={"data": data})).data.datasets
-    assert isinstance(twin.template, DialogueTemplate)
-    assert twin.manifest == Path("examples/text/shards/talks.manifest")
-    return twin.template
+    (small,) = shrink_run(config.model_copy(update={"data": data})).data.datasets
+    assert isinstance(small.template, DialogueTemplate)
+    assert small.manifest == Path("examples/text/shards/talks.manifest")
+    return small.template
 
 
 @pytest.mark.parametrize(
@@ -81,16 +82,16 @@ def own_roles(**values: Any) -> DialogueTemplate:
         ({"all": {"prefix": "X: ", "weight": 1}}, "X: ", "X: "),
     ],
 )
-def test_a_twin_gives_roles_of_other_names_their_turns(roles: dict[str, Any], asks: str, answers: str) -> None:
+def test_roles_of_other_names_get_the_bundled_turns(roles: dict[str, Any], asks: str, answers: str) -> None:
     template = own_roles(roles=roles, field="chat", aliases={})
     sample = next(read_samples(REPO / "examples/text/shards/talks.manifest"))
     first = [one for one in template.pieces(sample, None) if not isinstance(one, EndPiece)][:4]
-    said = [turn["content"] for turn in sample.fields["messages"][:2]]
-    assert [one.text for one in first] == [asks, said[0], answers, said[1]]
+    contents = [turn["content"] for turn in sample.fields["messages"][:2]]
+    assert [one.text for one in first] == [asks, contents[0], answers, contents[1]]
     assert first[3].weight == next(role["weight"] for role in roles.values() if "weight" in role)
 
 
-def test_a_text_model_reads_text_wherever_it_is_not_asked() -> None:
+def test_a_text_model_reads_text_unless_the_template_is_a_dialogue() -> None:
     kinds = [(new.template.kind, str(new.manifest)) for _, new in pairs(RECIPES / "llama3.2-1b.yaml")]
     assert kinds == [
         ("text", "examples/emoji/shards/train-text.manifest"),

@@ -1,8 +1,8 @@
 """Whole runs through the command line, as a user starts them.
 
 ``make_run`` starts an interpreter for each process. ``fork_run`` forks the command and its ranks from a process that
-has imported everything, which halves the time of a short run. Use it where a test is about the run and not about how
-its processes start or look from outside.
+has imported all modules, which halves the time of a short run. Use ``fork_run`` unless a test depends on how processes
+start or what other processes see of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.nursery import Child, nursery
+from tests.engine.fork_server import Child, fork_server
 
 REPO = Path(__file__).resolve().parents[2]
 TINY = REPO / "tests/system/tiny.yaml"
@@ -33,20 +33,20 @@ Process = subprocess.Popen[str] | Child
 
 @dataclass
 class Run:
-    """One run folder and the command that fills it."""
+    """A run folder and the command of its run."""
 
     folder: Path
     words: list[str]
     forked: bool = False
 
     def start(self) -> Process:
-        """Starts the command in a process group of its own."""
+        """Start the command in a new process group."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if self.forked:
             number = next(_STARTS)
             log = self.folder.with_name(f"{self.folder.name}-start-{number}.log")
-            call = "tests.engine.nursery:run_command"
-            return nursery(number % 2).fork(call, [self.words], environment, log)
+            call = "tests.engine.fork_server:run_command"
+            return fork_server(number % 2).fork(call, [self.words], environment, log)
         return subprocess.Popen(
             [sys.executable, "-m", "mmscale.cli.main", *self.words],
             cwd=REPO,
@@ -58,7 +58,7 @@ class Run:
         )
 
     def finish(self, *, code: int = 0, timeout: float = 240) -> str:
-        """Runs to the end; returns what was printed."""
+        """Run to the end and return the output."""
         process = self.start()
         try:
             output, _ = process.communicate(timeout=timeout)
@@ -68,13 +68,13 @@ class Run:
         return output
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Whole lines of ``metrics.jsonl``."""
+        """Return the complete lines of ``metrics.jsonl``."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def wait_for_step(self, process: Process, step: int, timeout: float = 120) -> None:
-        """Returns once ``metrics.jsonl`` has ``step``."""
+        """Wait until ``metrics.jsonl`` has ``step``."""
         deadline = time.monotonic() + timeout
         while not any(line["step"] >= step for line in self.metrics()):
             assert process.poll() is None, process.communicate()[0]
@@ -83,7 +83,7 @@ class Run:
 
 
 def kill_group(process: Process) -> None:
-    """kill -9 of the whole process group."""
+    """Send SIGKILL to the whole process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -93,7 +93,7 @@ MakeRun = Callable[..., Run]
 
 
 def run_in(parent: Path, name: str, ranks: int, *overrides: str, config: Path = TINY) -> Run:
-    """A run whose folder is ``parent/name``."""
+    """Return a run in the folder ``parent/name``."""
     folder = parent / name
     start = ["train", str(config)] if ranks == 1 else ["launch", "local", str(config), "--ranks", str(ranks)]
     return Run(folder, [*start, f"run_dir={folder}", *overrides])
@@ -107,5 +107,5 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 @pytest.fixture
 def fork_run(make_run: MakeRun) -> MakeRun:
-    """Like ``make_run``, for runs that need no interpreter of their own."""
+    """Like ``make_run``, but forks the processes."""
     return lambda *words, **config: replace(make_run(*words, **config), forked=True)

@@ -1,4 +1,4 @@
-"""Engines of ``test_distillation.py``: teachers are saved, students learn from them in shards."""
+"""Engines of ``test_distillation.py``: save teachers, and train students with sharded teachers."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ STAGE: dict[str, Any] = {
 
 
 def models(kind: str | None) -> tuple[ModelConfig, list[ModelConfig]]:
-    """A student, and teachers of other widths, depths and kinds of block over the same vocabulary: two, or one."""
+    """Return a student and one or two teachers with other widths, depths and block kinds, and the same vocabulary."""
     student = config(kind, num_layers=2, tie_embeddings=True, **EXTRA)
     teachers = [config(kind, hidden_dim=48), config(kind, mlp=MOE, tie_embeddings=True, **EXTRA)]
     return student, teachers if kind is None else teachers[:1]
 
 
 def lane(kind: str | None, step: int, number: int) -> MultimodalBatch:
-    """Lanes differ in length; of a model with images lane 1 is text but for its null document."""
+    """Return lanes of different lengths. For a model with images, lane 1 has only text and a dummy document."""
     spec = media_spec(models(kind)[0])
     docs = [text_document(step * LANES + number, 5 + 3 * number, VOCAB)]
     if kind is not None:
-        docs.append(image_document(spec, step * LANES + number, 4, [(2, 2)], VOCAB, null=number == 1))
+        docs.append(image_document(spec, step * LANES + number, 4, [(2, 2)], VOCAB, dummy=number == 1))
     return pack(docs, spec)
 
 
@@ -62,7 +62,7 @@ def engine_config(zero: int, **changes: Any) -> EngineConfig:
 
 
 def save_teacher(world: World, folder: Path, settings: ModelConfig, kind: str | None, seed: int) -> Path:
-    """One step away from its first values."""
+    """Change the initial values by one step."""
     engine_settings = engine_config(3)
     model = construct(
         partial(build_model, settings, seed=None), engine_settings, world, partial(initialise_, seed=seed)
@@ -75,7 +75,7 @@ def save_teacher(world: World, folder: Path, settings: ModelConfig, kind: str | 
 
 
 def learn(world: World, folder: Path, kind: str | None, paths: list[Path], zero: int, **changes: Any) -> dict[str, Any]:
-    """Losses, metrics and gradient norms of the student's steps, and what is left of the teachers on this rank."""
+    """Return losses, metrics and gradient norms of the student's steps, and the teachers' values on this rank."""
     settings, student = engine_config(zero, **changes), models(kind)[0]
     teachers = []
     for path, wanted, (share, temperature) in zip(paths, models(kind)[1], SHARES, strict=False):
@@ -101,7 +101,7 @@ def learn(world: World, folder: Path, kind: str | None, paths: list[Path], zero:
 
 
 def train_engines(world: World, folder: Path) -> dict[str, Any]:
-    """By kind: the paths of the teachers, and of each case what became of the student."""
+    """Return by kind the paths of the teachers, and the results of the student in each case."""
     answers: dict[str, Any] = {}
     for kind, cases in (
         (None, [(0, "fp32"), (2, "fp32"), (3, "fp32"), (3, "bf16")]),

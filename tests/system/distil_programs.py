@@ -1,4 +1,4 @@
-"""What the ranks of ``test_distillation.py`` run: engines, then a teacher's run, a student's, what may come between."""
+"""Functions that the ranks of ``test_distillation.py`` run: engines, a teacher's run, and runs of students."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ SHARE, HEAT = 0.6, 2.0
 
 
 def student_words(teacher: Path) -> list[str]:
-    """What makes a student of the configuration."""
+    """Return the overrides that make the configuration a student."""
     return [*STUDENT, f"stages.0.distill=[{{checkpoint: {teacher}, weight: {SHARE}, temperature: {HEAT}, ema: true}}]"]
 
 
 def run(world: World, folder: str) -> dict[str, Any]:
-    """What ``train_engines`` gives; the log of a student's whole run, and of one that goes on from its step 2 while the
-    teacher has newer checkpoints; and what is said where the one that it began with is gone."""
+    """Run all programs of the test.
+
+    Returns:
+        The result of ``train_engines``. The log of a student's whole run, and of one that resumes at step 2 while the
+        teacher has newer checkpoints. The error if the teacher's checkpoint is missing at a resume.
+    """
     teacher, whole, again = (Path(folder) / name for name in ("teacher", "whole", "again"))
-    # As in ``recipe_programs``: the next run needs the process group. Nothing at a run's end is asked for here.
-    quick = mock.patch("mmscale.run.train.finish"), mock.patch("gc.collect", return_value=0)
+    # As in ``recipe_programs``: the next run needs the process group. These tests need no result at the end of a run.
+    quick = mock.patch("mmscale.run.train.finalize_run"), mock.patch("gc.collect", return_value=0)
     with mock.patch("mmscale.run.train.shutdown"), quick[0], quick[1]:
         engines = train_engines(world, Path(folder) / "engines")
         _train(world, teacher, "max_steps=2")

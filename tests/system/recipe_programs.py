@@ -1,4 +1,4 @@
-"""What the ranks of the recipes' test run: many runs one after the other in one process group."""
+"""Functions that the ranks of the recipes' test run: many runs in one process group."""
 
 from __future__ import annotations
 
@@ -18,38 +18,40 @@ from mmscale.shrink.run import shrink_run
 from tests.engine.ranks import barrier
 
 Lines = list[dict[str, Any]]
-Told = tuple[list[tuple[str, bool]], Lines, Lines]
+RecipeResult = tuple[list[tuple[str, bool]], Lines, Lines]
 """Each stage's name and whether it has a z loss; the log of a whole run; each stage's second step after a resume."""
 
 
-def train_recipes(world: World, paths: list[str], folder: str) -> dict[str, Told]:
-    """Of each recipe's twin, two steps a stage. Recipes whose twins are equal but for their run folder share a run.
+def train_recipes(world: World, paths: list[str], folder: str) -> dict[str, RecipeResult]:
+    """Run two steps of each stage of every recipe's smoke-test model. Equal configurations share a run.
 
     Args:
         world: This rank.
-        paths: Of the recipes.
-        folder: Of the runs.
+        paths: Paths of the recipes.
+        folder: Folder of the runs.
     """
-    told: dict[str, Told] = {}
-    found: dict[str, Told] = {}
-    # ``train`` leaves the process group at its end; here the next run needs it. DeepSpeed collects garbage for every
-    # engine, which takes longer than to make the engine; and what was imported is no garbage.
+    results: dict[str, RecipeResult] = {}
+    found: dict[str, RecipeResult] = {}
+    # ``train`` leaves the process group at its end, but the next run needs it. DeepSpeed runs a garbage collection for
+    # every engine, which takes longer than creating the engine. Imported objects need no collection.
     gc.freeze()
     gc.set_threshold(20_000)
-    no_report = mock.patch("mmscale.run.finish.build_report", return_value="no report")
+    no_report = mock.patch("mmscale.run.finalize.build_report", return_value="no report")
     with mock.patch("mmscale.run.train.shutdown"), mock.patch("gc.collect", return_value=0), no_report:
         for path in paths:
-            twin = _twin(Path(path))
-            key = twin.model_dump_json(exclude={"run_dir"})
-            if key not in told:
-                told[key] = _train(world, twin.model_copy(update={"run_dir": Path(folder) / Path(path).stem}))
-            found[path] = told[key]
+            small = _smoke_test_config(Path(path))
+            key = small.model_dump_json(exclude={"run_dir"})
+            if key not in results:
+                results[key] = _train(world, small.model_copy(update={"run_dir": Path(folder) / Path(path).stem}))
+            found[path] = results[key]
     return found
 
 
-def _twin(path: Path) -> RunConfig:
-    """A checkpoint after every step; in fp32, which takes a seventh less time here than kernels of bf16, made anew for
-    each length of a pack."""
+def _smoke_test_config(path: Path) -> RunConfig:
+    """Return a recipe's small configuration, with a checkpoint after every step and in fp32.
+
+    bf16 kernels are created again for each length of a pack, so fp32 takes a seventh less time here.
+    """
     config = shrink_run(load(path, [], RunConfig).value, steps=2)
     return config.model_copy(
         update={
@@ -62,7 +64,7 @@ def _twin(path: Path) -> RunConfig:
     )
 
 
-def _train(world: World, config: RunConfig) -> Told:
+def _train(world: World, config: RunConfig) -> RecipeResult:
     run_dir = config.run_dir
     train(Loaded(config, {}))
     barrier(world)  # Rank 0 writes the log and the result.
@@ -76,7 +78,7 @@ def _train(world: World, config: RunConfig) -> Told:
             for late in list_checkpoints(run_dir / "checkpoints")[middle:]:
                 shutil.rmtree(late)
         barrier(world)
-        with mock.patch("mmscale.run.train.finish"):
+        with mock.patch("mmscale.run.train.finalize_run"):
             train(Loaded(config.model_copy(update={"max_steps": middle + 1}), {}))
         barrier(world)
         resumed += _log(run_dir)[middle:]

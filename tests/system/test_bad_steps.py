@@ -1,4 +1,4 @@
-"""Whole runs with bad steps: which are refused, what is written down, and what a roll back leaves out."""
+"""Whole runs with bad steps: the rejected steps, the files about them, and the data that a roll back skips."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from data_pipeline.loader.loader import Loader
-from mmscale.bad_steps.roll_back import in_force, read_roll_backs
+from mmscale.bad_steps.roll_back import effective_roll_backs, read_roll_backs
 from mmscale.config import load
 from mmscale.run.config import RunConfig
-from mmscale.run.sample_lookup import RunTrace, Source
+from mmscale.run.sample_lookup import Evidence, SampleLookup
 from tests.system.conftest import MakeRun, Run, kill_group
 
 STEPS = 24
-# Far too strict for a real run: a few steps of any curve are spikes.
+# Too strict for a real run: some steps of any curve count as spikes.
 STRICT = "norm_deviations: 1, window_steps: 8, min_steps: 4, roll_back_steps: 3, max_in_row: 8"
 
 
@@ -28,7 +28,7 @@ def curve(run: Run) -> list[tuple[Any, ...]]:
 
 
 def spikes(norms: list[float]) -> list[bool]:
-    """By the formula, from the curve alone."""
+    """Return the bad steps by the formula, from the curve."""
     found = []
     for number, norm in enumerate(norms):
         logs = np.log(norms[max(0, number - 8) : number])
@@ -52,7 +52,7 @@ def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(fork_run:
     assert refused == spikes([line["grad_norm"] for line in lines])
     assert 1 <= sum(refused) < 8
     assert [line["bad_steps"] for line in lines] == np.cumsum(refused).tolist()
-    trace = RunTrace(run.folder)
+    lookup = SampleLookup(run.folder)
     bad = [line["step"] for line in lines if not line["applied"]]
     assert sorted(path.name for path in (run.folder / "bad_steps").iterdir()) == [f"step-{n:08d}.json" for n in bad]
     for step in bad:
@@ -60,7 +60,7 @@ def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(fork_run:
         assert record["loss"] == lines[step - 1]["loss"]
         assert record["grad_norm"] == lines[step - 1]["grad_norm"] > record["thresholds"]["grad_norm"]
         rows = {(d["lane"], d["place"]): d for d in record["documents"]}
-        known = {(row.lane, row.place): row for row in trace.step(step).rows}
+        known = {(row.lane, row.place): row for row in lookup.samples_of(step).rows}
         assert rows.keys() == known.keys()
         for place, row in known.items():
             found = rows[place]
@@ -71,7 +71,7 @@ def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(fork_run:
             assert found["loss"] == pytest.approx(row.loss, rel=1e-6)
         losses = [document["loss"] for document in record["documents"]]
         assert losses == sorted(losses, reverse=True)
-    # What the guard knows is in the checkpoint: killed in between, the same steps are refused.
+    # The checkpoint contains the detector's state: after a kill, the same steps are rejected.
     killed = fork_run("killed", 2, *words)
     process = killed.start()
     killed.wait_for_step(process, 17)
@@ -86,12 +86,12 @@ def test_spikes_are_skipped_by_the_formula_and_their_samples_are_named(fork_run:
 def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(fork_run: MakeRun) -> None:
     strict = STRICT.replace("norm_deviations: 1,", "norm_deviations: 1.6,")
     bad_steps = f"bad_steps={{policy: roll_back, {strict}}}"
-    words = (f"max_steps={STEPS}", bad_steps, "ledger.every_steps=4", "model.decoder.dropout=0.1")
+    words = (f"max_steps={STEPS}", bad_steps, "sample_log.every_steps=4", "model.decoder.dropout=0.1")
     run = fork_run("whole", 2, *words)
     assert "going back to step" in run.finish()
     roll_backs = read_roll_backs(run.folder / "bad_steps")
     assert roll_backs
-    check_ledger(run, 1, STEPS)
+    check_sample_log(run, 1, STEPS)
     lines = run.metrics()
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(line["applied"] for line in lines), "every step of the last line of checkpoints is a good one"
@@ -100,14 +100,14 @@ def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(fork_run: MakeRun) 
     killed = fork_run("killed", 2, *words)
     listed = killed.folder / "bad_steps" / "roll_backs.json"
     seen = 0
-    while seen < len(roll_backs):  # Killed as soon as a roll back is written down, before anything follows from it.
+    while seen < len(roll_backs):  # Kill the run as soon as a roll back is recorded, before it takes effect.
         process = killed.start()
         while process.poll() is None and count(listed) <= seen:
             time.sleep(0.001)
         kill_group(process)
         assert count(listed) > seen
         seen = count(listed)
-        check_ledger(killed, 1, STEPS)
+        check_sample_log(killed, 1, STEPS)
     killed.finish()
     assert read_roll_backs(killed.folder / "bad_steps") == roll_backs
     assert curve(killed) == curve(run)
@@ -117,10 +117,10 @@ def count(path: Path) -> int:
     return len(json.loads(path.read_text())) if path.exists() else 0
 
 
-def check_ledger(run: Run, first: int, last: int) -> None:
-    """Each step has the loader's next batch, but for what roll backs left out; so say ledger, replay and metrics."""
+def check_sample_log(run: Run, first: int, last: int) -> None:
+    """Each step has the loader's next batch, except after a roll back; sample log, replay and metrics agree."""
     config = load(run.folder / "config.yaml", [], RunConfig).value
-    roll_backs = in_force(read_roll_backs(run.folder / "bad_steps"))
+    roll_backs = effective_roll_backs(read_roll_backs(run.folder / "bad_steps"))
     jumps = {entry.to_step: json.loads(entry.loader)["step"] for entry in roll_backs}
     fed, position = {}, 0
     for step in range(1, last + 1):
@@ -128,15 +128,15 @@ def check_ledger(run: Run, first: int, last: int) -> None:
         fed[step] = position
     with Loader(config.data, config.media_spec, seed=config.seed) as loader:
         batches = [next(loader) for _ in range(position)]
-    trace = RunTrace(run.folder)
+    lookup = SampleLookup(run.folder)
     sources = set()
     for step in range(first, last + 1):
         batch = batches[fed[step] - 1]
         expected = [(o.dataset, o.epoch, o.index) for m in batch.microbatches for o in m.provenance if o is not None]
-        found = trace.step(step)
+        found = lookup.samples_of(step)
         assert [(row.dataset, row.epoch, row.sample) for row in found.rows] == expected, (step, found.source)
         sources.add(found.source)
-    assert Source.LEDGER in sources
+    assert Evidence.SAMPLE_LOG in sources
 
 
 @pytest.mark.fault
@@ -150,7 +150,7 @@ def test_halting_names_the_step_and_too_many_in_a_row_end_the_run(fork_run: Make
     assert "Traceback" not in output
     assert (halted.folder / "bad_steps" / f"step-{last['step']:08d}.json").exists()
 
-    # A learning rate that breaks the model: no batch is finite any more.
+    # A learning rate that makes every later loss NaN or infinite.
     broken = fork_run("broken", 1, "max_steps=12", "bad_steps.max_in_row=3", "stages.0.learning_rate={default: 1e30}")
     output = broken.finish(code=1)
     assert "bad step 4 in a row (bad_steps.max_in_row=3)" in output

@@ -1,7 +1,7 @@
-"""Students that follow teachers, on two ranks.
+"""Distillation on two ranks.
 
-Whole runs: the first loss, what is saved, a resume, what is refused. Engines at several ZeRO stages: every figure
-against plain torch with whole logits in one process.
+Whole runs: the first loss, the checkpoint, a resume, and rejected configurations. Engines at several ZeRO stages: every
+number against plain torch with whole logits in one process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmscale.errors import ConfigError
 from mmscale.models.build import build_model, count_parameters
 from mmscale.models.multimodal import MultimodalModel
 from mmscale.run.config import RunConfig
-from mmscale.run.stage_teachers import check_teachers, note_teachers
+from mmscale.run.stage_teachers import check_teachers, record_teachers
 from mmscale.shrink.run import shrink_run
 from tests.engine.ranks import run_ranks
 from tests.system.distil_engines import LANES, SHARES, STAGE, STEPS, lane, models
@@ -73,7 +73,7 @@ def test_the_first_loss_is_that_of_plain_models_and_whole_logits(folder: Path, r
 
 
 def test_a_resume_is_bit_for_bit_with_the_checkpoint_that_the_stage_began_with(ranks: list[dict[str, Any]]) -> None:
-    """The teacher's run has gone on meanwhile; its newest checkpoint is another."""
+    """The teacher's run continues in the meantime, and its newest checkpoint is another."""
     keys = ("step", "loss", "grad_norm", "lr", "metric/cross_entropy", "metric/distillation", "model_flops")
     whole, again = ([[line[key] for key in keys] for line in ranks[0][name]] for name in ("whole", "again"))
     assert [line[0] for line in whole] == [1, 2, 3, 4]
@@ -128,7 +128,7 @@ def test_a_teacher_that_was_written_anew_is_another(folder: Path, ranks: list[di
     first, second = list_checkpoints(folder / "teacher" / "checkpoints")[:2]
     shutil.copytree(first, tmp_path / "teacher")
     config = student(folder, teacher=tmp_path / "teacher")
-    state = note_teachers(config, ALONE, TrainState(3, 0, 3))
+    state = record_teachers(config, ALONE, TrainState(3, 0, 3))
     check_teachers(config, ALONE, state)
     shutil.rmtree(tmp_path / "teacher")
     shutil.copytree(second, tmp_path / "teacher")
@@ -147,7 +147,7 @@ def test_a_twin_has_no_teacher(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def plain(ranks: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """The same steps by torch alone: all lanes in one process, losses from whole logits, torch's AdamW."""
+    """Return the reference: all lanes in one process, losses from whole logits, torch's AdamW."""
     return {
         kind: _plain_steps(None if kind == "None" else kind, ranks[0]["engines"][kind]["teachers"])
         for kind in ranks[0]["engines"]
@@ -196,7 +196,7 @@ def _plain_loss(student: MultimodalModel, teachers: list[MultimodalModel], batch
 def test_every_stage_takes_the_steps_of_plain_torch(
     ranks: list[dict[str, Any]], plain: dict[str, list[dict[str, float]]], kind: str, case: str
 ) -> None:
-    """fp32, sums in other orders: the worst relative difference of any figure is 2.3e-7."""
+    """fp32 with sums in another order: the worst relative difference of any number is 2.3e-7."""
     for found in ranks:
         for mine, theirs in zip(found["engines"][kind][case]["steps"], plain[kind], strict=True):
             assert {name: mine[name] for name in theirs} == pytest.approx(theirs, rel=2e-6)

@@ -1,4 +1,4 @@
-"""Runs over damaged data through the command line: what they leave out, list and survive."""
+"""Runs on damaged data through the command line: the samples that they skip and list."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARDS = REPO / "examples/emoji/shards"
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
-    """A configuration over a copy of the quickstart's shards in which a byte of every twelfth sample has changed."""
+    """Return a configuration with a copy of the quickstart's shards in which a byte of every twelfth sample differs."""
     old = Manifest.open(SHARDS / "train-quick.manifest")
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -62,7 +62,7 @@ def damaged(tmp_path: Path) -> Path:
 
 
 def listed(run: Run) -> list[dict[str, Any]]:
-    """The lists of all ranks, by step and lane."""
+    """Return the lists of all ranks, by step and lane."""
     lines = [json.loads(line) for path in (run.folder / "faults").iterdir() for line in path.read_text().splitlines()]
     return sorted(lines, key=lambda line: (line["step"], line["lane"], line["index"]))
 
@@ -77,7 +77,7 @@ def children(process: int) -> list[int]:
 
 
 def loader_workers(process: int, command: bytes = b"") -> list[int]:
-    """Processes below one that were forked, since they have the command line of their parent."""
+    """Return the forked descendants of a process: those with the command line of their parent."""
     mine = Path(f"/proc/{process}/cmdline").read_bytes()
     below = [worker for child in children(process) for worker in loader_workers(child, mine)]
     return [process, *below] if mine == command else below

@@ -1,4 +1,4 @@
-"""A rank of a launched run is stopped (SIGSTOP): the launcher ends with the watchdog's code and its sentence."""
+"""A rank of a launched run is stopped (SIGSTOP): the launcher ends with the watchdog's exit code and message."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.system.conftest import MakeRun, kill_group
 
 
 def pid_of_rank(run_dir: Path, rank: int) -> int:
-    """The process that is this rank of a run, not one that it forked: those are its children."""
+    """Return the process of a rank, and not one of its forked children."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -32,7 +32,7 @@ def pid_of_rank(run_dir: Path, rank: int) -> int:
 @pytest.mark.fault
 @pytest.mark.dist
 def test_a_stopped_rank_ends_the_run(make_run: MakeRun) -> None:
-    rank = 0  # The one that speaks on the terminal, and may hold torch's store.
+    rank = 0  # Rank 0 prints on the terminal, and may serve torch's store.
     limits = "engine.watchdog={step_seconds: 4, other_seconds: 100}"
     run = make_run("run", 2, "max_steps=100000", "checkpoint.every_steps=1000", limits)
     process = run.start()

@@ -1,4 +1,4 @@
-"""Two starts of one run folder at the same moment: one trains, the other says who does, and no file is mixed."""
+"""Two simultaneous starts of one run folder: one trains, the other names it, and no file has lines of both."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ LossGraph.forward = fail
 """
 DECODE = """
 import torch
-from data_pipeline.packing.document_builder import Outline
-Outline.__call__ = lambda self: torch.empty(1 << 50, dtype=torch.uint8)
+from data_pipeline.packing.document_builder import DocumentPlan
+DocumentPlan.__call__ = lambda self: torch.empty(1 << 50, dtype=torch.uint8)
 """
 MAIN = """
 import sys

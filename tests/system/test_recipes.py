@@ -1,4 +1,4 @@
-"""Every shipped recipe, found by itself: its twin goes through all stages on two ranks, and resumes in each of them."""
+"""Every shipped recipe: its smoke-test model trains in all stages on two ranks, and resumes in each of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def further(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def facts(line: dict[str, Any]) -> list[Any]:
-    """What must not change: everything but time and memory."""
+    """Return the values that must be equal: all but time and memory."""
     rates = [value for key, value in sorted(line.items()) if key.startswith("lr")]
     return [line["step"], line["stage"], line["loss"], line["grad_norm"], line["tokens"], line["samples"], rates]
 

@@ -1,4 +1,4 @@
-"""A run that is killed at any step goes on by itself and ends as if nothing had happened."""
+"""A run that is killed at any step resumes, with the same result as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = (f"max_steps={STEPS}", "model.decoder.dropout=0.1")
 
 
 def curve(run: Run) -> list[tuple[Any, ...]]:
-    """What must not change: everything but time and memory."""
+    """Return the values that must be equal: all but time and memory."""
     return [
         (line["step"], line["loss"], line["grad_norm"], line["lr"], line["tokens"], line["samples"])
         for line in run.metrics()
@@ -27,7 +27,7 @@ def curve(run: Run) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
-    """The curve of an undisturbed run of two ranks."""
+    """Return the curve of an undisturbed run on two ranks."""
     run = run_in(tmp_path_factory.mktemp("whole"), "whole", 2, *WORDS)
     run.finish()
     return curve(run)
@@ -49,7 +49,7 @@ def test_a_run_that_is_killed_again_and_again_continues_bit_for_bit(
         kill_group(process)
         assert run.metrics()[-1]["step"] < STEPS, "the run was over before it was killed"
     output = run.finish()
-    assert "going on from" in output
+    assert "resuming from" in output
     assert curve(run) == whole, f"killed at {kills}: {output}"
 
 

@@ -1,4 +1,4 @@
-"""What whole runs say about where their time went."""
+"""Goodput, phases and traces of whole runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_killed_run_accounts_for_its_wall_time(make_run: MakeRun) -> None:
     run = make_run("killed", 1, "max_steps=9", "metrics.grad_norms_every=4", "metrics.memory_every=3")
     began = time.time()
     process = run.start()
-    run.wait_for_step(process, 7)  # Steps 6 and 7 lie behind the checkpoint of step 5.
+    run.wait_for_step(process, 7)  # Steps 6 and 7 are after the checkpoint of step 5.
     os.kill(process.pid, signal.SIGSTOP)
     vain = [line for line in run.metrics() if line["step"] > 5]
     kill_group(process)
@@ -34,7 +34,7 @@ def test_a_killed_run_accounts_for_its_wall_time(make_run: MakeRun) -> None:
     assert goodput["repeated"] == pytest.approx(sum(line["seconds"] for line in vain))
     assert goodput["training"] == pytest.approx(sum(line["seconds"] - line["data_wait_seconds"] for line in lines))
     assert goodput["down"] >= 1.5
-    assert 0 < goodput["wall"] <= ended - began + 0.02  # The kernel counts a process's start in hundredths.
+    assert 0 < goodput["wall"] <= ended - began + 0.02  # The start time has a resolution of 0.01 s.
     assert goodput["setup"] > 0.5, "importing torch alone takes longer"
     assert goodput["share"] == pytest.approx(goodput["training"] / goodput["wall"])
     assert efficiency["model_flops"] == sum(line["model_flops"] for line in lines)

@@ -1,4 +1,4 @@
-"""Runs on one machine listen on loopback only: a listening socket of training trusts whoever connects to it."""
+"""Runs on one machine listen on loopback only, since their sockets accept any connection without a check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def process_tree(root: int) -> list[int]:
 
 
 def listening(pids: list[int]) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """The addresses of the TCP sockets on which these processes accept connections."""
+    """Return the addresses of the TCP sockets on which these processes accept connections."""
     targets = {os.readlink(fd) for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()}
     found = []
     for table in ("tcp", "tcp6"):
@@ -44,7 +44,7 @@ def is_loopback(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def test_a_run_on_one_machine_listens_on_loopback_only(
     make_run: MakeRun, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A variable of the shell, set for runs across nodes, does not open a run on one machine to the network."""
+    """A run on one machine uses loopback, even if the environment names an interface for runs across nodes."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     run = make_run("run", ranks, "max_steps=100000", "checkpoint.every_steps=100000", "data.workers=1")
     process = run.start()

@@ -1,4 +1,4 @@
-"""A run whose stages change the model: what each transition moved, and what it did not, by the weights."""
+"""A run whose stages change the model: the weights that each transition changes, and those that it keeps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmscale.errors import ConfigError
 from mmscale.models.build import build_model
 from mmscale.objectives.next_token import NextToken
 from mmscale.run.config import RunConfig
-from mmscale.run.sample_lookup import RunTrace, Source
+from mmscale.run.sample_lookup import Evidence, SampleLookup
 from mmscale.run.stage_weights import check_stage_weights
 from tests.system.conftest import REPO, Run
 from tests.system.test_resume import curve
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.resume]
 
 CHANGES = REPO / "tests/system/changes.yaml"
 STEPS = 2
-"""Of each stage."""
+"""Steps of each stage."""
 POSITIONS = "vision.positions.position_embedding"
 NEW = {"decoder.embed_tokens.extra_weight", "head.extra_weight"}
 
@@ -43,7 +43,7 @@ def start(folder: Path, ranks: int, *words: str) -> Run:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
-    """A donor of another seed, trained for one step, and the whole run on two ranks."""
+    """Run a donor with another seed for one step, and the whole run on two ranks."""
     folder = tmp_path_factory.mktemp("changes")
     asked = "{name: style, manifest: examples/emoji/shards/heldout-style-quick.manifest, field: name, limit: 4}"
     donor = start(folder / "donor", 1, "seed=9", "max_steps=1", f"evaluation.sets=[{asked}]")
@@ -54,7 +54,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
 
 
 class Stages:
-    """The run's stages by name: its configuration, the weights after each, and what it was fed first."""
+    """Return the stages by name: configuration, weights at the end, and the first batch."""
 
     def __init__(self, run: Run) -> None:
         self.folder = run.folder
@@ -68,7 +68,7 @@ class Stages:
         return self.names.index(name)
 
     def after(self, name: str) -> dict[str, Tensor]:
-        """Weights at the end of a stage."""
+        """Return the weights at the end of a stage."""
         number = self.number(name)
         model = build_model(self.config.stage_model(number), seed=None)
         load_weights(model, self.paths[number])
@@ -81,10 +81,10 @@ class Stages:
         return dict(build_model(self.config.stage_model(self.number(name)), seed=self.config.seed).named_parameters())
 
     def check(self, name: str, begun: dict[str, Tensor]) -> None:
-        """The stage began with the weights ``begun``, trained its components, and moved nothing else.
+        """Check that the stage began with the weights ``begun``, trained its components, and changed no others.
 
-        What it trained has moved at the end, so for that the loss of the first step speaks: it is the one of a plain
-        model with these weights, of this stage's configuration, on the batch of a loader of its own.
+        The final weights of trained components are no evidence of their initial values. So compare the loss of the
+        first step with that of a plain model with the weights ``begun``, on the first batch of a new loader.
         """
         number = self.number(name)
         stage, model = self.config.stages[number], build_model(self.config.stage_model(number), seed=None)
@@ -158,20 +158,20 @@ def test_other_learning_rates(stages: Stages) -> None:
     begin = stages.number("rates") * STEPS
     assert [stages.lines[begin][f"lr/{name}"] for name in ("vision", "connector")] == pytest.approx(
         [0.55e-6, 0.55e-2], rel=1e-3
-    )  # The first of two steps of a cosine that falls to a tenth.
+    )  # The first of two steps of a cosine schedule that ends at a tenth.
     stages.check("rates", stages.before("rates"))
     old, new = stages.before("rates"), stages.after("rates")
     moved = {
         part: max((new[name] - old[name]).abs().max().item() for name in old if name.startswith(part))
         for part in ("vision", "connector")
     }
-    # AdamW's first steps are about as long as the rate, whatever the gradient.
+    # AdamW's first steps have about the size of the learning rate, for any gradient.
     assert moved["vision"] < 3e-6
     assert moved["connector"] > 5e-3
 
 
 def test_new_rows_only(stages: Stages) -> None:
-    """The old rows are bit for bit what they were, weight decay or not."""
+    """The old rows are bitwise unchanged, with and without weight decay."""
     assert stages.config.stages[-1].optimizer.weight_decay > 0
     assert set(stages.after("words")) - set(stages.before("words")) == NEW
     first = stages.first_values("words")
@@ -181,23 +181,23 @@ def test_new_rows_only(stages: Stages) -> None:
 
 def test_data_and_images_decide_whether_the_stream_goes_on(stages: Stages) -> None:
     fresh = [name for number, name in enumerate(stages.names) if not stages.config.continues(number)]
-    # `context` is alone in its packing; `pictures` has images and data of its own, which the later stages share.
+    # Only `context` changes the packing. `pictures` changes crops and data, and the later stages keep its changes.
     assert fresh == ["read", "see", "context", "pictures"]
 
 
-def test_the_ledger_knows_every_step_and_replays_those_that_are_lost(stages: Stages, tmp_path: Path) -> None:
+def test_the_sample_log_has_every_step_and_replays_lost_ones(stages: Stages, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(stages.folder, copy, ignore=shutil.ignore_patterns("checkpoints"))
-    trace, last = RunTrace(stages.folder), STEPS * len(stages.names)
-    written = {step: trace.step(step) for step in range(1, last + 1)}
-    assert {found.source for found in written.values()} == {Source.LEDGER}
+    lookup, last = SampleLookup(stages.folder), STEPS * len(stages.names)
+    written = {step: lookup.samples_of(step) for step in range(1, last + 1)}
+    assert {found.source for found in written.values()} == {Evidence.SAMPLE_LOG}
     assert [written[step].stage for step in written] == [name for name in stages.names for _ in range(STEPS)]
-    for file in (copy / "ledger").iterdir():
+    for file in (copy / "sample_log").iterdir():
         file.unlink()
-    replayed = RunTrace(copy)
+    replayed = SampleLookup(copy)
     for step, found in written.items():
-        again = replayed.step(step)
-        assert again.source is Source.REPLAY
+        again = replayed.samples_of(step)
+        assert again.source is Evidence.REPLAY
         places = [[(row.lane, row.place, row.dataset, row.sample) for row in each.rows] for each in (again, found)]
         assert places[0] == places[1], step
 
@@ -250,12 +250,12 @@ def test_sources_are_checked_before_training_and_only_while_they_are_needed(
     check(tmp_path / "absent", past)
     with pytest.raises(ConfigError, match=r"weights\.0\.checkpoint=.* holds no average of the weights"):
         check(donor, to_come, "stages.2.weights.0.ema=true")
-    with pytest.raises(ConfigError, match=r"no parameter of vision is in it"):
+    with pytest.raises(ConfigError, match=r"holds no parameter of vision"):
         check(donor, to_come, "stages.2.weights.0.components=[vision]")
     cut = tmp_path / "cut"
     shutil.copytree(donor, cut)
     (next((cut / "checkpoints").iterdir()) / "rank-00000.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"no checkpoint is whole"):
+    with pytest.raises(ConfigError, match=r"no checkpoint is complete"):
         check(cut, to_come)
 
 

@@ -1,4 +1,4 @@
-"""A stage program: what is frozen stays, weights are handed on, and a kill inside a stage changes nothing."""
+"""Several stages: frozen weights stay, the next stage gets the weights, and a kill inside a stage changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The torture benchmark on a small model: what it compares, and that a difference would show."""
+"""The torture benchmark on a small model: its comparisons, and that it detects a difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run over a webdataset pipeline of the user's own resumes in the middle of an epoch."""
+"""A run with a webdataset pipeline from user code resumes in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def test_a_resume_continues_bit_for_bit(fork_run: MakeRun) -> None:
     halves.finish()
     assert len(curve(halves)) == 3
     again = fork_run("halves", 1, *WORDS, "max_steps=6")
-    assert "going on from" in again.finish()
+    assert "resuming from" in again.finish()
     assert curve(again) == curve(whole)

@@ -27,7 +27,7 @@ def test_the_mixture_has_steps_in_which_one_rank_has_no_image() -> None:
     for _ in range(STEPS):
         microbatches = next(loader).microbatches
         weights.append([microbatch.weight for microbatch in microbatches])
-        # A null pack's image belongs to a segment without provenance.
+        # A dummy pack's image belongs to a segment without provenance.
         real_images.append(
             [
                 sum(batch.provenance[segment] is not None for _, segment in batch.pairs.tolist())
@@ -54,7 +54,7 @@ def test_loss_curve_is_the_same_at_one_two_and_four_ranks(fork_run: MakeRun) -> 
 
 
 def test_each_step_has_the_masks_of_its_number(fork_run: MakeRun) -> None:
-    """The losses of a run that learns nothing are those of its first model with the masks of steps 0, 1, 2."""
+    """At a learning rate near 0, a run has the losses of its initial model with the dropout masks of its steps."""
     words = ("max_steps=3", "stages.0.learning_rate={default: 1e-30}", "model.decoder.dropout=0.3")
     run = fork_run("still", 1, *words, config=MIXED)
     run.finish()

@@ -1,4 +1,4 @@
-"""A run of two stages whose ledger is held against what its loader really yielded; the fixtures of traces."""
+"""Fixtures of the lookup tests: a run of two stages with a sample log, and the batches that its loaders yielded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.loader.loader import Loader, StepBatch
 from mmscale.config import dump, load
-from mmscale.metrics.ledger import Recorder
-from mmscale.metrics.step_counts import measured_documents
+from mmscale.metrics.sample_log import StepRecorder
+from mmscale.metrics.step_counts import document_stats
 from mmscale.optim.stages import StageConfig
 from mmscale.run.config import RunConfig
 from tests.data_pipeline.conftest import (  # noqa: F401 - fixtures
@@ -25,9 +25,9 @@ from tests.data_pipeline.conftest import (  # noqa: F401 - fixtures
 
 TINY = Path(__file__).parents[1] / "system/tiny.yaml"
 FIRST, SECOND = 14, 60
-"""Steps of the two stages; the second has a loader of its own."""
+"""Number of steps of each stage; the second stage has its own loader."""
 WRITTEN = 50
-"""Steps that the ledger holds."""
+"""Number of logged steps."""
 EVERY = 4
 
 MakeFolder = Callable[..., Path]
@@ -35,7 +35,7 @@ MakeFolder = Callable[..., Path]
 
 @pytest.fixture
 def data(mixture_config: DataConfig, write_set: WriteSet) -> DataConfig:  # noqa: F811
-    """Four data sets, one of them damaged, one that ends after two epochs; long texts are split; look-ahead."""
+    """Four data sets, one damaged and one with two epochs; long texts are split; packing looks ahead."""
     damaged = [{**captioned(i), "png": b"junk" if i % 6 == 0 else picture(i)} for i in range(37)]
     long = [{"txt": ("word " * (9 + 7 * (i % 5))).encode()} for i in range(15)]
     captions, text, _ = mixture_config.datasets
@@ -48,13 +48,13 @@ def data(mixture_config: DataConfig, write_set: WriteSet) -> DataConfig:  # noqa
 
 
 def sound(data: DataConfig) -> DataConfig:
-    """The mixture without the damaged pictures, which a replay of the future cannot know of."""
+    """The mixture without damaged images, which a replay of future steps cannot find."""
     return data.model_copy(update={"datasets": tuple(d for d in data.datasets if d.name != "damaged")})
 
 
 @pytest.fixture
 def config(data: DataConfig, tmp_path: Path) -> RunConfig:
-    """Two stages, the second with larger packs."""
+    """A run of two stages, the second with larger packs."""
     stages = (
         StageConfig(name="first", steps=FIRST),
         StageConfig(name="second", steps=SECOND, data={"packing": {"max_tokens": 150}}),
@@ -64,7 +64,7 @@ def config(data: DataConfig, tmp_path: Path) -> RunConfig:
 
 
 def play(config: RunConfig) -> list[tuple[int, StepBatch]]:
-    """(stage, batch) of each step, as ``train`` makes them on one rank."""
+    """Return (stage, batch) of each step, as ``train`` makes them on one rank."""
     found = []
     for number, stage in enumerate(config.stages):
         with Loader(config.stage_data(number), config.media_spec, seed=config.seed) as loader:
@@ -73,20 +73,20 @@ def play(config: RunConfig) -> list[tuple[int, StepBatch]]:
 
 
 def write(config: RunConfig, steps: list[tuple[int, StepBatch]], every: int = EVERY) -> Path:
-    """A run folder with the ledger of some steps."""
+    """Write a run folder with a sample log of the given steps."""
     run = config.run_dir
-    (run / "ledger").mkdir(parents=True)
+    (run / "sample_log").mkdir(parents=True)
     (run / "config.yaml").write_text(dump(config))
-    recorder = Recorder(0, 0)
+    recorder = StepRecorder(0, 0)
     for number, (stage, batch) in enumerate(steps, 1):
         if stage != recorder.stage:
-            recorder = Recorder(number - 1, stage)
+            recorder = StepRecorder(number - 1, stage)
         losses = [[1.0] * micro.segments.num for micro in batch.microbatches]
-        recorder.add(batch, measured_documents(batch, losses))
+        recorder.add(batch, document_stats(batch, losses))
         last_of_stage = number < len(steps) and steps[number][0] != stage
         if recorder.num_steps == every or last_of_stage:
-            segment = recorder.take()
-            (run / "ledger" / segment.name()).write_bytes(segment.to_bytes())
+            segment = recorder.pop_segment()
+            (run / "sample_log" / segment.name()).write_bytes(segment.to_bytes())
     return run
 
 
@@ -101,7 +101,7 @@ def run(config: RunConfig, steps: list[tuple[int, StepBatch]]) -> Path:
 
 
 def truth(batch: StepBatch) -> list[tuple[str, int, int, str, str]]:
-    """What the batch says of its documents, in order of lanes."""
+    """Return the provenance of a batch's documents, in the order of lanes."""
     return [
         (origin.dataset, origin.epoch, origin.index, origin.shard, origin.key)
         for micro in batch.microbatches

@@ -1,4 +1,4 @@
-"""What a trace shows of its samples, where it reads, and what it refuses."""
+"""Descriptions of samples, the files that a lookup reads, and its errors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.servers import file_server
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import LedgerError, StateError
-from data_pipeline.history.sample_steps import Whereabouts
+from data_pipeline.errors import SampleLogError, StateError
+from data_pipeline.history.sample_steps import SampleSteps
 from data_pipeline.loader.loader import Loader, StepBatch
 from data_pipeline.order.config import OrderConfig
 from data_pipeline.order.state import Cursor, LaneState, LoaderState, StreamPosition
@@ -23,7 +23,7 @@ from mmscale.cli.main import main
 from mmscale.config import dump
 from mmscale.optim.stages import StageConfig
 from mmscale.run.config import RunConfig
-from mmscale.run.sample_lookup import RunTrace, Source
+from mmscale.run.sample_lookup import Evidence, SampleLookup
 from tests.data_pipeline.conftest import WriteSet, captioned, picture
 from tests.trace.conftest import WRITTEN, play, truth, write
 
@@ -47,7 +47,7 @@ def test_shard_and_key_are_told_without_the_shards(
 
 
 def test_data_sets_of_a_server_are_told_and_shown(config: RunConfig, data: DataConfig, tmp_path: Path) -> None:
-    """Also when the server has lost the shards: indexes and the ledger are enough for shard and key."""
+    """Also without the shards: shard and key need only the indexes and the sample log."""
     folder = Path(data.datasets[0].manifest).parent.parent
     with file_server(folder).running() as server:
         datasets = tuple(
@@ -63,24 +63,24 @@ def test_data_sets_of_a_server_are_told_and_shown(config: RunConfig, data: DataC
         played = play(remote)
         run = write(remote, played[:8])
         for number in (6, 10):
-            trace = RunTrace(run)
-            samples = trace.samples(trace.frame(number))
-            shown = [samples.show(row, 1) for row in trace.step(number).rows]
+            lookup = SampleLookup(run)
+            samples = lookup.catalog(lookup.loader_of(number))
+            shown = [samples.describe(row, 1) for row in lookup.samples_of(number).rows]
             assert all(entry.text and not entry.notes for entry in shown)
             if number == 6:
                 found = [(e.row.dataset, e.row.epoch, e.row.sample, e.shard, e.key) for e in shown]
                 assert found == truth(played[5][1])
             shard = shown[0].shard
-            assert number in [one.step for one in trace.sample(shard, shown[0].key, until=10)]
+            assert number in [one.step for one in lookup.steps_of(shard, shown[0].key, until=10)]
             assert shard.startswith("http://127.0.0.1:")
         for tar in folder.glob("*/*.tar"):
             tar.unlink()
         shutil.rmtree(tmp_path / "cache")
-        trace = RunTrace(run)
-        samples = trace.samples(trace.frame(6))
-        shown = [samples.show(row, 1) for row in trace.step(6).rows]
+        lookup = SampleLookup(run)
+        samples = lookup.catalog(lookup.loader_of(6))
+        shown = [samples.describe(row, 1) for row in lookup.samples_of(6).rows]
         assert [(e.row.dataset, e.row.epoch, e.row.sample, e.shard, e.key) for e in shown] == truth(played[5][1])
-        assert all(len(entry.notes) == 1 and entry.stretches is None for entry in shown)
+        assert all(len(entry.notes) == 1 and entry.text_spans is None for entry in shown)
 
 
 def test_samples_without_an_index_are_known_by_their_place(config: RunConfig, data: DataConfig) -> None:
@@ -91,24 +91,24 @@ def test_samples_without_an_index_are_known_by_their_place(config: RunConfig, da
     config = config.model_copy(update={"data": plain})
     played = play(config)
     run = write(config, played[:WRITTEN])
-    trace = RunTrace(run)
+    lookup = SampleLookup(run)
     expected: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
-    samples = trace.samples(trace.frames[0])
+    samples = lookup.catalog(lookup.loaders[0])
     for number, (_, batch) in enumerate(played[:WRITTEN], 1):
-        rows = trace.step(number).rows
+        rows = lookup.samples_of(number).rows
         assert [(row.dataset, row.epoch, row.sample) for row in rows] == [one[:3] for one in truth(batch)]
         for row in rows:
             if row.dataset == "plain":
                 expected[samples.where(row.dataset, row.sample)].add((number, row.epoch))
     origins = [one for one in truth(played[4][1]) if one[0] == "plain"]
-    shown = [samples.show(row) for row in trace.step(5).rows if row.dataset == "plain"]
+    shown = [samples.describe(row) for row in lookup.samples_of(5).rows if row.dataset == "plain"]
     assert [entry.key for entry in shown] == [key for *_, key in origins] != []
     for shard, place in sorted(expected)[::6]:
-        assert {(one.step, one.epoch) for one in trace.sample(shard, place)} == expected[shard, place]
-    with pytest.raises(LedgerError, match="its coming steps are unknown"):
-        list(trace.sample(shard, "#0", until=60))
-    with pytest.raises(LedgerError, match="name its samples by their place"):
-        list(trace.sample(shard, "000003"))
+        assert {(one.step, one.epoch) for one in lookup.steps_of(shard, place)} == expected[shard, place]
+    with pytest.raises(SampleLogError, match="its future steps are unknown"):
+        list(lookup.steps_of(shard, "#0", until=60))
+    with pytest.raises(SampleLogError, match="give the number of the sample"):
+        list(lookup.steps_of(shard, "000003"))
 
 
 @pytest.mark.parametrize("pattern", ["{0}", "{{{0},pipe:cat {1}}}"], ids=["plain", "in braces"])
@@ -130,10 +130,10 @@ def test_a_trace_runs_no_command_of_the_configuration(
 
 
 def test_text_and_pictures_are_those_of_the_document(run: Path, config: RunConfig, tmp_path: Path) -> None:
-    trace = RunTrace(run)
-    found = trace.step(20)
-    samples = trace.samples(trace.frame(20))
-    shown = [samples.show(row, max_thumbnails=3) for row in found.rows]
+    lookup = SampleLookup(run)
+    found = lookup.samples_of(20)
+    samples = lookup.catalog(lookup.loader_of(20))
+    shown = [samples.describe(row, max_thumbnails=3) for row in found.rows]
     captions = [entry for entry in shown if entry.row.dataset == "captions"]
     assert captions
     for entry in captions:
@@ -154,7 +154,7 @@ def test_what_will_be_left_out_is_foreseen_where_that_shows_without_decoding(
     one = data.datasets[0].model_copy(update={"manifest": write_set("empty", empty)})
     config = config.model_copy(update={"data": data.model_copy(update={"datasets": (one,)})})
     played = play(config)
-    trace = RunTrace(write(config, played[:6]))
+    lookup = SampleLookup(write(config, played[:6]))
     shard = next(Path(one.manifest).parent.glob("*-00000.tar"))
     expected = {
         (number, skip.epoch)
@@ -162,12 +162,12 @@ def test_what_will_be_left_out_is_foreseen_where_that_shows_without_decoding(
         for skip in batch.skipped
         if skip.key == "000005"
     }
-    found = list(trace.sample(str(shard), "000005", until=20))
+    found = list(lookup.steps_of(str(shard), "000005", until=20))
     assert {(one.step, one.epoch) for one in found} == expected
     assert all(one.skipped for one in found)
-    assert {one.source for one in found} == {Source.LEDGER, Source.REPLAY}
+    assert {one.source for one in found} == {Evidence.SAMPLE_LOG, Evidence.REPLAY}
     for number in (7, 12, 20):
-        left_out = {(record["epoch"], record["index"]) for record in trace.step(number).skipped}
+        left_out = {(record["epoch"], record["index"]) for record in lookup.samples_of(number).skipped}
         assert left_out == {(skip.epoch, skip.index) for skip in played[number - 1][1].skipped}
 
 
@@ -175,32 +175,32 @@ def test_learned_text_is_told_from_the_prompt(config: RunConfig, data: DataConfi
     asked = {"template": {"kind": "caption", "prompts": ["it is"], "answers": [" {name}!"]}}
     fields = data.datasets[0].model_dump() | asked
     one = data.model_copy(update={"datasets": (type(data.datasets[0]).model_validate(fields),)})
-    trace = RunTrace(write(config.model_copy(update={"data": one}), []))
-    samples = trace.samples(trace.frame(1))
-    for row in trace.step(1).rows:
-        stretches = samples.show(row).stretches or ()
-        said = [(one.kind, one.text) for one in stretches if one.kind != "image"]
+    lookup = SampleLookup(write(config.model_copy(update={"data": one}), []))
+    samples = lookup.catalog(lookup.loader_of(1))
+    for row in lookup.samples_of(1).rows:
+        spans = samples.describe(row).text_spans or ()
+        said = [(one.kind, one.text) for one in spans if one.kind != "image"]
         assert said == [("read", "<s>"), ("read", "it is"), ("learned", f" thing {row.sample}!</s>")]
 
 
 def test_an_estimate_follows_weights_that_change(data: DataConfig) -> None:
-    """One lane of equal halves draws one of each a step, until step 20; then the first data set pauses until 50."""
+    """One lane draws one sample of each data set per step until step 20; then the first data set pauses until 50."""
     captions, text = data.datasets[:2]
     changes = [{"from_step": 0, "weight": 1}, {"from_step": 20, "weight": 0}, {"from_step": 50, "weight": 3}]
     pausing = type(captions).model_validate(captions.model_dump() | {"weight": changes})
     other = text.model_copy(update={"weight": 1})
     one = data.model_copy(update={"datasets": (pausing, other), "lanes": 1})
     sizes = {"captions": 41, "text": 17}
-    where = Whereabouts(one, 1, "captions", 3, sizes)
+    where = SampleSteps(one, 1, "captions", 3, sizes)
     state = LoaderState("", 10, {0: LaneState(StreamPosition.start(2))}, ("captions", "text"))
 
     def after(draws: int) -> int | None:
         return where.estimate(state, 0, Cursor(0, 0, draws), draws_per_step=2.0)
 
     assert (after(0), after(9), after(10)) == (11, 20, 21)
-    assert after(16) == 50 + 6 / 1.5 + 1  # Ten by step 20, the rest at three quarters of two draws.
+    assert after(16) == 50 + 6 / 1.5 + 1  # Ten by step 20, the others at three quarters of two draws per step.
     ending = type(captions).model_validate(captions.model_dump() | {"weight": changes[:2]})
-    where = Whereabouts(one.model_copy(update={"datasets": (ending, other)}), 1, "captions", 3, sizes)
+    where = SampleSteps(one.model_copy(update={"datasets": (ending, other)}), 1, "captions", 3, sizes)
     assert after(16) is None
 
 
@@ -228,15 +228,15 @@ def test_a_changed_configuration_is_named(run: Path, config: RunConfig) -> None:
     changed = config.model_copy(update={"seed": config.seed + 1})
     (run / "config.yaml").write_text(dump(changed))
     with pytest.raises(StateError, match="changed since: seed"):
-        RunTrace(run).step(55)
+        SampleLookup(run).samples_of(55)
     shorter = (config.stages[0].model_copy(update={"steps": 10}), config.stages[1])
     (run / "config.yaml").write_text(dump(config.model_copy(update={"stages": shorter})))
-    with pytest.raises(LedgerError, match="its data began at step 10, by the ledger at 14"):
-        RunTrace(run).step(55)
+    with pytest.raises(SampleLogError, match="its data began at step 10, according to the sample log at 14"):
+        SampleLookup(run).samples_of(55)
 
 
 def test_a_data_set_that_joins_a_running_mixture_moves_nothing(config: RunConfig, data: DataConfig) -> None:
-    """It comes first in the list, so that the numbers of the others change."""
+    """The new data set is the first one, so that the numbers of the others change."""
     captions, text, _, long = data.datasets
     before = config.model_copy(
         update={
@@ -251,20 +251,20 @@ def test_a_data_set_that_joins_a_running_mixture_moves_nothing(config: RunConfig
         played = [(0, next(loader)) for _ in range(20)]
     with Loader(after.data, after.media_spec, seed=after.seed, state=played[-1][1].state) as loader:
         played += [(0, next(loader)) for _ in range(40)]
-    trace = RunTrace(write(after, played))
+    lookup = SampleLookup(write(after, played))
     expected: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
     for number, (_, batch) in enumerate(played, 1):
-        assert [(row.dataset, row.epoch, row.sample) for row in trace.step(number).rows] == [
+        assert [(row.dataset, row.epoch, row.sample) for row in lookup.samples_of(number).rows] == [
             t[:3] for t in truth(batch)
         ]
         for _, epoch, _, shard, key in truth(batch):
             expected[shard, key].add((number, epoch))
     for shard, key in sorted(expected)[::5]:
-        found = {(one.step, one.epoch) for one in trace.sample(shard, key) if one.source is Source.LEDGER}
+        found = {(one.step, one.epoch) for one in lookup.steps_of(shard, key) if one.source is Evidence.SAMPLE_LOG}
         assert found == expected[shard, key]
-    (trace.config.run_dir / "config.yaml").write_text(dump(before))
-    with pytest.raises(LedgerError, match="no data set captions"):
-        list(RunTrace(trace.config.run_dir).sample(shard, key))
+    (lookup.config.run_dir / "config.yaml").write_text(dump(before))
+    with pytest.raises(SampleLogError, match="no data set captions"):
+        list(SampleLookup(lookup.config.run_dir).steps_of(shard, key))
 
 
 def test_another_order_or_manifest_names_no_wrong_sample(
@@ -278,18 +278,18 @@ def test_another_order_or_manifest_names_no_wrong_sample(
     ):
         changed = config.model_copy(update={"data": data, "seed": config.seed + (name == "seed")})
         (run / "config.yaml").write_text(dump(changed))
-        with pytest.raises(LedgerError, match=f"steps were done with: {name}"):
-            list(RunTrace(run).sample(shard, key))
+        with pytest.raises(SampleLogError, match=f"since these steps were done: {name}"):
+            list(SampleLookup(run).steps_of(shard, key))
     (run / "config.yaml").write_text(dump(config))
     manifest = Path(config.data.datasets[0].indexed)
     write_manifest(manifest, sorted(manifest.parent.glob("*.tar"), reverse=True))
-    trace = RunTrace(run)
-    samples = trace.samples(trace.frame(20))
-    for row, (dataset, *_, key) in zip(trace.step(20).rows, truth(steps[19][1]), strict=True):
-        shown = samples.show(row)
+    lookup = SampleLookup(run)
+    samples = lookup.catalog(lookup.loader_of(20))
+    for row, (dataset, *_, key) in zip(lookup.samples_of(20).rows, truth(steps[19][1]), strict=True):
+        shown = samples.describe(row)
         if dataset == "captions":
-            assert (shown.shard, shown.key, shown.stretches) == ("", "", None)
-            assert "captions.manifest changed since this was written down" in shown.notes[0]
+            assert (shown.shard, shown.key, shown.text_spans) == ("", "", None)
+            assert "captions.manifest changed since this step was logged" in shown.notes[0]
         else:
             assert shown.key == key
 
@@ -299,8 +299,8 @@ def test_wrong_use_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         (["--step", "1", "--sample", "a.tar/b"], "either --step N or --sample"),
         ([], "either --step N or --sample"),
         (["--sample", "nothing"], "expected SHARD/KEY"),
-        (["--sample", "a.tar/b", "--lane", "1"], "go with --step"),
-        (["--step", "1", "--until", "9"], "goes with --sample"),
+        (["--sample", "a.tar/b", "--lane", "1"], "need --step"),
+        (["--step", "1", "--until", "9"], "needs --sample"),
     ):
         assert main(["data", "trace", str(run), *words]) == 2
         assert told in " ".join(capsys.readouterr().err.split()).replace("│ ", "")
@@ -308,18 +308,18 @@ def test_wrong_use_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no data set of this run has a shard absent.tar" in capsys.readouterr().err
     assert main(["data", "trace", str(tmp_path), "--step", "1"]) == 2
     assert "no run folder" in capsys.readouterr().err
-    damaged = run / "ledger" / "steps-0000000005-0000000008.ledger"
+    damaged = run / "sample_log" / "steps-0000000005-0000000008.samples"
     damaged.write_bytes(damaged.read_bytes()[:-9])
     assert main(["data", "trace", str(run), "--step", "6"]) == 1
-    assert "steps-0000000005-0000000008.ledger: damaged" in capsys.readouterr().err
+    assert "steps-0000000005-0000000008.samples: damaged" in capsys.readouterr().err
     assert main(["data", "trace", str(run), "--step", "9"]) == 0
 
 
 def test_a_folder_that_was_moved_is_found_by_name_of_the_shard(run: Path, tmp_path: Path, config: RunConfig) -> None:
     moved = tmp_path / "elsewhere"
     shutil.move(run, moved)
-    trace = RunTrace(moved)
-    row = trace.step(3).rows[0]
-    shard, key = trace.samples(trace.frame(3)).where(row.dataset, row.sample)
-    long: Any = [(one.step, one.epoch) for one in trace.sample(shard, key)]
-    assert long == [(one.step, one.epoch) for one in trace.sample("/".join(Path(shard).parts[-2:]), key)]
+    lookup = SampleLookup(moved)
+    row = lookup.samples_of(3).rows[0]
+    shard, key = lookup.catalog(lookup.loader_of(3)).where(row.dataset, row.sample)
+    long: Any = [(one.step, one.epoch) for one in lookup.steps_of(shard, key)]
+    assert long == [(one.step, one.epoch) for one in lookup.steps_of("/".join(Path(shard).parts[-2:]), key)]

@@ -1,4 +1,4 @@
-"""Which samples a step had, and which steps a sample had, against what the loader really yielded."""
+"""The samples of a step and the steps of a sample, compared with the batches that the loader yielded."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import LedgerError
-from data_pipeline.history.sample_log import Ledger, Segment
+from data_pipeline.errors import SampleLogError
+from data_pipeline.history.sample_log import LogSegment, SampleLog
 from data_pipeline.loader.loader import Loader, StepBatch
 from data_pipeline.order.state import Cursor, Drawn, LaneState, LoaderState, StreamPosition
-from mmscale.metrics.ledger import Recorder
+from mmscale.metrics.sample_log import StepRecorder
 from mmscale.optim.stages import StageConfig
 from mmscale.run.config import RunConfig
-from mmscale.run.sample_lookup import RunTrace, Source
+from mmscale.run.sample_lookup import Evidence, SampleLookup
 from tests.trace.conftest import FIRST, SECOND, WRITTEN, play, sound, truth, write
 
 
 def test_every_step_is_what_the_loader_yielded(run: Path, steps: list[tuple[int, StepBatch]]) -> None:
-    trace = RunTrace(run)
-    written = trace.ledger.last_step
-    by_frame = {frame.begin: trace.samples(frame) for frame in trace.frames}
+    lookup = SampleLookup(run)
+    written = lookup.sample_log.last_step
+    by_frame = {frame.begin: lookup.catalog(frame) for frame in lookup.loaders}
     assert written == FIRST + 36
-    assert trace.ledger.spans[3:5] == [(13, 14), (15, 18)]
+    assert lookup.sample_log.step_ranges[3:5] == [(13, 14), (15, 18)]
     for number, (stage, batch) in enumerate(steps[: written + 6], 1):
-        found = trace.step(number)
+        found = lookup.samples_of(number)
         assert found.stage == ("first", "second")[stage]
-        assert found.source is (Source.LEDGER if number <= written else Source.REPLAY)
-        samples = by_frame[trace.frame(number).begin]
+        assert found.source is (Evidence.SAMPLE_LOG if number <= written else Evidence.REPLAY)
+        samples = by_frame[lookup.loader_of(number).begin]
         rows = [(r.dataset, r.epoch, r.sample, *samples.where(r.dataset, r.sample)) for r in found.rows]
         if number <= written:
             assert rows == truth(batch), number
             assert len(found.skipped) == len(batch.skipped)
-        lane = trace.step(number, lanes=[1])
+        lane = lookup.samples_of(number, lanes=[1])
         assert list(lane.rows) == [row for row in found.rows if row.lane == 1]
 
 
@@ -43,22 +43,22 @@ def test_a_step_is_replayed_from_the_nearest_snapshot_only(
 ) -> None:
     config = config.model_copy(update={"data": sound(data)})
     played = play(config)
-    trace = RunTrace(write(config, played[:WRITTEN]))
+    lookup = SampleLookup(write(config, played[:WRITTEN]))
     for number in (51, 53, 60, FIRST + SECOND):
         counted: list[int] = []
-        found = trace.step(number, advance=counted.append)
+        found = lookup.samples_of(number, advance=counted.append)
         assert found.replayed_from == 50
         assert len(counted) == number - 50
         assert [(r.dataset, r.epoch, r.sample) for r in found.rows] == [t[:3] for t in truth(played[number - 1][1])]
-    with pytest.raises(LedgerError, match=f"the run has the steps 1 to {FIRST + SECOND}"):
-        trace.step(FIRST + SECOND + 1)
-    with pytest.raises(LedgerError, match="the lanes 0 to 2"):
-        trace.step(5, lanes=[3])
+    with pytest.raises(SampleLogError, match=f"the run has the steps 1 to {FIRST + SECOND}"):
+        lookup.samples_of(FIRST + SECOND + 1)
+    with pytest.raises(SampleLogError, match="the lanes 0 to 2"):
+        lookup.samples_of(5, lanes=[3])
 
 
 def test_steps_of_every_sample(run: Path, steps: list[tuple[int, StepBatch]]) -> None:
-    trace = RunTrace(run)
-    written = trace.ledger.last_step
+    lookup = SampleLookup(run)
+    written = lookup.sample_log.last_step
     expected: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
     skipped: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
     for number, (_, batch) in enumerate(steps[:written], 1):
@@ -70,8 +70,8 @@ def test_steps_of_every_sample(run: Path, steps: list[tuple[int, StepBatch]]) ->
     assert any(len(seen) > len({e for _, e in seen}) for seen in expected.values()), "no sample was split over steps"
     names = sorted(expected.keys() | skipped.keys())
     for shard, key in names[::3]:
-        found = list(trace.sample(shard, key))
-        past = {(one.step, one.epoch) for one in found if one.source is Source.LEDGER and one.skipped is None}
+        found = list(lookup.steps_of(shard, key))
+        past = {(one.step, one.epoch) for one in found if one.source is Evidence.SAMPLE_LOG and one.skipped is None}
         left_out = {(one.step, one.epoch) for one in found if one.skipped is not None}
         assert past == expected[shard, key], (shard, key)
         assert left_out == skipped[shard, key], (shard, key)
@@ -80,7 +80,7 @@ def test_steps_of_every_sample(run: Path, steps: list[tuple[int, StepBatch]]) ->
 def test_steps_to_come_are_found_and_estimated(config: RunConfig, data: DataConfig) -> None:
     config = config.model_copy(update={"data": sound(data)})
     played = play(config)
-    trace = RunTrace(write(config, played[:WRITTEN]))
+    lookup = SampleLookup(write(config, played[:WRITTEN]))
     coming: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
     for number, (_, batch) in enumerate(played[WRITTEN:], WRITTEN + 1):
         for _, epoch, _, shard, key in truth(batch):
@@ -88,9 +88,9 @@ def test_steps_to_come_are_found_and_estimated(config: RunConfig, data: DataConf
     errors = []
     for shard, key in sorted(coming)[::3]:
         until = 68
-        found = [one for one in trace.sample(shard, key, until=until) if one.source is Source.REPLAY]
+        found = [one for one in lookup.steps_of(shard, key, until=until) if one.source is Evidence.REPLAY]
         assert {(one.step, one.epoch) for one in found} == {one for one in coming[shard, key] if one[0] <= until}
-        (estimate, *more) = [one for one in trace.sample(shard, key) if one.source is Source.ESTIMATE] or [None]
+        (estimate, *more) = [one for one in lookup.steps_of(shard, key) if one.source is Evidence.ESTIMATE] or [None]
         assert not more
         if estimate is not None:
             errors.append(estimate.step - min(step for step, _ in coming[shard, key]))
@@ -101,19 +101,19 @@ def test_steps_to_come_are_found_and_estimated(config: RunConfig, data: DataConf
 def test_a_search_reads_few_of_many_snapshots(
     config: RunConfig, steps: list[tuple[int, StepBatch]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trace = RunTrace(write(config, steps[:WRITTEN], every=1))
-    assert len(trace.ledger.spans) == WRITTEN
+    lookup = SampleLookup(write(config, steps[:WRITTEN], every=1))
+    assert len(lookup.sample_log.step_ranges) == WRITTEN
     read: list[int] = []
-    plain = Ledger._read_state
-    monkeypatch.setattr(Ledger, "_read_state", lambda self, number: read.append(number) or plain(self, number))
+    plain = SampleLog._read_state
+    monkeypatch.setattr(SampleLog, "_read_state", lambda self, number: read.append(number) or plain(self, number))
     _, _, _, shard, key = truth(steps[20][1])[0]
-    found = [one for one in trace.sample(shard, key) if one.source is Source.LEDGER]
+    found = [one for one in lookup.steps_of(shard, key) if one.source is Evidence.SAMPLE_LOG]
     assert found
-    assert len(read) <= 8 * (1 + max(one.epoch for one in found) + 1)  # log2(50) a look-up, and one epoch is to come.
+    assert len(read) <= 8 * (1 + max(one.epoch for one in found) + 1)  # log2(50) per lookup, and one future epoch.
 
 
 def far_state(config: RunConfig, state: LoaderState, step: int) -> LoaderState:
-    """A state as after ``step`` steps: the lanes' cursors far out, some documents waiting."""
+    """Return a state as after ``step`` steps: the cursors are far into the data, some documents wait."""
     names = state.datasets
     lanes = {}
     for lane in range(config.data.lanes):
@@ -136,20 +136,20 @@ def test_step_ten_to_the_six_costs_what_step_one_costs(
     with Loader(config.data, config.media_spec, seed=config.seed, state=state) as loader:
         batches = [next(loader) for _ in range(6)]
     run = write(config, [(0, first)], every=1)
-    recorder = Recorder(million - 1, 0)
+    recorder = StepRecorder(million - 1, 0)
     recorder.add(StepBatch(million - 1, (), (), state, 0, 0, drawn={}), [])
-    segment = recorder.take()
-    (run / "ledger" / segment.name()).write_bytes(segment.to_bytes())
-    for number in range(2, 4000):  # Names are enough for those that must not be read.
-        (run / "ledger" / f"steps-{number:010d}-{number:010d}.ledger").touch()
+    segment = recorder.pop_segment()
+    (run / "sample_log" / segment.name()).write_bytes(segment.to_bytes())
+    for number in range(2, 4000):  # The contents of these files must not be read.
+        (run / "sample_log" / f"steps-{number:010d}-{number:010d}.samples").touch()
 
     read: list[str] = []
-    plain = Segment.from_bytes
-    monkeypatch.setattr(Segment, "from_bytes", lambda data, what="": read.append(what) or plain(data, what))
-    trace = RunTrace(run)
+    plain = LogSegment.from_bytes
+    monkeypatch.setattr(LogSegment, "from_bytes", lambda data, what="": read.append(what) or plain(data, what))
+    lookup = SampleLookup(run)
     for ahead, batch in enumerate(batches, 1):
         counted: list[int] = []
-        found = trace.step(million + ahead, advance=counted.append)
+        found = lookup.samples_of(million + ahead, advance=counted.append)
         assert len(counted) == ahead
         assert [(r.dataset, r.epoch, r.sample) for r in found.rows] == [t[:3] for t in truth(batch)]
     assert len(read) == 1

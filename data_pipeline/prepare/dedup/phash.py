@@ -2,9 +2,9 @@
 
     pixels --gray, Lanczos--> 32 x 32 --DCT-II--> 8 x 8 lowest frequencies --each above their median?--> 64 bits
 
-Source: N. Krawetz, "Looks Like It", The Hacker Factor Blog, 2011 (pHash, its DCT variant). The bits are those of
-``phash`` of the ImageHash package. Not for: crops, rotations, mirror images; nor for images that are nearly of one
-colour, which have no structure to compare and get no hash.
+Source: N. Krawetz, "Looks Like It", The Hacker Factor Blog, 2011 (pHash, its DCT variant). The bits equal those of
+``phash`` of the ImageHash package. Not for: crops, rotations or mirror images. An image of nearly one colour has no
+structure to compare and gets no hash.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from data_pipeline.images.decode import Pixels
 
 _SIDE, _LOW = 32, 8
 _MIN_RANGE = 8
-"""Levels of gray, of 256, between the darkest and the lightest of the 32 x 32 points."""
+"""Smallest difference, in levels of 256, between the darkest and the lightest of the 32 x 32 points."""
 _DECIMALS = 3
-"""Coefficients that are 0 on paper are 1e-10 in float64, with a sign of chance: they are rounded away."""
+"""Round coefficients: an exact 0 becomes about 1e-10 in float64, with a random sign that would decide the bit."""
 
-# Row k of the matrix is the k-th cosine of the DCT-II; a common factor would change no comparison.
+# Row k of the matrix is the k-th cosine of the DCT-II. Its scale is omitted: it does not change the comparisons.
 _COSINES = np.cos(np.pi / _SIDE * np.outer(np.arange(_LOW), np.arange(_SIDE) + 0.5))
 
 
 def perceptual_hash(pixels: Pixels) -> int | None:
-    """The hash of an image, its first bit (the mean) the highest; None if the image is nearly of one colour.
+    """Return the hash of an image, or None for an image of nearly one colour. The highest bit is the mean's.
 
     Args:
         pixels: uint8 ``(height, width, 3)``, RGB.

@@ -1,10 +1,12 @@
-"""What samples are compared by: a few bytes for each sample, kept in a file for each shard and criterion.
+"""Compute and store signatures: a few bytes per sample by which samples are compared.
 
     shard --read, decode (any process)--> FOLDER/ab/abcdef....perceptual   key uint64 (N, words) | state | pixels
 
-This is the long part of finding duplicates, so it is never done twice: a file carries the sha256 of its tar in its
-name, is whole or absent, and serves every later search, at another distance or beside other data sets. Not for: the
-search (``search``).
+There is one file per shard and criterion. Computing signatures takes most of the time of a search, so later searches
+reuse them, at any distance and with any other data sets. The file name contains the sha256 of the tar, but not
+``max_pixels``: a reused signature keeps the limit with which it was computed. Files are written atomically.
+
+Not for: the search (``search``).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ SIGNATURE_FORMAT = "mmscale-signatures-1"
 _COLUMNS = {"key": ("<u8", 2), "state": ("u1", 1), "pixels": ("<i8", 1)}
 _AHEAD = 64
 _DECODED_SIDE = 128
-"""JPEGs are decoded no larger than needed for this side: four times what the hash looks at."""
+"""JPEGs are decoded at the smallest scale with this side, which is four times the side that the hash uses."""
 
 
 class Criterion(str, Enum):
@@ -46,13 +48,13 @@ class Criterion(str, Enum):
     TEXT = "text"
     """All their texts are equal."""
     PAIR = "pair"
-    """Images and texts are equal."""
+    """The bytes of all their images and all their texts are equal."""
     PERCEPTUAL = "perceptual"
-    """Each shows one image, and the perceptual hashes of the two differ in few bits."""
+    """Each has exactly one image, and the perceptual hashes of the two differ in few bits."""
 
     @property
     def num_words(self) -> int:
-        """64-bit words of a key: 128 bits, at which no two unequal contents of any data set will ever meet."""
+        """Number of 64-bit words of a key. A digest has 128 bits, which makes a collision practically impossible."""
         return 1 if self is Criterion.PERCEPTUAL else 2
 
 
@@ -61,18 +63,24 @@ class State(IntEnum):
 
     COMPARED = 0
     ABSENT = 1
-    """It lacks what is compared: it has no image, or no text."""
+    """It has no image or no text to compare."""
     SEVERAL = 2
-    """It shows several images, and a perceptual hash is of one."""
+    """It has several images; a perceptual hash covers one."""
     FLAT = 3
-    """Its image is nearly of one colour."""
+    """Its image has nearly one colour."""
     DAMAGED = 4
     """It cannot be read or decoded."""
 
 
 @dataclass(frozen=True)
 class Signatures:
-    """Of the samples of one shard, in its order. ``pixels`` is the largest image's size from the index."""
+    """Signatures of one shard's samples, in order.
+
+    Attributes:
+        key: uint64 ``(N, words)``; valid where ``state`` is ``COMPARED``.
+        state: ``State`` of each sample.
+        pixels: Number of pixels of each sample's largest image, from the index.
+    """
 
     key: npt.NDArray[np.uint64]
     state: npt.NDArray[np.uint8]
@@ -80,12 +88,12 @@ class Signatures:
 
 
 def signature_path(folder: Path, tar_sha256: str, criterion: Criterion) -> Path:
-    """Where the signatures of a shard lie."""
+    """Return the path of a shard's signatures."""
     return folder / tar_sha256[:2] / f"{tar_sha256}.{criterion.value}"
 
 
 def read_signatures(folder: Path, tar_sha256: str, criterion: Criterion, num_samples: int) -> Signatures | None:
-    """What an earlier run left; None if it is absent, damaged or of another shard."""
+    """Read the signatures that an earlier search wrote; None if they are absent, damaged or of another size."""
     path = signature_path(folder, tar_sha256, criterion)
     if not path.exists():
         return None
@@ -99,8 +107,8 @@ def read_signatures(folder: Path, tar_sha256: str, criterion: Criterion, num_sam
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """One shard to read, for the criteria whose signatures are not there yet."""
+class SignatureTask:
+    """One shard to read, and the criteria whose signatures are missing."""
 
     manifest: Path | Url
     number: int
@@ -109,12 +117,12 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class SignatureWork:
-    """Reads shards and writes their signatures: the work of a process (``in_order``). Yields sample counts."""
+    """Reads a shard, writes its signatures and yields its number of samples; run by worker processes (``in_order``)."""
 
     folder: Path
     max_pixels: int
 
-    def __call__(self, task: ShardTask) -> Iterator[int]:
+    def __call__(self, task: SignatureTask) -> Iterator[int]:
         manifest = _manifest(task.manifest)
         first, end = (int(count) for count in manifest.cu_samples[task.number : task.number + 2])
         pixels = _pixels(manifest, task.number)
@@ -123,9 +131,9 @@ class SignatureWork:
         reader = SampleReader(manifest, "dedup", max_open=1)
         try:
             for row in range(end - first):
-                if row % _AHEAD == 0:  # Of a remote shard: this stretch, and the next one while this one is hashed.
+                if row % _AHEAD == 0:  # A remote shard: fetch these samples, and the next ones during their hashing.
                     starts = (first + row, first + row + _AHEAD)
-                    reader.expect(0, [range(start, min(start + _AHEAD, end)) for start in starts if start < end])
+                    reader.prefetch(0, [range(start, min(start + _AHEAD, end)) for start in starts if start < end])
                 for criterion, (state, key) in self._signatures(reader, first + row, task.criteria).items():
                     keys[criterion][row], states[criterion][row] = key, state
         finally:
@@ -148,7 +156,7 @@ class SignatureWork:
 
 
 def signature(sample: Sample, criterion: Criterion, max_pixels: int) -> tuple[State, tuple[int, ...]]:
-    """State and key of one sample. ``max_pixels``: larger images are not decoded and count as damaged."""
+    """Return state and key of one sample. An image with more than ``max_pixels`` is not decoded: state ``DAMAGED``."""
     images = [part.data for part in sample.parts if isinstance(part, ImagePart)]
     if criterion is Criterion.PERCEPTUAL:
         state, value = _perceptual(images, max_pixels)

@@ -1,12 +1,12 @@
-"""Counts what a data set holds: from the indexes alone what they know, from the texts the rest. Decodes nothing.
+"""Compute statistics of a data set from its indexes and its texts. No image is decoded.
 
     shard --index--> sizes, aspect ratios, members, copies ----+
-    shard --texts--> characters, tokens, languages, documents -+--> Tally --merge, shard after shard--> figures
+    shard --texts--> characters, tokens, languages, documents -+--> Tally --merge, shard after shard--> summary
 
-With ``sample`` only that many samples, spread evenly over the data set and drawn by a fixed seed, are looked at. Then
-every share, and the rank of every quantile, is within ``share_error_95`` of the whole set's with 95 % certainty
-(Massart 1990, "The Tight Constant in the Dvoretzky-Kiefer-Wolfowitz Inequality", for samples drawn independently; an
-even spread is no worse). Memory is that of a shard's columns a process, and 64 MiB for copies.
+With ``sample``, at most that many samples are counted, spread evenly over the data set by a fixed seed. Then every
+share, and the rank of every quantile, is within ``share_error_95`` of the whole set's with 95 % certainty. Source:
+Massart 1990, "The Tight Constant in the Dvoretzky-Kiefer-Wolfowitz Inequality", for samples drawn independently; an
+even spread is at least as accurate. A process needs memory for the columns of one shard; copies need 64 MiB.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from data_pipeline.storage.storage import Storage
 from data_pipeline.text.tokenizer import Tokenizer, TokenizerConfig, check_unicode, load_tokenizer
 
 _LANGUAGES_OF = 1_000_000
-"""Samples whose language is told, at most: of larger sets every n-th."""
+"""Detect the language of at most about this many samples; in larger sets, of every n-th."""
 _TINY_SIDE, _NARROW = 32, 8
 _MAX_KINDS = 62
 _MAX_SIDE = 1 << 31
-"""Larger ones are lies, and their product would not fit into 64 bits."""
+"""Clip larger sides: such headers are wrong, and a product of two of them would overflow 64 bits."""
 _SEED = 0x5EED
 
-Rows = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Training:
-    """How a run makes documents of the data set; gives tokens, patches and cost of each."""
+    """Settings of a run, by which tokens, patches and cost of its documents are counted."""
 
     dataset: DatasetConfig
     spec: MediaSpec
@@ -63,63 +63,63 @@ class Training:
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """One shard, and which of its samples; None: all."""
+class CountTask:
+    """One shard, and the rows of its samples to count; None counts all."""
 
     number: int
-    rows: Rows | None = None
+    rows: Indices | None = None
 
 
 @dataclass(frozen=True)
-class Counted:
-    """What ``count`` found.
+class DatasetStatistics:
+    """Result of ``count``.
 
     Attributes:
-        figures: Everything, ready to print as JSON.
-        tally: The distributions.
-        shards: Of samples per shard.
+        summary: All statistics as a JSON object.
+        tally: Counts and histograms.
+        shards: Histogram of samples per shard.
     """
 
-    figures: dict[str, Any]
+    summary: dict[str, Any]
     tally: Tally
     shards: Histogram
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a manifest lies, and how a remote one is read; None: as the environment says."""
+class ManifestLocation:
+    """A manifest's path or URL, and the settings for reading a remote one; None means those of the environment."""
 
     location: Path | Url
     storage: StorageConfig | None = None
     cache: CacheConfig | None = None
 
     def open(self) -> Manifest:
-        """The manifest.
+        """Open the manifest.
 
         Raises:
-            ManifestError, StorageError: it is missing or damaged, or a server fails.
+            ManifestError, StorageError: the manifest is missing or damaged, or a server fails.
         """
         is_configured = self.storage is not None or self.cache is not None
         return Manifest.open(self.location, Storage(self.storage, self.cache) if is_configured else None)
 
 
 def count(
-    place: Path | Place,
+    location: Path | ManifestLocation,
     *,
     tokenizer: TokenizerConfig | None = None,
     training: Training | None = None,
     sample: int | None = None,
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> Counted:
-    """Figures of one manifest.
+) -> DatasetStatistics:
+    """Compute the statistics of one manifest's samples.
 
     Args:
-        place: The manifest.
-        tokenizer: Counts the tokens of texts too.
-        training: Counts the documents of a run too; needs a tokenizer.
-        sample: Look at so many samples only; all if there are no more.
-        workers: Processes; 0 works in this one. The figures are the same.
+        location: The manifest.
+        tokenizer: Tokenizer for counting the tokens of texts; None does not count them.
+        training: Settings for counting the documents of a run; needs ``tokenizer``. None does not count them.
+        sample: Count at most this many samples, spread evenly. None, or a number that is not smaller, counts all.
+        workers: Number of processes; 0 works in this one. The result is the same.
         progress: Called with the number of samples done since the last call.
 
     Raises:
@@ -127,11 +127,11 @@ def count(
         ShardError, StorageError: a shard is shorter than its index says, or a server fails.
         DataConfigError: the tokenizer cannot be loaded.
     """
-    place = place if isinstance(place, Place) else Place(place)
-    manifest = place.open()
+    location = location if isinstance(location, ManifestLocation) else ManifestLocation(location)
+    manifest = location.open()
     chosen = None if sample is None or sample >= manifest.num_samples else spread(manifest.num_samples, sample)
     num_looked_at = manifest.num_samples if chosen is None else len(chosen)
-    work = CountWork(place, tokenizer, training, max(1, -(-num_looked_at // _LANGUAGES_OF)))
+    work = CountWork(location, tokenizer, training, max(1, -(-num_looked_at // _LANGUAGES_OF)))
     tally, copies = Tally(), CopyCount()
     for part in in_order(work, _tasks(manifest, chosen), workers):
         copies.add(part.keys)
@@ -140,55 +140,59 @@ def count(
             progress(part.num_samples)
     shards = Histogram()
     shards.add(np.diff(manifest.cu_samples))
-    figures: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "samples": manifest.num_samples,
         "shards": manifest.num_shards,
         "bytes": sum(manifest.shard_bytes(number) for number in range(manifest.num_shards)),
-        "samples_per_shard": shards.figures(),
+        "samples_per_shard": shards.summary(),
         "looked_at": tally.num_samples,
         "share_error_95": 0.0 if chosen is None else round(share_error(len(chosen)), 6),
-        **tally.figures(),
+        **tally.summary(),
         "languages_of_one_script_told_apart": has_identifier(),
     }
-    if chosen is None:  # A sample holds hardly any copy together with what it is a copy of.
-        figures["copies"] = copies.figures()
-    return Counted(figures, tally, shards)
+    if chosen is None:  # A subset would rarely contain both an image and its copy.
+        summary["copies"] = copies.summary()
+    return DatasetStatistics(summary, tally, shards)
 
 
 def share_error(num_samples: int) -> float:
-    """Half-width of a 95 % band around a whole distribution function (Massart 1990)."""
+    """Return the half-width of a 95 % band around an empirical distribution function (Massart 1990)."""
     return min(1.0, math.sqrt(math.log(2 / 0.05) / (2 * num_samples)))
 
 
-def spread(total: int, num: int) -> Rows:
-    """``num`` of ``range(total)``, one at random from each of so many equal stretches; always the same ones."""
+def spread(total: int, num: int) -> Indices:
+    """Choose up to ``num`` different numbers of ``range(total)``, ascending, by a fixed seed.
+
+    One point is drawn from each of ``num`` equal parts and rounded down. Two adjacent points may become one number, so
+    the result can have fewer numbers: 950 for 1000 of 1500.
+    """
     within = np.random.default_rng(_SEED).random(num)
     return np.unique(((np.arange(num) + within) * (total / num)).astype(np.int64).clip(0, max(total - 1, 0)))
 
 
-def _tasks(manifest: Manifest, chosen: Rows | None) -> Iterator[ShardTask]:
+def _tasks(manifest: Manifest, chosen: Indices | None) -> Iterator[CountTask]:
     if chosen is None:
-        yield from (ShardTask(number) for number in range(manifest.num_shards))
+        yield from (CountTask(number) for number in range(manifest.num_shards))
         return
     owner = np.searchsorted(manifest.cu_samples, chosen, side="right") - 1
     cuts = np.flatnonzero(np.diff(owner)) + 1
     for rows, numbers in zip(np.split(chosen, cuts), np.split(owner, cuts), strict=True):
         if len(rows):
-            yield ShardTask(int(numbers[0]), rows - int(manifest.cu_samples[numbers[0]]))
+            yield CountTask(int(numbers[0]), rows - int(manifest.cu_samples[numbers[0]]))
 
 
 @dataclass(frozen=True)
 class CountWork:
-    """Counts a shard: the work of a process (``ordered_pool.in_order``)."""
+    """Counts a shard; run by worker processes (``ordered_pool.in_order``)."""
 
-    place: Place
+    location: ManifestLocation
     tokenizer: TokenizerConfig | None
     training: Training | None
     language_stride: int
 
     @cached_property
     def _manifest(self) -> Manifest:
-        return self.place.open()
+        return self.location.open()
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:
@@ -200,7 +204,7 @@ class CountWork:
             return None
         return DocumentBuilder(self.training.dataset, self._tokenizer, self.training.spec)
 
-    def __call__(self, task: ShardTask) -> Iterator[Tally]:
+    def __call__(self, task: CountTask) -> Iterator[Tally]:
         index = self._manifest.open_index(task.number)
         rows = np.arange(len(index)) if task.rows is None else task.rows
         tally = Tally(num_samples=len(rows))
@@ -211,15 +215,15 @@ class CountWork:
                 self._count_texts(reader, rows + int(self._manifest.cu_samples[task.number]), tally)
         yield tally
 
-    def _count_texts(self, reader: SampleReader, indices: Rows, tally: Tally) -> None:
+    def _count_texts(self, reader: SampleReader, indices: Indices, tally: Tally) -> None:
         characters, tokens = list[int](), list[int]()
         documents: dict[str, list[int]] = {"tokens": [], "patches": [], "cost": []}
         for index in indices.tolist():
             try:
-                sample = reader.read_outline(index)
+                sample = reader.read_without_images(index)
                 texts = _texts_of(sample)
             except SampleError as error:
-                _refuse(tally, error)
+                _record_unreadable(tally, error)
                 continue
             tally.odd["no_text"] += not any(texts)
             tally.odd["no_image"] += not any(isinstance(part, ImagePart) for part in sample.parts)
@@ -229,19 +233,19 @@ class CountWork:
                 tally.odd["names_a_token"] += any(map(self._tokenizer.names_token, texts))
             if index % self.language_stride == 0:
                 count_names(tally.languages, Counter(detect(text) for text in texts if text))
-            self._measure(sample, documents, tally)
+            self._dry_run(sample, documents, tally)
         tally.texts["characters"].add(characters)
         tally.texts["tokens"].add(tokens)
         for name, values in documents.items():
             tally.documents[name].add(values)
 
-    def _measure(self, sample: Sample, documents: dict[str, list[int]], tally: Tally) -> None:
+    def _dry_run(self, sample: Sample, documents: dict[str, list[int]], tally: Tally) -> None:
         if self._builder is None or self.training is None:
             return
         try:
-            document = self._builder.measure(sample)
+            document = self._builder.dry_run(sample)
         except SampleError as error:
-            _refuse(tally, error)
+            _record_unreadable(tally, error)
             return
         documents["tokens"].append(document.num_tokens)
         documents["patches"].append(document.num_patches)
@@ -258,14 +262,14 @@ def _texts_of(sample: Sample) -> Sequence[str]:
     return sample.texts
 
 
-def _refuse(tally: Tally, error: SampleError) -> None:
+def _record_unreadable(tally: Tally, error: SampleError) -> None:
     tally.refused[error.kind.value] += 1
     if len(tally.examples) < MAX_EXAMPLES:
         tally.examples.append(str(error))
 
 
-def _count_members(index: ShardIndex, rows: Rows, tally: Tally) -> None:
-    """What the index knows of samples ``rows``."""
+def _count_members(index: ShardIndex, rows: Indices, tally: Tally) -> None:
+    """Count the members of samples ``rows``, from the index."""
     cu_members = index.column("cu_members")
     counts = np.diff(cu_members)[rows]
     starts = np.concatenate([[0], np.cumsum(counts)])
@@ -278,9 +282,9 @@ def _count_members(index: ShardIndex, rows: Rows, tally: Tally) -> None:
     image = np.array([is_image(name) for name in index.extensions], bool)[ext]
     tally.samples["images"].add(np.add.reduceat(image.astype(np.int64), starts[:-1]))
     tally.samples["text_bytes"].add(index.column("text_bytes")[rows])
-    shown = members[image]
-    width, height, size = (index.column(name)[shown].astype(np.int64) for name in ("width", "height", "size"))
-    tally.keys = image_keys(index.column("crc32")[shown], size)
+    image_members = members[image]
+    width, height, size = (index.column(name)[image_members].astype(np.int64) for name in ("width", "height", "size"))
+    tally.keys = image_keys(index.column("crc32")[image_members], size)
     tally.images["bytes"].add(size)
     good = (width > 0) & (height > 0)
     tally.odd["damaged_header"] += int((~good).sum())
@@ -297,12 +301,12 @@ def _count_members(index: ShardIndex, rows: Rows, tally: Tally) -> None:
         tally.images[name].add(each)
 
 
-def _count_kinds(index: ShardIndex, ext: npt.NDArray[np.uint16], starts: Rows, tally: Tally) -> None:
-    """Samples by the set of their members' kinds: the last parts of the extensions."""
+def _count_kinds(index: ShardIndex, ext: npt.NDArray[np.uint16], starts: Indices, tally: Tally) -> None:
+    """Count samples by the set of their members' kinds. A kind is the last part of an extension."""
     kinds = sorted({name.rpartition(".")[2] for name in index.extensions})
-    shown = kinds[:_MAX_KINDS] + (["other"] if len(kinds) > _MAX_KINDS else [])
+    names = kinds[:_MAX_KINDS] + (["other"] if len(kinds) > _MAX_KINDS else [])
     bit = {kind: 1 << min(number, _MAX_KINDS) for number, kind in enumerate(kinds)}
     bits = np.array([bit[name.rpartition(".")[2]] for name in index.extensions], np.int64)[ext]
     sets, times = np.unique(np.bitwise_or.reduceat(bits, starts[:-1]), return_counts=True)
     for found, num in zip(sets.tolist(), times.tolist(), strict=True):
-        count_names(tally.kinds, {"+".join(kind for i, kind in enumerate(shown) if found >> i & 1): num})
+        count_names(tally.kinds, {"+".join(kind for i, kind in enumerate(names) if found >> i & 1): num})

@@ -1,9 +1,9 @@
-"""What a tokenizer costs in each language: tokens per word, per character, bytes per token, spelled-out bytes.
+"""Compare tokenizers by language: tokens per word and per character, bytes per token, and share of byte tokens.
 
-    (language, text) ... --fertility(tokenizers)--> one row a language, side by side for each tokenizer
+    (language, text) ... --fertility(tokenizers)--> one row per language, with the values of each tokenizer
 
-A tokenizer trained on English cuts other languages into more pieces, so the same page takes more of the context and of
-the budget. Texts are counted one by one and not kept.
+A tokenizer trained on English splits other languages into more tokens, so the same content takes more of the context
+and of the training budget. Texts are read once and not kept.
 
 Source: Rust et al., "How Good is Your Tokenizer?" (arXiv 2012.15613), section 3: fertility is tokens per word.
 """
@@ -27,18 +27,18 @@ from data_pipeline.text.tokenizer import check_unicode
 
 _MOST_BYTES = 1 << 28
 ALL = "all"
-"""The row over all texts."""
+"""Name of the row over all texts."""
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer without the special tokens that training needs, so that any file can be compared.
+    """A tokenizer that need not have the special tokens of training, so that any file can be compared.
 
     Attributes:
-        name: What tables call it.
-        encode: Text to ids, no bos, no eos; special names in the text are spelled out.
-        byte_ids: Pieces that hold less than a whole character.
-        unknown_id: The piece for what cannot be written at all; -1 for none.
+        name: Name of the tokenizer in tables.
+        encode: Encodes a text without bos and eos; the names of special tokens are encoded as ordinary text.
+        byte_ids: Tokens of single bytes (byte fallback), or tokens with a part of a character (byte-level BPE).
+        unknown_id: The token for text that cannot be encoded; -1 if there is none.
     """
 
     name: str
@@ -48,10 +48,14 @@ class TextTokenizer:
 
     @classmethod
     def open(cls, path: Path, name: str = "") -> TextTokenizer:
-        """Loads a ``.model`` (SentencePiece) or a ``tokenizer.json`` (``tokenizers``).
+        """Load a ``.json`` file with ``tokenizers``, or any other file as a SentencePiece model.
+
+        Args:
+            path: The file.
+            name: Name in tables; empty means the file's stem.
 
         Raises:
-            DataConfigError: the file is missing, or neither of the two.
+            DataConfigError: the file is missing or cannot be loaded.
         """
         try:
             content = read_bytes(path, most_bytes=_MOST_BYTES)
@@ -69,15 +73,15 @@ def _open_sentencepiece(path: Path, content: bytes) -> tuple[Callable[[str], lis
     try:
         model.LoadFromSerializedProto(content)
     except RuntimeError as error:
-        raise DataConfigError(f"tokenizer {path}: no SentencePiece model") from error
+        raise DataConfigError(f"tokenizer {path}: not a SentencePiece model") from error
     return model.encode, frozenset(i for i in range(model.vocab_size()) if model.is_byte(i)), model.unk_id()
 
 
 def _open_json(path: Path, content: bytes) -> tuple[Callable[[str], list[int]], frozenset[int], int]:
     try:
         model = tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # The library raises the bare class.
-        raise DataConfigError(f"tokenizer {path}: no tokenizer.json: {error}") from error
+    except Exception as error:  # The library raises bare Exception.
+        raise DataConfigError(f"tokenizer {path}: not a tokenizer.json: {error}") from error
     model.encode_special_tokens = True
     vocabulary = model.get_vocab(with_added_tokens=False)
     try:
@@ -91,7 +95,7 @@ def _open_json(path: Path, content: bytes) -> tuple[Callable[[str], list[int]], 
     else:
         byte_ids = frozenset()
     unknown = settings.get("unk_token")
-    if unknown is None and isinstance(settings.get("unk_id"), int):  # Unigram stores the number.
+    if unknown is None and isinstance(settings.get("unk_id"), int):  # Unigram stores the id, not the name.
         unknown_id = settings["unk_id"]
     else:
         unknown_id = vocabulary.get(unknown, -1)
@@ -108,10 +112,10 @@ def _fallback_names() -> list[str]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level BPE.
+    """Return the byte that each character of byte-level BPE represents.
 
     Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2), its published encoder:
-    printable Latin-1 stands for itself, the other bytes take code points from 256 on.
+    printable Latin-1 characters represent their own byte; the other bytes use code points from 256 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -122,10 +126,10 @@ _BYTE_OF_CHARACTER = _byte_alphabet()
 
 
 def _is_whole(piece: str) -> bool:
-    """Whether a byte-level piece is made of whole characters."""
+    """Whether a byte-level piece consists of whole characters."""
     try:
         bytes(_BYTE_OF_CHARACTER[letter] for letter in piece).decode()
-    except KeyError:  # A piece of another kind, such as a name.
+    except KeyError:  # Not a byte-level piece, for example the name of a special token.
         return True
     except UnicodeDecodeError:
         return False
@@ -133,15 +137,15 @@ def _is_whole(piece: str) -> bool:
 
 
 @dataclass
-class Count:
-    """Sums over texts of one language. ``tokens``, ``spelled`` and ``unknown`` are one number a tokenizer."""
+class TextCounts:
+    """Sums over texts of one language. ``tokens``, ``byte_tokens`` and ``unknown`` hold one number per tokenizer."""
 
     texts: int = 0
     words: int = 0
     characters: int = 0
     num_bytes: int = 0
     tokens: list[int] = field(default_factory=list)
-    spelled: list[int] = field(default_factory=list)
+    byte_tokens: list[int] = field(default_factory=list)
     unknown: list[int] = field(default_factory=list)
 
 
@@ -150,44 +154,45 @@ def fertility(
     compared: Sequence[TextTokenizer],
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Counts texts and tokens per language.
+    """Count texts and tokens per language.
 
     Args:
         texts: (language, text) pairs; read once.
-        compared: The tokenizers, with names that differ.
+        compared: The tokenizers, with different names.
         progress: Called with 1 after each text.
 
     Returns:
-        Language to its row: ``texts``, ``words`` (None where words are not separated by spaces), ``characters``,
-        ``bytes``, and ``tokenizers``: name to ``tokens``, ``per_word``, ``per_character``, ``bytes_per_token``,
-        ``byte_share`` (tokens that hold less than a character) and ``unknown_share``. Sorted by number of texts, most
-        first; the row ``all`` stands last.
+        A row for each language, by number of texts, largest first; the row ``all`` is last. A row holds ``texts``,
+        ``words`` (None if the language does not separate words by spaces), ``characters``, ``bytes``, and
+        ``tokenizers``: name to ``tokens``, ``per_word``, ``per_character``, ``bytes_per_token``, ``byte_share`` (share
+        of tokens in ``byte_ids``) and ``unknown_share``. In the row ``all``, ``words`` is None if one language does not
+        separate words by spaces.
 
     Raises:
-        DataConfigError: no text at all, or two tokenizers of one name.
+        DataConfigError: there is no text, or two tokenizers have the same name.
     """
     names = [tokenizer.name for tokenizer in compared]
     if len(set(names)) != len(names):
-        raise DataConfigError(f"tokenizers must differ in name, got {', '.join(names)}")
-    counts: dict[str, Count] = {}
+        raise DataConfigError(f"tokenizers must have different names, got {', '.join(names)}")
+    counts: dict[str, TextCounts] = {}
     for language, text in texts:
         count = counts.setdefault(language, _zero(len(compared)))
         _add(count, text, compared)
         if progress is not None:
             progress(1)
     if not counts:
-        raise DataConfigError("no text to count: is the field right?")
+        raise DataConfigError("no text to count: check the name of the field (--field)")
     order = sorted(counts, key=lambda language: (-counts[language].texts, language))
-    rows = {language: _row(counts[language], names, writes_spaces(language)) for language in order}
+    rows = {language: _language_row(counts[language], names, writes_spaces(language)) for language in order}
     spaced = all(writes_spaces(language) for language in counts)
-    return {**rows, ALL: _row(_sum(list(counts.values()), len(compared)), names, spaced)}
+    return {**rows, ALL: _language_row(_sum(list(counts.values()), len(compared)), names, spaced)}
 
 
-def _zero(num_tokenizers: int) -> Count:
-    return Count(tokens=[0] * num_tokenizers, spelled=[0] * num_tokenizers, unknown=[0] * num_tokenizers)
+def _zero(num_tokenizers: int) -> TextCounts:
+    return TextCounts(tokens=[0] * num_tokenizers, byte_tokens=[0] * num_tokenizers, unknown=[0] * num_tokenizers)
 
 
-def _add(count: Count, text: str, compared: Sequence[TextTokenizer]) -> None:
+def _add(count: TextCounts, text: str, compared: Sequence[TextTokenizer]) -> None:
     count.texts += 1
     count.words += len(text.split())
     count.characters += len(text)
@@ -195,22 +200,22 @@ def _add(count: Count, text: str, compared: Sequence[TextTokenizer]) -> None:
     for number, tokenizer in enumerate(compared):
         ids = tokenizer.encode(text)
         count.tokens[number] += len(ids)
-        count.spelled[number] += sum(i in tokenizer.byte_ids for i in ids)
+        count.byte_tokens[number] += sum(i in tokenizer.byte_ids for i in ids)
         count.unknown[number] += ids.count(tokenizer.unknown_id)
 
 
-def _sum(counts: Sequence[Count], num_tokenizers: int) -> Count:
+def _sum(counts: Sequence[TextCounts], num_tokenizers: int) -> TextCounts:
     total = _zero(num_tokenizers)
     for count in counts:
         for name in ("texts", "words", "characters", "num_bytes"):
             setattr(total, name, getattr(total, name) + getattr(count, name))
-        for name in ("tokens", "spelled", "unknown"):
+        for name in ("tokens", "byte_tokens", "unknown"):
             setattr(total, name, [a + b for a, b in zip(getattr(total, name), getattr(count, name), strict=True)])
     return total
 
 
-def _row(count: Count, names: Sequence[str], spaced: bool) -> dict[str, Any]:
-    columns = zip(names, count.tokens, count.spelled, count.unknown, strict=True)
+def _language_row(count: TextCounts, names: Sequence[str], spaced: bool) -> dict[str, Any]:
+    columns = zip(names, count.tokens, count.byte_tokens, count.unknown, strict=True)
     return {
         "texts": count.texts,
         "words": count.words if spaced else None,
@@ -222,10 +227,10 @@ def _row(count: Count, names: Sequence[str], spaced: bool) -> dict[str, Any]:
                 "per_word": _ratio(tokens, count.words) if spaced else None,
                 "per_character": _ratio(tokens, count.characters),
                 "bytes_per_token": _ratio(count.num_bytes, tokens),
-                "byte_share": _ratio(spelled, tokens),
+                "byte_share": _ratio(byte_tokens, tokens),
                 "unknown_share": _ratio(unknown, tokens),
             }
-            for name, tokens, spelled, unknown in columns
+            for name, tokens, byte_tokens, unknown in columns
         },
     }
 
@@ -237,17 +242,17 @@ def _ratio(part: int, whole: int) -> float | None:
 def texts_of_manifests(
     manifests: Sequence[Path], field_name: str = "", language_field: str = ""
 ) -> Iterator[tuple[str, str]]:
-    """(language, text) pairs of samples.
+    """Yield the (language, text) pairs of samples.
 
     Args:
-        manifests: Read in order.
-        field_name: A field, dots go into objects: an object gives a language for each of its keys, ``{"de": "Apfel"}``;
-            a text or a list of texts is of the sample's language. Samples without it are passed over. Empty: the
-            captions or text parts of the sample.
-        language_field: The field that holds the sample's language. Empty, or missing in a sample: it is detected.
+        manifests: The manifests, read in order.
+        field_name: Field to read; dots select nested fields. An object maps languages to texts, ``{"de": "Apfel"}``; a
+            text or a list of texts has the sample's language. Samples without the field are skipped. Empty reads the
+            captions, or else the text parts, of the sample.
+        language_field: Field with the sample's language. Empty, or absent in a sample: the language is detected.
 
     Raises:
-        SampleError: a sample is damaged, or the field holds something else.
+        SampleError: a sample is damaged, or the field holds something other than texts.
     """
     for path in manifests:
         for sample in read_samples(path):
@@ -258,14 +263,14 @@ def texts_of_manifests(
 
 
 def _texts_of_sample(sample: Sample, field_name: str) -> Iterator[tuple[str, str]]:
-    """Texts with the language that the field itself names, or an empty one."""
+    """Yield (language, text); the language is empty unless the field is an object of languages."""
     if field_name:
         value = _find(sample.fields, field_name)
     else:
         value = sample.fields.get("captions") or [part.text for part in sample.parts if isinstance(part, TextPart)]
     by_language = value if isinstance(value, Mapping) else {"": value}
-    for language, held in by_language.items():
-        texts = held if isinstance(held, list) else [] if held is None else [held]
+    for language, value in by_language.items():
+        texts = value if isinstance(value, list) else [] if value is None else [value]
         for text in texts:
             if not isinstance(text, str):
                 origin = sample.provenance
@@ -286,10 +291,13 @@ def _find(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def texts_of_file(path: Path) -> Iterator[tuple[str, str]]:
-    """(language, text) pairs of a file: one text a line; in a ``.jsonl`` objects with ``text`` and, if known, ``lang``.
+    """Yield the (language, text) pairs of a file.
+
+    A ``.jsonl`` has an object with ``text`` and, if known, ``lang`` in each line; any other file has one text per line.
+    Without ``lang`` the language is detected.
 
     Raises:
-        DataConfigError: the file is missing or a line is no such thing; names the line.
+        DataConfigError: the file is missing or not UTF-8, or a line is malformed; that error names the line.
     """
     try:
         for number, content in enumerate(read_lines(path), 1):
@@ -301,22 +309,22 @@ def texts_of_file(path: Path) -> Iterator[tuple[str, str]]:
     except OSError as error:
         raise DataConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataConfigError(f"{path}: no UTF-8: {error}") from error
+        raise DataConfigError(f"{path}: not UTF-8: {error}") from error
     except UntrustedError as error:
         raise DataConfigError(f"{path}: {error}") from error
 
 
-def _line(line: str, place: str) -> tuple[str, str]:
+def _line(line: str, location: str) -> tuple[str, str]:
     try:
-        held = parse_json(line)
+        value = parse_json(line)
     except UntrustedError as error:
-        raise DataConfigError(f"{place}: {error}") from error
-    match held:
+        raise DataConfigError(f"{location}: {error}") from error
+    match value:
         case {"text": str(text)}:
             try:
                 check_unicode(text)
             except SampleError as error:
-                raise DataConfigError(f"{place}: {error.reason}") from error
-            language = held.get("lang")
+                raise DataConfigError(f"{location}: {error.reason}") from error
+            language = value.get("lang")
             return language if isinstance(language, str) else detect(text), text
-    raise DataConfigError(f'{place}: expected {{"text": "...", "lang": "..."}}, lang may be absent')
+    raise DataConfigError(f'{location}: expected {{"text": "...", "lang": "..."}}, lang may be absent')

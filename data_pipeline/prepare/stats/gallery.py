@@ -1,4 +1,4 @@
-"""A few samples of a data set as people look at them: small pictures and text. Not for: figures (``count``)."""
+"""Read a few samples of a data set for a person to look at: thumbnails and texts. Not for: statistics (``count``)."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
 
 _SIDE = 208
-_MAX_PICTURES = 4
+_MAX_THUMBNAILS = 4
 _MAX_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One sample.
+class GallerySample:
+    """One sample to display.
 
     Attributes:
-        index: Its place in the manifest.
-        shard: Name of the shard.
-        key: Its key.
-        pictures: JPEG bytes, at most four.
-        num_images: Images that it has.
-        size: Width and height of the first image; None without one.
-        texts: Its texts, cut where they are long.
-        languages: Language of each.
-        problem: What could not be read or decoded; empty if nothing.
+        index: Number of the sample in the manifest.
+        shard: File name of its shard.
+        key: Key of the sample.
+        thumbnails: JPEG bytes of its first images, at most four.
+        num_images: Number of images in the sample.
+        size: Width and height of the first image, pixels; None without one.
+        texts: The sample's texts, each cut after 400 characters.
+        languages: Languages of the texts, without repetition.
+        problem: Why the sample, or one of its first four images, cannot be read; empty if nothing is wrong.
     """
 
     index: int
     shard: str
     key: str
-    pictures: tuple[bytes, ...] = ()
+    thumbnails: tuple[bytes, ...] = ()
     num_images: int = 0
     size: tuple[int, int] | None = None
     texts: tuple[str, ...] = ()
@@ -47,8 +47,8 @@ class Shown:
     problem: str = ""
 
 
-def gallery(manifest: Manifest, num: int) -> Iterator[Shown]:
-    """``num`` samples, spread evenly over the manifest, always the same ones.
+def gallery(manifest: Manifest, num: int) -> Iterator[GallerySample]:
+    """Yield at most ``num`` samples spread evenly over the manifest (``spread``); the same ones on every call.
 
     Raises:
         ManifestError, ShardError, StorageError: an index or a shard is missing or damaged, or a server fails.
@@ -56,27 +56,27 @@ def gallery(manifest: Manifest, num: int) -> Iterator[Shown]:
     with closing(SampleReader(manifest, "stats", max_open=1)) as reader:
         for index in spread(manifest.num_samples, min(num, manifest.num_samples)).tolist():
             shard, key = reader.where(index)
-            yield _shown(reader, index, Path(shard).name, key)
+            yield _gallery_sample(reader, index, Path(shard).name, key)
 
 
-def _shown(reader: SampleReader, index: int, shard: str, key: str) -> Shown:
+def _gallery_sample(reader: SampleReader, index: int, shard: str, key: str) -> GallerySample:
     try:
         sample = reader.read(index)
     except SampleError as error:
-        return Shown(index, shard, key, problem=error.reason)
+        return GallerySample(index, shard, key, problem=error.reason)
     images = [part for part in sample.parts if isinstance(part, ImagePart)]
-    pictures, problem = list[bytes](), ""
-    for image in images[:_MAX_PICTURES]:
+    thumbnails, problem = list[bytes](), ""
+    for image in images[:_MAX_THUMBNAILS]:
         try:
-            pictures.append(thumbnail(image.data, _SIDE))
+            thumbnails.append(thumbnail(image.data, _SIDE))
         except SampleError as error:
             problem = problem or f"{image.name}: {error.reason}"
     size = images[0].size if images else None
-    return Shown(
+    return GallerySample(
         index,
         shard,
         key,
-        tuple(pictures),
+        tuple(thumbnails),
         len(images),
         None if size is None else (size[1], size[0]),
         tuple(text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}…" for text in sample.texts),

@@ -1,8 +1,8 @@
-"""Distribution of any number of whole numbers in a few kilobytes, with quantiles.
+"""Histogram of any number of whole numbers in a few kilobytes, with quantiles.
 
-Numbers below 256 have a bucket each. Above, a bucket is as wide as 1/128 of its numbers, so a quantile is off by at
-most 1/256 of its value; counts, sum, smallest and largest are exact. Adding is exact and in any order the same, so
-parts may be counted by different processes.
+Numbers below 256 have a bucket each. Above, the width of a bucket is at most 1/128 of its numbers, so the error of a
+quantile is at most 1/256 of its value. Count, sum, smallest and largest are exact. The order of additions and merges
+does not change the result, so different processes may count parts of a data set.
 
 Source: G. Tene, HdrHistogram (log-linear buckets). Not for: fractions; scale them to whole numbers (``per_unit``).
 """
@@ -28,7 +28,12 @@ class Histogram:
     """Counts of numbers by bucket.
 
     Attributes:
-        per_unit: What was multiplied with to make whole numbers; figures are divided by it.
+        per_unit: Factor by which the values were multiplied to get whole numbers; ``summary`` divides by it.
+        count: Number of values.
+        total: Sum of the values.
+        smallest: Smallest value; 0 if there is none.
+        largest: Largest value; 0 if there is none.
+        buckets: Number of values in each bucket.
     """
 
     per_unit: float = 1.0
@@ -39,7 +44,7 @@ class Histogram:
     buckets: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def add(self, values: npt.NDArray[Any] | Sequence[int]) -> None:
-        """Counts whole numbers of at least 0."""
+        """Count whole numbers; each must be at least 0."""
         array = np.asarray(values, np.int64)
         if not array.size:
             return
@@ -48,7 +53,7 @@ class Histogram:
         self._join(int(array.size), exact_sum, int(array.min()), int(array.max()), counted)
 
     def merge(self, other: Histogram) -> None:
-        """Counts what another one counted."""
+        """Add the counts of another histogram; both must have the same ``per_unit``."""
         if other.count:
             self._join(other.count, other.total, other.smallest, other.largest, other.buckets)
 
@@ -62,14 +67,20 @@ class Histogram:
         self.buckets[: len(buckets)] += buckets
 
     def quantile(self, share: float) -> float:
-        """The smallest number that at least ``share`` of all numbers do not exceed, before ``per_unit``."""
+        """Return the number that ``share`` of all numbers do not exceed, not divided by ``per_unit``; 0 if empty.
+
+        Above 255 the result is the middle of a bucket.
+        """
         rank = max(1, math.ceil(share * self.count))
         bucket = int(np.searchsorted(np.cumsum(self.buckets), rank))
         low, width = bounds(bucket)
         return float(min(max(low + (width - 1) / 2, self.smallest), self.largest))
 
-    def figures(self) -> dict[str, float]:
-        """Count, sum, mean and quantiles in units; nothing but the count for no numbers."""
+    def summary(self) -> dict[str, float]:
+        """Return count, sum, mean, extremes and quantiles; an empty histogram has only the count.
+
+        All but the count are divided by ``per_unit``.
+        """
         if not self.count:
             return {"count": 0}
         unit = self.per_unit
@@ -84,7 +95,11 @@ class Histogram:
         return {name: int(value) if float(value).is_integer() else value for name, value in found.items()}
 
     def bars(self, edges: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-        """Numbers between each two ``edges`` (in units, ascending); a bucket is spread evenly over its width."""
+        """Return how many numbers are between consecutive ``edges``, estimated evenly within a bucket.
+
+        Args:
+            edges: Ascending, in units (values divided by ``per_unit``).
+        """
         filled = np.flatnonzero(self.buckets)
         spans = np.array([bounds(int(bucket)) for bucket in filled], np.float64).reshape(-1, 2)
         low = np.maximum(spans[:, 0], self.smallest)
@@ -95,7 +110,7 @@ class Histogram:
 
 
 def bounds(bucket: int) -> tuple[int, int]:
-    """First number and width of a bucket."""
+    """Return the first number and the width of a bucket."""
     if bucket < _EXACT:
         return bucket, 1
     shift = bucket // _HALF - 1
@@ -103,6 +118,6 @@ def bounds(bucket: int) -> tuple[int, int]:
 
 
 def _bucket(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    # frexp rounds above 2**53: a number then counts as the power of two that it misses by less than 1e-15.
+    # float64 rounds above 2**53, so a number just below a power of two may be counted as that power.
     shift = np.maximum(np.frexp(values.astype(np.float64))[1].astype(np.int64) - 1 - _BITS, 0)
     return shift * _HALF + (values >> shift)

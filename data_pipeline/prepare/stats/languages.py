@@ -1,13 +1,14 @@
-"""Which language a text is in: by its script first, then, with the extra ``stats``, by its letters.
+"""Detect the language of a text: by its script first, then, with the extra ``stats``, by py3langid.
 
     text --script_of--> "Hira" "Hang" "Thai" ... one language each --> "ja" "ko" "th"
-                        "Latn" "Cyrl" "Arab" "Deva" ... several   --> py3langid, or "und-Latn" where it is unsure
+                        "Latn" "Cyrl" "Arab" "Deva" ... several   --> py3langid, or "und-Latn" if it is unsure
 
-Codes are BCP 47. ``und-Latn`` says: some language in Latin letters; ``und`` says: no letters at all. Deterministic and
-offline: py3langid (BSD) is a naive Bayes model over bytes that lies in its package. Without it only scripts are told
-apart, and ``has_identifier`` is False: whoever prints languages says so.
+Codes are BCP 47. ``und-Latn`` is an unknown language in Latin letters; ``und`` is a text without letters. Detection is
+deterministic and offline: py3langid (BSD) is a naive Bayes model over bytes, contained in its package. Without it,
+languages of one script cannot be distinguished and ``has_identifier`` is False; a caller that prints languages must say
+so.
 
-Not for: mixed texts. A text is counted as what most of its letters are.
+Not for: mixed texts. A text gets the script of most of its letters.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Protocol
 import numpy as np
 
 MIN_CONFIDENCE = 0.5
-"""Below this the identifier's answer is not taken."""
+"""Least confidence of py3langid for its answer to be used."""
 
 _MAX_CHARACTERS = 2000
-"""Enough to tell a language; what follows is not looked at."""
+"""Characters that are looked at; this is enough to detect a language."""
 
-# First and last code point of the letters of each script (Unicode 15, Blocks.txt). Han is shared, Kana decides.
+# First and last code point of the letters of each script (Unicode 15, Blocks.txt). Han is shared; Kana means Japanese.
 _BLOCKS: tuple[tuple[int, int, str], ...] = (
     (0x0041, 0x005A, "Latn"),
     (0x0061, 0x007A, "Latn"),
@@ -82,7 +83,7 @@ _LAST = np.array([last for _, last, _ in _BLOCKS], np.uint32)
 _SCRIPTS = sorted({script for _, _, script in _BLOCKS})
 _SCRIPT_OF_BLOCK = np.array([_SCRIPTS.index(script) for _, _, script in _BLOCKS])
 
-# Scripts that one living language writes, near enough for a census.
+# Scripts that are used, to a good approximation, by one living language.
 _LANGUAGE_OF_SCRIPT = {
     "Armn": "hy", "Geor": "ka", "Grek": "el", "Gujr": "gu", "Guru": "pa", "Hang": "ko", "Hani": "zh", "Hira": "ja",
     "Khmr": "km", "Knda": "kn", "Laoo": "lo", "Mlym": "ml", "Orya": "or", "Sinh": "si", "Taml": "ta", "Telu": "te",
@@ -96,14 +97,15 @@ class _Identifier(Protocol):
 
 
 def has_identifier() -> bool:
-    """Whether languages that share a script can be told apart (``pip install 'mmscale[stats]'``)."""
+    """Whether languages that share a script can be distinguished (``pip install 'mmscale[stats]'``)."""
     return importlib.util.find_spec("py3langid") is not None
 
 
 def script_of(text: str) -> str:
-    """ISO 15924 code of the script of most letters (``Latn``); ``Zyyy`` for a text without letters.
+    """Return the ISO 15924 code of the script of most letters (``Latn``); ``Zyyy`` for a text without letters.
 
-    Any Kana makes it ``Hira``: Japanese is largely written in Han characters. Ties go to the first code by alphabet.
+    A mostly Han text with any Kana is ``Hira``, because Japanese is largely written in Han characters. On a tie the
+    alphabetically first code is returned.
     """
     points = np.frombuffer(text[:_MAX_CHARACTERS].encode("utf-32-le", errors="replace"), "<u4")
     block = np.searchsorted(_FIRST, points, side="right") - 1
@@ -116,7 +118,7 @@ def script_of(text: str) -> str:
 
 
 def detect(text: str) -> str:
-    """BCP 47 code of a text's language: ``de``, or ``und-Latn`` where only the script is known, or ``und``."""
+    """Return the BCP 47 code of a text's language: ``de``, or ``und-Latn`` if only the script is known, or ``und``."""
     script = script_of(text)
     if script == "Zyyy":
         return "und"
@@ -131,7 +133,7 @@ def detect(text: str) -> str:
 
 
 def writes_spaces(language: str) -> bool:
-    """Whether words of the language are separated by spaces, so that counting words means something."""
+    """Whether the language separates words by spaces, so that words can be counted."""
     return language.lower().partition("-")[0] not in _SPACELESS
 
 

@@ -1,4 +1,4 @@
-"""What was counted in a data set, or in a part of one; parts add up to the whole in any order.
+"""Counts and histograms of a data set or a part of one. Parts can be merged.
 
 Not for: counting (``count``), drawing (``mmscale.report``).
 """
@@ -21,29 +21,29 @@ PER_RATIO = 1000
 
 
 def count_names(counter: Counter[str], names: dict[str, int] | Counter[str]) -> None:
-    """Adds to a counter that strange data cannot fill up: beyond ``MAX_NAMES`` names all are ``other``."""
+    """Add counts by name. After ``MAX_NAMES`` names, further ones count as ``other``, so memory stays bounded."""
     for name in sorted(names):
         counter[name if name in counter or len(counter) < MAX_NAMES else OTHER] += names[name]
 
 
 @dataclass
 class Tally:
-    """Figures of samples; all but ``keys`` are small whatever was counted.
+    """Counts and histograms of samples. Their size is bounded, except that of ``keys``.
 
     Attributes:
-        num_samples: Samples that were looked at.
-        members: Files by extension.
-        kinds: Samples by what they consist of: ``jpg+json``.
-        images: Distributions over images: ``width height pixels aspect_ratio bytes``.
-        samples: Over samples: ``images text_bytes``.
-        texts: Over texts: ``characters``, and ``tokens`` with a tokenizer.
-        documents: Over samples as they are trained on: ``tokens patches cost``.
-        languages: Texts by language, of those that were asked.
-        odd: Samples or images by what is odd about them.
-        refused: Samples that cannot be read or make no document, by kind of fault.
-        examples: The first of those, with place and reason.
-        num_too_long: Documents that no pack holds whole.
-        keys: ``copies.image_keys`` of the images; taken out when parts are added.
+        num_samples: Samples that were counted.
+        members: Members by extension.
+        kinds: Samples by the kinds of their members, such as ``jpg+json``.
+        images: Histograms over images: ``width height pixels aspect_ratio bytes``.
+        samples: Histograms over samples: ``images text_bytes``.
+        texts: Histograms over texts: ``characters``, and ``tokens`` with a tokenizer.
+        documents: Histograms over the documents of a run: ``tokens patches cost``.
+        languages: Texts by language; of a large data set only every n-th sample's.
+        odd: Samples or images by what is unusual about them.
+        refused: Samples that cannot be read or converted to a document, by kind of fault.
+        examples: The first of those errors, with shard, key and reason.
+        num_too_long: Documents with more tokens than a pack.
+        keys: ``copies.image_keys`` of the images; ``merge`` does not add them.
     """
 
     num_samples: int = 0
@@ -72,7 +72,7 @@ class Tally:
     keys: npt.NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
 
     def merge(self, other: Tally) -> None:
-        """Adds a part that comes after this one."""
+        """Add the counts of the part that follows this one; ``examples`` stay in order. ``keys`` are not merged."""
         self.num_samples += other.num_samples
         self.num_too_long += other.num_too_long
         for name in ("members", "kinds", "languages", "odd", "refused"):
@@ -82,22 +82,22 @@ class Tally:
                 histogram.merge(getattr(other, name)[key])
         self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
 
-    def figures(self) -> dict[str, Any]:
-        """As they are printed; what was not counted is left out."""
+    def summary(self) -> dict[str, Any]:
+        """Return the counts as a JSON object, without those that were not counted."""
         images = self.images["width"].count + self.odd["damaged_header"]
         found: dict[str, Any] = {
             "members": dict(sorted(self.members.items())),
             "kinds": dict(self.kinds.most_common()),
-            "images": {"count": images, "per_sample": self.samples["images"].figures()},
-            "text_bytes": self.samples["text_bytes"].figures(),
+            "images": {"count": images, "per_sample": self.samples["images"].summary()},
+            "text_bytes": self.samples["text_bytes"].summary(),
         }
         if images:
-            found["images"] |= {name: histogram.figures() for name, histogram in self.images.items()}
+            found["images"] |= {name: histogram.summary() for name, histogram in self.images.items()}
         for name, histogram in self.texts.items():
             if histogram.count:
-                found[f"text_{name}"] = histogram.figures()
+                found[f"text_{name}"] = histogram.summary()
         if self.documents["tokens"].count:
-            found["documents"] = {name: histogram.figures() for name, histogram in self.documents.items()}
+            found["documents"] = {name: histogram.summary() for name, histogram in self.documents.items()}
             found["documents"]["longer_than_a_pack"] = self.num_too_long
         found["languages"] = dict(self.languages.most_common())
         found["odd"] = dict(sorted((name, count) for name, count in self.odd.items() if count))

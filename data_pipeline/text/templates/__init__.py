@@ -1,4 +1,4 @@
-"""Sample to pieces: which text is read, which is learned, where the images stand.
+"""Convert samples to pieces: text to read, text to learn, and images, in order.
 
     caption       images, prompt (read), answer (learned)
     interleaved   parts as stored, all text learned
@@ -6,7 +6,7 @@
     dialogue      turns of roles, the answers learned
     annotations   images once, then a branch of prompt and answer for each annotation
 
-Not for: token ids (``packing/document_builder.py``).
+``packing/document_builder.py`` converts pieces to token ids.
 """
 
 from __future__ import annotations
@@ -41,4 +41,4 @@ TemplateConfig = Annotated[
     CaptionTemplate | InterleavedTemplate | TextTemplate | DialogueTemplate | AnnotationsTemplate,
     Field(discriminator="kind"),
 ]
-"""Which template; ``kind`` picks the member. A new template is one file here and one name in this list."""
+"""A template; ``kind`` selects its type. A new template needs one file here and one entry in this list."""

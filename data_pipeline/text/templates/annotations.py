@@ -1,4 +1,4 @@
-"""Several texts about the same images: the images once, then a branch for each text."""
+"""Template for several texts about the same images: the images once, then a branch for each text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.order.randomness import Draws
+from data_pipeline.order.randomness import Rng
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.pages import weight_of
 from data_pipeline.text.templates.base import (
@@ -28,9 +28,9 @@ from data_pipeline.text.templates.dialogue import DialogueTemplate
 
 
 class AnnotationsTemplate(TemplateBase):
-    """The images, then a branch for each annotation, which sees the images and itself but no other branch.
+    """The images, then a branch for each annotation. A branch attends the images and itself, but no other branch.
 
-    The learned text of each of n branches weighs ``1 / sqrt(n)`` of what it would alone.
+    The token weights of each of n branches are multiplied by ``1 / sqrt(n)``.
 
     Source: Molmo (arXiv 2409.17146, section 3).
     """
@@ -39,17 +39,18 @@ class AnnotationsTemplate(TemplateBase):
     kind: Literal["annotations"] = "annotations"
     images: ImagesRule = "optional"
     """``required``: a sample without an image is a bad sample (fault kind ``no_image``). ``optional``: the model learns
-    its annotations alone."""
+    the annotations of such a sample without an image."""
     field: str = "annotations"
-    """The list of annotations: objects, whose fields ``each`` reads beside those of the sample, or strings, which it
-    reads as ``caption``. A ``weight`` of an object multiplies that of its learned tokens."""
+    """Field with the list of annotations. ``each`` reads the fields of an annotation object in addition to those of the
+    sample, and a string as the field ``caption``. A ``weight`` in an object multiplies its token weights."""
     each: Annotated[CaptionTemplate | DialogueTemplate, Field(discriminator="kind")] = CaptionTemplate(
         prompts=("{question}",), answers=("{answer}",)
     )
-    """How an annotation is worded: as a caption, or as a dialogue, whose images stand before all branches. It must
-    begin with text that is read: what all branches share cannot predict how each of them begins."""
+    """Template of an annotation, ``caption`` or ``dialogue``; the images come before all branches. It must begin with
+    text that is read, because the shared images cannot predict how each branch begins."""
     max_annotations: int | None = Field(default=None, ge=1)
-    """Of more annotations so many are drawn, anew in each epoch; null takes all."""
+    """Largest number of annotations of a sample, at least 1. From more, a new selection is drawn in each epoch. null
+    uses all."""
 
     @property
     def requires_images(self) -> bool:
@@ -69,7 +70,7 @@ class AnnotationsTemplate(TemplateBase):
 
     @property
     def loss_weight(self) -> LossWeight:
-        """Of each branch."""
+        """Rule for the token weights of each branch."""
         return self.each.loss_weight
 
     @field_validator("each")
@@ -83,8 +84,11 @@ class AnnotationsTemplate(TemplateBase):
             )
         return each
 
-    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
-        """Images, and branches if there is more than one annotation; ``rng`` None takes the first annotations.
+    def pieces(self, sample: Sample, rng: Rng | None) -> list[Piece]:
+        """Return the images and the annotations, as branches if there are several.
+
+        If there are more than ``max_annotations``, that many are drawn and kept in stored order. With ``rng`` None, the
+        first ones are used.
 
         Raises:
             SampleError: there is no annotation, or one lacks what ``each`` needs.
@@ -105,7 +109,7 @@ class AnnotationsTemplate(TemplateBase):
         return pieces
 
     def prompt(self, sample: Sample) -> list[Piece]:
-        """Images and the prompt of the first annotation."""
+        """Return the images and the prompt of the first annotation."""
         return self.each.prompt(self._sample_of(self._entries(sample)[0], sample))
 
     def _entries(self, sample: Sample) -> Sequence[Any]:
@@ -116,7 +120,7 @@ class AnnotationsTemplate(TemplateBase):
         return entries
 
     def _sample_of(self, entry: Any, sample: Sample) -> Sample:
-        """The sample as if it had this annotation alone."""
+        """Return the sample with the fields of one annotation instead of the list."""
         own = {"caption": entry} if isinstance(entry, str) else entry
         shared = {name: value for name, value in sample.fields.items() if name != self.field}
         return replace(sample, fields={**shared, **own})

@@ -1,8 +1,8 @@
-"""What all templates share: the pieces that they make, their base classes, format strings, weights of tokens.
+"""Common parts of all templates: pieces, base classes, format strings and token weights.
 
     sample --template--> pieces --packing/document_builder--> document
 
-Format strings take the fields of a sample: ``{name}`` and ``{name.inner}``, nothing else.
+A format string may contain the fields of a sample as ``{name}`` and ``{name.inner}``, and no other placeholders.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import Field
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.order.randomness import Draws
+from data_pipeline.order.randomness import Rng
 from data_pipeline.sample import ImagePart, Sample
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Text of a document. ``weight`` is the loss weight of each of its tokens: 0 is read only, above 0 is learned."""
+    """Text of a document. ``weight`` is the loss weight of each of its tokens; weight 0 is read, not learned."""
 
     text: str
     weight: float
@@ -37,7 +37,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class TokenPiece:
-    """One token of the tokenizer by its name, ``<|im_start|>``."""
+    """One token of the tokenizer, given by name: ``<|im_start|>``."""
 
     name: str
     weight: float
@@ -52,44 +52,47 @@ class EndPiece:
 
 @dataclass(frozen=True)
 class BranchPiece:
-    """A branch begins: up to the next one, what follows sees itself and what stands before the first branch."""
+    """Beginning of a branch, which extends to the next ``BranchPiece``.
+
+    A branch attends itself and the pieces before the first branch, but no other branch.
+    """
 
 
 Piece = TextPiece | TokenPiece | EndPiece | BranchPiece | ImagePart
 
 
 def images_of(sample: Sample) -> list[ImagePart]:
-    """The images of a sample in reading order."""
+    """Return the images of a sample in reading order."""
     return [part for part in sample.parts if isinstance(part, ImagePart)]
 
 
 def text(content: str, weight: float = 0.0) -> list[TextPiece]:
-    """A piece, or none for an empty text."""
+    """Return a list with one piece; an empty list for an empty text."""
     return [TextPiece(content, weight)] if content else []
 
 
-def draw(options: Sequence[T], rng: Draws | None) -> T:
-    """One of the options; the first if nothing is drawn. Where there is no choice, nothing is drawn either."""
+def draw(options: Sequence[T], rng: Rng | None) -> T:
+    """Draw one of the options; return the first if ``rng`` is None. A single option does not advance ``rng``."""
     return options[0 if rng is None or len(options) == 1 else int(rng.random() * len(options))]
 
 
 LossWeight = Literal["token", "sqrt", "sample"]
 
 ImagesRule = Literal["required", "optional"]
-"""Whether a sample must have an image to be trained on."""
+"""Whether training requires an image in each sample."""
 
 
 class TemplateBase(StrictConfig, ABC):
-    """A kind of template. A kind has a field ``kind``, and ``loss_weight`` as a field or property."""
+    """Base class of templates. A subclass has a field ``kind``, and ``loss_weight`` as a field or property."""
 
     takes_images: ClassVar[bool] = True
     """Whether documents can hold images."""
     no_pair: ClassVar[str | None] = None
-    """Why a document is not one image and one text, in a few words (``no image``); None: it can be."""
+    """Reason why documents cannot be pairs of one image and one text (``no image``); None if they can."""
 
     @abstractmethod
-    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
-        """Return the document of a sample; ``rng`` None takes the first of every list.
+    def pieces(self, sample: Sample, rng: Rng | None) -> list[Piece]:
+        """Return the document of a sample. ``rng`` draws from lists of options; None uses the first of each list.
 
         Raises:
             SampleError: the sample lacks what the template needs.
@@ -106,65 +109,65 @@ class TemplateBase(StrictConfig, ABC):
 
     @property
     def named_tokens(self) -> tuple[str, ...]:
-        """Names of tokens that the template writes; each must be a token of the tokenizer."""
+        """Names of the tokens that the template inserts. Each must be a token of the tokenizer."""
         return ()
 
     @property
     def closing(self) -> tuple[str, ...]:
-        """Names of tokens that end an answer, besides the tokenizer's end token."""
+        """Names of the tokens that end an answer, in addition to the tokenizer's end token."""
         return ()
 
     @property
     def branch_template(self) -> TemplateBase:
-        """The template that words one text of a document: another one where a document has branches."""
+        """The template of a single text: this one, or that of each branch if documents have branches."""
         return self
 
     def question(self, words: str) -> dict[str, Any] | None:
-        """Return fields of a sample whose prompt asks ``words``; None: this kind has no place for a question."""
+        """Return the fields of a sample whose prompt is ``words``; None if the template has no such prompt."""
         return None
 
 
 class LearnedText(TemplateBase):
-    """Base of templates whose tokens weigh by one rule."""
+    """Base class of templates with a configurable rule for token weights."""
 
     loss_weight: LossWeight = "token"
-    """How much the n learned tokens of a sample weigh: each 1 (``token``: long texts count more), ``1 / sqrt(n)``
-    (``sqrt``: between the two) or ``1 / n`` (``sample``: all samples count alike). Weights of tokens are multiplied."""
+    """Weight of each of the n learned tokens of a sample: 1 (``token``: long texts count more), ``1 / sqrt(n)``
+    (``sqrt``: in between) or ``1 / n`` (``sample``: all samples count equally). It multiplies other token weights."""
 
 
 class DroppableText(LearnedText):
-    """Base of templates whose text may be left out."""
+    """Base class of templates whose text can be dropped."""
 
     text_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability that a sample is shown without its text in an epoch: what generation guided by text is trained with.
-    Images and prompt stay. Decided by the sample's own generator: the same at any number of ranks and after a resume.
-    Such a document has no learned token, so next-token loss takes nothing from it; leave it at 0 for captioning."""
+    """Probability, 0 to below 1, of dropping the text of a sample in an epoch, for classifier-free guidance. Images and
+    prompt are kept. The sample RNG decides, so the result does not depend on the number of ranks or on resuming. A
+    document without its text has no learned token and no next-token loss; use 0 for captioning."""
 
-    def drops(self, rng: Draws | None) -> bool:
-        """Whether this sample goes without text; never without a generator."""
+    def drops(self, rng: Rng | None) -> bool:
+        """Draw whether to drop the text of this sample; False if ``rng`` is None."""
         return self.text_dropout > 0 and rng is not None and bool(rng.random() < self.text_dropout)
 
 
 @functools.lru_cache(maxsize=1024)
 def parse(text: str) -> tuple[tuple[str, str | None], ...]:
-    """Literal text and field name pairs.
+    """Parse a format string to pairs of literal text and field name (None after the last literal).
 
     Raises:
-        ValueError: unbalanced braces, an unnamed field, a conversion or a format specification.
+        ValueError: it has unbalanced braces, an unnamed field, a conversion or a format specification.
     """
     parsed = []
     for literal, name, specification, conversion in Formatter().parse(text):
         if name is not None and (not name.replace(".", "").replace("_", "").isalnum() or specification or conversion):
-            raise ValueError(f"format string {text!r}: expected {{name}} or {{name.inner}}, nothing else in braces")
+            raise ValueError(f"format string {text!r}: only {{name}} and {{name.inner}} are allowed in braces")
         parsed.append((literal, name))
     return tuple(parsed)
 
 
 def look_up(name: str, fields: Mapping[str, Any]) -> Any:
-    """The value of a field; ``a.b`` is field b of the object a.
+    """Return the value of a field; ``a.b`` is field b of the object a.
 
     Raises:
-        SampleError: there is none, or it is null.
+        SampleError: the field is missing or null.
     """
     value: Any = fields
     for key in name.split("."):
@@ -178,7 +181,7 @@ def look_up(name: str, fields: Mapping[str, Any]) -> Any:
 
 
 def fill(text: str, fields: Mapping[str, Any]) -> str:
-    """The format string with its fields filled in; a list is joined with commas.
+    """Return the format string with its fields filled in; the items of a list are joined with commas.
 
     Raises:
         SampleError: a field is missing.
@@ -193,11 +196,11 @@ def fill(text: str, fields: Mapping[str, Any]) -> str:
 
 
 def share_weights(weights: Sequence[float], branches: Sequence[int], rule: LossWeight) -> npt.NDArray[np.float64]:
-    """Weights of tokens under a rule; each branch is a sample of its own.
+    """Return the token weights of a document under a rule, which treats each branch as a separate sample.
 
     Args:
-        weights: Of each token of a document, 0 for those that are only read.
-        branches: First token of each branch.
+        weights: Weight of each token; 0 for tokens that are not learned.
+        branches: Index of the first token of each branch.
         rule: See ``LearnedText.loss_weight``.
 
     Source: InternVL 2.5 (arXiv 2412.05271), loss reweighting: token, square and sample averaging.
@@ -205,7 +208,7 @@ def share_weights(weights: Sequence[float], branches: Sequence[int], rule: LossW
     shared = np.array(weights, dtype=np.float64)
     if rule == "token":
         return shared
-    for part in np.split(shared, branches):  # Views: written in place.
+    for part in np.split(shared, branches):  # The parts are views, so this writes to ``shared``.
         count = max(1.0, float(np.count_nonzero(part)))
         part /= math.sqrt(count) if rule == "sqrt" else count
     return shared

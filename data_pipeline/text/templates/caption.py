@@ -1,4 +1,4 @@
-"""Images with a text: a prompt that is read, then an answer that is learned."""
+"""Template for images with a text: a prompt that is read, then an answer that is learned."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 
 from data_pipeline.errors import FaultKind, SampleError
-from data_pipeline.order.randomness import Draws
+from data_pipeline.order.randomness import Rng
 from data_pipeline.sample import Sample
 from data_pipeline.text.templates.base import (
     DroppableText,
@@ -30,16 +30,16 @@ class CaptionTemplate(DroppableText):
     kind: Literal["caption"] = "caption"
     images: ImagesRule = "required"
     """``required``: a sample without an image is a bad sample (fault kind ``no_image``). ``optional``: the model learns
-    its text alone. A model without a vision tower reads no image, so it requires none."""
+    the text of such a sample. A model without a vision tower never requires images."""
     prompts: tuple[str, ...] = ("",)
-    """Format strings over the sample's fields, ``"Name the {group}:"``. One for all answers, or one for each of
-    ``answers``, or, with ``field``, any number of which one is drawn."""
+    """Format strings with the sample's fields: ``"Name the {group}:"``. With ``answers``: one for all of them, or one
+    for each. Without ``answers``: any number, of which one is drawn for each sample and epoch."""
     answers: tuple[str, ...] | None = None
-    """Format strings of which one is drawn for each sample and epoch. A list field is joined with commas; ``{a.b}``
-    reads field b of the object a. Every field must exist in every sample."""
+    """Format strings, of which one is drawn for each sample and epoch. The items of a list field are joined with
+    commas. ``{a.b}`` is field b of the object a. Every sample must have all fields. null uses ``field``."""
     field: str | None = None
-    """Take the answer from this field instead: a string, or a list of strings of which one is drawn. Neither
-    ``answers`` nor ``field``: the field ``captions`` if the sample has it, else ``caption``."""
+    """Field with the answer: a string, or a list of strings of which one is drawn. Excludes ``answers``. If both are
+    null, the field is ``captions`` if the sample has it, else ``caption``."""
 
     @property
     def requires_images(self) -> bool:
@@ -59,11 +59,13 @@ class CaptionTemplate(DroppableText):
         if self.answers is not None and self.field is not None:
             raise ValueError("answers and field exclude each other")
         if self.answers is not None and len(self.prompts) not in (1, len(self.answers)):
-            raise ValueError(f"{len(self.prompts)} prompts for {len(self.answers)} answers: expected 1 or as many")
+            raise ValueError(
+                f"{len(self.prompts)} prompts for {len(self.answers)} answers: expected 1, or one for each answer"
+            )
         return self
 
-    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
-        """Images, prompt and answer; ``rng`` None takes the first of every list.
+    def pieces(self, sample: Sample, rng: Rng | None) -> list[Piece]:
+        """Return images, prompt and answer. ``rng`` None uses the first of every list.
 
         Raises:
             SampleError: a field is missing, or the answer is empty.
@@ -82,14 +84,14 @@ class CaptionTemplate(DroppableText):
         return [*images_of(sample), *text(prompt), *text(answer, 1.0), EndPiece(1.0)]
 
     def prompt(self, sample: Sample) -> list[Piece]:
-        """Images and the first prompt."""
+        """Return the images and the first prompt."""
         return [*images_of(sample), *text(fill(self.prompts[0], sample.fields))]
 
     def stored_answers(self, sample: Sample) -> Sequence[str]:
-        """What the sample itself offers as answers.
+        """Return the answers that are stored in the sample.
 
         Raises:
-            SampleError: the field is missing, or holds no text.
+            SampleError: the field is missing, or is not a string or a list of strings.
         """
         name = self.field or ("caption" if sample.fields.get("captions") is None else "captions")
         value = look_up(name, sample.fields)
@@ -102,10 +104,10 @@ class CaptionTemplate(DroppableText):
 
 
 def check_answer(answer: str) -> None:
-    """Refuses an answer of nothing but white space.
+    """Check that an answer is not empty.
 
     Raises:
-        SampleError: it is one.
+        SampleError: the answer is empty, or only white space.
     """
     if not answer.strip():
         raise SampleError("the answer is empty", kind=FaultKind.TEXT)

@@ -1,10 +1,11 @@
-"""Dialogues: turns of named roles, of which the answers are learned.
+"""Template for dialogues: turns of named roles, of which the answers are learned.
 
     system: prefix, text, suffix | user: prefix, images and text, suffix | assistant: prefix, text, suffix, end | ...
 
-Turns are ``{"role": ..., "content": ...}`` or, as LLaVA stores them, ``{"from": ..., "value": ...}``. Images stand
-where a turn says ``<image>`` (the next one) or ``<image-2>`` (the second); where it lists its content, at
-``{"type": "image"}``; and if no turn says so, all of them in the first turn that is not the system's.
+A turn is ``{"role": ..., "content": ...}`` or, as in LLaVA's data, ``{"from": ..., "value": ...}``. A string content
+refers to images by ``<image>`` (the next one) or ``<image-2>`` (the second). A list content refers to them by
+``{"type": "image"}`` (the next one) or ``{"type": "image", "image": "0.png"}`` (by name). If no turn refers to an
+image, all images come first in the first turn that is not the system's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.errors import FaultKind, SampleError
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.order.randomness import Draws
+from data_pipeline.order.randomness import Rng
 from data_pipeline.sample import ImagePart, Sample
 from data_pipeline.shards.pages import MAX_WEIGHT, weight_of
 from data_pipeline.text.templates.base import (
@@ -39,19 +40,19 @@ _MARKER = re.compile(r"<image(?:-(\d+))?>")
 
 
 class Role(StrictConfig):
-    """How the turns of a role are written."""
+    """Format and loss weight of the turns of a role."""
 
     prefix: str = ""
-    """Before what is said; read only."""
+    """Text before the content of a turn. It is read, not learned."""
     suffix: str = ""
-    """After what is said; learned with it."""
+    """Text after the content of a turn, learned with the weight of the turn."""
     weight: float = Field(default=0.0, ge=0, le=MAX_WEIGHT)
-    """Loss weight of each token of what is said; 0 is read only. A turn with a ``weight`` of its own is multiplied."""
+    """Loss weight of each content token, 0 to 1e6; 0 is read, not learned. A ``weight`` in a turn multiplies it."""
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """A place for an image: by number from 1, by the name of its member, or, with neither, for the next one."""
+class _ImageReference:
+    """A reference to an image by number from 1 or by the name of its member; with neither, to the next image."""
 
     number: int | None = None
     name: str | None = None
@@ -61,37 +62,38 @@ class _Reference:
 class _Turn:
     role: str
     weight: float
-    content: tuple[TextPiece | _Reference, ...]
-    """Texts with their weight relative to the turn's."""
+    content: tuple[TextPiece | _ImageReference, ...]
+    """Text pieces, whose weights multiply that of the turn, and image references."""
 
 
 class DialogueTemplate(LearnedText):
-    """Turns of roles; what a role with a weight says is learned."""
+    """Turns of roles. The turns of roles with a weight above 0 are learned."""
 
     kind: Literal["dialogue"] = "dialogue"
     images: ImagesRule = "optional"
-    """``required``: a dialogue without an image is a bad sample (fault kind ``no_image``)."""
+    """``required``: a dialogue without an image is a bad sample (fault kind ``no_image``). ``optional``: it is used."""
     field: str | None = None
-    """The list of turns; null: the field ``messages`` if the sample has it, else ``conversations``."""
+    """Field with the list of turns. null: ``messages`` if the sample has it, else ``conversations``."""
     format: Literal["vicuna", "chatml", "llama3", "mistral", "gemma", "phi4"] | None = None
-    """How a published model writes turns: ``roles``, ``special_tokens``, ``end`` and ``strip`` as far as they are not
-    given. Null: Vicuna's ``USER: ... ASSISTANT: ...``, unless ``roles`` are given."""
+    """Chat format of a published model: default values of ``roles``, ``special_tokens``, ``end`` and ``strip``. null:
+    Vicuna's ``USER: ... ASSISTANT: ...``, unless ``roles`` is set."""
     roles: dict[str, Role] = {name: Role(**role) for name, role in CHAT_FORMATS["vicuna"]["roles"].items()}  # noqa: RUF012
-    """How each role is written. Given, it replaces all roles of the format."""
+    """Format of each role, by name; at least one needs a weight above 0. This key replaces all roles of ``format``, and
+    its ``special_tokens``."""
     aliases: dict[str, str] = {"human": USER, "gpt": "assistant"}  # noqa: RUF012  pydantic copies it
-    """Other names of roles."""
+    """Other names of roles in the data: name to role."""
     special_tokens: tuple[str, ...] = ()
-    """Names in prefixes and suffixes that are tokens of the tokenizer, such as ``<|im_start|>``; what is said never
-    gives them, however it is spelled. All else in a prefix is plain text."""
+    """Names in prefixes and suffixes that are encoded as single tokens, such as ``<|im_start|>``. The content of a turn
+    cannot produce them. Everything else in a prefix or suffix is plain text."""
     end: Literal["turn", "dialogue", "none"] = "turn"
-    """Where the tokenizer's end token stands: after each turn of a learned role, once at the end, or nowhere, for
-    formats whose suffix says it."""
+    """Position of the tokenizer's end token: after each ``turn`` of a learned role, once at the end of the
+    ``dialogue``, or ``none`` for formats whose suffix ends a turn."""
     strip: bool = False
-    """Leave out white space before and after what is said."""
+    """Remove white space at the beginning and the end of each turn's content."""
     learn: Literal["all", "last"] = "all"
-    """All turns of the learned roles, or the last of them only."""
+    """``all`` learns all turns of learned roles, ``last`` only the last one."""
     system: str | None = None
-    """A system turn for dialogues without one."""
+    """Content of a system turn for dialogues that do not begin with one. null adds none."""
 
     @property
     def requires_images(self) -> bool:
@@ -103,50 +105,50 @@ class DialogueTemplate(LearnedText):
 
     @model_validator(mode="before")
     @classmethod
-    def _take_format(cls, values: Any) -> Any:
-        """Writes the format out, key by key; roles of one's own have special tokens of their own."""
+    def _apply_format(cls, values: Any) -> Any:
+        """Insert the values of ``format`` for keys that are not set. Custom roles need their own special tokens."""
         name = values.get("format") if isinstance(values, dict) else None
         if not isinstance(name, str) or name not in CHAT_FORMATS:
             return values
-        taken = CHAT_FORMATS[name]
+        defaults = CHAT_FORMATS[name]
         if "roles" in values:
-            taken = {key: value for key, value in taken.items() if key != "special_tokens"}
-        return {**taken, **values}
+            defaults = {key: value for key, value in defaults.items() if key != "special_tokens"}
+        return {**defaults, **values}
 
     @model_validator(mode="after")
     def _check_roles(self) -> DialogueTemplate:
         if not any(role.weight for role in self.roles.values()):
-            raise ValueError("roles: none has a weight above 0, so nothing would be learned")
+            raise ValueError("roles: no role has a weight above 0, so nothing would be learned")
         absent = [name for name in self.aliases.values() if name not in self.roles]
         if absent and "aliases" in self.model_fields_set:
             raise ValueError(f"aliases: no role is called {absent[0]!r}; roles has {', '.join(self.roles)}")
         if self.system is not None and SYSTEM not in self.roles:
-            raise ValueError("system: roles has no role 'system' to say it")
+            raise ValueError("system: roles has no role 'system' for this turn")
         if "" in self.special_tokens:
             raise ValueError("special_tokens: a name is empty")
         written = "".join(role.prefix + role.suffix for role in self.roles.values())
         unused = [name for name in self.special_tokens if name not in written]
         if unused:
-            raise ValueError(f"special_tokens: {unused[0]!r} stands in no prefix and no suffix")
+            raise ValueError(f"special_tokens: {unused[0]!r} occurs in no prefix and no suffix")
         return self
 
-    def pieces(self, sample: Sample, rng: Draws | None) -> list[Piece]:
-        """Turn after turn.
+    def pieces(self, sample: Sample, rng: Rng | None) -> list[Piece]:
+        """Return the pieces of all turns, in order. Nothing is random.
 
         Raises:
-            SampleError: a turn is malformed or of no known role, nothing is learned, or images and places for them
-                differ.
+            SampleError: a turn is malformed or has an unknown role, no turn is learned, or references and images do not
+                match.
         """
         turns = self._turns(sample)
         learned = [number for number, turn in enumerate(turns) if self._weight(turn)]
         if not learned:
             raise SampleError("no turn of the dialogue is learned", kind=FaultKind.TEXT)
-        forgotten = learned[:-1] if self.learn == "last" else []
+        not_learned = learned[:-1] if self.learn == "last" else []
         pieces: list[Piece] = []
         weight = 0.0
-        for number, (turn, content) in enumerate(zip(turns, _placed(turns, sample), strict=True)):
+        for number, (turn, content) in enumerate(zip(turns, _with_images(turns, sample), strict=True)):
             role = self.roles[turn.role]
-            weight = 0.0 if number in forgotten else self._weight(turn)
+            weight = 0.0 if number in not_learned else self._weight(turn)
             pieces += self._marked(role.prefix, 0.0)
             for piece in content:
                 pieces += [piece] if isinstance(piece, ImagePart) else text(piece.text, weight * piece.weight)
@@ -156,39 +158,40 @@ class DialogueTemplate(LearnedText):
         return [*pieces, EndPiece(weight)] if self.end == "dialogue" else pieces
 
     def prompt(self, sample: Sample) -> list[Piece]:
-        """Everything before the last answer, and the prefix that asks for it."""
+        """Return the pieces before the last answer, and the prefix of the answering role."""
         turns = self._turns(sample)
         answers = [number for number, turn in enumerate(turns) if self.roles[turn.role].weight]
-        kept = turns if not answers or answers[-1] < len(turns) - 1 else turns[: answers[-1]]
+        # A dialogue that does not end with an answer is used completely.
+        before = turns if not answers or answers[-1] < len(turns) - 1 else turns[: answers[-1]]
         pieces: list[Piece] = []
-        for turn, content in zip(kept, _placed(turns, sample), strict=False):
+        for turn, content in zip(before, _with_images(turns, sample), strict=False):
             role = self.roles[turn.role]
-            said = [one for piece in content for one in ([piece] if isinstance(piece, ImagePart) else text(piece.text))]
-            pieces += [*self._marked(role.prefix, 0.0), *said, *self._marked(role.suffix, 0.0)]
+            read = [one for piece in content for one in ([piece] if isinstance(piece, ImagePart) else text(piece.text))]
+            pieces += [*self._marked(role.prefix, 0.0), *read, *self._marked(role.suffix, 0.0)]
             if self.end == "turn" and role.weight:
                 pieces.append(EndPiece(0.0))
-        asked = next(role for role in self.roles.values() if role.weight)
-        return [*pieces, *self._marked(asked.prefix, 0.0)]
+        answering = next(role for role in self.roles.values() if role.weight)
+        return [*pieces, *self._marked(answering.prefix, 0.0)]
 
     def question(self, words: str) -> dict[str, Any]:
-        """Fields of a sample whose prompt asks ``words``, with images where they say ``<image>``."""
+        """Return the fields of a sample with one user turn ``words``, which may refer to images by ``<image>``."""
         role = USER if USER in self.roles else next(name for name, role in self.roles.items() if not role.weight)
         return {self.field or "messages": [{"role": role, "content": words}]}
 
     @property
     def closing(self) -> tuple[str, ...]:
-        """The special token, if any, that comes first behind what a learned role says: it ends an answer."""
-        asked = next(role for role in self.roles.values() if role.weight)
-        names = [piece.name for piece in self._marked(asked.suffix, 0.0) if isinstance(piece, TokenPiece)]
+        """The first special token in the suffix of the first learned role, which ends an answer; empty without one."""
+        answering = next(role for role in self.roles.values() if role.weight)
+        names = [piece.name for piece in self._marked(answering.suffix, 0.0) if isinstance(piece, TokenPiece)]
         return tuple(names[:1])
 
     def _weight(self, turn: _Turn) -> float:
         return self.roles[turn.role].weight * turn.weight
 
-    def _marked(self, written: str, weight: float) -> Iterator[TextPiece | TokenPiece]:
-        """Text with its special tokens; a longer name wins."""
+    def _marked(self, affix: str, weight: float) -> Iterator[TextPiece | TokenPiece]:
+        """Split a prefix or suffix into special tokens and text. Longer token names match first."""
         names = sorted(self.special_tokens, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, names))})", written) if names else [written]
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", affix) if names else [affix]
         for part in parts:
             if part in names:
                 yield TokenPiece(part, weight)
@@ -211,106 +214,111 @@ class DialogueTemplate(LearnedText):
         name = item.get("role", item.get("from"))
         role = self.aliases.get(name, name) if isinstance(name, str) else None
         if role not in self.roles:
-            reason = f"turn {number} is of the role {name!r:.80}; template.roles has {', '.join(self.roles)}"
+            reason = f"turn {number} has the role {name!r:.80}; template.roles has {', '.join(self.roles)}"
             raise SampleError(reason, kind=FaultKind.TEXT)
         try:
-            content = _content(item.get("content", item.get("value")))
+            content = _parse_content(item.get("content", item.get("value")))
             if self.strip:
                 content = _stripped(content)
-            if not any(isinstance(piece, _Reference) or piece.text.strip() for piece in content):
-                raise SampleError("nothing is said", kind=FaultKind.TEXT)
+            if not any(isinstance(piece, _ImageReference) or piece.text.strip() for piece in content):
+                raise SampleError("the content is empty", kind=FaultKind.TEXT)
             return _Turn(role, weight_of(item), content)
         except SampleError as error:
             raise SampleError(f"turn {number} ({name}): {error.reason}", kind=FaultKind.TEXT) from error
 
 
 LITERAL = DialogueTemplate(roles={USER: Role(), "assistant": Role(weight=1.0)}, end="none")
-"""Nothing but what is said: a prompt as it stands, with images where it says ``<image>``."""
+"""Template without prefixes, suffixes and end: a prompt is used as it is, with images at ``<image>``."""
 
 
-def _content(content: Any) -> tuple[TextPiece | _Reference, ...]:
-    """What a turn says: a string with markers, or a list of texts and images."""
+def _parse_content(content: Any) -> tuple[TextPiece | _ImageReference, ...]:
+    """Parse the content of a turn: a string with image markers, or a list of texts and images."""
     if isinstance(content, str):
         return tuple(_split(content))
     if not isinstance(content, list):
-        raise SampleError(f"it says {content!r:.80}, expected a string or a list", kind=FaultKind.TEXT)
-    found: list[TextPiece | _Reference] = []
+        raise SampleError(f"the content is {content!r:.80}, expected a string or a list", kind=FaultKind.TEXT)
+    found: list[TextPiece | _ImageReference] = []
     for item in content:
         match item:
             case {"type": "text", "text": str(words)}:
                 found.append(TextPiece(words, weight_of(item)))
             case {"type": "image", "image": str(name)}:
-                found.append(_Reference(name=name))
+                found.append(_ImageReference(name=name))
             case {"type": "image"}:
-                found.append(_Reference())
+                found.append(_ImageReference())
             case _:
-                reason = f'it says {item!r:.80}, expected {{"type": "text", "text": ...}} or {{"type": "image"}}'
+                expected = '{"type": "text", "text": ...} or {"type": "image"}'
+                reason = f"an item of the content is {item!r:.80}, expected {expected}"
                 raise SampleError(reason, kind=FaultKind.TEXT)
     return tuple(found)
 
 
-def _stripped(content: Sequence[TextPiece | _Reference]) -> tuple[TextPiece | _Reference, ...]:
-    """The content without white space at either end; a text that holds nothing else goes."""
+def _stripped(content: Sequence[TextPiece | _ImageReference]) -> tuple[TextPiece | _ImageReference, ...]:
+    """Return the content without white space at its beginning and end; texts that become empty there are removed."""
     kept = list(content)
-    for place, strip in ((0, str.lstrip), (-1, str.rstrip)):
-        while kept and isinstance(piece := kept[place], TextPiece):
-            kept[place] = replace(piece, text=strip(piece.text))
-            if kept[place] != TextPiece("", piece.weight):
+    for end, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        while kept and isinstance(piece := kept[end], TextPiece):
+            kept[end] = replace(piece, text=strip(piece.text))
+            if kept[end] != TextPiece("", piece.weight):
                 break
-            del kept[place]
+            del kept[end]
     return tuple(kept)
 
 
-def _split(words: str) -> Iterator[TextPiece | _Reference]:
+def _split(words: str) -> Iterator[TextPiece | _ImageReference]:
+    """Split a string content at its image markers."""
     done = 0
     for match in _MARKER.finditer(words):
         yield from text(words[done : match.start()], 1.0)
-        yield _Reference(number=None if match[1] is None else int(match[1]))
+        yield _ImageReference(number=None if match[1] is None else int(match[1]))
         done = match.end()
     yield from text(words[done:], 1.0)
 
 
-def _placed(turns: Sequence[_Turn], sample: Sample) -> list[list[TextPiece | ImagePart]]:
-    """What each turn says, its images in their places.
+def _with_images(turns: Sequence[_Turn], sample: Sample) -> list[list[TextPiece | ImagePart]]:
+    """Return the content of each turn with its references replaced by images.
 
     Raises:
-        SampleError: an image has no place, or a place no image.
+        SampleError: a reference has no image, or there are references but not to all images.
     """
     images = images_of(sample)
-    references = [piece for turn in turns for piece in turn.content if isinstance(piece, _Reference)]
+    references = [piece for turn in turns for piece in turn.content if isinstance(piece, _ImageReference)]
     if not references and images:
         first = next((number for number, turn in enumerate(turns) if turn.role != SYSTEM), 0)
-        return [[*(images if number == first else ()), *_said(turn, iter(()))] for number, turn in enumerate(turns)]
-    chosen = _chosen(references, images)
-    order = iter(chosen)
-    placed = [_said(turn, order) for turn in turns]
-    if len({id(image) for image in chosen}) < len(images):
-        raise SampleError(f"the dialogue shows {len(chosen)} of {len(images)} images", kind=FaultKind.TEXT)
-    return placed
+        return [[*(images if number == first else ()), *_resolve(turn, iter(()))] for number, turn in enumerate(turns)]
+    referenced = _referenced_images(references, images)
+    num_referenced = len({id(image) for image in referenced})
+    if num_referenced < len(images):
+        raise SampleError(f"the dialogue shows {num_referenced} of {len(images)} images", kind=FaultKind.TEXT)
+    in_order = iter(referenced)
+    return [_resolve(turn, in_order) for turn in turns]
 
 
-def _said(turn: _Turn, images: Iterator[ImagePart]) -> list[TextPiece | ImagePart]:
+def _resolve(turn: _Turn, images: Iterator[ImagePart]) -> list[TextPiece | ImagePart]:
+    """Return the content of a turn, with each reference replaced by the next of ``images``."""
     return [piece if isinstance(piece, TextPiece) else next(images) for piece in turn.content]
 
 
-def _chosen(references: Sequence[_Reference], images: Sequence[ImagePart]) -> list[ImagePart]:
-    """The image of each place."""
+def _referenced_images(references: Sequence[_ImageReference], images: Sequence[ImagePart]) -> list[ImagePart]:
+    """Return the image of each reference."""
     if len({(one.number is None, one.name is None) for one in references}) > 1:
-        reason = "images are shown by number or name in one place and in order in another; use one way"
+        reason = (
+            "some image references have a number or a name and others have another form; use one form in a dialogue"
+        )
         raise SampleError(reason, kind=FaultKind.TEXT)
     by_name = {image.name: image for image in images}
-    chosen = []
-    for place, one in enumerate(references, start=1):
+    referenced = []
+    for position, one in enumerate(references, start=1):
         if one.name is not None:
             image = by_name.get(one.name.lower())
         else:
-            number = place if one.number is None else one.number
+            number = position if one.number is None else one.number
             image = images[number - 1] if 1 <= number <= len(images) else None
         if image is None:
-            asked = one.name or f"number {place if one.number is None else one.number}"
+            wanted = one.name or f"number {position if one.number is None else one.number}"
             raise SampleError(
-                f"the dialogue shows image {asked}, and the sample has {len(images)}: {', '.join(by_name) or 'none'}",
+                f"the dialogue shows image {wanted}, and the sample has {len(images)}: {', '.join(by_name) or 'none'}",
                 kind=FaultKind.TEXT,
             )
-        chosen.append(image)
-    return chosen
+        referenced.append(image)
+    return referenced

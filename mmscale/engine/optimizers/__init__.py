@@ -1,1 +1,1 @@
-"""Optimizers that step ZeRO's shards as if they were whole parameters."""
+"""Optimizers on ZeRO's shards with the results of optimizers on whole parameters."""

@@ -1,9 +1,9 @@
-"""AdamW whose two moments are kept in 8 bits.
+"""AdamW with both moments in 8 bits.
 
     chunk of a parameter: codes, scales --dequantise--> moments, float32 --AdamW--> step --quantise--> codes, scales
 
-Only one chunk's moments are in float32 at a time. The formula is that of ``torch.optim.AdamW``: the step is made with
-the moments before they are rounded.
+Only one chunk's moments exist in float32 at a time. The formula is that of ``torch.optim.AdamW``. The step uses the new
+moments before they are quantised.
 
 Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861), section 2.
 """
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmscale.engine.optimizers.eight_bit import Blocks
+from mmscale.engine.optimizers.eight_bit import QuantisedMoment
 from mmscale.optim.config import AdamWConfig
 
 
 class AdamW8(torch.optim.Optimizer):
-    """AdamW on flat masters; it steps those whose state ``eight_bit.zero_moment`` has made.
+    """AdamW on flat masters. It steps only those whose state ``eight_bit.zero_moment`` created.
 
     Args:
         groups: From ``mmscale.optim.schedule.parameter_groups``.
-        config: Rates.
+        config: Betas and epsilon.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: AdamWConfig) -> None:
@@ -34,7 +34,7 @@ class AdamW8(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of what is in ``param_groups`` now: under ZeRO one group, or one part of a group, at a time."""
+        """Step the tensors in ``param_groups``. ZeRO calls this for one group, or a part of one, at a time."""
         for group in self.param_groups:
             for values in group["params"]:
                 if values.grad is not None and self.state[values]:
@@ -46,15 +46,17 @@ class AdamW8(torch.optim.Optimizer):
         steps, rate = state["step"].item(), group["lr"]
         first_share, second_share = (1 - beta**steps for beta in self._config.betas)
         values.mul_(1 - rate * group["weight_decay"])
-        for piece, first in state["exp_avg"].items():
-            second, weights, slope = state["exp_avg_sq"][piece], piece.of(values), piece.of(gradient)
+        for shard, first in state["exp_avg"].items():
+            second, weights, grads = state["exp_avg_sq"][shard], shard.view_of(values), shard.view_of(gradient)
             for low, high in first.chunks(0, first.length):
-                average, variance = self._learn(first, second, low, slope[low:high])
+                average, variance = self._update_moments(first, second, low, grads[low:high])
                 size = variance.sqrt_().div_(math.sqrt(second_share)).add_(self._config.eps)
                 weights[low:high].addcdiv_(average, size, value=-rate / first_share)
 
-    def _learn(self, first: Blocks, second: Blocks, low: int, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Moves the moments of the values from ``low`` on; returns them as they were before they were rounded."""
+    def _update_moments(
+        self, first: QuantisedMoment, second: QuantisedMoment, low: int, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Update the moments of the values from ``low`` on. Return them in float32, before quantisation."""
         beta1, beta2 = self._config.betas
         high = low + len(gradient)
         average = first.read(low, high).lerp_(gradient, 1 - beta1)

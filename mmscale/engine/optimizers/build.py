@@ -1,4 +1,4 @@
-"""The optimizer of a stage: the only switch over kinds."""
+"""Build the optimizer of a stage."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from mmscale.engine.optimizers.eight_bit import BITS
 from mmscale.engine.optimizers.muon import Muon
 from mmscale.engine.optimizers.shards import FlatMaster
 from mmscale.optim.config import AdafactorConfig, MuonConfig
-from mmscale.optim.schedule import Clips, can_fuse
+from mmscale.optim.schedule import ClippingMixin, can_fuse
 from mmscale.optim.stages import StageConfig
 
 
 @runtime_checkable
-class KnowsShards(Protocol):
-    """An optimizer that must know what the flat tensors are made of."""
+class ShardAwareOptimizer(Protocol):
+    """An optimizer that must know which parameters the flat tensors consist of."""
 
     def attach(self, masters: Sequence[FlatMaster], world: World) -> None:
-        """All ranks must call, once, after ZeRO has made the flat tensors."""
+        """Set the flat tensors. All ranks must call, once, after ZeRO has created them."""
         ...
 
 
-class ClippedAdamW(Clips, torch.optim.AdamW):  # type: ignore[misc]
-    """AdamW where nobody else clips."""
+class ClippedAdamW(ClippingMixin, torch.optim.AdamW):  # type: ignore[misc]
+    """AdamW that clips, for stage 0 in fp32, where DeepSpeed does not."""
 
 
-class ClippedAdamW8(Clips, AdamW8):  # type: ignore[misc]
-    """AdamW with moments in 8 bits where nobody else clips."""
+class ClippedAdamW8(ClippingMixin, AdamW8):  # type: ignore[misc]
+    """AdamW with moments in 8 bits that clips, for stage 0 in fp32."""
 
 
-class ClippedAdafactor(Clips, Adafactor):  # type: ignore[misc]
-    """Adafactor where nobody else clips."""
+class ClippedAdafactor(ClippingMixin, Adafactor):  # type: ignore[misc]
+    """Adafactor that clips, for stage 0 in fp32."""
 
 
-class ClippedMuon(Clips, Muon):  # type: ignore[misc]
-    """Muon where nobody else clips."""
+class ClippedMuon(ClippingMixin, Muon):  # type: ignore[misc]
+    """Muon that clips, for stage 0 in fp32."""
 
 
 def build_optimizer(groups: list[dict[str, Any]], stage: StageConfig, *, clip_here: bool) -> torch.optim.Optimizer:
-    """The optimizer that ``stage`` asks for.
+    """Build the optimizer of ``stage``.
 
     Args:
         groups: From ``mmscale.optim.schedule.parameter_groups``.
         stage: Kind, rates and clipping norm.
-        clip_here: Clip and check for non-finite gradients in ``step``; else DeepSpeed does.
+        clip_here: Whether ``step`` clips and checks for non-finite gradients. If not, DeepSpeed does both.
 
     Raises:
-        UnsupportedError: a library that it needs is missing or too old.
+        UnsupportedError: this torch has no Muon.
     """
     config = stage.optimizer
     optimizer: torch.optim.Optimizer
@@ -65,6 +65,6 @@ def build_optimizer(groups: list[dict[str, Any]], stage: StageConfig, *, clip_he
     else:
         adamw = ClippedAdamW if clip_here else torch.optim.AdamW
         optimizer = adamw(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=can_fuse(groups))
-    if isinstance(optimizer, Clips):
+    if isinstance(optimizer, ClippingMixin):
         optimizer.clip = stage.whole_clip
     return optimizer

@@ -1,19 +1,21 @@
 """Moments in 8 bits: a byte for each value, and a float32 scale for each block of 256 values.
 
     parameter (flattened)  | block 0 | block 1 | block 2 | block 3 |
-    rank 0's part          |=========|=========|====|                    a block that is cut
-    rank 1's part                                   |====|=========|     has a scale on either side
+    rank 0's shard         |=========|=========|====|                    a block that is cut between two ranks
+    rank 1's shard                                  |====|=========|     has a scale on each of them
 
-A value is ``scale * levels[code]``, and the scale is the largest magnitude of its block. Blocks are counted from the
-beginning of the parameter, whatever the ZeRO stage, and hold nothing else: no other parameter, no padding of a shard.
+A value is ``scale * levels[code]``. The scale is the largest magnitude in the block. Blocks are counted from the
+beginning of the parameter at every ZeRO stage. A block contains values of one parameter only, and none of the values
+that ZeRO adds to a shard as padding.
 
-To quantise what was dequantised gives the same bits again, so a checkpoint holds plain float32 values, and a resume at
-the same ranges is exact. For this the levels are symmetric and hold 1, so a scale is found again.
+Quantising dequantised values gives the same codes and scales. So a checkpoint holds plain float32 values, and a resume
+with the same ranges is exact. This requires that the levels contain 1 (and -1 if signed): then the scale of dequantised
+values is the old scale.
 
 Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization (arXiv:2110.02861), sections 2 and 3, with
-blocks of 256 instead of 2048. The levels are their dynamic ones but for the ends: signed, the largest below 1 makes
-room for 1 on both sides; unsigned, 0 becomes 1e-7, since a second moment that is rounded to nothing would divide the
-first by ``eps`` alone.
+blocks of 256 instead of 2048. The levels are their dynamic ones, except at the ends. If signed, the largest level below
+1 is left out so that both 1 and -1 have a code. If unsigned, 0 is replaced by 1e-7: with a second moment of 0 the first
+moment would be divided by ``eps`` alone.
 """
 
 from __future__ import annotations
@@ -27,21 +29,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmscale.engine.optimizers.shards import FlatMaster, Piece
+from mmscale.engine.optimizers.shards import FlatMaster, ParameterShard
 
 BLOCK = 256
 BITS = 8
 SIGNED = "exp_avg"
-"""The kind of moment that has signs; the others are squares."""
+"""The signed kind of moment. The other kind is unsigned."""
 _CHUNK_BLOCKS = {"cpu": 2**8, "cuda": 2**14}
-"""So many blocks exist in float32 at once: a processor's cache holds few, a device waits between many."""
+"""Blocks that are processed in float32 at once: few fit into a CPU's cache, and on CUDA each chunk launches kernels."""
 _DECADES = 7
 _CELL_BITS = 15
-"""Float32 magnitudes that differ only in their last so many bits share a cell of the table."""
+"""Float32 magnitudes that differ only in this many low bits share a cell of the lookup table."""
 
 
 def dynamic_levels(*, signed: bool) -> Tensor:
-    """Magnitudes that a code stands for, rising: 128 if one bit is the sign, else 256. float32."""
+    """Return the magnitudes of the codes in ascending order, float32: 128 if signed (one bit is the sign), else 256."""
     found = []
     for decade in range(_DECADES):
         edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
@@ -54,12 +56,12 @@ def dynamic_levels(*, signed: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Codec:
-    """Between values and codes.
+    """The tables that convert between values and codes.
 
     Attributes:
-        values: ``(256,)`` what the codes stand for, as a share of the scale.
-        borders: Middle of each level and the next; infinite after the last.
-        cells: Level of the smallest magnitude in each cell. A cell holds one border at most.
+        values: ``(256,)`` value of each code, relative to the scale.
+        borders: Midpoint between each level and the next; infinite after the last.
+        cells: Index of the level nearest to the smallest magnitude in each cell. A cell contains at most one border.
         signed: Whether the highest bit of a code is the sign.
     """
 
@@ -69,7 +71,7 @@ class Codec:
     signed: bool
 
     def quantise(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Each value's nearest code.
+        """Return the nearest code of each value, and the scale of each block.
 
         Args:
             blocks: float32 ``(n, 256)``.
@@ -79,7 +81,7 @@ class Codec:
         """
         scales = blocks.abs().amax(dim=1)
         sizes = (blocks / scales[:, None]).abs().view(-1)
-        # A binary search over the borders takes ten times as long on a CPU. In a block of zeros any cell will do.
+        # A binary search over the borders takes ten times as long on a CPU. In a block of zeros any cell is correct.
         cells = (sizes.view(torch.int32) >> _CELL_BITS).clamp_(0, len(self.cells) - 1)
         codes = self.cells.index_select(0, cells)
         codes += sizes > self.borders.index_select(0, codes)
@@ -88,13 +90,13 @@ class Codec:
         return codes.to(torch.uint8).view(blocks.shape), scales
 
     def dequantise(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """Values of codes and scales as ``quantise`` gives them, float32 ``(n, 256)``."""
+        """Return the float32 values ``(n, 256)`` of codes and scales that ``quantise`` returned."""
         return self.values.index_select(0, codes.view(-1).int()).view(codes.shape) * scales[:, None]
 
 
 @cache
 def codec(signed: bool, device: torch.device) -> Codec:
-    """The tables on ``device``: 130 kB that all moments share."""
+    """Return the tables on ``device``. All moments share them; they take 130 kB."""
     levels = dynamic_levels(signed=signed)
     borders = torch.cat([(levels[1:] + levels[:-1]) / 2, torch.tensor([torch.inf])])
     last = int(torch.ones(()).view(torch.int32)) >> _CELL_BITS
@@ -104,17 +106,17 @@ def codec(signed: bool, device: torch.device) -> Codec:
     return Codec(values.to(device), borders.to(device), cells.to(device), signed)
 
 
-class Blocks:
-    """A moment of one rank's part of one parameter.
+class QuantisedMoment:
+    """A moment of one rank's shard of one parameter, in 8 bits.
 
     Args:
-        start: First value, in the flattened parameter.
-        stop: One past the last.
+        start: Index of the shard's first value in the flattened parameter.
+        stop: Index after the last value.
         signed: Whether values have signs.
-        device: Where they are.
+        device: Device of codes and scales.
 
     Attributes:
-        codes: uint8 ``(n, 256)``; a block that is cut is filled up.
+        codes: uint8 ``(n, 256)``. The first and the last block are padded if the shard does not fill them.
         scales: float32 ``(n,)``.
         length: Number of values.
     """
@@ -128,7 +130,7 @@ class Blocks:
         self.scales = torch.zeros(count, device=device)
 
     def chunks(self, first: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Cuts a range of the part between blocks so that no chunk is large."""
+        """Yield the chunks of a range of the shard. Each chunk ends at a block's end, or at the end of the range."""
         size = _CHUNK_BLOCKS[self.scales.device.type] * BLOCK
         while first < stop:
             end = min(stop, (first + self._lead) // size * size + size - self._lead)
@@ -136,7 +138,7 @@ class Blocks:
             first = end
 
     def read(self, first: int, stop: int) -> Tensor:
-        """float32 values ``[first, stop)`` of the part."""
+        """Return the float32 values ``[first, stop)`` of the shard."""
         low = (first + self._lead) // BLOCK
         high = -(-(stop + self._lead) // BLOCK)
         begin = first + self._lead - low * BLOCK
@@ -144,7 +146,7 @@ class Blocks:
         return values.view(-1)[begin : begin + stop - first]
 
     def write(self, first: int, values: Tensor) -> None:
-        """Replaces whole blocks: ``first`` begins one, or the part, and ``values`` end with one, or with the part."""
+        """Replace the values from ``first`` on. They must begin and end at a block's border or an end of the shard."""
         low = (first + self._lead) // BLOCK
         begin = first + self._lead - low * BLOCK
         count = -(-(begin + len(values)) // BLOCK)
@@ -152,7 +154,7 @@ class Blocks:
         self.codes[low : low + count], self.scales[low : low + count] = self._codec.quantise(filled)
 
     def around(self, first: int, stop: int) -> tuple[int, int]:
-        """The smallest range of whole blocks, or up to the ends of the part, that holds ``[first, stop)``."""
+        """Return the smallest range of whole blocks that contains ``[first, stop)``, cut to the shard."""
         low = (first + self._lead) // BLOCK * BLOCK - self._lead
         high = -(-(stop + self._lead) // BLOCK) * BLOCK - self._lead
         return max(0, low), min(self.length, high)
@@ -160,42 +162,42 @@ class Blocks:
 
 @dataclass(frozen=True)
 class QuantisedRange:
-    """A range of a moment; to who saves or loads it, like a float32 tensor ``(n,)`` that is made when asked for.
+    """A range of a quantised moment, with the interface of a float32 tensor ``(n,)`` for checkpoints.
 
     Attributes:
-        blocks: The moment of the rank's part.
-        first: First value, in the part.
-        stop: One past the last.
+        blocks: The moment of the rank's shard.
+        first: Index of the first value in the shard.
+        stop: Index after the last value.
     """
 
-    blocks: Blocks
+    blocks: QuantisedMoment
     first: int
     stop: int
     dtype: ClassVar[torch.dtype] = torch.float32
 
     @property
     def shape(self) -> tuple[int]:
-        """Number of values, as a shape."""
+        """The shape ``(n,)``."""
         return (self.numel(),)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the float32 values."""
+        """Bytes of the values in float32."""
         return self.numel() * self.dtype.itemsize
 
     def numel(self) -> int:
-        """Number of values."""
+        """Return the number of values."""
         return self.stop - self.first
 
     def float(self) -> Tensor:
-        """The values, float32; a copy."""
+        """Return a float32 copy of the values."""
         values = torch.empty(self.shape, device=self.blocks.scales.device)
         for first, stop in self.blocks.chunks(self.first, self.stop):
             values[first - self.first : stop - self.first] = self.blocks.read(first, stop)
         return values
 
     def copy_(self, values: Tensor) -> None:
-        """Quantises ``values``; others in the blocks at the ends keep theirs, unless the scale grows."""
+        """Quantise and store ``values``. Other values in the first and last block change only if the scale changes."""
         for first, stop in self.blocks.chunks(self.first, self.stop):
             low, high = self.blocks.around(first, stop)
             whole = self.blocks.read(low, high)
@@ -203,10 +205,10 @@ class QuantisedRange:
             self.blocks.write(low, whole)
 
 
-def zero_moment(master: FlatMaster, kind: str) -> Tensor | dict[Piece, Blocks]:
-    """A moment before the first step: like the flat master, or in 8 bits by part of a parameter."""
+def zero_moment(master: FlatMaster, kind: str) -> Tensor | dict[ParameterShard, QuantisedMoment]:
+    """Return a zero moment: a tensor like the flat master, or with 8 bits a ``QuantisedMoment`` for each shard."""
     values = master.values
     if master.group["state_bits"] != BITS:
         return torch.zeros_like(values, memory_format=torch.preserve_format, requires_grad=False)
     signed, device = kind == SIGNED, values.device
-    return {piece: Blocks(piece.start, piece.stop, signed=signed, device=device) for piece in master.pieces}
+    return {shard: QuantisedMoment(shard.start, shard.stop, signed=signed, device=device) for shard in master.shards}

@@ -1,9 +1,9 @@
-"""Muon on ZeRO's shards; the rest by AdamW.
+"""Muon on ZeRO's shards. AdamW steps all parameters that are no linear maps: norms, biases, embeddings and heads.
 
-    momentum of a matrix, in parts on all ranks --deal--> whole on one rank --orthogonalise--> --deal back--> step
+    update of a matrix, sharded --all-to-all--> whole on one rank --orthogonalise--> --all-to-all--> sharded, step
 
-As many matrices as there are ranks are on their way at once, one for each rank: the work is shared out, and no rank
-holds more than one whole matrix beside its shards.
+Each round processes one matrix on each rank in parallel. So no rank holds more than one whole matrix in addition to its
+shards.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from mmscale.optim.schedule import MUON_MOMENTS, can_fuse
 
 
 class Muon(torch.optim.AdamW):
-    """``torch.optim.Muon`` for the groups that keep a momentum, ``torch.optim.AdamW`` for the others.
+    """``torch.optim.Muon`` for the groups with a momentum, ``torch.optim.AdamW`` for the other groups.
 
     Args:
         groups: From ``mmscale.optim.schedule.parameter_groups``.
-        config: Rates of both.
+        config: Settings of both.
 
     Raises:
         UnsupportedError: this torch has no Muon.
@@ -40,13 +40,13 @@ class Muon(torch.optim.AdamW):
         self._masters: dict[int, tuple[FlatMaster, Exchange]] = {}
 
     def attach(self, masters: Sequence[FlatMaster], world: World) -> None:
-        """Tells what the stepped tensors are made of. All ranks must call; without it matrices are not stepped."""
+        """Set the parameters that the flat tensors consist of. All ranks must call. Other matrices are not stepped."""
         chosen = [master for master in masters if master.group["state_kinds"] == MUON_MOMENTS]
         self._masters = {id(master.values): (master, Exchange(master, world)) for master in chosen}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of what is in ``param_groups`` now: under ZeRO one group, or one part of a group, at a time."""
+        """Step the tensors in ``param_groups``. ZeRO calls this for one group, or a part of one, at a time."""
         groups = self.param_groups
         for group in groups:
             if group["state_kinds"] == MUON_MOMENTS:
@@ -66,35 +66,39 @@ class Muon(torch.optim.AdamW):
         update = gradient.lerp(momentum, self._config.momentum)
         self._orthogonalise(*self._masters[id(values)], update)
         values.mul_(1 - group["lr"] * group["weight_decay"])
-        for piece in self._masters[id(values)][0].pieces:
-            piece.of(values).add_(piece.of(update), alpha=-group["lr"])
+        for shard in self._masters[id(values)][0].shards:
+            shard.view_of(values).add_(shard.view_of(update), alpha=-group["lr"])
 
     def _orthogonalise(self, master: FlatMaster, exchange: Exchange, update: Tensor) -> None:
-        """Replaces each matrix in the flat ``update`` by its orthogonalised form."""
+        """Orthogonalise each matrix in the flat ``update`` in place."""
         world_size, rank, ranges = exchange.world_size, exchange.rank, exchange.ranges
-        waiting = matrices(master.pieces)
+        waiting = matrices(master.shards)
         for first in range(0, len(waiting), world_size):
             batch = waiting[first : first + world_size]
             parts = [
-                master.pieces[index].of(update, *overlap(ranges[rank][index], (low, high)))
+                master.shards[index].view_of(update, *overlap(ranges[rank][index], (low, high)))
                 for index, low, high in batch
             ]
-            give = [part.numel() for part in parts] + [0] * (world_size - len(batch))
-            take = [0] * world_size
+            send_counts = [part.numel() for part in parts] + [0] * (world_size - len(batch))
+            receive_counts = [0] * world_size
             if rank < len(batch):
                 index, *bounds = batch[rank]
                 spans = [overlap(ranges[other][index], (bounds[0], bounds[1])) for other in range(world_size)]
-                take = [high - low for low, high in spans]
-            whole = exchange.deal(torch.cat(parts), give, take)
+                receive_counts = [high - low for low, high in spans]
+            whole = exchange.all_to_all(torch.cat(parts), send_counts, receive_counts)
             if rank < len(batch):
-                piece = master.pieces[batch[rank][0]]
-                whole = self._one(whole.view(piece.rows, piece.columns)).reshape(-1)
-            back = exchange.deal(whole, take, give).to(update.device)
-            for part, values in zip(parts, back.split(give[: len(parts)]), strict=True):
+                shard = master.shards[batch[rank][0]]
+                whole = self._orthogonalised(whole.view(shard.rows, shard.columns)).reshape(-1)
+            back = exchange.all_to_all(whole, receive_counts, send_counts).to(update.device)
+            for part, values in zip(parts, back.split(send_counts[: len(parts)]), strict=True):
                 part.copy_(values)
 
-    def _one(self, direction: Tensor) -> Tensor:
-        """torch's own Muon steps a matrix of zeros by a rate of -1 times the direction, without momentum."""
+    def _orthogonalised(self, direction: Tensor) -> Tensor:
+        """Return the orthogonalised direction.
+
+        It is the matrix after one step of ``torch.optim.Muon`` from zero, with gradient ``-direction``, rate 1 and no
+        momentum.
+        """
         matrix = torch.nn.Parameter(torch.zeros_like(direction))
         matrix.grad = -direction
         torch.optim.Muon(

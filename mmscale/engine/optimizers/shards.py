@@ -1,9 +1,10 @@
-"""What an optimizer must know of the flat tensors that ZeRO lets it step.
+"""The parameters inside the flat tensors that ZeRO gives to an optimizer, and collectives over their shards.
 
-    parameter A (flattened)  |=======|===========|        rank 0 holds the left part, rank 1 the right
-    flat master of rank 1    [ ... A's part | B's part | padding ]
+    parameter A (flattened)  |=======|===========|        rank 0 holds the left shard, rank 1 the right one
+    flat master of rank 1    [ ... shard of A | shard of B | padding ]
 
-AdamW needs none of this: it treats every value alike. Adafactor and Muon look at rows, columns and matrices.
+``torch.optim.AdamW`` does not need this, since it treats every value alike. Adafactor and Muon need rows, columns and
+matrices, and 8-bit moments need the range of each parameter.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from mmscale.dist import World
 
 
 @dataclass(frozen=True)
-class Piece:
-    """This rank's part of one parameter inside a flat master; empty where another rank holds all of it.
+class ParameterShard:
+    """This rank's part of one parameter inside a flat master; empty if this rank holds no value of the parameter.
 
     Attributes:
         name: Name of the parameter in the model.
-        shape: Of the whole parameter.
-        offset: First value of the part, in the flat master.
-        start: The same value's index in the flattened parameter.
-        stop: One past the last.
+        shape: Shape of the whole parameter.
+        offset: Index of the shard's first value in the flat master.
+        start: Index of the same value in the flattened parameter.
+        stop: Index after the last value in the flattened parameter.
     """
 
     name: str
@@ -37,8 +38,11 @@ class Piece:
     start: int
     stop: int
 
-    def of(self, flat: Tensor, start: int | None = None, stop: int | None = None) -> Tensor:
-        """View of the part, or of ``[start, stop)`` of the parameter within it, in a tensor like the flat master."""
+    def view_of(self, flat: Tensor, start: int | None = None, stop: int | None = None) -> Tensor:
+        """Return the view of this shard in a tensor like the flat master.
+
+        ``start`` and ``stop`` limit the view to a range of the flattened parameter, which must be inside the shard.
+        """
         low = self.start if start is None else start
         high = self.stop if stop is None else stop
         return flat.view(-1)[self.offset + low - self.start : self.offset + high - self.start]
@@ -56,73 +60,76 @@ class Piece:
 
 @dataclass(frozen=True)
 class FlatMaster:
-    """A tensor that the optimizer steps.
+    """A flat tensor that the optimizer steps.
 
     Attributes:
-        values: float32 masters; the optimizer's state is keyed by it.
+        values: float32 masters. The optimizer's state is keyed by this tensor.
         group: Its parameter group.
-        pieces: A part of each parameter of the group, in the same order on every rank.
-        shared_out: Whether the ranks hold different parts; else each holds the whole.
+        shards: This rank's shard of each parameter in the tensor, in the same order on every rank.
+        is_sharded: Whether the ranks hold different shards. If not, each rank holds whole parameters.
     """
 
     values: Tensor
     group: dict[str, Any]
-    pieces: tuple[Piece, ...]
-    shared_out: bool
+    shards: tuple[ParameterShard, ...]
+    is_sharded: bool
 
 
 class Exchange:
-    """Collectives between the ranks that share out a flat master. All ranks must call each, in the same order.
+    """Collectives over the shards of a flat master. All ranks must create it and call each method in the same order.
 
     Args:
         master: The flat master.
-        world: This rank. Messages travel on its device, wherever the masters are (offload).
+        world: This rank. Messages are sent from its device, also if the masters are offloaded.
     """
 
     def __init__(self, master: FlatMaster, world: World) -> None:
-        self.alone = world.world_size == 1 or not master.shared_out
+        self.alone = world.world_size == 1 or not master.is_sharded
         self.world_size = 1 if self.alone else world.world_size
         self.rank = 0 if self.alone else world.rank
         self.device = world.device
-        self.ranges = self._gather_ranges(master.pieces)
+        self.ranges = self._gather_ranges(master.shards)
 
-    def _gather_ranges(self, pieces: Sequence[Piece]) -> list[list[tuple[int, int]]]:
-        """By rank, by piece: the range of the parameter that the rank holds."""
-        mine = torch.tensor([[piece.start, piece.stop] for piece in pieces], dtype=torch.int64, device=self.device)
+    def _gather_ranges(self, shards: Sequence[ParameterShard]) -> list[list[tuple[int, int]]]:
+        """Return for each rank and shard the range of the parameter that the rank holds."""
+        mine = torch.tensor([[shard.start, shard.stop] for shard in shards], dtype=torch.int64, device=self.device)
         theirs = [mine]
         if not self.alone:
             theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
             torch.distributed.all_gather(theirs, mine)
         return [[(low, high) for low, high in table.tolist()] for table in theirs]
 
-    def sum_(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, the same bits on every rank."""
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Return the sum over the ranks, bitwise equal on every rank."""
         if self.alone:
             return values
         message = values.to(self.device)
         torch.distributed.all_reduce(message)
         return message.to(values.device)
 
-    def deal(self, values: Tensor, give: list[int], take: list[int]) -> Tensor:
-        """Sends ``give[r]`` of ``values`` to rank r, consecutively, and returns what comes, ``take[r]`` from rank r."""
+    def all_to_all(self, values: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+        """Send the next ``send_counts[r]`` of ``values`` to each rank r. Return the values received, in rank order."""
         message = values.to(self.device)
         if self.alone:
             return message
-        received = torch.empty(sum(take), dtype=values.dtype, device=self.device)
-        torch.distributed.all_to_all_single(received, message, take, give)
+        received = torch.empty(sum(receive_counts), dtype=values.dtype, device=self.device)
+        torch.distributed.all_to_all_single(received, message, receive_counts, send_counts)
         return received
 
 
-def matrices(pieces: Sequence[Piece]) -> list[tuple[int, int, int]]:
-    """Every matrix of the parameters as (index of the piece, first value, one past the last); experts one by one."""
+def matrices(shards: Sequence[ParameterShard]) -> list[tuple[int, int, int]]:
+    """Return every matrix as (index of the shard, first value, end) in the flattened parameter.
+
+    A stack of experts counts as one matrix for each expert.
+    """
     found: list[tuple[int, int, int]] = []
-    for index, piece in enumerate(pieces):
-        size = piece.rows * piece.columns
-        found.extend((index, low, low + size) for low in range(0, math.prod(piece.shape), size))
+    for index, shard in enumerate(shards):
+        size = shard.rows * shard.columns
+        found.extend((index, low, low + size) for low in range(0, math.prod(shard.shape), size))
     return found
 
 
 def overlap(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, int]:
-    """Common part of two ranges; of length 0 if there is none."""
+    """Return the intersection of two ranges, of length 0 if they are disjoint."""
     low = max(first[0], second[0])
     return low, max(low, min(first[1], second[1]))

@@ -1,4 +1,4 @@
-"""The families. A further one is a file beside these that defines ``LAYOUT``; nothing else has to know of it."""
+"""The model families. To add one, add a module to this package that defines ``LAYOUT``; it is found automatically."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ import importlib
 import pkgutil
 
 from mmscale.errors import CheckpointError
-from mmscale.hf.layout import Layout
+from mmscale.hf.layout import FamilyLayout
 from mmscale.models.config import AnyModelConfig
 
 
-def _found() -> tuple[Layout, ...]:
+def _found() -> tuple[FamilyLayout, ...]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    return tuple(module.LAYOUT for module in modules if hasattr(module, "LAYOUT"))  # Others are shared parts.
+    return tuple(module.LAYOUT for module in modules if hasattr(module, "LAYOUT"))  # The others are shared code.
 
 
-LAYOUTS: tuple[Layout, ...] = _found()
-"""By name of the file. Where several have words for a model, the first is taken."""
+LAYOUTS: tuple[FamilyLayout, ...] = _found()
+"""All families, ordered by module name."""
 
 
-def layout_of(model_type: str) -> Layout:
-    """The family of a ``model_type``.
+def layout_of(model_type: str) -> FamilyLayout:
+    """Return the family of a ``model_type``.
 
     Raises:
-        CheckpointError: it is not known here.
+        CheckpointError: no family has this ``model_type``; the message lists the known ones.
     """
     for layout in LAYOUTS:
         if layout.model_type == model_type:
             return layout
     known = ", ".join(layout.model_type for layout in LAYOUTS)
-    raise CheckpointError(f"model_type={model_type!r} is not known; models of {known} can be exchanged")
+    raise CheckpointError(f"model_type={model_type!r} is not supported, only {known}")
 
 
-def layout_for(config: AnyModelConfig) -> Layout:
-    """The first family that has words for a model; those that transformers cannot open come last.
+def layout_for(config: AnyModelConfig) -> FamilyLayout:
+    """Return the first family that can express a model. Families that transformers cannot open are tried last.
 
     Raises:
-        CheckpointError: none has; says why not.
+        CheckpointError: no family can express the model; the message has the reason of each.
     """
     reasons = []
     for layout in sorted(LAYOUTS, key=lambda layout: layout.auto_class is None):
@@ -47,4 +47,4 @@ def layout_for(config: AnyModelConfig) -> Layout:
             reasons.append(str(error))
         else:
             return layout
-    raise CheckpointError("no family can hold this model: " + " | ".join(dict.fromkeys(reasons)))
+    raise CheckpointError("no Hugging Face family can express this model: " + " | ".join(dict.fromkeys(reasons)))

@@ -1,4 +1,4 @@
-"""Rotations of patches by row and column: where their base stands, in towers that take images of any size."""
+"""Read and write the RoPE base of vision towers with 2D rotary positions (images of any size)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from mmscale.nn.rope import FrequencyLayout, Rotary2dConfig
 
 
 def to_model(keys: Keys, layout: FrequencyLayout) -> dict[str, Any]:
-    """``vision.positions``; ``rope_parameters`` is of version 5, ``rope_theta`` of the time before it."""
-    theta = keys.take("rope_theta", float)
-    if (block := keys.block("rope_parameters")) is not None:
-        theta = block.take("rope_theta", float, theta)
+    """Return ``vision.positions``. Version 5 of transformers writes ``rope_parameters``, older ones ``rope_theta``."""
+    theta = keys.read("rope_theta", float)
+    if (block := keys.optional_object("rope_parameters")) is not None:
+        theta = block.read("rope_theta", float, theta)
         block.must_be("rope_type", "axial")
-        block.finish()
+        block.raise_on_unread()
     return {"kind": "rotary_2d", "theta": theta, "layout": layout.value}
 
 
 def to_keys(vision: VisionConfig) -> dict[str, Any]:
-    """Of their vision configuration, what says the base.
+    """Return ``rope_parameters`` of the vision configuration.
 
     Raises:
-        CheckpointError: the tower has a table of positions.
+        CheckpointError: the tower has no 2D rotary positions.
     """
     if not isinstance(vision.positions, Rotary2dConfig):
-        raise CheckpointError(f"towers of any image size have no words for vision.positions={vision.positions.kind}")
+        raise CheckpointError(f"towers of any image size cannot express vision.positions={vision.positions.kind}")
     return {"rope_parameters": {"rope_type": "axial", "rope_theta": vision.positions.theta}}

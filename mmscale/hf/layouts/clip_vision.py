@@ -1,8 +1,8 @@
-"""CLIP's vision tower by itself; what it reads is a part of ``clip``, too.
+"""CLIP's vision tower alone; ``clip`` uses ``to_vision`` too.
 
-Its last norm stands over the class token alone, for the contrastive loss. Ours stands over every row, and the class row
-is dropped: features are ``post_layernorm(last_hidden_state)[:, 1:]``. Who wants them without it (LLaVA, Molmo) builds
-fewer blocks with ``last_output: false`` and takes the tower's weights into that.
+transformers applies the last norm to the class token only, for the contrastive loss. mmscale applies it to every row
+and drops the class row: features are ``post_layernorm(last_hidden_state)[:, 1:]``. For features without this norm
+(LLaVA, Molmo), build fewer blocks with ``last_output: false`` and load the tower's weights into them.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout
+from mmscale.hf.layout import FamilyLayout
 from mmscale.hf.layouts import pixels, vit
 from mmscale.models.config import TowerConfig
 
 
 def to_vision(keys: Keys) -> dict[str, Any]:
-    """Of ``vision``, without the statistics of pixels."""
+    """Return ``vision`` without ``mean`` and ``std``."""
     keys.must_be("dropout", 0.0)
-    keys.take("projection_dim", int, None)  # Of the projection behind the class token, which features do not pass.
-    keys.take("initializer_factor", float, None)
-    return vit.to_vision(keys, attention=vit.BIASED, class_token=True, pre_norm=True)
+    keys.read("projection_dim", int, None)  # Features do not pass through the projection.
+    keys.read("initializer_factor", float, None)
+    return vit.to_vision(keys, attention=vit.ATTENTION_BIASES, class_token=True, pre_norm=True)
 
 
 def _to_model(keys: Keys) -> TowerConfig:
@@ -28,17 +28,17 @@ def _to_model(keys: Keys) -> TowerConfig:
 
 
 def _to_keys(config: TowerConfig) -> dict[str, Any]:
-    return {**vit.to_keys(config.vision), **vit.cropped(config.vision)}
+    return {**vit.to_keys(config.vision), **vit.crop_processor_keys(config.vision)}
 
 
-LAYOUT = Layout(
+LAYOUT = FamilyLayout(
     "clip_vision_model",
     "CLIPVisionModel",
-    lambda config: vit.clip_rows(vit.tower(config)),
+    lambda config: vit.clip_rules(vit.tower(config)),
     _to_model,
     _to_keys,
     vit.UNUSED,
-    vit.SPELLINGS,
+    vit.ALIASES,
     TowerConfig,
     "AutoModel",
 )

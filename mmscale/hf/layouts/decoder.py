@@ -1,4 +1,4 @@
-"""What the text decoders have in common: the keys of Llama's configuration, which its successors kept."""
+"""Code shared by the text decoders: most families use the keys of Llama's configuration."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pydantic import ValidationError
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import REQUIRED, Keys
-from mmscale.hf.layout import rows
+from mmscale.hf.layout import renames
 from mmscale.models.config import ModelConfig
 from mmscale.nn.block import DenseMlpConfig
 from mmscale.nn.rope import RopeConfig
 
-ROWS = rows(
+RULES = renames(
     ("decoder.embed_tokens.extra_weight", "model.embed_tokens.weight"),
     ("head.extra_weight", "lm_head.weight"),
     ("decoder.", "model."),
     ("head.", "lm_head."),
 )
-"""Module names that all of them share with ours."""
+"""Name rules of the modules that all these decoders share."""
 _ROPE_BLOCKS = ("rope_parameters", "rope_scaling")
-"""Of version 5, and before it."""
+"""Key of the RoPE parameters in version 5 of transformers, and in older versions."""
 UNUSED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-"""Frequencies, which follow from the configuration; files of 2023 hold them."""
+"""RoPE frequencies in files from 2023. They follow from the configuration."""
 
 
 def to_model(
@@ -36,143 +36,146 @@ def to_model(
     sectioned: bool = False,
     **more: Any,
 ) -> ModelConfig:
-    """A text model.
+    """Return the config of a text model.
 
     Args:
-        keys: Theirs.
-        attention: Of ``decoder.attention`` what the family decides.
-        mlp_bias: Biases in the feed-forward.
-        sectioned: Whether positions have three axes, among which ``mrope_section`` divides the frequencies.
-        **more: Of ``decoder`` what the family decides.
+        keys: Keys of the decoder.
+        attention: Fields of ``decoder.attention`` that the family fixes.
+        mlp_bias: Whether the feed-forward layers have biases.
+        sectioned: Whether positions have three axes; ``mrope_section`` divides the frequencies among them.
+        **more: Fields of ``decoder`` that the family fixes.
 
     Raises:
-        CheckpointError: a key is missing, or asks for what our models do not compute.
+        CheckpointError: a key is missing or needs a computation that our models lack.
     """
     keys.must_be("hidden_act", "silu")
     keys.must_be("attention_dropout", 0.0)
-    heads, width = keys.take("num_attention_heads", int), keys.take("hidden_size", int)
-    head_dim = keys.take("head_dim", int, None)
+    heads, width = keys.read("num_attention_heads", int), keys.read("hidden_size", int)
+    head_dim = keys.read("head_dim", int, None)
     decoder = {
-        "vocab_size": keys.take("vocab_size", int),
+        "vocab_size": keys.read("vocab_size", int),
         "hidden_dim": width,
-        "num_layers": keys.take("num_hidden_layers", int),
+        "num_layers": keys.read("num_hidden_layers", int),
         "attention": {
             "num_heads": heads,
-            "num_kv_heads": keys.take("num_key_value_heads", int, heads),
+            "num_kv_heads": keys.read("num_key_value_heads", int, heads),
             "head_dim": None if head_dim is not None and head_dim * heads == width else head_dim,
             **(attention or {}),
         },
-        "mlp": {"kind": "dense", "hidden_dim": keys.take("intermediate_size", int), "bias": mlp_bias},
-        "norm": {"kind": "rmsnorm", "eps": keys.take("rms_norm_eps", float)},
+        "mlp": {"kind": "dense", "hidden_dim": keys.read("intermediate_size", int), "bias": mlp_bias},
+        "norm": {"kind": "rmsnorm", "eps": keys.read("rms_norm_eps", float)},
         "rope": to_rope(keys, sectioned=sectioned),
-        "tie_embeddings": keys.take("tie_word_embeddings", bool, False),
+        "tie_embeddings": keys.read("tie_word_embeddings", bool, False),
         **more,
     }
     return ModelConfig.model_validate({"decoder": decoder})
 
 
 def to_rope(keys: Keys, *, sectioned: bool = False, partial: bool = False) -> dict[str, Any]:
-    """``decoder.rope`` of either form: ``rope_parameters`` of version 5; ``rope_theta`` and ``rope_scaling`` before it.
+    """Return ``decoder.rope``.
+
+    Version 5 of transformers writes ``rope_parameters``; older versions write ``rope_theta`` and ``rope_scaling``.
 
     Args:
-        keys: Theirs.
-        sectioned: Whether positions have three axes, among which ``mrope_section`` divides the frequencies.
-        partial: Whether the family can rotate a part of each head.
+        keys: Keys of the decoder.
+        sectioned: Whether positions have three axes; ``mrope_section`` divides the frequencies among them.
+        partial: Whether the family can rotate a fraction of each head.
 
     Raises:
-        CheckpointError: the base is missing, or the rotations are of a kind that our models do not compute.
+        CheckpointError: the base is missing, or our models lack this kind of RoPE.
     """
-    theta = keys.take("rope_theta", float, None)
+    theta = keys.read("rope_theta", float, None)
     new, old = _ROPE_BLOCKS
-    block = keys.block(new) or keys.block(old) or Keys({}, keys.where)
-    theta = block.take("rope_theta", float, theta)
+    block = keys.optional_object(new) or keys.optional_object(old) or Keys({}, keys.where)
+    theta = block.read("rope_theta", float, theta)
     if theta is None:
         raise CheckpointError(
             f"{keys.where}: rope_theta is missing or null, and has no default that every version of transformers "
             "shares; state it (Persimmon and Fuyu were trained with 25000)"
         )
-    kind = block.take("rope_type", str, block.take("type", str, "default"))
+    kind = block.read("rope_type", str, block.read("type", str, "default"))
     rope: dict[str, Any] = {"theta": theta}
     if partial:
-        rope["fraction"] = block.take("partial_rotary_factor", float, keys.take("partial_rotary_factor", float))
+        rope["fraction"] = block.read("partial_rotary_factor", float, keys.read("partial_rotary_factor", float))
     else:
         block.must_be("partial_rotary_factor", 1.0)
     if sectioned:
-        rope["sections"] = block.take("mrope_section", list)
-        kind = "default" if kind == "mrope" else kind  # The name before version 5.
+        rope["sections"] = block.read("mrope_section", list)
+        kind = "default" if kind == "mrope" else kind  # "mrope" is the name before version 5.
     rope["scaling"] = _scaling(kind, block, keys)
-    block.finish()
+    block.raise_on_unread()
     return rope
 
 
 def _scaling(kind: str, block: Keys, keys: Keys) -> dict[str, Any] | None:
-    """``rope.scaling``; a missing original context is the whole context, as in transformers."""
+    """Return ``rope.scaling``. A missing original context is the whole context, as in transformers."""
     if kind == "default":
         return None
     if kind == "linear":
-        return {"kind": kind, "factor": block.take("factor", float)}
+        return {"kind": kind, "factor": block.read("factor", float)}
     if kind not in ("llama3", "yarn"):
         raise CheckpointError(
             f"{block.where}: rope_type={kind!r} is not supported, only 'default', 'linear', 'llama3' and 'yarn'"
         )
-    context = keys.take("max_position_embeddings", int, None)
-    original = block.take("original_max_position_embeddings", int, REQUIRED if context is None else context)
+    context = keys.read("max_position_embeddings", int, None)
+    original = block.read("original_max_position_embeddings", int, REQUIRED if context is None else context)
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor")
-        return {"kind": kind, **{name: block.take(name, float) for name in names}, "original_context": original}
+        return {"kind": kind, **{name: block.read(name, float) for name in names}, "original_context": original}
     ratio = REQUIRED if context is None or original < 1 else context / original
-    factor = block.take("factor", float, ratio)
+    factor = block.read("factor", float, ratio)
     return {
         "kind": kind,
         "factor": factor,
         "original_context": original,
-        "attention_factor": block.take("attention_factor", float, _mscale(block, factor)),
-        "beta_fast": block.take("beta_fast", float, None) or 32.0,
-        "beta_slow": block.take("beta_slow", float, None) or 1.0,
-        "truncate": block.take("truncate", bool, True),
+        "attention_factor": block.read("attention_factor", float, _attention_factor(block, factor)),
+        "beta_fast": block.read("beta_fast", float, None) or 32.0,
+        "beta_slow": block.read("beta_slow", float, None) or 1.0,
+        "truncate": block.read("truncate", bool, True),
     }
 
 
-def _mscale(block: Keys, factor: float) -> float | None:
-    """Factor of cosines and sines in DeepSeek's words; None unless both are there."""
-    above, below = block.take("mscale", float, None), block.take("mscale_all_dim", float, None)
-    if not above or not below:
+def _attention_factor(block: Keys, factor: float) -> float | None:
+    """Return the factor of cosines and sines from DeepSeek's keys; None if one of them is missing or 0."""
+    mscale, all_dim = block.read("mscale", float, None), block.read("mscale_all_dim", float, None)
+    if not mscale or not all_dim:
         return None
-    stretch = 0.1 * math.log(factor) if factor > 1 else 0.0
-    return (above * stretch + 1) / (below * stretch + 1)
+    log_factor = 0.1 * math.log(factor) if factor > 1 else 0.0
+    return (mscale * log_factor + 1) / (all_dim * log_factor + 1)
 
 
 def check_repeats(keys: Keys, text: Keys, read: Callable[[Keys], object]) -> None:
-    """Require that decoder keys beside ``text_config`` say what that block says.
+    """Require that top-level decoder keys agree with ``text_config``.
 
-    Some versions of transformers write these keys twice. Its models are built from the block.
+    Some versions of transformers write these keys in both places and build the model from ``text_config``. The compared
+    top-level keys are marked as read.
 
     Args:
-        keys: Of the model; those that it has read itself are not compared.
-        text: Of the block, already read.
-        read: Our configuration of a decoder's keys.
+        keys: Top-level keys; those that were already read are not compared.
+        text: Keys of ``text_config``, already read.
+        read: Converts a decoder's keys to our config.
 
     Raises:
-        CheckpointError: a key beside the block changes the configuration.
+        CheckpointError: a top-level key would change the config.
     """
     values: Mapping[str, Any] = text.values
-    within = read(Keys(values, text.where))
-    for key in sorted(((text.read | {*_ROPE_BLOCKS}) & keys.given.keys()) - keys.read):
-        keys.read.add(key)
-        values = _with(values, key, keys.given[key])
+    expected = read(Keys(values, text.where))
+    for key in sorted(((text.read_keys | {*_ROPE_BLOCKS}) & keys.given.keys()) - keys.read_keys):
+        keys.read_keys.add(key)
+        values = _with_key(values, key, keys.given[key])
         try:
-            same = read(Keys(values, keys.where)) == within
+            same = read(Keys(values, keys.where)) == expected
         except (CheckpointError, ValidationError):
             same = False
         if not same:
             raise CheckpointError(
-                f"{keys.said(key)} contradicts text_config, which says {text.values.get(key)!r}; transformers builds "
-                f"the model from text_config, so remove {key} beside it if that is right"
+                f"{keys.describe(key)} contradicts text_config, which has {text.values.get(key)!r}; transformers "
+                f"builds the model from text_config, so remove the top-level {key} if text_config is right"
             )
 
 
-def _with(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """``values`` with another one of a key; the base of the rotations may be at two places."""
+def _with_key(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return ``values`` with one key replaced. The RoPE base may be set in two places; the new key overrides both."""
     found = dict(values)
     if key == "rope_theta" or key in _ROPE_BLOCKS:
         for name in _ROPE_BLOCKS:
@@ -185,36 +188,36 @@ def _with(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def check_window(keys: Keys, slides: bool = True) -> None:
-    """Require that no window of attention hides a token within the context.
+    """Require that a sliding window covers the whole context.
 
     Args:
-        keys: Theirs.
-        slides: Whether a block has the window.
+        keys: Keys of the decoder.
+        slides: Whether any block uses the window.
 
     Raises:
-        CheckpointError: it does, and the window is shorter than the context.
+        CheckpointError: a block uses the window, and it is shorter than the context.
     """
-    window, context = keys.take("sliding_window", int, None), keys.take("max_position_embeddings", int, None)
+    window, context = keys.read("sliding_window", int, None), keys.read("max_position_embeddings", int, None)
     if slides and window is not None and (context is None or window < context):
         raise CheckpointError(
-            f"{keys.said('sliding_window')} is shorter than max_position_embeddings={context}; attention over a window "
+            f"{keys.describe('sliding_window')} is shorter than max_position_embeddings={context}; a sliding window "
             "is not supported, only null or a window as long as the context"
         )
 
 
 def to_keys(config: ModelConfig) -> dict[str, Any]:
-    """Their keys of a text model.
+    """Return the keys of a text model.
 
     Raises:
-        CheckpointError: it has a vision tower or experts.
+        CheckpointError: the model has a vision tower or experts.
     """
     decoder = config.decoder
     width, heads = decoder.hidden_dim, decoder.attention.num_heads
     head_dim = decoder.attention.resolved_head_dim(width)
     if config.vision is not None:
-        raise CheckpointError("text decoders have no words for a vision tower")
+        raise CheckpointError("text decoders cannot express a vision tower")
     if not isinstance(decoder.mlp, DenseMlpConfig):
-        raise CheckpointError("dense decoders have no words for experts")
+        raise CheckpointError("dense decoders cannot express experts")
     return {
         "vocab_size": decoder.num_ids,
         "hidden_size": width,
@@ -222,19 +225,19 @@ def to_keys(config: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": decoder.num_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": decoder.attention.kv_heads,
-        **({} if head_dim * heads == width else {"head_dim": head_dim}),  # Not a key of every family.
+        **({} if head_dim * heads == width else {"head_dim": head_dim}),  # Some families lack this key.
         "hidden_act": "silu",
         "rms_norm_eps": decoder.norm.eps,
         "rope_parameters": rope_keys(decoder.rope or RopeConfig()),
         "tie_word_embeddings": decoder.tie_embeddings,
         "attention_dropout": 0.0,
-        # Left out they would be those of the family's first model.
+        # Without these keys transformers takes the ids of the family's first model.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
 
 
 def rope_keys(rope: RopeConfig) -> dict[str, Any]:
-    """``rope_parameters``, the fraction of a head apart."""
+    """Return ``rope_parameters`` without ``partial_rotary_factor``."""
     values: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
     if rope.sections is not None:
         values["mrope_section"] = list(rope.sections)

@@ -1,4 +1,4 @@
-"""Fuyu 8B: Persimmon, whose token slots take pixels through one linear layer."""
+"""Fuyu 8B: Persimmon with image patches projected into token positions by one linear layer."""
 
 from __future__ import annotations
 
@@ -6,44 +6,44 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Axes, Layout, Row, Rows, under
+from mmscale.hf.layout import Axes, FamilyLayout, NameRule, NameRules, with_prefix
 from mmscale.hf.layouts import decoder, persimmon, pixels
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig
 from mmscale.models.vision_config import PatchesConfig
 
 _THETA = 25_000.0
-"""Base that the published weights were trained with; Persimmon's class default in version 4."""
+"""RoPE base of the published weights, and Persimmon's class default in version 4 of transformers."""
 
 
-def _rows(config: ModelConfig) -> Rows:
+def _rules(config: ModelConfig) -> NameRules:
     side, channels = config.vision.patch_size, config.vision.channels  # type: ignore[union-attr]
-    # Theirs are pixels row by row with the channels innermost; ours are planes.
+    # Their patches have channels innermost; ours have channels outermost.
     planes = Axes((-1, side, side, channels), (0, 3, 1, 2))
     return (
-        Row("connector.projector.linear.weight", "vision_embed_tokens.weight", axes=planes),
-        Row("connector.projector.linear.bias", "vision_embed_tokens.bias"),
-        *under(persimmon.table(config), theirs=("", "language_model.")),
+        NameRule("connector.projector.linear.weight", "vision_embed_tokens.weight", axes=planes),
+        NameRule("connector.projector.linear.bias", "vision_embed_tokens.bias"),
+        *with_prefix(persimmon.name_rules(config), theirs=("", "language_model.")),
     )
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    keys.take("image_size", int, None)  # Of no effect: images have any size.
-    tied = keys.take("tie_word_embeddings", bool)  # The head is the model's, so the model says whether it is tied.
-    text = keys.block("text_config", "persimmon")
-    if text is None:  # The first files of version 4 have the decoder's keys beside those of the model.
-        text_values = persimmon.to_decoder(keys.filled("persimmon"))
+    keys.read("image_size", int, None)  # Has no effect: images may have any size.
+    tied = keys.read("tie_word_embeddings", bool)  # The top-level value counts: the model class owns the head.
+    text = keys.optional_object("text_config", "persimmon")
+    if text is None:  # Early files of version 4 have the decoder's keys at the top level.
+        text_values = persimmon.to_decoder(keys.with_defaults("persimmon"))
     else:
-        if keys.given.get("rope_theta") == _THETA:  # Version 4 leaves it out of the block, as its class default.
+        if keys.given.get("rope_theta") == _THETA:  # Version 4 omits a class default in text_config.
             text.values.setdefault("rope_theta", _THETA)
         text_values = persimmon.to_decoder(text)
         text.must_be("model_type", "persimmon")
-        text.finish()
+        text.raise_on_unread()
         decoder.check_repeats(keys, text, persimmon.to_decoder)
     vision = {
         "kind": "patches",
-        "patch_size": keys.take("patch_size", int),
-        "channels": keys.take("num_channels", int),
+        "patch_size": keys.read("patch_size", int),
+        "channels": keys.read("num_channels", int),
         **pixels.to_model(keys, pixels.HALF),
     }
     return ModelConfig.model_validate(
@@ -58,7 +58,7 @@ def _to_model(keys: Keys) -> ModelConfig:
 def _to_keys(config: ModelConfig) -> dict[str, Any]:
     vision = config.vision
     if not isinstance(vision, PatchesConfig) or not isinstance(config.connector, EmbeddingConnectorConfig):
-        raise CheckpointError("fuyu has words for patches in token slots alone (vision.kind: patches)")
+        raise CheckpointError("fuyu holds models with vision.kind=patches and connector.kind=embedding")
     text, side = persimmon.to_keys(config), vision.patch_size
     return {
         "text_config": {"model_type": "persimmon", **text},
@@ -70,13 +70,13 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-LAYOUT = Layout(
+LAYOUT = FamilyLayout(
     "fuyu",
     "FuyuForCausalLM",
-    _rows,
+    _rules,
     _to_model,
     _to_keys,
-    spellings=(  # Of version 5 of transformers, in memory; its files have those of version 4.
+    aliases=(  # Version 5 of transformers uses these names in memory and writes those of version 4.
         (r"^lm_head\.", "language_model.lm_head."),
         (r"^model\.language_model\.", "language_model.model."),
         (r"^model\.vision_embed_tokens\.", "vision_embed_tokens."),

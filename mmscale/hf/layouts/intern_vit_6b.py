@@ -1,7 +1,7 @@
-"""InternViT as its authors publish it (``InternVisionModel``): queries, keys and values fused.
+"""InternViT in its authors' format (``InternVisionModel``): queries, keys and values are fused.
 
-Names and keys are those of the authors' code (OpenGVLab/InternVL, ``modeling_intern_vit.py``), which transformers
-lacks: it opens such a folder only where that code lies beside.
+Names and keys are those of the authors' code (OpenGVLab/InternVL, ``modeling_intern_vit.py``). transformers does not
+include it and opens such a folder only if the folder contains that code.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout, Row, Rows, rows
+from mmscale.hf.layout import FamilyLayout, NameRule, NameRules, renames
 from mmscale.hf.layouts import internvl_vision, pixels, vit
 from mmscale.models.config import TowerConfig
 from mmscale.models.vision_config import VisionConfig
@@ -18,14 +18,14 @@ from mmscale.nn.block import QkNorm
 _LAYER = "encoder.layers.{n}."
 
 
-def fused_rows(vision: VisionConfig) -> Rows:
-    """Their names, without a prefix."""
+def fused_rules(vision: VisionConfig) -> NameRules:
+    """Return the name rules without a prefix on their side."""
     width = vision.hidden_dim
     return (
         vit.convolution("embeddings.patch_embedding.weight", vision),
-        Row("vision.positions.class_embedding", "embeddings.class_embedding", (1, 1, width)),
-        Row("vision.positions.position_embedding", "embeddings.position_embedding", (1, -1, width)),
-        *rows(
+        NameRule("vision.positions.class_embedding", "embeddings.class_embedding", (1, 1, width)),
+        NameRule("vision.positions.position_embedding", "embeddings.position_embedding", (1, -1, width)),
+        *renames(
             ("vision.patch_embed.projection.", "embeddings.patch_embedding."),
             *((f"vision.layers.{{n}}.self_attn.{name}_proj.", f"{_LAYER}attn.qkv.") for name in "qkv"),
             ("vision.layers.{n}.self_attn.o_proj.", f"{_LAYER}attn.proj."),
@@ -41,15 +41,15 @@ def fused_rows(vision: VisionConfig) -> Rows:
 
 
 def to_vision(keys: Keys) -> dict[str, Any]:
-    """Of ``vision``, without the statistics of pixels."""
+    """Return ``vision`` without ``mean`` and ``std``."""
     keys.must_be("dropout", 0.0)
     for name, kind in (("drop_path_rate", float), ("use_flash_attn", bool), ("auto_map", dict)):
-        keys.take(name, kind, None)  # Of training, of its kernels, and of the code beside the weights.
-    factor = keys.take("initializer_factor", float)
+        keys.read(name, kind, None)  # Training, kernels and remote code do not change the computation.
+    factor = keys.read("initializer_factor", float)
     return internvl_vision.to_vision(
         keys,
-        qk_norm=keys.take("qk_normalization", bool),
-        qkv_bias=keys.take("qkv_bias", bool),
+        qk_norm=keys.read("qk_normalization", bool),
+        qkv_bias=keys.read("qkv_bias", bool),
         qk_eps=None,
         layer_scale=factor,
         post_norm=False,
@@ -57,7 +57,7 @@ def to_vision(keys: Keys) -> dict[str, Any]:
 
 
 def to_keys(vision: VisionConfig) -> dict[str, Any]:
-    """Their keys of a tower."""
+    """Return the keys of a tower."""
     return {
         **vit.to_keys(vision),
         "qkv_bias": vision.attention.qkv_bias,
@@ -78,10 +78,10 @@ def _to_keys(config: TowerConfig) -> dict[str, Any]:
     return {**to_keys(config.vision), **pixels.to_keys(config.vision)}
 
 
-LAYOUT = Layout(
+LAYOUT = FamilyLayout(
     "intern_vit_6b",
     "InternVisionModel",
-    lambda config: fused_rows(vit.tower(config)),
+    lambda config: fused_rules(vit.tower(config)),
     _to_model,
     _to_keys,
     kind=TowerConfig,

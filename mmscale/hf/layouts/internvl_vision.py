@@ -1,4 +1,4 @@
-"""InternViT as transformers has it: norms over all queries and all keys, factors per channel on the branches."""
+"""InternViT in transformers' format: QK norms over the full width, layer scale on both branches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout, Row, Rows, rows
+from mmscale.hf.layout import FamilyLayout, NameRule, NameRules, renames
 from mmscale.hf.layouts import pixels, vit
 from mmscale.models.config import TowerConfig
 from mmscale.models.vision_config import VisionConfig
@@ -14,17 +14,17 @@ from mmscale.nn.block import NormKind, QkNorm
 
 NORMS = {"rms_norm": "rmsnorm", "layer_norm": "layernorm"}
 _QK_EPS = 1e-6
-"""Of the norms over queries and keys, whatever ``layer_norm_eps`` says."""
+"""Epsilon of the QK norms; transformers does not use ``layer_norm_eps`` for them."""
 _LAYER = "encoder.layer.{n}."
 
 
-def _rows(config: TowerConfig) -> Rows:
+def _rules(config: TowerConfig) -> NameRules:
     width = config.vision.hidden_dim
     return (
         vit.convolution("embeddings.patch_embeddings.projection.weight", config.vision),
-        Row("vision.positions.class_embedding", "embeddings.cls_token", (1, 1, width)),
-        Row("vision.positions.position_embedding", "embeddings.position_embeddings", (1, -1, width)),
-        *rows(
+        NameRule("vision.positions.class_embedding", "embeddings.cls_token", (1, 1, width)),
+        NameRule("vision.positions.position_embedding", "embeddings.position_embeddings", (1, -1, width)),
+        *renames(
             ("vision.patch_embed.projection.", "embeddings.patch_embeddings.projection."),
             ("vision.post_norm.", "layernorm."),
             ("vision.layers.{n}.input_layernorm.", f"{_LAYER}layernorm_before."),
@@ -40,12 +40,19 @@ def _rows(config: TowerConfig) -> Rows:
 
 
 def to_vision(keys: Keys, *, qk_norm: bool, qkv_bias: bool, qk_eps: float | None, **more: Any) -> dict[str, Any]:
-    """Of ``vision``; queries and keys are normalised with ``qk_eps``, None for that of the blocks' norms.
+    """Return ``vision`` without ``mean`` and ``std``.
+
+    Args:
+        keys: Keys of the tower.
+        qk_norm: Whether queries and keys are normalised.
+        qkv_bias: Whether queries, keys and values have biases.
+        qk_eps: Epsilon of the QK norms; None for that of the blocks' norms.
+        **more: Further fields of ``vision``.
 
     Raises:
-        CheckpointError: a key asks for what our towers do not compute.
+        CheckpointError: a key needs a computation that our towers lack.
     """
-    kind = keys.take("norm_type", str)
+    kind = keys.read("norm_type", str)
     if kind not in NORMS:
         raise CheckpointError(f"{keys.where}: norm_type={kind!r} is not supported, only {', '.join(NORMS)}")
     attention: dict[str, Any] = {"qkv_bias": qkv_bias, "out_bias": True}
@@ -61,20 +68,18 @@ def _to_model(keys: Keys) -> TowerConfig:
     for name in ("hidden_dropout_prob", "projection_dropout"):
         keys.must_be(name, 0.0)
     keys.must_be("use_absolute_position_embeddings", True)
-    keys.take("use_mask_token", bool)
-    mean_pooling = keys.take("use_mean_pooling", bool)
+    keys.read("use_mask_token", bool)
+    mean_pooling = keys.read("use_mean_pooling", bool)
     vision = to_vision(
         keys,
-        qk_norm=keys.take("use_qk_norm", bool),
-        qkv_bias=keys.take("attention_bias", bool),
+        qk_norm=keys.read("use_qk_norm", bool),
+        qkv_bias=keys.read("attention_bias", bool),
         qk_eps=_QK_EPS,
-        layer_scale=keys.take("layer_scale_init_value", float),
+        layer_scale=keys.read("layer_scale_init_value", float),
         post_norm=not mean_pooling,
     )
     if not mean_pooling and vision["norm"]["kind"] != NormKind.LAYER:
-        raise CheckpointError(
-            f"{keys.where}: use_mean_pooling=False adds a layer norm, which goes with layer_norm only"
-        )
+        raise CheckpointError(f"{keys.where}: use_mean_pooling=False adds a layer norm and needs norm_type=layer_norm")
     return TowerConfig.model_validate({"vision": {**vision, **pixels.to_model(keys, pixels.IMAGENET)}})
 
 
@@ -94,19 +99,19 @@ def _to_keys(config: TowerConfig) -> dict[str, Any]:
         "use_absolute_position_embeddings": True,
         "use_mask_token": False,
         "use_mean_pooling": not vision.post_norm,
-        **vit.cropped(vision),
+        **vit.crop_processor_keys(vision),
     }
 
 
 def norm_type(vision: VisionConfig) -> str:
-    """Their word for the kind of the blocks' norms."""
+    """Return ``norm_type`` for the kind of the blocks' norms."""
     return {NormKind(ours): theirs for theirs, ours in NORMS.items()}[vision.norm.kind]
 
 
-LAYOUT = Layout(
+LAYOUT = FamilyLayout(
     "internvl_vision",
     "InternVLVisionModel",
-    _rows,
+    _rules,
     _to_model,
     _to_keys,
     (r"embeddings\.mask_token",),

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.3, and the many that share its code."""
+"""Llama 1 to 3.3, and models that share its code."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout
+from mmscale.hf.layout import FamilyLayout
 from mmscale.hf.layouts import decoder
 from mmscale.models.config import ModelConfig
 from mmscale.nn.block import DenseMlpConfig
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    bias = keys.take("attention_bias", bool)
-    mlp_bias = keys.take("mlp_bias", bool)
+    bias = keys.read("attention_bias", bool)
+    mlp_bias = keys.read("mlp_bias", bool)
     return decoder.to_model(keys, attention={"qkv_bias": bias, "out_bias": bias}, mlp_bias=mlp_bias)
 
 
@@ -26,4 +26,4 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     return {**decoder.to_keys(config), "attention_bias": block.attention.qkv_bias, "mlp_bias": mlp_bias}
 
 
-LAYOUT = Layout("llama", "LlamaForCausalLM", lambda _: decoder.ROWS, _to_model, _to_keys, decoder.UNUSED)
+LAYOUT = FamilyLayout("llama", "LlamaForCausalLM", lambda _: decoder.RULES, _to_model, _to_keys, decoder.UNUSED)

@@ -1,6 +1,6 @@
-"""LLaVA's form with Pixtral's tower: images of any size, two linear layers, and a text decoder that has a family.
+"""LLaVA's format with Pixtral's tower: images of any size, a two-layer MLP, and a supported text decoder.
 
-Pixtral 12B is published in it. Blocks of its ``config.json`` may lack what is the default of their class.
+Pixtral 12B is published in this format. Objects in its ``config.json`` may omit keys that have their class default.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout, Rows, rows, under
+from mmscale.hf.layout import FamilyLayout, NameRules, renames, with_prefix
 from mmscale.hf.layouts import axial, decoder, llama, mistral, pixels, qwen2, vit
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig, MlpProjectorConfig
@@ -17,18 +17,18 @@ from mmscale.models.vision_config import VisionConfig
 from mmscale.nn.rope import FrequencyLayout
 
 _TEXTS = {layout.model_type: layout for layout in (mistral.LAYOUT, llama.LAYOUT, qwen2.LAYOUT)}
-"""In the order in which they are tried."""
+"""Decoder families; an export tries them in this order."""
 _LONGEST = 1024
-"""Side of the largest images that Pixtral was trained on; of version 4, whose code has a table of that size."""
+"""Largest image side that Pixtral was trained on, pixels. Version 4 of transformers sizes a table of angles by it."""
 _BLOCK, _THEIRS = "vision.layers.{n}.", "vision_tower.transformer.layers.{n}."
 
 
-def _rows(config: ModelConfig) -> Rows:
+def _rules(config: ModelConfig) -> NameRules:
     vision = config.vision
     assert isinstance(vision, VisionConfig)
     return (
         vit.convolution("vision_tower.patch_conv.weight", vision),
-        *rows(
+        *renames(
             ("vision.pre_norm.", "vision_tower.ln_pre."),
             (f"{_BLOCK}input_layernorm.", f"{_THEIRS}attention_norm."),
             (f"{_BLOCK}self_attn.", f"{_THEIRS}attention."),
@@ -37,25 +37,26 @@ def _rows(config: ModelConfig) -> Rows:
             ("connector.projector.fc1.", "multi_modal_projector.linear_1."),
             ("connector.projector.fc2.", "multi_modal_projector.linear_2."),
         ),
-        *under(decoder.ROWS, theirs=("", "language_model.")),
+        *with_prefix(decoder.RULES, theirs=("", "language_model.")),
     )
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    text, tower = keys.needed("text_config"), keys.needed("vision_config")
-    keys.take("ignore_index", int, None)  # Of their loss, before version 4.46.
+    text, tower = keys.required_object("text_config"), keys.required_object("vision_config")
+    keys.read("ignore_index", int, None)  # Used by the loss before version 4.46.
     keys.must_be("vision_feature_select_strategy", "full")
     if "vision_feature_layer" not in keys.values or "vision_feature_select_strategy" not in keys.values:
         raise CheckpointError(
-            f"{keys.where}: without vision_feature_layer and its strategy it is the last block but one"
+            f"{keys.where}: vision_feature_layer or vision_feature_select_strategy is missing; the default, the "
+            "second to last block, is not supported"
         )
     keys.must_be("vision_feature_layer", -1, [-1])
     projector = {
         "kind": "mlp",
         "activation": vit.activation(keys, "projector_hidden_act"),
-        "bias": keys.take("multimodal_projector_bias", bool),
+        "bias": keys.read("multimodal_projector_bias", bool),
     }
-    model = _decoder(text, keys.take("tie_word_embeddings", bool))
+    model = _decoder(text, keys.read("tie_word_embeddings", bool))
     return ModelConfig.model_validate(
         {
             "decoder": model.decoder,
@@ -66,35 +67,35 @@ def _to_model(keys: Keys) -> ModelConfig:
 
 
 def _decoder(keys: Keys, tied: bool) -> ModelConfig:
-    kind = keys.take("model_type", str, "llama")
+    kind = keys.read("model_type", str, "llama")
     if kind not in _TEXTS:
         raise CheckpointError(f"{keys.where}: model_type={kind!r} is not supported, only {', '.join(_TEXTS)}")
     filled = Keys({**keys.given, **({"tie_word_embeddings": True} if tied else {})}, keys.where, kind)
-    filled.take("is_composition", bool, None)
+    filled.read("is_composition", bool, None)
     model = _TEXTS[kind].to_model(filled)
-    filled.finish()
+    filled.raise_on_unread()
     assert isinstance(model, ModelConfig)
     return model
 
 
 def _vision(given: Keys) -> dict[str, Any]:
-    kind = given.take("model_type", str, "clip_vision_model")
+    kind = given.read("model_type", str, "clip_vision_model")
     if kind != "pixtral":
         raise CheckpointError(f"{given.where}: model_type={kind!r} is not supported, only 'pixtral'")
-    keys = given.filled(kind)
-    keys.take("is_composition", bool, None)
-    keys.take("image_size", int, None)  # Bounds a table of angles.
+    keys = given.with_defaults(kind)
+    keys.read("is_composition", bool, None)
+    keys.read("image_size", int, None)  # Only sizes a table of angles.
     keys.must_be("attention_dropout", 0.0)
-    dim, heads = keys.take("hidden_size", int), keys.size("num_attention_heads")
+    dim, heads = keys.read("hidden_size", int), keys.positive_int("num_attention_heads")
     keys.must_be("head_dim", dim // heads)
     vision = {
-        "patch_size": keys.take("patch_size", int),
-        "channels": keys.take("num_channels", int),
+        "patch_size": keys.read("patch_size", int),
+        "channels": keys.read("num_channels", int),
         "hidden_dim": dim,
-        "num_layers": keys.take("num_hidden_layers", int),
+        "num_layers": keys.read("num_hidden_layers", int),
         "attention": {"num_heads": heads},
         "mlp": {
-            "hidden_dim": keys.take("intermediate_size", int),
+            "hidden_dim": keys.read("intermediate_size", int),
             "activation": vit.activation(keys, "hidden_act"),
         },
         "norm": {"kind": "rmsnorm", "eps": 1e-5},
@@ -102,7 +103,7 @@ def _vision(given: Keys) -> dict[str, Any]:
         "pre_norm": True,
         "post_norm": False,
     }
-    keys.finish()
+    keys.raise_on_unread()
     return vision
 
 
@@ -111,7 +112,7 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     if not isinstance(vision, VisionConfig) or not isinstance(connector, EmbeddingConnectorConfig):
         raise CheckpointError("llava holds models with a vision tower and connector.kind=embedding")
     if not isinstance(connector.projector, MlpProjectorConfig):
-        raise CheckpointError("llava's projector has two layers (connector.projector.kind=mlp)")
+        raise CheckpointError("llava holds projectors of two layers (connector.projector.kind=mlp)")
     return {
         "text_config": _text_keys(ModelConfig(decoder=config.decoder)),
         "vision_config": _vision_keys(vision),
@@ -155,14 +156,14 @@ def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-LAYOUT = Layout(
+LAYOUT = FamilyLayout(
     "llava",
     "LlavaForConditionalGeneration",
-    _rows,
+    _rules,
     _to_model,
     _to_keys,
     tuple(rf"language_model\.{name}" for name in decoder.UNUSED),
-    spellings=(
+    aliases=(
         (r"^model\.language_model\.", "language_model.model."),
         (r"^lm_head\.", "language_model.lm_head."),
         (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),

@@ -1,7 +1,9 @@
-"""Llama 3.2 Vision: a tower over tiles, and cross-attention blocks among the decoder's, which share its numbers there.
+"""Llama 3.2 Vision: a vision tower over tiles, and cross-attention blocks between the decoder's blocks.
+
+transformers numbers the cross-attention blocks together with the decoder's blocks:
 
 theirs  language_model.model.layers.  0 1 2 3 4 5 ...    with cross_attention_layers 3, 8, ...
-ours    decoder.layers.               0 1 2   3 4 ...    connector.blocks.3 stands before decoder.layers.3
+ours    decoder.layers.               0 1 2   3 4 ...    connector.blocks.3 runs before decoder.layers.3
 """
 
 from __future__ import annotations
@@ -10,52 +12,52 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout, Row, Rows, rows
+from mmscale.hf.layout import FamilyLayout, NameRule, NameRules, renames
 from mmscale.hf.layouts import decoder, pixels
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import CrossAttentionConnectorConfig, LinearProjectorConfig
-from mmscale.models.connectors.cross_attention import insertion_layers
+from mmscale.models.connectors.cross_attention import cross_attention_layers
 from mmscale.models.vision_config import TilesConfig, VisionConfig
 from mmscale.nn.rope import LearnedPositionsConfig
-from mmscale.nn.sizes import MOST_TILES
+from mmscale.nn.sizes import MAX_TILES
 from mmscale.nn.tile_embed import num_grids, tile_grids
 
 _EXTRA_ROWS = 8
-"""Rows of the embedding behind the vocabulary, which only images use; the family has always so many."""
+"""Rows of the embedding after the vocabulary. Only images use them; every model of the family has 8."""
 _EPS = 1e-5
-"""Of the norms before and behind the tower's blocks, whatever ``norm_eps`` says."""
-_TEXT = rows(
+"""Epsilon of ``layernorm_pre`` and ``layernorm_post``, fixed in transformers. Our towers have one epsilon."""
+_TEXT = renames(
     ("decoder.embed_tokens.extra_weight", "language_model.model.embed_tokens.weight"),
     ("decoder.", "language_model.model."),
     ("head.", "language_model.lm_head."),
     ("connector.projector.linear.", "multi_modal_projector."),
 )
-_SPELLINGS = (  # From names of the modules themselves (transformers 4.52 and later) to those that it still writes.
+_ALIASES = (  # transformers 4.52 and later uses these names in memory and writes the old ones.
     (r"^model\.language_model\.", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^model\.(?=vision_model\.|multi_modal_projector\.)", ""),
 )
 
 
-def _rows(config: ModelConfig) -> Rows:
+def _rules(config: ModelConfig) -> NameRules:
     vision, connector = config.vision, config.connector
     assert isinstance(vision, VisionConfig)
     assert isinstance(connector, CrossAttentionConnectorConfig)
-    crossing = insertion_layers(config.decoder.num_layers, connector.every)
+    crossing = cross_attention_layers(config.decoder.num_layers, connector.every)
     stack = "language_model.model.layers."
     blocks = [(f"connector.blocks.{layer}.", f"{stack}{layer + before}.") for before, layer in enumerate(crossing)]
     blocks += [
         (f"decoder.layers.{layer}.", f"{stack}{layer + sum(other <= layer for other in crossing)}.")
         for layer in range(config.decoder.num_layers)
     ]
-    return (*rows(*blocks), *_TEXT, *_tower_rows(vision))
+    return (*renames(*blocks), *_TEXT, *_tower_rules(vision))
 
 
-def _tower_rows(vision: VisionConfig) -> Rows:
+def _tower_rules(vision: VisionConfig) -> NameRules:
     assert vision.tiles is not None
     table = (num_grids(vision.tiles.max_tiles), -1)
     square = (vision.hidden_dim, vision.channels, vision.patch_size, vision.patch_size)
-    places, pre, post = (f"vision_model.{name}_positional_embedding." for name in ("gated", "pre_tile", "post_tile"))
+    positions, pre, post = (f"vision_model.{name}_positional_embedding." for name in ("gated", "pre_tile", "post_tile"))
     layers = [
         (f"vision.{ours}.{{n}}.{part}", f"vision_model.{theirs}.layers.{{n}}.{name}")
         for ours, theirs in (("layers", "transformer"), ("global_layers", "global_transformer"))
@@ -68,14 +70,14 @@ def _tower_rows(vision: VisionConfig) -> Rows:
         )
     ]
     return (
-        Row("vision.patch_embed.projection.", "vision_model.patch_embedding.", square),
-        Row("vision.positions.tile_embedding", f"{places}tile_embedding.weight", table),
-        Row("vision.pre_tiles.embedding", f"{pre}embedding.weight", table),
-        Row("vision.post_tiles.embedding", f"{post}embedding.weight", table),
-        *rows(
+        NameRule("vision.patch_embed.projection.", "vision_model.patch_embedding.", square),
+        NameRule("vision.positions.tile_embedding", f"{positions}tile_embedding.weight", table),
+        NameRule("vision.pre_tiles.embedding", f"{pre}embedding.weight", table),
+        NameRule("vision.post_tiles.embedding", f"{post}embedding.weight", table),
+        *renames(
             ("vision.positions.class_embedding", "vision_model.class_embedding"),
-            ("vision.positions.position_embedding", f"{places}embedding"),
-            ("vision.positions.gate", f"{places}gate"),
+            ("vision.positions.position_embedding", f"{positions}embedding"),
+            ("vision.positions.gate", f"{positions}gate"),
             ("vision.pre_tiles.gate", f"{pre}gate"),
             ("vision.post_tiles.gate", f"{post}gate"),
             ("vision.pre_norm.", "vision_model.layernorm_pre."),
@@ -86,50 +88,51 @@ def _tower_rows(vision: VisionConfig) -> Rows:
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    text = keys.needed("text_config", "mllama_text_model")
-    tower = keys.needed("vision_config", "mllama_vision_model")
+    text = keys.required_object("text_config", "mllama_text_model")
+    tower = keys.required_object("vision_config", "mllama_vision_model")
     keys.must_be("tie_word_embeddings", False)
     model, every = _text_model(text)
     vision = {**_vision(tower), **pixels.to_model(keys, pixels.CLIP)}
-    tower.finish()
+    tower.raise_on_unread()
     connector = {"kind": "cross_attention", "projector": {"kind": "linear"}, "every": every}
     return ModelConfig.model_validate({"decoder": model.decoder, "vision": vision, "connector": connector})
 
 
 def _text_model(text: Keys) -> tuple[ModelConfig, int]:
-    """The decoder alone, and before every how many of its blocks one with cross-attention stands."""
-    num_layers, crossing = text.take("num_hidden_layers", int), text.take("cross_attention_layers", list)
+    """Return the decoder without cross-attention blocks, and ``connector.every``."""
+    num_layers, crossing = text.read("num_hidden_layers", int), text.read("cross_attention_layers", list)
     own, every = num_layers - len(crossing), crossing[0] + 1 if crossing else 1
-    # The lengths first: num_hidden_layers has no bound yet.
+    # Compare the lengths first: num_hidden_layers may be huge here, and the expected list grows with it.
     if len(crossing) != len(range(every - 1, own, every)) or crossing != [
-        layer + before for before, layer in enumerate(insertion_layers(own, every))
+        layer + before for before, layer in enumerate(cross_attention_layers(own, every))
     ]:
         raise CheckpointError(
-            f"{text.where}: cross_attention_layers={crossing!r:.80} is not supported, only one before every n-th block"
+            f"{text.where}: cross_attention_layers={crossing!r:.80} is not supported, only a "
+            "cross-attention block before every n-th block"
         )
     alone = Keys({**text.values, "num_hidden_layers": own, "cross_attention_layers": None}, text.where)
     alone.must_be("dropout", 0.0)
     model = decoder.to_model(alone, extra_tokens={"rows": _EXTRA_ROWS, "predicted": False})
-    alone.finish()
+    alone.raise_on_unread()
     return model, every
 
 
 def _vision(keys: Keys) -> dict[str, Any]:
     keys.must_be("hidden_act", "gelu")
     keys.must_be("norm_eps", _EPS)
-    max_tiles, layers = keys.size("max_num_tiles", MOST_TILES), keys.take("intermediate_layers_indices", list)
+    max_tiles, layers = keys.positive_int("max_num_tiles", MAX_TILES), keys.read("intermediate_layers_indices", list)
     keys.must_be("supported_aspect_ratios", [list(grid) for grid in tile_grids(max_tiles)])
-    width, patch = keys.take("hidden_size", int), keys.size("patch_size")
+    width, patch = keys.read("hidden_size", int), keys.positive_int("patch_size")
     keys.must_be("vision_output_dim", width * (len(layers) + 1))
-    side = keys.take("image_size", int)
+    side = keys.read("image_size", int)
     return {
         "patch_size": patch,
-        "channels": keys.take("num_channels", int),
+        "channels": keys.read("num_channels", int),
         "hidden_dim": width,
-        "num_layers": keys.take("num_hidden_layers", int),
-        "attention": {"num_heads": keys.take("attention_heads", int)},
+        "num_layers": keys.read("num_hidden_layers", int),
+        "attention": {"num_heads": keys.read("attention_heads", int)},
         "mlp": {
-            "hidden_dim": keys.take("intermediate_size", int),
+            "hidden_dim": keys.read("intermediate_size", int),
             "gated": False,
             "activation": "gelu",
             "bias": True,
@@ -142,7 +145,7 @@ def _vision(keys: Keys) -> dict[str, Any]:
         "post_norm": True,
         "feature_layers": layers,
         "feature_order": "channels",
-        "tiles": {"max_tiles": max_tiles, "global_layers": keys.take("num_global_layers", int)},
+        "tiles": {"max_tiles": max_tiles, "global_layers": keys.read("num_global_layers", int)},
     }
 
 
@@ -157,9 +160,9 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     if not isinstance(vision.positions, LearnedPositionsConfig) or vision.positions.grid[0] != vision.positions.grid[1]:
         raise CheckpointError("mllama's towers have learned positions on a square grid")
     decoder_config, side = config.decoder, vision.positions.grid[0] * vision.patch_size
-    crossing = insertion_layers(decoder_config.num_layers, connector.every)
+    crossing = cross_attention_layers(decoder_config.num_layers, connector.every)
     text = decoder.to_keys(config.model_copy(update={"vision": None, "connector": None}))
-    del text["attention_dropout"], text["bos_token_id"]  # No key of this family; and one that may not be null.
+    del text["attention_dropout"], text["bos_token_id"]  # The family lacks the first; the second must not be null.
     return {
         "text_config": {
             **text,
@@ -201,13 +204,13 @@ def _vision_keys(vision: VisionConfig, tiles: TilesConfig, side: int) -> dict[st
     }
 
 
-LAYOUT = Layout(
+LAYOUT = FamilyLayout(
     "mllama",
     "MllamaForConditionalGeneration",
-    _rows,
+    _rules,
     _to_model,
     _to_keys,
     (r"language_model\.model\.rotary_emb\.inv_freq",),
-    _SPELLINGS,
+    _ALIASES,
     auto_class="AutoModelForImageTextToText",
 )

@@ -1,8 +1,8 @@
-"""Molmo 7B-O, 7B-D and 72B, in the form in which they were published: files for code of their own, not transformers'.
+"""Molmo 7B-O, 7B-D and 72B as published: folders for the authors' own code, not for a class of transformers.
 
-``config.json`` describes the decoder alone; tower, pooling and padding are constants of that code. Where a model has
-others, ``additional_vocab_size``, ``vit_layers`` and ``vision_backbone`` say so, by the names that they have in the
-training code (allenai/molmo, olmo/config.py); the published code does not read them.
+``config.json`` describes the decoder only; tower, pooling and padding are constants of that code. For a model with
+other values, an export adds ``additional_vocab_size``, ``vit_layers`` and ``vision_backbone``. The training code uses
+these names (allenai/molmo, olmo/config.py); the published code does not read them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Axes, Layout, Row, Rows, rows, under
+from mmscale.hf.layout import Axes, FamilyLayout, NameRule, NameRules, renames, with_prefix
 from mmscale.hf.layouts import pixels
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig
@@ -20,12 +20,12 @@ from mmscale.nn.block import DenseMlpConfig
 from mmscale.nn.rope import LearnedPositionsConfig, RopeConfig
 
 _BLOCK = (
-    Row("self_attn.q_proj.", "att_proj.", part=0),
-    Row("self_attn.k_proj.", "att_proj.", part=1),
-    Row("self_attn.v_proj.", "att_proj.", part=2),
-    Row("mlp.up_proj.", "ff_proj.", part=0),  # The second half is the gate.
-    Row("mlp.gate_proj.", "ff_proj.", part=1),
-    *rows(
+    NameRule("self_attn.q_proj.", "att_proj.", part=0),
+    NameRule("self_attn.k_proj.", "att_proj.", part=1),
+    NameRule("self_attn.v_proj.", "att_proj.", part=2),
+    NameRule("mlp.up_proj.", "ff_proj.", part=0),  # The gate is the second half of the tensor.
+    NameRule("mlp.gate_proj.", "ff_proj.", part=1),
+    *renames(
         ("mlp.down_proj.", "ff_out."),
         ("self_attn.o_proj.", "attn_out."),
         ("self_attn.q_norm.", "q_norm."),
@@ -34,7 +34,7 @@ _BLOCK = (
         ("post_attention_layernorm.", "ff_norm."),
     ),
 )
-_VIT_BLOCK = rows(
+_VIT_BLOCK = renames(
     ("self_attn.q_proj.", "attention.wq."),
     ("self_attn.k_proj.", "attention.wk."),
     ("self_attn.v_proj.", "attention.wv."),
@@ -45,16 +45,16 @@ _VIT_BLOCK = rows(
     ("mlp.down_proj.", "feed_forward.w2."),
 )
 _VIT = (
-    *under(_VIT_BLOCK, ours=("", "layers.{n}."), theirs=("", "transformer.resblocks.{n}.")),
-    *rows(
+    *with_prefix(_VIT_BLOCK, ours=("", "layers.{n}."), theirs=("", "transformer.resblocks.{n}.")),
+    *renames(
         ("positions.position_embedding", "positional_embedding"),
         ("positions.class_embedding", "class_embedding"),
         ("pre_norm.", "pre_ln."),
     ),
 )
 _BACKBONE = (
-    *under(_VIT, ours=("", "vision."), theirs=("", "image_vit.")),
-    *rows(
+    *with_prefix(_VIT, ours=("", "vision."), theirs=("", "image_vit.")),
+    *renames(
         ("connector.padding.pad_embed", "pad_embed"),
         ("connector.projector.q_proj.", "image_pooling_2d.wq."),
         ("connector.projector.k_proj.", "image_pooling_2d.wk."),
@@ -65,10 +65,10 @@ _BACKBONE = (
         ("connector.projector.mlp.up_proj.", "image_projector.w3."),
     ),
 )
-_ROWS = (
-    *under(_BLOCK, ours=("", "decoder.layers.{n}."), theirs=("", "model.transformer.blocks.{n}.")),
-    *under(_BACKBONE, theirs=("", "model.vision_backbone.")),
-    *rows(
+_RULES = (
+    *with_prefix(_BLOCK, ours=("", "decoder.layers.{n}."), theirs=("", "model.transformer.blocks.{n}.")),
+    *with_prefix(_BACKBONE, theirs=("", "model.vision_backbone.")),
+    *renames(
         ("decoder.embed_tokens.weight", "model.transformer.wte.embedding"),
         ("decoder.embed_tokens.extra_weight", "model.transformer.wte.new_embedding"),
         ("decoder.norm.", "model.transformer.ln_f."),
@@ -87,19 +87,17 @@ _TOWER: dict[str, Any] = {
     "image_mlp_dim": 4096,
     "image_norm_eps": 1e-5,
 }
-"""CLIP ViT-L/14 at 336 pixels, of which the last block is left out; olmo/config.py and launch_scripts/utils.py."""
+"""CLIP ViT-L/14 at 336 pixels without its last block. Source: olmo/config.py and launch_scripts/utils.py."""
 
 
-def _rows(config: ModelConfig) -> Rows:
+def _rules(config: ModelConfig) -> NameRules:
     assert config.vision is not None
-    patches = Row(
+    patches = NameRule(
         "vision.patch_embed.projection.weight",
         "model.vision_backbone.image_vit.patch_embedding.weight",
-        axes=Axes(
-            (-1, config.vision.patch_size**2, config.vision.channels), (0, 2, 1)
-        ),  # Theirs has channels innermost.
+        axes=Axes((-1, config.vision.patch_size**2, config.vision.channels), (0, 2, 1)),  # Theirs: channels innermost.
     )
-    return (patches, *_ROWS)
+    return (patches, *_RULES)
 
 
 def _to_model(keys: Keys) -> ModelConfig:
@@ -108,25 +106,25 @@ def _to_model(keys: Keys) -> ModelConfig:
     keys.must_be("clip_qkv", None)
     for name in ("weight_tying", "tie_word_embeddings"):
         keys.must_be(name, False)
-    keys.take("auto_map", dict, None)  # Of their code.
-    ids = keys.take("vocab_size", int)  # Of the tokenizer; the table has more rows.
-    heads, fused = keys.take("num_attention_heads", int), keys.take("intermediate_size", int)
+    keys.read("auto_map", dict, None)  # Names of the remote code.
+    ids = keys.read("vocab_size", int)  # Ids of the tokenizer; the table may have more rows.
+    heads, fused = keys.read("num_attention_heads", int), keys.read("intermediate_size", int)
     mlp = {"kind": "dense", "hidden_dim": fused // 2}
     decoder = {
-        "vocab_size": keys.take("embedding_size", int, ids),
-        "extra_tokens": {"rows": keys.take("additional_vocab_size", int, _NEW_ROWS), "predicted": False},
-        "hidden_dim": keys.take("hidden_size", int),
-        "num_layers": keys.take("num_hidden_layers", int),
+        "vocab_size": keys.read("embedding_size", int, ids),
+        "extra_tokens": {"rows": keys.read("additional_vocab_size", int, _NEW_ROWS), "predicted": False},
+        "hidden_dim": keys.read("hidden_size", int),
+        "num_layers": keys.read("num_hidden_layers", int),
         "attention": {
             "num_heads": heads,
-            "num_kv_heads": keys.take("num_key_value_heads", int, heads),
-            "qkv_bias": keys.take("qkv_bias", bool, False),
-            "qk_norm": "full" if keys.take("attention_layer_norm", bool, False) else "none",
+            "num_kv_heads": keys.read("num_key_value_heads", int, heads),
+            "qkv_bias": keys.read("qkv_bias", bool, False),
+            "qk_norm": "full" if keys.read("attention_layer_norm", bool, False) else "none",
         },
         "mlp": mlp,
-        "norm": {"kind": "rmsnorm", "eps": keys.take("layer_norm_eps", float)},
-        "norm_placement": "post" if keys.take("norm_after", bool, False) else "pre",
-        "rope": {"theta": keys.take("rope_theta", float)},
+        "norm": {"kind": "rmsnorm", "eps": keys.read("layer_norm_eps", float)},
+        "norm_placement": "post" if keys.read("norm_after", bool, False) else "pre",
+        "rope": {"theta": keys.read("rope_theta", float)},
     }
     vision, pool = _vision(keys)
     connector = {
@@ -139,14 +137,14 @@ def _to_model(keys: Keys) -> ModelConfig:
 
 
 def _vision(keys: Keys) -> tuple[dict[str, Any], dict[str, int]]:
-    """The tower, and the heads of the pooling, which are as the tower's."""
-    found = keys.block("vision_backbone") or Keys({}, keys.where)
-    size = {name: found.take(name, type(default), default) for name, default in _TOWER.items()}
-    for name in ("image_patch_size", "image_num_layers"):  # Others are divided by them.
-        found.size(name, default=_TOWER[name])
-    found.finish()
-    layers, count = keys.take("vit_layers", list, _LAYERS), size["image_num_layers"]
-    kept = [layer % count for layer in layers]
+    """Return ``vision`` and the attention heads of the pooling, which equal the tower's."""
+    found = keys.optional_object("vision_backbone") or Keys({}, keys.where)
+    size = {name: found.read(name, type(default), default) for name, default in _TOWER.items()}
+    for name in ("image_patch_size", "image_num_layers"):  # They are divisors below.
+        found.positive_int(name, default=_TOWER[name])
+    found.raise_on_unread()
+    layers, count = keys.read("vit_layers", list, _LAYERS), size["image_num_layers"]
+    feature_layers = [layer % count for layer in layers]
     pool = {"num_heads": size["image_num_heads"], "head_dim": size["image_head_dim"]}
     vision = {
         "patch_size": size["image_patch_size"],
@@ -169,9 +167,9 @@ def _vision(keys: Keys) -> tuple[dict[str, Any], dict[str, int]]:
         "class_token": True,
         "pre_norm": True,
         "post_norm": False,
-        "feature_layers": kept,
+        "feature_layers": feature_layers,
         "last_output": False,
-        "idle_layers": count - 1 - max(kept),
+        "idle_layers": count - 1 - max(feature_layers),
     }
     return vision, pool
 
@@ -179,9 +177,9 @@ def _vision(keys: Keys) -> tuple[dict[str, Any], dict[str, int]]:
 def _to_keys(config: ModelConfig) -> dict[str, Any]:
     decoder, vision = config.decoder, config.vision
     if not isinstance(vision, VisionConfig) or not isinstance(config.connector, EmbeddingConnectorConfig):
-        raise CheckpointError("molmo holds models with a tower whose features are added to embeddings")
+        raise CheckpointError("molmo holds models with a vision tower and connector.kind=embedding")
     if not isinstance(decoder.mlp, DenseMlpConfig) or decoder.extra_tokens is None:
-        raise CheckpointError("molmo holds dense decoders with rows for new tokens")
+        raise CheckpointError("molmo holds dense decoders with decoder.extra_tokens")
     values = {
         "vocab_size": decoder.vocab_size,
         "embedding_size": decoder.vocab_size,
@@ -208,8 +206,8 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
 
 def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
     if not isinstance(vision.positions, LearnedPositionsConfig):
-        raise CheckpointError("molmo's tower has learned positions")
-    side = [places * vision.patch_size for places in vision.positions.grid]
+        raise CheckpointError("molmo holds towers with learned positions (vision.positions.kind=learned)")
+    side = [patches * vision.patch_size for patches in vision.positions.grid]
     size = {
         "image_default_input_size": side,
         "image_patch_size": vision.patch_size,
@@ -226,10 +224,10 @@ def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
     return {**other, **pixels.to_keys(vision, base_image_input_size=side, image_patch_size=vision.patch_size)}
 
 
-LAYOUT = Layout(
+LAYOUT = FamilyLayout(
     "molmo",
     "MolmoForCausalLM",
-    _rows,
+    _rules,
     _to_model,
     _to_keys,
     auto_class=None,

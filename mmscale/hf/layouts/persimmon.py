@@ -1,6 +1,6 @@
-"""Persimmon 8B: squared ReLU, biases everywhere, a norm over each head's queries and keys, half of a head rotated.
+"""Persimmon 8B: squared ReLU, biases, QK norms per head, RoPE on half of each head.
 
-Its queries, keys and values are one tensor, dealt head by head.
+Queries, keys and values share one tensor, interleaved head by head.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout, Row, Rows, rows
+from mmscale.hf.layout import FamilyLayout, NameRule, NameRules, renames
 from mmscale.hf.layouts import decoder
 from mmscale.models.config import ModelConfig
 from mmscale.nn.block import DenseMlpConfig, QkNorm
@@ -19,16 +19,18 @@ _LAYER = "decoder.layers.{n}."
 _THEIRS = "model.layers.{n}."
 
 
-def table(config: ModelConfig) -> Rows:
-    """Where the decoder's parameters lie."""
+def name_rules(config: ModelConfig) -> NameRules:
+    """Return the name rules of the decoder and the head."""
     attention = config.decoder.attention
     heads = attention.resolved_head_dim(config.decoder.hidden_dim)
     return (
         *(
-            Row(f"{_LAYER}self_attn.{name}_proj.", f"{_THEIRS}self_attn.query_key_value.", block=heads, part=number)
+            NameRule(
+                f"{_LAYER}self_attn.{name}_proj.", f"{_THEIRS}self_attn.query_key_value.", block=heads, part=number
+            )
             for number, name in enumerate("qkv")
         ),
-        *rows(
+        *renames(
             (f"{_LAYER}self_attn.o_proj.", f"{_THEIRS}self_attn.dense."),
             (f"{_LAYER}self_attn.q_norm.", f"{_THEIRS}self_attn.q_layernorm."),
             (f"{_LAYER}self_attn.k_norm.", f"{_THEIRS}self_attn.k_layernorm."),
@@ -44,47 +46,47 @@ def table(config: ModelConfig) -> Rows:
 
 
 def to_decoder(keys: Keys) -> dict[str, Any]:
-    """The ``decoder`` block.
+    """Return ``decoder``.
 
     Raises:
-        CheckpointError: a key is missing, or asks for what our models do not compute.
+        CheckpointError: a key is missing or needs a computation that our models lack.
     """
     keys.must_be("hidden_act", "relu2")
     keys.must_be("hidden_dropout", 0.0)
     keys.must_be("attention_dropout", 0.0)
-    norms = keys.take("qk_layernorm", bool)
+    norms = keys.read("qk_layernorm", bool)
     return {
-        "vocab_size": keys.take("vocab_size", int),
-        "hidden_dim": keys.take("hidden_size", int),
-        "num_layers": keys.take("num_hidden_layers", int),
+        "vocab_size": keys.read("vocab_size", int),
+        "hidden_dim": keys.read("hidden_size", int),
+        "num_layers": keys.read("num_hidden_layers", int),
         "attention": {
-            "num_heads": keys.take("num_attention_heads", int),
+            "num_heads": keys.read("num_attention_heads", int),
             "qkv_bias": True,
             "out_bias": True,
             "qk_norm": "head" if norms else "none",
         },
         "mlp": {
             "kind": "dense",
-            "hidden_dim": keys.take("intermediate_size", int),
+            "hidden_dim": keys.read("intermediate_size", int),
             "activation": "relu_squared",
             "gated": False,
             "bias": True,
         },
-        "norm": {"kind": "layernorm", "eps": keys.take("layer_norm_eps", float)},
+        "norm": {"kind": "layernorm", "eps": keys.read("layer_norm_eps", float)},
         "rope": decoder.to_rope(keys, partial=True),
-        "tie_embeddings": keys.take("tie_word_embeddings", bool),
+        "tie_embeddings": keys.read("tie_word_embeddings", bool),
     }
 
 
 def to_keys(config: ModelConfig) -> dict[str, Any]:
-    """Their keys of the decoder.
+    """Return the keys of the decoder.
 
     Raises:
-        CheckpointError: it has experts.
+        CheckpointError: the decoder has experts.
     """
     block = config.decoder
     if not isinstance(block.mlp, DenseMlpConfig):
-        raise CheckpointError("persimmon has no words for experts")
+        raise CheckpointError("persimmon cannot express experts")
     rope = block.rope or RopeConfig()
     return {
         "vocab_size": block.num_ids,
@@ -109,8 +111,8 @@ def _to_model(keys: Keys) -> ModelConfig:
 
 def _to_keys(config: ModelConfig) -> dict[str, Any]:
     if config.vision is not None:
-        raise CheckpointError("text decoders have no words for a vision tower")
+        raise CheckpointError("text decoders cannot express a vision tower")
     return to_keys(config)
 
 
-LAYOUT = Layout("persimmon", "PersimmonForCausalLM", table, _to_model, _to_keys)
+LAYOUT = FamilyLayout("persimmon", "PersimmonForCausalLM", name_rules, _to_model, _to_keys)

@@ -1,6 +1,6 @@
-"""Qwen2-VL: a tower for images of any size and a merger of 2 x 2 patches, over Qwen 2 with positions on three axes.
+"""Qwen2-VL: a tower for images of any size, a merger of 2 x 2 patches, and Qwen 2 with positions on three axes.
 
-Names are those of the published files, which version 5 of transformers writes too.
+The names are those of the published files; version 5 of transformers writes them too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout, Row, Rows, rows
+from mmscale.hf.layout import FamilyLayout, NameRule, NameRules, renames
 from mmscale.hf.layouts import axial, decoder, pixels, qwen2
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig
@@ -21,17 +21,17 @@ _ACTIVATION = "quick_gelu"
 _TEXT = "qwen2_vl_text"
 
 
-def _rows(config: ModelConfig) -> Rows:
+def _rules(config: ModelConfig) -> NameRules:
     vision = config.vision
     assert isinstance(vision, VisionConfig)
     patch = (vision.temporal_patch, vision.patch_size, vision.patch_size)
     return (
-        Row("vision.patch_embed.projection.", "visual.patch_embed.proj.", shape=(-1, vision.channels, *patch)),
+        NameRule("vision.patch_embed.projection.", "visual.patch_embed.proj.", shape=(-1, vision.channels, *patch)),
         *(
-            Row(f"{_BLOCK}self_attn.{name}_proj.", f"{_THEIRS}attn.qkv.", part=part)
+            NameRule(f"{_BLOCK}self_attn.{name}_proj.", f"{_THEIRS}attn.qkv.", part=part)
             for part, name in enumerate(("q", "k", "v"))
         ),
-        *rows(
+        *renames(
             (f"{_BLOCK}self_attn.o_proj.", f"{_THEIRS}attn.proj."),
             (f"{_BLOCK}input_layernorm.", f"{_THEIRS}norm1."),
             (f"{_BLOCK}post_attention_layernorm.", f"{_THEIRS}norm2."),
@@ -41,20 +41,20 @@ def _rows(config: ModelConfig) -> Rows:
             ("connector.projector.fc1.", "visual.merger.mlp.0."),
             ("connector.projector.fc2.", "visual.merger.mlp.2."),
         ),
-        *decoder.ROWS,
+        *decoder.RULES,
     )
 
 
 def _to_model(keys: Keys) -> ModelConfig:
-    tied = keys.take("tie_word_embeddings", bool)
-    text = keys.block("text_config", _TEXT)
-    if text is None:  # Before version 4.52 its keys stood beside the others.
-        model = _decoder(keys.filled(_TEXT), tied)
+    tied = keys.read("tie_word_embeddings", bool)
+    text = keys.optional_object("text_config", _TEXT)
+    if text is None:  # Before version 4.52 the decoder's keys are at the top level.
+        model = _decoder(keys.with_defaults(_TEXT), tied)
     else:
         model = _decoder(text, tied)
-        text.finish()
+        text.raise_on_unread()
         decoder.check_repeats(keys, text, lambda text: _decoder(text, tied))
-    vision, merge = _vision(keys.needed("vision_config", "qwen2_vl_vision"), model.decoder.hidden_dim)
+    vision, merge = _vision(keys.required_object("vision_config", "qwen2_vl_vision"), model.decoder.hidden_dim)
     projector = {"kind": "mlp", "merge": merge, "norm": "before_merge", "hidden_dim": vision["hidden_dim"] * merge**2}
     return ModelConfig.model_validate(
         {
@@ -67,27 +67,27 @@ def _to_model(keys: Keys) -> ModelConfig:
 
 def _decoder(keys: Keys, tied: bool) -> ModelConfig:
     qwen2.check_attention(keys)
-    tied = keys.take("tie_word_embeddings", bool, False) or tied
+    tied = keys.read("tie_word_embeddings", bool, False) or tied
     return decoder.to_model(keys, attention={"qkv_bias": True}, sectioned=True, tie_embeddings=tied)
 
 
 def _vision(keys: Keys, text_dim: int) -> tuple[dict[str, Any], int]:
-    """The tower, and the side of the squares that are merged."""
-    dim, patch, channels = keys.take("embed_dim", int), keys.take("patch_size", int), keys.take("in_channels", int)
-    keys.must_be("in_chans", channels)  # What the first files say beside the others, and no code reads.
+    """Return ``vision`` and the side of the squares of patches that are merged."""
+    dim, patch, channels = keys.read("embed_dim", int), keys.read("patch_size", int), keys.read("in_channels", int)
+    keys.must_be("in_chans", channels)  # The first files repeat the value here; no code reads it.
     keys.must_be("spatial_patch_size", patch)
     keys.must_be("hidden_size", text_dim)
     keys.must_be("hidden_act", _ACTIVATION)
-    merge = keys.take("spatial_merge_size", int)
+    merge = keys.read("spatial_merge_size", int)
     vision = {
         "patch_size": patch,
-        "temporal_patch": keys.take("temporal_patch_size", int),
+        "temporal_patch": keys.read("temporal_patch_size", int),
         "channels": channels,
         "hidden_dim": dim,
-        "num_layers": keys.take("depth", int),
-        "attention": {"num_heads": keys.take("num_heads", int), "qkv_bias": True, "out_bias": True},
+        "num_layers": keys.read("depth", int),
+        "attention": {"num_heads": keys.read("num_heads", int), "qkv_bias": True, "out_bias": True},
         "mlp": {
-            "hidden_dim": dim * keys.take("mlp_ratio", int),
+            "hidden_dim": dim * keys.read("mlp_ratio", int),
             "gated": False,
             "activation": _ACTIVATION,
             "bias": True,
@@ -96,7 +96,7 @@ def _vision(keys: Keys, text_dim: int) -> tuple[dict[str, Any], int]:
         "positions": axial.to_model(keys, FrequencyLayout.SHARED),
         "post_norm": False,
     }
-    keys.finish()
+    keys.raise_on_unread()
     return vision, merge
 
 
@@ -105,7 +105,7 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     if not isinstance(vision, VisionConfig) or not isinstance(connector, EmbeddingConnectorConfig):
         raise CheckpointError("qwen2_vl holds models with a vision tower and connector.kind=embedding")
     text = decoder.to_keys(ModelConfig(decoder=config.decoder))
-    tied = text.pop("tie_word_embeddings")  # Since version 5 not a key of the text part.
+    tied = text.pop("tie_word_embeddings")  # Version 5 has this key at the top level only.
     merge = connector.projector.merge
     return {
         "text_config": {"model_type": _TEXT, **text, "use_sliding_window": False},
@@ -122,8 +122,8 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def _vision_keys(vision: VisionConfig, text_dim: int, merge: int) -> dict[str, Any]:
-    ratio, rest = divmod(vision.mlp.hidden_dim, vision.hidden_dim)
-    if rest:
+    ratio, remainder = divmod(vision.mlp.hidden_dim, vision.hidden_dim)
+    if remainder:
         raise CheckpointError(
             f"qwen2_vl's mlp_ratio is a whole number; vision.mlp.hidden_dim={vision.mlp.hidden_dim} is no multiple of "
             f"vision.hidden_dim={vision.hidden_dim}"
@@ -144,13 +144,13 @@ def _vision_keys(vision: VisionConfig, text_dim: int, merge: int) -> dict[str, A
     }
 
 
-LAYOUT = Layout(
+LAYOUT = FamilyLayout(
     "qwen2_vl",
     "Qwen2VLForConditionalGeneration",
-    _rows,
+    _rules,
     _to_model,
     _to_keys,
     decoder.UNUSED,
-    spellings=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
+    aliases=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
     auto_class="AutoModelForImageTextToText",
 )

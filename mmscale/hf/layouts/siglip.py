@@ -1,7 +1,7 @@
-"""A folder of SigLIP with both towers, of which the vision tower is read. What is written is a tower alone.
+"""Import the vision tower from a SigLIP folder with both towers. Exports use ``siglip_vision`` (the tower alone).
 
-The pair is none of our models: its text tower sees both ways over a line that is padded to a fixed length, and a head
-of attention pools the image. CLIP's pair is one (``clip``).
+mmscale does not support SigLIP with both towers: SigLIP's text tower attends in both directions over lines padded to a
+fixed length, and its vision tower pools the image by attention. CLIP with both towers is supported (``clip``).
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout
+from mmscale.hf.layout import FamilyLayout
 from mmscale.hf.layouts import pixels, siglip_vision, vit
 from mmscale.models.config import TowerConfig
 
 
 def _to_model(keys: Keys) -> TowerConfig:
-    keys.take("text_config", dict, None)
-    keys.take("text_config_dict", dict, None)
-    block = vit.tower_block(keys, "vision_config", "siglip_vision_model")
-    keys.take("initializer_factor", float, None)
+    keys.read("text_config", dict, None)
+    keys.read("text_config_dict", dict, None)
+    block = vit.tower_keys(keys, "vision_config", "siglip_vision_model")
+    keys.read("initializer_factor", float, None)
     vision = siglip_vision.to_vision(block)
-    block.finish()
+    block.raise_on_unread()
     return TowerConfig.model_validate({"vision": {**vision, **pixels.to_model(keys, pixels.HALF)}})
 
 
 def _to_keys(config: TowerConfig) -> dict[str, Any]:
-    raise CheckpointError("siglip is a pair whose text tower is not ours; export the tower as siglip_vision_model")
+    raise CheckpointError("siglip has a text tower that mmscale lacks; export the vision tower as siglip_vision_model")
 
 
-LAYOUT = Layout(
+LAYOUT = FamilyLayout(
     "siglip",
     "SiglipModel",
-    lambda config: vit.clip_rows(vit.tower(config)),
+    lambda config: vit.clip_rules(vit.tower(config)),
     _to_model,
     _to_keys,
     siglip_vision.UNUSED,

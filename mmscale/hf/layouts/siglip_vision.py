@@ -1,7 +1,7 @@
-"""SigLIP's vision tower, by itself or in a folder of the whole model.
+"""SigLIP's vision tower, alone or in a folder of the whole model.
 
-A head behind it pools all rows into one vector, for the contrastive loss. Features do not pass that, so its tensors are
-left out of an import, and an export says that there is none (``vision_use_head``).
+Its head pools all rows into one vector for the contrastive loss. Features do not pass through it, so an import drops
+its tensors, and an export sets ``vision_use_head`` to false.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Layout
+from mmscale.hf.layout import FamilyLayout
 from mmscale.hf.layouts import pixels, vit
 from mmscale.models.config import TowerConfig
 
@@ -17,9 +17,9 @@ UNUSED = (*vit.UNUSED, r"vision_model\.head\..*")
 
 
 def to_vision(keys: Keys) -> dict[str, Any]:
-    """Of ``vision``, without the statistics of pixels."""
-    keys.take("vision_use_head", bool, None)
-    return vit.to_vision(keys, attention=vit.BIASED, patch_bias=True)
+    """Return ``vision`` without ``mean`` and ``std``."""
+    keys.read("vision_use_head", bool, None)
+    return vit.to_vision(keys, attention=vit.ATTENTION_BIASES, patch_bias=True)
 
 
 def _to_model(keys: Keys) -> TowerConfig:
@@ -41,14 +41,14 @@ def _to_keys(config: TowerConfig) -> dict[str, Any]:
     return {**vit.to_keys(config.vision), "vision_use_head": False, **pixels.to_keys(config.vision, **processor)}
 
 
-LAYOUT = Layout(
+LAYOUT = FamilyLayout(
     "siglip_vision_model",
     "SiglipVisionModel",
-    lambda config: vit.clip_rows(vit.tower(config)),
+    lambda config: vit.clip_rules(vit.tower(config)),
     _to_model,
     _to_keys,
     UNUSED,
-    vit.SPELLINGS,
+    vit.ALIASES,
     TowerConfig,
     "AutoModel",
 )

@@ -1,4 +1,4 @@
-"""Vision towers of one size: the keys and names of CLIP, which others kept."""
+"""Code shared by vision towers with a fixed image size: most use the keys and names of CLIP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
-from mmscale.hf.layout import Row, Rows, rows
+from mmscale.hf.layout import NameRule, NameRules, renames
 from mmscale.hf.layouts import pixels
 from mmscale.models.config import AnyModelConfig, TowerConfig
 from mmscale.models.decoder import DecoderConfig
@@ -16,37 +16,37 @@ from mmscale.nn.block import Activation, DenseMlpConfig
 from mmscale.nn.rope import LearnedPositionsConfig
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
-"""Theirs -> ours."""
-BIASED = {"qkv_bias": True, "out_bias": True}
-"""Of ``attention``, as CLIP and SigLIP have it."""
-SPELLINGS = ((r"^(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.(.*)", r"vision_model.\1.\2"),)
-"""Of folders that hold the tower without its prefix."""
-NUMBERS = r"vision_model\.embeddings\.position_ids"
-"""Those from 0 on, which old files hold."""
+"""Their name -> our name."""
+ATTENTION_BIASES = {"qkv_bias": True, "out_bias": True}
+"""Fields of ``attention`` in CLIP and SigLIP."""
+ALIASES = ((r"^(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.(.*)", r"vision_model.\1.\2"),)
+"""For folders that store the tower without the prefix ``vision_model.``."""
+POSITION_IDS = r"vision_model\.embeddings\.position_ids"
+"""Buffer of consecutive numbers that old files contain."""
 UNUSED = (
-    NUMBERS,
-    *(r"text_model\..*", r"(text|visual)_projection\.weight", r"logit_(scale|bias)"),  # Of the pair with a text tower.
+    POSITION_IDS,
+    *(r"text_model\..*", r"(text|visual)_projection\.weight", r"logit_(scale|bias)"),
 )
-"""What a folder of the whole contrastive model holds beside the tower."""
+"""Tensors of a contrastive model's folder that do not belong to the vision tower."""
 
 
-def clip_rows(vision: VisionConfig) -> Rows:
-    """Under ``vision_model.``, as CLIP and SigLIP have them."""
+def clip_rules(vision: VisionConfig) -> NameRules:
+    """Return the rules of a tower under ``vision_model.``, as in CLIP and SigLIP."""
     return (
         convolution("vision_model.embeddings.patch_embedding.weight", vision),
-        *rows(
+        *renames(
             ("vision.patch_embed.projection.", "vision_model.embeddings.patch_embedding."),
             ("vision.positions.position_embedding", "vision_model.embeddings.position_embedding.weight"),
             ("vision.positions.", "vision_model.embeddings."),
             ("vision.pre_norm.", "vision_model.pre_layrnorm."),
             ("vision.post_norm.", "vision_model.post_layernorm."),
         ),
-        *block_rows("vision.", "vision_model.encoder."),
+        *block_rules("vision.", "vision_model.encoder."),
     )
 
 
-def block_rows(ours: str, theirs: str) -> Rows:
-    """Of the blocks under these beginnings, images' or text's."""
+def block_rules(ours: str, theirs: str) -> NameRules:
+    """Return the rules of the blocks under these prefixes, for a vision or a text tower."""
     ours, theirs = f"{ours}layers.{{n}}.", f"{theirs}layers.{{n}}."
     names = (
         ("input_layernorm.", "layer_norm1."),
@@ -56,85 +56,85 @@ def block_rows(ours: str, theirs: str) -> Rows:
         ("mlp.up_proj.", "mlp.fc1."),
         ("mlp.down_proj.", "mlp.fc2."),
     )
-    return rows(*((ours + mine, theirs + other) for mine, other in names))
+    return renames(*((ours + mine, theirs + other) for mine, other in names))
 
 
-def convolution(theirs: str, vision: VisionConfig) -> Row:
-    """The patch projection as a convolution over the image."""
+def convolution(theirs: str, vision: VisionConfig) -> NameRule:
+    """Return the rule that stores the patch projection as a convolution."""
     shape = (-1, vision.channels, vision.patch_size, vision.patch_size)
-    return Row("vision.patch_embed.projection.weight", theirs, shape)
+    return NameRule("vision.patch_embed.projection.weight", theirs, shape)
 
 
-def side(keys: Keys, name: str) -> int:
-    """A number of pixels, which may be written as two equal ones.
+def square_side(keys: Keys, name: str) -> int:
+    """Return the side of a square in pixels. The file may have one number or a list of two equal numbers.
 
     Raises:
-        CheckpointError: it is no side of a square.
+        CheckpointError: the numbers differ, or the value has another type.
     """
     value = keys.values.get(name)
     if not isinstance(value, list):
-        return int(keys.take(name, int))
-    keys.take(name, list)
+        return int(keys.read(name, int))
+    keys.read(name, list)
     if len(value) != 2 or value[0] != value[1] or type(value[0]) is not int:
         raise CheckpointError(f"{keys.where}: {name}={value!r} is not supported, only squares")
     return value[0]
 
 
-def tower_block(keys: Keys, name: str, family: str) -> Keys:
-    """The keys of a tower of ``family`` in a pair of towers: ``vision_config`` or ``text_config``.
+def tower_keys(keys: Keys, name: str, family: str) -> Keys:
+    """Return the keys of one tower of a contrastive pair: the object ``name``, with the defaults of ``family``.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: the object is missing.
     """
-    # Files of 2022 say it twice; transformers lets the second win.
-    values = {**keys.take(name, dict), **keys.take(f"{name}_dict", dict, {})}
+    # Files from 2022 have the object twice; in transformers the second overrides the first.
+    values = {**keys.read(name, dict), **keys.read(f"{name}_dict", dict, {})}
     return Keys(values, f"{keys.where}: {name}", family)
 
 
 def to_stack(keys: Keys, *, attention: Mapping[str, Any]) -> dict[str, Any]:
-    """Of ``vision`` or ``decoder``, what their keys say of the blocks.
+    """Return the fields of ``vision`` or ``decoder`` that describe the transformer blocks.
 
     Args:
-        keys: Theirs.
-        attention: Of the block of that name what the family decides.
+        keys: Keys of the tower.
+        attention: Fields of ``attention`` that the family fixes.
 
     Raises:
-        CheckpointError: we have no such activation.
+        CheckpointError: our models lack the activation.
     """
     act = activation(keys, "hidden_act")
     return {
-        "hidden_dim": keys.take("hidden_size", int),
-        "num_layers": keys.take("num_hidden_layers", int),
-        "attention": {"num_heads": keys.take("num_attention_heads", int), **attention},
+        "hidden_dim": keys.read("hidden_size", int),
+        "num_layers": keys.read("num_hidden_layers", int),
+        "attention": {"num_heads": keys.read("num_attention_heads", int), **attention},
         "mlp": {
             "kind": "dense",
-            "hidden_dim": keys.take("intermediate_size", int),
+            "hidden_dim": keys.read("intermediate_size", int),
             "gated": False,
             "activation": act,
             "bias": True,
         },
-        "norm": {"kind": "layernorm", "eps": keys.take("layer_norm_eps", float)},
+        "norm": {"kind": "layernorm", "eps": keys.read("layer_norm_eps", float)},
     }
 
 
 def to_vision(keys: Keys, *, attention: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Of ``vision``, what their keys say.
+    """Return ``vision`` without ``mean`` and ``std``.
 
     Args:
-        keys: Theirs.
-        attention: Of ``vision.attention`` what the family decides.
-        **more: Of ``vision`` what the family decides.
+        keys: Keys of the tower.
+        attention: Fields of ``vision.attention`` that the family fixes.
+        **more: Fields of ``vision`` that the family fixes.
 
     Raises:
-        CheckpointError: a key asks for what our towers do not compute.
+        CheckpointError: a key needs a computation that our towers lack.
     """
     keys.must_be("attention_dropout", 0.0)
-    image, patch = side(keys, "image_size"), side(keys, "patch_size")
+    image, patch = square_side(keys, "image_size"), square_side(keys, "patch_size")
     if patch < 1:
-        raise CheckpointError(f"{keys.said('patch_size')} must be at least 1")
+        raise CheckpointError(f"{keys.describe('patch_size')} must be at least 1")
     return {
         "patch_size": patch,
-        "channels": keys.take("num_channels", int),
+        "channels": keys.read("num_channels", int),
         **to_stack(keys, attention=attention),
         "positions": {"kind": "learned", "grid": [image // patch] * 2},
         **more,
@@ -142,10 +142,10 @@ def to_vision(keys: Keys, *, attention: Mapping[str, Any], **more: Any) -> dict[
 
 
 def to_keys(vision: VisionConfig) -> dict[str, Any]:
-    """Their keys of a tower.
+    """Return the keys of a vision tower.
 
     Raises:
-        CheckpointError: it takes images of any size, or of another shape than squares.
+        CheckpointError: the tower does not have learned positions on a square grid.
     """
     return {
         **stack_keys(vision, vision.mlp),
@@ -156,7 +156,7 @@ def to_keys(vision: VisionConfig) -> dict[str, Any]:
 
 
 def stack_keys(tower: VisionConfig | DecoderConfig, mlp: DenseMlpConfig) -> dict[str, Any]:
-    """Their keys of the blocks of a tower, whose feed-forward is ``mlp``."""
+    """Return the keys of a tower's transformer blocks, whose feed-forward is ``mlp``."""
     return {
         "hidden_size": tower.hidden_dim,
         "intermediate_size": mlp.hidden_dim,
@@ -169,36 +169,36 @@ def stack_keys(tower: VisionConfig | DecoderConfig, mlp: DenseMlpConfig) -> dict
 
 
 def activation(keys: Keys, name: str) -> str:
-    """Ours of a key.
+    """Read an activation and return our name of it.
 
     Raises:
-        CheckpointError: we have no such activation.
+        CheckpointError: our models lack the activation.
     """
-    act = keys.take(name, str)
+    act = keys.read(name, str)
     if act not in ACTIVATIONS:
         raise CheckpointError(f"{keys.where}: {name}={act!r} is not supported, only {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[act]
 
 
 def activation_key(ours: Activation) -> str:
-    """Theirs of one of ours; its own name where there is no other, which is refused when it is read back."""
+    """Return their name of an activation; our name if they lack it, which ``activation`` then rejects."""
     return {mine: theirs for theirs, mine in ACTIVATIONS.items()}.get(ours.value, ours.value)
 
 
 def image_size(vision: VisionConfig) -> int:
-    """Side of the images that it takes, pixels.
+    """Return the side of the tower's square images in pixels.
 
     Raises:
-        CheckpointError: they have none.
+        CheckpointError: the tower does not have learned positions on a square grid.
     """
     positions = vision.positions
     if not isinstance(positions, LearnedPositionsConfig) or positions.grid[0] != positions.grid[1]:
-        raise CheckpointError("towers of one size have no words for vision.positions other than learned on a square")
+        raise CheckpointError("towers with a fixed image size need learned vision.positions on a square grid")
     return positions.grid[0] * vision.patch_size
 
 
-def cropped(vision: VisionConfig) -> dict[str, Any]:
-    """The processor's file of towers whose images are resized by their shorter side and cropped: CLIP, InternViT."""
+def crop_processor_keys(vision: VisionConfig) -> dict[str, Any]:
+    """Return the image processor of CLIP and InternViT: resize the shorter side, then crop the center."""
     size = image_size(vision)
     processor = {
         "image_processor_type": "CLIPImageProcessor",
@@ -216,6 +216,6 @@ def cropped(vision: VisionConfig) -> dict[str, Any]:
 
 
 def tower(config: AnyModelConfig) -> VisionConfig:
-    """The tower of a configuration that ``Layout`` has found to be one."""
+    """Return the tower. ``FamilyLayout.config_values`` has already checked the type of the config."""
     assert isinstance(config, TowerConfig)
     return config.vision

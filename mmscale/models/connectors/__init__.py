@@ -1,1 +1,1 @@
-"""How features of a tower reach the decoder."""
+"""Connectors: pass the features of a tower to the decoder, or compare its features with texts (``contrastive``)."""

@@ -1,4 +1,7 @@
-"""A square of patches to one feature: its mean asks, its patches answer, and a feed-forward widens the answer."""
+"""The attention-pooling projector: each square of patches becomes one feature by attention over its patches.
+
+The query is the mean of the square's patches. A feed-forward maps the result to the decoder's width.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ from mmscale.nn.sizes import Heads, Side
 
 
 class AttentionPoolConfig(ProjectorBase):
-    """The mean of a square of patches attends these patches; a feed-forward of its own width follows (Molmo)."""
+    """Attention of the mean of a square of patches over these patches, then a feed-forward (Molmo)."""
 
     kind: Literal["attention_pool"] = "attention_pool"
     merge: Side = 2
     """Side of the square of patches that becomes one feature."""
     num_heads: Heads
-    """H of the pooling attention; its projections have biases."""
+    """Heads of the pooling attention; its projections have biases."""
     head_dim: Heads
-    """K; what is pooled has ``num_heads * head_dim`` channels."""
+    """Channels of a head; the pooled feature has ``num_heads * head_dim`` channels."""
     mlp: DenseMlpConfig
-    """From the pooled channels to the decoder's width."""
+    """Feed-forward from the pooled channels to the decoder's width."""
 
     def build(self, feature_dim: int, dim: int) -> AttentionPool:
         return AttentionPool(feature_dim, dim, self)
@@ -43,10 +46,10 @@ class AttentionPoolConfig(ProjectorBase):
 
 
 class AttentionPool(nn.Module):
-    """Multi-head attention with one query a square, then a feed-forward to the decoder's width.
+    """Multi-head attention with one query per square, then a feed-forward to the decoder's width.
 
-    The attention is written out: a few scores a square take less memory than any kernel's bookkeeping, and kernels
-    have a limit on the number of sequences in a call, which here would be squares.
+    Does not use an attention kernel: the few scores of a square need little memory, and kernels limit the number of
+    sequences in a call, which would be the number of squares.
 
     Source: Molmo (arXiv 2409.17146), section 2, and its code: olmo/model.py and olmo/image_vit.py.
     """
@@ -64,12 +67,13 @@ class AttentionPool(nn.Module):
     def forward(
         self, features: Float[Tensor, "P feature_dim"], grids: Sequence[tuple[int, int, int]]
     ) -> Float[Tensor, "F_rows D"]:
-        """``P / merge**2`` rows, item after item."""
+        """Return ``P / merge**2`` rows, item after item."""
         order = torch.from_numpy(merge_order(grids, self.config.merge)).to(features.device)
         squares = features.index_select(0, order).view(-1, self.config.merge**2, features.shape[1])
         heads = (self.config.num_heads, self.config.head_dim)
-        q = self.q_proj(squares.mean(1)).unflatten(-1, heads)  # (F, H, K)
-        k, v = self.k_proj(squares).unflatten(-1, heads), self.v_proj(squares).unflatten(-1, heads)  # (F, 4, H, K)
+        q = self.q_proj(squares.mean(1)).unflatten(-1, heads)  # (F_rows, H, K)
+        # Keys and values: (F_rows, merge**2, H, K).
+        k, v = self.k_proj(squares).unflatten(-1, heads), self.v_proj(squares).unflatten(-1, heads)
         scores = torch.einsum("fhk,fphk->fhp", q * self.config.head_dim**-0.5, k)
         weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
         mixed = torch.einsum("fhp,fphk->fhk", weights, v)

@@ -1,10 +1,10 @@
-"""The C-Abstractor: convolutions over the grid of each view, pooled to a square of few features in their midst.
+"""The C-Abstractor: convolutions over the grid of each crop, pooled to a fixed square of features halfway.
 
     rows (P, C0) --blocks--> rows (P, C) --mean of rectangles--> rows (N side^2, C) --blocks, MLP--> (N side^2, D)
 
-Rows of all views stay packed. Most of a block is a product of each row by itself; only the 3 x 3 convolution, the
-squeeze and the pooling see grids, and those take all views of one grid at once. Each module runs once in a forward,
-however many grids there are, because sharded ranks gather its weights together.
+Rows of all crops stay packed. Most operations of a block treat each row separately. Only the 3 x 3 convolution, the
+squeeze-and-excite and the pooling depend on grids, and process all crops with the same grid at once. Each module runs
+once per forward pass for any number of grids, because sharded ranks must gather its weights together.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from mmscale.nn.rope import LearnedPositionsConfig
 from mmscale.nn.sizes import Layers, ShrunkTo, Side, Width
 
 Planes = Sequence[tuple[int, int, int]]
-"""Views of one grid, grid after grid: how many, their rows and columns."""
+"""For each distinct grid, in the order of the packed rows: (number of crops, rows, columns)."""
 SQUEEZE = 4
-"""Input channels of a block to one of its squeeze."""
+"""Input channels of a block per channel of its squeeze-and-excite bottleneck."""
 
 
 class CAbstractorConfig(ProjectorBase):
-    """Convolutions over the grid of a view, pooled to a square in their midst (Honeybee, MM1, MM1.5)."""
+    """Convolutions over the grid of a crop, with pooling to a fixed square halfway (Honeybee, MM1, MM1.5)."""
 
     kind: Literal["c_abstractor"] = "c_abstractor"
     side: Annotated[Side, ShrunkTo(3)] = 12
-    """Side of the square of features that each view becomes."""
+    """Each crop becomes ``side * side`` features."""
     hidden_dim: Width
     """Channels of the convolutions."""
     depth: Layers = 3
-    """Blocks before the pooling, and as many behind it."""
+    """Number of blocks before the pooling, and number of blocks after it."""
     positions: LearnedPositionsConfig | None = None
-    """A learned vector added at each place of the tower's grid, which must be the tower's; null for none."""
+    """Learned vectors added to the tower's features at each grid position. ``grid`` must be that of the tower. Null for
+    none."""
 
     @property
     def merge(self) -> int:
-        """Grids of any sides are pooled."""
+        """1: grids may have sides of any length."""
         return 1
 
     @property
@@ -59,9 +60,9 @@ class CAbstractorConfig(ProjectorBase):
     def check(self, fixed_grid: tuple[int, int] | None) -> None:
         if self.positions is None or self.positions.grid == fixed_grid:
             return
-        seen = "views of any size" if fixed_grid is None else f"views of {list(fixed_grid)}"
+        crops = "crops of any size" if fixed_grid is None else f"crops of {list(fixed_grid)}"
         raise ValueError(
-            f"connector.projector.positions.grid={list(self.positions.grid)}: the tower takes {seen}; give its grid, "
+            f"connector.projector.positions.grid={list(self.positions.grid)}: the tower takes {crops}; give its grid, "
             "or null for no positions"
         )
 
@@ -83,10 +84,11 @@ class CAbstractorConfig(ProjectorBase):
 
 
 def by_grid(grids: Sequence[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], np.ndarray | None]:
-    """Views (of videos: frames) sorted by their grid.
+    """Group the crops (for videos, the frames) by grid, in the order in which the grids first occur.
 
     Returns:
-        The planes, and which view each of the sorted ones is; None where they already are in order.
+        The number of crops of each grid (``Planes``), and the indices of the crops group by group. The indices are None
+        if the crops are in this order already.
     """
     sides = [(height, width) for time, height, width in grids for _ in range(time)]
     kinds = list(dict.fromkeys(sides))
@@ -95,14 +97,14 @@ def by_grid(grids: Sequence[tuple[int, int, int]]) -> tuple[list[tuple[int, int,
     return planes, None if (np.diff(order) > 0).all() else order
 
 
-def rows_of(views: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Packed rows of the views, int64, in the order of ``views``; the i-th view has ``lengths[i]`` rows."""
+def rows_of(crops: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return the packed row indices, int64, of ``crops`` in this order; crop i has ``lengths[i]`` rows."""
     starts = np.cumsum(lengths) - lengths
-    return np.concatenate([np.arange(starts[view], starts[view] + lengths[view]) for view in views])
+    return np.concatenate([np.arange(starts[crop], starts[crop] + lengths[crop]) for crop in crops])
 
 
 def _split(rows: Tensor, planes: Planes) -> Iterator[tuple[Tensor, tuple[int, int, int]]]:
-    """Views ``(n, h w, C)`` of the rows of each grid."""
+    """Yield the rows of each grid as ``(n, h * w, C)``, with the grid's entry of ``planes``."""
     for part, plane in zip(rows.split([n * h * w for n, h, w in planes]), planes, strict=True):
         yield part.unflatten(0, (plane[0], plane[1] * plane[2])), plane
 
@@ -116,11 +118,11 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 class DepthwiseConv(nn.Module):
-    """A 3 x 3 convolution of each channel by itself, zeros around the grid, no bias."""
+    """A depthwise 3 x 3 convolution with zero padding and without bias."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels, 9))  # Flat: fan-in is the last dimension.
+        self.weight = nn.Parameter(torch.zeros(channels, 9))  # Flat, because init.py uses the last dimension as fan-in.
 
     def forward(self, rows: Float[Tensor, "P C"], planes: Planes) -> Float[Tensor, "P C"]:
         weight = self.weight.view(-1, 1, 3, 3)
@@ -132,7 +134,7 @@ class DepthwiseConv(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales the channels of a view by gates that its mean decides.
+    """Scales the channels of a crop by gates computed from the mean over the crop.
 
     Source: Hu et al. 2018, "Squeeze-and-excitation networks", section 3.
     """
@@ -151,10 +153,10 @@ class SqueezeExcite(nn.Module):
 
 
 class RegNetBlock(nn.Module):
-    """Row by row, 3 x 3 by channel, squeeze and excite, row by row; a shortcut around all of it.
+    """1 x 1 convolution, depthwise 3 x 3, squeeze-and-excite, 1 x 1 convolution, and a shortcut around them.
 
     Source: Radosavovic et al. 2020, "Designing network design spaces", section 3.2, with groups of one channel, layer
-    norms and SiLU, as Honeybee has it.
+    norms and SiLU, as in Honeybee.
     """
 
     def __init__(self, in_channels: int, channels: int) -> None:
@@ -178,10 +180,10 @@ class RegNetBlock(nn.Module):
 
 
 class CAbstractor(nn.Module):
-    """Views of any grid to ``side * side`` features each.
+    """Maps a crop of any grid to ``side * side`` features.
 
     Source: Honeybee (arXiv 2312.06742), section 3.2, and its code, honeybee/projectors/projectors.py; MM1 (arXiv
-    2403.09611) and MM1.5 (arXiv 2409.20566) take it with 144 features.
+    2403.09611) and MM1.5 (arXiv 2409.20566) use it with 144 features.
     """
 
     def __init__(self, feature_dim: int, dim: int, config: CAbstractorConfig) -> None:
@@ -199,7 +201,7 @@ class CAbstractor(nn.Module):
     def forward(
         self, features: Float[Tensor, "P feature_dim"], grids: Sequence[tuple[int, int, int]]
     ) -> Float[Tensor, "F_rows D"]:
-        """``side * side`` rows of each frame, item after item."""
+        """Return ``side * side`` rows of each frame, item after item."""
         planes, order = by_grid(grids)
         rows = features if self.positions is None else self.positions(features)
         if order is not None:
@@ -213,11 +215,11 @@ class CAbstractor(nn.Module):
             rows = block(rows, squares)
         rows = self.fc2(F.silu(self.fc1(rows)))
         if order is not None:
-            back = torch.from_numpy(np.argsort(order)).to(rows.device)
-            rows = rows.unflatten(0, (-1, self.side**2)).index_select(0, back).flatten(0, 1)
+            inverse = torch.from_numpy(np.argsort(order)).to(rows.device)
+            rows = rows.unflatten(0, (-1, self.side**2)).index_select(0, inverse).flatten(0, 1)
         return rows
 
     def _pooled(self, rows: Tensor, planes: Planes) -> Tensor:
-        """Means of rectangles, so laid that ``side`` of them cover each side of the grid."""
+        """Return the rows after adaptive average pooling of each crop to ``side * side``."""
         images = [F.adaptive_avg_pool2d(_image(part, plane), self.side) for part, plane in _split(rows, planes)]
         return _joined([image.permute(0, 2, 3, 1).flatten(0, 2) for image in images])

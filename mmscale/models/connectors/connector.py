@@ -1,6 +1,6 @@
-"""What every kind of connector states about itself, and what its module does in a model that predicts tokens.
+"""Base classes of the kinds of connectors, and the interface of a connector's module.
 
-A connector kind is a configuration class and a module in one file. ``models/connector_config.py`` lists the kinds.
+A kind is a configuration class and a module in one file. ``models/connector_config.py`` lists the kinds.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.media_spec import Placement
-from mmscale.models.connectors.unseen_text import num_absent_rows
-from mmscale.models.decoder import CrossAttended, DecoderConfig
+from mmscale.models.connectors.lookahead import absent_tile_rows
+from mmscale.models.decoder import CrossAttentionHooks, DecoderConfig
 from mmscale.models.kv_cache import KVCache
-from mmscale.models.projector_config import ProjectorConfig, check_projector, projector_products, typical_view
+from mmscale.models.projector_config import ProjectorConfig, check_projector, projector_products, typical_crop
 from mmscale.models.vision_config import AnyVisionConfig
 from mmscale.nn.attention_backends import Backend
 from mmscale.nn.flops import Product
 
 
 class ConnectorBase(StrictConfig, ABC):
-    """A kind of connector. A kind has a field ``kind``."""
+    """Base class of a connector's configuration. A subclass has a field ``kind``."""
 
     placement: ClassVar[Placement]
-    """Where the features of an image go."""
+    """How the features of an image reach the decoder."""
     predicts_tokens: ClassVar[bool] = True
-    """Whether the model has a head for tokens. If not, it compares images with texts (``models/contrastive.py``)."""
+    """Whether the model predicts tokens. If not, it compares images with texts (``models/contrastive.py``)."""
     training_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that decide how training begins or is limited, and nothing that trained weights compute."""
+    """Fields that affect training only: initial values and limits, but nothing that a trained model computes."""
 
     @abstractmethod
     def build(self, vision: AnyVisionConfig, decoder: DecoderConfig, backend: Backend) -> nn.Module:
@@ -39,42 +39,42 @@ class ConnectorBase(StrictConfig, ABC):
 
     @abstractmethod
     def check(self, vision: AnyVisionConfig, decoder: DecoderConfig) -> None:
-        """Raise ``ValueError`` if the connector does not fit between these two."""
+        """Raise ``ValueError`` if the connector does not fit the tower and the decoder."""
 
     @abstractmethod
     def products(self, vision: AnyVisionConfig, decoder: DecoderConfig, trained: Collection[str]) -> list[Product]:
-        """Operations outside of the decoder's stream, while the components ``trained`` learn."""
+        """Return the connector's operations outside of its blocks, when the components ``trained`` are trained."""
 
     @abstractmethod
     def counts(self, vision: AnyVisionConfig, batch: MultimodalBatch) -> dict[str, int]:
-        """What the connector's operations over ``batch`` are proportional to."""
+        """Return the counts of ``batch`` that the connector's operations are proportional to."""
 
     @property
     def looks_ahead(self) -> bool:
         """Whether the tower must also return features of absent tiles."""
         return False
 
-    def typical_view(self, vision: AnyVisionConfig) -> dict[str, int]:
-        """Counts of one typical view, for the cost of a patch, ``feature_patches`` among them."""
+    def typical_crop(self, vision: AnyVisionConfig) -> dict[str, int]:
+        """Return the counts of a typical crop, for the cost of a patch. Must contain ``feature_patches``."""
         return {"feature_patches": 1}
 
     def media_needs(self) -> dict[str, Any]:
-        """Fields of ``MediaSpec`` that follow from the connector."""
+        """Return the fields of ``MediaSpec`` that depend on the connector."""
         return {"placement": self.placement}
 
     def block_layers(self, decoder: DecoderConfig) -> list[int]:
-        """0-based decoder blocks that have a block of the connector before them."""
+        """Return the 0-based decoder blocks that have a block of the connector before them."""
         return []
 
     def block_products(self, decoder: DecoderConfig, trained: Collection[str], flows: bool) -> list[Product]:
-        """Operations of one such block; ``flows``: whether the stream that enters it needs a gradient."""
+        """Return the operations of one block of ``block_layers``; ``flows``: whether its token rows need a gradient."""
         return []
 
 
 class FeatureConnectorBase(ConnectorBase):
-    """A connector whose projector makes rows of the decoder's width from the tower's features."""
+    """Base class of connectors with a projector from the tower's features to the decoder's width."""
 
-    if TYPE_CHECKING:  # Each kind declares the field: its place among the fields is that in a written configuration.
+    if TYPE_CHECKING:  # Each kind declares the field itself, which determines its position in a written configuration.
         projector: ProjectorConfig
 
     @property
@@ -83,16 +83,16 @@ class FeatureConnectorBase(ConnectorBase):
         return False
 
     @property
-    def takes_class_feature(self) -> bool:
-        """Whether a view may have the feature of its class token before those of its patches."""
+    def accepts_class_feature(self) -> bool:
+        """Whether ``vision.class_feature`` may be set."""
         return False
 
     def check(self, vision: AnyVisionConfig, decoder: DecoderConfig) -> None:
         check_projector(self.projector, vision.fixed_grid)
-        if vision.class_feature and not self.takes_class_feature:
+        if vision.class_feature and not self.accepts_class_feature:
             raise ValueError(
-                "vision.class_feature: has no place among embedded or merged patches; use connector.kind="
-                "cross_attention with projector.merge=1"
+                "vision.class_feature: needs connector.kind=cross_attention with projector.merge=1, because a class "
+                "token is not part of the grid of patches"
             )
 
     def media_needs(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class FeatureConnectorBase(ConnectorBase):
         frames = sum(time for time, _, _ in media.grids)
         patches = media.items.total + int(vision.class_feature) * frames
         if self.looks_ahead:
-            patches += sum(num_absent_rows(media, vision, merge))
+            patches += sum(absent_tile_rows(media, vision, merge))
         return {
             "feature_patches": patches,
             "pooled_pairs": patches,
@@ -122,13 +122,13 @@ class FeatureConnectorBase(ConnectorBase):
             "frames": frames,
         }
 
-    def typical_view(self, vision: AnyVisionConfig) -> dict[str, int]:
-        patches, features = typical_view(self.projector, vision.fixed_grid)
+    def typical_crop(self, vision: AnyVisionConfig) -> dict[str, int]:
+        patches, features = typical_crop(self.projector, vision.fixed_grid)
         return {"feature_patches": patches, "features": features, "frames": 1, "attended_rows": features}
 
 
 class Connector(nn.Module, ABC):
-    """The module of a connector in a model that predicts tokens."""
+    """Base class of a connector's module in a model that predicts tokens."""
 
     @abstractmethod
     def connect(
@@ -139,25 +139,25 @@ class Connector(nn.Module, ABC):
         media: MediaBlock,
         segments: Segments,
         cache: KVCache | None,
-    ) -> tuple[Tensor, CrossAttended | None]:
-        """Join an image's features to the text.
+    ) -> tuple[Tensor, CrossAttentionHooks | None]:
+        """Pass the features of the images to the decoder.
 
         Args:
             hidden: Embedded tokens ``(T, D)``.
-            features: Rows of the tower ``(P, feature_dim)``.
-            tags: Embedded tags of tiles ``(tags, D)``.
-            media: The items of the batch and where their features go.
+            features: Output of the tower ``(P, feature_dim)``.
+            tags: Embedded tile tags ``(tags, D)``.
+            media: The items of the batch, with the indices that assign their features to tokens.
             segments: Documents.
-            cache: Filled for ``resume`` if text is generated; else None.
+            cache: During generation, filled for ``resume``; else None.
 
         Returns:
-            The decoder's input, and cross-attention that runs before some of its blocks, if there is any.
+            The decoder's input, and the cross-attention to run before some of its blocks, or None.
         """
 
-    def resume(self, cache: KVCache, segments: Segments) -> CrossAttended | None:
-        """Cross-attention of rows that continue cached sequences, if there is any."""
+    def resume(self, cache: KVCache, segments: Segments) -> CrossAttentionHooks | None:
+        """Return the cross-attention of new rows of cached sequences, or None."""
         return None
 
     def blocks_to_recompute(self) -> list[nn.Module]:
-        """Blocks worth recomputing in the backward pass."""
+        """Return the blocks that activation checkpointing recomputes in the backward pass."""
         return []

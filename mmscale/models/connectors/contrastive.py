@@ -1,4 +1,4 @@
-"""What stands for an image and for a text, in one space."""
+"""The contrastive connector: projects an image and a text to vectors in one space."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mmscale.models.connectors.connector import ConnectorBase
 from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import AnyVisionConfig
 from mmscale.nn.attention_backends import Backend
-from mmscale.nn.flops import Product, linear
+from mmscale.nn.flops import Product, linear_product
 from mmscale.nn.moe import MoeConfig
 from mmscale.nn.sizes import Width
 
 
 class ContrastiveConnectorConfig(ConnectorBase):
-    """One vector of an image and one of its text, near each other (CLIP, SigLIP): the decoder is the text's tower."""
+    """Trains the vectors of an image and of its text to be similar (CLIP, SigLIP). The decoder is the text tower."""
 
     placement: ClassVar[Placement] = Placement.PAIR
     predicts_tokens: ClassVar[bool] = False
@@ -34,26 +34,28 @@ class ContrastiveConnectorConfig(ConnectorBase):
     dim: Width
     """Channels of the two vectors."""
     pool: Literal["class", "mean"] = "class"
-    """What stands for an image: the tower's ``class`` token (CLIP), which needs ``vision.class_feature``, or the
-    ``mean`` of its patches. For a text stands the row of its last token (CLIP)."""
+    """Feature of an image: that of the tower's ``class`` token (CLIP; requires ``vision.class_feature: true``), or the
+    ``mean`` of its patches (requires ``vision.class_feature: false``). The feature of a text is the row of its last
+    token (CLIP)."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """``softmax``: which text of the batch belongs to an image, and which image to a text (CLIP). ``sigmoid``: whether
-    they belong together, asked of each text and each image of the batch (SigLIP)."""
+    """``softmax``: cross-entropy of the matching text among all texts of the step, and of the matching image among all
+    images (CLIP). ``sigmoid``: binary cross-entropy of each combination of an image and a text of the step (SigLIP)."""
     scale_init: float | None = Field(default=None, gt=0)
-    """Start of the learned factor on similarities; null: 1 / 0.07 (CLIP), with ``sigmoid`` 10 (SigLIP)."""
+    """Initial value of the learned factor on similarities. Null: 1 / 0.07 with ``softmax`` (CLIP), 10 with ``sigmoid``
+    (SigLIP)."""
     max_scale: float = Field(default=100.0, gt=0)
-    """It grows no larger."""
+    """Upper limit of the factor on similarities. Must be finite and at least ``scale_init``."""
     bias_init: float | None = None
-    """Start of the learned number added to them, which ``sigmoid`` alone has; null: -10 (SigLIP)."""
+    """Initial value of the learned bias on similarities; only with ``loss=sigmoid``. Null: -10 (SigLIP)."""
 
     @property
     def first_scale(self) -> float:
-        """``scale_init``, resolved."""
+        """``scale_init``, or the default of the loss."""
         return self.scale_init or (1 / 0.07 if self.loss == "softmax" else 10.0)
 
     @property
     def first_bias(self) -> float | None:
-        """``bias_init``, resolved; None where there is no bias."""
+        """``bias_init``, or the default of the loss; None if the loss has no bias."""
         if self.loss == "softmax":
             return None
         return -10.0 if self.bias_init is None else self.bias_init
@@ -61,9 +63,7 @@ class ContrastiveConnectorConfig(ConnectorBase):
     @model_validator(mode="after")
     def _consistent(self) -> ContrastiveConnectorConfig:
         if self.loss == "softmax" and self.bias_init is not None:
-            raise ValueError(
-                "bias_init: a softmax is the same whatever is added to all of its logits; use loss=sigmoid"
-            )
+            raise ValueError("bias_init: has no effect on a softmax; set it to null or use loss=sigmoid")
         if self.first_scale > self.max_scale or math.isinf(self.max_scale):
             raise ValueError(
                 f"max_scale={self.max_scale:g}: must be finite and at least scale_init={self.first_scale:g}"
@@ -75,25 +75,24 @@ class ContrastiveConnectorConfig(ConnectorBase):
 
     def check(self, vision: AnyVisionConfig, decoder: DecoderConfig) -> None:
         if not vision.learns:
-            raise ValueError(f"vision.kind={vision.kind}: has nothing to train by pairs; use kind=transformer")
+            raise ValueError(f"vision.kind={vision.kind}: has no parameters to train on pairs; use kind=transformer")
         if vision.tiles is not None:
-            raise ValueError("vision.tiles: a pair has one view of its image; leave tiles to a later stage")
+            raise ValueError("vision.tiles: a pair has one crop of its image; leave tiles to a later stage")
         if vision.class_feature != (self.pool == "class"):
-            wanted = "needs the class token" if self.pool == "class" else "takes patches alone"
+            need = "needs the class token" if self.pool == "class" else "takes only patches"
             raise ValueError(
-                f"connector.pool={self.pool}: {wanted}; set vision.class_feature="
-                f"{str(not vision.class_feature).lower()}"
+                f"connector.pool={self.pool}: {need}; set vision.class_feature={str(not vision.class_feature).lower()}"
             )
         if decoder.tie_embeddings or decoder.predicted_rows:
             name = "tie_embeddings" if decoder.tie_embeddings else "extra_tokens.predicted"
-            raise ValueError(f"decoder.{name}: a contrastive model predicts no token and has no head; set it to false")
+            raise ValueError(f"decoder.{name}: a contrastive model predicts no tokens and has no head; set it to false")
         if decoder.dropout:
             raise ValueError(
-                f"decoder.dropout={decoder.dropout:g}: a contrastive step may compute its vectors twice, which must be "
-                "the same; set it to 0"
+                f"decoder.dropout={decoder.dropout:g}: a contrastive step may compute its vectors twice, and they must "
+                "be equal; set it to 0"
             )
         if isinstance(decoder.mlp, MoeConfig):
-            raise ValueError("decoder.mlp.kind=moe: a contrastive loss has no place for those of routers; use dense")
+            raise ValueError("decoder.mlp.kind=moe: a contrastive loss does not include router losses; use dense")
 
     def counts(self, vision: AnyVisionConfig, batch: MultimodalBatch) -> dict[str, int]:
         return {"pairs": len(batch.pairs)}
@@ -102,20 +101,20 @@ class ContrastiveConnectorConfig(ConnectorBase):
         learns, towers = "connector" in trained, "vision" in trained
         text = not {"decoder", "extra_tokens"}.isdisjoint(trained)
         return [
-            linear("pairs", 2 * vision.feature_dim * self.dim, weights=learns, inputs=towers),
-            linear("pairs", 2 * decoder.hidden_dim * self.dim, weights=learns, inputs=text),
+            linear_product("pairs", 2 * vision.feature_dim * self.dim, weights=learns, inputs=towers),
+            linear_product("pairs", 2 * decoder.hidden_dim * self.dim, weights=learns, inputs=text),
         ]
 
 
 @dataclass(frozen=True)
 class PairVectors:
-    """What a contrastive loss compares.
+    """Vectors of K pairs, and the learned parameters of a contrastive loss.
 
     Attributes:
-        images: float32 ``(K, C)``, each of length 1.
-        texts: float32 ``(K, C)``, each of length 1.
-        log_scale: float32 ``()``, logarithm of the factor on similarities, as it is learned: it may be past its limit.
-        bias: float32 ``()``, added to them; None of a softmax.
+        images: float32 ``(K, C)``, rows of norm 1.
+        texts: float32 ``(K, C)``, rows of norm 1.
+        log_scale: float32 ``()``, logarithm of the factor on similarities. Not clamped: it may exceed its limit.
+        bias: float32 ``()``, bias on similarities; None with ``loss=softmax``.
     """
 
     images: Tensor
@@ -125,12 +124,12 @@ class PairVectors:
 
 
 class ContrastiveConnector(nn.Module):
-    """Projects what stands for each image and each text of a pair, and scales both to length 1.
+    """Projects one feature of each image and text of a pair to vectors of norm 1.
 
     Args:
-        config: What to build.
-        feature_dim: Of the tower.
-        dim: D of the decoder.
+        config: Pooling, channels, and initial scale and bias.
+        feature_dim: Channels of the tower's features.
+        dim: Width D of the decoder.
 
     Source: CLIP (arXiv 2103.00020), figure 3; SigLIP (arXiv 2303.15343), algorithm 1.
     """
@@ -143,7 +142,7 @@ class ContrastiveConnector(nn.Module):
         self.visual_projection = nn.Linear(feature_dim, config.dim, bias=False)
         self.text_projection = nn.Linear(dim, config.dim, bias=False)
         self.constant_init = {"logit_scale": math.log(config.first_scale)}
-        self.logit_scale = nn.Parameter(torch.empty(1))  # DeepSpeed takes no scalar.
+        self.logit_scale = nn.Parameter(torch.empty(1))  # DeepSpeed does not support 0-d parameters.
         bias = config.first_bias
         if bias is not None:
             self.constant_init["logit_bias"] = bias
@@ -157,14 +156,14 @@ class ContrastiveConnector(nn.Module):
         segments: Segments,
         pairs: Int[Tensor, "K 2"],
     ) -> PairVectors:
-        """Vectors of the pairs.
+        """Return the vectors of the pairs.
 
         Args:
-            features: Of the tower, item after item, class rows included.
-            hidden: Of the decoder, after its last norm.
+            features: Output of the tower, item after item. With ``pool=class``, each crop begins with its class token.
+            hidden: Output of the decoder, after its final norm.
             media: The items.
             segments: The texts.
-            pairs: (item, segment); there may be none.
+            pairs: Indices (item, segment) of each pair; may be empty.
         """
         items, texts = pairs.unbind(1)
         images = self._pooled(features, media).index_select(0, items)
@@ -177,10 +176,11 @@ class ContrastiveConnector(nn.Module):
         )
 
     def _pooled(self, features: Tensor, media: MediaBlock) -> Tensor:
-        """``(N, feature_dim)``: a row of each item."""
+        """Return one feature per item, ``(N, feature_dim)``."""
         if self.pool == "class":
-            rows = len(media.grids), len(features) // len(media.grids)  # A class token knows views of one size alone.
-            return features.view(*rows, -1)[:, 0]
+            # All crops have the same number of rows: a class token requires positions of one fixed grid.
+            rows_per_crop = len(features) // len(media.grids)
+            return features.view(len(media.grids), rows_per_crop, -1)[:, 0]
         lengths = media.items.cu.diff()
         owner = torch.arange(len(lengths), device=features.device).repeat_interleave(lengths, output_size=len(features))
         sums = features.new_zeros(len(lengths), features.shape[1], dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Image features in the place of token embeddings, or added to them."""
+"""The embedding connector: image features replace the embeddings of placeholder tokens, or are added to them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_pipeline.media_spec import Placement
 from mmscale.models.connectors.connector import Connector, FeatureConnectorBase
 from mmscale.models.connectors.padding import PaddingEmbedding
 from mmscale.models.connectors.projector import MlpProjectorConfig
-from mmscale.models.decoder import CrossAttended, DecoderConfig
+from mmscale.models.decoder import CrossAttentionHooks, DecoderConfig
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.projector_config import ProjectorConfig
 from mmscale.models.vision_config import AnyVisionConfig
@@ -20,17 +20,17 @@ from mmscale.nn.attention_backends import Backend
 
 
 class EmbeddingConnectorConfig(FeatureConnectorBase):
-    """Image features take the place of token embeddings (LLaVA, Qwen2-VL, Pixtral, NVLM-D), or are added (Molmo)."""
+    """Image features replace the embeddings of placeholders (LLaVA, Qwen2-VL, NVLM-D), or are added to them (Molmo)."""
 
     placement: ClassVar[Placement] = Placement.EMBEDDING
     kind: Literal["embedding"] = "embedding"
     projector: ProjectorConfig = MlpProjectorConfig()
     """From tower features to the decoder's width."""
     combine: Literal["replace", "add"] = "replace"
-    """What features do to the embeddings of their placeholders."""
+    """``replace`` the embeddings of placeholders by features, or ``add`` features to them."""
     padding: bool = False
-    """Add learned vectors to the features of patches that show padding, one kind where all of the patch is padding
-    and another where some of it is (Molmo)."""
+    """Add learned vectors to the features of patches with padding: one for patches that are all padding, another for
+    those that are partly padding (Molmo)."""
 
     @property
     def learns_before_projector(self) -> bool:
@@ -46,19 +46,22 @@ class EmbeddingConnectorConfig(FeatureConnectorBase):
 def write_features(
     hidden: Float[Tensor, "T D"], features: Float[Tensor, "F_rows D"], media: MediaBlock
 ) -> Float[Tensor, "T D"]:
-    """``hidden`` with rows ``media.dest`` replaced by feature rows ``media.source``."""
-    return hidden.index_copy(0, media.dest, features.index_select(0, media.source).to(hidden.dtype))
+    """Return ``hidden`` with rows ``media.scatter_index`` replaced by feature rows ``media.gather_index``."""
+    return hidden.index_copy(0, media.scatter_index, features.index_select(0, media.gather_index).to(hidden.dtype))
 
 
 def add_features(
     hidden: Float[Tensor, "T D"], features: Float[Tensor, "F_rows D"], media: MediaBlock
 ) -> Float[Tensor, "T D"]:
-    """``hidden`` with feature rows ``media.source`` added to rows ``media.dest``, each of which occurs once."""
-    return hidden.index_add(0, media.dest, features.index_select(0, media.source).to(hidden.dtype))
+    """Return ``hidden`` with feature rows ``media.gather_index`` added to rows ``media.scatter_index``.
+
+    Each row occurs at most once in ``scatter_index``, so the result does not depend on the order of the additions.
+    """
+    return hidden.index_add(0, media.scatter_index, features.index_select(0, media.gather_index).to(hidden.dtype))
 
 
 class EmbeddingConnector(Connector):
-    """Projects every feature and writes it into its token slot, or adds it to what is there.
+    """Projects the features and writes each over its placeholder's embedding, or adds it.
 
     Source: LLaVA (arXiv 2304.08485), section 4.1; Molmo (arXiv 2409.17146) and its code, olmo/model.py, for adding.
     """
@@ -77,8 +80,8 @@ class EmbeddingConnector(Connector):
         media: MediaBlock,
         segments: Segments,
         cache: KVCache | None,
-    ) -> tuple[Tensor, CrossAttended | None]:
-        """The decoder's input with images in it; no cross-attention."""
+    ) -> tuple[Tensor, CrossAttentionHooks | None]:
+        """See ``Connector``. There is no cross-attention."""
         if self.padding is not None:
             features = self.padding(features, media)
         return self.combine(hidden, self.projector(features, media.grids), media), None

@@ -1,4 +1,4 @@
-"""Learned vectors that tell the decoder which patches show padding."""
+"""Learned embeddings that mark patches with padding."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ _REAL, _ALL, _SOME = range(3)
 
 
 def padding_of_patches(media: MediaBlock) -> Int[Tensor, " P"]:
-    """Of each patch: 0 if nothing of it is padding, 1 if all of it is, 2 if some of it is.
+    """Return a class per patch: 0 without padding, 1 if the whole patch is padding, 2 if part of it is.
 
-    Computed on the device from the rectangles of the items, without waiting for it.
+    Without ``media.content_area``, every patch has class 0. Computed on the device; the host does not wait for it.
     """
     total, device = media.items.total, media.values.device
-    if media.coverage is None:
+    if media.content_area is None:
         return torch.zeros(total, dtype=torch.int64, device=device)
     lengths = media.items.cu.diff()
     start, grid, rectangles = (
         each.repeat_interleave(lengths, dim=0, output_size=total)
-        for each in (media.items.cu[:-1], media.grid, media.coverage.view(-1, 2, 4))
+        for each in (media.items.cu[:-1], media.grid, media.content_area.view(-1, 2, 4))
     )
-    place = (torch.arange(total, device=device) - start) % (grid[:, 1] * grid[:, 2])  # Within its frame.
-    corner = torch.stack([place // grid[:, 2], place % grid[:, 2]], dim=1).unsqueeze(1)  # (P, 1, row and column)
+    offset = (torch.arange(total, device=device) - start) % (grid[:, 1] * grid[:, 2])  # Within the frame.
+    corner = torch.stack([offset // grid[:, 2], offset % grid[:, 2]], dim=1).unsqueeze(1)  # (P, 1, row and column)
     first, size = rectangles.split(2, dim=2)
     touched, filled = ((corner >= first) & (corner < first + size)).all(2).unbind(1)
     return torch.where(filled, _REAL, torch.where(touched, _SOME, _ALL))
 
 
 class PaddingEmbedding(nn.Module):
-    """Adds a learned vector to the features of patches that show padding.
+    """Adds a learned vector to the features of patches with padding.
 
     Source: Molmo's code, olmo/model.py (``pad_and_partial_pad``).
     """
@@ -47,6 +47,6 @@ class PaddingEmbedding(nn.Module):
         self.pad_embed = nn.Parameter(torch.zeros(2, feature_dim))
 
     def forward(self, features: Float[Tensor, "P feature_dim"], media: MediaBlock) -> Float[Tensor, "P feature_dim"]:
-        """Rows of patches without padding stay as they are."""
+        """Return the features with the vectors added; patches without padding are unchanged."""
         table = F.pad(self.pad_embed, (0, 0, 1, 0))
         return features + F.embedding(padding_of_patches(media), table)

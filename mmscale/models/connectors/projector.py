@@ -1,6 +1,6 @@
-"""From tower features to decoder width: what every projector states about itself, and the linear ones.
+"""Projectors from tower features to the decoder's width: the base class, and the kinds ``linear`` and ``mlp``.
 
-A projector kind is a configuration class and a module in one file. ``models/projector_config.py`` lists the kinds.
+A kind is a configuration class and a module in one file. ``models/projector_config.py`` lists the kinds.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from mmscale.nn.sizes import Epsilon, Side, Width
 
 
 class ProjectorBase(StrictConfig, ABC):
-    """A kind of projector. Its module maps ``(features (P, feature_dim), grids)`` to rows of the decoder's width.
+    """Base class of a projector's configuration.
 
-    A kind has a field ``kind``, and a field or property ``merge``: the side of the square of patches that becomes one
-    feature.
+    A subclass has a field ``kind``, and a field or property ``merge``: the side of the square of patches that becomes
+    one feature. Its module maps ``(features (P, feature_dim), grids)`` to rows of the decoder's width.
     """
 
     @abstractmethod
@@ -33,35 +33,36 @@ class ProjectorBase(StrictConfig, ABC):
 
     @abstractmethod
     def work(self, feature_dim: int, dim: int) -> list[Work]:
-        """Forward operations; the first product with a weight is the one that reads the tower's features.
+        """Return the forward operations, in order: the first product with a weight reads the tower's features.
 
-        Counts: ``feature_patches`` (rows of the tower), ``features`` (these divided by ``merge ** 2``), ``frames``,
-        and ``pooled_pairs`` (pairs of a query and a key within the squares) for attention.
+        The counts are ``feature_patches`` (rows of the tower), ``features`` (those divided by ``merge ** 2``),
+        ``frames``, and for attention ``pooled_pairs`` (query-key pairs within the squares).
         """
 
     @property
     def learns_first(self) -> bool:
-        """Whether parameters are used before the first product, which then needs a gradient of its inputs."""
+        """Whether there are parameters before the first product, which then needs the gradient of its inputs."""
         return False
 
     @property
     def pooled_side(self) -> int | None:
-        """Side of the square of features that each frame becomes; None: one feature per merged square of patches."""
+        """Side of the square of features that each frame is pooled to; None: one feature per square of patches."""
         return None
 
     def check(self, fixed_grid: tuple[int, int] | None) -> None:
-        """Raise ``ValueError`` if the projector cannot follow a tower whose views have this grid (None: any)."""
+        """Raise ``ValueError`` if the projector does not fit a tower whose crops have this grid (None: any grid)."""
 
 
 class _Merging(ProjectorBase):
     merge: Side = 1
-    """Side of the square of patches that becomes one feature (pixel shuffle); 1 for none."""
+    """Side of the square of patches that becomes one feature (pixel shuffle); 1 for no merging."""
     norm: Literal["none", "before_merge", "after_merge"] = "none"
-    """Where a layer norm stands: per patch (Qwen2-VL), per merged feature (NVLM), or nowhere."""
+    """Layer norm: ``before_merge`` over each patch (Qwen2-VL), ``after_merge`` over each merged feature (NVLM), or
+    ``none``."""
     norm_eps: Epsilon = 1e-6
-    """Its epsilon: 1e-6 in Qwen2-VL, 1e-5 in NVLM."""
+    """Epsilon of the layer norm: 1e-6 in Qwen2-VL, 1e-5 in NVLM."""
     bias: bool = True
-    """Biases on the projections."""
+    """Biases on the linear layers."""
 
     @property
     def learns_first(self) -> bool:
@@ -81,13 +82,13 @@ class LinearProjectorConfig(_Merging):
 
 
 class MlpProjectorConfig(_Merging):
-    """Two linear layers."""
+    """Two linear layers with an activation between them."""
 
     kind: Literal["mlp"] = "mlp"
     hidden_dim: Width | None = None
     """Channels between the layers; null: the decoder's width."""
     activation: Activation = Activation.GELU
-    """Between the layers."""
+    """Activation between the layers."""
 
     def build(self, feature_dim: int, dim: int) -> Projector:
         return Projector(feature_dim, dim, self)
@@ -98,9 +99,9 @@ class MlpProjectorConfig(_Merging):
 
 
 def merge_order(grids: Sequence[tuple[int, int, int]], merge: int) -> np.ndarray:
-    """Packed patch numbers, reordered so that each square of ``merge x merge`` patches is consecutive.
+    """Return indices of the packed patches, int64 ``(P,)``, that make each square of ``merge x merge`` consecutive.
 
-    Squares stay in row-major order, and so do the patches of a square: int64 ``(P,)``.
+    Squares are in row-major order, and so are the patches of each square.
     """
     pieces = []
     start = 0
@@ -113,9 +114,9 @@ def merge_order(grids: Sequence[tuple[int, int, int]], merge: int) -> np.ndarray
 
 
 class Projector(nn.Module):
-    """Pixel shuffle, norm, one or two linear layers.
+    """Pixel shuffle with an optional layer norm, then one or two linear layers.
 
-    Source: LLaVA (linear, MLP); NVLM (arXiv 2409.11402) and InternVL for pixel shuffle; Qwen2-VL's merger.
+    Source: LLaVA (linear, MLP); NVLM (arXiv 2409.11402) and InternVL (pixel shuffle); Qwen2-VL (its patch merger).
     """
 
     def __init__(self, feature_dim: int, dim: int, config: LinearProjectorConfig | MlpProjectorConfig) -> None:
@@ -136,7 +137,7 @@ class Projector(nn.Module):
     def forward(
         self, features: Float[Tensor, "P feature_dim"], grids: Sequence[tuple[int, int, int]]
     ) -> Float[Tensor, "F_rows D"]:
-        """``P / merge**2`` rows, item after item."""
+        """Return ``P / merge**2`` rows, item after item."""
         if self.config.norm == "before_merge":
             features = self.norm(features)
         if self.config.merge > 1:

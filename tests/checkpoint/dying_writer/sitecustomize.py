@@ -1,4 +1,4 @@
-"""Makes a process kill itself at its n-th touch of the disk below a folder. Python imports this by itself."""
+"""Make a process kill itself at its n-th file operation below a folder. Python imports this module at startup."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def die_at_event(number: int, folder: str) -> None:
-    """At the ``number``-th audited file operation or sync below ``folder``."""
+    """Kill this process at its ``number``-th sync, or audited file operation below ``folder``."""
     left = number
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The ledger and the replay against what the loader really yielded."""
+"""The sample log and the replay, compared with the batches that the loader yielded."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import LedgerError, ManifestError, StateError
+from data_pipeline.errors import ManifestError, SampleLogError, StateError
 from data_pipeline.history.replay import Replay
-from data_pipeline.history.sample_log import Ledger, Segment, cut_back, write_segment
+from data_pipeline.history.sample_log import LogSegment, SampleLog, cut_back, write_segment
 from data_pipeline.io.atomic import partial_path
 from data_pipeline.loader.loader import Loader, StepBatch
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.state import Drawn, LoaderState
-from mmscale.metrics.ledger import Recorder
-from mmscale.metrics.step_counts import measured_documents
+from mmscale.metrics.sample_log import StepRecorder
+from mmscale.metrics.step_counts import document_stats
 from tests.data_pipeline.conftest import WriteSet, captioned, picture
 from tests.data_pipeline.lane_states import toy_lane
 
@@ -31,7 +31,7 @@ STEPS = 24
 EVERY = 5
 
 Steps = list[list[StepBatch]]
-"""Of each step the batch of each rank."""
+"""For each step the batch of each rank."""
 
 
 def load(
@@ -47,7 +47,7 @@ def load(
 
 
 def truth(steps: Steps) -> list[list[tuple[str, int, int]]]:
-    """Of each step what the batches say of their origin, in order of the ranks' microbatches."""
+    """Return the provenance in the batches of each step, in the order of the ranks' microbatches."""
     return [
         [
             (origin.dataset, origin.epoch, origin.index)
@@ -61,13 +61,13 @@ def truth(steps: Steps) -> list[list[tuple[str, int, int]]]:
 
 
 def record(folder: Path, steps: Steps, done: int = 0, every: int = EVERY) -> None:
-    """What ``train`` does, with a loss that names rank, microbatch and document."""
-    recorders = [Recorder(done, stage=0) for _ in steps[0]]
+    """Record steps as ``train`` does, with a loss that encodes rank, microbatch and document."""
+    recorders = [StepRecorder(done, stage=0) for _ in steps[0]]
     for number, ranks in enumerate(steps, done + 1):
         for rank, (recorder, batch) in enumerate(zip(recorders, ranks, strict=True)):
-            recorder.add(batch, measured_documents(batch, losses_of(batch, rank)))
+            recorder.add(batch, document_stats(batch, losses_of(batch, rank)))
         if number % every == 0:
-            write_segment(folder, Segment.merge([recorder.take() for recorder in recorders]))
+            write_segment(folder, LogSegment.merge([recorder.pop_segment() for recorder in recorders]))
 
 
 def losses_of(batch: StepBatch, rank: int) -> list[list[float]]:
@@ -75,7 +75,7 @@ def losses_of(batch: StepBatch, rank: int) -> list[list[float]]:
 
 
 def damaged_config(config: DataConfig, write_set: WriteSet) -> DataConfig:
-    """The mixture with a fourth data set, one sample in six of which cannot be decoded."""
+    """The mixture with a fourth data set, in which one of six samples cannot be decoded."""
     samples = [{**captioned(i), "png": b"junk" if i % 6 == 0 else picture(i)} for i in range(37)]
     damaged = config.datasets[0].model_copy(
         update={"name": "damaged", "manifest": write_set("damaged", samples), "weight": 1.5}
@@ -94,16 +94,16 @@ def test_every_step_is_what_the_loader_yielded(
 ) -> None:
     config = config.model_copy(update={"workers": workers})
     steps = load(config, hybrid_spec, world_size)
-    record(tmp_path / "ledger", steps)
-    ledger = Ledger(tmp_path / "ledger")
-    assert ledger.last_step == STEPS - STEPS % EVERY
+    record(tmp_path / "sample_log", steps)
+    sample_log = SampleLog(tmp_path / "sample_log")
+    assert sample_log.last_step == STEPS - STEPS % EVERY
     names = [dataset.name for dataset in config.datasets]
-    for step in range(1, ledger.last_step + 1):
-        number = ledger.number_of(step)
+    for step in range(1, sample_log.last_step + 1):
+        number = sample_log.number_of(step)
         assert number is not None
-        rows = ledger.segment(number).of_step(step)
+        rows = sample_log.segment(number).rows_of_step(step)
         assert [(row.lane, row.place) for row in rows] == sorted((row.lane, row.place) for row in rows)
-        # Ranks hold every W-th lane, one after the other.
+        # A rank has every W-th lane.
         by_rank = sorted(rows, key=lambda row: (row.lane % world_size, row.lane))
         assert [(row.dataset, row.epoch, row.sample) for row in by_rank] == truth(steps)[step - 1]
         for rank, batch in enumerate(steps[step - 1]):
@@ -150,7 +150,8 @@ def test_a_replay_from_any_snapshot_is_what_the_loader_yielded(
 def test_a_replay_is_exact_for_documents_of_every_kind(
     mixture_config: DataConfig, hybrid_spec: MediaSpec, write_set: WriteSet
 ) -> None:
-    """Branches, dialogues, dropped texts, tiles, split documents, a set that ends, one without an index."""
+    """Branches, dialogues, dropped texts, tiles, split documents, a data set with ``max_epochs``, one without an
+    index."""
     asked = [{"question": f"what {i}?", "answer": "a " * (i % 7 + 1)} for i in range(40)]
     talk = [{"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "a thing " * 3}]
     annotated = [
@@ -217,42 +218,44 @@ def test_a_resume_at_another_world_size_goes_on_in_the_same_ledger(
     state = LoaderState.merge([batch.state for batch in load(config, hybrid_spec, 2, steps=10)[-1]])
     cut_back(tmp_path / "moved", 10)
     record(tmp_path / "moved", load(config, hybrid_spec, 3, steps=10, state=state), done=10)
-    mine, theirs = Ledger(tmp_path / "moved"), Ledger(tmp_path / "whole")
-    assert mine.spans == theirs.spans == [(1, 5), (6, 10), (11, 15), (16, 20)]
-    for number, (first, last) in enumerate(mine.spans):
+    mine, theirs = SampleLog(tmp_path / "moved"), SampleLog(tmp_path / "whole")
+    assert mine.step_ranges == theirs.step_ranges == [(1, 5), (6, 10), (11, 15), (16, 20)]
+    for number, (first, last) in enumerate(mine.step_ranges):
         for step in range(first, last + 1):
-            places = [[row._replace(loss=None) for row in one.segment(number).of_step(step)] for one in (mine, theirs)]
+            places = [
+                [row._replace(loss=None) for row in one.segment(number).rows_of_step(step)] for one in (mine, theirs)
+            ]
             assert places[0] == places[1]
         assert mine.segment(number).skipped == theirs.segment(number).skipped
         assert mine.segment(number).state == theirs.segment(number).state
 
 
 def test_steps_that_are_done_again_are_cut(config: DataConfig, hybrid_spec: MediaSpec, tmp_path: Path) -> None:
-    folder = tmp_path / "ledger"
+    folder = tmp_path / "sample_log"
     record(folder, load(config, hybrid_spec, steps=15))
-    partial_path(folder / "steps-0000000016-0000000020.ledger").write_bytes(b"half a segm")
+    partial_path(folder / "steps-0000000016-0000000020.samples").write_bytes(b"half a segm")
     cut_back(folder, 10)
-    assert Ledger(folder).spans == [(1, 5), (6, 10)]
+    assert SampleLog(folder).step_ranges == [(1, 5), (6, 10)]
     assert len(list(folder.iterdir())) == 2
     cut_back(folder, 8)
-    assert Ledger(folder).spans == [(1, 5)]
+    assert SampleLog(folder).step_ranges == [(1, 5)]
     cut_back(tmp_path / "absent", 0)
 
 
 def test_a_million_segments_are_searched_by_name(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    ledger.spans = [(first, first + 199) for first in range(1, 200_000_000, 200)]
-    assert ledger.number_of(1) == 0
-    assert ledger.number_of(199_999_999) == len(ledger.spans) - 1
-    assert ledger.number_of(200_000_001) is None
-    assert ledger.number_of(0) is None
+    sample_log = SampleLog(tmp_path)
+    sample_log.step_ranges = [(first, first + 199) for first in range(1, 200_000_000, 200)]
+    assert sample_log.number_of(1) == 0
+    assert sample_log.number_of(199_999_999) == len(sample_log.step_ranges) - 1
+    assert sample_log.number_of(200_000_001) is None
+    assert sample_log.number_of(0) is None
 
 
-def segment_of(rows: Sequence[tuple[int, int, int, int, int, int, int, float]], state: LoaderState) -> Segment:
-    recorder = Recorder(0, stage=2)
+def segment_of(rows: Sequence[tuple[int, int, int, int, int, int, int, float]], state: LoaderState) -> LogSegment:
+    recorder = StepRecorder(0, stage=2)
     recorder._rows = sorted(rows, key=lambda row: row[:2])  # type: ignore[assignment]
     recorder._state, recorder.step = state, 10
-    return recorder.take()
+    return recorder.pop_segment()
 
 
 rows_strategy = st.lists(
@@ -274,11 +277,11 @@ STATE = LoaderState("a:b", 10, {0: toy_lane(1, 2, datasets=3)}, ("x", "y", "z"))
 @given(rows=rows_strategy)
 def test_a_segment_survives_its_file(rows: list[tuple[int, int, int, int, int, int, int, float]]) -> None:
     segment = segment_of(rows, STATE)
-    back = Segment.from_bytes(segment.to_bytes())
+    back = LogSegment.from_bytes(segment.to_bytes())
     assert (back.first, back.last, back.stage, back.state) == (1, 10, 2, STATE)
     for step in range(1, 11):
-        assert back.of_step(step) == segment.of_step(step)
-    assert sum(len(back.of_step(step)) for step in range(1, 11)) == len(rows)
+        assert back.rows_of_step(step) == segment.rows_of_step(step)
+    assert sum(len(back.rows_of_step(step)) for step in range(1, 11)) == len(rows)
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
@@ -291,9 +294,9 @@ def test_a_damaged_segment_is_refused_or_read_as_it_was(data: st.DataObject) -> 
     broken[place] ^= data.draw(st.integers(1, 255))
     cut = bytes(broken)[: data.draw(st.integers(0, len(whole)))]
     for damaged in (bytes(broken), cut):
-        with contextlib.suppress(LedgerError):
-            # A changed number of stage or steps in the header can pass; the rows cannot.
-            assert Segment.from_bytes(damaged).rows["sample"].tolist() == [row[4] for row in rows]
+        with contextlib.suppress(SampleLogError):
+            # A changed stage or step in the header may stay undetected; changed rows must not.
+            assert LogSegment.from_bytes(damaged).rows["sample"].tolist() == [row[4] for row in rows]
 
 
 def test_a_bomb_is_not_inflated(tmp_path: Path) -> None:
@@ -301,5 +304,5 @@ def test_a_bomb_is_not_inflated(tmp_path: Path) -> None:
     magic, header, _ = whole.split(b"\n", 2)
     bomb = zlib.compress(bytes(1 << 24))
     fields = json.loads(header) | {"sections": [["state", 100, len(bomb), zlib.crc32(bomb)]]}
-    with pytest.raises(LedgerError, match="state does not have the 100 bytes"):
-        Segment.from_bytes(b"\n".join([magic, json.dumps(fields).encode(), bomb]))
+    with pytest.raises(SampleLogError, match="state does not have the expected 100 bytes"):
+        LogSegment.from_bytes(b"\n".join([magic, json.dumps(fields).encode(), bomb]))

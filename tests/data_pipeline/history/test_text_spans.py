@@ -1,4 +1,4 @@
-"""A document as a person reads it: every token once, with the weight that it is learned with."""
+"""Text spans of a document: every token once, with its loss weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.config import DatasetConfig
-from data_pipeline.history.text_spans import Stretch, spell, stretches
+from data_pipeline.history.text_spans import TextSpan, decode_with_names, text_spans
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.document_builder import DocumentBuilder
 from data_pipeline.sample import ImagePart, Provenance, Sample, TextPart
@@ -30,10 +30,10 @@ def tokenizer(tokenizer_path: Path) -> Tokenizer:
     return load_tokenizer(HuggingFaceTokenizerConfig(path=tokenizer_path))
 
 
-def _shown(kind: str, sample: Sample, tokenizer: Tokenizer, spec: MediaSpec = EMBEDDING) -> list[Stretch]:
+def _shown(kind: str, sample: Sample, tokenizer: Tokenizer, spec: MediaSpec = EMBEDDING) -> list[TextSpan]:
     config = {"name": "x", "manifest": "x", "template": {"kind": kind}, "transforms": {"kind": "fixed"}}
     document = DocumentBuilder(DatasetConfig.model_validate(config), tokenizer, spec)(sample)
-    found = stretches(document, tokenizer, spec)
+    found = text_spans(document, tokenizer, spec)
     assert sum(one.num_tokens for one in found) == document.num_tokens
     weight = sum(one.num_tokens * one.weight for one in found)
     assert weight == pytest.approx(float(document.loss_weights.sum()))
@@ -43,12 +43,12 @@ def _shown(kind: str, sample: Sample, tokenizer: Tokenizer, spec: MediaSpec = EM
 def test_a_page(tokenizer: Tokenizer) -> None:
     image = "2x2 patches, 4 features embedded"
     assert _shown("interleaved", PAGE, tokenizer) == [
-        Stretch("read", 1, 0.0, "<s>"),
-        Stretch("learned", 1, 1.0, "a"),
-        Stretch("image", 4, 0.0, f"image 1: {image}"),
-        Stretch("learned", 2, 0.5, "bc"),
-        Stretch("image", 4, 0.0, f"image 2: {image}"),
-        Stretch("read", 1, 0.0, "</s>"),
+        TextSpan("read", 1, 0.0, "<s>"),
+        TextSpan("learned", 1, 1.0, "a"),
+        TextSpan("image", 4, 0.0, f"image 1: {image}"),
+        TextSpan("learned", 2, 0.5, "bc"),
+        TextSpan("image", 4, 0.0, f"image 2: {image}"),
+        TextSpan("read", 1, 0.0, "</s>"),
     ]
 
 
@@ -73,4 +73,4 @@ def test_views_of_one_kind_are_counted(tokenizer: Tokenizer) -> None:
 
 def test_tokens_that_are_no_text_are_named(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.bos_id, *tokenizer.encode("héllo"), tokenizer.eos_id, tokenizer.pad_id, *tokenizer.encode("x")]
-    assert spell(ids, tokenizer) == "<s>héllo</s><pad>x"
+    assert decode_with_names(ids, tokenizer) == "<s>héllo</s><pad>x"

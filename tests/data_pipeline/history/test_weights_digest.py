@@ -1,4 +1,4 @@
-"""The digest covers loss weights, and is the one of earlier versions where they are the default."""
+"""The digest covers loss weights; with default weights it equals that of earlier versions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAIRS = MediaSpec(Placement.PAIR, patch_size=8, fixed_grid=(2, 2))
 
 
 def without_weights(microbatches: list[MultimodalBatch]) -> str:
-    """The digest as earlier versions computed it."""
+    """Return the digest as earlier versions computed it."""
     total = hashlib.sha256()
     for batch in sorted((batch for batch in microbatches if batch.lanes != (-1,)), key=lambda batch: batch.lanes):
         total.update(str(batch.lanes).encode())

@@ -1,8 +1,8 @@
-"""What Molmo's own code makes of an image, stated again with numpy and torch: crops, masks, tokens, and their order.
+"""Reference implementation of Molmo's image preprocessing with numpy and torch: crops, masks, tokens, and their order.
 
-After ``MultiModalPreprocessor.image_to_patches_and_tokens`` and ``build_image_input_idx`` of allenai/molmo,
-olmo/data/model_preprocessor.py, crop mode "overlap-and-resize-c2". The steps are theirs, so that nothing here is known
-by the same argument as in our code; an image is uint8 ``(height, width, 3)``.
+It follows ``MultiModalPreprocessor.image_to_patches_and_tokens`` and ``build_image_input_idx`` of allenai/molmo,
+olmo/data/model_preprocessor.py, crop mode "overlap-and-resize-c2". It uses the original steps, so that it is
+independent of our code. An image is uint8 ``(height, width, 3)``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Resize = Callable[[Array, tuple[int, int]], Array]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Pixels of a crop and of a patch, patches of a margin, crops at most; the defaults are those published."""
+    """Side of a crop and of a patch in pixels, margin in patches, and limit of crops; defaults are as published."""
 
     crop: int = 336
     patch: int = 14
@@ -33,24 +33,24 @@ class Sizes:
 
     @property
     def side(self) -> int:
-        """Features a side of a crop."""
+        """Features per side of a crop."""
         return self.crop // self.patch // self.pool
 
     @property
     def window(self) -> int:
-        """Pixels from a crop to the next."""
+        """Distance between the corners of neighbouring crops, in pixels."""
         return self.crop - 2 * self.margin * self.patch
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image as their model takes it.
+    """The input of Molmo for one image.
 
     Attributes:
-        crops: float32 ``(n, patches, values)`` from 0 to 1, the overview first; of a patch rows, columns, channels.
+        crops: float32 ``(n, patches, values)`` from 0 to 1, the overview first; patch order (row, column, channel).
         tokens: Ids; see ``IDS``.
-        index: ``(n, features)`` place in ``tokens`` of each feature, or negative for those that are left out.
-        masks: ``(n, patches)`` share of real pixels, as their model receives it.
+        index: ``(n, features)`` position in ``tokens`` of each feature; negative for dropped features.
+        masks: ``(n, patches)`` share of image pixels, as the model receives it.
     """
 
     crops: Array
@@ -63,7 +63,7 @@ START, END, PATCH, COLUMN = IDS = (1000, 1001, 1002, 1003)
 
 
 def float_resize(image: Array, size: tuple[int, int]) -> Array:
-    """As published ("torch-bilinear"): in floating point."""
+    """Resize in floating point, as published ("torch-bilinear")."""
     planes = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
     out = torchvision_resize(planes, list(size), InterpolationMode.BILINEAR, antialias=True)
     return out.clip(0, 1).permute(1, 2, 0).numpy()
@@ -89,7 +89,7 @@ def prepare(image: Array, sizes: Sizes, resize: Resize = float_resize) -> Prepar
         *laid_out(sizes.side, sizes.side),
         *laid_out(canvas[0] // sizes.patch // 2, canvas[1] // sizes.patch // 2),
     ]
-    # Theirs: the overview goes first, and its mask, all -1, last.
+    # As in the original code: the overview is first, and its mask, all -1, is last.
     last = np.full((1, masks[0].size), -1, np.float32)
     return Prepared(
         np.stack([patches(overview, sizes.patch), *crops]),
@@ -100,7 +100,7 @@ def prepare(image: Array, sizes: Sizes, resize: Resize = float_resize) -> Prepar
 
 
 def tiling(height: int, width: int, sizes: Sizes) -> tuple[int, int]:
-    """Rows and columns of crops of an image whose margins are left out."""
+    """Return rows and columns of crops, for an image size without the margins."""
     both = range(1, sizes.most + 1)
     choices = sorted(((i, j) for i in both for j in both if i * j <= sizes.most), key=lambda c: (c[0] * c[1], c[0]))
     with np.errstate(divide="ignore"):
@@ -111,7 +111,7 @@ def tiling(height: int, width: int, sizes: Sizes) -> tuple[int, int]:
 
 
 def padded(image: Array, size: tuple[int, int], resize: Resize) -> tuple[Array, Array]:
-    """The image on a black plane, and where it is."""
+    """Return the image on a black background, and its mask."""
     one = np.float32
     scale = min(one(size[1]) / one(image.shape[1]), one(size[0]) / one(image.shape[0]))
     height, width = int(one(image.shape[0]) * scale), int(one(image.shape[1]) * scale)
@@ -129,7 +129,7 @@ def patches(pixels: Array, patch: int) -> Array:
 
 
 def numbered(i: int, j: int, grid: tuple[int, int], sizes: Sizes, on: int) -> tuple[Array, int]:
-    """Features of a crop that are kept, numbered from ``on``; -1 for the others."""
+    """Return the numbers, from ``on``, of the kept features of a crop; -1 for the others."""
     out = np.full((sizes.side, sizes.side), -1)
     kept = []
     for at, count in zip((i, j), grid, strict=True):
@@ -147,11 +147,11 @@ def laid_out(rows: int, columns: int) -> list[int]:
 
 
 def places(numbers: Array, grid: tuple[int, int], tokens: Array, sizes: Sizes) -> Array:
-    """Place in ``tokens`` of every feature."""
+    """Return the position in ``tokens`` of each feature."""
     side = sizes.side
     order, flat = numbers.reshape(-1).copy(), numbers.reshape(-1)
     across = numbers.reshape(*grid, side, side).transpose(0, 2, 1, 3).reshape(-1)
-    order[flat >= 0] = across[across >= 0]  # The crops' features in the order of the whole image.
+    order[flat >= 0] = across[across >= 0]  # The features of all crops in the order of the whole image.
     order = np.concatenate([np.arange(side**2), np.where(order >= 0, order + side**2, -1)])
     valid = order >= 0
     rank = np.zeros(valid.sum(), int)

@@ -1,4 +1,4 @@
-"""Decoding: Pillow is the reference; hostile and damaged files are refused before or during the decode."""
+"""Decoding, compared with Pillow; hostile and damaged files raise."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_lossless_formats_equal_pillow(encoding: str) -> None:
 
 
 def _noisy(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Detail at all scales, as a photograph has."""
+    """Return an image with detail at all scales, like a photograph."""
     rng = np.random.default_rng(seed)
     total = np.full((height, width, 3), 128.0)
     for size in (2, 4, 8, 16, 32, 64):
@@ -95,11 +95,11 @@ def test_print_colors_stored_as_ycck_equal_pillow() -> None:
 def test_exact_is_within_70_db_of_pillow(interpolation: str, size: tuple[int, int], into: tuple[int, int]) -> None:
     data = _encode(_noisy(*size), "JPEG", quality=90)
     ours = resize(decode_image(data, max_pixels=LIMIT), into, interpolation)
-    # Widths first, by hand: Pillow 13 changes the order for tall images.
+    # Resize the width first explicitly, because Pillow 13 changes the order for tall images.
     wide = Image.open(io.BytesIO(data)).resize((into[1], size[0]), Image.Resampling[interpolation.upper()])
     reference = np.asarray(wide.resize((into[1], into[0]), Image.Resampling[interpolation.upper()]))
     assert _psnr(ours, reference) >= 70
-    # And exactly what torchvision makes of the same file.
+    # The result must equal torchvision's exactly.
     raw = decode_jpeg(torch.from_numpy(np.frombuffer(data, np.uint8).copy()), ImageReadMode.RGB)
     mode = InterpolationMode(interpolation)
     theirs = functional.resize(raw, list(into), interpolation=mode, antialias=True)
@@ -139,7 +139,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _png(size: tuple[int, int], bits: int, kind: int, rows: list[bytes], *before: bytes) -> bytes:
-    """A PNG of given rows (width and height; colour type), with chunks before its pixels."""
+    """Return a PNG with the given rows and colour type, and with chunks before its pixels."""
     header = struct.pack(">IIBBBBB", *size, bits, kind, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
     chunks = _chunk(b"IHDR", header) + b"".join(before) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
@@ -155,7 +155,7 @@ def test_gray_and_sixteen_bits_become_rgb() -> None:
     gray = decode_image(_encode(_smooth(5, 6, "L"), "PNG"), max_pixels=LIMIT)
     assert gray.shape == (5, 6, 3)
     assert (gray[..., 0] == gray[..., 2]).all()
-    # The upper byte of each value, where Pillow's conversion of 16-bit gray would clip all but 0 to 255.
+    # Use the upper byte of each value, because Pillow's conversion of 16-bit gray clips to 255.
     deep = Image.fromarray(np.array([[0, 65535], [256 * 7, 256 * 200]], dtype=np.uint16))
     assert decode_image(_encode(deep, "PNG"), max_pixels=LIMIT)[..., 1].tolist() == [[0, 255], [7, 200]]
     for kind, channels in ((2, 3), (4, 2), (6, 4)):  # RGB, gray with alpha, RGB with alpha.
@@ -172,7 +172,7 @@ def test_gray_and_palettes_of_any_depth_equal_pillow_with_and_without_transparen
     rows = [row.tobytes() for row in packed]
     palette = _chunk(b"PLTE", bytes(np.random.default_rng(9).integers(0, 256, 3 << bits, dtype=np.uint8)))
     alpha, key = _chunk(b"tRNS", bytes([0, 100])), _chunk(b"tRNS", struct.pack(">H", int(values[0, 0])))
-    note = _chunk(b"tEXt", b"Comment\0no tRNS, no IDAT")  # These names in a text are no chunks.
+    note = _chunk(b"tEXt", b"Comment\0no tRNS, no IDAT")  # Chunk names inside a text chunk.
     for data in (
         _png((8, 6), bits, 3, rows, palette),
         _png((8, 6), bits, 3, rows, note, palette),
@@ -182,8 +182,10 @@ def test_gray_and_palettes_of_any_depth_equal_pillow_with_and_without_transparen
     ):
         pixels = decode_image(data, max_pixels=LIMIT)
         assert np.abs(pixels.astype(int) - _pillow_on_white(data)).max() <= 1
-        np.testing.assert_array_equal(pixels, decode_image(data, max_pixels=LIMIT))  # No memory that nobody wrote.
-    # Pillow compares the key of few bits with values of 8 bits, so the expectation follows from the PNG standard.
+        np.testing.assert_array_equal(
+            pixels, decode_image(data, max_pixels=LIMIT)
+        )  # The alpha must not be uninitialised memory.
+    # Pillow compares a key of fewer bits with 8-bit values, so the expected values follow the PNG standard.
     gray = decode_image(_png((8, 6), bits, 0, rows, key), max_pixels=LIMIT)[..., 0]
     expected = np.where(values == values[0, 0], 255, values.astype(int) * 255 // ((1 << bits) - 1))
     np.testing.assert_array_equal(gray, expected)
@@ -224,7 +226,7 @@ def test_transparent_palette_colors_become_white() -> None:
 @pytest.mark.parametrize("mode", list(DecodeMode))
 def test_exif_rotation_is_applied_in_both_modes(mode: DecodeMode) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # Rotated by a quarter turn.
+    exif[0x0112] = 6  # Rotated by 90 degrees.
     data = _encode(_smooth(32, 64), "JPEG", exif=exif)
     assert decode_image(data, mode=mode, max_pixels=LIMIT, min_side=(8, 8)).shape == (64, 32, 3)
 
@@ -235,7 +237,7 @@ def test_fast_mode_scales_while_decoding_but_not_below_the_wanted_size() -> None
     assert 60 <= small.shape[0] < 128
     assert decode_image(data, mode=DecodeMode.EXACT, max_pixels=LIMIT, min_side=(60, 60)).shape == (256, 512, 3)
     assert decode_image(data, mode=DecodeMode.FAST, max_pixels=LIMIT, min_side=(256, 256)).shape == (256, 512, 3)
-    # More than half is not scaled: that takes longer than all of it.
+    # More than half of the size is not scaled, because it is slower than a full decode.
     assert decode_image(data, mode=DecodeMode.FAST, max_pixels=LIMIT, min_side=(129, 60)).shape == (256, 512, 3)
     odd = _encode(_smooth(255, 511), "JPEG")
     assert decode_image(odd, mode=DecodeMode.FAST, max_pixels=LIMIT, min_side=(128, 256)).shape == (128, 256, 3)
@@ -243,7 +245,7 @@ def test_fast_mode_scales_while_decoding_but_not_below_the_wanted_size() -> None
 
 
 def _bomb(side: int) -> bytes:
-    """A PNG header of side x side pixels, with a few bytes of data."""
+    """Return a PNG with a header of side x side pixels and a few bytes of data."""
     return _png((side, side), 8, 2, [bytes(98)])
 
 
@@ -268,8 +270,8 @@ def test_truncated_images_are_refused(encoding: str, mode: DecodeMode) -> None:
 def test_a_jpeg_that_a_decoder_would_fill_with_gray_is_refused(mode: DecodeMode) -> None:
     for color in ("RGB", "CMYK"):
         data = _encode(_noisy(64, 64).convert(color), "JPEG")
-        cut = data[: 3 * len(data) // 4] + b"\xff\xd9"  # It ends early, but with its end marker.
-        assert _pillow(cut).shape == (64, 64, 3)  # Pillow says nothing.
+        cut = data[: 3 * len(data) // 4] + b"\xff\xd9"  # Truncated, but with an end marker.
+        assert _pillow(cut).shape == (64, 64, 3)  # Pillow does not raise.
         with pytest.raises(SampleError, match="premature end of data segment"):
             decode_image(cut, mode=mode, max_pixels=LIMIT, min_side=(16, 16))
 

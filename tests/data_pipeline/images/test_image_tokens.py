@@ -1,4 +1,4 @@
-"""Layout tokens: token streams of published models, written out by hand or built as their code builds them."""
+"""Layout tokens, compared with token sequences of published models."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tokenizer(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def _png(height: int, width: int) -> bytes:
-    """An image whose squares of 2 x 2 pixels are numbered in reading order."""
+    """Return an image whose 2 x 2 pixel squares have numbered values in reading order."""
     numbers = np.arange(height * width // 4, dtype=np.uint8).reshape(height // 2, width // 2)
     out = io.BytesIO()
     Image.fromarray(np.kron(numbers, np.ones((2, 2), np.uint8))).convert("RGB").save(out, "PNG")
@@ -75,7 +75,7 @@ def _build(builder: DocumentBuilder, *sizes: tuple[int, int]) -> Document:
 
 
 def _names(tokenizer: Tokenizer, document: Document) -> str:
-    """The tokens of the images, between bos and the text: names, and how often placeholders are repeated."""
+    """Return the tokens between bos and the text: names, and a count for consecutive placeholders."""
     names = {tokenizer.special_id(name, "test"): name for name in [*LAYOUT, IMG]}
     out: list[str] = []
     for token in document.token_ids[1:-2].tolist():
@@ -88,10 +88,10 @@ def _names(tokenizer: Tokenizer, document: Document) -> str:
 
 
 def _features(document: Document, spec: MediaSpec) -> list[int]:
-    """Pixel values of the features in the order of their tokens."""
+    """Return the pixel value of each feature, in the order of the tokens."""
     block = collate([Pack((document,), 0)], spec).media["image"]
-    order = np.argsort(block.dest.numpy())
-    return block.values.numpy()[block.source.numpy()[order], 0].tolist()
+    order = np.argsort(block.scatter_index.numpy())
+    return block.values.numpy()[block.gather_index.numpy()[order], 0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_one_view_in_its_tokens(tokenizer: Tokenizer, layout: dict[str, Any] | N
     document = _build(_builder(tokenizer, EMBEDDING, layout), (4, 6))
     assert _names(tokenizer, document) == expected
     assert document.images == ((1, 0, document.num_tokens - 2),)
-    assert (document.token_ids[document.dest] == tokenizer.image_id).all()
+    assert (document.token_ids[document.scatter_index] == tokenizer.image_id).all()
     assert _features(document, EMBEDDING) == list(range(6))
     assert not document.loss_weights[: document.images[0].stop - 1].any()
     assert document.position_ids.tolist() == list(range(document.num_tokens))
@@ -121,7 +121,7 @@ def test_nvlm_tags_embedded_tiles(tokenizer: Tokenizer) -> None:
     two = _build(builder, (4, 8))
     assert _names(tokenizer, two) == "<start> <tile_1> 4 <tile_2> 4 <whole> 4 <end>"
     assert _features(two, EMBEDDING)[:8] == [0, 1, 4, 5, 2, 3, 6, 7]
-    # Of one tile the thumbnail's tag is left, as in NVLM-D.
+    # A single tile has the tag of the overview, as in NVLM-D.
     assert _names(tokenizer, _build(builder, (4, 4))) == "<start> <whole> 4 <end>"
 
 
@@ -133,7 +133,7 @@ def test_nvlm_spells_its_tags_as_text(tokenizer: Tokenizer) -> None:
 
 
 def test_tags_tell_the_place_of_a_tile_and_the_number_of_its_image(tokenizer: Tokenizer) -> None:
-    """As the indices (k, i, j) that MM1.5 describes; how it writes and counts them is not known."""
+    """MM1.5 describes indices (k, i, j). Its exact format and the start of its counts are not published."""
     layout = {"tile": "({image},{row},{column})#{n} ", "overview": "({image}) ", "spell": True}
     builder = _builder(tokenizer, EMBEDDING, layout, **{**TILED, "tiling": {"kind": "internvl", "max_tiles": 6}})
     grids = [(1, 2), (3, 2), (1, 1), (2, 1)]
@@ -150,7 +150,7 @@ def test_tags_tell_the_place_of_a_tile_and_the_number_of_its_image(tokenizer: To
     for tag in text.removesuffix("|").split("|"):
         expected += [*tokenizer.encode(tag), *[tokenizer.image_id] * 4]
     assert document.token_ids[1 : 1 + len(expected)].tolist() == expected
-    # By the place alone two tiles of different images may share a token.
+    # Without the image number, tiles of different images may have the same tag.
     stacked = _build(_builder(tokenizer, EMBEDDING, {"tile": "<tile_{column}>"}, **TILED), (8, 4), (4, 8))
     assert _names(tokenizer, stacked) == "<tile_1> 4 <tile_1> 8 <tile_1> 4 <tile_2> 8"
     with pytest.raises(DataConfigError, match=r"layout\.tile: tokenizer .* has no token '<tile_1_1>'"):
@@ -171,12 +171,12 @@ def test_every_tag_is_known_before_an_image_is() -> None:
 def test_attended_tiles_are_tagged_each_seeing_its_own(tokenizer: Tokenizer) -> None:
     spec = MediaSpec(Placement.CROSS_ATTENTION, patch_size=2, fixed_grid=(2, 2))
     document = _build(_builder(tokenizer, spec, TAGS, **TILED), (4, 8))
-    # NVLM-X: the tag of tile k attends tile k alone, text attends all.
+    # NVLM-X: the tag of tile k attends only tile k, and text attends all tiles.
     assert _names(tokenizer, document) == "<start> <tile_1> <tile_2> <whole> 1 <end>"
     spans = (Span(0, ()), Span(1, (0, 1, 2)), Span(2, (0,)), Span(3, (1,)), Span(4, (2,)), Span(5, (0, 1, 2)))
     assert document.spans == spans
     two = _build(_builder(tokenizer, spec, {"tile": "<tile_{n}>"}, **TILED), (4, 4), (4, 8))
-    # The second image follows the first without text between: what comes after both sees both.
+    # The second image follows the first without text in between, so later tokens attend both.
     assert two.spans == (Span(0, ()), Span(1, (0,)), Span(2, (1,)), Span(3, (2,)), Span(4, (0, 1, 2, 3)))
 
 
@@ -186,7 +186,7 @@ def test_a_hybrid_embeds_the_overview_behind_the_tags(tokenizer: Tokenizer) -> N
     two, one = _build(builder, (4, 8)), _build(builder, (4, 4))
     assert _names(tokenizer, two) == "<start> <tile_1> <tile_2> <whole> 4 <end>"
     assert two.spans == (Span(0, ()), Span(1, (0, 1)), Span(2, (0,)), Span(3, (1,)), Span(4, (0, 1)))
-    # One tile is overview and tile at once, as in NVLM-H.
+    # A single crop is both overview and tile, as in NVLM-H.
     assert _names(tokenizer, one) == "<start> <tile_1> <whole> 4 <end>"
     assert [item.embedded for item in one.items] == [True, False]
 
@@ -194,7 +194,7 @@ def test_a_hybrid_embeds_the_overview_behind_the_tags(tokenizer: Tokenizer) -> N
 @pytest.mark.parametrize("merge", [1, 2])
 def test_molmo_runs_its_rows_through_all_crops(tokenizer: Tokenizer, merge: int) -> None:
     spec = MediaSpec(Placement.EMBEDDING, patch_size=2 // merge, merge=merge)
-    layout = {"view_start": "<vs>", "view_end": "<ve>", "row_end": "<row>", "join_tiles": True}
+    layout = {"crop_start": "<vs>", "crop_end": "<ve>", "row_end": "<row>", "join_tiles": True}
     # Crops of 6 x 6 features with a margin of 1: 20 x 28 pixels are cut into 2 x 3 crops without resizing.
     tiling = {"kind": "molmo", "margin": merge, "max_tiles": 12}
     document = _build(_builder(tokenizer, spec, layout, kind="tiles", size=12, tiling=tiling), (20, 28))
@@ -202,9 +202,9 @@ def test_molmo_runs_its_rows_through_all_crops(tokenizer: Tokenizer, merge: int)
     crops = " ".join(["14 <row>"] * 10)
     assert _names(tokenizer, document) == f"<vs> {overview} <ve> <vs> {crops} <ve>"
     assert len(document.items) == 7
-    if merge == 1:  # The features of the crops are those of the whole image, in reading order.
+    if merge == 1:  # The kept features of the crops are those of the whole image, in reading order.
         assert _features(document, spec)[36:] == list(range(140))
-    assert document.dest.size == 36 + 140
+    assert document.scatter_index.size == 36 + 140
 
 
 @pytest.mark.parametrize("placement", [Placement.EMBEDDING, Placement.CROSS_ATTENTION, Placement.HYBRID])
@@ -232,7 +232,7 @@ def test_a_cut_document_keeps_images_whole_with_their_layout(tokenizer: Tokenize
 
 
 def _attended(document: Document) -> list[list[bytes]]:
-    """For each token the pixels of the views that it attends."""
+    """Return, for each token, the pixels of the crops that it attends."""
     ends = [*(span.start for span in document.spans[1:]), document.num_tokens]
     rows = []
     for span, end in zip(document.spans, ends, strict=True):
@@ -274,7 +274,7 @@ def test_qwen2_vl_positions_are_those_of_transformers(tokenizer: Tokenizer) -> N
         (EMBEDDING, {"end": IMG}, {}, r"layout\.end='<image>': is the image token"),
         (EMBEDDING, TAGS, {}, "need transforms.kind=tiles"),
         (EMBEDDING, {"tile": "<tile_{n}>"}, {**TILED, "tiling": {"max_tiles": 4, "kind": "llama"}}, "'<tile_4>'"),
-        (MediaSpec(Placement.CROSS_ATTENTION, patch_size=2), {"row_end": "<row>"}, TILED, "none stands in the text"),
+        (MediaSpec(Placement.CROSS_ATTENTION, patch_size=2), {"row_end": "<row>"}, TILED, "the text contains none"),
         (MediaSpec(Placement.HYBRID, patch_size=2), {"join_tiles": True}, TILED, "attends tiles"),
         (MediaSpec(Placement.EMBEDDING, patch_size=2, position_axes=3), {"row_end": "<row>"}, {}, "three axes"),
     ],
@@ -286,25 +286,25 @@ def test_a_layout_that_cannot_work_is_refused(
         _builder(tokenizer, spec, layout, **transforms)
 
 
-class Careless:
-    """A tokenizer that lets text spell its special tokens."""
+class UnsafeTokenizer:
+    """A tokenizer that encodes the name of a special token in a text as that token."""
 
-    def __init__(self, careful: Tokenizer) -> None:
-        self._careful = careful
+    def __init__(self, safe: Tokenizer) -> None:
+        self._safe = safe
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._careful, name)
+        return getattr(self._safe, name)
 
     def encode(self, text: str) -> list[int]:
-        return [self._careful.special_id(text, "test")] if text in LAYOUT else self._careful.encode(text)
+        return [self._safe.special_id(text, "test")] if text in LAYOUT else self._safe.encode(text)
 
 
 def test_text_that_spells_a_layout_token_is_refused(tokenizer: Tokenizer) -> None:
-    builder = _builder(Careless(tokenizer), EMBEDDING, {"row_end": "<row>"})  # type: ignore[arg-type]
-    assert builder(Sample((TextPart("<ve>"),))).num_tokens == 3  # No token of this layout.
+    builder = _builder(UnsafeTokenizer(tokenizer), EMBEDDING, {"row_end": "<row>"})  # type: ignore[arg-type]
+    assert builder(Sample((TextPart("<ve>"),))).num_tokens == 3  # This layout does not use <ve>.
     with pytest.raises(SampleError, match="the text spells <row>"):
         builder(Sample((TextPart("<row>"),)))
-    # A tokenizer whose tokens are special spells them out.
+    # A correct tokenizer spells it out.
     assert _builder(tokenizer, EMBEDDING, {"row_end": "<row>"})(Sample((TextPart("<row>"),))).num_tokens == 7
 
 
@@ -320,9 +320,9 @@ def test_a_missing_piece_says_how_to_train_it() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"tile": "<{line}>"}, r"only \{n\}, \{row\}, \{column\}, \{image\} may stand in braces"),
-        ({"tile": "<{row>"}, "may stand in braces"),
-        ({"overview": "<{n}>"}, r"overview='<\{n\}>': only \{image\} may"),
+        ({"tile": "<{line}>"}, r"only \{n\}, \{row\}, \{column\}, \{image\} is allowed in braces"),
+        ({"tile": "<{row>"}, "is allowed in braces"),
+        ({"overview": "<{n}>"}, r"overview='<\{n\}>': only \{image\} is allowed"),
         ({"tile": "<{image}>"}, "write tags as text"),
         ({"tile": "<{n}>", "join_tiles": True}, "exclude each other"),
     ],
@@ -336,7 +336,7 @@ HYBRID = MediaSpec(Placement.HYBRID, patch_size=2)
 
 
 def test_tags_of_attended_tiles_among_the_keys(tokenizer: Tokenizer) -> None:
-    """NVLM-H: only the overview's tag stands in the text; a tile's rows follow those of its own tag."""
+    """NVLM-H: the text contains only the overview's tag; among the keys, a tile's features follow its tag."""
     layout = {"tile": "<tile_{n}>", "overview": "<whole>", "attended_tags": "keys"}
     document = _build(_builder(tokenizer, HYBRID, layout, **TILED), (4, 8))
     assert _names(tokenizer, document) == "<whole> 4"
@@ -344,7 +344,7 @@ def test_tags_of_attended_tiles_among_the_keys(tokenizer: Tokenizer) -> None:
     assert [item.tag for item in document.items] == [(tags[0],), (tags[1],), ()]
     block = collate([Pack((document,), 0)], HYBRID).media["image"]
     assert block.tag_ids.tolist() == tags
-    assert block.keys.tolist() == [12, 0, 1, 2, 3, 13, 4, 5, 6, 7]  # 12 features, and the tags behind them.
+    assert block.attended_index.tolist() == [12, 0, 1, 2, 3, 13, 4, 5, 6, 7]  # 12 features, then the tags.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Molmo's images against a restatement of its own preprocessor: tiling, pixels, padding, tokens, and their places."""
+"""Molmo's images, compared with a reference implementation: tiling, pixels, padding, tokens and their order."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SIZES = EDGES + [tuple(size) for size in np.exp(_RNG.uniform(np.log(20), np.log(
 SMALL_SIZES = [tuple(size) for size in np.exp(_RNG.uniform(np.log(5), np.log(300), (100, 2))).astype(int).tolist()]
 
 
-class Letters:
-    """A tokenizer of letters that knows the tokens of Molmo's layout."""
+class LetterTokenizer:
+    """A tokenizer of letters with the layout tokens of Molmo."""
 
     bos_id, eos_id, pad_id, image_id, vocab_size, fingerprint = 1, 2, 0, PATCH, 1100, "letters"
 
@@ -42,17 +42,17 @@ class Letters:
         return str(ids)
 
 
-LAYOUT = {"view_start": "<im_start>", "view_end": "<im_end>", "row_end": "<im_col>", "join_tiles": True}
+LAYOUT = {"crop_start": "<im_start>", "crop_end": "<im_end>", "row_end": "<im_col>", "join_tiles": True}
 
 
 def builder(sizes: Sizes, tokenizer: Any = None, **tiling: Any) -> tuple[DocumentBuilder, MediaSpec]:
     side = sizes.crop // sizes.patch
     spec = MediaSpec(Placement.EMBEDDING, sizes.patch, sizes.pool, fixed_grid=(side, side), padding=True)
-    rule = {"kind": "molmo", "max_tiles": sizes.most, "margin": sizes.margin, "padding_of": "next_view", **tiling}
+    rule = {"kind": "molmo", "max_tiles": sizes.most, "margin": sizes.margin, "padding_of": "next_crop", **tiling}
     transforms = {"kind": "tiles", "tiling": rule, "interpolation": "bilinear_float", "layout": LAYOUT}
     template = {"kind": "caption"}
     config = {"name": "d", "manifest": "m", "template": template, "transforms": transforms}
-    return DocumentBuilder(DatasetConfig.model_validate(config), tokenizer or Letters(), spec), spec  # type: ignore[arg-type]
+    return DocumentBuilder(DatasetConfig.model_validate(config), tokenizer or LetterTokenizer(), spec), spec  # type: ignore[arg-type]
 
 
 def sample(data: bytes, size: tuple[int, int]) -> Sample:
@@ -72,31 +72,32 @@ def png(pixels: np.ndarray[Any, Any]) -> bytes:
 
 
 def assert_laid_out(document: Document, spec: MediaSpec, expected: Prepared) -> None:
-    """Tokens, the token of each feature, and which patches are padding."""
+    """Compare the tokens, the token of each feature, and the padding of each patch."""
     count = len(expected.tokens)
     assert document.token_ids[1 : 1 + count].tolist() == expected.tokens.tolist()
     assert len(document.items) == len(expected.index)
-    slots = iter(document.dest.tolist())
+    slots = iter(document.scatter_index.tolist())
     for item, index in zip(document.items, expected.index, strict=True):
         found = np.full(index.shape, -100)
         for first, number in item.kept_features(spec):
             found[first : first + number] = [next(slots) - 1 for _ in range(number)]
         np.testing.assert_array_equal(found, index)
     kinds = padding_of_patches(collate([Pack((document,), 0)], spec).media["image"]).view(expected.masks.shape)
-    # Theirs: "all" where the share of real pixels is 0, "some" where it is otherwise below 1, -1 included.
+    # In the original code, padding is "all" if the share of image pixels is 0, and "some" if it is otherwise below 1,
+    # including -1.
     np.testing.assert_array_equal(kinds.numpy(), np.where(expected.masks == 0, 1, np.where(expected.masks < 1, 2, 0)))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_crops_tokens_and_padding_at_full_size(size: tuple[int, int]) -> None:
-    """Nothing is decoded; their code gets black pixels."""
+    """Use a dry run, and black pixels for the reference."""
     build, spec = builder(FULL)
     expected = prepare(np.zeros((*size, 3), np.uint8), FULL, lambda image, to: np.zeros((*to, 3), np.float32))
-    assert_laid_out(build.measure(sample(b"", size)), spec, expected)
+    assert_laid_out(build.dry_run(sample(b"", size)), spec, expected)
 
 
 def differences(size: tuple[int, int], sizes: Sizes) -> np.ndarray[Any, Any]:
-    """Steps between our pixels and theirs, which are no whole ones."""
+    """Return the differences between our pixels and the reference, which is not rounded."""
     build, spec = builder(sizes)
     pixels = picture(*size)
     document, expected = build(sample(png(pixels), size)), prepare(pixels, sizes)
@@ -108,11 +109,11 @@ def differences(size: tuple[int, int], sizes: Sizes) -> np.ndarray[Any, Any]:
 
 
 NEAREST = 0.5 + 1e-4
-"""Of a byte to a value between two; the rest is float32's."""
+"""Largest difference between a value and the nearest byte, plus the error of float32."""
 
 
 def test_pixels_of_a_hundred_sizes() -> None:
-    """Each byte is the nearest one to their value."""
+    """Each byte is the nearest one to the value of the reference."""
     found = np.concatenate([differences(size, SMALL).reshape(-1) for size in SMALL_SIZES])
     assert found.max() <= NEAREST
 
@@ -122,16 +123,16 @@ def test_pixels_at_full_size(size: tuple[int, int]) -> None:
     assert differences(size, FULL).max() <= NEAREST
 
 
-def test_the_padding_of_a_view_itself() -> None:
-    """By default each view is told of its own: the masks are theirs one place later, and the overview has its own."""
-    build, spec = builder(FULL, padding_of="view")
+def test_the_padding_of_a_crop_itself() -> None:
+    """With ``crop``, each crop has its own padding: the reference's masks shifted by one, plus one for the overview."""
+    build, spec = builder(FULL, padding_of="crop")
     size = (500, 1400)
-    document = build.measure(sample(b"", size))
+    document = build.dry_run(sample(b"", size))
     expected = prepare(np.zeros((*size, 3), np.uint8), FULL, lambda image, to: np.zeros((*to, 3), np.float32))
     kinds = padding_of_patches(collate([Pack((document,), 0)], spec).media["image"]).view(expected.masks.shape)
     masks = expected.masks[:-1]
     np.testing.assert_array_equal(kinds[1:].numpy(), np.where(masks == 0, 1, np.where(masks < 1, 2, 0)))
-    # 500 x 1400 becomes 120 x 336, rows 108 to 228 of 336: 7 patches of 14 above, 5 behind them wholly image.
+    # 500 x 1400 becomes 120 x 336, in rows 108 to 228 of 336: 7 empty rows of patches, 1 partial, 8 full, 1 partial.
     rows = kinds[0].view(24, 24)
     assert (rows == rows[:, :1]).all()
     assert rows[:, 0].tolist() == [1] * 7 + [2] + [0] * 8 + [2] + [1] * 7

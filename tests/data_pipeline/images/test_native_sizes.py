@@ -1,4 +1,4 @@
-"""Native sizes: equal to the image processors of transformers, at published numbers and at random ones."""
+"""Native sizes, compared with the image processors of transformers at published and random sizes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImageProcesso
 from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from data_pipeline.images.native_sizes import area_size, fitted, lifted, longest_side_size, shrunk_size
+from data_pipeline.images.native_sizes import area_size, fitted, longest_side_size, round_up, shrunk_size
 
-QWEN2_VL = [(56 * 56, 28 * 28 * 1280), (4 * 28 * 28, 16384 * 28 * 28)]  # Its processor; qwen-vl-utils.
+QWEN2_VL = [
+    (56 * 56, 28 * 28 * 1280),
+    (4 * 28 * 28, 16384 * 28 * 28),
+]  # Limits of its image processor; limits of qwen-vl-utils.
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_fuyu_is_that_of_transformers(height: int, width: int) -> None:
     image = np.zeros((3, height, width), np.uint8)
     theirs = processor.resize(image, SizeDict(height=108, width=192)).shape[1:]
     assert shrunk_size(height, width, (108, 192)) == theirs
-    assert [lifted(side, 30) for side in theirs] == [math.ceil(side / 30) * 30 for side in theirs]
+    assert [round_up(side, 30) for side in theirs] == [math.ceil(side / 30) * 30 for side in theirs]
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Tilings against published grids, the image processors of transformers, and brute force."""
+"""Tilings, compared with published grids, the image processors of transformers, and brute force."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ sides = st.integers(1, 4000)
 
 
 def _grid(tiled: Tiled) -> tuple[int, int]:
-    return _grid_of([tile.place for tile in tiled.tiles])
+    return _grid_of([tile.cell for tile in tiled.tiles])
 
 
-def _grid_of(all_places: Sequence[tuple[int, int] | None]) -> tuple[int, int]:
-    places = [place for place in all_places if place is not None]
-    return max(row for row, _ in places) + 1, max(column for _, column in places) + 1
+def _grid_of(all_cells: Sequence[tuple[int, int] | None]) -> tuple[int, int]:
+    cells = [cell for cell in all_cells if cell is not None]
+    return max(row for row, _ in cells) + 1, max(column for _, column in cells) + 1
 
 
 def test_nvlm_chooses_among_its_published_ratios() -> None:
@@ -55,7 +55,7 @@ def test_nvlm_chooses_among_its_published_ratios() -> None:
         ((1300, 800), (3, 2)),  # InternVL 1.5, figure 4: matched to 2:3, cut into 896 x 1344 pixels.
         ((448, 448), (1, 1)),
         ((100, 100), (1, 1)),
-        ((951, 951), (3, 3)),  # Just more pixels than half of 9 tiles; and just fewer.
+        ((951, 951), (3, 3)),  # Slightly more, and slightly fewer, pixels than half of 9 tiles.
         ((950, 950), (2, 2)),
         ((448, 1344), (1, 3)),
     ],
@@ -73,14 +73,14 @@ def test_internvl_is_that_of_transformers(size: tuple[int, int], most: int, leas
 
 def test_internvl_puts_the_overview_last_and_none_beside_one_tile() -> None:
     tiled = InternvlTiling().plan((448, 896), 448, SPEC)
-    assert [(tile.canvas, tile.top, tile.left, tile.place) for tile in tiled.tiles] == [
+    assert [(tile.canvas, tile.top, tile.left, tile.cell) for tile in tiled.tiles] == [
         (0, 0, 0, (0, 0)),
         (0, 0, 448, (0, 1)),
         (1, 0, 0, None),
     ]
     assert [canvas.content for canvas in tiled.canvases] == [(448, 896), (448, 448)]
     (single,) = InternvlTiling().plan((448, 448), 448, SPEC).tiles
-    assert single.place is None
+    assert single.cell is None
 
 
 @given(size=st.tuples(sides, sides), most=st.sampled_from([4, 9]), side=st.sampled_from([448, 560]))
@@ -107,7 +107,7 @@ def test_llama_pads_and_does_not_stretch(
     tiled = LlamaTiling().plan(size, 560, SPEC)
     (canvas,) = tiled.canvases
     assert (_grid(tiled), canvas.content, canvas.at, canvas.fill) == (grid, content, (0, 0), 0)
-    assert all(tile.place is not None for tile in tiled.tiles)  # No overview.
+    assert all(tile.cell is not None for tile in tiled.tiles)  # No overview.
 
 
 @given(size=st.tuples(sides, sides), most=st.sampled_from([8, 12]))
@@ -120,25 +120,27 @@ def test_molmo_is_that_of_its_successor_in_transformers(size: tuple[int, int], m
 
 
 def test_molmo_at_known_sizes() -> None:
-    # 336 px crops of 24 x 24 patches, 4 of margin: a window of 224 px; 144 features a crop, 64 to 144 kept.
+    # A crop of 336 px has 24 x 24 patches and a margin of 4: a window of 224 px, and 144 features; 64 to 144 are kept.
     for size, grid in {(336, 336): (1, 1), (560, 560): (2, 2), (4000, 4000): (3, 3), (784, 1008): (3, 4)}.items():
         tiled = MolmoTiling().plan(size, 336, SPEC)
         assert _grid(tiled) == grid
         rows, columns = grid
-        kept = sum(tile.kept.height * tile.kept.width for tile in tiled.tiles if tile.kept is not None)
+        kept = sum(
+            tile.kept_region.height * tile.kept_region.width for tile in tiled.tiles if tile.kept_region is not None
+        )
         assert kept == (rows * 8 + 4) * (columns * 8 + 4)  # Halves of the 16 window and 8 margin patches.
-        assert tiled.tiles[0].place is None
+        assert tiled.tiles[0].cell is None
 
 
 @given(size=st.tuples(sides, sides), margin=st.sampled_from([2, 4, 6]))
-def test_molmo_hands_on_every_place_of_the_canvas_once(size: tuple[int, int], margin: int) -> None:
+def test_molmo_keeps_every_feature_of_the_canvas_once(size: tuple[int, int], margin: int) -> None:
     tiled = MolmoTiling(margin=margin).plan(size, 336, SPEC)
     height, width = (side // 28 for side in tiled.canvases[1].size)
     seen = np.zeros((height, width), int)
     for tile in tiled.tiles[1:]:
-        assert tile.kept is not None
-        top, left = tile.top // 28 + tile.kept.top, tile.left // 28 + tile.kept.left
-        seen[top : top + tile.kept.height, left : left + tile.kept.width] += 1
+        assert tile.kept_region is not None
+        top, left = tile.top // 28 + tile.kept_region.top, tile.left // 28 + tile.kept_region.left
+        seen[top : top + tile.kept_region.height, left : left + tile.kept_region.width] += 1
     assert (seen == 1).all()
 
 
@@ -161,7 +163,7 @@ def test_mm1_5_pads_least_or_reduces_least(size: tuple[int, int], least: int, mo
     def padding(r: int, c: int) -> float:
         return r * c * side**2 - size[0] * size[1] * scale(r, c) ** 2
 
-    slack = 2 * side * most  # Whole pixels against real numbers.
+    slack = 2 * side * most  # The reference does not round to whole pixels.
     assert padding(rows, columns) <= min(padding(r, c) for r, c in covering) + slack
 
 
@@ -178,7 +180,7 @@ def test_mm1_5_pads_least_or_reduces_least(size: tuple[int, int], least: int, mo
 def test_mm1_5_at_known_sizes(size: tuple[int, int], grid: tuple[int, int]) -> None:
     tiled = Mm15Tiling().plan(size, 672, SPEC)
     assert _grid(tiled) == grid
-    assert tiled.tiles[-1].place is None
+    assert tiled.tiles[-1].cell is None
 
 
 @pytest.mark.parametrize("margin", [3, 12])
@@ -199,9 +201,9 @@ def test_more_tiles_at_least_than_at_most_are_refused() -> None:
 def test_images_of_crowded_samples_are_not_split(tiling: str, split: int, single: int) -> None:
     config = {"kind": "tiles", "size": 168, "tiling": {"kind": tiling}, "split_up_to": 2}
     transform = ImageTransform(TypeAdapter(TransformConfig).validate_python(config), SPEC)
-    split_up = transform.measure((168, 336), num_images=2)
-    assert {view.tiles for view in split_up} == {_grid_of([view.place for view in split_up])}
-    counts = {number: len(transform.measure((168, 336), num_images=number)) for number in (1, 2, 3, 9)}
+    split_up = transform.dry_run((168, 336), num_images=2)
+    assert {crop.tiles for crop in split_up} == {_grid_of([crop.cell for crop in split_up])}
+    counts = {number: len(transform.dry_run((168, 336), num_images=number)) for number in (1, 2, 3, 9)}
     assert counts == {1: split, 2: split, 3: single, 9: single}
 
 
@@ -209,7 +211,7 @@ def test_images_of_crowded_samples_are_not_split(tiling: str, split: int, single
     ("tiling", "said"),
     [
         ({"kind": "internvl", "max_tiles": 4}, "has an overview, but the vision tower"),
-        ({"kind": "llama", "max_tiles": 5}, "max_tiles=5: the vision tower knows at most 4"),
+        ({"kind": "llama", "max_tiles": 5}, "max_tiles=5: the vision tower accepts at most 4"),
     ],
 )
 def test_tiles_that_the_tower_does_not_know_are_refused(tiling: dict[str, object], said: str) -> None:

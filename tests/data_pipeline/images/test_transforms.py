@@ -1,4 +1,4 @@
-"""Views: sizes, order of patches, roles by placement, and augmentation as a pure function."""
+"""Crops: sizes, order of patches, roles by placement, and augmentation as a pure function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.document import MediaItem
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.images.crops import AugmentConfig, cut, patchify, resize
+from data_pipeline.images.crops import AugmentConfig, crop_to_box, patchify, resize
 from data_pipeline.images.native_sizes import area_size
 from data_pipeline.images.transforms import ImageTransform, TransformConfig
 from data_pipeline.media_spec import MediaSpec, Placement
@@ -33,8 +33,8 @@ def _transform(spec: MediaSpec, **config: object) -> ImageTransform:
     return ImageTransform(TypeAdapter(TransformConfig).validate_python(config), spec)
 
 
-def _roles(views: tuple[MediaItem, ...]) -> list[bool]:
-    return [view.embedded for view in views]
+def _roles(crops: tuple[MediaItem, ...]) -> list[bool]:
+    return [crop.embedded for crop in crops]
 
 
 def patches_of(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -77,10 +77,10 @@ def test_native_sizes_are_multiples_within_the_limit(
 
 
 def test_native_keeps_a_legal_size() -> None:
-    views = _transform(MediaSpec(Placement.EMBEDDING, patch_size=8, merge=2), kind="native", min_pixels=64)(
+    crops = _transform(MediaSpec(Placement.EMBEDDING, patch_size=8, merge=2), kind="native", min_pixels=64)(
         _image(32, 48)
     )
-    assert [view.grid for view in views] == [(1, 4, 6)]
+    assert [crop.grid for crop in crops] == [(1, 4, 6)]
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_native_keeps_a_legal_size() -> None:
 )
 def test_roles_follow_the_placement(placement: Placement, kind: str, roles: list[bool]) -> None:
     spec = MediaSpec(placement, patch_size=8, fixed_grid=(2, 2))
-    views = _transform(spec, kind=kind)(_image(20, 40))
-    assert _roles(views) == roles
-    assert all(view.grid == (1, 2, 2) and view.values.shape == (4, 192) for view in views)
+    crops = _transform(spec, kind=kind)(_image(20, 40))
+    assert _roles(crops) == roles
+    assert all(crop.grid == (1, 2, 2) and crop.values.shape == (4, 192) for crop in crops)
 
 
 def test_tiles_cover_the_image_in_reading_order() -> None:
@@ -110,8 +110,8 @@ def test_tiles_cover_the_image_in_reading_order() -> None:
 
 
 def test_keep_aspect_pads_with_white() -> None:
-    (view,) = _transform(SPEC, kind="fixed", keep_aspect=True)(_image(4, 16))
-    image = view.values.reshape(2, 2, 3, 8, 8).transpose(0, 3, 1, 4, 2).reshape(16, 16, 3)
+    (crop,) = _transform(SPEC, kind="fixed", keep_aspect=True)(_image(4, 16))
+    image = crop.values.reshape(2, 2, 3, 8, 8).transpose(0, 3, 1, 4, 2).reshape(16, 16, 3)
     assert (image[:5] == 255).all()
     assert (image[-5:] == 255).all()
     assert (image[7] != 255).any()
@@ -126,8 +126,8 @@ def test_augmentation_is_a_pure_function_of_its_generator() -> None:
 
 def test_without_generator_nothing_is_augmented() -> None:
     data = _image(16, 16)
-    (view,) = _transform(SPEC, kind="fixed", augment=AUGMENT)(data)
-    np.testing.assert_array_equal(view.values, patches_of(np.asarray(Image.open(io.BytesIO(data))), 8))
+    (crop,) = _transform(SPEC, kind="fixed", augment=AUGMENT)(data)
+    np.testing.assert_array_equal(crop.values, patches_of(np.asarray(Image.open(io.BytesIO(data))), 8))
 
 
 @given(seed=st.integers(0, 1000), height=st.integers(1, 40), width=st.integers(1, 40))
@@ -136,7 +136,7 @@ def test_crops_stay_within_their_strengths(seed: int, height: int, width: int) -
     (top, left, box_height, box_width), _, _ = config.draw((height, width), np.random.default_rng(seed))
     assert 0.5 * height - 1 <= box_height <= 2 * height + 1
     assert abs(left + box_width / 2 - width / 2) <= 0.25 * width + 1
-    assert cut(np.zeros((height, width, 3), np.uint8), (top, left, box_height, box_width)).shape == (
+    assert crop_to_box(np.zeros((height, width, 3), np.uint8), (top, left, box_height, box_width)).shape == (
         box_height,
         box_width,
         3,
@@ -145,7 +145,7 @@ def test_crops_stay_within_their_strengths(seed: int, height: int, width: int) -
 
 def test_cut_puts_pixels_where_they_were() -> None:
     pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    framed = cut(pixels, (-1, -2, 4, 5))
+    framed = crop_to_box(pixels, (-1, -2, 4, 5))
     np.testing.assert_array_equal(framed[1:3, 2:4], pixels)
     assert framed.sum() == pixels.sum() + 255 * 3 * (20 - 4)
 
@@ -188,7 +188,9 @@ def test_fast_decoding_crops_where_exact_decoding_does() -> None:
             _transform(SPEC, kind="fixed", decode=mode, augment=augment)(out.getvalue(), np.random.default_rng(seed))[0]
             for mode in ("exact", "fast")
         )
-        assert np.abs(exact.values.astype(int) - fast.values).mean() < 2  # A white edge may move by a subpixel.
+        assert (
+            np.abs(exact.values.astype(int) - fast.values).mean() < 2
+        )  # The white border may differ by less than a pixel.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and their digests."""
+"""Atomic writes, and digests of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every file of JSON or YAML that the data side reads: a hostile one costs an error of the project, with its name."""
+"""For every JSON or YAML file that the data pipeline reads, hostile content raises an error that names the file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataPipelineError
-from data_pipeline.history.sample_log import COLUMNS, Ledger, Segment, write_segment
+from data_pipeline.history.sample_log import COLUMNS, LogSegment, SampleLog, write_segment
 from data_pipeline.io.columns import read_columns, write_columns
 from data_pipeline.loader.iterable import open_loader
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_lists import _quarantined, read_lists
 from data_pipeline.order.state import LoaderState
 from data_pipeline.prepare.energon_source import EnergonFolder
-from data_pipeline.prepare.skipped import read_skipped, row_of_stored
+from data_pipeline.prepare.skipped import last_stored_row, read_skipped
 from data_pipeline.prepare.stats.fertility import TextTokenizer, texts_of_file
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
 from tests.data_pipeline.lane_states import toy_lane
@@ -47,7 +47,7 @@ _READERS: dict[str, Read] = {
     "tokenizer": lambda path: load_tokenizer(HuggingFaceTokenizerConfig(path=path)),
     "text tokenizer": TextTokenizer.open,
     "skipped": lambda path: list(read_skipped(path)),
-    "rows": lambda path: row_of_stored(path, 1),
+    "rows": lambda path: last_stored_row(path, 1),
     "columns": lambda path: read_columns(path, {}, "format"),
     "data block": lambda path: open_loader(path, MediaSpec(), seed=1),
     "energon": _energon,
@@ -65,7 +65,7 @@ def test_a_hostile_file_is_one_sentence(tmp_path: Path, read: Read) -> None:
         else:
             path.write_bytes(content)
         if read is _READERS["quarantine"] and content is not None:
-            assert read(path) == []  # It passes over lines that are no notes.
+            assert read(path) == []  # This reader skips lines that are not its records.
         else:
             with pytest.raises(DataPipelineError) as caught:
                 read(path)
@@ -74,7 +74,7 @@ def test_a_hostile_file_is_one_sentence(tmp_path: Path, read: Read) -> None:
 
 
 def _changed(held: Any, odd: Iterator[Any]) -> list[Any]:
-    """Copies of a tree, each with one node replaced by another value."""
+    """Yield copies of a tree, each with one node replaced by another value."""
     if isinstance(held, dict):
         return [next(odd), *(held | {key: inner} for key, child in held.items() for inner in _changed(child, odd))]
     if isinstance(held, list):
@@ -110,7 +110,7 @@ def test_any_value_in_any_place_of_a_ledger(tmp_path: Path) -> None:
     odd = itertools.cycle(_ODD)
     rows = {name: np.zeros(1, kind) for name, kind in COLUMNS.items()}
     state = LoaderState("f", 1, {0: toy_lane(1, 2, datasets=1)}, ("a",))
-    path = write_segment(tmp_path, Segment(1, 1, 0, state, rows, ({"key": "k"},)))
+    path = write_segment(tmp_path, LogSegment(1, 1, 0, state, rows, ({"key": "k"},)))
     magic, header, rest = path.read_bytes().split(b"\n", 2)
     sections = json.loads(header)["sections"]
     contents: list[tuple[bytes, bytes]] = []
@@ -125,5 +125,5 @@ def test_any_value_in_any_place_of_a_ledger(tmp_path: Path) -> None:
         contents.append((json.dumps(held).encode(), deflated + rest[sections[0][2] :]))
     for head, body in contents:
         path.write_bytes(b"\n".join((magic, head, body)))
-        _attempt(lambda: Ledger(tmp_path).segment(0))
-        _attempt(lambda: Ledger(tmp_path).state(0))
+        _attempt(lambda: SampleLog(tmp_path).segment(0))
+        _attempt(lambda: SampleLog(tmp_path).state(0))

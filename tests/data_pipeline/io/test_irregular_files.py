@@ -1,4 +1,4 @@
-"""A FIFO in the place of a shard, a source or a list is refused with its name; no reader waits for its other end."""
+"""A FIFO in place of a shard, a source or a list raises an error with its name, and no reader blocks on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TAR = "part-00000.tar"
 
 
 def _first_row(source: TarSource) -> None:
-    ((row,),) = source.spans()
+    ((row,),) = source.chunks()
     assert isinstance(row.reference, DataPipelineError)
     raise row.reference
 
@@ -65,7 +65,7 @@ def test_a_fifo_is_refused(write_set: WriteSet, read: Callable[[Path], object]) 
     os.mkfifo(tar)
     with pytest.raises((DataPipelineError, OSError)) as raised:
         read(folder)
-    shown = f"{getattr(raised.value, 'filename', None)}: {raised.value}"  # As the command line prints it.
+    shown = f"{getattr(raised.value, 'filename', None)}: {raised.value}"  # As the command line prints the message.
     assert "not a regular file" in shown
     assert "part-00000" in shown or "packed.tar.gz" in shown
 
@@ -82,7 +82,7 @@ def test_a_fifo_among_parquet_files_is_refused(tmp_path: Path) -> None:
         "--output",
         str(tmp_path / "out"),
     ]
-    # A process of its own: no signal interrupts pyarrow while it waits.
+    # In a separate process, because no signal interrupts pyarrow while it blocks.
     ended = subprocess.run([*command, "--from", "parquet"], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
-    assert f"{tmp_path / 'x.parquet'}: no readable Parquet: not a regular file" in ended.stderr
+    assert f"{tmp_path / 'x.parquet'}: not a readable Parquet file: not a regular file" in ended.stderr

@@ -1,4 +1,4 @@
-"""Work in several processes: the order, the errors, the deaths."""
+"""The ordered pool: order of results, errors, and processes that die."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_pipeline.io.ordered_pool import in_order
 
 @dataclass(frozen=True)
 class Work:
-    """Pieces (task, 0), (task, 1), ..., after an uneven while; task 7 may go wrong."""
+    """Yields results (task, 0), (task, 1), ..., after a random delay; task 7 may fail."""
 
     at_seven: str = ""
 
@@ -34,24 +34,24 @@ class Work:
             raise KeyError("a defect")
         if task == 7 and self.at_seven == "memory":
             bytearray(1 << 60)
-        for piece in range(task % 4):
-            yield task, piece, bytes([task % 256]) * (1 << 20)
+        for number in range(task % 4):
+            yield task, number, bytes([task % 256]) * (1 << 20)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_pieces_come_in_the_order_of_tasks(workers: int) -> None:
-    # 4 + 4 + ... MiB: more than a pipe holds, so a process must go on while others are being read.
-    expected = [(task, piece) for task in range(40) for piece in range(task % 4)]
-    assert [(task, piece) for task, piece, _ in in_order(Work(), range(40), workers)] == expected
+def test_results_come_in_the_order_of_tasks(workers: int) -> None:
+    # The results exceed the capacity of a pipe, so a process must work while others are read.
+    expected = [(task, number) for task in range(40) for number in range(task % 4)]
+    assert [(task, number) for task, number, _ in in_order(Work(), range(40), workers)] == expected
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_work_refuses_is_raised_in_its_place(workers: int) -> None:
-    pieces = in_order(Work("refuse"), range(40), workers)
-    assert [next(pieces)[0] for _ in range(9)] == [1, 2, 2, 3, 3, 3, 5, 6, 6]
+def test_an_error_of_work_is_raised_at_its_position(workers: int) -> None:
+    results = in_order(Work("refuse"), range(40), workers)
+    assert [next(results)[0] for _ in range(9)] == [1, 2, 2, 3, 3, 3, 5, 6, 6]
     with pytest.raises(SampleError, match="s/k: seven"):
-        next(pieces)
+        next(results)
 
 
 @pytest.mark.fault
@@ -71,8 +71,8 @@ import multiprocessing, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from test_ordered_pool import Work
 from data_pipeline.io.ordered_pool import in_order
-pieces = in_order(Work(), range(10**9), 2)
-next(pieces)
+results = in_order(Work(), range(10**9), 2)
+next(results)
 print(*[process.pid for process in multiprocessing.active_children()], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -94,7 +94,7 @@ def test_no_process_outlives_a_killed_caller() -> None:
 
 def is_alive(pid: int) -> bool:
     try:
-        # A dead child whose parent died too may wait as a zombie where process 1 reaps nothing.
+        # A dead child of a dead parent stays a zombie if process 1 does not reap it.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False

@@ -1,4 +1,4 @@
-"""Validation errors as sentences: path and reason of each complaint."""
+"""Messages of validation errors: path and reason of each error."""
 
 from __future__ import annotations
 

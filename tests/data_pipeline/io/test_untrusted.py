@@ -1,4 +1,4 @@
-"""Readers of files from elsewhere: bounded in size, depth and expansion, and one type of error."""
+"""Readers of untrusted files: bounds on size, depth and expansion, and a single error type."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ def test_only_regular_files_are_appended_to(tmp_path: Path) -> None:
         with pytest.raises(IrregularFileError, match=what) as raised:
             append_regular(path)
         assert raised.value.filename == str(path)
-    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)  # With a reader the system opens a FIFO.
+    # The system opens a FIFO for writing only if it has a reader.
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     with pytest.raises(IrregularFileError, match="not a regular file"):
         append_regular(tmp_path / "fifo")
     os.close(reader)

@@ -1,4 +1,4 @@
-"""Samples that are decoded before their turn: nothing that anybody sees of a lane depends on how many, or where."""
+"""Reading ahead: a lane's documents, positions and faults do not depend on the depth of the queue or on threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.lanes import LaneSequence, Schedule
 from data_pipeline.order.state import Drawn, LaneState, StreamPosition
-from data_pipeline.packing.document_builder import null_document
+from data_pipeline.packing.document_builder import dummy_document
 from data_pipeline.packing.packer import Budget
 from data_pipeline.storage.storage import Storage
 from data_pipeline.text.tokenizer import load_tokenizer
@@ -30,12 +30,12 @@ __all__ = ["fragile_tokenizer"]  # Used by the test here.
 
 TURNS = 260
 SCHEDULE = Schedule((0, 9, 21), ((3.0, 1.0, 1.0), (1.0, 2.0, 0.0), (2.0, 1.0, 1.0)))
-"""Weights change while samples are still coming."""
+"""The weights change while samples are in the queue."""
 
 
 @pytest.fixture
 def config(mixture_config: DataConfig, write_set: WriteSet, tmp_path: Path) -> DataConfig:
-    """Damaged captions with a lost shard, texts that end, and pages out of plain tars."""
+    """Damaged captions with a lost shard, texts with ``max_epochs``, and pages from plain tars."""
     damaged, wrong = damaged_samples()
     only = write_set("only", damaged)
     text = write_set("text", [plain_text(number) for number in range(17)])
@@ -66,14 +66,14 @@ def digest(document: Document) -> str:
 
 def stream_of(config: DataConfig, spec: MediaSpec, threads: Executor | None = None) -> LaneStream:
     tokenizer, faults = load_tokenizer(config.tokenizer), RunFaults.load(config.faults, ())
-    budget = Budget(config.packing, spec, null_document(spec, tokenizer.pad_id))
+    budget = Budget(config.packing, spec, dummy_document(spec, tokenizer.pad_id))
     datasets = [OpenDataset.open(config, each, 1, tokenizer, spec, faults, Storage()) for each in config.datasets]
     start = LaneState(StreamPosition.start(len(datasets)))
     return LaneStream(config, datasets, SCHEDULE, 0, budget, start, threads)
 
 
 def record(config: DataConfig, spec: MediaSpec, ahead: int, threads: int) -> list[object]:
-    """All that a lane shows after each turn; several turns a step."""
+    """Return the observable results of a lane after each sample; a step has several samples."""
     seen: list[object] = []
     with ThreadPoolExecutor(max(1, threads)) as pool:
         stream = stream_of(config, spec, pool if threads else None)

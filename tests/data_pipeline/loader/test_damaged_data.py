@@ -1,4 +1,5 @@
-"""A loader over damaged data of every kind: the good samples arrive, once an epoch, and nothing else moves."""
+"""A loader over damaged data of every kind: each good sample occurs once per epoch, and other lanes are not
+affected."""
 
 from __future__ import annotations
 
@@ -42,11 +43,11 @@ pytestmark = pytest.mark.fault
 
 NUM_SAMPLES = 120
 SHARD_SAMPLES = 13
-"""Samples of a shard of ``write_set``."""
+"""Number of samples of a shard of ``write_set``."""
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of a hundred bytes whose header asks for ``side * side`` pixels."""
+    """Return a PNG of a hundred bytes whose header claims ``side * side`` pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -64,7 +65,7 @@ UNFORESEEN = "what nobody foresaw"
 
 @pytest.fixture(autouse=True)
 def fragile_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokenizer falls over one text, as any library may; workers are forked and inherit that."""
+    """Make the tokenizer raise for one text, as any library may. Forked workers inherit the patch."""
     encode = HuggingFaceTokenizer.encode
 
     def fragile(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
@@ -100,11 +101,11 @@ DAMAGES: dict[FaultKind, list[Members]] = {
     FaultKind.DOCUMENT: [{"json": said("far too long " * 30)}],
     FaultKind.UNEXPECTED: [{"json": said(UNFORESEEN)}],
 }
-"""Members that replace those of a good sample, by the kind of fault that they must become."""
+"""Members that replace those of a good sample, by the expected kind of fault."""
 
 
 def damaged_samples(every: int = 5) -> tuple[list[Members], dict[int, FaultKind]]:
-    """Samples of which one in ``every`` is damaged, and what is wrong with which."""
+    """Return samples of which one in ``every`` is damaged, and the kind of fault of each damaged sample."""
     kinds = [(kind, members) for kind, several in DAMAGES.items() for members in several]
     samples, wrong = [], {}
     for number in range(NUM_SAMPLES):
@@ -121,7 +122,7 @@ MakeConfig = Callable[..., DataConfig]
 
 @pytest.fixture
 def config_of(write_set: WriteSet, mixture_config: DataConfig) -> MakeConfig:
-    """Writes samples and configures a run over two epochs of them; keywords are the fault policy."""
+    """Write samples, and return the configuration of a run over two epochs. Keywords set the fault policy."""
 
     def make(samples: Sequence[Members], workers: int = 0, **faults: object) -> DataConfig:
         dataset = {
@@ -146,7 +147,7 @@ def config_of(write_set: WriteSet, mixture_config: DataConfig) -> MakeConfig:
 
 
 def epochs(config: DataConfig, spec: MediaSpec) -> tuple[list[tuple[int, int]], list[Skipped]]:
-    """(epoch, sample) of every document and every skip until the data are used up."""
+    """Return (epoch, sample) of every document and of every skipped sample until all data sets are exhausted."""
     found: list[tuple[int, int]] = []
     skipped: list[Skipped] = []
     with Loader(config, spec, seed=1) as loader:
@@ -159,10 +160,10 @@ def epochs(config: DataConfig, spec: MediaSpec) -> tuple[list[tuple[int, int]], 
 
 
 def test_a_bad_sample_leaves_nothing_behind_but_its_complaint(config_of: MakeConfig, hybrid_spec: MediaSpec) -> None:
-    """The traceback of what was raised would hold the packs that were under way, pixels and all."""
-    importlib.import_module("torchvision.io")  # By the first image, it would leave a cycle that holds its callers.
+    """A traceback would keep the packs under construction, with their pixels, in memory."""
+    importlib.import_module("torchvision.io")  # Imported later, it would create a reference cycle with its callers.
     gc.collect()
-    gc.disable()  # Nor may it wait for a full collection.
+    gc.disable()  # The memory must be freed without a garbage collection.
     try:
         found, skipped = epochs(config_of(damaged_samples()[0]), hybrid_spec)
         assert len(skipped) > 40
@@ -195,7 +196,7 @@ def test_exactly_the_good_samples_arrive_once_an_epoch(
 
 
 def rot(config: DataConfig, samples: Sequence[int]) -> list[int]:
-    """Flips a byte in a member of each of ``samples``, behind the back of index and manifest."""
+    """Flip a byte in a member of each of ``samples``, without updating index and manifest."""
     manifest = Manifest.open(config.datasets[0].manifest)
     rng = np.random.default_rng(7)
     for sample in samples:
@@ -209,12 +210,13 @@ def rot(config: DataConfig, samples: Sequence[int]) -> list[int]:
             (byte,) = file.read(1)
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ int(rng.integers(1, 256))]))
-        os.utime(index.tar_path, ns=(times.st_atime_ns, times.st_mtime_ns))  # A disk that rots changes no time.
+        # Bit rot does not change the modification time.
+        os.utime(index.tar_path, ns=(times.st_atime_ns, times.st_mtime_ns))
     return list(samples)
 
 
 class Played:
-    """Ranks of a run, played one after the other, with the quarantine lists that a run would write."""
+    """Simulate the ranks of a run in one process, with the quarantine lists that a run would write."""
 
     def __init__(self, config: DataConfig, spec: MediaSpec, folder: Path, world_size: int) -> None:
         self.config, self.spec, self.folder, self.world_size = config, spec, folder, world_size
@@ -247,7 +249,7 @@ class Played:
 def play(
     config: DataConfig, spec: MediaSpec, folder: Path, world_size: int = 1, resume_at: int | None = None
 ) -> tuple[list[str], list[tuple[int, Skipped]]]:
-    """Digest of each step of two epochs, and what was skipped in which step."""
+    """Return the digest of each step of two epochs, and the samples skipped in each step."""
     folder.mkdir()
     played = Played(config, spec, folder, world_size)
     digests: list[str] = []
@@ -268,7 +270,7 @@ def test_a_quarantine_list_that_grows_moves_nothing_at_any_number_of_ranks_and_w
 ) -> None:
     samples, wrong = damaged_samples()
     moody = [i for i in range(NUM_SAMPLES) if i % 9 == 4 and i not in wrong]
-    for number in moody:  # Good or bad as the epoch draws.
+    for number in moody:  # Good or bad, depending on the draws of the epoch.
         samples[number] = samples[number] | {"json": b'{"captions": ["", "fine"]}'}
     config = config_of(samples, on_error="quarantine")
     plain, skipped = play(config, hybrid_spec, tmp_path / "plain")
@@ -290,7 +292,7 @@ def test_a_quarantine_list_that_grows_moves_nothing_at_any_number_of_ranks_and_w
 
 @pytest.fixture
 def tries(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
-    """How often each sample is read."""
+    """Count the reads of each sample."""
     counts: Counter[int] = Counter()
     read = SampleReader.read
 
@@ -310,7 +312,7 @@ def test_a_quarantined_sample_is_not_tried_again_where_that_is_futile(
     futile = {sample for sample, kind in wrong.items() if kind is FaultKind.DECODE}
     _, skipped = play(config, hybrid_spec, tmp_path / "once")
     assert {sample: tries[sample] for sample in wrong} == {sample: 1 if sample in futile else 2 for sample in wrong}
-    assert {(skip.index, skip.epoch) for _, skip in skipped if skip.again} == {(sample, 1) for sample in futile}
+    assert {(skip.index, skip.epoch) for _, skip in skipped if skip.recalled} == {(sample, 1) for sample in futile}
     tries.clear()
     with Loader(config, hybrid_spec, seed=1, quarantine=[tmp_path / "once" / "0.jsonl"]) as loader:
         while not next(loader).exhausted:

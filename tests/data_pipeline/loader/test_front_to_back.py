@@ -1,4 +1,5 @@
-"""Streaming plain tars: every sample once an epoch over all lanes, in an order that is a function of the seed alone."""
+"""Streaming plain tars: every sample occurs once per epoch over all lanes, in an order that depends only on the
+seed."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def test_the_rest_of_a_damaged_shard_is_lost_and_nothing_else(tmp_path: Path) ->
     )
     (fault,) = faults
     assert fault.error.shard == sources[2]
-    assert "what follows in the shard is lost" in fault.error.reason
+    assert "the samples after it in the shard are lost" in fault.error.reason
 
 
 def test_without_a_word_in_the_policy_a_missing_shard_ends_the_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The loader alone: a torch iterable with a state, equal to the loader of a run."""
+"""The loader as a torch iterable with a state: it yields the batches of a run's loader."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _ids(batches: PackedBatches, count: int) -> list[list[int]]:
 
 
 def _origins(batches: list[MultimodalBatch]) -> list[tuple[str, int, int]]:
-    """Data set, epoch and sample of each document, sorted."""
+    """Return data set, epoch and sample of each document, sorted."""
     origins = [origin for batch in batches for origin in batch.provenance if origin is not None]
     return sorted((origin.dataset, origin.epoch, origin.index) for origin in origins)
 
@@ -113,7 +113,7 @@ print(len(next(batches).token_ids) > 0)
 
 @pytest.mark.long
 def test_a_script_may_end_in_the_middle_of_the_batches(mixture_config: DataConfig, tmp_path: Path) -> None:
-    config = mixture_config.model_copy(update={"workers": 0})  # With workers there is no generator left to close.
+    config = mixture_config.model_copy(update={"workers": 0})  # With workers this process runs no generator.
     (tmp_path / "data.json").write_text(config.model_dump_json())
     (tmp_path / "script.py").write_text(_LEFT_OPEN)
     command = [sys.executable, tmp_path / "script.py", tmp_path / "data.json"]

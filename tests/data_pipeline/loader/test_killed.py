@@ -1,4 +1,4 @@
-"""kill -9 of a loader's worker and of everything, over damaged data: a resume gives what would have come."""
+"""SIGKILL of a loader's worker or of all processes, over damaged data: a resume yields the same batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUM_SAMPLES = 150
 
 
 def samples() -> list[Members]:
-    """One in six is damaged."""
+    """Write samples of which one in six is damaged."""
     bad: list[Members] = [{"png": b"junk"}, {"json": b"{"}, {"png": b""}, {"json": b'{"captions": [""]}'}]
     return [captioned(i) | (bad[i // 6 % 4] if i % 6 == 1 else {}) for i in range(NUM_SAMPLES)]
 
@@ -43,7 +43,7 @@ def with_workers(config: DataConfig, workers: int) -> DataConfig:
 
 
 def line(step: StepBatch) -> str:
-    """What must not change: the batch and what was left out of it."""
+    """Return the values that must not change: the batch and the skipped samples."""
     return json.dumps([step_digest(list(step.microbatches)), [skip.record() for skip in step.skipped]])
 
 
@@ -74,7 +74,7 @@ def test_after_the_death_of_a_worker_a_resume_gives_the_same(config: DataConfig,
                 DataPipelineError,
                 match=r"loader worker \d exited without an error message.*Resume with fewer data\.workers",
             ):
-                take(loader, 10)  # What the others had ready may still come.
+                take(loader, 10)  # Items that the other workers had finished may still arrive.
     assert 12 <= len(found) < 30
     with Loader(config, hybrid_spec, seed=3, state=state) as loader:
         take(loader, 30 - len(found))
@@ -105,14 +105,14 @@ with Loader(config, spec, seed=3, state=state) as loader:
 
 
 def start(folder: Path, count: int) -> subprocess.Popen[bytes]:
-    """A loader that writes down every step and its state, in a process group of its own."""
+    """Start a loader that writes every step and its state to a file, in its own process group."""
     return subprocess.Popen([sys.executable, "-c", _PROGRAM, str(folder), str(count)], start_new_session=True)
 
 
 def test_after_the_death_of_everything_a_resume_gives_the_same(
     config: DataConfig, hybrid_spec: MediaSpec, tmp_path: Path
 ) -> None:
-    """Workers run ahead, so at any moment some of them are in the middle of a pack."""
+    """Workers read ahead, so at any time some of them are in the middle of a pack."""
     count = 40
     expected = first_lines(config, hybrid_spec, count)
     folder = tmp_path / "run"

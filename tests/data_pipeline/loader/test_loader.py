@@ -1,4 +1,4 @@
-"""The loader: state, ranks, workers that die or are signalled, and bad samples that move nobody else."""
+"""The loader: state, ranks, workers that die or receive signals, and bad samples that do not affect other lanes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _steps(loader: Loader, count: int) -> list[StepBatch]:
 
 
 def _keys(steps: list[StepBatch]) -> list[tuple[str, int]]:
-    """(lane, sample) of every real document."""
+    """Return (lane, sample) of every document, without dummy documents."""
     return [
         (origin.dataset, origin.index)
         for step in steps
@@ -52,7 +52,7 @@ def _keys(steps: list[StepBatch]) -> list[tuple[str, int]]:
 
 
 def _workers(loader: Loader) -> list[Any]:
-    """The processes of a loader."""
+    """Return the worker processes of a loader."""
     assert loader._workers is not None
     return list(loader._workers.processes)
 
@@ -62,7 +62,7 @@ MakeConfig = Callable[..., DataConfig]
 
 @pytest.fixture
 def captions(write_set: WriteSet, mixture_config: DataConfig) -> MakeConfig:
-    """A configuration over given samples only, a document a pack."""
+    """Return a configuration over the given samples, with one document per pack."""
 
     def make(samples: list[Members], **updates: object) -> DataConfig:
         dataset = {"name": "only", "manifest": write_set("only", samples), "template": {"kind": "caption"}}
@@ -96,30 +96,30 @@ def test_steps_count_from_the_state(mixture_config: DataConfig, hybrid_spec: Med
     assert resumed.num_tokens == steps[2].num_tokens > 0
 
 
-def test_ranks_without_a_lane_of_their_own_run_null_packs(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> None:
+def test_ranks_without_a_lane_of_their_own_run_dummy_packs(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> None:
     ranks = [next(Loader(mixture_config, hybrid_spec, seed=1, rank=r, world_size=3)) for r in range(3)]
     assert [[micro.lanes for micro in rank.microbatches] for rank in ranks] == [
         [(0,), (3,)],
         [(1,), (4,)],
         [(2,), (-1,)],
     ]
-    null = ranks[2].microbatches[1]
-    assert null.weight == 0
-    assert not null.valid.any()
-    assert null.media["image"].grids
+    dummy = ranks[2].microbatches[1]
+    assert dummy.weight == 0
+    assert not dummy.valid.any()
+    assert dummy.media["image"].grids
 
 
 def test_every_microbatch_has_both_roles(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> None:
     text = mixture_config.datasets[1].model_copy(update={"weight": 20.0})
     config = _changed(mixture_config, datasets=[mixture_config.datasets[0], text])
-    nulls = 0
+    dummies = 0
     for step in _steps(Loader(config, hybrid_spec, seed=1), 12):
         for micro in step.microbatches:
             block = micro.media["image"]
-            assert len(block.source) > 0
-            assert len(block.keys) > 0
-            nulls += None in micro.provenance
-    assert 0 < nulls < 60, "the mixture should give packs of text alone, and others"
+            assert len(block.gather_index) > 0
+            assert len(block.attended_index) > 0
+            dummies += None in micro.provenance
+    assert 0 < dummies < 60, "the mixture should give packs of text alone, and others"
 
 
 def test_states_survive_json_and_merge_over_ranks(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> None:
@@ -170,7 +170,7 @@ def test_more_ranks_than_lanes_are_refused(mixture_config: DataConfig, hybrid_sp
 
 def test_data_set_names_must_differ(mixture_config: DataConfig) -> None:
     twice = [mixture_config.datasets[0], mixture_config.datasets[0]]
-    with pytest.raises(ValidationError, match="used twice: captions"):
+    with pytest.raises(ValidationError, match="used more than once: captions"):
         _changed(mixture_config, datasets=twice)
 
 
@@ -232,7 +232,7 @@ def test_a_flipped_bit_is_found_by_the_checksum(captions: MakeConfig, hybrid_spe
     content = bytearray(tar.read_bytes())
     content[content.index(b"\x89PNG") + 60] ^= 1
     tar.write_bytes(content)
-    os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))  # A disk that rots changes no time.
+    os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))  # Bit rot does not change the modification time.
     with pytest.raises(SampleError, match="crc32"):
         _steps(Loader(config, hybrid_spec, seed=1), 4)
 
@@ -281,7 +281,7 @@ def test_signals_to_the_group_do_not_reach_workers(mixture_config: DataConfig, h
         assert next(loader).state == next(plain).state
         for worker, number in itertools.product(_workers(loader), (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)):
             os.kill(worker.pid, number)
-        for _ in range(4):  # More than is on its way already.
+        for _ in range(4):  # More steps than were already prefetched.
             assert torch.equal(next(loader).microbatches[0].token_ids, next(plain).microbatches[0].token_ids)
 
 

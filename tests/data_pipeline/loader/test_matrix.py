@@ -1,4 +1,4 @@
-"""One order whatever runs it: ranks, workers, a resume on other ranks, remote and streamed shards, bad samples."""
+"""The order does not depend on ranks, workers or resumes, for remote and streamed shards and with bad samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORKERS = (0, 1, 3)
 
 
 def _damage(tar: Path) -> None:
-    """Flips a bit in each of two pictures, as a disk that rots would: times stay."""
+    """Flip a bit in each of two images without changing modification times, as bit rot does."""
     times, data = tar.stat(), bytearray(tar.read_bytes())
     for at in (data.index(b"IDAT"), data.rindex(b"IDAT")):
         data[at + 6] ^= 1
@@ -29,13 +29,13 @@ def _damage(tar: Path) -> None:
 
 
 def _flaky(number: int, request: Request) -> Fault | None:
-    """Every fifth answer goes wrong."""
+    """A server on which every fifth response is an error."""
     return [Fault.ERROR_500, Fault.RESET, Fault.TRUNCATE][number // 5 % 3] if number % 5 == 2 else None
 
 
 @pytest.fixture
 def served(mixture_config: DataConfig, tmp_path: Path) -> Iterator[DataConfig]:
-    """Captions behind a flaky server, some damaged; texts with an index here; pages from plain tars here."""
+    """Captions from an unreliable server, some damaged; local texts with an index; local pages from plain tars."""
     captions, _, pages = mixture_config.datasets
     _damage(Path(captions.indexed).parent / "part-00001.tar")
     with file_server(tmp_path, _flaky).running() as server:
@@ -54,7 +54,7 @@ def served(mixture_config: DataConfig, tmp_path: Path) -> Iterator[DataConfig]:
 def test_digests_are_equal_over_ranks_workers_and_resumes_on_other_ranks(
     pairs: str, served: DataConfig, hybrid_spec: MediaSpec
 ) -> None:
-    """``some``: each number of ranks with one or two numbers of workers, and each of these with several of ranks."""
+    """``some`` tests every second combination of ranks and workers, so that each number occurs."""
     plain = list(digest(served, hybrid_spec, 1, STEPS))
     assert len({checksum for _, checksum in plain}) == len(STEPS)
     for i, world_size in enumerate(WORLDS):

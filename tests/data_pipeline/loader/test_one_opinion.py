@@ -1,4 +1,4 @@
-"""verify and the loader judge a sample alike: what one lists as damage, the other skips, and nothing else."""
+"""The loader skips exactly the samples that ``mmscale data verify`` lists as damaged."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ BAD: dict[str, list[Members]] = {
 
 
 def shards_of(folder: Path, samples: Sequence[Members]) -> Path:
-    """A plain tar, as other tools write it: no index refuses it."""
+    """Write a plain tar as other tools do, without an index that would reject the sample."""
     path = folder / "plain.tar"
     with tarfile.open(path, "w") as tar:
         for number, members in enumerate(samples):

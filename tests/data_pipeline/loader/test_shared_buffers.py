@@ -1,4 +1,4 @@
-"""Memory that goes round: never given out while a batch lies in it, and given out again once none does."""
+"""Shared buffers: never reused while a batch uses them, and reused afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.batch import MediaBlock, MultimodalBatch, Segments
 from data_pipeline.errors import WorkerError
-from data_pipeline.loader.shared_buffers import Inbox, Outbox, Parcel
+from data_pipeline.loader.shared_buffers import BatchMessage, BatchReceiver, BatchSender
 
 COLUMNS = 48
 
@@ -33,9 +33,9 @@ def _batch(values: torch.Tensor, mark: int) -> MultimodalBatch:
     )
 
 
-def _send(outbox: Outbox, rows: int, mark: int, pieces: int = 3) -> Parcel:
+def _send(sender: BatchSender, rows: int, mark: int, pieces: int = 3) -> BatchMessage:
     arrays = [np.full((rows, COLUMNS), mark % 251, np.uint8) for _ in range(pieces)]
-    return outbox.wrap((_batch(outbox.join(arrays), mark),))
+    return sender.encode((_batch(sender.join(arrays), mark),))
 
 
 def _holds(batch: MultimodalBatch, mark: int) -> bool:
@@ -46,11 +46,11 @@ def _holds(batch: MultimodalBatch, mark: int) -> bool:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 4)), min_size=1, max_size=40))
 def test_a_batch_keeps_its_bytes_as_long_as_anybody_holds_it(sends: list[tuple[int, int]]) -> None:
-    """Batches of any sizes, of which a varying number is alive."""
-    outbox, inbox = Outbox(), Inbox()
+    """Batches of random sizes, of which a varying number is alive."""
+    sender, receiver = BatchSender(), BatchReceiver()
     alive: deque[tuple[int, MultimodalBatch]] = deque()
     for mark, (rows, keep) in enumerate(sends, start=1):
-        (batch,) = inbox.open(_send(outbox, rows, mark))
+        (batch,) = receiver.decode(_send(sender, rows, mark))
         alive.append((mark, batch))
         del batch
         while len(alive) > keep:
@@ -59,27 +59,27 @@ def test_a_batch_keeps_its_bytes_as_long_as_anybody_holds_it(sends: list[tuple[i
 
 
 def test_memory_goes_round_and_does_not_grow() -> None:
-    outbox, inbox, seen = Outbox(), Inbox(), set()
+    sender, receiver, seen = BatchSender(), BatchReceiver(), set()
     held: deque[MultimodalBatch] = deque(maxlen=2)
     for mark in range(1, 200):
-        parcel = _send(outbox, 300 + mark % 40, mark)
-        seen |= parcel.new.keys()
-        held.append(inbox.open(parcel)[0])
+        message = _send(sender, 300 + mark % 40, mark)
+        seen |= message.new.keys()
+        held.append(receiver.decode(message)[0])
     assert len(seen) <= 6, "two batches are alive, and the sizes differ little"
     for mark in range(200, 240):
-        parcel = _send(outbox, 300 + mark % 40, mark)
-        assert not parcel.new
-        held.append(inbox.open(parcel)[0])
+        message = _send(sender, 300 + mark % 40, mark)
+        assert not message.new
+        held.append(receiver.decode(message)[0])
 
 
 def test_what_many_batches_took_is_given_back() -> None:
-    outbox, inbox, living = Outbox(), Inbox(), set()
+    sender, receiver, living = BatchSender(), BatchReceiver(), set()
 
     def send(mark: int) -> MultimodalBatch:
-        parcel = _send(outbox, 100, mark)
-        living.update(parcel.new)
-        living.difference_update(parcel.gone)
-        return inbox.open(parcel)[0]
+        message = _send(sender, 100, mark)
+        living.update(message.new)
+        living.difference_update(message.removed)
+        return receiver.decode(message)[0]
 
     held = [send(mark) for mark in range(1, 60)]
     assert len(living) == 59
@@ -90,30 +90,30 @@ def test_what_many_batches_took_is_given_back() -> None:
 
 
 def test_joined_arrays_are_not_copied_again() -> None:
-    outbox, inbox = Outbox(), Inbox()
-    joined = outbox.join([np.full((100, COLUMNS), 5, np.uint8), np.full((20, COLUMNS), 6, np.uint8)])
-    parcel = outbox.wrap((_batch(joined, 3),))
-    joined[110:] = 77  # The tensor and the parcel share memory.
-    (batch,) = inbox.open(parcel)
+    sender, receiver = BatchSender(), BatchReceiver()
+    joined = sender.join([np.full((100, COLUMNS), 5, np.uint8), np.full((20, COLUMNS), 6, np.uint8)])
+    message = sender.encode((_batch(joined, 3),))
+    joined[110:] = 77  # The tensor and the message share memory.
+    (batch,) = receiver.decode(message)
     assert batch.media["image"].values[:100].eq(5).all()
     assert batch.media["image"].values[110:].eq(77).all()
 
 
 def test_a_view_of_one_tensor_keeps_the_whole_batch() -> None:
-    outbox, inbox = Outbox(), Inbox()
-    (batch,) = inbox.open(_send(outbox, 100, 5))
+    sender, receiver = BatchSender(), BatchReceiver()
+    (batch,) = receiver.decode(_send(sender, 100, 5))
     row = batch.media["image"].values[3, 10:20]
     del batch
     gc.collect()
     for mark in range(6, 12):
-        inbox.open(_send(outbox, 100, mark))
+        receiver.decode(_send(sender, 100, mark))
     assert row.eq(5).all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_that_drops_its_copy_frees_nothing() -> None:
-    outbox, inbox = Outbox(), Inbox()
-    (batch,) = inbox.open(_send(outbox, 100, 5))
+    sender, receiver = BatchSender(), BatchReceiver()
+    (batch,) = receiver.decode(_send(sender, 100, 5))
     child = os.fork()
     if child == 0:
         del batch
@@ -121,30 +121,30 @@ def test_a_fork_that_drops_its_copy_frees_nothing() -> None:
         os._exit(0)
     os.waitpid(child, 0)
     for mark in range(6, 12):
-        inbox.open(_send(outbox, 100, mark))
+        receiver.decode(_send(sender, 100, mark))
     assert _holds(batch, 5)
 
 
-def test_tensors_of_a_parcel_do_not_overlap() -> None:
-    outbox, inbox = Outbox(), Inbox()
+def test_tensors_of_a_message_do_not_overlap() -> None:
+    sender, receiver = BatchSender(), BatchReceiver()
     rng = np.random.default_rng(0)
     for _ in range(3):
         made = [rng.integers(0, 256, (size, COLUMNS), dtype=np.uint8) for size in (0, 1, 7, 900)]
-        sent = outbox.wrap(tuple(_batch(outbox.join([array]), 9) for array in made))
-        for array, batch in zip(made, inbox.open(sent), strict=True):
+        sent = sender.encode(tuple(_batch(sender.join([array]), 9) for array in made))
+        for array, batch in zip(made, receiver.decode(sent), strict=True):
             np.testing.assert_array_equal(batch.media["image"].values.numpy(), array)
             assert batch.token_ids.tolist() == [9] * 7
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux")
 def test_shared_buffers_take_nothing_of_dev_shm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Docker gives 64 MiB of it, which a batch or two fill."""
-    outbox, inbox = Outbox(), Inbox()
-    (batch,) = inbox.open(_send(outbox, 100, 3))
+    """Docker's /dev/shm has 64 MiB, which one or two batches fill."""
+    sender, receiver = BatchSender(), BatchReceiver()
+    (batch,) = receiver.decode(_send(sender, 100, 3))
     assert _holds(batch, 3)
     places = Path("/proc/self/maps").read_text()
     assert "/memfd:mmscale-batch" in places
     assert "/dev/shm/torch" not in places
     monkeypatch.setattr(os, "truncate", lambda handle, size: os.close(-1))
-    with pytest.raises(WorkerError, match=r"got no \d+ bytes of shared memory .*; lower data\.workers"):
-        _send(Outbox(), 100, 3)
+    with pytest.raises(WorkerError, match=r"could not allocate \d+ bytes of shared memory .*; lower data\.workers"):
+        _send(BatchSender(), 100, 3)

@@ -1,4 +1,4 @@
-"""Samples alone: the order of the loader, whatever the ranks and threads, and states that go on anywhere."""
+"""Single samples: the loader's order for any ranks and threads, and states that any number of ranks can load."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def places(samples: Iterator[Sample]) -> list[tuple[int, int]]:
 
 
 def rows(manifest: Path) -> list[list[tuple[int, int]]]:
-    """What ``LaneOrder`` says of each lane over two epochs."""
+    """Return the samples of each lane over two epochs, from ``LaneOrder``."""
     lanes = []
     for lane in range(LANES):
         order = LaneOrder(NUM_SAMPLES, 4, 2, dataset_seed(3, "samples"), lane, LANES)
@@ -115,7 +115,7 @@ def test_apply_runs_on_each_sample_and_its_faults_are_left_out(manifest: Path) -
     for workers in (0, 2):
         samples = open_samples(manifest, seed=3, apply=length, workers=workers, lanes=LANES, max_epochs=1)
         assert sorted(samples) == [index for index in range(NUM_SAMPLES) if index != 17]
-        (skipped,) = samples.take_skipped()
+        (skipped,) = samples.pop_skipped()
         assert (skipped.index, skipped.epoch, skipped.reason) == (17, 0, "seventeen")
         strict = open_samples(
             manifest,

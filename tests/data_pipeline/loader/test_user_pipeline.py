@@ -1,4 +1,4 @@
-"""Pipelines and stages of a user's own: one order for any ranks and workers, resumes, errors, kinds of content."""
+"""A user's pipelines and stages: one order for any ranks and workers, resumes, errors, kinds of content."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from PIL import Image
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataConfigError, FaultKind, PipelineError, SampleError, ShardError, TooManyFaultsError
 from data_pipeline.history.digest import digest
-from data_pipeline.history.sample_log import Row
-from data_pipeline.history.sample_lookup import Samples
+from data_pipeline.history.sample_log import LogRow
+from data_pipeline.history.sample_lookup import SampleCatalog
 from data_pipeline.loader import user_pipeline
 from data_pipeline.loader.loader import Loader
 from data_pipeline.loader.user_code import members_of
@@ -82,7 +82,7 @@ Configured = Callable[..., DataConfig]
 
 @pytest.fixture
 def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteModule:
-    """Writes a module that can be imported, and returns its name."""
+    """Write an importable module, and return its name."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(code: str) -> str:
@@ -96,7 +96,8 @@ def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteModule
 
 @pytest.fixture
 def configured(mixture_config: DataConfig, write_module: WriteModule) -> Configured:
-    """A configuration whose captions come out of ``train`` of some code; ``{shards!r}`` stands for their shards."""
+    """Return a configuration whose captions come from ``train`` in ``code``; ``{shards!r}`` is replaced by their
+    shards."""
 
     def configure(code: str, data: dict[str, Any] | None = None, **dataset: Any) -> DataConfig:
         raw = mixture_config.model_dump(mode="json")
@@ -122,7 +123,7 @@ def test_digests_are_equal_over_ranks_workers_and_resumes(
     plain = list(digest(config, hybrid_spec, 1, STEPS))
     assert len({checksum for _, checksum in plain}) == len(STEPS)
     for world_size, workers, resume_at, other in ((2, 0, 3, 1), (1, 2, 5, 2), (2, 2, 1, 3)):
-        monkeypatch.setenv("RANK", "1")  # As in a rank of a run. webdataset's own splits would go by it.
+        monkeypatch.setenv("RANK", "1")  # As in a rank of a run; webdataset's own splits use it.
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         assert list(digest(config, hybrid_spec, 1, STEPS, world_size, workers, resume_at, other)) == plain
 
@@ -149,7 +150,7 @@ def test_over_all_lanes_each_sample_comes_once_an_epoch(code: str, configured: C
 
 
 def _lanes_in_turn(shared: PipelineSet) -> list[list[str]]:
-    """Keys of lanes that advance at different speeds, each by the order of its cursor."""
+    """Return the keys of lanes that advance at different speeds, each in the order of its cursor."""
     lanes = [(shared.lane(lane, 3), [Cursor()], list[str]()) for lane in range(3)]
     for turn in range(60):
         source, at, keys = lanes[min(2, turn % 6)]
@@ -169,7 +170,7 @@ def test_lanes_share_a_pass_and_a_slow_lane_reads_for_itself(
     assert _lanes_in_turn(_opened(config)) == plain
     assert sorted(passes) == sorted(set(passes))
     passes.clear()
-    monkeypatch.setattr(user_pipeline, "_MOST_KEPT", 4)
+    monkeypatch.setattr(user_pipeline, "_MAX_KEPT", 4)
     assert _lanes_in_turn(_opened(config)) == plain
     assert len(passes) > len(set(passes))
 
@@ -362,11 +363,11 @@ def test_a_trace_names_samples_and_imports_no_code(configured: Configured, hybri
     config = configured(RECORDS)
     path = config.datasets[0].pipeline
     assert path is not None
-    samples = Samples(config, hybrid_spec, 1)
+    samples = SampleCatalog(config, hybrid_spec, 1)
     assert samples.where("captions", 5) == (path, "#5")
     for dataset in ("captions", "text"):
-        shown = samples.show(Row(0, 0, 0, dataset, 0, 5, 0, 7, None))
-        assert "a trace runs no Python code, and the data set captions is such code" in shown.notes
+        shown = samples.describe(LogRow(0, 0, 0, dataset, 0, 5, 0, 7, None))
+        assert "not shown: a trace runs no Python code, and the data set captions needs its own code" in shown.notes
     assert path.partition(":")[0] not in sys.modules
     samples.close()
 

@@ -1,4 +1,4 @@
-"""Tars between webdataset and this project, both ways: equal samples, with an index and streamed."""
+"""Tars that webdataset wrote and tars that webdataset reads: equal samples, with an index and streamed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_tar_that_webdataset_wrote_is_read_here_with_an_index_and_streamed(kin
         assert _images(sample) == [SAMPLES[key][ext] for ext in ("png", "0.png", "1.jpg") if ext in SAMPLES[key]]
         assert sample.fields["name"] == json.loads(SAMPLES[key]["json"])["name"]
     if kind == "tgz":
-        return  # An index is for plain tars.
+        return  # Only plain tars can be indexed.
     for path in paths:
         build_index(path)
     write_manifest(tmp_path / "all.manifest", paths)
@@ -99,7 +99,7 @@ def test_a_tar_that_webdataset_wrote_is_read_here_with_an_index_and_streamed(kin
 
 
 def _streamed(paths: list[str]) -> dict[str, Sample]:
-    """One epoch of two lanes, by key."""
+    """Return the samples of one epoch of two lanes, by key."""
     with Storage() as storage:
         shared = StreamedSet("plain", expand_shards(paths), 1, 4, storage, RunFaults(FaultConfig()))
         found = dict[str, Sample]()

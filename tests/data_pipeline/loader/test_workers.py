@@ -1,4 +1,4 @@
-"""Processes that make items ahead: what they make, how they end, and how they fail."""
+"""Worker processes that make items ahead: their items, how they stop, and how they fail."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def squares(worker: int) -> Generator[tuple[int, int], None, None]:
 
 
 def tensors(worker: int) -> Generator[Any, None, None]:
-    """In shared memory, which has no name: only the worker can hand it over."""
+    """Yield tensors in unnamed shared memory, which only the worker itself can send."""
     for number in range(3):
         yield torch.full((1000,), number).share_memory_()
     yield "the end"
 
 
 def large(_: int) -> Generator[bytes, None, None]:
-    """Far more than a pipe holds."""
+    """Yield an item that is much larger than the buffer of a pipe."""
     while True:
         yield bytes(1 << 20)
 
@@ -54,7 +54,7 @@ def failing(_: int) -> Generator[int, None, None]:
 @pytest.mark.long
 def test_items_come_in_order_from_each_worker(clean: bool) -> None:
     workers = Workers(squares, 3, 2, clean=clean, preload=(__name__,))
-    taken = [[workers.take(worker) for _ in range(20)] for worker in (2, 0, 1)]
+    taken = [[workers.next_item(worker) for _ in range(20)] for worker in (2, 0, 1)]
     assert taken == [[(worker, number**2) for number in range(20)] for worker in (2, 0, 1)]
     processes = workers.processes
     assert len(processes) == 3
@@ -77,24 +77,24 @@ def test_a_worker_makes_so_many_ahead_and_no_more(ahead: int) -> None:
         deadline = time.monotonic() + 20
         while made.value < taken + ahead and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(0.1)  # Time enough to make another one.
+        time.sleep(0.1)  # Enough time to make another item.
         assert made.value == taken + ahead
-        assert workers.take(0) == taken + 1
+        assert workers.next_item(0) == taken + 1
     workers.close()
 
 
 def test_what_a_worker_shares_can_be_taken_after_its_last_item_was_made() -> None:
     workers = Workers(tensors, 1, 8, clean=False)
-    time.sleep(0.5)  # It has nothing left to do.
-    assert [workers.take(0).tolist() for _ in range(3)] == [[number] * 1000 for number in range(3)]
-    assert workers.take(0) == "the end"
+    time.sleep(0.5)  # The worker has made its last item.
+    assert [workers.next_item(0).tolist() for _ in range(3)] == [[number] * 1000 for number in range(3)]
+    assert workers.next_item(0) == "the end"
     assert workers.processes[0].is_alive()
     workers.close()
 
 
 def test_a_worker_that_waits_for_a_reader_of_its_item_is_stopped() -> None:
     workers = Workers(large, 2, 3, clean=False)
-    assert len(workers.take(1)) == 1 << 20
+    assert len(workers.next_item(1)) == 1 << 20
     processes, start = workers.processes, time.monotonic()
     workers.close()
     assert time.monotonic() - start < 4, "it was killed when patience ended"
@@ -103,38 +103,38 @@ def test_a_worker_that_waits_for_a_reader_of_its_item_is_stopped() -> None:
 
 def test_a_worker_out_of_memory_says_so_without_a_traceback() -> None:
     workers = Workers(too_large, 1, 2, clean=False)
-    assert workers.take(0) == 1
+    assert workers.next_item(0) == 1
     with pytest.raises(
         WorkerError, match=r"loader worker 0 failed:\nout of memory \(.*: use fewer data.workers"
     ) as caught:
-        workers.take(0)
+        workers.next_item(0)
     assert "Traceback" not in str(caught.value)
     workers.close()
 
 
 def test_a_fault_that_nobody_foresaw_is_shown_where_it_happened() -> None:
     workers = Workers(failing, 1, 2, clean=False)
-    assert workers.take(0) == 1
+    assert workers.next_item(0) == 1
     with pytest.raises(WorkerError, match=r"loader worker 0 failed:(.|\n)*in failing(.|\n)*nobody thought of this"):
-        workers.take(0)
+        workers.next_item(0)
     workers.close()
 
 
 @pytest.mark.fault
 def test_a_worker_that_is_killed_is_named() -> None:
     workers = Workers(squares, 2, 1, clean=False)
-    assert workers.take(0) == (0, 0)
+    assert workers.next_item(0) == (0, 0)
     victim = workers.processes[1]
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
 
     def take_what_it_had_sent() -> None:
         for _ in range(4):
-            workers.take(1)
+            workers.next_item(1)
 
     with pytest.raises(WorkerError, match=r"loader worker 1 exited without an error message \(signal 9 \(SIGKILL\)\)"):
         take_what_it_had_sent()
-    assert workers.take(0) == (0, 1)
+    assert workers.next_item(0) == (0, 1)
     workers.close()
 
 
@@ -145,7 +145,7 @@ def test_a_fork_of_the_consumer_stops_nobody() -> None:
         workers.close()
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    assert [workers.take(0)[1] for _ in range(3)] == [0, 1, 4]
+    assert [workers.next_item(0)[1] for _ in range(3)] == [0, 1, 4]
     workers.close()
 
 
@@ -179,7 +179,7 @@ from data_pipeline.io.ordered_pool import in_order
 from data_pipeline.loader.workers import Workers
 
 workers = Workers(things.items, 2, 1, clean=True)
-print(workers.take(0), workers.take(1), *in_order(things.Work(), [1, 2, 3], 2))
+print(workers.next_item(0), workers.next_item(1), *in_order(things.Work(), [1, 2, 3], 2))
 workers.close()
 """
 
@@ -199,14 +199,14 @@ from tests.data_pipeline.loader.test_workers import squares
 
 if __name__ == "__main__":
     workers = Workers(squares, 2, 2, clean=sys.argv[1] == "clean")
-    workers.take(1)
+    workers.next_item(1)
     print(*(process.pid for process in workers.processes), flush=True)
     sys.stdin.read()
 """
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and was not waited for does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -217,7 +217,7 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("start", ["clean", "plain"])
 def test_workers_end_with_the_process_that_loads(start: str) -> None:
-    """Those from a clean process are no children of it, and nobody else would tell them."""
+    """Workers of a fork server are no children of the consumer, so the system does not stop them with it."""
     command = [sys.executable, "-c", _ORPHANS, start]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -236,7 +236,7 @@ import ctypes, sys, threading
 from data_pipeline.loader import workers
 
 if sys.argv[1] == "worker":
-    workers._settle({})
+    workers._set_up_process({})
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
 libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -261,7 +261,7 @@ libc.fclose(file)
 @pytest.mark.skipif(sys.platform != "linux", reason="arenas are glibc's")
 @pytest.mark.long
 def test_threads_of_a_worker_share_two_arenas(tmp_path: Path) -> None:
-    """Else each keeps the most that it ever held, up to eight arenas a core."""
+    """Without the limit there are up to eight arenas per core, each with the memory of its peak."""
 
     def arenas(process: str) -> int:
         path = tmp_path / process

@@ -1,4 +1,4 @@
-"""The fault policy alone: what each kind does, when it gives up, and counters that survive a resume."""
+"""The fault policy: the treatment of each kind of fault, the limits, and counters that survive a resume."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.fault
 
 
 @dataclass
-class Stranger:
-    """A data set of which nothing is known; it writes down what it is told."""
+class NoKnownFaults:
+    """A data set without known faults, which records faults and successes."""
 
-    told: list[object] = field(default_factory=list)
+    calls: list[object] = field(default_factory=list)
 
     def recall(self, sample: int) -> Fault | None:
         return None
@@ -38,23 +38,23 @@ class Stranger:
     def offset(self, sample: int) -> int | None:
         return None
 
-    def shard_failed(self, sample: int, error: Exception) -> Fault:
+    def record_shard_failure(self, sample: int, error: Exception) -> Fault:
         return Fault(SampleError(str(error), kind=FaultKind.SHARD), counts=False)
 
-    def keep(self, sample: int, error: SampleError) -> None:
-        self.told.append(error)
+    def remember(self, sample: int, error: SampleError) -> None:
+        self.calls.append(error)
 
-    def succeeded(self, sample: int) -> None:
-        self.told.append("good")
+    def record_success(self, sample: int) -> None:
+        self.calls.append("good")
 
 
-def attempt(policy: FaultPolicy, error: BaseException | None, known: Stranger | None = None) -> object:
+def attempt(policy: FaultPolicy, error: BaseException | None, known: NoKnownFaults | None = None) -> object:
     def make() -> str:
         if error is not None:
             raise error
         return "document"
 
-    return policy.attempt(make, known or Stranger(), 0)
+    return policy.attempt(make, known or NoKnownFaults(), 0)
 
 
 def bad(kind: FaultKind = FaultKind.DECODE) -> SampleError:
@@ -108,16 +108,16 @@ def test_a_lost_shard_ends_the_run_unless_it_is_to_be_skipped_and_then_counts_fo
 
 def test_only_faults_of_the_bytes_themselves_are_kept_in_quarantine() -> None:
     for kind in OF_SAMPLES:
-        known = Stranger()
+        known = NoKnownFaults()
         attempt(FaultPolicy(FaultConfig.model_validate({kind.value: "quarantine"})), bad(kind), known)
-        assert bool(known.told) == (kind in (FaultKind.CHECKSUM, FaultKind.DECODE)), kind
-    known = Stranger()
+        assert bool(known.calls) == (kind in (FaultKind.CHECKSUM, FaultKind.DECODE)), kind
+    known = NoKnownFaults()
     attempt(FaultPolicy(FaultConfig()), bad(), known)
-    assert known.told == []
+    assert known.calls == []
 
 
 def gives_up(config: FaultConfig, faults: list[bool], resume_at: int | None = None) -> int | None:
-    """Number of the sample at which a policy gives up; stopped and resumed before sample ``resume_at``."""
+    """Return the number of the sample at which a policy gives up, with a resume before sample ``resume_at``."""
     policy = FaultPolicy(config)
     for number, is_bad in enumerate(faults):
         if number == resume_at:
@@ -130,7 +130,7 @@ def gives_up(config: FaultConfig, faults: list[bool], resume_at: int | None = No
 
 
 def counted(config: FaultConfig, faults: list[bool]) -> int | None:
-    """The same by counting over the whole list."""
+    """As ``gives_up``, computed by counting over the whole list."""
     for end in range(1, len(faults) + 1):
         row = faults[max(0, end - config.max_consecutive) : end]
         window = faults[max(0, end - config.share_window) : end]

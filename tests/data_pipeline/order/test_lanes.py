@@ -1,4 +1,4 @@
-"""Order: every sample once an epoch over all lanes, any place found without those before it, and back."""
+"""The order: every sample once per epoch over all lanes, random access to any cursor, and the inverse."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import DataConfigError
 from data_pipeline.order.lanes import LaneOrder
-from data_pipeline.order.state import Cursor, Place
+from data_pipeline.order.state import Cursor, SamplePosition
 
 SEEDS = st.integers(0, 2**64 - 1)
 
 
-def walk(order: LaneOrder, epochs: int) -> list[Place]:
-    """Places of one lane until ``epochs`` are over, one after the other."""
-    places: list[Place] = []
+def walk(order: LaneOrder, epochs: int) -> list[SamplePosition]:
+    """Return the positions of one lane in order, until ``epochs`` are over."""
+    places: list[SamplePosition] = []
     cursor = Cursor()
     while True:
         place, cursor = order.resolve(cursor)
@@ -28,7 +28,7 @@ def walk(order: LaneOrder, epochs: int) -> list[Place]:
         places.append(place)
 
 
-# Written down from the first version, which went sample by sample without numpy: runs of then must go on today.
+# Recorded with the first version, which resolved single samples without numpy: old runs must still resume.
 GOLDEN = {
     ((1, 1, 1, 0, 0, 1), Cursor(), 9): "3d8309270d250abc",
     ((1, 16, 8, 5, 2, 7), Cursor(), 9): "df6728b2ee66f992",
@@ -68,12 +68,12 @@ def test_the_order_is_the_same_in_every_process_and_version(
 def test_all_ranks_and_workers_together_see_every_sample_once_an_epoch(
     num_samples: int, block_size: int, window_blocks: int, num_lanes: int, world_size: int, workers: int, seed: int
 ) -> None:
-    seen: Counter[Place] = Counter()
+    seen: Counter[SamplePosition] = Counter()
     for rank in range(world_size):
         for worker in range(workers):
             for lane in range(rank, num_lanes, world_size)[worker::workers]:
                 seen.update(walk(LaneOrder(num_samples, block_size, window_blocks, seed, lane, num_lanes), 3))
-    assert seen == Counter(Place(sample, epoch) for epoch in range(3) for sample in range(num_samples))
+    assert seen == Counter(SamplePosition(sample, epoch) for epoch in range(3) for sample in range(num_samples))
 
 
 @settings(max_examples=20)
@@ -175,7 +175,7 @@ def test_find_goes_back_from_a_sample_to_its_cursor(
     lane, cursor = asked.find(sample, epoch)
     order = LaneOrder(num_samples, block_size, window_blocks, seed, lane, num_lanes)
     place, after = order.resolve(cursor)
-    assert place == Place(sample, epoch)
+    assert place == SamplePosition(sample, epoch)
     assert after == Cursor(epoch, cursor.window, cursor.offset + 1)
     assert order.find(sample, epoch) == (lane, cursor)
 
@@ -185,7 +185,7 @@ def test_find_looks_into_the_window_of_the_samples_lane_and_not_into_its_own() -
     found = {sample: LaneOrder(60, 2, 3, seed=1, lane=0, num_lanes=4).find(sample, 1) for sample in range(60)}
     for cursor in (Cursor(1, 0, 0), Cursor(1, 1, 3)):
         for order in orders:
-            order.resolve(cursor)  # The order keeps this window.
+            order.resolve(cursor)  # The order caches this window.
             assert {sample: order.find(sample, 1) for sample in range(60)} == found
 
 
@@ -228,12 +228,12 @@ def test_a_block_is_read_within_one_window() -> None:
 @given(num_samples=st.integers(600, 2000), block_size=st.integers(1, 4), seed=SEEDS)
 @settings(max_examples=25, derandomize=True)
 def test_epochs_are_shuffled_independently(num_samples: int, block_size: int, seed: int) -> None:
-    """The position of a sample in one epoch says nothing of its position in the next."""
+    """The positions of a sample in two epochs are not correlated."""
     positions = np.empty((3, num_samples))
     for i, place in enumerate(walk(LaneOrder(num_samples, block_size, 16, seed, 0, 1), 3)):
         positions[place.epoch, place.sample] = i
     stored = np.arange(num_samples)
-    # Blocks move as one, so a correlation by chance has a deviation of 1 / sqrt(blocks); 4.5 of them: 1 in 147,000.
+    # Blocks are permuted as a whole, so a random correlation has a deviation of 1 / sqrt(blocks); 4.5: 1 in 147,000.
     chance = 4.5 / np.sqrt(num_samples / block_size)
     correlations = np.asarray(np.corrcoef(np.vstack([stored, positions])))
     assert np.abs(correlations[np.triu_indices(4, 1)]).max() < chance

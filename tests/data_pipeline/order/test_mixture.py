@@ -1,4 +1,4 @@
-"""Mixture: counts stay within one draw of the exact share, and lanes are spread."""
+"""The mixture: counts are within one draw of the exact share, and lanes start at different positions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_count_is_within_one_draw_of_its_share_at_every_place(weights: lis
 
 
 def _tijdeman(weights: list[int], draws: int) -> list[int]:
-    """The sequence as the paper defines it, in fractions; of equally urgent data sets the first is next."""
+    """Return the sequence as the paper defines it, with fractions. The first of equally urgent data sets is next."""
     shares = [Fraction(weight, sum(weights)) for weight in weights]
     margin = Fraction(1, 2 * len(weights) - 2)
     counts, chosen = [0] * len(weights), []
@@ -89,11 +89,11 @@ def test_a_data_set_of_weight_0_is_never_drawn() -> None:
 
 
 def test_a_schedule_joins_the_changes_of_all_data_sets() -> None:
-    schedule = Schedule.of([[(0, 1.0)], [(5, 2.0), (9, 0.0)], [(0, 3.0), (9, 3.0)]])
+    schedule = Schedule.from_changes([[(0, 1.0)], [(5, 2.0), (9, 0.0)], [(0, 3.0), (9, 3.0)]])
     assert schedule.starts == (0, 5, 9)
     assert schedule.weights == ((1.0, 0.0, 3.0), (1.0, 2.0, 3.0), (1.0, 0.0, 3.0))
     assert [schedule.phase(step) for step in (0, 4, 5, 8, 9, 10**9)] == [0, 0, 1, 1, 2, 2]
-    assert Schedule.of([[(0, 1.0), (7, 1.0)]]).starts == (0,), "a change to the same weights begins no phase"
+    assert Schedule.from_changes([[(0, 1.0), (7, 1.0)]]).starts == (0,), "a change to the same weights begins no phase"
 
 
 def test_the_choice_depends_on_the_draws_alone() -> None:

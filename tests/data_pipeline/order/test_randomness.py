@@ -1,4 +1,4 @@
-"""Permutations: each value once, the same on every machine, forwards, backwards and in bulk."""
+"""Permutations: each value once, the same on every machine; values, positions, and many values at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_order_is_the_same_on_every_machine() -> None:
 def test_the_orders_of_small_sets_are_equally_frequent() -> None:
     counts = Counter(tuple(Permutation(4, seed)[i] for i in range(4)) for seed in range(4800))
     assert len(counts) == 24
-    # 23 degrees of freedom: above 49.7 once in a thousand; the seeds are fixed, so the test is too.
+    # 23 degrees of freedom: above 49.7 once in a thousand; the seeds are fixed, so the result is deterministic.
     assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 49.7
 
 
@@ -46,10 +46,10 @@ def test_index_goes_back(size: int, seed: int, data: st.DataObject) -> None:
     count=st.integers(0, 700),
 )
 def test_many_at_once_are_the_same_as_one_by_one(size: int, seed: int, first: int, count: int) -> None:
-    """Small and large domains, few and many positions: every way through the arithmetic of the bulk."""
+    """Small and large domains, few and many positions: every branch of ``values_at``."""
     order = Permutation(size, seed)
     positions = np.arange(first % size, min(size, first % size + count))
-    assert order.take(positions).tolist() == [order[i] for i in positions.tolist()]
+    assert order.values_at(positions).tolist() == [order[i] for i in positions.tolist()]
 
 
 def test_sizes_and_positions_outside_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""A mixture that changes while it runs: weights by step, data sets that join, data sets that end."""
+"""A mixture that changes during a run: weights by step, data sets that are added, data sets that are exhausted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_pipeline.order.state import LoaderState
 
 
 def _with(config: DataConfig, changes: dict[str, dict[str, Any]], **others: object) -> DataConfig:
-    """The configuration with fields of some data sets changed; a data set changed to ``{}`` stays, others go."""
+    """Return the configuration with only the given data sets, and their fields changed; ``{}`` changes no field."""
     datasets = [dataset.model_dump() | changes[dataset.name] for dataset in config.datasets if dataset.name in changes]
     return DataConfig.model_validate(config.model_dump() | {"datasets": datasets} | others)
 
@@ -29,7 +29,7 @@ def _steps(config: DataConfig, spec: MediaSpec, count: int, state: LoaderState |
 
 
 def _drawn(steps: list[StepBatch], lane: int | None = None) -> list[tuple[str, int, int]]:
-    """(data set, epoch, sample) of each document, in order."""
+    """Return (data set, epoch, sample) of each document, in order."""
     return [
         (origin.dataset, origin.epoch, origin.index)
         for step in steps

@@ -1,4 +1,4 @@
-"""A lane's integers, and what becomes of them where the list of data sets has changed."""
+"""The integers of a lane, and their conversion to another list of data sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import StateError
 from data_pipeline.io.strict import StrictConfig
-from data_pipeline.loader.fingerprint import _without_later_defaults, fingerprint, schedule_of
+from data_pipeline.loader.fingerprint import _original_dump, fingerprint, schedule_of
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.state import (
     Cursor,
@@ -59,7 +59,7 @@ def test_a_document_of_a_data_set_that_is_not_there_is_refused() -> None:
     good = LaneState(position, (Drawn(1, 0, 0),)).to_integers()
     assert LaneState.from_integers(good).waiting == (Drawn(1, 0, 0),)
     bad = LaneState(position, (Drawn(0, 0, 0), Drawn(2, 0, 0))).to_integers()
-    with pytest.raises(StateError, match="of 2 data sets holds a document of number"):
+    with pytest.raises(StateError, match="of 2 data sets contains a document of data set number"):
         LaneState.from_integers(bad)
 
 
@@ -67,8 +67,8 @@ def test_a_document_of_a_data_set_that_is_not_there_is_refused() -> None:
 def test_data_sets_keep_their_places_by_name(state: LaneState, data: st.DataObject) -> None:
     old = list("abcd"[: len(state.position.draws)])
     new = data.draw(st.permutations([*old, *data.draw(st.lists(st.sampled_from("xyz"), unique=True))]))
-    moved = state.among(old, new)
-    assert state.among(old, old) == state
+    moved = state.for_datasets(old, new)
+    assert state.for_datasets(old, old) == state
     assert (moved.position.phase, moved.faults) == (state.position.phase, state.faults)
     assert [new[d.dataset] for d in moved.waiting] == [old[d.dataset] for d in state.waiting]
     assert [d[1:] for d in moved.waiting] == [d[1:] for d in state.waiting]
@@ -87,7 +87,7 @@ def test_data_sets_keep_their_places_by_name(state: LaneState, data: st.DataObje
 def test_a_data_set_that_is_gone_leaves_the_others_alone() -> None:
     cursors = (Cursor(1, 1, 1), Cursor(2, 2, 2), Cursor(3, 3, 3))
     state = LaneState(StreamPosition((5, 0, 7), cursors, 1, 0b110), (Drawn(2, 1, 4),), (9,))
-    moved = state.among(["a", "b", "c"], ["c", "a"])
+    moved = state.for_datasets(["a", "b", "c"], ["c", "a"])
     assert moved == LaneState(StreamPosition((7, 5), (cursors[2], cursors[0]), 1, 0b01), (Drawn(0, 1, 4),), (9,))
 
 
@@ -180,7 +180,7 @@ FIRST_STEPS = {
     "a.template": "2644b005647c4e97",
     "a.transforms": "c394c8a171176092",
 }
-"""What checkpoints of version 1 hold. With another value none of them can be resumed."""
+"""The fingerprint in checkpoints of version 1. With another value they could not be resumed."""
 LATER_STEPS = {
     **FIRST_STEPS,
     "datasets": "3554d2b8a1e34099",
@@ -202,11 +202,11 @@ def _hashes(step: int, data: dict[str, Any], spec: MediaSpec = SPEC, **given: An
 @pytest.mark.parametrize(("step", "expected"), [(0, FIRST_STEPS), (10, FIRST_STEPS), (11, LATER_STEPS)])
 def test_the_fingerprint_of_a_configuration_is_that_of_older_checkpoints(step: int, expected: dict[str, str]) -> None:
     assert _hashes(step, DATA) == expected
-    # A data set that has not been drawn may still change, or be left out.
+    # A data set that has not been drawn yet may be changed or removed.
     later = {**DATA, "datasets": [DATASET_A, {**DATASET_B, "max_epochs": 7}]}
     assert (_hashes(step, later) == expected) == (step <= 10)
     assert (_hashes(step, {**DATA, "datasets": [DATASET_A]}) == expected) == (step <= 10)
-    # One that is drawn from step 1 on counts after step 1.
+    # A data set that is drawn from step 1 on is part of the fingerprint after step 1.
     soon = {**DATA, "datasets": [DATASET_A, {**DATASET_B, "weight": [{"from_step": 1, "weight": 0.5}]}]}
     assert [_hashes(step, soon)["datasets"] == FIRST_STEPS["datasets"] for step in (0, 1, 2)] == [True, True, False]
 
@@ -247,11 +247,11 @@ def test_a_later_key_is_one_place_and_not_one_name() -> None:
         template: Block = Block()
         transforms: Block = Block()
 
-    kept = _without_later_defaults(Other(), Other().model_dump())
+    kept = _original_dump(Other(), Other().model_dump())
     assert kept == {
         "images": "optional",
         "template": {"max_text_bytes": 5},
         "transforms": {"images": "optional", "max_text_bytes": 5},
     }
     changed = Other(max_text_bytes=6, template=Block(images="required"))
-    assert _without_later_defaults(changed, changed.model_dump()) == changed.model_dump()
+    assert _original_dump(changed, changed.model_dump()) == changed.model_dump()

@@ -1,4 +1,4 @@
-"""Documents of known content for the tests of packing."""
+"""Synthetic documents with known content, for the tests of packing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from data_pipeline.sample import Provenance
 
 
 def made_document(pieces: list[tuple[str, int]], spec: MediaSpec) -> Document:
-    """Text and images in a row; token t has id t, label t + 1 and weight t + 0.5; features of image i have value i."""
+    """Return a document of text and images. Token t has id t, label t + 1 and weight t + 0.5; features of image i are
+    i."""
     embedded = spec.placement is Placement.EMBEDDING
     length, items, images, dest, spans = 0, [], [], [], [Span(0, ())]
     for kind, size in pieces:

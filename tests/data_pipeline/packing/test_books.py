@@ -1,4 +1,4 @@
-"""Long texts: splitting is linear in the text and gives the parts that a plain search gives; a text has a bound."""
+"""Long texts: splitting takes linear time and gives the same parts as a plain search; the size of a text is limited."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ SPECS = (MediaSpec(Placement.EMBEDDING, patch_size=1), MediaSpec(Placement.CROSS
 
 
 def document_of(pieces: list[tuple[str, int]], spec: MediaSpec, branches: tuple[int, ...] = ()) -> Document:
-    """A document whose tokens all weigh 1, and whose images have their features in reverse order."""
+    """Return a document whose tokens have weight 1, and whose images have their features in reverse order."""
     document = made_document(pieces, spec)
     slots = [slot for image in document.images for slot in reversed(range(image.start, image.stop))]
     return replace(
         document,
         loss_weights=np.ones_like(document.loss_weights),
-        dest=np.array(slots if len(document.dest) else [], np.int32),
+        scatter_index=np.array(slots if len(document.scatter_index) else [], np.int32),
         branches=branches,
     )
 
 
 def plain_part(document: Document, start: int, stop: int) -> dict[str, Any]:
-    """A part by definition: every list of the document is looked at from its beginning."""
+    """Return a part by its definition, with a scan of all lists of the document."""
     ends = [*(span.start for span in document.spans[1:]), document.num_tokens]
     spans = [
         (max(span.start - start, 0), span.items)
@@ -56,14 +56,14 @@ def plain_part(document: Document, start: int, stop: int) -> dict[str, Any]:
         "ids": document.token_ids[start:stop].tolist(),
         "positions": list(range(stop - start)),
         "items": [int(document.items[item].values[0, 0]) for item in kept],
-        "dest": [slot - start for slot in document.dest.tolist() if start <= slot < stop],
+        "dest": [slot - start for slot in document.scatter_index.tolist() if start <= slot < stop],
         "spans": [(at, tuple(kept.index(item) for item in items)) for at, items in spans],
         "images": [(image.start - start, kept.index(image.first_item), image.stop - start) for image in images],
     }
 
 
 def plain_split(document: Document, most: int) -> Iterator[dict[str, Any]]:
-    """The longest part of at most ``most`` tokens, again and again, by trying every end."""
+    """Yield parts of at most ``most`` tokens, each the longest, by trying every end."""
     inside = {token for image in document.images for token in range(image.start + 1, image.stop)}
     start = 0
     while start < document.num_tokens:
@@ -82,7 +82,7 @@ def described(part: Document) -> dict[str, Any]:
         "ids": part.token_ids.tolist(),
         "positions": part.position_ids.tolist(),
         "items": [int(item.values[0, 0]) for item in part.items],
-        "dest": part.dest.tolist(),
+        "dest": part.scatter_index.tolist(),
         "spans": [(span.start, span.items) for span in part.spans],
         "images": [tuple(image) for image in part.images],
     }
@@ -101,8 +101,8 @@ def test_the_parts_are_those_of_a_search_over_every_end(
     assert parts == list(plain_split(document, most))
 
 
-class Looks:
-    """Counts what is looked at to find out whether parts fit."""
+class CountingFits:
+    """Returns whether a part has at most ``most`` tokens; counts the calls and the tokens of all tried parts."""
 
     def __init__(self, most: int) -> None:
         self.most, self.tokens, self.calls = most, 0, 0
@@ -117,16 +117,16 @@ class Looks:
 def test_a_split_looks_at_each_token_a_bounded_number_of_times(branched: bool) -> None:
     for length in (1 << 12, 1 << 15):
         branches = tuple(range(1, length, 8)) if branched else ()
-        looks = Looks(64)
-        parts = list(split(document_of([("text", length)], SPECS[0], branches), looks))
+        fits = CountingFits(64)
+        parts = list(split(document_of([("text", length)], SPECS[0], branches), fits))
         assert sum(part.num_tokens - branched for part in parts) == length - branched
-        assert looks.tokens <= 14 * length
-        assert looks.calls <= 18 * len(parts)
+        assert fits.tokens <= 14 * length
+        assert fits.calls <= 18 * len(parts)
 
 
 @pytest.fixture
 def book_config(mixture_config: DataConfig) -> Callable[..., DataConfig]:
-    """A run over texts that are split."""
+    """Return the configuration of a run over texts that are split."""
 
     def make(**dataset: object) -> DataConfig:
         packing = {"max_tokens": 64, "too_long": "split", "look_ahead": 1}
@@ -142,7 +142,7 @@ def test_the_loader_tokenises_a_book_once_and_cuts_it_in_linear_work(
     write_set: WriteSet, book_config: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = {"characters": 0, "tokens": 0}
-    encode, alone = HuggingFaceTokenizer.encode, Budget._alone
+    encode, alone = HuggingFaceTokenizer.encode, Budget._fits
 
     def counting_encode(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
         counts["characters"] += len(text)
@@ -153,7 +153,7 @@ def test_the_loader_tokenises_a_book_once_and_cuts_it_in_linear_work(
         return alone(budget, document)
 
     monkeypatch.setattr(HuggingFaceTokenizer, "encode", counting_encode)
-    monkeypatch.setattr(Budget, "_alone", counting_alone)
+    monkeypatch.setattr(Budget, "_fits", counting_alone)
     text = "".join(chr(97 + number * number % 26) for number in range(1 << 14))
     config = book_config(manifest=write_set("only", [{"txt": text.encode()}]))
     tokens = 0

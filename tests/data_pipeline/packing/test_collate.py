@@ -1,4 +1,4 @@
-"""Batches: every index against a search over the documents themselves."""
+"""Batches: every index array is compared with a search over the documents."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 
 from data_pipeline.batch import BranchedSegments, MediaBlock, MultimodalBatch, Segments
 from data_pipeline.config import DataConfig
-from data_pipeline.document import Coverage, Document, ImageExtent, MediaItem, Region, Span
+from data_pipeline.document import ContentArea, Document, ImageExtent, MediaItem, Region, Span
 from data_pipeline.loader.lane_packs import LaneStream
 from data_pipeline.loader.loader import Loader
 from data_pipeline.loader.sample_source import OpenDataset
-from data_pipeline.loader.shared_buffers import Inbox, Outbox
+from data_pipeline.loader.shared_buffers import BatchReceiver, BatchSender
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.fault_lists import RunFaults
 from data_pipeline.order.lanes import Schedule
 from data_pipeline.order.state import LaneState, StreamPosition
 from data_pipeline.packing.collate import collate, concatenate
-from data_pipeline.packing.document_builder import null_document
+from data_pipeline.packing.document_builder import dummy_document
 from data_pipeline.packing.packer import Budget, Pack, Packer
 from data_pipeline.packing.truncation import Cutter
 from data_pipeline.sample import Provenance
@@ -32,7 +32,7 @@ from data_pipeline.text.tokenizer import load_tokenizer
 
 
 def assert_same(a: object, b: object) -> None:
-    """Equality through every field and tensor."""
+    """Assert that all fields and tensors are equal."""
     if isinstance(a, torch.Tensor):
         assert isinstance(b, torch.Tensor)
         assert a.dtype == b.dtype
@@ -57,7 +57,7 @@ def spec(request: pytest.FixtureRequest) -> MediaSpec:
 @pytest.fixture
 def packs(mixture_config: DataConfig, spec: MediaSpec) -> list[Pack]:
     tokenizer = load_tokenizer(mixture_config.tokenizer)
-    budget = Budget(mixture_config.packing, spec, null_document(spec, tokenizer.pad_id))
+    budget = Budget(mixture_config.packing, spec, dummy_document(spec, tokenizer.pad_id))
     faults = RunFaults.load(mixture_config.faults, ())
     datasets = [
         OpenDataset.open(mixture_config, each, 1, tokenizer, spec, faults, Storage())
@@ -75,59 +75,59 @@ def test_a_batch_finds_every_feature_where_its_document_put_it(packs: list[Pack]
     batch = collate(packs, spec)
     block = batch.media["image"]
     documents = [document for pack in packs for document in pack.documents]
-    features = block.items.bounds  # One feature a patch: merge is 1.
+    features = block.items.bounds  # One feature per patch: merge is 1.
     token, item, dest, source, keys_of_token = 0, 0, [], [], []
     for document in documents:
-        for view in document.items:
-            np.testing.assert_array_equal(block.values[features[item] : features[item + 1]].numpy(), view.values)
-            if view.embedded:
+        for crop in document.items:
+            np.testing.assert_array_equal(block.values[features[item] : features[item + 1]].numpy(), crop.values)
+            if crop.embedded:
                 source.extend(range(features[item], features[item + 1]))
             item += 1
-        dest.extend(token + slot for slot in document.dest.tolist())
+        dest.extend(token + slot for slot in document.scatter_index.tolist())
         first = item - len(document.items)
         for position in range(document.num_tokens):
             span = [span for span in document.spans if span.start <= position][-1]
             keys_of_token.append([k for i in span.items for k in range(features[first + i], features[first + i + 1])])
         token += document.num_tokens
-    assert block.source.tolist() == source
-    assert block.dest.tolist() == dest
+    assert block.gather_index.tolist() == source
+    assert block.scatter_index.tolist() == dest
     assert block.span_tokens.total == batch.segments.total == token
-    assert block.span_keys.total == len(block.keys)
+    assert block.span_keys.total == len(block.attended_index)
     for span in range(block.span_tokens.num):
-        rows = block.keys[block.span_keys.bounds[span] : block.span_keys.bounds[span + 1]].tolist()
+        rows = block.attended_index[block.span_keys.bounds[span] : block.span_keys.bounds[span + 1]].tolist()
         for position in range(block.span_tokens.bounds[span], block.span_tokens.bounds[span + 1]):
             assert keys_of_token[position] == rows
 
 
 def test_counts_and_pairs(packs: list[Pack], spec: MediaSpec) -> None:
-    batch = collate([*packs, Pack((null_document(spec, 0),), -1)], spec)
+    batch = collate([*packs, Pack((dummy_document(spec, 0),), -1)], spec)
     documents = [document for pack in packs for document in pack.documents]
-    real = [document for document in documents if not document.is_null]
+    real = [document for document in documents if not document.is_dummy]
     assert batch.num_samples == len(real)
     assert batch.num_tokens == int(batch.valid.sum()) == sum(document.num_tokens for document in real)
     assert batch.weight == float((batch.labels != -100).sum()) > 0
     assert batch.lanes == (0, 1, 2, 3, -1)
     assert batch.lane_tokens[:-1] == tuple(sum(document.num_tokens for document in pack.documents) for pack in packs)
     assert sum(batch.lane_tokens) == batch.segments.total
-    single = [i for i, document in enumerate(documents) if document.num_images == 1 and not document.is_null]
+    single = [i for i, document in enumerate(documents) if document.num_images == 1 and not document.is_dummy]
     assert batch.pairs[:, 1].tolist() == single
     assert len(set(batch.pairs[:, 0].tolist())) == len(single) > 0
 
 
 def test_every_view_says_where_it_belongs(packs: list[Pack], spec: MediaSpec) -> None:
-    """Against the extents of the images, in whole documents and in those that are cut."""
+    """Compare with the images' extents, in whole and in cut documents."""
     documents = [document for pack in packs for document in pack.documents]
-    places = collate(packs, spec).media["image"].places
+    places = collate(packs, spec).media["image"].locations
     image = item = 0
     for segment, document in enumerate(documents):
         after = [*(extent.first_item for extent in document.images[1:]), len(document.items)]
         for extent, end in zip(document.images, after, strict=False):
-            views = document.items[extent.first_item : end]
-            tiles = [view.place for view in views if view.place is not None]
+            crops = document.items[extent.first_item : end]
+            tiles = [crop.cell for crop in crops if crop.cell is not None]
             grid = (max(row for row, _ in tiles) + 1, max(column for _, column in tiles) + 1) if tiles else (1, 1)
             assert len(set(tiles)) == len(tiles) == (grid[0] * grid[1] if tiles else 0)
-            for view in views:
-                assert places[item] == (segment, image, grid, view.place)
+            for crop in crops:
+                assert places[item] == (segment, image, grid, crop.cell)
                 item += 1
             image += 1
     assert item == len(places)
@@ -135,10 +135,10 @@ def test_every_view_says_where_it_belongs(packs: list[Pack], spec: MediaSpec) ->
 
 
 def test_a_part_of_a_page_keeps_its_images_apart(packs: list[Pack], spec: MediaSpec) -> None:
-    """Two images in a row are attended by the text behind them, so a part with that text alone has both."""
+    """The text after two consecutive images attends both, so a part with only that text has both images."""
     page = next(document for pack in packs for document in pack.documents if document.num_images == 3)
     part = Cutter(page).cut(page.images[1].stop, page.images[2].start)
-    places = collate([Pack((part,), 0)], spec).media["image"].places
+    places = collate([Pack((part,), 0)], spec).media["image"].locations
     if spec.placement is Placement.EMBEDDING:
         assert not places
     else:
@@ -151,22 +151,22 @@ def test_concatenating_batches_is_collating_their_packs_together(packs: list[Pac
     assert_same(together, collate(packs, spec))
 
 
-def test_a_parcel_gives_back_what_was_put_in(packs: list[Pack], spec: MediaSpec) -> None:
-    outbox, inbox = Outbox(), Inbox()
-    everything = [packs, [Pack((null_document(spec, 0),), -1)]]
+def test_a_batch_survives_the_transport(packs: list[Pack], spec: MediaSpec) -> None:
+    sender, receiver = BatchSender(), BatchReceiver()
+    everything = [packs, [Pack((dummy_document(spec, 0),), -1)]]
     for _ in range(3):
-        sent = inbox.open(outbox.wrap(tuple(collate(some, spec, outbox.join) for some in everything)))
+        sent = receiver.decode(sender.encode(tuple(collate(some, spec, sender.join) for some in everything)))
         for some, opened in zip(everything, sent, strict=True):
             assert_same(opened, collate(some, spec))
 
 
 def test_a_text_model_has_no_media() -> None:
     spec = MediaSpec()
-    batch = collate([Pack((null_document(spec, 0),), -1)], spec)
+    batch = collate([Pack((dummy_document(spec, 0),), -1)], spec)
     assert batch.media == {}
     assert batch.pairs.shape == (0, 2)
-    null_pack = Pack((null_document(spec, 0),), -1)
-    assert_same(concatenate([batch, batch], spec), collate([null_pack, null_pack], spec))
+    dummy_pack = Pack((dummy_document(spec, 0),), -1)
+    assert_same(concatenate([batch, batch], spec), collate([dummy_pack, dummy_pack], spec))
     with pytest.raises(ValueError, match="a batch needs at least one document"):
         collate([Pack((), -1)], spec)
 
@@ -185,7 +185,7 @@ def test_an_item_hands_on_only_what_it_keeps(embedded: bool) -> None:
     spec = MediaSpec(placement, patch_size=1, merge=2)
     values = np.zeros((32, 3), np.uint8)
     whole = MediaItem(values[:8], (1, 2, 4), embedded)
-    part = MediaItem(values, (1, 4, 8), embedded, kept=Region(top=1, left=2, height=1, width=2))
+    part = MediaItem(values, (1, 4, 8), embedded, kept_region=Region(top=1, left=2, height=1, width=2))
     assert [item.num_features(spec) for item in (whole, part)] == [2, 2]
     # Features of the second item: 2, 3, 4, 5 in its first row and 6, 7, 8, 9 in its second.
     empty, dest = np.zeros(6, np.int32), np.arange(4 * embedded, dtype=np.int32)
@@ -195,14 +195,14 @@ def test_an_item_hands_on_only_what_it_keeps(embedded: bool) -> None:
         loss_weights=empty.astype(np.float32),
         position_ids=empty,
         items=(whole, part),
-        dest=dest,
+        scatter_index=dest,
         spans=(Span(0, () if embedded else (0, 1)),),
     )
     block = collate([Pack((document,), 0)], spec).media["image"]
-    rows = block.source if embedded else block.keys
+    rows = block.gather_index if embedded else block.attended_index
     assert rows.tolist() == [0, 1, 8, 9]
     doubled = concatenate([collate([Pack((document,), 0)], spec)] * 2, spec).media["image"]
-    assert (doubled.source if embedded else doubled.keys).tolist() == [0, 1, 8, 9, 10, 11, 18, 19]
+    assert (doubled.gather_index if embedded else doubled.attended_index).tolist() == [0, 1, 8, 9, 10, 11, 18, 19]
 
 
 @given(st.data())
@@ -214,7 +214,7 @@ def test_kept_features_are_those_of_the_rectangle(data: st.DataObject) -> None:
     grid = (frames, rows * merge, columns * merge)
     numbers = np.arange(first, first + frames * rows * columns).reshape(frames, rows, columns)
     for kept, expected in ((None, numbers), (region, numbers[:, region.top :, region.left :][:, :height, :width])):
-        item = MediaItem(np.zeros((1, 1), np.uint8), grid, embedded=True, kept=kept)
+        item = MediaItem(np.zeros((1, 1), np.uint8), grid, embedded=True, kept_region=kept)
         found = [number for start, count in item.kept_features(spec, first) for number in range(start, start + count)]
         assert found == expected.ravel().tolist()
         assert item.num_features(spec) == len(found)
@@ -231,9 +231,9 @@ def _item(rng: np.random.Generator, spec: MediaSpec, image: int) -> MediaItem:
         values=rng.integers(0, 256, (int(np.prod(grid)), spec.patch_dim), np.uint8),
         grid=grid,
         embedded=embedded,
-        kept=region if rng.random() < 0.5 else None,
-        place=(1, int(rng.integers(3))) if rng.random() < 0.6 else None,
-        coverage=Coverage(region, filled) if spec.padding and rng.random() < 0.5 else None,
+        kept_region=region if rng.random() < 0.5 else None,
+        cell=(1, int(rng.integers(3))) if rng.random() < 0.6 else None,
+        content_area=ContentArea(region, filled) if spec.padding and rng.random() < 0.5 else None,
         tiles=(1, int(rng.integers(3)) + 1),
         image=image,
         tag=() if embedded else tuple(rng.integers(1, 90, rng.integers(3)).tolist()),
@@ -254,11 +254,11 @@ def _document(rng: np.random.Generator, spec: MediaSpec) -> Document:
     return Document(
         token_ids=rng.integers(0, 99, length, np.int32),
         labels=rng.integers(0, 99, length, np.int32),
-        # Their sum is exact in float64 in any order, and not in float32.
+        # The sum is exact in float64 in any order, but not in float32.
         loss_weights=rng.choice([0.0, 0.5, 1.0, 2.0**24], length).astype(np.float32),
         position_ids=rng.integers(0, 99, (length, 3)[: spec.position_axes - 1 or 1], np.int32),
         items=tuple(items),
-        dest=rng.permutation(length)[:slots].astype(np.int32),
+        scatter_index=rng.permutation(length)[:slots].astype(np.int32),
         spans=tuple(
             Span(start, tuple(rng.permutation(attended)[: rng.integers(3)].astype(int).tolist()))
             for start in [0, *some_tokens()]
@@ -270,7 +270,7 @@ def _document(rng: np.random.Generator, spec: MediaSpec) -> Document:
 
 
 def _made_by_hand(placement: Placement, seed: int) -> tuple[list[Pack], MediaSpec]:
-    """Packs of random documents. They are legal as far as a batch can tell, however unlikely."""
+    """Packs of random documents: unlikely, but valid for a batch."""
     rng = np.random.default_rng(seed)
     spec = MediaSpec(
         placement,
@@ -286,7 +286,7 @@ def _made_by_hand(placement: Placement, seed: int) -> tuple[list[Pack], MediaSpe
 
 @dataclass
 class _Rows:
-    """The names of all rows that tower and embedding hand on, and those of each item."""
+    """Return the names of all feature rows, and those of each item."""
 
     names: list[tuple[int, ...]]
     kept: list[list[tuple[int, ...]]]
@@ -297,13 +297,13 @@ class _Rows:
         found = cls([], [], [])
         for number, item in enumerate(items):
             frames, height, width = item.grid[0], item.grid[1] // spec.merge, item.grid[2] // spec.merge
-            top, left, rows, columns = item.kept or (0, 0, height, width)
+            top, left, rows, columns = item.kept_region or (0, 0, height, width)
             found.kept.append([])
             for frame in range(frames):
                 classes = [(number, frame, -1, -1)] * spec.class_features
                 inside = [(number, frame, row, column) for row in range(height) for column in range(width)]
                 found.names += classes + inside
-                found.kept[-1] += classes if item.kept is None else []
+                found.kept[-1] += classes if item.kept_region is None else []
                 found.kept[-1] += [
                     name for name in inside if top <= name[2] < top + rows and left <= name[3] < left + columns
                 ]
@@ -324,34 +324,36 @@ def _check_media(batch: MultimodalBatch, documents: list[Document], spec: MediaS
     assert block.items.bounds == tuple(accumulate((len(item.values) for item in items), initial=0))
     assert block.tag_ids.tolist() == [token for item in items for token in item.tag]
     sources = [name for item, kept in zip(items, rows.kept, strict=True) if item.embedded for name in kept]
-    assert [rows.names[row] for row in block.source.tolist()] == sources
-    assert {block.source.dtype, block.dest.dtype, block.keys.dtype, block.tag_ids.dtype} == {torch.int64}
+    assert [rows.names[row] for row in block.gather_index.tolist()] == sources
+    assert {
+        tensor.dtype for tensor in (block.gather_index, block.scatter_index, block.attended_index, block.tag_ids)
+    } == {torch.int64}
     first_token, first_item, image, dest, attended, places = 0, 0, -1, [], [], []
     for segment, document in enumerate(documents):
-        dest += [first_token + int(slot) for slot in document.dest]
+        dest += [first_token + int(slot) for slot in document.scatter_index]
         for token in range(document.num_tokens):
             span = [span for span in document.spans if span.start <= token][-1]
             numbers = [first_item + number for number in span.items]
             attended.append([name for number in numbers for name in rows.tags[number] + rows.kept[number]])
         for number, item in enumerate(document.items):
             image += number == 0 or item.image != document.items[number - 1].image
-            places.append((segment, image, item.tiles, item.place))
+            places.append((segment, image, item.tiles, item.cell))
         first_token, first_item = first_token + document.num_tokens, first_item + len(document.items)
-    assert block.dest.tolist() == dest
-    assert list(block.places) == places
+    assert block.scatter_index.tolist() == dest
+    assert list(block.locations) == places
     spans = [
-        [rows.names[row] for row in block.keys[start:stop].tolist()]
+        [rows.names[row] for row in block.attended_index[start:stop].tolist()]
         for start, stop in zip(block.span_keys.bounds, block.span_keys.bounds[1:], strict=False)
     ]
     edges = block.span_tokens.bounds
     assert [span for span, a, b in zip(spans, edges, edges[1:], strict=False) for _ in range(a, b)] == attended
     if not spec.padding:
-        assert block.coverage is None
+        assert block.content_area is None
         return
-    covers = [item.coverage or ((0, 0, *item.grid[1:]), (0, 0, *item.grid[1:])) for item in items]
-    assert block.coverage is not None
-    assert block.coverage.tolist() == [[*touched, *filled] for touched, filled in covers]
-    assert (block.coverage.dtype, block.coverage.shape[1]) == (torch.int32, 8)
+    covers = [item.content_area or ((0, 0, *item.grid[1:]), (0, 0, *item.grid[1:])) for item in items]
+    assert block.content_area is not None
+    assert block.content_area.tolist() == [[*touched, *filled] for touched, filled in covers]
+    assert (block.content_area.dtype, block.content_area.shape[1]) == (torch.int32, 8)
 
 
 def _check_text(batch: MultimodalBatch, packs: list[Pack]) -> None:
@@ -360,17 +362,17 @@ def _check_text(batch: MultimodalBatch, packs: list[Pack]) -> None:
         found = getattr(batch, name)
         assert found.tolist() == [row for document in documents for row in getattr(document, name).tolist()]
         assert found.dtype == (torch.float32 if name == "loss_weights" else torch.int64)
-    assert batch.valid.tolist() == [not document.is_null for document in documents for _ in document.token_ids]
+    assert batch.valid.tolist() == [not document.is_dummy for document in documents for _ in document.token_ids]
     assert batch.segments.bounds == tuple(accumulate((document.num_tokens for document in documents), initial=0))
     assert batch.lanes == tuple(pack.lane for pack in packs)
     assert batch.lane_tokens == tuple(sum(len(document.labels) for document in pack.documents) for pack in packs)
     assert batch.provenance == tuple(document.provenance for document in documents)
     assert batch.weight == sum(weight for document in documents for weight in document.loss_weights.tolist())
-    assert batch.num_tokens == sum(document.num_tokens for document in documents if not document.is_null)
+    assert batch.num_tokens == sum(document.num_tokens for document in documents if not document.is_dummy)
     first_item, pairs = 0, []
     for segment, document in enumerate(documents):
-        whole = [number for number, item in enumerate(document.items) if item.place is None]
-        if len(document.images) == 1 and not document.is_null:
+        whole = [number for number, item in enumerate(document.items) if item.cell is None]
+        if len(document.images) == 1 and not document.is_dummy:
             pairs.append([first_item + [*whole, 0][0], segment])
         first_item += len(document.items)
     assert (batch.pairs.tolist(), batch.pairs.shape[1], batch.pairs.dtype) == (pairs, 2, torch.int64)
@@ -389,7 +391,7 @@ def _check_text(batch: MultimodalBatch, packs: list[Pack]) -> None:
     queries, keys, found = batch.branched.queries.bounds, batch.branched.keys.bounds, []
     for begin, end, stop in zip(queries, queries[1:], keys[1:], strict=False):
         first_key = keys[len(keys) - 1 - keys[::-1].index(stop) - 1] if stop else 0
-        visible = batch.branched.rows[first_key:stop].tolist()
+        visible = batch.branched.key_tokens[first_key:stop].tolist()
         found += [visible[: len(visible) - (end - 1 - token)] for token in range(begin, end)]
     assert found == seen
 
@@ -397,7 +399,7 @@ def _check_text(batch: MultimodalBatch, packs: list[Pack]) -> None:
 @pytest.mark.parametrize("placement", Placement)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_batch_made_by_hand(placement: Placement, seed: int) -> None:
-    """Against loops over documents, tokens and features that give each row a name."""
+    """Compare with loops over documents, tokens and features that name each row."""
     packs, spec = _made_by_hand(placement, seed)
     documents = [document for pack in packs for document in pack.documents]
     batch = collate(packs, spec)

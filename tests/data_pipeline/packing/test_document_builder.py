@@ -1,4 +1,4 @@
-"""Documents: labels, slots, spans and positions against values worked out by hand."""
+"""Documents: labels, slots, spans and positions, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_pipeline.config import DatasetConfig
 from data_pipeline.document import IGNORE, Document, Span
 from data_pipeline.errors import SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.sample import ImagePart, Part, Provenance, Sample, TextPart
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, load_tokenizer
 
@@ -36,7 +36,7 @@ def tokenizer(tokenizer_path: Path) -> Tokenizer:
 
 
 def _build(tokenizer: Tokenizer, spec: MediaSpec, *parts: str | int, **transforms: object) -> Document:
-    """A document of texts, and images of one gray value, in the given order."""
+    """Build a document of texts and gray images in the given order."""
     kind = {"kind": "fixed"} | transforms
     template = {"kind": "interleaved"}
     config = DatasetConfig.model_validate({"name": "x", "manifest": "x", "template": template, "transforms": kind})
@@ -49,7 +49,7 @@ def test_embedded_images_take_one_slot_a_feature(tokenizer: Tokenizer) -> None:
     document = _build(tokenizer, EMBEDDING, 7, "ab")
     a, b = tokenizer.encode("ab")
     assert document.token_ids.tolist() == [BOS, IMG, IMG, IMG, IMG, a, b, EOS]
-    assert document.dest.tolist() == [1, 2, 3, 4]
+    assert document.scatter_index.tolist() == [1, 2, 3, 4]
     assert document.labels.tolist() == [IGNORE] * 4 + [a, b, EOS, IGNORE]
     assert document.loss_weights.tolist() == [0, 0, 0, 0, 1, 1, 1, 0]
     assert document.spans == (Span(0, ()),)
@@ -58,17 +58,17 @@ def test_embedded_images_take_one_slot_a_feature(tokenizer: Tokenizer) -> None:
 
 def test_text_attends_the_images_before_it_up_to_the_next_image(tokenizer: Tokenizer) -> None:
     document = _build(tokenizer, ATTENTION, "a", 1, "b", 2, 3, "c")
-    # bos a | img b | img | img c eos: the last two images stand in a row.
+    # bos a | img b | img | img c eos: the last two images are consecutive.
     assert document.token_ids[[2, 4, 5]].tolist() == [IMG] * 3
     assert document.spans == (Span(0, ()), Span(2, (0,)), Span(4, (1,)), Span(5, (1, 2)))
-    assert document.dest.tolist() == []
+    assert document.scatter_index.tolist() == []
     assert document.images == ((2, 0, 3), (4, 1, 5), (5, 2, 6))
 
 
 def test_hybrid_embeds_the_thumbnail_and_attends_the_tiles(tokenizer: Tokenizer) -> None:
     document = _build(tokenizer, HYBRID, 5, "a")
     assert [item.embedded for item in document.items] == [True, False]
-    assert document.dest.tolist() == [1, 2, 3, 4]
+    assert document.scatter_index.tolist() == [1, 2, 3, 4]
     assert document.spans == (Span(0, ()), Span(1, (1,)))
 
 
@@ -93,25 +93,25 @@ def test_a_prompt_ends_where_the_answer_begins_and_learns_nothing(tokenizer: Tok
 
 
 @pytest.mark.parametrize("spec", [EMBEDDING, ATTENTION, HYBRID, replace(EMBEDDING, placement=Placement.NONE)])
-def test_null_documents_have_every_role_and_no_weight(spec: MediaSpec) -> None:
-    null = null_document(spec, PAD)
-    assert null.is_null
-    assert any(item.embedded for item in null.items) == spec.needs_embedded
-    assert any(not item.embedded for item in null.items) == spec.needs_attended
-    assert (null.labels == IGNORE).all()
-    assert not null.loss_weights.any()
-    assert (null.token_ids == PAD).all()
-    assert len(null.dest) == sum(spec.num_features(item.grid) for item in null.items if item.embedded)
-    assert null.spans[0].start == 0
-    assert {item for span in null.spans for item in span.items} == {
-        i for i, item in enumerate(null.items) if not item.embedded
+def test_dummy_documents_have_every_role_and_no_weight(spec: MediaSpec) -> None:
+    dummy = dummy_document(spec, PAD)
+    assert dummy.is_dummy
+    assert any(item.embedded for item in dummy.items) == spec.needs_embedded
+    assert any(not item.embedded for item in dummy.items) == spec.needs_attended
+    assert (dummy.labels == IGNORE).all()
+    assert not dummy.loss_weights.any()
+    assert (dummy.token_ids == PAD).all()
+    assert len(dummy.scatter_index) == sum(spec.num_features(item.grid) for item in dummy.items if item.embedded)
+    assert dummy.spans[0].start == 0
+    assert {item for span in dummy.spans for item in span.items} == {
+        i for i, item in enumerate(dummy.items) if not item.embedded
     }
 
 
 @pytest.mark.fault
 def test_image_tokens_without_images_are_refused_with_both_numbers(tokenizer: Tokenizer) -> None:
     class Careless:
-        """A tokenizer that lets text spell the image token."""
+        """A tokenizer that encodes text as the image token."""
 
         bos_id, eos_id, pad_id, image_id = BOS, EOS, PAD, IMG
 
@@ -139,7 +139,7 @@ def test_a_model_without_tower_refuses_images(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.fault
 def test_texts_alone_need_no_transform_that_fits_the_model(tokenizer: Tokenizer) -> None:
-    spec = replace(EMBEDDING, fixed_grid=None)  # Fixed views have no size then.
+    spec = replace(EMBEDDING, fixed_grid=None)  # Without a fixed grid, the size of fixed crops is unknown.
     config = DatasetConfig.model_validate({"name": "x", "manifest": "x", "template": {"kind": "text"}})
     builder = DocumentBuilder(config, tokenizer, spec)
     where = Provenance("x", "shard.tar", "key7", 0)

@@ -1,4 +1,4 @@
-"""Measured documents against built ones: all but pixels is equal, and so are the draws."""
+"""Dry runs: documents are equal to built ones except for pixels, and draw the same random numbers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TRANSFORMS: list[tuple[MediaSpec, dict[str, Any]]] = [
     (FIXED, {"kind": "tiles", "tiling": {"kind": "mm1_5", "min_tiles": 2}, "decode": "fast"}),
     (FREE, {"kind": "tiles", "size": 24, "tiling": {"kind": "molmo", "margin": 2, "max_tiles": 6}}),
 ]
-LAYOUT = {"start": "[", "end": "]", "overview": "o", "view_start": "(", "view_end": ")", "spell": True}
+LAYOUT = {"start": "[", "end": "]", "overview": "o", "crop_start": "(", "crop_end": ")", "spell": True}
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def _sample(parts: list[bytes | str]) -> Sample:
 
 
 def assert_measured(built: Document, measured: Document) -> None:
-    """Equal in every field; pixels in shape only, and without memory."""
+    """Assert that all fields are equal; pixels have equal shapes, and those of the dry run take no memory."""
     for field in fields(Document):
         ours, theirs = getattr(built, field.name), getattr(measured, field.name)
         if field.name == "items":
@@ -104,14 +104,14 @@ def test_a_measured_document_is_the_built_one_without_pixels(
 ) -> None:
     spec, transforms = replace(chosen[0], placement=placement), chosen[1] | ({"augment": AUGMENT} if augment else {})
     if placement is Placement.HYBRID and transforms.get("tiling", {}).get("kind") == "llama":
-        return  # Refused: it has no overview.
+        return  # Rejected: it has no overview.
     if placement is Placement.EMBEDDING:
         transforms |= {"layout": LAYOUT}
     config = {"name": "x", "manifest": "x", "template": {"kind": "interleaved"}, "transforms": transforms}
     builder = DocumentBuilder(DatasetConfig.model_validate(config), tokenizer, spec)
     drawn, redrawn = np.random.default_rng(seed), np.random.default_rng(seed)
     sample = _sample(parts)
-    assert_measured(builder(sample, drawn), builder.measure(sample, redrawn))
+    assert_measured(builder(sample, drawn), builder.dry_run(sample, redrawn))
     assert drawn.random() == redrawn.random()
 
 
@@ -130,10 +130,10 @@ def test_an_outline_is_measured_from_the_index_alone(tmp_path: Path, tokenizer: 
     config = DatasetConfig.model_validate({"name": "x", "manifest": "x", "transforms": transforms})
     builder = DocumentBuilder(config, tokenizer, FREE)
     for index in range(3):
-        outline = reader.read_outline(index)
-        assert not any(part.data for part in outline.parts if isinstance(part, ImagePart))
+        plan = reader.read_without_images(index)
+        assert not any(part.data for part in plan.parts if isinstance(part, ImagePart))
         built = builder(reader.read(index), np.random.default_rng(index))
-        assert_measured(built, builder.measure(outline, np.random.default_rng(index)))
+        assert_measured(built, builder.dry_run(plan, np.random.default_rng(index)))
 
 
 @pytest.mark.fault
@@ -143,5 +143,5 @@ def test_an_image_that_differs_from_its_index_is_refused(tokenizer: Tokenizer) -
     data = _image(30, 50, "JPEG", 6)
     with pytest.raises(SampleError, match="an image of 30x50 pixels, the index says 50x30"):
         builder(Sample((ImagePart(data, "jpg", (30, 50)), TextPart("a")), {}))
-    with pytest.raises(SampleError, match="no size of this image"):
-        builder.measure(Sample((ImagePart(b"", "jpg", (0, 0)), TextPart("a")), {}))
+    with pytest.raises(SampleError, match="no size for this image"):
+        builder.dry_run(Sample((ImagePart(b"", "jpg", (0, 0)), TextPart("a")), {}))

@@ -1,4 +1,4 @@
-"""Packing: budgets hold, nothing is lost or comes twice, and a state goes on exactly where it was taken."""
+"""Packing: budgets are kept, no document is lost or repeated, and a packer continues exactly from its state."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.state import Cursor, Drawn, StreamPosition
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import null_document
-from data_pipeline.packing.packer import Budget, Load, Made, Pack, Packer
+from data_pipeline.packing.document_builder import dummy_document
+from data_pipeline.packing.packer import Budget, DrawnDocument, Pack, Packer, PackUsage
 from data_pipeline.sample import Provenance
 
 SPEC = MediaSpec(Placement.EMBEDDING, patch_size=2, merge=1, cost_per_patch=0.5)
 
 
 def make_document(number: int, num_text: int, images: tuple[int, ...] = ()) -> Document:
-    """A document of embedded images of 1 x n patches, one after the other behind bos, and then text."""
+    """Return a document of bos, embedded images of 1 x n patches, and text."""
     items: list[MediaItem] = []
     extents: list[ImageExtent] = []
     dest: list[int] = []
@@ -44,7 +44,7 @@ def make_document(number: int, num_text: int, images: tuple[int, ...] = ()) -> D
         loss_weights=(labels != IGNORE).astype(np.float32),
         position_ids=np.arange(length, dtype=np.int32),
         items=tuple(items),
-        dest=np.array(dest, np.int32),
+        scatter_index=np.array(dest, np.int32),
         spans=(Span(0, ()),),
         provenance=Provenance("set", "shard", str(number), number),
         images=tuple(extents),
@@ -53,7 +53,7 @@ def make_document(number: int, num_text: int, images: tuple[int, ...] = ()) -> D
 
 @dataclass
 class ListSource:
-    """Documents of a list over and over, None where a sample is skipped; the cursor's offset is the place."""
+    """An endless repetition of a list of documents; None is a skipped sample. The cursor's offset is the position."""
 
     documents: list[Document | None]
     at: int = 0
@@ -63,10 +63,10 @@ class ListSource:
     def position(self) -> StreamPosition:
         return StreamPosition((self.at,), (Cursor(0, 0, self.at),))
 
-    def make(self) -> list[Made] | None:
+    def make(self) -> list[DrawnDocument] | None:
         self.at += 1
         drawn = Drawn(0, 0, self.at - 1)
-        return [Made(drawn._replace(part=part), document) for part, document in enumerate(self._parts(drawn))]
+        return [DrawnDocument(drawn._replace(part=part), document) for part, document in enumerate(self._parts(drawn))]
 
     def remake(self, drawn: Drawn) -> Document | None:
         return self._parts(drawn)[drawn.part]
@@ -83,7 +83,7 @@ class ListSource:
 
 def _budget(max_tokens: int = 40, **others: object) -> Budget:
     config = PackingConfig.model_validate({"max_tokens": max_tokens, **others})
-    return Budget(config, SPEC, null_document(SPEC, 0))
+    return Budget(config, SPEC, dummy_document(SPEC, 0))
 
 
 def _numbers(pack: Pack) -> list[int]:
@@ -118,8 +118,8 @@ def test_packs_keep_their_budgets_and_hold_an_image(shapes: list, budget: dict) 
         assert budget["max_cost"] is None or sum(d.cost(SPEC) for d in pack.documents) <= budget["max_cost"]
         assert budget["max_documents"] is None or len(_numbers(pack)) <= budget["max_documents"]
         assert any(document.items for document in pack.documents)
-        nulls = [document for document in pack.documents if document.is_null]
-        assert bool(nulls) == all(not d.items for d in pack.documents if not d.is_null)
+        dummies = [document for document in pack.documents if document.is_dummy]
+        assert bool(dummies) == all(not d.items for d in pack.documents if not d.is_dummy)
 
 
 @given(shapes=documents, budget=budgets)
@@ -162,18 +162,19 @@ def test_a_document_that_no_pack_can_hold_is_refused_with_the_numbers() -> None:
         _budget(max_cost=20).admit(make_document(0, 10, (5, 15)))
 
 
-def test_room_for_the_null_document_is_kept() -> None:
-    text = make_document(0, 39)  # 40 tokens, and the null document has one more.
+def test_room_for_the_dummy_document_is_kept() -> None:
+    text = make_document(0, 39)  # 40 tokens, and the dummy document has one more.
     with pytest.raises(SampleError):
         _budget().admit(text)
     assert _budget(max_tokens=41).admit(text) == [text]
     (shorter,) = _budget(too_long="truncate").admit(text)
     assert shorter.num_tokens == 39
-    assert [part.num_tokens for part in _budget(too_long="split").admit(text)] == [39]  # The last predicts nothing.
+    parts = _budget(too_long="split").admit(text)
+    assert [part.num_tokens for part in parts] == [39]  # The last token predicts nothing.
 
 
 def test_truncation_that_leaves_nothing_to_learn_is_refused() -> None:
-    with pytest.raises(SampleError, match="nothing that is learned is left"):
+    with pytest.raises(SampleError, match="no learned token is left"):
         _budget(max_tokens=8, too_long="truncate").admit(make_document(0, 6, (4, 9)))
 
 
@@ -208,7 +209,7 @@ def test_best_fit_fills_the_cost_budget_where_there_is_one() -> None:
     tokens = _budget(max_tokens=34, look_ahead=3)
     assert _numbers(Packer(_source(shapes), tokens, lane=0).next_pack()) == [0, 1]
     cost = _budget(max_tokens=34, max_cost=40, look_ahead=3)
-    assert [Load.of(make_document(0, *shape), SPEC).cost for shape in shapes] == [22.5, 11.5, 14]
+    assert [PackUsage.of_document(make_document(0, *shape), SPEC).cost for shape in shapes] == [22.5, 11.5, 14]
     assert _numbers(Packer(_source(shapes), cost, lane=0).next_pack()) == [0, 2]
 
 
@@ -217,17 +218,17 @@ def test_greedy_with_a_window_is_refused() -> None:
         PackingConfig(max_tokens=8, strategy="greedy", look_ahead=2)
 
 
-def test_budgets_that_hold_no_null_document_are_refused() -> None:
+def test_budgets_that_hold_no_dummy_document_are_refused() -> None:
     spec = MediaSpec(Placement.EMBEDDING, patch_size=2, fixed_grid=(4, 4))
-    null = null_document(spec, 0)
+    dummy = dummy_document(spec, 0)
     with pytest.raises(DataConfigError, match="at least 17"):
-        Budget(PackingConfig(max_tokens=16), spec, null)
+        Budget(PackingConfig(max_tokens=16), spec, dummy)
     with pytest.raises(DataConfigError, match="max_cost"):
-        Budget(PackingConfig(max_tokens=64, max_cost=5), spec, null)
+        Budget(PackingConfig(max_tokens=64, max_cost=5), spec, dummy)
 
 
 def test_cost_counts_patches_at_the_price_of_the_model() -> None:
-    assert Load.of(make_document(0, 3, (4,)), SPEC).cost == 8 + 0.5 * 4
+    assert PackUsage.of_document(make_document(0, 3, (4,)), SPEC).cost == 8 + 0.5 * 4
 
 
 @pytest.mark.long
@@ -250,16 +251,18 @@ def test_an_image_costs_its_absent_tiles_where_the_tower_computes_them() -> None
     values = np.zeros((4, 12), np.uint8)
     whole, part = (
         MediaItem(values, (1, 2, 2), False),
-        MediaItem(values, (1, 2, 2), False, place=(0, 0), tiles=(1, 2), image=1),
+        MediaItem(values, (1, 2, 2), False, cell=(0, 0), tiles=(1, 2), image=1),
     )
-    other = MediaItem(values, (1, 2, 2), False, place=(0, 1), tiles=(1, 2), image=1)
+    other = MediaItem(values, (1, 2, 2), False, cell=(0, 1), tiles=(1, 2), image=1)
     columns = np.arange(3, dtype=np.int32)
     document = Document(
         columns, columns, columns.astype(np.float32), columns, (whole, part, other), columns[:0], (Span(0, (0, 1, 2)),)
     )
     alone = {"patch_size": 2, "cost_per_patch": 0.5, "fixed_grid": (2, 2)}
     costs = [
-        Load.of(document, MediaSpec(Placement.CROSS_ATTENTION, **alone, max_tiles=4, computes_absent=computed)).cost
+        PackUsage.of_document(
+            document, MediaSpec(Placement.CROSS_ATTENTION, **alone, max_tiles=4, computes_absent=computed)
+        ).cost
         for computed in (False, True)
     ]
     assert costs == [3 + 0.5 * 12, 3 + 0.5 * 2 * 4 * 4]

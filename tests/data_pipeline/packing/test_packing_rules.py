@@ -1,4 +1,4 @@
-"""Packs against a packer that is written down as slowly and plainly as can be."""
+"""Packs are compared with those of a slow and simple packer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.order.state import Cursor, Drawn, StreamPosition
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import null_document
-from data_pipeline.packing.packer import Budget, Made, Pack, Packer
+from data_pipeline.packing.document_builder import dummy_document
+from data_pipeline.packing.packer import Budget, DrawnDocument, Pack, Packer
 
 SPECS = [
     MediaSpec(placement, patch_size=2, cost_per_patch=0.5)
@@ -25,10 +25,10 @@ SPECS = [
 
 
 def document(number: int, tokens: int, embedded: int, attended: int) -> Document:
-    """A document with an image of so many patches in token slots and one that is attended; 0 for none."""
+    """Return a document with an embedded and an attended image of the given numbers of patches; 0 for no image."""
     inside = MediaItem(np.zeros((embedded, 12), np.uint8), (1, 1, embedded), True)
     apart = MediaItem(np.zeros((attended, 12), np.uint8), (1, 1, attended), False)
-    # Every second document has its items in the other order: both roles count wherever they are.
+    # Every second document has its items in reverse order, because the order must not matter.
     items = [item for item in (inside, apart)[:: 1 if number % 2 else -1] if len(item.values)]
     extents = [ImageExtent(0 if item.embedded else embedded, i, embedded) for i, item in enumerate(items)]
     length = embedded + tokens
@@ -40,7 +40,7 @@ def document(number: int, tokens: int, embedded: int, attended: int) -> Document
         loss_weights=(labels != IGNORE).astype(np.float32),
         position_ids=np.arange(length, dtype=np.int32),
         items=tuple(items),
-        dest=np.arange(embedded, dtype=np.int32),
+        scatter_index=np.arange(embedded, dtype=np.int32),
         spans=(Span(0, tuple(i for i, item in enumerate(items) if not item.embedded)),),
         provenance=None,
         images=tuple(extents),
@@ -49,7 +49,7 @@ def document(number: int, tokens: int, embedded: int, attended: int) -> Document
 
 @dataclass
 class FiniteSource:
-    """Documents of a list, None where a sample is skipped."""
+    """The documents of a list; None is a skipped sample."""
 
     documents: list[Document | None]
     at: int = 0
@@ -58,12 +58,12 @@ class FiniteSource:
     def position(self) -> StreamPosition:
         return StreamPosition((self.at,), (Cursor(0, 0, self.at),))
 
-    def make(self) -> list[Made] | None:
+    def make(self) -> list[DrawnDocument] | None:
         if self.at == len(self.documents):
             return None
         made, drawn = self.documents[self.at], Drawn(0, 0, self.at)
         self.at += 1
-        return [] if made is None else [Made(drawn, made)]
+        return [] if made is None else [DrawnDocument(drawn, made)]
 
     def remake(self, drawn: Drawn) -> Document | None:
         return self.documents[drawn.sample]
@@ -77,7 +77,7 @@ def lacking(documents: list[Document], spec: MediaSpec) -> bool:
 
 
 def fits(documents: list[Document], config: PackingConfig, spec: MediaSpec) -> bool:
-    held = [*documents, *([null_document(spec, 0)] if lacking(documents, spec) else [])]
+    held = [*documents, *([dummy_document(spec, 0)] if lacking(documents, spec) else [])]
     tokens = sum(each.num_tokens for each in held)
     cost = tokens + 0.5 * sum(len(item.values) for each in held for item in each.items)
     return (
@@ -88,7 +88,7 @@ def fits(documents: list[Document], config: PackingConfig, spec: MediaSpec) -> b
 
 
 def plain_packs(documents: list[Document | None], config: PackingConfig, spec: MediaSpec) -> list[list[Document]]:
-    """All packs, without null documents."""
+    """Return all packs, without dummy documents."""
     coming, waiting, packs = [*documents], list[Document](), list[list[Document]]()
     while True:
         chosen: list[Document] = []
@@ -133,17 +133,17 @@ def cases(draw: Any) -> tuple[list[Document | None], PackingConfig, MediaSpec]:
 @given(cases())
 def test_packs_are_those_of_the_plain_packer(case: tuple[list[Document | None], PackingConfig, MediaSpec]) -> None:
     documents, config, spec = case
-    null = null_document(spec, 0)
+    dummy = dummy_document(spec, 0)
     places = {id(each): place for place, each in enumerate(documents)}
-    packer = Packer(FiniteSource(documents), Budget(config, spec, null), lane=3)
+    packer = Packer(FiniteSource(documents), Budget(config, spec, dummy), lane=3)
     for expected in plain_packs(documents, config, spec):
         assert not packer.exhausted
         pack = packer.next_pack()
-        held = [*expected, *([null] if lacking(expected, spec) else [])]
+        held = [*expected, *([dummy] if lacking(expected, spec) else [])]
         assert [id(each) for each in pack.documents] == [id(each) for each in held]
         assert (pack.lane, pack.drawn) == (3, tuple(Drawn(0, 0, places[id(each)]) for each in expected))
     assert packer.state()[1] == ()
-    assert packer.next_pack() == Pack((null,), -1)
+    assert packer.next_pack() == Pack((dummy,), -1)
     assert packer.exhausted
 
 
@@ -153,7 +153,7 @@ def test_a_document_is_admitted_if_it_fits_alone(
 ) -> None:
     _, config, spec = case
     one = document(1, 2 * tokens, embedded * spec.needs_embedded, attended * spec.needs_attended)
-    budget = Budget(config, spec, null_document(spec, 0))
+    budget = Budget(config, spec, dummy_document(spec, 0))
     if fits([one], config, spec):
         assert budget.admit(one) == [one]
     else:
@@ -164,20 +164,20 @@ def test_a_document_is_admitted_if_it_fits_alone(
 def test_a_document_has_no_more_positions_than_the_model() -> None:
     spec = MediaSpec(max_document_tokens=6)
     config = PackingConfig(max_tokens=40)
-    budget = Budget(config, spec, null_document(spec, 0))
+    budget = Budget(config, spec, dummy_document(spec, 0))
     assert budget.admit(document(1, 6, 0, 0))
     with pytest.raises(SampleError, match="the model has positions for 6 tokens"):
         budget.admit(document(1, 7, 0, 0))
-    # Branches go on from the same position: more tokens than positions.
+    # Branches start at the same position, so there are more tokens than positions.
     long = document(1, 9, 0, 0)
     assert budget.admit(replace(long, position_ids=np.minimum(long.position_ids, 5)))
-    cut = Budget(config.model_copy(update={"too_long": "split"}), spec, null_document(spec, 0)).admit(
+    cut = Budget(config.model_copy(update={"too_long": "split"}), spec, dummy_document(spec, 0)).admit(
         document(1, 15, 0, 0)
     )
     assert [part.num_tokens for part in cut] == [6, 6, 3]
     small = MediaSpec(Placement.EMBEDDING, patch_size=2)
-    budget = Budget(PackingConfig(max_tokens=4, too_long="truncate"), small, null_document(small, 0))
-    with pytest.raises(SampleError, match="nothing that is learned is left of it"):
+    budget = Budget(PackingConfig(max_tokens=4, too_long="truncate"), small, dummy_document(small, 0))
+    with pytest.raises(SampleError, match="no learned token is left"):
         budget.admit(document(1, 3, 9, 0))
 
 
@@ -191,34 +191,34 @@ def test_the_end_token_of_a_text_that_is_cut_takes_its_last_place() -> None:
         loss_weights=np.arange(1.0, 9.0, dtype=np.float32),
     )
     config = PackingConfig(max_tokens=40, too_long="truncate")
-    (part,) = Budget(config, spec, null_document(spec, 0)).admit(whole)
+    (part,) = Budget(config, spec, dummy_document(spec, 0)).admit(whole)
     assert part.token_ids.tolist() == [10, 11, 12, 13, 17]
     assert part.labels.tolist() == [20, 21, 22, 26, 27]
     assert part.loss_weights.tolist() == [1, 2, 3, 7, 8]
     assert whole.token_ids.tolist() == [*range(10, 18)]
-    with pytest.raises(SampleError, match="nothing that is learned"):  # Without its image there is nothing to compare.
-        Budget(config, spec, null_document(spec, 0)).admit(replace(whole, images=(), items=(), spans=(Span(0, ()),)))
-    with pytest.raises(DataConfigError, match="no image to be compared with"):
-        Budget(config.model_copy(update={"too_long": "split"}), spec, null_document(spec, 0))
-    # Two tokens hold a token of the text and the end token; one token has no room for both.
+    with pytest.raises(SampleError, match="no learned token"):  # Without its image a pair has nothing to compare.
+        Budget(config, spec, dummy_document(spec, 0)).admit(replace(whole, images=(), items=(), spans=(Span(0, ()),)))
+    with pytest.raises(DataConfigError, match="no image to compare with"):
+        Budget(config.model_copy(update={"too_long": "split"}), spec, dummy_document(spec, 0))
+    # Two tokens are a token of the text and the end token; one token is too short.
     for positions, found in ((2, [10, 17]), (1, None)):
         short = replace(spec, max_document_tokens=positions)
-        budget = Budget(config, short, null_document(short, 0))
+        budget = Budget(config, short, dummy_document(short, 0))
         if found is None:
-            with pytest.raises(SampleError, match="nothing that is learned"):
+            with pytest.raises(SampleError, match="no learned token"):
                 budget.admit(whole)
         else:
             assert [part.token_ids.tolist() for part in budget.admit(whole)] == [found]
 
 
 @pytest.mark.parametrize(("max_tokens", "max_cost"), [(2, None), (1, None), (2, 2.5), (2, 2.4)])
-def test_the_least_budget_holds_a_text_and_a_null_document(max_tokens: int, max_cost: float | None) -> None:
+def test_the_least_budget_holds_a_text_and_a_dummy_document(max_tokens: int, max_cost: float | None) -> None:
     spec = SPECS[1]
-    null = null_document(spec, 0)
-    assert (null.num_tokens, null.cost(spec)) == (1, 1.5)
+    dummy = dummy_document(spec, 0)
+    assert (dummy.num_tokens, dummy.cost(spec)) == (1, 1.5)
     config = PackingConfig(max_tokens=max_tokens, max_cost=max_cost)
     if (max_tokens, max_cost) in ((2, None), (2, 2.5)):
-        assert Budget(config, spec, null).admit(document(1, 1, 0, 0))
+        assert Budget(config, spec, dummy).admit(document(1, 1, 0, 0))
         return
     with pytest.raises(DataConfigError, match=r"takes at least 2|costs at least 2\.5"):
-        Budget(config, spec, null)
+        Budget(config, spec, dummy)

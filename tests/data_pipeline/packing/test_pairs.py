@@ -1,4 +1,4 @@
-"""Documents of one image and one text that are compared: no text sees the image, and the end token stays."""
+"""Documents of pairs: no text attends the image, and cutting keeps the end token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
 from data_pipeline.packing.config import PackingConfig
-from data_pipeline.packing.document_builder import DocumentBuilder, null_document
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Budget, Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, Tokenizer, load_tokenizer
@@ -49,25 +49,25 @@ def test_a_pair_is_a_text_and_beside_it_its_image(tokenizer: Tokenizer) -> None:
     assert document.token_ids.tolist() == [tokenizer.bos_id, *text, tokenizer.eos_id]
     assert document.labels.tolist() == [*text, tokenizer.eos_id, IGNORE]
     assert document.loss_weights.tolist() == [0] * len(text) + [1, 0]  # A pair counts once.
-    null = null_document(SPEC, tokenizer.pad_id)
-    assert (null.num_tokens, null.num_patches) == (1, 4)
-    batch = collate([Pack((document, null, document), 0), Pack((null,), -1)], SPEC)
-    assert batch.pairs.tolist() == [[0, 0], [2, 2]]  # None of null documents.
+    dummy = dummy_document(SPEC, tokenizer.pad_id)
+    assert (dummy.num_tokens, dummy.num_patches) == (1, 4)
+    batch = collate([Pack((document, dummy, document), 0), Pack((dummy,), -1)], SPEC)
+    assert batch.pairs.tolist() == [[0, 0], [2, 2]]  # No pair for dummy documents.
     assert batch.weight == 2
     media = batch.media["image"]
     assert media.items.num == 4
-    assert len(media.source) == len(media.dest) == len(media.keys) == 0
+    assert len(media.gather_index) == len(media.scatter_index) == len(media.attended_index) == 0
     assert media.span_tokens.total == batch.segments.total
-    measured = builder(tokenizer).measure(sample("abc"))
+    measured = builder(tokenizer).dry_run(sample("abc"))
     assert (measured.token_ids == document.token_ids).all()
 
 
 def test_a_cut_text_keeps_its_end_token_and_its_image(tokenizer: Tokenizer) -> None:
-    """As CLIP's tokenizer cuts: the beginning, then the end token in the last place."""
+    """As CLIP's tokenizer: cut off the end, and make the last token the end token."""
     document = builder(tokenizer)(sample("a long text of many tokens"))
-    null = null_document(SPEC, tokenizer.pad_id)
+    dummy = dummy_document(SPEC, tokenizer.pad_id)
     for room in range(2, document.num_tokens):
-        (part,) = Budget(PackingConfig(max_tokens=room, too_long="truncate"), SPEC, null).admit(document)
+        (part,) = Budget(PackingConfig(max_tokens=room, too_long="truncate"), SPEC, dummy).admit(document)
         kept = document.token_ids[: room - 1].tolist()
         assert part.token_ids.tolist() == [*kept, tokenizer.eos_id]
         assert part.labels.tolist() == [*kept[1:], tokenizer.eos_id, IGNORE]
@@ -76,10 +76,10 @@ def test_a_cut_text_keeps_its_end_token_and_its_image(tokenizer: Tokenizer) -> N
         assert len(part.items) == part.num_images == 1
     assert document.token_ids[-1] == tokenizer.eos_id
     with pytest.raises(DataConfigError, match=r"too_long=split.* would have no image"):
-        Budget(PackingConfig(max_tokens=9, too_long="split"), SPEC, null)
+        Budget(PackingConfig(max_tokens=9, too_long="split"), SPEC, dummy)
     native = replace(SPEC, fixed_grid=None, class_features=0)
-    tight = Budget(PackingConfig(max_tokens=9, max_cost=4, too_long="truncate"), native, null_document(native, 0))
-    with pytest.raises(SampleError, match="nothing that is learned is left"):  # Room for a token, none for the image.
+    tight = Budget(PackingConfig(max_tokens=9, max_cost=4, too_long="truncate"), native, dummy_document(native, 0))
+    with pytest.raises(SampleError, match="no learned token is left"):  # A token fits, the image does not.
         tight.admit(document)
 
 
@@ -99,8 +99,8 @@ def test_a_sample_without_exactly_one_image_is_a_bad_one(tokenizer: Tokenizer, i
             "several texts of one image",
         ),
         ({"template": {**CAPTION, "loss_weight": "sample"}}, "loss_weight=sample: each pair counts once"),
-        ({"transforms": {"kind": "tiles"}}, "compares one view of an image"),
-        ({"transforms": {"kind": "fixed", "layout": {"start": "<image>"}}}, "nothing of an image stands in the text"),
+        ({"transforms": {"kind": "tiles"}}, "compares one crop of an image"),
+        ({"transforms": {"kind": "fixed", "layout": {"start": "<image>"}}}, "the text contains no image tokens"),
     ],
 )
 def test_what_a_pair_cannot_be_is_refused(tokenizer: Tokenizer, options: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Cutting: no token, label, feature or attended image is lost, and no image is cut."""
+"""Cutting documents: no token, label, feature or attended image is lost, and no image is cut."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ pieces = st.lists(
 
 
 def _check_rows(part: Document) -> None:
-    """Each token keeps its own label and weight."""
+    """Check that each token has its own label and weight."""
     assert part.labels.tolist() == [token + 1 for token in part.token_ids.tolist()]
     assert part.loss_weights.tolist() == [token + 0.5 for token in part.token_ids.tolist()]
 
 
 def _attended(document: Document) -> list[tuple[int, ...]]:
-    """For each token the values of the items that it attends."""
+    """Return, for each token, the values of the items that it attends."""
     ends = [*(span.start for span in document.spans[1:]), document.num_tokens]
     values = [int(item.values[0, 0]) for item in document.items]
     rows = []
@@ -41,14 +41,14 @@ def _attended(document: Document) -> list[tuple[int, ...]]:
 
 
 def _features(document: Document) -> dict[int, int]:
-    """Token id to the value of the feature that is written there."""
+    """Return the value of the feature that is written at each token id."""
     values = [int(item.values[0, 0]) for item in document.items if item.embedded for _ in item.values]
-    return {int(document.token_ids[token]): value for token, value in zip(document.dest, values, strict=True)}
+    return {int(document.token_ids[token]): value for token, value in zip(document.scatter_index, values, strict=True)}
 
 
 @given(pieces=pieces, most=st.integers(6, 12), spec=st.sampled_from([EMBEDDING, ATTENDING]))
 @example(pieces=[("image", 1)] * 10, most=3, spec=ATTENDING)
-def test_the_parts_together_are_themade_document(pieces: list, most: int, spec: MediaSpec) -> None:
+def test_the_parts_together_are_the_whole_document(pieces: list, most: int, spec: MediaSpec) -> None:
     document = made_document(pieces, spec)
     parts = list(split(document, lambda part: part.num_tokens <= most))
     assert np.concatenate([part.token_ids for part in parts]).tolist() == document.token_ids.tolist()
@@ -66,7 +66,7 @@ def test_the_parts_together_are_themade_document(pieces: list, most: int, spec: 
         values = [int(item.values[0, 0]) for item in part.items]
         images = [(image.start + start, values[image.first_item], image.stop + start) for image in part.images]
         assert images == [tuple(image) for image in document.images if start <= image.start < stop]
-        # A part holds its own images and those that its tokens attend, and no others: each one costs time in the tower.
+        # A part has its own images and those that its tokens attend. Any other image would waste time in the tower.
         attended = {value for row in _attended(part) for value in row}
         assert values == sorted(attended | {number for _, number, _ in images})
         start = stop
@@ -120,7 +120,7 @@ def test_positions_on_three_axes_start_again_at_zero(start: int) -> None:
 
 
 def _branched(shared: list[tuple[str, int]], branches: list[int], spec: MediaSpec) -> Document:
-    """What branches share, then branches of so many tokens; positions of each go on from what is shared."""
+    """Return a document of a prefix and branches of the given numbers of tokens, whose positions follow the prefix."""
     whole = made_document([*shared, *(("text", length) for length in branches)], spec)
     fork = made_document(shared, spec).num_tokens
     starts = [fork + sum(branches[:i]) for i in range(len(branches))]
@@ -156,7 +156,7 @@ def test_every_part_has_what_branches_share_and_whole_branches(lengths: list[int
         assert _attended(part) == _attended(expected)
         assert _features(part) == _features(made_document(SHARED, spec))
         done += count
-        # As long as can be: the next branch would not have fitted.
+        # As long as possible: the next branch does not fit.
         assert done == len(lengths) or part.num_tokens + lengths[done] > most
     assert done == len(lengths)
 
@@ -172,7 +172,7 @@ def test_the_last_branches_go_first_when_a_document_is_truncated(lengths: list[i
         if whole:
             assert part.num_tokens == fork + sum(lengths[: whole[-1]])
             assert len(part.branches) == (whole[-1] if whole[-1] > 1 else 0)
-        else:  # Not even the first: it is cut as any document is.
+        else:  # Not even the first branch fits: it is cut like a document without branches.
             assert part.num_tokens == most
             assert part.branches == ()
         assert part.token_ids.tolist() == document.token_ids[: part.num_tokens].tolist()

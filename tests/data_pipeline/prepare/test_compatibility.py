@@ -19,8 +19,8 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.errors import SampleError, ShardError
-from data_pipeline.prepare import foreign_members as layouts
-from data_pipeline.prepare.choices import OnError, Reader
+from data_pipeline.prepare import tar_layouts as layouts
+from data_pipeline.prepare.choices import ExportTarget, OnError
 from data_pipeline.prepare.export import export
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.verify import jobs_of, verify
@@ -41,7 +41,7 @@ def picture(shade: int, kind: str = "png") -> bytes:
 
 
 class _Exploding:
-    """Unpickling it fails the test: nothing here may do so."""
+    """An object that fails the test when it is unpickled, which no code here may do."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (os._exit, (77,))
@@ -133,7 +133,7 @@ def test_compressed_tars_and_members_are_refused_by_the_index_and_ingested(
     with webdataset.TarWriter(str(tmp_path / "bomb.tar")) as writer:
         writer.write({"__key__": "a", "txt.gz": "0" * 2000})
     monkeypatch.setattr(layouts, "_MAX_UNPACKED_BYTES", 1000)
-    with pytest.raises(SampleError, match="unpacks to more than"):
+    with pytest.raises(SampleError, match="decompresses to more than"):
         ingest(tmp_path / "bomb.tar", tmp_path / "bomb", "set")
 
 
@@ -202,8 +202,8 @@ print(json.dumps(found))
 
 @pytest.mark.long
 def test_energon_opens_what_export_writes(tmp_path: Path) -> None:
-    """Pairs, texts and documents, each with Energon's own loader."""
-    report = export(pairs(tmp_path), tmp_path / "energon", reader=Reader.ENERGON, workers=2)
+    """Load pairs, texts and documents with Energon's own loader."""
+    report = export(pairs(tmp_path), tmp_path / "energon", reader=ExportTarget.ENERGON, workers=2)
     assert (report.sample_type, report.num_samples) == ("CaptioningSample", 11)
     for name, files in {
         "texts": {"a.txt": b"one", "b.json": b'{"captions": ["two", "too"]}', "c.json": b'{"caption": "three"}'},
@@ -213,17 +213,19 @@ def test_energon_opens_what_export_writes(tmp_path: Path) -> None:
         for file, content in files.items():
             (tmp_path / f"{name}-in" / file).write_bytes(content)
         manifest = ingest(tmp_path / f"{name}-in", tmp_path / f"{name}-shards", "set").manifest
-        kind = export(manifest, tmp_path / name, reader=Reader.ENERGON).sample_type
+        kind = export(manifest, tmp_path / name, reader=ExportTarget.ENERGON).sample_type
         assert kind == {"texts": "TextSample", "mixed": "CrudeWebdataset"}[name]
-    keys = ["a" * 150, "b", "d/" * 60 + "c"]  # Long names have headers of their own in front.
+    keys = ["a" * 150, "b", "d/" * 60 + "c"]  # Long names have an extra header before their member.
     with webdataset.TarWriter(str(tmp_path / "theirs.tar")) as writer:
         for i, key in enumerate(keys):
             writer.write({"__key__": key, "png": picture(i), "txt": f"t{i}"})
     build_index(tmp_path / "theirs.tar")
     theirs = write_manifest(tmp_path / "theirs.manifest", [tmp_path / "theirs.tar"]).path
-    export(theirs, tmp_path / "theirs", reader=Reader.ENERGON)
+    export(theirs, tmp_path / "theirs", reader=ExportTarget.ENERGON)
 
-    again = read_samples(ingest(tmp_path / "energon", tmp_path / "again", "set").manifest)  # Read back as Energon's.
+    again = read_samples(
+        ingest(tmp_path / "energon", tmp_path / "again", "set").manifest
+    )  # Ingested as an Energon folder.
     assert [(s.parts[0].data, s.fields) for s in again] == [  # type: ignore[union-attr]
         (picture(i), {"caption": f"caption {i}"}) for i in range(11)
     ]
@@ -239,7 +241,7 @@ def test_energon_opens_what_export_writes(tmp_path: Path) -> None:
 
 
 def run(program: str, *words: str) -> Any:
-    """What a program prints as JSON in its last line, in a process without network."""
+    """Run a program without network and return the JSON in the last line of its output."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", program, *words], env=environment, capture_output=True, text=True, check=False
@@ -248,7 +250,7 @@ def run(program: str, *words: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_reading_by_number_ignores_foreign_members(tmp_path: Path) -> None:
+def test_reading_by_number_ignores_unknown_members(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
         writer.write({"__key__": "a", "npy": np.zeros(3), "pth": b"\x80"})
     build_index(tmp_path / "x.tar")

@@ -1,4 +1,4 @@
-"""Dialogues from lists: images under the names that others give them, never left behind."""
+"""Dialogues from lists: images are stored under every field name that other tools use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import SampleError
-from data_pipeline.prepare.records import FileLoader, members_of
+from data_pipeline.prepare.records import FileLoader, members_from_record
 from tests.data_pipeline.conftest import picture
 
 TURNS = [{"from": "human", "value": "<image> q"}, {"from": "gpt", "value": "a"}]
@@ -37,7 +37,7 @@ def load(tmp_path: Path) -> FileLoader:
     ],
 )
 def test_images_of_a_dialogue_are_stored(load: FileLoader, row: dict[str, Any], names: dict[str, int]) -> None:
-    members = members_of(row, load)
+    members = members_from_record(row, load)
     fields = json.loads(members.pop("json"))
     assert members == {name: picture(number) for name, number in names.items()}
     assert fields == {name: value for name, value in row.items() if name not in ("image", "images", "path")}
@@ -46,9 +46,9 @@ def test_images_of_a_dialogue_are_stored(load: FileLoader, row: dict[str, Any], 
 def test_two_lists_of_images_are_refused(load: FileLoader) -> None:
     row = {"messages": MESSAGES, "path": "0.png", "images": ["1.png"]}
     with pytest.raises(SampleError, match="names its images in path and in images; keep one"):
-        members_of(row, load)
+        members_from_record(row, load)
 
 
 def test_an_image_field_of_a_caption_is_a_field_like_any_other(load: FileLoader) -> None:
-    members = members_of({"caption": "c", "path": "0.png", "image": "a name"}, load)
+    members = members_from_record({"caption": "c", "path": "0.png", "image": "a name"}, load)
     assert json.loads(members["json"]) == {"caption": "c", "image": "a name"}

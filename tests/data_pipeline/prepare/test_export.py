@@ -1,4 +1,4 @@
-"""Exported tars: nothing else beside them, read by webdataset, ingested again to the same samples."""
+"""Exported tars: no other files next to them, readable by webdataset, and ingested again to the same samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.errors import DataConfigError, SampleError, ShardError
-from data_pipeline.prepare.choices import Naming
+from data_pipeline.prepare.choices import TarNaming
 from data_pipeline.prepare.export import export
 from data_pipeline.prepare.ingest import ingest
 from data_pipeline.prepare.sources import open_source
@@ -31,7 +31,7 @@ def picture(shade: int) -> bytes:
 
 
 def data_set(root: Path, count: int = 40, *, pairs_only: bool = False) -> Path:
-    """Pairs, and unless ``pairs_only`` documents and texts too."""
+    """Write a data set of pairs and, unless ``pairs_only``, documents and texts."""
     source = root / "in"
     source.mkdir(parents=True)
     for i in range(count):
@@ -51,7 +51,7 @@ def data_set(root: Path, count: int = 40, *, pairs_only: bool = False) -> Path:
     return ingest(source, root / "shards", "set", max_samples=7).manifest
 
 
-def told(samples: list[Sample]) -> list[object]:
+def contents_of(samples: list[Sample]) -> list[object]:
     return [(sample.provenance.key.rpartition("/")[2], sample.parts, sample.fields) for sample in samples]
 
 
@@ -69,12 +69,12 @@ def test_export_and_ingest_again_give_the_same_samples(tmp_path: Path) -> None:
         files[key][ext] = path.read_bytes()
     assert seen == files
     again = ingest(tmp_path / "tars", tmp_path / "again", "set").manifest
-    assert told(list(read_samples(again))) == told(list(read_samples(manifest)))
+    assert contents_of(list(read_samples(again))) == contents_of(list(read_samples(manifest)))
 
 
 def test_img2dataset_names_are_taken_by_its_readers(tmp_path: Path) -> None:
     manifest = data_set(tmp_path, pairs_only=True)
-    export(manifest, tmp_path / "tars", naming=Naming.IMG2DATASET)
+    export(manifest, tmp_path / "tars", naming=TarNaming.IMG2DATASET)
     tars = sorted((tmp_path / "tars").iterdir())
     assert [tar.name for tar in tars] == [f"{i:05d}.tar" for i in range(6)]
     read = list(webdataset.WebDataset(list(map(str, tars)), shardshuffle=False).decode())
@@ -90,21 +90,21 @@ def test_img2dataset_names_are_taken_by_its_readers(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault
-def test_what_has_no_such_name_or_other_bytes_is_not_exported(tmp_path: Path) -> None:
+def test_samples_without_img2dataset_names_and_changed_tars_are_rejected(tmp_path: Path) -> None:
     manifest = data_set(tmp_path)
     out = tmp_path / "tars"
     with pytest.raises(SampleError, match=r"set-00000\.tar/002: 0 images and 1 texts.*--naming keep"):
-        export(manifest, out, naming=Naming.IMG2DATASET)
+        export(manifest, out, naming=TarNaming.IMG2DATASET)
     assert [path.name for path in out.iterdir()] == [".mmscale-export.json"]
     shard = tmp_path / "shards" / "set-00001.tar"
     time = shard.stat().st_mtime_ns
     shard.write_bytes(shard.read_bytes().replace(b"caption 8", b"caption 9"))
     os.utime(shard, ns=(time, time))
-    with pytest.raises(ShardError, match=r"set-00001\.tar: not the bytes"):
+    with pytest.raises(ShardError, match=r"set-00001\.tar: its sha256 differs"):
         export(manifest, out)
     assert sorted(path.name for path in out.iterdir()) == [".mmscale-export.json", "set-00000.tar"]
     with pytest.raises(DataConfigError, match="unfinished export of other"):
-        export(manifest, out, naming=Naming.IMG2DATASET)
+        export(manifest, out, naming=TarNaming.IMG2DATASET)
     shard.write_bytes(shard.read_bytes().replace(b"caption 9", b"caption 8"))
     assert export(manifest, out).num_resumed == 1
     with pytest.raises(DataConfigError, match="exists already"):
@@ -113,7 +113,7 @@ def test_what_has_no_such_name_or_other_bytes_is_not_exported(tmp_path: Path) ->
 
 _DIES = """
 import os, signal, sys
-from data_pipeline.prepare.choices import Naming
+from data_pipeline.prepare.choices import TarNaming
 from data_pipeline.prepare.export import export
 samples = 0
 def progress(count):
@@ -121,16 +121,16 @@ def progress(count):
     samples += count
     if samples >= int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-export(sys.argv[1], sys.argv[2], naming=Naming.IMG2DATASET, workers=2, progress=progress)
+export(sys.argv[1], sys.argv[2], naming=TarNaming.IMG2DATASET, workers=2, progress=progress)
 """
 
 
 @pytest.mark.fault
 def test_killed_at_random_it_ends_with_the_same_tars(tmp_path: Path) -> None:
     manifest = data_set(tmp_path, 200, pairs_only=True)
-    export(manifest, tmp_path / "whole", naming=Naming.IMG2DATASET)
+    export(manifest, tmp_path / "whole", naming=TarNaming.IMG2DATASET)
     words = [str(manifest), str(tmp_path / "out"), str(random.randrange(7, 190))]
     assert subprocess.run([sys.executable, "-c", _DIES, *words], check=False).returncode == -signal.SIGKILL
-    assert export(manifest, tmp_path / "out", naming=Naming.IMG2DATASET).num_resumed > 0
+    assert export(manifest, tmp_path / "out", naming=TarNaming.IMG2DATASET).num_resumed > 0
     left = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "out")]
     assert left[0] == left[1]

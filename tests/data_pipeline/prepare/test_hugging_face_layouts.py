@@ -1,4 +1,4 @@
-"""The common layouts of Hugging Face are ingested with their texts, and what was taken for what is told."""
+"""The common layouts of Hugging Face are ingested with their texts, and the description names guessed columns."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def encoded(number: int) -> bytes:
 
 
 def stored(source: Path, out: Path, **options: Any) -> tuple[list[Sample], str, IngestReport]:
-    """Samples, what the source was taken for, and the report."""
+    """Ingest a source and return samples, description and report."""
     opened = open_source(source, SourceOptions(**options))
     report = ingest(opened, out, "set", on_error=OnError.SKIP)
     return list(read_samples(report.manifest)), opened.description, report
 
 
 def parquet(path: Path, features: dict[str, Any], columns: dict[str, list[Any]]) -> Path:
-    """As ``datasets`` writes it, with its note of the features in the schema."""
+    """Write Parquet as ``datasets`` does, with the features in the schema's metadata."""
     pictures = [picture(number) for number in range(3)]
     made = datasets.Dataset.from_dict(columns | {"image": pictures}, features=datasets.Features(features))
     made.to_parquet(path)
@@ -108,12 +108,12 @@ def test_parquet_without_a_note_of_features_and_with_an_image_of_another_name(tm
     assert "images in column photo" in said
 
     pq.write_table(pa.table({"image": images, "text": TEXTS, "description": TEXTS}), tmp_path / "d.parquet")
-    with pytest.raises(DataConfigError, match=r"text, description may all be the text; say which with --column"):
+    with pytest.raises(DataConfigError, match=r"text, description may all be the text; choose one with --column"):
         open_source(tmp_path / "d.parquet")
 
 
 def imagefolder(folder: Path, kind: str) -> Path:
-    """What the page of ``datasets`` describes: images, and one list of their names and texts."""
+    """Write an imagefolder as documented by ``datasets``: images, and one list of their names and texts."""
     (folder / "deep").mkdir(parents=True)
     rows = []
     for number, text in enumerate(TEXTS):
@@ -166,11 +166,11 @@ def test_a_source_without_a_text_is_warned_about(tmp_path: Path, capsys: pytest.
     assert main(["data", "ingest", str(source), "--output", str(out), "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["without_text"] == 3
-    assert "warning: not one of 3 samples has a text" in said.err
+    assert "warning: none of the 3 samples has a text" in said.err
     assert main(["data", "verify", str(out / "data.manifest"), "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["without_text"] == 3
-    assert "not one of 3 samples has a text" in said.err
+    assert "none of the 3 samples has a text" in said.err
 
 
 @pytest.mark.parametrize(

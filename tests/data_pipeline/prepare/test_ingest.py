@@ -1,4 +1,4 @@
-"""Ingest against the files it was given, killed at any row and started again."""
+"""Ingested samples equal the source's files, also after a kill at any row and a second start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.io.atomic import partial_path
 from data_pipeline.prepare.choices import OnError
 from data_pipeline.prepare.ingest import ingest
-from data_pipeline.prepare.skipped import SkippedRow, SkippedRows, read_skipped
+from data_pipeline.prepare.skipped import SkippedRow, SkippedRowLog, read_skipped
 from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.shards.manifest import Manifest
 
@@ -29,7 +29,7 @@ def picture(kind: str, shade: int = 0) -> bytes:
 
 
 def stored(manifest_path: Path) -> dict[str, dict[str, bytes]]:
-    """Everything in the shards, by key."""
+    """Return the members of every sample in the shards, by key."""
     manifest, samples = Manifest.open(manifest_path), {}
     for number in range(manifest.num_shards):
         index = manifest.open_index(number)
@@ -118,10 +118,10 @@ def test_jsonl_parts_become_numbered_members(tmp_path: Path) -> None:
         ({"path": "gone.png", "caption": "x"}, r"gone\.png: no such file"),
         ({"path": ".", "caption": "x"}, "a folder, expected a file"),
         ({"path": "text.png", "caption": "x"}, "no JPEG, PNG or WebP"),
-        ({"path": "ok.png", "caption": 3}, "no string"),
+        ({"path": "ok.png", "caption": 3}, "not a string"),
         ({"path": "ok.png", "captions": "x"}, "must be a list"),
-        ({"path": "ok.png", "parts": []}, "either path or parts"),
-        ({"parts": [{"image": "ok.png", "text": "x"}]}, "just one"),
+        ({"path": "ok.png", "parts": []}, "both an image and parts"),
+        ({"parts": [{"image": "ok.png", "text": "x"}]}, "or image alone"),
         ({"caption": ""}, "neither an image"),
         ([1], "expected an object"),
     ],
@@ -146,8 +146,8 @@ def test_unusable_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, reason in [
         ("x.csv", "column path"),
-        ("x.parquet", "no readable Parquet"),
-        ("x.bin", "takes a folder"),
+        ("x.parquet", "not a readable Parquet file"),
+        ("x.bin", "reads a folder"),
         ("gone", "no such"),
         ("empty", "no files"),
     ]:
@@ -218,15 +218,15 @@ def test_the_number_of_processes_changes_no_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("named", [True, False])
 def test_the_list_of_skipped_rows_survives_a_kill(tmp_path: Path, named: bool) -> None:
     path = tmp_path / "set.skipped.jsonl"
-    with SkippedRows(path, 0) as rows:
+    with SkippedRowLog(path, 0) as rows:
         for number in (2, 5, 9):
             rows.add(SkippedRow(number, f"key-{number}", "a reason"))
-    if named:  # Killed behind the renaming, before the manifest.
+    if named:  # Killed after the renaming, before the manifest.
         rows.publish()
     else:
         with partial_path(path).open("ab") as file:
             file.write(b'{"row": 10, "ke')
-    with SkippedRows(path, 5) as rows:  # Rows behind 5 are read again.
+    with SkippedRowLog(path, 5) as rows:  # Rows after 5 are read again.
         rows.add(SkippedRow(9, "key-9", "another reason"))
         assert rows.count == 3
     assert [(row.row, row.reason) for row in read_skipped(rows.publish())] == [
@@ -234,7 +234,7 @@ def test_the_list_of_skipped_rows_survives_a_kill(tmp_path: Path, named: bool) -
         (5, "a reason"),
         (9, "another reason"),
     ]
-    with SkippedRows(path, 0) as rows:
+    with SkippedRowLog(path, 0) as rows:
         assert rows.publish() is None
     assert list(tmp_path.iterdir()) == []
 
@@ -264,7 +264,7 @@ except OSError as error:
 
 
 @pytest.mark.fault
-def test_a_disk_that_takes_no_more_leaves_finished_shards_only(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_only_finished_shards(tmp_path: Path) -> None:
     source = many(tmp_path, 60)
     done = subprocess.run([sys.executable, "-c", _FULL, str(source), str(tmp_path / "out")], check=False)
     assert done.returncode == 7

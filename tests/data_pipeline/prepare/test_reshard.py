@@ -1,4 +1,4 @@
-"""Resharded data sets against plain lists of what went in."""
+"""Resharded data sets agree with plain lists of their input samples."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 
 from benchmarks.servers import file_server
 from data_pipeline.errors import DataConfigError, SampleError, ShardError
-from data_pipeline.prepare.choices import Keys, OnError
+from data_pipeline.prepare.choices import OnError, SampleKeys
 from data_pipeline.prepare.export import export
 from data_pipeline.prepare.ingest import ingest
-from data_pipeline.prepare.reshard import ManifestSource, NamedManifest, Selection
+from data_pipeline.prepare.reshard import NamedManifest, ReshardSource, Selection
 from data_pipeline.prepare.skipped import read_skipped
 from data_pipeline.prepare.verify import jobs_of, verify
 from data_pipeline.shards.manifest import Manifest, write_manifest
@@ -35,7 +35,7 @@ def write(folder: Path, name: str, samples: Stored, per_shard: int = 7) -> Named
 
 
 def samples_of(name: str, count: int) -> Stored:
-    """Members of any kind: what is not understood is copied too."""
+    """Return samples with members of any kind; unknown ones are copied too."""
     return [
         (f"k{i}", {"txt": f"{name} {i}".encode(), "seg-map.npy": bytes([i % 256]) * (i % 40), "pth": b"\x80"})
         for i in range(count)
@@ -70,9 +70,9 @@ def test_sets_are_joined_filtered_and_shuffled(tmp_path: Path) -> None:
     (tmp_path / "gone.jsonl").write_text("".join(line(name, by_name[name], i) for name, i in gone))
     everything = [(n, i, members) for n, samples in by_name.items() for i, (_, members) in enumerate(samples)]
     left = [(f"{n}/{n}-{i // 7:05d}/k{i}", members) for n, i, members in everything if (n, i) not in gone]
-    options: dict[str, Any] = {"exclude": (tmp_path / "gone.jsonl",), "keys": Keys.ORIGIN}
+    options: dict[str, Any] = {"exclude": (tmp_path / "gone.jsonl",), "keys": SampleKeys.ORIGIN}
 
-    plain = ManifestSource(sets, Selection(**options))
+    plain = ReshardSource(sets, Selection(**options))
     report = ingest(plain, tmp_path / "plain", "set", max_samples=10)
     assert (plain.count(), report.num_samples, report.num_shards) == (53, 53, 6)
     assert read(report.manifest) == left
@@ -80,7 +80,7 @@ def test_sets_are_joined_filtered_and_shuffled(tmp_path: Path) -> None:
 
     orders = []
     for seed, workers in ((1, 0), (1, 2), (2, 0)):
-        source = ManifestSource(sets, Selection(**options, shuffle=seed))
+        source = ReshardSource(sets, Selection(**options, shuffle=seed))
         out = tmp_path / f"shuffled-{seed}-{workers}"
         orders.append(read(ingest(source, out, "set", max_samples=10, workers=workers).manifest))
         assert sorted(orders[-1], key=str) == sorted(left, key=str)
@@ -88,7 +88,7 @@ def test_sets_are_joined_filtered_and_shuffled(tmp_path: Path) -> None:
     assert orders[0] != orders[2]
     assert orders[0] != left
 
-    kept = ManifestSource(sets, Selection(keep=options["exclude"], keys=Keys.NUMBER))
+    kept = ReshardSource(sets, Selection(keep=options["exclude"], keys=SampleKeys.NUMBER))
     assert read(ingest(kept, tmp_path / "kept", "set").manifest) == [
         (f"{place:09d}", by_name[name][i][1]) for place, (name, i) in enumerate(sorted(gone), 1)
     ]
@@ -99,17 +99,17 @@ def test_lists_of_other_data_are_refused(tmp_path: Path) -> None:
     a = samples_of("a", 9)
     named = write(tmp_path / "in", "a", a)
     for text, reason in [
-        (line("other", a, 1), "speak of other"),
+        (line("other", a, 1), "name the data sets other"),
         ('{"dataset": "a", "index": 9, "key": "k9"}\n', "name sample 9"),
-        ('{"dataset": "a", "index": 3, "key": "k4"}\n', "otherwise"),
+        ('{"dataset": "a", "index": 3, "key": "k4"}\n', "a list has another"),
         ("a,3\n", "no line of"),
         ("".join(line("a", a, i) for i in range(9)), "no sample is left"),
     ]:
         (tmp_path / "list").write_text(text)
         with pytest.raises(DataConfigError, match=reason):
-            ingest(ManifestSource([named], Selection(exclude=(tmp_path / "list",))), tmp_path / "out", "set")
-    with pytest.raises(DataConfigError, match="called alike"):
-        ManifestSource([named, named], Selection())
+            ingest(ReshardSource([named], Selection(exclude=(tmp_path / "list",))), tmp_path / "out", "set")
+    with pytest.raises(DataConfigError, match="have the same name"):
+        ReshardSource([named, named], Selection())
 
 
 @pytest.mark.fault
@@ -119,7 +119,7 @@ def test_a_data_set_on_a_server_is_refused_at_once(tmp_path: Path, monkeypatch: 
     with file_server(tmp_path / "in").running() as server:
         url = f"{server.url}/a.manifest"
         with pytest.raises(DataConfigError, match="copy it to a disk first"):
-            ManifestSource([NamedManifest("a", Path(url))], Selection())
+            ReshardSource([NamedManifest("a", Path(url))], Selection())
         with pytest.raises(DataConfigError, match="copy it to a disk first"):
             export(url, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -127,8 +127,8 @@ def test_a_data_set_on_a_server_is_refused_at_once(tmp_path: Path, monkeypatch: 
 
 def test_two_samples_of_one_key_are_named_with_the_remedy(tmp_path: Path) -> None:
     sets = [write(tmp_path / "in", name, samples_of(name, 9)) for name in "ab"]
-    with pytest.raises(ShardError, match=r"'k0' comes twice.*--keys origin"):
-        ingest(ManifestSource(sets, Selection()), tmp_path / "out", "set")
+    with pytest.raises(ShardError, match=r"'k0' occurs twice.*--keys origin"):
+        ingest(ReshardSource(sets, Selection()), tmp_path / "out", "set")
 
 
 @pytest.mark.fault
@@ -139,7 +139,7 @@ def test_a_damaged_sample_fails_or_is_left_out(tmp_path: Path) -> None:
     time = shard.stat().st_mtime_ns
     shard.write_bytes(shard.read_bytes().replace(b"a 9", b"A 9"))
     os.utime(shard, ns=(time, time))
-    source = ManifestSource([named], Selection())
+    source = ReshardSource([named], Selection())
     with pytest.raises(SampleError, match=r"row 10: .*crc32"):
         ingest(source, tmp_path / "fail", "set")
     report = ingest(source, tmp_path / "skip", "set", on_error=OnError.SKIP)
@@ -151,29 +151,29 @@ _DIES = """
 import os, signal, sys
 from pathlib import Path
 from data_pipeline.prepare.ingest import ingest
-from data_pipeline.prepare.choices import Keys
-from data_pipeline.prepare.reshard import ManifestSource, NamedManifest, Selection
+from data_pipeline.prepare.choices import SampleKeys
+from data_pipeline.prepare.reshard import ReshardSource, NamedManifest, Selection
 rows = 0
 def progress(count):
     global rows
     rows += count
     if rows >= int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-source = ManifestSource([NamedManifest(n, Path(sys.argv[1]) / f"{n}.manifest") for n in "ab"], Selection())
+source = ReshardSource([NamedManifest(n, Path(sys.argv[1]) / f"{n}.manifest") for n in "ab"], Selection())
 ingest(source, sys.argv[2], "set", max_samples=5, workers=2, progress=progress)
 """
 
 
 @pytest.mark.fault
 def test_killed_at_random_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """Also where keys come back in other shards, as they do when sets are joined."""
+    """Keys repeat in other shards here, as they do when data sets are joined."""
     sets = [write(tmp_path / "in", name, samples_of(name, 200)) for name in "ab"]
-    ingest(ManifestSource(sets, Selection()), tmp_path / "whole", "set", max_samples=5)
+    ingest(ReshardSource(sets, Selection()), tmp_path / "whole", "set", max_samples=5)
     out, rng, died = tmp_path / "out", random.Random(), 0
     while died < 2:
         words = [str(tmp_path / "in"), str(out), str(rng.randrange(1 + 150 * died, 150 * (died + 1)))]
         assert subprocess.run([sys.executable, "-c", _DIES, *words], check=False).returncode == -signal.SIGKILL
         died += 1
-    report = ingest(ManifestSource(sets, Selection()), out, "set", max_samples=5)
+    report = ingest(ReshardSource(sets, Selection()), out, "set", max_samples=5)
     assert report.num_resumed >= 100
     assert files(out) == files(tmp_path / "whole")

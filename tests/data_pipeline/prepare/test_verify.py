@@ -1,4 +1,4 @@
-"""Every damage that is put in is found and named, and nothing else is."""
+"""Verify finds and names every inserted damage, and reports no other."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def good(folder: Path) -> Path:
 
 
 def raw_tar(path: Path, *members: tuple[str, bytes, bytes]) -> Path:
-    """A tar with members of any name and type, and its index if it has a legal one."""
+    """Write a tar with members of any name and type, and its index if one can be built."""
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for name, content, kind in members:
             info = tarfile.TarInfo(name)
@@ -90,7 +90,7 @@ def test_names_that_leave_the_shard(tmp_path: Path, name: str) -> None:
     assert damage.offset == 1024
     assert damage.key
     assert name.startswith(damage.key)
-    assert "leaves the shard" in damage.detail
+    assert "points outside the shard" in damage.detail
     assert verify_shard(path).num_members == 2, "what follows is read all the same"
 
 
@@ -139,7 +139,7 @@ def test_damage_inside_samples(tmp_path: Path) -> None:
 
 
 def bomb(side: int) -> bytes:
-    """A few hundred bytes of PNG whose header asks for ``side * side`` pixels."""
+    """Return a PNG of a few hundred bytes whose header declares ``side * side`` pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -154,7 +154,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
     assert problems(shard_of(tmp_path / "b", a={"jpg": picture("jpeg", 30)}), max_pixels=899) == [("a", Problem.BOMB)]
 
 
-def test_what_would_take_too_much_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_that_would_need_too_much_memory_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contents, "MAX_TEXT_BYTES", 1000)
     monkeypatch.setattr(contents, "_MOST_METADATA_BYTES", 1000)
     long = {"txt": b" " * 1001, "json": b"[" * 1001, "png": picture("png", 8) + bytes(2000)}
@@ -172,7 +172,7 @@ def test_an_index_of_another_tar(tmp_path: Path) -> None:
     assert problems(shard) == [("", Problem.INDEX)]
 
 
-def test_an_index_that_is_damaged_itself_is_told_from_a_damaged_tar(tmp_path: Path) -> None:
+def test_a_damaged_index_is_distinguished_from_a_damaged_tar(tmp_path: Path) -> None:
     shard = good(tmp_path)
     index = ShardIndex.read(shard)
     whole = index_path(shard).read_bytes()
@@ -227,7 +227,7 @@ def test_a_member_without_extension(tmp_path: Path) -> None:
     assert problems(path) == [("", Problem.NAME)]
 
 
-def test_what_is_neither_manifest_nor_tar_is_refused_by_its_kind(tmp_path: Path) -> None:
+def test_other_files_are_rejected_with_their_kind(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"a": 1}')
     with pytest.raises(ManifestError, match=r"x\.json: this is JSON, expected a manifest or a tar"):

@@ -1,6 +1,6 @@
-"""Random damages of a random shard: verify finds each at its place and blames no other sample.
+"""Random damages of a random shard: verify finds each at its offset and reports no other sample.
 
-Where things lie in the tar is asked of Python's ``tarfile``, so that the truth is not our own walk.
+The expected offsets come from Python's ``tarfile``, so they do not depend on the code under test.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.fault
 BLOCK = 512
 
 
-class Place(NamedTuple):
-    """A member of the sound tar."""
+class MemberLocation(NamedTuple):
+    """A member of the undamaged tar, and its offsets."""
 
     key: str
     ext: str
@@ -48,7 +48,7 @@ class Sound:
 
     path: Path
     content: bytes
-    members: list[Place]
+    members: list[MemberLocation]
 
     @property
     def end(self) -> int:
@@ -78,13 +78,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
             folder_name, _, base = info.name.rpartition("/")
             stem, _, ext = base.partition(".")
             key = f"{folder_name}/{stem}" if folder_name else stem
-            members.append(Place(key, ext, info.offset, info.offset_data, info.size))
+            members.append(MemberLocation(key, ext, info.offset, info.offset_data, info.size))
     assert len({member.key for member in members}) == 6
     return Sound(path, path.read_bytes(), members)
 
 
 def found(sound: Sound, content: bytes, is_indexed: bool = True) -> list[Damage]:
-    """What verify says of other bytes under the old index, or without one."""
+    """Return the damages of other bytes with the old index, or without one."""
     folder = sound.path.parent / "damaged"
     folder.mkdir(exist_ok=True)
     path = folder / sound.path.name
@@ -122,7 +122,7 @@ def test_a_flipped_bit_is_found_where_it_is(sound: Sound, data: st.DataObject) -
     damages = found(sound, bytes(damaged))
     owner = next((member for member in sound.members if at < member.following), None)
     if owner is None:
-        # The first block of the end mark stands where a header would; what is behind it has its own place.
+        # The first block of the end mark is at the offset of a next header; later bytes are reported at their own.
         expected = (Problem.HEADER, sound.end) if at < sound.end + BLOCK else (Problem.TAIL, at)
         assert [(d.problem, d.key, d.offset) for d in damages] == [(expected[0], "", expected[1])]
         return
@@ -132,7 +132,7 @@ def test_a_flipped_bit_is_found_where_it_is(sound: Sound, data: st.DataObject) -
         assert shows(damages, Problem.CHECKSUM, owner.key, owner.start)
     elif at >= owner.start:
         assert shows(damages, Problem.SLACK, owner.key, at)
-    else:  # A header, or one of the blocks that hold a long name.
+    else:  # A header, or one of the blocks of a long name.
         assert any(owner.header <= offset <= owner.start for offset in offsets if offset is not None)
         assert {d.problem for d in damages} <= {Problem.HEADER, Problem.SLACK, Problem.INDEX, Problem.MISSING}
 
@@ -150,7 +150,7 @@ def test_a_damaged_header_costs_one_sample_even_without_an_index(sound: Sound, d
 
 @few
 @given(data=st.data())
-def test_a_block_of_zeros_over_a_header_is_no_end(sound: Sound, data: st.DataObject) -> None:
+def test_a_block_of_zeros_over_a_header_is_not_the_end(sound: Sound, data: st.DataObject) -> None:
     member = data.draw(st.sampled_from([m for m in sound.members[:-1] if "/" not in m.key]))
     damaged = bytearray(sound.content)
     damaged[member.header : member.header + BLOCK] = bytes(BLOCK)
@@ -166,7 +166,7 @@ def test_a_truncation_is_found_where_it_is(sound: Sound, data: st.DataObject) ->
     length = data.draw(st.integers(1, len(sound.content) - 1))
     damages = found(sound, sound.content[:length])
     cut = next((member for member in sound.members if length < member.start + member.size), None)
-    if cut is not None:  # The first member that is not whole.
+    if cut is not None:  # The first incomplete member.
         assert any(
             d.problem is Problem.TRUNCATED
             and d.key == cut.key
@@ -183,7 +183,7 @@ def test_a_truncation_is_found_where_it_is(sound: Sound, data: st.DataObject) ->
 
 @few
 @given(data=st.data(), is_indexed=st.booleans())
-def test_bytes_behind_the_end_are_found(sound: Sound, data: st.DataObject, is_indexed: bool) -> None:
+def test_bytes_after_the_end_are_found(sound: Sound, data: st.DataObject, is_indexed: bool) -> None:
     more = data.draw(st.binary(min_size=1, max_size=2000))
     damages = found(sound, sound.content + more, is_indexed)
     stray = len(more) - len(more.lstrip(b"\0"))
@@ -199,7 +199,7 @@ Members = list[tuple[tarfile.TarInfo, bytes]]
 
 
 def rewritten(sound: Sound, change: Callable[[Members], None]) -> tuple[bytes, dict[str, int]]:
-    """The tar written anew after a change of its members, and the byte of each member's header by its name."""
+    """Write the tar again after a change of its members; return it and the offset of each header by member name."""
     members: Members = []
     with tarfile.open(sound.path) as tar:
         for info in tar:
@@ -213,7 +213,7 @@ def rewritten(sound: Sound, change: Callable[[Members], None]) -> tuple[bytes, d
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
-        # The last one of a name wins; a long name has a header of its own in front, which is not meant.
+        # The last member of a name wins. The extra header before a long name is not the member's header.
         return out.getvalue(), {info.name: info.offset_data - BLOCK for info in tar}
 
 
@@ -268,7 +268,7 @@ LINKS = st.sampled_from([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarf
 
 @few
 @given(number=st.integers(0, 17), name=HOSTILE, kind=LINKS, is_link=st.booleans(), is_indexed=st.booleans())
-def test_what_leaves_the_shard_is_found_and_the_rest_is_read(
+def test_names_outside_of_the_shard_are_found_and_other_members_are_read(
     sound: Sound, number: int, name: str, kind: bytes, is_link: bool, is_indexed: bool
 ) -> None:
     info = tarfile.TarInfo("x.txt" if is_link else name)
@@ -277,6 +277,6 @@ def test_what_leaves_the_shard_is_found_and_the_rest_is_read(
     content, headers = rewritten(sound, lambda members: members.insert(number, (info, b"")))
     damages = found(sound, content, is_indexed)
     expected = Problem.LINK if is_link else Problem.PATH
-    (damage,) = [d for d in damages if d.problem is not Problem.INDEX]  # Those behind it have moved.
+    (damage,) = [d for d in damages if d.problem is not Problem.INDEX]  # Later members have moved.
     assert (damage.problem, damage.offset) == (expected, headers[info.name])
     assert info.name.startswith(damage.key)

@@ -1,4 +1,4 @@
-"""Every kind of damage in one data set, under ``skip``: what every other sample becomes, and where, does not move."""
+"""A data set with all kinds of damage, under ``skip``: the other samples keep their content and their position."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from tests.data_pipeline.loader.test_damaged_data import (
 )
 
 pytestmark = pytest.mark.fault
-__all__ = ["fragile_tokenizer"]  # Used by every test here.
+__all__ = ["fragile_tokenizer"]  # All tests here use this fixture.
 
 LOST_SHARD = 5
 LANES = 4
-Place = tuple[int, int, str]
-"""Epoch and sample of a document, and the digest of the pack that holds it alone."""
+PackedSample = tuple[int, int, str]
+"""Epoch and sample of a document, and the digest of its pack, which contains no other document."""
 
 
 @pytest.fixture
 def config(mixture_config: DataConfig, tmp_path: Path) -> DataConfig:
-    """Two epochs, a document a pack, so that a pack's digest is its document's."""
+    """Two epochs with one document per pack, so that a pack's digest is that of its document."""
     dataset = {
         "name": "only",
         "manifest": tmp_path / "only" / "only.manifest",
@@ -52,19 +52,21 @@ def config(mixture_config: DataConfig, tmp_path: Path) -> DataConfig:
     return DataConfig.model_validate(mixture_config.model_dump() | changes)
 
 
-def sequences(config: DataConfig, spec: MediaSpec) -> tuple[list[list[Place]], list[tuple[int, int, int, FaultKind]]]:
-    """What each lane gave, in order, and (lane, epoch, sample, kind) of all that was left out."""
-    lanes: list[list[Place]] = [[] for _ in range(LANES)]
-    left_out = []
+def sequences(
+    config: DataConfig, spec: MediaSpec
+) -> tuple[list[list[PackedSample]], list[tuple[int, int, int, FaultKind]]]:
+    """Return the documents of each lane in order, and (lane, epoch, sample, kind) of all skipped samples."""
+    lanes: list[list[PackedSample]] = [[] for _ in range(LANES)]
+    skipped = []
     with Loader(config, spec, seed=1) as loader:
         for step in loader:
             for lane, microbatch in enumerate(step.microbatches):
                 origin = microbatch.provenance[0]
                 if origin is not None:
                     lanes[lane].append((origin.epoch, origin.index, step_digest([microbatch])))
-            left_out += [(skip.lane, skip.epoch, skip.index, skip.kind) for skip in step.skipped]
+            skipped += [(skip.lane, skip.epoch, skip.index, skip.kind) for skip in step.skipped]
             if step.exhausted:
-                return lanes, left_out
+                return lanes, skipped
     raise AssertionError("unreachable")
 
 
@@ -85,24 +87,24 @@ def test_every_kind_at_once_takes_its_own_samples_out_of_their_lanes_and_changes
     bad = wrong | dict.fromkeys(rotten, FaultKind.CHECKSUM) | dict.fromkeys(lost, FaultKind.SHARD)
     assert set(bad.values()) == {FaultKind.CHECKSUM, FaultKind.SHARD, *DAMAGES}, "every kind should occur"
 
-    lanes, left_out = sequences(config.model_copy(update={"workers": workers}), hybrid_spec)
-    assert lanes == [[place for place in lane if place[1] not in bad] for lane in whole]
+    lanes, skipped = sequences(config.model_copy(update={"workers": workers}), hybrid_spec)
+    assert lanes == [[packed for packed in lane if packed[1] not in bad] for lane in whole]
     expected = [(n, epoch, i, bad[i]) for n, lane in enumerate(whole) for epoch, i, _ in lane if i in bad]
-    assert Counter(left_out) == Counter(expected), "each in the lane where it would have been, and its kind"
+    assert Counter(skipped) == Counter(expected), "each in the lane where it would have been, and its kind"
 
 
 def test_verify_finds_the_same_samples_before_a_run_as_a_run_leaves_out(
     config: DataConfig, hybrid_spec: MediaSpec, write_set: WriteSet
 ) -> None:
-    """But for what only a template, a tokenizer or a budget can tell: captions missing, unforeseen or too long."""
+    """A run also skips samples that only a template, a tokenizer or a budget rejects, such as too long captions."""
     damaged, wrong = damaged_samples()
     write_set("only", damaged)
     rotten = rot(config, [i for i in range(NUM_SAMPLES) if i % 11 == 0 and i not in wrong])
     found: set[int] = set()
     for report in verify(jobs_of(config.datasets[0].manifest)[1]):
         found |= {int(damage.key) for damage in report.damages}
-    _, left_out = sequences(config, hybrid_spec)
-    by_run = {sample: kind for _, _, sample, kind in left_out}
+    _, skipped = sequences(config, hybrid_spec)
+    by_run = {sample: kind for _, _, sample, kind in skipped}
     assert found <= set(by_run)
     assert set(rotten) <= found
     assert {by_run[sample] for sample in set(by_run) - found} == {

@@ -1,4 +1,4 @@
-"""Sizes from headers against what the decoder gives, rotated images included."""
+"""Sizes from headers, compared with those of decoded images, including rotated ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ORIENTATION = 0x0112
 
 
 def _exif(value: int, order: str) -> bytes:
-    """A TIFF block of two entries, the second of which is the orientation."""
+    """Return a TIFF block of two entries; the second is the orientation."""
     start = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "I", 8)
     entries = [(0x010F, 2, 1, 0), (ORIENTATION, 3, 1, value if order == "<" else value << 16)]
     return (
@@ -42,7 +42,7 @@ def _image(encoding: str, exif: bytes, **options: Any) -> bytes:
 
 
 def _upright(data: bytes) -> np.ndarray:
-    """The independent reader: Pillow, its orientation applied."""
+    """Return the size according to Pillow, with the EXIF orientation applied."""
     return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
 
 
@@ -98,7 +98,7 @@ def test_a_jpeg_whose_bytes_hide_a_second_frame_is_refused_before_memory_is_spen
     for data in hidden:
         with pytest.raises(SampleError, match=r"no marker at byte|second frame"):
             image_size(data)
-        tracemalloc.start()  # It counts what numpy takes.
+        tracemalloc.start()  # tracemalloc also counts numpy's memory.
         with pytest.raises(SampleError):
             decode_image(data, max_pixels=10_000, header=image_size(small))
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
@@ -109,7 +109,9 @@ def test_a_jpeg_whose_bytes_hide_a_second_frame_is_refused_before_memory_is_spen
 def test_a_jpeg_of_too_few_bytes_for_its_pixels_is_refused_by_its_header() -> None:
     for options in ({}, {"progressive": True}, {"subsampling": 0}):
         out = io.BytesIO()
-        Image.new("RGB", (1600, 1200), "gray").save(out, "JPEG", optimize=True, **options)  # The least that there is.
+        Image.new("RGB", (1600, 1200), "gray").save(
+            out, "JPEG", optimize=True, **options
+        )  # The smallest possible file.
         assert image_size(out.getvalue()).width == 1600
     data = _frame_of(_image("JPEG", b""), 9900, 9000)
     with pytest.raises(SampleError, match=r"9000x9900 pixels in \d+ bytes: they take 522436 bytes at least"):
@@ -120,7 +122,7 @@ def test_a_jpeg_of_too_few_bytes_for_its_pixels_is_refused_by_its_header() -> No
 def test_a_progressive_jpeg_of_many_scans_is_refused_by_its_header() -> None:
     data = _image("JPEG", b"", progressive=True)
     last = data.rindex(b"\xff\xda")
-    tail = data + b"\xff\xda" * 200  # Behind the end: the film of a camera, for instance.
+    tail = data + b"\xff\xda" * 200  # Data after the end of the image, as some cameras append.
     assert image_size(tail) == image_size(data)
     with pytest.raises(SampleError, match=r"a progressive JPEG of 2\d\d scans, the limit is 100"):
         image_size(data[:last] + 200 * data[last:-2] + data[-2:])
@@ -128,7 +130,7 @@ def test_a_progressive_jpeg_of_many_scans_is_refused_by_its_header() -> None:
 
 @pytest.mark.fault
 def test_header_and_decoder_agree_or_one_refuses() -> None:
-    """The decoder never gives an image of another size than the header says, whatever the bytes are."""
+    """For arbitrary bytes, a decoded image has the size in its header."""
     draw = random.Random(7)
     seeds = [_image(e, _exif(6, "<") if e == "PNG" else b"Exif\0\0" + _exif(6, "<")) for e in ("JPEG", "PNG", "WEBP")]
     num_decoded = 0

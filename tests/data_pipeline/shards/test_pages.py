@@ -1,4 +1,4 @@
-"""Pages in three forms: the same parts, whichever form the JSON has; and what is refused."""
+"""Pages in three JSON formats give the same parts; malformed pages raise."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def parts(fields: dict[str, Any], members: dict[str, bytes] | None = None, key: 
     return assemble({**members, "json": json.dumps(fields).encode()}, origin).parts
 
 
-def shown(found: tuple[Part, ...]) -> list[object]:
-    """Texts as they are, images by their bytes."""
+def plain_parts(found: tuple[Part, ...]) -> list[object]:
+    """Return texts as strings and images as their bytes."""
     return [part.data if isinstance(part, ImagePart) else part.text for part in found]
 
 
@@ -53,21 +53,21 @@ MMC4 = {
 
 
 def test_a_page_of_obelics_takes_its_images_in_their_order() -> None:
-    assert shown(parts(OBELICS)) == [A, "s", B, C, "t"]
+    assert plain_parts(parts(OBELICS)) == [A, "s", B, C, "t"]
 
 
 def test_a_page_of_mmc4_puts_images_before_the_text_they_were_matched_with() -> None:
-    # Named by nothing that is here: the members in their order stand for the images in reading order.
-    assert shown(parts(MMC4)) == [A, "one.", "two.", B, C, "three."]
+    # No reference names a member, so members are matched to images in order.
+    assert plain_parts(parts(MMC4)) == [A, "one.", "two.", B, C, "three."]
     named = {"n1.jpg": A, "n2.jpg": B, "n3.jpg": C}
-    assert shown(parts(MMC4, named)) == [B, "one.", "two.", A, C, "three."]
+    assert plain_parts(parts(MMC4, named)) == [B, "one.", "two.", A, C, "three."]
 
 
 def test_members_may_be_numbered_by_their_places_on_the_page() -> None:
     members = {"0.png": A, "2.png": B, "3.png": C}
-    assert shown(parts(OBELICS, members)) == [A, "s", B, C, "t"]
+    assert plain_parts(parts(OBELICS, members)) == [A, "s", B, C, "t"]
     turned = {"images": [None, "u", None, "v", "w"], "texts": ["r", None, "s", None, None]}
-    assert shown(parts(turned, {"4.png": A, "1.png": B, "3.png": C})) == ["r", B, "s", C, A]
+    assert plain_parts(parts(turned, {"4.png": A, "1.png": B, "3.png": C})) == ["r", B, "s", C, A]
 
 
 @pytest.mark.fault
@@ -80,29 +80,29 @@ def test_members_whose_order_would_be_a_guess_are_refused(names: tuple[str, ...]
 
 
 def test_an_only_image_needs_no_number() -> None:
-    assert shown(parts({"images": ["u", None], "texts": [None, "t"]}, {"jpg": A})) == [A, "t"]
+    assert plain_parts(parts({"images": ["u", None], "texts": [None, "t"]}, {"jpg": A})) == [A, "t"]
 
 
 def test_a_url_is_no_name_of_a_member_whatever_it_ends_in() -> None:
     urls = ["https://a.org/1.png", "https://a.org/0.png", "https://b.org/7.png"]
-    assert shown(parts({"images": urls, "texts": [None] * 3})) == [A, B, C]
+    assert plain_parts(parts({"images": urls, "texts": [None] * 3})) == [A, B, C]
 
 
 def test_images_may_lie_in_the_json_of_mmc4() -> None:
     info = [{"image_base64": base64.b64encode(B).decode(), "matched_text_index": 0}]
-    assert shown(parts({"text_list": ["x"], "image_info": info}, {})) == [B, "x"]
+    assert plain_parts(parts({"text_list": ["x"], "image_info": info}, {})) == [B, "x"]
 
 
 @pytest.mark.parametrize("name", ["1.png", "1.PNG", "000007.1.png", "some/folder/000007.1.png", "other/1.png"])
 def test_an_image_is_named_as_its_member_is(name: str) -> None:
-    assert shown(parts({"parts": [{"image": name}, {"text": "x"}]})) == [B, "x"]
-    assert shown(parts({"images": [name, None], "texts": [None, "x"]})) == [B, "x"]
+    assert plain_parts(parts({"parts": [{"image": name}, {"text": "x"}]})) == [B, "x"]
+    assert plain_parts(parts({"images": [name, None], "texts": [None, "x"]})) == [B, "x"]
 
 
 def test_ten_images_come_by_number_not_by_letter() -> None:
     members = {f"{i}.png": picture(i) for i in reversed(range(11))}
     urls = [f"https://a/{i}" for i in range(11)]
-    assert shown(parts({"images": urls, "texts": [None] * 11}, members)) == [picture(i) for i in range(11)]
+    assert plain_parts(parts({"images": urls, "texts": [None] * 11}, members)) == [picture(i) for i in range(11)]
 
 
 def test_other_fields_stay_and_the_page_itself_is_no_field() -> None:
@@ -112,7 +112,7 @@ def test_other_fields_stay_and_the_page_itself_is_no_field() -> None:
 
 def test_a_dialogue_with_a_list_of_images_is_no_page() -> None:
     fields = {"images": ["a.jpg"], "messages": []}
-    assert shown(parts(fields, {"0.png": A})) == [A]
+    assert plain_parts(parts(fields, {"0.png": A})) == [A]
 
 
 def test_weights_of_texts() -> None:
@@ -134,11 +134,11 @@ def test_weights_of_texts() -> None:
         ({"parts": [{"text": "x", "weight": float("nan")}]}, "a loss weight is nan"),
         ({"parts": [{"text": "x", "weight": 10**400}]}, "a loss weight is 1000"),
         ({"parts": {"text": "x"}}, "parts is a dict, expected a list"),
-        ({"images": ["u", None], "texts": [None]}, "lists of one length"),
+        ({"images": ["u", None], "texts": [None]}, "lists of equal length"),
         ({"images": ["u"], "texts": ["x"]}, "holds both"),
         ({"images": [None], "texts": [None]}, "holds neither"),
-        ({"images": ["u", "v"], "texts": [None, None]}, "names 2 images, none of them as a member is called.* holds 3"),
-        ({"images": ["u", "v", "w", "x"], "texts": [None] * 4}, r"sample holds 3 \(0.png, 1.png, 2.png\)"),
+        ({"images": ["u", "v"], "texts": [None, None]}, "names 2 images, none of them by a member.s name.* has 3"),
+        ({"images": ["u", "v", "w", "x"], "texts": [None] * 4}, r"sample has 3 \(0.png, 1.png, 2.png\)"),
         ({"images": ["0.png", "v"], "texts": [None, None]}, "names the image 'v'"),
         ({"images": ["0.png", None], "texts": [None, 7]}, "is 7, expected a string"),
         ({"text_list": ["x"], "image_info": [{"matched_text_index": 1}]}, "matched_text_index=1 of an image, with 1"),
@@ -161,8 +161,8 @@ def test_a_tar_written_by_webdataset_is_read_as_it_is(tmp_path: Path) -> None:
     build_index(path)
     write_manifest(tmp_path / "all.manifest", [path])
     first, second = read_samples(tmp_path / "all.manifest")
-    assert shown(first.parts) == [A, "s", B, C, "t"]
-    assert shown(second.parts) == [A, "one.", "two.", B, C, "three."]
+    assert plain_parts(first.parts) == [A, "s", B, C, "t"]
+    assert plain_parts(second.parts) == [A, "one.", "two.", B, C, "three."]
     sizes = [part.size for part in second.parts if isinstance(part, ImagePart)]
     assert sizes == [(16, 20)] * 3
     with tarfile.open(fileobj=io.BytesIO(path.read_bytes())) as tar:

@@ -1,4 +1,4 @@
-"""Writer, index and manifest against Python's tarfile, webdataset and brute force."""
+"""Writer, index and manifest, compared with Python's tarfile, webdataset and brute force."""
 
 from __future__ import annotations
 
@@ -222,8 +222,8 @@ def test_hostile_headers_are_refused(tmp_path: Path, old: bytes, new: bytes) -> 
         ShardIndex.open(shard)
 
 
-def everything(shard: Path) -> list[IndexedSample] | None:
-    """Every row of an index; None if opening or a row was refused, and then the check of the whole refuses too."""
+def all_rows(shard: Path) -> list[IndexedSample] | None:
+    """Return all rows of an index; None if opening it or a row raises. ``check`` must then raise too."""
     try:
         index = ShardIndex.open(shard)
         return [index.row(i) for i in range(len(index))]
@@ -235,16 +235,16 @@ def everything(shard: Path) -> list[IndexedSample] | None:
 
 @pytest.mark.fault
 def test_a_damaged_index_is_refused_or_says_the_same(tmp_path: Path) -> None:
-    """Any byte of an index changed: no sample loses a member, gets one of its neighbour, or another key."""
+    """After a change of any byte of an index, no sample has a missing member, a wrong member or a wrong key."""
     (shard,) = write(tmp_path, [(f"k{i}", {"txt": b"a" * i, "png": picture(3, 4, "png")}) for i in range(4)])
-    whole, sound = index_path(shard).read_bytes(), everything(shard)
+    whole, sound = index_path(shard).read_bytes(), all_rows(shard)
     rng = np.random.default_rng(0)
     refused = 0
     for at in range(len(whole)):
         damaged = bytearray(whole)
         damaged[at] ^= int(rng.integers(1, 256))
         index_path(shard).write_bytes(damaged)
-        found = everything(shard)
+        found = all_rows(shard)
         refused += found is None
         assert found in (None, sound), at
     assert refused > 200
@@ -263,19 +263,19 @@ def test_one_flipped_bit_of_an_index_moves_no_image_to_another_text(tmp_path: Pa
     at = whole.index(cu_members) + 8 * 3
     index_path(shards[0]).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     reader = SampleReader(manifest, "pairs")
-    for sample in (2, 3):  # The boundary between them moved: one gets the image of the other.
-        with pytest.raises(ManifestError, match=rf"of sample {sample} does not fit the row's checksum"):
+    for sample in (2, 3):  # The boundary between the samples moved, so one would get the image of the other.
+        with pytest.raises(ManifestError, match=rf"of sample {sample} does not match its checksum"):
             reader.read(sample)
     assert [type(part).__name__ for part in reader.read(4).parts] == ["ImagePart", "TextPart"]
 
 
 def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     (shard,) = write(tmp_path, [(f"k{i}", {"txt": b"a" * i}) for i in range(4)])
-    path, sound = index_path(shard), everything(shard)
+    path, sound = index_path(shard), all_rows(shard)
     columns = read_columns(path, shard_index._COLUMNS, INDEX_FORMAT)
     arrays = {name: array.copy() for name, array in columns.arrays.items() if name != "row_crc32"}
     write_columns(path, arrays, columns.record)
-    assert everything(shard) == sound
+    assert all_rows(shard) == sound
     ShardIndex.open(shard).check()
 
 
@@ -311,7 +311,7 @@ def test_opening_many_shards_makes_no_objects_of_them(tmp_path: Path) -> None:
 
 
 def test_a_manifest_is_written_and_read_with_one_index_open_at_a_time(tmp_path: Path) -> None:
-    """More shards than a process may have files: once every index stayed mapped, and a map holds a descriptor."""
+    """There are more shards than a process may open files, and each mapped index uses a descriptor."""
     shards = write(tmp_path, [(f"{i}", {"txt": b"some text"}) for i in range(300)], max_samples=1)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, limits[1]))
@@ -324,19 +324,19 @@ def test_a_manifest_is_written_and_read_with_one_index_open_at_a_time(tmp_path: 
                 few = len(os.listdir("/proc/self/fd")), maps(tmp_path)
         assert (len(os.listdir("/proc/self/fd")), maps(tmp_path)) == few
         reader.close()
-        assert maps(tmp_path) <= 1  # The manifest's own.
+        assert maps(tmp_path) <= 1  # Only the manifest is mapped.
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def maps(folder: Path) -> int:
-    """Files of a folder that this process has mapped."""
+    """Return the number of files in a folder that this process has mapped."""
     return sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 @pytest.mark.fault
 def test_offsets_that_fall_are_found_when_a_manifest_is_opened(tmp_path: Path) -> None:
-    """Also between the pieces in which they are checked."""
+    """The decrease may be between two of the chunks that are checked."""
     count = (1 << 16) + 2
     arrays: dict[str, Column] = {
         "cu_samples": np.arange(count + 1, dtype=np.int64),
@@ -355,15 +355,15 @@ def test_offsets_that_fall_are_found_when_a_manifest_is_opened(tmp_path: Path) -
 
 
 def test_the_digest_of_a_newer_tar_is_computed_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read-only data set whose tars are newer than their indexes: an order opens each shard many times."""
+    """On a read-only data set with tars newer than their indexes, an order opens each shard many times."""
     (shard,) = write(tmp_path, [("a", {"txt": b"a"})])
     digests: list[Path] = []
 
-    def noted(path: Path) -> str:
+    def counted_sha256(path: Path) -> str:
         digests.append(path)
         return sha256_of(path)
 
-    monkeypatch.setattr(index_module, "sha256_of", noted)
+    monkeypatch.setattr(index_module, "sha256_of", counted_sha256)
     monkeypatch.setattr(index_module, "_renew", lambda path: None)
     os.utime(shard, (2e9, 2e9))
     for _ in range(3):

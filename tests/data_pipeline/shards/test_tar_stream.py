@@ -1,4 +1,4 @@
-"""Reading tars front to back: what webdataset writes comes whole, and damage is the last thing that comes."""
+"""Sequential reading of tars: tars of webdataset are read completely, and damage is the last item."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_hostile_extended_headers_are_a_fault_of_the_shard() -> None:
     negative[124:136] = b"\xff" * 12  # Base 256 of GNU tar.
     negative[148:156] = b"%06o\0 " % (sum(negative[:148]) + sum(negative[156:512]) + 8 * 32)
     for hostile in (sparse, long_names, bytes(negative), _header(tarfile.XHDTYPE, b"99 path")):
-        ((key, error),) = _parts(plain + hostile + plain + end)  # The sample in hand may lack what follows.
+        ((key, error),) = _parts(plain + hostile + plain + end)  # The current sample may lack its last members.
         assert isinstance(error, ShardError)
         assert key == "a"
     assert _parts(_header(tarfile.GNUTYPE_LONGNAME, b"b.txt\0") + plain + end) == [("b", {"txt": b"hi"})]
@@ -132,7 +132,7 @@ def test_a_packed_tar_that_was_damaged_anywhere_says_so(tar: Path, pack: Callabl
         damaged = bytearray(data)
         damaged[place] ^= 1 << draw.randrange(8)
         found = _parts(bytes(damaged))
-        # Some bits of each format only fill up a byte; the last eight bytes of gzip are its checksum and its length.
+        # Some bits of each format are padding. The last eight bytes of gzip are its checksum and its length.
         is_checked = pack is gzip.compress and place >= len(data) - 8
         assert isinstance(found[-1][1], ShardError) or (found == whole and not is_checked), place
         *_, (_, error) = _parts(data[:place])
@@ -154,7 +154,7 @@ def test_random_damage_of_a_plain_tar_ends_in_a_fault_or_in_samples(tar: Path) -
 def test_a_command_that_fails_is_reported_behind_what_it_gave(tar: Path) -> None:
     *good, (_, error) = _read(f"pipe:cat {tar}; exit 3")
     assert good == list(SAMPLES.items())
-    assert "ended with code 3" in str(error)
+    assert "failed with exit code 3" in str(error)
 
 
 def test_a_command_is_stopped_when_nobody_reads_on(tar: Path, tmp_path: Path) -> None:

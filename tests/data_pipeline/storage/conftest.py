@@ -1,4 +1,4 @@
-"""One S3 server for all tests of a session."""
+"""One S3 server per test session."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from data_pipeline.storage.store import ObjectInfo
 
 
 def read_ranges(storage: Storage, url: Url, ranges: Sequence[Range], expected: ObjectInfo | None = None) -> list[bytes]:
-    """The bytes of each range of a remote object, as a loader fetches them."""
+    """Return the bytes of each range of a remote object, fetched in the same way as by the loader."""
     fetched: list[bytes] = storage.background.run(storage.store(url).fetch(url, ranges, expected))[0]
     return fetched
 
 
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
-    """Port of a real S3 server on this machine."""
+    """Port of a local S3 server."""
     with s3_server() as port:
         yield port
 
 
 @pytest.fixture
 def s3_account(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The credentials of the server's only account, where a run looks for them."""
+    """Set the environment variables with the credentials of the server's only account."""
     for name, value in {
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,

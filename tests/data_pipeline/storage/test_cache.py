@@ -1,4 +1,4 @@
-"""The disk cache: bounded, shared, sound after every death."""
+"""The disk cache: its size limit, its use by several processes, and its state after a process is killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cache(folder: Path, max_bytes: int = 10**9) -> Cache:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of everything that takes room, entries and leftovers."""
+    """Return the bytes of all entries and leftovers."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and len(path.name) > 8)
 
 
@@ -70,7 +70,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     for i in range(9):
         store.put(str(i), bytes(10 * KIB))
         os.utime(store.path(str(i)), (i, i))
-    assert store.get("0") is not None  # Used again: now the newest.
+    assert store.get("0") is not None  # The read makes it the most recently used entry.
     store.put("9", bytes(15 * KIB))
     assert size_of(tmp_path) <= 100 * KIB
     left = [i for i in range(10) if store.path(str(i)).exists()]
@@ -131,7 +131,7 @@ def test_a_writer_killed_in_the_middle_leaves_nothing_half(tmp_path: Path) -> No
     (leftover,) = (tmp_path / "v1" / "tmp").iterdir()
     assert leftover.stat().st_size == 100_000
 
-    beside = cache(tmp_path)  # Its writer lives: no leftover yet.
+    beside = cache(tmp_path)  # The writer is alive, so its file is no leftover.
     assert leftover.exists()
     assert beside.get("half") is None
     process.send_signal(signal.SIGKILL)
@@ -149,16 +149,16 @@ def test_a_writer_killed_in_the_middle_leaves_nothing_half(tmp_path: Path) -> No
 def test_a_count_that_a_crash_left_wrong_is_made_right_when_the_folder_is_full(tmp_path: Path) -> None:
     store = cache(tmp_path, 50 * KIB)
     store.put("a", bytes(10 * KIB))
-    store._set_usage(48 * KIB)  # As if a process had died between counting and naming.
+    store._set_usage(48 * KIB)  # As if a process had died between the update of the count and the rename.
     store.put("b", bytes(10 * KIB))
-    assert store.get("a") is not None  # There is room: nothing had to go.
+    assert store.get("a") is not None  # There was room, so nothing was evicted.
     assert store.usage() == size_of(tmp_path)
     (tmp_path / "v1" / "usage").write_bytes(b"damaged")
     assert store.usage() == size_of(tmp_path)
 
 
 def _churn(folder: Path, number: int) -> int:
-    """Writes and reads in a folder that is always too small; counts wrong contents."""
+    """Write and read in a folder that is too small; return the number of wrong contents."""
     store, wrong = cache(folder, 60 * KIB), 0
     for i in range(150):
         key = str((i * 7 + number) % 20)
@@ -179,11 +179,11 @@ def test_processes_share_a_small_folder(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time_has_a_claim(tmp_path: Path) -> None:
     one, two = cache(tmp_path), cache(tmp_path)
-    claim = one.try_single("a")
+    claim = one.try_claim("a")
     assert claim is not None
-    assert two.try_single("a") is None
+    assert two.try_claim("a") is None
     claim.close()
-    after = two.try_single("a")
+    after = two.try_claim("a")
     assert after is not None
     after.close()
 
@@ -197,7 +197,7 @@ def test_a_fifo_in_the_place_of_an_entry_is_an_absent_entry(tmp_path: Path) -> N
     os.mkfifo(store.path("a"))
     assert store.get("a") is None
     assert store.check("a") is None
-    assert store.put("a", b"content")  # Replaces it.
+    assert store.put("a", b"content")  # Replaces the FIFO.
     assert store.get("a") == b"content"
     store.drop("a")
     os.mkfifo(store.path("a"))
@@ -211,7 +211,7 @@ def test_a_fifo_in_the_place_of_a_claim_or_of_the_count_stops_nobody(tmp_path: P
     store = cache(tmp_path)
     os.mkfifo(tmp_path / "v1" / f"claim-{store.path('a').parent.name}")
     for _ in range(2):
-        claim = store.try_single("a")
+        claim = store.try_claim("a")
         assert claim is not None
         claim.close()
     store.put("a", bytes(KIB))
@@ -232,6 +232,6 @@ def test_a_fifo_in_the_place_of_the_lock_is_refused_at_the_start_and_passed_over
     with pytest.raises(StorageError, match=r"cannot be used as a cache: .*v1/lock: not a regular file"):
         cache(tmp_path)
     assert store.get("a") == b"content"
-    store.drop("a")  # Nobody may change the folder without the lock.
+    store.drop("a")  # The folder must not change without the lock.
     with pytest.warns(UserWarning, match=r"v1/lock: not a regular file"):
         assert not store.put("b", b"content")

@@ -1,4 +1,4 @@
-"""Objects over a real HTTP server, with faults in its answers."""
+"""Objects on an HTTP server whose responses have faults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Open = Callable[..., tuple[Storage, Url, FaultyServer]]
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Open]:
-    """A server of one file, and a storage with an empty cache."""
+    """Open an HTTP server of one file, and a storage with an empty cache."""
     with ExitStack() as stack:
 
         def open_(
@@ -47,7 +47,7 @@ def opened(tmp_path: Path) -> Iterator[Open]:
 
 
 def spoil_first(fault: Fault, times: int = 1) -> Choose:
-    """The first ``times`` answers of each range go wrong."""
+    """Apply ``fault`` to the first ``times`` responses for each range."""
     seen: dict[str, int] = {}
 
     def choose(number: int, request: Request) -> Fault | None:
@@ -108,7 +108,7 @@ def test_a_range_behind_the_end_names_the_size(opened: Open) -> None:
 
 @pytest.mark.parametrize("by_answer", [False, True])
 def test_a_replaced_object_is_an_error_that_names_it(opened: Open, tmp_path: Path, by_answer: bool) -> None:
-    """By the server's refusal (If-Match), and by the etag of a server that ignores the condition."""
+    """The server rejects the request (If-Match), or ignores the condition and sends another etag."""
     spoiled = [False]
     storage, url, _ = opened(lambda number, request: Fault.STALE if spoiled[0] else None)
     store = storage.store(url)
@@ -145,7 +145,7 @@ def test_requests_at_the_same_time_are_bounded(opened: Open) -> None:
             most[0] = max(most[0], now[0])
             if now[0] == 3:
                 release.set()
-        release.wait(5)  # Until three are here at once: the bound is reached, and a fourth would be seen.
+        release.wait(5)  # Wait for three simultaneous requests: this is the limit, and a fourth would be counted.
         with lock:
             now[0] -= 1
 
@@ -173,13 +173,13 @@ def test_pages_serve_later_reads_without_a_request(opened: Open, tmp_path: Path)
     wanted = [Range(PAGE_BYTES - 10, PAGE_BYTES + 10), Range(5, 9)]
     assert read(storage, url, wanted) == [DATA[a:b] for a, b in wanted]
     assert server.ranges() == [f"bytes=0-{2 * PAGE_BYTES - 1}"]
-    with Storage(config, CacheConfig(folder=tmp_path / "cache")) as later:  # As another process would.
+    with Storage(config, CacheConfig(folder=tmp_path / "cache")) as later:  # As in another process.
         assert read(later, url, [Range(100, 2 * PAGE_BYTES)]) == [DATA[100 : 2 * PAGE_BYTES]]
         assert later.num_requests == 0
         assert read(later, url, [Range(0, len(DATA))]) == [DATA]
-        assert later.num_requests == 1  # Only what was missing, to the end.
+        assert later.num_requests == 1  # One request for the missing pages.
         assert read(later, url, [Range(0, 10)], identity="v2") == [DATA[:10]]
-        assert later.num_requests == 2  # Another version has pages of its own.
+        assert later.num_requests == 2  # Pages of another version are separate.
         assert read(later, url, [Range(0, 10)], fresh=True) == [DATA[:10]]
         assert later.num_requests == 3
 
@@ -205,13 +205,15 @@ def test_an_object_of_another_size_is_stale(opened: Open) -> None:
 
 def test_whole_objects_are_fetched_once_and_mapped_from_the_cache(opened: Open, tmp_path: Path) -> None:
     storage, url, server = opened()
-    path = storage.background.run(storage.whole(url, "v1"))
+    path = storage.background.run(storage.cached_file(url, "v1"))
     assert path.read_bytes()[: len(DATA)] == DATA
     count = len(server.ranges())
     with Storage(QUICK, CacheConfig(folder=tmp_path / "cache")) as later:
-        assert later.background.run(later.whole(url, "v1")) == path
+        assert later.background.run(later.cached_file(url, "v1")) == path
         assert later.num_requests == 0
-        later.background.run(later.whole(url))  # Without a version in hand the server is asked for one.
+        later.background.run(
+            later.cached_file(url)
+        )  # Without an identity, the storage asks the server for the version.
     assert len(server.ranges()) == 2 * count
     assert [request.method for request in server.requests].count("HEAD") == 1
 
@@ -220,18 +222,18 @@ def test_an_object_that_is_evicted_before_it_is_opened_is_fetched_again(opened: 
     storage, url, _ = opened()
     evictions = [3]
 
-    def use(path: Path) -> bytes:
+    def open_evicted(path: Path) -> bytes:
         if evictions[0]:
             evictions[0] -= 1
-            path.unlink()  # As another process of a full cache would.
+            path.unlink()  # As another process that shares a full cache.
         if not path.exists():
             raise ManifestError("cannot be read: No such file")
         return path.read_bytes()[: len(DATA)]
 
-    assert storage.background.run(storage.mapped(url, use, "v1")) == DATA
+    assert storage.background.run(storage.map_cached(url, open_evicted, "v1")) == DATA
     evictions[0] = 100
-    with pytest.raises(StorageError, match=r"out of the cache .* 8 times .*raise data\.cache\.max_bytes"):
-        storage.background.run(storage.mapped(url, use, "v1"))
+    with pytest.raises(StorageError, match=r"evicted from the cache .* 8 times .*raise data\.cache\.max_bytes"):
+        storage.background.run(storage.map_cached(url, open_evicted, "v1"))
 
 
 def test_a_cache_too_small_for_an_index_says_so(opened: Open, tmp_path: Path) -> None:
@@ -240,7 +242,7 @@ def test_a_cache_too_small_for_an_index_says_so(opened: Open, tmp_path: Path) ->
         Storage(QUICK, CacheConfig(folder=tmp_path / "small", max_bytes=1000)) as storage,
         pytest.raises(StorageError, match=r"do not fit into the cache .*max_bytes=1000"),
     ):
-        storage.background.run(storage.whole(url, "v1"))
+        storage.background.run(storage.cached_file(url, "v1"))
 
 
 def test_a_server_without_ranges_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.storage.ranges import Range, coalesce, cut, pieces
+from data_pipeline.storage.ranges import Range, coalesce, extract, split
 
 _RANGES = st.lists(
     st.tuples(st.integers(0, 300), st.integers(0, 60)).map(lambda t: Range(t[0], t[0] + t[1])), max_size=12
@@ -20,25 +20,25 @@ def test_coalescing_covers_every_byte_and_joins_exactly_the_neighbours(
     wholes = coalesce(ranges, gap, most)
     assert wholes == sorted(wholes)
     blocks = [(whole, data[whole.start : whole.end]) for whole in wholes]
-    assert [cut(blocks, wanted) for wanted in ranges] == [data[a:b] for a, b in ranges]
+    assert [extract(blocks, wanted) for wanted in ranges] == [data[a:b] for a, b in ranges]
 
     needed = {i for a, b in ranges for i in range(a, b)}
     covered = [i for a, b in wholes for i in range(a, b)]
-    assert len(covered) == len(set(covered))  # No byte twice.
+    assert len(covered) == len(set(covered))  # The ranges are disjoint.
     for whole in wholes:
         run = 0
-        for i in range(whole.start, whole.end):  # No hole longer than the gap.
+        for i in range(whole.start, whole.end):  # No range includes a gap above the limit.
             run = 0 if i in needed else run + 1
             assert run <= gap
         overlapping = max((b - a for a, b in ranges), default=0)
         assert whole.size <= max(most, overlapping) or _is_chain(whole, ranges)
-    for a, b in pairwise(wholes):  # What could be one request is one.
+    for a, b in pairwise(wholes):  # Neighbours that fit into one request are merged.
         following = min((r for r in ranges if r.size and r.start >= b.start), key=lambda r: (r.start, r.end))
         assert b.start - a.end > gap or following.end - a.start > most
 
 
 def _is_chain(whole: Range, ranges: list[Range]) -> bool:
-    """Overlapping ranges are never torn, whatever the limit."""
+    """Return whether the ranges overlap in a chain. Such ranges are merged for any limit."""
     inside = sorted(r for r in ranges if r.size and whole.start <= r.start < whole.end)
     reach = inside[0].end
     for r in inside[1:]:
@@ -50,7 +50,7 @@ def _is_chain(whole: Range, ranges: list[Range]) -> bool:
 
 @given(st.integers(0, 50), st.integers(1, 500), st.integers(1, 90))
 def test_pieces_are_a_partition_of_nearly_equal_parts(start: int, size: int, most: int) -> None:
-    parts = pieces(Range(start, start + size), most)
+    parts = split(Range(start, start + size), most)
     assert [i for a, b in parts for i in range(a, b)] == list(range(start, start + size))
     sizes = [part.size for part in parts]
     assert max(sizes) <= most

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.servers import Fault, file_server
-from data_pipeline.prepare.dedup.find import NamedSet, Question, find_duplicates
-from data_pipeline.prepare.stats.count import Place, count
+from data_pipeline.prepare.dedup.find import DedupOptions, NamedSet, find_duplicates
+from data_pipeline.prepare.stats.count import ManifestLocation, count
 from data_pipeline.prepare.stats.gallery import gallery
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.storage.config import CacheConfig, StorageConfig
@@ -36,14 +36,14 @@ def test_a_server_that_fails_now_and_then_changes_nothing(
     with server.running() as running:
         url = Url(f"{running.url}/{local.name}")
         settings = StorageConfig(timeout_seconds=1.0, retry_seconds=20), CacheConfig(folder=tmp_path / "cache")
-        counted = count(Place(url, *settings)).figures
+        counted = count(ManifestLocation(url, *settings)).summary
         with Storage(*settings) as storage:
             remote = Manifest.open(url, storage)
             shown = list(gallery(remote, 5))
-            find_duplicates([NamedSet("a", remote)], tmp_path / "r.jsonl", Question(), signatures=tmp_path / "r")
-    assert counted == count(local).figures
+            find_duplicates([NamedSet("a", remote)], tmp_path / "r.jsonl", DedupOptions(), signatures=tmp_path / "r")
+    assert counted == count(local).summary
     here = Manifest.open(local)
     assert shown == list(gallery(here, 5))
-    find_duplicates([NamedSet("a", here)], tmp_path / "l.jsonl", Question(), signatures=tmp_path / "l")
+    find_duplicates([NamedSet("a", here)], tmp_path / "l.jsonl", DedupOptions(), signatures=tmp_path / "l")
     assert listed(tmp_path / "r.jsonl") == listed(tmp_path / "l.jsonl")
     assert len(listed(tmp_path / "r.jsonl")) == 15

@@ -1,4 +1,4 @@
-"""The loader over a real S3 server and over HTTP: the batches of local files, through faults, deaths and a cache."""
+"""The loader with S3 and HTTP servers: batches equal those of local files, despite faults, kills and a small cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Lines = list[tuple[int, str]]
 
 
 def upload(config: DataConfig, folder: str, port: int) -> str:
-    """Puts all data sets into a folder of a bucket."""
+    """Upload all data sets to a folder of a bucket."""
     with Storage(StorageConfig(endpoint=f"http://127.0.0.1:{port}", allow_http=True)) as storage:
         for dataset in config.datasets:
             for path in sorted(Path(dataset.manifest).parent.iterdir()):
@@ -46,7 +46,7 @@ def upload(config: DataConfig, folder: str, port: int) -> str:
 
 @pytest.fixture
 def bucket(mixture_config: DataConfig, tmp_path: Path, s3_port: int) -> str:
-    """A folder of a bucket that holds the three data sets; damage local files before asking for it."""
+    """Upload the three data sets to a bucket. A fixture that damages local files must come before this one."""
     return upload(mixture_config, f"s3://mixtures/{tmp_path.name}", s3_port)
 
 
@@ -60,7 +60,7 @@ def at(
     faults: dict[str, object] | None = None,
     **changes: object,
 ) -> DataConfig:
-    """The configuration with its data sets below a URL, and changes to ``cache``, ``faults`` and ``storage``."""
+    """Return the configuration with its data sets below a URL, and with other cache, faults and storage settings."""
     raw = config.model_dump(mode="json")
     for dataset in raw["datasets"]:
         dataset["manifest"] = f"{folder}/{dataset['name']}/{dataset['name']}.manifest"
@@ -71,13 +71,13 @@ def at(
 
 
 def every_third() -> Choose:
-    """Every third answer goes wrong, in turns."""
+    """Return faults for every third response, of all kinds in turn."""
     kinds = [Fault.ERROR_500, Fault.RESET, Fault.BUSY_503, Fault.TRUNCATE, Fault.TOO_MANY_429]
     return lambda number, request: kinds[number // 3 % 5] if number % 3 == 1 else None
 
 
 def damage(config: DataConfig) -> None:
-    """Flips a bit in a picture, as a disk that rots would: times stay."""
+    """Flip a bit of an image without changing the file's times, like a failing disk."""
     path = Path(config.datasets[0].manifest).parent / "part-00001.tar"
     times, data = path.stat(), bytearray(path.read_bytes())
     data[data.index(b"IDAT") + 6] ^= 1
@@ -87,13 +87,13 @@ def damage(config: DataConfig) -> None:
 
 @pytest.fixture
 def local(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> Lines:
-    """Digests over local files, one picture of which is damaged."""
+    """Digests of the batches of local files, one image of which is damaged."""
     damage(mixture_config)
     return list(digest(mixture_config, hybrid_spec, 1, STEPS))
 
 
 def tars(server: FaultyServer) -> list[Request]:
-    """Requests for content of shards."""
+    """Return the requests for shard content."""
     return [r for r in server.requests if r.method == "GET" and r.path.partition("?")[0].endswith(".tar")]
 
 
@@ -151,7 +151,7 @@ def test_a_bit_that_flips_in_the_cache_is_noticed_and_fetched_anew(
 
 
 def skipped(config: DataConfig, spec: MediaSpec) -> set[tuple[FaultKind, str, str]]:
-    """Kind, shard (the last part of its name) and key of what is left out."""
+    """Return kind, file name of the shard and key of all skipped samples."""
     with Loader(config, spec, seed=1) as loader:
         steps = [next(loader) for _ in STEPS]
     return {(s.kind, s.shard.rpartition("/")[2], s.key) for step in steps for s in step.skipped}
@@ -163,7 +163,7 @@ def test_a_bit_that_flips_on_the_way_is_read_again_and_one_of_the_server_is_a_fa
     seen: set[str] = set()
 
     def flip_first(number: int, request: Request) -> Fault | None:
-        """The first answer of each shard has another first byte, which is one of a sample."""
+        """Change the first byte, which belongs to a sample, of the first response for each shard."""
         path = request.path.partition("?")[0]
         if not path.endswith(".tar") or path in seen:
             return None
@@ -194,7 +194,7 @@ if __name__ == "__main__":
 
 
 def start(config: DataConfig, workers: int = 0) -> subprocess.Popen[str]:
-    """A process that prints the digests."""
+    """Start a process that prints the digests."""
     arguments = [config.model_dump_json(), str(len(STEPS)), str(workers)]
     return subprocess.Popen([sys.executable, "-c", _RUN, *arguments], stdout=subprocess.PIPE, text=True)
 
@@ -219,7 +219,7 @@ def test_two_runs_share_a_cache_that_is_too_small_for_the_data(
 
 @contextmanager
 def stalled(port: int, suffix: str) -> Iterator[tuple[FaultyServer, threading.Event, threading.Event]]:
-    """A proxy that keeps the third answer for such an object until it is told to go on."""
+    """Run a proxy that holds the third response for objects with a suffix until the last event is set."""
     reached, go_on, count = threading.Event(), threading.Event(), [0]
 
     def choose(number: int, request: Request) -> None:
@@ -245,7 +245,7 @@ def test_a_run_killed_in_the_middle_of_a_cache_write_leaves_a_cache_that_works(
     local = list(digest(mixture_config, hybrid_spec, 1, STEPS))
     bucket = upload(mixture_config, f"s3://mixtures/{tmp_path.name}", s3_port)
     with stalled(s3_port, "long-00000.tar.index") as (server, reached, go_on):
-        # Small requests: the index is half written when the third of them gets no answer.
+        # With small requests, the index is partly written when the third one gets no response.
         config = at(mixture_config, bucket, tmp_path / "cache", server, request_bytes=4096, timeout_seconds=100)
         process = start(config)
         assert reached.wait(30)
@@ -284,7 +284,7 @@ def test_a_shard_that_is_gone_ends_the_run_or_is_left_out_as_a_local_one(
 def test_a_server_that_goes_down_ends_the_run_which_a_resume_takes_up(
     mixture_config: DataConfig, hybrid_spec: MediaSpec, local: Lines, bucket: str, tmp_path: Path, s3_port: int
 ) -> None:
-    """Even if lost shards are to be left out: a server that is down says nothing about its shards."""
+    """Also if damaged shards are skipped, because a server failure does not mean that a shard is damaged."""
     down = [False]
     with proxy(s3_port, lambda number, request: Fault.BUSY_503 if down[0] else None).running() as server:
         skipping: dict[str, object] = {"shard": "skip"}

@@ -1,4 +1,4 @@
-"""Tools over a bucket: indexing tars where they lie, verifying, and clear words where files are needed."""
+"""Tools on a bucket: remote indexing, verification, and errors of commands that need local files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("s3_account")
 
 @pytest.fixture
 def storage(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
-    """The storage of the process, before the server."""
+    """Replace the process's storage by one for the S3 server."""
     config = StorageConfig(endpoint=f"http://127.0.0.1:{s3_port}", allow_http=True)
     with Storage(config, CacheConfig(folder=tmp_path / "cache")) as opened:
         monkeypatch.setattr(Storage, "of_process", lambda: opened)
@@ -37,13 +37,13 @@ def storage(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.fixture
 def local(write_set: WriteSet) -> Path:
-    """A data set of four shards on this machine."""
+    """A local data set of four shards."""
     return write_set("set", [captioned(i) for i in range(45)])
 
 
 @pytest.fixture
 def folder(local: Path, storage: Storage, tmp_path: Path) -> Url:
-    """The tars of ``local`` in a bucket, without anything else."""
+    """Upload the tars of ``local`` to a bucket, without indexes and manifest."""
     url = Url(f"s3://tools/{tmp_path.name}/a folder")
     for tar in sorted(local.parent.glob("*.tar")):
         storage.store(url).write(url.child(tar.name), tar.read_bytes())
@@ -68,7 +68,7 @@ def test_indexing_in_a_bucket_writes_the_bytes_that_indexing_on_a_disk_writes(
     assert written is not None
     assert written.fingerprint == Manifest.open(local).fingerprint
 
-    folded = Path(f"{folder}/set.manifest")  # As a command line hands it on.
+    folded = Path(f"{folder}/set.manifest")  # As from a command line, which converts it to a ``Path``.
     plain = list(read_samples(local))
     assert [s.parts for s in read_samples(folded)] == [s.parts for s in plain]
     assert list(iterate_texts(Manifest.open(folded))) == list(iterate_texts(Manifest.open(local)))
@@ -80,7 +80,7 @@ def test_tars_without_an_index_are_named_with_the_command_that_makes_it(
     manifest = folder.child("set.manifest")
     storage.store(manifest).write(manifest, local.read_bytes())
     with pytest.raises(
-        ManifestError, match=rf"{folder}/part-00000.tar has no index .*data index --manifest {manifest}"
+        ManifestError, match=rf"{folder}/part-00000.tar has no index; .*data index --manifest {manifest}"
     ):
         next(read_samples(manifest))
     index_remote([Manifest.open(manifest).shard_location(n) for n in range(4)], manifest, storage)
@@ -111,22 +111,22 @@ def test_what_cannot_be_indexed_is_named_and_gets_no_index(folder: Url, storage:
         index_remote([bad], None, storage)
     with pytest.raises(AbsentError):
         content(storage, Url(f"{bad}.index"))
-    with pytest.raises(DataConfigError, match="no tars below it"):
+    with pytest.raises(DataConfigError, match="contains no tars"):
         tars_below(folder.child("nothing"), storage)
-    with pytest.raises(DataConfigError, match="does not lie below"):
+    with pytest.raises(DataConfigError, match="is not below"):
         index_remote([bad], Url("s3://tools/elsewhere/x.manifest"), storage)
-    with pytest.raises(DataConfigError, match="takes no files"):
+    with pytest.raises(DataConfigError, match="cannot write an index to an HTTP server"):
         index_remote([Url("http://127.0.0.1/x.tar")], None, storage)
 
 
 def test_what_works_on_files_says_so(folder: Url, storage: Storage, local: Path, tmp_path: Path) -> None:
     index_remote(tars_below(folder, storage), folder.child("set.manifest"), storage)
     remote = Path(folder.child("set.manifest"))
-    with pytest.raises(DataConfigError, match=r"s3://tools/.*: ingest reads files of this machine only"):
+    with pytest.raises(DataConfigError, match=r"s3://tools/.*: ingest reads local files only"):
         open_source(remote)
-    with pytest.raises(DataConfigError, match=r"s3://tools/out: ingest writes files of this machine only"):
+    with pytest.raises(DataConfigError, match=r"s3://tools/out: ingest writes local files only"):
         ingest(local.parent, "s3://tools/out", "x")
-    with pytest.raises(DataConfigError, match="export writes files of this machine only"):
+    with pytest.raises(DataConfigError, match="export writes local files only"):
         export(local, Path("s3://tools/out"))
     with pytest.raises(DataConfigError, match=r"copy .* to a disk first"):
         export(remote, tmp_path / "out")

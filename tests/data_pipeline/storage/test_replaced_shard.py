@@ -1,4 +1,4 @@
-"""A remote tar that was replaced by another of equal size is one stale shard, not many damaged samples."""
+"""A remote tar that was replaced by another of equal size counts as one stale shard, not as bad samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.fault
 
 
 def change(tar: Path, rows: range) -> None:
-    """Changes a byte of every member of some samples; the size stays."""
+    """Change a byte of every member of some samples, without changing the size of the tar."""
     index, data = ShardIndex.open(tar), bytearray(tar.read_bytes())
     for row in rows:
         for member in index.row(row).members:
@@ -29,7 +29,7 @@ def change(tar: Path, rows: range) -> None:
 
 
 def epoch(base: DataConfig, spec: MediaSpec, url: str, cache: Path, **faults: object) -> tuple[int, list[Skipped]]:
-    """Samples that arrived, and what was skipped."""
+    """Return the number of samples of one epoch, and the skipped samples."""
     changes = {
         "datasets": [{"name": "only", "manifest": url, "max_epochs": 1}],
         "lanes": 1,
@@ -62,7 +62,7 @@ def test_a_replaced_tar_is_a_stale_shard_and_a_damaged_sample_is_a_sample(
         found, skipped = epoch(mixture_config, hybrid_spec, url, tmp_path / "b", shard="skip")
         assert found == 26
         assert {skip.kind for skip in skipped} == {FaultKind.SHARD}
-        assert [skip.again for skip in skipped] == [False] + [True] * 12  # It was tried once.
+        assert [skip.recalled for skip in skipped] == [False] + [True] * 12  # Only the first sample was read.
 
         tar.write_bytes(whole)
         change(tar, range(4))

@@ -10,7 +10,7 @@ from data_pipeline.storage.retry import Retry, TransientError
 
 
 class Clock:
-    """Time that passes by sleeping."""
+    """A clock that only ``sleep`` advances."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""Objects of a real S3 server, with a proxy in between that spoils its answers."""
+"""Objects on an S3 server, behind a proxy that injects faults into its responses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Open = Callable[..., tuple[Storage, FaultyServer]]
 
 @pytest.fixture
 def opened(tmp_path: Path, s3_port: int) -> Iterator[Open]:
-    """A storage with an empty cache before a proxy before the server, which holds ``OBJECT``."""
+    """Open a storage with an empty cache, which reads ``OBJECT`` from the server through a proxy."""
     with ExitStack() as stack:
 
         def open_(choose: Choose = lambda number, request: None, **changes: object) -> tuple[Storage, FaultyServer]:
@@ -43,7 +43,7 @@ def opened(tmp_path: Path, s3_port: int) -> Iterator[Open]:
 
 
 def spoil_first(fault: Fault, times: int = 2) -> Choose:
-    """The first ``times`` answers of each range go wrong."""
+    """Apply ``fault`` to the first ``times`` responses for each range."""
     seen: dict[str, int] = {}
 
     def choose(number: int, request: Request) -> Fault | None:
@@ -80,13 +80,13 @@ def test_streams_and_whole_objects_survive_faults_of_every_kind(opened: Open) ->
     kinds = [Fault.ERROR_500, Fault.RESET, Fault.TRUNCATE, Fault.BUSY_503]
     storage, _ = opened(lambda number, request: kinds[number // 2 % 4] if number % 2 else None)
     assert b"".join(storage.store(OBJECT).stream(OBJECT)) == DATA
-    path = storage.background.run(storage.whole(OBJECT))
+    path = storage.background.run(storage.cached_file(OBJECT))
     assert path.read_bytes()[: len(DATA)] == DATA
 
 
 @pytest.mark.parametrize("by_answer", [False, True])
 def test_an_object_that_is_replaced_while_it_is_read_is_noticed(opened: Open, by_answer: bool) -> None:
-    """By the server's refusal (If-Match), and by the etag of an answer that ignores the condition."""
+    """The server rejects the request (If-Match), or the response ignores the condition and has another etag."""
     stale = [False]
     storage, _ = opened(lambda number, request: Fault.STALE if stale[0] else None)
     remote = storage.remote_object(OBJECT, len(DATA), "v1")
@@ -113,7 +113,7 @@ def test_an_absent_object_or_bucket_fails_at_once_and_says_what_to_check(opened:
     with pytest.raises(AbsentError, match=f"{url}: there is no such object; check bucket, path and endpoint"):
         read_ranges(storage, location, [Range(0, 10)])
     with pytest.raises(AbsentError, match="there is no such object"):
-        storage.background.run(storage.whole(location))
+        storage.background.run(storage.cached_file(location))
     assert len(server.requests) == 2
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, no special id from text, equal bytes from equal shards."""
+"""Tokenizers: exact round trips, no special id from text, and byte-identical training from equal shards."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def bundled() -> Tokenizer:
     return load_tokenizer(SentencePieceTokenizerConfig(path=BUNDLED))
 
 
-def foreign_sentencepiece(path: Path) -> Tokenizer:
-    """A model as others make it: ``<image>`` is user-defined, so it is matched in text; spaces are put in front."""
+def user_defined_sentencepiece(path: Path) -> Tokenizer:
+    """Train a model with a user-defined ``<image>``, which matches in text, and with a dummy prefix space."""
     text = ["red apple and green pear", "image of a page"] * 30
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -96,10 +96,10 @@ def test_special_names_in_text_are_spelled_out(bundled: Tokenizer, tmp_path: Pat
     check_hostile(bundled)
     check_hostile(hugging_face(tmp_path / "special.json", special=True))
     check_hostile(hugging_face(tmp_path / "added.json", special=False))
-    foreign = foreign_sentencepiece(tmp_path / "foreign.model")
+    other = user_defined_sentencepiece(tmp_path / "other.model")
     for text in HOSTILE:
-        assert foreign.image_id not in foreign.encode(text), text
-    assert foreign.decode(foreign.encode("a <image> pear")) == "a <image> pear"
+        assert other.image_id not in other.encode(text), text
+    assert other.decode(other.encode("a <image> pear")) == "a <image> pear"
 
 
 def test_a_name_that_cannot_be_spelled_is_refused(tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_what_cannot_work_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataConfigError, match="cannot be read"):
         load_tokenizer(SentencePieceTokenizerConfig(path=tmp_path / "gone.model"))
     (tmp_path / "bad").write_bytes(b"no model")
-    with pytest.raises(DataConfigError, match="no SentencePiece model"):
+    with pytest.raises(DataConfigError, match="not a SentencePiece model"):
         load_tokenizer(SentencePieceTokenizerConfig(path=tmp_path / "bad"))
-    with pytest.raises(DataConfigError, match=r"no tokenizer\.json"):
+    with pytest.raises(DataConfigError, match=r"not a valid tokenizer\.json"):
         load_tokenizer(HuggingFaceTokenizerConfig(path=tmp_path / "bad"))
     with pytest.raises(DataConfigError, match="has no piece <picture>"):
         load_tokenizer(SentencePieceTokenizerConfig(path=BUNDLED, image_token="<picture>"))
@@ -168,7 +168,7 @@ def test_training_names_the_sample_whose_text_cannot_be_read(tmp_path: Path) -> 
         writer.write("good", {"txt": b"red apple"})
         writer.write("bad", {"json": b'{"captions": ["half \\ud800"]}'})
     manifest = write_manifest(tmp_path / "text.manifest", writer.shards)
-    with pytest.raises(SampleError, match=r"/bad: the text is no Unicode") as caught:
+    with pytest.raises(SampleError, match=r"/bad: the text is not valid Unicode") as caught:
         train_sentencepiece([manifest.path], tmp_path / "t.model", 300)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "t.model").exists()

@@ -1,4 +1,4 @@
-"""Data sets with known duplicates: what is listed, that runs read the list, and that a killed search goes on."""
+"""Data sets with known duplicates: the list, reading the list in a run, and resuming a killed search."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from PIL import Image
 from data_pipeline.errors import DataConfigError
 from data_pipeline.order.fault_lists import read_exclusions
 from data_pipeline.order.fault_policy import FaultConfig
-from data_pipeline.prepare.choices import Keep
-from data_pipeline.prepare.dedup.find import NamedSet, Question, find_duplicates
+from data_pipeline.prepare.choices import KeepRule
+from data_pipeline.prepare.dedup.find import DedupOptions, NamedSet, find_duplicates
 from data_pipeline.prepare.dedup.signatures import Criterion
 from data_pipeline.shards.manifest import Manifest, write_manifest
 from data_pipeline.shards.writer import ShardWriter
@@ -30,7 +30,7 @@ EMOJI = REPO / "examples" / "emoji" / "shards" / "train.manifest"
 
 
 def scene(number: int, side: int = 96, encoding: str = "PNG") -> bytes:
-    """One of many pictures; equal numbers are the same picture at any size."""
+    """Return an encoded image. Equal numbers give the same image at any size."""
     small = np.random.default_rng(number).integers(0, 256, (6, 6, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(small).resize((192, 192), Image.Resampling.BICUBIC).resize((side, side)).save(out, encoding)
@@ -48,15 +48,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def search(tmp_path: Path, sets: list[NamedSet], question: Question, **more: Any) -> dict[tuple[str, int], Any]:
-    """(set, sample) of each line to the (set, sample) that it duplicates."""
-    report = find_duplicates(sets, tmp_path / "out.jsonl", question, signatures=tmp_path / "signatures", **more)
+def search(tmp_path: Path, sets: list[NamedSet], options: DedupOptions, **more: Any) -> dict[tuple[str, int], Any]:
+    """Return, for the (set, sample) of each line, the (set, sample) that it duplicates."""
+    report = find_duplicates(sets, tmp_path / "out.jsonl", options, signatures=tmp_path / "signatures", **more)
     found = lines(report.output)
     assert report.num_left_out == len(found)
     return {(x["dataset"], x["index"]): tuple(x["duplicate_of"].values()) for x in found}
 
 
-EXACT, BOTH = Question((Criterion.EXACT,)), Question()
+EXACT, BOTH = DedupOptions((Criterion.EXACT,)), DedupOptions()
 
 
 def test_exact_and_scaled_copies_are_listed_once(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_exact_and_scaled_copies_are_listed_once(tmp_path: Path) -> None:
     assert exact == {("a", 2): ("a", 0), ("b", 2): ("b", 0)}
     both = search(tmp_path, [a, b], BOTH)
     assert both == exact | {("a", 3): ("a", 1), ("b", 1): ("a", 0)}
-    largest = search(tmp_path, [a, b], Question(keep=Keep.LARGEST))
+    largest = search(tmp_path, [a, b], DedupOptions(keep=KeepRule.LARGEST))
     assert largest == {("a", 1): ("a", 3), ("a", 2): ("a", 0), ("b", 1): ("a", 0), ("b", 2): ("b", 0)}
     excluded = read_exclusions(FaultConfig(exclude=(tmp_path / "out.jsonl",)))
     assert {name: found.indices.tolist() for name, found in excluded.items()} == {"a": [1, 2], "b": [1, 2]}
@@ -87,7 +87,7 @@ def test_a_training_set_is_cleaned_of_an_evaluation_set_which_stays_whole(tmp_pa
     evaluation = data_set(tmp_path, "eval", [{"png": scene(3)}, {"jpg": scene(1, 200, "JPEG")}, {"png": scene(3)}])
     found = search(tmp_path, [train], BOTH, against=[evaluation])
     assert found == {("train", 0): ("eval", 1), ("train", 2): ("eval", 0), ("train", 4): ("train", 3)}
-    assert search(tmp_path, [train], Question(keep=Keep.LARGEST), against=[evaluation]) == found
+    assert search(tmp_path, [train], DedupOptions(keep=KeepRule.LARGEST), against=[evaluation]) == found
 
 
 def test_text_and_pairs(tmp_path: Path) -> None:
@@ -101,13 +101,13 @@ def test_text_and_pairs(tmp_path: Path) -> None:
         {"png": scene(6), "json": captions},
     ]
     a = data_set(tmp_path, "a", rows)
-    assert search(tmp_path, [a], Question((Criterion.PAIR,))) == {("a", 3): ("a", 0)}
+    assert search(tmp_path, [a], DedupOptions((Criterion.PAIR,))) == {("a", 3): ("a", 0)}
     text = {("a", 2): ("a", 0), ("a", 3): ("a", 0), ("a", 5): ("a", 4)}
-    assert search(tmp_path, [a], Question((Criterion.TEXT,))) == text
+    assert search(tmp_path, [a], DedupOptions((Criterion.TEXT,))) == text
 
 
 @pytest.mark.fault
-def test_what_cannot_be_compared_stays_and_is_counted(tmp_path: Path) -> None:
+def test_samples_that_cannot_be_compared_are_kept_and_counted(tmp_path: Path) -> None:
     broken = scene(1)[:200]
     two = {"0.png": scene(1), "1.png": scene(2)}
     flat = io.BytesIO()
@@ -118,7 +118,7 @@ def test_what_cannot_be_compared_stays_and_is_counted(tmp_path: Path) -> None:
         content = file.read()
         file.seek(content.index(b"only"))
         file.write(b"0nly")
-    os.utime(tmp_path / "a" / "part-00001.tar", (1, 1))  # As old as before the damage: nobody noticed.
+    os.utime(tmp_path / "a" / "part-00001.tar", (1, 1))  # Keep the old time, so that the damage is not detected by it.
     report = find_duplicates([a], tmp_path / "out.jsonl", BOTH, signatures=tmp_path / "s")
     exact, near = report.criteria["exact"], report.criteria["perceptual"]
     assert (exact.compared, exact.not_compared, exact.left_out) == (5, {"damaged": 1}, {"a": 2})
@@ -147,11 +147,11 @@ def test_processes_and_earlier_signatures_change_nothing(tmp_path: Path) -> None
     assert renewed.output.read_bytes() == alone.output.read_bytes()
 
 
-def test_every_listed_image_is_near_one_that_stays(tmp_path: Path) -> None:
+def test_every_listed_image_is_near_a_kept_one(tmp_path: Path) -> None:
     sets = [NamedSet("emoji", Manifest.open(EMOJI.with_name("train-quick.manifest")))]
     for distance in (0, 7):
-        question = Question((Criterion.PERCEPTUAL,), distance)
-        report = find_duplicates(sets, tmp_path / "out.jsonl", question, signatures=tmp_path / "s")
+        options = DedupOptions((Criterion.PERCEPTUAL,), distance)
+        report = find_duplicates(sets, tmp_path / "out.jsonl", options, signatures=tmp_path / "s")
         found = lines(report.output)
         gone = {line["index"] for line in found}
         assert gone
@@ -160,19 +160,23 @@ def test_every_listed_image_is_near_one_that_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "problem"),
-    [(Question(()), "at least one"), (Question(distance=17), "0 to 16"), (Question((Criterion.TEXT,) * 2), "once")],
+    ("options", "problem"),
+    [
+        (DedupOptions(()), "at least one"),
+        (DedupOptions(distance=17), "0 to 16"),
+        (DedupOptions((Criterion.TEXT,) * 2), "once"),
+    ],
 )
-def test_a_question_without_an_answer_is_refused(tmp_path: Path, question: Question, problem: str) -> None:
+def test_invalid_options_are_rejected(tmp_path: Path, options: DedupOptions, problem: str) -> None:
     a = data_set(tmp_path, "a", [{"txt": b"x"}])
     with pytest.raises(DataConfigError, match=problem):
-        find_duplicates([a], tmp_path / "out.jsonl", question, signatures=tmp_path / "s")
+        find_duplicates([a], tmp_path / "out.jsonl", options, signatures=tmp_path / "s")
     with pytest.raises(DataConfigError, match="two data sets are called 'a'"):
         find_duplicates([a, a], tmp_path / "out.jsonl", BOTH, signatures=tmp_path / "s")
 
 
 @pytest.mark.fault
-def test_a_killed_search_goes_on(tmp_path: Path) -> None:
+def test_a_killed_search_can_be_resumed(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "mmscale.cli.main", "data", "dedup", str(EMOJI), "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True, cwd=REPO)

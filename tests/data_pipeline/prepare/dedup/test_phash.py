@@ -1,4 +1,4 @@
-"""Against the ImageHash package, bit for bit."""
+"""Perceptual hashes equal those of the ImageHash package in every bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_pipeline.prepare.dedup.phash import perceptual_hash
 
 
 def scene(number: int, width: int, height: int) -> Image.Image:
-    """A picture with structure: noise at a few scales."""
+    """Return an image with structure: noise at a few scales."""
     draw = np.random.default_rng(number)
     layers = [
         np.asarray(Image.fromarray(draw.integers(0, 256, (side, side, 3), np.uint8)).resize((width, height)), float)
@@ -65,7 +65,7 @@ def test_an_image_of_nearly_one_colour_has_no_hash() -> None:
 
 
 def test_a_coefficient_that_is_zero_on_paper_gives_the_same_bit_whatever_the_level() -> None:
-    """Stripes: most coefficients are 0, and noise of 1e-12 must not decide about their bits."""
+    """Most coefficients of stripes are 0; rounding noise of 1e-12 must not decide their bits."""
     stripes = np.repeat(np.arange(64, dtype=np.uint8)[:, None, None] % 2 * 100, 64, axis=1).repeat(3, axis=2)
     ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, axis=0).repeat(3, axis=2)
     for picture in (stripes, ramp):

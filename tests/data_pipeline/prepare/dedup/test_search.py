@@ -1,4 +1,4 @@
-"""Against comparing all with all."""
+"""The search finds the same pairs as a comparison of all pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.prepare.dedup import search
-from data_pipeline.prepare.dedup.search import NearWork, Plan, equal_rows, greedy
+from data_pipeline.prepare.dedup.search import BlockPlan, NearWork, equal_rows, greedy
 
 MASK = (1 << 64) - 1
 words = st.integers(0, MASK)
@@ -20,7 +20,7 @@ words = st.integers(0, MASK)
 
 @st.composite
 def clustered(draw: st.DrawFn) -> list[int]:
-    """Distinct hashes, many of them a few bits from others."""
+    """Draw distinct hashes, many of which differ from another one in a few bits."""
     found = set(draw(st.lists(words, min_size=1, max_size=6)))
     for _ in range(draw(st.integers(0, 40))):
         value = draw(st.sampled_from(sorted(found)))
@@ -32,14 +32,14 @@ def clustered(draw: st.DrawFn) -> list[int]:
 
 @pytest.fixture
 def small_parts() -> Iterator[None]:
-    """Parts of a handful of rows."""
+    """Reduce the part size to a few rows."""
     before = search.ROWS_AT_ONCE, search._COMPARED_AT_ONCE
     search.ROWS_AT_ONCE, search._COMPARED_AT_ONCE = 5, 4
     yield
     search.ROWS_AT_ONCE, search._COMPARED_AT_ONCE = before
 
 
-def near_pairs(folder: Path, values: list[int], plan: Plan, distance: int) -> list[tuple[int, int]]:
+def near_pairs(folder: Path, values: list[int], plan: BlockPlan, distance: int) -> list[tuple[int, int]]:
     path = folder / "values.npy"
     np.save(path, np.array(values, np.uint64))
     work = NearWork(path, plan, distance)
@@ -63,7 +63,7 @@ same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixtur
 @given(values=clustered(), distance=st.integers(1, 16), equal=st.integers(1, 3))
 def test_every_near_pair_is_found_once(tmp_path: Path, values: list[int], distance: int, equal: int) -> None:
     equal = equal if distance <= 6 else 1
-    assert near_pairs(tmp_path, values, Plan(distance + equal, equal), distance) == all_pairs(values, distance)
+    assert near_pairs(tmp_path, values, BlockPlan(distance + equal, equal), distance) == all_pairs(values, distance)
 
 
 @same_folder
@@ -71,7 +71,7 @@ def test_every_near_pair_is_found_once(tmp_path: Path, values: list[int], distan
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.long
 def test_parts_change_nothing(tmp_path: Path, values: list[int], distance: int) -> None:
-    plan = Plan(distance + 2, 2)
+    plan = BlockPlan(distance + 2, 2)
     assert near_pairs(tmp_path, values, plan, distance) == all_pairs(values, distance)
 
 
@@ -99,20 +99,20 @@ def test_equal_rows_are_found_by_a_dictionary_too(
     pairs=st.lists(st.tuples(st.integers(1, 25), st.integers(0, 24)).filter(lambda p: p[0] > p[1]), max_size=80),
     protected=st.integers(0, 8),
 )
-def test_what_goes_is_near_something_that_stays(pairs: list[tuple[int, int]], protected: int) -> None:
+def test_every_removed_position_is_near_a_kept_one(pairs: list[tuple[int, int]], protected: int) -> None:
     gone, near = greedy(np.array(pairs, np.int64).reshape(-1, 2), protected)
     left_out = dict(zip(gone.tolist(), near.tolist(), strict=True))
     assert not set(left_out.values()) & set(left_out)
     assert all((later, earlier) in pairs for later, earlier in left_out.items())
     assert all(later >= protected for later in left_out)
-    for later, earlier in pairs:  # No two near ones stay, but for protected ones.
+    for later, earlier in pairs:  # No two near positions are kept, except protected ones.
         assert later in left_out or earlier in left_out or later < protected
 
 
 def test_more_hashes_are_cut_into_longer_keys() -> None:
-    equal = [Plan.of(10**power, 4).num_equal for power in (3, 6, 9, 10)]
+    equal = [BlockPlan.of(10**power, 4).num_equal for power in (3, 6, 9, 10)]
     assert equal == sorted(equal)
     assert equal[0] == 1
     assert equal[2] >= 2
-    for plan in (Plan(7, 3), Plan(17, 1)):
+    for plan in (BlockPlan(7, 3), BlockPlan(17, 1)):
         assert sum(plan.blocks) == MASK

@@ -1,4 +1,4 @@
-"""Against counting them."""
+"""Estimated numbers of copies agree with exact counts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_few_images_are_counted_exactly(parts: list[list[int]]) -> None:
     for part in parts:
         copies.add(keys_of(part))
     every = [content for part in parts for content in part]
-    assert copies.figures()["images"] == len(every) - len(set(every))
-    assert copies.figures()["error_95"] == 0
+    assert copies.summary()["images"] == len(every) - len(set(every))
+    assert copies.summary()["error_95"] == 0
 
 
 def test_many_images_are_estimated_within_the_stated_error() -> None:
@@ -32,11 +32,11 @@ def test_many_images_are_estimated_within_the_stated_error() -> None:
         copies = CopyCount(limit=1000)
         for part in np.array_split(draw.permutation(contents), 7):
             copies.add(keys_of(part.tolist()))
-        figures = copies.figures()
+        summary = copies.summary()
         true = 1 - len(np.unique(contents)) / len(contents)
-        assert 0 < figures["error_95"] < 0.1
-        right += abs(figures["share"] - true) <= figures["error_95"]
-    assert right >= 0.85 * trials  # 95 % are expected; fewer than 34 of 40 has a chance of 1e-3.
+        assert 0 < summary["error_95"] < 0.1
+        right += abs(summary["share"] - true) <= summary["error_95"]
+    assert right >= 0.85 * trials  # 95 % are expected; fewer than 34 of 40 have probability 1e-3.
 
 
 def test_parts_in_any_order_give_one_answer() -> None:
@@ -46,5 +46,5 @@ def test_parts_in_any_order_give_one_answer() -> None:
         copies = CopyCount(limit=500)
         for part in np.array_split(np.random.default_rng(seed).permutation(contents), 5 + seed):
             copies.add(keys_of(part.tolist()))
-        answers.append(copies.figures())
+        answers.append(copies.summary())
     assert answers[0] == answers[1] == answers[2]

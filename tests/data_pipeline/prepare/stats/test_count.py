@@ -1,4 +1,4 @@
-"""Figures against counting by hand, and a sample's figures against the whole's."""
+"""Statistics agree with counts by hand, and those of a sample with those of the whole set."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def small(tmp_path: Path) -> Manifest:
     return write_manifest(tmp_path / "x.manifest", writer.shards)
 
 
-def test_figures_agree_with_counting(small: Manifest) -> None:
-    found = count(small.path, tokenizer=TOKENIZER).figures
+def test_statistics_agree_with_counting(small: Manifest) -> None:
+    found = count(small.path, tokenizer=TOKENIZER).summary
     assert (found["samples"], found["shards"], found["looked_at"], found["share_error_95"]) == (5, 3, 5, 0)
     assert found["bytes"] == sum(small.shard_bytes(number) for number in range(3))
     assert (found["samples_per_shard"]["min"], found["samples_per_shard"]["max"]) == (1, 2)
@@ -77,10 +77,10 @@ def test_figures_agree_with_counting(small: Manifest) -> None:
 
 @pytest.mark.long
 def test_documents_cost_what_the_run_makes_of_them() -> None:
-    """Every document built whole, images decoded, against what was counted without decoding."""
+    """Compare the counts with those of fully built documents with decoded images."""
     run = load(REPO / "configs" / "quickstart.yaml", [], RunConfig).value
     training = Training(run.data.datasets[0], run.media_spec, max_tokens=7)
-    found = count(EMOJI, tokenizer=run.data.tokenizer, training=training).figures["documents"]
+    found = count(EMOJI, tokenizer=run.data.tokenizer, training=training).summary["documents"]
     build = DocumentBuilder(run.data.datasets[0], load_tokenizer(run.data.tokenizer), run.media_spec)
     documents = [build(sample) for sample in read_samples(EMOJI)]
     tokens = [document.num_tokens for document in documents]
@@ -92,29 +92,29 @@ def test_documents_cost_what_the_run_makes_of_them() -> None:
 
 @pytest.mark.long
 def test_processes_change_nothing(small: Manifest) -> None:
-    alone, shared = (count(small.path, tokenizer=TOKENIZER, workers=workers).figures for workers in (0, 2))
+    alone, shared = (count(small.path, tokenizer=TOKENIZER, workers=workers).summary for workers in (0, 2))
     assert alone == shared
 
 
 @pytest.mark.long
 def test_a_sample_is_right_to_the_stated_error() -> None:
     whole, part = count(EMOJI), count(EMOJI, sample=200)
-    assert part.figures["looked_at"] == 200
-    error = part.figures["share_error_95"]
+    assert part.summary["looked_at"] == 200
+    error = part.summary["share_error_95"]
     assert error == pytest.approx(1.3581 / 200**0.5, rel=1e-3)
-    for kind, number in whole.figures["kinds"].items():
-        assert abs(number / 1024 - part.figures["kinds"].get(kind, 0) / 200) <= error
+    for kind, number in whole.summary["kinds"].items():
+        assert abs(number / 1024 - part.summary["kinds"].get(kind, 0) / 200) <= error
     sizes = np.sort([len(s.parts[0].data) for s in read_samples(EMOJI)])  # type: ignore[union-attr]
     for share in (0.05, 0.5, 0.95):
         rank = np.searchsorted(sizes, part.tally.images["bytes"].quantile(share)) / len(sizes)
         assert abs(rank - share) <= error + 0.01
-    assert "copies" not in part.figures
-    assert count(EMOJI, sample=5000).figures == whole.figures
+    assert "copies" not in part.summary
+    assert count(EMOJI, sample=5000).summary == whole.summary
 
 
-def test_languages_are_told_of_so_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_languages_are_detected_in_a_limited_number_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipeline.prepare.stats.count._LANGUAGES_OF", 128)
-    few, many = count(EMOJI, sample=100).figures, count(EMOJI).figures
+    few, many = count(EMOJI, sample=100).summary, count(EMOJI).summary
     assert sum(few["languages"].values()) == few["text_characters"]["count"]
     share = sum(many["languages"].values()) / many["text_characters"]["count"]
     assert share == pytest.approx(1 / 8, rel=0.1)
@@ -135,7 +135,7 @@ def test_a_sample_is_spread_over_all(total: int, num: int) -> None:
 def test_an_empty_data_set_has_zero_of_everything(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "x.manifest", [])
     for sample in (None, 10):
-        found = count(manifest.path, sample=sample).figures
+        found = count(manifest.path, sample=sample).summary
         assert (found["samples"], found["images"]["count"], found["copies"]["images"]) == (0, 0, 0)
 
 
@@ -144,8 +144,8 @@ def test_a_changed_member_is_counted_and_named(small: Manifest) -> None:
     path = small.shard_path(0)
     content = path.read_bytes()
     path.write_bytes(content.replace("ein fünfter".encode(), "kein fünfte".encode()))
-    os.utime(path, (1, 1))  # As old as before the damage: nobody noticed.
-    found = count(small.path).figures
+    os.utime(path, (1, 1))  # Keep the old time, so that the damage is not detected by it.
+    found = count(small.path).summary
     assert found["refused"] == {"checksum": 1, "text": 1}
     assert "kein" not in str(found)
 
@@ -155,15 +155,15 @@ def test_half_a_pair_of_utf16_is_counted_with_its_place_and_not_encoded(tmp_path
     with ShardWriter(tmp_path, "x") as writer:
         writer.write("good", {"json": b'{"captions": ["abc"]}'})
         writer.write("bad", {"json": b'{"captions": ["a", "b\\ud800"]}'})
-    found = count(write_manifest(tmp_path / "x.manifest", writer.shards).path, tokenizer=TOKENIZER).figures
+    found = count(write_manifest(tmp_path / "x.manifest", writer.shards).path, tokenizer=TOKENIZER).summary
     assert found["refused"] == {"text": 1}
-    assert "x-00000.tar/bad: the text is no Unicode" in str(found)
+    assert "x-00000.tar/bad: the text is not valid Unicode" in str(found)
 
 
 def test_no_media_means_no_documents_with_images(small: Manifest) -> None:
-    """A text model: samples with images are refused, as its run would refuse them."""
+    """Samples with images are unusable for a text model, as in its run."""
     run = load(REPO / "configs" / "quickstart.yaml", [], RunConfig).value
     dataset = run.data.datasets[0].model_copy(update={"template": type(run.data.datasets[0].template)()})
-    found = count(small.path, tokenizer=TOKENIZER, training=Training(dataset, MediaSpec(), 100)).figures
+    found = count(small.path, tokenizer=TOKENIZER, training=Training(dataset, MediaSpec(), 100)).summary
     assert found["documents"]["tokens"]["count"] == 1
     assert found["refused"] == {"document": 1, "text": 3}  # An image; no caption, no caption, broken JSON.

@@ -1,4 +1,4 @@
-"""Fertility against counting by hand with the tokenizers' own libraries."""
+"""Fertility agrees with counts by hand with the tokenizers' own libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUNDLED = EMOJI / "tokenizer.model"
 
 
 def byte_level(folder: Path) -> Path:
-    """GPT-2's kind: bytes are the alphabet; trained on words that make the two bytes of "é" one piece."""
+    """Train a byte-level BPE tokenizer, as GPT-2's, on words that merge the two bytes of "é" into one piece."""
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -60,7 +60,7 @@ def test_byte_level_pieces_that_split_a_character_are_counted(tmp_path: Path) ->
     assert (held["tokens"], held["byte_share"], held["unknown_share"]) == (2, 1.0, 0.0)
 
 
-def test_unknown_tokens_are_told(tmp_path: Path) -> None:
+def test_unknown_tokens_are_counted(tmp_path: Path) -> None:
     model = tokenizers.Tokenizer(models.WordLevel({"red": 0, "apple": 1, "<unk>": 2}, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
     model.save(str(tmp_path / "words.json"))
@@ -143,7 +143,7 @@ def test_half_a_pair_of_utf16_is_named_with_its_place(tmp_path: Path, capsys: py
     for source, place in (([str(manifest)], "x-00000.tar/bad"), (["--texts", str(tmp_path / "x.jsonl")], "x.jsonl:2")):
         assert main(["data", "fertility", str(BUNDLED), *source]) != 0
         printed = capsys.readouterr().err
-        assert f"{place}: the text is no Unicode" in printed.replace("\n", "")
+        assert f"{place}: the text is not valid Unicode" in printed.replace("\n", "")
         assert "Traceback" not in printed
-    with pytest.raises(SampleError, match=r"x-00000\.tar/bad: the text is no Unicode"):
+    with pytest.raises(SampleError, match=r"x-00000\.tar/bad: the text is not valid Unicode"):
         train_sentencepiece([manifest], tmp_path / "x.model", 300)

@@ -1,4 +1,4 @@
-"""Against numpy on the numbers themselves."""
+"""Histograms agree with numpy on the numbers themselves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ numbers = st.lists(st.one_of(st.integers(0, 300), st.integers(0, 2**62)), min_si
 
 
 @given(values=numbers, cut=st.integers(0, 60))
-def test_figures_are_those_of_the_numbers(values: list[int], cut: int) -> None:
+def test_summaries_agree_with_numpy(values: list[int], cut: int) -> None:
     first, second = Histogram(), Histogram()
     first.add(values[:cut])
     second.add(np.array(values[cut:], np.int64))
@@ -39,10 +39,10 @@ def test_the_order_of_parts_does_not_matter(values: list[int], order: object) ->
         part = Histogram()
         part.add([value])
         parts.merge(part)
-    assert whole.figures() == parts.figures()
+    assert whole.summary() == parts.summary()
 
 
-def test_buckets_lie_side_by_side() -> None:
+def test_buckets_are_adjacent() -> None:
     end = 0
     for bucket in range(57 * 128):
         low, width = bounds(bucket)
@@ -60,10 +60,10 @@ def test_bars_hold_every_number(values: list[int]) -> None:
     assert bars[0] == pytest.approx(sum(value < 50 for value in values))  # Below 256 a number has a bucket of its own.
 
 
-def test_figures_are_in_units_and_nothing_has_no_quantiles() -> None:
+def test_summaries_are_in_units_and_an_empty_one_has_no_quantiles() -> None:
     histogram = Histogram(per_unit=1000)
-    assert histogram.figures() == {"count": 0}
+    assert histogram.summary() == {"count": 0}
     histogram.add([500, 2000])
-    assert histogram.figures()["min"] == 0.5
-    assert histogram.figures()["mean"] == 1.25
-    assert histogram.figures()["max"] == 2
+    assert histogram.summary()["min"] == 0.5
+    assert histogram.summary()["mean"] == 1.25
+    assert histogram.summary()["max"] == 2

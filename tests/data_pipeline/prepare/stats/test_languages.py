@@ -1,4 +1,4 @@
-"""Languages of sentences that say which they are; scripts against Unicode's own names of characters."""
+"""Languages of sentences that name their language, and scripts compared with Unicode's names of characters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_word_too_short_to_tell_is_left_open() -> None:
 
 
 def test_scripts_are_those_of_unicodes_names() -> None:
-    """Every named letter of the basic plane that our table claims for a script is one by its name, too."""
+    """Every named letter of the basic plane that the table assigns to a script has the script in its name."""
     names = {
         "LATIN": "Latn", "CYRILLIC": "Cyrl", "GREEK": "Grek", "HEBREW": "Hebr", "ARABIC": "Arab", "THAI": "Thai",
         "DEVANAGARI": "Deva", "BENGALI": "Beng", "TAMIL": "Taml", "GEORGIAN": "Geor", "ARMENIAN": "Armn",

@@ -1,4 +1,4 @@
-"""Annotations: the images once, a branch for each, and batches that carry them."""
+"""Annotations: the images once, then a branch for each annotation; and batches of such documents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_pipeline.batch import BranchedSegments
 from data_pipeline.config import DatasetConfig
 from data_pipeline.document import Document
 from data_pipeline.errors import SampleError
-from data_pipeline.loader.shared_buffers import Inbox, Outbox
+from data_pipeline.loader.shared_buffers import BatchReceiver, BatchSender
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate, concatenate
 from data_pipeline.packing.document_builder import DocumentBuilder
@@ -123,7 +123,7 @@ def test_batches_name_the_keys_of_every_branch(builder: DocumentBuilder) -> None
     assert batch.branched is not None
     bounds = [length, *(length + start for start in document.branches), 2 * length]
     assert batch.branched.queries.bounds == (0, *bounds)
-    rows, keys = batch.branched.rows.tolist(), batch.branched.keys.bounds
+    rows, keys = batch.branched.key_tokens.tolist(), batch.branched.keys.bounds
     expected = [range(length), range(length, length + fork)]
     for start, end in pairwise(bounds[1:]):
         expected.append([*range(length, length + fork), *range(start, end)])  # type: ignore[arg-type]
@@ -139,11 +139,11 @@ def test_batches_with_branches_join_and_travel(builder: DocumentBuilder, order: 
     packs = [Pack((document if kind == "b" else _plain(document),), lane) for lane, kind in enumerate(order)]
     together = collate(packs, SPEC)
     joined = concatenate([collate([pack], SPEC) for pack in packs], SPEC)
-    (sent,) = Inbox().open(Outbox().wrap((together,)))
+    (sent,) = BatchReceiver().decode(BatchSender().encode((together,)))
     for ours, expected in ((joined, together), (sent, together)):
         assert_same(ours, expected)
         assert isinstance(ours.branched, BranchedSegments) == ("b" in order)
         if ours.branched is not None and expected.branched is not None:
             assert ours.branched.queries.bounds == expected.branched.queries.bounds
-            assert torch.equal(ours.branched.rows, expected.branched.rows)
+            assert torch.equal(ours.branched.key_tokens, expected.branched.key_tokens)
     assert together.to("meta").attended.__class__ is together.attended.__class__

@@ -1,4 +1,4 @@
-"""Formats of published chat models against the models' own templates, as transformers renders and tokenises them."""
+"""Chat formats, compared with the models' own templates as rendered and tokenised by transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_pipeline.text.templates.chat_formats import CHAT_FORMATS
 from data_pipeline.text.tokenizer import HuggingFaceTokenizerConfig, load_tokenizer
 
 JINJA = {
-    # Qwen2 and others; without Qwen's standard system turn.
+    # Qwen2 and others, without Qwen's default system turn.
     "chatml": "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
     "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     # Meta-Llama-3-8B-Instruct.
@@ -29,7 +29,7 @@ JINJA = {
     "{% if loop.index0 == 0 %}"
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-    # Mistral-Small-3.1-24B-Instruct-2503, its branches for text; without its standard system turn.
+    # The text branches of Mistral-Small-3.1-24B-Instruct-2503, without its default system turn.
     "mistral": "{{- bos_token }}{%- for message in messages %}{%- if message['role'] == 'user' %}"
     "{{- '[INST]' + message['content'] + '[/INST]' }}{%- elif message['role'] == 'system' %}"
     "{{- '[SYSTEM_PROMPT]' + message['content'] + '[/SYSTEM_PROMPT]' }}{%- elif message['role'] == 'assistant' %}"
@@ -56,7 +56,7 @@ TURNS = (
 
 
 def _messages(name: str, *, plain: bool) -> list[dict[str, str]]:
-    """A dialogue; ``plain`` spells no token of a format, which transformers would take for one."""
+    """Return a dialogue; with ``plain``, without names of special tokens, which transformers would encode as such."""
     turns = TURNS if name == "gemma" else (("system", "Be kind."), *TURNS)
     return [{"role": role, "content": words.replace("<|im_end|>", "it") if plain else words} for role, words in turns]
 
@@ -74,7 +74,7 @@ def _sample(messages: list[dict[str, str]]) -> Sample:
     return Sample((), {"messages": messages}, Provenance("d", "s", "k", 0))
 
 
-def _theirs(folder: Path) -> Any:
+def _reference(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
@@ -86,10 +86,10 @@ def _theirs(folder: Path) -> Any:
 @pytest.mark.parametrize("name", JINJA)
 def test_the_tokens_are_those_of_the_models_own_template(name: str, tokenizer_path: Path, tmp_path: Path) -> None:
     builder, messages = _builder(name, tokenizer_path, tmp_path), _messages(name, plain=True)
-    theirs = _theirs(tmp_path)
+    theirs = _reference(tmp_path)
     document = builder(_sample(messages))
     expected = theirs.apply_chat_template(messages, chat_template=JINJA[name], return_dict=False)
-    # Every document begins with <s>, which some of the templates leave to the tokenizer.
+    # Every document begins with <s>. Some of the templates leave it to the tokenizer.
     assert document.token_ids.tolist() == [1] * (expected[0] != 1) + expected
     asked = theirs.apply_chat_template(
         messages[:-1], chat_template=JINJA[name], add_generation_prompt=True, return_dict=False
@@ -145,5 +145,5 @@ def test_a_format_is_written_out_and_may_be_changed_in_part() -> None:
     assert (own.special_tokens, own.strip) == ((), True)
     with pytest.raises(ValidationError, match="format"):
         DialogueTemplate.model_validate({"kind": "dialogue", "format": "chatlm"})
-    with pytest.raises(ValidationError, match="no role 'system' to say it"):
+    with pytest.raises(ValidationError, match="no role 'system' for this turn"):
         DialogueTemplate(format="gemma", system="Be kind.")

@@ -1,4 +1,4 @@
-"""Dialogues: who says what in which format, what of it is learned, and where images stand."""
+"""Dialogues: formats of turns, learned text, and positions of images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sample(fields: dict[str, Any], images: int = 0) -> Sample:
 
 
 def talk(*turns: str, weights: dict[int, float] | None = None) -> dict[str, Any]:
-    """User and assistant in turn."""
+    """Return fields with turns of the user and the assistant, alternating."""
     roles = ("user", "assistant")
     messages: list[dict[str, Any]] = [{"role": roles[i % 2], "content": words} for i, words in enumerate(turns)]
     for number, weight in (weights or {}).items():
@@ -47,8 +47,8 @@ def talk(*turns: str, weights: dict[int, float] | None = None) -> dict[str, Any]
     return {"messages": messages}
 
 
-def shown(pieces: list[Any]) -> list[str]:
-    """Images by name, tokens by name, the end as ``$``; what is learned after a star."""
+def as_strings(pieces: list[Any]) -> list[str]:
+    """Return pieces as strings: images and tokens by name, the end as ``$``, learned pieces with a leading star."""
     found = []
     for piece in pieces:
         if isinstance(piece, ImagePart):
@@ -66,13 +66,13 @@ def test_the_default_is_vicunas_format() -> None:
     pieces = DialogueTemplate().pieces(sample(fields), None)
     whole = "".join("</s>" if isinstance(p, EndPiece) else p.text for p in pieces)  # type: ignore[union-attr]
     assert whole == "Be kind. USER: hi ASSISTANT: hello</s>USER: more? ASSISTANT: no</s>"
-    assert [word for word in shown(pieces) if word.startswith("*")] == ["*hello", "*$", "*no", "*$"]
+    assert [word for word in as_strings(pieces) if word.startswith("*")] == ["*hello", "*$", "*no", "*$"]
 
 
 def test_conversations_as_llava_stores_them() -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     pieces = DialogueTemplate().pieces(sample({"conversations": turns}, images=1), None)
-    assert shown(pieces) == ["USER: ", "[0.png]", "\nWhat?", " ", "ASSISTANT: ", "*A cat.", "*$"]
+    assert as_strings(pieces) == ["USER: ", "[0.png]", "\nWhat?", " ", "ASSISTANT: ", "*A cat.", "*$"]
 
 
 @pytest.mark.parametrize(
@@ -91,17 +91,17 @@ def test_conversations_as_llava_stores_them() -> None:
 )
 def test_images_stand_where_a_turn_says(words: Any, expected: list[str]) -> None:
     pieces = DialogueTemplate().pieces(sample(talk(words, "yes"), images=2), None)
-    assert shown(pieces)[1 : 1 + len(expected)] == expected
+    assert as_strings(pieces)[1 : 1 + len(expected)] == expected
 
 
 def test_images_that_nobody_places_stand_before_the_first_turn_that_is_not_the_systems() -> None:
     pieces = DialogueTemplate(system="S").pieces(sample(talk("q", "a", "r", "b"), images=2), None)
-    assert shown(pieces)[:5] == ["S", " ", "USER: ", "[0.png]", "[1.png]"]
+    assert as_strings(pieces)[:5] == ["S", " ", "USER: ", "[0.png]", "[1.png]"]
 
 
 def test_a_system_turn_of_the_sample_wins() -> None:
     fields = {"messages": [{"role": "system", "content": "own"}, *talk("q", "a")["messages"]]}
-    assert shown(DialogueTemplate(system="S").pieces(sample(fields), None))[0] == "own"
+    assert as_strings(DialogueTemplate(system="S").pieces(sample(fields), None))[0] == "own"
 
 
 def test_weights_of_roles_turns_and_stretches_are_multiplied() -> None:
@@ -125,17 +125,19 @@ def test_weights_of_roles_turns_and_stretches_are_multiplied() -> None:
 )
 def test_which_answers_are_learned_and_where_the_end_stands(options: dict[str, Any], expected: list[str]) -> None:
     pieces = DialogueTemplate(**options).pieces(sample(talk("q", "a", "r", "b")), None)
-    assert [word for word in shown(pieces) if word.startswith("*")] == expected
-    assert shown(pieces).count("$") + shown(pieces).count("*$") == {"none": 0, "dialogue": 1}.get(options.get("end"), 2)  # type: ignore[call-overload]
+    assert [word for word in as_strings(pieces) if word.startswith("*")] == expected
+    assert as_strings(pieces).count("$") + as_strings(pieces).count("*$") == {"none": 0, "dialogue": 1}.get(
+        options.get("end"), 2
+    )  # type: ignore[call-overload]
 
 
 def test_a_prompt_ends_where_the_last_answer_begins() -> None:
-    whole = shown(DialogueTemplate().pieces(sample(talk("q", "a", "r", "b")), None))
-    prompt = shown(DialogueTemplate().prompt(sample(talk("q", "a", "r", "b"))))
+    whole = as_strings(DialogueTemplate().pieces(sample(talk("q", "a", "r", "b")), None))
+    prompt = as_strings(DialogueTemplate().prompt(sample(talk("q", "a", "r", "b"))))
     assert prompt == [word.lstrip("*") for word in whole[:-2]]
-    assert shown(DialogueTemplate().prompt(sample(talk("q")))) == ["USER: ", "q", " ", "ASSISTANT: "]
+    assert as_strings(DialogueTemplate().prompt(sample(talk("q")))) == ["USER: ", "q", " ", "ASSISTANT: "]
     asked = sample(DialogueTemplate().question("see <image> {x}?"), images=1)
-    assert shown(DialogueTemplate().prompt(asked)) == ["USER: ", "see ", "[0.png]", " {x}?", " ", "ASSISTANT: "]
+    assert as_strings(DialogueTemplate().prompt(asked)) == ["USER: ", "see ", "[0.png]", " {x}?", " ", "ASSISTANT: "]
 
 
 @pytest.mark.fault
@@ -148,11 +150,11 @@ def test_a_prompt_ends_where_the_last_answer_begins() -> None:
         (
             {"messages": [{"role": "tool", "content": "x"}]},
             0,
-            "turn 1 is of the role 'tool'; template.roles has system, user",
+            "turn 1 has the role 'tool'; template.roles has system, user",
         ),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, 0, "turn 1 is of the role"),
-        (talk("q", " "), 0, r"turn 2 \(assistant\): nothing is said"),
-        (talk("q", None), 0, r"turn 2 \(assistant\): it says None"),  # type: ignore[arg-type]
+        ({"messages": [{"role": ["user"], "content": "x"}]}, 0, "turn 1 has the role"),
+        (talk("q", " "), 0, r"turn 2 \(assistant\): the content is empty"),
+        (talk("q", None), 0, r"turn 2 \(assistant\): the content is None"),  # type: ignore[arg-type]
         (talk([{"type": "image_url"}], "a"), 0, "image_url"),  # type: ignore[arg-type]
         (talk("q"), 0, "no turn of the dialogue is learned"),
         (talk("q", "a", weights={1: 0}), 0, "no turn of the dialogue is learned"),
@@ -162,7 +164,7 @@ def test_a_prompt_ends_where_the_last_answer_begins() -> None:
         (talk("<image-2>", "a"), 2, "the dialogue shows 1 of 2 images"),
         (talk("<image-3>", "a"), 2, "shows image number 3, and the sample has 2: 0.png, 1.png"),
         (talk("<image-0>", "a"), 2, "shows image number 0"),
-        (talk("<image> <image-1>", "a"), 2, "use one way"),
+        (talk("<image> <image-1>", "a"), 2, "use one form"),
         (talk([{"type": "image", "image": "9.png"}], "a"), 1, "shows image 9.png"),  # type: ignore[arg-type]
     ],
 )
@@ -175,9 +177,9 @@ def test_malformed_dialogues_are_faults_of_the_text(fields: dict[str, Any], imag
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"roles": {"user": {}}}, "none has a weight above 0"),
+        ({"roles": {"user": {}}}, "no role has a weight above 0"),
         ({"aliases": {"bot": "robot"}}, "no role is called 'robot'"),
-        ({"special_tokens": ["<x>"]}, "'<x>' stands in no prefix"),
+        ({"special_tokens": ["<x>"]}, "'<x>' occurs in no prefix"),
         ({"special_tokens": [""]}, "a name is empty"),
         ({"roles": {"assistant": {"weight": 1}}, "system": "S"}, "no role 'system'"),
         ({"roles": {"assistant": {"weight": -1}}}, "greater than or equal to 0"),
@@ -189,7 +191,7 @@ def test_formats_that_cannot_be_meant_are_refused(config: dict[str, Any], messag
 
 
 def _builder(tokenizer_path: Path, folder: Path, *, special: bool = True, **template: Any) -> DocumentBuilder:
-    """A tokenizer of bytes that knows ChatML's two tokens."""
+    """Return a builder whose byte tokenizer has the two tokens of ChatML."""
     model = Model.from_file(str(tokenizer_path))
     names = ["<|im_start|>", "<|im_end|>"]
     model.add_tokens([AddedToken(name, special=special) for name in names])
@@ -229,7 +231,7 @@ def test_a_token_that_the_tokenizer_lacks_is_refused_before_anything_is_read(
             special_tokens=["<|im_stop|>"],
             roles={"assistant": {"weight": 1, "suffix": "<|im_stop|>"}},
         )
-    with pytest.raises(DataConfigError, match="the image token is placed by images"):
+    with pytest.raises(DataConfigError, match="the image token marks images"):
         _builder(
             tokenizer_path,
             tmp_path,
@@ -257,15 +259,15 @@ def test_dialogues_may_be_annotations_of_one_image() -> None:
     pieces = template.pieces(sample({"annotations": entries}, images=1), None)
     assert [type(piece).__name__ for piece in pieces].count("BranchPiece") == 2
     words = [piece for piece in pieces if isinstance(piece, TextPiece | ImagePart | EndPiece)]
-    assert shown(words) == [
+    assert as_strings(words) == [
         "[0.png]", "USER: ", " q", " ", "ASSISTANT: ", "*a", "*$", "USER: ", "r", " ", "ASSISTANT: ", "*b", "*$",
     ]  # fmt: skip
     alone = template.pieces(sample({"annotations": [replace_text(entries[0])]}, images=1), None)
-    assert shown(alone) == ["[0.png]", "USER: ", "q", " ", "ASSISTANT: ", "*a", "*$"]
+    assert as_strings(alone) == ["[0.png]", "USER: ", "q", " ", "ASSISTANT: ", "*a", "*$"]
 
 
 def replace_text(entry: dict[str, Any]) -> dict[str, Any]:
-    """The first turn without its marker."""
+    """Return an annotation without the image marker in its first turn."""
     first, *rest = entry["messages"]
     return {"messages": [{**first, "content": "q"}, *rest]}
 

@@ -1,4 +1,4 @@
-"""Whatever the JSON of a sample holds, a template makes pieces of it or refuses the sample: nothing else happens."""
+"""For any JSON of a sample, a template returns pieces or raises ``SampleError``."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ values = st.recursive(
 
 
 def mostly(good: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Nine in ten of the right form."""
+    """Draw a value of the right form in nine of ten cases."""
     return st.sampled_from([good] * 9 + [values]).flatmap(lambda chosen: chosen)
 
 
 def objects(**names: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    """Objects with some of the fields."""
+    """Draw objects with some of the fields."""
     return st.fixed_dictionaries({}, optional={name: mostly(value) for name, value in names.items()})
 
 
@@ -92,7 +92,7 @@ def test_json_of_any_form_gives_pieces_or_a_fault_of_the_text(
         all_texts(json.loads(written))
         sample = assemble({**members, "json": written}, Provenance("d", "s", "k", 0))
     except SampleError as error:
-        assert error.kind is FaultKind.TEXT  # noqa: PT017  Either is right, and the kind is not left open.
+        assert error.kind is FaultKind.TEXT  # noqa: PT017  Both outcomes are correct; the kind must match.
         return
     for template in TEMPLATES:
         try:

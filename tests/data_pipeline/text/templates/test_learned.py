@@ -1,4 +1,4 @@
-"""How much learned text weighs, and text that is dropped."""
+"""Weights of learned text, and text dropout."""
 
 from __future__ import annotations
 
@@ -144,6 +144,6 @@ def test_dropout_is_the_same_at_any_number_of_ranks_and_after_a_resume(
 @pytest.mark.fault
 def test_half_a_pair_of_utf16_is_a_fault_of_the_text(tokenizer_path: Path) -> None:
     fields = json.loads('{"caption": "a\\ud800b"}')
-    with pytest.raises(SampleError, match="no Unicode") as caught:
+    with pytest.raises(SampleError, match="not valid Unicode") as caught:
         _build(tokenizer_path, {"kind": "caption"}, Sample((IMAGE,), fields, SAMPLE.provenance))
     assert caught.value.kind is FaultKind.TEXT

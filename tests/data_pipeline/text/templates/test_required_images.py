@@ -1,4 +1,4 @@
-"""A caption whose image is missing is a bad sample, and every command that looks at a data set counts such samples."""
+"""A caption without an image is a bad sample; the commands that read a data set count such samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ORPHANS = (3, 8)
 
 
 def samples() -> list[Members]:
-    """Twelve pairs of which two have lost their image."""
+    """Return twelve pairs, two of which lack their image."""
     found = [captioned(number) for number in range(12)]
     for number in ORPHANS:
         del found[number]["png"]
@@ -37,7 +37,7 @@ def samples() -> list[Members]:
 def loaded(
     base: DataConfig, spec: MediaSpec, dataset: dict[str, object], **faults: object
 ) -> tuple[set[str], list[Skipped]]:
-    """Keys that were trained on in an epoch, and what was skipped."""
+    """Return the keys of the samples of one epoch, and the skipped samples."""
     block = {"name": "only", "max_epochs": 1, "transforms": {"kind": "fixed"}, **dataset}
     packing = {"max_tokens": 90}
     changed = {"datasets": [block], "lanes": 1, "packing": packing, "faults": {"max_share": 1.0, **faults}}
@@ -90,7 +90,7 @@ def test_a_streamed_caption_whose_image_was_renamed_is_not_trained(
     assert keys == {"000", "001", "003", "004", "005"}
     assert {(skip.key, skip.kind) for skip in skipped} == {("0x2", FaultKind.TEXT), ("002", FaultKind.NO_IMAGE)}
 
-    # Two exchanged headers: 003 gets the picture of 001. A key that comes back shows it.
+    # Two headers are swapped, so 003 gets the image of 001. The repeated key reveals it.
     exchange = {"001.png": "003.png", "003.png": "001.png"}
     swapped = tar_of(tmp_path / "b.tar", [(exchange.get(name, name), data) for name, data in members])
     _, skipped = loaded(mixture_config, hybrid_spec, {"shards": (swapped,)})
@@ -107,7 +107,7 @@ def test_orphans_are_counted_from_the_index_and_by_verify(write_set: WriteSet) -
     said = list(Orphans(12, 2, 1).warnings())
     assert said[0].startswith("1 of 12 samples have an image and no text")
     assert said[1].startswith("2 of 12 samples have a text and no image")
-    assert list(Orphans(12, 12, 0).warnings()) == []  # A set of texts.
+    assert list(Orphans(12, 12, 0).warnings()) == []  # A data set of texts.
 
 
 def test_the_rule_is_part_of_the_fingerprint_only_where_it_is_not_the_default() -> None:
@@ -117,7 +117,7 @@ def test_the_rule_is_part_of_the_fingerprint_only_where_it_is_not_the_default() 
         dataset = DatasetConfig.model_validate({"name": "d", "manifest": "d.manifest", "template": template})
         return fingerprint_of(_dataset_parts(dataset, "m"))
 
-    # Hashes that the checkpoints of earlier versions hold.
+    # Hashes in checkpoints of earlier versions.
     assert "d.template:2644b005647c4e97" in parts(kind="caption")
     assert parts(kind="caption") == parts(kind="caption", images="required")
     assert parts(kind="caption") != parts(kind="caption", images="optional")

@@ -1,4 +1,4 @@
-"""Templates: what is read, what is learned, and complaints about missing fields."""
+"""Templates: read and learned text, and errors for missing fields."""
 
 from __future__ import annotations
 

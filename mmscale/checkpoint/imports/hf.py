@@ -1,0 +1,151 @@
+"""Import a Hugging Face folder as a checkpoint whose weights a stage can load.
+
+    config.json --layout--> ModelConfig --meta device--> mmscale's names and shapes
+    *.safetensors --mapped--> ranges of parameters --> checkpoints/step-00000000, one rank
+
+Weights keep their number format. They are stored as frozen parameters, because there is no optimizer state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmscale.checkpoint.imports.write import (
+    IMPORTED,
+    first,
+    manifest_of_weights,
+    new_share,
+    precision_of,
+    write_checkpoint,
+)
+from mmscale.checkpoint.save import tied_names
+from mmscale.checkpoint.share import TensorPiece
+from mmscale.engine.partition import parameter_table
+from mmscale.errors import CheckpointError
+from mmscale.hf.layout import FamilyLayout, HfTensor
+from mmscale.hf.layouts import layout_of, pixels
+from mmscale.hf.read import CONFIG, HfFolder, read_config
+from mmscale.models.build import build_weights
+
+
+@dataclass(frozen=True)
+class HfImportReport:
+    """Result of ``import_folder``.
+
+    Attributes:
+        checkpoint: Folder that was written.
+        source: Folder that was read.
+        family: ``model_type`` of the folder.
+        parameters: Number of values; tied ones count once.
+        tensors: Number of tensors that were written.
+        precision: Precision of the weights.
+        model: Configuration of the model, usable as the ``model`` block of a run.
+        transforms: The folder's image preprocessing, as the ``transforms`` block of a data set.
+        tied: Further name of a tied parameter -> its first name.
+        left_out: Names of tensors that were not imported: unused ones, and copies of tied ones.
+        beside: Tokenizer and processor files of the folder. They are not copied.
+    """
+
+    checkpoint: str
+    source: str
+    family: str
+    parameters: int
+    tensors: int
+    precision: str
+    model: dict[str, Any]
+    transforms: dict[str, Any]
+    tied: dict[str, str]
+    left_out: tuple[str, ...]
+    beside: tuple[str, ...]
+
+
+def import_folder(source: Path, directory: Path) -> HfImportReport:
+    """Write ``directory/step-00000000`` from a Hugging Face folder.
+
+    Args:
+        source: Folder with ``config.json`` and safetensors files.
+        directory: ``checkpoints`` folder of a run.
+
+    Raises:
+        CheckpointError: the folder is damaged or of an unknown family, its configuration requires a feature that
+            mmscale's models lack, or its tensors do not match its configuration. Also if ``step-00000000`` already
+            exists or cannot be written.
+    """
+    values = read_config(source)
+    layout = layout_of(values["model_type"])
+    config = layout.model_config(values, str(source / CONFIG))
+    transforms = pixels.transforms(values, str(source / CONFIG))
+    folder = HfFolder(source, layout.current_name)
+    model = build_weights(config)
+    table, tied = parameter_table(model), tied_names(model)
+    stored = layout.hf_tensors(config, {name: entry["shape"] for name, entry in table.items()})
+    second = {layout.hf_name(config, name): layout.hf_name(config, owner) for name, owner in tied.items()}
+    left_out = _check_names(folder, layout, stored, second)
+    pieces = list(_pieces(folder, stored))
+    manifest = manifest_of_weights(model, precision_of(pieces), IMPORTED, {"imported": str(folder.path)})
+    path = write_checkpoint(directory, manifest, iter([new_share(0, pieces, source)]))
+    return HfImportReport(
+        checkpoint=str(path),
+        source=str(source),
+        family=layout.model_type,
+        parameters=sum(piece.values.numel() for piece in pieces),
+        tensors=len(pieces),
+        precision=manifest.precision,
+        model=config.model_dump(mode="json"),
+        transforms=transforms,
+        tied=manifest.tied,
+        left_out=tuple(left_out),
+        beside=tuple(str(file) for file in folder.companion_files),
+    )
+
+
+def _check_names(
+    folder: HfFolder, layout: FamilyLayout, stored: Mapping[str, HfTensor], second: dict[str, str]
+) -> list[str]:
+    """Compare the tensor names of the folder with those that the model needs.
+
+    Args:
+        folder: The folder.
+        layout: Layout of its family.
+        stored: Tensors that the model needs, by name.
+        second: Further name of a tied tensor -> its first name, in the folder's names.
+
+    Returns:
+        Names of tensors that are not imported: unused ones, and tied ones whose values equal those of the first name.
+
+    Raises:
+        CheckpointError: a tensor is missing or unknown, or a tied tensor has values of its own.
+    """
+    wanted = set(stored)
+    if missing := sorted(wanted - folder.names):
+        raise CheckpointError(f"{folder.path} does not hold {first(missing)}")
+    over = sorted(folder.names - wanted)
+    for name in over:
+        if name in second:
+            if not torch.equal(folder.tensor(name), folder.tensor(second[name])):
+                raise CheckpointError(
+                    f"{folder.path}: {name} differs from {second[name]}, but {CONFIG} declares the two tied"
+                )
+        elif not layout.is_unused(name):
+            raise CheckpointError(f"{folder.path}: {name} is not a tensor of a {layout.model_type} model")
+    return over
+
+
+def _pieces(folder: HfFolder, stored: Mapping[str, HfTensor]) -> Iterator[TensorPiece]:
+    """Yield views of the mapped files, under mmscale's names."""
+    for name, tensor in stored.items():
+        values = folder.tensor(name)
+        if tuple(values.shape) != tensor.shape:
+            raise CheckpointError(
+                f"{folder.path}: {name} is {list(values.shape)}, by {CONFIG} it should be {list(tensor.shape)}"
+            )
+        for ours, part in tensor.split(values):
+            if ours is not None:
+                yield TensorPiece(f"{ours}|frozen", 0, part)
+            elif values.dim() > 1 and part.any():  # A nonzero vector is harmless: it scales zeros.
+                raise CheckpointError(f"{folder.path}: {name} has nonzero values where this family has zeros")
