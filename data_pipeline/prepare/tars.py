@@ -97,7 +97,8 @@ class TarSource:
     def digest(self) -> str:
         import hashlib
 
-        digest = hashlib.sha256(repr(self.reader.convert).encode())
+        convert = self.reader.convert  # The repr of a function contains its address, which differs between processes.
+        digest = hashlib.sha256(getattr(convert, "__qualname__", repr(convert)).encode())
         for prefix, tar in zip(self._prefixes, self._tars, strict=True):
             digest.update(f"{prefix!a} {tar.stat().st_size}\n".encode())
         return digest.hexdigest()

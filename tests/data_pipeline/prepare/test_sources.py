@@ -324,6 +324,18 @@ def test_every_kind_of_source_can_be_resumed_after_any_row(tmp_path: Path, kind:
     assert left[0] == left[1], stop
 
 
+def test_another_process_computes_the_same_digest(tmp_path: Path) -> None:
+    """Otherwise an interrupted ingest of tars could not be resumed."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        info = tarfile.TarInfo("0.txt")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"a"))
+    code = "import sys; from data_pipeline.prepare.sources import open_source; print(open_source(sys.argv[1]).digest())"
+    words = [sys.executable, "-c", code, str(tmp_path / "a.tar")]
+    digests = {subprocess.run(words, check=True, capture_output=True).stdout for _ in range(2)}
+    assert len(digests) == 1
+
+
 @pytest.mark.fault
 def test_the_command_line_killed_at_random_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """Kill the whole process group at random moments, twice, and then let the command finish."""
