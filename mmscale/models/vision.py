@@ -75,7 +75,8 @@ class VisionConfig(TowerBase):
     Requires ``learned`` positions."""
     class_feature: bool = False
     """Return the class token's feature before those of the crop's patches (Llama 3.2 Vision). Requires ``class_token``,
-    and ``connector.pool=class`` or ``connector.kind=cross_attention`` with ``projector.merge=1``."""
+    and ``connector.pool=class`` or ``connector.kind=cross_attention`` with a projector of kind ``linear`` or ``mlp``
+    and ``projector.merge=1``."""
     tiles: TilesConfig | None = None
     """Attention between the tiles of an image (Llama 3.2 Vision); null: every crop is computed separately."""
     patch_bias: bool = False

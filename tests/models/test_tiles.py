@@ -211,6 +211,24 @@ def test_channels_lie_block_by_block_or_channel_by_channel() -> None:
         ({**LEARNED, "class_token": False, "class_feature": True}, {}, "set class_token=true"),
         ({**LEARNED, "class_feature": True}, CONNECTORS["embedding"], "needs connector.kind=cross_attention"),
         ({**LEARNED, "class_feature": True}, {"projector": {"kind": "linear", "merge": 2}}, "projector.merge=1"),
+        (
+            {**LEARNED, "class_feature": True},
+            {
+                "projector": {
+                    "kind": "attention_pool",
+                    "merge": 1,
+                    "num_heads": 2,
+                    "head_dim": 4,
+                    "mlp": {"kind": "dense", "hidden_dim": 8},
+                }
+            },
+            "linear or mlp",
+        ),
+        (
+            {**LEARNED, "class_feature": True},
+            {"projector": {"kind": "c_abstractor", "side": 2, "hidden_dim": 8}},
+            "linear or mlp",
+        ),
         ({**VISION, "tiles": {}}, {}, "use positions.kind=learned"),
         ({**TILED, "class_feature": False}, CONNECTORS["hybrid"], "needs an overview of the whole image"),
         ({**TILED, "patch_bias": True}, {}, "set patch_bias=false"),

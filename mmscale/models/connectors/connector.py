@@ -91,8 +91,8 @@ class FeatureConnectorBase(ConnectorBase):
         check_projector(self.projector, vision.fixed_grid)
         if vision.class_feature and not self.accepts_class_feature:
             raise ValueError(
-                "vision.class_feature: needs connector.kind=cross_attention with projector.merge=1, because a class "
-                "token is not part of the grid of patches"
+                "vision.class_feature: needs connector.kind=cross_attention and a projector of kind linear or mlp with "
+                "projector.merge=1, because a class token is not part of the grid of patches"
             )
 
     def media_needs(self) -> dict[str, Any]:

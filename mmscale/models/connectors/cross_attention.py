@@ -140,7 +140,7 @@ class CrossAttentionConnectorConfig(CrossAttentionConnectorBase):
 
     @property
     def accepts_class_feature(self) -> bool:
-        return self.projector.merge == 1
+        return self.projector.accepts_class_feature
 
 
 class HybridConnectorConfig(CrossAttentionConnectorBase):

@@ -49,6 +49,11 @@ class ProjectorBase(StrictConfig, ABC):
         """Side of the square of features that each frame is pooled to; None: one feature per square of patches."""
         return None
 
+    @property
+    def accepts_class_feature(self) -> bool:
+        """Whether the tower may put the feature of a class token before those of the patches."""
+        return False
+
     def check(self, fixed_grid: tuple[int, int] | None) -> None:
         """Raise ``ValueError`` if the projector does not fit a tower whose crops have this grid (None: any grid)."""
 
@@ -67,6 +72,10 @@ class _Merging(ProjectorBase):
     @property
     def learns_first(self) -> bool:
         return self.norm != "none"
+
+    @property
+    def accepts_class_feature(self) -> bool:
+        return self.merge == 1
 
 
 class LinearProjectorConfig(_Merging):
