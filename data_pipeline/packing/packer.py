@@ -219,6 +219,7 @@ class Packer:
         documents: list[Document] = []
         drawn: list[Drawn] = []
         usage, budget = PackUsage(), self._budget
+        self._more = True  # An exhausted source continues when another data set gets a weight at a later step.
         while usage.documents != budget.config.max_documents:
             while self._more and len(self._waiting) < budget.config.look_ahead:
                 made = self._source.make()

@@ -25,6 +25,7 @@ from data_pipeline.errors import (
     StateError,
     TooManyFaultsError,
 )
+from data_pipeline.history.digest import step_digest
 from data_pipeline.loader.loader import Loader, StepBatch, read_samples
 from data_pipeline.media_spec import MediaSpec
 from data_pipeline.order.state import LaneState, LoaderState
@@ -132,6 +133,24 @@ def test_states_survive_json_and_merge_over_ranks(mixture_config: DataConfig, hy
         LoaderState.merge([whole, parts[0]])
     with pytest.raises(StateError, match="lacks lane 1"):
         Loader(mixture_config, hybrid_spec, seed=1, state=parts[0])
+
+
+def test_a_data_set_that_starts_after_the_end_of_another_is_drawn(
+    mixture_config: DataConfig, hybrid_spec: MediaSpec
+) -> None:
+    captions, text = (dataset.model_dump() for dataset in mixture_config.datasets[:2])
+    captions |= {"weight": 1.0, "max_epochs": 1}
+    text["weight"] = [{"from_step": 6, "weight": 1.0}]
+    config = _changed(mixture_config, datasets=[captions, text])
+    steps = _steps(Loader(config, hybrid_spec, seed=1), 12)
+    counts = [step.num_samples for step in steps]
+    assert 0 in counts[:6], "the captions should end before the texts begin"
+    assert all(counts[6:])
+    for done in range(1, 11):
+        resumed = _steps(Loader(config, hybrid_spec, seed=1, state=steps[done - 1].state), 12 - done)
+        assert [step_digest(step.microbatches) for step in resumed] == [
+            step_digest(step.microbatches) for step in steps[done:]
+        ]
 
 
 @pytest.mark.parametrize(
