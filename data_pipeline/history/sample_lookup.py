@@ -97,7 +97,7 @@ class SampleCatalog:
     def _replay(self) -> Replay:
         if self._code:  # A run folder, with its configuration, may come from somebody else.
             raise SampleLogError(
-                f"not shown: a trace runs no Python code, and the data set {min(self._code)} needs its own code"
+                f"not shown: `data trace` runs no Python code, and the data set {min(self._code)} needs its own code"
             )
         return Replay(self._config, self._spec, self._seed, lanes=())
 
@@ -198,7 +198,7 @@ class SampleCatalog:
             shard = self.shard(row.dataset, row.sample)
             shard, key = self.where(row.dataset, row.sample)
             if shard.startswith(PIPE):
-                raise SampleLogError("not shown: its shard comes from a shell command, and a trace runs no commands")
+                raise SampleLogError("not shown: its shard is the output of a command, and `data trace` runs none")
             document = self._replay.document(Drawn(self._names.index(row.dataset), row.epoch, row.sample, row.part))
             if row.dataset in self._streamed and document.provenance is not None:
                 key = document.provenance.key

@@ -88,7 +88,7 @@ def _data_path(root: ConfigNode, loc: tuple[int | str, ...]) -> _Path:
     words = [str(word) for word in loc]
     for index, word in enumerate(words):
         tag = entry.child(TAG) if entry is not None else None
-        if tag is not None and str(tag.value) == word and index + 1 <= len(words) and index > 0:
+        if tag is not None and str(tag.value) == word and index > 0:
             continue
         child = entry.child(word) if entry is not None else None
         if child is not None:

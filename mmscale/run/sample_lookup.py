@@ -255,7 +255,7 @@ class SampleLookup:
         with_code = [dataset.name for dataset in loader.data.datasets if dataset.code or commands(dataset.shards)]
         if with_code:
             raise SampleLogError(
-                f"the step is not logged, and a trace does not run the code of data set {with_code[0]}"
+                f"the step is not logged, and `data trace` does not run the code of data set {with_code[0]}"
             )
         snapshot = self.sample_log.snapshot(step)
         spec, seed = loader.spec, self.config.seed

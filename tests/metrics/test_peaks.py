@@ -24,7 +24,8 @@ CPU = torch.device("cpu")
     ],
 )
 def test_devices_are_known_by_the_names_torch_gives_them(name: str, teraflops: float) -> None:
-    assert published(name, torch.bfloat16).flops == pytest.approx(1e12 * teraflops)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert published(name, dtype).flops == pytest.approx(1e12 * teraflops)
 
 
 @pytest.mark.parametrize(

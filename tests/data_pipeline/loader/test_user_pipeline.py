@@ -367,7 +367,9 @@ def test_a_trace_names_samples_and_imports_no_code(configured: Configured, hybri
     assert samples.where("captions", 5) == (path, "#5")
     for dataset in ("captions", "text"):
         shown = samples.describe(LogRow(0, 0, 0, dataset, 0, 5, 0, 7, None))
-        assert "not shown: a trace runs no Python code, and the data set captions needs its own code" in shown.notes
+        assert (
+            "not shown: `data trace` runs no Python code, and the data set captions needs its own code" in shown.notes
+        )
     assert path.partition(":")[0] not in sys.modules
     samples.close()
 
