@@ -108,7 +108,10 @@ class Tokenizer(Protocol):
         """Return the name of a token in the vocabulary."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ``ids``. Special ids are skipped; invalid UTF-8 becomes U+FFFD."""
+        """Return the text of ``ids``. Invalid UTF-8 becomes U+FFFD.
+
+        Skips special ids, and ids from ``vocab_size`` up, which a model with a larger ``vocab_size`` can sample.
+        """
 
 
 def check_unicode(text: str) -> None:
@@ -189,7 +192,8 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
-        text: str = self._model.decode([int(i) for i in ids if i not in (self.image_id, self.pad_id)])
+        skipped = (self.image_id, self.pad_id)
+        text: str = self._model.decode([int(i) for i in ids if i < self.vocab_size and i not in skipped])
         return text
 
     def __reduce__(self) -> tuple[object, ...]:

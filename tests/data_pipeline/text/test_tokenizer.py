@@ -92,6 +92,15 @@ def test_pieces_of_a_document_join_without_a_seam(bundled: Tokenizer, left: str,
     assert bundled.decode(ids) == left + right
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers"])
+def test_ids_beyond_the_vocabulary_have_no_text(bundled: Tokenizer, tmp_path: Path, kind: str) -> None:
+    tokenizer = bundled if kind == "sentencepiece" else hugging_face(tmp_path / "tokenizer.json", special=True)
+    ids = tokenizer.encode("red apple")
+    beyond = [tokenizer.vocab_size, tokenizer.vocab_size + 900]
+    assert tokenizer.decode([beyond[0], *ids, beyond[1]]) == "red apple"
+    assert tokenizer.decode(beyond) == ""
+
+
 def test_special_names_in_text_are_spelled_out(bundled: Tokenizer, tmp_path: Path) -> None:
     check_hostile(bundled)
     check_hostile(hugging_face(tmp_path / "special.json", special=True))
