@@ -338,7 +338,7 @@ def read_samples(manifest_path: Path | str, dataset: str = "evaluation", *, imag
     reader = SampleReader(Manifest.open(manifest_path), dataset)
     try:
         for index in range(reader.manifest.num_samples):
-            yield reader.read_without_images(index) if not images else reader.read(index)
+            yield reader.read(index) if images else reader.read_without_images(index)
     finally:
         reader.close()
 

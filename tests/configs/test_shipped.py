@@ -47,7 +47,9 @@ def test_run_dir_and_max_steps_are_overrides_of_every_run(path: Path, monkeypatc
 
 @pytest.mark.long
 @pytest.mark.parametrize("path", RUNS, ids=name_of)
-def test_every_run_has_a_twin_that_can_start(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_run_has_a_smoke_test_run_that_can_start(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(REPO)
     config = load(path, [], RunConfig).value
     small = shrink_run(config, steps=3)

@@ -141,7 +141,7 @@ def test_shares_of_one_loss(folder: Path) -> None:
         load(CONFIG, [f"stages.0.distill=[{teachers}]"], RunConfig)
 
 
-def test_a_twin_has_no_teacher(folder: Path) -> None:
+def test_a_smoke_test_run_has_no_teacher(folder: Path) -> None:
     assert [stage.distill for stage in shrink_run(student(folder)).stages] == [()]
 
 

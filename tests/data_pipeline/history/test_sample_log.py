@@ -209,7 +209,7 @@ def test_a_replay_refuses_a_state_of_another_seed(mixture_config: DataConfig, hy
 
 
 @pytest.mark.long
-def test_a_resume_at_another_world_size_goes_on_in_the_same_ledger(
+def test_a_resume_at_another_world_size_continues_the_sample_log(
     config: DataConfig, hybrid_spec: MediaSpec, tmp_path: Path
 ) -> None:
     whole = load(config, hybrid_spec)

@@ -106,7 +106,7 @@ def test_any_value_in_any_place_of_our_own_files(tmp_path: Path) -> None:
         _attempt(lambda: read_columns(tmp_path / "columns", {"a": ("<i8", 1)}, "f"))
 
 
-def test_any_value_in_any_place_of_a_ledger(tmp_path: Path) -> None:
+def test_any_value_in_any_place_of_a_sample_log(tmp_path: Path) -> None:
     odd = itertools.cycle(_ODD)
     rows = {name: np.zeros(1, kind) for name, kind in COLUMNS.items()}
     state = LoaderState("f", 1, {0: toy_lane(1, 2, datasets=1)}, ("a",))

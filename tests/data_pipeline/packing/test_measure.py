@@ -115,7 +115,7 @@ def test_a_measured_document_is_the_built_one_without_pixels(
     assert drawn.random() == redrawn.random()
 
 
-def test_an_outline_is_measured_from_the_index_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_dry_run_needs_the_index_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with ShardWriter(tmp_path, "x", max_samples=10) as writer:
         for number, orientation in enumerate((1, 6, 8)):
             members = {
