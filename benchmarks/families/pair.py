@@ -50,12 +50,20 @@ def our_model(theirs: Any) -> Any:
         return model
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Set random parameters: gates open, norms not 1 and biases not 0, so that a missing part changes the outputs."""
+def randomise(model: nn.Module, seed: int = 0, *, spread: float = 0.03, scale_spread: float = 0.1) -> None:
+    """Set random parameters: gates open, norms not 1 and biases not 0, so that a missing part changes the outputs.
+
+    Args:
+        model: Changed in place.
+        seed: Seed of all values.
+        spread: Standard deviation of matrices and vectors. A parameter of one value, such as a gate, has 0.5.
+        scale_spread: Standard deviation of the scales of norms around 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_scale = parameter.dim() == 1 and "norm" in name and name.endswith("weight")
-            spread = 0.5 if parameter.numel() == 1 else 0.03
-            parameter.copy_(1 + 0.1 * noise if is_scale else spread * noise)
+            parameter.copy_(
+                1 + scale_spread * noise if is_scale else noise * (0.5 if parameter.numel() == 1 else spread)
+            )

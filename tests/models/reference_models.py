@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from benchmarks.families import pair
+
 Reshape = Callable[[Tensor], Tensor]
 
 
@@ -41,13 +43,8 @@ def copy_weights(
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Set all parameters to random values: norms, biases and gates of 0 or 1 would hide mistakes."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            is_scale = parameter.dim() == 1 and "norm" in name and name.endswith("weight")
-            parameter.copy_(1 + 0.2 * noise if is_scale else noise * (0.5 if parameter.numel() == 1 else 0.08))
+    """Set all parameters to random values with the spreads that the bounds of the parity tests were measured with."""
+    pair.randomise(model, seed, spread=0.08, scale_spread=0.2)
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
