@@ -63,9 +63,10 @@ class DatasetConfig(StrictConfig):
     """Largest size of a ``txt`` or ``json`` member, in bytes. A larger member makes a bad sample (fault kind
     ``text``)."""
     template: TemplateConfig = CaptionTemplate()
-    """How the texts and images of a sample form a document, and which of its text is learned."""
+    """How the texts and images of a sample form a document, and which of its text is learned. If the key is missing,
+    ``data.template`` applies."""
     transforms: TransformConfig = FixedTransform()
-    """How an image is resized, cropped and split into patches."""
+    """How an image is resized, cropped and split into patches. If the key is missing, ``data.transforms`` applies."""
 
     @model_validator(mode="after")
     def _check_source(self) -> DatasetConfig:
@@ -122,8 +123,12 @@ class DataConfig(StrictConfig):
 
     tokenizer: TokenizerConfig
     """The tokenizer."""
-    datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
-    """The data sets of the mixture."""
+    template: TemplateConfig | None = None
+    """Template of data sets that set none, and of prompts if there is no data set. null: ``caption``."""
+    transforms: TransformConfig | None = None
+    """Transforms of data sets that set none, and of images if there is no data set. null: ``fixed``."""
+    datasets: tuple[DatasetConfig, ...]
+    """The data sets of the mixture. May be empty in a configuration that only describes a model."""
     lanes: int = Field(ge=1, le=1 << 20)
     """Rows of the global batch. Each row holds one pack per step, whatever the number of ranks; at least one row per
     rank."""
@@ -149,8 +154,35 @@ class DataConfig(StrictConfig):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"data set names must be unique; used more than once: {', '.join(twice)}")
+        if not names:
+            return self
         schedule = Schedule.from_changes([dataset.weight_changes(num_samples=1) for dataset in self.datasets])
         for start, weights in zip(schedule.starts, schedule.weights, strict=True):
             if not any(weights):
                 raise ValueError(f"no data set has a weight above 0 from step {start} on")
         return self
+
+    @model_validator(mode="after")
+    def _fill_datasets(self) -> DataConfig:
+        """Apply ``template`` and ``transforms`` to the data sets that do not set them."""
+        defaults = {name: getattr(self, name) for name in ("template", "transforms") if getattr(self, name) is not None}
+        filled = tuple(
+            dataset.model_copy(update={name: defaults[name] for name in defaults.keys() - dataset.model_fields_set})
+            for dataset in self.datasets
+        )
+        object.__setattr__(self, "datasets", filled)  # Instances are frozen.
+        return self
+
+    @property
+    def prompts(self) -> DatasetConfig:
+        """Template and transforms of a user's prompt: those of the first data set, else the defaults of this block.
+
+        Without data sets, the result has no source and cannot be read.
+        """
+        if self.datasets:
+            return self.datasets[0]
+        return DatasetConfig.model_construct(
+            name="prompts",
+            template=self.template or CaptionTemplate(),
+            transforms=self.transforms or FixedTransform(),
+        )

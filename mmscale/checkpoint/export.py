@@ -7,15 +7,15 @@ axes a layout exchanges is the exception. Tied parameters are stored once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmscale.checkpoint.manifest import Manifest, model_config_of
-from mmscale.checkpoint.reshard import CheckpointReader, verify
+from mmscale.checkpoint.manifest import Manifest, model_config_of, require_bases
+from mmscale.checkpoint.reshard import CheckpointReader, verify, whole_parameter
 from mmscale.errors import CheckpointError
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import HfTensor
@@ -23,6 +23,7 @@ from mmscale.hf.layouts import layout_for, layout_of, pixels
 from mmscale.hf.read import PREPROCESSOR, companion_files, read_config
 from mmscale.hf.write import SHARD_BYTES, OutputTensor, require_new, write_folder
 from mmscale.models.config import AnyModelConfig
+from mmscale.nn.adapters import ADAPTER_PARAMETERS, merged_rows
 
 Weights = Literal["master", "ema"]
 Format = Literal["fp32", "bf16"]
@@ -47,12 +48,23 @@ class HuggingFace:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor to write; ``kind`` is the kind of its values in the checkpoint."""
+    """A tensor to write.
+
+    Attributes:
+        name: Name in the checkpoint.
+        kind: Kind of its values in the checkpoint.
+        shape: Shape of the whole tensor.
+        dtype: Number format to write.
+        scaling: Factor of the adapter to merge into this weight; None for no adapter.
+        ema: Whether to merge the averages of the adapter.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    scaling: float | None = None
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class ExportReport:
         configured: Whether the checkpoint stores the model's configuration.
         family: ``model_type`` of the folder; None if the tensors have mmscale's names.
         beside: Names of the files that were copied from ``like``.
+        merged: Number of layers whose adapters were merged into their weights.
     """
 
     folder: str
@@ -86,6 +99,7 @@ class ExportReport:
     configured: bool
     family: str | None = None
     beside: tuple[str, ...] = ()
+    merged: int = 0
 
 
 def export_weights(
@@ -96,6 +110,7 @@ def export_weights(
     number_format: Format = "fp32",
     shard_bytes: int = SHARD_BYTES,
     to: HuggingFace | None = None,
+    merge: bool = True,
 ) -> ExportReport:
     """Write the weights of ``checkpoint`` into the new folder ``folder``, atomically.
 
@@ -107,17 +122,21 @@ def export_weights(
         number_format: Number format of the parameters. ``fp32`` is exact; buffers keep their own.
         shard_bytes: Largest size of a file, unless one tensor alone is larger.
         to: Write a Hugging Face layout; None keeps mmscale's names.
+        merge: Merge adapters into the weights of their layers. False writes both, which no Hugging Face layout can.
 
     Raises:
         CheckpointError: the checkpoint is damaged or lacks these weights, no family can express the model, the
             processor of ``to.like`` normalises pixels differently, or ``folder`` exists or cannot be written.
     """
     require_new(folder)
+    require_bases(checkpoint)
     if problems := verify(checkpoint):
         raise CheckpointError(f"{checkpoint} is damaged and was not exported: {'; '.join(problems)}")
     with CheckpointReader(checkpoint) as reader:
         manifest = reader.manifest
         entries = {entry.name: entry for entry in _entries(reader, weights, _DTYPES[number_format])}
+        if merge:
+            entries, manifest = _merged(entries, manifest, ema=weights == "ema")
         if to is None:
             config, tied = manifest.model_config_values, manifest.tied
             tensors = [
@@ -145,7 +164,20 @@ def export_weights(
             configured=manifest.model_config_values is not None,
             family=None if to is None else str((config or {})["model_type"]),
             beside=tuple(file.name for file in copied),
+            merged=sum(entry.scaling is not None for entry in entries.values()),
         )
+
+
+def _merged(entries: dict[str, _Entry], manifest: Manifest, *, ema: bool) -> tuple[dict[str, _Entry], Manifest]:
+    """Return the entries of a model without adapters, and the manifest with its configuration."""
+    adapters = (manifest.model_config_values or {}).get("adapters")
+    if not adapters:
+        return entries, manifest
+    own = {name: entry for name, entry in entries.items() if name.rpartition(".")[2] not in ADAPTER_PARAMETERS}
+    for name in entries.keys() - own.keys():
+        weight = f"{name.rpartition('.')[0]}.weight"
+        own[weight] = replace(own[weight], scaling=adapters["alpha"] / adapters["rank"], ema=ema)
+    return own, manifest.model_copy(update={"model_config_values": {**manifest.model_config_values, "adapters": None}})  # type: ignore[dict-item]
 
 
 def _as_family(
@@ -226,7 +258,29 @@ def _values(reader: CheckpointReader, entry: _Entry, start: int, stop: int) -> I
     if entry.kind == "buffer":
         yield from [values] if (values := reader.buffer(entry.name).reshape(-1)).numel() else []
         return
+    if entry.scaling is not None:
+        yield from _merged_values(reader, entry, start, stop)
+        return
     for first in range(start, stop, _CHUNK_VALUES):
         chunk = torch.empty(min(_CHUNK_VALUES, stop - first), dtype=entry.dtype)
         reader.fill(chunk, entry.name, entry.kind, first)
         yield chunk
+
+
+def _merged_values(reader: CheckpointReader, entry: _Entry, start: int, stop: int) -> Iterator[Tensor]:
+    """Yield the values ``start:stop`` of a flattened weight with its adapter, in chunks of whole rows."""
+    path, width = entry.name.rpartition(".")[0], entry.shape[1]
+    parts = {
+        name: whole_parameter(reader, f"{path}.{name}", ema=entry.ema)
+        for name in ADAPTER_PARAMETERS
+        if f"{path}.{name}" in reader.manifest.parameters
+    }
+    lora_b, magnitude = parts["lora_B"], parts.get("magnitude")
+    last, step = -(-stop // width), max(1, _CHUNK_VALUES // width)
+    for row in range(start // width, last, step):
+        end = min(last, row + step)
+        weight = torch.empty((end - row) * width)
+        reader.fill(weight, entry.name, entry.kind, row * width)
+        lengths = None if magnitude is None else magnitude[row:end]
+        rows = merged_rows(weight.view(-1, width), parts["lora_A"], lora_b[row:end], lengths, entry.scaling or 0.0)
+        yield rows.view(-1)[max(0, start - row * width) : stop - row * width].to(entry.dtype)

@@ -21,6 +21,7 @@ from mmscale.checkpoint.manifest import (
     folder_name,
     list_checkpoints,
     read_state,
+    require_bases,
     step_of,
     wrong_name,
 )
@@ -161,6 +162,7 @@ def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
         if "cuda" in random_state:
             torch.cuda.set_rng_state(random_state["cuda"], engine.world.device)
         engine.stage_step = reader.manifest.state.stage_step
+        engine.frozen_sources = reader.frozen_sources
     engine.partition.publish()
     return state
 
@@ -221,6 +223,7 @@ def load_weights(model: nn.Module, path: Path, *, ema: bool = False) -> None:
     Raises:
         CheckpointError: the checkpoint is damaged, of another model, or has no average.
     """
+    require_bases(path)
     if problems := verify(path):
         raise CheckpointError(f"{path} is damaged: {problems[0]}")
     with CheckpointReader(path) as reader:

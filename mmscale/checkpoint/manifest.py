@@ -6,6 +6,9 @@
         rank-00000.json          range, dtype, offset and CRC-32 of each tensor; the rank's loader and random state
         manifest.json            written last: everything about the whole checkpoint, and the CRC-32 of every file
 
+Frozen parameters that a run with adapters loaded unchanged are not stored again: the manifest names the checkpoint that
+holds them (``BaseEntry``). ``reshard.CheckpointReader`` reads them from there.
+
 The folder is called ``step-00000123.partial`` until its last file is synced, so ``step-00000123`` is complete. A
 checkpoint that ``load.choose`` found damaged is renamed to ``step-00000123.damaged``. The manifest begins with its own
 CRC-32, so a checksum covers every byte of a checkpoint.
@@ -107,6 +110,19 @@ class ParameterEntry(StrictRecord):
     trained: bool
 
 
+class BaseEntry(StrictRecord):
+    """Another checkpoint, which holds the values of frozen parameters of this one."""
+
+    path: str
+    """Absolute path of the checkpoint folder."""
+    checksum: str
+    """The checksum of its manifest, which identifies all of its values."""
+    ema: bool = False
+    """Whether the values are the averages of the weights there."""
+    parameters: tuple[str, ...]
+    """Names of the parameters."""
+
+
 class Manifest(StrictConfig):
     """Everything about a checkpoint that does not belong to one rank."""
 
@@ -129,6 +145,8 @@ class Manifest(StrictConfig):
     """Further name of a tied parameter -> the name under which it is stored."""
     model_config_values: dict[str, Any] | None
     """The model's configuration as JSON values; None if the model has none."""
+    bases: tuple[BaseEntry, ...] = ()
+    """Checkpoints that hold frozen parameters of this one; each parameter is in at most one of them."""
     files: dict[str, FileEntry]
     versions: dict[str, str]
 
@@ -233,6 +251,11 @@ def _read_manifest(path: Path) -> Manifest:
     count = manifest.world_size
     if len(manifest.files) != 2 * count or any(set(rank_files(rank)) - manifest.files.keys() for rank in range(count)):
         raise CheckpointError(f"{file} is damaged: its {len(manifest.files)} files are not those of {count} ranks")
+    listed = [name for base in manifest.bases for name in base.parameters]
+    if len(set(listed)) != len(listed) or any(
+        name not in manifest.parameters or manifest.parameters[name].trained for name in listed
+    ):
+        raise CheckpointError(f"{file} is damaged: bases do not list different frozen parameters")
     return manifest
 
 
@@ -265,6 +288,38 @@ def manifest_checksum(path: Path) -> str:
     if seal is None:
         raise CheckpointError(f"{path / MANIFEST} is damaged: it does not begin with its checksum")
     return seal[1].decode()
+
+
+def base_folder(base: BaseEntry, path: Path) -> Path:
+    """Return the folder of a base of the checkpoint at ``path``, after comparing the checksum of its manifest.
+
+    If the recorded folder is gone, look for the same run next to the run of ``path``: both may have moved together.
+
+    Raises:
+        CheckpointError: the base is missing or is another checkpoint.
+    """
+    recorded = Path(base.path)
+    beside = [parent / Path(*recorded.parts[-3:]) for parent in path.absolute().parents[2:3]]
+    reason = "it does not exist"
+    for folder in (recorded, *beside):
+        if folder.is_dir():
+            if (checksum := manifest_checksum(folder)) == base.checksum:
+                return folder
+            reason = f"{folder} has checksum {checksum}"
+    raise CheckpointError(
+        f"{path} does not store its frozen weights: they are in {base.path} (checksum {base.checksum}), but {reason}; "
+        f"put that checkpoint back, or make a link to it at {base.path}"
+    )
+
+
+def require_bases(path: Path) -> None:
+    """Raise if a checkpoint that holds frozen weights of the one at ``path`` is missing or has changed.
+
+    Raises:
+        CheckpointError: see above; or the manifest of ``path`` cannot be read.
+    """
+    for base in read_manifest(path).bases:
+        base_folder(base, path)
 
 
 def read_rank_metadata(path: Path, rank: int) -> RankMetadata:

@@ -23,6 +23,7 @@ from data_pipeline.io.untrusted import open_regular
 from mmscale.checkpoint.contents import content_problems
 from mmscale.checkpoint.manifest import (
     Manifest,
+    base_folder,
     missing_or_truncated,
     rank_files,
     read_manifest,
@@ -30,6 +31,7 @@ from mmscale.checkpoint.manifest import (
     read_state,
 )
 from mmscale.dist import World, all_reduce_max, lowest_rank_error
+from mmscale.engine.engine import FrozenSource
 from mmscale.errors import CheckpointError, DamagedError
 from mmscale.hf.tensor_file import FORMAT_NAMES
 from mmscale.io.files import checksum_of
@@ -45,14 +47,30 @@ class CheckpointReader:
 
     Args:
         path: Checkpoint folder. The reader checks the sizes of its files; the caller verifies their checksums.
+        follow: Open the other checkpoints that hold frozen parameters of this one. False: those cannot be read.
+
+    Values of frozen parameters that another checkpoint holds are read from there.
+
+    Attributes:
+        frozen_sources: The checkpoint that holds each of these parameters, by stored name.
 
     Raises:
-        CheckpointError: the manifest or a rank's metadata is damaged, or a file is missing or has the wrong size.
+        CheckpointError: the manifest or a rank's metadata is damaged, a file is missing or has the wrong size, or
+            another checkpoint that holds frozen parameters is missing or has changed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, follow: bool = True) -> None:
         self.path = path
         self.manifest = read_manifest(path)
+        self.frozen_sources: dict[str, FrozenSource] = {}
+        self._bases: dict[str, tuple[CheckpointReader, bool]] = {}
+        for base in self.manifest.bases:
+            folder = base_folder(base, path) if follow else Path(base.path)
+            source = FrozenSource(str(folder.absolute()), base.checksum, base.ema)
+            self.frozen_sources |= dict.fromkeys(base.parameters, source)
+            if follow:  # A base's own bases are not followed: a warm start records the checkpoint that has the values.
+                reader = CheckpointReader(folder, follow=False)
+                self._bases |= dict.fromkeys(base.parameters, (reader, base.ema))
         if (problem := missing_or_truncated(path, self.manifest)) is not None:
             raise CheckpointError(f"{path} is damaged: {problem}; `mmscale checkpoint verify` lists all problems")
         self.metadata = [read_rank_metadata(path, rank) for rank in range(self.manifest.world_size)]
@@ -69,6 +87,8 @@ class CheckpointReader:
 
     def __exit__(self, *exception: object) -> None:
         self._files.clear()
+        for reader, _ in self._bases.values():
+            reader._files.clear()
 
     def weights_kind(self, name: str, *, ema: bool = False) -> str:
         """Return the kind under which the weights of a stored parameter are saved: ``master``, ``frozen`` or ``ema``.
@@ -87,6 +107,8 @@ class CheckpointReader:
         Raises:
             CheckpointError: the checkpoint holds no such values.
         """
+        if name in self._bases:
+            return self._in_base(name)[0].dtype(*self._in_base(name)[1:])
         key = f"{name}|{kind}"
         if key not in self._ranges:
             raise CheckpointError(f"{self.path} does not hold {key}; the checkpoint is damaged")
@@ -105,6 +127,10 @@ class CheckpointReader:
         Raises:
             CheckpointError: values are missing, or a file cannot be read.
         """
+        if name in self._bases:
+            reader, stored, theirs = self._in_base(name)
+            reader.fill(target, stored, theirs, start)
+            return
         stop, filled = start + target.numel(), 0
         key = f"{name}|{kind}"
         for low, high, rank in self._ranges.get(key, []):
@@ -121,7 +147,22 @@ class CheckpointReader:
 
     def holds(self, name: str, kind: str) -> bool:
         """Whether the checkpoint holds any values of this kind. ``gaps`` finds incomplete ones."""
+        if name in self._bases:
+            reader, stored, theirs = self._in_base(name)
+            return kind == "frozen" and reader.holds(stored, theirs)
         return f"{name}|{kind}" in self._ranges
+
+    def _in_base(self, name: str) -> tuple[CheckpointReader, str, str]:
+        """Return the reader of the base that holds a parameter, and the parameter's name and kind there.
+
+        Raises:
+            CheckpointError: the base does not hold the parameter in this shape.
+        """
+        reader, ema = self._bases[name]
+        stored = reader.manifest.stored_name(name)
+        if stored is None or reader.manifest.parameters[stored].shape != self.manifest.parameters[name].shape:
+            raise CheckpointError(f"{self.path}: {reader.path} does not hold {name} in its shape")
+        return reader, stored, reader.weights_kind(stored, ema=ema)
 
     def whole_shape(self, key: str) -> tuple[int, ...] | None:
         """Return the shape of an unsharded tensor, which rank 0 stores; None if there is none. Reads the tensor.
@@ -166,6 +207,10 @@ class CheckpointReader:
             name, _, kind = key.rpartition("|")
             kinds.setdefault(name, []).append(kind)
         for name, entry in self.manifest.parameters.items():
+            if name in self.frozen_sources:  # The gaps of the other checkpoint include those of its parameters.
+                if name in self._bases and 0 not in entry.shape and not self.holds(name, "frozen"):
+                    yield f"{name}: {self._bases[name][0].path} does not hold it"
+                continue
             size = math.prod(entry.shape)
             averaged = ["ema"] if self.manifest.ema and entry.trained else []
             for kind in {self.weights_kind(name), *averaged, *kinds.get(name, [])} if size else ():
@@ -179,13 +224,16 @@ def verify(path: Path) -> list[str]:
     """Return the problems of a checkpoint; an empty list if it is good.
 
     Checks sizes and checksums, that headers, metadata and manifest agree, that all values are finite, that the ranges
-    cover each parameter exactly once, and that the loader state can be read. Later checks run only if the earlier ones
+    cover each parameter exactly once, and that the loader state can be read. Checkpoints that hold frozen weights of
+    this one are checked too. Later checks run only if the earlier ones
     find no problem, so the list may be incomplete. If a file exists but cannot be read, the list has only that problem.
     """
     try:
         manifest = read_manifest(path)
         ranks = range(manifest.world_size)
         problems = [problem for rank in ranks for problem in rank_problems(path, manifest, rank)]
+        for base in () if problems else manifest.bases:
+            problems.extend(_base_problems(base_folder(base, path)))
         if not problems:
             with CheckpointReader(path) as reader:
                 problems.extend(reader.gaps())
@@ -193,6 +241,22 @@ def verify(path: Path) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     return problems
+
+
+def _base_problems(folder: Path, ranks: range | None = None) -> Iterator[str]:
+    """Yield the problems of a checkpoint that holds frozen weights of another one.
+
+    Args:
+        folder: The checkpoint.
+        ranks: Ranks of the checkpoint whose files are read; None for all.
+
+    Raises:
+        CheckpointError: a file cannot be read, or the manifest or a rank's metadata is damaged.
+    """
+    manifest = read_manifest(folder)
+    for rank in range(manifest.world_size) if ranks is None else ranks:
+        yield from (f"{folder}: {problem}" for problem in rank_problems(folder, manifest, rank))
+    yield from (f"{folder}: {problem}" for problem in CheckpointReader(folder, follow=False).gaps())
 
 
 def rank_problems(path: Path, manifest: Manifest, rank: int) -> Iterator[str]:
@@ -259,18 +323,20 @@ def verify_together(world: World, path: Path) -> None:
         DamagedError: a rank found damage. All ranks raise the same message, which has one problem.
         CheckpointError: some or all ranks cannot read a file, and no rank found damage. All ranks raise.
     """
-    complaint, verdict = None, _GOOD
+    complaint, verdict = _base_complaint(world, path), _GOOD
+    if complaint is not None:  # The checkpoint itself is not damaged, so it must not be set aside.
+        verdict = _UNREADABLE
     try:
         manifest = read_manifest(path)
         mine = range(world.rank, manifest.world_size, world.world_size)
         problems = (problem for rank in mine for problem in rank_problems(path, manifest, rank))
-        complaint = next(problems, None)
-        if complaint is None and world.is_main:
+        found = next(problems, None)
+        if found is None and world.is_main and complaint is None:
             with CheckpointReader(path) as reader:
-                complaint = next(reader.gaps(), None)
+                found = next(reader.gaps(), None)
             read_state(path)
-        if complaint is not None:
-            complaint, verdict = f"{path} is damaged: {complaint}", _DAMAGED
+        if found is not None:
+            complaint, verdict = f"{path} is damaged: {found}", _DAMAGED
     except CheckpointError as error:
         complaint, verdict = str(error), _DAMAGED
         if isinstance(cause := error.__cause__, OSError) and not (world.is_main and cause.errno in _MISSING):
@@ -279,6 +345,26 @@ def verify_together(world: World, path: Path) -> None:
     first = lowest_rank_error(world, complaint)
     if first is not None:
         raise DamagedError(first) if all_reduce_max(world, verdict) == _DAMAGED else CheckpointError(first)
+
+
+def _base_complaint(world: World, path: Path) -> str | None:
+    """Return the first problem that this rank finds in the checkpoints that hold frozen weights of ``path``.
+
+    The ranks divide the files among them. Returns None if the manifest of ``path`` cannot be read.
+    """
+    try:
+        bases = read_manifest(path).bases
+    except CheckpointError:
+        return None
+    try:
+        for base in bases:
+            folder = base_folder(base, path)
+            mine = range(world.rank, read_manifest(folder).world_size, world.world_size)
+            if (problem := next(_base_problems(folder, mine), None)) is not None:
+                return f"{path} needs the frozen weights of another checkpoint, which is damaged: {problem}"
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def whole_parameter(reader: CheckpointReader, name: str, *, ema: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mmscale.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     PARTIAL,
+    BaseEntry,
     FileEntry,
     Manifest,
     SavedState,
@@ -40,7 +41,7 @@ from mmscale.checkpoint.manifest import (
 )
 from mmscale.checkpoint.share import persistent_buffers, share_of
 from mmscale.dist import World, all_reduce_sum_list, lowest_rank_error
-from mmscale.engine.engine import Engine
+from mmscale.engine.engine import Engine, FrozenSource
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
 from mmscale.io.files import WrittenFile, finalize, set_aside, write_share
@@ -230,8 +231,19 @@ def _manifest(engine: Engine, state: TrainState) -> dict[str, Any]:
         "buffers": {name: tuple(values.shape) for name, values in persistent_buffers(engine.model).items()},
         "tied": tied_names(engine.model),
         "model_config_values": model_config_values(engine.model),
+        "bases": [entry.model_dump() for entry in base_entries(engine)],
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
     }
+
+
+def base_entries(engine: Engine) -> list[BaseEntry]:
+    """Return the checkpoints that hold the frozen parameters which ``share_of`` leaves out."""
+    names: dict[FrozenSource, list[str]] = {}
+    for name, parameter in engine.model.named_parameters():
+        source = engine.frozen_sources.get(name)
+        if source is not None and not parameter.requires_grad:
+            names.setdefault(source, []).append(name)
+    return [BaseEntry(**asdict(source), parameters=tuple(listed)) for source, listed in names.items()]
 
 
 def model_config_values(model: torch.nn.Module) -> dict[str, Any] | None:

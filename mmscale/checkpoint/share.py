@@ -114,9 +114,14 @@ def flat_bytes(values: Values) -> Tensor:
 
 
 def share_of(engine: Engine, state: TrainState) -> RankShare:
-    """Return this rank's share: views of masters, moments and frozen weights; on rank 0 also the unsharded tensors."""
+    """Return this rank's share: views of masters, moments and frozen weights; on rank 0 also the unsharded tensors.
+
+    Frozen weights that another checkpoint holds (``Engine.frozen_sources``) are left out.
+    """
     pieces: list[TensorPiece] = []
     for owned in engine.partition.owned():
+        if not owned.trained and owned.name in engine.frozen_sources:
+            continue
         kinds = {"master" if owned.trained else "frozen": owned.master, **owned.moments}
         pieces.extend(TensorPiece(f"{owned.name}|{kind}", owned.start, values) for kind, values in kinds.items())
     if engine.world.is_main:

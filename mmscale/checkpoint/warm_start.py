@@ -19,18 +19,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmscale.checkpoint.manifest import Manifest
+from mmscale.checkpoint.manifest import Manifest, manifest_checksum
 from mmscale.checkpoint.reshard import CheckpointReader, verify_together, whole_parameter
 from mmscale.checkpoint.share import persistent_buffers
 from mmscale.dist import raise_on_any_rank
-from mmscale.engine.engine import Engine
-from mmscale.engine.partition import parameter_table
+from mmscale.engine.engine import Engine, FrozenSource
+from mmscale.engine.partition import OwnedRange, parameter_table
 from mmscale.errors import CheckpointError
+from mmscale.nn.adapters import ADAPTER_PARAMETERS, AdaptedLinear, adapted_layers
 from mmscale.nn.patch_embed import LearnedPositions, resample_positions
 from mmscale.nn.tile_embed import TilePositions
 from mmscale.optim.schedule import component_of_parameters, token_tables
 
 _Grid = tuple[int, int]
+_CHUNK_VALUES = 4 << 20
 
 
 class Resized(NamedTuple):
@@ -67,6 +69,8 @@ class LoadReport:
         mismatched: In both with different shapes; the model's keep their values.
         resized: Token embedding tables with another number of rows.
         resampled: Position embedding tables of another grid.
+        derived: Magnitudes of DoRA that are not loaded although the weight of their layer is. They are set to the norms
+            of the rows of that weight.
         left: In both, but in components that were not requested; the model's keep their values.
     """
 
@@ -77,11 +81,13 @@ class LoadReport:
     resized: tuple[Resized, ...] = ()
     resampled: tuple[Resampled, ...] = ()
     left: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
         """Whether model and checkpoint have the same parameters and buffers, and all were copied unchanged."""
-        return not (self.missing or self.unused or self.mismatched or self.resized or self.resampled or self.left)
+        changed = self.resized or self.resampled or self.derived
+        return not (self.missing or self.unused or self.mismatched or self.left or changed)
 
     @property
     def taken(self) -> tuple[str, ...]:
@@ -89,17 +95,23 @@ class LoadReport:
         return (*self.loaded, *(table.name for table in self.resized), *(table.name for table in self.resampled))
 
     def __str__(self) -> str:
-        """Return one line. ``decoder.* (37)`` means all 37 parameters of model or checkpoint whose names begin so."""
+        """Return one line. ``decoder.* (37)`` means all 37 parameters of model or checkpoint whose names begin so.
+
+        The parameters of adapters are shown as if their names began with ``adapters.``.
+        """
         lists = {
             "loaded": self.loaded,
             "not in the checkpoint, unchanged": self.missing,
             "another shape, unchanged": self.mismatched,
             "not asked for, unchanged": self.left,
+            "norms of the loaded weights": self.derived,
             "only in the checkpoint, not used": self.unused,
         }
         if self.complete:
             return f"loaded all {len(self.loaded)} parameters"
-        every = {*self.taken, *(name for names in lists.values() for name in names)}
+        lists = {what: tuple(map(_display_name, names)) for what, names in lists.items()}
+        every = {name for names in lists.values() for name in names}
+        every |= {table.name for table in self.resized} | {table.name for table in self.resampled}
         parts = [f"{what}: {_grouped(names, every)}" for what, names in lists.items() if names]
         parts += [
             f"{t.name}: loaded {t.taken} of the checkpoint's {t.before} rows"
@@ -114,9 +126,17 @@ class LoadReport:
 
 
 def warm_start(
-    engine: Engine, path: Path, components: Collection[str] | None = None, *, ema: bool = False
+    engine: Engine,
+    path: Path,
+    components: Collection[str] | None = None,
+    *,
+    ema: bool = False,
+    lasting: bool = False,
 ) -> LoadReport:
     """Load the weights and buffers that fit; optimizer state and schedule start anew. All ranks must call.
+
+    If a layer with DoRA gets its weight from the checkpoint but no magnitude, its magnitude becomes the norms of the
+    rows of the weight.
 
     The model changes only after every byte of the checkpoint is verified.
 
@@ -125,6 +145,8 @@ def warm_start(
         path: Checkpoint folder.
         components: Names of the components to load, with their buffers; None loads all.
         ema: Load the exponential moving average of the trained weights instead of the weights.
+        lasting: The checkpoint will exist as long as those of this engine. These name it for the parameters that they
+            freeze, instead of storing the values again.
 
     Raises:
         CheckpointError: the checkpoint is damaged, has no average, or holds no parameter that fits; or the model lacks
@@ -140,6 +162,7 @@ def warm_start(
     raise_on_any_rank(engine.world, complaint, CheckpointError)
     with CheckpointReader(path) as reader:
         _copy_weights(engine, reader, report, ema)
+        _note_sources(engine, reader, report, FrozenSource(str(path.absolute()), manifest_checksum(path), ema), lasting)
         for name, values in _buffers(engine.model, components).items():
             if reader.manifest.buffers.get(name) == tuple(values.shape):
                 values.copy_(reader.buffer(name))
@@ -200,6 +223,12 @@ def match(model: nn.Module, manifest: Manifest, components: Collection[str] | No
             found["resized"].append(Resized(name, min(here[0], there[0]), there[0], here[0]))
         else:
             found["mismatched"].append(name)
+    for name, layer in ((f"{path}.magnitude", layer) for path, layer in adapted_layers(model).items()):
+        kept = next((found[key] for key in ("missing", "left") if name in found[key]), None)
+        weight = f"{name.rpartition('.')[0]}.weight"
+        if layer.magnitude is not None and kept is not None and weight in found["loaded"]:
+            kept.remove(name)
+            found["derived"].append(name)
     found["unused"] = [name for name in manifest.parameters if name not in used]
     for name, values in _buffers(model, components).items():
         if name not in manifest.buffers:
@@ -216,9 +245,13 @@ def _copy_weights(engine: Engine, reader: CheckpointReader, report: LoadReport, 
     rows = {table.name: table.taken for table in report.resized}
     # Each rank reads these small tables whole and computes the same values, so no communication is needed.
     resampled = {table.name: _resampled(reader, table, ema) for table in report.resampled}
+    layers, derived = adapted_layers(engine.model), set(report.derived)
     for owned in engine.partition.owned(whole=True):
         name, stored = owned.name, reader.manifest.stored_name(owned.name)
-        if name in resampled:
+        if name in derived:
+            path = name.rpartition(".")[0]
+            _fill_magnitudes(reader, layers[path], owned, f"{path}.weight", ema, engine.precision.dtype)
+        elif name in resampled:
             owned.master.copy_(resampled[name].view(-1)[owned.start : owned.stop])
         elif stored is not None and (name in loaded or name in rows):
             stop = owned.stop
@@ -226,6 +259,36 @@ def _copy_weights(engine: Engine, reader: CheckpointReader, report: LoadReport, 
                 stop = min(stop, rows[name] * reader.manifest.parameters[stored].shape[1])
             values = owned.master[: max(0, stop - owned.start)]
             reader.fill(values, stored, reader.weights_kind(stored, ema=ema), owned.start)
+
+
+def _note_sources(
+    engine: Engine, reader: CheckpointReader, report: LoadReport, here: FrozenSource, lasting: bool
+) -> None:
+    """Update ``engine.frozen_sources`` after a load: the checkpoint that has the value of each loaded parameter.
+
+    It is the one that the loaded checkpoint itself refers to, else the loaded one if it is ``lasting``.
+    """
+    for name in report.taken:
+        engine.frozen_sources.pop(name, None)
+    for name in report.loaded:
+        source = reader.frozen_sources.get(reader.manifest.stored_name(name) or name, here if lasting else None)
+        if source is not None:
+            engine.frozen_sources[name] = source
+
+
+def _fill_magnitudes(
+    reader: CheckpointReader, layer: AdaptedLinear, owned: OwnedRange, weight: str, ema: bool, dtype: torch.dtype
+) -> None:
+    """Set this rank's range of a magnitude to the norms of these rows of the weight, rounded to ``dtype``."""
+    stored = reader.manifest.stored_name(weight)
+    assert stored is not None
+    rows = max(1, _CHUNK_VALUES // layer.in_features)
+    for start in range(owned.start, owned.stop, rows):
+        stop = min(owned.stop, start + rows)
+        values = torch.empty((stop - start) * layer.in_features, dtype=dtype)
+        reader.fill(values, stored, reader.weights_kind(stored, ema=ema), start * layer.in_features)
+        norms = torch.linalg.norm(values.view(stop - start, -1).float(), dim=1)
+        owned.master[start - owned.start : stop - owned.start].copy_(norms)
 
 
 def _resampled(reader: CheckpointReader, table: Resampled, ema: bool) -> Tensor:
@@ -271,6 +334,13 @@ def _buffers(model: nn.Module, components: Collection[str] | None) -> dict[str, 
     owner = component_of_parameters(model, model.components())  # type: ignore[operator]
     paths = {name.rpartition(".")[0] for name, component in owner.items() if component in components}
     return {name: values for name, values in persistent_buffers(model).items() if name.rpartition(".")[0] in paths}
+
+
+def _display_name(name: str) -> str:
+    leaf = name.rpartition(".")[2]
+    if leaf not in ADAPTER_PARAMETERS:
+        return name
+    return f"adapters.{'magnitude' if leaf == 'magnitude' else 'lora'}.{name}"
 
 
 def _grouped(names: Iterable[str], every: Collection[str]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from mmscale.cli.checkpoint_peft import export_peft, import_peft
 from mmscale.cli.console import console, emit
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class ImportFormat(str, Enum):
 
     deepspeed = "deepspeed"
     hf = "hf"
+    peft = "peft"
 
 
 class ExportFormat(str, Enum):
@@ -48,6 +50,7 @@ class ExportFormat(str, Enum):
 
     mmscale = "mmscale"
     hf = "hf"
+    peft = "peft"
 
 
 @app.command("list", epilog="Example: mmscale checkpoint list runs/quickstart")
@@ -146,10 +149,14 @@ def export(
     shard_bytes: int = typer.Option(5_000_000_000, min=1, help="Largest size of a file, bytes."),
     to: ExportFormat = typer.Option(
         ExportFormat.mmscale,
-        help="Parameter names and configuration of mmscale, or those that transformers loads (hf).",
+        help="Parameter names and configuration of mmscale, those that transformers loads (hf), or the adapters alone "
+        "for peft.",
+    ),
+    merge: bool = typer.Option(
+        True, "--merge/--no-merge", help="Merge adapters into the weights; --no-merge keeps both, with mmscale's names."
     ),
     like: Path | None = typer.Option(
-        None, help="With --to hf: a Hugging Face folder that gives model family, tokenizer and token ids."
+        None, help="With --to hf or peft: a Hugging Face folder that gives model family, tokenizer and token ids."
     ),
     json: bool = _JSON,
 ) -> None:
@@ -161,8 +168,13 @@ def export(
     from mmscale.checkpoint.manifest import newest_of
     from mmscale.errors import ConfigError
 
-    if like is not None and to is not ExportFormat.hf:
-        raise ConfigError("--like goes with --to hf")
+    if like is not None and to is ExportFormat.mmscale:
+        raise ConfigError("--like goes with --to hf and --to peft")
+    if not merge and to is not ExportFormat.mmscale:
+        raise ConfigError("--no-merge goes with mmscale's own names; --to peft exports the adapters alone")
+    if to is ExportFormat.peft:
+        export_peft(newest_of(path), folder, weights.value, number_format.value, like, json=json)
+        return
     report = export_weights(
         newest_of(path),
         folder,
@@ -170,6 +182,7 @@ def export(
         number_format=number_format.value,
         shard_bytes=shard_bytes,
         to=HuggingFace(like) if to is ExportFormat.hf else None,
+        merge=merge,
     )
     emit(asdict(report), json=json)
 
@@ -177,7 +190,8 @@ def export(
 @app.command("import", epilog="Example: mmscale checkpoint import old/global_step40 runs/new --config runs/new.yaml")
 def import_(
     source: Path = typer.Argument(
-        help="A DeepSpeed checkpoint (ZeRO stage 0-3, or universal), or a Hugging Face folder.", metavar="SOURCE"
+        help="A DeepSpeed checkpoint (ZeRO stage 0-3, or universal), a Hugging Face folder, or adapters of peft.",
+        metavar="SOURCE",
     ),
     run: Path = typer.Argument(help="A run folder; the checkpoint is added to its checkpoints.", metavar="RUN"),
     source_format: ImportFormat = typer.Option(ImportFormat.deepspeed, "--from", help="Format of SOURCE."),
@@ -190,6 +204,7 @@ def import_(
         help="Replace the prefix OLD of parameter names by NEW; repeatable.",
         metavar="OLD=NEW",
     ),
+    base: Path | None = typer.Option(None, help="With --from peft: run or checkpoint of the model without adapters."),
     json: bool = _JSON,
 ) -> None:
     """Import a DeepSpeed or Hugging Face checkpoint as a checkpoint of mmscale.
@@ -200,14 +215,21 @@ def import_(
 
     From Hugging Face (--from hf): the weights, as initial weights of a stage (stages.N.weights), and the model's
     configuration, which is printed.
+
+    From peft (--from peft --base BASE): adapters of the model in BASE. The checkpoint names BASE for all other weights.
     """
     from mmscale.checkpoint.imports import import_checkpoint, import_folder
     from mmscale.errors import ConfigError
     from mmscale.run.folder import CHECKPOINTS, hold_folder
 
+    if (base is None) == (source_format is ImportFormat.peft):
+        raise ConfigError("--base goes with --from peft, which needs it: a run or checkpoint of the base model")
+    if source_format is not ImportFormat.deepspeed and (config is not None or stage is not None or rename):
+        raise ConfigError("--config, --stage and --rename are for DeepSpeed's checkpoints, not for --from hf or peft")
+    if base is not None:
+        import_peft(source, base, run, json=json)
+        return
     if source_format is ImportFormat.hf:
-        if config is not None or stage is not None or rename:
-            raise ConfigError("--config, --stage and --rename are for DeepSpeed's checkpoints, not for --from hf")
         with hold_folder(run):
             emit(asdict(import_folder(source, run / CHECKPOINTS)), json=json)
         return

@@ -11,6 +11,7 @@ import typer
 from mmscale.cli.console import emit
 
 if TYPE_CHECKING:
+    from mmscale.config import Loaded
     from mmscale.run.config import RunConfig
 
 app = typer.Typer()
@@ -57,18 +58,21 @@ def validate(config: Path = _CONFIG, overrides: list[str] = _OVERRIDES) -> None:
     from mmscale.config import load
     from mmscale.run.config import RunConfig, check_files
 
-    run = load(config, overrides or [], RunConfig).value
+    loaded = load(config, overrides or [], RunConfig)
+    run = loaded.value
     notes = check_files(run)
-    _check_sources(run)
+    _check_sources(loaded)
     for line in notes:
         print(f"mmscale: warning: {line}", file=sys.stderr)
     lanes = min(run.stage_data(number).lanes for number in range(len(run.stages)))
     print(f"{config}: valid, for at most {lanes} rank{'s' if lanes > 1 else ''}")
 
 
-def _check_sources(run: RunConfig) -> None:
+def _check_sources(loaded: Loaded[RunConfig]) -> None:
     """Check the checkpoints of initial weights and of teachers."""
-    if not any(stage.weights or stage.distill for stage in run.stages):
+    run = loaded.value
+    is_based = any(len(origin.files) > 1 for origin in loaded.origins.values())
+    if not is_based and not any(stage.weights or stage.distill for stage in run.stages):
         return
     import torch  # These modules import the engine, so import them only if they are needed.
 
@@ -76,8 +80,9 @@ def _check_sources(run: RunConfig) -> None:
     from mmscale.dist import World
     from mmscale.run.folder import CHECKPOINTS
     from mmscale.run.stage_teachers import check_teachers
-    from mmscale.run.stage_weights import check_stage_weights
+    from mmscale.run.stage_weights import check_initial_weights, check_stage_weights
 
+    check_initial_weights(loaded)
     latest = find_latest(run.run_dir / CHECKPOINTS)
     state = read_state(latest) if latest else TrainState()
     world = World(0, 1, 0, torch.device("cpu"))
@@ -94,10 +99,11 @@ def shrink(
 ) -> None:
     """Print a smoke test of the run as YAML: the same stages, with a tiny model and bundled data, in seconds."""
     from mmscale.config import dump, load
-    from mmscale.run.config import RunConfig
+    from mmscale.run.config import RunConfig, require_training
     from mmscale.shrink.run import dropped_settings, shrink_run
 
     run = load(config, overrides or [], RunConfig).value
+    require_training(run)
     for line in dropped_settings(run):
         print(f"# left out: {line}")
     print(dump(shrink_run(run, steps=steps, lanes=lanes)), end="")

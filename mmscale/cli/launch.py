@@ -25,10 +25,12 @@ def _checked(config: Path, overrides: list[str], ranks: int) -> RunConfig:
     """Load the configuration and check it as each rank would, so that an error is printed once, before the start."""
     from mmscale.cli.run_file import load_run
     from mmscale.run.config import check_world
+    from mmscale.run.stage_weights import check_initial_weights
 
-    run = load_run(config, overrides).value
-    check_world(run, ranks)
-    return run
+    loaded = load_run(config, overrides)
+    check_world(loaded.value, ranks)
+    check_initial_weights(loaded)
+    return loaded.value
 
 
 def _train_words(config: Path, overrides: list[str]) -> list[str]:

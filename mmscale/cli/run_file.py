@@ -38,12 +38,13 @@ def load_run(path: Path, overrides: list[str]) -> Loaded[RunConfig]:
     """Load the configuration of a run, for a command that reads the run's data.
 
     Raises:
-        ConfigError: the configuration is invalid, or fails ``check_commands``.
+        ConfigError: the configuration is invalid, has no stage or no data set, or fails ``check_commands``.
     """
     from mmscale.config import load
-    from mmscale.run.config import RunConfig
+    from mmscale.run.config import RunConfig, require_training
 
     loaded = load(path, overrides, RunConfig)
+    require_training(loaded.value)
     check_commands(loaded)
     return loaded
 

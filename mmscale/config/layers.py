@@ -11,6 +11,8 @@ from mmscale.config.tree import BASE_KEY, ConfigNode, Origin, checked_text, disp
 from mmscale.errors import ConfigError
 
 Keys = tuple[str, ...]
+RUN_CONFIG = "config.yaml"
+"""File of a run folder that holds the run's configuration."""
 
 
 def read_layers(path: Path) -> ConfigNode:
@@ -19,8 +21,12 @@ def read_layers(path: Path) -> ConfigNode:
     The key ``base`` of the file, or of a block in it, names the base file, relative to the file itself. Mappings are
     merged key by key. Lists and scalars of a file replace those of its base.
 
+    A base may also be a run folder, which means the same block of its ``config.yaml``, or the whole file except for
+    ``run_dir``.
+
     Raises:
-        ConfigError: a file is missing or invalid, or the chain of base files is circular.
+        ConfigError: a file is missing or invalid, the chain of base files is circular, or a run folder's configuration
+            lacks the block.
     """
     return _read(path, (path,))[0]
 
@@ -33,7 +39,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[ConfigNode, int]:
         file = _base_path(path, base)
         if any(_same(file, earlier) for earlier in chain):
             raise ConfigError(f"{chain[0]}: its chain of '{BASE_KEY}:' files leads back to {file}")
-        lower[keys], base_layer = _read(file, (*chain, file))
+        tree, base_layer = _read(file, (*chain, file))
+        lower[keys] = _block_of_run(tree, keys, base) if _is_run(path, base) else tree
         layer = max(layer, base_layer + 1)
     return _merge_bases(lower, read_file(path, layer, chain), ()), layer
 
@@ -70,12 +77,39 @@ def _same(a: Path, b: Path) -> bool:
     return a.resolve() == b.resolve()
 
 
+def _is_run(file: Path, base: ConfigNode) -> bool:
+    return (file.parent / str(base.value)).is_dir()
+
+
+def _block_of_run(tree: ConfigNode, keys: Keys, base: ConfigNode) -> ConfigNode:
+    """Return the block at ``keys`` of a run's configuration; without keys, all of it except ``run_dir``.
+
+    A new run must name its own folder: it would otherwise write into that of its base.
+    """
+    if not keys:
+        assert isinstance(tree.value, dict)
+        return replace(tree, value={key: child for key, child in tree.value.items() if key != "run_dir"})
+    block: ConfigNode | None = tree
+    for key in keys:
+        block = None if block is None else block.child(key)
+    if block is None or not isinstance(block.value, dict):
+        raise ConfigError(
+            f"{base.origin} {BASE_KEY}={base.value}: the {RUN_CONFIG} of this run has no block '{'.'.join(keys)}'"
+        )
+    return block
+
+
 def _base_path(file: Path, base: ConfigNode) -> Path:
     if not isinstance(base.value, str):
-        raise ConfigError(f"{base.origin} {BASE_KEY}: must be the path of a YAML file")
+        raise ConfigError(f"{base.origin} {BASE_KEY}: must be the path of a YAML file or of a run folder")
     path = file.parent / base.value
     if path.is_dir():
-        raise ConfigError(f"{base.origin} {BASE_KEY}={base.value}: a folder, expected a YAML file ({path})")
+        if not (path / RUN_CONFIG).is_file():
+            raise ConfigError(
+                f"{base.origin} {BASE_KEY}={base.value}: a folder without {RUN_CONFIG}, expected a YAML file or a run "
+                f"folder ({path})"
+            )
+        return path / RUN_CONFIG
     if not path.is_file():
         raise ConfigError(f"{base.origin} {BASE_KEY}={base.value}: no such file ({path})")
     return path

@@ -87,6 +87,21 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class FrozenSource:
+    """A checkpoint that holds values of frozen parameters.
+
+    Attributes:
+        path: Absolute path of its folder.
+        checksum: Checksum of its manifest.
+        ema: Whether the values are the averages of the weights there.
+    """
+
+    path: str
+    checksum: str
+    ema: bool
+
+
+@dataclass(frozen=True)
 class ComponentParameters:
     """Number of parameter values of a component: all, and the trained ones."""
 
@@ -112,6 +127,9 @@ class Engine:
             it.
         clock: Measures the phases of steps.
         teachers: Frozen models that the objective runs. Checkpoints and parameter counts do not include them.
+        frozen_sources: For parameters that are equal to those of a checkpoint as long as they are frozen: that
+            checkpoint, by name. Checkpoints of this engine name it instead of storing the values. The functions of
+            ``mmscale.checkpoint`` set it; equal on all ranks.
 
     Raises:
         ConfigError: the stage trains a component that the model lacks.
@@ -130,6 +148,7 @@ class Engine:
         self.precision: Precision = choose_precision(config, world.device)
         self.stage_step = 0
         self.clock = StepClock(world.device)
+        self.frozen_sources: dict[str, FrozenSource] = {}
         self._objective = objective
         self.teachers: Sequence[Any] = objective.teachers
         components: Components = model.components()  # type: ignore[operator]

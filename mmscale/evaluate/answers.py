@@ -92,7 +92,7 @@ def respond(
             "`mmscale eval` scores which text is nearest to an image"
         )
     tokenizer = load_tokenizer(data.tokenizer)
-    dataset, sample = _prompt_sample(data.datasets[0], images, prompt, spec)
+    dataset, sample = _prompt_sample(data.prompts, images, prompt, spec)
     document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
     dummy = dummy_document(spec, tokenizer.pad_id)
     device = next(model.parameters()).device

@@ -168,7 +168,7 @@ def document_builder(
     Raises:
         DataConfigError: the transforms do not fit the model, or the tokenizer lacks a token of the template.
     """
-    transforms = held.transforms or data.datasets[0].transforms
+    transforms = held.transforms or data.prompts.transforms
     dataset = DatasetConfig(name=held.name, manifest=held.manifest, template=template, transforms=transforms)
     return DocumentBuilder(dataset, tokenizer, spec)
 

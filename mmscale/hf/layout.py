@@ -192,6 +192,8 @@ class FamilyLayout:
         unused: Regular expressions of tensor names that an import may drop; each must match the whole name.
         aliases: (regular expression, replacement) from names in other versions of transformers to those in ``rules``.
         kind: ``ModelConfig`` for whole models, ``TowerConfig`` for vision towers alone.
+        modules: (regular expression, replacement) from names in ``rules`` to those of the modules of ``auto_class`` in
+            version 5 of transformers, where they differ.
         auto_class: Class of transformers that opens an export; None if transformers has none for this family.
     """
 
@@ -204,6 +206,7 @@ class FamilyLayout:
     aliases: tuple[tuple[str, str], ...] = ()
     kind: type[ModelConfig] | type[TowerConfig] = ModelConfig
     auto_class: str | None = "AutoModelForCausalLM"
+    modules: tuple[tuple[str, str], ...] = ()
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
         """Convert the values of a ``config.json`` to our config.
@@ -305,11 +308,11 @@ class FamilyLayout:
 
     def current_name(self, name: str) -> str:
         """Return the name that ``rules`` uses for a tensor name of any version. The first matching alias applies."""
-        for pattern, replacement in self.aliases:
-            name, changed = re.subn(pattern, replacement, name)
-            if changed:
-                break
-        return name
+        return _renamed(name, self.aliases)
+
+    def module_name(self, name: str) -> str:
+        """Return the name of a module in the class of transformers for its name in ``rules``."""
+        return _renamed(name, self.modules)
 
     def is_unused(self, name: str) -> bool:
         """Return whether an import may drop this tensor of the folder."""
@@ -323,6 +326,15 @@ _NEVER_COPIED = {
     "vision_use_head",  # SigLIP's pooling head is not exported.
 }
 """Keys that ``with_keys_of`` does not copy."""
+
+
+def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
+    """Apply the first pattern that matches."""
+    for pattern, replacement in table:
+        name, changed = re.subn(pattern, replacement, name)
+        if changed:
+            break
+    return name
 
 
 def _copy_neutral_keys(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
 
 from data_pipeline.media_spec import MediaSpec
+from mmscale.models.adapters import attach_adapters
 from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
 from mmscale.models.connectors.connector import Connector
 from mmscale.models.connectors.contrastive import ContrastiveConnector
@@ -30,7 +32,7 @@ class ParameterCount:
     Attributes:
         total: All parameters; tied ones count once.
         active: Parameters that one token uses: A of the E routed experts count.
-        components: Number per component of the model: "vision", "connector", "decoder", "extra_tokens".
+        components: Number per component of the model: "vision", "connector", "decoder", "extra_tokens", "adapters".
     """
 
     total: int
@@ -57,6 +59,7 @@ def build_model(
 
     Raises:
         UnsupportedError: this machine lacks the kernel named by ``attention``.
+        ConfigError: a target of ``adapters`` matches no layer.
     """
     backend = resolve_backend(attention, dtype)
     decoder, vision, connector = Decoder(config.decoder, backend), None, None
@@ -73,6 +76,8 @@ def build_model(
         head = LanguageHead(config.decoder.vocab_size, config.decoder.hidden_dim, tied, config.decoder.predicted_rows)
         head.init_std = config.decoder.init_std  # type: ignore[assignment]
         model = MultimodalModel(config, decoder, head, vision, connector)
+    if config.adapters is not None:
+        attach_adapters(model, config.adapters)
     if seed is not None and not any(parameter.is_meta for parameter in model.parameters()):
         initialise_(model, seed)
     return model
@@ -115,6 +120,17 @@ def build_weights(config: AnyModelConfig) -> AnyModel | TowerAlone:
     """Return a model or a tower on the meta device: parameter names and shapes without values."""
     with torch.device("meta"):
         return build_unset(config, attention="sdpa")
+
+
+@lru_cache(maxsize=64)
+def check_adapters(config: ModelConfig) -> None:
+    """Check that each target of ``adapters`` matches a layer. Builds the model on the meta device if it has adapters.
+
+    Raises:
+        ConfigError: a target matches no layer.
+    """
+    if config.adapters is not None:
+        build_weights(config)
 
 
 def media_spec(config: ModelConfig) -> MediaSpec:

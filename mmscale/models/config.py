@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import model_validator
 
 from data_pipeline.io.strict import StrictConfig
+from mmscale.models.adapters import COMPONENT, AdaptersConfig
 from mmscale.models.connector_config import ConnectorConfig
 from mmscale.models.decoder import DecoderConfig
 from mmscale.models.vision_config import AnyVisionConfig, VisionConfig
@@ -30,13 +31,16 @@ class ModelConfig(StrictConfig):
     patch to the connector. Null for a text model."""
     connector: ConnectorConfig | None = None
     """How image features reach the decoder. Null for a text model: set ``vision`` and ``connector`` together."""
+    adapters: AdaptersConfig | None = None
+    """Low-rank adapters on linear layers (LoRA, DoRA); null for none."""
 
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the components that a stage can train or freeze: the keys of the model's ``components()``."""
         tower = ("vision",) if self.vision is not None and self.vision.learns else ()
         towers = (*tower, "connector") if self.vision is not None else ()
-        return (*towers, "decoder", *(("extra_tokens",) if self.decoder.extra_tokens else ()))
+        extra_tokens = ("extra_tokens",) if self.decoder.extra_tokens else ()
+        return (*towers, "decoder", *extra_tokens, *((COMPONENT,) if self.adapters else ()))
 
     @property
     def predicts_tokens(self) -> bool:
@@ -49,6 +53,11 @@ class ModelConfig(StrictConfig):
             raise ValueError("vision and connector: set both, or neither for a text model")
         if self.vision is not None and self.connector is not None:
             self.connector.check(self.vision, self.decoder)
+        if self.adapters is not None and self.adapters.dropout and not self.predicts_tokens:
+            raise ValueError(
+                f"adapters.dropout={self.adapters.dropout:g}: a contrastive step may compute its vectors twice, and "
+                "they must be equal; set it to 0"
+            )
         return self
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from torch import nn
 
 from data_pipeline.batch import MultimodalBatch
+from mmscale.models.adapters import with_adapters
 from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.contrastive import ContrastiveConnector, PairVectors
 from mmscale.models.decoder import Decoder
@@ -47,7 +48,7 @@ class ContrastiveModel(nn.Module):
             "connector": list(self.connector.parameters()),
             "decoder": [parameter for parameter in self.decoder.parameters() if parameter is not extra],
         }
-        return parts if extra is None else {**parts, "extra_tokens": [extra]}
+        return with_adapters(self, parts if extra is None else {**parts, "extra_tokens": [extra]})
 
     def checkpoint_units(self) -> list[nn.Module]:
         """Return the blocks that activation checkpointing recomputes in the backward pass."""

@@ -6,13 +6,15 @@ Only matrix products count, as in torch's ``FlopCounterMode``. Each module repor
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.media_spec import Placement
+from mmscale.models.adapters import COMPONENT, adapter_products
 from mmscale.models.config import ModelConfig
+from mmscale.nn.adapters import adapted_layers
 from mmscale.nn.flops import Product
 
 
@@ -45,14 +47,15 @@ def cost_per_patch(config: ModelConfig) -> float:
     """Return the estimated cost of one patch relative to one token: the ratio of forward operations.
 
     Counts only products whose operations per row do not grow with the length of a sequence. Leaves out the logits of
-    extra tokens, because adding a few tokens must not change which documents share a pack. Returns 0 for a text model.
+    extra tokens and the products of adapters, because adding either must not change which documents share a pack.
+    Returns 0 for a text model.
     """
     if config.vision is None or config.connector is None:
         return 0.0
     crop = config.connector.typical_crop(config.vision)
     token, patch = {"token_rows": 1, "logit_rows": 1}, {"patches": 1, "tower_rows": 1}
     per_token = per_patch = per_crop = 0
-    for product in model_products(config, frozenset()):
+    for product in _base_products(config, frozenset(), frozenset()):
         per_token += product.forward * token.get(product.per, 0)
         per_patch += product.forward * patch.get(product.per, 0)
         per_crop += product.forward * crop.get(product.per, 0)
@@ -94,7 +97,7 @@ def batch_counts(config: ModelConfig, batch: MultimodalBatch, logit_rows: int) -
 
     ``logit_rows`` is the number of rows with logits.
     """
-    counts = {**config.decoder.counts(batch), "logit_rows": logit_rows, "new_logit_rows": logit_rows}
+    counts = {**config.decoder.counts(batch), "logit_rows": logit_rows, "new_logit_rows": logit_rows, "passes": 1}
     if config.vision is not None and config.connector is not None:
         counts |= config.vision.counts(batch.media["image"]) | config.connector.counts(config.vision, batch)
     return counts
@@ -102,23 +105,55 @@ def batch_counts(config: ModelConfig, batch: MultimodalBatch, logit_rows: int) -
 
 @lru_cache(maxsize=64)
 def model_products(config: ModelConfig, trained: frozenset[str]) -> tuple[Product, ...]:
-    """Return all products of a forward pass, with the gradients that the components ``trained`` need."""
+    """Return all products of a forward pass, with the gradients that the components ``trained`` need.
+
+    Trained adapters count as if the backward pass reached the input of each component that has one. It ends at the
+    first adapted layer, so up to one block's gradient of its input is counted too much.
+    """
+    if config.adapters is None:
+        return _base_products(config, trained, trained)
+    # A circular import: the model's modules import this one for their ``flops``.
+    from mmscale.models.build import build_weights
+
+    layers = adapted_layers(build_weights(config))
+    learns = COMPONENT in trained
+    adapted = {path.partition(".")[0] for path in layers} if learns else set()
+    found = list(_base_products(config, trained, trained | adapted))
+    for path, layer in layers.items():
+        flows = path.partition(".")[0] in trained | adapted
+        found += adapter_products(path, layer, learns=learns, flows=flows)
+    return tuple(found)
+
+
+def _base_products(config: ModelConfig, trained: frozenset[str], reached: frozenset[str]) -> tuple[Product, ...]:
+    """Return the products of the model without those of adapters.
+
+    Args:
+        config: The model.
+        trained: Components whose weights are trained.
+        reached: These, and the components that hold trained adapters.
+    """
+
+    def kept(component: str, products: Iterable[Product]) -> list[Product]:
+        return [each if component in trained else each.with_frozen_weight() for each in products]
+
     decoder, connector = config.decoder, config.connector
     found = list[Product]()
     if config.vision is not None and connector is not None:
-        found += config.vision.products(learns="vision" in trained)
-        found += connector.products(config.vision, decoder, trained)
-    learned_features = connector is not None and not {"vision", "connector"}.isdisjoint(trained)
+        found += kept("vision", config.vision.products(learns="vision" in reached))
+        found += kept("connector", connector.products(config.vision, decoder, reached))
+    learned_features = connector is not None and not {"vision", "connector"}.isdisjoint(reached)
     embeds = connector is not None and connector.placement in (Placement.EMBEDDING, Placement.HYBRID)
     # The backward pass reaches down to where trained values enter the decoder: at its input, or at the first
     # cross-attention block.
-    flows = not {"decoder", "extra_tokens"}.isdisjoint(trained) or (learned_features and embeds)
+    flows = not {"decoder", "extra_tokens"}.isdisjoint(reached) or (learned_features and embeds)
     cross_attention_blocks = [] if connector is None else connector.block_layers(decoder)
     for number, mlp in enumerate(decoder.block_mlps()):
         if connector is not None and number in cross_attention_blocks:
-            found += connector.block_products(decoder, trained, flows)
+            found += kept("connector", connector.block_products(decoder, reached, flows))
             flows = flows or learned_features
-        found += decoder.block_products(mlp, learns="decoder" in trained, flows=flows)
+        found += kept("decoder", decoder.block_products(mlp, learns="decoder" in reached, flows=flows))
     if config.predicts_tokens:
-        found += decoder.head_products(learns="decoder" in trained, extra_learns="extra_tokens" in trained, flows=flows)
+        learns, extra_learns = "decoder" in trained, "extra_tokens" in trained
+        found += decoder.head_products(learns=learns, extra_learns=extra_learns, flows=flows)
     return tuple(found)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from data_pipeline.batch import MultimodalBatch
+from mmscale.models.adapters import with_adapters
 from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.connector import Connector
 from mmscale.models.decoder import CrossAttentionHooks, Decoder
@@ -16,6 +18,7 @@ from mmscale.models.kv_cache import KVCache
 from mmscale.models.outputs import AuxLoss, ModelOutput
 from mmscale.models.vision_kind import Tower
 from mmscale.models.vocabulary import LanguageHead
+from mmscale.nn.adapters import adapted_layers
 from mmscale.nn.dropout import Dropout
 from mmscale.nn.moe import MoeConfig
 
@@ -58,6 +61,7 @@ class MultimodalModel(nn.Module):
         if cache is not None and batch.branched is not None:
             raise ValueError("a document with branches has several ends, so a cache cannot continue it")
         resumed = cache is not None and cache.started
+        dropout = self._set_masks(batch) if self.training else None
         media, num_tokens = batch.media.get("image"), len(batch.token_ids)
         # Embed tokens and tile tags in one call, so that all ranks gather the table the same number of times.
         hidden = self.decoder.embed_tokens(
@@ -76,7 +80,6 @@ class MultimodalModel(nn.Module):
                 media = batch.media["image"]
                 features = self.vision(media).to(hidden.dtype)
                 hidden, cross_attention = self.connector.connect(hidden, features, tags, media, batch.segments, cache)
-        dropout = self._dropout(batch) if self.training and self.config.decoder.dropout else None
         hidden, router = self.decoder(
             hidden, batch.position_ids, batch.attended, batch.valid, cross_attention, cache, dropout
         )
@@ -87,16 +90,27 @@ class MultimodalModel(nn.Module):
             aux["router_z"] = AuxLoss(router[1], mlp.z_coefficient)
         return ModelOutput(hidden, aux)
 
-    def _dropout(self, batch: MultimodalBatch) -> Dropout:
-        rate = self.config.decoder.dropout
+    def _set_masks(self, batch: MultimodalBatch) -> Dropout | None:
+        """Give the adapters their dropout masks, and return those of the decoder's blocks; None without dropout."""
+        rate, adapters = self.config.decoder.dropout, self.config.adapters
+        if adapters is not None and adapters.dropout:
+            masks = self._masks(batch, adapters.dropout, "adapters.dropout")
+            for path, layer in adapted_layers(self).items():
+                layer.masks = masks.for_layer(path)
+        if not rate:
+            return None
+        masks = self._masks(batch, rate, "decoder.dropout")
+        learned = self.config.decoder.dropout_rows == "learned"
+        return replace(masks, chosen=batch.loss_weights > 0) if learned else masks
+
+    def _masks(self, batch: MultimodalBatch, rate: float, key: str) -> Dropout:
         if batch.dropout_key is None or sum(batch.lane_tokens) != batch.segments.total:
             raise ValueError(
-                f"decoder.dropout={rate}: a training batch needs dropout_key (seed and step of the run) and "
+                f"{key}={rate}: a training batch needs dropout_key (seed and step of the run) and "
                 "lane_tokens (rows of each lane); outside of training call model.eval()"
             )
-        chosen = batch.loss_weights > 0 if self.config.decoder.dropout_rows == "learned" else None
         device = batch.token_ids.device
-        return Dropout.for_microbatch(rate, batch.dropout_key, batch.lanes, batch.lane_tokens, device, chosen)
+        return Dropout.for_microbatch(rate, batch.dropout_key, batch.lanes, batch.lane_tokens, device)
 
     def components(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of each component, tied ones once; every parameter belongs to exactly one."""
@@ -110,7 +124,7 @@ class MultimodalModel(nn.Module):
         parts["decoder"] = [parameter for parameter in text if id(parameter) not in extra]
         if self.config.decoder.extra_tokens is not None:
             parts["extra_tokens"] = [parameter for parameter in text if id(parameter) in extra]
-        return parts
+        return with_adapters(self, parts)
 
     def checkpoint_units(self) -> list[nn.Module]:
         """Return the blocks that activation checkpointing recomputes in the backward pass."""

@@ -9,6 +9,7 @@ probabilities: the attention kernels do not expose them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -85,6 +86,11 @@ class Dropout:
     def for_block(self, number: int) -> Dropout:
         """Return the masks of block ``number``, which may be negative."""
         return replace(self, block=number)
+
+    def for_layer(self, path: str) -> Dropout:
+        """Return the masks of one layer: those of layers with different paths are independent."""
+        key = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "little", signed=True)
+        return replace(self, rows=_mix(self.rows ^ key), block=0)
 
     def dropped(self, sub_layer: SubLayer, dim: int) -> Bool[Tensor, "T D"]:
         """Return a mask over ``dim`` channels of each row, True where a value is dropped; ignores ``chosen``."""

@@ -38,12 +38,18 @@ class Product(NamedTuple):
         forward: Operations of the forward pass.
         backward: Operations of the gradients that are computed.
         recomputed: Operations that activation checkpointing repeats.
+        weight_gradient: The part of ``backward`` that is the gradient of the product's weight.
     """
 
     per: str
     forward: int
     backward: int
     recomputed: int
+    weight_gradient: int = 0
+
+    def with_frozen_weight(self) -> Product:
+        """Return the product without the gradient of its weight, and with all other operations."""
+        return self._replace(backward=self.backward - self.weight_gradient, weight_gradient=0)
 
 
 def linear_product(per: str, flops: int, *, weights: bool, inputs: bool, again: int = 0) -> Product:
@@ -58,7 +64,7 @@ def linear_product(per: str, flops: int, *, weights: bool, inputs: bool, again: 
             last value that the backward pass needs, so it often skips a block's last product.
     """
     backward = flops * (weights + inputs)
-    return Product(per, flops, backward, again if backward else 0)
+    return Product(per, flops, backward, again if backward else 0, flops * weights)
 
 
 def attention_product(per: str, flops: int, *, gradients: int, again: int = 0) -> Product:

@@ -3,7 +3,8 @@
 Neither the order of construction, nor the number of ranks, nor other parameters change the values of a parameter.
 Random parameters are normal with standard deviation ``1 / sqrt(last dimension)``: the fan-in of projections and stacked
 experts. A tower may set a fixed deviation instead. Projections that write to a residual stream of L blocks are divided
-by ``sqrt(2 L)``.
+by ``sqrt(2 L)``. A module may state other rules for its own parameters: constants (``constant_init``), a uniform
+distribution around 0 (``uniform_init``), or the norms of the rows of another one (``row_norm_init``).
 
 Source: LeCun et al. 1998, "Efficient backprop" (fan-in); Radford et al. 2019 (GPT-2), section 2.3 (residual outputs).
 """
@@ -67,17 +68,24 @@ def first_values(module: nn.Module, full_name: str, shape: Iterable[int], seed: 
     """Return the initial values of one parameter, float32 on the CPU.
 
     Args:
-        module: Owner of the parameter. Its attributes from ``set_init_scale`` and its ``constant_init`` apply.
+        module: Owner of the parameter. Its attributes from ``set_init_scale`` and its own rules apply.
         full_name: Name of the parameter in the whole model.
         shape: Shape of the whole parameter, not of a shard.
         seed: Seed of the run.
     """
+    path, _, name = full_name.rpartition(".")
+    if (source := getattr(module, "row_norm_init", {}).get(name)) is not None:
+        # ``module`` may be sharded, so its parameters need not have their shapes.
+        rows = first_values(module, f"{path}.{source}", (module.out_features, module.in_features), seed)  # type: ignore[arg-type]
+        return torch.linalg.norm(rows, dim=1)
     mean, std = value_rule(module, full_name, tuple(shape))
     values = torch.empty(tuple(shape), dtype=torch.float32)
     if not std:
         return values.fill_(mean)
     digest = hashlib.sha256(f"{seed}/{full_name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    if (bound := getattr(module, "uniform_init", {}).get(name)) is not None:
+        return values.uniform_(-bound, bound, generator=generator)
     return values.normal_(mean, std, generator=generator)
 
 

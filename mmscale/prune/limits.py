@@ -46,6 +46,8 @@ def conflicts(source: ModelConfig, target: ModelConfig) -> list[Conflict]:
     """
     if target.vision is not None:
         return [Conflict("vision", _TOWER_REASON)]
+    if source.adapters is not None or target.adapters is not None:
+        return [Conflict("adapters", "layers with adapters are not pruned: export the source with its adapters merged")]
     return [Conflict(f"decoder.{path}", reason) for path, reason in _decoder_conflicts(source.decoder, target.decoder)]
 
 

@@ -31,7 +31,7 @@ from mmscale.errors import ConfigError
 from mmscale.evaluate import EvaluationConfig, check_sets
 from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.sample_log import SampleLogConfig
-from mmscale.models.build import media_spec
+from mmscale.models.build import check_adapters, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.optim.stages import ALL, StageConfig
 
@@ -48,7 +48,9 @@ class RunConfig(StrictConfig):
     still follow ``stages.*.steps``."""
     data: DataConfig
     model: ModelConfig
-    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    stages: tuple[StageConfig, ...]
+    """The stages of the training, in order. Empty in a configuration that only describes a model, such as that of an
+    imported one."""
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     bad_steps: BadStepsConfig = BadStepsConfig()
@@ -63,6 +65,10 @@ class RunConfig(StrictConfig):
             raise ValueError(f"stages.*.name: each stage needs a different name, got {names}")
         for number, stage in enumerate(self.stages):
             model = self.stage_model(number)  # Raises if an override is not valid.
+            try:
+                check_adapters(model)
+            except ConfigError as error:
+                raise ValueError(f"stages.{number} ({stage.name}): {error}") from error
             if not model.predicts_tokens:
                 for key, value in (("z_loss", stage.z_loss), ("distill", stage.distill)):
                     if value:
@@ -117,16 +123,27 @@ class RunConfig(StrictConfig):
         Mappings are merged, unless the override changes ``kind``. Lists are replaced.
 
         Raises:
-            ValueError: the merged block is not valid.
+            ValueError: the merged block is not valid, or the override sets a default of data sets without data sets.
         """
-        return _overridden(self.data, [self.stages[number].data], f"{self._place(number)}.data")
+        override = self.stages[number].data or {}
+        for key in ("template", "transforms"):
+            if key in override and "datasets" not in override:
+                raise ValueError(
+                    f"{self._place(number)}.data.{key}: changes no data set, since those of data.datasets have theirs; "
+                    f"give the stage its own data.datasets"
+                )
+        return _overridden(self.data, [override], f"{self._place(number)}.data")
 
     def stage_model(self, number: int) -> ModelConfig:
         """Return the model of stage ``number``: ``model`` with the overrides of all stages up to this one, in order.
 
+        Without stages, return ``model``.
+
         Raises:
             ValueError: the merged block is not valid.
         """
+        if not self.stages:
+            return self.model
         overrides = [stage.model for stage in self.stages[: number + 1]]
         return _overridden(self.model, overrides, f"{self._place(number)}.model")
 
@@ -144,7 +161,12 @@ class RunConfig(StrictConfig):
         )
 
     def evaluation_data(self, number: int) -> DataConfig:
-        """Return the data block to evaluate a model of stage ``number``: that of the last stage with an equal model."""
+        """Return the data block to evaluate a model of stage ``number``: that of the last stage with an equal model.
+
+        Without stages, return ``data``.
+        """
+        if not self.stages:
+            return self.data
         model = self.stage_model(number)
         return self.stage_data(max(n for n in range(len(self.stages)) if self.stage_model(n) == model))
 
@@ -177,6 +199,23 @@ def _merged(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def require_training(config: RunConfig) -> None:
+    """Check that the configuration describes a training run, and not only a model.
+
+    Raises:
+        ConfigError: there is no stage, or a stage has no data set.
+    """
+    remedy = (
+        f"this configuration describes a model, for `mmscale generate`, `chat` and `eval`. To train the model, write a "
+        f"file that begins with `base: {config.run_dir}` and has run_dir, data.datasets and stages"
+    )
+    if not config.stages:
+        raise ConfigError(f"stages: empty; {remedy}")
+    for number, stage in enumerate(config.stages):
+        if not config.stage_data(number).datasets:
+            raise ConfigError(f"data.datasets: empty in stage {stage.name}; {remedy}")
+
+
 def check_files(config: RunConfig) -> list[str]:
     """Check the configuration against the files that it names. Reads the text of some samples, and decodes no image.
 
@@ -184,7 +223,7 @@ def check_files(config: RunConfig) -> list[str]:
         Warnings: one sentence for each stage whose model has a vision tower and whose samples have no image.
 
     Raises:
-        ConfigError: ``run_dir`` cannot be created, or a manifest is missing.
+        ConfigError: ``run_dir`` cannot be created, a manifest is missing, or there is no stage or no data set.
         ConfigError: the tokenizer has more ids than the model has embeddings.
         ConfigError: a stage that trains the tower or the connector has no image, or a held-out set does not fit its
             configuration.
@@ -192,6 +231,7 @@ def check_files(config: RunConfig) -> list[str]:
             model of a stage, or a data set has no usable sample.
         DataPipelineError: a manifest or a held-out sample is damaged.
     """
+    require_training(config)
     _check_run_dir(config.run_dir)
     notes = []
     for number, stage in enumerate(config.stages):

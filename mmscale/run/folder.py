@@ -23,13 +23,14 @@ from pathlib import Path
 import torch
 
 from mmscale.checkpoint import TrainState, read_manifest
+from mmscale.config.layers import RUN_CONFIG
 from mmscale.dist import World, any_rank, raise_on_any_rank
 from mmscale.errors import ConfigError, LaunchError, MMScaleError
 from mmscale.evaluate.result import RESULT_FILE, read_result
 from mmscale.io.lock import POLL_SECONDS, FolderLock
 from mmscale.run.config import RunConfig
 
-CONFIG = "config.yaml"
+CONFIG = RUN_CONFIG
 CHECKPOINTS = "checkpoints"
 SAMPLE_LOG = "sample_log"
 FAULTS = "faults"

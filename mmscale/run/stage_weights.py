@@ -17,12 +17,16 @@ import torch
 from mmscale.checkpoint import LoadReport, TrainState, warm_start
 from mmscale.checkpoint.manifest import folder_name, missing_or_truncated, newest_of, read_manifest, step_of
 from mmscale.checkpoint.warm_start import warm_start_problem
+from mmscale.config import Loaded
+from mmscale.config.layers import RUN_CONFIG
 from mmscale.dist import World, all_reduce_sum_list, raise_on_any_rank
 from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError, ConfigError
+from mmscale.models.adapters import COMPONENT as ADAPTERS
 from mmscale.models.build import build_model
 from mmscale.optim.stages import ALL, WeightsConfig
 from mmscale.run.config import RunConfig
+from mmscale.run.folder import CHECKPOINTS
 
 
 def check_stage_weights(config: RunConfig, world: World, state: TrainState) -> None:
@@ -37,6 +41,27 @@ def check_stage_weights(config: RunConfig, world: World, state: TrainState) -> N
         ConfigError: a source is missing or incomplete, or has no weights that fit; every rank raises.
     """
     raise_on_any_rank(world, next(_problems(config, state), None), ConfigError)
+
+
+def check_initial_weights(loaded: Loaded[RunConfig]) -> None:
+    """Reject a run that takes its model from a run folder (``base:``) and would train it from random values.
+
+    ``stages.0.weights: []``, written in a file or as an override, allows it.
+
+    Raises:
+        ConfigError: the first stage neither loads weights nor sets ``weights``.
+    """
+    first = loaded.value.stages[0]
+    if first.weights or loaded.origins["stages.0.weights"].kind != "default":
+        return
+    for key, origin in loaded.origins.items():
+        run = origin.files[-1].parent if len(origin.files) > 1 and key.startswith("model.") else None
+        if run is not None and origin.files[-1].name == RUN_CONFIG and (run / CHECKPOINTS).is_dir():
+            raise ConfigError(
+                f"stages.0.weights: missing, and the model comes from the run {run} ({origin}); to begin with its "
+                f"weights add `weights: [{{checkpoint: {run}}}]` to the stage {first.name}, or, to begin with random "
+                "values, `weights: []`"
+            )
 
 
 def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
@@ -61,6 +86,8 @@ def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
 def load_stage_weights(engine: Engine, source: WeightsConfig) -> tuple[Path, LoadReport]:
     """Load the weights of one source into the engine of a stage that begins. All ranks must call.
 
+    If the model has adapters, the checkpoints of the run name the source instead of storing what stays frozen.
+
     Returns:
         The checkpoint, and which of its weights were loaded.
 
@@ -69,7 +96,8 @@ def load_stage_weights(engine: Engine, source: WeightsConfig) -> tuple[Path, Loa
             engine's weights are then unchanged.
     """
     path = newest_on_rank_0(engine.world, source.checkpoint)
-    return path, warm_start(engine, path, _components(source), ema=source.ema)
+    lasting = ADAPTERS in engine.parameter_counts
+    return path, warm_start(engine, path, _components(source), ema=source.ema, lasting=lasting)
 
 
 def newest_on_rank_0(world: World, source: Path) -> Path:

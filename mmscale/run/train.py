@@ -59,7 +59,7 @@ from mmscale.run.finalize import finalize_run
 from mmscale.run.folder import BAD_STEPS, CHECKPOINTS, FAULTS, SAMPLE_LOG, check_position, hold_folder
 from mmscale.run.rank_check import check_ranks
 from mmscale.run.stage_teachers import check_teachers, open_teachers, record_teachers
-from mmscale.run.stage_weights import check_stage_weights, load_stage_weights
+from mmscale.run.stage_weights import check_initial_weights, check_stage_weights, load_stage_weights
 from mmscale.run.starts import Start, reject_or_report_finished
 
 Log = RunLog | NullLog
@@ -115,6 +115,7 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
     # Handle signals before set-up: a signal during set-up must stop the run after its next step, not kill the process.
     with listen_for_stop() as stop:
         notes = check_files(config)
+        check_initial_weights(loaded)
         world = init_distributed(config.engine)
         limits = config.engine.watchdog.limits(config.engine.timeout_seconds)
         watchdog = Watchdog(config.run_dir, limits, world.rank, world.world_size)

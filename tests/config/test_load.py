@@ -218,7 +218,7 @@ def test_a_key_asked_for_is_never_dropped(write, text: str, overrides: list[str]
         ("rate: {a: 1\n", [], "FILE:2: not valid YAML"),
         ("- 1\n", [], "FILE: a configuration is a mapping of keys to values, this is a list"),
         ("base: nowhere.yaml\n", [], "FILE:1 base=nowhere.yaml: no such file"),
-        ("base: .\n", [], "FILE:1 base=.: a folder, expected a YAML file"),
+        ("base: .\n", [], "FILE:1 base=.: a folder without config.yaml, expected a YAML file or a run folder"),
         ("base: run.yaml\n", [], "FILE: its chain of 'base:' files leads back to"),
         ("a: &x [*x]\n", [], "FILE:1: an alias that contains itself"),
         ('rate: 1\nname: "a\\0b"\n', [], r"FILE:2: 'a\x00b': character 2 is U+0000, which no path"),

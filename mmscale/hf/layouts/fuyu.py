@@ -81,5 +81,6 @@ LAYOUT = FamilyLayout(
         (r"^model\.language_model\.", "language_model.model."),
         (r"^model\.vision_embed_tokens\.", "vision_embed_tokens."),
     ),
+    modules=((r"^language_model\.model\.", "model.language_model."), (r"^(vision_embed_tokens)\.", r"model.\1.")),
     auto_class="AutoModelForImageTextToText",
 )

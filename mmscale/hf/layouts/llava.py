@@ -168,5 +168,9 @@ LAYOUT = FamilyLayout(
         (r"^lm_head\.", "language_model.lm_head."),
         (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     ),
+    modules=(
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    ),
     auto_class="AutoModelForImageTextToText",
 )

@@ -212,5 +212,9 @@ LAYOUT = FamilyLayout(
     _to_keys,
     (r"language_model\.model\.rotary_emb\.inv_freq",),
     _ALIASES,
+    modules=(
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^(vision_model|multi_modal_projector)\.", r"model.\1."),
+    ),
     auto_class="AutoModelForImageTextToText",
 )

@@ -151,6 +151,7 @@ LAYOUT = FamilyLayout(
     _to_model,
     _to_keys,
     decoder.UNUSED,
+    modules=((r"^visual\.", "model.visual."), (r"^model\.", "model.language_model.")),
     aliases=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
     auto_class="AutoModelForImageTextToText",
 )
