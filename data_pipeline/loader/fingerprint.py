@@ -63,7 +63,17 @@ def fingerprint(
     return fingerprint_of(parts)
 
 
-_LATER_KEYS = frozenset({"max_text_bytes", "pipeline", "stages", "template.images", "template.each.images"})
+_LATER_KEYS = frozenset(
+    {
+        *("max_text_bytes", "pipeline", "stages"),
+        *(
+            f"{template}.{key}"
+            for template in ("template", "template.each")
+            for key in ("images", "joined", "system_for")
+        ),
+        *("template.roles.lead", "template.each.roles.lead"),
+    }
+)
 """Keys that older checkpoints lack. At their default a fingerprint leaves them out, so that such checkpoints resume."""
 
 _ORIGINAL_NAMES = {"crop_start": "view_start", "crop_end": "view_end"}
@@ -85,8 +95,15 @@ def _original_dump(config: StrictConfig, dumped: dict[str, Any], block: str = ""
             continue
         if name == "padding_of":
             value = value.replace("crop", "view")
-        nested = isinstance(own, StrictConfig)
-        original[_ORIGINAL_NAMES.get(name, name)] = _original_dump(own, value, f"{block}{name}.") if nested else value
+        inner = f"{block}{name}."
+        if isinstance(own, StrictConfig):
+            value = _original_dump(own, value, inner)
+        elif isinstance(own, dict):
+            value = {
+                key: _original_dump(own[key], item, inner) if isinstance(own[key], StrictConfig) else item
+                for key, item in value.items()
+            }
+        original[_ORIGINAL_NAMES.get(name, name)] = value
     return original
 
 

@@ -227,6 +227,10 @@ class DocumentBuilder:
                 f"template.loss_weight={dataset.template.loss_weight}: each pair counts once (connector.kind="
                 "contrastive); leave it out"
             )
+        if takes_images and spec.placement is not Placement.PAIR and tokenizer.image_id < 0:
+            raise DataConfigError(
+                "data.tokenizer.image_token is null, but the model reads images: name a token for them"
+            )
         self._transform = ImageTransform(transforms, spec) if takes_images else None
         self._requires_images = (
             takes_images and spec.placement is not Placement.PAIR and dataset.template.requires_images

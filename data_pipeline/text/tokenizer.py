@@ -33,8 +33,8 @@ class SentencePieceTokenizerConfig(StrictConfig):
     kind: Literal["sentencepiece"] = "sentencepiece"
     path: Path
     """The ``.model`` file."""
-    image_token: str = IMAGE_TOKEN
-    """Piece that is the placeholder of an image feature."""
+    image_token: str | None = IMAGE_TOKEN
+    """Piece that is the placeholder of an image feature; null for a model of text alone."""
     text_tokens: tuple[str, ...] = ()
     """User-defined pieces of the form ``<...>`` or ``[...]`` that user text may produce; ``*`` matches any characters
     (``<loc_*>``). Other such pieces in a text are spelled out."""
@@ -46,9 +46,9 @@ class HuggingFaceTokenizerConfig(StrictConfig):
     kind: Literal["tokenizers"] = "tokenizers"
     path: Path
     """The ``tokenizer.json``."""
-    image_token: str = IMAGE_TOKEN
-    """Token that is the placeholder of an image feature. A contrastive model uses none, so name any token (CLIP:
-    ``<|endoftext|>``)."""
+    image_token: str | None = IMAGE_TOKEN
+    """Token that is the placeholder of an image feature. null for models without one: of text alone, and contrastive
+    ones."""
     bos_token: str | None = "<s>"
     """Token at the beginning of a document. null for none; then the first token of a text is not predicted."""
     eos_token: str = "</s>"
@@ -76,7 +76,9 @@ class Tokenizer(Protocol):
     @property
     def pad_id(self) -> int: ...
     @property
-    def image_id(self) -> int: ...
+    def image_id(self) -> int:
+        """Id of the placeholder of an image feature; -1 without one."""
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that determines the ids of a text."""
@@ -154,15 +156,19 @@ class SentencePieceTokenizer:
         self.eos_id = self._special("eos", self._model.eos_id())
         # Llama's models have no pad piece. The tokens of dummy documents have no effect, so use eos.
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_id
-        image_id = self._model.piece_to_id(config.image_token)
-        self.image_id = self._special(config.image_token, -1 if image_id == self._model.unk_id() else image_id)
+        self.image_id = -1
+        if config.image_token is not None:
+            image_id = self._model.piece_to_id(config.image_token)
+            self.image_id = self._special(config.image_token, -1 if image_id == self._model.unk_id() else image_id)
         # Published models have user-defined pieces, which match in text. Models that ``mmscale data tokenizer`` trains
         # have control pieces instead, which do not match.
         matched = {i: name for i, name in user_defined_pieces(content).items() if i != self.image_id}
         control = control_tokens(matched, config.text_tokens, config.path)
-        self._spelled_out = {**control, self.image_id: config.image_token}
+        self._spelled_out = dict(control)
+        if config.image_token is not None:
+            self._spelled_out[self.image_id] = config.image_token
         self._names = any_of(self._spelled_out.values())
-        self.fingerprint = _fingerprint(content, (config.image_token,), config.text_tokens)
+        self.fingerprint = _fingerprint(content, (config.image_token or "",), config.text_tokens)
 
     def special_id(self, name: str, field: str) -> int:
         """See ``Tokenizer.special_id``."""
@@ -238,8 +244,9 @@ class HuggingFaceTokenizer:
         self.bos_id: int | None = None if bos is None else self.special_id(bos, "bos_token")
         self.eos_id = self.special_id(config.eos_token, "eos_token")
         self.pad_id = self.special_id(config.pad_token, "pad_token")
-        self.image_id = self.special_id(config.image_token, "image_token")
-        names = (bos or "", config.eos_token, config.pad_token, config.image_token)
+        image = config.image_token
+        self.image_id = -1 if image is None else self.special_id(image, "image_token")
+        names = (bos or "", config.eos_token, config.pad_token, image or "")
         self.fingerprint = _fingerprint(content, names, config.text_tokens)
         self._word_end: str = getattr(self._model.model, "end_of_word_suffix", None) or ""
         self._reserved = {self.eos_id, self.pad_id, self.image_id} | (

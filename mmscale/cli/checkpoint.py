@@ -213,12 +213,12 @@ def import_(
     files do not contain (the position in the data, random state) or that are not imported. With --config the run can
     resume from the checkpoint; without it only its weights can be used.
 
-    From Hugging Face (--from hf): the weights, as initial weights of a stage (stages.N.weights), and the model's
-    configuration, which is printed.
+    From Hugging Face (--from hf): the weights, the files of tokenizer and processor, and RUN/config.yaml with model,
+    tokenizer, chat format and transforms. RUN works with generate, chat and eval, and as the base of a run.
 
     From peft (--from peft --base BASE): adapters of the model in BASE. The checkpoint names BASE for all other weights.
     """
-    from mmscale.checkpoint.imports import import_checkpoint, import_folder
+    from mmscale.checkpoint.imports import import_checkpoint
     from mmscale.errors import ConfigError
     from mmscale.run.folder import CHECKPOINTS, hold_folder
 
@@ -230,8 +230,7 @@ def import_(
         import_peft(source, base, run, json=json)
         return
     if source_format is ImportFormat.hf:
-        with hold_folder(run):
-            emit(asdict(import_folder(source, run / CHECKPOINTS)), json=json)
+        _import_hf(source, run, json)
         return
     if wrong := [rule for rule in rename if "=" not in rule]:
         raise ConfigError(f"--rename {wrong[0]}: expected OLD=NEW, for example --rename net.=")
@@ -240,6 +239,39 @@ def import_(
     with hold_folder(run):
         report = import_checkpoint(source, run / CHECKPOINTS, target, renames=renames or None, stage=stage)
     emit(asdict(report), json=json)
+
+
+def _import_hf(source: Path, run: Path, json: bool) -> None:
+    """Import a Hugging Face folder and print what RUN is good for."""
+    from mmscale.cli.console import warn
+    from mmscale.run.imported import import_run
+
+    done = import_run(source, run)
+    report = done.report
+    warn(report.data.notes)
+    if json:
+        emit({**asdict(report), "config": str(done.config)}, json=True)
+        return
+    emit(
+        {
+            "family": report.family,
+            "parameters": report.parameters,
+            "precision": report.precision,
+            "checkpoint": report.checkpoint,
+            "config": str(done.config),
+            "left_out": list(report.left_out),
+        }
+    )
+    if done.is_whole and report.model["connector"] is not None and report.model["connector"]["kind"] == "contrastive":
+        console.print(f"next: in a run file `base: {run}`, and mmscale eval with it", markup=False)
+    elif done.is_whole:
+        console.print(
+            f"next: mmscale chat {run}   or, to train it, a run file that begins with `base: {run}`", markup=False
+        )
+    else:
+        console.print(
+            f"next: in a run file `model: {{vision: {{base: {run}}}}}`, with weights from {run}", markup=False
+        )
 
 
 def _import_target(config: Path, stage: str | None) -> ImportTarget:

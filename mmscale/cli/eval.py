@@ -10,7 +10,9 @@ from mmscale.cli.console import console, emit
 
 app = typer.Typer()
 
-_CONFIG = typer.Argument(help="A run's YAML file; its run_dir holds the checkpoints.", metavar="CONFIG")
+_CONFIG = typer.Argument(
+    help="A run folder, or a run's YAML file, whose run_dir holds the checkpoints.", metavar="CONFIG"
+)
 _OVERRIDES = typer.Argument(None, help="Values that override the file's.", metavar="[KEY=VALUE]...")
 
 
@@ -22,18 +24,20 @@ def evaluate_run(
 ) -> None:
     """Score a trained model on held-out samples.
 
-    Loads the newest checkpoint of CONFIG's run_dir and scores the sets of its evaluation block: answers to images with
+    Loads the newest checkpoint of the run and scores the sets of its evaluation block: answers to images with
     a control (images permuted among the samples), multiple-choice questions, perplexity of documents.
     """
     from dataclasses import asdict
 
-    from mmscale.cli.trained import load_trained
+    from mmscale.cli.trained import load_trained, open_run
     from mmscale.config import load
     from mmscale.errors import ConfigError
     from mmscale.evaluate import evaluate, unanswerable_sets
     from mmscale.run.config import RunConfig
+    from mmscale.run.folder import CONFIG
 
-    run = load(config, overrides or [], RunConfig).value
+    is_folder = (config / CONFIG).is_file()
+    run = (open_run(config, overrides or ()) if is_folder else load(config, overrides or [], RunConfig)).value
     if not run.evaluation.sets:
         raise ConfigError(f"{config}: evaluation.sets is empty: there is nothing to score")
     trained = load_trained(run)

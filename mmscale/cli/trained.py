@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmscale.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from mmscale.config import Loaded
     from mmscale.dist import World
     from mmscale.models.build import AnyModel
     from mmscale.run.config import RunConfig
@@ -65,6 +67,27 @@ def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
     return Trained(config, stage, model.to(device).eval(), World(0, 1, 0, device), path)
 
 
+def open_run(run: Path, overrides: Sequence[str] = ()) -> Loaded[RunConfig]:
+    """Load the configuration of a run folder, wherever the folder is now.
+
+    Raises:
+        ConfigError: ``config.yaml`` or an override is invalid.
+    """
+    from mmscale.config import load
+    from mmscale.hf.kept_files import HF_FILES
+    from mmscale.run.config import RunConfig
+    from mmscale.run.folder import CONFIG
+
+    loaded = load(run / CONFIG, list(overrides), RunConfig)
+    config = loaded.value.model_copy(update={"run_dir": run})
+    tokenizer = config.data.tokenizer
+    moved = run / HF_FILES / tokenizer.path.name
+    if tokenizer.path.parent.name == HF_FILES and not tokenizer.path.exists() and moved.is_file():
+        there = {"tokenizer": tokenizer.model_copy(update={"path": moved})}
+        config = config.model_copy(update={"data": config.data.model_copy(update=there)})
+    return replace(loaded, value=config)
+
+
 def open_trained(path: Path) -> Trained:
     """Load the trained model of a run folder, or of one checkpoint in it, with the run's own ``config.yaml``.
 
@@ -72,15 +95,12 @@ def open_trained(path: Path) -> Trained:
         ConfigError: the path is neither of the two.
         CheckpointError: the path is a Hugging Face folder, or the run has no usable checkpoint.
     """
-    from mmscale.config import load
     from mmscale.hf.read import require_no_folder
-    from mmscale.run.config import RunConfig
     from mmscale.run.folder import CONFIG
 
     for run, checkpoint in ((path, None), (path.parent.parent, path)):
         if path.is_dir() and (run / CONFIG).is_file():
-            config = load(run / CONFIG, [], RunConfig).value
-            return load_trained(config.model_copy(update={"run_dir": run}), checkpoint)
+            return load_trained(open_run(run).value, checkpoint)
     require_no_folder(path, f"make a checkpoint of it with: mmscale checkpoint import {path} RUN --from hf")
     raise ConfigError(
         f"{path}: neither a run folder (with a {CONFIG}) nor a checkpoint of one (RUN/checkpoints/step-N)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path, PurePath
@@ -113,7 +113,12 @@ def _origin(root: ConfigNode, path: tuple[str, ...]) -> Origin:
 
 def dump(value: BaseModel) -> str:
     """Return a configuration as YAML with all defaults. It loads to an equal value."""
-    return yaml.dump(_plain(value.model_dump()), Dumper=_BlockDumper, sort_keys=False, allow_unicode=True, width=100)
+    return to_yaml(value.model_dump())
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Return values as YAML, in the form of a configuration file."""
+    return yaml.dump(_plain(values), Dumper=_BlockDumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 class _BlockDumper(ConfigDumper):

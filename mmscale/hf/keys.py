@@ -37,6 +37,8 @@ class Keys:
         where: File and position in the file, for messages.
         family: ``model_type`` whose class defaults replace missing keys; None for no defaults. A key that is null
             stays null.
+        unread: List that ``raise_on_unread`` extends instead of raising, shared with the objects in this one. None to
+            raise.
 
     Attributes:
         given: The object without defaults.
@@ -44,14 +46,16 @@ class Keys:
         read_keys: Keys that were read; ``raise_on_unread`` accepts them.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str, family: str | None = None) -> None:
-        self.given, self.where = values, where
+    def __init__(
+        self, values: Mapping[str, Any], where: str, family: str | None = None, unread: list[str] | None = None
+    ) -> None:
+        self.given, self.where, self.unread = values, where, unread
         self.values = {**CLASS_DEFAULTS.get(family or "", {}), **values}
         self.read_keys: set[str] = set()
 
     def with_defaults(self, family: str) -> Keys:
         """Return the same object with the class defaults of ``family``. Both share one set of read keys."""
-        filled = Keys(self.given, self.where, family)
+        filled = Keys(self.given, self.where, family, self.unread)
         filled.read_keys = self.read_keys
         return filled
 
@@ -103,7 +107,7 @@ class Keys:
         Raises:
             CheckpointError: the key is missing or is not an object.
         """
-        return Keys(self.read(key, dict), f"{self.where}: {key}", family)
+        return Keys(self.read(key, dict), f"{self.where}: {key}", family, self.unread)
 
     def must_be(self, key: str, *allowed: object) -> None:
         """Mark a key as read and require one of the ``allowed`` values.
@@ -124,21 +128,37 @@ class Keys:
         return f"{self.where}: {key}={self.values.get(key)!r:.80}{default}"
 
     def raise_on_unread(self) -> None:
-        """Require that every key of the file was read.
+        """Require that every key of the object was read; with a shared list, add the others to it.
 
         Keys in ``_IGNORED``, keys with a leading ``_`` and the values null, false, 0, ``[]`` and ``{}`` pass.
 
         Raises:
-            CheckpointError: a key was not read; the message names the first one.
+            CheckpointError: keys were not read, and there is no shared list; the message names all of them.
         """
         ignored = self.read_keys | _IGNORED
-        unread = [
-            k
-            for k, v in self.given.items()
-            if k not in ignored and not k.startswith("_") and v not in (None, False, [], {})
+        found = [
+            f"{self.where}: {key}={value!r:.80}"
+            for key, value in self.given.items()
+            if key not in ignored and not key.startswith("_") and value not in (None, False, [], {})
         ]
-        if unread:
-            raise CheckpointError(
-                f"{self.where}: {unread[0]}={self.given[unread[0]]!r:.80} is not known for this family; if it does not "
-                "change what the model computes, remove it"
-            )
+        if self.unread is not None:
+            self.unread.extend(found)
+        else:
+            raise_unknown(found)
+
+
+def raise_unknown(keys: list[str]) -> None:
+    """Raise if ``keys``, each with its position and value, is not empty.
+
+    Raises:
+        CheckpointError: it is not; the message names all of them.
+    """
+    if len(keys) == 1:
+        raise CheckpointError(
+            f"{keys[0]} is not known for this family; if it does not change what the model computes, remove it"
+        )
+    if keys:
+        lines = "".join(f"\n  {key} is not known for this family" for key in keys)
+        raise CheckpointError(
+            f"{len(keys)} unknown keys; remove those that do not change what the model computes:{lines}"
+        )

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from data_pipeline.io.strict import first_fault
 from mmscale.errors import CheckpointError
-from mmscale.hf.keys import Keys
+from mmscale.hf.image_input import ImageInput, ImageSource
+from mmscale.hf.keys import Keys, raise_unknown
 from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.config import AnyModelConfig, ModelConfig, TowerConfig
 from mmscale.models.connector_config import MlpProjectorConfig
@@ -195,6 +196,7 @@ class FamilyLayout:
         modules: (regular expression, replacement) from names in ``rules`` to those of the modules of ``auto_class`` in
             version 5 of transformers, where they differ.
         auto_class: Class of transformers that opens an export; None if transformers has none for this family.
+        images: Describes the images of a folder; None for a tower or a text model, see ``image_input``.
     """
 
     model_type: str
@@ -207,6 +209,7 @@ class FamilyLayout:
     kind: type[ModelConfig] | type[TowerConfig] = ModelConfig
     auto_class: str | None = "AutoModelForCausalLM"
     modules: tuple[tuple[str, str], ...] = ()
+    images: Callable[[ImageSource], ImageInput] | None = None
 
     def model_config(self, values: Mapping[str, Any], where: str) -> AnyModelConfig:
         """Convert the values of a ``config.json`` to our config.
@@ -218,7 +221,8 @@ class FamilyLayout:
         Raises:
             CheckpointError: a key is missing, wrong or unknown, or needs a computation that our models lack.
         """
-        keys = Keys(values, where, self.model_type)
+        unread: list[str] = []
+        keys = Keys(values, where, self.model_type, unread)
         try:
             config = self.to_model(keys)
         except ValidationError as error:
@@ -229,6 +233,7 @@ class FamilyLayout:
                 f"{where}: a key has a value that no {self.model_type} has ({type(error).__name__}: {error!s:.200})"
             ) from error
         keys.raise_on_unread()
+        raise_unknown(unread)
         return config
 
     def config_values(self, config: AnyModelConfig) -> dict[str, Any]:

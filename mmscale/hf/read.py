@@ -105,6 +105,15 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_processor(path: Path) -> dict[str, Any]:
+    """Return ``processor_config.json`` of a folder; empty without one.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return _read_json(path / _PROCESSOR) if (path / _PROCESSOR).is_file() else {}
+
+
 def require_no_folder(path: Path, remedy: str) -> None:
     """Raise if the user gave a Hugging Face folder where another kind of path is expected.
 

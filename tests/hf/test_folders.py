@@ -121,8 +121,12 @@ def without(name: str) -> dict[str, torch.Tensor]:
 REFUSED: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] = {
     "unknown family": (None, {"model_type": "mamba"}, "model_type='mamba' is not supported"),
     "no family": (None, {"model_type": None}, "no model_type"),
-    "a tensor is missing": (without("model.norm.weight"), {}, "does not hold model.norm.weight"),
-    "a tensor too many": ({**tensors(), "score.weight": torch.ones(1)}, {}, "score.weight is not a tensor of a"),
+    "a tensor is missing": (without("model.norm.weight"), {}, r"does not hold 1 tensor \(model.norm.weight\)"),
+    "a tensor too many": (
+        {**tensors(), "score.weight": torch.ones(1)},
+        {},
+        r"holds 1 tensor \(score.weight\) that a llama model does not have",
+    ),
     "another width": (None, {"vocab_size": 13}, r"is \[12, 8\], by config.json it should be \[13, 8\]"),
     "another head": (tensors(), {"tie_word_embeddings": True}, "config.json declares the two tied"),
     "an odd format": ({**tensors(), "model.norm.weight": torch.ones(8).to(torch.float8_e5m2)}, {}, "number format"),
@@ -131,6 +135,16 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor] | None, dict[str, Any], str]] =
     "contradiction": (None, {"num_attention_heads": 3}, "num_heads=3"),
     "another activation": (None, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
     "a key that nobody knows": (None, {"logit_scale": 0.5}, "logit_scale=0.5 is not known"),
+    "several unknown keys": (
+        None,
+        {"logit_scale": 0.5, "alibi": True},
+        r"(?s)2 unknown keys.*logit_scale=0.5.*alibi=True",
+    ),
+    "names of another family": (
+        {name.replace("norm", "ln"): values for name, values in tensors().items()},
+        {},
+        r"does not hold 3 tensors \(model.layers.0.input_layernorm.weight, .*; it holds 3 tensors \(.*input_layerln",
+    ),
     "other rotations": (None, {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type='dynamic'"),
     "part of a head": (None, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
     "a window": (None, {"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096"),

@@ -71,6 +71,18 @@ def text(content: str, weight: float = 0.0) -> list[TextPiece]:
     return [TextPiece(content, weight)] if content else []
 
 
+def joined_texts(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return the pieces with neighbouring texts of equal weight joined."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if isinstance(piece, TextPiece) and isinstance(last, TextPiece) and last.weight == piece.weight:
+            joined[-1] = TextPiece(last.text + piece.text, piece.weight)
+        else:
+            joined.append(piece)
+    return joined
+
+
 def draw(options: Sequence[T], rng: Rng | None) -> T:
     """Draw one of the options; return the first if ``rng`` is None. A single option does not advance ``rng``."""
     return options[0 if rng is None or len(options) == 1 else int(rng.random() * len(options))]

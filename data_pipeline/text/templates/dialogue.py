@@ -30,6 +30,7 @@ from data_pipeline.text.templates.base import (
     TextPiece,
     TokenPiece,
     images_of,
+    joined_texts,
     look_up,
     text,
 )
@@ -44,6 +45,9 @@ class Role(StrictConfig):
 
     prefix: str = ""
     """Text before the content of a turn. It is read, not learned."""
+    lead: str = ""
+    """Text between prefix and content that belongs to the answer: it has the content's weight, and a prompt ends before
+    it. Formats whose prompt ends with ``ASSISTANT:`` and whose answer begins with a space have the space here."""
     suffix: str = ""
     """Text after the content of a turn, learned with the weight of the turn."""
     weight: float = Field(default=0.0, ge=0, le=MAX_WEIGHT)
@@ -94,6 +98,11 @@ class DialogueTemplate(LearnedText):
     """``all`` learns all turns of learned roles, ``last`` only the last one."""
     system: str | None = None
     """Content of a system turn for dialogues that do not begin with one. null adds none."""
+    system_for: Literal["all", "text"] = "all"
+    """Dialogues that get the turn ``system``: ``all``, or only those of ``text`` without images (Llama 3.2 Vision)."""
+    joined: bool = False
+    """Encode neighbouring texts of equal weight as one text, as the chat templates of ``transformers`` do. A tokenizer
+    may join letters across the border of a prefix and a content, so the tokens can differ from those of the parts."""
 
     @property
     def requires_images(self) -> bool:
@@ -149,13 +158,15 @@ class DialogueTemplate(LearnedText):
         for number, (turn, content) in enumerate(zip(turns, _with_images(turns, sample), strict=True)):
             role = self.roles[turn.role]
             weight = 0.0 if number in not_learned else self._weight(turn)
-            pieces += self._marked(role.prefix, 0.0)
+            pieces += [*self._marked(role.prefix, 0.0), *text(role.lead, weight)]
             for piece in content:
                 pieces += [piece] if isinstance(piece, ImagePart) else text(piece.text, weight * piece.weight)
             pieces += self._marked(role.suffix, weight)
             if self.end == "turn" and role.weight:
                 pieces.append(EndPiece(weight))
-        return [*pieces, EndPiece(weight)] if self.end == "dialogue" else pieces
+        if self.end == "dialogue":
+            pieces.append(EndPiece(weight))
+        return joined_texts(pieces) if self.joined else pieces
 
     def prompt(self, sample: Sample) -> list[Piece]:
         """Return the pieces before the last answer, and the prefix of the answering role."""
@@ -167,11 +178,12 @@ class DialogueTemplate(LearnedText):
         for turn, content in zip(before, _with_images(turns, sample), strict=False):
             role = self.roles[turn.role]
             read = [one for piece in content for one in ([piece] if isinstance(piece, ImagePart) else text(piece.text))]
-            pieces += [*self._marked(role.prefix, 0.0), *read, *self._marked(role.suffix, 0.0)]
+            pieces += [*self._marked(role.prefix, 0.0), *text(role.lead), *read, *self._marked(role.suffix, 0.0)]
             if self.end == "turn" and role.weight:
                 pieces.append(EndPiece(0.0))
         answering = next(role for role in self.roles.values() if role.weight)
-        return [*pieces, *self._marked(answering.prefix, 0.0)]
+        pieces += self._marked(answering.prefix, 0.0)
+        return joined_texts(pieces) if self.joined else pieces
 
     def question(self, words: str) -> dict[str, Any]:
         """Return the fields of a sample with one user turn ``words``, which may refer to images by ``<image>``."""
@@ -204,7 +216,8 @@ class DialogueTemplate(LearnedText):
         if not isinstance(listed, list) or not listed:
             raise SampleError(f"field {name!r} is {listed!r:.80}, expected a list of turns", kind=FaultKind.TEXT)
         turns = [self._turn(number, item) for number, item in enumerate(listed, start=1)]
-        if self.system is not None and turns[0].role != SYSTEM:
+        wants_system = self.system_for == "all" or not images_of(sample)
+        if self.system is not None and wants_system and turns[0].role != SYSTEM:
             turns.insert(0, _Turn(SYSTEM, 1.0, (TextPiece(self.system, 1.0),)))
         return turns
 

@@ -17,7 +17,6 @@ import torch
 
 from mmscale.checkpoint.imports.write import (
     IMPORTED,
-    first,
     manifest_of_weights,
     new_share,
     precision_of,
@@ -27,10 +26,14 @@ from mmscale.checkpoint.save import tied_names
 from mmscale.checkpoint.share import TensorPiece
 from mmscale.engine.partition import parameter_table
 from mmscale.errors import CheckpointError
+from mmscale.hf.describe import FolderData, describe_folder
 from mmscale.hf.layout import FamilyLayout, HfTensor
-from mmscale.hf.layouts import layout_of, pixels
+from mmscale.hf.layouts import layout_of
 from mmscale.hf.read import CONFIG, HfFolder, read_config
 from mmscale.models.build import build_weights
+
+_MOST_LISTED = 20
+"""Largest number of tensor names that a message lists on each side."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,10 @@ class HfImportReport:
         tensors: Number of tensors that were written.
         precision: Precision of the weights.
         model: Configuration of the model, usable as the ``model`` block of a run.
-        transforms: The folder's image preprocessing, as the ``transforms`` block of a data set.
+        data: Tokenizer, template and transforms of the folder.
         tied: Further name of a tied parameter -> its first name.
         left_out: Names of tensors that were not imported: unused ones, and copies of tied ones.
-        beside: Tokenizer and processor files of the folder. They are not copied.
+        beside: Tokenizer and processor files of the folder.
     """
 
     checkpoint: str
@@ -58,7 +61,7 @@ class HfImportReport:
     tensors: int
     precision: str
     model: dict[str, Any]
-    transforms: dict[str, Any]
+    data: FolderData
     tied: dict[str, str]
     left_out: tuple[str, ...]
     beside: tuple[str, ...]
@@ -79,7 +82,7 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
     values = read_config(source)
     layout = layout_of(values["model_type"])
     config = layout.model_config(values, str(source / CONFIG))
-    transforms = pixels.transforms(values, str(source / CONFIG))
+    data = describe_folder(source, layout, config, values)
     folder = HfFolder(source, layout.current_name)
     model = build_weights(config)
     table, tied = parameter_table(model), tied_names(model)
@@ -97,7 +100,7 @@ def import_folder(source: Path, directory: Path) -> HfImportReport:
         tensors=len(pieces),
         precision=manifest.precision,
         model=config.model_dump(mode="json"),
-        transforms=transforms,
+        data=data,
         tied=manifest.tied,
         left_out=tuple(left_out),
         beside=tuple(str(file) for file in folder.companion_files),
@@ -119,21 +122,30 @@ def _check_names(
         Names of tensors that are not imported: unused ones, and tied ones whose values equal those of the first name.
 
     Raises:
-        CheckpointError: a tensor is missing or unknown, or a tied tensor has values of its own.
+        CheckpointError: tensors are missing or unknown, with the names of both, or a tied tensor has values of its own.
     """
-    wanted = set(stored)
-    if missing := sorted(wanted - folder.names):
-        raise CheckpointError(f"{folder.path} does not hold {first(missing)}")
-    over = sorted(folder.names - wanted)
+    missing = sorted(set(stored) - folder.names)
+    over = sorted(folder.names - set(stored))
+    unknown = [name for name in over if name not in second and not layout.is_unused(name)]
+    if missing or unknown:
+        lacks = f"the folder does not hold {_listed(missing)}" if missing else ""
+        has = f"it holds {_listed(unknown)} that a {layout.model_type} model does not have" if unknown else ""
+        raise CheckpointError(
+            f"{folder.path}: {'; '.join(filter(None, (lacks, has)))}. The names follow from {CONFIG}: check that both "
+            "belong to the same model"
+        )
     for name in over:
-        if name in second:
-            if not torch.equal(folder.tensor(name), folder.tensor(second[name])):
-                raise CheckpointError(
-                    f"{folder.path}: {name} differs from {second[name]}, but {CONFIG} declares the two tied"
-                )
-        elif not layout.is_unused(name):
-            raise CheckpointError(f"{folder.path}: {name} is not a tensor of a {layout.model_type} model")
+        if name in second and not torch.equal(folder.tensor(name), folder.tensor(second[name])):
+            raise CheckpointError(
+                f"{folder.path}: {name} differs from {second[name]}, but {CONFIG} declares the two tied"
+            )
     return over
+
+
+def _listed(names: list[str]) -> str:
+    """Return the number of tensors and their first names."""
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:_MOST_LISTED])}{more})"
 
 
 def _pieces(folder: HfFolder, stored: Mapping[str, HfTensor]) -> Iterator[TensorPiece]:

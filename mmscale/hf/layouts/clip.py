@@ -22,6 +22,7 @@ import math
 from typing import Any
 
 from mmscale.errors import CheckpointError
+from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import FamilyLayout, NameRule, NameRules, renames
 from mmscale.hf.layouts import clip_vision, pixels, vit
@@ -117,6 +118,10 @@ def _text_keys(decoder: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def _images(source: ImageSource) -> ImageInput:
+    return pixels.fixed_images(source, {"kind": "caption"})
+
+
 LAYOUT = FamilyLayout(
     "clip",
     "CLIPModel",
@@ -125,4 +130,5 @@ LAYOUT = FamilyLayout(
     _to_keys,
     (vit.POSITION_IDS, r"text_model\.embeddings\.position_ids"),
     auto_class="AutoModel",
+    images=_images,
 )

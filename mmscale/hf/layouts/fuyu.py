@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from mmscale.errors import CheckpointError
+from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Axes, FamilyLayout, NameRule, NameRules, with_prefix
 from mmscale.hf.layouts import decoder, persimmon, pixels
+from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig
 from mmscale.models.vision_config import PatchesConfig
 
 _THETA = 25_000.0
 """RoPE base of the published weights, and Persimmon's class default in version 4 of transformers."""
+
+_ANSWER = "<0x04>"
 
 
 def _rules(config: ModelConfig) -> NameRules:
@@ -70,6 +74,28 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _images(source: ImageSource) -> ImageInput:
+    """Fuyu's processor writes the image, ``<s>``, the prompt and ``<0x04>``, after which the answer begins."""
+    size = (source.values.get(PREPROCESSOR) or {}).get("size") or {}
+    found = {"interpolation": "bilinear", **pixels.transforms(source.values, source.where)}
+    return ImageInput(
+        {
+            "kind": "padded",
+            "interpolation": found["interpolation"],
+            "max_height": size.get("height", 1080),
+            "max_width": size.get("width", 1920),
+            "layout": {"row_end": "|NEWLINE|", "end": "<s>"},
+        },
+        tokens=("|SPEAKER|",),
+        template={
+            "kind": "dialogue",
+            "roles": {"user": {"suffix": _ANSWER}, "assistant": {"weight": 1.0}},
+            "special_tokens": [_ANSWER],
+        },
+        begin=False,
+    )
+
+
 LAYOUT = FamilyLayout(
     "fuyu",
     "FuyuForCausalLM",
@@ -83,4 +109,5 @@ LAYOUT = FamilyLayout(
     ),
     modules=((r"^language_model\.model\.", "model.language_model."), (r"^(vision_embed_tokens)\.", r"model.\1.")),
     auto_class="AutoModelForImageTextToText",
+    images=_images,
 )

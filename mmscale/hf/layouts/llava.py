@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from mmscale.errors import CheckpointError
+from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import FamilyLayout, NameRules, renames, with_prefix
 from mmscale.hf.layouts import axial, decoder, llama, mistral, pixels, qwen2, vit
+from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import EmbeddingConnectorConfig, MlpProjectorConfig
 from mmscale.models.vision_config import VisionConfig
@@ -70,7 +72,7 @@ def _decoder(keys: Keys, tied: bool) -> ModelConfig:
     kind = keys.read("model_type", str, "llama")
     if kind not in _TEXTS:
         raise CheckpointError(f"{keys.where}: model_type={kind!r} is not supported, only {', '.join(_TEXTS)}")
-    filled = Keys({**keys.given, **({"tie_word_embeddings": True} if tied else {})}, keys.where, kind)
+    filled = Keys({**keys.given, **({"tie_word_embeddings": True} if tied else {})}, keys.where, kind, keys.unread)
     filled.read("is_composition", bool, None)
     model = _TEXTS[kind].to_model(filled)
     filled.raise_on_unread()
@@ -156,6 +158,24 @@ def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
+def _images(source: ImageSource) -> ImageInput:
+    size = (source.values.get(PREPROCESSOR) or {}).get("size") or {}
+    found = {"interpolation": "bicubic", **pixels.transforms(source.values, source.where)}
+    layout = {
+        "row_break": source.name("image_break_token", "[IMG_BREAK]"),
+        "end": source.name("image_end_token", "[IMG_END]"),
+    }
+    return ImageInput(
+        {
+            "kind": "longest_side",
+            "interpolation": found["interpolation"],
+            "longest": size.get("longest_edge", _LONGEST),
+            "layout": layout,
+        },
+        tokens=(source.name("image_token", "[IMG]"),),
+    )
+
+
 LAYOUT = FamilyLayout(
     "llava",
     "LlavaForConditionalGeneration",
@@ -173,4 +193,5 @@ LAYOUT = FamilyLayout(
         (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
     ),
     auto_class="AutoModelForImageTextToText",
+    images=_images,
 )

@@ -11,9 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from mmscale.errors import CheckpointError
+from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import FamilyLayout, NameRule, NameRules, renames
 from mmscale.hf.layouts import decoder, pixels
+from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.config import ModelConfig
 from mmscale.models.connector_config import CrossAttentionConnectorConfig, LinearProjectorConfig
 from mmscale.models.connectors.cross_attention import cross_attention_layers
@@ -110,7 +112,9 @@ def _text_model(text: Keys) -> tuple[ModelConfig, int]:
             f"{text.where}: cross_attention_layers={crossing!r:.80} is not supported, only a "
             "cross-attention block before every n-th block"
         )
-    alone = Keys({**text.values, "num_hidden_layers": own, "cross_attention_layers": None}, text.where)
+    alone = Keys(
+        {**text.values, "num_hidden_layers": own, "cross_attention_layers": None}, text.where, unread=text.unread
+    )
     alone.must_be("dropout", 0.0)
     model = decoder.to_model(alone, extra_tokens={"rows": _EXTRA_ROWS, "predicted": False})
     alone.raise_on_unread()
@@ -204,6 +208,18 @@ def _vision_keys(vision: VisionConfig, tiles: TilesConfig, side: int) -> dict[st
     }
 
 
+def _images(source: ImageSource) -> ImageInput:
+    vision = source.config.vision
+    assert isinstance(vision, VisionConfig)
+    assert vision.tiles is not None
+    most = (source.values.get(PREPROCESSOR) or {}).get("max_image_tiles") or vision.tiles.max_tiles
+    found = {"interpolation": "bilinear", **pixels.transforms(source.values, source.where)}
+    tiling = {"kind": "llama", "max_tiles": most}
+    return ImageInput(
+        {"kind": "tiles", "interpolation": found["interpolation"], "tiling": tiling}, tokens=("<|image|>",)
+    )
+
+
 LAYOUT = FamilyLayout(
     "mllama",
     "MllamaForConditionalGeneration",
@@ -217,4 +233,5 @@ LAYOUT = FamilyLayout(
         (r"^(vision_model|multi_modal_projector)\.", r"model.\1."),
     ),
     auto_class="AutoModelForImageTextToText",
+    images=_images,
 )

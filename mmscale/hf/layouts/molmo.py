@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmscale.errors import CheckpointError
+from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import Axes, FamilyLayout, NameRule, NameRules, renames, with_prefix
 from mmscale.hf.layouts import pixels
@@ -224,6 +225,14 @@ def _vision_keys(vision: VisionConfig) -> dict[str, Any]:
     return {**other, **pixels.to_keys(vision, base_image_input_size=side, image_patch_size=vision.patch_size)}
 
 
+def _images(source: ImageSource) -> ImageInput:
+    layout = {"crop_start": "<im_start>", "crop_end": "<im_end>", "row_end": "<im_col>", "join_tiles": True}
+    tiling = {"kind": "molmo", "padding_of": "next_crop"}
+    return ImageInput(
+        {"kind": "tiles", "interpolation": "bilinear_float", "tiling": tiling, "layout": layout}, tokens=("<im_patch>",)
+    )
+
+
 LAYOUT = FamilyLayout(
     "molmo",
     "MolmoForCausalLM",
@@ -231,4 +240,5 @@ LAYOUT = FamilyLayout(
     _to_model,
     _to_keys,
     auto_class=None,
+    images=_images,
 )

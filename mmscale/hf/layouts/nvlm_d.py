@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmscale.errors import CheckpointError
+from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import FamilyLayout, NameRule, NameRules, renames, with_prefix
 from mmscale.hf.layouts import decoder, intern_vit_6b, pixels, vit
@@ -148,4 +149,18 @@ def _to_keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-LAYOUT = FamilyLayout("NVLM_D", "NVLM_D", _rules, _to_model, _to_keys, auto_class=None)
+def _images(source: ImageSource) -> ImageInput:
+    layout = {
+        "start": "<Image>",
+        "end": "</Image>",
+        "spell": True,
+        "tile": "<tile_{n}>",
+        "overview": "<tile_global_thumbnail>",
+    }
+    return ImageInput(
+        {"kind": "tiles", "tiling": {"kind": "internvl", "max_tiles": 6}, "layout": layout},
+        tokens=("<|vision_pad|>", "<|image_pad|>"),
+    )
+
+
+LAYOUT = FamilyLayout("NVLM_D", "NVLM_D", _rules, _to_model, _to_keys, auto_class=None, images=_images)

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmscale.errors import CheckpointError
+from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.read import PREPROCESSOR
 from mmscale.models.vision_config import PatchesConfig, VisionConfig
+from mmscale.nn.rope import LearnedPositionsConfig
 
 Statistics = tuple[float, ...]
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -105,6 +107,28 @@ def _check_crop(block: Keys, size: Any, shortest: Any) -> None:
             f"{block.describe('crop_size')} is not the size that images are resized to ({size!r}); no transform "
             "supports this crop"
         )
+
+
+def fixed_images(source: ImageSource, template: dict[str, Any] | None = None) -> ImageInput:
+    """Return the images of a tower with one fixed size: ``transforms.kind: fixed``."""
+    found = transforms(source.values, source.where)
+    vision, notes = source.config.vision, []
+    if isinstance(vision, VisionConfig) and isinstance(vision.positions, LearnedPositionsConfig):
+        tower = vision.positions.grid[0] * vision.patch_size
+        made = set(sides((source.values.get(PREPROCESSOR) or {}).get("size")))
+        if made and made != {tower}:
+            notes.append(
+                f"the image processor makes images of {max(made)} pixels, of which the tower reads {tower}; images are "
+                f"resized to {tower} here, so pixels differ"
+            )
+    own = {key: value for key, value in found.items() if key in ("interpolation", "crop")}
+    return ImageInput({"kind": "fixed", "interpolation": "bicubic", **own}, template=template, notes=tuple(notes))
+
+
+def sides(size: Any) -> list[int]:
+    """Return the whole numbers of a processor's ``size``: one number, or an object of numbers."""
+    values = size.values() if isinstance(size, Mapping) else [size]
+    return [value for value in values if type(value) is int]
 
 
 def to_keys(vision: VisionConfig | PatchesConfig, **more: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmscale.errors import CheckpointError
+from mmscale.hf.image_input import ImageInput, ImageSource
 from mmscale.hf.keys import Keys
 from mmscale.hf.layout import FamilyLayout, NameRule, NameRules, renames
 from mmscale.hf.layouts import axial, decoder, pixels, qwen2
@@ -144,6 +145,17 @@ def _vision_keys(vision: VisionConfig, text_dim: int, merge: int) -> dict[str, A
     }
 
 
+def _images(source: ImageSource) -> ImageInput:
+    before, after = "<|vision_start|>", "<|vision_end|>"
+    found = pixels.transforms(source.values, source.where)
+    return ImageInput(
+        {"kind": "native", "interpolation": "bicubic", **found, "layout": {"start": before, "end": after}},
+        tokens=("<|image_pad|>",),
+        before=before,
+        after=after,
+    )
+
+
 LAYOUT = FamilyLayout(
     "qwen2_vl",
     "Qwen2VLForConditionalGeneration",
@@ -154,4 +166,5 @@ LAYOUT = FamilyLayout(
     modules=((r"^visual\.", "model.visual."), (r"^model\.", "model.language_model.")),
     aliases=((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")),
     auto_class="AutoModelForImageTextToText",
+    images=_images,
 )

@@ -88,7 +88,7 @@ def tower_keys(keys: Keys, name: str, family: str) -> Keys:
     """
     # Files from 2022 have the object twice; in transformers the second overrides the first.
     values = {**keys.read(name, dict), **keys.read(f"{name}_dict", dict, {})}
-    return Keys(values, f"{keys.where}: {name}", family)
+    return Keys(values, f"{keys.where}: {name}", family, keys.unread)
 
 
 def to_stack(keys: Keys, *, attention: Mapping[str, Any]) -> dict[str, Any]:

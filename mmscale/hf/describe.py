@@ -1,0 +1,126 @@
+"""Describe the data of a Hugging Face folder: tokenizer, template and transforms as blocks of ``data``.
+
+tokenizer files --tokenizer_files--> data.tokenizer
+chat template --chat_template--> data.template
+image processor --family layout--> data.transforms
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from data_pipeline.images.transforms import TransformConfig
+from data_pipeline.io.strict import first_fault
+from mmscale.errors import CheckpointError
+from mmscale.hf.chat_template import derive_format
+from mmscale.hf.image_input import ImageInput, ImageSource
+from mmscale.hf.layout import FamilyLayout
+from mmscale.hf.layouts import pixels
+from mmscale.hf.read import CONFIG, read_processor
+from mmscale.hf.tokenizer_files import TokenizerFiles, read_tokenizer
+from mmscale.models.config import AnyModelConfig, ModelConfig
+
+_TRANSFORMS: TypeAdapter[Any] = TypeAdapter(TransformConfig)
+
+
+@dataclass(frozen=True)
+class FolderData:
+    """The data of a folder.
+
+    Attributes:
+        tokenizer: Values of ``data.tokenizer``; None if the folder has no tokenizer that can be read.
+        template: Values of ``data.template``; None for a vision tower.
+        transforms: Values of ``data.transforms``; None for a model without images.
+        context: Largest number of positions that ``config.json`` names; None if it names none.
+        notes: A sentence for each difference from the folder's tokenizer, chat template or processor.
+    """
+
+    tokenizer: dict[str, Any] | None
+    template: dict[str, Any] | None
+    transforms: dict[str, Any] | None
+    context: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def describe_folder(
+    folder: Path, layout: FamilyLayout, config: AnyModelConfig, values: Mapping[str, Any]
+) -> FolderData:
+    """Return the data of a folder.
+
+    Args:
+        folder: A Hugging Face folder.
+        layout: Layout of its family.
+        config: Our configuration of its model.
+        values: As ``read_config`` returns them.
+
+    Raises:
+        CheckpointError: a file is damaged, or no transform of mmscale does what the image processor does.
+    """
+    images: ImageInput | None = None
+    if config.vision is not None:
+        images = _images(layout, ImageSource(config, values, read_processor(folder), str(folder / CONFIG)))
+    transforms = None if images is None else images.transforms
+    if not isinstance(config, ModelConfig):
+        return FolderData(None, None, transforms, notes=() if images is None else images.notes)
+    text = values.get("text_config") if isinstance(values.get("text_config"), Mapping) else {}
+    assert isinstance(text, Mapping)
+    context = text.get("max_position_embeddings", values.get("max_position_embeddings"))
+    found = FolderData(
+        None,
+        (None if images is None else images.template) or {"kind": "text" if images is None else "interleaved"},
+        transforms,
+        context if type(context) is int else None,
+        () if images is None else images.notes,
+    )
+    try:
+        return _with_text(found, read_tokenizer(folder, {**text, **values}), config, images, {**text, **values})
+    except CheckpointError as error:
+        return replace(found, notes=(*found.notes, str(error)))
+
+
+def _images(layout: FamilyLayout, source: ImageSource) -> ImageInput:
+    """Return the images of a family, with valid transforms.
+
+    Raises:
+        CheckpointError: the image processor has a value that the family does not know.
+    """
+    try:
+        images = (layout.images or pixels.fixed_images)(source)
+        _TRANSFORMS.validate_python(images.transforms)
+    except ValidationError as error:
+        raise CheckpointError(f"{source.where}: the image processor: {first_fault(error)}") from error
+    # Hostile values raise these, such as a number where an object is expected.
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CheckpointError(
+            f"{source.where}: the image processor has a value that is not known: {error!s:.200}"
+        ) from error
+    return images
+
+
+def _with_text(
+    found: FolderData, files: TokenizerFiles, config: ModelConfig, images: ImageInput | None, ids: Mapping[str, Any]
+) -> FolderData:
+    """Return the data with tokenizer and template.
+
+    Raises:
+        CheckpointError: a special token is missing.
+    """
+    begin, template, notes = files.adds_begin, found.template, found.notes
+    image_token = None
+    if images is not None and config.predicts_tokens:
+        image_token = files.image_token(ids, images.tokens)
+    if files.chat_template is not None and config.predicts_tokens:
+        marker = None if image_token is None or images is None else f"{images.before}{image_token}{images.after}"
+        chat = derive_format(files.chat_template, files.names, files.added_tokens, marker)
+        notes += chat.notes
+        if chat.template is not None:
+            # The processors of ``transformers`` let the tokenizer add its begin token; chats of text do not.
+            template, begin = chat.template, chat.begins or (images is not None and files.adds_begin)
+    if images is not None and images.begin is not None:
+        begin = images.begin
+    return replace(found, tokenizer=files.block(begin=begin, image_token=image_token), template=template, notes=notes)

@@ -1,0 +1,91 @@
+"""Import a Hugging Face folder as a run folder that works at once: weights, files and configuration.
+
+    RUN/checkpoints/step-00000000    the weights
+    RUN/hf_files/                    tokenizer and processor files, with their checksums
+    RUN/config.yaml                  model, tokenizer, template and transforms
+
+``mmscale generate``, ``chat`` and ``eval`` read the folder, and a run that trains the model names it as its ``base``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from data_pipeline.io.atomic import write_whole
+from data_pipeline.io.strict import first_fault
+from mmscale.checkpoint.imports import HfImportReport, import_folder
+from mmscale.config import to_yaml
+from mmscale.errors import CheckpointError
+from mmscale.hf.kept_files import keep_files
+from mmscale.run.config import RunConfig
+from mmscale.run.folder import CHECKPOINTS, CONFIG, hold_folder
+
+_MOST_TOKENS = 8192
+"""Largest ``data.packing.max_tokens`` of an imported model. The whole context of a model may need too much memory."""
+
+
+@dataclass(frozen=True)
+class ImportedRun:
+    """Result of ``import_run``.
+
+    Attributes:
+        report: Result of the import of the weights.
+        config: The configuration file.
+        is_whole: Whether the file is the configuration of a run. A vision tower or a folder without a tokenizer gives
+            blocks of one.
+    """
+
+    report: HfImportReport
+    config: Path
+    is_whole: bool
+
+
+def import_run(source: Path, run: Path) -> ImportedRun:
+    """Write a run folder from a Hugging Face folder.
+
+    Raises:
+        CheckpointError: see ``import_folder``. Also if ``run`` already has a configuration.
+        LaunchError: another process works in ``run``.
+    """
+    config = run / CONFIG
+    if config.exists():
+        raise CheckpointError(f"{config} already exists: {run} holds another run; import into a new folder")
+    with hold_folder(run):
+        report = import_folder(source, run / CHECKPOINTS)
+        files = keep_files(source, run, map(Path, report.beside))
+        values = _values(report, run, files)
+        is_whole = report.data.tokenizer is not None
+        if is_whole:
+            try:
+                RunConfig.model_validate(values)
+            except ValidationError as error:
+                raise CheckpointError(f"{source}: no configuration for it: {first_fault(error, values)}") from error
+        head = (
+            f"# The {report.family} model that was imported from {report.source}\n"
+            "# To train it, write a file that begins with `base:` and the path of this folder.\n"
+        )
+        write_whole(config, (head + to_yaml(values)).encode())
+    return ImportedRun(report, config, is_whole)
+
+
+def _values(report: HfImportReport, run: Path, files: Path) -> dict[str, Any]:
+    """Return the configuration, or the blocks that are known."""
+    data = report.data
+    blocks: dict[str, Any] = {"template": data.template, "transforms": data.transforms}
+    known = {name: block for name, block in blocks.items() if block is not None}
+    if data.tokenizer is None:
+        return {"model": report.model, "data": known}
+    tokenizer = {**data.tokenizer, "path": str(files / Path(data.tokenizer["path"]).name)}
+    packing: dict[str, Any] = {"max_tokens": min(data.context or _MOST_TOKENS, _MOST_TOKENS)}
+    if report.model["decoder"]["learned_positions"] is not None:
+        packing |= {"max_tokens": _MOST_TOKENS, "too_long": "truncate"}
+    return {
+        "run_dir": str(run),
+        "model": report.model,
+        "data": {"tokenizer": tokenizer, **known, "datasets": [], "lanes": 1, "packing": packing},
+        "stages": [],
+    }
