@@ -80,7 +80,7 @@ class Saver:
         self._pinned: Tensor | None = None
         self.in_flight: InFlight | None = None
 
-    def save(self, engine: Engine, state: TrainState, *, last: bool = False) -> None:
+    def save(self, engine: Engine, state: TrainState, *, last: bool = False, required: bool = False) -> None:
         """Start to write ``step-N``. All ranks must call.
 
         If the previous save is still being written, this one waits for it or is skipped (``when_busy``). With
@@ -90,12 +90,14 @@ class Saver:
             engine: Source of the weights, the optimizer state and the step counts.
             state: Progress of the run, with the loader state of this rank's lanes.
             last: Never skip this save, and return only when the checkpoint is complete.
+            required: Never skip this save.
 
         Raises:
             CheckpointError: this save could not start, or the previous one failed. With ``last`` or
                 ``background=false`` also: this save could not be written. All ranks raise.
         """
-        if self.in_flight is not None and self._config.when_busy == "skip" and not last:
+        may_skip = self._config.when_busy == "skip" and not last and not required
+        if self.in_flight is not None and may_skip:
             self._note(f"step {state.step} is not saved: {self.in_flight.target.final.name} is still being written")
             return
         self.wait()
@@ -207,9 +209,10 @@ class Saver:
         target = flight.target
 
         def send() -> None:
-            stale = [str(path) for path in stale_checkpoints(target.final, self._config)]
+            stale = [str(path) for path in stale_checkpoints(target.final, self._config, target.best)]
             names = {"partial": str(target.partial), "final": str(target.final), "name": MANIFEST}
-            self._send("publish", **names, text=target.manifest_text(files), stale=stale)
+            best = None if target.best_folder is None else str(target.best_folder)
+            self._send("publish", **names, text=target.manifest_text(files), stale=stale, best=best)
 
         try:
             run_or_abort(self._world, target, send, only_main=True)

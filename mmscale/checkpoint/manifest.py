@@ -17,6 +17,7 @@ CRC-32, so a checksum covers every byte of a checkpoint.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,6 +52,17 @@ def folder_name(step: int) -> str:
 def step_of(path: Path) -> int:
     """Return the step in the name of a checkpoint folder."""
     return int(path.name.partition("-")[2])
+
+
+BEST = "best"
+"""Key of ``TrainState.extra``: what a run knows about its best checkpoint; ``step`` is its step."""
+
+
+def best_step(extra: Mapping[str, Any]) -> int | None:
+    """Return the step of the best checkpoint, as of a checkpoint with this ``extra``; None if the run keeps none."""
+    best = extra.get(BEST)
+    step = best.get("step") if isinstance(best, dict) else None
+    return step if type(step) is int and step >= 0 else None
 
 
 def rank_files(rank: int) -> tuple[str, str]:

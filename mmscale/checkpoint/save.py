@@ -30,6 +30,7 @@ from mmscale.checkpoint.manifest import (
     Manifest,
     SavedState,
     TrainState,
+    best_step,
     folder_name,
     is_whole,
     list_checkpoints,
@@ -76,9 +77,8 @@ def save(engine: Engine, state: TrainState, directory: Path, keep: CheckpointCon
     files = gather_files(engine.world, written)
 
     def publish() -> None:
-        finalize(
-            target.partial, target.final, (MANIFEST, target.manifest_text(files)), stale_checkpoints(target.final, keep)
-        )
+        stale = stale_checkpoints(target.final, keep, target.best)
+        finalize(target.partial, target.final, (MANIFEST, target.manifest_text(files)), stale, target.best_folder)
 
     run_or_abort(engine.world, target, publish, only_main=True)
     return target.final
@@ -97,6 +97,16 @@ class SaveTarget:
     partial: Path
     final: Path
     manifest: dict[str, Any]
+
+    @property
+    def best(self) -> int | None:
+        """Step of the run's best checkpoint, this one included; None if the run keeps none."""
+        return best_step(self.manifest["state"]["extra"])
+
+    @property
+    def best_folder(self) -> Path | None:
+        """Folder of the best checkpoint; None if the run keeps none."""
+        return None if self.best is None else self.final.with_name(folder_name(self.best))
 
     def manifest_text(self, files: dict[str, FileEntry]) -> str:
         """Return the text of the manifest with its list of files.
@@ -263,15 +273,18 @@ def tied_names(model: torch.nn.Module) -> dict[str, str]:
     return tied
 
 
-def stale_checkpoints(newest: Path, keep: CheckpointConfig | None) -> list[Path]:
+def stale_checkpoints(newest: Path, keep: CheckpointConfig | None, best: int | None = None) -> list[Path]:
     """Return the checkpoints to remove when ``newest`` is complete; none if ``keep`` is None.
 
     Only complete checkpoints count towards ``keep_last``, so an incomplete one never displaces a complete one.
-    Checkpoints of later steps than the oldest kept one are never returned.
+    Checkpoints of later steps than the oldest kept one are never returned. The best checkpoint is never returned,
+    neither the present one nor the one that a kept checkpoint names: a run that goes back to that checkpoint needs it.
+    At most one of them is older than the checkpoints of ``keep_last``.
 
     Args:
         newest: Checkpoint that is about to be complete; it counts towards ``keep_last``.
         keep: Retention settings.
+        best: Step of the best checkpoint, as of ``newest``; None if the run keeps none.
     """
     if keep is None:
         return []
@@ -279,10 +292,12 @@ def stale_checkpoints(newest: Path, keep: CheckpointConfig | None) -> list[Path]
     whole = [path for path in older if is_whole(path)]
     kept = set(whole[len(whole) - keep.keep_last + 1 :] if keep.keep_last > 1 else [])
     oldest_kept = min([newest, *kept], key=step_of)
+    bests = {best, *(best_step(read_manifest(path).state.extra) for path in kept)}
     return [
         path
         for path in older
         if path not in kept
         and step_of(path) < step_of(oldest_kept)
+        and step_of(path) not in bests
         and (keep.keep_every is None or step_of(path) % keep.keep_every)
     ]

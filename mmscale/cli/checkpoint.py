@@ -57,11 +57,12 @@ class ExportFormat(str, Enum):
 def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
     """List checkpoints, oldest first: step, stage, ranks, size, age, and whether all files are complete.
 
-    A run resumes from the newest complete one ("newest_whole"). Damaged checkpoints that a run has set aside
-    (step-N.damaged) come last.
+    A run resumes from the newest complete one ("newest_whole"), and keeps the one with the best held-out value ("best")
+    if evaluation.best is set. Damaged checkpoints that a run has set aside (step-N.damaged) come last.
     """
     from mmscale.checkpoint.manifest import (
         MANIFEST,
+        best_step,
         checkpoints_of,
         list_set_aside,
         missing_or_truncated,
@@ -71,6 +72,7 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
 
     rows: list[dict[str, object]] = []
     folders = checkpoints_of(path)
+    best: int | None = None
     for folder in folders:
         try:
             manifest = read_manifest(folder)
@@ -78,6 +80,8 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
             rows.append({"name": folder.name, "whole": False, "problem": str(error)})
             continue
         problem = missing_or_truncated(folder, manifest)
+        if problem is None:
+            best = best_step(manifest.state.extra)
         row = {
             "name": folder.name,
             "step": manifest.state.step,
@@ -94,6 +98,7 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
     whole = [row for row in rows if row["whole"]]
     for row in rows:
         row["newest_whole"] = row is (whole[-1] if whole else None)
+        row["best"] = best is not None and row.get("step") == best
     if folders != [path]:
         rows += [
             {

@@ -58,6 +58,7 @@ def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
         raise CheckpointError(
             f"{folder}: no checkpoint there; train first: mmscale train CONFIG run_dir={config.run_dir}"
         )
+    path = path.resolve() if path.is_symlink() else path  # Name the checkpoint that ``checkpoints/best`` means.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     manifest = read_manifest(path)
     # A configuration with fewer stages may still have the same model. If it does not, load_weights raises.

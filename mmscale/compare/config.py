@@ -154,6 +154,11 @@ def _mismatch(first: Variant, other: Variant) -> str | None:
     name = f"variant {other.name}"
     if b.max_steps is not None:
         return f"{name}: max_steps={b.max_steps}: a comparison plans the steps; set stages.*.steps of the first variant"
+    if b.evaluation.best is not None and b.evaluation.best.stop_after is not None:
+        stop_after = b.evaluation.best.stop_after
+        return (
+            f"{name}: evaluation.best.stop_after={stop_after}: all variants train for an equal budget; set it to null"
+        )
     if a.run_dir != b.run_dir:
         return f"{name}: run_dir={b.run_dir}: must not be overridden: each variant gets a folder in {a.run_dir}"
     if a.evaluation != b.evaluation:

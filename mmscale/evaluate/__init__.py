@@ -14,8 +14,9 @@ check          checks of the sets before a run starts
 answers        generated answers and captions
 """
 
-from mmscale.evaluate.check import check_sets
+from mmscale.evaluate.check import check_best, check_sets
 from mmscale.evaluate.config import (
+    BestConfig,
     CaptionsConfig,
     ChoiceSet,
     EvaluationConfig,
@@ -26,11 +27,13 @@ from mmscale.evaluate.heldout import unanswerable_sets
 from mmscale.evaluate.score import evaluate
 
 __all__ = [
+    "BestConfig",
     "CaptionsConfig",
     "ChoiceSet",
     "EvaluationConfig",
     "HeldOutSet",
     "PerplexitySet",
+    "check_best",
     "check_sets",
     "evaluate",
     "unanswerable_sets",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -30,9 +31,15 @@ class Normalise(str, Enum):
     training. Scores then depend on the set's other images and are noisy if few images share a candidate."""
 
 
+LOWER_IS_BETTER = ("loss", "bits_per_byte")
+"""Values of a result of which the best is the lowest. Of every other value the best is the highest."""
+
+
 class _HeldOut(StrictConfig):
     """Fields of sets of every kind."""
 
+    compared: ClassVar[tuple[str, ...]] = ("score",)
+    """Values of a result that ``evaluation.best.metric`` may name."""
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Name of the set, and its key in the result; unique among the sets."""
     manifest: Path
@@ -64,6 +71,7 @@ class _Answered(_HeldOut):
 class HeldOutSet(_Answered):
     """Samples with one image each; the model chooses the candidate that names the image."""
 
+    compared: ClassVar[tuple[str, ...]] = ("score", "loss")
     kind: Literal["images"] = "images"
     field: str
     """Field of a sample that holds the right answer, a text; ``a.b`` reads b of the object a."""
@@ -78,10 +86,17 @@ class HeldOutSet(_Answered):
     normalise: Normalise = Normalise.NONE
     """How log-likelihoods are normalised before candidates are compared: ``none``, ``tokens`` or ``prior``."""
 
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        parse(prompt)
+        return prompt
+
 
 class PerplexitySet(_HeldOut):
     """Documents of any template; the score is the model's mean loss on their learned tokens."""
 
+    compared: ClassVar[tuple[str, ...]] = ("loss", "bits_per_byte")
     kind: Literal["perplexity"]
     template: TemplateConfig
     """Template of the documents, as in training. Tokens with a loss weight are scored, with that weight."""
@@ -148,12 +163,64 @@ class CaptionsConfig(StrictConfig):
     sampling: SamplingConfig = SamplingConfig()
     """How tokens are sampled."""
 
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str | None) -> str | None:
+        parse(prompt or "")
+        return prompt
+
+
+class DuringConfig(StrictConfig):
+    """The part of the held-out sets that is scored during training."""
+
+    sets: tuple[str, ...] | None = None
+    """Names of the sets. Null scores all sets."""
+    limit: int | None = Field(default=256, ge=2)
+    """Largest number of samples per set, the same ones each time; at least 2. The set's own ``limit`` also applies.
+    Null scores as many samples as at the end of the run."""
+
+
+class BestConfig(StrictConfig):
+    """The checkpoint to keep, and when to end a run that no longer improves."""
+
+    metric: str
+    """Held-out value that is compared, as ``SET.VALUE``: ``style.score``, ``pages.loss``. A loss should be low, a score
+    high."""
+    min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """An evaluation improves on the best one if its value is better by more than this; at least 0."""
+    stop_after: int | None = Field(default=None, ge=1)
+    """End the run after this many evaluations in a row that do not improve; at least 1, null never. Only evaluations
+    of the last stage count, so that no stage is left out."""
+
+    @property
+    def set(self) -> str:
+        """Name of the set."""
+        return self.metric.rpartition(".")[0]
+
+    @property
+    def value(self) -> str:
+        """Name of the compared value in the set's result."""
+        return self.metric.rpartition(".")[2]
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Return whether ``value`` is better than ``best`` by more than ``min_delta``. NaN never is."""
+        if best is None:
+            return math.isfinite(value)
+        gain = best - value if self.value in LOWER_IS_BETTER else value - best
+        return gain > self.min_delta
+
 
 class EvaluationConfig(StrictConfig):
     """The ``evaluation`` block of a run."""
 
     sets: tuple[EvaluationSet, ...] = ()
     """Sets that are scored at the end of the run and by ``mmscale eval``."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Also score during training, when the run's step is a multiple of this. Null scores at the end only."""
+    during: DuringConfig = DuringConfig()
+    """The part of ``sets`` that is scored during training."""
+    best: BestConfig | None = None
+    """Keep the checkpoint with the best held-out value; needs ``every_steps``. Null keeps the newest ones only."""
     captions: CaptionsConfig | None = CaptionsConfig()
     """Captions of held-out images for the report. Null generates none."""
     tokens_per_forward: int = Field(default=8192, ge=1)
@@ -179,7 +246,32 @@ class EvaluationConfig(StrictConfig):
         unknown = sorted(set(wanted or ()) - set(of_images))
         if unknown:
             raise ValueError(f"captions.sets names {unknown}; the sets of kind images are {of_images}")
+        unknown = sorted(set(self.during.sets or ()) - set(names))
+        if unknown:
+            raise ValueError(f"during.sets names {unknown}; the sets are {names}")
         return self
+
+    @model_validator(mode="after")
+    def _check_best(self) -> EvaluationConfig:
+        if self.every_steps is not None and not self.during_training.sets:
+            raise ValueError(f"every_steps={self.every_steps}: there is no set to score; add one to evaluation.sets")
+        if self.best is None:
+            return self
+        if self.every_steps is None:
+            raise ValueError("best: set every_steps too; without it no set is scored during training")
+        known = [f"{held.name}.{value}" for held in self.during_training.sets for value in held.compared]
+        if self.best.metric not in known:
+            raise ValueError(f"best.metric={self.best.metric}: not a value of a set; known here: {', '.join(known)}")
+        return self
+
+    @property
+    def during_training(self) -> EvaluationConfig:
+        """The block with the sets and limits that apply during training, without captions."""
+        names, most = self.during.sets, self.during.limit
+        chosen = [held for held in self.sets if names is None or held.name in names]
+        limits = [min((n for n in (held.limit, most) if n is not None), default=None) for held in chosen]
+        sets = tuple(held.model_copy(update={"limit": n}) for held, n in zip(chosen, limits, strict=True))
+        return self.model_copy(update={"sets": sets, "captions": None})
 
     @property
     def image_sets(self) -> tuple[HeldOutSet, ...]:

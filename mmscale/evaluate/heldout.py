@@ -16,7 +16,8 @@ from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import Sample
-from data_pipeline.shards.sample_reader import read_samples
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.sample_reader import SampleReader, read_samples
 from data_pipeline.text.templates import CaptionTemplate, TemplateConfig
 from data_pipeline.text.tokenizer import Tokenizer
 from mmscale.dist import World, lowest_rank_error
@@ -66,20 +67,20 @@ class ImageQuestions:
 
     @classmethod
     def read(cls, config: HeldOutSet, limit: int | None = None) -> ImageQuestions:
-        """Read a set with all its images, then choose at most ``limit`` samples, or ``config.limit`` if None.
+        """Read at most ``limit`` samples of a set, or ``config.limit`` if None, and the values of its candidates.
 
         Raises:
             ConfigError: the set is empty, or a sample lacks the field ``config.field``.
             ManifestError, ShardError, SampleError: a file is missing or damaged.
         """
-        samples = list(read_samples(config.manifest, config.name))
-        values = [right_answer(sample, config) for sample in samples]
-        pool = values
-        if config.candidates_from is not None:
-            others = read_samples(config.candidates_from, config.name, images=False)
-            pool = [right_answer(sample, config) for sample in others]
-        chosen = draw_samples(config, len(samples), limit)
-        return cls(config, [samples[i] for i in chosen], [values[i] for i in chosen], pool)
+        reader = SampleReader(Manifest.open(config.manifest), config.name)
+        try:
+            samples = [reader.read(number) for number in draw_samples(config, reader.manifest.num_samples, limit)]
+        finally:
+            reader.close()
+        answers = [right_answer(sample, config) for sample in samples]
+        others = read_samples(config.candidates_from or config.manifest, config.name, images=False)
+        return cls(config, samples, answers, [right_answer(sample, config) for sample in others])
 
 
 def candidate_ids(held: HeldOutSet, value: str, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -212,14 +213,17 @@ def call_on_all_ranks(world: World, held: EvaluationSet, make: Callable[[], T]) 
     If one rank raised alone, the others would block in the next forward pass.
 
     Raises:
-        DataPipelineError: ``make`` raised a ``DataPipelineError`` or ``ConfigError`` on some rank.
+        ConfigError, DataPipelineError: ``make`` raised one of these on some rank.
     """
-    complaint, made = None, list[T]()
+    own: DataPipelineError | ConfigError | None = None
+    made = list[T]()
     try:
         made.append(make())
     except (DataPipelineError, ConfigError) as error:
-        complaint = str(error)
-    complaint = lowest_rank_error(world, complaint)
+        own = error
+    complaint = lowest_rank_error(world, None if own is None else str(own))
     if complaint is not None or not made:
-        raise DataPipelineError(f"evaluation set {held.name}: {complaint}")
+        name = f"evaluation set {held.name}: "
+        text = name + (complaint or "").removeprefix(name)
+        raise ConfigError(text) if isinstance(own, ConfigError) else DataPipelineError(text)
     return made[0]

@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.batch import MultimodalBatch
+from data_pipeline.config import DataConfig
 from data_pipeline.document import IGNORE, Document
 from data_pipeline.errors import SampleError
+from data_pipeline.media_spec import MediaSpec
 from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
@@ -25,6 +27,7 @@ from data_pipeline.sample import Sample
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.sample_reader import SampleReader
 from data_pipeline.text.templates import TextPiece
+from data_pipeline.text.tokenizer import Tokenizer
 from mmscale.dist import all_reduce_sum_list
 from mmscale.evaluate.config import PerplexitySet
 from mmscale.evaluate.heldout import EvaluationContext, call_on_all_ranks, document_builder, draw_samples, template_of
@@ -52,11 +55,24 @@ class _Part:
     weight: float
 
 
-class _Documents:
+class Documents:
     """The documents of a set."""
 
     def __init__(self, reader: SampleReader, builder: DocumentBuilder, max_tokens: int) -> None:
         self._reader, self._builder, self._max_tokens = reader, builder, max_tokens
+
+    @classmethod
+    def of(
+        cls, held: PerplexitySet, data: DataConfig, tokenizer: Tokenizer, spec: MediaSpec, reader: SampleReader
+    ) -> Documents:
+        """Return the documents of a set whose samples ``reader`` reads.
+
+        Raises:
+            DataConfigError: as ``document_builder``.
+        """
+        builder = document_builder(held, template_of(held), data, tokenizer, spec)
+        most = held.max_tokens or data.packing.max_tokens
+        return cls(reader, builder, min(most, spec.max_document_tokens or most))
 
     def plan(self, samples: Sequence[int]) -> tuple[list[_Part], int]:
         """Return the parts to score and the number of bytes of learned text. No image is decoded.
@@ -67,8 +83,9 @@ class _Documents:
         parts, num_bytes = [], 0
         for number in samples:
             sample = self._reader.read_without_images(number)
+            whole = self._builder.dry_run(sample)  # Before the bytes are counted: its errors name the sample.
             num_bytes += self._num_bytes(sample)
-            for piece, document in enumerate(self._pieces(self._builder.dry_run(sample))):
+            for piece, document in enumerate(self._pieces(whole)):
                 labels = int((document.labels != IGNORE).sum())
                 weight = float(document.loss_weights.sum(dtype=np.float64))
                 size = document.num_tokens + document.num_patches
@@ -108,12 +125,10 @@ def score_perplexity(context: EvaluationContext, held: PerplexitySet) -> Perplex
         ConfigError: the set is empty.
         DataPipelineError: a sample is damaged or lacks a field of the template. Every rank raises.
     """
-    builder = document_builder(held, template_of(held), context.data, context.tokenizer, context.spec)
     reader = SampleReader(Manifest.open(held.manifest), held.name)
     try:
         samples = draw_samples(held, reader.manifest.num_samples)
-        most = held.max_tokens or context.data.packing.max_tokens
-        documents = _Documents(reader, builder, min(most, context.spec.max_document_tokens or most))
+        documents = Documents.of(held, context.data, context.tokenizer, context.spec, reader)
         parts, num_bytes = call_on_all_ranks(context.world, held, lambda: documents.plan(samples))
         weighted, plain = _likelihoods(context, held, documents, parts)
     finally:
@@ -122,7 +137,7 @@ def score_perplexity(context: EvaluationContext, held: PerplexitySet) -> Perplex
 
 
 def _likelihoods(
-    context: EvaluationContext, held: PerplexitySet, documents: _Documents, parts: Sequence[_Part]
+    context: EvaluationContext, held: PerplexitySet, documents: Documents, parts: Sequence[_Part]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the weighted and the unweighted log-likelihood of each part, the same on every rank."""
     config, world = context.config, context.world

@@ -121,6 +121,15 @@ HeldOutResult = SetResult | ChoiceResult | PerplexityResult
 """Result of one held-out set; the field ``kind`` identifies the type."""
 
 
+def curve_values(results: Mapping[str, HeldOutResult]) -> dict[str, float]:
+    """Return the values of results that curves show, as ``heldout/SET/VALUE``, without those that are None."""
+    names = ("score", "control", "loss", "bits_per_byte", "error")
+    found = {
+        f"heldout/{held}/{name}": getattr(result, name, None) for held, result in results.items() for name in names
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def binomial_error(share: float, n: int) -> float:
     """Return the standard error of a share of ``n`` independent yes/no outcomes; 0 for no outcomes."""
     return math.sqrt(share * (1 - share) / n) if n else 0.0
@@ -162,6 +171,24 @@ class Efficiency:
 
 
 @dataclass(frozen=True)
+class BestRecord:
+    """The best checkpoint of a run by ``evaluation.best.metric``; ``checkpoint`` is relative to the run folder."""
+
+    metric: str
+    value: float
+    step: int
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """Why a run ended before its last step, and the number of evaluations in a row that did not improve."""
+
+    reason: str
+    evaluations: int
+
+
+@dataclass(frozen=True)
 class RunResult:
     """Contents of ``result.json``.
 
@@ -181,6 +208,8 @@ class RunResult:
         efficiency: Operations, and their share of the devices' peak.
         goodput: ``metrics.goodput.Goodput`` as a mapping: the wall time of all starts by activity.
         finished: False if the run stopped before its last step.
+        best: The best checkpoint; None if the run keeps none.
+        early_stop: Why the run ended before its last step; None if it did all its steps.
     """
 
     world_size: int
@@ -198,6 +227,8 @@ class RunResult:
     efficiency: Efficiency | None = None
     goodput: Mapping[str, float | int] | None = None
     finished: bool = True
+    best: BestRecord | None = None
+    early_stop: EarlyStop | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object that ``write_result`` writes."""
@@ -268,6 +299,20 @@ class _Memory(TypedDict, total=False):
 
 
 @_open
+class _Best(TypedDict):
+    metric: str
+    value: float
+    step: _Count
+    checkpoint: str
+
+
+@_open
+class _EarlyStop(TypedDict):
+    reason: str
+    evaluations: _Count
+
+
+@_open
 class _Result(TypedDict, total=False):
     world_size: _Count
     zero_stage: int
@@ -280,6 +325,8 @@ class _Result(TypedDict, total=False):
     memory: _Memory | None
     machine: str
     finished: bool
+    best: _Best | None
+    early_stop: _EarlyStop | None
 
 
 _RESULT = TypeAdapter(_Result)

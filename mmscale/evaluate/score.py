@@ -19,7 +19,14 @@ from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.evaluate.choice import credit, score_choices
 from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, HeldOutSet, Normalise, PerplexitySet
-from mmscale.evaluate.heldout import EvaluationContext, ImageQuestions, PromptBuilder, candidate_ids, unanswerable_sets
+from mmscale.evaluate.heldout import (
+    EvaluationContext,
+    ImageQuestions,
+    PromptBuilder,
+    call_on_all_ranks,
+    candidate_ids,
+    unanswerable_sets,
+)
 from mmscale.evaluate.likelihood import ScoredModel
 from mmscale.evaluate.pairs import Pair, PairScorer
 from mmscale.evaluate.perplexity import score_perplexity
@@ -68,7 +75,7 @@ def _score(context: EvaluationContext, held: HeldOutSet | PerplexitySet | Choice
 
 
 def _score_images(context: EvaluationContext, held: HeldOutSet) -> SetResult:
-    questions = ImageQuestions.read(held)
+    questions = call_on_all_ranks(context.world, held, lambda: ImageQuestions.read(held))
     blocks = make_blocks(questions.answers, questions.pool, held.choices, held.seed)
     if context.spec.placement is Placement.PAIR:
         asks = [(sample, value) for block in blocks for sample in block.samples for value in block.candidates]

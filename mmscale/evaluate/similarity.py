@@ -29,7 +29,7 @@ from mmscale.evaluate.heldout import EvaluationContext, call_on_all_ranks, docum
 from mmscale.evaluate.pairs import chunk_ranges, chunks_of_rank
 from mmscale.models.contrastive import ContrastiveModel
 
-_TEMPLATE = CaptionTemplate(prompts=("{prompt}",), answers=("{answer}",))
+PAIR_TEMPLATE = CaptionTemplate(prompts=("{prompt}",), answers=("{answer}",))
 """Template for texts that are already formatted. Prompt and answer are separate: training tokenises them separately."""
 Vectors = npt.NDArray[np.float64]
 
@@ -69,7 +69,7 @@ def similarities(
 def _vectors(context: EvaluationContext, held: HeldOutSet, samples: Sequence[Sample]) -> tuple[Vectors, Vectors]:
     """Return the vectors of the image and of the text of each sample, both ``(samples, dim)``."""
     model, world = cast(ContrastiveModel, context.model), context.world
-    builder = document_builder(held, _TEMPLATE, context.data, context.tokenizer, context.spec)
+    builder = document_builder(held, PAIR_TEMPLATE, context.data, context.tokenizer, context.spec)
     sizes = call_on_all_ranks(world, held, lambda: [_size(builder, sample) for sample in samples])
     chunks = list(chunk_ranges(sizes, context.config.tokens_per_forward))
     width = model.connector.dim

@@ -78,14 +78,17 @@ def write_share(
     return [tensors, write_file(folder / names[1], [memoryview(text)])]
 
 
-def finalize(partial: Path, final: Path, last: tuple[str, str], stale: Iterable[Path]) -> None:
-    """Write the last file of a folder, rename the folder, then remove stale folders.
+def finalize(
+    partial: Path, final: Path, last: tuple[str, str], stale: Iterable[Path], best: Path | None = None
+) -> None:
+    """Write the last file of a folder, rename the folder, point the link of the best one, then remove stale folders.
 
     Args:
         partial: The folder. All its other files are written and synced.
         final: New path of the folder.
         last: Name and text of the last file.
         stale: Folders to remove.
+        best: Folder that the link ``best`` points to; None leaves the link as it is.
 
     Raises:
         OSError: a folder or file cannot be written, renamed or removed. ``final`` may be complete if only the removal
@@ -94,8 +97,33 @@ def finalize(partial: Path, final: Path, last: tuple[str, str], stale: Iterable[
     name, text = last
     write_file(partial / name, [memoryview(text.encode())])
     publish(partial, final)
+    if best is not None:
+        link_best(final.parent, best)
     for path in stale:
         remove_folder(path)
+
+
+BEST_LINK = "best"
+"""Name of the link to the best checkpoint, in the folder of the checkpoints."""
+
+
+def link_best(folder: Path, best: Path | None) -> None:
+    """Point the link ``best`` in ``folder`` to the folder ``best`` next to it, atomically; None removes the link.
+
+    Nothing reads the link but users: a file system without links, or a folder of that name, leaves it as it is.
+    """
+    link = folder / BEST_LINK
+    if os.path.lexists(link) and not link.is_symlink():
+        return
+    with contextlib.suppress(OSError):
+        if best is None:
+            link.unlink(missing_ok=True)
+            return
+        new = folder / f".{BEST_LINK}.partial"
+        new.unlink(missing_ok=True)
+        new.symlink_to(best.name, target_is_directory=True)
+        os.replace(new, link)
+        sync(folder)
 
 
 @contextlib.contextmanager

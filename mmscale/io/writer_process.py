@@ -160,7 +160,9 @@ def main(handle: int, size: int, trainer: int | None) -> None:
 def _execute(memory: memoryview, command: dict[str, Any]) -> Any:
     if command["do"] == "publish":
         stale = [Path(path) for path in command["stale"]]
-        finalize(Path(command["partial"]), Path(command["final"]), (command["name"], command["text"]), stale)
+        last = (command["name"], command["text"])
+        best = None if command["best"] is None else Path(command["best"])
+        finalize(Path(command["partial"]), Path(command["final"]), last, stale, best)
         return True
     start = command["header_bytes"]
     values = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from data_pipeline.io.strict import StrictConfig
+from mmscale.metrics.trackers.config import TrackerConfig
 
 
 class MetricsConfig(StrictConfig):
@@ -14,8 +15,12 @@ class MetricsConfig(StrictConfig):
     """Write scalars to TensorBoard every this many steps; at least 1."""
     tensorboard: bool = True
     """Write TensorBoard event files under ``RUN/tensorboard``."""
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Experiment trackers that get the same values as TensorBoard: ``wandb``, ``mlflow``, ``trackio``, or blocks of
+    settings; at most one of each kind."""
     images_every: int | None = Field(default=200, ge=1)
-    """Write sample images with their captions to TensorBoard every this many steps, and at step 1; null for never."""
+    """Write sample images with their captions to TensorBoard and the trackers every this many steps, and at step 1;
+    null for never."""
     num_images: int = Field(default=6, ge=1, le=64)
     """Number of sample images, 1 to 64."""
     grad_norms_every: int | None = Field(default=10, ge=1)
@@ -35,3 +40,11 @@ class MetricsConfig(StrictConfig):
     """Seconds between two progress lines if the output is not a terminal; above 0."""
     smoothing: float = Field(default=0.95, ge=0, lt=1)
     """Weight of the past in the moving averages of the progress line, from 0 to below 1; 0 shows only the last step."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _check_kinds(cls, trackers: tuple[TrackerConfig, ...]) -> tuple[TrackerConfig, ...]:
+        kinds = [tracker.kind for tracker in trackers]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"one tracker of each kind, got {kinds}")
+        return trackers

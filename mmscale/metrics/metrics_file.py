@@ -49,6 +49,16 @@ def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return records
 
 
+def last_record(path: Path) -> tuple[int, dict[str, Any]] | None:
+    """Return the last line of a file without damaged lines, and its first byte; None if there is no line.
+
+    Raises:
+        MMScaleError: as for ``read_metrics``.
+    """
+    records = _records(path)
+    return (sum(len(line) for line, _ in records[:-1]), records[-1][1]) if records else None
+
+
 def cut_back(path: Path, last_step: int) -> int:
     """Remove the lines after ``last_step`` and damaged lines from a ``metrics.jsonl``, atomically.
 

@@ -12,8 +12,6 @@ terminal shows a live bar; other output gets a plain line every ``metrics.plain_
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,16 +23,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from torch.profiler import record_function
 
-from data_pipeline.io.untrusted import append_regular
 from mmscale.engine.engine import StepReport
 from mmscale.engine.step_clock import peak_memory
-from mmscale.errors import MMScaleError
 from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.format import format_count, format_seconds
 from mmscale.metrics.goodput import Spent, WallTime
-from mmscale.metrics.metrics_file import cut_back
-from mmscale.metrics.sample_images import CaptionedImage, with_caption
+from mmscale.metrics.sample_images import CaptionedImage
+from mmscale.metrics.sinks import JsonlSink, TensorBoardSink
 from mmscale.metrics.step_counts import step_metrics
+from mmscale.metrics.trackers.trackers import Trackers
 
 UNSEEN_STEPS = 20
 """Steps of a stage without any image before the warning. By then a mixture with few images should contain one."""
@@ -59,7 +56,7 @@ class LoggedStage:
 
 
 class RunLog:
-    """Writes ``metrics.jsonl``, TensorBoard and the progress line of a run.
+    """Writes ``metrics.jsonl``, TensorBoard and the progress line of a run, and passes images and tables to trackers.
 
     Args:
         run_dir: The run folder; created if absent.
@@ -67,10 +64,18 @@ class RunLog:
         start_step: Finished steps. Lines of later steps are removed.
         total_steps: Steps of the whole run.
         console: Where to print; standard error by default.
+        trackers: The run's trackers, which read the scalars of the steps from ``metrics.jsonl``. The caller closes
+            them.
     """
 
     def __init__(
-        self, run_dir: Path, config: MetricsConfig, start_step: int, total_steps: int, console: Console | None = None
+        self,
+        run_dir: Path,
+        config: MetricsConfig,
+        start_step: int,
+        total_steps: int,
+        console: Console | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._config = config
@@ -79,6 +84,7 @@ class RunLog:
         self._step, self._checkpoint_seconds = start_step, 0.0
         self._stage, self._unseen_steps_left = LoggedStage(""), 0
         self._jsonl = JsonlSink(run_dir / "metrics.jsonl", start_step)
+        self._trackers = trackers or Trackers(run_dir, (), 1)
         self._tensorboard = TensorBoardSink(run_dir / "tensorboard", start_step) if config.tensorboard else None
         self._progress = ProgressLine(
             console or Console(stderr=True), start_step, total_steps, config.plain_line_seconds
@@ -101,7 +107,13 @@ class RunLog:
             self._checkpoint_seconds += seconds
 
     def step(
-        self, step: int, report: StepReport, sums: Mapping[str, float], counters: Mapping[str, int] | None = None
+        self,
+        step: int,
+        report: StepReport,
+        sums: Mapping[str, float],
+        counters: Mapping[str, int] | None = None,
+        *,
+        hold: bool = False,
     ) -> None:
         """Write a finished step.
 
@@ -113,6 +125,7 @@ class RunLog:
             report: Report of the step on this rank.
             sums: ``count_step`` and ``step_flops`` of the step, summed over all ranks.
             counters: Further values of the run so far, by name.
+            hold: Write the line of ``metrics.jsonl`` later: with ``amend``, or before the next line.
         """
         num_tokens, num_samples = int(sums["tokens"]), int(sums["samples"])
         timing = self._meter.finish_step(num_tokens, num_samples)
@@ -137,11 +150,12 @@ class RunLog:
             **self._wall_time.step(timing.seconds, timing.data_wait_seconds),
         }
         self._step, self._checkpoint_seconds = step, 0.0
-        self._jsonl.write({"step": step, "stage": self._stage.name, **metrics})
+        self._jsonl.write({"step": step, "stage": self._stage.name, **metrics}, hold=hold)
         if self._tensorboard is not None and step % self._config.log_every == 0:
             rate = {"tokens_per_second": num_tokens, "samples_per_second": num_samples}
             per_second = {name: count / max(timing.seconds, 1e-9) for name, count in rate.items()}
             self._tensorboard.scalars(step, {**metrics, **per_second})
+        self._trackers.print_notes()
         if self._progress.is_due(step):
             self._progress.update(step, report.loss, self._meter.rates(), self._stage.name)
         if self._unseen_steps_left:
@@ -153,15 +167,44 @@ class RunLog:
                     "set model.vision and model.connector to null"
                 )
 
+    def amend(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the line of ``step``, the last one, and to TensorBoard and the trackers."""
+        self._jsonl.amend(step, values)
+        self.scalars(step, "heldout", values)
+
+    def scalars(self, step: int, what: str, values: Mapping[str, float]) -> None:
+        """Send further values of a step, such as held-out scores, to TensorBoard and the trackers.
+
+        Args:
+            step: A finished step, not before that of the last call.
+            what: Name of the kind of values. A resumed run does not repeat a kind for the same step.
+            values: Values by name.
+        """
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, values)
+        self._trackers.scalars(step, what, values)
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Send a table of a step, such as held-out results, to TensorBoard and the trackers."""
+        if self._tensorboard is not None:
+            self._tensorboard.table(step, name, columns, rows)
+        self._trackers.table(step, name, columns, rows)
+
     def wants_images(self, step: int) -> bool:
         """Return whether this step writes sample images."""
         every = self._config.images_every
-        return self._tensorboard is not None and every is not None and (step == 1 or step % every == 0)
+        has_reader = self._tensorboard is not None or bool(self._trackers)
+        return has_reader and every is not None and (step == 1 or step % every == 0)
 
     def images(self, step: int, make: Callable[[int], Sequence[CaptionedImage]]) -> None:
         """Write sample images if this step writes any. Only then ``make(limit)`` is called."""
-        if self._tensorboard is not None and self.wants_images(step):
-            self._tensorboard.images(step, make(self._config.num_images))
+        if not self.wants_images(step):
+            return
+        images = make(self._config.num_images)
+        if images and self._tensorboard is not None:
+            self._tensorboard.images(step, images)
+        if images:
+            self._trackers.images(step, images)
 
     def print_line(self, text: str) -> None:
         """Print a line in addition to the progress line."""
@@ -191,8 +234,23 @@ class NullLog:
         return None
 
     def step(
-        self, step: int, report: StepReport, sums: Mapping[str, float], counters: Mapping[str, int] | None = None
+        self,
+        step: int,
+        report: StepReport,
+        sums: Mapping[str, float],
+        counters: Mapping[str, int] | None = None,
+        *,
+        hold: bool = False,
     ) -> None:
+        return None
+
+    def amend(self, step: int, values: Mapping[str, float]) -> None:
+        return None
+
+    def scalars(self, step: int, what: str, values: Mapping[str, float]) -> None:
+        return None
+
+    def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         return None
 
     def wants_images(self, step: int) -> bool:
@@ -209,10 +267,10 @@ class NullLog:
 
 
 def open_run_log(
-    run_dir: Path, config: MetricsConfig, start_step: int, total_steps: int, rank: int
+    run_dir: Path, config: MetricsConfig, start_step: int, total_steps: int, rank: int, trackers: Trackers | None = None
 ) -> RunLog | NullLog:
     """Return a ``RunLog`` on rank 0, and a ``NullLog`` on other ranks."""
-    return RunLog(run_dir, config, start_step, total_steps) if rank == 0 else NullLog()
+    return RunLog(run_dir, config, start_step, total_steps, trackers=trackers) if rank == 0 else NullLog()
 
 
 @dataclass(frozen=True)
@@ -373,82 +431,3 @@ class ProgressLine:
         """Stop the bar."""
         if self._bar is not None:
             self._bar.stop()
-
-
-class JsonlSink:
-    """Writes ``metrics.jsonl``: one line for each step, flushed at once.
-
-    The constructor removes the lines after ``start_step`` and damaged lines.
-
-    Args:
-        path: The file; its folder must exist.
-        start_step: Finished steps; 0 for a new run.
-
-    Raises:
-        MMScaleError: the file cannot be read or written.
-    """
-
-    def __init__(self, path: Path, start_step: int) -> None:
-        cut_back(path, start_step)
-        try:
-            self._file = append_regular(path)
-        except OSError as error:
-            raise MMScaleError(f"{path}: cannot be written: {error.strerror}") from error
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one line. NaN and infinity become null."""
-        try:
-            line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        except ValueError:  # JSON has no NaN or infinity.
-            line = json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False)
-        self._file.write(f"{line}\n".encode())
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file. A second call does nothing."""
-        self._file.close()
-
-
-def _without_nan(value: Any) -> Any:
-    """Return the value with null for NaN and infinity, which JSON lacks."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return value
-
-
-class TensorBoardSink:
-    """Writes scalars and captioned images as TensorBoard event files.
-
-    Args:
-        folder: ``RUN/tensorboard``.
-        start_step: Finished steps. TensorBoard then hides earlier events of later steps.
-    """
-
-    def __init__(self, folder: Path, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # Slow to import.
-
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one point to each named curve."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def images(self, step: int, images: Sequence[CaptionedImage]) -> None:
-        """Add the images with their captions drawn below, and a table with the full captions."""
-        for number, image in enumerate(images):
-            self._writer.add_image(f"samples/{number}", with_caption(image), step, dataformats="HWC")
-        rows = [f"| {number} | {_cell(image.caption)} |" for number, image in enumerate(images)]
-        self._writer.add_text("samples/captions", "\n".join(["| image | caption |", "|---|---|", *rows]), step)
-
-    def close(self) -> None:
-        """Write queued events and close the file."""
-        self._writer.close()
-
-
-def _cell(text: str) -> str:
-    """Return text escaped for a cell of a Markdown table."""
-    escaped = "".join(f"\\{mark}" if mark in "\\`*_{}[]()#+-.!|<>~" else mark for mark in text)
-    return " ".join(escaped.split())

@@ -41,6 +41,7 @@ from mmscale.report.curves import (
     thin,
     total,
 )
+from mmscale.report.heldout import heldout_charts
 from mmscale.report.page import render_page
 from mmscale.report.starts import read_starts
 from mmscale.report.step_time import goodput_rows, goodput_shares, step_charts, step_rows
@@ -185,6 +186,10 @@ def _facts(records: Sequence[Record], result: Mapping[str, Any]) -> list[tuple[s
         facts.append(("tokens", format_count(total(records, "tokens"))))
         seconds = result.get("train_seconds") or total(records, "seconds")
         facts.append(("training time", format_seconds(seconds)))
+    if best := result.get("best"):
+        facts.append(("best checkpoint", f"step {best['step']:,}, {best['metric']} {best['value']:.4g}"))
+    if early := result.get("early_stop"):
+        facts.append(("ended early", early["reason"]))
     if result.get("machine"):
         facts.append(("machine", result["machine"]))
     return facts
@@ -253,6 +258,7 @@ def _charts(records: Sequence[Record]) -> list[Chart]:
     wait = _smoothed(data_wait_percent(records), 4)
     return [
         Chart("Loss", loss_note, _smoothed(series(records, "loss"), 1), marks=marks),
+        *heldout_charts(records, marks),
         Chart("Learning rate", "by component", _learning_rates(records), from_zero=True, marks=marks),
         Chart("Gradient norm", norm_note, _smoothed(series(records, "grad_norm"), 2), marks=marks),
         Chart("Tokens per second", "all ranks", _smoothed(rate(records, "tokens"), 3), from_zero=True, marks=marks),

@@ -28,9 +28,10 @@ from mmscale.bad_steps.detector import BadStepsConfig, Policy
 from mmscale.checkpoint.config import CheckpointConfig
 from mmscale.engine.config import EngineConfig
 from mmscale.errors import ConfigError
-from mmscale.evaluate import EvaluationConfig, check_sets
+from mmscale.evaluate import EvaluationConfig, check_best, check_sets
 from mmscale.metrics.config import MetricsConfig
 from mmscale.metrics.sample_log import SampleLogConfig
+from mmscale.metrics.trackers.config import check_trackers
 from mmscale.models.build import check_adapters, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.optim.stages import ALL, StageConfig
@@ -224,6 +225,7 @@ def check_files(config: RunConfig) -> list[str]:
 
     Raises:
         ConfigError: ``run_dir`` cannot be created, a manifest is missing, or there is no stage or no data set.
+        ConfigError: the package of a tracker is not installed.
         ConfigError: the tokenizer has more ids than the model has embeddings.
         ConfigError: a stage that trains the tower or the connector has no image, or a held-out set does not fit its
             configuration.
@@ -233,6 +235,7 @@ def check_files(config: RunConfig) -> list[str]:
     """
     require_training(config)
     _check_run_dir(config.run_dir)
+    check_trackers(config.metrics.trackers)
     notes = []
     for number, stage in enumerate(config.stages):
         data, model = config.stage_data(number), config.stage_model(number)
@@ -257,9 +260,24 @@ def check_files(config: RunConfig) -> list[str]:
         looks = [_look_at(dataset, data.packing, tokenizer, model, stage) for dataset in data.datasets]
         if model.vision is not None and not any(look is None or look.holds_images for look in looks):
             notes.append(_without_images(config, number))
-    last = len(config.stages) - 1
-    check_sets(config.evaluation, config.evaluation_data(last), config.stage_media(last))
+    _check_evaluation(config)
     return notes
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Check the held-out sets for the model at the end, and if they are scored during training, of each stage."""
+    reached = [number for number, _ in config.stages_from(0)]
+    check_best(config.evaluation, config.stage_media(reached[-1]))
+    checked: list[object] = []
+    for number in reversed(reached):
+        data, spec = config.evaluation_data(number), config.stage_media(number)
+        for block, is_scored in (
+            (config.evaluation, number == reached[-1]),
+            (config.evaluation.during_training, config.evaluation.every_steps is not None),
+        ):
+            if is_scored and (block, data, spec) not in checked:
+                checked.append((block, data, spec))
+                check_sets(block, data, spec)
 
 
 def _check_run_dir(run_dir: Path) -> None:

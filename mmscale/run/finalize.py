@@ -9,30 +9,45 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from data_pipeline.media_spec import Placement
 from mmscale.checkpoint import TrainState
+from mmscale.checkpoint.manifest import folder_name
 from mmscale.dist import World, gather_numbers
 from mmscale.engine.engine import Engine
 from mmscale.engine.step_clock import peak_memory
-from mmscale.evaluate import evaluate, unanswerable_sets
-from mmscale.evaluate.answers import caption_images
-from mmscale.evaluate.result import Efficiency, HeldOutResult, Memory, Params, RunResult, write_result
+from mmscale.evaluate.result import (
+    BestRecord,
+    EarlyStop,
+    Efficiency,
+    HeldOutResult,
+    Memory,
+    Params,
+    RunResult,
+    curve_values,
+    write_result,
+)
 from mmscale.metrics.goodput import read_goodput
 from mmscale.metrics.metrics_file import read_metrics
 from mmscale.metrics.peaks import peak_of
 from mmscale.metrics.run_log import NullLog, RunLog
-from mmscale.models.build import AnyModel, count_parameters
+from mmscale.models.build import count_parameters
 from mmscale.report.build import build_report
-from mmscale.report.captions import save_captions
 from mmscale.run.config import RunConfig
+from mmscale.run.evaluation import Evaluations, score_at_end
+from mmscale.run.folder import CHECKPOINTS
 
 
-def finalize_run(config: RunConfig, engine: Engine, state: TrainState, log: RunLog | NullLog) -> None:
+def finalize_run(
+    config: RunConfig, engine: Engine, state: TrainState, log: RunLog | NullLog, evaluations: Evaluations
+) -> None:
     """Score the model, then write ``result.json`` and the report. All ranks must call."""
     world = engine.world
-    heldout = score(config, engine, state.stage_index, log)
+    reason, best = evaluations.end_reason(state), evaluations.best
+    if reason is not None:
+        log.print_line(f"the run ends at step {state.step} of {config.total_steps}: {reason}")
+    heldout = score_at_end(config, engine, state, log, evaluations.known(state))
+    log_results(log, state.step, heldout)
     ranks_memory = _gather_memory(world)
     if not world.is_main:
         return
@@ -53,9 +68,29 @@ def finalize_run(config: RunConfig, engine: Engine, state: TrainState, log: RunL
         machine=_machine(world),
         efficiency=_efficiency(config, engine, records),
         goodput=goodput.to_json() if (goodput := read_goodput(config.run_dir)) else None,
+        best=BestRecord(best.metric, best.value, best.step, f"{CHECKPOINTS}/{folder_name(best.step)}")
+        if best
+        else None,
+        early_stop=EarlyStop(reason, best.without) if best and reason is not None else None,
     )
     write_result(config.run_dir, result)
     log.print_line(f"wrote {build_report(config.run_dir, log.print_line)}")
+
+
+_COLUMNS = ("score", "control", "chance", "error", "loss", "perplexity", "bits_per_byte", "n")
+
+
+def log_results(log: RunLog | NullLog, step: int, results: Mapping[str, HeldOutResult]) -> None:
+    """Send the scores of a finished run to TensorBoard and the trackers: scalars ``final/SET/VALUE``, and a table."""
+    if not results:
+        return
+    values = {name.replace("heldout/", "final/", 1): value for name, value in curve_values(results).items()}
+    log.scalars(step, "final", values)
+    rows = [
+        (name, result.metric, *(getattr(result, column, None) for column in _COLUMNS))
+        for name, result in results.items()
+    ]
+    log.table(step, "heldout_results", ("set", "metric", *_COLUMNS), rows)
 
 
 def _efficiency(config: RunConfig, engine: Engine, records: Sequence[Mapping[str, Any]]) -> Efficiency:
@@ -65,34 +100,6 @@ def _efficiency(config: RunConfig, engine: Engine, records: Sequence[Mapping[str
     seconds = sum(record["seconds"] for record in known)
     mfu = sum(record["mfu"] * record["seconds"] for record in known) / seconds if seconds else None
     return Efficiency(mfu, peak.flops, peak.source, sum(record.get("model_flops", 0) for record in records))
-
-
-def score(config: RunConfig, engine: Engine, stage: int, log: RunLog | NullLog) -> dict[str, HeldOutResult]:
-    """Score the held-out sets with the engine's model and caption some of their images. All ranks must call.
-
-    If the stage keeps an average of its weights, the average is scored. ``stage`` is the index of the model's stage.
-    """
-    data, spec = config.evaluation_data(stage), config.stage_media(stage)
-    log.pause()
-    evaluation = config.evaluation
-    if left_out := unanswerable_sets(evaluation, spec):
-        what = "takes no images" if spec.placement is Placement.NONE else "only compares images with texts"
-        names = ", ".join(held.name for held in left_out)
-        log.print_line(f"not scored: {names}; the model of stage {engine.stage.name} {what}")
-        evaluation = evaluation.model_copy(
-            update={"sets": tuple(one for one in evaluation.sets if one not in left_out)}
-        )
-    if evaluation.image_sets and evaluation.captions is not None and spec.placement is Placement.PAIR:
-        log.print_line(f"no captions: the model of stage {engine.stage.name} writes no text")
-    with engine.inference(ema=engine.stage.ema is not None) as model:
-        results = evaluate(cast(AnyModel, model), evaluation, data, spec, engine.world)
-        for name, result in results.items():
-            log.print_line(f"held-out {name}: {result.summary}")
-        captioned = caption_images(model, evaluation, data, spec, engine.world)
-    if engine.world.is_main and captioned:
-        save_captions(config.run_dir, captioned)
-    log.pause("evaluation")
-    return results
 
 
 def _gather_memory(world: World) -> Memory:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,7 +92,8 @@ def is_finished(config: RunConfig) -> bool:
 def finished_steps(config: RunConfig) -> int | None:
     """Return the steps of the finished run in the run folder.
 
-    Return None if there is no result, or one of fewer steps than ``config.total_steps``.
+    Return None if there is no result, or one of fewer steps than ``config.total_steps``, except if the run ended early
+    and would end at the same step with ``config.evaluation.best``.
 
     Raises:
         MMScaleError: ``result.json`` exists but is damaged or cannot be read.
@@ -104,7 +106,17 @@ def finished_steps(config: RunConfig) -> int | None:
         path = config.run_dir / RESULT_FILE
         raise MMScaleError(f"{path} is damaged: its key steps is missing; remove it to let the run finish again")
     steps = int(result["steps"]) if result else None
-    return None if steps is None or steps < config.total_steps else steps
+    if steps is None or steps >= config.total_steps or _ends_early(config, result):
+        return steps
+    return None
+
+
+def _ends_early(config: RunConfig, result: Mapping[str, Any]) -> bool:
+    """Return whether the run of ``result`` ended early, for a reason that also ends a run of ``config``."""
+    early, best = result.get("early_stop"), config.evaluation.best
+    if not early or best is None or best.stop_after is None:
+        return False
+    return bool(early["evaluations"] >= best.stop_after)
 
 
 def check_position(config: RunConfig, state: TrainState, path: Path) -> None:

@@ -113,6 +113,9 @@ def _judge_finished(config: RunConfig, steps: int) -> str | None:
     where = f"run_dir={config.run_dir} holds a finished run of {steps} steps"
     anew = "To train anew, give another run_dir or remove the folder"
     longer = "To train this run longer, raise max_steps or stages.*.steps"
+    if steps < config.total_steps:
+        where += ", which ended early (evaluation.best.stop_after)"
+        longer = "To train this run longer, raise evaluation.best.stop_after, or set it to null"
     try:
         old = recorded_config(config.run_dir)
     except ConfigError as error:

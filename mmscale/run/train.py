@@ -2,7 +2,7 @@
 
     choose the newest usable checkpoint
     for each stage:  model -> engine -> (resume | warm start)
-        for each step:  batch -> engine.train_step -> log -> rejected? -> save when due -> stop if requested
+        for each step:  batch -> engine.train_step -> log -> rejected? -> score and save when due -> stop if requested
     evaluate -> captions -> result.json -> report.html
 
 The update of a bad step is rejected. Depending on ``bad_steps.policy``, the run then continues with the next step,
@@ -51,16 +51,19 @@ from mmscale.metrics.run_log import LoggedStage, NullLog, RunLog, open_run_log
 from mmscale.metrics.sample_images import batch_images
 from mmscale.metrics.sample_log import RunSampleLog
 from mmscale.metrics.step_counts import count_step, document_stats, step_flops
+from mmscale.metrics.trackers.trackers import Trackers
 from mmscale.models.build import AnyModel, build_model
 from mmscale.nn.init import initialise_
 from mmscale.objectives.choice import Objective, choose_objective
 from mmscale.run.config import RunConfig, check_files, check_world
+from mmscale.run.evaluation import Evaluations
 from mmscale.run.finalize import finalize_run
 from mmscale.run.folder import BAD_STEPS, CHECKPOINTS, FAULTS, SAMPLE_LOG, check_position, hold_folder
 from mmscale.run.rank_check import check_ranks
 from mmscale.run.stage_teachers import check_teachers, open_teachers, record_teachers
 from mmscale.run.stage_weights import check_initial_weights, check_stage_weights, load_stage_weights
 from mmscale.run.starts import Start, reject_or_report_finished
+from mmscale.run.tracking import open_trackers, run_facts
 
 Log = RunLog | NullLog
 
@@ -95,6 +98,7 @@ class _Run:
     sample_log: RunSampleLog
     faults: FaultList
     bad_steps: BadSteps
+    evaluations: Evaluations
     saver: checkpoint.Saver
     stop: StopRequest
     watchdog: Watchdog
@@ -130,12 +134,13 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
                         f"--profile: the run in {config.run_dir} is finished; set another run_dir, or more steps"
                     )
                 return Outcome.FINISHED
-            with hold_folder(config.run_dir, world), closing(watchdog):
+            with hold_folder(config.run_dir, world), closing(watchdog), open_trackers(config, world) as trackers:
                 watchdog.start()
                 start = Start(loaded, world)
                 while True:  # Restart after each roll back.
                     try:
-                        if (outcome := _run(start, world, stop, watchdog, profile)) is not None:
+                        if (outcome := _run(start, world, stop, watchdog, trackers, profile)) is not None:
+                            trackers.close(finished=outcome is Outcome.FINISHED)
                             return outcome
                     except (MemoryError, RuntimeError, OSError) as error:
                         max_tokens = max(config.stage_data(n).packing.max_tokens for n in range(len(config.stages)))
@@ -147,7 +152,9 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
             shutdown(world)
 
 
-def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, profile: bool) -> Outcome | None:
+def _run(
+    start: Start, world: World, stop: StopRequest, watchdog: Watchdog, trackers: Trackers, profile: bool
+) -> Outcome | None:
     """Train from the newest usable checkpoint to the end. Return None after a roll back: the caller must call again."""
     config = start.config
     folder, checkpoints = config.run_dir / BAD_STEPS, config.run_dir / CHECKPOINTS
@@ -166,12 +173,13 @@ def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, prof
     check_stage_weights(config, world, state)
     check_teachers(config, world, state)
     sample_log = RunSampleLog(config.run_dir / SAMPLE_LOG, config.sample_log, world, state.step)
-    log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank)
+    log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank, trackers)
     saver = checkpoint.Saver(world, checkpoints, config.checkpoint, log.print_line)
     profiling = profile_steps(config.run_dir, config.metrics, world.rank, state.step, log.print_line, enabled=profile)
     with closing(log), closing(saver), profiling as recorded:
         faults = FaultList(config.run_dir / FAULTS, world, state.step, log.print_line)
-        run = _Run(config, world, log, sample_log, faults, bad_steps, saver, stop, watchdog, recorded)
+        evaluations = Evaluations(config, world, log, state, checkpoints)
+        run = _Run(config, world, log, sample_log, faults, bad_steps, evaluations, saver, stop, watchdog, recorded)
         if latest:
             log.print_line(f"resuming from {latest} (step {state.step} of {config.total_steps})")
         if start.message:
@@ -188,15 +196,17 @@ def _run(start: Start, world: World, stop: StopRequest, watchdog: Watchdog, prof
             position = None
             with _stage_engine(run, state, latest) as engine:
                 start.record(state.step)
+                if trackers:
+                    trackers.start(run_facts(config), log.print_line)
                 state, end = _train_stage(run, engine, loader, state)
                 if end is _StageEnd.ROLLED_BACK:
                     return None
                 if end is _StageEnd.STOPPED:
                     return Outcome.STOPPED
                 latest = checkpoints / folder_name(state.step)  # Just saved, or the checkpoint of this start.
-                if state.step >= config.total_steps:
+                if state.step >= config.total_steps or evaluations.end_reason(state) is not None:
                     with watchdog.during("evaluation"):
-                        finalize_run(config, engine, state, log)
+                        finalize_run(config, engine, state, log, evaluations)
                     return Outcome.FINISHED
 
 
@@ -265,10 +275,12 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
     log.begin_stage(stage)
     log.pause("setup")
     run.sample_log.begin_stage(state.step, state.stage_index)
-    stopped = False
+    if run.evaluations.is_due(state):  # A stop request came before the evaluation of the last step.
+        _evaluate(run, engine, state)
+    stopped, ended = False, run.evaluations.end_reason(state) is not None
     with loader:
         batches = iter(loader)
-        while state.step < last and not stopped:
+        while state.step < last and not stopped and not ended:
             step = state.step + 1
             run.watchdog.begin_step(step)
             batch = _next_batch(run, batches, step)
@@ -299,7 +311,8 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
                 loader=batch.state,
             )
             run.sample_log.step(batch, documents)
-            log.step(step, report, sums, {"bad_steps": detector.num_bad, "roll_backs": run.bad_steps.num_roll_backs})
+            counters = {"bad_steps": detector.num_bad, "roll_backs": run.bad_steps.num_roll_backs}
+            log.step(step, report, sums, counters, hold=run.evaluations.is_due(state))
             if bad is not None and _handle_bad_step(run, state, batch, report, bad):
                 return state, _StageEnd.ROLLED_BACK
             log.images(step, functools.partial(batch_images, batch.microbatches[0], spec, decode))
@@ -307,18 +320,32 @@ def _train_stage(run: _Run, engine: Engine, loader: Loader, state: TrainState) -
                 run.profiler.step()
             if run.saver.in_flight is not None:
                 run.saver.poll()
-            stopped = run.stop.should_stop(world)
-            if stopped or step == last or due(config.checkpoint.every_steps, step):
-                state = replace(state, extra={**state.extra, **run.bad_steps.extra_state()})
+            stopped, is_best = run.stop.should_stop(world), False
+            # Stop at once, except at the end of a stage: the next start scores the step, but with the next engine.
+            if run.evaluations.is_due(state) and (not stopped or step == last):
+                is_best = _evaluate(run, engine, state)
+                stopped = stopped or run.stop.should_stop(world)
+                ended = run.evaluations.end_reason(state) is not None
+            at_end = stopped or ended or step == last
+            if at_end or is_best or due(config.checkpoint.every_steps, step):
+                state = replace(
+                    state, extra={**state.extra, **run.bad_steps.extra_state(), **run.evaluations.extra_state()}
+                )
                 with run.watchdog.during("checkpoint"):
                     run.sample_log.write()
-                    run.saver.save(engine, state, last=stopped or step == last)
+                    run.saver.save(engine, state, last=at_end, required=is_best)
                 log.pause("checkpoint")
     if stopped:
         log.print_line(
             f"stopped at step {state.step} ({run.stop.reason}) and saved; the same command resumes from here"
         )
     return state, _StageEnd.STOPPED if stopped else _StageEnd.DONE
+
+
+def _evaluate(run: _Run, engine: Engine, state: TrainState) -> bool:
+    """Score the held-out sets. Return whether the step is the best so far. All ranks must call."""
+    with run.watchdog.during("evaluation"):
+        return run.evaluations.run(engine, state)
 
 
 def _logged_stage(config: RunConfig, engine: Engine, index: int) -> LoggedStage:

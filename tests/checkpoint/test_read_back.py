@@ -20,6 +20,7 @@ from mmscale.checkpoint.load import fill_frozen
 from mmscale.checkpoint.manifest import (
     MANIFEST,
     SavedState,
+    best_step,
     checkpoints_of,
     list_checkpoints,
     manifest_checksum,
@@ -31,6 +32,8 @@ from mmscale.checkpoint.save import stale_checkpoints
 from mmscale.checkpoint.share import TensorPiece
 from mmscale.dist import World
 from mmscale.errors import CheckpointError
+from mmscale.io.files import finalize
+from mmscale.io.writer_process import Writer
 from tests.checkpoint.hand_made import whole_pieces, write_checkpoint
 from tests.data_pipeline.lane_states import toy_lane
 from tests.engine.toy import ToyModel, toy_model
@@ -349,3 +352,43 @@ def test_a_checkpoint_kept_for_its_step_does_not_count_as_one_of_the_newest(tmp_
     assert later not in stale_checkpoints(newest, CheckpointConfig(keep_last=1)), (
         "a later step is kept: the run resumed earlier"
     )
+
+
+def test_the_best_checkpoint_of_each_kept_one_is_kept(tmp_path: Path) -> None:
+    def save(step: int, best: int | None) -> None:
+        path = toy_checkpoint(tmp_path, toy_model(1), step=step)
+        reseal(path, lambda record: record["state"]["extra"].update(best=best and {"step": best}))
+
+    def removed(newest: int, best: int | None, keep_last: int) -> list[int]:
+        keep = CheckpointConfig(keep_last=keep_last)
+        return [int(path.name[5:]) for path in stale_checkpoints(tmp_path / f"step-{newest:08d}", keep, best)]
+
+    for step, best in ((2, None), (4, 4), (6, 4), (8, 8), (10, 8)):
+        save(step, best)
+    assert removed(12, 8, keep_last=1) == [2, 4, 6, 10]
+    assert removed(12, 8, keep_last=2) == [2, 4, 6], "10 names 8 as its best"
+    assert removed(12, 12, keep_last=2) == [2, 4, 6], "a run that goes back to 10 needs 8"
+    assert removed(12, 12, keep_last=4) == [2], "a run that goes back to 6 needs 4"
+    assert removed(12, None, keep_last=1) == [2, 4, 6, 8, 10]
+    for wrong in ({"step": -1}, {"step": True}, {"step": "4"}, [4], 4):
+        assert best_step({"best": wrong}) is None
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_link_to_the_best_checkpoint_follows_it(tmp_path: Path, background: bool) -> None:
+    folder, keep = tmp_path / "checkpoints", CheckpointConfig(keep_last=1, background=background)
+    for step in (1, 2, 3):
+        partial = folder / f"step-{step:08d}.partial"
+        partial.mkdir(parents=True)
+        stale = [folder / "step-00000001"] if step == 3 else []
+        best = folder / f"step-{min(step, 2):08d}"
+        if keep.background:
+            writer = Writer(1)
+            arguments = {"partial": str(partial), "final": str(partial.with_suffix("")), "name": "x", "text": "x"}
+            writer.send("publish", **arguments, stale=[str(path) for path in stale], best=str(best))
+            assert writer.result(None) is True
+            writer.close()
+        else:
+            finalize(partial, partial.with_suffix(""), ("x", "x"), stale, best)
+        assert (folder / "best").readlink() == Path(best.name)
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "step-00000002", "step-00000003"]

@@ -73,10 +73,12 @@ def test_tensorboard_has_the_scalars_and_the_captioned_images(tmp_path: Path) ->
     for step in (1, 2, 3):
         log.step(step, report(float(step)), sums(10))
         log.images(step, make)
+    log.amend(3, {"heldout/style/score": 0.25})
     log.close()
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [(event.step, event.value) for event in events.Scalars("heldout/style/score")] == [(3, 0.25)]
     assert "tokens_per_second" in events.Tags()["scalars"]
     assert [event.step for event in events.Images("samples/0")] == [1, 2]
     assert limits == [1, 1]

@@ -74,3 +74,33 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     sink.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "nested": {"x": -math.inf}})
     sink.close()
     assert read_metrics(path) == [{"step": 1, "loss": None, "grad_norm": None, "nested": {"x": None}}]
+
+
+def test_a_held_line_is_written_once_with_the_values_that_are_added(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, start_step=0)
+    sink.write({"step": 1, "loss": 3.0})
+    sink.write({"step": 2, "loss": 2.0}, hold=True)
+    assert [record["step"] for record in read_metrics(path)] == [1]
+    sink.amend(2, {"heldout/a/loss": math.nan})
+    assert read_metrics(path)[1:] == [{"step": 2, "loss": 2.0, "heldout/a/loss": None}]
+    sink.write({"step": 3, "loss": 1.0}, hold=True)
+    sink.write({"step": 4, "loss": 0.5}, hold=True)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+    sink.close()
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
+
+
+def test_values_are_added_to_the_step_that_a_run_resumes_from(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _write(path, [1, 2, 3])
+    sink = JsonlSink(path, start_step=2)
+    before = path.read_bytes().splitlines(keepends=True)
+    for value in (0.5, 0.25):  # The second time as after a kill.
+        sink.amend(2, {"heldout/a/score": value})
+        assert read_metrics(path)[1] == {"step": 2, "loss": 0.5, "heldout/a/score": value}
+    sink.amend(7, {"heldout/a/score": 1.0})
+    sink.write({"step": 3, "loss": 1.0})
+    sink.close()
+    assert path.read_bytes().splitlines(keepends=True)[0] == before[0]
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]

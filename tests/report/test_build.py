@@ -142,6 +142,25 @@ def test_a_report_in_mid_run_says_so_and_shows_what_there_is(run: Path) -> None:
     assert [chart["zero"] for chart in page.charts] == [False, True, False, True, True]
 
 
+def test_held_out_values_of_the_training_are_curves_with_their_standard_error(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1::2]:  # Steps 2, 4 and 6.
+        line |= {"heldout/style/score": line["step"] / 10, "heldout/style/loss": 1.5, "heldout/style/error": 0.05}
+        line |= {"heldout/pages/loss": 3.0 / line["step"], "heldout/pages/error": 0.25}
+    lines[3] |= {"heldout/pages/loss": None}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = build_report(run).read_text()
+    assert text.index("Held-out score<") < text.index("Held-out loss<")
+    found = {line["label"]: line for chart in Page(text).charts for line in chart["lines"] if chart["unit"] == "%"}
+    score = found["style"]
+    assert (score["x"], score["y"]) == ([2, 4, 6], [20, 40, 60])
+    assert (score["low"], score["high"]) == ([15, 35, 55], [25, 45, 65])
+    (losses,) = [c["lines"] for c in Page(text).charts if {line["label"] for line in c["lines"]} == {"pages", "style"}]
+    assert losses[0]["label"] == "pages"
+    assert (losses[0]["x"], losses[0]["y"], losses[0]["low"]) == ([2, 6], [1.5, 0.5], [1.25, 0.25])
+    assert losses[1]["low"] == [], "the error is that of the score"
+
+
 def test_each_chart_has_a_table_for_readers_without_scripts(run: Path) -> None:
     page = Page(build_report(run).read_text())
     assert sum(tag == "noscript" for tag, _ in page.tags) == len(page.charts)

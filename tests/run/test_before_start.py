@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
+from data_pipeline.shards.manifest import write_manifest
+from data_pipeline.shards.writer import ShardWriter
 from mmscale.cli.main import main
 from mmscale.config import load
+from mmscale.evaluate import check
 from mmscale.run.config import RunConfig, check_files
 from tests.evaluate.texts import write_set
 
@@ -68,6 +74,81 @@ def test_a_mistake_in_an_evaluation_set(capsys: pytest.CaptureFixture[str], chan
         del held["field"]
     err = complaint(capsys, override("evaluation.sets", [held]))
     assert re.search(said, err), err
+
+
+SHORT = ("model.decoder.rope=null", "model.decoder.learned_positions=32")
+CONTRASTIVE = ("model.connector={kind: contrastive, dim: 16, pool: mean, loss: sigmoid}",)
+TEXT_MODEL = (
+    *("model.vision=null", "model.connector=null", "stages.0.train=[decoder]"),
+    "data.datasets=[{name: pages, manifest: examples/text/shards/pages-heldout.manifest, template: {kind: text}}]",
+)
+LONG = {"n": 0, "question": "why", "choices": ["yes", "no " * 60]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "evaluation", "words", "said"),
+    [
+        ({}, {"captions": {"prompt": "{nam}"}}, (), "set style: evaluation.captions: .*'nam' is missing"),
+        ({}, {"captions": {"prompt": "{"}}, (), "evaluation.captions.prompt=.*'{'"),
+        ({"prompt": "{name"}, {}, (), "evaluation.sets.0.prompt=.*'}'"),
+        ({}, {"captions": {"max_new_tokens": 40}}, SHORT, "captions: .* 40 more .* exceed the 32 positions"),
+        ({"template": "{value}" + " and more" * 20}, {}, SHORT, "style: .* tokens and .* exceed the 32 positions"),
+        ({"template": "{value}" + " and more" * 20}, {}, (*SHORT, *CONTRASTIVE), "style: .*exceed the 32 positions"),
+        ({"kind": "choice", "prompt": "{question}", "answer": "n"}, {}, SHORT, "style: .*exceed the 32 positions"),
+        ({"choices": 2}, {"every_steps": 2, "during": {"limit": 3}}, (), "of 3 samples have the answer"),
+        (
+            {},
+            {"every_steps": 2, "best": {"metric": "style.loss"}},
+            CONTRASTIVE,
+            "style.loss: a contrastive model gives no",
+        ),
+        (
+            {},
+            {"every_steps": 2, "best": {"metric": "style.score"}},
+            TEXT_MODEL,
+            "best.metric=style.score: the model of the last stage cannot answer set style",
+        ),
+    ],
+    ids=str,
+)
+def test_a_mistake_that_would_end_a_long_run(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    evaluation: dict[str, Any],
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    held = STYLE | {"choices": 4, "limit": 8} | changes
+    if held.get("kind", "images") != "images":
+        del held["field"], held["choices"]
+    if held.get("kind") == "choice":
+        held["manifest"] = str(write_set(tmp_path, [LONG, LONG]))
+    err = complaint(capsys, override("evaluation", {"sets": [held], **evaluation}), *words)
+    assert re.search(said, err), err
+
+
+def test_an_image_that_cannot_be_decoded_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(picture, "png")
+    cut = picture.getvalue()[:60]  # The header with the size is whole.
+    with ShardWriter(tmp_path, "part", max_samples=9) as writer:
+        for number in range(4):
+            writer.write(f"{number}", {"png": cut, "json": json.dumps({"name": f"n{number}"}).encode()})
+    write_manifest(tmp_path / "set.manifest", writer.shards)
+    held = STYLE | {"manifest": str(tmp_path / "set.manifest"), "choices": 2}
+    err = complaint(capsys, override("evaluation.sets", [held]))
+    assert re.search(r"evaluation set style: .*part-00000.tar/[0-3]: a damaged png", err), err
+
+
+def test_a_set_with_candidates_of_another_manifest_names_that_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "_MOST_READ", 5)
+    pool = write_set(tmp_path, [{"name": f"n{number}"} for number in range(8)])
+    held = STYLE | {"choices": 265, "candidates_from": str(pool)}
+    err = complaint(capsys, override("evaluation.sets", [held]))
+    assert re.search(f"evaluation set style: choices=265: {pool} has 8 samples", err), err
 
 
 def test_training_does_not_begin_with_a_mistake_in_the_evaluation(
