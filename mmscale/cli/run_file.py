@@ -30,6 +30,7 @@ _RUN_OUTPUTS = (
     "report.html",
     "result.json",
     "starts",
+    "trackers",
 )
 """A folder with config.yaml and one of these is a run folder."""
 

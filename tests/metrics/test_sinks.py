@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
 
+from mmscale.errors import MMScaleError
 from mmscale.metrics.metrics_file import cut_back, read_metrics
-from mmscale.metrics.run_log import JsonlSink
+from mmscale.metrics.sinks import JsonlSink, TensorBoardSink
 
 
 def _write(path: Path, steps: list[int], tail: bytes = b"") -> None:
@@ -104,3 +106,19 @@ def test_values_are_added_to_the_step_that_a_run_resumes_from(tmp_path: Path) ->
     sink.close()
     assert path.read_bytes().splitlines(keepends=True)[0] == before[0]
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+
+
+def test_tensorboard_on_a_full_disk_is_one_error_and_no_traceback_of_a_thread(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for the full disk: a write fails in the middle of an event."""
+    sink = TensorBoardSink(tmp_path, start_step=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(MMScaleError, match=r"tfevents.*: cannot be written: .*metrics\.tensorboard=false"):
+            any(sink.scalars(step, {"loss": 1.0}) for step in range(1, 1000))
+        sink.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capfd.readouterr().err == ""

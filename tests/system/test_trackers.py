@@ -98,7 +98,7 @@ def test_a_killed_run_continues_its_tracker_runs_and_repeats_no_step(
     # A run that is killed between a step's line and its images sends these after the resume.
     assert [row["_step"] for row in rows if row.get("samples/0._type") == "image-file"] == [1, 4, 8, 12]
     assert config["run_dir"] == str(run.folder)
-    assert config["data.lanes"] == 8
+    assert config["data.lanes"] == 4
     assert config["report"] == str((run.folder / "report.html").resolve())
     assert len(config["git_commit"]) in (0, 40)
 
@@ -108,7 +108,7 @@ def test_a_killed_run_continues_its_tracker_runs_and_repeats_no_step(
     assert found.info.run_name == run.folder.name
     history = client.get_metric_history(found.info.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == list(expected.items())
-    assert found.data.params["data.lanes"] == "8"
+    assert found.data.params["data.lanes"] == "4"
     assert found.data.tags["report"].endswith("report.html")
     names = [file.path for file in client.list_artifacts(found.info.run_id, "images")]
     counts: dict[str, int] = defaultdict(int)
