@@ -24,8 +24,9 @@ def evaluate_run(
 ) -> None:
     """Score a trained model on held-out samples.
 
-    Loads the newest checkpoint of the run and scores the sets of its evaluation block: answers to images with
-    a control (images permuted among the samples), multiple-choice questions, perplexity of documents.
+    Loads the newest checkpoint of the run and scores the sets of its evaluation block: answers to images with a control
+    (images permuted among the samples), multiple-choice questions, perplexity of documents, and generated answers,
+    which it writes to RUN/answers.
     """
     from dataclasses import asdict
 
@@ -33,6 +34,7 @@ def evaluate_run(
     from mmscale.config import load
     from mmscale.errors import ConfigError
     from mmscale.evaluate import evaluate, unanswerable_sets
+    from mmscale.evaluate.result import ANSWERS_FOLDER, GenerationResult
     from mmscale.run.config import RunConfig
     from mmscale.run.folder import CONFIG
 
@@ -45,5 +47,9 @@ def evaluate_run(
     data, spec = run.evaluation_data(trained.stage), run.stage_media(trained.stage)
     if left_out := unanswerable_sets(run.evaluation, spec):
         console.print(f"not scored, because the model cannot answer them: {', '.join(held.name for held in left_out)}")
-    results = evaluate(trained.model, run.evaluation, data, spec, trained.world)
+    answers = run.run_dir / ANSWERS_FOLDER
+    results = evaluate(trained.model, run.evaluation, data, spec, trained.world, answers_folder=answers)
+    for name, result in results.items():
+        if isinstance(result, GenerationResult):
+            console.print(f"wrote {answers / name}.jsonl")
     emit({"checkpoint": str(trained.checkpoint), "heldout": {k: asdict(v) for k, v in results.items()}}, json=json)

@@ -113,7 +113,7 @@ def _result_heads(variants: Sequence[VariantSummary]) -> list[str]:
     heads = ["training loss, last tenth"]
     for name, held in variants[0].heldout.items() if variants else ():
         heads += [f"{name}: loss"] if held.loss else []
-        heads += [f"{name}: accuracy"] if held.score else []
+        heads += [f"{name}: {held.metric if held.chance is None else 'accuracy'}"] if held.score else []
     return heads
 
 
@@ -123,12 +123,16 @@ def _result_row(variant: VariantSummary, colour: int) -> TableRow:
         cells += [_cell(held.loss, _nats)] if held.loss else []
         if held.score:
             permuted = [] if held.control is None else [f"images permuted {_percent(held.control)}"]
-            cells.append(_cell(held.score, _percent, permuted))
+            cells.append(_cell(held.score, _percent if held.chance is not None else _hundredfold, permuted))
     return TableRow(variant.name, colour, cells)
 
 
 def _nats(value: float) -> str:
     return f"{value:.3f}"
+
+
+def _hundredfold(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
 def _percent(value: float) -> str:

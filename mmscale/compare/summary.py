@@ -253,10 +253,12 @@ def _held_out(seed_runs: _SeedRuns, held: str) -> SetSummary:
         return None if one.get(key) is None else seed_runs.estimate(lambda run: run.heldout[held][key])
 
     score, loss, control = estimate("score"), estimate("loss"), estimate("control")
-    if score is not None:
+    if score is not None and one.get("chance") is not None:
         score = replace(score, asked_error=binomial_error(score.mean.mean, one["n"]))
-    elif loss is not None:
-        loss = replace(loss, asked_error=statistics.fmean(run.heldout[held]["error"] for run in seed_runs.runs))
+    else:
+        error = statistics.fmean(run.heldout[held]["error"] for run in seed_runs.runs)
+        score = None if score is None else replace(score, asked_error=error)
+        loss = None if loss is None else replace(loss, asked_error=error)
     return SetSummary(
         metric=one["metric"],
         n=one["n"],

@@ -1,4 +1,4 @@
-"""Scores on held-out sets: choice of the right answer, use of the image, and perplexity.
+"""Scores on held-out sets: choice of the right answer, use of the image, perplexity, and generated answers.
 
 config         the ``evaluation`` block: sets and their questions
 heldout        samples, right answers, prompts as documents
@@ -9,9 +9,11 @@ pairs          (prompt, answer) pairs -> log-likelihoods, over all ranks
 similarity     (sample, candidate) pairs -> cosine of image and text, for contrastive models
 choice         multiple-choice questions -> ChoiceResult
 perplexity     documents -> PerplexityResult
+generation     prompts -> generated answers -> GenerationResult
+answer_metrics generated answers, reference answers -> values
 score          every set -> its result
 check          checks of the sets before a run starts
-answers        generated answers and captions
+answers        answers to a user's prompt, and captions
 """
 
 from mmscale.evaluate.check import check_best, check_sets
@@ -20,6 +22,7 @@ from mmscale.evaluate.config import (
     CaptionsConfig,
     ChoiceSet,
     EvaluationConfig,
+    GenerationSet,
     HeldOutSet,
     PerplexitySet,
 )
@@ -31,6 +34,7 @@ __all__ = [
     "CaptionsConfig",
     "ChoiceSet",
     "EvaluationConfig",
+    "GenerationSet",
     "HeldOutSet",
     "PerplexitySet",
     "check_best",

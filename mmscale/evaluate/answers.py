@@ -28,8 +28,8 @@ from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.evaluate import CaptionsConfig, EvaluationConfig, HeldOutSet
+from mmscale.evaluate.generation import AnswerWriter
 from mmscale.evaluate.heldout import ImageQuestions, PromptBuilder
-from mmscale.models.generation import generate
 from mmscale.models.sampling import SamplingConfig
 
 _MOST_IMAGE_BYTES = 1 << 28
@@ -98,30 +98,9 @@ def respond(
     device = next(model.parameters()).device
     batch = collate([Pack((*[document] * num, dummy), lane=-1)], spec).to(device)
 
-    def watch(number: int, tokens: list[int]) -> bool:
-        text = tokenizer.decode(tokens)
-        if show is not None and number == 0:
-            show(_before_stop(text, stop))
-        return any(end in text for end in stop)
-
-    stop_ids = [tokenizer.special_id(name, "template.special_tokens") for name in dataset.template.closing]
-    watched = watch if stop or show is not None else None
-    answers = generate(
-        model,  # type: ignore[arg-type]
-        batch,
-        max_new_tokens,
-        tokenizer.eos_id,
-        sampling,
-        stop_ids=stop_ids,
-        watch=watched,
-    )
-    return [_before_stop(tokenizer.decode(tokens), stop).strip() for tokens in answers]
-
-
-def _before_stop(text: str, stop: Sequence[str]) -> str:
-    """Return the text before the first stop text in it."""
-    positions = [position for end in stop if (position := text.find(end)) >= 0]
-    return text[: min(positions)] if positions else text
+    first = None if show is None else (lambda number, text: show(text) if number == 0 else None)
+    writer = AnswerWriter(model, tokenizer, dataset.template.closing, stop, show=first)
+    return [text.strip() for text in writer(batch, max_new_tokens, sampling)]
 
 
 def _prompt_sample(
@@ -211,17 +190,10 @@ def _caption_set(
     tokenizer = load_tokenizer(data.tokenizer)
     questions = ImageQuestions.read(held, limit=captions.num_images)
     prompts = PromptBuilder.of_images(held, data, tokenizer, spec, captions.prompt)(questions.samples).to(world.device)
-    answers = generate(
-        model,  # type: ignore[arg-type]
-        prompts,
-        captions.max_new_tokens,
-        tokenizer.eos_id,
-        captions.sampling,
-        lockstep=world.world_size > 1,
-    )
+    texts = AnswerWriter(model, tokenizer, world=world)(prompts, captions.max_new_tokens, captions.sampling)
     return [
-        CaptionedImage(held.name, _thumbnail(sample), expected, tokenizer.decode(tokens).strip())
-        for sample, expected, tokens in zip(questions.samples, questions.answers, answers, strict=True)
+        CaptionedImage(held.name, _thumbnail(sample), expected, text.strip())
+        for sample, expected, text in zip(questions.samples, questions.answers, texts, strict=True)
     ]
 
 

@@ -22,16 +22,19 @@ from data_pipeline.shards.sample_reader import SampleReader, read_samples
 from data_pipeline.text.templates.base import fill
 from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.errors import ConfigError
+from mmscale.evaluate.answer_metrics import require_metric
 from mmscale.evaluate.choice import answer_ids, make_question
 from mmscale.evaluate.config import (
     CaptionsConfig,
     ChoiceSet,
     EvaluationConfig,
     EvaluationSet,
+    GenerationSet,
     HeldOutSet,
     Normalise,
     PerplexitySet,
 )
+from mmscale.evaluate.generation import check_length, make_open_question
 from mmscale.evaluate.heldout import (
     PromptBuilder,
     candidate_ids,
@@ -121,6 +124,8 @@ def _check_contrastive(held: HeldOutSet) -> None:
 
 def _check_samples(held: EvaluationSet, data: DataConfig, tokenizer: Tokenizer, spec: MediaSpec) -> None:
     builder = document_builder(held, template_of(held), data, tokenizer, spec)
+    if isinstance(held, GenerationSet):
+        require_metric(held.metric)
     with closing(SampleReader(Manifest.open(held.manifest), held.name)) as reader:
         chosen = draw_samples(held, reader.manifest.num_samples)[:_MOST_READ]
         if isinstance(held, PerplexitySet):
@@ -132,7 +137,7 @@ def _check_samples(held: EvaluationSet, data: DataConfig, tokenizer: Tokenizer, 
         for place, number in enumerate(chosen):
             is_decoded = place < _MOST_DECODED
             sample = reader.read(number) if is_decoded else reader.read_without_images(number)
-            question = sample if isinstance(held, HeldOutSet) else make_question(sample, held).sample
+            question = _question(sample, held)
             document = builder.build_prompt(question) if is_decoded else builder.dry_run_prompt(question)
             if isinstance(held, HeldOutSet) and not document.items:
                 origin = sample.provenance
@@ -142,9 +147,21 @@ def _check_samples(held: EvaluationSet, data: DataConfig, tokenizer: Tokenizer, 
             if isinstance(held, ChoiceSet):
                 answers = [answer_ids(held, choice, tokenizer) for choice in make_question(sample, held).choices]
                 _check_length(sample, document.num_tokens, max(map(len, answers)) - 1, spec)
+            if isinstance(held, GenerationSet):
+                check_length(sample, document.num_tokens, held, spec.max_document_tokens)
             samples.append(sample)
     if isinstance(held, HeldOutSet):
         _check_answers(held, samples, data, tokenizer, spec)
+
+
+def _question(sample: Sample, held: HeldOutSet | ChoiceSet | GenerationSet) -> Sample:
+    if isinstance(held, HeldOutSet):
+        return sample
+    return (
+        make_open_question(sample, held).sample
+        if isinstance(held, GenerationSet)
+        else make_question(sample, held).sample
+    )
 
 
 def _check_length(sample: Sample, num_tokens: int, num_new_tokens: int, spec: MediaSpec) -> None:

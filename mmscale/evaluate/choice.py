@@ -60,7 +60,7 @@ def score_choices(context: EvaluationContext, held: ChoiceSet) -> ChoiceResult:
         for choice in question.choices
     ]
     prompts = PromptBuilder(document_builder(held, template_of(held), context.data, context.tokenizer, context.spec))
-    values = PairScorer(context, held, [question.sample for question in questions], prompts).run(pairs)
+    values = PairScorer(context, held, [question.sample for question in questions], prompts).run(pairs).likelihoods
     ends = np.cumsum([len(question.choices) for question in questions])[:-1]
     tokens = np.split(np.array([len(pair.answer) for pair in pairs]), ends)
     return _result(held, questions, np.split(values, ends), tokens)

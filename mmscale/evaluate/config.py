@@ -14,6 +14,7 @@ from data_pipeline.images.transforms import TransformConfig
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.text.templates import DialogueTemplate, TemplateConfig
 from data_pipeline.text.templates.base import parse
+from mmscale.evaluate.answer_metrics import Ignored, MetricName
 from mmscale.models.sampling import SamplingConfig
 
 
@@ -145,7 +146,42 @@ class ChoiceSet(_Answered):
         return choices
 
 
-EvaluationSet = Annotated[HeldOutSet | PerplexitySet | ChoiceSet, Field(discriminator="kind")]
+class GenerationSet(_HeldOut):
+    """Questions that the model answers in its own words. Images of a sample come before its question."""
+
+    kind: Literal["generation"]
+    prompt: str | None = "{question}"
+    """Format string over the sample's fields for the text before the answer. Null asks with the turns of the sample
+    before its last answer; this needs ``dialogue``."""
+    dialogue: DialogueTemplate | None = None
+    """Chat format; the prompt becomes the user's turn. Null uses the prompt without a chat format."""
+    answers: str = "answer"
+    """Field of a sample with the reference answer: a text, a number, a list of them, or a list of objects whose
+    ``answer`` is a text, as in VQAv2. ``a.b`` reads b of the object a."""
+    metric: MetricName = "exact_match"
+    """``exact_match``, ``vqa`` (VQAv2), ``anls`` (DocVQA), ``relaxed_accuracy`` (ChartQA), ``chrf`` or ``cider``."""
+    ignore: tuple[Ignored, ...] = ("case", "punctuation")
+    """Differences that ``exact_match`` ignores: ``case``, ``punctuation``, ``articles``. Other metrics have their own
+    rules."""
+    max_new_tokens: int = Field(default=32, ge=1)
+    """Longest answer, tokens."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end an answer and are not part of it. The end of a turn or a text always ends it."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How tokens are sampled. The default always takes the most likely token."""
+
+    @model_validator(mode="after")
+    def _check_question(self) -> GenerationSet:
+        if self.prompt is None and self.dialogue is None:
+            raise ValueError("prompt: null asks with the turns of a dialogue; set dialogue, or give a prompt")
+        if self.metric != "exact_match" and "ignore" in self.model_fields_set:
+            raise ValueError(f"ignore: belongs to metric=exact_match; metric={self.metric} has its own rules")
+        if self.prompt is not None:
+            parse(self.prompt)
+        return self
+
+
+EvaluationSet = Annotated[HeldOutSet | PerplexitySet | ChoiceSet | GenerationSet, Field(discriminator="kind")]
 """A held-out set; ``kind`` selects its type and defaults to ``images``."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +23,14 @@ from data_pipeline.text.templates import CaptionTemplate, TemplateConfig
 from data_pipeline.text.tokenizer import Tokenizer
 from mmscale.dist import World, lowest_rank_error
 from mmscale.errors import ConfigError
-from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, EvaluationSet, HeldOutSet, PerplexitySet
+from mmscale.evaluate.config import (
+    ChoiceSet,
+    EvaluationConfig,
+    EvaluationSet,
+    GenerationSet,
+    HeldOutSet,
+    PerplexitySet,
+)
 from mmscale.evaluate.likelihood import ScoredModel
 
 T = TypeVar("T")
@@ -39,6 +47,7 @@ class EvaluationContext:
         tokenizer: Tokenizer of the model.
         spec: Media that the model accepts.
         world: Ranks that share the work.
+        answers_folder: Folder to which sets of kind ``generation`` write their answers; None: they write none.
     """
 
     model: ScoredModel
@@ -47,6 +56,7 @@ class EvaluationContext:
     tokenizer: Tokenizer
     spec: MediaSpec
     world: World
+    answers_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -178,8 +188,9 @@ def template_of(held: EvaluationSet) -> TemplateConfig:
     """Return the template of a set's documents, or of the prompts of its questions."""
     if isinstance(held, PerplexitySet):
         return held.template
-    if isinstance(held, ChoiceSet) and held.dialogue is not None:
+    if isinstance(held, ChoiceSet | GenerationSet) and held.dialogue is not None:
         return held.dialogue
+    assert held.prompt is not None, "a set without a prompt has a dialogue"
     return CaptionTemplate(prompts=(held.prompt,))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,18 +30,6 @@ class ScoredModel(Protocol):
     def head(self) -> torch.nn.Module: ...
 
 
-def log_likelihoods(
-    model: ScoredModel, batch: MultimodalBatch, *, rows_per_head: int, head_calls: int
-) -> npt.NDArray[np.float64]:
-    """Return the sum of log P(label) over the labels of each segment, in nats. Arguments as ``label_likelihoods``.
-
-    Returns:
-        float64 ``(S,)``; 0 for a segment without labels.
-    """
-    rows, found = label_likelihoods(model, batch, rows_per_head=rows_per_head, head_calls=head_calls)
-    return by_segment(batch, rows, found)
-
-
 def by_segment(batch: MultimodalBatch, rows: RowIndices, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return the sum of ``values`` over the rows of each segment, float64 ``(S,)``.
 
@@ -56,11 +44,19 @@ def by_segment(batch: MultimodalBatch, rows: RowIndices, values: npt.NDArray[np.
     return sums
 
 
+class LabelLikelihoods(NamedTuple):
+    """Rows that have a label, log P(label) of each in nats, and whether no other token is likelier than the label."""
+
+    rows: RowIndices
+    values: npt.NDArray[np.float64]
+    is_best: npt.NDArray[np.bool_]
+
+
 @torch.no_grad()
 def label_likelihoods(
     model: ScoredModel, batch: MultimodalBatch, *, rows_per_head: int, head_calls: int
-) -> tuple[RowIndices, npt.NDArray[np.float64]]:
-    """Return the rows that have a label, and log P(label) of each in nats.
+) -> LabelLikelihoods:
+    """Return the log-likelihood of each label of a batch.
 
     Args:
         model: Called once; its head is called exactly ``head_calls`` times. Under ZeRO-3 all ranks must call together.
@@ -71,7 +67,7 @@ def label_likelihoods(
     hidden = model(batch).hidden
     rows = torch.nonzero(batch.labels != IGNORE).squeeze(1)
     assert len(rows) <= rows_per_head * head_calls
-    found = []
+    found, best = [], []
     for call in range(head_calls):
         part = rows[call * rows_per_head : (call + 1) * rows_per_head]
         logits = model.head(hidden[part if len(part) else slice(0, 1)]).float()
@@ -80,4 +76,7 @@ def label_likelihoods(
             # Subtract the maximum before logsumexp: near a loss of zero the difference would otherwise lose precision.
             peak = logits.amax(1, keepdim=True)
             found.append(((chosen - peak.squeeze(1)) - (logits - peak).logsumexp(1)).double())
-    return rows.cpu().numpy(), torch.cat(found).cpu().numpy() if found else np.empty(0)
+            best.append(chosen == peak.squeeze(1))
+    if not found:
+        return LabelLikelihoods(rows.cpu().numpy(), np.empty(0), np.empty(0, dtype=np.bool_))
+    return LabelLikelihoods(rows.cpu().numpy(), torch.cat(found).cpu().numpy(), torch.cat(best).cpu().numpy())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,8 @@ from data_pipeline.sample import Sample
 from mmscale.dist import World, all_reduce_sum_list
 from mmscale.evaluate.config import EvaluationSet
 from mmscale.evaluate.continuations import Continuation, continue_prompts
-from mmscale.evaluate.heldout import EvaluationContext, PromptBuilder, call_on_all_ranks
-from mmscale.evaluate.likelihood import log_likelihoods
+from mmscale.evaluate.heldout import EvaluationContext, call_on_all_ranks
+from mmscale.evaluate.likelihood import by_segment, label_likelihoods
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,23 @@ class Pair:
 
     sample: int
     answer: tuple[int, ...]
+
+
+class PairValues(NamedTuple):
+    """Log-likelihood of each pair's answer in nats, and whether greedy decoding would give this answer."""
+
+    likelihoods: npt.NDArray[np.float64]
+    is_greedy: npt.NDArray[np.bool_]
+
+
+class Prompts(Protocol):
+    """Builds prompts from samples; ``heldout.PromptBuilder`` is one."""
+
+    def num_tokens(self, sample: Sample) -> int:
+        """Return the number of tokens of a sample's prompt."""
+
+    def __call__(self, samples: Sequence[Sample]) -> MultimodalBatch:
+        """Return one batch with the prompts of the samples, in order, and a dummy document at the end."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +63,10 @@ class PairScorer:
     context: EvaluationContext
     held: EvaluationSet
     samples: Sequence[Sample]
-    prompts: PromptBuilder
+    prompts: Prompts
 
-    def run(self, pairs: Sequence[Pair]) -> npt.NDArray[np.float64]:
-        """Return one log-likelihood per pair in nats, the same on every rank. All ranks must call.
+    def run(self, pairs: Sequence[Pair]) -> PairValues:
+        """Return the values of each pair, the same on every rank. All ranks must call.
 
         Raises:
             DataPipelineError: a sample is damaged. Every rank raises.
@@ -56,15 +74,19 @@ class PairScorer:
         chunks = list(self._chunks(pairs))
         rows = max(sum(len(pair.answer) for pair in pairs[start:end]) for start, end in chunks)
         head_calls = -(-rows // self.context.config.rows_per_head)
-        values = np.zeros(len(pairs))
+        values = np.zeros((2, len(pairs)))  # Likelihoods, and the number of tokens that are not the likeliest.
         for is_own, (start, end) in chunks_of_rank(chunks, self.context.world):
             batch = self._batch(pairs[start:end])
-            found = log_likelihoods(
+            found = label_likelihoods(
                 self.context.model, batch, rows_per_head=self.context.config.rows_per_head, head_calls=head_calls
             )
             if is_own:
-                values[start:end] = found[: end - start]
-        return np.array(all_reduce_sum_list(self.context.world, values.tolist()))
+                values[0, start:end] = by_segment(batch, found.rows, found.values)[: end - start]
+                values[1, start:end] = by_segment(batch, found.rows, 1.0 - found.is_best.astype(np.float64))[
+                    : end - start
+                ]
+        summed = np.array(all_reduce_sum_list(self.context.world, values.ravel().tolist())).reshape(values.shape)
+        return PairValues(summed[0], summed[1] == 0)
 
     def _chunks(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, int]]:
         """Yield ranges of pairs within the token budget. Each pair counts its prompt's tokens and its answer's."""

@@ -150,7 +150,9 @@ def _likelihoods(
         batch = call_on_all_ranks(world, held, lambda: documents.batch(chosen))  # noqa: B023  called at once
         weights = batch.loss_weights.double().numpy()
         batch = batch.to(world.device)
-        rows, found = label_likelihoods(context.model, batch, rows_per_head=config.rows_per_head, head_calls=head_calls)
+        rows, found, _ = label_likelihoods(
+            context.model, batch, rows_per_head=config.rows_per_head, head_calls=head_calls
+        )
         if is_own:
             values[0, start:end] = by_segment(batch, rows, found * weights[rows])[: end - start]
             values[1, start:end] = by_segment(batch, rows, found)[: end - start]

@@ -18,6 +18,8 @@ from data_pipeline.io.untrusted import read_json
 from mmscale.errors import MMScaleError
 
 RESULT_FILE = "result.json"
+ANSWERS_FOLDER = "answers"
+"""Folder in a run folder with a file ``NAME.jsonl`` for each set of kind ``generation``."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,34 @@ class PerplexityResult:
         )
 
 
-HeldOutResult = SetResult | ChoiceResult | PerplexityResult
+@dataclass(frozen=True)
+class GenerationResult:
+    """Result of a set of kind ``generation``.
+
+    Attributes:
+        score: Value of the metric, in [0, 1]; of CIDEr in [0, 10]. Tables show 100 times this.
+        n: Number of samples.
+        metric: Name of the metric, such as ``VQA accuracy``.
+        error: Standard error of ``score`` over samples; for chrF from a bootstrap.
+        control: None; the keys ``control`` and ``chance`` exist for readers of all kinds.
+        chance: None.
+    """
+
+    score: float
+    n: int
+    metric: str
+    error: float
+    control: None = None
+    chance: None = None
+    kind: str = "generation"
+
+    @property
+    def summary(self) -> str:
+        """One line for a log."""
+        return f"{self.metric} {self.score:.3f} ± {self.error:.3f} (n={self.n})"
+
+
+HeldOutResult = SetResult | ChoiceResult | PerplexityResult | GenerationResult
 """Result of one held-out set; the field ``kind`` identifies the type."""
 
 
@@ -277,12 +306,29 @@ class _Perplexity(TypedDict):
     metric: str
 
 
+@_open
+class _Generation(TypedDict):
+    kind: Literal["generation"]
+    score: Annotated[float, Field(ge=0, le=10)]
+    n: Annotated[int, Field(ge=1, lt=2**63)]
+    metric: str
+    error: _Number
+    control: None
+    chance: None
+
+
 def _kind(held: Any) -> str:
-    return "perplexity" if isinstance(held, dict) and held.get("kind") == "perplexity" else "scored"
+    kind = held.get("kind") if isinstance(held, dict) else None
+    return kind if kind in ("perplexity", "generation") else "scored"
 
 
 # Discriminate by kind, so that the error for a damaged set lists the keys of its own kind.
-_Set = Annotated[Annotated[_Perplexity, Tag("perplexity")] | Annotated[_Scored, Tag("scored")], Discriminator(_kind)]
+_Set = Annotated[
+    Annotated[_Perplexity, Tag("perplexity")]
+    | Annotated[_Generation, Tag("generation")]
+    | Annotated[_Scored, Tag("scored")],
+    Discriminator(_kind),
+]
 
 
 @_open

@@ -3,11 +3,13 @@
 images       read -> blocks -> (image, candidate) pairs -> log-likelihoods or similarities -> accuracy
 choice       read -> (question, choice) pairs -> log-likelihoods -> accuracy    (``choice``)
 perplexity   documents -> log-likelihoods -> mean                               (``perplexity``)
+generation   read -> prompts -> generated answers -> metric                     (``generation``)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -18,7 +20,16 @@ from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.evaluate.choice import credit, score_choices
-from mmscale.evaluate.config import ChoiceSet, EvaluationConfig, HeldOutSet, Normalise, PerplexitySet
+from mmscale.evaluate.config import (
+    ChoiceSet,
+    EvaluationConfig,
+    EvaluationSet,
+    GenerationSet,
+    HeldOutSet,
+    Normalise,
+    PerplexitySet,
+)
+from mmscale.evaluate.generation import score_generation
 from mmscale.evaluate.heldout import (
     EvaluationContext,
     ImageQuestions,
@@ -45,6 +56,8 @@ def evaluate(
     data_config: DataConfig,
     spec: MediaSpec,
     world: World,
+    *,
+    answers_folder: Path | None = None,
 ) -> dict[str, HeldOutResult]:
     """Score every held-out set that the model can answer. All ranks must call; all get the same result.
 
@@ -56,21 +69,25 @@ def evaluate(
         data_config: Gives the tokenizer, the transform of the first data set and the length of documents.
         spec: Media that the model accepts.
         world: Ranks that share the work.
+        answers_folder: Folder to which sets of kind ``generation`` write their answers, ``NAME.jsonl``; None: none.
 
     Raises:
         ConfigError: a set is empty, or its samples cannot give ``choices`` or the control.
         DataPipelineError: a file is missing or damaged.
     """
+    tokenizer = load_tokenizer(data_config.tokenizer)
     context = EvaluationContext(
-        cast(ScoredModel, model), config, data_config, load_tokenizer(data_config.tokenizer), spec, world
+        cast(ScoredModel, model), config, data_config, tokenizer, spec, world, answers_folder=answers_folder
     )
     left_out = unanswerable_sets(config, spec)
     return {held.name: _score(context, held) for held in config.sets if held not in left_out}
 
 
-def _score(context: EvaluationContext, held: HeldOutSet | PerplexitySet | ChoiceSet) -> HeldOutResult:
+def _score(context: EvaluationContext, held: EvaluationSet) -> HeldOutResult:
     if isinstance(held, PerplexitySet):
         return score_perplexity(context, held)
+    if isinstance(held, GenerationSet):
+        return score_generation(context, held)
     return score_choices(context, held) if isinstance(held, ChoiceSet) else _score_images(context, held)
 
 
@@ -84,7 +101,7 @@ def _score_images(context: EvaluationContext, held: HeldOutSet) -> SetResult:
     ids = {value: candidate_ids(held, value, context.tokenizer) for block in blocks for value in block.candidates}
     pairs = [Pair(sample, ids[value]) for block in blocks for sample in block.samples for value in block.candidates]
     prompts = PromptBuilder.of_images(held, context.data, context.tokenizer, context.spec)
-    values = PairScorer(context, held, questions.samples, prompts).run(pairs)
+    values = PairScorer(context, held, questions.samples, prompts).run(pairs).likelihoods
     tables = list(_tables(values, blocks))
     lengths = [np.array([len(ids[value]) for value in block.candidates]) for block in blocks]
     loss = _loss(tables, lengths, blocks)

@@ -30,20 +30,21 @@ def generate(
     *,
     stop_ids: Collection[int] = (),
     watch: TokenCallback | None = None,
-    lockstep: bool = False,
+    any_running: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """Continue every prompt of a batch.
 
     Args:
-        model: A model in evaluation mode, as built or sharded by ZeRO-3 (then set ``lockstep``).
+        model: A model in evaluation mode, as built or sharded by ZeRO-3 (then set ``any_running``).
         batch: Packed prompts (documents without their answers) on the model's device.
         max_new_tokens: Most new tokens per sequence.
         eos_id: Token that ends a sequence; not part of the result.
         sampling: Settings for choosing the next token.
         stop_ids: Further tokens that end a sequence and are not part of the result, for example the end of a turn.
         watch: Called after each new token that is part of the result; may end the sequence.
-        lockstep: Run exactly ``max_new_tokens`` forward passes, so that all ranks of a sharded model run the same
-            number. All ranks must then call this function. Otherwise generation stops when every sequence has ended.
+        any_running: Called after each token with whether a sequence of this batch is unfinished; returns whether to run
+            another forward pass. For a sharded model, return whether any rank has an unfinished sequence, so that all
+            ranks run equally many forward passes. All ranks must then call this function.
 
     Returns:
         New tokens of each document in order, without dummy documents.
@@ -69,7 +70,7 @@ def generate(
             seen = _prompt_tokens(batch, logits) if seen is None else seen.scatter(1, step.token_ids[:, None], True)
         chosen = choose_tokens(logits, sampling, generator, seen)
         running = _append_tokens(rows, chosen.tolist(), running, ends, watch)
-        if number + 1 == max_new_tokens or (not lockstep and not running):
+        if number + 1 == max_new_tokens or not any_running(bool(running)):
             break
         step = _with_tokens(step, chosen)
         hidden = model(step, cache=cache).hidden

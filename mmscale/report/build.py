@@ -22,7 +22,7 @@ import numpy as np
 from data_pipeline.io.atomic import as_utf8, write_whole
 from data_pipeline.io.untrusted import read_bytes
 from mmscale.errors import ConfigError, MMScaleError
-from mmscale.evaluate.result import binomial_error, read_result
+from mmscale.evaluate.result import ANSWERS_FOLDER, binomial_error, read_result
 from mmscale.metrics.format import format_count, format_seconds
 from mmscale.metrics.goodput import Goodput, read_goodput
 from mmscale.metrics.metrics_file import read_metrics
@@ -207,6 +207,9 @@ def _card(name: str, score_record: Mapping[str, Any]) -> HeldoutCard:
         samples = f"{score_record['n']:,} documents, {score_record['tokens']:,} tokens"
         return HeldoutCard(name, score_record["metric"], samples, f"{score_record['perplexity']:.4g}", "", about, [])
     score, n = score_record["score"], score_record["n"]
+    if score_record.get("kind") == "generation":
+        about = f"± {100 * score_record['error']:.1f} · answers in {ANSWERS_FOLDER}/{name}.jsonl"
+        return HeldoutCard(name, score_record["metric"], f"{n:,} samples", f"{100 * score:.1f}", "", about, [])
     bars = [Bar("model", score, score_record.get("error", binomial_error(score, n)), 1)]
     about = f"{score / score_record['chance']:.1f}× chance"
     if "control" in score_record:

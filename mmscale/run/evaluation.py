@@ -31,7 +31,7 @@ from mmscale.engine.engine import Engine
 from mmscale.errors import CheckpointError
 from mmscale.evaluate import EvaluationConfig, evaluate, unanswerable_sets
 from mmscale.evaluate.answers import caption_images
-from mmscale.evaluate.result import HeldOutResult, curve_values
+from mmscale.evaluate.result import ANSWERS_FOLDER, HeldOutResult, curve_values
 from mmscale.io.files import link_best
 from mmscale.metrics.run_log import NullLog, RunLog
 from mmscale.models.build import AnyModel
@@ -231,4 +231,5 @@ def _evaluate(
     config: RunConfig, engine: Engine, model: object, stage: int, evaluation: EvaluationConfig
 ) -> dict[str, HeldOutResult]:
     data, spec = config.evaluation_data(stage), config.stage_media(stage)
-    return evaluate(cast(AnyModel, model), evaluation, data, spec, engine.world)
+    answers = config.run_dir / ANSWERS_FOLDER
+    return evaluate(cast(AnyModel, model), evaluation, data, spec, engine.world, answers_folder=answers)

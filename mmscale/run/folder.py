@@ -11,6 +11,7 @@ heartbeats/            state of each rank, for the watchdog
 trackers/              ids, progress and offline data of trackers
 profile/               traces of a few steps           goodput.jsonl         time spent outside of steps
 captions.json report/  captions of held-out images     report.html result.json
+answers/               generated answers of held-out questions
 """
 
 from __future__ import annotations

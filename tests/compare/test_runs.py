@@ -17,6 +17,7 @@ from mmscale.config import dump, load
 from mmscale.errors import ConfigError
 from mmscale.evaluate.result import (
     ChoiceResult,
+    GenerationResult,
     HeldOutResult,
     Memory,
     Params,
@@ -221,7 +222,8 @@ def test_sets_of_documents_and_of_choices_have_what_they_have(read: Read) -> Non
     for number, trial in enumerate(trials):
         documents = PerplexityResult(2.0 + number, 0.3, 7.4, 1.5, tokens=90, bytes=200, n=9)
         choices = ChoiceResult(0.5, 0.25, 100, "right choice among 4", 0.05, {"none": 0.5})
-        pretend(trial.config, more={"documents": documents, "choices": choices})
+        written = GenerationResult(1.5 + number / 10, 30, "CIDEr", 0.2)
+        pretend(trial.config, more={"documents": documents, "choices": choices, "written": written})
     cross = write_comparison(comparison, trials, [])["variants"][1]["heldout"]
     assert cross["documents"]["score"] is None
     assert cross["documents"]["loss"]["mean"]["mean"] == pytest.approx(4.5)
@@ -230,7 +232,11 @@ def test_sets_of_documents_and_of_choices_have_what_they_have(read: Read) -> Non
     assert (cross["choices"]["loss"], cross["choices"]["control"]) == (None, None)
     assert cross["choices"]["score"]["asked_error"] == pytest.approx(0.05)
     text = Page(comparison.page_path.read_text()).text
-    assert "documents: loss choices: accuracy" in text
+    assert cross["written"]["score"]["mean"]["mean"] == pytest.approx(1.75)
+    assert cross["written"]["score"]["asked_error"] == pytest.approx(0.2)
+    assert (cross["written"]["chance"], cross["written"]["control"]) == (None, None)
+    assert "documents: loss choices: accuracy written: CIDEr" in text
+    assert " 175.0 " in text
     assert "right choice among 4 · 100 samples" in text
 
 

@@ -6,9 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_pipeline.config import DataConfig
+from data_pipeline.packing.collate import collate
+from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
+from data_pipeline.packing.packer import Pack
+from data_pipeline.sample import Sample
+from data_pipeline.text.templates import TemplateConfig
+from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale.dist import World
 from mmscale.evaluate import EvaluationConfig, evaluate
 from mmscale.models.build import build_model, media_spec
@@ -103,3 +110,33 @@ def score(world: World, **changes: Any) -> dict[str, Any]:
         kind: asdict(evaluate(model, evaluation(**changes), data_config(), media_spec(model.config), world)["both"])
         for kind, model in models.items()
     }
+
+
+def continued(model: MultimodalModel, data: DataConfig, template: TemplateConfig, sample: Sample, steps: int) -> str:
+    """Return the greedy continuation of a prompt, with a whole forward pass for every token."""
+    tokenizer, spec = load_tokenizer(data.tokenizer), media_spec(model.config)
+    tokens: list[int] = []
+    transforms = data.datasets[0].transforms.model_copy(update={"augment": None})
+    while len(tokens) < steps:
+        dataset = data.datasets[0].model_copy(update={"template": template, "transforms": transforms})
+        document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
+        ids = np.concatenate([document.token_ids, np.array(tokens, dtype=np.int32)])
+        positions = np.arange(len(ids), dtype=np.int32)
+        longer = type(document)(
+            token_ids=ids,
+            labels=np.full(len(ids), -100, dtype=np.int32),
+            loss_weights=np.zeros(len(ids), dtype=np.float32),
+            position_ids=positions,
+            items=document.items,
+            scatter_index=document.scatter_index,
+            spans=document.spans,
+            provenance=document.provenance,
+            images=document.images,
+        )
+        batch = collate([Pack((longer, dummy_document(spec, tokenizer.pad_id)), lane=0)], spec)
+        with torch.no_grad():
+            token = int(model.head(model(batch).hidden[len(ids) - 1 : len(ids)]).argmax())
+        if token == tokenizer.eos_id:
+            break
+        tokens.append(token)
+    return tokenizer.decode(tokens).strip()

@@ -60,7 +60,7 @@ def test_likelihoods_equal_one_document_at_a_time(kind: str, ends: bool) -> None
     pairs = [Pair(sample, candidate_ids(questions.config, value, tokenizer)) for sample in range(5) for value in values]
     prompts = PromptBuilder.of_images(config.image_sets[0], data, tokenizer, spec)
     context = EvaluationContext(model, config, data, tokenizer, spec, ALONE)
-    found = PairScorer(context, questions.config, questions.samples, prompts).run(pairs)
+    found = PairScorer(context, questions.config, questions.samples, prompts).run(pairs).likelihoods
     expected = [
         _brute_force(model, data, questions.samples[sample], f" {value}", ends=ends)
         for sample in range(5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,16 @@ from data_pipeline.config import DataConfig
 from data_pipeline.shards.manifest import write_manifest
 from data_pipeline.shards.writer import ShardWriter
 from mmscale.dist import World
+from mmscale.engine.config import EngineConfig
+from mmscale.engine.construct import construct
+from mmscale.engine.engine import Engine
 from mmscale.evaluate import EvaluationConfig, evaluate
 from mmscale.models.build import build_model, media_spec
 from mmscale.models.config import ModelConfig
 from mmscale.models.multimodal import MultimodalModel
+from mmscale.nn.init import initialise_
+from mmscale.objectives.next_token import NextToken
+from mmscale.optim.stages import StageConfig
 from tests.evaluate.emoji_models import data_config, tiny_model
 
 
@@ -56,3 +63,20 @@ def score(world: World, held: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def score_all(world: World, sets: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the result of each set. Runs on every rank."""
     return [score(world, held) for held in sets]
+
+
+def score_sharded(world: World, held: dict[str, Any], answers_folder: str) -> dict[str, Any]:
+    """Return the result of one set under ZeRO-3 with real shards. Runs on every rank."""
+    settings = ModelConfig(decoder=tiny_model().config.decoder)
+    config = EngineConfig(
+        zero_stage=3, device="cpu", precision="fp32", timeout_seconds=60, persistent_parameter_elements=0
+    )
+    model = construct(partial(build_model, settings, seed=None), config, world, partial(initialise_, seed=3))
+    stage = StageConfig.model_validate({"name": "all", "steps": 1})
+    engine = Engine(model, NextToken(), stage, config, world)
+    with engine.inference() as net:
+        found = evaluate(
+            net, evaluation(held), text_data(), media_spec(settings), world, answers_folder=Path(answers_folder)
+        )
+    engine.close()
+    return asdict(found["held"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from mmscale.dist import World
+from mmscale.dist import World, any_rank
 from mmscale.engine.config import EngineConfig
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine
@@ -59,6 +59,7 @@ def _run(world: World, kind: str, steps: int) -> dict[str, Any]:
     losses = [engine.train_step([lane(step, number) for number in mine]).loss for step in range(steps)]
     prompts = [pack([image_document(spec, 50 + number, number, sizes, VOCAB)], spec) for number in mine]
     with engine.inference() as net:
-        texts = [generate(net, prompt, 5, eos_id=7, lockstep=True)[0] for prompt in prompts]  # type: ignore[arg-type]
+        running = partial(any_rank, world)
+        texts = [generate(net, prompt, 5, eos_id=7, any_running=running)[0] for prompt in prompts]  # type: ignore[arg-type]
     engine.close()
     return {"losses": losses, "texts": dict(zip(map(str, mine), texts, strict=True))}

@@ -87,7 +87,7 @@ def test_stops_at_the_end_token_and_leaves_it_out() -> None:
     eos = free[0][3]
     stopped = generate(net, pack(docs, spec), 8, eos_id=eos)
     assert stopped == [row[: row.index(eos)] if eos in row else row for row in free]
-    assert generate(net, pack(docs, spec), 8, eos_id=eos, lockstep=True) == stopped
+    assert generate(net, pack(docs, spec), 8, eos_id=eos, any_running=lambda _: True) == stopped
 
 
 def test_stop_ids_and_the_callback_end_a_sequence() -> None:
@@ -108,7 +108,7 @@ def test_stop_ids_and_the_callback_end_a_sequence() -> None:
     assert watched[1][-1] == free[1]
 
 
-def test_lockstep_makes_the_same_number_of_calls_whatever_is_generated() -> None:
+def test_a_batch_that_has_ended_makes_forward_passes_while_another_rank_generates() -> None:
     net = model(None)
     docs, spec = prompts(net)
     first = [row[0] for row in generate(net, pack(docs[:1], spec), 1, eos_id=-1)]
@@ -117,8 +117,13 @@ def test_lockstep_makes_the_same_number_of_calls_whatever_is_generated() -> None
     assert generate(net, pack(docs[:1], spec), 5, eos_id=first[0]) == [[]]
     assert len(calls) == 1
     calls.clear()
-    assert generate(net, pack(docs[:1], spec), 5, eos_id=first[0], lockstep=True) == [[]]
-    assert len(calls) == 5
+    elsewhere = [True, True, False]
+    seen = []
+    assert generate(
+        net, pack(docs[:1], spec), 5, eos_id=first[0], any_running=lambda own: seen.append(own) or elsewhere.pop(0)
+    ) == [[]]
+    assert len(calls) == 3
+    assert seen == [False] * 3
 
 
 def test_nucleus_draws_only_from_the_nucleus_with_the_right_odds() -> None:

@@ -11,6 +11,7 @@ import mmscale.report.page as report_page
 from mmscale.errors import ConfigError
 from mmscale.evaluate.result import (
     ChoiceResult,
+    GenerationResult,
     HeldOutResult,
     Memory,
     Params,
@@ -96,6 +97,7 @@ def test_questions_and_perplexity_have_cards_of_their_own(run: Path) -> None:
             "facts": ChoiceResult(0.5, 0.25, 40, "right choice among 4", 0.08, shares),
             "pages": PerplexityResult(2.0, 0.03, 7.389, 1.25, 12_345, 50_000, 17),
             "tokens": PerplexityResult(2.0, 0.03, 1234567.0, None, 5, 0, 1),
+            "captions": GenerationResult(1.234, 30, "CIDEr", 0.056),
         },
     )
     text = Page(build_report(run).read_text()).text
@@ -103,10 +105,13 @@ def test_questions_and_perplexity_have_cards_of_their_own(run: Path) -> None:
         assert words in text
     for words in ("loss 2.0000 ± 0.0300 · 1.250 bits per byte", "17 documents, 12,345 tokens", "1.235e+06"):
         assert words in text
+    for words in ("CIDEr", "30 samples", "123.4", "± 5.6 · answers in answers/captions.jsonl"):
+        assert words in text
     assert "permuted 0" not in text
     held = json.loads((run / "result.json").read_text())["heldout"]
     assert [held[name]["kind"] for name in ("facts", "pages")] == ["choice", "perplexity"]
     assert held["facts"]["scores"] == shares
+    assert {"score", "control", "chance", "n", "metric"} <= set(held["captions"])
 
 
 def test_components_with_one_learning_rate_share_a_line(run: Path) -> None:
