@@ -19,13 +19,14 @@ from data_pipeline.errors import DataConfigError
 from data_pipeline.io.untrusted import UntrustedError, parse_json, read_lines
 from data_pipeline.prepare.folders import walk_folder
 from data_pipeline.prepare.records import CAPTION, CAPTIONS, PATH, SPOKEN, FieldNames
-from data_pipeline.shards.interleaved import PARTS, TEXT_LIST, TEXTS
+from data_pipeline.shards.interleaved import IMAGE_BASE64, PARTS, TEXT_LIST, TEXTS
 
 FILE_NAME = "file_name"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _TEXTS = ("text", "txt", "alt_text", "description")
 MOST_LINE_BYTES = 1 << 28
 """Longest line of a list. Python's default limit of 128 KiB per CSV field is too small for an image in base64."""
+_IMAGES = frozenset({PATH, IMAGE_BASE64, PARTS, TEXTS, TEXT_LIST}) | SPOKEN
 _OURS = frozenset({CAPTION, CAPTIONS, PARTS, TEXTS, TEXT_LIST}) | SPOKEN
 
 
@@ -93,10 +94,16 @@ def guess_text_column(
     return names if not found else _with_guess(names, CAPTIONS if texts[found[0]] else CAPTION, found[0])
 
 
-def guess_path_column(names: FieldNames, columns: Sequence[str]) -> FieldNames:
-    """Return ``names``, with ``file_name`` renamed to ``path`` if no column is called ``path``."""
+def guess_path_column(names: FieldNames, columns: Sequence[str], candidates: Sequence[str]) -> FieldNames:
+    """Return ``names``, with the only one of ``candidates`` renamed to ``path`` if no column holds images by its name.
+
+    The images of a dialogue are found under their usual names (``records``), so its columns keep theirs.
+    """
     renamed = renamed_columns(names, columns)
-    return _with_guess(names, PATH, FILE_NAME) if FILE_NAME in renamed and PATH not in renamed else names
+    found = [name for name in candidates if name in renamed]
+    if len(found) != 1 or _IMAGES & set(renamed):
+        return names
+    return _with_guess(names, PATH, found[0])
 
 
 def has_text_column(names: FieldNames, columns: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Read CSV, TSV and JSONL as a source: one sample per row, with images in files or in the row itself."""
+"""Read CSV, TSV, JSONL and JSON arrays as a source: one sample per row, with images in files or in the row itself."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
 from data_pipeline.io.checksums import sha256_of
+from data_pipeline.io.json_array import read_array
 from data_pipeline.io.json_member import parse_member
 from data_pipeline.io.untrusted import UntrustedError, read_lines
 from data_pipeline.prepare.column_names import (
+    FILE_NAME,
     METADATA,
     MOST_LINE_BYTES,
     describe_guesses,
@@ -22,7 +24,16 @@ from data_pipeline.prepare.column_names import (
     guess_text_column,
     renamed_columns,
 )
-from data_pipeline.prepare.records import CAPTION, CAPTIONS, PATH, SPOKEN, FieldNames, FileLoader, members_from_record
+from data_pipeline.prepare.records import (
+    ANSWERS,
+    CAPTION,
+    CAPTIONS,
+    PATH,
+    SPOKEN,
+    FieldNames,
+    FileLoader,
+    members_from_record,
+)
 from data_pipeline.prepare.rows import Members, SourceRow, chunks_of, read_rows
 from data_pipeline.shards.interleaved import IMAGE_BASE64, IMAGES, PARTS, TEXT_LIST, TEXTS
 
@@ -39,7 +50,7 @@ class ListSource:
 
     Args:
         path: The list.
-        kind: ``csv``, ``tsv`` or ``jsonl``.
+        kind: ``csv``, ``tsv``, ``jsonl`` or ``json``.
         names: Columns to rename or drop.
         load: Loads the images that the rows name.
         lenient: Leave unreadable images out of documents instead of failing the document.
@@ -51,9 +62,12 @@ class ListSource:
     def __init__(self, path: Path, kind: str, names: FieldNames, load: FileLoader, lenient: bool = False) -> None:
         self._path, self._kind = path, kind
         is_table = kind in _DIALECTS
-        first = dict.fromkeys(_csv_columns(path, kind), "") if is_table else _first_record(path)
+        first = _first_record(self._records())
+        if is_table:
+            first = dict.fromkeys(_csv_columns(path, kind), "") | first
         found = list(first)
-        names = guess_path_column(names, found) if path.name in METADATA else names
+        likely = [name for name in found if name.lower() in _LIKELY_IMAGES and _is_file(first[name], load)]
+        names = guess_path_column(names, found, [FILE_NAME] if path.name in METADATA else likely)
         could_be_text = {
             name: isinstance(value, list) for name, value in first.items() if isinstance(value, str | list)
         }
@@ -88,7 +102,7 @@ class ListSource:
             yield from (Path(os.path.normpath(self.reader.load.folder / name)) for name in named if type(name) is str)
 
     def _records(self) -> Iterator[Any]:
-        return _csv_rows(self._path, self._kind) if self._kind in _DIALECTS else _jsonl_rows(self._path)
+        return _csv_rows(self._path, self._kind) if self._kind in _DIALECTS else _json_rows(self._path, self._kind)
 
 
 @dataclass(frozen=True)
@@ -130,29 +144,38 @@ def check_columns(path: Path, columns: Sequence[str], is_table: bool) -> None:
     """
     if {PATH, IMAGE_BASE64, PARTS, TEXTS, TEXT_LIST} & set(columns):
         return
-    likely = [name for name in columns if name.lower() in _LIKELY_IMAGES]
+    known = {"image", IMAGES} if SPOKEN & set(columns) else set()  # A dialogue's images have these names too.
+    likely = [name for name in columns if name.lower() in _LIKELY_IMAGES and name not in known]
     if likely:
         raise DataConfigError(
             f"{path}: has no column {PATH}, but {likely[0]}; if that is the image, use --column {PATH}={likely[0]}, "
             f"else --drop {likely[0]}; it has {', '.join(columns)}"
         )
-    if is_table and not ({CAPTION, CAPTIONS} | SPOKEN) & set(columns):
+    if is_table and not ({CAPTION, CAPTIONS} | SPOKEN | ANSWERS) & set(columns):
         raise DataConfigError(
             f"{path}: needs a column {PATH} or {CAPTION}, found {', '.join(columns)}; "
             f"choose one, for example --column {CAPTION}={columns[-1] if columns else 'text'}"
         )
 
 
-def _first_record(path: Path) -> dict[str, Any]:
-    """Return the first line of a JSONL that is an object, or an empty dict. Other lines fail later, as rows."""
-    for line in _jsonl_rows(path):
+def _first_record(records: Iterator[Any]) -> dict[str, Any]:
+    """Return the first record that is an object, or an empty dict. Other records fail later, as rows."""
+    for record in records:
         try:
-            first = parse_member(line)
+            first = parse_member(record) if isinstance(record, bytes) else record
         except SampleError:
             continue
         if isinstance(first, dict):
             return first
     return {}
+
+
+def _is_file(reference: Any, load: FileLoader) -> bool:
+    """Whether a value names an existing file in the folder of the images."""
+    try:
+        return isinstance(reference, str) and load.path_of(reference).is_file()
+    except (SampleError, ValueError):
+        return False
 
 
 def _csv_columns(path: Path, kind: str) -> list[str]:
@@ -177,8 +200,14 @@ def _csv_rows(path: Path, kind: str) -> Iterator[dict[Any, Any] | SampleError]:
             raise DataConfigError(f"{path}, line {reader.line_num}: {error}") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[bytes]:
+def _json_rows(path: Path, kind: str) -> Iterator[bytes]:
+    """Yield the JSON text of each row: the lines of a JSONL, or the elements of an array."""
     try:
-        yield from (line for line in read_lines(path, most_bytes=MOST_LINE_BYTES) if line.strip())
+        if kind == "json":
+            yield from read_array(path, most_bytes=MOST_LINE_BYTES)
+        else:
+            yield from (line for line in read_lines(path, most_bytes=MOST_LINE_BYTES) if line.strip())
     except UntrustedError as error:
-        raise DataConfigError(f"{path}: {error}") from error
+        raise DataConfigError(
+            f"{path}: {error}; --from jsonl reads one object per line, --from json one array"
+        ) from error

@@ -1,7 +1,8 @@
-"""Read Parquet files as a source. Images are bytes, Hugging Face's struct of bytes and path, or paths of files.
+"""Read Parquet and Arrow files as a source.
 
-A process reads whole row groups, because a row group can be decoded only from its start. Needs pyarrow (extra
-``parquet``).
+Images are bytes, Hugging Face's struct of bytes and path, or paths of files.
+
+A process reads whole groups of rows (``table_files``). Needs pyarrow (extra ``parquet``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataConfigError, SampleError
-from data_pipeline.io.untrusted import open_regular
 from data_pipeline.prepare.column_names import (
     class_names,
     describe_guesses,
@@ -23,24 +23,17 @@ from data_pipeline.prepare.column_names import (
     hf_features,
     image_columns,
 )
-from data_pipeline.prepare.folders import walk_folder
 from data_pipeline.prepare.lists import KEY_DIGITS, check_columns
 from data_pipeline.prepare.records import CAPTION, PATH, FieldNames, FileLoader, members_from_record
 from data_pipeline.prepare.rows import Members, SourceRow
+from data_pipeline.prepare.table_files import open_table, pa, table_files
 from data_pipeline.shards.interleaved import IMAGE_INFO, TEXT_LIST, TEXTS
 
-try:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-except ImportError as error:
-    raise DataConfigError("Parquet needs pyarrow: pip install 'mmscale[parquet]'") from error
-
 _IMAGE_COLUMNS = ("image", "images", "jpg", "jpeg", "png", "webp")
-_BATCH_ROWS = 64
 
 
-class ParquetSource:
-    """One Parquet file, or a folder of files; the columns of the first file are read from all.
+class TableSource:
+    """One Parquet or Arrow file, or a folder of files; the columns of the first file are read from all.
 
     The key is the row's number, counted over all files.
 
@@ -56,11 +49,10 @@ class ParquetSource:
 
     def __init__(self, path: Path, names: FieldNames, images: Path | None = None, lenient: bool = False) -> None:
         self._root = path
-        self._files = [path] if path.is_file() else _files_below(path)
-        if not self._files:
-            raise DataConfigError(f"{path}: contains no .parquet")
-        self._groups = [_group_rows(file) for file in self._files]
-        schema = pq.read_schema(self._files[0])
+        self._files = table_files(path)
+        tables = [open_table(file) for file in self._files]
+        self._groups = [table.group_rows for table in tables]
+        schema = tables[0].schema
         features = hf_features(schema.metadata)
         names = _with_image(names, schema, image_columns(features), str(self._files[0]))
         texts = {field.name: _is_list(field.type) for field in schema if _holds_text(field.type)}
@@ -71,13 +63,14 @@ class ParquetSource:
         columns = names.check(schema.names, str(self._files[0]))
         check_columns(self._files[0], [*columns, CAPTION] if caption_of else columns, is_table=True)
         kept = tuple(name for name in schema.names if name not in names.dropped)
-        self.reader = ParquetReader(tuple(self._files), kept, names, images, lenient, classes, caption_of)
+        self.reader = TableReader(tuple(self._files), kept, names, images, lenient, classes, caption_of)
         image = next((old for new, old in names.renamed if new == PATH), PATH)
         where = f"images in column {image}" if PATH in columns else "documents or texts"
         guesses = describe_guesses(names)
         if caption_of:
             guesses += f", the name of the class in column {caption_of} as {CAPTION}"
-        self.description = f"{len(self._files)} Parquet files of {self.count():,} rows, {where}{guesses}"
+        kind = "Arrow" if self._files[0].suffix.lower() == ".arrow" else "Parquet"
+        self.description = f"{len(self._files)} {kind} files of {self.count():,} rows, {where}{guesses}"
 
     def chunks(self) -> Iterator[Sequence[SourceRow]]:
         number = 0
@@ -98,30 +91,8 @@ class ParquetSource:
         digest = hashlib.sha256(repr(options).encode())
         for file in self._files:
             name = os.path.relpath(file, self._root)
-            digest.update(f"{name!a} {file.stat().st_size}\n".encode() + _footer(file))
+            digest.update(f"{name!a} ".encode() + open_table(file).digest())
         return digest.hexdigest()
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return [parent / n for _, parent, names in walk_folder(folder) for n in names if n.lower().endswith(".parquet")]
-
-
-def _group_rows(file: Path) -> list[int]:
-    try:
-        open_regular(file).close()  # Raises for a FIFO, on which pyarrow would block.
-        metadata = pq.read_metadata(file)
-        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    except (pa.ArrowException, OSError) as error:
-        raise DataConfigError(f"{file}: not a readable Parquet file: {error}") from error
-
-
-def _footer(file: Path) -> bytes:
-    """Return the metadata at the end of the file: sizes and statistics of every column chunk."""
-    with open_regular(file) as opened:
-        opened.seek(-8, os.SEEK_END)
-        end = opened.read(8)
-        opened.seek(-min(8 + int.from_bytes(end[:4], "little"), file.stat().st_size), os.SEEK_END)
-        return opened.read()
 
 
 def _with_image(names: FieldNames, schema: pa.Schema, known: Sequence[str], location: str) -> FieldNames:
@@ -173,8 +144,8 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 @dataclass
-class ParquetReader:
-    """Reads the rows of one row group and keeps the last file open. Every process has its own copy."""
+class TableReader:
+    """Reads the rows of one group and keeps the last file open. Every process has its own copy."""
 
     files: tuple[Path, ...]
     columns: tuple[str, ...]
@@ -189,20 +160,20 @@ class ParquetReader:
     _file: Any = None
 
     def read(self, rows: Sequence[SourceRow]) -> Iterator[Members | SampleError]:
-        """Yield the members of the last ``len(rows)`` rows of a row group; a resumed ingest omits its first rows."""
+        """Yield the members of the last ``len(rows)`` rows of a group; a resumed ingest omits its first rows."""
         file_number, group = rows[0].reference
         load, given = FileLoader(self.images or self.files[file_number].parent, holds_urls=self.images is not None), 0
         try:
             if file_number != self._open_number:
-                self._open_number, self._file = file_number, pq.ParquetFile(self.files[file_number])
-            skip = self._file.metadata.row_group(group).num_rows - len(rows)
-            for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(self.columns)):
+                self._open_number, self._file = file_number, open_table(self.files[file_number])
+            skip = self._file.group_rows[group] - len(rows)
+            for batch in self._file.batches(group, self.columns):
                 kept = batch.slice(min(skip, len(batch)))
                 skip -= len(batch) - len(kept)
                 for record in kept.to_pylist():
                     yield self._members(record, load)
                     given += 1
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, DataConfigError, OSError, ValueError) as error:
             damage = SampleError(f"{self.files[file_number]}, row group {group}: cannot be read: {error}")
             for _ in rows[given:]:
                 yield damage

@@ -5,6 +5,7 @@
     parts                                       text and images in reading order
     images, texts          (OBELICS)            two lists in reading order; at each position one of them is null
     messages or conversations (LLaVA), image    images, and the turns unchanged
+    messages with {"type": "image", "image": F} the same, with the images taken out of the turns
     text_list, image_info  (MMC4)               each image before the text that it was matched with
 
 The result has one form: an image member ``jpg``, or ``0.jpg``, ``1.png``, ... for several, and a ``json`` with
@@ -42,6 +43,8 @@ from data_pipeline.shards.interleaved import (
 PATH, CAPTION, CAPTIONS = "path", "caption", "captions"
 SPOKEN = frozenset({"messages", "conversations", "annotations"})
 """Fields of dialogues and annotations."""
+ANSWERS = frozenset({"answer", "answers", "response", "output", "completion"})
+"""Fields of an answer to a question in another field. ``template.answers`` names them."""
 DROPPED_IMAGES = "dropped_images"
 EXTENSION_OF_FORMAT = {ImageFormat.JPEG: "jpg", ImageFormat.PNG: "png", ImageFormat.WEBP: "webp"}
 _MOST_FILE_BYTES = 1 << 31
@@ -116,6 +119,8 @@ def members_from_record(record: Mapping[str, Any], load: Callable[[Any], bytes],
     fields = {key: value for key, value in record.items() if not _is_absent(value) or (key == CAPTION and value == "")}
     fields = interleaved(fields)
     paths = _pop_images(fields)
+    if paths is None and SPOKEN & fields.keys():
+        paths = _pop_images_of_turns(fields)
     if IMAGE_BASE64 in fields:
         if paths is not None:
             raise SampleError(f"the row has both {PATH} and {IMAGE_BASE64}: drop one of them")
@@ -135,7 +140,7 @@ def members_from_record(record: Mapping[str, Any], load: Callable[[Any], bytes],
             members[ext if len(images) == 1 and not isinstance(paths, list | tuple) else f"{number}.{ext}"] = content
     if isinstance(fields.get(CAPTIONS), str) and fields[CAPTIONS].lstrip().startswith("["):
         fields[CAPTIONS] = parse_member(fields[CAPTIONS].encode())
-    if not any(all_texts(fields)) and not members:
+    if not any(all_texts(fields)) and not members and not (ANSWERS & fields.keys()):
         raise SampleError("neither an image (path) nor a text (caption, captions, parts)")
     members["json"] = dump_json(fields)
     return members
@@ -148,6 +153,35 @@ def _pop_images(fields: dict[str, Any]) -> Any:
     if len(given) > 1:
         raise SampleError(f"the row names its images in {' and in '.join(given)}; keep one (--drop {given[-1]})")
     return fields.pop(given[0]) if given else None
+
+
+def _pop_images_of_turns(fields: dict[str, Any]) -> list[Any] | None:
+    """Remove the references to image files from the contents of turns, and return them in order; None for none.
+
+    ``{"type": "image", "image": "a.jpg"}`` (also ``path`` or ``url``) and ``{"type": "image_url", "image_url": {"url":
+    ...}}`` become ``{"type": "image"}``. ``fields`` gets new lists of turns; the record's own are not changed.
+    """
+    found: list[Any] = []
+
+    def without_reference(item: Any) -> Any:
+        if not isinstance(item, Mapping) or item.get("type") not in ("image", "image_url"):
+            return item
+        nested = item.get("image_url")
+        references = [item.get(name) for name in ("image", PATH, "url")]
+        references.append(nested.get("url") if isinstance(nested, Mapping) else nested)
+        found.extend([reference for reference in references if reference is not None][:1])
+        return {"type": "image"}
+
+    for name in ("messages", "conversations"):
+        turns = fields.get(name)
+        if isinstance(turns, list):
+            fields[name] = [
+                {**turn, "content": [without_reference(item) for item in turn["content"]]}
+                if isinstance(turn, Mapping) and isinstance(turn.get("content"), list)
+                else turn
+                for turn in turns
+            ]
+    return found or None
 
 
 def _parts(listed: list[dict[str, Any]], members: Members, load: Callable[[Any], bytes]) -> list[dict[str, str]]:
@@ -218,6 +252,14 @@ class FileLoader:
         path = text_of(reference, "an image's path")
         if _DATA_URL.match(path):
             return from_base64(path.partition(",")[2])
+        return read_file(self.path_of(path))
+
+    def path_of(self, path: str) -> Path:
+        """Return the file that a path or a URL names.
+
+        Raises:
+            SampleError: it is outside of the folder, or a URL although the folder holds none.
+        """
         if _URL.match(path):
             if not self.holds_urls:
                 raise SampleError(
@@ -228,7 +270,7 @@ class FileLoader:
         root = os.path.abspath(self.folder)
         if os.path.commonpath([root, os.path.abspath(self.folder / path)]) != root:
             raise SampleError(f"{path}: outside of {self.folder}; give the folder of the images with --images")
-        return read_file(self.folder / path)
+        return self.folder / path
 
 
 def read_file(path: Path) -> bytes:

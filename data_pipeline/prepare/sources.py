@@ -1,7 +1,7 @@
 """Open a path as a source of samples for ingest, and detect its format.
 
 A new format needs a file with its source, a member of ``choices.SourceKind`` and an entry in ``FORMATS``. The existing
-sources are in ``folders``, ``lists`` (CSV, TSV, JSONL), ``parquet`` and ``tars``.
+sources are in ``folders``, ``lists`` (CSV, TSV, JSONL, JSON), ``parquet`` (also Arrow) and ``tars``.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def _open_list(path: Path, kind: SourceKind, options: SourceOptions) -> RowSourc
     return ListSource(path, kind.value, options.names, load, options.drop_images)
 
 
-def _open_parquet(path: Path, kind: SourceKind, options: SourceOptions) -> RowSource:
-    from data_pipeline.prepare.parquet import ParquetSource  # Needs pyarrow, an optional dependency.
+def _open_table(path: Path, kind: SourceKind, options: SourceOptions) -> RowSource:
+    from data_pipeline.prepare.parquet import TableSource  # Needs pyarrow, an optional dependency.
 
-    return ParquetSource(path, options.names, options.images, options.drop_images)
+    return TableSource(path, options.names, options.images, options.drop_images)
 
 
 def _open_tars(path: Path, kind: SourceKind, options: SourceOptions) -> RowSource:
@@ -88,7 +88,9 @@ FORMATS = {
     SourceKind.CSV: SourceFormat(_open_list, (".csv",), is_list=True),
     SourceKind.TSV: SourceFormat(_open_list, (".tsv",), is_list=True),
     SourceKind.JSONL: SourceFormat(_open_list, (".jsonl", ".ndjson"), is_list=True),
-    SourceKind.PARQUET: SourceFormat(_open_parquet, (".parquet",), is_list=True),
+    SourceKind.JSON: SourceFormat(_open_list, (".json",), is_list=True),
+    SourceKind.PARQUET: SourceFormat(_open_table, (".parquet",), is_list=True),
+    SourceKind.ARROW: SourceFormat(_open_table, (".arrow",), is_list=True),
     SourceKind.WEBDATASET: SourceFormat(_open_tars),
     SourceKind.IMG2DATASET: SourceFormat(_open_tars),
     SourceKind.ENERGON: SourceFormat(_open_tars),
@@ -137,7 +139,8 @@ def _check_no_list_options(path: Path, kind: SourceKind, options: SourceOptions)
     """Raise DataConfigError if an option is set that applies to lists and Parquet only."""
     if options.names != FieldNames():
         raise DataConfigError(
-            f"{path}: columns can be renamed or dropped in csv, tsv, jsonl and parquet, this is {kind.value}"
+            f"{path}: columns can be renamed or dropped in csv, tsv, jsonl, json, parquet and arrow, this is "
+            f"{kind.value}"
         )
     if options.images is not None or options.drop_images:
         raise DataConfigError(
@@ -154,11 +157,13 @@ def _kind_of(path: Path) -> SourceKind:
         if is_tar(path.name):
             return SourceKind.WEBDATASET
         raise DataConfigError(
-            f"{path}: ingest reads a folder, a .csv, .tsv, .jsonl, .parquet or .tar; for another file name give its "
-            "kind with --from"
+            f"{path}: ingest reads a folder, a .csv, .tsv, .jsonl, .json, .parquet, .arrow or .tar; for another file "
+            "name give its kind with --from"
         )
     if (path / ".nv-meta").is_dir():
         return SourceKind.ENERGON
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # Dataset.save_to_disk
+        return SourceKind.ARROW
     names = [name for _, _, files in walk_folder(path) for name in files]
     # Look for tars first: img2dataset leaves Parquet files with statistics next to its tars.
     if any(is_tar(name) for name in names):

@@ -40,7 +40,9 @@ _SHARD_SAMPLES = typer.Option(_DEFAULT_SAMPLES, "--shard-samples", min=1, help="
 
 @app.command(epilog="Example: mmscale data ingest pairs.csv --output shards --name pairs --jobs 8")
 def ingest(
-    source: Path = typer.Argument(help="A folder of images and texts, a .csv, .tsv, .jsonl or .parquet, or tars."),
+    source: Path = typer.Argument(
+        help="A folder of images and texts, a .csv, .tsv, .jsonl, .json, .parquet or .arrow, or tars."
+    ),
     output: Path = typer.Option(..., "--output", help="Folder for shards, indexes and manifest."),
     name: str = typer.Option("data", "--name", help="Prefix of the shards and name of the manifest."),
     kind: SourceKind = typer.Option(
@@ -81,7 +83,7 @@ def ingest(
     from data_pipeline.prepare.records import FieldNames
     from data_pipeline.prepare.sources import SourceOptions, open_source, warnings
 
-    names = FieldNames(tuple(map(_pair, columns)), tuple(drop))
+    names = FieldNames(tuple(map(pair, columns)), tuple(drop))
     opened = open_source(source, SourceOptions(kind, names, split, images, drop_images))
     console.print(f"{source}: {opened.description}", markup=False)
     warn(warnings(source, opened))
@@ -226,7 +228,8 @@ def _show(description: str, report: IngestReport, json: bool) -> None:
     emit(results | ({"skipped_rows": str(report.skipped)} if report.skipped else {}), json=json)
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
+    """Parse ``NEW=OLD``, the value of ``--column``; raise ``BadParameter`` if it has another form."""
     new, equals, old = text.partition("=")
     if not equals or not new or not old:
         raise typer.BadParameter(f"{text!r}: expected NEW=OLD, for example caption=TEXT", param_hint="--column")

@@ -99,8 +99,9 @@ class PerplexitySet(_HeldOut):
 
     compared: ClassVar[tuple[str, ...]] = ("loss", "bits_per_byte")
     kind: Literal["perplexity"]
-    template: TemplateConfig
-    """Template of the documents, as in training. Tokens with a loss weight are scored, with that weight."""
+    template: TemplateConfig | None = None
+    """Template of the documents. Tokens with a loss weight are scored, with that weight. Null uses the template of the
+    first data set."""
     max_tokens: int | None = Field(default=None, ge=2)
     """Longest document in tokens, at least 2. Longer ones are cut, and each part is scored without the parts before it.
     Null uses ``data.packing.max_tokens``. The model's number of positions also limits the length."""

@@ -172,20 +172,23 @@ class PromptBuilder:
 
 
 def document_builder(
-    held: EvaluationSet, template: TemplateConfig, data: DataConfig, tokenizer: Tokenizer, spec: MediaSpec
+    held: EvaluationSet, template: TemplateConfig | None, data: DataConfig, tokenizer: Tokenizer, spec: MediaSpec
 ) -> DocumentBuilder:
     """Return the builder of a held-out set's documents, with the set's transforms or those of the first data set.
+
+    The template None is that of the first data set.
 
     Raises:
         DataConfigError: the transforms do not fit the model, or the tokenizer lacks a token of the template.
     """
     transforms = held.transforms or data.prompts.transforms
+    template = template or data.prompts.template
     dataset = DatasetConfig(name=held.name, manifest=held.manifest, template=template, transforms=transforms)
     return DocumentBuilder(dataset, tokenizer, spec)
 
 
-def template_of(held: EvaluationSet) -> TemplateConfig:
-    """Return the template of a set's documents, or of the prompts of its questions."""
+def template_of(held: EvaluationSet) -> TemplateConfig | None:
+    """Return the template of a set's documents, or of the prompts of its questions; None for that of training."""
     if isinstance(held, PerplexitySet):
         return held.template
     if isinstance(held, ChoiceSet | GenerationSet) and held.dialogue is not None:

@@ -10,6 +10,8 @@ import pytest
 
 from data_pipeline.errors import SampleError
 from data_pipeline.prepare.records import FileLoader, members_from_record
+from data_pipeline.sample import ImagePart, Provenance, Sample
+from data_pipeline.text.templates import DialogueTemplate
 from tests.data_pipeline.conftest import picture
 
 TURNS = [{"from": "human", "value": "<image> q"}, {"from": "gpt", "value": "a"}]
@@ -41,6 +43,46 @@ def test_images_of_a_dialogue_are_stored(load: FileLoader, row: dict[str, Any], 
     fields = json.loads(members.pop("json"))
     assert members == {name: picture(number) for name, number in names.items()}
     assert fields == {name: value for name, value in row.items() if name not in ("image", "images", "path")}
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        {"type": "image", "image": "1.png"},
+        {"type": "image", "path": "1.png"},
+        {"type": "image", "url": "1.png"},
+        {"type": "image_url", "image_url": {"url": "1.png"}},
+        {"type": "image_url", "image_url": "1.png"},
+    ],
+)
+def test_images_named_in_the_turns_are_stored(load: FileLoader, shown: dict[str, Any]) -> None:
+    """The forms of Qwen2-VL's examples, of ``apply_chat_template`` and of OpenAI's API."""
+    words = [{"type": "text", "text": "q"}, {"type": "image", "image": "0.png"}]
+    row = {"messages": [{"role": "user", "content": [shown, *words]}, {"role": "assistant", "content": "a"}]}
+    before = json.dumps(row)
+    members = members_from_record(row, load)
+    turns = json.loads(members.pop("json"))["messages"]
+    assert members == {"0.png": picture(1), "1.png": picture(0)}
+    assert turns[0]["content"] == [{"type": "image"}, words[0], {"type": "image"}]
+    assert json.dumps(row) == before
+    sample = Sample(
+        (ImagePart(picture(1), "0.png"), ImagePart(picture(0), "1.png")), {"messages": turns}, Provenance("", "", "", 0)
+    )
+    images = [piece.data for piece in DialogueTemplate().pieces(sample, None) if isinstance(piece, ImagePart)]
+    assert images == [picture(1), picture(0)]
+
+
+def test_images_named_in_the_turns_beside_a_list_stay_references(load: FileLoader) -> None:
+    row = {"messages": [{"role": "user", "content": [{"type": "image", "image": "png"}]}], "path": "0.png"}
+    assert json.loads(members_from_record(row, load)["json"])["messages"] == row["messages"]
+
+
+@pytest.mark.parametrize("answer", ["answer", "response", "output"])
+def test_a_question_without_image_and_caption_is_a_sample(load: FileLoader, answer: str) -> None:
+    row = {"question": "What is red?", answer: "Blood."}
+    assert json.loads(members_from_record(row, load)["json"]) == row
+    with pytest.raises(SampleError, match="neither an image"):
+        members_from_record({"question": "What is red?"}, load)
 
 
 def test_two_lists_of_images_are_refused(load: FileLoader) -> None:

@@ -209,3 +209,76 @@ def test_images_that_no_row_names_are_warned_about(
     err = capsys.readouterr().err
     assert f"warning: 2 images of {folder} are left out, since no row of its list names them" in err
     assert f"the first: {folder / '3.png'}" in err
+
+
+def saved(folder: Path, *, num_shards: int = 1) -> Path:
+    """Save a data set of ``datasets`` to disk: 5 images with texts and classes."""
+    features = {
+        "image": datasets.Image(),
+        "text": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["cat", "dog"]),
+    }
+    columns = {
+        "image": [{"bytes": encoded(number % 3), "path": None} for number in range(5)],
+        "text": [f"text {number}" for number in range(5)],
+        "label": [0, 1, 0, 1, 1],
+    }
+    made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    made.save_to_disk(folder, num_shards=num_shards)
+    return folder
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_saved_data_set_of_datasets(tmp_path: Path, num_shards: int) -> None:
+    folder = saved(tmp_path / "gespeichert, größer", num_shards=num_shards)
+    theirs = datasets.load_from_disk(folder)
+    samples, said, _ = stored(folder, tmp_path / "out")
+    assert [sample.texts for sample in samples] == [[text] for text in theirs["text"]]
+    names = theirs.features["label"].names
+    assert [sample.fields["label"] for sample in samples] == [names[label] for label in theirs["label"]]
+    assert [images_of(sample)[0].data for sample in samples] == [
+        row["image"]["bytes"] for row in theirs.cast_column("image", datasets.Image(decode=False))
+    ]
+    assert f"{num_shards} Arrow files of 5 rows, images in column image, column text as caption" in said
+
+
+def test_the_batches_of_an_arrow_file_are_read_in_any_process(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "in")
+    stored(folder, tmp_path / "out")
+    (file,) = folder.glob("*.arrow")
+    table = pa.ipc.open_stream(file.read_bytes()).read_all()
+    with pa.OSFile(str(file), "wb") as out, pa.ipc.new_stream(out, table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+    opened = open_source(folder)
+    assert [len(chunk) for chunk in opened.chunks()] == [2, 2, 1]
+    ingest(opened, tmp_path / "workers", "set", workers=2)
+    assert (tmp_path / "workers/set-00000.tar").read_bytes() == (tmp_path / "out/set-00000.tar").read_bytes()
+
+
+def test_several_saved_splits_are_ingested_one_at_a_time(tmp_path: Path) -> None:
+    made = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"train": made, "test": made}).save_to_disk(tmp_path / "in")
+    with pytest.raises(DataConfigError, match="holds the splits test, train: ingest one at a time"):
+        open_source(tmp_path / "in")
+    samples, _, _ = stored(tmp_path / "in/train", tmp_path / "out")
+    assert [sample.texts for sample in samples] == [[text] for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    "listed", ["[", "[]", '{"_data_files": []}', '{"_data_files": [{"filename": "../x.arrow"}]}', '{"_data_files": 1}']
+)
+def test_a_damaged_list_of_files_is_one_sentence(tmp_path: Path, listed: str) -> None:
+    folder = saved(tmp_path / "in")
+    (folder / "state.json").write_text(listed)
+    with pytest.raises(DataConfigError, match=r"state\.json: not the list of a saved data set"):
+        open_source(folder)
+
+
+def test_a_damaged_arrow_file_is_one_sentence(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "in")
+    (file,) = folder.glob("*.arrow")
+    content = file.read_bytes()
+    for damaged in (b"", b"no Arrow", content[: len(content) // 2]):
+        file.write_bytes(damaged)
+        with pytest.raises(DataConfigError, match=r"not a readable Arrow file"):
+            open_source(folder)

@@ -122,8 +122,12 @@ def test_an_image_column_of_another_name_is_not_lost(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"image": "a.png", "caption": "c"}\n')
     (tmp_path / "x.csv").write_text("file_name,caption\na.png,c\n")
     for name, column in (("x.jsonl", "image"), ("x.csv", "file_name")):
-        with pytest.raises(DataConfigError, match=f"--column path={column}"):
-            open_source(tmp_path / name)
+        (sample,), _ = stored(tmp_path / name, tmp_path / f"{name}-guessed")
+        assert parts_of(sample) == [picture("png"), "c"]
+        assert f"column {column} as path" in open_source(tmp_path / name).description
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        with pytest.raises(DataConfigError, match=f"--column path={column}"):  # No such file in that folder.
+            open_source(tmp_path / name, SourceOptions(images=tmp_path / "elsewhere"))
         renamed = FieldNames((("path", column),))
         (sample,), _ = stored(tmp_path / name, tmp_path / f"{name}-renamed", names=renamed)
         assert parts_of(sample) == [picture("png"), "c"]
@@ -366,3 +370,29 @@ def test_the_command_line_killed_at_random_ends_with_the_same_bytes(tmp_path: Pa
     left[1].pop("data.ingest.json", None)  # A kill between writing the manifest and deleting this file leaves it.
     assert left[0] == left[1]
     assert len(left[0]) == 2 * 119 + 2
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 20])
+def test_an_array_of_dialogues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """LLaVA's and ShareGPT's files: one array, a broken row is skipped."""
+    monkeypatch.setattr("data_pipeline.io.json_array._CHUNK_BYTES", chunk)
+    (tmp_path / "a.png").write_bytes(picture("png"))
+    talk = [{"from": "human", "value": '<image>\nWhat, "ist" größer: [a] or {b}?'}, {"from": "gpt", "value": "a"}]
+    rows = [
+        {"id": 1, "image": "a.png", "conversations": talk},
+        {"id": 2, "conversations": talk},
+        {"id": 3, "images": ["a.png", "a.png"], "messages": [{"role": "user", "content": "q"}]},
+        {"id": 4, "image": "gone.png", "conversations": talk},
+        "no object",
+    ]
+    (tmp_path / "x.json").write_text(json.dumps(rows, indent=1).replace('"id": 2', '"id": broken'))
+    samples, report = stored(tmp_path / "x.json", tmp_path / "out", skip=True)
+    assert [sample.fields.get("conversations") for sample in samples] == [talk, None]
+    assert [len([part for part in sample.parts if isinstance(part, ImagePart)]) for sample in samples] == [1, 2]
+    reasons = [row.reason for row in read_skipped(report.skipped)]
+    for reason, expected in zip(reasons, ["damaged JSON", "no such file", "expected an object"], strict=True):
+        assert expected in reason
+    assert "a json list of 5 rows" in open_source(tmp_path / "x.json").description
+    (tmp_path / "x.json").write_text('{"images": []}')
+    with pytest.raises(DataConfigError, match=r"x\.json: expected a JSON array.* found an object; --from jsonl"):
+        open_source(tmp_path / "x.json")
