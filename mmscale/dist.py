@@ -79,8 +79,8 @@ def init_distributed(settings: DistributedSettings) -> World:
         LaunchError: variables of the launcher are missing or out of range, CUDA is configured but not available, or
             this rank cannot join.
     """
-    device_type = _device_type(settings.device)
-    _prepare_deepspeed(device_type)
+    kind = device_type(settings.device)
+    _prepare_deepspeed(kind)
     launched = _map_launcher_variables()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -88,20 +88,25 @@ def init_distributed(settings: DistributedSettings) -> World:
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     if not 0 <= rank < world_size:
         raise LaunchError(f"RANK={rank} with WORLD_SIZE={world_size}: the rank must be below the world size")
-    device = torch.device("cuda", local_rank) if device_type == "cuda" else torch.device("cpu")
-    if device_type == "cuda":
+    device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
         torch.cuda.set_device(device)
     elif int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) > 1 and "OMP_NUM_THREADS" not in os.environ:
         # On two cores, two ranks with two threads each take 2.8 s a step; with one thread each they take 1.0 s.
         torch.set_num_threads(1)
     timeout = timedelta(seconds=settings.timeout_seconds)
     if not torch_dist.is_initialized():
-        _join(device_type, device, rank, world_size, timeout, launched)
-    group = torch_dist.new_group(backend="gloo", timeout=timeout) if device_type == "cuda" else None
+        _join(kind, device, rank, world_size, timeout, launched)
+    group = torch_dist.new_group(backend="gloo", timeout=timeout) if kind == "cuda" else None
     return World(rank, world_size, local_rank, device, settings.timeout_seconds, group)
 
 
-def _device_type(wanted: str) -> str:
+def device_type(wanted: str) -> str:
+    """Return ``cuda`` or ``cpu`` for ``engine.device``.
+
+    Raises:
+        LaunchError: CUDA is configured, but torch finds no CUDA device.
+    """
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, unquote
 
-from pydantic import PlainSerializer, PlainValidator
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import core_schema
 
 from data_pipeline.errors import DataConfigError
@@ -128,5 +128,10 @@ def _validate(value: Any) -> Path | Url:
         raise ValueError(str(error)) from error
 
 
-Location = Annotated[Path | Url, PlainValidator(_validate), PlainSerializer(str, when_used="json")]
+Location = Annotated[
+    Path | Url,
+    PlainValidator(_validate),
+    PlainSerializer(str, when_used="json"),
+    WithJsonSchema({"type": "string", "format": "path-or-url"}),
+]
 """A location in a configuration: a path, or a URL with one of ``SCHEMES``."""

@@ -33,6 +33,7 @@ from mmscale.engine.engine import Engine
 from mmscale.engine.partition import frozen_ranges, parameter_table
 from mmscale.errors import CheckpointError, DamagedError
 from mmscale.io.files import set_aside
+from mmscale.optim.stages import StageConfig
 
 _MAX_LISTED = 3
 
@@ -170,27 +171,41 @@ def resume(engine: Engine, path: Path, *, verified: bool = False) -> TrainState:
 def _resume_problem(engine: Engine, reader: CheckpointReader) -> str | None:
     """Return the reason why this rank cannot resume from the checkpoint; None if it can."""
     path, manifest = reader.path, reader.manifest
-    differences = list(_differences(manifest, engine.model))
+    if (problem := resume_problem(engine.model, engine.stage, path, manifest)) is not None:
+        return problem
+    if missing := list(_missing_state(engine, reader)):
+        return f"{path} does not hold everything that stage {manifest.stage!r} needs to resume: {_first(missing)}"
+    return None
+
+
+def resume_problem(model: nn.Module, stage: StageConfig, path: Path, manifest: Manifest) -> str | None:
+    """Return the reason why a stage cannot resume from a checkpoint; None if model, stage and optimizer fit.
+
+    Args:
+        model: The model of the stage, with its other components frozen; may be on the meta device.
+        stage: The stage.
+        path: The checkpoint, for messages.
+        manifest: Its manifest.
+    """
+    differences = list(_differences(manifest, model))
     if differences:
         return f"{path} is a checkpoint of another model: {_first(differences)}"
-    table = parameter_table(engine.model)
+    table = parameter_table(model)
     other = [name for name, entry in manifest.parameters.items() if entry.trained != table[name]["trained"]]
-    if manifest.stage != engine.stage.name or other:
+    if manifest.stage != stage.name or other:
         return (
-            f"{path} was saved in stage {manifest.stage!r}, this engine is in stage {engine.stage.name!r} and trains "
+            f"{path} was saved in stage {manifest.stage!r}, this engine is in stage {stage.name!r} and trains "
             f"{'other' if other else 'the same'} parameters; between stages use weights only (warm start)"
         )
     saved, here = (
         _describe_state(manifest.optimizer, manifest.ema),
-        _describe_state(engine.stage.optimizer.state_name, bool(engine.stage.ema)),
+        _describe_state(stage.optimizer.state_name, bool(stage.ema)),
     )
     if saved != here:
         return (
-            f"{path} was saved with {saved}, stage {engine.stage.name!r} now has {here}; restore stages.*.optimizer "
+            f"{path} was saved with {saved}, stage {stage.name!r} now has {here}; restore stages.*.optimizer "
             "and stages.*.ema, or begin a new stage with the change (a new stage loads only weights)"
         )
-    if missing := list(_missing_state(engine, reader)):
-        return f"{path} does not hold everything that stage {manifest.stage!r} needs to resume: {_first(missing)}"
     return None
 
 

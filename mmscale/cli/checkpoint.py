@@ -6,12 +6,12 @@ import time
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mmscale.cli.checkpoint_peft import export_peft, import_peft
-from mmscale.cli.console import console, emit
+from mmscale.cli.console import console, emit, print_table
 
 if TYPE_CHECKING:
     from mmscale.checkpoint.imports import ImportTarget
@@ -112,8 +112,27 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
     if json:
         emit({"checkpoints": rows}, json=True)
         return
-    for row in rows:
-        emit({str(row["name"]): {key: value for key, value in row.items() if key != "name"}})
+    _print_checkpoints(rows)
+
+
+def _print_checkpoints(rows: list[dict[str, Any]]) -> None:
+    from mmscale.metrics.format import format_count, format_seconds
+
+    print_table(
+        [
+            {
+                "name": row["name"],
+                "stage": row.get("stage"),
+                "ranks": row.get("world_size"),
+                "ZeRO": row.get("zero_stage"),
+                "precision": row.get("precision"),
+                "size": f"{format_count(row['bytes'])}B" if "bytes" in row else None,
+                "age": format_seconds(row["age_seconds"]) if "age_seconds" in row else None,
+                "state": row.get("problem") or ("whole, the newest" if row["newest_whole"] else "whole"),
+            }
+            for row in rows
+        ]
+    )
 
 
 @app.command(epilog="Example: mmscale checkpoint verify runs/quickstart")
@@ -344,15 +363,9 @@ def prune(
 
 def _print_prune_report(report: PruneReport) -> None:
     """Print a table of sizes and losses, then the other values."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "source", "result")
-    for axis, size in report.before.items():
-        table.add_row(axis, f"{size:,}", f"{report.after[axis]:,}")
-    table.add_row("parameters", f"{report.parameters_before:,}", f"{report.parameters_after:,}")
-    for name, loss in report.losses_before.items():
-        table.add_row(f"loss on {name}", f"{loss:.3f}", f"{report.losses_after[name]:.3f}")
-    Console().print(table)
+    values = {axis: (size, report.after[axis]) for axis, size in report.before.items()}
+    values["parameters"] = (report.parameters_before, report.parameters_after)
+    losses = {f"loss on {name}": (loss, report.losses_after[name]) for name, loss in report.losses_before.items()}
+    print_table([{"": name, "source": a, "result": b} for name, (a, b) in {**values, **losses}.items()])
     others = ("checkpoint", "source", "importance", "tokens", "blocks", "left_out")
     emit({name: getattr(report, name) for name in others})

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from mmscale.cli.console import console, emit
+from mmscale.cli.console import console, emit, print_table
+
+if TYPE_CHECKING:
+    from mmscale.compare import Trial
 
 app = typer.Typer()
 
@@ -57,7 +61,7 @@ def compare(
         trials = plan_trials(comparison, lambda name: console.print(f"measured {name}"))
         if plan:
             prepare(comparison, trials)
-            emit({trial.name: trial.summary() for trial in trials}, json=json)
+            _print_plan(trials, json)
             return
         failures = run_trials(
             comparison,
@@ -73,3 +77,27 @@ def compare(
         print(comparison.page_path)
     if failures:
         raise typer.Exit(1)
+
+
+def _print_plan(trials: list[Trial], json: bool) -> None:
+    """Print one row for each stage of each run."""
+    if json:
+        emit({trial.name: trial.summary() for trial in trials}, json=True)
+        return
+    from mmscale.metrics.format import format_count
+
+    print_table(
+        [
+            {
+                "variant": trial.variant,
+                "seed": trial.seed,
+                "stage": stage.name,
+                "steps": plan.steps,
+                "samples": plan.samples,
+                "learned tokens": plan.learned_tokens,
+                "operations": format_count(plan.flops),
+            }
+            for trial in trials
+            for stage, plan in zip(trial.config.stages, trial.stages, strict=True)
+        ]
+    )

@@ -1,18 +1,19 @@
-"""``mmscale config``: show the origin of each value, validate a configuration, shrink a run."""
+"""``mmscale config``: explain keys, show and compare values with their origins, validate a file, shrink a run."""
 
 from __future__ import annotations
 
 import sys
+import textwrap
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mmscale.cli.console import emit
 
 if TYPE_CHECKING:
-    from mmscale.config import Loaded
-    from mmscale.run.config import RunConfig
+    from mmscale.config.explain import Explanation
 
 app = typer.Typer()
 
@@ -26,68 +27,218 @@ _OVERRIDES = typer.Argument(
 def show(
     config: Path = _CONFIG,
     overrides: list[str] = _OVERRIDES,
+    yaml: bool = typer.Option(False, "--yaml", help="Print a YAML file with every value. It starts the same run."),
     json: bool = typer.Option(False, "--json", help="Print one JSON object: values, origins, notes."),
 ) -> None:
     """Print every value and its origin: default, file and line, or override."""
-    from mmscale.config import leaves, load
+    from mmscale.config import dump, load
+    from mmscale.errors import ConfigError
     from mmscale.run.config import RunConfig
 
-    loaded = load(config, overrides or [], RunConfig)
-    values = {".".join(path): value for path, value in leaves(loaded.value)}
-    if json:
-        origins = {path: str(origin) for path, origin in loaded.origins.items()}
-        emit({"values": values, "origins": origins, "notes": list(loaded.notes)}, json=True)
+    if yaml:
+        if json:
+            raise ConfigError("--yaml and --json: give one of the two")
+        print(dump(load(file_of(config), overrides or [], RunConfig).value), end="")
         return
-    rows = [(f"{path} = {_to_json(value)}", loaded.origins[path]) for path, value in values.items()]
+    values, origins, notes = _read(config, overrides or [])
+    if json:
+        emit({"values": values, "origins": origins, "notes": list(notes)}, json=True)
+        return
+    rows = [(f"{path} = {_to_json(value)}", origins[path]) for path, value in values.items()]
     width = min(max(len(text) for text, _ in rows), 72)
     for text, origin in rows:
         print(f"{text:<{width}}  # {origin}")
-    for note in loaded.notes:
+    for note in notes:
         print(f"# {note}")
 
 
 def _to_json(value: object) -> str:
     import json
 
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
-@app.command(epilog="Example: mmscale config validate configs/quickstart.yaml run_dir=runs/other")
-def validate(config: Path = _CONFIG, overrides: list[str] = _OVERRIDES) -> None:
-    """Check everything in a configuration that can be checked without training: values, files, data, held-out sets."""
-    from mmscale.config import load
-    from mmscale.run.config import RunConfig, check_files
-
-    loaded = load(config, overrides or [], RunConfig)
-    run = loaded.value
-    notes = check_files(run)
-    _check_sources(loaded)
-    for line in notes:
-        print(f"mmscale: warning: {line}", file=sys.stderr)
-    lanes = min(run.stage_data(number).lanes for number in range(len(run.stages)))
-    print(f"{config}: valid, for at most {lanes} rank{'s' if lanes > 1 else ''}")
+def file_of(config: Path) -> Path:
+    """Return the YAML file of a run: the file itself, or ``config.yaml`` of a run folder."""
+    return config / "config.yaml" if config.is_dir() else config
 
 
-def _check_sources(loaded: Loaded[RunConfig]) -> None:
-    """Check the checkpoints of initial weights and of teachers."""
-    run = loaded.value
-    is_based = any(len(origin.files) > 1 for origin in loaded.origins.values())
-    if not is_based and not any(stage.weights or stage.distill for stage in run.stages):
+def _read(config: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
+    """Return values, origins and notes of a file or run folder, whose origins are those of its newest start."""
+    from mmscale.config import leaves, load
+    from mmscale.report.configuration import read_origins
+    from mmscale.run.config import RunConfig
+
+    file = file_of(config)
+    loaded = load(file, overrides, RunConfig)
+    values = {".".join(path): value for path, value in leaves(loaded.value)}
+    origins = {path: str(origin) for path, origin in loaded.origins.items()}
+    if config.is_dir():
+        recorded = read_origins(config)
+        origins |= {
+            key: recorded[key] for key, origin in loaded.origins.items() if origin.kind == "file" if key in recorded
+        }
+    return values, origins, loaded.notes
+
+
+@app.command(epilog="Example: mmscale config diff configs/quickstart.yaml runs/quickstart")
+def diff(
+    a: Path = typer.Argument(help="A run's YAML file, or a run folder.", metavar="A"),
+    b: Path = typer.Argument(help="Another one.", metavar="B"),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object: both values and origins by key."),
+) -> None:
+    """Print the values that differ between two configurations, with both origins."""
+    (old, old_origins, _), (new, new_origins, _) = _read(a, []), _read(b, [])
+    rows = {
+        key: {
+            "a": old.get(key),
+            "a_origin": old_origins.get(key, "absent"),
+            "b": new.get(key),
+            "b_origin": new_origins.get(key, "absent"),
+        }
+        for key in {**old, **new}
+        if key not in old or key not in new or old[key] != new[key]
+    }
+    if json:
+        emit({"a": str(a), "b": str(b), "differences": rows}, json=True)
         return
-    import torch  # These modules import the engine, so import them only if they are needed.
+    for key, row in rows.items():
+        print(key)
+        sides = [(str(path), row[side], row[f"{side}_origin"]) for path, side in ((a, "a"), (b, "b"))]
+        texts = ["" if origin == "absent" else _to_json(value) for _, value, origin in sides]
+        for text, (_, _, origin), sign in zip(texts, sides, "-+", strict=True):
+            print(f"  {sign} {text:<{min(max(map(len, texts)), 60)}}  # {origin}")
+    count = len(rows)
+    print(f"{count} values differ" if count != 1 else "1 value differs", file=sys.stderr)
 
-    from mmscale.checkpoint import TrainState, find_latest, read_state
-    from mmscale.dist import World
-    from mmscale.run.folder import CHECKPOINTS
-    from mmscale.run.stage_teachers import check_teachers
-    from mmscale.run.stage_weights import check_initial_weights, check_stage_weights
 
-    check_initial_weights(loaded)
-    latest = find_latest(run.run_dir / CHECKPOINTS)
-    state = read_state(latest) if latest else TrainState()
-    world = World(0, 1, 0, torch.device("cpu"))
-    check_stage_weights(run, world, state)
-    check_teachers(run, world, state)
+class SchemaName(str, Enum):
+    """Kinds of YAML files."""
+
+    run = "run"
+    compare = "compare"
+    model = "model"
+
+
+@app.command(epilog="Example: mmscale config schema run > run.json")
+def schema(
+    name: SchemaName = typer.Argument(SchemaName.run, help="Kind of the YAML file: run, compare or model."),
+) -> None:
+    """Print the JSON schema of a YAML file: keys with meaning, type, range, default and choices.
+
+    Editors complete and check a file whose first line is `# yaml-language-server: $schema=PATH`. The schemas of this
+    version are in configs/schema.
+    """
+    import json
+
+    print(json.dumps(schema_of(name.value), indent=1, ensure_ascii=False))
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    """Return the JSON schema of the files of a run, a comparison, or a model."""
+    from mmscale.config.json_schema import json_schema
+
+    if name == "compare":
+        from mmscale.compare.config import ComparisonFile
+
+        return json_schema(ComparisonFile)
+    if name == "model":
+        from mmscale.models.config import ModelConfig
+
+        return json_schema(ModelConfig, is_complete=False)  # The file of a tower has no decoder.
+    from mmscale.run.config import RunConfig
+
+    return json_schema(RunConfig)
+
+
+@app.command(epilog="Example: mmscale config explain model.connector.every configs/quickstart.yaml")
+def explain(
+    key: str = typer.Argument(help="A key, such as engine.zero_stage or stages.learning_rate.", metavar="KEY"),
+    config: Path | None = typer.Argument(None, help="A run's YAML file or a run folder.", metavar="[CONFIG]"),
+    overrides: list[str] = _OVERRIDES,
+    json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+) -> None:
+    """Explain a key: meaning, type, range, default, choices; with CONFIG also its value and origin.
+
+    For a block, lists its keys.
+    """
+    from dataclasses import asdict
+
+    from mmscale.config.explain import explain as explanations_of
+
+    found = explanations_of(schema_of("compare" if key.partition(".")[0] == "compare" else "run"), key)
+    values: dict[str, dict[str, Any]] = {}
+    if config is not None:
+        read, origins, _ = _read(config, overrides or [])
+        patterns = {one.key for one in found}
+        values = {
+            path: {"value": value, "origin": origins[path]}
+            for path, value in read.items()
+            if any(_is_below(path, pattern) for pattern in patterns)
+        }
+    if json:
+        emit({"explanations": [asdict(one) for one in found], "values": values}, json=True)
+        return
+    for one in found:
+        _print_explanation(one)
+    for path, each in values.items():
+        print(f"{path} = {_to_json(each['value'])}  # {each['origin']}")
+    if config is not None and not values:
+        print(f"{config}: has no value at {key}; another kind of a block may have been chosen")
+
+
+def _is_below(path: str, pattern: str) -> bool:
+    words, wanted = path.split("."), pattern.split(".")
+    return len(words) >= len(wanted) and all(b in ("*", a) for a, b in zip(words, wanted, strict=False))
+
+
+def _print_explanation(one: Explanation) -> None:
+    kinds = f"  (of kind {', '.join(one.kinds)})" if one.kinds else ""
+    print(f"{one.key}{kinds}")
+    if one.description:
+        print(textwrap.fill(one.description, 100, initial_indent="  ", subsequent_indent="  "))
+    facts = {"type": one.type}
+    if not one.keys:
+        facts["default"] = "none: a value is required" if one.is_required else _to_json(one.default)
+    facts["kinds"] = ", ".join(one.variants)
+    facts |= {f"  {choice}": text for choice, text in one.choices.items() if text}
+    for name, text in facts.items():
+        if text:
+            print(f"  {name:<8} {text}")
+    width = max(map(len, one.keys), default=0)
+    for name, text in one.keys.items():
+        print(f"    {name:<{width}}  {text}".rstrip())
+
+
+@app.command(epilog="Example: mmscale config validate configs/quickstart.yaml run_dir=runs/other --ranks 2")
+def validate(
+    config: Path = _CONFIG,
+    overrides: list[str] = _OVERRIDES,
+    ranks: int | None = typer.Option(None, min=1, help="Number of ranks of the start; by default any that fits."),
+    json: bool = typer.Option(False, "--json", help="Print one JSON object: the largest number of ranks, warnings, notes."),
+) -> None:
+    """Check everything that `mmscale train` checks before its first step, and train nothing.
+
+    Values, files, data, held-out sets, this machine, initial weights, teachers, and the state of the run folder:
+    whether the run is finished, or can resume from its newest checkpoint.
+    """
+    from mmscale.cli.run_file import load_run
+    from mmscale.run.before_start import check_before_start, check_run_folder
+    from mmscale.run.config import check_world
+
+    loaded = load_run(file_of(config), overrides or [])
+    run = loaded.value
+    warnings = check_before_start(loaded)
+    if ranks is not None:
+        check_world(run, ranks)
+    notes = check_run_folder(run)
+    for line in [*(f"warning: {warning}" for warning in warnings), *notes]:
+        print(f"mmscale: {line}", file=sys.stderr)
+    lanes = min(run.stage_data(number).lanes for number in range(len(run.stages)))
+    if json:
+        emit({"most_ranks": lanes, "warnings": warnings, "notes": notes}, json=True)
+    else:
+        print(f"{config}: valid, for at most {lanes} rank{'s' if lanes > 1 else ''}")
 
 
 @app.command(epilog="Example: mmscale config shrink configs/recipes/emoji-stages.yaml > tiny.yaml")

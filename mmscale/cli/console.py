@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeVar
 
@@ -71,6 +71,53 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple | dict):
         return json_module.dumps(value, ensure_ascii=False, default=str)
     return str(value)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None = None) -> None:
+    """Print rows to stdout: a table with borders on a terminal that is wide enough, else aligned columns of text.
+
+    Numbers are aligned to the right. A missing or null value is a dash.
+
+    Args:
+        rows: Values by key.
+        columns: Heading of each key to print, in order; None for the keys of all rows, with their names.
+    """
+    if not rows:
+        return
+    columns = columns or {key: key for row in rows for key in row}
+    cells = [[_cell(row.get(key)) for key in columns] for row in rows]
+    is_number = [
+        all(isinstance(row.get(key), int | float | None) and not isinstance(row.get(key), bool) for row in rows)
+        for key in columns
+    ]
+    lines = [list(columns.values()), *cells]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    output = Console(highlight=False)
+    if output.is_terminal and sum(widths) + 3 * len(widths) < output.width:  # Broken cells would be hard to read.
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table()
+        for heading, right in zip(columns.values(), is_number, strict=True):
+            table.add_column(heading, justify="right" if right else "left")
+        for row in cells:
+            table.add_row(*map(Text, row))
+        output.print(table)
+        return
+    for line in lines:
+        padded = zip(line, widths, is_number, strict=True)
+        print("  ".join(f"{cell:>{width}}" if right else f"{cell:<{width}}" for cell, width, right in padded).rstrip())
+    sys.stdout.flush()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+    return printable(_text(value))
 
 
 def warn(sentences: Iterable[str]) -> None:

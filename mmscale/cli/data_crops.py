@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from mmscale.cli.console import emit
+from mmscale.cli.console import emit, print_table
 
 app = typer.Typer()
 
@@ -49,10 +49,7 @@ def crops(
     if json:
         emit(results, json=True)
         return
-    print(f"{'crop':<12}{'pixels':<12}{'at':<12}{'of':<12}{'role':<10}{'patches':>8}{'features':>9}")
-    for row in results["crops"]:
-        columns = f"{row['crop']:<12}{row['pixels']:<12}{row['at']:<12}{row['of']:<12}{row['role']:<10}"
-        print(f"{columns}{row['patches']:>8,}{row['features']:>9,}")
+    print_table(results["crops"])
     emit({name: value for name, value in results.items() if name != "crops"})
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mmscale.cli.console import console, emit, printable, progress
+from mmscale.cli.console import console, emit, print_table, printable, progress
 
 if TYPE_CHECKING:
     from data_pipeline.prepare.stats.count import ManifestLocation, Training
@@ -67,7 +67,7 @@ def stats(
         emit(of_config if _is_config(target) else summary[subjects[0].name], json=True)
         return
     for name, each in summary.items():
-        print("\n".join(table(name, each)))
+        _print_statistics(name, each)
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def _total(manifest: ManifestLocation, sample: int | None) -> int:
     return num_samples if sample is None else min(sample, num_samples)
 
 
-def table(name: str, summary: Mapping[str, Any]) -> list[str]:
-    """Format the statistics as lines of text: totals, one row per distribution, then the counts by name."""
+def _print_statistics(name: str, summary: Mapping[str, Any]) -> None:
+    """Print totals, one row per distribution, then the counts by name."""
     lines = [
         f"{name}: {summary['samples']:,} samples in {summary['shards']:,} shards, {summary['bytes'] / 1e6:,.1f} MB"
     ]
@@ -139,14 +139,9 @@ def table(name: str, summary: Mapping[str, Any]) -> list[str]:
             f"looked at {summary['looked_at']:,} of them: shares and ranks of quantiles are right to "
             f"{summary['share_error_95']:.1%} with 95 % certainty"
         )
-    rows = [(title, [_number(each.get(column)) for column in _COLUMNS]) for title, each in _distributions(summary)]
-    widths = [max([len(column), *(len(cells[i]) for _, cells in rows)]) for i, column in enumerate(_COLUMNS)]
-    first = max((len(title) for title, _ in rows), default=0)
-    lines.append(f"{'':<{first}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(_COLUMNS, widths, strict=True)))
-    for title, cells in rows:
-        lines.append(f"{title:<{first}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
-    lines += _named_counts(summary)
-    return [line.rstrip() for line in lines]
+    print("\n".join(lines))
+    print_table([{"": title, **{key: each.get(key) for key in _COLUMNS}} for title, each in _distributions(summary)])
+    print("\n".join(_named_counts(summary)))
 
 
 def _distributions(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float]]]:
@@ -169,12 +164,6 @@ def _distributions(summary: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[st
         if each and each["count"]:
             million = title == "megapixels"
             yield title, {k: v / 1e6 if million and k != "count" else v for k, v in each.items()}
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _named_counts(summary: Mapping[str, Any]) -> Iterator[str]:

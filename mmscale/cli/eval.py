@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from mmscale.cli.console import console, emit
+from mmscale.cli.console import console, emit, print_table
 
 app = typer.Typer()
 
@@ -52,4 +52,10 @@ def evaluate_run(
     for name, result in results.items():
         if isinstance(result, GenerationResult):
             console.print(f"wrote {answers / name}.jsonl")
-    emit({"checkpoint": str(trained.checkpoint), "heldout": {k: asdict(v) for k, v in results.items()}}, json=json)
+    scores = {name: asdict(result) for name, result in results.items()}
+    if json:
+        emit({"checkpoint": str(trained.checkpoint), "heldout": scores}, json=True)
+        return
+    print_table(
+        [{"set": name} | {k: v for k, v in row.items() if not isinstance(v, dict)} for name, row in scores.items()]
+    )

@@ -12,11 +12,11 @@ import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import typer
 
-from mmscale.cli.console import exit_code_of, exit_process
+from mmscale.cli.console import console, exit_code_of, exit_process
 from mmscale.cli.run_file import ALLOW_COMMANDS, allow_commands
 
 
@@ -44,7 +44,7 @@ VERBS = (
     Verb("generate", "Answer a prompt with a trained model, with or without images."),
     Verb("params", "Count the parameters of a model: in total, and active for one token."),
     Verb("report", "Write report.html of a run: curves, samples, configuration."),
-    Verb("config", "Show where each value of a configuration comes from, check it, or shrink the run.", family=True),
+    Verb("config", "Explain keys, show where values come from, compare files, check a run, or shrink it.", family=True),
     Verb("data", "Create, index, verify and describe the shards that training reads.", family=True),
     Verb("checkpoint", "List, verify, export, import and prune checkpoints.", family=True),
 )
@@ -80,7 +80,48 @@ def _show_warning(
 def _run(words: list[str]) -> None:
     called = next((word for word in words if not word.startswith("-")), None)
     command = typer.main.get_command(build_app(called))
-    command.main(args=words, prog_name="mmscale")
+    try:
+        code = command.main(args=words, prog_name="mmscale", standalone_mode=False)
+    except _UsageError as error:
+        error.show()
+        example = error.ctx and error.ctx.command.epilog
+        if hint := _key_hint(error, words) or example:
+            console.print(hint, markup=False)
+        raise SystemExit(error.exit_code) from None
+    if isinstance(code, int):  # The exit code of typer.Exit.
+        raise SystemExit(code)
+
+
+_UsageError: Any = typer.BadParameter.__mro__[2]
+"""``ClickException``. Some versions of typer contain a copy of click, whose classes differ from those of click."""
+
+
+def _key_hint(error: Any, words: list[str]) -> str | None:
+    """Return how to write an unknown option that is a key of the configuration; None if it is no key.
+
+    None also if the command takes no ``KEY=VALUE``.
+    """
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if not option or context is None or not any("KEY=VALUE" in str(p.metavar) for p in context.command.params):
+        return None
+    from mmscale.cli.config import schema_of
+    from mmscale.config.explain import keys_named
+
+    keys = keys_named(schema_of("run"), option.lstrip("-").replace("-", "_"))
+    keys.sort(key=lambda key: key.count("."))
+    if not keys:
+        return None
+    place = next(number for number, word in enumerate(words) if word.partition("=")[0] == option)
+    given, following = words[place].partition("=")[2], words[place + 1 : place + 2]
+    value = given or next((word for word in following if not word.startswith("-") and "=" not in word), "VALUE")
+    named = [f"{key.replace('*', '0')}={value}" for key in keys[:_MOST_KEYS]]
+    return (
+        f"{option} is a key of the configuration: write {' or '.join(named)} (KEY=VALUE, without dashes; "
+        f"`mmscale config explain {keys[0]}` describes it)"
+    )
+
+
+_MOST_KEYS = 4
 
 
 def build_app(called: str | None) -> typer.Typer:

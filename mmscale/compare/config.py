@@ -80,6 +80,13 @@ class _File(StrictConfig):
     compare: CompareConfig
 
 
+class ComparisonFile(RunConfig):
+    """The keys of a comparison's file, for its JSON schema. ``read_comparison`` validates the variants one by one."""
+
+    compare: CompareConfig
+    """Variants, seeds, and the budget that all variants share."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One variant as a run config; ``run_dir``, ``seed`` and steps are still those of the file."""

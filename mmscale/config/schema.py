@@ -66,14 +66,15 @@ def _model(annotation: Any, data: Any) -> type[BaseModel] | None:
     models = [option for option in _options(annotation) if isinstance(option, type) and issubclass(option, BaseModel)]
     if len(models) <= 1:
         return models[0] if models else None
-    # Unions with a callable discriminator choose their first member if the tag is missing. All others require the tag.
-    if isinstance(data, dict) and TAG not in data:
-        return models[0]
     tag = data.get(TAG) if isinstance(data, dict) else None
-    if tag is None:  # One member of a union may have a default tag.
-        untagged = [model for model in models if (info := model.model_fields.get(TAG)) and not info.is_required()]
-        return untagged[0] if len(untagged) == 1 else None
-    return next((model for model in models if tag in _tags(model)), None)
+    if tag is not None:
+        return next((model for model in models if tag in _tags(model)), None)
+    # Without a tag, pydantic chooses the member with a default tag, or tries all members.
+    untagged = [model for model in models if (info := model.model_fields.get(TAG)) is None or not info.is_required()]
+    if len(untagged) == 1:
+        return untagged[0]
+    keys = set(data) if isinstance(data, dict) else set()
+    return max(models, key=lambda model: len(keys & model.model_fields.keys())) if keys else None
 
 
 def _tags(model: type[BaseModel]) -> tuple[Any, ...]:

@@ -157,11 +157,9 @@ def _check_samples(held: EvaluationSet, data: DataConfig, tokenizer: Tokenizer, 
 def _question(sample: Sample, held: HeldOutSet | ChoiceSet | GenerationSet) -> Sample:
     if isinstance(held, HeldOutSet):
         return sample
-    return (
-        make_open_question(sample, held).sample
-        if isinstance(held, GenerationSet)
-        else make_question(sample, held).sample
-    )
+    if isinstance(held, GenerationSet):
+        return make_open_question(sample, held).sample
+    return make_question(sample, held).sample
 
 
 def _check_length(sample: Sample, num_tokens: int, num_new_tokens: int, spec: MediaSpec) -> None:

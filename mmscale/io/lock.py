@@ -244,6 +244,28 @@ class FolderLock:
                 os._exit(1)
 
 
+def holder_of(folder: Path) -> str | None:
+    """Return a sentence about the process that holds the lock of a folder; None if the folder is free. Changes nothing.
+
+    A claim of another machine counts as held, because only watching it for a minute shows whether its holder lives.
+    """
+    if folder.resolve() in _held:
+        return f"{folder}: this process holds the lock of the folder"
+    lock = FolderLock(folder)
+    try:
+        claim = lock._newest()
+        handle = regular_descriptor(folder / "lock" / "kernel", os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        kernel = _lock_file(handle)  # Closing the file releases the lock at once.
+    finally:
+        os.close(handle)
+    if not claim.number and kernel is not False:
+        return None
+    return None if _is_dead(claim.holder, kernel) else _in_use(folder, claim.holder)
+
+
 def _lock_file(handle: int) -> bool | None:
     """Acquire the POSIX lock of a file. Return False if another process has it, None if the file system has none."""
     try:

@@ -58,11 +58,28 @@ def resolve_backend(choice: AttentionChoice, dtype: torch.dtype | None = None) -
         return "flash" if flash else "torch_varlen" if varlen else "sdpa"
     if choice == "flash" and not (flash and cuda):
         missing = "package flash-attn (pip install 'mmscale[flash]')" if cuda else "CUDA device"
-        raise UnsupportedError(f"attention=flash: this machine has no {missing}; attention=sdpa works anywhere")
+        raise UnsupportedError(f"engine.attention=flash: this machine has no {missing}; sdpa works anywhere")
     if choice == "torch_varlen" and not (varlen and cuda):
         missing = "torch.nn.attention.varlen (install torch 2.11 or later)" if cuda else "CUDA device"
-        raise UnsupportedError(f"attention=torch_varlen: this machine has no {missing}; attention=sdpa works anywhere")
+        raise UnsupportedError(f"engine.attention=torch_varlen: this machine has no {missing}; sdpa works anywhere")
     return choice
+
+
+def check_backend(choice: AttentionChoice, dtype: torch.dtype) -> None:
+    """Check that this machine has the kernel, and that the kernel computes in ``dtype``.
+
+    Raises:
+        UnsupportedError: it has not, or it does not.
+    """
+    _require_kernel_dtype(resolve_backend(choice, dtype), dtype)
+
+
+def _require_kernel_dtype(backend: Backend, dtype: torch.dtype) -> None:
+    if backend != "sdpa" and dtype not in _KERNEL_DTYPES:
+        raise UnsupportedError(
+            f"engine.attention={backend} takes bfloat16 or float16, not {dtype}: set engine.attention=sdpa or "
+            "engine.precision=bf16"
+        )
 
 
 def varlen_attention(
@@ -92,10 +109,7 @@ def varlen_attention(
     """
     if backend == "sdpa":
         return _sdpa(q, k, v, query_segments, key_segments, causal)
-    if q.dtype not in _KERNEL_DTYPES:
-        raise UnsupportedError(
-            f"attention={backend} takes bfloat16 or float16, got {q.dtype}: set engine.attention=sdpa or bf16"
-        )
+    _require_kernel_dtype(backend, q.dtype)
     if backend == "flash":
         return _flash(q, k, v, query_segments, key_segments, causal)
     return _torch_varlen(q, k, v, query_segments, key_segments, causal)

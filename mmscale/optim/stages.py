@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from data_pipeline.io.strict import StrictConfig
 from mmscale.optim.config import AdamWConfig, EmaConfig, OptimizerConfig
@@ -31,6 +31,16 @@ _Value = TypeVar("_Value")
 
 def _by_component(value: _Value | dict[str, _Value]) -> dict[str, _Value]:
     return value if isinstance(value, dict) else {DEFAULT: value}
+
+
+Rate = Annotated[float, Field(gt=0)]
+_RATE = {"type": "number", "exclusiveMinimum": 0}
+Rates = Annotated[
+    dict[str, Rate],
+    BeforeValidator(_by_component),
+    WithJsonSchema({"anyOf": [_RATE, {"type": "object", "additionalProperties": _RATE}]}),
+]
+"""Learning rates by component. A file may give one number for all."""
 
 
 def _check_names(names: tuple[str, ...], key: str) -> None:
@@ -84,8 +94,9 @@ class StageConfig(StrictConfig):
     train: tuple[str, ...] = Field(default=(ALL,), min_length=1)
     """Components to train: any of ``vision``, ``connector``, ``decoder``, ``extra_tokens``, or ``[all]``. The others
     are frozen."""
-    learning_rate: dict[str, Annotated[float, Field(gt=0)]] = Field(default={DEFAULT: 1e-3})
-    """Peak learning rate of each trained component. ``default`` applies to components without a key."""
+    learning_rate: Rates = Field(default={DEFAULT: 1e-3})
+    """Peak learning rate: one number, or a number per trained component with ``default`` for components without a
+    key."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up: decay to ``min_learning_rate``, or ``constant``."""
     warmup_steps: Steps | dict[str, Steps] = 0
@@ -104,9 +115,9 @@ class StageConfig(StrictConfig):
     """Largest gradient norm; larger gradients are scaled down to it. 0 for no clipping. A number limits the norm of the
     whole gradient. A mapping limits the norm of each component separately, with ``default`` for components without a
     key."""
-    data: dict[str, Any] | None = None
+    data: dict[str, Any] | None = Field(default=None, json_schema_extra={"x-block": "data"})
     """Overrides of the ``data`` block during this stage, for example another mixture; null for none."""
-    model: dict[str, Any] | None = None
+    model: dict[str, Any] | None = Field(default=None, json_schema_extra={"x-block": "model"})
     """Overrides of the ``model`` block from this stage on; null for none. Unlike ``data``, they also apply to the later
     stages."""
     weights: tuple[WeightsConfig, ...] = ()

@@ -43,6 +43,22 @@ def save_origins(run_dir: Path, origins: Mapping[str, Any]) -> Path:
     return path
 
 
+def read_origins(run_dir: Path) -> dict[str, str]:
+    """Return the origin of each value of ``config.yaml`` by dotted key; empty if the folder has no such file.
+
+    Raises:
+        MMScaleError: the file cannot be read, or is damaged.
+    """
+    path = run_dir / ORIGINS_FILE
+    try:
+        origins = read_json(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise MMScaleError(f"{path} is damaged: {error}") from error
+    if not isinstance(origins, dict):
+        raise MMScaleError(f"{path} is damaged: it holds a {type(origins).__name__}, expected a mapping")
+    return {key: str(origin) for key, origin in origins.items()}
+
+
 def read_configuration(run_dir: Path) -> dict[str, list[Setting]]:
     """Return the settings of ``config.yaml`` by top-level key; empty if there is no such file.
 
@@ -51,26 +67,22 @@ def read_configuration(run_dir: Path) -> dict[str, list[Setting]]:
     Raises:
         MMScaleError: ``config.yaml`` or the file of origins cannot be read, or is damaged.
     """
-    path, origins_path = run_dir / "config.yaml", run_dir / ORIGINS_FILE
+    path = run_dir / "config.yaml"
     if not path.exists():
         return {}
     try:
         config = parse_yaml(read_bytes(path, most_bytes=MOST_YAML_BYTES), ConfigLoader)
     except (OSError, ValueError) as error:
         raise MMScaleError(f"{path} is damaged: {error}") from error
-    try:
-        origins = read_json(origins_path) if origins_path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise MMScaleError(f"{origins_path} is damaged: {error}") from error
-    for file, content in ((path, {} if config is None else config), (origins_path, origins)):
-        if not isinstance(content, dict):
-            raise MMScaleError(f"{file} is damaged: it holds a {type(content).__name__}, expected a mapping")
+    origins = read_origins(run_dir)
+    if not isinstance(config, dict | None):
+        raise MMScaleError(f"{path} is damaged: it holds a {type(config).__name__}, expected a mapping")
     blocks: dict[str, list[Setting]] = {}
     for key, value in _leaves(config or {}, ()):
         text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
         name = ".".join(key)
         top = key[0] if len(key) > 1 else "run"
-        blocks.setdefault(top, []).append(Setting(name, text, str(origins.get(name, ""))))
+        blocks.setdefault(top, []).append(Setting(name, text, origins.get(name, "")))
     return dict(sorted(blocks.items(), key=lambda block: block[0] != "run"))
 
 

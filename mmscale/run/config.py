@@ -48,16 +48,24 @@ class RunConfig(StrictConfig):
     """End the run after this many steps over all stages; at least 1, null runs every stage. Learning rate schedules
     still follow ``stages.*.steps``."""
     data: DataConfig
+    """Tokenizer, data sets, packing and loading."""
     model: ModelConfig
+    """Decoder, vision tower and connector."""
     stages: tuple[StageConfig, ...]
-    """The stages of the training, in order. Empty in a configuration that only describes a model, such as that of an
-    imported one."""
+    """The stages of the training, in order; each begins with the weights of the one before. Empty in a configuration
+    that only describes a model, such as that of an imported one."""
     engine: EngineConfig = EngineConfig()
+    """Precision, sharding over ranks, memory and messages."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are saved, and which are kept."""
     bad_steps: BadStepsConfig = BadStepsConfig()
+    """What a run does after a step whose loss or gradient is not finite or is a spike."""
     metrics: MetricsConfig = MetricsConfig()
+    """What is measured, and where it is written."""
     sample_log: SampleLogConfig = SampleLogConfig()
+    """The list of each step's samples."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out sets and captions."""
 
     @model_validator(mode="after")
     def _check_stages(self) -> RunConfig:

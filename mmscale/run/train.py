@@ -24,10 +24,9 @@ from pathlib import Path
 
 from torch import profiler
 
-from data_pipeline.errors import DataConfigError, DataPipelineError, TooManyFaultsError
+from data_pipeline.errors import DataConfigError, TooManyFaultsError
 from data_pipeline.loader.loader import Loader, StepBatch
 from data_pipeline.media_spec import Placement
-from data_pipeline.order.state import LoaderState
 from data_pipeline.text.tokenizer import load_tokenizer
 from mmscale import checkpoint
 from mmscale.bad_steps.bad_steps import BadSteps
@@ -36,7 +35,7 @@ from mmscale.bad_steps.roll_back import is_abandoned, read_roll_backs
 from mmscale.checkpoint import TrainState
 from mmscale.checkpoint.manifest import folder_name
 from mmscale.config import Loaded
-from mmscale.dist import World, all_reduce_sum, gather_rows, init_distributed, lowest_rank_error, shutdown
+from mmscale.dist import World, all_reduce_sum, gather_rows, init_distributed, shutdown
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine, StepReport
 from mmscale.engine.memory import explain_memory
@@ -44,7 +43,7 @@ from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.engine.watchdog import Watchdog
 from mmscale.errors import ConfigError, EngineError
-from mmscale.metrics.faults import FaultList, quarantine_lists
+from mmscale.metrics.faults import FaultList
 from mmscale.metrics.peaks import peak_of
 from mmscale.metrics.profiler import profile_steps
 from mmscale.metrics.run_log import LoggedStage, NullLog, RunLog, open_run_log
@@ -55,13 +54,14 @@ from mmscale.metrics.trackers.trackers import Trackers
 from mmscale.models.build import AnyModel, build_model
 from mmscale.nn.init import initialise_
 from mmscale.objectives.choice import Objective, choose_objective
-from mmscale.run.config import RunConfig, check_files, check_world
+from mmscale.run.before_start import check_before_start, check_resume, current_stage, open_loader
+from mmscale.run.config import RunConfig, check_world
 from mmscale.run.evaluation import Evaluations
 from mmscale.run.finalize import finalize_run
-from mmscale.run.folder import BAD_STEPS, CHECKPOINTS, FAULTS, SAMPLE_LOG, check_position, hold_folder
+from mmscale.run.folder import BAD_STEPS, CHECKPOINTS, FAULTS, SAMPLE_LOG, hold_folder
 from mmscale.run.rank_check import check_ranks
-from mmscale.run.stage_teachers import check_teachers, open_teachers, record_teachers
-from mmscale.run.stage_weights import check_initial_weights, check_stage_weights, load_stage_weights
+from mmscale.run.stage_teachers import open_teachers, record_teachers
+from mmscale.run.stage_weights import load_stage_weights
 from mmscale.run.starts import Start, reject_or_report_finished
 from mmscale.run.tracking import open_trackers, run_facts
 
@@ -118,8 +118,7 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
     config = loaded.value
     # Handle signals before set-up: a signal during set-up must stop the run after its next step, not kill the process.
     with listen_for_stop() as stop:
-        notes = check_files(config)
-        check_initial_weights(loaded)
+        notes = check_before_start(loaded)
         world = init_distributed(config.engine)
         limits = config.engine.watchdog.limits(config.engine.timeout_seconds)
         watchdog = Watchdog(config.run_dir, limits, world.rank, world.world_size)
@@ -168,10 +167,7 @@ def _run(
     )
     bad_steps = BadSteps(config.bad_steps, folder, checkpoints, world, roll_backs, latest)
     state, position = bad_steps.state, bad_steps.position
-    if latest:
-        check_position(config, state, latest)
-    check_stage_weights(config, world, state)
-    check_teachers(config, world, state)
+    check_resume(config, world, state, latest)
     sample_log = RunSampleLog(config.run_dir / SAMPLE_LOG, config.sample_log, world, state.step)
     log = open_run_log(config.run_dir, config.metrics, state.step, config.total_steps, world.rank, trackers)
     saver = checkpoint.Saver(world, checkpoints, config.checkpoint, log.print_line)
@@ -185,14 +181,13 @@ def _run(
         if start.message:
             log.print_line(start.message)
         while True:
-            if state.stage_step == config.stages[state.stage_index].steps and state.step < config.total_steps:
-                state = replace(state, stage_index=state.stage_index + 1, stage_step=0)
+            state = current_stage(config, state)
             watchdog.begin_start()
             state = record_teachers(config, world, state)
             if state.stage_step == 0:
                 bad_steps.detector.begin_stage()
             # Open the loader before the engine: an unusable data position then raises before the model is built.
-            loader = _open_loader(run, state, position)
+            loader = open_loader(config, world, state, position)
             position = None
             with _stage_engine(run, state, latest) as engine:
                 start.record(state.step)
@@ -408,34 +403,3 @@ def _handle_bad_step(run: _Run, state: TrainState, batch: StepBatch, report: Ste
         )
     run.log.print_line(f"{what}; the update was skipped")
     return False
-
-
-def _open_loader(run: _Run, state: TrainState, position: LoaderState | None) -> Loader:
-    """Open the loader of the state's stage. All ranks must call.
-
-    The loader starts at ``position`` if given. Otherwise a stage that begins, and whose data or crops differ from those
-    of the previous stage, starts at the beginning of its data. All others start at the position in ``state``.
-
-    Raises:
-        DataPipelineError: the data cannot be opened, or the saved position does not fit the data; every rank raises.
-    """
-    config, world = run.config, run.world
-    data = config.stage_data(state.stage_index)
-    fresh = state.stage_step == 0 and not config.continues(state.stage_index)
-    mine: DataPipelineError | None = None
-    try:
-        loader = Loader(
-            data,
-            config.stage_media(state.stage_index),
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.world_size,
-            micro_lanes=config.engine.micro_lanes,
-            state=position or (None if fresh else state.loader),
-            quarantine=quarantine_lists(config.run_dir / FAULTS, data.faults),
-        )
-    except DataPipelineError as error:
-        mine = error
-    if (message := lowest_rank_error(world, None if mine is None else str(mine))) is not None:
-        raise mine or DataPipelineError(message)
-    return loader

@@ -1,8 +1,11 @@
-"""``python -m tests.golden`` rewrites the golden file of every shipped model and the table of configs/README.md."""
+"""``python -m tests.golden`` rewrites the files of the models, the table of configs/README.md and the schemas."""
 
 from __future__ import annotations
 
-from tests.configs.files import model_of
+import json
+
+from mmscale.cli.config import SchemaName, schema_of
+from tests.configs.files import CONFIGS, model_of
 from tests.golden.describe import FOLDER, describe, files
 from tests.golden.table import README, written
 
@@ -15,3 +18,7 @@ for path, golden in wanted.items():
     print(golden.relative_to(FOLDER.parents[1]))
 README.write_text(written(), encoding="utf-8")
 print(README.relative_to(FOLDER.parents[1]))
+for name in SchemaName:
+    path = CONFIGS / "schema" / f"{name.value}.json"
+    path.write_text(json.dumps(schema_of(name.value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(path.relative_to(FOLDER.parents[1]))

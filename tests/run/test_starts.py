@@ -22,13 +22,25 @@ TINY = ROOT / "tests/system/tiny.yaml"
 
 
 def commands(world: World, folder: str, starts: list[list[str]]) -> list[tuple[int, str]]:
-    """Return exit code and error output of ``mmscale train`` for each start; only the last start may train."""
+    """Return exit code and error output of ``mmscale train`` for each start; only the last start may train.
+
+    Before each start ``config validate`` must find the same problem, or none if the start finds none.
+    """
     answers = []
     for words in starts:
-        with contextlib.redirect_stderr(io.StringIO()) as text:
-            code = main(["train", str(TINY), f"run_dir={folder}", *words])
-        answers.append((code, text.getvalue()))
+        before = _run("config", "validate", str(TINY), f"run_dir={folder}", *words)
+        answers.append(_run("train", str(TINY), f"run_dir={folder}", *words))
+        code, text = answers[-1]
+        assert before[0] == code, (before, answers[-1])
+        if code:
+            assert text[text.rindex("mmscale: ") :] in before[1], (before, answers[-1])
     return answers
+
+
+def _run(*words: str) -> tuple[int, str]:
+    with contextlib.redirect_stderr(io.StringIO()) as text:
+        code = main(list(words))
+    return code, text.getvalue()
 
 
 def start(folder: Path, *starts: list[str]) -> list[tuple[int, str]]:

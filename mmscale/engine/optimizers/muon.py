@@ -21,6 +21,16 @@ from mmscale.optim.config import MuonConfig
 from mmscale.optim.schedule import MUON_MOMENTS, can_fuse
 
 
+def check_muon() -> None:
+    """Check that this torch has ``torch.optim.Muon``.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise UnsupportedError(f"optimizer muon: torch {torch.__version__} has none; install torch 2.9 or newer")
+
+
 class Muon(torch.optim.AdamW):
     """``torch.optim.Muon`` for the groups with a momentum, ``torch.optim.AdamW`` for the other groups.
 
@@ -33,8 +43,7 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: MuonConfig) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise UnsupportedError(f"optimizer muon: torch {torch.__version__} has none; install torch 2.9 or newer")
+        check_muon()
         super().__init__(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=can_fuse(groups))
         self._config = config
         self._masters: dict[int, tuple[FlatMaster, Exchange]] = {}
