@@ -1,8 +1,11 @@
-# One command for each thing a person does here; `make` alone lists them. Needs python3 (3.10 or newer) and make.
+# One command for each thing a person does here; `make` alone lists them. Needs python3 (3.11 or newer) and make.
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+MIDDLE := not slow and not gpu and not slurm
+FLOORS ?= lowest
+PIP_FLAGS ?= $(if $(CI),--quiet)
 CODE := data_pipeline mmscale launchers benchmarks tests examples docs/site
 
 # Several ranks share the cores of one machine; more threads than cores would slow all of them down.
@@ -11,25 +14,33 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart docs quick test-near test test-slow test-all lint format golden bench clean
+.PHONY: help setup quickstart docs quick test-near test test-slow test-all test-floors lint format golden bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#' 2>/dev/null || true
 
-setup: $(STAMP) ## Make .venv with everything in it (again only when pyproject.toml changes)
+setup: $(STAMP) ## Make .venv with everything in it; TORCH=cpu takes torch's smaller build without CUDA
+	@echo "Ready: .venv ($$(du -sh .venv | cut -f1))."
+	@echo "  In each new shell:  source .venv/bin/activate"
+	@echo "  Next:               make quickstart    (about ten minutes on two cores), or mmscale --help"
 
 $(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev,docs,hf]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is $$($(PYTHON) -V); mmscale needs 3.11 or newer: make setup PYTHON=python3.12"; exit 1; }
+	@echo "Installing mmscale, its tests and its documentation tools into .venv. The download is about 0.7 GB with torch's"
+	@echo "CPU build (2.5 GB on disk), and about 4 GB with its CUDA build (8 GB on disk): 3 to 15 minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip
+	@$(if $(TORCH),$(BIN)/python -m pip install $(PIP_FLAGS) torch torchvision --index-url https://download.pytorch.org/whl/$(TORCH))
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,docs,hf]'
+	@touch $@
 
-quickstart: setup ## Train a small vision-language model on bundled data: two ranks, about ten minutes
+quickstart: $(STAMP) ## Train a small vision-language model on bundled data: two ranks, about ten minutes
 	$(BIN)/mmscale launch local configs/quickstart.yaml --ranks 2
 	@echo "Done. Open runs/quickstart/report.html"
 
 # Without --quiet, which would also silence strict mode.
-docs: setup ## Build the documentation, with a search and a reference of the API, in site/
+docs: $(STAMP) ## Build the documentation, with a search and a reference of the API, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "Done. Open site/index.html"
 
@@ -37,36 +48,45 @@ quick: lint ## Lint, and the tests of single parts: no ranks, kills, reference m
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not (dist or resume or fault or parity or long or slow or gpu or slurm)" \
 		$(addprefix --ignore=tests/,benchmarks cli compare docs examples golden system trace test_parity_table.py)
 
-test-near: setup ## Run the tests that import what changed: make test-near FILES="mmscale/nn/rope.py"
-	@tests=$$($(BIN)/python -m tests.near $(FILES)) && $(BIN)/python -m pytest -q -m "not slow and not gpu and not slurm" $$tests
+test-near: $(STAMP) ## Run the tests that import what changed: make test-near FILES="mmscale/nn/rope.py"
+	@tests=$$($(BIN)/python -m tests.near $(FILES)) && $(BIN)/python -m pytest -q -m "$(MIDDLE)" $$tests
 
-test: setup ## Run the tests that need neither a GPU, a cluster nor patience
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not slurm"
+test: $(STAMP) ## Run the tests that need neither a GPU, a cluster nor patience
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "$(MIDDLE)"
 
-test-slow: setup ## Run the tests that take minutes each: long runs, every page of docs/, every size of a recipe
+test-slow: $(STAMP) ## Run the tests that take minutes each: long runs, every page of docs/, every size of a recipe
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu and not slurm"
 
-test-all: setup ## Run every test this machine can run
+# With other test tools too: what pyproject.toml admits is what a user may get.
+test-floors: $(STAMP) ## Run `make test` with the lowest admitted versions in .venv-lowest; FLOORS=highest: with the newest
+	test -x .venv-$(FLOORS)/bin/python || $(PYTHON) -m venv .venv-$(FLOORS)
+	$(BIN)/uv pip compile --quiet --python .venv-$(FLOORS)/bin/python $(if $(TORCH),--torch-backend $(TORCH)) \
+		--resolution $(subst lowest,lowest-direct,$(FLOORS)) --extra dev --extra hf pyproject.toml -o .venv-$(FLOORS)/versions.txt
+	$(BIN)/uv pip sync --python .venv-$(FLOORS)/bin/python $(if $(TORCH),--torch-backend $(TORCH)) .venv-$(FLOORS)/versions.txt
+	$(BIN)/uv pip install --python .venv-$(FLOORS)/bin/python --no-deps -e .
+	.venv-$(FLOORS)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "$(MIDDLE)" $(TESTS)
+
+test-all: $(STAMP) ## Run every test this machine can run
 	$(BIN)/python -m pytest -q
 
-lint: setup ## Check format, style, types and the import floors
+lint: $(STAMP) ## Check format, style, types and the import floors
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: setup ## Put the code into its format
+format: $(STAMP) ## Put the code into its format
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-golden: setup ## Write down anew what each model is: tests/golden and the table of configs/README.md
+golden: $(STAMP) ## Write down anew what each model is: tests/golden and the table of configs/README.md
 	$(BIN)/python -m tests.golden
 
-bench: setup ## Measure against peers, side by side
+bench: $(STAMP) ## Measure against peers, side by side
 	@for name in attention checkpoint dropout sample_log loader loss_memory order_scale packing remote shuffle train_step zero_memory; do \
 		echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 
 clean: ## Remove runs, caches and .venv
-	rm -rf .venv runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-lowest .venv-highest runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -187,7 +187,7 @@ AttentionSegments = Segments | BranchedSegments
 
 
 @dataclass(frozen=True, repr=False)
-class MultimodalBatch(_Brief):
+class MultimodalBatch:
     """One microbatch.
 
     Attributes:
@@ -230,6 +230,15 @@ class MultimodalBatch(_Brief):
         """Return the batch with every tensor on ``device``."""
         moved: MultimodalBatch = map_batch(self, Tensor, lambda each: each.to(device, non_blocking=non_blocking))
         return moved
+
+    def __repr__(self) -> str:
+        crops = "".join(
+            f", {name}: {block.items.num} crops of {block.items.total:,} patches" for name, block in self.media.items()
+        )
+        return (
+            f"MultimodalBatch({len(self.token_ids):,} tokens, {self.num_samples} documents{crops}, "
+            f"loss weight {self.weight:,.6g}, {self.token_ids.device})"
+        )
 
     @property
     def attended(self) -> AttentionSegments:

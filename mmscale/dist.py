@@ -131,6 +131,7 @@ def start_deepspeed(world: World) -> None:
     80 s the first time, and fails without a compiler.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\..*|torch\.distributed.*")
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm in a notebook without ipywidgets.
     import deepspeed
     import deepspeed.comm
     import deepspeed.ops
@@ -427,8 +428,12 @@ def gather_bytes(world: World, data: bytes) -> list[bytes]:
 
 
 def shutdown(world: World, *, patience_seconds: float = 5.0) -> None:
-    """Leave the process group. Waits at most ``patience_seconds``, whatever the state of the other ranks."""
-    if not torch_dist.is_initialized():
+    """Leave the process group. Waits at most ``patience_seconds``, whatever the state of the other ranks.
+
+    A world of one rank keeps its group until the process ends: DeepSpeed remembers the first group, so a notebook could
+    otherwise train only once.
+    """
+    if not torch_dist.is_initialized() or world.world_size == 1:
         return
     leaving = threading.Thread(target=torch_dist.destroy_process_group, daemon=True)
     leaving.start()

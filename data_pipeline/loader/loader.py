@@ -43,7 +43,7 @@ _DECODE_THREADS = 2
 """Decode threads of a loader without workers. While one waits for Python's lock, the other decodes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepBatch:
     """The batch of one rank in one step.
 
@@ -69,6 +69,12 @@ class StepBatch:
     num_cut: int = 0
     drawn: dict[int, tuple[Drawn, ...]] = field(default_factory=dict)
     exhausted: bool = False
+
+    def __repr__(self) -> str:
+        return (
+            f"StepBatch(step {self.step}: {len(self.microbatches)} microbatches, {self.num_samples} samples, "
+            f"{self.num_tokens:,} tokens, {len(self.skipped)} samples skipped)"
+        )
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,12 @@ class Loader:
             return {lane: LaneState(StreamPosition.start(len(self._names))) for lane in self.lanes}
         state.check(self.fingerprint, self.lanes)
         return state.lane_states(self.lanes, self._names)
+
+    def __repr__(self) -> str:
+        return (
+            f"Loader({', '.join(self._names)}: step {self._step}, {len(self.lanes)} lanes in "
+            f"{self._num_microbatches} microbatches, {self._num_workers} workers)"
+        )
 
     def __iter__(self) -> Loader:
         return self

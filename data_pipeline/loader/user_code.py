@@ -8,14 +8,10 @@ Not for: which lane gets which sample (``user_pipeline``).
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import io
 import itertools
 import json
-import operator
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.errors import DataConfigError, FaultKind, PipelineError, SampleError, out_of_memory
+from data_pipeline.io.trusted_code import import_attribute
 from data_pipeline.shards.image_header import is_image
 
 _TEXT_EXTENSIONS = ("txt", "json")
@@ -56,11 +53,8 @@ def load(path: str, dataset: str) -> Any:
 
     # Splits by rank and worker would make the order depend on the number of ranks and workers.
     utils.pytorch_worker_info = _one_process
-    module, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
     try:
-        found = operator.attrgetter(attribute)(importlib.import_module(module))
+        found = import_attribute(path)
     except Exception as error:
         raise DataConfigError(f"data set {dataset}: cannot import {path}: {type(error).__name__}: {error}") from error
     if isinstance(found, Iterator):

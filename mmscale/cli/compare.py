@@ -42,7 +42,6 @@ def compare(
     a signal.
     """
     from launchers.local import launch
-    from mmscale.cli.run_file import check_commands
     from mmscale.compare import (
         check_comparison,
         plan_trials,
@@ -51,6 +50,7 @@ def compare(
         run_trials,
         write_comparison,
     )
+    from mmscale.config.trust import check_commands
     from mmscale.run.folder import hold_folder
 
     comparison = read_comparison(config, overrides or [])

@@ -215,7 +215,9 @@ def validate(
     config: Path = _CONFIG,
     overrides: list[str] = _OVERRIDES,
     ranks: int | None = typer.Option(None, min=1, help="Number of ranks of the start; by default any that fits."),
-    json: bool = typer.Option(False, "--json", help="Print one JSON object: the largest number of ranks, warnings, notes."),
+    json: bool = typer.Option(
+        False, "--json", help="Print one JSON object: the largest number of ranks, warnings, notes."
+    ),
 ) -> None:
     """Check everything that `mmscale train` checks before its first step, and train nothing.
 

@@ -35,9 +35,9 @@ def _checked(config: Path, overrides: list[str], ranks: int) -> RunConfig:
 
 def _train_words(config: Path, overrides: list[str]) -> list[str]:
     """Return the command line of each rank."""
-    from mmscale.cli.run_file import FLAG, allow_commands
+    from data_pipeline.io.trusted_code import ALLOW_FLAG, allow_commands
 
-    return [*([FLAG] if allow_commands.get() else []), "train", str(config), *overrides]
+    return [*([ALLOW_FLAG] if allow_commands.get() else []), "train", str(config), *overrides]
 
 
 @app.command(epilog="Example: mmscale launch local configs/quickstart.yaml --ranks 2")

@@ -16,8 +16,9 @@ from typing import Any, NoReturn, TextIO
 
 import typer
 
+from data_pipeline.io.trusted_code import allow_commands
 from mmscale.cli.console import console, exit_code_of, exit_process
-from mmscale.cli.run_file import ALLOW_COMMANDS, allow_commands
+from mmscale.cli.run_file import ALLOW_COMMANDS
 
 
 @dataclass(frozen=True)

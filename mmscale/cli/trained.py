@@ -1,4 +1,4 @@
-"""Load a trained model into one process, without DeepSpeed; for ``eval`` and ``generate``."""
+"""Load a trained model into one process, without DeepSpeed; for ``eval``, ``generate`` and ``mmscale.load``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 from mmscale.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mmscale.config import Loaded
     from mmscale.dist import World
     from mmscale.models.build import AnyModel
+    from mmscale.models.sampling import SamplingConfig
     from mmscale.run.config import RunConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trained:
     """A model with the weights of ``checkpoint``, in evaluation mode on ``world.device``.
 
@@ -33,6 +36,48 @@ class Trained:
     model: AnyModel
     world: World
     checkpoint: Path
+
+    def __repr__(self) -> str:
+        return f"Trained({self.checkpoint}: {self.model!r})"
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        images: str | Path | Image.Image | Sequence[str | Path | Image.Image] = (),
+        *,
+        max_new_tokens: int = 32,
+        sampling: SamplingConfig | None = None,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """Return the answer to a prompt about images, without surrounding white space.
+
+        Args:
+            prompt: Text before the answer; in a dialogue the user's turn. ``<image>`` in it marks the position of the
+                next image; without marks the images come first. None for the first prompt of training.
+            images: A picture of Pillow or a JPEG, PNG or WebP file, or a list of these.
+            max_new_tokens: Longest answer, tokens.
+            sampling: How tokens are sampled; None takes the most likely token each time.
+            stop: The answer ends before the first of these texts.
+
+        Raises:
+            ConfigError: prompt and images do not fit the model or its template.
+            MMScaleError, SampleError: a file cannot be read, or is no image.
+        """
+        from mmscale.evaluate.answers import respond
+        from mmscale.models.sampling import SamplingConfig
+
+        several = images if isinstance(images, Sequence) and not isinstance(images, str) else (images,)
+        (answer,) = respond(
+            self.model,
+            self.config.evaluation_data(self.stage),
+            self.config.stage_media(self.stage),
+            images=[Path(each) if isinstance(each, str) else each for each in several],
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or SamplingConfig(),
+            stop=stop,
+        )
+        return answer
 
 
 def load_trained(config: RunConfig, checkpoint: Path | None = None) -> Trained:
@@ -89,19 +134,27 @@ def open_run(run: Path, overrides: Sequence[str] = ()) -> Loaded[RunConfig]:
     return replace(loaded, value=config)
 
 
-def open_trained(path: Path) -> Trained:
+def open_trained(path: str | Path, *, allow_code: bool = False) -> Trained:
     """Load the trained model of a run folder, or of one checkpoint in it, with the run's own ``config.yaml``.
+
+    Args:
+        path: ``RUN`` or ``RUN/checkpoints/step-N``.
+        allow_code: Whether ``config.yaml`` may name Python code of projectors, templates and objectives, which is
+            imported. ``--allow-commands`` on the command line allows it too.
 
     Raises:
         ConfigError: the path is neither of the two.
         CheckpointError: the path is a Hugging Face folder, or the run has no usable checkpoint.
     """
+    from mmscale.config.trust import code_allowed
     from mmscale.hf.read import require_no_folder
     from mmscale.run.folder import CONFIG
 
+    path = Path(path)
     for run, checkpoint in ((path, None), (path.parent.parent, path)):
         if path.is_dir() and (run / CONFIG).is_file():
-            return load_trained(open_run(run).value, checkpoint)
+            with code_allowed(allow_code):
+                return load_trained(open_run(run).value, checkpoint)
     require_no_folder(path, f"make a checkpoint of it with: mmscale checkpoint import {path} RUN --from hf")
     raise ConfigError(
         f"{path}: neither a run folder (with a {CONFIG}) nor a checkpoint of one (RUN/checkpoints/step-N)"

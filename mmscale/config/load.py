@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from mmscale.config.layers import apply_overrides, read_layers
 from mmscale.config.tree import DEFAULT, ConfigDumper, ConfigNode, Origin
+from mmscale.config.trust import trust_own_kinds
 from mmscale.config.validate import validate
 
 S = TypeVar("S", bound=BaseModel)
@@ -62,8 +63,10 @@ def load_tree(root: ConfigNode, schema: type[S], name: str) -> Loaded[S]:
         name: Name of the file in messages.
 
     Raises:
-        ConfigError: lists all validation errors, each with file, line, key and value.
+        ConfigError: lists all validation errors, each with file, line, key and value; or a file in a run folder names
+            Python code (``mmscale.config.trust``).
     """
+    trust_own_kinds(root)
     value, notes = validate(root, schema, name)
     for note in notes:
         warnings.warn(note, DroppedKeyWarning, stacklevel=3)

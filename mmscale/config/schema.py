@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-TAG = "kind"
+from data_pipeline.io.own_code import KIND, OwnKinds
+
+TAG = KIND
 """Discriminator key of all tagged unions in mmscale's configurations."""
 
 
@@ -32,7 +34,10 @@ def _child_annotation(annotation: Any, data: Any, key: str) -> Any:
     model = _model(annotation, data)
     if model is not None:
         info = model.model_fields.get(key)
-        return None if info is None else info.annotation
+        if info is None:
+            return None
+        own = [each for each in info.metadata if isinstance(each, OwnKinds)]
+        return Annotated[info.annotation, own[0]] if own else info.annotation
     for option in _options(annotation):
         arguments = get_args(option)
         if get_origin(option) is dict and len(arguments) == 2:
@@ -52,9 +57,10 @@ def _child_value(data: Any, key: str) -> Any:
 
 
 def _options(annotation: Any) -> Iterator[Any]:
-    """Yield the members of a nested or annotated union, or the annotation itself."""
+    """Yield the members of a nested or annotated union, or the annotation itself, and the ``OwnKinds`` of a union."""
     if get_origin(annotation) is Annotated:
         yield from _options(get_args(annotation)[0])
+        yield from (each for each in get_args(annotation)[1:] if isinstance(each, OwnKinds))
     elif get_origin(annotation) in (list, tuple, dict, Literal) or not get_args(annotation):
         yield annotation
     else:
@@ -63,7 +69,15 @@ def _options(annotation: Any) -> Iterator[Any]:
 
 
 def _model(annotation: Any, data: Any) -> type[BaseModel] | None:
-    models = [option for option in _options(annotation) if isinstance(option, type) and issubclass(option, BaseModel)]
+    options = list(_options(annotation))
+    models = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+    for own in options:
+        kind = data.get(TAG) if isinstance(data, dict) and isinstance(own, OwnKinds) else None
+        if isinstance(kind, str) and not any(kind in _tags(model) for model in models):
+            try:
+                return own.find(kind)
+            except ValueError:
+                return None
     if len(models) <= 1:
         return models[0] if models else None
     tag = data.get(TAG) if isinstance(data, dict) else None

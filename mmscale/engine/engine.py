@@ -170,6 +170,13 @@ class Engine:
         self._prepare_optimizer()
         self._routers = biased_routers(model)
 
+    def __repr__(self) -> str:
+        return (
+            f"Engine(stage {self.stage.name}, step {self.stage_step}: trains {', '.join(self.trained_components)}; "
+            f"ZeRO {self.config.zero_stage}, {self.precision.name}, rank {self.world.rank} of {self.world.world_size}; "
+            f"{self.model!r})"
+        )
+
     def _arrange(self, units: list[nn.Module]) -> list[Undo]:
         undo = [recompute(units)] if self.config.activation_checkpointing else []
         gathered = [*units, *(unit for teacher in self.teachers for unit in teacher.units())]

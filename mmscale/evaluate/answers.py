@@ -5,11 +5,12 @@ prompt, image files --document as in training--> generate with a key-value cache
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -32,6 +33,9 @@ from mmscale.evaluate.generation import AnswerWriter
 from mmscale.evaluate.heldout import ImageQuestions, PromptBuilder
 from mmscale.models.sampling import SamplingConfig
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 _MOST_IMAGE_BYTES = 1 << 28
 _IMAGE_MARK = re.compile(r"<image(?:-(\d+))?>")
 """Marks an image position in a prompt: the next image, or the image with this number (from 1)."""
@@ -53,7 +57,7 @@ def respond(
     data: DataConfig,
     spec: MediaSpec,
     *,
-    images: Sequence[Path] = (),
+    images: Sequence[Path | Image.Image] = (),
     prompt: str | None = None,
     num: int = 1,
     max_new_tokens: int = 32,
@@ -67,7 +71,7 @@ def respond(
         model: Model in evaluation mode, on the CPU or a CUDA device.
         data: Gives the tokenizer, and template and transform of the first data set.
         spec: Media that the model accepts.
-        images: JPEG, PNG or WebP files.
+        images: JPEG, PNG or WebP files, or pictures of Pillow.
         prompt: Text before the answer; in a dialogue the user's turn. ``<image>`` in it marks the position of the next
             image and ``<image-2>`` that of the second. Without marks the images come first. None for the first prompt
             of the template.
@@ -104,13 +108,13 @@ def respond(
 
 
 def _prompt_sample(
-    dataset: DatasetConfig, images: Sequence[Path], prompt: str | None, spec: MediaSpec
+    dataset: DatasetConfig, images: Sequence[Path | Image.Image], prompt: str | None, spec: MediaSpec
 ) -> tuple[DatasetConfig, Sample]:
     """Return a sample with these images, and the data set whose template turns it into the prompt."""
     if images and spec.placement is Placement.NONE:
         raise ConfigError("this model has no vision tower, so it cannot read images; leave out --image")
     template = dataset.template.branch_template
-    sample = _sample_from_files(images)
+    sample = _sample_from(images)
     if prompt is None and images and not template.takes_images:
         prompt = ""  # The template's own prompt would drop the images.
     if prompt is None:
@@ -150,10 +154,15 @@ def _check_prompt(dataset: DatasetConfig, sample: Sample) -> None:
         ) from error
 
 
-def _sample_from_files(images: Sequence[Path]) -> Sample:
-    """Return a sample without fields whose images are these files, named by number and extension as in a tar."""
+def _sample_from(images: Sequence[Path | Image.Image]) -> Sample:
+    """Return a sample without fields whose images are these, named by number and extension as in a tar."""
     parts = []
     for number, path in enumerate(images):
+        if not isinstance(path, Path):
+            encoded = io.BytesIO()
+            path.convert("RGB").save(encoded, "PNG")
+            parts.append(ImagePart(encoded.getvalue(), f"{number}.png"))
+            continue
         try:
             data = read_bytes(path, most_bytes=_MOST_IMAGE_BYTES)
         except UntrustedError as error:
@@ -162,8 +171,8 @@ def _sample_from_files(images: Sequence[Path]) -> Sample:
             raise MMScaleError(f"{path}: {error.strerror}") from error
         extension = path.suffix.lstrip(".").lower()
         parts.append(ImagePart(data, extension if len(images) == 1 else f"{number}.{extension}"))
-    first = images[0] if images else Path("prompt")
-    return Sample(tuple(parts), {}, Provenance("file", str(first.parent), ", ".join(path.name for path in images), 0))
+    paths = [image for image in images if isinstance(image, Path)] or [Path("picture" if images else "prompt")]
+    return Sample(tuple(parts), {}, Provenance("file", str(paths[0].parent), ", ".join(p.name for p in paths), 0))
 
 
 def caption_images(

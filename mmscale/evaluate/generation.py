@@ -66,7 +66,7 @@ def score_generation(context: EvaluationContext, held: GenerationSet) -> Generat
     """
     questions = call_on_all_ranks(context.world, held, lambda: _read_questions(held))
     samples = [question.sample for question in questions]
-    template = template_of(held)
+    template = template_of(held) or context.data.prompts.template
     prompts = PromptBuilder(document_builder(held, template, context.data, context.tokenizer, context.spec))
     answers = generate_answers(context, held, prompts, template.closing, samples)
     answers = [answer.strip() for answer in answers]

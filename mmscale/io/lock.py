@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +78,7 @@ class Holder(StrictConfig):
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
-            started=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
+            started=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
             command=shlex.join(sys.argv)[:300],
             machine=_boot_id(),
             kernel_lock=kernel_lock,

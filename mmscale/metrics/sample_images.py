@@ -1,9 +1,10 @@
-"""The images of a batch as pixels again, with their captions."""
+"""The images of a batch as pixels or pictures again, with their captions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ from torch import Tensor
 from data_pipeline.batch import MultimodalBatch
 from data_pipeline.document import IGNORE
 from data_pipeline.media_spec import MediaSpec
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 """uint8 ``(height, width, 3)``."""
@@ -40,6 +44,27 @@ def join_patches(values: npt.NDArray[np.uint8], grid: tuple[int, int, int], spec
     if spec.channels == 1:
         picture = np.repeat(picture, 3, axis=2)
     return np.ascontiguousarray(picture[:, :, :3])
+
+
+def pictures(batch: MultimodalBatch, spec: MediaSpec) -> list[Image.Image]:
+    """Return every crop of a batch as a picture, in order, without those of dummy documents.
+
+    Args:
+        batch: A batch on any device.
+        spec: Patch size and channels (``RunConfig.media_spec``).
+    """
+    from PIL import Image
+
+    block = batch.media.get("image")
+    if block is None:
+        return []
+    found = []
+    for item, location in enumerate(block.locations):
+        if batch.provenance[location.segment] is not None:
+            start, end = block.items.bounds[item : item + 2]
+            pixels = join_patches(block.values[start:end].cpu().numpy(), block.grids[item], spec)
+            found.append(Image.fromarray(pixels))
+    return found
 
 
 def batch_images(

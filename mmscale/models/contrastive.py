@@ -12,6 +12,7 @@ from mmscale.models.config import ModelConfig
 from mmscale.models.connectors.contrastive import ContrastiveConnector, PairVectors
 from mmscale.models.decoder import Decoder
 from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
+from mmscale.models.parameter_counts import describe_parameters
 from mmscale.models.vision_kind import Tower
 
 
@@ -39,6 +40,9 @@ class ContrastiveModel(nn.Module):
         hidden, _ = self.decoder(hidden, batch.position_ids, batch.attended, batch.valid, None)
         vectors: PairVectors = self.connector(features, hidden, media, batch.segments, batch.pairs)
         return vectors
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe_parameters(self.components())})"
 
     def components(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of each component; every parameter belongs to exactly one."""

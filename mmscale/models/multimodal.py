@@ -16,6 +16,7 @@ from mmscale.models.decoder import CrossAttentionHooks, Decoder
 from mmscale.models.flops import TrainingFlops, forward_flops, training_flops
 from mmscale.models.kv_cache import KVCache
 from mmscale.models.outputs import AuxLoss, ModelOutput
+from mmscale.models.parameter_counts import describe_parameters
 from mmscale.models.vision_kind import Tower
 from mmscale.models.vocabulary import LanguageHead
 from mmscale.nn.adapters import adapted_layers
@@ -111,6 +112,9 @@ class MultimodalModel(nn.Module):
             )
         device = batch.token_ids.device
         return Dropout.for_microbatch(rate, batch.dropout_key, batch.lanes, batch.lane_tokens, device)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe_parameters(self.components())})"
 
     def components(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of each component, tied ones once; every parameter belongs to exactly one."""

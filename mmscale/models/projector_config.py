@@ -7,17 +7,20 @@ from typing import Annotated
 
 from pydantic import Field
 
+from data_pipeline.io.own_code import OwnKinds
 from mmscale.models.connectors.attention_pool import AttentionPoolConfig
 from mmscale.models.connectors.c_abstractor import CAbstractorConfig
-from mmscale.models.connectors.projector import LinearProjectorConfig, MlpProjectorConfig
+from mmscale.models.connectors.projector import LinearProjectorConfig, MlpProjectorConfig, ProjectorBase
 from mmscale.nn.flops import Product, attention_product, linear_product
 
 ProjectorConfig = Annotated[
-    LinearProjectorConfig | MlpProjectorConfig | AttentionPoolConfig | CAbstractorConfig, Field(discriminator="kind")
+    LinearProjectorConfig | MlpProjectorConfig | AttentionPoolConfig | CAbstractorConfig,
+    Field(discriminator="kind"),
+    OwnKinds(ProjectorBase, "mmscale.projectors"),
 ]
 
 
-def check_projector(projector: ProjectorConfig, fixed_grid: tuple[int, int] | None) -> None:
+def check_projector(projector: ProjectorBase, fixed_grid: tuple[int, int] | None) -> None:
     """Raise ``ValueError`` if the projector does not fit a tower whose crops have this grid (None: any grid)."""
     if any(side % projector.merge for side in fixed_grid or ()):
         raise ValueError(
@@ -26,7 +29,7 @@ def check_projector(projector: ProjectorConfig, fixed_grid: tuple[int, int] | No
     projector.check(fixed_grid)
 
 
-def typical_crop(projector: ProjectorConfig, fixed_grid: tuple[int, int] | None) -> tuple[int, int]:
+def typical_crop(projector: ProjectorBase, fixed_grid: tuple[int, int] | None) -> tuple[int, int]:
     """Return the numbers of patches and features of a typical crop, for estimates of the cost per patch.
 
     A projector that merges squares has the same ratio for every crop; the result is one square and one feature. With a
@@ -40,7 +43,7 @@ def typical_crop(projector: ProjectorConfig, fixed_grid: tuple[int, int] | None)
 
 
 def projector_products(
-    projector: ProjectorConfig, feature_dim: int, dim: int, *, learns: bool, tower_learns: bool, learns_before: bool
+    projector: ProjectorBase, feature_dim: int, dim: int, *, learns: bool, tower_learns: bool, learns_before: bool
 ) -> list[Product]:
     """Return the operations of a projector.
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from data_pipeline.io.strict import StrictConfig
+from mmscale.objectives.base import OwnObjective
 from mmscale.optim.config import AdamWConfig, EmaConfig, OptimizerConfig
 
 ALL = "all"
@@ -115,6 +116,10 @@ class StageConfig(StrictConfig):
     """Largest gradient norm; larger gradients are scaled down to it. 0 for no clipping. A number limits the norm of the
     whole gradient. A mapping limits the norm of each component separately, with ``default`` for components without a
     key."""
+    objective: OwnObjective | None = None
+    """An objective of another package: ``kind`` is the path of a class, ``my_package.my_module:MyClass``, or the name
+    of an entry point. Its other keys are the fields of that class. Null for the loss of the model: next-token or
+    contrastive."""
     data: dict[str, Any] | None = Field(default=None, json_schema_extra={"x-block": "data"})
     """Overrides of the ``data`` block during this stage, for example another mixture; null for none."""
     model: dict[str, Any] | None = Field(default=None, json_schema_extra={"x-block": "model"})
@@ -128,6 +133,8 @@ class StageConfig(StrictConfig):
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
         _check_names(self.train, "train")
+        if self.objective is not None and (self.z_loss or self.distill):
+            raise ValueError(f"objective={self.objective.kind}: replaces the loss; leave out z_loss and distill")
         shares = [teacher.weight for teacher in self.distill]
         if math.fsum(shares) > 1 + 1e-9:
             raise ValueError(f"distill: the weights {shares} are shares of one loss and must sum to at most 1")

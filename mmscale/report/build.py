@@ -12,7 +12,7 @@ import base64
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,7 +141,7 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
     return render_page(
         Path(__file__).with_name("report.html.jinja"),
         title=run_dir.resolve().name,
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         finished=bool(result) and result.get("finished", True),
         last_step=records[-1]["step"] if records else 0,
         facts=_facts(records, result),

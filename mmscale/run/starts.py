@@ -13,7 +13,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,7 @@ class Start:
         commit = git_commit()
         record = StartRecord(
             start=number,
-            time=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S"),
+            time=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"),
             step=step,
             world_size=self._world.world_size,
             config=name,

@@ -15,8 +15,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from data_pipeline.io.own_code import OwnKinds
 from data_pipeline.text.templates.annotations import AnnotationsTemplate
-from data_pipeline.text.templates.base import BranchPiece, EndPiece, Piece, TextPiece, TokenPiece
+from data_pipeline.text.templates.base import BranchPiece, EndPiece, LearnedText, Piece, TextPiece, TokenPiece
 from data_pipeline.text.templates.caption import CaptionTemplate
 from data_pipeline.text.templates.dialogue import LITERAL, DialogueTemplate, Role
 from data_pipeline.text.templates.stored import InterleavedTemplate, TextTemplate
@@ -40,5 +41,6 @@ __all__ = [
 TemplateConfig = Annotated[
     CaptionTemplate | InterleavedTemplate | TextTemplate | DialogueTemplate | AnnotationsTemplate,
     Field(discriminator="kind"),
+    OwnKinds(LearnedText, "mmscale.templates"),
 ]
 """A template; ``kind`` selects its type. A new template needs one file here and one entry in this list."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ class ProjectorBase(StrictConfig, ABC):
     A subclass has a field ``kind``, and a field or property ``merge``: the side of the square of patches that becomes
     one feature. Its module maps ``(features (P, feature_dim), grids)`` to rows of the decoder's width.
     """
+
+    if TYPE_CHECKING:  # At run time a declaration here would change the order of the subclasses' fields.
+
+        @property
+        def merge(self) -> int: ...
 
     @abstractmethod
     def build(self, feature_dim: int, dim: int) -> nn.Module:

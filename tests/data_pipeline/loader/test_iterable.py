@@ -123,10 +123,12 @@ def test_a_script_may_end_in_the_middle_of_the_batches(mixture_config: DataConfi
 
 def test_a_batch_is_shown_by_its_shapes(mixture_config: DataConfig, hybrid_spec: MediaSpec) -> None:
     batch = next(iter(open_loader(mixture_config, hybrid_spec, seed=1)))
-    shown = repr(batch)
-    assert shown.startswith(f"MultimodalBatch(token_ids=<int64 ({len(batch.token_ids)},)>, ")
-    assert f"values=<uint8 {tuple(batch.media['image'].values.shape)}>" in shown
+    patches = len(batch.media["image"].values)
+    assert repr(batch).startswith(f"MultimodalBatch({len(batch.token_ids)} tokens, {batch.num_samples} documents, ")
+    assert f" crops of {patches:,} patches, loss weight " in repr(batch)
+    shown = repr(batch.media["image"])
+    assert shown.startswith(f"MediaBlock(values=<uint8 {tuple(batch.media['image'].values.shape)}>, ")
     assert "tensor(" not in shown
-    assert len(shown) < 2500
+    assert len(shown) < 1500
     picture = ImagePart(bytes(1 << 20), "jpg", (3, 4))
     assert repr(picture) == "ImagePart(data=<1048576 bytes>, name='jpg', size=(3, 4))"
