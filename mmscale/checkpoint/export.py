@@ -41,9 +41,11 @@ class HuggingFace:
         like: A Hugging Face folder of the target family. The export copies its tokenizer and processor files, and the
             keys of its ``config.json`` that do not change the computation, such as token ids and context length. None
             chooses the first family that can express the model, and copies neither files nor keys.
+        files: Further files to copy into the folder.
     """
 
     like: Path | None = None
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class ExportReport:
         files: Names of the safetensors files.
         configured: Whether the checkpoint stores the model's configuration.
         family: ``model_type`` of the folder; None if the tensors have mmscale's names.
-        beside: Names of the files that were copied from ``like``.
+        beside: Names of the files of the tokenizer and the processor.
         merged: Number of layers whose adapters were merged into their weights.
     """
 
@@ -146,7 +148,7 @@ def export_weights(
             config, stored = _as_family(manifest, checkpoint, entries, number_format, to)
             tied = {}
             tensors = [_outgoing(reader, tensor, entries) for tensor in stored.values()]
-        copied = [] if to is None or to.like is None else companion_files(to.like)
+        copied = [] if to is None else [*([] if to.like is None else companion_files(to.like)), *to.files]
         preprocessor = None if to is None or config is None else config.pop(PREPROCESSOR, None)
         names = write_folder(
             folder, tensors, config, preprocessor=preprocessor, tied=tied, shard_bytes=shard_bytes, companions=copied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import asdict
 from enum import Enum
@@ -180,7 +181,12 @@ def export(
         True, "--merge/--no-merge", help="Merge adapters into the weights; --no-merge keeps both, with mmscale's names."
     ),
     like: Path | None = typer.Option(
-        None, help="With --to hf or peft: a Hugging Face folder that gives model family, tokenizer and token ids."
+        None,
+        help="With --to hf or peft: a Hugging Face folder that gives model family and token ids, with hf also tokenizer "
+        "and processor; by default the folder that the run's model was imported from.",
+    ),
+    push: str | None = typer.Option(
+        None, metavar="ORG/NAME", help="With --to hf: upload FOLDER to the hub; a new repository is private."
     ),
     json: bool = _JSON,
 ) -> None:
@@ -190,31 +196,43 @@ def export(
     """
     from mmscale.checkpoint.export import HuggingFace, export_weights
     from mmscale.checkpoint.manifest import newest_of
+    from mmscale.cli.trained import imported_files, own_tokenizer
     from mmscale.errors import ConfigError
+    from mmscale.hf.hub import check_name, push_folder
 
     if like is not None and to is ExportFormat.mmscale:
         raise ConfigError("--like goes with --to hf and --to peft")
+    if push is not None and to is not ExportFormat.hf:
+        raise ConfigError("--push goes with --to hf")
     if not merge and to is not ExportFormat.mmscale:
         raise ConfigError("--no-merge goes with mmscale's own names; --to peft exports the adapters alone")
+    if push is not None:
+        check_name(push)
+    if like is None and to is not ExportFormat.mmscale:
+        like = imported_files(path)
     if to is ExportFormat.peft:
         export_peft(newest_of(path), folder, weights.value, number_format.value, like, json=json)
         return
-    report = export_weights(
-        newest_of(path),
-        folder,
-        weights=weights.value,
-        number_format=number_format.value,
-        shard_bytes=shard_bytes,
-        to=HuggingFace(like) if to is ExportFormat.hf else None,
-        merge=merge,
-    )
-    emit(asdict(report), json=json)
+    with tempfile.TemporaryDirectory() as temporary:
+        files = own_tokenizer(path, Path(temporary)) if to is ExportFormat.hf and like is None else ()
+        report = export_weights(
+            newest_of(path),
+            folder,
+            weights=weights.value,
+            number_format=number_format.value,
+            shard_bytes=shard_bytes,
+            to=HuggingFace(like, files) if to is ExportFormat.hf else None,
+            merge=merge,
+        )
+    pushed = {} if push is None else {"pushed": push_folder(folder, push, _say)}
+    emit({**asdict(report), **pushed}, json=json)
 
 
 @app.command("import", epilog="Example: mmscale checkpoint import old/global_step40 runs/new --config runs/new.yaml")
 def import_(
-    source: Path = typer.Argument(
-        help="A DeepSpeed checkpoint (ZeRO stage 0-3, or universal), a Hugging Face folder, or adapters of peft.",
+    source: str = typer.Argument(
+        help="A DeepSpeed checkpoint (ZeRO stage 0-3, or universal), a Hugging Face folder, hf://ORG/NAME for a model on "
+        "the hub, or adapters of peft.",
         metavar="SOURCE",
     ),
     run: Path = typer.Argument(help="A run folder; the checkpoint is added to its checkpoints.", metavar="RUN"),
@@ -229,6 +247,7 @@ def import_(
         metavar="OLD=NEW",
     ),
     base: Path | None = typer.Option(None, help="With --from peft: run or checkpoint of the model without adapters."),
+    revision: str | None = typer.Option(None, help="With hf://ORG/NAME: branch, tag or commit."),
     json: bool = _JSON,
 ) -> None:
     """Import a DeepSpeed or Hugging Face checkpoint as a checkpoint of mmscale.
@@ -248,29 +267,39 @@ def import_(
 
     if (base is None) == (source_format is ImportFormat.peft):
         raise ConfigError("--base goes with --from peft, which needs it: a run or checkpoint of the base model")
-    if source_format is not ImportFormat.deepspeed and (config is not None or stage is not None or rename):
+    is_hf = source_format is ImportFormat.hf or source.startswith("hf://")
+    if (is_hf or base is not None) and (config is not None or stage is not None or rename):
         raise ConfigError("--config, --stage and --rename are for DeepSpeed's checkpoints, not for --from hf or peft")
     if base is not None:
-        import_peft(source, base, run, json=json)
+        if revision is not None:
+            raise ConfigError("--revision goes with a model on the hub, hf://ORG/NAME")
+        import_peft(Path(source), base, run, json=json)
         return
-    if source_format is ImportFormat.hf:
-        _import_hf(source, run, json)
+    if is_hf:
+        _import_hf(source, revision, run, json)
         return
+    if revision is not None:
+        raise ConfigError("--revision is for a model on the hub, hf://ORG/NAME")
     if wrong := [rule for rule in rename if "=" not in rule]:
         raise ConfigError(f"--rename {wrong[0]}: expected OLD=NEW, for example --rename net.=")
     renames = dict(rule.split("=", 1) for rule in rename)
     target = None if config is None else _import_target(config, stage)
     with hold_folder(run):
-        report = import_checkpoint(source, run / CHECKPOINTS, target, renames=renames or None, stage=stage)
+        report = import_checkpoint(Path(source), run / CHECKPOINTS, target, renames=renames or None, stage=stage)
     emit(asdict(report), json=json)
 
 
-def _import_hf(source: Path, run: Path, json: bool) -> None:
+def _say(sentence: str) -> None:
+    console.print(sentence, markup=False)
+
+
+def _import_hf(source: str, revision: str | None, run: Path, json: bool) -> None:
     """Import a Hugging Face folder and print what RUN is good for."""
     from mmscale.cli.console import warn
+    from mmscale.hf.hub import local_folder
     from mmscale.run.imported import import_run
 
-    done = import_run(source, run)
+    done = import_run(local_folder(source, revision, _say), run)
     report = done.report
     warn(report.data.notes)
     if json:

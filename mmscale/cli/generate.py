@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from mmscale.cli.console import emit
+from mmscale.cli.console import emit, printable
 
 app = typer.Typer()
 
@@ -64,7 +64,7 @@ def generate(
     if stream and (num > 1 or json):
         raise ConfigError("--stream prints one answer as it grows: leave out --num and --json")
     trained = open_trained(run)
-    printer = _Printer()
+    printer = Printer()
     texts = respond(
         trained.model,
         trained.config.evaluation_data(trained.stage),
@@ -93,7 +93,7 @@ def generate(
         print("\n\n".join(texts))
 
 
-class _Printer:
+class Printer:
     """Prints the new part of a growing text."""
 
     def __init__(self) -> None:
@@ -105,6 +105,8 @@ class _Printer:
         Prints nothing if ``text`` does not begin with the printed text.
         """
         text = text.lstrip().rstrip("\ufffd")
+        if sys.stdout.isatty():  # A model may write sequences that control the terminal.
+            text = "".join(letter if letter in "\n\t" else printable(letter) for letter in text)
         if text.startswith(self._printed):
             sys.stdout.write(text[len(self._printed) :])
             sys.stdout.flush()

@@ -43,6 +43,7 @@ VERBS = (
     Verb("compare", "Train variants of a run under equal conditions and write one page that compares them."),
     Verb("eval", "Score a trained model on held-out samples."),
     Verb("generate", "Answer a prompt with a trained model, with or without images."),
+    Verb("chat", "Talk with a model in the terminal, with or without images."),
     Verb("params", "Count the parameters of a model: in total, and active for one token."),
     Verb("report", "Write report.html of a run: curves, samples, configuration."),
     Verb("config", "Explain keys, show where values come from, compare files, check a run, or shrink it.", family=True),

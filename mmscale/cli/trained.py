@@ -159,3 +159,65 @@ def open_trained(path: str | Path, *, allow_code: bool = False) -> Trained:
     raise ConfigError(
         f"{path}: neither a run folder (with a {CONFIG}) nor a checkpoint of one (RUN/checkpoints/step-N)"
     )
+
+
+def imported_files(path: Path) -> Path | None:
+    """Return the Hugging Face files of the model that a run began with, for an export of the run.
+
+    Args:
+        path: A run folder, its checkpoints folder, or one checkpoint.
+
+    Returns:
+        The folder; None if the run has another tokenizer, or a model that the folder's family cannot express.
+
+    Raises:
+        CheckpointError: the files have changed since the import, or there is no checkpoint.
+        ConfigError: the run's configuration is invalid.
+    """
+    from mmscale.checkpoint.manifest import model_config_of, newest_of, read_manifest
+    from mmscale.hf.kept_files import HF_FILES, kept_folder
+    from mmscale.hf.layouts import layout_of
+    from mmscale.hf.read import read_config
+    from mmscale.run.folder import CONFIG
+
+    run = next((each for each in (path, path.parent, path.parent.parent) if (each / CONFIG).is_file()), None)
+    if run is None:
+        return None
+    own = run / HF_FILES / CONFIG
+    folder = kept_folder(own if own.parent.is_dir() else open_run(run).value.data.tokenizer.path)
+    if folder is None:
+        return None
+    checkpoint = newest_of(path)
+    config = model_config_of(read_manifest(checkpoint), checkpoint)
+    if getattr(config, "adapters", None) is not None:  # An export merges them.
+        config = config.model_copy(update={"adapters": None})
+    try:
+        layout_of(read_config(folder)["model_type"]).config_values(config)
+    except CheckpointError:
+        return None
+    return folder
+
+
+def own_tokenizer(path: Path, folder: Path) -> tuple[Path, ...]:
+    """Write the tokenizer of a run into a folder, as ``transformers`` loads it, and return the files.
+
+    Returns no files, with a warning, for a run without a configuration, and for a tokenizer that cannot be converted.
+
+    Args:
+        path: A run folder, its checkpoints folder, or one checkpoint.
+        folder: An existing folder.
+    """
+    from data_pipeline.errors import DataConfigError
+    from mmscale.cli.console import warn
+    from mmscale.hf.own_tokenizer import write_tokenizer
+    from mmscale.run.folder import CONFIG
+
+    run = next((each for each in (path, path.parent, path.parent.parent) if (each / CONFIG).is_file()), None)
+    if run is None:
+        return ()
+    try:
+        data = open_run(run).value.data
+        return tuple(write_tokenizer(data.tokenizer, data.prompts.template, folder))
+    except (CheckpointError, ConfigError, DataConfigError) as error:
+        warn([f"the tokenizer is not exported: {error}"])
+        return ()

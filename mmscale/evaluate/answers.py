@@ -8,14 +8,15 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import nn
 
 from data_pipeline.config import DataConfig, DatasetConfig
+from data_pipeline.document import Document
 from data_pipeline.errors import SampleError
 from data_pipeline.images.decode import Pixels, decode_image
 from data_pipeline.io.untrusted import UntrustedError, read_bytes
@@ -24,8 +25,9 @@ from data_pipeline.packing.collate import collate
 from data_pipeline.packing.document_builder import DocumentBuilder, dummy_document
 from data_pipeline.packing.packer import Pack
 from data_pipeline.sample import ImagePart, Provenance, Sample
-from data_pipeline.text.templates import LITERAL, CaptionTemplate
-from data_pipeline.text.tokenizer import load_tokenizer
+from data_pipeline.text.templates import LITERAL, CaptionTemplate, DialogueTemplate
+from data_pipeline.text.templates.dialogue import USER
+from data_pipeline.text.tokenizer import Tokenizer, load_tokenizer
 from mmscale.dist import World
 from mmscale.errors import ConfigError, MMScaleError
 from mmscale.evaluate import CaptionsConfig, EvaluationConfig, HeldOutSet
@@ -90,21 +92,129 @@ def respond(
         SampleError: a file is not such an image, or an image has no position in the prompt.
         MMScaleError: a file cannot be read.
     """
+    _require_text(spec)
+    tokenizer = load_tokenizer(data.tokenizer)
+    dataset, sample = _prompt_sample(data.prompts, images, prompt, spec)
+    document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
+    prompt_of = _Prompt(tokenizer, spec, document, dataset.template.closing)
+    return prompt_of.answers(model, num, max_new_tokens, sampling, stop, show)
+
+
+def _require_text(spec: MediaSpec) -> None:
+    """Raise for a contrastive model, which cannot generate text."""
     if spec.placement is Placement.PAIR:
         raise ConfigError(
             "this model compares images with texts (connector.kind=contrastive) and cannot generate text; "
             "`mmscale eval` scores which text is nearest to an image"
         )
-    tokenizer = load_tokenizer(data.tokenizer)
-    dataset, sample = _prompt_sample(data.prompts, images, prompt, spec)
-    document = DocumentBuilder(dataset, tokenizer, spec).build_prompt(sample)
-    dummy = dummy_document(spec, tokenizer.pad_id)
-    device = next(model.parameters()).device
-    batch = collate([Pack((*[document] * num, dummy), lane=-1)], spec).to(device)
 
-    first = None if show is None else (lambda number, text: show(text) if number == 0 else None)
-    writer = AnswerWriter(model, tokenizer, dataset.template.closing, stop, show=first)
-    return [text.strip() for text in writer(batch, max_new_tokens, sampling)]
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt: its document, and the names of the tokens that end an answer besides the end token."""
+
+    tokenizer: Tokenizer
+    spec: MediaSpec
+    document: Document
+    closing: Sequence[str]
+
+    def answers(
+        self,
+        model: nn.Module,
+        num: int,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        stop: Sequence[str],
+        show: Callable[[str], None] | None,
+    ) -> list[str]:
+        """Generate ``num`` answers; see ``respond``."""
+        tokenizer, dummy = self.tokenizer, dummy_document(self.spec, self.tokenizer.pad_id)
+        batch = collate([Pack((*[self.document] * num, dummy), lane=-1)], self.spec)
+        first = None if show is None else (lambda number, text: show(text) if number == 0 else None)
+        writer = AnswerWriter(model, tokenizer, self.closing, stop, show=first)
+        device = next(model.parameters()).device
+        return [text.strip() for text in writer(batch.to(device), max_new_tokens, sampling)]
+
+
+class Chat:
+    """A conversation with a model. Each question gets the whole conversation as its prompt.
+
+    Args:
+        model: Model in evaluation mode, on the CPU or a CUDA device. It must be unsharded.
+        data: Gives the tokenizer, and the chat format: the template of prompts, else ``data.template``.
+        spec: Media that the model accepts.
+        max_new_tokens: Longest answer, tokens.
+        sampling: How tokens are sampled.
+
+    Raises:
+        ConfigError: the model cannot generate text, or the configuration has no chat format.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: DataConfig,
+        spec: MediaSpec,
+        *,
+        max_new_tokens: int = 512,
+        sampling: SamplingConfig = SamplingConfig(),
+    ) -> None:
+        _require_text(spec)
+        templates = [data.prompts.template.branch_template, data.template]
+        template = next((one for one in templates if isinstance(one, DialogueTemplate)), None)
+        if template is None:
+            raise ConfigError(
+                "this run has no chat format: neither its first data set nor data.template has kind: dialogue; use "
+                "`mmscale generate`"
+            )
+        self._template = template.model_copy(update={"field": "messages"})
+        self._model, self._spec = model, spec
+        self._max_new_tokens, self._sampling = max_new_tokens, sampling
+        self._tokenizer = load_tokenizer(data.tokenizer)
+        self._builder = DocumentBuilder(
+            data.prompts.model_copy(update={"template": self._template}), self._tokenizer, spec
+        )
+        self._messages: list[dict[str, Any]] = []
+        self._images: tuple[ImagePart, ...] = ()
+
+    def ask(self, words: str, images: Sequence[Path] = (), show: Callable[[str], None] | None = None) -> str:
+        """Add a question and return the answer, which becomes part of the conversation.
+
+        If this raises or is interrupted, the conversation is unchanged.
+
+        Args:
+            words: The question.
+            images: JPEG, PNG or WebP files, which precede the words.
+            show: Called after each token with the answer so far.
+
+        Raises:
+            ConfigError: the model has no vision tower.
+            SampleError: a file is not such an image, or the conversation does not fit the template.
+            MMScaleError: a file cannot be read.
+        """
+        if images and self._spec.placement is Placement.NONE:
+            raise ConfigError("this model has no vision tower, so it cannot read images")
+        first = len(self._images)
+        shown = tuple(
+            replace(part, name=f"{number}.{part.name.rpartition('.')[2]}")
+            for number, part in enumerate(_image_parts(images), start=first)
+        )
+        names = [{"type": "image", "image": part.name} for part in shown]
+        question = {"role": USER, "content": [*names, *([{"type": "text", "text": words}] if words else [])]}
+        fields = {"messages": [*self._messages, question]}
+        origin = Provenance("chat", "the conversation", f"question {len(self._messages) // 2 + 1}", 0)
+        document = self._builder.build_prompt(Sample((*self._images, *shown), fields, origin))
+        prompt = _Prompt(self._tokenizer, self._spec, document, self._template.closing)
+        (answer,) = prompt.answers(self._model, 1, self._max_new_tokens, self._sampling, (), show)
+        answering = next(name for name, role in self._template.roles.items() if role.weight)
+        if answer:  # A template has no empty turns. Without an answer, the question is forgotten.
+            self._messages += [question, {"role": answering, "content": [{"type": "text", "text": answer}]}]
+            self._images += shown
+        return answer
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._messages, self._images = [], ()
 
 
 def _prompt_sample(
@@ -156,6 +266,13 @@ def _check_prompt(dataset: DatasetConfig, sample: Sample) -> None:
 
 def _sample_from(images: Sequence[Path | Image.Image]) -> Sample:
     """Return a sample without fields whose images are these, named by number and extension as in a tar."""
+    paths = [image for image in images if isinstance(image, Path)] or [Path("picture" if images else "prompt")]
+    origin = Provenance("file", str(paths[0].parent), ", ".join(path.name for path in paths), 0)
+    return Sample(_image_parts(images), {}, origin)
+
+
+def _image_parts(images: Sequence[Path | Image.Image]) -> tuple[ImagePart, ...]:
+    """Read image files or encode images. Each part is named by number and extension."""
     parts = []
     for number, path in enumerate(images):
         if not isinstance(path, Path):
@@ -171,8 +288,7 @@ def _sample_from(images: Sequence[Path | Image.Image]) -> Sample:
             raise MMScaleError(f"{path}: {error.strerror}") from error
         extension = path.suffix.lstrip(".").lower()
         parts.append(ImagePart(data, extension if len(images) == 1 else f"{number}.{extension}"))
-    paths = [image for image in images if isinstance(image, Path)] or [Path("picture" if images else "prompt")]
-    return Sample(tuple(parts), {}, Provenance("file", str(paths[0].parent), ", ".join(p.name for p in paths), 0))
+    return tuple(parts)
 
 
 def caption_images(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mmscale.models.config import AnyModelConfig
@@ -52,4 +52,4 @@ class ImageInput:
     after: str = ""
     template: dict[str, Any] | None = None
     begin: bool | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()

@@ -96,7 +96,12 @@ def _to_model(keys: Keys) -> ModelConfig:
     model, every = _text_model(text)
     vision = {**_vision(tower), **pixels.to_model(keys, pixels.CLIP)}
     tower.raise_on_unread()
-    connector = {"kind": "cross_attention", "projector": {"kind": "linear"}, "every": every}
+    connector = {
+        "kind": "cross_attention",
+        "projector": {"kind": "linear"},
+        "every": every,
+        "unseen_text": "looks_ahead",  # As in transformers. Meta's own code computes ``silent``.
+    }
     return ModelConfig.model_validate({"decoder": model.decoder, "vision": vision, "connector": connector})
 
 
@@ -216,7 +221,8 @@ def _images(source: ImageSource) -> ImageInput:
     found = {"interpolation": "bilinear", **pixels.transforms(source.values, source.where)}
     tiling = {"kind": "llama", "max_tiles": most}
     return ImageInput(
-        {"kind": "tiles", "interpolation": found["interpolation"], "tiling": tiling}, tokens=("<|image|>",)
+        {"kind": "tiles", "interpolation": found["interpolation"], "tiling": tiling},
+        tokens=("<|image|>",),
     )
 
 
