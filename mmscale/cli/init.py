@@ -101,18 +101,21 @@ def init(
 
 
 def _starting_model(model: str, output: Path) -> StartingModel:
-    """Return the starting model. A Hugging Face folder is imported first, next to the new file."""
+    """Return the starting model. A Hugging Face folder, or one of a hub, is imported first, next to the new file."""
+    from mmscale.hf.hub import SCHEME, local_folder
     from mmscale.hf.read import CONFIG
     from mmscale.init.model import require_whole, starting_model
     from mmscale.run.imported import import_run
 
-    if not (Path(model) / CONFIG).is_file():
+    if not model.startswith(SCHEME) and not (Path(model) / CONFIG).is_file():
         return starting_model(model)
-    run = output.with_name(f"{Path(model).resolve().name}-imported")
+    name = model.rpartition("/")[2] if model.startswith(SCHEME) else Path(model).resolve().name
+    run = output.with_name(f"{name}-imported")
     if run.exists():
         console.print(f"{run}: an earlier import, which is used again", markup=False)
     else:
-        require_whole(import_run(Path(model), run), model)
+        folder = local_folder(model, None, lambda said: console.print(said, markup=False))
+        require_whole(import_run(folder, run), model)
         console.print(f"{model}: imported into {run}", markup=False)
     return starting_model(str(run))
 

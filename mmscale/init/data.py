@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,8 @@ from mmscale.errors import ConfigError
 MARKER = ".mmscale-init"
 """File in a folder of prepared data. ``--force`` removes only folders that have it."""
 _MOST_HELD_OUT = 500
-_LEAST_VOCABULARY = 300
+_ALLOWED = re.compile(r"a value <= (\d+)")
+"""SentencePiece's message for a text that is too short for the vocabulary."""
 
 
 class Meter(Protocol):
@@ -88,16 +89,20 @@ class PreparedData:
     is_dialogue: bool
 
 
-def prepare_data(request: DataRequest, spoken: frozenset[TextKind], progress: Progress) -> PreparedData:
+def prepare_data(
+    request: DataRequest, spoken: frozenset[TextKind], *, reads_images: bool, progress: Progress
+) -> PreparedData:
     """Ingest the source and hold samples out. A manifest is used as it is, unless its text must become dialogues.
 
     Args:
         request: The data.
         spoken: Kinds of text that become dialogues.
+        reads_images: Whether the model has a vision tower.
         progress: Displays the progress.
 
     Raises:
-        ConfigError: the folder of an earlier ``init`` exists, or there are too few samples.
+        ConfigError: the folder of an earlier ``init`` exists, there are too few samples, or they have images that the
+            model cannot read.
         DataPipelineError: the source cannot be read, or no row is usable.
     """
     source, name = request.source, dataset_name(request.source)
@@ -110,19 +115,33 @@ def prepare_data(request: DataRequest, spoken: frozenset[TextKind], progress: Pr
     examples = read_examples(opened)
     description = opened.description
     converts = examples.kind in spoken
+    if examples.have_images and not reads_images:
+        raise ConfigError(
+            f"{source}: the samples have images, and the model has no vision tower: choose a model with one"
+        )
     _make_folder(request.folder, request.force)
-    num_skipped, manifest = 0, source
-    if converts or not is_manifest:
+    try:
+        if is_manifest and not converts:
+            return _hold_out(request, name, source, description, examples)
         rows = DialogueSource(opened, request.prompt) if converts else opened
         with progress("ingest", rows.count()) as meter:
             report = ingest(rows, request.folder, name, on_error=OnError.SKIP, progress=meter.advance)
-        manifest, num_skipped = report.manifest, report.num_skipped
+        prepared = _hold_out(request, name, report.manifest, description, examples)
+        is_dialogue = converts or prepared.is_dialogue
+        return replace(prepared, num_skipped=report.num_skipped, is_dialogue=is_dialogue)
+    except BaseException:
+        shutil.rmtree(request.folder)
+        raise
+
+
+def _hold_out(request: DataRequest, name: str, manifest: Path, description: str, examples: Examples) -> PreparedData:
     total = Manifest.open(manifest).num_samples
-    count = (
-        request.heldout if request.heldout is not None else min(_MOST_HELD_OUT, max(total // 10, min(20, total // 5)))
-    )
+    count = request.heldout or min(_MOST_HELD_OUT, max(total // 10, min(20, total // 5)))
     if not 1 <= count < total:
-        raise ConfigError(f"{source}: {total} samples, of which {count} would be held out; training needs more")
+        raise ConfigError(
+            f"{request.source}: {total} samples, of which {count} would be held out; training needs more samples, or "
+            "give a smaller --heldout"
+        )
     excluded = hold_out(manifest, name, count, request.folder)
     return PreparedData(
         name=name,
@@ -132,9 +151,9 @@ def prepare_data(request: DataRequest, spoken: frozenset[TextKind], progress: Pr
         excluded=excluded,
         num_samples=total - count,
         num_heldout=count,
-        num_skipped=num_skipped,
+        num_skipped=0,
         examples=examples,
-        is_dialogue=converts or examples.kind is TextKind.DIALOGUE,
+        is_dialogue=examples.kind is TextKind.DIALOGUE,
     )
 
 
@@ -197,7 +216,7 @@ def train_tokenizer(data: PreparedData, folder: Path, most: int, progress: Progr
         The file, and its number of pieces: at most ``most``.
 
     Raises:
-        DataConfigError: there is too little text even for the smallest vocabulary.
+        DataConfigError: there is no text.
     """
     path, size = folder / "tokenizer.model", most
     while True:
@@ -205,7 +224,8 @@ def train_tokenizer(data: PreparedData, folder: Path, most: int, progress: Progr
             with progress(f"tokenizer of {size} pieces", None):
                 trained = train_sentencepiece([data.manifest], path, size)
             return path, trained.vocab_size
-        except DataConfigError:
-            if size <= _LEAST_VOCABULARY:
+        except DataConfigError as error:
+            allowed = _ALLOWED.search(str(error))
+            if allowed is None or int(allowed[1]) >= size:
                 raise
-            size = max(_LEAST_VOCABULARY, size * 3 // 4)
+            size = int(allowed[1])

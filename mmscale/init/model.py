@@ -13,12 +13,12 @@ from mmscale.checkpoint import find_latest
 from mmscale.config import load, load_tree
 from mmscale.config.layers import read_layers
 from mmscale.errors import ConfigError
+from mmscale.hf.hub import SCHEME
 from mmscale.models.config import ModelConfig
 from mmscale.run.config import RunConfig
 from mmscale.run.folder import CHECKPOINTS, CONFIG
 from mmscale.run.imported import ImportedRun
 
-HUB = "hf://"
 _MODELS = "configs/models"
 _PROJECT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ def starting_model(model: str) -> StartingModel:
         names = sorted({each.stem for folder in _folders() for each in folder.glob("*.yaml")})
         raise ConfigError(
             f"{model}: no such model; give a folder (of a run, of an import, or of Hugging Face), a YAML file, "
-            f"{HUB}ORG/NAME, or a name of {_MODELS}: {', '.join(names) or 'there are none here'}"
+            f"{SCHEME}ORG/NAME, or a name of {_MODELS}: {', '.join(names) or 'there are none here'}"
         )
     root = read_layers(file)
     block = root.child("model") or root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,16 +132,20 @@ def write_run(request: RunRequest, start: StartingModel, machine: Machine, progr
     """
     chat = start.trained is not None and start.trained.template.kind == "dialogue"
     spoken = {TextKind.QUESTION} if start.trained is None else {TextKind.QUESTION, TextKind.CAPTION} if chat else set()
-    data = prepare_data(request.data, frozenset(spoken), progress)
-    plan = _plan(request, start, machine, data, chat, progress)
-    text = _text(plan)
-    write_whole(request.output, text.encode())
+    reads_images = start.config.vision is not None
+    data = prepare_data(request.data, frozenset(spoken), reads_images=reads_images, progress=progress)
+    written = False
     try:
+        plan = _plan(request, start, machine, data, chat, progress)
+        write_whole(request.output, _text(plan).encode())
+        written = True
         loaded = load(request.output, [], RunConfig)
         notes = check_files(loaded.value)
         check_initial_weights(loaded)
     except BaseException:
-        request.output.unlink()
+        shutil.rmtree(request.data.folder)
+        if written:
+            request.output.unlink()
         raise
     return InitReport(request.output, loaded.value, data, plan.sizes, machine, tuple(notes))
 
