@@ -225,8 +225,8 @@ def verify(path: Path) -> list[str]:
 
     Checks sizes and checksums, that headers, metadata and manifest agree, that all values are finite, that the ranges
     cover each parameter exactly once, and that the loader state can be read. Checkpoints that hold frozen weights of
-    this one are checked too. Later checks run only if the earlier ones
-    find no problem, so the list may be incomplete. If a file exists but cannot be read, the list has only that problem.
+    this one are checked too. Later checks run only if the earlier ones find no problem, so the list may be incomplete.
+    If a file exists but cannot be read, the list has only that problem.
     """
     try:
         manifest = read_manifest(path)

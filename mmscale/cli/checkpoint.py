@@ -95,6 +95,8 @@ def list_(path: Path = _FOLDER, json: bool = _JSON) -> None:
             "age_seconds": round(time.time() - (folder / MANIFEST).stat().st_mtime),
             "whole": problem is None,
         }
+        if manifest.bases:
+            row["frozen_weights_in"] = ", ".join(base.path for base in manifest.bases)
         rows.append(row if problem is None else row | {"problem": problem})
     whole = [row for row in rows if row["whole"]]
     for row in rows:

@@ -95,6 +95,8 @@ def value_rule(module: nn.Module, full_name: str, shape: tuple[int, ...]) -> tup
     constant = _constant(module, path[-1])
     if constant is not None:
         return constant, 0.0
+    if (bound := getattr(module, "uniform_init", {}).get(path[-1])) is not None:
+        return 0.0, bound / math.sqrt(3)
     std = getattr(module, "init_std", None) or 1 / math.sqrt(shape[-1])
     if any(name in _RESIDUAL_OUTPUTS for name in path[-2:]):
         std *= getattr(module, "init_residual_gain", 1.0)

@@ -93,8 +93,8 @@ class StageConfig(StrictConfig):
     steps: int = Field(ge=1)
     """Number of optimizer steps; the learning rate schedule ends with the last one."""
     train: tuple[str, ...] = Field(default=(ALL,), min_length=1)
-    """Components to train: any of ``vision``, ``connector``, ``decoder``, ``extra_tokens``, or ``[all]``. The others
-    are frozen."""
+    """Components to train: any of ``vision``, ``connector``, ``decoder``, ``extra_tokens``, ``adapters``, or ``[all]``.
+    The others are frozen."""
     learning_rate: Rates = Field(default={DEFAULT: 1e-3})
     """Peak learning rate: one number, or a number per trained component with ``default`` for components without a
     key."""

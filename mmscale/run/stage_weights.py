@@ -15,7 +15,14 @@ from pathlib import Path
 import torch
 
 from mmscale.checkpoint import LoadReport, TrainState, warm_start
-from mmscale.checkpoint.manifest import folder_name, missing_or_truncated, newest_of, read_manifest, step_of
+from mmscale.checkpoint.manifest import (
+    folder_name,
+    missing_or_truncated,
+    newest_of,
+    read_manifest,
+    require_bases,
+    step_of,
+)
 from mmscale.checkpoint.warm_start import warm_start_problem
 from mmscale.config import Loaded
 from mmscale.config.layers import RUN_CONFIG
@@ -75,6 +82,7 @@ def _problems(config: RunConfig, state: TrainState) -> Iterator[str]:
             try:
                 path = newest_of(source.checkpoint)
                 manifest = read_manifest(path)
+                require_bases(path)
                 reason = missing_or_truncated(path, manifest)
                 reason = reason or warm_start_problem(manifest, path, model, _components(source), ema=source.ema)
             except CheckpointError as error:

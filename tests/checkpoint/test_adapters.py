@@ -11,6 +11,7 @@ import torch
 
 from mmscale.checkpoint import load_weights, read_manifest, verify
 from mmscale.checkpoint.export import export_weights
+from mmscale.checkpoint.manifest import seal
 from mmscale.checkpoint.reshard import CheckpointReader, whole_parameter
 from mmscale.errors import CheckpointError
 from mmscale.models.build import build_model
@@ -87,6 +88,19 @@ def test_a_checkpoint_holds_the_adapters_alone(base: tuple[Path, float], tuned: 
     assert read_manifest(again).bases == (entry,)
     assert read_manifest(whole).bases == ()
     assert Path(entry.path) == base[0]
+
+
+def test_a_manifest_with_impossible_bases_is_damaged(tuned: dict[str, Any], tmp_path: Path) -> None:
+    path = Path(tuned["path"])
+    manifest = read_manifest(path)
+    (entry,) = manifest.bases
+    trained = next(name for name, each in manifest.parameters.items() if each.trained)
+    for bases in ((entry, entry), (entry.model_copy(update={"parameters": (trained,)}),)):
+        copy = tmp_path / str(len(bases)) / path.name
+        shutil.copytree(path, copy)
+        (copy / "manifest.json").write_text(seal(manifest.model_copy(update={"bases": bases})))
+        with pytest.raises(CheckpointError, match="damaged: bases do not list different frozen parameters"):
+            read_manifest(copy)
 
 
 def test_a_base_that_is_gone_or_another_one_is_named(
