@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 _MAX_TEXT_LENGTH = 100
-_MAX_SAMPLES_WITH_IMAGES = 400
-_MAX_IMAGES_PER_SAMPLE = 12
 
 
 @app.command(epilog="Example: mmscale data trace runs/quickstart --step 100 --html step.html")
@@ -64,17 +62,23 @@ def trace(
 def _print_step(
     lookup: SampleLookup, run: Path, step: int, lanes: list[int] | None, html: Path | None, json: bool
 ) -> None:
+    from mmscale.run.step_samples import MAX_IMAGES_PER_SAMPLE, MAX_SAMPLES_WITH_IMAGES, write_samples_page
+
     found = _with_progress("replay", lambda advance: lookup.samples_of(step, lanes, advance))
     catalog = lookup.catalog(lookup.loader_of(step))
-    limit = _MAX_IMAGES_PER_SAMPLE if html is not None else 0
+    limit = MAX_IMAGES_PER_SAMPLE if html is not None else 0
     samples = []
     with progress("read", len(found.rows)) as meter:
         for number, row in enumerate(found.rows):
-            samples.append(catalog.describe(row, limit if number < _MAX_SAMPLES_WITH_IMAGES else 0))
+            samples.append(catalog.describe(row, limit if number < MAX_SAMPLES_WITH_IMAGES else 0))
             meter.advance()
     catalog.close()
     if html is not None:
-        _write_page(html, run, found, samples)
+        notes = []
+        if len(samples) > MAX_SAMPLES_WITH_IMAGES:
+            first = f"Only the first {MAX_SAMPLES_WITH_IMAGES} documents have images here"
+            notes.append(f"{first}; use --lane to see others.")
+        write_samples_page(html, run, found, samples, notes)
     if json:
         rows = [_row_record(sample) for sample in samples]
         head = {"step": step, "stage": found.stage, "source": found.source.value, "replayed_from": found.replayed_from}
@@ -126,24 +130,6 @@ def _line(sample: SampleDescription) -> str:
 def _row_record(sample: SampleDescription) -> dict[str, Any]:
     text = None if sample.text_spans is None else sample.text
     return {**sample.row._asdict(), "shard": sample.shard, "key": sample.key, "text": text, "notes": list(sample.notes)}
-
-
-def _write_page(path: Path, run: Path, found: StepSamples, samples: list[SampleDescription]) -> None:
-    from mmscale.report.step_page import StepPage, write_step_page
-
-    losses = [sample.row.loss for sample in samples if sample.row.loss is not None]
-    facts = [
-        ("stage", found.stage),
-        ("lanes", f"{len({sample.row.lane for sample in samples}):,}"),
-        ("documents", f"{len(samples):,}"),
-        ("tokens", f"{sum(sample.row.tokens for sample in samples):,}"),
-        ("losses", f"{min(losses):.3f} to {max(losses):.3f}" if losses else "not logged"),
-        ("source", "sample log" if found.replayed_from is None else f"replay from step {found.replayed_from}"),
-    ]
-    notes = []
-    if len(samples) > _MAX_SAMPLES_WITH_IMAGES:
-        notes.append(f"Only the first {_MAX_SAMPLES_WITH_IMAGES} documents have images here; use --lane to see others.")
-    write_step_page(path, StepPage(str(run), found.step, facts, samples, found.skipped, notes))
 
 
 def _print_sample(lookup: SampleLookup, name: str, until: int | None, json: bool) -> None:

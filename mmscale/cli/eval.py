@@ -11,7 +11,8 @@ from mmscale.cli.console import console, emit, print_table
 app = typer.Typer()
 
 _CONFIG = typer.Argument(
-    help="A run folder, or a run's YAML file, whose run_dir holds the checkpoints.", metavar="CONFIG"
+    help="A run folder, one of its checkpoints, or a run's YAML file, whose run_dir holds the checkpoints.",
+    metavar="CONFIG",
 )
 _OVERRIDES = typer.Argument(None, help="Values that override the file's.", metavar="[KEY=VALUE]...")
 
@@ -24,9 +25,9 @@ def evaluate_run(
 ) -> None:
     """Score a trained model on held-out samples.
 
-    Loads the newest checkpoint of the run and scores the sets of its evaluation block: answers to images with a control
-    (images permuted among the samples), multiple-choice questions, perplexity of documents, and generated answers,
-    which it writes to RUN/answers.
+    Loads the given or the newest checkpoint of the run and scores the sets of its evaluation block: answers to images
+    with a control (images permuted among the samples), multiple-choice questions, perplexity of documents, and
+    generated answers, which it writes to RUN/answers.
     """
     from dataclasses import asdict
 
@@ -38,11 +39,14 @@ def evaluate_run(
     from mmscale.run.config import RunConfig
     from mmscale.run.folder import CONFIG
 
+    checkpoint = None
+    if config.is_dir() and not (config / CONFIG).is_file() and (config.parent.parent / CONFIG).is_file():
+        checkpoint, config = config, config.parent.parent
     is_folder = (config / CONFIG).is_file()
     run = (open_run(config, overrides or ()) if is_folder else load(config, overrides or [], RunConfig)).value
     if not run.evaluation.sets:
         raise ConfigError(f"{config}: evaluation.sets is empty: there is nothing to score")
-    trained = load_trained(run)
+    trained = load_trained(run, checkpoint)
     console.print(f"scoring {trained.checkpoint}")
     data, spec = run.evaluation_data(trained.stage), run.stage_media(trained.stage)
     if left_out := unanswerable_sets(run.evaluation, spec):

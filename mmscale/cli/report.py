@@ -19,10 +19,16 @@ def report(
     run: Path = _RUN,
     json: bool = typer.Option(False, "--json", help="Print one JSON object: path and bytes of the report."),
 ) -> None:
-    """Write report.html of a run: curves, samples, configuration."""
+    """Write report.html of a run: curves, samples, configuration, and a page of the samples of each loss spike."""
     from mmscale.report.build import build_report
+    from mmscale.run.step_samples import write_spike_pages
 
-    path = build_report(run, note=lambda line: print(f"mmscale: {line}", file=sys.stderr))
+    def note(line: str) -> None:
+        print(f"mmscale: {line}", file=sys.stderr)
+
+    if (run / "config.yaml").is_file():
+        write_spike_pages(run, note)
+    path = build_report(run, note)
     if json:
         emit({"report": str(path), "bytes": path.stat().st_size}, json=True)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import typer
@@ -32,5 +34,12 @@ def train(
     from mmscale.run.train import Outcome
     from mmscale.run.train import train as run
 
-    if run(load_run(config, overrides or []), profile=profile) is Outcome.STOPPED:
+    loaded = load_run(config, overrides or [])
+    if run(loaded, profile=profile) is Outcome.STOPPED:
         raise typer.Exit(STOPPED)
+    if os.environ.get("RANK", "0") == "0":  # Set by the launcher, or by the start of the run.
+        from mmscale.cli.main import VERBS
+        from mmscale.cli.next_steps import format_next_steps, next_steps
+
+        steps = next_steps(loaded.value, {verb.name for verb in VERBS})
+        print(format_next_steps(steps), file=sys.stderr, flush=True)

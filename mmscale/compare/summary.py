@@ -113,8 +113,8 @@ class SetSummary:
         chance: Accuracy of a random guess; None for documents.
         control: Mean accuracy with the images permuted among the samples; None for sets of another kind than images.
         score: Accuracy; None for documents.
-        loss: Loss of the right answers or the documents, nats per token. None for multiple-choice questions and
-            contrastive models.
+        loss: Loss of the right answers or the documents, nats per token. None for contrastive models, and for
+            multiple-choice questions in older files.
     """
 
     metric: str

@@ -144,6 +144,8 @@ def _result(
     for question, likelihoods, counts in zip(questions, values, tokens, strict=True):
         for how, compared in normalised_likelihoods(likelihoods, counts, question.choices).items():
             shares[how] += credit(compared, question.right) / n
+    right = [float(likelihoods[question.right]) for question, likelihoods in zip(questions, values, strict=True)]
+    num_tokens = sum(int(counts[question.right]) for question, counts in zip(questions, tokens, strict=True))
     sizes = sorted({len(question.choices) for question in questions})
     among = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     score = min(shares[held.normalise], 1.0)  # A sum of 1 / n may exceed 1 by rounding.
@@ -154,6 +156,7 @@ def _result(
         metric=f"right choice among {among}",
         error=binomial_error(score, n),
         scores={how: min(share, 1.0) for how, share in shares.items()},
+        loss=-sum(right) / num_tokens,
     )
 
 

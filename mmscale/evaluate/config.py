@@ -114,6 +114,7 @@ ChoiceNormalise = Literal["none", "tokens", "characters", "bytes"]
 class ChoiceSet(_Answered):
     """Multiple-choice questions. Images of a sample come before its question."""
 
+    compared: ClassVar[tuple[str, ...]] = ("score", "loss")
     kind: Literal["choice"]
     prompt: str = "{question}"
     """Format string over the sample's fields for the text before an answer."""

@@ -68,6 +68,7 @@ class ChoiceResult:
         metric: Description of the task, such as ``right choice among 4``.
         error: Binomial standard error of ``score``.
         scores: Accuracy by normalisation: ``none``, ``tokens``, ``characters``, ``bytes``.
+        loss: Mean negative log-likelihood of the right choices per token, nats. None in older files.
     """
 
     score: float
@@ -76,6 +77,7 @@ class ChoiceResult:
     metric: str
     error: float
     scores: Mapping[str, float]
+    loss: float | None = None
     kind: str = "choice"
 
     @property

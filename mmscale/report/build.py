@@ -43,7 +43,8 @@ from mmscale.report.curves import (
 )
 from mmscale.report.heldout import heldout_charts
 from mmscale.report.page import render_page
-from mmscale.report.starts import read_starts
+from mmscale.report.spikes import WINDOW_STEPS, find_spikes, page_of
+from mmscale.report.starts import changes_of, read_starts
 from mmscale.report.step_time import goodput_rows, goodput_shares, step_charts, step_rows
 
 REPORT_FILE = "report.html"
@@ -135,6 +136,7 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
     captions: list[CaptionRecord] = _read(lambda: read_captions(run_dir), [], damage)
     configuration: dict[str, list[Setting]] = _read(lambda: read_configuration(run_dir), {}, damage)
     goodput = _read(lambda: read_goodput(run_dir), None, damage)
+    starts, spikes = read_starts(run_dir), find_spikes(records)
     damage = list(dict.fromkeys(damage))  # Two parts may read the same damaged file.
     for line in damage:
         note(line)
@@ -147,18 +149,26 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
         facts=_facts(records, result),
         cards=_cards(result),
         galleries=_galleries(run_dir, captions),
-        charts=_charts(records),
+        no_sets=_has_no_sets(configuration),
+        charts=_charts(records, [(spike.step, page_of(run_dir, spike)) for spike in spikes]),
         throughput=_throughput(records),
         wall_time=_wall_time(goodput),
         goodput=goodput_rows(goodput),
+        spikes=[(spike, page_of(run_dir, spike)) for spike in spikes],
+        window=WINDOW_STEPS,
         faults=_faults(records),
         memory=_memory(records, result),
         precision=_precision(result),
         shares=_shares(result),
         configuration=configuration,
-        starts=read_starts(run_dir),
+        starts=[(start, changes_of(before, start)) for before, start in zip([None, *starts], starts, strict=False)],
         damage=damage,
     )
+
+
+def _has_no_sets(configuration: Mapping[str, Sequence[Setting]]) -> bool:
+    """Return whether the configuration is known and has no held-out set."""
+    return ("evaluation.sets", "[]") in [(each.key, each.value) for each in configuration.get("evaluation", ())]
 
 
 def _precision(result: Mapping[str, Any]) -> str:
@@ -249,7 +259,7 @@ def _loss_unit(records: Sequence[Record]) -> str:
     return "mean per token"
 
 
-def _charts(records: Sequence[Record]) -> list[Chart]:
+def _charts(records: Sequence[Record], spikes: Sequence[tuple[int, str]]) -> list[Chart]:
     if not records:
         return []
     stages = stage_marks(records)
@@ -260,7 +270,7 @@ def _charts(records: Sequence[Record]) -> list[Chart]:
     norm_note = _join("before clipping", f"{_steps(skipped)} skipped" if skipped else "")
     wait = _smoothed(data_wait_percent(records), 4)
     return [
-        Chart("Loss", loss_note, _smoothed(series(records, "loss"), 1), marks=marks),
+        Chart("Loss", loss_note, _smoothed(series(records, "loss"), 1), marks=marks, links=spikes),
         *heldout_charts(records, marks),
         Chart("Learning rate", "by component", _learning_rates(records), from_zero=True, marks=marks),
         Chart("Gradient norm", norm_note, _smoothed(series(records, "grad_norm"), 2), marks=marks),

@@ -9,9 +9,10 @@
     : value !== 0 && Math.abs(value) < 1e-3 ? Number(value.toPrecision(3)).toExponential()
     : compact.format(value);
 
-  function vertical(chart) {
+  function vertical(chart, view) {
     return (u, low, high) => {
       if (chart.stacked) return [0, 100];
+      if (view.logY) return low == null ? [1, 10] : uPlot.rangeLog(low, high, 10, false);
       const margin = 0.06 * (high - low) || 0.5 * Math.abs(high) || 0.5;
       return [chart.zero && low >= 0 ? 0 : low - margin, high + margin];
     };
@@ -45,7 +46,71 @@
     ctx.restore();
   }
 
-  function build(node, chart) {
+  // Dots on the first line. They are drawn at the place of the nearest point, since curves are thinned.
+  function dotPlaces(u, links) {
+    const steps = u.data[0], losses = u.data[1];
+    return links.map(([x, address]) => {
+      let best = -1;
+      for (let index = 0; index < steps.length; index++)
+        if (losses[index] != null && (best < 0 || Math.abs(steps[index] - x) < Math.abs(steps[best] - x))) best = index;
+      return best < 0 ? null : [u.valToPos(x, "x", false), u.valToPos(losses[best], "y", false), address];
+    }).filter(place => place !== null);
+  }
+
+  function drawDots(u, links) {
+    const { ctx, bbox } = u, ratio = devicePixelRatio;
+    ctx.save();
+    ctx.fillStyle = css("--bad");
+    for (const [left, top] of dotPlaces(u, links)) {
+      const x = bbox.left + left * ratio, y = bbox.top + top * ratio;
+      if (x < bbox.left || x > bbox.left + bbox.width) continue;
+      ctx.beginPath();
+      ctx.arc(x, y, 4 * ratio, 0, 2 * Math.PI);
+      ctx.fill();
+    }
+    ctx.restore();
+  }
+
+  function linkAt(u, links, event) {
+    const near = dotPlaces(u, links).find(([x, y]) => Math.hypot(x - event.offsetX, y - event.offsetY) < 9);
+    return near === undefined ? "" : near[2];
+  }
+
+  function openLinks(u, links) {
+    u.over.addEventListener("click", event => {
+      const address = linkAt(u, links, event);
+      if (address) location.href = address;
+    });
+    u.over.addEventListener("mousemove", event => {
+      u.over.style.cursor = linkAt(u, links, event) ? "pointer" : "";
+    });
+  }
+
+  // Buttons of the scales that the values allow: a logarithm needs positive numbers.
+  function addButtons(entry) {
+    const { node, chart, view } = entry, isPositive = values => values.every(value => value > 0);
+    if (chart.ranges.length || chart.stacked) return;
+    const choices = [];
+    if (chart.lines.every(line => isPositive(line.x))) choices.push(["log " + chart.axis, "logX"]);
+    if (chart.lines.every(line => isPositive(line.y) && isPositive(line.low))) choices.push(["log y", "logY"]);
+    const row = document.createElement("span");
+    row.className = "scales";
+    for (const [label, key] of choices) {
+      const button = document.createElement("button");
+      button.textContent = label;
+      button.setAttribute("aria-pressed", "false");
+      button.addEventListener("click", () => {
+        view[key] = !view[key];
+        button.setAttribute("aria-pressed", String(view[key]));
+        redraw(entry);
+      });
+      row.append(button);
+    }
+    node.parentNode.querySelector(".cap").append(row);
+  }
+
+  function build(node, chart, view) {
+    const isLogX = chart.log || view.logX;
     const series = [{
       label: chart.axis,
       value: (u, x, number, index) =>
@@ -83,47 +148,56 @@
       for (let row = 2; row < data.length; row++) data[row] = data[row].map((y, place) => y + data[row - 1][place]);
     const grid = { stroke: () => css("--hair"), width: 1 };
     const axis = { stroke: () => css("--soft"), grid, ticks: { show: false } };
-    const isWhole = !chart.log && (!chart.ranges.length || data[0][1] - data[0][0] >= 1);
+    const isWhole = !isLogX && (!chart.ranges.length || data[0][1] - data[0][0] >= 1);
     const powers = [...Array(16).keys()].map(power => 10 ** power);
     const whole = isWhole ? { incrs: powers.flatMap(power => [power, 2 * power, 5 * power]) } : {};
     return new uPlot({
       width: node.clientWidth || 480,
-      height: chart.ranges.length ? 170 : 230,
+      height: chart.ranges.length ? 170 : 248,
       padding: [chart.marks.length ? 22 : 8, 24, 0, 0],
       series, bands,
       scales: {
         x: {
           time: false,
-          distr: chart.log ? 3 : 1,
+          distr: isLogX ? 3 : 1,
           range: (u, low, high) => low === high ? [low - 0.5, high + 0.5] : [low, high],
         },
-        y: { range: vertical(chart) },
+        y: { distr: view.logY ? 3 : 1, range: vertical(chart, view) },
       },
       axes: [
         {
           ...axis,
           ...whole,
+          ...(chart.ranges.length ? {} : { label: chart.axis, labelSize: 18, labelGap: 0, labelFont: "12px system-ui, sans-serif" }),
           values: (u, ticks) =>
             ticks.map(x => x == null ? "" : chart.ranges.length ? short(x) : x.toLocaleString("en")),
         },
-        { ...axis, size: 56, values: (u, ticks) => ticks.map(y => short(y) + chart.unit) },
+        { ...axis, size: 56, values: (u, ticks) => ticks.map(y => y == null ? "" : short(y) + chart.unit) },
       ],
       cursor: chart.ranges.length
         ? { dataIdx: (u, number, near, x) => Math.max(0, u.data[0][near] > x ? near - 1 : near) }
         : { sync: { key: chart.axis } },
-      hooks: { draw: [u => drawMarks(u, chart.marks)] },
+      hooks: {
+        draw: [u => drawMarks(u, chart.marks), u => drawDots(u, chart.links)],
+        ready: [u => openLinks(u, chart.links)],
+      },
     }, data, node);
   }
 
-  const charts = [...document.querySelectorAll(".chart")].map(node => [node, JSON.parse(node.textContent)]);
-  let plots = [];
-  function draw() {
-    for (const plot of plots) plot.destroy();
-    plots = charts.map(([node, chart]) => build(node, chart));
+  const entries = [...document.querySelectorAll(".chart")].map(node => ({
+    node, chart: JSON.parse(node.textContent), view: { logX: false, logY: false }, plot: null,
+  }));
+  function redraw(entry) {
+    const zoomed = entry.plot ? { ...entry.plot.scales.x } : { min: null };
+    if (entry.plot) entry.plot.destroy();
+    entry.plot = null;
+    entry.plot = build(entry.node, entry.chart, entry.view);
+    if (zoomed.min !== null && !entry.chart.ranges.length) entry.plot.setScale("x", { min: zoomed.min, max: zoomed.max });
   }
-  draw();
+  entries.forEach(addButtons);
+  entries.forEach(redraw);
   addEventListener("resize", () => {
-    for (const plot of plots) plot.setSize({ width: plot.root.parentNode.clientWidth, height: plot.height });
+    for (const { plot } of entries) plot.setSize({ width: plot.root.parentNode.clientWidth, height: plot.height });
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => entries.forEach(redraw));
 })();

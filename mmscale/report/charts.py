@@ -61,6 +61,7 @@ class Chart:
         from_zero: Whether the y axis must show 0.
         stacked: Whether each line is drawn on top of the one before; all have the same x, together at most 100.
         marks: (x, name) of vertical lines.
+        links: (x, address) of dots on the first line. A click on a dot opens the address, unless it is empty.
         ranges: Text of each bar of a histogram; empty for curves. A histogram's line holds the left edge and height
             of each bar, then the right edge and height of the last bar.
         is_log: Whether the x axis is logarithmic.
@@ -74,6 +75,7 @@ class Chart:
     from_zero: bool = False
     stacked: bool = False
     marks: Sequence[tuple[float, str]] = ()
+    links: Sequence[tuple[float, str]] = ()
     ranges: Sequence[str] = ()
     is_log: bool = False
 
@@ -91,6 +93,7 @@ class Chart:
             "stacked": self.stacked,
             "log": self.is_log,
             "marks": self.marks,
+            "links": self.links,
             "ranges": self.ranges,
             "lines": [
                 {

@@ -55,6 +55,28 @@ class StartRecord(StrictConfig):
         return f"{version}, commit {self.commit[:10]}{' with changes' if self.commit_changed else ''}"
 
 
+def changes_of(before: StartRecord | None, start: StartRecord) -> list[tuple[str, str, str]]:
+    """Return (what, old, new) of everything that differs from the start before: ranks, machine, code, configuration."""
+    if before is None:
+        return []
+    names = {**before.versions, **start.versions}
+    compared = [
+        ("ranks", str(before.world_size), str(start.world_size)),
+        ("machine", before.host, start.host),
+        ("code", _code(before), _code(start)),
+        *((name, before.versions.get(name, "none"), start.versions.get(name, "none")) for name in names),
+    ]
+    changed = [(what, old, new) for what, old, new in compared if old != new]
+    return changed + [(key, old, new) for key, (old, new) in start.changed.items()]
+
+
+def _code(start: StartRecord) -> str:
+    """Return the commit, or with uncommitted changes also the digest of the code, which tells two of them apart."""
+    if start.commit is None:
+        return start.code[:10]
+    return start.commit[:10] + (f" with changes ({start.code[:10]})" if start.commit_changed else "")
+
+
 def read_starts(run_dir: Path) -> list[StartRecord]:
     """Return the starts of a run, oldest first, without damaged lines; empty if the file is absent or too large."""
     path = run_dir / STARTS_FILE

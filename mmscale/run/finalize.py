@@ -36,6 +36,7 @@ from mmscale.report.build import build_report
 from mmscale.run.config import RunConfig
 from mmscale.run.evaluation import Evaluations, score_at_end
 from mmscale.run.folder import CHECKPOINTS
+from mmscale.run.step_samples import write_spike_pages
 
 
 def finalize_run(
@@ -74,6 +75,7 @@ def finalize_run(
         early_stop=EarlyStop(reason, best.without) if best and reason is not None else None,
     )
     write_result(config.run_dir, result)
+    write_spike_pages(config.run_dir, log.print_line)
     log.print_line(f"wrote {build_report(config.run_dir, log.print_line)}")
 
 

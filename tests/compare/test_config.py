@@ -62,6 +62,10 @@ def test_a_variant_wins_over_the_command_line(read: Read) -> None:
             [f"{THIRD}=[evaluation.sets.0.choices=3]"],
             r"variant hybrid: its evaluation block differs from that of embedding",
         ),
+        (
+            ["evaluation.every_steps=2", "evaluation.best={metric: both.score, stop_after: 3}"],
+            r"variant embedding: evaluation.best.stop_after=3: all variants train for an equal budget",
+        ),
         ([f"{THIRD}=[stages.0.name=other]"], r"variant hybrid: has other stages than embedding"),
         (["compare.seeds=[1, 1]"], r"compare: seeds must differ"),
         (["compare.seeds=[]"], r"compare.seeds"),

@@ -57,8 +57,9 @@ def _document(model: MultimodalModel, sample: Sample, template: dict[str, Any]) 
 
 
 def _shares(model: MultimodalModel, samples: list[Sample], held: dict[str, Any], *, ends: bool) -> dict[str, float]:
-    """Return the accuracy by normalisation."""
+    """Return the accuracy by normalisation, and the loss of the right choices."""
     right: dict[str, list[bool]] = {"none": [], "tokens": [], "characters": [], "bytes": []}
+    learned: list[float] = []
     for sample in samples:
         fields, likelihoods = sample.fields, []
         choices = fields["choices"]
@@ -73,6 +74,7 @@ def _shares(model: MultimodalModel, samples: list[Sample], held: dict[str, Any],
                 losses, ids = _document(model, document, template)
             assert ids[-1] == 2
             likelihoods.append(losses if ends else losses[:-1])
+        learned += likelihoods[fields["answer"]]
         sums = np.array([sum(losses) for losses in likelihoods])
         lengths = {
             "none": np.ones(len(choices)),
@@ -82,7 +84,7 @@ def _shares(model: MultimodalModel, samples: list[Sample], held: dict[str, Any],
         }
         for how, length in lengths.items():
             right[how].append(int((sums / length).argmax()) == fields["answer"])
-    return {how: sum(found) / len(samples) for how, found in right.items()}
+    return {how: sum(found) / len(samples) for how, found in right.items()} | {"loss": -sum(learned) / len(learned)}
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -92,10 +94,12 @@ def test_shares_are_those_of_one_choice_at_a_time(held: dict[str, Any], ends: bo
     model, manifest = text_model(), write_set(tmp_path, rows())
     samples = list(read_samples(manifest))
     expected = _shares(model, samples, held, ends=ends)
+    loss = expected.pop("loss")
     assert len(set(expected.values())) > 1  # The normalisations give different results, so a mix-up would fail.
     how = "none" if ends else "characters"
     found = score(ALONE, {**held, "manifest": manifest, "ends": ends, "normalise": how})
     assert found["scores"] == pytest.approx(expected)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
     share = expected[how]
     assert found["score"] == pytest.approx(share)
     assert found["chance"] == pytest.approx(sum(1 / (2 + number % 4) for number in range(14)) / 14)
@@ -132,6 +136,7 @@ def test_questions_about_images_see_them(tmp_path: Path) -> None:
         for i in order
     ]
     expected = _shares(model, chosen, {"prompt": "of {name}:"}, ends=False)
+    assert result.loss == pytest.approx(expected.pop("loss"), rel=1e-4)
     assert result.scores == pytest.approx(expected)
 
 

@@ -108,6 +108,7 @@ def test_values_are_added_to_the_step_that_a_run_resumes_from(tmp_path: Path) ->
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
 
 
+<<<<<<< HEAD
 def test_tensorboard_on_a_full_disk_is_one_error_and_no_traceback_of_a_thread(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,3 +123,15 @@ def test_tensorboard_on_a_full_disk_is_one_error_and_no_traceback_of_a_thread(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert capfd.readouterr().err == ""
+=======
+def test_tensorboard_hides_the_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, end, scale in ((0, 5, 1.0), (2, 4, 10.0)):
+        sink = TensorBoardSink(tmp_path, start)
+        for step in range(start + 1, end + 1):
+            sink.scalars(step, {"loss": scale * step})
+        sink.close()
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+>>>>>>> h-tr

@@ -16,6 +16,7 @@ from mmscale.config import load
 from mmscale.run.config import RunConfig
 from mmscale.run.sample_lookup import Evidence, SampleLookup
 from tests.system.conftest import MakeRun, Run, kill_group
+from tests.system.test_evaluation import SETS, record, scores
 
 STEPS = 24
 # Too strict for a real run: some steps of any curve count as spikes.
@@ -87,6 +88,7 @@ def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(fork_run: MakeRun) 
     strict = STRICT.replace("norm_deviations: 1,", "norm_deviations: 1.6,")
     bad_steps = f"bad_steps={{policy: roll_back, {strict}}}"
     words = (f"max_steps={STEPS}", bad_steps, "sample_log.every_steps=4", "model.decoder.dropout=0.1")
+    words += (SETS, "evaluation.every_steps=3", "evaluation.best={metric: pages.loss}")
     run = fork_run("whole", 2, *words)
     assert "going back to step" in run.finish()
     roll_backs = read_roll_backs(run.folder / "bad_steps")
@@ -96,6 +98,11 @@ def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(fork_run: MakeRun) 
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(line["applied"] for line in lines), "every step of the last line of checkpoints is a good one"
     assert lines[-1]["roll_backs"] == len(roll_backs)
+    losses = {step: values["heldout/pages/loss"] for step, values in scores(run)}
+    assert list(losses) == list(range(3, STEPS + 1, 3)), "no evaluation of an abandoned step is left, none is missing"
+    best = record(run)["best"]
+    assert (best["step"], best["value"]) == min(losses.items(), key=lambda item: item[1])
+    assert (run.folder / best["checkpoint"]).is_dir()
 
     killed = fork_run("killed", 2, *words)
     listed = killed.folder / "bad_steps" / "roll_backs.json"
@@ -110,6 +117,8 @@ def test_a_roll_back_leaves_out_the_data_and_outlives_a_kill(fork_run: MakeRun) 
         check_sample_log(killed, 1, STEPS)
     killed.finish()
     assert read_roll_backs(killed.folder / "bad_steps") == roll_backs
+    assert scores(killed) == scores(run)
+    assert record(killed)["best"] == best
     assert curve(killed) == curve(run)
 
 

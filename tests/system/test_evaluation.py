@@ -85,6 +85,7 @@ BEST = "evaluation.best={metric: pages.loss}"
 
 
 @pytest.mark.resume
+@pytest.mark.slow
 def test_a_restart_repeats_and_loses_no_evaluation(fork_run: MakeRun) -> None:
     words = ("max_steps=11", SETS, "evaluation.every_steps=2", BEST, "checkpoint={every_steps: 3, keep_last: 1}")
     # The rate is so high that the loss rises again: the best step lies in the middle.

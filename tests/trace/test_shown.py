@@ -323,3 +323,39 @@ def test_a_folder_that_was_moved_is_found_by_name_of_the_shard(run: Path, tmp_pa
     shard, key = lookup.catalog(lookup.loader_of(3)).where(row.dataset, row.sample)
     long: Any = [(one.step, one.epoch) for one in lookup.steps_of(shard, key)]
     assert long == [(one.step, one.epoch) for one in lookup.steps_of("/".join(Path(shard).parts[-2:]), key)]
+
+
+def test_a_report_has_a_page_of_the_samples_of_each_loss_spike(
+    run: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 20 is in the sample log; step 55 is not, so the report gives the command for it."""
+    lines = [
+        {"step": step, "loss": 9.0 if step in (20, 55) else 2.0 + 0.01 * (step % 3), "seconds": 1.0, "tokens": 8}
+        for step in range(1, 61)
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().err == ""
+    pages = sorted((run / "report/steps").iterdir())
+    assert [page.name for page in pages] == ["step-00000020.html"]
+    text = pages[0].read_text()
+    rows = SampleLookup(run).samples_of(20).rows
+    assert text.count("<article") == min(len(rows), 24)
+    with_loss = [row.loss for row in rows if row.loss is not None]
+    assert with_loss
+    assert f"loss {max(with_loss):.3f}" in text
+    report = (run / "report.html").read_text()
+    assert 'href="report/steps/step-00000020.html"' in report
+    assert "mmscale data trace RUN --step 55" in report
+
+
+def test_a_damaged_sample_log_costs_the_page_of_a_spike_and_not_the_report(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"step": step, "loss": 9.0 if step == 20 else 2.0, "seconds": 1.0} for step in range(1, 31)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    for path in (run / "sample_log").iterdir():
+        path.write_bytes(path.read_bytes()[:-7])
+    assert main(["report", str(run)]) == 0
+    assert "no page of the loss spike at step 20: " in capsys.readouterr().err
+    assert "mmscale data trace RUN --step 20" in (run / "report.html").read_text()

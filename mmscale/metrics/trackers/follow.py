@@ -7,7 +7,7 @@
 
 The training process starts it, writes files and never waits for it. A tracker that is down, hangs or rejects the key
 therefore delays no step, and no step is lost: they wait in ``metrics.jsonl`` until the tracker answers. Standard input
-ends when the training process ends or dies. The process then sends the rest, for at most ``LAST_SECONDS``, and exits.
+tells it that the training process has ended. It then sends the rest, for at most ``LAST_SECONDS``, and exits.
 
 A step is sent when the next one is in the file, since its images and tables are written between the two. A step that
 was sent is never sent again: not after a resume from an earlier checkpoint, and not after a roll back.
@@ -39,8 +39,8 @@ RETRY_SECONDS = 30.0
 LAST_SECONDS = 60.0
 FOLDER = "trackers"
 START_FILE, STATE_FILE, OUTBOX = "start.json", "state.json", "outbox"
-FINISHED = b"finished"
-"""The training process writes this to standard input if the run is finished."""
+FINISHED, STOPPED = b"finished", b"stopped."
+"""The training process writes one of the two to standard input when it ends. If it is killed, standard input ends."""
 _MOST_RECORDS = 100
 """Steps in one call of a tracker."""
 _MOST_LINE_BYTES = 1 << 20
@@ -194,10 +194,9 @@ class Follower:
         tracker = self._tracker or self._open()
         for line in self._lines.read():
             before, self._held = self._held, line
+            # A held line with a later step belongs to steps that a roll back has abandoned.
             if before is not None and before["step"] < line["step"]:
                 self._queue(before)
-            else:  # The lines are those of another attempt, after a roll back.
-                self._waiting = [record for record in self._waiting if record.step < line["step"]]
             if len(self._waiting) >= _MOST_RECORDS:
                 self._flush(tracker, self._newest)
         if last and self._held is not None:
@@ -255,7 +254,7 @@ class Follower:
 
 
 def main() -> None:
-    """Follow the run of the command line until standard input ends."""
+    """Follow the run of the command line until the training process ends."""
     run_dir, kind = Path(sys.argv[1]), sys.argv[2]
     folder = run_dir / FOLDER / kind
     notes = os.dup(1)

@@ -24,14 +24,14 @@ from data_pipeline.io.atomic import as_utf8, write_whole
 from mmscale.io.software import ROOT
 from mmscale.metrics.sample_images import CaptionedImage, with_caption
 from mmscale.metrics.trackers.config import TrackerConfig
-from mmscale.metrics.trackers.follow import FINISHED, FOLDER, OUTBOX, START_FILE, STATE_FILE, State
+from mmscale.metrics.trackers.follow import FINISHED, FOLDER, OUTBOX, START_FILE, STATE_FILE, STOPPED, State
 from mmscale.metrics.trackers.messages import Image, Record, Table, write_message
 
 FINISHED_SECONDS = 30.0
 """Longest wait for a tracker at the end of a finished run."""
 STOPPED_SECONDS = 10.0
 """Longest wait for a tracker at the end of a start that did not finish the run."""
-_POLL_SECONDS = 0.05
+_POLL_SECONDS, _QUIET_SECONDS = 0.05, 3.0
 FOLLOW = "mmscale.metrics.trackers.follow"
 
 
@@ -110,9 +110,12 @@ class Trackers:
 
     def close(self, *, finished: bool) -> None:
         """Let the processes send the rest, for a limited time, and end them. A second call does nothing."""
-        deadline = time.monotonic() + (FINISHED_SECONDS if finished else STOPPED_SECONDS)
+        seconds = FINISHED_SECONDS if finished else STOPPED_SECONDS
+        deadline, quiet = time.monotonic() + seconds, time.monotonic() + min(_QUIET_SECONDS, seconds)
         for link in self._links:
             link.end(finished)
+        if waiting := [link.kind for link in self._links if not link.has_ended(quiet)]:
+            self._print(f"waiting for {' and '.join(waiting)}, at most {seconds:.0f} seconds")
         for link in self._links:
             link.wait(deadline)
         self.print_notes()
@@ -193,8 +196,17 @@ class _Link:
         """Tell the process that no more will follow."""
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(OSError):  # It may have died.
-                self._process.stdin.write(FINISHED if finished else b"")
+                # Do not rely on the end of the pipe: a process that was forked in between may hold it open.
+                self._process.stdin.write(FINISHED if finished else STOPPED)
                 self._process.stdin.close()
+
+    def has_ended(self, deadline: float) -> bool:
+        """Wait until the process has ended, at most until ``deadline``. Return whether it has."""
+        while self._process is not None and self._process.poll() is None:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     def wait(self, deadline: float) -> None:
         """Wait until the process has sent the rest, at most until ``deadline``, then kill it.
@@ -204,8 +216,7 @@ class _Link:
         process = self._process
         if process is None:
             return
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
+        self.has_ended(deadline)
         if process.returncode != 0:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

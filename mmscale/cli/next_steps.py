@@ -1,0 +1,50 @@
+"""The commands that a user may want after a finished run: only those that its model and its data allow."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmscale.run.config import RunConfig
+
+
+def next_steps(config: RunConfig, verbs: set[str]) -> list[tuple[str, str]]:
+    """Return (command, what it does) for a finished run, in the order of use. Every command can be pasted into a shell.
+
+    Args:
+        config: The run.
+        verbs: Names of the commands of this version.
+    """
+    from mmscale.errors import CheckpointError
+    from mmscale.hf.layouts import layout_for
+    from mmscale.report.captions import IMAGES_FOLDER
+
+    stage = max(number for number, _ in config.stages_from(0))
+    model, data, run = config.stage_model(stage), config.evaluation_data(stage), shlex.quote(str(config.run_dir))
+    steps = []
+    if model.predicts_tokens:
+        image = config.run_dir / IMAGES_FOLDER / "0000.png"
+        if model.vision is not None and image.is_file():
+            steps.append((f"mmscale generate {run} --image {shlex.quote(str(image))}", "answer about an image"))
+        elif model.vision is None:
+            steps.append((f"mmscale generate {run} --prompt 'Once'", "continue a text"))
+        if "chat" in verbs and any(dataset.template.kind == "dialogue" for dataset in data.datasets):
+            steps.append((f"mmscale chat {run}", "talk with the model"))
+    if config.evaluation.sets:
+        steps.append(
+            (f"mmscale eval {shlex.quote(str(config.run_dir / 'config.yaml'))}", "score the held-out sets again")
+        )
+    export = f"mmscale checkpoint export {run} {shlex.quote(f'{config.run_dir}-exported')}"
+    try:
+        layout_for(model)
+    except CheckpointError:
+        steps.append((export, "write the weights as safetensors"))
+    else:
+        steps.append((f"{export} --to hf", "write a folder that transformers loads"))
+    return [*steps, (f"mmscale report {run}", f"write {config.run_dir / 'report.html'} again")]
+
+
+def format_next_steps(steps: list[tuple[str, str]]) -> str:
+    """Return the lines for the terminal: each command on its own line, with what it does above it."""
+    return "\n".join(["What next:", *(f"  # {what}\n  {command}" for command, what in steps)])
