@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart docs quick test-near test test-slow test-all test-floors lint format golden bench clean
+.PHONY: help setup quickstart docs quick test-near test test-slow test-harness test-all test-floors lint format golden bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1#\2/p' $(MAKEFILE_LIST) | column -t -s '#' 2>/dev/null || true
@@ -57,6 +57,14 @@ test: $(STAMP) ## Run the tests that need neither a GPU, a cluster nor patience
 test-slow: $(STAMP) ## Run the tests that take minutes each: long runs, every page of docs/, every size of a recipe
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu and not slurm"
 
+# lmms-eval pins older versions of wandb, PyAV and filelock, so it gets an environment of its own, on top of .venv.
+test-harness: $(STAMP) ## Run the tests with lmms-eval, in .venv-harness
+	test -x .venv-harness/bin/python || $(BIN)/python -m venv .venv-harness
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.venv-harness/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	.venv-harness/bin/python -m pip install --quiet 'lmms-eval>=0.7.3' 'filelock<4'
+	PYTHONPATH=. .venv-harness/bin/python -m pytest -q -m slow tests/harness/test_lmms_eval.py
+
 # With other test tools too: what pyproject.toml admits is what a user may get.
 test-floors: $(STAMP) ## Run `make test` with the lowest admitted versions in .venv-lowest; FLOORS=highest: with the newest
 	test -x .venv-$(FLOORS)/bin/python || $(PYTHON) -m venv .venv-$(FLOORS)
@@ -88,5 +96,5 @@ bench: $(STAMP) ## Measure against peers, side by side
 	done
 
 clean: ## Remove runs, caches and .venv
-	rm -rf .venv .venv-lowest .venv-highest runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-lowest .venv-highest .venv-harness runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -162,9 +162,9 @@ class GenerationSet(_HeldOut):
     ``answer`` is a text, as in VQAv2. ``a.b`` reads b of the object a."""
     metric: MetricName = "exact_match"
     """``exact_match``, ``vqa`` (VQAv2), ``anls`` (DocVQA), ``relaxed_accuracy`` (ChartQA), ``chrf`` or ``cider``."""
-    ignore: tuple[Ignored, ...] = ("case", "punctuation")
-    """Differences that ``exact_match`` ignores: ``case``, ``punctuation``, ``articles``. Other metrics have their own
-    rules."""
+    ignore: tuple[Ignored, ...] | None = None
+    """Differences that ``exact_match`` ignores: ``case``, ``punctuation``, ``articles``. Null ignores case and
+    punctuation. Other metrics have their own rules, so they accept only null."""
     max_new_tokens: int = Field(default=32, ge=1)
     """Longest answer, tokens."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -176,7 +176,7 @@ class GenerationSet(_HeldOut):
     def _check_question(self) -> GenerationSet:
         if self.prompt is None and self.dialogue is None:
             raise ValueError("prompt: null asks with the turns of a dialogue; set dialogue, or give a prompt")
-        if self.metric != "exact_match" and "ignore" in self.model_fields_set:
+        if self.metric != "exact_match" and self.ignore is not None:
             raise ValueError(f"ignore: belongs to metric=exact_match; metric={self.metric} has its own rules")
         if self.prompt is not None:
             parse(self.prompt)

@@ -70,7 +70,8 @@ def score_generation(context: EvaluationContext, held: GenerationSet) -> Generat
     prompts = PromptBuilder(document_builder(held, template, context.data, context.tokenizer, context.spec))
     answers = generate_answers(context, held, prompts, template.closing, samples)
     answers = [answer.strip() for answer in answers]
-    values = score_answers(held.metric, answers, [question.references for question in questions], held.ignore)
+    ignore = ("case", "punctuation") if held.ignore is None else held.ignore
+    values = score_answers(held.metric, answers, [question.references for question in questions], ignore)
     if context.answers_folder is not None:
         call_on_all_ranks(context.world, held, lambda: _write_answers(context, held, questions, answers, values))
     return GenerationResult(score=values.score, n=len(questions), metric=TITLES[held.metric], error=values.error)

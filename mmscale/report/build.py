@@ -26,6 +26,7 @@ from mmscale.evaluate.result import ANSWERS_FOLDER, binomial_error, read_result
 from mmscale.metrics.format import format_count, format_seconds
 from mmscale.metrics.goodput import Goodput, read_goodput
 from mmscale.metrics.metrics_file import read_metrics
+from mmscale.report.answers import read_answer_tables
 from mmscale.report.captions import CaptionRecord, read_captions
 from mmscale.report.charts import Bar, Chart, Line, stage_names
 from mmscale.report.configuration import Setting, read_configuration
@@ -149,6 +150,7 @@ def render(run_dir: Path, note: Callable[[str], object] = lambda line: None) -> 
         facts=_facts(records, result),
         cards=_cards(result),
         galleries=_galleries(run_dir, captions),
+        answers=read_answer_tables(run_dir, result.get("heldout", {})),
         no_sets=_has_no_sets(configuration),
         charts=_charts(records, [(spike.step, page_of(run_dir, spike)) for spike in spikes]),
         throughput=_throughput(records),

@@ -13,7 +13,8 @@ from tests.system.conftest import REPO, Run
 CONFIG = "tests/system/tiny.yaml"
 SETS = (
     "evaluation.sets=[{name: both, manifest: examples/emoji/shards/heldout-both.manifest, field: group, "
-    "choices: null, limit: 30}]"
+    "choices: null, limit: 30}, {name: written, manifest: examples/emoji/shards/heldout-both.manifest, "
+    "kind: generation, prompt: '', answers: name, metric: anls, max_new_tokens: 6, limit: 6}]"
 )
 
 
@@ -35,6 +36,16 @@ def test_eval_gives_the_score_that_the_run_ended_with(run: Path, capsys: pytest.
     printed = json.loads(capsys.readouterr().out)
     assert printed["heldout"] == json.loads((run / "result.json").read_text())["heldout"]
     assert printed["checkpoint"].endswith("step-00000002")
+    assert printed["heldout"]["written"]["kind"] == "generation"
+
+
+def test_eval_writes_the_answers_that_the_run_ended_with(run: Path) -> None:
+    path = run / "answers" / "written.jsonl"
+    written = path.read_text()
+    assert len(written.splitlines()) == 6
+    path.unlink()
+    assert main(["eval", CONFIG, f"run_dir={run}", "max_steps=2", SETS]) == 0
+    assert path.read_text() == written
 
 
 def test_generate_gives_the_captions_of_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

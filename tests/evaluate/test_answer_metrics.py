@@ -1,6 +1,6 @@
 """Metrics of generated answers equal their reference implementations.
 
-Values of lmms-eval 0.7 are stored because it needs another Pillow than the tests, and words of the COCO caption
+Values of lmms-eval 0.7 are stored because it pins other packages than the tests need, and words of the COCO caption
 evaluation because its tokenizer needs Java. lm-evaluation-harness, sacrebleu and pycocoevalcap are called.
 """
 

@@ -78,6 +78,22 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1, "loss": None, "grad_norm": None, "nested": {"x": None}}]
 
 
+def test_tensorboard_on_a_full_disk_is_one_error_and_no_traceback_of_a_thread(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files stands for the full disk: a write fails in the middle of an event."""
+    sink = TensorBoardSink(tmp_path, start_step=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(MMScaleError, match=r"tfevents.*: cannot be written: .*metrics\.tensorboard=false"):
+            any(sink.scalars(step, {"loss": 1.0}) for step in range(1, 1000))
+        sink.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_held_line_is_written_once_with_the_values_that_are_added(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path, start_step=0)
@@ -108,22 +124,6 @@ def test_values_are_added_to_the_step_that_a_run_resumes_from(tmp_path: Path) ->
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
 
 
-<<<<<<< HEAD
-def test_tensorboard_on_a_full_disk_is_one_error_and_no_traceback_of_a_thread(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A limit on the size of files stands for the full disk: a write fails in the middle of an event."""
-    sink = TensorBoardSink(tmp_path, start_step=0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(MMScaleError, match=r"tfevents.*: cannot be written: .*metrics\.tensorboard=false"):
-            any(sink.scalars(step, {"loss": 1.0}) for step in range(1, 1000))
-        sink.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert capfd.readouterr().err == ""
-=======
 def test_tensorboard_hides_the_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for start, end, scale in ((0, 5, 1.0), (2, 4, 10.0)):
@@ -134,4 +134,3 @@ def test_tensorboard_hides_the_steps_that_a_resumed_run_repeats(tmp_path: Path) 
     events = accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
->>>>>>> h-tr

@@ -114,6 +114,27 @@ def test_questions_and_perplexity_have_cards_of_their_own(run: Path) -> None:
     assert {"score", "control", "chance", "n", "metric"} <= set(held["captions"])
 
 
+def test_generated_answers_are_shown_and_cannot_leave_their_place(run: Path) -> None:
+    names = ("captions", "damaged", "absent", "../../captions")
+    _result(run, {name: GenerationResult(0.25, 30, "ANLS", 0.05) for name in names})
+    (run / "answers").mkdir()
+    row = {"prompt": "who?", "answer": HOSTILE, "references": ["Ada", "Ada", "Eve"], "score": 0.5}
+    rows = [row, {**row, "prompt": None, "answer": "x" * 5000}, *({**row, "answer": f"number {n}"} for n in range(20))]
+    (run / "answers" / "captions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (run / "answers" / "damaged.jsonl").write_text('{"prompt": 3}\n')
+    (run.parent / "captions.jsonl").write_text(json.dumps({**row, "answer": "outside"}) + "\n")
+    html = build_report(run).read_text()
+    page = Page(html)
+    assert page.text.count("Answers of captions") == 1
+    assert "Answers of damaged" not in page.text
+    assert "outside" not in page.text
+    assert HOSTILE not in html
+    for words in ("who?", "Ada | Eve", "50", "number 5"):
+        assert words in page.text
+    assert "number 6" not in page.text  # Eight rows.
+    assert "x" * 300 not in html
+
+
 def test_components_with_one_learning_rate_share_a_line(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
