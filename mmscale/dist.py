@@ -24,7 +24,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from mmscale.errors import EngineError, LaunchError
+from mmscale.errors import EngineError, LaunchError, UnsupportedError
 
 LISTENER_VARIABLE = "MMSCALE_LISTENER"
 """Environment variable with the descriptor of an inherited socket that listens at MASTER_PORT, for rank 0's store."""
@@ -105,12 +105,12 @@ def device_type(wanted: str) -> str:
     """Return ``cuda`` or ``cpu`` for ``engine.device``.
 
     Raises:
-        LaunchError: CUDA is configured, but torch finds no CUDA device.
+        UnsupportedError: CUDA is configured, but torch finds no CUDA device.
     """
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise LaunchError(
+        raise UnsupportedError(
             "engine.device=cuda: torch sees no CUDA device here; set engine.device=cpu or check the driver"
         )
     return wanted

@@ -30,12 +30,14 @@ class FirstLook:
         unusable: Number of them that give no document, or one that no pack can hold (``packing.too_long``).
         reason: The error of the first unusable sample, with its shard and key; empty if there is none.
         holds_images: Whether the template uses images, and a checked sample has one or its shard contains image files.
+        highest_label: The highest token id that a checked sample teaches to predict; -1 for none.
     """
 
     looked_at: int
     unusable: int
     reason: str
     holds_images: bool
+    highest_label: int = -1
 
 
 def look_at(dataset: DatasetConfig, builder: DocumentBuilder, budget: Budget) -> FirstLook:
@@ -51,7 +53,7 @@ def look_at(dataset: DatasetConfig, builder: DocumentBuilder, budget: Budget) ->
     if not num_samples:
         raise DataConfigError(f"data set {dataset.name}: {dataset.manifest} holds no samples")
     numbers = np.unique(np.linspace(0, num_samples - 1, _NUM_CHECKED).astype(np.int64)).tolist()
-    reasons, holds_images = [], False
+    reasons, holds_images, highest = [], False, -1
     try:
         for number in numbers:
             try:
@@ -60,8 +62,9 @@ def look_at(dataset: DatasetConfig, builder: DocumentBuilder, budget: Budget) ->
                 document = builder.dry_run(sample)
                 holds_images |= bool(document.items)
                 budget.admit(document)
+                highest = max(highest, int(document.labels.max(initial=-1)))
             except (SampleError, ShardError, ManifestError) as error:
                 reasons.append(str(error))
     finally:
         reader.close()
-    return FirstLook(len(numbers), len(reasons), reasons[0] if reasons else "", holds_images)
+    return FirstLook(len(numbers), len(reasons), reasons[0] if reasons else "", holds_images, highest)

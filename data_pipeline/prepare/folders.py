@@ -60,7 +60,7 @@ class FolderSource:
             sizes = [(name.name, name.stat().st_size if name.exists() else -1) for _, name in row.reference]
             digest.update(f"{row.key!a} {sizes!a}\n".encode())
         if not self._count:
-            raise DataConfigError(f"{folder}: no files to ingest")
+            raise DataConfigError(f"{folder}: no files to ingest; give a folder of images and texts, a list, or tars")
         if classes and unclassed is not None:
             raise DataConfigError(f"{unclassed}: is in no class folder; move it into one of them")
         by_class = classes or (classes is None and not texts and unclassed is None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data_pipeline.errors import ManifestError
+from data_pipeline.io.missing import no_such_file
 from data_pipeline.io.untrusted import open_regular
 
 _PROBE_BYTES = 512
@@ -47,6 +48,8 @@ def reject_non_manifest(file: Path, display_name: str, key: str = "", *, takes_t
     try:
         with open_regular(file) as opened:
             start = opened.read(_PROBE_BYTES)
+    except FileNotFoundError as error:
+        raise ManifestError(f"{label}: {no_such_file(file)}; make a manifest with: mmscale data index") from error
     except OSError as error:
         raise ManifestError(f"{label}: cannot be read: {error.strerror}") from error
     # A manifest is a column file: eight bytes of length, then a JSON header.

@@ -190,7 +190,9 @@ def _parse_at(data: memoryview, at: int, shard: str, attributes: Attributes) -> 
     """Parse the header at an offset; return None at the end mark. Changes ``attributes``."""
     start = at + BLOCK_BYTES
     if start > len(data):
-        message = f"{shard}: truncated: ends at byte {len(data)} without an end mark (header due at {at})"
+        message = (
+            f"{shard}: truncated: ends at byte {len(data)} without an end mark (header due at {at}); copy it again"
+        )
         raise TarError(message, at, TarFault.TRUNCATED)
 
     def content(size: int) -> bytes:

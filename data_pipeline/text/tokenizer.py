@@ -18,6 +18,7 @@ import tokenizers
 from pydantic import Field
 
 from data_pipeline.errors import DataConfigError, FaultKind, SampleError
+from data_pipeline.io.missing import no_such_file
 from data_pipeline.io.strict import StrictConfig
 from data_pipeline.io.untrusted import UntrustedError, read_bytes
 from data_pipeline.text.control_tokens import any_of, control_tokens, user_defined_pieces
@@ -150,7 +151,9 @@ class SentencePieceTokenizer:
         try:
             self._model.LoadFromSerializedProto(content)
         except RuntimeError as error:
-            raise DataConfigError(f"tokenizer {config.path}: not a SentencePiece model") from error
+            raise DataConfigError(
+                f"tokenizer {config.path}: not a SentencePiece model; for a tokenizer.json set kind: tokenizers"
+            ) from error
         self.vocab_size: int = self._model.vocab_size()
         self.bos_id: int | None = self._special("bos", self._model.bos_id())
         self.eos_id = self._special("eos", self._model.eos_id())
@@ -303,6 +306,8 @@ def _read(path: Path) -> bytes:
         return read_bytes(path, most_bytes=_MAX_FILE_BYTES)
     except UntrustedError as error:
         raise DataConfigError(f"tokenizer {path}: {error}") from error
+    except FileNotFoundError as error:
+        raise DataConfigError(f"tokenizer {path}: {no_such_file(path)}") from error
     except OSError as error:
         raise DataConfigError(f"tokenizer {path}: cannot be read: {error.strerror}") from error
 

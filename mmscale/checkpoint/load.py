@@ -195,7 +195,8 @@ def resume_problem(model: nn.Module, stage: StageConfig, path: Path, manifest: M
     if manifest.stage != stage.name or other:
         return (
             f"{path} was saved in stage {manifest.stage!r}, this engine is in stage {stage.name!r} and trains "
-            f"{'other' if other else 'the same'} parameters; between stages use weights only (warm start)"
+            f"{'other' if other else 'the same'} parameters; put the stage's "
+            "name and its train list back, or load the weights in a new stage (stages.*.weights)"
         )
     saved, here = (
         _describe_state(manifest.optimizer, manifest.ema),

@@ -162,6 +162,7 @@ def verify(path: Path = _FOLDER, json: bool = _JSON) -> None:
     bad = [name for name, problems in results.items() if problems]
     if bad:
         console.print(f"{len(bad)} of {len(results)} checkpoints are damaged: {', '.join(bad)}", style="red")
+        console.print("a run resumes from an older, good one with checkpoint.on_damage=previous", highlight=False)
         raise typer.Exit(1)
 
 

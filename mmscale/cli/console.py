@@ -15,11 +15,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 
 from data_pipeline.errors import DataConfigError, DataPipelineError, out_of_memory
+from data_pipeline.io.missing import no_such_file
 from mmscale.errors import MMScaleError
 
 T = TypeVar("T")
@@ -259,7 +261,10 @@ def exit_code_of(run: Callable[[], None]) -> int:
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             return _print_defect(error)
-        return _print_error(f"{error.filename or 'disk'}: {error.strerror}", 1)
+        if isinstance(error, FileNotFoundError) and isinstance(error.filename, str | Path):
+            return _print_error(f"{error.filename}: {no_such_file(Path(error.filename))}", 1)
+        remedy = "; free space, then start the same command again" if error.errno == errno.ENOSPC else ""
+        return _print_error(f"{error.filename or 'disk'}: {error.strerror}{remedy}", 1)
     except Exception as error:
         return _print_defect(error)
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from mmscale.cli import data_crops, data_dedup, data_shards, data_show, data_stats, data_text, data_trace
-from mmscale.cli.console import emit, progress, track, warn
+from mmscale.cli.console import console, emit, progress, track, warn
 
 if TYPE_CHECKING:
     from data_pipeline.shards.index import ShardIndex
@@ -136,6 +136,7 @@ def verify(
     else:
         emit({**results, "damages": {"all": len(damages), **kinds}})
     if not all(damage.problem.is_warning for damage in damages):
+        console.print("copy or make the damaged shards again, or leave the samples out of runs: data.faults.exclude")
         raise typer.Exit(1)
 
 

@@ -93,7 +93,9 @@ def _documents(run: RunConfig, dataset: DatasetConfig, samples: range, epoch: in
     build = DocumentBuilder(dataset, tokenizer, spec)
     manifest = Manifest.open(dataset.indexed)
     if samples.stop > manifest.num_samples:
-        raise DataConfigError(f"--samples {samples.start}:{samples.stop}: {dataset.name} has {manifest.num_samples}")
+        raise DataConfigError(
+            f"--samples {samples.start}:{samples.stop}: {dataset.name} has {manifest.num_samples} samples"
+        )
     reader, seed = SampleReader(manifest, dataset.name), dataset_seed(run.seed, dataset.name)
     for number in samples:
         sample = reader.read(number, epoch)

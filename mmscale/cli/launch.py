@@ -11,6 +11,7 @@ import typer
 from mmscale.cli.console import emit
 
 if TYPE_CHECKING:
+    from mmscale.config import Loaded
     from mmscale.run.config import RunConfig
 
 app = typer.Typer()
@@ -21,7 +22,7 @@ _OVERRIDES = typer.Argument(
 )
 
 
-def _checked(config: Path, overrides: list[str], ranks: int) -> RunConfig:
+def _checked(config: Path, overrides: list[str], ranks: int) -> Loaded[RunConfig]:
     """Load the configuration and check it as each rank would, so that an error is printed once, before the start."""
     from mmscale.cli.run_file import load_run
     from mmscale.run.config import check_world
@@ -30,7 +31,7 @@ def _checked(config: Path, overrides: list[str], ranks: int) -> RunConfig:
     loaded = load_run(config, overrides)
     check_world(loaded.value, ranks)
     check_initial_weights(loaded)
-    return loaded.value
+    return loaded
 
 
 def _train_words(config: Path, overrides: list[str]) -> list[str]:
@@ -57,13 +58,16 @@ def local(
     watchdog ended the run. A second Ctrl-C kills the ranks.
     """
     from launchers.local import launch
+    from mmscale.config import located
     from mmscale.run.config import check_files
     from mmscale.run.folder import hold_folder
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Rank 0 reads the same file and prints the same warnings.
-        run = _checked(config, overrides or [], ranks)
-        check_files(run)
+        loaded = _checked(config, overrides or [], ranks)
+        run = loaded.value
+        with located(loaded):
+            check_files(run)
     words = [*_train_words(config, overrides or []), *(["--profile"] if profile else [])]
     with hold_folder(run.run_dir):
         pass  # Raises if another run holds the folder, before the ranks' logs are opened. Rank 0 then takes the lock.
@@ -98,7 +102,7 @@ def slurm(
     """
     from launchers.slurm import Job, render, submit
 
-    run = _checked(config, overrides or [], nodes * (gpus_per_node or ranks_per_node))
+    run = _checked(config, overrides or [], nodes * (gpus_per_node or ranks_per_node)).value
     job = Job(
         arguments=tuple(_train_words(config, overrides or [])),
         run_dir=run.run_dir,

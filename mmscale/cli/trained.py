@@ -146,6 +146,7 @@ def open_trained(path: str | Path, *, allow_code: bool = False) -> Trained:
         ConfigError: the path is neither of the two.
         CheckpointError: the path is a Hugging Face folder, or the run has no usable checkpoint.
     """
+    from data_pipeline.io.missing import no_such_file
     from mmscale.config.trust import code_allowed
     from mmscale.hf.read import require_no_folder
     from mmscale.run.folder import CONFIG
@@ -156,6 +157,8 @@ def open_trained(path: str | Path, *, allow_code: bool = False) -> Trained:
             with code_allowed(allow_code):
                 return load_trained(open_run(run).value, checkpoint)
     require_no_folder(path, f"make a checkpoint of it with: mmscale checkpoint import {path} RUN --from hf")
+    if not path.exists():
+        raise ConfigError(f"{path}: {no_such_file(path)}; give a run folder or a checkpoint of one")
     raise ConfigError(
         f"{path}: neither a run folder (with a {CONFIG}) nor a checkpoint of one (RUN/checkpoints/step-N)"
     )

@@ -152,7 +152,13 @@ def apply_overrides(root: ConfigNode, overrides: list[str]) -> ConfigNode:
         if not equals or not key or any(not part for part in key.split(".")):
             raise ConfigError(f"{name}: expected key=value, for example stages.0.steps=50")
         checked_text(key, origin)
-        value = parse(text, partial(_constant, origin), name)
+        try:
+            value = parse(text, partial(_constant, origin), name)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}; a shell splits words at blanks and removes quotes, so put the whole word in single quotes: "
+                f"'{display(key)}=...'"
+            ) from None
         root = _with_value(root, key.split("."), value, name)
     return root
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path, PurePath
@@ -12,10 +13,12 @@ from typing import Any, Generic, TypeVar
 import yaml
 from pydantic import BaseModel
 
+from data_pipeline.errors import DataConfigError, ManifestError
 from mmscale.config.layers import apply_overrides, read_layers
 from mmscale.config.tree import DEFAULT, ConfigDumper, ConfigNode, Origin
 from mmscale.config.trust import trust_own_kinds
 from mmscale.config.validate import validate
+from mmscale.errors import ConfigError
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -72,6 +75,29 @@ def load_tree(root: ConfigNode, schema: type[S], name: str) -> Loaded[S]:
         warnings.warn(note, DroppedKeyWarning, stacklevel=3)
     origins = {".".join(key): _origin(root, key) for key, _ in leaves(value)}
     return Loaded(value, origins, tuple(notes))
+
+
+@contextmanager
+def located(loaded: Loaded[Any]) -> Iterator[None]:
+    """Add the origin of a value to errors of checks that begin with ``key=value``, where ``key`` is a key of the file.
+
+    If the message is about a missing file that exists next to the configuration's file, it also says how to name it.
+    """
+    try:
+        yield
+    except (ConfigError, DataConfigError, ManifestError) as error:
+        key = str(error).partition("=")[0]
+        origin = loaded.origins.get(key)
+        if origin is None:
+            raise
+        name = str(dict(leaves(loaded.value))[tuple(key.split("."))])
+        beside = [file.parent / name for file in origin.files[-1:] if (file.parent / name).exists()]
+        hint = (
+            f"; paths in a configuration are relative to the working directory: write {beside[0]}"
+            if beside and not Path(name).exists()
+            else ""
+        )
+        raise type(error)(f"{origin} {error}{hint}") from error
 
 
 def leaves(value: BaseModel) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -16,7 +16,14 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.io.untrusted import MOST_YAML_BYTES, BoundedYamlLoader, UntrustedError, YamlBoundsError, read_bytes
+from data_pipeline.io.missing import no_such_file
+from data_pipeline.io.untrusted import (
+    MOST_YAML_BYTES,
+    BoundedYamlLoader,
+    UntrustedError,
+    YamlBoundsError,
+    read_bytes,
+)
 from mmscale.errors import ConfigError
 
 Scalar = str | int | float | bool | None
@@ -161,10 +168,14 @@ def read_file(path: Path, layer: int, chain: tuple[Path, ...]) -> ConfigNode:
     Raises:
         ConfigError: the file is missing or not valid YAML, repeats a key, or is not a mapping.
     """
+    if path.is_dir():
+        run = path / "config.yaml"
+        which = f"; the run folder's file is {run}" if run.is_file() else ""
+        raise ConfigError(f"{path}: a folder, expected a YAML file{which}")
     try:
         text = read_bytes(path, most_bytes=MOST_YAML_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        raise ConfigError(f"{path}: {no_such_file(path)}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}: not a text file in UTF-8 (byte {error.start + 1} cannot be read); expected a YAML file"

@@ -19,6 +19,7 @@ from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.document import Document
 from data_pipeline.errors import SampleError
 from data_pipeline.images.decode import Pixels, decode_image
+from data_pipeline.io.missing import no_such_file
 from data_pipeline.io.untrusted import UntrustedError, read_bytes
 from data_pipeline.media_spec import MediaSpec, Placement
 from data_pipeline.packing.collate import collate
@@ -284,6 +285,8 @@ def _image_parts(images: Sequence[Path | Image.Image]) -> tuple[ImagePart, ...]:
             data = read_bytes(path, most_bytes=_MOST_IMAGE_BYTES)
         except UntrustedError as error:
             raise MMScaleError(f"{path}: {error}") from error
+        except FileNotFoundError as error:
+            raise MMScaleError(f"{path}: {no_such_file(path)}") from error
         except OSError as error:
             raise MMScaleError(f"{path}: {error.strerror}") from error
         extension = path.suffix.lstrip(".").lower()

@@ -114,7 +114,9 @@ def build_report(run_dir: Path, note: Callable[[str], object] = lambda line: Non
         ConfigError: the folder has neither a ``config.yaml`` nor a ``metrics.jsonl``, so it is not a run folder.
     """
     if not any((run_dir / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
-        raise ConfigError(f"{run_dir}: not a run folder (it has neither config.yaml nor metrics.jsonl)")
+        raise ConfigError(
+            f"{run_dir}: not a run folder (it has neither config.yaml nor metrics.jsonl); give the run_dir of a run"
+        )
     path = run_dir / REPORT_FILE
     write_whole(path, as_utf8(render(run_dir, note)), parents=True)
     return path

@@ -21,7 +21,7 @@ from mmscale.bad_steps.roll_back import apply_pending, is_abandoned, pending_rol
 from mmscale.checkpoint import TrainState
 from mmscale.checkpoint.load import resume_problem
 from mmscale.checkpoint.manifest import list_checkpoints, missing_or_truncated, read_manifest
-from mmscale.config import Loaded
+from mmscale.config import Loaded, located
 from mmscale.dist import World, device_type, lowest_rank_error
 from mmscale.engine.optimizers.muon import check_muon
 from mmscale.engine.precision import choose_precision
@@ -49,7 +49,8 @@ def check_before_start(loaded: Loaded[RunConfig]) -> list[str]:
         MMScaleError, DataPipelineError: a check fails; see ``check_files``.
     """
     config = loaded.value
-    notes = check_files(config)
+    with located(loaded):
+        notes = check_files(config)
     check_initial_weights(loaded)
     device = torch.device(device_type(config.engine.device))
     check_backend(config.engine.attention, choose_precision(config.engine, device).dtype)

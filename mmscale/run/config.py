@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from data_pipeline.config import DataConfig, DatasetConfig
 from data_pipeline.errors import DataConfigError
+from data_pipeline.io.missing import no_such_file
 from data_pipeline.io.strict import StrictConfig, faults_of
 from data_pipeline.loader.first_look import FirstLook, look_at
 from data_pipeline.loader.front_to_back import expand_shards
@@ -66,6 +67,19 @@ class RunConfig(StrictConfig):
     """The list of each step's samples."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out sets and captions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_other_files(cls, values: Any) -> Any:
+        """Raise one sentence for the file of a model or a comparison, in which almost every key is an error."""
+        if isinstance(values, dict) and "decoder" in values and "model" not in values:
+            raise ValueError(
+                "this is the file of a model, not of a run; a run names it as `model: {base: FILE}`, next to run_dir, "
+                "data and stages; configs/quickstart.yaml is an example"
+            )
+        if isinstance(values, dict) and "compare" in values:
+            raise ValueError("compare: this is the file of a comparison; run it with `mmscale compare`")
+        return values
 
     @model_validator(mode="after")
     def _check_stages(self) -> RunConfig:
@@ -247,16 +261,22 @@ def check_files(config: RunConfig) -> list[str]:
     notes = []
     for number, stage in enumerate(config.stages):
         data, model = config.stage_data(number), config.stage_model(number)
+        place = f"stages.{number}.data" if stage.data else "data"
         for index, dataset in enumerate(data.datasets):
             expand_shards(dataset.shards)
             if isinstance(dataset.manifest, Path):
+                key = f"{place if 'datasets' in (stage.data or {}) else 'data'}.datasets.{index}.manifest"
                 if not dataset.manifest.exists():
                     raise ConfigError(
-                        f"data.datasets.{index}.manifest={dataset.manifest}: no such file; "
+                        f"{key}={dataset.manifest}: {no_such_file(dataset.manifest)}; "
                         f"make it with `mmscale data ingest` or `mmscale data index`"
                     )
-                reject_non_manifest(dataset.manifest, str(dataset.manifest), f"data.datasets.{index}.manifest")
-        tokenizer = load_tokenizer(data.tokenizer)
+                reject_non_manifest(dataset.manifest, str(dataset.manifest), key)
+        try:
+            tokenizer = load_tokenizer(data.tokenizer)
+        except DataConfigError as error:
+            key = f"{place if 'tokenizer' in (stage.data or {}) else 'data'}.tokenizer.path"
+            raise DataConfigError(f"{key}={data.tokenizer.path}: {error}") from error
         tokens, rows = tokenizer.vocab_size, model.decoder.num_ids
         if tokens > rows:
             extra = model.decoder.extra_tokens
@@ -321,6 +341,13 @@ def _look_at(
         raise DataConfigError(
             f"stage {stage.name}, data set {dataset.name}: none of the {look.looked_at} inspected samples can be used; "
             f"the first: {look.reason}"
+        )
+    logits = model.decoder.vocab_size + model.decoder.predicted_rows
+    if model.predicts_tokens and look.highest_label >= logits:
+        raise ConfigError(
+            f"model.decoder.extra_tokens.predicted=false: stage {stage.name}, data set {dataset.name} teaches "
+            f"token {look.highest_label}, and the model has logits for the ids below {logits}; set predicted: true, or "
+            "learn no such token"
         )
     return look
 

@@ -38,7 +38,7 @@ from mmscale.config import Loaded
 from mmscale.dist import World, all_reduce_sum, gather_rows, init_distributed, shutdown
 from mmscale.engine.construct import construct
 from mmscale.engine.engine import Engine, StepReport
-from mmscale.engine.memory import explain_memory
+from mmscale.engine.memory import MemoryUse, explain_memory
 from mmscale.engine.precision import choose_precision
 from mmscale.engine.stop import StopRequest, listen_for_stop
 from mmscale.engine.watchdog import Watchdog
@@ -51,7 +51,7 @@ from mmscale.metrics.sample_images import batch_images
 from mmscale.metrics.sample_log import RunSampleLog
 from mmscale.metrics.step_counts import count_step, document_stats, step_flops
 from mmscale.metrics.trackers.trackers import Trackers
-from mmscale.models.build import AnyModel, build_model
+from mmscale.models.build import AnyModel, build_model, count_parameters
 from mmscale.nn.init import initialise_
 from mmscale.objectives.choice import Objective, choose_objective
 from mmscale.run.before_start import check_before_start, check_resume, current_stage, open_loader
@@ -142,13 +142,25 @@ def train(loaded: Loaded[RunConfig], *, profile: bool = False) -> Outcome:
                             trackers.close(finished=outcome is Outcome.FINISHED)
                             return outcome
                     except (MemoryError, RuntimeError, OSError) as error:
-                        max_tokens = max(config.stage_data(n).packing.max_tokens for n in range(len(config.stages)))
-                        explained = explain_memory(error, config.engine, world, max_tokens, *watchdog.current_phase)
+                        phase = watchdog.current_phase
+                        explained = explain_memory(error, config.engine, world, _memory_use(config), *phase)
                         if explained is not None:
                             raise explained from None
                         raise
         finally:
             shutdown(world)
+
+
+def _memory_use(config: RunConfig) -> MemoryUse:
+    """Return the largest sizes over all stages."""
+    numbers = range(len(config.stages))
+    data = [config.stage_data(number) for number in numbers]
+    return MemoryUse(
+        max_tokens=max(each.packing.max_tokens for each in data),
+        lanes=min(each.lanes for each in data),
+        parameters=max(count_parameters(config.stage_model(number)).total for number in numbers),
+        tokens_per_forward=config.evaluation.tokens_per_forward,
+    )
 
 
 def _run(

@@ -115,7 +115,7 @@ def test_verify_reads_several_shards_at_once_and_reports_the_same(
 def test_wrong_use_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such file" in complaint(capsys, "ingest", str(tmp_path / "gone"), "--output", str(tmp_path), code=2)
     assert "--manifest" in complaint(capsys, "index", code=2)
-    assert "cannot be read" in complaint(capsys, "stats", str(tmp_path / "gone.manifest"), code=1)
+    assert "no such file" in complaint(capsys, "stats", str(tmp_path / "gone.manifest"), code=1)
     assert "cannot be read" in complaint(capsys, "index", str(tmp_path / "gone.tar"), code=1)
     (tmp_path / "row.csv").write_text("path,caption\ngone.png,x\n")
     out = tmp_path / "out"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import DataConfigError, SampleError
-from mmscale.cli.console import console, emit, exit_code_of, progress, track
+from mmscale.cli.console import console, emit, exit_code_of, print_table, progress, track
 from mmscale.cli.main import VERBS, main
 from mmscale.errors import ConfigError, MMScaleError
 
@@ -84,8 +84,12 @@ def test_the_installed_command_carries_the_exit_code(tmp_path: Path) -> None:
         (DataConfigError("lanes=0"), 2, "mmscale: lanes=0\n"),
         (SampleError("no image", shard="a.tar", key="7"), 1, "mmscale: a.tar/7: no image\n"),
         (KeyboardInterrupt(), 130, "mmscale: interrupted\n"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.jpg"), 1, "mmscale: a.jpg: No such file"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "mmscale: disk: No space left on device\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.jpg"), 1, "mmscale: a.jpg: no such file"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "mmscale: disk: No space left on device; free space, then start the same command again\n",
+        ),
         (SystemExit(75), 75, ""),
         (SystemExit(None), 0, ""),
     ],
@@ -144,3 +148,33 @@ def test_the_command_ends_with_its_code_whatever_reads_its_output(tmp_path: Path
     done = subprocess.run([*command, "--version"], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert "Traceback" not in done.stderr
+
+
+ROWS = [
+    {"name": "step-1", "bytes": 12_345, "whole": True, "note": "[bold]"},
+    {"name": "step-10", "bytes": None, "whole": False, "share": 0.25},
+]
+
+
+def test_rows_in_a_pipe_are_aligned_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(ROWS)
+    assert capsys.readouterr().out.splitlines() == [
+        "name      bytes  whole  note    share",
+        "step-1   12,345  yes    [bold]      -",
+        "step-10       -  no     -        0.25",
+    ]
+    print_table([])
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_on_a_terminal_are_a_table_if_it_fits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for columns, has_borders in (("100", True), ("30", False)):
+        monkeypatch.setenv("COLUMNS", columns)
+        print_table(ROWS, {"name": "checkpoint", "bytes": "bytes", "note": "note"})
+        out = capsys.readouterr().out
+        assert ("│" in out) == has_borders
+        assert "[bold]" in out
+        assert "whole" not in out

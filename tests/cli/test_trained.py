@@ -90,7 +90,7 @@ def test_report_is_made_again(run: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["eval", CONFIG, "run_dir={run}", SETS, "model.decoder.num_layers=12"], 1, "checkpoint of another model"),
         (["eval", CONFIG, "run_dir={run}", "evaluation.sets=[{name: a, manifest: none, field: x}]"], 1, "none"),
         (["generate", "{empty}", "--image", "x.png"], 2, "neither a run folder"),
-        (["generate", "{run}", "--image", "{empty}/x.png"], 1, "No such file"),
+        (["generate", "{run}", "--image", "{empty}/x.png"], 1, "no such file"),
         (["generate", "{run}", "--image", "pyproject.toml"], 1, "no JPEG, PNG or WebP"),
         (["generate", "{run}"], 2, "give an image or a prompt"),
         (["generate", "{run}", "--prompt", "a", "--num", "2"], 2, "give a --temperature above 0"),

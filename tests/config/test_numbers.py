@@ -72,10 +72,11 @@ def _with(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 _ZERO = """
 AdafactorConfig.weight_decay AdafactorConfig.beta2_decay AdafactorConfig.min_scale AdamWConfig.weight_decay
-AdamWConfig.betas AugmentConfig.shift AugmentConfig.flip AugmentConfig.brightness AugmentConfig.contrast
-AugmentConfig.saturation CaptionTemplate.text_dropout ChoiceSet.seed CompareConfig.seeds
+AdamWConfig.betas AdaptersConfig.dropout AugmentConfig.shift AugmentConfig.flip AugmentConfig.brightness
+AugmentConfig.contrast
+AugmentConfig.saturation BestConfig.min_delta CaptionTemplate.text_dropout ChoiceSet.seed CompareConfig.seeds
 CrossAttentionConnectorConfig.gate_init DataConfig.workers DecoderConfig.dropout EngineConfig.zero_stage
-EngineConfig.persistent_parameter_elements EngineConfig.live_parameter_elements HeldOutSet.seed
+EngineConfig.persistent_parameter_elements EngineConfig.live_parameter_elements GenerationSet.seed HeldOutSet.seed
 HybridConnectorConfig.gate_init InterleavedTemplate.text_dropout LinearProjectorConfig.norm_eps
 MetricsConfig.smoothing MlpProjectorConfig.norm_eps MoeConfig.shared_dim MoeConfig.balance_coefficient
 MoeConfig.z_coefficient MoeConfig.bias_rate MuonConfig.weight_decay MuonConfig.momentum MuonConfig.betas
@@ -91,7 +92,8 @@ SamplingConfig.seed TilesConfig.gate_init TilesConfig.global_gate_init VisionCon
 """
 _LARGE = """
 AdafactorConfig.weight_decay AdafactorConfig.min_scale AdafactorConfig.update_clip AdamWConfig.weight_decay
-AdamWConfig.eps BadStepsConfig.loss_deviations BadStepsConfig.norm_deviations ContrastiveConnectorConfig.max_scale
+AdamWConfig.eps AdaptersConfig.alpha BadStepsConfig.loss_deviations BadStepsConfig.norm_deviations BestConfig.min_delta
+ContrastiveConnectorConfig.max_scale
 CrossAttentionConnectorConfig.gate_init DatasetConfig.weight DatasetConfig.repeats DecoderConfig.init_std
 DistillConfig.temperature HybridConnectorConfig.gate_init LinearScaling.factor Llama3Scaling.factor
 Llama3Scaling.high_freq_factor MetricsConfig.peak_flops MoeConfig.balance_coefficient MoeConfig.z_coefficient
@@ -104,8 +106,11 @@ WeightFrom.weight YarnScaling.factor YarnScaling.beta_fast YarnScaling.attention
 _LEGAL = {0: set(_ZERO.split()), -1: set(_NEGATIVE.split()), 10**18: set(_LARGE.split())}
 
 _MORE: dict[str, dict[str, Any]] = {
+    "AdaptersConfig": {"dropout": 0.1},
     "AnnotationsTemplate": {"max_annotations": 2},
+    "BestConfig": {"metric": "a/score", "stop_after": 2},
     "CompareConfig": {"seeds": [1], "variants": [{"name": "a"}, {"name": "b"}]},
+    "GenerationSet": {"kind": "generation", "name": "a", "manifest": "a", "limit": 2},
     "LinearScaling": {"kind": "linear", "factor": 2.0},
     "Mm15Tiling": {},
     "MoeConfig": {"num_experts": 4, "experts_per_token": 2, "expert_dim": 8, "shared_dim": 8},
@@ -113,7 +118,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "WeightFrom": {"from_step": 1, "weight": 1.0},
 }
 """Example values of classes that no shipped configuration uses."""
-_WITHOUT_NUMBERS = {"LearnedText", "DroppableText", "TowerConfig", "VariantConfig"}
+_WITHOUT_NUMBERS = {"ComparisonFile", "LearnedText", "DroppableText", "TowerConfig", "VariantConfig"}
 _WITHOUT_NUMBERS |= {
     "TemplateBase",
     "ProjectorBase",
@@ -121,11 +126,16 @@ _WITHOUT_NUMBERS |= {
     "FeatureConnectorBase",
     "CrossAttentionConnectorBase",
     "TowerBase",
+    "TargetsConfig",
+    "TrackerBase",
+    "TrackioConfig",
+    "WandbConfig",
+    "MlflowConfig",
     "MlpBase",
     "ObjectiveBase",
 }
 """Base classes, and classes without numbers of their own."""
-_RECORDS = {"Holder", "Manifest", "RankMetadata", "RollBack", "SavedState", "StartRecord"}
+_RECORDS = {"Best", "Holder", "Manifest", "RankMetadata", "RollBack", "SavedState", "StartRecord"}
 """Classes of files that a run writes and validates."""
 _FREE = {"StageConfig.data", "StageConfig.model"}
 """Overrides of other blocks, which are validated after the merge."""
@@ -195,6 +205,7 @@ def test_every_number_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model.decoder.attention.num_heads=5", "num_heads=5: must divide the width 192"),
         ("model.vision.attention.num_heads=5", "num_heads=5: must divide the width"),
         ("model.connector.attention={num_heads: 5}", "num_heads=5: must divide the width 192"),
+        ("stages.0.weights=[{checkpoint: a, components: []}]", "give at least one"),
         ("stages.0.train=[]", "give at least one"),
     ],
 )

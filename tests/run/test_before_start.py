@@ -206,7 +206,7 @@ def test_data_of_which_nothing_can_be_used(tmp_path: Path, capsys: pytest.Captur
     [
         ("data.datasets.0.manifest", "absent", "absent: no such file"),
         ("data.datasets.0.manifest", "README.md", "README.md: this is YAML or another text"),
-        ("data.tokenizer.path", "absent", "tokenizer absent: cannot be read"),
+        ("data.tokenizer.path", "absent", "tokenizer absent: no such file"),
         ("model.decoder.vocab_size", 100, "has 2048 ids"),
         ("model.vision.patch_size", 5, "data set emoji: "),
         ("stages.0.weights", [{"checkpoint": "absent"}], "stages.0.weights.0.checkpoint=absent"),
