@@ -21,7 +21,7 @@ COPY data_pipeline ./data_pipeline
 COPY launchers ./launchers
 ARG EXTRAS=hf
 RUN pip install --no-cache-dir ".[${EXTRAS}]" \
-    && rm -rf mmscale data_pipeline launchers
+    && rm -rf build *.egg-info mmscale data_pipeline launchers
 COPY configs ./configs
 COPY examples ./examples
 

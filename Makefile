@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is $$($(PYTHON) -V); mmscale needs 3.11 or newer: make setup PYTHON=python3.12"; exit 1; }
 	@echo "Installing mmscale, its tests and its documentation tools into .venv. The download is about 0.7 GB with torch's"
-	@echo "CPU build (2.5 GB on disk), and about 4 GB with its CUDA build (8 GB on disk): 3 to 15 minutes."
+	@echo "CPU build (2.2 GB on disk), and about 4 GB with its CUDA build (7 GB on disk): 3 to 15 minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --upgrade pip
 	@$(if $(TORCH),$(BIN)/python -m pip install $(PIP_FLAGS) torch torchvision --index-url https://download.pytorch.org/whl/$(TORCH))
@@ -72,6 +72,7 @@ test-floors: $(STAMP) ## Run `make test` with the lowest admitted versions in .v
 		--resolution $(subst lowest,lowest-direct,$(FLOORS)) --extra dev --extra hf pyproject.toml -o .venv-$(FLOORS)/versions.txt
 	$(BIN)/uv pip sync --python .venv-$(FLOORS)/bin/python $(if $(TORCH),--torch-backend $(TORCH)) .venv-$(FLOORS)/versions.txt
 	$(BIN)/uv pip install --python .venv-$(FLOORS)/bin/python --no-deps -e .
+	$(if $(filter lowest,$(FLOORS)),.venv-$(FLOORS)/bin/python -m tests.floors .venv-$(FLOORS)/versions.txt)
 	.venv-$(FLOORS)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "$(MIDDLE)" $(TESTS)
 
 test-all: $(STAMP) ## Run every test this machine can run

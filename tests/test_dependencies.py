@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 
+from tests.floors import requirements, untried_floors
 from tests.test_house import REPO
 
 FIRST_PARTY = {"benchmarks", "data_pipeline", "launchers", "mmscale", "tests"}
@@ -61,10 +62,20 @@ def test_the_tests_import_what_is_declared() -> None:
     assert {module: place for module, place in found.items() if module not in own} == {}
 
 
-def test_python_versions_are_equal() -> None:
+def test_the_oldest_python_is_the_same_everywhere() -> None:
     """The README, the type checker and the linter name the oldest Python that pyproject.toml admits."""
     (oldest,) = re.findall(r'^requires-python = ">=(3\.\d+)"$', pyproject(), re.MULTILINE)
     assert f'target-version = "py{oldest.replace(".", "")}"' in pyproject()
     assert f'python_version = "{oldest}"' in pyproject()
     for page in ("README.md", "Makefile"):
         assert f"{oldest} or newer" in (REPO / page).read_text(encoding="utf-8"), page
+
+
+def test_a_floor_that_a_resolution_did_not_install_is_named() -> None:
+    text = 'dependencies = [\n  "a-b>=1.2",  # Why.\n  "c>=2,<3",\n]\nhf = ["d>=5"]\nother = ["e>=1"]\n'
+    assert untried_floors(text, "a-b==1.2.3\nc==2.0\nd==5.0.1+cpu\n") == []
+    assert untried_floors(text, "a-b==1.3\nc==2.0\nd==6.0\n") == [
+        "a-b>=1.2: 1.3 was installed",
+        "d>=5: 6.0 was installed",
+    ]
+    assert set(requirements(pyproject())) > {"torch", "deepspeed", "transformers", "pytest"}

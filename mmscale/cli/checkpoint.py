@@ -185,8 +185,8 @@ def export(
     ),
     like: Path | None = typer.Option(
         None,
-        help="With --to hf or peft: a Hugging Face folder that gives model family and token ids, with hf also tokenizer "
-        "and processor; by default the folder that the run's model was imported from.",
+        help="With --to hf or peft: a Hugging Face folder that gives model family and token ids, with hf also "
+        "tokenizer and processor; by default the folder that the run's model was imported from.",
     ),
     push: str | None = typer.Option(
         None, metavar="ORG/NAME", help="With --to hf: upload FOLDER to the hub; a new repository is private."
@@ -234,8 +234,8 @@ def export(
 @app.command("import", epilog="Example: mmscale checkpoint import old/global_step40 runs/new --config runs/new.yaml")
 def import_(
     source: str = typer.Argument(
-        help="A DeepSpeed checkpoint (ZeRO stage 0-3, or universal), a Hugging Face folder, hf://ORG/NAME for a model on "
-        "the hub, or adapters of peft.",
+        help="A DeepSpeed checkpoint (ZeRO stage 0-3, or universal), a Hugging Face folder, hf://ORG/NAME for a model "
+        "on the hub, or adapters of peft.",
         metavar="SOURCE",
     ),
     run: Path = typer.Argument(help="A run folder; the checkpoint is added to its checkpoints.", metavar="RUN"),

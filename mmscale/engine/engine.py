@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mmscale.dist import World, all_reduce_sum, all_reduce_sum_list, any_rank, is_peer_lost, peer_lost, start_deepspeed
 from mmscale.engine.config import EngineConfig
+from mmscale.engine.deepspeed_attributes import check_attributes
 from mmscale.engine.ds_config import deepspeed_config, optimizer_clips
 from mmscale.engine.gradient_norms import square_sums
 from mmscale.engine.graph import (
@@ -212,6 +213,7 @@ class Engine:
             ),
             dist_init_required=False,
         )
+        check_attributes(engine, self.model, self.config.zero_stage, deepspeed.__version__)
         engine.train()
         return engine
 
